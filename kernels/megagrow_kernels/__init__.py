@@ -1,0 +1,1 @@
+"""Kernels of megagrow, each beside its eager reference: plain torch, the specification of the op."""

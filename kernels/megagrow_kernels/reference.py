@@ -1,0 +1,83 @@
+"""Eager references: what each op computes, in plain torch, in the order of the published equations.
+
+Shapes: B batch, S sequence, H query heads, G key/value heads, D head dimension, F feed-forward
+width, V rows of the vocabulary that this rank holds. Accumulation is in fp32 whatever the input.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019).
+
+    x is (..., D) of any float type, weight is (D,); the result has the type of x.
+    """
+    x_fp32 = x.float()
+    inverse_rms = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
+    return (weight.float() * (x_fp32 * inverse_rms)).to(x.dtype)
+
+
+def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotation angles, fp32, each (B, 1, S, D).
+
+    Angle i of position p is p * theta^(-2i/D); the two halves of D hold the same angles, which is
+    Hugging Face's order (Su et al. 2021, in the half-split form).
+    """
+    exponent = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
+    angles = position_ids[:, None, :, None].float() * theta**-exponent
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x (B, heads, S, D) by the tables of `rope_tables`; keeps the type of x."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, both (..., F) (Shazeer 2020)."""
+    return torch.nn.functional.silu(gate) * up
+
+
+def attention_mask(document_ids: Tensor) -> Tensor:
+    """(B, 1, S, S) booleans: True where a query may see a key.
+
+    document_ids is (B, S). A token sees itself and what comes before it within its own document.
+    """
+    sequence = document_ids.shape[1]
+    causal = torch.ones(sequence, sequence, dtype=torch.bool, device=document_ids.device).tril()
+    same_document = document_ids[:, :, None] == document_ids[:, None, :]
+    return (same_document & causal)[:, None]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    """Causal attention softmax(q k^T / sqrt(D)) v with grouped key/value heads.
+
+    q is (B, H, S, D), k and v are (B, G, S, D) with H a multiple of G; the result is (B, H, S, D).
+    """
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(repeats, dim=1).float() for x in (k, v))
+    if document_ids is None:
+        document_ids = torch.zeros(q.shape[0], q.shape[2], dtype=torch.long, device=q.device)
+    scores = q.float() @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~attention_mask(document_ids), float("-inf"))
+    return (scores.softmax(-1) @ v).to(q.dtype)
+
+
+def vocab_statistics(logits: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What one rank knows of the cross-entropy from its rows of the vocabulary.
+
+    logits is (N, V) for the rows first..first+V, labels is (N,) in the whole vocabulary. Returns,
+    each (N,) in fp32: the maximum, the sum of exp(logits - maximum), and the logit of the label
+    (0 where another rank holds it). Ranks combine the three without ever gathering the logits.
+    """
+    logits = logits.float()
+    maximum = logits.max(-1).values
+    total = (logits - maximum[:, None]).exp().sum(-1)
+    index = labels - first
+    mine = (index >= 0) & (index < logits.shape[1])
+    target = logits.gather(1, index.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    return maximum, total, target * mine

@@ -1,0 +1,1 @@
+"""What came out of runs: their curves, the speedup of growth, plots and tables."""

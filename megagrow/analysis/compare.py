@@ -1,0 +1,176 @@
+"""Grown runs against runs from scratch: a table, the measured speedup, a plot, files of both."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megagrow.analysis.curves import RunCurves, load_run
+from megagrow.analysis.plots import plot_runs
+from megagrow.analysis.speedup import Speedup, measure_speedup
+from megagrow.errors import InputError
+
+PLOT = "loss_vs_flops.png"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A grown run and a run from scratch that end in the same model."""
+
+    grown: RunCurves
+    scratch: RunCurves
+    kind: Literal["validation", "training"]
+    """The loss they are compared by: on fixed data where both have it, else while training."""
+    speedup: Speedup | None
+    """None where the curves do not tell (`measure_speedup`)."""
+
+
+def compare_runs(runs: Sequence[Path], output: Path, console: Console) -> list[Comparison]:
+    """Compares every run that grew with the one from scratch that ends in the same model.
+
+    `runs` are directories of finished runs, in any order; all of them are tabled and plotted. A run
+    without a growth is one from scratch. Prints table and closing lines, and writes
+    comparison.json, comparison.md and loss_vs_flops.png into `output`. Raises InputError where a
+    run is missing or unfinished, none grew, or one has no counterpart.
+    """
+    curves = _distinct(runs, [load_run(directory) for directory in runs])
+    comparisons = [_against(run, curves) for run in curves if run.growths]
+    if not comparisons:
+        raise InputError("none of the runs grew: give at least one run with a growth")
+    output.mkdir(parents=True, exist_ok=True)
+    closing = closing_lines(comparisons)
+    plot_runs(curves, output / PLOT, comparisons[0].speedup)
+    (output / "comparison.md").write_text(_markdown(curves, closing), encoding="utf-8")
+    (output / "comparison.json").write_text(_json(curves, comparisons), encoding="utf-8")
+    console.print(_table(curves))
+    for line in closing:
+        console.print(Text(line), soft_wrap=True)
+    console.print(Text(f"Plot: {output / PLOT}"), soft_wrap=True)
+    return comparisons
+
+
+def compare_pair(grown: RunCurves, scratch: RunCurves) -> Comparison:
+    """Compares two runs by validation loss, or by the smoothed training loss if one has none."""
+    if min(len(grown.validation.loss), len(scratch.validation.loss)) > 1:
+        speedup = measure_speedup(scratch.validation.curve(), grown.validation.curve())
+        return Comparison(grown, scratch, "validation", speedup)
+    speedup = measure_speedup(scratch.train.curve(), grown.train.curve())
+    return Comparison(grown, scratch, "training", speedup)
+
+
+def closing_lines(comparisons: Sequence[Comparison]) -> list[str]:
+    """What was found, in words."""
+    lines = [line for comparison in comparisons for line in _findings(comparison)]
+    return [*lines, "Each run was done once, with one seed: there is no error bar."]
+
+
+def _findings(comparison: Comparison) -> list[str]:
+    grown, scratch, found = comparison.grown, comparison.scratch, comparison.speedup
+    if found is None:
+        return [f"{grown.name}, {scratch.name}: too few {comparison.kind} losses for a speedup."]
+    verdict = "faster" if found.speedup > 0 else "not faster"
+    saved = f"{abs(found.saved):.1%} {'fewer' if found.saved >= 0 else 'more'} FLOPs"
+    return [
+        f"Final {comparison.kind} loss: {grown.name} {found.final_grown:.4f} after "
+        f"{grown.flops:.3e} FLOPs, {scratch.name} {found.final_scratch:.4f} after "
+        f"{scratch.flops:.3e} FLOPs.",
+        f"At equal loss {found.loss:.4f}: {grown.name} needed {found.flops_grown:.3e} FLOPs, its "
+        f"base included, {scratch.name} {found.flops_scratch:.3e}.",
+        f"Speedup sp = {found.speedup:+.1%} ({saved}): growth was {verdict} here.",
+    ]
+
+
+def _against(grown: RunCurves, runs: Sequence[RunCurves]) -> Comparison:
+    for run in runs:
+        if not run.growths and run.parameters[-1] == grown.parameters[-1]:
+            return compare_pair(grown, run)
+    raise InputError(
+        f"{grown.name}: no run from scratch of the same {grown.parameters[-1]:,} parameters is "
+        "among the runs; give one to compare it with"
+    )
+
+
+def _distinct(paths: Sequence[Path], runs: Sequence[RunCurves]) -> list[RunCurves]:
+    """The runs, those of the same name told apart by their directories."""
+    uses = Counter(run.name for run in runs)
+    return [
+        run if uses[run.name] == 1 else replace(run, name=f"{run.name} ({path})")
+        for path, run in zip(paths, runs, strict=True)
+    ]
+
+
+def _rows(runs: Sequence[RunCurves]) -> dict[str, list[str]]:
+    """The table: what is told -> one cell per run."""
+    return {
+        "parameters": [" -> ".join(f"{count:,}" for count in run.parameters) for run in runs],
+        "tokens": [f"{run.tokens:,}" for run in runs],
+        "FLOPs, base included": [f"{run.flops:.3e}" for run in runs],
+        "grown at, of its FLOPs": [_grown_at(run) for run in runs],
+        "final training loss": [_final(run.train.loss) for run in runs],
+        "final validation loss": [_final(run.validation.loss) for run in runs],
+        "training seconds": [f"{run.seconds:,.0f}" for run in runs],
+    }
+
+
+def _grown_at(run: RunCurves) -> str:
+    return ", ".join(f"{growth.flops / run.flops:.1%}" for growth in run.growths) or "-"
+
+
+def _final(losses: Sequence[float]) -> str:
+    return f"{losses[-1]:.4f}" if losses else "-"
+
+
+def _table(runs: Sequence[RunCurves]) -> Table:
+    table = Table("", *(run.name for run in runs))
+    for told, cells in _rows(runs).items():
+        table.add_row(told, *cells)
+    return table
+
+
+def _markdown(runs: Sequence[RunCurves], closing: Sequence[str]) -> str:
+    table = [["", *(run.name for run in runs)], ["---"] * (len(runs) + 1)]
+    table += [[told, *cells] for told, cells in _rows(runs).items()]
+    lines = ["# Grown against from scratch", "", *(f"| {' | '.join(row)} |" for row in table)]
+    return "\n".join([*lines, "", *(f"- {line}" for line in closing), "", f"![loss]({PLOT})", ""])
+
+
+def _json(runs: Sequence[RunCurves], comparisons: Sequence[Comparison]) -> str:
+    whole = {
+        "runs": [_summary(run) for run in runs],
+        "comparisons": [
+            {
+                "grown": one.grown.name,
+                "scratch": one.scratch.name,
+                "compared_by": one.kind,
+                **_numbers(one.speedup),
+            }
+            for one in comparisons
+        ],
+    }
+    return json.dumps(whole, indent=2) + "\n"
+
+
+def _numbers(found: Speedup | None) -> dict[str, float | None]:
+    if found is None:
+        return {"speedup": None}
+    return {**asdict(found), "speedup": found.speedup, "flops_saved": found.saved}
+
+
+def _summary(run: RunCurves) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "seed": run.seed,
+        "parameters": run.parameters,
+        "tokens": run.tokens,
+        "flops": run.flops,
+        "seconds": run.seconds,
+        "final_training_loss": run.train.loss[-1],
+        "final_validation_loss": run.validation.loss[-1] if run.validation.loss else None,
+        "growths": [asdict(growth) for growth in run.growths],
+    }

@@ -1,0 +1,130 @@
+"""A run's directory -> its curves: losses against FLOPs, tokens and seconds, and its growths."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from megagrow.analysis.speedup import LossCurve
+from megagrow.errors import InputError
+from megagrow.train.metrics import METRICS_FILE, read_metrics
+from megagrow.train.trackers import Record
+
+SMOOTHING = 0.05
+"""Training losses are averaged over this share of the run's tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One kind of loss over a run: equally long columns, a row per measurement."""
+
+    tokens: tuple[int, ...]
+    flops: tuple[float, ...]
+    loss: tuple[float, ...]
+
+    def curve(self) -> LossCurve:
+        """The loss against FLOPs. Raises ValueError where nothing was measured."""
+        return LossCurve(self.flops, self.loss)
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Where in the run the model grew."""
+
+    stage: int
+    """The stage that it led to, counted from 0."""
+    tokens: int
+    flops: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunCurves:
+    """A finished run, as it is compared with others."""
+
+    name: str
+    seed: int
+    parameters: tuple[int, ...]
+    """Of each stage's model, in order."""
+    tokens: int
+    flops: float
+    """Of all stages, by the paper's account: what the base cost is in it."""
+    seconds: float
+    """Steps, growths and checkpoints."""
+    train: Series
+    """Smoothed, see `smooth`."""
+    validation: Series
+    growths: tuple[Growth, ...]
+
+
+def load_run(directory: Path) -> RunCurves:
+    """The curves of the finished run in `directory`.
+
+    Raises InputError where there is no run, or it is unfinished or without a usable loss.
+    """
+    path = directory / METRICS_FILE
+    records = read_metrics(path)
+    start = _last(records, "start")
+    end = _last(records, "end")
+    if start is None or end is None or end["step"] < start["run_steps"]:
+        raise InputError(f"{directory}: the run is not finished; start it again and let it end")
+    _check_losses(path, records)
+    return RunCurves(
+        name=start["name"],
+        seed=start["seed"],
+        parameters=tuple(start["parameters"]),
+        tokens=end["tokens"],
+        flops=end["flops"],
+        seconds=end["elapsed_seconds"],
+        train=smooth(_kind(records, "train"), end["tokens"]),
+        validation=_series(_kind(records, "validation")),
+        growths=tuple(
+            Growth(record["stage"], record["tokens"], record["flops"])
+            for record in _kind(records, "growth")
+        ),
+    )
+
+
+def smooth(records: Sequence[Record], run_tokens: int, share: float = SMOOTHING) -> Series:
+    """The training loss, each point the mean over the last `share` of the run's tokens.
+
+    The window never reaches back over a growth: the jump there stays visible, and a stage's first
+    point is its own. Records are weighted equally.
+    """
+    first, means = 0, []
+    sums = list(accumulate((record["loss"] for record in records), initial=0.0))
+    for index, record in enumerate(records):
+        since = record["tokens"] - share * run_tokens
+        while first < index and (
+            records[first]["tokens"] <= since or records[first]["stage"] != record["stage"]
+        ):
+            first += 1
+        means.append((sums[index + 1] - sums[first]) / (index + 1 - first))
+    return _series(records, means)
+
+
+def _series(records: Sequence[Record], losses: Sequence[float] | None = None) -> Series:
+    return Series(
+        tokens=tuple(record["tokens"] for record in records),
+        flops=tuple(float(record["flops"]) for record in records),
+        loss=tuple(losses if losses is not None else (record["loss"] for record in records)),
+    )
+
+
+def _kind(records: Sequence[Record], kind: str) -> list[Record]:
+    return [record for record in records if record["kind"] == kind]
+
+
+def _last(records: Sequence[Record], kind: str) -> Record | None:
+    return next((record for record in reversed(records) if record["kind"] == kind), None)
+
+
+def _check_losses(path: Path, records: Sequence[Record]) -> None:
+    trained = _kind(records, "train")
+    if not trained:
+        raise InputError(f"{path}: no training loss was recorded; lower logging.interval")
+    for record in trained + _kind(records, "validation"):
+        if record["loss"] is None:
+            raise InputError(
+                f"{path}: the {record['kind']} loss at step {record['step']} is not finite; "
+                "the run diverged, lower its learning rate"
+            )

@@ -1,0 +1,86 @@
+"""Loading: the newest whole checkpoint, into any layout; each rank reads only what it needs."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+
+from megagrow.checkpoint.files import list_checkpoints, shard_name
+from megagrow.checkpoint.manifest import Manifest, read_manifest
+from megagrow.errors import InputError
+from megagrow.growth.map import identity_map
+from megagrow.parallel.topology import together
+from megagrow.parallel.zero import STATE_KINDS, Storage
+from megagrow.reshard.layout import Block, Layout
+from megagrow.reshard.move import block_view, take, write_rows
+from megagrow.reshard.plan import Copy, copies_to
+
+
+def newest_checkpoint(
+    directory: Path, say: Callable[[str], None]
+) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint that is whole, agreed by all ranks; None if there is none at all.
+
+    A damaged one is named through `say` and passed over. InputError if all of them are damaged.
+    """
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        found[0] = _newest(directory, say)
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], InputError):
+        raise found[0]
+    return found[0]
+
+
+def _newest(
+    directory: Path, say: Callable[[str], None]
+) -> tuple[Path, Manifest] | InputError | None:
+    problems = []
+    for path in reversed(list_checkpoints(directory)):
+        try:
+            return path, read_manifest(path)
+        except InputError as error:
+            say(f"passed over a checkpoint: {error}")
+            problems.append(str(error))
+    if problems:
+        return InputError(f"no checkpoint under {directory} is whole: {problems[0]}")
+    return None
+
+
+def load_storage(path: Path, manifest: Manifest, layout: Layout, storage: Storage) -> None:
+    """Fills this rank's storage from a checkpoint written in any layout; all ranks together."""
+    source = manifest.read_layout()
+    keep = identity_map(list(layout.plan))
+    copies = list(copies_to(dist.get_rank(), source, keep, layout, near=0))
+    together(lambda: _load(path, source, copies, layout, storage))
+
+
+def _load(
+    path: Path, source: Layout, copies: list[Copy], layout: Layout, storage: Storage
+) -> None:
+    with ExitStack() as files:
+        opened: dict[int, Any] = {}
+        for copy in copies:
+            shard = path / shard_name(copy.source_rank)
+            try:
+                if copy.source_rank not in opened:
+                    opened[copy.source_rank] = files.enter_context(safe_open(shard, "pt"))
+                _load_copy(opened[copy.source_rank], copy, source, layout, storage)
+            except SafetensorError as error:
+                raise InputError(f"{shard}: cannot be read ({error})") from error
+
+
+def _load_copy(
+    file: Any, copy: Copy, source: Layout, layout: Layout, storage: Storage
+) -> None:
+    block: Block = copy.source
+    offset, stride = source.local(copy.term.source, copy.source_rank, block)
+    stop = offset + (len(block.rows) - 1) * stride + len(block.cols)
+    rows = range(copy.shape[0])
+    for kind in STATE_KINDS:
+        stored = file.get_slice(f"{copy.term.source}.{kind}")[offset:stop]
+        values = take(copy, rows, block_view(stored, block, 0, stride))
+        write_rows(copy, kind, rows, values, layout, storage)

@@ -1,0 +1,100 @@
+"""The command line: megagrow prepare | train | report | config show."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from megagrow.errors import InputError
+
+app = typer.Typer(
+    help="Pretrain a language model by growing it.", no_args_is_help=True, add_completion=False
+)
+config_app = typer.Typer(help="Look at run files.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+RunFile = Annotated[Path, typer.Argument(help="The run file (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key: --set optimizer.lr=1e-3."),
+]
+
+
+@app.command()
+def train(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Train a run, growth included; goes on by itself from its newest checkpoint."""
+    from megagrow.config.load import load_run
+    from megagrow.run import train as train_run
+
+    train_run(load_run(run_file, overrides or ()))
+
+
+@app.command()
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files or folders (text, .jsonl[.gz|.zst], .parquet), hf:NAME[:CONFIG[:SPLIT]], "
+            "or python-stdlib.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the prepared corpus.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="`train`, a SentencePiece model, or a Hugging Face tokenizer.")
+    ],
+    vocab_size: Annotated[int | None, typer.Option(help="Size of a trained vocabulary.")] = None,
+    validation_fraction: Annotated[float, typer.Option(help="Share of the documents.")] = 0.01,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
+    text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    seed: Annotated[int, typer.Option(help="Decides which documents are validation.")] = 1234,
+) -> None:
+    """Tokenise text into the indexed format that runs read; resumable."""
+    from megagrow.data.prepare import prepare as prepare_corpus
+
+    prepare_corpus(
+        sources, output, tokenizer, vocab_size, validation_fraction, workers, text_key, seed
+    )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="Folder of the table and the plot.")],
+) -> None:
+    """Compare grown runs with runs from scratch: losses, FLOPs, measured speedup, plot."""
+    from megagrow.analysis.compare import compare_runs
+
+    compare_runs(runs, output, Console())
+
+
+@config_app.command("show")
+def config_show(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Print a run file with all its parts and defaults resolved."""
+    from megagrow.config.load import load_run
+    from megagrow.config.show import to_yaml
+
+    print(to_yaml(load_run(run_file, overrides or ())), end="")
+
+
+def main() -> None:
+    """Entry point. A user's mistake is one line on the first rank of each host, exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        if _speaks_for_its_host():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _speaks_for_its_host() -> bool:
+    from megagrow.parallel.topology import read_launch
+
+    try:
+        return read_launch().local_rank == 0
+    except InputError:
+        return True

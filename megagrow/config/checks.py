@@ -1,0 +1,136 @@
+"""What must hold between the sections of a run. Pure: problems are returned, nothing is changed."""
+
+from collections.abc import Iterator
+
+from megagrow.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
+
+
+def problems(run: RunConfig) -> list[str]:
+    """All that is wrong with a run whatever the number of ranks, each in one text."""
+    found: list[str] = []
+    for index, stage in enumerate(run.stages):
+        at = f"stages.{index}"
+        found += _model(stage.model, f"{at}.model")
+        found += _parallel(stage, run.data.sequence_length, at)
+        found += _batch_and_schedule(stage, at)
+        found += _sequence(stage.model, run.data.sequence_length, at)
+        found += _growth(run, index)
+    return found
+
+
+def world_problems(run: RunConfig, world_size: int) -> list[str]:
+    """All that keeps a run from starting on `world_size` ranks, each in one text."""
+    return [text for i, s in enumerate(run.stages) for text in _world(s, world_size, f"stages.{i}")]
+
+
+def _model(model: ModelConfig, at: str) -> Iterator[str]:
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    if model.hidden_size % heads:
+        yield (
+            f"{at}.hidden_size = {model.hidden_size} is not a multiple of "
+            f"num_attention_heads = {heads}"
+        )
+    elif model.head_dim % 2:
+        yield (
+            f"{at}: a head is hidden_size / num_attention_heads = {model.head_dim} wide; "
+            "rotary embeddings need an even width"
+        )
+    if heads % kv_heads:
+        yield (
+            f"{at}.num_attention_heads = {heads} is not a multiple of "
+            f"num_key_value_heads = {kv_heads}"
+        )
+
+
+def _parallel(stage: StageConfig, sequence_length: int, at: str) -> Iterator[str]:
+    tensor = stage.parallel.tensor_model_parallel_size
+    key = f"{at}.parallel.tensor_model_parallel_size = {tensor}"
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        size = getattr(stage.model, name)
+        if size % tensor:
+            yield f"{key} does not divide {at}.model.{name} = {size}"
+    if stage.parallel.sequence_parallel and sequence_length % tensor:
+        yield (
+            f"{key} does not divide data.sequence_length = {sequence_length}, "
+            "which sequence_parallel needs"
+        )
+
+
+def _batch_and_schedule(stage: StageConfig, at: str) -> Iterator[str]:
+    batch, rate, schedule = stage.batch, stage.optimizer, stage.schedule
+    if batch.global_batch_size % batch.micro_batch_size:
+        yield (
+            f"{at}.batch.global_batch_size = {batch.global_batch_size} is not a multiple of "
+            f"micro_batch_size = {batch.micro_batch_size}"
+        )
+    if rate.min_lr > rate.lr:
+        yield f"{at}.optimizer.min_lr = {rate.min_lr} is above lr = {rate.lr}"
+    if schedule.warmup_steps is not None and schedule.warmup_tokens is not None:
+        yield f"{at}.schedule has both warmup_steps and warmup_tokens: set one of them to null"
+    if schedule.type == "wsd" and schedule.decay_tokens is None:
+        yield f"{at}.schedule.type = wsd needs decay_tokens, the length of the final decay"
+
+
+def _sequence(model: ModelConfig, sequence_length: int, at: str) -> Iterator[str]:
+    if sequence_length > model.max_position_embeddings:
+        yield (
+            f"data.sequence_length = {sequence_length} is above "
+            f"{at}.model.max_position_embeddings = {model.max_position_embeddings}"
+        )
+
+
+def _growth(run: RunConfig, index: int) -> Iterator[str]:
+    at, growth = f"stages.{index}.growth", run.stages[index].growth
+    if index == 0:
+        if growth is not None:
+            yield f"{at}: the first stage has no model to grow from; leave it out"
+    elif growth is None:
+        yield f"{at} is missing: say how this model comes out of that of stages.{index - 1}"
+    else:
+        source, target = run.stages[index - 1].model, run.stages[index].model
+        yield from _direct_depth(source, target, growth, index)
+
+
+def _direct_depth(
+    source: ModelConfig, target: ModelConfig, growth: GrowthConfig, index: int
+) -> Iterator[str]:
+    """Depth alone may change, and every new layer must be a copy of a layer that exists."""
+    before, here = f"stages.{index - 1}.model", f"stages.{index}"
+    for name in ModelConfig.model_fields:
+        old, new = getattr(source, name), getattr(target, name)
+        if name != "num_hidden_layers" and old != new:
+            yield (
+                f"{here}.model.{name} = {new} differs from {before}.{name} = {old}, "
+                "which direct_depth can not grow: make them equal"
+            )
+    old, new, layers = source.num_hidden_layers, target.num_hidden_layers, growth.layers
+    if layers is None:
+        if new % old:
+            yield (
+                f"{here}.model.num_hidden_layers = {new} is not a multiple of "
+                f"{before}.num_hidden_layers = {old}: give {here}.growth.layers"
+            )
+        return
+    if len(layers) != new:
+        yield (
+            f"{here}.growth.layers has {len(layers)} entries for "
+            f"{here}.model.num_hidden_layers = {new}"
+        )
+    for layer in sorted({layer for layer in layers if layer >= old}):
+        yield f"{here}.growth.layers names layer {layer}, but {before} has layers 0 to {old - 1}"
+
+
+def _world(stage: StageConfig, world_size: int, at: str) -> Iterator[str]:
+    tensor = stage.parallel.tensor_model_parallel_size
+    if world_size % tensor:
+        yield (
+            f"{at}.parallel.tensor_model_parallel_size = {tensor} does not divide the "
+            f"{world_size} ranks of this run"
+        )
+        return
+    data, batch = world_size // tensor, stage.batch
+    if batch.global_batch_size % (batch.micro_batch_size * data):
+        yield (
+            f"{at}.batch.global_batch_size = {batch.global_batch_size} is not a multiple of "
+            f"micro_batch_size x data parallel = {batch.micro_batch_size} x {data}"
+        )

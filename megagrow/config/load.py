@@ -1,0 +1,100 @@
+"""From a run file to a checked value: read, override, fill in, validate.
+
+Relative paths in a run file are relative to the current directory.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megagrow.config.checks import problems
+from megagrow.config.keys import DEFAULTS, refuse_unknown_keys
+from megagrow.config.overrides import apply_override
+from megagrow.config.parts import expand, merge, search_path
+from megagrow.config.schema import RunConfig
+from megagrow.config.yaml_file import read_mapping
+from megagrow.errors import InputError
+
+Place = tuple[int | str, ...]
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that the YAML file at `path` describes, with `--set` overrides applied in order.
+
+    A section may name a part, `model: llama-1.1b`, or build on one with `base: llama-1.1b`; see
+    `parts.search_path`. `model`, `tokens`, `parallel`, `batch`, `optimizer` and `schedule` at the
+    top are the defaults of every stage: a stage's own keys win, and its own model replaces the
+    default one whole. Without `stages` the top is the only stage.
+
+    Raises InputError, in one line, for everything wrong with the file.
+    """
+    origin = str(path)
+    folders = search_path(path)
+    tree = read_mapping(path)
+    refuse_unknown_keys(tree, origin)
+    tree = expand(tree, folders, origin)
+    for text in overrides:
+        tree = apply_override(tree, text)
+        refuse_unknown_keys(tree, f"--set {text}")
+        tree = expand(tree, folders, f"--set {text}")
+    try:
+        run = RunConfig.model_validate(_with_stages(tree))
+    except ValidationError as error:
+        raise InputError(f"{origin}: {'; '.join(_explained(error, tree))}") from error
+    if found := problems(run):
+        raise InputError(f"{origin}: {'; '.join(found)}")
+    return run
+
+
+def _with_stages(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree as RunConfig has it: the defaults moved from the top into every stage."""
+    defaults = {key: tree[key] for key in DEFAULTS if key in tree}
+    stages = [_filled(defaults, stage) for stage in tree.get("stages", [{}])]
+    return {key: tree[key] for key in tree if key not in DEFAULTS} | {"stages": stages}
+
+
+def _filled(defaults: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
+    model = {"model": stage["model"]} if "model" in stage else {}
+    return merge(defaults, stage) | model
+
+
+def _explained(error: ValidationError, tree: dict[str, Any]) -> list[str]:
+    """One text for each thing that pydantic found, under the path that the user wrote."""
+    return list(dict.fromkeys(_texts(error, tree)))
+
+
+def _texts(error: ValidationError, tree: dict[str, Any]) -> Iterator[str]:
+    for detail in error.errors():
+        path = ".".join(map(str, _written_at(detail["loc"], tree)))
+        if detail["type"] == "default_factory_not_called":
+            continue  # it depends on a key whose own error is reported
+        if detail["type"] == "missing":
+            yield f"'{path}' is missing"
+            continue
+        said = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        value = repr(detail["input"])
+        shown = value if len(value) <= 60 else f"{value[:57]}..."
+        yield f"'{path}' = {shown}: {said[0].lower()}{said[1:]}"
+
+
+def _written_at(place: Place, tree: dict[str, Any]) -> Place:
+    """Where the user wrote, or could write, what stands at `place` in the filled-in tree."""
+    if place[0] != "stages" or len(place) < 3 or place[2] not in DEFAULTS:
+        return place
+    if "stages" not in tree:
+        return place[2:]
+    in_stage, at_top = _reach(tree, place), _reach(tree, place[2:])
+    own_model = place[2] == "model" and in_stage > 2
+    return place if own_model or in_stage >= at_top + 2 else place[2:]
+
+
+def _reach(tree: Any, place: Place) -> int:
+    """How many steps of `place` exist in `tree`."""
+    for depth, key in enumerate(place):
+        exists = key in tree if isinstance(tree, dict) else isinstance(tree, list)
+        if not exists:
+            return depth
+        tree = tree[key]
+    return len(place)

@@ -1,0 +1,66 @@
+"""Which corpus a slot of the stream belongs to: weights as a fixed pattern, repeated for ever."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import numpy as np
+
+from megagrow.errors import InputError
+
+PERIOD = 9_000
+"""Slots after which the pattern repeats, at the latest. It makes eighths, ninths and thousandths
+exact; other weights are kept to within 0.02% of the whole."""
+
+
+class Blend:
+    """A periodic pattern of slots in which each corpus has its share, as evenly as possible.
+
+    Every question is answered in O(log period), whatever the length of the run.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        slots = _shares(weights, PERIOD)
+        self._slots = slots // np.gcd.reduce(slots)
+        self.period = int(self._slots.sum())
+        self._pattern = _spread(self._slots)
+        self._places = [np.flatnonzero(self._pattern == c) for c in range(len(weights))]
+
+    def corpus_of(self, slot: int) -> int:
+        """The corpus that slot number `slot` belongs to."""
+        return int(self._pattern[slot % self.period])
+
+    def count(self, corpus: int, slot: int) -> int:
+        """How many of the slots before number `slot` belong to the corpus."""
+        periods, rest = divmod(slot, self.period)
+        return periods * int(self._slots[corpus]) + bisect_left(self._places[corpus], rest)
+
+    def slot_of(self, corpus: int, turn: int) -> int:
+        """The slot in which it is the corpus's turn for the `turn`-th time, counted from 0."""
+        periods, rest = divmod(turn, int(self._slots[corpus]))
+        return periods * self.period + int(self._places[corpus][rest])
+
+
+def _shares(weights: Sequence[float], period: int) -> np.ndarray:
+    """How many slots of a period each corpus gets, int64: largest remainder, at least one."""
+    if len(weights) > period:
+        raise InputError(f"{len(weights)} corpora are too many to blend; at most {period}")
+    # One slot each beforehand, and the rest by what the weights still ask for.
+    ideal = np.asarray(weights, dtype=np.float64) / np.sum(weights) * period
+    wanted = np.maximum(ideal - 1, 0)
+    wanted *= (period - len(weights)) / max(np.sum(wanted), 1)
+    slots = 1 + np.floor(wanted).astype(np.int64)
+    most_cut = np.argsort(np.floor(wanted) - wanted, kind="stable")
+    slots[most_cut[: period - int(slots.sum())]] += 1
+    return slots
+
+
+def _spread(slots: np.ndarray) -> np.ndarray:
+    """The pattern: each slot goes to the corpus that is furthest behind its share, [period]."""
+    period = int(slots.sum())
+    pattern = np.empty(period, dtype=np.int32)
+    behind = np.zeros_like(slots)
+    for slot in range(period):
+        behind += slots
+        pattern[slot] = np.argmax(behind)
+        behind[pattern[slot]] -= period
+    return pattern

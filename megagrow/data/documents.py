@@ -1,0 +1,163 @@
+"""The documents of a unit, whatever the format of its files."""
+
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow
+import pyarrow.parquet
+
+from megagrow.data.sources import Unit, open_hub
+from megagrow.errors import InputError
+
+ROWS = 256
+"""Rows of a parquet file that are held at a time."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to learn, valid Unicode, and how many bytes of its unit's size it stands for."""
+
+    text: str
+    size: int
+
+
+def read_documents(unit: Unit, text_key: str) -> Iterator[Document]:
+    """The documents of a unit, always in the same order; those without a text are left out.
+
+    Errors: InputError naming the file, and the line or row, if one has no string under `text_key`
+    (texts excepted), is not UTF-8, or is damaged.
+    """
+    match unit.kind:
+        case "text" | "lossy text":
+            documents = _read_texts(unit)
+        case "jsonl":
+            documents = _read_json_lines(unit, text_key)
+        case "compressed jsonl":
+            documents = _read_compressed(unit, text_key)
+        case "parquet":
+            documents = _read_parquet(unit, text_key)
+        case "hub":
+            documents = _read_hub(unit, text_key)
+    return (document for document in documents if document.text)
+
+
+def _read_texts(unit: Unit) -> Iterator[Document]:
+    errors = "replace" if unit.kind == "lossy text" else "strict"
+    for path in unit.files:
+        content = Path(path).read_bytes()
+        try:
+            yield Document(content.decode("utf-8-sig", errors), len(content))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert it") from error
+
+
+def _read_json_lines(unit: Unit, text_key: str) -> Iterator[Document]:
+    """The lines that begin in [start, stop) of a file."""
+    path = unit.files[0]
+    with open(path, "rb") as file:
+        # Back by one byte: if a line ends there, the next one begins in this unit.
+        file.seek(max(unit.start - 1, 0))
+        if unit.start:
+            file.readline()
+        position, number = file.tell(), 0
+        while position < unit.stop and (line := file.readline()):
+            position += len(line)
+            number += 1
+            try:
+                text = _text_of_line(line, text_key)
+            except ValueError as error:
+                number += _lines_before(path, unit.start)
+                raise InputError(f"{path}: line {number}: {error}") from error
+            yield Document(text, len(line))
+
+
+def _read_compressed(unit: Unit, text_key: str) -> Iterator[Document]:
+    path = unit.files[0]
+    number, consumed = 0, 0
+    with open(path, "rb") as raw:
+        try:
+            for line in _decompress(raw, path):
+                number += 1
+                before, consumed = consumed, raw.tell()
+                yield Document(_text_of_line(line, text_key), consumed - before)
+        except (ValueError, pyarrow.ArrowException) as error:
+            raise InputError(f"{path}: line {number}: {error}") from error
+        except OSError as error:
+            raise InputError(f"{path}: damaged after line {number}: {error}") from error
+
+
+def _decompress(raw: BinaryIO, path: str) -> Iterable[bytes]:
+    """The lines of a .gz or .zst file, of any number of members or frames."""
+    codec = "gzip" if path.endswith(".gz") else "zstd"
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, codec))
+
+
+def _read_parquet(unit: Unit, text_key: str) -> Iterator[Document]:
+    path = unit.files[0]
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if text_key not in file.schema_arrow.names:
+                raise InputError(f"{path}: no column {text_key!r}; set the text key")
+            groups = range(unit.start, unit.stop)
+            rows = sum(file.metadata.row_group(group).num_rows for group in groups)
+            batches = file.iter_batches(ROWS, row_groups=list(groups), columns=[text_key])
+            texts = (text for batch in batches for text in batch.column(0).to_pylist())
+            for number, text in enumerate(texts, start=1):
+                where = f"{path}: row {number} from row group {unit.start}"
+                yield Document(_checked(text, text_key, where), unit.size // rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: damaged parquet file: {error}") from error
+
+
+def _read_hub(unit: Unit, text_key: str) -> Iterator[Document]:
+    source = unit.files[0]
+    dataset, _ = open_hub(source)
+    shard = dataset.shard(num_shards=dataset.num_shards, index=unit.start)
+    try:
+        for number, row in enumerate(shard, start=1):
+            where = f"{source}: row {number} of shard {unit.start}"
+            text = _checked(row.get(text_key), text_key, where)
+            yield Document(text, len(text.encode()))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source}: cannot read shard {unit.start}: {error}") from error
+
+
+def _text_of_line(line: bytes, text_key: str) -> str:
+    """The text of one JSON line, "" of a blank one; ValueError saying what is wrong with it."""
+    try:
+        content = line.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError("not UTF-8; convert the file") from error
+    if not content:
+        return ""
+    try:
+        record = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg}") from error
+    text = record.get(text_key) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f"no text under the key {text_key!r}; set the text key")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("half of a surrogate pair, which UTF-8 cannot hold") from error
+    return text
+
+
+def _checked(text: object, text_key: str, where: str) -> str:
+    if not isinstance(text, str):
+        raise InputError(f"{where}: no text under {text_key!r}; set the text key")
+    return text
+
+
+def _lines_before(path: str, offset: int) -> int:
+    """How many lines of the file begin before a byte: read for an error message only."""
+    with open(path, "rb") as file:
+        count = 0
+        while file.tell() < offset and file.readline():
+            count += 1
+    return count

@@ -1,0 +1,105 @@
+"""manifest.json beside a prepared corpus: where it came from, what is in it, checksums."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megagrow.errors import InputError
+
+NAME = "manifest.json"
+FORMAT = "megagrow corpus 1"
+
+
+class Split(BaseModel):
+    """What PREFIX.bin holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    documents: int
+    tokens: int
+    """EOS tokens included."""
+    max_token_id: int
+
+
+class FileRecord(BaseModel):
+    """What a file has to be."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int
+    """In bytes."""
+    blake2b: str
+    """Hexadecimal, of 32 bytes."""
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32))
+        return cls(size=path.stat().st_size, blake2b=digest.hexdigest())
+
+
+class Manifest(BaseModel):
+    """A prepared corpus, as its manifest.json describes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["megagrow corpus 1"] = FORMAT
+    fingerprint: str
+    """Of the sources and of everything that was asked for: the same one, the same corpus."""
+    sources: list[str]
+    tokenizer: str
+    """Of the files below, the one to load the tokenizer from."""
+    tokenizer_checksum: str
+    vocab_size: int
+    eos_id: int
+    splits: dict[str, Split]
+    """By the name of the prefix: train, validation."""
+    files: dict[str, FileRecord]
+    """By the path from the manifest's folder."""
+
+    @classmethod
+    def beside(cls, prefix: Path) -> Self | None:
+        """The manifest in the folder of a corpus; None if there is none, or another program's.
+
+        Errors: InputError if it is damaged.
+        """
+        path = prefix.parent / NAME
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_bytes())
+            if not isinstance(content, dict) or content.get("format") != FORMAT:
+                return None
+            return cls.model_validate(content)
+        except (ValueError, ValidationError) as error:
+            raise InputError(f"{path}: damaged; delete it or prepare the corpus again") from error
+
+    def write(self, folder: Path) -> None:
+        """Write manifest.json, whole or not at all."""
+        partial = folder / f"{NAME}.{os.getpid()}.partial"
+        partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, folder / NAME)
+
+    def is_complete(self, folder: Path) -> bool:
+        """Whether all files are there, with the right sizes (checksums: see `verify`)."""
+        paths = {folder / name: record.size for name, record in self.files.items()}
+        return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+
+
+def verify(output: Path) -> Manifest:
+    """Compare each file of a prepared corpus with its checksum; InputError naming the first one
+    that differs."""
+    manifest = Manifest.beside(output / NAME)
+    if manifest is None:
+        raise InputError(f"{output}: no {NAME}; not a folder that `megagrow prepare` has completed")
+    for name, record in manifest.files.items():
+        path = output / name
+        if not path.is_file():
+            raise InputError(f"{path}: missing; prepare the corpus again")
+        if FileRecord.of(path) != record:
+            raise InputError(f"{path}: not what was written (checksum); prepare the corpus again")
+    return manifest

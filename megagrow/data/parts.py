@@ -1,0 +1,163 @@
+"""Part files: the tokens of one unit, kept until the corpus is complete.
+
+A part's name is a fingerprint of its unit and of everything else it depends on. So a part that is
+there is a part that is right, whoever made it and when; parts of other names are of no use.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from megagrow.data.documents import Document, read_documents
+from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
+from megagrow.data.manifest import Split
+from megagrow.data.sources import Unit
+from megagrow.data.tokenizers import Tokenizer, load_tokenizer
+
+TRAIN, VALIDATION = SPLITS = ("train", "validation")
+BATCH_BYTES = 1 << 20
+"""Input that is tokenised at a time."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the corpus depends on beside its sources and its tokenizer."""
+
+    text_key: str
+    validation_fraction: float
+    seed: int
+
+    def split_of(self, text: str) -> str:
+        """Which split a document belongs to: by its content alone, so copies go together."""
+        key = self.seed.to_bytes(16, "little", signed=True)
+        digest = hashlib.blake2b(text.encode(), digest_size=8, key=key).digest()
+        is_validation = int.from_bytes(digest, "little") < self.validation_fraction * 2.0**64
+        return VALIDATION if is_validation else TRAIN
+
+
+class Part(BaseModel):
+    """The json file of a part, written last: what its corpora `NAME.train` and so on hold."""
+
+    splits: dict[str, Split]
+    bytes: int
+    """Of input."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(split.tokens for split in self.splits.values())
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What was done since the last message."""
+
+    bytes: int
+    tokens: int
+
+
+def fingerprint(*values: object) -> str:
+    """A name for plain values: hexadecimal, the same in every process."""
+    return hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
+
+
+def part_name(unit: Unit, options: Options, tokenizer: Tokenizer) -> str:
+    """The name of the part of a unit."""
+    return fingerprint(unit, options, tokenizer.checksum)
+
+
+def finished_part(folder: Path, name: str, vocab_size: int) -> Part | None:
+    """The part of this name, if it is there as a whole."""
+    path = folder / f"{name}.json"
+    try:
+        part = Part.model_validate_json(path.read_bytes())
+        sizes = {s: with_suffix(folder / name, f".{s}.bin").stat().st_size for s in SPLITS}
+    except (FileNotFoundError, ValidationError):
+        return None
+    itemsize = smallest_dtype(vocab_size).itemsize
+    whole = all(sizes[split] == part.splits[split].tokens * itemsize for split in SPLITS)
+    return part if whole else None
+
+
+def discard_stale(folder: Path, names: Iterable[str]) -> None:
+    """Remove what is in the folder and does not belong to a part (or model) of these names."""
+    wanted = set(names)
+    for path in folder.iterdir():
+        if path.suffix == ".partial" or path.name.split(".")[0] not in wanted:
+            path.unlink()
+
+
+def start_tokenising(
+    options: Options, tokenizer: str, folder: Path
+) -> Callable[[Unit], Iterator[Progress]]:
+    """Load the tokenizer; the result makes the part of a unit, with a message after each batch."""
+    return partial(make_part, options, load_tokenizer(tokenizer), folder)
+
+
+def make_part(
+    options: Options, tokenizer: Tokenizer, folder: Path, unit: Unit
+) -> Iterator[Progress]:
+    """Tokenise one unit into the folder."""
+    prefix = folder / part_name(unit, options, tokenizer)
+    dtype = smallest_dtype(tokenizer.vocab_size)
+    splits = {name: Split(documents=0, tokens=0, max_token_id=-1) for name in SPLITS}
+    done = 0
+    with ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(IndexedWriter(with_suffix(prefix, f".{name}"), dtype))
+            for name in SPLITS
+        }
+        for batch in _batches(read_documents(unit, options.text_key)):
+            before = sum(split.tokens for split in splits.values())
+            for text, ids in zip(batch.texts, tokenizer.encode_batch(batch.texts), strict=True):
+                name = options.split_of(text)
+                document = [*ids, tokenizer.eos_id]
+                writers[name].add_document(np.array(document))
+                splits[name] = add(splits[name], 1, len(document), max(document))
+            tokens = sum(split.tokens for split in splits.values()) - before
+            done += batch.size
+            yield Progress(batch.size, tokens)
+        for writer in writers.values():
+            writer.finalise()
+    _write_json(with_suffix(prefix, ".json"), Part(splits=splits, bytes=done))
+
+
+def add(split: Split, documents: int, tokens: int, max_token_id: int) -> Split:
+    """What a split holds after more was put in."""
+    return Split(
+        documents=split.documents + documents,
+        tokens=split.tokens + tokens,
+        max_token_id=max(split.max_token_id, max_token_id),
+    )
+
+
+@dataclass(frozen=True)
+class _Batch:
+    texts: list[str]
+    size: int
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[_Batch]:
+    texts: list[str] = []
+    size = length = 0
+    for document in documents:
+        texts.append(document.text)
+        size += document.size
+        length += len(document.text)
+        if length >= BATCH_BYTES:
+            yield _Batch(texts, size)
+            texts, size, length = [], 0, 0
+    if texts:
+        yield _Batch(texts, size)
+
+
+def _write_json(path: Path, part: Part) -> None:
+    partial_path = with_suffix(path, f".{os.getpid()}.partial")
+    partial_path.write_text(part.model_dump_json(), encoding="utf-8")
+    os.replace(partial_path, path)

@@ -1,0 +1,248 @@
+"""Text to a tokenised corpus: `megagrow prepare`.
+
+The sources are cut into units, workers turn each unit into a part file, and the parts are merged
+in the order of the units. What comes out depends on the sources and options only, not on the
+number of workers nor on interruptions: the same command again goes on from the parts it finds.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from megagrow.data.documents import read_documents
+from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
+from megagrow.data.manifest import NAME, FileRecord, Manifest, Split
+from megagrow.data.parts import (
+    SPLITS,
+    TRAIN,
+    Options,
+    Part,
+    add,
+    discard_stale,
+    fingerprint,
+    finished_part,
+    part_name,
+    start_tokenising,
+)
+from megagrow.data.progress import TokenisingProgress
+from megagrow.data.sources import Unit, find_units
+from megagrow.data.tokenizers import (
+    Tokenizer,
+    check_tokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
+from megagrow.data.workers import Start, run_tasks
+from megagrow.errors import InputError
+
+TRAIN_TOKENIZER = "train"
+DEFAULT_VOCAB_SIZE = 32_000
+SAMPLE_BYTES_PER_TOKEN = 4096
+"""Text that a tokenizer is trained on, for each token that it shall have: 131 MB for 32,000."""
+SAMPLE_UNITS = 256
+"""The sample is taken from the beginnings of so many units, spread over the corpus."""
+
+
+def prepare(
+    sources: list[str],
+    output: Path,
+    tokenizer: str,
+    vocab_size: int | None = None,
+    validation_fraction: float = 0.01,
+    workers: int | None = None,
+    text_key: str = "text",
+    seed: int = 1234,
+    console: Console | None = None,
+) -> Manifest:
+    """Tokenise sources (see `sources.py`) into OUTPUT/train and OUTPUT/validation.
+
+    `tokenizer` is `train` (SentencePiece, `vocab_size` tokens) or what `load_tokenizer` takes, of
+    at most `vocab_size` tokens. Of all documents, `validation_fraction` go to validation; 0 writes
+    no validation corpus. `workers` is the number of processes, by default one for each core.
+    Errors: InputError. Ctrl-C keeps the finished parts.
+    """
+    _check_options(sources, output, validation_fraction, workers)
+    console = console or Console()
+    options = Options(text_key, validation_fraction, seed)
+    with _disk_errors(output):
+        units = find_units(sources)
+        wanted = fingerprint(units, options, _identity(tokenizer, vocab_size))
+        finished = Manifest.beside(output / NAME)
+        if finished and finished.fingerprint == wanted and finished.is_complete(output):
+            console.print(f"{output}: complete and unchanged, nothing to do", soft_wrap=True)
+            return finished
+        folder = output / "parts"
+        folder.mkdir(parents=True, exist_ok=True)
+        if tokenizer == TRAIN_TOKENIZER:
+            tokenizer = str(folder / f"{wanted}.model")
+            _train_tokenizer(Path(tokenizer), units, options, vocab_size, console)
+        loaded = load_tokenizer(tokenizer)
+        names = [part_name(unit, options, loaded) for unit in units]
+        discard_stale(folder, [*names, wanted])
+        work = partial(start_tokenising, options, tokenizer, folder)
+        pending = dict(zip(names, units, strict=True))
+        _tokenise(folder, pending, work, loaded.vocab_size, workers, console)
+        splits = _merge(folder, names, output, options, loaded.vocab_size)
+        manifest = _describe(wanted, sources, output, splits, loaded)
+        manifest.write(output)
+        shutil.rmtree(folder)
+    for name, split in splits.items():
+        text = f"{output / name}: {split.documents:,} documents, {split.tokens:,} tokens"
+        console.print(text, soft_wrap=True, highlight=False)
+    return manifest
+
+
+def _check_options(
+    sources: list[str], output: Path, validation_fraction: float, workers: int | None
+) -> None:
+    if not sources:
+        raise InputError("nothing to prepare: name at least one source")
+    if not 0 <= validation_fraction < 1:
+        raise InputError(f"validation_fraction {validation_fraction} is not in [0, 1)")
+    if workers is not None and workers < 1:
+        raise InputError(f"workers {workers}: there has to be at least one")
+    for source in sources:
+        if Path(source).is_dir() and output.resolve().is_relative_to(Path(source).resolve()):
+            raise InputError(f"{output}: is inside of the source {source}; write elsewhere")
+
+
+@contextmanager
+def _disk_errors(output: Path) -> Iterator[None]:
+    """A full disk or a file without permission is the user's to mend, not a traceback."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or output}: {error.strerror or error}") from error
+
+
+def _identity(tokenizer: str, vocab_size: int | None) -> str:
+    """What tells tokenizers apart before one is trained. InputError if it is too large."""
+    if tokenizer == TRAIN_TOKENIZER:
+        return f"{TRAIN_TOKENIZER} {vocab_size or DEFAULT_VOCAB_SIZE}"
+    if vocab_size is not None:
+        check_tokenizer(tokenizer, vocab_size)
+    return load_tokenizer(tokenizer).checksum
+
+
+def _train_tokenizer(
+    path: Path, units: list[Unit], options: Options, vocab_size: int | None, console: Console
+) -> None:
+    """Train a tokenizer on a sample of the corpus, unless an earlier run has done so."""
+    if path.is_file():
+        return
+    size = vocab_size or DEFAULT_VOCAB_SIZE
+    sample = list(_sample(units, options, size * SAMPLE_BYTES_PER_TOKEN))
+    if not sample:
+        raise InputError("the sources have no document with a text in it")
+    megabytes = sum(map(len, sample)) / 1e6
+    with console.status("training the tokenizer"):
+        console.print(f"training a tokenizer of {size:,} tokens on {megabytes:.1f} MB of text")
+        train_sentencepiece(sample, size, path)
+
+
+def _sample(units: list[Unit], options: Options, limit: int) -> Iterator[str]:
+    """About `limit` characters of training documents from all over the corpus."""
+    chosen = units[:: -(-len(units) // SAMPLE_UNITS)]
+    for unit in chosen:
+        room = limit // len(chosen)
+        for document in read_documents(unit, options.text_key):
+            if options.split_of(document.text) == TRAIN:
+                yield document.text[:room]
+                room -= len(document.text)
+            if room <= 0:
+                break
+
+
+def _tokenise(
+    folder: Path,
+    units: dict[str, Unit],
+    work: Start,
+    vocab_size: int,
+    workers: int | None,
+    console: Console,
+) -> None:
+    """Make the parts that are not there yet; `units` go by the names of their parts."""
+    parts = {name: finished_part(folder, name, vocab_size) for name in units}
+    pending = [unit for name, unit in units.items() if parts[name] is None]
+    sizes = [unit.size for unit in units.values()]
+    workers = workers or len(os.sched_getaffinity(0))
+    with TokenisingProgress(console, sum(sizes) if all(sizes) else None) as progress:
+        for part in filter(None, parts.values()):
+            progress.resume(part.bytes, part.tokens)
+        try:
+            for done in run_tasks(work, pending, workers):
+                progress.advance(done.bytes, done.tokens)
+        except KeyboardInterrupt:
+            console.print("interrupted; the same command goes on from the finished parts")
+            raise
+
+
+def _merge(
+    folder: Path, names: list[str], output: Path, options: Options, vocab_size: int
+) -> dict[str, Split]:
+    """Write the corpora out of the parts, in the order of the names; what they hold."""
+    found = {name: finished_part(folder, name, vocab_size) for name in names}
+    parts = [part for part in map(found.get, names) if part is not None]
+    assert len(parts) == len(names), "a part is missing after all of them were made"
+    totals = {split: _total(split, parts) for split in SPLITS}
+    _check_totals(totals, options.validation_fraction)
+    # From here on the files beside the old manifest are no longer those it describes.
+    (output / NAME).unlink(missing_ok=True)
+    for split in SPLITS:
+        if totals[split].documents == 0:
+            for suffix in (".bin", ".idx"):
+                with_suffix(output / split, suffix).unlink(missing_ok=True)
+            continue
+        with IndexedWriter(output / split, smallest_dtype(vocab_size)) as writer:
+            for name in names:
+                writer.append(with_suffix(folder / name, f".{split}"))
+            writer.finalise()
+    return {split: total for split, total in totals.items() if total.documents}
+
+
+def _total(split: str, parts: list[Part]) -> Split:
+    total = Split(documents=0, tokens=0, max_token_id=-1)
+    for part in parts:
+        more = part.splits[split]
+        total = add(total, more.documents, more.tokens, more.max_token_id)
+    return total
+
+
+def _check_totals(totals: dict[str, Split], validation_fraction: float) -> None:
+    documents = sum(total.documents for total in totals.values())
+    if documents == 0:
+        raise InputError("the sources have no document with a text in it")
+    for name, total in totals.items():
+        if total.documents == 0 and (name == TRAIN or validation_fraction > 0):
+            raise InputError(
+                f"validation_fraction {validation_fraction} of {documents} documents leaves none "
+                f"for {name}; change it, or cut the text into more documents"
+            )
+
+
+def _describe(
+    wanted: str,
+    sources: list[str],
+    output: Path,
+    splits: dict[str, Split],
+    tokenizer: Tokenizer,
+) -> Manifest:
+    """Save the tokenizer with the corpus, and describe all files."""
+    saved = tokenizer.save(output)
+    corpora = [with_suffix(output / split, end) for split in splits for end in (".bin", ".idx")]
+    main = saved[0] if saved[0].parent == output else saved[0].parent
+    return Manifest(
+        fingerprint=wanted,
+        sources=sources,
+        tokenizer=str(main.relative_to(output)),
+        tokenizer_checksum=tokenizer.checksum,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        splits=splits,
+        files={str(path.relative_to(output)): FileRecord.of(path) for path in (*corpora, *saved)},
+    )

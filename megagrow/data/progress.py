@@ -1,0 +1,76 @@
+"""How far a long piece of work is: a live bar on a terminal, now and then a line elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class TokenisingProgress:
+    """Progress in megabytes of input and in tokens, with the time that is left."""
+
+    def __init__(self, console: Console, total_bytes: int | None) -> None:
+        """`total_bytes` is None if the size of the input is not known."""
+        self._console = console
+        self._total = total_bytes
+        self._bytes = self._tokens = self._earlier = 0
+        self._started = self._last_line = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("tokenising", total=total_bytes, status="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def resume(self, done_bytes: int, tokens: int) -> None:
+        """Count what was done in an earlier run, which says nothing of the speed."""
+        self._earlier += done_bytes
+        self.advance(done_bytes, tokens)
+
+    def advance(self, done_bytes: int, tokens: int) -> None:
+        """Count more input and the tokens that came of it."""
+        self._bytes += done_bytes
+        self._tokens += tokens
+        self._bar.update(self._task, completed=self._bytes, status=self._status())
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._console.print(f"tokenising {self._status()}{self._left()}", highlight=False)
+
+    def _speed(self) -> float:
+        """Bytes per second."""
+        return (self._bytes - self._earlier) / max(time.monotonic() - self._started, 1e-9)
+
+    def _status(self) -> str:
+        total = f"/{self._total / 1e6:,.1f}" if self._total else ""
+        speed = self._speed() / 1e6
+        return (
+            f"{self._bytes / 1e6:,.1f}{total} MB, {self._tokens / 1e6:,.2f}M tokens, "
+            f"{speed:.1f} MB/s"
+        )
+
+    def _left(self) -> str:
+        if not self._total or not self._speed():
+            return ""
+        return f", {max(self._total - self._bytes, 0) / self._speed():.0f} s left"

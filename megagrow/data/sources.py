@@ -1,0 +1,193 @@
+"""Where text comes from: sources named by the user, cut into units that workers read in parallel.
+
+A source is a file, a folder (walked in sorted order, hidden names left out), `python-stdlib` (the
+interpreter's own sources), or `hf:NAME[:CONFIG[:SPLIT]]` (a Hugging Face dataset, streamed). How a
+file is read goes by its name: .jsonl, .jsonl.gz, .jsonl.zst, .parquet; any other is one text.
+"""
+
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import pyarrow
+import pyarrow.parquet
+
+from megagrow.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+STDLIB = "python-stdlib"
+HUB = "hf:"
+COMPRESSED = (".jsonl.gz", ".jsonl.zst")
+
+SMALLEST_UNIT, LARGEST_UNIT = 4 << 20, 256 << 20
+UNITS = 2048
+"""Units in bytes: the input's size over UNITS, within these limits. So many that workers end
+together, and so few that their part files do not get in the way."""
+
+Kind = Literal["text", "lossy text", "jsonl", "compressed jsonl", "parquet", "hub"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one worker reads at a time. Its order of documents is fixed."""
+
+    kind: Kind
+    files: tuple[str, ...]
+    """Paths; for a dataset of the Hub its name as given."""
+    start: int
+    """First byte (jsonl), row group (parquet), shard (hub); lines count where they begin."""
+    stop: int
+    size: int
+    """Bytes of input, for the progress bar; 0 if unknown."""
+    state: str
+    """Changes when the input does: sizes and times of files, the revision of a dataset."""
+
+
+@dataclass(frozen=True)
+class _File:
+    path: str
+    kind: Kind
+    size: int
+    state: str
+
+
+def find_units(sources: list[str]) -> list[Unit]:
+    """All units of the sources, in the order of the corpus. InputError if one cannot be found."""
+    parts = [_find_hub(source) if source.startswith(HUB) else _find(source) for source in sources]
+    files = [item for part in parts for item in part if isinstance(item, _File)]
+    total = sum(file.size for file in files)
+    unit_size = min(max(SMALLEST_UNIT, total // UNITS), LARGEST_UNIT)
+    return [unit for part in parts for unit in _cut(part, unit_size)]
+
+
+@lru_cache(maxsize=1)
+def open_hub(source: str) -> tuple["IterableDataset", str]:
+    """The dataset of `hf:NAME[:CONFIG[:SPLIT]]`, streamed, and what tells its revision."""
+    from datasets import load_dataset_builder  # It takes seconds; most sources do without.
+
+    name, config, split = (*source.removeprefix(HUB).split(":"), "", "")[:3]
+    try:
+        builder = load_dataset_builder(name, config or None)
+        dataset = builder.as_streaming_dataset(split=split or "train")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{source}: cannot open this dataset: {reason}") from error
+    files = builder.config.data_files or {}
+    origins = [(key, list(value), value.origin_metadata) for key, value in files.items()]
+    return dataset, f"{builder.hash} {origins}"
+
+
+def _find(source: str) -> list[_File]:
+    """The files of a source of the file system."""
+    if source == STDLIB:
+        return [_describe(path, "lossy text") for path in _walk_stdlib()]
+    path = Path(source)
+    if path.is_dir():
+        found = [_describe(file, _kind_of(file)) for file in _walk(path)]
+        if not found:
+            raise InputError(f"{source}: no files in this folder")
+        return found
+    if not path.is_file():
+        raise InputError(
+            f"{source}: no such file or folder; datasets of the Hub are written hf:NAME"
+        )
+    return [_describe(path, _kind_of(path))]
+
+
+def _find_hub(source: str) -> list[Unit]:
+    dataset, state = open_hub(source)
+    shards = range(dataset.num_shards)
+    return [Unit("hub", (source,), shard, shard + 1, 0, state) for shard in shards]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files under a folder, in an order that does not depend on the file system."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from _walk(path)
+        elif path.is_file():
+            yield path
+
+
+def _walk_stdlib() -> Iterator[Path]:
+    installed = {"site-packages", "dist-packages"}
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in _walk(root):
+        if path.suffix == ".py" and not installed & set(path.relative_to(root).parts):
+            yield path
+
+
+def _kind_of(path: Path) -> Kind:
+    if path.name.endswith(".jsonl"):
+        return "jsonl"
+    if path.name.endswith(COMPRESSED):
+        return "compressed jsonl"
+    return "parquet" if path.suffix == ".parquet" else "text"
+
+
+def _describe(path: Path, kind: Kind) -> _File:
+    status = path.stat()
+    size, state = status.st_size, f"{status.st_size} {status.st_mtime_ns}"
+    return _File(os.path.abspath(path), kind, size, state)
+
+
+def _cut(items: list[_File] | list[Unit], unit_size: int) -> Iterator[Unit]:
+    """Small texts are read together, large files in ranges, the rest one at a time."""
+    together: list[_File] = []
+    room = unit_size
+    for item in items:
+        is_text = isinstance(item, _File) and item.kind in ("text", "lossy text")
+        if together and (not is_text or room <= 0):
+            yield _join(together)
+            together, room = [], unit_size
+        if isinstance(item, Unit):
+            yield item
+        elif is_text:
+            together.append(item)
+            room -= item.size
+        else:
+            yield from _ranges(item, unit_size)
+    if together:
+        yield _join(together)
+
+
+def _join(files: list[_File]) -> Unit:
+    paths = tuple(file.path for file in files)
+    state = " ".join(file.state for file in files)
+    return Unit(files[0].kind, paths, 0, 0, sum(file.size for file in files), state)
+
+
+def _ranges(file: _File, unit_size: int) -> Iterator[Unit]:
+    if file.kind == "compressed jsonl":
+        bounds = [(0, file.size, file.size)]
+    elif file.kind == "parquet":
+        bounds = _row_groups(file.path, unit_size)
+    else:
+        starts = range(0, file.size, unit_size)
+        bounds = [(start, min(start + unit_size, file.size)) for start in starts]
+        bounds = [(start, stop, stop - start) for start, stop in bounds]
+    for start, stop, size in bounds:
+        yield Unit(file.kind, (file.path,), start, stop, size, file.state)
+
+
+def _row_groups(path: str, unit_size: int) -> list[tuple[int, int, int]]:
+    """Ranges of row groups of at least `unit_size`: first, last + 1, bytes."""
+    try:
+        metadata = pyarrow.parquet.read_metadata(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a parquet file: {error}") from error
+    bounds, start, size = [], 0, 0
+    for group in range(metadata.num_row_groups):
+        size += metadata.row_group(group).total_byte_size
+        if size >= unit_size or group == metadata.num_row_groups - 1:
+            bounds.append((start, group + 1, size))
+            start, size = group + 1, 0
+    return bounds

@@ -1,0 +1,274 @@
+"""Text to token ids and back: SentencePiece models, and Hugging Face's tokenizers (extra `hf`).
+
+No tokenizer here adds tokens of its own, and none takes text that merely looks like a special
+token for one: a document that contains "</s>" does not end there.
+"""
+
+import hashlib
+import importlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import sentencepiece
+
+from megagrow.errors import InputError
+
+LONG_TEXT = 1 << 16
+"""Characters from which SentencePiece, whose time grows faster than the text, gets it in pieces."""
+
+MAX_LINE = 4096
+"""Longer lines, in characters, are cut for the training of a tokenizer."""
+
+EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
+"""What the end of a document is called in a tokenizer.json that has no configuration beside it."""
+
+
+class Tokenizer(Protocol):
+    """What the rest of megagrow needs of a tokenizer."""
+
+    vocab_size: int
+    """Token ids are below it."""
+    eos_id: int
+    """The token that ends a document."""
+    checksum: str
+    """Tells tokenizers apart, hexadecimal."""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """The token ids of each text; nothing is added at their ends."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of these tokens."""
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write into a folder the files from which it can be loaded again, the main one first."""
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """A SentencePiece .model, a tokenizer.json, or a folder or name that transformers knows.
+
+    Errors: InputError if it is missing, broken, or has no end-of-document token.
+    """
+    path = Path(name)
+    if path.suffix not in (".model", ".json"):
+        return TransformersTokenizer(str(name))
+    if not path.is_file():
+        raise InputError(f"{path}: no such tokenizer file")
+    return SentencePieceTokenizer(path) if path.suffix == ".model" else JsonTokenizer(path)
+
+
+def check_tokenizer(name: str | Path, vocab_size: int) -> None:
+    """InputError if a tokenizer has more tokens than a model of this vocabulary can embed."""
+    own = load_tokenizer(name).vocab_size
+    if own > vocab_size:
+        raise InputError(
+            f"{name}: the tokenizer has {own} tokens, more than the model's vocab_size "
+            f"{vocab_size}; set vocab_size to at least {own}"
+        )
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model. Decoding gives the text back, but for U+2581, which it uses itself."""
+
+    def __init__(self, path: Path) -> None:
+        model = path.read_bytes()
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.vocab_size = self._processor.vocab_size()
+        except RuntimeError as error:
+            raise InputError(f"{path}: not a SentencePiece model") from error
+        if self.vocab_size == 0:
+            raise InputError(f"{path}: not a SentencePiece model")
+        self.eos_id = self._processor.eos_id()
+        if self.eos_id < 0:
+            raise _no_eos(path)
+        self.checksum = _digest(model)
+        self._path = path
+        self._is_cuttable = self._check_cuttable()
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        pieces = [self._cut(text) for text in texts]
+        flat = list(chain.from_iterable(pieces))
+        encoded = iter(self._processor.encode(flat, out_type=int, num_threads=1))
+        return [list(chain.from_iterable(islice(encoded, len(parts)))) for parts in pieces]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
+
+    def save(self, folder: Path) -> list[Path]:
+        return [_copy(self._path, folder / "tokenizer.model")]
+
+    def _cut(self, text: str) -> list[str]:
+        """Pieces that end in a newline, if encoding them one by one gives the same tokens."""
+        if len(text) < LONG_TEXT or not self._is_cuttable:
+            return [text]
+        pieces, start = [], 0
+        while start < len(text):
+            stop = text.find("\n", start + LONG_TEXT // 2) + 1 or len(text)
+            pieces.append(text[start:stop])
+            start = stop
+        return pieces
+
+    def _check_cuttable(self) -> bool:
+        """No token spans a newline, and nothing is added to or stripped from a text's ends."""
+        encode, size = self._processor.encode, range(self.vocab_size)
+        if any("\n" in piece for piece in self._processor.id_to_piece(list(size))):
+            return False
+        return encode(" a \n a ") == encode(" a \n") + encode(" a ")
+
+
+class JsonTokenizer:
+    """A Hugging Face tokenizer.json; tokenizer_config.json beside it names the EOS token."""
+
+    def __init__(self, path: Path) -> None:
+        library = _import("tokenizers")
+        try:
+            self._tokenizer = library.Tokenizer.from_file(str(path))
+        except Exception as error:  # The library raises nothing more precise.
+            raise InputError(f"{path}: not a tokenizer.json: {error}") from error
+        self._tokenizer.encode_special_tokens = True
+        self._path = path
+        self.vocab_size = _size_of(self._tokenizer)
+        self.eos_id = self._find_eos()
+        self.checksum = _digest(self._tokenizer.to_str().encode(), str(self.eos_id).encode())
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        # One by one: the library's own batches would start threads in every worker process.
+        return [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def save(self, folder: Path) -> list[Path]:
+        saved = [_copy(self._path, folder / "tokenizer.json")]
+        if self._config.is_file():
+            saved.append(_copy(self._config, folder / self._config.name))
+        return saved
+
+    @property
+    def _config(self) -> Path:
+        return self._path.with_name("tokenizer_config.json")
+
+    def _find_eos(self) -> int:
+        names = EOS_NAMES
+        if self._config.is_file():
+            token = json.loads(self._config.read_text(encoding="utf-8")).get("eos_token")
+            names = (token["content"] if isinstance(token, dict) else token or "",)
+        found = [self._tokenizer.token_to_id(name) for name in names]
+        ids = [token_id for token_id in found if token_id is not None]
+        if not ids:
+            raise _no_eos(self._path)
+        return ids[0]
+
+
+class TransformersTokenizer:
+    """Any tokenizer of the transformers library: a folder, or a name on the Hugging Face Hub."""
+
+    def __init__(self, name: str) -> None:
+        library = _import("transformers")
+        try:
+            self._tokenizer = library.AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(f"{name}: no tokenizer found: {reason}") from error
+        if self._tokenizer.eos_token_id is None:
+            raise _no_eos(name)
+        self.vocab_size = _size_of(self._tokenizer)
+        self.eos_id = self._tokenizer.eos_token_id
+        self.checksum = _digest(self._description().encode(), str(self.eos_id).encode())
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self._encode(text) for text in texts]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def save(self, folder: Path) -> list[Path]:
+        self._tokenizer.save_pretrained(folder / "tokenizer")
+        return sorted(path for path in (folder / "tokenizer").rglob("*") if path.is_file())
+
+    def _encode(self, text: str) -> list[int]:
+        options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}
+        return self._tokenizer(text, verbose=False, **options)["input_ids"]
+
+    def _description(self) -> str:
+        if self._tokenizer.is_fast:
+            return self._tokenizer.backend_tokenizer.to_str()
+        return json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path) -> None:
+    """Train a byte-pair encoding on texts and write it to `model_path`, whole or not at all.
+
+    Unknown characters fall back to bytes, digits stand alone, spaces and newlines are kept as they
+    are; ids as in Llama: unk 0, bos 1, eos 2. The same texts give the same file.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.99995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=False,
+            max_sentence_length=4 * MAX_LINE,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,  # It is written into the model: any other number, another checksum.
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().rsplit("] ", 1)[-1].replace("\n", " ")
+        raise InputError(f"vocab_size {vocab_size} does not suit the corpus: {reason}") from error
+    partial = model_path.with_name(f"{model_path.name}.{os.getpid()}.partial")
+    partial.write_bytes(model.getvalue())
+    os.replace(partial, model_path)
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.split("\n"):
+            yield from (line[i : i + MAX_LINE] for i in range(0, len(line), MAX_LINE))
+
+
+def _size_of(tokenizer: Any) -> int:
+    """One more than the largest id: ids that were added later may leave gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _import(library: str) -> ModuleType:
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise InputError(
+            f"this tokenizer needs the {library} library: pip install megagrow[hf]"
+        ) from error
+
+
+def _copy(source: Path, target: Path) -> Path:
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    shutil.copyfile(source, partial)
+    os.replace(partial, target)
+    return target
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.blake2b(b"\0".join(parts), digest_size=16).hexdigest()
+
+
+def _no_eos(name: str | Path) -> InputError:
+    return InputError(f"{name}: the tokenizer has no EOS token to end documents with; add one")

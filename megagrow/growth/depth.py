@@ -1,0 +1,31 @@
+"""Depthwise growth: whole layers are copied, by any index list (paper section 3.1, App. A.3)."""
+
+from megagrow.config.schema import GrowthConfig, ModelConfig
+from megagrow.growth.map import Gather, GrowthMap
+from megagrow.parallel.plan import parameter_plan
+
+
+def stacked_layers(source_layers: int, target_layers: int) -> list[int]:
+    """Gstack: the whole stack repeated, [0..l-1] x g."""
+    return [layer % source_layers for layer in range(target_layers)]
+
+
+def direct_depth(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> GrowthMap:
+    """The paper's G_direct in depth: target layer i is a copy of source layer `layers[i]`.
+
+    Embedding, final norm and head are copied once; moments go where their weights go. The grown
+    model does not compute the same function (the loss jumps, and recovers).
+    """
+    layers = options.layers or stacked_layers(source.num_hidden_layers, target.num_hidden_layers)
+    terms = {}
+    for name, spec in parameter_plan(target, tp=1).items():
+        origin = name
+        if spec.layer is not None:
+            origin = name.replace(f"layers.{spec.layer}.", f"layers.{layers[spec.layer]}.", 1)
+        terms[name] = Gather(origin)
+    return GrowthMap(
+        terms,
+        options.optimizer_state,
+        preserves_function=layers == list(range(source.num_hidden_layers)),
+        provenance=tuple(layers),
+    )

@@ -1,0 +1,155 @@
+"""Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU; no bias, no dropout.
+
+Parameter names and shapes are those of Hugging Face's LlamaForCausalLM. The model is written for
+one device. Where tensor parallelism needs a collective stands an Identity called `enter` or
+`leave`; `parallel/layers.py` puts the collective in its place.
+
+Shapes: B batch, S sequence, D hidden size, H query heads, G key/value heads, K head dimension.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megagrow.config.schema import ModelConfig
+from megagrow.model import ops
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer needs besides the hidden states, computed once per forward pass."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+    recompute: str
+    """`none`, `selective` (the attention core) or `full` (the whole layer)."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned gain."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+        self.enter_weight = nn.Identity()
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return ops.rms_norm(x_BSD, self.enter_weight(self.weight), self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; the number of heads held here follows from the projections."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        width = config.hidden_size
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, kv_width, bias=False)
+        self.v_proj = nn.Linear(width, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+        self.enter = nn.Identity()
+        self.leave = nn.Identity()
+
+    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
+        x_BSD = self.enter(x_BSD)
+        q_BHSK = ops.apply_rope(self._heads(self.q_proj(x_BSD)), context.cos, context.sin)
+        k_BGSK = ops.apply_rope(self._heads(self.k_proj(x_BSD)), context.cos, context.sin)
+        v_BGSK = self._heads(self.v_proj(x_BSD))
+        attend = ops.attention
+        if context.recompute == "selective" and torch.is_grad_enabled():
+            attend = partial(checkpoint, ops.attention, use_reentrant=False)
+        out_BHSK = attend(q_BHSK, k_BGSK, v_BGSK, context.mask)
+        return self.leave(self.o_proj(out_BHSK.transpose(1, 2).flatten(2)))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward block."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.enter = nn.Identity()
+        self.leave = nn.Identity()
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = self.enter(x_BSD)
+        return self.leave(self.down_proj(ops.swiglu(self.gate_proj(x_BSD), self.up_proj(x_BSD))))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each behind its norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), context)
+        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+
+
+class LlamaModel(nn.Module):
+    """Token ids to normalised hidden states."""
+
+    def __init__(self, config: ModelConfig, recompute: str = "none") -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = recompute
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.leave = nn.Identity()
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, documents: Tensor | None) -> Tensor:
+        x_BSD = self.leave(self.embed_tokens(input_ids))
+        context = self._context(position_ids, documents, x_BSD.dtype)
+        for layer in self.layers:
+            if self.recompute == "full" and torch.is_grad_enabled():
+                x_BSD = checkpoint(layer, x_BSD, context, use_reentrant=True)
+            else:
+                x_BSD = layer(x_BSD, context)
+        return self.norm(x_BSD)
+
+    def _context(self, positions: Tensor, documents: Tensor | None, dtype: torch.dtype) -> Context:
+        config = self.config
+        cos, sin = ops.rope_tables(positions, config.head_dim, config.rope_theta)
+        mask = None if documents is None else ops.attention_mask(documents)
+        return Context(cos.to(dtype), sin.to(dtype), mask, self.recompute)
+
+
+class LlamaForCausalLM(nn.Module):
+    """Token ids to logits.
+
+    forward(input_ids, position_ids, document_ids): each (B, S) int64, document_ids None where
+    attention does not stop at documents. Returns logits (B, S, V), V being the rows of the
+    vocabulary that this device holds.
+    """
+
+    def __init__(self, config: ModelConfig, recompute: str = "none") -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config, recompute)
+        self.enter = nn.Identity()
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor | None = None
+    ) -> Tensor:
+        return self.lm_head(self.enter(self.model(input_ids, position_ids, document_ids)))

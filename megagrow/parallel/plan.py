@@ -1,0 +1,102 @@
+"""The one table that says what every parameter is and how tensor parallelism slices it.
+
+Model building, gradient norms, initialisation, growth, resharding and checkpoints all read it, so
+that no two of them can disagree.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megagrow.config.schema import ModelConfig
+
+Role = Literal["vocab", "residual", "query", "kv", "ffn", "none"]
+"""What an axis counts (GROWTH.md b.0): growth lifts all axes of one role together."""
+
+_SLICED: frozenset[Role] = frozenset({"vocab", "query", "kv", "ffn"})
+"""Roles whose axis tensor parallelism splits; the residual stream is whole on every rank."""
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One logical parameter: its full shape, and what its axes mean.
+
+    A vector is a matrix of one column (`cols` == 1, role `none`), so that all code sees matrices.
+    `padded_rows` is `rows` rounded up for tensor parallelism: the extra rows of the vocabulary
+    exist only on ranks, hold zeros, and belong to no logical tensor.
+    """
+
+    name: str
+    rows: int
+    cols: int
+    row_role: Role
+    col_role: Role
+    padded_rows: int
+    layer: int | None
+    is_vector: bool
+    init_std: float
+    """Standard deviation at the start; 0 stands for the constant 1 of a norm's gain."""
+
+    @property
+    def tp_dim(self) -> int | None:
+        """The dimension that tensor parallelism slices, or None where every rank has it whole."""
+        if self.row_role in _SLICED:
+            return 0
+        return 1 if self.col_role in _SLICED else None
+
+    def slice_shape(self, tp: int) -> tuple[int, int]:
+        """(rows, columns) of one rank's slice, padding included."""
+        if self.tp_dim == 0:
+            return self.padded_rows // tp, self.cols
+        return self.rows, self.cols // tp if self.tp_dim == 1 else self.cols
+
+    def slice_origin(self, tp: int, tp_rank: int) -> tuple[int, int]:
+        """Row and column of the logical tensor at which a rank's slice begins."""
+        rows, cols = self.slice_shape(tp)
+        return (tp_rank * rows if self.tp_dim == 0 else 0, tp_rank * cols if self.tp_dim == 1 else 0)
+
+    def slice_numel(self, tp: int) -> int:
+        """Elements of one rank's slice, padding included."""
+        rows, cols = self.slice_shape(tp)
+        return rows * cols
+
+
+def pad(size: int, multiple: int) -> int:
+    """`size` rounded up to a multiple."""
+    return -(-size // multiple) * multiple
+
+
+def parameter_plan(model: ModelConfig, tp: int) -> dict[str, ParamSpec]:
+    """Every parameter of the model, in the order in which the module tree holds them."""
+    width, ffn = model.hidden_size, model.intermediate_size
+    kv_width = model.num_key_value_heads * model.head_dim
+    std = model.initializer_range
+    output_std = std / (2 * model.num_hidden_layers) ** 0.5
+    vocab = (model.vocab_size, width, "vocab", "residual", std)
+    gain = (width, 1, "residual", "none", 0.0)
+    block = {
+        "self_attn.q_proj": (width, width, "query", "residual", std),
+        "self_attn.k_proj": (kv_width, width, "kv", "residual", std),
+        "self_attn.v_proj": (kv_width, width, "kv", "residual", std),
+        "self_attn.o_proj": (width, width, "residual", "query", output_std),
+        "mlp.gate_proj": (ffn, width, "ffn", "residual", std),
+        "mlp.up_proj": (ffn, width, "ffn", "residual", std),
+        "mlp.down_proj": (width, ffn, "residual", "ffn", output_std),
+        "input_layernorm": gain,
+        "post_attention_layernorm": gain,
+    }
+    table = {"model.embed_tokens": (None, vocab)}
+    for layer in range(model.num_hidden_layers):
+        for name, entry in block.items():
+            table[f"model.layers.{layer}.{name}"] = (layer, entry)
+    table["model.norm"] = (None, gain)
+    if not model.tie_word_embeddings:
+        table["lm_head"] = (None, vocab)
+    return {f"{name}.weight": _spec(f"{name}.weight", *entry, tp) for name, entry in table.items()}
+
+
+def _spec(name: str, layer: int | None, entry: tuple, tp: int) -> ParamSpec:
+    rows, cols, row_role, col_role, std = entry
+    padded = pad(rows, tp) if row_role == "vocab" else rows
+    return ParamSpec(
+        name, rows, cols, row_role, col_role, padded, layer, col_role == "none", init_std=std
+    )

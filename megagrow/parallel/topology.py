@@ -1,0 +1,144 @@
+"""Who is who: ranks, process groups, devices. Passed as a value, never kept in a global.
+
+world = data parallel x tensor parallel, and tensor-parallel ranks are neighbours:
+rank = dp_rank * tp + tp_rank. Only this file reads the launcher's environment.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megagrow.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher (deepspeed, torchrun, or nobody) says of this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def read_launch() -> Launch:
+    """The launcher's rank variables; a process started without a launcher is a world of one."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = [name for name in names if name in os.environ]
+    if given and len(given) < len(names):
+        missing = ", ".join(name for name in names if name not in given)
+        raise InputError(f"the launcher set {', '.join(given)} but not {missing}")
+    return Launch(*(int(os.environ.get(name, default)) for name, default in zip(names, "010")))
+
+
+def choose_accelerator() -> None:
+    """Tells DeepSpeed what to run on. It asks when it is imported, and warns if nobody says."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def init_process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> torch.device:
+    """Joins the ranks (nccl on GPUs, gloo on CPUs) and returns this rank's device."""
+    # DeepSpeed reads it, also where the process was started without a launcher.
+    os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", launch.local_rank)
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = dist.HashStore() if launch.world_size == 1 else None
+    dist.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+    )
+    return device
+
+
+def leave_process_group() -> None:
+    """Ends the job on all ranks together: none leaves while another still talks to it."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The ranks of one stage as a grid, with this rank's two process groups.
+
+    It is also the `mpu` that DeepSpeed asks for (Megatron-LM's names for the same grid).
+    """
+
+    rank: int
+    dp: int
+    tp: int
+    dp_group: dist.ProcessGroup
+    tp_group: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.tp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.tp
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp
+
+    def get_model_parallel_rank(self) -> int:
+        return self.tp_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.tp
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.tp_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.dp_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.dp
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.dp_group
+
+
+def make_topology(tp: int, device: torch.device) -> Topology:
+    """The grid for a tensor-parallel size; all ranks call this together."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dp = world // tp
+    tp_groups = [dist.new_group([d * tp + t for t in range(tp)]) for d in range(dp)]
+    dp_groups = [dist.new_group([d * tp + t for d in range(dp)]) for t in range(tp)]
+    return Topology(rank, dp, tp, dp_groups[rank % tp], tp_groups[rank // tp], device)
+
+
+def destroy_topology(topology: Topology) -> None:
+    """Gives the two process groups back."""
+    dist.destroy_process_group(topology.tp_group)
+    dist.destroy_process_group(topology.dp_group)
+
+
+def together(action: Callable[[], T]) -> T:
+    """Runs `action` on every rank; if it fails on one, the same error is raised on all.
+
+    For whatever may go wrong on a single rank (a full disk, a damaged file): without this, the
+    others would wait in their next collective for ever.
+    """
+    result, problem = None, None
+    try:
+        result = action()
+    except (InputError, OSError) as error:
+        problem = str(error)
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    found = [(rank, text) for rank, text in enumerate(problems) if text is not None]
+    if found:
+        rank, text = found[0]
+        raise InputError(text if len(found) == len(problems) else f"rank {rank}: {text}")
+    return result

@@ -1,0 +1,85 @@
+"""How much a model computes, by two accounts, and what a device could.
+
+`paper_flops_per_token` is the account of the papers on growth, by which speedups are measured:
+6 N with N all parameters, embeddings in, attention out. `flops_per_token` counts the matrix
+products that are really done; utilisation (MFU) is measured by it.
+"""
+
+from megagrow.config.schema import ModelConfig, RunConfig
+from megagrow.train.stages import stage_tokens
+
+PEAK_FLOPS = (
+    ("H100 PCIE", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H200 NVL", 835e12),
+    ("H200", 989e12),
+    ("GH200", 989e12),
+    ("H800 PCIE", 756e12),
+    ("H800", 989e12),
+    ("H20", 148e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("A40", 149.7e12),
+    ("A30", 165e12),
+    ("A10", 125e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("GB200", 2.5e15),
+    ("B200", 2.25e15),
+)
+"""Words of a device's name -> its dense bf16 FLOP/s (NVIDIA's datasheets, sparsity taken out).
+The first row all of whose words are in the name holds; a plain H100 or H200 is the SXM one."""
+
+
+def parameters(model: ModelConfig) -> int:
+    """Number of parameters; a tied embedding counts once."""
+    embedding = model.vocab_size * model.hidden_size
+    norms = (2 * model.num_hidden_layers + 1) * model.hidden_size
+    return matmul_parameters(model) + norms + (0 if model.tie_word_embeddings else embedding)
+
+
+def matmul_parameters(model: ModelConfig) -> int:
+    """Parameters that multiply every token: the layers' matrices and the head, no norms."""
+    hidden, head = model.hidden_size, model.head_dim
+    queries = hidden * model.num_attention_heads * head
+    keys = hidden * model.num_key_value_heads * head
+    layer = 2 * queries + 2 * keys + 3 * hidden * model.intermediate_size
+    return model.num_hidden_layers * layer + model.vocab_size * hidden
+
+
+def paper_flops_per_token(model: ModelConfig) -> int:
+    """Training FLOPs per token by the paper's account: 6 N (PAPER.md section 4)."""
+    return 6 * parameters(model)
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
+    """Training FLOPs per token: 6 per matrix weight, and attention over `sequence_length`.
+
+    Attention: q k^T and the weighted sum of v each take 2 heads head_dim FLOPs for every position
+    seen, forward, and twice that backward: 12 L heads head_dim per position (PaLM,
+    arXiv 2204.02311, appendix B; Chinchilla, arXiv 2203.15556, appendix F). They count all S
+    positions; a causal kernel sees (S + 1) / 2 on average, which is what is counted here. Work
+    done twice by activation checkpointing is not counted.
+    """
+    width = model.num_attention_heads * model.head_dim
+    attention = 6 * model.num_hidden_layers * width * (sequence_length + 1)
+    return 6 * matmul_parameters(model) + attention
+
+
+def run_flops(run: RunConfig) -> int:
+    """FLOPs of the whole run, as `flops_per_token` counts them."""
+    length = run.data.sequence_length
+    return sum(stage_tokens(s, length) * flops_per_token(s.model, length) for s in run.stages)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of one device, by its name in `torch.cuda.get_device_name`.
+
+    None where it is not known, so also for a slice of a device (MIG).
+    """
+    words = set(device_name.upper().replace("-", " ").split())
+    if "MIG" in words:
+        return None
+    return next((peak for name, peak in PEAK_FLOPS if words.issuperset(name.split())), None)

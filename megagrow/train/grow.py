@@ -1,0 +1,65 @@
+"""The growth event: one stage's state becomes the next one's, rank to rank, in the running job."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megagrow.config.schema import RunConfig
+from megagrow.growth.map import GrowthMap
+from megagrow.growth.operators import growth_map
+from megagrow.parallel.zero import STATE_KINDS
+from megagrow.reshard.exchange import Side, exchange
+from megagrow.train.memory import peak_memory
+from megagrow.train.stage import Stage, build_stage
+
+
+@dataclass(frozen=True)
+class GrowthReport:
+    """What a growth cost, over all ranks."""
+
+    operator: str
+    layers: tuple[int, ...]
+    bytes_between_ranks: int
+    bytes_within_ranks: int
+    seconds: float
+    peak_memory_bytes: int
+    """Highest of all ranks."""
+
+
+def grow(run: RunConfig, stage: Stage) -> tuple[Stage, GrowthReport]:
+    """Ends a stage and returns the next one, holding the grown state; all ranks together.
+
+    fp32 weights move always, Adam's moments and step with `optimizer_state: transport`. The source
+    is kept until the target is filled; the 16-bit weights, gradients and buffers of the source
+    engine are freed before the target is built.
+    """
+    begin = time.perf_counter()
+    target_config = run.stages[stage.index + 1]
+    if target_config.growth is None:
+        raise AssertionError(f"stage {stage.index + 1} has no growth")
+    growth = growth_map(stage.config.model, target_config.model, target_config.growth)
+    adam_step = stage.engine.adam_step
+    source = Side(stage.layout, stage.release())
+    target = build_stage(run, stage.index + 1, stage.topology.device)
+    transport = growth.optimizer_state == "transport"
+    kinds = STATE_KINDS if transport else STATE_KINDS[:1]
+    moved = exchange(source, growth, Side(target.layout, target.engine.storage()), kinds)
+    target.engine.ready(adam_step if transport else 0)
+    seconds = time.perf_counter() - begin
+    return target, _report(target, growth, moved.bytes_sent, moved.bytes_local, seconds)
+
+
+def _report(
+    target: Stage, growth: GrowthMap, sent: int, local: int, seconds: float
+) -> GrowthReport:
+    device = target.topology.device
+    sums = torch.tensor([sent, local], dtype=torch.int64, device=device)
+    dist.all_reduce(sums)
+    peak = torch.tensor([peak_memory(device)], dtype=torch.int64, device=device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    growth_config = target.config.growth
+    operator = growth_config.operator if growth_config else ""
+    between, within = sums.tolist()
+    return GrowthReport(operator, growth.provenance, between, within, seconds, int(peak))

@@ -1,0 +1,38 @@
+"""What a run reads: the training stream, the validation stream, and the checks before the start."""
+
+from dataclasses import dataclass
+
+from megagrow.config.schema import RunConfig
+from megagrow.data.batches import BatchReader, open_stream
+from megagrow.data.tokenizers import check_tokenizer
+from megagrow.errors import InputError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Readers that all stages share; the stream does not change at a growth."""
+
+    train: BatchReader
+    validation: BatchReader | None
+    validation_sequences: int
+    fixed: BatchReader
+    """Its first sequences are the fixed batch on which a growth is judged."""
+
+
+def open_inputs(run: RunConfig) -> Inputs:
+    """Opens and checks the corpora and the tokenizer. InputError names the file at fault."""
+    data, length = run.data, run.data.sequence_length
+    vocab_size = run.stages[0].model.vocab_size
+    if data.tokenizer is not None:
+        check_tokenizer(data.tokenizer, vocab_size)
+    train = BatchReader(open_stream(data.train, run.seed, length), data, vocab_size)
+    if not data.validation:
+        return Inputs(train, None, 0, train)
+    stream = open_stream(data.validation, run.seed, length, shuffle=False)
+    sequences = min(-(-run.validation.tokens // length), stream.epoch_tokens // length)
+    if sequences == 0:
+        raise InputError(
+            f"data.validation holds {stream.epoch_tokens} tokens, less than one sequence of {length}"
+        )
+    validation = BatchReader(stream, data, vocab_size)
+    return Inputs(train, validation, sequences, validation)

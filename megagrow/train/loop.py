@@ -1,0 +1,122 @@
+"""One turn of the training loop. It trains a step and says what is due; run.py does what is due."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megagrow.config.schema import RunConfig
+from megagrow.data.batches import Batch, BatchReader, sequences_of
+from megagrow.errors import InputError
+from megagrow.parallel.topology import together
+from megagrow.train.flops import flops_per_token, paper_flops_per_token
+from megagrow.train.memory import peak_memory
+from megagrow.train.metrics import StepMeasure
+from megagrow.train.schedule import rate_at
+from megagrow.train.signals import StopSignal
+from megagrow.train.stage import Stage
+from megagrow.train.stages import stage_steps, step_tokens
+from megagrow.train.state import RunState
+from megagrow.train.step import train_step
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A step was trained; `state` is that after it, the flags say what is due now."""
+
+    state: RunState
+    measure: StepMeasure
+    validate: bool
+    save: bool
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A signal asked for the end; the state is that after the last whole step."""
+
+    state: RunState
+    reason: str
+
+
+@dataclass(frozen=True)
+class StageEnd:
+    """The stage has had all its steps."""
+
+    state: RunState
+
+
+Event = StepDone | Stopped | StageEnd
+
+
+def advance(
+    run: RunConfig, stage: Stage, state: RunState, reader: BatchReader, stop: StopSignal
+) -> Event:
+    """Trains the next step of a stage, unless it has had all of them or a signal came.
+
+    An error that only one rank sees (a damaged corpus) is raised as the same InputError on all.
+    """
+    steps = stage_steps(stage.config, run.data.sequence_length)
+    if state.stage_step == steps:
+        return StageEnd(state)
+    batches = _next_batches(stage, state, reader, stop)
+    if batches is None:
+        return Stopped(state, stop.received or "a signal on another rank")
+    measure = _measured_step(run, stage, state, batches)
+    state = state.after_step(measure)
+    last = state.stage_step == steps
+    return StepDone(
+        state,
+        measure,
+        validate=last or state.counters.step % run.validation.interval == 0,
+        save=last or state.counters.step % run.checkpoint.interval == 0,
+    )
+
+
+def _next_batches(
+    stage: Stage, state: RunState, reader: BatchReader, stop: StopSignal
+) -> list[Batch] | None:
+    """This rank's micro batches of the next step; None if any rank was told to stop."""
+    batch = stage.config.batch
+    mine = sequences_of(
+        batch.global_batch_size, batch.micro_batch_size, stage.topology.dp_rank, stage.topology.dp
+    )
+    batches, problem = [], None
+    try:
+        batches = [reader.read(state.counters.tokens, indices) for indices in mine]
+    except InputError as error:
+        problem = error
+    flags = [float(problem is not None), float(stop.received is not None)]
+    vote = torch.tensor(flags, device=stage.topology.device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    failed, stopped = vote.tolist()
+    if failed:
+        together(lambda: _raise(problem))
+    return None if stopped else batches
+
+
+def _raise(problem: InputError | None) -> None:
+    if problem is not None:
+        raise problem
+
+
+def _measured_step(
+    run: RunConfig, stage: Stage, state: RunState, batches: list[Batch]
+) -> StepMeasure:
+    begin = time.perf_counter()
+    length = run.data.sequence_length
+    tokens = step_tokens(stage.config, length)
+    lr = rate_at(run, stage.index, state.stage_step * tokens)
+    loss, norm = train_step(stage, batches, lr)
+    model = stage.config.model
+    return StepMeasure(
+        stage=stage.index,
+        loss=loss,
+        lr=lr,
+        grad_norm=norm,
+        tokens=tokens,
+        flops=paper_flops_per_token(model) * tokens,
+        flops_true=flops_per_token(model, length) * tokens,
+        seconds=time.perf_counter() - begin,
+        memory_bytes=peak_memory(stage.topology.device),
+    )

@@ -1,0 +1,133 @@
+"""What rank 0 shows and writes down: the live line, the metrics, the resolved config."""
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from megagrow.config.schema import RunConfig
+from megagrow.config.show import to_yaml
+from megagrow.train.environment import describe_environment
+from megagrow.train.flops import parameters, peak_flops, run_flops
+from megagrow.train.grow import GrowthReport
+from megagrow.train.live import LiveLine, Status, duration, short
+from megagrow.train.metrics import MetricsLog, start_fields, train_fields
+from megagrow.train.loop import StepDone
+from megagrow.train.stages import run_steps
+from megagrow.train.state import RunState
+
+
+class Recorder:
+    """Writes into the run's directory and to the terminal on rank 0; does nothing elsewhere."""
+
+    def __init__(self, run: RunConfig, rank: int, world_size: int) -> None:
+        self._run = run
+        self._enabled = rank == 0
+        self._stack = ExitStack()
+        self._live = LiveLine(run_steps(run), run_flops(run), self._enabled)
+        self._metrics: MetricsLog | None = None
+        peak = run.logging.peak_flops or _device_peak()
+        self._peak = peak * world_size if peak else None
+
+    def __enter__(self) -> "Recorder":
+        if self._enabled:
+            run = self._run
+            run.output_dir.mkdir(parents=True, exist_ok=True)
+            (run.output_dir / "config.yaml").write_text(to_yaml(run), encoding="utf-8")
+            environment = json.dumps(describe_environment(), indent=1)
+            (run.output_dir / "environment.json").write_text(environment, encoding="utf-8")
+            self._metrics = self._stack.enter_context(
+                MetricsLog(
+                    run.output_dir, run.logging.tensorboard, run.logging.wandb_project, run.name
+                )
+            )
+            self._stack.enter_context(self._live)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def say(self, text: str) -> None:
+        """A line for good on the terminal."""
+        if self._enabled:
+            self._live.say(text)
+
+    def start(self, state: RunState, checkpoint: Path | None) -> None:
+        """The run begins, or goes on from a checkpoint."""
+        if checkpoint is None:
+            self._write(lambda log: log.truncate_after(-1))
+            sizes = " -> ".join(short(parameters(s.model)) for s in self._run.stages)
+            self.say(f"{self._run.name}: a run of {run_steps(self._run)} steps, parameters {sizes}")
+        else:
+            step, stage = state.counters.step, state.stage
+            self._write(lambda log: log.truncate_after(step, stage))
+            self.say(f"{self._run.name}: goes on from {checkpoint}, step {step}")
+        self._write(lambda log: log.write("start", state.counters, **start_fields(self._run)))
+
+    def step(self, event: StepDone) -> None:
+        """A step was trained."""
+        counters, measure = event.state.counters, event.measure
+        if counters.step % self._run.logging.interval == 0 or event.validate:
+            fields = train_fields(measure, self._peak)
+            self._write(lambda log: log.write("train", counters, **fields))
+            self._live.update(
+                Status(
+                    stage=measure.stage,
+                    stages=len(self._run.stages),
+                    step=counters.step,
+                    loss=measure.loss,
+                    lr=measure.lr,
+                    tokens_per_second=fields["tokens_per_second"],
+                    flops=counters.flops_true,
+                    mfu=fields["mfu"],
+                )
+            )
+
+    def validation(self, state: RunState, loss: float) -> None:
+        """The validation loss was measured."""
+        fields = {"stage": state.stage, "loss": loss}
+        self._write(lambda log: log.write("validation", state.counters, **fields))
+        self.say(f"step {state.counters.step}: validation loss {loss:.4f}")
+
+    def checkpoint(self, state: RunState, path: Path, seconds: float) -> None:
+        """A checkpoint was saved."""
+        fields = {"stage": state.stage, "path": str(path), "seconds": seconds}
+        self._write(lambda log: log.write("checkpoint", state.counters, **fields))
+        self.say(f"step {state.counters.step}: saved {path} in {seconds:.1f} s")
+
+    def growth(self, state: RunState, report: GrowthReport, before: float, after: float) -> None:
+        """The model grew; `state` is that after the growth."""
+        fields = {"stage": state.stage, "loss_before": before, "loss_after": after}
+        fields |= {name: getattr(report, name) for name in report.__dataclass_fields__}
+        self._write(lambda log: log.write("growth", state.counters, **fields))
+        old, new = (self._run.stages[i].model for i in (state.stage - 1, state.stage))
+        self.say(
+            f"step {state.counters.step}: grew {old.num_hidden_layers} -> {new.num_hidden_layers} "
+            f"layers, {short(parameters(old))} -> {short(parameters(new))} parameters, in "
+            f"{report.seconds:.1f} s ({short(report.bytes_between_ranks)}B between ranks); loss on "
+            f"a fixed batch {before:.3f} -> {after:.3f}"
+        )
+
+    def end(self, state: RunState, stopped: str | None) -> None:
+        """The run is over, or was stopped by a signal."""
+        counters = state.counters
+        self._write(lambda log: log.write("end", counters, stopped=stopped))
+        how = f"stopped by {stopped}; the same command goes on" if stopped else "done"
+        spent = duration(counters.elapsed_seconds)
+        self.say(f"{self._run.name}: {how}. {counters.step} steps, {counters.tokens} tokens, {spent}")
+
+    def _write(self, action: Callable[[MetricsLog], None]) -> None:
+        if self._metrics is not None:
+            action(self._metrics)
+
+
+def _device_peak() -> float | None:
+    return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None

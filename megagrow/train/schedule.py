@@ -1,0 +1,86 @@
+"""The learning rate as a pure function of tokens.
+
+Convention: the value at `tokens` is used by the step that begins there. Warm-up looks at the end of
+that step, so that the first of W warm-up steps trains at lr / W (never at 0) and the last one at
+lr. Decay looks at the step's beginning, so that it starts from lr and reaches min_lr at the
+horizon: all steps that begin there or later use min_lr.
+"""
+
+import math
+
+from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
+from megagrow.train.stages import step_tokens, tokens_between
+
+WSD_DECAY = 0.1
+"""Share of the horizon that WSD decays over by default (MiniCPM, arXiv 2404.06395, section 4)."""
+
+
+def learning_rate(
+    schedule: ScheduleConfig,
+    optimizer: OptimizerConfig,
+    tokens: int,
+    tokens_per_step: int,
+    horizon: int,
+) -> float:
+    """The rate of the step that begins at `tokens`, counted from the schedule's origin.
+
+    `horizon` is the number of tokens, from the same origin, at which the schedule ends where it
+    does not say so itself. Where warm-up and decay overlap the smaller rate holds.
+    """
+    warmup = warmup_length(schedule, tokens_per_step)
+    end = schedule.horizon_tokens or horizon
+    rising = min(1.0, (tokens + tokens_per_step) / warmup) if warmup else 1.0
+    left = 1.0 - _decayed(schedule, tokens, warmup, end)
+    falling = optimizer.min_lr + left * (optimizer.lr - optimizer.min_lr)
+    return min(rising * optimizer.lr, falling)
+
+
+def warmup_length(schedule: ScheduleConfig, tokens_per_step: int) -> int:
+    """Tokens of warm-up; 0 is none."""
+    if schedule.warmup_steps is not None:
+        return schedule.warmup_steps * tokens_per_step
+    return schedule.warmup_tokens or 0
+
+
+def _decayed(schedule: ScheduleConfig, tokens: int, warmup: int, end: int) -> float:
+    """How much of the way from lr to min_lr lies behind: 0 before the decay, 1 after it."""
+    if schedule.type == "constant":
+        return 0.0
+    start = warmup
+    if schedule.type == "wsd":
+        start = max(warmup, end - (schedule.decay_tokens or math.ceil(WSD_DECAY * end)))
+    if tokens >= end:
+        return 1.0
+    if tokens <= start:
+        return 0.0
+    way = (tokens - start) / (end - start)
+    return (1.0 - math.cos(math.pi * way)) / 2 if schedule.type == "cosine" else way
+
+
+def origin_stage(run: RunConfig, stage_index: int) -> int:
+    """The stage at whose start the schedule of stage `stage_index` has its origin.
+
+    Its own, unless its growth says `lr_schedule: continue`: then that of the stage before it.
+    """
+    growth = run.stages[stage_index].growth
+    if stage_index > 0 and growth is not None and growth.lr_schedule == "continue":
+        return origin_stage(run, stage_index - 1)
+    return stage_index
+
+
+def rate_at(run: RunConfig, stage_index: int, stage_tokens: int) -> float:
+    """The rate of the step that begins `stage_tokens` tokens into stage `stage_index`.
+
+    The stage's own schedule and optimizer settings hold, warm-up included, counted from the
+    schedule's origin (see `origin_stage`); the default horizon is the end of the whole run. So a
+    stage that continues with the settings of the one before goes on as if there were one stage.
+    """
+    stage = run.stages[stage_index]
+    origin = origin_stage(run, stage_index)
+    return learning_rate(
+        stage.schedule,
+        stage.optimizer,
+        tokens_between(run, origin, stage_index) + stage_tokens,
+        step_tokens(stage, run.data.sequence_length),
+        tokens_between(run, origin, len(run.stages)),
+    )

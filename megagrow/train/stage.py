@@ -1,0 +1,61 @@
+"""A stage made real: its engine on this rank, its topology, and the layout of its state."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megagrow.config.schema import RunConfig, StageConfig
+from megagrow.parallel.topology import Topology, destroy_topology, make_topology
+from megagrow.parallel.zero import EngineSettings, Storage, ZeroEngine
+from megagrow.reshard.layout import Layout
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the run while it is trained."""
+
+    index: int
+    config: StageConfig
+    topology: Topology
+    engine: ZeroEngine
+    layout: Layout
+
+    def release(self) -> Storage:
+        """Destroys engine and groups; returns this rank's state, all that is left in memory."""
+        storage = self.engine.release()
+        destroy_topology(self.topology)
+        return storage
+
+
+def build_stage(run: RunConfig, index: int, device: torch.device) -> Stage:
+    """An empty engine for a stage of the run; its state is still to be written. Collective."""
+    config = run.stages[index]
+    parallel = config.parallel
+    topology = make_topology(parallel.tensor_model_parallel_size, device)
+    bf16 = uses_bf16(run, device)
+    settings = EngineSettings(config.model, parallel, config.batch, config.optimizer, bf16)
+    engine = ZeroEngine(settings, topology)
+    layout = Layout(
+        engine.plan, engine.groups, parallel.zero_stage, topology.dp, parallel.tensor_model_parallel_size
+    )
+    check_layout(layout, engine, topology.rank)
+    return Stage(index, config, topology, engine, layout)
+
+
+def uses_bf16(run: RunConfig, device: torch.device) -> bool:
+    """Whether the forward and backward pass run in bf16."""
+    return run.precision == "bf16" or (run.precision == "auto" and device.type == "cuda")
+
+
+def check_layout(layout: Layout, engine: ZeroEngine, rank: int) -> None:
+    """Compares our arithmetic with DeepSpeed's own bookkeeping; a difference is a bug."""
+    dp_rank = rank // layout.tp
+    ours = {name: layout.interval(name, dp_rank) for name in layout.plan}
+    ours = {name: interval for name, interval in ours.items() if interval}
+    theirs = engine.intervals()
+    for name in ours.keys() | theirs.keys():
+        if ours.get(name) != theirs.get(name):
+            raise AssertionError(
+                f"rank {rank}: {name} should be held as {ours.get(name)} of its slice, "
+                f"DeepSpeed holds {theirs.get(name)}"
+            )

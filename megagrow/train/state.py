@@ -1,0 +1,43 @@
+"""Where a run stands: all that a checkpoint needs besides the tensors, as one value."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from megagrow.train.metrics import Counters, StepMeasure
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The next step is step `stage_step` of stage `stage`; its batch begins at token
+    `counters.tokens` of the training stream. Nothing else decides what a run does next."""
+
+    counters: Counters = Counters()
+    stage: int = 0
+    stage_step: int = 0
+    provenance: tuple[tuple[int, ...], ...] = ()
+    """For each growth so far: for each new layer the layer that it was copied from."""
+
+    def after_step(self, measure: StepMeasure) -> "RunState":
+        """The state when a step is done."""
+        counters = self.counters.after_step(measure)
+        return replace(self, counters=counters, stage_step=self.stage_step + 1)
+
+    def after_growth(self, layers: tuple[int, ...]) -> "RunState":
+        """The state at the start of the next stage."""
+        provenance = (*self.provenance, layers)
+        return replace(self, stage=self.stage + 1, stage_step=0, provenance=provenance)
+
+    def after_loss(self, seconds: float) -> "RunState":
+        """The state when `seconds` went into a growth or a checkpoint."""
+        return replace(self, counters=self.counters.after_loss(seconds))
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for the manifest of a checkpoint."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> "RunState":
+        """The inverse of `as_json`."""
+        provenance = tuple(tuple(layers) for layers in values["provenance"])
+        counters = Counters(**values["counters"])
+        return RunState(counters, values["stage"], values["stage_step"], provenance)

@@ -1,0 +1,65 @@
+"""One training step, and the loss of a batch without one."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megagrow.data.batches import Batch, BatchReader
+from megagrow.parallel.loss import IGNORED, cross_entropy
+from megagrow.train.stage import Stage
+
+
+def train_step(stage: Stage, batches: Sequence[Batch], lr: float) -> tuple[float, float]:
+    """Forward and backward over this rank's micro batches, and one update of the weights.
+
+    Returns the loss (mean over the global batch's tokens, in nats) and the gradient norm before
+    clipping. A position without a next token (the last of a corpus) counts as a loss of zero, so
+    that every layout divides by the same number.
+    """
+    total = torch.zeros((), device=stage.topology.device)
+    norm = None
+    for batch in batches:
+        loss = _summed_loss(stage, batch) / batch.labels.numel()
+        stage.engine.backward(loss)
+        norm = stage.engine.step(lr)
+        total += loss.detach() / len(batches)
+    dist.all_reduce(total, group=stage.topology.dp_group)
+    if norm is None:
+        raise AssertionError("the engine did not update the weights at the last micro batch")
+    return total.item() / stage.topology.dp, norm
+
+
+def mean_loss(stage: Stage, reader: BatchReader, sequences: int) -> float:
+    """Mean loss per token over the first sequences of a stream, in nats; all ranks together.
+
+    Sequences are dealt out to the data-parallel ranks; the result does not depend on how many
+    there are.
+    """
+    micro, dp = stage.config.batch.micro_batch_size, stage.topology.dp
+    sums = torch.zeros(2, dtype=torch.float64, device=stage.topology.device)
+    stage.engine.train(False)
+    with torch.no_grad():
+        # Every rank makes the same number of passes (ZeRO-3 gathers weights in each of them):
+        # what lies beyond the end is read as the last sequence again, and not counted.
+        for index in range(-(-sequences // (micro * dp))):
+            first = (index * dp + stage.topology.dp_rank) * micro
+            indices = list(range(first, first + micro))
+            batch = reader.read(0, [min(index, sequences - 1) for index in indices])
+            beyond = torch.tensor([index >= sequences for index in indices])
+            batch.labels[beyond] = IGNORED
+            sums[0] += _summed_loss(stage, batch)
+            sums[1] += (batch.labels != IGNORED).sum()
+    stage.engine.train()
+    dist.all_reduce(sums, group=stage.topology.dp_group)
+    return (sums[0] / sums[1]).item()
+
+
+def _summed_loss(stage: Stage, batch: Batch) -> torch.Tensor:
+    device = stage.topology.device
+    documents = None if batch.document_ids is None else batch.document_ids.to(device)
+    logits = stage.engine.forward(
+        batch.input_ids.to(device), batch.position_ids.to(device), documents
+    )
+    vocab = stage.config.model.vocab_size
+    return cross_entropy(logits, batch.labels.to(device), vocab, stage.topology)

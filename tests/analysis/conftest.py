@@ -1,0 +1,64 @@
+"""Runs that were never trained: their losses are a power law of the FLOPs, with some noise."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from megagrow.train.metrics import Counters, MetricsLog, StepMeasure, train_fields
+
+TOKENS = 1000
+EVERY = 10
+
+
+class Stage(NamedTuple):
+    """Steps of a model of so many parameters; the loss is floor + height (FLOPs + ahead)^-0.3."""
+
+    steps: int
+    parameters: int
+    ahead: float = 0.0
+    floor: float = 1.5
+
+
+def loss_at(flops: float, stage: Stage) -> float:
+    return stage.floor + 6.0 * ((flops + stage.ahead) / 1e9) ** -0.3
+
+
+def write_run(
+    directory: Path, stages: list[Stage], *, noise: float = 0.0, end: bool = True
+) -> Path:
+    """A run's directory, written as training writes it: validation every 10 steps."""
+    draw, counters = random.Random(directory.name), Counters()
+    with MetricsLog(directory, False, None, directory.name) as log:
+        total = sum(stage.steps for stage in stages)
+        sizes = [stage.parameters for stage in stages]
+        named = {"name": directory.name, "seed": 1, "parameters": sizes}
+        log.write("start", counters, **named, run_steps=total, run_tokens=total * TOKENS)
+        for index, stage in enumerate(stages):
+            if index:
+                counters = counters.after_loss(2.0)
+                log.write("growth", counters, stage=index)
+            for _ in range(stage.steps):
+                flops = 6.0 * stage.parameters * TOKENS
+                loss = loss_at(counters.flops + flops, stage)
+                seen = StepMeasure(
+                    stage=index, loss=loss + noise * draw.gauss(0, 1), lr=1e-3, grad_norm=1.0,
+                    tokens=TOKENS, flops=flops, flops_true=flops, seconds=0.5, memory_bytes=1,
+                )  # fmt: skip
+                counters = counters.after_step(seen)
+                log.write("train", counters, **train_fields(seen, None))
+                if counters.step % EVERY == 0:
+                    log.write("validation", counters, stage=index, loss=loss)
+        if end:
+            log.write("end", counters)
+    return directory
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """write_run, into a new directory of the given name; a stage is a tuple of Stage's fields."""
+    return lambda name, stages, **how: write_run(
+        tmp_path / name, [Stage(*stage) for stage in stages], **how
+    )

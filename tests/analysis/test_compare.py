@@ -1,0 +1,93 @@
+import json
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from megagrow.analysis.compare import compare_runs
+from megagrow.errors import InputError
+
+SMALL, LARGE = 800_000, 3_200_000
+SCRATCH = [(200, LARGE)]
+GROWN = [(100, SMALL), (175, LARGE, 1.5e12)]
+WORSE = [(100, SMALL), (175, LARGE, 0.0, 1.6)]
+
+
+def compare(runs: list[Path], output: Path) -> tuple[str, dict]:
+    console = Console(record=True, width=120, file=StringIO())
+    compare_runs(runs, output, console)
+    return console.export_text(), json.loads((output / "comparison.json").read_text())
+
+
+def test_speedup_is_the_known_one(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """Both end at 3.84e12 FLOPs; grown is 1.5e12 ahead, so it was there at 2.34e12."""
+    runs = [make_run("scratch", SCRATCH), make_run("grown", GROWN)]
+    text, whole = compare(runs, tmp_path / "out")
+    (found,) = whole["comparisons"]
+    assert (found["grown"], found["scratch"]) == ("grown", "scratch")
+    assert found["compared_by"] == "validation"
+    assert found["flops_scratch"] == pytest.approx(3.84e12)
+    assert found["flops_grown"] == pytest.approx(2.34e12, rel=1e-3)
+    assert found["speedup"] == pytest.approx(3.84 / 2.34 - 1, abs=2e-3)
+    assert "Speedup sp = +64.1% (39.1% fewer FLOPs): growth was faster here." in text
+    assert "800,000 -> 3,200,000" in text
+    assert "one seed: there is no error bar" in text
+
+
+def test_a_loss_of_growth_is_told_as_one(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    runs = [make_run("grown", WORSE), make_run("scratch", SCRATCH)]
+    text, whole = compare(runs, tmp_path / "out")
+    (found,) = whole["comparisons"]
+    assert found["loss"] == found["final_grown"] > found["final_scratch"]
+    assert found["speedup"] < -0.3
+    assert "more FLOPs): growth was not faster here." in text
+
+
+def test_files_are_written(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    runs = [make_run(name, stages) for name, stages in (("a", GROWN), ("b", WORSE), ("c", SCRATCH))]
+    _, whole = compare(runs, tmp_path / "out")
+    assert [one["grown"] for one in whole["comparisons"]] == ["a", "b"]
+    assert (tmp_path / "out/loss_vs_flops.png").read_bytes().startswith(b"\x89PNG")
+    written = (tmp_path / "out/comparison.md").read_text()
+    assert "|  | a | b | c |" in written
+    assert "![loss](loss_vs_flops.png)" in written
+
+
+def test_runs_of_one_name_are_told_apart(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    scratch, grown = make_run("scratch", SCRATCH), make_run("grown", GROWN)
+    path = scratch / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"name": "scratch"', '"name": "grown"'))
+    _, whole = compare([grown, scratch], tmp_path / "out")
+    assert [run["name"] for run in whole["runs"]] == [f"grown ({grown})", f"grown ({scratch})"]
+
+
+def test_training_loss_serves_where_nothing_was_validated(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    runs = [make_run("scratch", SCRATCH), make_run("grown", GROWN)]
+    for run in runs:
+        path = run / "metrics.jsonl"
+        kept = [line for line in path.read_text().splitlines(True) if '"validation"' not in line]
+        path.write_text("".join(kept))
+    text, whole = compare(runs, tmp_path / "out")
+    assert whole["comparisons"][0]["compared_by"] == "training"
+    assert whole["comparisons"][0]["speedup"] == pytest.approx(0.64, abs=0.03)
+    assert "Final training loss: grown" in text
+
+
+@pytest.mark.parametrize(
+    ("stages", "told"),
+    [
+        ([SCRATCH, SCRATCH], "none of the runs grew"),
+        ([GROWN], "grown0: no run from scratch of the same 3,200,000 parameters"),
+        ([GROWN, [(200, SMALL)]], "no run from scratch of the same 3,200,000 parameters"),
+    ],
+)
+def test_runs_without_a_counterpart_are_refused(
+    stages: list, told: str, make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    runs = [make_run(f"grown{index}", one) for index, one in enumerate(stages)]
+    with pytest.raises(InputError, match=told):
+        compare_runs(runs, tmp_path / "out", Console(quiet=True))

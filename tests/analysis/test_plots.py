@@ -1,0 +1,32 @@
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.image import imread
+
+from megagrow.analysis.curves import load_run
+from megagrow.analysis.plots import LOOKS, plot_runs
+
+
+def colours(path: Path) -> set[str]:
+    """The colours of the image's pixels, as `#RRGGBB`."""
+    pixels = (imread(path)[..., :3] * 255).round().astype(int).reshape(-1, 3)
+    return {"#{:02X}{:02X}{:02X}".format(*pixel) for pixel in set(map(tuple, pixels.tolist()))}
+
+
+def test_every_run_is_drawn_in_its_own_colour(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    runs = [
+        load_run(make_run("grown", [(20, 1000), (30, 4000, 1e8)])),
+        load_run(make_run("scratch", [(40, 4000)])),
+    ]
+    for log_x in (False, True):
+        path = tmp_path / f"{log_x}.png"
+        plot_runs(runs, path, log_x=log_x)
+        seen = colours(path)
+        assert {LOOKS[0].colour, LOOKS[1].colour} <= seen
+        assert LOOKS[2].colour not in seen
+
+
+def test_looks_differ_without_colour() -> None:
+    assert len({look.line for look in LOOKS}) == len({look.marker for look in LOOKS}) == len(LOOKS)

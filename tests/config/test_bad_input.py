@@ -1,0 +1,223 @@
+"""Every way to write a run file wrongly, with what is said about it."""
+
+from pathlib import Path
+
+import pytest
+
+from megagrow.config.load import load_run
+from megagrow.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("oputput_dir: x", "run.yaml: unknown key 'oputput_dir'; did you mean 'output_dir'?"),
+        ("lr: 1e-3", "run.yaml: unknown key 'lr'; did you mean 'optimizer.lr'?"),
+        ("learning_rate: 1", "run.yaml: unknown key 'learning_rate'; did you mean 'optimizer.lr'?"),
+        ("growth: {}", "run.yaml: unknown key 'growth'; did you mean 'stages.N.growth'?"),
+        (
+            "parallel: {tp: 2}",
+            "run.yaml: unknown key 'parallel.tp'; "
+            "did you mean 'parallel.tensor_model_parallel_size'?",
+        ),
+        (
+            "schedule: {warmup_step: 3}",
+            "run.yaml: unknown key 'schedule.warmup_step'; did you mean 'schedule.warmup_steps'?",
+        ),
+        (
+            "stages: [{}, {optimizer: {larning_rate: 1}}]",
+            "run.yaml: unknown key 'stages.1.optimizer.larning_rate'; "
+            "did you mean 'stages.1.optimizer.lr'?",
+        ),
+        (
+            "checkpoint: {xyzzy: 1}",
+            "run.yaml: unknown key 'checkpoint.xyzzy'; allowed here: interval, keep_last",
+        ),
+        (
+            "logging: {base: x, 3: y}",
+            "run.yaml: unknown key 'logging.base'; allowed here: interval, tensorboard, "
+            "wandb_project, peak_flops; unknown key 'logging.3'; allowed here: interval, "
+            "tensorboard, wandb_project, peak_flops",
+        ),
+    ],
+)
+def test_unknown_keys(refusal, line: str, said: str) -> None:
+    assert refusal(text=line) == said
+
+
+def test_an_unknown_key_in_a_list(refusal) -> None:
+    said = refusal(text="data: {train: [{path: a}, {pth: b}]}")
+    assert said == "run.yaml: unknown key 'data.train.1.pth'; did you mean 'data.train.1.path'?"
+
+
+def test_an_unknown_key_in_a_part_names_the_parts_file(refusal, write_part) -> None:
+    write_part("optimizer/fast", "larning_rate: 1\n")
+    said = refusal(["optimizer=fast"])
+    assert said == "optimizer/fast.yaml: unknown key 'larning_rate'; did you mean 'lr'?"
+
+
+def test_an_unknown_key_in_an_override(refusal) -> None:
+    assert refusal(["optimizer.larning_rate=1"]) == (
+        "--set optimizer.larning_rate=1: unknown key 'optimizer.larning_rate'; "
+        "did you mean 'optimizer.lr'?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimizer.lr", "--set optimizer.lr: should be path.to.key=value"),
+        ("=3", "--set =3: should be path.to.key=value"),
+        ("optimizer..lr=3", "--set optimizer..lr=3: should be path.to.key=value"),
+        ("stages.0.tokens=1", "--set stages.0.tokens=1: there is no list at 'stages'"),
+        (
+            "data.train.1.path=x",
+            "--set data.train.1.path=x: 'data.train' has 1 entries, counted from 0; not '1'",
+        ),
+        (
+            "data.train.path=x",
+            "--set data.train.path=x: 'data.train' has 1 entries, counted from 0; not 'path'",
+        ),
+        (
+            "model.base=x",
+            "--set model.base=x: name the part itself, as in --set model=NAME",
+        ),
+        ("model=[1", "--set model=[1, line 1: expected ',' or ']', but got '<stream end>'"),
+        (
+            "model=3",
+            "--set model=3: 'model' should be a mapping, or the name of a file in model/",
+        ),
+    ],
+)
+def test_overrides_that_can_not_be_followed(refusal, override: str, said: str) -> None:
+    assert refusal([override]) == said
+
+
+def test_an_override_that_would_do_nothing(load_two) -> None:
+    with pytest.raises(InputError) as caught:
+        load_two("tokens=1M")
+    assert str(caught.value) == (
+        "--set tokens=1M: has no effect, for every stage has its own; "
+        "set stages.0.tokens to stages.1.tokens"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimizer.lr=-1", "'optimizer.lr' = -1: should be greater than 0"),
+        (
+            "optimizer.lr=fast",
+            "'optimizer.lr' = 'fast': should be a valid number, unable to parse string as a number",
+        ),
+        ("optimizer.lr=.inf", "'optimizer.lr' = inf: should be a finite number"),
+        ("optimizer={}", "'optimizer.lr' is missing"),
+        ("parallel.zero_stage=4", "'parallel.zero_stage' = 4: should be 0, 1, 2 or 3"),
+        (
+            "precision=fp16",
+            "'precision' = 'fp16': should be 'auto', 'fp32' or 'bf16'",
+        ),
+        (
+            "tokens=-3",
+            "'tokens' = -3: should be a whole number of 0 or more, such as 2048, 2M or 1.5B",
+        ),
+        ("tokens=0", "'tokens' = 0: should be greater than 0"),
+        ("tokens=1.5", "'tokens' = 1.5: is 1.5, which is not a whole number"),
+        (
+            "tokens=2X",
+            "'tokens' = '2X': should be a whole number of 0 or more, such as 2048, 2M or 1.5B",
+        ),
+        (
+            "batch.micro_batch_size=true",
+            "'batch.micro_batch_size' = True: should be a whole number such as 2048, 2M or 1.5B",
+        ),
+        (
+            "data.train=[]",
+            "'data.train' = []: list should have at least 1 item after validation, not 0",
+        ),
+        (
+            "data.train.0.weight=0",
+            "'data.train.0.weight' = 0: should be greater than 0",
+        ),
+        ("name=3", "'name' = 3: should be a valid string"),
+    ],
+)
+def test_wrong_values(refusal, override: str, said: str) -> None:
+    assert refusal([override]) == f"run.yaml: {said}"
+
+
+def test_several_problems_stand_in_one_line(refusal) -> None:
+    said = refusal(["optimizer.lr=-1", "parallel.zero_stage=4"])
+    assert said.count(";") == 1
+    assert "'optimizer.lr' = -1" in said
+    assert "'parallel.zero_stage' = 4" in said
+
+
+def test_a_missing_key_does_not_drag_others_along(refusal) -> None:
+    model = "{num_hidden_layers: 2, hidden_size: 16, intermediate_size: 24, vocab_size: 64}"
+    assert refusal([f"model={model}"]) == "run.yaml: 'model.num_attention_heads' is missing"
+
+
+def test_a_default_of_all_stages_is_named_once_and_where_it_was_written(load_two) -> None:
+    with pytest.raises(InputError) as caught:
+        load_two("optimizer.lr=-1")
+    assert str(caught.value).endswith("run.yaml: 'optimizer.lr' = -1: should be greater than 0")
+    with pytest.raises(InputError) as caught:
+        load_two("stages.1.optimizer.lr=-1")
+    assert "'stages.1.optimizer.lr' = -1: should be greater than 0" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: [x", "run.yaml, line 1: expected ',' or ']', but got '<stream end>'"),
+        ("name: x\n\tseed: 3", "run.yaml, line 2: found character '\\t' that cannot start"),
+        ("name: x\nseed: 1\nname: y", "run.yaml, line 3: 'name' stands here twice"),
+        ("optimizer: {lr: 1, lr: 2}", "run.yaml, line 1: 'lr' stands here twice"),
+        ("a: !!python/object:os.system {}", "run.yaml, line 1: could not determine a constructor"),
+        ("", "run.yaml: should hold a mapping of keys to values"),
+        ("- a", "run.yaml: should hold a mapping of keys to values"),
+        ("stages: 3", "run.yaml: 'stages' should be a list of stages"),
+        ("stages: [3]", "run.yaml: 'stages.0' should be a mapping of keys to values"),
+        ("optimizer:", "run.yaml: 'optimizer' should be a mapping, or the name of a file in"),
+        ("name: \x00", "run.yaml: unacceptable character #x0000"),
+        ("{[1]: 2}", "run.yaml, line 1: found unhashable key"),
+        ("a: 2020-13-45", "run.yaml: month must be in 1..12"),
+    ],
+)
+def test_broken_files(refusal, text: str, said: str) -> None:
+    assert refusal(text=text).startswith(said)
+
+
+def test_files_that_can_not_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.yaml: No such file or directory"):
+        load_run(tmp_path / "none.yaml")
+    with pytest.raises(InputError, match="Is a directory"):
+        load_run(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9t\xe9")
+    with pytest.raises(InputError, match=r"latin\.yaml: not a UTF-8 text file \(byte 6\)"):
+        load_run(tmp_path / "latin.yaml")
+
+
+def test_an_unknown_part(refusal) -> None:
+    assert refusal(["model=lama-1.1b"]) == (
+        "--set model=lama-1.1b: 'model' names 'lama-1.1b', but there is no model/lama-1.1b.yaml; "
+        "did you mean 'llama-1.1b'?"
+    )
+
+
+def test_a_part_of_a_section_that_has_none(refusal) -> None:
+    said = refusal(text="schedule: slow")
+    assert said.endswith("there is no schedule/slow.yaml; there is no file in schedule/")
+
+
+def test_a_part_built_on_itself(refusal, write_part) -> None:
+    write_part("model/a", "base: b\n")
+    write_part("model/b", "base: a\n")
+    said = refusal(text="stages: [{model: a}]")
+    assert said == "run.yaml: 'stages.0.model' is built on itself: a -> b -> a"
+
+
+def test_cross_checks_are_errors_of_the_file(refusal) -> None:
+    said = refusal(["parallel.tensor_model_parallel_size=3"])
+    assert said.startswith("run.yaml: stages.0.parallel.tensor_model_parallel_size = 3")

@@ -1,0 +1,98 @@
+"""Counts as people write them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megagrow.config.sizes import UNITS, format_count, parse_count
+
+
+@pytest.mark.parametrize(
+    ("written", "count"),
+    [
+        (2048, 2048),
+        ("2048", 2048),
+        ("2_000", 2000),
+        ("2M", 2_000_000),
+        ("1.5B", 1_500_000_000),
+        ("10K", 10_000),
+        ("10k", 10_000),
+        ("3T", 3_000_000_000_000),
+        ("1e9", 1_000_000_000),
+        ("1.5e3", 1500),
+        (1e9, 1_000_000_000),
+        (" 7 M ", 7_000_000),
+        ("0.001K", 1),
+        (0, 0),
+        ("97.5B", 97_500_000_000),
+        # 0.1 + 0.2 is not 0.3 in binary; decimals are exact.
+        ("4.35K", 4350),
+    ],
+)
+def test_what_is_accepted(written: object, count: int) -> None:
+    got = parse_count(written)
+    assert got == count
+    assert type(got) is int
+
+
+@pytest.mark.parametrize("written", ["1.5", "0.0001K", 2.5, "1.0005K"])
+def test_a_fraction_is_refused(written: object) -> None:
+    with pytest.raises(ValueError, match="not a whole number"):
+        parse_count(written)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        -1,
+        "-2M",
+        "",
+        "M",
+        "2X",
+        "2MB",
+        "two",
+        "1e-3",
+        "1e999999999",
+        "__1",
+        "1_",
+        "1,000",
+        "0x10",
+        True,
+        None,
+        [1],
+        float("nan"),
+        float("inf"),
+    ],
+)
+def test_nonsense_is_refused(written: object) -> None:
+    with pytest.raises(ValueError, match="should be a whole number"):
+        parse_count(written)
+
+
+@given(st.integers(0, 10**18))
+def test_formatting_is_exact(count: int) -> None:
+    assert parse_count(format_count(count)) == count
+
+
+@given(st.integers(1, 99_999), st.sampled_from(sorted(UNITS)))
+def test_two_decimals_are_read_exactly(hundredths: int, suffix: str) -> None:
+    written = f"{hundredths // 100}.{hundredths % 100:02d}{suffix}"
+    assert parse_count(written) == hundredths * UNITS[suffix] // 100
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1K"),
+        (2048, "2048"),
+        (32_000, "32K"),
+        (2_097_152, "2097152"),
+        (97_500_000_000, "97.5B"),
+        (12_340_000, "12.34M"),
+        (3 * 10**15, "3000T"),
+    ],
+)
+def test_how_counts_are_shown(count: int, text: str) -> None:
+    assert format_count(count) == text

@@ -1,0 +1,103 @@
+"""Tiny runs for tests: a random corpus on disk, a run config, and what a run leaves behind."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megagrow.config.schema import RunConfig
+from megagrow.data.indexed import IndexedWriter
+from megagrow.parallel.plan import ParamSpec
+from megagrow.parallel.zero import STATE_KINDS, Storage
+from megagrow.reshard.layout import Layout
+
+MODEL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+}
+"""GQA, a feed-forward width and a vocabulary that are no powers of two."""
+
+
+def write_corpus(prefix: Path, documents: int = 40, vocab_size: int = 101, seed: int = 0) -> Path:
+    """A corpus with something to learn: each token is mostly a function of the one before."""
+    generator = np.random.default_rng(seed)
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for _ in range(documents):
+            tokens = [int(generator.integers(vocab_size))]
+            for _ in range(int(generator.integers(20, 200))):
+                follows = (tokens[-1] * 7 + 3) % vocab_size
+                tokens.append(follows if generator.random() < 0.8 else int(generator.integers(vocab_size)))
+            writer.add_document(np.array(tokens, dtype=np.uint16))
+    return prefix
+
+
+def make_run(tmp: Path, stages: list[dict[str, Any]], **changes: Any) -> RunConfig:
+    """A run over the corpus at tmp/train; `stages` are filled up with small defaults."""
+    if not (tmp / "train.bin").exists():
+        write_corpus(tmp / "train")
+        write_corpus(tmp / "validation", documents=10, seed=1)
+    filled = [
+        {
+            "model": MODEL,
+            "batch": {"global_batch_size": 8, "micro_batch_size": 1},
+            "optimizer": {"lr": 1e-2},
+            "schedule": {"type": "cosine", "warmup_steps": 3},
+            **stage,
+        }
+        for stage in stages
+    ]
+    values = {
+        "name": "test",
+        "output_dir": tmp / "run",
+        "data": {
+            "train": [{"path": tmp / "train"}],
+            "validation": [{"path": tmp / "validation"}],
+            "sequence_length": 16,
+        },
+        "stages": filled,
+        "checkpoint": {"interval": 1000},
+        "logging": {"tensorboard": False},
+        "validation": {"tokens": 256},
+        **changes,
+    }
+    return RunConfig.model_validate(values)
+
+
+STEP_TOKENS = 8 * 16
+"""Tokens of one step of a run made by `make_run`."""
+
+
+def full_tensors(layout: Layout, storage: Storage) -> dict[str, dict[str, torch.Tensor]]:
+    """Every logical tensor, gathered from all ranks the plain way: by where each element goes.
+
+    Independent of reshard/: positions are numbered, sliced and flattened as tensors.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {n: dict(kinds) for n, kinds in storage.items()})
+    out = {}
+    for name, spec in layout.plan.items():
+        numbers = _numbered_slices(spec, layout.tp)
+        full = {kind: torch.full((spec.padded_rows * spec.cols,), torch.nan) for kind in STATE_KINDS}
+        for rank, held in enumerate(everyone):
+            if name in held:
+                interval = layout.interval(name, rank // layout.tp)
+                where = numbers[rank % layout.tp][interval.start : interval.stop]
+                for kind in STATE_KINDS:
+                    full[kind][where] = held[name][kind]
+        out[name] = {k: v.view(-1, spec.cols)[: spec.rows] for k, v in full.items()}
+    return out
+
+
+def _numbered_slices(spec: ParamSpec, tp: int) -> list[torch.Tensor]:
+    """For each tensor-parallel rank the global element numbers of its flattened slice."""
+    whole = torch.arange(spec.padded_rows * spec.cols).view(spec.padded_rows, spec.cols)
+    if spec.tp_dim is None:
+        return [whole.flatten()] * tp
+    return [part.flatten() for part in whole.chunk(tp, dim=spec.tp_dim)]

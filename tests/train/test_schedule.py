@@ -1,0 +1,146 @@
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
+from megagrow.train.schedule import learning_rate, origin_stage, rate_at
+from megagrow.train.stages import Position, locate, run_steps, run_tokens, stage_steps, tokens_at
+
+LENGTH, BATCH = 8, 4
+STEP = LENGTH * BATCH
+MODEL = {
+    "num_hidden_layers": 1,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "vocab_size": 16,
+}
+PEAK = OptimizerConfig(lr=1.0, min_lr=0.1)
+types = st.sampled_from(("cosine", "linear", "wsd", "constant"))
+
+
+def stage(steps: int, growth: dict[str, str] | None = None, **changes: Any) -> dict[str, Any]:
+    return {
+        "model": MODEL,
+        "tokens": steps * STEP,
+        "batch": {"global_batch_size": BATCH, "micro_batch_size": 1},
+        "optimizer": {"lr": 1.0, "min_lr": 0.1},
+        "growth": growth,
+        **changes,
+    }
+
+
+def make_run(*stages: dict[str, Any]) -> RunConfig:
+    data = {"train": [{"path": "corpus"}], "sequence_length": LENGTH}
+    whole = {"name": "run", "output_dir": "out", "data": data, "stages": stages}
+    return RunConfig.model_validate(whole)
+
+
+def rates(run: RunConfig) -> list[float]:
+    """The rate of every step of the run."""
+    points = [locate(run, step) for step in range(run_steps(run))]
+    return [rate_at(run, at.stage, at.step * STEP) for at in points]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"type": "constant", "warmup_steps": 4}, {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 99: 1.0}),
+        ({"type": "linear"}, {0: 1.0, 5: 0.55, 9: 0.19, 10: 0.1, 20: 0.1}),
+        ({"type": "linear", "warmup_steps": 2}, {0: 0.5, 1: 1.0, 2: 1.0, 6: 0.55, 10: 0.1}),
+        ({"type": "linear", "horizon_tokens": 20 * STEP}, {0: 1.0, 10: 0.55, 20: 0.1}),
+        ({"type": "cosine"}, {0: 1.0, 5: 0.55, 10: 0.1, 11: 0.1}),
+        ({"type": "cosine", "warmup_steps": 2}, {4: 0.55 + 0.45 * math.cos(math.pi / 4)}),
+        ({"type": "wsd", "decay_tokens": 4 * STEP}, {0: 1.0, 6: 1.0, 8: 0.55, 9: 0.325, 10: 0.1}),
+        ({"type": "wsd"}, {8: 1.0, 9: 1.0, 10: 0.1}),
+        ({"type": "wsd", "warmup_steps": 8, "decay_tokens": 4 * STEP}, {7: 1.0, 9: 0.55}),
+        ({"type": "linear", "warmup_tokens": 3 * STEP // 2}, {0: 2 / 3, 1: 1.0}),
+    ],
+)
+def test_known_values(settings: dict[str, Any], expected: dict[int, float]) -> None:
+    schedule = ScheduleConfig(**settings)
+    found = {at: learning_rate(schedule, PEAK, at * STEP, STEP, 10 * STEP) for at in expected}
+    assert found == pytest.approx(expected)
+
+
+@given(kind=types, warmup=st.integers(0, 30), horizon=st.integers(1, 60), decay=st.integers(1, 60))
+def test_rate_is_positive_rises_once_falls_once_and_ends_at_the_minimum(
+    kind: str, warmup: int, horizon: int, decay: int
+) -> None:
+    schedule = ScheduleConfig(type=kind, warmup_steps=warmup, decay_tokens=decay * STEP)
+    values = [learning_rate(schedule, PEAK, at * STEP, STEP, horizon * STEP) for at in range(80)]
+    top = values.index(max(values))
+    assert 0 < min(values) <= max(values) <= 1.0
+    assert values[: top + 1] == sorted(values[: top + 1])
+    assert values[top:] == sorted(values[top:], reverse=True)
+    if warmup <= horizon:
+        assert max(values) == 1.0
+    assert values[max(warmup, horizon) :] == pytest.approx(
+        [1.0 if kind == "constant" else 0.1] * (80 - max(warmup, horizon))
+    )
+
+
+@given(kind=types, warmup=st.integers(1, 20), at=st.integers(0, 999))
+def test_rate_is_continuous_in_tokens(kind: str, warmup: int, at: int) -> None:
+    """One token more changes it by no more than the steepest slope of any part."""
+    schedule = ScheduleConfig(type=kind, warmup_tokens=warmup * 10, decay_tokens=200)
+    here, there = (learning_rate(schedule, PEAK, one, 1, 1000) for one in (at, at + 1))
+    steepest = max(1 / (warmup * 10), 0.9 * math.pi / 2 / 200)
+    assert abs(here - there) <= steepest * (1 + 1e-9)
+
+
+@given(
+    kind=types,
+    parts=st.lists(st.integers(1, 12), min_size=2, max_size=4),
+    warmup=st.integers(0, 8),
+)
+def test_continuing_is_as_if_there_were_one_stage(kind: str, parts: list[int], warmup: int) -> None:
+    schedule = {"type": kind, "warmup_steps": warmup, "decay_tokens": 5 * STEP}
+    on = {"lr_schedule": "continue"}
+    split = [stage(one, on if at else None, schedule=schedule) for at, one in enumerate(parts)]
+    assert rates(make_run(*split)) == rates(make_run(stage(sum(parts), schedule=schedule)))
+
+
+def test_rewarming_starts_again_and_ends_with_the_run() -> None:
+    schedule = {"type": "linear", "warmup_steps": 2}
+    run = make_run(stage(10, schedule=schedule), stage(10, {}, schedule=schedule))
+    alone = make_run(stage(10, schedule=schedule))
+    undivided = make_run(stage(20, schedule=schedule))
+    assert rates(run)[:10] == rates(undivided)[:10]
+    assert rates(run)[10:] == rates(alone)
+
+
+def test_origin_goes_back_to_the_last_rewarming() -> None:
+    on, again = {"lr_schedule": "continue"}, {"lr_schedule": "rewarm"}
+    growths = (None, on, again, on, on)
+    run = make_run(*(stage(1, growth) for growth in growths))
+    assert [origin_stage(run, index) for index in range(5)] == [0, 0, 2, 2, 2]
+
+
+def test_continuing_takes_the_new_stages_peak() -> None:
+    constant, on = {"type": "constant"}, {"lr_schedule": "continue"}
+    lower = stage(2, on, schedule=constant, optimizer={"lr": 0.5})
+    assert rates(make_run(stage(2, schedule=constant), lower)) == [1.0, 1.0, 0.5, 0.5]
+
+
+@given(tokens=st.lists(st.integers(1, 5 * STEP), min_size=1, max_size=4))
+def test_every_step_has_one_place(tokens: list[int]) -> None:
+    run = make_run(*(stage(1, {} if at else None, tokens=n) for at, n in enumerate(tokens)))
+    steps = [stage_steps(one, LENGTH) for one in run.stages]
+    expected = [Position(at, step) for at, count in enumerate(steps) for step in range(count)]
+    assert [locate(run, step) for step in range(run_steps(run))] == expected
+    assert locate(run, run_steps(run)) == (len(tokens) - 1, steps[-1])
+    assert [tokens_at(run, at) for at in range(sum(steps) + 1)] == [
+        at * STEP for at in range(sum(steps) + 1)
+    ]
+    assert all(0 <= n * STEP - asked < STEP for n, asked in zip(steps, tokens, strict=True))
+    assert run_tokens(run) == sum(steps) * STEP
+
+
+@pytest.mark.parametrize("step", [-1, 4])
+def test_steps_outside_the_run_are_refused(step: int) -> None:
+    with pytest.raises(ValueError, match="outside the run, which has 3 steps"):
+        locate(make_run(stage(1), stage(2, {})), step)
