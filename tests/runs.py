@@ -28,13 +28,14 @@ MODEL = {
 def write_corpus(prefix: Path, documents: int = 40, vocab_size: int = 101, seed: int = 0) -> Path:
     """A corpus with something to learn: each token is mostly a function of the one before."""
     generator = np.random.default_rng(seed)
-    with IndexedWriter(prefix, np.uint16) as writer:
+    with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
         for _ in range(documents):
             tokens = [int(generator.integers(vocab_size))]
             for _ in range(int(generator.integers(20, 200))):
                 follows = (tokens[-1] * 7 + 3) % vocab_size
                 tokens.append(follows if generator.random() < 0.8 else int(generator.integers(vocab_size)))
             writer.add_document(np.array(tokens, dtype=np.uint16))
+        writer.finalise()
     return prefix
 
 
@@ -46,7 +47,7 @@ def make_run(tmp: Path, stages: list[dict[str, Any]], **changes: Any) -> RunConf
     filled = [
         {
             "model": MODEL,
-            "batch": {"global_batch_size": 8, "micro_batch_size": 1},
+            "batch": {"global_batch_size": 4, "micro_batch_size": 1},
             "optimizer": {"lr": 1e-2},
             "schedule": {"type": "cosine", "warmup_steps": 3},
             **stage,
@@ -70,7 +71,7 @@ def make_run(tmp: Path, stages: list[dict[str, Any]], **changes: Any) -> RunConf
     return RunConfig.model_validate(values)
 
 
-STEP_TOKENS = 8 * 16
+STEP_TOKENS = 4 * 16
 """Tokens of one step of a run made by `make_run`."""
 
 

@@ -10,6 +10,10 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  (slow; DeepSpeed imports it late)
+
+import megagrow.run  # noqa: F401  (everything that a rank imports, once for all of them)
+
 # Forked ranks share the parent's imports, which cost most of a start. The parent must then not
 # have started OpenMP threads: conftest.py holds every process of the tests to one.
 _FORK = multiprocessing.get_context("fork")

@@ -51,7 +51,9 @@ def render(entries: list[tuple[str, str]]) -> str:
 def lines() -> list[tuple[str, str]]:
     """Each name that the tree shows, with its purpose; folders stand before what is in them."""
     found = files()
-    entries = [(name, purpose(name)) for name in found if "/" not in name or name[0] == "."]
+    entries = [
+        (name, purpose(name)) for name in found if "/" not in name or name.startswith(".ci/")
+    ]
     for folder in FOLDERS:
         inside = [name for name in found if name.startswith(f"{folder}/")]
         entries += tests(inside) if folder == "tests" else list(nested(inside))

@@ -48,7 +48,7 @@ def _shares(weights: Sequence[float], period: int) -> np.ndarray:
     ideal = np.asarray(weights, dtype=np.float64) / np.sum(weights) * period
     wanted = np.maximum(ideal - 1, 0)
     wanted *= (period - len(weights)) / max(np.sum(wanted), 1)
-    slots = 1 + np.floor(wanted).astype(np.int64)
+    slots: np.ndarray = 1 + np.floor(wanted).astype(np.int64)
     most_cut = np.argsort(np.floor(wanted) - wanted, kind="stable")
     slots[most_cut[: period - int(slots.sum())]] += 1
     return slots

@@ -79,7 +79,7 @@ class IndexedCorpus:
         first = bisect_left(self._pointers, start * self._itemsize)
         last = bisect_left(self._pointers, stop * self._itemsize)
         low, high = bisect_left(self._documents, first), bisect_left(self._documents, last)
-        starts = self._pointers[self._documents[low:high]] // self._itemsize
+        starts: np.ndarray = self._pointers[self._documents[low:high]] // self._itemsize
         if np.any((starts < start) | (starts >= stop)):
             raise self._broken("its sequence pointers are not in ascending order")
         return starts

@@ -4,14 +4,14 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megagrow.errors import InputError
 
 NAME = "manifest.json"
-FORMAT = "megagrow corpus 1"
+FORMAT: Final = "megagrow corpus 1"
 
 
 class Split(BaseModel):

@@ -7,7 +7,7 @@ number of workers nor on interruptions: the same command again goes on from the 
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from megagrow.data.parts import (
     TRAIN,
     Options,
     Part,
+    Progress,
     add,
     discard_stale,
     fingerprint,
@@ -37,7 +38,7 @@ from megagrow.data.tokenizers import (
     load_tokenizer,
     train_sentencepiece,
 )
-from megagrow.data.workers import Start, run_tasks
+from megagrow.data.workers import Work, run_tasks
 from megagrow.errors import InputError
 
 TRAIN_TOKENIZER = "train"
@@ -45,7 +46,8 @@ DEFAULT_VOCAB_SIZE = 32_000
 SAMPLE_BYTES_PER_TOKEN = 4096
 """Text that a tokenizer is trained on, for each token that it shall have: 131 MB for 32,000."""
 SAMPLE_UNITS = 256
-"""The sample is taken from the beginnings of so many units, spread over the corpus."""
+"""The sample is taken from the beginnings of at least so many units, if there are so many, spread
+over the corpus."""
 
 
 def prepare(
@@ -73,10 +75,11 @@ def prepare(
         units = find_units(sources)
         wanted = fingerprint(units, options, _identity(tokenizer, vocab_size))
         finished = Manifest.beside(output / NAME)
+        folder = output / "parts"
         if finished and finished.fingerprint == wanted and finished.is_complete(output):
+            shutil.rmtree(folder, ignore_errors=True)  # If the end came just before this was done.
             console.print(f"{output}: complete and unchanged, nothing to do", soft_wrap=True)
             return finished
-        folder = output / "parts"
         folder.mkdir(parents=True, exist_ok=True)
         if tokenizer == TRAIN_TOKENIZER:
             tokenizer = str(folder / f"{wanted}.model")
@@ -84,9 +87,9 @@ def prepare(
         loaded = load_tokenizer(tokenizer)
         names = [part_name(unit, options, loaded) for unit in units]
         discard_stale(folder, [*names, wanted])
-        work = partial(start_tokenising, options, tokenizer, folder)
-        pending = dict(zip(names, units, strict=True))
-        _tokenise(folder, pending, work, loaded.vocab_size, workers, console)
+        start = partial(start_tokenising, options, tokenizer, folder)
+        by_name = dict(zip(names, units, strict=True))
+        _tokenise(folder, by_name, start, loaded.vocab_size, workers, console)
         splits = _merge(folder, names, output, options, loaded.vocab_size)
         manifest = _describe(wanted, sources, output, splits, loaded)
         manifest.write(output)
@@ -147,7 +150,7 @@ def _train_tokenizer(
 
 def _sample(units: list[Unit], options: Options, limit: int) -> Iterator[str]:
     """About `limit` characters of training documents from all over the corpus."""
-    chosen = units[:: -(-len(units) // SAMPLE_UNITS)]
+    chosen = units[:: max(1, len(units) // SAMPLE_UNITS)]
     for unit in chosen:
         room = limit // len(chosen)
         for document in read_documents(unit, options.text_key):
@@ -161,7 +164,7 @@ def _sample(units: list[Unit], options: Options, limit: int) -> Iterator[str]:
 def _tokenise(
     folder: Path,
     units: dict[str, Unit],
-    work: Start,
+    start: Callable[[], Work[Unit, Progress]],
     vocab_size: int,
     workers: int | None,
     console: Console,
@@ -175,7 +178,7 @@ def _tokenise(
         for part in filter(None, parts.values()):
             progress.resume(part.bytes, part.tokens)
         try:
-            for done in run_tasks(work, pending, workers):
+            for done in run_tasks(start, pending, workers):
                 progress.advance(done.bytes, done.tokens)
         except KeyboardInterrupt:
             console.print("interrupted; the same command goes on from the finished parts")

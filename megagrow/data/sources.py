@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -171,9 +172,8 @@ def _ranges(file: _File, unit_size: int) -> Iterator[Unit]:
     elif file.kind == "parquet":
         bounds = _row_groups(file.path, unit_size)
     else:
-        starts = range(0, file.size, unit_size)
-        bounds = [(start, min(start + unit_size, file.size)) for start in starts]
-        bounds = [(start, stop, stop - start) for start, stop in bounds]
+        cuts = [*range(0, file.size, unit_size), file.size]
+        bounds = [(start, stop, stop - start) for start, stop in pairwise(cuts)]
     for start, stop, size in bounds:
         yield Unit(file.kind, (file.path,), start, stop, size, file.state)
 

@@ -5,6 +5,7 @@ import queue
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from typing import TypeVar
@@ -13,43 +14,68 @@ from megagrow.errors import InputError
 
 Task = TypeVar("Task")
 Message = TypeVar("Message")
-Start = Callable[[], Callable[[Task], Iterator[Message]]]
-"""Called once in each process; gives the function that does a task and yields messages."""
+Work = Callable[[Task], Iterator[Message]]
+"""Does a task and yields messages, which are not None."""
 
 
-def run_tasks(start: Start, tasks: Sequence[Task], workers: int) -> Iterator[Message]:
+def run_tasks(
+    start: Callable[[], Work[Task, Message]], tasks: Sequence[Task], workers: int
+) -> Iterator[Message]:
     """Do all tasks and yield their messages as they come.
 
-    One worker works in this process. With more, `start` and the tasks are sent to spawned
-    processes, which end with this generator, whatever ends it. Errors: the first one of a worker;
-    InputError if a worker was killed.
+    `start` is called once in each process and gives the function that does the tasks. One worker
+    works in this process. With more, `start` and the tasks are sent to spawned processes, which
+    end with this generator, whatever ends it. Errors: the first one of a worker; InputError if a
+    worker was killed.
     """
     workers = min(workers, len(tasks))
-    if workers <= 1:
-        work = start() if tasks else None
+    if workers > 1:
+        yield from _run_in_processes(start, tasks, workers)
+    elif tasks:
+        work = start()
         for task in tasks:
             yield from work(task)
-        return
+
+
+def _run_in_processes(
+    start: Callable[[], Work[Task, Message]], tasks: Sequence[Task], workers: int
+) -> Iterator[Message]:
     context = multiprocessing.get_context("spawn")
-    todo, results = context.Queue(), context.Queue()
-    for task in (*tasks, *[None] * workers):
-        todo.put(task)
+    todo: Queue[Task | None] = context.Queue()
+    results: Queue[Message | Exception | None] = context.Queue()
+    for entry in (*tasks, *[None] * workers):
+        todo.put(entry)
     arguments = (start, todo, results)
     processes = [
         context.Process(target=_serve, args=arguments, daemon=True) for _ in range(workers)
     ]
-    for process in processes:
-        process.start()
     try:
+        with _interrupts_held():
+            for process in processes:
+                process.start()
         yield from _collect(processes, results)
     finally:
         todo.cancel_join_thread()
         for process in processes:
-            process.terminate()
-            process.join()
+            if process.pid is not None:
+                process.terminate()
+                process.join()
 
 
-def _collect(processes: list[BaseProcess], results: Queue) -> Iterator[object]:
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C reaches all processes of a terminal, but only this one acts on it: those started
+    here inherit that SIGINT is held back, even before they have imported anything."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _collect(
+    processes: Sequence[BaseProcess], results: "Queue[Message | Exception | None]"
+) -> Iterator[Message]:
     """Messages until every process has said that it is done (None)."""
     working = len(processes)
     while working:
@@ -63,7 +89,7 @@ def _collect(processes: list[BaseProcess], results: Queue) -> Iterator[object]:
                     "lack of memory; try again with fewer workers"
                 ) from None
             continue
-        if isinstance(message, BaseException):
+        if isinstance(message, Exception):
             raise message
         if message is None:
             working -= 1
@@ -71,11 +97,14 @@ def _collect(processes: list[BaseProcess], results: Queue) -> Iterator[object]:
             yield message
 
 
-def _serve(start: Start, todo: Queue, results: Queue) -> None:
+def _serve(
+    start: Callable[[], Work[Task, Message]],
+    todo: "Queue[Task | None]",
+    results: "Queue[Message | Exception | None]",
+) -> None:
     """The life of a worker process."""
-    # Ctrl-C reaches all processes of the terminal; the parent is the one that acts on it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    assert parent is not None
     try:
         work = start()
         while parent.is_alive() and (task := todo.get()) is not None:

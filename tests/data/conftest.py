@@ -1,11 +1,16 @@
 """Corpora for the tests of this folder."""
 
+import json
 import struct
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from megagrow.data import sources
+from megagrow.data.tokenizers import train_sentencepiece
 
 
 class MemoryCorpus:
@@ -63,3 +68,37 @@ def write_indexed(
 def indexed_files() -> Callable[..., None]:
     """`write_indexed(prefix, sequences, document_indices, code, struct letter)`."""
     return write_indexed
+
+
+@pytest.fixture(scope="session")
+def sample_texts() -> list[str]:
+    """Real text: some of the standard library's modules, about 200 kB."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    names = ("abc", "ast", "bisect", "calendar", "csv", "dis", "enum", "heapq", "json/decoder")
+    return [(root / f"{name}.py").read_text(encoding="utf-8") for name in names]
+
+
+@pytest.fixture(scope="session")
+def model_path(sample_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of 600 tokens, trained by megagrow."""
+    path = tmp_path_factory.mktemp("tokenizer") / "small.model"
+    train_sentencepiece(sample_texts, 600, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def texts(sample_texts: list[str]) -> list[str]:
+    """About 300 documents: paragraphs of code, and some hard ones."""
+    paragraphs = [part for text in sample_texts for part in text.split("\n\n") if part]
+    hard = ["caf\u00e9 \u4f60\u597d \U0001f680", "tab\t\r\n  end ", "</s>"]
+    return paragraphs[:300] + hard
+
+
+@pytest.fixture
+def source(tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The documents as JSON lines, in about twenty units."""
+    path = tmp_path / "source.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    monkeypatch.setattr(sources, "SMALLEST_UNIT", path.stat().st_size // 20)
+    monkeypatch.setattr(sources, "UNITS", 1 << 40)
+    return path

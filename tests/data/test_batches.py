@@ -136,7 +136,7 @@ def test_the_largest_id_that_prepare_noted_is_checked_at_opening(tmp_path, index
     with pytest.raises(InputError, match=f"{tmp_path}/train: holds token ids up to 49"):
         BatchReader(stream, _config(4), vocab_size=49)
     (tmp_path / "manifest.json").write_text('{"format": "megagrow corpus 1"}')
-    with pytest.raises(InputError, match="manifest.json: damaged"):
+    with pytest.raises(InputError, match=r"manifest\.json: damaged"):
         BatchReader(stream, _config(4), vocab_size=50)
     (tmp_path / "manifest.json").write_text('{"name": "of another program"}')
     BatchReader(stream, _config(4), vocab_size=49)

@@ -1,0 +1,183 @@
+"""The same seed and data give the same losses, however the run is spread over ranks."""
+
+import itertools
+
+import pytest
+import torch
+
+from megagrow.config.schema import RunConfig
+from megagrow.train.grow import grow
+from megagrow.train.inputs import open_inputs
+from megagrow.train.loop import StepDone, advance
+from megagrow.train.signals import StopSignal
+from megagrow.train.stage import Stage, build_stage
+from megagrow.train.state import RunState
+from megagrow.reshard.fill import fill_initial
+from tests.runs import MODEL, STEP_TOKENS, full_tensors, make_run
+from tests.spawn import run_ranks
+
+STAGES = (0, 1, 2, 3)
+GRIDS = ((1, 1), (2, 1), (1, 2), (2, 2))
+"""(data parallel, tensor parallel)"""
+
+DEEP = MODEL | {"num_hidden_layers": 8}
+BASE_STEPS, GROWN_STEPS = 10, 10
+
+
+def layout(zero: int, tp: int, sequence_parallel: bool = False, recompute: str = "none") -> dict:
+    return {
+        "zero_stage": zero,
+        "tensor_model_parallel_size": tp,
+        "sequence_parallel": sequence_parallel,
+        "activation_checkpointing": recompute,
+    }
+
+
+def layouts_of(world: int) -> list[dict]:
+    """Every ZeRO stage on every grid of this many ranks, and the options on some of them."""
+    grids = [tp for dp, tp in GRIDS if dp * tp == world]
+    plain = [layout(zero, tp) for zero, tp in itertools.product(STAGES, grids)]
+    if world == 1:
+        return [*plain, layout(0, 1, recompute="full"), layout(3, 1, recompute="selective")]
+    options = [("none", True), ("full", True), ("full", False), ("selective", True)]
+    tp = max(grids)
+    return plain + [
+        layout(zero, tp, sequence_parallel, recompute)
+        for zero, (recompute, sequence_parallel) in zip((1, 3, 2, 0), options, strict=True)
+    ]
+
+
+def start(run: RunConfig) -> Stage:
+    stage = build_stage(run, 0, torch.device("cpu"))
+    fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)
+    stage.engine.ready(0)
+    return stage
+
+
+def losses_of(run: RunConfig, stage: Stage, state: RunState) -> tuple[list[float], RunState]:
+    """Trains a stage to its end."""
+    inputs, stop, losses = open_inputs(run), StopSignal(), []
+    while isinstance(event := advance(run, stage, state, inputs.train, stop), StepDone):
+        losses.append(event.measure.loss)
+        state = event.state
+    return losses, state
+
+
+def plain_losses(runs: list[RunConfig]) -> list[list[float]]:
+    out = []
+    for run in runs:
+        stage = start(run)
+        out.append(losses_of(run, stage, RunState())[0])
+        stage.release()
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("layouts")
+
+
+def one_stage(folder, parallel: dict) -> RunConfig:
+    return make_run(folder, [{"tokens": 20 * STEP_TOKENS, "parallel": parallel}])
+
+
+@pytest.fixture(scope="module")
+def reference(folder) -> list[float]:
+    """One process, no ZeRO, no options."""
+    return run_ranks(1, plain_losses, [one_stage(folder, layout(0, 1))])[0][0]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_twenty_steps_give_the_same_losses_in_every_layout(folder, reference, world):
+    layouts = layouts_of(world)
+    found = run_ranks(world, plain_losses, [one_stage(folder, parallel) for parallel in layouts])
+    assert reference[-1] < reference[0] - 0.5, "nothing was learned: the test would prove nothing"
+    for rank in found:
+        for parallel, losses in zip(layouts, rank, strict=True):
+            assert losses == pytest.approx(reference, rel=1e-5), parallel
+
+
+def two_stages(folder, before: dict, after: dict) -> RunConfig:
+    return make_run(
+        folder,
+        [
+            {"tokens": BASE_STEPS * STEP_TOKENS, "parallel": before},
+            {
+                "model": DEEP,
+                "tokens": GROWN_STEPS * STEP_TOKENS,
+                "parallel": after,
+                "growth": {"operator": "direct_depth"},
+            },
+        ],
+    )
+
+
+def grown(runs: list[RunConfig]) -> list[tuple[dict, dict, int, list[float]]]:
+    """Per run: all logical tensors before and after the growth, Adam's step, later losses."""
+    out = []
+    for run in runs:
+        stage = start(run)
+        _, state = losses_of(run, stage, RunState())
+        before = full_tensors(stage.layout, stage.engine.storage())
+        before = {name: {k: v.clone() for k, v in kinds.items()} for name, kinds in before.items()}
+        stage, report = grow(run, stage)
+        after = full_tensors(stage.layout, stage.engine.storage())
+        after = {name: {k: v.clone() for k, v in kinds.items()} for name, kinds in after.items()}
+        step = stage.engine.adam_step
+        losses, _ = losses_of(run, stage, state.after_growth(report.layers))
+        stage.release()
+        out.append((before, after, step, losses) if stage.topology.rank == 0 else losses)
+    return out
+
+
+def stacked(before: dict) -> dict:
+    """The definition of Gstack on whole tensors: target layer i is source layer i mod l."""
+    layers = MODEL["num_hidden_layers"]
+    after = {}
+    for name, kinds in before.items():
+        if ".layers." not in name:
+            after[name] = kinds
+            continue
+        head, number, tail = name.replace("model.layers.", "").partition(".")
+        for copy in range(DEEP["num_hidden_layers"] // layers):
+            after[f"model.layers.{copy * layers + int(head)}.{tail}"] = kinds
+    return after
+
+
+def check_growth(found: list, changes: list, reference: list[float]) -> None:
+    for change, (before, after, step, losses) in zip(changes, found[0], strict=True):
+        expected = stacked(before)
+        assert after.keys() == expected.keys()
+        for name, kinds in expected.items():
+            for kind, tensor in kinds.items():
+                assert torch.equal(after[name][kind], tensor), (change, name, kind)
+        assert step == BASE_STEPS
+        assert losses == pytest.approx(reference, rel=1e-5), change
+
+
+@pytest.fixture(scope="module")
+def grown_reference(folder) -> list[float]:
+    run = two_stages(folder, layout(0, 1), layout(0, 1))
+    return run_ranks(1, grown, [run])[0][0][3]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_live_growth_is_a_plain_stack_in_every_layout(folder, grown_reference, world):
+    changes = [(parallel, parallel) for parallel in layouts_of(world)]
+    found = run_ranks(world, grown, [two_stages(folder, *change) for change in changes])
+    check_growth(found, changes, grown_reference)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [2, 4])
+def test_growth_may_change_the_layout(folder, grown_reference, world):
+    changes = [
+        (layout(2, 1), layout(3, 2)),
+        (layout(3, 2), layout(1, 1)),
+        (layout(0, 2), layout(2, 1)),
+        (layout(1, 1), layout(0, 2, sequence_parallel=True)),
+    ]
+    found = run_ranks(world, grown, [two_stages(folder, *change) for change in changes])
+    check_growth(found, changes, grown_reference)
