@@ -33,7 +33,9 @@ def write_corpus(prefix: Path, documents: int = 40, vocab_size: int = 101, seed:
             tokens = [int(generator.integers(vocab_size))]
             for _ in range(int(generator.integers(20, 200))):
                 follows = (tokens[-1] * 7 + 3) % vocab_size
-                tokens.append(follows if generator.random() < 0.8 else int(generator.integers(vocab_size)))
+                tokens.append(
+                    follows if generator.random() < 0.8 else int(generator.integers(vocab_size))
+                )
             writer.add_document(np.array(tokens, dtype=np.uint16))
         writer.finalise()
     return prefix
@@ -85,7 +87,9 @@ def full_tensors(layout: Layout, storage: Storage) -> dict[str, dict[str, torch.
     out = {}
     for name, spec in layout.plan.items():
         numbers = _numbered_slices(spec, layout.tp)
-        full = {kind: torch.full((spec.padded_rows * spec.cols,), torch.nan) for kind in STATE_KINDS}
+        full = {
+            kind: torch.full((spec.padded_rows * spec.cols,), torch.nan) for kind in STATE_KINDS
+        }
         for rank, held in enumerate(everyone):
             if name in held:
                 interval = layout.interval(name, rank // layout.tp)

@@ -1,1 +1,1 @@
-"""Kernels of megagrow, each beside its eager reference: plain torch, the specification of the op."""
+"""Kernels of megagrow, each beside its eager reference: the specification, in plain torch."""

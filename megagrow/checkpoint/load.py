@@ -19,9 +19,7 @@ from megagrow.reshard.move import block_view, take, write_rows
 from megagrow.reshard.plan import Copy, copies_to
 
 
-def newest_checkpoint(
-    directory: Path, say: Callable[[str], None]
-) -> tuple[Path, Manifest] | None:
+def newest_checkpoint(directory: Path, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
     """The newest checkpoint that is whole, agreed by all ranks; None if there is none at all.
 
     A damaged one is named through `say` and passed over. InputError if all of them are damaged.
@@ -58,9 +56,7 @@ def load_storage(path: Path, manifest: Manifest, layout: Layout, storage: Storag
     together(lambda: _load(path, source, copies, layout, storage))
 
 
-def _load(
-    path: Path, source: Layout, copies: list[Copy], layout: Layout, storage: Storage
-) -> None:
+def _load(path: Path, source: Layout, copies: list[Copy], layout: Layout, storage: Storage) -> None:
     with ExitStack() as files:
         opened: dict[int, Any] = {}
         for copy in copies:
@@ -73,9 +69,7 @@ def _load(
                 raise InputError(f"{shard}: cannot be read ({error})") from error
 
 
-def _load_copy(
-    file: Any, copy: Copy, source: Layout, layout: Layout, storage: Storage
-) -> None:
+def _load_copy(file: Any, copy: Copy, source: Layout, layout: Layout, storage: Storage) -> None:
     block: Block = copy.source
     offset, stride = source.local(copy.term.source, copy.source_rank, block)
     stop = offset + (len(block.rows) - 1) * stride + len(block.cols)

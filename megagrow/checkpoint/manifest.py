@@ -67,7 +67,9 @@ def read_manifest(directory: Path) -> Manifest:
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: damaged ({error}); use another checkpoint") from error
     if manifest.format != FORMAT:
-        raise InputError(f"{path}: written in format {manifest.format}, this version reads {FORMAT}")
+        raise InputError(
+            f"{path}: written in format {manifest.format}, this version reads {FORMAT}"
+        )
     for name, size in manifest.files.items():
         file = directory / name
         if not file.is_file():

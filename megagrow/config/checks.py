@@ -67,8 +67,6 @@ def _batch_and_schedule(stage: StageConfig, at: str) -> Iterator[str]:
         yield f"{at}.optimizer.min_lr = {rate.min_lr} is above lr = {rate.lr}"
     if schedule.warmup_steps is not None and schedule.warmup_tokens is not None:
         yield f"{at}.schedule has both warmup_steps and warmup_tokens: set one of them to null"
-    if schedule.type == "wsd" and schedule.decay_tokens is None:
-        yield f"{at}.schedule.type = wsd needs decay_tokens, the length of the final decay"
 
 
 def _sequence(model: ModelConfig, sequence_length: int, at: str) -> Iterator[str]:

@@ -83,7 +83,7 @@ class BatchConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW. The defaults are those of the paper's code (PAPER.md section 4)."""
+    """AdamW. The defaults are those of the paper's code (tongxuluo/prts)."""
 
     lr: float = Field(gt=0)
     min_lr: float = Field(default=0.0, ge=0)
@@ -101,7 +101,7 @@ class ScheduleConfig(Section):
 
     Warm-up is given in steps or in tokens, not both. `horizon_tokens` is where cosine and linear
     reach `min_lr`, and where WSD ends; by default the end of the whole run. `decay_tokens` is the
-    length of WSD's final decay.
+    length of WSD's final decay, by default a tenth of the horizon.
     """
 
     type: Literal["cosine", "linear", "wsd", "constant"] = "cosine"

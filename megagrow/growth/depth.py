@@ -1,4 +1,7 @@
-"""Depthwise growth: whole layers are copied, by any index list (paper section 3.1, App. A.3)."""
+"""Depthwise growth: whole layers are copied, by any index list.
+
+Du et al. 2024, "Stacking Your Transformers", section 3.1 and appendix A.3.
+"""
 
 from megagrow.config.schema import GrowthConfig, ModelConfig
 from megagrow.growth.map import Gather, GrowthMap

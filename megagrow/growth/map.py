@@ -4,8 +4,8 @@ A *gather* makes a target tensor out of one source tensor:
 
     target[i, j] = rows.scale[i] * cols.scale[j] * source[rows.index[i], cols.index[j]]
 
-Gradients, and with them Adam's exp_avg, follow with scales of their own (GROWTH.md b.0), and
-exp_avg_sq with the squares of those.
+Gradients, and with them Adam's exp_avg, follow with scales of their own, and exp_avg_sq with the
+squares of those: if weights are lifted as P_out W P_in^+, gradients are as (P_out^+)^T g P_in^T.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,8 @@
-"""The only door to the kernels: the model calls these, and nothing else, for its fused operations."""
+"""The only door to the kernels: the model calls these for all its fused operations."""
 
 import torch.nn.functional as F
+from torch import Tensor
+
 from megagrow_kernels.reference import (
     apply_rope,
     attention_mask,
@@ -8,7 +10,6 @@ from megagrow_kernels.reference import (
     swiglu,
     vocab_statistics,
 )
-from torch import Tensor
 
 __all__ = ["apply_rope", "attention", "attention_mask", "rms_norm", "rope_tables", "swiglu"]
 __all__ += ["vocab_statistics"]

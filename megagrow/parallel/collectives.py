@@ -19,7 +19,9 @@ def _all_reduce(x: Tensor, group: Group) -> Tensor:
 
 
 def _gather_sequence(x: Tensor, group: Group) -> Tensor:
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    parts = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())
+    ]
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts, dim=1)
 

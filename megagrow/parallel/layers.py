@@ -68,9 +68,7 @@ def parallelize(
         # Each rank's norms see their part of the sequence only: their gradients are partial sums.
         for module in model.modules():
             if isinstance(module, RMSNorm):
-                module.enter_weight = Region(
-                    collectives.copy_to_tensor_parallel, topology.tp_group
-                )
+                module.enter_weight = Region(collectives.copy_to_tensor_parallel, topology.tp_group)
 
 
 def _slice_parameters(

@@ -10,7 +10,7 @@ from typing import Literal
 from megagrow.config.schema import ModelConfig
 
 Role = Literal["vocab", "residual", "query", "kv", "ffn", "none"]
-"""What an axis counts (GROWTH.md b.0): growth lifts all axes of one role together."""
+"""What an axis counts: growth lifts all axes of one role together."""
 
 _SLICED: frozenset[Role] = frozenset({"vocab", "query", "kv", "ffn"})
 """Roles whose axis tensor parallelism splits; the residual stream is whole on every rank."""
@@ -52,7 +52,10 @@ class ParamSpec:
     def slice_origin(self, tp: int, tp_rank: int) -> tuple[int, int]:
         """Row and column of the logical tensor at which a rank's slice begins."""
         rows, cols = self.slice_shape(tp)
-        return (tp_rank * rows if self.tp_dim == 0 else 0, tp_rank * cols if self.tp_dim == 1 else 0)
+        return (
+            tp_rank * rows if self.tp_dim == 0 else 0,
+            tp_rank * cols if self.tp_dim == 1 else 0,
+        )
 
     def slice_numel(self, tp: int) -> int:
         """Elements of one rank's slice, padding included."""

@@ -29,12 +29,12 @@ class Launch:
 
 def read_launch() -> Launch:
     """The launcher's rank variables; a process started without a launcher is a world of one."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = [name for name in names if name in os.environ]
-    if given and len(given) < len(names):
-        missing = ", ".join(name for name in names if name not in given)
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    given = {name: os.environ[name] for name in alone if name in os.environ}
+    if given and len(given) < len(alone):
+        missing = ", ".join(alone.keys() - given.keys())
         raise InputError(f"the launcher set {', '.join(given)} but not {missing}")
-    return Launch(*(int(os.environ.get(name, default)) for name, default in zip(names, "010")))
+    return Launch(*map(int, (alone | given).values()))
 
 
 def choose_accelerator() -> None:

@@ -52,7 +52,8 @@ A parameter of which it holds nothing is absent."""
 
 @dataclass(frozen=True)
 class _Place:
-    """Where DeepSpeed keeps its part of a parameter: `numel` elements from `offset` of a tensor it optimises."""
+    """Where DeepSpeed keeps a rank's part of a parameter: `numel` elements from `offset` of one of
+    the tensors that it optimises; they begin at `start` of the parameter's flattened slice."""
 
     name: str
     start: int
@@ -71,8 +72,9 @@ class ZeroEngine:
         self.stage = settings.parallel.zero_stage
         # ZeRO 0 keeps no fp32 master beside bf16 weights: there bf16 is an autocast of fp32.
         self._autocast = settings.bf16 and self.stage == 0
-        model = _build_model(self.plan, settings, topology, torch.float32 if self._autocast else
-                             torch.bfloat16 if settings.bf16 else torch.float32)  # fmt: skip
+        low_precision = settings.bf16 and not self._autocast
+        dtype = torch.bfloat16 if low_precision else torch.float32
+        model = _build_model(self.plan, settings, topology, dtype)
         self.groups = _decay_groups(self.plan, settings.optimizer)
         optimizer = _adamw(model, self.groups, settings.optimizer, topology.device)
         self._engine, *_ = deepspeed.initialize(
@@ -117,7 +119,7 @@ class ZeroEngine:
         self._engine.train(mode)
 
     def storage(self) -> Storage:
-        """This rank's part of every parameter's state, as views into the optimizer's own tensors."""
+        """This rank's part of every parameter's state: views of the optimizer's own tensors."""
         return {
             place.name: {
                 kind: _tensor(self._adam, place.owner, kind)
@@ -194,8 +196,8 @@ def _place_flat(name: str, parameter: Tensor, optimizer: Any) -> _Place:
 
 def _place_zero3(name: str, parameter: Tensor, optimizer: Any) -> _Place:
     group, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    start = min(parameter.ds_tensor.ds_numel * torch.distributed.get_rank(parameter.ds_process_group),
-                parameter.ds_numel)  # fmt: skip
+    rank = torch.distributed.get_rank(parameter.ds_process_group)
+    start = min(rank * share, parameter.ds_numel)
     numel = min(share, parameter.ds_numel - start)  # the last rank's share ends in padding
     return _Place(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.growth.map import GrowthMap
-from megagrow.reshard.layout import Layout
 from megagrow.parallel.zero import Storage
+from megagrow.reshard.layout import Layout
 from megagrow.reshard.move import read_rows, write_rows
 from megagrow.reshard.plan import Copy, copies_to
 

@@ -50,7 +50,7 @@ def matmul_parameters(model: ModelConfig) -> int:
 
 
 def paper_flops_per_token(model: ModelConfig) -> int:
-    """Training FLOPs per token by the paper's account: 6 N (PAPER.md section 4)."""
+    """Training FLOPs per token by the paper's account: 6 N (Du et al. 2024, section 4)."""
     return 6 * parameters(model)
 
 

@@ -32,7 +32,7 @@ def open_inputs(run: RunConfig) -> Inputs:
     sequences = min(-(-run.validation.tokens // length), stream.epoch_tokens // length)
     if sequences == 0:
         raise InputError(
-            f"data.validation holds {stream.epoch_tokens} tokens, less than one sequence of {length}"
+            f"data.validation holds {stream.epoch_tokens} tokens, less than a sequence of {length}"
         )
     validation = BatchReader(stream, data, vocab_size)
     return Inputs(train, validation, sequences, validation)

@@ -14,8 +14,8 @@ from megagrow.train.environment import describe_environment
 from megagrow.train.flops import parameters, peak_flops, run_flops
 from megagrow.train.grow import GrowthReport
 from megagrow.train.live import LiveLine, Status, duration, short
-from megagrow.train.metrics import MetricsLog, start_fields, train_fields
 from megagrow.train.loop import StepDone
+from megagrow.train.metrics import MetricsLog, start_fields, train_fields
 from megagrow.train.stages import run_steps
 from megagrow.train.state import RunState
 
@@ -122,7 +122,9 @@ class Recorder:
         self._write(lambda log: log.write("end", counters, stopped=stopped))
         how = f"stopped by {stopped}; the same command goes on" if stopped else "done"
         spent = duration(counters.elapsed_seconds)
-        self.say(f"{self._run.name}: {how}. {counters.step} steps, {counters.tokens} tokens, {spent}")
+        self.say(
+            f"{self._run.name}: {how}. {counters.step} steps, {counters.tokens} tokens, {spent}"
+        )
 
     def _write(self, action: Callable[[MetricsLog], None]) -> None:
         if self._metrics is not None:

@@ -36,7 +36,11 @@ def build_stage(run: RunConfig, index: int, device: torch.device) -> Stage:
     settings = EngineSettings(config.model, parallel, config.batch, config.optimizer, bf16)
     engine = ZeroEngine(settings, topology)
     layout = Layout(
-        engine.plan, engine.groups, parallel.zero_stage, topology.dp, parallel.tensor_model_parallel_size
+        engine.plan,
+        engine.groups,
+        parallel.zero_stage,
+        topology.dp,
+        parallel.tensor_model_parallel_size,
     )
     check_layout(layout, engine, topology.rank)
     return Stage(index, config, topology, engine, layout)

@@ -1,6 +1,6 @@
 """Where a run stands: all that a checkpoint needs besides the tensors, as one value."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megagrow.train.metrics import Counters, StepMeasure
@@ -11,7 +11,7 @@ class RunState:
     """The next step is step `stage_step` of stage `stage`; its batch begins at token
     `counters.tokens` of the training stream. Nothing else decides what a run does next."""
 
-    counters: Counters = Counters()
+    counters: Counters = field(default_factory=Counters)
     stage: int = 0
     stage_step: int = 0
     provenance: tuple[tuple[int, ...], ...] = ()

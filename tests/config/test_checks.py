@@ -49,7 +49,7 @@ def run(*changes: dict, data: dict | None = None) -> RunConfig:
         ({}, {"model": {"num_hidden_layers": 3}, "growth": {"layers": [0, 1, 1]}}),
         ({}, {"model": {"num_hidden_layers": 2}}),
         ({}, {"parallel": {"tensor_model_parallel_size": 2, "zero_stage": 3}}),
-        ({"schedule": {"type": "wsd", "decay_tokens": 100}},),
+        ({"schedule": {"type": "wsd"}},),
         ({"schedule": {"warmup_steps": 0}},),
     ],
 )
@@ -98,10 +98,6 @@ def test_what_is_right(changes: tuple[dict, ...]) -> None:
         (
             {"schedule": {"warmup_steps": 3, "warmup_tokens": 3}},
             ["stages.0.schedule has both warmup_steps and warmup_tokens: set one of them to null"],
-        ),
-        (
-            {"schedule": {"type": "wsd"}},
-            ["stages.0.schedule.type = wsd needs decay_tokens, the length of the final decay"],
         ),
         (
             {"model": {"max_position_embeddings": 32}},

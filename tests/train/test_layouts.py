@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from megagrow.config.schema import RunConfig
+from megagrow.reshard.fill import fill_initial
 from megagrow.train.grow import grow
 from megagrow.train.inputs import open_inputs
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.signals import StopSignal
 from megagrow.train.stage import Stage, build_stage
 from megagrow.train.state import RunState
-from megagrow.reshard.fill import fill_initial
 from tests.runs import MODEL, STEP_TOKENS, full_tensors, make_run
 from tests.spawn import run_ranks
 
@@ -139,7 +139,7 @@ def stacked(before: dict) -> dict:
         if ".layers." not in name:
             after[name] = kinds
             continue
-        head, number, tail = name.replace("model.layers.", "").partition(".")
+        head, _, tail = name.replace("model.layers.", "").partition(".")
         for copy in range(DEEP["num_hidden_layers"] // layers):
             after[f"model.layers.{copy * layers + int(head)}.{tail}"] = kinds
     return after

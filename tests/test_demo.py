@@ -1,0 +1,46 @@
+"""The demo: its two runs are a fair comparison, and read what its script prepares."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megagrow.config.load import load_run
+from megagrow.train.flops import paper_flops_per_token
+from megagrow.train.stages import stage_tokens
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def runs():
+    return [load_run(ROOT / "configs" / "demo" / f"{name}.yaml") for name in ("gstack", "scratch")]
+
+
+def test_both_runs_cost_the_same_flops_the_base_charged_in_full() -> None:
+    grown, scratch = (
+        sum(
+            stage_tokens(stage, run.data.sequence_length) * paper_flops_per_token(stage.model)
+            for stage in run.stages
+        )
+        for run in runs()
+    )
+    assert grown == pytest.approx(scratch, rel=2e-3)
+
+
+def test_only_the_growth_differs() -> None:
+    grown, scratch = runs()
+    (target,) = scratch.stages
+    for stage in grown.stages:
+        for part in ("parallel", "batch", "optimizer", "schedule"):
+            assert getattr(stage, part) == getattr(target, part), part
+    assert grown.stages[-1].model == target.model
+    assert grown.stages[0].model.num_hidden_layers * 4 == target.model.num_hidden_layers
+    assert (grown.data, grown.seed) == (scratch.data, scratch.seed)
+
+
+def test_the_script_prepares_what_the_runs_read() -> None:
+    script = (ROOT / "launchers" / "demo.sh").read_text(encoding="utf-8")
+    for run in runs():
+        assert f"--vocab-size {run.stages[0].model.vocab_size}" in script
+        output = re.search(r"--output (\S+)", script)
+        assert output and run.data.train[0].path == Path(output[1]) / "train"
