@@ -43,10 +43,11 @@ def train(run: RunConfig) -> None:
 
 def _train(run: RunConfig, launch: Launch, device: torch.device, inputs: Inputs) -> None:
     with Recorder(run, launch.rank, launch.world_size) as recorder, StopSignal() as stop:
+        together(recorder.open)
         stage, state = _begin(run, device, recorder)
         saved = state.counters.step
         while True:
-            event = advance(run, stage, state, inputs.train, stop)
+            event = advance(run, stage, state, inputs.train, stop, recorder.check)
             state = event.state
             match event:
                 case StepDone():
@@ -56,14 +57,14 @@ def _train(run: RunConfig, launch: Launch, device: torch.device, inputs: Inputs)
                     if event.save:
                         state = _save(run, stage, state, recorder, launch)
                         saved = state.counters.step
-                case Stopped(reason=reason):
-                    if saved < state.counters.step:
-                        state = _save(run, stage, state, recorder, launch)
-                    return recorder.end(state, reason)
-                case StageEnd():
-                    if stage.index == len(run.stages) - 1:
-                        return recorder.end(state, None)
+                case StageEnd() if stage.index + 1 < len(run.stages):
                     stage, state = _grow(run, stage, state, inputs, recorder)
+                case StageEnd() | Stopped():
+                    break
+        if saved < state.counters.step:
+            state = _save(run, stage, state, recorder, launch)
+        recorder.end(state, event.reason if isinstance(event, Stopped) else None)
+        together(recorder.check)
 
 
 def _begin(run: RunConfig, device: torch.device, recorder: Recorder) -> tuple[Stage, RunState]:

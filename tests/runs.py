@@ -50,7 +50,7 @@ def make_run(tmp: Path, stages: list[dict[str, Any]], **changes: Any) -> RunConf
         {
             "model": MODEL,
             "batch": {"global_batch_size": 4, "micro_batch_size": 1},
-            "optimizer": {"lr": 1e-2},
+            "optimizer": {"lr": 1e-2, "weight_decay_on": "matrices"},
             "schedule": {"type": "cosine", "warmup_steps": 3},
             **stage,
         }

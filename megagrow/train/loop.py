@@ -1,6 +1,7 @@
 """One turn of the training loop. It trains a step and says what is due; run.py does what is due."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,16 +51,22 @@ Event = StepDone | Stopped | StageEnd
 
 
 def advance(
-    run: RunConfig, stage: Stage, state: RunState, reader: BatchReader, stop: StopSignal
+    run: RunConfig,
+    stage: Stage,
+    state: RunState,
+    reader: BatchReader,
+    stop: StopSignal,
+    check: Callable[[], None] = lambda: None,
 ) -> Event:
     """Trains the next step of a stage, unless it has had all of them or a signal came.
 
-    An error that only one rank sees (a damaged corpus) is raised as the same InputError on all.
+    An error that only one rank sees (a damaged corpus, or what `check` raises) is raised as the
+    same InputError on all.
     """
     steps = stage_steps(stage.config, run.data.sequence_length)
     if state.stage_step == steps:
         return StageEnd(state)
-    batches = _next_batches(stage, state, reader, stop)
+    batches = _next_batches(stage, state, reader, stop, check)
     if batches is None:
         return Stopped(state, stop.received or "a signal on another rank")
     measure = _measured_step(run, stage, state, batches)
@@ -74,7 +81,11 @@ def advance(
 
 
 def _next_batches(
-    stage: Stage, state: RunState, reader: BatchReader, stop: StopSignal
+    stage: Stage,
+    state: RunState,
+    reader: BatchReader,
+    stop: StopSignal,
+    check: Callable[[], None],
 ) -> list[Batch] | None:
     """This rank's micro batches of the next step; None if any rank was told to stop."""
     batch = stage.config.batch
@@ -83,6 +94,7 @@ def _next_batches(
     )
     batches, problem = [], None
     try:
+        check()
         batches = [reader.read(state.counters.tokens, indices) for indices in mine]
     except InputError as error:
         problem = error

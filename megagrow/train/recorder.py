@@ -10,6 +10,7 @@ import torch
 
 from megagrow.config.schema import RunConfig
 from megagrow.config.show import to_yaml
+from megagrow.errors import InputError
 from megagrow.train.environment import describe_environment
 from megagrow.train.flops import parameters, peak_flops, run_flops
 from megagrow.train.grow import GrowthReport
@@ -21,7 +22,11 @@ from megagrow.train.state import RunState
 
 
 class Recorder:
-    """Writes into the run's directory and to the terminal on rank 0; does nothing elsewhere."""
+    """Writes into the run's directory and to the terminal on rank 0; does nothing elsewhere.
+
+    Rank 0 alone sees that the disk is full. It keeps the problem until all ranks are ready to hear
+    of it: `check` raises it, and is called where they agree on going on.
+    """
 
     def __init__(self, run: RunConfig, rank: int, world_size: int) -> None:
         self._run = run
@@ -29,10 +34,12 @@ class Recorder:
         self._stack = ExitStack()
         self._live = LiveLine(run_steps(run), run_flops(run), self._enabled)
         self._metrics: MetricsLog | None = None
+        self._problem: InputError | None = None
         peak = run.logging.peak_flops or _device_peak()
         self._peak = peak * world_size if peak else None
 
-    def __enter__(self) -> "Recorder":
+    def open(self) -> None:
+        """Creates the run's directory and what is in it. InputError or OSError if it cannot."""
         if self._enabled:
             run = self._run
             run.output_dir.mkdir(parents=True, exist_ok=True)
@@ -45,6 +52,13 @@ class Recorder:
                 )
             )
             self._stack.enter_context(self._live)
+
+    def check(self) -> None:
+        """Raises what went wrong on rank 0 when something was to be written down."""
+        if self._problem is not None:
+            raise self._problem
+
+    def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(
@@ -127,8 +141,11 @@ class Recorder:
         )
 
     def _write(self, action: Callable[[MetricsLog], None]) -> None:
-        if self._metrics is not None:
-            action(self._metrics)
+        if self._metrics is not None and self._problem is None:
+            try:
+                action(self._metrics)
+            except InputError as error:
+                self._problem = error
 
 
 def _device_peak() -> float | None:

@@ -1,0 +1,62 @@
+"""Hugging Face's Llama as the measure of ours: same weights in, logits and gradients out."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers import LlamaForCausalLM as HuggingFaceLlama
+
+from megagrow.config.schema import ModelConfig
+
+TINY = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+    "rope_theta": 5000.0,
+    "rms_norm_eps": 1e-3,
+}
+"""No default is left where a mistaken one could hide; the vocabulary is a prime."""
+
+
+def tiny(**changes: Any) -> ModelConfig:
+    """A small model config; `changes` are fields of ModelConfig."""
+    return ModelConfig(**TINY | changes)
+
+
+def hugging_face(config: ModelConfig, seed: int = 0) -> HuggingFaceLlama:
+    """Their model of our config, fp32 and eager, with weights far from any symmetry."""
+    fields = config.model_dump()
+    theta = fields.pop("rope_theta")
+    model = HuggingFaceLlama(
+        LlamaConfig(
+            **fields,
+            rope_parameters={"rope_type": "default", "rope_theta": theta},
+            attn_implementation="eager",
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            gain = parameter.dim() == 1
+            parameter.copy_(1 + 0.3 * noise if gain else noise * parameter.shape[1] ** -0.5)
+    return model
+
+
+def tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random input ids and labels, each (batch, length) int64."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, batch, length)
+    return tuple(torch.randint(config.vocab_size, shape, generator=generator))
+
+
+def outcome(model: HuggingFaceLlama, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
+    """Logits (B, S, V), and by parameter the gradient of the mean cross-entropy of all labels."""
+    model.zero_grad()
+    logits = model(input_ids=ids, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters()}

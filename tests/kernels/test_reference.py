@@ -1,0 +1,130 @@
+"""The references against definitions that others wrote, and the model's ops against them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.llama import modeling_llama as theirs
+
+from megagrow.model import ops
+from megagrow_kernels import reference
+from tests.hugging_face import hugging_face, tiny
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def documents() -> torch.Tensor:
+    """Two rows of 12 tokens, cut into documents of different lengths (one of a single token)."""
+    first = torch.tensor([0] * 5 + [1] * 1 + [2] * 6)
+    return torch.stack((first, torch.tensor([7] * 12)))
+
+
+@pytest.mark.parametrize("implementation", [reference.rms_norm, ops.rms_norm])
+def test_rms_norm(implementation):
+    norm = theirs.LlamaRMSNorm(24, eps=1e-2)
+    norm.weight.data = draw(24, seed=1)
+    x = draw(2, 5, 24)
+    torch.testing.assert_close(implementation(x, norm.weight, 1e-2), norm(x), **CLOSE)
+
+
+def test_rms_norm_of_large_bf16_values_does_not_overflow():
+    x = (draw(3, 64) * 1e30).bfloat16()
+    found = reference.rms_norm(x, torch.ones(64), 1e-5)
+    # Squares of 1e30 are beyond fp32 too: scaled down first, the norm is the same.
+    assert found.dtype == torch.bfloat16
+    small = reference.rms_norm((x.double() * 1e-20).float(), torch.ones(64), 0.0)
+    assert torch.isfinite(small).all()
+    moderate = (draw(3, 64) * 1e15).bfloat16()
+    expected = F.rms_norm(moderate.double(), (64,), eps=1e-5)
+    found = reference.rms_norm(moderate, torch.ones(64), 1e-5).double()
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_rope():
+    config = tiny(num_key_value_heads=2)
+    positions = torch.tensor([[0, 1, 2, 3, 17, 63], [5, 6, 0, 1, 2, 3]])
+    q, k = draw(2, 4, 6, 8), draw(2, 2, 6, 8, seed=1)
+    cos, sin = hugging_face(config).model.rotary_emb(q, positions)
+    expected = theirs.apply_rotary_pos_emb(q, k, cos, sin)
+    tables = reference.rope_tables(positions, config.head_dim, config.rope_theta)
+    for x, rotated in zip((q, k), expected, strict=True):
+        found = reference.apply_rope(x, *tables)
+        torch.testing.assert_close(found, rotated, **CLOSE)
+    assert tables[0].shape == (2, 1, 6, 8)
+
+
+def test_rope_turns_by_relative_positions_only():
+    q, k = draw(1, 1, 1, 8, seed=3), draw(1, 1, 1, 8, seed=4)
+
+    def score(at: int, other: int) -> torch.Tensor:
+        turned = [
+            reference.apply_rope(x, *reference.rope_tables(torch.tensor([[position]]), 8, 100.0))
+            for x, position in ((q, at), (k, other))
+        ]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(score(3, 1), score(40, 38), **CLOSE)
+    assert abs(score(3, 1) - score(3, 2)) > 1e-3
+
+
+def test_swiglu():
+    gate, up = draw(3, 7), draw(3, 7, seed=1)
+    expected = gate / (1 + torch.exp(-gate)) * up
+    torch.testing.assert_close(reference.swiglu(gate, up), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_attention_is_causal_attention(groups):
+    q, k, v = draw(2, 4, 12, 8), draw(2, groups, 12, 8, seed=1), draw(2, groups, 12, 8, seed=2)
+    repeated = [x.repeat_interleave(4 // groups, dim=1) for x in (k, v)]
+    expected = F.scaled_dot_product_attention(q, *repeated, is_causal=True)
+    torch.testing.assert_close(reference.attention(q, k, v), expected, **CLOSE)
+    torch.testing.assert_close(ops.attention(q, k, v, None), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_attention_of_packed_documents_is_attention_of_each(groups):
+    q, k, v = draw(2, 4, 12, 8), draw(2, groups, 12, 8, seed=1), draw(2, groups, 12, 8, seed=2)
+    ids = documents()
+    whole = reference.attention(q, k, v, ids)
+    for row in range(2):
+        for document in ids[row].unique():
+            where = (ids[row] == document).nonzero()[:, 0]
+            one = [x[row : row + 1, :, where] for x in (q, k, v)]
+            expected = reference.attention(*one)[0]
+            torch.testing.assert_close(whole[row][:, where], expected, **CLOSE)
+    fused = ops.attention(q, k, v, ops.attention_mask(ids))
+    torch.testing.assert_close(fused, whole, **CLOSE)
+
+
+def test_gradients_of_the_ops_are_those_of_the_references():
+    inputs = [draw(2, 4, 12, 8), draw(2, 2, 12, 8, seed=1), draw(2, 2, 12, 8, seed=2)]
+    mask = ops.attention_mask(documents())
+    calls = (
+        lambda q, k, v: ops.attention(q, k, v, mask),
+        lambda q, k, v: reference.attention(q, k, v, documents()),
+    )
+    gradients = []
+    for call in calls:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        gradients.append(torch.autograd.grad((call(*leaves) * inputs[0]).sum(), leaves))
+    for fused, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(fused, plain, **CLOSE)
+
+
+def test_vocab_statistics_of_all_ranks_make_the_cross_entropy():
+    logits, labels = draw(9, 12) * 5, torch.randint(12, (9,))
+    parts = [
+        reference.vocab_statistics(logits[:, first : first + 4], labels, first)
+        for first in (0, 4, 8)
+    ]
+    maximum = torch.stack([part[0] for part in parts]).amax(0)
+    total = sum(part[1] * (part[0] - maximum).exp() for part in parts)
+    target = sum(part[2] for part in parts)
+    expected = -logits.log_softmax(-1)[torch.arange(9), labels]
+    torch.testing.assert_close(total.log() + maximum - target, expected, **CLOSE)
+    for part, first in zip(parts, (0, 4, 8), strict=True):
+        assert (part[2][(labels < first) | (labels >= first + 4)] == 0).all()
