@@ -1,6 +1,9 @@
 """A run, from its config to its last checkpoint, in the order in which it happens."""
 
 import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +32,22 @@ from megagrow.train.state import RunState
 from megagrow.train.step import mean_loss
 
 
+@dataclass(frozen=True)
+class Job:
+    """What stays the same while a run is trained."""
+
+    run: RunConfig
+    launch: Launch
+    device: torch.device
+    inputs: Inputs
+    recorder: Recorder
+    environment: dict[str, Any]
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run.output_dir / "checkpoints"
+
+
 def train(run: RunConfig) -> None:
     """Trains a run to its end, from its newest checkpoint if it has one. All ranks call this."""
     launch = read_launch()
@@ -37,60 +56,61 @@ def train(run: RunConfig) -> None:
         raise InputError("; ".join(problems))
     device = init_process_group(launch)
     inputs = together(lambda: open_inputs(run))
-    _train(run, launch, device, inputs)
+    with Recorder(run, launch.rank, launch.world_size) as recorder:
+        together(recorder.open)
+        _train(Job(run, launch, device, inputs, recorder, describe_environment(run)))
+        together(recorder.check)
     leave_process_group()
 
 
-def _train(run: RunConfig, launch: Launch, device: torch.device, inputs: Inputs) -> None:
-    with Recorder(run, launch.rank, launch.world_size) as recorder, StopSignal() as stop:
-        together(recorder.open)
-        stage, state = _begin(run, device, recorder)
-        saved = state.counters.step
+def _train(job: Job) -> None:
+    run, recorder = job.run, job.recorder
+    stage, state = _begin(job)
+    saved = state.counters.step
+    with StopSignal() as stop:
         while True:
-            event = advance(run, stage, state, inputs.train, stop, recorder.check)
+            event = advance(run, stage, state, job.inputs.train, stop, recorder.check)
             state = event.state
             match event:
                 case StepDone():
                     recorder.step(event)
                     if event.validate:
-                        _validate(stage, state, inputs, recorder)
+                        _validate(job, stage, state)
                     if event.save:
-                        state = _save(run, stage, state, recorder, launch)
+                        state = _save(job, stage, state)
                         saved = state.counters.step
                 case StageEnd() if stage.index + 1 < len(run.stages):
-                    stage, state = _grow(run, stage, state, inputs, recorder)
+                    stage, state = _grow(job, stage, state)
                 case StageEnd() | Stopped():
                     break
         if saved < state.counters.step:
-            state = _save(run, stage, state, recorder, launch)
-        recorder.end(state, event.reason if isinstance(event, Stopped) else None)
-        together(recorder.check)
+            state = _save(job, stage, state)
+    recorder.end(state, event.reason if isinstance(event, Stopped) else None)
 
 
-def _begin(run: RunConfig, device: torch.device, recorder: Recorder) -> tuple[Stage, RunState]:
+def _begin(job: Job) -> tuple[Stage, RunState]:
     """The state of the newest whole checkpoint, or initial weights."""
-    found = newest_checkpoint(run.output_dir / "checkpoints", recorder.say)
-    if found is None:
-        stage, state = build_stage(run, 0, device), RunState()
-        fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)
+    found = newest_checkpoint(job.checkpoints, job.recorder.say)
+    path, manifest = found or (None, None)
+    state = RunState() if manifest is None else RunState.from_json(manifest.run)
+    if manifest is not None:
+        _check_same_model(job, state, manifest)
+    stage = build_stage(job.run, state.stage, job.device)
+    if path is None or manifest is None:
+        fill_initial(stage.layout, job.launch.rank, stage.engine.storage(), job.run.seed)
         stage.engine.ready(adam_step=0)
-        recorder.start(state, None)
-        return stage, state
-    path, manifest = found
-    state = RunState.from_json(manifest.run)
-    _check_same_model(run, state, manifest)
-    stage = build_stage(run, state.stage, device)
-    load_storage(path, manifest, stage.layout, stage.engine.storage())
-    stage.engine.ready(manifest.adam_step)
-    recorder.start(state, path)
+    else:
+        load_storage(path, manifest, stage.layout, stage.engine.storage())
+        stage.engine.ready(manifest.adam_step)
+    job.recorder.start(state, path)
     return stage, state
 
 
-def _check_same_model(run: RunConfig, state: RunState, manifest: Manifest) -> None:
-    where = f"{run.output_dir / 'checkpoints'}: its newest checkpoint"
-    if state.stage >= len(run.stages):
-        raise InputError(f"{where} is of stage {state.stage}, the run has {len(run.stages)} stages")
-    model = run.stages[state.stage].model.model_dump()
+def _check_same_model(job: Job, state: RunState, manifest: Manifest) -> None:
+    where, stages = f"{job.checkpoints}: its newest checkpoint", job.run.stages
+    if state.stage >= len(stages):
+        raise InputError(f"{where} is of stage {state.stage}, the run has {len(stages)} stages")
+    model = stages[state.stage].model.model_dump()
     for key, value in manifest.model.items():
         if model.get(key) != value:
             raise InputError(
@@ -99,20 +119,16 @@ def _check_same_model(run: RunConfig, state: RunState, manifest: Manifest) -> No
             )
 
 
-def _validate(stage: Stage, state: RunState, inputs: Inputs, recorder: Recorder) -> None:
-    if inputs.validation is not None:
-        loss = mean_loss(stage, inputs.validation, inputs.validation_sequences)
-        recorder.validation(state, loss)
+def _validate(job: Job, stage: Stage, state: RunState) -> None:
+    if job.inputs.validation is not None:
+        loss = mean_loss(stage, job.inputs.validation, job.inputs.validation_sequences)
+        job.recorder.validation(state, loss)
 
 
-def _save(
-    run: RunConfig, stage: Stage, state: RunState, recorder: Recorder, launch: Launch
-) -> RunState:
+def _save(job: Job, stage: Stage, state: RunState) -> RunState:
     begin = time.perf_counter()
-    directory = run.output_dir / "checkpoints"
-    environment = describe_environment() | {"config": run.model_dump(mode="json")}
     path = save_checkpoint(
-        directory,
+        job.checkpoints,
         state.counters.step,
         stage.layout,
         stage.engine.storage(),
@@ -121,24 +137,22 @@ def _save(
             describe_layout(stage.layout),
             stage.engine.adam_step,
             state.as_json(),
-            environment,
+            job.environment,
             files,
         ),
     )
-    together(lambda: prune_checkpoints(directory, run.checkpoint.keep_last)
-             if launch.rank == 0 else None)  # fmt: skip
+    if job.launch.rank == 0:
+        prune_checkpoints(job.checkpoints, job.run.checkpoint.keep_last)
     seconds = time.perf_counter() - begin
-    recorder.checkpoint(state, path, seconds)
+    job.recorder.checkpoint(state, path, seconds)
     return state.after_loss(seconds)
 
 
-def _grow(
-    run: RunConfig, stage: Stage, state: RunState, inputs: Inputs, recorder: Recorder
-) -> tuple[Stage, RunState]:
+def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Stage, RunState]:
     sequences = stage.config.batch.global_batch_size
-    before = mean_loss(stage, inputs.fixed, sequences)
-    stage, report = grow(run, stage)
-    after = mean_loss(stage, inputs.fixed, sequences)
+    before = mean_loss(stage, job.inputs.fixed, sequences)
+    stage, report = grow(job.run, stage)
+    after = mean_loss(stage, job.inputs.fixed, sequences)
     state = state.after_growth(report.layers).after_loss(report.seconds)
-    recorder.growth(state, report, before, after)
+    job.recorder.growth(state, report, before, after)
     return stage, state

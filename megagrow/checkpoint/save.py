@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megagrow.checkpoint.files import checkpoint_name, list_checkpoints, shard_name, sync
-from megagrow.checkpoint.manifest import MANIFEST_FILE, Manifest, write_manifest
+from megagrow.checkpoint.manifest import Manifest, write_manifest
 from megagrow.errors import InputError
 from megagrow.parallel.topology import together
 from megagrow.parallel.zero import Storage
@@ -48,10 +48,11 @@ def save_checkpoint(
 
 
 def prune_checkpoints(directory: Path, keep_last: int) -> None:
-    """Removes all but the newest checkpoints; called by rank 0."""
+    """Removes all but the newest checkpoints, and what crashes left behind; called by rank 0."""
     for path in list_checkpoints(directory)[:-keep_last]:
         # First no longer a checkpoint, then gone: a crash in between leaves no half of one.
-        (path / MANIFEST_FILE).unlink()
+        path.rename(path.with_suffix(".tmp"))
+    for path in directory.glob("step-*.tmp"):
         shutil.rmtree(path)
 
 

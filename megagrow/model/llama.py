@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
-        self.enter_weight = nn.Identity()
+        self.enter_weight: nn.Module = nn.Identity()
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         return ops.rms_norm(x_BSD, self.enter_weight(self.weight), self.eps)
@@ -54,8 +54,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, kv_width, bias=False)
         self.v_proj = nn.Linear(width, kv_width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
-        self.enter = nn.Identity()
-        self.leave = nn.Identity()
+        self.enter: nn.Module = nn.Identity()
+        self.leave: nn.Module = nn.Identity()
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         x_BSD = self.enter(x_BSD)
@@ -80,8 +80,8 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.enter = nn.Identity()
-        self.leave = nn.Identity()
+        self.enter: nn.Module = nn.Identity()
+        self.leave: nn.Module = nn.Identity()
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_BSD = self.enter(x_BSD)
@@ -110,8 +110,8 @@ class LlamaModel(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = recompute
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.leave = nn.Identity()
+        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.leave: nn.Module = nn.Identity()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -144,10 +144,10 @@ class LlamaForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = LlamaModel(config, recompute)
-        self.enter = nn.Identity()
+        self.enter: nn.Module = nn.Identity()
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = self.model.get_parameter("embed_tokens.weight")
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor | None = None

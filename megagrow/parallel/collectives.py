@@ -5,6 +5,8 @@ are those of Korthikanti et al. 2022, section 4.2.2. Hidden states are (B, S, D)
 split dimension 1. Every function is the identity on a group of one rank.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,12 +41,12 @@ class _CopyForwardReduceBackward(torch.autograd.Function):
     """Megatron's f: identity forward, all-reduce backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _all_reduce(grad, ctx.group), None
 
 
@@ -52,11 +54,11 @@ class _ReduceForwardCopyBackward(torch.autograd.Function):
     """Megatron's g: all-reduce forward, identity backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         return _all_reduce(x, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -64,12 +66,12 @@ class _GatherForwardScatterBackward(torch.autograd.Function):
     """f under sequence parallelism: all-gather forward, reduce-scatter backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
         return _gather_sequence(x, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _reduce_scatter_sequence(grad, ctx.group), None
 
 
@@ -77,12 +79,12 @@ class _ScatterForwardGatherBackward(torch.autograd.Function):
     """g under sequence parallelism: reduce-scatter forward, all-gather backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
         return _reduce_scatter_sequence(x, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _gather_sequence(grad, ctx.group), None
 
 

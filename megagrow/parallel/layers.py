@@ -6,19 +6,25 @@ block, once per block instead of once per matrix. Only the embedding needs a cla
 since a row that another rank holds must read as zero.
 """
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from megagrow.model.llama import LlamaForCausalLM, RMSNorm
+from megagrow.model.llama import MLP, Attention, LlamaForCausalLM, RMSNorm
 from megagrow.parallel import collectives
 from megagrow.parallel.plan import ParamSpec
 from megagrow.parallel.topology import Topology
+
+Collective = Callable[[Tensor, ProcessGroup], Tensor]
 
 
 class Region(nn.Module):
     """The boundary between the replicated (or sequence-split) and the tensor-parallel part."""
 
-    def __init__(self, collective, group) -> None:
+    def __init__(self, collective: Collective, group: ProcessGroup) -> None:
         super().__init__()
         self.collective = collective
         self.group = group
@@ -54,13 +60,14 @@ def parallelize(
     enter, leave = collectives.copy_to_tensor_parallel, collectives.reduce_from_tensor_parallel
     if sequence_parallel:
         enter, leave = collectives.gather_from_sequence, collectives.scatter_to_sequence
-    for layer in model.model.layers:
-        for block in (layer.self_attn, layer.mlp):
+    for block in model.modules():
+        if isinstance(block, Attention | MLP):
             block.enter = Region(enter, topology.tp_group)
             block.leave = Region(leave, topology.tp_group)
     spec = plan["model.embed_tokens.weight"]
+    weight = cast(nn.Parameter, model.model.embed_tokens.weight)
     model.model.embed_tokens = VocabParallelEmbedding(
-        model.model.embed_tokens.weight, spec.slice_origin(topology.tp, topology.tp_rank)[0]
+        weight, spec.slice_origin(topology.tp, topology.tp_rank)[0]
     )
     model.model.leave = Region(leave, topology.tp_group)
     model.enter = Region(enter, topology.tp_group)
@@ -80,7 +87,7 @@ def _slice_parameters(
         if id(parameter) not in sliced:
             spec = plan[name]
             shape = spec.slice_shape(topology.tp)
-            fresh = nn.Parameter(parameter.new_empty(shape[:1] if spec.is_vector else shape))
+            fresh: Any = nn.Parameter(parameter.new_empty(shape[:1] if spec.is_vector else shape))
             # Both marks are read by DeepSpeed's gradient norm: unmarked parameters are whole on
             # every tensor-parallel rank and must be counted once.
             fresh.model_parallel = fresh.tensor_model_parallel = spec.tp_dim is not None

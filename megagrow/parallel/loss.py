@@ -1,5 +1,7 @@
 """Cross-entropy over a vocabulary that is spread over ranks; the logits are never gathered."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,7 +17,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Losses (N,) from this rank's logits (N, V/tp); one exchange of three numbers per token."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, first: int, group) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup
+    ) -> Tensor:
         maximum, total, target = ops.vocab_statistics(logits, labels, first)
         if group.size() > 1:
             highest = maximum.clone()
@@ -29,7 +33,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return log_total - target
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         logits, labels, log_total = ctx.saved_tensors
         probabilities = (logits.float() - log_total[:, None]).exp_()
         index = labels - ctx.first

@@ -68,15 +68,19 @@ def pad(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+_Entry = tuple[int, int, Role, Role, float]
+"""Rows, columns, their roles, and the initial standard deviation."""
+
+
 def parameter_plan(model: ModelConfig, tp: int) -> dict[str, ParamSpec]:
     """Every parameter of the model, in the order in which the module tree holds them."""
     width, ffn = model.hidden_size, model.intermediate_size
     kv_width = model.num_key_value_heads * model.head_dim
     std = model.initializer_range
     output_std = std / (2 * model.num_hidden_layers) ** 0.5
-    vocab = (model.vocab_size, width, "vocab", "residual", std)
-    gain = (width, 1, "residual", "none", 0.0)
-    block = {
+    vocab: _Entry = (model.vocab_size, width, "vocab", "residual", std)
+    gain: _Entry = (width, 1, "residual", "none", 0.0)
+    block: dict[str, _Entry] = {
         "self_attn.q_proj": (width, width, "query", "residual", std),
         "self_attn.k_proj": (kv_width, width, "kv", "residual", std),
         "self_attn.v_proj": (kv_width, width, "kv", "residual", std),
@@ -87,7 +91,7 @@ def parameter_plan(model: ModelConfig, tp: int) -> dict[str, ParamSpec]:
         "input_layernorm": gain,
         "post_attention_layernorm": gain,
     }
-    table = {"model.embed_tokens": (None, vocab)}
+    table: dict[str, tuple[int | None, _Entry]] = {"model.embed_tokens": (None, vocab)}
     for layer in range(model.num_hidden_layers):
         for name, entry in block.items():
             table[f"model.layers.{layer}.{name}"] = (layer, entry)
@@ -97,7 +101,7 @@ def parameter_plan(model: ModelConfig, tp: int) -> dict[str, ParamSpec]:
     return {f"{name}.weight": _spec(f"{name}.weight", *entry, tp) for name, entry in table.items()}
 
 
-def _spec(name: str, layer: int | None, entry: tuple, tp: int) -> ParamSpec:
+def _spec(name: str, layer: int | None, entry: _Entry, tp: int) -> ParamSpec:
     rows, cols, row_role, col_role, std = entry
     padded = pad(rows, tp) if row_role == "vocab" else rows
     return ParamSpec(

@@ -51,7 +51,8 @@ def init_process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store = dist.HashStore() if launch.world_size == 1 else None
+    alone = launch.world_size == 1
+    store = dist.HashStore() if alone else None  # type: ignore[attr-defined]
     dist.init_process_group(
         backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
     )
@@ -130,9 +131,10 @@ def together(action: Callable[[], T]) -> T:
     For whatever may go wrong on a single rank (a full disk, a damaged file): without this, the
     others would wait in their next collective for ever.
     """
-    result, problem = None, None
+    results: list[T] = []
+    problem = None
     try:
-        result = action()
+        results.append(action())
     except (InputError, OSError) as error:
         problem = str(error)
     problems: list[Any] = [None] * dist.get_world_size()
@@ -141,4 +143,4 @@ def together(action: Callable[[], T]) -> T:
     if found:
         rank, text = found[0]
         raise InputError(text if len(found) == len(problems) else f"rank {rank}: {text}")
-    return result
+    return results[0]

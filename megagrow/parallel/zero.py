@@ -156,7 +156,7 @@ class ZeroEngine:
         """Destroys the engine and returns its state, now all that is left of it in memory."""
         storage = self.storage()
         self._engine.destroy()
-        self._engine = self._adam = None
+        del self._engine, self._adam
         gc.collect()
         return storage
 
@@ -185,7 +185,7 @@ def _place_whole(name: str, parameter: Tensor, _: Any) -> _Place:
     return _Place(name, 0, parameter.numel(), parameter, 0)
 
 
-def _place_flat(name: str, parameter: Tensor, optimizer: Any) -> _Place:
+def _place_flat(name: str, parameter: Any, optimizer: Any) -> _Place:
     mapping = parameter._hp_mapping
     flats = [group["params"][0] for group in optimizer.param_groups]
     if mapping is None:
@@ -194,7 +194,7 @@ def _place_flat(name: str, parameter: Tensor, optimizer: Any) -> _Place:
     return _Place(name, low.start, low.numel, flats[mapping.param_group_index], high.start)
 
 
-def _place_zero3(name: str, parameter: Tensor, optimizer: Any) -> _Place:
+def _place_zero3(name: str, parameter: Any, optimizer: Any) -> _Place:
     group, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
     rank = torch.distributed.get_rank(parameter.ds_process_group)
     start = min(rank * share, parameter.ds_numel)

@@ -149,7 +149,7 @@ class Layout:
     @cached_property
     def _flat(self) -> dict[str, tuple[int, int]]:
         """For ZeRO 1 and 2: the offset of each slice in its flat group, and a rank's share."""
-        table = {}
+        table: dict[str, tuple[int, int]] = {}
         for group in self.groups:
             offsets, total = [], 0
             for name in group:

@@ -1,4 +1,4 @@
-"""What a run was made with: package versions and the state of the repository."""
+"""What a run was made with: its config, package versions and the state of the repository."""
 
 import platform
 import subprocess
@@ -6,12 +6,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from megagrow.config.schema import RunConfig
+
 PACKAGES = ("megagrow", "torch", "deepspeed", "triton", "numpy", "safetensors", "sentencepiece")
 
 
-def describe_environment() -> dict[str, Any]:
+def describe_environment(run: RunConfig) -> dict[str, Any]:
     """Plain JSON values; what cannot be found out is None."""
     return {
+        "config": run.model_dump(mode="json"),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "git_commit": _git("rev-parse", "HEAD"),

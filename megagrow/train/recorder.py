@@ -44,7 +44,7 @@ class Recorder:
             run = self._run
             run.output_dir.mkdir(parents=True, exist_ok=True)
             (run.output_dir / "config.yaml").write_text(to_yaml(run), encoding="utf-8")
-            environment = json.dumps(describe_environment(), indent=1)
+            environment = json.dumps(describe_environment(run), indent=1)
             (run.output_dir / "environment.json").write_text(environment, encoding="utf-8")
             self._metrics = self._stack.enter_context(
                 MetricsLog(

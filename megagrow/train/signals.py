@@ -2,6 +2,7 @@
 
 import signal
 from types import FrameType, TracebackType
+from typing import Any
 
 
 class StopSignal:
@@ -9,7 +10,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
         for number in (signal.SIGTERM, signal.SIGINT):
