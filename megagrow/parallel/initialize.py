@@ -32,6 +32,7 @@ def normal(stream: str, first: int, count: int) -> Tensor:
     key = int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=16).digest(), "little")
     # One step of the counter gives four 64-bit numbers.
     generator = np.random.Philox(key=key, counter=first // 4)
-    bits = generator.random_raw(first % 4 + count)[first % 4 :] >> np.uint64(11)
-    uniform = torch.from_numpy((bits.astype(np.float64) + 0.5) * 2.0**-53)
+    # 52 bits and a half fill fp64's 53: never rounded up to 1, whose quantile is infinite.
+    bits = generator.random_raw(first % 4 + count)[first % 4 :] >> np.uint64(12)
+    uniform = torch.from_numpy((bits.astype(np.float64) + 0.5) * 2.0**-52)
     return torch.special.ndtri(uniform).float()

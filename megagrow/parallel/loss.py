@@ -27,15 +27,15 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             sums = torch.stack((total * (maximum - highest).exp(), target))
             dist.all_reduce(sums, group=group)
             maximum, (total, target) = highest, sums
-        log_total = total.log() + maximum
-        ctx.save_for_backward(logits, labels, log_total)
+        ctx.save_for_backward(logits, labels, maximum, total)
         ctx.first = first
-        return log_total - target
+        return total.log() + (maximum - target)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, labels, log_total = ctx.saved_tensors
-        probabilities = (logits.float() - log_total[:, None]).exp_()
+        logits, labels, maximum, total = ctx.saved_tensors
+        # Not exp(logits - (maximum + log total)): that sum rounds the smaller part away.
+        probabilities = (logits.float() - maximum[:, None]).exp_().div_(total[:, None])
         index = labels - ctx.first
         mine = (index >= 0) & (index < logits.shape[1])
         rows = torch.arange(labels.numel(), device=labels.device)

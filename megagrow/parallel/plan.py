@@ -81,15 +81,15 @@ def parameter_plan(model: ModelConfig, tp: int) -> dict[str, ParamSpec]:
     vocab: _Entry = (model.vocab_size, width, "vocab", "residual", std)
     gain: _Entry = (width, 1, "residual", "none", 0.0)
     block: dict[str, _Entry] = {
+        "input_layernorm": gain,
         "self_attn.q_proj": (width, width, "query", "residual", std),
         "self_attn.k_proj": (kv_width, width, "kv", "residual", std),
         "self_attn.v_proj": (kv_width, width, "kv", "residual", std),
         "self_attn.o_proj": (width, width, "residual", "query", output_std),
+        "post_attention_layernorm": gain,
         "mlp.gate_proj": (ffn, width, "ffn", "residual", std),
         "mlp.up_proj": (ffn, width, "ffn", "residual", std),
         "mlp.down_proj": (width, ffn, "residual", "ffn", output_std),
-        "input_layernorm": gain,
-        "post_attention_layernorm": gain,
     }
     table: dict[str, tuple[int | None, _Entry]] = {"model.embed_tokens": (None, vocab)}
     for layer in range(model.num_hidden_layers):
