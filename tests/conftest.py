@@ -1,5 +1,24 @@
-"""Every test process computes with one thread: repeatable, and safe to fork (see spawn.py)."""
+"""Every test process computes on the CPU with one thread: repeatable, and safe to fork.
+
+Tests marked `gpu` start processes of their own, to which they give the GPUs back.
+"""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import pytest
+
+_HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+_BEFORE = dict(os.environ)
+os.environ.update(_HIDDEN)
+
+
+@pytest.fixture
+def gpu_environment() -> dict[str, str]:
+    """The environment as it was before the GPUs were hidden; skips where there is none."""
+    import torch
+
+    if torch.version.cuda is None or not os.path.exists("/dev/nvidiactl"):
+        pytest.skip("needs a GPU and a CUDA build of torch")
+    return {name: value for name, value in os.environ.items() if name not in _HIDDEN} | {
+        name: _BEFORE[name] for name in _HIDDEN if name in _BEFORE
+    }
