@@ -9,9 +9,7 @@ from rich.console import Console
 
 from megagrow.errors import InputError
 
-app = typer.Typer(
-    help="Pretrain a language model by growing it.", no_args_is_help=True, add_completion=False
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 config_app = typer.Typer(help="Look at run files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
@@ -20,6 +18,14 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key: --set optimizer.lr=1e-3."),
 ]
+
+
+@app.callback()
+def megagrow(
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+) -> None:
+    """Pretrain a language model by growing it."""
+    # The deepspeed launcher gives every process this option; the same stands in its environment.
 
 
 @app.command()
