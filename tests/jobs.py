@@ -97,7 +97,7 @@ def _run(
         stream.flush()
         with (folder / f"{rank}.{kind}").open("wb") as file:
             os.dup2(file.fileno(), 1 if kind == "out" else 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -1,0 +1,259 @@
+"""A run that was killed or stopped, at whatever instant, goes on as if nothing had happened."""
+
+import json
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import megagrow.checkpoint.save
+import megagrow.run
+import megagrow.train.grow
+import megagrow.train.loop
+from megagrow.checkpoint.files import list_checkpoints
+from megagrow.config.schema import RunConfig
+from megagrow.train.loop import StepDone
+from megagrow.train.recorder import Recorder
+from megagrow.train.stage import Stage
+from tests.jobs import Finished, Hook, Job, records, train, write_run
+from tests.runs import MODEL, STEP_TOKENS, make_run
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+WORLD = 2
+BASE_STEPS, STEPS = 12, 26
+INTERVAL = 3
+ZERO_2 = {"zero_stage": 2}
+ZERO_3_TP_2 = {"zero_stage": 3, "tensor_model_parallel_size": 2}
+
+
+def grown_run(folder: Path, parallel: dict[str, Any] = ZERO_2) -> RunConfig:
+    return make_run(
+        folder,
+        [
+            {"tokens": BASE_STEPS * STEP_TOKENS, "parallel": parallel},
+            {
+                "model": MODEL | {"num_hidden_layers": 4},
+                "tokens": (STEPS - BASE_STEPS) * STEP_TOKENS,
+                "parallel": parallel,
+                "growth": {"operator": "direct_depth"},
+            },
+        ],
+        checkpoint={"interval": INTERVAL},
+        validation={"interval": 5, "tokens": 256},
+    )
+
+
+def start(run: RunConfig, hook: Hook | None = None) -> Job:
+    return train(write_run(run.output_dir.with_suffix(".yaml"), run), WORLD, hook)
+
+
+def finish(job: Job) -> Finished:
+    done = job.finish()
+    assert done.codes == [0] * WORLD, done.err
+    assert done.err == [""] * WORLD
+    return done
+
+
+def history(run: RunConfig) -> dict[str, list[tuple[Any, ...]]]:
+    """All that was recorded and does not depend on the clock."""
+    counters = ("step", "tokens", "flops", "flops_true", "stage")
+    return {
+        "train": records(run, "train", (*counters, "loss", "lr", "grad_norm")),
+        "validation": records(run, "validation", (*counters, "loss")),
+        "growth": records(run, "growth", (*counters, "loss_before", "loss_after", "layers")),
+    }
+
+
+def last_checkpoint(run: RunConfig) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Its tensors, to the bit, and its manifest without what tells the time."""
+    folder = run.output_dir / "checkpoints" / f"step-{STEPS:09d}"
+    shards = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in ("elapsed_seconds", "lost_seconds"):
+        del manifest["run"]["counters"][name]
+    del manifest["environment"]
+    return shards, manifest
+
+
+def assert_same(run: RunConfig, expected: RunConfig) -> None:
+    assert history(run) == history(expected)
+    found, right = last_checkpoint(run), last_checkpoint(expected)
+    assert len(right[0]) == WORLD
+    assert found == right
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    run = grown_run(tmp_path_factory.mktemp("undisturbed"))
+    finish(start(run))
+    seen = history(run)
+    assert [step for step, *_ in seen["train"]] == list(range(1, STEPS + 1))
+    assert [step for step, *_ in seen["growth"]] == [BASE_STEPS]
+    return run
+
+
+def around_step(step: int, reached: Path) -> Hook:
+    """Says when a step is done, and holds the run two steps later if it is not killed by then."""
+
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        record = Recorder.step
+
+        def step_done(self: Recorder, event: StepDone) -> None:
+            record(self, event)
+            done = event.state.counters.step
+            if done >= step and rank == 0:
+                reached.touch()
+            if done >= step + 2:
+                time.sleep(3600)
+
+        patch.setattr(Recorder, "step", step_done)
+
+    return hook
+
+
+def slowed_after(step: int, reached: Path) -> Hook:
+    """Says when a step is done; the next one takes long enough for a signal to come meanwhile."""
+
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        train_step = megagrow.train.loop.train_step
+
+        def slow(stage: Stage, *arguments: Any) -> Any:
+            result = train_step(stage, *arguments)
+            steps.append(result)
+            if len(steps) == step + 1:
+                if rank == 0:
+                    reached.touch()
+                time.sleep(0.5)
+            return result
+
+        steps: list[Any] = []
+        patch.setattr(megagrow.train.loop, "train_step", slow)
+
+    return hook
+
+
+def test_killed_at_ten_random_steps(tmp_path: Path, undisturbed: RunConfig) -> None:
+    run, instants = grown_run(tmp_path), random.Random(0)
+    for step in sorted(instants.sample(range(1, STEPS - 2), 10)):
+        reached = tmp_path / f"step-{step}"
+        job = start(run, around_step(step, reached))
+        job.wait_for(reached.exists)
+        time.sleep(instants.uniform(0, 0.1))
+        job.kill()
+    finish(start(run))
+    assert len(records(run, "start", ["step"])) == 11
+    assert_same(run, undisturbed)
+
+
+def held_at(place: Any, name: str, reached: Path, when: Callable[..., bool]) -> Hook:
+    """Stops a rank for ever where it calls place.name, at the first call for which `when` holds.
+
+    Rank 0 stops instead of the call, the others after it: work is left half done.
+    """
+
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        call = getattr(place, name)
+
+        def held(*args: Any, **options: Any) -> Any:
+            stop = when(*args)
+            result = None if stop and rank == 0 else call(*args, **options)
+            if stop:
+                (reached / str(rank)).touch()
+                time.sleep(3600)
+            return result
+
+        patch.setattr(place, name, held)
+
+    return hook
+
+
+def always(*_: Any) -> bool:
+    return True
+
+
+def is_whole(path: Path, *_: Any) -> bool:
+    return (path / "manifest.json").exists()
+
+
+SAVE = megagrow.checkpoint.save
+WORST = [
+    # what is held, where, how many ranks come to it, the step from which the next start goes on
+    ("a shard is missing", SAVE, "_write_shard", 2, 0),
+    ("all shards there, not yet renamed", SAVE, "_finish", 1, 0),
+    ("renamed, not yet recorded", megagrow.run, "prune_checkpoints", 1, 3),
+    ("an old checkpoint is being removed", SAVE.shutil, "rmtree", 1, 9),
+    ("the growth begins", megagrow.run, "grow", 1, BASE_STEPS),
+    ("the target stands, nothing moved", megagrow.train.grow, "exchange", 1, BASE_STEPS),
+    ("grown, not yet recorded", Recorder, "growth", 2, BASE_STEPS),
+    ("a shard is missing after the growth", SAVE, "_write_shard", 2, BASE_STEPS),
+]
+
+
+def test_killed_at_the_worst_instants(tmp_path: Path, undisturbed: RunConfig) -> None:
+    run = grown_run(tmp_path)
+    for number, (_, place, name, ranks, _) in enumerate(WORST):
+        reached = tmp_path / str(number)
+        reached.mkdir()
+        job = start(run, held_at(place, name, reached, is_whole if name == "rmtree" else always))
+        job.wait_for(lambda: len(list(reached.iterdir())) == ranks)
+        job.kill()
+    finish(start(run))
+    begun = [step for (step,) in records(run, "start", ["step"])]
+    assert begun == [0, *(step for *_, step in WORST)]
+    assert_same(run, undisturbed)
+
+
+@pytest.mark.parametrize("step", [7, 16], ids=["before the growth", "after the growth"])
+def test_killed_and_resumed_in_another_layout(
+    tmp_path: Path, undisturbed: RunConfig, step: int
+) -> None:
+    reached = tmp_path / "reached"
+    job = start(grown_run(tmp_path), around_step(step, reached))
+    job.wait_for(reached.exists)
+    job.kill()
+    run = grown_run(tmp_path, ZERO_3_TP_2)
+    finish(start(run))
+    ((resumed,),) = records(run, "start", ["step"])[1:]
+    assert step - INTERVAL < resumed <= step + 2
+    for found, right in zip(history(run)["train"], history(undisturbed)["train"], strict=True):
+        *counters, loss, lr, norm = found
+        assert (*counters, lr) == (*right[:-3], right[-2])
+        assert (loss, norm) == pytest.approx((right[-3], right[-1]), rel=1e-5)
+
+
+def test_a_finished_run_says_so_and_does_nothing(undisturbed: RunConfig) -> None:
+    before = history(undisturbed), last_checkpoint(undisturbed)
+    done = finish(start(undisturbed))
+    assert f"goes on from {undisturbed.output_dir}" in done.out[0]
+    assert f"test: done. {STEPS} steps, {STEPS * STEP_TOKENS} tokens" in done.out[0]
+    assert "saved" not in done.out[0]
+    assert (history(undisturbed), last_checkpoint(undisturbed)) == before
+
+
+@pytest.mark.parametrize(
+    "signals",
+    [[signal.SIGTERM], [signal.SIGINT], [signal.SIGINT, signal.SIGTERM, signal.SIGTERM]],
+    ids=["SIGTERM", "SIGINT", "Ctrl-C under a launcher"],
+)
+def test_stopped_by_a_signal(
+    tmp_path: Path, undisturbed: RunConfig, signals: list[signal.Signals]
+) -> None:
+    run, reached = grown_run(tmp_path), tmp_path / "reached"
+    job = start(run, slowed_after(7, reached))
+    job.wait_for(reached.exists)
+    for number in signals:
+        job.signal(number)
+        time.sleep(0.02)
+    done = finish(job)
+    name = signals[0].name
+    assert f"stopped by {name}; the same command goes on. 8 steps" in done.out[0]
+    assert records(run, "end", ["step", "stopped"]) == [(8, name)]
+    assert list_checkpoints(run.output_dir / "checkpoints")[-1].name == "step-000000008"
+    finish(start(run))
+    assert records(run, "start", ["step"]) == [(0,), (8,)]
+    assert_same(run, undisturbed)
