@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megagrow.checkpoint.files import checkpoint_name, list_checkpoints, shard_name, sync
-from megagrow.checkpoint.manifest import Manifest, write_manifest
+from megagrow.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from megagrow.errors import InputError
 from megagrow.parallel.topology import together
 from megagrow.parallel.zero import Storage
@@ -48,12 +48,22 @@ def save_checkpoint(
 
 
 def prune_checkpoints(directory: Path, keep_last: int) -> None:
-    """Removes all but the newest checkpoints, and what crashes left behind; called by rank 0."""
-    for path in list_checkpoints(directory)[:-keep_last]:
+    """Removes all before the newest whole checkpoints, and what crashes left; called by rank 0."""
+    found = list_checkpoints(directory)
+    kept = [path for path in found if _is_whole(path)][-keep_last:]  # damaged ones do not count
+    for path in found[: found.index(kept[0]) if kept else 0]:
         # First no longer a checkpoint, then gone: a crash in between leaves no half of one.
         path.rename(path.with_suffix(".tmp"))
     for path in directory.glob("step-*.tmp"):
         shutil.rmtree(path)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_manifest(path)
+    except InputError:
+        return False
+    return True
 
 
 def _begin(partial: Path) -> None:

@@ -7,22 +7,26 @@ written weights on to the copies that the forward pass uses.
 
 import gc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from megagrow.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from megagrow.model.llama import LlamaForCausalLM
-from megagrow.parallel.layers import parallelize
-from megagrow.parallel.plan import ParamSpec, parameter_plan
+from megagrow.config.schema import OptimizerConfig
+from megagrow.parallel.plan import parameter_plan
+from megagrow.parallel.settings import EngineSettings, decay_groups, deepspeed_config
 from megagrow.parallel.topology import Topology, choose_accelerator
+from megagrow.parallel.weights import build_model, materialise, materialise_flat
 
 choose_accelerator()
 import deepspeed  # noqa: E402
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
 from deepspeed.runtime.utils import clip_grad_norm_  # noqa: E402
+from deepspeed.runtime.zero import stage_1_and_2  # noqa: E402
 
 # DeepSpeed 0.19 still calls collectives under names that torch 2.13 deprecates.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -33,16 +37,8 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 STATE_KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 """What is kept of every parameter, under the names of DeepSpeed's universal checkpoint."""
 
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """Everything that decides how one stage is trained, besides where its numbers come from."""
-
-    model: ModelConfig
-    parallel: ParallelConfig
-    batch: BatchConfig
-    optimizer: OptimizerConfig
-    bf16: bool
+GATHER_BYTES = 64 * 2**20
+"""Forward weights that are gathered at once when they are refreshed."""
 
 
 Storage = dict[str, dict[str, Tensor]]
@@ -74,16 +70,24 @@ class ZeroEngine:
         self._autocast = settings.bf16 and self.stage == 0
         low_precision = settings.bf16 and not self._autocast
         dtype = torch.bfloat16 if low_precision else torch.float32
-        model = _build_model(self.plan, settings, topology, dtype)
-        self.groups = _decay_groups(self.plan, settings.optimizer)
+        self.groups = decay_groups(self.plan, settings.optimizer)
+        config = deepspeed_config(settings, topology, self.plan)
+        model = build_model(self.plan, settings, topology, dtype)
+        flats: list[Tensor] = []
+        if self.stage in (1, 2):
+            flats = materialise_flat(model, self.groups, topology)
+        else:
+            partition = _partition_zero3(config, topology, dtype) if self.stage == 3 else None
+            materialise(model, topology.device, partition)
         optimizer = _adamw(model, self.groups, settings.optimizer, topology.device)
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=_deepspeed_config(settings, topology, self.plan),
-            mpu=topology,
-            dist_init_required=False,
-        )
+        with _flat_already(flats):
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=config,
+                mpu=topology,
+                dist_init_required=False,
+            )
         self._adam = optimizer
         self._create_moments()
 
@@ -150,12 +154,14 @@ class ZeroEngine:
             for sub_group in range(len(optimizer.fp32_partitioned_groups_flat)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
         elif self.stage > 0:
-            optimizer.update_lp_params()
+            _refresh_flat(optimizer, self.topology)
 
     def release(self) -> Storage:
         """Destroys the engine and returns its state, now all that is left of it in memory."""
         storage = self.storage()
         self._engine.destroy()
+        if self.stage == 3:
+            _unlink_zero3(self._engine)
         del self._engine, self._adam
         gc.collect()
         return storage
@@ -196,7 +202,7 @@ def _place_flat(name: str, parameter: Any, optimizer: Any) -> _Place:
 
 def _place_zero3(name: str, parameter: Any, optimizer: Any) -> _Place:
     group, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    rank = torch.distributed.get_rank(parameter.ds_process_group)
+    rank = dist.get_rank(parameter.ds_process_group)
     start = min(rank * share, parameter.ds_numel)
     numel = min(share, parameter.ds_numel - start)  # the last rank's share ends in padding
     return _Place(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
@@ -206,50 +212,71 @@ def _tensor(adam: torch.optim.Optimizer, owner: Tensor, kind: str) -> Tensor:
     return owner.data if kind == "fp32" else adam.state[owner][kind]
 
 
-def _build_model(
-    plan: dict[str, ParamSpec], settings: EngineSettings, topology: Topology, dtype: torch.dtype
-) -> LlamaForCausalLM:
-    """This rank's share of the model, zero-filled; under ZeRO-3 one layer at a time is whole."""
-    recompute = settings.parallel.activation_checkpointing
-    with torch.device("meta"):
-        model = LlamaForCausalLM(settings.model, recompute).to(dtype)
-    parallelize(model, plan, topology, settings.parallel.sequence_parallel)
-    parts: list[nn.Module] = [*model.model.layers, model]
-    for part in parts:
-        _materialise(part, topology.device)
-        if settings.parallel.zero_stage == 3:
-            deepspeed.zero.Init(
-                module=part,
-                data_parallel_group=topology.dp_group,
-                mpu=topology,
-                dtype=dtype,
-                config_dict_or_path=_deepspeed_config(settings, topology, plan),
-            )
-    return model
+def _partition_zero3(
+    config: dict[str, Any], topology: Topology, dtype: torch.dtype
+) -> Callable[[nn.Module], None]:
+    """What splits the weights of a module over the data-parallel ranks."""
+
+    def partition(module: nn.Module) -> None:
+        deepspeed.zero.Init(
+            module=module,
+            data_parallel_group=topology.dp_group,
+            mpu=topology,
+            dtype=dtype,
+            config_dict_or_path=config,
+        )
+
+    return partition
 
 
-def _materialise(part: nn.Module, device: torch.device) -> None:
-    for parameter in part.parameters():
-        if parameter.is_meta:
-            # Zeros on the real device, under the same Parameter object (tied weights, marks).
-            real = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
-            torch.utils.swap_tensors(parameter, _marked(real, parameter))
+def _unlink_zero3(engine: Any) -> None:
+    """Cuts a destroyed engine's modules off its memory.
+
+    DeepSpeed keeps the modules for ever, in a list and in a cache of its own. Through hooks, and
+    through what it marks parameters with, they would keep the engine and all its state.
+    """
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    for parameter in engine.module.parameters():
+        parameter.data = parameter.data.new_empty(0)
+        parameter.__dict__.clear()
 
 
-def _marked(real: Tensor, like: nn.Parameter) -> nn.Parameter:
-    parameter = nn.Parameter(real)
-    parameter.__dict__.update(like.__dict__)
-    return parameter
+@contextmanager
+def _flat_already(flats: list[Tensor]) -> Iterator[None]:
+    """Lets DeepSpeed take the flat groups as they are, in their order.
+
+    By itself it makes flat copies: the weights would be held twice while the engine is built.
+    """
+    original, waiting = stage_1_and_2._flatten_dense_tensors, list(flats)
+
+    def flatten(tensors: list[Tensor]) -> Tensor:
+        return waiting.pop(0) if waiting else original(tensors)
+
+    stage_1_and_2._flatten_dense_tensors = flatten
+    try:
+        yield
+    finally:
+        stage_1_and_2._flatten_dense_tensors = original
 
 
-def _decay_groups(
-    plan: dict[str, ParamSpec], optimizer: OptimizerConfig
-) -> tuple[tuple[str, ...], ...]:
-    """Names of each optimizer group: those with weight decay, then those without, if any."""
-    if optimizer.weight_decay_on == "all":
-        return (tuple(plan),)
-    decayed = tuple(name for name, spec in plan.items() if not spec.is_vector)
-    return decayed, tuple(name for name in plan if name not in decayed)
+def _refresh_flat(optimizer: Any, topology: Topology) -> None:
+    """Passes the fp32 weights on to the forward weights of all ranks, under ZeRO 1 and 2.
+
+    In pieces, since gloo gathers into a second copy of what it gathers.
+    """
+    if isinstance(optimizer, BF16_Optimizer):  # DeepSpeed's choice for ZeRO 1 in bf16
+        masters, shares = optimizer.fp32_groups_flat_partition, optimizer.bf16_partitioned_groups
+    else:
+        masters = optimizer.single_partition_of_fp32_groups
+        shares = optimizer.parallel_partitioned_bit16_groups
+    for parts, master in zip(shares, masters, strict=True):
+        mine = parts[topology.dp_rank]
+        mine.copy_(master.data)
+        piece = max(1, GATHER_BYTES // (topology.dp * mine.element_size()))
+        for start in range(0, mine.numel(), piece):
+            pieces = [part[start : start + piece] for part in parts]
+            dist.all_gather(pieces, pieces[topology.dp_rank], group=topology.dp_group)
 
 
 def _adamw(
@@ -270,27 +297,3 @@ def _adamw(
         eps=config.eps,
         fused=True,
     )
-
-
-def _deepspeed_config(
-    settings: EngineSettings, topology: Topology, plan: dict[str, ParamSpec]
-) -> dict[str, Any]:
-    batch = settings.batch
-    slice_numel = sum(spec.slice_numel(topology.tp) for spec in plan.values())
-    bucket = min(slice_numel + slice_numel % 2, 200_000_000)  # elements; more gains nothing
-    stage = settings.parallel.zero_stage
-    return {
-        "train_batch_size": batch.global_batch_size,
-        "train_micro_batch_size_per_gpu": batch.micro_batch_size,
-        "gradient_clipping": settings.optimizer.gradient_clipping if stage > 0 else 0.0,
-        "bf16": {"enabled": settings.bf16 and stage > 0},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            "stage3_prefetch_bucket_size": bucket,
-        },
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-    }

@@ -109,7 +109,7 @@ def _rounds(copies: list[Copy], kinds: Sequence[str], limit: int) -> Iterator[li
             done = 0
             while done < rows:
                 fitting = min(rows - done, free // cols)
-                if fitting == 0 and pieces:
+                if fitting <= 0 and pieces:  # below 0 after a row longer than the limit
                     yield pieces
                     pieces, free = [], limit
                     continue

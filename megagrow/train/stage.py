@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from megagrow.config.schema import RunConfig, StageConfig
+from megagrow.parallel.settings import EngineSettings
 from megagrow.parallel.topology import Topology, destroy_topology, make_topology
-from megagrow.parallel.zero import EngineSettings, Storage, ZeroEngine
+from megagrow.parallel.zero import Storage, ZeroEngine
 from megagrow.reshard.layout import Layout
 
 

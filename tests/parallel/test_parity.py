@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from megagrow.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megagrow.parallel.loss import cross_entropy
+from megagrow.parallel.settings import EngineSettings
 from megagrow.parallel.topology import Topology, destroy_topology, make_topology
-from megagrow.parallel.zero import EngineSettings, ZeroEngine
+from megagrow.parallel.zero import ZeroEngine
 from megagrow.reshard.layout import Layout
 from tests.hugging_face import hugging_face, outcome, tiny, tokens
 from tests.reshard.definition import held
@@ -89,12 +90,13 @@ def compare(config: ModelConfig, measure: Measure, case: tuple) -> dict[str, Any
     ids, labels = measure.ids[mine], measure.labels[mine]
     logits = engine.forward(ids, torch.arange(8).expand_as(ids), None)
     engine.backward(cross_entropy(logits, labels, config.vocab_size, topology) / labels.numel())
-    engine.step(lr=1e-3)
+    norm = engine.step(lr=1e-3)
     parts = [torch.empty_like(logits) for _ in range(topology.tp)]
     dist.all_gather(parts, logits.detach(), group=topology.tp_group)
     whole = torch.cat(parts, dim=-1)
     storage = engine.storage()
     found = {n: kinds["exp_avg"] / 0.1 for n, kinds in full_tensors(layout, storage).items()}
+    assert found.keys() == measure.gradients.keys()
     difference = {
         name: (found[name] - gradient).abs().max().item()
         for name, gradient in matrices(measure.gradients).items()
@@ -103,7 +105,7 @@ def compare(config: ModelConfig, measure: Measure, case: tuple) -> dict[str, Any
     engine.release()
     destroy_topology(topology)
     out = {"logits": (whole[..., : config.vocab_size] - measure.logits[mine]).abs().max().item()}
-    return out | {"gradients": difference, "padding": extra, "names": set(found)}
+    return out | {"gradients": difference, "padding": extra, "norm": norm}
 
 
 def padding(layout: Layout, storage: dict, rank: int) -> torch.Tensor:
@@ -113,6 +115,10 @@ def padding(layout: Layout, storage: dict, rank: int) -> torch.Tensor:
     return torch.cat(
         [tensor[real[name] == 0] for name, kinds in storage.items() for tensor in kinds.values()]
     )
+
+
+def norm_of(gradients: dict[str, torch.Tensor]) -> float:
+    return torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
 
 
 def compare_all(measures: dict, cases: list) -> list[dict[str, Any]]:
@@ -129,7 +135,9 @@ def test_logits_and_gradients_are_hugging_faces_in_every_layout(measures):
         for (which, case), result in zip(cases, found, strict=True):
             here = (rank, which, case)
             assert result["logits"] < LIMIT, here
-            assert result["names"] == set(measures[which].gradients), here
+            assert result["norm"] == pytest.approx(norm_of(measures[which].gradients), rel=1e-5), (
+                here
+            )
             for name, difference in result["gradients"].items():
                 assert difference < LIMIT, (*here, name)
             assert (result["padding"] == 0).all(), here

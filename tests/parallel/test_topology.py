@@ -5,7 +5,13 @@ import torch
 import torch.distributed as dist
 
 from megagrow.errors import InputError
-from megagrow.parallel.topology import Launch, destroy_topology, make_topology, read_launch, together
+from megagrow.parallel.topology import (
+    Launch,
+    destroy_topology,
+    make_topology,
+    read_launch,
+    together,
+)
 from tests.spawn import run_ranks
 
 LAUNCH = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}

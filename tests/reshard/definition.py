@@ -38,9 +38,7 @@ def numbered(plan: dict[str, ParamSpec]) -> dict[str, Tensor]:
     return out
 
 
-def held(
-    layout: Layout, whole: dict[str, Tensor], rank: int, fill: float = 0
-) -> dict[str, Tensor]:
+def held(layout: Layout, whole: dict[str, Tensor], rank: int, fill: float = 0) -> dict[str, Tensor]:
     """What a rank stores: 1-D tensors by name, `fill` standing where the vocabulary is padded."""
     dp_rank, tp_rank = divmod(rank, layout.tp)
     slices = {

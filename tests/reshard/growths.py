@@ -28,9 +28,7 @@ def widenings(
     tied = {"tie_word_embeddings": source.tie_word_embeddings}
     target = target.model_copy(update=tied)
     depth = source.num_hidden_layers
-    layers = [
-        draw(st.integers(0, depth - 1)) for _ in range(target.num_hidden_layers)
-    ]
+    layers = [draw(st.integers(0, depth - 1)) for _ in range(target.num_hidden_layers)]
     before, after = parameter_plan(source, 1), parameter_plan(target, 1)
     lifts: dict[tuple, Axis] = {}
     terms = {}

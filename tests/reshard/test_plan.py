@@ -23,9 +23,7 @@ from tests.reshard.definition import (
 from tests.reshard.growths import stacks, widenings
 from tests.reshard.models import layout_of, layouts, models
 
-thorough = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+thorough = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def carry_out(
@@ -95,9 +93,7 @@ def test_what_a_rank_holds_it_takes_from_itself(data, config):
 def test_the_number_of_copies_does_not_grow_with_the_elements():
     counts = []
     for scale in (1, 8):
-        config = tiny(
-            hidden_size=32 * scale, intermediate_size=48 * scale, vocab_size=101 * scale
-        )
+        config = tiny(hidden_size=32 * scale, intermediate_size=48 * scale, vocab_size=101 * scale)
         source, target = layout_of(config, 2, 2, 2), layout_of(config, 3, 4, 1)
         growth = identity_map(list(source.plan))
         counts.append(sum(len(list(copies_to(r, source, growth, target))) for r in range(4)))

@@ -1,0 +1,64 @@
+"""Gives a model its weights' memory, laid out as its ZeRO stage keeps it; none is held twice."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from megagrow.model.llama import LlamaForCausalLM
+from megagrow.parallel.layers import parallelize
+from megagrow.parallel.plan import ParamSpec, pad
+from megagrow.parallel.settings import EngineSettings
+from megagrow.parallel.topology import Topology
+
+
+def build_model(
+    plan: dict[str, ParamSpec], settings: EngineSettings, topology: Topology, dtype: torch.dtype
+) -> LlamaForCausalLM:
+    """This rank's tensor-parallel share of the model, still without memory."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(settings.model, settings.parallel.activation_checkpointing)
+    parallelize(model.to(dtype), plan, topology, settings.parallel.sequence_parallel)
+    return model
+
+
+def materialise(
+    model: LlamaForCausalLM, device: torch.device, partition: Callable[[nn.Module], None] | None
+) -> None:
+    """Zero-fills the weights, one layer after the other, `partition` being called on each.
+
+    Under ZeRO-3 it leaves a rank with its part only, so no more than one layer is ever whole.
+    """
+    parts: list[nn.Module] = [*model.model.layers, model]
+    for part in parts:
+        for parameter in part.parameters():
+            if parameter.is_meta:
+                shape, dtype = parameter.shape, parameter.dtype
+                _give_memory(parameter, torch.zeros(shape, dtype=dtype, device=device))
+        if partition is not None:
+            partition(part)
+
+
+def materialise_flat(
+    model: LlamaForCausalLM, groups: tuple[tuple[str, ...], ...], topology: Topology
+) -> list[Tensor]:
+    """Zero-fills the weights as views of one flat tensor per optimizer group, as ZeRO 1 and 2 keep
+    them. Returns those, each padded to two elements per data-parallel rank."""
+    named = dict(model.named_parameters())
+    return [_flat_group([named[name] for name in names], topology) for names in groups]
+
+
+def _flat_group(parameters: list[nn.Parameter], topology: Topology) -> Tensor:
+    sizes = [parameter.numel() for parameter in parameters]
+    padded = pad(sum(sizes), 2 * topology.dp)
+    flat = torch.zeros(padded, dtype=parameters[0].dtype, device=topology.device)
+    for parameter, part in zip(parameters, flat[: sum(sizes)].split(sizes), strict=True):
+        _give_memory(parameter, part.view(parameter.shape))
+    return flat
+
+
+def _give_memory(parameter: nn.Parameter, memory: Tensor) -> None:
+    """The parameter stays the same object (tied weights, marks)."""
+    real = nn.Parameter(memory)
+    real.__dict__.update(parameter.__dict__)
+    torch.utils.swap_tensors(parameter, real)
