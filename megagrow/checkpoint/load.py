@@ -24,18 +24,12 @@ def newest_checkpoint(directory: Path, say: Callable[[str], None]) -> tuple[Path
 
     A damaged one is named through `say` and passed over. InputError if all of them are damaged.
     """
-    found: list[Any] = [None]
-    if dist.get_rank() == 0:
-        found[0] = _newest(directory, say)
+    found = [together(lambda: _newest(directory, say) if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], InputError):
-        raise found[0]
     return found[0]
 
 
-def _newest(
-    directory: Path, say: Callable[[str], None]
-) -> tuple[Path, Manifest] | InputError | None:
+def _newest(directory: Path, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
     problems = []
     for path in reversed(list_checkpoints(directory)):
         try:
@@ -44,7 +38,7 @@ def _newest(
             say(f"passed over a checkpoint: {error}")
             problems.append(str(error))
     if problems:
-        return InputError(f"no checkpoint under {directory} is whole: {problems[0]}")
+        raise InputError(f"no checkpoint under {directory} is whole: {problems[0]}")
     return None
 
 

@@ -64,13 +64,15 @@ def read_manifest(directory: Path) -> Manifest:
         raise InputError(f"{directory}: not a checkpoint, it has no {MANIFEST_FILE}")
     try:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        manifest.read_layout()
+        files = dict(manifest.files)
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: damaged ({error}); use another checkpoint") from error
     if manifest.format != FORMAT:
         raise InputError(
             f"{path}: written in format {manifest.format}, this version reads {FORMAT}"
         )
-    for name, size in manifest.files.items():
+    for name, size in files.items():
         file = directory / name
         if not file.is_file():
             raise InputError(f"{directory}: {name} is missing; use another checkpoint")

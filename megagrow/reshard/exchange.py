@@ -87,12 +87,13 @@ def exchange(
 
 def _copy_locally(copies: list[Copy], kinds: Sequence[str], source: Side, target: Side) -> int:
     moved = 0
-    for copy in copies:
-        rows = range(copy.shape[0])
-        for kind in kinds:
-            values = read_rows(copy, kind, rows, source.layout, source.storage)
-            write_rows(copy, kind, rows, values, target.layout, target.storage)
-            moved += values.numel()
+    for pieces in _rounds(copies, kinds, BUCKET_BYTES // 4 // 2):
+        for piece in pieces:
+            at = (piece.copy, piece.kind, piece.rows)
+            write_rows(
+                *at, read_rows(*at, source.layout, source.storage), target.layout, target.storage
+            )
+            moved += piece.numel
     return moved
 
 

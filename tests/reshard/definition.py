@@ -113,7 +113,7 @@ def _slice(spec: ParamSpec, tensor: Tensor, tp: int, tp_rank: int, fill: float) 
         return tensor.flatten()
     extra = -tensor.shape[0] % tp if spec.row_role == "vocab" else 0
     padded = pad(tensor, (0, 0, 0, extra), value=fill)
-    return padded.chunk(tp, dim=spec.tp_dim)[tp_rank].flatten()
+    return padded.chunk(tp, dim=spec.tp_dim)[tp_rank].flatten().contiguous()
 
 
 def _cut(
