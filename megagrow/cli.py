@@ -1,6 +1,7 @@
 """The command line: megagrow prepare | train | report | config show."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key: --set optimizer.lr=1e-3."),
 ]
+
+FIRST_SPEAKS_SECONDS = 20.0
+"""How long a rank that has nothing to say stays, so that the launcher does not end the first one
+before it has spoken. It is ended itself as soon as that one has left."""
 
 
 @app.callback()
@@ -90,17 +95,20 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        if _speaks_for_its_host():
-            print(f"error: {error}", file=sys.stderr)
+        _say_once(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _speaks_for_its_host() -> bool:
-    from megagrow.parallel.topology import read_launch
+def _say_once(text: str) -> None:
+    from megagrow.parallel.topology import ends_all_with_one, read_launch
 
     try:
-        return read_launch().local_rank == 0
+        first = read_launch().local_rank == 0
     except InputError:
-        return True
+        first = True
+    if first:
+        print(text, file=sys.stderr, flush=True)
+    elif ends_all_with_one():
+        time.sleep(FIRST_SPEAKS_SECONDS)

@@ -85,7 +85,7 @@ def _train(job: Job) -> None:
                     break
         if saved < state.counters.step:
             state = _save(job, stage, state)
-    recorder.end(state, event.reason if isinstance(event, Stopped) else None)
+        recorder.end(state, event.reason if isinstance(event, Stopped) else None)
 
 
 def _begin(job: Job) -> tuple[Stage, RunState]:
@@ -141,8 +141,8 @@ def _save(job: Job, stage: Stage, state: RunState) -> RunState:
             files,
         ),
     )
-    if job.launch.rank == 0:
-        prune_checkpoints(job.checkpoints, job.run.checkpoint.keep_last)
+    keep = job.run.checkpoint.keep_last
+    together(lambda: prune_checkpoints(job.checkpoints, keep) if job.launch.rank == 0 else None)
     seconds = time.perf_counter() - begin
     job.recorder.checkpoint(state, path, seconds)
     return state.after_loss(seconds)

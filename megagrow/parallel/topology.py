@@ -37,6 +37,11 @@ def read_launch() -> Launch:
     return Launch(*map(int, (alone | given).values()))
 
 
+def ends_all_with_one() -> bool:
+    """Whether the launcher ends all ranks as soon as one has failed: torchrun and deepspeed do."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
+
+
 def choose_accelerator() -> None:
     """Tells DeepSpeed what to run on. It asks when it is imported, and warns if nobody says."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

@@ -64,7 +64,7 @@ def advance(
     same InputError on all.
     """
     steps = stage_steps(stage.config, run.data.sequence_length)
-    if state.stage_step == steps:
+    if state.stage_step >= steps:  # beyond, if the run was made shorter than its checkpoint
         return StageEnd(state)
     batches = _next_batches(stage, state, reader, stop, check)
     if batches is None:

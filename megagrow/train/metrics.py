@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megagrow.config.schema import RunConfig
-from megagrow.errors import InputError
+from megagrow.errors import InputError, unwritable
 from megagrow.train.flops import parameters
 from megagrow.train.stages import run_steps, run_tokens
 from megagrow.train.trackers import Record, TensorBoardTracker, Tracker, WandbTracker
@@ -128,7 +128,7 @@ class MetricsLog:
             with self.path.open("a", encoding="ascii") as file:
                 file.write(_line(record))
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
         for tracker in self._trackers:
             tracker.write(record)
 
@@ -211,8 +211,4 @@ def _rewrite(path: Path, records: Iterable[Record]) -> None:
             os.fsync(file.fileno())
         new.replace(path)
     except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be written ({error.strerror}); free the disk or the path")
+        raise unwritable(path, error) from error

@@ -9,7 +9,7 @@ import torch
 
 from megagrow.config.schema import RunConfig
 from megagrow.config.show import to_yaml
-from megagrow.errors import InputError
+from megagrow.errors import InputError, unwritable
 from megagrow.train.environment import describe_environment
 from megagrow.train.flops import parameters, peak_flops, run_flops
 from megagrow.train.grow import GrowthReport
@@ -65,8 +65,7 @@ class Recorder:
 
     def say(self, text: str) -> None:
         """A line for good on the terminal."""
-        if self._enabled:
-            self._live.say(text)
+        self._attempt(lambda: self._live.say(text))
 
     def start(self, state: RunState, checkpoint: Path | None) -> None:
         """The run begins, or goes on from a checkpoint."""
@@ -86,18 +85,17 @@ class Recorder:
         if counters.step % self._run.logging.interval == 0 or event.validate:
             fields = train_fields(measure, self._peak)
             self._write(lambda log: log.write("train", counters, **fields))
-            self._live.update(
-                Status(
-                    stage=measure.stage,
-                    stages=len(self._run.stages),
-                    step=counters.step,
-                    loss=measure.loss,
-                    lr=measure.lr,
-                    tokens_per_second=fields["tokens_per_second"],
-                    flops=counters.flops_true,
-                    mfu=fields["mfu"],
-                )
+            status = Status(
+                stage=measure.stage,
+                stages=len(self._run.stages),
+                step=counters.step,
+                loss=measure.loss,
+                lr=measure.lr,
+                tokens_per_second=fields["tokens_per_second"],
+                flops=counters.flops_true,
+                mfu=fields["mfu"],
             )
+            self._attempt(lambda: self._live.update(status))
 
     def validation(self, state: RunState, loss: float) -> None:
         """The validation loss was measured."""
@@ -135,11 +133,18 @@ class Recorder:
         )
 
     def _write(self, action: Callable[[MetricsLog], None]) -> None:
-        if self._metrics is not None and self._problem is None:
+        log = self._metrics
+        if log is not None:
+            self._attempt(lambda: action(log))
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        if self._enabled and self._problem is None:
             try:
-                action(self._metrics)
+                action()
             except InputError as error:
                 self._problem = error
+            except OSError as error:  # what we print may well go to a file on a full disk
+                self._problem = unwritable(Path(error.filename or "standard output"), error)
 
 
 def _device_peak() -> float | None:

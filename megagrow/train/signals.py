@@ -1,15 +1,21 @@
 """Leaving cleanly: SIGTERM and SIGINT end the run after the step in progress."""
 
 import signal
+import time
 from types import FrameType
 from typing import Any
 
+SAME_REQUEST_SECONDS = 2.0
+"""Ctrl-C reaches a rank from the terminal, and again, as either signal, from its launcher: what
+comes this soon after the first signal is no second wish."""
+
 
 class StopSignal:
-    """A context in which SIGTERM and SIGINT only raise a flag; a second one interrupts at once."""
+    """A context in which SIGTERM and SIGINT only raise a flag; one more interrupts at once."""
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -21,8 +27,12 @@ class StopSignal:
         self._restore()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self._restore()
+        if self.received is None:
+            self.received = signal.Signals(number).name
+            self._since = time.monotonic()
+        elif time.monotonic() - self._since > SAME_REQUEST_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

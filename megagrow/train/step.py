@@ -1,12 +1,14 @@
 """One training step, and the loss of a batch without one."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from megagrow.data.batches import Batch, BatchReader
 from megagrow.parallel.loss import IGNORED, cross_entropy
+from megagrow.parallel.topology import together
 from megagrow.train.stage import Stage
 
 
@@ -45,7 +47,9 @@ def mean_loss(stage: Stage, reader: BatchReader, sequences: int) -> float:
         for index in range(-(-sequences // (micro * dp))):
             first = (index * dp + stage.topology.dp_rank) * micro
             indices = list(range(first, first + micro))
-            batch = reader.read(0, [min(index, sequences - 1) for index in indices])
+            # A damaged corpus is seen by the rank that reads it, and has to stop all of them.
+            within = [min(index, sequences - 1) for index in indices]
+            batch = together(partial(reader.read, 0, within))
             beyond = torch.tensor([index >= sequences for index in indices])
             batch.labels[beyond] = IGNORED
             sums[0] += _summed_loss(stage, batch)

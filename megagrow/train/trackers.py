@@ -3,11 +3,14 @@
 Both show each number of a record as a curve `kind/field` over the step.
 """
 
+import os
+import socket
+import time
 import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
-from megagrow.errors import InputError
+from megagrow.errors import InputError, unwritable
 
 Record = dict[str, Any]
 
@@ -35,28 +38,51 @@ def _scalars(record: Record) -> dict[str, float]:
 
 
 class TensorBoardTracker:
-    """Scalars in `directory`/tensorboard. The file is opened at the first record, for only then is
-    it known from which step on the events of an earlier process are to be hidden."""
+    """Scalars in `directory`/tensorboard, one event for each record.
+
+    Written here and not by TensorBoard's own writer, whose thread can tell nobody that the disk is
+    full. The file is named at the first record, for only then is it known from which step on the
+    events of an earlier process are to be hidden.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory / "tensorboard"
         self._purge: int | None = None
-        self._writer: Any = None
+        self._path: Path | None = None
 
     def truncate_after(self, step: int) -> None:
         self._purge = step + 1
 
     def write(self, record: Record) -> None:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
-            self._writer = SummaryWriter(str(self._directory), purge_step=self._purge)
-        for tag, value in _scalars(record).items():
-            self._writer.add_scalar(tag, value, global_step=record["step"])
+        events = []
+        if self._path is None:
+            name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}"
+            self._path = self._directory / name
+            events.append(Event(file_version="brain.Event:2"))
+            if self._purge is not None:
+                begin = SessionLog(status=SessionLog.START)
+                events.append(Event(step=self._purge, session_log=begin))
+        values = [Summary.Value(tag=tag, simple_value=x) for tag, x in _scalars(record).items()]
+        events.append(Event(step=record["step"], summary=Summary(value=values)))
+        self._append(self._path, events)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        """Nothing: the file is complete after each record."""
+
+    def _append(self, path: Path, events: list[Any]) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                for event in events:
+                    event.wall_time = time.time()
+                    RecordWriter(file).write(event.SerializeToString())
+        except OSError as error:
+            raise unwritable(path, error) from error
 
 
 class WandbTracker:

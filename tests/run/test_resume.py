@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,19 @@ ZERO_2 = {"zero_stage": 2}
 ZERO_3_TP_2 = {"zero_stage": 3, "tensor_model_parallel_size": 2}
 
 
-def grown_run(folder: Path, parallel: dict[str, Any] = ZERO_2) -> RunConfig:
+def grown_run(
+    folder: Path, parallel: dict[str, Any] = ZERO_2, micro_batch_size: int = 1
+) -> RunConfig:
+    batch = {"global_batch_size": 4, "micro_batch_size": micro_batch_size}
     return make_run(
         folder,
         [
-            {"tokens": BASE_STEPS * STEP_TOKENS, "parallel": parallel},
+            {"tokens": BASE_STEPS * STEP_TOKENS, "parallel": parallel, "batch": batch},
             {
                 "model": MODEL | {"num_hidden_layers": 4},
                 "tokens": (STEPS - BASE_STEPS) * STEP_TOKENS,
                 "parallel": parallel,
+                "batch": batch,
                 "growth": {"operator": "direct_depth"},
             },
         ],
@@ -176,6 +181,10 @@ def always(*_: Any) -> bool:
     return True
 
 
+def holds(folder: Path, files: int) -> bool:
+    return len(list(folder.iterdir())) == files
+
+
 def is_whole(path: Path, *_: Any) -> bool:
     return (path / "manifest.json").exists()
 
@@ -200,7 +209,7 @@ def test_killed_at_the_worst_instants(tmp_path: Path, undisturbed: RunConfig) ->
         reached = tmp_path / str(number)
         reached.mkdir()
         job = start(run, held_at(place, name, reached, is_whole if name == "rmtree" else always))
-        job.wait_for(lambda: len(list(reached.iterdir())) == ranks)
+        job.wait_for(partial(holds, reached, ranks))
         job.kill()
     finish(start(run))
     begun = [step for (step,) in records(run, "start", ["step"])]
@@ -216,7 +225,7 @@ def test_killed_and_resumed_in_another_layout(
     job = start(grown_run(tmp_path), around_step(step, reached))
     job.wait_for(reached.exists)
     job.kill()
-    run = grown_run(tmp_path, ZERO_3_TP_2)
+    run = grown_run(tmp_path, ZERO_3_TP_2, micro_batch_size=4)
     finish(start(run))
     ((resumed,),) = records(run, "start", ["step"])[1:]
     assert step - INTERVAL < resumed <= step + 2

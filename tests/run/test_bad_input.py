@@ -1,0 +1,151 @@
+"""Bad input: every rank leaves with exit code 2, and all of them together say one line."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megagrow.config.schema import RunConfig
+from tests.jobs import records, write_run
+from tests.run.refusals import completed_run, refused, refused_run, tiny_run
+from tests.runs import MODEL, STEP_TOKENS, make_run
+
+pytestmark = pytest.mark.dist
+
+TENSOR = "stages.0.parallel.tensor_model_parallel_size"
+NO_RUNS = {
+    "unknown key": ("optimiser.lr=1", "unknown key 'optimiser'; did you mean 'optimizer'?"),
+    "heads": (f"{TENSOR}=4", f"{TENSOR} = 4 does not divide stages.0.model.num_key_value_heads"),
+    "world": (
+        "stages.0.batch.micro_batch_size=4",
+        "stages.0.batch.global_batch_size = 4 is not a multiple of micro_batch_size x data "
+        "parallel = 4 x 2",
+    ),
+    "width": (
+        "stages.1.model.hidden_size=64",
+        "stages.1.model.hidden_size = 64 differs from stages.0.model.hidden_size = 32",
+    ),
+    "layers": (
+        "stages.1.model.num_hidden_layers=5",
+        "stages.1.model.num_hidden_layers = 5 is not a multiple of "
+        "stages.0.model.num_hidden_layers = 2",
+    ),
+    "index": (
+        "stages.1.growth.layers=[0, 1, 2, 1]",
+        "stages.1.growth.layers names layer 2, but stages.0.model has layers 0 to 1",
+    ),
+}
+"""An override that no run survives, and what is said of it."""
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    """The file of a tiny run that would come to its end."""
+    return write_run(tmp_path / "run.yaml", tiny_run(tmp_path))
+
+
+@pytest.fixture
+def growing(tmp_path) -> Path:
+    """The file of a run that grows."""
+    target = {"model": MODEL | {"num_hidden_layers": 4}, "growth": {}, "tokens": STEP_TOKENS}
+    return write_run(tmp_path / "run.yaml", make_run(tmp_path, [{"tokens": STEP_TOKENS}, target]))
+
+
+@pytest.mark.parametrize("name", NO_RUNS)
+def test_a_run_file_that_makes_no_run(growing, name):
+    override, said = NO_RUNS[name]
+    assert said in refused_run(growing, override)
+    assert not (growing.parent / "run").exists()
+
+
+def test_a_number_of_ranks_that_makes_no_grid(path):
+    said = refused_run(path, f"{TENSOR}=2", world=3)
+    assert said == f"{TENSOR} = 2 does not divide the 3 ranks of this run"
+
+
+def test_an_unknown_key_in_the_file(path):
+    path.write_text(path.read_text() + "checkpoints: {interval: 3}\n")
+    said = refused_run(path)
+    assert said == f"{path}: unknown key 'checkpoints'; did you mean 'checkpoint'?"
+
+
+@pytest.mark.parametrize("place", ["run", "run/deeper"])
+def test_an_output_directory_that_cannot_be(tmp_path, path, place):
+    (tmp_path / "run").write_text("a file")
+    said = refused_run(path, f"output_dir={tmp_path / place}")
+    assert str(tmp_path / place) in said
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> RunConfig:
+    """A finished run with checkpoints of steps 2, 4 and 6."""
+    tmp = tmp_path_factory.mktemp("finished")
+    run = tiny_run(tmp)
+    completed_run(write_run(tmp / "run.yaml", run))
+    return run
+
+
+@pytest.fixture
+def again(finished, tmp_path) -> tuple[Path, Path]:
+    """The run file of a copy of the finished run, and its checkpoints."""
+    shutil.copytree(finished.output_dir, tmp_path / "run")
+    run = finished.model_copy(update={"output_dir": tmp_path / "run"})
+    return write_run(tmp_path / "run.yaml", run), tmp_path / "run" / "checkpoints"
+
+
+@pytest.mark.parametrize(("key", "was"), [("num_hidden_layers", 2), ("intermediate_size", 48)])
+def test_checkpoints_of_another_model(again, key, was):
+    path, folder = again
+    said = refused_run(path, f"stages.0.model.{key}={2 * was}")
+    assert said.startswith(f"{folder}: its newest checkpoint is of another model: {key} is {was}, ")
+
+
+def test_a_run_made_shorter_than_its_checkpoint_is_over(again):
+    path, _ = again
+    done = completed_run(path, f"stages.0.tokens={STEP_TOKENS}")
+    assert "done. 6 steps" in done.out[0]
+
+
+def break_shard(checkpoint: Path) -> None:
+    """Cuts what rank 1 has saved."""
+    file = checkpoint / "rank-00001.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def test_the_newest_checkpoint_is_damaged(again, finished):
+    path, folder = again
+    break_shard(folder / "step-000000006")
+    out = completed_run(path).out
+    assert out[0].count("passed over a checkpoint: ") == 1
+    assert f"{folder}/step-000000006/rank-00001.safetensors: truncated or damaged" in out[0]
+    assert f"goes on from {folder}/step-000000004" in out[0]
+    again = finished.model_copy(update={"output_dir": folder.parent})
+    fields = ("step", "loss")
+    assert records(again, "train", fields) == records(finished, "train", fields)
+
+
+def test_all_checkpoints_are_damaged(again):
+    path, folder = again
+    for checkpoint in folder.iterdir():
+        break_shard(checkpoint)
+    said = refused_run(path)
+    assert f"no checkpoint under {folder} is whole: {folder}/step-000000006/rank-00001" in said
+    assert len(list(folder.iterdir())) == 3
+
+
+COMMANDS = {
+    "source": (["prepare", "{tmp}/none", "--tokenizer", "train"], "{tmp}/none: no such file"),
+    "tokenizer": (["prepare", "{tmp}", "--tokenizer", "{tmp}/no.model"], "{tmp}/no.model: "),
+    "run": (["report", "{tmp}/none"], "{tmp}/none/metrics.jsonl: no such file"),
+    "run file": (["config", "show", "{tmp}/none.yaml"], "{tmp}/none.yaml: No such file"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_other_commands(tmp_path, name):
+    words, said = COMMANDS[name]
+    (tmp_path / "text.txt").write_text("some text")
+    output = ["--output", f"{tmp_path}-output"] if words[0] != "config" else []
+    filled = [word.format(tmp=tmp_path) for word in words]
+    assert said.format(tmp=tmp_path) in refused(tmp_path / "said", [*filled, *output], world=1)

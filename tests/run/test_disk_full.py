@@ -1,0 +1,157 @@
+"""A disk that fills up while a run saves: one line, the last checkpoint whole, and the same end."""
+
+import errno
+import os
+import resource
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagrow.checkpoint.files import list_checkpoints
+from megagrow.checkpoint.manifest import read_manifest
+from megagrow.config.schema import RunConfig
+from megagrow.train.live import LiveLine
+from megagrow.train.recorder import Recorder
+from tests.jobs import Hook, records, write_run
+from tests.run.refusals import completed_run, refused_run
+from tests.runs import STEP_TOKENS, make_run
+
+pytestmark = pytest.mark.dist
+
+DISK = 4 << 20
+ROOM = 100 << 10
+"""Less than what a rank saves: a disk with so much left has room for metrics only."""
+
+
+def run_on(tmp: Path, disk: Path) -> RunConfig:
+    """A run whose every file lies on a disk; it saves after 6 and 12 steps."""
+    return make_run(
+        tmp,
+        [{"tokens": 12 * STEP_TOKENS}],
+        output_dir=disk / "run",
+        checkpoint={"interval": 6},
+        validation={"interval": 2, "tokens": 256},
+        logging={"tensorboard": True},
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> list[tuple[Any, ...]]:
+    """The losses of the run where nothing goes wrong."""
+    tmp = tmp_path_factory.mktemp("undisturbed")
+    run = run_on(tmp, tmp)
+    completed_run(write_run(tmp / "run.yaml", run))
+    return losses(run)
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """A file system of its own, of a few megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a small disk can not be mounted here ({error})")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def losses(run: RunConfig) -> list[tuple[Any, ...]]:
+    """Every training and validation loss by step, to the bit."""
+    return [row for kind in ("train", "validation") for row in records(run, kind, ("step", "loss"))]
+
+
+def fill(disk: Path, left: int) -> None:
+    """Takes all the space of a disk but `left` bytes, to the page."""
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    with (disk / "filling").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free - left)
+
+
+def after_first_save(action: Callable[[], object], on_rank: int = 0) -> Hook:
+    """Does something on one rank as soon as the first checkpoint is there."""
+
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        record = Recorder.checkpoint
+
+        def checkpoint(self: Recorder, *args: Any) -> None:
+            record(self, *args)
+            patch.undo()
+            action()
+
+        # What is raised in a thread is shown to a user; pytest would keep it to itself.
+        threading.excepthook = threading.__excepthook__
+        if rank == on_rank:
+            patch.setattr(Recorder, "checkpoint", checkpoint)
+
+    return hook
+
+
+def whole_checkpoints(run: RunConfig) -> list[int]:
+    """The steps of the checkpoints, each of which has to be whole; nothing else may be there."""
+    folder = run.output_dir / "checkpoints"
+    paths = list_checkpoints(folder)
+    assert sorted(folder.iterdir()) == paths
+    for path in paths:
+        read_manifest(path)
+    return [int(path.name.removeprefix("step-")) for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("left", "culprit"),
+    [(ROOM, "/checkpoints/step-000000012 was not saved: "), (0, " cannot be written (")],
+    ids=["save", "metrics"],
+)
+def test_a_disk_that_fills_up(tmp_path, disk, undisturbed, left, culprit):
+    run = run_on(tmp_path, disk)
+    path = write_run(tmp_path / "run.yaml", run)
+    said = refused_run(path, hook=after_first_save(lambda: fill(disk, left)))
+    assert f"{run.output_dir}/" in said and culprit in said and "No space left on device" in said
+    assert whole_checkpoints(run) == [6]
+    (disk / "filling").unlink()
+    fill(disk, 0)
+    assert "No space left on device" in refused_run(path), "it can not go on either"
+    assert whole_checkpoints(run) == [6]
+    (disk / "filling").unlink()
+    completed_run(path)
+    assert losses(run) == undisturbed
+    assert whole_checkpoints(run) == [6, 12]
+
+
+def test_a_file_that_one_rank_may_not_write(tmp_path, undisturbed):
+    run = run_on(tmp_path, tmp_path)
+    path = write_run(tmp_path / "run.yaml", run)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, ROOM))
+
+    said = refused_run(path, hook=after_first_save(limit, on_rank=1))
+    assert "step-000000012 was not saved: rank 1: " in said
+    assert "rank-00001.safetensors" in said and "File too large" in said
+    assert said.endswith(
+        "the last good one is " + str(run.output_dir / "checkpoints/step-000000006")
+    )
+    assert whole_checkpoints(run) == [6]
+    completed_run(path)
+    assert losses(run) == undisturbed
+
+
+def test_a_log_on_a_full_disk(tmp_path, undisturbed):
+    run = run_on(tmp_path, tmp_path)
+    path = write_run(tmp_path / "run.yaml", run)
+
+    def say(self: LiveLine, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    hook = after_first_save(lambda: pytest.MonkeyPatch().setattr(LiveLine, "say", say))
+    said = refused_run(path, hook=hook)
+    assert said.startswith("rank 0: standard output: cannot be written (No space left on device)")
+    assert whole_checkpoints(run) == [6]
+    completed_run(path)
+    assert losses(run) == undisturbed
