@@ -17,7 +17,7 @@ import megagrow.cli
 from megagrow.config.schema import RunConfig
 from megagrow.config.show import to_yaml
 from megagrow.train.metrics import read_metrics
-from tests.spawn import _free_port
+from tests.spawn import free_port
 
 _FORK = multiprocessing.get_context("fork")
 
@@ -42,7 +42,7 @@ class Job:
     ) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        port, words = _free_port(), ["megagrow", *arguments]
+        port, words = free_port(), ["megagrow", *arguments]
         self.ranks = [
             _FORK.Process(target=_run, args=(rank, world, port, words, folder, hook))
             for rank in range(world)

@@ -1,5 +1,6 @@
 """Runs a function on several gloo ranks of this machine, for tests of anything distributed."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -25,7 +26,8 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
     A rank that fails or hangs ends all of them and fails the test with its traceback.
     """
     results = _FORK.Queue()
-    port = _free_port()
+    port = free_port()
+    gc.freeze()  # a collection in a rank would copy every page that it shares with the parent
     ranks = [
         _FORK.Process(target=_run, args=(rank, world, port, results, function, args))
         for rank in range(world)
@@ -77,7 +79,7 @@ def _collect(ranks: list, results: Any, deadline: float) -> list:
     return [found[rank] for rank in range(len(ranks))]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -47,7 +47,7 @@ def deepspeed_config(
             "stage": stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-            "stage3_prefetch_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": min(bucket, 50_000_000),
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,

@@ -16,7 +16,7 @@ from megagrow.data.batches import open_stream
 from tests.jobs import Finished, Job, records, write_run
 from tests.run.refusals import SECONDS, WORLD, assert_refused, refused_run, tiny_run
 from tests.runs import STEP_TOKENS
-from tests.spawn import _free_port
+from tests.spawn import free_port
 
 pytestmark = pytest.mark.dist
 
@@ -145,7 +145,7 @@ def test_processes_of_their_own_end_as_well(tmp_path):
     run = tiny_run(tmp_path)
     spoil(run, tmp_path / "train", LATE, shuffle=True)
     command = [sys.executable, "-m", "megagrow", "train", write_run(tmp_path / "run.yaml", run)]
-    world = {"WORLD_SIZE": f"{WORLD}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{_free_port()}"}
+    world = {"WORLD_SIZE": f"{WORLD}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_port()}"}
     ranks = [
         subprocess.Popen(
             command,

@@ -12,7 +12,7 @@ import pytest
 from megagrow.config.schema import RunConfig
 from tests.jobs import records, write_run
 from tests.runs import MODEL, STEP_TOKENS, make_run
-from tests.spawn import _free_port
+from tests.spawn import free_port
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -85,7 +85,7 @@ def test_deepspeed_on_two_ranks_shows_the_live_line(folder: Path, alone: list[fl
     run = grown_run(folder, "deepspeed")
     path = write_run(folder / "deepspeed.yaml", run)
     terminal, end = pty.openpty()
-    words = ("--num_gpus", 2, "--master_port", _free_port(), "--log_level", "error")
+    words = ("--num_gpus", 2, "--master_port", free_port(), "--log_level", "error")
     process = start("deepspeed", *words, "--module", "megagrow", "train", path, stdout=end)
     os.close(end)
     shown = read_terminal(terminal)
@@ -110,7 +110,7 @@ def test_deepspeed_on_two_hosts_of_a_hostfile(folder: Path, alone: list[float]) 
     path = write_run(folder / "hosts.yaml", run)
     hosts = folder / "hostfile"
     hosts.write_text("first slots=1\nsecond slots=1\n")
-    port = _free_port()
+    port = free_port()
     # Without ssh, as under a scheduler that starts the command on each host; here all are this one.
     processes = [
         start(
@@ -137,7 +137,7 @@ def test_a_mistake_is_told_once_though_rank_0_comes_last(
     path = write_run(folder / "late.yaml", grown_run(folder, "late-run"))
     words = {
         "torchrun": ("--standalone", "--nproc-per-node", 2, "-m"),
-        "deepspeed": ("--num_gpus", 2, "--master_port", _free_port(), "--module"),
+        "deepspeed": ("--num_gpus", 2, "--master_port", free_port(), "--module"),
     }[launcher]
     process = start(launcher, *words, "megagrow", "train", path, "--set", "seeed=1")
     out, err = process.communicate(timeout=SECONDS)
