@@ -8,7 +8,7 @@ import yaml
 from megagrow.errors import InputError
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which would let the last of two equal keys win."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
