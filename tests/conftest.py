@@ -4,12 +4,16 @@ Tests marked `gpu` start processes of their own, to which they give the GPUs bac
 """
 
 import os
+import signal
 
 import pytest
 
 _HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 _BEFORE = dict(os.environ)
 os.environ.update(_HIDDEN)
+
+# A shell starts what it runs in the background with Ctrl-C ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
