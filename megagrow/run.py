@@ -56,9 +56,10 @@ def train(run: RunConfig) -> None:
         raise InputError("; ".join(problems))
     device = init_process_group(launch)
     inputs = together(lambda: open_inputs(run))
-    with Recorder(run, launch.rank, launch.world_size) as recorder:
+    environment = describe_environment(run)
+    with Recorder(run, launch.rank, launch.world_size, environment) as recorder:
         together(recorder.open)
-        _train(Job(run, launch, device, inputs, recorder, describe_environment(run)))
+        _train(Job(run, launch, device, inputs, recorder, environment))
         together(recorder.check)
     leave_process_group()
 

@@ -17,7 +17,7 @@ import megagrow.cli
 from megagrow.config.schema import RunConfig
 from megagrow.config.show import to_yaml
 from megagrow.train.metrics import read_metrics
-from tests.spawn import free_port
+from tests.spawn import free_port, rank_environment
 
 _FORK = multiprocessing.get_context("fork")
 
@@ -98,13 +98,7 @@ def _run(
         with (folder / f"{rank}.{kind}").open("wb") as file:
             os.dup2(file.fileno(), 1 if kind == "out" else 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(rank_environment(rank, world, port))
     sys.argv = words
     gc.freeze()  # a collection would copy every page that is still shared with the parent
     if hook is not None:

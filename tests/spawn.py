@@ -43,13 +43,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
 
 
 def _run(rank: int, world: int, port: int, results: Any, function: Callable, args: tuple) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(rank_environment(rank, world, port))
     from megagrow.parallel.topology import init_process_group, leave_process_group, read_launch
 
     try:
@@ -77,6 +71,17 @@ def _collect(ranks: list, results: Any, deadline: float) -> list:
             raise AssertionError(f"rank {rank} failed:\n{error}")
         found[rank] = pickle.loads(result)
     return [found[rank] for rank in range(len(ranks))]
+
+
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What a launcher tells a rank of one machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def free_port() -> int:

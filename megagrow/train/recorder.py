@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megagrow.config.schema import RunConfig
 from megagrow.config.show import to_yaml
 from megagrow.errors import InputError, unwritable
-from megagrow.train.environment import describe_environment
 from megagrow.train.flops import parameters, peak_flops, run_flops
 from megagrow.train.grow import GrowthReport
 from megagrow.train.live import LiveLine, Status, duration, short
@@ -27,8 +27,11 @@ class Recorder:
     of it: `check` raises it, and is called where they agree on going on.
     """
 
-    def __init__(self, run: RunConfig, rank: int, world_size: int) -> None:
+    def __init__(
+        self, run: RunConfig, rank: int, world_size: int, environment: dict[str, Any]
+    ) -> None:
         self._run = run
+        self._environment = environment
         self._enabled = rank == 0
         self._stack = ExitStack()
         self._live = LiveLine(run_steps(run), run_flops(run), self._enabled)
@@ -43,7 +46,7 @@ class Recorder:
             run = self._run
             run.output_dir.mkdir(parents=True, exist_ok=True)
             (run.output_dir / "config.yaml").write_text(to_yaml(run), encoding="utf-8")
-            environment = json.dumps(describe_environment(run), indent=1)
+            environment = json.dumps(self._environment, indent=1)
             (run.output_dir / "environment.json").write_text(environment, encoding="utf-8")
             self._metrics = self._stack.enter_context(
                 MetricsLog(

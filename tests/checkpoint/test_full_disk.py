@@ -1,7 +1,6 @@
 """A save that fails on any rank fails on all of them, and leaves earlier checkpoints whole."""
 
 import errno
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from megagrow.checkpoint.files import checkpoint_name, list_checkpoints
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.errors import InputError
+from tests import disks
 from tests.checkpoint.saving import MODEL, save_random
 from tests.reshard.definition import empty_storage, random_state, same, storage_of
 from tests.reshard.models import layout_of
@@ -81,16 +81,9 @@ def test_the_first_save_may_fail_too(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of its own that holds one checkpoint but not two."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
     size = 3 * 4 * sum(spec.slice_numel(1) for spec in LAYOUT.plan.values())
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"a small disk can not be mounted here ({error})")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with disks.small_disk(tmp_path / "disk", int(1.5 * size)) as folder:
+        yield folder
 
 
 def fill_the_disk(folder: Path) -> tuple[str, str, bool]:

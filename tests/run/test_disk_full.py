@@ -3,7 +3,6 @@
 import errno
 import os
 import resource
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from megagrow.checkpoint.manifest import read_manifest
 from megagrow.config.schema import RunConfig
 from megagrow.train.live import LiveLine
 from megagrow.train.recorder import Recorder
+from tests.disks import small_disk
 from tests.jobs import Hook, records, write_run
 from tests.run.refusals import completed_run, refused_run
 from tests.runs import STEP_TOKENS, make_run
@@ -51,15 +51,8 @@ def undisturbed(tmp_path_factory) -> list[tuple[Any, ...]]:
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path]:
     """A file system of its own, of a few megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"a small disk can not be mounted here ({error})")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", DISK) as folder:
+        yield folder
 
 
 def losses(run: RunConfig) -> list[tuple[Any, ...]]:
