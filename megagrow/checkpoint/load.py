@@ -13,7 +13,7 @@ from megagrow.checkpoint.manifest import Manifest, read_manifest
 from megagrow.errors import InputError
 from megagrow.growth.map import identity_map
 from megagrow.parallel.topology import together
-from megagrow.parallel.zero import STATE_KINDS, Storage
+from megagrow.parallel.zero import Storage
 from megagrow.reshard.layout import Block, Layout
 from megagrow.reshard.move import block_view, take, write_rows
 from megagrow.reshard.plan import Copy, copies_to
@@ -46,7 +46,8 @@ def load_storage(path: Path, manifest: Manifest, layout: Layout, storage: Storag
     """Fills this rank's storage from a checkpoint written in any layout; all ranks together."""
     source = manifest.read_layout()
     keep = identity_map(list(layout.plan))
-    copies = list(copies_to(dist.get_rank(), source, keep, layout, near=0))
+    rank = dist.get_rank()
+    copies = [c for kind in keep.kinds for c in copies_to(rank, source, keep, layout, kind, near=0)]
     together(lambda: _load(path, source, copies, layout, storage))
 
 
@@ -68,7 +69,5 @@ def _load_copy(file: Any, copy: Copy, source: Layout, layout: Layout, storage: S
     offset, stride = source.local(copy.term.source, copy.source_rank, block)
     stop = offset + (len(block.rows) - 1) * stride + len(block.cols)
     rows = range(copy.shape[0])
-    for kind in STATE_KINDS:
-        stored = file.get_slice(f"{copy.term.source}.{kind}")[offset:stop]
-        values = take(copy, rows, block_view(stored, block, 0, stride))
-        write_rows(copy, kind, rows, values, layout, storage)
+    stored = file.get_slice(f"{copy.term.source}.{copy.kind}")[offset:stop]
+    write_rows(copy, rows, take(copy, rows, block_view(stored, block, 0, stride)), layout, storage)

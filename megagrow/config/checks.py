@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from megagrow.config.schema import GrowthConfig, ModelConfig, RunConfig, StageConfig
+from megagrow.config.growth import GrowthConfig
+from megagrow.config.schema import ModelConfig, RunConfig, StageConfig
 
 
 def problems(run: RunConfig) -> list[str]:
@@ -25,16 +26,15 @@ def world_problems(run: RunConfig, world_size: int) -> list[str]:
 
 def _model(model: ModelConfig, at: str) -> Iterator[str]:
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    if model.hidden_size % heads:
+    own = "head_dim" in model.model_fields_set
+    if not own and model.hidden_size % heads:
         yield (
             f"{at}.hidden_size = {model.hidden_size} is not a multiple of "
-            f"num_attention_heads = {heads}"
+            f"num_attention_heads = {heads}; set head_dim or change one of them"
         )
-    elif model.head_dim % 2:
-        yield (
-            f"{at}: a head is hidden_size / num_attention_heads = {model.head_dim} wide; "
-            "rotary embeddings need an even width"
-        )
+    elif model.head_dim % 2 or not model.head_dim:
+        said = "head_dim" if own else "hidden_size / num_attention_heads"
+        yield f"{at}: a head is {said} = {model.head_dim} wide; rotary embeddings need an even width"
     if heads % kv_heads:
         yield (
             f"{at}.num_attention_heads = {heads} is not a multiple of "
@@ -102,7 +102,7 @@ def _direct_depth(
                 "which direct_depth can not grow: make them equal"
             )
     old, new, layers = source.num_hidden_layers, target.num_hidden_layers, growth.layers
-    if layers is None:
+    if not isinstance(layers, list):
         if new % old:
             yield (
                 f"{here}.model.num_hidden_layers = {new} is not a multiple of "

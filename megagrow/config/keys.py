@@ -4,7 +4,8 @@ import difflib
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from megagrow.config.schema import RunConfig, Section, StageConfig
+from megagrow.config.schema import RunConfig, StageConfig
+from megagrow.config.section import Section
 from megagrow.errors import InputError
 
 Keys = dict[str, type[Section] | None]

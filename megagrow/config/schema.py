@@ -5,22 +5,12 @@ stand here; checks across sections, and against the number of ranks, stand in `c
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
-from megagrow.config.sizes import parse_count
-
-Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
-"""A positive whole number, written for people: `2048`, `2M`, `10B`."""
-
-
-class Section(BaseModel):
-    """A part of a run file: unknown keys are refused, values cannot be changed afterwards."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
-    )
+from megagrow.config.growth import GrowthConfig
+from megagrow.config.section import Count, Section
 
 
 class ModelConfig(Section):
@@ -30,6 +20,9 @@ class ModelConfig(Section):
     hidden_size: Count
     num_attention_heads: Count
     num_key_value_heads: Count = Field(default_factory=lambda seen: seen["num_attention_heads"])
+    head_dim: Count = Field(
+        default_factory=lambda seen: seen["hidden_size"] // seen["num_attention_heads"]
+    )
     intermediate_size: Count
     vocab_size: Count
     max_position_embeddings: Count = 2048
@@ -39,10 +32,6 @@ class ModelConfig(Section):
     initializer_range: float = Field(default=0.02, gt=0)
     """Standard deviation of every matrix at the start; o_proj and down_proj get it divided by
     sqrt(2 num_hidden_layers), as in Megatron-LM."""
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
 
 class CorpusConfig(Section):
@@ -109,18 +98,6 @@ class ScheduleConfig(Section):
     warmup_tokens: Count | None = None
     horizon_tokens: Count | None = None
     decay_tokens: Count | None = None
-
-
-class GrowthConfig(Section):
-    """How a stage's model comes out of the model of the stage before it."""
-
-    operator: Literal["direct_depth"] = "direct_depth"
-    layers: list[Annotated[int, Field(ge=0)]] | None = None
-    """For each new layer the source layer it copies; by default [0..l-1] repeated (Gstack)."""
-    optimizer_state: Literal["transport", "reset"] = "transport"
-    """Whether Adam's moments and step follow the weights, or start again at zero."""
-    lr_schedule: Literal["rewarm", "continue"] = "rewarm"
-    """Whether the schedule starts again at the growth, or goes on as if nothing had happened."""
 
 
 class StageConfig(Section):

@@ -3,8 +3,9 @@
 Du et al. 2024, "Stacking Your Transformers", section 3.1 and appendix A.3.
 """
 
-from megagrow.config.schema import GrowthConfig, ModelConfig
-from megagrow.growth.map import Gather, GrowthMap
+from megagrow.config.growth import GrowthConfig
+from megagrow.config.schema import ModelConfig
+from megagrow.growth.map import Gather, GrowthMap, Kind, Term
 from megagrow.parallel.plan import parameter_plan
 
 
@@ -19,16 +20,20 @@ def direct_depth(source: ModelConfig, target: ModelConfig, options: GrowthConfig
     Embedding, final norm and head are copied once; moments go where their weights go. The grown
     model does not compute the same function (the loss jumps, and recovers).
     """
-    layers = options.layers or stacked_layers(source.num_hidden_layers, target.num_hidden_layers)
-    terms = {}
+    layers = list(options.layers or ()) or stacked_layers(
+        source.num_hidden_layers, target.num_hidden_layers
+    )
+    terms: dict[str, tuple[Term, ...]] = {}
     for name, spec in parameter_plan(target, tp=1).items():
         origin = name
         if spec.layer is not None:
             origin = name.replace(f"layers.{spec.layer}.", f"layers.{layers[spec.layer]}.", 1)
-        terms[name] = Gather(origin)
+        terms[name] = (Gather(origin),)
+    kinds: tuple[Kind, ...] = ("fp32", "exp_avg", "exp_avg_sq")
     return GrowthMap(
         terms,
-        options.optimizer_state,
+        terms,
+        kinds=kinds if options.optimizer_state != "reset" else kinds[:1],
         preserves_function=layers == list(range(source.num_hidden_layers)),
         provenance=tuple(layers),
     )

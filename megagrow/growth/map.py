@@ -1,15 +1,20 @@
 """GrowthMap: what every parameter of the target model is made of. Pure data, no communication.
 
-A *gather* makes a target tensor out of one source tensor:
+A parameter of the target is the sum of its *terms*, which read the source, and of its *fills*,
+which do not. A gather reads one source tensor,
 
-    target[i, j] = rows.scale[i] * cols.scale[j] * source[rows.index[i], cols.index[j]]
+    target[i, j] = rows.scale[i] * cols.scale[j] * source[rows.index[i], cols.index[j]],
 
-Gradients, and with them Adam's exp_avg, follow with scales of their own, and exp_avg_sq with the
-squares of those: if weights are lifted as P_out W P_in^+, gradients are as (P_out^+)^T g P_in^T.
+a dense term mixes whole tensors,
+
+    target = sum over k of alpha[k] * left @ (source_k * gain) @ right^T.
+
+Adam's exp_avg has terms of its own, and exp_avg_sq those with every factor squared: if weights are
+lifted as P_out W P_in^+, gradients are as (P_out^+)^T g P_in^T.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -17,57 +22,177 @@ import numpy as np
 Indices = range | np.ndarray
 """Positions along one axis: a `range` where they are consecutive, else int64 (n,)."""
 
+Kind = Literal["fp32", "exp_avg", "exp_avg_sq"]
+"""The states that are kept of every parameter: weights, and Adam's first and second moment."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Axis:
-    """How one axis of the target is made of an axis of the source. All None: the same axis.
+    """How one axis of the target is made of an axis of the source.
 
-    `index` is (n_target,) int64, `scale` and `moment_scale` are (n_target,) fp32.
+    `index` is (n_target,) int64, -1 where nothing comes from the source; None: the same axis.
+    `scale` is (n_target,) fp64; None: ones.
     """
 
     index: np.ndarray | None = None
     scale: np.ndarray | None = None
-    moment_scale: np.ndarray | None = None
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether this axis is taken as it is."""
+        return self.index is None and self.scale is None
 
     def source(self, target: range) -> Indices:
         """The source positions of a run of target positions."""
         return target if self.index is None else self.index[target.start : target.stop]
 
+    def squared(self) -> "Axis":
+        """The same with its scale squared."""
+        return self if self.scale is None else Axis(self.index, self.scale**2)
+
+
+SAME = Axis()
+"""The axis that is taken as it is."""
+
 
 @dataclass(frozen=True)
 class Gather:
-    """One term of a GrowthMap: the source parameter and how its two axes are read."""
+    """A term that picks, repeats and scales rows and columns of one source parameter."""
 
     source: str
-    rows: Axis = field(default_factory=Axis)
-    cols: Axis = field(default_factory=Axis)
+    rows: Axis = SAME
+    cols: Axis = SAME
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,)
+
+    def squared(self) -> "Gather":
+        """The term of exp_avg_sq, if this is that of exp_avg."""
+        return Gather(self.source, self.rows.squared(), self.cols.squared())
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A term that mixes whole source parameters of one shape (rows, cols).
+
+    `left` is (target rows, rows), `right` (target cols, cols), both fp64; None: the identity.
+    `gain` names a source vector (cols,) that scales the columns first: a norm folded into them.
+    """
+
+    sources: tuple[str, ...]
+    alphas: tuple[float, ...]
+    left: np.ndarray | None = None
+    right: np.ndarray | None = None
+    gain: str | None = None
+
+    def squared(self) -> "Dense":
+        """The term of exp_avg_sq: exact where rows of `left` and `right` have one entry each, else
+        as if the mixed entries were uncorrelated. A gain has to be squared by who applies it."""
+        alphas = tuple(alpha**2 for alpha in self.alphas)
+        left, right = (None if m is None else m**2 for m in (self.left, self.right))
+        return Dense(self.sources, alphas, left, right, self.gain)
+
+
+Term = Gather | Dense
+
+
+@dataclass(frozen=True, eq=False)
+class Fill:
+    """Numbers that come from no source: a constant, and normals of mean 0.
+
+    Element (i, j) of the normals depends on `stream` (which holds the seed) and on i * cols + j
+    alone. `std` is ((old rows: old, new columns), (new rows: old, new columns)); an axis without
+    a mask is all old. `constant` goes to the new rows.
+
+    Along the columns the normals can be made to vanish on what the source computes: `centre`,
+    (cols,) int64, labels columns whose normals are to sum to zero in each row; `basis`, (cols, k)
+    with orthonormal columns, spans directions that are taken out of each row.
+    """
+
+    stream: str
+    std: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 0.0), (0.0, 0.0))
+    constant: float = 0.0
+    new_rows: np.ndarray | None = None
+    new_cols: np.ndarray | None = None
+    centre: np.ndarray | None = None
+    basis: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Fresh:
+    """Which entries of a parameter are new: all of them, or those of the marked rows and columns.
+
+    Of several copies of a number the first is old and the others are new. Masks are booleans.
+    """
+
+    whole: bool = False
+    rows: np.ndarray | None = None
+    cols: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class ParamScale:
+    """Factors on one parameter's hyper-parameters with which a grown model follows its source
+    exactly (GROWTH: lr / k_in, weight decay * k_in, eps / k_out)."""
+
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    eps: float = 1.0
+    norm: float = 1.0
+    """Weight of the squared gradient norm in the global norm: k_out / k_in."""
+
+    def times(self, other: "ParamScale") -> "ParamScale":
+        """Both, one growth after the other."""
+        return ParamScale(
+            self.lr * other.lr,
+            self.weight_decay * other.weight_decay,
+            self.eps * other.eps,
+            self.norm * other.norm,
+        )
 
 
 @dataclass(frozen=True)
 class GrowthMap:
-    """A term for every parameter of the target, and how the optimizer's state follows."""
+    """What every parameter of the target is made of, and how the optimizer's state follows."""
 
-    terms: dict[str, Gather]
-    optimizer_state: Literal["transport", "reset"]
-    preserves_function: bool
+    weights: Mapping[str, tuple[Term, ...]]
+    moments: Mapping[str, tuple[Term, ...]]
+    """For exp_avg, and squared for exp_avg_sq; without a term they start at zero."""
+    fills: Mapping[str, tuple[Fill, ...]] = field(default_factory=dict)
+    """Added to the weights; a parameter without a fill has none."""
+    kinds: tuple[Kind, ...] = ("fp32", "exp_avg", "exp_avg_sq")
+    """The kinds of state that move; the others start at zero."""
+    preserves_function: bool = False
     """Whether the target computes exactly what the source computed."""
-    provenance: tuple[int, ...]
-    """For each target layer the source layer that it came from; kept in every checkpoint. Empty
-    where nothing grew."""
+    provenance: tuple[int, ...] = ()
+    """For each target layer the source layer that it came from, -1 for none; kept in every
+    checkpoint. Empty where nothing grew."""
+    fresh: Mapping[str, Fresh] = field(default_factory=dict)
+    """Which entries are new; a parameter without an entry is old."""
+    scales: Mapping[str, ParamScale] = field(default_factory=dict)
+    """Factors for exact continuation, where the operator has them; 1 without an entry."""
 
-    def check(self, source: Sequence[str], target: Sequence[str]) -> None:
-        """Refuses a map that leaves a target parameter out or reads a source that is not there."""
-        for name in target:
-            if name not in self.terms:
-                raise ValueError(f"the growth map says nothing of {name}")
-        for name, term in self.terms.items():
-            if name not in target:
-                raise ValueError(f"the growth map makes {name}, which the target does not have")
-            if term.source not in source:
-                raise ValueError(f"{name} is to come from {term.source}, which does not exist")
+    @property
+    def keeps_step(self) -> bool:
+        """Whether Adam's step count goes on: it belongs to the moments."""
+        return len(self.kinds) > 1
+
+    def terms(self, name: str, kind: Kind) -> tuple[Term, ...]:
+        """The terms of one kind of state of a target parameter."""
+        if kind not in self.kinds:
+            return ()
+        if kind == "fp32":
+            return self.weights[name]
+        found = self.moments.get(name, ())
+        return tuple(term.squared() for term in found) if kind == "exp_avg_sq" else found
+
+    def with_kinds(self, *kinds: Kind) -> "GrowthMap":
+        """The same map for some kinds of state only."""
+        return replace(self, kinds=kinds)
 
 
-def identity_map(names: Sequence[str]) -> GrowthMap:
+def identity_map(names: "Mapping[str, object] | list[str]") -> GrowthMap:
     """The map that changes nothing: with it a growth is a plain reshard."""
-    terms = {name: Gather(name) for name in names}
-    return GrowthMap(terms, "transport", preserves_function=True, provenance=())
+    terms: dict[str, tuple[Term, ...]] = {name: (Gather(name),) for name in names}
+    return GrowthMap(terms, terms, preserves_function=True)

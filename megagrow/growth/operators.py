@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from megagrow.config.schema import GrowthConfig, ModelConfig
+from megagrow.config.growth import GrowthConfig
+from megagrow.config.schema import ModelConfig
 from megagrow.growth.depth import direct_depth
 from megagrow.growth.map import GrowthMap
 
@@ -13,4 +14,4 @@ OPERATORS: dict[str, Operator] = {"direct_depth": direct_depth}
 
 def growth_map(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> GrowthMap:
     """The map from a source to a target model, by the operator that the run file names."""
-    return OPERATORS[options.operator](source, target, options)
+    return OPERATORS[options.operator[0]](source, target, options)

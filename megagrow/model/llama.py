@@ -49,11 +49,12 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         width = config.hidden_size
+        q_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, width, bias=False)
+        self.q_proj = nn.Linear(width, q_width, bias=False)
         self.k_proj = nn.Linear(width, kv_width, bias=False)
         self.v_proj = nn.Linear(width, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(q_width, width, bias=False)
         self.enter: nn.Module = nn.Identity()
         self.leave: nn.Module = nn.Identity()
 

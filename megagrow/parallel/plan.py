@@ -75,6 +75,7 @@ _Entry = tuple[int, int, Role, Role, float]
 def parameter_plan(model: ModelConfig, tp: int) -> dict[str, ParamSpec]:
     """Every parameter of the model, in the order in which the module tree holds them."""
     width, ffn = model.hidden_size, model.intermediate_size
+    q_width = model.num_attention_heads * model.head_dim
     kv_width = model.num_key_value_heads * model.head_dim
     std = model.initializer_range
     output_std = std / (2 * model.num_hidden_layers) ** 0.5
@@ -82,10 +83,10 @@ def parameter_plan(model: ModelConfig, tp: int) -> dict[str, ParamSpec]:
     gain: _Entry = (width, 1, "residual", "none", 0.0)
     block: dict[str, _Entry] = {
         "input_layernorm": gain,
-        "self_attn.q_proj": (width, width, "query", "residual", std),
+        "self_attn.q_proj": (q_width, width, "query", "residual", std),
         "self_attn.k_proj": (kv_width, width, "kv", "residual", std),
         "self_attn.v_proj": (kv_width, width, "kv", "residual", std),
-        "self_attn.o_proj": (width, width, "residual", "query", output_std),
+        "self_attn.o_proj": (width, q_width, "residual", "query", output_std),
         "post_attention_layernorm": gain,
         "mlp.gate_proj": (ffn, width, "ffn", "residual", std),
         "mlp.up_proj": (ffn, width, "ffn", "residual", std),

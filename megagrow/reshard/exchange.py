@@ -1,6 +1,6 @@
 """The live reshard: every rank sends what it has and receives what it needs, bucket by bucket."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +19,9 @@ BUCKET_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows of one kind of state of one copy: the unit that is sent."""
+    """Some rows of one copy: the unit that is sent."""
 
     copy: Copy
-    kind: str
     rows: range
 
     @property
@@ -51,31 +50,28 @@ def exchange(
     source: Side,
     growth: GrowthMap,
     target: Side,
-    kinds: Sequence[str],
     bucket_bytes: int = BUCKET_BYTES,
 ) -> Moved:
     """Fills this rank's target storage from all ranks' source storage, on all ranks together.
 
-    `kinds` are the states that move (fp32, exp_avg, exp_avg_sq). No rank holds more than its
-    source, its target and one bucket at any time.
+    No rank holds more than its source, its target and one bucket at any time.
     """
-    growth.check(list(source.layout.plan), list(target.layout.plan))
     rank, world = dist.get_rank(), dist.get_world_size()
     incoming: list[list[Copy]] = [[] for _ in range(world)]
-    for copy in copies_to(rank, source.layout, growth, target.layout):
+    for copy in _copies(rank, source, growth, target):
         incoming[copy.source_rank].append(copy)
     outgoing = [
-        [c for c in copies_to(peer, source.layout, growth, target.layout) if c.source_rank == rank]
+        [c for c in _copies(peer, source, growth, target) if c.source_rank == rank]
         if peer != rank
         else []
         for peer in range(world)
     ]
-    local = _copy_locally(incoming[rank], kinds, source, target)
+    local = _copy_locally(incoming[rank], source, target)
     incoming[rank] = []
     # Both ends of a pair cut their common list of copies by the same rule, into the same rounds.
     limit = max(1, bucket_bytes // 4 // 2 // max(1, world - 1))
-    send = [list(_rounds(copies, kinds, limit)) for copies in outgoing]
-    receive = [list(_rounds(copies, kinds, limit)) for copies in incoming]
+    send = [list(_rounds(copies, limit)) for copies in outgoing]
+    receive = [list(_rounds(copies, limit)) for copies in incoming]
     rounds = _highest(max(map(len, send + receive)))
     sent = 0
     for index in range(rounds):
@@ -85,11 +81,16 @@ def exchange(
     return Moved(bytes_sent=4 * sent, bytes_local=4 * local, rounds=rounds)
 
 
-def _copy_locally(copies: list[Copy], kinds: Sequence[str], source: Side, target: Side) -> int:
+def _copies(rank: int, source: Side, growth: GrowthMap, target: Side) -> Iterator[Copy]:
+    for kind in growth.kinds:
+        yield from copies_to(rank, source.layout, growth, target.layout, kind)
+
+
+def _copy_locally(copies: list[Copy], source: Side, target: Side) -> int:
     moved = 0
-    for pieces in _rounds(copies, kinds, BUCKET_BYTES // 4 // 2):
+    for pieces in _rounds(copies, BUCKET_BYTES // 4 // 2):
         for piece in pieces:
-            at = (piece.copy, piece.kind, piece.rows)
+            at = (piece.copy, piece.rows)
             write_rows(
                 *at, read_rows(*at, source.layout, source.storage), target.layout, target.storage
             )
@@ -97,27 +98,26 @@ def _copy_locally(copies: list[Copy], kinds: Sequence[str], source: Side, target
     return moved
 
 
-def _rounds(copies: list[Copy], kinds: Sequence[str], limit: int) -> Iterator[list[Piece]]:
+def _rounds(copies: list[Copy], limit: int) -> Iterator[list[Piece]]:
     """Cuts the copies of one pair of ranks into rounds of at most `limit` elements.
 
     A row is never cut; a single row longer than the limit makes a round of its own.
     """
     pieces: list[Piece] = []
     free = limit
-    for kind in kinds:
-        for copy in copies:
-            rows, cols = copy.shape
-            done = 0
-            while done < rows:
-                fitting = min(rows - done, free // cols)
-                if fitting <= 0 and pieces:  # below 0 after a row longer than the limit
-                    yield pieces
-                    pieces, free = [], limit
-                    continue
-                fitting = max(1, fitting)
-                pieces.append(Piece(copy, kind, range(done, done + fitting)))
-                free -= fitting * cols
-                done += fitting
+    for copy in copies:
+        rows, cols = copy.shape
+        done = 0
+        while done < rows:
+            fitting = min(rows - done, free // cols)
+            if fitting <= 0 and pieces:  # below 0 after a row longer than the limit
+                yield pieces
+                pieces, free = [], limit
+                continue
+            fitting = max(1, fitting)
+            pieces.append(Piece(copy, range(done, done + fitting)))
+            free -= fitting * cols
+            done += fitting
     if pieces:
         yield pieces
 
@@ -131,10 +131,10 @@ def _one_round(
     outbox = torch.empty(sum(send_sizes), device=device)
     inbox = torch.empty(sum(receive_sizes), device=device)
     for piece, part in _parts(send, outbox):
-        part.copy_(read_rows(piece.copy, piece.kind, piece.rows, source.layout, source.storage))
+        part.copy_(read_rows(piece.copy, piece.rows, source.layout, source.storage))
     dist.all_to_all_single(inbox, outbox, receive_sizes, send_sizes)
     for piece, part in _parts(receive, inbox):
-        write_rows(piece.copy, piece.kind, piece.rows, part, target.layout, target.storage)
+        write_rows(piece.copy, piece.rows, part, target.layout, target.storage)
     return outbox.numel()
 
 

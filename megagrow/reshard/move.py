@@ -7,7 +7,7 @@ from torch import Tensor
 from megagrow.growth.map import Indices
 from megagrow.parallel.zero import Storage
 from megagrow.reshard.layout import Block, Layout
-from megagrow.reshard.plan import Copy, scales
+from megagrow.reshard.plan import Copy, scaled
 
 
 def block_view(stored: Tensor, block: Block, offset: int, stride: int) -> Tensor:
@@ -24,30 +24,28 @@ def take(copy: Copy, rows: range, block: Tensor) -> Tensor:
     return _take(_take(block, 0, copy.take_rows[rows.start : rows.stop]), 1, copy.take_cols)
 
 
-def read_rows(copy: Copy, kind: str, rows: range, layout: Layout, storage: Storage) -> Tensor:
+def read_rows(copy: Copy, rows: range, layout: Layout, storage: Storage) -> Tensor:
     """Some rows of what a copy takes from its source rank, read from that rank's storage."""
     name = copy.term.source
     place = layout.local(name, copy.source_rank, copy.source)
-    return take(copy, rows, block_view(storage[name][kind], copy.source, *place))
+    return take(copy, rows, block_view(storage[name][copy.kind], copy.source, *place))
 
 
-def write_rows(
-    copy: Copy, kind: str, rows: range, values: Tensor, layout: Layout, storage: Storage
-) -> None:
+def write_rows(copy: Copy, rows: range, values: Tensor, layout: Layout, storage: Storage) -> None:
     """Stores received rows at their place in the target, scaled as the growth map says."""
-    for axis, factors in enumerate(scales(copy, kind, rows)):
-        if factors is not None:
-            shape = (-1, 1) if axis == 0 else (1, -1)
-            values = values * torch.from_numpy(factors).to(values).view(shape)
     to_rows = copy.target_rows[rows.start : rows.stop]
+    values = scaled(values, copy.term.rows, copy.term.cols, to_rows, copy.target_cols)
     block = Block(_bounds(to_rows), _bounds(copy.target_cols))
     place = layout.local(copy.name, copy.target_rank, block)
-    view = block_view(storage[copy.name][kind], block, *place)
+    view = block_view(storage[copy.name][copy.kind], block, *place)
     if view.shape == values.shape:
-        view.copy_(values)
-    else:
-        inside_rows = _positions(to_rows, block.rows.start)
-        view[inside_rows[:, None], _positions(copy.target_cols, block.cols.start)] = values
+        view.add_(values) if copy.adds else view.copy_(values)
+        return
+    inside = (
+        _positions(to_rows, block.rows.start)[:, None],
+        _positions(copy.target_cols, block.cols.start),
+    )
+    view[inside] = view[inside] + values if copy.adds else values
 
 
 def _take(block: Tensor, axis: int, positions: Indices) -> Tensor:

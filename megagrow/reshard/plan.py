@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
-from megagrow.growth.map import Axis, Gather, GrowthMap, Indices
+from megagrow.growth.map import Axis, Gather, GrowthMap, Indices, Kind
 from megagrow.reshard.layout import Block, Layout, overlap, shift
 
 
@@ -23,7 +24,10 @@ class Copy:
     """
 
     name: str
+    kind: Kind
     term: Gather
+    adds: bool
+    """Whether the elements are added to what the target holds, or take its place."""
     source_rank: int
     target_rank: int
     source: Block
@@ -38,32 +42,58 @@ class Copy:
 
 
 def copies_to(
-    rank: int, source: Layout, growth: GrowthMap, target: Layout, near: int | None = None
+    rank: int,
+    source: Layout,
+    growth: GrowthMap,
+    target: Layout,
+    kind: Kind,
+    near: int | None = None,
 ) -> Iterator[Copy]:
-    """Every copy that fills what `rank` holds in the target layout, in a fixed order.
+    """Every copy of one kind of state that fills what `rank` holds in the target layout, in a
+    fixed order. Dense terms are no copies.
 
     Of replicated numbers the copy at or near rank `near` is read, by default at `rank` itself.
     """
     near = rank if near is None else near
     for name in target.plan:
-        term = growth.terms[name]
-        for block in target.blocks(name, rank):
-            rows, cols = term.rows.source(block.rows), term.cols.source(block.cols)
-            wanted = Block(_span(rows), _span(cols))
-            for holder, held in source.holders(term.source, wanted, near):
-                take_rows, to_rows = _select(rows, block.rows, held.rows)
-                take_cols, to_cols = _select(cols, block.cols, held.cols)
-                if len(to_rows) and len(to_cols):
-                    yield Copy(
-                        name, term, holder, rank, held, take_rows, take_cols, to_rows, to_cols
-                    )
+        adds = kind == "fp32" and bool(growth.fills.get(name))
+        for term in growth.terms(name, kind):
+            if isinstance(term, Gather):
+                for block in target.blocks(name, rank):
+                    yield from _copies_of(name, kind, term, adds, rank, block, source, near)
+
+
+def _copies_of(
+    name: str,
+    kind: Kind,
+    term: Gather,
+    adds: bool,
+    rank: int,
+    block: Block,
+    source: Layout,
+    near: int,
+) -> Iterator[Copy]:
+    """The copies that fill one block of the target."""
+    rows, cols = term.rows.source(block.rows), term.cols.source(block.cols)
+    wanted = Block(_span(rows), _span(cols))
+    if not wanted:
+        return
+    for holder, held in source.holders(term.source, wanted, near):
+        take_rows, to_rows = _select(rows, block.rows, held.rows)
+        take_cols, to_cols = _select(cols, block.cols, held.cols)
+        if len(to_rows) and len(to_cols):
+            yield Copy(
+                *(name, kind, term, adds, holder, rank, held),
+                *(take_rows, take_cols, to_rows, to_cols),
+            )
 
 
 def _span(positions: Indices) -> range:
-    """The smallest range around the positions."""
+    """The smallest range around the positions; -1 is none."""
     if isinstance(positions, range):
         return positions
-    return range(int(positions.min()), int(positions.max()) + 1)
+    real = positions[positions >= 0]
+    return range(int(real.min()), int(real.max()) + 1) if len(real) else range(0)
 
 
 def _select(wanted: Indices, target: range, held: range) -> tuple[Indices, Indices]:
@@ -75,15 +105,10 @@ def _select(wanted: Indices, target: range, held: range) -> tuple[Indices, Indic
     return wanted[where] - held.start, where + target.start
 
 
-def scales(copy: Copy, kind: str, rows: range) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Row and column factors of some rows of a copy for `fp32`, `exp_avg` or `exp_avg_sq`."""
-    chosen = copy.target_rows[rows.start : rows.stop]
-    return _scale(copy.term.rows, kind, chosen), _scale(copy.term.cols, kind, copy.target_cols)
-
-
-def _scale(axis: Axis, kind: str, positions: Indices) -> np.ndarray | None:
-    scale = axis.scale if kind == "fp32" else axis.moment_scale
-    if scale is None:
-        return None
-    chosen = scale[np.asarray(positions)]
-    return chosen**2 if kind == "exp_avg_sq" else chosen
+def scaled(values: Tensor, rows: Axis, cols: Axis, at_rows: Indices, at_cols: Indices) -> Tensor:
+    """Values of these target rows and columns times the scales of both axes, in their own type."""
+    for axis, positions, shape in ((rows, at_rows, (-1, 1)), (cols, at_cols, (1, -1))):
+        if axis.scale is not None:
+            factors = values.new_tensor(axis.scale[np.asarray(positions)])
+            values = values * factors.view(shape)
+    return values

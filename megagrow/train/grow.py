@@ -9,7 +9,6 @@ import torch.distributed as dist
 from megagrow.config.schema import RunConfig
 from megagrow.growth.map import GrowthMap
 from megagrow.growth.operators import growth_map
-from megagrow.parallel.zero import STATE_KINDS
 from megagrow.reshard.exchange import Side, exchange
 from megagrow.train.memory import peak_memory
 from megagrow.train.stage import Stage, build_stage
@@ -43,10 +42,8 @@ def grow(run: RunConfig, stage: Stage) -> tuple[Stage, GrowthReport]:
     adam_step = stage.engine.adam_step
     source = Side(stage.layout, stage.release())
     target = build_stage(run, stage.index + 1, stage.topology.device)
-    transport = growth.optimizer_state == "transport"
-    kinds = STATE_KINDS if transport else STATE_KINDS[:1]
-    moved = exchange(source, growth, Side(target.layout, target.engine.storage()), kinds)
-    target.engine.ready(adam_step if transport else 0)
+    moved = exchange(source, growth, Side(target.layout, target.engine.storage()))
+    target.engine.ready(adam_step if growth.keeps_step else 0)
     seconds = time.perf_counter() - begin
     return target, _report(target, growth, moved.bytes_sent, moved.bytes_local, seconds)
 
@@ -60,6 +57,6 @@ def _report(
     peak = torch.tensor([peak_memory(device)], dtype=torch.int64, device=device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     growth_config = target.config.growth
-    operator = growth_config.operator if growth_config else ""
+    operator = "+".join(growth_config.operator) if growth_config else ""
     between, within = sums.tolist()
     return GrowthReport(operator, growth.provenance, between, within, seconds, int(peak))

@@ -1,0 +1,113 @@
+"""How a stage's model comes out of the model of the stage before it: every key of `growth`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from megagrow.config.section import Count, Section
+
+OperatorName = Literal[
+    "direct_depth",
+    "direct_width",
+    "learn_depth",
+    "learn_width",
+    "zero_depth",
+    "zero_width",
+    "random_depth",
+    "random_width",
+    "net2net_width",
+    "staged_width",
+    "bert2bert_fpi",
+    "bert2bert_aki",
+    "lemon",
+    "hypercloning",
+    "mup_copy",
+    "sparkling",
+    "isometric",
+    "head_dim",
+    "vocabulary",
+    "solar",
+    "llama_pro",
+    "mslt",
+    "midas",
+    "lidas",
+]
+"""The first eight are the paper's; see `growth/operators.py` for all of them."""
+
+StatePolicy = Literal["transport", "asymmetric", "keep_v", "probe_v", "reset"]
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+class LearnConfig(Section):
+    """How learned operators (LiGO) are trained; the paper's code uses these values."""
+
+    steps: Count = 100
+    lr: float = Field(default=7e-5, gt=0)
+    min_lr: float = Field(default=7e-6, ge=0)
+    warmup_steps: int = Field(default=50, ge=0)
+
+
+class NewEntriesConfig(Section):
+    """A learning rate of their own for the entries that a growth has made (SPARKLING, sec. 4.2).
+
+    It rises from the rate at the growth to `peak` times that, and then falls along a cosine to
+    min_lr at the end of the schedule.
+    """
+
+    peak: float = Field(default=1.3, gt=0)
+    warmup_steps: int = Field(default=250, ge=0)
+
+
+class ProbeConfig(Section):
+    """Several operators are tried in turn on the same tokens, and the best is kept."""
+
+    operators: list[OperatorName] = Field(min_length=2)
+    steps: Count = 100
+
+
+class GrowthConfig(Section):
+    """How a stage's model comes out of the model of the stage before it."""
+
+    operator: Annotated[list[OperatorName], BeforeValidator(_as_list), Field(min_length=1)] = [
+        "direct_depth"
+    ]
+    """One operator, or several that grow different axes in one event."""
+    layers: list[Annotated[int, Field(ge=0)]] | str | None = None
+    """Depth: for each new layer the source layer it copies, or a preset: `stack`, `interpolate`, or
+    the paper's notation for partial stacking, such as `12-3456x5-56`."""
+    block: Literal["copy", "random"] = "copy"
+    """Depth: what a new layer holds where the operator makes it a silent one."""
+    order: Literal["interleaved", "tiled"] = "interleaved"
+    """Width: whether copies of an entry stand side by side, or the axis is repeated whole."""
+    split: Literal["even", "uneven"] = "even"
+    """Width: whether copies share their consumers' weights evenly."""
+    literal: bool = False
+    """Width: the operator as the paper prints it, without what makes it exact."""
+    noise: float = Field(default=0.0, ge=0)
+    """Width: standard deviation, relative to initializer_range, of noise on the consumers of
+    copies that cancels in what they compute."""
+    mixing_noise: float = Field(default=0.0, ge=0, le=1)
+    """The paper's W <- (1 - a) W + a * noise (its appendix I.2)."""
+    optimizer_state: StatePolicy | None = None
+    """What becomes of Adam's moments; by default what the operator says."""
+    probe_batches: Count = 8
+    """`probe_v`: micro batches over which the new entries' exp_avg_sq is measured."""
+    exact_continuation: bool | None = None
+    """Scales each parameter's lr, weight decay and eps so that copies follow the small model
+    exactly; by default only where the operator says so."""
+    lr_schedule: Literal["rewarm", "continue", "by_size"] = "rewarm"
+    """The schedule starts again at the growth, goes on as if nothing had happened, or goes on at
+    a rate that follows the size of the model."""
+    new_entries: NewEntriesConfig | None = None
+    """A learning rate of their own for new entries; only `sparkling` sets it by itself."""
+    freeze_tokens: Count | None = None
+    """Old entries do not change until so many tokens after the growth."""
+    ramp_tokens: Count | None = None
+    """`random_*`: tokens over which the masks of new parts rise from 0 to 1."""
+    learn: LearnConfig = LearnConfig()
+    probe: ProbeConfig | None = None
+    tolerance: float = Field(default=1e-3, gt=0)
+    """How much the loss on a fixed batch may change at a growth that preserves the function."""
