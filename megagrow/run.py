@@ -13,6 +13,7 @@ from megagrow.checkpoint.save import prune_checkpoints, save_checkpoint
 from megagrow.config.checks import world_problems
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
+from megagrow.growth.problems import growth_problems
 from megagrow.parallel.topology import (
     Launch,
     init_process_group,
@@ -51,7 +52,7 @@ class Job:
 def train(run: RunConfig) -> None:
     """Trains a run to its end, from its newest checkpoint if it has one. All ranks call this."""
     launch = read_launch()
-    problems = world_problems(run, launch.world_size)
+    problems = growth_problems(run) or world_problems(run, launch.world_size)
     if problems:
         raise InputError("; ".join(problems))
     device = init_process_group(launch)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import ModelConfig, RunConfig, StageConfig
 
 
@@ -34,7 +33,9 @@ def _model(model: ModelConfig, at: str) -> Iterator[str]:
         )
     elif model.head_dim % 2 or not model.head_dim:
         said = "head_dim" if own else "hidden_size / num_attention_heads"
-        yield f"{at}: a head is {said} = {model.head_dim} wide; rotary embeddings need an even width"
+        yield (
+            f"{at}: a head is {said} = {model.head_dim} wide; rotary embeddings need an even width"
+        )
     if heads % kv_heads:
         yield (
             f"{at}.num_attention_heads = {heads} is not a multiple of "
@@ -84,38 +85,6 @@ def _growth(run: RunConfig, index: int) -> Iterator[str]:
             yield f"{at}: the first stage has no model to grow from; leave it out"
     elif growth is None:
         yield f"{at} is missing: say how this model comes out of that of stages.{index - 1}"
-    else:
-        source, target = run.stages[index - 1].model, run.stages[index].model
-        yield from _direct_depth(source, target, growth, index)
-
-
-def _direct_depth(
-    source: ModelConfig, target: ModelConfig, growth: GrowthConfig, index: int
-) -> Iterator[str]:
-    """Depth alone may change, and every new layer must be a copy of a layer that exists."""
-    before, here = f"stages.{index - 1}.model", f"stages.{index}"
-    for name in ModelConfig.model_fields:
-        old, new = getattr(source, name), getattr(target, name)
-        if name != "num_hidden_layers" and old != new:
-            yield (
-                f"{here}.model.{name} = {new} differs from {before}.{name} = {old}, "
-                "which direct_depth can not grow: make them equal"
-            )
-    old, new, layers = source.num_hidden_layers, target.num_hidden_layers, growth.layers
-    if not isinstance(layers, list):
-        if new % old:
-            yield (
-                f"{here}.model.num_hidden_layers = {new} is not a multiple of "
-                f"{before}.num_hidden_layers = {old}: give {here}.growth.layers"
-            )
-        return
-    if len(layers) != new:
-        yield (
-            f"{here}.growth.layers has {len(layers)} entries for "
-            f"{here}.model.num_hidden_layers = {new}"
-        )
-    for layer in sorted({layer for layer in layers if layer >= old}):
-        yield f"{here}.growth.layers names layer {layer}, but {before} has layers 0 to {old - 1}"
 
 
 def _world(stage: StageConfig, world_size: int, at: str) -> Iterator[str]:

@@ -71,9 +71,9 @@ class ProbeConfig(Section):
 class GrowthConfig(Section):
     """How a stage's model comes out of the model of the stage before it."""
 
-    operator: Annotated[list[OperatorName], BeforeValidator(_as_list), Field(min_length=1)] = [
-        "direct_depth"
-    ]
+    operator: Annotated[list[OperatorName], BeforeValidator(_as_list)] = Field(
+        default=["direct_depth"], min_length=1
+    )
     """One operator, or several that grow different axes in one event."""
     layers: list[Annotated[int, Field(ge=0)]] | str | None = None
     """Depth: for each new layer the source layer it copies, or a preset: `stack`, `interpolate`, or
@@ -86,9 +86,9 @@ class GrowthConfig(Section):
     """Width: whether copies share their consumers' weights evenly."""
     literal: bool = False
     """Width: the operator as the paper prints it, without what makes it exact."""
-    noise: float = Field(default=0.0, ge=0)
+    noise: float | None = Field(default=None, ge=0)
     """Width: standard deviation, relative to initializer_range, of noise on the consumers of
-    copies that cancels in what they compute."""
+    copies that cancels in what they compute; by default what the operator says."""
     mixing_noise: float = Field(default=0.0, ge=0, le=1)
     """The paper's W <- (1 - a) W + a * noise (its appendix I.2)."""
     optimizer_state: StatePolicy | None = None

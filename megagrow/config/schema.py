@@ -45,7 +45,7 @@ class DataConfig(Section):
     """What the run reads. Each token of a corpus is read once per epoch."""
 
     train: list[CorpusConfig] = Field(min_length=1)
-    validation: list[CorpusConfig] = []
+    validation: list[CorpusConfig] = Field(default=[])
     tokenizer: Path | None = None
     """Only checked against the model's vocabulary and kept with the checkpoints."""
     sequence_length: Count

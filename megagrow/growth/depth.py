@@ -1,12 +1,50 @@
-"""Depthwise growth: whole layers are copied, by any index list.
+"""Depthwise growth: operators choose for every new layer the layer that it comes from.
 
-Du et al. 2024, "Stacking Your Transformers", section 3.1 and appendix A.3.
+Du et al. 2024, "Stacking Your Transformers", section 3.1 and appendix A.3 to A.6; GROWTH b.9.
 """
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import ModelConfig
-from megagrow.growth.map import Gather, GrowthMap, Kind, Term
-from megagrow.parallel.plan import parameter_plan
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where one layer of the target comes from."""
+
+    source: int | None
+    """None: it begins with initial weights."""
+    silent: bool = False
+    """Whether o_proj and down_proj are zero, so that the layer adds nothing yet."""
+    fresh: bool = False
+    """Whether it is a copy of a layer that goes on elsewhere."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """All layers of the target, and whether the model still computes the same."""
+
+    layers: tuple[Layer, ...]
+    exact: bool
+
+
+DepthOperator = Callable[[ModelConfig, ModelConfig, GrowthConfig], Depth]
+
+
+def copied_layers(layers: list[int], silent: bool = False) -> tuple[Layer, ...]:
+    """A layer for each entry of the list; after its first occurrence a layer is a fresh copy."""
+    return tuple(
+        Layer(layer, silent and layer in layers[:index], layer in layers[:index])
+        for index, layer in enumerate(layers)
+    )
+
+
+def same_depth(source: ModelConfig) -> Depth:
+    """Every layer as it is."""
+    return Depth(copied_layers(list(range(source.num_hidden_layers))), exact=True)
 
 
 def stacked_layers(source_layers: int, target_layers: int) -> list[int]:
@@ -14,26 +52,117 @@ def stacked_layers(source_layers: int, target_layers: int) -> list[int]:
     return [layer % source_layers for layer in range(target_layers)]
 
 
-def direct_depth(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> GrowthMap:
-    """The paper's G_direct in depth: target layer i is a copy of source layer `layers[i]`.
+def interpolated_layers(source_layers: int, target_layers: int) -> list[int]:
+    """Every layer repeated in its place: 0 0 1 1 2 2 (the paper's appendix H)."""
+    return [layer * source_layers // target_layers for layer in range(target_layers)]
 
-    Embedding, final norm and head are copied once; moments go where their weights go. The grown
-    model does not compute the same function (the loss jumps, and recovers).
+
+PARTIAL_STACKS = (
+    *("123456x4", "12-3456x5-56", "12-345x7-6", "123-456x7"),
+    *("1234-56x10", "12-34x10-56", "1-234x7-56", "123x7-456"),
+)
+"""The paper's Table 5, 6 to 24 layers, as it prints them; the best first."""
+
+
+def listed_layers(text: str) -> list[int] | None:
+    """A list in the paper's notation, whose layers count from 1: `12-345x7-6` is layers 1 2, then
+    3 4 5 seven times, then 6. None if the text is not of that form."""
+    found: list[int] = []
+    for part in text.split("-"):
+        match = re.fullmatch(r"([1-9]+)(?:x([1-9]\d*))?", part)
+        if match is None:
+            return None
+        found += [int(digit) - 1 for digit in match[1]] * int(match[2] or 1)
+    return found
+
+
+def chosen_layers(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> list[int]:
+    """The list that the options name, by default the whole stack repeated."""
+    old, new = source.num_hidden_layers, target.num_hidden_layers
+    match options.layers:
+        case list():
+            return list(options.layers)
+        case None | "stack":
+            return stacked_layers(old, new)
+        case "interpolate":
+            return interpolated_layers(old, new)
+        case str():
+            return listed_layers(options.layers) or []
+    raise AssertionError(f"growth.layers = {options.layers}")
+
+
+def direct_depth(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
+    """The paper's G_direct in depth (Gstack): target layer i is a copy of source layer layers[i].
+
+    Embedding, final norm and head are copied once. The grown model does not compute the same
+    function (the loss jumps, and recovers).
     """
-    layers = list(options.layers or ()) or stacked_layers(
-        source.num_hidden_layers, target.num_hidden_layers
-    )
-    terms: dict[str, tuple[Term, ...]] = {}
-    for name, spec in parameter_plan(target, tp=1).items():
-        origin = name
-        if spec.layer is not None:
-            origin = name.replace(f"layers.{spec.layer}.", f"layers.{layers[spec.layer]}.", 1)
-        terms[name] = (Gather(origin),)
-    kinds: tuple[Kind, ...] = ("fp32", "exp_avg", "exp_avg_sq")
-    return GrowthMap(
-        terms,
-        terms,
-        kinds=kinds if options.optimizer_state != "reset" else kinds[:1],
-        preserves_function=layers == list(range(source.num_hidden_layers)),
-        provenance=tuple(layers),
-    )
+    layers = chosen_layers(source, target, options)
+    return Depth(copied_layers(layers), layers == list(range(source.num_hidden_layers)))
+
+
+def zero_depth(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
+    """The paper's G_zero in depth: new layers stand behind the one that they copy, and their last
+    projections are zero. Exact to the bit. With `block: random` they begin with initial weights."""
+    listed = options.layers is not None
+    old, new = source.num_hidden_layers, target.num_hidden_layers
+    layers = chosen_layers(source, target, options) if listed else interpolated_layers(old, new)
+    return _silenced(layers, options)
+
+
+def _silenced(layers: list[int], options: GrowthConfig) -> Depth:
+    """All but the first of each layer are silent. Exact if the first ones stand in their order."""
+    found = copied_layers(layers, silent=True)
+    if options.block == "random":
+        found = tuple(Layer(None, True, True) if layer.fresh else layer for layer in found)
+    kept = [layer.source for layer in found if not layer.fresh]
+    return Depth(found, kept == sorted(set(layers)) == list(range(max(layers) + 1)))
+
+
+def random_depth(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
+    """The paper's G_random in depth (MSG): new layers with initial weights on top, behind masks in
+    the running model that rise from 0 to 1. Exact at mask 0."""
+    old, new = source.num_hidden_layers, target.num_hidden_layers
+    kept = copied_layers(list(range(old)))
+    return Depth((*kept, *(Layer(None, fresh=True) for _ in range(new - old))), exact=True)
+
+
+def solar(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
+    """SOLAR's depth up-scaling (Kim et al. 2023): layers 0..n-m-1, then m..n-1. Not exact."""
+    old, new = source.num_hidden_layers, target.num_hidden_layers
+    left_out = old - new // 2
+    layers = [*range(old - left_out), *range(left_out, old)]
+    return Depth(copied_layers(layers), exact=False)
+
+
+def llama_pro(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
+    """LLaMA-Pro (Wu et al. 2024): behind every l / (L - l) layers a silent copy of the last of
+    them. Exact to the bit."""
+    old, new = source.num_hidden_layers, target.num_hidden_layers
+    every = old // (new - old)
+    layers = [i for layer in range(old) for i in [layer] * (1 + ((layer + 1) % every == 0))]
+    return _silenced(layers, options)
+
+
+def mslt(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
+    """MSLT (Yang et al. 2020): the top layers once more on top. Not exact. Set freeze_tokens, as it
+    trains the new layers alone at first."""
+    old, new = source.num_hidden_layers, target.num_hidden_layers
+    return Depth(copied_layers([*range(old), *range(2 * old - new, old)]), exact=False)
+
+
+def midas(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
+    """MIDAS (Saunshi et al. 2024): of blocks of L - l layers the middle one twice. Not exact."""
+    old, size = source.num_hidden_layers, target.num_hidden_layers - source.num_hidden_layers
+    end = -(-(old // size) // 2) * size
+    return Depth(copied_layers([*range(end), *range(end - size, old)]), exact=False)
+
+
+def lidas(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
+    """LIDAS (arXiv 2512.08819): as MIDAS, but inserted between the layers are the last half of the
+    block below and the first half of the block above. Not exact."""
+    old, size = source.num_hidden_layers, target.num_hidden_layers - source.num_hidden_layers
+    middle = -(-(old // size) // 2) * size
+    inserted = range(middle - size // 2, middle - size // 2 + size)
+    layers = [*range(middle), *inserted, *range(middle, old)]
+    return Depth(copied_layers(layers), exact=False)

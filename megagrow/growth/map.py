@@ -77,7 +77,8 @@ class Dense:
     """A term that mixes whole source parameters of one shape (rows, cols).
 
     `left` is (target rows, rows), `right` (target cols, cols), both fp64; None: the identity.
-    `gain` names a source vector (cols,) that scales the columns first: a norm folded into them.
+    `gain` names a source vector (cols,) whose weights, to the power of `gain_power`, scale the
+    columns first: a norm folded into them. Where the gain is 0 so is the factor.
     """
 
     sources: tuple[str, ...]
@@ -85,13 +86,14 @@ class Dense:
     left: np.ndarray | None = None
     right: np.ndarray | None = None
     gain: str | None = None
+    gain_power: int = 1
 
     def squared(self) -> "Dense":
         """The term of exp_avg_sq: exact where rows of `left` and `right` have one entry each, else
-        as if the mixed entries were uncorrelated. A gain has to be squared by who applies it."""
+        as if the mixed entries were uncorrelated."""
         alphas = tuple(alpha**2 for alpha in self.alphas)
         left, right = (None if m is None else m**2 for m in (self.left, self.right))
-        return Dense(self.sources, alphas, left, right, self.gain)
+        return Dense(self.sources, alphas, left, right, self.gain, 2 * self.gain_power)
 
 
 Term = Gather | Dense
@@ -108,6 +110,8 @@ class Fill:
     Along the columns the normals can be made to vanish on what the source computes: `centre`,
     (cols,) int64, labels columns whose normals are to sum to zero in each row; `basis`, (cols, k)
     with orthonormal columns, spans directions that are taken out of each row.
+
+    A fill of zeros says that what no term covers is meant to be zero.
     """
 
     stream: str
@@ -117,6 +121,10 @@ class Fill:
     new_cols: np.ndarray | None = None
     centre: np.ndarray | None = None
     basis: np.ndarray | None = None
+
+    @property
+    def is_zero(self) -> bool:
+        return not np.any(self.std) and self.constant == 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +168,7 @@ class GrowthMap:
     moments: Mapping[str, tuple[Term, ...]]
     """For exp_avg, and squared for exp_avg_sq; without a term they start at zero."""
     fills: Mapping[str, tuple[Fill, ...]] = field(default_factory=dict)
-    """Added to the weights; a parameter without a fill has none."""
+    """Added to the weights; what no term covers needs one."""
     kinds: tuple[Kind, ...] = ("fp32", "exp_avg", "exp_avg_sq")
     """The kinds of state that move; the others start at zero."""
     preserves_function: bool = False
@@ -186,6 +194,10 @@ class GrowthMap:
             return self.weights[name]
         found = self.moments.get(name, ())
         return tuple(term.squared() for term in found) if kind == "exp_avg_sq" else found
+
+    def adds(self, name: str) -> bool:
+        """Whether the terms of a parameter's weights are added to numbers that are there."""
+        return any(not fill.is_zero for fill in self.fills.get(name, ()))
 
     def with_kinds(self, *kinds: Kind) -> "GrowthMap":
         """The same map for some kinds of state only."""

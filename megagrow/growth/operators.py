@@ -1,17 +1,129 @@
-"""The table of operators: a name in a run file to the function that makes its GrowthMap."""
+"""The table of operators: a name in a run file, what makes its map, and what is known of it."""
 
-from collections.abc import Callable
+import hashlib
+from dataclasses import dataclass
 
-from megagrow.config.growth import GrowthConfig
+import numpy as np
+
+from megagrow.config.growth import GrowthConfig, OperatorName, StatePolicy
 from megagrow.config.schema import ModelConfig
-from megagrow.growth.depth import direct_depth
+from megagrow.growth import depth, width
+from megagrow.growth.assemble import Growing, assemble
+from megagrow.growth.depth import DepthOperator, same_depth
+from megagrow.growth.isometric import isometric_map
 from megagrow.growth.map import GrowthMap
-
-Operator = Callable[[ModelConfig, ModelConfig, GrowthConfig], GrowthMap]
-
-OPERATORS: dict[str, Operator] = {"direct_depth": direct_depth}
+from megagrow.growth.width import WidthOperator, same_width
 
 
-def growth_map(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> GrowthMap:
-    """The map from a source to a target model, by the operator that the run file names."""
-    return OPERATORS[options.operator[0]](source, target, options)
+@dataclass(frozen=True)
+class Operator:
+    """One operator: it grows either the depth or the width."""
+
+    source: str
+    """Who published it."""
+    deeper: DepthOperator | None = None
+    wider: WidthOperator | None = None
+    state: StatePolicy = "transport"
+    """What becomes of Adam's moments by default."""
+    follows: bool = False
+    """Whether by default every parameter's hyper-parameters are scaled so that the grown model
+    follows the source exactly."""
+    masked: bool = False
+    """Whether masks in the running model let its new parts in."""
+    learned: bool = False
+    """Whether the map is trained before it is applied (LiGO)."""
+    rewarms: bool = False
+    """Whether new entries have a learning rate of their own by default."""
+
+
+OPERATORS: dict[OperatorName, Operator] = {
+    "direct_depth": Operator(
+        "Gstack: Du et al. 2024; StackingBERT: Gong et al. 2019", depth.direct_depth
+    ),
+    "direct_width": Operator("Du et al. 2024; Net2Net, bert2BERT", wider=width.direct_width),
+    "learn_depth": Operator(
+        "LiGO: Wang et al. 2023", depth.zero_depth, state="reset", learned=True
+    ),
+    "learn_width": Operator(
+        "LiGO: Wang et al. 2023", wider=width.direct_width, state="reset", learned=True
+    ),
+    "zero_depth": Operator("Du et al. 2024; LEMON: Wang et al. 2024", depth.zero_depth),
+    "zero_width": Operator("Du et al. 2024; Gesmundo and Maile 2023", wider=width.zero_width),
+    "random_depth": Operator(
+        "Du et al. 2024; MSG: Yao et al. 2024", depth.random_depth, masked=True
+    ),
+    "random_width": Operator(
+        "Du et al. 2024; MSG: Yao et al. 2024", wider=width.random_width, masked=True
+    ),
+    "net2net_width": Operator("Net2Net: Chen et al. 2016", wider=width.net2net_width),
+    "staged_width": Operator("Staged Training: Shen et al. 2022", wider=width.staged_width),
+    "bert2bert_fpi": Operator("bert2BERT: Chen et al. 2022", wider=width.bert2bert_fpi),
+    "bert2bert_aki": Operator("bert2BERT: Chen et al. 2022", wider=width.bert2bert_aki),
+    "lemon": Operator("LEMON: Wang et al. 2024", wider=width.lemon),
+    "hypercloning": Operator("HyperCloning: Samragh et al. 2024", wider=width.hypercloning),
+    "mup_copy": Operator("muP upscaling: arXiv 2602.10545", wider=width.direct_width, follows=True),
+    "sparkling": Operator(
+        "SPARKLING: arXiv 2602.02472", wider=width.sparkling, state="asymmetric", rewarms=True
+    ),
+    "isometric": Operator("GROWTH b.6", wider=width.isometric),
+    "head_dim": Operator("GROWTH b.10", wider=width.head_dim),
+    "vocabulary": Operator("field practice", wider=width.vocabulary),
+    "solar": Operator("SOLAR: Kim et al. 2023", depth.solar),
+    "llama_pro": Operator("LLaMA-Pro: Wu et al. 2024", depth.llama_pro),
+    "mslt": Operator("MSLT: Yang et al. 2020", depth.mslt),
+    "midas": Operator("MIDAS: Saunshi et al. 2024", depth.midas),
+    "lidas": Operator("LIDAS: arXiv 2512.08819", depth.lidas),
+}
+
+
+def operators_of(options: GrowthConfig) -> list[Operator]:
+    """The operators of a growth event."""
+    return [OPERATORS[name] for name in options.operator]
+
+
+def state_policy(options: GrowthConfig) -> StatePolicy:
+    """What becomes of Adam's moments: what the run file says, else what the operators say, the one
+    that keeps least winning."""
+    if options.optimizer_state is not None:
+        return options.optimizer_state
+    wanted = {operator.state for operator in operators_of(options)}
+    order: tuple[StatePolicy, ...] = ("reset", "keep_v", "probe_v", "asymmetric", "transport")
+    return next(policy for policy in order if policy in wanted)
+
+
+def follows_exactly(options: GrowthConfig) -> bool:
+    """Whether hyper-parameters are scaled for exact continuation."""
+    if options.exact_continuation is not None:
+        return options.exact_continuation
+    return any(operator.follows for operator in operators_of(options))
+
+
+def growing(
+    source: ModelConfig, target: ModelConfig, options: GrowthConfig, stream: str
+) -> Growing:
+    """How depth and width grow, by the operators that the run file names."""
+    chosen = operators_of(options)
+    found_depth, found_width = same_depth(source), same_width(source)
+    for operator in chosen:
+        if operator.deeper is not None:
+            found_depth = operator.deeper(source, target, options)
+        if operator.wider is not None:
+            found_width = operator.wider(source, target, options, generator_of(stream))
+    return Growing(source, target, found_depth, found_width, options, state_policy(options), stream)
+
+
+def growth_map(
+    source: ModelConfig, target: ModelConfig, options: GrowthConfig, stream: str = ""
+) -> GrowthMap:
+    """The map from a source to a target model. `stream` names its random numbers (run seed and
+    stage). The configs must have passed `growth.check.growth_problems`."""
+    parts = growing(source, target, options, stream)
+    if "isometric" in options.operator:
+        return isometric_map(parts, generator_of(stream))
+    return assemble(parts)
+
+
+def generator_of(stream: str) -> np.random.Generator:
+    """The generator of what an operator draws when its map is made; equal on all ranks."""
+    digest = hashlib.blake2b(f"{stream}/operator".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))

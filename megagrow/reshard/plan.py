@@ -56,7 +56,7 @@ def copies_to(
     """
     near = rank if near is None else near
     for name in target.plan:
-        adds = kind == "fp32" and bool(growth.fills.get(name))
+        adds = kind == "fp32" and growth.adds(name)
         for term in growth.terms(name, kind):
             if isinstance(term, Gather):
                 for block in target.blocks(name, rank):
