@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megagrow.checkpoint.load import load_storage, newest_checkpoint
 from megagrow.checkpoint.manifest import Manifest, describe_layout
@@ -22,6 +23,7 @@ from megagrow.parallel.topology import (
     together,
 )
 from megagrow.reshard.fill import fill_initial
+from megagrow.train.compare import Change, change, predictions
 from megagrow.train.environment import describe_environment
 from megagrow.train.grow import grow
 from megagrow.train.inputs import Inputs, open_inputs
@@ -152,9 +154,32 @@ def _save(job: Job, stage: Stage, state: RunState) -> RunState:
 
 def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Stage, RunState]:
     sequences = stage.config.batch.global_batch_size
-    before = mean_loss(stage, job.inputs.fixed, sequences)
+    losses = [mean_loss(stage, job.inputs.fixed, sequences)]
+    before = predictions(stage, job.inputs.fixed)
     stage, report = grow(job.run, stage)
-    after = mean_loss(stage, job.inputs.fixed, sequences)
+    losses.append(mean_loss(stage, job.inputs.fixed, sequences))
+    difference = change(before, predictions(stage, job.inputs.fixed))
     state = state.after_growth(report.layers).after_loss(report.seconds)
-    job.recorder.growth(state, report, before, after)
+    job.recorder.growth(state, report, losses[0], losses[1], difference)
+    if report.preserves_function:
+        _check_preserved(job, stage, state, losses, difference)
     return stage, state
+
+
+def _check_preserved(
+    job: Job, stage: Stage, state: RunState, losses: list[float], difference: Change
+) -> None:
+    """An exact growth that is not exact stops the run before a step is taken."""
+    growth = job.run.stages[state.stage].growth
+    assert growth is not None
+    moved = max(abs(losses[1] - losses[0]), difference.kl)
+    wrong = torch.tensor([float(not moved <= growth.tolerance)], device=stage.topology.device)
+    dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
+    if wrong.item():
+        raise InputError(
+            f"the growth at step {state.counters.step} by {' with '.join(growth.operator)} should "
+            f"have kept the function, but the loss on a fixed batch went from {losses[0]:.6f} to "
+            f"{losses[1]:.6f} (KL {difference.kl:.2e}), more than growth.tolerance = "
+            f"{growth.tolerance}; no step was taken and the checkpoint before it is intact: raise "
+            "the tolerance if the precision explains it, else report a bug"
+        )

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megagrow.config.schema import RunConfig
 from megagrow.growth.check import check_map
 from megagrow.growth.map import GrowthMap
-from megagrow.growth.operators import growth_map
+from megagrow.growth.operators import growth_map, state_policy
 from megagrow.parallel.plan import parameter_plan
 from megagrow.reshard.exchange import Side, exchange
 from megagrow.train.memory import peak_memory
@@ -22,6 +22,8 @@ class GrowthReport:
 
     operator: str
     layers: tuple[int, ...]
+    optimizer_state: str
+    preserves_function: bool
     bytes_between_ranks: int
     bytes_within_ranks: int
     seconds: float
@@ -66,6 +68,16 @@ def _report(
     peak = torch.tensor([peak_memory(device)], dtype=torch.int64, device=device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     growth_config = target.config.growth
-    operator = "+".join(growth_config.operator) if growth_config else ""
+    assert growth_config is not None
+    operator = "+".join(growth_config.operator)
     between, within = sums.tolist()
-    return GrowthReport(operator, growth.provenance, between, within, seconds, int(peak))
+    return GrowthReport(
+        operator,
+        growth.provenance,
+        state_policy(growth_config),
+        growth.preserves_function,
+        between,
+        within,
+        seconds,
+        int(peak),
+    )

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from megagrow.config.schema import RunConfig
+from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.config.show import to_yaml
 from megagrow.errors import InputError, unwritable
+from megagrow.train.compare import Change
 from megagrow.train.flops import parameters, peak_flops, run_flops
 from megagrow.train.grow import GrowthReport
 from megagrow.train.live import LiveLine, Status, duration, short
@@ -112,15 +113,23 @@ class Recorder:
         self._write(lambda log: log.write("checkpoint", state.counters, **fields))
         self.say(f"step {state.counters.step}: saved {path} in {seconds:.1f} s")
 
-    def growth(self, state: RunState, report: GrowthReport, before: float, after: float) -> None:
+    def growth(
+        self,
+        state: RunState,
+        report: GrowthReport,
+        before: float,
+        after: float,
+        difference: Change,
+    ) -> None:
         """The model grew; `state` is that after the growth."""
         fields = {"stage": state.stage, "loss_before": before, "loss_after": after}
+        fields |= {"kl": difference.kl, "logits_difference": difference.logits}
         fields |= {name: getattr(report, name) for name in report.__dataclass_fields__}
         self._write(lambda log: log.write("growth", state.counters, **fields))
         old, new = (self._run.stages[i].model for i in (state.stage - 1, state.stage))
         self.say(
-            f"step {state.counters.step}: grew {old.num_hidden_layers} -> {new.num_hidden_layers} "
-            f"layers, {short(parameters(old))} -> {short(parameters(new))} parameters, in "
+            f"step {state.counters.step}: grew by {report.operator} from {_shape(old)} to "
+            f"{_shape(new)}, {short(parameters(old))} -> {short(parameters(new))} parameters, in "
             f"{report.seconds:.1f} s ({short(report.bytes_between_ranks)}B between ranks); loss on "
             f"a fixed batch {before:.3f} -> {after:.3f}"
         )
@@ -148,6 +157,11 @@ class Recorder:
                 self._problem = error
             except OSError as error:  # what we print may well go to a file on a full disk
                 self._problem = unwritable(Path(error.filename or "standard output"), error)
+
+
+def _shape(model: ModelConfig) -> str:
+    """`24L2048H`, as the paper writes it."""
+    return f"{model.num_hidden_layers}L{model.hidden_size}H"
 
 
 def _device_peak() -> float | None:

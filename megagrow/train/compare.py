@@ -1,0 +1,47 @@
+"""How much a growth has changed what the model computes, seen on one sequence."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megagrow.data.batches import BatchReader
+from megagrow.train.stage import Stage
+
+POSITIONS = 256
+"""Positions that are compared: the whole vocabulary at each of them is kept, on every rank."""
+
+
+class Change(NamedTuple):
+    """What became of the prediction at a growth."""
+
+    kl: float
+    """Mean over positions of KL(source || grown), in nats."""
+    logits: float
+    """Largest absolute difference of a logit."""
+
+
+def predictions(stage: Stage, reader: BatchReader) -> Tensor:
+    """Logits (positions, vocab) fp32 on the CPU, for the first sequence of a stream; the same on
+    all ranks, which call this together."""
+    batch = reader.read(0, [0])
+    device, topology = stage.topology.device, stage.topology
+    documents = None if batch.document_ids is None else batch.document_ids.to(device)
+    stage.engine.train(False)
+    with torch.no_grad():
+        logits = stage.engine.forward(
+            batch.input_ids.to(device), batch.position_ids.to(device), documents
+        )[0, -POSITIONS:].float()
+    stage.engine.train()
+    parts = [torch.empty_like(logits) for _ in range(topology.tp)]
+    dist.all_gather(parts, logits.contiguous(), group=topology.tp_group)
+    return torch.cat(parts, dim=1)[:, : stage.config.model.vocab_size].cpu()
+
+
+def change(before: Tensor, after: Tensor) -> Change:
+    """The difference of two predictions; tokens that the source did not know are left out."""
+    after = after[:, : before.shape[1]]
+    source, grown = (x.double().log_softmax(1) for x in (before, after))
+    kl = (source.exp() * (source - grown)).sum(1).mean()
+    return Change(float(kl), float((before - after).abs().max()))
