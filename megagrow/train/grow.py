@@ -31,20 +31,38 @@ class GrowthReport:
     """Highest of all ranks."""
 
 
+@dataclass(frozen=True)
+class Ended:
+    """What is left of a stage that has ended: its state, where it lies, and nothing else."""
+
+    index: int
+    state: Side
+    adam_step: int
+    device: torch.device
+
+
+def end_stage(stage: Stage) -> Ended:
+    """Destroys a stage's engine and keeps its state; all ranks together."""
+    step = stage.engine.adam_step
+    return Ended(stage.index, Side(stage.layout, stage.release()), step, stage.topology.device)
+
+
 def grow(run: RunConfig, stage: Stage) -> tuple[Stage, GrowthReport]:
     """Ends a stage and returns the next one, holding the grown state; all ranks together.
 
-    fp32 weights move always, Adam's moments and step with `optimizer_state: transport`. The source
-    is kept until the target is filled; the 16-bit weights, gradients and buffers of the source
-    engine are freed before the target is built.
+    The source is kept until the target is filled; the 16-bit weights, gradients and buffers of the
+    source engine are freed before the target is built.
     """
+    return grow_from(run, end_stage(stage))
+
+
+def grow_from(run: RunConfig, ended: Ended) -> tuple[Stage, GrowthReport]:
+    """The next stage out of one that has ended, which stays as it is."""
     begin = time.perf_counter()
-    growth = stage_growth(run, stage.index + 1)
-    adam_step = stage.engine.adam_step
-    source = Side(stage.layout, stage.release())
-    target = build_stage(run, stage.index + 1, stage.topology.device)
-    moved = exchange(source, growth, Side(target.layout, target.engine.storage()))
-    target.engine.ready(adam_step if growth.keeps_step else 0)
+    growth = stage_growth(run, ended.index + 1)
+    target = build_stage(run, ended.index + 1, ended.device)
+    moved = exchange(ended.state, growth, Side(target.layout, target.engine.storage()))
+    target.engine.ready(ended.adam_step if growth.keeps_step else 0)
     seconds = time.perf_counter() - begin
     return target, _report(target, growth, moved.bytes_sent, moved.bytes_local, seconds)
 
