@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megagrow.config.lengths import stage_tokens
 from megagrow.config.load import load_run
-from megagrow.train.flops import paper_flops_per_token
-from megagrow.train.stages import stage_tokens
+from megagrow.config.parameters import paper_flops_per_token
 
 ROOT = Path(__file__).resolve().parents[1]
 

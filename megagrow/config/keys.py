@@ -11,7 +11,10 @@ from megagrow.errors import InputError
 Keys = dict[str, type[Section] | None]
 """The keys of one section, each with the section that stands under it, if one does."""
 
-DEFAULTS = ("model", "tokens", "parallel", "batch", "optimizer", "schedule")
+DEFAULTS = (
+    *("model", "tokens", "at_tokens", "at_flops"),
+    *("parallel", "batch", "optimizer", "schedule"),
+)
 """Keys of a stage that may also stand at the top, as the defaults of every stage."""
 
 PARTS = ("model", "data", "parallel", "batch", "optimizer", "schedule")
@@ -102,7 +105,8 @@ def _everywhere(keys: Keys, prefix: str) -> Iterator[tuple[str, str]]:
 def _keys_of(section: type[Section] | None) -> Keys:
     if section is None:
         return {}
-    return {name: _section_in(f.annotation) for name, f in section.model_fields.items()}
+    fields = section.model_fields.items()
+    return {name: _section_in(f.annotation) for name, f in fields if not f.exclude}
 
 
 def _section_in(annotation: Any) -> type[Section] | None:

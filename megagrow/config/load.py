@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from megagrow.config.checks import problems
 from megagrow.config.keys import DEFAULTS, refuse_unknown_keys
+from megagrow.config.lengths import LENGTHS, lengths_in, settled, unsettled
 from megagrow.config.overrides import apply_override
 from megagrow.config.parts import expand, merge, search_path
 from megagrow.config.schema import RunConfig
@@ -24,9 +25,10 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that the YAML file at `path` describes, with `--set` overrides applied in order.
 
     A section may name a part, `model: llama-1.1b`, or build on one with `base: llama-1.1b`; see
-    `parts.search_path`. `model`, `tokens`, `parallel`, `batch`, `optimizer` and `schedule` at the
-    top are the defaults of every stage: a stage's own keys win, and its own model replaces the
-    default one whole. Without `stages` the top is the only stage.
+    `parts.search_path`. `model`, `tokens` (or `at_tokens`, `at_flops`), `parallel`, `batch`,
+    `optimizer` and `schedule` at the top are the defaults of every stage: a stage's own keys win,
+    and its own model or length replaces the default one whole. Without `stages` the top is the
+    only stage.
 
     Raises InputError, in one line, for everything wrong with the file.
     """
@@ -40,24 +42,38 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         refuse_unknown_keys(tree, f"--set {text}")
         tree = expand(tree, folders, f"--set {text}")
     try:
-        run = RunConfig.model_validate(_with_stages(tree))
+        run = RunConfig.model_validate(_with_stages(tree, origin))
     except ValidationError as error:
         raise InputError(f"{origin}: {'; '.join(_explained(error, tree))}") from error
     if found := problems(run):
         raise InputError(f"{origin}: {'; '.join(found)}")
-    return run
+    try:
+        return settled(run)
+    except ValueError as error:
+        raise InputError(f"{origin}: {error}") from error
 
 
-def _with_stages(tree: dict[str, Any]) -> dict[str, Any]:
+def _with_stages(tree: dict[str, Any], origin: str) -> dict[str, Any]:
     """The tree as RunConfig has it: the defaults moved from the top into every stage."""
     defaults = {key: tree[key] for key in DEFAULTS if key in tree}
     stages = [_filled(defaults, stage) for stage in tree.get("stages", [{}])]
-    return {key: tree[key] for key in tree if key not in DEFAULTS} | {"stages": stages}
+    for index, stage in enumerate(stages):
+        _refuse_two_lengths(stage, f"stages.{index}." if "stages" in tree else "", origin)
+    rest = {key: tree[key] for key in tree if key not in DEFAULTS}
+    return rest | {"stages": [unsettled(stage) for stage in stages]}
 
 
 def _filled(defaults: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
     model = {"model": stage["model"]} if "model" in stage else {}
+    if lengths_in(stage):
+        defaults = {key: value for key, value in defaults.items() if key not in LENGTHS}
     return merge(defaults, stage) | model
+
+
+def _refuse_two_lengths(stage: dict[str, Any], place: str, origin: str) -> None:
+    if len(given := lengths_in(stage)) > 1:
+        keys = " and ".join(f"'{place}{key}'" for key in given)
+        raise InputError(f"{origin}: {keys} each say how long a stage is: keep one, or set to null")
 
 
 def _explained(error: ValidationError, tree: dict[str, Any]) -> list[str]:

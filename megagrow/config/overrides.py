@@ -4,6 +4,7 @@ from copy import deepcopy
 from typing import Any
 
 from megagrow.config.keys import DEFAULTS
+from megagrow.config.lengths import LENGTHS
 from megagrow.config.yaml_file import parse_yaml
 from megagrow.errors import InputError
 
@@ -54,9 +55,12 @@ def _refuse_no_effect(tree: dict[str, Any], names: list[str], origin: str) -> No
     stages = tree.get("stages")
     if names[0] not in DEFAULTS or not stages:
         return
-    # A stage's own model replaces the default one whole, whichever keys it holds.
-    path = names[:1] if names[0] == "model" else names
-    if all(_holds(stage, path) for stage in stages):
+    # A stage's own model replaces the default one whole, whichever keys it holds; so does its
+    # length, by whichever key it is given.
+    paths = [names[:1] if names[0] == "model" else names]
+    if names[0] in LENGTHS:
+        paths = [[key] for key in LENGTHS]
+    if all(any(_holds(stage, path) for path in paths) for stage in stages):
         places = f"stages.0.{'.'.join(names)} to stages.{len(stages) - 1}.{'.'.join(names)}"
         raise InputError(f"{origin}: has no effect, for every stage has its own; set {places}")
 

@@ -105,7 +105,15 @@ class StageConfig(Section):
 
     model: ModelConfig
     tokens: Count
-    """Tokens trained in this stage; rounded up to whole steps."""
+    """Tokens trained in this stage; rounded up to whole steps. A run file gives one of `tokens`,
+    `at_tokens` and `at_flops`: where it is not `tokens`, that follows (see `lengths.py`)."""
+    at_tokens: Count | None = None
+    """Tokens of the whole run at which this stage ends."""
+    at_flops: Count | None = None
+    """FLOPs of the whole run, 6 x parameters x tokens, at which this stage ends."""
+    tokens_auto: bool = Field(default=False, exclude=True)
+    """Whether the run file says `tokens: auto`; no key of its own. `tokens` then follows from
+    equation 2 of the paper (see `timing.py`) and the stage after this one."""
     growth: GrowthConfig | None = None
     """Absent in the first stage, present in all others."""
     parallel: ParallelConfig = ParallelConfig()
@@ -143,8 +151,8 @@ class LoggingConfig(Section):
 
 
 class RunConfig(Section):
-    """A whole run. `model`, `tokens`, `parallel`, `batch`, `optimizer` and `schedule` may also be
-    written at the top of the file: there they are the defaults of every stage (see `load.py`)."""
+    """A whole run. Keys of a stage but `growth` may also be written at the top of the file:
+    there they are the defaults of every stage (see `load.py`)."""
 
     name: str
     seed: int = 1234

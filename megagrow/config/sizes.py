@@ -36,3 +36,12 @@ def format_count(count: int) -> str:
         if count >= unit and count % (unit // 100) == 0:
             return f"{(Decimal(count) / unit).normalize():f}{suffix}"
     return str(count)
+
+
+def format_large(count: int) -> str:
+    """`count` as digits and an exponent, `1.2e21`, where that is short; else in plain digits.
+
+    Exact: `parse_count` gives back the same number, even if a float is made of it in between.
+    """
+    digits, _, exponent = f"{Decimal(count).normalize():e}".partition("e")
+    return str(count) if len(digits) > 16 else f"{digits}e{int(exponent)}"

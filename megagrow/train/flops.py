@@ -1,12 +1,13 @@
 """How much a model computes, by two accounts, and what a device could.
 
-`paper_flops_per_token` is the account of the papers on growth, by which speedups are measured:
-6 N with N all parameters, embeddings in, attention out. `flops_per_token` counts the matrix
-products that are really done; utilisation (MFU) is measured by it.
+`config.parameters.paper_flops_per_token` is the account of the papers on growth, by which speedups
+are measured. `flops_per_token` here counts the matrix products that are really done; utilisation
+(MFU) is measured by it.
 """
 
+from megagrow.config.lengths import stage_tokens
+from megagrow.config.parameters import matmul_parameters
 from megagrow.config.schema import ModelConfig, RunConfig
-from megagrow.train.stages import stage_tokens
 
 PEAK_FLOPS = (
     ("H100 PCIE", 756e12),
@@ -31,27 +32,6 @@ PEAK_FLOPS = (
 )
 """Words of a device's name -> its dense bf16 FLOP/s (NVIDIA's datasheets, sparsity taken out).
 The first row all of whose words are in the name holds; a plain H100 or H200 is the SXM one."""
-
-
-def parameters(model: ModelConfig) -> int:
-    """Number of parameters; a tied embedding counts once."""
-    embedding = model.vocab_size * model.hidden_size
-    norms = (2 * model.num_hidden_layers + 1) * model.hidden_size
-    return matmul_parameters(model) + norms + (0 if model.tie_word_embeddings else embedding)
-
-
-def matmul_parameters(model: ModelConfig) -> int:
-    """Parameters that multiply every token: the layers' matrices and the head, no norms."""
-    hidden, head = model.hidden_size, model.head_dim
-    queries = hidden * model.num_attention_heads * head
-    keys = hidden * model.num_key_value_heads * head
-    layer = 2 * queries + 2 * keys + 3 * hidden * model.intermediate_size
-    return model.num_hidden_layers * layer + model.vocab_size * hidden
-
-
-def paper_flops_per_token(model: ModelConfig) -> int:
-    """Training FLOPs per token by the paper's account: 6 N (Du et al. 2024, section 4)."""
-    return 6 * parameters(model)
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> int:

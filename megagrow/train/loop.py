@@ -7,17 +7,18 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megagrow.config.lengths import stage_steps, step_tokens
+from megagrow.config.parameters import paper_flops_per_token
 from megagrow.config.schema import RunConfig
 from megagrow.data.batches import Batch, BatchReader, sequences_of
 from megagrow.errors import InputError
 from megagrow.parallel.topology import together
-from megagrow.train.flops import flops_per_token, paper_flops_per_token
+from megagrow.train.flops import flops_per_token
 from megagrow.train.memory import peak_memory
 from megagrow.train.metrics import StepMeasure
 from megagrow.train.schedule import rate_at
 from megagrow.train.signals import StopSignal
 from megagrow.train.stage import Stage
-from megagrow.train.stages import stage_steps, step_tokens
 from megagrow.train.state import RunState
 from megagrow.train.step import train_step
 

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megagrow.config.parameters import parameters
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError, unwritable
-from megagrow.train.flops import parameters
 from megagrow.train.stages import run_steps, run_tokens
 from megagrow.train.trackers import Record, TensorBoardTracker, Tracker, WandbTracker
 
@@ -35,7 +35,7 @@ class StepMeasure:
     """Global norm before clipping; None where the engine does not tell."""
     tokens: int
     flops: float
-    """By the paper's account (`flops.paper_flops_per_token`)."""
+    """By the paper's account (`config.parameters.paper_flops_per_token`)."""
     flops_true: float
     """With attention (`flops.flops_per_token`)."""
     seconds: float

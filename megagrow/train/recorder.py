@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from megagrow.config.parameters import parameters
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.config.show import to_yaml
 from megagrow.errors import InputError, unwritable
 from megagrow.train.compare import Change
-from megagrow.train.flops import parameters, peak_flops, run_flops
+from megagrow.train.flops import peak_flops, run_flops
 from megagrow.train.grow import GrowthReport
 from megagrow.train.live import LiveLine, Status, duration, short
 from megagrow.train.loop import StepDone

@@ -8,8 +8,9 @@ horizon: all steps that begin there or later use min_lr.
 
 import math
 
+from megagrow.config.lengths import step_tokens
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
-from megagrow.train.stages import step_tokens, tokens_between
+from megagrow.train.stages import tokens_between
 
 WSD_DECAY = 0.1
 """Share of the horizon that WSD decays over by default (MiniCPM, arXiv 2404.06395, section 4)."""

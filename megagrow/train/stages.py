@@ -1,12 +1,12 @@
 """Where a run stands: stages, steps and tokens, as pure functions of the run's config.
 
-A step is one optimizer step: global_batch_size x sequence_length tokens. A stage's tokens are
-rounded up to whole steps, so that no step belongs to two stages.
+What a growth itself consumes (`Counters.growth_tokens`) is no part of any stage and not counted.
 """
 
 from typing import NamedTuple
 
-from megagrow.config.schema import RunConfig, StageConfig
+from megagrow.config.lengths import stage_steps, stage_tokens, step_tokens
+from megagrow.config.schema import RunConfig
 
 
 class Position(NamedTuple):
@@ -14,21 +14,6 @@ class Position(NamedTuple):
 
     stage: int
     step: int
-
-
-def step_tokens(stage: StageConfig, sequence_length: int) -> int:
-    """Tokens of one optimizer step of `stage`, over all ranks."""
-    return stage.batch.global_batch_size * sequence_length
-
-
-def stage_steps(stage: StageConfig, sequence_length: int) -> int:
-    """Optimizer steps of `stage`."""
-    return -(-stage.tokens // step_tokens(stage, sequence_length))
-
-
-def stage_tokens(stage: StageConfig, sequence_length: int) -> int:
-    """Tokens that `stage` really trains on: its `tokens`, rounded up to whole steps."""
-    return stage_steps(stage, sequence_length) * step_tokens(stage, sequence_length)
 
 
 def run_steps(run: RunConfig) -> int:
@@ -63,7 +48,10 @@ def locate(run: RunConfig, step: int) -> Position:
 
 
 def tokens_at(run: RunConfig, step: int) -> int:
-    """Tokens trained on when `step` steps of the run are done. Raises ValueError as `locate`."""
+    """Tokens trained on when `step` steps of the run are done. Raises ValueError as `locate`.
+
+    The counters of a run that is there say the same, but for their `growth_tokens`.
+    """
     position = locate(run, step)
     size = step_tokens(run.stages[position.stage], run.data.sequence_length)
     return tokens_between(run, 0, position.stage) + position.step * size

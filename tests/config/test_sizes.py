@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagrow.config.sizes import UNITS, format_count, parse_count
+from megagrow.config.sizes import UNITS, format_count, format_large, parse_count
 
 
 @pytest.mark.parametrize(
@@ -96,3 +96,24 @@ def test_two_decimals_are_read_exactly(hundredths: int, suffix: str) -> None:
 )
 def test_how_counts_are_shown(count: int, text: str) -> None:
     assert format_count(count) == text
+
+
+@given(st.integers(1, 10**25))
+def test_large_numbers_are_exact_even_by_way_of_a_float(count: int) -> None:
+    text = format_large(count)
+    assert parse_count(text) == count
+    if "e" in text:
+        assert parse_count(float(text)) == count
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (10**20, "1e20"),
+        (12 * 10**20, "1.2e21"),
+        (7, "7e0"),
+        (123_456_789_012_345_678, "123456789012345678"),
+    ],
+)
+def test_how_large_numbers_are_shown(count: int, text: str) -> None:
+    assert format_large(count) == text

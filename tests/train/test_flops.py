@@ -2,15 +2,14 @@ from typing import Any
 
 import pytest
 
-from megagrow.config.schema import ModelConfig, RunConfig
-from megagrow.train.flops import (
-    flops_per_token,
+from megagrow.config.parameters import (
     matmul_parameters,
+    non_embedding_parameters,
     paper_flops_per_token,
     parameters,
-    peak_flops,
-    run_flops,
 )
+from megagrow.config.schema import ModelConfig, RunConfig
+from megagrow.train.flops import flops_per_token, peak_flops, run_flops
 
 
 def llama(layers: int, hidden: int, heads: int, kv: int, ffn: int, **more: Any) -> ModelConfig:
@@ -26,17 +25,18 @@ def llama(layers: int, hidden: int, heads: int, kv: int, ffn: int, **more: Any) 
 
 
 PAPER = {
-    "410M": (llama(24, 1024, 16, 16, 2816), 373.9e6, 2.243e9),
-    "1.1B": (llama(24, 2048, 32, 32, 5632), 1364.3e6, 8.186e9),
-    "3B": (llama(32, 2560, 20, 4, 7040), 2397.5e6, 1.438e10),
-    "7B": (llama(32, 4096, 32, 8, 11008), 5933.1e6, 3.560e10),
+    "410M": (llama(24, 1024, 16, 16, 2816), 373.9e6, 308.3e6, 2.243e9),
+    "1.1B": (llama(24, 2048, 32, 32, 5632), 1364.3e6, 1233.2e6, 8.186e9),
+    "3B": (llama(32, 2560, 20, 4, 7040), 2397.5e6, 2233.6e6, 1.438e10),
+    "7B": (llama(32, 4096, 32, 8, 11008), 5933.1e6, 5671.0e6, 3.560e10),
 }
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_totals_are_the_papers(name: str) -> None:
-    model, total, flops = PAPER[name]
+    model, total, inner, flops = PAPER[name]
     assert parameters(model) == pytest.approx(total, abs=5e4)
+    assert non_embedding_parameters(model) == pytest.approx(inner, abs=5e4)
     assert paper_flops_per_token(model) == pytest.approx(flops, rel=5e-4)
 
 
@@ -64,6 +64,7 @@ def test_lookup_and_tying_cost_no_flops() -> None:
     tied, untied = (llama(2, 16, 2, 2, 32, tie_word_embeddings=tied) for tied in (True, False))
     assert flops_per_token(tied, 64) == flops_per_token(untied, 64)
     assert parameters(untied) - parameters(tied) == 32000 * 16
+    assert non_embedding_parameters(untied) == non_embedding_parameters(tied)
     assert parameters(tied) - matmul_parameters(tied) == 16 * (2 * 2 + 1)
 
 

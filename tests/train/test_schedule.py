@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megagrow.config.lengths import stage_steps
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
 from megagrow.train.schedule import learning_rate, origin_stage, rate_at
-from megagrow.train.stages import Position, locate, run_steps, run_tokens, stage_steps, tokens_at
+from megagrow.train.stages import Position, locate, run_steps, run_tokens, tokens_at
 
 LENGTH, BATCH = 8, 4
 STEP = LENGTH * BATCH
