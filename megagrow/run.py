@@ -13,6 +13,7 @@ from megagrow.checkpoint.manifest import Manifest, describe_layout
 from megagrow.checkpoint.save import prune_checkpoints, save_checkpoint
 from megagrow.config.checks import world_problems
 from megagrow.config.schema import RunConfig
+from megagrow.config.timing import timing_warnings
 from megagrow.errors import InputError
 from megagrow.growth.problems import growth_problems
 from megagrow.parallel.topology import (
@@ -69,6 +70,8 @@ def train(run: RunConfig) -> None:
 
 def _train(job: Job) -> None:
     run, recorder = job.run, job.recorder
+    for warning in timing_warnings(run):
+        recorder.say(f"warning: {warning}")
     stage, state = _begin(job)
     saved = state.counters.step
     with StopSignal() as stop:

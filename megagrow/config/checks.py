@@ -15,6 +15,7 @@ def problems(run: RunConfig) -> list[str]:
         found += _batch_and_schedule(stage, at)
         found += _sequence(stage.model, run.data.sequence_length, at)
         found += _growth(run, index)
+        found += _rate_by_size(run, index)
     return found
 
 
@@ -85,6 +86,21 @@ def _growth(run: RunConfig, index: int) -> Iterator[str]:
             yield f"{at}: the first stage has no model to grow from; leave it out"
     elif growth is None:
         yield f"{at} is missing: say how this model comes out of that of stages.{index - 1}"
+
+
+def _rate_by_size(run: RunConfig, index: int) -> Iterator[str]:
+    """Where the rate follows the model's size a stage has none of its own to set."""
+    growth = run.stages[index].growth
+    if index == 0 or growth is None or growth.lr_schedule != "by_size":
+        return
+    for key in ("lr", "min_lr"):
+        own, before = (getattr(run.stages[i].optimizer, key) for i in (index, index - 1))
+        if own != before:
+            yield (
+                f"stages.{index}.optimizer.{key} = {own} has no meaning with lr_schedule by_size, "
+                f"which scales the rate of stages.{index - 1}: leave {before} there, or set "
+                f"stages.{index}.growth.lr_schedule to rewarm or continue"
+            )
 
 
 def _world(stage: StageConfig, world_size: int, at: str) -> Iterator[str]:

@@ -99,8 +99,9 @@ class GrowthConfig(Section):
     """Scales each parameter's lr, weight decay and eps so that copies follow the small model
     exactly; by default only where the operator says so."""
     lr_schedule: Literal["rewarm", "continue", "by_size"] = "rewarm"
-    """The schedule starts again at the growth, goes on as if nothing had happened, or goes on at
-    a rate that follows the size of the model."""
+    """The schedule starts again at the growth, goes on as if nothing had happened, or goes on with
+    the rates of the stage before times the ratio of the paper's rates at the two sizes (Table 1);
+    `optimizer.lr` and `min_lr` of this stage must then be those of the stage before."""
     new_entries: NewEntriesConfig | None = None
     """A learning rate of their own for new entries; only `sparkling` sets it by itself."""
     freeze_tokens: Count | None = None

@@ -30,7 +30,7 @@ class Status:
     lr: float
     tokens_per_second: float
     flops: float
-    """FLOPs done, of the whole run (`flops_true` of the counters)."""
+    """FLOPs done by the stages, of the whole run (`flops_true` but `growth_flops_true`)."""
     mfu: float | None = None
 
 

@@ -55,6 +55,13 @@ class Counters:
     """Steps, growth and checkpoints; not validation, nor work that a crash undid."""
     lost_seconds: float = 0.0
     """The part of it that went into growth and checkpoints."""
+    growth_tokens: int = 0
+    """The part of `tokens` that growths read themselves, to train what they choose or to measure
+    (LiGO, probing); no part of any stage."""
+    growth_flops: float = 0.0
+    """The part of `flops` that went into that."""
+    growth_flops_true: float = 0.0
+    """The part of `flops_true` that went into that."""
 
     def after_step(self, measure: StepMeasure) -> "Counters":
         """The counters when the step is done."""
@@ -65,6 +72,18 @@ class Counters:
             flops=self.flops + measure.flops,
             flops_true=self.flops_true + measure.flops_true,
             elapsed_seconds=self.elapsed_seconds + measure.seconds,
+        )
+
+    def after_growth(self, tokens: int, flops: float, flops_true: float) -> "Counters":
+        """The counters when a growth itself has used so much, by both accounts of FLOPs."""
+        return replace(
+            self,
+            tokens=self.tokens + tokens,
+            flops=self.flops + flops,
+            flops_true=self.flops_true + flops_true,
+            growth_tokens=self.growth_tokens + tokens,
+            growth_flops=self.growth_flops + flops,
+            growth_flops_true=self.growth_flops_true + flops_true,
         )
 
     def after_loss(self, seconds: float) -> "Counters":

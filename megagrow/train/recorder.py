@@ -97,7 +97,7 @@ class Recorder:
                 loss=measure.loss,
                 lr=measure.lr,
                 tokens_per_second=fields["tokens_per_second"],
-                flops=counters.flops_true,
+                flops=counters.flops_true - counters.growth_flops_true,
                 mfu=fields["mfu"],
             )
             self._attempt(lambda: self._live.update(status))

@@ -4,12 +4,17 @@ Convention: the value at `tokens` is used by the step that begins there. Warm-up
 that step, so that the first of W warm-up steps trains at lr / W (never at 0) and the last one at
 lr. Decay looks at the step's beginning, so that it starts from lr and reaches min_lr at the
 horizon: all steps that begin there or later use min_lr.
+
+At a growth `rewarm` starts the schedule again; `continue` and `by_size` go on with it, as if all
+had been one stage. All three count the tokens that stages train on, not what a growth consumes.
 """
 
 import math
 
 from megagrow.config.lengths import step_tokens
+from megagrow.config.parameters import parameters
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
+from megagrow.growth.guidelines import rate_for_size
 from megagrow.train.stages import tokens_between
 
 WSD_DECAY = 0.1
@@ -22,13 +27,15 @@ def learning_rate(
     tokens: int,
     tokens_per_step: int,
     horizon: int,
+    warmup_step: int | None = None,
 ) -> float:
     """The rate of the step that begins at `tokens`, counted from the schedule's origin.
 
     `horizon` is the number of tokens, from the same origin, at which the schedule ends where it
-    does not say so itself. Where warm-up and decay overlap the smaller rate holds.
+    does not say so itself. `warmup_step` is the size of the steps that `warmup_steps` counts, by
+    default `tokens_per_step`. Where warm-up and decay overlap the smaller rate holds.
     """
-    warmup = warmup_length(schedule, tokens_per_step)
+    warmup = warmup_length(schedule, warmup_step or tokens_per_step)
     end = schedule.horizon_tokens or horizon
     rising = min(1.0, (tokens + tokens_per_step) / warmup) if warmup else 1.0
     left = 1.0 - _decayed(schedule, tokens, warmup, end)
@@ -61,27 +68,49 @@ def _decayed(schedule: ScheduleConfig, tokens: int, warmup: int, end: int) -> fl
 def origin_stage(run: RunConfig, stage_index: int) -> int:
     """The stage at whose start the schedule of stage `stage_index` has its origin.
 
-    Its own, unless its growth says `lr_schedule: continue`: then that of the stage before it.
+    Its own where its growth says `lr_schedule: rewarm`, else that of the stage before it.
     """
     growth = run.stages[stage_index].growth
-    if stage_index > 0 and growth is not None and growth.lr_schedule == "continue":
+    if stage_index > 0 and growth is not None and growth.lr_schedule != "rewarm":
         return origin_stage(run, stage_index - 1)
     return stage_index
+
+
+def stage_optimizer(run: RunConfig, stage_index: int) -> OptimizerConfig:
+    """The optimizer settings of a stage, with the `lr` and `min_lr` that really hold.
+
+    Its own, unless its growth says `lr_schedule: by_size`: then both rates are those of the stage
+    before it, times the ratio of the rates at which the paper trained models of the two sizes. The
+    stage's own rates have no meaning there; `config/checks.py` refuses any but those of the stage
+    before.
+    """
+    stage = run.stages[stage_index]
+    if stage_index == 0 or stage.growth is None or stage.growth.lr_schedule != "by_size":
+        return stage.optimizer
+    before = stage_optimizer(run, stage_index - 1)
+    new, old = (
+        rate_for_size(parameters(run.stages[i].model)) for i in (stage_index, stage_index - 1)
+    )
+    rates = {"lr": before.lr * new / old, "min_lr": before.min_lr * new / old}
+    return stage.optimizer.model_copy(update=rates)
 
 
 def rate_at(run: RunConfig, stage_index: int, stage_tokens: int) -> float:
     """The rate of the step that begins `stage_tokens` tokens into stage `stage_index`.
 
-    The stage's own schedule and optimizer settings hold, warm-up included, counted from the
-    schedule's origin (see `origin_stage`); the default horizon is the end of the whole run. So a
-    stage that continues with the settings of the one before goes on as if there were one stage.
+    The stage's own schedule holds, warm-up included, counted from the schedule's origin (see
+    `origin_stage`), with the rates of `stage_optimizer`; the default horizon is the end of the
+    whole run. So a stage that continues with the settings of the one before goes on as if there
+    were one stage. `warmup_steps` are steps of the stage at the origin: a larger batch after the
+    growth does not lengthen the warm-up that lies behind.
     """
-    stage = run.stages[stage_index]
+    stage, length = run.stages[stage_index], run.data.sequence_length
     origin = origin_stage(run, stage_index)
     return learning_rate(
         stage.schedule,
-        stage.optimizer,
+        stage_optimizer(run, stage_index),
         tokens_between(run, origin, stage_index) + stage_tokens,
-        step_tokens(stage, run.data.sequence_length),
+        step_tokens(stage, length),
         tokens_between(run, origin, len(run.stages)),
+        warmup_step=step_tokens(run.stages[origin], length),
     )

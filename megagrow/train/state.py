@@ -9,7 +9,9 @@ from megagrow.train.metrics import Counters, StepMeasure
 @dataclass(frozen=True)
 class RunState:
     """The next step is step `stage_step` of stage `stage`; its batch begins at token
-    `counters.tokens` of the training stream. Nothing else decides what a run does next."""
+    `counters.tokens` of the training stream. Nothing else decides what a run does next.
+
+    `counters.tokens` are `stages.tokens_at` of the step, and the `growth_tokens`."""
 
     counters: Counters = field(default_factory=Counters)
     stage: int = 0
@@ -22,10 +24,28 @@ class RunState:
         counters = self.counters.after_step(measure)
         return replace(self, counters=counters, stage_step=self.stage_step + 1)
 
-    def after_growth(self, layers: tuple[int, ...]) -> "RunState":
-        """The state at the start of the next stage."""
-        provenance = (*self.provenance, layers)
-        return replace(self, stage=self.stage + 1, stage_step=0, provenance=provenance)
+    def after_growth(
+        self,
+        layers: tuple[int, ...],
+        *,
+        tokens: int = 0,
+        flops: float = 0.0,
+        flops_true: float = 0.0,
+    ) -> "RunState":
+        """The state at the start of the next stage.
+
+        A growth that trains or measures is charged with the `tokens` that it took from the training
+        stream, from `counters.tokens` on, and with its FLOPs by both accounts: the next stage
+        begins with the very next token. Tokens that several candidates read in turn count once,
+        their FLOPs each time.
+        """
+        return replace(
+            self,
+            counters=self.counters.after_growth(tokens, flops, flops_true),
+            stage=self.stage + 1,
+            stage_step=0,
+            provenance=(*self.provenance, layers),
+        )
 
     def after_loss(self, seconds: float) -> "RunState":
         """The state when `seconds` went into a growth or a checkpoint."""

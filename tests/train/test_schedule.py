@@ -5,9 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagrow.config.lengths import stage_steps
+from megagrow.config.checks import problems
+from megagrow.config.lengths import stage_steps, stage_tokens, step_tokens
+from megagrow.config.parameters import parameters
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
-from megagrow.train.schedule import learning_rate, origin_stage, rate_at
+from megagrow.growth.guidelines import rate_for_size
+from megagrow.train.schedule import learning_rate, origin_stage, rate_at, stage_optimizer
 from megagrow.train.stages import Position, locate, run_steps, run_tokens, tokens_at
 
 LENGTH, BATCH = 8, 4
@@ -43,7 +46,13 @@ def make_run(*stages: dict[str, Any]) -> RunConfig:
 def rates(run: RunConfig) -> list[float]:
     """The rate of every step of the run."""
     points = [locate(run, step) for step in range(run_steps(run))]
-    return [rate_at(run, at.stage, at.step * STEP) for at in points]
+    sizes = [step_tokens(one, LENGTH) for one in run.stages]
+    return [rate_at(run, at.stage, at.step * sizes[at.stage]) for at in points]
+
+
+def batch_of(times: int) -> dict[str, Any]:
+    """A change of a stage: its batch is so many times the usual one."""
+    return {"batch": {"global_batch_size": times * BATCH, "micro_batch_size": 1}}
 
 
 @pytest.mark.parametrize(
@@ -145,3 +154,103 @@ def test_every_step_has_one_place(tokens: list[int]) -> None:
 def test_steps_outside_the_run_are_refused(step: int) -> None:
     with pytest.raises(ValueError, match="outside the run, which has 3 steps"):
         locate(make_run(stage(1), stage(2, {})), step)
+
+
+@given(
+    policy=st.sampled_from(("rewarm", "continue")),
+    parts=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 4)), min_size=2, max_size=4),
+    warmup=st.integers(0, 8),
+)
+def test_wsd_decays_once_at_the_end_of_the_run(
+    policy: str, parts: list[tuple[int, int]], warmup: int
+) -> None:
+    """Whatever the batches are: each growth finds the rate high, only the run's end brings it down,
+    to where the next step would have min_lr; warm-up comes once, or once a stage."""
+    decay = 3 * STEP
+    schedule = {"type": "wsd", "warmup_steps": warmup, "decay_tokens": decay}
+    on = {"lr_schedule": policy}
+    run = make_run(
+        *(
+            stage(1, on if at else None, schedule=schedule, tokens=steps * size * STEP)
+            | batch_of(size)
+            for at, (steps, size) in enumerate(parts)
+        )
+    )
+    values = rates(run)
+    ends = run_tokens(run)
+    origin = 0
+    for step, value in enumerate(values):
+        at = locate(run, step)
+        start = tokens_at(run, step)
+        size = parts[at.stage][1] * STEP
+        if policy == "rewarm" and at.step == 0:
+            origin = start
+        first_batch = parts[at.stage if policy == "rewarm" else 0][1] * STEP
+        rising = min(1.0, (start + size - origin) / (warmup * first_batch)) if warmup else 1.0
+        begins = max(ends - decay, origin + warmup * first_batch)
+        left = min(1.0, (ends - start) / (ends - begins)) if begins < ends else 1.0
+        assert value == pytest.approx(min(rising, 0.1 + 0.9 * left))
+
+
+def test_a_larger_batch_does_not_warm_up_again() -> None:
+    schedule, on = {"type": "constant", "warmup_steps": 4}, {"lr_schedule": "continue"}
+    run = make_run(stage(5, schedule=schedule), stage(12, on, schedule=schedule) | batch_of(3))
+    assert rates(run) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
+@given(
+    parts=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 4)), min_size=1, max_size=4),
+)
+def test_tokens_are_counted_right_where_the_batch_changes(parts: list[tuple[int, int]]) -> None:
+    changes = [{"tokens": tokens * STEP, **batch_of(size)} for tokens, size in parts]
+    run = make_run(*(stage(1, {} if at else None) | one for at, one in enumerate(changes)))
+    expected, end = [0], 0
+    for tokens, size in parts:
+        steps = -(-tokens // size)
+        expected += [end + step * size * STEP for step in range(1, steps + 1)]
+        end = expected[-1]
+    assert [tokens_at(run, step) for step in range(run_steps(run) + 1)] == expected
+    assert run_tokens(run) == end
+    assert [stage_tokens(one, LENGTH) for one in run.stages] == [
+        -(-tokens // size) * size * STEP for tokens, size in parts
+    ]
+
+
+BY_SIZE = {"lr_schedule": "by_size"}
+DEEP = {"model": MODEL | {"num_hidden_layers": 4}}
+SIZES = (2 * 128 + 8 + 464, 2 * 128 + 8 + 4 * 464)
+"""Parameters of MODEL and DEEP: two tables, the last norm, and 256 + 192 + 16 a layer."""
+
+
+def test_by_size_goes_on_at_the_papers_ratio_of_rates() -> None:
+    schedule = {"type": "cosine", "warmup_steps": 2}
+    run = make_run(stage(6, schedule=schedule), stage(6, BY_SIZE, schedule=schedule, **DEEP))
+    undivided = rates(make_run(stage(12, schedule=schedule)))
+    assert tuple(parameters(one.model) for one in run.stages) == SIZES
+    ratio = rate_for_size(SIZES[1]) / rate_for_size(SIZES[0])
+    # At this size the paper's first segment goes on: rates fall as size to the power -0.5354.
+    assert ratio == pytest.approx((SIZES[1] / SIZES[0]) ** -0.5354, rel=1e-4)
+    assert rates(run) == pytest.approx(undivided[:6] + [ratio * one for one in undivided[6:]])
+
+
+def test_by_size_follows_size_from_stage_to_stage() -> None:
+    deeper = {"model": MODEL | {"num_hidden_layers": 16}}
+    run = make_run(stage(2), stage(2, BY_SIZE, **DEEP), stage(2, BY_SIZE, **deeper))
+    sizes = [parameters(one.model) for one in run.stages]
+    found = [stage_optimizer(run, index) for index in range(3)]
+    wanted = [rate_for_size(size) / rate_for_size(sizes[0]) for size in sizes]
+    assert [one.lr for one in found] == pytest.approx(wanted)
+    assert [one.min_lr for one in found] == pytest.approx([0.1 * one for one in wanted])
+    assert all(one.betas == (0.9, 0.95) for one in found)
+    assert origin_stage(run, 2) == 0
+
+
+def test_a_rate_that_by_size_would_pass_over_is_refused() -> None:
+    right = make_run(stage(2), stage(2, BY_SIZE))
+    wrong = make_run(stage(2), stage(2, BY_SIZE, optimizer={"lr": 0.5, "min_lr": 0.1}))
+    assert problems(right) == []
+    assert problems(wrong) == [
+        "stages.1.optimizer.lr = 0.5 has no meaning with lr_schedule by_size, which scales the "
+        "rate of stages.0: leave 1.0 there, or set stages.1.growth.lr_schedule to rewarm or "
+        "continue"
+    ]
