@@ -1,4 +1,4 @@
-"""The command line: megagrow prepare | train | report | config show."""
+"""The command line: megagrow prepare | train | plan | report | config show."""
 
 import sys
 import time
@@ -24,6 +24,9 @@ FIRST_SPEAKS_SECONDS = 20.0
 """How long a rank that has nothing to say stays, so that the launcher does not end the first one
 before it has spoken. It is ended itself as soon as that one has left."""
 
+PIPED_WIDTH = 200
+"""Columns of a table that goes into a file or a pipe, which has no width of its own."""
+
 
 @app.callback()
 def megagrow(
@@ -40,6 +43,21 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
     from megagrow.run import train as train_run
 
     train_run(load_run(run_file, overrides or ()))
+
+
+@app.command()
+def plan(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    world: Annotated[int, typer.Option(help="Ranks that the run is to have.")] = 1,
+) -> None:
+    """Show what a run is going to be: sizes, FLOPs, memory per rank, growths; starts nothing."""
+    from megagrow.analysis.plan_tables import show_plan
+    from megagrow.analysis.planner import plan_run
+    from megagrow.config.load import load_run
+
+    width = None if sys.stdout.isatty() else PIPED_WIDTH
+    show_plan(plan_run(load_run(run_file, overrides or ()), world), Console(width=width))
 
 
 @app.command()

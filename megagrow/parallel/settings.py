@@ -29,13 +29,18 @@ def decay_groups(
     return decayed, tuple(name for name in plan if name not in decayed)
 
 
+def reduce_bucket(plan: dict[str, ParamSpec], tp: int) -> int:
+    """Elements that DeepSpeed reduces or gathers at once: the slice of the model, or 200M."""
+    slice_numel = sum(spec.slice_numel(tp) for spec in plan.values())
+    return min(slice_numel + slice_numel % 2, 200_000_000)  # more gains nothing
+
+
 def deepspeed_config(
     settings: EngineSettings, topology: Topology, plan: dict[str, ParamSpec]
 ) -> dict[str, Any]:
     """DeepSpeed's configuration, with `parameter_plan`'s plan of the model."""
     batch = settings.batch
-    slice_numel = sum(spec.slice_numel(topology.tp) for spec in plan.values())
-    bucket = min(slice_numel + slice_numel % 2, 200_000_000)  # elements; more gains nothing
+    bucket = reduce_bucket(plan, topology.tp)
     stage = settings.parallel.zero_stage
     return {
         "train_batch_size": batch.global_batch_size,
