@@ -31,7 +31,7 @@ from megagrow.train.inputs import Inputs, open_inputs
 from megagrow.train.loop import StageEnd, StepDone, Stopped, advance
 from megagrow.train.recorder import Recorder
 from megagrow.train.signals import StopSignal
-from megagrow.train.stage import Stage, build_stage
+from megagrow.train.stage import Stage, build_stage, masks_now
 from megagrow.train.state import RunState
 from megagrow.train.step import mean_loss
 
@@ -128,7 +128,8 @@ def _check_same_model(job: Job, state: RunState, manifest: Manifest) -> None:
 
 def _validate(job: Job, stage: Stage, state: RunState) -> None:
     if job.inputs.validation is not None:
-        loss = mean_loss(stage, job.inputs.validation, job.inputs.validation_sequences)
+        masks = masks_now(job.run, stage, state.stage_step)
+        loss = mean_loss(stage, job.inputs.validation, job.inputs.validation_sequences, masks)
         job.recorder.validation(state, loss)
 
 
@@ -157,11 +158,13 @@ def _save(job: Job, stage: Stage, state: RunState) -> RunState:
 
 def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Stage, RunState]:
     sequences = stage.config.batch.global_batch_size
-    losses = [mean_loss(stage, job.inputs.fixed, sequences)]
-    before = predictions(stage, job.inputs.fixed)
+    masks = masks_now(job.run, stage, state.stage_step)
+    losses = [mean_loss(stage, job.inputs.fixed, sequences, masks)]
+    before = predictions(stage, job.inputs.fixed, masks)
     stage, report = grow(job.run, stage)
-    losses.append(mean_loss(stage, job.inputs.fixed, sequences))
-    difference = change(before, predictions(stage, job.inputs.fixed))
+    masks = masks_now(job.run, stage, stage_step=0)
+    losses.append(mean_loss(stage, job.inputs.fixed, sequences, masks))
+    difference = change(before, predictions(stage, job.inputs.fixed, masks))
     state = state.after_growth(report.layers).after_loss(report.seconds)
     job.recorder.growth(state, report, losses[0], losses[1], difference)
     if report.preserves_function:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megagrow.config.schema import ModelConfig
 from megagrow.model import ops
+from megagrow.model.masks import Masks, masked, masked_groups, masked_rms_norm
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Context:
     cos: Tensor
     sin: Tensor
     mask: Tensor | None
+    masks: Masks
     recompute: str
     """`none`, `selective` (the attention core) or `full` (the whole layer)."""
 
@@ -38,8 +40,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.enter_weight: nn.Module = nn.Identity()
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return ops.rms_norm(x_BSD, self.enter_weight(self.weight), self.eps)
+    def forward(self, x_BSD: Tensor, mask: Tensor | None = None) -> Tensor:
+        return masked_rms_norm(x_BSD, self.enter_weight(self.weight), self.eps, mask)
 
 
 class Attention(nn.Module):
@@ -60,17 +62,18 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         x_BSD = self.enter(x_BSD)
-        q_BHSK = ops.apply_rope(self._heads(self.q_proj(x_BSD)), context.cos, context.sin)
-        k_BGSK = ops.apply_rope(self._heads(self.k_proj(x_BSD)), context.cos, context.sin)
-        v_BGSK = self._heads(self.v_proj(x_BSD))
+        cos, sin, groups = context.cos, context.sin, context.masks.groups
+        q_BHSK = ops.apply_rope(self._heads(self.q_proj(x_BSD), groups), cos, sin)
+        k_BGSK = ops.apply_rope(self._heads(self.k_proj(x_BSD), groups), cos, sin)
+        v_BGSK = self._heads(self.v_proj(x_BSD), groups)
         attend = ops.attention
         if context.recompute == "selective" and torch.is_grad_enabled():
             attend = partial(checkpoint, ops.attention, use_reentrant=False)
         out_BHSK = attend(q_BHSK, k_BGSK, v_BGSK, context.mask)
         return self.leave(self.o_proj(out_BHSK.transpose(1, 2).flatten(2)))
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def _heads(self, x: Tensor, mask_G: Tensor | None) -> Tensor:
+        return masked_groups(x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2), mask_G)
 
 
 class MLP(nn.Module):
@@ -84,9 +87,10 @@ class MLP(nn.Module):
         self.enter: nn.Module = nn.Identity()
         self.leave: nn.Module = nn.Identity()
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, mask: Tensor | None = None) -> Tensor:
         x_BSD = self.enter(x_BSD)
-        return self.leave(self.down_proj(ops.swiglu(self.gate_proj(x_BSD), self.up_proj(x_BSD))))
+        hidden_BSF = ops.swiglu(self.gate_proj(x_BSD), self.up_proj(x_BSD))
+        return self.leave(self.down_proj(masked(hidden_BSF, mask)))
 
 
 class DecoderLayer(nn.Module):
@@ -99,9 +103,14 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), context)
-        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+    def forward(
+        self, x_BSD: Tensor, context: Context, gate: Tensor | float | None = None
+    ) -> Tensor:
+        masks = context.masks
+        norm_BSD = self.input_layernorm(x_BSD, masks.residual)
+        x_BSD = x_BSD + masked(self.self_attn(norm_BSD, context), gate)
+        norm_BSD = self.post_attention_layernorm(x_BSD, masks.residual)
+        return x_BSD + masked(self.mlp(norm_BSD, masks.ffn), gate)
 
 
 class LlamaModel(nn.Module):
@@ -116,29 +125,41 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, documents: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        documents: Tensor | None = None,
+        masks: Masks | None = None,
+    ) -> Tensor:
         x_BSD = self.leave(self.embed_tokens(input_ids))
-        context = self._context(position_ids, documents, x_BSD.dtype)
-        for layer in self.layers:
+        masks = Masks() if masks is None else masks.to(x_BSD.dtype)
+        x_BSD = masked(x_BSD, masks.residual)
+        context = self._context(position_ids, documents, masks, x_BSD.dtype)
+        for index, layer in enumerate(self.layers):
+            gate = masks.gate(index)
             if self.recompute == "full" and torch.is_grad_enabled():
-                x_BSD = checkpoint(layer, x_BSD, context, use_reentrant=True)
+                x_BSD = checkpoint(layer, x_BSD, context, gate, use_reentrant=True)
             else:
-                x_BSD = layer(x_BSD, context)
-        return self.norm(x_BSD)
+                x_BSD = layer(x_BSD, context, gate)
+        return self.norm(x_BSD, masks.residual)
 
-    def _context(self, positions: Tensor, documents: Tensor | None, dtype: torch.dtype) -> Context:
+    def _context(
+        self, positions: Tensor, documents: Tensor | None, masks: Masks, dtype: torch.dtype
+    ) -> Context:
         config = self.config
         cos, sin = ops.rope_tables(positions, config.head_dim, config.rope_theta)
         mask = None if documents is None else ops.attention_mask(documents)
-        return Context(cos.to(dtype), sin.to(dtype), mask, self.recompute)
+        return Context(cos.to(dtype), sin.to(dtype), mask, masks, self.recompute)
 
 
 class LlamaForCausalLM(nn.Module):
     """Token ids to logits.
 
-    forward(input_ids, position_ids, document_ids): each (B, S) int64, document_ids None where
-    attention does not stop at documents. Returns logits (B, S, V), V being the rows of the
-    vocabulary that this device holds.
+    forward(input_ids, position_ids, document_ids, masks): the first three (B, S) int64,
+    document_ids None where attention does not stop at documents; masks only where parts of the
+    model are being let in. Returns logits (B, S, V), V being the rows of the vocabulary that this
+    device holds.
     """
 
     def __init__(self, config: ModelConfig, recompute: str = "none") -> None:
@@ -151,6 +172,10 @@ class LlamaForCausalLM(nn.Module):
             self.lm_head.weight = self.model.get_parameter("embed_tokens.weight")
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        document_ids: Tensor | None = None,
+        masks: Masks | None = None,
     ) -> Tensor:
-        return self.lm_head(self.enter(self.model(input_ids, position_ids, document_ids)))
+        return self.lm_head(self.enter(self.model(input_ids, position_ids, document_ids, masks)))

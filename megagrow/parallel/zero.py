@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagrow.config.schema import OptimizerConfig
+from megagrow.model.masks import Masks
 from megagrow.parallel.plan import parameter_plan
 from megagrow.parallel.settings import EngineSettings, decay_groups, deepspeed_config
 from megagrow.parallel.topology import Topology, choose_accelerator
@@ -91,8 +92,8 @@ class ZeroEngine:
         self._adam = optimizer
         self._create_moments()
 
-    def forward(self, *inputs: Tensor | None) -> Tensor:
-        """Logits (B, S, V/tp) for (input_ids, position_ids, document_ids)."""
+    def forward(self, *inputs: Tensor | Masks | None) -> Tensor:
+        """Logits (B, S, V/tp) for (input_ids, position_ids, document_ids, this rank's masks)."""
         device = self.topology.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._autocast):
             return self._engine(*inputs)

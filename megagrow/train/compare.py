@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.data.batches import BatchReader
+from megagrow.model.masks import Masks
 from megagrow.train.stage import Stage
 
 POSITIONS = 256
@@ -22,16 +23,16 @@ class Change(NamedTuple):
     """Largest absolute difference of a logit."""
 
 
-def predictions(stage: Stage, reader: BatchReader) -> Tensor:
+def predictions(stage: Stage, reader: BatchReader, masks: Masks | None) -> Tensor:
     """Logits (positions, vocab) fp32 on the CPU, for the first sequence of a stream; the same on
-    all ranks, which call this together."""
+    all ranks, which call this together. `masks` are this rank's."""
     batch = reader.read(0, [0])
     device, topology = stage.topology.device, stage.topology
     documents = None if batch.document_ids is None else batch.document_ids.to(device)
     stage.engine.train(False)
     with torch.no_grad():
         logits = stage.engine.forward(
-            batch.input_ids.to(device), batch.position_ids.to(device), documents
+            batch.input_ids.to(device), batch.position_ids.to(device), documents, masks
         )[0, -POSITIONS:].float()
     stage.engine.train()
     parts = [torch.empty_like(logits) for _ in range(topology.tp)]

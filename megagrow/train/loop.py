@@ -18,7 +18,7 @@ from megagrow.train.memory import peak_memory
 from megagrow.train.metrics import StepMeasure
 from megagrow.train.schedule import rate_at
 from megagrow.train.signals import StopSignal
-from megagrow.train.stage import Stage
+from megagrow.train.stage import Stage, masks_now
 from megagrow.train.state import RunState
 from megagrow.train.step import train_step
 
@@ -120,7 +120,8 @@ def _measured_step(
     length = run.data.sequence_length
     tokens = step_tokens(stage.config, length)
     lr = rate_at(run, stage.index, state.stage_step * tokens)
-    loss, norm = train_step(stage, batches, lr)
+    masks = masks_now(run, stage, state.stage_step)
+    loss, norm = train_step(stage, batches, lr, masks)
     model = stage.config.model
     return StepMeasure(
         stage=stage.index,

@@ -4,7 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from megagrow.config.lengths import step_tokens
 from megagrow.config.schema import RunConfig, StageConfig
+from megagrow.growth.ramps import stage_masks
+from megagrow.model.masks import Masks
+from megagrow.parallel.masks import rank_masks
 from megagrow.parallel.settings import EngineSettings
 from megagrow.parallel.topology import Topology, destroy_topology, make_topology
 from megagrow.parallel.zero import Storage, ZeroEngine
@@ -45,6 +49,14 @@ def build_stage(run: RunConfig, index: int, device: torch.device) -> Stage:
     )
     check_layout(layout, engine, topology.rank)
     return Stage(index, config, topology, engine, layout)
+
+
+def masks_now(run: RunConfig, stage: Stage, stage_step: int) -> Masks | None:
+    """This rank's masks when `stage_step` steps of the stage are done; None where nothing is
+    masked. The next step is trained with them, and a loss measured now sees the same model."""
+    tokens = stage_step * step_tokens(stage.config, run.data.sequence_length)
+    masks = stage_masks(run, stage.index, tokens)
+    return None if masks is None else rank_masks(masks, stage.topology)
 
 
 def uses_bf16(run: RunConfig, device: torch.device) -> bool:

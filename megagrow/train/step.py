@@ -7,13 +7,18 @@ import torch
 import torch.distributed as dist
 
 from megagrow.data.batches import Batch, BatchReader
+from megagrow.model.masks import Masks
 from megagrow.parallel.loss import IGNORED, cross_entropy
 from megagrow.parallel.topology import together
 from megagrow.train.stage import Stage
 
 
-def train_step(stage: Stage, batches: Sequence[Batch], lr: float) -> tuple[float, float]:
+def train_step(
+    stage: Stage, batches: Sequence[Batch], lr: float, masks: Masks | None
+) -> tuple[float, float]:
     """Forward and backward over this rank's micro batches, and one update of the weights.
+
+    `masks` are this rank's, where parts of the model are still being let in.
 
     Returns the loss (mean over the global batch's tokens, in nats) and the gradient norm before
     clipping. A position without a next token (the last of a corpus) counts as a loss of zero, so
@@ -22,7 +27,7 @@ def train_step(stage: Stage, batches: Sequence[Batch], lr: float) -> tuple[float
     total = torch.zeros((), device=stage.topology.device)
     norm = None
     for batch in batches:
-        loss = _summed_loss(stage, batch) / batch.labels.numel()
+        loss = _summed_loss(stage, batch, masks) / batch.labels.numel()
         stage.engine.backward(loss)
         norm = stage.engine.step(lr)
         total += loss.detach() / len(batches)
@@ -32,7 +37,7 @@ def train_step(stage: Stage, batches: Sequence[Batch], lr: float) -> tuple[float
     return total.item() / stage.topology.dp, norm
 
 
-def mean_loss(stage: Stage, reader: BatchReader, sequences: int) -> float:
+def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | None) -> float:
     """Mean loss per token over the first sequences of a stream, in nats; all ranks together.
 
     Sequences are dealt out to the data-parallel ranks; the result does not depend on how many
@@ -52,18 +57,18 @@ def mean_loss(stage: Stage, reader: BatchReader, sequences: int) -> float:
             batch = together(partial(reader.read, 0, within))
             beyond = torch.tensor([index >= sequences for index in indices])
             batch.labels[beyond] = IGNORED
-            sums[0] += _summed_loss(stage, batch)
+            sums[0] += _summed_loss(stage, batch, masks)
             sums[1] += (batch.labels != IGNORED).sum()
     stage.engine.train()
     dist.all_reduce(sums, group=stage.topology.dp_group)
     return (sums[0] / sums[1]).item()
 
 
-def _summed_loss(stage: Stage, batch: Batch) -> torch.Tensor:
+def _summed_loss(stage: Stage, batch: Batch, masks: Masks | None) -> torch.Tensor:
     device = stage.topology.device
     documents = None if batch.document_ids is None else batch.document_ids.to(device)
     logits = stage.engine.forward(
-        batch.input_ids.to(device), batch.position_ids.to(device), documents
+        batch.input_ids.to(device), batch.position_ids.to(device), documents, masks
     )
     vocab = stage.config.model.vocab_size
     return cross_entropy(logits, batch.labels.to(device), vocab, stage.topology)
