@@ -15,68 +15,16 @@ from torch import Tensor
 from megagrow.config.schema import ModelConfig
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.masks import Masks, masks_at
+from tests.model.grown_pairs import (
+    HEADS,
+    every_token,
+    gentle_model,
+    grown_model,
+    grown_pair,
+    model_config,
+    random_model,
+)
 from tests.model.masked_reference import Coefficients, logits, vector
-
-HEADS = {"mha": (2, 1), "gqa": (2, 2), "mqa": (1, 4)}
-"""Key/value heads, and query heads for each of them."""
-
-
-def model_config(groups: int, each: int, **changes: Any) -> ModelConfig:
-    values = {
-        "num_hidden_layers": 2,
-        "hidden_size": 9,
-        "num_attention_heads": groups * each,
-        "num_key_value_heads": groups,
-        "head_dim": 4,
-        "intermediate_size": 11,
-        "vocab_size": 13,
-        "rope_theta": 500.0,
-        "rms_norm_eps": 1e-2,
-    }
-    return ModelConfig.model_validate(values | changes)
-
-
-def grown_pair(heads: str = "gqa", tied: bool = False) -> tuple[ModelConfig, ModelConfig]:
-    groups, each = HEADS[heads]
-    source = model_config(groups, each, tie_word_embeddings=tied)
-    wider = {"num_hidden_layers": 3, "hidden_size": 14, "intermediate_size": 18}
-    return source, model_config(groups + 1, each, tie_word_embeddings=tied, **wider)
-
-
-def random_model(config: ModelConfig, seed: int, std: float = 1.0) -> LlamaForCausalLM:
-    """fp64; gains as large as all else."""
-    model = LlamaForCausalLM(config).double()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(std * noise)
-    return model
-
-
-def grown_model(source: LlamaForCausalLM, target: ModelConfig) -> LlamaForCausalLM:
-    """The source's numbers at the front of every axis, large random ones everywhere else."""
-    model, old = random_model(target, seed=1, std=3.0), dict(source.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in old:
-                parameter[tuple(slice(size) for size in old[name].shape)] = old[name]
-    return model
-
-
-def gentle_model(source: ModelConfig, target: ModelConfig) -> LlamaForCausalLM:
-    """As `grown_model`, with numbers so small that no softmax is near to 0 or 1."""
-    model = grown_model(random_model(source, seed=0), target)
-    for parameter in model.parameters():
-        parameter.data.mul_(0.2)
-    return model
-
-
-def every_token(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Ids and positions, each (3, 13): the whole vocabulary, in three orders."""
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.stack([torch.randperm(config.vocab_size, generator=generator) for _ in range(3)])
-    return ids, torch.arange(config.vocab_size).expand_as(ids)
 
 
 def masks_of(source: ModelConfig, target: ModelConfig, c: Coefficients) -> Masks:
@@ -283,48 +231,3 @@ def test_other_types_are_as_close_as_they_can_be(dtype):
     error = (found - exact).abs().mean() / exact.abs().mean()
     usual = (model(ids, positions) - plain).abs().mean() / plain.abs().mean()
     assert error < 2 * usual
-
-
-def factors(masks: Masks | None, source: ModelConfig, target: ModelConfig) -> list[float]:
-    """How far layers, feed-forward, residual stream and heads are let in."""
-    if masks is None:
-        return [1.0] * 4
-    pairs = (
-        (masks.ffn, source.intermediate_size),
-        (masks.residual, source.hidden_size),
-        (masks.groups, source.num_key_value_heads),
-    )
-    out = [masks.layers[-1]]
-    for mask, old in pairs:
-        new = torch.ones(1) if mask is None else mask[old:]
-        assert mask is None or (mask[:old] == 1).all()
-        assert (new == new[0]).all()
-        out.append(new[0].item())
-    return out
-
-
-@given(st.integers(1, 10**13), st.data())
-def test_masks_only_rise_and_one_axis_after_the_other(ramp, data):
-    source, target = grown_pair()
-    tokens = sorted(data.draw(st.lists(st.integers(0, 2 * ramp), min_size=2, max_size=8)))
-    seen = [factors(masks_at(source, target, t, ramp), source, target) for t in tokens]
-    for t, (depth, *width) in zip(tokens, seen, strict=True):
-        assert depth == pytest.approx(min(1.0, t / ramp))
-        assert sum(width) == pytest.approx(min(3.0, 3 * t / ramp), abs=1e-6)
-        assert width == sorted(width, reverse=True)
-        assert sum(0 < c < 1 for c in width) <= 1
-    for before, after in zip(seen, seen[1:], strict=False):
-        assert all(a <= b for a, b in zip(before, after, strict=True))
-
-
-def test_the_axes_that_do_not_grow_take_no_part():
-    source = model_config(2, 2)
-    wide = model_config(2, 2, intermediate_size=20, hidden_size=10)
-    assert masks_at(source, wide, 5, 10).residual.tolist() == [1.0] * 9 + [0.0]
-    assert masks_at(source, wide, 5, 10).ffn is None, "a half of the ramp for each of two axes"
-    assert masks_at(source, wide, 9, 10).residual[-1].item() == pytest.approx(0.8)
-    assert masks_at(source, wide, 9, 10).groups is None
-    assert masks_at(source, wide, 9, 10).layers == ()
-    deep = model_config(2, 2, num_hidden_layers=3)
-    assert masks_at(source, deep, 9, 10).layers == (1.0, 1.0, 0.9)
-    assert masks_at(source, source, 0, 10) is None
