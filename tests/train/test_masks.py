@@ -1,0 +1,143 @@
+"""With masks, too, a run gives the same losses however it is spread, and they follow its tokens."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megagrow.config.schema import RunConfig
+from megagrow.reshard.fill import fill_initial
+from megagrow.train.inputs import open_inputs
+from megagrow.train.loop import StepDone, advance
+from megagrow.train.signals import StopSignal
+from megagrow.train.stage import build_stage, masks_now
+from megagrow.train.state import RunState
+from megagrow.train.step import mean_loss
+from tests.runs import MODEL, STEP_TOKENS, make_run
+from tests.spawn import run_ranks
+
+GROWN = MODEL | {
+    "num_hidden_layers": 3,
+    "hidden_size": 44,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "intermediate_size": 60,
+}
+RAMP, STEPS = 6, 7
+
+
+def masked_run(
+    folder: Path, precision: str = "fp32", ramp: int = RAMP, **parallel: Any
+) -> RunConfig:
+    growth = {"operator": ["random_depth", "random_width"], "ramp_tokens": ramp * STEP_TOKENS}
+    grown = {"model": GROWN, "tokens": STEPS * STEP_TOKENS, "growth": growth, "parallel": parallel}
+    return make_run(folder, [{"tokens": STEP_TOKENS}, grown], precision=precision)
+
+
+def layout(zero: int, tp: int, sequence_parallel: bool = False, recompute: str = "none") -> dict:
+    return {
+        "zero_stage": zero,
+        "tensor_model_parallel_size": tp,
+        "sequence_parallel": sequence_parallel,
+        "activation_checkpointing": recompute,
+    }
+
+
+LAYOUTS = {
+    1: (layout(0, 1, recompute="full"), layout(3, 1, recompute="selective")),
+    2: (
+        *(layout(zero, 1) for zero in range(4)),
+        layout(0, 2, recompute="selective"),
+        layout(1, 2, sequence_parallel=True),
+        layout(2, 2, recompute="full"),
+        layout(3, 2, sequence_parallel=True, recompute="full"),
+    ),
+}
+"""By the number of ranks: every ZeRO stage with and without TP, every option somewhere."""
+
+
+def train_grown(run: RunConfig) -> list[float]:
+    """The second stage from initial weights: of each step the loss, the gradient norm, and a
+    measured loss before it."""
+    stage = build_stage(run, 1, torch.device("cpu"))
+    fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)
+    stage.engine.ready(0)
+    inputs, stop, out = open_inputs(run), StopSignal(), []
+    state = RunState(stage=1)
+    for step in range(STEPS):
+        out.append(mean_loss(stage, inputs.fixed, 4, masks_now(run, stage, step)))
+        event = advance(run, stage, state, inputs.train, stop)
+        assert isinstance(event, StepDone)
+        out += [event.measure.loss, event.measure.grad_norm]
+        state = event.state
+    stage.release()
+    return out
+
+
+def train_all(runs: list[RunConfig]) -> list[list[float]]:
+    return [train_grown(run) for run in runs]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("masks")
+
+
+@pytest.fixture(scope="module")
+def reference(folder) -> list[float]:
+    """One process, no ZeRO, no options."""
+    return run_ranks(1, train_all, [masked_run(folder)])[0][0]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [1, 2])
+def test_masks_give_the_same_losses_in_every_layout(folder, reference, world):
+    layouts = LAYOUTS[world]
+    runs = [masked_run(folder, **parallel) for parallel in layouts]
+    for rank in run_ranks(world, train_all, runs):
+        for parallel, losses in zip(layouts, rank, strict=True):
+            assert losses == pytest.approx(reference, rel=1e-5), parallel
+
+
+@pytest.mark.dist
+def test_other_ramps_give_other_losses(folder, reference):
+    """Else the test above would prove nothing."""
+    (found,) = run_ranks(1, train_all, [masked_run(folder, ramp=1), masked_run(folder, ramp=5)])
+    assert len(reference) == 3 * STEPS
+    for losses in found:
+        assert losses[:3] == reference[:3], "the first step is that of mask 0"
+        assert abs(losses[6] - reference[6]) > 1e-3
+
+
+@pytest.mark.dist
+def test_bf16_follows_fp32(folder, reference):
+    runs = [masked_run(folder, "bf16", **layout(zero, 2)) for zero in (0, 1)]
+    for found in run_ranks(2, train_all, runs)[0]:
+        for kind in (0, 1):  # both losses; norms of gradients drift apart sooner
+            assert found[kind::3] == pytest.approx(reference[kind::3], rel=5e-3)
+            assert found[kind::3] != reference[kind::3]
+
+
+def parts_of(run: RunConfig) -> dict[str, Any]:
+    """What this rank is told to mask, late in the ramp."""
+    stage = build_stage(run, 1, torch.device("cpu"))
+    masks, gone = masks_now(run, stage, 4), masks_now(run, stage, 24)
+    stage.release()
+    assert masks is not None and gone is None
+    return dataclasses.asdict(masks)
+
+
+@pytest.mark.dist
+def test_a_rank_has_the_masks_of_its_own_slices(folder):
+    run = masked_run(folder, ramp=24, **layout(0, 2))
+    first, second = run_ranks(2, parts_of, run)
+    assert first["layers"] == second["layers"] == (1.0, 1.0, pytest.approx(1 / 6))
+    assert first["ffn"].tolist() == [1.0] * 30
+    assert second["ffn"].tolist() == [1.0] * 18 + [0.5] * 12
+    for rank in (first, second):
+        assert rank["residual"].tolist() == [1.0] * 32 + [0.0] * 12
+    assert first["groups"].tolist() == [1.0, 1.0]
+    assert second["groups"].tolist() == [0.0, 0.0]
