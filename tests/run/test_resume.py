@@ -32,8 +32,17 @@ ZERO_2 = {"zero_stage": 2}
 ZERO_3_TP_2 = {"zero_stage": 3, "tensor_model_parallel_size": 2}
 
 
+DEEP = MODEL | {"num_hidden_layers": 4}
+WIDE = {"hidden_size": 44, "num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 8}
+RAMP = {"operator": ["random_depth", "random_width"], "ramp_tokens": 10 * STEP_TOKENS}
+
+
 def grown_run(
-    folder: Path, parallel: dict[str, Any] = ZERO_2, micro_batch_size: int = 1
+    folder: Path,
+    parallel: dict[str, Any] = ZERO_2,
+    micro_batch_size: int = 1,
+    model: dict[str, Any] = DEEP,
+    growth: dict[str, Any] | None = None,
 ) -> RunConfig:
     batch = {"global_batch_size": 4, "micro_batch_size": micro_batch_size}
     return make_run(
@@ -41,11 +50,11 @@ def grown_run(
         [
             {"tokens": BASE_STEPS * STEP_TOKENS, "parallel": parallel, "batch": batch},
             {
-                "model": MODEL | {"num_hidden_layers": 4},
+                "model": model,
                 "tokens": (STEPS - BASE_STEPS) * STEP_TOKENS,
                 "parallel": parallel,
                 "batch": batch,
-                "growth": {"operator": "direct_depth"},
+                "growth": growth or {"operator": "direct_depth"},
             },
         ],
         checkpoint={"interval": INTERVAL},
@@ -233,6 +242,27 @@ def test_killed_and_resumed_in_another_layout(
         *counters, loss, lr, norm = found
         assert (*counters, lr) == (*right[:-3], right[-2])
         assert (loss, norm) == pytest.approx((right[-3], right[-1]), rel=1e-5)
+
+
+def masked_run(folder: Path) -> RunConfig:
+    folder.mkdir()
+    return grown_run(folder, ZERO_3_TP_2, 4, DEEP | WIDE, RAMP)
+
+
+def test_killed_while_masks_rise(tmp_path: Path) -> None:
+    whole, run = masked_run(tmp_path / "whole"), masked_run(tmp_path / "killed")
+    finish(start(whole))
+    ((*_, before, after, layers),) = history(whole)["growth"]
+    assert layers == [0, 1, -1, -1]
+    assert after == pytest.approx(before, rel=1e-6), "masks of 0 keep the function"
+    reached = tmp_path / "reached"
+    job = start(run, around_step(BASE_STEPS + 4, reached))
+    job.wait_for(reached.exists)
+    job.kill()
+    finish(start(run))
+    ((resumed,),) = records(run, "start", ["step"])[1:]
+    assert BASE_STEPS < resumed < BASE_STEPS + 10, "within the ramp"
+    assert_same(run, whole)
 
 
 def test_a_finished_run_says_so_and_does_nothing(undisturbed: RunConfig) -> None:
