@@ -26,7 +26,8 @@ GROWN = MODEL | {
     "head_dim": 8,
     "intermediate_size": 60,
 }
-RAMP, STEPS = 6, 7
+RAMP, STEPS = 4, 5
+CLOSE = 1e-5
 
 
 def masked_run(
@@ -99,17 +100,17 @@ def test_masks_give_the_same_losses_in_every_layout(folder, reference, world):
     runs = [masked_run(folder, **parallel) for parallel in layouts]
     for rank in run_ranks(world, train_all, runs):
         for parallel, losses in zip(layouts, rank, strict=True):
-            assert losses == pytest.approx(reference, rel=1e-5), parallel
+            assert losses == pytest.approx(reference, rel=CLOSE), parallel
 
 
 @pytest.mark.dist
 def test_other_ramps_give_other_losses(folder, reference):
     """Else the test above would prove nothing."""
-    (found,) = run_ranks(1, train_all, [masked_run(folder, ramp=1), masked_run(folder, ramp=5)])
+    (found,) = run_ranks(1, train_all, [masked_run(folder, ramp=1), masked_run(folder, ramp=40)])
     assert len(reference) == 3 * STEPS
     for losses in found:
         assert losses[:3] == reference[:3], "the first step is that of mask 0"
-        assert abs(losses[6] - reference[6]) > 1e-3
+        assert abs(losses[-3] / reference[-3] - 1) > 20 * CLOSE
 
 
 @pytest.mark.dist
