@@ -107,7 +107,8 @@ class GrowthConfig(Section):
     freeze_tokens: Count | None = None
     """Old entries do not change until so many tokens after the growth."""
     ramp_tokens: Count | None = None
-    """`random_*`: tokens over which the masks of new parts rise from 0 to 1."""
+    """`random_*`: tokens over which the masks of new parts rise from 0 to 1, the axes of the width
+    one after the other. By default 5000 steps for each axis, but no more than the stage has."""
     learn: LearnConfig = LearnConfig()
     probe: ProbeConfig | None = None
     tolerance: float = Field(default=1e-3, gt=0)

@@ -4,6 +4,7 @@ Nothing of it is stored: the masks follow from the run and from a position in it
 """
 
 from megagrow.config.growth import GrowthConfig
+from megagrow.config.lengths import stage_steps, stage_tokens, step_tokens
 from megagrow.config.schema import RunConfig
 from megagrow.growth.operators import operators_of
 from megagrow.model.masks import Masks, masks_at, wider_axes
@@ -28,8 +29,8 @@ def ramp_tokens(run: RunConfig, index: int) -> int:
     if stage.growth.ramp_tokens is not None:
         return stage.growth.ramp_tokens
     ramps = max(1, len(wider_axes(run.stages[index - 1].model, stage.model)))
-    step = stage.batch.global_batch_size * run.data.sequence_length
-    return min(ramps * GROW_STEPS * step, stage.tokens)
+    length = run.data.sequence_length
+    return min(ramps * GROW_STEPS, stage_steps(stage, length)) * step_tokens(stage, length)
 
 
 def stage_masks(run: RunConfig, index: int, tokens: int) -> Masks | None:
@@ -53,10 +54,10 @@ def ramp_problems(run: RunConfig) -> list[str]:
         if not is_masked(growth):
             names = " with ".join(growth.operator)
             found.append(f"{at}.growth.ramp_tokens: {names} has no masks to raise; leave it out")
-        elif growth.ramp_tokens > stage.tokens:
+        elif growth.ramp_tokens > (tokens := stage_tokens(stage, run.data.sequence_length)):
             found.append(
-                f"{at}.growth.ramp_tokens = {growth.ramp_tokens} is more than {at}.tokens = "
-                f"{stage.tokens}: parts of the model would still be masked when the stage ends; "
-                "lower it, or train the stage for longer"
+                f"{at}.growth.ramp_tokens = {growth.ramp_tokens} is more than the {tokens} tokens "
+                f"of {at}: parts of the model would still be masked when the stage ends; lower it, "
+                "or train the stage for longer"
             )
     return found

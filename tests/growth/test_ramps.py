@@ -38,7 +38,7 @@ def test_by_default_a_ramp_is_5000_steps_and_ends_with_the_stage(tmp_path):
     one_axis = MODEL | {"intermediate_size": 70}
     assert ramp_tokens(a_run(tmp_path, one_axis, "random_width"), 1) == ramp
     assert ramp_tokens(a_run(tmp_path, BOTH, "random_width", "random_depth"), 1) == 3 * ramp
-    assert ramp_tokens(a_run(tmp_path, DEEP, "random_depth", tokens=1000), 1) == 1000
+    assert ramp_tokens(a_run(tmp_path, DEEP, "random_depth", tokens=1000), 1) == 1024
     assert ramp_tokens(a_run(tmp_path, DEEP, "random_depth", ramp_tokens=999), 1) == 999
 
 
@@ -61,10 +61,11 @@ def test_a_ramp_must_end_within_its_stage(tmp_path):
     def problems(*operators: str, **options: Any) -> list[str]:
         return ramp_problems(a_run(tmp_path, DEEP, *operators, tokens=500, **options))
 
-    assert problems("random_depth", ramp_tokens=500) == []
+    trained = 8 * STEP_TOKENS
+    assert problems("random_depth", ramp_tokens=trained) == []
     assert problems("random_depth") == []
-    (longer,) = problems("random_depth", ramp_tokens=501)
-    assert "stages.1.growth.ramp_tokens = 501 is more than stages.1.tokens = 500" in longer
+    (longer,) = problems("random_depth", ramp_tokens=trained + 1)
+    assert "stages.1.growth.ramp_tokens = 513 is more than the 512 tokens of stages.1" in longer
     (useless,) = problems("direct_depth", ramp_tokens=100)
     assert useless.startswith("stages.1.growth.ramp_tokens: direct_depth has no masks")
 
