@@ -7,6 +7,7 @@ from megagrow.config.growth import GrowthConfig, OperatorName
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.growth.depth import listed_layers
 from megagrow.growth.operators import OPERATORS, follows_exactly, growing, growth_map
+from megagrow.growth.ramps import ramp_problems
 
 _FREE = ("initializer_range", "max_position_embeddings")
 """Fields of a model that any growth may change: no weight depends on them."""
@@ -48,7 +49,7 @@ def growth_problems(run: RunConfig) -> list[str]:
             source, target = run.stages[index - 1].model, run.stages[index].model
             before, here = f"stages.{index - 1}.model", f"stages.{index}"
             found += event_problems(Event(source, target, options, before, here))
-    return found
+    return found or ramp_problems(run)
 
 
 def event_problems(event: Event) -> list[str]:
