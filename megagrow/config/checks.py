@@ -56,6 +56,11 @@ def _parallel(stage: StageConfig, sequence_length: int, at: str) -> Iterator[str
             f"{key} does not divide data.sequence_length = {sequence_length}, "
             "which sequence_parallel needs"
         )
+    if stage.parallel.offload_optimizer and stage.parallel.zero_stage == 0:
+        yield (
+            f"{at}.parallel.offload_optimizer needs an optimizer state that is split over the "
+            f"ranks: set {at}.parallel.zero_stage to 1, 2 or 3"
+        )
 
 
 def _batch_and_schedule(stage: StageConfig, at: str) -> Iterator[str]:

@@ -61,6 +61,8 @@ class ParallelConfig(Section):
     tensor_model_parallel_size: Count = 1
     sequence_parallel: bool = False
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: bool = False
+    """Keeps fp32 weights and moments in the CPU's memory and updates them there; from ZeRO 1 on."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
 
 

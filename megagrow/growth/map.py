@@ -19,6 +19,8 @@ from typing import Literal
 
 import numpy as np
 
+from megagrow.parallel.scale import ParamScale as ParamScale
+
 Indices = range | np.ndarray
 """Positions along one axis: a `range` where they are consecutive, else int64 (n,)."""
 
@@ -137,27 +139,6 @@ class Fresh:
     whole: bool = False
     rows: np.ndarray | None = None
     cols: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class ParamScale:
-    """Factors on one parameter's hyper-parameters with which a grown model follows its source
-    exactly (GROWTH: lr / k_in, weight decay * k_in, eps / k_out)."""
-
-    lr: float = 1.0
-    weight_decay: float = 1.0
-    eps: float = 1.0
-    norm: float = 1.0
-    """Weight of the squared gradient norm in the global norm: k_out / k_in."""
-
-    def times(self, other: "ParamScale") -> "ParamScale":
-        """Both, one growth after the other."""
-        return ParamScale(
-            self.lr * other.lr,
-            self.weight_decay * other.weight_decay,
-            self.eps * other.eps,
-            self.norm * other.norm,
-        )
 
 
 @dataclass(frozen=True)

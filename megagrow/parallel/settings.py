@@ -1,10 +1,12 @@
 """What decides how a stage is trained, and how DeepSpeed is told so. Pure."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from megagrow.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megagrow.parallel.plan import ParamSpec
+from megagrow.parallel.scale import UNSCALED, ParamScale
 from megagrow.parallel.topology import Topology
 
 
@@ -17,16 +19,45 @@ class EngineSettings:
     batch: BatchConfig
     optimizer: OptimizerConfig
     bf16: bool
+    scales: Mapping[str, ParamScale] = field(default_factory=dict)
+    """Factors on the hyper-parameters of single parameters; 1 without an entry."""
 
 
-def decay_groups(
-    plan: dict[str, ParamSpec], optimizer: OptimizerConfig
-) -> tuple[tuple[str, ...], ...]:
-    """Names of each optimizer group: those with weight decay, then those without, if any."""
-    if optimizer.weight_decay_on == "all":
-        return (tuple(plan),)
-    decayed = tuple(name for name, spec in plan.items() if not spec.is_vector)
-    return decayed, tuple(name for name in plan if name not in decayed)
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that are trained with the same hyper-parameters."""
+
+    names: tuple[str, ...]
+    decays: bool
+    scale: ParamScale
+
+    def hyper_parameters(self, optimizer: OptimizerConfig, lr: float) -> dict[str, float]:
+        """What AdamW takes for this group where the learning rate of the run is `lr`."""
+        decay = optimizer.weight_decay if self.decays else 0.0
+        return {
+            "lr": lr * self.scale.lr,
+            "weight_decay": decay * self.scale.weight_decay,
+            "eps": optimizer.eps * self.scale.eps,
+        }
+
+
+def parameter_groups(
+    plan: dict[str, ParamSpec], optimizer: OptimizerConfig, scales: Mapping[str, ParamScale]
+) -> tuple[ParamGroup, ...]:
+    """The optimizer's groups: first those with weight decay, then those without.
+
+    Parameters of one scale make one group, in the order in which the plan first has them; without
+    scales there is one group of each kind. Raises ValueError for a scale of no parameter.
+    """
+    unknown = scales.keys() - plan.keys()
+    if unknown:
+        raise ValueError(f"scales of no parameter of the model: {', '.join(sorted(unknown))}")
+    members: dict[tuple[bool, ParamScale], list[str]] = {}
+    for decays in (True, False):
+        for name, spec in plan.items():
+            if decays == (optimizer.weight_decay_on == "all" or not spec.is_vector):
+                members.setdefault((decays, scales.get(name, UNSCALED)), []).append(name)
+    return tuple(ParamGroup(tuple(names), *kind) for kind, names in members.items())
 
 
 def reduce_bucket(plan: dict[str, ParamSpec], tp: int) -> int:
@@ -42,18 +73,24 @@ def deepspeed_config(
     batch = settings.batch
     bucket = reduce_bucket(plan, topology.tp)
     stage = settings.parallel.zero_stage
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": min(bucket, 50_000_000),
+    }
+    if settings.parallel.offload_optimizer:
+        pinned = topology.device.type == "cuda"
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
     return {
         "train_batch_size": batch.global_batch_size,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_clipping": settings.optimizer.gradient_clipping if stage > 0 else 0.0,
         "bf16": {"enabled": settings.bf16 and stage > 0},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            "stage3_prefetch_bucket_size": min(bucket, 50_000_000),
-        },
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        # Its own Adam for CPUs has to be compiled where it runs; torch's is vectorised as well.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }

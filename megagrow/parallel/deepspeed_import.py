@@ -1,0 +1,19 @@
+"""DeepSpeed, imported in this one place: for the right device, quietly, and without a compiler."""
+
+import warnings
+
+from megagrow.parallel.topology import choose_accelerator
+
+choose_accelerator()
+import deepspeed  # noqa: E402
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
+from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: E402
+from deepspeed.runtime.zero import stage_1_and_2  # noqa: E402
+
+# DeepSpeed 0.19 still calls collectives under names that torch 2.13 deprecates.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+# DeepSpeed's shared-memory all-reduce serves inference on CPUs only. Building it would cost every
+# fresh machine a compiler and most of a minute.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+__all__ = ["BF16_Optimizer", "combine_grad_norm_groups", "deepspeed", "stage_1_and_2"]
