@@ -114,6 +114,8 @@ def _refresh_flat(optimizer: Any, topology: Topology) -> None:
         masters = optimizer.single_partition_of_fp32_groups
         shares = optimizer.parallel_partitioned_bit16_groups
     for parts, master in zip(shares, masters, strict=True):
+        # The flat tensor of a group of one is that parameter itself, which autograd watches.
+        parts = [part.data for part in parts]
         mine = parts[topology.dp_rank]
         mine.copy_(master.data)
         piece = max(1, GATHER_BYTES // (topology.dp * mine.element_size()))
