@@ -37,7 +37,7 @@ class UpdateFactors:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._new = 1.0
         self._old = 1.0
-        self._parts: dict[Tensor, list[Part]] = {}
+        self._parts: dict[Tensor, list[Part]] | None = None
         self._before: list[tuple[Part, Tensor]] = []
         optimizer.register_step_pre_hook(self._keep)
         optimizer.register_step_post_hook(self._blend)
@@ -47,18 +47,18 @@ class UpdateFactors:
 
         What belongs to no part (padding) is updated as ever.
         """
-        self._parts.clear()
+        self._parts = {}
         for owner, part in parts:
             self._parts.setdefault(owner, []).append(part)
 
     def set(self, new: float, old: float) -> None:
         """The factors of the steps that follow."""
-        if not self._parts and not new == old == 1:
+        if self._parts is None and not new == old == 1:
             raise AssertionError("update factors are set, but nothing says which entries are new")
         self._new, self._old = new, old
 
     def _keep(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._new == self._old == 1:
+        if self._parts is None or self._new == self._old == 1:
             return
         updated = [tensor for group in optimizer.param_groups for tensor in group["params"]]
         parts = [part for tensor in updated for part in self._parts.get(tensor, ())]

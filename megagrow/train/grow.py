@@ -7,11 +7,10 @@ import torch
 import torch.distributed as dist
 
 from megagrow.config.schema import RunConfig
-from megagrow.growth.check import check_map
 from megagrow.growth.map import GrowthMap
-from megagrow.growth.operators import growth_map, state_policy
-from megagrow.parallel.plan import parameter_plan
+from megagrow.growth.operators import state_policy
 from megagrow.reshard.exchange import Side, exchange
+from megagrow.train.growths import stage_growth
 from megagrow.train.memory import peak_memory
 from megagrow.train.stage import Stage, build_stage
 
@@ -65,16 +64,6 @@ def grow_from(run: RunConfig, ended: Ended) -> tuple[Stage, GrowthReport]:
     target.engine.ready(ended.adam_step if growth.keeps_step else 0)
     seconds = time.perf_counter() - begin
     return target, _report(target, growth, moved.bytes_sent, moved.bytes_local, seconds)
-
-
-def stage_growth(run: RunConfig, index: int) -> GrowthMap:
-    """The map by which stage `index` of a run comes out of the one before; checked."""
-    source, stage = run.stages[index - 1], run.stages[index]
-    if stage.growth is None:
-        raise AssertionError(f"stage {index} has no growth")
-    growth = growth_map(source.model, stage.model, stage.growth, f"{run.seed}/stage-{index}")
-    check_map(growth, parameter_plan(source.model, tp=1), parameter_plan(stage.model, tp=1))
-    return growth
 
 
 def _report(

@@ -13,6 +13,7 @@ from megagrow.config.schema import RunConfig
 from megagrow.data.batches import Batch, BatchReader, sequences_of
 from megagrow.errors import InputError
 from megagrow.parallel.topology import together
+from megagrow.train.entries import update_factors
 from megagrow.train.flops import flops_per_token
 from megagrow.train.memory import peak_memory
 from megagrow.train.metrics import StepMeasure
@@ -119,7 +120,9 @@ def _measured_step(
     begin = time.perf_counter()
     length = run.data.sequence_length
     tokens = step_tokens(stage.config, length)
-    lr = rate_at(run, stage.index, state.stage_step * tokens)
+    position = state.stage_step * tokens
+    lr = rate_at(run, stage.index, position)
+    stage.engine.set_update_factors(*update_factors(run, stage.index, position))
     masks = masks_now(run, stage, state.stage_step)
     loss, norm = train_step(stage, batches, lr, masks)
     model = stage.config.model

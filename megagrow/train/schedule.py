@@ -11,10 +11,12 @@ had been one stage. All three count the tokens that stages train on, not what a 
 
 import math
 
+from megagrow.config.growth import GrowthConfig, NewEntriesConfig
 from megagrow.config.lengths import step_tokens
 from megagrow.config.parameters import parameters
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
 from megagrow.growth.guidelines import rate_for_size
+from megagrow.growth.operators import operators_of
 from megagrow.train.stages import tokens_between
 
 WSD_DECAY = 0.1
@@ -114,3 +116,33 @@ def rate_at(run: RunConfig, stage_index: int, stage_tokens: int) -> float:
         tokens_between(run, origin, len(run.stages)),
         warmup_step=step_tokens(run.stages[origin], length),
     )
+
+
+def new_entries_of(growth: GrowthConfig) -> NewEntriesConfig | None:
+    """The schedule of new entries, if a growth gives them one: by the run file or its operator."""
+    by_operator = any(operator.rewarms for operator in operators_of(growth))
+    return growth.new_entries or (NewEntriesConfig() if by_operator else None)
+
+
+def new_entries_rate(run: RunConfig, stage_index: int, stage_tokens: int) -> float:
+    """The rate of new entries in the step that begins `stage_tokens` tokens into a grown stage.
+
+    From the rate at the growth it rises along a line to `peak` times that in `warmup_steps`, then
+    it falls along a cosine to min_lr at the end of the schedule (SPARKLING, arXiv 2602.02472,
+    section 4.2). Warm-up and decay look at a step as those of `learning_rate` do.
+    """
+    stage = run.stages[stage_index]
+    new = None if stage.growth is None else new_entries_of(stage.growth)
+    if new is None:
+        raise AssertionError(f"stage {stage_index} gives new entries no rate of their own")
+    at_growth = rate_at(run, stage_index, 0)
+    per_step = step_tokens(stage, run.data.sequence_length)
+    warmup = new.warmup_steps * per_step
+    origin = origin_stage(run, stage_index)
+    horizon = stage.schedule.horizon_tokens or tokens_between(run, origin, len(run.stages))
+    end = horizon - tokens_between(run, origin, stage_index)
+    if stage_tokens < min(warmup, end):
+        return at_growth * (1 + (new.peak - 1) * min(1.0, (stage_tokens + per_step) / warmup))
+    left = 1.0 - _decayed(ScheduleConfig(type="cosine"), stage_tokens, warmup, end)
+    low = stage_optimizer(run, stage_index).min_lr
+    return low + left * (new.peak * at_growth - low)

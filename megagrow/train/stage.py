@@ -13,6 +13,8 @@ from megagrow.parallel.settings import EngineSettings
 from megagrow.parallel.topology import Topology, destroy_topology, make_topology
 from megagrow.parallel.zero import Storage, ZeroEngine
 from megagrow.reshard.layout import Layout
+from megagrow.train.entries import fresh_masks, tells_entries_apart
+from megagrow.train.growths import stage_growth, stage_scales
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,10 @@ def build_stage(run: RunConfig, index: int, device: torch.device) -> Stage:
     parallel = config.parallel
     topology = make_topology(parallel.tensor_model_parallel_size, device)
     bf16 = uses_bf16(run, device)
-    settings = EngineSettings(config.model, parallel, config.batch, config.optimizer, bf16)
+    settings = EngineSettings(
+        *(config.model, parallel, config.batch, config.optimizer, bf16),
+        scales=stage_scales(run, index),
+    )
     engine = ZeroEngine(settings, topology)
     layout = Layout(
         engine.plan,
@@ -48,6 +53,9 @@ def build_stage(run: RunConfig, index: int, device: torch.device) -> Stage:
         parallel.tensor_model_parallel_size,
     )
     check_layout(layout, engine, topology.rank)
+    if tells_entries_apart(config.growth):
+        fresh = stage_growth(run, index).fresh
+        engine.mark_new(fresh_masks(fresh, layout, topology.rank, engine.storage()))
     return Stage(index, config, topology, engine, layout)
 
 
