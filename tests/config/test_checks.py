@@ -49,6 +49,7 @@ def run(*changes: dict, data: dict | None = None) -> RunConfig:
         ({}, {"model": {"num_hidden_layers": 3}, "growth": {"layers": [0, 1, 1]}}),
         ({}, {"model": {"num_hidden_layers": 2}}),
         ({}, {"parallel": {"tensor_model_parallel_size": 2, "zero_stage": 3}}),
+        ({"parallel": {"zero_stage": 2, "offload_optimizer": True}},),
         ({"schedule": {"type": "wsd"}},),
         ({"schedule": {"warmup_steps": 0}},),
     ],
@@ -74,6 +75,13 @@ def test_what_is_right(changes: tuple[dict, ...]) -> None:
         (
             {"model": {"num_key_value_heads": 4}},
             ["stages.0.model.num_attention_heads = 6 is not a multiple of num_key_value_heads = 4"],
+        ),
+        (
+            {"parallel": {"zero_stage": 0, "offload_optimizer": True}},
+            [
+                "stages.0.parallel.offload_optimizer needs an optimizer state that is split over "
+                "the ranks: set stages.0.parallel.zero_stage to 1, 2 or 3"
+            ],
         ),
         (
             {"parallel": {"tensor_model_parallel_size": 3}},
