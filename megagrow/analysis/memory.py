@@ -10,7 +10,7 @@ from functools import cached_property
 
 from megagrow.config.schema import StageConfig
 from megagrow.parallel.plan import parameter_plan
-from megagrow.parallel.settings import decay_groups, reduce_bucket
+from megagrow.parallel.settings import parameter_groups, reduce_bucket
 from megagrow.reshard.exchange import BUCKET_BYTES
 from megagrow.reshard.layout import Layout
 
@@ -171,7 +171,8 @@ def stage_memory(
     parallel = stage.parallel
     tp = parallel.tensor_model_parallel_size
     plan = parameter_plan(stage.model, tp)
-    groups = decay_groups(plan, stage.optimizer)
+    # The scales of an exact continuation split groups: shares differ by a few elements of padding.
+    groups = tuple(group.names for group in parameter_groups(plan, stage.optimizer, {}))
     layout = Layout(plan, groups, parallel.zero_stage, world_size // tp, tp)
     return StageMemory(stage, layout, sequence_length, bf16)
 
