@@ -18,10 +18,10 @@ def measure_second_moment(
     """Sets exp_avg_sq to the mean of g^2 over some steps' batches; all ranks together.
 
     The engine must hold its weights, and moments of zero. Each of `steps` is what `train_step`
-    takes: this rank's micro batches of one step; `masks` are those of the first step. The gradients are those that Adam is given,
-    reduced and clipped; later steps weigh more, as in Adam's own mean, whose bias is taken out
-    (v = sum of (1 - b) b^(n-k) g_k^2 over k / (1 - b^n), b = beta2). Weights and Adam's step stay
-    as they are, exp_avg is zero.
+    takes: this rank's micro batches of one step; `masks` are those of the stage's first step. The
+    gradients are those that Adam is given, reduced and clipped; later steps weigh more, as in
+    Adam's own mean, whose bias is taken out (v = sum of (1 - b) b^(n-k) g_k^2 over k / (1 - b^n),
+    b = beta2). Weights and Adam's step stay as they are, exp_avg is zero.
     """
     engine = stage.engine
     adam_step = engine.adam_step

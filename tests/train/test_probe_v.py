@@ -63,7 +63,7 @@ def measure(run: RunConfig) -> Measured:
     stage, inputs = start(run), open_inputs(run)
     stage.engine.ready(ADAM_STEP)
     before = state_of(stage)
-    measure_second_moment(stage, [batches_of(stage, inputs, step) for step in range(STEPS)])
+    measure_second_moment(stage, [batches_of(stage, inputs, step) for step in range(STEPS)], None)
     found = Measured(before, state_of(stage), stage.engine.adam_step)
     stage.release()
     return found
