@@ -39,7 +39,7 @@ def fill_new(growth: GrowthMap, layout: Layout, rank: int, storage: Storage) -> 
     no fill speaks of, is left at zero.
     """
     for name in storage:
-        fills = [fill for fill in growth.fills.get(name, ()) if np.any(fill.std) or fill.constant]
+        fills = [fill for fill in growth.fills.get(name, ()) if not fill.is_zero]
         if fills:
             draw = partial(_total, [_Drawing(fill, layout.plan[name]) for fill in fills])
             _write(layout, rank, storage, name, draw)
