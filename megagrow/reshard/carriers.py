@@ -102,6 +102,11 @@ class SharedMemory:
         return self._memory[rank][self._table_bytes :].view(torch.float32)
 
 
+def group_device() -> torch.device:
+    """Where tensors have to be that the process group sends."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
 def on_one_host() -> bool:
     """Whether all ranks compute on CPUs of one machine and see each other's processes."""
     here = None

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from megagrow.growth.map import GrowthMap
 from megagrow.parallel.zero import Storage
-from megagrow.reshard.carriers import Carrier, Network, SharedMemory, on_one_host
+from megagrow.reshard.carriers import (
+    Carrier,
+    Network,
+    SharedMemory,
+    group_device,
+    on_one_host,
+)
 from megagrow.reshard.layout import Layout
 from megagrow.reshard.move import collect, deliver, move_within
 from megagrow.reshard.parcels import Parcel, Piece, RankPlan, plan_rank, rounds
@@ -61,7 +67,7 @@ def exchange(
     largest = max((sum(_sizes(boxes)) for boxes in send), default=0)
     count = _highest(max(len(send), len(receive)))
     if count > 0:
-        carrier = SharedMemory(largest) if shared else Network(_device())
+        carrier = SharedMemory(largest) if shared else Network(group_device())
         nothing: _Round = ((),) * dist.get_world_size()
         for index in range(count):
             to_send = send[index] if index < len(send) else nothing
@@ -78,7 +84,7 @@ def _limits(plan: RankPlan, elements: int) -> tuple[list[int], list[int]]:
     Both ends of a pair cut their common parcels by the same limit, into the same rounds: each has
     `elements` for all those that it sends to, and as many for those that it receives from.
     """
-    counts = torch.tensor([len(plan.outgoing), len(plan.incoming)], device=_device())
+    counts = torch.tensor([len(plan.outgoing), len(plan.incoming)], device=group_device())
     everyone = [torch.empty_like(counts) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, counts)
     senders, receivers = (max(1, count) for count in counts.tolist())
@@ -116,10 +122,6 @@ def _parts(pieces: Sequence[Piece], box: Tensor) -> Iterator[tuple[Piece, Tensor
 
 
 def _highest(value: int) -> int:
-    tensor = torch.tensor([value], device=_device())
+    tensor = torch.tensor([value], device=group_device())
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

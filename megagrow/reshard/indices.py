@@ -94,4 +94,6 @@ def common(a: Indices, b: Indices) -> Indices:
 def without(a: Indices, b: Indices) -> Indices:
     """What of an ascending list is not in another one."""
     shared = select(a, b)[1]
-    return compact(np.delete(as_array(a), as_array(shared))) if len(shared) else a
+    if len(shared) in (0, len(a)):
+        return range(0) if len(shared) else a
+    return compact(np.delete(as_array(a), as_array(shared)))

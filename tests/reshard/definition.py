@@ -129,7 +129,7 @@ def mixed(state: State, term: Dense, kind: str) -> Tensor:
     )
     if term.gain is not None:
         gain = state[term.gain]["fp32"].double().T
-        total = total * (gain**2 if kind == "exp_avg_sq" else gain)
+        total = torch.where(gain == 0, 0.0, total * gain**term.gain_power)
     if term.left is not None:
         total = torch.from_numpy(term.left) @ total
     return total if term.right is None else total @ torch.from_numpy(term.right).T
