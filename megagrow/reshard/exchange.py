@@ -1,7 +1,8 @@
 """The live reshard: every rank sends what it has and receives what it needs, bucket by bucket."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -9,24 +10,22 @@ from torch import Tensor
 
 from megagrow.growth.map import GrowthMap
 from megagrow.parallel.zero import Storage
+from megagrow.reshard.carriers import (
+    Carrier,
+    Network,
+    SharedMemory,
+    group_device,
+    on_one_host,
+)
 from megagrow.reshard.layout import Layout
-from megagrow.reshard.move import read_rows, write_rows
-from megagrow.reshard.plan import Copy, copies_to
+from megagrow.reshard.move import collect, deliver, move_within
+from megagrow.reshard.parcels import Parcel, Piece, RankPlan, plan_rank, rounds
+
+_Round = tuple[Sequence[Piece], ...]
+"""The pieces that go to each rank, or come from it."""
 
 BUCKET_BYTES = 64 * 2**20
 """What one rank may hold in flight, sent and received together."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some rows of one copy: the unit that is sent."""
-
-    copy: Copy
-    rows: range
-
-    @property
-    def numel(self) -> int:
-        return len(self.rows) * self.copy.shape[1]
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Moved:
 
     bytes_sent: int
     bytes_local: int
+    """What this rank's target took from this rank's source."""
     rounds: int
 
 
@@ -54,104 +54,74 @@ def exchange(
 ) -> Moved:
     """Fills this rank's target storage from all ranks' source storage, on all ranks together.
 
-    No rank holds more than its source, its target and one bucket at any time.
+    No rank holds more than its source, its target and one bucket at any time, and no element is
+    sent to a rank that has it, or twice. Dense terms are left out (see `dense.py`).
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    incoming: list[list[Copy]] = [[] for _ in range(world)]
-    for copy in _copies(rank, source, growth, target):
-        incoming[copy.source_rank].append(copy)
-    outgoing = [
-        [c for c in _copies(peer, source, growth, target) if c.source_rank == rank]
-        if peer != rank
-        else []
-        for peer in range(world)
-    ]
-    local = _copy_locally(incoming[rank], source, target)
-    incoming[rank] = []
-    # Both ends of a pair cut their common list of copies by the same rule, into the same rounds.
-    limit = max(1, bucket_bytes // 4 // 2 // max(1, world - 1))
-    send = [list(_rounds(copies, limit)) for copies in outgoing]
-    receive = [list(_rounds(copies, limit)) for copies in incoming]
-    rounds = _highest(max(map(len, send + receive)))
-    sent = 0
-    for index in range(rounds):
-        to_send = [pieces[index] if index < len(pieces) else [] for pieces in send]
-        to_receive = [pieces[index] if index < len(pieces) else [] for pieces in receive]
-        sent += _one_round(to_send, to_receive, source, target)
-    return Moved(bytes_sent=4 * sent, bytes_local=4 * local, rounds=rounds)
+    plan = plan_rank(dist.get_rank(), source.layout, growth, target.layout)
+    for copy in plan.local:
+        move_within(copy, source.layout, source.storage, target.layout, target.storage)
+    shared = on_one_host()
+    buffers = SharedMemory.buffers if shared else Network.buffers
+    to_peer, from_peer = _limits(plan, bucket_bytes // 4 // 2 // buffers)
+    send, receive = _rounds(plan.outgoing, to_peer), _rounds(plan.incoming, from_peer)
+    largest = max((sum(_sizes(boxes)) for boxes in send), default=0)
+    count = _highest(max(len(send), len(receive)))
+    if count > 0:
+        carrier = SharedMemory(largest) if shared else Network(group_device())
+        nothing: _Round = ((),) * dist.get_world_size()
+        for index in range(count):
+            to_send = send[index] if index < len(send) else nothing
+            to_receive = receive[index] if index < len(receive) else nothing
+            _one_round(carrier, to_send, to_receive, source, target)
+    sent = sum(sum(_sizes(boxes)) for boxes in send)
+    local = sum(copy.shape[0] * copy.shape[1] for copy in plan.local)
+    return Moved(bytes_sent=4 * sent, bytes_local=4 * local, rounds=count)
 
 
-def _copies(rank: int, source: Side, growth: GrowthMap, target: Side) -> Iterator[Copy]:
-    for kind in growth.kinds:
-        yield from copies_to(rank, source.layout, growth, target.layout, kind)
+def _limits(plan: RankPlan, elements: int) -> tuple[list[int], list[int]]:
+    """How many elements go to each peer, and come from each, in a round at most.
 
-
-def _copy_locally(copies: list[Copy], source: Side, target: Side) -> int:
-    moved = 0
-    for pieces in _rounds(copies, BUCKET_BYTES // 4 // 2):
-        for piece in pieces:
-            at = (piece.copy, piece.rows)
-            write_rows(
-                *at, read_rows(*at, source.layout, source.storage), target.layout, target.storage
-            )
-            moved += piece.numel
-    return moved
-
-
-def _rounds(copies: list[Copy], limit: int) -> Iterator[list[Piece]]:
-    """Cuts the copies of one pair of ranks into rounds of at most `limit` elements.
-
-    A row is never cut; a single row longer than the limit makes a round of its own.
+    Both ends of a pair cut their common parcels by the same limit, into the same rounds: each has
+    `elements` for all those that it sends to, and as many for those that it receives from.
     """
-    pieces: list[Piece] = []
-    free = limit
-    for copy in copies:
-        rows, cols = copy.shape
-        done = 0
-        while done < rows:
-            fitting = min(rows - done, free // cols)
-            if fitting <= 0 and pieces:  # below 0 after a row longer than the limit
-                yield pieces
-                pieces, free = [], limit
-                continue
-            fitting = max(1, fitting)
-            pieces.append(Piece(copy, range(done, done + fitting)))
-            free -= fitting * cols
-            done += fitting
-    if pieces:
-        yield pieces
+    counts = torch.tensor([len(plan.outgoing), len(plan.incoming)], device=group_device())
+    everyone = [torch.empty_like(counts) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, counts)
+    senders, receivers = (max(1, count) for count in counts.tolist())
+    others = [(max(1, sends), max(1, receives)) for sends, receives in map(Tensor.tolist, everyone)]
+    to_peer = [max(1, elements // max(senders, receives)) for _, receives in others]
+    from_peer = [max(1, elements // max(receivers, sends)) for sends, _ in others]
+    return to_peer, from_peer
 
 
-def _one_round(
-    send: list[list[Piece]], receive: list[list[Piece]], source: Side, target: Side
-) -> int:
-    device = _device()
-    send_sizes = [sum(piece.numel for piece in pieces) for pieces in send]
-    receive_sizes = [sum(piece.numel for piece in pieces) for pieces in receive]
-    outbox = torch.empty(sum(send_sizes), device=device)
-    inbox = torch.empty(sum(receive_sizes), device=device)
-    for piece, part in _parts(send, outbox):
-        part.copy_(read_rows(piece.copy, piece.rows, source.layout, source.storage))
-    dist.all_to_all_single(inbox, outbox, receive_sizes, send_sizes)
-    for piece, part in _parts(receive, inbox):
-        write_rows(piece.copy, piece.rows, part, target.layout, target.storage)
-    return outbox.numel()
+def _rounds(parcels: dict[int, list[Parcel]], limits: list[int]) -> list[_Round]:
+    """Round by round the pieces that go to each peer, or come from it."""
+    by_peer = [rounds(parcels.get(peer, ()), limit) for peer, limit in enumerate(limits)]
+    return list(zip_longest(*by_peer, fillvalue=()))
 
 
-def _parts(boxes: list[list[Piece]], buffer: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+def _one_round(carrier: Carrier, send: _Round, receive: _Round, source: Side, target: Side) -> None:
+    for pieces, box in zip(send, carrier.boxes(_sizes(send)), strict=True):
+        for piece, part in _parts(pieces, box):
+            collect(piece, part, source.layout, source.storage)
+    for pieces, box in zip(receive, carrier.carry(_sizes(receive)), strict=True):
+        for piece, part in _parts(pieces, box):
+            for use in piece.uses():
+                deliver(use, part, target.layout, target.storage)
+
+
+def _sizes(boxes: _Round) -> list[int]:
+    return [sum(piece.numel for piece in pieces) for pieces in boxes]
+
+
+def _parts(pieces: Sequence[Piece], box: Tensor) -> Iterator[tuple[Piece, Tensor]]:
     offset = 0
-    for pieces in boxes:
-        for piece in pieces:
-            part = buffer.narrow(0, offset, piece.numel)
-            yield piece, part.view(len(piece.rows), piece.copy.shape[1])
-            offset += piece.numel
+    for piece in pieces:
+        yield piece, box.narrow(0, offset, piece.numel).view(piece.shape)
+        offset += piece.numel
 
 
 def _highest(value: int) -> int:
-    tensor = torch.tensor([value], device=_device())
+    tensor = torch.tensor([value], device=group_device())
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

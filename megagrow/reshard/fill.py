@@ -1,21 +1,113 @@
-"""Fills an empty engine with initial weights, each rank drawing only what it holds."""
+"""Writes numbers that come from no source, each rank drawing only the rows that it holds.
 
-from megagrow.parallel.initialize import initial_rows
+Every number depends on its stream and its place in the logical tensor alone, so that all layouts
+hold the same bits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megagrow.growth.map import Fill, GrowthMap
+from megagrow.parallel.initialize import initial_rows, normal
+from megagrow.parallel.plan import ParamSpec
 from megagrow.parallel.zero import Storage
+from megagrow.reshard.indices import overlap
 from megagrow.reshard.layout import Block, Layout
-from megagrow.reshard.move import block_view
+from megagrow.reshard.move import ELEMENTS_AT_ONCE, block_view
 
-_ELEMENTS_AT_ONCE = 2**22
+_PROJECTED_ROWS = 64
+"""Rows that are projected together. A matrix product may round a row differently beside other
+rows, so rows keep the same company on every rank: that of their multiple of this number."""
 
 
 def fill_initial(layout: Layout, rank: int, storage: Storage, seed: int) -> None:
     """Writes the initial fp32 weights; moments are left at zero, and so is padding."""
-    for name, kinds in storage.items():
-        spec = layout.plan[name]
-        rows_at_once = max(1, _ELEMENTS_AT_ONCE // spec.cols)
-        for block in layout.blocks(name, rank):
-            for first in range(block.rows.start, block.rows.stop, rows_at_once):
-                part = Block(range(first, min(first + rows_at_once, block.rows.stop)), block.cols)
-                values = initial_rows(spec, seed, part.rows)[:, part.cols.start : part.cols.stop]
-                place = layout.local(name, rank, part)
-                block_view(kinds["fp32"], part, *place).copy_(values)
+    for name in storage:
+        draw = partial(initial_rows, layout.plan[name], seed)
+        _write(layout, rank, storage, name, draw)
+
+
+def fill_new(growth: GrowthMap, layout: Layout, rank: int, storage: Storage) -> None:
+    """Writes the fills of a growth map into the fp32 weights of an empty engine.
+
+    To be called before the exchange, whose copies are added to what is filled. Padding, and what
+    no fill speaks of, is left at zero.
+    """
+    for name in storage:
+        fills = [fill for fill in growth.fills.get(name, ()) if not fill.is_zero]
+        if fills:
+            draw = partial(_total, [_Drawing(fill, layout.plan[name]) for fill in fills])
+            _write(layout, rank, storage, name, draw)
+
+
+def _total(drawings: "list[_Drawing]", rows: range) -> Tensor:
+    return torch.stack([drawing.rows(rows) for drawing in drawings]).sum(0)
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """A fill of one parameter."""
+
+    fill: Fill
+    spec: ParamSpec
+
+    def rows(self, rows: range) -> Tensor:
+        """Some rows of the fill: (len(rows), cols) fp64."""
+        new = _mask(self.fill.new_rows, self.spec.rows)[rows.start : rows.stop]
+        values = torch.zeros(len(rows), self.spec.cols, dtype=torch.float64)
+        if np.any(self.fill.std):
+            std = torch.tensor(self.fill.std, dtype=torch.float64)
+            across = _mask(self.fill.new_cols, self.spec.cols)
+            values = self._normals(rows).mul_(std[new[:, None], across])
+        return values.add_(self.fill.constant * new[:, None])
+
+    def _normals(self, rows: range) -> Tensor:
+        if self.fill.basis is None:
+            return self._centred(rows)
+        begin = rows.start - rows.start % _PROJECTED_ROWS
+        found = []
+        for first in range(begin, rows.stop, _PROJECTED_ROWS):
+            together = range(first, min(first + _PROJECTED_ROWS, self.spec.rows))
+            values = self._centred(together)
+            basis = torch.from_numpy(self.fill.basis)
+            values -= values @ basis @ basis.T
+            mine = overlap(together, rows)
+            found.append(values[mine.start - first : mine.stop - first])
+        return torch.cat(found)
+
+    def _centred(self, rows: range) -> Tensor:
+        cols = self.spec.cols
+        values = normal(self.fill.stream, rows.start * cols, len(rows) * cols)
+        values = values.view(-1, cols).double()
+        if self.fill.centre is None:
+            return values
+        _, labels, counts = np.unique(self.fill.centre, return_inverse=True, return_counts=True)
+        groups = torch.from_numpy(labels)
+        means = torch.zeros(len(rows), len(counts), dtype=torch.float64)
+        means.index_add_(1, groups, values).div_(torch.from_numpy(counts))
+        return values.sub_(means[:, groups])
+
+
+def _mask(mask: np.ndarray | None, size: int) -> Tensor:
+    """A mask as indices, 0 for old and 1 for new: (size,) int64."""
+    if mask is None:
+        return torch.zeros(size, dtype=torch.int64)
+    return torch.from_numpy(mask).long()
+
+
+def _write(
+    layout: Layout, rank: int, storage: Storage, name: str, draw: Callable[[range], Tensor]
+) -> None:
+    """Writes what `draw` gives for the rows that a rank holds of a parameter, piece by piece."""
+    rows_at_once = max(1, ELEMENTS_AT_ONCE // layout.plan[name].cols)
+    for block in layout.blocks(name, rank):
+        for first in range(block.rows.start, block.rows.stop, rows_at_once):
+            part = Block(range(first, min(first + rows_at_once, block.rows.stop)), block.cols)
+            values = draw(part.rows)[:, part.cols.start : part.cols.stop]
+            place = layout.local(name, rank, part)
+            block_view(storage[name]["fp32"], part, *place).copy_(values)

@@ -5,12 +5,16 @@ An interval of a matrix stored by rows is at most three blocks (the end of a row
 beginning of a row), so everything that follows is about rectangles.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+
+from megagrow.growth.map import Indices
 from megagrow.parallel.plan import ParamSpec, pad
+from megagrow.reshard.indices import bounds, overlap, pick, select, shift
 
 
 class Block(NamedTuple):
@@ -23,19 +27,12 @@ class Block(NamedTuple):
         """The same rectangle seen from another origin."""
         return Block(shift(self.rows, rows), shift(self.cols, cols))
 
+    def within(self, other: "Block") -> "Block":
+        """What two rectangles share; false where they do not meet."""
+        return Block(overlap(self.rows, other.rows), overlap(self.cols, other.cols))
+
     def __bool__(self) -> bool:
         return bool(self.rows) and bool(self.cols)
-
-
-def shift(span: range, by: int) -> range:
-    """A range moved by a distance."""
-    return range(span.start + by, span.stop + by)
-
-
-def overlap(a: range, b: range) -> range:
-    """What two ranges share; empty where they do not meet."""
-    start = max(a.start, b.start)
-    return range(start, max(start, min(a.stop, b.stop)))
 
 
 def blocks_of(interval: range, cols: int) -> Iterator[Block]:
@@ -72,9 +69,7 @@ class Layout:
         numel = self.plan[name].slice_numel(self.tp)
         if self.zero_stage == 0:
             return range(numel)
-        offset, share = 0, -(-numel // self.dp)
-        if self.zero_stage < 3:
-            offset, share = self._flat[name]
+        offset, share = self._placed(name)
         mine = range(dp_rank * share - offset, (dp_rank + 1) * share - offset)
         return overlap(range(numel), mine)
 
@@ -92,44 +87,74 @@ class Layout:
         first = (block.rows.start - row) * cols + block.cols.start - col
         return first - self.interval(name, rank // self.tp).start, cols
 
+    def parts(self, name: str, rank: int, wanted: Block) -> Iterator[Block]:
+        """The rectangles of a logical block that a rank holds, in the order of its storage."""
+        for block in self.blocks(name, rank):
+            part = block.within(wanted)
+            if part:
+                yield part
+
     def holders(self, name: str, wanted: Block, near: int) -> Iterator[tuple[int, Block]]:
         """Which ranks hold a logical block, and which part each: disjoint parts that cover it.
 
         Where several ranks hold the same numbers, `near` gets them from itself if it can, else
-        from a replica chosen so that the load is spread.
+        from a replica chosen so that the load is spread: from ranks that serve it.
         """
-        tp_ranks = range(self.tp)
-        if self.plan[name].tp_dim is None:
-            tp_ranks = range(near % self.tp, near % self.tp + 1)
-        for tp_rank in tp_ranks:
-            origin = self._origin(name, tp_rank)
-            inside = Block(
-                *(overlap(a, b) for a, b in zip(wanted, self._slice(name, tp_rank), strict=True))
-            )
-            if not inside:
-                continue
-            local = inside.shifted(-origin[0], -origin[1])
-            for dp_rank in self._dp_holders(name, local, near // self.tp):
-                for held in blocks_of(self.interval(name, dp_rank), self._slice_cols(name)):
-                    part = Block(*(overlap(a, b) for a, b in zip(local, held, strict=True)))
-                    if part:
-                        yield dp_rank * self.tp + tp_rank, part.shifted(*origin)
+        for tp_rank in range(self.tp):
+            for dp_rank in self._dp_ranks(name, tp_rank, wanted.rows, wanted.cols):
+                rank = dp_rank * self.tp + tp_rank
+                if self.serves(name, rank, near):
+                    yield from ((rank, part) for part in self.parts(name, rank, wanted))
+
+    def serves(self, name: str, rank: int, near: int) -> bool:
+        """Whether `near` gets what it needs of a parameter from `rank`, if that holds it, and not
+        from another rank that holds the same."""
+        if self.plan[name].tp_dim is None and rank % self.tp != near % self.tp:
+            return False
+        return self.zero_stage > 0 or rank // self.tp == near // self.tp % self.dp
+
+    def touched(self, name: str, rows: Indices, cols: Indices) -> list[int]:
+        """All ranks that hold something of these rows and columns, replicas included.
+
+        With scattered columns also ranks that hold something between them.
+        """
+        return [
+            dp_rank * self.tp + tp_rank
+            for tp_rank in range(self.tp)
+            for dp_rank in self._dp_ranks(name, tp_rank, rows, bounds(cols))
+        ]
 
     def writes(self, name: str, rank: int) -> bool:
         """Whether `rank` is the one that saves what it holds, where several hold the same."""
         first_dp = self.zero_stage > 0 or rank < self.tp
         return first_dp and (self.plan[name].tp_dim is not None or rank % self.tp == 0)
 
-    def _dp_holders(self, name: str, local: Block, near_dp: int) -> range:
+    def _dp_ranks(self, name: str, tp_rank: int, rows: Indices, cols: range) -> Iterable[int]:
+        """Which data-parallel ranks hold something of these rows and columns of a slice."""
+        mine = self._slice(name, tp_rank)
+        rows, cols = pick(rows, select(rows, mine.rows)[1]), overlap(cols, mine.cols)
+        if not len(rows) or not cols:
+            return range(0)
         if self.zero_stage == 0:
-            return range(near_dp % self.dp, near_dp % self.dp + 1)
-        cols = self._slice_cols(name)
-        first = local.rows.start * cols + local.cols.start
-        last = (local.rows.stop - 1) * cols + local.cols.stop - 1
-        offset, share = 0, -(-self.plan[name].slice_numel(self.tp) // self.dp)
+            return range(self.dp)
+        top, left = self.plan[name].slice_origin(self.tp, tp_rank)
+        width = self._slice_cols(name)
+        offset, share = self._placed(name)
+        ends = (cols.start - left, cols.stop - 1 - left)
+        if isinstance(rows, range):
+            first, last = rows.start - top, rows.stop - 1 - top
+            begin, end = offset + first * width + ends[0], offset + last * width + ends[1]
+            return range(begin // share, end // share + 1)
+        begins, lasts = ((offset + (rows - top) * width + col) // share for col in ends)
+        changes = np.bincount(begins, minlength=self.dp + 1)
+        changes -= np.bincount(lasts + 1, minlength=self.dp + 1)
+        return np.flatnonzero(np.cumsum(changes)).tolist()
+
+    def _placed(self, name: str) -> tuple[int, int]:
+        """For ZeRO 1, 2 and 3: where a slice begins in what is cut, and a rank's share of that."""
         if self.zero_stage < 3:
-            offset, share = self._flat[name]
-        return range((offset + first) // share, (offset + last) // share + 1)
+            return self._flat[name]
+        return 0, -(-self.plan[name].slice_numel(self.tp) // self.dp)
 
     def _slice_cols(self, name: str) -> int:
         return self.plan[name].slice_shape(self.tp)[1]

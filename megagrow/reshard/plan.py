@@ -1,20 +1,19 @@
 """The plan of a reshard: which block of which rank becomes which block of which rank.
 
 source layout, growth map and target layout are composed into copies of blocks. The number of
-copies grows with the number of blocks, not of elements.
+copies grows with the number of blocks, not of elements, and a rank plans what it receives and what
+it sends, and nothing of what goes on between others.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-from torch import Tensor
-
 from megagrow.growth.map import Axis, Gather, GrowthMap, Indices, Kind
-from megagrow.reshard.layout import Block, Layout, overlap, shift
+from megagrow.reshard.indices import bounds, pick, select
+from megagrow.reshard.layout import Block, Layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Copy:
     """Source elements (rows x cols) of one rank become target elements of another.
 
@@ -55,60 +54,79 @@ def copies_to(
     Of replicated numbers the copy at or near rank `near` is read, by default at `rank` itself.
     """
     near = rank if near is None else near
+    for name, term, adds in gathers(growth, target, kind):
+        for block in target.blocks(name, rank):
+            rows, cols = term.rows.source(block.rows), term.cols.source(block.cols)
+            wanted = Block(bounds(rows), bounds(cols))
+            if wanted:
+                for holder, held in source.holders(term.source, wanted, near):
+                    yield from _copy(
+                        (name, kind, term, adds, holder, rank), held, block, rows, cols
+                    )
+
+
+def copies_from(
+    rank: int, source: Layout, growth: GrowthMap, target: Layout, kind: Kind
+) -> Iterator[Copy]:
+    """Every copy of one kind of state that reads what `rank` holds in the source layout.
+
+    For each target rank the same copies as `copies_to` of that rank has from `rank`, in the same
+    order. The cost is that of the copies and of the ranks that hold something of their targets.
+    """
+    for name, term, adds in gathers(growth, target, kind):
+        held = list(source.blocks(term.source, rank))
+        for reader in _readers(rank, source, term, target, name, held):
+            for block in target.blocks(name, reader):
+                rows, cols = term.rows.source(block.rows), term.cols.source(block.cols)
+                wanted = Block(bounds(rows), bounds(cols))
+                for part in (mine.within(wanted) for mine in held):
+                    if part:
+                        yield from _copy(
+                            (name, kind, term, adds, rank, reader), part, block, rows, cols
+                        )
+
+
+def gathers(growth: GrowthMap, target: Layout, kind: Kind) -> Iterator[tuple[str, Gather, bool]]:
+    """Each gather with its target parameter, and whether it adds to what is there."""
     for name in target.plan:
         adds = kind == "fp32" and growth.adds(name)
         for term in growth.terms(name, kind):
             if isinstance(term, Gather):
-                for block in target.blocks(name, rank):
-                    yield from _copies_of(name, kind, term, adds, rank, block, source, near)
+                yield name, term, adds
 
 
-def _copies_of(
-    name: str,
-    kind: Kind,
-    term: Gather,
-    adds: bool,
-    rank: int,
+def _readers(
+    rank: int, source: Layout, term: Gather, target: Layout, name: str, held: list[Block]
+) -> list[int]:
+    """The target ranks that may need something of the blocks that a source rank holds."""
+    spec = target.plan[name]
+    found: set[int] = set()
+    for block in held:
+        rows = _reading(term.rows, spec.rows, block.rows)
+        cols = _reading(term.cols, spec.cols, block.cols)
+        if len(rows) and len(cols):
+            found.update(target.touched(name, rows, cols))
+    return sorted(reader for reader in found if source.serves(term.source, rank, reader))
+
+
+def _reading(axis: Axis, size: int, held: range) -> Indices:
+    """The target positions whose source position is held."""
+    return select(axis.source(range(size)), held)[1]
+
+
+def _copy(
+    head: tuple[str, Kind, Gather, bool, int, int],
+    held: Block,
     block: Block,
-    source: Layout,
-    near: int,
+    rows: Indices,
+    cols: Indices,
 ) -> Iterator[Copy]:
-    """The copies that fill one block of the target."""
-    rows, cols = term.rows.source(block.rows), term.cols.source(block.cols)
-    wanted = Block(_span(rows), _span(cols))
-    if not wanted:
-        return
-    for holder, held in source.holders(term.source, wanted, near):
-        take_rows, to_rows = _select(rows, block.rows, held.rows)
-        take_cols, to_cols = _select(cols, block.cols, held.cols)
-        if len(to_rows) and len(to_cols):
-            yield Copy(
-                *(name, kind, term, adds, holder, rank, held),
-                *(take_rows, take_cols, to_rows, to_cols),
-            )
+    """The copy of what a source rank's block gives to a target block, if it gives anything.
 
-
-def _span(positions: Indices) -> range:
-    """The smallest range around the positions; -1 is none."""
-    if isinstance(positions, range):
-        return positions
-    real = positions[positions >= 0]
-    return range(int(real.min()), int(real.max()) + 1) if len(real) else range(0)
-
-
-def _select(wanted: Indices, target: range, held: range) -> tuple[Indices, Indices]:
-    """Of the wanted source positions those that are held: (counted from held, target position)."""
-    if isinstance(wanted, range):
-        found = overlap(wanted, held)
-        return shift(found, -held.start), shift(found, target.start - wanted.start)
-    where = np.flatnonzero((wanted >= held.start) & (wanted < held.stop))
-    return wanted[where] - held.start, where + target.start
-
-
-def scaled(values: Tensor, rows: Axis, cols: Axis, at_rows: Indices, at_cols: Indices) -> Tensor:
-    """Values of these target rows and columns times the scales of both axes, in their own type."""
-    for axis, positions, shape in ((rows, at_rows, (-1, 1)), (cols, at_cols, (1, -1))):
-        if axis.scale is not None:
-            factors = values.new_tensor(axis.scale[np.asarray(positions)])
-            values = values * factors.view(shape)
-    return values
+    `rows` and `cols` are the source positions of the target block's rows and columns.
+    """
+    take_rows, row_places = select(rows, held.rows)
+    take_cols, col_places = select(cols, held.cols)
+    if len(take_rows) and len(take_cols):
+        to_rows, to_cols = pick(block.rows, row_places), pick(block.cols, col_places)
+        yield Copy(*head, held, take_rows, take_cols, to_rows, to_cols)

@@ -6,11 +6,13 @@ nothing by it but the names of the layout's fields.
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megagrow.growth.map import Axis, GrowthMap
+from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap
+from megagrow.parallel.initialize import normal
 from megagrow.parallel.plan import ParamSpec
 from megagrow.parallel.zero import STATE_KINDS, Storage
 from megagrow.reshard.layout import Layout
@@ -69,9 +71,10 @@ def storage_of(layout: Layout, state: State, rank: int) -> Storage:
     }
 
 
-def empty_storage(layout: Layout, rank: int) -> Storage:
-    """A rank's part before anything is written: NaN, but zero where the vocabulary is padded."""
-    nothing = {name: torch.full((s.rows, s.cols), torch.nan) for name, s in layout.plan.items()}
+def empty_storage(layout: Layout, rank: int, value: float = torch.nan) -> Storage:
+    """A rank's part before anything is written: NaN (or another value), but zero where the
+    vocabulary is padded."""
+    nothing = {name: torch.full((s.rows, s.cols), value) for name, s in layout.plan.items()}
     return storage_of(
         layout, {name: dict.fromkeys(STATE_KINDS, t) for name, t in nothing.items()}, rank
     )
@@ -86,26 +89,69 @@ def same(one: Storage, other: Storage) -> bool:
     )
 
 
-def grown(state: State, growth: GrowthMap) -> State:
-    """A growth map applied to whole tensors, by indexing."""
-    out = {}
-    for name, term in growth.terms.items():
-        source = state[term.source]
-        out[name] = {}
-        for kind in STATE_KINDS:
-            tensor = _lifted(source[kind], term.rows, kind)
-            out[name][kind] = _lifted(tensor.T, term.cols, kind).T.contiguous()
-    return out
+def grown(state: State, growth: GrowthMap, plan: dict[str, ParamSpec]) -> State:
+    """A growth map applied to whole tensors: fills by their definition, gathers by indexing, and
+    dense terms by products in fp64."""
+    return {
+        name: {kind: _made(state, growth, spec, kind) for kind in STATE_KINDS}
+        for name, spec in plan.items()
+    }
 
 
-def _lifted(tensor: Tensor, axis: Axis, kind: str) -> Tensor:
+def _made(state: State, growth: GrowthMap, spec: ParamSpec, kind: str) -> Tensor:
+    total = torch.zeros(spec.rows, spec.cols)
+    fills = growth.fills.get(spec.name, ()) if kind == "fp32" else ()
+    if fills:
+        total = sum(filled(fill, spec.rows, spec.cols) for fill in fills).float()
+    for term in growth.terms(spec.name, kind):
+        if isinstance(term, Gather):
+            made = _lifted(_lifted(state[term.source][kind], term.rows).T, term.cols).T
+        else:
+            made = mixed(state, term, kind).float()
+        total = total + made
+    return total.contiguous()
+
+
+def _lifted(tensor: Tensor, axis: Axis) -> Tensor:
     if axis.index is not None:
-        tensor = tensor[torch.from_numpy(axis.index)]
-    scale = axis.scale if kind == "fp32" else axis.moment_scale
-    if scale is None:
+        index = torch.from_numpy(axis.index)
+        tensor = tensor[index] * (index >= 0)[:, None]
+    if axis.scale is None:
         return tensor
-    factors = torch.from_numpy(scale)[:, None]
-    return tensor * (factors * factors if kind == "exp_avg_sq" else factors)
+    return tensor * torch.from_numpy(axis.scale).float()[:, None]
+
+
+def mixed(state: State, term: Dense, kind: str) -> Tensor:
+    """A dense term of whole tensors: (target rows, target cols) fp64."""
+    total = sum(
+        alpha * state[name][kind].double()
+        for alpha, name in zip(term.alphas, term.sources, strict=True)
+    )
+    if term.gain is not None:
+        gain = state[term.gain]["fp32"].double().T
+        total = torch.where(gain == 0, 0.0, total * gain**term.gain_power)
+    if term.left is not None:
+        total = torch.from_numpy(term.left) @ total
+    return total if term.right is None else total @ torch.from_numpy(term.right).T
+
+
+def filled(fill: Fill, rows: int, cols: int) -> Tensor:
+    """A fill, element by element: (rows, cols) fp64."""
+    values = normal(fill.stream, 0, rows * cols).view(rows, cols).double()
+    if fill.centre is not None:
+        for label in set(fill.centre.tolist()):
+            same = torch.from_numpy(fill.centre == label)
+            values[:, same] -= values[:, same].mean(1, keepdim=True)
+    if fill.basis is not None:
+        basis = torch.from_numpy(fill.basis)
+        values -= values @ (basis @ basis.T)
+    new_rows = np.zeros(rows, bool) if fill.new_rows is None else fill.new_rows
+    new_cols = np.zeros(cols, bool) if fill.new_cols is None else fill.new_cols
+    for i, row in enumerate(new_rows.tolist()):
+        for j, col in enumerate(new_cols.tolist()):
+            values[i, j] *= fill.std[row][col]
+            values[i, j] += fill.constant * row
+    return values
 
 
 def _slice(spec: ParamSpec, tensor: Tensor, tp: int, tp_rank: int, fill: float) -> Tensor:

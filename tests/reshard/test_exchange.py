@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from megagrow.growth.map import GrowthMap, identity_map
 from megagrow.growth.operators import growth_map
 from megagrow.parallel.plan import parameter_plan
 from megagrow.parallel.zero import STATE_KINDS
+from megagrow.reshard import carriers
+from megagrow.reshard import exchange as exchange_module
+from megagrow.reshard.carriers import Carrier
 from megagrow.reshard.exchange import BUCKET_BYTES, Moved, Side, exchange
 from megagrow.reshard.layout import Layout
 from tests.hugging_face import tiny
@@ -41,8 +45,9 @@ GRIDS = {
 }
 """(ZeRO stage, DP, TP) before and after."""
 
-BUCKETS = (BUCKET_BYTES, 16 * 1024, 256)
-"""The default takes one round, the last holds less than a row for each peer."""
+SETTINGS = ((BUCKET_BYTES, True), (BUCKET_BYTES, False), (16 * 1024, False), (256, True))
+"""Bucket sizes, and whether the network is used or shared memory. The default size takes one round,
+the last holds less than a row for each peer."""
 
 
 @dataclass(frozen=True)
@@ -80,32 +85,54 @@ def map_to(model: ModelConfig) -> GrowthMap:
     return growth_map(MODEL, model, GrowthConfig())
 
 
-def measured(case: Case, bucket_bytes: int) -> Run:
+class Weighed:
+    """A carrier that notes how many bytes are in the boxes of each round."""
+
+    def __init__(self, carrier: Carrier, in_flight: list[int]) -> None:
+        self.carrier, self.in_flight = carrier, in_flight
+
+    def boxes(self, sizes: list[int]) -> list[torch.Tensor]:
+        self.in_flight.append(4 * sum(sizes))
+        return self.carrier.boxes(sizes)
+
+    def carry(self, sizes: list[int]) -> list[torch.Tensor]:
+        self.in_flight[-1] += 4 * sum(sizes)
+        return self.carrier.carry(sizes)
+
+
+def measured(case: Case, bucket_bytes: int, network: bool) -> Run:
     rank = dist.get_rank()
     state = random_state(case.source.plan)
     mine = empty_storage(case.target, rank)
-    in_flight, send = [], dist.all_to_all_single
-
-    def all_to_all_single(output: torch.Tensor, input: torch.Tensor, *sizes: list[int]) -> None:
-        in_flight.append((output.nbytes, input.nbytes))
-        send(output, input, *sizes)
-
+    in_flight: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_to_all_single", all_to_all_single)
+        if network:
+            patch.setattr(exchange_module, "on_one_host", lambda: False)
+        for name in ("Network", "SharedMemory"):
+            patch.setattr(exchange_module, name, weighing(getattr(carriers, name), in_flight))
         source = Side(case.source, storage_of(case.source, state, rank))
-        target = Side(case.target, mine)
-        moved = exchange(source, case.growth, target, STATE_KINDS, bucket_bytes)
-    expected = storage_of(case.target, grown(state, case.growth), rank)
-    return Run(same(mine, expected), moved, tuple(map(sum, in_flight)))
+        moved = exchange(source, case.growth, Side(case.target, mine), bucket_bytes)
+    expected = storage_of(case.target, grown(state, case.growth, case.target.plan), rank)
+    return Run(same(mine, expected), moved, tuple(in_flight))
+
+
+def weighing(kind: type, in_flight: list[int]) -> Any:
+    def weighed(argument: Any) -> Weighed:
+        return Weighed(kind(argument), in_flight)
+
+    weighed.buffers = kind.buffers
+    return weighed
 
 
 def all_runs() -> dict[str, list[Run]]:
-    return {name: [measured(case, b) for b in BUCKETS] for name, case in cases().items()}
+    return {
+        name: [measured(case, *setting) for setting in SETTINGS] for name, case in cases().items()
+    }
 
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, list[tuple[Run, ...]]]:
-    """By case and bucket size: the runs of all ranks."""
+    """By case and setting: the runs of all ranks."""
     by_rank = run_ranks(WORLD, all_runs)
     return {name: list(zip(*(found[name] for found in by_rank), strict=True)) for name in cases()}
 
@@ -113,31 +140,30 @@ def runs() -> dict[str, list[tuple[Run, ...]]]:
 @pytest.mark.dist
 @pytest.mark.parametrize("name", cases())
 def test_any_bucket_size_makes_the_target_of_the_definition(runs, name):
-    for bucket, ranks in zip(BUCKETS, runs[name], strict=True):
-        assert all(run.right for run in ranks), bucket
+    for setting, ranks in zip(SETTINGS, runs[name], strict=True):
+        assert all(run.right for run in ranks), setting
         assert len({run.moved.rounds for run in ranks}) == 1
-    assert all(run.moved.rounds <= 1 for run in runs[name][0])
+    assert all(run.moved.rounds <= 1 for run in (*runs[name][0], *runs[name][1]))
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("name", cases())
-def test_every_byte_is_counted_and_none_sent_that_is_at_hand(runs, name):
+def test_every_byte_is_counted_and_none_sent_that_is_at_hand_or_twice(runs, name):
     case = cases()[name]
     numbers = numbered(case.source.plan)
-    origin = {target: numbers[term.source] for target, term in case.growth.terms.items()}
-    needed = missing = 0
+    origin = {target: numbers[term.source] for target, (term,) in case.growth.weights.items()}
+    local = missing = 0
     for rank in range(WORLD):
         wanted = torch.cat(list(held(case.target, origin, rank, -1).values()))
         at_hand = torch.cat(list(held(case.source, numbers, rank, -1).values()))
         wanted = wanted[wanted >= 0]
-        needed += wanted.numel()
-        missing += (~torch.isin(wanted, at_hand)).sum().item()
+        from_here = torch.isin(wanted, at_hand)
+        local += from_here.sum().item()
+        missing += wanted[~from_here].unique().numel()
     bytes_each = 4 * len(STATE_KINDS)
     for ranks in runs[name]:
-        sent = sum(run.moved.bytes_sent for run in ranks)
-        local = sum(run.moved.bytes_local for run in ranks)
-        assert sent == bytes_each * missing
-        assert sent + local == bytes_each * needed
+        assert sum(run.moved.bytes_sent for run in ranks) == bytes_each * missing
+        assert sum(run.moved.bytes_local for run in ranks) == bytes_each * local
 
 
 @pytest.mark.dist
@@ -153,24 +179,26 @@ def test_nothing_is_sent_where_nothing_changes(runs):
 @pytest.mark.parametrize("name", cases())
 def test_no_rank_has_more_than_a_bucket_in_flight(runs, name):
     row = 4 * max(spec.cols for spec in cases()[name].target.plan.values())
-    for bucket, ranks in zip(BUCKETS, runs[name], strict=True):
+    for (bucket, network), ranks in zip(SETTINGS, runs[name], strict=True):
+        buffers = 1 if network else 2
         # A bucket less than one row each way to each peer can not be kept to.
-        limit = max(bucket, 2 * (WORLD - 1) * row)
+        limit = max(bucket, buffers * 2 * (WORLD - 1) * row)
         for run in ranks:
             assert len(run.in_flight) == run.moved.rounds
-            assert max(run.in_flight, default=0) <= limit, bucket
+            assert buffers * max(run.in_flight, default=0) <= limit, bucket
             assert sum(run.in_flight) >= run.moved.bytes_sent
 
 
 def weights_only() -> tuple[bool, bool]:
     """Whether the weights arrived, and whether the moments stayed as they were."""
     case = cases()["zero 2, tp 2 to zero 3, tp 4, deep"]
+    growth = case.growth.with_kinds("fp32")
     rank = dist.get_rank()
     state = random_state(case.source.plan)
     mine = empty_storage(case.target, rank)
     source = Side(case.source, storage_of(case.source, state, rank))
-    exchange(source, case.growth, Side(case.target, mine), STATE_KINDS[:1])
-    expected = storage_of(case.target, grown(state, case.growth), rank)
+    exchange(source, growth, Side(case.target, mine))
+    expected = storage_of(case.target, grown(state, growth, case.target.plan), rank)
     arrived = all(torch.equal(mine[n]["fp32"], expected[n]["fp32"]) for n in expected)
     before = empty_storage(case.target, rank)
     untouched = all(
@@ -182,18 +210,5 @@ def weights_only() -> tuple[bool, bool]:
 
 
 @pytest.mark.dist
-def test_only_the_kinds_asked_for_move():
+def test_only_the_kinds_of_the_map_move():
     assert run_ranks(WORLD, weights_only) == [(True, True)] * WORLD
-
-
-def misfit() -> str:
-    case = cases()["zero 3 to zero 3, deep"]
-    wrong = identity_map(list(case.source.plan))
-    with pytest.raises(ValueError) as raised:
-        exchange(Side(case.source, {}), wrong, Side(case.target, {}), STATE_KINDS)
-    return str(raised.value)
-
-
-@pytest.mark.dist
-def test_a_map_that_does_not_fit_is_refused_before_anything_moves():
-    assert "says nothing of model.layers.1" in run_ranks(1, misfit)[0]

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrow.reshard.layout import Block, Layout, blocks_of, overlap, shift
+from megagrow.reshard.indices import overlap, shift
+from megagrow.reshard.layout import Block, Layout, blocks_of
 from megagrow.reshard.move import block_view
 from tests.reshard.definition import held, numbered
 from tests.reshard.models import layouts, models

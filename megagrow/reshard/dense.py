@@ -1,0 +1,142 @@
+"""Dense terms: target parameters that mix whole source parameters, one after the other.
+
+A target element needs whole rows and columns of its sources. The mix of a term's sources commutes
+with sharding, so it alone is gathered, one matrix; each rank then computes the blocks that it
+holds, in fp64, which makes them the same on every layout to the rounding of the mix in fp32.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megagrow.growth.map import Dense, GrowthMap, Kind
+from megagrow.reshard.carriers import group_device
+from megagrow.reshard.exchange import BUCKET_BYTES, Moved, Side
+from megagrow.reshard.layout import Block
+from megagrow.reshard.move import block_view
+
+_ELEMENTS_AT_ONCE = BUCKET_BYTES // 8 // 4
+"""Of an fp64 matrix on the way; there are up to four at a time."""
+
+
+def apply_dense(term: Dense, sources: Mapping[str, Tensor], rows: range, cols: range) -> Tensor:
+    """A block of what a term makes: (len(rows), len(cols)) fp32.
+
+    `sources` holds the whole logical tensors (rows, cols) of the term's sources, of the kind that
+    the term is for (`GrowthMap.terms`), and of its gain the weights (cols, 1).
+    """
+    mix = torch.zeros_like(sources[term.sources[0]], dtype=torch.float32)
+    for alpha, name in zip(term.alphas, term.sources, strict=True):
+        mix.add_(sources[name], alpha=alpha)
+    gain = None if term.gain is None else sources[term.gain]
+    return torch.cat([values for _, values in _pieces(term, mix, gain, rows, cols)])
+
+
+def exchange_dense(source: Side, growth: GrowthMap, target: Side) -> Moved:
+    """Adds what dense terms make to this rank's target storage; all ranks together.
+
+    To be called after `exchange`, on storage that is zero where nothing else comes to. Besides
+    source and target a rank holds one whole parameter and one bucket.
+    """
+    sent = rounds = 0
+    for (kind, sources, alphas), targets in _by_mix(growth, target).items():
+        mix = _gathered(kind, sources, alphas, source)
+        sent, rounds = sent + _reduced_bytes(mix), rounds + 1
+        for name, term in targets:
+            gain = None
+            if term.gain is not None:
+                gain = _gathered("fp32", (term.gain,), (1.0,), source)
+                sent, rounds = sent + _reduced_bytes(gain), rounds + 1
+            _add_blocks(name, kind, term, mix, gain, target)
+    return Moved(bytes_sent=sent, bytes_local=0, rounds=rounds)
+
+
+_Mix = tuple[Kind, tuple[str, ...], tuple[float, ...]]
+
+
+def _by_mix(growth: GrowthMap, target: Side) -> dict[_Mix, list[tuple[str, Dense]]]:
+    """Target parameters and their dense terms, those together that read the same mix."""
+    found: dict[_Mix, list[tuple[str, Dense]]] = {}
+    for kind in growth.kinds:
+        for name in target.layout.plan:
+            for term in growth.terms(name, kind):
+                if isinstance(term, Dense):
+                    mix = (kind, term.sources, term.alphas)
+                    found.setdefault(mix, []).append((name, term))
+    return found
+
+
+def _gathered(
+    kind: Kind, sources: tuple[str, ...], alphas: tuple[float, ...], source: Side
+) -> Tensor:
+    """The weighted sum of whole source parameters, on every rank: (rows, cols) fp32."""
+    rank, layout = dist.get_rank(), source.layout
+    spec = layout.plan[sources[0]]
+    whole = torch.zeros(spec.rows, spec.cols, device=group_device())
+    for alpha, name in zip(alphas, sources, strict=True):
+        if not layout.writes(name, rank):
+            continue
+        for block in layout.blocks(name, rank):
+            view = block_view(source.storage[name][kind], block, *layout.local(name, rank, block))
+            rows, cols = block
+            whole[rows.start : rows.stop, cols.start : cols.stop].add_(
+                view.to(whole.device), alpha=alpha
+            )
+    for part in whole.view(-1).split(BUCKET_BYTES // 4):
+        dist.all_reduce(part)
+    return whole
+
+
+def _reduced_bytes(whole: Tensor) -> int:
+    """What each rank of a ring sends to reduce a tensor on all of them."""
+    return 2 * whole.nbytes * (dist.get_world_size() - 1) // dist.get_world_size()
+
+
+def _add_blocks(
+    name: str, kind: Kind, term: Dense, mix: Tensor, gain: Tensor | None, target: Side
+) -> None:
+    rank, layout = dist.get_rank(), target.layout
+    for block in layout.blocks(name, rank):
+        for rows, values in _pieces(term, mix, gain, block.rows, block.cols):
+            place = layout.local(name, rank, Block(rows, block.cols))
+            view = block_view(target.storage[name][kind], Block(rows, block.cols), *place)
+            view.add_(values.to(view.device))
+
+
+def _pieces(
+    term: Dense, mix: Tensor, gain: Tensor | None, rows: range, cols: range
+) -> Iterator[tuple[range, Tensor]]:
+    """A block of left @ (mix * gain) @ right^T, some rows at a time: fp32."""
+    factors = None
+    if gain is not None:
+        factors = gain.double().view(-1) ** term.gain_power
+        factors = torch.where(gain.view(-1) == 0, 0.0, factors)
+    at_once = max(1, _ELEMENTS_AT_ONCE // max(*mix.shape, len(cols)))
+    for first in range(rows.start, rows.stop, at_once):
+        part = range(first, min(first + at_once, rows.stop))
+        values = _left(term.left, mix, part, at_once)
+        if factors is not None:
+            values = values * factors
+        if term.right is None:
+            values = values[:, cols.start : cols.stop]
+        else:
+            values = values @ _fp64(term.right, cols, mix.device).T
+        yield part, values.float()
+
+
+def _left(left: np.ndarray | None, mix: Tensor, rows: range, at_once: int) -> Tensor:
+    """Some rows of left @ mix, in fp64; the mix is never in fp64 as a whole."""
+    if left is None:
+        return mix[rows.start : rows.stop].double()
+    wide = _fp64(left, rows, mix.device)
+    total = torch.zeros(len(rows), mix.shape[1], dtype=torch.float64, device=mix.device)
+    for first in range(0, mix.shape[0], at_once):
+        total.addmm_(wide[:, first : first + at_once], mix[first : first + at_once].double())
+    return total
+
+
+def _fp64(matrix: np.ndarray, rows: range, device: torch.device) -> Tensor:
+    return torch.from_numpy(matrix[rows.start : rows.stop]).to(device, torch.float64)

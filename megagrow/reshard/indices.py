@@ -1,0 +1,99 @@
+"""Positions along one axis: a `range` where they are consecutive, else an int64 array.
+
+Ranges keep a plan small and its copies plain views, so every function gives one where it can.
+"""
+
+import numpy as np
+
+from megagrow.growth.map import Indices
+
+
+def shift(span: range, by: int) -> range:
+    """A range moved by a distance."""
+    return range(span.start + by, span.stop + by)
+
+
+def overlap(a: range, b: range) -> range:
+    """What two ranges share; empty where they do not meet."""
+    start = max(a.start, b.start)
+    return range(start, max(start, min(a.stop, b.stop)))
+
+
+def compact(positions: np.ndarray) -> Indices:
+    """The same positions, as a range if they are consecutive."""
+    count = len(positions)
+    if count == 0:
+        return range(0)
+    first = int(positions[0])
+    if int(positions[-1]) - first != count - 1 or (np.diff(positions) != 1).any():
+        return positions
+    return range(first, first + count)
+
+
+def as_array(positions: Indices) -> np.ndarray:
+    """The positions as an int64 array."""
+    if isinstance(positions, range):
+        return np.arange(positions.start, positions.stop)
+    return positions
+
+
+def bounds(positions: Indices) -> range:
+    """The smallest range around the positions, -1 being none."""
+    if isinstance(positions, range):
+        return positions
+    real = positions[positions >= 0]
+    return range(int(real.min()), int(real.max()) + 1) if len(real) else range(0)
+
+
+def pick(positions: Indices, places: Indices) -> Indices:
+    """Those positions that stand at `places` of the list."""
+    if isinstance(positions, range):
+        if isinstance(places, range):
+            return positions[places.start : places.stop]
+        return compact(places + positions.start)
+    inside = slice(places.start, places.stop) if isinstance(places, range) else places
+    return compact(positions[inside])
+
+
+def moved(positions: Indices, by: int) -> Indices:
+    """All positions moved by a distance."""
+    if isinstance(positions, range):
+        return shift(positions, by)
+    return positions + by if by else positions
+
+
+def select(wanted: Indices, held: Indices) -> tuple[Indices, Indices]:
+    """Of the wanted positions those that are held: their places in `held` and in `wanted`.
+
+    `wanted` may repeat positions, in any order, and have -1 for none; `held` is ascending.
+    """
+    if isinstance(held, range):
+        if isinstance(wanted, range):
+            found = overlap(wanted, held)
+            return shift(found, -held.start), shift(found, -wanted.start)
+        places = compact(np.flatnonzero((wanted >= held.start) & (wanted < held.stop)))
+        return moved(pick(wanted, places), -held.start), places
+    if wanted is held:
+        return range(len(held)), range(len(held))
+    listed = as_array(wanted)
+    at = np.minimum(np.searchsorted(held, listed), len(held) - 1)
+    places = compact(np.flatnonzero(held[at] == listed))
+    return pick(compact(at), places), places
+
+
+def distinct(positions: Indices) -> Indices:
+    """The positions in ascending order, each once."""
+    return positions if isinstance(positions, range) else compact(np.unique(positions))
+
+
+def common(a: Indices, b: Indices) -> Indices:
+    """What two ascending lists share."""
+    return pick(a, select(a, b)[1])
+
+
+def without(a: Indices, b: Indices) -> Indices:
+    """What of an ascending list is not in another one."""
+    shared = select(a, b)[1]
+    if len(shared) in (0, len(a)):
+        return range(0) if len(shared) else a
+    return compact(np.delete(as_array(a), as_array(shared)))
