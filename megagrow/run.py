@@ -28,6 +28,7 @@ from megagrow.train.compare import Change, change, predictions
 from megagrow.train.environment import describe_environment
 from megagrow.train.grow import grow
 from megagrow.train.inputs import Inputs, open_inputs
+from megagrow.train.learn import Feed
 from megagrow.train.loop import StageEnd, StepDone, Stopped, advance
 from megagrow.train.recorder import Recorder
 from megagrow.train.signals import StopSignal
@@ -161,7 +162,7 @@ def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Stage, RunState]:
     masks = masks_now(job.run, stage, state.stage_step)
     losses = [mean_loss(stage, job.inputs.fixed, sequences, masks)]
     before = predictions(stage, job.inputs.fixed, masks)
-    stage, report = grow(job.run, stage)
+    stage, report = grow(job.run, stage, Feed(job.inputs.train, state.counters.tokens))
     masks = masks_now(job.run, stage, stage_step=0)
     losses.append(mean_loss(stage, job.inputs.fixed, sequences, masks))
     difference = change(before, predictions(stage, job.inputs.fixed, masks))

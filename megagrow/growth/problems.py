@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from megagrow.config.growth import GrowthConfig, OperatorName
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.growth.depth import listed_layers
+from megagrow.growth.learning import learning_problems
 from megagrow.growth.operators import OPERATORS, follows_exactly, growing, growth_map
 from megagrow.growth.ramps import ramp_problems
 
@@ -55,7 +56,7 @@ def growth_problems(run: RunConfig) -> list[str]:
 def event_problems(event: Event) -> list[str]:
     """All that is wrong with one growth. Sizes are looked at once the operators are known to be
     fit for each other, and the norms once the sizes are right."""
-    for look in (_together, _sizes, _operators, _norms_and_states):
+    for look in (_together, _sizes, _operators, _learning, _norms_and_states):
         found = list(look(event))
         if found:
             return found
@@ -250,6 +251,10 @@ _RULES: dict[OperatorName, Callable[[Event], Iterator[str]]] = {
     "isometric": _isometric,
     "head_dim": _head_dim,
 }
+
+
+def _learning(event: Event) -> Iterator[str]:
+    return learning_problems(event.source, event.target, event.options, f"{event.here}.growth")
 
 
 def _norms_and_states(event: Event) -> Iterator[str]:

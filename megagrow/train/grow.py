@@ -1,7 +1,7 @@
 """The growth event: one stage's state becomes the next one's, rank to rank, in the running job."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -9,9 +9,10 @@ import torch.distributed as dist
 from megagrow.config.schema import RunConfig
 from megagrow.growth.check import check_map
 from megagrow.growth.map import GrowthMap
-from megagrow.growth.operators import growth_map, state_policy
+from megagrow.growth.operators import growth_map, is_learned, state_policy
 from megagrow.parallel.plan import parameter_plan
 from megagrow.reshard.exchange import Side, exchange
+from megagrow.train.learn import Feed, Spent, learn_growth
 from megagrow.train.memory import peak_memory
 from megagrow.train.stage import Stage, build_stage
 
@@ -29,6 +30,12 @@ class GrowthReport:
     seconds: float
     peak_memory_bytes: int
     """Highest of all ranks."""
+    tokens_used: int = 0
+    """Of the training stream, by a growth that was trained itself."""
+    flops_used: float = 0.0
+    flops_true_used: float = 0.0
+    learning_losses: tuple[float, float] | None = None
+    """Of the first and the last step of that training."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +54,45 @@ def end_stage(stage: Stage) -> Ended:
     return Ended(stage.index, Side(stage.layout, stage.release()), step, stage.topology.device)
 
 
-def grow(run: RunConfig, stage: Stage) -> tuple[Stage, GrowthReport]:
+def grow(run: RunConfig, stage: Stage, feed: Feed | None = None) -> tuple[Stage, GrowthReport]:
     """Ends a stage and returns the next one, holding the grown state; all ranks together.
 
     The source is kept until the target is filled; the 16-bit weights, gradients and buffers of the
-    source engine are freed before the target is built.
+    source engine are freed before the target is built. A learned growth reads from `feed`.
     """
-    return grow_from(run, end_stage(stage))
+    return grow_from(run, end_stage(stage), feed)
 
 
-def grow_from(run: RunConfig, ended: Ended) -> tuple[Stage, GrowthReport]:
+def grow_from(run: RunConfig, ended: Ended, feed: Feed | None = None) -> tuple[Stage, GrowthReport]:
     """The next stage out of one that has ended, which stays as it is."""
     begin = time.perf_counter()
-    growth = stage_growth(run, ended.index + 1)
+    growth, spent = _growth(run, ended, feed)
     target = build_stage(run, ended.index + 1, ended.device)
     moved = exchange(ended.state, growth, Side(target.layout, target.engine.storage()))
     target.engine.ready(ended.adam_step if growth.keeps_step else 0)
     seconds = time.perf_counter() - begin
-    return target, _report(target, growth, moved.bytes_sent, moved.bytes_local, seconds)
+    report = _report(target, growth, moved.bytes_sent, moved.bytes_local, seconds)
+    return target, _charged(report, spent)
+
+
+def _growth(run: RunConfig, ended: Ended, feed: Feed | None) -> tuple[GrowthMap, Spent]:
+    """The map, and what it took to find it: nothing, if it is not learned."""
+    options = run.stages[ended.index + 1].growth
+    if options is None or not is_learned(options):
+        return stage_growth(run, ended.index + 1), Spent()
+    if feed is None:
+        raise AssertionError("a learned growth needs to read the stream")
+    return learn_growth(run, ended.index + 1, ended.state, ended.device, feed)
+
+
+def _charged(report: GrowthReport, spent: Spent) -> GrowthReport:
+    return replace(
+        report,
+        tokens_used=spent.tokens,
+        flops_used=spent.flops,
+        flops_true_used=spent.flops_true,
+        learning_losses=(spent.losses[0], spent.losses[-1]) if spent.losses else None,
+    )
 
 
 def stage_growth(run: RunConfig, index: int) -> GrowthMap:
