@@ -166,7 +166,12 @@ def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Stage, RunState]:
     masks = masks_now(job.run, stage, stage_step=0)
     losses.append(mean_loss(stage, job.inputs.fixed, sequences, masks))
     difference = change(before, predictions(stage, job.inputs.fixed, masks))
-    state = state.after_growth(report.layers).after_loss(report.seconds)
+    state = state.after_growth(
+        report.layers,
+        tokens=report.tokens_used,
+        flops=report.flops_used,
+        flops_true=report.flops_true_used,
+    ).after_loss(report.seconds)
     job.recorder.growth(state, report, losses[0], losses[1], difference)
     if report.preserves_function:
         _check_preserved(job, stage, state, losses, difference)

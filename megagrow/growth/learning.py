@@ -19,14 +19,14 @@ def learning_problems(
             yield f"{at}.operator: {name} needs a model with more layers; take {name} out"
         if OPERATORS[name].wider and not _wider(source, target):
             yield f"{at}.operator: {name} needs a wider model; take {name} out"
-    begins = {
-        "literal": options.literal,
-        "noise": options.noise,
-        "block": options.block == "random",
-    }
-    begins["mixing_noise"] = options.mixing_noise
-    for key in (key for key, given in begins.items() if given):
-        yield f"{at}.{key} does not go with a growth that is learned from an exact one: leave it out"
+    for key, given in (
+        ("literal", options.literal),
+        ("block", options.block == "random"),
+        ("noise", options.noise),
+        ("mixing_noise", options.mixing_noise),
+    ):
+        if given:
+            yield f"{at}.{key} does not go with a growth that is learned from copies: leave it out"
     if state_policy(options) in ("asymmetric", "probe_v"):
         yield (
             f"{at}.optimizer_state = {options.optimizer_state}: a learned growth mixes old and new "

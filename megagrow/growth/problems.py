@@ -50,13 +50,14 @@ def growth_problems(run: RunConfig) -> list[str]:
             source, target = run.stages[index - 1].model, run.stages[index].model
             before, here = f"stages.{index - 1}.model", f"stages.{index}"
             found += event_problems(Event(source, target, options, before, here))
+            found += learning_problems(source, target, options, f"{here}.growth")
     return found or ramp_problems(run)
 
 
 def event_problems(event: Event) -> list[str]:
     """All that is wrong with one growth. Sizes are looked at once the operators are known to be
     fit for each other, and the norms once the sizes are right."""
-    for look in (_together, _sizes, _operators, _learning, _norms_and_states):
+    for look in (_together, _sizes, _operators, _norms_and_states):
         found = list(look(event))
         if found:
             return found
@@ -251,10 +252,6 @@ _RULES: dict[OperatorName, Callable[[Event], Iterator[str]]] = {
     "isometric": _isometric,
     "head_dim": _head_dim,
 }
-
-
-def _learning(event: Event) -> Iterator[str]:
-    return learning_problems(event.source, event.target, event.options, f"{event.here}.growth")
 
 
 def _norms_and_states(event: Event) -> Iterator[str]:

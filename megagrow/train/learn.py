@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagrow.config.growth import LearnConfig
+from megagrow.config.lengths import step_tokens
+from megagrow.config.parameters import paper_flops_per_token
 from megagrow.config.schema import BatchConfig, OptimizerConfig, RunConfig, ScheduleConfig
 from megagrow.data.batches import Batch, BatchReader, sequences_of
 from megagrow.growth.learned import Learned, forming_flops, initial
@@ -29,11 +31,10 @@ from megagrow.parallel.plan import parameter_plan
 from megagrow.parallel.settings import EngineSettings
 from megagrow.parallel.topology import Topology, destroy_topology, make_topology, together
 from megagrow.reshard.exchange import Side
-from megagrow.train.flops import flops_per_token, paper_flops_per_token
+from megagrow.train.flops import flops_per_token
 from megagrow.train.forming import Forming, formed_model
 from megagrow.train.schedule import learning_rate
 from megagrow.train.stage import uses_bf16
-from megagrow.train.stages import step_tokens
 
 BETAS, CLIP = (0.9, 0.95), 1.0
 """Of AdamW, and the global norm of gradients: the authors' recipe."""
@@ -116,7 +117,7 @@ def summed_gradients(
     return total.item()
 
 
-def _sum_over_ranks(gradients: "list[Tensor | None]") -> None:
+def _sum_over_ranks(gradients: list[Tensor | None]) -> None:
     """Every rank's gradients are its part: of its data, of its slices, and of the shards that it
     holds of the source."""
     present = [gradient for gradient in gradients if gradient is not None]
