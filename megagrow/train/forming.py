@@ -49,16 +49,13 @@ class Forming:
     settings: EngineSettings
     """Of the target."""
     topology: Topology
+    dtype: torch.dtype
+    """Of the forward and backward pass; weights are made in the type of the learned numbers."""
 
     @cached_property
     def plan(self) -> dict[str, ParamSpec]:
         """Of the target."""
         return parameter_plan(self.settings.model, self.topology.tp)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What forward and backward compute in; weights are made in the learned numbers' type."""
-        return torch.bfloat16 if self.settings.bf16 else torch.float32
 
     def weights(self, names: Mapping[str, str]) -> dict[str, Tensor]:
         """This rank's slices of some of the target's parameters, in the type that is computed in:

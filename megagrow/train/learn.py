@@ -73,11 +73,11 @@ def learn_growth(
         run.stages[index - 1].model, stage.model, stage.growth, f"{run.seed}/stage-{index}"
     )
     topology = make_topology(stage.parallel.tensor_model_parallel_size, device)
-    settings = EngineSettings(
-        stage.model, stage.parallel, stage.batch, stage.optimizer, uses_bf16(run, device)
-    )
+    bf16 = uses_bf16(run, device)
+    settings = EngineSettings(stage.model, stage.parallel, stage.batch, stage.optimizer, bf16)
     learned = initial(parts, device)
-    model = formed_model(Forming(learned, source, settings, topology))
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model = formed_model(Forming(learned, source, settings, topology, dtype))
     adam = torch.optim.AdamW(learned.tensors(), betas=BETAS, weight_decay=0.0)
     losses = []
     tokens = step_tokens(stage, run.data.sequence_length)
