@@ -110,6 +110,7 @@ def all_gradients(layouts: list[Layouts]) -> list[tuple[float, list[Tensor], flo
     return out
 
 
+@functools.cache
 def plain_gradients(name: str, tied: bool) -> tuple[float, list[Tensor]]:
     """By autograd on whole tensors, in fp64."""
     learned = disturbed(learned_of(name, tied, torch.float64))
