@@ -41,8 +41,8 @@ Layouts = tuple[int, int, int, bool]
 
 LAYOUTS: dict[int, list[Layouts]] = {
     1: [(0, 1, 1, False), (1, 1, 1, False), (3, 1, 1, False)],
-    2: [(0, 1, 1, False), (1, 2, 2, False), (2, 1, 2, True), (3, 2, 1, False)],
-    4: [(0, 2, 2, False), (1, 1, 1, False), (2, 2, 2, True), (3, 2, 2, False)],
+    2: [(0, 1, 1, False), (1, 2, 2, False), (3, 1, 2, True)],
+    4: [(0, 2, 2, False), (2, 2, 2, True), (3, 2, 1, False)],
 }
 """By the number of ranks."""
 
@@ -129,6 +129,7 @@ def plain_gradients(name: str, tied: bool) -> tuple[float, list[Tensor]]:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_gradients_are_those_of_autograd_on_whole_tensors(world):
     results = run_ranks(world, all_gradients, LAYOUTS[world])
@@ -249,3 +250,13 @@ def test_the_loss_falls_and_what_it_took_is_told(folder):
     making = forming_flops(initial(parts, CPU), list(parameter_plan(wide, tp=1).values()))
     per_token = flops_per_token(wide, run.data.sequence_length)
     assert spent.flops_true == per_token * spent.tokens + 3 * making * 20
+
+
+@pytest.mark.dist
+def test_in_bf16_the_losses_are_nearly_the_same(folder):
+    run = run_of(folder, micro_batch_size=4, steps=4, lr=1e-3, warmup_steps=1)
+    low = run.model_copy(update={"precision": "bf16"})
+    ((plain, rounded),) = run_ranks(1, taught, [run, low])
+    assert rounded[1] == pytest.approx(plain[1], abs=0.05)
+    assert rounded[1] != plain[1]
+    assert {matrix.dtype for matrix in rounded[0]} == {torch.float32, torch.float64}
