@@ -76,4 +76,4 @@ def _held(name: str, whole: Tensor, source: Side) -> Iterator[tuple[Tensor, Tens
         for block in layout.blocks(name, rank):
             place = layout.local(name, rank, block)
             rows, cols = (slice(span.start, span.stop) for span in block)
-            yield whole[rows, cols], block_view(stored, block, *place)
+            yield whole[rows, cols], block_view(stored, block, *place).to(whole.device)

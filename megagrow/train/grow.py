@@ -33,6 +33,7 @@ class GrowthReport:
     tokens_used: int = 0
     """Of the training stream, by a growth that was trained itself."""
     flops_used: float = 0.0
+    """By that training; by the paper's account, and as they were done."""
     flops_true_used: float = 0.0
     learning_losses: tuple[float, float] | None = None
     """Of the first and the last step of that training."""

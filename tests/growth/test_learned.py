@@ -14,6 +14,7 @@ from megagrow.growth.learned_map import learned_map
 from megagrow.growth.learning import learning_problems
 from megagrow.growth.map import Dense, Gather
 from megagrow.growth.operators import growth_map
+from megagrow.growth.problems import growth_problems
 from megagrow.parallel.plan import parameter_plan
 from tests.growth.ligo import (
     GROWTHS,
@@ -26,6 +27,7 @@ from tests.growth.ligo import (
 )
 from tests.growth.whole import State, grown
 from tests.hugging_face import tokens
+from tests.runs import MODEL, make_run
 
 NAMES = pytest.mark.parametrize("name", GROWTHS)
 TIES = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -42,11 +44,15 @@ def logits(config: ModelConfig, values: dict[str, Tensor], ids: Tensor) -> Tenso
         return outputs(config, values, (ids, positions, None))
 
 
+OPTIONS = ({}, {"order": "tiled"}, {"split": "uneven"})
+
+
 @NAMES
 @TIES
+@pytest.mark.parametrize("options", OPTIONS, ids=["even", "tiled", "uneven"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-def test_it_begins_where_the_source_is(name, tied, dtype, bound):
-    learned = learned_of(name, tied, dtype)
+def test_it_begins_where_the_source_is(name, tied, dtype, bound, options):
+    learned = learned_of(name, tied, dtype, **options)
     growing = learned.growing
     state = state_of(growing.source)
     values = {n: {k: t.to(dtype) for k, t in kinds.items()} for n, kinds in state.items()}
@@ -204,3 +210,10 @@ def test_nothing_is_said_of_what_is_right():
     for options in ({}, {"operator": "direct_width", "literal": True}):
         chosen = GrowthConfig(**{"operator": operators} | options)
         assert not list(learning_problems(source, target, chosen, "stages.1.growth"))
+
+
+def test_a_run_is_told_before_it_starts(tmp_path):
+    growth = {"operator": "learn_depth", "learn": {"steps": 20}}
+    deep = MODEL | {"num_hidden_layers": 3}
+    run = make_run(tmp_path, [{"tokens": 64}, {"model": deep, "tokens": 64, "growth": growth}])
+    assert growth_problems(run) == ["stages.1.growth.learn.warmup_steps = 50 is above steps = 20"]
