@@ -1,7 +1,7 @@
 """A run, from its config to its last checkpoint, in the order in which it happens."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from megagrow.parallel.topology import (
     together,
 )
 from megagrow.reshard.fill import fill_initial
+from megagrow.train.candidates import as_grown, grow_best
 from megagrow.train.compare import Change, change, predictions
 from megagrow.train.environment import describe_environment
-from megagrow.train.grow import grow
+from megagrow.train.feed import Feed
+from megagrow.train.grow import end_stage
 from megagrow.train.inputs import Inputs, open_inputs
 from megagrow.train.loop import StageEnd, StepDone, Stopped, advance
 from megagrow.train.recorder import Recorder
@@ -69,14 +71,14 @@ def train(run: RunConfig) -> None:
 
 
 def _train(job: Job) -> None:
-    run, recorder = job.run, job.recorder
-    for warning in timing_warnings(run):
+    recorder = job.recorder
+    for warning in timing_warnings(job.run):
         recorder.say(f"warning: {warning}")
-    stage, state = _begin(job)
+    job, stage, state = _begin(job)
     saved = state.counters.step
     with StopSignal() as stop:
         while True:
-            event = advance(run, stage, state, job.inputs.train, stop, recorder.check)
+            event = advance(job.run, stage, state, job.inputs.train, stop, recorder.check)
             state = event.state
             match event:
                 case StepDone():
@@ -86,8 +88,8 @@ def _train(job: Job) -> None:
                     if event.save:
                         state = _save(job, stage, state)
                         saved = state.counters.step
-                case StageEnd() if stage.index + 1 < len(run.stages):
-                    stage, state = _grow(job, stage, state)
+                case StageEnd() if stage.index + 1 < len(job.run.stages):
+                    job, stage, state = _grow(job, stage, state)
                 case StageEnd() | Stopped():
                     break
         if saved < state.counters.step:
@@ -95,13 +97,14 @@ def _train(job: Job) -> None:
         recorder.end(state, event.reason if isinstance(event, Stopped) else None)
 
 
-def _begin(job: Job) -> tuple[Stage, RunState]:
+def _begin(job: Job) -> tuple[Job, Stage, RunState]:
     """The state of the newest whole checkpoint, or initial weights."""
     found = newest_checkpoint(job.checkpoints, job.recorder.say)
     path, manifest = found or (None, None)
     state = RunState() if manifest is None else RunState.from_json(manifest.run)
     if manifest is not None:
         _check_same_model(job, state, manifest)
+        job = replace(job, run=as_grown(job.run, state))
     stage = build_stage(job.run, state.stage, job.device)
     if path is None or manifest is None:
         fill_initial(stage.layout, job.launch.rank, stage.engine.storage(), job.run.seed)
@@ -110,7 +113,7 @@ def _begin(job: Job) -> tuple[Stage, RunState]:
         load_storage(path, manifest, stage.layout, stage.engine.storage())
         stage.engine.ready(manifest.adam_step)
     job.recorder.start(state, path)
-    return stage, state
+    return job, stage, state
 
 
 def _check_same_model(job: Job, state: RunState, manifest: Manifest) -> None:
@@ -156,20 +159,34 @@ def _save(job: Job, stage: Stage, state: RunState) -> RunState:
     return state.after_loss(seconds)
 
 
-def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Stage, RunState]:
-    sequences = stage.config.batch.global_batch_size
-    masks = masks_now(job.run, stage, state.stage_step)
-    losses = [mean_loss(stage, job.inputs.fixed, sequences, masks)]
-    before = predictions(stage, job.inputs.fixed, masks)
-    stage, report = grow(job.run, stage)
-    masks = masks_now(job.run, stage, stage_step=0)
-    losses.append(mean_loss(stage, job.inputs.fixed, sequences, masks))
-    difference = change(before, predictions(stage, job.inputs.fixed, masks))
-    state = state.after_growth(report.layers).after_loss(report.seconds)
+def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState]:
+    fixed = job.inputs.fixed
+
+    def loss_of(run: RunConfig, stage: Stage, steps: int) -> float:
+        sequences = run.stages[state.stage].batch.global_batch_size
+        return mean_loss(stage, fixed, sequences, masks_now(run, stage, steps))
+
+    begin = time.perf_counter()
+    losses = [loss_of(job.run, stage, state.stage_step)]
+    before = predictions(stage, fixed, masks_now(job.run, stage, state.stage_step))
+    feed = Feed(job.inputs.train, state.counters.tokens, job.run.data.sequence_length)
+    run, stage, report, probing = grow_best(
+        job.run, end_stage(stage), feed, loss_of, job.recorder.say
+    )
+    losses.append(loss_of(run, stage, 0))
+    difference = change(before, predictions(stage, fixed, masks_now(run, stage, 0)))
+    spent = report.spent.plus(probing)
+    state = state.after_growth(
+        report.layers,
+        report.operator,
+        tokens=spent.tokens,
+        flops=spent.flops,
+        flops_true=spent.flops_true,
+    ).after_loss(time.perf_counter() - begin)
     job.recorder.growth(state, report, losses[0], losses[1], difference)
     if report.preserves_function:
-        _check_preserved(job, stage, state, losses, difference)
-    return stage, state
+        _check_preserved(replace(job, run=run), stage, state, losses, difference)
+    return replace(job, run=run), stage, state
 
 
 def _check_preserved(

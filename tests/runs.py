@@ -12,6 +12,11 @@ from megagrow.data.indexed import IndexedWriter
 from megagrow.parallel.plan import ParamSpec
 from megagrow.parallel.zero import STATE_KINDS, Storage
 from megagrow.reshard.layout import Layout
+from megagrow.train.feed import Feed
+from megagrow.train.grow import GrowthReport, end_stage, grow
+from megagrow.train.inputs import open_inputs
+from megagrow.train.stage import Stage
+from megagrow.train.stages import tokens_between
 
 MODEL = {
     "num_hidden_layers": 2,
@@ -106,3 +111,10 @@ def _numbered_slices(spec: ParamSpec, tp: int) -> list[torch.Tensor]:
     if spec.tp_dim is None:
         return [whole.flatten()] * tp
     return [part.flatten() for part in whole.chunk(tp, dim=spec.tp_dim)]
+
+
+def grow_live(run: RunConfig, stage: Stage) -> tuple[Stage, GrowthReport]:
+    """The next stage of a run, grown at the point of its stream where the base has ended."""
+    length = run.data.sequence_length
+    feed = Feed(open_inputs(run).train, tokens_between(run, 0, stage.index + 1), length)
+    return grow(run, end_stage(stage), feed)

@@ -94,7 +94,7 @@ class GrowthConfig(Section):
     optimizer_state: StatePolicy | None = None
     """What becomes of Adam's moments; by default what the operator says."""
     probe_batches: Count = 8
-    """`probe_v`: micro batches over which the new entries' exp_avg_sq is measured."""
+    """`probe_v`: global batches over which the new entries' exp_avg_sq is measured."""
     exact_continuation: bool | None = None
     """Scales each parameter's lr, weight decay and eps so that copies follow the small model
     exactly; by default only where the operator says so."""

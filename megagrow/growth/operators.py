@@ -98,6 +98,11 @@ def follows_exactly(options: GrowthConfig) -> bool:
     return any(operator.follows for operator in operators_of(options))
 
 
+def is_learned(options: GrowthConfig) -> bool:
+    """Whether the map is trained before it is applied."""
+    return any(operator.learned for operator in operators_of(options))
+
+
 def growing(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, stream: str
 ) -> Growing:

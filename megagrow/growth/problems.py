@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from megagrow.config.growth import GrowthConfig, OperatorName
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.growth.depth import listed_layers
+from megagrow.growth.learning import learning_problems
 from megagrow.growth.operators import OPERATORS, follows_exactly, growing, growth_map
 from megagrow.growth.ramps import ramp_problems
 
@@ -48,8 +49,29 @@ def growth_problems(run: RunConfig) -> list[str]:
         if options is not None:
             source, target = run.stages[index - 1].model, run.stages[index].model
             before, here = f"stages.{index - 1}.model", f"stages.{index}"
-            found += event_problems(Event(source, target, options, before, here))
+            found += _probe(options, here)
+            for chosen in candidates(options):
+                found += event_problems(Event(source, target, chosen, before, here))
+            found += learning_problems(source, target, options, f"{here}.growth")
     return found or ramp_problems(run)
+
+
+def candidates(options: GrowthConfig) -> list[GrowthConfig]:
+    """The growth as it may be carried out: as it stands, or by each operator of its probe."""
+    if options.probe is None:
+        return [options]
+    names = options.probe.operators
+    return [options.model_copy(update={"operator": [name], "probe": None}) for name in names]
+
+
+def _probe(options: GrowthConfig, here: str) -> Iterator[str]:
+    if options.probe is None:
+        return
+    if "operator" in options.model_fields_set:
+        yield f"{here}.growth has both an operator and a probe of several: leave one of them out"
+    for name in options.probe.operators:
+        if OPERATORS[name].learned:
+            yield f"{here}.growth.probe: {name} is trained by itself and can not be a candidate"
 
 
 def event_problems(event: Event) -> list[str]:
@@ -72,6 +94,13 @@ def _together(event: Event) -> Iterator[str]:
             yield f"{event.here}.growth.operator names several operators of {what}: keep one"
     if len({operator.masked for operator in chosen}) > 1:
         yield f"{event.here}.growth.operator: a random operator goes with random ones only"
+    if event.options.optimizer_state == "probe_v" and (
+        "isometric" in event.options.operator or any(operator.masked for operator in chosen)
+    ):
+        yield (
+            f"{event.here}.growth.optimizer_state = probe_v: {event.names} has no new entries with "
+            "a gradient at the growth; choose another"
+        )
     if len({operator.learned for operator in chosen}) > 1:
         yield f"{event.here}.growth.operator: a learned operator goes with learned ones only"
     if event.options.mixing_noise and "isometric" in event.options.operator:

@@ -37,6 +37,14 @@ class Moved:
     """What this rank's target took from this rank's source."""
     rounds: int
 
+    def plus(self, other: "Moved") -> "Moved":
+        """Both, one after the other."""
+        return Moved(
+            self.bytes_sent + other.bytes_sent,
+            self.bytes_local + other.bytes_local,
+            self.rounds + other.rounds,
+        )
+
 
 @dataclass(frozen=True)
 class Side:

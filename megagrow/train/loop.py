@@ -82,6 +82,18 @@ def advance(
     )
 
 
+def train_at(
+    run: RunConfig, stage: Stage, stage_step: int, batches: list[Batch]
+) -> tuple[float, float, float]:
+    """Trains the step that comes when `stage_step` steps of the stage are done: with the rate, the
+    masks and the factors of that place in the run. Returns loss, gradient norm and rate."""
+    position = stage_step * step_tokens(stage.config, run.data.sequence_length)
+    lr = rate_at(run, stage.index, position)
+    stage.engine.set_update_factors(*update_factors(run, stage.index, position))
+    loss, norm = train_step(stage, batches, lr, masks_now(run, stage, stage_step))
+    return loss, norm, lr
+
+
 def _next_batches(
     stage: Stage,
     state: RunState,
@@ -120,11 +132,7 @@ def _measured_step(
     begin = time.perf_counter()
     length = run.data.sequence_length
     tokens = step_tokens(stage.config, length)
-    position = state.stage_step * tokens
-    lr = rate_at(run, stage.index, position)
-    stage.engine.set_update_factors(*update_factors(run, stage.index, position))
-    masks = masks_now(run, stage, state.stage_step)
-    loss, norm = train_step(stage, batches, lr, masks)
+    loss, norm, lr = train_at(run, stage, state.stage_step, batches)
     model = stage.config.model
     return StepMeasure(
         stage=stage.index,

@@ -123,13 +123,15 @@ class Recorder:
         difference: Change,
     ) -> None:
         """The model grew; `state` is that after the growth."""
-        fields = {"stage": state.stage, "loss_before": before, "loss_after": after}
-        fields |= {"kl": difference.kl, "logits_difference": difference.logits}
-        fields |= {name: getattr(report, name) for name in report.__dataclass_fields__}
+        fields: dict[str, Any] = {"stage": state.stage, "loss_before": before}
+        fields |= {"loss_after": after, "kl": difference.kl, "logits_difference": difference.logits}
+        fields |= {n: getattr(report, n) for n in report.__dataclass_fields__ if n != "spent"}
+        fields["operator"] = "+".join(report.operator)
+        fields["learning_losses"] = report.spent.losses[:: max(1, len(report.spent.losses) - 1)]
         self._write(lambda log: log.write("growth", state.counters, **fields))
         old, new = (self._run.stages[i].model for i in (state.stage - 1, state.stage))
         self.say(
-            f"step {state.counters.step}: grew by {report.operator} from {_shape(old)} to "
+            f"step {state.counters.step}: grew by {fields['operator']} from {_shape(old)} to "
             f"{_shape(new)}, {short(parameters(old))} -> {short(parameters(new))} parameters, in "
             f"{report.seconds:.1f} s ({short(report.bytes_between_ranks)}B between ranks); loss on "
             f"a fixed batch {before:.3f} -> {after:.3f}"

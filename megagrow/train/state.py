@@ -18,6 +18,8 @@ class RunState:
     stage_step: int = 0
     provenance: tuple[tuple[int, ...], ...] = ()
     """For each growth so far: for each new layer the layer that it was copied from."""
+    operators: tuple[tuple[str, ...], ...] = ()
+    """For each growth so far: by which operators; a probe chooses them while the run goes on."""
 
     def after_step(self, measure: StepMeasure) -> "RunState":
         """The state when a step is done."""
@@ -27,6 +29,7 @@ class RunState:
     def after_growth(
         self,
         layers: tuple[int, ...],
+        operators: tuple[str, ...] = (),
         *,
         tokens: int = 0,
         flops: float = 0.0,
@@ -45,6 +48,7 @@ class RunState:
             stage=self.stage + 1,
             stage_step=0,
             provenance=(*self.provenance, layers),
+            operators=(*self.operators, operators),
         )
 
     def after_loss(self, seconds: float) -> "RunState":
@@ -58,6 +62,9 @@ class RunState:
     @staticmethod
     def from_json(values: dict[str, Any]) -> "RunState":
         """The inverse of `as_json`."""
-        provenance = tuple(tuple(layers) for layers in values["provenance"])
+        lists = {
+            name: tuple(tuple(found) for found in values.get(name, ()))
+            for name in ("provenance", "operators")
+        }
         counters = Counters(**values["counters"])
-        return RunState(counters, values["stage"], values["stage_step"], provenance)
+        return RunState(counters, values["stage"], values["stage_step"], **lists)

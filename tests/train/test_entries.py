@@ -16,7 +16,6 @@ from megagrow.growth.map import Fresh
 from megagrow.parallel.zero import STATE_KINDS, Storage
 from megagrow.reshard.layout import Layout
 from megagrow.train.entries import Factors, fresh_masks, update_factors
-from megagrow.train.grow import grow
 from megagrow.train.growths import stage_growth
 from megagrow.train.inputs import open_inputs
 from megagrow.train.loop import StepDone, advance
@@ -26,7 +25,7 @@ from megagrow.train.state import RunState
 from tests.checkpoint.saving import manifest_of
 from tests.reshard.definition import empty_storage, held
 from tests.reshard.models import layout_of, layouts, models
-from tests.runs import MODEL, STEP_TOKENS, full_tensors, make_run
+from tests.runs import MODEL, STEP_TOKENS, full_tensors, grow_live, make_run
 from tests.spawn import run_ranks
 from tests.train.test_layouts import losses_of, start
 
@@ -196,7 +195,7 @@ def weights_of(stage: Stage) -> dict[str, torch.Tensor]:
 def grown(run: RunConfig) -> tuple[Stage, RunState]:
     stage = start(run)
     _, state = losses_of(run, stage, RunState())
-    stage, report = grow(run, stage)
+    stage, report = grow_live(run, stage)
     return stage, state.after_growth(report.layers)
 
 

@@ -14,13 +14,12 @@ from megagrow.config.schema import RunConfig
 from megagrow.reshard.exchange import BUCKET_BYTES, exchange
 from megagrow.reshard.fill import fill_initial
 from megagrow.reshard.layout import Layout
-from megagrow.train.grow import grow
 from megagrow.train.inputs import open_inputs
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.signals import StopSignal
 from megagrow.train.stage import Stage, build_stage
 from megagrow.train.state import RunState
-from tests.runs import MODEL, STEP_TOKENS, make_run
+from tests.runs import MODEL, STEP_TOKENS, grow_live, make_run
 from tests.spawn import run_ranks
 
 WORLD = 4
@@ -99,7 +98,7 @@ def measure(small: RunConfig, run: RunConfig) -> Measured:
     m_mmap_threshold = -3
     assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 64 * 1024) == 1
     gc.freeze()  # what came with the fork stays shared: a collection would copy it
-    grow(small, begin(small))[0].release()  # the libraries' own memory is not what is measured
+    grow_live(small, begin(small))[0].release()  # the libraries' own memory is not what is measured
     before = kib_of("VmRSS")
     stage = begin(run)
     source = stage.layout
@@ -112,7 +111,7 @@ def measure(small: RunConfig, run: RunConfig) -> Measured:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(megagrow.train.grow, "exchange", noted_exchange)
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
-        stage, _ = grow(run, stage)
+        stage, _ = grow_live(run, stage)
     found = (built[0], kib_of("VmHWM"), kib_of("VmRSS"))
     return Measured(*(1024 * (kib - before) for kib in found), source, stage.layout)
 

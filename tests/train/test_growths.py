@@ -7,10 +7,9 @@ import pytest
 
 from megagrow.config.schema import RunConfig
 from megagrow.parallel.scale import ParamScale
-from megagrow.train.grow import grow
 from megagrow.train.growths import stage_growth, stage_scales
 from megagrow.train.state import RunState
-from tests.runs import MODEL, STEP_TOKENS, make_run
+from tests.runs import MODEL, STEP_TOKENS, grow_live, make_run
 from tests.spawn import run_ranks
 from tests.train.test_layouts import losses_of, start
 
@@ -109,7 +108,7 @@ def losses_and_norms(run: RunConfig) -> tuple[list[float], list[int]]:
     losses, state = losses_of(run, current, RunState())
     steps = [current.engine.adam_step]
     if len(run.stages) > 1:
-        current, report = grow(run, current)
+        current, report = grow_live(run, current)
         steps.append(current.engine.adam_step)
         losses += losses_of(run, current, state.after_growth(report.layers))[0]
         steps.append(current.engine.adam_step)

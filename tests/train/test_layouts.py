@@ -7,13 +7,12 @@ import torch
 
 from megagrow.config.schema import RunConfig
 from megagrow.reshard.fill import fill_initial
-from megagrow.train.grow import grow
 from megagrow.train.inputs import open_inputs
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.signals import StopSignal
 from megagrow.train.stage import Stage, build_stage
 from megagrow.train.state import RunState
-from tests.runs import MODEL, STEP_TOKENS, full_tensors, make_run
+from tests.runs import MODEL, STEP_TOKENS, full_tensors, grow_live, make_run
 from tests.spawn import run_ranks
 
 STAGES = (0, 1, 2, 3)
@@ -125,7 +124,7 @@ def grown(runs: list[RunConfig]) -> list[tuple[dict, dict, int, list[float]]]:
         _, state = losses_of(run, stage, RunState())
         before = full_tensors(stage.layout, stage.engine.storage())
         before = {name: {k: v.clone() for k, v in kinds.items()} for name, kinds in before.items()}
-        stage, report = grow(run, stage)
+        stage, report = grow_live(run, stage)
         after = full_tensors(stage.layout, stage.engine.storage())
         after = {name: {k: v.clone() for k, v in kinds.items()} for name, kinds in after.items()}
         step = stage.engine.adam_step
