@@ -53,13 +53,14 @@ HALF_AS_WIDE = SEVEN_B | {
     "num_key_value_heads": 4,
     "intermediate_size": 5504,
 }
+SHALLOW = SEVEN_B | {"num_hidden_layers": 8}
 Grid = tuple[int, int, int]
 PLANS: list[tuple[str, dict[str, int], str, Grid, Grid]] = [
-    ("stack, 8 to 32 layers", SEVEN_B | {"num_hidden_layers": 8}, "direct_depth", (3, 64, 8), (3, 64, 8)),
-    ("stack, 8 to 32 layers", SEVEN_B | {"num_hidden_layers": 8}, "direct_depth", (1, 128, 4), (3, 64, 8)),
+    ("stack, 8 to 32 layers", SHALLOW, "direct_depth", (3, 64, 8), (3, 64, 8)),
+    ("stack, 8 to 32 layers", SHALLOW, "direct_depth", (1, 128, 4), (3, 64, 8)),
     ("copy, 2048 to 4096 wide", HALF_AS_WIDE, "direct_width", (3, 64, 8), (3, 64, 8)),
     ("copy, 2048 to 4096 wide", HALF_AS_WIDE, "direct_width", (1, 128, 4), (3, 64, 8)),
-]  # fmt: skip
+]
 """What grows into llama-7b, and (ZeRO stage, DP, TP) before and after."""
 
 
