@@ -70,10 +70,15 @@ def main(
         list[str] | None,
         typer.Option(help=f"Target sizes, of {', '.join(SIZES)}; may be repeated."),
     ] = None,
-    ranks: Annotated[list[int] | None, typer.Option(help="Numbers of ranks.")] = None,
-    zero: Annotated[list[int] | None, typer.Option(help="ZeRO stages.")] = None,
+    ranks: Annotated[
+        list[int] | None, typer.Option(help="Numbers of ranks, of 1, 2, 4, 8; may be repeated.")
+    ] = None,
+    zero: Annotated[
+        list[int] | None, typer.Option(help="ZeRO stages, by default 2 and 3; may be repeated.")
+    ] = None,
     memory: Annotated[
-        float | None, typer.Option(help="GiB that all ranks together may hold. [free, less 1/8]")
+        float | None,
+        typer.Option(help="GiB that all ranks together may hold; by default 7/8 of what is free."),
     ] = None,
     usual: Annotated[bool, typer.Option(help="Whether to measure the usual way as well.")] = True,
 ) -> None:
@@ -216,31 +221,30 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def draw(cases: list[dict[str, Any]], path: Path) -> None:
-    """Seconds and peak memory against the target's size, for the most ranks of four."""
-    world = max(case["ranks"] for case in cases if case["ranks"] <= 4)
+    """Seconds and peak memory against the target's size, at four ranks or as near as there is."""
+    world = min({case["ranks"] for case in cases}, key=lambda ranks: abs(ranks - 4))
+    shown = [case for case in cases if case["ranks"] == world]
+    sizes = {case["target_bytes"] / 2**30: case["size"] for case in shown}
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     for axes, keys, unit, scale in (
         (figure.add_subplot(121), ("seconds", "usual_seconds", "limit_seconds"), "s", 1.0),
         (figure.add_subplot(122), ("peak_bytes", "usual_peak_bytes"), "peak GiB per rank", 2**30),
     ):
-        for zero, dash in zip(sorted({case["zero"] for case in cases}), ("--", "-"), strict=False):
+        for zero, dash in zip(sorted({case["zero"] for case in shown}), ("--", "-"), strict=False):
             for key, colour in zip(keys, ("#D55E00", "#0072B2", "#555555"), strict=False):
                 points = [
                     (case["target_bytes"] / 2**30, case[key] / scale)
-                    for case in cases
-                    if case["ranks"] == world and case["zero"] == zero and key in case
+                    for case in shown
+                    if case["zero"] == zero and key in case
                 ]
                 name = {"u": "the usual way", "l": "memcpy"}.get(key[0], "live")
                 label = f"{name}, ZeRO-{zero}"
                 axes.plot(*zip(*points, strict=True), dash, color=colour, marker="o", label=label)
-        axes.set(
-            xlabel="target state, GiB",
-            ylabel=unit,
-            title=f"{world} ranks",
-            xscale="log",
-            yscale="log",
-        )
-        axes.legend()
+        axes.set(xlabel="target parameters", ylabel=unit, xscale="log", yscale="log")
+        axes.set_xticks(list(sizes), list(sizes.values()))
+        axes.minorticks_off()
+        axes.set_title(f"Gstack by four on {world} ranks")
+        axes.legend(fontsize="small")
         axes.grid(True, alpha=0.3)
     figure.savefig(path, dpi=150)
 

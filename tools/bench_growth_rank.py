@@ -56,7 +56,7 @@ def measure_live(run: RunConfig, device: torch.device) -> Measures:
     spent: dict[str, float] = {}
     with _timed(growing, "build_stage", spent), _timed(growing, "exchange", spent), _peak() as peak:
         begin = time.perf_counter()
-        stage, report = growing.grow(run, stage)
+        stage, report = growing.grow_from(run, growing.end_stage(stage))
         seconds = time.perf_counter() - begin
     storage = stage.engine.storage()
     limit = [_copy_seconds(storage) for _ in range(3)]
@@ -174,10 +174,10 @@ def _timed(module: Any, name: str, spent: dict[str, float]) -> Iterator[None]:
     """Notes how long a function of a module takes, the ranks entering it together."""
     original: Callable[..., Any] = getattr(module, name)
 
-    def timed(*args: Any) -> Any:
+    def timed(*args: Any, **options: Any) -> Any:
         dist.barrier()
         begin = time.perf_counter()
-        result = original(*args)
+        result = original(*args, **options)
         spent[name] = time.perf_counter() - begin
         return result
 
