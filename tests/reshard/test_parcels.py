@@ -1,15 +1,19 @@
 """What ranks send each other: cut alike at both ends, complete, and no element twice."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megagrow.config.growth import GrowthConfig
 from megagrow.growth.map import GrowthMap
+from megagrow.growth.operators import growth_map
 from megagrow.reshard.fill import fill_new
 from megagrow.reshard.indices import as_array
 from megagrow.reshard.layout import Layout
 from megagrow.reshard.move import collect, deliver, move_within
 from megagrow.reshard.parcels import Piece, RankPlan, plan_rank, rounds
+from tests.hugging_face import tiny
 from tests.reshard.definition import (
     empty_storage,
     grown,
@@ -125,3 +129,19 @@ def read_by(term, numbers: dict) -> torch.Tensor:
     )
     taken = source[rows][:, cols]
     return torch.where((rows >= 0)[:, None] & (cols >= 0), taken, -1)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("order", ["interleaved", "tiled"])
+def test_an_interleaved_width_copy_moves_nothing_between_tensor_parallel_ranks(zero, order):
+    small = tiny(num_key_value_heads=2)
+    wide = tiny(hidden_size=64, num_attention_heads=8, num_key_value_heads=4, intermediate_size=96)
+    growth = growth_map(small, wide, GrowthConfig(operator=["direct_width"], order=order))
+    source, target = layout_of(small, zero, 2, 2), layout_of(wide, zero, 2, 2)
+    across = {
+        (rank, peer)
+        for rank, plan in enumerate(plans(source, growth, target))
+        for peer in plan.outgoing
+        if rank % 2 != peer % 2
+    }
+    assert bool(across) == (order == "tiled")
