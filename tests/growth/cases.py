@@ -217,7 +217,7 @@ def cases(draw: st.DrawFn, *operators: OperatorName, source: Any = None, **optio
         target, chosen = _DRAWS[name](draw, source)
         sizes, options = sizes | target, chosen | options
     if len(operators) > 1:
-        options["exact_continuation"] = False
+        options["exact_continuation"] = False  # copies in width alone can be followed
     return case(source, sizes, operator=list(operators), **options)
 
 
