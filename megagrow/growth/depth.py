@@ -107,16 +107,17 @@ def zero_depth(source: ModelConfig, target: ModelConfig, options: GrowthConfig) 
     listed = options.layers is not None
     old, new = source.num_hidden_layers, target.num_hidden_layers
     layers = chosen_layers(source, target, options) if listed else interpolated_layers(old, new)
-    return _silenced(layers, options)
+    return _silenced(source, layers, options)
 
 
-def _silenced(layers: list[int], options: GrowthConfig) -> Depth:
-    """All but the first of each layer are silent. Exact if the first ones stand in their order."""
+def _silenced(source: ModelConfig, layers: list[int], options: GrowthConfig) -> Depth:
+    """All but the first of each layer are silent. Exact if the first ones are all the layers of
+    the source, in their order."""
     found = copied_layers(layers, silent=True)
     if options.block == "random":
         found = tuple(Layer(None, True, True) if layer.fresh else layer for layer in found)
     kept = [layer.source for layer in found if not layer.fresh]
-    return Depth(found, kept == sorted(set(layers)) == list(range(max(layers) + 1)))
+    return Depth(found, kept == list(range(source.num_hidden_layers)))
 
 
 def random_depth(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
@@ -141,7 +142,7 @@ def llama_pro(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -
     old, new = source.num_hidden_layers, target.num_hidden_layers
     every = old // (new - old)
     layers = [i for layer in range(old) for i in [layer] * (1 + ((layer + 1) % every == 0))]
-    return _silenced(layers, options)
+    return _silenced(source, layers, options)
 
 
 def mslt(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:

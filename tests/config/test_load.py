@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megagrow.config.growth import GrowthConfig
 from megagrow.config.load import load_run
 from megagrow.config.schema import ParallelConfig
 from megagrow.errors import InputError
@@ -39,7 +40,7 @@ def test_stages_take_the_top_as_their_defaults(load_two) -> None:
     assert (first.model.num_hidden_layers, second.model.num_hidden_layers) == (2, 8)
     assert first.optimizer == second.optimizer
     assert first.growth is None
-    assert second.growth.optimizer_state == "transport"
+    assert second.growth == GrowthConfig(operator=["direct_depth"])
 
 
 def test_a_stage_changes_single_keys_of_a_default_section(load_two) -> None:

@@ -146,6 +146,21 @@ def test_or_begin_with_initial_weights():
     assert layers("zero_depth", 2, 4, block="random") == [Layer(0), new, Layer(1), new]
 
 
+@pytest.mark.parametrize(
+    ("layers", "exact"),
+    [
+        ([0, 0, 1, 0, 2], True),
+        ([0, 1, 2], True),
+        ([0, 1, 1], False),
+        ([1, 0, 2], False),
+        ([0, 2, 2, 1], False),
+    ],
+)
+def test_zero_depth_is_exact_only_with_all_layers_in_order(layers, exact):
+    found = growth(len(layers), operator="zero_depth", layers=layers)
+    assert found.preserves_function == exact
+
+
 def test_new_layers_of_random_depth_stand_on_top():
     new = Layer(None, fresh=True)
     assert layers("random_depth", 2, 4) == [Layer(0), Layer(1), new, new]

@@ -18,10 +18,15 @@ State = dict[str, dict[str, Tensor]]
 """Parameter -> kind of state -> the whole logical tensor (rows, cols)."""
 
 
-def grown(state: State, growth: GrowthMap, target: ModelConfig) -> State:
-    """The state of the target; in the type of the source's."""
+def grown(
+    state: State, growth: GrowthMap, target: ModelConfig, kinds: tuple[str, ...] = STATE_KINDS
+) -> State:
+    """The state of the target, or some kinds of it; in the type of the source's.
+
+    Differentiable in the source's state.
+    """
     return {
-        name: {kind: _made(state, growth, spec, kind) for kind in STATE_KINDS}
+        name: {kind: _made(state, growth, spec, kind) for kind in kinds}
         for name, spec in parameter_plan(target, tp=1).items()
     }
 

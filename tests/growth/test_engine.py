@@ -1,0 +1,154 @@
+"""What a live growth leaves in the engine: nothing shared, zeros in padding, and all is trained."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from megagrow.config.schema import RunConfig
+from megagrow.parallel.zero import STATE_KINDS
+from megagrow.reshard.fill import fill_initial
+from megagrow.train.grow import grow, stage_growth
+from megagrow.train.inputs import open_inputs
+from megagrow.train.loop import StepDone, advance
+from megagrow.train.signals import StopSignal
+from megagrow.train.stage import Stage, build_stage
+from megagrow.train.state import RunState
+from tests.growth.whole import State, grown
+from tests.runs import MODEL, STEP_TOKENS, full_tensors, make_run
+from tests.spawn import run_ranks
+
+pytestmark = pytest.mark.dist
+
+WORLD = 2
+SMALL = MODEL | {"tie_word_embeddings": True}
+"""Its vocabulary of 101 has a row of padding on the second of two ranks."""
+LARGE = SMALL | {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+}
+
+
+@dataclass(frozen=True)
+class Left:
+    """What one rank saw."""
+
+    tied: bool
+    """Whether the head is the embedding, one tensor."""
+    types: set[torch.dtype]
+    shared_bytes: int
+    padding: list[float]
+    """The largest number in the padding, after the growth and after two more steps."""
+    padded: int
+    expected: State
+    after: State
+    trained: State
+
+
+def trained_to_its_end(run: RunConfig, stage: Stage, state: RunState) -> RunState:
+    inputs, stop = open_inputs(run), StopSignal()
+    while isinstance(event := advance(run, stage, state, inputs.train, stop), StepDone):
+        state = event.state
+    return state
+
+
+def snapshot(stage: Stage) -> State:
+    found = full_tensors(stage.layout, stage.engine.storage())
+    return {name: {kind: t.clone() for kind, t in kinds.items()} for name, kinds in found.items()}
+
+
+def grown_live(run: RunConfig) -> Left:
+    stage = build_stage(run, 0, torch.device("cpu"))
+    fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)
+    stage.engine.ready(0)
+    state = trained_to_its_end(run, stage, RunState())
+    expected = grown(snapshot(stage), stage_growth(run, 1), run.stages[1].model)
+    stage, report = grow(run, stage)
+    module = stage.engine._engine.module
+    tied = module.lm_head.weight is module.model.embed_tokens.weight
+    storage = stage.engine.storage()
+    types = {kinds[kind].dtype for kinds in storage.values() for kind in STATE_KINDS}
+    shared, after, padding = shared_bytes(storage), snapshot(stage), [largest(pads(stage))]
+    trained_to_its_end(run, stage, state.after_growth(report.layers))
+    padding.append(largest(pads(stage)))
+    padded = sum(pad.numel() for pad in pads(stage))
+    return Left(tied, types, shared, padding, padded, expected, after, snapshot(stage))
+
+
+def shared_bytes(storage: Any) -> int:
+    """Bytes that belong to more than one kind of state of one parameter."""
+    spans = sorted(
+        (kinds[kind].data_ptr(), kinds[kind].data_ptr() + kinds[kind].nbytes)
+        for kinds in storage.values()
+        for kind in STATE_KINDS
+    )
+    return sum(max(0, one[1] - other[0]) for one, other in pairwise(spans))
+
+
+def pads(stage: Stage) -> list[torch.Tensor]:
+    """What this rank stores of the rows beyond the vocabulary, of each kind of state."""
+    layout, rank = stage.layout, stage.topology.rank
+    spec = layout.plan["model.embed_tokens.weight"]
+    interval = layout.interval(spec.name, rank // layout.tp)
+    first, _ = spec.slice_origin(layout.tp, rank % layout.tp)
+    rows = first + torch.arange(interval.start, interval.stop) // spec.cols
+    held = stage.engine.storage().get(spec.name, {})
+    return [tensor[rows >= spec.rows] for tensor in held.values()]
+
+
+def largest(tensors: list[torch.Tensor]) -> float:
+    return max([t.abs().max().item() for t in tensors if t.numel()], default=0.0)
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def left(request, tmp_path_factory) -> list[Left]:
+    """Of a run that grows in depth and width at once under ZeRO-2 and tensor parallelism."""
+    parallel = {"zero_stage": 2, "tensor_model_parallel_size": 2}
+    growth = {"operator": ["direct_depth", "direct_width"]}
+    stages = [
+        {"model": SMALL, "tokens": 3 * STEP_TOKENS, "parallel": parallel},
+        {"model": LARGE, "tokens": 2 * STEP_TOKENS, "parallel": parallel, "growth": growth},
+    ]
+    run = make_run(tmp_path_factory.mktemp("engine"), stages, precision=request.param)
+    return run_ranks(WORLD, grown_live, run)
+
+
+def test_the_grown_engine_holds_the_plain_result_in_fp32(left):
+    """Also of bf16 weights: nothing passes through 16 bits."""
+    for rank in left:
+        assert rank.types == {torch.float32}
+        assert rank.after.keys() == rank.expected.keys()
+        for name, kinds in rank.expected.items():
+            for kind, tensor in kinds.items():
+                assert torch.equal(rank.after[name][kind], tensor), (name, kind)
+    moments = [k[kind] for k in left[0].after.values() for kind in STATE_KINDS]
+    assert all(not torch.equal(t, t.bfloat16().float()) for t in moments), "no more than 16 bits"
+
+
+def test_copies_share_no_memory_and_a_tied_head_is_one_tensor(left):
+    for rank in left:
+        assert rank.shared_bytes == 0
+        assert rank.tied and "lm_head.weight" not in rank.after
+
+
+def test_padding_stays_zero(left):
+    width = LARGE["hidden_size"]
+    assert [rank.padded for rank in left] == [0, len(STATE_KINDS) * width]
+    assert all(rank.padding == [0.0, 0.0] for rank in left)
+
+
+def test_new_layers_are_trained_as_the_old_ones_are(left):
+    """The optimizer knows of every tensor: two steps after the growth each has moved."""
+    for rank in left:
+        layers = {name.split(".")[2] for name in rank.trained if ".layers." in name}
+        assert layers == {"0", "1", "2", "3"}
+        for name, kinds in rank.trained.items():
+            for kind in STATE_KINDS:
+                same = kinds[kind] == rank.after[name][kind]
+                # Rows of tokens that do not occur stand still but for the weight decay.
+                assert not same.all() if "embed" in name else not same.any(), (name, kind)

@@ -1,0 +1,132 @@
+"""Training after a growth: the same trajectory where the map says so; what parts copies."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megagrow.config.schema import ModelConfig
+from megagrow.growth.map import ParamScale
+from tests.growth.cases import Case, case, sources, times
+from tests.growth.computing import (
+    Adam,
+    apart,
+    fresh_state,
+    random_ids,
+    random_weights,
+    trained,
+    weights_of,
+)
+from tests.growth.whole import State, grown
+from tests.hugging_face import tiny
+
+BEFORE, AFTER = 5, 15
+"""Steps of the source, and then of both."""
+
+SOURCE = tiny(hidden_size=8, head_dim=4, num_key_value_heads=2, intermediate_size=6, vocab_size=11)
+
+
+def batches(config: ModelConfig, count: int, seed: int = 0) -> list[Tensor]:
+    return [random_ids(config, seed=seed + k) for k in range(count)]
+
+
+def some_training(config: ModelConfig, adam: Adam | None = None) -> State:
+    start = fresh_state(random_weights(config))
+    return trained(config, start, batches(config, BEFORE), adam=adam)
+
+
+def diverged(
+    found: Case,
+    transported: bool = True,
+    scales: dict[str, ParamScale] | None = None,
+    adam: Adam | None = None,
+) -> float:
+    """The largest difference of logits after the source and the grown model went on alike."""
+    source, target = found.source, found.target
+    old = some_training(source, adam)
+    new = grown(old, found.growth, target)
+    if not transported:
+        new = fresh_state(weights_of(new))
+    scales = dict(found.growth.scales) if scales is None else scales
+    later = batches(source, AFTER, seed=1000)
+    old = trained(source, old, later, BEFORE, adam)
+    new = trained(target, new, later, BEFORE if transported else 0, adam, scales)
+    return apart(found, weights_of(old), weights_of(new), random_ids(source, seed=7))
+
+
+@settings(max_examples=8, deadline=None)
+@given(sources(), st.tuples(*[st.integers(1, 3)] * 3), st.sampled_from(("interleaved", "tiled")))
+def test_a_copied_model_follows_its_source(source: Any, factors: Any, order: str) -> None:
+    found = case(source, times(source, *factors), operator="mup_copy", order=order)
+    assert diverged(found) <= 1e-9
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("operator", ["mup_copy", "direct_width", "bert2bert_fpi"])
+def test_what_it_takes_to_follow(tied: bool, operator: str) -> None:
+    """The states, and every factor on lr, weight decay, eps and norm: without one it diverges."""
+    source = SOURCE.model_copy(update={"tie_word_embeddings": tied})
+    found = case(source, times(source, 2, 2, 2), operator=operator)
+    # An eps of the size of the gradients, so that it matters.
+    adam = Adam(eps=1e-2, weight_decay=1.0, clipping=0.2)
+    assert diverged(found, adam=adam) <= 1e-9
+    assert diverged(found, transported=False, adam=adam) > 1e-2
+    for field in ("lr", "weight_decay", "eps", "norm"):
+        without = {
+            name: ParamScale(**{**vars(scale), field: 1.0})
+            for name, scale in found.growth.scales.items()
+        }
+        assert diverged(found, scales=without, adam=adam) > 1e-2, field
+
+
+def test_no_factors_where_a_growth_can_not_be_followed() -> None:
+    deeper = case(SOURCE, {"num_hidden_layers": 4}, operator="zero_depth")
+    both = case(
+        SOURCE, times(SOURCE, 2, 1, 1) | {"num_hidden_layers": 4}, operator=["zero_depth", "lemon"]
+    )
+    padded = case(SOURCE, {"hidden_size": 9}, operator="zero_width")
+    uneven = case(SOURCE, times(SOURCE, 2, 1, 1), operator="direct_width", split="uneven")
+    staged = case(SOURCE, times(SOURCE, 2, 2, 2), operator="staged_width")
+    for found in (deeper, both, padded, uneven, staged):
+        assert not found.growth.scales
+
+
+def separation(found: Case) -> float:
+    """How far the two halves of a doubled model are apart after some steps of training: how much a
+    matrix changes if its copies, which stand side by side, are exchanged."""
+    new = grown(some_training(found.source), found.growth, found.target)
+    step = BEFORE if found.growth.keeps_step else 0
+    after = trained(found.target, new, batches(found.source, AFTER, seed=1000), step)
+    gate = after["model.layers.0.mlp.gate_proj.weight"]["fp32"]
+    exchanged = gate.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    exchanged = exchanged.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
+    return (gate - exchanged).abs().max().item()
+
+
+LOCKED: list[dict[str, Any]] = [
+    {"optimizer_state": "transport"},
+    {"optimizer_state": "reset"},
+    {"optimizer_state": "keep_v"},
+    {"operator": "staged_width"},
+]
+BREAKERS: list[dict[str, Any]] = [
+    {"noise": 0.5},
+    {"optimizer_state": "asymmetric"},
+    {"optimizer_state": "probe_v"},
+    {"split": "uneven"},
+    {"operator": "staged_width", "noise": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", LOCKED, ids=str)
+def test_copies_stay_the_same_as_long_as_nothing_parts_them(options: dict[str, Any]) -> None:
+    found = case(SOURCE, times(SOURCE, 2, 2, 2), **{"operator": "direct_width"} | options)
+    assert separation(found) <= 1e-12
+
+
+@pytest.mark.parametrize("options", BREAKERS, ids=str)
+def test_each_breaker_parts_them(options: dict[str, Any]) -> None:
+    found = case(SOURCE, times(SOURCE, 2, 2, 2), **{"operator": "direct_width"} | options)
+    assert separation(found) > 1e-4
