@@ -10,14 +10,14 @@ import torch
 from megagrow.config.schema import RunConfig
 from megagrow.parallel.zero import STATE_KINDS
 from megagrow.reshard.fill import fill_initial
-from megagrow.train.grow import grow, stage_growth
+from megagrow.train.growths import stage_growth
 from megagrow.train.inputs import open_inputs
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.signals import StopSignal
 from megagrow.train.stage import Stage, build_stage
 from megagrow.train.state import RunState
 from tests.growth.whole import State, grown
-from tests.runs import MODEL, STEP_TOKENS, full_tensors, make_run
+from tests.runs import MODEL, STEP_TOKENS, full_tensors, grow_live, make_run
 from tests.spawn import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -68,7 +68,7 @@ def grown_live(run: RunConfig) -> Left:
     stage.engine.ready(0)
     state = trained_to_its_end(run, stage, RunState())
     expected = grown(snapshot(stage), stage_growth(run, 1), run.stages[1].model)
-    stage, report = grow(run, stage)
+    stage, report = grow_live(run, stage)
     module = stage.engine._engine.module
     tied = module.lm_head.weight is module.model.embed_tokens.weight
     storage = stage.engine.storage()
