@@ -29,13 +29,15 @@ from megagrow.reshard.layout import Layout
 from megagrow.reshard.parcels import plan_rank
 
 MIB = 2**20
+PROCESS_BYTES = 400 * MIB
+"""What a rank holds without a model."""
 RANK = Path(__file__).with_name("bench_growth_rank.py")
 
 SIZES: dict[str, dict[str, int]] = {
     "46M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 12},
     "168M": {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 12},
     "480M": {"hidden_size": 1536, "intermediate_size": 4128, "num_hidden_layers": 16},
-    "900M": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 16},
+    "650M": {"hidden_size": 1792, "intermediate_size": 4816, "num_hidden_layers": 16},
 }
 """Parameters of the target model; the source has a quarter of its layers."""
 
@@ -99,7 +101,7 @@ def main(
     for world in ranks or (1, 2, 4, 8):
         cases = [
             case
-            for name in size or ("46M", "168M", "480M", "900M")
+            for name in size or SIZES
             for stage in zero or (2, 3)
             if (case := make_case(name, world, stage, room, usual, console))
         ]
@@ -123,7 +125,8 @@ def make_case(
     state, old_state = (12 * _parameters(shape) for shape in (model, small))
     # fp32 forward weights, and ZeRO-3's buffer for gradients; ZeRO-2 has whole weights everywhere.
     forward = state * 2 // 3 if zero == 3 else world * state // 3
-    live = state + old_state + forward
+    live = state + forward + max(old_state, state // 3)
+    room -= world * PROCESS_BYTES
     if live > room:
         console.print(f"{name}, ZeRO-{zero}, {world} ranks: {live >> 20} MiB do not fit")
         return None
@@ -133,7 +136,7 @@ def make_case(
         "size": name,
         "ranks": world,
         "zero": zero,
-        "usual": usual and max(live, 2 * state + forward) + old_state < room,
+        "usual": usual and 2 * state + forward + old_state < room,
         "target_bytes": state,
         "run": {
             "name": "bench",
