@@ -54,6 +54,8 @@ def isometric_map(growing: Growing, generator: np.random.Generator) -> GrowthMap
             term = base.weights[name][0]
             assert isinstance(term, Gather)
             weights[name], moments[name] = _turned(spec, term.source, q, scale)
+            if not base.moments[name]:  # of a layer that is silent yet
+                moments[name] = ()
             if _reads_residual(spec):
                 std = spec.init_std
                 fills[name] = (Fill(stream, ((std, std), (std, std)), basis=q),)
