@@ -16,7 +16,7 @@ from megagrow.errors import InputError
 
 JOURNAL_FILE = "journal.jsonl"
 
-_BYTES_AT_ONCE, _SECONDS_AT_ONCE = 2**28, 5.0
+_BYTES_AT_ONCE, _SECONDS_AT_ONCE = 2**26, 5.0
 """After so many bytes, or so much time, what was written is made sure of."""
 
 
@@ -36,11 +36,13 @@ class Journal:
         self._dirty: set[Path] = set()
         self._bytes = 0
         self._committed = time.monotonic()
-        others = [path.name for path in folder.iterdir() if path.name != JOURNAL_FILE]
+        self._begun = any(path.name != JOURNAL_FILE for path in folder.iterdir())
+        if self._begun and not self._path.is_file():
+            raise self._in_the_way()
         self._file = self._path.open("a+b")
         try:
             self._lock()
-            self._begin(command, bool(others))
+            self._begin(command)
         except BaseException:
             self._file.close()
             raise
@@ -89,16 +91,20 @@ class Journal:
         except BlockingIOError as error:
             raise InputError(f"{self._folder}: another process is writing it") from error
 
-    def _begin(self, command: dict[str, Any], begun: bool) -> None:
+    def _in_the_way(self) -> InputError:
+        return InputError(f"{self._folder}: is in the way and no growth's; remove it")
+
+    def _begin(self, command: dict[str, Any]) -> None:
         self._file.seek(0)
         text = self._file.read()
-        lines = text[: text.rfind(b"\n") + 1].splitlines()
-        if not lines:
-            if begun:
-                raise InputError(f"{self._folder}: is in the way and no growth's; remove it")
-            self._file.truncate(0)
+        whole = text[: text.rfind(b"\n") + 1]
+        self._file.truncate(len(whole))
+        if not whole:
+            if self._begun:
+                raise self._in_the_way()
             self._append([command])
             return
+        lines = whole.splitlines()
         before = json.loads(lines[0])
         if before != json.loads(json.dumps(command)):
             differs = sorted(key for key in before | command if before.get(key) != command.get(key))
@@ -112,4 +118,3 @@ class Journal:
                 self.done.pop(piece, None)
             else:
                 self.done[piece] = checksum
-        self._file.truncate(len(text[: text.rfind(b"\n") + 1]))
