@@ -11,6 +11,7 @@ from megagrow.checkpoint.manifest import MANIFEST_FILE
 from megagrow.checkpoint.source import Source
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.keys import refuse_unknown_keys
+from megagrow.config.lengths import step_tokens
 from megagrow.config.load import load_run
 from megagrow.config.model_file import is_run_file, load_model
 from megagrow.config.overrides import apply_override
@@ -20,6 +21,8 @@ from megagrow.growth.check import check_map
 from megagrow.growth.map import GrowthMap, identity_map
 from megagrow.growth.operators import growth_map, operators_of, state_policy
 from megagrow.growth.problems import Event, event_problems
+from megagrow.growth.ramps import is_masked, stage_masks
+from megagrow.model.masks import Masks, masks_at
 from megagrow.parallel.plan import parameter_plan
 from megagrow.parallel.settings import decay_groups
 from megagrow.reshard.layout import Layout
@@ -60,7 +63,12 @@ class Goal:
     @property
     def is_masked(self) -> bool:
         """Whether its new parts stand behind masks, which begin at 0."""
-        return self.options is not None and any(o.masked for o in operators_of(self.options))
+        return self.options is not None and is_masked(self.options)
+
+    @property
+    def masks(self) -> Masks | None:
+        """The masks with which the target begins."""
+        return masks_at(self.source.model, self.model, 0, 1) if self.is_masked else None
 
     @cached_property
     def growth(self) -> GrowthMap:
@@ -110,8 +118,12 @@ def decide(request: Request, source: Source) -> Goal:
             f"{goal.operators} lets new parts in through masks, which a Hugging Face model does "
             "not have: write a checkpoint"
         )
-    if goal.is_masked and request.text is not None:
-        problems.append("--text: the masks of a random operator are part of a run, not of files")
+    leaves_its_run = goal.options is not None or form == "huggingface"
+    if leaves_its_run and _still_masked(source):
+        problems.append(
+            f"{source.path}: parts of it still stand behind masks, without which it is another "
+            "model; train it until they are let in"
+        )
     if problems:
         raise InputError("; ".join(problems))
     return goal
@@ -131,6 +143,19 @@ def _needs_training(options: GrowthConfig, source: Source) -> list[str]:
     if state_policy(options) == "probe_v" and "exp_avg_sq" in source.kinds:
         return [f"growth.optimizer_state = probe_v measures on batches: {live}, or take asymmetric"]
     return []
+
+
+def _still_masked(source: Source) -> bool:
+    """Whether parts of the source still stand behind masks, which are part of its run."""
+    if "growth" in source.environment:  # grown from files, and not trained since
+        return source.environment["growth"]["masks"] is not None
+    state, stages = state_of(source), source.environment.get("config", {}).get("stages", [])
+    growth = stages[state.stage]["growth"] if stages else None
+    if growth is None or not is_masked(GrowthConfig.model_validate(growth)):
+        return False
+    run = RunConfig.model_validate(source.environment["config"])
+    tokens = state.stage_step * step_tokens(run.stages[state.stage], run.data.sequence_length)
+    return stage_masks(run, state.stage, tokens) is not None
 
 
 def _goal(request: Request, source: Source) -> Goal:

@@ -56,7 +56,8 @@ def grow_files(request: Request, console: Console) -> None:
             _do(work, journal, console)
             if source_loss is not None:
                 target.write_documents(folder)
-                _compare(goal, source_loss, text_loss(open_source(folder, print), texts), console)
+                target_loss = text_loss(open_source(folder, print), texts, goal.masks)
+                _compare(goal, source_loss, target_loss, console)
             work.finish(request.out)
     except OSError as error:
         raise InputError(
@@ -91,7 +92,7 @@ def _target(request: Request, goal: Goal) -> Target:
                 describe_layout(layout),
                 goal.source.adam_step if goal.growth.keeps_step else 0,
                 goal.state().as_json(),
-                goal.source.environment | {"growth": _told(goal)},
+                _environment(goal),
                 files,
             ),
         )
@@ -105,8 +106,15 @@ def _target(request: Request, goal: Goal) -> Target:
     return hugging_face_target(goal.model, config, request.stored_dtype, request.shard_bytes)
 
 
+def _environment(goal: Goal) -> dict[str, Any]:
+    """That of the source, and what was done here."""
+    if goal.options is None:
+        return goal.source.environment
+    return goal.source.environment | {"growth": _told(goal)}
+
+
 def _told(goal: Goal) -> dict[str, Any]:
-    """What the manifest keeps of the growth."""
+    """What the manifest keeps of a growth, until the model is trained on."""
     return {
         "source": str(goal.source.path.resolve()),
         "source_model": goal.source.model.model_dump(),

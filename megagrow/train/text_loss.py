@@ -13,6 +13,7 @@ from megagrow.config.schema import ModelConfig
 from megagrow.config.sizes import format_bytes
 from megagrow.errors import InputError
 from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.masks import Masks
 from megagrow.reshard.layout import Block
 
 SEQUENCE_LENGTH = 512
@@ -59,8 +60,9 @@ def check_text_memory(model: ModelConfig, sequences: list[Tensor], memory: int) 
         )
 
 
-def text_loss(source: Source, sequences: list[Tensor]) -> float:
-    """Mean loss per predicted token, in nats; fp32, on the CPU."""
+def text_loss(source: Source, sequences: list[Tensor], masks: Masks | None = None) -> float:
+    """Mean loss per predicted token, in nats; fp32, on the CPU. `masks` stand before parts that
+    are still to be let in."""
     with torch.device("meta"):
         model = LlamaForCausalLM(source.model)
     _hold_while_used(model, source)
@@ -68,7 +70,7 @@ def text_loss(source: Source, sequences: list[Tensor]) -> float:
     with torch.no_grad():
         for ids in sequences:
             positions = torch.arange(ids.shape[1])[None]
-            logits = model(ids, positions)[0, :-1]
+            logits = model(ids, positions, None, masks)[0, :-1]
             total += float(F.cross_entropy(logits, ids[0, 1:], reduction="sum"))
             count += ids.shape[1] - 1
     return total / count

@@ -70,7 +70,7 @@ def differences(one: dict, other: dict, tolerance: float = 0.0) -> list[str]:
     for file in one.keys() & other.keys():
         wrong += [f"{file}: {name}" for name in one[file].keys() ^ other[file].keys()]
         for name in one[file].keys() & other[file].keys():
-            a, b = one[file][name], other[file][name]
+            a, b = one[file][name], other[file][name].float()
             same = a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance)
             wrong += [] if same else [f"{file}: {name}"]
     return wrong

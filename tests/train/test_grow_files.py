@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from megagrow.checkpoint.manifest import read_manifest
+from megagrow.checkpoint.manifest import read_manifest, write_manifest
 from megagrow.config.growth import GrowthConfig
+from megagrow.errors import InputError
 from megagrow.growth.operators import growth_map
 from megagrow.parallel.plan import parameter_plan
 from megagrow.train.grow_files import grow_files
@@ -19,6 +21,7 @@ from tests.checkpoint.written import RUN, differences, expected_shards, shards, 
 from tests.growth.whole import grown
 from tests.reshard.definition import random_state
 from tests.reshard.models import layout_of
+from tests.runs import STEP_TOKENS, make_run
 from tests.train.file_growths import BASE, GROWTHS, base
 
 LAYOUTS = [
@@ -88,3 +91,62 @@ def test_files_hold_what_the_map_says(tmp_path, name):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"manifest.json", *manifest.files}
     assert not (tmp_path / "out.tmp").exists()
+
+
+def conversion(tmp_path: Path, source: Path, **request: Any) -> dict[str, Any]:
+    """A request by which nothing grows."""
+    to = model_file(tmp_path / "same.yaml", read_manifest(source).model)
+    return {"source": source, "to": to} | request
+
+
+def test_a_model_that_does_not_grow_only_changes_its_layout(tmp_path):
+    before, after = LAYOUTS[2]
+    state = random_state(parameter_plan(base(), 1))
+    path = write_checkpoint(tmp_path / "in", base(), layout_of(base(), *before), state)
+    zero, dp, tp, decay = after
+    layout = {"zero_stage": zero, "dp": dp, "tp": tp, "weight_decay_on": decay}
+    grow(**conversion(tmp_path, path, out=tmp_path / "out", **layout))
+    wanted = expected_shards(layout_of(base(), *after), state)
+    assert differences(shards(tmp_path / "out"), wanted) == []
+    old, new = read_manifest(path), read_manifest(tmp_path / "out")
+    counters = new.run["counters"]
+    assert counters.items() >= RUN["counters"].items()
+    assert new.run == RUN | {"counters": counters}
+    assert (new.adam_step, new.environment) == (11, old.environment)
+
+
+def test_a_model_behind_masks_grows_no_further_until_it_is_trained(tmp_path):
+    state = random_state(parameter_plan(base(), 1))
+    path = write_checkpoint(tmp_path / "in", base(), layout_of(base(), 1, 1, 1), state)
+    deep = model_file(tmp_path / "deep.yaml", {"num_hidden_layers": 4})
+    grow(source=path, out=tmp_path / "random", to=deep, operators=("random_depth",))
+    deeper = model_file(tmp_path / "deeper.yaml", {"num_hidden_layers": 8})
+    with pytest.raises(InputError, match="parts of it still stand behind masks"):
+        grow(source=tmp_path / "random", out=tmp_path / "out", to=deeper)
+    request = conversion(tmp_path, tmp_path / "random")
+    with pytest.raises(InputError, match="parts of it still stand behind masks"):
+        grow(out=tmp_path / "out", form="huggingface", **request)
+    grow(out=tmp_path / "out", dp=2, **request)
+    told = read_manifest(tmp_path / "out").environment["growth"]
+    assert told["masks"] == 0.0
+
+
+@pytest.mark.parametrize(("step", "masked"), [(3, True), (4, False)])
+def test_masks_of_a_run_are_known_from_its_position(tmp_path, step, masked):
+    growth = {"operator": "random_depth", "ramp_tokens": 4 * STEP_TOKENS}
+    deep = {"model": BASE | {"num_hidden_layers": 4}, "growth": growth, "tokens": 640}
+    run = make_run(tmp_path, [{"model": BASE, "tokens": 640}, deep])
+    model = run.stages[1].model
+    state = random_state(parameter_plan(model, 1))
+    path = write_checkpoint(tmp_path / "in", model, layout_of(model, 1, 1, 1), state)
+    manifest = read_manifest(path)
+    environment = {"config": run.model_dump(mode="json")}
+    position = RUN | {"stage": 1, "stage_step": step, "provenance": [[0, 1, -1, -1]]}
+    write_manifest(path, replace(manifest, run=position, environment=environment))
+    request = conversion(tmp_path, path, out=tmp_path / "out", form="huggingface")
+    if masked:
+        with pytest.raises(InputError, match="parts of it still stand behind masks"):
+            grow(**request)
+    else:
+        grow(**request)
+    assert (tmp_path / "out").exists() != masked
