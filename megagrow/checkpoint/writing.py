@@ -103,9 +103,10 @@ def check_space(folder: Path, target: Target, begun: Path) -> None:
 
 
 def _blocks(layout: Layout, name: str, rank: int, at_once: int) -> Iterator[Block]:
-    """What a rank holds, in the order of its storage, in rectangles of some whole rows."""
+    """What a rank holds, in the order of its storage, in rectangles of some rows; as many as would
+    make `at_once` elements if they were whole, for their sources may be."""
+    step = max(1, at_once // layout.plan[name].cols)
     for block in layout.blocks(name, rank):
-        step = max(1, at_once // len(block.cols))
         for first in range(block.rows.start, block.rows.stop, step):
             yield Block(range(first, min(first + step, block.rows.stop)), block.cols)
 

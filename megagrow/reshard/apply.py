@@ -1,7 +1,7 @@
 """What a growth map's terms and fills come to, for any rectangle of a target parameter.
 
-Pure: `read(name, kind, block)` gives rectangles of the source, (rows, columns) fp32, and no more
-of it than `at_once` elements is asked for at a time, if one row is not longer.
+Pure: `read(name, kind, block)` gives rectangles of the source, (rows, columns) fp32. No more than
+`at_once` elements are asked for at a time, or one row, or as many whole rows as are to be made.
 """
 
 from collections.abc import Callable, Iterable, Iterator
