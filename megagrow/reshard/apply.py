@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Indices, Kind
-from megagrow.parallel.initialize import normal
+from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Kind
 from megagrow.parallel.plan import ParamSpec
+from megagrow.reshard.drawn import drawn_rows
+from megagrow.reshard.indices import as_array, bounds, compact
 from megagrow.reshard.layout import Block
 
 Read = Callable[[str, Kind, Block], Tensor]
@@ -23,10 +24,6 @@ _IN_CACHE = 2**18
 
 _BRIDGED = 2**14
 """Unwanted elements that are read in one go with those on both sides of them."""
-
-_PROJECTED_ROWS = 64
-"""Rows that are projected together: always those of one multiple of this number, since a matrix
-product may round a row differently beside other rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +51,11 @@ class Application:
         return values
 
     def _gather(self, term: Gather, kind: Kind, block: Block, values: Tensor, adds: bool) -> None:
-        rows, cols = _listed(term.rows.source(block.rows)), _listed(term.cols.source(block.cols))
+        rows, cols = as_array(term.rows.source(block.rows)), as_array(term.cols.source(block.cols))
         to_cols = np.flatnonzero(cols >= 0)
         if not len(to_cols):
             return
-        across = range(int(cols[to_cols].min()), int(cols[to_cols].max()) + 1)
+        across = bounds(cols)
         for span in _spans(rows, len(across), self.at_once):
             read = self.read(term.source, kind, Block(span, across))
             to_rows = np.flatnonzero((rows >= span.start) & (rows < span.stop))
@@ -107,57 +104,10 @@ def _filled(fills: Iterable[Fill], spec: ParamSpec, block: Block) -> Tensor:
     step = max(1, _IN_CACHE // spec.cols)
     for first in range(block.rows.start, block.rows.stop, step):
         rows = range(first, min(first + step, block.rows.stop))
-        total = torch.stack([_drawn(fill, spec, rows) for fill in drawn]).sum(0)
+        total = drawn_rows(drawn, spec, rows)
         inside = slice(rows.start - block.rows.start, rows.stop - block.rows.start)
         values[inside].copy_(total[:, block.cols.start : block.cols.stop])
     return values
-
-
-def _drawn(fill: Fill, spec: ParamSpec, rows: range) -> Tensor:
-    """Whole rows of one fill: fp64."""
-    new = _mask(fill.new_rows, spec.rows)[rows.start : rows.stop]
-    values = torch.zeros(len(rows), spec.cols, dtype=torch.float64)
-    if np.any(fill.std):
-        std = torch.tensor(fill.std, dtype=torch.float64)
-        values = _normals(fill, spec, rows).mul_(std[new[:, None], _mask(fill.new_cols, spec.cols)])
-    return values.add_(fill.constant * new[:, None])
-
-
-def _normals(fill: Fill, spec: ParamSpec, rows: range) -> Tensor:
-    if fill.basis is None:
-        return _centred(fill, spec.cols, rows)
-    basis, found = torch.from_numpy(fill.basis), []
-    for first in range(rows.start - rows.start % _PROJECTED_ROWS, rows.stop, _PROJECTED_ROWS):
-        together = range(first, min(first + _PROJECTED_ROWS, spec.rows))
-        values = _centred(fill, spec.cols, together)
-        values -= values @ basis @ basis.T
-        begin, stop = max(first, rows.start), min(together.stop, rows.stop)
-        found.append(values[begin - first : stop - first])
-    return torch.cat(found)
-
-
-def _centred(fill: Fill, cols: int, rows: range) -> Tensor:
-    values = normal(fill.stream, rows.start * cols, len(rows) * cols).view(-1, cols).double()
-    if fill.centre is None:
-        return values
-    _, labels, counts = np.unique(fill.centre, return_inverse=True, return_counts=True)
-    groups = torch.from_numpy(labels)
-    means = torch.zeros(len(rows), len(counts), dtype=torch.float64)
-    means.index_add_(1, groups, values).div_(torch.from_numpy(counts))
-    return values.sub_(means[:, groups])
-
-
-def _mask(mask: np.ndarray | None, size: int) -> Tensor:
-    """0 for old and 1 for new: (size,) int64."""
-    if mask is None:
-        return torch.zeros(size, dtype=torch.int64)
-    return torch.from_numpy(mask).long()
-
-
-def _listed(positions: Indices) -> np.ndarray:
-    if isinstance(positions, range):
-        return np.arange(positions.start, positions.stop)
-    return positions
 
 
 def _spans(rows: np.ndarray, width: int, at_once: int) -> Iterator[range]:
@@ -181,9 +131,10 @@ def _cut(positions: np.ndarray, width: int) -> Iterator[np.ndarray]:
 
 def _index(positions: np.ndarray) -> slice | Tensor:
     """A slice where the positions are consecutive."""
-    if (np.diff(positions) == 1).all():
-        return slice(int(positions[0]), int(positions[0]) + len(positions))
-    return torch.from_numpy(positions)
+    found = compact(positions)
+    if isinstance(found, range):
+        return slice(found.start, found.stop)
+    return torch.from_numpy(found)
 
 
 def _scaled(values: Tensor, axis: Axis, at: np.ndarray, shape: tuple[int, int]) -> Tensor:

@@ -1,5 +1,6 @@
 """What a growth between files is to be: everything that is decided before a number is read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +20,16 @@ from megagrow.config.schema import ModelConfig, OptimizerConfig, RunConfig
 from megagrow.errors import InputError
 from megagrow.growth.check import check_map
 from megagrow.growth.map import GrowthMap, identity_map
-from megagrow.growth.operators import growth_map, operators_of, state_policy
+from megagrow.growth.operators import follows_exactly, growth_map, operators_of, state_policy
 from megagrow.growth.problems import Event, event_problems
 from megagrow.growth.ramps import is_masked, stage_masks
 from megagrow.model.masks import Masks, masks_at
 from megagrow.parallel.plan import parameter_plan
-from megagrow.parallel.settings import decay_groups
+from megagrow.parallel.scale import ParamScale
+from megagrow.parallel.settings import parameter_groups
 from megagrow.reshard.layout import Layout
 from megagrow.train.grow_request import Request
+from megagrow.train.growths import stage_scales
 from megagrow.train.state import RunState
 
 DEFAULT_SEED = 1234
@@ -238,7 +241,16 @@ def target_layout(request: Request, goal: Goal) -> Layout:
             raise InputError(f"--tp {tp} does not divide {name} = {size} of the target")
     plan = parameter_plan(goal.model, tp)
     optimizer = OptimizerConfig.model_validate({"lr": 1.0, "weight_decay_on": decay})
-    return Layout(plan, decay_groups(plan, optimizer), zero_stage, dp, tp)
+    groups = parameter_groups(plan, optimizer, _scales(goal))
+    return Layout(plan, tuple(group.names for group in groups), zero_stage, dp, tp)
+
+
+def _scales(goal: Goal) -> Mapping[str, ParamScale]:
+    """By which the engine tells groups apart."""
+    if goal.run is not None and goal.stage is not None:
+        return stage_scales(goal.run, goal.stage)
+    follows = goal.options is not None and follows_exactly(goal.options)
+    return goal.growth.scales if follows else {}
 
 
 def _decay(layout: Layout) -> str:
