@@ -1,4 +1,4 @@
-"""The command line: megagrow prepare | train | plan | report | config show."""
+"""The command line: megagrow prepare | train | grow | plan | report | config show."""
 
 import sys
 import time
@@ -86,6 +86,68 @@ def prepare(
     prepare_corpus(
         sources, output, tokenizer, vocab_size, validation_fraction, workers, text_key, seed
     )
+
+
+@app.command()
+def grow(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A checkpoint, a run directory (its newest), or a Hugging Face folder.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Argument(help="The checkpoint or folder to write.", show_default=False)
+    ],
+    to: Annotated[str, typer.Option(help="The target: a model, its file, or a run file.")],
+    stage: Annotated[
+        int | None, typer.Option(help="Of the run file; default: the one after the source's.")
+    ] = None,
+    operator: Annotated[list[str] | None, typer.Option(help="Given once for each axis.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="growth.KEY=VALUE", help="An option of it.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of random numbers; default: the run's.")] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="checkpoint or huggingface; default: SOURCE's.")
+    ] = None,
+    zero_stage: Annotated[int | None, typer.Option(min=0, max=3, help="Default: SOURCE's.")] = None,
+    dp: Annotated[int | None, typer.Option(min=1, help="Data-parallel ranks.")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks.")] = None,
+    weight_decay_on: Annotated[str | None, typer.Option(help="all or matrices.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Hugging Face: float32, float16, bfloat16.")
+    ] = "float32",
+    shard_size: Annotated[str, typer.Option(help="Hugging Face: size of a file.")] = "5GB",
+    memory: Annotated[str, typer.Option(help="What may be held in memory.")] = "1GiB",
+    text: Annotated[Path | None, typer.Option(help="Tell the losses on this text.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="The tokenizer for it.")] = None,
+) -> None:
+    """Grow a checkpoint file to file, or write it in another layout; no GPU, bounded memory."""
+    from megagrow.train.grow_files import grow_files
+    from megagrow.train.grow_request import Request
+
+    request = Request(
+        source=source,
+        out=out,
+        to=to,
+        stage=stage,
+        operators=tuple(operator or ()),
+        overrides=tuple(overrides or ()),
+        seed=seed,
+        form=form,
+        zero_stage=zero_stage,
+        dp=dp,
+        tp=tp,
+        weight_decay_on=weight_decay_on,
+        dtype=dtype,
+        shard_size=shard_size,
+        memory=memory,
+        text=text,
+        tokenizer=tokenizer,
+    )
+    grow_files(request, Console())
 
 
 @app.command()

@@ -8,8 +8,9 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from megagrow.checkpoint.files import list_checkpoints, shard_name
-from megagrow.checkpoint.manifest import Manifest, read_manifest
+from megagrow.checkpoint.files import shard_name
+from megagrow.checkpoint.manifest import Manifest
+from megagrow.checkpoint.newest import newest_whole
 from megagrow.errors import InputError
 from megagrow.growth.map import identity_map
 from megagrow.parallel.topology import together
@@ -24,22 +25,9 @@ def newest_checkpoint(directory: Path, say: Callable[[str], None]) -> tuple[Path
 
     A damaged one is named through `say` and passed over. InputError if all of them are damaged.
     """
-    found = [together(lambda: _newest(directory, say) if dist.get_rank() == 0 else None)]
+    found = [together(lambda: newest_whole(directory, say) if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(found, src=0)
     return found[0]
-
-
-def _newest(directory: Path, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
-    problems = []
-    for path in reversed(list_checkpoints(directory)):
-        try:
-            return path, read_manifest(path)
-        except InputError as error:
-            say(f"passed over a checkpoint: {error}")
-            problems.append(str(error))
-    if problems:
-        raise InputError(f"no checkpoint under {directory} is whole: {problems[0]}")
-    return None
 
 
 def load_storage(path: Path, manifest: Manifest, layout: Layout, storage: Storage) -> None:

@@ -10,7 +10,7 @@ def problems(run: RunConfig) -> list[str]:
     found: list[str] = []
     for index, stage in enumerate(run.stages):
         at = f"stages.{index}"
-        found += _model(stage.model, f"{at}.model")
+        found += model_problems(stage.model, f"{at}.model")
         found += _parallel(stage, run.data.sequence_length, at)
         found += _batch_and_schedule(stage, at)
         found += _sequence(stage.model, run.data.sequence_length, at)
@@ -24,7 +24,8 @@ def world_problems(run: RunConfig, world_size: int) -> list[str]:
     return [text for i, s in enumerate(run.stages) for text in _world(s, world_size, f"stages.{i}")]
 
 
-def _model(model: ModelConfig, at: str) -> Iterator[str]:
+def model_problems(model: ModelConfig, at: str) -> Iterator[str]:
+    """All that is wrong with a model by itself, each in one text."""
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     own = "head_dim" in model.model_fields_set
     if not own and model.hidden_size % heads:

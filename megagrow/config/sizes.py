@@ -4,7 +4,10 @@ import re
 from decimal import Decimal
 
 UNITS = {"T": 10**12, "B": 10**9, "M": 10**6, "K": 10**3}
+BYTE_UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+BYTE_UNITS |= {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
 _COUNT = re.compile(r"(\d+(?:_\d+)*(?:\.\d+)?(?:[eE]\+?\d{1,2})?)\s*([KMBT]?)", re.IGNORECASE)
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?", re.IGNORECASE)
 _EXAMPLES = "such as 2048, 2M or 1.5B"
 
 
@@ -45,3 +48,23 @@ def format_large(count: int) -> str:
     """
     digits, _, exponent = f"{Decimal(count).normalize():e}".partition("e")
     return str(count) if len(digits) > 16 else f"{digits}e{int(exponent)}"
+
+
+def parse_bytes(text: str) -> int:
+    """The number of bytes that `1GiB`, `512 MiB`, `1.5GB` or plain digits say.
+
+    KiB, MiB, GiB and TiB count in 1024s; KB, MB, GB and TB in 1000s. Raises ValueError.
+    """
+    match = _BYTES.fullmatch(text.strip())
+    units = {name.lower(): size for name, size in BYTE_UNITS.items()}
+    if match is None or (match[2] or "B").lower() not in units:
+        raise ValueError("should be a number of bytes such as 1GiB, 512MiB or 5GB")
+    return int(Decimal(match[1]) * units[(match[2] or "B").lower()])
+
+
+def format_bytes(count: int) -> str:
+    """`count` bytes for people, rounded: `64 MiB`, `1.5 GiB`."""
+    for name in ("TiB", "GiB", "MiB", "KiB"):
+        if count >= BYTE_UNITS[name]:
+            return f"{Decimal(f'{count / BYTE_UNITS[name]:.1f}').normalize():f} {name}"
+    return f"{count} B"

@@ -9,14 +9,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 SECONDS_BETWEEN_LINES = 5.0
 
 
-class TokenisingProgress:
-    """Progress in megabytes of input and in tokens, with the time that is left."""
+class WorkProgress:
+    """Progress in megabytes, with the time that is left."""
 
-    def __init__(self, console: Console, total_bytes: int | None) -> None:
-        """`total_bytes` is None if the size of the input is not known."""
+    def __init__(self, console: Console, what: str, total_bytes: int | None) -> None:
+        """`what` is what is being done; `total_bytes` is None if the size is not known."""
         self._console = console
+        self._what = what
         self._total = total_bytes
-        self._bytes = self._tokens = self._earlier = 0
+        self._bytes = self._earlier = 0
         self._started = self._last_line = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -28,7 +29,7 @@ class TokenisingProgress:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("tokenising", total=total_bytes, status="")
+        self._task = self._bar.add_task(what, total=total_bytes, status="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -37,20 +38,19 @@ class TokenisingProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def resume(self, done_bytes: int, tokens: int) -> None:
+    def resume(self, done_bytes: int) -> None:
         """Count what was done in an earlier run, which says nothing of the speed."""
         self._earlier += done_bytes
-        self.advance(done_bytes, tokens)
+        self.advance(done_bytes)
 
-    def advance(self, done_bytes: int, tokens: int) -> None:
-        """Count more input and the tokens that came of it."""
+    def advance(self, done_bytes: int) -> None:
+        """Count more of the work."""
         self._bytes += done_bytes
-        self._tokens += tokens
         self._bar.update(self._task, completed=self._bytes, status=self._status())
         now = time.monotonic()
         if not self._console.is_terminal and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self._console.print(f"tokenising {self._status()}{self._left()}", highlight=False)
+            self._console.print(f"{self._what} {self._status()}{self._left()}", highlight=False)
 
     def _speed(self) -> float:
         """Bytes per second."""
@@ -58,13 +58,32 @@ class TokenisingProgress:
 
     def _status(self) -> str:
         total = f"/{self._total / 1e6:,.1f}" if self._total else ""
-        speed = self._speed() / 1e6
-        return (
-            f"{self._bytes / 1e6:,.1f}{total} MB, {self._tokens / 1e6:,.2f}M tokens, "
-            f"{speed:.1f} MB/s"
-        )
+        return f"{self._bytes / 1e6:,.1f}{total} MB{self._also()}, {self._speed() / 1e6:.1f} MB/s"
+
+    def _also(self) -> str:
+        """What else is counted."""
+        return ""
 
     def _left(self) -> str:
         if not self._total or not self._speed():
             return ""
         return f", {max(self._total - self._bytes, 0) / self._speed():.0f} s left"
+
+
+class TokenisingProgress(WorkProgress):
+    """Progress in megabytes of input and in tokens."""
+
+    def __init__(self, console: Console, total_bytes: int | None) -> None:
+        self._tokens = 0
+        super().__init__(console, "tokenising", total_bytes)
+
+    def resume(self, done_bytes: int, tokens: int = 0) -> None:
+        self._tokens += tokens
+        super().resume(done_bytes)
+
+    def advance(self, done_bytes: int, tokens: int = 0) -> None:
+        self._tokens += tokens
+        super().advance(done_bytes)
+
+    def _also(self) -> str:
+        return f", {self._tokens / 1e6:,.2f}M tokens"

@@ -5,24 +5,16 @@ hold the same bits.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from megagrow.growth.map import Fill, GrowthMap
-from megagrow.parallel.initialize import initial_rows, normal
-from megagrow.parallel.plan import ParamSpec
+from megagrow.growth.map import GrowthMap
+from megagrow.parallel.initialize import initial_rows
 from megagrow.parallel.zero import Storage
-from megagrow.reshard.indices import overlap
+from megagrow.reshard.drawn import drawn_rows
 from megagrow.reshard.layout import Block, Layout
 from megagrow.reshard.move import ELEMENTS_AT_ONCE, block_view
-
-_PROJECTED_ROWS = 64
-"""Rows that are projected together. A matrix product may round a row differently beside other
-rows, so rows keep the same company on every rank: that of their multiple of this number."""
 
 
 def fill_initial(layout: Layout, rank: int, storage: Storage, seed: int) -> None:
@@ -41,63 +33,8 @@ def fill_new(growth: GrowthMap, layout: Layout, rank: int, storage: Storage) -> 
     for name in storage:
         fills = [fill for fill in growth.fills.get(name, ()) if not fill.is_zero]
         if fills:
-            draw = partial(_total, [_Drawing(fill, layout.plan[name]) for fill in fills])
+            draw = partial(drawn_rows, fills, layout.plan[name])
             _write(layout, rank, storage, name, draw)
-
-
-def _total(drawings: "list[_Drawing]", rows: range) -> Tensor:
-    return torch.stack([drawing.rows(rows) for drawing in drawings]).sum(0)
-
-
-@dataclass(frozen=True)
-class _Drawing:
-    """A fill of one parameter."""
-
-    fill: Fill
-    spec: ParamSpec
-
-    def rows(self, rows: range) -> Tensor:
-        """Some rows of the fill: (len(rows), cols) fp64."""
-        new = _mask(self.fill.new_rows, self.spec.rows)[rows.start : rows.stop]
-        values = torch.zeros(len(rows), self.spec.cols, dtype=torch.float64)
-        if np.any(self.fill.std):
-            std = torch.tensor(self.fill.std, dtype=torch.float64)
-            across = _mask(self.fill.new_cols, self.spec.cols)
-            values = self._normals(rows).mul_(std[new[:, None], across])
-        return values.add_(self.fill.constant * new[:, None])
-
-    def _normals(self, rows: range) -> Tensor:
-        if self.fill.basis is None:
-            return self._centred(rows)
-        begin = rows.start - rows.start % _PROJECTED_ROWS
-        found = []
-        for first in range(begin, rows.stop, _PROJECTED_ROWS):
-            together = range(first, min(first + _PROJECTED_ROWS, self.spec.rows))
-            values = self._centred(together)
-            basis = torch.from_numpy(self.fill.basis)
-            values -= values @ basis @ basis.T
-            mine = overlap(together, rows)
-            found.append(values[mine.start - first : mine.stop - first])
-        return torch.cat(found)
-
-    def _centred(self, rows: range) -> Tensor:
-        cols = self.spec.cols
-        values = normal(self.fill.stream, rows.start * cols, len(rows) * cols)
-        values = values.view(-1, cols).double()
-        if self.fill.centre is None:
-            return values
-        _, labels, counts = np.unique(self.fill.centre, return_inverse=True, return_counts=True)
-        groups = torch.from_numpy(labels)
-        means = torch.zeros(len(rows), len(counts), dtype=torch.float64)
-        means.index_add_(1, groups, values).div_(torch.from_numpy(counts))
-        return values.sub_(means[:, groups])
-
-
-def _mask(mask: np.ndarray | None, size: int) -> Tensor:
-    """A mask as indices, 0 for old and 1 for new: (size,) int64."""
-    if mask is None:
-        return torch.zeros(size, dtype=torch.int64)
-    return torch.from_numpy(mask).long()
 
 
 def _write(

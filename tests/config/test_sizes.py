@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagrow.config.sizes import UNITS, format_count, format_large, parse_count
+from megagrow.config.sizes import (
+    UNITS,
+    format_bytes,
+    format_count,
+    format_large,
+    parse_bytes,
+    parse_count,
+)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +124,31 @@ def test_large_numbers_are_exact_even_by_way_of_a_float(count: int) -> None:
 )
 def test_how_large_numbers_are_shown(count: int, text: str) -> None:
     assert format_large(count) == text
+
+
+@pytest.mark.parametrize(
+    ("written", "count"),
+    [
+        ("1GiB", 2**30),
+        ("512 mib", 2**29),
+        ("1.5GB", 1_500_000_000),
+        ("5KB", 5000),
+        ("0.5TiB", 2**39),
+        ("12 B", 12),
+        ("4096", 4096),
+    ],
+)
+def test_bytes_are_read(written: str, count: int) -> None:
+    assert parse_bytes(written) == count
+
+
+@pytest.mark.parametrize("written", ["", "much", "-1GiB", "1 GiB 2", "1G", "1iB", "GiB"])
+def test_what_is_no_number_of_bytes(written: str) -> None:
+    with pytest.raises(ValueError, match="such as 1GiB"):
+        parse_bytes(written)
+
+
+def test_bytes_are_written_for_people() -> None:
+    counts = (0, 1023, 2**20, 3 * 2**29, 10 * 2**30, 2**40 + 1)
+    said = ["0 B", "1023 B", "1 MiB", "1.5 GiB", "10 GiB", "1 TiB"]
+    assert [format_bytes(count) for count in counts] == said

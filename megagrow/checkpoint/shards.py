@@ -1,0 +1,70 @@
+"""What stands in the files of a layout, one file per rank, and where."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from megagrow.checkpoint.tensor_file import Stored
+from megagrow.growth.map import Kind
+from megagrow.reshard.layout import Layout
+
+KINDS: tuple[Kind, ...] = ("fp32", "exp_avg", "exp_avg_sq")
+
+
+class Unit(NamedTuple):
+    """One state of one parameter, as far as one rank holds it: a tensor of a rank's file."""
+
+    rank: int
+    name: str
+    kind: Kind
+
+    @property
+    def tensor(self) -> str:
+        """Its name in the file."""
+        return f"{self.name}.{self.kind}"
+
+
+def units(layout: Layout) -> Iterator[Unit]:
+    """All tensors of all files: those of one parameter after the other, so that what is read of
+    the source for one rank can serve the next one."""
+    for name in layout.plan:
+        for kind in KINDS:
+            for rank in range(layout.dp * layout.tp):
+                if holds(layout, name, rank):
+                    yield Unit(rank, name, kind)
+
+
+def holds(layout: Layout, name: str, rank: int) -> bool:
+    """Whether a parameter stands in the file of a rank."""
+    return layout.writes(name, rank) and bool(layout.interval(name, rank // layout.tp))
+
+
+def shard_tensors(layout: Layout, rank: int) -> dict[str, Stored]:
+    """The tensors of a rank's file: fp32, flat."""
+    return {
+        f"{name}.{kind}": Stored("F32", (len(layout.interval(name, rank // layout.tp)),))
+        for name in layout.plan
+        if holds(layout, name, rank)
+        for kind in KINDS
+    }
+
+
+class Places:
+    """Where each tensor begins in its file: one number each, for there may be half a million."""
+
+    def __init__(self, layout: Layout, tensors: Callable[[int], Mapping[str, Stored]]) -> None:
+        """`tensors` gives what a rank's file holds, by the names in the file."""
+        self._index = {name: index for index, name in enumerate(layout.plan)}
+        shape = (layout.dp * layout.tp, len(self._index), len(KINDS))
+        self._begins = np.full(shape, -1, np.int64)
+        for rank in range(shape[0]):
+            found = tensors(rank)
+            for name, index in self._index.items():
+                for which, kind in enumerate(KINDS):
+                    if f"{name}.{kind}" in found:
+                        self._begins[rank, index, which] = found[f"{name}.{kind}"].begin
+
+    def begin(self, rank: int, name: str, kind: Kind) -> int:
+        """The first byte."""
+        return int(self._begins[rank, self._index[name], KINDS.index(kind)])

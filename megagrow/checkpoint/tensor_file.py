@@ -1,0 +1,133 @@
+"""Safetensors files read and written in pieces: at no time is a whole tensor in memory.
+
+The format: a little-endian u64, the length of the header; the header, JSON with type, shape and
+place of each tensor, filled up with spaces to a multiple of 8; the tensors, end to end. What is
+written here is byte for byte what safetensors' own `save_file` writes of the same tensors.
+Files are read by `pread` and never mapped: pages of a mapped file count as resident memory.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from sys import intern
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megagrow.errors import InputError
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The types that weights may have, by their names in the format."""
+
+_HEADER_LIMIT = 100_000_000
+"""Bytes; safetensors itself refuses a longer header."""
+
+
+class Stored(NamedTuple):
+    """Type and shape of a tensor in a file, and the byte of the file at which it begins."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int = 0
+
+    @property
+    def item_bytes(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.item_bytes
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A file that is still to be written: its header, and where everything will be."""
+
+    header: bytes
+    tensors: dict[str, Stored]
+    size: int
+
+
+def planned(tensors: Mapping[str, Stored], metadata: dict[str, str] | None = None) -> Planned:
+    """The file of these tensors, whose `begin` is not looked at; all of one type."""
+    names = sorted(tensors)
+    entries: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
+    begins, offset = {}, 0
+    for name in names:
+        begins[name] = offset
+        stop = offset + tensors[name].nbytes
+        entries[name] = {
+            "dtype": tensors[name].dtype,
+            "shape": list(tensors[name].shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first = 8 + len(text)
+    placed = {name: tensors[name]._replace(begin=first + begins[name]) for name in names}
+    return Planned(struct.pack("<Q", len(text)) + text, placed, first + offset)
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """All tensors of a file, those of types that are not read included. InputError if it is no
+    safetensors file, or not a whole one."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size - 8, _HEADER_LIMIT):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            entries: dict[str, dict[str, Any]] = json.loads(file.read(length))
+            entries.pop("__metadata__", None)
+            found = {intern(name): _stored(entry, 8 + length) for name, entry in entries.items()}
+        if any(s.dtype in DTYPES and s.begin + s.nbytes > size for s in found.values()):
+            raise ValueError("truncated")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+    return found
+
+
+def _stored(entry: dict[str, Any], first: int) -> Stored:
+    shape, (begin, stop) = entry["shape"], entry["data_offsets"]
+    found = Stored(entry["dtype"], tuple(shape), first + begin)
+    if found.dtype in DTYPES and found.nbytes != stop - begin:
+        raise ValueError(f"a tensor of shape {shape} in {stop - begin} bytes")
+    return found
+
+
+def read_elements(path: Path, stored: Stored, elements: range) -> Tensor:
+    """Consecutive elements of a tensor in a file: 1-D, in the file's type."""
+    size = stored.item_bytes
+    raw = torch.empty(len(elements) * size, dtype=torch.uint8)
+    read_bytes(path, raw, stored.begin + elements.start * size)
+    return raw.view(DTYPES[stored.dtype])
+
+
+def read_bytes(path: Path, into: Tensor, offset: int) -> None:
+    """Fills a 1-D uint8 tensor from the file. InputError if the file ends before or fails."""
+    view = raw_bytes(into)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            while view:
+                count = os.preadv(descriptor, [view], offset)
+                if count == 0:
+                    raise InputError(f"{path}: ends before byte {offset + len(view)}; truncated")
+                view, offset = view[count:], offset + count
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def raw_bytes(values: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied."""
+    return values.flatten().view(torch.uint8).numpy().data

@@ -1,0 +1,153 @@
+"""What a growth map's terms and fills come to, for any rectangle of a target parameter.
+
+Pure: `read(name, kind, block)` gives rectangles of the source, (rows, columns) fp32. No more than
+`at_once` elements are asked for at a time, or one row, or as many whole rows as are to be made.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Kind
+from megagrow.parallel.plan import ParamSpec
+from megagrow.reshard.drawn import drawn_rows
+from megagrow.reshard.indices import as_array, bounds, compact
+from megagrow.reshard.layout import Block
+
+Read = Callable[[str, Kind, Block], Tensor]
+
+_IN_CACHE = 2**18
+"""Elements that are picked, scaled or drawn at once."""
+
+_BRIDGED = 2**14
+"""Unwanted elements that are read in one go with those on both sides of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Application:
+    """A growth map applied to a source."""
+
+    read: Read
+    source: dict[str, ParamSpec]
+    growth: GrowthMap
+    target: dict[str, ParamSpec]
+    at_once: int
+
+    def block(self, name: str, kind: Kind, block: Block) -> Tensor:
+        """A rectangle of a target parameter: (rows, columns) fp32."""
+        adds = kind == "fp32" and self.growth.adds(name)
+        if adds:
+            values = _filled(self.growth.fills[name], self.target[name], block)
+        else:
+            values = torch.zeros(len(block.rows), len(block.cols))
+        for term in self.growth.terms(name, kind):
+            if isinstance(term, Dense):
+                values += self._mixed(term, kind, block).float()
+            else:
+                self._gather(term, kind, block, values, adds)
+        return values
+
+    def _gather(self, term: Gather, kind: Kind, block: Block, values: Tensor, adds: bool) -> None:
+        rows, cols = as_array(term.rows.source(block.rows)), as_array(term.cols.source(block.cols))
+        to_cols = np.flatnonzero(cols >= 0)
+        if not len(to_cols):
+            return
+        across = bounds(cols)
+        for span in _spans(rows, len(across), self.at_once):
+            read = self.read(term.source, kind, Block(span, across))
+            to_rows = np.flatnonzero((rows >= span.start) & (rows < span.stop))
+            for some in _cut(to_rows, len(to_cols)):
+                part = read[_index(rows[some] - span.start)]
+                part = part[:, _index(cols[to_cols] - across.start)]
+                part = _scaled(part, term.rows, some + block.rows.start, (-1, 1))
+                part = _scaled(part, term.cols, to_cols + block.cols.start, (1, -1))
+                _put(values, some, to_cols, part, adds)
+
+    def _mixed(self, term: Dense, kind: Kind, block: Block) -> Tensor:
+        """left @ (sum of alpha * source * gain) @ right^T, for a rectangle of it: fp64."""
+        left = None if term.left is None else torch.from_numpy(term.left)
+        right = None if term.right is None else torch.from_numpy(term.right)
+        size = self.source[term.sources[0]]
+        across = range(size.cols) if right is not None else block.cols
+        gain = self._gain(term, across)
+        if left is None:
+            mixed = self._sum(term, kind, Block(block.rows, across)) * gain
+        else:
+            mixed = torch.zeros(len(block.rows), len(across), dtype=torch.float64)
+            step = max(1, self.at_once // len(across))
+            for first in range(0, size.rows, step):
+                some = range(first, min(first + step, size.rows))
+                factor = left[block.rows.start : block.rows.stop, some.start : some.stop]
+                mixed += factor @ (self._sum(term, kind, Block(some, across)) * gain)
+        return mixed if right is None else mixed @ right[block.cols.start : block.cols.stop].T
+
+    def _sum(self, term: Dense, kind: Kind, block: Block) -> Tensor:
+        total = torch.zeros(len(block.rows), len(block.cols), dtype=torch.float64)
+        for alpha, name in zip(term.alphas, term.sources, strict=True):
+            total.add_(self.read(name, kind, block), alpha=alpha)
+        return total
+
+    def _gain(self, term: Dense, across: range) -> Tensor:
+        if term.gain is None:
+            return torch.ones((), dtype=torch.float64)
+        gain = self.read(term.gain, "fp32", Block(across, range(1))).ravel().double()
+        return torch.where(gain == 0, 0.0, gain**term.gain_power)
+
+
+def _filled(fills: Iterable[Fill], spec: ParamSpec, block: Block) -> Tensor:
+    """The sum of all fills in a rectangle."""
+    values = torch.empty(len(block.rows), len(block.cols))
+    drawn = [fill for fill in fills if not fill.is_zero]
+    step = max(1, _IN_CACHE // spec.cols)
+    for first in range(block.rows.start, block.rows.stop, step):
+        rows = range(first, min(first + step, block.rows.stop))
+        total = drawn_rows(drawn, spec, rows)
+        inside = slice(rows.start - block.rows.start, rows.stop - block.rows.start)
+        values[inside].copy_(total[:, block.cols.start : block.cols.stop])
+    return values
+
+
+def _spans(rows: np.ndarray, width: int, at_once: int) -> Iterator[range]:
+    """Ranges of rows that hold all those wanted, few that are not, and `at_once` elements."""
+    wanted = np.unique(rows[rows >= 0])
+    if not len(wanted):
+        return
+    most, gap = max(1, at_once // width), max(1, _BRIDGED // width)
+    for run in np.split(wanted, np.flatnonzero(np.diff(wanted) > gap) + 1):
+        first = 0
+        while first < len(run):
+            stop = int(np.searchsorted(run, run[first] + most))
+            yield range(int(run[first]), int(run[stop - 1]) + 1)
+            first = stop
+
+
+def _cut(positions: np.ndarray, width: int) -> Iterator[np.ndarray]:
+    step = max(1, _IN_CACHE // width)
+    return (positions[first : first + step] for first in range(0, len(positions), step))
+
+
+def _index(positions: np.ndarray) -> slice | Tensor:
+    """A slice where the positions are consecutive."""
+    found = compact(positions)
+    if isinstance(found, range):
+        return slice(found.start, found.stop)
+    return torch.from_numpy(found)
+
+
+def _scaled(values: Tensor, axis: Axis, at: np.ndarray, shape: tuple[int, int]) -> Tensor:
+    if axis.scale is None:
+        return values
+    return values * values.new_tensor(axis.scale[at]).view(shape)
+
+
+def _put(values: Tensor, rows: np.ndarray, cols: np.ndarray, part: Tensor, adds: bool) -> None:
+    at_rows, at_cols = _index(rows), _index(cols)
+    if isinstance(at_rows, slice) and isinstance(at_cols, slice):
+        view = values[at_rows, at_cols]
+        view.add_(part) if adds else view.copy_(part)
+    else:
+        places = torch.from_numpy(rows)[:, None], torch.from_numpy(cols)
+        values.index_put_(places, part, accumulate=adds)

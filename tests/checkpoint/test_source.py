@@ -1,0 +1,89 @@
+"""A source gives any rectangle of any tensor, whatever the layout of its files."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from megagrow.checkpoint.opening import open_source
+from megagrow.checkpoint.shards import KINDS
+from megagrow.checkpoint.source import open_checkpoint
+from megagrow.errors import InputError
+from megagrow.parallel.plan import parameter_plan
+from megagrow.reshard.layout import Block
+from tests.checkpoint.saving import MODEL
+from tests.checkpoint.written import RUN, write_checkpoint
+from tests.reshard.definition import random_state
+from tests.reshard.models import layout_of, layouts, models
+
+LAYOUT = layout_of(MODEL, 1, 2, 1)
+
+
+def part(draw: st.DrawFn, size: int) -> range:
+    first = draw(st.integers(0, size - 1))
+    return range(first, draw(st.integers(first + 1, size)))
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.data(), models())
+def test_every_rectangle_is_that_of_the_whole_tensor(data, model):
+    layout = data.draw(layouts(model))
+    state = random_state(parameter_plan(model, 1))
+    with tempfile.TemporaryDirectory() as folder:
+        source = open_checkpoint(write_checkpoint(Path(folder) / "in", model, layout, state))
+        assert (source.model, source.layout, source.adam_step) == (model, layout, 11)
+        assert source.run == RUN and source.environment["git_commit"] == "abc"
+        for name, spec in layout.plan.items():
+            kind = data.draw(st.sampled_from(KINDS))
+            block = Block(part(data.draw, spec.rows), part(data.draw, spec.cols))
+            whole = state[name][kind]
+            wanted = whole[block.rows.start : block.rows.stop, block.cols.start : block.cols.stop]
+            assert torch.equal(source.read(name, kind, block), wanted)
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return write_checkpoint(tmp_path / "in", MODEL, LAYOUT, random_state(LAYOUT.plan))
+
+
+def test_a_shard_without_one_of_its_tensors_is_damage(path):
+    file = path / "rank-00001.safetensors"
+    found = load_file(file)
+    found["x" + "y" * 23] = found.pop("model.norm.weight.exp_avg")
+    save_file(found, file)
+    manifest = path / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace(str(text.split('00001.safetensors": ')[1].split("\n")[0]),
+                                     str(file.stat().st_size)))  # fmt: skip
+    with pytest.raises(InputError, match=r"rank-00001.*holds no model.norm.weight.exp_avg;"):
+        open_checkpoint(path)
+
+
+def test_a_shard_of_another_layout_is_damage(path):
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"zero_stage": 1', '"zero_stage": 3'))
+    with pytest.raises(InputError, match=r"safetensors: .* is F32 \[\d+\], not F32 \[\d+\]"):
+        open_checkpoint(path)
+
+
+def test_a_run_gives_its_newest_whole_checkpoint(path, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    for step in (1, 2, 3):
+        shutil.copytree(path, folder / f"step-{step:09d}")
+    (folder / "step-000000003" / "rank-00000.safetensors").unlink()
+    said: list[str] = []
+    for place in (tmp_path / "run", folder):
+        assert open_source(place, said.append).path.name == "step-000000002"
+    assert len(said) == 2 and "passed over a checkpoint" in said[0]
+
+
+def test_what_is_no_source_is_named(tmp_path):
+    with pytest.raises(InputError, match="neither a checkpoint nor a run directory nor"):
+        open_source(tmp_path, print)
+    with pytest.raises(InputError, match="gone: no such directory"):
+        open_source(tmp_path / "gone", print)
