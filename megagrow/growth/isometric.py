@@ -5,7 +5,7 @@ ones. The gains of the norms are folded into the matrices that read them, since 
 with Q; the head has to be untied for that.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,6 +38,7 @@ def isometric_map(growing: Growing, generator: np.random.Generator) -> GrowthMap
     """
     q = orthonormal(growing.source.hidden_size, growing.target.hidden_size, generator)
     scale = (growing.source.hidden_size / growing.target.hidden_size) ** 0.5
+    lifts = _Lifts(q, q * scale, q / scale)
     base = assemble(growing)
     weights: dict[str, tuple[Term, ...]] = {}
     moments: dict[str, tuple[Term, ...]] = {}
@@ -53,7 +54,7 @@ def isometric_map(growing: Growing, generator: np.random.Generator) -> GrowthMap
         else:
             term = base.weights[name][0]
             assert isinstance(term, Gather)
-            weights[name], moments[name] = _turned(spec, term.source, q, scale)
+            weights[name], moments[name] = _turned(spec, term.source, lifts)
             if not base.moments[name]:  # of a layer that is silent yet
                 moments[name] = ()
             if _reads_residual(spec):
@@ -77,20 +78,31 @@ def _reads_residual(spec: ParamSpec) -> bool:
     return strands(spec, tied=False)[1] == Strand("residual", "consumes")
 
 
+@dataclass(frozen=True, eq=False)
+class _Lifts:
+    """The matrices of all terms, each once in memory: they may be large."""
+
+    q: np.ndarray
+    weight: np.ndarray
+    """Of weights that read the stream: s Q."""
+    moment: np.ndarray
+    """Of their first moments: Q / s."""
+
+
 def _turned(
-    spec: ParamSpec, origin: str, q: np.ndarray, scale: float
+    spec: ParamSpec, origin: str, lifts: _Lifts
 ) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
     """The terms of a matrix's weights and of its first moment: gradients are g' = Q g for what is
     written to the stream, and g' = g gain^-1 Q^T / s for what reads it."""
     if leaf(spec) == "embed_tokens":
-        term = Dense((origin,), (1.0,), right=q)
+        term = Dense((origin,), (1.0,), right=lifts.q)
         return (term,), (term,)
     if not _reads_residual(spec):
-        term = Dense((origin,), (1.0,), left=q)
+        term = Dense((origin,), (1.0,), left=lifts.q)
         return (term,), (term,)
     gain = _gain(spec, origin)
-    weight = Dense((origin,), (1.0,), right=q * scale, gain=gain)
-    moment = Dense((origin,), (1.0,), right=q / scale, gain=gain, gain_power=-1)
+    weight = Dense((origin,), (1.0,), right=lifts.weight, gain=gain)
+    moment = Dense((origin,), (1.0,), right=lifts.moment, gain=gain, gain_power=-1)
     return (weight,), (moment,)
 
 

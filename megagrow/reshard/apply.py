@@ -6,12 +6,13 @@ Pure: `read(name, kind, block)` gives rectangles of the source, (rows, columns) 
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Kind
+from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Kind, Term
 from megagrow.parallel.plan import ParamSpec
 from megagrow.reshard.drawn import drawn_rows
 from megagrow.reshard.indices import as_array, bounds, compact
@@ -43,12 +44,17 @@ class Application:
             values = _filled(self.growth.fills[name], self.target[name], block)
         else:
             values = torch.zeros(len(block.rows), len(block.cols))
-        for term in self.growth.terms(name, kind):
+        for term in self._terms(name, kind):
             if isinstance(term, Dense):
                 values += self._mixed(term, kind, block).float()
             else:
                 self._gather(term, kind, block, values, adds)
         return values
+
+    @cached_property
+    def _terms(self) -> Callable[[str, Kind], tuple[Term, ...]]:
+        """Those of the parameter at hand: the squares of their matrices are made once."""
+        return lru_cache(maxsize=1)(self.growth.terms)
 
     def _gather(self, term: Gather, kind: Kind, block: Block, values: Tensor, adds: bool) -> None:
         rows, cols = as_array(term.rows.source(block.rows)), as_array(term.cols.source(block.cols))

@@ -165,16 +165,18 @@ def _elements_at_once(goal: Goal, memory: int) -> int:
 
 
 def _map_bytes(goal: Goal, widest: int) -> int:
-    """Bytes that single terms and fills take besides the pieces: squares of their matrices, and
-    rows that are projected together."""
-    terms = [term for found in goal.growth.weights.values() for term in found]
-    matrices = [
-        m for t in terms if isinstance(t, Dense) for m in (t.left, t.right) if m is not None
+    """Bytes of the matrices of the map, of the squares of one term's, and of rows that are
+    projected together."""
+    growth = goal.growth
+    terms = [
+        term for table in (growth.weights, growth.moments) for t in table.values() for term in t
     ]
-    fills = [fill for found in goal.growth.fills.values() for fill in found]
+    fills = [fill for found in growth.fills.values() for fill in found]
     bases = [fill.basis for fill in fills if fill.basis is not None]
+    sides = [side for t in terms if isinstance(t, Dense) for side in (t.left, t.right)]
+    matrices = {id(m): m.nbytes for m in (*sides, *bases) if m is not None}
     projected = 64 * widest * 8 * 4 if bases else 0
-    return 2 * max((matrix.nbytes for matrix in matrices), default=0) + projected
+    return sum(matrices.values()) + 2 * max(matrices.values(), default=0) + projected
 
 
 def _text_tokens(request: Request, goal: Goal) -> list[Any]:
