@@ -30,7 +30,7 @@ class Growing:
 
 
 def assemble(growing: Growing) -> GrowthMap:
-    """The map of a growth in depth and width at once; both commute (GROWTH b.9)."""
+    """The map of a growth in depth and width at once; both commute (docs/operators.md)."""
     weights: dict[str, tuple[Term, ...]] = {}
     moments: dict[str, tuple[Term, ...]] = {}
     fills: dict[str, tuple[Fill, ...]] = {}
@@ -183,11 +183,13 @@ def _fresh(growing: Growing, spec: ParamSpec, layer: Layer | None) -> Fresh:
 
 def _param_scales(growing: Growing) -> dict[str, ParamScale]:
     """k_in and k_out of every parameter, if the growth is by even copies in width alone, so that
-    the grown model can follow the source exactly (GROWTH b.1); else nothing."""
+    the grown model can follow the source exactly (docs/operators.md); else nothing."""
     plan = parameter_plan(growing.target, tp=1)
-    if growing.depth.layers != _unchanged_layers(growing.source) or growing.width.block_diagonal:
+    width = growing.width
+    parted = width.block_diagonal or width.next_layer or width.noise > 0
+    if growing.depth.layers != _unchanged_layers(growing.source) or parted:
         return {}
-    if any(lift.factor is None for lift in growing.width.wires.values()):
+    if any(lift.factor is None or not lift.lawful for lift in width.wires.values()):
         return {}
     scales = {}
     for name, spec in plan.items():

@@ -65,8 +65,8 @@ OPERATORS: dict[OperatorName, Operator] = {
     "sparkling": Operator(
         "SPARKLING: arXiv 2602.02472", wider=width.sparkling, state="asymmetric", rewarms=True
     ),
-    "isometric": Operator("GROWTH b.6", wider=width.isometric),
-    "head_dim": Operator("GROWTH b.10", wider=width.head_dim),
+    "isometric": Operator("after SliceGPT: Ashkboos et al. 2024", wider=width.isometric),
+    "head_dim": Operator("Gesmundo and Maile 2023, under RoPE", wider=width.head_dim),
     "vocabulary": Operator("field practice", wider=width.vocabulary),
     "solar": Operator("SOLAR: Kim et al. 2023", depth.solar),
     "llama_pro": Operator("LLaMA-Pro: Wu et al. 2024", depth.llama_pro),

@@ -2,7 +2,7 @@
 
 Du et al. 2024, appendix A.3 to A.6, with what makes them exact under RMSNorm, RoPE and grouped
 queries: whole key/value groups grow, heads keep their width, and the gain and eps of the norms
-follow the residual stream (GROWTH b.0 to b.4).
+follow the residual stream (docs/operators.md).
 """
 
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def model_wires(
 ) -> dict[Wire, Lift]:
     """Lifts of all wires, from one for the residual stream and one for groups and feed-forward.
 
-    A group is one key/value head with its query heads: it grows as a whole (GROWTH b.1).
+    A group is one key/value head with its query heads: it grows as a whole (docs/operators.md).
     """
     groups = _lift(inner, source.num_key_value_heads, target.num_key_value_heads)
     heads, head = source.num_attention_heads // source.num_key_value_heads, source.head_dim
@@ -229,7 +229,7 @@ def head_dim(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, generator: np.random.Generator
 ) -> Width:
     """Wider heads under RoPE, by a whole factor r: the pair of frequency i goes to pair r i, keys
-    are scaled by sqrt(r), new keys and new columns of o_proj are zero (GROWTH b.10). Exact."""
+    are scaled by sqrt(r), new keys and new columns of o_proj are zero (docs/operators.md). Exact."""
     old, new = source.head_dim, target.head_dim
     pairs = np.full(new // 2, -1)
     pairs[:: new // old] = np.arange(old // 2)

@@ -21,8 +21,9 @@ from megagrow.errors import InputError
 from megagrow.growth.check import check_map
 from megagrow.growth.map import GrowthMap, identity_map
 from megagrow.growth.operators import follows_exactly, growth_map, operators_of, state_policy
-from megagrow.growth.problems import Event, event_problems
+from megagrow.growth.problems import event_problems
 from megagrow.growth.ramps import is_masked, stage_masks
+from megagrow.growth.rules import Event
 from megagrow.model.masks import Masks, masks_at
 from megagrow.parallel.plan import parameter_plan
 from megagrow.parallel.scale import ParamScale
@@ -93,7 +94,7 @@ class Goal:
             return state
         if self.stage is not None:
             state = replace(state, stage=self.stage - 1)
-        return state.after_growth(self.growth.provenance)
+        return state.after_growth(self.growth.provenance, tuple(self.options.operator))
 
 
 def state_of(source: Source) -> RunState:

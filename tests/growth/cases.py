@@ -11,7 +11,8 @@ from megagrow.config.growth import GrowthConfig, OperatorName
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import GrowthMap
 from megagrow.growth.operators import OPERATORS, growing, growth_map
-from megagrow.growth.problems import Event, event_problems
+from megagrow.growth.problems import event_problems
+from megagrow.growth.rules import Event
 
 Sizes = dict[str, Any]
 """Fields of a model config, or keys of `growth`."""
@@ -21,7 +22,7 @@ EXACT: tuple[OperatorName, ...] = (
     *("bert2bert_fpi", "lemon", "hypercloning", "mup_copy", "isometric", "head_dim"),
     *("zero_depth", "learn_depth", "llama_pro"),
 )
-"""GROWTH d.3: these preserve the function, whatever the sizes that they take."""
+"""These preserve the function, whatever the sizes that they take."""
 
 MASKED: tuple[OperatorName, ...] = ("random_depth", "random_width")
 """These do while the masks of their new parts are 0."""

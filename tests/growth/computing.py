@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import ParamScale
 from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.masks import Masks
 from megagrow.parallel.plan import parameter_plan
 from megagrow.parallel.zero import STATE_KINDS
 from tests.growth.cases import Case
@@ -63,12 +64,20 @@ def every_id(config: ModelConfig, seed: int = 0) -> Tensor:
     return torch.randperm(2 * config.vocab_size, generator=generator)[None] % config.vocab_size
 
 
-def logits(config: ModelConfig, weights: Tensors, ids: Tensor, first: int = 0) -> Tensor:
+def logits(
+    config: ModelConfig,
+    weights: Tensors,
+    ids: Tensor,
+    first: int = 0,
+    masks: Masks | None = None,
+) -> Tensor:
     """(B, S, V) of ids (B, S) whose positions count from `first`."""
     plan = parameter_plan(config, tp=1)
     shaped = {name: w.ravel() if plan[name].is_vector else w for name, w in weights.items()}
     positions = torch.arange(first, first + ids.shape[1]).expand_as(ids)
-    return functional_call(_skeleton(config.model_dump_json()), shaped, (ids, positions))
+    return functional_call(
+        _skeleton(config.model_dump_json()), shaped, (ids, positions, None, masks)
+    )
 
 
 @lru_cache(maxsize=64)

@@ -4,7 +4,8 @@ from typing import Any
 
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import ModelConfig
-from megagrow.growth.problems import Event, event_problems
+from megagrow.growth.problems import event_problems
+from megagrow.growth.rules import Event
 from tests.growth.cases import Sizes, times
 
 SOURCE = ModelConfig(

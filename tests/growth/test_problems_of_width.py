@@ -84,13 +84,17 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
         DOUBLE | layers(8),
         {"operator": ["mup_copy", "zero_depth"]},
         [
-            f"{H}.growth.exact_continuation needs even copies in width alone: set it to false",
+            f"{H}.growth.exact_continuation needs even copies in width alone, without noise, "
+            "and optimizer_state = transport: set it to false",
         ],
     ),
     (
         DOUBLE,
         {"operator": "direct_width", "split": "uneven", "exact_continuation": True},
-        [f"{H}.growth.exact_continuation needs even copies in width alone: set it to false"],
+        [
+            f"{H}.growth.exact_continuation needs even copies in width alone, without noise, "
+            "and optimizer_state = transport: set it to false"
+        ],
     ),
 ]
 

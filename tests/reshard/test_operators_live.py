@@ -1,80 +1,30 @@
 """Every operator, live on four ranks and in every kind of layout, makes what whole tensors make."""
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megagrow.config.growth import OperatorName
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.check import check_map
-from megagrow.growth.operators import OPERATORS
 from megagrow.parallel.plan import parameter_plan
 from megagrow.reshard.dense import exchange_dense
 from megagrow.reshard.exchange import Side, exchange
 from megagrow.reshard.fill import fill_new
 from megagrow.reshard.layout import Layout
-from tests.growth.cases import Case, case, times
+from tests.growth.cases import Case
+from tests.growth.catalogue import CATALOGUE as CASES
 from tests.growth.whole import grown
 from tests.reshard.definition import random_state, storage_of
 from tests.reshard.models import layout_of
 from tests.spawn import run_ranks
 
 WORLD = 4
-SOURCE = ModelConfig(
-    num_hidden_layers=2,
-    hidden_size=12,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=2,
-    intermediate_size=8,
-    vocab_size=11,
-    rms_norm_eps=1e-2,
-)
-"""Its vocabulary is padded on 2 and on 4 tensor-parallel ranks."""
-
-DEEPER: dict[str, Any] = {"num_hidden_layers": 4}
-TWICE = times(SOURCE, 2, 2, 2)
-ODD = TWICE | {"hidden_size": 17, "intermediate_size": 12}
-"""The residual stream grows to no multiple."""
-
-SIZES: dict[OperatorName, dict[str, Any]] = {
-    "zero_width": ODD,
-    "random_width": ODD,
-    "lemon": ODD,
-    "sparkling": ODD,
-    "isometric": {"hidden_size": 17},
-    "head_dim": {"head_dim": 6},
-    "vocabulary": {"vocab_size": 14},
-    "lidas": {"num_hidden_layers": 3},
-}
-"""To what each operator grows the source, where that is not twice its width or depth."""
-
 GRIDS = ((0, 4), (1, 2), (2, 1), (3, 2), (2, 4), (3, 1))
 """ZeRO stage and tensor-parallel size, of four ranks; each is a source and a target in turn."""
 
 PAIRS = tuple(itertools.pairwise((*GRIDS, GRIDS[0])))
-
-
-def cases_of(name: OperatorName) -> Case:
-    operator = OPERATORS[name]
-    sizes = SIZES.get(name, TWICE if operator.wider else DEEPER)
-    return case(SOURCE, sizes, operator=name)
-
-
-CASES = {name: cases_of(name) for name in OPERATORS} | {
-    "stack and widen": case(SOURCE, TWICE | DEEPER, operator=["direct_depth", "direct_width"]),
-    "uneven, noisy, tiled": case(
-        *(SOURCE, TWICE), operator="direct_width", split="uneven", noise=1.0, order="tiled"
-    ),
-    "asymmetric": case(SOURCE, TWICE, operator="direct_width", optimizer_state="asymmetric"),
-    "keep_v": case(SOURCE, DEEPER, operator="direct_depth", optimizer_state="keep_v"),
-    "reset": case(SOURCE, DEEPER, operator="direct_depth", optimizer_state="reset"),
-    "mixing": case(SOURCE, DEEPER, operator="direct_depth", mixing_noise=0.2),
-    "literal zero": case(SOURCE, {"hidden_size": 17}, operator="zero_width", literal=True),
-}
 
 
 def layout(config: ModelConfig, grid: tuple[int, int]) -> Layout:
