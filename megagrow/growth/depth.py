@@ -1,6 +1,6 @@
 """Depthwise growth: operators choose for every new layer the layer that it comes from.
 
-Du et al. 2024, "Stacking Your Transformers", section 3.1 and appendix A.3 to A.6; docs/operators.md.
+Du et al. 2024, "Stacking Your Transformers", section 3.1 and appendix A.3 to A.6.
 """
 
 import re

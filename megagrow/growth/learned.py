@@ -4,7 +4,7 @@ Every parameter of the target is W' = B (sum over j of D[l, j] W_j) A^T (Du et a
 42): D mixes the layers of the source, one for each type of tensor; B makes a wire larger for all
 tensors that produce it, A for all that consume it. As in the paper all axes of the residual stream
 share one B, and gains follow it. Two things differ, so that training can begin at a point that
-computes exactly what the source computes (docs/operators.md): A is no copy of B but a matrix of its own,
+computes exactly what the source computes: A is no copy of B but a matrix of its own,
 and wires of heads mix whole heads, which commutes with rotary positions.
 
 B begins as the lift of `direct_width` and A as its left inverse; D begins as `zero_depth`: layer l

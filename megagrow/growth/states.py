@@ -3,7 +3,7 @@
 `transport` moves m and v by the lifts of their weights (v by the squares). `asymmetric` does so for
 old entries and lets new ones start at zero, which lets copies grow apart (SPARKLING, arXiv
 2602.02472, section 4.2). `keep_v` moves v and drops m. `probe_v` is `asymmetric` with the v of new
-entries measured on a few batches (docs/operators.md). `reset` drops everything and Adam's step with it.
+entries measured on a few batches. `reset` drops everything and Adam's step with it.
 """
 
 import numpy as np

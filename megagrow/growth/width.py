@@ -229,7 +229,7 @@ def head_dim(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, generator: np.random.Generator
 ) -> Width:
     """Wider heads under RoPE, by a whole factor r: the pair of frequency i goes to pair r i, keys
-    are scaled by sqrt(r), new keys and new columns of o_proj are zero (docs/operators.md). Exact."""
+    are scaled by sqrt(r), new keys and new columns of o_proj are zero. Exact."""
     old, new = source.head_dim, target.head_dim
     pairs = np.full(new // 2, -1)
     pairs[:: new // old] = np.arange(old // 2)

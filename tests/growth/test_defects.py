@@ -1,4 +1,4 @@
-"""The defects that 13 defects found in other implementations: ours has none.
+"""Thirteen defects of other implementations: ours has none.
 
 Each test states what is right; where it is cheap, it also shows that the defective formula fails.
 The 10th and the 12th need an engine: see `test_engine.py`.
