@@ -25,9 +25,12 @@ from megagrow.config.schema import RunConfig
 from megagrow.parallel.topology import init_process_group, leave_process_group, read_launch
 from megagrow.parallel.zero import STATE_KINDS, Storage
 from megagrow.reshard.layout import Layout
+from megagrow.train.growths import stage_growth
 from megagrow.train.stage import Stage, build_stage
 
 Measures = dict[str, float]
+NO_FEED: Any = None
+"""A stack is neither learned nor measured: it reads no tokens."""
 
 
 def main() -> None:
@@ -56,7 +59,9 @@ def measure_live(run: RunConfig, device: torch.device) -> Measures:
     spent: dict[str, float] = {}
     with _timed(growing, "build_stage", spent), _timed(growing, "exchange", spent), _peak() as peak:
         begin = time.perf_counter()
-        stage, report = growing.grow_from(run, growing.end_stage(stage))
+        ended = growing.end_stage(stage)
+        stage, report = growing.grow(run, ended, NO_FEED)
+        del ended
         seconds = time.perf_counter() - begin
     storage = stage.engine.storage()
     limit = [_copy_seconds(storage) for _ in range(3)]
@@ -137,7 +142,7 @@ def _gather(layout: Layout, storage: Storage, sent: list[int]) -> dict[str, dict
 
 def _stack(run: RunConfig, whole: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The grown state dict, on rank 0."""
-    terms = growing.stage_growth(run, 1).weights
+    terms = stage_growth(run, 1).weights
     return {
         name: {kind: tensor.clone() for kind, tensor in whole[term.sources[0]].items()}
         for name, (term,) in terms.items()
