@@ -10,10 +10,10 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from megagrow.config.schema import ModelConfig
-from megagrow.growth.map import ParamScale
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.masks import Masks
 from megagrow.parallel.plan import parameter_plan
+from megagrow.parallel.scale import ParamScale
 from megagrow.parallel.zero import STATE_KINDS
 from tests.growth.cases import Case
 from tests.growth.whole import State, grown

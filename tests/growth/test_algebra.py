@@ -14,7 +14,8 @@ from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Term
 from megagrow.growth.operators import OPERATORS, growth_map
 from megagrow.parallel.initialize import normal
 from megagrow.parallel.plan import parameter_plan
-from megagrow.parallel.settings import decay_groups
+from megagrow.parallel.scale import ParamScale
+from megagrow.parallel.settings import parameter_groups
 from tests.growth.cases import CHANGES, Case, case, cases, sources, times
 from tests.growth.computing import random_moments
 from tests.growth.whole import State, filled, grown
@@ -168,15 +169,17 @@ def test_the_books(name: OperatorName, data: st.DataObject) -> None:
     before, after = (parameter_plan(m, tp=1) for m in (found.source, found.target))
     assert sum(spec.rows * spec.cols for spec in after.values()) == count(found.target)
     assert found.growth.weights.keys() == found.growth.moments.keys() == after.keys()
-    groups = [
-        {n: i for i, names in enumerate(decay_groups(plan, DECAY)) for n in names}
-        for plan in (before, after)
-    ]
+    scales = found.growth.scales
+    old, new = (
+        {name: group for group in parameter_groups(plan, DECAY, of) for name in group.names}
+        for plan, of in ((before, {}), (after, scales))
+    )
     for parameter, spec in after.items():
+        assert new[parameter].scale == scales.get(parameter, ParamScale())
         for term in (*found.growth.weights[parameter], *found.growth.moments[parameter]):
             for origin in term.sources:
                 assert origin.split(".")[3:] == parameter.split(".")[3:]
-                assert groups[0][origin] == groups[1][parameter]
+                assert old[origin].decays == new[parameter].decays
                 if spec.layer is not None and name != "bert2bert_aki":
                     assert before[origin].layer == found.growth.provenance[spec.layer]
     assert len(found.growth.provenance) == found.target.num_hidden_layers

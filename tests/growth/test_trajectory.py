@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megagrow.config.schema import ModelConfig
-from megagrow.growth.map import ParamScale
+from megagrow.parallel.scale import ParamScale
 from tests.growth.cases import Case, case, sources, times
 from tests.growth.computing import (
     Adam,
@@ -64,7 +64,7 @@ def test_a_copied_model_follows_its_source(source: Any, factors: Any, order: str
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("operator", ["mup_copy", "direct_width", "bert2bert_fpi"])
+@pytest.mark.parametrize("operator", ["mup_copy", "bert2bert_fpi"])
 def test_what_it_takes_to_follow(tied: bool, operator: str) -> None:
     """The states, and every factor on lr, weight decay, eps and norm: without one it diverges."""
     source = SOURCE.model_copy(update={"tie_word_embeddings": tied})
