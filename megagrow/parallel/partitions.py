@@ -65,9 +65,14 @@ def _place_zero3(name: str, parameter: Any, optimizer: Any) -> Place:
 def partition_zero3(
     config: dict[str, Any], topology: Topology, dtype: torch.dtype
 ) -> Callable[[nn.Module], None]:
-    """What splits the weights of a module over the data-parallel ranks."""
+    """What splits the weights of a module over the data-parallel ranks.
+
+    What a rank keeps is zero, whatever the memory held that is split.
+    """
 
     def partition(module: nn.Module) -> None:
+        parameters: Iterator[Any] = module.parameters()
+        whole = [weight for weight in parameters if not hasattr(weight, "ds_tensor")]
         deepspeed.zero.Init(
             module=module,
             data_parallel_group=topology.dp_group,
@@ -75,8 +80,30 @@ def partition_zero3(
             dtype=dtype,
             config_dict_or_path=config,
         )
+        for weight in whole:
+            weight.ds_tensor.zero_()
 
     return partition
+
+
+@contextmanager
+def nothing_sent() -> Iterator[None]:
+    """Keeps DeepSpeed from sending weights around while an empty engine is built.
+
+    It sends those of the first rank to all others, and under ZeRO 3 makes every parameter whole
+    once (to hang a hook on it, which needs no weights): all of them are zero everywhere.
+    """
+    comm = deepspeed.comm
+    originals = comm.broadcast, comm.all_gather_into_tensor
+
+    def nothing(*_: Any, **__: Any) -> None:
+        pass
+
+    comm.broadcast = comm.all_gather_into_tensor = nothing
+    try:
+        yield
+    finally:
+        comm.broadcast, comm.all_gather_into_tensor = originals
 
 
 @contextmanager

@@ -25,16 +25,18 @@ def build_model(
 def materialise(
     model: LlamaForCausalLM, device: torch.device, partition: Callable[[nn.Module], None] | None
 ) -> None:
-    """Zero-fills the weights, one layer after the other, `partition` being called on each.
+    """Zero-fills the weights, or calls `partition`, which does, on one layer after the other.
 
-    Under ZeRO-3 it leaves a rank with its part only, so no more than one layer is ever whole.
+    Under ZeRO-3 that leaves a rank with its part only, so no more than one layer is ever whole, and
+    of that only the rank's part is ever touched.
     """
+    make = torch.zeros if partition is None else torch.empty
     parts: list[nn.Module] = [*model.model.layers, model]
     for part in parts:
         for parameter in part.parameters():
             if parameter.is_meta:
                 shape, dtype = parameter.shape, parameter.dtype
-                _give_memory(parameter, torch.zeros(shape, dtype=dtype, device=device))
+                _give_memory(parameter, make(shape, dtype=dtype, device=device))
         if partition is not None:
             partition(part)
 

@@ -18,6 +18,7 @@ from megagrow.parallel.deepspeed_import import deepspeed
 from megagrow.parallel.norm import clip_whole_gradients, weigh_norm
 from megagrow.parallel.partitions import (
     flat_already,
+    nothing_sent,
     partition_zero3,
     places,
     refresh,
@@ -63,9 +64,10 @@ class ZeroEngine:
             flats = materialise_flat(model, self.groups, topology)
         else:
             partition = partition_zero3(config, topology, dtype) if self.stage == 3 else None
-            materialise(model, topology.device, partition)
+            with nothing_sent():
+                materialise(model, topology.device, partition)
         optimizer = _adamw(model, self._groups, settings.optimizer)
-        with flat_already(flats):
+        with flat_already(flats), nothing_sent():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
