@@ -74,7 +74,7 @@ class GrowthConfig(Section):
     operator: Annotated[list[OperatorName], BeforeValidator(_as_list)] = Field(
         default=["direct_depth"], min_length=1
     )
-    """One operator, or several that grow different axes in one event."""
+    """One operator, or several that grow different axes in one event. A `probe` has its own."""
     layers: list[Annotated[int, Field(ge=0)]] | str | None = None
     """Depth: for each new layer the source layer it copies, or a preset: `stack`, `interpolate`, or
     the paper's notation for partial stacking, such as `12-3456x5-56`."""

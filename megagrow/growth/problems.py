@@ -46,7 +46,7 @@ def candidates(options: GrowthConfig) -> list[GrowthConfig]:
 def _probe(options: GrowthConfig, here: str) -> Iterator[str]:
     if options.probe is None:
         return
-    if "operator" in options.model_fields_set:
+    if options.operator != GrowthConfig.model_fields["operator"].default:
         yield f"{here}.growth has both an operator and a probe of several: leave one of them out"
     for name in options.probe.operators:
         if OPERATORS[name].learned:

@@ -16,7 +16,7 @@ from tests.runs import MODEL, STEP_TOKENS, make_run
 pytestmark = pytest.mark.dist
 
 BEFORE, TRIED, AFTER = 4, 3, 4
-CANDIDATES = ["direct_depth", "zero_depth", "midas"]
+CANDIDATES = ["direct_depth", "zero_depth", "random_depth"]
 DEEP = MODEL | {"num_hidden_layers": 4}
 
 
@@ -29,6 +29,7 @@ def probing_run(folder: Path) -> RunConfig:
 def end_of(run: RunConfig, hook=None) -> tuple[list[int], str]:
     run.output_dir.parent.mkdir(exist_ok=True)
     done = train(write_run(run.output_dir.with_suffix(".yaml"), run), 2, hook).finish()
+    assert done.err == ["", ""] or hook, done.err
     return done.codes, "".join(done.out)
 
 
