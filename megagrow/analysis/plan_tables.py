@@ -11,6 +11,7 @@ from megagrow.analysis.memory import StageMemory
 from megagrow.analysis.planner import GrowthPlan, RunPlan, StagePlan
 from megagrow.config.schema import StageConfig
 from megagrow.growth.guidelines import SPEEDUPS
+from megagrow.growth.problems import candidates
 from megagrow.train.live import short
 
 Rows = Mapping[str, Sequence[str]]
@@ -69,7 +70,10 @@ def memory_rows(memories: Sequence[StageMemory]) -> Rows:
 def growth_rows(growths: Sequence[GrowthPlan]) -> Rows:
     """What each growth does, and what it holds in memory."""
     return {
-        "operator": [" + ".join(growth.options.operator) for growth in growths],
+        "operator": [
+            " or ".join(" + ".join(each.operator) for each in candidates(growth.options))
+            for growth in growths
+        ],
         "growth factor g": [f"{growth.factor:.2f}" for growth in growths],
         "connection rate Rc": [f"{growth.connection_rate:.1%}" for growth in growths],
         "Adam's moments": [growth.state for growth in growths],

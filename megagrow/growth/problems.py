@@ -5,7 +5,14 @@ from collections.abc import Iterator
 from megagrow.config.growth import GrowthConfig, OperatorName
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.growth.learning import learning_problems
-from megagrow.growth.operators import OPERATORS, follows_exactly, growing, growth_map, state_policy
+from megagrow.growth.operators import (
+    OPERATORS,
+    follows_exactly,
+    growing,
+    growth_map,
+    operators_of,
+    state_policy,
+)
 from megagrow.growth.ramps import ramp_problems
 from megagrow.growth.rules import WIDTHS, Event, rule_of
 
@@ -28,7 +35,7 @@ def growth_problems(run: RunConfig) -> list[str]:
         if options is not None:
             source, target = run.stages[index - 1].model, run.stages[index].model
             before, here = f"stages.{index - 1}.model", f"stages.{index}"
-            found += _probe(options, here)
+            found += [*_probe(options, here), *_new_entries(options, here)]
             for chosen in candidates(options):
                 found += event_problems(Event(source, target, chosen, before, here))
             found += learning_problems(source, target, options, f"{here}.growth")
@@ -51,6 +58,15 @@ def _probe(options: GrowthConfig, here: str) -> Iterator[str]:
     for name in options.probe.operators:
         if OPERATORS[name].learned:
             yield f"{here}.growth.probe: {name} is trained by itself and can not be a candidate"
+
+
+def _new_entries(options: GrowthConfig, here: str) -> Iterator[str]:
+    own = options.new_entries or any(operator.rewarms for operator in operators_of(options))
+    if own and options.lr_schedule == "rewarm":
+        yield (
+            f"{here}.growth.lr_schedule = rewarm: the rate of new entries begins at that of the "
+            "growth, which warm-up has just put near zero; set it to continue or by_size"
+        )
 
 
 def event_problems(event: Event) -> list[str]:
