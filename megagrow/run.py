@@ -24,11 +24,12 @@ from megagrow.parallel.topology import (
     together,
 )
 from megagrow.reshard.fill import fill_initial
-from megagrow.train.candidates import as_grown, grow_best
+from megagrow.train.candidates import grow_best
 from megagrow.train.compare import Change, change, predictions
 from megagrow.train.environment import describe_environment
 from megagrow.train.feed import Feed
 from megagrow.train.grow import end_stage
+from megagrow.train.growths import as_grown
 from megagrow.train.inputs import Inputs, open_inputs
 from megagrow.train.loop import StageEnd, StepDone, Stopped, advance
 from megagrow.train.recorder import Recorder

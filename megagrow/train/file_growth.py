@@ -30,7 +30,7 @@ from megagrow.parallel.scale import ParamScale
 from megagrow.parallel.settings import parameter_groups
 from megagrow.reshard.layout import Layout
 from megagrow.train.grow_request import Request
-from megagrow.train.growths import stage_scales
+from megagrow.train.growths import as_grown, stage_scales
 from megagrow.train.state import RunState
 
 DEFAULT_SEED = 1234
@@ -92,8 +92,15 @@ class Goal:
         state = state_of(self.source)
         if self.options is None:
             return state
-        if self.stage is not None:
-            state = replace(state, stage=self.stage - 1)
+        stage = state.stage if self.stage is None else self.stage - 1
+        # Of growths that were done elsewhere nothing is known; their places are kept.
+        unknown = ((),) * stage
+        state = replace(
+            state,
+            stage=stage,
+            provenance=(*state.provenance, *unknown[len(state.provenance) :]),
+            operators=(*state.operators, *unknown[len(state.operators) :]),
+        )
         return state.after_growth(self.growth.provenance, tuple(self.options.operator))
 
 
@@ -154,10 +161,9 @@ def _still_masked(source: Source) -> bool:
     if "growth" in source.environment:  # grown from files, and not trained since
         return source.environment["growth"]["masks"] is not None
     state, stages = state_of(source), source.environment.get("config", {}).get("stages", [])
-    growth = stages[state.stage]["growth"] if stages else None
-    if growth is None or not is_masked(GrowthConfig.model_validate(growth)):
+    if not stages or stages[state.stage]["growth"] is None:
         return False
-    run = RunConfig.model_validate(source.environment["config"])
+    run = as_grown(RunConfig.model_validate(source.environment["config"]), state)
     tokens = state.stage_step * step_tokens(run.stages[state.stage], run.data.sequence_length)
     return stage_masks(run, state.stage, tokens) is not None
 
@@ -193,6 +199,7 @@ def _goal_of_run(request: Request, source: Source, stage: int) -> Goal:
             f"{source.path} is of stage {state_of(source).stage}; the growth to stage {stage} of "
             f"{path} begins at stage {stage - 1}"
         )
+    run = as_grown(run, state_of(source))
     before, found = run.stages[stage - 1].model.model_dump(), source.model.model_dump()
     for key, value in before.items():
         if found[key] != value and key != "initializer_range":

@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 
 from megagrow.config.schema import RunConfig
+from megagrow.errors import InputError
 from megagrow.growth.check import check_map
 from megagrow.growth.map import GrowthMap
 from megagrow.growth.operators import follows_exactly, growth_map
+from megagrow.growth.problems import candidates
 from megagrow.parallel.plan import parameter_plan
 from megagrow.parallel.scale import UNSCALED, ParamScale
+from megagrow.train.state import RunState
 
 
 def stage_growth(run: RunConfig, index: int) -> GrowthMap:
@@ -46,3 +49,30 @@ def _passed_on(
         if scale != UNSCALED:
             out[name] = scale
     return out
+
+
+def with_operators(run: RunConfig, index: int, names: tuple[str, ...]) -> RunConfig:
+    """The run with these operators in the place of what stage `index` says of them."""
+    stage = run.stages[index]
+    assert stage.growth is not None
+    growth = stage.growth.model_copy(update={"operator": list(names), "probe": None})
+    stages = list(run.stages)
+    stages[index] = stage.model_copy(update={"growth": growth})
+    return run.model_copy(update={"stages": stages})
+
+
+def as_grown(run: RunConfig, state: RunState) -> RunConfig:
+    """The run with the operators by which it has grown so far. InputError if the run file names
+    others: masks and hyper-parameters of the stage would silently be those of another growth."""
+    for index, names in enumerate(state.operators, start=1):
+        growth = run.stages[index].growth
+        if not names or growth is None:
+            continue
+        allowed = ["+".join(chosen.operator) for chosen in candidates(growth)]
+        if "+".join(names) not in allowed:
+            raise InputError(
+                f"stages.{index}.growth names {' or '.join(allowed)}, but the run has grown by "
+                f"{'+'.join(names)}: set it back, or start in another output_dir"
+            )
+        run = with_operators(run, index, names)
+    return run

@@ -21,6 +21,7 @@ from megagrow.train.grow_files import grow_files
 from megagrow.train.grow_request import Request
 from tests.checkpoint.written import RUN, differences, expected_shards, shards, write_checkpoint
 from tests.growth.whole import grown
+from tests.jobs import write_run
 from tests.reshard.definition import random_state
 from tests.reshard.models import layout_of
 from tests.runs import STEP_TOKENS, make_run
@@ -92,6 +93,7 @@ def test_files_hold_what_the_map_says(tmp_path, name):
     assert manifest.run["counters"].items() >= RUN["counters"].items()
     assert (manifest.run["stage"], manifest.run["stage_step"]) == (1, 0)
     assert manifest.run["provenance"] == [list(growth.provenance)]
+    assert manifest.run["operators"] == [GrowthConfig(**options).operator]
     assert manifest.environment["git_commit"] == "abc"
     assert manifest.environment["growth"]["stream"] == "7/stage-1"
     assert manifest.environment["growth"]["masks"] == (0.0 if "random" in name else None)
@@ -118,7 +120,7 @@ def test_a_model_that_does_not_grow_only_changes_its_layout(tmp_path):
     old, new = read_manifest(path), read_manifest(tmp_path / "out")
     counters = new.run["counters"]
     assert counters.items() >= RUN["counters"].items()
-    assert new.run == RUN | {"counters": counters}
+    assert new.run == RUN | {"counters": counters, "operators": []}
     assert (new.adam_step, new.environment) == (11, old.environment)
 
 
@@ -157,3 +159,22 @@ def test_masks_of_a_run_are_known_from_its_position(tmp_path, step, masked):
     else:
         grow(**request)
     assert (tmp_path / "out").exists() != masked
+
+
+def test_a_hugging_face_model_can_begin_any_stage_of_a_run(tmp_path):
+    state = random_state(parameter_plan(base(), 1))
+    path = write_checkpoint(tmp_path / "in", base(), layout_of(base(), 1, 1, 1), state)
+    grow(out=tmp_path / "theirs", form="huggingface", **conversion(tmp_path, path))
+    shallow, deep = ({"model": BASE | {"num_hidden_layers": n}} for n in (1, 4))
+    stages = [
+        {"tokens": 640, **shallow},
+        {"tokens": 640, "model": BASE, "growth": {}},
+        {"tokens": 640, "growth": {"operator": "zero_depth"}, **deep},
+    ]
+    run = write_run(tmp_path / "run.yaml", make_run(tmp_path, stages))
+    request = {"source": tmp_path / "theirs", "to": str(run), "form": "checkpoint"}
+    grow(out=tmp_path / "out", stage=2, **request)
+    found = read_manifest(tmp_path / "out").run
+    assert (found["stage"], found["stage_step"], found["counters"]["tokens"]) == (2, 0, 0)
+    assert found["provenance"] == [[], [0, 0, 1, 1]]
+    assert found["operators"] == [[], ["zero_depth"]]
