@@ -22,11 +22,11 @@ from megagrow.analysis.aftermath import Aftermath, aftermath
 from megagrow.analysis.curves import load_run as read_curves
 from megagrow.analysis.variants import Study, Variant, as_json, markdown, plot
 from megagrow.config.load import load_run
+from megagrow.config.parameters import paper_flops_per_token
 from megagrow.config.schema import RunConfig
 from megagrow.config.show import to_yaml
 from megagrow.data.prepare import prepare
 from megagrow.errors import InputError
-from megagrow.train.flops import paper_flops_per_token
 from megagrow.train.metrics import METRICS_FILE, read_metrics
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"

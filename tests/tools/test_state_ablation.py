@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.train.flops import paper_flops_per_token
+from megagrow.config.lengths import stage_tokens
+from megagrow.config.parameters import paper_flops_per_token
 from megagrow.train.metrics import Counters, MetricsLog
 from megagrow.train.schedule import rate_at
-from megagrow.train.stages import stage_tokens
 from tools.state_ablation import (
     BASE_STEPS,
     CLOSE_INTERVAL,
