@@ -10,6 +10,8 @@ process; OMP_NUM_THREADS is how many cores each may use.
 """
 
 import argparse
+import fcntl
+import json
 import shutil
 import subprocess
 import sys
@@ -17,17 +19,28 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
+
+import torch
 
 from megagrow.analysis.aftermath import Aftermath, aftermath
 from megagrow.analysis.curves import load_run as read_curves
 from megagrow.analysis.variants import Study, Variant, as_json, markdown, plot
+from megagrow.checkpoint.files import checkpoint_name
+from megagrow.checkpoint.load import load_storage
+from megagrow.checkpoint.manifest import read_manifest
 from megagrow.config.load import load_run
 from megagrow.config.parameters import paper_flops_per_token
 from megagrow.config.schema import RunConfig
 from megagrow.config.show import to_yaml
+from megagrow.config.sizes import parse_count
 from megagrow.data.prepare import prepare
 from megagrow.errors import InputError
+from megagrow.parallel.topology import init_process_group, leave_process_group, read_launch
+from megagrow.train.inputs import open_inputs
 from megagrow.train.metrics import METRICS_FILE, read_metrics
+from megagrow.train.stage import build_stage
+from megagrow.train.step import mean_loss
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "demo"
 GSTACK, SCRATCH = CONFIGS / "gstack.yaml", CONFIGS / "scratch.yaml"
@@ -43,6 +56,9 @@ CLOSE_STEPS, CLOSE_INTERVAL = 50, 5
 """Just after the growth the validation loss is measured so often ..."""
 INTERVAL = 35
 """... and elsewhere so often; a divisor of a quarter of the grown stage, and of the base."""
+CURVE_TOKENS, ALL_TOKENS = "32K", "1M"
+"""Validation text while training, and for the scores of saved models: all that there is."""
+CLOSE_SCORE, END_SCORE = f"at {CLOSE_STEPS * STEP_TOKENS // 1000}K, all text", "end, all text"
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,11 @@ class Leg:
     end: int
     """Steps of the run's last stage at which the leg ends."""
     interval: int
+
+    @property
+    def step(self) -> int:
+        """The step of the run, all stages together, at which the leg ends."""
+        return sum(stage.tokens for stage in self.shortened().stages) // STEP_TOKENS
 
     def shortened(self) -> RunConfig:
         """The run up to the end of this leg. Its schedules are those of the whole run."""
@@ -116,6 +137,7 @@ class Ablation:
             "data.tokenizer": self.corpus / "tokenizer.model",
             "batch.micro_batch_size": 8,
             "optimizer.betas": f"[0.9, {self.beta2}]",
+            "validation.tokens": CURVE_TOKENS,
             "checkpoint.interval": 100_000,  # only at the end of a leg
             "logging.tensorboard": "false",
         }
@@ -126,7 +148,7 @@ def train_all(ablation: Ablation, seeds: Sequence[int], jobs: int) -> None:
     """All runs, `jobs` at a time; the first that fails ends it with its error."""
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(train, [ablation.base(seed) for seed in seeds]))
-        work = [
+        work: list[tuple[list[Leg], Path | None]] = [
             (ablation.variant(seed, variant), ablation.directory("base", seed))
             for seed in seeds
             for variant in VARIANTS
@@ -146,13 +168,25 @@ def train(legs: Sequence[Leg], base: Path | None = None) -> None:
         shutil.copytree(base, copy)
         copy.rename(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for leg in legs:
-        file = directory / f"until-{leg.end}.yaml"
-        file.write_text(to_yaml(leg.shortened()), encoding="utf-8")
-        with (directory / "log.txt").open("a", encoding="utf-8") as log:
+    with (directory / "log.txt").open("a", encoding="utf-8") as log:
+        claim(log, directory)
+        for leg in legs:
+            file = directory / f"until-{leg.end}.yaml"
+            file.write_text(to_yaml(leg.shortened()), encoding="utf-8")
             command = [sys.executable, "-m", "megagrow", "train", str(file)]
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     print(f"{directory.name}: done", flush=True)
+
+
+def claim(log: IO[str], directory: Path) -> None:
+    """Locks a run's log. What is trained holds the lock too, for it writes there: where this tool
+    was killed and a training process was left behind, the next call does not train beside it."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"{directory}: another process is training this run; wait for it"
+        ) from error
 
 
 def is_finished(directory: Path, leg: Leg) -> bool:
@@ -161,23 +195,55 @@ def is_finished(directory: Path, leg: Leg) -> bool:
         curves = read_curves(directory)
     except InputError:
         return False
-    return curves.tokens >= sum(stage.tokens for stage in leg.shortened().stages)
+    return curves.tokens >= leg.step * STEP_TOKENS
+
+
+def score(leg: Leg, device: torch.device) -> float:
+    """The loss, on all validation text, of the model saved at the end of a leg; kept in a file."""
+    run = leg.run
+    kept = run.output_dir / f"score-{leg.step}.json"
+    if kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))["loss"]
+    changed = run.validation.model_copy(update={"tokens": parse_count(ALL_TOKENS)})
+    inputs = open_inputs(run.model_copy(update={"validation": changed}))
+    assert inputs.validation is not None
+    path = run.output_dir / "checkpoints" / checkpoint_name(leg.step)
+    manifest = read_manifest(path)
+    stage = build_stage(run, len(run.stages) - 1, device)
+    load_storage(path, manifest, stage.layout, stage.engine.storage())
+    stage.engine.ready(manifest.adam_step)
+    loss = mean_loss(stage, inputs.validation, inputs.validation_sequences, masks=None)
+    stage.release()
+    tokens = inputs.validation_sequences * run.data.sequence_length
+    kept.write_text(json.dumps({"loss": loss, "tokens": tokens}), encoding="utf-8")
+    return loss
 
 
 def read_study(ablation: Ablation, seeds: Sequence[int]) -> Study:
     """What all the runs have measured. InputError names a run that has not all of it."""
+    device = init_process_group(read_launch())
 
     def read(variant: Variant, seed: int) -> Aftermath:
+        base = read_metrics(ablation.directory("base", seed) / METRICS_FILE)
         path = ablation.directory(variant, seed) / METRICS_FILE
-        return aftermath(read_metrics(path), CLOSE_STEPS * STEP_TOKENS, str(path))
+        grown = [record for record in read_metrics(path) if record.get("stage") == 1]
+        return aftermath([*base, *grown], CLOSE_STEPS * STEP_TOKENS, str(path))
 
-    return Study(
-        tuple(seeds),
-        {variant: tuple(read(variant, seed) for seed in seeds) for variant in VARIANTS},
-        tuple(
-            read_curves(ablation.directory("scratch", seed)).validation.loss[-1] for seed in seeds
-        ),
-    )
+    runs = {variant: tuple(read(variant, seed) for seed in seeds) for variant in VARIANTS}
+    scores = {
+        name: {
+            variant: tuple(score(ablation.variant(seed, variant)[leg], device) for seed in seeds)
+            for variant in VARIANTS
+        }
+        for leg, name in enumerate((CLOSE_SCORE, END_SCORE))
+    }
+    curves = [read_curves(ablation.directory("scratch", seed)) for seed in seeds]
+    scratch = {
+        "loss at the end": tuple(run.validation.loss[-1] for run in curves),
+        END_SCORE: tuple(score(ablation.scratch(seed)[-1], device) for seed in seeds),
+    }
+    leave_process_group()
+    return Study(tuple(seeds), runs, scores, scratch)
 
 
 def main() -> None:

@@ -34,7 +34,8 @@ QUANTITIES: dict[str, Quantity] = {
     "loss at 1/2": lambda run: run.half,
     "loss at the end": lambda run: run.end,
 }
-COMPARED = ("highest excess", "tokens to recover", "loss at 1/4", "loss at 1/2", "loss at the end")
+SAME_IN_ALL = "spike"
+"""No policy changes the weights at the growth: this one is not compared."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,20 @@ class Study:
 
     seeds: tuple[int, ...]
     runs: Mapping[Variant, tuple[Aftermath, ...]]
-    scratch: tuple[float, ...]
-    """The final validation losses of the large model from scratch, on equal FLOPs."""
+    scores: Mapping[str, Mapping[Variant, tuple[float, ...]]]
+    """Further quantities, measured on saved models."""
+    scratch: Mapping[str, tuple[float, ...]]
+    """Those quantities that the large model from scratch has, on equal FLOPs."""
+
+    @property
+    def quantities(self) -> list[str]:
+        """All that is tabled."""
+        return [*QUANTITIES, *self.scores]
 
     def values(self, variant: Variant, quantity: str) -> list[float | None]:
         """One quantity of a variant, a value per seed."""
+        if quantity in self.scores:
+            return list(self.scores[quantity][variant])
         return [QUANTITIES[quantity](run) for run in self.runs[variant]]
 
     def difference(self, variant: Variant, other: Variant, quantity: str) -> Spread | None:
@@ -67,23 +77,28 @@ def markdown(study: Study, reference: Variant) -> str:
 
 
 def _values(study: Study) -> str:
+    names = study.quantities
     rows = [
-        [str(variant), *(_number(spread(study.values(variant, name)), name) for name in QUANTITIES)]
+        [str(variant), *(_number(spread(study.values(variant, name)), name) for name in names)]
         for variant in study.runs
     ]
-    scratch = ["from scratch, equal FLOPs", *["-"] * (len(QUANTITIES) - 1)]
-    rows.append([*scratch, _number(spread(study.scratch), "loss")])
-    return _table(["mean \u00b1 standard deviation", *QUANTITIES], rows)
+    yardstick = [
+        _number(spread(study.scratch[name]), name) if name in study.scratch else "-"
+        for name in names
+    ]
+    rows.append(["from scratch, equal FLOPs", *yardstick])
+    return _table(["mean \u00b1 standard deviation", *names], rows)
 
 
 def _differences(study: Study, other: Variant, variants: Sequence[Variant]) -> list[str]:
+    names = [name for name in study.quantities if name != SAME_IN_ALL]
     rows = [
-        [str(variant), *(_margin(study.difference(variant, other, q), q) for q in COMPARED)]
+        [str(variant), *(_margin(study.difference(variant, other, name), name) for name in names)]
         for variant in variants
         if variant != other
     ]
     head = f"less `{other}`, paired by seed; mean \u00b1 95% interval"
-    return [_table([head, *COMPARED], rows)] if rows else []
+    return [_table([head, *names], rows)] if rows else []
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -112,13 +127,14 @@ def _written(mean: float, around: float, quantity: str, sign: str = "") -> str:
 
 
 def as_json(study: Study) -> str:
-    """Every run's numbers, by variant and seed."""
-    runs = {
-        str(variant): {str(seed): asdict(run) for seed, run in zip(study.seeds, runs, strict=True)}
-        for variant, runs in study.runs.items()
+    """Every run's numbers; lists are in the order of the seeds."""
+    runs = {str(variant): [asdict(run) for run in runs] for variant, runs in study.runs.items()}
+    scores = {
+        name: {str(variant): found for variant, found in by_variant.items()}
+        for name, by_variant in study.scores.items()
     }
-    scratch = {str(seed): end for seed, end in zip(study.seeds, study.scratch, strict=True)}
-    return json.dumps({"variants": runs, "scratch_end": scratch}) + "\n"
+    whole = {"seeds": study.seeds, "runs": runs, "scores": scores, "scratch": study.scratch}
+    return json.dumps(whole) + "\n"
 
 
 def plot(study: Study, reference: Variant, first_tokens: int, path: Path) -> None:
@@ -141,7 +157,7 @@ def plot(study: Study, reference: Variant, first_tokens: int, path: Path) -> Non
     less.set_title(f"less `{reference}` of the same seed")
     for axes in (close, whole):
         axes.axhline(before, color=GREY, lw=1.0, ls=":", label="before the growth")
-    _draw_scratch(whole, study.scratch, base[0][-1][0])
+    _draw_scratch(whole, study.scratch["loss at the end"], base[0][-1][0])
     for axes in (close, whole, less):
         axes.set_xlabel("thousand tokens since the growth")
         axes.grid(color="#DDDDDD", lw=0.6)

@@ -29,7 +29,14 @@ def study() -> Study:
             CONTINUE: (run(2.4), run(2.5), run(2.7)),
             RESET: (run(2.4, recovery=None), run(2.9), run(3.2)),
         },
-        scratch=(2.7, 2.8, 2.9),
+        scores={
+            "end, all text": {
+                REWARM: (3.5, 3.6, 3.8),
+                CONTINUE: (3.45, 3.55, 3.75),
+                RESET: (3.4, 3.6, 3.9),
+            }
+        },
+        scratch={"loss at the end": (2.7, 2.8, 2.9), "end, all text": (3.7, 3.8, 3.9)},
     )
 
 
@@ -44,27 +51,30 @@ def test_values_are_means_with_deviations(study: Study) -> None:
     values, _, _ = markdown(study, REWARM).split("\n\n")
     spread = statistics.stdev([2.5, 2.6, 2.8])
     ends = f"{(2.5 + 2.6 + 2.8) / 3:.3f} \u00b1 {spread:.3f}"
-    assert cells(values, "transport, rewarm")[-1] == ends
+    assert cells(values, "transport, rewarm")[-2] == ends
     assert cells(values, "transport, rewarm")[2] == "20.0K \u00b1 0.0K"
     assert cells(values, "reset, continue")[2] == "not in all runs"
-    assert cells(values, "from scratch, equal FLOPs")[-1] == "2.800 \u00b1 0.100"
+    scratch = cells(values, "from scratch, equal FLOPs")
+    assert scratch == ["-"] * 5 + ["2.800 \u00b1 0.100", "3.800 \u00b1 0.100"]
 
 
 def test_differences_are_paired_and_the_clear_ones_bold(study: Study) -> None:
     _, against_rewarm, against_continue = markdown(study, REWARM).split("\n\n")
-    assert cells(against_rewarm, "transport, continue")[-1] == "**-0.100 \u00b1 0.000**"
+    assert cells(against_rewarm, "transport, continue")[-2] == "**-0.100 \u00b1 0.000**"
     margin = 4.303 * statistics.stdev([-0.1, 0.3, 0.4]) / 3**0.5
-    assert cells(against_rewarm, "reset, continue")[-1] == f"+0.200 \u00b1 {margin:.3f}"
+    assert cells(against_rewarm, "reset, continue")[-2] == f"+0.200 \u00b1 {margin:.3f}"
     margin = 4.303 * statistics.stdev([0.0, 0.4, 0.5]) / 3**0.5
-    assert cells(against_continue, "reset, continue")[-1] == f"+0.300 \u00b1 {margin:.3f}"
+    assert cells(against_continue, "reset, continue")[-2] == f"+0.300 \u00b1 {margin:.3f}"
     assert cells(against_continue, "reset, continue")[1] == "-"
+    assert cells(against_rewarm, "transport, continue")[-1] == "**-0.050 \u00b1 0.000**"
 
 
 def test_numbers_of_every_run_are_kept(study: Study) -> None:
     found = json.loads(as_json(study))
-    assert found["variants"]["reset, continue"]["2"]["end"] == 2.9
-    assert found["variants"]["reset, continue"]["1"]["recovery"] is None
-    assert found["scratch_end"] == {"1": 2.7, "2": 2.8, "3": 2.9}
+    assert found["runs"]["reset, continue"][1]["end"] == 2.9
+    assert found["runs"]["reset, continue"][0]["recovery"] is None
+    assert found["scores"]["end, all text"]["reset, continue"][2] == 3.9
+    assert found["scratch"]["loss at the end"] == [2.7, 2.8, 2.9]
 
 
 def test_policies_differ_in_colour(study: Study, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from megagrow.config.lengths import stage_tokens
 from megagrow.config.parameters import paper_flops_per_token
+from megagrow.errors import InputError
 from megagrow.train.metrics import Counters, MetricsLog
 from megagrow.train.schedule import rate_at
 from tools.state_ablation import (
@@ -18,6 +20,7 @@ from tools.state_ablation import (
     Ablation,
     Leg,
     Variant,
+    claim,
     is_finished,
 )
 
@@ -41,6 +44,7 @@ def test_measurements_fall_on_the_marks() -> None:
 def test_legs_are_parts_of_one_run(variant: Variant) -> None:
     close, whole = HERE.variant(1, variant)
     assert rates(close) == rates(whole)[:CLOSE_STEPS]
+    assert (close.step, whole.step) == (BASE_STEPS + CLOSE_STEPS, BASE_STEPS + GROWN_STEPS)
     assert whole.run.stages[0] == HERE.base(1)[0].run.stages[0]
     growth = whole.run.stages[1].growth
     assert growth is not None
@@ -90,3 +94,18 @@ def test_run_is_finished_when_its_last_leg_is(tmp_path: Path) -> None:
     assert not is_finished(write_metrics(tmp_path / "base", BASE_STEPS, BASE_STEPS), leg)
     assert not is_finished(write_metrics(tmp_path / "stopped", steps - 1, steps), leg)
     assert not is_finished(tmp_path / "nowhere", leg)
+
+
+def test_run_that_is_still_trained_is_left_alone(tmp_path: Path) -> None:
+    """The lock is that of the child, which outlives who started it."""
+    with (tmp_path / "log.txt").open("a") as first:
+        claim(first, tmp_path)
+        child = subprocess.Popen(["sleep", "60"], stdout=first)
+    try:
+        with (tmp_path / "log.txt").open("a") as second, pytest.raises(InputError, match="another"):
+            claim(second, tmp_path)
+    finally:
+        child.kill()
+        child.wait()
+    with (tmp_path / "log.txt").open("a") as third:
+        claim(third, tmp_path)
