@@ -1,16 +1,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from matplotlib.image import imread
-
 from megagrow.analysis.curves import load_run
 from megagrow.analysis.plots import LOOKS, plot_runs
-
-
-def colours(path: Path) -> set[str]:
-    """The colours of the image's pixels, as `#RRGGBB`."""
-    pixels = (imread(path)[..., :3] * 255).round().astype(int).reshape(-1, 3)
-    return {"#{:02X}{:02X}{:02X}".format(*pixel) for pixel in set(map(tuple, pixels.tolist()))}
+from tests.analysis.images import colours
 
 
 def test_every_run_is_drawn_in_its_own_colour(

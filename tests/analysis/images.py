@@ -1,0 +1,11 @@
+"""What is seen in a plot."""
+
+from pathlib import Path
+
+from matplotlib.image import imread
+
+
+def colours(path: Path) -> set[str]:
+    """The colours of the image's pixels, as `#RRGGBB`."""
+    pixels = (imread(path)[..., :3] * 255).round().astype(int).reshape(-1, 3)
+    return {"#{:02X}{:02X}{:02X}".format(*pixel) for pixel in set(map(tuple, pixels.tolist()))}
