@@ -205,7 +205,7 @@ WORST = [
     ("all shards there, not yet renamed", SAVE, "_finish", 1, 0),
     ("renamed, not yet recorded", megagrow.run, "prune_checkpoints", 1, 3),
     ("an old checkpoint is being removed", SAVE.shutil, "rmtree", 1, 9),
-    ("the growth begins", megagrow.run, "grow", 1, BASE_STEPS),
+    ("the growth begins", megagrow.run, "grow_best", 1, BASE_STEPS),
     ("the target stands, nothing moved", megagrow.train.grow, "exchange", 1, BASE_STEPS),
     ("grown, not yet recorded", Recorder, "growth", 2, BASE_STEPS),
     ("a shard is missing after the growth", SAVE, "_write_shard", 2, BASE_STEPS),
