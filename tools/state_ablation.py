@@ -219,9 +219,11 @@ def score(leg: Leg, device: torch.device) -> float:
     return loss
 
 
-def read_study(ablation: Ablation, seeds: Sequence[int]) -> Study:
-    """What all the runs have measured. InputError names a run that has not all of it."""
-    device = init_process_group(read_launch())
+def read_study(ablation: Ablation, seeds: Sequence[int], scored: bool) -> Study:
+    """What all the runs have measured. InputError names a run that has not all of it.
+
+    If `scored`, the models that they have saved are also judged on all validation text.
+    """
 
     def read(variant: Variant, seed: int) -> Aftermath:
         base = read_metrics(ablation.directory("base", seed) / METRICS_FILE)
@@ -230,19 +232,20 @@ def read_study(ablation: Ablation, seeds: Sequence[int]) -> Study:
         return aftermath([*base, *grown], CLOSE_STEPS * STEP_TOKENS, str(path))
 
     runs = {variant: tuple(read(variant, seed) for seed in seeds) for variant in VARIANTS}
-    scores = {
-        name: {
-            variant: tuple(score(ablation.variant(seed, variant)[leg], device) for seed in seeds)
-            for variant in VARIANTS
-        }
-        for leg, name in enumerate((CLOSE_SCORE, END_SCORE))
-    }
     curves = [read_curves(ablation.directory("scratch", seed)) for seed in seeds]
-    scratch = {
-        "loss at the end": tuple(run.validation.loss[-1] for run in curves),
-        END_SCORE: tuple(score(ablation.scratch(seed)[-1], device) for seed in seeds),
-    }
-    leave_process_group()
+    scores: dict[str, dict[Variant, tuple[float, ...]]] = {}
+    scratch = {"loss at the end": tuple(run.validation.loss[-1] for run in curves)}
+    if scored:
+        device = init_process_group(read_launch())
+        for leg, name in enumerate((CLOSE_SCORE, END_SCORE)):
+            scores[name] = {
+                variant: tuple(
+                    score(ablation.variant(seed, variant)[leg], device) for seed in seeds
+                )
+                for variant in VARIANTS
+            }
+        scratch[END_SCORE] = tuple(score(ablation.scratch(seed)[-1], device) for seed in seeds)
+        leave_process_group()
     return Study(tuple(seeds), runs, scores, scratch)
 
 
@@ -254,12 +257,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--beta2", type=float, default=0.95, help="Adam's; default: 0.95")
+    parser.add_argument(
+        "--scores",
+        action="store_true",
+        help="judge the saved models on all validation text too, which takes as long again",
+    )
     given = parser.parse_args()
     if not (given.corpus / "manifest.json").exists():
         prepare(["python-stdlib"], given.corpus, "train", 2048)
     ablation = Ablation(given.output, given.corpus, given.beta2)
     train_all(ablation, given.seeds, given.jobs)
-    study = read_study(ablation, given.seeds)
+    study = read_study(ablation, given.seeds, given.scores)
     table = markdown(study, REFERENCE)
     (given.output / "table.md").write_text(table, encoding="utf-8")
     (given.output / "results.json").write_text(as_json(study), encoding="utf-8")

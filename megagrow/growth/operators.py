@@ -38,7 +38,9 @@ class Operator:
 
 OPERATORS: dict[OperatorName, Operator] = {
     "direct_depth": Operator(
-        "Gstack: Du et al. 2024; StackingBERT: Gong et al. 2019", depth.direct_depth
+        "Gstack: Du et al. 2024; StackingBERT: Gong et al. 2019",
+        depth.direct_depth,
+        state="asymmetric",  # docs/optimizer-states.md
     ),
     "direct_width": Operator("Du et al. 2024; Net2Net, bert2BERT", wider=width.direct_width),
     "learn_depth": Operator(
@@ -68,11 +70,11 @@ OPERATORS: dict[OperatorName, Operator] = {
     "isometric": Operator("after SliceGPT: Ashkboos et al. 2024", wider=width.isometric),
     "head_dim": Operator("Gesmundo and Maile 2023, under RoPE", wider=width.head_dim),
     "vocabulary": Operator("field practice", wider=width.vocabulary),
-    "solar": Operator("SOLAR: Kim et al. 2023", depth.solar),
+    "solar": Operator("SOLAR: Kim et al. 2023", depth.solar, state="asymmetric"),
     "llama_pro": Operator("LLaMA-Pro: Wu et al. 2024", depth.llama_pro),
-    "mslt": Operator("MSLT: Yang et al. 2020", depth.mslt),
-    "midas": Operator("MIDAS: Saunshi et al. 2024", depth.midas),
-    "lidas": Operator("LIDAS: arXiv 2512.08819", depth.lidas),
+    "mslt": Operator("MSLT: Yang et al. 2020", depth.mslt, state="asymmetric"),
+    "midas": Operator("MIDAS: Saunshi et al. 2024", depth.midas, state="asymmetric"),
+    "lidas": Operator("LIDAS: arXiv 2512.08819", depth.lidas, state="asymmetric"),
 }
 
 

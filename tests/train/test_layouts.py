@@ -110,7 +110,7 @@ def two_stages(folder, before: dict, after: dict) -> RunConfig:
                 "model": DEEP,
                 "tokens": GROWN_STEPS * STEP_TOKENS,
                 "parallel": after,
-                "growth": {"operator": "direct_depth"},
+                "growth": {"operator": "direct_depth", "optimizer_state": "transport"},
             },
         ],
     )
