@@ -164,7 +164,8 @@ def test_6_a_step_that_begins_again_would_scale_the_first_updates() -> None:
 
 def test_6_copies_of_moments_are_numbers_of_their_own() -> None:
     """That of the engine's tensors none share memory is tested in `test_engine.py`."""
-    found = case(SOURCE, {"num_hidden_layers": 4}, operator="direct_depth")
+    kept = {"operator": "direct_depth", "optimizer_state": "transport"}
+    found = case(SOURCE, {"num_hidden_layers": 4}, **kept)
     state = grown(random_moments(SOURCE), found.growth, found.target)
     one, other = (state[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in (0, 2))
     for kind in one:

@@ -69,7 +69,8 @@ def test_the_default_is_that_of_the_operator_that_keeps_least() -> None:
     def policy(*operators: OperatorName, **options: StatePolicy) -> StatePolicy:
         return state_policy(GrowthConfig(operator=list(operators), **options))
 
-    assert policy("direct_depth") == "transport"
+    assert policy("direct_depth") == "asymmetric"
+    assert policy("direct_width") == "transport"
     assert policy("sparkling") == policy("direct_depth", "sparkling") == "asymmetric"
     assert policy("learn_width", "learn_depth") == "reset"
     assert policy("sparkling", optimizer_state="keep_v") == "keep_v"
