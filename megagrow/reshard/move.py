@@ -36,7 +36,7 @@ def write_rows(copy: Copy, rows: range, values: Tensor, layout: Layout, storage:
     place = layout.local(copy.name, copy.target_rank, block)
     view = block_view(storage[copy.name][copy.kind], block, *place)
     if view.shape == values.shape:
-        view.add_(values) if copy.adds else view.copy_(values)
+        view.add_(values.to(view.device)) if copy.adds else view.copy_(values)
         return
     inside = (
         _tensor(moved(to_rows, -block.rows.start), view.device)[:, None],
