@@ -67,11 +67,12 @@ def test_two_stacks_are_one_of_both_factors(source: Any, a: int, b: int) -> None
 @given(sources(), factors, st.sampled_from(("direct_depth", "zero_depth")), st.integers(1, 3))
 def test_depth_and_width_commute(source: Any, by: Any, deeper: OperatorName, factor: int) -> None:
     width, depth = times(source, *by), {"num_hidden_layers": factor * source.num_hidden_layers}
-    deep = case(source, depth, operator=deeper)
-    deep_then_wide = case(deep.target, width, operator="direct_width")
-    wide = case(source, width, operator="direct_width")
-    wide_then_deep = case(wide.target, depth, operator=deeper)
-    both = case(source, width | depth, operator=[deeper, "direct_width"])
+    kept = {"optimizer_state": "transport"}
+    deep = case(source, depth, operator=deeper, **kept)
+    deep_then_wide = case(deep.target, width, operator="direct_width", **kept)
+    wide = case(source, width, operator="direct_width", **kept)
+    wide_then_deep = case(wide.target, depth, operator=deeper, **kept)
+    both = case(source, width | depth, operator=[deeper, "direct_width"], **kept)
     expected = state_after(both)
     assert_same_bits(state_after(deep, deep_then_wide), expected)
     assert_same_bits(state_after(wide, wide_then_deep), expected)

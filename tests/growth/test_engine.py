@@ -109,7 +109,7 @@ def largest(tensors: list[torch.Tensor]) -> float:
 def left(request, tmp_path_factory) -> list[Left]:
     """Of a run that grows in depth and width at once under ZeRO-2 and tensor parallelism."""
     parallel = {"zero_stage": 2, "tensor_model_parallel_size": 2}
-    growth = {"operator": ["direct_depth", "direct_width"]}
+    growth = {"operator": ["direct_depth", "direct_width"], "optimizer_state": "transport"}
     stages = [
         {"model": SMALL, "tokens": 3 * STEP_TOKENS, "parallel": parallel},
         {"model": LARGE, "tokens": 2 * STEP_TOKENS, "parallel": parallel, "growth": growth},
