@@ -271,7 +271,7 @@ def main() -> None:
     table = markdown(study, REFERENCE)
     (given.output / "table.md").write_text(table, encoding="utf-8")
     (given.output / "results.json").write_text(as_json(study), encoding="utf-8")
-    plot(study, REFERENCE, CLOSE_STEPS * STEP_TOKENS, given.output / "curves.png")
+    plot(study, REFERENCE, given.output / "curves.png")
     print(table)
 
 

@@ -137,32 +137,34 @@ def as_json(study: Study) -> str:
     return json.dumps(whole) + "\n"
 
 
-def plot(study: Study, reference: Variant, first_tokens: int, path: Path) -> None:
-    """Writes the curves to `path`: validation loss close to the growth, over the stage, and less
-    that of `reference`. Bands are one standard deviation over the seeds (of the differences).
+def plot(study: Study, reference: Variant, path: Path) -> None:
+    """Writes the curves to `path`: validation loss since the growth, a panel for each schedule, and
+    last all variants less `reference`. Bands are one standard deviation over the seeds (last panel:
+    of the differences).
 
     A policy has a colour (Okabe and Ito's) and a marker, a schedule a line style.
     """
-    figure = Figure(figsize=(13, 4.8), dpi=100, layout="constrained")
-    close, whole, less = figure.subplots(1, 3)
+    schedules = list(dict.fromkeys(variant.schedule for variant in study.runs))
+    figure = Figure(figsize=(13, 5), dpi=80, layout="constrained")
+    panels = figure.subplots(1, len(schedules) + 1)
+    less = panels[-1]
     base = [run.validation for run in study.runs[reference]]
     for variant, look in _looks(study).items():
         curves = [run.validation for run in study.runs[variant]]
-        _band(close, [[p for p in c if p[0] <= first_tokens] for c in curves], look, str(variant))
-        _band(whole, curves, look, str(variant))
+        _band(panels[schedules.index(variant.schedule)], curves, look, str(variant))
         _band(less, list(map(_less, curves, base)), look, str(variant))
-    before = statistics.fmean(run.before for run in study.runs[reference])
-    close.set(title="just after the growth", ylabel="validation loss (nats per token)")
-    whole.set_title("the whole grown stage")
-    less.set_title(f"less `{reference}` of the same seed")
-    for axes in (close, whole):
+    for axes, schedule in zip(panels, schedules, strict=False):
+        before = statistics.fmean(run.before for run in study.runs[reference])
         axes.axhline(before, color=GREY, lw=1.0, ls=":", label="before the growth")
-    _draw_scratch(whole, study.scratch["loss at the end"], base[0][-1][0])
-    for axes in (close, whole, less):
+        _draw_scratch(axes, study.scratch["loss at the end"], base[0][-1][0])
+        axes.set(title=schedule, ylabel="validation loss (nats per token)")
+        axes.sharey(panels[0])
+    less.set_title(f"less `{reference}` of the same seed")
+    for axes in panels:
         axes.set_xlabel("thousand tokens since the growth")
         axes.grid(color="#DDDDDD", lw=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    whole.legend(frameon=False, fontsize=8, handlelength=4)
+        axes.legend(frameon=False, fontsize=8, handlelength=4)
     figure.savefig(path)
 
 
@@ -206,4 +208,4 @@ def _band(axes: Axes, curves: Sequence[Sequence[Point]], look: Look, label: str)
     axes.plot(at, means, color=colour, ls=line, marker=marker, lw=1.6, ms=4, label=label)
     low = [mean - width for mean, width in zip(means, around, strict=True)]
     high = [mean + width for mean, width in zip(means, around, strict=True)]
-    axes.fill_between(at, low, high, color=colour, alpha=0.1, lw=0)
+    axes.fill_between(at, low, high, color=colour, alpha=0.08, lw=0)

@@ -79,7 +79,7 @@ def test_numbers_of_every_run_are_kept(study: Study) -> None:
 
 def test_policies_differ_in_colour(study: Study, tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
-    plot(study, REWARM, 20_000, path)
+    plot(study, REWARM, path)
     seen = colours(path)
     assert {LOOKS[0].colour, LOOKS[1].colour} <= seen
     assert LOOKS[2].colour not in seen
