@@ -6,11 +6,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import megagrow.reshard.drawn
+import megagrow.reshard.fill
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import Fill, GrowthMap
 from megagrow.parallel.initialize import initial_rows
 from megagrow.parallel.zero import STATE_KINDS, Storage
-from megagrow.reshard import fill as fill_module
 from megagrow.reshard.fill import fill_initial, fill_new
 from megagrow.reshard.layout import Layout
 from tests.hugging_face import tiny
@@ -25,8 +26,8 @@ def made_by(growth: GrowthMap, layout: Layout, rank: int, at_once: int) -> Stora
     """What a rank holds after a fill in pieces of this many elements, projected 4 rows at once."""
     storage = empty_storage(layout, rank, 0.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fill_module, "ELEMENTS_AT_ONCE", at_once)
-        patch.setattr(fill_module, "_PROJECTED_ROWS", 4)
+        patch.setattr(megagrow.reshard.fill, "ELEMENTS_AT_ONCE", at_once)
+        patch.setattr(megagrow.reshard.drawn, "_PROJECTED_ROWS", 4)
         fill_new(growth, layout, rank, storage)
     return storage
 
