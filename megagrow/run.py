@@ -96,6 +96,7 @@ def _train(job: Job) -> None:
         if saved < state.counters.step:
             state = _save(job, stage, state)
         recorder.end(state, event.reason if isinstance(event, Stopped) else None)
+    stage.release()
 
 
 def _begin(job: Job) -> tuple[Job, Stage, RunState]:

@@ -41,6 +41,9 @@ SIZES: dict[str, dict[str, int]] = {
 }
 """Parameters of the target model; the source has a quarter of its layers."""
 
+TRANSPORT = {"optimizer_state": "transport"}
+"""All of the state moves."""
+
 SEVEN_B = {
     "num_hidden_layers": 32,
     "hidden_size": 4096,
@@ -142,7 +145,7 @@ def make_case(
             "name": "bench",
             "output_dir": "unused",
             "data": {"train": [{"path": "unused"}], "sequence_length": 16},
-            "stages": [stage | {"model": small}, stage | {"model": model, "growth": {}}],
+            "stages": [stage | {"model": small}, stage | {"model": model, "growth": TRANSPORT}],
         },
     }
 

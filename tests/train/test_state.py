@@ -56,7 +56,8 @@ def a_step(state: RunState, batch: int) -> RunState:
 def test_a_growth_that_uses_nothing_changes_place_alone() -> None:
     before = a_step(RunState(), 4)
     after = before.after_growth((0, 0))
-    assert after == replace(before, stage=1, stage_step=0, provenance=((0, 0),))
+    grown = {"provenance": ((0, 0),), "operators": ((),)}
+    assert after == replace(before, stage=1, stage_step=0, **grown)
 
 
 def test_a_growth_is_charged_and_the_stream_goes_on_behind_it() -> None:
