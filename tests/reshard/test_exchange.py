@@ -82,7 +82,7 @@ def cases() -> dict[str, Case]:
 def map_to(model: ModelConfig) -> GrowthMap:
     if model == MODEL:
         return identity_map(list(parameter_plan(MODEL, 1)))
-    return growth_map(MODEL, model, GrowthConfig())
+    return growth_map(MODEL, model, GrowthConfig(optimizer_state="transport"))
 
 
 class Weighed:

@@ -46,7 +46,8 @@ finally:
 
 def start(path: Path, out: Path, to: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SCRIPT, "grow", str(path), str(out), "--to", to]
-    command += ["--operator", "direct_depth", "--memory", str(BUDGET)]
+    command += ["--operator", "direct_depth", "--set", "growth.optimizer_state=transport"]
+    command += ["--memory", str(BUDGET)]
     command += ["--zero-stage", "3", "--dp", "3", "--tp", "2"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
