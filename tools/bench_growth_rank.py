@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 4 tools/bench_growth_rank.py CASES.json RESULTS.jsonl
 
-Each case is measured on empty engines whose state is filled with random numbers. Seconds are those
-of the slowest rank, peaks those of the rank that held most over what it held without a model.
+Each case is measured three times, on empty engines whose state is filled with random numbers.
+Seconds are those of the slowest rank in the fastest run, peaks those of the rank that held most in
+any, over what it held without a model.
 """
 
 import ctypes
@@ -29,6 +30,7 @@ from megagrow.train.growths import stage_growth
 from megagrow.train.stage import Stage, build_stage
 
 Measures = dict[str, float]
+REPEATS = 3
 NO_FEED: Any = None
 """A stack is neither learned nor measured: it reads no tokens."""
 
@@ -40,9 +42,10 @@ def main() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_world_size()))
     for case in json.loads(cases.read_text(encoding="utf-8")):
         run = RunConfig.model_validate(case["run"])
-        found = measure_live(run, device)
+        needed = case["live_bytes"] // dist.get_world_size()
+        found = _best([measure_live(run, device, needed) for _ in range(REPEATS)])
         if case["usual"]:
-            usual = measure_usual(run, device)
+            usual = _best([measure_usual(run, device, needed) for _ in range(REPEATS)])
             if usual.pop("sum") != found["sum"]:
                 raise AssertionError("the usual way and the live growth made different models")
             found |= {f"usual_{name}": value for name, value in usual.items()}
@@ -53,10 +56,11 @@ def main() -> None:
     leave_process_group()
 
 
-def measure_live(run: RunConfig, device: torch.device) -> Measures:
+def measure_live(run: RunConfig, device: torch.device, needed: int) -> Measures:
     """A live growth, and then the limit: a plain copy of what it has made."""
     base, stage = _resident(), _begin(run, device)
     spent: dict[str, float] = {}
+    _touch(needed)
     with _timed(growing, "build_stage", spent), _timed(growing, "exchange", spent), _peak() as peak:
         begin = time.perf_counter()
         ended = growing.end_stage(stage)
@@ -64,7 +68,7 @@ def measure_live(run: RunConfig, device: torch.device) -> Measures:
         del ended
         seconds = time.perf_counter() - begin
     storage = stage.engine.storage()
-    limit = [_copy_seconds(storage) for _ in range(3)]
+    limit = min(_copy_seconds(storage) for _ in range(REPEATS))
     total = _sum(storage)
     del storage
     stage.release()
@@ -72,7 +76,7 @@ def measure_live(run: RunConfig, device: torch.device) -> Measures:
         "seconds": _highest(seconds),
         "build_seconds": _highest(spent["build_stage"]),
         "move_seconds": _highest(spent["exchange"]),
-        "limit_seconds": min(limit),
+        "limit_seconds": limit,
         "bytes_between_ranks": report.bytes_between_ranks,
         "bytes_within_ranks": report.bytes_within_ranks,
         "peak_bytes": _highest(peak[0] - base),
@@ -80,10 +84,11 @@ def measure_live(run: RunConfig, device: torch.device) -> Measures:
     }
 
 
-def measure_usual(run: RunConfig, device: torch.device) -> Measures:
+def measure_usual(run: RunConfig, device: torch.device, needed: int) -> Measures:
     """The same growth by way of whole state dicts on rank 0."""
     base, stage = _resident(), _begin(run, device)
     sent = [0]
+    _touch(needed)
     with _peak() as peak:
         begin = time.perf_counter()
         layout, old = stage.layout, stage.release()
@@ -104,6 +109,14 @@ def measure_usual(run: RunConfig, device: torch.device) -> Measures:
         "peak_bytes": _highest(peak[0] - base),
         "sum": total,
     }
+
+
+def _best(measures: list[Measures]) -> Measures:
+    """The fastest run, with the shortest limit and the highest peak of all."""
+    best = min(measures, key=lambda one: one["seconds"])
+    if "limit_seconds" in best:
+        best["limit_seconds"] = min(one["limit_seconds"] for one in measures)
+    return best | {"peak_bytes": max(one["peak_bytes"] for one in measures)}
 
 
 def _begin(run: RunConfig, device: torch.device) -> Stage:
@@ -160,6 +173,17 @@ def _scatter(stage: Stage, grown: dict[str, dict[str, Any]], sent: list[int]) ->
             mine = layout.interval(name, rank)
             if mine:
                 storage[name][kind].copy_(full[mine.start : mine.stop])
+
+
+def _touch(needed: int) -> None:
+    """Fills and frees memory, so that the machine has it at hand.
+
+    A virtual machine gives memory that is free for a second or two back to its host, and to get it
+    anew takes ten times as long as to copy it: whoever is measured first would pay for that.
+    """
+    held = torch.empty(needed, dtype=torch.uint8).fill_(1)
+    dist.barrier()
+    del held
 
 
 def _copy_seconds(storage: Storage) -> float:

@@ -8,7 +8,7 @@ choose_accelerator()
 import deepspeed  # noqa: E402
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
 from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: E402
-from deepspeed.runtime.zero import stage_1_and_2  # noqa: E402
+from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: E402
 
 # DeepSpeed 0.19 still calls collectives under names that torch 2.13 deprecates.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -16,4 +16,4 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 # fresh machine a compiler and most of a minute.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-__all__ = ["BF16_Optimizer", "combine_grad_norm_groups", "deepspeed", "stage_1_and_2"]
+__all__ = ["BF16_Optimizer", "combine_grad_norm_groups", "deepspeed", "stage3", "stage_1_and_2"]

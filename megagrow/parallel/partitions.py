@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megagrow.parallel.deepspeed_import import BF16_Optimizer, deepspeed, stage_1_and_2
+from megagrow.parallel.deepspeed_import import BF16_Optimizer, deepspeed, stage3, stage_1_and_2
 from megagrow.parallel.topology import Topology
+from megagrow.parallel.zeros import zeros
 
 GATHER_BYTES = 64 * 2**20
 """Forward weights that are gathered at once when they are refreshed."""
@@ -67,21 +68,18 @@ def partition_zero3(
 ) -> Callable[[nn.Module], None]:
     """What splits the weights of a module over the data-parallel ranks.
 
-    What a rank keeps is zero, whatever the memory held that is split.
+    What a rank keeps has no memory until `empty_shares` gives it some.
     """
 
     def partition(module: nn.Module) -> None:
-        parameters: Iterator[Any] = module.parameters()
-        whole = [weight for weight in parameters if not hasattr(weight, "ds_tensor")]
         deepspeed.zero.Init(
             module=module,
             data_parallel_group=topology.dp_group,
             mpu=topology,
+            remote_device="meta",
             dtype=dtype,
             config_dict_or_path=config,
         )
-        for weight in whole:
-            weight.ds_tensor.zero_()
 
     return partition
 
@@ -122,6 +120,30 @@ def flat_already(flats: list[Tensor]) -> Iterator[None]:
         yield
     finally:
         stage_1_and_2._flatten_dense_tensors = original
+
+
+@contextmanager
+def empty_shares(device: torch.device) -> Iterator[None]:
+    """Lets the ranks' shares of ZeRO 3 become one flat tensor of zeros.
+
+    By itself DeepSpeed copies them into one, by way of the CPU, and collects the garbage of the
+    whole program in between. An empty engine has nothing to copy.
+    """
+    original = stage3.defragment
+
+    def flat_zeros(shares: list[Tensor]) -> Tensor:
+        sizes = [share.numel() for share in shares]
+        flat = zeros(sum(sizes), shares[0].dtype, device)
+        for share, part in zip(shares, flat.split(sizes), strict=True):
+            part.__dict__.update(share.__dict__)
+            torch.utils.swap_tensors(share, part)
+        return flat
+
+    stage3.defragment = flat_zeros
+    try:
+        yield
+    finally:
+        stage3.defragment = original
 
 
 def refresh(optimizer: Any, zero_stage: int, topology: Topology) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megagrow.errors import InputError
+from megagrow.parallel.process import tune_process
 
 T = TypeVar("T")
 
@@ -49,6 +50,7 @@ def choose_accelerator() -> None:
 
 def init_process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> torch.device:
     """Joins the ranks (nccl on GPUs, gloo on CPUs) and returns this rank's device."""
+    tune_process()
     # DeepSpeed reads it, also where the process was started without a launcher.
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))
     device = torch.device("cpu")

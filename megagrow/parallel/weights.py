@@ -10,6 +10,7 @@ from megagrow.parallel.layers import parallelize
 from megagrow.parallel.plan import ParamSpec, pad
 from megagrow.parallel.settings import EngineSettings
 from megagrow.parallel.topology import Topology
+from megagrow.parallel.zeros import zeros
 
 
 def build_model(
@@ -53,7 +54,7 @@ def materialise_flat(
 def _flat_group(parameters: list[nn.Parameter], topology: Topology) -> Tensor:
     sizes = [parameter.numel() for parameter in parameters]
     padded = pad(sum(sizes), 2 * topology.dp)
-    flat = torch.zeros(padded, dtype=parameters[0].dtype, device=topology.device)
+    flat = zeros(padded, parameters[0].dtype, topology.device)
     for parameter, part in zip(parameters, flat[: sum(sizes)].split(sizes), strict=True):
         _give_memory(parameter, part.view(parameter.shape))
     return flat

@@ -17,6 +17,7 @@ from megagrow.model.masks import Masks
 from megagrow.parallel.deepspeed_import import deepspeed
 from megagrow.parallel.norm import clip_whole_gradients, weigh_norm
 from megagrow.parallel.partitions import (
+    empty_shares,
     flat_already,
     nothing_sent,
     partition_zero3,
@@ -34,6 +35,7 @@ from megagrow.parallel.settings import (
 from megagrow.parallel.topology import Topology
 from megagrow.parallel.update import Part, UpdateFactors
 from megagrow.parallel.weights import build_model, materialise, materialise_flat
+from megagrow.parallel.zeros import zeros_like
 
 STATE_KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 """What is kept of every parameter, under the names of DeepSpeed's universal checkpoint."""
@@ -67,7 +69,7 @@ class ZeroEngine:
             with nothing_sent():
                 materialise(model, topology.device, partition)
         optimizer = _adamw(model, self._groups, settings.optimizer)
-        with flat_already(flats), nothing_sent():
+        with flat_already(flats), empty_shares(topology.device), nothing_sent():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
@@ -187,8 +189,8 @@ class ZeroEngine:
         for owner in {id(place.owner): place.owner for place in self._places()}.values():
             self._adam.state[owner] = {
                 "step": torch.zeros((), dtype=torch.float32, device=owner.device),
-                "exp_avg": torch.zeros_like(owner, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(owner, requires_grad=False),
+                "exp_avg": zeros_like(owner),
+                "exp_avg_sq": zeros_like(owner),
             }
 
 
