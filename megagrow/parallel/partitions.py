@@ -146,6 +146,22 @@ def empty_shares(device: torch.device) -> Iterator[None]:
         stage3.defragment = original
 
 
+@contextmanager
+def mapped_zeros() -> Iterator[None]:
+    """Lets the flat tensors of zeros that DeepSpeed makes, for gradients, be mapped ones."""
+    original = torch.zeros
+
+    def flat_zeros(*size: Any, **options: Any) -> Tensor:
+        flat = len(size) == 1 and isinstance(size[0], int) and options.keys() == {"dtype", "device"}
+        return zeros(size[0], **options) if flat else original(*size, **options)
+
+    torch.zeros = flat_zeros
+    try:
+        yield
+    finally:
+        torch.zeros = original
+
+
 def refresh(optimizer: Any, zero_stage: int, topology: Topology) -> None:
     """Passes the fp32 weights on to the forward weights of all ranks."""
     if zero_stage == 3:

@@ -5,6 +5,7 @@ rank = dp_rank * tp + tp_rank. Only this file reads the launcher's environment.
 """
 
 import gc
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,11 +54,11 @@ def tune_process() -> None:
 
     On CPUs most of a growth is the first touch of new memory. torch asks for huge pages (2 MiB
     instead of 4 KiB, so 512 times fewer faults) only if this variable is set before its first
-    large tensor. And what the imports made is never garbage: without it a collection, of which
-    DeepSpeed orders several while it builds an engine, takes a few milliseconds and not half a
-    second.
+    large tensor. And what the imports made is never garbage: without it a collection takes
+    milliseconds. torch itself imports its compiler, half of all objects, only in the first step.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    importlib.import_module("torch._dynamo")
     gc.collect()
     gc.freeze()
 

@@ -19,6 +19,7 @@ from megagrow.parallel.norm import clip_whole_gradients, weigh_norm
 from megagrow.parallel.partitions import (
     empty_shares,
     flat_already,
+    mapped_zeros,
     nothing_sent,
     partition_zero3,
     places,
@@ -69,7 +70,7 @@ class ZeroEngine:
             with nothing_sent():
                 materialise(model, topology.device, partition)
         optimizer = _adamw(model, self._groups, settings.optimizer)
-        with flat_already(flats), empty_shares(topology.device), nothing_sent():
+        with flat_already(flats), empty_shares(topology.device), mapped_zeros(), nothing_sent():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,

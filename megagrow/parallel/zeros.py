@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 
-def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros(numel: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """(numel,) zeros.
 
     On a CPU they are mapped, in huge pages where the system has them, and not filled: most of what
     an empty engine holds is written over by initial weights, a checkpoint or a growth.
     """
-    if device.type != "cpu" or numel == 0:
-        return torch.zeros(numel, dtype=dtype, device=device)
+    if torch.device(device).type != "cpu" or numel == 0:
+        return torch.full((numel,), 0, dtype=dtype, device=device)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     memory = mmap.mmap(-1, numel * dtype.itemsize, flags=flags)
     with suppress(AttributeError, OSError):  # another system than Linux, or Linux without them
