@@ -82,6 +82,18 @@ STEP_TOKENS = 4 * 16
 """Tokens of one step of a run made by `make_run`."""
 
 
+def parallel_of(
+    zero: int, tp: int, sequence_parallel: bool = False, recompute: str = "none"
+) -> dict:
+    """A stage's `parallel` section."""
+    return {
+        "zero_stage": zero,
+        "tensor_model_parallel_size": tp,
+        "sequence_parallel": sequence_parallel,
+        "activation_checkpointing": recompute,
+    }
+
+
 def full_tensors(layout: Layout, storage: Storage) -> dict[str, dict[str, torch.Tensor]]:
     """Every logical tensor, gathered from all ranks the plain way: by where each element goes.
 

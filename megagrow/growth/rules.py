@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megagrow.config.growth import GrowthConfig, OperatorName
 from megagrow.config.schema import ModelConfig
-from megagrow.growth.depth import listed_layers
+from megagrow.growth.depth import PARTIAL_STACKS, listed_layers
 from megagrow.growth.operators import OPERATORS, growing
 
 WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -64,7 +64,7 @@ def _direct_depth(event: Event) -> Iterator[str]:
     if not named:
         yield (
             f"{at} = {layers!r} is not a list, `stack`, `interpolate`, or a partial stack such as "
-            "12-3456x5-56"
+            f"those of the paper, {', '.join(PARTIAL_STACKS)}"
         )
         return
     if len(named) != new:

@@ -5,7 +5,7 @@ with sharding, so it alone is gathered, one matrix; each rank then computes the 
 holds, in fp64, which makes them the same on every layout to the rounding of the mix in fp32.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,22 +17,10 @@ from megagrow.reshard.carriers import group_device
 from megagrow.reshard.exchange import BUCKET_BYTES, Moved, Side
 from megagrow.reshard.layout import Block
 from megagrow.reshard.move import block_view
+from megagrow.reshard.whole import held_parts
 
 _ELEMENTS_AT_ONCE = BUCKET_BYTES // 8 // 4
 """Of an fp64 matrix on the way; there are up to four at a time."""
-
-
-def apply_dense(term: Dense, sources: Mapping[str, Tensor], rows: range, cols: range) -> Tensor:
-    """A block of what a term makes: (len(rows), len(cols)) fp32.
-
-    `sources` holds the whole logical tensors (rows, cols) of the term's sources, of the kind that
-    the term is for (`GrowthMap.terms`), and of its gain the weights (cols, 1).
-    """
-    mix = torch.zeros_like(sources[term.sources[0]], dtype=torch.float32)
-    for alpha, name in zip(term.alphas, term.sources, strict=True):
-        mix.add_(sources[name], alpha=alpha)
-    gain = None if term.gain is None else sources[term.gain]
-    return torch.cat([values for _, values in _pieces(term, mix, gain, rows, cols)])
 
 
 def exchange_dense(source: Side, growth: GrowthMap, target: Side) -> Moved:
@@ -73,18 +61,11 @@ def _gathered(
     kind: Kind, sources: tuple[str, ...], alphas: tuple[float, ...], source: Side
 ) -> Tensor:
     """The weighted sum of whole source parameters, on every rank: (rows, cols) fp32."""
-    rank, layout = dist.get_rank(), source.layout
-    spec = layout.plan[sources[0]]
+    spec = source.layout.plan[sources[0]]
     whole = torch.zeros(spec.rows, spec.cols, device=group_device())
     for alpha, name in zip(alphas, sources, strict=True):
-        if not layout.writes(name, rank):
-            continue
-        for block in layout.blocks(name, rank):
-            view = block_view(source.storage[name][kind], block, *layout.local(name, rank, block))
-            rows, cols = block
-            whole[rows.start : rows.stop, cols.start : cols.stop].add_(
-                view.to(whole.device), alpha=alpha
-            )
+        for part, held in held_parts(name, kind, whole, source):
+            part.add_(held, alpha=alpha)
     for part in whole.view(-1).split(BUCKET_BYTES // 4):
         dist.all_reduce(part)
     return whole

@@ -5,7 +5,7 @@ one sum over all ranks makes it whole. On the way back the gradients of all rank
 each rank finds the part of the factors' gradients that its own numbers account for.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megagrow.reshard.exchange import Side
 from megagrow.reshard.layout import Layout
-from megagrow.reshard.move import block_view
+from megagrow.reshard.whole import held_parts
 
 Names = Sequence[Sequence[str]]
 
@@ -43,7 +43,7 @@ class _Mixture(torch.autograd.Function):
         mixed = _matrices(flat, names, source.layout)
         for matrix, row, scales in zip(mixed, names, factors.tolist(), strict=True):
             for name, scale in zip(row, scales, strict=True):
-                for part, held in _held(name, matrix, source) if scale else ():
+                for part, held in held_parts(name, "fp32", matrix, source) if scale else ():
                     part.add_(held, alpha=scale)
         dist.all_reduce(flat)
         return flat
@@ -56,7 +56,7 @@ class _Mixture(torch.autograd.Function):
         mixed = _matrices(grad, ctx.names, ctx.source.layout)
         for index, (matrix, row) in enumerate(zip(mixed, ctx.names, strict=True)):
             for j, name in enumerate(row):
-                for part, held in _held(name, matrix, ctx.source):
+                for part, held in held_parts(name, "fp32", matrix, ctx.source):
                     parts[index, j] += (part * held).sum(dtype=torch.float64)
         return parts.to(grad.dtype), None, None
 
@@ -65,15 +65,3 @@ def _matrices(flat: Tensor, names: Names, layout: Layout) -> list[Tensor]:
     specs = [layout.plan[row[0]] for row in names]
     pieces = flat.split([spec.rows * spec.cols for spec in specs])
     return [p.view(spec.rows, spec.cols) for p, spec in zip(pieces, specs, strict=True)]
-
-
-def _held(name: str, whole: Tensor, source: Side) -> Iterator[tuple[Tensor, Tensor]]:
-    """What this rank holds of a parameter's weights, beside its place in a whole matrix; of numbers
-    that several ranks hold only one has them."""
-    layout, rank = source.layout, dist.get_rank()
-    if name in source.storage and layout.writes(name, rank):
-        stored = source.storage[name]["fp32"]
-        for block in layout.blocks(name, rank):
-            place = layout.local(name, rank, block)
-            rows, cols = (slice(span.start, span.stop) for span in block)
-            yield whole[rows, cols], block_view(stored, block, *place).to(whole.device)

@@ -5,13 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 
 import megagrow.reshard.dense
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Term
 from megagrow.parallel.zero import STATE_KINDS
-from megagrow.reshard.dense import apply_dense, exchange_dense
+from megagrow.reshard.dense import exchange_dense
 from megagrow.reshard.exchange import Side, exchange
 from megagrow.reshard.fill import fill_new
 from tests.hugging_face import tiny
@@ -19,7 +18,6 @@ from tests.reshard.definition import (
     State,
     empty_storage,
     grown,
-    mixed,
     random_state,
     storage_of,
 )
@@ -123,24 +121,6 @@ def test_dense_terms_are_products_of_whole_tensors_on_every_layout(pieces):
         for difference, sent in rank:
             assert difference < 1e-6
             assert sent == pytest.approx(2 * mixes * (WORLD - 1) / WORLD, rel=1e-3)
-
-
-@pytest.mark.parametrize("kind", STATE_KINDS)
-def test_any_block_of_a_term_is_that_of_the_whole(kind):
-    state, growth = source_state(), dense_map()
-    plan = layout_of(WIDE, 0, 1, 1).plan
-    for name, spec in plan.items():
-        (term,) = growth.terms(name, kind)
-        if isinstance(term, Gather):
-            continue
-        sources = {origin: state[origin][kind] for origin in term.sources}
-        if term.gain:
-            sources[term.gain] = state[term.gain]["fp32"]
-        rows, cols = range(spec.rows // 3, spec.rows), range(spec.cols // 2, spec.cols)
-        found = apply_dense(term, sources, rows, cols)
-        expected = mixed(state, term, kind)[rows.start :, cols.start :]
-        assert found.dtype == torch.float32
-        assert (found - expected).abs().max() < 1e-6 * expected.abs().max(), name
 
 
 def test_terms_that_read_the_same_mix_gather_it_once():

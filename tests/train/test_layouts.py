@@ -12,7 +12,7 @@ from megagrow.train.loop import StepDone, advance
 from megagrow.train.signals import StopSignal
 from megagrow.train.stage import Stage, build_stage
 from megagrow.train.state import RunState
-from tests.runs import MODEL, STEP_TOKENS, full_tensors, grow_live, make_run
+from tests.runs import MODEL, STEP_TOKENS, full_tensors, grow_live, make_run, parallel_of
 from tests.spawn import run_ranks
 
 STAGES = (0, 1, 2, 3)
@@ -23,19 +23,10 @@ DEEP = MODEL | {"num_hidden_layers": 8}
 BASE_STEPS, GROWN_STEPS = 10, 10
 
 
-def layout(zero: int, tp: int, sequence_parallel: bool = False, recompute: str = "none") -> dict:
-    return {
-        "zero_stage": zero,
-        "tensor_model_parallel_size": tp,
-        "sequence_parallel": sequence_parallel,
-        "activation_checkpointing": recompute,
-    }
-
-
 def plain_layouts(world: int) -> list[dict]:
     """Every ZeRO stage on every grid of this many ranks."""
     grids = [tp for dp, tp in GRIDS if dp * tp == world]
-    return [layout(zero, tp) for zero, tp in itertools.product(STAGES, grids)]
+    return [parallel_of(zero, tp) for zero, tp in itertools.product(STAGES, grids)]
 
 
 def layouts_of(world: int) -> list[dict]:
@@ -43,11 +34,11 @@ def layouts_of(world: int) -> list[dict]:
     if world == 1:
         return [
             *plain_layouts(1),
-            layout(0, 1, recompute="full"),
-            layout(3, 1, recompute="selective"),
+            parallel_of(0, 1, recompute="full"),
+            parallel_of(3, 1, recompute="selective"),
         ]
     options = ((1, True, "none"), (3, True, "full"), (2, False, "full"), (0, True, "selective"))
-    return plain_layouts(world) + [layout(zero, 2, *option) for zero, *option in options]
+    return plain_layouts(world) + [parallel_of(zero, 2, *option) for zero, *option in options]
 
 
 def start(run: RunConfig) -> Stage:
@@ -87,7 +78,7 @@ def one_stage(folder, parallel: dict) -> RunConfig:
 @pytest.fixture(scope="module")
 def reference(folder) -> list[float]:
     """One process, no ZeRO, no options."""
-    return run_ranks(1, plain_losses, [one_stage(folder, layout(0, 1))])[0][0]
+    return run_ranks(1, plain_losses, [one_stage(folder, parallel_of(0, 1))])[0][0]
 
 
 @pytest.mark.dist
@@ -161,7 +152,7 @@ def check_growth(found: list, changes: list, reference: list[float]) -> None:
 
 @pytest.fixture(scope="module")
 def grown_reference(folder) -> list[float]:
-    run = two_stages(folder, layout(0, 1), layout(0, 1))
+    run = two_stages(folder, parallel_of(0, 1), parallel_of(0, 1))
     return run_ranks(1, grown, [run])[0][0][3]
 
 
@@ -178,10 +169,10 @@ def test_live_growth_is_a_plain_stack_in_every_layout(folder, grown_reference, w
 @pytest.mark.parametrize("world", [2, 4])
 def test_growth_may_change_the_layout(folder, grown_reference, world):
     changes = [
-        (layout(2, 1), layout(3, 2)),
-        (layout(3, 2), layout(1, 1)),
-        (layout(0, 2), layout(2, 1)),
-        (layout(1, 1), layout(0, 2, sequence_parallel=True)),
+        (parallel_of(2, 1), parallel_of(3, 2)),
+        (parallel_of(3, 2), parallel_of(1, 1)),
+        (parallel_of(0, 2), parallel_of(2, 1)),
+        (parallel_of(1, 1), parallel_of(0, 2, sequence_parallel=True)),
     ]
     found = run_ranks(world, grown, [two_stages(folder, *change) for change in changes])
     check_growth(found, changes, grown_reference)

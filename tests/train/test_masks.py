@@ -15,7 +15,7 @@ from megagrow.train.signals import StopSignal
 from megagrow.train.stage import build_stage, masks_now
 from megagrow.train.state import RunState
 from megagrow.train.step import mean_loss
-from tests.runs import MODEL, STEP_TOKENS, make_run
+from tests.runs import MODEL, STEP_TOKENS, make_run, parallel_of
 from tests.spawn import run_ranks
 
 GROWN = MODEL | {
@@ -38,23 +38,14 @@ def masked_run(
     return make_run(folder, [{"tokens": STEP_TOKENS}, grown], precision=precision)
 
 
-def layout(zero: int, tp: int, sequence_parallel: bool = False, recompute: str = "none") -> dict:
-    return {
-        "zero_stage": zero,
-        "tensor_model_parallel_size": tp,
-        "sequence_parallel": sequence_parallel,
-        "activation_checkpointing": recompute,
-    }
-
-
 LAYOUTS = {
-    1: (layout(0, 1, recompute="full"), layout(3, 1, recompute="selective")),
+    1: (parallel_of(0, 1, recompute="full"), parallel_of(3, 1, recompute="selective")),
     2: (
-        *(layout(zero, 1) for zero in range(4)),
-        layout(0, 2, recompute="selective"),
-        layout(1, 2, sequence_parallel=True),
-        layout(2, 2, recompute="full"),
-        layout(3, 2, sequence_parallel=True, recompute="full"),
+        *(parallel_of(zero, 1) for zero in range(4)),
+        parallel_of(0, 2, recompute="selective"),
+        parallel_of(1, 2, sequence_parallel=True),
+        parallel_of(2, 2, recompute="full"),
+        parallel_of(3, 2, sequence_parallel=True, recompute="full"),
     ),
 }
 """By the number of ranks: every ZeRO stage with and without TP, every option somewhere."""
@@ -115,7 +106,7 @@ def test_other_ramps_give_other_losses(folder, reference):
 
 @pytest.mark.dist
 def test_bf16_follows_fp32(folder, reference):
-    runs = [masked_run(folder, "bf16", **layout(zero, 2)) for zero in (0, 1)]
+    runs = [masked_run(folder, "bf16", **parallel_of(zero, 2)) for zero in (0, 1)]
     for found in run_ranks(2, train_all, runs)[0]:
         for kind in (0, 1):  # both losses; norms of gradients drift apart sooner
             assert found[kind::3] == pytest.approx(reference[kind::3], rel=5e-3)
@@ -133,7 +124,7 @@ def parts_of(run: RunConfig) -> dict[str, Any]:
 
 @pytest.mark.dist
 def test_a_rank_has_the_masks_of_its_own_slices(folder):
-    run = masked_run(folder, ramp=24, **layout(0, 2))
+    run = masked_run(folder, ramp=24, **parallel_of(0, 2))
     first, second = run_ranks(2, parts_of, run)
     assert first["layers"] == second["layers"] == (1.0, 1.0, pytest.approx(1 / 6))
     assert first["ffn"].tolist() == [1.0] * 30
