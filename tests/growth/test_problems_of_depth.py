@@ -7,6 +7,9 @@ import pytest
 from tests.growth.cases import Sizes
 from tests.growth.events import DEPTH, LISTED, B, layers, problems
 
+PAPERS = (
+    "123456x4, 12-3456x5-56, 12-345x7-6, 123-456x7, 1234-56x10, 12-34x10-56, 1-234x7-56, 123x7-456"
+)
 ORDERED = (
     f"{LISTED} leaves out or reorders layers, which zero_depth must keep: name all of them, first "
     "occurrences in order"
@@ -28,7 +31,7 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
         {"layers": "sandwich"},
         [
             f"{LISTED} = 'sandwich' is not a list, `stack`, `interpolate`, or a partial stack such "
-            "as 12-3456x5-56"
+            f"as those of the paper, {PAPERS}"
         ],
     ),
     (
@@ -36,7 +39,7 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
         {"layers": []},
         [
             f"{LISTED} = [] is not a list, `stack`, `interpolate`, or a partial stack such as "
-            "12-3456x5-56"
+            f"those of the paper, {PAPERS}"
         ],
     ),
     (
