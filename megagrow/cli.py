@@ -1,4 +1,4 @@
-"""The command line: megagrow prepare | train | grow | plan | report | config show."""
+"""The command line: megagrow prepare | train | grow | convert | plan | report | config show."""
 
 import sys
 import time
@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from megagrow.cli_convert import convert_app
 from megagrow.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 config_app = typer.Typer(help="Look at run files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(convert_app, name="convert")
 
 RunFile = Annotated[Path, typer.Argument(help="The run file (YAML).", show_default=False)]
 Overrides = Annotated[
