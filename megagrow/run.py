@@ -12,7 +12,7 @@ from megagrow.checkpoint.load import load_storage, newest_checkpoint
 from megagrow.checkpoint.manifest import Manifest, describe_layout
 from megagrow.checkpoint.save import prune_checkpoints, save_checkpoint
 from megagrow.config.checks import world_problems
-from megagrow.config.schema import RunConfig
+from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.config.timing import timing_warnings
 from megagrow.errors import InputError
 from megagrow.growth.problems import growth_problems
@@ -23,7 +23,7 @@ from megagrow.parallel.topology import (
     read_launch,
     together,
 )
-from megagrow.reshard.fill import fill_initial
+from megagrow.train.beginning import fill_beginning, open_beginning
 from megagrow.train.candidates import grow_best
 from megagrow.train.compare import Change, change, predictions
 from megagrow.train.environment import describe_environment
@@ -100,20 +100,22 @@ def _train(job: Job) -> None:
 
 
 def _begin(job: Job) -> tuple[Job, Stage, RunState]:
-    """The state of the newest whole checkpoint, or initial weights."""
+    """The state of the newest whole checkpoint, or the weights that the run begins with."""
     found = newest_checkpoint(job.checkpoints, job.recorder.say)
     path, manifest = found or (None, None)
     state = RunState() if manifest is None else RunState.from_json(manifest.run)
     if manifest is not None:
         _check_same_model(job, state, manifest)
         job = replace(job, run=as_grown(job.run, state))
+    first = open_beginning(job.run, job.recorder.say) if manifest is None else None
     stage = build_stage(job.run, state.stage, job.device)
+    storage = stage.engine.storage()
     if path is None or manifest is None:
-        fill_initial(stage.layout, job.launch.rank, stage.engine.storage(), job.run.seed)
-        stage.engine.ready(adam_step=0)
+        adam_step = fill_beginning(first, stage.layout, job.launch.rank, storage, job.run.seed)
     else:
-        load_storage(path, manifest, stage.layout, stage.engine.storage())
-        stage.engine.ready(manifest.adam_step)
+        load_storage(path, manifest, stage.layout, storage)
+        adam_step = manifest.adam_step
+    stage.engine.ready(adam_step)
     job.recorder.start(state, path)
     return job, stage, state
 
@@ -123,7 +125,7 @@ def _check_same_model(job: Job, state: RunState, manifest: Manifest) -> None:
     if state.stage >= len(stages):
         raise InputError(f"{where} is of stage {state.stage}, the run has {len(stages)} stages")
     model = stages[state.stage].model.model_dump()
-    for key, value in manifest.model.items():
+    for key, value in ModelConfig(**manifest.model).model_dump().items():
         if model.get(key) != value:
             raise InputError(
                 f"{where} is of another model: {key} is {value}, stage {state.stage} of the run "

@@ -30,13 +30,12 @@ def tiny(**changes: Any) -> ModelConfig:
 def hugging_face(config: ModelConfig, seed: int = 0) -> HuggingFaceLlama:
     """Their model of our config, fp32 and eager, with weights far from any symmetry."""
     fields = config.model_dump()
-    theta = fields.pop("rope_theta")
+    rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+    del fields["rope_scaling"]
+    if config.rope_scaling is not None:
+        rope |= config.rope_scaling.given()
     model = HuggingFaceLlama(
-        LlamaConfig(
-            **fields,
-            rope_parameters={"rope_type": "default", "rope_theta": theta},
-            attn_implementation="eager",
-        )
+        LlamaConfig(**fields, rope_parameters=rope, attn_implementation="eager")
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -18,14 +18,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (weight.float() * (x_fp32 * inverse_rms)).to(x.dtype)
 
 
-def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_tables(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotation angles, fp32, each (B, 1, S, D).
 
-    Angle i of position p is p * theta^(-2i/D); the two halves of D hold the same angles, which is
-    Hugging Face's order (Su et al. 2021, in the half-split form).
+    Angle i of position p is p times frequency i, of D/2, which is theta^(-2i/D) in a plain model;
+    the two halves of D hold the same angles, which is Hugging Face's order (Su et al. 2021, in the
+    half-split form).
     """
-    exponent = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
-    angles = position_ids[:, None, :, None].float() * theta**-exponent
+    angles = position_ids[:, None, :, None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 

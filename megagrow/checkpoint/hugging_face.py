@@ -4,46 +4,22 @@ Names and shapes of the parameters are ours; to the readers of files such a fold
 one rank that holds the whole model.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megagrow.checkpoint.hugging_face_config import CONFIG_FILE, model_of, origin_of, read_json
 from megagrow.checkpoint.source import Source
 from megagrow.checkpoint.tensor_file import DTYPES, Planned, Stored, planned, read_header
-from megagrow.config.model_file import checked_model
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
 from megagrow.growth.map import Kind
 from megagrow.parallel.plan import ParamSpec, parameter_plan
 from megagrow.reshard.layout import Layout
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-_DEFAULTS: dict[str, Any] = {
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.02,
-}
-"""What LlamaConfig takes for keys that a config.json leaves out."""
-
-_KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-_ONLY: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-}
-"""Keys of which this Llama knows one value."""
-
-DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""What Hugging Face calls the types of weights, by their names in safetensors' format."""
 
 
 def whole_layout(model: ModelConfig) -> Layout:
@@ -67,7 +43,8 @@ def open_hugging_face(folder: Path) -> HuggingFaceSource:
 
     InputError for a model that is no plain Llama, and for files that do not hold it.
     """
-    model = model_of(_read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+    config = read_json(folder / CONFIG_FILE)
+    model = model_of(config, str(folder / CONFIG_FILE))
     layout = whole_layout(model)
     files = _files(folder)
     headers = {file: read_header(file) for file in files}
@@ -76,35 +53,14 @@ def open_hugging_face(folder: Path) -> HuggingFaceSource:
     }
     table = {name: _checked(folder, spec, found) for name, spec in layout.plan.items()}
     return HuggingFaceSource(
-        path=folder, model=model, layout=layout, files=files, kinds=("fp32",), table=table
+        path=folder,
+        model=model,
+        layout=layout,
+        files=files,
+        kinds=("fp32",),
+        environment=origin_of(folder, config),
+        table=table,
     )
-
-
-def model_of(config: dict[str, Any], origin: str) -> ModelConfig:
-    """Our config of a config.json. InputError, naming `origin`, for what we have no model of."""
-    for key, only in _ONLY.items():
-        if config.get(key, only) != only:
-            raise InputError(f"{origin}: {key} = {config[key]!r}, only {only!r} is known here")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise InputError(f"{origin}: rotary embeddings of type {kind!r}, only 'default' is known")
-    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
-    values = {key: config.get(key, default) for key, default in _DEFAULTS.items()}
-    values |= {key: config[key] for key in (*_KEYS, "vocab_size") if key in config}
-    values = {key: value for key, value in values.items() if value is not None}
-    return checked_model(values | {"rope_theta": theta}, origin)
-
-
-def config_of(model: ModelConfig, dtype: str, like: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of a model whose weights are of type `dtype`; the rest of it as in `like`,
-    the config.json that the model comes from. transformers 5 reads rope_parameters, 4 the rest."""
-    values = model.model_dump()
-    theta = values["rope_theta"]
-    config = {"architectures": ["LlamaForCausalLM"], **_ONLY, **like, **values}
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
-    config["dtype"] = config["torch_dtype"] = DTYPE_NAMES[dtype]
-    return config
 
 
 def planned_files(layout: Layout, dtype: str, most_bytes: int) -> dict[str, Planned]:
@@ -149,11 +105,13 @@ def _files(folder: Path) -> tuple[Path, ...]:
         if not (folder / WEIGHTS_FILE).is_file():
             raise InputError(f"{folder}: has neither {WEIGHTS_FILE} nor {INDEX_FILE}")
         return (folder / WEIGHTS_FILE,)
-    names = _read_json(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict):
         raise InputError(f"{index}: has no weight_map")
-    for name in set(names.values()):
-        if not (folder / str(name)).is_file():
+    for name in set(map(str, names.values())):
+        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise InputError(f"{index}: names {name!r}, which is no plain name of a file beside it")
+        if not (folder / name).is_file():
             raise InputError(f"{folder}: {name}, which its index names, is missing")
     return tuple(folder / name for name in sorted(set(names.values())))
 
@@ -174,15 +132,3 @@ def _checked(
             f"{file}: {spec.name} is of type {stored.dtype}, only {', '.join(DTYPES)} are read"
         )
     return file, stored
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: should hold a JSON object")
-    return found

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megagrow.checkpoint.files import list_checkpoints
-from megagrow.checkpoint.hugging_face import CONFIG_FILE, open_hugging_face
+from megagrow.checkpoint.hugging_face import open_hugging_face
+from megagrow.checkpoint.hugging_face_config import CONFIG_FILE
 from megagrow.checkpoint.manifest import MANIFEST_FILE
 from megagrow.checkpoint.newest import newest_whole
 from megagrow.checkpoint.source import Source, open_checkpoint

@@ -2,19 +2,15 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.files import shard_name, sync
-from megagrow.checkpoint.hugging_face import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    index_of,
-    planned_files,
-    whole_layout,
-)
+from megagrow.checkpoint.hugging_face import INDEX_FILE, index_of, planned_files, whole_layout
 from megagrow.checkpoint.manifest import MANIFEST_FILE, Manifest
 from megagrow.checkpoint.shards import Places, Unit, shard_tensors, units
 from megagrow.checkpoint.tensor_file import Planned, Stored, planned
@@ -43,6 +39,8 @@ class Target:
     """Bytes of every file of tensors."""
     documents: dict[str, dict[str, Any]]
     """JSON files, written last."""
+    copies: Mapping[str, Path] = field(default_factory=dict)
+    """Files that stand beside them, and what each is a copy of."""
 
     def write_headers(self, folder: Path) -> None:
         """Makes every file, its header and its size; what is in it already stays."""
@@ -57,12 +55,23 @@ class Target:
         sync(folder)
 
     def write_documents(self, folder: Path) -> None:
-        """Writes the JSON files and waits until they are on the disk."""
+        """Writes what stands beside the tensors and waits until it is on the disk."""
+        for name, origin in self.copies.items():
+            shutil.copyfile(origin, folder / name)
+            sync(folder / name)
         for name, value in self.documents.items():
             path = folder / name
             path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
             sync(path)
         sync(folder)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What stands beside the weights of a Hugging Face folder."""
+
+    documents: Mapping[str, dict[str, Any]]
+    copies: Mapping[str, Path] = field(default_factory=dict)
 
 
 def checkpoint_target(layout: Layout, manifest: Callable[[dict[str, int]], Manifest]) -> Target:
@@ -91,13 +100,11 @@ def checkpoint_target(layout: Layout, manifest: Callable[[dict[str, int]], Manif
     return Target(layout, pieces, headers, sizes, {MANIFEST_FILE: asdict(manifest(sizes))})
 
 
-def hugging_face_target(
-    model: ModelConfig, config: dict[str, Any], dtype: str, most_bytes: int
-) -> Target:
-    """A Hugging Face folder: the weights in files of at most `most_bytes`, and `config`."""
+def hugging_face_target(model: ModelConfig, dtype: str, most_bytes: int, beside: Beside) -> Target:
+    """A Hugging Face folder: the weights in files of at most `most_bytes`, and what is beside."""
     layout = whole_layout(model)
     files = planned_files(layout, dtype, most_bytes)
-    documents = {CONFIG_FILE: config}
+    documents = dict(beside.documents)
     if len(files) > 1:
         documents[INDEX_FILE] = index_of(files)
     found = {
@@ -108,4 +115,5 @@ def hugging_face_target(
         return (Piece(Unit(0, name, "fp32"), *found[name]) for name in layout.plan)
 
     sizes = {name: plan.size for name, plan in files.items()}
-    return Target(layout, pieces, lambda: iter(files.items()), sizes, documents)
+    headers = partial(iter, files.items())
+    return Target(layout, pieces, headers, sizes, documents, beside.copies)

@@ -38,6 +38,8 @@ def model_problems(model: ModelConfig, at: str) -> Iterator[str]:
         yield (
             f"{at}: a head is {said} = {model.head_dim} wide; rotary embeddings need an even width"
         )
+    if model.head_dim == 2 and model.rope_scaling and model.rope_scaling.rope_type == "dynamic":
+        yield f"{at}.rope_scaling: dynamic needs heads more than 2 wide"
     if heads % kv_heads:
         yield (
             f"{at}.num_attention_heads = {heads} is not a multiple of "

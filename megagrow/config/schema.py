@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from megagrow.config.growth import GrowthConfig
+from megagrow.config.rope import RopeScaling
 from megagrow.config.section import Count, Section
 
 
@@ -27,6 +28,8 @@ class ModelConfig(Section):
     vocab_size: Count
     max_position_embeddings: Count = 2048
     rope_theta: float = Field(default=10_000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    """For sequences longer than those that a model was first trained on."""
     rms_norm_eps: float = Field(default=1e-5, ge=0)
     tie_word_embeddings: bool = False
     initializer_range: float = Field(default=0.02, gt=0)
@@ -161,6 +164,9 @@ class RunConfig(Section):
     output_dir: Path
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is bf16 on a GPU and fp32 on a CPU. Master weights and moments are always fp32."""
+    init_from: Path | None = None
+    """A checkpoint, a run or a Hugging Face folder, of whose weights the first stage's model is
+    made; None is initial weights. Not looked at once the run has a checkpoint of its own."""
     data: DataConfig
     stages: list[StageConfig] = Field(min_length=1)
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -166,6 +166,12 @@ def _isometric(event: Event) -> Iterator[str]:
 
 def _head_dim(event: Event) -> Iterator[str]:
     yield from _multiples(event, ("head_dim",), "give a whole factor")
+    scaling = event.source.rope_scaling
+    if scaling is not None and scaling.rope_type == "yarn":
+        yield (
+            f"{event.here}.model: head_dim can not grow a model whose rope_scaling is yarn, which "
+            "scales a pair of entries by its place in the head"
+        )
 
 
 _RULES: dict[OperatorName, Rule] = {

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from megagrow.config.schema import ModelConfig
 from megagrow.model import ops
 from megagrow.model.masks import Masks, masked, masked_groups, masked_rms_norm
+from megagrow.model.rope import rotary_tables
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,7 @@ class LlamaModel(nn.Module):
     def _context(
         self, positions: Tensor, documents: Tensor | None, masks: Masks, dtype: torch.dtype
     ) -> Context:
-        config = self.config
-        cos, sin = ops.rope_tables(positions, config.head_dim, config.rope_theta)
+        cos, sin = rotary_tables(self.config, positions)
         mask = None if documents is None else ops.attention_mask(documents)
         return Context(cos.to(dtype), sin.to(dtype), mask, masks, self.recompute)
 

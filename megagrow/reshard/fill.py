@@ -1,7 +1,7 @@
-"""Writes numbers that come from no source, each rank drawing only the rows that it holds.
+"""Writes numbers that come from no other rank, each rank making only the rows that it holds.
 
-Every number depends on its stream and its place in the logical tensor alone, so that all layouts
-hold the same bits.
+They are drawn, or read from files. Every drawn number depends on its stream and its place in the
+logical tensor alone, so that all layouts hold the same bits.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import Tensor
 
-from megagrow.growth.map import GrowthMap
+from megagrow.growth.map import GrowthMap, Kind
 from megagrow.parallel.initialize import initial_rows
 from megagrow.parallel.zero import Storage
 from megagrow.reshard.drawn import drawn_rows
@@ -21,7 +21,7 @@ def fill_initial(layout: Layout, rank: int, storage: Storage, seed: int) -> None
     """Writes the initial fp32 weights; moments are left at zero, and so is padding."""
     for name in storage:
         draw = partial(initial_rows, layout.plan[name], seed)
-        _write(layout, rank, storage, name, draw)
+        _write(layout, rank, storage[name]["fp32"], name, _columns_of(draw))
 
 
 def fill_new(growth: GrowthMap, layout: Layout, rank: int, storage: Storage) -> None:
@@ -34,17 +34,34 @@ def fill_new(growth: GrowthMap, layout: Layout, rank: int, storage: Storage) -> 
         fills = [fill for fill in growth.fills.get(name, ()) if not fill.is_zero]
         if fills:
             draw = partial(drawn_rows, fills, layout.plan[name])
-            _write(layout, rank, storage, name, draw)
+            _write(layout, rank, storage[name]["fp32"], name, _columns_of(draw))
+
+
+def fill_read(
+    layout: Layout,
+    rank: int,
+    storage: Storage,
+    kinds: tuple[Kind, ...],
+    read: Callable[[str, Kind, Block], Tensor],
+) -> None:
+    """Writes what `read` gives for the blocks that a rank holds; padding is left at zero."""
+    for name, held in storage.items():
+        for kind in kinds:
+            _write(layout, rank, held[kind], name, partial(read, name, kind))
+
+
+def _columns_of(draw: Callable[[range], Tensor]) -> Callable[[Block], Tensor]:
+    """Of something that makes whole rows: the columns of a block."""
+    return lambda block: draw(block.rows)[:, block.cols.start : block.cols.stop]
 
 
 def _write(
-    layout: Layout, rank: int, storage: Storage, name: str, draw: Callable[[range], Tensor]
+    layout: Layout, rank: int, stored: Tensor, name: str, make: Callable[[Block], Tensor]
 ) -> None:
-    """Writes what `draw` gives for the rows that a rank holds of a parameter, piece by piece."""
+    """Writes what `make` gives for the blocks that a rank holds of a parameter, piece by piece."""
     rows_at_once = max(1, ELEMENTS_AT_ONCE // layout.plan[name].cols)
     for block in layout.blocks(name, rank):
         for first in range(block.rows.start, block.rows.stop, rows_at_once):
             part = Block(range(first, min(first + rows_at_once, block.rows.stop)), block.cols)
-            values = draw(part.rows)[:, part.cols.start : part.cols.stop]
             place = layout.local(name, rank, part)
-            block_view(storage[name]["fp32"], part, *place).copy_(values)
+            block_view(stored, part, *place).copy_(make(part))

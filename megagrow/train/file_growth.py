@@ -130,7 +130,7 @@ def decide(request: Request, source: Source) -> Goal:
             "not have: write a checkpoint"
         )
     leaves_its_run = goal.options is not None or form == "huggingface"
-    if leaves_its_run and _still_masked(source):
+    if leaves_its_run and still_masked(source):
         problems.append(
             f"{source.path}: parts of it still stand behind masks, without which it is another "
             "model; train it until they are let in"
@@ -156,7 +156,7 @@ def _needs_training(options: GrowthConfig, source: Source) -> list[str]:
     return []
 
 
-def _still_masked(source: Source) -> bool:
+def still_masked(source: Source) -> bool:
     """Whether parts of the source still stand behind masks, which are part of its run."""
     if "growth" in source.environment:  # grown from files, and not trained since
         return source.environment["growth"]["masks"] is not None
@@ -169,9 +169,12 @@ def _still_masked(source: Source) -> bool:
 
 
 def _goal(request: Request, source: Source) -> Goal:
+    if request.to is None:
+        return Goal(source, source.model, None, "")
     stage = state_of(source).stage + 1
     if is_run_file(request.to):
-        return _goal_of_run(request, source, stage if request.stage is None else request.stage)
+        stage = stage if request.stage is None else request.stage
+        return _goal_of_run(request, Path(request.to), source, stage)
     if request.stage is not None:
         raise InputError(f"--stage goes with a run file, {request.to} is a model")
     model = load_model(request.to)
@@ -183,11 +186,10 @@ def _goal(request: Request, source: Source) -> Goal:
     return Goal(source, model, growth_options(request), f"{seed}/stage-{stage}")
 
 
-def _goal_of_run(request: Request, source: Source, stage: int) -> Goal:
+def _goal_of_run(request: Request, path: Path, source: Source, stage: int) -> Goal:
     overrides = [f"stages.{stage}.{text}" for text in _growth_only(request)]
     if request.seed is not None:
         overrides.append(f"seed={request.seed}")
-    path = Path(request.to)
     count = len(load_run(path).stages)
     if not 1 <= stage < count:
         raise InputError(

@@ -4,17 +4,16 @@ Needs no process group and no DeepSpeed. What it has done it keeps in a journal,
 command goes on where another was killed; the result appears when all of it is checked on the disk.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from megagrow.checkpoint.hugging_face import CONFIG_FILE, config_of
+from megagrow.checkpoint.hugging_face_config import CONFIG_FILE, ORIGIN_KEY, config_of
 from megagrow.checkpoint.journal import JOURNAL_FILE, Journal
 from megagrow.checkpoint.manifest import Manifest, describe_layout
 from megagrow.checkpoint.opening import open_source
-from megagrow.checkpoint.target import Target, checkpoint_target, hugging_face_target
+from megagrow.checkpoint.target import Beside, Target, checkpoint_target, hugging_face_target
 from megagrow.checkpoint.writing import Writing, check_space
 from megagrow.config.sizes import format_bytes
 from megagrow.data.progress import WorkProgress
@@ -37,9 +36,16 @@ def grow_files(request: Request, console: Console) -> None:
     """Grows what the request names, or goes on with it. InputError for all that is wrong."""
     request.check()
     source = open_source(request.source, lambda text: console.print(text, highlight=False))
-    goal = decide(request, source)
+    write_goal(request, decide(request, source), console)
+
+
+def write_goal(
+    request: Request, goal: Goal, console: Console, beside: Beside | None = None
+) -> None:
+    """Writes what was decided, or goes on with it. `beside` is for a Hugging Face folder; without
+    it there is a config.json alone."""
     at_once = _elements_at_once(goal, request.memory_bytes)
-    target = _target(request, goal)
+    target = _target(request, goal, beside)
     command = _command(request, goal, target)
     folder = request.out.with_name(f"{request.out.name}.tmp")
     if _was_finished(request.out, command):
@@ -47,13 +53,13 @@ def grow_files(request: Request, console: Console) -> None:
         return
     texts = _text_tokens(request, goal)
     console.print(_story(goal, request.out), highlight=False)
-    source_loss = text_loss(source, texts) if texts else None
+    source_loss = text_loss(goal.source, texts) if texts else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_space(folder.parent, target, folder)
         with Journal(folder, command) as journal:
             work = _work(folder, target, goal, at_once)
-            _do(work, journal, console)
+            _do(work, journal, "copying" if goal.options is None else "growing", console)
             if source_loss is not None:
                 target.write_documents(folder)
                 target_loss = text_loss(open_source(folder, print), texts, goal.masks)
@@ -74,15 +80,15 @@ def _work(folder: Path, target: Target, goal: Goal, at_once: int) -> Writing:
     return Writing(folder, target, application.block, at_once)
 
 
-def _do(work: Writing, journal: Journal, console: Console) -> None:
+def _do(work: Writing, journal: Journal, doing: str, console: Console) -> None:
     total = sum(work.target.sizes.values())
-    with WorkProgress(console, "growing", total) as progress:
+    with WorkProgress(console, doing, total) as progress:
         work.write(journal, progress)
     with WorkProgress(console, "checking", total) as progress:
         work.verify(journal, progress)
 
 
-def _target(request: Request, goal: Goal) -> Target:
+def _target(request: Request, goal: Goal, beside: Beside | None) -> Target:
     if (request.form or form_of(goal.source)) == "checkpoint":
         layout = target_layout(request, goal)
         return checkpoint_target(
@@ -99,11 +105,10 @@ def _target(request: Request, goal: Goal) -> Target:
     options = (request.zero_stage, request.dp, request.tp, request.weight_decay_on)
     if any(option is not None for option in options):
         raise InputError("a Hugging Face folder has no layout: leave out --zero-stage, --dp, --tp")
-    like: dict[str, Any] = {}
-    if form_of(goal.source) == "huggingface":
-        like = json.loads((goal.source.path / CONFIG_FILE).read_text(encoding="utf-8"))
-    config = config_of(goal.model, request.stored_dtype, like)
-    return hugging_face_target(goal.model, config, request.stored_dtype, request.shard_bytes)
+    if beside is None:
+        like = goal.source.environment.get(ORIGIN_KEY, {}).get("config", {})
+        beside = Beside({CONFIG_FILE: config_of(goal.model, request.stored_dtype, like)})
+    return hugging_face_target(goal.model, request.stored_dtype, request.shard_bytes, beside)
 
 
 def _environment(goal: Goal) -> dict[str, Any]:
@@ -133,6 +138,7 @@ def _command(request: Request, goal: Goal, target: Target) -> dict[str, Any]:
         "growth": _told(goal),
         "files of the source": files,
         "target": target.documents,
+        "copies": {name: str(path.resolve()) for name, path in target.copies.items()},
         "sizes": target.sizes,
         "form": request.form,
     }

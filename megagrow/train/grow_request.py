@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagrow.checkpoint.hugging_face import DTYPE_NAMES
+from megagrow.checkpoint.hugging_face_config import DTYPE_NAMES
 from megagrow.config.sizes import parse_bytes
 from megagrow.errors import InputError
 
@@ -15,8 +15,8 @@ class Request:
     source: Path
     """A checkpoint, a run directory, or a Hugging Face folder."""
     out: Path
-    to: str
-    """The target: a model file or its name, or a run file."""
+    to: str | None = None
+    """The target: a model file or its name, or a run file. None is the source's own model."""
     stage: int | None = None
     """Of the run file: the stage that begins with this growth."""
     operators: tuple[str, ...] = ()

@@ -44,7 +44,7 @@ def test_rope():
     q, k = draw(2, 4, 6, 8), draw(2, 2, 6, 8, seed=1)
     cos, sin = hugging_face(config).model.rotary_emb(q, positions)
     expected = theirs.apply_rotary_pos_emb(q, k, cos, sin)
-    tables = reference.rope_tables(positions, config.head_dim, config.rope_theta)
+    tables = reference.rope_tables(positions, config.rope_theta ** -(torch.arange(4.0) / 4))
     for x, rotated in zip((q, k), expected, strict=True):
         found = reference.apply_rope(x, *tables)
         torch.testing.assert_close(found, rotated, **CLOSE)
@@ -54,9 +54,11 @@ def test_rope():
 def test_rope_turns_by_relative_positions_only():
     q, k = draw(1, 1, 1, 8, seed=3), draw(1, 1, 1, 8, seed=4)
 
+    frequencies = 100.0 ** -(torch.arange(4.0) / 4)
+
     def score(at: int, other: int) -> torch.Tensor:
         turned = [
-            reference.apply_rope(x, *reference.rope_tables(torch.tensor([[position]]), 8, 100.0))
+            reference.apply_rope(x, *reference.rope_tables(torch.tensor([[position]]), frequencies))
             for x, position in ((q, at), (k, other))
         ]
         return (turned[0] * turned[1]).sum()

@@ -1,0 +1,102 @@
+"""Rotary tables of a model: plain ones, and those that are scaled to longer sequences.
+
+Each type is computed in the order of transformers' own operations, so that a model that comes from
+there gives the same bits: over long sequences a rounding of a frequency turns into an angle.
+
+Shapes: B batch, S sequence, K head dimension.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from megagrow.config.rope import RopeScaling
+from megagrow.config.schema import ModelConfig
+from megagrow.model import ops
+
+
+def rotary_tables(config: ModelConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of a model's rotations at positions (B, S): fp32, each (B, 1, S, K)."""
+    cos, sin = ops.rope_tables(position_ids, frequencies(config, position_ids))
+    scaling = config.rope_scaling
+    if scaling is None or scaling.rope_type != "yarn":
+        return cos, sin
+    gain = _yarn_gain(scaling)
+    return cos * gain, sin * gain
+
+
+def frequencies(config: ModelConfig, position_ids: Tensor) -> Tensor:
+    """Angle per position of each pair of a head's entries: (K/2,) fp32. Only `dynamic` looks at
+    the positions."""
+    theta, scaling = config.rope_theta, config.rope_scaling
+    exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float()
+    exponents = exponents / config.head_dim
+    if scaling is None:
+        return 1.0 / theta**exponents
+    if scaling.rope_type == "linear":
+        return 1.0 / theta**exponents / scaling.factor
+    if scaling.rope_type == "dynamic":
+        return 1.0 / _stretched(config, scaling, position_ids) ** exponents
+    if scaling.rope_type == "llama3":
+        return _llama3(1.0 / theta**exponents, scaling)
+    return _yarn(theta, exponents, config.head_dim, scaling)
+
+
+def _stretched(config: ModelConfig, scaling: RopeScaling, position_ids: Tensor) -> Tensor:
+    """The theta of `dynamic`, () fp32: larger for sequences beyond max_position_embeddings, plain
+    for those within (NTK-aware interpolation, bloc97 and emozilla 2023)."""
+    most, width = config.max_position_embeddings, config.head_dim
+    length = (position_ids.max() + 1).clamp(min=most)
+    stretch = scaling.factor * length / most - (scaling.factor - 1)
+    return config.rope_theta * stretch ** (width / (width - 2))
+
+
+def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1: long waves `factor` times as long, short ones as they are, a blend in between."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    original = scaling.original_max_position_embeddings
+    assert low is not None and high is not None and original is not None
+    wavelength = 2 * math.pi / plain
+    blend = (original / wavelength - low) / (high - low)
+    between = (1 - blend) * plain / scaling.factor + blend * plain
+    scaled = torch.where(wavelength > original / low, plain / scaling.factor, between)
+    return torch.where(wavelength < original / high, plain, scaled)
+
+
+def _yarn(theta: float, exponents: Tensor, head_dim: int, scaling: RopeScaling) -> Tensor:
+    """YaRN (Peng et al. 2023, eq. 17 to 19): pairs that turn more than beta_fast times over the
+    original length stay, those that turn less than beta_slow times are stretched, a ramp between
+    them."""
+    original = scaling.original_max_position_embeddings
+    assert original is not None
+
+    def pair_that_turns(times: float) -> float:
+        wave = original / (times * 2 * math.pi)
+        return head_dim * math.log(wave) / (2 * math.log(theta))
+
+    first = pair_that_turns(scaling.beta_fast or 32)
+    last = pair_that_turns(scaling.beta_slow or 1)
+    if scaling.truncate is not False:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    if first == last:
+        last += 0.001  # as transformers keeps from dividing by zero
+    pairs = torch.arange(head_dim // 2, device=exponents.device).float()
+    kept = 1 - ((pairs - first) / (last - first)).clamp(0, 1)
+    waves = theta**exponents
+    return 1.0 / (scaling.factor * waves) * (1 - kept) + 1.0 / waves * kept
+
+
+def _yarn_gain(scaling: RopeScaling) -> float:
+    """The factor on both tables, which makes attention sharper over longer sequences."""
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    factor, over, under = scaling.factor, scaling.mscale, scaling.mscale_all_dim
+    if over and under:
+        return _sharper(factor, over) / _sharper(factor, under)
+    return _sharper(factor, 1.0)
+
+
+def _sharper(factor: float, by: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0

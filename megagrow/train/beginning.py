@@ -1,0 +1,61 @@
+"""The numbers with which a run begins: initial weights, or those of a model that exists.
+
+`init_from` is a checkpoint, a run (its newest checkpoint), or a Hugging Face folder. Moments and
+Adam's step count come with the weights where there are any; tokens, schedule and data begin anew.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megagrow.checkpoint.opening import open_source
+from megagrow.checkpoint.source import Source
+from megagrow.config.schema import ModelConfig, RunConfig
+from megagrow.errors import InputError
+from megagrow.parallel.topology import together
+from megagrow.parallel.zero import Storage
+from megagrow.reshard.fill import fill_initial, fill_read
+from megagrow.reshard.layout import Layout
+from megagrow.train.file_growth import still_masked
+
+_FREE = ("initializer_range", "max_position_embeddings")
+"""Fields of a model that no weight depends on."""
+
+
+def open_beginning(run: RunConfig, say: Callable[[str], None]) -> Source | None:
+    """The model that a run begins with; None where it begins with initial weights. Collective.
+
+    InputError if it is not there, or is not the model of the first stage.
+    """
+    path = run.init_from
+    if path is None:
+        return None
+    return together(lambda: _opened(path, run.stages[0].model, say))
+
+
+def fill_beginning(
+    source: Source | None, layout: Layout, rank: int, storage: Storage, seed: int
+) -> int:
+    """Writes what a rank holds into its empty storage; returns Adam's step count. Collective."""
+    if source is None:
+        fill_initial(layout, rank, storage, seed)
+        return 0
+    together(lambda: fill_read(layout, rank, storage, source.kinds, source.read))
+    return source.adam_step
+
+
+def _opened(path: Path, model: ModelConfig, say: Callable[[str], None]) -> Source:
+    source = open_source(path, say)
+    found = source.model.model_dump()
+    for key, value in model.model_dump().items():
+        if found[key] != value and key not in _FREE:
+            raise InputError(
+                f"init_from = {path}: {key} is {found[key]}, stages.0.model says {value}; make "
+                "them equal"
+            )
+    if still_masked(source):
+        raise InputError(
+            f"init_from = {path}: parts of it still stand behind masks, without which it is "
+            "another model; train it until they are let in"
+        )
+    say(f"begins with the weights of {source.path}")
+    return source

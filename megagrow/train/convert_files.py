@@ -1,0 +1,99 @@
+"""A model in another layout, as a Hugging Face folder, or out of one: `megagrow convert`.
+
+Each is a growth between files by which nothing grows: streamed, journalled and read back.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from megagrow.checkpoint.hugging_face_config import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    ORIGIN_KEY,
+    config_of,
+    generation_of,
+)
+from megagrow.checkpoint.hugging_face_tokenizer import (
+    TokenizerFiles,
+    is_tokenizer,
+    tokenizer_files,
+)
+from megagrow.checkpoint.opening import open_source
+from megagrow.checkpoint.source import Source
+from megagrow.checkpoint.target import Beside
+from megagrow.errors import InputError
+from megagrow.train.file_growth import Goal, decide, form_of
+from megagrow.train.grow_files import write_goal
+from megagrow.train.grow_request import Request
+
+
+def reshard_files(request: Request, console: Console) -> None:
+    """Writes a checkpoint in another layout. InputError if the source is none."""
+    goal = _goal(request, console)
+    if form_of(goal.source) != "checkpoint":
+        raise InputError(f"{request.source}: a Hugging Face folder: use megagrow convert hf-import")
+    write_goal(request, goal, console)
+
+
+def import_hugging_face(request: Request, console: Console) -> None:
+    """Writes the weights of a Hugging Face folder as a checkpoint of step 0, its moments zero.
+    InputError if the source is none."""
+    goal = _goal(request, console)
+    if form_of(goal.source) != "huggingface":
+        raise InputError(f"{request.source}: no Hugging Face folder, it has no {CONFIG_FILE}")
+    write_goal(request, goal, console)
+
+
+def export_hugging_face(request: Request, tokenizer: Path | None, console: Console) -> None:
+    """Writes the weights as a folder that AutoModelForCausalLM and AutoTokenizer load.
+
+    The tokenizer is the one given, that of the source's run, or that of the folder from which the
+    source was imported; without any a line says that there is none.
+    """
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False)
+
+    goal = _goal(request, console)
+    files = _tokenizer(tokenizer, goal.source, say)
+    write_goal(request, goal, console, _beside(request, goal, files))
+
+
+def _goal(request: Request, console: Console) -> Goal:
+    request.check()
+    source = open_source(request.source, lambda text: console.print(text, highlight=False))
+    return decide(request, source)
+
+
+def _beside(request: Request, goal: Goal, files: TokenizerFiles) -> Beside:
+    origin = goal.source.environment.get(ORIGIN_KEY)
+    # Where nothing is known of special tokens LlamaConfig would take ids 1 and 2 for them.
+    like = {"bos_token_id": None, "eos_token_id": None} if origin is None else origin["config"]
+    documents = {
+        CONFIG_FILE: config_of(goal.model, request.stored_dtype, {**like, **files.ids}),
+        GENERATION_FILE: generation_of(origin, files.ids),
+    }
+    return Beside({**documents, **files.documents}, files.copies)
+
+
+def _tokenizer(given: Path | None, source: Source, say: Callable[[str], None]) -> TokenizerFiles:
+    if given is not None:
+        return tokenizer_files(given, source.model.vocab_size)
+    named = _named(source)
+    if named is not None and is_tokenizer(named):
+        return tokenizer_files(named, source.model.vocab_size)
+    why = "its run names none" if named is None else f"{named}, its run's, is not here"
+    say(f"without a tokenizer: {why}; --tokenizer PATH adds one")
+    return TokenizerFiles()
+
+
+def _named(source: Source) -> Path | None:
+    """The tokenizer that the source's run names, or else the folder from which it was imported."""
+    of_run = source.environment.get("config", {}).get("data", {}).get("tokenizer")
+    if of_run is not None:
+        return Path(of_run)
+    origin = source.environment.get(ORIGIN_KEY)
+    folder = None if origin is None else Path(origin["folder"])
+    return folder if folder is not None and is_tokenizer(folder) else None

@@ -1,0 +1,66 @@
+"""rope_scaling holds what its type needs and nothing else, and no growth changes it."""
+
+import pytest
+
+from megagrow.config.growth import GrowthConfig
+from megagrow.config.model_file import checked_model
+from megagrow.errors import InputError
+from megagrow.growth.problems import event_problems
+from megagrow.growth.rules import Event
+from tests.hugging_face import TINY
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def model(scaling, **changes):
+    return checked_model(TINY | {"rope_scaling": scaling} | changes, "m.yaml")
+
+
+@pytest.mark.parametrize(
+    ("scaling", "said"),
+    [
+        ({"rope_type": "longrope", "factor": 2.0}, "'rope_scaling.rope_type'"),
+        ({"rope_type": "linear", "factor": 0.5}, "'rope_scaling.factor'"),
+        ({"rope_type": "linear"}, "'rope_scaling.factor'"),
+        ({"rope_type": "linear", "factor": 2.0, "beta_fast": 3.0}, "linear has no beta_fast"),
+        ({"rope_type": "yarn", "factor": 2.0}, "yarn needs original_max_position_embeddings"),
+        ({"rope_type": "llama3", "factor": 2.0}, "llama3 needs low_freq_factor, high_freq_factor"),
+        (LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor should be above low_freq_factor"),
+        (YARN | {"factors": 3}, "'rope_scaling.factors'"),
+        ("yarn", "'rope_scaling'"),
+    ],
+)
+def test_what_does_not_fit_is_named(scaling, said):
+    with pytest.raises(InputError, match=r"^m.yaml: ") as error:
+        model(scaling)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_dynamic_needs_wider_heads():
+    with pytest.raises(InputError, match="dynamic needs heads more than 2 wide"):
+        model({"rope_type": "dynamic", "factor": 2.0}, head_dim=2)
+
+
+@pytest.mark.parametrize("scaling", [None, YARN | {"factor": 2.0}])
+def test_no_growth_changes_it(scaling):
+    options = GrowthConfig(operator=["zero_depth"])
+    source, target = model(YARN), model(scaling, num_hidden_layers=4)
+    (problem,) = event_problems(Event(source, target, options, "stages.0.model", "stages.1"))
+    assert "stages.1.model.rope_scaling = " in problem
+    assert "which zero_depth can not grow: make them equal" in problem
+
+
+def test_heads_of_yarn_do_not_grow():
+    options = GrowthConfig(operator=["head_dim"])
+    for scaling, problems in ((YARN, 1), (LLAMA3, 0)):
+        source, target = model(scaling), model(scaling, head_dim=16)
+        found = event_problems(Event(source, target, options, "stages.0.model", "stages.1"))
+        assert len(found) == problems
+        assert not found or "whose rope_scaling is yarn" in found[0]
