@@ -1,15 +1,19 @@
 """The tokenizer's files of a Hugging Face folder, from the tokenizer that a model was trained with.
 
-A SentencePiece model becomes a LlamaTokenizer, which gives the same ids; a tokenizer of Hugging
-Face is copied file by file. Only files of known names are taken, and no code.
+A SentencePiece model is written as a tokenizer.json that gives the same ids (transformers' own
+LlamaTokenizer gives others for a text that begins with a space); a tokenizer of Hugging Face is
+copied file by file. Only files of known names are taken, and no code.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, normalizers
 
 from megagrow.checkpoint.hugging_face_config import read_json, without_code
 from megagrow.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, Tokenizer
@@ -30,6 +34,12 @@ _ANY_CLASS = "PreTrainedTokenizerFast"
 
 _SPACE = "\u2581"
 """How SentencePiece writes a space."""
+
+_PIECES = 500
+"""So many pieces at a time are spelled out to compare two tokenizers."""
+
+_PROBES = ("a  b ", " a", "  a\n\n b", "\t", "\ufb01\uff21e\u0301", "\U0001f600", "")
+"""Spaces at all places, what Unicode's normal forms would change, and what no vocabulary has."""
 
 
 @dataclass(frozen=True)
@@ -69,53 +79,79 @@ def _of_sentencepiece(path: Path, vocab_size: int) -> TokenizerFiles:
     own = SentencePieceTokenizer(path)
     _check_size(path, own, vocab_size)
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    _check_llama(path, model)
-    ids = {"bos_token_id": _id(model.bos_id()), "eos_token_id": own.eos_id}
-    special = {"unk_token": _id(model.unk_id()), "bos_token": _id(model.bos_id())}
-    special |= {"eos_token": own.eos_id, "pad_token": _id(model.pad_id())}
-    names = {
-        key: None if number is None else model.id_to_piece(number)
-        for key, number in special.items()
-    }
-    added = {
-        str(number): _added(model.id_to_piece(number))
-        for number in sorted(number for number in special.values() if number is not None)
-    }
+    special = {name: _id(getattr(model, f"{name}_id")()) for name in ("unk", "bos", "eos", "pad")}
+    made = _rebuilt(model, special)
+    _check_same_ids(path, model, made)
     settings = {
-        "tokenizer_class": "LlamaTokenizer",
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "add_prefix_space": model.encode("a", out_type=str)[0].startswith(_SPACE),
-        "legacy": False,
+        "tokenizer_class": _ANY_CLASS,
         "clean_up_tokenization_spaces": False,
-        "added_tokens_decoder": added,
-        **names,
+        **{
+            f"{name}_token": None if number is None else model.id_to_piece(number)
+            for name, number in special.items()
+        },
     }
-    return TokenizerFiles({SETTINGS_FILE: settings}, {SENTENCEPIECE_FILE: path}, ids)
+    documents = {JSON_FILE: json.loads(made.to_str()), SETTINGS_FILE: settings}
+    ids = {"bos_token_id": special["bos"], "eos_token_id": own.eos_id}
+    return TokenizerFiles(documents, {SENTENCEPIECE_FILE: path}, ids)
 
 
-def _added(piece: str) -> dict[str, Any]:
-    sides = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
-    return {"content": piece, "special": True, **sides}
-
-
-def _check_llama(path: Path, model: Any) -> None:
-    """InputError if a LlamaTokenizer, which is a byte-pair encoding without normalisation, would
-    give other ids. The file does not say so itself; its behaviour does."""
-    scores = [model.get_score(number) for number in range(model.vocab_size())]
-    pairs = all(score == int(score) for score in scores)
-    if not pairs:
-        problem = "is no byte-pair encoding"
-    elif model.decode(model.encode("a  b ")) != "a  b ":
-        problem = "drops spaces"
-    elif "fi" in model.decode(model.encode("\ufb01")):  # the ligature, in most normal forms
-        problem = "normalises text"
-    else:
-        return
-    raise InputError(
-        f"{path}: {problem}, so that transformers' LlamaTokenizer would give other ids: convert it "
-        "to a tokenizer.json and name its folder"
+def _rebuilt(model: Any, special: Mapping[str, int | None]) -> Any:
+    """A byte-pair encoding of SentencePiece in the terms of the tokenizers library."""
+    pieces = [model.id_to_piece(number) for number in range(model.vocab_size())]
+    prefix = model.encode("a", out_type=str)[0].startswith(_SPACE)
+    bytes_too = any(model.is_byte(number) for number in range(len(pieces)))
+    made = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={piece: number for number, piece in enumerate(pieces)},
+            merges=_merges(model, pieces),
+            unk_token=pieces[model.unk_id()],
+            fuse_unk=True,
+            byte_fallback=bytes_too,
+        )
     )
+    space = normalizers.Replace(" ", _SPACE)
+    first = normalizers.Prepend(_SPACE)
+    made.normalizer = normalizers.Sequence([first, space] if prefix else [space])
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    added = sorted({number for number in special.values() if number is not None})
+    made.add_special_tokens(
+        [tokenizers.AddedToken(pieces[number], normalized=False) for number in added]
+    )
+    return made
+
+
+def _merges(model: Any, pieces: list[str]) -> list[tuple[str, str]]:
+    """All pairs of pieces that make a piece, those of the best pieces first."""
+    ranks = {
+        piece: (-model.get_score(number), number)
+        for number, piece in enumerate(pieces)
+        if not any(
+            is_other(number)
+            for is_other in (model.is_control, model.is_unknown, model.is_byte, model.is_unused)
+        )
+    }
+    found = [
+        (*rank, piece[:cut], piece[cut:])
+        for piece, rank in ranks.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in ranks and piece[cut:] in ranks
+    ]
+    return [(left, right) for _, _, left, right in sorted(found)]
+
+
+def _check_same_ids(path: Path, model: Any, made: Any) -> None:
+    """InputError if what was rebuilt gives other ids: a SentencePiece model may do more than pair
+    bytes, and its file does not say so in a way that can be read here."""
+    ids, made.encode_special_tokens = range(model.vocab_size()), True
+    spelled = [model.decode(list(ids[i : i + _PIECES])) for i in ids[::_PIECES]]
+    for text in (*_PROBES, *spelled):
+        if made.encode(text, add_special_tokens=False).ids != model.encode(text):
+            raise InputError(
+                f"{path}: no plain byte-pair encoding, transformers would give other ids for "
+                f"{text[:20]!r}: convert it to a tokenizer.json yourself and name its folder"
+            )
+    made.encode_special_tokens = False
 
 
 def _of_folder(folder: Path, vocab_size: int) -> TokenizerFiles:

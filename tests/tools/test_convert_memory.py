@@ -1,0 +1,41 @@
+"""Conversions of a model many times the budget stay in memory, and give its bits back."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megagrow.config.parameters import parameters
+from megagrow.config.schema import ModelConfig
+from tools.convert_memory import made_up_model, measure, write_model
+
+BUDGET = 16 * 2**20
+PROGRAM = 300 * 2**20
+"""What a process may take besides the budget: Python, torch, and the rest of the imports."""
+MODEL = ModelConfig(
+    num_hidden_layers=3,
+    hidden_size=512,
+    num_attention_heads=8,
+    intermediate_size=2048,
+    vocab_size=16_003,
+)
+
+
+@pytest.mark.slow
+def test_import_reshard_and_export_stay_in_the_budget(tmp_path):
+    write_model(MODEL, tmp_path / "model", 20 * 10**6)
+    files = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert sum(path.stat().st_size for path in files) > 6 * BUDGET and len(files) > 3
+    found = list(measure(tmp_path, str(BUDGET)))
+    assert [one.command for one in found] == ["hf-import", "reshard", "hf-export"]
+    for one in found:
+        assert 100 * 2**20 < one.peak_bytes < BUDGET + PROGRAM, one
+    (made,) = (tmp_path / "out").glob("*.safetensors")
+    written = load_file(made)
+    for path in files:
+        for name, tensor in load_file(path).items():
+            assert torch.equal(written.pop(name), tensor), name
+    assert not written
+
+
+def test_the_size_asked_for_is_met():
+    assert 4 * parameters(made_up_model(3)) == pytest.approx(3e9, rel=0.05)
