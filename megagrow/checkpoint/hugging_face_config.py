@@ -80,7 +80,7 @@ def _rope_of(
         raise InputError(f"{origin}: rotary embeddings of type {kind!r}, known are {known}")
     if kind in ("llama3", "yarn"):
         beside = config.get(_ORIGINAL)
-        inside = rope.setdefault(_ORIGINAL, beside or values["max_position_embeddings"])
+        inside = rope.setdefault(_ORIGINAL, beside or values.get("max_position_embeddings"))
         if beside not in (None, inside):
             raise InputError(f"{origin}: {_ORIGINAL} is {beside} and {inside}: keep one")
     return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **rope}}
@@ -117,7 +117,7 @@ def origin_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def generation_of(origin: dict[str, Any] | None, ids: Mapping[str, int | None]) -> dict[str, Any]:
     """The generation_config.json of a model, like that of its origin, with a tokenizer's ids."""
-    before = origin and origin["generation_config"]
+    before = (origin or {}).get("generation_config")
     return {**(before or {}), **ids}
 
 

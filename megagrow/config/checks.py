@@ -38,8 +38,11 @@ def model_problems(model: ModelConfig, at: str) -> Iterator[str]:
         yield (
             f"{at}: a head is {said} = {model.head_dim} wide; rotary embeddings need an even width"
         )
-    if model.head_dim == 2 and model.rope_scaling and model.rope_scaling.rope_type == "dynamic":
+    rope = model.rope_scaling and model.rope_scaling.rope_type
+    if rope == "dynamic" and model.head_dim == 2:
         yield f"{at}.rope_scaling: dynamic needs heads more than 2 wide"
+    if rope == "yarn" and model.rope_theta <= 1:
+        yield f"{at}.rope_scaling: yarn needs a rope_theta above 1, not {model.rope_theta}"
     if heads % kv_heads:
         yield (
             f"{at}.num_attention_heads = {heads} is not a multiple of "

@@ -5,6 +5,7 @@ Each is a growth between files by which nothing grows: streamed, journalled and 
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -68,12 +69,11 @@ def _goal(request: Request, console: Console) -> Goal:
 
 
 def _beside(request: Request, goal: Goal, files: TokenizerFiles) -> Beside:
-    origin = goal.source.environment.get(ORIGIN_KEY)
     # Where nothing is known of special tokens LlamaConfig would take ids 1 and 2 for them.
-    like = {"bos_token_id": None, "eos_token_id": None} if origin is None else origin["config"]
+    like = _told(goal.source, ORIGIN_KEY, "config") or {"bos_token_id": None, "eos_token_id": None}
     documents = {
         CONFIG_FILE: config_of(goal.model, request.stored_dtype, {**like, **files.ids}),
-        GENERATION_FILE: generation_of(origin, files.ids),
+        GENERATION_FILE: generation_of(_told(goal.source, ORIGIN_KEY), files.ids),
     }
     return Beside({**documents, **files.documents}, files.copies)
 
@@ -91,9 +91,16 @@ def _tokenizer(given: Path | None, source: Source, say: Callable[[str], None]) -
 
 def _named(source: Source) -> Path | None:
     """The tokenizer that the source's run names, or else the folder from which it was imported."""
-    of_run = source.environment.get("config", {}).get("data", {}).get("tokenizer")
-    if of_run is not None:
+    of_run = _told(source, "config", "data", "tokenizer")
+    if isinstance(of_run, str):
         return Path(of_run)
-    origin = source.environment.get(ORIGIN_KEY)
-    folder = None if origin is None else Path(origin["folder"])
-    return folder if folder is not None and is_tokenizer(folder) else None
+    folder = _told(source, ORIGIN_KEY, "folder")
+    return Path(folder) if isinstance(folder, str) and is_tokenizer(Path(folder)) else None
+
+
+def _told(source: Source, *keys: str) -> Any:
+    """A value of the source's environment; None where it has no such place."""
+    value: Any = source.environment
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value

@@ -59,6 +59,10 @@ def test_both_forms_are_read_as_transformers_reads_them(written, theta, scaling)
         ({"rope_scaling": {"rope_type": "longrope"}}, "of type 'longrope', known are default, lin"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "'rope_scaling.factor'"),
         ({"rope_scaling": LINEAR | {"finetuned": True}}, "'rope_scaling.finetuned'"),
+        (
+            {"rope_scaling": OPEN, "max_position_embeddings": None},
+            "yarn needs original_max_position_embeddings",
+        ),
         ({"rope_scaling": "linear"}, "rope_scaling should be a mapping"),
         (
             {"rope_scaling": YARN, "original_max_position_embeddings": 64},

@@ -43,9 +43,11 @@ def test_what_does_not_fit_is_named(scaling, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
-def test_dynamic_needs_wider_heads():
+def test_what_can_not_be_computed_is_named():
     with pytest.raises(InputError, match="dynamic needs heads more than 2 wide"):
         model({"rope_type": "dynamic", "factor": 2.0}, head_dim=2)
+    with pytest.raises(InputError, match=r"yarn needs a rope_theta above 1, not 1.0"):
+        model(YARN, rope_theta=1.0)
 
 
 @pytest.mark.parametrize("scaling", [None, YARN | {"factor": 2.0}])

@@ -3,17 +3,19 @@
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megagrow.checkpoint.hugging_face import open_hugging_face
-from megagrow.checkpoint.manifest import read_manifest
+from megagrow.checkpoint.manifest import read_manifest, write_manifest
 from megagrow.checkpoint.source import open_checkpoint
+from megagrow.data.tokenizers import load_tokenizer, train_sentencepiece
 from megagrow.errors import InputError
 from megagrow.parallel.plan import parameter_plan
 from megagrow.train.convert_files import export_hugging_face, import_hugging_face, reshard_files
@@ -149,6 +151,47 @@ def test_no_special_token_is_made_up(tmp_path):
     loaded = load(tmp_path / "out")
     assert loaded.config.bos_token_id is loaded.config.eos_token_id is None
     assert loaded.generation_config.eos_token_id is None
+
+
+@pytest.fixture
+def tokenizer(tmp_path) -> Path:
+    train_sentencepiece(["a small model grows into a large one\n" * 20], 280, tmp_path / "t.model")
+    return tmp_path / "t.model"
+
+
+def of_run(folder: Path, tokenizer: Path | None) -> Path:
+    """A checkpoint whose run names a tokenizer."""
+    config = tiny(vocab_size=301)
+    state = state_of(hugging_face(config), parameter_plan(config, 1))
+    path = write_checkpoint(folder / "in", config, layout_of(config, 1, 1, 1), state)
+    told = {"config": {"data": {"tokenizer": str(tokenizer)}}}
+    write_manifest(path, replace(read_manifest(path), environment=told))
+    return path
+
+
+def test_the_tokenizer_of_the_run_goes_with_it(tmp_path, tokenizer):
+    path = of_run(tmp_path, tokenizer)
+    said = export(path, tmp_path / "out")
+    assert "without a tokenizer" not in said
+    model, theirs = load(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "a model grows\n  and grows"
+    assert [theirs(text)["input_ids"]] == load_tokenizer(tokenizer).encode_batch([text])
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (1, 2)
+    assert model.generation_config.eos_token_id == theirs.eos_token_id == 2
+    made = model.generate(**theirs(text, return_tensors="pt"), max_new_tokens=3, pad_token_id=0)
+    assert theirs.decode(made[0]).startswith(text)
+
+
+def test_a_tokenizer_that_is_gone_is_told_and_one_given_taken(tmp_path, tokenizer):
+    path = of_run(tmp_path, tmp_path / "gone.model")
+    said = export(path, tmp_path / "out")
+    assert f"without a tokenizer: {tmp_path / 'gone.model'}, its run's, is not here" in said
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    export(path, tmp_path / "with", tokenizer=tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path / "with").eos_token_id == 2
+    with pytest.raises(InputError, match=r"none: no tokenizer"):
+        export(path, tmp_path / "not", tokenizer=tmp_path / "none")
+    assert not (tmp_path / "not").exists()
 
 
 def test_the_wrong_kind_of_source_is_named(tmp_path):
