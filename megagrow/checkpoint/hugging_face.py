@@ -109,8 +109,8 @@ def _files(folder: Path) -> tuple[Path, ...]:
     if not isinstance(names, dict):
         raise InputError(f"{index}: has no weight_map")
     for name in set(map(str, names.values())):
-        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise InputError(f"{index}: names {name!r}, which is no plain name of a file beside it")
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise InputError(f"{index}: {name[:100]!r} is not the name of a file beside it")
         if not (folder / name).is_file():
             raise InputError(f"{folder}: {name}, which its index names, is missing")
     return tuple(folder / name for name in sorted(set(names.values())))
