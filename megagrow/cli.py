@@ -9,12 +9,14 @@ import typer
 from rich.console import Console
 
 from megagrow.cli_convert import convert_app
+from megagrow.cli_formats import add_formats
 from megagrow.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 config_app = typer.Typer(help="Look at run files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(convert_app, name="convert")
+add_formats(convert_app)
 
 RunFile = Annotated[Path, typer.Argument(help="The run file (YAML).", show_default=False)]
 Overrides = Annotated[

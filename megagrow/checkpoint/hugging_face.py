@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.hugging_face_config import CONFIG_FILE, model_of, origin_of, read_json
-from megagrow.checkpoint.source import Source
+from megagrow.checkpoint.source import PlacedSource
 from megagrow.checkpoint.tensor_file import DTYPES, Planned, Stored, planned, read_header
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
@@ -29,7 +29,7 @@ def whole_layout(model: ModelConfig) -> Layout:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class HuggingFaceSource(Source):
+class HuggingFaceSource(PlacedSource):
     """The weights of a Hugging Face folder; there is no optimizer's state."""
 
     table: Mapping[str, tuple[Path, Stored]]

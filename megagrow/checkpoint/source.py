@@ -41,33 +41,45 @@ class Source(ABC):
     environment: dict[str, Any] = field(default_factory=dict)
 
     @abstractmethod
+    def read(self, name: str, kind: Kind, block: Block) -> Tensor:
+        """A rectangle of a logical tensor: (rows, columns) fp32. InputError if a file is cut."""
+
+
+class PlacedSource(Source):
+    """A source in whose files all that a rank holds of a tensor stands in one place."""
+
+    @abstractmethod
     def place(self, rank: int, name: str, kind: Kind) -> tuple[Path, Stored]:
         """The file, and the place in it, of what a rank of the layout holds."""
 
     def read(self, name: str, kind: Kind, block: Block) -> Tensor:
-        """A rectangle of a logical tensor: (rows, columns) fp32. InputError if a file is cut."""
         values = torch.empty(len(block.rows), len(block.cols))
         for rank, part in self.layout.holders(name, block, near=0):
-            into = values[
-                part.rows.start - block.rows.start :, part.cols.start - block.cols.start :
-            ]
-            self._read_part(name, kind, rank, part, into[: len(part.rows), : len(part.cols)])
+            offset, stride = self.layout.local(name, rank, part)
+            read_rows(*self.place(rank, name, kind), offset, stride, inside(values, block, part))
         return values
 
-    def _read_part(self, name: str, kind: Kind, rank: int, part: Block, into: Tensor) -> None:
-        path, stored = self.place(rank, name, kind)
-        offset, stride = self.layout.local(name, rank, part)
-        at_once = max(1, _ELEMENTS_AT_ONCE // stride)
-        for first in range(0, len(part.rows), at_once):
-            rows = into[first : first + at_once]
-            begin = offset + first * stride
-            span = range(begin, begin + (len(rows) - 1) * stride + len(part.cols))
-            read = read_elements(path, stored, span)
-            rows.copy_(read.as_strided(tuple(rows.shape), (stride, 1)))
+
+def inside(values: Tensor, block: Block, part: Block) -> Tensor:
+    """The part of a block within the block's values: a view."""
+    rows, cols = part.shifted(-block.rows.start, -block.cols.start)
+    return values[rows.start : rows.stop, cols.start : cols.stop]
+
+
+def read_rows(path: Path, stored: Stored, offset: int, stride: int, into: Tensor) -> None:
+    """Fills (rows, columns) with the elements of a stored tensor from `offset` on, whose rows are
+    `stride` elements apart."""
+    at_once = max(1, _ELEMENTS_AT_ONCE // stride)
+    for first in range(0, len(into), at_once):
+        rows = into[first : first + at_once]
+        begin = offset + first * stride
+        span = range(begin, begin + (len(rows) - 1) * stride + rows.shape[1])
+        read = read_elements(path, stored, span)
+        rows.copy_(read.as_strided(tuple(rows.shape), (stride, 1)))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class CheckpointSource(Source):
+class CheckpointSource(PlacedSource):
     """A checkpoint of megagrow, in the layout in which it was written."""
 
     places: Places

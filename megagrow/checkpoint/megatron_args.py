@@ -1,0 +1,80 @@
+"""The arguments of Megatron-LM that say what model it is, and our config of the same model."""
+
+from argparse import Namespace
+from typing import Any
+
+from megagrow.config.model_file import checked_model
+from megagrow.config.schema import ModelConfig
+from megagrow.errors import InputError
+
+_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "ffn_hidden_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "rotary_base": "rope_theta",
+    "norm_epsilon": "rms_norm_eps",
+    "init_method_std": "initializer_range",
+}
+
+_ONLY: dict[str, Any] = {
+    "swiglu": True,
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "use_rope_scaling": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "qk_layernorm": False,
+    "apply_layernorm_1p": False,
+    "num_experts": None,
+    "multi_latent_attention": False,
+    "pipeline_model_parallel_size": 1,
+}
+"""Arguments of which this Llama knows one value."""
+
+
+def model_of(args: Namespace | None, origin: str) -> ModelConfig:
+    """Our config of the model. InputError, naming `origin`, for what we have no model of."""
+    if args is None:
+        raise InputError(f"{origin}: has no args that say what model it is; name it by --model")
+    found = dict(vars(args))
+    if found.get("use_rotary_position_embeddings"):  # its older name
+        found["position_embedding_type"] = "rope"
+    for key, only in _ONLY.items():
+        if found.get(key, only) not in (only, None):
+            raise InputError(f"{origin}: {key} = {found[key]!r}, only {only!r} is known here")
+    found.setdefault("norm_epsilon", found.get("layernorm_epsilon"))
+    if not found.get("group_query_attention"):
+        found["num_query_groups"] = found.get("num_attention_heads")
+    if found.get("vocab_size") is None:
+        raise InputError(
+            f"{origin}: its args do not say vocab_size, only the padded one; name the model by "
+            "--model"
+        )
+    values = {ours: found[key] for key, ours in _NAMES.items() if found.get(key) is not None}
+    values["tie_word_embeddings"] = not found.get("untie_embeddings_and_output_weights", False)
+    return checked_model(values, origin)
+
+
+def args_of(model: ModelConfig, tp: int, divisible_by: int, padded_vocab: int) -> Namespace:
+    """What Megatron-LM reads of a checkpoint's arguments (load_args_from_checkpoint)."""
+    values = model.model_dump()
+    args: dict[str, Any] = {key: values[ours] for key, ours in _NAMES.items()}
+    args |= {key: only for key, only in _ONLY.items() if only is not None}
+    return Namespace(
+        **args,
+        group_query_attention=model.num_key_value_heads != model.num_attention_heads,
+        untie_embeddings_and_output_weights=not model.tie_word_embeddings,
+        use_rotary_position_embeddings=True,
+        seq_length=model.max_position_embeddings,
+        tensor_model_parallel_size=tp,
+        make_vocab_size_divisible_by=divisible_by,
+        padded_vocab_size=padded_vocab,
+    )

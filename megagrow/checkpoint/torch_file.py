@@ -1,0 +1,120 @@
+"""Files of torch.save, read without trusting them and without holding their numbers.
+
+torch.load is told `weights_only`: no file decides what code is run. It maps the file, which touches
+nothing, and only tells where each tensor stands; numbers are then read by `pread`, since pages of
+a mapped file count as resident memory.
+"""
+
+import struct
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
+
+import torch
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from megagrow.checkpoint.tensor_file import DTYPES, Stored
+from megagrow.errors import InputError
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_DAMAGE = (
+    *(UnpicklingError, BadZipFile, struct.error, EOFError, RuntimeError, ValueError, TypeError),
+    *(LookupError, ArithmeticError, AttributeError, AssertionError, MemoryError),
+)
+"""What torch.load raises where a file is none of its own, or holds what it must not."""
+
+
+class Unread:
+    """Stands for an object of another program's class, which is neither imported nor made."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+def read_torch_file(path: Path, unread: tuple[str, ...] = ()) -> Any:
+    """What a file holds, with a `Stored` for each tensor: plain values, dicts, lists, Namespaces.
+
+    Objects of classes whose full names begin with one of `unread` become `Unread`. InputError if
+    the file can not be read, or names any other class or function but argparse.Namespace.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if not is_zipfile(path):
+        raise InputError(f"{path}: not a whole file of torch.save (in its format since torch 1.6)")
+    try:
+        _check_records(path)
+        others = [
+            name for name in get_unsafe_globals_in_checkpoint(path) if name.startswith(unread)
+        ]
+        with safe_globals([Namespace, *((Unread, name) for name in others)]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return _placed(loaded, _file_shift(loaded))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except _DAMAGE as error:
+        raise InputError(
+            f"{path}: refused, it is damaged or holds more than tensors and plain values "
+            f"({_first_line(error)})"
+        ) from error
+
+
+def _check_records(path: Path) -> None:
+    """That numbers stand in the file as they are in memory."""
+    with ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != ZIP_STORED:
+                raise ValueError(f"{record.filename} is compressed")
+            if record.filename.endswith("/byteorder") and archive.read(record) != b"little":
+                raise ValueError("its numbers are big-endian")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _file_shift(loaded: Any) -> int:
+    """What is to be added to the address of a mapped number to get its place in the file."""
+    addresses = (tensor.data_ptr() for tensor in _tensors(loaded) if tensor.numel())
+    address = next(addresses, None)
+    if address is None:
+        return 0
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        span, _, offset, *_ = line.split()
+        start, stop = (int(text, 16) for text in span.split("-"))
+        if start <= address < stop:
+            return int(offset, 16) - start
+    raise ValueError("a tensor that does not stand in the file")
+
+
+def _placed(value: Any, shift: int) -> Any:
+    if isinstance(value, Tensor):
+        dtype = NAMES.get(value.dtype, str(value.dtype))
+        if not value.is_contiguous():
+            dtype += ", not contiguous"
+        return Stored(dtype, tuple(value.shape), value.data_ptr() + shift if value.numel() else 0)
+    if isinstance(value, dict):
+        return {key: _placed(item, shift) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_placed(item, shift) for item in value]
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    """The cause, without the many lines of advice by which torch tells how to trust a file."""
+    told = str(error)
+    _, found, cause = told.partition("WeightsUnpickler error: ")
+    lines = (cause if found else told).strip().splitlines()
+    return lines[0].split(". ")[0] if lines else type(error).__name__
