@@ -49,19 +49,22 @@ def read_torch_file(path: Path, unread: tuple[str, ...] = ()) -> Any:
         raise InputError(f"{path}: not a whole file of torch.save (in its format since torch 1.6)")
     try:
         _check_records(path)
-        others = [
-            name for name in get_unsafe_globals_in_checkpoint(path) if name.startswith(unread)
-        ]
-        with safe_globals([Namespace, *((Unread, name) for name in others)]):
+        with safe_globals([Namespace]):
+            foreign = get_unsafe_globals_in_checkpoint(path)
+        if refused := sorted(name for name in foreign if not name.startswith(unread)):
+            raise InputError(
+                f"{path}: refused, it is not only tensors and plain values but names "
+                f"{', '.join(refused)}, which could run code"
+            )
+        with safe_globals([Namespace, *((Unread, name) for name in foreign)]):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return _placed(loaded, _file_shift(loaded))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except _DAMAGE as error:
-        raise InputError(
-            f"{path}: refused, it is damaged or holds more than tensors and plain values "
-            f"({_first_line(error)})"
-        ) from error
+        # torch wraps the cause in advice on how to trust a file.
+        cause = repr(error.__context__ or error).splitlines()[0]
+        raise InputError(f"{path}: refused, it is damaged ({cause})") from error
 
 
 def _check_records(path: Path) -> None:
@@ -110,11 +113,3 @@ def _placed(value: Any, shift: int) -> Any:
     if isinstance(value, list | tuple):
         return [_placed(item, shift) for item in value]
     return value
-
-
-def _first_line(error: BaseException) -> str:
-    """The cause, without the many lines of advice by which torch tells how to trust a file."""
-    told = str(error)
-    _, found, cause = told.partition("WeightsUnpickler error: ")
-    lines = (cause if found else told).strip().splitlines()
-    return lines[0].split(". ")[0] if lines else type(error).__name__

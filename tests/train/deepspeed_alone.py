@@ -1,5 +1,5 @@
-"""DeepSpeed's own engine, loader and converter around a model that has only our parameters' names:
-nothing of megagrow's is called, but for making the process group."""
+"""DeepSpeed's own engine, loader and converter around transformers' Llama, whose parameters have
+our names: nothing of megagrow's is called, but for making the process group."""
 
 import argparse
 from pathlib import Path
@@ -8,48 +8,19 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.checkpoint import ds_to_universal
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-)
-from torch import Tensor, nn
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from torch import Tensor
 
-from megagrow.parallel.plan import ParamSpec
+from megagrow.config.schema import ModelConfig
+from tests.hugging_face import hugging_face, tokens
 
 Whole = dict[str, dict[str, Tensor]]
-"""Parameter -> kind of state -> whole tensor, as DeepSpeed gives it; and Adam's step."""
+"""Parameter -> kind of state -> whole tensor, as DeepSpeed gives it."""
 
 
-class Named(nn.Module):
-    """A module whose parameters have dotted names; its loss reaches all of them."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        for name, shape in shapes.items():
-            parent: nn.Module = self
-            *folders, leaf = name.split(".")
-            for folder in folders:
-                if not hasattr(parent, folder):
-                    parent.add_module(folder, nn.Module())
-                parent = getattr(parent, folder)
-            setattr(parent, leaf, nn.Parameter(torch.randn(shape, generator=generator)))
-
-    def forward(self, factor: Tensor) -> Tensor:
-        # Quadratic, so that every element gets a gradient of its own.
-        return sum(((p * (i + 1) - factor) ** 2).sum() for i, p in enumerate(self.parameters()))
-
-
-def shapes_of(plan: dict[str, ParamSpec]) -> dict[str, tuple[int, ...]]:
-    return {
-        name: (spec.rows,) if spec.is_vector else (spec.rows, spec.cols)
-        for name, spec in plan.items()
-    }
-
-
-def engine_of(shapes: dict[str, tuple[int, ...]], stage: int, *, universal: bool = False) -> Any:
+def engine_of(config: ModelConfig, stage: int, *, universal: bool = False) -> Any:
     """An engine with torch's AdamW, fp32."""
-    model = Named(shapes, seed=5)
+    model = hugging_face(config, seed=5)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2),
@@ -57,6 +28,7 @@ def engine_of(shapes: dict[str, tuple[int, ...]], stage: int, *, universal: bool
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
             "checkpoint": {"load_universal": universal},
             "steps_per_print": 2**31,
         },
@@ -65,9 +37,10 @@ def engine_of(shapes: dict[str, tuple[int, ...]], stage: int, *, universal: bool
     return engine
 
 
-def train(engine: Any, steps: int) -> None:
+def train(engine: Any, config: ModelConfig, steps: int) -> None:
     for step in range(steps):
-        engine.backward(engine(torch.tensor(float(step))))
+        ids, _ = tokens(config, 1, 16, seed=step)
+        engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
         engine.step()
 
 
@@ -75,34 +48,29 @@ def state_of(engine: Any) -> tuple[Whole, set[float]]:
     """All states, whole, and the values of Adam's step; all ranks together."""
     found = {}
     for name, parameter in engine.module.named_parameters():
-        found[name] = {
-            "fp32": safe_get_full_fp32_param(parameter),
-            "exp_avg": safe_get_full_optimizer_state(parameter, "exp_avg"),
-            "exp_avg_sq": safe_get_full_optimizer_state(parameter, "exp_avg_sq"),
-        }
-    steps = {float(state["step"]) for state in engine.optimizer.optimizer.state.values()}
-    return {
-        n: {k: t.detach().clone() for k, t in kinds.items()} for n, kinds in found.items()
-    }, steps
+        states = {"fp32": safe_get_full_fp32_param(parameter)}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            states[kind] = safe_get_full_optimizer_state(parameter, kind)
+        found[name] = {kind: values.detach().clone() for kind, values in states.items()}
+    return found, {float(state["step"]) for state in engine.optimizer.optimizer.state.values()}
 
 
-def train_and_save(folder: Path, shapes: dict, stage: int, steps: int) -> tuple[Whole, set[float]]:
-    engine = engine_of(shapes, stage)
-    train(engine, steps)
+def train_and_save(
+    folder: Path, config: ModelConfig, stage: int, steps: int
+) -> tuple[Whole, set[float]]:
+    engine = engine_of(config, stage)
+    train(engine, config, steps)
     engine.save_checkpoint(str(folder), tag="theirs")
-    found = state_of(engine)
-    engine.destroy()
-    return found
+    return state_of(engine)
 
 
-def load(folder: Path, shapes: dict, stage: int) -> tuple[Whole, set[float], int]:
+def load(folder: Path, config: ModelConfig, stage: int) -> tuple[Whole, set[float], int]:
     """What an engine has that loads a Universal Checkpoint, and its count of steps."""
-    engine = engine_of(shapes, stage, universal=True)
+    engine = engine_of(config, stage, universal=True)
     path, _ = engine.load_checkpoint(str(folder))
     assert path is not None
     found = (*state_of(engine), engine.global_steps)
-    train(engine, 1)  # and goes on
-    engine.destroy()
+    train(engine, config, 1)  # and goes on
     return found
 
 

@@ -18,11 +18,10 @@ from tests.hugging_face import tiny
 from tests.reshard.definition import State, random_state
 from tests.reshard.models import layout_of
 from tests.spawn import run_ranks
-from tests.train.deepspeed_alone import Whole, load, shapes_of, to_universal, train_and_save
+from tests.train.deepspeed_alone import Whole, load, to_universal, train_and_save
 
-MODEL = tiny(num_key_value_heads=2)
+MODEL = tiny(num_key_value_heads=2, tie_word_embeddings=True)
 PLAN = parameter_plan(MODEL, 1)
-SHAPES = shapes_of(PLAN)
 
 
 def take_in(tmp_path: Path, source: Path, out: Path, **changes: Any) -> Source:
@@ -61,7 +60,7 @@ def test_deepspeed_loads_what_is_written_for_it(tmp_path, ours, theirs, world):
     state = positive(random_state(PLAN))
     source = write_checkpoint(tmp_path / "in", MODEL, layout, state)
     give_out(source, tmp_path / "out")
-    for found, steps, count in run_ranks(world, load, tmp_path / "out", SHAPES, theirs):
+    for found, steps, count in run_ranks(world, load, tmp_path / "out", MODEL, theirs):
         assert_same(open_checkpoint(source), found)
         assert steps == {11.0} and count == RUN["counters"]["step"]
 
@@ -69,7 +68,7 @@ def test_deepspeed_loads_what_is_written_for_it(tmp_path, ours, theirs, world):
 @pytest.mark.dist
 @pytest.mark.parametrize(("stage", "world"), [(1, 2), (3, 2)])
 def test_what_deepspeed_converts_becomes_a_checkpoint(tmp_path, stage, world):
-    (theirs, steps), *_ = run_ranks(world, train_and_save, tmp_path / "in", SHAPES, stage, 3)
+    (theirs, steps), *_ = run_ranks(world, train_and_save, tmp_path / "in", MODEL, stage, 3)
     to_universal(tmp_path / "in" / "theirs", tmp_path / "universal" / "step")
     source = take_in(tmp_path, tmp_path / "universal", tmp_path / "out")
     assert_same(source, theirs)
@@ -78,6 +77,6 @@ def test_what_deepspeed_converts_becomes_a_checkpoint(tmp_path, stage, world):
     # And on into the stage that DeepSpeed's converter can not reach from there.
     give_out(tmp_path / "out", tmp_path / "again")
     other = {1: 3, 3: 1}[stage]
-    for found, steps, _ in run_ranks(world, load, tmp_path / "again", SHAPES, other):
+    for found, steps, _ in run_ranks(world, load, tmp_path / "again", MODEL, other):
         assert_same(source, found)
         assert steps == {3.0}
