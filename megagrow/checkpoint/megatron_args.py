@@ -29,7 +29,6 @@ _ONLY: dict[str, Any] = {
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
-    "use_rope_scaling": False,
     "rotary_seq_len_interpolation_factor": None,
     "qk_layernorm": False,
     "apply_layernorm_1p": False,
@@ -38,6 +37,18 @@ _ONLY: dict[str, Any] = {
     "pipeline_model_parallel_size": 1,
 }
 """Arguments of which this Llama knows one value."""
+
+_ROPE_SCALING: dict[str, Any] = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""What Megatron-LM's use_rope_scaling stands for, besides its factor
+(megatron/core/models/common/embeddings/rotary_pos_embedding.py)."""
+
+_ROPE_FACTOR = 8.0
+"""Where the arguments name none."""
 
 
 def model_of(args: Namespace | None, origin: str) -> ModelConfig:
@@ -60,11 +71,21 @@ def model_of(args: Namespace | None, origin: str) -> ModelConfig:
         )
     values = {ours: found[key] for key, ours in _NAMES.items() if found.get(key) is not None}
     values["tie_word_embeddings"] = not found.get("untie_embeddings_and_output_weights", False)
+    if found.get("use_rope_scaling"):
+        factor = found.get("rope_scaling_factor", _ROPE_FACTOR)
+        values["rope_scaling"] = _ROPE_SCALING | {"factor": factor}
     return checked_model(values, origin)
 
 
 def args_of(model: ModelConfig, tp: int, divisible_by: int, padded_vocab: int) -> Namespace:
-    """What Megatron-LM reads of a checkpoint's arguments (load_args_from_checkpoint)."""
+    """What Megatron-LM reads of a checkpoint's arguments (load_args_from_checkpoint).
+
+    InputError if the model's rope scaling is none of its own.
+    """
+    scaling = {} if model.rope_scaling is None else model.rope_scaling.given()
+    factor = scaling.pop("factor", _ROPE_FACTOR)
+    if scaling not in ({}, _ROPE_SCALING):
+        raise InputError(f"rope_scaling {scaling}: Megatron-LM has only {_ROPE_SCALING}")
     values = model.model_dump()
     args: dict[str, Any] = {key: values[ours] for key, ours in _NAMES.items()}
     args |= {key: only for key, only in _ONLY.items() if only is not None}
@@ -73,6 +94,8 @@ def args_of(model: ModelConfig, tp: int, divisible_by: int, padded_vocab: int) -
         group_query_attention=model.num_key_value_heads != model.num_attention_heads,
         untie_embeddings_and_output_weights=not model.tie_word_embeddings,
         use_rotary_position_embeddings=True,
+        use_rope_scaling=bool(scaling),
+        rope_scaling_factor=factor,
         seq_length=model.max_position_embeddings,
         tensor_model_parallel_size=tp,
         make_vocab_size_divisible_by=divisible_by,

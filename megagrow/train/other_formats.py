@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megagrow.checkpoint.hugging_face import DTYPE_NAMES
+from megagrow.checkpoint.hugging_face_config import DTYPE_NAMES
 from megagrow.checkpoint.megatron import open_megatron
 from megagrow.checkpoint.megatron_export import MegatronTarget
 from megagrow.checkpoint.megatron_layout import check_tp
@@ -111,7 +111,6 @@ def _write(source: Source, wanted: Import, console: Console) -> None:
     request = Request(
         source=wanted.path,
         out=wanted.out,
-        to="",
         form="checkpoint",
         zero_stage=wanted.zero_stage,
         dp=wanted.dp,

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from megagrow.checkpoint.megatron import open_megatron
-from megagrow.checkpoint.megatron_args import model_of
+from megagrow.checkpoint.megatron_args import args_of, model_of
 from megagrow.checkpoint.source import Source, open_checkpoint
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
@@ -226,7 +226,7 @@ def test_names_of_the_older_generation_are_read(tmp_path):
         ({"normalization": "LayerNorm"}, "normalization = 'LayerNorm'"),
         ({"use_rotary_position_embeddings": False, "position_embedding_type": "none"}, "'none'"),
         ({"num_experts": 8}, "num_experts = 8"),
-        ({"use_rope_scaling": True}, "use_rope_scaling = True"),
+        ({"rotary_percent": 0.5}, "rotary_percent = 0.5"),
         ({"num_attention_heads": 3}, "not a multiple"),
         ({"num_layers": None}, "'num_hidden_layers'"),
     ],
@@ -236,6 +236,26 @@ def test_models_that_are_no_plain_llama_are_refused(changes, said):
     with pytest.raises(InputError, match=r"^x: ") as error:
         model_of(args, "x")
     assert said in str(error.value)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def test_rope_scaling_is_kept_where_both_have_it():
+    model = tiny(rope_scaling=LLAMA3)
+    args = args_of(model, 1, 8, 104)
+    assert args.use_rope_scaling and args.rope_scaling_factor == 4.0
+    assert model_of(args, "x") == model
+    for other in (LLAMA3 | {"high_freq_factor": 8.0}, {"rope_type": "linear", "factor": 2.0}):
+        with pytest.raises(InputError, match=r"rope_scaling .*: Megatron-LM has only"):
+            args_of(tiny(rope_scaling=other), 1, 8, 104)
+    assert not args_of(tiny(), 1, 8, 104).use_rope_scaling
 
 
 def test_files_that_do_not_hold_the_model_are_named(tmp_path):
