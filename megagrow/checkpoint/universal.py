@@ -99,9 +99,12 @@ def _about(folder: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {key: found[key] for key in ("model", "run", "environment")}
+        about = {key: found[key] for key in ("model", "run", "environment")}
+        if not isinstance(about["run"], dict | None) or not isinstance(about["environment"], dict):
+            raise TypeError("its run or environment is no object")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged ({error}); remove it and give --model") from error
+    return about
 
 
 def _kinds(folder: Path, names: list[str]) -> tuple[Kind, ...]:

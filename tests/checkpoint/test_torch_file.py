@@ -92,6 +92,28 @@ def test_tensors_that_are_not_as_they_stand_are_told_apart(tmp_path):
     assert found["t"].dtype == "F32, not contiguous" and found["i"].dtype == "torch.int64"
 
 
+SAVED = {"param": torch.arange(40.0), "args": argparse.Namespace(a=[1, 2.5, None]), "b": {"c": "d"}}
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(st.data())
+def test_a_damaged_file_is_refused_or_read_and_nothing_else(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "damaged.pt"
+    torch.save(SAVED, path)
+    whole = bytearray(path.read_bytes())
+    end = whole.index(b"byteorder") if data.draw(st.booleans()) else len(whole)
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole[data.draw(st.integers(0, end - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(whole[: data.draw(st.sampled_from([len(whole), len(whole) // 2]))])
+    try:
+        found = read_torch_file(path)
+    except InputError as error:
+        assert "damaged.pt: " in str(error) and "\n" not in str(error)
+    else:
+        assert isinstance(found, dict | Stored | list | str | int | float | None)
+
+
 class Malicious:
     """Makes a file when it is unpickled."""
 

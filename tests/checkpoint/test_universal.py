@@ -153,6 +153,16 @@ def test_names_can_not_lead_out_of_the_folder(folder, tmp_path):
         open_universal(folder.parent, None)
     with pytest.raises(InputError, match=r"has neither zero/ nor latest_universal"):
         open_universal(tmp_path, None)
-    (folder / "megagrow.json").write_text(json.dumps({"model": 3}))
-    with pytest.raises(InputError, match=r"megagrow.json: damaged"):
-        open_universal(folder, None)
+
+
+def test_what_stands_beside_is_checked(folder):
+    whole = json.loads((folder / "megagrow.json").read_text())
+    for about, said in (
+        ({"model": 3}, "damaged"),
+        (whole | {"run": [1]}, "damaged"),
+        (whole | {"environment": None}, "damaged"),
+        (whole | {"model": whole["model"] | {"hidden_size": 0}}, "hidden_size"),
+    ):
+        (folder / "megagrow.json").write_text(json.dumps(about))
+        with pytest.raises(InputError, match=rf"megagrow.json: .*{said}"):
+            open_universal(folder, None)
