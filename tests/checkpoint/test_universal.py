@@ -3,11 +3,13 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from deepspeed.checkpoint.universal_checkpoint import load_hp_checkpoint_state
 from rich.console import Console
 
 from megagrow.checkpoint.source import open_checkpoint
@@ -25,7 +27,7 @@ from tests.checkpoint.written import (
     write_checkpoint,
 )
 from tests.hugging_face import hugging_face, tiny
-from tests.reshard.definition import State, random_state
+from tests.reshard.definition import State, random_state, storage_of
 from tests.reshard.models import layout_of
 
 MODEL = tiny(num_key_value_heads=2)
@@ -80,6 +82,31 @@ def test_files_are_those_of_the_definition(folder, state):
             assert found[kind]["cat_dim"] == int(row_parallel)
             vocabulary = name in ("model.embed_tokens.weight", "lm_head.weight")
             assert found[kind].get("vocab_tensor", False) == vocabulary
+
+
+class Fragment:
+    """What DeepSpeed hangs on a parameter that one data-parallel rank holds whole."""
+
+    def __init__(self, numel: int) -> None:
+        self.lp_fragment_address = SimpleNamespace(start=0, numel=numel)
+        self.values = torch.full((numel,), torch.nan)
+
+    def get_hp_fragment(self) -> torch.Tensor:
+        return self.values
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_deepspeed_cuts_them_for_tensor_parallelism_as_we_do(folder, state, rank):
+    layout = layout_of(MODEL, 0, 1, 2)
+    for name, kinds in storage_of(layout, state, rank).items():
+        spec = layout.plan[name]
+        shape = spec.slice_shape(2)[:1] if spec.is_vector else spec.slice_shape(2)
+        parameter = torch.nn.Parameter(torch.empty(shape))
+        parameter._hp_mapping = fragment = Fragment(parameter.numel())
+        step = load_hp_checkpoint_state(parameter, str(folder / "zero" / name), rank, 2)
+        assert step == 11 and torch.equal(fragment.values, kinds["fp32"]), name
+        for kind in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(fragment.optim_fragment[kind], kinds[kind]), (name, kind)
 
 
 def test_a_hugging_face_model_gets_moments_of_zero(tmp_path):
