@@ -1,4 +1,4 @@
-"""The command line: megagrow prepare | train | grow | convert | plan | report | config show."""
+"""The command line: megagrow prepare, train, grow, convert, checkpoint, plan, report, config."""
 
 import sys
 import time
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from megagrow.cli_checkpoint import checkpoint_app
 from megagrow.cli_convert import convert_app
 from megagrow.cli_formats import add_formats
 from megagrow.errors import InputError
@@ -15,6 +16,7 @@ from megagrow.errors import InputError
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 config_app = typer.Typer(help="Look at run files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(convert_app, name="convert")
 add_formats(convert_app)
 

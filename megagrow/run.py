@@ -2,15 +2,12 @@
 
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megagrow.checkpoint.load import load_storage, newest_checkpoint
-from megagrow.checkpoint.manifest import Manifest, describe_layout
-from megagrow.checkpoint.save import prune_checkpoints, save_checkpoint
+from megagrow.checkpoint.manifest import Manifest
 from megagrow.config.checks import world_problems
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.config.timing import timing_warnings
@@ -33,6 +30,7 @@ from megagrow.train.growths import as_grown
 from megagrow.train.inputs import Inputs, open_inputs
 from megagrow.train.loop import StageEnd, StepDone, Stopped, advance
 from megagrow.train.recorder import Recorder
+from megagrow.train.saving import Saving
 from megagrow.train.signals import StopSignal
 from megagrow.train.stage import Stage, build_stage, masks_now
 from megagrow.train.state import RunState
@@ -48,11 +46,7 @@ class Job:
     device: torch.device
     inputs: Inputs
     recorder: Recorder
-    environment: dict[str, Any]
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.run.output_dir / "checkpoints"
+    saving: Saving
 
 
 def train(run: RunConfig) -> None:
@@ -66,7 +60,9 @@ def train(run: RunConfig) -> None:
     environment = describe_environment(run)
     with Recorder(run, launch.rank, launch.world_size, environment) as recorder:
         together(recorder.open)
-        _train(Job(run, launch, device, inputs, recorder, environment))
+        saving = Saving(run, launch.rank, device, environment, recorder)
+        with saving:
+            _train(Job(run, launch, device, inputs, recorder, saving))
         together(recorder.check)
     leave_process_group()
 
@@ -76,32 +72,35 @@ def _train(job: Job) -> None:
     for warning in timing_warnings(job.run):
         recorder.say(f"warning: {warning}")
     job, stage, state = _begin(job)
-    saved = state.counters.step
+    saving, saved = job.saving, state.counters.step
+    saving.warn(stage)
     with StopSignal() as stop:
         while True:
-            event = advance(job.run, stage, state, job.inputs.train, stop, recorder.check)
-            state = event.state
+            event = advance(job.run, stage, state, job.inputs.train, stop, recorder.check, saving)
+            state = saving.account(event.state)
             match event:
                 case StepDone():
                     recorder.step(event)
                     if event.validate:
                         _validate(job, stage, state)
                     if event.save:
-                        state = _save(job, stage, state)
+                        state = saving.save(stage, state)
                         saved = state.counters.step
                 case StageEnd() if stage.index + 1 < len(job.run.stages):
+                    saving.release()
                     job, stage, state = _grow(job, stage, state)
                 case StageEnd() | Stopped():
                     break
+        state = saving.finish(state)
         if saved < state.counters.step:
-            state = _save(job, stage, state)
+            state = saving.save(stage, state, wait=True)
         recorder.end(state, event.reason if isinstance(event, Stopped) else None)
     stage.release()
 
 
 def _begin(job: Job) -> tuple[Job, Stage, RunState]:
     """The state of the newest whole checkpoint, or the weights that the run begins with."""
-    found = newest_checkpoint(job.checkpoints, job.recorder.say)
+    found = newest_checkpoint(job.saving.directory, job.recorder.say)
     path, manifest = found or (None, None)
     state = RunState() if manifest is None else RunState.from_json(manifest.run)
     if manifest is not None:
@@ -121,7 +120,7 @@ def _begin(job: Job) -> tuple[Job, Stage, RunState]:
 
 
 def _check_same_model(job: Job, state: RunState, manifest: Manifest) -> None:
-    where, stages = f"{job.checkpoints}: its newest checkpoint", job.run.stages
+    where, stages = f"{job.saving.directory}: its newest checkpoint", job.run.stages
     if state.stage >= len(stages):
         raise InputError(f"{where} is of stage {state.stage}, the run has {len(stages)} stages")
     model = stages[state.stage].model.model_dump()
@@ -138,29 +137,6 @@ def _validate(job: Job, stage: Stage, state: RunState) -> None:
         masks = masks_now(job.run, stage, state.stage_step)
         loss = mean_loss(stage, job.inputs.validation, job.inputs.validation_sequences, masks)
         job.recorder.validation(state, loss)
-
-
-def _save(job: Job, stage: Stage, state: RunState) -> RunState:
-    begin = time.perf_counter()
-    path = save_checkpoint(
-        job.checkpoints,
-        state.counters.step,
-        stage.layout,
-        stage.engine.storage(),
-        lambda files: Manifest(
-            stage.config.model.model_dump(),
-            describe_layout(stage.layout),
-            stage.engine.adam_step,
-            state.as_json(),
-            job.environment,
-            files,
-        ),
-    )
-    keep = job.run.checkpoint.keep_last
-    together(lambda: prune_checkpoints(job.checkpoints, keep) if job.launch.rank == 0 else None)
-    seconds = time.perf_counter() - begin
-    job.recorder.checkpoint(state, path, seconds)
-    return state.after_loss(seconds)
 
 
 def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState]:

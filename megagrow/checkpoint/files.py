@@ -22,7 +22,17 @@ def list_checkpoints(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     found = (path for path in directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def unfinished(directory: Path) -> list[Path]:
+    """What is still being written under a directory, or was left there by a crash."""
+    return sorted(directory.glob("step-*.tmp"))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps after which a checkpoint was saved."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def sync(path: Path) -> None:

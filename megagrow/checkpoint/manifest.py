@@ -2,14 +2,17 @@
 
 A checkpoint is a directory `step-N` with one safetensors file per rank and `manifest.json`. It is
 written as `step-N.tmp` and renamed at the end, so that a directory with the right name is whole
-unless its files were damaged afterwards.
+unless its files were damaged afterwards. The manifest has size and checksum of every file, and its
+own checksum.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megagrow.checkpoint.checksums import FileRecord, Files, check_file, check_size, text_checksum
 from megagrow.checkpoint.files import sync
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
@@ -17,12 +20,19 @@ from megagrow.parallel.plan import parameter_plan
 from megagrow.reshard.layout import Layout
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+BEFORE_GROWTH = "before growth"
+"""Why a checkpoint is protected: its stage ends with it, and the next one begins by a growth."""
+
+_NOT_READ = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What comes of a damaged file."""
+
+_SHARD = re.compile(r"rank-\d{5,}\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything of a checkpoint but its tensors; all fields are plain JSON values."""
+    """Everything of a checkpoint but its tensors; all fields are plain JSON values but `files`."""
 
     model: dict[str, Any]
     layout: dict[str, Any]
@@ -32,8 +42,9 @@ class Manifest:
     """Where the run stands, and the provenance of its layers; see `train/state.py`."""
     environment: dict[str, Any]
     """The resolved config, versions of the packages, and the state of the repository."""
-    files: dict[str, int]
-    """Name to size in bytes."""
+    files: Files
+    protected: str | None = None
+    """Why the run keeps it for ever, if it does."""
     format: int = FORMAT
 
     def read_layout(self) -> Layout:
@@ -50,33 +61,72 @@ def describe_layout(layout: Layout) -> dict[str, Any]:
     return {name: getattr(layout, name) for name in names}
 
 
+def manifest_document(manifest: Manifest) -> dict[str, Any]:
+    """What stands in manifest.json: all fields, and `checksum`, which is that of the others."""
+    values = json.loads(json.dumps(asdict(manifest)))
+    return values | {"checksum": _checksum(values)}
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Writes manifest.json and waits until it is on the disk."""
     path = directory / MANIFEST_FILE
-    path.write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
+    path.write_text(json.dumps(manifest_document(manifest), indent=1), encoding="utf-8")
     sync(path)
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint. InputError says what is wrong with a checkpoint not whole."""
+def parse_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint; its files are not looked at. InputError if it is damaged, or
+    names a file that is not one of a rank in its own directory."""
     path = directory / MANIFEST_FILE
     if not path.is_file():
         raise InputError(f"{directory}: not a checkpoint, it has no {MANIFEST_FILE}")
     try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-        manifest.read_layout()
-        files = dict(manifest.files)
-    except (ValueError, TypeError, KeyError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("format", FORMAT) != FORMAT:
+            raise InputError(
+                f"{path}: written in format {values['format']}, this version reads {FORMAT}"
+            )
+        if values.pop("checksum") != _checksum(values):
+            raise ValueError("its checksum is another one")
+        files = {name: FileRecord(**record) for name, record in values["files"].items()}
+        manifest = Manifest(**values | {"files": files})
+        _check_layout(manifest)
+    except _NOT_READ as error:
         raise InputError(f"{path}: damaged ({error}); use another checkpoint") from error
-    if manifest.format != FORMAT:
-        raise InputError(
-            f"{path}: written in format {manifest.format}, this version reads {FORMAT}"
-        )
-    for name, size in files.items():
-        file = directory / name
-        if not file.is_file():
-            raise InputError(f"{directory}: {name} is missing; use another checkpoint")
-        if file.stat().st_size != size:
-            found = file.stat().st_size
-            raise InputError(f"{file}: truncated or damaged, {found} bytes instead of {size}")
+    for name in files:
+        if not _SHARD.fullmatch(name):
+            raise InputError(f"{path}: names {name!r}, which is no rank's file; do not use it")
     return manifest
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint whose files are there in their sizes; what is in them is not
+    read. InputError says what is wrong with a checkpoint that is not whole."""
+    manifest = parse_manifest(directory)
+    for name, record in manifest.files.items():
+        check_size(directory / name, record)
+    return manifest
+
+
+def verify_checkpoint(directory: Path) -> Manifest:
+    """The manifest of a checkpoint of which every byte was read. InputError for the first one that
+    is not as it was written."""
+    manifest = parse_manifest(directory)
+    for name, record in manifest.files.items():
+        check_file(directory / name, record)
+    return manifest
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return text_checksum(json.dumps(values, sort_keys=True, separators=(",", ":")))
+
+
+def _check_layout(manifest: Manifest) -> None:
+    """ValueError if the layout is none of the model; the checksum tells only of accidents."""
+    zero_stage, *grid = (manifest.layout[key] for key in ("zero_stage", "dp", "tp"))
+    if zero_stage not in range(4) or not all(type(size) is int and size > 0 for size in grid):
+        raise ValueError(f"no layout has ZeRO stage {zero_stage} and dp, tp = {grid}")
+    layout = manifest.read_layout()
+    named = [name for group in layout.groups for name in group]
+    if sorted(named) != sorted(layout.plan):
+        raise ValueError("the groups of its layout are not the parameters of its model")

@@ -1,15 +1,20 @@
 """Saving: every rank writes what it holds; the checkpoint appears when all of it is on the disk."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from torch import Tensor
 
+from megagrow.checkpoint.checksums import Files
 from megagrow.checkpoint.files import checkpoint_name, list_checkpoints, shard_name, sync
-from megagrow.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from megagrow.checkpoint.manifest import Manifest, write_manifest
+from megagrow.checkpoint.retention import remove_unfinished
+from megagrow.checkpoint.room import check_room
+from megagrow.checkpoint.shard_file import own_tensors, planned_shard, write_shard
 from megagrow.errors import InputError
 from megagrow.parallel.topology import together
 from megagrow.parallel.zero import Storage
@@ -21,77 +26,86 @@ def save_checkpoint(
     step: int,
     layout: Layout,
     storage: Storage,
-    manifest: Callable[[dict[str, int]], Manifest],
+    manifest: Callable[[Files], Manifest],
 ) -> Path:
     """Saves the state of all ranks as directory/step-N and returns that path; all ranks together.
 
-    `manifest` makes the manifest from the sizes of the files. If any rank fails, for instance on a
-    full disk, all raise the same InputError and earlier checkpoints stay as they are.
+    `manifest` makes the manifest from the records of the files. If any rank fails, for instance on
+    a full disk, all raise the same InputError and earlier checkpoints stay as they are.
     """
-    final = directory / checkpoint_name(step)
-    partial = final.with_suffix(".tmp")
-    rank = dist.get_rank()
-    try:
-        together(lambda: _begin(partial) if rank == 0 else None)
-        written = together(lambda: _write_shard(partial, rank, layout, storage))
-        sizes: list[dict[str, int]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(sizes, written)
-        files = {name: size for part in sizes for name, size in part.items()}
-        together(lambda: _finish(partial, final, manifest(files)) if rank == 0 else None)
-    except InputError as error:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        before = list_checkpoints(directory)
-        rest = f"the last good one is {before[-1]}" if before else "there is none before it"
-        raise InputError(f"checkpoint {final} was not saved: {error}; {rest}") from error
-    return final
+    save = Save(directory, step)
+    tensors = own_tensors(layout, storage, dist.get_rank())
+    save.begin(tensors)
+    save.publish(lambda: save.write(tensors), manifest)
+    return save.final
 
 
-def prune_checkpoints(directory: Path, keep_last: int) -> None:
-    """Removes all before the newest whole checkpoints, and what crashes left; called by rank 0."""
-    found = list_checkpoints(directory)
-    kept = [path for path in found if _is_whole(path)][-keep_last:]  # damaged ones do not count
-    for path in found[: found.index(kept[0]) if kept else 0]:
-        # First no longer a checkpoint, then gone: a crash in between leaves no half of one.
-        path.rename(path.with_suffix(".tmp"))
-    for path in directory.glob("step-*.tmp"):
-        shutil.rmtree(path)
+@dataclass(frozen=True)
+class Save:
+    """The three parts of a save. `begin` and `publish` are called by all ranks together and raise
+    one InputError on all; `write` talks to no other rank and may run in a thread."""
+
+    directory: Path
+    step: int
+
+    @property
+    def final(self) -> Path:
+        """The checkpoint."""
+        return self.directory / checkpoint_name(self.step)
+
+    @property
+    def partial(self) -> Path:
+        """The directory that it is written in."""
+        return self.final.with_suffix(".tmp")
+
+    def begin(self, tensors: dict[str, Tensor]) -> None:
+        """Makes the directory, once it is known that the disk has room for what all ranks write."""
+        with self._named():
+            needed = total_bytes(tensors)
+            together(lambda: self._begin(needed) if dist.get_rank() == 0 else None)
+
+    def write(self, tensors: dict[str, Tensor]) -> Files:
+        """Writes this rank's file and waits until it is on the disk. OSError if it cannot be."""
+        if not tensors:
+            return {}
+        name = shard_name(dist.get_rank())
+        return {name: write_shard(self.partial / name, tensors)}
+
+    def publish(self, written: Callable[[], Files], manifest: Callable[[Files], Manifest]) -> None:
+        """Makes a checkpoint of what all ranks have written; `written` gives this rank's part."""
+        with self._named():
+            parts: list[Files] = [{}] * dist.get_world_size()
+            dist.all_gather_object(parts, together(written))
+            made = manifest({name: record for part in parts for name, record in part.items()})
+            together(lambda: self._finish(made) if dist.get_rank() == 0 else None)
+
+    def _begin(self, needed: int) -> None:
+        remove_unfinished(self.directory)
+        self.partial.mkdir(parents=True)
+        check_room(self.directory, needed)
+
+    def _finish(self, manifest: Manifest) -> None:
+        write_manifest(self.partial, manifest)
+        sync(self.partial)
+        shutil.rmtree(self.final, ignore_errors=True)  # a damaged one of the same step
+        self.partial.rename(self.final)
+        sync(self.directory)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Says what was not saved, and what is there instead; leaves nothing half written."""
+        try:
+            yield
+        except InputError as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            before = list_checkpoints(self.directory)
+            rest = f"the last good one is {before[-1]}" if before else "there is none before it"
+            raise InputError(f"checkpoint {self.final} was not saved: {error}; {rest}") from error
 
 
-def _is_whole(path: Path) -> bool:
-    try:
-        read_manifest(path)
-    except InputError:
-        return False
-    return True
-
-
-def _begin(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-
-
-def _write_shard(partial: Path, rank: int, layout: Layout, storage: Storage) -> dict[str, int]:
-    tensors = {
-        f"{name}.{kind}": tensor
-        for name, kinds in storage.items()
-        if layout.writes(name, rank)
-        for kind, tensor in kinds.items()
-    }
-    if not tensors:
-        return {}
-    path = partial / shard_name(rank)
-    try:
-        save_file(tensors, path)
-        sync(path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
-    return {path.name: path.stat().st_size}
-
-
-def _finish(partial: Path, final: Path, manifest: Manifest) -> None:
-    write_manifest(partial, manifest)
-    sync(partial)
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
-    partial.rename(final)
-    sync(final.parent)
+def total_bytes(tensors: dict[str, Tensor]) -> int:
+    """What all ranks together write; all ranks call this."""
+    sizes = [0] * dist.get_world_size()
+    dist.all_gather_object(sizes, planned_shard(tensors).size if tensors else 0)
+    return sum(sizes)

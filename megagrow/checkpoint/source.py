@@ -4,7 +4,6 @@ Whatever the files' layout, the reader sees whole logical tensors, and holds wha
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megagrow.checkpoint.checksums import Files
 from megagrow.checkpoint.files import shard_name
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.shards import KINDS, Places, shard_tensors
@@ -107,9 +107,7 @@ def open_checkpoint(path: Path) -> CheckpointSource:
     )
 
 
-def _checked_header(
-    path: Path, layout: Layout, rank: int, files: Mapping[str, int]
-) -> dict[str, Stored]:
+def _checked_header(path: Path, layout: Layout, rank: int, files: Files) -> dict[str, Stored]:
     wanted = shard_tensors(layout, rank)
     if not wanted:
         return {}

@@ -4,14 +4,15 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megagrow.checkpoint.checksums import FileRecord, Files
 from megagrow.checkpoint.files import shard_name, sync
 from megagrow.checkpoint.hugging_face import INDEX_FILE, index_of, planned_files, whole_layout
-from megagrow.checkpoint.manifest import MANIFEST_FILE, Manifest
+from megagrow.checkpoint.manifest import MANIFEST_FILE, Manifest, manifest_document
 from megagrow.checkpoint.shards import Places, Unit, shard_tensors, units
 from megagrow.checkpoint.tensor_file import Planned, Stored, planned
 from megagrow.config.schema import ModelConfig
@@ -37,10 +38,15 @@ class Target:
     headers: Callable[[], Iterator[tuple[str, Planned]]]
     sizes: dict[str, int]
     """Bytes of every file of tensors."""
-    documents: dict[str, dict[str, Any]]
-    """JSON files, written last."""
+    documents: Callable[[Files], dict[str, dict[str, Any]]]
+    """JSON files, written last, when the checksums of the files of tensors are known."""
     copies: Mapping[str, Path] = field(default_factory=dict)
     """Files that stand beside them, and what each is a copy of."""
+
+    @property
+    def described(self) -> dict[str, dict[str, Any]]:
+        """The documents but for the checksums, before anything is written."""
+        return self.documents({name: FileRecord(size, "") for name, size in self.sizes.items()})
 
     def write_headers(self, folder: Path) -> None:
         """Makes every file, its header and its size; what is in it already stays."""
@@ -54,12 +60,12 @@ class Target:
                 os.close(descriptor)
         sync(folder)
 
-    def write_documents(self, folder: Path) -> None:
+    def write_documents(self, folder: Path, files: Files) -> None:
         """Writes what stands beside the tensors and waits until it is on the disk."""
         for name, origin in self.copies.items():
             shutil.copyfile(origin, folder / name)
             sync(folder / name)
-        for name, value in self.documents.items():
+        for name, value in self.documents(files).items():
             path = folder / name
             path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
             sync(path)
@@ -74,8 +80,8 @@ class Beside:
     copies: Mapping[str, Path] = field(default_factory=dict)
 
 
-def checkpoint_target(layout: Layout, manifest: Callable[[dict[str, int]], Manifest]) -> Target:
-    """A checkpoint in some layout; `manifest` makes its manifest from the sizes of the files."""
+def checkpoint_target(layout: Layout, manifest: Callable[[Files], Manifest]) -> Target:
+    """A checkpoint in some layout; `manifest` makes its manifest from the records of the files."""
     sizes: dict[str, int] = {}
 
     def headers() -> Iterator[tuple[str, Planned]]:
@@ -97,7 +103,10 @@ def checkpoint_target(layout: Layout, manifest: Callable[[dict[str, int]], Manif
             stored = Stored("F32", shape, places.begin(*unit))
             yield Piece(unit, shard_name(unit.rank), stored)
 
-    return Target(layout, pieces, headers, sizes, {MANIFEST_FILE: asdict(manifest(sizes))})
+    def documents(files: Files) -> dict[str, dict[str, Any]]:
+        return {MANIFEST_FILE: manifest_document(manifest(files))}
+
+    return Target(layout, pieces, headers, sizes, documents)
 
 
 def hugging_face_target(model: ModelConfig, dtype: str, most_bytes: int, beside: Beside) -> Target:
@@ -116,4 +125,4 @@ def hugging_face_target(model: ModelConfig, dtype: str, most_bytes: int, beside:
 
     sizes = {name: plan.size for name, plan in files.items()}
     headers = partial(iter, files.items())
-    return Target(layout, pieces, headers, sizes, documents, beside.copies)
+    return Target(layout, pieces, headers, sizes, lambda _: documents, beside.copies)

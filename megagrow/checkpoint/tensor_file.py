@@ -128,6 +128,13 @@ def read_bytes(path: Path, into: Tensor, offset: int) -> None:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def write_bytes(descriptor: int, data: memoryview, offset: int) -> None:
+    """Writes all of `data` at a byte of an open file. OSError if it cannot."""
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+
+
 def raw_bytes(values: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, not copied."""
     return values.flatten().view(torch.uint8).numpy().data

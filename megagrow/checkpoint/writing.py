@@ -1,7 +1,6 @@
 """Writes a target piece by piece, checks what is on the disk, and gives it its name."""
 
 import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,19 +10,16 @@ import torch
 
 from megagrow.checkpoint.files import sync
 from megagrow.checkpoint.journal import JOURNAL_FILE, Journal
+from megagrow.checkpoint.room import check_room
 from megagrow.checkpoint.target import Piece, Target
-from megagrow.checkpoint.tensor_file import DTYPES, raw_bytes, read_bytes
-from megagrow.config.sizes import format_bytes
+from megagrow.checkpoint.tensor_file import DTYPES, raw_bytes, write_bytes
+from megagrow.checkpoint.verifying import DamagedPiece, verify_files
 from megagrow.data.progress import WorkProgress
-from megagrow.errors import InputError
 from megagrow.growth.map import Kind
 from megagrow.reshard.layout import Block, Layout
 
 Make = Callable[[str, Kind, Block], torch.Tensor]
 """Gives any rectangle of the target: (name, kind, block) -> (rows, columns) fp32."""
-
-_READ_BYTES = 2**22
-"""What is read back at once."""
 
 
 @dataclass(frozen=True)
@@ -48,21 +44,17 @@ class Writing:
         journal.commit()
 
     def verify(self, journal: Journal, progress: WorkProgress) -> None:
-        """Compares every piece on the disk with the checksum of what was written."""
-        for name in self.target.sizes:
-            _forget(self.folder / name)
-        for number, piece in enumerate(self.target.pieces()):
-            path = self.folder / piece.file
-            if _checksum(path, piece, progress) != journal.done[number]:
-                journal.void(number)
-                raise InputError(
-                    f"{path}: {piece.unit.tensor} is not on the disk as it was written; give the "
-                    "same command again to write it anew, and have a look at the disk"
-                )
+        """Compares everything on the disk with what was written, and then writes what stands
+        beside the tensors, with the checksums of the files that were read."""
+        try:
+            files = verify_files(self.folder, self.target, journal.done, progress.advance)
+        except DamagedPiece as error:
+            journal.void(error.piece)
+            raise
+        self.target.write_documents(self.folder, files)
 
     def finish(self, final: Path) -> None:
-        """Writes what stands beside the tensors and gives the folder its name."""
-        self.target.write_documents(self.folder)
+        """Gives the folder its name."""
         self.folder.rename(final)
         sync(final.parent)
         (final / JOURNAL_FILE).unlink()
@@ -77,12 +69,12 @@ class Writing:
             for block in _blocks(layout, unit.name, unit.rank, self.at_once):
                 values = self.make(unit.name, unit.kind, block)
                 written = raw_bytes(values.to(DTYPES[piece.stored.dtype]))
-                _write_all(descriptor, written, offset)
+                write_bytes(descriptor, written, offset)
                 checksum = zlib.crc32(written, checksum)
                 offset += len(written)
                 progress.advance(len(written))
             padding = bytes(end - offset)  # of the vocabulary
-            _write_all(descriptor, memoryview(padding), offset)
+            write_bytes(descriptor, memoryview(padding), offset)
             progress.advance(len(padding))
             return zlib.crc32(padding, checksum)
         finally:
@@ -94,12 +86,7 @@ def check_space(folder: Path, target: Target, begun: Path) -> None:
     there = 0
     if begun.is_dir():
         there = sum(path.stat().st_blocks * 512 for path in begun.iterdir())
-    needed, free = sum(target.sizes.values()) - there, shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(
-            f"{folder}: has {format_bytes(free)} of room, {format_bytes(needed)} are needed; free "
-            "the disk or write elsewhere"
-        )
+    check_room(folder, sum(target.sizes.values()) - there)
 
 
 def _blocks(layout: Layout, name: str, rank: int, at_once: int) -> Iterator[Block]:
@@ -109,30 +96,3 @@ def _blocks(layout: Layout, name: str, rank: int, at_once: int) -> Iterator[Bloc
     for block in layout.blocks(name, rank):
         for first in range(block.rows.start, block.rows.stop, step):
             yield Block(range(first, min(first + step, block.rows.stop)), block.cols)
-
-
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(descriptor, data, offset)
-        data, offset = data[count:], offset + count
-
-
-def _forget(path: Path) -> None:
-    """Asks the system to read a file from the disk the next time, not from memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
-
-
-def _checksum(path: Path, piece: Piece, progress: WorkProgress) -> int:
-    begin, size, checksum = piece.stored.begin, piece.stored.nbytes, 0
-    buffer = torch.empty(min(size, _READ_BYTES), dtype=torch.uint8)
-    for first in range(0, size, _READ_BYTES):
-        part = buffer[: min(_READ_BYTES, size - first)]
-        read_bytes(path, part, begin + first)
-        checksum = zlib.crc32(raw_bytes(part), checksum)
-        progress.advance(len(part))
-    return checksum

@@ -128,11 +128,20 @@ class StageConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the state is saved. The end of a stage and of the run are always saved."""
+    """When the state is saved, and what is kept. The end of a stage and of the run are always
+    saved."""
 
     interval: Count = 1000
     """In steps."""
     keep_last: Count = 2
+    """So many of the newest whole ones."""
+    keep_every: Count | None = None
+    """In steps: checkpoints whose step is a multiple are kept for ever."""
+    keep_before_growth: bool = True
+    """The checkpoint before each growth is kept for ever."""
+    background: bool = True
+    """Writes while the training goes on, from a copy of the state in host memory. The end of a
+    stage and of the run are waited for."""
 
 
 class ValidationConfig(Section):

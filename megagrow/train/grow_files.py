@@ -61,7 +61,6 @@ def write_goal(
             work = _work(folder, target, goal, at_once)
             _do(work, journal, "copying" if goal.options is None else "growing", console)
             if source_loss is not None:
-                target.write_documents(folder)
                 target_loss = text_loss(open_source(folder, print), texts, goal.masks)
                 _compare(goal, source_loss, target_loss, console)
             work.finish(request.out)
@@ -137,7 +136,7 @@ def _command(request: Request, goal: Goal, target: Target) -> dict[str, Any]:
     return {
         "growth": _told(goal),
         "files of the source": files,
-        "target": target.documents,
+        "target": target.described,
         "copies": {name: str(path.resolve()) for name, path in target.copies.items()},
         "sizes": target.sizes,
         "form": request.form,

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,16 @@ class StageEnd:
 Event = StepDone | Stopped | StageEnd
 
 
+class Background(Protocol):
+    """Work that goes on beside the training; the ranks find out together when it is done."""
+
+    def busy(self) -> bool:
+        """Whether it goes on on this rank."""
+
+    def idle_everywhere(self) -> None:
+        """Says that no rank was busy, on all ranks before the same step."""
+
+
 def advance(
     run: RunConfig,
     stage: Stage,
@@ -59,16 +70,17 @@ def advance(
     reader: BatchReader,
     stop: StopSignal,
     check: Callable[[], None] = lambda: None,
+    background: Background | None = None,
 ) -> Event:
     """Trains the next step of a stage, unless it has had all of them or a signal came.
 
     An error that only one rank sees (a damaged corpus, or what `check` raises) is raised as the
-    same InputError on all.
+    same InputError on all. `background` is told when it is done on all ranks.
     """
     steps = stage_steps(stage.config, run.data.sequence_length)
     if state.stage_step >= steps:  # beyond, if the run was made shorter than its checkpoint
         return StageEnd(state)
-    batches = _next_batches(stage, state, reader, stop, check)
+    batches = _next_batches(stage, state, reader, stop, check, background)
     if batches is None:
         return Stopped(state, stop.received or "a signal on another rank")
     measure = _measured_step(run, stage, state, batches)
@@ -100,6 +112,7 @@ def _next_batches(
     reader: BatchReader,
     stop: StopSignal,
     check: Callable[[], None],
+    background: Background | None,
 ) -> list[Batch] | None:
     """This rank's micro batches of the next step; None if any rank was told to stop."""
     batch = stage.config.batch
@@ -112,10 +125,13 @@ def _next_batches(
         batches = [reader.read(state.counters.tokens, indices) for indices in mine]
     except InputError as error:
         problem = error
-    flags = [float(problem is not None), float(stop.received is not None)]
+    busy = background is not None and background.busy()
+    flags = [float(problem is not None), float(stop.received is not None), float(busy)]
     vote = torch.tensor(flags, device=stage.topology.device)
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    failed, stopped = vote.tolist()
+    failed, stopped, busy_somewhere = vote.tolist()
+    if background is not None and not busy_somewhere:
+        background.idle_everywhere()
     if failed:
         together(lambda: _raise(problem))
     return None if stopped else batches

@@ -108,11 +108,14 @@ class Recorder:
         self._write(lambda log: log.write("validation", state.counters, **fields))
         self.say(f"step {state.counters.step}: validation loss {loss:.4f}")
 
-    def checkpoint(self, state: RunState, path: Path, seconds: float) -> None:
-        """A checkpoint was saved."""
-        fields = {"stage": state.stage, "path": str(path), "seconds": seconds}
+    def checkpoint(self, state: RunState, path: Path, stall: float, seconds: float) -> None:
+        """A checkpoint of a state was saved, `seconds` after that began, and the training stood
+        still for `stall` of them; the run may be a few steps further than the state by now."""
+        fields: dict[str, Any] = {"stage": state.stage, "path": str(path)}
+        fields |= {"stall_seconds": stall, "seconds": seconds}
         self._write(lambda log: log.write("checkpoint", state.counters, **fields))
-        self.say(f"step {state.counters.step}: saved {path} in {seconds:.1f} s")
+        step, spent = state.counters.step, f"in {seconds:.1f} s, training waited {stall:.1f} s"
+        self.say(f"step {step}: saved {path} {spent}")
 
     def growth(
         self,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megagrow.checkpoint.checksums import Files
 from megagrow.checkpoint.manifest import Manifest, describe_layout
 from megagrow.checkpoint.save import save_checkpoint
 from megagrow.config.schema import ModelConfig
@@ -21,8 +22,8 @@ ENVIRONMENT = {"versions": {"torch": "2"}, "config": {"name": "a run"}}
 
 def manifest_of(
     layout: Layout, adam_step: int = 11, model: ModelConfig = MODEL, **changes: Any
-) -> Callable[[dict[str, int]], Manifest]:
-    """Makes the manifest of a checkpoint from the sizes of its files."""
+) -> Callable[[Files], Manifest]:
+    """Makes the manifest of a checkpoint from the records of its files."""
     return lambda files: Manifest(
         **{
             "model": model.model_dump(),

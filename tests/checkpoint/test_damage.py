@@ -1,16 +1,18 @@
 """A damaged checkpoint is named and passed over; pruning never leaves only damaged ones."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megagrow.checkpoint.checksums import FileRecord
 from megagrow.checkpoint.files import checkpoint_name, list_checkpoints
 from megagrow.checkpoint.load import load_storage, newest_checkpoint
-from megagrow.checkpoint.manifest import read_manifest
-from megagrow.checkpoint.save import prune_checkpoints
+from megagrow.checkpoint.manifest import read_manifest, write_manifest
 from megagrow.errors import InputError
 from tests.checkpoint.saving import MODEL, save_random
 from tests.reshard.definition import empty_storage
@@ -28,6 +30,13 @@ def truncate(path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def flip(path: Path) -> None:
+    """One bit in the middle of a shard; the size stays."""
+    content = bytearray((path / SHARD).read_bytes())
+    content[len(content) // 2] ^= 16
+    (path / SHARD).write_bytes(content)
+
+
 def rewrite(**changes: object) -> Callable[[Path], None]:
     """Changes fields of the manifest."""
 
@@ -38,16 +47,25 @@ def rewrite(**changes: object) -> Callable[[Path], None]:
     return damage
 
 
+def escape(path: Path) -> None:
+    """A manifest that is right in itself but names a file elsewhere."""
+    manifest = read_manifest(path)
+    write_manifest(path, replace(manifest, files=manifest.files | {"../x": FileRecord(1, "")}))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing shard": (lambda path: (path / SHARD).unlink(), f"{SHARD} is missing"),
     "truncated shard": (truncate, f"{SHARD}: truncated or damaged"),
+    "flipped bit": (flip, f"{SHARD}: damaged, its checksum is "),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "it has no manifest.json"),
     "empty manifest": (lambda path: (path / "manifest.json").write_text(""), "damaged"),
     "cut manifest": (lambda path: (path / "manifest.json").write_text('{"model": {'), "damaged"),
     "binary manifest": (lambda path: (path / "manifest.json").write_bytes(b"\xff\x00"), "damaged"),
     "other json": (lambda path: (path / "manifest.json").write_text("[1, 2]"), "damaged"),
     "field missing": (lambda path: (path / "manifest.json").write_text("{}"), "damaged"),
-    "other format": (rewrite(format=2), "written in format 2, this version reads 1"),
+    "other format": (rewrite(format=1), "written in format 1, this version reads 2"),
+    "changed manifest": (rewrite(adam_step=12), "its checksum is another one"),
+    "file elsewhere": (escape, "names '../x', which is no rank's file"),
 }
 """What happens to a checkpoint, and what is said of it."""
 
@@ -107,8 +125,10 @@ def test_damaged_ones_are_named_and_the_one_before_is_taken(good, tmp_path):
     assert found[-2:] == [(checkpoint_name(100), []), ("none", [])]
 
 
-def load_scribbled(folder: Path) -> str:
+def load_later(folder: Path) -> str:
+    """What is said of a shard that is damaged between the search and the loading."""
     path, manifest = newest_checkpoint(folder, print)
+    (path / SHARD).write_bytes(b"\xff" * manifest.files[SHARD].bytes)
     try:
         whole = layout_of(MODEL, 0, 1, 1)
         load_storage(path, manifest, whole, empty_storage(whole, 0))
@@ -119,13 +139,32 @@ def load_scribbled(folder: Path) -> str:
 
 @pytest.mark.dist
 def test_a_shard_that_is_no_shard_is_named_when_read(good, tmp_path):
-    def scribble(path: Path) -> None:
-        file = path / SHARD
-        file.write_bytes(b"\xff" * file.stat().st_size)
-
-    folder = damaged(good, tmp_path / "scribbled", scribble, (100,))
-    (error,) = run_ranks(1, load_scribbled, folder)
+    folder = damaged(good, tmp_path / "scribbled", truncate, (9,))
+    (error,) = run_ranks(1, load_later, folder)
     assert f"{folder / checkpoint_name(100) / SHARD}: cannot be read" in error
+
+
+@pytest.mark.dist
+def test_all_damaged_files_are_named(good, tmp_path):
+    def spoil(path: Path) -> None:
+        flip(path)
+        (path / "rank-00000.safetensors").unlink()
+
+    folder = damaged(good, tmp_path / "c", spoil, (100,))
+    found = run_ranks(WORLD, search, [folder])
+    ((name, (said,)),) = found[0]
+    assert name == checkpoint_name(10)
+    assert "rank-00000.safetensors is missing" in said and f"{SHARD}: damaged" in said
+
+
+@pytest.mark.dist
+def test_no_clock_decides_which_one_is_the_newest(good, tmp_path):
+    folder = damaged(good, tmp_path / "c", lambda path: None, ())
+    for step, year in ((9, 2100), (10, 2090), (100, 1980)):
+        path = folder / checkpoint_name(step)
+        for file in (*path.iterdir(), path):
+            os.utime(file, (0, (year - 1970) * 365.25 * 86400))
+    assert run_ranks(WORLD, search, [folder]) == [[(checkpoint_name(100), [])]] * WORLD
 
 
 def test_checkpoints_are_listed_by_step_and_unfinished_ones_not_at_all(good, tmp_path):
@@ -137,45 +176,3 @@ def test_checkpoints_are_listed_by_step_and_unfinished_ones_not_at_all(good, tmp
     names = [path.name for path in list_checkpoints(tmp_path / "c")]
     assert names == [*map(checkpoint_name, STEPS), "step-1234567890"]
     assert list_checkpoints(tmp_path / "nothing there") == []
-
-
-@pytest.mark.parametrize(
-    ("keep", "left"), [(1, [100]), (2, [10, 100]), (3, [9, 10, 100]), (9, STEPS)]
-)
-def test_pruning_keeps_the_newest(good, tmp_path, keep, left):
-    shutil.copytree(good, tmp_path / "c")
-    prune_checkpoints(tmp_path / "c", keep)
-    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [*map(checkpoint_name, left)]
-    for path in list_checkpoints(tmp_path / "c"):
-        read_manifest(path)
-
-
-def test_a_crash_while_pruning_does_not_stop_the_next_one(good, tmp_path):
-    folder = tmp_path / "c"
-    shutil.copytree(good, folder)
-    half = (folder / checkpoint_name(9)).rename(folder / f"{checkpoint_name(9)}.tmp")
-    (half / "manifest.json").unlink()
-    prune_checkpoints(folder, keep_last=2)
-    assert sorted(path.name for path in folder.iterdir()) == [*map(checkpoint_name, (10, 100))]
-
-
-def test_old_damaged_ones_go_too(good, tmp_path):
-    folder = damaged(good, tmp_path / "c", DAMAGES["no manifest"][0], (9,))
-    prune_checkpoints(folder, keep_last=2)
-    assert [path.name for path in list_checkpoints(folder)] == [*map(checkpoint_name, (10, 100))]
-
-
-def test_where_none_is_whole_none_is_removed(good, tmp_path):
-    folder = damaged(good, tmp_path / "c", truncate, STEPS)
-    prune_checkpoints(folder, keep_last=1)
-    assert [path.name for path in list_checkpoints(folder)] == [*map(checkpoint_name, STEPS)]
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_pruning_does_not_count_damaged_ones(good, tmp_path, name):
-    # Step 100 was passed over, the run went on from 9 and has just saved 10.
-    folder = damaged(good, tmp_path / "c", DAMAGES[name][0], (100,))
-    prune_checkpoints(folder, keep_last=1)
-    left = list_checkpoints(folder)
-    assert left[0].name == checkpoint_name(10)
-    read_manifest(left[0])

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megagrow.checkpoint import save
 from megagrow.checkpoint.files import checkpoint_name, list_checkpoints
 from megagrow.checkpoint.load import load_storage
-from megagrow.checkpoint.manifest import read_manifest
+from megagrow.checkpoint.manifest import read_manifest, verify_checkpoint
 from megagrow.errors import InputError
 from tests import disks
 from tests.checkpoint.saving import MODEL, save_random
@@ -19,7 +19,12 @@ from tests.spawn import run_ranks
 
 WORLD = 2
 LAYOUT = layout_of(MODEL, 2, 2, 1)
-STAGES = {"shard": "save_file", "manifest": "write_manifest", "sync": "sync", "begin": "_begin"}
+STAGES = {
+    "begin": "remove_unfinished",
+    "shard": "write_shard",
+    "manifest": "write_manifest",
+    "sync": "sync",
+}
 """What fails, by the name that save.py calls it."""
 
 
@@ -68,7 +73,7 @@ def test_a_failure_on_one_rank_is_the_same_error_on_all(tmp_path):
 
 def never_saved(folder: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(save, "save_file", no_space)
+        patch.setattr(save, "write_shard", no_space)
         return try_to_save(folder, 1)
 
 
@@ -86,21 +91,36 @@ def small_disk(tmp_path):
         yield folder
 
 
-def fill_the_disk(folder: Path) -> tuple[str, str, bool]:
-    """Two saves, and whether the first can still be loaded afterwards."""
-    results = try_to_save(folder, 1), try_to_save(folder, 2)
+def fill_the_disk(folder: Path, looks: bool) -> tuple[str, str, bool]:
+    """Two saves, and whether the first can still be loaded afterwards. Without a look at the room
+    that there is before, as if the disk had been filled since."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not looks:
+            patch.setattr(save, "check_room", lambda *_: None)
+        results = try_to_save(folder, 1), try_to_save(folder, 2)
     path = folder / checkpoint_name(1)
     mine = empty_storage(LAYOUT, dist.get_rank())
-    load_storage(path, read_manifest(path), LAYOUT, mine)
+    load_storage(path, verify_checkpoint(path), LAYOUT, mine)
     state = random_state(LAYOUT.plan, seed=1)
     return *results, same(mine, storage_of(LAYOUT, state, dist.get_rank()))
 
 
 @pytest.mark.dist
-def test_a_disk_that_is_really_full(small_disk):
-    found = run_ranks(WORLD, fill_the_disk, small_disk)
+@pytest.mark.parametrize("looks", [True, False], ids=["seen before", "seen while writing"])
+def test_a_disk_that_is_really_full(small_disk, looks):
+    found = run_ranks(WORLD, fill_the_disk, small_disk, looks)
     assert found[0] == found[1]
     first, second, loaded = found[0]
     assert first == "saved" and loaded
-    assert "No space left on device" in second and "\n" not in second
+    told = "KiB of room, " if looks else "No space left on device"
+    assert told in second and "\n" not in second
+    assert second.endswith(f"the last good one is {small_disk / checkpoint_name(1)}")
     assert [path.name for path in small_disk.iterdir()] == [checkpoint_name(1)]
+
+
+@pytest.mark.dist
+def test_a_directory_that_may_only_be_read(tmp_path):
+    with disks.read_only(tmp_path / "disk") as folder:
+        found = run_ranks(WORLD, try_to_save, folder / "checkpoints", 1)
+    assert found[0] == found[1] and "Read-only file system" in found[0]
+    assert found[0].endswith("there is none before it")

@@ -1,6 +1,7 @@
 """What is saved is loaded to the bit, into the same layout and into any other."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from megagrow.checkpoint.save import save_checkpoint
 from megagrow.parallel.zero import STATE_KINDS
 from megagrow.train.stage import build_stage
 from tests.checkpoint.saving import ENVIRONMENT, MODEL, RUN, manifest_of, save_random
+from tests.checkpoint.written import record_of
 from tests.reshard.definition import empty_storage, random_state, same, storage_of
 from tests.reshard.models import layout_of
 from tests.runs import full_tensors, make_run
@@ -85,9 +87,9 @@ def test_the_manifest_says_all_the_rest(saved, name):
     found = json.loads((path / "manifest.json").read_text())
     assert found["run"] == RUN and found["environment"] == ENVIRONMENT
     assert found["adam_step"] == 11 and found["model"] == MODEL.model_dump()
-    sizes = {file.name: file.stat().st_size for file in path.glob("*.safetensors")}
-    assert found["files"] == sizes and sizes
-    assert {file.name for file in path.iterdir()} == {"manifest.json", *sizes}
+    files = {file.name: asdict(record_of(file)) for file in path.glob("*.safetensors")}
+    assert found["files"] == files and files
+    assert {file.name for file in path.iterdir()} == {"manifest.json", *files}
 
 
 def on_fewer_ranks(folder: Path) -> list[bool]:

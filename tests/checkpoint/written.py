@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 
+from megagrow.checkpoint.checksums import FileRecord
 from megagrow.checkpoint.files import shard_name
 from megagrow.checkpoint.manifest import Manifest, describe_layout, read_manifest, write_manifest
 from megagrow.config.schema import ModelConfig
@@ -24,7 +26,7 @@ RUN = {
 def write_checkpoint(path: Path, model: ModelConfig, layout: Layout, state: State) -> Path:
     """A checkpoint as `save_checkpoint` makes it."""
     path.mkdir(parents=True)
-    sizes = {}
+    files = {}
     for rank in range(layout.dp * layout.tp):
         tensors = {
             f"{name}.{kind}": values
@@ -34,12 +36,18 @@ def write_checkpoint(path: Path, model: ModelConfig, layout: Layout, state: Stat
         }
         if tensors:
             save_file(tensors, path / shard_name(rank))
-            sizes[shard_name(rank)] = (path / shard_name(rank)).stat().st_size
+            files[shard_name(rank)] = record_of(path / shard_name(rank))
     environment = {"config": {"seed": 7}, "git_commit": "abc"}
     layout_values = describe_layout(layout)
-    manifest = Manifest(model.model_dump(), layout_values, 11, RUN, environment, sizes)
+    manifest = Manifest(model.model_dump(), layout_values, 11, RUN, environment, files)
     write_manifest(path, manifest)
     return path
+
+
+def record_of(path: Path) -> FileRecord:
+    """Size and checksum of a file, the plain way."""
+    content = path.read_bytes()
+    return FileRecord(len(content), xxhash.xxh3_64_hexdigest(content))
 
 
 def shards(path: Path) -> dict[str, dict[str, torch.Tensor]]:

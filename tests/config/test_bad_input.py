@@ -31,7 +31,8 @@ from megagrow.errors import InputError
         ),
         (
             "checkpoint: {xyzzy: 1}",
-            "run.yaml: unknown key 'checkpoint.xyzzy'; allowed here: interval, keep_last",
+            "run.yaml: unknown key 'checkpoint.xyzzy'; allowed here: interval, keep_last, "
+            "keep_every, keep_before_growth, background",
         ),
         (
             "logging: {base: x, 3: y}",

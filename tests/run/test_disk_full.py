@@ -12,11 +12,12 @@ import pytest
 
 from megagrow.checkpoint.files import list_checkpoints
 from megagrow.checkpoint.manifest import read_manifest
+from megagrow.checkpoint.save import Save
 from megagrow.config.schema import RunConfig
 from megagrow.train.live import LiveLine
 from megagrow.train.recorder import Recorder
 from tests.disks import small_disk
-from tests.jobs import Hook, records, write_run
+from tests.jobs import Hook, Job, records, write_run
 from tests.run.refusals import completed_run, refused_run
 from tests.runs import STEP_TOKENS, make_run
 
@@ -27,13 +28,13 @@ ROOM = 100 << 10
 """Less than what a rank saves: a disk with so much left has room for metrics only."""
 
 
-def run_on(tmp: Path, disk: Path) -> RunConfig:
-    """A run whose every file lies on a disk; it saves after 6 and 12 steps."""
+def run_on(tmp: Path, disk: Path, interval: int = 6) -> RunConfig:
+    """A run of 12 steps whose every file lies on a disk."""
     return make_run(
         tmp,
         [{"tokens": 12 * STEP_TOKENS}],
         output_dir=disk / "run",
-        checkpoint={"interval": 6},
+        checkpoint={"interval": interval},
         validation={"interval": 2, "tokens": 256},
         logging={"tensorboard": True},
     )
@@ -98,14 +99,15 @@ def whole_checkpoints(run: RunConfig) -> list[int]:
 
 @pytest.mark.parametrize(
     ("left", "culprit"),
-    [(ROOM, "/checkpoints/step-000000012 was not saved: "), (0, " cannot be written (")],
+    [(ROOM, f"/checkpoints: has {ROOM >> 10} KiB of room, "), (0, " cannot be written (No space")],
     ids=["save", "metrics"],
 )
 def test_a_disk_that_fills_up(tmp_path, disk, undisturbed, left, culprit):
     run = run_on(tmp_path, disk)
     path = write_run(tmp_path / "run.yaml", run)
     said = refused_run(path, hook=after_first_save(lambda: fill(disk, left)))
-    assert f"{run.output_dir}/" in said and culprit in said and "No space left on device" in said
+    assert f"{run.output_dir}/" in said and culprit in said
+    assert left == 0 or "step-000000012 was not saved: " in said
     assert whole_checkpoints(run) == [6]
     (disk / "filling").unlink()
     fill(disk, 0)
@@ -115,6 +117,46 @@ def test_a_disk_that_fills_up(tmp_path, disk, undisturbed, left, culprit):
     completed_run(path)
     assert losses(run) == undisturbed
     assert whole_checkpoints(run) == [6, 12]
+
+
+def filled_while_writing(disk: Path) -> Hook:
+    """Leaves no room for what the second save has begun to write."""
+
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        write = Save.write
+
+        def held(self: Save, tensors: Any) -> Any:
+            if rank == 0 and self.step == 8:
+                fill(disk, ROOM)
+            return write(self, tensors)
+
+        patch.setattr(Save, "write", held)
+
+    return hook
+
+
+def test_a_disk_that_fills_up_while_the_training_goes_on(tmp_path, disk, undisturbed):
+    run = run_on(tmp_path, disk, interval=4)
+    path = write_run(tmp_path / "run.yaml", run)
+    said = refused_run(path, hook=filled_while_writing(disk))
+    assert "step-000000008 was not saved: " in said and "No space left on device" in said
+    assert said.endswith(f"the last good one is {run.output_dir}/checkpoints/step-000000004")
+    assert whole_checkpoints(run) == [4]
+    (disk / "filling").unlink()
+    completed_run(path)
+    assert losses(run) == undisturbed
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_told_at_once(tmp_path, disk):
+    run = run_on(tmp_path, disk)
+    fill(disk, ROOM)
+    done = Job(tmp_path / "said", 2, ["train", str(write_run(tmp_path / "run.yaml", run))]).finish()
+    assert done.codes == [2, 2]
+    warning, first = (
+        done.out[0].index(text) for text in ("not even one checkpoint fits", "step 2:")
+    )
+    assert warning < first
+    assert f"{run.output_dir}/checkpoints: has " in done.out[0]
 
 
 def test_a_file_that_one_rank_may_not_write(tmp_path, undisturbed):

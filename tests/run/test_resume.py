@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 
-import megagrow.checkpoint.save
 import megagrow.run
 import megagrow.train.grow
 import megagrow.train.loop
-from megagrow.checkpoint.files import list_checkpoints
+import megagrow.train.saving
+from megagrow.checkpoint.files import list_checkpoints, step_of
+from megagrow.checkpoint.manifest import read_manifest
+from megagrow.checkpoint.save import Save
 from megagrow.config.schema import RunConfig
 from megagrow.train.loop import StepDone
 from megagrow.train.recorder import Recorder
@@ -30,8 +33,6 @@ BASE_STEPS, STEPS = 12, 26
 INTERVAL = 3
 ZERO_2 = {"zero_stage": 2}
 ZERO_3_TP_2 = {"zero_stage": 3, "tensor_model_parallel_size": 2}
-
-
 DEEP = MODEL | {"num_hidden_layers": 4}
 WIDE = {"hidden_size": 44, "num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 8}
 RAMP = {"operator": ["random_depth", "random_width"], "ramp_tokens": 10 * STEP_TOKENS}
@@ -198,17 +199,17 @@ def is_whole(path: Path, *_: Any) -> bool:
     return (path / "manifest.json").exists()
 
 
-SAVE = megagrow.checkpoint.save
 WORST = [
     # what is held, where, how many ranks come to it, the step from which the next start goes on
-    ("a shard is missing", SAVE, "_write_shard", 2, 0),
-    ("all shards there, not yet renamed", SAVE, "_finish", 1, 0),
-    ("renamed, not yet recorded", megagrow.run, "prune_checkpoints", 1, 3),
-    ("an old checkpoint is being removed", SAVE.shutil, "rmtree", 1, 9),
+    ("a shard is missing, the training goes on", Save, "write", 2, 0),
+    ("all shards there, not yet renamed", Save, "_finish", 1, 0),
+    ("renamed, not yet recorded", megagrow.train.saving, "prune_checkpoints", 1, 3),
+    ("an old checkpoint is being removed", shutil, "rmtree", 1, 9),
+    ("the last shard before the growth is missing", Save, "write", 2, 9),
     ("the growth begins", megagrow.run, "grow_best", 1, BASE_STEPS),
     ("the target stands, nothing moved", megagrow.train.grow, "exchange", 1, BASE_STEPS),
     ("grown, not yet recorded", Recorder, "growth", 2, BASE_STEPS),
-    ("a shard is missing after the growth", SAVE, "_write_shard", 2, BASE_STEPS),
+    ("a shard is missing after the growth", Save, "write", 2, BASE_STEPS),
 ]
 
 
@@ -224,6 +225,9 @@ def test_killed_at_the_worst_instants(tmp_path: Path, undisturbed: RunConfig) ->
     begun = [step for (step,) in records(run, "start", ["step"])]
     assert begun == [0, *(step for *_, step in WORST)]
     assert_same(run, undisturbed)
+    found = list_checkpoints(run.output_dir / "checkpoints")
+    kept = {step_of(path): read_manifest(path).protected for path in found}
+    assert kept == {BASE_STEPS: "before growth", 24: None, STEPS: None}
 
 
 @pytest.mark.parametrize("step", [7, 16], ids=["before the growth", "after the growth"])
