@@ -42,7 +42,7 @@ def list_all(run: Run) -> None:
             counters = seen.manifest.run.get("counters", {})
             place = str(seen.manifest.run.get("stage")), f"{counters.get('tokens', 0):,}"
             layout, protected = layout_text(seen.manifest), seen.manifest.protected or ""
-        state = escape(seen.problem or "whole")
+        state = escape((seen.problem or "whole").replace(f"{path}/", "").replace(f"{path}: ", ""))
         size = format_bytes(seen.size)
         table.add_row(str(step_of(path)), *place, size, layout, protected, state)
     for path in unfinished(folder):
