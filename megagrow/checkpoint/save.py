@@ -87,9 +87,12 @@ class Save:
     def _finish(self, manifest: Manifest) -> None:
         write_manifest(self.partial, manifest)
         sync(self.partial)
-        shutil.rmtree(self.final, ignore_errors=True)  # a damaged one of the same step
+        replaced = self.final.with_suffix(".old.tmp")  # damaged, or one that the run went back from
+        if self.final.exists():
+            self.final.rename(replaced)
         self.partial.rename(self.final)
         sync(self.directory)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     @contextmanager
     def _named(self) -> Iterator[None]:

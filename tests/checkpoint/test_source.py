@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from megagrow.checkpoint.manifest import parse_manifest, write_manifest
 from megagrow.checkpoint.opening import open_source
 from megagrow.checkpoint.shards import KINDS
 from megagrow.checkpoint.source import open_checkpoint
@@ -17,7 +19,7 @@ from megagrow.errors import InputError
 from megagrow.parallel.plan import parameter_plan
 from megagrow.reshard.layout import Block
 from tests.checkpoint.saving import MODEL
-from tests.checkpoint.written import RUN, write_checkpoint
+from tests.checkpoint.written import RUN, record_of, write_checkpoint
 from tests.reshard.definition import random_state
 from tests.reshard.models import layout_of, layouts, models
 
@@ -56,19 +58,27 @@ def test_a_shard_without_one_of_its_tensors_is_damage(path):
     found = load_file(file)
     found["x" + "y" * 23] = found.pop("model.norm.weight.exp_avg")
     save_file(found, file)
-    manifest = path / "manifest.json"
-    text = manifest.read_text()
-    manifest.write_text(text.replace(str(text.split('00001.safetensors": ')[1].split("\n")[0]),
-                                     str(file.stat().st_size)))  # fmt: skip
+    manifest = parse_manifest(path)
+    write_manifest(path, replace(manifest, files=manifest.files | {file.name: record_of(file)}))
     with pytest.raises(InputError, match=r"rank-00001.*holds no model.norm.weight.exp_avg;"):
         open_checkpoint(path)
 
 
 def test_a_shard_of_another_layout_is_damage(path):
-    manifest = path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"zero_stage": 1', '"zero_stage": 3'))
+    manifest = parse_manifest(path)
+    write_manifest(path, replace(manifest, layout=manifest.layout | {"zero_stage": 3}))
     with pytest.raises(InputError, match=r"safetensors: .* is F32 \[\d+\], not F32 \[\d+\]"):
         open_checkpoint(path)
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_no_source(path):
+    open_source(path, print)
+    file = path / "rank-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"rank-00001.safetensors: damaged, its checksum is"):
+        open_source(path, print)
 
 
 def test_a_run_gives_its_newest_whole_checkpoint(path, tmp_path):

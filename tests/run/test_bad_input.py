@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megagrow.config.schema import RunConfig
+from tests.checkpoint.test_damage import flip
 from tests.jobs import records, write_run
 from tests.run.refusals import completed_run, refused, refused_run, tiny_run
 from tests.runs import MODEL, STEP_TOKENS, make_run
@@ -113,12 +114,17 @@ def break_shard(checkpoint: Path) -> None:
     os.truncate(file, file.stat().st_size - 1)
 
 
-def test_the_newest_checkpoint_is_damaged(again, finished):
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(break_shard, "truncated or damaged, "), (flip, "damaged, its checksum is ")],
+    ids=["truncated", "flipped bit"],
+)
+def test_the_newest_checkpoint_is_damaged(again, finished, damage, said):
     path, folder = again
-    break_shard(folder / "step-000000006")
+    damage(folder / "step-000000006")
     out = completed_run(path).out
     assert out[0].count("passed over a checkpoint: ") == 1
-    assert f"{folder}/step-000000006/rank-00001.safetensors: truncated or damaged" in out[0]
+    assert f"{folder}/step-000000006/rank-00001.safetensors: {said}" in out[0]
     assert f"goes on from {folder}/step-000000004" in out[0]
     again = finished.model_copy(update={"output_dir": folder.parent})
     fields = ("step", "loss")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from megagrow.checkpoint.manifest import read_manifest, write_manifest
+from megagrow.checkpoint.manifest import read_manifest, verify_checkpoint, write_manifest
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import OptimizerConfig
 from megagrow.errors import InputError
@@ -87,7 +87,7 @@ def test_files_hold_what_the_map_says(tmp_path, name):
         layout = replace(layout, groups=tuple(group.names for group in groups))
     wanted = expected_shards(layout, grown(state, growth, target))
     assert differences(shards(tmp_path / "out"), wanted, tolerance) == []
-    manifest = read_manifest(tmp_path / "out")
+    manifest = verify_checkpoint(tmp_path / "out")
     assert manifest.read_layout() == layout
     assert manifest.adam_step == (11 if growth.keeps_step else 0)
     assert manifest.run["counters"].items() >= RUN["counters"].items()
