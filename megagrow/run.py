@@ -73,7 +73,7 @@ def _train(job: Job) -> None:
         recorder.say(f"warning: {warning}")
     job, stage, state = _begin(job)
     saving, saved = job.saving, state.counters.step
-    saving.warn(stage)
+    saving.prepare(stage)
     with StopSignal() as stop:
         while True:
             event = advance(job.run, stage, state, job.inputs.train, stop, recorder.check, saving)
@@ -89,6 +89,7 @@ def _train(job: Job) -> None:
                 case StageEnd() if stage.index + 1 < len(job.run.stages):
                     saving.release()
                     job, stage, state = _grow(job, stage, state)
+                    saving.prepare(stage)
                 case StageEnd() | Stopped():
                     break
         state = saving.finish(state)

@@ -62,6 +62,11 @@ class Saver:
             writing.run()
         self._current = _Current(save, manifest, writing, begun, time.perf_counter() - begun)
 
+    def prepare(self, layout: Layout, storage: Storage) -> None:
+        """Makes the memory for the copies of this state, beside what else goes on; of this rank."""
+        tensors = own_tensors(layout, storage, dist.get_rank())
+        self._snapshot.reserve(sum(tensor.numel() for tensor in tensors.values()))
+
     @property
     def writing(self) -> bool:
         """Whether this rank is still writing."""

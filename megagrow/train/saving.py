@@ -63,9 +63,13 @@ class Saving:
             with suppress(InputError):
                 self._saver.finish()
 
-    def warn(self, stage: Stage) -> None:
-        """Says now what would stop the run at its first save: no room for a single checkpoint."""
-        needed = total_bytes(own_tensors(stage.layout, stage.engine.storage(), self._rank))
+    def prepare(self, stage: Stage) -> None:
+        """Call when a stage begins. Says now what would stop the run at its next save: that there
+        is no room for a single checkpoint."""
+        storage = stage.engine.storage()
+        if self._run.checkpoint.background:
+            self._saver.prepare(stage.layout, storage)
+        needed = total_bytes(own_tensors(stage.layout, storage, self._rank))
         if self._rank == 0:
             try:
                 check_room(self.directory, needed)

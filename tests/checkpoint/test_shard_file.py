@@ -47,8 +47,10 @@ def test_a_disk_that_refuses_is_named_with_the_file(tmp_path):
         write_shard(tmp_path / "file", tensors_of(0))
 
 
-def test_a_snapshot_stays_while_the_state_moves_on():
+@pytest.mark.parametrize("reserved", [0, 10**6], ids=["too little", "enough"])
+def test_a_snapshot_stays_while_the_state_moves_on(reserved):
     snapshot = Snapshot(torch.device("cpu"))
+    snapshot.reserve(elements=reserved)
     first, second = tensors_of(0, seed=1), tensors_of(0, seed=2)
     taken = snapshot.take(first)
     place = taken["model.norm.weight.fp32"].data_ptr()
