@@ -2,41 +2,44 @@
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from megagrow.checkpoint.load import load_storage, newest_checkpoint
+from megagrow.checkpoint.load import newest_checkpoint
 from megagrow.checkpoint.manifest import Manifest, describe_layout
 from megagrow.checkpoint.save import prune_checkpoints, save_checkpoint
 from megagrow.config.checks import world_problems
-from megagrow.config.schema import ModelConfig, RunConfig
+from megagrow.config.schema import RunConfig
 from megagrow.config.timing import timing_warnings
-from megagrow.errors import InputError
+from megagrow.errors import InputError, PeerLost
 from megagrow.growth.problems import growth_problems
 from megagrow.parallel.topology import (
     Launch,
+    any_rank,
     init_process_group,
     leave_process_group,
+    open_store,
     read_launch,
     together,
 )
-from megagrow.train.beginning import fill_beginning, open_beginning
 from megagrow.train.candidates import grow_best
 from megagrow.train.compare import Change, change, predictions
 from megagrow.train.environment import describe_environment
 from megagrow.train.feed import Feed
 from megagrow.train.grow import end_stage
-from megagrow.train.growths import as_grown
 from megagrow.train.inputs import Inputs, open_inputs
 from megagrow.train.loop import StageEnd, StepDone, Stopped, advance
 from megagrow.train.recorder import Recorder
-from megagrow.train.signals import StopSignal
-from megagrow.train.stage import Stage, build_stage, masks_now
+from megagrow.train.rewind import begin, rewind_target
+from megagrow.train.signals import StopRequested, StopSignal
+from megagrow.train.stage import Stage, masks_now
 from megagrow.train.state import RunState
 from megagrow.train.step import mean_loss
+from megagrow.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Job:
     inputs: Inputs
     recorder: Recorder
     environment: dict[str, Any]
+    watchdog: Watchdog
+    stop: StopSignal
 
     @property
     def checkpoints(self) -> Path:
@@ -64,26 +69,47 @@ def train(run: RunConfig) -> None:
     device = init_process_group(launch)
     inputs = together(lambda: open_inputs(run))
     environment = describe_environment(run)
-    with Recorder(run, launch.rank, launch.world_size, environment) as recorder:
+    recorder = Recorder(run, launch.rank, launch.world_size, environment)
+    watchdog = Watchdog(open_store(launch), launch.rank, launch.world_size, run.guards.hang_timeout)
+    with recorder, watchdog, StopSignal() as stop:
         together(recorder.open)
-        _train(Job(run, launch, device, inputs, recorder, environment))
+        job = Job(run, launch, device, inputs, recorder, environment, watchdog, stop)
+        try:
+            _train(job)
+        except RuntimeError as error:  # as torch.distributed raises, whatever the backend
+            _tell_apart(watchdog, error)
         together(recorder.check)
-    leave_process_group()
+        watchdog.beat("leaving", long=True)
+        leave_process_group()
+
+
+def _tell_apart(watchdog: Watchdog, error: RuntimeError) -> NoReturn:
+    """Is it an error of this rank, or is it that another one is gone?"""
+    verdict = watchdog.after_failure()
+    if verdict.missing:
+        raise PeerLost(f"{verdict.missing}; all ranks end", verdict.speaks) from error
+    raise error
 
 
 def _train(job: Job) -> None:
-    recorder = job.recorder
+    recorder, given = job.recorder, job
     for warning in timing_warnings(job.run):
         recorder.say(f"warning: {warning}")
     job, stage, state = _begin(job)
-    saved = state.counters.step
-    with StopSignal() as stop:
+    saved, warm = state.counters.step, None
+    try:
         while True:
-            event = advance(job.run, stage, state, job.inputs.train, stop, recorder.check)
-            state = event.state
+            # The first step on an engine may have to compile kernels.
+            beat = partial(job.watchdog.beat, long=stage is not warm)
+            check = recorder.check
+            event = advance(job.run, stage, state, job.inputs.train, job.stop, check, beat)
+            state, warm = event.state, stage
             match event:
                 case StepDone():
                     recorder.step(event)
+                    if event.rewind is not None:
+                        job, stage, state = _rewind(given, stage, state, event.rewind)
+                        continue
                     if event.validate:
                         _validate(job, stage, state)
                     if event.save:
@@ -93,55 +119,47 @@ def _train(job: Job) -> None:
                     job, stage, state = _grow(job, stage, state)
                 case StageEnd() | Stopped():
                     break
-        if saved < state.counters.step:
-            state = _save(job, stage, state)
-        recorder.end(state, event.reason if isinstance(event, Stopped) else None)
+    except StopRequested as request:  # the checkpoint before the growth is all that counts
+        recorder.end(state, str(request))
+        return
+    if saved < state.counters.step:
+        state = _save(job, stage, state)
+    recorder.end(state, event.reason if isinstance(event, Stopped) else None)
     stage.release()
 
 
 def _begin(job: Job) -> tuple[Job, Stage, RunState]:
-    """The state of the newest whole checkpoint, or the weights that the run begins with."""
+    """The state of the newest whole checkpoint, or initial weights."""
+    job.watchdog.beat("the beginning of the run", long=True)
     found = newest_checkpoint(job.checkpoints, job.recorder.say)
-    path, manifest = found or (None, None)
-    state = RunState() if manifest is None else RunState.from_json(manifest.run)
-    if manifest is not None:
-        _check_same_model(job, state, manifest)
-        job = replace(job, run=as_grown(job.run, state))
-    first = open_beginning(job.run, job.recorder.say) if manifest is None else None
-    stage = build_stage(job.run, state.stage, job.device)
-    storage = stage.engine.storage()
-    if path is None or manifest is None:
-        adam_step = fill_beginning(first, stage.layout, job.launch.rank, storage, job.run.seed)
-    else:
-        load_storage(path, manifest, stage.layout, storage)
-        adam_step = manifest.adam_step
-    stage.engine.ready(adam_step)
-    job.recorder.start(state, path)
-    return job, stage, state
+    run, stage, state = begin(job.run, found, job.device, job.recorder.say)
+    job.recorder.start(state, None if found is None else found[0])
+    return replace(job, run=run), stage, state
 
 
-def _check_same_model(job: Job, state: RunState, manifest: Manifest) -> None:
-    where, stages = f"{job.checkpoints}: its newest checkpoint", job.run.stages
-    if state.stage >= len(stages):
-        raise InputError(f"{where} is of stage {state.stage}, the run has {len(stages)} stages")
-    model = stages[state.stage].model.model_dump()
-    for key, value in ModelConfig(**manifest.model).model_dump().items():
-        if model.get(key) != value:
-            raise InputError(
-                f"{where} is of another model: {key} is {value}, stage {state.stage} of the run "
-                f"says {model.get(key)}; set another output_dir or the same model"
-            )
+def _rewind(job: Job, stage: Stage, failed: RunState, reason: str) -> tuple[Job, Stage, RunState]:
+    """Goes back to a checkpoint in the running job; `job` is the one before any growth."""
+    clock = time.perf_counter()
+    job.watchdog.beat(f"rewinding from step {failed.counters.step}", long=True)
+    found, state = rewind_target(job.run, job.checkpoints, failed, reason, job.recorder.say)
+    stage.release()
+    run, stage, _ = begin(job.run, found, job.device, job.recorder.say)
+    state = state.after_loss(time.perf_counter() - clock)
+    job.recorder.rewind(failed, state, None if found is None else found[0], reason)
+    return replace(job, run=run), stage, state
 
 
 def _validate(job: Job, stage: Stage, state: RunState) -> None:
     if job.inputs.validation is not None:
+        job.watchdog.beat(f"the validation after step {state.counters.step}", long=True)
         masks = masks_now(job.run, stage, state.stage_step)
         loss = mean_loss(stage, job.inputs.validation, job.inputs.validation_sequences, masks)
         job.recorder.validation(state, loss)
 
 
 def _save(job: Job, stage: Stage, state: RunState) -> RunState:
-    begin = time.perf_counter()
+    job.watchdog.beat(f"saving the checkpoint of step {state.counters.step}", long=True)
+    clock = time.perf_counter()
     path = save_checkpoint(
         job.checkpoints,
         state.counters.step,
@@ -158,7 +176,7 @@ def _save(job: Job, stage: Stage, state: RunState) -> RunState:
     )
     keep = job.run.checkpoint.keep_last
     together(lambda: prune_checkpoints(job.checkpoints, keep) if job.launch.rank == 0 else None)
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - clock
     job.recorder.checkpoint(state, path, seconds)
     return state.after_loss(seconds)
 
@@ -170,10 +188,12 @@ def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState
         sequences = run.stages[state.stage].batch.global_batch_size
         return mean_loss(stage, fixed, sequences, masks_now(run, stage, steps))
 
-    begin = time.perf_counter()
+    clock = time.perf_counter()
+    job.watchdog.beat(f"the growth after step {state.counters.step}", long=True)
     losses = [loss_of(job.run, stage, state.stage_step)]
     before = predictions(stage, fixed, masks_now(job.run, stage, state.stage_step))
-    feed = Feed(job.inputs.train, state.counters.tokens, job.run.data.sequence_length)
+    length, pause = job.run.data.sequence_length, partial(_pause_growth, job, state)
+    feed = Feed(job.inputs.train, state.position, length, pause)
     run, stage, report, probing = grow_best(
         job.run, end_stage(stage), feed, loss_of, job.recorder.say
     )
@@ -186,11 +206,18 @@ def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState
         tokens=spent.tokens,
         flops=spent.flops,
         flops_true=spent.flops_true,
-    ).after_loss(time.perf_counter() - begin)
+    ).after_loss(time.perf_counter() - clock)
     job.recorder.growth(state, report, losses[0], losses[1], difference)
     if report.preserves_function:
         _check_preserved(replace(job, run=run), stage, state, losses, difference)
     return replace(job, run=run), stage, state
+
+
+def _pause_growth(job: Job, state: RunState) -> None:
+    """Between the steps of a growth that trains or measures."""
+    job.watchdog.beat(f"the growth after step {state.counters.step}", long=True)
+    if any_rank(job.stop.received is not None, job.device):
+        raise StopRequested(job.stop.received or "a signal on another rank")
 
 
 def _check_preserved(

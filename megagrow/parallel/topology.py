@@ -81,6 +81,17 @@ def init_process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30
     return device
 
 
+def open_store(launch: Launch) -> Any:
+    """A second connection to the torch.distributed store in which the ranks found each other."""
+    if launch.world_size == 1:
+        return dist.HashStore()  # type: ignore[attr-defined]
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address, port, is_master=False, wait_for_workers=False
+    )
+    return dist.PrefixStore("megagrow", store)  # type: ignore[attr-defined]
+
+
 def leave_process_group() -> None:
     """Ends the job on all ranks together: none leaves while another still talks to it."""
     dist.barrier()
@@ -145,6 +156,13 @@ def destroy_topology(topology: Topology) -> None:
     """Gives the two process groups back."""
     dist.destroy_process_group(topology.tp_group)
     dist.destroy_process_group(topology.dp_group)
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on at least one rank; all ranks together."""
+    vote = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return vote.item() > 0
 
 
 def together(action: Callable[[], T]) -> T:
