@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,14 +15,14 @@ from megagrow.checkpoint.save import prune_checkpoints, save_checkpoint
 from megagrow.config.checks import world_problems
 from megagrow.config.schema import RunConfig
 from megagrow.config.timing import timing_warnings
-from megagrow.errors import InputError, PeerLost
+from megagrow.errors import InputError
 from megagrow.growth.problems import growth_problems
 from megagrow.parallel.topology import (
     Launch,
     any_rank,
+    first_host,
     init_process_group,
     leave_process_group,
-    open_store,
     read_launch,
     together,
 )
@@ -39,7 +39,7 @@ from megagrow.train.signals import StopRequested, StopSignal
 from megagrow.train.stage import Stage, masks_now
 from megagrow.train.state import RunState
 from megagrow.train.step import mean_loss
-from megagrow.train.watchdog import Watchdog
+from megagrow.train.watchdog import Watchdog, start_watchdog
 
 
 @dataclass(frozen=True)
@@ -70,25 +70,18 @@ def train(run: RunConfig) -> None:
     inputs = together(lambda: open_inputs(run))
     environment = describe_environment(run)
     recorder = Recorder(run, launch.rank, launch.world_size, environment)
-    watchdog = Watchdog(open_store(launch), launch.rank, launch.world_size, run.guards.hang_timeout)
+    watchdog = start_watchdog(launch, first_host(), run.guards.hang_timeout)
     with recorder, watchdog, StopSignal() as stop:
         together(recorder.open)
         job = Job(run, launch, device, inputs, recorder, environment, watchdog, stop)
         try:
             _train(job)
-        except RuntimeError as error:  # as torch.distributed raises, whatever the backend
-            _tell_apart(watchdog, error)
+        except RuntimeError:  # as torch.distributed raises, whatever the backend
+            watchdog.raise_if_alone()
+            raise
         together(recorder.check)
         watchdog.beat("leaving", long=True)
         leave_process_group()
-
-
-def _tell_apart(watchdog: Watchdog, error: RuntimeError) -> NoReturn:
-    """Is it an error of this rank, or is it that another one is gone?"""
-    verdict = watchdog.after_failure()
-    if verdict.missing:
-        raise PeerLost(f"{verdict.missing}; all ranks end", verdict.speaks) from error
-    raise error
 
 
 def _train(job: Job) -> None:

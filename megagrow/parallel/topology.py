@@ -81,15 +81,9 @@ def init_process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30
     return device
 
 
-def open_store(launch: Launch) -> Any:
-    """A second connection to the torch.distributed store in which the ranks found each other."""
-    if launch.world_size == 1:
-        return dist.HashStore()  # type: ignore[attr-defined]
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        address, port, is_master=False, wait_for_workers=False
-    )
-    return dist.PrefixStore("megagrow", store)  # type: ignore[attr-defined]
+def first_host() -> str:
+    """Where rank 0 runs, as the launcher says."""
+    return os.environ.get("MASTER_ADDR", "localhost")
 
 
 def leave_process_group() -> None:

@@ -73,7 +73,7 @@ def advance(
     if state.stage_step >= steps:  # beyond, if the run was made shorter than its checkpoint
         return StageEnd(state)
     beat(f"reading the batch of step {state.counters.step + 1}")
-    batches = _next_batches(stage, state, reader, stop, check)
+    batches = _next_batches(stage, state, reader, stop, check, beat)
     if batches is None:
         return Stopped(state, stop.received or "a signal on another rank")
     beat(f"step {state.counters.step + 1}")
@@ -108,6 +108,7 @@ def _next_batches(
     reader: BatchReader,
     stop: StopSignal,
     check: Callable[[], None],
+    beat: Callable[[str], None],
 ) -> list[Batch] | None:
     """This rank's micro batches of the next step; None if any rank was told to stop."""
     batch = stage.config.batch
@@ -120,6 +121,7 @@ def _next_batches(
         batches = [reader.read(state.position, indices) for indices in mine]
     except InputError as error:
         problem = error
+    beat(f"agreeing on step {state.counters.step + 1}")
     flags = [float(problem is not None), float(stop.received is not None)]
     vote = torch.tensor(flags, device=stage.topology.device)
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
