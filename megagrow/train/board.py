@@ -82,7 +82,7 @@ class BoardServer:
 
         self._server = Server(("", 0), Handler)
         self.port: int = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True).start()
 
     def close(self) -> None:
         """Answers nobody any more."""

@@ -33,7 +33,7 @@ or the board that leaves with rank 0, can tell them something else."""
 class Watchdog:
     """A context in which the ranks are watched; `timeout` in seconds, None for no limit.
 
-    `end` is how a process is ended.
+    `server` is closed at the end. `end` is how a process is ended.
     """
 
     def __init__(
@@ -41,21 +41,29 @@ class Watchdog:
         board: Board | RemoteBoard,
         rank: int,
         timeout: float | None,
+        server: BoardServer | None = None,
         end: Callable[[int], None] = os._exit,
     ) -> None:
-        self._board, self._rank = board, rank
+        self._board, self._rank, self._server = board, rank, server
         self._timeout, self._end = timeout, end
         self._phase, self._phases, self._long = "the start", 0, True
         self._over = threading.Event()
+        self._threads = [
+            threading.Thread(target=work, daemon=True) for work in (self._give_signs, self._watch)
+        ]
 
     def __enter__(self) -> "Watchdog":
         self._board.tell(self._rank, self._phases, self._phase)
-        for work in (self._give_signs, self._watch):
-            threading.Thread(target=work, daemon=True).start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
+        for thread in self._threads:
+            thread.join()
+        if self._server is not None:
+            self._server.close()
 
     def beat(self, phase: str, long: bool = False) -> None:
         """The main thread has come to the next phase, `long` if it may take its time."""
@@ -78,6 +86,7 @@ class Watchdog:
                 code = self._board.tell(self._rank, self._phases, self._phase)
                 if code and not self._over.wait(STAY_SECONDS):
                     self._end(code)
+                    return
 
     def _watch(self) -> None:
         seen, waited, last = -1, 0.0, time.monotonic()
@@ -127,13 +136,16 @@ class Watchdog:
 def start_watchdog(launch: Launch, host: str, timeout: float | None) -> Watchdog:
     """The watchdog of this rank, still to be entered; `host` is where rank 0 runs. All ranks
     together."""
-    board, told = Board(), ["", ""]
-    if launch.rank == 0 and launch.world_size > 1:
+    if launch.world_size == 1:
+        return Watchdog(Board(), launch.rank, timeout)
+    told = ["", ""]
+    if launch.rank == 0:
+        board = Board()
         server = BoardServer(board)
         told = [str(server.port), server.token]
     dist.broadcast_object_list(told, src=0)
     if launch.rank == 0:
-        return Watchdog(board, launch.rank, timeout)
+        return Watchdog(board, launch.rank, timeout, server)
     return Watchdog(RemoteBoard(host, int(told[0]), told[1]), launch.rank, timeout)
 
 

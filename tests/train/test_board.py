@@ -84,7 +84,9 @@ def test_a_failure_is_that_of_a_rank_that_was_not_heard_of(board: Board) -> None
     with Watchdog(board, 0, timeout=None, end=lambda code: None) as watchdog:
         watchdog.raise_if_alone()
         board.tell(1, 3, "step 2")
-        with pytest.raises(PeerLost, match="rank 1 gives no sign of life.*in step 2; all") as found:
+        with pytest.raises(
+            PeerLost, match=r"rank 1 gives no sign of life.*in step 2; all"
+        ) as found:
             watchdog.raise_if_alone()
         assert found.value.speaks
         with pytest.raises(PeerLost) as found:
