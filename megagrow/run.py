@@ -102,6 +102,7 @@ def _train(job: Job) -> None:
                     recorder.step(event)
                     if event.rewind is not None:
                         job, stage, state = _rewind(given, stage, state, event.rewind)
+                        saved = state.counters.step
                         continue
                     if event.validate:
                         _validate(job, stage, state)
@@ -122,7 +123,7 @@ def _train(job: Job) -> None:
 
 
 def _begin(job: Job) -> tuple[Job, Stage, RunState]:
-    """The state of the newest whole checkpoint, or initial weights."""
+    """The state of the newest whole checkpoint, or the weights that the run begins with."""
     job.watchdog.beat("the beginning of the run", long=True)
     found = newest_checkpoint(job.checkpoints, job.recorder.say)
     run, stage, state = begin(job.run, found, job.device, job.recorder.say)
