@@ -11,7 +11,7 @@ from rich.console import Console
 from megagrow.cli_checkpoint import checkpoint_app
 from megagrow.cli_convert import convert_app
 from megagrow.cli_formats import add_formats
-from megagrow.errors import InputError
+from megagrow.errors import InputError, PeerLost, RunError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 config_app = typer.Typer(help="Look at run files.", no_args_is_help=True)
@@ -183,18 +183,31 @@ def main() -> None:
     except InputError as error:
         _say_once(f"error: {error}")
         sys.exit(2)
+    except PeerLost as error:
+        _say(f"error: {error}", error.speaks)
+        sys.exit(error.code)
+    except RunError as error:
+        _say_once(f"error: {error}")
+        sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def _say_once(text: str) -> None:
-    from megagrow.parallel.topology import ends_all_with_one, read_launch
+    from megagrow.parallel.topology import read_launch
 
     try:
         first = read_launch().local_rank == 0
     except InputError:
         first = True
-    if first:
+    _say(text, first)
+
+
+def _say(text: str, speaks: bool) -> None:
+    """Says something, or gives the rank that does the time for it."""
+    from megagrow.parallel.topology import ends_all_with_one
+
+    if speaks:
         print(text, file=sys.stderr, flush=True)
     elif ends_all_with_one():
         time.sleep(FIRST_SPEAKS_SECONDS)

@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend: bad input, reported in one line, exit code 2."""
+"""Errors that are told in one line: what the user can mend, and what ends a run from outside."""
 
 from pathlib import Path
 
@@ -9,6 +9,38 @@ class InputError(Exception):
     The message is one line that names the culprit and says what to do. The command line prints it
     without a traceback and exits with code 2, on all ranks together.
     """
+
+
+class RunError(Exception):
+    """A run cannot go on, through no mistake in what it was given (docs/guards.md).
+
+    The message is one line, as that of an InputError; the exit code is that of the class.
+    """
+
+    code = 1
+
+
+class Diverged(RunError):
+    """All rewinds that a run may make are used up."""
+
+    code = 3
+
+
+HANG_CODE = 4
+"""Exit code of ranks that a watchdog has ended, since one of them did not get on."""
+
+
+class PeerLost(RunError):
+    """Another rank has died, so that what all ranks do together cannot be done.
+
+    `speaks`: whether this rank is the one that says so.
+    """
+
+    code = 5
+
+    def __init__(self, message: str, speaks: bool) -> None:
+        super().__init__(message)
+        self.speaks = speaks
 
 
 def unwritable(path: Path, error: OSError) -> InputError:

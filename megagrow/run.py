@@ -2,39 +2,41 @@
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from megagrow.checkpoint.load import load_storage, newest_checkpoint
-from megagrow.checkpoint.manifest import Manifest
+from megagrow.checkpoint.load import newest_checkpoint
 from megagrow.config.checks import world_problems
-from megagrow.config.schema import ModelConfig, RunConfig
+from megagrow.config.schema import RunConfig
 from megagrow.config.timing import timing_warnings
 from megagrow.errors import InputError
 from megagrow.growth.problems import growth_problems
 from megagrow.parallel.topology import (
     Launch,
+    any_rank,
+    first_host,
     init_process_group,
     leave_process_group,
     read_launch,
     together,
 )
-from megagrow.train.beginning import fill_beginning, open_beginning
 from megagrow.train.candidates import grow_best
 from megagrow.train.compare import Change, change, predictions
 from megagrow.train.environment import describe_environment
 from megagrow.train.feed import Feed
 from megagrow.train.grow import end_stage
-from megagrow.train.growths import as_grown
 from megagrow.train.inputs import Inputs, open_inputs
 from megagrow.train.loop import StageEnd, StepDone, Stopped, advance
 from megagrow.train.recorder import Recorder
+from megagrow.train.rewind import begin, rewind_target
 from megagrow.train.saving import Saving
-from megagrow.train.signals import StopSignal
-from megagrow.train.stage import Stage, build_stage, masks_now
+from megagrow.train.signals import StopRequested, StopSignal
+from megagrow.train.stage import Stage, masks_now
 from megagrow.train.state import RunState
 from megagrow.train.step import mean_loss
+from megagrow.train.watchdog import Watchdog, start_watchdog
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Job:
     inputs: Inputs
     recorder: Recorder
     saving: Saving
+    watchdog: Watchdog
+    stop: StopSignal
 
 
 def train(run: RunConfig) -> None:
@@ -58,33 +62,47 @@ def train(run: RunConfig) -> None:
     device = init_process_group(launch)
     inputs = together(lambda: open_inputs(run))
     environment = describe_environment(run)
-    with Recorder(run, launch.rank, launch.world_size, environment) as recorder:
+    recorder = Recorder(run, launch.rank, launch.world_size, environment)
+    watchdog = start_watchdog(launch, first_host(), run.guards.hang_timeout)
+    with recorder, watchdog, StopSignal() as stop:
         together(recorder.open)
         saving = Saving(run, launch.rank, device, environment, recorder)
-        with saving:
-            _train(Job(run, launch, device, inputs, recorder, saving))
+        try:
+            with saving:
+                _train(Job(run, launch, device, inputs, recorder, saving, watchdog, stop))
+        except RuntimeError:  # as torch.distributed raises, whatever the backend
+            watchdog.raise_if_alone()
+            raise
         together(recorder.check)
-    leave_process_group()
+        watchdog.beat("leaving", long=True)
+        leave_process_group()
 
 
 def _train(job: Job) -> None:
-    recorder = job.recorder
+    recorder, given = job.recorder, job
     for warning in timing_warnings(job.run):
         recorder.say(f"warning: {warning}")
     job, stage, state = _begin(job)
-    saving, saved = job.saving, state.counters.step
+    saving, saved, warm = job.saving, state.counters.step, None
     saving.prepare(stage)
-    with StopSignal() as stop:
+    try:
         while True:
-            event = advance(job.run, stage, state, job.inputs.train, stop, recorder.check, saving)
-            state = saving.account(event.state)
+            # The first step on an engine may have to compile kernels.
+            beat = partial(job.watchdog.beat, long=stage is not warm)
+            check, reader = recorder.check, job.inputs.train
+            event = advance(job.run, stage, state, reader, job.stop, check, beat, saving)
+            state, warm = saving.account(event.state), stage
             match event:
                 case StepDone():
                     recorder.step(event)
+                    if event.rewind is not None:
+                        job, stage, state = _rewind(given, stage, state, event.rewind)
+                        saved = state.counters.step
+                        continue
                     if event.validate:
                         _validate(job, stage, state)
                     if event.save:
-                        state = saving.save(stage, state)
+                        state = _save(job, stage, state)
                         saved = state.counters.step
                 case StageEnd() if stage.index + 1 < len(job.run.stages):
                     saving.release()
@@ -92,52 +110,53 @@ def _train(job: Job) -> None:
                     saving.prepare(stage)
                 case StageEnd() | Stopped():
                     break
-        state = saving.finish(state)
-        if saved < state.counters.step:
-            state = saving.save(stage, state, wait=True)
-        recorder.end(state, event.reason if isinstance(event, Stopped) else None)
+    except StopRequested as request:  # the checkpoint before the growth is all that counts
+        recorder.end(state, str(request))
+        return
+    job.watchdog.beat("waiting for a save", long=True)
+    state = saving.finish(state)
+    if saved < state.counters.step:
+        state = _save(job, stage, state, wait=True)
+    recorder.end(state, event.reason if isinstance(event, Stopped) else None)
     stage.release()
 
 
 def _begin(job: Job) -> tuple[Job, Stage, RunState]:
     """The state of the newest whole checkpoint, or the weights that the run begins with."""
+    job.watchdog.beat("the beginning of the run", long=True)
     found = newest_checkpoint(job.saving.directory, job.recorder.say)
-    path, manifest = found or (None, None)
-    state = RunState() if manifest is None else RunState.from_json(manifest.run)
-    if manifest is not None:
-        _check_same_model(job, state, manifest)
-        job = replace(job, run=as_grown(job.run, state))
-    first = open_beginning(job.run, job.recorder.say) if manifest is None else None
-    stage = build_stage(job.run, state.stage, job.device)
-    storage = stage.engine.storage()
-    if path is None or manifest is None:
-        adam_step = fill_beginning(first, stage.layout, job.launch.rank, storage, job.run.seed)
-    else:
-        load_storage(path, manifest, stage.layout, storage)
-        adam_step = manifest.adam_step
-    stage.engine.ready(adam_step)
-    job.recorder.start(state, path)
-    return job, stage, state
+    run, stage, state = begin(job.run, found, job.device, job.recorder.say)
+    job.recorder.start(state, None if found is None else found[0])
+    return replace(job, run=run), stage, state
 
 
-def _check_same_model(job: Job, state: RunState, manifest: Manifest) -> None:
-    where, stages = f"{job.saving.directory}: its newest checkpoint", job.run.stages
-    if state.stage >= len(stages):
-        raise InputError(f"{where} is of stage {state.stage}, the run has {len(stages)} stages")
-    model = stages[state.stage].model.model_dump()
-    for key, value in ModelConfig(**manifest.model).model_dump().items():
-        if model.get(key) != value:
-            raise InputError(
-                f"{where} is of another model: {key} is {value}, stage {state.stage} of the run "
-                f"says {model.get(key)}; set another output_dir or the same model"
-            )
+def _rewind(job: Job, stage: Stage, failed: RunState, reason: str) -> tuple[Job, Stage, RunState]:
+    """Goes back to a checkpoint in the running job; `job` is the one before any growth."""
+    clock = time.perf_counter()
+    job.watchdog.beat(f"rewinding from step {failed.counters.step}", long=True)
+    failed = job.saving.finish(failed)
+    directory, say = job.saving.directory, job.recorder.say
+    found, state = rewind_target(job.run, directory, failed, reason, say)
+    job.saving.release()
+    stage.release()
+    run, stage, _ = begin(job.run, found, job.device, say)
+    job.saving.prepare(stage)
+    state = state.after_loss(time.perf_counter() - clock)
+    job.recorder.rewind(failed, state, None if found is None else found[0], reason)
+    return replace(job, run=run), stage, state
 
 
 def _validate(job: Job, stage: Stage, state: RunState) -> None:
     if job.inputs.validation is not None:
+        job.watchdog.beat(f"the validation after step {state.counters.step}", long=True)
         masks = masks_now(job.run, stage, state.stage_step)
         loss = mean_loss(stage, job.inputs.validation, job.inputs.validation_sequences, masks)
         job.recorder.validation(state, loss)
+
+
+def _save(job: Job, stage: Stage, state: RunState, wait: bool = False) -> RunState:
+    job.watchdog.beat(f"saving the checkpoint of step {state.counters.step}", long=True)
+    return job.saving.save(stage, state, wait)
 
 
 def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState]:
@@ -147,10 +166,12 @@ def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState
         sequences = run.stages[state.stage].batch.global_batch_size
         return mean_loss(stage, fixed, sequences, masks_now(run, stage, steps))
 
-    begin = time.perf_counter()
+    clock = time.perf_counter()
+    job.watchdog.beat(f"the growth after step {state.counters.step}", long=True)
     losses = [loss_of(job.run, stage, state.stage_step)]
     before = predictions(stage, fixed, masks_now(job.run, stage, state.stage_step))
-    feed = Feed(job.inputs.train, state.counters.tokens, job.run.data.sequence_length)
+    length, pause = job.run.data.sequence_length, partial(_pause_growth, job, state)
+    feed = Feed(job.inputs.train, state.position, length, pause)
     run, stage, report, probing = grow_best(
         job.run, end_stage(stage), feed, loss_of, job.recorder.say
     )
@@ -163,11 +184,18 @@ def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState
         tokens=spent.tokens,
         flops=spent.flops,
         flops_true=spent.flops_true,
-    ).after_loss(time.perf_counter() - begin)
+    ).after_loss(time.perf_counter() - clock)
     job.recorder.growth(state, report, losses[0], losses[1], difference)
     if report.preserves_function:
         _check_preserved(replace(job, run=run), stage, state, losses, difference)
     return replace(job, run=run), stage, state
+
+
+def _pause_growth(job: Job, state: RunState) -> None:
+    """Between the steps of a growth that trains or measures."""
+    job.watchdog.beat(f"the growth after step {state.counters.step}", long=True)
+    if any_rank(job.stop.received is not None, job.device):
+        raise StopRequested(job.stop.received or "a signal on another rank")
 
 
 def _check_preserved(

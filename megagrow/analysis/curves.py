@@ -75,7 +75,7 @@ def load_run(directory: Path) -> RunCurves:
         tokens=end["tokens"],
         flops=end["flops"],
         seconds=end["elapsed_seconds"],
-        train=smooth(_kind(records, "train"), end["tokens"]),
+        train=smooth(_trained(records), end["tokens"]),
         validation=_series(_kind(records, "validation")),
         growths=tuple(
             Growth(record["stage"], record["tokens"], record["flops"])
@@ -114,12 +114,17 @@ def _kind(records: Sequence[Record], kind: str) -> list[Record]:
     return [record for record in records if record["kind"] == kind]
 
 
+def _trained(records: Sequence[Record]) -> list[Record]:
+    """The steps that changed something."""
+    return [record for record in _kind(records, "train") if not record.get("skipped")]
+
+
 def _last(records: Sequence[Record], kind: str) -> Record | None:
     return next((record for record in reversed(records) if record["kind"] == kind), None)
 
 
 def _check_losses(path: Path, records: Sequence[Record]) -> None:
-    trained = _kind(records, "train")
+    trained = _trained(records)
     if not trained:
         raise InputError(f"{path}: no training loss was recorded; lower logging.interval")
     for record in trained + _kind(records, "validation"):

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from megagrow.config.growth import GrowthConfig
+from megagrow.config.guards import GuardsConfig
 from megagrow.config.rope import RopeScaling
 from megagrow.config.section import Count, Section
 
@@ -180,4 +181,5 @@ class RunConfig(Section):
     stages: list[StageConfig] = Field(min_length=1)
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
+    guards: GuardsConfig = GuardsConfig()
     logging: LoggingConfig = LoggingConfig()

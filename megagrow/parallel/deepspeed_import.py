@@ -1,5 +1,6 @@
 """DeepSpeed, imported in this one place: for the right device, quietly, and without a compiler."""
 
+import logging
 import warnings
 
 from megagrow.parallel.topology import choose_accelerator
@@ -12,6 +13,8 @@ from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: E402
 
 # DeepSpeed 0.19 still calls collectives under names that torch 2.13 deprecates.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+# What it says of a skipped step the run says itself, with its number.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "OVERFLOW" not in record.getMessage())
 # DeepSpeed's shared-memory all-reduce serves inference on CPUs only. Building it would cost every
 # fresh machine a compiler and most of a minute.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -189,6 +189,16 @@ def _refresh_flat(optimizer: Any, topology: Topology) -> None:
             dist.all_gather(pieces, pieces[topology.dp_rank], group=topology.dp_group)
 
 
+def forget_gradients(optimizer: Any, zero_stage: int) -> None:
+    """Call after a step that DeepSpeed has skipped, as the gradient was not finite.
+
+    With an offloaded optimizer under ZeRO 1 and 2 in bf16 it keeps the tensor in which it sums
+    gradients up (0.19.8): one NaN would be in it for ever.
+    """
+    if zero_stage in (1, 2) and not isinstance(optimizer, BF16_Optimizer):
+        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+
+
 def unlink_zero3(engine: Any) -> None:
     """Cuts a destroyed engine's modules off its memory.
 

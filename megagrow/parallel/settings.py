@@ -86,7 +86,7 @@ def deepspeed_config(
         "train_batch_size": batch.global_batch_size,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_clipping": settings.optimizer.gradient_clipping if stage > 0 else 0.0,
-        "bf16": {"enabled": settings.bf16 and stage > 0},
+        "bf16": {"enabled": settings.bf16 and stage > 0, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

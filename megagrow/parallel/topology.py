@@ -81,6 +81,11 @@ def init_process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30
     return device
 
 
+def first_host() -> str:
+    """Where rank 0 runs, as the launcher says."""
+    return os.environ.get("MASTER_ADDR", "localhost")
+
+
 def leave_process_group() -> None:
     """Ends the job on all ranks together: none leaves while another still talks to it."""
     dist.barrier()
@@ -145,6 +150,13 @@ def destroy_topology(topology: Topology) -> None:
     """Gives the two process groups back."""
     dist.destroy_process_group(topology.tp_group)
     dist.destroy_process_group(topology.dp_group)
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on at least one rank; all ranks together."""
+    vote = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return vote.item() > 0
 
 
 def together(action: Callable[[], T]) -> T:

@@ -6,6 +6,7 @@ written weights on to the copies that the forward pass uses.
 """
 
 import gc
+import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -19,6 +20,7 @@ from megagrow.parallel.norm import clip_whole_gradients, weigh_norm
 from megagrow.parallel.partitions import (
     empty_shares,
     flat_already,
+    forget_gradients,
     mapped_zeros,
     nothing_sent,
     partition_zero3,
@@ -100,7 +102,8 @@ class ZeroEngine:
         """Ends a micro batch; where it is the last one, updates the weights.
 
         Returns the gradient norm before clipping (global, L2, with the weights of the parameters'
-        scales) if the weights were updated.
+        scales) after the last one. Where that is not finite, as every rank knows, nothing of the
+        state was changed and the gradients are gone.
         """
         boundary = self._engine.is_gradient_accumulation_boundary()
         norm = None
@@ -112,6 +115,8 @@ class ZeroEngine:
         self._engine.step()
         if boundary and self.stage > 0:
             norm = self._engine.get_global_grad_norm()
+            if not math.isfinite(norm):
+                forget_gradients(self._engine.optimizer, self.stage)
         return None if norm is None else float(norm)
 
     def train(self, mode: bool = True) -> None:
@@ -183,7 +188,11 @@ class ZeroEngine:
         named = dict(self._engine.module.named_parameters())
         groups = [([named[name] for name in g.names], g.scale.norm) for g in self._groups]
         limit = self.settings.optimizer.gradient_clipping
-        return clip_whole_gradients(groups, limit, self.topology)
+        norm = clip_whole_gradients(groups, limit, self.topology)
+        if not norm.isfinite():
+            for parameter in named.values():  # AdamW passes over what has no gradient
+                parameter.grad = None
+        return norm
 
     def _create_moments(self) -> None:
         # A fresh engine has no moments (DeepSpeed makes them in the first step).

@@ -1,5 +1,6 @@
 """What a growth event reads and uses up by itself, where it trains to find out how to grow."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -19,12 +20,15 @@ class Feed(NamedTuple):
     position: int
     length: int
     """Of a sequence."""
+    before_step: Callable[[], None] = lambda: None
+    """Called on all ranks before each step: it may end the growth by an exception."""
 
     def batches(self, step: int, stage: StageConfig, topology: Topology) -> list[Batch]:
         """This rank's micro batches of a step to come, 0 being the next; all ranks together.
 
         InputError on all ranks if the stream can not be read on one.
         """
+        self.before_step()
         position = self.position + step * step_tokens(stage, self.length)
         return together(partial(self._read, position, stage, topology))
 

@@ -61,10 +61,11 @@ def learn_growth(
     for step in range(stage.growth.learn.steps):
         batches = feed.batches(step, stage, topology)
         losses.append(summed_gradients(model, learned, batches, topology))
-        nn.utils.clip_grad_norm_(learned.tensors(), CLIP)
+        norm = nn.utils.clip_grad_norm_(learned.tensors(), CLIP)
         for group in adam.param_groups:
             group["lr"] = _rate(stage.growth.learn, step)
-        adam.step()
+        if norm.isfinite():  # the same on all ranks; else the step is skipped
+            adam.step()
     destroy_topology(topology)
     return learned_map(learned), _spent(run, index, learned, losses)
 

@@ -1,5 +1,6 @@
 """One turn of the training loop. It trains a step and says what is due; run.py does what is due."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,12 +28,14 @@ from megagrow.train.step import train_step
 
 @dataclass(frozen=True)
 class StepDone:
-    """A step was trained; `state` is that after it, the flags say what is due now."""
+    """A step was trained; `state` is that after it, the rest says what is due now."""
 
     state: RunState
     measure: StepMeasure
     validate: bool
     save: bool
+    rewind: str | None = None
+    """Why the run has to go back to a checkpoint, if it has to."""
 
 
 @dataclass(frozen=True)
@@ -70,27 +73,33 @@ def advance(
     reader: BatchReader,
     stop: StopSignal,
     check: Callable[[], None] = lambda: None,
+    beat: Callable[[str], None] = lambda phase: None,
     background: Background | None = None,
 ) -> Event:
     """Trains the next step of a stage, unless it has had all of them or a signal came.
 
-    An error that only one rank sees (a damaged corpus, or what `check` raises) is raised as the
-    same InputError on all. `background` is told when it is done on all ranks.
+    `beat` hears of each phase of it that begins. An error that only one rank sees (a damaged
+    corpus, or what `check` raises) is raised as the same InputError on all. `background` is told
+    when it is done on all ranks.
     """
     steps = stage_steps(stage.config, run.data.sequence_length)
     if state.stage_step >= steps:  # beyond, if the run was made shorter than its checkpoint
         return StageEnd(state)
-    batches = _next_batches(stage, state, reader, stop, check, background)
+    beat(f"reading the batch of step {state.counters.step + 1}")
+    batches = _next_batches(stage, state, reader, stop, check, beat, background)
     if batches is None:
         return Stopped(state, stop.received or "a signal on another rank")
+    beat(f"step {state.counters.step + 1}")
     measure = _measured_step(run, stage, state, batches)
-    state = state.after_step(measure)
+    state = state.after_step(measure).guarded(run.guards, measure)
     last = state.stage_step == steps
+    good = not state.guard.troubled  # else it is no state to go back to
     return StepDone(
         state,
         measure,
         validate=last or state.counters.step % run.validation.interval == 0,
-        save=last or state.counters.step % run.checkpoint.interval == 0,
+        save=last or (good and state.counters.step % run.checkpoint.interval == 0),
+        rewind=state.guard.reason_to_rewind(run.guards),
     )
 
 
@@ -112,6 +121,7 @@ def _next_batches(
     reader: BatchReader,
     stop: StopSignal,
     check: Callable[[], None],
+    beat: Callable[[str], None],
     background: Background | None,
 ) -> list[Batch] | None:
     """This rank's micro batches of the next step; None if any rank was told to stop."""
@@ -122,10 +132,11 @@ def _next_batches(
     batches, problem = [], None
     try:
         check()
-        batches = [reader.read(state.counters.tokens, indices) for indices in mine]
+        batches = [reader.read(state.position, indices) for indices in mine]
     except InputError as error:
         problem = error
     busy = background is not None and background.busy()
+    beat(f"agreeing on step {state.counters.step + 1}")
     flags = [float(problem is not None), float(stop.received is not None), float(busy)]
     vote = torch.tensor(flags, device=stage.topology.device)
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
@@ -149,6 +160,8 @@ def _measured_step(
     length = run.data.sequence_length
     tokens = step_tokens(stage.config, length)
     loss, norm, lr = train_at(run, stage, state.stage_step, batches)
+    if run.guards.loss_spike is not None:
+        loss = _as_rank_0_has_it(loss, stage.topology.device)
     model = stage.config.model
     return StepMeasure(
         stage=stage.index,
@@ -160,4 +173,13 @@ def _measured_step(
         flops_true=flops_per_token(model, length) * tokens,
         seconds=time.perf_counter() - begin,
         memory_bytes=peak_memory(stage.topology.device),
+        position=state.position,
+        skipped=not math.isfinite(norm),
     )
+
+
+def _as_rank_0_has_it(value: float, device: torch.device) -> float:
+    """What a decision hangs on must not differ in its last bit."""
+    shared = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.broadcast(shared, src=0)
+    return shared.item()

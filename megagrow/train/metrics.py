@@ -20,7 +20,7 @@ from megagrow.train.stages import run_steps, run_tokens
 from megagrow.train.trackers import Record, TensorBoardTracker, Tracker, WandbTracker
 
 METRICS_FILE = "metrics.jsonl"
-Kind = Literal["start", "train", "validation", "growth", "checkpoint", "end"]
+Kind = Literal["start", "train", "validation", "growth", "checkpoint", "rewind", "end"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,10 @@ class StepMeasure:
     seconds: float
     memory_bytes: int
     """Peak of this rank's device, or of its process on a CPU."""
+    position: int
+    """Where in the training stream the batch began."""
+    skipped: bool = False
+    """Loss or gradient were not finite: nothing was updated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,10 @@ class Counters:
     """The part of `flops` that went into that."""
     growth_flops_true: float = 0.0
     """The part of `flops_true` that went into that."""
+    skipped_steps: int = 0
+    """The part of `step` that changed nothing, as loss or gradient were not finite."""
+    rewinds: int = 0
+    """How often the run went back to a checkpoint. What it undid counts nowhere else."""
 
     def after_step(self, measure: StepMeasure) -> "Counters":
         """The counters when the step is done."""
@@ -72,6 +80,7 @@ class Counters:
             flops=self.flops + measure.flops,
             flops_true=self.flops_true + measure.flops_true,
             elapsed_seconds=self.elapsed_seconds + measure.seconds,
+            skipped_steps=self.skipped_steps + measure.skipped,
         )
 
     def after_growth(self, tokens: int, flops: float, flops_true: float) -> "Counters":
@@ -102,6 +111,8 @@ def train_fields(measure: StepMeasure, peak_flops: float | None) -> Record:
         "loss": measure.loss,
         "lr": measure.lr,
         "grad_norm": measure.grad_norm,
+        "position": measure.position,
+        "skipped": measure.skipped,
         "tokens_per_second": measure.tokens / measure.seconds,
         "mfu": measure.flops_true / measure.seconds / peak_flops if peak_flops else None,
         "memory_bytes": measure.memory_bytes,
@@ -151,15 +162,17 @@ class MetricsLog:
         for tracker in self._trackers:
             tracker.write(record)
 
-    def truncate_after(self, step: int, stage: int | None = None) -> None:
+    def truncate_after(self, step: int, stage: int | None = None, rewinds: int = 0) -> None:
         """Takes out what was recorded later than a checkpoint; `start` records stay.
 
         The checkpoint was saved after `step` steps, in stage `stage`: at the step of a growth the
-        stage tells what came before it from what came after. Call with step -1 to begin anew.
+        stage tells what came before it from what came after; so do the `rewinds` of a run that
+        went back. Call with step -1 to begin anew.
         """
         if self.path.exists():
             known = read_metrics(self.path)
-            _rewrite(self.path, [record for record in known if not _later(record, step, stage)])
+            kept = [record for record in known if not _later(record, step, stage, rewinds)]
+            _rewrite(self.path, kept)
         for tracker in self._trackers:
             tracker.truncate_after(step)
 
@@ -202,11 +215,11 @@ def _parse(line: bytes) -> Record | None:
     return record if known else None
 
 
-def _later(record: Record, step: int, stage: int | None) -> bool:
+def _later(record: Record, step: int, stage: int | None, rewinds: int) -> bool:
     if record["kind"] == "start":
         return False
     grown = stage is not None and record.get("stage", stage) > stage
-    return bool(grown or record["step"] > step)
+    return bool(grown or record["step"] > step or record.get("rewinds", 0) > rewinds)
 
 
 def _finite(record: Record) -> Record:

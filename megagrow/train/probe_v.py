@@ -5,9 +5,11 @@ With exp_avg_sq at zero the first updates of new entries would be too large wher
 weight.
 """
 
+import math
 from collections.abc import Sequence
 
 from megagrow.data.batches import Batch
+from megagrow.errors import InputError
 from megagrow.model.masks import Masks
 from megagrow.train.stage import Stage
 from megagrow.train.step import train_step
@@ -22,14 +24,17 @@ def measure_second_moment(
     takes: this rank's micro batches of one step; `masks` are those of the stage's first step. The
     gradients are those that Adam is given, reduced and clipped; later steps weigh more, as in
     Adam's own mean, whose bias is taken out (v = sum of (1 - b) b^(n-k) g_k^2 over k / (1 - b^n),
-    b = beta2). Weights and Adam's step stay as they are, exp_avg is zero.
+    b = beta2). Gradients that are not finite are passed over. Weights and Adam's step stay as they
+    are, exp_avg is zero. InputError if no gradient is finite.
     """
     engine = stage.engine
     adam_step = engine.adam_step
     engine.set_update_factors()
-    for batches in steps:
-        train_step(stage, batches, lr=0.0, masks=masks)
-    bias = 1.0 - stage.config.optimizer.betas[1] ** len(steps)
+    norms = [train_step(stage, batches, lr=0.0, masks=masks)[1] for batches in steps]
+    finite = sum(map(math.isfinite, norms))
+    if not finite:
+        raise InputError(f"growth of stage {stage.index}: no gradient of its probe_v is finite")
+    bias = 1.0 - stage.config.optimizer.betas[1] ** finite
     for kinds in engine.storage().values():
         kinds["exp_avg"].zero_()
         kinds["exp_avg_sq"].div_(bias)

@@ -80,14 +80,17 @@ class Recorder:
             self.say(f"{self._run.name}: a run of {run_steps(self._run)} steps, parameters {sizes}")
         else:
             step, stage = state.counters.step, state.stage
-            self._write(lambda log: log.truncate_after(step, stage))
+            self._write(lambda log: log.truncate_after(step, stage, state.counters.rewinds))
             self.say(f"{self._run.name}: goes on from {checkpoint}, step {step}")
         self._write(lambda log: log.write("start", state.counters, **start_fields(self._run)))
 
     def step(self, event: StepDone) -> None:
         """A step was trained."""
         counters, measure = event.state.counters, event.measure
-        if counters.step % self._run.logging.interval == 0 or event.validate:
+        if measure.skipped:
+            self.say(f"step {counters.step}: loss or gradient not finite, the step is skipped")
+        due = counters.step % self._run.logging.interval == 0
+        if due or event.validate or measure.skipped:
             fields = train_fields(measure, self._peak)
             self._write(lambda log: log.write("train", counters, **fields))
             status = Status(
@@ -116,6 +119,26 @@ class Recorder:
         self._write(lambda log: log.write("checkpoint", state.counters, **fields))
         step, spent = state.counters.step, f"in {seconds:.1f} s, training waited {stall:.1f} s"
         self.say(f"step {step}: saved {path} {spent}")
+
+    def rewind(self, failed: RunState, state: RunState, path: Path | None, reason: str) -> None:
+        """The run went back from where it failed to a checkpoint, or to its initial state."""
+        counters = state.counters
+        last = failed.counters.rewinds
+        self._write(lambda log: log.truncate_after(counters.step, state.stage, last))
+        fields = {
+            "stage": state.stage,
+            "from_step": failed.counters.step,
+            "path": None if path is None else str(path),
+            "reason": reason,
+            "skipped_from": counters.tokens + failed.skipped_tokens,
+            "skipped_to": state.position,
+        }
+        self._write(lambda log: log.write("rewind", counters, **fields))
+        self.say(
+            f"step {failed.counters.step}: {reason}; back to {path or 'the initial state'}, step "
+            f"{counters.step}, without tokens {fields['skipped_from']} to {fields['skipped_to']} "
+            "of the stream"
+        )
 
     def growth(
         self,

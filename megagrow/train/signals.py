@@ -1,4 +1,7 @@
-"""Leaving cleanly: SIGTERM and SIGINT end the run after the step in progress."""
+"""Leaving cleanly: SIGTERM, SIGINT and SIGUSR1 end the run after the step in progress.
+
+SIGUSR1 is how SLURM warns of the end of a job's time (`--signal=USR1@120`).
+"""
 
 import signal
 import time
@@ -10,8 +13,16 @@ SAME_REQUEST_SECONDS = 2.0
 comes this soon after the first signal is no second wish."""
 
 
+class StopRequested(Exception):
+    """A signal came while the run did something else than plain steps; on all ranks."""
+
+
 class StopSignal:
-    """A context in which SIGTERM and SIGINT only raise a flag; one more interrupts at once."""
+    """A context in which SIGTERM, SIGINT and SIGUSR1 only raise a flag.
+
+    One more SIGTERM or SIGINT interrupts at once; but not after SIGUSR1, which is a warning: the
+    end of a job's time comes with SIGTERM, and finds a checkpoint being written at worst.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -19,7 +30,7 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -30,6 +41,8 @@ class StopSignal:
         if self.received is None:
             self.received = signal.Signals(number).name
             self._since = time.monotonic()
+        elif signal.SIGUSR1.name in (self.received, signal.Signals(number).name):
+            return
         elif time.monotonic() - self._since > SAME_REQUEST_SECONDS:
             self._restore()
             signal.raise_signal(number)

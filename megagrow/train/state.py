@@ -3,13 +3,15 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from megagrow.config.guards import GuardsConfig
+from megagrow.train.guard import Guard
 from megagrow.train.metrics import Counters, StepMeasure
 
 
 @dataclass(frozen=True)
 class RunState:
-    """The next step is step `stage_step` of stage `stage`; its batch begins at token
-    `counters.tokens` of the training stream. Nothing else decides what a run does next.
+    """The next step is step `stage_step` of stage `stage`; its batch begins at token `position` of
+    the training stream. Nothing else decides what a run does next.
 
     `counters.tokens` are `stages.tokens_at` of the step, and the `growth_tokens`."""
 
@@ -20,11 +22,35 @@ class RunState:
     """For each growth so far: for each new layer the layer that it was copied from."""
     operators: tuple[tuple[str, ...], ...] = ()
     """For each growth so far: by which operators; a probe chooses them while the run goes on."""
+    skipped_tokens: int = 0
+    """Tokens of the stream that rewinds have put behind the run, though it was not trained on
+    them."""
+    guard: Guard = field(default_factory=Guard)
+
+    @property
+    def position(self) -> int:
+        """Where in the stream the next batch begins. What depends on tokens trained, as the
+        learning rate and masks, goes by `counters.tokens` instead."""
+        return self.counters.tokens + self.skipped_tokens
 
     def after_step(self, measure: StepMeasure) -> "RunState":
         """The state when a step is done."""
         counters = self.counters.after_step(measure)
         return replace(self, counters=counters, stage_step=self.stage_step + 1)
+
+    def guarded(self, guards: GuardsConfig, measure: StepMeasure) -> "RunState":
+        """The state when the guards have seen the step that was done."""
+        guard = self.guard.after_step(guards, measure.loss, measure.skipped)
+        return replace(self, guard=guard)
+
+    def rewound_to(self, earlier: "RunState") -> "RunState":
+        """The state when the run went back to an earlier one; its next batch stays the next."""
+        return replace(
+            earlier,
+            counters=replace(earlier.counters, rewinds=self.counters.rewinds + 1),
+            skipped_tokens=self.position - earlier.counters.tokens,
+            guard=self.guard.after_rewind(earlier.guard, earlier.counters.step),
+        )
 
     def after_growth(
         self,
@@ -49,6 +75,7 @@ class RunState:
             stage_step=0,
             provenance=(*self.provenance, layers),
             operators=(*self.operators, operators),
+            guard=self.guard.after_growth(),
         )
 
     def after_loss(self, seconds: float) -> "RunState":
@@ -67,4 +94,11 @@ class RunState:
             for name in ("provenance", "operators")
         }
         counters = Counters(**values["counters"])
-        return RunState(counters, values["stage"], values["stage_step"], **lists)
+        return RunState(
+            counters,
+            values["stage"],
+            values["stage_step"],
+            **lists,
+            skipped_tokens=values.get("skipped_tokens", 0),
+            guard=Guard.from_json(values.get("guard", {})),
+        )

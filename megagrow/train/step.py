@@ -21,14 +21,16 @@ def train_step(
     `masks` are this rank's, where parts of the model are still being let in.
 
     Returns the loss (mean over the global batch's tokens, in nats) and the gradient norm before
-    clipping. A position without a next token (the last of a corpus) counts as a loss of zero, so
-    that every layout divides by the same number.
+    clipping. If the loss or a gradient is not finite on any rank then the norm is not, on all of
+    them, and nothing was updated. A position without a next token (the last of a corpus) counts as
+    a loss of zero, so that every layout divides by the same number.
     """
     total = torch.zeros((), device=stage.topology.device)
     norm = None
     for batch in batches:
         loss = _summed_loss(stage, batch, masks) / batch.labels.numel()
-        stage.engine.backward(loss)
+        # 1 where the loss is finite, else NaN: then so is the gradient, and the norm tells all.
+        stage.engine.backward(loss * (1 + 0 * loss.detach()))
         norm = stage.engine.step(lr)
         total += loss.detach() / len(batches)
     dist.all_reduce(total, group=stage.topology.dp_group)

@@ -46,6 +46,7 @@ def write_run(
                 seen = StepMeasure(
                     stage=index, loss=loss + noise * draw.gauss(0, 1), lr=1e-3, grad_norm=1.0,
                     tokens=TOKENS, flops=flops, flops_true=flops, seconds=0.5, memory_bytes=1,
+                    position=counters.tokens,
                 )  # fmt: skip
                 counters = counters.after_step(seen)
                 log.write("train", counters, **train_fields(seen, None))

@@ -67,3 +67,26 @@ def test_a_learned_growth_is_charged_and_survives_a_kill(tmp_path):
     assert len(history(killed)[0]) == BEFORE and not history(killed)[1]
     assert end_of(killed) == [0, 0]
     assert history(killed) == history(undisturbed)
+
+
+def stopped_while_it_learns(rank: int, patch: pytest.MonkeyPatch) -> None:
+    step, steps = megagrow.train.learn.summed_gradients, []
+
+    def watched(*arguments):
+        steps.append(step(*arguments))
+        if len(steps) == LEARN // 2 and rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return steps[-1]
+
+    patch.setattr(megagrow.train.learn, "summed_gradients", watched)
+
+
+def test_a_stop_in_a_learned_growth_leaves_without_the_growth(tmp_path):
+    undisturbed = learned_run(tmp_path)
+    assert end_of(undisturbed) == [0, 0]
+    stopped = undisturbed.model_copy(update={"output_dir": tmp_path / "again" / "run"})
+    assert end_of(stopped, stopped_while_it_learns) == [0, 0]
+    assert records(stopped, "end", ["step"]) == [(BEFORE,)]
+    assert len(history(stopped)[0]) == BEFORE and not history(stopped)[1]
+    assert end_of(stopped) == [0, 0]
+    assert history(stopped) == history(undisturbed)

@@ -278,8 +278,8 @@ def test_a_finished_run_says_so_and_does_nothing(undisturbed: RunConfig) -> None
 
 @pytest.mark.parametrize(
     "signals",
-    [[signal.SIGTERM], [signal.SIGINT], [signal.SIGINT, signal.SIGTERM, signal.SIGTERM]],
-    ids=["SIGTERM", "SIGINT", "Ctrl-C under a launcher"],
+    [[signal.SIGTERM], [signal.SIGUSR1], [signal.SIGINT, signal.SIGTERM, signal.SIGTERM]],
+    ids=["SIGTERM", "SIGUSR1", "Ctrl-C under a launcher"],
 )
 def test_stopped_by_a_signal(
     tmp_path: Path, undisturbed: RunConfig, signals: list[signal.Signals]

@@ -30,6 +30,7 @@ def measure(step: int, stage: int = 0, **changes: Any) -> StepMeasure:
         "flops_true": 8e3,
         "seconds": 0.5,
         "memory_bytes": 1 << 20,
+        "position": 64 * step,
     }
     return StepMeasure(**{**fields, **changes})
 
@@ -57,7 +58,8 @@ def test_train_record_holds_what_is_promised(tmp_path: Path) -> None:
     assert record == {
         "kind": "train", "step": 1, "tokens": 64, "flops": 6.4e3, "flops_true": 8e3,
         "elapsed_seconds": 2.5, "lost_seconds": 2.0, "growth_tokens": 0, "growth_flops": 0.0,
-        "growth_flops_true": 0.0, "stage": 0, "loss": 5.0, "lr": 1e-3, "grad_norm": 1.5,
+        "growth_flops_true": 0.0, "skipped_steps": 0, "rewinds": 0, "stage": 0, "loss": 5.0,
+        "lr": 1e-3, "grad_norm": 1.5, "position": 0, "skipped": False,
         "tokens_per_second": 128.0, "mfu": 0.2, "memory_bytes": 1 << 20, "seconds": 0.5,
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first one is noted, echoes of it are ignored, a later one interrupts."""
+"""Signals: the first one is noted, echoes of it are ignored, a later one interrupts."""
 
 import signal
 
@@ -23,7 +23,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_is_noted(clock: Clock, number: signal.Signals) -> None:
     with StopSignal() as stop:
         assert stop.received is None
@@ -48,7 +51,16 @@ def test_a_later_signal_interrupts(clock: Clock) -> None:
 
 
 def test_afterwards_signals_are_what_they_were(clock: Clock) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    before = [signal.getsignal(number) for number in NUMBERS]
     with StopSignal():
         signal.raise_signal(signal.SIGTERM)
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in NUMBERS] == before
+
+
+@pytest.mark.parametrize("later", NUMBERS)
+def test_what_comes_after_a_warning_does_not_interrupt(clock: Clock, later: signal.Signals) -> None:
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGUSR1)
+        clock.now += SAME_REQUEST_SECONDS + 0.1
+        signal.raise_signal(later)
+        assert stop.received == "SIGUSR1"

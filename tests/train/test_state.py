@@ -49,6 +49,7 @@ def a_step(state: RunState, batch: int) -> RunState:
         flops_true=3.0,
         seconds=0.5,
         memory_bytes=0,
+        position=state.position,
     )
     return state.after_step(measure)
 
@@ -107,5 +108,27 @@ def test_a_state_survives_its_manifest() -> None:
 def test_a_manifest_that_knows_of_no_growth_tokens_is_read() -> None:
     values = RunState().as_json()
     for key in ("growth_tokens", "growth_flops", "growth_flops_true"):
+        del values["counters"][key]
+    assert RunState.from_json(values) == RunState()
+
+
+def test_a_rewind_changes_place_but_reads_on() -> None:
+    saved = a_step(RunState(), 4)
+    failed = a_step(a_step(saved, 4), 4)
+    back = failed.rewound_to(saved)
+    assert back.counters == replace(saved.counters, rewinds=1)
+    assert (back.stage, back.stage_step) == (saved.stage, saved.stage_step)
+    assert back.position == failed.position == 3 * 4 * LENGTH
+    assert back.skipped_tokens == 2 * 4 * LENGTH
+    again = a_step(back, 4).rewound_to(saved)
+    assert (again.position, again.counters.rewinds) == (4 * 4 * LENGTH, 2)
+    assert RunState.from_json(json.loads(json.dumps(again.as_json()))) == again
+
+
+def test_a_manifest_that_knows_of_no_guards_is_read() -> None:
+    values = RunState().as_json()
+    for key in ("skipped_tokens", "guard"):
+        del values[key]
+    for key in ("rewinds", "skipped_steps"):
         del values["counters"][key]
     assert RunState.from_json(values) == RunState()

@@ -1,0 +1,102 @@
+"""A gradient that is not finite, on one rank alone: no rank changes a bit, and nothing stays of it.
+
+The layouts are all those in which the state is kept differently.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megagrow.parallel.loss import cross_entropy
+from tests.hugging_face import tokens
+from tests.parallel.engines import (
+    BATCH,
+    CONFIG,
+    LENGTH,
+    LR,
+    OPTIMIZER,
+    Built,
+    Case,
+    build,
+)
+from tests.parallel.test_scales import SCALES
+from tests.spawn import run_ranks
+
+WORLD = 2
+CASES = [Case(zero, tp, bf16=bf16) for zero in range(4) for tp in (1, 2) for bf16 in (False, True)]
+CASES += [Case(z, 1, offload=True, bf16=bf16) for z in (1, 2, 3) for bf16 in (False, True)]
+UNCLIPPED = OPTIMIZER.model_copy(update={"gradient_clipping": 0.0})
+
+
+def bytes_of(built: Built) -> tuple[dict[str, dict[str, bytes]], int, bytes]:
+    """All that a rank holds: weights, moments, Adam's step, and what the forward pass makes."""
+    storage = {
+        name: {kind: part.detach().clone().numpy().tobytes() for kind, part in kinds.items()}
+        for name, kinds in built.engine.storage().items()
+    }
+    ids, _ = tokens(CONFIG, 1, LENGTH)
+    built.engine.train(False)
+    with torch.no_grad():
+        logits = built.engine.forward(ids, torch.arange(LENGTH).expand_as(ids), None)
+    built.engine.train()
+    return storage, built.engine.adam_step, logits.float().numpy().tobytes()
+
+
+def spoilt_step(built: Built, rank: int, what: float) -> float:
+    """A step in whose first micro batch one rank has a value that is not finite in its gradient."""
+
+    def spoil(gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        gradient[0, 0, 0] = what
+        return gradient
+
+    ids, labels = tokens(CONFIG, BATCH, LENGTH, seed=7)
+    norm = None
+    mine = range(built.topology.dp_rank, BATCH, built.topology.dp)
+    for number, index in enumerate(mine):
+        row, mark = ids[index : index + 1], labels[index : index + 1]
+        logits = built.engine.forward(row, torch.arange(LENGTH).expand_as(row), None)
+        if number == 0 and built.topology.rank == rank:
+            logits.register_hook(spoil)
+        loss = cross_entropy(logits, mark, CONFIG.vocab_size, built.topology) / LENGTH
+        built.engine.backward(loss)
+        norm = built.engine.step(LR)
+    assert norm is not None
+    return norm
+
+
+def skip(case: Case, scaled: bool) -> tuple[list[float], bool, bool]:
+    """The norms of the spoilt steps, whether they left every bit, and whether what follows is what
+    would have followed without them."""
+    clip = OPTIMIZER if scaled else UNCLIPPED
+    spoilt, spared = build(case, SCALES if scaled else None, clip), None
+    spoilt.train_step(seed=0)
+    before = bytes_of(spoilt)
+    norms = [spoilt_step(spoilt, *how) for how in ((0, math.nan), (1, math.inf))]
+    kept = bytes_of(spoilt) == before
+    spoilt.train_step(seed=1)
+    after = bytes_of(spoilt)
+    spoilt.release()
+    spared = build(case, SCALES if scaled else None, clip)
+    for seed in (0, 1):
+        spared.train_step(seed=seed)
+    same = bytes_of(spared) == after
+    assert after != before
+    spared.release()
+    return norms, kept, same
+
+
+def skip_all(cases: list[Case], scaled: bool) -> list[tuple[list[float], bool, bool]]:
+    return [skip(case, scaled) for case in cases]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "weighted norm and clipping"])
+def test_nothing_changes_and_nothing_stays(scaled: bool) -> None:
+    for rank, results in enumerate(run_ranks(WORLD, skip_all, CASES, scaled)):
+        for case, (norms, kept, same) in zip(CASES, results, strict=True):
+            assert not any(map(math.isfinite, norms)), (rank, case, norms)
+            assert kept, (rank, case)
+            assert same, (rank, case)

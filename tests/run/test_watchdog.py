@@ -1,0 +1,169 @@
+"""Ranks that freeze, stay behind, die or fail: how soon the others end, what they say, and how."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import megagrow.train.loop
+from megagrow.config.schema import RunConfig
+from megagrow.data.batches import BatchReader
+from tests.jobs import Finished, Hook, train, write_run
+from tests.runs import STEP_TOKENS, make_run
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+WORLD = 3
+HANG_TIMEOUT = 1.5
+REACTION = 6.0
+"""Seconds after the timeout: to look twice who is there, and for the others to wait for words."""
+STEP = 5
+
+
+def small_run(folder: Path, hang_timeout: float) -> RunConfig:
+    batch = {"global_batch_size": 3, "micro_batch_size": 1}
+    return make_run(
+        folder,
+        [{"tokens": 20 * STEP_TOKENS, "batch": batch}],
+        guards={"hang_timeout": hang_timeout},
+    )
+
+
+def in_step(victim: int, does: Callable[[], object]) -> Hook:
+    """What one rank does to itself in the middle of a step."""
+
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        train_step, steps = megagrow.train.loop.train_step, []
+
+        def stepping(*arguments: Any) -> Any:
+            steps.append(None)
+            if rank == victim and len(steps) == STEP:
+                does()
+            return train_step(*arguments)
+
+        patch.setattr(megagrow.train.loop, "train_step", stepping)
+
+    return hook
+
+
+def while_reading(victim: int, does: Callable[[], object]) -> Hook:
+    """What one rank does to itself when it reads a batch."""
+
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        read = BatchReader.read
+
+        def reading(self: BatchReader, position: int, indices: Any) -> Any:
+            if rank == victim and position == (STEP - 1) * 3 * 16:
+                does()
+            return read(self, position, indices)
+
+        patch.setattr(BatchReader, "read", reading)
+
+    return hook
+
+
+def send_self(number: signal.Signals) -> Callable[[], None]:
+    def send() -> None:
+        time.sleep(0.7)  # so that it was heard of in this phase
+        os.kill(os.getpid(), number)
+
+    return send
+
+
+def ended(
+    folder: Path, hook: Hook, victim: int, hang_timeout: float = 60
+) -> tuple[Finished, float]:
+    """How a job with one bad rank ends, and in how many seconds from its start."""
+    begin = time.monotonic()
+    job = train(write_run(folder / "run.yaml", small_run(folder, hang_timeout)), WORLD, hook)
+    for rank, process in enumerate(job.ranks):
+        if rank != victim:
+            process.join(60)
+    seconds = time.monotonic() - begin
+    pid = job.ranks[victim].pid
+    assert pid is not None
+    if job.ranks[victim].is_alive():
+        os.kill(pid, signal.SIGKILL)
+    return job.finish(), seconds
+
+
+def lines(done: Finished) -> list[str]:
+    return [line for text in done.err for line in text.splitlines()]
+
+
+def forever() -> None:
+    time.sleep(3600)
+
+
+@pytest.mark.parametrize(
+    ("hook", "victim", "message"),
+    [
+        (
+            in_step(2, send_self(signal.SIGSTOP)),
+            2,
+            "rank 2 gives no sign of life: it is frozen or dead, last heard of in step 5",
+        ),
+        (
+            in_step(0, send_self(signal.SIGSTOP)),
+            0,
+            "rank 0 gives no answer: it is frozen or dead",
+        ),
+        (
+            while_reading(1, forever),
+            1,
+            "rank 1 is alive, but stays behind, last heard of in reading the batch of step 5",
+        ),
+        (
+            in_step(1, forever),
+            1,
+            "no rank is missing, all of them wait",
+        ),
+    ],
+    ids=["frozen", "rank 0 frozen", "behind", "waiting for ever"],
+)
+def test_a_rank_that_does_not_get_on(tmp_path: Path, hook: Hook, victim: int, message: str) -> None:
+    done, seconds = ended(tmp_path, hook, victim, HANG_TIMEOUT)
+    print(done.err, seconds)
+    alive = [code for rank, code in enumerate(done.codes) if rank != victim]
+    assert alive == [4] * (WORLD - 1), done.err
+    assert len(lines(done)) == (2 if victim == 0 else 1), "the others agree on who speaks"
+    for line in lines(done):
+        assert line.startswith("error: no progress in ")
+        assert line.endswith(f" for 2 s; {message}; all ranks end (guards.hang_timeout)")
+    assert seconds < 15 + HANG_TIMEOUT + REACTION
+
+
+@pytest.mark.parametrize(
+    ("victim", "message"),
+    [
+        (1, "rank 1 gives no sign of life: it is frozen or dead, last heard of in step 5"),
+        (0, "rank 0 gives no answer: it is frozen or dead"),
+    ],
+)
+def test_a_rank_that_is_killed(tmp_path: Path, victim: int, message: str) -> None:
+    done, seconds = ended(tmp_path, in_step(victim, send_self(signal.SIGKILL)), victim)
+    print(done.err, seconds)
+    assert done.codes[victim] == -signal.SIGKILL
+    assert [code for rank, code in enumerate(done.codes) if rank != victim] == [5] * (WORLD - 1)
+    assert set(lines(done)) == {f"error: {message}; all ranks end"}
+    assert len(lines(done)) == (2 if victim == 0 else 1)
+
+
+def fail() -> None:
+    time.sleep(0.7)
+    raise RuntimeError("a bug")
+
+
+def test_a_rank_that_fails(tmp_path: Path) -> None:
+    done, _ = ended(tmp_path, in_step(2, fail), 2)
+    assert done.codes == [5, 5, 1]
+    assert "RuntimeError: a bug" in done.err[2]
+    assert sorted(done.err[:2]) == [
+        "",
+        "error: rank 2 gives no sign of life: it is frozen or dead, last heard of in step 5; "
+        "all ranks end\n",
+    ]
