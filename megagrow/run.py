@@ -156,7 +156,7 @@ def _validate(job: Job, stage: Stage, state: RunState) -> None:
 
 def _save(job: Job, stage: Stage, state: RunState, wait: bool = False) -> RunState:
     job.watchdog.beat(f"saving the checkpoint of step {state.counters.step}", long=True)
-    return job.saving.save(stage, state, wait)
+    return job.saving.save(stage, state, wait=wait)
 
 
 def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState]:
