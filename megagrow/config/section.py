@@ -6,7 +6,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from megagrow.config.sizes import parse_count
 
-Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
+LARGEST_COUNT = 10**30
+"""More FLOPs than there will be. Beyond it products of counts would not fit into a float."""
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0, le=LARGEST_COUNT)]
 """A positive whole number, written for people: `2048`, `2M`, `10B`."""
 
 
