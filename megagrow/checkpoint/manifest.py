@@ -24,6 +24,9 @@ FORMAT = 2
 BEFORE_GROWTH = "before growth"
 """Why a checkpoint is protected: its stage ends with it, and the next one begins by a growth."""
 
+MOST_RANKS = 2**17
+"""Of a layout, along each of its axes: more than any cluster has."""
+
 _NOT_READ = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 """What comes of a damaged file."""
 
@@ -124,7 +127,8 @@ def _checksum(values: dict[str, Any]) -> str:
 def _check_layout(manifest: Manifest) -> None:
     """ValueError if the layout is none of the model; the checksum tells only of accidents."""
     zero_stage, *grid = (manifest.layout[key] for key in ("zero_stage", "dp", "tp"))
-    if zero_stage not in range(4) or not all(type(size) is int and size > 0 for size in grid):
+    sizes = all(type(size) is int and 0 < size <= MOST_RANKS for size in grid)
+    if type(zero_stage) is not int or zero_stage not in range(4) or not sizes:
         raise ValueError(f"no layout has ZeRO stage {zero_stage} and dp, tp = {grid}")
     layout = manifest.read_layout()
     named = [name for group in layout.groups for name in group]

@@ -6,10 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from megagrow.config.sizes import parse_count
 
-LARGEST_COUNT = 10**30
-"""More FLOPs than there will be. Beyond it products of counts would not fit into a float."""
-
-Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0, le=LARGEST_COUNT)]
+Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 """A positive whole number, written for people: `2048`, `2M`, `10B`."""
 
 
