@@ -75,7 +75,7 @@ def test_counts_that_no_float_could_hold(run_file_text, tmp_path: Path, count: s
 
 def test_more_layers_than_tables_have_room_for(run_file_text, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(run_file_text)
-    with pytest.raises(InputError, match="num_hidden_layers.*less than or equal to 10000"):
+    with pytest.raises(InputError, match=r"num_hidden_layers.*less than or equal to 10000"):
         load_run(tmp_path / "run.yaml", ["model.num_hidden_layers=1B"])
 
 
