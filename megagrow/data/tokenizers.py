@@ -80,19 +80,19 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: Path) -> None:
         model = path.read_bytes()
+        if not model:
+            raise InputError(f"{path}: the file is empty; not a SentencePiece model")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = self._processor.vocab_size()
-        except RuntimeError as error:
+            self._is_cuttable = self._check_cuttable()
+        except (RuntimeError, ValueError) as error:  # ValueError: a token that is not UTF-8.
             raise InputError(f"{path}: not a SentencePiece model") from error
-        if self.vocab_size == 0:
-            raise InputError(f"{path}: not a SentencePiece model")
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
             raise _no_eos(path)
         self.checksum = _digest(model)
         self._path = path
-        self._is_cuttable = self._check_cuttable()
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         pieces = [self._cut(text) for text in texts]

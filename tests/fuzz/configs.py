@@ -1,7 +1,9 @@
 """Targets: run files, overrides of them, and tokenizers."""
 
 import json
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import yaml
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from megagrow.config.load import load_run
 from megagrow.config.show import to_yaml
-from megagrow.data.tokenizers import load_tokenizer
+from megagrow.data.tokenizers import load_tokenizer, train_sentencepiece
 from megagrow.growth.problems import growth_problems
 from tests.fuzz.mutations import TEXTS, at, damaged, mutated_bytes, paths, wild
 from tests.fuzz.running import Target
@@ -106,6 +108,24 @@ def _load_tokenizer(folder: Path, given: tuple[bytes, bytes]) -> None:
         assert all(0 <= token < tokenizer.vocab_size for token in ids)
 
 
+@cache
+def _sentencepiece() -> bytes:
+    """A small model, trained once."""
+    path = Path(mkdtemp()) / "small.model"
+    train_sentencepiece(["one two three", "two and three\n", "a b c d e f g"] * 20, 300, path)
+    return path.read_bytes()
+
+
+def _load_sentencepiece(folder: Path, raw: bytes) -> None:
+    path = folder / "tokenizer.model"
+    path.write_bytes(raw)
+    tokenizer = load_tokenizer(path)
+    assert 0 <= tokenizer.eos_id < tokenizer.vocab_size
+    for ids in tokenizer.encode_batch(["one two\n three", ""]):
+        assert all(0 <= token < tokenizer.vocab_size for token in ids)
+        tokenizer.decode(ids)
+
+
 def _dumped(tree: Any) -> bytes:
     return yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass")
 
@@ -121,5 +141,10 @@ TARGETS = [
         "tokenizer.json",
         st.tuples(damaged(TOKENIZER), damaged({"eos_token": {"content": "</s>"}})),
         _load_tokenizer,
+    ),
+    Target(
+        "tokenizer.model",
+        st.deferred(lambda: mutated_bytes(_sentencepiece())),
+        _load_sentencepiece,
     ),
 ]
