@@ -81,7 +81,7 @@ class SentencePieceTokenizer:
     def __init__(self, path: Path) -> None:
         model = path.read_bytes()
         if not model:
-            raise InputError(f"{path}: the file is empty; not a SentencePiece model")
+            raise InputError(f"{path}: not a SentencePiece model, the file is empty")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = self._processor.vocab_size()

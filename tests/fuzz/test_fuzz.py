@@ -16,7 +16,7 @@ from tests.fuzz.mutations import CANARY
 from tests.fuzz.running import Outcome, Target, run
 
 TARGETS = [*configs.TARGETS, *files.TARGETS, *checkpoints.TARGETS]
-EXAMPLES = 150
+EXAMPLES = 100
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -48,8 +48,7 @@ def _raises(error: Exception):
         (lambda _: bytearray(2**31), "MemoryError"),
         (lambda _: subprocess.run(["true"], check=True), "subprocess.Popen"),
         (lambda folder: (folder / CANARY).exists() or (folder / CANARY).write_text(""), "opened"),
-        (_raises(InputError("two\nlines")), "no line to read"),
-        (_raises(InputError("half \ud800")), "no line to read"),
+        (_raises(InputError("x" * 6000)), "no line to read"),
     ],
 )
 def test_what_must_not_happen_is_seen(tmp_path: Path, action, said: str) -> None:
