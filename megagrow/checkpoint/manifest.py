@@ -93,6 +93,7 @@ def parse_manifest(directory: Path) -> Manifest:
             raise ValueError("its checksum is another one")
         files = {name: FileRecord(**record) for name, record in values["files"].items()}
         manifest = Manifest(**values | {"files": files})
+        _check_kinds(manifest)
         _check_layout(manifest)
     except _NOT_READ as error:
         raise InputError(f"{path}: damaged ({error}); use another checkpoint") from error
@@ -122,6 +123,25 @@ def verify_checkpoint(directory: Path) -> Manifest:
 
 def _checksum(values: dict[str, Any]) -> str:
     return text_checksum(json.dumps(values, sort_keys=True, separators=(",", ":")))
+
+
+def _check_kinds(manifest: Manifest) -> None:
+    """ValueError if a field that is shown or read by its parts has no such parts."""
+    run, lists = manifest.run, ("provenance", "operators")
+    kinds: list[tuple[object, Any]] = [
+        *((value, dict) for value in (manifest.model, manifest.layout, run)),
+        *((value, dict) for value in (manifest.environment, run.get("counters", {}))),
+        (manifest.environment.get("packages", {}), dict),
+        (manifest.adam_step, int),
+        (manifest.protected or "", str),
+        *((run.get(name, []), list) for name in lists),
+        *((inner, list) for name in lists for inner in run.get(name, [])),
+        *((name, str) for names in run.get("operators", []) for name in names),
+        *((size, int | float) for size in run.get("counters", {}).values()),
+    ]
+    for value, kind in kinds:
+        if not isinstance(value, kind):
+            raise ValueError(f"{value!r:.60} stands in a wrong place")
 
 
 def _check_layout(manifest: Manifest) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megagrow.checkpoint.hugging_face import config_of, open_hugging_face
+from megagrow.checkpoint.hugging_face import open_hugging_face
+from megagrow.checkpoint.hugging_face_config import config_of
 from megagrow.checkpoint.journal import JOURNAL_FILE, Journal
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import read_manifest, write_manifest

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from megagrow.checkpoint.checksums import text_checksum
 from megagrow.checkpoint.hugging_face import open_hugging_face
 from megagrow.checkpoint.hugging_face_config import config_of
-from megagrow.checkpoint.manifest import MANIFEST_FILE
+from megagrow.checkpoint.inspection import layout_text, summary
+from megagrow.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megagrow.checkpoint.source import Source, open_checkpoint
 from megagrow.checkpoint.tensor_file import DTYPES, read_elements, read_header
 from megagrow.config.schema import ModelConfig
@@ -85,6 +86,9 @@ def _load_manifest(folder: Path, raw: bytes) -> None:
         if not (folder / path.name).exists():
             (folder / path.name).write_bytes(path.read_bytes())
     (folder / MANIFEST_FILE).write_bytes(_resealed(raw))
+    for _, shown in summary(folder).items():
+        str(shown)
+    layout_text(read_manifest(folder))
     source = open_checkpoint(folder)
     assert source.run is not None
     assert RunState.from_json(source.run).stage >= 0
