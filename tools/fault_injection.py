@@ -28,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from tools.fault_injection_run import (  # noqa: E402
     BASE_STEPS,
+    INTERVAL,
     STEPS,
     Seen,
     differences,
@@ -139,10 +140,11 @@ class Injection:
 
     def _attempt(self, output: Path, kill: Kill | None) -> bool:
         """Starts a run and kills it; False if it came to its end before."""
-        before, processes = look(output), self._start(output)
+        before, processes, begin = look(output), self._start(output), time.monotonic()
         phase = self._wait(output, before, kill, processes)
         if phase is None:
             self._join(processes)
+            self._measure_again(before, time.monotonic() - begin)
             codes = [process.exitcode for process in processes]
             if codes != [0] * self._ranks:
                 self._fail(output, f"ended with exit codes {codes}: {self._errors(output)}")
@@ -180,11 +182,19 @@ class Injection:
         if kill.aim == "start":
             return begin + kill.share * seconds["start"]
         if kill.aim == "save":
-            return now + kill.share * seconds["save"] if saves >= kill.save else None
+            left = (STEPS - before.finished) // INTERVAL
+            return now + kill.share * seconds["save"] if saves >= min(kill.save, left) else None
         if kill.aim == "growth" and before.finished <= BASE_STEPS:
             return now + kill.share * seconds.get("growth", 0) if phase == "growth" else None
-        rest = (seconds["total"] - seconds["start"]) * (1 - before.finished / STEPS)
+        rest = (seconds["total"] - seconds["start"]) * _share_left(before)
         return begin + kill.share * (seconds["start"] + rest)
+
+    def _measure_again(self, before: Seen, seconds: float) -> None:
+        """A run was faster than expected, as where less else runs on the machine by now."""
+        start, left = self._seconds["start"], _share_left(before)
+        if left:
+            total = start + max(0.0, seconds - start) / left
+            self._seconds["total"] = min(self._seconds["total"], total)
 
     def _kill(self, processes: list[Any], kill: Kill) -> None:
         """SIGKILL; the others may end by themselves, and are ended if they do not."""
@@ -232,6 +242,11 @@ class Injection:
     def _join(processes: list[Any]) -> None:
         for process in processes:
             process.join()
+
+
+def _share_left(seen: Seen) -> float:
+    """What is still to be trained of a run, as a share of the whole."""
+    return 1 - seen.finished / STEPS
 
 
 def fault_injection(
