@@ -27,6 +27,9 @@ BEFORE_GROWTH = "before growth"
 MOST_RANKS = 2**17
 """Of a layout, along each of its axes: more than any cluster has."""
 
+MOST_ELEMENTS = 2**60
+"""Of a parameter."""
+
 _NOT_READ = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 """What comes of a damaged file."""
 
@@ -149,8 +152,10 @@ def _check_layout(manifest: Manifest) -> None:
     zero_stage, *grid = (manifest.layout[key] for key in ("zero_stage", "dp", "tp"))
     sizes = all(type(size) is int and 0 < size <= MOST_RANKS for size in grid)
     if type(zero_stage) is not int or zero_stage not in range(4) or not sizes:
-        raise ValueError(f"no layout has ZeRO stage {zero_stage} and dp, tp = {grid}")
+        raise ValueError(f"no layout has ZeRO stage {zero_stage!r:.60} and dp, tp = {grid!r:.60}")
     layout = manifest.read_layout()
+    if any(spec.rows * spec.cols > MOST_ELEMENTS for spec in layout.plan.values()):
+        raise ValueError("a parameter of its model is larger than any disk")
     named = [name for group in layout.groups for name in group]
     if sorted(named) != sorted(layout.plan):
         raise ValueError("the groups of its layout are not the parameters of its model")

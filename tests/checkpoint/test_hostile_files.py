@@ -85,6 +85,15 @@ def test_a_layout_of_more_ranks_than_files(checkpoint: Path, dp: object) -> None
         open_checkpoint(checkpoint)
 
 
+@pytest.mark.parametrize("vocab_size", [2**63 - 1, 2**60, 10**27])
+def test_a_model_that_fits_nowhere(checkpoint: Path, vocab_size: int) -> None:
+    manifest = read_manifest(checkpoint)
+    model = manifest.model | {"vocab_size": vocab_size}
+    write_manifest(checkpoint, replace(manifest, model=model))
+    with pytest.raises(InputError, match=r"manifest\.json: damaged .* larger than any disk"):
+        open_checkpoint(checkpoint)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
