@@ -112,7 +112,7 @@ def _series(records: Sequence[Record], losses: Sequence[float] | None = None) ->
     return Series(
         tokens=tuple(record["tokens"] for record in records),
         flops=tuple(float(record["flops"]) for record in records),
-        loss=tuple(losses if losses is not None else (record["loss"] for record in records)),
+        loss=tuple(losses if losses is not None else (float(r["loss"]) for r in records)),
     )
 
 
