@@ -9,4 +9,23 @@ set -euo pipefail
 hostfile=${1:?usage: launchers/deepspeed.sh HOSTFILE RUN.yaml [--set KEY=VALUE ...]}
 shift
 
+refuse() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+# Who can write the hostfile, or put another one in its place, decides where your commands run.
+# A name that is a link is looked at with the file that it leads to.
+[[ -f $hostfile ]] || refuse "$hostfile: no such hostfile"
+for file in "$hostfile" "$(readlink -f -- "$hostfile")"; do
+    folder=$(dirname -- "$file")
+    mode=$(stat -L -c %a -- "$file")
+    above=$(stat -L -c %a -- "$folder")
+    if ((8#$mode & 8#0002)); then
+        refuse "$file: everybody may write to this hostfile; chmod o-w it and check its lines"
+    elif ((8#$above & 8#0002 && !(8#$above & 8#1000))); then
+        refuse "$file: everybody may replace it; chmod o-w $folder, or move the hostfile"
+    fi
+done
+
 exec deepspeed --hostfile "$hostfile" --module megagrow train "$@"

@@ -41,7 +41,7 @@ def list_all(run: Run) -> None:
         if seen.manifest is not None:
             counters = seen.manifest.run.get("counters", {})
             place = str(seen.manifest.run.get("stage")), f"{counters.get('tokens', 0):,}"
-            layout, protected = layout_text(seen.manifest), seen.manifest.protected or ""
+            layout, protected = layout_text(seen.manifest), escape(seen.manifest.protected or "")
         state = escape((seen.problem or "whole").replace(f"{path}/", "").replace(f"{path}: ", ""))
         size = format_bytes(seen.size)
         table.add_row(str(step_of(path)), *place, size, layout, protected, state)
@@ -82,7 +82,7 @@ def show(
     for topic, value in summary(checkpoints_at(checkpoint)[-1]).items():
         rows = value.items() if isinstance(value, dict) else [("", value)]
         for number, (key, item) in enumerate(rows):
-            table.add_row(topic if number == 0 else "", str(key), escape(str(item)))
+            table.add_row(topic if number == 0 else "", escape(str(key)), escape(str(item)))
     _console().print(table)
 
 

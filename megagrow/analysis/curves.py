@@ -62,7 +62,13 @@ def load_run(directory: Path) -> RunCurves:
     Raises InputError where there is no run, or it is unfinished or without a usable loss.
     """
     path = directory / METRICS_FILE
-    records = read_metrics(path)
+    try:
+        return _curves(directory, path, read_metrics(path))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: a record is not as it was written ({error!r})") from error
+
+
+def _curves(directory: Path, path: Path, records: list[Record]) -> RunCurves:
     start = _last(records, "start")
     end = _last(records, "end")
     if start is None or end is None or end["step"] < start["run_steps"]:
@@ -106,7 +112,7 @@ def _series(records: Sequence[Record], losses: Sequence[float] | None = None) ->
     return Series(
         tokens=tuple(record["tokens"] for record in records),
         flops=tuple(float(record["flops"]) for record in records),
-        loss=tuple(losses if losses is not None else (record["loss"] for record in records)),
+        loss=tuple(losses if losses is not None else (float(r["loss"]) for r in records)),
     )
 
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.hugging_face_config import CONFIG_FILE, model_of, origin_of, read_json
+from megagrow.checkpoint.hugging_face_config import CONFIG_FILE, model_of, origin_of
 from megagrow.checkpoint.source import PlacedSource
 from megagrow.checkpoint.tensor_file import DTYPES, Planned, Stored, planned, read_header
+from megagrow.config.file_names import is_plain_name
+from megagrow.config.json_text import read_json
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
 from megagrow.growth.map import Kind
@@ -108,9 +110,9 @@ def _files(folder: Path) -> tuple[Path, ...]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict):
         raise InputError(f"{index}: has no weight_map")
-    for name in set(map(str, names.values())):
-        if name in ("", ".", "..") or "/" in name or "\0" in name:
-            raise InputError(f"{index}: {name[:100]!r} is not the name of a file beside it")
+    for name in names.values():
+        if not is_plain_name(name):
+            raise InputError(f"{index}: {str(name)[:100]!r} is not the name of a file beside it")
         if not (folder / name).is_file():
             raise InputError(f"{folder}: {name}, which its index names, is missing")
     return tuple(folder / name for name in sorted(set(names.values())))

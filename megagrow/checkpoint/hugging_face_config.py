@@ -4,11 +4,11 @@ Both forms of rotary positions are known: transformers 5 has `rope_parameters`, 
 `rope_scaling`. Nothing that a folder says is ever executed: keys that name code are dropped.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megagrow.config.json_text import read_json
 from megagrow.config.model_file import checked_model
 from megagrow.config.rope import ROPE_TYPES
 from megagrow.config.schema import ModelConfig
@@ -119,16 +119,3 @@ def generation_of(origin: dict[str, Any] | None, ids: Mapping[str, int | None]) 
     """The generation_config.json of a model, like that of its origin, with a tokenizer's ids."""
     before = (origin or {}).get("generation_config")
     return {**(before or {}), **ids}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. InputError if the file holds something else, or is not there."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: should hold a JSON object")
-    return found

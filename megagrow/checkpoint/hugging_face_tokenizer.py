@@ -15,7 +15,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers
 
-from megagrow.checkpoint.hugging_face_config import read_json, without_code
+from megagrow.checkpoint.hugging_face_config import without_code
+from megagrow.config.json_text import read_json
 from megagrow.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, Tokenizer
 from megagrow.errors import InputError
 

@@ -12,12 +12,16 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+from megagrow.config.json_text import parse_json
 from megagrow.errors import InputError
 
 JOURNAL_FILE = "journal.jsonl"
 
 _BYTES_AT_ONCE, _SECONDS_AT_ONCE = 2**26, 5.0
 """After so many bytes, or so much time, what was written is made sure of."""
+
+_LINES: tuple[list[type], ...] = ([int, int], [int, type(None)])
+"""What the lines after the first one hold."""
 
 
 class Journal:
@@ -104,17 +108,29 @@ class Journal:
                 raise self._in_the_way()
             self._append([command])
             return
-        lines = whole.splitlines()
-        before = json.loads(lines[0])
+        before, pieces = self._read(whole.splitlines())
         if before != json.loads(json.dumps(command)):
             differs = sorted(key for key in before | command if before.get(key) != command.get(key))
             raise InputError(
                 f"{self._folder}: was begun by another command (other {', '.join(differs)}); "
                 "give that one again, or remove the folder"
             )
-        for line in lines[1:]:
-            piece, checksum = json.loads(line)
+        for piece, checksum in pieces:
             if checksum is None:
                 self.done.pop(piece, None)
             else:
                 self.done[piece] = checksum
+
+    def _read(self, lines: list[bytes]) -> tuple[dict[str, Any], list[tuple[int, int | None]]]:
+        """The command, and each piece with its checksum. InputError if a line is damaged."""
+        try:
+            command, *pieces = map(parse_json, lines)
+        except ValueError as error:
+            raise InputError(f"{self._path}: damaged ({error}); remove {self._folder}") from error
+        wrong = not isinstance(command, dict) or any(
+            not isinstance(line, list) or [type(part) for part in line] not in _LINES
+            for line in pieces
+        )
+        if wrong:
+            raise InputError(f"{self._path}: no journal of a growth; remove {self._folder}")
+        return command, [(piece, checksum) for piece, checksum in pieces]

@@ -100,5 +100,11 @@ def _load_copy(file: Any, copy: Copy, source: Layout, layout: Layout, storage: S
     offset, stride = source.local(copy.term.source, copy.source_rank, block)
     stop = offset + (len(block.rows) - 1) * stride + len(block.cols)
     rows = range(copy.shape[0])
-    stored = file.get_slice(f"{copy.term.source}.{copy.kind}")[offset:stop]
+    name = f"{copy.term.source}.{copy.kind}"
+    held = len(source.interval(copy.term.source, copy.source_rank // source.tp))
+    tensor = file.get_slice(name)
+    found = (tensor.get_dtype(), tensor.get_shape())
+    if found != ("F32", [held]):
+        raise SafetensorError(f"{name} is {found[0]} {found[1]}, not F32 [{held}]")
+    stored = tensor[offset:stop]
     write_rows(copy, rows, take(copy, rows, block_view(stored, block, 0, stride)), layout, storage)

@@ -24,6 +24,12 @@ FORMAT = 2
 BEFORE_GROWTH = "before growth"
 """Why a checkpoint is protected: its stage ends with it, and the next one begins by a growth."""
 
+MOST_RANKS = 2**17
+"""Of a layout, along each of its axes: more than any cluster has."""
+
+MOST_ELEMENTS = 2**60
+"""Of a parameter."""
+
 _NOT_READ = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 """What comes of a damaged file."""
 
@@ -90,6 +96,7 @@ def parse_manifest(directory: Path) -> Manifest:
             raise ValueError("its checksum is another one")
         files = {name: FileRecord(**record) for name, record in values["files"].items()}
         manifest = Manifest(**values | {"files": files})
+        _check_kinds(manifest)
         _check_layout(manifest)
     except _NOT_READ as error:
         raise InputError(f"{path}: damaged ({error}); use another checkpoint") from error
@@ -121,12 +128,34 @@ def _checksum(values: dict[str, Any]) -> str:
     return text_checksum(json.dumps(values, sort_keys=True, separators=(",", ":")))
 
 
+def _check_kinds(manifest: Manifest) -> None:
+    """ValueError if a field that is shown or read by its parts has no such parts."""
+    run, lists = manifest.run, ("provenance", "operators")
+    kinds: list[tuple[object, Any]] = [
+        *((value, dict) for value in (manifest.model, manifest.layout, run)),
+        *((value, dict) for value in (manifest.environment, run.get("counters", {}))),
+        (manifest.environment.get("packages", {}), dict),
+        (manifest.adam_step, int),
+        (manifest.protected or "", str),
+        *((run.get(name, []), list) for name in lists),
+        *((inner, list) for name in lists for inner in run.get(name, [])),
+        *((name, str) for names in run.get("operators", []) for name in names),
+        *((size, int | float) for size in run.get("counters", {}).values()),
+    ]
+    for value, kind in kinds:
+        if not isinstance(value, kind):
+            raise ValueError(f"{value!r:.60} stands in a wrong place")
+
+
 def _check_layout(manifest: Manifest) -> None:
     """ValueError if the layout is none of the model; the checksum tells only of accidents."""
     zero_stage, *grid = (manifest.layout[key] for key in ("zero_stage", "dp", "tp"))
-    if zero_stage not in range(4) or not all(type(size) is int and size > 0 for size in grid):
-        raise ValueError(f"no layout has ZeRO stage {zero_stage} and dp, tp = {grid}")
+    sizes = all(type(size) is int and 0 < size <= MOST_RANKS for size in grid)
+    if type(zero_stage) is not int or zero_stage not in range(4) or not sizes:
+        raise ValueError(f"no layout has ZeRO stage {zero_stage!r:.60} and dp, tp = {grid!r:.60}")
     layout = manifest.read_layout()
+    if any(spec.rows * spec.cols > MOST_ELEMENTS for spec in layout.plan.values()):
+        raise ValueError("a parameter of its model is larger than any disk")
     named = [name for group in layout.groups for name in group]
     if sorted(named) != sorted(layout.plan):
         raise ValueError("the groups of its layout are not the parameters of its model")

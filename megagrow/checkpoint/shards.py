@@ -56,15 +56,18 @@ class Places:
     def __init__(self, layout: Layout, tensors: Callable[[int], Mapping[str, Stored]]) -> None:
         """`tensors` gives what a rank's file holds, by the names in the file."""
         self._index = {name: index for index, name in enumerate(layout.plan)}
-        shape = (layout.dp * layout.tp, len(self._index), len(KINDS))
-        self._begins = np.full(shape, -1, np.int64)
-        for rank in range(shape[0]):
-            found = tensors(rank)
-            for name, index in self._index.items():
-                for which, kind in enumerate(KINDS):
-                    if f"{name}.{kind}" in found:
-                        self._begins[rank, index, which] = found[f"{name}.{kind}"].begin
+        # One rank after the other: a manifest may promise more of them than there is memory for,
+        # but not more files than there are.
+        self._begins = [self._of_rank(tensors(rank)) for rank in range(layout.dp * layout.tp)]
 
     def begin(self, rank: int, name: str, kind: Kind) -> int:
         """The first byte."""
-        return int(self._begins[rank, self._index[name], KINDS.index(kind)])
+        return int(self._begins[rank][self._index[name], KINDS.index(kind)])
+
+    def _of_rank(self, found: Mapping[str, Stored]) -> np.ndarray:
+        begins = np.full((len(self._index), len(KINDS)), -1, np.int64)
+        for name, index in self._index.items():
+            for which, kind in enumerate(KINDS):
+                if f"{name}.{kind}" in found:
+                    begins[index, which] = found[f"{name}.{kind}"].begin
+        return begins

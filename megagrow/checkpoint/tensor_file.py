@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megagrow.config.json_text import parse_json
 from megagrow.errors import InputError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -26,6 +27,9 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _HEADER_LIMIT = 100_000_000
 """Bytes; safetensors itself refuses a longer header."""
+
+_MOST_AXES = 16
+"""Of a tensor; the product of more could take long."""
 
 
 class Stored(NamedTuple):
@@ -76,31 +80,65 @@ def planned(tensors: Mapping[str, Stored], metadata: dict[str, str] | None = Non
 
 def read_header(path: Path) -> dict[str, Stored]:
     """All tensors of a file, those of types that are not read included. InputError if it is no
-    safetensors file, or not a whole one."""
+    safetensors file, or not a whole one: the tensors must lie end to end and fill it."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(size - 8, _HEADER_LIMIT):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
-            entries: dict[str, dict[str, Any]] = json.loads(file.read(length))
-            entries.pop("__metadata__", None)
-            found = {intern(name): _stored(entry, 8 + length) for name, entry in entries.items()}
-        if any(s.dtype in DTYPES and s.begin + s.nbytes > size for s in found.values()):
-            raise ValueError("truncated")
+            text = file.read(length)
+            entries = parse_json(text) if text.startswith(b"{") else None
+        if not isinstance(entries, dict):
+            raise ValueError("its header is no JSON object")
+        if not _is_metadata(entries.pop("__metadata__", {})):
+            raise ValueError("its metadata are not texts by their names")
+        placed = {intern(name): _stored(name, entry) for name, entry in entries.items()}
+        _check_end_to_end(placed, size - 8 - length)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, struct.error) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from error
-    return found
+    return {name: s._replace(begin=s.begin + 8 + length) for name, (s, _) in placed.items()}
 
 
-def _stored(entry: dict[str, Any], first: int) -> Stored:
-    shape, (begin, stop) = entry["shape"], entry["data_offsets"]
-    found = Stored(entry["dtype"], tuple(shape), first + begin)
-    if found.dtype in DTYPES and found.nbytes != stop - begin:
-        raise ValueError(f"a tensor of shape {shape} in {stop - begin} bytes")
-    return found
+def _stored(name: str, entry: Any) -> tuple[Stored, int]:
+    """One entry of a header, its `begin` counted from the end of the header, and where it ends."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise ValueError(f"{name[:100]!r} has no type, shape and place")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    whole = [_are_counts(shape, _MOST_AXES), _are_counts(offsets, 2), isinstance(dtype, str)]
+    if not all(whole) or len(offsets) < 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{name[:100]!r} is of no possible type, shape or place")
+    found, held = Stored(dtype, tuple(shape), offsets[0]), offsets[1] - offsets[0]
+    if dtype in DTYPES and found.nbytes != held:
+        raise ValueError(f"{name[:100]!r}: a tensor of shape {shape} in {held} bytes")
+    return found, offsets[1]
+
+
+def _is_metadata(found: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(text, str) for text in found.values())
+
+
+def _are_counts(values: Any, most: int) -> bool:
+    """Whether it is a list of at most so many whole numbers, 0 or more, of 64 bits."""
+    return (
+        isinstance(values, list)
+        and len(values) <= most
+        and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    )
+
+
+def _check_end_to_end(placed: Mapping[str, tuple[Stored, int]], size: int) -> None:
+    """ValueError if tensors overlap, leave a hole, or do not end where the file ends."""
+    end = 0
+    for begin, stop, name in sorted((s.begin, stop, name) for name, (s, stop) in placed.items()):
+        if begin != end:
+            relation = "overlaps another" if begin < end else "does not begin where another ends"
+            raise ValueError(f"{name[:100]!r} {relation}")
+        end = stop
+    if end != size:
+        raise ValueError(f"truncated: {size} bytes of tensors instead of {end}")
 
 
 def read_elements(path: Path, stored: Stored, elements: range) -> Tensor:

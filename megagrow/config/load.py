@@ -109,8 +109,8 @@ def _written_at(place: Place, tree: dict[str, Any]) -> Place:
 def _reach(tree: Any, place: Place) -> int:
     """How many steps of `place` exist in `tree`."""
     for depth, key in enumerate(place):
-        exists = key in tree if isinstance(tree, dict) else isinstance(tree, list)
-        if not exists:
+        inside = dict(enumerate(tree)) if isinstance(tree, list) else tree
+        if not isinstance(inside, dict) or key not in inside:
             return depth
-        tree = tree[key]
+        tree = inside[key]
     return len(place)

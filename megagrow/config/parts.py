@@ -12,6 +12,9 @@ from megagrow.errors import InputError
 
 Tree = dict[str, Any]
 
+LONGEST_NAME = 200
+"""Characters; a file's name has at most 255 bytes."""
+
 
 def search_path(run_file: Path) -> list[Path]:
     """The folders that hold named parts, nearest first.
@@ -72,6 +75,8 @@ def _expand_section(
     if "base" not in value:
         return value
     name = str(value["base"])
+    if len(name) > LONGEST_NAME:
+        raise InputError(f"{where}: '{name[:20]}...' is too long to be the name of a part")
     if name in via:
         raise InputError(f"{where} is built on itself: {' -> '.join([*via, name])}")
     file = _find(name, section, folders, where)

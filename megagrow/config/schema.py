@@ -5,7 +5,7 @@ stand here; checks across sections, and against the number of ranks, stand in `c
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -18,7 +18,8 @@ from megagrow.config.section import Count, Section
 class ModelConfig(Section):
     """A Llama-type model, with the field names of Hugging Face's LlamaConfig."""
 
-    num_hidden_layers: Count
+    num_hidden_layers: Annotated[Count, Field(le=10_000)]
+    """Every layer has a place in tables that are made whole."""
     hidden_size: Count
     num_attention_heads: Count
     num_key_value_heads: Count = Field(default_factory=lambda seen: seen["num_attention_heads"])

@@ -10,6 +10,10 @@ _COUNT = re.compile(r"(\d+(?:_\d+)*(?:\.\d+)?(?:[eE]\+?\d{1,2})?)\s*([KMBT]?)", 
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?", re.IGNORECASE)
 _EXAMPLES = "such as 2048, 2M or 1.5B"
 
+LARGEST_COUNT = 10**27
+"""More FLOPs than there will be. Decimal is exact up to here, and products of counts still fit
+into a float."""
+
 
 def parse_count(value: object) -> int:
     """The whole number, 0 or more, that `value` says.
@@ -25,6 +29,8 @@ def parse_count(value: object) -> int:
         raise ValueError(f"should be a whole number of 0 or more, {_EXAMPLES}")
     digits, suffix = match.groups()
     count = Decimal(digits.replace("_", "")) * UNITS.get(suffix.upper(), 1)
+    if count > LARGEST_COUNT:
+        raise ValueError(f"is more than {LARGEST_COUNT:.0e}")
     if count % 1:
         raise ValueError(f"is {count.normalize():f}, which is not a whole number")
     return int(count)

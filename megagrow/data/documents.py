@@ -138,6 +138,8 @@ def _text_of_line(line: bytes, text_key: str) -> str:
         record = json.loads(content)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError("lists or objects too deep within each other") from error
     text = record.get(text_key) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ValueError(f"no text under the key {text_key!r}; set the text key")

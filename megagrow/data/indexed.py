@@ -78,7 +78,10 @@ class IndexedCorpus:
         first = bisect_left(self._pointers, start * self._itemsize)
         last = bisect_left(self._pointers, stop * self._itemsize)
         low, high = bisect_left(self._documents, first), bisect_left(self._documents, last)
-        starts: np.ndarray = self._pointers[self._documents[low:high]] // self._itemsize
+        rows = self._documents[low:high]
+        if np.any((rows < first) | (rows >= last)):
+            raise self._broken("its document indices are not in ascending order")
+        starts: np.ndarray = self._pointers[rows] // self._itemsize
         if np.any((starts < start) | (starts >= stop)):
             raise self._broken("its sequence pointers are not in ascending order")
         return starts
@@ -121,7 +124,7 @@ class IndexedCorpus:
             raise InputError(
                 f"{self._bin_path}: truncated: {bin_size} bytes of {expected}; copy it again"
             )
-        if bin_size != expected:
+        if bin_size != expected or bin_size % self._itemsize:
             raise self._broken(f"it describes {expected} bytes of {bin_size} in the .bin file")
 
     def _check_pointers(self) -> None:

@@ -1,13 +1,14 @@
 """manifest.json beside a prepared corpus: where it came from, what is in it, checksums."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from megagrow.config.file_names import is_inner_path
+from megagrow.config.json_text import parse_json
 from megagrow.errors import InputError
 
 NAME = "manifest.json"
@@ -71,12 +72,18 @@ class Manifest(BaseModel):
         if not path.is_file():
             return None
         try:
-            content = json.loads(path.read_bytes())
+            content = parse_json(path.read_bytes())
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 return None
-            return cls.model_validate(content)
+            manifest = cls.model_validate(content)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         except (ValueError, ValidationError) as error:
             raise InputError(f"{path}: damaged; delete it or prepare the corpus again") from error
+        for name in (manifest.tokenizer, *manifest.files):
+            if not is_inner_path(name):
+                raise InputError(f"{path}: names {name[:100]!r}, which is not in its folder")
+        return manifest
 
     def write(self, folder: Path) -> None:
         """Write manifest.json, whole or not at all."""

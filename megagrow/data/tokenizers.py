@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import sentencepiece
 
+from megagrow.config.json_text import read_json
 from megagrow.errors import InputError
 
 PIECE_LENGTH = 2048
@@ -79,19 +80,19 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: Path) -> None:
         model = path.read_bytes()
+        if not model:
+            raise InputError(f"{path}: not a SentencePiece model, the file is empty")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = self._processor.vocab_size()
-        except RuntimeError as error:
+            self._is_cuttable = self._check_cuttable()
+        except (RuntimeError, ValueError) as error:  # ValueError: a token that is not UTF-8.
             raise InputError(f"{path}: not a SentencePiece model") from error
-        if self.vocab_size == 0:
-            raise InputError(f"{path}: not a SentencePiece model")
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
             raise _no_eos(path)
         self.checksum = _digest(model)
         self._path = path
-        self._is_cuttable = self._check_cuttable()
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         pieces = [self._cut(text) for text in texts]
@@ -141,7 +142,10 @@ class JsonTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         # One by one: the library's own batches would start threads in every worker process.
-        return [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        try:
+            return [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        except Exception as error:  # As above; a vocabulary without its own unknown token.
+            raise InputError(f"{self._path}: cannot encode a text: {error}") from error
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
@@ -159,8 +163,11 @@ class JsonTokenizer:
     def _find_eos(self) -> int:
         names: tuple[str, ...] = EOS_NAMES
         if self._config.is_file():
-            token = json.loads(self._config.read_text(encoding="utf-8")).get("eos_token")
-            names = (token["content"] if isinstance(token, dict) else token or "",)
+            token = read_json(self._config).get("eos_token") or ""
+            name = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(name, str):
+                raise InputError(f"{self._config}: 'eos_token' should be the text of a token")
+            names = (name,)
         found = map(self._tokenizer.token_to_id, names)
         ids: list[int] = [token_id for token_id in found if token_id is not None]
         if not ids:
@@ -174,9 +181,10 @@ class TransformersTokenizer:
     def __init__(self, name: str) -> None:
         library = _import("transformers")
         try:
-            self._tokenizer = library.AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
+            # Without code that may lie beside a tokenizer, which the library would ask to run.
+            self._tokenizer = library.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:  # Damaged files raise whatever the library stumbles over.
+            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise InputError(f"{name}: no tokenizer found: {reason}") from error
         if self._tokenizer.eos_token_id is None:
             raise _no_eos(name)
@@ -248,7 +256,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 def _size_of(tokenizer: Any) -> int:
     """One more than the largest id: ids that were added later may leave gaps."""
-    return int(max(tokenizer.get_vocab().values())) + 1
+    return int(max(tokenizer.get_vocab().values(), default=-1)) + 1
 
 
 def _import(library: str) -> ModuleType:

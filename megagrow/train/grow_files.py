@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from megagrow.checkpoint.hugging_face_config import CONFIG_FILE, ORIGIN_KEY, config_of
 from megagrow.checkpoint.journal import JOURNAL_FILE, Journal
@@ -35,7 +36,7 @@ _BYTES_PER_ELEMENT = 48
 def grow_files(request: Request, console: Console) -> None:
     """Grows what the request names, or goes on with it. InputError for all that is wrong."""
     request.check()
-    source = open_source(request.source, lambda text: console.print(text, highlight=False))
+    source = open_source(request.source, lambda text: console.print(Text(text)))
     write_goal(request, decide(request, source), console)
 
 
@@ -52,7 +53,7 @@ def write_goal(
         console.print(f"{request.out}: is finished", highlight=False)
         return
     texts = _text_tokens(request, goal)
-    console.print(_story(goal, request.out), highlight=False)
+    console.print(Text(_story(goal, request.out)))
     source_loss = text_loss(goal.source, texts) if texts else None
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megagrow.config.json_text import parse_json
 from megagrow.config.parameters import parameters
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError, unwritable
@@ -208,11 +209,16 @@ def read_metrics(path: Path) -> list[Record]:
 
 def _parse(line: bytes) -> Record | None:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
-    known = isinstance(record, dict) and {"kind", "step", "tokens", "flops"} <= record.keys()
-    return record if known else None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    counts = [record.get("step"), record.get("tokens"), record.get("stage", 0)]
+    numbers = all(type(count) is int for count in counts) and isinstance(
+        record.get("flops"), int | float
+    )
+    return record if numbers else None
 
 
 def _later(record: Record, step: int, stage: int | None, rewinds: int) -> bool:

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megagrow.config.guards import GuardsConfig
+from megagrow.errors import InputError
 from megagrow.train.guard import Guard
 from megagrow.train.metrics import Counters, StepMeasure
 
@@ -88,17 +89,25 @@ class RunState:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> "RunState":
-        """The inverse of `as_json`."""
-        lists = {
-            name: tuple(tuple(found) for found in values.get(name, ()))
-            for name in ("provenance", "operators")
-        }
-        counters = Counters(**values["counters"])
-        return RunState(
-            counters,
-            values["stage"],
-            values["stage_step"],
-            **lists,
-            skipped_tokens=values.get("skipped_tokens", 0),
-            guard=Guard.from_json(values.get("guard", {})),
-        )
+        """The inverse of `as_json`. InputError for values that it cannot have written."""
+        try:
+            counters = Counters(**values["counters"])
+            guard = Guard.from_json(values.get("guard", {}))
+            skipped = values.get("skipped_tokens", 0)
+            lists = {
+                name: tuple(tuple(found) for found in values.get(name, ()))
+                for name in ("provenance", "operators")
+            }
+            whole = [values["stage"], values["stage_step"], counters.step, counters.tokens, skipped]
+            sums = [value for value in asdict(counters).values() if type(value) in (int, float)]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"the checkpoint does not say where its run stands ({error})"
+            ) from error
+        wrong = [value for value in whole if type(value) is not int or value < 0]
+        if wrong or len(sums) < len(asdict(counters)):
+            raise InputError(
+                "the checkpoint does not say where its run stands: its counters are not numbers"
+            )
+        place = values["stage"], values["stage_step"]
+        return RunState(counters, *place, **lists, skipped_tokens=skipped, guard=guard)

@@ -63,6 +63,23 @@ DAMAGES = {
     "no shape": damaged({"w": {"dtype": "F32", "data_offsets": [0, 4]}}),
     "other size": damaged({"w": ENTRY | {"shape": [3]}}, 8),
     "truncated": damaged({"w": ENTRY}, 7),
+    "longer than its tensors": damaged({"w": ENTRY}, 9),
+    "a hole": damaged({"w": ENTRY, "v": ENTRY | {"data_offsets": [9, 17]}}, 17),
+    "an overlap": damaged({"w": ENTRY, "v": ENTRY | {"data_offsets": [4, 12]}}, 12),
+    "the same place twice": damaged({"w": ENTRY, "v": ENTRY}, 8),
+    "not from the first byte": damaged({"w": ENTRY | {"data_offsets": [1, 9]}}, 9),
+    "backwards": damaged({"w": ENTRY | {"shape": [-2], "data_offsets": [8, 0]}}, 0),
+    "two negatives": damaged({"w": ENTRY | {"shape": [-2, -1]}}, 8),
+    "beyond the file": damaged({"w": ENTRY | {"shape": [2**40], "data_offsets": [0, 2**42]}}, 8),
+    "a product of 64 bits": damaged({"w": ENTRY | {"shape": [2**62, 8]}}, 8),
+    "endless axes": damaged({"w": ENTRY | {"shape": [2, *[1] * 1000]}}, 8),
+    "not whole": damaged({"w": ENTRY | {"shape": [2.0]}}, 8),
+    "a truth": damaged({"w": ENTRY | {"shape": [True, 2]}}, 8),
+    "a list as type": damaged({"w": ENTRY | {"dtype": []}}, 8),
+    "twice": damaged(b'{"w":' + json.dumps(ENTRY).encode() + b',"w":1}', 8),
+    "deep": damaged(b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    "metadata": damaged({"__metadata__": {"a": 1}, "w": ENTRY}, 8),
+    "a blank first": damaged(b" " + json.dumps({"w": ENTRY}).encode(), 8),
 }
 
 

@@ -175,7 +175,7 @@ def test_a_default_of_all_stages_is_named_once_and_where_it_was_written(load_two
         ("name: x\n\tseed: 3", "run.yaml, line 2: found character '\\t' that cannot start"),
         ("name: x\nseed: 1\nname: y", "run.yaml, line 3: 'name' stands here twice"),
         ("optimizer: {lr: 1, lr: 2}", "run.yaml, line 1: 'lr' stands here twice"),
-        ("a: !!python/object:os.system {}", "run.yaml, line 1: could not determine a constructor"),
+        ("a: !!python/object:os.system {}", "run.yaml, line 1: a tag, tag:yaml.org,2002:python/o"),
         ("", "run.yaml: should hold a mapping of keys to values"),
         ("- a", "run.yaml: should hold a mapping of keys to values"),
         ("stages: 3", "run.yaml: 'stages' should be a list of stages"),

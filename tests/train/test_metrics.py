@@ -128,7 +128,22 @@ def test_cut_last_line_is_passed_over(tmp_path: Path) -> None:
     assert [record["step"] for record in read_metrics(log.path)] == [1, 2]
 
 
-@pytest.mark.parametrize("line", ["{half", "[1, 2]", '{"step": 1}', "", "\udcff"])
+BROKEN = ["{half", "[1, 2]", '{"step": 1}', "", "\udcff", "[" * 100_000]
+WRONG = [
+    '{"kind": "train", "flops": 1, ' + rest
+    for rest in (
+        '"step": "1", "tokens": 1}',
+        '"step": 1.5, "tokens": 1}',
+        '"step": 1, "tokens": 1, "stage": "0"}',
+        '"step": 1, "tokens": 1, "loss": NaN}',
+        '"step": 1, "tokens": 1, "loss": 1e999}',
+        '"step": 1, "tokens": 1, "step": 2}',
+    )
+]
+"""No step to compare, or numbers that could not be written again."""
+
+
+@pytest.mark.parametrize("line", [*BROKEN, *WRONG])
 def test_damaged_line_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     good = json.dumps({"kind": "end", **asdict(Counters())})

@@ -1,0 +1,35 @@
+"""A run whose records somebody has edited is named, by its file."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megagrow.analysis.curves import load_run
+from megagrow.errors import InputError
+from megagrow.train.metrics import METRICS_FILE
+from tests.analysis.conftest import Stage, write_run
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("start", {"run_steps": None}),
+        ("start", {"parameters": 3}),
+        ("train", {"loss": "low"}),
+        ("validation", {"loss": [1]}),
+        ("end", {"elapsed_seconds": ...}),
+    ],
+)
+def test_a_record_that_was_not_written_so(tmp_path: Path, kind: str, changes: dict) -> None:
+    folder = write_run(tmp_path / "run", [Stage(20, 100)])
+    assert load_run(folder).name == "run"
+    path = folder / METRICS_FILE
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in (r for r in records if r["kind"] == kind):
+        record |= changes
+        for name in [name for name, value in changes.items() if value is ...]:
+            del record[name]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(InputError, match=r"metrics\.jsonl: a record is not as it was written"):
+        load_run(folder)

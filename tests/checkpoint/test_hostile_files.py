@@ -1,0 +1,173 @@
+"""Checkpoints, journals and folders of Hugging Face that somebody else has made."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megagrow.checkpoint.hugging_face import open_hugging_face
+from megagrow.checkpoint.hugging_face_config import config_of
+from megagrow.checkpoint.journal import JOURNAL_FILE, Journal
+from megagrow.checkpoint.load import load_storage
+from megagrow.checkpoint.manifest import read_manifest, write_manifest
+from megagrow.checkpoint.source import open_checkpoint
+from megagrow.errors import InputError
+from megagrow.train.state import RunState
+from tests.checkpoint.saving import MODEL
+from tests.checkpoint.written import RUN, record_of, write_checkpoint
+from tests.reshard.definition import empty_storage, random_state
+from tests.reshard.models import layout_of
+from tests.spawn import run_ranks
+
+LAYOUT = layout_of(MODEL, 0, 1, 1)
+SHARD = "rank-00000.safetensors"
+NORM = "model.norm.weight.fp32"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "step-000000005", MODEL, LAYOUT, random_state(LAYOUT.plan))
+
+
+def forge(path: Path, tensor: torch.Tensor) -> None:
+    """Puts another tensor in the place of one, and the right checksums into the manifest."""
+    save_file(load_file(path / SHARD) | {NORM: tensor}, path / SHARD)
+    manifest = read_manifest_of(path)
+    write_manifest(path, replace(manifest, files={SHARD: record_of(path / SHARD)}))
+
+
+def read_manifest_of(path: Path):
+    file = path / "manifest.json"
+    (path / SHARD).rename(path / "aside")
+    write = json.loads(file.read_text())["files"][SHARD]["bytes"]
+    (path / SHARD).write_bytes(bytes(write))
+    manifest = read_manifest(path)
+    (path / "aside").rename(path / SHARD)
+    return manifest
+
+
+def load(path: Path) -> str:
+    try:
+        load_storage(path, read_manifest(path), LAYOUT, empty_storage(LAYOUT, 0))
+    except InputError as error:
+        return str(error)
+    return "loaded"
+
+
+FORGED = {
+    "short": (torch.ones(31), "is F32 [31], not F32 [32]"),
+    "long": (torch.ones(33), "is F32 [33], not F32 [32]"),
+    "a matrix": (torch.ones(32, 1), "is F32 [32, 1], not F32 [32]"),
+    "another type": (torch.ones(32, dtype=torch.float16), "is F16 [32], not F32 [32]"),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", FORGED)
+def test_a_shard_that_holds_something_else_is_named(checkpoint: Path, name: str) -> None:
+    tensor, said = FORGED[name]
+    forge(checkpoint, tensor)
+    (problem,) = run_ranks(1, load, checkpoint)
+    assert f"{checkpoint / SHARD}: cannot be read" in problem
+    assert f"{NORM} {said}" in problem
+
+
+@pytest.mark.parametrize("dp", [2**17, 2**40, 0, -1, True, 1.0, "1"])
+def test_a_layout_of_more_ranks_than_files(checkpoint: Path, dp: object) -> None:
+    manifest = read_manifest(checkpoint)
+    write_manifest(
+        checkpoint, replace(manifest, layout=manifest.layout | {"dp": dp, "zero_stage": 1})
+    )
+    with pytest.raises(InputError, match=r"damaged|rank-00000|names no rank-00001"):
+        open_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("vocab_size", [2**63 - 1, 2**60, 10**27])
+def test_a_model_that_fits_nowhere(checkpoint: Path, vocab_size: int) -> None:
+    manifest = read_manifest(checkpoint)
+    model = manifest.model | {"vocab_size": vocab_size}
+    write_manifest(checkpoint, replace(manifest, model=model))
+    with pytest.raises(InputError, match=r"manifest\.json: damaged .* larger than any disk"):
+        open_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stage": -1},
+        {"stage": "0"},
+        {"stage_step": None},
+        {"provenance": 3},
+        {"provenance": [3]},
+        {"counters": []},
+        {"counters": {"step": 1.5}},
+        {"counters": {"tokens": -1}},
+        {"counters": {"flops": "many"}},
+        {"counters": {"what": 1}},
+    ],
+)
+def test_a_run_that_stands_nowhere(changes: dict) -> None:
+    RunState.from_json(RUN)
+    with pytest.raises(InputError, match="does not say where its run stands"):
+        RunState.from_json(RUN | changes)
+
+
+@pytest.mark.parametrize(
+    "line", [b"{", b"3", b"[1]", b'["1", 2]', b"[1, 2.5]", b"[1, NaN]", b"[[]]"]
+)
+def test_a_journal_with_a_damaged_line(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "data").touch()
+    command = json.dumps({"to": 1}).encode()
+    (tmp_path / JOURNAL_FILE).write_bytes(command + b"\n" + line + b"\n[1, 5]\n")
+    with pytest.raises(InputError, match=rf"journal\.jsonl: .*remove {tmp_path}"):
+        Journal(tmp_path, {"to": 1})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of Hugging Face with an index, and a file outside of it."""
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    tensors = {
+        name: kinds["fp32"].flatten() if LAYOUT.plan[name].is_vector else kinds["fp32"]
+        for name, kinds in random_state(LAYOUT.plan).items()
+    }
+    for file in (inner / "model-1.safetensors", tmp_path / "outside.safetensors"):
+        save_file(tensors, file)
+    (inner / "config.json").write_text(json.dumps(config_of(MODEL, "F32", {})))
+    write_index(inner, "model-1.safetensors")
+    return inner
+
+
+def write_index(folder: Path, name: object) -> None:
+    index = {"weight_map": dict.fromkeys(LAYOUT.plan, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "..", "", None, ["x"], 3]
+)
+def test_an_index_cannot_name_files_elsewhere(folder: Path, name: object) -> None:
+    assert open_hugging_face(folder).files == (folder / "model-1.safetensors",)
+    write_index(folder, name)
+    with pytest.raises(InputError, match=r"index\.json: .* is not the name of a file beside it"):
+        open_hugging_face(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 100_000, "not JSON"),
+        ('{"vocab_size": 1, "vocab_size": 2}', "stands twice"),
+        ('{"rope_theta": NaN}', "NaN is no number"),
+        ('{"rope_scaling": [1]}', "rope_parameters should be an object"),
+        ("[]", "should hold a JSON object"),
+    ],
+)
+def test_a_config_that_is_none(folder: Path, text: str, said: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(InputError, match=rf"config\.json: .*{said}"):
+        open_hugging_face(folder)

@@ -1,0 +1,149 @@
+"""Run files, JSON and names that somebody wrote to do harm: refused in one line, and at once."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from megagrow.config.file_names import is_inner_path, is_plain_name
+from megagrow.config.json_text import parse_json, read_json
+from megagrow.config.load import load_run
+from megagrow.config.yaml_file import DEPTH, FILE_BYTES, VALUES, parse_yaml, read_mapping
+from megagrow.errors import InputError
+
+
+def laughs(levels: int, share: str) -> str:
+    """A list of ten, of ten lists each, and so on; `share` says how a level holds the one below."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    for level in range(1, levels):
+        below = ", ".join([f"*a{level - 1}"] * 10)
+        lines.append(f"a{level}: &a{level} {share.format(below)}")
+    return "\n".join(lines)
+
+
+DEEP_MERGE = "\n".join(
+    ["a0: &a0 {k0: 1}"]
+    + [f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}], k{i}: 1}}" for i in range(1, 40)]
+)
+HOSTILE = {
+    "billion laughs": (laughs(9, "[{}]"), f"line 5: stands for more than {VALUES} values"),
+    "laughs of keys": (laughs(9, "{{k: [{}]}}"), f"stands for more than {VALUES} values"),
+    "laughs of merges": (DEEP_MERGE, f"stands for more than {VALUES} values"),
+    "an alias of itself": ("a: &a [*a]", "line 1: an alias stands within what it stands for"),
+    "an alias of itself below": ("a: &a {b: [{c: *a}]}", "an alias stands within"),
+    "deep": ("[" * 1000 + "]" * 1000, f"more than {DEPTH} mappings and lists within each other"),
+    "deep blocks": ("\n".join(" " * i + "a:" for i in range(400)), f"more than {DEPTH} mappings"),
+    "a huge number": ("a: " + "9" * 5000, "line 1: a number of 5000 characters"),
+    "a huge number in hex": ("a: 0x" + "f" * 100_000, "a number of 100002 characters"),
+    "a huge number of seconds": ("a: " + "1:" * 9999 + "1", "a number of 19999 characters"),
+    "a tag of Python": ("a: !!python/object/apply:os.system [id]", "line 1: a tag, tag:yaml.org"),
+    "a tag that fits nothing": ("a: !!int ''", "line 1: a tag, tag:yaml.org,2002:int"),
+    "a control character": ('a: "\\e[2J"', "line 1: a control character in a text"),
+    "half a character": ('a: "\\ud800"', "line 1: half of a surrogate pair in a text"),
+    "a null in a path": ('a: "x\\0y"', "line 1: a control character in a text"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_yaml(tmp_path: Path, name: str) -> None:
+    text, said = HOSTILE[name]
+    (tmp_path / "run.yaml").write_text(text)
+    begin = time.perf_counter()
+    with pytest.raises(InputError, match=r"run\.yaml") as caught:
+        load_run(tmp_path / "run.yaml")
+    assert said in str(caught.value)
+    assert time.perf_counter() - begin < 10
+
+
+def test_a_file_that_is_no_run_file_is_not_read_whole(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"/dev/zero: more than {FILE_BYTES} bytes"):
+        read_mapping(Path("/dev/zero"))
+
+
+def test_anchors_of_honest_files_work() -> None:
+    text = "a: &a {x: 1, y: [1, 2]}\nb: {<<: *a, x: 2}\nc: [*a, *a]"
+    a = {"x": 1, "y": [1, 2]}
+    assert parse_yaml(text, "here") == {"a": a, "b": a | {"x": 2}, "c": [a, a]}
+
+
+@pytest.mark.parametrize("count", ["1e40", "2e27", "1e99T", "9" * 60])
+def test_counts_that_no_float_could_hold(run_file_text, tmp_path: Path, count: str) -> None:
+    (tmp_path / "run.yaml").write_text(run_file_text)
+    with pytest.raises(InputError, match=r"'tokens' = .*is more than 1e\+27"):
+        load_run(tmp_path / "run.yaml", [f"tokens={count}"])
+
+
+def test_more_layers_than_tables_have_room_for(run_file_text, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(run_file_text)
+    with pytest.raises(InputError, match=r"num_hidden_layers.*less than or equal to 10000"):
+        load_run(tmp_path / "run.yaml", ["model.num_hidden_layers=1B"])
+
+
+def test_a_list_that_is_too_short_is_named(run_file_text, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(run_file_text)
+    with pytest.raises(InputError, match=r"'optimizer\.betas"):
+        load_run(tmp_path / "run.yaml", ["optimizer.betas=[]"])
+
+
+def test_a_part_whose_name_no_file_can_have(run_file_text, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(run_file_text)
+    with pytest.raises(InputError, match="too long to be the name of a part"):
+        load_run(tmp_path / "run.yaml", [f"model={'x' * 300}"])
+
+
+@pytest.fixture
+def run_file_text() -> str:
+    return (
+        "name: x\noutput_dir: out\n"
+        "data: {train: [{path: x}], sequence_length: 16}\n"
+        "model: {num_hidden_layers: 1, hidden_size: 8, num_attention_heads: 2,"
+        " intermediate_size: 8, vocab_size: 8}\n"
+        "tokens: 1K\nbatch: {global_batch_size: 1, micro_batch_size: 1}\noptimizer: {lr: 1}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b'{"a": 1, "a": 2}', "the key 'a' stands twice"),
+        (b'{"a": {"b": 1, "b": 1}}', "the key 'b' stands twice"),
+        (b"[NaN]", "NaN is no number of JSON"),
+        (b"[-Infinity]", "-Infinity is no number of JSON"),
+        (b"[1e999]", "1e999 is too large a number"),
+        (b"[" * 100_000, "too deep within each other"),
+        (b'["\\ud800"]', "surrogates not allowed"),
+        (b'["\\udc00 \\uD83D"]', "surrogates not allowed"),
+        (b"\xff\xfe[\x00]\x00", "can't decode byte 0xff"),
+        (b"[" + b"9" * 5000 + b"]", "4300 digits"),
+    ],
+)
+def test_json(tmp_path: Path, text: bytes, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        parse_json(text)
+    (tmp_path / "x.json").write_bytes(text)
+    with pytest.raises(InputError, match=rf"x\.json: not JSON \(.*{said}"):
+        read_json(tmp_path / "x.json")
+
+
+def test_json_of_honest_files_is_read() -> None:
+    text = b'{"a": [1, -2.5, true, null], "\\u00e9\\ud83d\\ude80": {}}'
+    assert parse_json(text) == {"a": [1, -2.5, True, None], "\u00e9\U0001f680": {}}
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "inner"),
+    [
+        ("model.safetensors", True, True),
+        ("tokenizer/tokenizer.json", False, True),
+        *((name, False, False) for name in ("", ".", "..", "../x", "/etc/passwd", "a/../b")),
+        *((name, False, False) for name in ("a//b", "a/", "x\0", "x\ny", "\u202ex", "x" * 256)),
+        *((name, False, False) for name in (None, 3, ["x"])),
+    ],
+)
+def test_names_of_files_stay_in_their_folder(name: object, plain: bool, inner: bool) -> None:
+    assert (is_plain_name(name), is_inner_path(name)) == (plain, inner)
+
+
+def test_a_message_does_nothing_to_a_terminal() -> None:
+    error = InputError("step-\x1b[2J\r\u202e\ud800: caf\u00e9\nexit 0")
+    assert str(error) == "step-\\x1b[2J\\r\\u202e\\ud800: caf\u00e9\\nexit 0"

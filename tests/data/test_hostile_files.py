@@ -1,0 +1,152 @@
+"""Corpora and tokenizers that somebody else has made, to do harm or by mistake."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megagrow.data.documents import read_documents
+from megagrow.data.indexed import SPOT_CHECKS, IndexedCorpus, IndexedWriter
+from megagrow.data.manifest import Manifest
+from megagrow.data.sources import Unit
+from megagrow.data.tokenizers import load_tokenizer
+from megagrow.errors import InputError
+
+SEQUENCES = 5 * SPOT_CHECKS
+HEADER_BYTES = 34
+UNCHECKED = 3
+"""A document whose index no spot check looks at, see the test."""
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A corpus of which the spot checks see a part; one document per sequence of two tokens."""
+    with IndexedWriter(tmp_path / "c", np.dtype("<u2")) as writer:
+        for _ in range(SEQUENCES):
+            writer.add_document(np.array([1, 2]))
+        writer.finalise()
+    return tmp_path / "c"
+
+
+def change_document(prefix: Path, document: int, index: int) -> None:
+    path = prefix.with_name(prefix.name + ".idx")
+    raw = bytearray(path.read_bytes())
+    struct.pack_into("<q", raw, HEADER_BYTES + 12 * SEQUENCES + 8 * document, index)
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("index", [2**40, -5, 2**63 - 1, -(2**63), SEQUENCES])
+def test_document_indices_that_spot_checks_do_not_see(large: Path, index: int) -> None:
+    change_document(large, UNCHECKED, index)
+    corpus = IndexedCorpus(large)
+    with pytest.raises(InputError, match=r"c\.idx: broken index: its document indices"):
+        corpus.document_starts(0, corpus.num_tokens)
+
+
+def test_a_bin_of_half_a_token_is_refused(tmp_path: Path, indexed_files) -> None:
+    """Two sequences whose odd pointers fit to each other and to the file."""
+    indexed_files(tmp_path / "c", [[1], [2]], [0, 1, 2])
+    idx = tmp_path / "c.idx"
+    raw = bytearray(idx.read_bytes())
+    struct.pack_into("<q", raw, HEADER_BYTES + 8 + 8, 3)
+    idx.write_bytes(raw)
+    (tmp_path / "c.bin").write_bytes(bytes(5))
+    with pytest.raises(InputError, match=r"c\.idx: broken index"):
+        IndexedCorpus(tmp_path / "c")
+
+
+def corpus_manifest(**changes: object) -> str:
+    values = {
+        "format": "megagrow corpus 1",
+        "fingerprint": "",
+        "sources": [],
+        "tokenizer": "tokenizer.model",
+        "tokenizer_checksum": "",
+        "vocab_size": 50,
+        "eos_id": 2,
+        "splits": {},
+        "files": {},
+    }
+    return json.dumps(values | changes)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "..", "x\0y"])
+def test_manifests_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> None:
+    for changes in ({"files": {name: {"size": 1, "blake2b": ""}}}, {"tokenizer": name}):
+        (tmp_path / "manifest.json").write_text(corpus_manifest(**changes))
+        with pytest.raises(InputError, match="which is not in its folder"):
+            Manifest.beside(tmp_path / "train")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": 1, "format": 2}', "\x00", "[NaN]"])
+def test_manifests_that_cannot_be_read_are_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match=r"manifest\.json: damaged"):
+        Manifest.beside(tmp_path / "train")
+
+
+def test_a_line_of_json_that_is_too_deep_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a"}\n' + "[" * 100_000 + "\n")
+    unit = Unit("jsonl", (str(path),), 0, path.stat().st_size, path.stat().st_size, "")
+    documents = read_documents(unit, "text")
+    assert next(documents).text == "a"
+    with pytest.raises(InputError, match=r"x\.jsonl: line 2: lists or objects too deep"):
+        next(documents)
+
+
+def word_level(**changes: object) -> dict[str, object]:
+    model = {"type": "WordLevel", "vocab": {"</s>": 0, "a": 1, "<unk>": 2}, "unk_token": "<unk>"}
+    nothing = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    whole = {"version": "1.0", "added_tokens": [], "model": model | changes}
+    return whole | dict.fromkeys(nothing)
+
+
+def test_a_vocabulary_without_its_unknown_token_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(word_level(vocab={"</s>": 0, "a": 1})))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.encode_batch(["a"]) == [[1]]
+    with pytest.raises(InputError, match=r"tokenizer\.json: cannot encode a text"):
+        tokenizer.encode_batch(["b"])
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("[]", "should hold a JSON object"),
+        ("{", "not JSON"),
+        ('{"eos_token": 3}', "'eos_token' should be the text of a token"),
+        ('{"eos_token": {"lstrip": false}}', "'eos_token' should be the text of a token"),
+        ('{"eos_token": ["</s>"]}', "'eos_token' should be the text of a token"),
+    ],
+)
+def test_a_damaged_configuration_beside_a_tokenizer(tmp_path: Path, config: str, said: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(word_level()))
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(InputError, match=rf"tokenizer_config\.json: .*{said}"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_code_beside_a_tokenizer_is_not_run(tmp_path: Path) -> None:
+    """The library would ask on the terminal whether it may, and wait for an answer."""
+    pytest.importorskip("transformers")
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    config = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"no tokenizer found: .*contains custom code"):
+        load_tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": 3}', '{"tokenizer_class": 5}'])
+def test_a_damaged_folder_of_theirs_is_named(tmp_path: Path, content: str) -> None:
+    pytest.importorskip("transformers")
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(content)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(InputError, match=r"theirs: no tokenizer found: ."):
+        load_tokenizer(folder)
