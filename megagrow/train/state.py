@@ -109,5 +109,5 @@ class RunState:
             raise InputError(
                 "the checkpoint does not say where its run stands: its counters are not numbers"
             )
-        place = values["stage"], values["stage_step"]
-        return RunState(counters, *place, **lists, skipped_tokens=skipped, guard=guard)
+        stage, step = values["stage"], values["stage_step"]
+        return RunState(counters, stage, step, **lists, skipped_tokens=skipped, guard=guard)
