@@ -10,6 +10,7 @@ FORBIDDEN = {
     **dict.fromkeys(("eval", "exec", "compile", "__import__"), "runs a text as code"),
     **dict.fromkeys(("os.system", "os.popen", "subprocess.getoutput"), "goes through a shell"),
     **dict.fromkeys(("torch.jit.load", "torch.hub.load", "runpy.run_path"), "runs a file's code"),
+    **dict.fromkeys(("pickle.load", "pickle.loads", "pickle.Unpickler"), "unpickles"),
     **dict.fromkeys(("yaml.unsafe_load", "yaml.full_load", "yaml.load_all"), "makes any object"),
 }
 """Calls by which a file that somebody else has written could run code."""
