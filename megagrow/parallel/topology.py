@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from megagrow.errors import InputError
 
@@ -73,10 +74,12 @@ def init_process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    alone = launch.world_size == 1
-    store = dist.HashStore() if alone else None  # type: ignore[attr-defined]
     dist.init_process_group(
-        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+        backend,
+        store=_meeting_place(launch, timeout),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timeout,
     )
     return device
 
@@ -84,6 +87,21 @@ def init_process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30
 def first_host() -> str:
     """Where rank 0 runs, as the launcher says."""
     return os.environ.get("MASTER_ADDR", "localhost")
+
+
+def _meeting_place(launch: Launch, timeout: timedelta) -> Any:
+    """The store through which the ranks find each other.
+
+    Ranks that torchrun has started again get the store of those before them: without a part of
+    their own in it they would wait for the addresses of the dead.
+    """
+    if launch.world_size == 1:
+        return dist.HashStore()  # type: ignore[attr-defined]
+    meetings = rendezvous("env://", launch.rank, launch.world_size, timeout=timeout)
+    store, *_ = next(meetings)
+    store.set_timeout(timeout)
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"start-{start}", store)  # type: ignore[attr-defined]
 
 
 def leave_process_group() -> None:
