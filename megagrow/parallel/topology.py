@@ -4,6 +4,7 @@ world = data parallel x tensor parallel, and tensor-parallel ranks are neighbour
 rank = dp_rank * tp + tp_rank. Only this file reads the launcher's environment.
 """
 
+import atexit
 import gc
 import importlib
 import os
@@ -62,6 +63,7 @@ def tune_process() -> None:
     importlib.import_module("torch._dynamo")
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # else nanobind calls what triton has made leaks
 
 
 def init_process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> torch.device:

@@ -23,7 +23,9 @@ DEEP = MODEL | {"num_hidden_layers": 4}
 def probing_run(folder: Path) -> RunConfig:
     growth = {"probe": {"operators": CANDIDATES, "steps": TRIED}, "lr_schedule": "continue"}
     later = {"model": DEEP, "tokens": AFTER * STEP_TOKENS, "growth": growth}
-    return make_run(folder, [{"tokens": BEFORE * STEP_TOKENS}, later], checkpoint={"interval": 2})
+    # A kill soon after the growth must find a checkpoint behind it, and not one half written.
+    checkpoint = {"interval": 2, "background": False}
+    return make_run(folder, [{"tokens": BEFORE * STEP_TOKENS}, later], checkpoint=checkpoint)
 
 
 def end_of(run: RunConfig, hook=None) -> tuple[list[int], str]:
