@@ -136,7 +136,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (shutil.rmtree, "in: no such directory"),
     "empty": (lambda path: (path / "manifest.json").unlink(), "neither a checkpoint nor a run"),
     "truncated": (truncate, "rank-00001.safetensors: truncated or damaged"),
-    "header": (scramble, "rank-00001.safetensors: not a whole safetensors file"),
+    "header": (scramble, "rank-00001.safetensors: damaged, its checksum is"),
     "manifest": (lambda path: (path / "manifest.json").write_text("{"), "manifest.json: damaged"),
 }
 
@@ -199,7 +199,7 @@ def test_a_byte_that_changes_on_the_disk_is_noticed_and_made_again(path, tmp_pat
             file.write_bytes(data)
 
     with monkeypatch.context() as patch:
-        patch.setattr("megagrow.checkpoint.writing._forget", flip)
+        patch.setattr("megagrow.checkpoint.verifying.forget", flip)
         with pytest.raises(InputError, match=r"is not on the disk as it was written; give the sam"):
             grow(out=tmp_path / "out", **request)
     assert not (tmp_path / "out").exists()

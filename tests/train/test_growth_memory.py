@@ -34,6 +34,9 @@ WIDE = MODEL | {
 DEEP = WIDE | {"num_hidden_layers": 16}
 """50M parameters: 192 MiB of fp32 weights, and 576 MiB with Adam's moments."""
 
+TRANSPORT = {"optimizer_state": "transport"}
+"""Moments that stay zero would never come to memory."""
+
 CONSTANT = 32 * MIB
 """Room for what is no tensor of a model: code paged in, gloo's buffers and threads, Python objects.
 What is held after a growth was measured to exceed the target's share by 6 to 15 MiB."""
@@ -120,7 +123,7 @@ def stages(zero: int, tp: int, models: tuple[dict, dict]) -> list[dict]:
     parallel = {"zero_stage": zero, "tensor_model_parallel_size": tp}
     return [
         {"model": model, "tokens": 2 * STEP_TOKENS, "parallel": parallel, **growth}
-        for model, growth in zip(models, ({}, {"growth": {}}), strict=True)
+        for model, growth in zip(models, ({}, {"growth": TRANSPORT}), strict=True)
     ]
 
 
@@ -133,7 +136,8 @@ def test_a_growth_holds_both_shares_and_one_bucket(tmp_path, zero, tp):
     for rank, found in enumerate(run_ranks(WORLD, measure, small, run)):
         source, target = share_bytes(found.source, rank), share_bytes(found.target, rank)
         bound = source + target + BUCKET_BYTES + CONSTANT
-        assert target < found.peak < bound, (rank, found.peak, bound)
+        # Buffers for gradients come to memory with the first step only.
+        assert state_bytes(found.target, rank) < found.peak < bound, (rank, found.peak, bound)
         # While the target is built, of the source there is only its state left, and of the target
         # nothing is there twice.
         assert found.built < state_bytes(found.source, rank) + target + CONSTANT, rank
