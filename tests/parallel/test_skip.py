@@ -95,8 +95,9 @@ def skip_all(cases: list[Case], scaled: bool) -> list[tuple[list[float], bool, b
 @pytest.mark.dist
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "weighted norm and clipping"])
 def test_nothing_changes_and_nothing_stays(scaled: bool) -> None:
-    for rank, results in enumerate(run_ranks(WORLD, skip_all, CASES, scaled)):
-        for case, (norms, kept, same) in zip(CASES, results, strict=True):
+    cases = [case for case in CASES if scaled or not case.bf16]
+    for rank, results in enumerate(run_ranks(WORLD, skip_all, cases, scaled)):
+        for case, (norms, kept, same) in zip(cases, results, strict=True):
             assert not any(map(math.isfinite, norms)), (rank, case, norms)
             assert kept, (rank, case)
             assert same, (rank, case)

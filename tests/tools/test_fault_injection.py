@@ -12,7 +12,7 @@ from tools.fault_injection_run import BASE_STEPS, STEPS, Seen, differences, look
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-KILLS = 6
+KILLS = 4
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,10 @@ def plain_layouts(world: int) -> list[dict]:
 
 
 def layouts_of(world: int) -> list[dict]:
-    """The plain layouts, and sequence parallelism and activation checkpointing on some of them."""
+    """The plain layouts, and sequence parallelism and activation checkpointing on some of them, at
+    1 and at 4 ranks."""
+    if world == 2:
+        return plain_layouts(2)
     if world == 1:
         return [
             *plain_layouts(1),
