@@ -28,6 +28,9 @@ in the cache: 40% faster on source code, and almost four times on one text of 20
 MAX_LINE = 4096
 """Longer lines, in characters, are cut for the training of a tokenizer."""
 
+MOST_IDS = 2**24
+"""A vocabulary is not larger."""
+
 EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 """What the end of a document is called in a tokenizer.json that has no configuration beside it."""
 
@@ -137,6 +140,8 @@ class JsonTokenizer:
         self._tokenizer.encode_special_tokens = True
         self._path = path
         self.vocab_size = _size_of(self._tokenizer)
+        if self.vocab_size > MOST_IDS:  # the library would fill memory up to it, and die of that
+            raise InputError(f"{path}: a token has the id {self.vocab_size - 1}; damaged")
         self.eos_id = self._find_eos()
         self.checksum = _digest(self._tokenizer.to_str().encode(), str(self.eos_id).encode())
 

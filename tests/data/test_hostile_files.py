@@ -150,3 +150,10 @@ def test_a_damaged_folder_of_theirs_is_named(tmp_path: Path, content: str) -> No
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(InputError, match=r"theirs: no tokenizer found: ."):
         load_tokenizer(folder)
+
+
+def test_an_id_that_would_fill_the_memory_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(word_level(vocab={"</s>": 0, "a": 2**31, "<unk>": 2})))
+    with pytest.raises(InputError, match=r"tokenizer\.json: a token has the id 2147483648"):
+        load_tokenizer(path)
