@@ -44,7 +44,7 @@ def reshard(
     from megagrow.train.convert_files import reshard_files
 
     layout = {"zero_stage": zero_stage, "dp": dp, "tp": tp, "weight_decay_on": weight_decay_on}
-    reshard_files(_request(source, out, "checkpoint", memory, **layout), Console())
+    reshard_files(request_of(source, out, "checkpoint", memory, **layout), Console())
 
 
 @convert_app.command("hf-export")
@@ -66,7 +66,7 @@ def hf_export(
     from megagrow.train.convert_files import export_hugging_face
 
     form = {"dtype": dtype, "shard_size": shard_size}
-    request = _request(source, out, "huggingface", memory, **form)
+    request = request_of(source, out, "huggingface", memory, **form)
     export_hugging_face(request, tokenizer, Console())
 
 
@@ -86,10 +86,11 @@ def hf_import(
     from megagrow.train.convert_files import import_hugging_face
 
     layout = {"zero_stage": zero_stage, "dp": dp, "tp": tp, "weight_decay_on": weight_decay_on}
-    import_hugging_face(_request(source, out, "checkpoint", memory, **layout), Console())
+    import_hugging_face(request_of(source, out, "checkpoint", memory, **layout), Console())
 
 
-def _request(source: Path, out: Path, form: str, memory: str, **options: Any) -> "Request":
+def request_of(source: Path, out: Path, form: str, memory: str, **options: Any) -> "Request":
+    """What a command asks for."""
     from megagrow.train.grow_request import Request
 
     return Request(source=source, out=out, form=form, memory=memory, **options)

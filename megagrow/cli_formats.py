@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from megagrow.cli_convert import request_of
+
 Output = Annotated[Path, typer.Argument(help="What to write.", show_default=False)]
 Ours = Annotated[
     Path,
@@ -54,18 +56,10 @@ def universal_import(
     memory: Memory = "512MiB",
 ) -> None:
     """Make a checkpoint of a DeepSpeed Universal Checkpoint."""
-    from megagrow.train.other_formats import Import, import_universal
+    from megagrow.train.other_formats import import_universal
 
-    request = Import(
-        path=source,
-        out=out,
-        model=model,
-        zero_stage=zero_stage,
-        dp=dp,
-        tp=tp,
-        weight_decay_on=weight_decay_on,
-        memory=memory,
-    )
+    layout = {"zero_stage": zero_stage, "dp": dp, "tp": tp, "weight_decay_on": weight_decay_on}
+    request = request_of(source, out, "checkpoint", memory, to=model, **layout)
     import_universal(request, Console())
 
 
@@ -108,16 +102,8 @@ def megatron_import(
     memory: Memory = "512MiB",
 ) -> None:
     """Make a checkpoint of Megatron-LM's weights (torch format, names of its core or older)."""
-    from megagrow.train.other_formats import Import, import_megatron
+    from megagrow.train.other_formats import import_megatron
 
-    request = Import(
-        path=source,
-        out=out,
-        model=model,
-        zero_stage=zero_stage,
-        dp=dp,
-        tp=tp,
-        weight_decay_on=weight_decay_on,
-        memory=memory,
-    )
+    layout = {"zero_stage": zero_stage, "dp": dp, "tp": tp, "weight_decay_on": weight_decay_on}
+    request = request_of(source, out, "checkpoint", memory, to=model, **layout)
     import_megatron(request, Console())

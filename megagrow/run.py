@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.distributed as dist
 
 from megagrow.checkpoint.load import newest_checkpoint
 from megagrow.config.checks import world_problems
@@ -205,9 +204,7 @@ def _check_preserved(
     growth = job.run.stages[state.stage].growth
     assert growth is not None
     moved = max(abs(losses[1] - losses[0]), difference.kl)
-    wrong = torch.tensor([float(not moved <= growth.tolerance)], device=stage.topology.device)
-    dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
-    if wrong.item():
+    if any_rank(not moved <= growth.tolerance, stage.topology.device):
         raise InputError(
             f"the growth at step {state.counters.step} by {' with '.join(growth.operator)} should "
             f"have kept the function, but the loss on a fixed batch went from {losses[0]:.6f} to "

@@ -60,6 +60,15 @@ def check_file(path: Path, record: FileRecord) -> None:
         )
 
 
+def problem_of(path: Path, record: FileRecord) -> str | None:
+    """What `check_file` finds wrong with a file, if anything."""
+    try:
+        check_file(path, record)
+    except InputError as error:
+        return str(error)
+    return None
+
+
 def forget(path: Path) -> None:
     """Asks the system to read a file from the disk the next time, not from memory."""
     descriptor = os.open(path, os.O_RDONLY)

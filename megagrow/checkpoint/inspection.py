@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.checksums import check_file
+from megagrow.checkpoint.checksums import problem_of
 from megagrow.checkpoint.files import list_checkpoints, unfinished
 from megagrow.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -64,13 +64,8 @@ def problems_of(path: Path) -> list[str]:
         manifest = parse_manifest(path)
     except InputError as error:
         return [str(error)]
-    problems = []
-    for name, record in manifest.files.items():
-        try:
-            check_file(path / name, record)
-        except InputError as error:
-            problems.append(str(error))
-    return problems
+    found = (problem_of(path / name, record) for name, record in manifest.files.items())
+    return [problem for problem in found if problem is not None]
 
 
 def layout_text(manifest: Manifest) -> str:

@@ -2,20 +2,19 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from megagrow.checkpoint.checksums import check_file
+from megagrow.checkpoint.checksums import problem_of
 from megagrow.checkpoint.files import list_checkpoints, shard_name
 from megagrow.checkpoint.manifest import Manifest, parse_manifest
 from megagrow.checkpoint.newest import first_whole
 from megagrow.errors import InputError
 from megagrow.growth.map import identity_map
-from megagrow.parallel.topology import together
+from megagrow.parallel.topology import on_first, together
 from megagrow.parallel.zero import Storage
 from megagrow.reshard.layout import Block, Layout
 from megagrow.reshard.move import block_view, take, write_rows
@@ -32,7 +31,7 @@ def newest_checkpoint(directory: Path, say: Callable[[str], None]) -> tuple[Path
     A damaged one is named through `say` on rank 0 and passed over. InputError if all are damaged.
     """
     rank = dist.get_rank()
-    paths = _from_first(together(lambda: list_checkpoints(directory) if rank == 0 else []))
+    paths = on_first(lambda: list_checkpoints(directory))
 
     def say_once(text: str) -> None:
         if rank == 0:
@@ -44,33 +43,16 @@ def newest_checkpoint(directory: Path, say: Callable[[str], None]) -> tuple[Path
 def _verify_together(path: Path) -> Manifest:
     """The manifest as rank 0 reads it, once all files are read: file i by rank i of the world."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    manifest, problem = _from_first(_attempt(lambda: parse_manifest(path)) if rank == 0 else None)
-    if problem is not None:
-        raise InputError(problem)
+    manifest = on_first(lambda: parse_manifest(path))
     mine = list(manifest.files.items())[rank::world]
-    checked = [_attempt(partial(check_file, path / name, record)) for name, record in mine]
+    found = [problem_of(path / name, record) for name, record in mine]
     everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, [text for _, text in checked if text is not None])
+    dist.all_gather_object(everyone, [text for text in found if text is not None])
     problems = [text for texts in everyone for text in texts]
     if problems:
         more = f"; and {len(problems) - _NAMED} more files" if len(problems) > _NAMED else ""
         raise InputError("; ".join(problems[:_NAMED]) + more)
     return manifest
-
-
-def _from_first(value: Any) -> Any:
-    """What rank 0 gives, on all ranks."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What an action gives, or why it failed."""
-    try:
-        return action(), None
-    except InputError as error:
-        return None, str(error)
 
 
 def load_storage(path: Path, manifest: Manifest, layout: Layout, storage: Storage) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megagrow.checkpoint.files import sync
-from megagrow.config.sizes import format_bytes
+from megagrow.checkpoint.room import check_room
 from megagrow.errors import InputError, unwritable
 
 
@@ -23,12 +23,7 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
             raise InputError(f"{path}: is there already; remove it or write elsewhere")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if needed > free:
-            raise InputError(
-                f"{out.parent}: has {format_bytes(free)} of room, {format_bytes(needed)} are "
-                "needed; free the disk or write elsewhere"
-            )
+        check_room(out.parent, needed)
         partial.mkdir()
         try:
             yield partial

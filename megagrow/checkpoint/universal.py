@@ -6,7 +6,6 @@ step stands in zero/optimizer_state.pt. What model it is, DeepSpeed does not say
 file beside.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from megagrow.checkpoint.shards import KINDS
 from megagrow.checkpoint.source import PlacedSource
 from megagrow.checkpoint.tensor_file import DTYPES, Stored, read_elements
 from megagrow.checkpoint.torch_file import read_torch_file
+from megagrow.config.file_names import is_plain_name
+from megagrow.config.json_text import parse_json
 from megagrow.config.model_file import checked_model
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
@@ -88,7 +89,7 @@ def _step_folder(path: Path) -> Path:
     if not latest.is_file():
         raise InputError(f"{path}: has neither {PARAMETERS}/ nor {LATEST_FILE}")
     name = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if name != Path(name).name or not (path / name / PARAMETERS).is_dir():
+    if not is_plain_name(name) or not (path / name / PARAMETERS).is_dir():
         raise InputError(f"{latest}: names {name!r}, which is no Universal Checkpoint beside it")
     return path / name
 
@@ -98,7 +99,7 @@ def _about(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_bytes())
         about = {key: found[key] for key in ("model", "run", "environment")}
         if not isinstance(about["run"], dict | None) or not isinstance(about["environment"], dict):
             raise TypeError("its run or environment is no object")

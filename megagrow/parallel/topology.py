@@ -179,6 +179,21 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return vote.item() > 0
 
 
+def on_first(action: Callable[[], T]) -> T:
+    """What `action` gives on rank 0 alone, on all ranks; if it fails there, all raise the same."""
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = action()
+        except (InputError, OSError) as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found, src=0)
+    result, problem = found
+    if problem is not None:
+        raise InputError(problem)
+    return result
+
+
 def together(action: Callable[[], T]) -> T:
     """Runs `action` on every rank; if it fails on one, the same error is raised on all.
 

@@ -26,10 +26,9 @@ def build_model(
 def materialise(
     model: LlamaForCausalLM, device: torch.device, partition: Callable[[nn.Module], None] | None
 ) -> None:
-    """Zero-fills the weights, or calls `partition`, which does, on one layer after the other.
+    """Zero-fills the weights, or calls `partition` on one layer after the other.
 
-    Under ZeRO-3 that leaves a rank with its part only, so no more than one layer is ever whole, and
-    of that only the rank's part is ever touched.
+    Under ZeRO-3 that splits them, so no more than one layer is ever whole, and none is touched.
     """
     make = torch.zeros if partition is None else torch.empty
     parts: list[nn.Module] = [*model.model.layers, model]

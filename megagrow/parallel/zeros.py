@@ -14,6 +14,7 @@ def zeros(numel: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     an empty engine holds is written over by initial weights, a checkpoint or a growth.
     """
     if torch.device(device).type != "cpu" or numel == 0:
+        # Not torch.zeros: while an engine is built, that one ends up here.
         return torch.full((numel,), 0, dtype=dtype, device=device)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     memory = mmap.mmap(-1, numel * dtype.itemsize, flags=flags)

@@ -7,15 +7,15 @@ Adam's step count come with the weights where there are any; tokens, schedule an
 from collections.abc import Callable
 from pathlib import Path
 
-from megagrow.checkpoint.opening import open_source
+from megagrow.checkpoint.opening import find_source, open_found
 from megagrow.checkpoint.source import Source
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.errors import InputError
-from megagrow.parallel.topology import together
+from megagrow.parallel.topology import on_first, together
 from megagrow.parallel.zero import Storage
 from megagrow.reshard.fill import fill_initial, fill_read
 from megagrow.reshard.layout import Layout
-from megagrow.train.file_growth import still_masked
+from megagrow.train.file_growth import STILL_MASKED, still_masked
 
 _FREE = ("initializer_range", "max_position_embeddings")
 """Fields of a model that no weight depends on."""
@@ -29,7 +29,9 @@ def open_beginning(run: RunConfig, say: Callable[[str], None]) -> Source | None:
     path = run.init_from
     if path is None:
         return None
-    return together(lambda: _opened(path, run.stages[0].model, say))
+    # One rank reads every byte; the others take its word.
+    found = on_first(lambda: find_source(path, say))
+    return together(lambda: _opened(path, found, run.stages[0].model, say))
 
 
 def fill_beginning(
@@ -43,8 +45,8 @@ def fill_beginning(
     return source.adam_step
 
 
-def _opened(path: Path, model: ModelConfig, say: Callable[[str], None]) -> Source:
-    source = open_source(path, say)
+def _opened(path: Path, folder: Path, model: ModelConfig, say: Callable[[str], None]) -> Source:
+    source = open_found(folder)
     found = source.model.model_dump()
     for key, value in model.model_dump().items():
         if found[key] != value and key not in _FREE:
@@ -53,9 +55,6 @@ def _opened(path: Path, model: ModelConfig, say: Callable[[str], None]) -> Sourc
                 "them equal"
             )
     if still_masked(source):
-        raise InputError(
-            f"init_from = {path}: parts of it still stand behind masks, without which it is "
-            "another model; train it until they are let in"
-        )
+        raise InputError(f"init_from = {path}: {STILL_MASKED}")
     say(f"begins with the weights of {source.path}")
     return source

@@ -34,6 +34,11 @@ from megagrow.train.growths import as_grown, stage_scales
 from megagrow.train.state import RunState
 
 DEFAULT_SEED = 1234
+STILL_MASKED = (
+    "parts of it still stand behind masks, without which it is another model; train it until they "
+    "are let in"
+)
+"""What is said of a source that can not leave its run."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +136,7 @@ def decide(request: Request, source: Source) -> Goal:
         )
     leaves_its_run = goal.options is not None or form == "huggingface"
     if leaves_its_run and still_masked(source):
-        problems.append(
-            f"{source.path}: parts of it still stand behind masks, without which it is another "
-            "model; train it until they are let in"
-        )
+        problems.append(f"{source.path}: {STILL_MASKED}")
     if problems:
         raise InputError("; ".join(problems))
     return goal

@@ -13,7 +13,7 @@ from rich.text import Text
 from megagrow.checkpoint.hugging_face_config import CONFIG_FILE, ORIGIN_KEY, config_of
 from megagrow.checkpoint.journal import JOURNAL_FILE, Journal
 from megagrow.checkpoint.manifest import Manifest, describe_layout
-from megagrow.checkpoint.opening import open_source
+from megagrow.checkpoint.opening import open_found, open_source
 from megagrow.checkpoint.target import Beside, Target, checkpoint_target, hugging_face_target
 from megagrow.checkpoint.writing import Writing, check_space
 from megagrow.config.sizes import format_bytes
@@ -62,7 +62,7 @@ def write_goal(
             work = _work(folder, target, goal, at_once)
             _do(work, journal, "copying" if goal.options is None else "growing", console)
             if source_loss is not None:
-                target_loss = text_loss(open_source(folder, print), texts, goal.masks)
+                target_loss = text_loss(open_found(folder), texts, goal.masks)
                 _compare(goal, source_loss, target_loss, console)
             work.finish(request.out)
     except OSError as error:

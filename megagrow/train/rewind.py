@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from megagrow.checkpoint.files import list_checkpoints
+from megagrow.checkpoint.files import list_checkpoints, step_of
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import Manifest, read_manifest, verify_checkpoint
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.errors import Diverged, InputError
-from megagrow.parallel.topology import together
+from megagrow.parallel.topology import on_first
 from megagrow.train.beginning import fill_beginning, open_beginning
 from megagrow.train.growths import as_grown
 from megagrow.train.stage import Stage, build_stage
@@ -58,10 +57,7 @@ def rewind_target(
     """
     stuck = state.counters.step - max(state.guard.skipped, state.guard.high)
     limit = stuck - 1 if stuck == state.guard.rewound_to else stuck
-    first = dist.get_rank() == 0
-    chosen = [together(lambda: _newest_good(directory, limit, say) if first else None)]
-    dist.broadcast_object_list(chosen, src=0)
-    found = chosen[0]
+    found = on_first(lambda: _newest_good(directory, limit, say))
     target = RunState() if found is None else RunState.from_json(found[1].run)
     after = state.rewound_to(target)
     if after.guard.rewinds > run.guards.max_rewinds:
@@ -71,7 +67,7 @@ def rewind_target(
             f"{target.counters.tokens + state.skipped_tokens} of the stream on, and at the "
             "learning rate"
         )
-    together(lambda: _drop_later(directory, target) if first else None)
+    on_first(lambda: _drop_later(directory, target))
     return found, after
 
 
@@ -100,7 +96,7 @@ def _passed_over(say: Callable[[str], None]) -> Iterator[None]:
 
 def _drop_later(directory: Path, target: RunState) -> None:
     for path in list_checkpoints(directory):
-        if int(path.name.removeprefix("step-")) > target.counters.step:
+        if step_of(path) > target.counters.step:
             path.rename(path.with_suffix(".tmp"))
 
 

@@ -18,7 +18,8 @@ from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
 from megagrow.parallel.plan import parameter_plan
 from megagrow.reshard.layout import Block
-from megagrow.train.other_formats import Import, export_megatron, import_megatron
+from megagrow.train.grow_request import Request
+from megagrow.train.other_formats import export_megatron, import_megatron
 from tests.checkpoint.written import RUN, write_checkpoint
 from tests.hugging_face import tiny
 from tests.reshard.definition import State, random_state
@@ -86,7 +87,9 @@ def give_out(source: Path, out: Path, **options: Any) -> None:
 
 def take_in(source: Path, out: Path, model: str | None = None) -> Source:
     options = {"zero_stage": 2, "dp": 3, "tp": 1, "weight_decay_on": "all", "memory": "64MiB"}
-    import_megatron(Import(path=source, out=out, model=model, **options), Console(quiet=True))
+    import_megatron(
+        Request(form="checkpoint", source=source, out=out, to=model, **options), Console(quiet=True)
+    )
     return open_checkpoint(out)
 
 

@@ -16,7 +16,8 @@ from megagrow.checkpoint.source import open_checkpoint
 from megagrow.checkpoint.universal import open_universal
 from megagrow.errors import InputError
 from megagrow.parallel.plan import parameter_plan
-from megagrow.train.other_formats import Import, export_universal, import_universal
+from megagrow.train.grow_request import Request
+from megagrow.train.other_formats import export_universal, import_universal
 from tests.checkpoint.test_torch_file import Malicious
 from tests.checkpoint.written import (
     RUN,
@@ -53,9 +54,9 @@ def folder(tmp_path, state) -> Path:
 
 
 def take_in(path: Path, out: Path, **changes: Any) -> None:
-    options: dict[str, Any] = {"model": None, "zero_stage": 3, "dp": 4, "tp": 1}
+    options: dict[str, Any] = {"to": None, "zero_stage": 3, "dp": 4, "tp": 1}
     options |= {"weight_decay_on": "all", "memory": "64MiB"} | changes
-    import_universal(Import(path=path, out=out, **options), quiet())
+    import_universal(Request(form="checkpoint", source=path, out=out, **options), quiet())
 
 
 def test_what_is_written_comes_back_with_its_run(folder, state, tmp_path):
@@ -129,7 +130,7 @@ def test_without_its_model_one_has_to_be_named(folder, tmp_path, state):
     with pytest.raises(InputError, match=r"does not say what model it is; name it by --model"):
         take_in(folder, tmp_path / "back")
     (tmp_path / "m.yaml").write_text(yaml.safe_dump(MODEL.model_dump()))
-    take_in(folder, tmp_path / "back", model=str(tmp_path / "m.yaml"))
+    take_in(folder, tmp_path / "back", to=str(tmp_path / "m.yaml"))
     assert not differences(
         shards(tmp_path / "back"), expected_shards(layout_of(MODEL, 3, 4, 1), state)
     )

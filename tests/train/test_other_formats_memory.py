@@ -11,8 +11,8 @@ from rich.console import Console
 
 from megagrow.config.schema import ModelConfig
 from megagrow.parallel.plan import parameter_plan
+from megagrow.train.grow_request import Request
 from megagrow.train.other_formats import (
-    Import,
     export_megatron,
     export_universal,
     import_megatron,
@@ -62,7 +62,7 @@ def test_no_tensor_is_ever_whole(tmp_path):
     write_checkpoint(tmp_path / "in", MODEL, layout_of(MODEL, 1, 2, 1), zeros)
     del zeros
     console = Console(file=io.StringIO())
-    options: dict[str, Any] = {"model": None, "zero_stage": 2, "dp": 3, "tp": 1}
+    options: dict[str, Any] = {"to": None, "zero_stage": 2, "dp": 3, "tp": 1}
     options |= {"weight_decay_on": "all", "memory": "16MiB"}
     found = {
         "universal-export": taken(export_universal, tmp_path / "in", tmp_path / "u", console),
@@ -77,6 +77,8 @@ def test_no_tensor_is_ever_whole(tmp_path):
         ),
     }
     for name, work in (("u", import_universal), ("m", import_megatron)):
-        request = Import(path=tmp_path / name, out=tmp_path / f"{name}-in", **options)
+        request = Request(
+            form="checkpoint", source=tmp_path / name, out=tmp_path / f"{name}-in", **options
+        )
         found[f"{name}-import"] = taken(work, request, console)
     assert all(size < BOUND < LARGEST for size in found.values()), found

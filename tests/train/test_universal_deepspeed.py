@@ -12,7 +12,8 @@ from rich.console import Console
 from megagrow.checkpoint.source import Source, open_checkpoint
 from megagrow.parallel.plan import parameter_plan
 from megagrow.reshard.layout import Block
-from megagrow.train.other_formats import Import, export_universal, import_universal
+from megagrow.train.grow_request import Request
+from megagrow.train.other_formats import export_universal, import_universal
 from tests.checkpoint.written import RUN, write_checkpoint
 from tests.hugging_face import tiny
 from tests.reshard.definition import State, random_state
@@ -28,7 +29,7 @@ def take_in(tmp_path: Path, source: Path, out: Path, **changes: Any) -> Source:
     model = tmp_path / "model.yaml"
     model.write_text(yaml.safe_dump(MODEL.model_dump()))
     options = {"zero_stage": 3, "dp": 3, "tp": 2, "weight_decay_on": "matrices", "memory": "64MiB"}
-    request = Import(path=source, out=out, model=str(model), **options | changes)
+    request = Request(form="checkpoint", source=source, out=out, to=str(model), **options | changes)
     import_universal(request, Console(file=io.StringIO()))
     return open_checkpoint(out)
 
