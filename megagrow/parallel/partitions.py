@@ -3,7 +3,6 @@ knows.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megagrow.parallel.deepspeed_import import BF16_Optimizer, deepspeed, stage3, stage_1_and_2
+from megagrow.parallel.deepspeed_import import BF16_Optimizer, deepspeed
 from megagrow.parallel.topology import Topology
-from megagrow.parallel.zeros import zeros
 
 GATHER_BYTES = 64 * 2**20
 """Forward weights that are gathered at once when they are refreshed."""
@@ -68,7 +66,7 @@ def partition_zero3(
 ) -> Callable[[nn.Module], None]:
     """What splits the weights of a module over the data-parallel ranks.
 
-    What a rank keeps has no memory until `empty_shares` gives it some.
+    What a rank keeps has no memory until `empty_engine.built_empty` gives it some.
     """
 
     def partition(module: nn.Module) -> None:
@@ -82,84 +80,6 @@ def partition_zero3(
         )
 
     return partition
-
-
-@contextmanager
-def nothing_sent() -> Iterator[None]:
-    """Keeps DeepSpeed from sending weights around while an empty engine is built.
-
-    It sends those of the first rank to all others, and under ZeRO 3 makes every parameter whole
-    once (to hang a hook on it, which needs no weights): all of them are zero everywhere.
-    """
-    comm = deepspeed.comm
-    originals = comm.broadcast, comm.all_gather_into_tensor
-
-    def nothing(*_: Any, **__: Any) -> None:
-        pass
-
-    comm.broadcast = comm.all_gather_into_tensor = nothing
-    try:
-        yield
-    finally:
-        comm.broadcast, comm.all_gather_into_tensor = originals
-
-
-@contextmanager
-def flat_already(flats: list[Tensor]) -> Iterator[None]:
-    """Lets DeepSpeed take the flat groups of ZeRO 1 and 2 as they are, in their order.
-
-    By itself it makes flat copies: the weights would be held twice while the engine is built.
-    """
-    original, waiting = stage_1_and_2._flatten_dense_tensors, list(flats)
-
-    def flatten(tensors: list[Tensor]) -> Tensor:
-        return waiting.pop(0) if waiting else original(tensors)
-
-    stage_1_and_2._flatten_dense_tensors = flatten
-    try:
-        yield
-    finally:
-        stage_1_and_2._flatten_dense_tensors = original
-
-
-@contextmanager
-def empty_shares(device: torch.device) -> Iterator[None]:
-    """Lets the ranks' shares of ZeRO 3 become one flat tensor of zeros.
-
-    By itself DeepSpeed copies them into one, by way of the CPU, and collects the garbage of the
-    whole program in between. An empty engine has nothing to copy.
-    """
-    original = stage3.defragment
-
-    def flat_zeros(shares: list[Tensor]) -> Tensor:
-        sizes = [share.numel() for share in shares]
-        flat = zeros(sum(sizes), shares[0].dtype, device)
-        for share, part in zip(shares, flat.split(sizes), strict=True):
-            part.__dict__.update(share.__dict__)
-            torch.utils.swap_tensors(share, part)
-        return flat
-
-    stage3.defragment = flat_zeros
-    try:
-        yield
-    finally:
-        stage3.defragment = original
-
-
-@contextmanager
-def mapped_zeros() -> Iterator[None]:
-    """Lets the flat tensors of zeros that DeepSpeed makes, for gradients, be mapped ones."""
-    original = torch.zeros
-
-    def flat_zeros(*size: Any, **options: Any) -> Tensor:
-        flat = len(size) == 1 and isinstance(size[0], int) and options.keys() == {"dtype", "device"}
-        return zeros(size[0], **options) if flat else original(*size, **options)
-
-    torch.zeros = flat_zeros
-    try:
-        yield
-    finally:
-        torch.zeros = original
 
 
 def refresh(optimizer: Any, zero_stage: int, topology: Topology) -> None:

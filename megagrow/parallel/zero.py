@@ -16,13 +16,10 @@ from torch import Tensor, nn
 from megagrow.config.schema import OptimizerConfig
 from megagrow.model.masks import Masks
 from megagrow.parallel.deepspeed_import import deepspeed
+from megagrow.parallel.empty_engine import built_empty, nothing_sent
 from megagrow.parallel.norm import clip_whole_gradients, weigh_norm
 from megagrow.parallel.partitions import (
-    empty_shares,
-    flat_already,
     forget_gradients,
-    mapped_zeros,
-    nothing_sent,
     partition_zero3,
     places,
     refresh,
@@ -72,7 +69,7 @@ class ZeroEngine:
             with nothing_sent():
                 materialise(model, topology.device, partition)
         optimizer = _adamw(model, self._groups, settings.optimizer)
-        with flat_already(flats), empty_shares(topology.device), mapped_zeros(), nothing_sent():
+        with built_empty(flats, topology.device):
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
