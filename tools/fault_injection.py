@@ -4,11 +4,12 @@
 
 A small run that grows is trained once undisturbed. Then the same run is killed, by SIGKILL of one
 rank or of all, and started again by the same command, as a launcher would, until it ends; and so
-on with new runs until the number of kills is reached. Some instants are drawn from the whole run,
-some are aimed at its start, its saves and its growth. Ranks are forked from this process, which
-has imported everything, so that a start costs no imports. What is seen of a run is what anybody
-sees: the files that it writes. Exit code 1 if a run did not resume by itself, went on from before
-its last finished checkpoint, lost that, or ended other than the undisturbed one.
+on with new runs until the number of kills is reached. A kill is aimed at a phase: a start, a save,
+the growth, or the steps between; its instant within it is drawn from the time that this phase took
+when it was last seen, so that a busy machine moves no kill elsewhere. Ranks are forked from this
+process, which has imported everything, so that a start costs no imports. What is seen of a run is
+what anybody sees: the files that it writes. Exit code 1 if a run did not resume by itself, went on
+from before its last finished checkpoint, lost that, or ended other than the undisturbed one.
 """
 
 import json
@@ -44,8 +45,10 @@ from tools.fault_injection_run import (  # noqa: E402
 POLL_SECONDS = 0.002
 PATIENCE_SECONDS = 20.0
 """So long the ranks of a killed one may take to end by themselves."""
+MEETING_SECONDS = 1.0
+"""As long, where they had not met yet: there they wait for it, until their launcher ends them."""
 HANG_SECONDS = 120.0
-AIMS = ("any", "any", "any", "start", "save", "save", "growth")
+AIMS = ("steps", "steps", "start", "save", "save", "growth", "growth")
 PHASES = ("start", "steps", "save", "growth")
 
 
@@ -54,11 +57,11 @@ class Kill:
     """When, and whom."""
 
     aim: str
-    """Of what: the whole rest of the run, its start, a save, the growth."""
+    """At which phase; a growth that is over already is taken as a save."""
+    place: float
+    """In [0, 1): of the saves or steps that are left, at which."""
     share: float
-    """Of the time which that takes, from its beginning."""
-    save: int
-    """The how manieth save from the start on."""
+    """Of the time which the phase takes, from its beginning."""
     rank: int | None
     """None for all at once."""
 
@@ -70,10 +73,8 @@ class Report:
     kills: Counter[tuple[str, str]] = field(default_factory=Counter)
     """By phase, and by `one` rank or `all`."""
     runs: int = 0
-    left: int = 0
-    """Ranks whose peer was killed, and that ended by themselves."""
-    ended: int = 0
-    """And those that had to be ended."""
+    peers: Counter[str] = field(default_factory=Counter)
+    """Ranks whose peer was killed: how they ended."""
     undone: list[int] = field(default_factory=list)
     """Steps that each kill cost."""
     failures: list[str] = field(default_factory=list)
@@ -87,7 +88,7 @@ def plan_kills(count: int, seed: int, ranks: int) -> list[Kill]:
         Kill(
             draw.choice(AIMS),
             draw.random(),
-            draw.randint(1, 3),
+            draw.random(),
             draw.choice((None, draw.randrange(ranks))),
         )
         for _ in range(count)
@@ -100,28 +101,16 @@ class Injection:
     def __init__(self, folder: Path, ranks: int, say: Callable[[str], None]) -> None:
         self._folder, self._ranks, self._say = folder, ranks, say
         self._expected = folder / "undisturbed"
-        self._seconds: dict[str, float] = {}
+        self._lasted: dict[str, float] = {}
         self.report = Report()
         write_corpus(folder / "train")
 
     def measure(self) -> None:
-        """Trains the undisturbed run and takes the time of its phases."""
-        phases: Counter[str] = Counter()
-        saves, saving = 0, False
-        processes, begin = self._start(self._expected), time.monotonic()
-        while any(process.is_alive() for process in processes):
-            seen = look(self._expected)
-            phases[seen.phase(0)] += 1
-            saves, saving = saves + (seen.saving and not saving), seen.saving
-            time.sleep(POLL_SECONDS)
-        total = time.monotonic() - begin
-        self._join(processes)
-        if any(process.exitcode for process in processes):
-            raise SystemExit(f"the undisturbed run failed: {self._errors(self._expected)}")
-        self._seconds = {name: total * n / phases.total() for name, n in phases.items()}
-        self._seconds |= {"total": total, "save": self._seconds.get("save", 0) / max(1, saves)}
-        told = ", ".join(f"{name} {value:.2f} s" for name, value in self._seconds.items())
-        self._say(f"undisturbed: {told}")
+        """Trains the undisturbed run, and sees how long each phase takes."""
+        if not self._attempt(self._expected, None) and self.report.failures:
+            raise SystemExit(self.report.failures[0])
+        told = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self._lasted.items())
+        self._say(f"undisturbed, as last seen: {told}")
 
     def inject(self, kills: list[Kill]) -> None:
         """Kills one run after another until all kills are done; each is let end at last."""
@@ -140,17 +129,16 @@ class Injection:
 
     def _attempt(self, output: Path, kill: Kill | None) -> bool:
         """Starts a run and kills it; False if it came to its end before."""
-        before, processes, begin = look(output), self._start(output), time.monotonic()
+        before, processes = look(output), self._start(output)
         phase = self._wait(output, before, kill, processes)
         if phase is None:
             self._join(processes)
-            self._measure_again(before, time.monotonic() - begin)
             codes = [process.exitcode for process in processes]
             if codes != [0] * self._ranks:
                 self._fail(output, f"ended with exit codes {codes}: {self._errors(output)}")
         else:
             assert kill is not None
-            self._kill(processes, kill)
+            self._kill(processes, kill, phase)
             self.report.kills[phase, "all" if kill.rank is None else "one"] += 1
         self._check(output, before, look(output))
         return phase is not None and not self.report.failures
@@ -159,13 +147,17 @@ class Injection:
         self, output: Path, before: Seen, kill: Kill | None, processes: list[Any]
     ) -> str | None:
         """Returns at the instant of a kill, with the phase; None when the run has ended."""
-        begin, saves, saving, due = time.monotonic(), 0, False, None
+        begin = entered = time.monotonic()
+        phase, saves, due = "start", 0, None
         while any(process.is_alive() for process in processes):
             seen, now = look(output), time.monotonic()
-            phase = seen.phase(len(before.starts))
-            saves, saving = saves + (seen.saving and not saving), seen.saving
-            if kill is not None and due is None:
-                due = self._due(kill, before, phase, saves, begin, now)
+            current = seen.phase(len(before.starts))
+            if current != phase:
+                self._lasted[phase] = now - entered
+                phase, entered = current, now
+                saves += phase == "save"
+            if kill and due is None and _reached(kill, before.finished, seen.step, phase, saves):
+                due = now + kill.share * self._lasted.get(phase, 0.0)
             if due is not None and now >= due:
                 return phase
             if now - begin > HANG_SECONDS:
@@ -174,41 +166,19 @@ class Injection:
             time.sleep(POLL_SECONDS)
         return None
 
-    def _due(
-        self, kill: Kill, before: Seen, phase: str, saves: int, begin: float, now: float
-    ) -> float | None:
-        """The instant of a kill, as soon as what it is aimed at has begun."""
-        seconds = self._seconds
-        if kill.aim == "start":
-            return begin + kill.share * seconds["start"]
-        if kill.aim == "save":
-            left = (STEPS - before.finished) // INTERVAL
-            return now + kill.share * seconds["save"] if saves >= min(kill.save, left) else None
-        if kill.aim == "growth" and before.finished <= BASE_STEPS:
-            return now + kill.share * seconds.get("growth", 0) if phase == "growth" else None
-        rest = (seconds["total"] - seconds["start"]) * _share_left(before)
-        return begin + kill.share * (seconds["start"] + rest)
-
-    def _measure_again(self, before: Seen, seconds: float) -> None:
-        """A run was faster than expected, as where less else runs on the machine by now."""
-        start, left = self._seconds["start"], _share_left(before)
-        if left:
-            total = start + max(0.0, seconds - start) / left
-            self._seconds["total"] = min(self._seconds["total"], total)
-
-    def _kill(self, processes: list[Any], kill: Kill) -> None:
+    def _kill(self, processes: list[Any], kill: Kill, phase: str) -> None:
         """SIGKILL; the others may end by themselves, and are ended if they do not."""
         victims = processes if kill.rank is None else [processes[kill.rank]]
         self._signal(victims)
         peers = [process for process in processes if process not in victims]
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + (MEETING_SECONDS if phase == "start" else PATIENCE_SECONDS)
         for process in peers:
             process.join(max(0.0, deadline - time.monotonic()))
         late = [process for process in peers if process.is_alive()]
         self._signal(late)
         self._join(processes)
-        self.report.ended += len(late)
-        self.report.left += len(peers) - len(late)
+        waited = "ended, having waited to meet" if phase == "start" else "ended, having hung"
+        self.report.peers += Counter({"by themselves": len(peers) - len(late), waited: len(late)})
 
     def _check(self, output: Path, before: Seen, after: Seen) -> None:
         """The start went on from where it had to, and no finished checkpoint is gone."""
@@ -244,9 +214,15 @@ class Injection:
             process.join()
 
 
-def _share_left(seen: Seen) -> float:
-    """What is still to be trained of a run, as a share of the whole."""
-    return 1 - seen.finished / STEPS
+def _reached(kill: Kill, finished: int, step: int, phase: str, saves: int) -> bool:
+    """Whether what a kill is aimed at has begun, in a start that goes on from step `finished`."""
+    left = STEPS - finished
+    aim = "save" if kill.aim == "growth" and finished > BASE_STEPS else kill.aim
+    if left == 0 or aim == "start":
+        return True
+    if aim == "save":
+        return saves > int(kill.place * (left // INTERVAL))
+    return phase == aim and (aim == "growth" or step > finished + int(kill.place * left))
 
 
 def fault_injection(
@@ -278,8 +254,8 @@ def show(report: Report) -> None:
         f"{total} kills of {report.runs} runs in {report.seconds:.0f} s, "
         f"{report.seconds / max(1, total):.2f} s each; steps undone: "
         f"{sum(report.undone) / max(1, len(report.undone)):.1f} on average, at most "
-        f"{max(report.undone, default=0)}\nranks whose peer was killed: {report.left} ended by "
-        f"themselves within {PATIENCE_SECONDS:.0f} s, {report.ended} had to be ended"
+        f"{max(report.undone, default=0)}\nranks whose peer was killed: "
+        + ", ".join(f"{count} {how}" for how, count in sorted(report.peers.items()))
     )
     for failure in report.failures:
         print(f"failed: {failure}")
