@@ -19,19 +19,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rope_tables(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotation angles, fp32, each (B, 1, S, D).
+    """Cosines and sines of the rotation angles, fp32, each (B, S, 1, D).
 
     Angle i of position p is p times frequency i, of D/2, which is theta^(-2i/D) in a plain model;
     the two halves of D hold the same angles, which is Hugging Face's order (Su et al. 2021, in the
     half-split form).
     """
-    angles = position_ids[:, None, :, None].float() * frequencies
+    angles = position_ids[:, :, None, None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x (B, heads, S, D) by the tables of `rope_tables`; keeps the type of x."""
+    """Rotates x (B, S, heads, D) by the tables of `rope_tables`; keeps the type of x."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (x * cos + turned * sin).to(x.dtype)
@@ -56,15 +56,16 @@ def attention_mask(document_ids: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None = None) -> Tensor:
     """Causal attention softmax(q k^T / sqrt(D)) v with grouped key/value heads.
 
-    q is (B, H, S, D), k and v are (B, G, S, D) with H a multiple of G; the result is (B, H, S, D).
+    q is (B, S, H, D), k and v are (B, S, G, D) with H a multiple of G; the result is (B, S, H, D).
     """
-    repeats = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(repeats, dim=1).float() for x in (k, v))
+    repeats = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
     if document_ids is None:
-        document_ids = torch.zeros(q.shape[0], q.shape[2], dtype=torch.long, device=q.device)
-    scores = q.float() @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        document_ids = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
+    q_BHSD, k_BHSD, v_BHSD = (x.float().transpose(1, 2) for x in (q, k, v))
+    scores = q_BHSD @ k_BHSD.transpose(-1, -2) * q.shape[-1] ** -0.5
     scores = scores.masked_fill(~attention_mask(document_ids), float("-inf"))
-    return (scores.softmax(-1) @ v).to(q.dtype)
+    return (scores.softmax(-1) @ v_BHSD).transpose(1, 2).to(q.dtype)
 
 
 def vocab_statistics(logits: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -64,17 +64,17 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         x_BSD = self.enter(x_BSD)
         cos, sin, groups = context.cos, context.sin, context.masks.groups
-        q_BHSK = ops.apply_rope(self._heads(self.q_proj(x_BSD), groups), cos, sin)
-        k_BGSK = ops.apply_rope(self._heads(self.k_proj(x_BSD), groups), cos, sin)
-        v_BGSK = self._heads(self.v_proj(x_BSD), groups)
+        q_BSHK = ops.apply_rope(self._heads(self.q_proj(x_BSD), groups), cos, sin)
+        k_BSGK = ops.apply_rope(self._heads(self.k_proj(x_BSD), groups), cos, sin)
+        v_BSGK = self._heads(self.v_proj(x_BSD), groups)
         attend = ops.attention
         if context.recompute == "selective" and torch.is_grad_enabled():
             attend = partial(checkpoint, ops.attention, use_reentrant=False)
-        out_BHSK = attend(q_BHSK, k_BGSK, v_BGSK, context.mask)
-        return self.leave(self.o_proj(out_BHSK.transpose(1, 2).flatten(2)))
+        out_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.mask)
+        return self.leave(self.o_proj(out_BSHK.flatten(2)))
 
     def _heads(self, x: Tensor, mask_G: Tensor | None) -> Tensor:
-        return masked_groups(x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2), mask_G)
+        return masked_groups(x.unflatten(-1, (-1, self.head_dim)), mask_G)
 
 
 class MLP(nn.Module):

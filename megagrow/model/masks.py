@@ -86,12 +86,12 @@ def masked(x: Tensor, mask: Tensor | float | None) -> Tensor:
     return x if mask is None else x * mask
 
 
-def masked_groups(x_BHSK: Tensor, mask_G: Tensor | None) -> Tensor:
-    """Heads times the factor of their group: x is (B, H, S, K), H a multiple of G."""
+def masked_groups(x_BSHK: Tensor, mask_G: Tensor | None) -> Tensor:
+    """Heads times the factor of their group: x is (B, S, H, K), H a multiple of G."""
     if mask_G is None:
-        return x_BHSK
-    mask_H = mask_G.repeat_interleave(x_BHSK.shape[1] // len(mask_G))
-    return x_BHSK * mask_H[:, None, None]
+        return x_BSHK
+    mask_H = mask_G.repeat_interleave(x_BSHK.shape[2] // len(mask_G))
+    return x_BSHK * mask_H[:, None]
 
 
 def masked_rms_norm(x: Tensor, weight: Tensor, eps: float, mask: Tensor | None) -> Tensor:

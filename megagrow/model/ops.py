@@ -21,11 +21,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Causal attention: q (B, H, S, D), k and v (B, G, S, D), H a multiple of G.
+    """Causal attention: q (B, S, H, D), k and v (B, S, G, D), H a multiple of G.
 
     `mask` is None for plain causal order, or the (B, 1, S, S) booleans of `attention_mask`.
     """
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )
+    return out.transpose(1, 2)

@@ -17,7 +17,7 @@ from megagrow.model import ops
 
 
 def rotary_tables(config: ModelConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of a model's rotations at positions (B, S): fp32, each (B, 1, S, K)."""
+    """Cosines and sines of a model's rotations at positions (B, S): fp32, each (B, S, 1, K)."""
     cos, sin = ops.rope_tables(position_ids, frequencies(config, position_ids))
     scaling = config.rope_scaling
     if scaling is None or scaling.rope_type != "yarn":

@@ -41,14 +41,14 @@ def test_rms_norm_of_bf16_squares_in_fp32():
 def test_rope():
     config = tiny(num_key_value_heads=2)
     positions = torch.tensor([[0, 1, 2, 3, 17, 63], [5, 6, 0, 1, 2, 3]])
-    q, k = draw(2, 4, 6, 8), draw(2, 2, 6, 8, seed=1)
+    q, k = draw(2, 6, 4, 8), draw(2, 6, 2, 8, seed=1)
     cos, sin = hugging_face(config).model.rotary_emb(q, positions)
-    expected = theirs.apply_rotary_pos_emb(q, k, cos, sin)
+    expected = theirs.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
     tables = reference.rope_tables(positions, config.rope_theta ** -(torch.arange(4.0) / 4))
     for x, rotated in zip((q, k), expected, strict=True):
         found = reference.apply_rope(x, *tables)
         torch.testing.assert_close(found, rotated, **CLOSE)
-    assert tables[0].shape == (2, 1, 6, 8)
+    assert tables[0].shape == (2, 6, 1, 8)
 
 
 def test_rope_turns_by_relative_positions_only():
@@ -75,30 +75,31 @@ def test_swiglu():
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_attention_is_causal_attention(groups):
-    q, k, v = draw(2, 4, 12, 8), draw(2, groups, 12, 8, seed=1), draw(2, groups, 12, 8, seed=2)
-    repeated = [x.repeat_interleave(4 // groups, dim=1) for x in (k, v)]
-    expected = F.scaled_dot_product_attention(q, *repeated, is_causal=True)
+    q, k, v = draw(2, 12, 4, 8), draw(2, 12, groups, 8, seed=1), draw(2, 12, groups, 8, seed=2)
+    repeated = [x.repeat_interleave(4 // groups, dim=2).transpose(1, 2) for x in (k, v)]
+    expected = F.scaled_dot_product_attention(q.transpose(1, 2), *repeated, is_causal=True)
+    expected = expected.transpose(1, 2)
     torch.testing.assert_close(reference.attention(q, k, v), expected, **CLOSE)
     torch.testing.assert_close(ops.attention(q, k, v, None), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_attention_of_packed_documents_is_attention_of_each(groups):
-    q, k, v = draw(2, 4, 12, 8), draw(2, groups, 12, 8, seed=1), draw(2, groups, 12, 8, seed=2)
+    q, k, v = draw(2, 12, 4, 8), draw(2, 12, groups, 8, seed=1), draw(2, 12, groups, 8, seed=2)
     ids = documents()
     whole = reference.attention(q, k, v, ids)
     for row in range(2):
         for document in ids[row].unique():
             where = (ids[row] == document).nonzero()[:, 0]
-            one = [x[row : row + 1, :, where] for x in (q, k, v)]
+            one = [x[row : row + 1, where] for x in (q, k, v)]
             expected = reference.attention(*one)[0]
-            torch.testing.assert_close(whole[row][:, where], expected, **CLOSE)
+            torch.testing.assert_close(whole[row][where], expected, **CLOSE)
     fused = ops.attention(q, k, v, ops.attention_mask(ids))
     torch.testing.assert_close(fused, whole, **CLOSE)
 
 
 def test_gradients_of_the_ops_are_those_of_the_references():
-    inputs = [draw(2, 4, 12, 8), draw(2, 2, 12, 8, seed=1), draw(2, 2, 12, 8, seed=2)]
+    inputs = [draw(2, 12, 4, 8), draw(2, 12, 2, 8, seed=1), draw(2, 12, 2, 8, seed=2)]
     mask = ops.attention_mask(documents())
     calls = (
         lambda q, k, v: ops.attention(q, k, v, mask),
