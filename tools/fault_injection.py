@@ -218,7 +218,7 @@ def _reached(kill: Kill, finished: int, step: int, phase: str, saves: int) -> bo
     """Whether what a kill is aimed at has begun, in a start that goes on from step `finished`."""
     left = STEPS - finished
     aim = "save" if kill.aim == "growth" and finished > BASE_STEPS else kill.aim
-    if left == 0 or aim == "start":
+    if aim == "start":
         return True
     if aim == "save":
         return saves > int(kill.place * (left // INTERVAL))
