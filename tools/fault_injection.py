@@ -43,7 +43,7 @@ from tools.fault_injection_run import (  # noqa: E402
 )
 
 POLL_SECONDS = 0.002
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 30.0
 """So long the ranks of a killed one may take to end by themselves."""
 MEETING_SECONDS = 1.0
 """As long, where they had not met yet: there they wait for it, until their launcher ends them."""
