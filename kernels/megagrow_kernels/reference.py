@@ -23,6 +23,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (widened(weight) * (x_fp32 * inverse_rms)).to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of x + residual, and that sum, rounded to its type before it is normed."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
 def rope_tables(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotation angles, fp32, each (B, S, 1, D).
 
