@@ -27,6 +27,12 @@ PROGRAMS_EACH = 2
 """Programs of the backward pass per multiprocessor."""
 
 
+@triton.jit
+def _read(pointers, mask, POLICY: tl.constexpr):
+    """Numbers as fp32, zeros where the mask has none; POLICY says how to treat caches."""
+    return tl.load(pointers, mask, other=0.0, eviction_policy=POLICY).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x,
@@ -42,19 +48,20 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    offsets = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-    values = tl.load(x + offsets, mask, other=0.0).to(tl.float32)
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = column < WIDTH
+    mask = (row < rows)[:, None] & inside
+    offsets = row.to(tl.int64)[:, None] * WIDTH + column
+    values = _read(x + offsets, mask, "")
     if residual is not None:
-        values += tl.load(residual + offsets, mask, other=0.0).to(tl.float32)
+        values += _read(residual + offsets, mask, "")
         rounded = values.to(total.dtype.element_ty)
         tl.store(total + offsets, rounded, mask)
         values = rounded.to(tl.float32)
-    gain = tl.load(weight + column, column < WIDTH, other=0.0).to(tl.float32)
+    gain = _read(weight + column, inside, "")
     inverse = tl.rsqrt(tl.sum(values * values, 1) / WIDTH + eps)
     tl.store(inverse_rms + row, inverse, row < rows)
-    normed = values * inverse[:, None] * gain[None, :]
+    normed = values * inverse[:, None] * gain
     tl.store(y + offsets, normed.to(y.dtype.element_ty), mask)
 
 
@@ -72,27 +79,34 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    REREAD: tl.constexpr,
 ):
     program = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK)[None, :]
     inside = column < WIDTH
-    gain = tl.load(weight + column, inside, other=0.0).to(tl.float32)[None, :]
+    if not REREAD:
+        gain = _read(weight + column, inside, "")
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     for tile in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & inside[None, :]
-        offsets = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        mask = (row < rows)[:, None] & inside
+        offsets = row.to(tl.int64)[:, None] * WIDTH + column
         inverse = tl.load(inverse_rms + row, row < rows, other=0.0)[:, None]
-        normed = tl.load(x + offsets, mask, other=0.0).to(tl.float32) * inverse
-        upstream = tl.load(dy + offsets, mask, other=0.0).to(tl.float32)
+        if REREAD:
+            gain = _read(weight + column, inside, "evict_last")
+        normed = _read(x + offsets, mask, "") * inverse
+        upstream = _read(dy + offsets, mask, "")
+        along = tl.sum(upstream * gain * normed, 1)[:, None] / WIDTH
+        if REREAD:  # registers are for dw: the row is read once more, from a cache
+            gain = _read(weight + column, inside, "")
+            normed = _read(x + offsets, mask, "evict_first") * inverse
+            upstream = _read(dy + offsets, mask, "evict_first")
         dw += upstream * normed
-        upstream *= gain
-        along = tl.sum(upstream * normed, 1)[:, None] / WIDTH
-        gradient = (upstream - normed * along) * inverse
+        gradient = (upstream * gain - normed * along) * inverse
         if dtotal is not None:
-            gradient += tl.load(dtotal + offsets, mask, other=0.0).to(tl.float32)
+            gradient += _read(dtotal + offsets, mask, "")
         tl.store(dx + offsets, gradient.to(dx.dtype.element_ty), mask)
-    tl.store(partials + program * WIDTH + column, tl.sum(dw, 0), inside)
+    tl.store(partials + program * WIDTH + column, tl.sum(dw, 0)[None, :], inside)
 
 
 @triton.jit(do_not_specialize=["shares"])

@@ -41,9 +41,8 @@ def _turn_heads(
         first = tl.load(source + head * stride_h, mask, other=0.0).to(tl.float32)
         second = tl.load(source + head * stride_h + HALF, mask, other=0.0).to(tl.float32)
         out = target + head * (2 * HALF)
-        kind: tl.constexpr = target.dtype.element_ty
-        tl.store(out, (first * cos - second * sin).to(kind), mask)
-        tl.store(out + HALF, (second * cos + first * sin).to(kind), mask)
+        tl.store(out, (first * cos - second * sin).to(target.dtype.element_ty), mask)
+        tl.store(out + HALF, (second * cos + first * sin).to(target.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["length"])
