@@ -8,8 +8,9 @@ r = 1 / sqrt(mean(x^2) + eps), n = x r, the norm is y = n w, and its gradients a
 All of it is bound by memory, so every number is read and written once: a row is held in registers
 as a whole, and x, w and r are saved for the backward pass. That one starts two programs per
 multiprocessor, whatever the number of rows; each goes through many tiles of rows, loading the next
-ones while it computes, and keeps its share of dw in registers, fp32. A second kernel adds up the
-shares, always in the same order. Shapes: D width, ... any leading dimensions.
+ones while it computes, and keeps its share of dw in registers, fp32; rows too wide to be held
+beside it are read once more, while they are in a cache. A second kernel adds up the shares, always
+in the same order. Shapes: D width, ... any leading dimensions.
 """
 
 from typing import Any
@@ -90,22 +91,22 @@ def _backward_kernel(
     for tile in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & inside
-        offsets = row.to(tl.int64)[:, None] * WIDTH + column
+        start = row.to(tl.int64)[:, None] * WIDTH
         inverse = tl.load(inverse_rms + row, row < rows, other=0.0)[:, None]
         if REREAD:
             gain = _read(weight + column, inside, "evict_last")
-        normed = _read(x + offsets, mask, "") * inverse
-        upstream = _read(dy + offsets, mask, "")
+        normed = _read(x + start + column, mask, "") * inverse
+        upstream = _read(dy + start + column, mask, "")
         along = tl.sum(upstream * gain * normed, 1)[:, None] / WIDTH
         if REREAD:  # registers are for dw: the row is read once more, from a cache
             gain = _read(weight + column, inside, "")
-            normed = _read(x + offsets, mask, "evict_first") * inverse
-            upstream = _read(dy + offsets, mask, "evict_first")
+            normed = _read(x + start + column, mask, "evict_first") * inverse
+            upstream = _read(dy + start + column, mask, "evict_first")
         dw += upstream * normed
         gradient = (upstream * gain - normed * along) * inverse
         if dtotal is not None:
-            gradient += _read(dtotal + offsets, mask, "")
-        tl.store(dx + offsets, gradient.to(dx.dtype.element_ty), mask)
+            gradient += _read(dtotal + start + column, mask, "")
+        tl.store(dx + start + column, gradient.to(dx.dtype.element_ty), mask)
     tl.store(partials + program * WIDTH + column, tl.sum(dw, 0)[None, :], inside)
 
 
