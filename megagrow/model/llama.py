@@ -9,14 +9,15 @@ Shapes: B batch, S sequence, D hidden size, H query heads, G key/value heads, K 
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megagrow.config.schema import ModelConfig
-from megagrow.model import ops
 from megagrow.model.masks import Masks, masked, masked_groups, masked_rms_norm
+from megagrow.model.ops import PLAIN, Ops
 from megagrow.model.rope import rotary_tables
 
 
@@ -24,16 +25,18 @@ from megagrow.model.rope import rotary_tables
 class Context:
     """What every layer needs besides the hidden states, computed once per forward pass."""
 
+    ops: Ops
     cos: Tensor
     sin: Tensor
-    mask: Tensor | None
+    sight: Any
+    """What each query may see, as `ops.attention` takes it."""
     masks: Masks
     recompute: str
     """`none`, `selective` (the attention core) or `full` (the whole layer)."""
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned gain."""
+class Norm(nn.Module):
+    """The learned gain of a root-mean-square norm."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -41,8 +44,32 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.enter_weight: nn.Module = nn.Identity()
 
-    def forward(self, x_BSD: Tensor, mask: Tensor | None = None) -> Tensor:
-        return masked_rms_norm(x_BSD, self.enter_weight(self.weight), self.eps, mask)
+    def _norm(self, x_BSD: Tensor, context: Context) -> Tensor:
+        weight, mask = self.enter_weight(self.weight), context.masks.residual
+        return masked_rms_norm(context.ops, x_BSD, weight, self.eps, mask)
+
+
+class RMSNorm(Norm):
+    """The norm of hidden states."""
+
+    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
+        return self._norm(x_BSD, context)
+
+
+class AddRMSNorm(Norm):
+    """Adds to hidden states: gives the sum and its norm, in one pass where a backend has it."""
+
+    def forward(
+        self, x_BSD: Tensor, more_BSD: Tensor, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        fused = context.ops.add_rms_norm
+        if fused is None or context.masks.residual is not None:
+            x_BSD = x_BSD + more_BSD
+            return x_BSD, self._norm(x_BSD, context)
+        # Under autocast hidden states are wider than what layers give.
+        more_BSD, weight = more_BSD.to(x_BSD.dtype), self.enter_weight(self.weight)
+        norm_BSD, x_BSD = fused(x_BSD, more_BSD, weight, self.eps)
+        return x_BSD, norm_BSD
 
 
 class Attention(nn.Module):
@@ -63,14 +90,14 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         x_BSD = self.enter(x_BSD)
-        cos, sin, groups = context.cos, context.sin, context.masks.groups
-        q_BSHK = ops.apply_rope(self._heads(self.q_proj(x_BSD), groups), cos, sin)
-        k_BSGK = ops.apply_rope(self._heads(self.k_proj(x_BSD), groups), cos, sin)
-        v_BSGK = self._heads(self.v_proj(x_BSD), groups)
+        ops, groups = context.ops, context.masks.groups
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q_BSHK, k_BSGK, v_BSGK = (self._heads(project(x_BSD), groups) for project in projections)
+        q_BSHK, k_BSGK = ops.rope(q_BSHK, k_BSGK, context.cos, context.sin)
         attend = ops.attention
         if context.recompute == "selective" and torch.is_grad_enabled():
             attend = partial(checkpoint, ops.attention, use_reentrant=False)
-        out_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.mask)
+        out_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.sight)
         return self.leave(self.o_proj(out_BSHK.flatten(2)))
 
     def _heads(self, x: Tensor, mask_G: Tensor | None) -> Tensor:
@@ -88,10 +115,10 @@ class MLP(nn.Module):
         self.enter: nn.Module = nn.Identity()
         self.leave: nn.Module = nn.Identity()
 
-    def forward(self, x_BSD: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         x_BSD = self.enter(x_BSD)
-        hidden_BSF = ops.swiglu(self.gate_proj(x_BSD), self.up_proj(x_BSD))
-        return self.leave(self.down_proj(masked(hidden_BSF, mask)))
+        hidden_BSF = context.ops.swiglu(self.gate_proj(x_BSD), self.up_proj(x_BSD))
+        return self.leave(self.down_proj(masked(hidden_BSF, context.masks.ffn)))
 
 
 class DecoderLayer(nn.Module):
@@ -101,26 +128,26 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(
         self, x_BSD: Tensor, context: Context, gate: Tensor | float | None = None
     ) -> Tensor:
-        masks = context.masks
-        norm_BSD = self.input_layernorm(x_BSD, masks.residual)
-        x_BSD = x_BSD + masked(self.self_attn(norm_BSD, context), gate)
-        norm_BSD = self.post_attention_layernorm(x_BSD, masks.residual)
-        return x_BSD + masked(self.mlp(norm_BSD, masks.ffn), gate)
+        norm_BSD = self.input_layernorm(x_BSD, context)
+        more_BSD = masked(self.self_attn(norm_BSD, context), gate)
+        x_BSD, norm_BSD = self.post_attention_layernorm(x_BSD, more_BSD, context)
+        return x_BSD + masked(self.mlp(norm_BSD, context), gate)
 
 
 class LlamaModel(nn.Module):
     """Token ids to normalised hidden states."""
 
-    def __init__(self, config: ModelConfig, recompute: str = "none") -> None:
+    def __init__(self, config: ModelConfig, recompute: str = "none", ops: Ops = PLAIN) -> None:
         super().__init__()
         self.config = config
         self.recompute = recompute
+        self.ops = ops
         self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.leave: nn.Module = nn.Identity()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
@@ -130,7 +157,7 @@ class LlamaModel(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        documents: Tensor | None = None,
+        documents: Any = None,
         masks: Masks | None = None,
     ) -> Tensor:
         x_BSD = self.leave(self.embed_tokens(input_ids))
@@ -143,29 +170,30 @@ class LlamaModel(nn.Module):
                 x_BSD = checkpoint(layer, x_BSD, context, gate, use_reentrant=True)
             else:
                 x_BSD = layer(x_BSD, context, gate)
-        return self.norm(x_BSD, masks.residual)
+        return self.norm(x_BSD, context)
 
     def _context(
-        self, positions: Tensor, documents: Tensor | None, masks: Masks, dtype: torch.dtype
+        self, positions: Tensor, documents: Any, masks: Masks, dtype: torch.dtype
     ) -> Context:
         cos, sin = rotary_tables(self.config, positions)
-        mask = None if documents is None else ops.attention_mask(documents)
-        return Context(cos.to(dtype), sin.to(dtype), mask, masks, self.recompute)
+        sight = self.ops.sight(documents, positions)
+        return Context(self.ops, cos.to(dtype), sin.to(dtype), sight, masks, self.recompute)
 
 
 class LlamaForCausalLM(nn.Module):
     """Token ids to logits.
 
-    forward(input_ids, position_ids, document_ids, masks): the first three (B, S) int64,
-    document_ids None where attention does not stop at documents; masks only where parts of the
+    forward(input_ids, position_ids, documents, masks): the first two (B, S) int64; documents as
+    `ops.pack` gives them, None where attention does not stop at them; masks only where parts of the
     model are being let in. Returns logits (B, S, V), V being the rows of the vocabulary that this
     device holds.
     """
 
-    def __init__(self, config: ModelConfig, recompute: str = "none") -> None:
+    def __init__(self, config: ModelConfig, recompute: str = "none", ops: Ops = PLAIN) -> None:
         super().__init__()
         self.config = config
-        self.model = LlamaModel(config, recompute)
+        self.ops = ops
+        self.model = LlamaModel(config, recompute, ops)
         self.enter: nn.Module = nn.Identity()
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -175,7 +203,7 @@ class LlamaForCausalLM(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        document_ids: Tensor | None = None,
+        documents: Any = None,
         masks: Masks | None = None,
     ) -> Tensor:
-        return self.lm_head(self.enter(self.model(input_ids, position_ids, document_ids, masks)))
+        return self.lm_head(self.enter(self.model(input_ids, position_ids, documents, masks)))
