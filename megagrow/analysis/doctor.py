@@ -16,14 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megagrow.config.schema import RunConfig
-from megagrow.model.backends import (
-    OPERATIONS,
-    TRITON_HEAD_DIMS,
-    Work,
-    automatic,
-    obstacle,
-    work_of,
-)
+from megagrow.model.backends import OPERATIONS, Work, automatic, obstacle, work_of
 from megagrow.model.machine import Machine, machine_of
 
 USUAL_HEAD_DIM = 128

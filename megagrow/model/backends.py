@@ -25,10 +25,11 @@ OPERATIONS = {
 }
 """The backends of each operation, as `kernels` in a run file names both."""
 
-TRITON_CAPABILITY = FLASH_CAPABILITY = 80
-TRITON_HEAD_DIMS = (64, 80, 96, 128, 256)
-"""Those that the attention's kernels have tiles for; the interpreter takes any."""
-FLASH_MOST_HEAD_DIM = 256
+LEAST_CAPABILITY = 80
+"""Of a GPU, for Triton's kernels and for flash-attn: Ampere, the first that multiplies bf16."""
+
+LARGEST_HEAD = 256
+"""Both attentions take a head_dim that is a multiple of 8 up to it."""
 
 
 @dataclass(frozen=True)
@@ -112,21 +113,14 @@ def obstacle(operation: str, backend: str, machine: Machine, work: Work) -> str 
 def _obstacle_to_triton(attention: bool, machine: Machine, work: Work) -> str | None:
     if not machine.triton:
         return "Triton is not installed"
-    if machine.device == "cpu":
-        if not machine.interpreter:
-            return (
-                "Triton's kernels need a GPU; on a CPU they run in its interpreter alone, with "
-                "TRITON_INTERPRET=1 set before the start"
-            )
-        if work.dtype == torch.bfloat16:
-            return "Triton's interpreter computes bf16 wrongly; set precision to fp32"
-        return None
-    if machine.capability < TRITON_CAPABILITY:
-        return _too_old(machine, TRITON_CAPABILITY)
-    if attention and work.head_dim not in TRITON_HEAD_DIMS:
-        known = ", ".join(map(str, TRITON_HEAD_DIMS))
-        return f"no kernel for a head_dim of {work.head_dim}, only for {known}"
-    return None
+    if machine.device == "cpu" and not machine.interpreter:
+        return (
+            "Triton's kernels need a GPU; on a CPU they run in its interpreter alone, with "
+            "TRITON_INTERPRET=1 set before the start"
+        )
+    if machine.device == "cpu" and work.dtype == torch.bfloat16:
+        return "Triton's interpreter computes bf16 wrongly; set precision to fp32"
+    return _too_old(machine) or (_wrong_head_dim(work) if attention else None)
 
 
 def _obstacle_to_flash_attn(machine: Machine, work: Work) -> str | None:
@@ -134,17 +128,18 @@ def _obstacle_to_flash_attn(machine: Machine, work: Work) -> str | None:
         return "flash-attn is not installed (the extra `flash`)"
     if machine.device == "cpu":
         return "flash-attn needs a GPU"
-    if machine.capability < FLASH_CAPABILITY:
-        return _too_old(machine, FLASH_CAPABILITY)
     if work.dtype == torch.float32:
         return "flash-attn computes in bf16 and fp16 alone, and the stage in fp32"
-    if work.head_dim > FLASH_MOST_HEAD_DIM or work.head_dim % 8:
-        return (
-            f"flash-attn takes a head_dim that is a multiple of 8 up to {FLASH_MOST_HEAD_DIM}, "
-            f"not {work.head_dim}"
-        )
-    return None
+    return _too_old(machine) or _wrong_head_dim(work)
 
 
-def _too_old(machine: Machine, needed: int) -> str:
-    return f"needs a GPU from sm_{needed} on, and this one is sm_{machine.capability}"
+def _too_old(machine: Machine) -> str | None:
+    if machine.device == "cpu" or machine.capability >= LEAST_CAPABILITY:
+        return None
+    return f"needs a GPU from sm_{LEAST_CAPABILITY} on, and this one is sm_{machine.capability}"
+
+
+def _wrong_head_dim(work: Work) -> str | None:
+    if work.head_dim % 8 == 0 and work.head_dim <= LARGEST_HEAD:
+        return None
+    return f"takes a head_dim that is a multiple of 8 up to {LARGEST_HEAD}, not {work.head_dim}"

@@ -5,7 +5,7 @@ import torch
 
 from megagrow.config.kernels import KernelsConfig
 from megagrow.errors import InputError
-from megagrow.model.backends import OPERATIONS, TRITON_HEAD_DIMS, Backends, Work, choose, obstacle
+from megagrow.model.backends import OPERATIONS, Backends, Work, choose, obstacle
 from megagrow.model.machine import Machine
 
 CPU = Machine("cpu", triton=True)
@@ -21,9 +21,8 @@ FP32 = Work(torch.float32, 128, packed=False)
 FP32_PACKED = Work(torch.float32, 128, packed=True)
 BF16 = Work(torch.bfloat16, 128, packed=False)
 PACKED = Work(torch.bfloat16, 128, packed=True)
-ODD = Work(torch.bfloat16, 72, packed=True)
-"""A head_dim that flash-attn takes and Triton's kernels do not."""
-ODDER = Work(torch.bfloat16, 66, packed=True)
+ODD = Work(torch.bfloat16, 66, packed=True)
+"""A head_dim that is no multiple of 8."""
 
 TORCH = Backends("sdpa", "torch", "torch", "torch")
 
@@ -51,8 +50,9 @@ def rows(attention: str) -> Backends:
         (HOPPER, ODD, rows("sdpa")),
         (WITH_FLASH, BF16, rows("sdpa")),
         (WITH_FLASH, PACKED, rows("triton")),
-        (WITH_FLASH, ODD, rows("flash_attn")),
-        (WITH_FLASH, ODDER, rows("sdpa")),
+        (WITH_FLASH, ODD, rows("sdpa")),
+        (Machine("cuda", 90, flash_attn=True), PACKED, Backends("flash_attn", *["torch"] * 3)),
+        (Machine("cuda", 90, flash_attn=True), BF16, TORCH),
     ],
 )
 def test_what_auto_takes(machine: Machine, work: Work, expected: Backends) -> None:
@@ -73,12 +73,12 @@ REFUSED = [
     ("triton", MAC, FP32, "Triton is not installed"),
     ("triton", INTERPRETER, PACKED, "interpreter computes bf16 wrongly; set precision to fp32"),
     ("triton", VOLTA, PACKED, "needs a GPU from sm_80 on, and this one is sm_70"),
-    ("triton", HOPPER, ODD, "head_dim of 72, only for 64, 80, 96, 128, 256"),
+    ("triton", HOPPER, ODD, "a head_dim that is a multiple of 8 up to 256, not 66"),
     ("flash_attn", HOPPER, PACKED, "flash-attn is not installed"),
     ("flash_attn", Machine("cpu", flash_attn=True), PACKED, "flash-attn needs a GPU"),
     ("flash_attn", VOLTA, PACKED, "needs a GPU from sm_80 on"),
     ("flash_attn", WITH_FLASH, FP32, "bf16 and fp16 alone, and the stage in fp32"),
-    ("flash_attn", WITH_FLASH, ODDER, "multiple of 8 up to 256, not 66"),
+    ("flash_attn", WITH_FLASH, ODD, "multiple of 8 up to 256, not 66"),
     ("flash_attn", WITH_FLASH, Work(torch.bfloat16, 264, False), "up to 256, not 264"),
 ]
 
@@ -106,8 +106,3 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
     told = str(caught.value)
     assert [f"kernels.{key} = " in told for key in OPERATIONS] == [True, True, False, True]
 
-
-def test_every_head_dim_is_one_of_the_models_that_there_are() -> None:
-    for head_dim in TRITON_HEAD_DIMS:
-        work = Work(torch.bfloat16, head_dim, packed=True)
-        assert choose(KernelsConfig(), AMPERE, work).attention == "triton"
