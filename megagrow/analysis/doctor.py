@@ -113,7 +113,9 @@ def _print_rows(console: Console, title: str, taken: str, rows: list[Row]) -> No
 
 def _taken(operation: str, backend: str, machine: Machine, cases: dict[str, Work]) -> str:
     """In which of the cases `auto` takes a backend: `yes` where it is in all of them."""
-    within = [case for case, work in cases.items() if automatic(operation, machine, work) == backend]
+    within = [
+        case for case, work in cases.items() if automatic(operation, machine, work) == backend
+    ]
     if len(within) == len(cases):
         return "yes"
     return " and ".join(case or "without documents" for case in within)

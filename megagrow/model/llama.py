@@ -59,9 +59,7 @@ class RMSNorm(Norm):
 class AddRMSNorm(Norm):
     """Adds to hidden states: gives the sum and its norm, in one pass where a backend has it."""
 
-    def forward(
-        self, x_BSD: Tensor, more_BSD: Tensor, context: Context
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BSD: Tensor, more_BSD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         fused = context.ops.add_rms_norm
         if fused is None or context.masks.residual is not None:
             x_BSD = x_BSD + more_BSD

@@ -28,10 +28,10 @@ def taken(rows: Iterable[Row]) -> dict[str, dict[str, str]]:
 
 
 def test_what_auto_takes_on_a_gpu_and_on_a_cpu() -> None:
-    others = dict.fromkeys(("norm", "pointwise", "loss"), {"triton": "yes"})
+    others = {key: {"triton": "yes"} for key in ("norm", "pointwise", "loss")}
     attention = {"triton": "for packed documents", "sdpa": "without documents"}
     assert taken(usual_rows(HOPPER)) == {"attention": attention} | others
-    others = dict.fromkeys(("norm", "pointwise", "loss"), {"torch": "yes"})
+    others = {key: {"torch": "yes"} for key in ("norm", "pointwise", "loss")}
     assert taken(usual_rows(CPU)) == {"attention": {"sdpa": "yes"}} | others
 
 
@@ -65,7 +65,7 @@ def test_the_stages_of_a_run(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     assert taken(run_rows(run, 0, cpu)) == {
         "attention": {"sdpa": "yes (auto)"},
-        **dict.fromkeys(("norm", "pointwise", "loss"), {"torch": "yes (auto)"}),
+        **{key: {"torch": "yes (auto)"} for key in ("norm", "pointwise", "loss")},
     }
     found = taken(run_rows(run, 1, cpu))
     assert found["attention"] == {"flash_attn": "refused: the run would not start"}

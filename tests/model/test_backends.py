@@ -105,4 +105,3 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         choose(config, MAC, FP32)
     told = str(caught.value)
     assert [f"kernels.{key} = " in told for key in OPERATIONS] == [True, True, False, True]
-
