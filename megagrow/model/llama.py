@@ -34,9 +34,14 @@ class Context:
     recompute: str
     """`none`, `selective` (the attention core) or `full` (the whole layer)."""
 
+    @property
+    def adds_in_norm(self) -> bool:
+        """Whether a norm does the addition before it too: none does so in a masked model."""
+        return self.ops.add_rms_norm is not None and self.masks.residual is None
 
-class Norm(nn.Module):
-    """The learned gain of a root-mean-square norm."""
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned gain."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -44,30 +49,19 @@ class Norm(nn.Module):
         self.eps = eps
         self.enter_weight: nn.Module = nn.Identity()
 
-    def _norm(self, x_BSD: Tensor, context: Context) -> Tensor:
-        weight, mask = self.enter_weight(self.weight), context.masks.residual
-        return masked_rms_norm(context.ops, x_BSD, weight, self.eps, mask)
-
-
-class RMSNorm(Norm):
-    """The norm of hidden states."""
-
-    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
-        return self._norm(x_BSD, context)
-
-
-class AddRMSNorm(Norm):
-    """Adds to hidden states: gives the sum and its norm, in one pass where a backend has it."""
-
-    def forward(self, x_BSD: Tensor, more_BSD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        fused = context.ops.add_rms_norm
-        if fused is None or context.masks.residual is not None:
-            x_BSD = x_BSD + more_BSD
-            return x_BSD, self._norm(x_BSD, context)
+    def forward(
+        self, x_BSD: Tensor, context: Context, more_BSD: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with `more`, the norm of x + more and that sum, by the op that does both
+        at once."""
+        weight = self.enter_weight(self.weight)
+        if more_BSD is None:
+            mask = context.masks.residual
+            return masked_rms_norm(context.ops, x_BSD, weight, self.eps, mask)
+        assert context.ops.add_rms_norm is not None
         # Under autocast hidden states are wider than what layers give.
-        more_BSD, weight = more_BSD.to(x_BSD.dtype), self.enter_weight(self.weight)
-        norm_BSD, x_BSD = fused(x_BSD, more_BSD, weight, self.eps)
-        return x_BSD, norm_BSD
+        more_BSD = more_BSD.to(x_BSD.dtype)
+        return context.ops.add_rms_norm(x_BSD, more_BSD, weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -126,7 +120,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(
@@ -134,7 +128,11 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         norm_BSD = self.input_layernorm(x_BSD, context)
         more_BSD = masked(self.self_attn(norm_BSD, context), gate)
-        x_BSD, norm_BSD = self.post_attention_layernorm(x_BSD, more_BSD, context)
+        if context.adds_in_norm:
+            norm_BSD, x_BSD = self.post_attention_layernorm(x_BSD, context, more_BSD)
+        else:
+            x_BSD = x_BSD + more_BSD
+            norm_BSD = self.post_attention_layernorm(x_BSD, context)
         return x_BSD + masked(self.mlp(norm_BSD, context), gate)
 
 

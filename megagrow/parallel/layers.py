@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megagrow.model.llama import MLP, Attention, LlamaForCausalLM, Norm
+from megagrow.model.llama import MLP, Attention, LlamaForCausalLM, RMSNorm
 from megagrow.parallel import collectives
 from megagrow.parallel.plan import ParamSpec
 from megagrow.parallel.topology import Topology
@@ -74,7 +74,7 @@ def parallelize(
     if sequence_parallel:
         # Each rank's norms see their part of the sequence only: their gradients are partial sums.
         for module in model.modules():
-            if isinstance(module, Norm):
+            if isinstance(module, RMSNorm):
                 module.enter_weight = Region(collectives.copy_to_tensor_parallel, topology.tp_group)
 
 

@@ -88,7 +88,6 @@ def test_fifty_steps(
 ) -> None:
     parallel = parallel_of(zero, tp, sequence_parallel, recompute)
     found = losses(run_by(folder, TRITON, parallel, f"zero{zero}", tp), 2)
-    print(reference[0], reference[-1], max(abs(a - b) for a, b in zip(found, reference)))
     assert len(found) == STEPS and reference[-1] < reference[0] - 0.1
     assert found == pytest.approx(reference, rel=0, abs=1e-4)
     assert found != reference, "the same bits: was anything else computed?"
