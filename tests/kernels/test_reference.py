@@ -116,7 +116,7 @@ def test_gradients_of_the_ops_are_those_of_the_references():
 def test_vocab_statistics_of_all_ranks_make_the_cross_entropy():
     logits, labels = draw(9, 12) * 5, torch.randint(12, (9,))
     parts = [
-        reference.vocab_statistics(logits[:, first : first + 4], labels, first)
+        reference.vocab_statistics(logits[:, first : first + 4], labels, first, 4)
         for first in (0, 4, 8)
     ]
     maximum = torch.stack([part[0] for part in parts]).amax(0)
