@@ -7,11 +7,13 @@ one device. Where tensor parallelism needs a collective stands an Identity calle
 Shapes: B batch, S sequence, D hidden size, H query heads, G key/value heads, K head dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -176,13 +178,26 @@ class LlamaModel(nn.Module):
         return Context(self.ops, cos.to(dtype), sin.to(dtype), sight, masks, self.recompute)
 
 
-class LlamaForCausalLM(nn.Module):
-    """Token ids to logits.
+HeadLoss = Callable[[Tensor, Tensor], Tensor]
+"""What takes the place of the logits: a function of the hidden states (B, S, D) and of the
+head's weight, the rows of the vocabulary (V, D) that this device holds."""
 
-    forward(input_ids, position_ids, documents, masks): the first two (B, S) int64; documents as
-    `ops.pack` gives them, None where attention does not stop at them; masks only where parts of the
-    model are being let in. Returns logits (B, S, V), V being the rows of the vocabulary that this
-    device holds.
+
+class Head(nn.Linear):
+    """Hidden states to logits, or to a loss that is computed while the weight is at hand (under
+    ZeRO-3 only within this module)."""
+
+    def forward(self, x_BSD: Tensor, loss: HeadLoss | None = None) -> Tensor:
+        return F.linear(x_BSD, self.weight) if loss is None else loss(x_BSD, self.weight)
+
+
+class LlamaForCausalLM(nn.Module):
+    """Token ids to logits, or to a loss.
+
+    forward(input_ids, position_ids, documents, masks, loss): the first two (B, S) int64; documents
+    as `ops.pack` gives them, None where attention does not stop at them; masks only where parts of
+    the model are being let in. Returns logits (B, S, V), V being the rows of the vocabulary that
+    this device holds; where a `loss` is given, what that makes of the hidden states and the head.
     """
 
     def __init__(self, config: ModelConfig, recompute: str = "none", ops: Ops = PLAIN) -> None:
@@ -191,7 +206,7 @@ class LlamaForCausalLM(nn.Module):
         self.ops = ops
         self.model = LlamaModel(config, recompute, ops)
         self.enter: nn.Module = nn.Identity()
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.get_parameter("embed_tokens.weight")
 
@@ -201,5 +216,7 @@ class LlamaForCausalLM(nn.Module):
         position_ids: Tensor,
         documents: Any = None,
         masks: Masks | None = None,
+        loss: HeadLoss | None = None,
     ) -> Tensor:
-        return self.lm_head(self.enter(self.model(input_ids, position_ids, documents, masks)))
+        x_BSD = self.enter(self.model(input_ids, position_ids, documents, masks))
+        return self.lm_head(x_BSD, loss)

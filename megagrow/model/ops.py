@@ -21,10 +21,10 @@ from megagrow.errors import InputError
 from megagrow.model.backends import Backends, Work
 from megagrow.model.machine import Machine
 from megagrow_kernels import reference
-from megagrow_kernels.reference import attention_mask, rope_tables, vocab_statistics
+from megagrow_kernels.reference import attention_mask, rope_tables
 
-__all__ = ["PLAIN", "Ops", "attention_mask", "make_ops", "rms_norm", "rope_tables", "sdpa"]
-__all__ += ["vocab_statistics"]
+__all__ = ["PLAIN", "TORCH_LOSS", "LossOps", "Ops", "attention_mask", "make_ops", "rms_norm"]
+__all__ += ["rope_tables", "sdpa", "triton_loss"]
 
 CUDNN_FIRST = 90
 """From this compute capability on, cuDNN's attention is 1.7 to 2.3 times as fast as the one that
@@ -34,6 +34,23 @@ _BY_SPEED = [
     *(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION),
     *(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
 ]
+
+
+@dataclass(frozen=True)
+class LossOps:
+    """The pieces of a cross-entropy of which each rank computes what its rows of the vocabulary
+    give: N tokens, V rows (kernels/megagrow_kernels/reference.py says what they are)."""
+
+    statistics: Callable[[Tensor, Tensor, int, int], Tensor]
+    """(logits (N, V), labels (N,), first, real): (3, N), what this rank's rows say."""
+    combine: Callable[[Tensor], Tensor]
+    """((P, 3, N) of P ranks): (3, N), what all rows say."""
+    gradient: Callable[..., Tensor]
+    """(logits, labels, maximum, total, scale, z_scale, first, real): that of the logits, maybe in
+    their own memory."""
+    chunks: int
+    """Into so many the tokens are cut where head and loss are one: then all that a chunk needs is
+    less than an eighth of the logits."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,8 @@ class Ops:
     on the device, once in a forward pass: what each query may see, for `attention`."""
     attention: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
     """(q (B, S, H, K), k (B, S, G, K), v, sight): causal attention within documents."""
+    loss: LossOps
+    """Of the cross-entropy."""
 
 
 def make_ops(backends: Backends, machine: Machine, work: Work) -> Ops:
@@ -69,6 +88,8 @@ def make_ops(backends: Backends, machine: Machine, work: Work) -> Ops:
         ops = _with_triton_norm(ops)
     if backends.pointwise == "triton":
         ops = _with_triton_pointwise(ops)
+    if backends.loss == "triton":
+        ops = replace(ops, loss=triton_loss())
     return _ATTENTION[backends.attention](ops, machine, work)
 
 
@@ -111,6 +132,15 @@ def _unchanged(documents: Any, position_ids: Tensor) -> Any:
     return documents
 
 
+TORCH_LOSS = LossOps(
+    reference.vocab_statistics,
+    reference.combine_statistics,
+    reference.vocab_gradient,
+    chunks=64,  # copies in fp32: up to seven times a chunk of bf16
+)
+"""By torch, in every precision; the logits stay as they are."""
+
+
 PLAIN = Ops(
     rms_norm=rms_norm,
     add_rms_norm=None,
@@ -119,6 +149,7 @@ PLAIN = Ops(
     pack=_as_it_is,
     sight=_dense_mask,
     attention=sdpa,
+    loss=TORCH_LOSS,
 )
 """All by torch: what every machine can do, in every precision."""
 
@@ -143,6 +174,17 @@ def _with_triton_pointwise(ops: Ops) -> Ops:
     from megagrow_kernels.swiglu import swiglu
 
     return replace(ops, rope=rope, swiglu=swiglu)
+
+
+def triton_loss() -> LossOps:
+    """By Triton's kernels: the logits are read twice, then overwritten with their gradient."""
+    from megagrow_kernels import cross_entropy as kernels
+
+    def gradient(logits: Tensor, *rest: Any) -> Tensor:
+        kernels.vocab_gradient_(logits, *rest)
+        return logits
+
+    return LossOps(kernels.vocab_statistics, kernels.combine_statistics, gradient, chunks=10)
 
 
 def _with_triton_attention(ops: Ops, machine: Machine, work: Work) -> Ops:

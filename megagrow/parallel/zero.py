@@ -87,7 +87,7 @@ class ZeroEngine:
 
     def forward(self, *inputs: Any) -> Tensor:
         """Logits (B, S, V/tp) for what the model takes: (input_ids, position_ids, documents, this
-        rank's masks)."""
+        rank's masks); or what a fifth input, a loss, makes of the head."""
         device = self.topology.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._autocast):
             return self._engine(*inputs)

@@ -90,7 +90,8 @@ def summed_gradients(
         tensor.grad = None
     for batch in batches:
         logits = model(*model_inputs(batch, model.ops, topology.device))
-        loss = cross_entropy(logits, batch.labels.to(topology.device), vocab, topology)
+        labels = batch.labels.to(topology.device)
+        loss = cross_entropy(logits, labels, vocab, topology, model.ops.loss)
         loss = loss / (batch.labels.numel() * len(batches) * topology.dp)
         loss.backward()
         total += loss.detach()

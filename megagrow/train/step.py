@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megagrow.data.batches import Batch, BatchReader
 from megagrow.model.masks import Masks
 from megagrow.model.ops import Ops
+from megagrow.parallel.linear_loss import linear_cross_entropy
 from megagrow.parallel.loss import IGNORED, cross_entropy
 from megagrow.parallel.topology import together
 from megagrow.train.stage import Stage
@@ -78,7 +79,16 @@ def model_inputs(
 
 
 def _summed_loss(stage: Stage, batch: Batch, masks: Masks | None) -> torch.Tensor:
-    device = stage.topology.device
-    logits = stage.engine.forward(*model_inputs(batch, stage.ops, device), masks)
-    vocab = stage.config.model.vocab_size
-    return cross_entropy(logits, batch.labels.to(device), vocab, stage.topology)
+    device, ops = stage.topology.device, stage.ops
+    inputs = (*model_inputs(batch, ops, device), masks)
+    labels, vocab = batch.labels.to(device), stage.config.model.vocab_size
+    if stage.config.kernels.linear_cross_entropy:
+        head = partial(
+            linear_cross_entropy,
+            labels=labels,
+            vocab_size=vocab,
+            topology=stage.topology,
+            ops=ops.loss,
+        )
+        return stage.engine.forward(*inputs, head)
+    return cross_entropy(stage.engine.forward(*inputs), labels, vocab, stage.topology, ops.loss)
