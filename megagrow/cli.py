@@ -1,4 +1,4 @@
-"""The command line: megagrow prepare, train, grow, convert, checkpoint, plan, report, config."""
+"""The command line: megagrow prepare, train, grow, convert, checkpoint, plan, doctor, report."""
 
 import sys
 import time
@@ -165,6 +165,26 @@ def report(
     from megagrow.analysis.compare import compare_runs
 
     compare_runs(runs, output, Console())
+
+
+@app.command()
+def doctor(
+    run_file: Annotated[
+        Path | None, typer.Option("--run", help="A run file: what its stages would take.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Say what this machine has, which kernels it can run, and what `auto` takes."""
+    import torch
+
+    from megagrow.analysis.doctor import show_doctor
+    from megagrow.config.load import load_run
+
+    if run_file is None and overrides:
+        raise InputError("--set changes a key of a run file: give one with --run")
+    run = None if run_file is None else load_run(run_file, overrides or ())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    show_doctor(run, device, Console(width=None if sys.stdout.isatty() else PIPED_WIDTH))
 
 
 @config_app.command("show")

@@ -27,6 +27,7 @@ from megagrow.train.environment import describe_environment
 from megagrow.train.feed import Feed
 from megagrow.train.grow import end_stage
 from megagrow.train.inputs import Inputs, open_inputs
+from megagrow.train.kernels import check_kernels
 from megagrow.train.loop import StageEnd, StepDone, Stopped, advance
 from megagrow.train.recorder import Recorder
 from megagrow.train.rewind import begin, rewind_target
@@ -59,6 +60,7 @@ def train(run: RunConfig) -> None:
     if problems:
         raise InputError("; ".join(problems))
     device = init_process_group(launch)
+    together(lambda: check_kernels(run, device))
     inputs = together(lambda: open_inputs(run))
     environment = describe_environment(run)
     recorder = Recorder(run, launch.rank, launch.world_size, environment)

@@ -79,17 +79,69 @@ def attention(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None = Non
     return (scores.softmax(-1) @ v_BHSD).transpose(1, 2).to(q.dtype)
 
 
-def vocab_statistics(logits: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+def vocab_statistics(logits: Tensor, labels: Tensor, first: int, real: int) -> Tensor:
     """What one rank knows of the cross-entropy from its rows of the vocabulary.
 
-    logits is (N, V) for the rows first..first+V, labels is (N,) in the whole vocabulary. Returns,
-    each (N,) in fp32: the maximum, the sum of exp(logits - maximum), and the logit of the label
-    (0 where another rank holds it). Ranks combine the three without ever gathering the logits.
+    logits is (N, V) for the rows first..first+V, of which the first `real` are no padding; labels
+    is (N,) in the whole vocabulary. Returns (3, N) in fp32: the maximum, the sum of
+    exp(logits - maximum), and the logit of the label (0 where another rank holds it). Ranks combine
+    the three without ever gathering the logits.
     """
-    logits = widened(logits)
+    logits = _real(logits, real)
     maximum = logits.max(-1).values
-    total = (logits - maximum[:, None]).exp().sum(-1)
+    finite = maximum.masked_fill(maximum == -torch.inf, 0)  # a rank of padding only sums up to 0
+    total = (logits - finite[:, None]).exp_().sum(-1)
+    index, mine = _within(labels, first, real)
+    target = logits.gather(1, index[:, None])[:, 0]
+    return torch.stack((maximum, total, target.masked_fill(~mine, 0)))
+
+
+def combine_statistics(triples: Tensor) -> Tensor:
+    """The triples (P, 3, N) of several ranks as the triple of all their rows, (3, N)."""
+    maxima, totals, targets = triples.unbind(1)
+    maximum = maxima.amax(0)
+    total = (totals * (maxima - maximum).exp()).sum(0)
+    return torch.stack((maximum, total, targets.sum(0)))
+
+
+def vocab_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    maximum: Tensor,
+    total: Tensor,
+    scale: Tensor,
+    z_scale: Tensor,
+    first: int,
+    real: int,
+) -> Tensor:
+    """The gradient of sum(scale * ce + z_scale * lse^2) with respect to the logits, in their type.
+
+    ce = lse - logit of the label is the cross-entropy of a token, lse the log of the sum of its
+    exponentials (z-loss, Chowdhery et al. 2022, section 5): with p the softmax it is
+    scale * (p - 1 at the label) + 2 * z_scale * lse * p, and 0 in padding. maximum, total, scale
+    and z_scale are (N,), the first two over the whole vocabulary.
+    """
+    lse = maximum + total.log()
+    # Not exp(logits - lse): that sum rounds the smaller part of lse away.
+    gradient = (_real(logits, real) - maximum[:, None]).exp_().div_(total[:, None])
+    gradient.mul_((scale + 2 * z_scale * lse)[:, None])
+    index, mine = _within(labels, first, real)
+    rows = torch.arange(len(labels), device=labels.device)
+    gradient[rows, index] -= scale * mine
+    return gradient.to(logits.dtype)
+
+
+def _real(logits: Tensor, real: int) -> Tensor:
+    """In the type of sums, with -inf in the columns from `real` on: padding takes no part."""
+    logits = widened(logits)
+    if real == logits.shape[1]:
+        return logits
+    return logits.masked_fill(
+        torch.arange(logits.shape[1], device=logits.device) >= real, -torch.inf
+    )
+
+
+def _within(labels: Tensor, first: int, real: int) -> tuple[Tensor, Tensor]:
+    """Where the labels stand in this rank's rows (somewhere, if not here), and which are here."""
     index = labels - first
-    mine = (index >= 0) & (index < logits.shape[1])
-    target = logits.gather(1, index.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-    return maximum, total, target * mine
+    return index.clamp(0, max(real - 1, 0)), (index >= 0) & (index < real)

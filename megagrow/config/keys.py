@@ -13,7 +13,7 @@ Keys = dict[str, type[Section] | None]
 
 DEFAULTS = (
     *("model", "tokens", "at_tokens", "at_flops"),
-    *("parallel", "batch", "optimizer", "schedule"),
+    *("parallel", "kernels", "batch", "optimizer", "schedule"),
 )
 """Keys of a stage that may also stand at the top, as the defaults of every stage."""
 

@@ -25,10 +25,10 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that the YAML file at `path` describes, with `--set` overrides applied in order.
 
     A section may name a part, `model: llama-1.1b`, or build on one with `base: llama-1.1b`; see
-    `parts.search_path`. `model`, `tokens` (or `at_tokens`, `at_flops`), `parallel`, `batch`,
-    `optimizer` and `schedule` at the top are the defaults of every stage: a stage's own keys win,
-    and its own model or length replaces the default one whole. Without `stages` the top is the
-    only stage.
+    `parts.search_path`. `model`, `tokens` (or `at_tokens`, `at_flops`), `parallel`, `kernels`,
+    `batch`, `optimizer` and `schedule` at the top are the defaults of every stage: a stage's own
+    keys win, and its own model or length replaces the default one whole. Without `stages` the top
+    is the only stage.
 
     Raises InputError, in one line, for everything wrong with the file.
     """

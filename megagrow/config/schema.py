@@ -11,6 +11,7 @@ from pydantic import Field
 
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.guards import GuardsConfig
+from megagrow.config.kernels import KernelsConfig
 from megagrow.config.rope import RopeScaling
 from megagrow.config.section import Count, Section
 
@@ -124,6 +125,7 @@ class StageConfig(Section):
     growth: GrowthConfig | None = None
     """Absent in the first stage, present in all others."""
     parallel: ParallelConfig = ParallelConfig()
+    kernels: KernelsConfig = KernelsConfig()
     batch: BatchConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()

@@ -7,16 +7,19 @@ one device. Where tensor parallelism needs a collective stands an Identity calle
 Shapes: B batch, S sequence, D hidden size, H query heads, G key/value heads, K head dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megagrow.config.schema import ModelConfig
-from megagrow.model import ops
 from megagrow.model.masks import Masks, masked, masked_groups, masked_rms_norm
+from megagrow.model.ops import PLAIN, Ops
 from megagrow.model.rope import rotary_tables
 
 
@@ -24,12 +27,19 @@ from megagrow.model.rope import rotary_tables
 class Context:
     """What every layer needs besides the hidden states, computed once per forward pass."""
 
+    ops: Ops
     cos: Tensor
     sin: Tensor
-    mask: Tensor | None
+    sight: Any
+    """What each query may see, as `ops.attention` takes it."""
     masks: Masks
     recompute: str
     """`none`, `selective` (the attention core) or `full` (the whole layer)."""
+
+    @property
+    def adds_in_norm(self) -> bool:
+        """Whether a norm does the addition before it too: none does so in a masked model."""
+        return self.ops.add_rms_norm is not None and self.masks.residual is None
 
 
 class RMSNorm(nn.Module):
@@ -41,8 +51,19 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.enter_weight: nn.Module = nn.Identity()
 
-    def forward(self, x_BSD: Tensor, mask: Tensor | None = None) -> Tensor:
-        return masked_rms_norm(x_BSD, self.enter_weight(self.weight), self.eps, mask)
+    def forward(
+        self, x_BSD: Tensor, context: Context, more_BSD: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with `more`, the norm of x + more and that sum, by the op that does both
+        at once."""
+        weight = self.enter_weight(self.weight)
+        if more_BSD is None:
+            mask = context.masks.residual
+            return masked_rms_norm(context.ops, x_BSD, weight, self.eps, mask)
+        assert context.ops.add_rms_norm is not None
+        # Under autocast hidden states are wider than what layers give.
+        more_BSD = more_BSD.to(x_BSD.dtype)
+        return context.ops.add_rms_norm(x_BSD, more_BSD, weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -63,14 +84,14 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         x_BSD = self.enter(x_BSD)
-        cos, sin, groups = context.cos, context.sin, context.masks.groups
-        q_BSHK = ops.apply_rope(self._heads(self.q_proj(x_BSD), groups), cos, sin)
-        k_BSGK = ops.apply_rope(self._heads(self.k_proj(x_BSD), groups), cos, sin)
-        v_BSGK = self._heads(self.v_proj(x_BSD), groups)
+        ops, groups = context.ops, context.masks.groups
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q_BSHK, k_BSGK, v_BSGK = (self._heads(project(x_BSD), groups) for project in projections)
+        q_BSHK, k_BSGK = ops.rope(q_BSHK, k_BSGK, context.cos, context.sin)
         attend = ops.attention
         if context.recompute == "selective" and torch.is_grad_enabled():
             attend = partial(checkpoint, ops.attention, use_reentrant=False)
-        out_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.mask)
+        out_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.sight)
         return self.leave(self.o_proj(out_BSHK.flatten(2)))
 
     def _heads(self, x: Tensor, mask_G: Tensor | None) -> Tensor:
@@ -88,10 +109,10 @@ class MLP(nn.Module):
         self.enter: nn.Module = nn.Identity()
         self.leave: nn.Module = nn.Identity()
 
-    def forward(self, x_BSD: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         x_BSD = self.enter(x_BSD)
-        hidden_BSF = ops.swiglu(self.gate_proj(x_BSD), self.up_proj(x_BSD))
-        return self.leave(self.down_proj(masked(hidden_BSF, mask)))
+        hidden_BSF = context.ops.swiglu(self.gate_proj(x_BSD), self.up_proj(x_BSD))
+        return self.leave(self.down_proj(masked(hidden_BSF, context.masks.ffn)))
 
 
 class DecoderLayer(nn.Module):
@@ -107,20 +128,24 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x_BSD: Tensor, context: Context, gate: Tensor | float | None = None
     ) -> Tensor:
-        masks = context.masks
-        norm_BSD = self.input_layernorm(x_BSD, masks.residual)
-        x_BSD = x_BSD + masked(self.self_attn(norm_BSD, context), gate)
-        norm_BSD = self.post_attention_layernorm(x_BSD, masks.residual)
-        return x_BSD + masked(self.mlp(norm_BSD, masks.ffn), gate)
+        norm_BSD = self.input_layernorm(x_BSD, context)
+        more_BSD = masked(self.self_attn(norm_BSD, context), gate)
+        if context.adds_in_norm:
+            norm_BSD, x_BSD = self.post_attention_layernorm(x_BSD, context, more_BSD)
+        else:
+            x_BSD = x_BSD + more_BSD
+            norm_BSD = self.post_attention_layernorm(x_BSD, context)
+        return x_BSD + masked(self.mlp(norm_BSD, context), gate)
 
 
 class LlamaModel(nn.Module):
     """Token ids to normalised hidden states."""
 
-    def __init__(self, config: ModelConfig, recompute: str = "none") -> None:
+    def __init__(self, config: ModelConfig, recompute: str = "none", ops: Ops = PLAIN) -> None:
         super().__init__()
         self.config = config
         self.recompute = recompute
+        self.ops = ops
         self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.leave: nn.Module = nn.Identity()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
@@ -130,7 +155,7 @@ class LlamaModel(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        documents: Tensor | None = None,
+        documents: Any = None,
         masks: Masks | None = None,
     ) -> Tensor:
         x_BSD = self.leave(self.embed_tokens(input_ids))
@@ -143,31 +168,45 @@ class LlamaModel(nn.Module):
                 x_BSD = checkpoint(layer, x_BSD, context, gate, use_reentrant=True)
             else:
                 x_BSD = layer(x_BSD, context, gate)
-        return self.norm(x_BSD, masks.residual)
+        return self.norm(x_BSD, context)
 
     def _context(
-        self, positions: Tensor, documents: Tensor | None, masks: Masks, dtype: torch.dtype
+        self, positions: Tensor, documents: Any, masks: Masks, dtype: torch.dtype
     ) -> Context:
         cos, sin = rotary_tables(self.config, positions)
-        mask = None if documents is None else ops.attention_mask(documents)
-        return Context(cos.to(dtype), sin.to(dtype), mask, masks, self.recompute)
+        sight = self.ops.sight(documents, positions)
+        return Context(self.ops, cos.to(dtype), sin.to(dtype), sight, masks, self.recompute)
+
+
+HeadLoss = Callable[[Tensor, Tensor], Tensor]
+"""What takes the place of the logits: a function of the hidden states (B, S, D) and of the
+head's weight, the rows of the vocabulary (V, D) that this device holds."""
+
+
+class Head(nn.Linear):
+    """Hidden states to logits, or to a loss that is computed while the weight is at hand (under
+    ZeRO-3 only within this module)."""
+
+    def forward(self, x_BSD: Tensor, loss: HeadLoss | None = None) -> Tensor:
+        return F.linear(x_BSD, self.weight) if loss is None else loss(x_BSD, self.weight)
 
 
 class LlamaForCausalLM(nn.Module):
-    """Token ids to logits.
+    """Token ids to logits, or to a loss.
 
-    forward(input_ids, position_ids, document_ids, masks): the first three (B, S) int64,
-    document_ids None where attention does not stop at documents; masks only where parts of the
-    model are being let in. Returns logits (B, S, V), V being the rows of the vocabulary that this
-    device holds.
+    forward(input_ids, position_ids, documents, masks, loss): the first two (B, S) int64; documents
+    as `ops.pack` gives them, None where attention does not stop at them; masks only where parts of
+    the model are being let in. Returns logits (B, S, V), V being the rows of the vocabulary that
+    this device holds; where a `loss` is given, what that makes of the hidden states and the head.
     """
 
-    def __init__(self, config: ModelConfig, recompute: str = "none") -> None:
+    def __init__(self, config: ModelConfig, recompute: str = "none", ops: Ops = PLAIN) -> None:
         super().__init__()
         self.config = config
-        self.model = LlamaModel(config, recompute)
+        self.ops = ops
+        self.model = LlamaModel(config, recompute, ops)
         self.enter: nn.Module = nn.Identity()
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.get_parameter("embed_tokens.weight")
 
@@ -175,7 +214,9 @@ class LlamaForCausalLM(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        document_ids: Tensor | None = None,
+        documents: Any = None,
         masks: Masks | None = None,
+        loss: HeadLoss | None = None,
     ) -> Tensor:
-        return self.lm_head(self.enter(self.model(input_ids, position_ids, document_ids, masks)))
+        x_BSD = self.enter(self.model(input_ids, position_ids, documents, masks))
+        return self.lm_head(x_BSD, loss)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megagrow.config.schema import ModelConfig
-from megagrow.model import ops
+from megagrow.model.ops import Ops
 
 _AXES = {
     "ffn": "intermediate_size",
@@ -94,7 +94,7 @@ def masked_groups(x_BSHK: Tensor, mask_G: Tensor | None) -> Tensor:
     return x_BSHK * mask_H[:, None]
 
 
-def masked_rms_norm(x: Tensor, weight: Tensor, eps: float, mask: Tensor | None) -> Tensor:
+def masked_rms_norm(ops: Ops, x: Tensor, weight: Tensor, eps: float, mask: Tensor | None) -> Tensor:
     """RMSNorm whose mean square is weighted by the mask, times the mask; x (..., D), mask (D,).
 
     With c the mask: c x / sqrt(sum(c x^2) / sum(c) + eps) * weight (MSG's norm, without a mean).

@@ -1,27 +1,105 @@
-"""The only door to the kernels: the model calls these for all its fused operations."""
+"""The only door to the kernels: the model's fused operations as one value, chosen for a stage.
 
+Kernels in Triton, and flash-attn, are imported where they are chosen and nowhere else: a machine
+that has neither can do all that torch does.
+
+Shapes: B batch, S sequence, H query heads, G key/value heads, K head dimension, D hidden size,
+F feed-forward width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megagrow_kernels.reference import (
-    apply_rope,
-    attention_mask,
-    rope_tables,
-    swiglu,
-    vocab_statistics,
-)
+from megagrow.errors import InputError
+from megagrow.model.backends import Backends, Work
+from megagrow.model.machine import Machine
+from megagrow_kernels import reference
+from megagrow_kernels.reference import attention_mask, rope_tables
 
-__all__ = ["apply_rope", "attention", "attention_mask", "rms_norm", "rope_tables", "swiglu"]
-__all__ += ["vocab_statistics"]
+__all__ = ["PLAIN", "TORCH_LOSS", "LossOps", "Ops", "attention_mask", "make_ops", "rms_norm"]
+__all__ += ["rope_tables", "sdpa", "triton_loss"]
+
+CUDNN_FIRST = 90
+"""From this compute capability on, cuDNN's attention is 1.7 to 2.3 times as fast as the one that
+torch would take."""
+
+_BY_SPEED = [
+    *(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION),
+    *(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
+]
+
+
+@dataclass(frozen=True)
+class LossOps:
+    """The pieces of a cross-entropy of which each rank computes what its rows of the vocabulary
+    give: N tokens, V rows (kernels/megagrow_kernels/reference.py says what they are)."""
+
+    statistics: Callable[[Tensor, Tensor, int, int], Tensor]
+    """(logits (N, V), labels (N,), first, real): (3, N), what this rank's rows say."""
+    combine: Callable[[Tensor], Tensor]
+    """((P, 3, N) of P ranks): (3, N), what all rows say."""
+    gradient: Callable[..., Tensor]
+    """(logits, labels, maximum, total, scale, z_scale, first, real): that of the logits, maybe in
+    their own memory."""
+    chunks: int
+    """Into so many the tokens are cut where head and loss are one: then all that a chunk needs is
+    less than an eighth of the logits."""
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The operations of a model, each by the backend that was chosen for it."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    """(x (..., D), weight (D,), eps): the norm over the last dimension."""
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] | None
+    """(x, residual, weight, eps): the norm of x + residual, and that sum; None where there is no
+    backend that does both at once."""
+    rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    """(q (B, S, H, K), k (B, S, G, K), cos (B, S, 1, K), sin): both turned."""
+    swiglu: Callable[[Tensor, Tensor], Tensor]
+    """(gate (..., F), up): silu(gate) * up."""
+    pack: Callable[[Tensor], Any]
+    """(document_ids (B, S), on the CPU): what `sight` takes of them, still on the CPU; it has a
+    method `to`, as a tensor has."""
+    sight: Callable[[Any, Tensor], Any]
+    """(what `pack` gave, or None where attention does not stop at documents; position_ids (B, S)),
+    on the device, once in a forward pass: what each query may see, for `attention`."""
+    attention: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+    """(q (B, S, H, K), k (B, S, G, K), v, sight): causal attention within documents."""
+    loss: LossOps
+    """Of the cross-entropy."""
+
+
+def make_ops(backends: Backends, machine: Machine, work: Work) -> Ops:
+    """The operations of a stage, by backends that `backends.choose` finds possible.
+
+    Raises InputError where flash-attn is installed but cannot be imported.
+    """
+    ops = PLAIN
+    if backends.norm == "triton":
+        ops = _with_triton_norm(ops)
+    if backends.pointwise == "triton":
+        ops = _with_triton_pointwise(ops)
+    if backends.loss == "triton":
+        ops = replace(ops, loss=triton_loss())
+    return _ATTENTION[backends.attention](ops, machine, work)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension: x (..., D), weight (D,)."""
+    """RMSNorm over the last dimension, by torch: x (..., D), weight (D,)."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Causal attention: q (B, S, H, D), k and v (B, S, G, D), H a multiple of G.
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Causal attention, by torch: q (B, S, H, K), k and v (B, S, G, K), H a multiple of G.
 
     `mask` is None for plain causal order, or the (B, 1, S, S) booleans of `attention_mask`.
     """
@@ -31,3 +109,135 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )
     return out.transpose(1, 2)
+
+
+def _sdpa_cudnn_first(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    with sdpa_kernel(_BY_SPEED, set_priority=True):
+        return sdpa(q, k, v, mask)
+
+
+def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.apply_rope(q, cos, sin), reference.apply_rope(k, cos, sin)
+
+
+def _as_it_is(document_ids: Tensor) -> Tensor:
+    return document_ids
+
+
+def _dense_mask(document_ids: Tensor | None, position_ids: Tensor) -> Tensor | None:
+    return None if document_ids is None else attention_mask(document_ids)
+
+
+def _unchanged(documents: Any, position_ids: Tensor) -> Any:
+    return documents
+
+
+TORCH_LOSS = LossOps(
+    reference.vocab_statistics,
+    reference.combine_statistics,
+    reference.vocab_gradient,
+    chunks=64,  # copies in fp32: up to seven times a chunk of bf16
+)
+"""By torch, in every precision; the logits stay as they are."""
+
+
+PLAIN = Ops(
+    rms_norm=rms_norm,
+    add_rms_norm=None,
+    rope=_rope,
+    swiglu=reference.swiglu,
+    pack=_as_it_is,
+    sight=_dense_mask,
+    attention=sdpa,
+    loss=TORCH_LOSS,
+)
+"""All by torch: what every machine can do, in every precision."""
+
+
+def _with_sdpa(ops: Ops, machine: Machine, work: Work) -> Ops:
+    cudnn = machine.capability >= CUDNN_FIRST
+    return replace(ops, attention=_sdpa_cudnn_first if cudnn else sdpa)
+
+
+def _with_reference(ops: Ops, machine: Machine, work: Work) -> Ops:
+    return replace(ops, sight=_unchanged, attention=reference.attention)
+
+
+def _with_triton_norm(ops: Ops) -> Ops:
+    from megagrow_kernels import rms_norm as kernels
+
+    return replace(ops, rms_norm=kernels.rms_norm, add_rms_norm=kernels.add_rms_norm)
+
+
+def _with_triton_pointwise(ops: Ops) -> Ops:
+    from megagrow_kernels.rope import rope
+    from megagrow_kernels.swiglu import swiglu
+
+    return replace(ops, rope=rope, swiglu=swiglu)
+
+
+def triton_loss() -> LossOps:
+    """By Triton's kernels: the logits are read twice, then overwritten with their gradient."""
+    from megagrow_kernels import cross_entropy as kernels
+
+    def gradient(logits: Tensor, *rest: Any) -> Tensor:
+        kernels.vocab_gradient_(logits, *rest)
+        return logits
+
+    return LossOps(kernels.vocab_statistics, kernels.combine_statistics, gradient, chunks=10)
+
+
+def _with_triton_attention(ops: Ops, machine: Machine, work: Work) -> Ops:
+    from megagrow_kernels.attention import attention
+    from megagrow_kernels.packing import pack
+
+    def sight(packing: Any, position_ids: Tensor) -> Any:
+        if packing is None:
+            return pack(None, *position_ids.shape).to(position_ids.device)
+        return packing
+
+    return replace(
+        ops,
+        pack=lambda document_ids: pack(document_ids, *document_ids.shape),
+        sight=sight,
+        attention=partial(_in_type, attention, work.dtype),
+    )
+
+
+def _with_flash_attn(ops: Ops, machine: Machine, work: Work) -> Ops:
+    try:
+        import flash_attn
+    except ImportError as error:
+        raise InputError(f"flash-attn is installed but cannot be imported: {error}") from error
+    from megagrow_kernels.packing import pack
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, packing: Any) -> Tensor:
+        options = {"causal": True, "deterministic": True}
+        if packing is None:
+            return flash_attn.flash_attn_func(q, k, v, **options)
+        ends, longest = packing.cu_seqlens, packing.longest
+        tokens = (x.flatten(0, 1) for x in (q, k, v))
+        out = flash_attn.flash_attn_varlen_func(*tokens, ends, ends, longest, longest, **options)
+        return out.unflatten(0, q.shape[:2])
+
+    return replace(
+        ops,
+        pack=lambda document_ids: pack(document_ids, *document_ids.shape),
+        sight=_unchanged,
+        attention=partial(_in_type, attend, work.dtype),
+    )
+
+
+def _in_type(
+    attend: Callable[..., Tensor], dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, sight: Any
+) -> Tensor:
+    """Attention in the type of the stage: under autocast, masks may have made it a wider one."""
+    return attend(q.to(dtype), k.to(dtype), v.to(dtype), sight)
+
+
+_ATTENTION = {
+    "sdpa": _with_sdpa,
+    "reference": _with_reference,
+    "flash_attn": _with_flash_attn,
+    "triton": _with_triton_attention,
+}

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from megagrow.config.rope import RopeScaling
 from megagrow.config.schema import ModelConfig
-from megagrow.model import ops
+from megagrow.model.ops import rope_tables
 
 
 def rotary_tables(config: ModelConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of a model's rotations at positions (B, S): fp32, each (B, S, 1, K)."""
-    cos, sin = ops.rope_tables(position_ids, frequencies(config, position_ids))
+    cos, sin = rope_tables(position_ids, frequencies(config, position_ids))
     scaling = config.rope_scaling
     if scaling is None or scaling.rope_type != "yarn":
         return cos, sin

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megagrow.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megagrow.model.ops import PLAIN, Ops
 from megagrow.parallel.plan import ParamSpec
 from megagrow.parallel.scale import UNSCALED, ParamScale
 from megagrow.parallel.topology import Topology
@@ -21,6 +22,8 @@ class EngineSettings:
     bf16: bool
     scales: Mapping[str, ParamScale] = field(default_factory=dict)
     """Factors on the hyper-parameters of single parameters; 1 without an entry."""
+    ops: Ops = PLAIN
+    """What computes the operations of the model."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ def build_model(
 ) -> LlamaForCausalLM:
     """This rank's tensor-parallel share of the model, still without memory."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(settings.model, settings.parallel.activation_checkpointing)
+        recompute = settings.parallel.activation_checkpointing
+        model = LlamaForCausalLM(settings.model, recompute, settings.ops)
     parallelize(model.to(dtype), plan, topology, settings.parallel.sequence_parallel)
     return model
 

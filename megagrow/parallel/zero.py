@@ -9,12 +9,12 @@ import gc
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megagrow.config.schema import OptimizerConfig
-from megagrow.model.masks import Masks
 from megagrow.parallel.deepspeed_import import deepspeed
 from megagrow.parallel.empty_engine import built_empty, nothing_sent
 from megagrow.parallel.norm import clip_whole_gradients, weigh_norm
@@ -85,8 +85,9 @@ class ZeroEngine:
             weights = [group.scale.norm for group in self._groups]
             weigh_norm(self._engine.optimizer, self.stage, weights)
 
-    def forward(self, *inputs: Tensor | Masks | None) -> Tensor:
-        """Logits (B, S, V/tp) for (input_ids, position_ids, document_ids, this rank's masks)."""
+    def forward(self, *inputs: Any) -> Tensor:
+        """Logits (B, S, V/tp) for what the model takes: (input_ids, position_ids, documents, this
+        rank's masks); or what a fifth input, a loss, makes of the head."""
         device = self.topology.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._autocast):
             return self._engine(*inputs)

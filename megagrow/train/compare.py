@@ -9,6 +9,7 @@ from torch import Tensor
 from megagrow.data.batches import BatchReader
 from megagrow.model.masks import Masks
 from megagrow.train.stage import Stage
+from megagrow.train.step import model_inputs
 
 POSITIONS = 256
 """Positions that are compared: the whole vocabulary at each of them is kept, on every rank."""
@@ -26,14 +27,11 @@ class Change(NamedTuple):
 def predictions(stage: Stage, reader: BatchReader, masks: Masks | None) -> Tensor:
     """Logits (positions, vocab) fp32 on the CPU, for the first sequence of a stream; the same on
     all ranks, which call this together. `masks` are this rank's."""
-    batch = reader.read(0, [0])
-    device, topology = stage.topology.device, stage.topology
-    documents = None if batch.document_ids is None else batch.document_ids.to(device)
+    batch, topology = reader.read(0, [0]), stage.topology
     stage.engine.train(False)
     with torch.no_grad():
-        logits = stage.engine.forward(
-            batch.input_ids.to(device), batch.position_ids.to(device), documents, masks
-        )[0, -POSITIONS:].float()
+        inputs = model_inputs(batch, stage.ops, topology.device)
+        logits = stage.engine.forward(*inputs, masks)[0, -POSITIONS:].float()
     stage.engine.train()
     parts = [torch.empty_like(logits) for _ in range(topology.tp)]
     dist.all_gather(parts, logits.contiguous(), group=topology.tp_group)

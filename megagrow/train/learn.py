@@ -23,6 +23,8 @@ from megagrow.growth.learned import Learned, forming_flops, initial
 from megagrow.growth.learned_map import learned_map
 from megagrow.growth.map import GrowthMap
 from megagrow.growth.operators import growing
+from megagrow.model.backends import uses_bf16
+from megagrow.model.llama import LlamaForCausalLM
 from megagrow.parallel.loss import cross_entropy
 from megagrow.parallel.plan import parameter_plan
 from megagrow.parallel.settings import EngineSettings
@@ -31,8 +33,9 @@ from megagrow.reshard.exchange import Side
 from megagrow.train.feed import Feed, Spent
 from megagrow.train.flops import flops_per_token
 from megagrow.train.forming import Forming, formed_model
+from megagrow.train.kernels import stage_ops
 from megagrow.train.schedule import learning_rate
-from megagrow.train.stage import uses_bf16
+from megagrow.train.step import model_inputs
 
 BETAS, CLIP = (0.9, 0.95), 1.0
 """Of AdamW, and the global norm of gradients: the authors' recipe."""
@@ -52,7 +55,10 @@ def learn_growth(
     )
     topology = make_topology(stage.parallel.tensor_model_parallel_size, device)
     bf16 = uses_bf16(run, device)
-    settings = EngineSettings(stage.model, stage.parallel, stage.batch, stage.optimizer, bf16)
+    settings = EngineSettings(
+        *(stage.model, stage.parallel, stage.batch, stage.optimizer, bf16),
+        ops=stage_ops(run, index, device),
+    )
     learned = initial(parts, device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     model = formed_model(Forming(learned, source, settings, topology, dtype))
@@ -71,7 +77,7 @@ def learn_growth(
 
 
 def summed_gradients(
-    model: nn.Module, learned: Learned, batches: Sequence[Batch], topology: Topology
+    model: LlamaForCausalLM, learned: Learned, batches: Sequence[Batch], topology: Topology
 ) -> float:
     """Forward and backward over this rank's micro batches; all ranks together.
 
@@ -83,9 +89,9 @@ def summed_gradients(
     for tensor in learned.tensors():
         tensor.grad = None
     for batch in batches:
-        inputs = (batch.input_ids, batch.position_ids, batch.document_ids)
-        logits = model(*(None if x is None else x.to(topology.device) for x in inputs))
-        loss = cross_entropy(logits, batch.labels.to(topology.device), vocab, topology)
+        logits = model(*model_inputs(batch, model.ops, topology.device))
+        labels = batch.labels.to(topology.device)
+        loss = cross_entropy(logits, labels, vocab, topology, model.ops.loss)
         loss = loss / (batch.labels.numel() * len(batches) * topology.dp)
         loss.backward()
         total += loss.detach()

@@ -7,7 +7,9 @@ import torch
 from megagrow.config.lengths import step_tokens
 from megagrow.config.schema import RunConfig, StageConfig
 from megagrow.growth.ramps import stage_masks
+from megagrow.model.backends import uses_bf16
 from megagrow.model.masks import Masks
+from megagrow.model.ops import Ops
 from megagrow.parallel.masks import rank_masks
 from megagrow.parallel.settings import EngineSettings
 from megagrow.parallel.topology import Topology, destroy_topology, make_topology
@@ -15,6 +17,7 @@ from megagrow.parallel.zero import Storage, ZeroEngine
 from megagrow.reshard.layout import Layout
 from megagrow.train.entries import fresh_masks, tells_entries_apart
 from megagrow.train.growths import stage_growth, stage_scales
+from megagrow.train.kernels import stage_ops
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class Stage:
     topology: Topology
     engine: ZeroEngine
     layout: Layout
+
+    @property
+    def ops(self) -> Ops:
+        """The operations of its model."""
+        return self.engine.settings.ops
 
     def release(self) -> Storage:
         """Destroys engine and groups; returns this rank's state, all that is left in memory."""
@@ -43,6 +51,7 @@ def build_stage(run: RunConfig, index: int, device: torch.device) -> Stage:
     settings = EngineSettings(
         *(config.model, parallel, config.batch, config.optimizer, bf16),
         scales=stage_scales(run, index),
+        ops=stage_ops(run, index, device),
     )
     engine = ZeroEngine(settings, topology)
     layout = Layout(
@@ -65,11 +74,6 @@ def masks_now(run: RunConfig, stage: Stage, stage_step: int) -> Masks | None:
     tokens = stage_step * step_tokens(stage.config, run.data.sequence_length)
     masks = stage_masks(run, stage.index, tokens)
     return None if masks is None else rank_masks(masks, stage.topology)
-
-
-def uses_bf16(run: RunConfig, device: torch.device) -> bool:
-    """Whether the forward and backward pass run in bf16."""
-    return run.precision == "bf16" or (run.precision == "auto" and device.type == "cuda")
 
 
 def check_layout(layout: Layout, engine: ZeroEngine, rank: int) -> None:

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megagrow.data.batches import Batch, BatchReader
 from megagrow.model.masks import Masks
+from megagrow.model.ops import Ops
+from megagrow.parallel.linear_loss import linear_cross_entropy
 from megagrow.parallel.loss import IGNORED, cross_entropy
 from megagrow.parallel.topology import together
 from megagrow.train.stage import Stage
@@ -66,11 +69,26 @@ def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | 
     return (sums[0] / sums[1]).item()
 
 
+def model_inputs(
+    batch: Batch, ops: Ops, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """What the model takes of a batch, on its device: token ids, positions, and documents, which
+    are packed before they leave the CPU."""
+    documents = None if batch.document_ids is None else ops.pack(batch.document_ids).to(device)
+    return batch.input_ids.to(device), batch.position_ids.to(device), documents
+
+
 def _summed_loss(stage: Stage, batch: Batch, masks: Masks | None) -> torch.Tensor:
-    device = stage.topology.device
-    documents = None if batch.document_ids is None else batch.document_ids.to(device)
-    logits = stage.engine.forward(
-        batch.input_ids.to(device), batch.position_ids.to(device), documents, masks
-    )
-    vocab = stage.config.model.vocab_size
-    return cross_entropy(logits, batch.labels.to(device), vocab, stage.topology)
+    device, ops = stage.topology.device, stage.ops
+    inputs = (*model_inputs(batch, ops, device), masks)
+    labels, vocab = batch.labels.to(device), stage.config.model.vocab_size
+    if stage.config.kernels.linear_cross_entropy:
+        head = partial(
+            linear_cross_entropy,
+            labels=labels,
+            vocab_size=vocab,
+            topology=stage.topology,
+            ops=ops.loss,
+        )
+        return stage.engine.forward(*inputs, head)
+    return cross_entropy(stage.engine.forward(*inputs), labels, vocab, stage.topology, ops.loss)

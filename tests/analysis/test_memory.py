@@ -1,15 +1,16 @@
 """What a rank holds, by hand, and activations as torch's autograd really keeps them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import megagrow.model.ops
 from megagrow.analysis.memory import StageMemory, growth_peak, stage_memory
 from megagrow.config.schema import StageConfig
 from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.ops import PLAIN
 from megagrow.reshard.exchange import BUCKET_BYTES
 
 MODEL = {
@@ -158,10 +159,10 @@ def kept_by_autograd(model: LlamaForCausalLM) -> int:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_activations_are_what_autograd_keeps(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megagrow.model.ops, "rms_norm", FusedNorm.apply)
+def test_activations_are_what_autograd_keeps(bf16: bool) -> None:
     found = memory(1, world=1, bf16=bf16, model={"num_key_value_heads": 4})
-    model = LlamaForCausalLM(found.stage.model).to(torch.bfloat16 if bf16 else torch.float32)
+    model = LlamaForCausalLM(found.stage.model, ops=replace(PLAIN, rms_norm=FusedNorm.apply))
+    model.to(torch.bfloat16 if bf16 else torch.float32)
     # Beside what is counted: token ids, and one table of cosines and one of sines.
     beside = 8 * TOKENS + 2 * TOKENS * 16 * (2 if bf16 else 4)
     assert kept_by_autograd(model) == pytest.approx(found.activations + beside, rel=1e-3)

@@ -80,7 +80,7 @@ def test_attention_is_causal_attention(groups):
     expected = F.scaled_dot_product_attention(q.transpose(1, 2), *repeated, is_causal=True)
     expected = expected.transpose(1, 2)
     torch.testing.assert_close(reference.attention(q, k, v), expected, **CLOSE)
-    torch.testing.assert_close(ops.attention(q, k, v, None), expected, **CLOSE)
+    torch.testing.assert_close(ops.sdpa(q, k, v, None), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
@@ -94,7 +94,7 @@ def test_attention_of_packed_documents_is_attention_of_each(groups):
             one = [x[row : row + 1, where] for x in (q, k, v)]
             expected = reference.attention(*one)[0]
             torch.testing.assert_close(whole[row][where], expected, **CLOSE)
-    fused = ops.attention(q, k, v, ops.attention_mask(ids))
+    fused = ops.sdpa(q, k, v, ops.attention_mask(ids))
     torch.testing.assert_close(fused, whole, **CLOSE)
 
 
@@ -102,7 +102,7 @@ def test_gradients_of_the_ops_are_those_of_the_references():
     inputs = [draw(2, 12, 4, 8), draw(2, 12, 2, 8, seed=1), draw(2, 12, 2, 8, seed=2)]
     mask = ops.attention_mask(documents())
     calls = (
-        lambda q, k, v: ops.attention(q, k, v, mask),
+        lambda q, k, v: ops.sdpa(q, k, v, mask),
         lambda q, k, v: reference.attention(q, k, v, documents()),
     )
     gradients = []
@@ -116,7 +116,7 @@ def test_gradients_of_the_ops_are_those_of_the_references():
 def test_vocab_statistics_of_all_ranks_make_the_cross_entropy():
     logits, labels = draw(9, 12) * 5, torch.randint(12, (9,))
     parts = [
-        reference.vocab_statistics(logits[:, first : first + 4], labels, first)
+        reference.vocab_statistics(logits[:, first : first + 4], labels, first, 4)
         for first in (0, 4, 8)
     ]
     maximum = torch.stack([part[0] for part in parts]).amax(0)

@@ -39,6 +39,8 @@ class Case:
     tp: int
     offload: bool = False
     bf16: bool = False
+    sequence_parallel: bool = False
+    recompute: str = "none"
 
 
 @dataclass
@@ -97,6 +99,8 @@ def build(
             tensor_model_parallel_size=case.tp,
             zero_stage=case.zero,
             offload_optimizer=case.offload,
+            sequence_parallel=case.sequence_parallel,
+            activation_checkpointing=case.recompute,
         ),
         BatchConfig(global_batch_size=BATCH, micro_batch_size=1),
         optimizer,

@@ -32,6 +32,10 @@ NO_RUNS = {
         "stages.1.model.num_hidden_layers = 5 is not a multiple of "
         "stages.0.model.num_hidden_layers = 2",
     ),
+    "kernels": (
+        "stages.1.kernels.attention=flash_attn",
+        "stages.1.kernels.attention = flash_attn: flash-attn is not installed",
+    ),
     "index": (
         "stages.1.growth.layers=[0, 1, 2, 1]",
         "stages.1.growth.layers names layer 2, but stages.0.model has layers 0 to 1",

@@ -1,0 +1,246 @@
+"""Cross-entropy over the rows of a vocabulary that a rank holds: read once, then overwritten.
+
+`vocab_statistics` reads the logits once and keeps three numbers of every token: the maximum, the
+sum of exp(logit - maximum) (online, Milakov and Gimelshein 2018), and the logit of the label.
+`combine_statistics` makes one triple of several: those of the spans that a row is cut into here,
+and those of the ranks. `vocab_gradient_` overwrites the logits with their gradient. In bf16 that is
+6 bytes per logit in all. There are no atomics, and every sum has a fixed order.
+
+Shapes: N tokens, V rows of the vocabulary that this rank holds, P triples of the same token.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megagrow_kernels.launching import architecture, launch, programs
+from megagrow_kernels.tiles import select
+
+FILL = 4
+"""Programs per multiprocessor up to which a row is cut, so that few rows fill a device as well."""
+
+
+@triton.jit
+def _finite(maximum):
+    """What is subtracted from logits: where none is above -inf, 0, so that exp gives 0, not NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit(do_not_specialize=["rows", "first"])
+def _statistics_kernel(
+    logits,
+    labels,
+    triples,
+    rows,
+    stride,
+    first,
+    real,
+    span,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """One span of one row. Every lane keeps a maximum and a sum of its own, over VECTOR logits at a
+    time: one exp per logit, and threads need each other at the end only."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    logits += row.to(tl.int64) * stride
+    begin = part * span
+    end = tl.minimum(begin + span, real)
+    offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    maximum = tl.full((LANES,), float("-inf"), tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    for start in range(begin, end, LANES * VECTOR):
+        columns = start + offsets
+        # A span is a multiple of the tile, so only the end of the row needs the mask.
+        x = tl.load(logits + columns, mask=columns < real, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(maximum, tl.max(x, 1))
+        base = _finite(higher)
+        total = total * tl.exp(maximum - base) + tl.sum(tl.exp(x - base[:, None]), 1)
+        maximum = higher
+    highest = tl.max(maximum, 0)
+    total = tl.sum(total * tl.exp(maximum - _finite(highest)), 0)
+    index = tl.load(labels + row) - first
+    mine = (index >= begin) & (index < end)
+    target = tl.load(logits + index, mask=mine, other=0.0).to(tl.float32)
+    triples += part.to(tl.int64) * 3 * rows + row
+    tl.store(triples, highest)
+    tl.store(triples + rows, total)
+    tl.store(triples + 2 * rows, target)
+
+
+@triton.jit(do_not_specialize=["rows", "parts"])
+def _combine_kernel(triples, out, rows, parts, BLOCK: tl.constexpr):
+    """BLOCK tokens: the maximum of all parts first, then sums, in the order of the parts."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for part in range(parts):
+        at = triples + part * 3 * rows.to(tl.int64) + row
+        maximum = tl.maximum(maximum, tl.load(at, mask=inside, other=0.0))
+    base = _finite(maximum)
+    total = tl.zeros((BLOCK,), tl.float32)
+    target = tl.zeros((BLOCK,), tl.float32)
+    for part in range(parts):
+        at = triples + part * 3 * rows.to(tl.int64) + row
+        scale = tl.exp(tl.load(at, mask=inside, other=0.0) - base)
+        total += tl.load(at + rows, mask=inside, other=0.0) * scale
+        target += tl.load(at + 2 * rows, mask=inside, other=0.0)
+    tl.store(out + row, maximum, mask=inside)
+    tl.store(out + rows + row, total, mask=inside)
+    tl.store(out + 2 * rows + row, target, mask=inside)
+
+
+@triton.jit(do_not_specialize=["first"])
+def _gradient_kernel(
+    logits, labels, maximum, total, scale, z_scale, stride, first, width, real, BLOCK: tl.constexpr
+):
+    """BLOCK columns of one row, in place."""
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = logits + row.to(tl.int64) * stride + columns
+    highest, sum_of_exp = tl.load(maximum + row), tl.load(total + row)
+    of_target = tl.load(scale + row)
+    log_sum = highest + tl.log(sum_of_exp)
+    # Not exp(logit - log_sum): that sum rounds the smaller part of it away.
+    of_softmax = (of_target + 2 * tl.load(z_scale + row) * log_sum) / sum_of_exp
+    index = tl.load(labels + row) - first
+    x = tl.load(at, mask=columns < real, other=0.0).to(tl.float32)
+    gradient = tl.exp(x - highest) * of_softmax - tl.where(columns == index, of_target, 0.0)
+    tl.store(at, tl.where(columns < real, gradient, 0.0), mask=columns < width)
+
+
+def vocab_statistics_forward(logits: Tensor, labels: Tensor, first: int, real: int) -> Tensor:
+    """`vocab_statistics` without its custom op: also for tensors on the meta device."""
+    _check(logits)
+    rows, width = logits.shape
+    tiles = select("vocab_statistics", architecture(logits.device), width=width)
+    tile = tiles["LANES"] * tiles["VECTOR"]
+    steps = max(1, triton.cdiv(real, tile))
+    wanted = triton.cdiv(FILL * programs(logits.device), max(rows, 1))
+    span = tile * triton.cdiv(steps, min(steps, wanted))
+    parts = triton.cdiv(steps * tile, span)
+    triples = logits.new_empty((parts, 3, rows), dtype=torch.float32)
+    if rows > 0:
+        launch(
+            _statistics_kernel,
+            (rows, parts),
+            *(logits, labels, triples, rows, logits.stride(0), first, real, span),
+            **tiles,
+        )
+    return triples[0] if parts == 1 else combine_statistics_forward(triples)
+
+
+def combine_statistics_forward(triples: Tensor) -> Tensor:
+    """`combine_statistics` without its custom op: also for tensors on the meta device."""
+    parts, _, rows = triples.shape
+    tiles = select("combine_statistics", architecture(triples.device))
+    out = triples.new_empty((3, rows))
+    if rows > 0:
+        grid = (triton.cdiv(rows, tiles["BLOCK"]),)
+        launch(_combine_kernel, grid, triples, out, rows, parts, **tiles)
+    return out
+
+
+def vocab_gradient_backward(
+    logits: Tensor,
+    labels: Tensor,
+    maximum: Tensor,
+    total: Tensor,
+    scale: Tensor,
+    z_scale: Tensor,
+    first: int,
+    real: int,
+) -> None:
+    """`vocab_gradient_` without its custom op: also for tensors on the meta device."""
+    _check(logits)
+    rows, width = logits.shape
+    tiles = select("vocab_gradient", architecture(logits.device), width=width)
+    if rows > 0:
+        launch(
+            _gradient_kernel,
+            (rows, triton.cdiv(width, tiles["BLOCK"])),
+            *(logits, labels, maximum, total, scale, z_scale),
+            *(logits.stride(0), first, width, real),
+            **tiles,
+        )
+
+
+@torch.library.custom_op("megagrow::vocab_statistics", mutates_args=())
+def _statistics(logits: Tensor, labels: Tensor, first: int, real: int) -> Tensor:
+    return vocab_statistics_forward(logits, labels, first, real)
+
+
+@_statistics.register_fake
+def _(logits: Tensor, labels: Tensor, first: int, real: int) -> Tensor:
+    return logits.new_empty((3, logits.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("megagrow::combine_statistics", mutates_args=())
+def _combine(triples: Tensor) -> Tensor:
+    return combine_statistics_forward(triples)
+
+
+@_combine.register_fake
+def _(triples: Tensor) -> Tensor:
+    return triples.new_empty(triples.shape[1:])
+
+
+@torch.library.custom_op("megagrow::vocab_gradient", mutates_args=("logits",))
+def _gradient(
+    logits: Tensor,
+    labels: Tensor,
+    maximum: Tensor,
+    total: Tensor,
+    scale: Tensor,
+    z_scale: Tensor,
+    first: int,
+    real: int,
+) -> None:
+    vocab_gradient_backward(logits, labels, maximum, total, scale, z_scale, first, real)
+
+
+def vocab_statistics(logits: Tensor, labels: Tensor, first: int, real: int) -> Tensor:
+    """What one rank knows of the cross-entropy from its rows of the vocabulary, in one read.
+
+    logits is (N, V) in bf16, fp16 or fp32, rows contiguous, for the rows first..first+V, of which
+    the first `real` are no padding; labels is (N,) int64 in the whole vocabulary. Returns (3, N)
+    fp32, which unpacks into: the maximum (-inf if nothing is real), the sum of
+    exp(logit - maximum), and the logit of the label (0 where another rank holds it, or nobody).
+    Has no gradient of its own: `vocab_gradient_` is that of the loss. TypeError for other types.
+    """
+    return _statistics(logits, labels, first, real)
+
+
+def combine_statistics(triples: Tensor) -> Tensor:
+    """The triples of several ranks, (P, 3, N) fp32, as the triple of all their rows, (3, N).
+
+    Sums are taken in the order of the parts, so whoever has the same triples gets the same bits.
+    """
+    return _combine(triples)
+
+
+def vocab_gradient_(
+    logits: Tensor,
+    labels: Tensor,
+    maximum: Tensor,
+    total: Tensor,
+    scale: Tensor,
+    z_scale: Tensor,
+    first: int,
+    real: int,
+) -> None:
+    """Overwrites logits (N, V) with the gradient of sum(scale * ce + z_scale * lse^2) over tokens.
+
+    ce is the cross-entropy of a token and lse the log of its sum of exponentials over the whole
+    vocabulary (z-loss, Chowdhery et al. 2022, section 5). maximum and total (N,) fp32 are those of
+    all ranks; scale and z_scale (N,) fp32, both 0 for a token that is ignored: its gradient is
+    exactly 0, and so is that of padding. The rest is as in `vocab_statistics`.
+    """
+    _gradient(logits, labels, maximum, total, scale, z_scale, first, real)
+
+
+def _check(logits: Tensor) -> None:
+    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(f"cross-entropy of {logits.dtype}: its kernels take bf16, fp16 and fp32")
+    if logits.dim() != 2 or logits.stride(1) != 1:
+        raise ValueError(f"logits of shape {tuple(logits.shape)} and strides {logits.stride()}")

@@ -1,0 +1,145 @@
+"""Which backend computes each operation of a stage: a pure function of config, work and machine.
+
+What `auto` takes is what is known to be fastest. On a CPU, and for fp32, these are torch's own
+operations. On GPUs from Ampere (sm_80) on they are Triton's kernels, which read and write each
+number once; in attention too where documents are packed, since torch's own computes what no query
+may see. Without documents torch's attention is taken, by way of cuDNN on Hopper and newer: the
+fastest that is published there, and no measurement of ours says otherwise so far.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megagrow.config.kernels import KernelsConfig
+from megagrow.config.schema import RunConfig
+from megagrow.errors import InputError
+from megagrow.model.machine import Machine
+
+OPERATIONS = {
+    "attention": ("triton", "flash_attn", "sdpa", "reference"),
+    "norm": ("triton", "torch"),
+    "pointwise": ("triton", "torch"),
+    "loss": ("triton", "torch"),
+}
+"""The backends of each operation, as `kernels` in a run file names both."""
+
+LEAST_CAPABILITY = 80
+"""Of a GPU, for Triton's kernels and for flash-attn: Ampere, the first that multiplies bf16."""
+
+LARGEST_HEAD = 256
+"""Both attentions take a head_dim that is a multiple of 8 up to it."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage asks of its backends."""
+
+    dtype: torch.dtype
+    """Of the forward and backward pass: fp32 or bf16."""
+    head_dim: int
+    packed: bool
+    """Whether tokens see their own document only."""
+
+
+@dataclass(frozen=True)
+class Backends:
+    """What computes each operation."""
+
+    attention: str
+    norm: str
+    pointwise: str
+    loss: str
+
+
+def uses_bf16(run: RunConfig, device: torch.device) -> bool:
+    """Whether the forward and backward pass run in bf16."""
+    return run.precision == "bf16" or (run.precision == "auto" and device.type == "cuda")
+
+
+def work_of(run: RunConfig, index: int, device: torch.device) -> Work:
+    """What a stage of a run asks of its backends on a device."""
+    dtype = torch.bfloat16 if uses_bf16(run, device) else torch.float32
+    return Work(dtype, run.stages[index].model.head_dim, run.data.reset_attention_mask)
+
+
+def choose(config: KernelsConfig, machine: Machine, work: Work, at: str = "kernels") -> Backends:
+    """The backends of a stage. `at` is where its config stands in the run file.
+
+    Raises InputError, naming each key, where what it names cannot run on the machine.
+    """
+    if found := list(problems(config, machine, work, at)):
+        raise InputError("; ".join(found))
+    asked = {operation: getattr(config, operation) for operation in OPERATIONS}
+    return Backends(
+        **{
+            operation: automatic(operation, machine, work) if backend == "auto" else backend
+            for operation, backend in asked.items()
+        }
+    )
+
+
+def problems(config: KernelsConfig, machine: Machine, work: Work, at: str) -> Iterator[str]:
+    """All that a config asks for and a machine cannot do, each in one text."""
+    for operation in OPERATIONS:
+        backend = getattr(config, operation)
+        if backend != "auto" and (why := obstacle(operation, backend, machine, work)):
+            taken = automatic(operation, machine, work)
+            yield f"{at}.{operation} = {backend}: {why}; auto would take {taken}"
+
+
+def automatic(operation: str, machine: Machine, work: Work) -> str:
+    """What `auto` takes for an operation: the first that can run of those that may be fastest."""
+    low_precision = work.dtype != torch.float32
+    on_gpu = machine.device == "cuda" and low_precision
+    order: tuple[str, ...] = ("torch",)
+    if operation == "attention":
+        order = ("triton", "flash_attn", "sdpa") if on_gpu and work.packed else ("sdpa",)
+    elif on_gpu:
+        order = ("triton", "torch")
+    return next(name for name in order if obstacle(operation, name, machine, work) is None)
+
+
+def obstacle(operation: str, backend: str, machine: Machine, work: Work) -> str | None:
+    """Why a backend cannot compute an operation here; None if it can."""
+    if backend == "triton":
+        return _obstacle_to_triton(operation == "attention", machine, work)
+    if backend == "flash_attn":
+        return _obstacle_to_flash_attn(machine, work)
+    return None
+
+
+def _obstacle_to_triton(attention: bool, machine: Machine, work: Work) -> str | None:
+    if not machine.triton:
+        return "Triton is not installed"
+    if machine.device == "cpu" and not machine.interpreter:
+        return (
+            "Triton's kernels need a GPU; on a CPU they run in its interpreter alone, with "
+            "TRITON_INTERPRET=1 set before the start"
+        )
+    if machine.device == "cpu" and work.dtype == torch.bfloat16:
+        return "Triton's interpreter computes bf16 wrongly; set precision to fp32"
+    return _too_old(machine) or (_wrong_head_dim(work) if attention else None)
+
+
+def _obstacle_to_flash_attn(machine: Machine, work: Work) -> str | None:
+    if not machine.flash_attn:
+        return "flash-attn is not installed (the extra `flash`)"
+    if machine.device == "cpu":
+        return "flash-attn needs a GPU"
+    if work.dtype == torch.float32:
+        return "flash-attn computes in bf16 and fp16 alone, and the stage in fp32"
+    return _too_old(machine) or _wrong_head_dim(work)
+
+
+def _too_old(machine: Machine) -> str | None:
+    if machine.device == "cpu" or machine.capability >= LEAST_CAPABILITY:
+        return None
+    return f"needs a GPU from sm_{LEAST_CAPABILITY} on, and this one is sm_{machine.capability}"
+
+
+def _wrong_head_dim(work: Work) -> str | None:
+    if work.head_dim % 8 == 0 and work.head_dim <= LARGEST_HEAD:
+        return None
+    return f"takes a head_dim that is a multiple of 8 up to {LARGEST_HEAD}, not {work.head_dim}"

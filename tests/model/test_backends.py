@@ -1,0 +1,107 @@
+"""Which backend computes what: a pure function of config, machine and work, row by row."""
+
+import pytest
+import torch
+
+from megagrow.config.kernels import KernelsConfig
+from megagrow.errors import InputError
+from megagrow.model.backends import OPERATIONS, Backends, Work, choose, obstacle
+from megagrow.model.machine import Machine
+
+CPU = Machine("cpu", triton=True)
+INTERPRETER = Machine("cpu", triton=True, interpreter=True)
+MAC = Machine("cpu")
+VOLTA = Machine("cuda", 70, triton=True, flash_attn=True)
+AMPERE = Machine("cuda", 80, triton=True)
+HOPPER = Machine("cuda", 90, triton=True)
+WITH_FLASH = Machine("cuda", 90, triton=True, flash_attn=True)
+NO_TRITON = Machine("cuda", 90)
+
+FP32 = Work(torch.float32, 128, packed=False)
+FP32_PACKED = Work(torch.float32, 128, packed=True)
+BF16 = Work(torch.bfloat16, 128, packed=False)
+PACKED = Work(torch.bfloat16, 128, packed=True)
+ODD = Work(torch.bfloat16, 66, packed=True)
+"""A head_dim that is no multiple of 8."""
+
+TORCH = Backends("sdpa", "torch", "torch", "torch")
+
+
+def rows(attention: str) -> Backends:
+    """Triton's kernels for all but attention."""
+    return Backends(attention, "triton", "triton", "triton")
+
+
+@pytest.mark.parametrize(
+    ("machine", "work", "expected"),
+    [
+        (CPU, FP32, TORCH),
+        (CPU, FP32_PACKED, TORCH),
+        (CPU, PACKED, TORCH),
+        (INTERPRETER, FP32_PACKED, TORCH),
+        (MAC, FP32, TORCH),
+        (VOLTA, PACKED, TORCH),
+        (NO_TRITON, PACKED, TORCH),
+        (AMPERE, FP32_PACKED, TORCH),
+        (AMPERE, BF16, rows("sdpa")),
+        (AMPERE, PACKED, rows("triton")),
+        (HOPPER, BF16, rows("sdpa")),
+        (HOPPER, PACKED, rows("triton")),
+        (HOPPER, ODD, rows("sdpa")),
+        (WITH_FLASH, BF16, rows("sdpa")),
+        (WITH_FLASH, PACKED, rows("triton")),
+        (WITH_FLASH, ODD, rows("sdpa")),
+        (Machine("cuda", 90, flash_attn=True), PACKED, Backends("flash_attn", *["torch"] * 3)),
+        (Machine("cuda", 90, flash_attn=True), BF16, TORCH),
+    ],
+)
+def test_what_auto_takes(machine: Machine, work: Work, expected: Backends) -> None:
+    assert choose(KernelsConfig(), machine, work) == expected
+
+
+@pytest.mark.parametrize("machine", [INTERPRETER, AMPERE, HOPPER])
+def test_what_is_named_is_taken(machine: Machine) -> None:
+    config = KernelsConfig(attention="triton", norm="triton", pointwise="triton", loss="triton")
+    assert choose(config, machine, FP32) == rows("triton")
+    config = KernelsConfig(attention="reference", norm="torch", pointwise="torch", loss="torch")
+    assert choose(config, machine, FP32) == Backends("reference", "torch", "torch", "torch")
+    assert choose(KernelsConfig(norm="triton"), INTERPRETER, FP32).loss == "torch"
+
+
+REFUSED = [
+    ("triton", CPU, FP32, "TRITON_INTERPRET=1"),
+    ("triton", MAC, FP32, "Triton is not installed"),
+    ("triton", INTERPRETER, PACKED, "interpreter computes bf16 wrongly; set precision to fp32"),
+    ("triton", VOLTA, PACKED, "needs a GPU from sm_80 on, and this one is sm_70"),
+    ("triton", HOPPER, ODD, "a head_dim that is a multiple of 8 up to 256, not 66"),
+    ("flash_attn", HOPPER, PACKED, "flash-attn is not installed"),
+    ("flash_attn", Machine("cpu", flash_attn=True), PACKED, "flash-attn needs a GPU"),
+    ("flash_attn", VOLTA, PACKED, "needs a GPU from sm_80 on"),
+    ("flash_attn", WITH_FLASH, FP32, "bf16 and fp16 alone, and the stage in fp32"),
+    ("flash_attn", WITH_FLASH, ODD, "multiple of 8 up to 256, not 66"),
+    ("flash_attn", WITH_FLASH, Work(torch.bfloat16, 264, False), "up to 256, not 264"),
+]
+
+
+@pytest.mark.parametrize(("backend", "machine", "work", "why"), REFUSED)
+def test_what_cannot_run_is_refused_by_its_key(backend, machine, work, why) -> None:
+    with pytest.raises(InputError) as caught:
+        choose(KernelsConfig(attention=backend), machine, work, "stages.1.kernels")
+    said = str(caught.value)
+    assert said.startswith(f"stages.1.kernels.attention = {backend}: ") and why in said
+    assert said.endswith("; auto would take sdpa") or work.packed
+
+
+@pytest.mark.parametrize("operation", ["norm", "pointwise", "loss"])
+def test_other_operations_are_refused_by_their_keys(operation: str) -> None:
+    with pytest.raises(InputError, match=rf"^kernels\.{operation} = triton: .* would take torch$"):
+        choose(KernelsConfig(**{operation: "triton"}), CPU, FP32)
+    assert obstacle(operation, "triton", HOPPER, ODD) is None, "only attention looks at head_dim"
+
+
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    config = KernelsConfig(attention="flash_attn", norm="triton", loss="triton")
+    with pytest.raises(InputError) as caught:
+        choose(config, MAC, FP32)
+    told = str(caught.value)
+    assert [f"kernels.{key} = " in told for key in OPERATIONS] == [True, True, False, True]

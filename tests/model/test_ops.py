@@ -1,0 +1,220 @@
+"""Every backend computes what the references define, forward and backward, alone and in a model."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megagrow.config.schema import ModelConfig
+from megagrow.errors import InputError
+from megagrow.model.backends import Backends, Work
+from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.machine import Machine, machine_of
+from megagrow.model.masks import Masks
+from megagrow.model.ops import PLAIN, Ops, attention_mask, make_ops
+from megagrow_kernels import reference
+from tests.hugging_face import tiny, tokens
+
+CPU = machine_of(torch.device("cpu"))
+TORCH = {"attention": "sdpa", "norm": "torch", "pointwise": "torch", "loss": "torch"}
+TRITON = dict.fromkeys(TORCH, "triton")
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+DOCUMENTS = torch.tensor([[0] * 5 + [1] * 1 + [2] * 6, [7] * 12])
+"""Two rows of 12 tokens, cut into documents of different lengths (one of a single token)."""
+
+
+def ops_by(work: Work | None = None, machine: Machine = CPU, **named: str) -> Ops:
+    return make_ops(Backends(**TORCH | named), machine, work or Work(torch.float32, 16, True))
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def outcome(call: Callable[..., Tensor | tuple], *inputs: Tensor) -> list[Tensor]:
+    """What an op gives, and the gradients of its inputs for drawn gradients of its outputs."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    found = call(*leaves)
+    found = found if isinstance(found, tuple) else (found,)
+    weights = [draw(*x.shape, seed=9 + i) for i, x in enumerate(found)]
+    total = sum((x * w).sum() for x, w in zip(found, weights, strict=True))
+    return [*(x.detach() for x in found), *torch.autograd.grad(total, leaves)]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+@pytest.fixture
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A stand-in that computes by the reference, after flash-attn's own signatures; the calls."""
+    calls = []
+
+    def whole(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False):
+        assert causal and deterministic and q.dtype == torch.bfloat16
+        calls.append("flash_attn_func")
+        return reference.attention(q, k, v)
+
+    def packed(q, k, v, cu_q, cu_k, longest_q, longest_k, causal=False, deterministic=False):
+        assert causal and deterministic and q.dtype == torch.bfloat16
+        lengths = cu_q.diff()
+        assert torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32 and cu_q[-1] == len(q)
+        assert longest_q == longest_k == lengths.max()
+        calls.append("flash_attn_varlen_func")
+        ids = torch.repeat_interleave(lengths)[None]
+        return reference.attention(q[None], k[None], v[None], ids)[0]
+
+    module = SimpleNamespace(flash_attn_func=whole, flash_attn_varlen_func=packed)
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    return calls
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("backend", ["sdpa", "reference", "triton"])
+def test_attention(backend: str, packed: bool) -> None:
+    ops, documents = ops_by(attention=backend), DOCUMENTS if packed else None
+    inputs = draw(2, 12, 4, 16), draw(2, 12, 2, 16, seed=1), draw(2, 12, 2, 16, seed=2)
+    sight = ops.sight(ops.pack(documents).to("cpu") if packed else None, DOCUMENTS)
+    found = outcome(lambda q, k, v: ops.attention(q, k, v, sight), *inputs)
+    assert_same(found, outcome(lambda q, k, v: reference.attention(q, k, v, documents), *inputs))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_attention_by_flash_attn(flash_attn: list[str], packed: bool) -> None:
+    work, documents = Work(torch.bfloat16, 16, packed), DOCUMENTS if packed else None
+    ops = ops_by(work, attention="flash_attn")
+    inputs = draw(2, 12, 4, 16), draw(2, 12, 2, 16, seed=1), draw(2, 12, 2, 16, seed=2)
+    sight = ops.sight(ops.pack(documents).to("cpu") if packed else None, DOCUMENTS)
+    found = outcome(lambda q, k, v: ops.attention(q, k, v, sight), *inputs)
+
+    def expected(*inputs: Tensor) -> Tensor:
+        return reference.attention(*(x.bfloat16() for x in inputs), documents)
+
+    for one, other in zip(found, outcome(expected, *inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert flash_attn == ["flash_attn_varlen_func" if packed else "flash_attn_func"]
+
+
+def test_flash_attn_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(InputError, match="flash-attn is installed but cannot be imported"):
+        ops_by(attention="flash_attn")
+
+
+def test_the_order_of_torchs_own_attentions_changes_nothing_else() -> None:
+    ops = ops_by(machine=Machine("cuda", 90))
+    assert ops.attention is not PLAIN.attention
+    q, k, v = draw(2, 12, 4, 16), draw(2, 12, 2, 16, seed=1), draw(2, 12, 2, 16, seed=2)
+    for sight in (None, attention_mask(DOCUMENTS)):
+        assert torch.equal(ops.attention(q, k, v, sight), PLAIN.attention(q, k, v, sight))
+
+
+def test_norms_by_triton() -> None:
+    ops = ops_by(norm="triton")
+    x, more, weight = draw(3, 5, 24), draw(3, 5, 24, seed=1), draw(24, seed=2)
+    found = outcome(lambda x, w: ops.rms_norm(x, w, 1e-2), x, weight)
+    assert_same(found, outcome(lambda x, w: reference.rms_norm(x, w, 1e-2), x, weight))
+    found = outcome(lambda x, y, w: ops.add_rms_norm(x, y, w, 1e-2), x, more, weight)
+
+    def plainly(x: Tensor, more: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.rms_norm(x + more, weight, 1e-2), x + more
+
+    assert_same(found, outcome(plainly, x, more, weight))
+
+
+def test_rope_and_swiglu_by_triton() -> None:
+    ops = ops_by(pointwise="triton")
+    q, k = draw(2, 12, 4, 16), draw(2, 12, 2, 16, seed=1)
+    tables = reference.rope_tables(DOCUMENTS * 5, 100.0 ** -(torch.arange(8.0) / 8))
+    found = outcome(lambda q, k: ops.rope(q, k, *tables), q, k)
+    assert_same(found, outcome(lambda q, k: PLAIN.rope(q, k, *tables), q, k))
+    gate, up = draw(3, 5, 40), draw(3, 5, 40, seed=1)
+    assert_same(outcome(ops.swiglu, gate, up), outcome(reference.swiglu, gate, up))
+
+
+CONFIG = tiny(num_key_value_heads=2)
+MASKS = {
+    "none": None,
+    "layers": Masks((1.0, 0.25)),
+    "all": Masks(
+        (1.0, 0.5),
+        torch.linspace(0.25, 1, CONFIG.hidden_size),
+        torch.tensor([1.0, 0.5]),
+        torch.linspace(0, 1, CONFIG.intermediate_size),
+    ),
+}
+
+
+def in_a_model(
+    config: ModelConfig, ops: Ops, recompute: str, masks: Masks | None, documents: Tensor | None
+) -> list[Tensor]:
+    """Logits, and the gradients of a loss."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config, recompute, ops)
+    ids, labels = tokens(config, 2, 12)
+    packed = None if documents is None else ops.pack(documents)
+    logits = model(ids, torch.arange(12).expand(2, 12), packed, masks)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    return [logits.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_a_model_by_triton_is_the_plain_model(masks: str, packed: bool) -> None:
+    documents = DOCUMENTS if packed else None
+    made = make_ops(Backends(**TRITON), CPU, Work(torch.float32, CONFIG.head_dim, packed))
+    expected = in_a_model(CONFIG, PLAIN, "none", MASKS[masks], documents)
+    found = in_a_model(CONFIG, made, "none", MASKS[masks], documents)
+    assert_same(found, expected)
+    assert not torch.equal(found[0], expected[0]), "the same bits: was anything else computed?"
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_by_triton_changes_no_bit(recompute: str) -> None:
+    ops = make_ops(Backends(**TRITON), CPU, Work(torch.float32, CONFIG.head_dim, True))
+    plain, again = (
+        in_a_model(CONFIG, ops, how, MASKS["layers"], DOCUMENTS) for how in ("none", recompute)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
+def test_fused_addition_is_the_plain_one_where_the_residual_is_masked() -> None:
+    def never(*_: object) -> tuple[Tensor, Tensor]:
+        raise AssertionError("the norm of a masked residual is no plain norm")
+
+    ops = replace(PLAIN, add_rms_norm=never)
+    expected = in_a_model(CONFIG, PLAIN, "none", MASKS["all"], None)
+    found = in_a_model(CONFIG, ops, "none", MASKS["all"], None)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+from megagrow.config.kernels import KernelsConfig
+from megagrow.config.schema import ModelConfig
+from megagrow.model.backends import Work, choose
+from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.machine import machine_of
+from megagrow.model.ops import make_ops
+machine, work = machine_of(torch.device("cpu")), Work(torch.float32, 4, True)
+assert not machine.triton
+ops = make_ops(choose(KernelsConfig(), machine, work), machine, work)
+sizes = dict(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=4)
+model = LlamaForCausalLM(ModelConfig(**sizes, vocab_size=5), ops=ops)
+ids = torch.arange(4)[None]
+print(tuple(model(ids, ids, ops.pack(ids // 2)).shape))
+"""
+
+
+def test_a_machine_without_triton_needs_none() -> None:
+    command = [sys.executable, "-c", WITHOUT_TRITON]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "(1, 4, 5)\n", done.stderr
