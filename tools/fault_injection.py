@@ -43,7 +43,7 @@ from tools.fault_injection_run import (  # noqa: E402
 )
 
 POLL_SECONDS = 0.002
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 30.0
 """So long the ranks of a killed one may take to end by themselves."""
 MEETING_SECONDS = 1.0
 """As long, where they had not met yet: there they wait for it, until their launcher ends them."""
@@ -218,7 +218,7 @@ def _reached(kill: Kill, finished: int, step: int, phase: str, saves: int) -> bo
     """Whether what a kill is aimed at has begun, in a start that goes on from step `finished`."""
     left = STEPS - finished
     aim = "save" if kill.aim == "growth" and finished > BASE_STEPS else kill.aim
-    if left == 0 or aim == "start":
+    if aim == "start":
         return True
     if aim == "save":
         return saves > int(kill.place * (left // INTERVAL))

@@ -1,0 +1,165 @@
+"""Rotary positions for queries and keys in one launch, forward and backward.
+
+A head's entries i and i + D/2 are one pair, turned by the angle of pair i at the token's position
+(Su et al. 2021, in Hugging Face's half-split order). Positions come as tables of cosines and sines,
+so packed documents need nothing of their own. The gradient of a rotation is the rotation by the
+negative angle: the backward pass is the same kernel, and saves the tables only.
+
+Shapes: B batch, S sequence, H query heads, G key heads, D head dimension.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megagrow_kernels.inputs import check_floats
+from megagrow_kernels.launching import architecture, launch
+from megagrow_kernels.tiles import select
+
+
+@triton.jit
+def _turn_heads(
+    source,
+    target,
+    present,
+    cos,
+    sin,
+    stride_h,
+    TOTAL: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """All heads of some tokens; source and target point at the first pair of each token's first
+    head, (tokens, 1, pairs), as do cos and sin; heads are stride_h apart in the source, and one
+    behind the other in the target."""
+    for start in tl.static_range(0, TOTAL, HEADS):
+        head = (start + tl.arange(0, HEADS))[None, :, None]
+        mask = present & (head < TOTAL)
+        first = tl.load(source + head * stride_h, mask, other=0.0).to(tl.float32)
+        second = tl.load(source + head * stride_h + HALF, mask, other=0.0).to(tl.float32)
+        out = target + head * (2 * HALF)
+        tl.store(out, (first * cos - second * sin).to(target.dtype.element_ty), mask)
+        tl.store(out + HALF, (second * cos + first * sin).to(target.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["length"])
+def _rope_kernel(
+    q,
+    k,
+    cos,
+    sin,
+    q_out,
+    k_out,
+    length,
+    q_stride_b,
+    q_stride_s,
+    q_stride_h,
+    k_stride_b,
+    k_stride_s,
+    k_stride_h,
+    table_stride_b,
+    table_stride_s,
+    INVERSE: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    batch = tl.program_id(1).to(tl.int64)
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None, None]
+    pair = tl.arange(0, BLOCK)[None, None, :]
+    present = (token < length) & (pair < HALF)
+    table = batch * table_stride_b + token * table_stride_s + pair
+    cosines = tl.load(cos + table, present, other=0.0).to(tl.float32)
+    sines = tl.load(sin + table, present, other=0.0).to(tl.float32)
+    if INVERSE:
+        sines = -sines
+    source = q + batch * q_stride_b + token * q_stride_s + pair
+    target = q_out + (batch * length + token) * (Q_HEADS * 2 * HALF) + pair
+    _turn_heads(source, target, present, cosines, sines, q_stride_h, Q_HEADS, HALF, HEADS)
+    source = k + batch * k_stride_b + token * k_stride_s + pair
+    target = k_out + (batch * length + token) * (K_HEADS * 2 * HALF) + pair
+    _turn_heads(source, target, present, cosines, sines, k_stride_h, K_HEADS, HALF, HEADS)
+
+
+def rope_forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k turned by the angles of the tables; see `rope`."""
+    return _turn(q, k, cos, sin, inverse=False)
+
+
+def rope_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of q (B, S, H, D) and k (B, S, G, D) from those of what `rope` gave."""
+    return _turn(dq, dk, cos, sin, inverse=True)
+
+
+def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    _check(q, k, cos, sin)
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    # Tables of one row serve a whole batch: their stride over it is 0.
+    cos, sin = (table.expand(q.shape[0], -1, -1, -1) for table in (cos, sin))
+    if cos.stride() != sin.stride() or cos.stride(-1) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    batch, length, _, width = q.shape
+    tile = select("rope", architecture(q.device), head_dim=width)
+    out = q.new_empty(q.shape), k.new_empty(k.shape)
+    strides = (*q.stride()[:3], *k.stride()[:3], *cos.stride()[:2])
+    sizes = (q.shape[2], k.shape[2], width // 2, triton.next_power_of_2(width // 2))
+    grid = (triton.cdiv(length, tile["TOKENS"]), batch)
+    launch(_rope_kernel, grid, q, k, cos, sin, *out, length, *strides, inverse, *sizes, **tile)
+    return out
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    check_floats("rope", q=q, k=k)
+    check_floats("rope", cos=cos, sin=sin)
+    batch, length, _, width = q.shape
+    tables = [(rows, length, 1, width) for rows in (1, batch)]
+    same = k.shape[:2] == q.shape[:2] and k.shape[3] == width and cos.shape == sin.shape
+    if not same or width % 2 or tuple(cos.shape) not in tables:
+        shapes = [tuple(x.shape) for x in (q, k, cos, sin)]
+        raise ValueError(
+            "rope takes q (B, S, H, D), k (B, S, G, D), tables (B or 1, S, 1, D), D even, "
+            f"not {shapes}"
+        )
+
+
+@torch.library.custom_op("megagrow::rope", mutates_args=())
+def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return rope_forward(q, k, cos, sin)
+
+
+@torch.library.custom_op("megagrow::rope_backward", mutates_args=())
+def _rope_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return rope_backward(dq, dk, cos, sin)
+
+
+def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[2:])
+
+
+def _gradients(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    return *_rope_backward(dq, dk, *ctx.saved_tensors), None, None
+
+
+_rope.register_fake(_fake)
+_rope_backward.register_fake(_fake)
+_rope.register_autograd(_gradients, setup_context=_save)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries (B, S, H, D) and keys (B, S, G, D), turned by the angles of their positions.
+
+    cos and sin are the tables of `reference.rope_tables`, (B, S, 1, D) or (1, S, 1, D) with equal
+    halves, in bf16, fp16 or fp32, and get no gradient. q and k are of one of these types, as is the
+    result, computed in fp32; both may be strided views. Raises ValueError for anything else.
+    """
+    return _rope(q, k, cos, sin)

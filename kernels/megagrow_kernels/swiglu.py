@@ -1,0 +1,113 @@
+"""SwiGLU, silu(gate) * up (Shazeer 2020), forward and backward; only the inputs are saved.
+
+With s = 1 / (1 + exp(-gate)), so that silu(gate) = gate s, the gradients are
+
+    dup = dout gate s    and    dgate = dout up s (1 + gate (1 - s)).
+
+Every number is read and written once. Shapes: F feed-forward width, ... any leading dimensions.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megagrow_kernels.inputs import check_floats
+from megagrow_kernels.launching import architecture, launch
+from megagrow_kernels.tiles import select
+
+# Triton compiles a kernel anew for a `count` that 16 does not divide, and needs to know to load 16
+# bytes at once. Widths of models are multiples of 16, so that the number of tokens plays no part.
+
+
+@triton.jit
+def _forward_kernel(gate, up, out, count, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < count
+    g = tl.load(gate + offsets, mask, other=0.0).to(tl.float32)
+    u = tl.load(up + offsets, mask, other=0.0).to(tl.float32)
+    tl.store(out + offsets, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _backward_kernel(dout, gate, up, dgate, dup, count, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < count
+    d = tl.load(dout + offsets, mask, other=0.0).to(tl.float32)
+    g = tl.load(gate + offsets, mask, other=0.0).to(tl.float32)
+    u = tl.load(up + offsets, mask, other=0.0).to(tl.float32)
+    s = tl.sigmoid(g)
+    tl.store(dup + offsets, (d * g * s).to(dup.dtype.element_ty), mask)
+    slope = s * (1.0 + g * (1.0 - s))
+    tl.store(dgate + offsets, (d * u * slope).to(dgate.dtype.element_ty), mask)
+
+
+def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up; see `swiglu`."""
+    _check(gate=gate, up=up)
+    out = gate.new_empty(gate.shape)
+    _launch(_forward_kernel, gate.contiguous(), up.contiguous(), out)
+    return out
+
+
+def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up from that of the result, all (..., F) of one type."""
+    _check(dout=dout, gate=gate, up=up)
+    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    _launch(_backward_kernel, dout.contiguous(), gate.contiguous(), up.contiguous(), dgate, dup)
+    return dgate, dup
+
+
+def _check(**tensors: Tensor) -> None:
+    check_floats("swiglu", **tensors)
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"swiglu takes tensors of one shape, not {shapes}")
+
+
+def _launch(kernel: Any, *tensors: Tensor) -> None:
+    first = tensors[0]
+    tile = select("swiglu", architecture(first.device), bytes=first.element_size())
+    count = first.numel()
+    launch(kernel, (triton.cdiv(count, tile["BLOCK"]),), *tensors, count, **tile)
+
+
+@torch.library.custom_op("megagrow::swiglu", mutates_args=())
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return swiglu_forward(gate, up)
+
+
+@torch.library.custom_op("megagrow::swiglu_backward", mutates_args=())
+def _swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return swiglu_backward(dout, gate, up)
+
+
+@_swiglu.register_fake
+def _fake(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@_swiglu_backward.register_fake
+def _backward_fake(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
+    return _swiglu_backward(dout, *ctx.saved_tensors)
+
+
+_swiglu.register_autograd(_gradients, setup_context=_save)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020): both (..., F) of one type, as is the result.
+
+    The type is bf16, fp16 or fp32, the computation in fp32. Raises ValueError for anything else.
+    """
+    return _swiglu(gate, up)

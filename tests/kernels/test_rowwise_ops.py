@@ -1,0 +1,78 @@
+"""RMSNorm, rotary positions and SwiGLU as torch's ops: registration, compiler, recomputation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megagrow_kernels import reference
+from megagrow_kernels.rms_norm import add_rms_norm, rms_norm
+from megagrow_kernels.rope import rope
+from megagrow_kernels.swiglu import swiglu
+from tests.kernels.accuracy import draw, with_gradients
+
+TABLES = reference.rope_tables(torch.arange(5)[None], torch.tensor([1.0, 0.5, 0.25, 0.125]))
+HEADS = [draw(1, 5, 2, 8), draw(1, 5, 1, 8, seed=1)]
+ROWS = [draw(5, 24, seed=seed) for seed in range(3)]
+WEIGHT, INVERSE_RMS = draw(24, seed=3), draw(5, seed=4).abs()
+
+CALLS: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
+    "rms_norm": (lambda x, weight: rms_norm(x, weight, 1e-5), [ROWS[0], WEIGHT]),
+    "add_rms_norm": (lambda x, r, weight: add_rms_norm(x, r, weight, 1e-5), [*ROWS[:2], WEIGHT]),
+    "rope": (lambda q, k: rope(q, k, *TABLES), HEADS),
+    "swiglu": (swiglu, ROWS[:2]),
+}
+OPS: dict[str, tuple[Any, ...]] = {
+    "rms_norm": (ROWS[0], WEIGHT, 1e-5),
+    "add_rms_norm": (*ROWS[:2], WEIGHT, 1e-5),
+    "rms_norm_backward": (*ROWS, WEIGHT, INVERSE_RMS),
+    "rope": (*HEADS, *TABLES),
+    "rope_backward": (*HEADS, *TABLES),
+    "swiglu": (*ROWS[:2],),
+    "swiglu_backward": (*ROWS,),
+}
+DIFFERENTIABLE = {"rms_norm": 2, "add_rms_norm": 3, "rope": 2, "swiglu": 2}
+"""How many of an op's first arguments get gradients."""
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_op_is_registered_as_torch_wants_it(name):
+    count = DIFFERENTIABLE.get(name, 0)
+    given = [x.clone().requires_grad_() for x in OPS[name][:count]]
+    torch.library.opcheck(getattr(torch.ops.megagrow, name), (*given, *OPS[name][count:]))
+
+
+def test_backward_of_the_norm_without_a_sum_is_registered():
+    arguments = (ROWS[0], None, ROWS[1], WEIGHT, INVERSE_RMS)
+    torch.library.opcheck(torch.ops.megagrow.rms_norm_backward, arguments)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_as_one_graph(name):
+    call, inputs = CALLS[name]
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    found = with_gradients(compiled, inputs, torch.float32)
+    expected = with_gradients(call, inputs, torch.float32)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_may_be_computed_again_for_the_backward_pass(name):
+    call, inputs = CALLS[name]
+
+    def again(*given: Tensor) -> Any:
+        return checkpoint(call, *given, use_reentrant=False)
+
+    found = with_gradients(again, inputs, torch.float32)
+    expected = with_gradients(call, inputs, torch.float32)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bf16_is_refused_in_the_interpreter(name):
+    call, inputs = CALLS[name]
+    with pytest.raises(RuntimeError, match="bf16"):
+        call(*(x.bfloat16() for x in inputs))
