@@ -10,7 +10,7 @@ from megagrow.data.indexed import IndexedWriter
 from tests.jobs import records, train, write_run
 from tests.runs import MODEL, make_run, parallel_of
 
-STEPS, LENGTH = 50, 6
+STEPS, LENGTH = 50, 4
 SMALL = MODEL | {
     "num_hidden_layers": 1,
     "hidden_size": 16,
@@ -25,12 +25,12 @@ TRITON = dict.fromkeys(REFERENCE, "triton")
 
 
 def write_short_documents(prefix: Path) -> None:
-    """A corpus of documents of 1 to 10 tokens, each token mostly a function of the one before."""
+    """A corpus of documents of 3 to 10 tokens, each token mostly a function of the one before."""
     generator = np.random.default_rng(0)
     with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
         for _ in range(400):
             tokens = [int(generator.integers(101))]
-            for _ in range(int(generator.integers(10))):
+            for _ in range(int(generator.integers(2, 10))):
                 tokens.append((tokens[-1] * 7 + 3) % 101)
             writer.add_document(np.array(tokens, dtype=np.uint16))
         writer.finalise()
