@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tools.gpu_bench_clock import Call, Clock, CudaClock, OnceClock
-from tools.gpu_bench_work import Work
+from tools.gpu_bench_work import NOTHING, Work
 
 OURS = "megagrow"
 Record = dict[str, Any]
@@ -56,8 +56,8 @@ class Case:
     """By whom -> a call that computes the outputs from `leaves`."""
     leaves: tuple[Tensor, ...]
     """The inputs that get a gradient."""
-    forward: Work = Work()
-    backward: Work = Work()
+    forward: Work = NOTHING
+    backward: Work = NOTHING
     together: bool = False
     """Whether forward and backward are measured as one, where somebody does both at once."""
     features: Mapping[str, int | str] = field(default_factory=dict)

@@ -55,7 +55,9 @@ class Findings:
         for ours in self.ours(**wanted):
             same = {key: ours[key] for key in ("op", "case", "way")}
             long = ours.get("sequence", least) >= least
-            ratios += [r["seconds"] / ours["seconds"] for r in self.timings(by=other, **same) if long]
+            ratios += [
+                r["seconds"] / ours["seconds"] for r in self.timings(by=other, **same) if long
+            ]
         return min(ratios, default=None)
 
     def packed_rate(self, way: str) -> float | None:

@@ -34,8 +34,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
-    # A compiled backward pass is repeated here, so it may not give away what it read.
-    torch._functorch.config.donated_buffer = False
     place = Place(torch.device("cpu" if options.smoke else "cuda"), options.smoke)
     with options.output.open("w", encoding="utf-8") as file:
         for record in records(options.family, place):
@@ -50,10 +48,12 @@ def records(family: str, place: Place) -> Iterator[Record]:
     yield ceilings(place, clock)
     for library in gpu_bench_others.missing():
         yield {"kind": "missing", "library": library}
-    for case in cases(family, place):
-        yield from measure(case, clock)
-        if not place.smoke:
-            torch.cuda.empty_cache()
+    # A compiled backward pass is repeated here, so it may not give away what it has read.
+    with torch._functorch.config.patch(donated_buffer=False):
+        for case in cases(family, place):
+            yield from measure(case, clock)
+            if not place.smoke:
+                torch.cuda.empty_cache()
     if family == "loss":
         yield from gpu_bench_loss.memory(place)
     yield ceilings(place, clock)

@@ -21,7 +21,9 @@ Contenders = dict[str, Callable[[], Result]]
 def cases(place: Place) -> Iterator[Case]:
     """16k to 32k tokens, in the widths of the models; large enough that what stays in the cache at
     the end of a call is a small part of it."""
-    for tokens, width in [(7, 24)] if place.smoke else [(32768, 2048), (16384, 4096), (16384, 8192)]:
+    for tokens, width in (
+        [(7, 24)] if place.smoke else [(32768, 2048), (16384, 4096), (16384, 8192)]
+    ):
         yield _rms_norm(place, tokens, width)
         yield _add_rms_norm(place, tokens, width)
     yield _rope(place, *((2, 5, 4, 2, 8) if place.smoke else (8, 4096, 32, 8, 128)))

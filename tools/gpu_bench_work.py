@@ -20,6 +20,8 @@ class Work:
         return Work(self.bytes + other.bytes, self.flops + other.flops)
 
 
+NOTHING = Work()
+
 TENSORS = {
     "rms_norm": (2, 3),  # x in, y out; x and dy in, dx out
     "add_rms_norm": (4, 4),  # x and residual in, total and y out; total, dy, dtotal in, dx out

@@ -101,7 +101,9 @@ def part_of(name: str, output: Path, smoke: bool) -> Part:
 
     def command(words: Sequence[str], file: str, **environment: str) -> Command:
         written = ["--output", str(output / f"{file}.jsonl"), *(["--smoke"] if smoke else [])]
-        return Command([str(ROOT / "tools" / f"{tool}.py"), *words, *written], settings | environment)
+        return Command(
+            [str(ROOT / "tools" / f"{tool}.py"), *words, *written], settings | environment
+        )
 
     if name != "warm-up":
         return Part(name, SHARES[name], [command(words, name)])

@@ -66,9 +66,7 @@ class Outcome:
 class Budget:
     """Who may run until when: every part has a latest end, that of all shares up to its own."""
 
-    def __init__(
-        self, parts: Iterable[Part], clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, parts: Iterable[Part], clock: Callable[[], float] = time.monotonic) -> None:
         self._ends: dict[str, float] = {}
         end = 0.0
         for part in parts:

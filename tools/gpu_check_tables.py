@@ -19,7 +19,10 @@ def report(outcomes: Iterable[Outcome], findings: Findings, smoke: bool = False)
         (("goal", "bound", "measured", ""), goal_rows(findings)),
         (("kernel", "ours us", "rate", "of ceiling", "speed over others"), kernel_rows(findings)),
         (("loss memory", "by", "extra MiB", "of logits"), memory_rows(findings)),
-        (("training", "kernels", "tokens/s", "MFU", "peak GiB", "first s"), training_rows(findings)),
+        (
+            ("training", "kernels", "tokens/s", "MFU", "peak GiB", "first s"),
+            training_rows(findings),
+        ),
         (("growth", "seconds", "MiB moved", "peak GiB", "stall s"), growth_rows(findings)),
     )
     for heading, rows in tables:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from tests.kernels.accuracy import check, close, draw
 from torch import Tensor
 
 from megagrow_kernels import reference
@@ -22,7 +23,6 @@ from megagrow_kernels.packing import pack
 from megagrow_kernels.rms_norm import add_rms_norm, rms_norm
 from megagrow_kernels.rope import rope
 from megagrow_kernels.swiglu import swiglu
-from tests.kernels.accuracy import check, close, draw
 
 EPS = 1e-5
 Function = Callable[..., Any]
@@ -111,7 +111,9 @@ def cross_entropy(place: Place) -> None:
         for dtype in place.dtypes:
             logits = (3 * draw(tokens, width)).to(dtype)
             exact, twin = (
-                _loss_by(reference.vocab_statistics, reference.vocab_gradient, x, labels, scale, real)
+                _loss_by(
+                    reference.vocab_statistics, reference.vocab_gradient, x, labels, scale, real
+                )
                 for x in (logits.double(), logits)
             )
             here = (x.to(place.device) for x in (logits, labels, scale))
@@ -124,7 +126,9 @@ def cross_entropy(place: Place) -> None:
 
 def repeated(place: Place) -> None:
     """The same bits again, forward and backward."""
-    for function, inputs in _calls(place, torch.float32 if place.device == "cpu" else torch.bfloat16):
+    for function, inputs in _calls(
+        place, torch.float32 if place.device == "cpu" else torch.bfloat16
+    ):
         one, two = (_results(function, inputs) for _ in range(2))
         assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True)), function
         assert all(x.isfinite().all() for x in one), function
@@ -174,7 +178,12 @@ def _in_place(logits: Tensor, *rest: Any) -> Tensor:
 
 
 def _loss_by(
-    statistics: Function, gradient: Function, logits: Tensor, labels: Tensor, scale: Tensor, real: int
+    statistics: Function,
+    gradient: Function,
+    logits: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    real: int,
 ) -> list[Tensor]:
     first = 11
     maximum, total, target = statistics(logits, labels, first, real)

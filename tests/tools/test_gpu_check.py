@@ -88,7 +88,10 @@ def test_nothing_measured_meets_no_goal():
 
 
 def test_goals_of_a_norm():
-    ours = [timing("rms_norm", "forward", OURS, s, bytes=4e9, case=c) for s, c in ((1.05e-3, "a"), (1.1e-3, "b"))]
+    ours = [
+        timing("rms_norm", "forward", OURS, s, bytes=4e9, case=c)
+        for s, c in ((1.05e-3, "a"), (1.1e-3, "b"))
+    ]
     theirs = timing("rms_norm", "forward", "compile", 1.0e-3, bytes=4e9, case="b")
     found = goals_of(ceiling(), ceiling(3e12), *ours, theirs)
     assert found["RMSNorm forward, of copy"] == ("0.909", "not met")
@@ -123,7 +126,9 @@ def test_goals_of_attention():
 
 def test_goals_of_the_loss_and_of_training():
     alone = timing("cross_entropy", "both", OURS, 1.2e-3, bytes=4e9)
-    head = [timing("linear_cross_entropy", "both", by, s) for by, s in ((OURS, 2.0), ("plain", 2.1))]
+    head = [
+        timing("linear_cross_entropy", "both", by, s) for by, s in ((OURS, 2.0), ("plain", 2.1))
+    ]
     memory = {"kind": "memory", "part": "p", "op": "x", "case": "c", "by": OURS}
     memory |= {"extra_bytes": 100, "logits_bytes": 1000}
     steps = [{"kind": "training", "model": "llama-1.1b", "mfu": mfu} for mfu in (0.4, None, 0.52)]
@@ -173,11 +178,16 @@ def test_the_parts_take_less_than_nine_minutes(tmp_path: Path):
 
 def test_parts_that_end_fail_and_overrun(tmp_path: Path):
     def of(*programs: str) -> Part:
-        return Part("part", 0, [Command(["-c", program], {"GREETING": "hello"}) for program in programs])
+        return Part(
+            "part", 0, [Command(["-c", program], {"GREETING": "hello"}) for program in programs]
+        )
 
     good = run_part(of("import os; print(os.environ['GREETING'])"), 60, tmp_path)
     assert good.good and (tmp_path / "part.log").read_text() == "hello\n"
-    assert run_part(of("pass", "import sys; sys.exit(7)"), 60, tmp_path).result == "failed (exit code 7)"
+    assert (
+        run_part(of("pass", "import sys; sys.exit(7)"), 60, tmp_path).result
+        == "failed (exit code 7)"
+    )
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
     cut = run_part(of(child), 1.0, tmp_path)
     assert cut.result == "cut after 1 s" and cut.seconds < 10 and not cut.good
