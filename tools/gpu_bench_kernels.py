@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+import torch._functorch.config as functorch_config
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -49,7 +50,7 @@ def records(family: str, place: Place) -> Iterator[Record]:
     for library in gpu_bench_others.missing():
         yield {"kind": "missing", "library": library}
     # A compiled backward pass is repeated here, so it may not give away what it has read.
-    with torch._functorch.config.patch(donated_buffer=False):
+    with functorch_config.patch(donated_buffer=False):
         for case in cases(family, place):
             yield from measure(case, clock)
             if not place.smoke:

@@ -96,6 +96,7 @@ def run_part(part: Part, limit: float, output: Path) -> Outcome:
         running = [
             subprocess.Popen(
                 _words(command, path),
+                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,

@@ -136,7 +136,6 @@ def repeated(place: Place) -> None:
 
 def compiled(place: Place) -> None:
     """Under torch.compile, without a break in the graph, what they are without it."""
-    torch._functorch.config.donated_buffer = False
     backend = "aot_eager" if place.device == "cpu" else "inductor"
     dtype = torch.float32 if place.device == "cpu" else torch.bfloat16
     for function, inputs in _calls(place, dtype):
