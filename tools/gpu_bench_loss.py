@@ -44,20 +44,21 @@ def memory(place: Place) -> Iterator[Record]:
     with one_rank(place) as topology:
         for shape in _heads(place):
             case = _linear_cross_entropy(place, topology, *shape)
-            kept = sum(x.numel() * x.element_size() for x in case.leaves)
             logits = shape[0] * shape[2] * case.leaves[0].element_size()
             for name, call in case.contenders.items():
                 record = {"kind": "memory", "op": case.op, "case": case.name, "by": name}
                 record["logits_bytes"] = logits
                 try:
-                    record["extra_bytes"] = peak_bytes(call, case.leaves, place) - kept
+                    record["extra_bytes"] = extra_bytes(call, case.leaves, place)
                 except Exception as error:  # whatever other libraries raise
                     record["problem"] = f"{type(error).__name__}: {error}".splitlines()[0]
                 yield record
 
 
-def peak_bytes(call: Callable[[], Result], leaves: tuple[Tensor, ...], place: Place) -> int:
-    """What a forward and backward pass adds to the memory in use at its peak; 0 without a GPU."""
+def extra_bytes(call: Callable[[], Result], leaves: tuple[Tensor, ...], place: Place) -> int:
+    """What a forward and backward pass adds to the memory in use at its peak, but for the gradients
+    of the leaves; 0 without a GPU."""
+    kept = sum(x.numel() * x.element_size() for x in leaves)
     gc.collect()
     if not place.smoke:
         torch.cuda.synchronize()
@@ -65,7 +66,7 @@ def peak_bytes(call: Callable[[], Result], leaves: tuple[Tensor, ...], place: Pl
         before = torch.cuda.memory_allocated()
     gradients = torch.autograd.grad(call(), leaves)
     del gradients
-    return 0 if place.smoke else torch.cuda.max_memory_allocated() - before
+    return 0 if place.smoke else torch.cuda.max_memory_allocated() - before - kept
 
 
 @contextmanager

@@ -46,17 +46,26 @@ BACKENDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """A model of configs/model/, and the batch that a GPU of 80 GB has room for."""
+    """A model of configs/model/ (or a shape), and the batch that a GPU of 80 GB has room for."""
 
     model: str
     micro: int
     batch: int
     """Sequences of a step."""
     sequence: int = 2048
+    shape: dict[str, int] | None = None
+    """Of a model that has no file."""
 
 
 SIZES = (Size("llama-410m", 8, 32), Size("llama-1.1b", 4, 32), Size("llama-3b", 2, 16))
-SMOKE_SIZES = (Size("demo-2l", 1, 2, 32),)
+TINY = {
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 101,
+}
+SMOKE_SIZES = (Size("tiny", 1, 2, 16, TINY),)
 
 
 def main() -> None:
@@ -91,15 +100,15 @@ def run_of(size: Size, backend: str, folder: Path) -> RunConfig:
     values = {
         "name": size.model,
         "output_dir": str(folder),
-        "model": size.model,
+        "model": size.shape or size.model,
         "tokens": 10**12,
         "data": {"train": [{"path": "unused"}], "sequence_length": size.sequence},
         "batch": {"global_batch_size": size.batch, "micro_batch_size": size.micro},
         "optimizer": {"lr": 1e-4},
         "kernels": BACKENDS[backend],
     }
-    path = folder / "training.json"  # JSON is YAML
-    path.write_text(json.dumps(values), encoding="utf-8")
+    path = folder / "training.yaml"
+    path.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
     return load_run(path)
 
 

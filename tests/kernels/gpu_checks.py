@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from tests.kernels.accuracy import check, close, draw
 from torch import Tensor
 
 from megagrow_kernels import reference
@@ -23,6 +22,7 @@ from megagrow_kernels.packing import pack
 from megagrow_kernels.rms_norm import add_rms_norm, rms_norm
 from megagrow_kernels.rope import rope
 from megagrow_kernels.swiglu import swiglu
+from tests.kernels.accuracy import check, close, draw
 
 EPS = 1e-5
 Function = Callable[..., Any]
