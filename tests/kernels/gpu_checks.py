@@ -1,9 +1,9 @@
-"""What kernels are held to on a GPU, each check in a process of its own: NAME [DEVICE [SCALE]].
+"""What kernels are held to on a GPU, each check in a process of its own.
 
     python -m tests.kernels.gpu_checks attention
 
 `test_gpu.py` starts them, since test processes see no GPU. On a CPU the same checks run in Triton's
-interpreter, in fp32 and fp16, with shapes made smaller by SCALE.
+interpreter, in fp32, with shapes made smaller.
 """
 
 import sys
@@ -37,8 +37,8 @@ class Place:
 
     @property
     def dtypes(self) -> Sequence[torch.dtype]:
-        half = (torch.float16,) if self.device == "cpu" else (torch.float16, torch.bfloat16)
-        return torch.float32, *half
+        both = (torch.float16, torch.bfloat16)
+        return torch.float32, *(() if self.device == "cpu" else both)
 
     def of(self, size: int) -> int:
         """A size that matters only for being large."""
@@ -61,13 +61,21 @@ class Place:
 
 def rows(place: Place) -> None:
     """RMSNorm alone and with the addition, RoPE, SwiGLU."""
-    for count, width in [(1, 8), (199, 760), (place.of(2048), 4096), (7, place.of(16384))]:
+    for count, width in [
+        (1, 8),
+        (place.of(199), 760),
+        (place.of(2048), 4096),
+        (7, place.of(16384)),
+    ]:
         x, more, weight = draw(count, width), draw(count, width, seed=1), draw(width, seed=2)
         norm, both = partial(rms_norm, eps=EPS), partial(add_rms_norm, eps=EPS)
         place.hold(norm, partial(reference.rms_norm, eps=EPS), [x, weight])
         place.hold(both, partial(reference.add_rms_norm, eps=EPS), [x, more, weight])
         place.hold(swiglu, reference.swiglu, [x, more])
-    for sequence, heads, groups, head_dim in [(199, 6, 2, 64), (place.of(2048), 32, 8, 128)]:
+    for sequence, heads, groups, head_dim in [
+        (place.of(199), 6, 2, 64),
+        (place.of(2048), 32, 8, 128),
+    ]:
         q, k = draw(2, sequence, heads, head_dim), draw(2, sequence, groups, head_dim, seed=1)
         positions = torch.arange(sequence, device=place.device).expand(2, -1)
         angles = 1e4 ** -torch.linspace(0, 1, head_dim // 2, device=place.device)
@@ -80,12 +88,12 @@ def attention_of_documents(place: Place) -> None:
     long = place.of(1024)
     for lengths, (heads, groups, head_dim), further in [
         ((1,), (1, 1, 64), {}),
-        ((199,), (4, 1, 64), {}),
-        ((long, 1, 127, long), (8, 1, 128), {}),
+        ((place.of(199),), (4, 1, 64), {}),
+        ((long, 1, place.of(127), long), (8, 1, 128), {}),
         ((2 * long,), (4, 2, 128), {"window": place.of(300)}),
         ((place.of(1023),), (4, 4, 80), {}),
-        ((130, 70), (2, 1, 96), {"scale": 0.2}),
-        ((128, 129), (2, 1, 256), {}),
+        ((place.of(130), place.of(70)), (2, 1, 96), {"scale": 0.2}),
+        ((place.of(128), place.of(129)), (2, 1, 256), {}),
     ]:
         ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
         packing = pack(ids, *ids.shape).to(place.device)
@@ -97,13 +105,13 @@ def attention_of_documents(place: Place) -> None:
         kernel = partial(attention, packing=packing, **further)
         eager = partial(reference.attention, document_ids=ids, **further)
         for dtype in place.dtypes:
-            least = 2.0 if ids.shape[1] == 1 else 0.0
+            least = 2.0 if ids.shape[1] < 10 else 0.0  # where terms cancel
             check(place.run(kernel), place.run(eager), inputs, dtype, least)
 
 
 def cross_entropy(place: Place) -> None:
     """Statistics and gradient, the last columns being padding."""
-    for tokens, width in [(1, 5), (199, 1001), (place.of(256), place.of(131072))]:
+    for tokens, width in [(1, 5), (place.of(199), 1001), (place.of(256), place.of(131072))]:
         real, first = width - width // 7, 11
         labels = torch.randint(first + real, (tokens,), generator=torch.Generator().manual_seed(0))
         labels[0] = -100
@@ -159,11 +167,11 @@ def beyond_32_bits(place: Place) -> None:
     labels = torch.zeros(count, dtype=torch.int64, device=place.device)
     statistics = torch.stack(tuple(vocab_statistics(x, labels, 0, width)))
     expected = torch.stack(tuple(vocab_statistics(ends, labels[:2], 0, width)))
-    assert torch.equal(statistics[:, [0, -1]], expected)
-    ones, maximum, total = torch.ones_like(statistics[0]), statistics[0], statistics[1]
-    vocab_gradient_(x, labels, maximum, total, ones, 0 * ones, 0, width)
-    both = expected[:2]
-    vocab_gradient_(ends, labels[:2], both[0], both[1], ones[:2], 0 * ones[:2], 0, width)
+    torch.testing.assert_close(statistics[:, [0, -1]], expected)  # of other spans of a row
+    ones, zeros = torch.ones_like(statistics[0]), torch.zeros_like(statistics[0])
+    vocab_gradient_(x, labels, *statistics[:2], ones, zeros, 0, width)
+    of_ends = [part[[0, -1]] for part in (*statistics[:2], ones, zeros)]
+    vocab_gradient_(ends, labels[:2], *of_ends, 0, width)
     assert torch.equal(x[[0, -1]], ends)
 
 
