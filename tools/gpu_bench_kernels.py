@@ -19,13 +19,16 @@ import torch._functorch.config as functorch_config
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from tools import gpu_bench_attention, gpu_bench_loss, gpu_bench_others, gpu_bench_rows  # noqa: E402
+from tools import gpu_bench_attention as attention  # noqa: E402
+from tools import gpu_bench_loss as loss  # noqa: E402
+from tools import gpu_bench_others as others  # noqa: E402
+from tools import gpu_bench_rows as rows  # noqa: E402
 from tools.gpu_bench_case import Case, Place, Record, measure  # noqa: E402
 from tools.gpu_bench_clock import Clock  # noqa: E402
 
 MATMUL, COPY_BYTES = 8192, 2**30
 SMOKE_MATMUL, SMOKE_COPY_BYTES = 64, 2**16
-FAMILIES = ("rows", "attention", "loss")
+FAMILIES = {"rows": rows, "attention": attention, "loss": loss}
 
 
 def main() -> None:
@@ -47,7 +50,7 @@ def records(family: str, place: Place) -> Iterator[Record]:
     torch.manual_seed(0)
     clock = place.clock()
     yield ceilings(place, clock)
-    for library in gpu_bench_others.missing():
+    for library in others.missing():
         yield {"kind": "missing", "library": library}
     # A compiled backward pass is repeated here, so it may not give away what it has read.
     with functorch_config.patch(donated_buffer=False):
@@ -56,15 +59,13 @@ def records(family: str, place: Place) -> Iterator[Record]:
             if not place.smoke:
                 torch.cuda.empty_cache()
     if family == "loss":
-        yield from gpu_bench_loss.memory(place)
+        yield from loss.memory(place)
     yield ceilings(place, clock)
 
 
 def cases(family: str, place: Place) -> Iterable[Case]:
     """The family's cases, each made when it is asked for: they do not fit into memory together."""
-    if family == "rows":
-        return gpu_bench_rows.cases(place)
-    return (gpu_bench_attention if family == "attention" else gpu_bench_loss).cases(place)
+    return FAMILIES[family].cases(place)
 
 
 def ceilings(place: Place, clock: Clock) -> Record:

@@ -37,7 +37,7 @@ def test_on_a_gpu(name: str, gpu_environment: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_checks_themselves(name: str) -> None:
-    CHECKS[name](Place("cpu", {"attention": 64, "beyond-32-bits": 2**16}.get(name, 256)))
+    CHECKS[name](Place("cpu", {"attention": 32, "beyond-32-bits": 2**16}.get(name, 256)))
 
 
 @pytest.mark.gpu
