@@ -144,9 +144,10 @@ def _packed(
     flex = flex_attention if place.smoke else torch.compile(flex_attention, dynamic=False)
 
     def call() -> Tensor:
-        turned = (x.transpose(1, 2) for x in (q, k, v))
-        with torch.set_grad_enabled(not place.smoke):  # on a CPU it has no backward pass
-            return flex(*turned, block_mask=mask, enable_gqa=True).transpose(1, 2)
+        # It has no backward pass on a CPU.
+        inputs = [x.detach() if place.smoke else x for x in (q, k, v)]
+        turned = (x.transpose(1, 2) for x in inputs)
+        return flex(*turned, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
     made: Contenders = {"flex": call}
     every = torch.tensor((0, *lengths * q.shape[0]), device=place.device)

@@ -18,14 +18,29 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-IMPORT_NAMES = {"pyyaml": "yaml", "pytest-timeout": "pytest_timeout"}
+IMPORT_NAMES = {
+    "pyyaml": "yaml",
+    "pytest-timeout": "pytest_timeout",
+    "py-cpuinfo": "cpuinfo",
+    "pydantic-core": "pydantic_core",
+    "annotated-doc": "annotated_doc",
+    "annotated-types": "annotated_types",
+    "typing-inspection": "typing_inspection",
+    "markdown-it-py": "markdown_it",
+}
 """Distributions whose module has another name."""
 UNUSED = ("datasets", "pyarrow", "matplotlib", "tensorboard", "tokenizers")
 """Dependencies of megagrow that no part of a check imports."""
+BEHIND = (
+    *("einops", "hjson", "msgpack", "ninja", "packaging", "psutil", "py-cpuinfo", "tqdm"),
+    *("annotated-types", "pydantic-core", "typing-inspection"),
+    *("annotated-doc", "shellingham", "markdown-it-py", "mdurl", "pygments"),
+)
+"""What deepspeed, pydantic, typer and rich import: wheels carried by --no-deps lack it."""
 CARRY = """
 Where there is a network, for the same Python and processor:
     DS_BUILD_OPS=0 pip wheel --no-deps --wheel-dir wheels {names}
-and here, with the folder wheels/ carried over:
+(pydantic-core in the version that pydantic asks for); and here, with wheels/ carried over:
     pip install --no-deps --no-index --find-links wheels {names}
 """
 
@@ -122,7 +137,7 @@ def missing_packages(has: Callable[[str], bool] | None = None) -> list[str]:
     here = has or (lambda module: importlib.util.find_spec(module) is not None)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     listed = [re.split(r"[^A-Za-z0-9_-]", text)[0] for text in project["dependencies"]]
-    wanted = [name for name in [*listed, "pytest", "pytest-timeout"] if name not in UNUSED]
+    wanted = [name for name in [*listed, *BEHIND, "pytest", "pytest-timeout"] if name not in UNUSED]
     return [name for name in wanted if not here(IMPORT_NAMES.get(name, name))]
 
 

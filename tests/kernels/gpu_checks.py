@@ -88,12 +88,12 @@ def attention_of_documents(place: Place) -> None:
     long = place.of(1024)
     for lengths, (heads, groups, head_dim), further in [
         ((1,), (1, 1, 64), {}),
-        ((place.of(199),), (4, 1, 64), {}),
-        ((long, 1, place.of(127), long), (8, 1, 128), {}),
+        ((199,), (4, 1, 64), {}),
+        ((long, 1, 127, long), (8, 1, 128), {}),
         ((2 * long,), (4, 2, 128), {"window": place.of(300)}),
         ((place.of(1023),), (4, 4, 80), {}),
-        ((place.of(130), place.of(70)), (2, 1, 96), {"scale": 0.2}),
-        ((place.of(128), place.of(129)), (2, 1, 256), {}),
+        ((130, 70), (2, 1, 96), {"scale": 0.2}),
+        ((128, 129), (2, 1, 256), {}),
     ]:
         ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
         packing = pack(ids, *ids.shape).to(place.device)
