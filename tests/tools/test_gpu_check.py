@@ -224,8 +224,10 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, capsys):
 
 
 def test_the_gpu_tests_are_found():
-    files = {p.name for p in gpu_check_tests.files_with_gpu_tests(gpu_check.ROOT / "tests")}
-    assert files == {"test_gpu.py"}
+    tests = gpu_check.ROOT / "tests"
+    found = gpu_check_tests.files_with_gpu_tests(tests)
+    assert {tests / "kernels" / "test_gpu.py", tests / "run" / "test_gpu.py"} <= set(found)
+    assert tests / "test_architecture.py" not in found
 
 
 def test_counts_of_tests(tmp_path: Path):
