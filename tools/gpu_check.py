@@ -1,89 +1,166 @@
-"""Checks megagrow on a GPU machine: the tests marked `gpu`, then a 410M model grown and trained.
+"""Checks megagrow on a machine with a GPU, in less than nine minutes.
 
-    python tools/gpu_check.py [--output gpu_check]
+    python tools/gpu_check.py [--output gpu_check] [--parts rows attention ...] [--smoke]
 
-Prints a short table last and writes it as JSON: tokens/s, model FLOPs utilisation and peak memory
-before and after the growth, seconds and bytes of the growth. Takes a few minutes on one GPU.
+In this order: all tests marked `gpu`; every kernel against what the card can do and against what
+others have made (`rows`, `attention`, `loss`); training steps of the 410M, 1.1B and 3B models; a
+growth of the paper's 410M recipe; and how long a growth stands still with and without kernels that
+were compiled beforehand. Each part has its share of the time, is cut when that is over, and leaves
+what it found by then. Short tables are printed last, and everything is in OUTPUT/gpu_check.json.
+
+Exit code 0 if all parts came to their end without an error of megagrow's (goals that are not met
+are no error), 1 if not, 2 if the machine lacks something. --smoke makes every call once on the CPU,
+in Triton's interpreter: no number means anything then, but nothing will be wrong with the check.
 """
 
 import argparse
 import json
-import subprocess
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megagrow.train.metrics import read_metrics
-
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 20
-BATCH = 32  # sequences of 2048 tokens
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from tools.gpu_check_parts import (  # noqa: E402
+    Budget,
+    Command,
+    Outcome,
+    Part,
+    how_to_carry,
+    missing_packages,
+    run_part,
+)
+
+RESULTS = "gpu_check.json"
+GOAL_COLUMNS = ("goal", "bound", "measured", "met")
+SHARES = {
+    "tests": 90,
+    "rows": 60,
+    "attention": 90,
+    "loss": 45,
+    "training": 110,
+    "growth": 55,
+    "warm-up": 80,
+}
+"""Seconds. Together ten less than nine minutes."""
 
 
 def main() -> None:
-    """Runs everything; exits with an error if a part of it fails."""
+    """Runs the parts, prints the tables, writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("gpu_check"))
-    output = parser.parse_args().output
-    if not torch.cuda.is_available():
-        sys.exit("gpu_check needs a GPU: torch.cuda.is_available() is False")
-    output.mkdir(parents=True, exist_ok=True)
-    _run("-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests"))
-    corpus = output / "corpus"
-    _run("-m", "megagrow", "prepare", "python-stdlib", "--output", str(corpus),
-         "--tokenizer", "train", "--vocab-size", "32000")  # fmt: skip
-    table = measure(train(corpus, output / "run"))
-    table["device"] = torch.cuda.get_device_name()
-    table["versions"] = {"torch": torch.__version__, "cuda": torch.version.cuda}
-    (output / "gpu_check.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
-    for name, value in table.items():
-        print(f"{name:32} {value}")
+    parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES))
+    parser.add_argument("--smoke", action="store_true", help="On the CPU, only to see it run.")
+    options = parser.parse_args()
+    refuse_without(options.smoke)
+    output = options.output.resolve()
+    make_room(output)
+    parts = [part_of(name, output, options.smoke) for name in options.parts]
+    outcomes = []
+    budget = Budget(parts)
+    for part in parts:
+        limit = budget.left(part.name)
+        print(f"{part.name}: at most {limit:.0f} s, see {output / part.name}.log", flush=True)
+        outcomes.append(run_part(part, limit, output))
+    sys.exit(conclude(outcomes, output, options.smoke))
 
 
-def train(corpus: Path, directory: Path) -> list[dict[str, Any]]:
-    """A short grown run of the 410M recipe in bf16; returns its metrics."""
-    tokens = STEPS * BATCH * 2048
-    changes = {
-        "output_dir": directory,
-        "data.train.0.path": corpus / "train",
-        "data.validation.0.path": corpus / "validation",
-        "data.tokenizer": corpus / "tokenizer.model",
-        "batch.global_batch_size": BATCH,
-        "batch.micro_batch_size": 8,
-        "schedule.warmup_steps": 5,
-        "validation.tokens": 65536,
-        "stages.0.tokens": tokens,
-        "stages.1.tokens": tokens,
+def make_room(output: Path) -> None:
+    """An empty folder, where there was none or that of an earlier check; exits with 2 otherwise."""
+    if output.exists() and not (output / RESULTS).exists():
+        print(f"{output} exists, and is no result of gpu_check", file=sys.stderr)
+        sys.exit(2)
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    (output / RESULTS).touch()
+
+
+def refuse_without(smoke: bool) -> None:
+    """Exits with 2 and a helpful word where packages or the GPU are missing."""
+    missing = missing_packages()
+    if missing:
+        print(how_to_carry(missing), file=sys.stderr)
+        sys.exit(2)
+    import torch
+
+    if not smoke and not torch.cuda.is_available():
+        print("gpu_check needs a GPU: torch.cuda.is_available() is False", file=sys.stderr)
+        sys.exit(2)
+
+
+def part_of(name: str, output: Path, smoke: bool) -> Part:
+    """What is to be run for a part."""
+    tool, *words = {
+        "tests": ["gpu_check_tests"],
+        "training": ["gpu_bench_training"],
+        "growth": ["gpu_bench_growth", "410m"],
+    }.get(name, ["gpu_bench_kernels", name])
+    settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if smoke else {}
+
+    def command(words: Sequence[str], file: str, **environment: str) -> Command:
+        written = ["--output", str(output / f"{file}.jsonl"), *(["--smoke"] if smoke else [])]
+        return Command(
+            [str(ROOT / "tools" / f"{tool}.py"), *words, *written], settings | environment
+        )
+
+    if name != "warm-up":
+        return Part(name, SHARES[name], [command(words, name)])
+    tool = "gpu_bench_growth"
+    commands = [
+        command([case], f"{name}-{case}", TRITON_CACHE_DIR=str(output / f"triton-{case}"))
+        for case in ("cold", "warm")
+    ]
+    return Part(name, SHARES[name], commands)
+
+
+def conclude(outcomes: Sequence[Outcome], output: Path, smoke: bool) -> int:
+    """Prints the tables, writes the JSON, and says how it all ended."""
+    from tools.gpu_bench_goals import Findings, goal_rows
+    from tools.gpu_check_tables import failures, report
+
+    findings = Findings(read_records(outcomes, output))
+    goals = [] if smoke else goal_rows(findings)
+    told: dict[str, Any] = {
+        "smoke": smoke,
+        "machine": machine(),
+        "parts": [vars(outcome) for outcome in outcomes],
+        "goals": [dict(zip(GOAL_COLUMNS, row, strict=True)) for row in goals],
+        "records": findings.records,
     }
-    overrides = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
-    _run("-m", "megagrow", "train", str(ROOT / "configs" / "gstack-410m.yaml"), *overrides)
-    return read_metrics(directory / "metrics.jsonl")
+    (output / RESULTS).write_text(json.dumps(told, indent=1), encoding="utf-8")
+    print(*told["machine"].values(), sep=", ")
+    print("\n".join(report(outcomes, findings, smoke)))
+    good = all(outcome.good for outcome in outcomes) and not failures(findings)
+    return 0 if good else 1
 
 
-def measure(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The table: medians over the second half of each stage, and what the growth cost."""
-    table: dict[str, Any] = {}
-    for stage, name in enumerate(("base", "target")):
-        steps = [r for r in records if r["kind"] == "train" and r["stage"] == stage][STEPS // 2 :]
-        for field in ("tokens_per_second", "mfu", "memory_bytes", "loss"):
-            values = sorted(step[field] for step in steps if step[field] is not None)
-            table[f"{name}_{field}"] = values[len(values) // 2] if values else None
-    growth = next(r for r in records if r["kind"] == "growth")
-    for field in (
-        "seconds",
-        "bytes_within_ranks",
-        "peak_memory_bytes",
-        "loss_before",
-        "loss_after",
-    ):
-        table[f"growth_{field}"] = growth[field]
-    return table
+def read_records(outcomes: Sequence[Outcome], output: Path) -> list[dict[str, Any]]:
+    """What the parts have written, each record with the name of its part. A last line that a part
+    was cut in is left out."""
+    records = []
+    for outcome in outcomes:
+        for path in sorted(output.glob(f"{outcome.name}*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n"):
+                    records.append({"part": outcome.name} | json.loads(line))
+    return records
 
 
-def _run(*arguments: str) -> None:
-    subprocess.run([sys.executable, *arguments], check=True)
+def machine() -> dict[str, str]:
+    """What it was measured on."""
+    import torch
+    import triton
+
+    there = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if there else "no GPU",
+        "torch": f"torch {torch.__version__}",
+        "cuda": f"CUDA {torch.version.cuda}",
+        "triton": f"triton {triton.__version__}",
+    }
 
 
 if __name__ == "__main__":

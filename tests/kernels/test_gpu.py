@@ -1,0 +1,59 @@
+"""Kernels on a GPU: exact, deterministic, compilable, and in a run under ZeRO-3.
+
+The checks are made in processes of their own, which see the GPU. That they can be made at all is
+seen on the CPU, with small shapes in Triton's interpreter.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megagrow.train.metrics import read_metrics
+from tests.jobs import write_run
+from tests.kernels.gpu_checks import CHECKS, Place
+from tests.runs import MODEL, STEP_TOKENS, make_run
+
+ROOT = Path(__file__).resolve().parents[2]
+TRITON = dict.fromkeys(("attention", "norm", "pointwise", "loss"), "triton")
+TORCH = {"attention": "sdpa", "norm": "torch", "pointwise": "torch", "loss": "torch"}
+
+
+def start(arguments: list[str], environment: dict[str, str]) -> None:
+    command = [sys.executable, *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_a_gpu(name: str, gpu_environment: dict[str, str]) -> None:
+    path = f"{ROOT}:{ROOT / 'kernels'}:{':'.join(sys.path)}"
+    start(["-m", "tests.kernels.gpu_checks", name], gpu_environment | {"PYTHONPATH": path})
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_checks_themselves(name: str) -> None:
+    CHECKS[name](Place("cpu", {"attention": 32, "beyond-32-bits": 2**16}.get(name, 256)))
+
+
+@pytest.mark.gpu
+def test_a_run_under_zero_3(tmp_path: Path, gpu_environment: dict[str, str]) -> None:
+    """bf16, packed documents, a growth: the losses are those of torch's own operations."""
+    found = {}
+    for name, kernels in (("triton", TRITON), ("torch", TORCH)):
+        stage = {"tokens": 8 * STEP_TOKENS, "parallel": {"zero_stage": 3}, "kernels": kernels}
+        deep = MODEL | {"num_hidden_layers": 4}
+        grown = stage | {"model": deep, "growth": {"operator": "direct_depth"}}
+        run = make_run(tmp_path, [stage, grown], precision="bf16", output_dir=tmp_path / name)
+        data = run.data.model_copy(update={"reset_attention_mask": True})
+        run = run.model_copy(update={"data": data})
+        path = write_run(tmp_path / f"{name}.yaml", run)
+        start(["-m", "megagrow", "train", str(path)], gpu_environment)
+        records = read_metrics(run.output_dir / "metrics.jsonl")
+        found[name] = [record["loss"] for record in records if record["kind"] == "train"]
+    assert found["triton"] == pytest.approx(found["torch"], rel=2e-2)
+    assert found["triton"][-1] < found["triton"][0]
