@@ -9,6 +9,7 @@ import signal
 import pytest
 
 _HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+_HIDDEN |= {"TRITON_INTERPRET": "1"}
 _BEFORE = dict(os.environ)
 os.environ.update(_HIDDEN)
 

@@ -1,11 +1,16 @@
 """Eager references: what each op computes, in plain torch, in the order of the published equations.
 
 Shapes: B batch, S sequence, H query heads, G key/value heads, D head dimension, F feed-forward
-width, V rows of the vocabulary that this rank holds. Accumulation is in fp32 whatever the input.
+width, V rows of the vocabulary that this rank holds. Accumulation is in fp32, of fp64 in fp64.
 """
 
 import torch
 from torch import Tensor
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in the type that sums are kept in: fp32, or fp64 if it is fp64 already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -13,9 +18,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x is (..., D) of any float type, weight is (D,); the result has the type of x.
     """
-    x_fp32 = x.float()
+    x_fp32 = widened(x)
     inverse_rms = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
-    return (weight.float() * (x_fp32 * inverse_rms)).to(x.dtype)
+    return (widened(weight) * (x_fp32 * inverse_rms)).to(x.dtype)
 
 
 def rope_tables(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +67,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None = Non
     k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
     if document_ids is None:
         document_ids = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
-    q_BHSD, k_BHSD, v_BHSD = (x.float().transpose(1, 2) for x in (q, k, v))
+    q_BHSD, k_BHSD, v_BHSD = (widened(x).transpose(1, 2) for x in (q, k, v))
     scores = q_BHSD @ k_BHSD.transpose(-1, -2) * q.shape[-1] ** -0.5
     scores = scores.masked_fill(~attention_mask(document_ids), float("-inf"))
     return (scores.softmax(-1) @ v_BHSD).transpose(1, 2).to(q.dtype)
@@ -75,7 +80,7 @@ def vocab_statistics(logits: Tensor, labels: Tensor, first: int) -> tuple[Tensor
     each (N,) in fp32: the maximum, the sum of exp(logits - maximum), and the logit of the label
     (0 where another rank holds it). Ranks combine the three without ever gathering the logits.
     """
-    logits = logits.float()
+    logits = widened(logits)
     maximum = logits.max(-1).values
     total = (logits - maximum[:, None]).exp().sum(-1)
     index = labels - first
