@@ -229,12 +229,26 @@ def _keys_kernel(
         head = group * GROUP + step // blocks_between
         wide = tl.cast(head, tl.int64)
         q_MD = load_whole(
-            *(q_rows, q + wide * q_head_stride, at, head, q_stride),
-            *(BLOCK_M, COLUMNS, HEAD_DIM, DESCRIPTORS),
+            q_rows,
+            q + wide * q_head_stride,
+            at,
+            head,
+            q_stride,
+            BLOCK_M,
+            COLUMNS,
+            HEAD_DIM,
+            DESCRIPTORS,
         )
         do_MD = load_whole(
-            *(grad_rows, grad + wide * grad_head_stride, at, head, grad_stride),
-            *(BLOCK_M, COLUMNS, HEAD_DIM, DESCRIPTORS),
+            grad_rows,
+            grad + wide * grad_head_stride,
+            at,
+            head,
+            grad_stride,
+            BLOCK_M,
+            COLUMNS,
+            HEAD_DIM,
+            DESCRIPTORS,
         )
         queries = at + tl.arange(0, BLOCK_M)
         lse_M = tl.load(logsumexp + wide * tokens + queries)

@@ -91,11 +91,13 @@ def load_whole(
     """The rows from `at` of a head, all of which exist: by the descriptor `rows` of all heads, or
     by pointers from `base`, the head's first row."""
     if DESCRIPTORS:
-        return rows.load([at, head, 0]).reshape(ROWS, COLUMNS)
-    where = pointers(base, at, stride, ROWS, COLUMNS)
-    if HEAD_DIM == COLUMNS:
-        return tl.load(where)
-    return tl.load(where, mask=(tl.arange(0, COLUMNS) < HEAD_DIM)[None, :], other=0.0)
+        block = rows.load([at, head, 0]).reshape(ROWS, COLUMNS)
+    elif HEAD_DIM == COLUMNS:
+        block = tl.load(pointers(base, at, stride, ROWS, COLUMNS))
+    else:
+        real = (tl.arange(0, COLUMNS) < HEAD_DIM)[None, :]
+        block = tl.load(pointers(base, at, stride, ROWS, COLUMNS), mask=real, other=0.0)
+    return block
 
 
 @triton.jit
@@ -103,10 +105,12 @@ def sees(queries, keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
     """Which query sees which key, of tokens of one document, broadcast: no later one, and none
     that is `window` or more before it. What holds anyway is left out by CAUSAL and WINDOWED."""
     if CAUSAL and WINDOWED:
-        return (keys <= queries) & (queries - keys < window)
-    if CAUSAL:
-        return keys <= queries
-    return queries - keys < window
+        seen = (keys <= queries) & (queries - keys < window)
+    elif CAUSAL:
+        seen = keys <= queries
+    else:
+        seen = queries - keys < window
+    return seen
 
 
 def flat(x: Tensor) -> Tensor:

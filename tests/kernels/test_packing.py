@@ -1,21 +1,18 @@
 """The lists of documents and tiles against what a loop over tokens finds."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
 
 from megagrow_kernels.packing import TILE, Packing, pack
-
-
-def ids_of(*rows: list[int]) -> torch.Tensor:
-    """Document ids (rows, S) for rows given as the lengths of their documents."""
-    return torch.stack([torch.arange(len(r)).repeat_interleave(torch.tensor(r)) for r in rows])
+from tests.kernels.documents import ids_of
 
 
 def documents_of(packing: Packing) -> list[tuple[int, int]]:
     starts = packing.cu_seqlens.tolist()
-    return list(zip(starts[:-1], starts[1:], strict=True))
+    return list(pairwise(starts))
 
 
 def check_tiles(packing: Packing) -> None:
@@ -51,7 +48,7 @@ def test_a_plain_batch_is_one_document_per_row():
 
 
 def test_documents_end_with_their_row():
-    packing = pack(ids_of([3, 1, 4], [8]), 2, 8)
+    packing = pack(ids_of(((3, 1, 4), (8,))), 2, 8)
     assert documents_of(packing) == [(0, 3), (3, 4), (4, 8), (8, 16)]
     same_id_in_both = pack(torch.zeros(2, 8, dtype=torch.long), 2, 8)
     assert documents_of(same_id_in_both) == [(0, 8), (8, 16)]
@@ -72,7 +69,7 @@ def test_random_packings():
             while sum(row) < sequence:
                 row.append(min(draw.choice([1, 2, 127, 128, 129, 300]), sequence - sum(row)))
             rows.append(row)
-        packing = pack(ids_of(*rows), len(rows), sequence)
+        packing = pack(ids_of(rows), len(rows), sequence)
         lengths = [end - start for start, end in documents_of(packing)]
         assert lengths == [length for row in rows for length in row]
         assert packing.longest == max(lengths)
@@ -82,7 +79,7 @@ def test_random_packings():
 
 
 def test_on_another_device_it_is_the_same():
-    packing = pack(ids_of([100, 200]), 1, 300)
+    packing = pack(ids_of(((100, 200),)), 1, 300)
     moved = packing.to("meta")
     assert moved.longest == packing.longest
     assert moved.query_tiles.shape == packing.query_tiles.shape
