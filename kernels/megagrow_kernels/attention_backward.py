@@ -98,6 +98,7 @@ def _queries_kernel(
     WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EDGE_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
     first, start, end, head = place(tiles, count, heads, at_once, BLOCK_M, True)
@@ -128,10 +129,10 @@ def _queries_kernel(
             keys = at + tl.arange(0, BLOCK_N)
             seen = sees(queries[:, None], keys[None, :], window, False, True)
         dq_MD = _queries_step(q_MD, do_MD, k_ND, v_ND, lse_M, delta_M, scale, seen, dq_MD, WINDOWED)
-    for at in tl.range(first, tl.minimum(first + BLOCK_M, end), BLOCK_N, num_stages=1):
-        k_ND = load_edge(k, at, end, k_stride, BLOCK_N, COLUMNS, HEAD_DIM)
-        v_ND = load_edge(v, at, end, v_stride, BLOCK_N, COLUMNS, HEAD_DIM)
-        keys = at + tl.arange(0, BLOCK_N)
+    for at in tl.range(first, tl.minimum(first + BLOCK_M, end), EDGE_N, num_stages=2):
+        k_ND = load_edge(k, at, end, k_stride, EDGE_N, COLUMNS, HEAD_DIM)
+        v_ND = load_edge(v, at, end, v_stride, EDGE_N, COLUMNS, HEAD_DIM)
+        keys = at + tl.arange(0, EDGE_N)
         seen = sees(queries[:, None], keys[None, :], window, True, WINDOWED)
         dq_MD = _queries_step(q_MD, do_MD, k_ND, v_ND, lse_M, delta_M, scale, seen, dq_MD, True)
     store_edge(dq + head * HEAD_DIM, dq_MD * unscaled, first, end, heads * HEAD_DIM, HEAD_DIM)
@@ -329,7 +330,11 @@ def _start(
         kernel,
         (count * (TILE // how[held]) * heads,),
         *(*flat, *rows, *saved, *gradients, tiles, count, heads),
-        *(blocks.side_by_side(streams[0], k.shape[1], heads), q.shape[0], window or 0),
+        *(
+            blocks.side_by_side(streams[0], k.shape[1], heads),
+            q.shape[0],
+            min(window or 0, q.shape[0]),
+        ),
         *(scale * blocks.LOG2_E, scale),
         *(x.stride(dim) for x in flat for dim in (0, 1)),
         GROUP=q.shape[1] // k.shape[1],

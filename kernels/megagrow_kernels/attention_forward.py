@@ -26,8 +26,8 @@ from megagrow_kernels.tiles import select
 
 
 @triton.jit
-def _add_keys(q, k, v, scale, seen, acc, maximum, total, MASKED: tl.constexpr):
-    """Takes a block of keys and values into the running sums (acc, maximum, total) of the queries.
+def _weigh(q, k, scale, seen, maximum, MASKED: tl.constexpr):
+    """Weights of a block of keys, the queries' maxima with it, and what their sums shrink by.
 
     With a mask, a query may have seen nothing yet: its maximum is -inf, and taken as 0.
     """
@@ -38,11 +38,15 @@ def _add_keys(q, k, v, scale, seen, acc, maximum, total, MASKED: tl.constexpr):
     shift = risen
     if MASKED:
         shift = tl.where(risen == float("-inf"), 0.0, risen)
-    weights = tl.exp2(scores * scale - shift[:, None])
-    shrink = tl.exp2(maximum - shift)
+    return tl.exp2(scores * scale - shift[:, None]), risen, tl.exp2(maximum - shift)
+
+
+@triton.jit
+def _add(weights, v, shrink, acc, total):
+    """The sums (acc, total) with a block of values."""
     total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return acc, risen, total
+    return acc, total
 
 
 @triton.jit(do_not_specialize=["count", "at_once", "tokens", "window"])
@@ -73,6 +77,7 @@ def _forward_kernel(
     WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EDGE_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
     first, start, end, head = place(tiles, count, heads, at_once, BLOCK_M, True)
@@ -93,20 +98,20 @@ def _forward_kernel(
         low = start + tl.maximum(first - window + 1 - start, 0) // BLOCK_N * BLOCK_N
     for at in range(low, first, BLOCK_N):
         k_ND = load_whole(k_rows, k, at, group, k_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
-        v_ND = load_whole(v_rows, v, at, group, v_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
         seen = True
         if WINDOWED:
             keys = at + tl.arange(0, BLOCK_N)
             seen = sees(queries[:, None], keys[None, :], window, False, True)
-        acc, maximum, total = _add_keys(
-            q_MD, k_ND, v_ND, scale, seen, acc, maximum, total, WINDOWED
-        )
-    for at in tl.range(first, tl.minimum(first + BLOCK_M, end), BLOCK_N, num_stages=1):
-        k_ND = load_edge(k, at, end, k_stride, BLOCK_N, COLUMNS, HEAD_DIM)
-        v_ND = load_edge(v, at, end, v_stride, BLOCK_N, COLUMNS, HEAD_DIM)
-        keys = at + tl.arange(0, BLOCK_N)
+        weights, maximum, shrink = _weigh(q_MD, k_ND, scale, seen, maximum, WINDOWED)
+        v_ND = load_whole(v_rows, v, at, group, v_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
+        acc, total = _add(weights, v_ND, shrink, acc, total)
+    for at in tl.range(first, tl.minimum(first + BLOCK_M, end), EDGE_N, num_stages=2):
+        k_ND = load_edge(k, at, end, k_stride, EDGE_N, COLUMNS, HEAD_DIM)
+        keys = at + tl.arange(0, EDGE_N)
         seen = sees(queries[:, None], keys[None, :], window, True, WINDOWED)
-        acc, maximum, total = _add_keys(q_MD, k_ND, v_ND, scale, seen, acc, maximum, total, True)
+        weights, maximum, shrink = _weigh(q_MD, k_ND, scale, seen, maximum, True)
+        v_ND = load_edge(v, at, end, v_stride, EDGE_N, COLUMNS, HEAD_DIM)
+        acc, total = _add(weights, v_ND, shrink, acc, total)
 
     out += tl.cast(head, tl.int64) * HEAD_DIM
     store_edge(out, acc / total[:, None], first, end, heads * HEAD_DIM, HEAD_DIM)
@@ -142,7 +147,13 @@ def attention_forward(
         _forward_kernel,
         (count * (TILE // how["BLOCK_M"]) * heads,),
         *(q_THD, k_TGD, v_TGD, *rows, out, logsumexp, query_tiles),
-        *(count, heads, blocks.side_by_side(k_TGD, groups, heads), tokens, window or 0),
+        *(
+            count,
+            heads,
+            blocks.side_by_side(k_TGD, groups, heads),
+            tokens,
+            min(window or 0, tokens),
+        ),
         scale * blocks.LOG2_E,
         *(x.stride(dim) for x in (q_THD, k_TGD, v_TGD) for dim in (0, 1)),
         GROUP=heads // groups,

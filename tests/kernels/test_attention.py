@@ -19,7 +19,7 @@ CASES: dict[str, tuple[Rows, tuple[int, int, int], dict]] = {
     "one token": (((1,),), (1, 1, 64), {}),
     "one document": (((199,),), (2, 1, 64), {}),
     "a whole tile": (((128,), (128,)), (1, 1, 64), {}),
-    "documents": (((37, 1, 1, 90, 4), (1, 131, 1)), (2, 2, 64), {}),
+    "documents": (((37, 1, 1, 60), (1, 97, 1)), (2, 2, 64), {}),
     "one-token documents": (((1,) * 9,), (2, 1, 64), {}),
     "empty tail": (((150, 35), (185,)), (2, 1, 64), {}),
     "head dimension 8": (((33, 20),), (2, 1, 8), {}),
@@ -55,16 +55,22 @@ def test_accuracy(case, dtype):
     rows, sizes, further = CASES[case]
     kernel = partial(attention, packing=packing_of(rows), **further)
     eager = partial(reference.attention, document_ids=ids_of(rows), **further)
-    check(kernel, eager, inputs_of(rows, *sizes), dtype, least=2.0 if sum(rows[0]) < 10 else 0.0)
+    # Where every token sees itself alone, scores have no gradient: what cancels is dO V, about 20.
+    alone = further.get("window") == 1 or max(max(row) for row in rows) == 1
+    check(kernel, eager, inputs_of(rows, *sizes), dtype, least=20.0 if alone else 0.0)
 
 
 @pytest.mark.parametrize("descriptors", [0, 1])
-@pytest.mark.parametrize("long, short", [(128, 128), (128, 16), (16, 16)])
+@pytest.mark.parametrize("long, short", [(64, 32), (32, 32)])
 @pytest.mark.parametrize("window", [None, 40])
 def test_other_blocks(monkeypatch, long, short, descriptors, window):
+    """Parts of tiles, and blocks on the way to them, where the frozen ones would take all in one."""
+
     def select(op: str, architecture: int, **features: int) -> dict[str, int]:
-        held, passing = ("BLOCK_M", "BLOCK_N") if op != "attention_keys" else ("BLOCK_N", "BLOCK_M")
-        return {held: long, passing: short, "DESCRIPTORS": descriptors}
+        if op == "attention_keys":
+            return {"BLOCK_N": long, "BLOCK_M": short, "DESCRIPTORS": descriptors}
+        blocks = {"BLOCK_M": long, "BLOCK_N": short, "EDGE_N": short // 2}
+        return blocks | {"DESCRIPTORS": descriptors}
 
     monkeypatch.setattr(attention_forward, "select", select)
     monkeypatch.setattr(attention_backward, "select", select)
@@ -76,7 +82,7 @@ def test_other_blocks(monkeypatch, long, short, descriptors, window):
 
 @pytest.mark.parametrize("window", [None, 50])
 def test_packed_documents_are_documents_alone_to_the_bit(window):
-    rows = ((150, 1, 34, 15), (7, 193))
+    rows = ((150, 1, 34), (7, 178))
     inputs = inputs_of(rows, 2, 1, 64)
     function = partial(attention, packing=packing_of(rows), window=window)
     packed = results(function, inputs, draw(*inputs[0].shape, seed=9))
