@@ -53,19 +53,28 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def attention_mask(document_ids: Tensor) -> Tensor:
+def attention_mask(document_ids: Tensor, window: int | None = None) -> Tensor:
     """(B, 1, S, S) booleans: True where a query may see a key.
 
-    document_ids is (B, S). A token sees itself and what comes before it within its own document.
+    document_ids is (B, S). A token sees itself and what comes before it within its own document,
+    with a window of w tokens only itself and the w - 1 before.
     """
-    sequence = document_ids.shape[1]
-    causal = torch.ones(sequence, sequence, dtype=torch.bool, device=document_ids.device).tril()
+    positions = torch.arange(document_ids.shape[1], device=document_ids.device)
+    behind = positions[:, None] - positions
+    near = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
     same_document = document_ids[:, :, None] == document_ids[:, None, :]
-    return (same_document & causal)[:, None]
+    return (same_document & near)[:, None]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None = None) -> Tensor:
-    """Causal attention softmax(q k^T / sqrt(D)) v with grouped key/value heads.
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    document_ids: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention softmax(scale q k^T) v with grouped key/value heads; scale is 1 / sqrt(D).
 
     q is (B, S, H, D), k and v are (B, S, G, D) with H a multiple of G; the result is (B, S, H, D).
     """
@@ -74,8 +83,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None = Non
     if document_ids is None:
         document_ids = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
     q_BHSD, k_BHSD, v_BHSD = (widened(x).transpose(1, 2) for x in (q, k, v))
-    scores = q_BHSD @ k_BHSD.transpose(-1, -2) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~attention_mask(document_ids), float("-inf"))
+    scores = q_BHSD @ k_BHSD.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.masked_fill(~attention_mask(document_ids, window), float("-inf"))
     return (scores.softmax(-1) @ v_BHSD).transpose(1, 2).to(q.dtype)
 
 

@@ -1,0 +1,345 @@
+"""Attention backward, in three kernels without atomics (Dao 2023, FlashAttention-2, algorithm 2).
+
+With P the weights, recomputed from the saved logsumexp, and dO the gradient of the output O:
+delta = rowsum(dO O); dV = P^T dO; dS = P (dO V^T - delta); dQ = scale dS K; dK = scale dS^T Q.
+One kernel has a block of queries and goes through keys for dQ; the other has a block of keys and
+goes through the queries of all heads that share it for dK and dV. Each sum is made by one program
+in a fixed order, so gradients are the same bits on every run.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megagrow_kernels import attention_blocks as blocks
+from megagrow_kernels.attention_blocks import (
+    load_edge,
+    load_whole,
+    place,
+    sees,
+    store_edge,
+)
+from megagrow_kernels.launching import architecture, launch
+from megagrow_kernels.packing import TILE
+from megagrow_kernels.tiles import select
+
+DELTA_ROWS = 64
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _delta_kernel(
+    out,
+    grad,
+    delta,
+    tokens,
+    out_stride,
+    out_head_stride,
+    grad_stride,
+    grad_head_stride,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    first = tl.program_id(0) * ROWS
+    head = tl.cast(tl.program_id(1), tl.int64)
+    out += head * out_head_stride
+    grad += head * grad_head_stride
+    o_MD = load_edge(out, first, tokens, out_stride, ROWS, COLUMNS, HEAD_DIM).to(tl.float32)
+    do_MD = load_edge(grad, first, tokens, grad_stride, ROWS, COLUMNS, HEAD_DIM).to(tl.float32)
+    rows = first + tl.arange(0, ROWS)
+    tl.store(delta + head * tokens + rows, tl.sum(o_MD * do_MD, 1), mask=rows < tokens)
+
+
+@triton.jit
+def _queries_step(q, do, k, v, logsumexp, delta, scale, seen, dq, MASKED: tl.constexpr):
+    """Adds to dq, without the scale, what a block of keys gives."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    weights = tl.exp2(scores * scale - logsumexp[:, None])
+    if MASKED:
+        weights = tl.where(seen, weights, 0.0)
+    d_weights = tl.dot(do, tl.trans(v), input_precision="ieee")
+    d_scores = weights * (d_weights - delta[:, None])
+    return tl.dot(d_scores.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["count", "at_once", "tokens", "window"])
+def _queries_kernel(
+    q,
+    k,
+    v,
+    grad,
+    k_rows,
+    v_rows,
+    logsumexp,
+    delta,
+    dq,
+    tiles,
+    count,
+    heads,
+    at_once,
+    tokens,
+    window,
+    scale,
+    unscaled,
+    q_stride,
+    q_head_stride,
+    k_stride,
+    k_head_stride,
+    v_stride,
+    v_head_stride,
+    grad_stride,
+    grad_head_stride,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EDGE_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    first, start, end, head = place(tiles, count, heads, at_once, BLOCK_M, True)
+    if first >= end:
+        return
+    group = head // GROUP
+    head = tl.cast(head, tl.int64)
+    k += tl.cast(group, tl.int64) * k_head_stride
+    v += tl.cast(group, tl.int64) * v_head_stride
+    q += head * q_head_stride
+    grad += head * grad_head_stride
+    queries = first + tl.arange(0, BLOCK_M)
+    q_MD = load_edge(q, first, end, q_stride, BLOCK_M, COLUMNS, HEAD_DIM)
+    do_MD = load_edge(grad, first, end, grad_stride, BLOCK_M, COLUMNS, HEAD_DIM)
+    row = head * tokens + queries
+    lse_M = tl.load(logsumexp + row, mask=queries < end, other=float("inf"))
+    delta_M = tl.load(delta + row, mask=queries < end, other=0.0)
+    dq_MD = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+
+    low = start
+    if WINDOWED:
+        low = start + tl.maximum(first - window + 1 - start, 0) // BLOCK_N * BLOCK_N
+    for at in range(low, first, BLOCK_N):
+        k_ND = load_whole(k_rows, k, at, group, k_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
+        v_ND = load_whole(v_rows, v, at, group, v_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
+        seen = True
+        if WINDOWED:
+            keys = at + tl.arange(0, BLOCK_N)
+            seen = sees(queries[:, None], keys[None, :], window, False, True)
+        dq_MD = _queries_step(q_MD, do_MD, k_ND, v_ND, lse_M, delta_M, scale, seen, dq_MD, WINDOWED)
+    for at in tl.range(first, tl.minimum(first + BLOCK_M, end), EDGE_N, num_stages=2):
+        k_ND = load_edge(k, at, end, k_stride, EDGE_N, COLUMNS, HEAD_DIM)
+        v_ND = load_edge(v, at, end, v_stride, EDGE_N, COLUMNS, HEAD_DIM)
+        keys = at + tl.arange(0, EDGE_N)
+        seen = sees(queries[:, None], keys[None, :], window, True, WINDOWED)
+        dq_MD = _queries_step(q_MD, do_MD, k_ND, v_ND, lse_M, delta_M, scale, seen, dq_MD, True)
+    store_edge(dq + head * HEAD_DIM, dq_MD * unscaled, first, end, heads * HEAD_DIM, HEAD_DIM)
+
+
+@triton.jit
+def _keys_step(k, v, q, do, logsumexp, delta, scale, seen, dk, dv, MASKED: tl.constexpr):
+    """Adds to dk, without the scale, and dv what a block of queries gives; scores are (N, M)."""
+    scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+    weights = tl.exp2(scores * scale - logsumexp[None, :])
+    if MASKED:
+        weights = tl.where(seen, weights, 0.0)
+    dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
+    d_weights = tl.dot(v, tl.trans(do), input_precision="ieee")
+    d_scores = weights * (d_weights - delta[None, :])
+    dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["count", "at_once", "tokens", "window"])
+def _keys_kernel(
+    q,
+    k,
+    v,
+    grad,
+    q_rows,
+    grad_rows,
+    logsumexp,
+    delta,
+    dk,
+    dv,
+    tiles,
+    count,
+    groups,
+    at_once,
+    tokens,
+    window,
+    scale,
+    unscaled,
+    q_stride,
+    q_head_stride,
+    k_stride,
+    k_head_stride,
+    v_stride,
+    v_head_stride,
+    grad_stride,
+    grad_head_stride,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    first, _, end, group = place(tiles, count, groups, at_once, BLOCK_N, False)
+    if first >= end:
+        return
+    wide_group = tl.cast(group, tl.int64)
+    k += wide_group * k_head_stride
+    v += wide_group * v_head_stride
+    k_ND = load_edge(k, first, end, k_stride, BLOCK_N, COLUMNS, HEAD_DIM)
+    v_ND = load_edge(v, first, end, v_stride, BLOCK_N, COLUMNS, HEAD_DIM)
+    keys = first + tl.arange(0, BLOCK_N)
+    dk_ND = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
+    dv_ND = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
+
+    # Queries: the keys' own tokens, then whole blocks up to `whole`, then what is left to `last`.
+    last = end
+    if WINDOWED:
+        last = tl.minimum(end, first + BLOCK_N - 1 + window)
+    after = first + BLOCK_N
+    whole = first + (last - first) // BLOCK_M * BLOCK_M
+    in_band = tl.cdiv(tl.minimum(after, last) - first, BLOCK_M)
+    edges = in_band + ((whole < last) & (whole >= after)).to(tl.int32)
+    for step in tl.range(0, edges * GROUP, num_stages=1):
+        part = step % edges
+        at = tl.where(part < in_band, first + part * BLOCK_M, whole)
+        head = tl.cast(group * GROUP + step // edges, tl.int64)
+        q_MD = load_edge(q + head * q_head_stride, at, end, q_stride, BLOCK_M, COLUMNS, HEAD_DIM)
+        do_MD = load_edge(
+            grad + head * grad_head_stride, at, end, grad_stride, BLOCK_M, COLUMNS, HEAD_DIM
+        )
+        queries = at + tl.arange(0, BLOCK_M)
+        row = head * tokens + queries
+        lse_M = tl.load(logsumexp + row, mask=queries < end, other=float("inf"))
+        delta_M = tl.load(delta + row, mask=queries < end, other=0.0)
+        seen = sees(queries[None, :], keys[:, None], window, True, WINDOWED)
+        dk_ND, dv_ND = _keys_step(
+            k_ND, v_ND, q_MD, do_MD, lse_M, delta_M, scale, seen, dk_ND, dv_ND, True
+        )
+    blocks_between = tl.maximum(whole - after, 0) // BLOCK_M
+    for step in range(0, blocks_between * GROUP):
+        at = after + step % blocks_between * BLOCK_M
+        head = group * GROUP + step // blocks_between
+        wide = tl.cast(head, tl.int64)
+        q_MD = load_whole(
+            q_rows,
+            q + wide * q_head_stride,
+            at,
+            head,
+            q_stride,
+            BLOCK_M,
+            COLUMNS,
+            HEAD_DIM,
+            DESCRIPTORS,
+        )
+        do_MD = load_whole(
+            grad_rows,
+            grad + wide * grad_head_stride,
+            at,
+            head,
+            grad_stride,
+            BLOCK_M,
+            COLUMNS,
+            HEAD_DIM,
+            DESCRIPTORS,
+        )
+        queries = at + tl.arange(0, BLOCK_M)
+        lse_M = tl.load(logsumexp + wide * tokens + queries)
+        delta_M = tl.load(delta + wide * tokens + queries)
+        seen = True
+        if WINDOWED:
+            seen = sees(queries[None, :], keys[:, None], window, False, True)
+        dk_ND, dv_ND = _keys_step(
+            k_ND, v_ND, q_MD, do_MD, lse_M, delta_M, scale, seen, dk_ND, dv_ND, WINDOWED
+        )
+    stride = groups * HEAD_DIM
+    store_edge(dk + wide_group * HEAD_DIM, dk_ND * unscaled, first, end, stride, HEAD_DIM)
+    store_edge(dv + wide_group * HEAD_DIM, dv_ND, first, end, stride, HEAD_DIM)
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    query_tiles: Tensor,
+    key_tiles: Tensor,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q (B, S, H, D), k and v (B, S, G, D), in their type, given that of the output.
+
+    out and logsumexp are those of `attention_forward`, the tiles those of the same `Packing`.
+    """
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    flat = [blocks.flat(x) for x in (q, k, v, grad)]
+    saved = (logsumexp, _delta(blocks.flat(out), flat[3]))
+    _start(_queries_kernel, flat, saved, gradients[:1], query_tiles, scale, window)
+    _start(_keys_kernel, flat, saved, gradients[1:], key_tiles, scale, window)
+    dq, dk, dv = gradients
+    return dq, dk, dv
+
+
+def _delta(out: Tensor, grad: Tensor) -> Tensor:
+    """rowsum(dO O), (H, T) fp32."""
+    tokens, heads, head_dim = out.shape
+    delta = torch.empty(heads, tokens, dtype=torch.float32, device=out.device)
+    launch(
+        _delta_kernel,
+        (triton.cdiv(tokens, DELTA_ROWS), heads),
+        *(out, grad, delta, tokens, *out.stride()[:2], *grad.stride()[:2]),
+        HEAD_DIM=head_dim,
+        COLUMNS=blocks.padded(head_dim),
+        ROWS=DELTA_ROWS,
+        num_warps=4,
+    )
+    return delta
+
+
+def _start(
+    kernel: Any,
+    flat: list[Tensor],
+    saved: tuple[Tensor, Tensor],
+    gradients: list[Tensor],
+    tiles: Tensor,
+    scale: float,
+    window: int | None,
+) -> None:
+    """Starts the kernel of the queries, which goes through k and v, or that of the keys, which goes
+    through q and grad; flat is (q, k, v, grad), saved (logsumexp, delta)."""
+    q, k, v, grad = flat
+    by_queries = kernel is _queries_kernel
+    op = "attention_queries" if by_queries else "attention_keys"
+    how = select(op, architecture(q.device), head_dim=q.shape[2], bytes=q.element_size())
+    held, passing = ("BLOCK_M", "BLOCK_N") if by_queries else ("BLOCK_N", "BLOCK_M")
+    streams = (k, v) if by_queries else (q, grad)
+    columns = blocks.padded(q.shape[2])
+    rows = [blocks.described(x, how[passing], columns, how["DESCRIPTORS"]) for x in streams]
+    heads, count = gradients[0].shape[2], len(tiles)
+    launch(
+        kernel,
+        (count * (TILE // how[held]) * heads,),
+        *(*flat, *rows, *saved, *gradients, tiles, count, heads),
+        *(
+            blocks.side_by_side(streams[0], k.shape[1], heads),
+            q.shape[0],
+            min(window or 0, q.shape[0]),
+        ),
+        *(scale * blocks.LOG2_E, scale),
+        *(x.stride(dim) for x in flat for dim in (0, 1)),
+        GROUP=q.shape[1] // k.shape[1],
+        HEAD_DIM=q.shape[2],
+        COLUMNS=columns,
+        WINDOWED=window is not None,
+        **how,
+    )

@@ -1,0 +1,165 @@
+"""Attention forward: softmax of scores in one pass over the keys (Dao 2023, FlashAttention-2).
+
+A program has a block of queries of one head. First come the blocks of keys before it, which all its
+queries see; then those of its own tokens, where causal order cuts. Key/value heads are shared by
+H / G query heads and read in place. Beside the output the kernel leaves, for the backward pass, the
+logarithm of each query's sum of exponentials, to base 2, as everything here is: exp2 is what the
+hardware has, and log2(e) goes into the scale.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megagrow_kernels import attention_blocks as blocks
+from megagrow_kernels.attention_blocks import (
+    load_edge,
+    load_whole,
+    place,
+    sees,
+    store_edge,
+)
+from megagrow_kernels.launching import architecture, launch
+from megagrow_kernels.packing import TILE
+from megagrow_kernels.tiles import select
+
+
+@triton.jit
+def _weigh(q, k, scale, seen, maximum, MASKED: tl.constexpr):
+    """Weights of a block of keys, the queries' maxima with it, and what their sums shrink by.
+
+    With a mask, a query may have seen nothing yet: its maximum is -inf, and taken as 0.
+    """
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MASKED:
+        scores = tl.where(seen, scores, float("-inf"))
+    risen = tl.maximum(maximum, tl.max(scores, 1) * scale)
+    shift = risen
+    if MASKED:
+        shift = tl.where(risen == float("-inf"), 0.0, risen)
+    return tl.exp2(scores * scale - shift[:, None]), risen, tl.exp2(maximum - shift)
+
+
+@triton.jit
+def _add(weights, v, shrink, acc, total):
+    """The sums (acc, total) with a block of values."""
+    total = total * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, total
+
+
+@triton.jit(do_not_specialize=["count", "at_once", "tokens", "window"])
+def _forward_kernel(
+    q,
+    k,
+    v,
+    k_rows,
+    v_rows,
+    out,
+    logsumexp,
+    tiles,
+    count,
+    heads,
+    at_once,
+    tokens,
+    window,
+    scale,
+    q_stride,
+    q_head_stride,
+    k_stride,
+    k_head_stride,
+    v_stride,
+    v_head_stride,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EDGE_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    first, start, end, head = place(tiles, count, heads, at_once, BLOCK_M, True)
+    if first >= end:
+        return
+    group = head // GROUP
+    k += tl.cast(group, tl.int64) * k_head_stride
+    v += tl.cast(group, tl.int64) * v_head_stride
+    q += tl.cast(head, tl.int64) * q_head_stride
+    q_MD = load_edge(q, first, end, q_stride, BLOCK_M, COLUMNS, HEAD_DIM)
+    queries = first + tl.arange(0, BLOCK_M)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+
+    low = start
+    if WINDOWED:
+        low = start + tl.maximum(first - window + 1 - start, 0) // BLOCK_N * BLOCK_N
+    for at in range(low, first, BLOCK_N):
+        k_ND = load_whole(k_rows, k, at, group, k_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
+        seen = True
+        if WINDOWED:
+            keys = at + tl.arange(0, BLOCK_N)
+            seen = sees(queries[:, None], keys[None, :], window, False, True)
+        weights, maximum, shrink = _weigh(q_MD, k_ND, scale, seen, maximum, WINDOWED)
+        v_ND = load_whole(v_rows, v, at, group, v_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
+        acc, total = _add(weights, v_ND, shrink, acc, total)
+    for at in tl.range(first, tl.minimum(first + BLOCK_M, end), EDGE_N, num_stages=2):
+        k_ND = load_edge(k, at, end, k_stride, EDGE_N, COLUMNS, HEAD_DIM)
+        keys = at + tl.arange(0, EDGE_N)
+        seen = sees(queries[:, None], keys[None, :], window, True, WINDOWED)
+        weights, maximum, shrink = _weigh(q_MD, k_ND, scale, seen, maximum, True)
+        v_ND = load_edge(v, at, end, v_stride, EDGE_N, COLUMNS, HEAD_DIM)
+        acc, total = _add(weights, v_ND, shrink, acc, total)
+
+    out += tl.cast(head, tl.int64) * HEAD_DIM
+    store_edge(out, acc / total[:, None], first, end, heads * HEAD_DIM, HEAD_DIM)
+    logsumexp += tl.cast(head, tl.int64) * tokens
+    tl.store(logsumexp + queries, maximum + tl.log2(total), mask=queries < end)
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, query_tiles: Tensor, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Returns attention (B, S, H, D) in q's type and logsumexp (H, T), fp32, to base 2.
+
+    q is (B, S, H, D), k and v (B, S, G, D), all of one type; query_tiles is `Packing.query_tiles`.
+    logsumexp is log2 of the sum over keys of 2^(scale log2(e) q k).
+    """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    heads, head_dim = q.shape[2:]
+    q_THD, k_TGD, v_TGD = (blocks.flat(x) for x in (q, k, v))
+    tokens, groups = k_TGD.shape[:2]
+    logsumexp = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
+    how = select(
+        "attention_forward",
+        architecture(q.device),
+        head_dim=head_dim,
+        bytes=q.element_size(),
+    )
+    columns = blocks.padded(head_dim)
+    rows = [
+        blocks.described(x, how["BLOCK_N"], columns, how["DESCRIPTORS"]) for x in (k_TGD, v_TGD)
+    ]
+    count = len(query_tiles)
+    launch(
+        _forward_kernel,
+        (count * (TILE // how["BLOCK_M"]) * heads,),
+        *(q_THD, k_TGD, v_TGD, *rows, out, logsumexp, query_tiles),
+        *(
+            count,
+            heads,
+            blocks.side_by_side(k_TGD, groups, heads),
+            tokens,
+            min(window or 0, tokens),
+        ),
+        scale * blocks.LOG2_E,
+        *(x.stride(dim) for x in (q_THD, k_TGD, v_TGD) for dim in (0, 1)),
+        GROUP=heads // groups,
+        HEAD_DIM=head_dim,
+        COLUMNS=columns,
+        WINDOWED=window is not None,
+        **how,
+    )
+    return out, logsumexp

@@ -1,0 +1,71 @@
+"""Run without the interpreter, and no GPU: attention of 100 packings is compiled once.
+
+Writes how often each of the four kernels was compiled, as JSON. Meta tensors are compiled for what
+the driver names, and never launched.
+"""
+
+import json
+import random
+from itertools import pairwise
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from megagrow_kernels import attention_backward, attention_forward
+from megagrow_kernels.packing import Packing, pack
+
+SEQUENCE = 1000
+KERNELS = {
+    "forward": attention_forward._forward_kernel,
+    "delta": attention_backward._delta_kernel,
+    "queries": attention_backward._queries_kernel,
+    "keys": attention_backward._keys_kernel,
+}
+
+
+class Target:
+    """All that Triton asks of a driver in order to compile."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+
+def packings(count: int) -> list[Packing]:
+    """Random ones of one to three rows."""
+    source, found = random.Random(0), []
+    for _ in range(count):
+        rows = []
+        for _ in range(source.randint(1, 3)):
+            cuts = sorted(source.sample(range(1, SEQUENCE), source.randint(0, 40)))
+            lengths = [b - a for a, b in pairwise([0, *cuts, SEQUENCE])]
+            rows.append(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)))
+        found.append(pack(torch.stack(rows), len(rows), SEQUENCE))
+    return found
+
+
+def main() -> None:
+    """Compiles for all packings."""
+    driver.set_active(Target())
+    for packing in (pack(None, 1, 16), *packings(100)):
+        tokens = int(packing.cu_seqlens[-1])
+        rows = max(1, tokens // SEQUENCE)
+        shapes = [(rows, tokens // rows, heads, 16) for heads in (2, 1, 1)]
+        q, k, v = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
+        tiles = packing.to("meta")
+        saved = attention_forward.attention_forward(q, k, v, tiles.query_tiles, 0.25, None)
+        attention_backward.attention_backward(
+            q, q, k, v, *saved, tiles.query_tiles, tiles.key_tiles, 0.25, None
+        )
+    counts = {name: len(kernel.device_caches[0][0]) for name, kernel in KERNELS.items()}
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main()

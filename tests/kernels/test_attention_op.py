@@ -1,0 +1,94 @@
+"""Attention as an op of torch: under opcheck, torch.compile and activation checkpointing."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megagrow_kernels.attention import attention
+from megagrow_kernels.packing import Packing, pack
+from tests.kernels.accuracy import draw
+from tests.kernels.documents import ids_of
+
+
+def inputs_of(batch: int, sequence: int) -> list[Tensor]:
+    """q of two heads, k and v of one."""
+    return [draw(batch, sequence, heads, 16, seed=heads).requires_grad_() for heads in (2, 1, 1)]
+
+
+def packing_of(*rows: tuple[int, ...]) -> Packing:
+    ids = ids_of(rows)
+    return pack(ids, *ids.shape)
+
+
+def test_opcheck():
+    packing = packing_of((20, 13), (33,))
+    arguments = (*inputs_of(2, 33), packing.query_tiles, packing.key_tiles, 0.25)
+    for window in (None, 9):
+        torch.library.opcheck(torch.ops.megagrow.attention, (*arguments, window))
+
+
+def test_opcheck_of_the_gradient():
+    packing = packing_of((20, 13))
+    q, k, v = (x.detach() for x in inputs_of(1, 33))
+    tiles = (packing.query_tiles, packing.key_tiles)
+    out, logsumexp = torch.ops.megagrow.attention(q, k, v, *tiles, 0.25, None)
+    arguments = (torch.ones_like(out), q, k, v, out, logsumexp, *tiles, 0.25, None)
+    torch.library.opcheck(torch.ops.megagrow.attention_backward, arguments)
+
+
+def block(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    return attention(q * 2, k, v, packing, window=30).square().sum()
+
+
+def test_compiled_and_checkpointed_it_is_the_same():
+    packing = packing_of((20, 13), (33,))
+    inputs = inputs_of(2, 33)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    expected = torch.autograd.grad(block(*inputs, packing), inputs)
+    again = torch.autograd.grad(checkpoint(block, *inputs, packing, use_reentrant=False), inputs)
+    for found in (torch.autograd.grad(compiled(*inputs, packing), inputs), again):
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def random_packings(count: int, sequence: int) -> list[Packing]:
+    """Packings of two rows of documents of random lengths, of one to all tokens."""
+    source, packings = random.Random(0), []
+    for _ in range(count):
+        rows = []
+        for _ in range(2):
+            cuts = sorted(source.sample(range(1, sequence), source.randint(0, 6)))
+            rows.append(tuple(b - a for a, b in zip([0, *cuts], [*cuts, sequence], strict=True)))
+        packings.append(packing_of(*rows))
+    return packings
+
+
+def test_another_packing_never_compiles_anew():
+    inputs = inputs_of(2, 12)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    packings = [pack(None, 2, 12), *random_packings(100, 12)]
+    torch._dynamo.reset()
+    sizes = set()
+    for index, packing in enumerate(packings):
+        sizes.add(len(packing.query_tiles))
+        with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
+            torch.autograd.grad(compiled(*inputs, packing), inputs)
+    assert len(sizes) > 5
+
+
+def test_triton_never_compiles_anew_either():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.attention_compilations"],
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == {"forward": 1, "delta": 1, "queries": 1, "keys": 1}
