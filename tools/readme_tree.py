@@ -19,7 +19,11 @@ BEGIN, END = "<!-- tree: written by tools/readme_tree.py -->\n", "<!-- end of tr
 FOLDERS = ("megagrow", "kernels", "configs", "launchers", "tools", "tests")
 """Shown file by file; of tests/ the folders are named instead, for they mirror megagrow/."""
 
-WITHOUT_COMMENT = {"LICENSE": "Apache-2.0.", "README.md": "This file."}
+WITHOUT_COMMENT = {
+    "LICENSE": "Apache-2.0.",
+    "README.md": "This file.",
+    "kernels/megagrow_kernels/tiles": "A table of tile sizes for each kernel, as JSON.",
+}
 
 
 def main() -> int:
@@ -73,7 +77,8 @@ def files() -> list[str]:
 
 
 def nested(names: list[str]) -> Iterator[tuple[str, str]]:
-    """Files indented below their folders; a package's docstring is the purpose of its folder."""
+    """Files indented below their folders; a package's docstring is the purpose of its folder. Data
+    in JSON, which has no comments, stands behind the name of its folder."""
     opened: set[str] = set()
     for name in sorted(names, key=lambda name: (Path(name).parent.parts, name)):
         *folders, file = name.split("/")
@@ -82,8 +87,9 @@ def nested(names: list[str]) -> Iterator[tuple[str, str]]:
             if folder not in opened:
                 opened.add(folder)
                 package = f"{folder}/__init__.py"
-                yield f"{'  ' * depth}{folders[depth]}/", purpose(package)
-        if file != "__init__.py":
+                told = WITHOUT_COMMENT.get(folder) or purpose(package)
+                yield f"{'  ' * depth}{folders[depth]}/", told
+        if file != "__init__.py" and not file.endswith(".json"):
             yield f"{'  ' * len(folders)}{file}", purpose(name)
 
 
