@@ -12,6 +12,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+Row = dict[str, Any]
+
 
 def select(op: str, architecture: int, **features: int | bool | str) -> dict[str, int]:
     """What to start the kernel of an op with, for features such as head_dim=128.
@@ -19,22 +21,28 @@ def select(op: str, architecture: int, **features: int | bool | str) -> dict[str
     Takes the rows of the newest architecture listed that is not newer than the one at hand, and of
     these the first that fits. Raises LookupError, naming op and features, if none does.
     """
-    table = _table(op)
-    listed = [known for known in table if known <= architecture]
-    for row in table[max(listed)] if listed else []:
-        equal = all(features[name] == value for name, value in row["when"].items())
-        if equal and all(features[name] <= most for name, most in row["up_to"].items()):
-            return dict(row["use"])
+    return dict(row(op, architecture, **features)["use"])
+
+
+def row(op: str, architecture: int, **features: int | bool | str) -> Row:
+    """The row that `select` takes, of `rows` itself. Raises as it does."""
+    for listed in rows_for(op, architecture):
+        equal = all(features[name] == value for name, value in listed["when"].items())
+        if equal and all(features[name] <= most for name, most in listed["up_to"].items()):
+            return listed
     shown = ", ".join(f"{name}={value}" for name, value in features.items())
     raise LookupError(f"tiles/{op}.json has no row for architecture {architecture}, {shown}")
 
 
-def rows(op: str) -> dict[int, list[dict[str, Any]]]:
-    """The whole table of an op: compute capability to rows."""
-    return _table(op)
+def rows_for(op: str, architecture: int) -> list[Row]:
+    """The rows that an architecture uses, which may be those of an older one."""
+    table = rows(op)
+    listed = [known for known in table if known <= architecture]
+    return table[max(listed)] if listed else []
 
 
 @cache
-def _table(op: str) -> dict[int, list[dict[str, Any]]]:
+def rows(op: str) -> dict[int, list[Row]]:
+    """The whole table of an op: compute capability to rows. Read once."""
     text = resources.files("megagrow_kernels").joinpath("tiles", f"{op}.json").read_text("utf-8")
     return {int(architecture): rows for architecture, rows in json.loads(text).items()}

@@ -1,0 +1,150 @@
+"""The ops as they are used in training, each with inputs made up: to compile it, or to time it.
+
+Every function makes the inputs of one op from sizes and types, on a device, and returns what
+launches its kernels, by the name of the table of tiles that is read for them. On the meta device a
+launch compiles and no more; on a GPU the inputs are random numbers.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megagrow_kernels import cross_entropy as ce
+from megagrow_kernels import rms_norm as norm
+from megagrow_kernels import rope as rotary
+from megagrow_kernels import swiglu as gated
+from megagrow_kernels.attention_backward import attention_backward
+from megagrow_kernels.attention_forward import attention_forward
+from megagrow_kernels.packing import pack
+
+Launches = dict[str, Callable[[], object]]
+
+EPS = 1e-5
+
+
+def launches(op: str, device: torch.device, arguments: Mapping[str, Any]) -> Launches:
+    """What launches the kernels of an op, forward and backward, by table.
+
+    `arguments` are those of the op's function here; types go by their names, such as "bfloat16".
+    KeyError for an op that is not there.
+    """
+    return _OPS[op](device, **arguments)
+
+
+def _rms_norm(device: torch.device, rows: int, width: int, dtype: str) -> Launches:
+    return _norm(device, rows, width, dtype, residual=False)
+
+
+def _add_rms_norm(device: torch.device, rows: int, width: int, dtype: str) -> Launches:
+    return _norm(device, rows, width, dtype, residual=True)
+
+
+def _norm(device: torch.device, rows: int, width: int, dtype: str, residual: bool) -> Launches:
+    x, dy = (_draw(device, dtype, rows, width) for _ in range(2))
+    other = _draw(device, dtype, rows, width) if residual else None
+    weight = _draw(device, dtype, width)
+    _, total, inverse_rms = norm.rms_norm_forward(x, other, weight, EPS)
+    normed = x if total is None else total
+
+    def backward() -> object:
+        return norm.rms_norm_backward(dy, other, normed, weight, inverse_rms)
+
+    return {
+        "rms_norm": lambda: norm.rms_norm_forward(x, other, weight, EPS),
+        "rms_norm_backward": backward,
+        "rms_norm_weight": backward,
+    }
+
+
+def _rope(
+    device: torch.device,
+    batch: int,
+    sequence: int,
+    heads: int,
+    groups: int,
+    head_dim: int,
+    dtype: str,
+    table_dtype: str,
+) -> Launches:
+    q = _draw(device, dtype, batch, sequence, heads, head_dim)
+    k = _draw(device, dtype, batch, sequence, groups, head_dim)
+    cos, sin = (_draw(device, table_dtype, batch, sequence, 1, head_dim) for _ in range(2))
+
+    def both() -> object:
+        return rotary.rope_forward(q, k, cos, sin), rotary.rope_backward(q, k, cos, sin)
+
+    return {"rope": both}
+
+
+def _swiglu(device: torch.device, rows: int, width: int, dtype: str) -> Launches:
+    gate, up, dout = (_draw(device, dtype, rows, width) for _ in range(3))
+
+    def both() -> object:
+        return gated.swiglu_forward(gate, up), gated.swiglu_backward(dout, gate, up)
+
+    return {"swiglu": both}
+
+
+def _attention(
+    device: torch.device,
+    batch: int,
+    sequence: int,
+    heads: int,
+    groups: int,
+    head_dim: int,
+    dtype: str,
+    window: int | None = None,
+) -> Launches:
+    q = _draw(device, dtype, batch, sequence, heads, head_dim)
+    k, v = (_draw(device, dtype, batch, sequence, groups, head_dim) for _ in range(2))
+    packing = pack(None, batch, sequence).to(device)
+    scale = head_dim**-0.5
+
+    def forward() -> tuple[Tensor, Tensor]:
+        return attention_forward(q, k, v, packing.query_tiles, scale, window)
+
+    out, logsumexp = forward()
+    tiles = (packing.query_tiles, packing.key_tiles)
+
+    def backward() -> object:
+        return attention_backward(q, q, k, v, out, logsumexp, *tiles, scale, window)
+
+    return {
+        "attention_forward": forward,
+        "attention_queries": backward,
+        "attention_keys": backward,
+    }
+
+
+def _cross_entropy(
+    device: torch.device, rows: int, width: int, real: int, ranks: int, dtype: str
+) -> Launches:
+    logits = _draw(device, dtype, rows, width)
+    labels = torch.zeros(rows, dtype=torch.int64, device=device)
+    maximum, total, scale, z_scale = (torch.ones(rows, device=device) for _ in range(4))
+    triples = torch.ones(max(ranks, 2), 3, rows, device=device)
+    numbers = (maximum, total, scale, z_scale)
+    return {
+        "vocab_statistics": lambda: ce.vocab_statistics_forward(logits, labels, 0, real),
+        "combine_statistics": lambda: ce.combine_statistics_forward(triples),
+        "vocab_gradient": lambda: ce.vocab_gradient_backward(logits, labels, *numbers, 0, real),
+    }
+
+
+def _draw(device: torch.device, dtype: str, *shape: int) -> Tensor:
+    kind = getattr(torch, dtype)
+    if device.type == "meta":
+        return torch.empty(shape, dtype=kind, device=device)
+    return torch.randn(shape, dtype=torch.float32, device=device).to(kind)
+
+
+_OPS: dict[str, Callable[..., Launches]] = {
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "rope": _rope,
+    "swiglu": _swiglu,
+    "attention": _attention,
+    "cross_entropy": _cross_entropy,
+}

@@ -1,0 +1,148 @@
+"""The machine code of kernels for GPUs that are not here: all those of two shipped models on an
+H100, and the matrix products for other architectures. `tools/kernel_code.py` inspects every row of
+every table.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megagrow.config.load import load_run
+from megagrow.model.backends import Backends
+from megagrow.train.stage_kernels import stage_kernels
+from megagrow_kernels.machine_code import SHARED_LIMIT
+from tools.kernel_cases import KERNELS, OPS, cases, replaced, untaken
+from tools.kernel_code import (
+    ARCHITECTURES,
+    ROOT,
+    Code,
+    Job,
+    Outcome,
+    _Worker,
+    inspect,
+    table_jobs,
+)
+
+MODELS = ("llama-1.1b", "llama-3b")
+"""Between them: heads of 64 and of 128, as many key/value heads as query heads and fewer."""
+TRITON = Backends(attention="triton", norm="triton", pointwise="triton", loss="triton")
+HEADS = {"batch": 1, "sequence": 2048, "heads": 8, "groups": 2, "dtype": "bfloat16"}
+
+
+def shipped(model: str) -> list[Job]:
+    """All kernels of a shipped model on an H100, in bf16."""
+    path = ROOT / "configs" / "gstack-1.1b.yaml"
+    run = load_run(path, [f"stages.1.model={model}"])
+    calls = stage_kernels(run.stages[1], 2048, torch.bfloat16, TRITON)
+    return [Job(90, call.op, dict(call.arguments)) for call in calls]
+
+
+ELSEWHERE = [
+    Job(architecture, "attention", HEADS | {"head_dim": 128, "window": window})
+    for architecture, window in ((80, None), (90, 512), (100, None))
+]
+JOBS = {str(job): job for job in [*(job for m in MODELS for job in shipped(m)), *ELSEWHERE]}
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, Outcome]:
+    return dict(zip(JOBS, inspect(JOBS.values()), strict=True))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_code_is_as_it_should_be(outcomes, name):
+    outcome = outcomes[name]
+    assert outcome.problems() == []
+    assert outcome.codes
+
+
+def test_attention_multiplies_on_tensor_cores(outcomes):
+    """The check of it is not void: the products of all three kernels are recognised as such."""
+    for outcome in outcomes.values():
+        if outcome.job.op == "attention":
+            products = [code.name for code in outcome.codes if code.matrix_products]
+            assert len(products) == 3, outcome.job
+            used = {name for code in outcome.codes for name, n in code.tensor_cores.items() if n}
+            assert (
+                used
+                & {80: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA", "HMMA"}}[outcome.job.architecture]
+            )
+
+
+def test_kernels_of_all_tables_go_by_their_names(outcomes):
+    found = {(o.job.op, code.name) for o in outcomes.values() for code in o.codes}
+    for op, known in OPS.items():
+        for table in known.tables:
+            assert all((op, name) in found for name in KERNELS[table]), table
+
+
+def test_bad_tiles_are_found_out():
+    spilling = {"BLOCK_M": 128, "BLOCK_N": 128, "DESCRIPTORS": 0, "num_warps": 4, "num_stages": 2}
+    too_large = {"BLOCK_M": 128, "BLOCK_N": 128, "DESCRIPTORS": 1, "num_warps": 8, "num_stages": 4}
+    jobs = [
+        Job(90, "attention", HEADS | {"head_dim": 128}, tiles={"attention_forward": tiles})
+        for tiles in (spilling, too_large)
+    ]
+    jobs.append(Job(90, "attention", HEADS | {"head_dim": 128, "dtype": "int8"}))
+    spills, shared, error = (outcome.problems() for outcome in inspect(jobs))
+    assert any("_forward_kernel spills" in problem for problem in spills)
+    assert any(f"bytes of shared memory of {SHARED_LIMIT[90]}" in problem for problem in shared)
+    assert len(error) == 1 and str(jobs[-1]) in error[0]
+
+
+def test_what_is_wrong_with_code():
+    good = Code("_forward_kernel", "h", 240, 0, 0, 0, 166912, True, {"HGMMA": 8, "HMMA": 0}, False)
+    job = Job(90, "attention", {}, tiles={"attention_forward": {"BLOCK_M": 64}})
+    assert Outcome(job, (good,)).problems() == []
+    for change, words in (
+        ({"spills": 2}, "spills: 2 instructions"),
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"tensor_cores": {"HGMMA": 0, "HMMA": 8}}, "multiplies matrices without HGMMA"),
+        ({"shared": 232449}, "232449 bytes of shared memory of 232448"),
+    ):
+        [problem] = Outcome(job, (replace(good, **change),)).problems()
+        assert problem.startswith(f"{job}: _forward_kernel") and words in problem
+    other = replace(good, name="_keys_kernel", spills=9)
+    assert Outcome(job, (good, other)).problems() == []
+    assert len(Outcome(replace(job, tiles={}), (good, other)).problems()) == 1
+    asking = replace(job, specialised=True)
+    assert "specialised warps" in Outcome(asking, (good,)).problems()[0]
+    assert Outcome(asking, (replace(good, specialised=True),)).problems() == []
+
+
+def test_a_compiler_that_ends_its_process_is_named_and_the_next_job_done():
+    job = Job(90, "swiglu", {"rows": 64, "width": 128, "dtype": "bfloat16"})
+    worker = _Worker()
+    try:
+        assert worker.do(job).problems() == []
+        worker._process.kill()
+        [problem] = worker.do(job).problems()
+        assert problem == f"{job}: the compiler ended its process, exit code -9"
+        assert worker.do(job).problems() == []
+    finally:
+        worker.stop()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_row_of_every_table_is_for_something(architecture):
+    assert untaken(architecture) == []
+
+
+def test_the_whole_table_is_inspected_row_by_row():
+    jobs = table_jobs(ARCHITECTURES)
+    for architecture in ARCHITECTURES:
+        listed = [job for job in jobs if job.architecture == architecture]
+        assert {job.op for job in listed} == OPS.keys()
+        assert len(listed) == sum(len(list(cases(op, architecture))) for op in OPS)
+    assert len({str(job) for job in jobs}) == len(jobs)
+
+
+def test_replaced_tiles_are_put_back():
+    from megagrow_kernels.tiles import rows, select
+
+    before = {key: list(value) for key, value in rows("swiglu").items()}
+    with replaced(90, {"swiglu": {"BLOCK": 1}}):
+        assert select("swiglu", 90, bytes=2) == {"BLOCK": 1}
+        assert select("swiglu", 80, bytes=2) != {"BLOCK": 1}
+    assert rows("swiglu") == before

@@ -1,0 +1,180 @@
+"""The tuner of kernels without a GPU: what it would try, what it takes, and what it writes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tools.tune_kernels as tuner
+from megagrow_kernels.tiles import row, rows, rows_for
+from tools.kernel_candidates import TOLD, candidates, choose, conditions, merged, text_of
+from tools.kernel_cases import OPS, Case, tables
+from tools.kernel_code import Code, Job, Outcome
+
+ROOT = Path(__file__).resolve().parents[2]
+TUNED = [op for op in OPS if op != "add_rms_norm"]
+
+
+def row_of(use: int, measured: bool = False, when: dict | None = None, **up_to: int) -> dict:
+    note = {"device": "a GPU"} if measured else None
+    return {"when": when or {}, "up_to": up_to, "use": {"BLOCK": use}, "measured": note}
+
+
+def test_every_table_is_known():
+    files = {path.stem for path in tuner.FOLDER.glob("*.json")}
+    assert set(tables()) == set(TOLD) == files
+    for table in tables():
+        for listed in rows(table).values():
+            for known in listed:
+                assert {*known["when"], *known["up_to"]} <= set(TOLD[table]), table
+
+
+@pytest.mark.parametrize("op", TUNED)
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_candidates_are_what_rows_hold(op, architecture):
+    cases = list(tuner.typical(op, architecture))
+    assert cases
+    for case in cases:
+        for table, taken in case.rows.items():
+            listed = candidates(table, case.features, architecture)
+            assert 5 <= len(listed) <= 150
+            assert len({str(tiles) for tiles in listed}) == len(listed)
+            asked = {name for name in taken["use"] if name != "num_stages"}
+            assert all(asked <= tiles.keys() for tiles in listed), table
+
+
+def test_tiles_in_use_are_candidates():
+    """The judgement with which tables begin lies within what is tried."""
+    for op in TUNED:
+        for case in tuner.typical(op, 90):
+            for table, taken in case.rows.items():
+                assert taken["use"] in candidates(table, case.features, 90), (table, case.features)
+
+
+def test_cases_are_those_of_training():
+    widths = [case.features["width"] for case in tuner.typical("rms_norm", 90)]
+    assert widths == [1024, 2048, 2560, 4096]
+    assert {case.arguments["dtype"] for case in tuner.typical("attention", 90)} == {"bfloat16"}
+    assert {case.arguments["window"] for case in tuner.typical("attention", 90)} == {None}
+
+
+def test_impossible_candidates_are_dropped():
+    good = Code("k", "h", 100, 0, 0, 0, 1024, True, {"HGMMA": 8}, False)
+    codes = {
+        "good": good,
+        "spills": Code("k", "h", 255, 64, 0, 12, 1024, True, {"HGMMA": 8}, False),
+        "shared": Code("k", "h", 100, 0, 0, 0, 232449, True, {"HGMMA": 8}, False),
+        "slow": Code("k", "h", 100, 0, 0, 0, 1024, True, {"HGMMA": 0, "HMMA": 8}, False),
+    }
+    outcomes = [
+        Outcome(Job(90, "attention", {}, tiles={"attention_forward": {"BLOCK_M": i}}), (code,))
+        for i, code in enumerate(codes.values())
+    ]
+    died = Job(90, "attention", {}, tiles={"attention_forward": {"BLOCK_M": 9}})
+    outcomes.append(Outcome(died, error="the compiler ended its process"))
+    assert tuner.possible(outcomes) == [{"BLOCK_M": 0}]
+
+
+def test_the_first_of_equally_fast_tiles_is_taken():
+    assert choose([({"A": 1}, 2.0), ({"A": 2}, 1.005), ({"A": 3}, 1.0), ({"A": 4}, 1.5)]) == (
+        {"A": 2},
+        1.005,
+    )
+    assert choose([({"A": 1}, 1.02), ({"A": 2}, 1.0)]) == ({"A": 2}, 1.0)
+
+
+def test_conditions_are_written_as_the_table_does():
+    told = ("width", "bytes")
+    features = {"width": 2048, "bytes": 2, "window": None}
+    exact = [row_of(1, when={"bytes": 4}, width=100)]
+    assert conditions(told, features, exact) == {"when": {"bytes": 2}, "up_to": {"width": 2048}}
+    assert conditions(told, features, []) == {"when": {}, "up_to": {"width": 2048, "bytes": 2}}
+
+
+def test_measured_rows_take_the_place_of_those_they_cover():
+    told = ("width", "bytes")
+    known = [
+        row_of(1, width=128),
+        row_of(2, width=2048, bytes=2),
+        row_of(3, width=2048),
+        row_of(4, width=4096),
+        row_of(5),
+    ]
+    new = [row_of(8, True, width=4096, bytes=2), row_of(7, True, width=2048, bytes=2)]
+    uses = [known["use"]["BLOCK"] for known in merged(told, known, new)]
+    assert uses == [1, 7, 3, 8, 4, 5]
+    again = merged(told, merged(told, known, new), new)
+    assert [known["use"]["BLOCK"] for known in again] == uses
+
+
+def test_rows_of_another_kind_are_left_alone():
+    told = ("head_dim", "bytes")
+    known = [row_of(1, when={"bytes": 2}, head_dim=64), row_of(2, when={"bytes": 4}, head_dim=64)]
+    new = [row_of(3, True, when={"bytes": 2}, head_dim=64)]
+    assert [known["use"]["BLOCK"] for known in merged(told, known, new)] == [3, 2]
+
+
+class Clock:
+    """Makes every call, and says that the fourth of them is the fastest."""
+
+    def compare(self, calls):
+        for call in calls.values():
+            call()
+        return {name: 1e-4 if name == "3" else 1e-3 for name in calls}
+
+
+@pytest.fixture
+def in_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted kernels take a CPU for an H100, as far as tables are concerned."""
+    monkeypatch.setattr(tuner, "architecture", lambda device: 0)
+
+
+def test_the_fastest_is_measured_and_written(in_interpreter):
+    case = Case("swiglu", {"bytes": 4}, {"rows": 3, "width": 50, "dtype": "float32"}, {})
+    tried = candidates("swiglu", case.features, 90)[:6]
+    best, seconds = tuner.fastest(case, "swiglu", tried, Clock(), torch.device("cpu"))
+    assert (best, seconds) == (tried[3], 1e-4)
+    measured = tuner.measured_row("swiglu", case, 90, best, seconds, "a GPU")
+    assert measured["measured"] | {"date": None} == {
+        "device": "a GPU",
+        "date": None,
+        "microseconds": 100.0,
+    }
+    before = json.dumps(rows("swiglu"))
+    written = json.loads(tuner.written("swiglu", 90, [measured]))
+    assert json.dumps(rows("swiglu")) == before
+    assert measured in written["90"]
+    assert {key: value for key, value in written.items() if key != "90"} == {
+        str(key): value for key, value in rows("swiglu").items() if key != 90
+    }
+    taken = [known for known in written["90"] if known["up_to"].get("bytes", 4) >= 4]
+    assert taken[0] == measured
+
+
+@pytest.mark.parametrize("table", tables())
+def test_a_table_is_written_as_it_stands(table):
+    path = tuner.FOLDER / f"{table}.json"
+    assert json.loads(text_of(rows(table))) == json.loads(path.read_text(encoding="utf-8"))
+    assert text_of(rows(table)).count("\n") == len(path.read_text(encoding="utf-8").split("\n")) - 1
+
+
+def test_an_architecture_without_rows_of_its_own_gets_them(monkeypatch):
+    """A table of sm_80 alone, tuned on an H100: unmeasured cases go on with what they had."""
+    known = rows_for("rope", 90)
+    assert known is rows_for("rope", 80) or 90 in rows("rope")
+    case = next(tuner.typical("rope", 90))
+    measured = tuner.measured_row("rope", case, 90, {"TOKENS": 3}, 1e-5, "a GPU")
+    written = json.loads(tuner.written("rope", 90, [measured]))
+    assert measured in written["90"]
+    largest = row("rope", 90, head_dim=256)
+    assert largest in written["90"]
+
+
+def test_it_needs_a_gpu():
+    command = [sys.executable, str(ROOT / "tools" / "tune_kernels.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "tune_kernels needs a GPU: torch.cuda.is_available() is False\n"
