@@ -36,6 +36,7 @@ from megagrow.train.signals import StopRequested, StopSignal
 from megagrow.train.stage import Stage, masks_now
 from megagrow.train.state import RunState
 from megagrow.train.step import mean_loss
+from megagrow.train.warm_up import WarmUp
 from megagrow.train.watchdog import Watchdog, start_watchdog
 
 
@@ -51,6 +52,7 @@ class Job:
     saving: Saving
     watchdog: Watchdog
     stop: StopSignal
+    warm_up: WarmUp
 
 
 def train(run: RunConfig) -> None:
@@ -65,12 +67,14 @@ def train(run: RunConfig) -> None:
     environment = describe_environment(run)
     recorder = Recorder(run, launch.rank, launch.world_size, environment)
     watchdog = start_watchdog(launch, first_host(), run.guards.hang_timeout)
-    with recorder, watchdog, StopSignal() as stop:
+    warm_up = WarmUp(device, launch.local_rank, recorder.say)
+    with recorder, watchdog, warm_up, StopSignal() as stop:
         together(recorder.open)
         saving = Saving(run, launch.rank, device, environment, recorder)
         try:
             with saving:
-                _train(Job(run, launch, device, inputs, recorder, saving, watchdog, stop))
+                job = Job(run, launch, device, inputs, recorder, saving, watchdog, stop, warm_up)
+                _train(job)
         except RuntimeError:  # as torch.distributed raises, whatever the backend
             watchdog.raise_if_alone()
             raise
@@ -85,7 +89,7 @@ def _train(job: Job) -> None:
         recorder.say(f"warning: {warning}")
     job, stage, state = _begin(job)
     saving, saved, warm = job.saving, state.counters.step, None
-    saving.prepare(stage)
+    _prepare(job, stage)
     try:
         while True:
             # The first step on an engine may have to compile kernels.
@@ -108,7 +112,7 @@ def _train(job: Job) -> None:
                 case StageEnd() if stage.index + 1 < len(job.run.stages):
                     saving.release()
                     job, stage, state = _grow(job, stage, state)
-                    saving.prepare(stage)
+                    _prepare(job, stage)
                 case StageEnd() | Stopped():
                     break
     except StopRequested as request:  # the checkpoint before the growth is all that counts
@@ -131,6 +135,12 @@ def _begin(job: Job) -> tuple[Job, Stage, RunState]:
     return replace(job, run=run), stage, state
 
 
+def _prepare(job: Job, stage: Stage) -> None:
+    """What goes on beside the training of a stage."""
+    job.saving.prepare(stage)
+    job.warm_up.prepare(job.run, stage.index)
+
+
 def _rewind(job: Job, stage: Stage, failed: RunState, reason: str) -> tuple[Job, Stage, RunState]:
     """Goes back to a checkpoint in the running job; `job` is the one before any growth."""
     clock = time.perf_counter()
@@ -141,7 +151,7 @@ def _rewind(job: Job, stage: Stage, failed: RunState, reason: str) -> tuple[Job,
     job.saving.release()
     stage.release()
     run, stage, _ = begin(job.run, found, job.device, say)
-    job.saving.prepare(stage)
+    _prepare(replace(job, run=run), stage)
     state = state.after_loss(time.perf_counter() - clock)
     job.recorder.rewind(failed, state, None if found is None else found[0], reason)
     return replace(job, run=run), stage, state
@@ -169,6 +179,7 @@ def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState
 
     clock = time.perf_counter()
     job.watchdog.beat(f"the growth after step {state.counters.step}", long=True)
+    job.warm_up.report()
     losses = [loss_of(job.run, stage, state.stage_step)]
     before = predictions(stage, fixed, masks_now(job.run, stage, state.stage_step))
     length, pause = job.run.data.sequence_length, partial(_pause_growth, job, state)
