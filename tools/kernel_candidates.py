@@ -57,9 +57,9 @@ def _norm(table: str, width: int) -> Iterator[Tiles]:
     if table == "rms_norm_weight":
         yield from _grid(ROWS=(16, 32, 64, 128), COLUMNS=(16, 32, 64, 128), num_warps=(2, 4, 8))
         return
-    stages = {"STAGES": (1, 2, 3, 4)} if table == "rms_norm_backward" else {}
+    passes = {"STAGES": (1, 2, 3), "REREAD": (0, 1)} if table == "rms_norm_backward" else {}
     block = 1 << math.ceil(math.log2(width))
-    for tiles in _grid(ROWS=(1, 2, 4, 8, 16, 32), **stages, num_warps=(1, 2, 4, 8, 16)):
+    for tiles in _grid(ROWS=(1, 2, 4, 8, 16, 32), **passes, num_warps=(1, 2, 4, 8, 16, 32)):
         if 4 <= tiles["ROWS"] * block / (LANES * tiles["num_warps"]) <= 64:
             yield tiles
 

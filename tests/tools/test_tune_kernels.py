@@ -62,12 +62,14 @@ def test_cases_are_those_of_training():
 
 
 def test_impossible_candidates_are_dropped():
-    good = Code("k", "h", 100, 0, 0, 0, 1024, True, {"HGMMA": 8}, False)
+    good = Code("_forward_kernel", "h", 100, 0, 0, 0, 1024, True, {"HGMMA": 8}, False)
     codes = {
         "good": good,
-        "spills": Code("k", "h", 255, 64, 0, 12, 1024, True, {"HGMMA": 8}, False),
-        "shared": Code("k", "h", 100, 0, 0, 0, 232449, True, {"HGMMA": 8}, False),
-        "slow": Code("k", "h", 100, 0, 0, 0, 1024, True, {"HGMMA": 0, "HMMA": 8}, False),
+        "spills": Code("_forward_kernel", "h", 255, 64, 0, 12, 1024, True, {"HGMMA": 8}, False),
+        "shared": Code("_forward_kernel", "h", 100, 0, 0, 0, 232449, True, {"HGMMA": 8}, False),
+        "slow": Code(
+            "_forward_kernel", "h", 100, 0, 0, 0, 1024, True, {"HGMMA": 0, "HMMA": 8}, False
+        ),
     }
     outcomes = [
         Outcome(Job(90, "attention", {}, tiles={"attention_forward": {"BLOCK_M": i}}), (code,))
