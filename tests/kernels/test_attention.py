@@ -64,7 +64,7 @@ def test_accuracy(case, dtype):
 @pytest.mark.parametrize("long, short", [(64, 32), (32, 32)])
 @pytest.mark.parametrize("window", [None, 40])
 def test_other_blocks(monkeypatch, long, short, descriptors, window):
-    """Parts of tiles, and blocks on the way to them, where the frozen ones would take all in one."""
+    """Parts of tiles, and blocks on the way to them, where the frozen ones take all in one."""
 
     def select(op: str, architecture: int, **features: int) -> dict[str, int]:
         if op == "attention_keys":
