@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from megagrow_kernels import attention_blocks as blocks
@@ -111,9 +111,10 @@ def _kernel(
     full = (ring(CONSUMERS, 1), ring(STAGES, 1), ring(STAGES, 1))
     empty = (ring(CONSUMERS, 1), ring(STAGES, CONSUMERS), ring(STAGES, CONSUMERS))
     order = (ring(CONSUMERS, 1), ring(1, 1).index(0))
+    fence_async_shared()  # so that TMA, too, finds the barriers made
     inputs = (q_desc, k_desc, v_desc)
-    outputs = (out, logsumexp)
-    work = (tiles, items, tokens)
+    outputs = (out, logsumexp, tokens)
+    work = (tiles, items)
     gl.warp_specialize(
         [
             (consume, (outputs, work, scale, memory, full, empty, order, 0, HEADS, WINDOW)),

@@ -34,7 +34,7 @@ load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glo
 
 
 @gluon.constexpr_function
-def matmul_layout(columns):
+def matmul_layout(columns: int) -> gl.NVMMADistributedLayout:
     """How 64 rows of an fp32 accumulator lie in the registers of a warpgroup."""
     return gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16]
@@ -42,7 +42,7 @@ def matmul_layout(columns):
 
 
 @gluon.constexpr_function
-def store_layout(columns):
+def store_layout(columns: int) -> gl.BlockedLayout:
     """How 64 rows leave for global memory: 16 bytes a thread, whole rows side by side."""
     across = columns // 8
     return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
@@ -94,7 +94,7 @@ def produce(
     WINDOW: gl.constexpr,
 ):
     """The producer: fills shared memory, as far ahead of the consumers as it has room."""
-    tiles, items, tokens = work
+    tiles, items = work
     q_desc, k_desc, v_desc = inputs
     q_memory, k_memory, v_memory = memory
     q_full, k_full, v_full = full
@@ -103,7 +103,7 @@ def produce(
     WIDTH: gl.constexpr = q_desc.block_type.shape[1]
     count = 0
     for number in range(items_of_program(items)):
-        head, first, end, blocks, plain = item(number, tiles, HEADS, WINDOW)
+        head, first, _, blocks, _ = item(number, tiles, HEADS, WINDOW)
         for part in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(part), (number & 1) ^ 1)
             mbarrier.expect(q_full.index(part), q_desc.block_type.nbytes)
@@ -208,12 +208,16 @@ def attend(
     if WINDOW:
         scores = mask_scores(scores, block, PART, WINDOW)
     later, maximum, total, shrink = softmax_step(scores, maximum, total, scale)
-    # The probabilities of the tile before are registers that the running matmul reads.
+    later = as_operand(later, v_memory.dtype, WIDTH)
+    # This has been waited for. The assembler moves a wait for matmuls up, before arithmetic that it
+    # does not need, but not past the branch of this one: so the softmax stays before it.
+    mbarrier.wait(v_full.index(before % STAGES), before // STAGES & 1)
+    # The probabilities of the tile before are registers that the matmul reads until now.
     output, chances = warpgroup_mma_wait(0, (output, chances))
     mbarrier.arrive(v_empty.index(before % STAGES))
     shrink = gl.convert_layout(shrink, gl.SliceLayout(1, matmul_layout(WIDTH)))
     output = output * gl.expand_dims(shrink, 1)
-    return output, as_operand(later, v_memory.dtype, WIDTH), maximum, total
+    return output, later, maximum, total
 
 
 @gluon.jit
@@ -234,7 +238,9 @@ def clear_values(v_memory, v_full, clean, count, rows):
 
 
 @gluon.jit
-def store_rows(out, logsumexp, output, maximum, total, head, first, end, tokens, HEADS: gl.constexpr):
+def store_rows(
+    out, logsumexp, output, maximum, total, head, first, end, tokens, HEADS: gl.constexpr
+):
     """Writes rows first..first+64 of one head, as far as they belong to the document."""
     WIDTH: gl.constexpr = output.shape[1]
     layout: gl.constexpr = store_layout(WIDTH)
@@ -263,8 +269,8 @@ def consume(
     WINDOW: gl.constexpr,
 ):
     """A consumer: the attention of its 64 rows of each query tile, for all its keys."""
-    out, logsumexp = outputs
-    tiles, items, tokens = work
+    out, logsumexp, tokens = outputs
+    tiles, items = work
     turn, clean = order
     q_memory, k_memory, v_memory = memory
     q_full, k_full, v_full = full
@@ -327,5 +333,3 @@ def consume(
         store_rows(
             out, logsumexp, output, maximum, total, head, first + PART * QUERIES, end, tokens, HEADS
         )
-
-

@@ -1,134 +1,73 @@
-"""The warp-specialised attention for sm_90, executed in a model of Gluon on the CPU."""
+"""The warp-specialised attention for sm_90: executed in a model of Gluon on the CPU, compiled."""
 
-from typing import Any
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from megagrow_kernels import (
-    attention_forward,
-    attention_hopper,
-    attention_hopper_warps,
-    launching,
-    reference,
-)
-from megagrow_kernels.packing import pack
 from torch import Tensor
 
-from tests.kernels.accuracy import close, draw, poisoned
-from tests.kernels.documents import Rows, ids_of, ranges_of
-from tests.kernels.gluon_model import Deadlock, Model, functions, launcher
+from megagrow_kernels import attention_forward, attention_hopper, attention_hopper_warps, tiles
+from tests.kernels import attention_generations as generations
+from tests.kernels.accuracy import draw
+from tests.kernels.gluon_machine import Deadlock
+from tests.kernels.gluon_model import Model, functions, launcher
 
-HALF = torch.float16
+ROOT = Path(__file__).resolve().parents[2]
+HALF, BRAIN = torch.float16, torch.bfloat16
 MODULES = (attention_hopper_warps, attention_hopper)
-
-CASES: dict[str, tuple[Rows, tuple[int, int, int], int | None]] = {
-    # rows of document lengths, (query heads, key/value heads, head dimension), window
-    "one token": (((1,),), (1, 1, 64), None),
-    "199 tokens": (((199,),), (2, 1, 64), None),
-    "documents": (((130, 1, 128, 41), (300,)), (2, 1, 64), None),
-    "many tiles": (((700,),), (1, 1, 64), None),
-    "head dimension 128": (((300,), (171, 129)), (2, 2, 128), None),
-    "four queries a key": (((256, 20),), (8, 2, 64), None),
-    "window of one": (((300, 9),), (1, 1, 64), 1),
-    "window below a tile": (((300, 9),), (2, 1, 64), 100),
-    "window of a tile": (((400,),), (1, 1, 64), 128),
-    "window of two tiles and a bit": (((700,),), (1, 1, 128), 300),
-    "window above the length": (((300,),), (1, 1, 64), 1000),
-}
-
-
-def inputs_of(rows: Rows, heads: int, groups: int, width: int, dtype: torch.dtype) -> list[Tensor]:
-    batch, sequence = ids_of(rows).shape
-    shapes = [(batch, sequence, count, width) for count in (heads, groups, groups)]
-    return [draw(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)]
+SHARED_LIMIT = 232448
+"""Bytes of shared memory that one block may have on sm_90."""
 
 
 def modelled(
-    patch: pytest.MonkeyPatch,
-    inputs: list[Tensor],
-    rows: Rows,
-    *,
-    window: int | None = None,
-    seed: int = 0,
-    programs: int = 3,
-    stages: int = 2,
-) -> tuple[Tensor, Tensor]:
-    """What the kernel computes in the model, on so many multiprocessors, with a scale of 0.2."""
-    patch.setattr(attention_hopper, "launch", launcher(MODULES, seed, programs))
-    ids = ids_of(rows)
-    tiles = pack(ids, *ids.shape).query_tiles
-    with poisoned():
-        return attention_hopper.attention_hopper_forward(*inputs, tiles, 0.2, window, stages)
+    patch: pytest.MonkeyPatch, *, seed: int = 0, programs: int = 3, stages: int = 2
+) -> generations.Forward:
+    """The forward as computed by the model, of a card with so many multiprocessors."""
+
+    def forward(*arguments) -> tuple[Tensor, Tensor]:
+        patch.setattr(attention_hopper, "launch", launcher(MODULES, seed, programs))
+        return attention_hopper.attention_hopper_forward(*arguments, stages)
+
+    return forward
 
 
-def logsumexp_of(q: Tensor, k: Tensor, ids: Tensor, window: int | None) -> Tensor:
-    """(H, T), to base 2, in fp64 or fp32."""
-    q, k = (x if x.dtype == torch.float64 else x.float() for x in (q, k))
-    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
-    scores = torch.einsum("bshd,bthd->hbst", q, k) * 0.2
-    seen = reference.attention_mask(ids, window).transpose(0, 1)
-    scores = scores.masked_fill(~seen, float("-inf"))
-    return scores.logsumexp(-1).flatten(1) / torch.tensor(2.0, dtype=q.dtype).log()
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", generations.CASES)
 def test_accuracy(monkeypatch, case):
-    rows, sizes, window = CASES[case]
-    ids, inputs = ids_of(rows), inputs_of(rows, *sizes, HALF)
-    out, logsumexp = modelled(monkeypatch, inputs, rows, window=window)
-    wide = [x.double() for x in inputs]
-    exact, twin = (reference.attention(*x, ids, 0.2, window) for x in (wide, inputs))
-    close(out, exact, twin, "output")
-    exact, twin = (logsumexp_of(*x[:2], ids, window) for x in (wide, inputs))
-    close(logsumexp, exact, twin, "logsumexp")
+    generations.accurate(modelled(monkeypatch), generations.CASES[case], HALF)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+def test_what_holds_to_the_bit(monkeypatch, dtype):
+    generations.isolated(modelled(monkeypatch), dtype)
+    generations.causal(modelled(monkeypatch), dtype)
+
+
+def test_the_first_generation_is_held_to_the_same():
+    generations.accurate(attention_forward.attention_forward, generations.CASES["documents"], HALF)
 
 
 def test_order_of_events_and_programs_change_no_bit(monkeypatch):
     rows = ((290, 10), (300,))
-    inputs = inputs_of(rows, 3, 1, 64, torch.bfloat16)
-    expected = modelled(monkeypatch, inputs, rows, programs=1)
+    inputs = generations.inputs_of(rows, 3, 1, 64, BRAIN)
+    expected = generations.compute(modelled(monkeypatch, programs=1), inputs, rows)
     for seed, programs, stages in ((1, 1, 1), (2, 2, 2), (3, 5, 3), (4, 64, 2)):
-        found = modelled(
-            monkeypatch, inputs, rows, seed=seed, programs=programs, stages=stages
-        )
-        for one, other in zip(found, expected, strict=True):
-            assert torch.equal(one, other)
-
-
-def test_nothing_flows_between_documents(monkeypatch):
-    rows = ((130, 271, 9),)
-    inputs = inputs_of(rows, 2, 1, 64, HALF)
-    whole = modelled(monkeypatch, inputs, rows)
-    for _, where in ranges_of(rows):
-        alone = [x[:, where] for x in inputs]
-        found = modelled(monkeypatch, alone, ((alone[0].shape[1],),))
-        broken = [torch.full_like(x, float("nan")) for x in inputs]
-        for to, kept in zip(broken, alone, strict=True):
-            to[:, where] = kept
-        among_nan = modelled(monkeypatch, broken, rows)
-        assert torch.equal(found[0], whole[0][:, where])
-        assert torch.equal(found[0], among_nan[0][:, where])
-        assert torch.equal(found[1], whole[1][:, where])
-        assert torch.equal(found[1], among_nan[1][:, where])
-
-
-def test_nothing_flows_from_later_tokens(monkeypatch):
-    rows, until = ((300,),), 77
-    inputs = inputs_of(rows, 1, 1, 64, HALF)
-    before, _ = modelled(monkeypatch, inputs, rows)
-    for x in inputs:
-        x[:, until:] = 100.0
-    found, _ = modelled(monkeypatch, inputs, rows)
-    assert torch.equal(found[:, :until], before[:, :until])
+        forward = modelled(monkeypatch, seed=seed, programs=programs, stages=stages)
+        found = generations.compute(forward, inputs, rows)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_views_of_one_projection(monkeypatch):
     rows = ((160, 11),)
-    whole = draw(1, 171, 4, 64, dtype=HALF)
-    views = list(whole.split((2, 1, 1), dim=2))
-    expected = modelled(monkeypatch, [x.contiguous() for x in views], rows)
-    for one, other in zip(modelled(monkeypatch, views, rows), expected, strict=True):
-        assert torch.equal(one, other)
+    views = list(draw(1, 171, 4, 64, dtype=HALF).split((2, 1, 1), dim=2))
+    found, expected = (
+        generations.compute(modelled(monkeypatch), inputs, rows)
+        for inputs in (views, [x.contiguous() for x in views])
+    )
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("left_out", ["wait", "arrive", "warpgroup_mma_wait"])
@@ -141,9 +80,8 @@ def test_the_model_notices_what_is_left_out(monkeypatch, left_out):
         "warpgroup_mma_wait": (lambda self, n, deps: kept(self, n + 1, deps), AssertionError),
     }[left_out]
     monkeypatch.setattr(Model, left_out, replaced)
-    rows = ((700,),)
     with pytest.raises(error):
-        modelled(monkeypatch, inputs_of(rows, 1, 1, 64, HALF), rows)
+        generations.accurate(modelled(monkeypatch), generations.CASES["many tiles"], HALF)
 
 
 @pytest.mark.parametrize("programs", [1, 3, 7, 132])
@@ -157,32 +95,84 @@ def test_every_item_has_one_program(items, programs):
     assert sorted(taken) == list(range(items))
 
 
-ROW: dict[str, Any] = {
-    **{"when": {"hopper": True}, "up_to": {}, "measured": None},
-    "use": {"GENERATION": 2, "STAGES": 2},
-}
-
-
 @pytest.mark.parametrize(
     ("architecture", "width", "dtype", "expected"),
     [
-        (90, 128, torch.bfloat16, True),
-        (90, 64, torch.float16, True),
-        (90, 96, torch.bfloat16, False),
-        (90, 128, torch.float32, False),
-        (80, 128, torch.bfloat16, False),
-        (100, 128, torch.bfloat16, False),
-        (launching.INTERPRETER, 64, torch.float16, False),
+        (90, 128, BRAIN, 2),
+        (90, 64, HALF, 2),
+        (90, 96, BRAIN, 1),
+        (90, 128, torch.float32, 1),
+        (80, 128, BRAIN, 1),
+        (100, 128, BRAIN, 1),
     ],
 )
-def test_it_is_taken_where_it_fits_if_a_row_asks_for_it(
+def test_it_is_taken_where_it_fits_and_a_row_asks_for_it(
     monkeypatch, architecture, width, dtype, expected
 ):
-    assert attention_hopper.fits(architecture, width, dtype) is expected
+    table = tiles.rows("attention_forward")
+    assert all("GENERATION" not in row["use"] for rows in table.values() for row in rows)
+    use = {"GENERATION": 2, "STAGES": 3}
+    row = {"when": {"hopper": True}, "up_to": {}, "use": use, "measured": None}
+    monkeypatch.setitem(table, 90, [row, *table[90]])
+    monkeypatch.setattr(attention_forward, "architecture", lambda device: architecture)
+    taken = []
+    monkeypatch.setattr(attention_forward, "launch", lambda *_, **__: taken.append(1))
+    monkeypatch.setattr(
+        attention_forward, "attention_hopper_forward", lambda *args: taken.append(args[-1] - 1)
+    )
+    q = torch.empty(1, 4, 1, width, dtype=dtype)
+    attention_forward.attention_forward(q, q, q, torch.zeros(2, 3, dtype=torch.int32), 0.1, None)
+    assert taken == [expected]
 
 
-def test_no_row_asks_for_it_yet():
-    from megagrow_kernels import tiles
+@pytest.fixture(scope="module")
+def codes() -> list[dict]:
+    """What is compiled for sm_90: head dimension 128; 64 with a window and four stages."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    cases = [[128, "bfloat16", None, 2], [64, "float16", 1000, 4]]
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.attention_hopper_code", json.dumps(cases)],
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
 
-    for rows in tiles.rows("attention_forward").values():
-        assert all("GENERATION" not in row["use"] for row in rows)
+
+def test_code_for_sm_90(codes):
+    for code, head_dim, loops in zip(codes, (128, 64), (1, 2), strict=True):
+        assert code["stack"] == 0 and not {"LDL", "STL"} & code["instructions"].keys()
+        assert code["shared"] <= SHARED_LIMIT
+        assert code["registers"] * 3 * 128 <= 2**16
+        assert {("dec", "24"), ("dec", "240"), ("inc", "240")} <= set(
+            map(tuple, code["setmaxnreg"])
+        )
+        # Two consumers: the first scores, then per loop scores and product, then the last product.
+        scores, product = head_dim // 16, 128 // 16
+        assert code["instructions"]["HGMMA"] == 2 * (1 + loops) * (scores + product)
+        # Rows of up to 128 bytes are one load: two parts of q, k and v.
+        assert code["instructions"]["UTMALDG"] == 4 * head_dim * 2 // 128
+
+
+def test_softmax_runs_while_a_matmul_does(codes):
+    """In the code of each loop, the exponentials of a tile, 64 a thread and 2 to shrink by, stand
+    before the wait for the matmul that is still running."""
+    for code, loops in zip(codes, (1, 2), strict=True):
+        assert code["overlapped_exponentials"] == [64 + 2] * 2 * loops
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("generation", generations.FORWARDS)
+def test_generations_on_a_gpu(generation, gpu_environment):
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.attention_generations", str(generation)],
+        cwd=ROOT,
+        env=gpu_environment | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    if run.returncode == generations.NOT_HERE:
+        pytest.skip("made for sm_90")
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
