@@ -20,6 +20,7 @@ from megagrow_kernels.attention_blocks import (
     sees,
     store_edge,
 )
+from megagrow_kernels.attention_hopper import attention_hopper_forward, fits
 from megagrow_kernels.launching import architecture, launch
 from megagrow_kernels.packing import TILE
 from megagrow_kernels.tiles import select
@@ -137,7 +138,10 @@ def attention_forward(
         architecture(q.device),
         head_dim=head_dim,
         bytes=q.element_size(),
+        hopper=fits(architecture(q.device), head_dim, q.dtype),
     )
+    if how.pop("GENERATION", 1) == 2:
+        return attention_hopper_forward(q, k, v, query_tiles, scale, window, how["STAGES"])
     columns = blocks.padded(head_dim)
     rows = [
         blocks.described(x, how["BLOCK_N"], columns, how["DESCRIPTORS"]) for x in (k_TGD, v_TGD)
