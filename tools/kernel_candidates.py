@@ -98,17 +98,16 @@ _ROWWISE = {
 
 
 def _attention(table: str, architecture: int) -> Iterator[Tiles]:
-    """The block that a program keeps goes into a tile; the other one passes by."""
-    descriptors = (0, 1) if architecture >= 90 else (0,)
-    kept, passing = (64, 128), (32, 64, 128)
-    keeps_keys = table == "attention_keys"
-    yield from _grid(
-        BLOCK_M=passing if keeps_keys else kept,
-        BLOCK_N=kept if keeps_keys else passing,
-        DESCRIPTORS=descriptors,
-        num_warps=(4, 8),
-        num_stages=(1, 2, 3, 4),
-    )
+    """The block that a program keeps goes into a tile; the other one passes by, in smaller pieces
+    (EDGE_N) where causal order cuts."""
+    shared = {"DESCRIPTORS": (0, 1) if architecture >= 90 else (0,)}
+    shared |= {"num_warps": (4, 8), "num_stages": (1, 2, 3)}
+    if table == "attention_keys":
+        yield from _grid(BLOCK_M=(32, 64, 128), BLOCK_N=(32, 64, 128), **shared)
+        return
+    for tiles in _grid(BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), EDGE_N=(16, 32, 64), **shared):
+        if tiles["EDGE_N"] <= tiles["BLOCK_N"]:
+            yield tiles
 
 
 def choose(seconds: Sequence[tuple[Tiles, float]]) -> tuple[Tiles, float]:

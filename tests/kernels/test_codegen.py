@@ -78,8 +78,9 @@ def test_kernels_of_all_tables_go_by_their_names(outcomes):
 
 
 def test_bad_tiles_are_found_out():
-    spilling = {"BLOCK_M": 128, "BLOCK_N": 128, "DESCRIPTORS": 0, "num_warps": 4, "num_stages": 2}
-    too_large = {"BLOCK_M": 128, "BLOCK_N": 128, "DESCRIPTORS": 1, "num_warps": 8, "num_stages": 4}
+    blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "EDGE_N": 64}
+    spilling = blocks | {"DESCRIPTORS": 0, "num_warps": 4, "num_stages": 2}
+    too_large = blocks | {"DESCRIPTORS": 1, "num_warps": 8, "num_stages": 4}
     jobs = [
         Job(90, "attention", HEADS | {"head_dim": 128}, tiles={"attention_forward": tiles})
         for tiles in (spilling, too_large)
