@@ -26,7 +26,8 @@ from megagrow_kernels.launching import architecture, launch
 from megagrow_kernels.packing import TILE
 from megagrow_kernels.tiles import select
 
-DELTA_ROWS = 64
+DELTA_ELEMENTS = 8192
+"""What a program of the first kernel takes at a time: more of them spill registers."""
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -139,16 +140,32 @@ def _queries_kernel(
 
 
 @triton.jit
-def _keys_step(k, v, q, do, logsumexp, delta, scale, seen, dk, dv, MASKED: tl.constexpr):
+def _keys_step(
+    k,
+    v,
+    q,
+    do,
+    logsumexp,
+    delta,
+    scale,
+    seen,
+    dk,
+    dv,
+    MASKED: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+):
     """Adds to dk, without the scale, and dv what a block of queries gives; scores are (N, M)."""
     scores = tl.dot(k, tl.trans(q), input_precision="ieee")
     weights = tl.exp2(scores * scale - logsumexp[None, :])
     if MASKED:
         weights = tl.where(seen, weights, 0.0)
-    dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
-    d_weights = tl.dot(v, tl.trans(do), input_precision="ieee")
-    d_scores = weights * (d_weights - delta[None, :])
-    dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision="ieee")
+    if DV:
+        dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
+    if DK:
+        d_weights = tl.dot(v, tl.trans(do), input_precision="ieee")
+        d_scores = weights * (d_weights - delta[None, :])
+        dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -187,6 +204,8 @@ def _keys_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
 ):
     first, _, end, group = place(tiles, count, groups, at_once, BLOCK_N, False)
     if first >= end:
@@ -222,7 +241,7 @@ def _keys_kernel(
         delta_M = tl.load(delta + row, mask=queries < end, other=0.0)
         seen = sees(queries[None, :], keys[:, None], window, True, WINDOWED)
         dk_ND, dv_ND = _keys_step(
-            k_ND, v_ND, q_MD, do_MD, lse_M, delta_M, scale, seen, dk_ND, dv_ND, True
+            k_ND, v_ND, q_MD, do_MD, lse_M, delta_M, scale, seen, dk_ND, dv_ND, True, DK, DV
         )
     blocks_between = tl.maximum(whole - after, 0) // BLOCK_M
     for step in range(0, blocks_between * GROUP):
@@ -258,11 +277,13 @@ def _keys_kernel(
         if WINDOWED:
             seen = sees(queries[None, :], keys[:, None], window, False, True)
         dk_ND, dv_ND = _keys_step(
-            k_ND, v_ND, q_MD, do_MD, lse_M, delta_M, scale, seen, dk_ND, dv_ND, WINDOWED
+            k_ND, v_ND, q_MD, do_MD, lse_M, delta_M, scale, seen, dk_ND, dv_ND, WINDOWED, DK, DV
         )
     stride = groups * HEAD_DIM
-    store_edge(dk + wide_group * HEAD_DIM, dk_ND * unscaled, first, end, stride, HEAD_DIM)
-    store_edge(dv + wide_group * HEAD_DIM, dv_ND, first, end, stride, HEAD_DIM)
+    if DK:
+        store_edge(dk + wide_group * HEAD_DIM, dk_ND * unscaled, first, end, stride, HEAD_DIM)
+    if DV:
+        store_edge(dv + wide_group * HEAD_DIM, dv_ND, first, end, stride, HEAD_DIM)
 
 
 def attention_backward(
@@ -293,14 +314,16 @@ def attention_backward(
 def _delta(out: Tensor, grad: Tensor) -> Tensor:
     """rowsum(dO O), (H, T) fp32."""
     tokens, heads, head_dim = out.shape
+    columns = blocks.padded(head_dim)
+    rows = DELTA_ELEMENTS // columns
     delta = torch.empty(heads, tokens, dtype=torch.float32, device=out.device)
     launch(
         _delta_kernel,
-        (triton.cdiv(tokens, DELTA_ROWS), heads),
+        (triton.cdiv(tokens, rows), heads),
         *(out, grad, delta, tokens, *out.stride()[:2], *grad.stride()[:2]),
         HEAD_DIM=head_dim,
-        COLUMNS=blocks.padded(head_dim),
-        ROWS=DELTA_ROWS,
+        COLUMNS=columns,
+        ROWS=rows,
         num_warps=4,
     )
     return delta
@@ -316,7 +339,11 @@ def _start(
     window: int | None,
 ) -> None:
     """Starts the kernel of the queries, which goes through k and v, or that of the keys, which goes
-    through q and grad; flat is (q, k, v, grad), saved (logsumexp, delta)."""
+    through q and grad; flat is (q, k, v, grad), saved (logsumexp, delta).
+
+    Where registers do not hold two sums, the table has the kernel of the keys make them one after
+    the other (SEPARATE); the scores are then computed twice.
+    """
     q, k, v, grad = flat
     by_queries = kernel is _queries_kernel
     op = "attention_queries" if by_queries else "attention_keys"
@@ -325,21 +352,22 @@ def _start(
     streams = (k, v) if by_queries else (q, grad)
     columns = blocks.padded(q.shape[2])
     rows = [blocks.described(x, how[passing], columns, how["DESCRIPTORS"]) for x in streams]
-    heads, count = gradients[0].shape[2], len(tiles)
-    launch(
-        kernel,
-        (count * (TILE // how[held]) * heads,),
-        *(*flat, *rows, *saved, *gradients, tiles, count, heads),
-        *(
-            blocks.side_by_side(streams[0], k.shape[1], heads),
-            q.shape[0],
-            min(window or 0, q.shape[0]),
-        ),
-        *(scale * blocks.LOG2_E, scale),
-        *(x.stride(dim) for x in flat for dim in (0, 1)),
-        GROUP=q.shape[1] // k.shape[1],
-        HEAD_DIM=q.shape[2],
-        COLUMNS=columns,
-        WINDOWED=window is not None,
-        **how,
-    )
+    parts = [{}] if by_queries else [{"DK": True, "DV": True}]
+    if how.pop("SEPARATE", 0):
+        parts = [{"DK": True, "DV": False}, {"DK": False, "DV": True}]
+    heads, count, tokens = gradients[0].shape[2], len(tiles), q.shape[0]
+    at_once = blocks.side_by_side(streams[0], k.shape[1], heads)
+    for part in parts:
+        launch(
+            kernel,
+            (count * (TILE // how[held]) * heads,),
+            *(*flat, *rows, *saved, *gradients, tiles, count, heads),
+            *(at_once, tokens, min(window or 0, tokens), scale * blocks.LOG2_E, scale),
+            *(x.stride(dim) for x in flat for dim in (0, 1)),
+            GROUP=q.shape[1] // k.shape[1],
+            HEAD_DIM=q.shape[2],
+            COLUMNS=columns,
+            WINDOWED=window is not None,
+            **how,
+            **part,
+        )
