@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 # A machine with GPUs may want another build, e.g. `make setup TORCH=torch`.
 TORCH ?= torch==2.13.0
+# Files of tests that run at a time. Many start up to four ranks of their own.
+JOBS ?= 2
 ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
@@ -27,7 +29,7 @@ demo: setup
 
 # ARGS go to pytest: make test ARGS='-k growth'
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check

@@ -124,11 +124,12 @@ def test_the_editable_install_brings_both_packages_and_no_kernels(tmp_path: Path
     assert origin is None or not Path(origin).is_relative_to(ROOT)
 
 
-def test_the_wheel_holds_every_module_and_every_config(wheel: Path) -> None:
+def test_the_wheel_holds_every_module_table_and_config(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "megagrow").rglob("*.py")}
     kernels = ROOT / "kernels"
-    modules |= {p.relative_to(kernels).as_posix() for p in kernels.rglob("*.py")}
+    for pattern in ("*.py", "tiles/*.json"):
+        modules |= {p.relative_to(kernels).as_posix() for p in kernels.rglob(pattern)}
     share = "megagrow-0.1.0.data/data/share/megagrow"
     configs = {
         f"{share}/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "configs").rglob("*.yaml")
