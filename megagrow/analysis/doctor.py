@@ -43,6 +43,8 @@ def facts() -> dict[str, str]:
     }
     packages = {"triton": "Triton", "flash-attn": "flash-attn", "deepspeed": "DeepSpeed"}
     said |= {name: _version(package) for package, name in packages.items()}
+    if torch.cuda.is_available():
+        said["kernels"] = _checked(machine_of(torch.device("cuda")))
     if machine_of(torch.device("cpu")).interpreter:
         said["Triton"] += ", interpreted (TRITON_INTERPRET=1): for tests, very slow"
     return said
@@ -123,6 +125,15 @@ def _taken(operation: str, backend: str, machine: Machine, cases: dict[str, Work
 
 def _why_not(operation: str, backend: str, machine: Machine, work: Work) -> str:
     return obstacle(operation, backend, machine, work) or ""
+
+
+def _checked(machine: Machine) -> str:
+    if machine.checked:
+        return f"checked on sm_{machine.capability}"
+    return (
+        f"not checked on sm_{machine.capability}: auto passes over Triton's, which may be named; "
+        "tools/gpu_check.py checks them"
+    )
 
 
 def _cuda() -> str:

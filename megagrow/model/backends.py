@@ -1,10 +1,11 @@
 """Which backend computes each operation of a stage: a pure function of config, work and machine.
 
-What `auto` takes is what is known to be fastest. On a CPU, and for fp32, these are torch's own
-operations. On GPUs from Ampere (sm_80) on they are Triton's kernels, which read and write each
-number once; in attention too where documents are packed, since torch's own computes what no query
-may see. Without documents torch's attention is taken, by way of cuDNN on Hopper and newer: the
-fastest that is published there, and no measurement of ours says otherwise so far.
+What `auto` takes is what is known to be right, and of that the fastest. On a CPU, and for fp32,
+these are torch's own operations. On GPUs on which the kernels were checked (`machine.CHECKED`) they
+are Triton's, which read and write each number once; in attention too where documents are packed,
+since torch's own computes what no query may see. Without documents torch's attention is taken, by
+way of cuDNN on Hopper and newer: the fastest that is published there, and no measurement of ours
+says otherwise so far.
 """
 
 from collections.abc import Iterator
@@ -91,13 +92,12 @@ def problems(config: KernelsConfig, machine: Machine, work: Work, at: str) -> It
 
 def automatic(operation: str, machine: Machine, work: Work) -> str:
     """What `auto` takes for an operation: the first that can run of those that may be fastest."""
-    low_precision = work.dtype != torch.float32
-    on_gpu = machine.device == "cuda" and low_precision
-    order: tuple[str, ...] = ("torch",)
+    on_gpu = machine.device == "cuda" and work.dtype != torch.float32
+    order = ["triton"] if on_gpu and machine.checked else []
     if operation == "attention":
-        order = ("triton", "flash_attn", "sdpa") if on_gpu and work.packed else ("sdpa",)
-    elif on_gpu:
-        order = ("triton", "torch")
+        order = [*order, "flash_attn", "sdpa"] if on_gpu and work.packed else ["sdpa"]
+    else:
+        order.append("torch")
     return next(name for name in order if obstacle(operation, name, machine, work) is None)
 
 

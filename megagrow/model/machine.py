@@ -5,6 +5,10 @@ from importlib.util import find_spec
 
 import torch
 
+CHECKED: frozenset[int] = frozenset()
+"""Compute capabilities of GPUs on which all tests of the kernels have passed, by
+`tools/gpu_check.py`: so far they have run in Triton's interpreter alone."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -16,6 +20,8 @@ class Machine:
     """Of a GPU: 80, 90, 100; 0 of a CPU."""
     triton: bool = False
     """Whether Triton is installed."""
+    checked: bool = False
+    """Whether Triton's kernels are known to compute rightly on such a GPU."""
     interpreter: bool = False
     """Whether Triton's kernels are interpreted: TRITON_INTERPRET=1 was set before the start."""
     flash_attn: bool = False
@@ -33,6 +39,7 @@ def machine_of(device: torch.device) -> Machine:
         device.type,
         capability,
         triton,
+        checked=capability in CHECKED,
         interpreter=triton and _interprets(),
         flash_attn=find_spec("flash_attn") is not None,
     )

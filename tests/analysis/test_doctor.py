@@ -14,7 +14,7 @@ from megagrow.model.machine import Machine
 from tests.jobs import write_run
 from tests.runs import MODEL, STEP_TOKENS, make_run
 
-HOPPER = Machine("cuda", 90, triton=True)
+HOPPER = Machine("cuda", 90, triton=True, checked=True)
 CPU = Machine("cpu", triton=True)
 
 

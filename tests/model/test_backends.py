@@ -1,5 +1,7 @@
 """Which backend computes what: a pure function of config, machine and work, row by row."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,9 +14,10 @@ CPU = Machine("cpu", triton=True)
 INTERPRETER = Machine("cpu", triton=True, interpreter=True)
 MAC = Machine("cpu")
 VOLTA = Machine("cuda", 70, triton=True, flash_attn=True)
-AMPERE = Machine("cuda", 80, triton=True)
-HOPPER = Machine("cuda", 90, triton=True)
-WITH_FLASH = Machine("cuda", 90, triton=True, flash_attn=True)
+AMPERE = Machine("cuda", 80, triton=True, checked=True)
+HOPPER = Machine("cuda", 90, triton=True, checked=True)
+UNCHECKED = Machine("cuda", 90, triton=True)
+WITH_FLASH = Machine("cuda", 90, triton=True, checked=True, flash_attn=True)
 NO_TRITON = Machine("cuda", 90)
 
 FP32 = Work(torch.float32, 128, packed=False)
@@ -48,6 +51,9 @@ def rows(attention: str) -> Backends:
         (HOPPER, BF16, rows("sdpa")),
         (HOPPER, PACKED, rows("triton")),
         (HOPPER, ODD, rows("sdpa")),
+        (UNCHECKED, PACKED, TORCH),
+        (UNCHECKED, BF16, TORCH),
+        (replace(UNCHECKED, flash_attn=True), PACKED, Backends("flash_attn", *["torch"] * 3)),
         (WITH_FLASH, BF16, rows("sdpa")),
         (WITH_FLASH, PACKED, rows("triton")),
         (WITH_FLASH, ODD, rows("sdpa")),
@@ -59,7 +65,7 @@ def test_what_auto_takes(machine: Machine, work: Work, expected: Backends) -> No
     assert choose(KernelsConfig(), machine, work) == expected
 
 
-@pytest.mark.parametrize("machine", [INTERPRETER, AMPERE, HOPPER])
+@pytest.mark.parametrize("machine", [INTERPRETER, AMPERE, HOPPER, UNCHECKED])
 def test_what_is_named_is_taken(machine: Machine) -> None:
     config = KernelsConfig(attention="triton", norm="triton", pointwise="triton", loss="triton")
     assert choose(config, machine, FP32) == rows("triton")

@@ -159,7 +159,7 @@ class Started:
         stages[1]["growth"] = {"operator": "direct_depth"}
         self.run = make_run(tmp_path, stages)
         self.given: list[tuple[tuple[KernelCall, ...], int]] = []
-        machine = Machine("cuda", 90, triton=True)
+        machine = Machine("cuda", 90, triton=True, checked=True)
         patch.setattr(module, "machine_of", lambda device: machine)
         patch.setattr(WarmUp, "start", lambda _, calls, to: self.given.append((calls, to)))
 
