@@ -16,8 +16,8 @@ Features = Mapping[str, Any]
 
 LANES = 32
 """Threads in a warp."""
-TILE = 128
-"""Tokens that attention's lists of tiles are made of; a block divides it."""
+WIDE_HEAD = 128
+"""Head dimensions above it leave no registers for both gradients of a block of keys."""
 SAME = 0.01
 """Tiles whose times differ by less are equally fast: the first of them is taken, so that tables do
 not change with the noise of a measurement."""
@@ -41,7 +41,7 @@ TOLD = {
 def candidates(table: str, features: Features, architecture: int) -> list[Tiles]:
     """All tiles that may be fast: those that give each thread enough to do and not too much."""
     if table.startswith("attention"):
-        return list(_attention(table, architecture))
+        return list(_attention(table, features["head_dim"], architecture))
     if table.startswith("rms_norm"):
         return list(_norm(table, features["width"]))
     return list(_ROWWISE[table]())
@@ -97,13 +97,18 @@ _ROWWISE = {
 }
 
 
-def _attention(table: str, architecture: int) -> Iterator[Tiles]:
+def _attention(table: str, head_dim: int, architecture: int) -> Iterator[Tiles]:
     """The block that a program keeps goes into a tile; the other one passes by, in smaller pieces
-    (EDGE_N) where causal order cuts."""
+    (EDGE_N, EDGE_M) where causal order cuts. Where heads are wide a program that keeps keys may
+    make dK and dV one after the other (SEPARATE)."""
+    wide = head_dim > WIDE_HEAD
     shared = {"DESCRIPTORS": (0, 1) if architecture >= 90 else (0,)}
-    shared |= {"num_warps": (4, 8), "num_stages": (1, 2, 3)}
+    shared |= {"num_warps": (4, 8), "num_stages": (1, 2) if wide else (1, 2, 3)}
     if table == "attention_keys":
-        yield from _grid(BLOCK_M=(32, 64, 128), BLOCK_N=(32, 64, 128), **shared)
+        for tiles in _grid(BLOCK_M=(32, 64), BLOCK_N=(32, 64, 128), EDGE_M=(16, 32), **shared):
+            yield tiles
+            if wide:
+                yield tiles | {"SEPARATE": 1}
         return
     for tiles in _grid(BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), EDGE_N=(16, 32, 64), **shared):
         if tiles["EDGE_N"] <= tiles["BLOCK_N"]:

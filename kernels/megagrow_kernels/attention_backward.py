@@ -203,6 +203,7 @@ def _keys_kernel(
     WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EDGE_M: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -225,17 +226,18 @@ def _keys_kernel(
         last = tl.minimum(end, first + BLOCK_N - 1 + window)
     after = first + BLOCK_N
     whole = first + (last - first) // BLOCK_M * BLOCK_M
-    in_band = tl.cdiv(tl.minimum(after, last) - first, BLOCK_M)
-    edges = in_band + ((whole < last) & (whole >= after)).to(tl.int32)
+    in_band = tl.cdiv(tl.minimum(after, last) - first, EDGE_M)
+    tail = tl.maximum(whole, after)
+    edges = in_band + tl.cdiv(tl.maximum(last - tail, 0), EDGE_M)
     for step in tl.range(0, edges * GROUP, num_stages=1):
         part = step % edges
-        at = tl.where(part < in_band, first + part * BLOCK_M, whole)
+        at = tl.where(part < in_band, first + part * EDGE_M, tail + (part - in_band) * EDGE_M)
         head = tl.cast(group * GROUP + step // edges, tl.int64)
-        q_MD = load_edge(q + head * q_head_stride, at, end, q_stride, BLOCK_M, COLUMNS, HEAD_DIM)
+        q_MD = load_edge(q + head * q_head_stride, at, end, q_stride, EDGE_M, COLUMNS, HEAD_DIM)
         do_MD = load_edge(
-            grad + head * grad_head_stride, at, end, grad_stride, BLOCK_M, COLUMNS, HEAD_DIM
+            grad + head * grad_head_stride, at, end, grad_stride, EDGE_M, COLUMNS, HEAD_DIM
         )
-        queries = at + tl.arange(0, BLOCK_M)
+        queries = at + tl.arange(0, EDGE_M)
         row = head * tokens + queries
         lse_M = tl.load(logsumexp + row, mask=queries < end, other=float("inf"))
         delta_M = tl.load(delta + row, mask=queries < end, other=0.0)

@@ -71,8 +71,8 @@ def test_other_blocks(monkeypatch, long, short, descriptors, window):
 
     def select(op: str, architecture: int, **features: int) -> dict[str, int]:
         if op == "attention_keys":
-            blocks = {"BLOCK_N": long, "BLOCK_M": short, "SEPARATE": 1 - descriptors}
-            return blocks | {"DESCRIPTORS": descriptors}
+            blocks = {"BLOCK_N": long, "BLOCK_M": short, "EDGE_M": short // 2}
+            return blocks | {"DESCRIPTORS": descriptors, "SEPARATE": 1 - descriptors}
         blocks = {"BLOCK_M": long, "BLOCK_N": short, "EDGE_N": short // 2}
         return blocks | {"DESCRIPTORS": descriptors}
 
