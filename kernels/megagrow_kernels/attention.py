@@ -9,10 +9,10 @@ from torch import Tensor
 
 from megagrow_kernels.attention_backward import attention_backward
 from megagrow_kernels.attention_forward import attention_forward
+from megagrow_kernels.inputs import FLOATS
 from megagrow_kernels.packing import Packing
 
 LARGEST_HEAD = 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def attention(
@@ -55,20 +55,9 @@ def _(q, k, v, query_tiles, key_tiles, scale, window):
     return q.new_empty(q.shape), q.new_empty((q.shape[2], tokens), dtype=torch.float32)
 
 
-@torch.library.custom_op("megagrow::attention_backward", mutates_args=())
-def _attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    query_tiles: Tensor,
-    key_tiles: Tensor,
-    scale: float,
-    window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return attention_backward(grad, q, k, v, out, logsumexp, query_tiles, key_tiles, scale, window)
+_attention_backward = torch.library.custom_op(
+    "megagrow::attention_backward", attention_backward, mutates_args=()
+)
 
 
 @_attention_backward.register_fake
@@ -92,7 +81,7 @@ _attention.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> None:
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+    if q.dtype not in FLOATS or k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(f"attention takes bf16, fp16 or fp32, not {q.dtype}, {k.dtype}, {v.dtype}")
     batch, sequence, heads, head_dim = q.shape
     groups = k.shape[2]

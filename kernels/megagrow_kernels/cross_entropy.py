@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megagrow_kernels.inputs import FLOATS
 from megagrow_kernels.launching import architecture, launch, programs
 from megagrow_kernels.tiles import select
 
@@ -165,9 +166,9 @@ def vocab_gradient_backward(
         )
 
 
-@torch.library.custom_op("megagrow::vocab_statistics", mutates_args=())
-def _statistics(logits: Tensor, labels: Tensor, first: int, real: int) -> Tensor:
-    return vocab_statistics_forward(logits, labels, first, real)
+_statistics = torch.library.custom_op(
+    "megagrow::vocab_statistics", vocab_statistics_forward, mutates_args=()
+)
 
 
 @_statistics.register_fake
@@ -175,9 +176,9 @@ def _(logits: Tensor, labels: Tensor, first: int, real: int) -> Tensor:
     return logits.new_empty((3, logits.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("megagrow::combine_statistics", mutates_args=())
-def _combine(triples: Tensor) -> Tensor:
-    return combine_statistics_forward(triples)
+_combine = torch.library.custom_op(
+    "megagrow::combine_statistics", combine_statistics_forward, mutates_args=()
+)
 
 
 @_combine.register_fake
@@ -185,18 +186,9 @@ def _(triples: Tensor) -> Tensor:
     return triples.new_empty(triples.shape[1:])
 
 
-@torch.library.custom_op("megagrow::vocab_gradient", mutates_args=("logits",))
-def _gradient(
-    logits: Tensor,
-    labels: Tensor,
-    maximum: Tensor,
-    total: Tensor,
-    scale: Tensor,
-    z_scale: Tensor,
-    first: int,
-    real: int,
-) -> None:
-    vocab_gradient_backward(logits, labels, maximum, total, scale, z_scale, first, real)
+_gradient = torch.library.custom_op(
+    "megagrow::vocab_gradient", vocab_gradient_backward, mutates_args=("logits",)
+)
 
 
 def vocab_statistics(logits: Tensor, labels: Tensor, first: int, real: int) -> Tensor:
@@ -240,7 +232,7 @@ def vocab_gradient_(
 
 
 def _check(logits: Tensor) -> None:
-    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if logits.dtype not in FLOATS:
         raise TypeError(f"cross-entropy of {logits.dtype}: its kernels take bf16, fp16 and fp32")
     if logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits of shape {tuple(logits.shape)} and strides {logits.stride()}")

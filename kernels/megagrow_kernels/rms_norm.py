@@ -206,11 +206,9 @@ def _add_rms_norm(
     return y, total, inverse_rms
 
 
-@torch.library.custom_op("megagrow::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, inverse_rms: Tensor
-) -> tuple[Tensor, Tensor]:
-    return rms_norm_backward(dy, dtotal, x, weight, inverse_rms)
+_rms_norm_backward = torch.library.custom_op(
+    "megagrow::rms_norm_backward", rms_norm_backward, mutates_args=()
+)
 
 
 @_rms_norm.register_fake

@@ -128,14 +128,8 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
 
 
-@torch.library.custom_op("megagrow::rope", mutates_args=())
-def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return rope_forward(q, k, cos, sin)
-
-
-@torch.library.custom_op("megagrow::rope_backward", mutates_args=())
-def _rope_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return rope_backward(dq, dk, cos, sin)
+_rope = torch.library.custom_op("megagrow::rope", rope_forward, mutates_args=())
+_rope_backward = torch.library.custom_op("megagrow::rope_backward", rope_backward, mutates_args=())
 
 
 def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

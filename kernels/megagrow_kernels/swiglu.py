@@ -74,14 +74,10 @@ def _launch(kernel: Any, *tensors: Tensor) -> None:
     launch(kernel, (triton.cdiv(count, tile["BLOCK"]),), *tensors, count, **tile)
 
 
-@torch.library.custom_op("megagrow::swiglu", mutates_args=())
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return swiglu_forward(gate, up)
-
-
-@torch.library.custom_op("megagrow::swiglu_backward", mutates_args=())
-def _swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return swiglu_backward(dout, gate, up)
+_swiglu = torch.library.custom_op("megagrow::swiglu", swiglu_forward, mutates_args=())
+_swiglu_backward = torch.library.custom_op(
+    "megagrow::swiglu_backward", swiglu_backward, mutates_args=()
+)
 
 
 @_swiglu.register_fake
