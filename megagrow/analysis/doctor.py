@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megagrow.config.schema import RunConfig
-from megagrow.model.backends import OPERATIONS, Work, automatic, obstacle, work_of
+from megagrow.model.backends import OPERATIONS, Work, automatic, backend_of, obstacle, work_of
 from megagrow.model.machine import Machine, machine_of
 
 USUAL_HEAD_DIM = 128
@@ -71,7 +71,7 @@ def run_rows(run: RunConfig, index: int, device: torch.device) -> list[Row]:
     config, rows = run.stages[index].kernels, []
     for operation, backends in OPERATIONS.items():
         asked = getattr(config, operation)
-        chosen = automatic(operation, machine, work) if asked == "auto" else asked
+        chosen = backend_of(operation, config, machine, work)
         for backend in backends:
             why_not = _why_not(operation, backend, machine, work)
             taken = "refused: the run would not start" if why_not else f"yes ({asked})"

@@ -72,13 +72,13 @@ def choose(config: KernelsConfig, machine: Machine, work: Work, at: str = "kerne
     """
     if found := list(problems(config, machine, work, at)):
         raise InputError("; ".join(found))
-    asked = {operation: getattr(config, operation) for operation in OPERATIONS}
-    return Backends(
-        **{
-            operation: automatic(operation, machine, work) if backend == "auto" else backend
-            for operation, backend in asked.items()
-        }
-    )
+    return Backends(**{name: backend_of(name, config, machine, work) for name in OPERATIONS})
+
+
+def backend_of(operation: str, config: KernelsConfig, machine: Machine, work: Work) -> str:
+    """The one that a config names for an operation, or what `auto` takes."""
+    asked: str = getattr(config, operation)
+    return automatic(operation, machine, work) if asked == "auto" else asked
 
 
 def problems(config: KernelsConfig, machine: Machine, work: Work, at: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ F feed-forward width.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -191,17 +191,14 @@ def _with_triton_attention(ops: Ops, machine: Machine, work: Work) -> Ops:
     from megagrow_kernels.attention import attention
     from megagrow_kernels.packing import pack
 
-    def sight(packing: Any, position_ids: Tensor) -> Any:
-        if packing is None:
-            return pack(None, *position_ids.shape).to(position_ids.device)
-        return packing
+    @cache
+    def whole_rows(batch: int, sequence: int, device: torch.device) -> Any:
+        return pack(None, batch, sequence).to(device)
 
-    return replace(
-        ops,
-        pack=lambda document_ids: pack(document_ids, *document_ids.shape),
-        sight=sight,
-        attention=partial(_in_type, attention, work.dtype),
-    )
+    def sight(packing: Any, position_ids: Tensor) -> Any:
+        return whole_rows(*position_ids.shape, position_ids.device) if packing is None else packing
+
+    return _with_packed(ops, attention, sight, work)
 
 
 def _with_flash_attn(ops: Ops, machine: Machine, work: Work) -> Ops:
@@ -209,7 +206,6 @@ def _with_flash_attn(ops: Ops, machine: Machine, work: Work) -> Ops:
         import flash_attn
     except ImportError as error:
         raise InputError(f"flash-attn is installed but cannot be imported: {error}") from error
-    from megagrow_kernels.packing import pack
 
     def attend(q: Tensor, k: Tensor, v: Tensor, packing: Any) -> Tensor:
         options = {"causal": True, "deterministic": True}
@@ -220,10 +216,19 @@ def _with_flash_attn(ops: Ops, machine: Machine, work: Work) -> Ops:
         out = flash_attn.flash_attn_varlen_func(*tokens, ends, ends, longest, longest, **options)
         return out.unflatten(0, q.shape[:2])
 
+    return _with_packed(ops, attend, _unchanged, work)
+
+
+def _with_packed(
+    ops: Ops, attend: Callable[..., Tensor], sight: Callable[[Any, Tensor], Any], work: Work
+) -> Ops:
+    """With an attention that takes documents as a `Packing`."""
+    from megagrow_kernels.packing import pack
+
     return replace(
         ops,
         pack=lambda document_ids: pack(document_ids, *document_ids.shape),
-        sight=_unchanged,
+        sight=sight,
         attention=partial(_in_type, attend, work.dtype),
     )
 

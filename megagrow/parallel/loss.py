@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.model.ops import TORCH_LOSS, LossOps
+from megagrow.parallel.plan import real_rows
 from megagrow.parallel.topology import Topology
 
 IGNORED = -100
@@ -67,9 +68,8 @@ def vocab_loss(
     width: int, vocab_size: int, topology: Topology, ops: LossOps, z_loss: float
 ) -> VocabLoss:
     """Of this rank, which holds `width` rows of the padded vocabulary."""
-    first = topology.tp_rank * width
-    real = min(max(vocab_size - first, 0), width)
-    return VocabLoss(first, real, topology.tp_group, ops, z_loss)
+    real = real_rows(vocab_size, width, topology.tp_rank)
+    return VocabLoss(topology.tp_rank * width, real, topology.tp_group, ops, z_loss)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -68,6 +68,11 @@ def pad(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def real_rows(rows: int, slice_rows: int, tp_rank: int) -> int:
+    """Of a rank's slice of `slice_rows`, those that are no padding beyond `rows` in all."""
+    return min(max(rows - tp_rank * slice_rows, 0), slice_rows)
+
+
 _Entry = tuple[int, int, Role, Role, float]
 """Rows, columns, their roles, and the initial standard deviation."""
 

@@ -8,7 +8,7 @@ import torch
 
 from megagrow.config.schema import StageConfig
 from megagrow.model.backends import Backends
-from megagrow.parallel.plan import pad
+from megagrow.parallel.plan import pad, real_rows
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _calls(
     if backends.loss == "triton":
         width = pad(model.vocab_size, tp) // tp
         for rank in range(tp):
-            real = min(max(model.vocab_size - rank * width, 0), width)
+            real = real_rows(model.vocab_size, width, rank)
             yield _call("cross_entropy", rows=rows, width=width, real=real, ranks=tp, dtype=low)
 
 
