@@ -11,12 +11,17 @@ from megagrow.config.schema import RunConfig
 from megagrow.data.indexed import IndexedWriter
 from megagrow.parallel.plan import ParamSpec
 from megagrow.parallel.zero import STATE_KINDS, Storage
+from megagrow.reshard.fill import fill_initial
 from megagrow.reshard.layout import Layout
 from megagrow.train.feed import Feed
 from megagrow.train.grow import GrowthReport, end_stage, grow
 from megagrow.train.inputs import open_inputs
-from megagrow.train.stage import Stage
+from megagrow.train.loop import StepDone, advance
+from megagrow.train.signals import StopSignal
+from megagrow.train.stage import Stage, build_stage, masks_now
 from megagrow.train.stages import tokens_between
+from megagrow.train.state import RunState
+from megagrow.train.step import mean_loss
 
 MODEL = {
     "num_hidden_layers": 2,
@@ -28,6 +33,25 @@ MODEL = {
     "max_position_embeddings": 64,
 }
 """GQA, a feed-forward width and a vocabulary that are no powers of two."""
+
+
+def train_stage(run: RunConfig, index: int, steps: int, sequences: int) -> list[float]:
+    """A stage of a run from initial weights: of each step the loss, the gradient norm, and before
+    it a loss measured on so many sequences. All ranks together."""
+    stage = build_stage(run, index, torch.device("cpu"))
+    fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)
+    stage.engine.ready(0)
+    inputs, stop, out = open_inputs(run), StopSignal(), []
+    state = RunState(stage=index)
+    for step in range(steps):
+        masks = masks_now(run, stage, step)
+        out.append(mean_loss(stage, inputs.fixed, sequences, masks))
+        event = advance(run, stage, state, inputs.train, stop)
+        assert isinstance(event, StepDone)
+        out += [event.measure.loss, event.measure.grad_norm]
+        state = event.state
+    stage.release()
+    return out
 
 
 def write_corpus(prefix: Path, documents: int = 40, vocab_size: int = 101, seed: int = 0) -> Path:

@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from megagrow.config.schema import RunConfig
-from megagrow.reshard.fill import fill_initial
-from megagrow.train.inputs import open_inputs
-from megagrow.train.loop import StepDone, advance
-from megagrow.train.signals import StopSignal
 from megagrow.train.stage import build_stage, masks_now
-from megagrow.train.state import RunState
-from megagrow.train.step import mean_loss
-from tests.runs import MODEL, STEP_TOKENS, make_run, parallel_of
+from tests.runs import MODEL, STEP_TOKENS, make_run, parallel_of, train_stage
 from tests.spawn import run_ranks
 
 GROWN = MODEL | {
@@ -51,26 +45,8 @@ LAYOUTS = {
 """By the number of ranks: every ZeRO stage with and without TP, every option somewhere."""
 
 
-def train_grown(run: RunConfig) -> list[float]:
-    """The second stage from initial weights: of each step the loss, the gradient norm, and a
-    measured loss before it."""
-    stage = build_stage(run, 1, torch.device("cpu"))
-    fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)
-    stage.engine.ready(0)
-    inputs, stop, out = open_inputs(run), StopSignal(), []
-    state = RunState(stage=1)
-    for step in range(STEPS):
-        out.append(mean_loss(stage, inputs.fixed, 4, masks_now(run, stage, step)))
-        event = advance(run, stage, state, inputs.train, stop)
-        assert isinstance(event, StepDone)
-        out += [event.measure.loss, event.measure.grad_norm]
-        state = event.state
-    stage.release()
-    return out
-
-
 def train_all(runs: list[RunConfig]) -> list[list[float]]:
-    return [train_grown(run) for run in runs]
+    return [train_stage(run, 1, STEPS, sequences=4) for run in runs]
 
 
 @pytest.fixture(scope="module")
