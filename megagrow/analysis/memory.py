@@ -39,10 +39,11 @@ class StageMemory:
     def weights(self) -> int:
         """Weights of the forward pass, where they are not the masters themselves.
 
-        ZeRO 0 has none in fp32, and in bf16 those that autocast makes.
+        ZeRO 0 has none in fp32, and in bf16 those that autocast makes; ZeRO 3 has none in fp32
+        either, unless the masters lie on the CPU (`parallel.empty_engine`).
         """
-        if self._zero == 0:
-            return self._width * self._slice if self.bf16 else 0
+        if self._masters_compute:
+            return 0
         return self._width * (self._most if self._zero == 3 else self._slice)
 
     @property
@@ -101,7 +102,7 @@ class StageMemory:
         elif self._zero == 1 and self.bf16:
             gradients = 4 * self._slice
         elif self._zero == 3:
-            weights, gradients = self._width * held, 4 * held
+            weights, gradients = 0 if self._masters_compute else self._width * held, 4 * held
         return STATE_BYTES * held + weights + gradients
 
     def held(self, rank: int) -> int:
@@ -128,6 +129,12 @@ class StageMemory:
     @property
     def _zero(self) -> int:
         return self.layout.zero_stage
+
+    @property
+    def _masters_compute(self) -> bool:
+        """Whether the optimizer's fp32 weights are those of the forward pass at once."""
+        one_tensor = self._zero == 3 and not self.stage.parallel.offload_optimizer
+        return not self.bf16 and (self._zero == 0 or one_tensor)
 
     @property
     def _width(self) -> int:

@@ -61,7 +61,7 @@ def parts(found: StageMemory) -> tuple[int, int, int, int]:
         (2, True, 3.0, 2.0, 0.0, 3.0),
         (2, False, 3.0, 4.0, 0.0, 5.0),
         (3, True, 3.0, 0.5, 2.0, 3.0),
-        (3, False, 3.0, 1.0, 4.0, 5.0),
+        (3, False, 3.0, 0.0, 4.0, 5.0),
     ],
 )
 def test_bytes_of_each_parameter_on_four_ranks(
@@ -71,6 +71,11 @@ def test_bytes_of_each_parameter_on_four_ranks(
     found = memory(zero, bf16=bf16)
     expected = [PARAMETERS * each for each in (state, weights, gathered, gradients)]
     assert list(parts(found)) == expected
+
+
+def test_masters_on_the_cpu_are_not_the_weights_that_compute() -> None:
+    """An offloaded optimizer has fp32 weights of its own beside a quarter of them on each rank."""
+    assert memory(3, bf16=False, offload_optimizer=True).weights == PARAMETERS
 
 
 def test_tensor_parallel_ranks_hold_a_slice() -> None:
@@ -170,7 +175,14 @@ def test_activations_are_what_autograd_keeps(bf16: bool) -> None:
 
 @pytest.mark.parametrize(
     ("zero", "bf16", "each"),
-    [(0, True, 12.0), (1, True, 9.0), (1, False, 7.0), (2, True, 5.0), (3, True, 4.5)],
+    [
+        (0, True, 12.0),
+        (1, True, 9.0),
+        (1, False, 7.0),
+        (2, True, 5.0),
+        (3, True, 4.5),
+        (3, False, 4.0),
+    ],
 )
 def test_a_growth_holds_source_state_target_share_and_a_bucket(
     zero: int, bf16: bool, each: float

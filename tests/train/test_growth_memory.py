@@ -71,12 +71,12 @@ def state_bytes(layout: Layout, rank: int) -> int:
 def share_bytes(layout: Layout, rank: int) -> int:
     """What a rank holds of a model under ZeRO 1, 2 or 3: state, and fp32 forward weights.
 
-    Under ZeRO-3 these are split too, and DeepSpeed allocates a buffer for its part of the
-    gradients at once; under ZeRO-1 and ZeRO-2 gradients take memory only while a step lasts.
+    Under ZeRO-3 these are the optimizer's own, and DeepSpeed allocates a buffer for its part of
+    the gradients at once; under ZeRO-1 and ZeRO-2 gradients take memory only while a step lasts.
     """
     state = state_bytes(layout, rank)
     if layout.zero_stage == 3:
-        return state + 2 * state // 3
+        return state + state // 3
     return state + 4 * sum(spec.slice_numel(layout.tp) for spec in layout.plan.values())
 
 
