@@ -1,13 +1,14 @@
 """What a rank of a stage holds, before there is one: from the layout, and estimates beside it.
 
 State and weights follow from the layout that the stage will have. Gradients are what DeepSpeed 0.19
-allocates, by its code. Activations and logits are estimates: what the backward pass needs of the
-eager model, with fused norms and attention that keep no S x S matrix.
+allocates, by its code. Activations and logits are what autograd keeps (`activations`). A step has
+two moments that can be its highest: `at_loss` and `at_end`.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 
+from megagrow.analysis.activations import Activations
 from megagrow.config.schema import StageConfig
 from megagrow.parallel.plan import parameter_plan
 from megagrow.parallel.settings import parameter_groups, reduce_bucket
@@ -20,6 +21,9 @@ STATE_BYTES = 12
 LIVE_PARAMETERS = 1_000_000_000
 """Elements that ZeRO-3 keeps gathered at most (DeepSpeed's stage3_max_live_parameters)."""
 
+STAGE_0_BUCKET = 500_000_000
+"""Elements that DeepSpeed without ZeRO reduces at once (its MEMORY_OPT_ALLREDUCE_SIZE)."""
+
 
 @dataclass(frozen=True)
 class StageMemory:
@@ -29,6 +33,7 @@ class StageMemory:
     layout: Layout
     sequence_length: int
     bf16: bool
+    on_cpu: bool = False
 
     @property
     def state(self) -> int:
@@ -49,48 +54,84 @@ class StageMemory:
     @property
     def gathered(self) -> int:
         """Weights that ZeRO-3 has gathered from the other ranks, at most."""
-        return self._width * min(self._slice, LIVE_PARAMETERS) if self._zero == 3 else 0
+        alone = self.layout.dp == 1  # what it holds is whole already, and not copied
+        if self._zero < 3 or alone:
+            return 0
+        return self._width * min(self._slice, LIVE_PARAMETERS)
 
     @property
     def gradients(self) -> int:
-        """Gradients, those that are summed up in fp32 included, and the bucket they travel in."""
-        bucket = self._width * reduce_bucket(self.layout.plan, self.layout.tp)
+        """Gradients when the backward pass ends, the fp32 sum of bf16 ones included."""
+        if self._zero < 2:
+            summed = 4 * self._slice if self._zero == 1 and self.bf16 else 0
+            return self._grad_width * self._slice + summed
+        return 4 * self._most
+
+    @property
+    def buckets(self) -> int:
+        """What gradients are reduced in: a flat copy of as many as are reduced at once, and from
+        ZeRO 2 on also the bucket that they are collected in. Gloo, which ranks without a GPU use,
+        scatters by way of one more copy (ZeRO 3)."""
         if self._zero == 0:
+            return 4 * min(self._slice, STAGE_0_BUCKET)
+        return (1, 2, 3 if self.on_cpu else 2)[self._zero - 1] * self._bucket
+
+    @property
+    def gradients_kept(self) -> int:
+        """Gradients, and their bucket, that are there while a micro batch goes forward: what is
+        allocated for good, and the sum over the micro batches before it."""
+        if self._zero == 3:
+            return self.gradients + self._bucket
+        if self._zero == 1 and self.bf16:
             return 4 * self._slice
-        if self._zero == 1:
-            return self._width * self._slice + (4 * self._slice if self.bf16 else 4 * self._most)
-        return 4 * self._most + bucket
+        held = self._most if self._zero == 2 else self._slice
+        return 4 * held if self._accumulates else 0
 
     @property
     def activations(self) -> int:
-        """Estimate of what all layers keep for the backward pass, nothing computed twice."""
-        return self.stage.model.num_hidden_layers * self._layer + self._ends
+        """What all layers keep for the backward pass, nothing computed twice."""
+        return self._parts.all_layers
 
     @property
     def activations_checkpointed(self) -> int:
-        """The same with `activation_checkpointing: full`: each layer's input, and one layer."""
-        inputs = self.stage.model.num_hidden_layers * self._residual
-        return inputs + self._layer + self._ends
+        """The same with `activation_checkpointing: full`: each layer's input."""
+        return self._parts.inputs_only
 
     @property
     def activations_used(self) -> int:
-        """The one of the two that the stage's settings ask for. `selective` saves what attention
-        keeps by S x S, which no fused attention does: it counts as none."""
-        full = self.stage.parallel.activation_checkpointing == "full"
-        return self.activations_checkpointed if full else self.activations
+        """What is kept by the stage's settings."""
+        return self._parts.used
 
     @property
     def logits(self) -> int:
-        """Estimate: logits, and the fp32 tensors of their shape that the eager loss has at once."""
-        spec = self.layout.plan["model.embed_tokens.weight"]
-        in_fp32 = 3 if self.bf16 else 2
-        return self._tokens * spec.padded_rows // self.layout.tp * (self._width + 4 * in_fp32)
+        """Head and loss: logits and what the loss computes of them at once, or with
+        `linear_cross_entropy` a chunk of that, and the gradients that are made with it."""
+        return self._parts.logits
+
+    @property
+    def at_loss(self) -> int:
+        """All of it where the loss is computed: activations are most then."""
+        kept = self.state + self.weights + self.gathered + self.gradients_kept
+        return kept + self.activations_used + self.logits
+
+    @property
+    def at_end(self) -> int:
+        """All of it where the backward pass ends: gradients are reduced, and of the activations
+        those of the first layer are left; ZeRO 3 has let go of what it had gathered. Or, if that is
+        more, where the weights are updated: ZeRO 1 and 2 make one flat gradient of this rank's
+        part."""
+        gradients = self.gradients
+        at_once = self._width * self._slice <= self._bucket
+        if self._zero == 2 and at_once and not self._accumulates:
+            gradients = 0  # all of them are still in the bucket
+        reduction = gradients + self.buckets + self._parts.first_layer
+        flattened = 4 * self._most if self._zero in (1, 2) else 0
+        return self.state + self.weights + max(reduction, self.gradients + flattened)
 
     @property
     def training(self) -> int:
-        """All of it together while a step is trained."""
-        kept = self.state + self.weights + self.gathered + self.gradients
-        return kept + self.activations_used + self.logits
+        """The most that a step holds at once."""
+        return max(self.at_loss, self.at_end)
 
     def share(self, rank: int) -> int:
         """What `rank` holds of the stage before its first step: state, forward weights, and the
@@ -142,46 +183,36 @@ class StageMemory:
         return 2 if self.bf16 else 4
 
     @property
-    def _tokens(self) -> int:
-        """Tokens of a micro batch."""
-        return self.stage.batch.micro_batch_size * self.sequence_length
+    def _grad_width(self) -> int:
+        """Bytes of a gradient as autograd makes it; under autocast (ZeRO 0) weights are fp32."""
+        return 4 if self._zero == 0 else self._width
 
     @property
-    def _residual(self) -> int:
-        """Bytes of the residual stream of a micro batch, as it stands between two blocks."""
-        split = self.layout.tp if self.stage.parallel.sequence_parallel else 1
-        return self._tokens * self.stage.model.hidden_size * self._width // split
+    def _bucket(self) -> int:
+        return self._width * reduce_bucket(self.layout.plan, self.layout.tp)
 
     @property
-    def _ends(self) -> int:
-        """Around the layers: the input of the last norm, and that of the head."""
-        return self._residual + self._tokens * self.stage.model.hidden_size * self._width
+    def _accumulates(self) -> bool:
+        batch = self.stage.batch
+        return batch.global_batch_size > batch.micro_batch_size * self.layout.dp
 
-    @property
-    def _layer(self) -> int:
-        """Of one layer. Per token: the inputs of both norms and what comes out of them; q, k, v,
-        the attention's result and its fp32 normaliser for each head; gate, silu(gate), up and their
-        product. Split over tensor parallelism, but for the norms' results, which are whole."""
-        model = self.stage.model
-        heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
-        sliced = heads * model.head_dim + 4 * model.intermediate_size
-        normaliser = 4 * model.num_attention_heads
-        per_token = (sliced * self._width + normaliser) // self.layout.tp
-        normed = 2 * model.hidden_size * self._width
-        return 2 * self._residual + self._tokens * (normed + per_token)
+    @cached_property
+    def _parts(self) -> Activations:
+        return Activations(self.stage, self.layout, self.sequence_length, self.bf16, self.on_cpu)
 
 
 def stage_memory(
-    stage: StageConfig, world_size: int, sequence_length: int, bf16: bool
+    stage: StageConfig, world_size: int, sequence_length: int, bf16: bool, on_cpu: bool = False
 ) -> StageMemory:
-    """The memory of a stage on so many ranks, which its settings must fit."""
+    """The memory of a stage on so many ranks, which its settings must fit; `on_cpu` ranks have no
+    GPU."""
     parallel = stage.parallel
     tp = parallel.tensor_model_parallel_size
     plan = parameter_plan(stage.model, tp)
     # The scales of an exact continuation split groups: shares differ by a few elements of padding.
     groups = tuple(group.names for group in parameter_groups(plan, stage.optimizer, {}))
     layout = Layout(plan, groups, parallel.zero_stage, world_size // tp, tp)
-    return StageMemory(stage, layout, sequence_length, bf16)
+    return StageMemory(stage, layout, sequence_length, bf16, on_cpu)
 
 
 def growth_peak(source: StageMemory, target: StageMemory) -> int:

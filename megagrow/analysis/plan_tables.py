@@ -51,20 +51,27 @@ def stage_rows(stages: Sequence[StagePlan]) -> Rows:
 
 
 def memory_rows(memories: Sequence[StageMemory]) -> Rows:
-    """Memory by part; estimates are marked."""
+    """Memory by part, and the two moments of a step that can be its highest."""
     parts = {
         "fp32 masters and moments": [memory.state for memory in memories],
         "forward weights": [memory.weights for memory in memories],
         "weights gathered, at most": [memory.gathered for memory in memories],
         "gradients": [memory.gradients for memory in memories],
-        "activations (estimate)": [memory.activations for memory in memories],
+        "buckets that reduce them": [memory.buckets for memory in memories],
+        "activations": [memory.activations for memory in memories],
         "... with full checkpointing": [memory.activations_checkpointed for memory in memories],
-        "logits (estimate)": [memory.logits for memory in memories],
-        "all, as configured": [memory.training for memory in memories],
+        "head and loss": [memory.logits for memory in memories],
+        "all at the loss": [memory.at_loss for memory in memories],
+        "all at the end of a backward pass": [memory.at_end for memory in memories],
+        "the larger of the two": [memory.training for memory in memories],
     }
     rows = {part: [_gib(size) for size in held] for part, held in parts.items() if any(held)}
+    kernels = [memory.stage.kernels for memory in memories]
     asked = [memory.stage.parallel.activation_checkpointing for memory in memories]
-    return rows | {"activation_checkpointing": [str(setting) for setting in asked]}
+    return rows | {
+        "activation_checkpointing": [str(setting) for setting in asked],
+        "logits in chunks": ["yes" if each.linear_cross_entropy else "no" for each in kernels],
+    }
 
 
 def growth_rows(growths: Sequence[GrowthPlan]) -> Rows:

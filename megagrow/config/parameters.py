@@ -17,11 +17,19 @@ def non_embedding_parameters(model: ModelConfig) -> int:
 
 def matmul_parameters(model: ModelConfig) -> int:
     """Parameters that multiply every token: the layers' matrices and the head, no norms."""
-    hidden, head = model.hidden_size, model.head_dim
-    queries = hidden * model.num_attention_heads * head
-    keys = hidden * model.num_key_value_heads * head
-    layer = 2 * queries + 2 * keys + 3 * hidden * model.intermediate_size
-    return model.num_hidden_layers * layer + model.vocab_size * hidden
+    matrices = attention_parameters(model) + mlp_parameters(model)
+    return matrices + model.vocab_size * model.hidden_size
+
+
+def attention_parameters(model: ModelConfig) -> int:
+    """Of the projections to q, k, v and back, of all layers."""
+    heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
+    return model.num_hidden_layers * heads * model.head_dim * model.hidden_size
+
+
+def mlp_parameters(model: ModelConfig) -> int:
+    """Of gate, up and down, of all layers."""
+    return 3 * model.num_hidden_layers * model.hidden_size * model.intermediate_size
 
 
 def paper_flops_per_token(model: ModelConfig) -> int:

@@ -38,7 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows, matrix = hidden.to(dtype), weight.to(dtype)
         gradients = (torch.empty_like(hidden), torch.zeros_like(weight)) if learns else None
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        size = _chunk_size(len(labels), loss.ops.chunks)
+        size = chunk_size(len(labels), loss.ops.chunks)
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
             losses[part] = _chunk(rows[part], matrix, labels[part], loss, part, gradients)
@@ -98,7 +98,7 @@ def _chunk(
     return loss.losses(statistics, labels)
 
 
-def _chunk_size(tokens: int, chunks: int) -> int:
+def chunk_size(tokens: int, chunks: int) -> int:
     """Tokens of a chunk, at most tokens / chunks where that is possible."""
     most = max(1, tokens // chunks)
     return most - most % TILE if most >= TILE else most

@@ -35,17 +35,21 @@ The first row all of whose words are in the name holds; a plain H100 or H200 is 
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
-    """Training FLOPs per token: 6 per matrix weight, and attention over `sequence_length`.
+    """Training FLOPs per token: 6 per matrix weight, and attention over `sequence_length`."""
+    return 6 * matmul_parameters(model) + attention_flops(model, sequence_length)
 
-    Attention: q k^T and the weighted sum of v each take 2 heads head_dim FLOPs for every position
-    seen, forward, and twice that backward: 12 L heads head_dim per position (PaLM,
-    arXiv 2204.02311, appendix B; Chinchilla, arXiv 2203.15556, appendix F). They count all S
-    positions; a causal kernel sees (S + 1) / 2 on average, which is what is counted here. Work
-    done twice by activation checkpointing is not counted.
+
+def attention_flops(model: ModelConfig, sequence_length: int) -> int:
+    """Training FLOPs per token of q k^T and of the weighted sum of v, in all layers.
+
+    Each takes 2 heads head_dim FLOPs for every position seen, forward, and twice that backward:
+    12 L heads head_dim per position (PaLM, arXiv 2204.02311, appendix B; Chinchilla, arXiv
+    2203.15556, appendix F). They count all S positions; a causal kernel sees (S + 1) / 2 on
+    average, which is what is counted here. Work done twice by activation checkpointing is not
+    counted.
     """
     width = model.num_attention_heads * model.head_dim
-    attention = 6 * model.num_hidden_layers * width * (sequence_length + 1)
-    return 6 * matmul_parameters(model) + attention
+    return 6 * model.num_hidden_layers * width * (sequence_length + 1)
 
 
 def run_flops(run: RunConfig) -> int:

@@ -1,0 +1,116 @@
+"""What `plan` says that a rank holds, against the memory that training really takes."""
+
+import ctypes
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megagrow.analysis.memory import stage_memory
+from megagrow.config.schema import RunConfig
+from megagrow.reshard.fill import fill_initial
+from megagrow.train.inputs import open_inputs
+from megagrow.train.loop import StepDone, advance
+from megagrow.train.signals import StopSignal
+from megagrow.train.stage import build_stage
+from megagrow.train.state import RunState
+from tests.runs import MODEL, make_run
+from tests.spawn import run_ranks
+
+MIB = 2**20
+LENGTH = 256
+STEPS = 2
+MODEST = MODEL | {"max_position_embeddings": LENGTH}
+WIDE = MODEST | {
+    "num_hidden_layers": 4,
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 688,
+    "vocab_size": 8192,
+}
+"""7M parameters, of which the state takes 84 MiB, as much as the activations of 1024 tokens and as
+the logits: each part of the estimate is seen."""
+
+_FULL = {"activation_checkpointing": "full"}
+_SPLIT = {"zero_stage": 2, "tensor_model_parallel_size": 2}
+_CHUNKS = {"linear_cross_entropy": True}
+CASES = {
+    "1 rank, ZeRO 1": (1, {"zero_stage": 1}, 4, 1, {}),
+    "1 rank, ZeRO 3, few tokens": (1, {"zero_stage": 3}, 1, 1, {}),
+    "2 ranks, ZeRO 0, checkpointing full": (2, _FULL | {"zero_stage": 0}, 4, 1, {}),
+    "2 ranks, ZeRO 1, attention reference": (
+        2,
+        {"zero_stage": 1},
+        4,
+        1,
+        {"attention": "reference"},
+    ),
+    "2 ranks, ZeRO 2, two micro batches": (2, {"zero_stage": 2}, 4, 2, {}),
+    "2 ranks, ZeRO 2, TP 2, checkpointing full": (2, _FULL | _SPLIT, 4, 1, {}),
+    "2 ranks, ZeRO 3": (2, {"zero_stage": 3}, 4, 1, {}),
+    "2 ranks, ZeRO 1, head and loss in one": (2, {"zero_stage": 1}, 4, 1, _CHUNKS),
+}
+"""Ranks, `parallel`, sequences of a micro batch, micro batches of a step, `kernels`."""
+
+
+def resident(field: str) -> int:
+    """Bytes, by the system's account of this process: VmRSS now, VmHWM at its highest."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise AssertionError(f"/proc/self/status has no {field}")
+
+
+def train(run: RunConfig) -> None:
+    """The first steps of a run, and the end of its engine."""
+    stage = build_stage(run, 0, torch.device("cpu"))
+    fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)
+    stage.engine.ready(0)
+    state, inputs, stop = RunState(), open_inputs(run), StopSignal()
+    for _ in range(STEPS):
+        event = advance(run, stage, state, inputs.train, stop)
+        assert isinstance(event, StepDone)
+        state = event.state
+    stage.release()
+
+
+def peak_of(small: RunConfig, run: RunConfig) -> int:
+    """Bytes by which training a run raises the memory of this process at most."""
+    # Memory goes back to the system when it is freed, so that what is resident is what is held.
+    m_mmap_threshold = -3
+    assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 64 * 1024) == 1
+    gc.freeze()  # what came with the fork stays shared: a collection would copy it
+    train(small)  # the libraries' own memory is not what is measured
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
+    train(run)
+    return resident("VmHWM") - before
+
+
+def run_of(tmp: Path, model: dict[str, Any], case: str) -> RunConfig:
+    world, parallel, micro, accumulated, kernels = CASES[case]
+    dp = world // parallel.get("tensor_model_parallel_size", 1)
+    data = {name: [{"path": tmp / name}] for name in ("train", "validation")}
+    stage = {
+        "model": model,
+        "tokens": 10**6,
+        "parallel": parallel,
+        "batch": {"global_batch_size": micro * accumulated * dp, "micro_batch_size": micro},
+        "kernels": kernels,
+    }
+    return make_run(tmp, [stage], data=data | {"sequence_length": LENGTH})
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_planned_is_what_is_measured(tmp_path: Path, case: str) -> None:
+    run, world = run_of(tmp_path, WIDE, case), CASES[case][0]
+    measured = max(run_ranks(world, peak_of, run_of(tmp_path, MODEST, case), run))
+    planned = stage_memory(run.stages[0], world, LENGTH, bf16=False, on_cpu=True).training
+    print(
+        f"\n| {case} | {planned / MIB:.0f} | {measured / MIB:.0f} | {planned / measured - 1:+.1%} |"
+    )
+    assert planned == pytest.approx(measured, rel=0.1)
