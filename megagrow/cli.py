@@ -56,14 +56,25 @@ def plan(
     run_file: RunFile,
     overrides: Overrides = None,
     world: Annotated[int, typer.Option(help="Ranks that the run is to have.")] = 1,
+    gpu: Annotated[str | None, typer.Option(help="Of each rank: h100, h200, a100 ...")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="80GB; default: the GPU's.")] = None,
+    mfu: Annotated[float | None, typer.Option(help="Of the GPU's FLOP/s, such as 0.4.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(metavar="RUN_DIR", help="As fast as this run was.")
+    ] = None,
+    watts: Annotated[float | None, typer.Option(help="Of a GPU; default: its TDP.")] = None,
+    pue: Annotated[float, typer.Option(help="Energy of the data centre / computers.")] = 1.2,
+    co2: Annotated[float, typer.Option(help="kg per kWh.")] = 0.48,
+    price: Annotated[float | None, typer.Option(help="Of a GPU-hour.")] = None,
 ) -> None:
-    """Show what a run is going to be: sizes, FLOPs, memory per rank, growths; starts nothing."""
+    """Show what a run is going to be: sizes, FLOPs, memory per rank, costs; starts nothing."""
+    from megagrow.analysis.plan_request import PlanRequest, answer
     from megagrow.analysis.plan_tables import show_plan
-    from megagrow.analysis.planner import plan_run
     from megagrow.config.load import load_run
 
-    width = None if sys.stdout.isatty() else PIPED_WIDTH
-    show_plan(plan_run(load_run(run_file, overrides or ()), world), Console(width=width))
+    request = PlanRequest(world, gpu, gpu_memory, mfu, measured, watts, pue, co2, price)
+    planned, costs = answer(load_run(run_file, overrides or ()), request)
+    show_plan(planned, Console(width=None if sys.stdout.isatty() else PIPED_WIDTH), costs)
 
 
 @app.command()

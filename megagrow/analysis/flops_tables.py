@@ -1,6 +1,6 @@
 """FLOPs of a token by part of the model, by both accounts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megagrow.config.parameters import (
     attention_parameters,
@@ -36,3 +36,15 @@ def flops_parts(model: ModelConfig, sequence_length: int) -> FlopsParts:
         "norms": (0, norms),
         "all": (flops_per_token(model, sequence_length), paper_flops_per_token(model)),
     }
+
+
+def flops_rows(models: Sequence[ModelConfig], sequence_length: int) -> Mapping[str, Sequence[str]]:
+    """Part -> for each model FLOPs per token that are really done, their share of all, and what the
+    paper's account says."""
+    found = [flops_parts(model, sequence_length) for model in models]
+    return {part: [_cell(parts, part) for parts in found] for part in found[0]}
+
+
+def _cell(parts: FlopsParts, part: str) -> str:
+    done, papers = parts[part]
+    return f"{done:.3e} ({done / parts['all'][0]:.1%}) / {papers:.3e}"

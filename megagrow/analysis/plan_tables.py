@@ -7,6 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megagrow.analysis.cost_tables import cost_columns, cost_lines, cost_rows
+from megagrow.analysis.costs import RunCosts
+from megagrow.analysis.flops_tables import flops_rows
 from megagrow.analysis.memory import StageMemory
 from megagrow.analysis.planner import GrowthPlan, RunPlan, StagePlan
 from megagrow.config.schema import StageConfig
@@ -18,11 +21,14 @@ Rows = Mapping[str, Sequence[str]]
 """What is told -> one cell for each stage, or each growth."""
 
 
-def show_plan(plan: RunPlan, console: Console) -> None:
+def show_plan(plan: RunPlan, console: Console, costs: RunCosts | None = None) -> None:
     """Prints a plan; where the output is no terminal as plain Markdown tables."""
     stages = [f"stage {index}" for index in range(len(plan.stages))]
     console.print(Text(f"{plan.run.name} on {_ranks(plan.world_size)}"))
     _print(console, "Stages", stages, stage_rows(plan.stages))
+    length = plan.run.data.sequence_length
+    flops = flops_rows([stage.config.model for stage in plan.stages], length)
+    _print(console, "FLOPs per token, true (share) / the paper's", stages, flops)
     memories = [stage.memory for stage in plan.stages]
     _print(console, "Memory per rank, GiB", stages, memory_rows(memories))
     growths = [(index, stage.growth) for index, stage in enumerate(plan.stages)]
@@ -30,7 +36,10 @@ def show_plan(plan: RunPlan, console: Console) -> None:
     if grown:
         rows = growth_rows([growth for _, growth in grown])
         _print(console, "Growths", [name for name, _ in grown], rows)
-    for line in closing_lines(plan):
+    if costs is not None:
+        _print(console, "Costs", cost_columns(costs), cost_rows(costs))
+    told = [] if costs is None else list(cost_lines(costs))
+    for line in [*told, *closing_lines(plan)]:
         console.print(Text(line), soft_wrap=True)
 
 
@@ -44,7 +53,9 @@ def stage_rows(stages: Sequence[StagePlan]) -> Rows:
         "tokens a step": [f"{stage.step_tokens:,}" for stage in stages],
         "steps": [f"{stage.steps:,}" for stage in stages],
         "FLOPs (6 x parameters x tokens)": [f"{stage.flops:.3e}" for stage in stages],
-        "FLOPs, true": [f"{stage.flops_true:.3e}" for stage in stages],
+        "FLOPs, true (attention in, embedding out)": [
+            f"{stage.flops_true:.3e}" for stage in stages
+        ],
         "learning rate": [_rate(stage) for stage in stages],
         "layout": [_layout(stage.memory) for stage in stages],
     }

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megagrow.analysis.fitting import memory_warnings
 from megagrow.analysis.memory import StageMemory, growth_peak, stage_memory
 from megagrow.config.checks import world_problems
 from megagrow.config.growth import GrowthConfig
@@ -101,8 +102,8 @@ class RunPlan:
         return sum(stage.flops for stage in self.stages)
 
 
-def plan_run(run: RunConfig, world_size: int) -> RunPlan:
-    """The plan of a run on so many ranks.
+def plan_run(run: RunConfig, world_size: int, gpu_memory: int | None = None) -> RunPlan:
+    """The plan of a run on so many ranks, which warns of what `gpu_memory` bytes do not hold.
 
     `precision: auto` is taken as bf16, as on a GPU. Raises InputError, in one line, where the run
     could not start.
@@ -116,8 +117,11 @@ def plan_run(run: RunConfig, world_size: int) -> RunPlan:
     length = run.data.sequence_length
     memories = [stage_memory(stage, world_size, length, bf16) for stage in run.stages]
     stages = tuple(_stage(run, index, memories) for index in range(len(run.stages)))
-    warnings = (*timing_warnings(run), *_warnings(stages))
-    return RunPlan(run, world_size, bf16, stages, _saving(stages), warnings)
+    warnings = [*timing_warnings(run), *_warnings(stages)]
+    if gpu_memory is not None:
+        peaks = [stage.growth.peak_bytes if stage.growth else None for stage in stages]
+        warnings += memory_warnings(memories, peaks, gpu_memory)
+    return RunPlan(run, world_size, bf16, stages, _saving(stages), tuple(warnings))
 
 
 def _stage(run: RunConfig, index: int, memories: list[StageMemory]) -> StagePlan:
@@ -192,6 +196,11 @@ def _warnings(stages: tuple[StagePlan, ...]) -> Iterator[str]:
 
 
 def _growth_warnings(index: int, base: StagePlan, growth: GrowthPlan) -> Iterator[str]:
+    if growth.outside_fit and not base.config.tokens_auto:  # of which timing_warnings tells
+        yield (
+            f"stages.{index}: what equation 2 advises for this growth lies beyond the range that "
+            f"it was fitted in: {growth.outside_fit}"
+        )
     layers = base.config.model.num_hidden_layers
     if layers < LEAST_LAYERS:
         yield (

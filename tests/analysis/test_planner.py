@@ -139,6 +139,22 @@ def test_warnings(overrides: tuple[str, ...], said: list[str]) -> None:
     assert [re.sub(r"(gave|budget,) [\d,]+", r"\1 N", text) for text in found] == said
 
 
+def test_every_growth_beyond_the_fit_is_warned_of() -> None:
+    """6 x 1,233,225,728 x 1T FLOPs, whether or not the base's tokens were left to equation 2."""
+    beyond = "beyond the range that it was fitted in: C = 6ND = 7.4e+21 (fitted: up to 1.2e+21)"
+    given = paper_plan("stages.1.tokens=1T").warnings
+    assert given == (f"stages.1: what equation 2 advises for this growth lies {beyond}",)
+    auto = paper_plan("stages.0.tokens=auto", "stages.1.tokens=1T").warnings
+    assert [beyond in text for text in auto] == [True, False]
+
+
+def test_what_does_not_fit_is_warned_of() -> None:
+    run = load_run(CONFIGS / "gstack-1.1b.yaml")
+    assert plan_run(run, 8, gpu_memory=80 * 10**9).warnings == ()
+    (text,) = plan_run(run, 8, gpu_memory=40 * 10**9).warnings
+    assert text.startswith("stages.1 does not fit: 46.3 GB of 40.0 GB per GPU")
+
+
 def test_parts_that_no_stage_has_are_left_out() -> None:
     flat = memory_rows([stage.memory for stage in paper_plan().stages])
     split = memory_rows([stage.memory for stage in paper_plan("parallel.zero_stage=3").stages])
@@ -157,7 +173,10 @@ def test_what_is_shown() -> None:
     plan = paper_plan("stages.0.tokens=null", "stages.0.at_tokens=10B")
     plain, framed = shown(plan, terminal=False), shown(plan, terminal=True)
     assert "gstack-1.1b on 8 ranks" in plain
-    assert "| tokens                          | 10,001,317,888 (at_tokens 10.0B) | 97,5" in plain
+    assert (
+        "| tokens                                    | 10,001,317,888 (at_tokens 10.0B) | 97,5"
+        in plain
+    )
     assert "| connection rate Rc                  | 87.0%        |" in plain
     assert "ZeRO-1, DP 8 x TP 1" in plain
     assert plain.isascii() and not framed.isascii()
@@ -205,6 +224,19 @@ def test_the_command_prints_the_plan(
     assert "gstack-410m on 4 ranks" in out
     assert "740,001,054,720" in out
     assert "\x1b" not in out
+
+
+def test_the_command_tells_costs_and_what_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--world", "8", "--gpu", "h100", "--gpu-memory", "20GB", "--mfu", "0.4")
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, str(CONFIGS / "gstack-1.1b.yaml"), *words)
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "| Costs " in out and "| GPU-hours " in out and "scratch at +41%" in out
+    assert "| attention itself " in out
+    assert "Warning: stages.1 does not fit" in out and "of 20.0 GB per GPU" in out
 
 
 def test_problems_of_a_growth_are_refused() -> None:
