@@ -59,7 +59,11 @@ def read_examples(path: Path) -> Iterator[Example]:
 
 
 def tokenise(tokenizer: Tokenizer, example: Example) -> TokenisedExample:
-    """An example in token ids, the answer ended by EOS: at least this one is not prompt."""
+    """An example in token ids, the answer ended by EOS: at least this one is not prompt.
+
+    Where a token reaches from the prompt into the answer it counts as Alpaca's rule has it, by its
+    place; there both texts together may even be shorter than the prompt.
+    """
     prompt, whole = tokenizer.encode_batch([example.prompt, example.prompt + example.answer])
     return TokenisedExample([*whole, tokenizer.eos_id], min(len(prompt), len(whole)))
 

@@ -142,8 +142,9 @@ def _write(
     filled = sum(len(example.ids) for example in examples)
     answers = filled - sum(example.prompt for example in examples)
     console.print(
-        f"{prefix}: {len(examples):,} examples in {len(rows):,} rows of {length} tokens; "
-        f"{answers / total:.1%} of the tokens are answer, {1 - filled / total:.1%} padding",
+        f"{prefix}: {len(examples):,} examples in {len(rows):,} rows of {length} tokens, "
+        f"{total:,} in all; {answers / total:.1%} of the tokens are answer, "
+        f"{1 - filled / total:.1%} padding",
         soft_wrap=True,
         highlight=False,
     )
