@@ -1,4 +1,4 @@
-"""The command line: megagrow prepare, train, grow, convert, checkpoint, plan, doctor, report."""
+"""The command line: prepare[-sft], train, grow, convert, checkpoint, plan, doctor, report."""
 
 import sys
 import time
@@ -103,6 +103,29 @@ def prepare(
     prepare_corpus(
         sources, output, tokenizer, vocab_size, validation_fraction, workers, text_key, seed
     )
+
+
+@app.command("prepare-sft")
+def prepare_instructions(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Alpaca's format: JSON lists, or .jsonl, of instruction, input, output.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the prepared instructions.")],
+    tokenizer: Annotated[str, typer.Option(help="The model's tokenizer.")],
+    sequence_length: Annotated[
+        int, typer.Option(min=2, help="Of the run: whole examples are packed into it.")
+    ],
+    validation_fraction: Annotated[float, typer.Option(help="Share of the examples.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Decides which examples are validation.")] = 1234,
+) -> None:
+    """Tokenise instructions for runs with stage: sft, with a mask that says what is answer."""
+    from megagrow.data.sft_prepare import prepare_sft
+
+    prepare_sft(files, output, tokenizer, sequence_length, validation_fraction, seed)
 
 
 @app.command()

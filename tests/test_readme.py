@@ -56,7 +56,7 @@ def test_make_targets_of_the_readme_exist() -> None:
 def test_commands_of_the_readme_exist() -> None:
     known = typer.main.get_command(app).commands
     code = "".join(re.findall(r"```bash\n.*?```|`[^`\n]+`", README, flags=re.DOTALL))
-    used = set(re.findall(r"\bmegagrow ([a-z]+)", code))
+    used = set(re.findall(r"\bmegagrow ([a-z]+(?:-[a-z]+)*)", code))
     assert {"prepare", "train", "plan", "report", "doctor"} < used == known.keys()
 
 

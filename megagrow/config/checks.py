@@ -7,7 +7,7 @@ from megagrow.config.schema import ModelConfig, RunConfig, StageConfig
 
 def problems(run: RunConfig) -> list[str]:
     """All that is wrong with a run whatever the number of ranks, each in one text."""
-    found: list[str] = []
+    found = list(_instructions(run))
     for index, stage in enumerate(run.stages):
         at = f"stages.{index}"
         found += model_problems(stage.model, f"{at}.model")
@@ -47,6 +47,19 @@ def model_problems(model: ModelConfig, at: str) -> Iterator[str]:
         yield (
             f"{at}.num_attention_heads = {heads} is not a multiple of "
             f"num_key_value_heads = {kv_heads}"
+        )
+
+
+def _instructions(run: RunConfig) -> Iterator[str]:
+    if run.stage == "pretrain":
+        return
+    for key in ("reset_position_ids", "reset_attention_mask"):
+        if not getattr(run.data, key):
+            yield f"stage: sft packs examples that must not see each other: set data.{key}: true"
+    if len(run.stages) > 1:
+        yield (
+            "stage: sft tunes one model and grows none, but stages has "
+            f"{len(run.stages)}: grow first, then begin a run with init_from"
         )
 
 

@@ -20,7 +20,7 @@ class Batch:
     input_ids: torch.Tensor
     """[sequences, length]"""
     labels: torch.Tensor
-    """The next tokens, [sequences, length]; -100 where there is none."""
+    """The next tokens, [sequences, length]; -100 where there is none that counts."""
     position_ids: torch.Tensor
     """[sequences, length]; from 0 again at each boundary if `reset_position_ids` is on."""
     document_ids: torch.Tensor | None
@@ -59,12 +59,21 @@ class BatchReader:
     """Reads batches from a stream; sequence j of the global batch that starts at `position` is
     stream[position + j * length, position + (j + 1) * length).
 
+    With `mask`, the stream of `sft_masks.open_mask`, only labels count that are answer.
+
     Errors: InputError, when opened, if the corpus was prepared for a larger vocabulary than
     `vocab_size`, and when reading, if a token id is outside of [0, vocab_size).
     """
 
-    def __init__(self, stream: TokenStream, data_config: DataConfig, vocab_size: int) -> None:
+    def __init__(
+        self,
+        stream: TokenStream,
+        data_config: DataConfig,
+        vocab_size: int,
+        mask: TokenStream | None = None,
+    ) -> None:
         self._stream = stream
+        self._mask = mask
         self._length = data_config.sequence_length
         self._reset_positions = data_config.reset_position_ids
         self._reset_attention = data_config.reset_attention_mask
@@ -94,6 +103,9 @@ class BatchReader:
             self._refuse(position, int(np.argmax(wrong)), row.inputs, 0)
         if np.any(wrong_label):
             self._refuse(position, int(np.argmax(wrong_label)), row.labels, 1)
+        if self._mask is not None:
+            counted = self._mask.read(position, self._length).labels == 1
+            row.labels[~counted] = NO_LABEL
         return row
 
     def _refuse(self, position: int, index: int, ids: np.ndarray, ahead: int) -> None:

@@ -57,6 +57,8 @@ class Manifest(BaseModel):
     tokenizer_checksum: str
     vocab_size: int
     eos_id: int
+    sequence_length: int | None = None
+    """Of instructions: the length of the rows into which whole examples are packed."""
     splits: dict[str, Split]
     """By the name of the prefix: train, validation."""
     files: dict[str, FileRecord]

@@ -1,10 +1,12 @@
 """The numbers with which a run begins: initial weights, or those of a model that exists.
 
 `init_from` is a checkpoint, a run (its newest checkpoint), or a Hugging Face folder. Moments and
-Adam's step count come with the weights where there are any; tokens, schedule and data begin anew.
+Adam's step count come with the weights where there are any, but for instruction tuning, whose loss
+is another one; tokens, schedule and data begin anew.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from megagrow.checkpoint.opening import find_source, open_found
@@ -31,7 +33,8 @@ def open_beginning(run: RunConfig, say: Callable[[str], None]) -> Source | None:
         return None
     # One rank reads every byte; the others take its word.
     found = on_first(lambda: find_source(path, say))
-    return together(lambda: _opened(path, found, run.stages[0].model, say))
+    source = together(lambda: _opened(path, found, run.stages[0].model, say))
+    return replace(source, kinds=("fp32",), adam_step=0) if run.stage == "sft" else source
 
 
 def fill_beginning(

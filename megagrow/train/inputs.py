@@ -1,9 +1,12 @@
 """What a run reads: the training stream, the validation stream, and the checks before the start."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megagrow.config.schema import RunConfig
+from megagrow.config.schema import CorpusConfig, RunConfig
 from megagrow.data.batches import BatchReader, open_stream
+from megagrow.data.sft_masks import open_mask
+from megagrow.data.stream import TokenStream
 from megagrow.data.tokenizers import check_tokenizer
 from megagrow.errors import InputError
 
@@ -25,7 +28,8 @@ def open_inputs(run: RunConfig) -> Inputs:
     vocab_size = run.stages[0].model.vocab_size
     if data.tokenizer is not None:
         check_tokenizer(data.tokenizer, vocab_size)
-    train = BatchReader(open_stream(data.train, run.seed, length), data, vocab_size)
+    stream = open_stream(data.train, run.seed, length)
+    train = _reader(run, stream, data.train, shuffle=True)
     if not data.validation:
         return Inputs(train, None, 0, train)
     stream = open_stream(data.validation, run.seed, length, shuffle=False)
@@ -34,5 +38,14 @@ def open_inputs(run: RunConfig) -> Inputs:
         raise InputError(
             f"data.validation holds {stream.epoch_tokens} tokens, less than a sequence of {length}"
         )
-    validation = BatchReader(stream, data, vocab_size)
+    validation = _reader(run, stream, data.validation, shuffle=False)
     return Inputs(train, validation, sequences, validation)
+
+
+def _reader(
+    run: RunConfig, stream: TokenStream, corpora: Sequence[CorpusConfig], shuffle: bool
+) -> BatchReader:
+    """A reader of a stream that was opened so, with the stream of its masks if the run has one."""
+    length, vocab_size = run.data.sequence_length, run.stages[0].model.vocab_size
+    mask = open_mask(stream, corpora, run.seed, length, shuffle) if run.stage == "sft" else None
+    return BatchReader(stream, run.data, vocab_size, mask)

@@ -29,6 +29,8 @@ class Stage:
     topology: Topology
     engine: ZeroEngine
     layout: Layout
+    answers_only: bool = False
+    """The loss is the mean over the labels that count, not over all positions."""
 
     @property
     def ops(self) -> Ops:
@@ -65,7 +67,7 @@ def build_stage(run: RunConfig, index: int, device: torch.device) -> Stage:
     if tells_entries_apart(config.growth):
         fresh = stage_growth(run, index).fresh
         engine.mark_new(fresh_masks(fresh, layout, topology.rank, engine.storage()))
-    return Stage(index, config, topology, engine, layout)
+    return Stage(index, config, topology, engine, layout, answers_only=run.stage == "sft")
 
 
 def masks_now(run: RunConfig, stage: Stage, stage_step: int) -> Masks | None:

@@ -26,12 +26,14 @@ def train_step(
     Returns the loss (mean over the global batch's tokens, in nats) and the gradient norm before
     clipping. If the loss or a gradient is not finite on any rank then the norm is not, on all of
     them, and nothing was updated. A position without a next token (the last of a corpus) counts as
-    a loss of zero, so that every layout divides by the same number.
+    a loss of zero, so that every layout divides by the same number. Where only answers count the
+    mean is over the labels of the global batch that do: if none does, loss and gradient are 0.
     """
     total = torch.zeros((), device=stage.topology.device)
     norm = None
+    positions = _counted(stage, batches) if stage.answers_only else None
     for batch in batches:
-        loss = _summed_loss(stage, batch, masks) / batch.labels.numel()
+        loss = _summed_loss(stage, batch, masks) / (positions or batch.labels.numel())
         # 1 where the loss is finite, else NaN: then so is the gradient, and the norm tells all.
         stage.engine.backward(loss * (1 + 0 * loss.detach()))
         norm = stage.engine.step(lr)
@@ -45,8 +47,8 @@ def train_step(
 def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | None) -> float:
     """Mean loss per token over the first sequences of a stream, in nats; all ranks together.
 
-    Sequences are dealt out to the data-parallel ranks; the result does not depend on how many
-    there are.
+    Labels that are IGNORED do not count (if none does the loss is 0). Sequences are dealt out to
+    the data-parallel ranks; the result does not depend on how many there are.
     """
     micro, dp = stage.config.batch.micro_batch_size, stage.topology.dp
     sums = torch.zeros(2, dtype=torch.float64, device=stage.topology.device)
@@ -66,7 +68,7 @@ def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | 
             sums[1] += (batch.labels != IGNORED).sum()
     stage.engine.train()
     dist.all_reduce(sums, group=stage.topology.dp_group)
-    return (sums[0] / sums[1]).item()
+    return (sums[0] / sums[1].clamp(min=1)).item()
 
 
 def model_inputs(
@@ -76,6 +78,18 @@ def model_inputs(
     are packed before they leave the CPU."""
     documents = None if batch.document_ids is None else ops.pack(batch.document_ids).to(device)
     return batch.input_ids.to(device), batch.position_ids.to(device), documents
+
+
+def _counted(stage: Stage, batches: Sequence[Batch]) -> float:
+    """Labels of the global batch that count, per micro batch of all ranks; collective.
+
+    How many there are differs from one micro batch to the next. The engine takes the mean over
+    micro batches and ranks: with sums divided by this it is the mean over all counted labels.
+    """
+    count = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    total = torch.tensor(count, device=stage.topology.device)
+    dist.all_reduce(total, group=stage.topology.dp_group)
+    return max(total.item(), 1) / (len(batches) * stage.topology.dp)
 
 
 def _summed_loss(stage: Stage, batch: Batch, masks: Masks | None) -> torch.Tensor:
