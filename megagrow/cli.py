@@ -162,9 +162,9 @@ def report(
     output: Annotated[Path, typer.Option(help="Folder of the table and the plot.")],
 ) -> None:
     """Compare grown runs with runs from scratch: losses, FLOPs, measured speedup, plot."""
-    from megagrow.analysis.compare import compare_runs
+    from megagrow.analysis.compare import compare_runs, load_runs
 
-    compare_runs(runs, output, Console())
+    compare_runs(load_runs(runs), output, Console())
 
 
 @app.command()
