@@ -22,9 +22,9 @@ class Spike:
 def spikes(run: RunCurves) -> list[Spike]:
     """The spike of each growth that has training losses on both sides."""
     found = []
-    ends = [*(growth.tokens for growth in run.growths[1:]), run.tokens]
+    bounds = [*(growth.tokens for growth in run.growths), run.tokens]
     points = list(zip(run.train.tokens, run.train.loss, strict=True))
-    for growth, end in zip(run.growths, ends, strict=True):
+    for growth, end in zip(run.growths, bounds[1:], strict=True):
         before = [loss for at, loss in points if at <= growth.tokens]
         after = [(at, loss) for at, loss in points if growth.tokens < at <= end]
         if before and after:

@@ -99,4 +99,4 @@ def test_spike_is_measured_until_the_loss_is_back(make_run: Callable[..., Path])
     assert (never.peak, never.tokens_until_back) == (5.0, None)
     (none,) = spikes(grown_with((4.0, 3.0, 2.5), run))
     assert (none.peak, none.tokens_until_back) == (2.5, 10)
-    assert spikes(grown_with((4.0, 3.0), run)) == []
+    assert spikes(grown_with((4.0, 3.0), run)) == spikes(run) == []
