@@ -1,6 +1,6 @@
 """Writes docs/paper-results.md from megagrow/analysis/paper_results.json.
 
-    python tools/paper_results.py
+python tools/paper_results.py
 """
 
 import sys

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from megagrow.analysis.curves import RunCurves
 from megagrow.analysis.report_tables import Table, as_markdown
-from megagrow.analysis.seeds import Matchup
+from megagrow.analysis.seeds import Group, Matchup
 
 RESULTS = Path(__file__).with_name("paper_results.json")
 OPERATORS = "Operators at 1.1B"
 SPEEDUP = "speedup %"
+LOSS = "training loss"
 AVERAGE = "average of 7 %"
 HEAD = """# What the paper reports
 
@@ -85,37 +86,38 @@ def paper_markdown(paper: Paper) -> str:
 def beside_paper(matchups: Sequence[Matchup], paper: Paper) -> Table:
     """Our settings and the paper's row of the same operator, column by column.
 
-    Accuracies and perplexities are those of the last evaluation, the mean over seeds; a cell is
-    empty where a run did not measure what the paper did. The paper's runs are of another size.
+    Accuracies and perplexities are those of the last evaluation, the mean over seeds; a cell
+    is `-` where a run did not measure what the paper did. The paper's runs are of another size.
     """
     operators = next(table for table in paper.tables if table.title == OPERATORS)
     rows: list[list[str]] = []
     notes = [
         f"Paper: {operators.source}; {operators.setting}.",
         "Sizes, data and tokens differ: the rows say what the operator did there and here, and "
-        "are no reproduction of each other.",
+        "are no reproduction of each other. Our average is that of the tasks evaluated, `-`: not "
+        "measured.",
     ]
     for matchup in matchups:
         name = matchup.grown.operator
         printed = [row for row in operators.rows if row.operator == name and name is not None]
-        rows.append(_ours(matchup, operators.columns))
+        levels = matchup.levels["flops"]
+        speedup = f"{100 * levels[-1].mean:.1f}" if levels else "undefined"
+        rows.append(_ours(matchup.grown, operators.columns, speedup))
         rows += [_printed(f"paper: {row.name}", row) for row in printed]
         if not printed:
             notes.append(
                 f"{matchup.grown.name}: the paper has no row of its operator ({name or 'unknown'})."
             )
+    scratch = dict.fromkeys(matchup.scratch for matchup in matchups)
+    rows += [_ours(group, operators.columns, "0") for group in scratch]
     rows += [_printed("paper: scratch", row) for row in operators.rows if row.name == "scratch"]
     return Table("Beside the paper's operators", ("", "size", *operators.columns), rows, notes)
 
 
-def _ours(matchup: Matchup, columns: Sequence[str]) -> list[str]:
-    runs = matchup.grown.runs
-    levels = matchup.levels["flops"]
-    cells = [f"{100 * levels[-1].mean:.1f}" if levels else "undefined"]
-    by_name = {SPEEDUP: cells[0], "training loss": _mean([run.train.loss[-1] for run in runs])}
-    size = f"{runs[0].parameters[-1]:,}"
-    measured = [by_name.get(column) or _measured(runs, column) for column in columns]
-    return [matchup.grown.name, size, *measured]
+def _ours(group: Group, columns: Sequence[str], speedup: str) -> list[str]:
+    known = {SPEEDUP: speedup, LOSS: _mean([run.train.loss[-1] for run in group.runs])}
+    measured = [known.get(column) or _measured(group.runs, column) for column in columns]
+    return [group.name, f"{group.runs[0].parameters[-1]:,}", *measured]
 
 
 def _measured(runs: Sequence[RunCurves], column: str) -> str:
