@@ -108,7 +108,10 @@ def beside_paper(matchups: Sequence[Matchup], paper: Paper) -> Table:
             notes.append(
                 f"{matchup.grown.name}: the paper has no row of its operator ({name or 'unknown'})."
             )
-    scratch = dict.fromkeys(matchup.scratch for matchup in matchups)
+    scratch: list[Group] = []
+    for matchup in matchups:
+        if matchup.scratch not in scratch:
+            scratch.append(matchup.scratch)
     rows += [_ours(group, operators.columns, "0") for group in scratch]
     rows += [_printed("paper: scratch", row) for row in operators.rows if row.name == "scratch"]
     return Table("Beside the paper's operators", ("", "size", *operators.columns), rows, notes)

@@ -69,7 +69,7 @@ def test_run_stands_beside_the_row_of_its_operator(make_run: Callable[..., Path]
     runs = [
         grown_by("direct_depth", make_run("stacked", [(50, 800_000), (88, LARGE, 0.75e12)])),
         grown_by("solar", make_run("other", [(50, 800_000), (88, LARGE, 0.5e12)])),
-        make_run("scratch", [(100, LARGE)]),
+        grown_by("none", make_run("scratch", [(100, LARGE)])),
     ]
     matchups = match_groups(group_runs([load_run(run) for run in runs]))
     table = beside_paper(matchups, PAPER)
