@@ -94,8 +94,8 @@ def beside_paper(matchups: Sequence[Matchup], paper: Paper) -> Table:
     notes = [
         f"Paper: {operators.source}; {operators.setting}.",
         "Sizes, data and tokens differ: the rows say what the operator did there and here, and "
-        "are no reproduction of each other. Our average is that of the tasks evaluated, `-`: not "
-        "measured.",
+        "are no reproduction of each other. Our average is that of the tasks evaluated; what "
+        "was not measured is -.",
     ]
     for matchup in matchups:
         name = matchup.grown.operator

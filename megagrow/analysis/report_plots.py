@@ -91,13 +91,15 @@ def plot_spikes(runs: Sequence[RunCurves]) -> Figure:
 
 
 def plot_gauges(runs: Sequence[RunCurves]) -> Figure:
-    """Gradient norms, throughput and memory against tokens."""
-    figure, panels = _figure(3)
-    kinds = (
+    """Gradient norms, throughput, memory and, where known, utilisation against tokens."""
+    kinds = [
         ("grad_norm", "Gradient norm, before clipping", "norm", 1.0),
         ("tokens_per_second", "Throughput, all ranks", "tokens per second", 1.0),
         ("memory_bytes", "Peak memory, first rank", "GiB", GIB),
-    )
+    ]
+    if any(run.gauges.mfu.values for run in runs):
+        kinds.append(("mfu", "Utilisation (MFU)", "% of the devices' peak", 0.01))
+    figure, panels = _figure(len(kinds))
     for axes, (name, title, unit, scale) in zip(panels, kinds, strict=True):
         for index, run in enumerate(runs):
             _draw_gauge(axes, run, getattr(run.gauges, name), index, scale)
@@ -107,8 +109,8 @@ def plot_gauges(runs: Sequence[RunCurves]) -> Figure:
         _finish(axes)
     panels[0].set_yscale("log")
     panels[1].yaxis.set_major_formatter(EngFormatter(sep=""))
-    panels[1].set_ylim(bottom=0)
-    panels[2].set_ylim(bottom=0)
+    for axes in panels[1:]:
+        axes.set_ylim(bottom=0)
     return figure
 
 
