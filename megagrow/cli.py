@@ -193,12 +193,17 @@ def grow(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.", show_default=False)],
-    output: Annotated[Path, typer.Option(help="Folder of the table and the plot.")],
+    output: Annotated[Path, typer.Option(help="Folder of the page, the tables and the plots.")],
+    against: Annotated[
+        str | None, typer.Option(help="`paper`: the paper's results beside the runs.")
+    ] = None,
 ) -> None:
-    """Compare grown runs with runs from scratch: losses, FLOPs, measured speedup, plot."""
-    from megagrow.analysis.compare import compare_runs
+    """Compare grown runs with runs from scratch: losses, FLOPs, measured speedup, as one page."""
+    from megagrow.analysis.report import write_report
 
-    compare_runs(runs, output, Console())
+    if against not in (None, "paper"):
+        raise InputError(f"--against {against}: give `paper`, or leave it out")
+    write_report(runs, output, Console(), against_paper=against == "paper")
 
 
 @app.command()

@@ -126,8 +126,10 @@ def test_the_editable_install_brings_both_packages_and_no_kernels(tmp_path: Path
 
 def test_the_wheel_holds_every_module_table_and_config(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
-    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "megagrow").rglob("*.py")}
-    kernels = ROOT / "kernels"
+    product, kernels = ROOT / "megagrow", ROOT / "kernels"
+    modules = set[str]()
+    for pattern in ("*.py", "*.json", "*.html"):
+        modules |= {p.relative_to(ROOT).as_posix() for p in product.rglob(pattern)}
     for pattern in ("*.py", "tiles/*.json"):
         modules |= {p.relative_to(kernels).as_posix() for p in kernels.rglob(pattern)}
     share = "megagrow-0.1.0.data/data/share/megagrow"

@@ -5,14 +5,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megagrow.analysis.along import LossKind, loss_kind
 from megagrow.analysis.curves import RunCurves, load_run
 from megagrow.analysis.plots import plot_runs
+from megagrow.analysis.seeds import group_runs, match_groups
 from megagrow.analysis.speedup import Speedup, measure_speedup
 from megagrow.errors import InputError
 
@@ -25,26 +27,31 @@ class Comparison:
 
     grown: RunCurves
     scratch: RunCurves
-    kind: Literal["validation", "training"]
-    """The loss they are compared by: on fixed data where both have it, else while training."""
+    kind: LossKind
     speedup: Speedup | None
     """None where the curves do not tell (`measure_speedup`)."""
 
 
-def compare_runs(runs: Sequence[Path], output: Path, console: Console) -> list[Comparison]:
-    """Compares every run that grew with the one from scratch that ends in the same model.
+def load_runs(directories: Sequence[Path]) -> list[RunCurves]:
+    """The finished runs in these directories, those of one name told apart by their directory.
 
-    `runs` are directories of finished runs, in any order; all of them are tabled and plotted. A run
-    without a growth is one from scratch. Prints table and closing lines, and writes
-    comparison.json, comparison.md and loss_vs_flops.png into `output`. Raises InputError where a
-    run is missing or unfinished, none grew, or one has no counterpart.
+    Raises InputError where one is missing or unfinished.
     """
-    curves = _distinct(runs, [load_run(directory) for directory in runs])
+    return _distinct(directories, [load_run(directory) for directory in directories])
+
+
+def compare_runs(curves: Sequence[RunCurves], output: Path, console: Console) -> list[Comparison]:
+    """Compares every run that grew with one from scratch that ends in the same model.
+
+    The runs stand in any order; all of them are tabled and plotted. A run without a growth is one
+    from scratch. Prints table and closing lines, and writes comparison.json, comparison.md and
+    loss_vs_flops.png into `output`. Raises InputError where none grew, or one has no counterpart.
+    """
     comparisons = [_against(run, curves) for run in curves if run.growths]
     if not comparisons:
         raise InputError("none of the runs grew: give at least one run with a growth")
     output.mkdir(parents=True, exist_ok=True)
-    closing = closing_lines(comparisons)
+    closing = closing_lines(curves, comparisons)
     plot_runs(curves, output / PLOT, comparisons[0].speedup)
     (output / "comparison.md").write_text(_markdown(curves, closing), encoding="utf-8")
     (output / "comparison.json").write_text(_json(curves, comparisons), encoding="utf-8")
@@ -57,23 +64,26 @@ def compare_runs(runs: Sequence[Path], output: Path, console: Console) -> list[C
 
 def compare_pair(grown: RunCurves, scratch: RunCurves) -> Comparison:
     """Compares two runs by validation loss, or by the smoothed training loss if one has none."""
-    if min(len(grown.validation.loss), len(scratch.validation.loss)) > 1:
-        speedup = measure_speedup(scratch.validation.curve(), grown.validation.curve())
-        return Comparison(grown, scratch, "validation", speedup)
-    speedup = measure_speedup(scratch.train.curve(), grown.train.curve())
-    return Comparison(grown, scratch, "training", speedup)
+    kind = loss_kind([grown, scratch])
+    series = [run.validation if kind == "validation" else run.train for run in (scratch, grown)]
+    return Comparison(grown, scratch, kind, measure_speedup(*(one.curve() for one in series)))
 
 
-def closing_lines(comparisons: Sequence[Comparison]) -> list[str]:
-    """What was found, in words."""
+def closing_lines(curves: Sequence[RunCurves], comparisons: Sequence[Comparison]) -> list[str]:
+    """What the comparisons of these runs have found, in words."""
     lines = [line for comparison in comparisons for line in _findings(comparison)]
-    return [*lines, "Each run was done once, with one seed: there is no error bar."]
+    if all(matchup.single for matchup in match_groups(group_runs(curves))):
+        lines.append("Each run was done once, with one seed: there is no error bar.")
+    return lines
 
 
 def _findings(comparison: Comparison) -> list[str]:
     grown, scratch, found = comparison.grown, comparison.scratch, comparison.speedup
     if found is None:
-        return [f"{grown.name}, {scratch.name}: too few {comparison.kind} losses for a speedup."]
+        return [
+            f"{grown.name}, {scratch.name}: they share no {comparison.kind} loss that both pass, "
+            "so there is no speedup to tell."
+        ]
     verdict = "faster" if found.speedup > 0 else "not faster"
     saved = f"{abs(found.saved):.1%} {'fewer' if found.saved >= 0 else 'more'} FLOPs"
     return [
@@ -87,12 +97,13 @@ def _findings(comparison: Comparison) -> list[str]:
 
 
 def _against(grown: RunCurves, runs: Sequence[RunCurves]) -> Comparison:
-    for run in runs:
-        if not run.growths and run.parameters[-1] == grown.parameters[-1]:
-            return compare_pair(grown, run)
+    size = grown.parameters[-1]
+    fitting = [run for run in runs if not run.growths and run.parameters[-1] == size]
+    if fitting:
+        return compare_pair(grown, min(fitting, key=lambda run: run.seed != grown.seed))
     raise InputError(
-        f"{grown.name}: no run from scratch of the same {grown.parameters[-1]:,} parameters is "
-        "among the runs; give one to compare it with"
+        f"{grown.name}: no run from scratch of the same {size:,} parameters is among the runs; "
+        "give one to compare it with"
     )
 
 

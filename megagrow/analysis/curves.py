@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from megagrow.analysis.accounts import Account, Setting, charged, read_setting
+from megagrow.analysis.gauges import Gauges, Score, read_gauges, read_scores
 from megagrow.analysis.speedup import LossCurve
 from megagrow.errors import InputError
 from megagrow.train.metrics import METRICS_FILE, read_metrics
@@ -20,6 +22,10 @@ class Series:
 
     tokens: tuple[int, ...]
     flops: tuple[float, ...]
+    """By the paper's 6 N per token; what the base cost is in it."""
+    flops_true: tuple[float, ...]
+    """As they are really done, attention included; what the base cost is in it."""
+    seconds: tuple[float, ...]
     loss: tuple[float, ...]
 
     def curve(self) -> LossCurve:
@@ -35,6 +41,10 @@ class Growth:
     """The stage that it led to, counted from 0."""
     tokens: int
     flops: float
+    flops_true: float
+    seconds: float
+    operator: str | None
+    """The growth's, its parts joined by +; None where the record does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +58,34 @@ class RunCurves:
     tokens: int
     flops: float
     """Of all stages, by the paper's account: what the base cost is in it."""
+    flops_true: float
+    """As `flops`, by what is really computed."""
     seconds: float
     """Steps, growths and checkpoints."""
     train: Series
     """Smoothed, see `smooth`."""
     validation: Series
     growths: tuple[Growth, ...]
+    gauges: Gauges
+    scores: tuple[Score, ...]
+    """What evaluations during the run have found; often none."""
+    setting: Setting | None
+    """None where the run's directory has no config.yaml."""
+
+    def spent(self, tokens: Sequence[int]) -> tuple[float, ...] | None:
+        """FLOPs by the paper's charge (`accounts`) at points of the run; None where unknown."""
+        if self.setting is None:
+            return None
+        starts = (0, *(growth.tokens for growth in self.growths))
+        return tuple(charged(at, starts, self.setting.charges) for at in tokens)
+
+    def curve(self, series: Series, account: Account) -> LossCurve | None:
+        """One of the run's series against FLOPs by an account; None where that is unknown."""
+        if account == "flops_charged":
+            spent = self.spent(series.tokens)
+        else:
+            spent = series.flops if account == "flops" else series.flops_true
+        return None if spent is None else LossCurve(spent, series.loss)
 
 
 def load_run(directory: Path) -> RunCurves:
@@ -80,13 +112,24 @@ def _curves(directory: Path, path: Path, records: list[Record]) -> RunCurves:
         parameters=tuple(start["parameters"]),
         tokens=end["tokens"],
         flops=end["flops"],
+        flops_true=end["flops_true"],
         seconds=end["elapsed_seconds"],
         train=smooth(_trained(records), end["tokens"]),
         validation=_series(_kind(records, "validation")),
         growths=tuple(
-            Growth(record["stage"], record["tokens"], record["flops"])
+            Growth(
+                record["stage"],
+                record["tokens"],
+                record["flops"],
+                record["flops_true"],
+                record["elapsed_seconds"],
+                record.get("operator"),
+            )
             for record in _kind(records, "growth")
         ),
+        gauges=read_gauges(_trained(records)),
+        scores=read_scores(_kind(records, "evaluation")),
+        setting=read_setting(directory),
     )
 
 
@@ -112,6 +155,8 @@ def _series(records: Sequence[Record], losses: Sequence[float] | None = None) ->
     return Series(
         tokens=tuple(record["tokens"] for record in records),
         flops=tuple(float(record["flops"]) for record in records),
+        flops_true=tuple(float(record["flops_true"]) for record in records),
+        seconds=tuple(float(record["elapsed_seconds"]) for record in records),
         loss=tuple(losses if losses is not None else (float(r["loss"]) for r in records)),
     )
 

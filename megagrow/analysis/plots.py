@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 
-from megagrow.analysis.curves import SMOOTHING, RunCurves, Series
+from megagrow.analysis.curves import SMOOTHING, Growth, RunCurves, Series
 from megagrow.analysis.speedup import Speedup
 
 
@@ -41,10 +41,23 @@ GREY = "#555555"
 
 
 @dataclass(frozen=True, slots=True)
-class _Panel:
+class Panel:
+    """Axes, and what their x axis is: `tokens`, `seconds`, or FLOPs by an account (`accounts`)."""
+
     axes: Axes
     x: str
-    """The column of a series that is the x axis: `flops` or `tokens`."""
+
+    def across(self, run: RunCurves, series: Series) -> Sequence[float]:
+        """Where the points of one of the run's series stand. The account must be known of it."""
+        if self.x == "flops_charged":
+            return run.spent(series.tokens) or ()
+        return getattr(series, self.x)
+
+    def at(self, run: RunCurves, growth: Growth) -> float:
+        """Where one of the run's growths stands."""
+        if self.x == "flops_charged":
+            return (run.spent((growth.tokens,)) or (0.0,))[0]
+        return getattr(growth, self.x)
 
 
 def plot_runs(
@@ -57,14 +70,10 @@ def plot_runs(
     """
     figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for panel in (_Panel(left, "flops"), _Panel(right, "tokens")):
-        for index, run in enumerate(runs):
-            _draw_run(panel, run, LOOKS[index % len(LOOKS)])
-        _dress(panel.axes, log_x)
+    for panel in (Panel(left, "flops"), Panel(right, "tokens")):
+        draw_panel(panel, runs, log_x)
     left.set(xlabel="training FLOPs (6 N per token, base included)", ylabel="loss (nats per token)")
     right.set_xlabel("tokens")
-    right.xaxis.set_major_formatter(_token_format())
-    left.set_ylim(*_loss_range(runs))
     if speedup is not None:
         _draw_speedup(left, speedup)
     left.legend(frameon=False, loc="upper right")
@@ -78,37 +87,62 @@ def _validated(run: RunCurves) -> bool:
     return len(run.validation.loss) > 1
 
 
-def _draw_run(panel: _Panel, run: RunCurves, look: Look) -> None:
+def draw_panel(panel: Panel, runs: Sequence[RunCurves], log_x: bool = False) -> None:
+    """Draws the losses of all runs and marks their growths."""
+    for index, run in enumerate(runs):
+        _draw_run(panel, run, look(index))
+    dress(panel.axes, log_x)
+    panel.axes.set_ylim(*_loss_range(runs))
+    if panel.x == "tokens":
+        panel.axes.xaxis.set_major_formatter(token_format())
+
+
+def look(index: int) -> Look:
+    """How the run at this place in the report is drawn; the looks repeat after the seventh."""
+    return LOOKS[index % len(LOOKS)]
+
+
+def shown(name: str) -> str:
+    """A run's name as a label: no formula, and never one of those that legends leave out."""
+    plain = name.replace("$", r"\$")
+    return f" {plain}" if plain.startswith("_") else plain
+
+
+def _draw_run(panel: Panel, run: RunCurves, look: Look) -> None:
     validated = _validated(run)
-    thin = {"linewidth": 0.9, "alpha": 0.55} if validated else {"linewidth": 1.8, "label": run.name}
+    thin = (
+        {"linewidth": 0.9, "alpha": 0.55}
+        if validated
+        else {"linewidth": 1.8, "label": shown(run.name)}
+    )
     draw = panel.axes.plot
-    draw(getattr(run.train, panel.x), run.train.loss, color=look.colour, ls=look.line, **thin)
+    draw(panel.across(run, run.train), run.train.loss, color=look.colour, ls=look.line, **thin)
     if validated:
         draw(
-            getattr(run.validation, panel.x),
+            panel.across(run, run.validation),
             run.validation.loss,
             color=look.colour,
             ls=look.line,
             lw=1.9,
             marker=look.marker,
             ms=4.5,
-            markevery=_markers(len(run.validation.loss)),
-            label=run.name,
+            markevery=markers(len(run.validation.loss)),
+            label=shown(run.name),
         )
     _draw_growths(panel, run, look)
 
 
-def _markers(points: int) -> slice:
+def markers(points: int) -> slice:
     """Which of so many points get a marker: evenly, the last one always."""
     step = -(-points // MOST_MARKERS)
     return slice((points - 1) % step, None, step)
 
 
-def _draw_growths(panel: _Panel, run: RunCurves, look: Look) -> None:
-    shown = run.validation if _validated(run) else run.train
+def _draw_growths(panel: Panel, run: RunCurves, look: Look) -> None:
+    series = run.validation if _validated(run) else run.train
     for growth in run.growths:
-        at = getattr(growth, panel.x)
-        before = _loss_before(shown, growth.tokens)
+        at = panel.at(run, growth)
+        before = _loss_before(series, growth.tokens)
         panel.axes.axvline(at, color=look.colour, ls=":", lw=1.0)
         panel.axes.plot(at, before, "o", ms=9, mfc="none", mec=look.colour, mew=1.5)
         old, new = (_millions(run.parameters[growth.stage + shift]) for shift in (-1, 0))
@@ -144,7 +178,8 @@ def _draw_speedup(axes: Axes, speedup: Speedup) -> None:
     )
 
 
-def _dress(axes: Axes, log_x: bool) -> None:
+def dress(axes: Axes, log_x: bool = False) -> None:
+    """Grid, spines and the x axis, as every plot of a report has them."""
     if log_x:
         axes.set_xscale("log")
         axes.set_xlim(left=axes.dataLim.x1 / 100)
@@ -156,7 +191,7 @@ def _dress(axes: Axes, log_x: bool) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _token_format() -> EngFormatter:
+def token_format() -> EngFormatter:
     """10k, 10M, 10B, 10T."""
     words = EngFormatter(sep="")
     words.ENG_PREFIXES = {0: "", 3: "k", 6: "M", 9: "B", 12: "T"}

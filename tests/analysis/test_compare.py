@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megagrow.analysis.compare import compare_runs
+from megagrow.analysis.compare import compare_runs, load_runs
 from megagrow.errors import InputError
 
 SMALL, LARGE = 800_000, 3_200_000
@@ -17,7 +17,7 @@ WORSE = [(100, SMALL), (175, LARGE, 0.0, 1.6)]
 
 def compare(runs: list[Path], output: Path) -> tuple[str, dict]:
     console = Console(record=True, width=120, file=StringIO())
-    compare_runs(runs, output, console)
+    compare_runs(load_runs(runs), output, console)
     return console.export_text(), json.loads((output / "comparison.json").read_text())
 
 
@@ -90,4 +90,13 @@ def test_runs_without_a_counterpart_are_refused(
 ) -> None:
     runs = [make_run(f"grown{index}", one) for index, one in enumerate(stages)]
     with pytest.raises(InputError, match=told):
-        compare_runs(runs, tmp_path / "out", Console(quiet=True))
+        compare_runs(load_runs(runs), tmp_path / "out", Console(quiet=True))
+
+
+def test_runs_that_share_no_loss_are_told_so(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """The one from scratch ends above where the grown one begins."""
+    runs = [make_run("scratch", [(200, LARGE, 0.0, 90.0)]), make_run("grown", GROWN)]
+    text, whole = compare(runs, tmp_path / "out")
+    assert whole["comparisons"][0]["speedup"] is None
+    assert "they share no validation loss that both pass, so there is no speedup" in text
+    assert (tmp_path / "out/loss_vs_flops.png").exists()

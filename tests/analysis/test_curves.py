@@ -11,7 +11,8 @@ TOKENS = 1000
 
 
 def record(tokens: int, loss: float, stage: int = 0) -> dict[str, float]:
-    return {"tokens": tokens, "flops": 6.0 * tokens, "loss": loss, "stage": stage}
+    spent = {"flops": 6.0 * tokens, "flops_true": 7.0 * tokens, "elapsed_seconds": 0.5 * tokens}
+    return {"tokens": tokens, **spent, "loss": loss, "stage": stage}
 
 
 def test_run_is_read_as_it_was_written(make_run: Callable[..., Path]) -> None:
@@ -33,6 +34,8 @@ def test_smoothing_is_the_mean_over_the_last_share_of_tokens() -> None:
     series = smooth(records, run_tokens=40, share=0.5)
     assert series.loss == pytest.approx((4.0, 3.0, 4.0, 3.5))
     assert series.tokens == (10, 20, 30, 40)
+    assert series.flops_true == (70.0, 140.0, 210.0, 280.0)
+    assert series.seconds == (5.0, 10.0, 15.0, 20.0)
 
 
 def test_smoothing_never_reaches_back_over_a_growth() -> None:

@@ -1,0 +1,167 @@
+"""The plots of a report's page, beside that of `plots`: each a figure with titles and units.
+
+Colours, lines and markers are those of `plots.LOOKS`, by the run's place in the report.
+"""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, PercentFormatter
+
+from megagrow.analysis.accounts import ACCOUNTS
+from megagrow.analysis.curves import RunCurves
+from megagrow.analysis.gauges import Gauge
+from megagrow.analysis.plots import (
+    Panel,
+    draw_panel,
+    look,
+    markers,
+    shown,
+    token_format,
+)
+from megagrow.analysis.seeds import Matchup
+
+WIDTH, HEIGHT, DPI = 11.0, 4.4, 150
+GIB = 2.0**30
+
+
+def plot_costs(runs: Sequence[RunCurves]) -> Figure:
+    """Loss against seconds, true FLOPs and, where all runs tell, FLOPs by the paper's charge."""
+    accounts = [account for account in ACCOUNTS if account != "flops"]
+    if not all(run.setting for run in runs):
+        accounts.remove("flops_charged")
+    figure, panels = _figure(len(accounts) + 1, sharey=True)
+    for axes, account in zip(panels, accounts, strict=False):
+        draw_panel(Panel(axes, account), runs)
+        axes.set_title(f"FLOPs: {ACCOUNTS[account]}", fontsize=8.5)
+        axes.set_xlabel("FLOPs")
+    draw_panel(Panel(panels[-1], "seconds"), runs)
+    panels[-1].set_title("Seconds: steps, growths, checkpoints", fontsize=8.5)
+    panels[-1].set_xlabel("seconds")
+    panels[0].set_ylabel("loss (nats per token)")
+    panels[-1].legend(frameon=False, loc="upper right")
+    return figure
+
+
+def plot_speedups(matchups: Sequence[Matchup], places: Sequence[int]) -> Figure:
+    """sp, and the share of FLOPs saved, at every shared loss; `places` are the grown runs' own."""
+    figure, (left, right) = _figure(2)
+    for matchup, place in zip(matchups, places, strict=True):
+        levels = matchup.levels["flops"]
+        if not levels:
+            continue
+        losses, name = [level.loss for level in levels], matchup.grown.name
+        _line(left, losses, [level.mean for level in levels], place, name)
+        _line(right, losses, [level.saved for level in levels], place, name)
+        if not matchup.single:
+            least, most = ([pick(one.speedups) for one in levels] for pick in (min, max))
+            left.fill_between(losses, least, most, color=look(place).colour, alpha=0.2, lw=0)
+    for axes, title in ((left, "Speedup sp at equal loss"), (right, "FLOPs saved at equal loss")):
+        axes.axhline(0.0, color="black", lw=0.8)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("loss (nats per token); training goes to the right")
+        _finish(axes)
+        axes.invert_xaxis()
+    left.set_ylabel("sp = FLOPs scratch / FLOPs grown - 1")
+    right.set_ylabel("1 - 1 / (1 + sp)")
+    return figure
+
+
+def plot_spikes(runs: Sequence[RunCurves]) -> Figure:
+    """The training loss around each growth, against the tokens since."""
+    figure, (axes,) = _figure(1)
+    for index, run in enumerate(runs):
+        for growth in run.growths:
+            near = 0.25 * run.tokens
+            points = [
+                (tokens - growth.tokens, loss)
+                for tokens, loss in zip(run.train.tokens, run.train.loss, strict=True)
+                if -0.4 * near <= tokens - growth.tokens <= near
+            ]
+            label = f"{run.name}, growth into stage {growth.stage}"
+            _line(axes, [at for at, _ in points], [loss for _, loss in points], index, label)
+    axes.axvline(0.0, color="black", ls=":", lw=1.0)
+    axes.xaxis.set_major_formatter(token_format())
+    axes.set(xlabel="tokens since the growth", ylabel="training loss (nats per token)")
+    axes.set_title("The training loss around each growth, smoothed within each stage", fontsize=10)
+    _finish(axes)
+    return figure
+
+
+def plot_gauges(runs: Sequence[RunCurves]) -> Figure:
+    """Gradient norms, throughput, memory and, where known, utilisation against tokens."""
+    kinds = [
+        ("grad_norm", "Gradient norm, before clipping", "norm", 1.0),
+        ("tokens_per_second", "Throughput, all ranks", "tokens per second", 1.0),
+        ("memory_bytes", "Peak memory, first rank", "GiB", GIB),
+    ]
+    if any(run.gauges.mfu.values for run in runs):
+        kinds.append(("mfu", "Utilisation (MFU)", "% of the devices' peak", 0.01))
+    figure, panels = _figure(len(kinds))
+    for axes, (name, title, unit, scale) in zip(panels, kinds, strict=True):
+        for index, run in enumerate(runs):
+            _draw_gauge(axes, run, getattr(run.gauges, name), index, scale)
+        axes.set_title(title, fontsize=10)
+        axes.set(xlabel="tokens", ylabel=unit)
+        axes.xaxis.set_major_formatter(token_format())
+        _finish(axes)
+    panels[0].set_yscale("log")
+    panels[1].yaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes in panels[1:]:
+        axes.set_ylim(bottom=0)
+    return figure
+
+
+def plot_scores(runs: Sequence[RunCurves]) -> Figure:
+    """The average accuracy of evaluations against tokens and FLOPs, where any was told."""
+    figure, panels = _figure(2, sharey=True)
+    for axes, x in zip(panels, ("tokens", "flops"), strict=True):
+        for index, run in enumerate(runs):
+            told = [(getattr(score, x), score.average) for score in run.scores]
+            known = [(at, average) for at, average in told if average is not None]
+            _line(axes, [at for at, _ in known], [y for _, y in known], index, run.name)
+            for growth in run.growths:
+                axes.axvline(getattr(growth, x), color=look(index).colour, ls=":", lw=1.0)
+        axes.set_title(f"Average accuracy against {x.replace('flops', 'FLOPs')}", fontsize=10)
+        axes.set_xlabel("tokens" if x == "tokens" else f"FLOPs, {ACCOUNTS['flops']}")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        _finish(axes)
+    panels[0].xaxis.set_major_formatter(token_format())
+    panels[0].set_ylabel("average accuracy of the tasks")
+    return figure
+
+
+def _draw_gauge(axes: Axes, run: RunCurves, gauge: Gauge, index: int, scale: float) -> None:
+    _line(axes, gauge.tokens, [value / scale for value in gauge.values], index, run.name)
+    for growth in run.growths:
+        axes.axvline(growth.tokens, color=look(index).colour, ls=":", lw=1.0)
+
+
+def _line(axes: Axes, x: Sequence[float], y: Sequence[float], index: int, label: str) -> None:
+    drawn = look(index)
+    axes.plot(
+        x,
+        y,
+        color=drawn.colour,
+        ls=drawn.line,
+        lw=1.4,
+        marker=drawn.marker,
+        ms=4.5,
+        markevery=markers(len(x)) if x else None,
+        label=shown(label),
+    )
+
+
+def _figure(panels: int, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
+    return figure, list(figure.subplots(1, panels, sharey=sharey, squeeze=False)[0])
+
+
+def _finish(axes: Axes) -> None:
+    axes.grid(color="#DDDDDD", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)

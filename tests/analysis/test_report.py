@@ -1,0 +1,121 @@
+"""The report of a few runs: what its page, its Markdown and its files hold."""
+
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from megagrow.analysis.report import write_report
+from megagrow.errors import InputError
+from tests.analysis.images import colours
+from tests.analysis.test_gauges import append
+
+LARGE = 3_200_000
+SCRATCH = [(100, LARGE)]
+GROWN = [(50, 800_000), (88, LARGE, 0.75e12)]
+EVIL = '<script src="http://evil.example/x.js"></script>|$a^^_b$'
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text of the page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def report(runs: list[Path], output: Path) -> Page:
+    write_report(runs, output, Console(file=StringIO(), width=200))
+    return Page((output / "report.html").read_text(encoding="utf-8"))
+
+
+def renamed(run: Path, name: str, seed: int = 1) -> Path:
+    path = run / "metrics.jsonl"
+    text = path.read_text().replace(f'"name": "{run.name}"', f'"name": {name}', 1)
+    path.write_text(text.replace('"seed": 1,', f'"seed": {seed},', 1))
+    return run
+
+
+def test_page_stands_alone_and_escapes_names(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    evil = '"' + EVIL.replace('"', '\\"') + '"'
+    runs = [renamed(make_run("grown", GROWN), evil), make_run("scratch", SCRATCH)]
+    page = report(runs, tmp_path / "out")
+    assert EVIL in page.text
+    assert "script" not in {tag for tag, _ in page.tags}
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "srcset", "action", "data"):
+            value = attributes.get(name) or "#"
+            assert value.startswith(("#", "data:image/png;base64,")), (tag, value)
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 5
+    assert all(len(image["alt"] or "") > 30 for image in images)
+    style = (tmp_path / "out/report.html").read_text().split("</style>")[0]
+    assert "url(" not in style and "@import" not in style
+    markdown = (tmp_path / "out/report.md").read_text()
+    assert "<script" not in markdown and "&lt;script" in markdown
+    assert "&lt;/script>\\|$a^^_b$ |" in markdown
+
+
+def test_summary_is_first_and_holds_the_numbers(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Both end at 1.92e12 FLOPs; grown is 0.75e12 ahead, so it was there at 1.17e12."""
+    runs = [make_run("grown", GROWN), make_run("scratch", SCRATCH)]
+    for run in runs:
+        append(run, kind="evaluation", results={"sciq": {"acc": 0.75}}, average=0.75)
+    page = report(runs, tmp_path / "out")
+    order = [tag for tag, _ in page.tags if tag in ("table", "img")]
+    assert order[0] == "table" and order.index("img") > order.count("table") - 1
+    markdown = (tmp_path / "out/report.md").read_text()
+    rows = {line.split(" | ")[0]: line for line in markdown.splitlines()}
+    assert "800,000 -> 3,200,000 | 138,000 | 1.930e+12 | 1.930e+12" in markdown
+    assert "| grown | scratch | 6 N per token, base in full |" in markdown
+    found = re.search(r"base in full \| [\d.]+ \| \+([\d.]+)% \| one seed, no error bar", markdown)
+    assert found and float(found[1]) / 100 == pytest.approx(1.92 / 1.17 - 1, abs=4e-3)
+    assert "without config.yaml beside the records, no paper's charge" in markdown
+    assert rows["| sciq"] == "| sciq | acc | 0.7500 | 0.7500 |"
+    for name in ("loss_vs_flops", "speedup", "loss_by_cost", "spikes", "gauges", "accuracy"):
+        seen = colours(tmp_path / f"out/{name}.png")
+        assert "#D55E00" in seen, name
+
+
+def test_seeds_get_an_error_bar(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    slower = [(50, 800_000), (88, LARGE, 0.6e12)]
+    runs = [
+        make_run("grown", GROWN),
+        renamed(make_run("again", slower), '"again"', seed=2),
+        make_run("scratch", SCRATCH),
+    ]
+    page = report(runs, tmp_path / "out")
+    assert "grown (2 seeds)" in page.text
+    assert re.search(r"\+4\d\.\d% to \+6\d\.\d%, s\.d\. \d+\.\d%, 2 pairs", page.text)
+    assert "no error bar" not in page.text
+
+
+def test_runs_that_share_no_loss_still_get_their_page(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    runs = [make_run("grown", GROWN), make_run("scratch", [(100, LARGE, 0.0, 90.0)])]
+    page = report(runs, tmp_path / "out")
+    assert "they share no validation loss that both pass, so there is no speedup" in page.text
+    assert "undefined" in page.text
+    assert not (tmp_path / "out/speedup.png").exists()
+    assert (tmp_path / "out/gauges.png").exists()
+
+
+def test_folder_without_records_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty/metrics\.jsonl: no such file; give the directory"):
+        report([tmp_path / "empty"], tmp_path / "out")
