@@ -138,7 +138,9 @@ def _write(output: Path, name: str, found: dict[str, Any]) -> Path:
     path = output / f"{name}.json"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_finite(found), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps(_finite(found), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
     except OSError as error:
         raise unwritable(path, error) from error
     return path.with_suffix(".png")

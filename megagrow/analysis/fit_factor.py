@@ -2,7 +2,7 @@
 
 The best g of each size and budget is the vertex of a parabola in log10 g (`fit_parabola`). The
 paper found no law in them worth using and recommends one g for all (section 4.2): so does this, by
-the mean of log10 g, each vertex weighted by its inverse variance.
+the weighted mean of log10 g, with an interval of Student's t.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megagrow.analysis.fit_data import Data, IsoPoint
-from megagrow.analysis.fit_least_squares import Constant, fit_linear
-from megagrow.analysis.fit_parabola import Parabola, accepted, fit_parabolas, logs_and_weights
+from megagrow.analysis.fit_least_squares import Constant
+from megagrow.analysis.fit_parabola import Parabola, accepted, fit_best, fit_parabolas
 from megagrow.errors import InputError
 
 PAPER_BEST = (2.0, 4.0)
@@ -46,8 +46,7 @@ def fit_factor(data: Data[IsoPoint], parabolas: Sequence[Parabola]) -> FactorFit
             if parabolas
             else f"{data.source}: no growth factor above 1; give at least 3"
         )
-    logs, weights = logs_and_weights(used)
-    mean = fit_linear(np.ones((len(used), 1)), logs, weights / weights.mean()).constant(0)
+    mean = fit_best(used, np.ones((len(used), 1))).constant(0)
     low, high = (None if end is None else 10**end for end in (mean.low, mean.high))
     tried = sorted({point.choice for point in data.points})
     nearest = min(tried, key=lambda g: abs(np.log10(g) - mean.value))

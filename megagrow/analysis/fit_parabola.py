@@ -4,11 +4,16 @@ For each size N and budget C (IsoFLOP), loss = p0 + p1 x + p2 x^2 with x = log10
 (tokens of the base, growth factors), by least squares; the best x is -p1 / (2 p2) (Du et al. 2024,
 section 4.2). Its standard error is that of the delta method, with one variance of the losses for
 all parabolas together: each alone has too few points to tell its own.
+
+What the best choices follow is fitted by least squares, each weighted by the inverse variance that
+it would have if it were where the fit says, and all parabolas bent alike. By its own bend and place
+a vertex would weigh the more the more its noise has bent it, and moved it to the middle of what was
+tried: the fit would be drawn there.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,6 +22,8 @@ from megagrow.analysis.fit_least_squares import LinearFit, Numbers, fit_linear
 
 FLAT = 1e-12
 """A parabola that rises by less than this share of the loss over what was tried is a line."""
+ROUNDS = 4
+"""Of weighting: the weights change little by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +39,15 @@ class Parabola:
     """p0, p1, p2; None where there were too few points."""
     best: float | None
     """The choice at the vertex; None where `refused`."""
-    unit_error: float | None
-    """Standard error of log10 of the best, if the losses had errors of variance 1."""
     standard_error: float | None
     """Of log10 of the best; None where refused, or where no parabola has a point to spare."""
     refused: str | None
     """Why there is no best."""
+    centre: float
+    """Mean x of the points."""
+    spread: tuple[float, float, float] | None
+    """Variance of the slope at the centre, its covariance with p2, variance of p2, if the losses
+    had errors of variance 1; None with the coefficients."""
 
     def loss_at(self, choice: Numbers) -> Numbers:
         """The parabola at choices (n,), where it was fitted."""
@@ -65,11 +75,26 @@ def accepted(parabolas: Sequence[Parabola]) -> list[Parabola]:
     return [one for one in parabolas if one.refused is None]
 
 
-def logs_and_weights(parabolas: Sequence[Parabola]) -> tuple[Numbers, Numbers]:
-    """log10 of the best choices (n,), and their weights (n,) in a further fit."""
-    best = np.array([one.best for one in parabolas], dtype=np.float64)
-    errors = np.array([one.unit_error for one in parabolas], dtype=np.float64)
-    return np.log10(best), errors**-2.0
+def fit_best(parabolas: Sequence[Parabola], design: Numbers) -> LinearFit:
+    """log10 of the best choices of n accepted parabolas = `design` (n, k) @ beta.
+
+    Weights are relative to their mean. Raises ValueError where beta is not identifiable.
+    """
+    logs = np.log10(np.array([one.best for one in parabolas], dtype=np.float64))
+    fit = fit_linear(design, logs)
+    for _ in range(ROUNDS):
+        expected = design @ fit.values
+        weights = np.array([_weight(*pair) for pair in zip(parabolas, expected, strict=True)])
+        fit = fit_linear(design, logs, weights / weights.mean())
+    return fit
+
+
+def _weight(parabola: Parabola, x: float) -> float:
+    """The inverse variance of a vertex at `x`, up to a factor that is common to all."""
+    assert parabola.spread is not None
+    shift = x - parabola.centre
+    slope, both, bend = parabola.spread
+    return 1.0 / (slope / 4 + shift * both + shift**2 * bend)
 
 
 def _fit(points: Sequence[IsoPoint]) -> LinearFit | None:
@@ -89,21 +114,34 @@ def _parabola(
     points: Sequence[IsoPoint], fit: LinearFit | None, variance: float | None, what: str
 ) -> Parabola:
     choices = [point.choice for point in points]
-    tried = min(choices), max(choices)
-    head = points[0].parameters, points[0].flops, len(points), tried
-    if fit is None:
-        reason = f"{len(set(choices))} different {what}, a parabola needs 3"
-        return Parabola(*head, None, None, None, None, reason)
-    level, slope, bend = (float(value) for value in fit.values)
+    low, high = min(choices), max(choices)
     centre = float(_logs(points).mean())
-    coefficients = (level - slope * centre + bend * centre**2, slope - 2 * bend * centre, bend)
-    if bend * math.log10(tried[1] / tried[0]) ** 2 <= FLAT * abs(level):
-        return Parabola(*head, coefficients, None, None, None, "no minimum: it does not bend up")
-    shift = -slope / (2 * bend)
-    if not math.log10(tried[0]) <= centre + shift <= math.log10(tried[1]):
-        reason = f"minimum outside of the {what} tried, {tried[0]:.3g} to {tried[1]:.3g}"
-        return Parabola(*head, coefficients, None, None, None, reason)
-    gradient = np.array([0.0, -1 / (2 * bend), slope / (2 * bend**2)])
-    unit = float(np.sqrt(gradient @ fit.unit_covariance @ gradient))
-    error = None if variance is None else unit * math.sqrt(variance)
-    return Parabola(*head, coefficients, 10 ** (centre + shift), unit, error, None)
+    plain = Parabola(
+        parameters=points[0].parameters,
+        flops=points[0].flops,
+        points=len(points),
+        tried=(low, high),
+        coefficients=None,
+        best=None,
+        standard_error=None,
+        refused=f"{len(set(choices))} different {what}, a parabola needs 3",
+        centre=centre,
+        spread=None,
+    )
+    if fit is None:
+        return plain
+    level, slope, bend = (float(value) for value in fit.values)
+    known = fit.unit_covariance
+    fitted = replace(
+        plain,
+        coefficients=(level - slope * centre + bend * centre**2, slope - 2 * bend * centre, bend),
+        spread=(float(known[1, 1]), float(known[1, 2]), float(known[2, 2])),
+    )
+    if bend * math.log10(high / low) ** 2 <= FLAT * abs(level):
+        return replace(fitted, refused="no minimum: it does not bend up")
+    best = centre - slope / (2 * bend)
+    if not math.log10(low) <= best <= math.log10(high):
+        reason = f"minimum outside of the {what} tried, {low:.3g} to {high:.3g}"
+        return replace(fitted, refused=reason)
+    error = None if variance is None else math.sqrt(variance / _weight(fitted, best)) / bend
+    return replace(fitted, best=10**best, standard_error=error, refused=None)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, PercentFormatter
 
 from megagrow.analysis.fit_data import IsoPoint, ScalingPoint
 from megagrow.analysis.fit_factor import PAPER_BEST, FactorFit
@@ -18,6 +18,7 @@ from megagrow.analysis.plots import GREY, LOOKS, Look
 
 LOSS = "loss (nats per token)"
 COLUMNS = 3
+LEGEND_COLUMNS = 4
 
 
 def plot_timing(
@@ -39,12 +40,18 @@ def plot_factor(
 ) -> None:
     """Writes a panel of parabolas for each N, and one of the best g against C with the mean."""
     figure, last = _parabola_panels(points, parabolas, "g, growth factor")
+    last.set(ylabel="best g", yscale="log")
+    tried = sorted({point.choice for point in points})
+    for panel in figure.axes:
+        axis = panel.yaxis if panel is last else panel.xaxis
+        axis.set_major_locator(FixedLocator(tried))
+        axis.set_major_formatter(FuncFormatter(lambda g, _: f"{g:g}"))
+        axis.set_minor_formatter(NullFormatter())
     last.axhline(fit.factor, color="black", lw=1.5, label=f"recommended g = {fit.factor:.3g}")
     if fit.low is not None and fit.high is not None:
         last.axhspan(fit.low, fit.high, color="black", alpha=0.15, lw=0, label="its 95% interval")
     for end, name in zip(PAPER_BEST, ("the paper's 2 to 4", None), strict=True):
         last.axhline(end, color=GREY, lw=1.0, ls=":", label=name)
-    last.set(ylabel="best g", yscale="log")
     last.legend(frameon=False, fontsize=8)
     figure.savefig(path)
 
@@ -63,7 +70,9 @@ def plot_scaling(
         _draw_law(left, law, look, farthest)
         mine = [point for point in points if point.kind == law.kind]
         at, losses = [point.flops for point in mine], [point.loss for point in mine]
-        left.plot(at, losses, look.marker, color=look.colour, ms=5, mfc="none")
+        left.plot(
+            at, losses, look.marker, color=look.colour, ms=5, mfc="none", label=f"{law.kind}: runs"
+        )
     left.set(xscale="log", xlabel="C, training FLOPs (base included)", ylabel=LOSS)
     left.set_title("thick: fitted to points; thin: extrapolated", fontsize=8, color=GREY)
     _draw_saving(right, laws, savings, farthest)
@@ -81,7 +90,7 @@ def _parabola_panels(
 ) -> tuple[Figure, Axes]:
     """A panel for each size, and the axes of the best choices against the budget, points drawn."""
     sizes = _sizes(parabolas)
-    columns = min(COLUMNS, len(sizes) + 1)
+    columns = 2 if len(sizes) == 3 else min(COLUMNS, len(sizes) + 1)
     rows = -(-(len(sizes) + 1) // columns)
     figure = Figure(figsize=(4.6 * columns, 4.0 * rows), dpi=150, layout="constrained")
     panels = [*figure.subplots(rows, columns, squeeze=False).flat]
@@ -94,7 +103,12 @@ def _parabola_panels(
             _draw_parabola(panel, points, parabola, own)
         panel.set(xscale="log", xlabel=choice, ylabel=LOSS)
         panel.set_title(f"N = {size:.3g}; rings: best, filled: tried", fontsize=8, color=GREY)
-        panel.legend(frameon=False, fontsize=7, title="C (FLOPs)", title_fontsize=7)
+        bottom, top = panel.get_ylim()
+        panel.set_ylim(top=top + 0.2 * (top - bottom))  # room for the legend
+        panel.legend(
+            frameon=False, fontsize=7, title="C (FLOPs)", title_fontsize=7, loc="upper center",
+            ncols=LEGEND_COLUMNS,
+        )  # fmt: skip
         _dress(panel)
         _draw_best(last, mine, look)
     last.set(xscale="log", xlabel="C, budget (FLOPs)")
@@ -154,7 +168,9 @@ def _draw_saving(
     axes.plot(flops, _column(curve, lambda one: one.saving), color="black", lw=1.5)
     if all(one.low is not None for one in curve):
         low_end, high_end = (_column(curve, of) for of in (lambda o: o.low, lambda o: o.high))
-        axes.fill_between(flops, low_end, high_end, color="black", alpha=0.15, lw=0, label="95% band")
+        axes.fill_between(
+            flops, low_end, high_end, color="black", alpha=0.15, lw=0, label="95% band"
+        )
     asked = _told(savings)
     at = [one.flops for one in asked]
     axes.plot(at, _column(asked, lambda one: one.saving), "ko", ms=5, label="asked for")

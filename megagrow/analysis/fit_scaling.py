@@ -145,15 +145,15 @@ def _fit(data: Data[ScalingPoint], kind: Kind, floor: bool) -> PowerLaw:
         gtol=1e-15,
         max_nfev=2000,
     )
-    theta, flops = found.x, (math.exp(logs.min()), math.exp(logs.max()))
-    _check_law(data.source, kind, theta, found.jac)
+    theta = found.x
+    _check_law(data.source, kind, theta, found.jac, found.success)
     law = PowerLaw(
         kind=kind,
         a=Constant(_exp(float(theta[0] - theta[1] * logs.mean()))),
         b=Constant(float(theta[1])),
         e=Constant(float(theta[2]) if floor else 0.0),
         points=len(points),
-        flops=flops,
+        flops=(min(point.flops for point in points), max(point.flops for point in points)),
         centre=float(logs.mean()),
         theta=tuple(map(float, theta)),
         covariance=None,
@@ -209,14 +209,14 @@ def _gradient(theta: Numbers, z: Numbers) -> Numbers:
     return np.stack([power, power * z, np.ones_like(z)][: len(theta)], axis=1)
 
 
-def _check_law(source: str, kind: Kind, theta: Numbers, jacobian: Numbers) -> None:
-    if not theta[1] <= FLATTEST:
+def _check_law(source: str, kind: Kind, theta: Numbers, jacobian: Numbers, settled: bool) -> None:
+    if theta[1] > FLATTEST:
         raise InputError(
             f"{source}: the {kind} losses do not fall as a power of the FLOPs (b = "
             f"{theta[1]:.3g}); give budgets further apart, or more seeds"
         )
     lengths = np.linalg.norm(jacobian, axis=0)
-    if not np.isfinite(theta).all() or np.linalg.cond(jacobian / lengths) > 1e7:
+    if not settled or np.linalg.cond(jacobian / lengths) > 1e7:
         raise InputError(
             f"{source}: the {kind} losses do not tell a floor e; give more budgets, or --no-floor"
         )

@@ -4,7 +4,8 @@
 
 d are the base's tokens, N the grown model's parameters outside its embeddings, C the FLOPs of the
 budget. The best d of each N and C is a parabola's vertex (`fit_parabola`); the constants follow by
-least squares, each vertex weighted by its inverse variance, with intervals of Student's t.
+weighted least squares, with intervals of Student's t: the vertices' scatter about the fit tells
+their errors.
 """
 
 import math
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megagrow.analysis.fit_data import Data, IsoPoint
-from megagrow.analysis.fit_least_squares import Constant, fit_linear
-from megagrow.analysis.fit_parabola import Parabola, accepted, fit_parabolas, logs_and_weights
+from megagrow.analysis.fit_least_squares import Constant
+from megagrow.analysis.fit_parabola import Parabola, accepted, fit_best, fit_parabolas
 from megagrow.config.timing import A, B, C
 from megagrow.errors import InputError
 
@@ -59,9 +60,8 @@ def fit_timing(source: str, parabolas: Sequence[Parabola]) -> TimingFit:
         )
     _check_spread(source, used)
     design = np.array([[math.log10(p.parameters), 1 / math.log10(p.flops), 1.0] for p in used])
-    logs, weights = logs_and_weights(used)
     try:
-        fit = fit_linear(design, logs, weights / weights.mean())
+        fit = fit_best(used, design)
     except ValueError as error:
         raise InputError(
             f"{source}: the sizes and budgets with a best d vary together, so that a and b cannot "
