@@ -1,4 +1,4 @@
-"""The command line: prepare[-sft], train, grow, convert, checkpoint, plan, doctor, report."""
+"""The command line: prepare, train, grow, convert, checkpoint, eval, plan, doctor, report, fit."""
 
 import sys
 import time
@@ -10,6 +10,7 @@ from rich.console import Console
 
 from megagrow.cli_checkpoint import checkpoint_app
 from megagrow.cli_convert import convert_app
+from megagrow.cli_fit import fit_app
 from megagrow.cli_formats import add_formats
 from megagrow.errors import InputError, PeerLost, RunError
 
@@ -18,6 +19,7 @@ config_app = typer.Typer(help="Look at run files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(convert_app, name="convert")
+app.add_typer(fit_app, name="fit")
 add_formats(convert_app)
 
 RunFile = Annotated[Path, typer.Argument(help="The run file (YAML).", show_default=False)]
