@@ -1,4 +1,4 @@
-"""The command line: megagrow prepare, train, grow, convert, checkpoint, plan, doctor, report."""
+"""The command line: megagrow prepare, train, grow, convert, checkpoint, plan, eval, report."""
 
 import sys
 import time
@@ -10,6 +10,7 @@ from rich.console import Console
 
 from megagrow.cli_checkpoint import checkpoint_app
 from megagrow.cli_convert import convert_app
+from megagrow.cli_eval import evaluate
 from megagrow.cli_formats import add_formats
 from megagrow.errors import InputError, PeerLost, RunError
 
@@ -19,6 +20,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(convert_app, name="convert")
 add_formats(convert_app)
+app.command("eval")(evaluate)
 
 RunFile = Annotated[Path, typer.Argument(help="The run file (YAML).", show_default=False)]
 Overrides = Annotated[
