@@ -42,8 +42,6 @@ class Tokenizer(Protocol):
     """Token ids are below it."""
     eos_id: int
     """The token that ends a document."""
-    bos_id: int | None
-    """The one that begins a text, where there is one."""
     checksum: str
     """Tells tokenizers apart, hexadecimal."""
 
@@ -96,7 +94,6 @@ class SentencePieceTokenizer:
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
             raise _no_eos(path)
-        self.bos_id = None if self._processor.bos_id() < 0 else self._processor.bos_id()
         self.checksum = _digest(model)
         self._path = path
 
@@ -146,8 +143,6 @@ class JsonTokenizer:
         if self.vocab_size > MOST_IDS:  # the library would fill memory up to it, and die of that
             raise InputError(f"{path}: a token has the id {self.vocab_size - 1}; damaged")
         self.eos_id = self._find_eos()
-        bos = self._name("bos_token") if self._config.is_file() else ""
-        self.bos_id: int | None = self._tokenizer.token_to_id(bos)
         self.checksum = _digest(self._tokenizer.to_str().encode(), str(self.eos_id).encode())
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -173,19 +168,16 @@ class JsonTokenizer:
     def _find_eos(self) -> int:
         names: tuple[str, ...] = EOS_NAMES
         if self._config.is_file():
-            names = (self._name("eos_token"),)
+            token = read_json(self._config).get("eos_token") or ""
+            name = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(name, str):
+                raise InputError(f"{self._config}: 'eos_token' should be the text of a token")
+            names = (name,)
         found = map(self._tokenizer.token_to_id, names)
         ids: list[int] = [token_id for token_id in found if token_id is not None]
         if not ids:
             raise _no_eos(self._path)
         return ids[0]
-
-    def _name(self, key: str) -> str:
-        token = read_json(self._config).get(key) or ""
-        name = token.get("content") if isinstance(token, dict) else token
-        if not isinstance(name, str):
-            raise InputError(f"{self._config}: {key!r} should be the text of a token")
-        return name
 
 
 class TransformersTokenizer:
@@ -203,7 +195,6 @@ class TransformersTokenizer:
             raise _no_eos(name)
         self.vocab_size = _size_of(self._tokenizer)
         self.eos_id = self._tokenizer.eos_token_id
-        self.bos_id: int | None = self._tokenizer.bos_token_id
         self.checksum = _digest(self._description().encode(), str(self.eos_id).encode())
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:

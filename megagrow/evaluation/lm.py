@@ -1,8 +1,8 @@
 """The model interface of lm-eval, under the name `megagrow`.
 
-Texts are encoded as lm-eval's own Hugging Face model encodes them, except that no tokenizer adds
-tokens by itself, as in training. Data-parallel ranks share the requests of a call and exchange
-their answers within it, so that lm-eval sees one process on each rank.
+Texts are encoded as lm-eval's own Hugging Face model encodes them. Data-parallel ranks share the
+requests of a call and exchange their answers within it, so that lm-eval sees one process on each
+rank.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,6 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import nn
 
-from megagrow.data.tokenizers import Tokenizer
 from megagrow.errors import InputError
 from megagrow.evaluation.generation import Text, write
 from megagrow.evaluation.likelihood import Pair, log_likelihoods
@@ -42,13 +41,12 @@ class Evaluated(TemplateLM):  # type: ignore[misc]
 
     def __init__(self, loaded: Loaded, topology: Topology, batch_size: int) -> None:
         super().__init__()
-        self._texts: Tokenizer = loaded.tokenizer
+        self._texts = loaded.texts
         self._topology = topology
         self._scorer = Scorer(loaded.model, topology)
         self._device = topology.device
         self.max_length = loaded.model.config.max_position_embeddings
         self.batch_size = batch_size
-        self.tokenizer_name = self._texts.checksum
         self.model: nn.Module = loaded.model
         self.path = loaded.path
 
@@ -58,12 +56,12 @@ class Evaluated(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        return self._texts.eos_id if self._texts.bos_id is None else self._texts.bos_id
+        return self._texts.prefix_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        return self._texts.encode_batch([string])[0]
+        return self._texts.encode(string, add_special_tokens)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False

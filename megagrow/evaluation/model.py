@@ -10,8 +10,8 @@ from megagrow.checkpoint.opening import find_source, open_found
 from megagrow.checkpoint.source import Source
 from megagrow.config.kernels import KernelsConfig
 from megagrow.config.schema import ModelConfig
-from megagrow.data.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from megagrow.errors import InputError
+from megagrow.evaluation.texts import Texts, open_texts
 from megagrow.model.backends import Work, choose
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.machine import machine_of
@@ -33,7 +33,7 @@ class Loaded:
     """A model and what its texts are written in."""
 
     model: LlamaForCausalLM
-    tokenizer: Tokenizer
+    texts: Texts
     path: Path
     """What was read: a checkpoint or a Hugging Face folder."""
 
@@ -54,7 +54,7 @@ def load(
             "model; evaluate a later checkpoint"
         )
     _check_divides(source.model, topology.tp)
-    texts = _tokenizer(source, tokenizer)
+    texts = _texts(source, tokenizer)
     numbers = _dtype(dtype, topology.device)
     return Loaded(build(source, topology, numbers), texts, source.path)
 
@@ -89,14 +89,13 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def _tokenizer(source: Source, given: str | None) -> Tokenizer:
+def _texts(source: Source, given: str | None) -> Texts:
     name = given or named_tokenizer(source)
     if name is None:
         raise InputError(f"{source.path}: names no tokenizer; give one with --tokenizer")
     if given is None and not Path(name).exists():
         raise InputError(f"{name}, the tokenizer of its run, is not here; give --tokenizer")
-    check_tokenizer(name, source.model.vocab_size)
-    return load_tokenizer(name)
+    return open_texts(str(name), source.model.vocab_size)
 
 
 def _check_divides(model: ModelConfig, tp: int) -> None:
