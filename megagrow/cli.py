@@ -10,6 +10,7 @@ from rich.console import Console
 
 from megagrow.cli_checkpoint import checkpoint_app
 from megagrow.cli_convert import convert_app
+from megagrow.cli_eval import evaluate
 from megagrow.cli_fit import fit_app
 from megagrow.cli_formats import add_formats
 from megagrow.errors import InputError, PeerLost, RunError
@@ -21,6 +22,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(convert_app, name="convert")
 app.add_typer(fit_app, name="fit")
 add_formats(convert_app)
+app.command("eval")(evaluate)
 
 RunFile = Annotated[Path, typer.Argument(help="The run file (YAML).", show_default=False)]
 Overrides = Annotated[

@@ -71,9 +71,8 @@ def init_process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30
     tune_process()
     # DeepSpeed reads it, also where the process was started without a launcher.
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", launch.local_rank)
+    device = own_device(launch)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
@@ -84,6 +83,13 @@ def init_process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30
         timeout=timeout,
     )
     return device
+
+
+def own_device(launch: Launch) -> torch.device:
+    """What a rank computes on: a GPU of its own where there are any."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", launch.local_rank)
+    return torch.device("cpu")
 
 
 def first_host() -> str:

@@ -81,7 +81,7 @@ def _beside(request: Request, goal: Goal, files: TokenizerFiles) -> Beside:
 def _tokenizer(given: Path | None, source: Source, say: Callable[[str], None]) -> TokenizerFiles:
     if given is not None:
         return tokenizer_files(given, source.model.vocab_size)
-    named = _named(source)
+    named = named_tokenizer(source)
     if named is not None and is_tokenizer(named):
         return tokenizer_files(named, source.model.vocab_size)
     why = "its run names none" if named is None else f"{named}, its run's, is not here"
@@ -89,7 +89,7 @@ def _tokenizer(given: Path | None, source: Source, say: Callable[[str], None]) -
     return TokenizerFiles()
 
 
-def _named(source: Source) -> Path | None:
+def named_tokenizer(source: Source) -> Path | None:
     """The tokenizer that the source's run names, or else the folder from which it was imported."""
     of_run = _told(source, "config", "data", "tokenizer")
     if isinstance(of_run, str):

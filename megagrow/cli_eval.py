@@ -1,0 +1,81 @@
+"""The command line's `megagrow eval`: a checkpoint on lm-eval's tasks."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megagrow.errors import InputError, unwritable
+
+
+def evaluate(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="A checkpoint, a run directory (its newest), or a Hugging Face folder.",
+            show_default=False,
+        ),
+    ],
+    tasks: Annotated[
+        str, typer.Option(help="Of lm-eval, with commas; gstack stands for the paper's eight.")
+    ] = "gstack",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Local files of the tasks; default: the hub.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a pass.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file of the results.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Default: that of the checkpoint's run.")
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; default: the latter on GPUs.")
+    ] = None,
+) -> None:
+    """Evaluate a checkpoint on lm-eval's tasks; alone or under torchrun."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise InputError("evaluation needs lm-eval: pip install megagrow[eval]") from error
+    from megagrow.evaluation.lm import MegagrowLM
+    from megagrow.evaluation.results import evaluate as run_tasks
+    from megagrow.parallel.topology import leave_process_group, read_launch
+
+    model = MegagrowLM(str(checkpoint), tokenizer, tp, dtype, batch_size)
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    found = run_tasks(model, names, data_dir, limit)
+    if read_launch().rank == 0:
+        found = {"checkpoint": str(model.path), "limit": limit, **found}
+        Console().print(_table(found))
+        if output is not None:
+            _write(output, found)
+    leave_process_group()
+
+
+def _write(output: Path, found: dict[str, Any]) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise unwritable(output, error) from error
+
+
+def _table(found: dict[str, Any]) -> Table:
+    table = Table(title=found["checkpoint"])
+    for column in ("task", "metric"):
+        table.add_column(column)
+    for column in ("value", "standard error"):
+        table.add_column(column, justify="right")
+    for task, metrics in found["results"].items():
+        for metric, value in metrics.items():
+            if not metric.endswith("_stderr"):
+                error = metrics.get(f"{metric}_stderr")
+                shown = "" if error is None else f"{error:.4f}"
+                table.add_row(task, metric, f"{value:.4f}", shown)
+    if found["average"] is not None:
+        table.add_row("average", "acc_norm or acc", f"{found['average']:.4f}", "")
+    return table

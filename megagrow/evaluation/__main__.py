@@ -1,0 +1,23 @@
+"""lm-eval's own command line, with the model `megagrow` and the group `gstack` known to it:
+`python -m megagrow.evaluation run --model megagrow --model_args checkpoint=PATH --tasks gstack`."""
+
+import sys
+
+from megagrow.errors import InputError
+
+
+def main() -> None:
+    """Runs lm-eval; a user's mistake is one line, exit code 2."""
+    from lm_eval.__main__ import cli_evaluate
+
+    import megagrow.evaluation.lm  # noqa: F401  (it registers the model)
+
+    try:
+        cli_evaluate()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""A checkpoint as a model that only computes forward: any layout in, any tensor parallelism out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megagrow.checkpoint.opening import find_source, open_found
+from megagrow.checkpoint.source import Source
+from megagrow.config.kernels import KernelsConfig
+from megagrow.config.schema import ModelConfig
+from megagrow.errors import InputError
+from megagrow.evaluation.texts import Texts, open_texts
+from megagrow.model.backends import Work, choose
+from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.machine import machine_of
+from megagrow.model.ops import Ops, make_ops
+from megagrow.parallel.layers import parallelize
+from megagrow.parallel.plan import parameter_plan
+from megagrow.parallel.topology import Topology, on_first
+from megagrow.parallel.weights import materialise
+from megagrow.reshard.fill import fill_read
+from megagrow.reshard.layout import Layout
+from megagrow.train.convert_files import named_tokenizer
+from megagrow.train.file_growth import still_masked
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and what its texts are written in."""
+
+    model: LlamaForCausalLM
+    texts: Texts
+    path: Path
+    """What was read: a checkpoint or a Hugging Face folder."""
+
+
+def load(
+    path: Path, topology: Topology, tokenizer: str | None = None, dtype: str | None = None
+) -> Loaded:
+    """The model at `path` (a checkpoint, a run's newest, a Hugging Face folder); all ranks call it.
+
+    `dtype` is float32 or bfloat16; by default the former on CPUs and the latter on GPUs.
+    InputError for a damaged source, one without a tokenizer, one whose new parts still stand behind
+    masks, and a tensor parallelism that does not divide the model.
+    """
+    source = open_found(on_first(lambda: find_source(path, lambda _: None)))
+    if still_masked(source):
+        raise InputError(
+            f"{source.path}: parts of it still stand behind masks, without which it is another "
+            "model; evaluate a later checkpoint"
+        )
+    _check_divides(source.model, topology.tp)
+    texts = _texts(source, tokenizer)
+    numbers = _dtype(dtype, topology.device)
+    return Loaded(build(source, topology, numbers), texts, source.path)
+
+
+def build(source: Source, topology: Topology, dtype: torch.dtype) -> LlamaForCausalLM:
+    """This rank's tensor-parallel share of the model, its weights read from the source's files."""
+    plan = parameter_plan(source.model, topology.tp)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(source.model, ops=_ops(source.model, dtype, topology.device))
+    parallelize(model.to(dtype), plan, topology, sequence_parallel=False)
+    materialise(model, topology.device, None)
+    layout = Layout(plan, (tuple(plan),), zero_stage=0, dp=topology.dp, tp=topology.tp)
+    storage = {name: {"fp32": _flat(weight)} for name, weight in model.named_parameters()}
+    fill_read(layout, topology.rank, storage, ("fp32",), source.read)
+    return model.eval()
+
+
+def _flat(weight: nn.Parameter) -> Tensor:
+    return weight.data.view(-1)
+
+
+def _ops(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Ops:
+    machine, work = machine_of(device), Work(dtype, model.head_dim, packed=False)
+    return make_ops(choose(KernelsConfig(), machine, work), machine, work)
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise InputError(f"dtype {name}: should be one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _texts(source: Source, given: str | None) -> Texts:
+    name = given or named_tokenizer(source)
+    if name is None:
+        raise InputError(f"{source.path}: names no tokenizer; give one with --tokenizer")
+    if given is None and not Path(name).exists():
+        raise InputError(f"{name}, the tokenizer of its run, is not here; give --tokenizer")
+    return open_texts(str(name), source.model.vocab_size)
+
+
+def _check_divides(model: ModelConfig, tp: int) -> None:
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        size = getattr(model, name)
+        if size % tp != 0:
+            raise InputError(f"--tp {tp} does not divide the model's {name} {size}")

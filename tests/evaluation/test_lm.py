@@ -1,0 +1,71 @@
+"""The adapter says of each request what lm-eval's own model says of the exported checkpoint."""
+
+import pytest
+from lm_eval.api.instance import Instance
+
+pytest.importorskip("accelerate", reason="lm-eval's own model needs it: pip install lm-eval[hf]")
+
+from tests.evaluation.comparing import answers, figures, ours, theirs, write_source
+from tests.evaluation.folders import DATA
+from tests.spawn import run_ranks
+
+pytestmark = [
+    pytest.mark.dist,
+    pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the data sets in {DATA}"),
+]
+
+GENERATION = {"until": ["e"], "max_gen_toks": 12, "do_sample": False}
+CONTEXTS = ["He said that", "A much longer context, which stands beside it in the batch", "x"]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """Checkpoint, tokenizer, and what lm-eval's own model says."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    source = write_source(folder)
+    model = theirs(folder, *source)
+    said = {**answers(model), "choices": model.loglikelihood(choosing())}
+    return source, said, figures(model), model
+
+
+def writing() -> list[Instance]:
+    return [
+        Instance("generate_until", {}, (context, GENERATION), number)
+        for number, context in enumerate(CONTEXTS)
+    ]
+
+
+def choosing() -> list[Instance]:
+    """Choices of one token and of several behind the same context, one choice twice, no context."""
+    pairs = [("Is it so", choice) for choice in ("?", "!", ".", " that he", "!", " that")]
+    pairs += [("", "He said"), ("He ", "said"), ("x" * 400, " y")]
+    return [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+
+
+def rank(source: tuple, tp: int) -> tuple:
+    model = ours(*source, tp)
+    chosen = model.loglikelihood(choosing())
+    return {**answers(model), "choices": chosen}, figures(model), model.generate_until(writing())
+
+
+@pytest.mark.parametrize(("world", "tp"), [(1, 1), (2, 2), (2, 1)])
+def test_each_request_and_each_metric_is_that_of_lm_eval(case, world, tp):
+    source, expected, metrics, _ = case
+    for found, own_metrics, _ in run_ranks(world, rank, source, tp):
+        for task, values in expected.items():
+            assert len(found[task]) == len(values) > 0
+            for one, other in zip(found[task], values, strict=True):
+                if isinstance(other, tuple):
+                    assert one[1] == other[1]
+                    one, other = one[0], other[0]
+                assert one == pytest.approx(other, abs=1e-4, rel=1e-6)
+        for task, values in metrics.items():
+            assert own_metrics[task] == pytest.approx(values, rel=1e-6)
+
+
+def test_writing_is_greedy_and_stops(case):
+    source, *_, model = case
+    (_, _, written), *_ = run_ranks(1, rank, source, 1)
+    expected = [model.generate_until([request])[0] for request in writing()]
+    assert written == expected and any(written)
+    assert not any("e" in text for text in written)

@@ -1,0 +1,81 @@
+"""Documents come out of published files as they stand in them; what is wrong is one clear line."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megagrow.errors import InputError
+from megagrow.evaluation.local_data import read_documents
+from tests.evaluation.folders import DATA
+
+QUESTION = "\nb\nA.b is c.So it is.\nWhich?\nA.one.\nB.two\nC.three\nD.four\n"
+DOC = {"goal": "g", "sol1": "s", "sol2": "t", "label": 1}
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_a_question_of_logiqa_has_eight_lines(tmp_path):
+    write(tmp_path / "logiqa" / "Test.txt", QUESTION * 2)
+    docs = read_documents("logiqa", tmp_path)
+    assert docs == 2 * [
+        {
+            "label": "b",
+            "context": "A. b is c. So it is.",
+            "question": "Which?",
+            "options": ["one.", "two", "three", "four"],
+        }
+    ]
+
+
+def test_articles_of_wikitext_end_where_the_next_one_begins(tmp_path):
+    first = " \n = One = \n \n text \n = = Part = = \n more \n \n"
+    write(tmp_path / "wikitext-2" / "test.txt", first + " = Two = \n text \n")
+    pages = [doc["page"] for doc in read_documents("wikitext", tmp_path)]
+    assert pages == [first, " = Two = \n text \n"]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_other_tasks_are_read_from_their_folder(tmp_path, form):
+    path = tmp_path / "piqa" / f"validation.{form}"
+    write(path, json.dumps(DOC) + "\n")
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([DOC]), path)
+    assert read_documents("piqa", tmp_path) == [DOC]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the data sets in {DATA}")
+def test_published_files_hold_as_many_documents_as_the_hub():
+    sizes = {"lambada_openai": 5153, "logiqa": 651, "wikitext": 62}
+    assert {task: len(read_documents(task, DATA)) for task in sizes} == sizes
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "told"),
+    [
+        ("piqa/other.txt", "", "no data of piqa; should hold piqa/"),
+        ("piqa/a.jsonl", "{", "a.jsonl: not the data of piqa"),
+        ("piqa/a.jsonl", "3\n", "line 1 is no object"),
+        ("piqa/a.jsonl", "\n", "holds no documents"),
+        ("piqa/a.parquet", "PAR0", "a.parquet: not the data of piqa"),
+    ],
+)
+def test_what_is_no_data_is_told(tmp_path, file, text, told):
+    write(tmp_path / file, text)
+    with pytest.raises(InputError, match=told):
+        read_documents("piqa", tmp_path)
+
+
+def test_a_question_without_its_lines_is_told(tmp_path):
+    write(tmp_path / "logiqa" / "Test.txt", QUESTION + QUESTION[:20])
+    with pytest.raises(InputError, match="line 9 begins no question"):
+        read_documents("logiqa", tmp_path)
+
+
+def test_a_missing_folder_is_told(tmp_path):
+    with pytest.raises(InputError, match="no such directory"):
+        read_documents("piqa", tmp_path / "none")
