@@ -43,12 +43,12 @@ def evaluate(
         raise InputError("evaluation needs lm-eval: pip install megagrow[eval]") from error
     from megagrow.evaluation.lm import MegagrowLM
     from megagrow.evaluation.results import evaluate as run_tasks
-    from megagrow.parallel.topology import leave_process_group, read_launch
+    from megagrow.parallel.topology import leave_process_group
 
     model = MegagrowLM(str(checkpoint), tokenizer, tp, dtype, batch_size)
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     found = run_tasks(model, names, data_dir, limit)
-    if read_launch().rank == 0:
+    if model.speaks:
         found = {"checkpoint": str(model.path), "limit": limit, **found}
         Console().print(_table(found))
         if output is not None:

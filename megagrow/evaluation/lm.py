@@ -51,6 +51,11 @@ class Evaluated(TemplateLM):  # type: ignore[misc]
         self.path = loaded.path
 
     @property
+    def speaks(self) -> bool:
+        """Whether this rank is the one that reports."""
+        return self._topology.rank == 0
+
+    @property
     def eot_token_id(self) -> int:
         return self._texts.eos_id
 
@@ -129,7 +134,9 @@ class Evaluated(TemplateLM):  # type: ignore[misc]
 class MegagrowLM(Evaluated):
     """A checkpoint of any layout, a run's newest, or a Hugging Face folder, opened by its path.
 
-    InputError as `load`; also where batch_size is no number, which alone is understood.
+    InputError as `load`; also where batch_size is no number, which alone is understood. Each rank
+    computes on its own GPU, or on the CPU where there is none, whatever `device` says: lm-eval's
+    command line names the first GPU by itself.
     """
 
     def __init__(
@@ -145,8 +152,6 @@ class MegagrowLM(Evaluated):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise InputError(f"batch_size {batch_size}: should be a number of sequences")
         topology = join(tp)
-        if device is not None and not str(topology.device).startswith(device.partition(":")[0]):
-            raise InputError(f"device {device}: here it is {topology.device}; leave it out")
         loaded = load(Path(checkpoint), topology, tokenizer, dtype)
         super().__init__(loaded, topology, int(batch_size))
 
