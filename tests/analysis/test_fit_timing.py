@@ -27,7 +27,6 @@ from tests.analysis.synthetic_fits import (
     write_csv,
 )
 
-LAYER, NORM = 1000, 10
 TABLE_4 = ((8e9, 15e12, 6.58e9), (7e9, 2e12, 11.11e9), (13e9, 2e12, 15.84e9), (70e9, 2e12, 42.48e9))
 """N, D and the recommended d, as the paper prints them."""
 
@@ -174,7 +173,8 @@ def test_from_run_directories(grown_run: Callable[..., Path], tmp_path: Path) ->
     assert result.exit_code == 0, result.output
     assert result.output.count("after its growth it is never at 1e+12 FLOPs") == 8
     told = json.loads((tmp_path / "o" / "timing.json").read_text())
-    sizes = [LAYER * layers + NORM for layers in best]
+    # 4 H^2 + 3 H F in a layer with 2 norms, and the last norm: H = 128 and F = 352 in the demo.
+    sizes = [layers * (4 * 128**2 + 3 * 128 * 352 + 2 * 128) + 128 for layers in best]
     parabolas = told["parabolas"]
     assert [p["parameters"] for p in parabolas] == [sizes[0]] * 2 + [sizes[1]] * 2
     assert [p["tried"] for p in parabolas] == [[1e4, 8e4]] * 4
