@@ -100,7 +100,7 @@ def test_vertices_that_are_no_best_are_refused() -> None:
     points = []
     for point in data.points:
         place, d = (point.parameters, point.flops), point.choice
-        if place == far and d > 5e9 or place == few and not 2e9 < d < 5e9:
+        if (place == far and d > 5e9) or (place == few and not 2e9 < d < 5e9):
             continue
         loss = 8.0 - point.loss if place == up else point.loss
         points.append(IsoPoint(*place, d, loss))
