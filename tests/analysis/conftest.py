@@ -1,5 +1,6 @@
 """Runs that were never trained: their losses are a power law of the FLOPs, with some noise."""
 
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
+from megagrow.config.load import load_run
+from megagrow.config.show import to_yaml
 from megagrow.train.metrics import Counters, MetricsLog, StepMeasure, train_fields
 
 TOKENS = 1000
@@ -63,3 +66,28 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
     return lambda name, stages, **how: write_run(
         tmp_path / name, [Stage(*stage) for stage in stages], **how
     )
+
+
+@pytest.fixture
+def grown_run(tmp_path: Path) -> Callable[..., Path]:
+    """A run's directory with its configuration: the demo's model with so many layers before and
+    after the growth, which comes after so many steps of 600. The loss is higher by half a nat per
+    squared decade of `off`, a ratio to what would have been best."""
+    demo = load_run(Path(__file__).parents[2] / "configs" / "demo" / "gstack.yaml")
+
+    def write(name: str, layers: tuple[int, int], base_steps: int, off: float) -> Path:
+        floor = 1.5 + 0.5 * math.log10(off) ** 2
+        sizes = [1000 * count for count in layers]
+        stages = [Stage(base_steps, sizes[0]), Stage(600 - base_steps, sizes[1], floor=floor)]
+        directory = write_run(tmp_path / name, stages)
+        parts = [
+            stage.model_copy(
+                update={"model": stage.model.model_copy(update={"num_hidden_layers": count})}
+            )
+            for stage, count in zip(demo.stages, layers, strict=True)
+        ]
+        run = demo.model_copy(update={"stages": parts})
+        (directory / "config.yaml").write_text(to_yaml(run), encoding="utf-8")
+        return directory
+
+    return write
