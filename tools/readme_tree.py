@@ -22,6 +22,7 @@ FOLDERS = ("megagrow", "kernels", "configs", "launchers", "tools", "tests")
 WITHOUT_COMMENT = {
     "LICENSE": "Apache-2.0.",
     "README.md": "This file.",
+    "megagrow/analysis/templates/report.html": "The page of `megagrow report`, as a template.",
     "kernels/megagrow_kernels/tiles": "A table of tile sizes for each kernel, as JSON.",
 }
 

@@ -26,7 +26,14 @@ CORPUS = {
     "documents": DOCUMENTS,
 }
 COMMAND = {"to": "llama", "seed": 1}
-COUNTERS = {"step": 1, "tokens": 64, "flops": 2.5, "elapsed_seconds": 1.0, "stage": 0}
+COUNTERS = {
+    "step": 1,
+    "tokens": 64,
+    "flops": 2.5,
+    "flops_true": 2.5,
+    "elapsed_seconds": 1.0,
+    "stage": 0,
+}
 RECORDS = [
     {"kind": "start", **COUNTERS, "name": "x", "seed": 1, "parameters": [10], "run_steps": 1},
     {"kind": "train", **COUNTERS, "loss": 4.0},

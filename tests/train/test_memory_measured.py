@@ -80,10 +80,11 @@ def train(run: RunConfig) -> None:
 def peak_of(small: RunConfig, run: RunConfig) -> int:
     """Bytes by which training a run raises the memory of this process at most."""
     # Memory goes back to the system when it is freed, so that what is resident is what is held.
-    m_mmap_threshold = -3
-    assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 64 * 1024) == 1
+    libc, m_mmap_threshold = ctypes.CDLL(None), -3
+    assert libc.mallopt(m_mmap_threshold, 64 * 1024) == 1
     gc.freeze()  # what came with the fork stays shared: a collection would copy it
     train(small)  # the libraries' own memory is not what is measured
+    libc.malloc_trim(0)  # free memory that the fork brought would be used and not be counted
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
     train(run)
