@@ -63,7 +63,7 @@ def test_several_seeds_narrow_the_intervals() -> None:
         [fitted(timing_points(noise=0.002, seed=seed, repeats=n)).a for seed in range(10)]
         for n in (1, 4)
     )
-    narrower = [b.standard_error / a.standard_error for a, b in zip(one, four, strict=True)]  # type: ignore[operator]
+    narrower = [b.standard_error / a.standard_error for a, b in zip(one, four, strict=True)]
     assert 0.3 < sum(narrower) / 10 < 0.8
 
 
