@@ -30,8 +30,8 @@ def exported(checkpoint: Path, tokenizer: Path, batch_size: int) -> HFLM:
         out = Path(folder) / "out"
         request = Request(source=checkpoint, out=out, form="huggingface", memory="2GiB")
         export_hugging_face(request, tokenizer, Console(quiet=True))
-        model = AutoModelForCausalLM.from_pretrained(out)
-        texts = AutoTokenizer.from_pretrained(out)
+        model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=False)
+        texts = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
     return HFLM(pretrained=model, tokenizer=texts, batch_size=batch_size)
 
 
