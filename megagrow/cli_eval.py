@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megagrow.errors import InputError, unwritable
+from megagrow.errors import unwritable
 
 
 def evaluate(
@@ -37,19 +37,22 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a checkpoint on lm-eval's tasks; alone or under torchrun."""
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise InputError("evaluation needs lm-eval: pip install megagrow[eval]") from error
-    from megagrow.evaluation.lm import MegagrowLM
-    from megagrow.evaluation.results import evaluate as run_tasks
-    from megagrow.parallel.topology import leave_process_group
+    from megagrow.evaluation.installed import need_lm_eval
 
-    model = MegagrowLM(str(checkpoint), tokenizer, tp, dtype, batch_size)
+    need_lm_eval()
+    from megagrow.evaluation.lm import evaluated, join
+    from megagrow.evaluation.model import load
+    from megagrow.evaluation.results import evaluate as run_tasks
+    from megagrow.evaluation.tasks import load_tasks
+    from megagrow.parallel.topology import leave_process_group, together
+
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-    found = run_tasks(model, names, data_dir, limit)
-    if model.speaks:
-        found = {"checkpoint": str(model.path), "limit": limit, **found}
+    topology = join(tp)
+    asked = together(lambda: load_tasks(names, data_dir))
+    loaded = load(checkpoint, topology, tokenizer, dtype)
+    found = run_tasks(evaluated(loaded, topology, batch_size), asked, limit)
+    if topology.rank == 0:
+        found = {"checkpoint": str(loaded.path), "limit": limit, **found}
         Console().print(_table(found))
         if output is not None:
             _write(output, found)

@@ -11,6 +11,7 @@ from megagrow.config.checks import world_problems
 from megagrow.config.schema import RunConfig
 from megagrow.config.timing import timing_warnings
 from megagrow.errors import InputError
+from megagrow.evaluation.during import Evaluation, open_evaluation
 from megagrow.growth.problems import growth_problems
 from megagrow.parallel.topology import (
     Launch,
@@ -48,6 +49,7 @@ class Job:
     launch: Launch
     device: torch.device
     inputs: Inputs
+    evaluation: Evaluation | None
     recorder: Recorder
     saving: Saving
     watchdog: Watchdog
@@ -64,6 +66,7 @@ def train(run: RunConfig) -> None:
     device = init_process_group(launch)
     together(lambda: check_kernels(run, device))
     inputs = together(lambda: open_inputs(run))
+    evaluation = open_evaluation(run, device)
     environment = describe_environment(run)
     recorder = Recorder(run, launch.rank, launch.world_size, environment)
     watchdog = start_watchdog(launch, first_host(), run.guards.hang_timeout)
@@ -73,8 +76,12 @@ def train(run: RunConfig) -> None:
         saving = Saving(run, launch.rank, device, environment, recorder)
         try:
             with saving:
-                job = Job(run, launch, device, inputs, recorder, saving, watchdog, stop, warm_up)
-                _train(job)
+                _train(
+                    Job(
+                        *(run, launch, device, inputs, evaluation),
+                        *(recorder, saving, watchdog, stop, warm_up),
+                    )
+                )
         except RuntimeError:  # as torch.distributed raises, whatever the backend
             watchdog.raise_if_alone()
             raise
@@ -106,6 +113,8 @@ def _train(job: Job) -> None:
                         continue
                     if event.validate:
                         _validate(job, stage, state)
+                    if event.evaluate:
+                        _evaluate(job, stage, state)
                     if event.save:
                         state = _save(job, stage, state)
                         saved = state.counters.step
@@ -163,6 +172,16 @@ def _validate(job: Job, stage: Stage, state: RunState) -> None:
         masks = masks_now(job.run, stage, state.stage_step)
         loss = mean_loss(stage, job.inputs.validation, job.inputs.validation_sequences, masks)
         job.recorder.validation(state, loss)
+
+
+def _evaluate(job: Job, stage: Stage, state: RunState) -> None:
+    def begin(task: str) -> None:
+        step = state.counters.step
+        job.watchdog.beat(f"the evaluation on {task} after step {step}", long=True)
+
+    if job.evaluation is not None:
+        masks = masks_now(job.run, stage, state.stage_step)
+        job.recorder.evaluation(state, job.evaluation(stage, masks, begin))
 
 
 def _save(job: Job, stage: Stage, state: RunState, wait: bool = False) -> RunState:

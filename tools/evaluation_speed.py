@@ -49,7 +49,7 @@ def main(
     """Measures, and prints one line for each task."""
     ours = MegagrowLM(checkpoint, tokenizer, dtype="float32", batch_size=batch)
     theirs = exported(Path(checkpoint), Path(tokenizer), int(batch))
-    for name, task in load_tasks(TASKS, Path(data_dir))["tasks"].items():
+    for name, task in load_tasks(TASKS, Path(data_dir)).items():
         task.build_all_requests(limit=int(limit), rank=0, world_size=1)
         runs = [(timed(ours, task), timed(theirs, task)) for _ in range(2)]
         speeds = [len(task.instances) / min(run[i][0] for run in runs) for i in range(2)]

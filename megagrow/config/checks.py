@@ -7,7 +7,7 @@ from megagrow.config.schema import ModelConfig, RunConfig, StageConfig
 
 def problems(run: RunConfig) -> list[str]:
     """All that is wrong with a run whatever the number of ranks, each in one text."""
-    found = list(_instructions(run))
+    found = [*_instructions(run), *_evaluation(run)]
     for index, stage in enumerate(run.stages):
         at = f"stages.{index}"
         found += model_problems(stage.model, f"{at}.model")
@@ -61,6 +61,11 @@ def _instructions(run: RunConfig) -> Iterator[str]:
             "stage: sft tunes one model and grows none, but stages has "
             f"{len(run.stages)}: grow first, then begin a run with init_from"
         )
+
+
+def _evaluation(run: RunConfig) -> Iterator[str]:
+    if run.evaluation is not None and run.data.tokenizer is None:
+        yield "evaluation turns texts into tokens: set data.tokenizer, or leave evaluation out"
 
 
 def _parallel(stage: StageConfig, sequence_length: int, at: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megagrow.config.evaluation import EvaluationConfig
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.guards import GuardsConfig
 from megagrow.config.kernels import KernelsConfig
@@ -187,5 +188,7 @@ class RunConfig(Section):
     stages: list[StageConfig] = Field(min_length=1)
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
+    evaluation: EvaluationConfig | None = None
+    """Without it there is none."""
     guards: GuardsConfig = GuardsConfig()
     logging: LoggingConfig = LoggingConfig()

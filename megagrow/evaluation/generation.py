@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from megagrow.evaluation.scores import Scorer
+from megagrow.evaluation.scores import Scores
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Text:
             self.result = text[: min(ends)] if ends else text
 
 
-def write(texts: list[Text], scorer: Scorer, eos: int, decode: Callable[[list[int]], str]) -> None:
+def write(texts: list[Text], scorer: Scores, eos: int, decode: Callable[[list[int]], str]) -> None:
     """Writes a batch of texts to their ends; all ranks of a tensor-parallel group together."""
     while open_texts := [text for text in texts if text.result is None]:
         tokens = scorer.best([text.context + text.written for text in open_texts])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megagrow.errors import InputError
-from megagrow.evaluation.scores import Asked, Scorer
+from megagrow.evaluation.scores import Asked, Scores
 
 Pair = tuple[list[int], list[int]]
 """Tokens of a context and of its continuation, neither empty."""
@@ -40,7 +40,7 @@ class Shared:
 
 
 def log_likelihoods(
-    pairs: list[Pair], scorer: Scorer, max_length: int, batch_size: int, device: torch.device
+    pairs: list[Pair], scorer: Scores, max_length: int, batch_size: int, device: torch.device
 ) -> list[tuple[float, bool]]:
     """Of each continuation: its log-likelihood in nats, and whether greedy decoding gives it.
 

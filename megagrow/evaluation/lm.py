@@ -14,19 +14,20 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import nn
 
 from megagrow.errors import InputError
 from megagrow.evaluation.generation import Text, write
 from megagrow.evaluation.likelihood import Pair, log_likelihoods
 from megagrow.evaluation.model import Loaded, load
-from megagrow.evaluation.scores import Scorer
+from megagrow.evaluation.scores import Scorer, Scores
+from megagrow.evaluation.texts import Texts
 from megagrow.parallel.topology import (
     Topology,
     init_process_group,
     make_topology,
     own_device,
     read_launch,
+    together,
 )
 
 MAX_GENERATED = 256
@@ -39,21 +40,16 @@ Answer = TypeVar("Answer")
 class Evaluated(TemplateLM):  # type: ignore[misc]
     """A model of ours for lm-eval; all ranks make the same calls together."""
 
-    def __init__(self, loaded: Loaded, topology: Topology, batch_size: int) -> None:
+    def __init__(
+        self, scorer: Scores, texts: Texts, topology: Topology, max_length: int, batch_size: int
+    ) -> None:
         super().__init__()
-        self._texts = loaded.texts
+        self._scorer = scorer
+        self._texts = texts
         self._topology = topology
-        self._scorer = Scorer(loaded.model, topology)
         self._device = topology.device
-        self.max_length = loaded.model.config.max_position_embeddings
+        self.max_length = max_length
         self.batch_size = batch_size
-        self.model: nn.Module = loaded.model
-        self.path = loaded.path
-
-    @property
-    def speaks(self) -> bool:
-        """Whether this rank is the one that reports."""
-        return self._topology.rank == 0
 
     @property
     def eot_token_id(self) -> int:
@@ -67,6 +63,13 @@ class Evaluated(TemplateLM):  # type: ignore[misc]
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         return self._texts.encode(string, add_special_tokens)
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """lm-eval's, without its bar: it ends before the first pass begins."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -122,12 +125,31 @@ class Evaluated(TemplateLM):  # type: ignore[misc]
         """Answers of all requests on all ranks, each computed by one data-parallel rank."""
         dp, dp_rank = self._topology.dp, self._topology.dp_rank
         bounds = [len(requests) * part // dp for part in range(dp + 1)]
-        own = answer(requests[bounds[dp_rank] : bounds[dp_rank + 1]])
+        part = requests[bounds[dp_rank] : bounds[dp_rank + 1]]
         if dp == 1:
-            return own
+            return self._to_the_end(answer, part)
+        own = together(lambda: self._to_the_end(answer, part))
         parts: list[Any] = [None] * dp
         dist.all_gather_object(parts, own, group=self._topology.dp_group)
         return [found for part in parts for found in part]
+
+    def _to_the_end(
+        self, answer: Callable[[list[Request]], list[Answer]], requests: list[Request]
+    ) -> list[Answer]:
+        """Answers, when all ranks are done: those that may not stop before others do not."""
+        try:
+            found = answer(requests)
+        except InputError:
+            self._scorer.finish()
+            raise
+        self._scorer.finish()
+        return found
+
+
+def evaluated(loaded: Loaded, topology: Topology, batch_size: int) -> Evaluated:
+    """A model that was loaded, for lm-eval."""
+    length = loaded.model.config.max_position_embeddings
+    return Evaluated(Scorer(loaded, topology), loaded.texts, topology, length, batch_size)
 
 
 @register_model("megagrow")
@@ -153,7 +175,9 @@ class MegagrowLM(Evaluated):
             raise InputError(f"batch_size {batch_size}: should be a number of sequences")
         topology = join(tp)
         loaded = load(Path(checkpoint), topology, tokenizer, dtype)
-        super().__init__(loaded, topology, int(batch_size))
+        length = loaded.model.config.max_position_embeddings
+        scorer = Scorer(loaded, topology)
+        super().__init__(scorer, loaded.texts, topology, length, int(batch_size))
 
 
 def join(tp: int) -> Topology:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,12 @@ from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
 from megagrow.evaluation.texts import Texts, open_texts
 from megagrow.model.backends import Work, choose
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.llama import HeadLoss, LlamaForCausalLM
 from megagrow.model.machine import machine_of
 from megagrow.model.ops import Ops, make_ops
 from megagrow.parallel.layers import parallelize
 from megagrow.parallel.plan import parameter_plan
-from megagrow.parallel.topology import Topology, on_first
+from megagrow.parallel.topology import Topology, on_first, together
 from megagrow.parallel.weights import materialise
 from megagrow.reshard.fill import fill_read
 from megagrow.reshard.layout import Layout
@@ -30,12 +31,25 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and what its texts are written in."""
+    """A model and what its texts are written in; for `scores.Scorer`."""
 
     model: LlamaForCausalLM
     texts: Texts
     path: Path
     """What was read: a checkpoint or a Hugging Face folder."""
+    run: dict[str, Any] | None
+    """Where its run stood; None if it comes from no run."""
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
+
+    def pass_through(self, ids: Tensor, head: HeadLoss) -> None:
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        self.model(ids, positions, None, None, head)
+
+    def finish(self) -> None:
+        """Nothing: no pass waits for another data-parallel rank."""
 
 
 def load(
@@ -47,7 +61,12 @@ def load(
     InputError for a damaged source, one without a tokenizer, one whose new parts still stand behind
     masks, and a tensor parallelism that does not divide the model.
     """
-    source = open_found(on_first(lambda: find_source(path, lambda _: None)))
+    found = on_first(lambda: find_source(path, lambda _: None))
+    return together(lambda: _load(found, topology, tokenizer, dtype))
+
+
+def _load(found: Path, topology: Topology, tokenizer: str | None, dtype: str | None) -> Loaded:
+    source = open_found(found)
     if still_masked(source):
         raise InputError(
             f"{source.path}: parts of it still stand behind masks, without which it is another "
@@ -56,7 +75,7 @@ def load(
     _check_divides(source.model, topology.tp)
     texts = _texts(source, tokenizer)
     numbers = _dtype(dtype, topology.device)
-    return Loaded(build(source, topology, numbers), texts, source.path)
+    return Loaded(build(source, topology, numbers), texts, source.path, source.run)
 
 
 def build(source: Source, topology: Topology, dtype: torch.dtype) -> LlamaForCausalLM:

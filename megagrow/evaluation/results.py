@@ -1,13 +1,16 @@
 """Runs lm-eval on a model, and its results as plain numbers."""
 
 import math
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import lm_eval.api.task
 from lm_eval.evaluator import evaluate as run_lm_eval
 
 from megagrow.evaluation.lm import Evaluated
-from megagrow.evaluation.tasks import load_tasks
+from megagrow.evaluation.tasks import Tasks
 
 ACCURACIES = ("acc", "acc_norm")
 
@@ -16,26 +19,40 @@ Results = dict[str, Any]
 
 
 def evaluate(
-    model: Evaluated, tasks: tuple[str, ...], data_dir: Path | None, limit: int | None
+    model: Evaluated,
+    tasks: Tasks,
+    limit: int | None,
+    begin: Callable[[str], None] = lambda task: None,
 ) -> Results:
     """The metrics of each task and the average of the accuracies; all ranks together.
 
-    `limit` is the number of documents of each task, None for all. InputError as `load_tasks`.
+    `limit` is the number of documents of each task, None for all; `begin` hears of each task.
+    InputError where a task asks what cannot be answered.
     """
-    loaded = load_tasks(tasks, data_dir)
-    found = run_lm_eval(
-        lm=model,
-        task_dict=loaded,
-        limit=limit,
-        bootstrap_iters=0,  # it would fork processes for the error of a perplexity
-        log_samples=False,
-    )
-    results = {
-        task: _plain(metrics, found["n-samples"][task]["effective"])
-        for task, metrics in found["results"].items()
-        if task in found["n-samples"]
-    }
+    results = {}
+    for name, task in tasks.items():
+        begin(name)
+        with _without_bars():
+            found = run_lm_eval(
+                lm=model,
+                task_dict={"tasks": {name: task}, "groups": {}, "group_map": {}},
+                limit=limit,
+                bootstrap_iters=0,  # it would fork processes for the error of a perplexity
+                log_samples=False,
+            )
+        results[name] = _plain(found["results"][name], found["n-samples"][name]["effective"])
     return {"results": results, "average": average(results)}
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """lm-eval shows one for the making of each task's requests, and cannot be told not to."""
+    shown = lm_eval.api.task.tqdm
+    lm_eval.api.task.tqdm = partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        lm_eval.api.task.tqdm = shown
 
 
 def average(results: dict[str, dict[str, float]]) -> float | None:

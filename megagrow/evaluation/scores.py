@@ -5,13 +5,14 @@ tensor-parallel ranks, and its logits are never gathered.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.llama import HeadLoss
 from megagrow.parallel.plan import real_rows
 from megagrow.parallel.topology import Topology
 
@@ -33,10 +34,39 @@ class Asked:
     """(N,) int64."""
 
 
+class Model(Protocol):
+    """What tokens are passed through: a model that was loaded, or one that is being trained."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that it knows."""
+
+    def pass_through(self, ids: Tensor, head: HeadLoss) -> None:
+        """Hands the hidden states of (B, S) int64 token ids and the head's weight to `head`; all
+        ranks of a tensor-parallel group together."""
+
+    def finish(self) -> None:
+        """Every rank calls it when it has made its passes of a call: it returns when all have."""
+
+
+class Scores(Protocol):
+    """What `Scorer` does, for whoever asks."""
+
+    def best(self, sequences: list[list[int]]) -> list[int]:
+        """The likeliest token after each sequence."""
+
+    def scores(self, sequences: list[list[int]], asked: Asked) -> tuple[list[float], list[bool]]:
+        """Of each token asked for: its log-probability in nats (fp32), and whether no token is
+        likelier."""
+
+    def finish(self) -> None:
+        """As that of the model."""
+
+
 class Scorer:
     """Applies a model to batches of token ids; all ranks of a tensor-parallel group together."""
 
-    def __init__(self, model: LlamaForCausalLM, topology: Topology) -> None:
+    def __init__(self, model: Model, topology: Topology) -> None:
         self._model = model
         self._topology = topology
 
@@ -56,9 +86,12 @@ class Scorer:
         found, best = self._passed(self._padded(sequences), asked)
         return found.tolist(), (best[asked.owners] == asked.labels).tolist()
 
-    @torch.inference_mode()
+    def finish(self) -> None:
+        """As that of the model."""
+        self._model.finish()
+
+    @torch.no_grad()
     def _passed(self, ids: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         results: list[tuple[Tensor, Tensor]] = []
 
         def score(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -73,7 +106,7 @@ class Scorer:
                 results.append(self._of_logits(logits, owners, labels))
             return picked_PD.new_zeros(())
 
-        self._model(ids, positions, None, None, score)
+        self._model.pass_through(ids, score)
         scores, best = zip(*results, strict=True)
         return torch.cat(scores), torch.cat(best)
 
@@ -81,7 +114,7 @@ class Scorer:
         """Scores (N,) fp32 of the labels, and the likeliest tokens (P,) int64, of (P, V/tp)."""
         tp, tp_rank = self._topology.tp, self._topology.tp_rank
         first = tp_rank * logits.shape[1]
-        real = real_rows(self._model.config.vocab_size, logits.shape[1], tp_rank)
+        real = real_rows(self._model.vocab_size, logits.shape[1], tp_rank)
         logits = logits[:, :real].float()
         own = labels - first
         mine = (own >= 0) & (own < real)

@@ -35,15 +35,20 @@ _FOLDERS = {
 """The tasks of the group, and where lm-eval defines each: reading all its tasks takes seconds."""
 
 
-def load_tasks(names: tuple[str, ...], data_dir: Path | None) -> Any:
-    """What lm-eval evaluates: its dictionary of tasks.
+Tasks = dict[str, Any]
+"""lm-eval's tasks by their names."""
+
+
+def load_tasks(names: tuple[str, ...], data_dir: Path | None) -> Tasks:
+    """What lm-eval evaluates; a name that stands for several tasks gives each of them.
 
     Errors: InputError for a name that is not known, data that is missing in `data_dir`, and data
     that cannot be had from the hub.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # else it warns of each of its own tasks
     asked = tuple(dict.fromkeys(name for given in names for name in _members(given)))
-    return _from_hub(asked) if data_dir is None else _from_files(asked, data_dir)
+    found: Tasks = _from_hub(asked) if data_dir is None else _from_files(asked, data_dir)
+    return found
 
 
 def _members(name: str) -> tuple[str, ...]:
@@ -56,7 +61,7 @@ def _from_hub(names: tuple[str, ...]) -> Any:
         if name not in manager.task_index:
             raise InputError(f"task {name}: lm-eval knows none of this name; see lm-eval ls tasks")
     try:
-        return manager.load(list(names))
+        return manager.load(list(names))["tasks"]
     except Exception as error:  # datasets and the hub's client raise whatever they stumble over
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise InputError(f"tasks {', '.join(names)}: no data from the hub: {reason}") from error
@@ -72,7 +77,7 @@ def _from_files(names: tuple[str, ...], data_dir: Path) -> Any:
     manager = TaskManager(include_defaults=False, include_path=sorted(map(str, folders)))
     tasks = [{"task": name, "custom_dataset": _splits(docs)} for name, docs in found.items()]
     loaded = manager.load([{"group": "local", "task": tasks}])
-    return manager.load(list(loaded["tasks"].values()))
+    return loaded["tasks"]
 
 
 def _splits(docs: list[Doc]) -> Callable[..., dict[str, Dataset]]:

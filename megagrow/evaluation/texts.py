@@ -6,6 +6,7 @@ that begins texts with one does so: what is published was measured in that way.
 
 import json
 import shutil
+from array import array
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +21,7 @@ class Texts:
     """Text to token ids and back."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.eos_id: int = tokenizer.eos_token_id
         bos: int | None = tokenizer.bos_token_id
         self.prefix_id = self.eos_id if bos is None else bos
@@ -33,11 +34,25 @@ class Texts:
         if special is None and text.startswith(self._prefix):
             special = False
         options = {} if special is None else {"add_special_tokens": special}
-        return list(self._tokenizer.encode(text, verbose=False, **options))
+        return list(self.tokenizer.encode(text, verbose=False, **options))
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens."""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class RememberedTexts(Texts):
+    """The same, for texts that come again and again: each becomes tokens once."""
+
+    def __init__(self, texts: Texts) -> None:
+        super().__init__(texts.tokenizer)
+        self._known: dict[tuple[str, bool | None], array[int]] = {}
+
+    def encode(self, text: str, special: bool | None = None) -> list[int]:
+        key = (text, special)
+        if key not in self._known:
+            self._known[key] = array("i", super().encode(text, special))
+        return self._known[key].tolist()
 
 
 def open_texts(name: str, vocab_size: int) -> Texts:

@@ -34,6 +34,7 @@ class StepDone:
     measure: StepMeasure
     validate: bool
     save: bool
+    evaluate: bool = False
     rewind: str | None = None
     """Why the run has to go back to a checkpoint, if it has to."""
 
@@ -98,9 +99,15 @@ def advance(
         state,
         measure,
         validate=last or state.counters.step % run.validation.interval == 0,
+        evaluate=_evaluates(run, state, last),
         save=last or (good and state.counters.step % run.checkpoint.interval == 0),
         rewind=state.guard.reason_to_rewind(run.guards),
     )
+
+
+def _evaluates(run: RunConfig, state: RunState, last: bool) -> bool:
+    asked = run.evaluation
+    return asked is not None and (last or state.counters.step % asked.interval == 0)
 
 
 def train_at(

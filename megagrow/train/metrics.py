@@ -21,7 +21,9 @@ from megagrow.train.stages import run_steps, run_tokens
 from megagrow.train.trackers import Record, TensorBoardTracker, Tracker, WandbTracker
 
 METRICS_FILE = "metrics.jsonl"
-Kind = Literal["start", "train", "validation", "growth", "checkpoint", "rewind", "end"]
+Kind = Literal[
+    "start", "train", "validation", "evaluation", "growth", "checkpoint", "rewind", "end"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,7 @@ class Counters:
     flops: float = 0.0
     flops_true: float = 0.0
     elapsed_seconds: float = 0.0
-    """Steps, growth and checkpoints; not validation, nor work that a crash undid."""
+    """Steps, growth and checkpoints; not validation or evaluation, nor work that a crash undid."""
     lost_seconds: float = 0.0
     """The part of it that went into growth and checkpoints."""
     growth_tokens: int = 0
@@ -154,7 +156,7 @@ class MetricsLog:
 
     def write(self, kind: Kind, counters: Counters, **fields: Any) -> None:
         """Appends one record; numbers that are not finite become null, JSON having no NaN."""
-        record = _finite({"kind": kind, **asdict(counters), **fields})
+        record: Record = _finite({"kind": kind, **asdict(counters), **fields})
         try:
             with self.path.open("a", encoding="ascii") as file:
                 file.write(_line(record))
@@ -228,11 +230,10 @@ def _later(record: Record, step: int, stage: int | None, rewinds: int) -> bool:
     return bool(grown or record["step"] > step or record.get("rewinds", 0) > rewinds)
 
 
-def _finite(record: Record) -> Record:
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in record.items()
-    }
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _line(record: Record) -> str:

@@ -1,7 +1,7 @@
 """What rank 0 shows and writes down: the live line, the metrics, the resolved config."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class Recorder:
         if measure.skipped:
             self.say(f"step {counters.step}: loss or gradient not finite, the step is skipped")
         due = counters.step % self._run.logging.interval == 0
-        if due or event.validate or measure.skipped:
+        if due or event.validate or event.evaluate or measure.skipped:
             fields = train_fields(measure, self._peak)
             self._write(lambda log: log.write("train", counters, **fields))
             status = Status(
@@ -110,6 +110,12 @@ class Recorder:
         fields = {"stage": state.stage, "loss": loss}
         self._write(lambda log: log.write("validation", state.counters, **fields))
         self.say(f"step {state.counters.step}: validation loss {loss:.4f}")
+
+    def evaluation(self, state: RunState, found: dict[str, Any]) -> None:
+        """The model was evaluated: `found` is {"results": {task: {metric: value}}, "average"}."""
+        fields = {"stage": state.stage, **found}
+        self._write(lambda log: log.write("evaluation", state.counters, **fields))
+        self.say(f"step {state.counters.step}: evaluation: {', '.join(_told(found))}")
 
     def checkpoint(self, state: RunState, path: Path, stall: float, seconds: float) -> None:
         """A checkpoint of a state was saved, `seconds` after that began, and the training stood
@@ -186,6 +192,15 @@ class Recorder:
                 self._problem = error
             except OSError as error:  # what we print may well go to a file on a full disk
                 self._problem = unwritable(Path(error.filename or "standard output"), error)
+
+
+def _told(found: dict[str, Any]) -> Iterator[str]:
+    """The average, and of each task the accuracy, or else what it measures first."""
+    if found["average"] is not None:
+        yield f"average {found['average']:.3f}"
+    for task, metrics in found["results"].items():
+        named = [name for name in ("acc_norm", "acc", *metrics) if name in metrics]
+        yield from (f"{task} {name} {metrics[name]:.4g}" for name in named[:1])
 
 
 def _shape(model: ModelConfig) -> str:

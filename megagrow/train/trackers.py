@@ -7,6 +7,7 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,12 +30,18 @@ class Tracker(Protocol):
 
 
 def _scalars(record: Record) -> dict[str, float]:
-    """The numbers of a record as `kind/field`, without the step, which is the x axis."""
-    return {
-        f"{record['kind']}/{key}": float(value)
-        for key, value in record.items()
-        if key != "step" and isinstance(value, int | float)
-    }
+    """The numbers of a record as `kind/field`, or `kind/field/field`, without the step, which is
+    the x axis."""
+    fields = {key: value for key, value in record.items() if key != "step"}
+    return dict(_numbers(record["kind"], fields))
+
+
+def _numbers(place: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(f"{place}/{key}", inner)
+    elif isinstance(value, int | float):
+        yield place, float(value)
 
 
 class TensorBoardTracker:

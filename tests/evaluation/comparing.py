@@ -57,7 +57,7 @@ def ours(checkpoint: Path, tokenizer: Path, tp: int) -> Evaluated:
 @cache
 def tasks() -> dict:
     """The tasks of which there is local data, by name."""
-    return load_tasks(tuple(LIMITS), DATA)["tasks"]
+    return load_tasks(tuple(LIMITS), DATA)
 
 
 def answers(model: object) -> dict[str, list]:
@@ -73,6 +73,6 @@ def answers(model: object) -> dict[str, list]:
 def figures(model: object) -> dict[str, dict]:
     """Of each task its metrics on a few documents."""
     return {
-        name: evaluate(model, (name,), DATA, limit)["results"][name]
+        name: evaluate(model, {name: tasks()[name]}, limit)["results"][name]
         for name, limit in LIMITS.items()
     }
