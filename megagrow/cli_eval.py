@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megagrow.errors import unwritable
+from megagrow.errors import InputError, unwritable
 
 
 def evaluate(
@@ -48,14 +48,20 @@ def evaluate(
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     topology = join(tp)
+    if not names:
+        raise InputError("--tasks: names none")
     asked = together(lambda: load_tasks(names, data_dir))
     loaded = load(checkpoint, topology, tokenizer, dtype)
     found = run_tasks(evaluated(loaded, topology, batch_size), asked, limit)
-    if topology.rank == 0:
-        found = {"checkpoint": str(loaded.path), "limit": limit, **found}
-        Console().print(_table(found))
-        if output is not None:
-            _write(output, found)
+    found = {"checkpoint": str(loaded.path), "limit": limit, **found}
+
+    def report() -> None:
+        if topology.rank == 0:
+            Console().print(_table(found))
+            if output is not None:
+                _write(output, found)
+
+    together(report)
     leave_process_group()
 
 

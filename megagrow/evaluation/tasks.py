@@ -35,6 +35,9 @@ _FOLDERS = {
 """The tasks of the group, and where lm-eval defines each: reading all its tasks takes seconds."""
 
 
+_NOT_DONE = {"UNSAFE_CODE": "runs code that a model wrote", "MULTIMODAL": "shows images"}
+"""What lm-eval says of a task, and what that means."""
+
 Tasks = dict[str, Any]
 """lm-eval's tasks by their names."""
 
@@ -42,12 +45,20 @@ Tasks = dict[str, Any]
 def load_tasks(names: tuple[str, ...], data_dir: Path | None) -> Tasks:
     """What lm-eval evaluates; a name that stands for several tasks gives each of them.
 
-    Errors: InputError for a name that is not known, data that is missing in `data_dir`, and data
-    that cannot be had from the hub.
+    Errors: InputError for a name that is not known, data that is missing in `data_dir`, data that
+    cannot be had from the hub, and tasks that a language model is not enough for.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # else it warns of each of its own tasks
+    for name in ("lm_eval", "huggingface_hub"):  # they warn of own tasks, and of each attempt
+        logging.getLogger(name).setLevel(logging.ERROR)
     asked = tuple(dict.fromkeys(name for given in names for name in _members(given)))
     found: Tasks = _from_hub(asked) if data_dir is None else _from_files(asked, data_dir)
+    for name, task in found.items():
+        for trait, what in (
+            ("UNSAFE_CODE", "runs code of a model"),
+            ("MULTIMODAL", "shows images"),
+        ):
+            if getattr(task, trait, False):
+                raise InputError(f"task {name}: it {what}, which is not done here")
     return found
 
 
@@ -64,7 +75,10 @@ def _from_hub(names: tuple[str, ...]) -> Any:
         return manager.load(list(names))["tasks"]
     except Exception as error:  # datasets and the hub's client raise whatever they stumble over
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise InputError(f"tasks {', '.join(names)}: no data from the hub: {reason}") from error
+        raise InputError(
+            f"tasks {', '.join(names)}: no data from the hub: {reason}; local files need none "
+            "(data_dir)"
+        ) from error
 
 
 def _from_files(names: tuple[str, ...], data_dir: Path) -> Any:
