@@ -1,6 +1,6 @@
 """The command line's `megagrow eval`: a checkpoint on lm-eval's tasks."""
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megagrow.errors import InputError, unwritable
+from megagrow.errors import InputError
 
 
 def evaluate(
@@ -28,6 +28,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a pass.")] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file of the results.")] = None,
+    keep: Annotated[
+        bool, typer.Option(help="Also in the directory of the checkpoint's run, for its report.")
+    ] = True,
     tokenizer: Annotated[
         str | None, typer.Option(help="Default: that of the checkpoint's run.")
     ] = None,
@@ -40,6 +43,7 @@ def evaluate(
     from megagrow.evaluation.installed import need_lm_eval
 
     need_lm_eval()
+    from megagrow.evaluation.kept import run_of, standing
     from megagrow.evaluation.lm import evaluated, join
     from megagrow.evaluation.model import load
     from megagrow.evaluation.results import evaluate as run_tasks
@@ -53,24 +57,23 @@ def evaluate(
     asked = together(lambda: load_tasks(names, data_dir))
     loaded = load(checkpoint, topology, tokenizer, dtype)
     found = run_tasks(evaluated(loaded, topology, batch_size), asked, limit)
-    found = {"checkpoint": str(loaded.path), "limit": limit, **found}
-
-    def report() -> None:
-        if topology.rank == 0:
-            Console().print(_table(found))
-            if output is not None:
-                _write(output, found)
-
-    together(report)
+    about = {"checkpoint": str(loaded.path), **standing(loaded.run), "limit": limit}
+    run = run_of(loaded.path) if keep else None
+    if topology.rank == 0:
+        Console().print(_table({**about, **found}))
+    together(partial(_write, {**about, **found}, output, run, topology.rank == 0))
     leave_process_group()
 
 
-def _write(output: Path, found: dict[str, Any]) -> None:
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise unwritable(output, error) from error
+def _write(found: dict[str, Any], output: Path | None, run: Path | None, first: bool) -> None:
+    """On the first rank, the JSON file that was asked for and that in the run's directory."""
+    from megagrow.evaluation.kept import keep, write
+    from megagrow.evaluation.results import average
+
+    if first and output is not None:
+        write(output, found)
+    if first and run is not None:
+        Console().print(f"kept for the run's report: {keep(found, run, average)}", soft_wrap=True)
 
 
 def _table(found: dict[str, Any]) -> Table:

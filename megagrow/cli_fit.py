@@ -1,7 +1,6 @@
 """The command line's `megagrow fit`: guidelines from one's own runs (docs/fits.md)."""
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from megagrow.config.json_text import finite
 from megagrow.errors import InputError, unwritable
 
 if TYPE_CHECKING:
@@ -139,20 +139,11 @@ def _write(output: Path, name: str, found: dict[str, Any]) -> Path:
     try:
         output.mkdir(parents=True, exist_ok=True)
         path.write_text(
-            json.dumps(_finite(found), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+            json.dumps(finite(found), indent=2, allow_nan=False) + "\n", encoding="utf-8"
         )
     except OSError as error:
         raise unwritable(path, error) from error
     return path.with_suffix(".png")
-
-
-def _finite(found: Any) -> Any:
-    """The same with null for what is infinite, such as an end of a band: JSON has no infinity."""
-    if isinstance(found, dict):
-        return {key: _finite(value) for key, value in found.items()}
-    if isinstance(found, list | tuple):
-        return [_finite(value) for value in found]
-    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def _console() -> Console:

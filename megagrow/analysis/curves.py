@@ -9,6 +9,7 @@ from megagrow.analysis.accounts import Account, Setting, charged, read_setting
 from megagrow.analysis.gauges import Gauges, Score, read_gauges, read_scores
 from megagrow.analysis.speedup import LossCurve
 from megagrow.errors import InputError
+from megagrow.evaluation.kept import kept_files, read_kept
 from megagrow.train.metrics import METRICS_FILE, read_metrics
 from megagrow.train.trackers import Record
 
@@ -68,7 +69,7 @@ class RunCurves:
     growths: tuple[Growth, ...]
     gauges: Gauges
     scores: tuple[Score, ...]
-    """What evaluations during the run have found; often none."""
+    """What evaluations have found, during the run and of its checkpoints; often none."""
     setting: Setting | None
     """None where the run's directory has no config.yaml."""
 
@@ -128,9 +129,13 @@ def _curves(directory: Path, path: Path, records: list[Record]) -> RunCurves:
             for record in _kind(records, "growth")
         ),
         gauges=read_gauges(_trained(records)),
-        scores=read_scores(_kind(records, "evaluation")),
+        scores=read_scores(_kind(records, "evaluation"), _kept(directory)),
         setting=read_setting(directory),
     )
+
+
+def _kept(directory: Path) -> list[Record]:
+    return [read_kept(path) for path in kept_files(directory)]
 
 
 def smooth(records: Sequence[Record], run_tokens: int, share: float = SMOOTHING) -> Series:

@@ -29,10 +29,12 @@ class Gauges:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What one evaluation found."""
+    """What one evaluation found, and where the run stood then."""
 
+    step: int
     tokens: int
     flops: float
+    seconds: float
     average: float | None
     """Mean accuracy of its tasks, where it was told."""
     results: dict[str, dict[str, float]]
@@ -44,17 +46,25 @@ def read_gauges(trained: Sequence[Record]) -> Gauges:
     return Gauges(**{name: _gauge(trained, name) for name in Gauges.__dataclass_fields__})
 
 
-def read_scores(evaluations: Sequence[Record]) -> tuple[Score, ...]:
-    """The evaluation records; what is no number in them (an error that was not estimated) is left
-    out. Raises KeyError, TypeError or ValueError for records that were not written so."""
-    return tuple(
-        Score(
-            tokens=record["tokens"],
-            flops=float(record["flops"]),
-            average=_number(record.get("average")),
-            results={task: _metrics(found) for task, found in _mapping(record["results"]).items()},
-        )
-        for record in evaluations
+def read_scores(evaluations: Sequence[Record], kept: Sequence[Record] = ()) -> tuple[Score, ...]:
+    """What evaluation records say, and what `megagrow eval` has `kept` of the run, by step.
+
+    Where there is both of the same step that which was kept counts: somebody asked for it. What is
+    no number (an error that was not estimated) is left out. Raises KeyError, TypeError or
+    ValueError for records that were not written so.
+    """
+    found = {record["step"]: record for record in (*evaluations, *kept)}
+    return tuple(_score(found[step]) for step in sorted(found))
+
+
+def _score(record: Record) -> Score:
+    return Score(
+        step=record["step"],
+        tokens=record["tokens"],
+        flops=float(record["flops"]),
+        seconds=float(record["elapsed_seconds"]),
+        average=_number(record.get("average")),
+        results={task: _metrics(found) for task, found in _mapping(record["results"]).items()},
     )
 
 

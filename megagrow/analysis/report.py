@@ -97,8 +97,8 @@ def _plots(curves: Sequence[RunCurves], matchups: Sequence[Matchup], output: Pat
                 plot_scores(curves),
                 output / "accuracy.png",
                 "Accuracy",
-                "Average accuracy of evaluations during the runs, against tokens and FLOPs. "
-                "Dotted lines: growths.",
+                "Average accuracy of evaluations, during the runs or of their checkpoints, against "
+                "tokens, FLOPs and seconds. Dotted lines: growths.",
             )
         )
     return plots

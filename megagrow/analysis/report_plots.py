@@ -115,9 +115,10 @@ def plot_gauges(runs: Sequence[RunCurves]) -> Figure:
 
 
 def plot_scores(runs: Sequence[RunCurves]) -> Figure:
-    """The average accuracy of evaluations against tokens and FLOPs, where any was told."""
-    figure, panels = _figure(2, sharey=True)
-    for axes, x in zip(panels, ("tokens", "flops"), strict=True):
+    """The average accuracy of evaluations against tokens, FLOPs and seconds, where any was told."""
+    units = {"tokens": "tokens", "flops": f"FLOPs, {ACCOUNTS['flops']}", "seconds": "seconds"}
+    figure, panels = _figure(len(units), sharey=True)
+    for axes, (x, unit) in zip(panels, units.items(), strict=True):
         for index, run in enumerate(runs):
             told = [(getattr(score, x), score.average) for score in run.scores]
             known = [(at, average) for at, average in told if average is not None]
@@ -125,7 +126,7 @@ def plot_scores(runs: Sequence[RunCurves]) -> Figure:
             for growth in run.growths:
                 axes.axvline(getattr(growth, x), color=look(index).colour, ls=":", lw=1.0)
         axes.set_title(f"Average accuracy against {x.replace('flops', 'FLOPs')}", fontsize=10)
-        axes.set_xlabel("tokens" if x == "tokens" else f"FLOPs, {ACCOUNTS['flops']}")
+        axes.set_xlabel(unit)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         _finish(axes)
     panels[0].xaxis.set_major_formatter(token_format())

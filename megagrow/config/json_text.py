@@ -1,4 +1,5 @@
-"""Reads JSON that somebody else may have written, strictly: what is read means one thing only."""
+"""JSON that somebody else may have written, read strictly: it means one thing only. And values as
+JSON can write them."""
 
 import json
 import math
@@ -46,6 +47,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{path}: should hold a JSON object")
     return found
+
+
+def finite(value: Any) -> Any:
+    """The value with null in place of each number that JSON does not know: NaN, infinities."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,14 +6,13 @@ the checkpoint does not know of, so that its file becomes that of an undisturbed
 """
 
 import json
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megagrow.config.json_text import parse_json
+from megagrow.config.json_text import finite, parse_json
 from megagrow.config.parameters import parameters
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError, unwritable
@@ -156,7 +155,7 @@ class MetricsLog:
 
     def write(self, kind: Kind, counters: Counters, **fields: Any) -> None:
         """Appends one record; numbers that are not finite become null, JSON having no NaN."""
-        record: Record = _finite({"kind": kind, **asdict(counters), **fields})
+        record: Record = finite({"kind": kind, **asdict(counters), **fields})
         try:
             with self.path.open("a", encoding="ascii") as file:
                 file.write(_line(record))
@@ -228,12 +227,6 @@ def _later(record: Record, step: int, stage: int | None, rewinds: int) -> bool:
         return False
     grown = stage is not None and record.get("stage", stage) > stage
     return bool(grown or record["step"] > step or record.get("rewinds", 0) > rewinds)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _line(record: Record) -> str:

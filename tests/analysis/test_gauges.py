@@ -9,6 +9,8 @@ import pytest
 
 from megagrow.analysis.accounts import charged, setting_of
 from megagrow.analysis.curves import Growth, RunCurves, Series, load_run
+from megagrow.analysis.gauges import read_scores
+from megagrow.analysis.report_plots import plot_scores
 from megagrow.analysis.spikes import spikes
 from megagrow.config.load import load_run as load_config
 from megagrow.config.show import to_yaml
@@ -70,8 +72,24 @@ def test_gauges_and_scores_are_read(make_run: Callable[..., Path]) -> None:
     assert run.gauges.memory_bytes.tokens[-1] == 20_000
     assert run.gauges.mfu.values == ()
     (score,) = run.scores
-    assert (score.tokens, score.average) == (20_000, 0.75)
+    assert (score.tokens, score.seconds, score.average) == (20_000, 10.0, 0.75)
     assert score.results == {"sciq": {"acc": 0.75}, "wikitext": {"word_perplexity": 20.5}}
+
+
+def test_accuracies_are_drawn_against_all_costs(make_run: Callable[..., Path]) -> None:
+    folder = make_run("run", [(20, 1000)])
+    append(folder, kind="evaluation", results={}, average=0.75)
+    lines = [axes.lines[0] for axes in plot_scores([load_run(folder)]).axes]
+    assert [list(line.get_xdata()) for line in lines] == [[20_000], [20 * 6e6], [10.0]]
+    assert {tuple(line.get_ydata()) for line in lines} == {(0.75,)}
+
+
+def test_what_was_kept_of_a_step_counts_and_not_its_record() -> None:
+    told = {"tokens": 1, "flops": 2, "elapsed_seconds": 3}
+    records = [{"step": at, "results": {}, "average": at / 10, **told} for at in (1, 2)]
+    kept = [{"step": at, "results": {}, "average": at / 5, **told} for at in (3, 2)]
+    found = read_scores(records, kept)
+    assert [(score.step, score.average) for score in found] == [(1, 0.1), (2, 0.4), (3, 0.6)]
 
 
 def test_scores_of_another_form_are_refused(make_run: Callable[..., Path]) -> None:
