@@ -1,4 +1,5 @@
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -164,6 +165,19 @@ def test_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
     log.path.symlink_to("/dev/full")
     with pytest.raises(InputError, match="No space left on device"):
         log.write("start", Counters())
+
+
+def test_an_evaluation_is_written_and_shown_by_task_and_metric(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = {"piqa": {"acc": 0.5}, "wikitext": {"word_perplexity": math.inf}}
+    with MetricsLog(tmp_path, True, None, "run") as log:
+        log.write("evaluation", Counters(step=3), stage=0, results=found, average=0.5)
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert record["results"] == {"piqa": {"acc": 0.5}, "wikitext": {"word_perplexity": None}}
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (shown,) = events.Scalars("evaluation/results/piqa/acc")
+    assert (shown.step, shown.value) == (3, 0.5)
+    assert "evaluation/average" in events.Tags()["scalars"]
 
 
 def test_tensorboard_forgets_what_a_resume_takes_back(tmp_path: Path) -> None:
