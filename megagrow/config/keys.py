@@ -20,6 +20,9 @@ DEFAULTS = (
 PARTS = ("model", "data", "parallel", "batch", "optimizer", "schedule")
 """Sections that may be the name of a file, or a mapping with `base: NAME`."""
 
+HARDWARE = ("parallel", "kernels", "batch")
+"""Sections of a stage that a profile of the hardware may set."""
+
 ALIASES = {
     "learning_rate": "lr",
     "clip_grad": "gradient_clipping",
@@ -40,13 +43,16 @@ def refuse_unknown_keys(tree: dict[str, Any], origin: str) -> None:
 
     `origin` is where the tree was read from; the error names it and each key's full path.
     """
-    _refuse(_unknown(tree, run_keys(), ""), origin)
+    built_on: Keys = {"base": None, "hardware": None}
+    _refuse(_unknown(tree, {**run_keys(), **built_on}, ""), origin)
 
 
 def refuse_unknown_part_keys(tree: dict[str, Any], section: str, origin: str) -> None:
     """The same for the file of a named part: the content of one `section`."""
-    keys = {**_keys_of(run_keys()[section]), "base": None}
-    _refuse(_unknown(tree, keys, ""), origin)
+    known = run_keys()
+    profile = {key: known[key] for key in HARDWARE}
+    keys = profile if section == "hardware" else _keys_of(known[section])
+    _refuse(_unknown(tree, {**keys, "base": None}, ""), origin)
 
 
 def run_keys() -> Keys:

@@ -14,8 +14,8 @@ from megagrow.config.keys import DEFAULTS, refuse_unknown_keys
 from megagrow.config.lengths import LENGTHS, lengths_in, settled, unsettled
 from megagrow.config.overrides import apply_override
 from megagrow.config.parts import expand, merge, search_path
+from megagrow.config.run_file import read_run, with_hardware
 from megagrow.config.schema import RunConfig
-from megagrow.config.yaml_file import read_mapping
 from megagrow.errors import InputError
 
 Place = tuple[int | str, ...]
@@ -28,19 +28,18 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     `parts.search_path`. `model`, `tokens` (or `at_tokens`, `at_flops`), `parallel`, `kernels`,
     `batch`, `optimizer` and `schedule` at the top are the defaults of every stage: a stage's own
     keys win, and its own model or length replaces the default one whole. Without `stages` the top
-    is the only stage.
+    is the only stage. `base` names a run file to build on, `hardware` a profile that sets what does
+    not change the result (see `run_file.py`).
 
     Raises InputError, in one line, for everything wrong with the file.
     """
     origin = str(path)
     folders = search_path(path)
-    tree = read_mapping(path)
-    refuse_unknown_keys(tree, origin)
-    tree = expand(tree, folders, origin)
+    tree = read_run(path)
     for text in overrides:
         tree = apply_override(tree, text)
         refuse_unknown_keys(tree, f"--set {text}")
-        tree = expand(tree, folders, f"--set {text}")
+        tree = with_hardware(expand(tree, folders, f"--set {text}"), folders, f"--set {text}")
     try:
         run = RunConfig.model_validate(_with_stages(tree, origin))
     except ValidationError as error:

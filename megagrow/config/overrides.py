@@ -20,12 +20,30 @@ def apply_override(tree: dict[str, Any], text: str) -> dict[str, Any]:
     names = path.strip().split(".")
     if not equals or not all(names):
         raise InputError(f"{origin}: should be path.to.key=value")
+    if names == ["base"]:
+        raise InputError(f"{origin}: give the path of that run file in place of this one's")
     if names[-1] == "base":
         raise InputError(f"{origin}: name the part itself, as in --set {'.'.join(names[:-1])}=NAME")
     changed = deepcopy(tree)
     _put(changed, names, parse_yaml(written, origin), origin)
-    _refuse_no_effect(changed, names, origin)
+    refuse_no_effect(changed, names, origin)
     return changed
+
+
+def refuse_no_effect(tree: dict[str, Any], names: list[str], origin: str) -> None:
+    """Raises InputError for a default that every stage sets for itself: changing it would silently
+    do nothing. `names` is its path in `tree`, the content of a run file."""
+    stages = tree.get("stages")
+    if names[0] not in DEFAULTS or not stages:
+        return
+    # A stage's own model replaces the default one whole, whichever keys it holds; so does its
+    # length, by whichever key it is given.
+    paths = [names[:1] if names[0] == "model" else names]
+    if names[0] in LENGTHS:
+        paths = [[key] for key in LENGTHS]
+    if all(any(_holds(stage, path) for path in paths) for stage in stages):
+        places = f"stages.0.{'.'.join(names)} to stages.{len(stages) - 1}.{'.'.join(names)}"
+        raise InputError(f"{origin}: has no effect, for every stage has its own; set {places}")
 
 
 def _put(node: Any, names: list[str], value: Any, origin: str, above: str = "") -> None:
@@ -48,21 +66,6 @@ def _index(items: list[Any], name: str, above: str, origin: str) -> int:
         return int(name)
     place = above.removesuffix(".")
     raise InputError(f"{origin}: '{place}' has {len(items)} entries, counted from 0; not '{name}'")
-
-
-def _refuse_no_effect(tree: dict[str, Any], names: list[str], origin: str) -> None:
-    """A default that every stage sets for itself: changing it would silently do nothing."""
-    stages = tree.get("stages")
-    if names[0] not in DEFAULTS or not stages:
-        return
-    # A stage's own model replaces the default one whole, whichever keys it holds; so does its
-    # length, by whichever key it is given.
-    paths = [names[:1] if names[0] == "model" else names]
-    if names[0] in LENGTHS:
-        paths = [[key] for key in LENGTHS]
-    if all(any(_holds(stage, path) for path in paths) for stage in stages):
-        places = f"stages.0.{'.'.join(names)} to stages.{len(stages) - 1}.{'.'.join(names)}"
-        raise InputError(f"{origin}: has no effect, for every stage has its own; set {places}")
 
 
 def _holds(node: Any, names: list[str]) -> bool:

@@ -60,14 +60,17 @@ def _expand_sections(tree: Tree, prefix: str, folders: Sequence[Path], origin: s
     expanded = dict(tree)
     for section in tree.keys() & set(PARTS):
         where = f"{origin}: '{prefix}{section}'"
-        expanded[section] = _expand_section(tree[section], section, folders, where, ())
+        expanded[section] = named_section(tree[section], section, folders, where)
     return expanded
 
 
-def _expand_section(
-    value: Any, section: str, folders: Sequence[Path], where: str, via: tuple[str, ...]
+def named_section(
+    value: Any, section: str, folders: Sequence[Path], where: str, via: tuple[str, ...] = ()
 ) -> Tree:
-    """A section's content, whatever way it was written; `via` are the parts that led here."""
+    """A section's content, whatever way it was written; `via` are the parts that led here.
+
+    Raises InputError as `expand` does; `where` begins the message.
+    """
     if isinstance(value, str):
         value = {"base": value}
     if not isinstance(value, dict):
@@ -75,18 +78,22 @@ def _expand_section(
     if "base" not in value:
         return value
     name = str(value["base"])
-    if len(name) > LONGEST_NAME:
-        raise InputError(f"{where}: '{name[:20]}...' is too long to be the name of a part")
     if name in via:
         raise InputError(f"{where} is built on itself: {' -> '.join([*via, name])}")
-    file = _find(name, section, folders, where)
+    file = find_file(name, section, folders, where)
     part = read_mapping(file)
     refuse_unknown_part_keys(part, section, str(file))
-    base = _expand_section(part, section, folders, where, (*via, name))
+    base = named_section(part, section, folders, where, (*via, name))
     return merge(base, {key: item for key, item in value.items() if key != "base"})
 
 
-def _find(name: str, section: str, folders: Sequence[Path], where: str) -> Path:
+def find_file(name: str, section: str, folders: Sequence[Path], where: str) -> Path:
+    """SECTION/NAME.yaml in the first of the folders that has it; without a section, NAME.yaml.
+
+    Raises InputError, which names what comes nearest.
+    """
+    if len(name) > LONGEST_NAME:
+        raise InputError(f"{where}: '{name[:20]}...' is too long to be the name of a part")
     for folder in folders:
         file = folder / section / f"{name}.yaml"
         if file.is_file():
@@ -95,4 +102,5 @@ def _find(name: str, section: str, folders: Sequence[Path], where: str) -> Path:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     listed = f"known: {', '.join(known)}" if known else f"there is no file in {section}/"
     hint = f"did you mean '{near[0]}'?" if near else listed
-    raise InputError(f"{where} names '{name}', but there is no {section}/{name}.yaml; {hint}")
+    sought = Path(section, f"{name}.yaml")
+    raise InputError(f"{where} names '{name}', but there is no {sought}; {hint}")
