@@ -1,0 +1,56 @@
+"""docs/recipes.md names files that are there, and figures that the planner gives."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megagrow.analysis.plan_request import PlanRequest, answer
+from megagrow.config.lengths import stage_steps
+from megagrow.config.load import load_run
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+ROWS = re.findall(r"^\| `([\w.-]+)` \| (.*?) \| `([\w.-]+)` \| (.*?) \| (.*?) \|$", TEXT, re.M)
+
+
+def test_files_and_profiles_that_it_names_are_there() -> None:
+    files = set(re.findall(r"configs/[\w./-]+\.yaml", TEXT))
+    assert len(files) > 6
+    assert [name for name in files if not (ROOT / name).is_file()] == []
+    there = {path.stem for path in (CONFIGS / "hardware").glob("*.yaml")}
+    profiles = set(re.findall(r"\b(?:\d+x)+h[12]00-[\d.]+b\b", TEXT))
+    assert {name for name in there if "h100" in name} == profiles
+    assert {name.replace("h100", "h200") for name in profiles} | profiles == there
+
+
+def test_every_paper_run_is_in_the_table() -> None:
+    assert {row[0] for row in ROWS} == {path.stem for path in CONFIGS.glob("*.yaml")} - {"sft-3b"}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_days_and_gpu_hours_are_those_of_the_planner(row: tuple[str, ...]) -> None:
+    name, tokens, profile, days, hours = row
+    run = load_run(CONFIGS / f"{name}.yaml", [f"hardware={profile}"])
+    _, costs = answer(run, PlanRequest(world=64, gpu="h100", mfu=0.4))
+    assert costs is not None
+    assert tokens == " + ".join(f"{stage.tokens / 1e9:g}B" for stage in run.stages)
+    assert (days, hours) == (f"{costs.total.days:.1f}", f"{costs.total.gpu_hours:,.0f}")
+
+
+def test_steps_that_it_names_are_those_of_the_run() -> None:
+    run = load_run(CONFIGS / "gstack-1.1b.yaml")
+    base, target = (stage_steps(stage, run.data.sequence_length) for stage in run.stages)
+    assert f"step-{base:09}" in TEXT
+    assert f"the run makes {target:,}" in " ".join(TEXT.split())
+
+
+def test_its_run_file_loads(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
+    path = tmp_path / "run.yaml"
+    path.write_text(example, encoding="utf-8")
+    run, base = load_run(path), load_run(CONFIGS / "gstack-1.1b.yaml")
+    assert {stage.optimizer.weight_decay_on for stage in run.stages} == {"matrices"}
+    assert [stage.optimizer.lr for stage in run.stages] == [1e-3, 3e-4]
+    assert [stage.tokens for stage in run.stages] == [stage.tokens for stage in base.stages]
