@@ -23,8 +23,12 @@ WITHOUT_COMMENT = {
     "LICENSE": "Apache-2.0.",
     "README.md": "This file.",
     "megagrow/analysis/templates/report.html": "The page of `megagrow report`, as a template.",
+    "configs/hardware": "Profiles, GPUS-MODEL: ZeRO stage, TP, recomputation, micro batch.",
     "kernels/megagrow_kernels/tiles": "A table of tile sizes for each kernel, as JSON.",
 }
+
+ALIKE = ("configs/hardware",)
+"""Folders whose files differ as their names say: the folder alone is shown."""
 
 
 def main() -> int:
@@ -90,7 +94,7 @@ def nested(names: list[str]) -> Iterator[tuple[str, str]]:
                 package = f"{folder}/__init__.py"
                 told = WITHOUT_COMMENT.get(folder) or purpose(package)
                 yield f"{'  ' * depth}{folders[depth]}/", told
-        if file != "__init__.py" and not file.endswith(".json"):
+        if file != "__init__.py" and not file.endswith(".json") and folder not in ALIKE:
             yield f"{'  ' * len(folders)}{file}", purpose(name)
 
 
