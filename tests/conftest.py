@@ -5,6 +5,7 @@ Tests marked `gpu` start processes of their own, to which they give the GPUs bac
 
 import os
 import signal
+from importlib.util import find_spec
 
 import pytest
 
@@ -12,6 +13,11 @@ _HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS
 _HIDDEN |= {"TRITON_INTERPRET": "1"}
 _BEFORE = dict(os.environ)
 os.environ.update(_HIDDEN)
+
+if find_spec("triton") is not None:
+    from tests.interpreter import remember_builtins
+
+    remember_builtins()
 
 # A shell starts what it runs in the background with Ctrl-C ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,7 +16,7 @@ from megagrow.reshard.layout import Layout
 from tests.growth.cases import Case
 from tests.growth.catalogue import CATALOGUE as CASES
 from tests.growth.whole import grown
-from tests.reshard.definition import random_state, storage_of
+from tests.reshard.definition import State, random_state, storage_of
 from tests.reshard.models import layout_of
 from tests.spawn import run_ranks
 
@@ -32,15 +32,15 @@ def layout(config: ModelConfig, grid: tuple[int, int]) -> Layout:
     return layout_of(config, zero, WORLD // tp, tp, "matrices")
 
 
-def off(grown_case: Case, before: Layout, after: Layout) -> float:
+def off(grown_case: Case, whole: tuple[State, State], before: Layout, after: Layout) -> float:
     """The largest difference of what this rank holds from its share of the plain result, relative
-    to the largest number of the tensor if that is above 1."""
+    to the largest number of the tensor if that is above 1; `whole` is the state of the source and
+    the plain result."""
     rank, growth = dist.get_rank(), grown_case.growth
     check_map(growth, before.plan, after.plan)
-    state = random_state(parameter_plan(grown_case.source, 1))
-    expected = storage_of(after, grown(state, growth, grown_case.target), rank)
+    expected = storage_of(after, whole[1], rank)
     mine = {n: {k: torch.zeros_like(t) for k, t in ks.items()} for n, ks in expected.items()}
-    source, target = Side(before, storage_of(before, state, rank)), Side(after, mine)
+    source, target = Side(before, storage_of(before, whole[0], rank)), Side(after, mine)
     fill_new(growth, after, rank, mine)
     exchange(source, growth, target)
     exchange_dense(source, growth, target)
@@ -52,12 +52,22 @@ def off(grown_case: Case, before: Layout, after: Layout) -> float:
     return max(differences, default=0.0)
 
 
-def all_off() -> dict[str, float]:
+def whole_states(grown_case: Case) -> tuple[State, State]:
+    state = random_state(parameter_plan(grown_case.source, 1))
+    return state, grown(state, grown_case.growth, grown_case.target)
+
+
+def all_off(states: dict[str, tuple[State, State]]) -> dict[str, float]:
     """For every growth the largest difference over all pairs of layouts."""
     found = {}
     for name, grown_case in CASES.items():
         pairs = [
-            off(grown_case, layout(grown_case.source, one), layout(grown_case.target, other))
+            off(
+                grown_case,
+                states[name],
+                layout(grown_case.source, one),
+                layout(grown_case.target, other),
+            )
             for one, other in PAIRS
         ]
         found[name] = max(pairs)
@@ -66,7 +76,8 @@ def all_off() -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def differences() -> list[dict[str, float]]:
-    return run_ranks(WORLD, all_off, timeout=290)
+    states = {name: whole_states(case) for name, case in CASES.items()}
+    return run_ranks(WORLD, all_off, states, timeout=290)
 
 
 def test_pairs_of_layouts_cover_every_stage_and_change() -> None:

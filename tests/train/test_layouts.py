@@ -19,8 +19,9 @@ STAGES = (0, 1, 2, 3)
 GRIDS = ((1, 1), (2, 1), (1, 2), (2, 2))
 """(data parallel, tensor parallel)"""
 
-DEEP = MODEL | {"num_hidden_layers": 8}
-BASE_STEPS, GROWN_STEPS = 10, 10
+DEEP = MODEL | {"num_hidden_layers": 6}
+"""Three times the layers: two copies in a row, and alternating ones, would be something else."""
+BASE_STEPS, GROWN_STEPS = 5, 5
 
 
 def plain_layouts(world: int) -> list[dict]:

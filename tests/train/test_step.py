@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from megagrow.config.schema import RunConfig
-from tests.runs import STEP_TOKENS, make_run, parallel_of, train_stage
+from tests.runs import make_run, parallel_of, train_stage
 from tests.spawn import run_ranks
 
-STEPS = 2
+STEPS, LENGTH = 2, 16
 KERNELS = (
     {"loss": "torch"},
     {"loss": "torch", "linear_cross_entropy": True},
@@ -18,7 +18,12 @@ KERNELS = (
 
 def run_by(folder: Path, kernels: dict) -> RunConfig:
     """ZeRO-3 and TP 2: head and embedding are gathered for their modules only, and sliced."""
-    stage = {"tokens": STEPS * STEP_TOKENS, "parallel": parallel_of(3, 2), "kernels": kernels}
+    stage = {
+        "tokens": STEPS * 2 * LENGTH,
+        "batch": {"global_batch_size": 2, "micro_batch_size": 1},
+        "parallel": parallel_of(3, 2),
+        "kernels": kernels,
+    }
     return make_run(folder, [stage])
 
 
