@@ -39,7 +39,7 @@ CASES = [(zero, dp, tp) for zero, (dp, tp) in itertools.product(range(4), GRIDS)
 MODEL = tiny(num_hidden_layers=1, num_key_value_heads=2)
 """An odd vocabulary, padded where tensor parallelism splits it, and GQA."""
 
-SAVED_STEP, STEPS = 3, 6
+SAVED_STEP, STEPS = 3, 8
 COMMON_SOURCE, COMMON_TARGET = (2, 2, 2), (3, 2, 1)
 
 

@@ -21,7 +21,7 @@ GRIDS = ((1, 1), (2, 1), (1, 2), (2, 2))
 
 DEEP = MODEL | {"num_hidden_layers": 6}
 """Three times the layers: two copies in a row, and alternating ones, would be something else."""
-BASE_STEPS, GROWN_STEPS = 5, 5
+BASE_STEPS, GROWN_STEPS = 5, 10
 
 
 def plain_layouts(world: int) -> list[dict]:
