@@ -76,7 +76,7 @@ class ClusterFile(Section):
     """Of one hop through the network."""
 
 
-def find_cluster(text: str) -> Cluster:
+def findmake_cluster(text: str) -> Cluster:
     """A cluster from `GPU:GPUS_PER_NODExNODES`, such as `h100:8x64`, or from a YAML file.
 
     InputError for what is neither, for cards without figures here, and for more than `MOST_GPUS`.
@@ -91,7 +91,7 @@ def find_cluster(text: str) -> Cluster:
     sizes = int(match[2]), int(match[3])
     if not all(sizes):
         raise InputError(f"--cluster {text}: a cluster has at least one node with one GPU")
-    return _cluster(text, ClusterFile(gpu=match[1], gpus_per_node=sizes[0], nodes=sizes[1]))
+    return make_cluster(text, ClusterFile(gpu=match[1], gpus_per_node=sizes[0], nodes=sizes[1]))
 
 
 def _from_file(path: Path) -> Cluster:
@@ -101,10 +101,11 @@ def _from_file(path: Path) -> Cluster:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{path}: {place}: {first['msg']}") from error
-    return _cluster(str(path), given)
+    return make_cluster(str(path), given)
 
 
-def _cluster(text: str, given: ClusterFile) -> Cluster:
+def make_cluster(text: str, given: ClusterFile) -> Cluster:
+    """The cluster of these figures; `text` is what errors call it. InputError as `find_cluster`."""
     gpu = find_gpu(given.gpu, "--cluster")
     if gpu.name not in CARDS:
         names = ", ".join(name.lower() for name in CARDS)
