@@ -29,6 +29,8 @@ class Card:
     """Bytes per second to the other cards of its node, in one direction."""
     nic: float
     """Bytes per second to other nodes, in one direction, that are usual for each card."""
+    nvswitch: bool = True
+    """Whether all of `nvlink` reaches any card of the node; without, each pair has its share."""
 
 
 CARDS = {
@@ -39,6 +41,10 @@ CARDS = {
     "H200": Card("hopper", 132, 4.8e12, 450e9, 50e9),
 }
 """SXM cards, NVIDIA's datasheets; networks as in DGX: 8 x 200 Gb/s with A100, 8 x 400 with H100."""
+
+POWER_EXPONENT = 0.5
+"""Speed over power where power is what limits a card: power goes with the clock times the square of
+the voltage, and the voltage falls with the clock as far as it can."""
 
 LATENCY = 5e-6
 """Seconds from card to card through the network, for one hop of a collective (InfiniBand)."""
@@ -53,6 +59,8 @@ class Cluster:
     gpus_per_node: int
     nodes: int
     latency: float = LATENCY
+    power_share: float = 1.0
+    """Of the FLOP/s that power allows at its TDP: 1, or less where it is limited."""
 
     @property
     def gpus(self) -> int:
@@ -72,6 +80,10 @@ class ClusterFile(Section):
     """Of one card, in one direction: 50 for 400 Gb/s each."""
     memory_gb_per_second: float | None = Field(default=None, gt=0)
     """Of the card's own memory."""
+    nvswitch: bool = True
+    """Nodes of four H100 or H200 have none: each pair of cards has a third of the links."""
+    watts: float | None = Field(default=None, gt=0)
+    """To which the power of a card is limited."""
     latency_us: float | None = Field(default=None, gt=0)
     """Of one hop through the network."""
 
@@ -125,9 +137,13 @@ def make_cluster(text: str, given: ClusterFile) -> Cluster:
         _bytes(given.memory_gb_per_second, usual.hbm),
         _bytes(given.nvlink_gb_per_second, usual.nvlink),
         _bytes(given.network_gb_per_second, usual.nic),
+        given.nvswitch,
     )
     latency = LATENCY if given.latency_us is None else given.latency_us * 1e-6
-    return Cluster(gpu, card, given.gpus_per_node, given.nodes, latency)
+    share = 1.0
+    if given.watts is not None and gpu.watts is not None:
+        share = min(1.0, (given.watts / gpu.watts) ** POWER_EXPONENT)
+    return Cluster(gpu, card, given.gpus_per_node, given.nodes, latency, share)
 
 
 def _bytes(gigabytes: float | None, usual: float) -> float:

@@ -28,10 +28,13 @@ class Group:
         if self.size == 1:
             return 0.0
         card = self.cluster.card
-        inner = whole * (self.size - 1) / self.size / (card.nvlink * NVLINK_SHARE)
+        links = 1.0 if card.nvswitch else (self.local - 1) / max(1, self.cluster.gpus_per_node - 1)
+        inner = whole * (self.size - 1) / self.size
         outer = whole * (self.nodes - 1) / self.nodes / (self.local * card.nic * NIC_SHARE)
         seconds = COLLECTIVE_SECONDS + self.cluster.latency * (self.nodes - 1)
-        return seconds + max(inner if self.local > 1 else 0.0, outer)
+        if self.local > 1:
+            outer = max(outer, inner / (card.nvlink * NVLINK_SHARE * links))
+        return seconds + outer
 
     def all_reduce(self, whole: float) -> float:
         """Seconds until each rank has the sum of `whole` bytes of each: scattered, then gathered."""

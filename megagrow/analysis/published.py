@@ -64,10 +64,11 @@ def _rows(source: dict[str, Any], models: dict[str, Any]) -> Iterator[Published]
             recomputed=row["recomputed"],
             sequence_parallel=row["tp"] > 1,
             attention=source["attention"],
-            fused=source["fused"],
+            stack=source["stack"],
+            gradient_bytes=row.get("gradient_bytes", source["gradient_bytes"]),
         )
-        on = min(figures["gpus_per_node"], row["gpus"])
-        size = {"gpus_per_node": on, "nodes": row["gpus"] // on}
+        nodes = max(1, row["gpus"] // figures["gpus_per_node"])
+        size = {"nodes": nodes}
         cluster = make_cluster(source["name"], ClusterFile(**{**figures, **size}))
         yield Published(
             source=source["name"],

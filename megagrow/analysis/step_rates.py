@@ -13,14 +13,20 @@ TDP."""
 TILE = (128, 256)
 """Rows and columns of the result that one multiprocessor computes at a time (cuBLAS on both)."""
 
-TILE_START = 384
+TILE_START = 256
 """What a tile costs besides its inner products, as so many more columns of the inner dimension:
 filling the pipeline, and writing the result. Set from the small models of llm-foundry."""
 
-BUSY_SHARE = {"ampere": 0.93, "hopper": 0.84}
-"""Of the speed of a product alone, within a training step: other operations leave the caches and
-the clock in another state than a loop of one product finds, and kernels have gaps between them. Set
-from one row for each (see `docs/scaling.md`)."""
+BUSY_SHARE = {
+    ("ampere", "eager"): 0.97,
+    ("ampere", "fused"): 0.97,
+    ("hopper", "eager"): 0.86,
+    ("hopper", "fused"): 0.97,
+}
+"""Of the speed of a product alone, within a training step of single PyTorch calls or of fused
+kernels: other operations leave the caches and the clock in another state than a loop of one product
+finds, and there are gaps between kernels, which hurt most where the products are fastest. Set from
+one row for each; that of fused kernels on Ampere is taken as that of single calls."""
 
 ATTENTION_SHARE = {
     ("flash1", "ampere"): 0.34,
@@ -34,8 +40,9 @@ backward together. `flash2`: 160 of 312 on A100 (Dao, arXiv 2307.08691, figures 
 of 989 on H100, `flash3`: 440 to 600 (Shah et al., arXiv 2407.08608, figures 5 and 6; cuDNN's and
 ours are of that class). `flash1`, Triton's of 2022, is set from two rows of 65,536 tokens."""
 
-HEAD_64 = 0.75
-"""Speed of attention with heads of 64 or fewer dimensions over that with 128 (same figures)."""
+HEAD_64 = 0.85
+"""Speed of attention with heads of 64 or fewer dimensions over that with 128: 0.77 forward, 0.84
+backward, 0.9 by FlashAttention-2 (same figures)."""
 
 DIAGONAL = 128
 """Positions for each query that a causal kernel computes and throws away, in blocks on the
@@ -56,9 +63,10 @@ LOSS_BYTES = {"fused": 6, "eager": 30}
 """For each logit: written, read, its gradient written in place; or with an fp32 copy, its softmax,
 and a backward pass of both."""
 
-ADAM_BYTES = 34
+ADAM_BYTES = {"fused": 34, "eager": 104}
 """For each parameter: gradient, master and both moments read, the last three written, the 16-bit
-weight written; the gradient read once more for its norm."""
+weight written; the gradient read once more for its norm. Or with a pass over the memory for each
+operation of Adam and of clipping."""
 
 NVLINK_SHARE = 0.80
 """Of NVLink's bandwidth in one direction, a large collective: 230 to 240 of 300 GB/s on A100, 360
@@ -68,9 +76,10 @@ NIC_SHARE = 0.80
 """Of the network card's bandwidth, a large collective over hosts: nccl-tests reach 0.9 on quiet
 networks, and FSDP's buckets of a layer are smaller than those of nccl-tests."""
 
-CONTENTION = 0.15
-"""Of the time of a collective that runs beside computation: by how much it slows that down, as it
-takes multiprocessors and memory bandwidth (0.15: Isaev et al., "Calculon", its system files)."""
+HIDDEN_COST = 0.45
+"""Of the time of a collective that runs beside computation, what it costs all the same: it takes
+multiprocessors, memory bandwidth and power, and what is computed next does not always wait for the
+right one. Set from one row."""
 
 COLLECTIVE_SECONDS = 20e-6
 """Start of a collective within a node (nccl-tests, small messages)."""

@@ -10,17 +10,17 @@ from megagrow.analysis.step_rates import (
     ATTENTION_SHARE,
     BACKWARD_ATTENTION,
     BUSY_SHARE,
-    CONTENTION,
     DIAGONAL,
     EAGER_TRAFFIC,
     HBM_SHARE,
     HEAD_64,
+    HIDDEN_COST,
     LOSS_BYTES,
     MATMUL_SHARE,
     TILE,
     TILE_START,
 )
-from megagrow.analysis.step_work import Work
+from megagrow.analysis.step_work import Stack, Work
 
 WIDTH = 2
 """Bytes of a bf16 number."""
@@ -52,7 +52,7 @@ class StepTime:
     """Collectives between tensor-parallel ranks, which wait for them."""
     zero_exposed: float
     """Gathering weights and reducing gradients, as far as nothing is computed meanwhile."""
-    contention: float
+    hidden_cost: float
     """By how much what is hidden slows down what is computed."""
     optimizer: float
     zero_hidden: float
@@ -61,7 +61,7 @@ class StepTime:
     @property
     def seconds(self) -> float:
         computed = self.matmul + self.attention + self.memory_bound + self.optimizer
-        return computed + self.tensor_parallel + self.zero_exposed + self.contention
+        return computed + self.tensor_parallel + self.zero_exposed + self.hidden_cost
 
     @property
     def tokens_per_gpu(self) -> float:
@@ -94,20 +94,20 @@ def step_time(work: Work, cluster: Cluster) -> StepTime:
         memory_bound=times * (memory.both + loss),
         tensor_parallel=times * tensor.both,
         zero_exposed=exposed,
-        contention=CONTENTION * hidden,
+        hidden_cost=HIDDEN_COST * hidden,
         optimizer=_optimizer(work, cluster),
         zero_hidden=hidden,
     )
 
 
-def matmul_seconds(cluster: Cluster, rows: int, columns: int, inner: int) -> float:
+def matmul_seconds(cluster: Cluster, stack: Stack, rows: int, columns: int, inner: int) -> float:
     """Seconds of one bf16 product (rows x inner) (inner x columns).
 
     The result is cut into tiles; a multiprocessor computes one at a time, all of them in waves, of
     which the last one is not full.
     """
     card = cluster.card
-    share = MATMUL_SHARE[card.family] * BUSY_SHARE[card.family]
+    share = MATMUL_SHARE[card.family] * BUSY_SHARE[card.family, stack] * cluster.power_share
     tiles = ceil(rows / TILE[0]) * ceil(columns / TILE[1])
     waves = ceil(tiles / card.processors)
     of_a_wave = 2 * TILE[0] * TILE[1] * (inner + TILE_START) * card.processors
@@ -118,15 +118,16 @@ def _matmul(work: Work, cluster: Cluster) -> Passes:
     """All products of all layers: forward, by input, by weight."""
     tokens, forward, backward = work.micro_tokens, 0.0, 0.0
     for columns, inner in work.shape.products(work.tp):
-        forward += matmul_seconds(cluster, tokens, columns, inner)
-        backward += matmul_seconds(cluster, tokens, inner, columns)
-        backward += matmul_seconds(cluster, columns, inner, tokens)
+        forward += matmul_seconds(cluster, work.stack, tokens, columns, inner)
+        backward += matmul_seconds(cluster, work.stack, tokens, inner, columns)
+        backward += matmul_seconds(cluster, work.stack, columns, inner, tokens)
     return _with_recomputation(work, forward, backward)
 
 
 def _attention(work: Work, cluster: Cluster) -> Passes:
     shape, family = work.shape, cluster.card.family
     share = ATTENTION_SHARE[work.attention, family] * (HEAD_64 if shape.head_dim <= 64 else 1)
+    share *= cluster.power_share
     positions = (shape.sequence + 1) / 2 + DIAGONAL
     flops = 4 * work.micro_tokens * positions * shape.heads * shape.head_dim / work.tp
     forward = flops / (cluster.gpu.peak_flops * share)
@@ -141,7 +142,9 @@ def _memory_bound(work: Work, cluster: Cluster) -> Passes:
     activation = WIDTH * shape.intermediate / work.tp
     forward = residual + rotary + shape.mlp_matrices * activation
     backward = residual + rotary + (2 * shape.mlp_matrices - 1) * activation
-    seconds = work.micro_tokens * (1 if work.fused else EAGER_TRAFFIC) / _bandwidth(cluster)
+    seconds = (
+        work.micro_tokens * (1 if work.stack == "fused" else EAGER_TRAFFIC) / _bandwidth(cluster)
+    )
     return _with_recomputation(work, forward * seconds, backward * seconds)
 
 
@@ -153,8 +156,10 @@ def _head(work: Work, cluster: Cluster) -> tuple[float, float]:
         (tokens, work.shape.hidden, columns),
         (columns, work.shape.hidden, tokens),
     )
-    moved = LOSS_BYTES["fused" if work.fused else "eager"] * tokens * columns
-    return sum(matmul_seconds(cluster, *size) for size in sizes), moved / _bandwidth(cluster)
+    moved = LOSS_BYTES[work.stack] * tokens * columns
+    return sum(matmul_seconds(cluster, work.stack, *size) for size in sizes), moved / _bandwidth(
+        cluster
+    )
 
 
 def _tensor_parallel(work: Work, cluster: Cluster) -> Passes:
@@ -179,7 +184,7 @@ def _zero(work: Work, cluster: Cluster, micro: Passes) -> tuple[float, float]:
 
     ZeRO 3 gathers each layer's weights for either pass and scatters its gradients, in every micro
     batch; ZeRO 2 scatters in every micro batch, ZeRO 1 once, and both gather the weights after
-    the step. ZeRO 0 sums once.
+    the step, or beside the next one. ZeRO 0 sums once.
     """
     group = data_group(cluster, work.dp, work.tp)
     parameters, times = work.rank_parameters, work.accumulation
@@ -190,16 +195,17 @@ def _zero(work: Work, cluster: Cluster, micro: Passes) -> tuple[float, float]:
         first, last = gather / pieces, reduce / pieces
         exposed = max(first, gather - micro.forward) + max(last, gather + reduce - micro.backward)
         return times * exposed, times * (2 * gather + reduce - exposed)
-    weights = group.one_way(WIDTH * parameters) if work.zero_stage else 0.0
+    gather = group.one_way(WIDTH * parameters) if work.zero_stage else 0.0
     reduce = group.one_way(work.gradient_bytes * parameters) * (1 if work.zero_stage else 2)
     reduced = times if work.zero_stage == 2 else 1
-    hidden = min(reduce, micro.backward) if work.overlap else 0.0
-    return weights + reduced * (reduce - hidden), reduced * hidden
+    gathered = min(gather, micro.forward) if work.overlap else 0.0
+    hidden = gathered + reduced * (min(reduce, micro.backward) if work.overlap else 0.0)
+    return gather + reduced * reduce - hidden, hidden
 
 
 def _optimizer(work: Work, cluster: Cluster) -> float:
     held = work.rank_parameters / (work.dp if work.zero_stage else 1)
-    return held * ADAM_BYTES / _bandwidth(cluster)
+    return held * ADAM_BYTES[work.stack] / _bandwidth(cluster)
 
 
 def _bandwidth(cluster: Cluster) -> float:

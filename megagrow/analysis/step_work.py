@@ -8,6 +8,9 @@ from megagrow.config.schema import ModelConfig, StageConfig
 
 Attention = Literal["flash1", "flash2", "flash3"]
 
+Stack = Literal["eager", "fused"]
+"""Whether what only moves memory is done by single PyTorch calls, or by fused kernels."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -67,8 +70,7 @@ class Work:
     """Share of the layers' forward pass that is done twice: 1 with full checkpointing."""
     sequence_parallel: bool = False
     attention: Attention = "flash2"
-    fused: bool = True
-    """Whether what only moves memory is done by fused kernels."""
+    stack: Stack = "fused"
     overlap: bool = True
     """Whether gradients are reduced, and weights gathered, while others are computed."""
     gradient_bytes: int = 2
