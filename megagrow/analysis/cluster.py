@@ -88,7 +88,7 @@ class ClusterFile(Section):
     """Of one hop through the network."""
 
 
-def findmake_cluster(text: str) -> Cluster:
+def find_cluster(text: str) -> Cluster:
     """A cluster from `GPU:GPUS_PER_NODExNODES`, such as `h100:8x64`, or from a YAML file.
 
     InputError for what is neither, for cards without figures here, and for more than `MOST_GPUS`.
@@ -122,8 +122,8 @@ def make_cluster(text: str, given: ClusterFile) -> Cluster:
     if gpu.name not in CARDS:
         names = ", ".join(name.lower() for name in CARDS)
         raise InputError(
-            f"--cluster {text}: no step was ever checked on a {gpu.name.lower()}; there are figures "
-            f"for {names}"
+            f"--cluster {text}: no step was ever checked on a {gpu.name.lower()}; there are "
+            f"figures for {names}"
         )
     if given.gpus_per_node * given.nodes > MOST_GPUS:
         raise InputError(

@@ -37,7 +37,7 @@ class Group:
         return seconds + outer
 
     def all_reduce(self, whole: float) -> float:
-        """Seconds until each rank has the sum of `whole` bytes of each: scattered, then gathered."""
+        """Seconds until each rank has the sum of `whole` bytes: scattered, then gathered."""
         return 2 * self.one_way(whole)
 
 

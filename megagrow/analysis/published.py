@@ -5,11 +5,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megagrow.analysis.cluster import Cluster, ClusterFile, make_cluster
 from megagrow.analysis.step_time import StepTime, step_time
 from megagrow.analysis.step_work import Shape, Work
+
+Role = Literal["set", "held out", "fresh"]
+"""A row that constants were set from; one that no constant was set from, but which was looked at
+before they were fixed; one whose prediction was looked at only afterwards."""
 
 ROWS = Path(__file__).with_name("published_throughputs.json")
 
@@ -25,8 +29,7 @@ class Published:
     cluster: Cluster
     tokens_per_gpu: float
     """Per second, as published."""
-    held_out: bool
-    """Whether no constant was set from it."""
+    role: Role
 
     @property
     def predicted(self) -> StepTime:
@@ -77,5 +80,5 @@ def _rows(source: dict[str, Any], models: dict[str, Any]) -> Iterator[Published]
             work=work,
             cluster=cluster,
             tokens_per_gpu=row["tokens_per_gpu"],
-            held_out=row["role"] == "held out",
+            role=row["role"],
         )

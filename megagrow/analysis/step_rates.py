@@ -83,3 +83,7 @@ right one. Set from one row."""
 
 COLLECTIVE_SECONDS = 20e-6
 """Start of a collective within a node (nccl-tests, small messages)."""
+
+GROWTH_SECONDS = 1.0
+"""Of a live growth, what does not depend on the bytes that it moves: a new engine, and the plan of
+who sends what (`docs/growth-benchmark.md`: 0.2 to 0.3 s and 0.1 to 0.7 s, for 512 ranks)."""

@@ -26,6 +26,8 @@ class Shape:
     sequence: int
     mlp_matrices: int = 3
     """3 with a gate (SwiGLU), 2 without (GELU)."""
+    tables: int = 2
+    """Embedding and head, or 1 for both."""
 
     def products(self, tp: int) -> Iterator[tuple[int, int]]:
         """(columns of the result, inner dimension) of each product of a layer on one rank."""
@@ -43,9 +45,8 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Of all matrices, embedding and head being one where they are counted in FLOPs, and two
-        here."""
-        return self.layers * self.layer_parameters + 2 * self.vocabulary * self.hidden
+        """Of all matrices; vectors are left out."""
+        return self.layers * self.layer_parameters + self.tables * self.vocabulary * self.hidden
 
     @property
     def flops_per_token(self) -> int:
@@ -107,6 +108,7 @@ def shape_of(model: ModelConfig, sequence_length: int) -> Shape:
         intermediate=model.intermediate_size,
         vocabulary=model.vocab_size,
         sequence=sequence_length,
+        tables=1 if model.tie_word_embeddings else 2,
     )
 
 
