@@ -20,13 +20,15 @@ filling the pipeline, and writing the result. Set from the small models of llm-f
 BUSY_SHARE = {
     ("ampere", "eager"): 0.97,
     ("ampere", "fused"): 0.97,
+    ("ampere", "compiled"): 0.97,
     ("hopper", "eager"): 0.86,
-    ("hopper", "fused"): 0.97,
+    ("hopper", "fused"): 0.86,
+    ("hopper", "compiled"): 0.97,
 }
-"""Of the speed of a product alone, within a training step of single PyTorch calls or of fused
-kernels: other operations leave the caches and the clock in another state than a loop of one product
-finds, and there are gaps between kernels, which hurt most where the products are fastest. Set from
-one row for each; that of fused kernels on Ampere is taken as that of single calls."""
+"""Of the speed of a product alone, within a training step: other operations leave the caches and
+the clock in another state than a loop of one product finds, and there are gaps between kernels,
+which hurt most where the products are fastest. Set from one row for single PyTorch calls on Ampere,
+one on Hopper, and one for torch.compile on Hopper; the others are taken as their neighbours."""
 
 ATTENTION_SHARE = {
     ("flash1", "ampere"): 0.34,
@@ -59,11 +61,11 @@ EAGER_TRAFFIC = 2.5
 """Bytes that operations out of single PyTorch calls move, over those of fused ones: a norm with
 its casts, a residual, an activation each read and write for themselves. Counted by hand."""
 
-LOSS_BYTES = {"fused": 6, "eager": 30}
+LOSS_BYTES = {"eager": 30, "fused": 6, "compiled": 6}
 """For each logit: written, read, its gradient written in place; or with an fp32 copy, its softmax,
 and a backward pass of both."""
 
-ADAM_BYTES = {"fused": 34, "eager": 104}
+ADAM_BYTES = {"eager": 104, "fused": 34, "compiled": 34}
 """For each parameter: gradient, master and both moments read, the last three written, the 16-bit
 weight written; the gradient read once more for its norm. Or with a pass over the memory for each
 operation of Adam and of clipping."""

@@ -143,7 +143,7 @@ def _memory_bound(work: Work, cluster: Cluster) -> Passes:
     forward = residual + rotary + shape.mlp_matrices * activation
     backward = residual + rotary + (2 * shape.mlp_matrices - 1) * activation
     seconds = (
-        work.micro_tokens * (1 if work.stack == "fused" else EAGER_TRAFFIC) / _bandwidth(cluster)
+        work.micro_tokens * (EAGER_TRAFFIC if work.stack == "eager" else 1) / _bandwidth(cluster)
     )
     return _with_recomputation(work, forward * seconds, backward * seconds)
 

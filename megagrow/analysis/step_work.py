@@ -8,8 +8,9 @@ from megagrow.config.schema import ModelConfig, StageConfig
 
 Attention = Literal["flash1", "flash2", "flash3"]
 
-Stack = Literal["eager", "fused"]
-"""Whether what only moves memory is done by single PyTorch calls, or by fused kernels."""
+Stack = Literal["eager", "fused", "compiled"]
+"""Whether what only moves memory is done by single PyTorch calls, by fused kernels that Python
+launches (as here), or by what torch.compile makes of the model."""
 
 
 @dataclass(frozen=True)

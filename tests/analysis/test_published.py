@@ -33,7 +33,7 @@ def test_the_page_is_current() -> None:
 
 @pytest.mark.parametrize(
     ("role", "rows", "within_15", "within_10", "median_error"),
-    [("set", 7, 7, 7, 0.034), ("held out", 149, 139, 116, 0.048), ("fresh", 70, 64, 62, 0.034)],
+    [("set", 7, 7, 7, 0.034), ("held out", 149, 139, 116, 0.048), ("fresh", 99, 91, 79, 0.054)],
 )
 def test_the_errors_are_as_stated(
     role: str, rows: int, within_15: int, within_10: int, median_error: float
