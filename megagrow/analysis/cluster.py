@@ -122,8 +122,8 @@ def make_cluster(text: str, given: ClusterFile) -> Cluster:
     if gpu.name not in CARDS:
         names = ", ".join(name.lower() for name in CARDS)
         raise InputError(
-            f"--cluster {text}: no step was ever checked on a {gpu.name.lower()}; there are "
-            f"figures for {names}"
+            f"--cluster {text}: no figures of a {gpu.name.lower()} beyond its FLOP/s; there are for "
+            f"{names}"
         )
     if given.gpus_per_node * given.nodes > MOST_GPUS:
         raise InputError(

@@ -40,7 +40,8 @@ ATTENTION_SHARE = {
 """Of the dense bf16 peak, attention's products over what a causal mask lets through, forward and
 backward together. `flash2`: 160 of 312 on A100 (Dao, arXiv 2307.08691, figures 4 to 6), 290 to 335
 of 989 on H100, `flash3`: 440 to 600 (Shah et al., arXiv 2407.08608, figures 5 and 6; cuDNN's is
-of that class, and ours is taken to be). `flash1`, Triton's of 2022, is set from two rows of 65,536 tokens."""
+of that class, and ours is taken to be). `flash1`, Triton's of 2022, is set from two rows of 65,536
+tokens."""
 
 HEAD_64 = 0.85
 """Speed of attention with heads of 64 or fewer dimensions over that with 128: 0.77 forward, 0.84
