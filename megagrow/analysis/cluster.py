@@ -122,8 +122,8 @@ def make_cluster(text: str, given: ClusterFile) -> Cluster:
     if gpu.name not in CARDS:
         names = ", ".join(name.lower() for name in CARDS)
         raise InputError(
-            f"--cluster {text}: no figures of a {gpu.name.lower()} beyond its FLOP/s; there are for "
-            f"{names}"
+            f"--cluster {text}: no figures of a {gpu.name.lower()} beyond its FLOP/s; there are "
+            f"for {names}"
         )
     if given.gpus_per_node * given.nodes > MOST_GPUS:
         raise InputError(
