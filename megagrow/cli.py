@@ -59,7 +59,16 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
 def plan(
     run_file: RunFile,
     overrides: Overrides = None,
-    world: Annotated[int, typer.Option(help="Ranks that the run is to have.")] = 1,
+    world: Annotated[
+        int | None, typer.Option(help="Ranks that the run is to have; default: 1.")
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Predict its speed on h100:8x64 (8 to a node, 64 nodes), or a YAML's."),
+    ] = None,
+    layouts: Annotated[
+        bool, typer.Option("--layouts", help="The fastest layouts that fit the cluster.")
+    ] = False,
     gpu: Annotated[str | None, typer.Option(help="Of each rank: h100, h200, a100 ...")] = None,
     gpu_memory: Annotated[str | None, typer.Option(help="80GB; default: the GPU's.")] = None,
     mfu: Annotated[float | None, typer.Option(help="Of the GPU's FLOP/s, such as 0.4.")] = None,
@@ -73,12 +82,14 @@ def plan(
 ) -> None:
     """Show what a run is going to be: sizes, FLOPs, memory per rank, costs; starts nothing."""
     from megagrow.analysis.plan_request import PlanRequest, answer
-    from megagrow.analysis.plan_tables import show_plan
+    from megagrow.analysis.plan_tables import show_answer
     from megagrow.config.load import load_run
 
-    request = PlanRequest(world, gpu, gpu_memory, mfu, measured, watts, pue, co2, price)
-    planned, costs = answer(load_run(run_file, overrides or ()), request)
-    show_plan(planned, Console(width=None if sys.stdout.isatty() else PIPED_WIDTH), costs)
+    request = PlanRequest(
+        world, gpu, gpu_memory, mfu, measured, watts, pue, co2, price, cluster, layouts
+    )
+    answered = answer(load_run(run_file, overrides or ()), request)
+    show_answer(answered, Console(width=None if sys.stdout.isatty() else PIPED_WIDTH))
 
 
 @app.command()

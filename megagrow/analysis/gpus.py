@@ -42,13 +42,14 @@ class Gpu:
     watts: float | None
 
 
-def find_gpu(name: str) -> Gpu:
-    """A card by its name: `h100`, `H100-NVL`, `"a100"`. InputError for one that is not known."""
+def find_gpu(name: str, option: str = "--gpu") -> Gpu:
+    """A card by its name: `h100`, `H100-NVL`, `"a100"`. InputError, which names the option, for one
+    that is not known."""
     known = dict(PEAK_FLOPS)
     key = " ".join(name.upper().replace("-", " ").split())
     if key not in known:
         names = ", ".join(row.lower().replace(" ", "-") for row in known)
-        raise InputError(f"--gpu {name}: not known; known are {names}")
+        raise InputError(f"{option} {name}: not known; known are {names}")
     gigabytes, watts = MEMORY_AND_WATTS.get(key, (None, None))
     memory = None if gigabytes is None else gigabytes * 10**9
     return Gpu(key, known[key], memory, watts)

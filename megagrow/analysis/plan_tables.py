@@ -7,10 +7,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megagrow.analysis.cluster_tables import (
+    LAYOUT_COLUMNS,
+    layout_line,
+    layout_rows,
+    prediction_lines,
+    prediction_rows,
+)
 from megagrow.analysis.cost_tables import cost_columns, cost_lines, cost_rows
 from megagrow.analysis.costs import RunCosts
 from megagrow.analysis.flops_tables import flops_rows
 from megagrow.analysis.memory import StageMemory
+from megagrow.analysis.plan_request import Answer
 from megagrow.analysis.planner import GrowthPlan, RunPlan, StagePlan
 from megagrow.config.schema import StageConfig
 from megagrow.growth.guidelines import SPEEDUPS
@@ -19,6 +27,20 @@ from megagrow.train.live import short
 
 Rows = Mapping[str, Sequence[str]]
 """What is told -> one cell for each stage, or each growth."""
+
+
+def show_answer(answer: Answer, console: Console) -> None:
+    """Prints all that `megagrow plan` was asked."""
+    show_plan(answer.plan, console, answer.costs)
+    stages = [f"stage {index}" for index in range(len(answer.plan.stages))]
+    if answer.prediction is not None:
+        _print(console, "On the cluster", stages, prediction_rows(answer.prediction))
+        for line in prediction_lines(answer.prediction):
+            console.print(Text(line), soft_wrap=True)
+    for stage, layouts in zip(stages, answer.layouts, strict=False):
+        _print(console, f"Layouts of {stage}", LAYOUT_COLUMNS, layout_rows(layouts))
+    if answer.layouts:
+        console.print(Text(layout_line(answer.layouts)), soft_wrap=True)
 
 
 def show_plan(plan: RunPlan, console: Console, costs: RunCosts | None = None) -> None:

@@ -24,7 +24,8 @@ def paper_run() -> RunConfig:
 
 
 def costs_of(**request: object) -> RunCosts:
-    costs = answer(paper_run(), PlanRequest(**{"world": 8, **request}))[1]  # type: ignore[arg-type]
+    asked = PlanRequest(**{"world": 8, **request})  # type: ignore[arg-type]
+    costs = answer(paper_run(), asked).costs
     assert costs is not None
     return costs
 
@@ -124,8 +125,8 @@ def test_where_no_mfu_was_known_flops_are_taken(tmp_path: Path) -> None:
         ({"gpu": "h100", "mfu": 40.0}, "--mfu 40.0: should be more than 0 and at most 1"),
         ({"gpu": "h100", "mfu": 0.4, "measured": Path("x")}, "give one of them"),
         ({"measured": Path("nowhere")}, "nowhere/metrics.jsonl: no such file"),
-        ({"gpu": "h100", "watts": 300.0}, "--watts needs --mfu or --measured"),
-        ({"gpu": "h100", "price": 2.0}, "--price needs --mfu or --measured"),
+        ({"gpu": "h100", "watts": 300.0}, "--watts needs --mfu, --measured or --cluster"),
+        ({"gpu": "h100", "price": 2.0}, "--price needs --mfu, --measured or --cluster"),
         ({"gpu": "h100", "mfu": 0.4, "pue": 0.9}, "--pue 0.9: should be 1 or more"),
         ({"gpu": "h100", "mfu": 0.4, "price": float("nan")}, "--price nan: should be"),
         ({"gpu_memory": "much"}, "--gpu-memory much: should be a number of bytes"),
