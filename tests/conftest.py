@@ -33,3 +33,9 @@ def gpu_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in _HIDDEN} | {
         name: _BEFORE[name] for name in _HIDDEN if name in _BEFORE
     }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: several workers then end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

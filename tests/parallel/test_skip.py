@@ -24,6 +24,8 @@ from tests.parallel.engines import (
 from tests.parallel.test_scales import SCALES
 from tests.spawn import run_ranks
 
+pytestmark = pytest.mark.slow
+
 WORLD = 2
 CASES = [Case(zero, tp, bf16=bf16) for zero in range(4) for tp in (1, 2) for bf16 in (False, True)]
 CASES += [Case(z, 1, offload=True, bf16=bf16) for z in (1, 2, 3) for bf16 in (False, True)]

@@ -15,6 +15,8 @@ from megagrow.train.state import RunState
 from tests.runs import MODEL, STEP_TOKENS, full_tensors, grow_live, make_run, parallel_of
 from tests.spawn import run_ranks
 
+pytestmark = pytest.mark.slow
+
 STAGES = (0, 1, 2, 3)
 GRIDS = ((1, 1), (2, 1), (1, 2), (2, 2))
 """(data parallel, tensor parallel)"""
