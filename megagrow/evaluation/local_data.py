@@ -7,9 +7,9 @@ become the documents of the hub by the rules of the scripts that made those: lm_
 1241d1c7 and 24444126. The hub's EleutherAI/wikitext_document_level began as the second of them.
 
 LAMBADA needs no rule: its file has the column `text` that the task reads. The one that OpenAI
-published has 1819752 bytes, SHA-256 4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226
-(https://huggingface.co/datasets/craffel/openai_lambada at 98dc6136); that of the hub's
-EleutherAI/lambada_openai is as large, its hash was not to be found.
+published (https://huggingface.co/datasets/craffel/openai_lambada at 98dc6136) has 1819752 bytes and
+SHA-256 4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226. That of the hub's
+EleutherAI/lambada_openai is said to have 1.82 MB, too; its hash was not to be found.
 """
 
 import re
