@@ -30,7 +30,8 @@ from megagrow.parallel.topology import (  # noqa: E402
     leave_process_group,
     read_launch,
 )
-from megagrow.train.flops import flops_per_token, peak_flops  # noqa: E402
+from megagrow.train.flops import flops_per_token  # noqa: E402
+from megagrow.train.gpus import peak_flops  # noqa: E402
 from megagrow.train.loop import train_at  # noqa: E402
 from megagrow.train.stage import Stage, build_stage  # noqa: E402
 

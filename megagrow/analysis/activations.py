@@ -8,12 +8,9 @@ operation of one layer, masks of documents, and masks of parts that are still be
 from dataclasses import dataclass
 
 from megagrow.config.schema import StageConfig
-from megagrow.model.ops import TORCH_LOSS
+from megagrow.model.ops import TORCH_LOSS, TRITON_CHUNKS
 from megagrow.parallel.linear_loss import chunk_size
 from megagrow.reshard.layout import Layout
-
-TRITON_CHUNKS = 10
-"""Chunks of head and loss with Triton's kernels (`model.ops.triton_loss`)."""
 
 
 @dataclass(frozen=True)

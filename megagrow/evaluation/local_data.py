@@ -1,7 +1,15 @@
 """Documents of the tasks of `gstack` from local files, in the columns that lm-eval's tasks read.
 
 Files of other forms than .jsonl and .parquet are those in which the data sets were published:
-LogiQA's text of eight lines for each question, and WikiText's articles one after another.
+LogiQA's text of eight lines for each question, and WikiText's articles one after another. They
+become the documents of the hub by the rules of the scripts that made those: lm_eval/datasets/
+{logiqa/logiqa,wikitext/wikitext}.py of https://github.com/EleutherAI/lm-evaluation-harness at
+1241d1c7 and 24444126. The hub's EleutherAI/wikitext_document_level began as the second of them.
+
+LAMBADA needs no rule: its file has the column `text` that the task reads. The one that OpenAI
+published (https://huggingface.co/datasets/craffel/openai_lambada at 98dc6136) has 1819752 bytes and
+SHA-256 4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226. That of the hub's
+EleutherAI/lambada_openai is said to have 1.82 MB, too; its hash was not to be found.
 """
 
 import re
@@ -13,9 +21,10 @@ from megagrow.errors import InputError
 
 Doc = dict[str, Any]
 
-_TITLE = re.compile(r" = [^=].* = ")
-"""The line that begins an article of WikiText; those of its sections have more signs. Two formulas
-of the test set look the same, and begin an article on the hub too: it has 62 there."""
+_TITLE = re.compile(r"= (?!=).*(?<!=) =")
+"""The line that begins an article of WikiText, blanks around it taken off; those of its sections
+have more signs. Two formulas of the test set look the same, and begin an article on the hub too: it
+has 62 there."""
 
 _LOGIQA_LINES = 8
 """An empty line, the answer's letter, the passage, the question, four options."""
@@ -81,19 +90,27 @@ def _logiqa(path: Path) -> Iterator[Doc]:
 
 
 def _spaced(text: str) -> str:
-    """A space after each full stop, as the published data set on the hub has it."""
+    """A space after every full stop, also within a number or before another space, and none at the
+    ends; nothing else is changed (`normalize` of the script)."""
     return text.replace(".", ". ").strip()
 
 
 def _wikitext(path: Path) -> Iterator[Doc]:
+    """The line end before a title belongs to no article, and neither do blank lines before the
+    first title."""
     lines: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if _TITLE.fullmatch(line.rstrip("\n")) and "".join(lines).strip():
-            yield {"page": "".join(lines)}
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if _TITLE.fullmatch(line.strip()):
+            yield from _page(lines)
             lines = []
         lines.append(line)
-    if "".join(lines).strip():
-        yield {"page": "".join(lines)}
+    yield from _page(lines)
+
+
+def _page(lines: list[str]) -> Iterator[Doc]:
+    page = "\n".join(lines)
+    if page.strip():
+        yield {"page": page}
 
 
 _PUBLISHED: dict[str, tuple[str, Callable[[Path], Iterator[Doc]]]] = {

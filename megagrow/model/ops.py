@@ -24,7 +24,7 @@ from megagrow_kernels import reference
 from megagrow_kernels.reference import attention_mask, rope_tables
 
 __all__ = ["PLAIN", "TORCH_LOSS", "LossOps", "Ops", "attention_mask", "make_ops", "rms_norm"]
-__all__ += ["rope_tables", "sdpa", "triton_loss"]
+__all__ += ["TRITON_CHUNKS", "rope_tables", "sdpa", "triton_loss"]
 
 CUDNN_FIRST = 90
 """From this compute capability on, cuDNN's attention is 1.7 to 2.3 times as fast as the one that
@@ -176,6 +176,10 @@ def _with_triton_pointwise(ops: Ops) -> Ops:
     return replace(ops, rope=rope, swiglu=swiglu)
 
 
+TRITON_CHUNKS = 10
+"""`LossOps.chunks` by Triton, whose kernels take no memory besides the logits."""
+
+
 def triton_loss() -> LossOps:
     """By Triton's kernels: the logits are read twice, then overwritten with their gradient."""
     from megagrow_kernels import cross_entropy as kernels
@@ -184,7 +188,7 @@ def triton_loss() -> LossOps:
         kernels.vocab_gradient_(logits, *rest)
         return logits
 
-    return LossOps(kernels.vocab_statistics, kernels.combine_statistics, gradient, chunks=10)
+    return LossOps(kernels.vocab_statistics, kernels.combine_statistics, gradient, TRITON_CHUNKS)
 
 
 def _with_triton_attention(ops: Ops, machine: Machine, work: Work) -> Ops:

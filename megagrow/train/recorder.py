@@ -13,7 +13,8 @@ from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.config.show import to_yaml
 from megagrow.errors import InputError, unwritable
 from megagrow.train.compare import Change
-from megagrow.train.flops import peak_flops, run_flops
+from megagrow.train.flops import run_flops
+from megagrow.train.gpus import peak_flops
 from megagrow.train.grow import GrowthReport
 from megagrow.train.live import LiveLine, Status, duration, short
 from megagrow.train.loop import StepDone

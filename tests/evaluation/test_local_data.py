@@ -32,11 +32,34 @@ def test_a_question_of_logiqa_has_eight_lines(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("published", "on_the_hub"),
+    [
+        ("He paid 3.5.", "He paid 3. 5."),
+        ("The U.S. won. it did", "The U. S.  won.  it did"),
+        (" and so on... ", "and so on. . ."),
+        ("lower case? Yes!no;so", "lower case? Yes!no;so"),
+    ],
+)
+def test_full_stops_of_logiqa_are_spaced_as_on_the_hub(tmp_path, published, on_the_hub):
+    options = "".join(f"{letter}.{published}\n" for letter in "ABCD")
+    write(tmp_path / "logiqa" / "Test.txt", f"\na\n{published}\n{published}\n{options}")
+    (doc,) = read_documents("logiqa", tmp_path)
+    assert [doc["context"], doc["question"], *doc["options"]] == 6 * [on_the_hub]
+
+
 def test_articles_of_wikitext_end_where_the_next_one_begins(tmp_path):
-    first = " \n = One = \n \n text \n = = Part = = \n more \n \n"
-    write(tmp_path / "wikitext-2" / "test.txt", first + " = Two = \n text \n")
+    first = " = One = \n \n text \n = = Part = = \n more \n = = = = Detail = = = = \n \n"
+    formula = "= a + b =\n text of = Two = \n = 2 \n"
+    write(tmp_path / "wikitext-2" / "test.txt", f" \n\n{first}\n = Two = \n text \n{formula}")
     pages = [doc["page"] for doc in read_documents("wikitext", tmp_path)]
-    assert pages == [first, " = Two = \n text \n"]
+    assert pages == [first, " = Two = \n text ", formula]
+
+
+def test_what_stands_before_the_first_title_of_wikitext_is_an_article(tmp_path):
+    write(tmp_path / "wikitext-2" / "test.txt", "text\n = One = \n")
+    pages = [doc["page"] for doc in read_documents("wikitext", tmp_path)]
+    assert pages == ["text", " = One = \n"]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])

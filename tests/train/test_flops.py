@@ -9,7 +9,8 @@ from megagrow.config.parameters import (
     parameters,
 )
 from megagrow.config.schema import ModelConfig, RunConfig
-from megagrow.train.flops import flops_per_token, peak_flops, run_flops
+from megagrow.train.flops import flops_per_token, run_flops
+from megagrow.train.gpus import peak_flops
 
 
 def llama(layers: int, hidden: int, heads: int, kv: int, ffn: int, **more: Any) -> ModelConfig:
