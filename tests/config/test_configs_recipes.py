@@ -33,7 +33,7 @@ def test_every_paper_run_is_in_the_table() -> None:
 def test_days_and_gpu_hours_are_those_of_the_planner(row: tuple[str, ...]) -> None:
     name, tokens, profile, days, hours = row
     run = load_run(CONFIGS / f"{name}.yaml", [f"hardware={profile}"])
-    _, costs = answer(run, PlanRequest(world=64, gpu="h100", mfu=0.4))
+    costs = answer(run, PlanRequest(world=64, gpu="h100", mfu=0.4)).costs
     assert costs is not None
     assert tokens == " + ".join(f"{stage.tokens / 1e9:g}B" for stage in run.stages)
     assert (days, hours) == (f"{costs.total.days:.1f}", f"{costs.total.gpu_hours:,.0f}")
