@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
 # Several machines that reach each other by ssh or pdsh: start it on one of them.
-#   launchers/deepspeed.sh HOSTFILE RUN.yaml [--set KEY=VALUE ...]
+#   launchers/deepspeed.sh [--dry-run] HOSTFILE RUN.yaml [--set KEY=VALUE ...]
+# --dry-run checks the hostfile, prints the command and starts nothing.
 # The hostfile has a line `HOST slots=8` for each machine. All of them need this environment, the
 # corpora and the run's output_dir at the same paths (a shared file system). NCCL_*, PYTHON* and the
 # variables in ~/.deepspeed_env are passed on to them.
 set -euo pipefail
 
-hostfile=${1:?usage: launchers/deepspeed.sh HOSTFILE RUN.yaml [--set KEY=VALUE ...]}
+start=(exec)
+show() { printf '%q' "$1" && printf ' %q' "${@:2}" && echo; }
+if [[ ${1-} == --dry-run ]]; then start=(show) && shift; fi
+
+hostfile=${1:?usage: launchers/deepspeed.sh [--dry-run] HOSTFILE RUN.yaml [--set KEY=VALUE ...]}
 shift
 
 refuse() {
@@ -28,4 +33,4 @@ for file in "$hostfile" "$(readlink -f -- "$hostfile")"; do
     fi
 done
 
-exec deepspeed --hostfile "$hostfile" --module megagrow train "$@"
+"${start[@]}" deepspeed --hostfile "$hostfile" --module megagrow train "$@"

@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
 # One machine: a run on N processes, one for each GPU or, without GPUs, N ranks on its cores.
-#   launchers/local.sh N RUN.yaml [--set KEY=VALUE ...]
+#   launchers/local.sh [--dry-run] N RUN.yaml [--set KEY=VALUE ...]
+# --dry-run prints the command and starts nothing.
 set -euo pipefail
 
-ranks=${1:?usage: launchers/local.sh N RUN.yaml [--set KEY=VALUE ...]}
-shift
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + ranks - 1) / ranks))}
+start=(exec)
+show() { printf '%q' "$1" && printf ' %q' "${@:2}" && echo; }
+if [[ ${1-} == --dry-run ]]; then start=(show) && shift; fi
 
-exec torchrun --standalone --nproc-per-node "$ranks" -m megagrow train "$@"
+ranks=${1:?usage: launchers/local.sh [--dry-run] N RUN.yaml [--set KEY=VALUE ...]}
+shift
+threads=${OMP_NUM_THREADS:-$((($(nproc) + ranks - 1) / ranks))}     # the ranks share the cores
+
+"${start[@]}" env OMP_NUM_THREADS="$threads" \
+    torchrun --standalone --nproc-per-node "$ranks" -m megagrow train "$@"

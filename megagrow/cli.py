@@ -47,12 +47,19 @@ def megagrow(
 
 
 @app.command()
-def train(run_file: RunFile, overrides: Overrides = None) -> None:
+def train(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    stop_code: Annotated[
+        int, typer.Option(min=0, max=125, help="Exit code after a stop by a signal.")
+    ] = 0,
+) -> None:
     """Train a run, growth included; goes on by itself from its newest checkpoint."""
     from megagrow.config.load import load_run
     from megagrow.run import train as train_run
 
-    train_run(load_run(run_file, overrides or ()))
+    if train_run(load_run(run_file, overrides or ())) is not None:
+        raise typer.Exit(stop_code)
 
 
 @app.command()

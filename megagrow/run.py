@@ -57,8 +57,11 @@ class Job:
     warm_up: WarmUp
 
 
-def train(run: RunConfig) -> None:
-    """Trains a run to its end, from its newest checkpoint if it has one. All ranks call this."""
+def train(run: RunConfig) -> str | None:
+    """Trains a run to its end, from its newest checkpoint if it has one. All ranks call this.
+
+    Returns the signal that has stopped it before its end, None where there was none.
+    """
     launch = read_launch()
     problems = growth_problems(run) or world_problems(run, launch.world_size)
     if problems:
@@ -76,7 +79,7 @@ def train(run: RunConfig) -> None:
         saving = Saving(run, launch.rank, device, environment, recorder)
         try:
             with saving:
-                _train(
+                stopped = _train(
                     Job(
                         *(run, launch, device, inputs, evaluation),
                         *(recorder, saving, watchdog, stop, warm_up),
@@ -88,9 +91,10 @@ def train(run: RunConfig) -> None:
         together(recorder.check)
         watchdog.beat("leaving", long=True)
         leave_process_group()
+    return stopped
 
 
-def _train(job: Job) -> None:
+def _train(job: Job) -> str | None:
     recorder, given = job.recorder, job
     for warning in timing_warnings(job.run):
         recorder.say(f"warning: {warning}")
@@ -126,13 +130,15 @@ def _train(job: Job) -> None:
                     break
     except StopRequested as request:  # the checkpoint before the growth is all that counts
         recorder.end(state, str(request))
-        return
+        return str(request)
     job.watchdog.beat("waiting for a save", long=True)
     state = saving.finish(state)
     if saved < state.counters.step:
         state = _save(job, stage, state, wait=True)
-    recorder.end(state, event.reason if isinstance(event, Stopped) else None)
+    stopped = event.reason if isinstance(event, Stopped) else None
+    recorder.end(state, stopped)
     stage.release()
+    return stopped
 
 
 def _begin(job: Job) -> tuple[Job, Stage, RunState]:

@@ -1,0 +1,79 @@
+"""launchers/slurm.sh: what it starts, and what becomes of the job by how the ranks have ended."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.run.scripts import launch, pretended_cluster
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> dict[str, str]:
+    return pretended_cluster(tmp_path)
+
+
+def slurm(
+    environment: dict[str, str], folder: Path, codes: str, **changes: str
+) -> tuple[int, str, list[str]]:
+    """Exit code, what it says, and what it asked of scontrol after the run."""
+    log = Path(environment["LOG"])
+    log.unlink(missing_ok=True)
+    given = environment | {"CODES": codes} | changes
+    done = launch("slurm.sh", "run.yaml", "--set", "a=1", environment=given, folder=folder)
+    asked = [line for line in log.read_text().splitlines() if line.startswith("scontrol ")]
+    assert asked.pop(0) == "scontrol show hostnames node[7-8]"
+    return done.returncode, done.stderr, asked
+
+
+REQUEUED = ["scontrol show job 12", "scontrol requeue 12"]
+
+
+def test_slurm_starts_each_rank_with_what_it_must_know(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    assert slurm(cluster, tmp_path, "0 0") == (0, "", [])
+    words = "-m megagrow train --stop-code 75 run.yaml --set a=1"
+    assert Path(cluster["LOG"]).read_text().splitlines()[1:] == [
+        "srun --kill-on-bad-exit=0 --wait=60",
+        f"rank 0 of 2, local 0, at node7:29500: {words}",
+        f"rank 1 of 2, local 1, at node7:29500: {words}",
+    ]
+
+
+def test_slurm_requeues_after_a_stop_as_often_as_it_takes(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    for _ in range(5):
+        code, said, asked = slurm(cluster, tmp_path, "75 75")
+        assert (code, asked) == (0, REQUEUED)
+        assert "stopped by a signal: job 12 goes back into the queue" in said
+    assert not list(tmp_path.glob("*.failures"))
+
+
+@pytest.mark.parametrize("code", [1, 2, 3])
+def test_slurm_does_not_requeue_what_would_come_again(
+    cluster: dict[str, str], tmp_path: Path, code: int
+) -> None:
+    assert slurm(cluster, tmp_path, f"{code} {code}") == (code, "", [])
+
+
+def test_slurm_requeues_after_a_lost_rank_a_few_times(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    for codes in ("5 137", "4 4"):
+        code, said, asked = slurm(cluster, tmp_path, codes, MAX_FAILURES="2")
+        assert (code, asked) == (0, REQUEUED), said
+    assert slurm(cluster, tmp_path, "75 75", MAX_FAILURES="2")[2] == REQUEUED, "a stop is none"
+    code, said, asked = slurm(cluster, tmp_path, "5 5", MAX_FAILURES="2")
+    assert (code, asked) == (5, [])
+    assert "exit code 5, after 2 failures: see megagrow-12.failures" in said
+    noted = (tmp_path / "megagrow-12.failures").read_text().splitlines()
+    assert [line.split(" ", 1)[1] for line in noted] == [
+        f"exit code {code} on node[7-8]" for code in (137, 4, 5)
+    ]
+
+
+def test_slurm_leaves_a_cancelled_job_alone(cluster: dict[str, str], tmp_path: Path) -> None:
+    code, said, asked = slurm(cluster, tmp_path, "75 75", STATE="CANCELLED")
+    assert (code, asked) == (75, REQUEUED[:1])
+    assert "is being ended" in said
