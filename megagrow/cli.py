@@ -13,6 +13,8 @@ from megagrow.cli_convert import convert_app
 from megagrow.cli_eval import evaluate
 from megagrow.cli_fit import fit_app
 from megagrow.cli_formats import add_formats
+from megagrow.cli_options import Overrides, RunFile, table_console
+from megagrow.cli_train import train
 from megagrow.errors import InputError, PeerLost, RunError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -23,19 +25,11 @@ app.add_typer(convert_app, name="convert")
 app.add_typer(fit_app, name="fit")
 add_formats(convert_app)
 app.command("eval")(evaluate)
-
-RunFile = Annotated[Path, typer.Argument(help="The run file (YAML).", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key: --set optimizer.lr=1e-3."),
-]
+app.command("train")(train)
 
 FIRST_SPEAKS_SECONDS = 20.0
 """How long a rank that has nothing to say stays, so that the launcher does not end the first one
 before it has spoken. It is ended itself as soon as that one has left."""
-
-PIPED_WIDTH = 200
-"""Columns of a table that goes into a file or a pipe, which has no width of its own."""
 
 
 @app.callback()
@@ -44,22 +38,6 @@ def megagrow(
 ) -> None:
     """Pretrain a language model by growing it."""
     # The deepspeed launcher gives every process this option; the same stands in its environment.
-
-
-@app.command()
-def train(
-    run_file: RunFile,
-    overrides: Overrides = None,
-    stop_code: Annotated[
-        int, typer.Option(min=0, max=125, help="Exit code after a stop by a signal.")
-    ] = 0,
-) -> None:
-    """Train a run, growth included; goes on by itself from its newest checkpoint."""
-    from megagrow.config.load import load_run
-    from megagrow.run import train as train_run
-
-    if train_run(load_run(run_file, overrides or ())) is not None:
-        raise typer.Exit(stop_code)
 
 
 @app.command()
@@ -96,7 +74,7 @@ def plan(
         world, gpu, gpu_memory, mfu, measured, watts, pue, co2, price, cluster, layouts
     )
     answered = answer(load_run(run_file, overrides or ()), request)
-    show_answer(answered, Console(width=None if sys.stdout.isatty() else PIPED_WIDTH))
+    show_answer(answered, table_console())
 
 
 @app.command()
@@ -245,7 +223,7 @@ def doctor(
         raise InputError("--set changes a key of a run file: give one with --run")
     run = None if run_file is None else load_run(run_file, overrides or ())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    show_doctor(run, device, Console(width=None if sys.stdout.isatty() else PIPED_WIDTH))
+    show_doctor(run, device, table_console())
 
 
 @config_app.command("show")

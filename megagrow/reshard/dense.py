@@ -15,7 +15,7 @@ from torch import Tensor
 from megagrow.growth.map import Dense, GrowthMap, Kind
 from megagrow.reshard.carriers import group_device
 from megagrow.reshard.exchange import BUCKET_BYTES, Moved, Side
-from megagrow.reshard.layout import Block
+from megagrow.reshard.layout import Block, Layout
 from megagrow.reshard.move import block_view
 from megagrow.reshard.whole import held_parts
 
@@ -30,26 +30,36 @@ def exchange_dense(source: Side, growth: GrowthMap, target: Side) -> Moved:
     source and target a rank holds one whole parameter and one bucket.
     """
     sent = rounds = 0
-    for (kind, sources, alphas), targets in _by_mix(growth, target).items():
+    for (kind, sources, alphas), targets in _by_mix(growth, target.layout).items():
         mix = _gathered(kind, sources, alphas, source)
-        sent, rounds = sent + _reduced_bytes(mix), rounds + 1
+        sent, rounds = sent + _reduced_bytes(mix.nbytes, dist.get_world_size()), rounds + 1
         for name, term in targets:
             gain = None
             if term.gain is not None:
                 gain = _gathered("fp32", (term.gain,), (1.0,), source)
-                sent, rounds = sent + _reduced_bytes(gain), rounds + 1
+                sent, rounds = sent + _reduced_bytes(gain.nbytes, dist.get_world_size()), rounds + 1
             _add_blocks(name, kind, term, mix, gain, target)
     return Moved(bytes_sent=sent, bytes_local=0, rounds=rounds)
+
+
+def dense_bytes(source: Layout, growth: GrowthMap, target: Layout) -> int:
+    """What each rank sends in `exchange_dense`, by the layouts alone."""
+    reduced = []
+    for (_, sources, _), targets in _by_mix(growth, target).items():
+        gains = [term.gain for _, term in targets if term.gain is not None]
+        reduced += [source.plan[name] for name in (sources[0], *gains)]
+    world = target.dp * target.tp
+    return sum(_reduced_bytes(4 * spec.rows * spec.cols, world) for spec in reduced)
 
 
 _Mix = tuple[Kind, tuple[str, ...], tuple[float, ...]]
 
 
-def _by_mix(growth: GrowthMap, target: Side) -> dict[_Mix, list[tuple[str, Dense]]]:
+def _by_mix(growth: GrowthMap, target: Layout) -> dict[_Mix, list[tuple[str, Dense]]]:
     """Target parameters and their dense terms, those together that read the same mix."""
     found: dict[_Mix, list[tuple[str, Dense]]] = {}
     for kind in growth.kinds:
-        for name in target.layout.plan:
+        for name in target.plan:
             for term in growth.terms(name, kind):
                 if isinstance(term, Dense):
                     mix = (kind, term.sources, term.alphas)
@@ -71,9 +81,9 @@ def _gathered(
     return whole
 
 
-def _reduced_bytes(whole: Tensor) -> int:
-    """What each rank of a ring sends to reduce a tensor on all of them."""
-    return 2 * whole.nbytes * (dist.get_world_size() - 1) // dist.get_world_size()
+def _reduced_bytes(whole: int, world: int) -> int:
+    """What each rank of a ring sends to reduce a tensor of `whole` bytes on all of them."""
+    return 2 * whole * (world - 1) // world
 
 
 def _add_blocks(

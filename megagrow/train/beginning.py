@@ -37,6 +37,12 @@ def open_beginning(run: RunConfig, say: Callable[[str], None]) -> Source | None:
     return replace(source, kinds=("fp32",), adam_step=0) if run.stage == "sft" else source
 
 
+def check_beginning(run: RunConfig, say: Callable[[str], None]) -> None:
+    """InputError where `open_beginning` would raise one; by one process alone."""
+    if run.init_from is not None:
+        _opened(run.init_from, find_source(run.init_from, say), run.stages[0].model, say)
+
+
 def fill_beginning(
     source: Source | None, layout: Layout, rank: int, storage: Storage, seed: int
 ) -> int:

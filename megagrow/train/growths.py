@@ -10,6 +10,8 @@ from megagrow.growth.operators import follows_exactly, growth_map
 from megagrow.growth.problems import candidates
 from megagrow.parallel.plan import parameter_plan
 from megagrow.parallel.scale import UNSCALED, ParamScale
+from megagrow.parallel.settings import parameter_groups
+from megagrow.reshard.layout import Layout
 from megagrow.train.state import RunState
 
 
@@ -37,6 +39,16 @@ def stage_scales(run: RunConfig, index: int) -> dict[str, ParamScale]:
             growth = stage_growth(run, later)
             scales = _passed_on(growth, scales, growth.scales if follows else {})
     return scales
+
+
+def stage_layout(run: RunConfig, index: int, world_size: int) -> Layout:
+    """The layout that a stage's state has on so many ranks, which its settings must fit."""
+    stage = run.stages[index]
+    tp = stage.parallel.tensor_model_parallel_size
+    plan = parameter_plan(stage.model, tp)
+    groups = parameter_groups(plan, stage.optimizer, stage_scales(run, index))
+    names = tuple(group.names for group in groups)
+    return Layout(plan, names, stage.parallel.zero_stage, world_size // tp, tp)
 
 
 def _passed_on(

@@ -1,7 +1,8 @@
 """What a run reads: the training stream, the validation stream, and the checks before the start."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from megagrow.config.schema import CorpusConfig, RunConfig
 from megagrow.data.batches import BatchReader, open_stream
@@ -40,6 +41,32 @@ def open_inputs(run: RunConfig) -> Inputs:
         )
     validation = _reader(run, stream, data.validation, shuffle=False)
     return Inputs(train, validation, sequences, validation)
+
+
+def input_problems(run: RunConfig) -> list[str]:
+    """All that `open_inputs` would refuse, one corpus after the other; empty if it would not."""
+    data, found = run.data, []
+    checks: list[Callable[[], object]] = []
+    if data.tokenizer is not None:
+        checks.append(partial(check_tokenizer, data.tokenizer, run.stages[0].model.vocab_size))
+    for shuffle, corpora in ((True, data.train), (False, data.validation)):
+        checks += [partial(_open_alone, run, corpus, shuffle) for corpus in corpora]
+    for check in checks:
+        found += _problem(check)
+    return found or _problem(partial(open_inputs, run))
+
+
+def _open_alone(run: RunConfig, corpus: CorpusConfig, shuffle: bool) -> BatchReader:
+    stream = open_stream([corpus], run.seed, run.data.sequence_length, shuffle)
+    return _reader(run, stream, [corpus], shuffle)
+
+
+def _problem(check: Callable[[], object]) -> list[str]:
+    try:
+        check()
+    except (InputError, OSError) as error:
+        return [str(error)]
+    return []
 
 
 def _reader(

@@ -126,8 +126,8 @@ def test_dense_terms_are_products_of_whole_tensors_on_every_layout(pieces):
 def test_terms_that_read_the_same_mix_gather_it_once():
     name = "model.layers.0.mlp.up_proj.weight"
     terms = [Dense((name,), (1.0,), right=np.eye(16)), Dense((name,), (1.0,))]
-    target = Side(layout_of(SMALL, 0, 1, 1), {})
-    weights: dict[str, tuple[Term, ...]] = dict.fromkeys(target.layout.plan, ())
+    target = layout_of(SMALL, 0, 1, 1)
+    weights: dict[str, tuple[Term, ...]] = dict.fromkeys(target.plan, ())
     weights |= {f"model.layers.{i}.mlp.up_proj.weight": (term,) for i, term in enumerate(terms)}
     growth = GrowthMap(weights, {}, kinds=("fp32",))
     by_mix = megagrow.reshard.dense._by_mix(growth, target)
