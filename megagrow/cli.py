@@ -10,6 +10,7 @@ from rich.console import Console
 
 from megagrow.cli_checkpoint import checkpoint_app
 from megagrow.cli_convert import convert_app
+from megagrow.cli_doctor import doctor
 from megagrow.cli_eval import evaluate
 from megagrow.cli_fit import fit_app
 from megagrow.cli_formats import add_formats
@@ -26,6 +27,7 @@ app.add_typer(fit_app, name="fit")
 add_formats(convert_app)
 app.command("eval")(evaluate)
 app.command("train")(train)
+app.command("doctor")(doctor)
 
 FIRST_SPEAKS_SECONDS = 20.0
 """How long a rank that has nothing to say stays, so that the launcher does not end the first one
@@ -204,26 +206,6 @@ def report(
     if against not in (None, "paper"):
         raise InputError(f"--against {against}: give `paper`, or leave it out")
     write_report(runs, output, Console(), against_paper=against == "paper")
-
-
-@app.command()
-def doctor(
-    run_file: Annotated[
-        Path | None, typer.Option("--run", help="A run file: what its stages would take.")
-    ] = None,
-    overrides: Overrides = None,
-) -> None:
-    """Say what this machine has, which kernels it can run, and what `auto` takes."""
-    import torch
-
-    from megagrow.analysis.doctor import show_doctor
-    from megagrow.config.load import load_run
-
-    if run_file is None and overrides:
-        raise InputError("--set changes a key of a run file: give one with --run")
-    run = None if run_file is None else load_run(run_file, overrides or ())
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    show_doctor(run, device, table_console())
 
 
 @config_app.command("show")

@@ -46,6 +46,21 @@ def ends_all_with_one() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
 
 
+SHARED_VARIABLES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "TRITON_", "DS_", "CUBLAS_", "OMP_")
+"""How the names of variables begin that decide how ranks compute and talk to each other."""
+
+OWN_VARIABLES = ("NCCL_IB_HCA", "NCCL_HOSTID", "TRITON_CACHE_DIR")
+"""Those among them that hosts may well set each for itself, as all that end in _IFNAME."""
+
+
+def shared_variables() -> dict[str, str]:
+    """Environment variables of this process that should have one value on all ranks."""
+    names = [name for name in os.environ if name.startswith(SHARED_VARIABLES)]
+    names += [name for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE") if name in os.environ]
+    own = {name for name in names if name in OWN_VARIABLES or name.endswith("_IFNAME")}
+    return {name: os.environ[name] for name in sorted({*names} - own)}
+
+
 def choose_accelerator() -> None:
     """Tells DeepSpeed what to run on. It asks when it is imported, and warns if nobody says."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -71,16 +86,17 @@ def init_process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30
     tune_process()
     # DeepSpeed reads it, also where the process was started without a launcher.
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))
+    return join_ranks(launch, _meeting_place(launch, timeout), timeout)
+
+
+def join_ranks(launch: Launch, store: Any, timeout: timedelta) -> torch.device:
+    """Makes the process group of all ranks, who meet in `store`; returns this rank's device."""
     device = own_device(launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
-        backend,
-        store=_meeting_place(launch, timeout),
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timeout,
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
     )
     return device
 
@@ -98,16 +114,36 @@ def first_host() -> str:
 
 
 def _meeting_place(launch: Launch, timeout: timedelta) -> Any:
-    """The store through which the ranks find each other.
-
-    Ranks that torchrun has started again get the store of those before them: without a part of
-    their own in it they would wait for the addresses of the dead.
-    """
+    """The store through which the ranks find each other, when all of them have come."""
     if launch.world_size == 1:
         return dist.HashStore()  # type: ignore[attr-defined]
     meetings = rendezvous("env://", launch.rank, launch.world_size, timeout=timeout)
     store, *_ = next(meetings)
     store.set_timeout(timeout)
+    return _own_part(store)
+
+
+def open_meeting_place(launch: Launch, timeout: timedelta) -> Any:
+    """The same store, which waits for nobody but whoever keeps it: rank 0, or torchrun.
+
+    RuntimeError where that one does not answer in time.
+    """
+    if launch.world_size == 1:
+        return dist.HashStore()  # type: ignore[attr-defined]
+    port = os.environ.get("MASTER_PORT")
+    if port is None:
+        raise InputError("the launcher did not set MASTER_PORT")
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        *(first_host(), int(port), launch.world_size, launch.rank == 0 and not kept, timeout),
+        wait_for_workers=False,
+    )
+    return _own_part(store)
+
+
+def _own_part(store: Any) -> Any:
+    """Ranks that torchrun has started again get the store of those before them: without a part of
+    their own in it they would wait for the addresses of the dead."""
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"start-{start}", store)  # type: ignore[attr-defined]
 
