@@ -20,6 +20,7 @@ from megagrow.checkpoint.files import list_checkpoints
 from megagrow.config.checks import world_problems
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
+from megagrow.evaluation.installed import need_lm_eval
 from megagrow.growth.operators import is_learned
 from megagrow.growth.problems import candidates, growth_problems
 from megagrow.parallel.settings import EngineSettings
@@ -103,7 +104,7 @@ def rehearse(run: RunConfig, world_size: int, rank: int = 0) -> Rehearsal:
         raise InputError(f"--rank {rank}: a world of {world_size} has ranks 0 to {world_size - 1}")
     wrong = [*growth_problems(run), *world_problems(run, world_size)]
     notes: list[str] = []
-    problems = [*wrong, *input_problems(run), *_surroundings(run, notes)]
+    problems = [*wrong, *input_problems(run), *_surroundings(run, notes), *_evaluation(run, notes)]
     stages: tuple[RankStage, ...] = ()
     growths: tuple[RankGrowth, ...] = ()
     if not wrong:
@@ -127,6 +128,20 @@ def _surroundings(run: RunConfig, notes: list[str]) -> Iterator[str]:
     if run.precision == "auto":
         notes.append("precision auto is taken as bf16, as on a GPU")
     notes.append("which kernels can run is seen on the machines alone: megagrow doctor --run")
+
+
+def _evaluation(run: RunConfig, notes: list[str]) -> Iterator[str]:
+    """What is missing for the evaluations of the run, short of loading their tasks."""
+    if run.evaluation is None:
+        return
+    try:
+        need_lm_eval()
+    except InputError as error:
+        yield str(error)
+    folder = run.evaluation.data_dir
+    if folder is not None and not folder.is_dir():
+        yield f"evaluation.data_dir = {folder}: no such directory"
+    notes.append("the tasks of the evaluation are loaded, and checked, when the run starts")
 
 
 def _nearest(path: Path) -> Path:

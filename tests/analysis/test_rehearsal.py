@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import megagrow.train.grow
 from megagrow.analysis.rehearsal import rehearse
+from megagrow.checkpoint.manifest import MANIFEST_FILE
 from megagrow.cli import app
 from megagrow.config.load import load_run
 from megagrow.config.schema import RunConfig
@@ -185,6 +186,18 @@ def test_problems_are_told_together(tmp_path: Path) -> None:
     assert "elements held" not in said, "the run does not fit three ranks"
     code, said = dry_run(path, "--world", 2)
     assert code == 2 and "5 problems" in said and "elements held" in said
+
+
+def test_missing_tasks_and_a_checkpoint_that_is_there(tmp_path: Path) -> None:
+    tasks = {"data_dir": tmp_path / "tasks"}
+    run = make_run(tmp_path, [{"tokens": STEP_TOKENS}], evaluation=tasks)
+    told = rehearse(run, 4, 3)
+    assert told.problems == (f"evaluation.data_dir = {tmp_path}/tasks: no such directory",)
+    assert any("loaded, and checked, when the run starts" in note for note in told.notes)
+    checkpoint = run.output_dir / "checkpoints" / "step-000000007"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / MANIFEST_FILE).write_text("{}")
+    assert f"the run would go on from {checkpoint}" in "; ".join(rehearse(run, 4, 3).notes)
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
