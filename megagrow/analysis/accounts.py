@@ -38,6 +38,8 @@ class Setting:
     """The same text for runs that differ by their seed, name and directory only."""
     charges: tuple[float, ...]
     """FLOPs per token of each stage, by the paper's charge."""
+    whole: bool
+    """Whether it pretrains from initial weights: all that its model has cost is in its records."""
 
 
 def read_setting(directory: Path) -> Setting | None:
@@ -56,6 +58,7 @@ def setting_of(run: RunConfig) -> Setting:
     return Setting(
         alike=run.model_dump_json(exclude={"seed", "name", "output_dir"}),
         charges=tuple(whole * non_embedding_parameters(stage.model) for stage in run.stages),
+        whole=run.stage == "pretrain" and run.init_from is None,
     )
 
 

@@ -44,12 +44,13 @@ def compare_runs(curves: Sequence[RunCurves], output: Path, console: Console) ->
     """Compares every run that grew with one from scratch that ends in the same model.
 
     The runs stand in any order; all of them are tabled and plotted. A run without a growth is one
-    from scratch. Prints table and closing lines, and writes comparison.json, comparison.md and
-    loss_vs_flops.png into `output`. Raises InputError where none grew, or one has no counterpart.
+    from scratch, but one that began with a model or tunes one is compared with none. Prints table
+    and closing lines, and writes comparison.json, comparison.md and loss_vs_flops.png into
+    `output`. Raises InputError where none grew, or one has no counterpart.
     """
-    comparisons = [_against(run, curves) for run in curves if run.growths]
+    comparisons = [_against(run, curves) for run in curves if run.grown]
     if not comparisons:
-        raise InputError("none of the runs grew: give at least one run with a growth")
+        raise InputError("none of the runs grew from initial weights: give at least one")
     output.mkdir(parents=True, exist_ok=True)
     closing = closing_lines(curves, comparisons)
     plot_runs(curves, output / PLOT, comparisons[0].speedup)
@@ -98,7 +99,7 @@ def _findings(comparison: Comparison) -> list[str]:
 
 def _against(grown: RunCurves, runs: Sequence[RunCurves]) -> Comparison:
     size = grown.parameters[-1]
-    fitting = [run for run in runs if not run.growths and run.parameters[-1] == size]
+    fitting = [run for run in runs if run.from_scratch and run.parameters[-1] == size]
     if fitting:
         return compare_pair(grown, min(fitting, key=lambda run: run.seed != grown.seed))
     raise InputError(

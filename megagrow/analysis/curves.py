@@ -73,6 +73,22 @@ class RunCurves:
     setting: Setting | None
     """None where the run's directory has no config.yaml."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether all that its model has cost is in it, as far as is known. It is not in one that
+        began with a model (`init_from`) or tunes one, whose FLOPs are compared with no others."""
+        return self.setting is None or self.setting.whole
+
+    @property
+    def grown(self) -> bool:
+        """Whether it stands for growing in comparisons."""
+        return self.whole and bool(self.growths)
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether it stands for training from scratch in comparisons."""
+        return self.whole and not self.growths
+
     def spent(self, tokens: Sequence[int]) -> tuple[float, ...] | None:
         """FLOPs by the paper's charge (`accounts`) at points of the run; None where unknown."""
         if self.setting is None:

@@ -61,7 +61,7 @@ def scaling_points(directories: Sequence[Path]) -> Data[ScalingPoint]:
     FLOPs are those of all stages, what the base has cost included. Raises InputError where a
     directory holds no finished run.
     """
-    runs = [load_run(directory) for directory in directories]
+    runs = [_whole(directory) for directory in directories]
     validated = all(run.validation.loss for run in runs)
     points = tuple(
         ScalingPoint(
@@ -80,8 +80,18 @@ def _named(directories: Sequence[Path]) -> str:
     return f"{directories[0]}" + (f" and {len(directories) - 1} more" if directories[1:] else "")
 
 
+def _whole(directory: Path) -> RunCurves:
+    run = load_run(directory)
+    if not run.whole:
+        raise InputError(
+            f"{directory}: began with a model (init_from) or tunes one (stage: sft), so what its "
+            "model has cost is not in it; leave it out"
+        )
+    return run
+
+
 def _grown(directory: Path, choice: Choice) -> _Grown | None:
-    curves = load_run(directory)
+    curves = _whole(directory)
     if not curves.growths:
         return None
     if len(curves.growths) > 1:

@@ -82,15 +82,13 @@ def match_groups(groups: Sequence[Group]) -> list[Matchup]:
 
     Raises InputError where one has no counterpart.
     """
-    return [
-        Matchup(group, _counterpart(group, groups)) for group in groups if group.runs[0].growths
-    ]
+    return [Matchup(group, _counterpart(group, groups)) for group in groups if group.runs[0].grown]
 
 
 def _counterpart(grown: Group, groups: Sequence[Group]) -> Group:
     size = grown.runs[0].parameters[-1]
     for group in groups:
-        if not group.runs[0].growths and group.runs[0].parameters[-1] == size:
+        if group.runs[0].from_scratch and group.runs[0].parameters[-1] == size:
             return group
     raise InputError(
         f"{grown.runs[0].name}: no run from scratch of the same {size:,} parameters is among the "

@@ -1,12 +1,15 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from megagrow.analysis.accounts import Setting
 from megagrow.analysis.compare import compare_runs, load_runs
+from megagrow.analysis.seeds import group_runs, match_groups
 from megagrow.errors import InputError
 
 SMALL, LARGE = 800_000, 3_200_000
@@ -43,6 +46,21 @@ def test_a_loss_of_growth_is_told_as_one(make_run: Callable[..., Path], tmp_path
     assert found["loss"] == found["final_grown"] > found["final_scratch"]
     assert found["speedup"] < -0.3
     assert "more FLOPs): growth was not faster here." in text
+
+
+def test_a_run_that_began_with_a_model_is_compared_with_none(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A tuned model has as many parameters, and cost more than its own run tells."""
+    setting = Setting(alike="tuned", charges=(1.0,), whole=False)
+    names = {"tuned": SCRATCH, "scratch": SCRATCH, "grown": GROWN}
+    tuned, *others = load_runs([make_run(name, stages) for name, stages in names.items()])
+    tuned = replace(tuned, setting=setting)
+    (found,) = compare_runs([tuned, *others], tmp_path / "out", Console(file=StringIO()))
+    (matched,) = match_groups(group_runs([tuned, *others]))
+    assert found.scratch.name == matched.scratch.name == "scratch"
+    with pytest.raises(InputError, match="no run from scratch"):
+        compare_runs([tuned, others[1]], tmp_path / "out", Console(file=StringIO()))
 
 
 def test_files_are_written(make_run: Callable[..., Path], tmp_path: Path) -> None:

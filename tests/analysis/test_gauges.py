@@ -47,6 +47,8 @@ def test_setting_differs_by_all_but_seed_and_name(tmp_path: Path) -> None:
     one = setting_of(load_config(path))
     again = setting_of(load_config(path, ["seed=9", "name=other", "output_dir=x"]))
     other = setting_of(load_config(path, ["optimizer.lr=1e-3"]))
+    begun = setting_of(load_config(path, ["init_from=x"]))
+    assert one.whole and not begun.whole
     assert one == again != other
 
 
