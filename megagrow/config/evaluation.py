@@ -12,12 +12,12 @@ class EvaluationConfig(Section):
     run always are. Needs lm-eval, `pip install megagrow[eval]`, and `data.tokenizer`."""
 
     interval: Count = 1000
-    """In steps."""
+    """Steps from one evaluation to the next."""
     tasks: list[str] = Field(default=["gstack"], min_length=1)
     """Of lm-eval; `gstack` stands for the paper's eight."""
     data_dir: Path | None = None
-    """Local files of the tasks; None is the hub."""
+    """Local files of the tasks; null is the hub."""
     limit: Count | None = None
-    """Documents of each task; None is all of them."""
+    """Documents of each task; null is all of them."""
     batch_size: Count = 16
     """Sequences in a pass of one data-parallel rank."""

@@ -45,9 +45,13 @@ class LearnConfig(Section):
     """How learned operators (LiGO) are trained; the paper's code uses these values."""
 
     steps: Count = 100
+    """Steps of training the operator, each on a global batch."""
     lr: float = Field(default=7e-5, gt=0)
+    """The highest learning rate of it."""
     min_lr: float = Field(default=7e-6, ge=0)
+    """Where its cosine ends; not above `lr`."""
     warmup_steps: int = Field(default=50, ge=0)
+    """Of `steps`, those in which the rate rises."""
 
 
 class NewEntriesConfig(Section):
@@ -58,14 +62,18 @@ class NewEntriesConfig(Section):
     """
 
     peak: float = Field(default=1.3, gt=0)
+    """How many times the rate at the growth it rises to."""
     warmup_steps: int = Field(default=250, ge=0)
+    """Steps in which it rises."""
 
 
 class ProbeConfig(Section):
     """Several operators are tried in turn on the same tokens, and the best is kept."""
 
     operators: list[OperatorName] = Field(min_length=2)
+    """What is tried."""
     steps: Count = 100
+    """Steps that each of them is trained for before they are compared."""
 
 
 class GrowthConfig(Section):
@@ -92,7 +100,8 @@ class GrowthConfig(Section):
     mixing_noise: float = Field(default=0.0, ge=0, le=1)
     """The paper's W <- (1 - a) W + a * noise (its appendix I.2)."""
     optimizer_state: StatePolicy | None = None
-    """What becomes of Adam's moments; by default what the operator says."""
+    """What becomes of Adam's moments (docs/operators.md, docs/optimizer-states.md); by default what
+    the operator says."""
     probe_batches: Count = 8
     """`probe_v`: global batches over which the new entries' exp_avg_sq is measured."""
     exact_continuation: bool | None = None
@@ -110,6 +119,8 @@ class GrowthConfig(Section):
     """`random_*`: tokens over which the masks of new parts rise from 0 to 1, the axes of the width
     one after the other. By default 5000 steps for each axis, but no more than the stage has."""
     learn: LearnConfig = LearnConfig()
+    """`learn_*`: how the operator itself is trained."""
     probe: ProbeConfig | None = None
+    """In the place of `operator`: several are tried, the best is kept."""
     tolerance: float = Field(default=1e-3, gt=0)
     """How much the loss on a fixed batch may change at a growth that preserves the function."""

@@ -12,7 +12,9 @@ class LossSpikeConfig(Section):
     window: int = Field(default=100, ge=2)
     """In steps; what is itself that high does not enter it, and a growth begins it anew."""
     zscore: float = Field(default=6.0, gt=0)
+    """How many standard deviations above the mean a loss has to lie."""
     patience: Count = 3
+    """How many steps in a row have to lie there."""
 
 
 class GuardsConfig(Section):
@@ -23,7 +25,7 @@ class GuardsConfig(Section):
     max_rewinds: int = Field(default=3, ge=0)
     """After so many rewinds to the same checkpoint, or to earlier ones, the run ends."""
     loss_spike: LossSpikeConfig | None = None
-    """Rewinds after a loss spike too."""
+    """Rewinds after a loss spike too; null does not look for any."""
     hang_timeout: float | None = Field(default=600.0, ge=1)
     """Seconds in which a rank must get on; null never ends a run that hangs. What may take long
     (a growth, a checkpoint, the first step of a stage) has six times as long."""

@@ -20,6 +20,21 @@ DEFAULTS = (
 PARTS = ("model", "data", "parallel", "batch", "optimizer", "schedule")
 """Sections that may be the name of a file, or a mapping with `base: NAME`."""
 
+BUILT_ON = {
+    "base": (
+        "The run file that this one is built on, sought as `NAME.yaml` where named parts are. This "
+        "file holds what differs: mappings are merged key by key; `stages`, and sections given by "
+        "name, replace those of the base."
+    ),
+    "hardware": (
+        "A profile of the hardware, `hardware/NAME.yaml`, laid on the base: it sets `parallel`, "
+        "`kernels` and `batch` of all stages. This file's own keys win over it, it wins over the "
+        "base; given by `--set` it wins over the file."
+    ),
+}
+"""Keys of the top that stand in no model, for what they name is put in their place; each with its
+meaning."""
+
 HARDWARE = ("parallel", "kernels", "batch")
 """Sections of a stage that a profile of the hardware may set."""
 
@@ -43,8 +58,7 @@ def refuse_unknown_keys(tree: dict[str, Any], origin: str) -> None:
 
     `origin` is where the tree was read from; the error names it and each key's full path.
     """
-    built_on: Keys = {"base": None, "hardware": None}
-    _refuse(_unknown(tree, {**run_keys(), **built_on}, ""), origin)
+    _refuse(_unknown(tree, {**run_keys(), **dict.fromkeys(BUILT_ON)}, ""), origin)
 
 
 def refuse_unknown_part_keys(tree: dict[str, Any], section: str, origin: str) -> None:
@@ -112,11 +126,11 @@ def _keys_of(section: type[Section] | None) -> Keys:
     if section is None:
         return {}
     fields = section.model_fields.items()
-    return {name: _section_in(f.annotation) for name, f in fields if not f.exclude}
+    return {name: section_in(f.annotation) for name, f in fields if not f.exclude}
 
 
-def _section_in(annotation: Any) -> type[Section] | None:
-    """The section that a field holds, itself, in a list or optionally."""
+def section_in(annotation: Any) -> type[Section] | None:
+    """The section that a field of this type holds, itself, in a list or optionally."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next(filter(None, map(_section_in, get_args(annotation))), None)
+    return next(filter(None, map(section_in, get_args(annotation))), None)

@@ -26,16 +26,28 @@ class RopeScaling(Section):
     `model/rope.py`; keys of another type are refused."""
 
     rope_type: RopeType
+    """How the frequencies are stretched."""
     factor: float = Field(ge=1)
+    """How many times as far the positions are to reach."""
     original_max_position_embeddings: Count | None = None
+    """`llama3` and `yarn`, which need it: tokens of the sequences first trained on."""
     low_freq_factor: float | None = Field(default=None, gt=0)
+    """`llama3`: waves longer than the original length over this are stretched by `factor`."""
     high_freq_factor: float | None = Field(default=None, gt=0)
+    """`llama3`: waves shorter than the original length over this stay as they are."""
     attention_factor: float | None = Field(default=None, gt=0)
+    """`yarn`: the factor on cosines and sines itself, in place of what follows from the others."""
     beta_fast: float | None = Field(default=None, gt=0)
+    """`yarn`: pairs that turn more often than this over the original length stay; by default 32."""
     beta_slow: float | None = Field(default=None, gt=0)
+    """`yarn`: pairs that turn less often than this are stretched by `factor`; by default 1."""
     mscale: float | None = Field(default=None, ge=0)
+    """`yarn`: with `mscale_all_dim`, the factor on cosines and sines is the ratio of 0.1 x this x
+    ln(factor) + 1 for the one and the other."""
     mscale_all_dim: float | None = Field(default=None, ge=0)
+    """`yarn`: see `mscale`."""
     truncate: bool | None = None
+    """`yarn`: whether the bounds of the ramp are rounded to whole pairs; by default they are."""
 
     @model_validator(mode="after")
     def _fits_its_type(self) -> Self:
