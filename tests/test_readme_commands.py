@@ -38,6 +38,7 @@ NOT_HERE = {
     "python3.11 -m venv": "makes an environment, as .ci/run does for these tests",
     "pip install torch": "the same",
     "DS_BUILD_OPS=0 pip install": "the same",
+    "megagrow train --dry-run --world 64 configs/gstack-7b.yaml": "needs SlimPajama",
     "deepspeed --hostfile": "needs hosts; run/test_launchers.py starts two on this machine",
     "launchers/deepspeed.sh hosts": "needs hosts; run/test_hostfile.py runs the script",
     "sbatch": "needs SLURM",
@@ -68,6 +69,11 @@ def planned(output: str, title: str = "my-run on 4 ranks") -> None:
 
 def examined(output: str) -> None:
     assert all(name in output for name in ("attention", "norm", "pointwise", "loss", "sdpa"))
+
+
+def rehearsed(output: str) -> None:
+    assert output.count("ZeRO-1, DP rank 0 of 4, TP rank 0 of 1") == 2
+    assert "50,312" in output  # a quarter of the 201,248 parameters after the growth
 
 
 def losses() -> list[float]:
@@ -140,6 +146,7 @@ RUN: dict[str, Callable[[str], None]] = {
     "megagrow plan RUN.yaml --world 4 --gpu h100 --mfu 0.4": planned,
     "megagrow plan RUN.yaml --cluster h100:1x4 --layouts": planned,
     "megagrow doctor --run RUN.yaml": examined,
+    "megagrow train --dry-run --world 4 RUN.yaml": rehearsed,
     "megagrow train RUN.yaml": trained,
     "torchrun --nproc-per-node 4 -m megagrow train RUN.yaml": trained,
     "deepspeed --num_gpus 2 --module megagrow train RUN.yaml": trained,
