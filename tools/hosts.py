@@ -109,8 +109,8 @@ class Hosts:
 
     def __exit__(self, *_: object) -> None:
         for holder in self._holders:
-            holder.kill()  # and with it, so --kill-child, the first process of the host
-            holder.wait()
+            # The first process of a host ends, the kernel kills the others, and all are gone.
+            holder.communicate()
         self._folder.cleanup()
 
     def __getitem__(self, index: int) -> Host:

@@ -62,11 +62,13 @@ def main(
 
 
 class Story:
-    """Jobs one after the other, told as they go on. A check that fails raises AssertionError."""
+    """Jobs one after the other, told as they go on. A check that fails raises AssertionError.
 
-    def __init__(self, folder: Path, corpus: Path) -> None:
-        self._folder, self._corpus = folder, corpus
-        self._expected: list[float] = []
+    `expected` has the losses of every step; without it, those of the first job that ends well.
+    """
+
+    def __init__(self, folder: Path, corpus: Path, expected: Sequence[float] = ()) -> None:
+        self._folder, self._corpus, self._expected = folder, corpus, expected
 
     def start(self, name: str, hosts: Sequence[Host], slots: int, zero_stage: int = 2) -> Job:
         """Starts the run of a name, or goes on with it."""
@@ -76,7 +78,7 @@ class Story:
         return Job(hosts, slots, run)
 
     def whole(self, job: Job) -> None:
-        """The job ends well, and its losses are those of the first job that ended so."""
+        """The job ends well, with the losses that are expected."""
         ended = job.finish()
         self._tell(ended)
         check(set(ended.codes.values()) == {0}, f"exit codes {ended.codes}")
