@@ -9,14 +9,15 @@ from tools.fault_injection_run import LENGTH, MODEL
 from tools.hosts import Host, Hosts
 from tools.several_hosts_job import BATCH, Job, records, run_of
 
-NETWORKS: tuple[tuple[str | None, float], ...] = (
-    (None, 0.0),
-    ("1gbit", 0.001),
-    ("100mbit", 0.005),
-    ("100mbit", 0.05),
+NETWORKS: tuple[tuple[str | None, float, int], ...] = (
+    (None, 0.0, 1),
+    ("1gbit", 0.001, 1),
+    ("100mbit", 0.005, 1),
+    ("100mbit", 0.05, 1),
+    ("100mbit", 0.005, 2),
 )
-"""What each host can send (tc's words; None: what the machine gives), and the seconds by which a
-packet and its answer take longer."""
+"""What each host can send (tc's words; None: what the machine gives), the seconds by which a packet
+and its answer take longer, and the ZeRO stage."""
 WIDE = MODEL | {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
 BASE_STEPS, STEPS = 5, 10
 FIRST = 2
@@ -67,32 +68,39 @@ class Speed:
 
 def measure(folder: Path, corpus: Path) -> None:
     """Prints the table."""
-    print("| network | round trip | one stream | step, 4 layers | step, 8 layers | growth |")
-    print("|---|---|---|---|---|---|")
-    for rate, round_trip in NETWORKS:
-        speed = on_network(folder, corpus, rate, round_trip)
+    print(
+        "| network | round trip | one stream | ZeRO | step, 4 layers | step, 8 layers | growth "
+        "| sent |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for rate, round_trip, zero_stage in NETWORKS:
+        speed = on_network(folder, corpus, rate, round_trip, zero_stage)
         given = f"{rate or 'unlimited'}, + {round_trip * 1e3:.0f} ms"
-        small, large = (f"{seconds:.2f} s" for seconds in speed.steps)
         measured = f"{speed.round_trip * 1e3:.2f} ms | {speed.rate * 8e-6:.0f} Mbit/s"
-        print(f"| {given} | {measured} | {small} | {large} | {speed.growth:.2f} s |", flush=True)
-    sent, moved = speed.sent * 1e-6, speed.growth_bytes * 1e-6
-    print(f"\nIn each run a host sends {sent:.0f} MB; the growth moves {moved:.1f} MB in all.")
+        small, large = (f"{seconds:.2f} s" for seconds in speed.steps)
+        took = f"{small} | {large} | {speed.growth:.2f} s | {speed.sent * 1e-6:.0f} MB"
+        print(f"| {given} | {measured} | {zero_stage} | {took} |", flush=True)
+    moved = speed.growth_bytes * 1e-6
+    print(f"\nThe growth moves {moved:.1f} MB; sent: by each host, in the whole run.")
 
 
-def on_network(folder: Path, corpus: Path, rate: str | None, round_trip: float) -> Speed:
+def on_network(
+    folder: Path, corpus: Path, rate: str | None, round_trip: float, zero_stage: int
+) -> Speed:
     """Trains and grows a run of some MB between two hosts of one rank each."""
     with Hosts(2, round_trip) as hosts:
         if rate is not None:
             hosts.limit(rate)
         answer, stream = probe(hosts[0], hosts[1])
         before = hosts.sent(hosts[0])
-        job = Job(hosts.hosts, 1, wide_run(corpus, folder / f"speed-{rate}-{round_trip}"))
+        output = folder / f"speed-{rate}-{round_trip}-{zero_stage}"
+        job = Job(hosts.hosts, 1, wide_run(corpus, output, zero_stage))
         ended = job.finish()
         if set(ended.codes.values()) != {0}:
             raise AssertionError(ended.said)
         sent = hosts.sent(hosts[0]) - before
-    (growth,) = records(job.output, "growth")
-    seconds = {r["step"]: r["tokens_per_second"] ** -1 for r in records(job.output, "train")}
+    (growth,) = records(output, "growth")
+    seconds = {r["step"]: 1 / r["tokens_per_second"] for r in records(output, "train")}
     parts = (range(FIRST + 1, BASE_STEPS + 1), range(BASE_STEPS + FIRST + 1, STEPS + 1))
     small, large = (
         statistics.median(seconds[step] for step in part) * BATCH * LENGTH for part in parts
@@ -110,7 +118,7 @@ def probe(one: Host, other: Host) -> tuple[float, float]:
     return round_trip, rate
 
 
-def wide_run(corpus: Path, output: Path) -> dict[str, Any]:
+def wide_run(corpus: Path, output: Path, zero_stage: int) -> dict[str, Any]:
     """A model of 3 million parameters that grows to 6 million."""
     tokens, deep = BATCH * LENGTH, WIDE | {"num_hidden_layers": 8}
     stages = [
@@ -122,4 +130,4 @@ def wide_run(corpus: Path, output: Path) -> dict[str, Any]:
         },
     ]
     given = {"stages": stages, "guards": {}, "checkpoint": {"interval": 1000}}
-    return run_of(corpus, output, **given)
+    return run_of(corpus, output, zero_stage, **given)
