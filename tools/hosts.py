@@ -188,8 +188,9 @@ class Hosts:
             text=True,
         )
         self._holders.append(holder)
-        if _stream(holder.stdout).readline() != "ready\n":
-            raise HostsError(f"{words[0]}: {_stream(holder.stdout).read().strip()}")
+        first = _stream(holder.stdout).readline()
+        if first != "ready\n":
+            raise HostsError((first + _stream(holder.stdout).read()).strip())
         return holder
 
     def _on(self, first: int, *words: str) -> str:
