@@ -55,8 +55,9 @@ def main(
         write_corpus(corpus)
         try:
             if story:
-                two_hosts(Story(Path(folder), corpus))
-                four_hosts(Story(Path(folder), corpus))
+                told = Story(Path(folder), corpus)
+                two_hosts(told)
+                four_hosts(told)
             if speed:
                 print("\n## How fast, on which network\n")
                 measure(Path(folder), corpus)
@@ -109,7 +110,7 @@ class Story:
             ended.seconds < within, f"all ended in {ended.seconds:.1f} s (timeout {HANG_TIMEOUT})"
         )
         left = {host.name: host.processes() for host in hosts.hosts if host.processes()}
-        check(not left, f"no process is left on any host {left or ''}")
+        check(not left, "no process is left on any host" + (f": {left}" if left else ""))
 
     def _tell(self, ended: Ended) -> None:
         for name, lines in ended.said.items():
