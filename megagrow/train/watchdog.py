@@ -6,10 +6,11 @@ other says so if the main thread has stayed in one phase for too long.
 """
 
 import os
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import torch.distributed as dist
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from megagrow.errors import HANG_CODE, PeerLost
 from megagrow.parallel.topology import Launch
 from megagrow.train.board import Board, BoardServer, RemoteBoard, Sign
+from megagrow.train.missing import ranks_behind, silent_ranks
 
 LONG = 6
 """How many times the timeout is granted to what may take long."""
@@ -33,7 +35,8 @@ or the board that leaves with rank 0, can tell them something else."""
 class Watchdog:
     """A context in which the ranks are watched; `timeout` in seconds, None for no limit.
 
-    `server` is closed at the end. `end` is how a process is ended.
+    `server` is closed at the end; `end` is how a process is ended; `hosts` has the name of each
+    rank's host, or nothing where all are on one.
     """
 
     def __init__(
@@ -43,8 +46,9 @@ class Watchdog:
         timeout: float | None,
         server: BoardServer | None = None,
         end: Callable[[int], None] = os._exit,
+        hosts: Sequence[str] = (),
     ) -> None:
-        self._board, self._rank, self._server = board, rank, server
+        self._board, self._rank, self._server, self._hosts = board, rank, server, hosts
         self._timeout, self._end = timeout, end
         self._phase, self._phases, self._long = "the start", 0, True
         self._over = threading.Event()
@@ -101,7 +105,11 @@ class Watchdog:
                 return
 
     def _end_all(self, waited: float) -> None:
-        missing = self._silent() or _behind(self._signs()) or "no rank is missing, all of them wait"
+        missing = (
+            self._silent()
+            or ranks_behind(self._signs(), self._hosts)
+            or "no rank is missing, all of them wait"
+        )
         if self._announce(HANG_CODE):
             print(
                 f"error: no progress in {self._phase} for {waited:.0f} s; {missing}; all ranks end "
@@ -122,9 +130,12 @@ class Watchdog:
     def _silent(self) -> str:
         """Who gives no sign of life, in words; it takes some seconds to be sure of nobody."""
         until = time.monotonic() + SILENT_SECONDS + TICK
-        while not (missing := _silent(self._signs())) and time.monotonic() < until:
+        while not (missing := self._silent_now()) and time.monotonic() < until:
             time.sleep(TICK)
         return missing
+
+    def _silent_now(self) -> str:
+        return silent_ranks(self._signs(), self._hosts, self._rank, SILENT_SECONDS)
 
     def _signs(self) -> dict[int, Sign] | None:
         try:
@@ -138,6 +149,8 @@ def start_watchdog(launch: Launch, host: str, timeout: float | None) -> Watchdog
     together."""
     if launch.world_size == 1:
         return Watchdog(Board(), launch.rank, timeout)
+    hosts = [""] * launch.world_size
+    dist.all_gather_object(hosts, socket.gethostname())
     told = ["", ""]
     if launch.rank == 0:
         board = Board()
@@ -145,23 +158,6 @@ def start_watchdog(launch: Launch, host: str, timeout: float | None) -> Watchdog
         told = [str(server.port), server.token]
     dist.broadcast_object_list(told, src=0)
     if launch.rank == 0:
-        return Watchdog(board, launch.rank, timeout, server)
-    return Watchdog(RemoteBoard(host, int(told[0]), told[1]), launch.rank, timeout)
-
-
-def _silent(signs: dict[int, Sign] | None) -> str:
-    if signs is None:
-        return "rank 0 gives no answer: it is frozen or dead"
-    silent = {rank: sign for rank, sign in signs.items() if sign.age > SILENT_SECONDS}
-    return _told(silent, "gives no sign of life: it is frozen or dead")
-
-
-def _behind(signs: dict[int, Sign] | None) -> str:
-    known = signs or {}
-    furthest = max((sign.phases for sign in known.values()), default=0)
-    behind = {rank: sign for rank, sign in known.items() if sign.phases < furthest}
-    return _told(behind, "is alive, but stays behind")
-
-
-def _told(signs: dict[int, Sign], why: str) -> str:
-    return "; ".join(f"rank {r} {why}, last heard of in {s.phase}" for r, s in signs.items())
+        return Watchdog(board, launch.rank, timeout, server, hosts=hosts)
+    remote = RemoteBoard(host, int(told[0]), told[1])
+    return Watchdog(remote, launch.rank, timeout, hosts=hosts)
