@@ -78,7 +78,8 @@ FULL = Size(
     text_bytes=16_000_000,
 )
 QUICK = Size(
-    model=FULL.model | {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
+    model=FULL.model
+    | {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
     | {"num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 512},
     sequence=32,
     batch=2,

@@ -5,7 +5,6 @@ local socket. So all contestants are there at once, one of them trains at a time
 turns: what else the machine does meets all of them alike.
 """
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -100,8 +99,3 @@ class Gate:
             self._length = self._left = self._turns.pop(0)
             self._connection.recv()
             self._begin = time.perf_counter(), time.process_time()
-
-
-def rank_of_process() -> int:
-    """As torchrun says."""
-    return int(os.environ["RANK"])

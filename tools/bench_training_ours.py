@@ -1,7 +1,7 @@
 """Megagrow's own run, `megagrow.run.train`, with a gate between its steps; and where its time goes.
 
-The run is the one that `megagrow train` makes of a file: data, metrics (each step, TensorBoard too),
-guards, watchdog, DeepSpeed.
+The run is the one that `megagrow train` makes of a file: data, metrics of each step (TensorBoard
+too), guards, watchdog, DeepSpeed.
 """
 
 import json

@@ -5,7 +5,6 @@ disk. What is imported before is not counted; processes that a way starts are.
 """
 
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -131,12 +130,10 @@ def main() -> None:
 def _measured(way: str, text: Path, tokenizer: Path, output: Path, cores: int) -> dict[str, float]:
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
-    environment = os.environ | {"HF_DATASETS_CACHE": str(output / "cache"), "HF_HUB_OFFLINE": "1"}
     arguments = [way, *map(str, (text, tokenizer, output / "out", cores))]
     own_file = Path(__file__).resolve()
     done = subprocess.run(
         [sys.executable, str(own_file), *arguments],
-        env=environment,
         capture_output=True,
         text=True,
         check=False,
@@ -155,10 +152,10 @@ def _mapped(
     datasets.disable_progress_bars()
 
     def run() -> int:
-        rows = datasets.load_dataset("json", data_files=str(text), split="train")
-        mapped = rows.map(
-            tokens_of, batched=True, num_proc=cores, remove_columns=rows.column_names
+        rows = datasets.load_dataset(
+            "json", data_files=str(text), split="train", cache_dir=f"{output}-cache"
         )
+        mapped = rows.map(tokens_of, batched=True, num_proc=cores, remove_columns=rows.column_names)
         mapped.save_to_disk(str(output), num_proc=cores)
         ids = mapped.data.column("input_ids")
         return sum(len(chunk.values) for chunk in ids.chunks)

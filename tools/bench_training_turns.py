@@ -90,13 +90,13 @@ def _process(case: Case, rank: int, stack: ExitStack) -> subprocess.Popen[bytes]
     environment = os.environ | {key: str(value) for key, value in places.items()}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port(case))}
     environment |= {"OMP_NUM_THREADS": str(case.threads), "DS_ACCELERATOR": "cpu"}
-    log = stack.enter_context(Path(case.folder, f"log-{rank}.txt").open("wb"))
-    process = subprocess.Popen(
-        [sys.executable, str(WORKER), json.dumps(case.as_json())],
-        env=environment,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
+    with Path(case.folder, f"log-{rank}.txt").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(WORKER), json.dumps(case.as_json())],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
     stack.callback(_end, process)
     return process
 

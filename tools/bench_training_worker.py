@@ -1,4 +1,4 @@
-"""One rank of one contestant of bench_training.py, which starts it through torchrun."""
+"""One rank of one contestant of bench_training.py, which starts it as a launcher does."""
 
 import json
 import sys
@@ -8,14 +8,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch  # noqa: E402
-from bench_training_gate import Case, Gate, rank_of_process  # noqa: E402
+from bench_training_gate import Case, Gate  # noqa: E402
+
+from megagrow.parallel.topology import read_launch  # noqa: E402
 
 
 def main() -> None:
     """Trains the case that the first argument holds."""
     case = Case.from_json(json.loads(sys.argv[1]))
     torch.set_num_threads(case.threads)
-    rank = rank_of_process()
+    rank = read_launch().rank
     name = case.contestant.split(":")[0]
     if name in ("ours", "ours, timed"):
         from bench_training_ours import Clock, train_own, watch_parts
