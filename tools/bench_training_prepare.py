@@ -5,6 +5,7 @@ disk. What is imported before is not counted; processes that a way starts are.
 """
 
 import json
+import resource
 import shutil
 import statistics
 import subprocess
@@ -58,6 +59,7 @@ def prepare_speeds(text: Path, corpus: Path, folder: Path, cores: int) -> dict[s
                 "tokenizer": kind,
                 "way": way,
                 "seconds": statistics.median(one["seconds"] for one in told),
+                "cpu_seconds": statistics.median(one["cpu_seconds"] for one in told),
                 "tokens": told[0]["tokens"],
             }
             for (kind, way), told in seconds.items()
@@ -122,9 +124,17 @@ def main() -> None:
     """Measures one way; the arguments are those of `_measured`. Prints JSON."""
     way, text, tokenizer, output, cores = sys.argv[1:]
     run = WAYS[way](Path(text), Path(tokenizer), Path(output), int(cores))
-    begin = time.perf_counter()
+    begin = time.perf_counter(), _cpu_seconds()
     tokens = run()
-    print(json.dumps({"seconds": time.perf_counter() - begin, "tokens": tokens}))
+    spent = {"seconds": time.perf_counter() - begin[0], "cpu_seconds": _cpu_seconds() - begin[1]}
+    print(json.dumps(spent | {"tokens": tokens}))
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it started and has waited for."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    usages = [resource.getrusage(kind) for kind in kinds]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def _measured(way: str, text: Path, tokenizer: Path, output: Path, cores: int) -> dict[str, float]:
