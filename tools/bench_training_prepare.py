@@ -157,6 +157,7 @@ def _measured(way: str, text: Path, tokenizer: Path, output: Path, cores: int) -
 def _mapped(
     text: Path, output: Path, cores: int, tokens_of: Callable[[dict[str, list[str]]], Any]
 ) -> Callable[[], int]:
+    """What `map` writes into its cache is on the disk: nothing is saved a second time."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -166,7 +167,6 @@ def _mapped(
             "json", data_files=str(text), split="train", cache_dir=f"{output}-cache"
         )
         mapped = rows.map(tokens_of, batched=True, num_proc=cores, remove_columns=rows.column_names)
-        mapped.save_to_disk(str(output), num_proc=cores)
         ids = mapped.data.column("input_ids")
         return sum(len(chunk.values) for chunk in ids.chunks)
 
