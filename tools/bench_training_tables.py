@@ -5,7 +5,7 @@ from typing import Any
 
 from bench_training_turns import Contestant
 
-OURS, TIMED = "ours", "ours, timed"
+OURS = "ours"
 
 
 def summary(contestant: Contestant) -> dict[str, Any]:
@@ -13,11 +13,11 @@ def summary(contestant: Contestant) -> dict[str, Any]:
     case = contestant.case
     turns = contestant.turns[1:]
     tokens = case.batch * case.sequence
-    parts: dict[str, float] = {}
-    for name in {name for turn in turns for name in turn["parts"] or {}}:
-        parts[name] = statistics.median(
-            turn["parts"].get(name, 0.0) / turn["steps"] for turn in turns
-        )
+    measured = [_parts(turn) for turn in turns]
+    parts = {
+        name: statistics.median(one.get(name, 0.0) for one in measured)
+        for name in set().union(*measured)
+    }
     return {
         "contestant": case.contestant,
         "ranks": case.ranks,
@@ -28,6 +28,13 @@ def summary(contestant: Contestant) -> dict[str, Any]:
         "step_seconds": statistics.median(turn["wall"] / turn["steps"] for turn in turns),
         "parts": dict(sorted(parts.items(), key=lambda part: -part[1])),
     }
+
+
+def _parts(turn: dict[str, Any]) -> dict[str, float]:
+    """Seconds of the parts of a step in one turn; none where they are not measured."""
+    parts = {name: seconds / turn["steps"] for name, seconds in (turn["parts"] or {}).items()}
+    rest = turn["wall"] / turn["steps"] - sum(parts.values())
+    return parts | {"between the steps": rest} if parts else {}
 
 
 def ratio(results: list[dict[str, Any]], one: str, other: str, clock: str) -> float:
@@ -44,7 +51,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines += [f"Not installed: {name}" for name in results.get("not_installed", [])]
     for row in results.get("training", []):
         if row["parts"]:
-            lines += ["", *_parts_table(row, results["training"])]
+            lines += ["", *_parts_table(row)]
     if "prepare" in results:
         lines += ["", *_prepare_table(results["prepare"])]
     lines += ["", f"The benchmark took {results['seconds']:.0f} s."]
@@ -72,13 +79,12 @@ def _training_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _parts_table(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    step = row["step_seconds"]
-    rest = step - sum(row["parts"].values())
-    lines = [f"| part of a step of {row['contestant']!r} | ms | share |", "|---|---|---|"]
-    for name, seconds in [*row["parts"].items(), ("between the steps", rest)]:
+def _parts_table(row: dict[str, Any]) -> list[str]:
+    step = sum(row["parts"].values())
+    lines = [f"| part of a step of {row['contestant']!r}, median | ms | share |", "|---|---|---|"]
+    for name, seconds in row["parts"].items():
         lines.append(f"| {name} | {1000 * seconds:.2f} | {100 * seconds / step:.2f}% |")
-    return [*lines, f"| the step | {1000 * step:.1f} | 100% |"]
+    return [*lines, f"| together | {1000 * step:.1f} | 100% |"]
 
 
 def _prepare_table(found: dict[str, Any]) -> list[str]:
