@@ -97,7 +97,7 @@ def vocab_statistics(logits: Tensor, labels: Tensor, first: int, real: int) -> T
     the three without ever gathering the logits.
     """
     logits = _real(logits, real)
-    maximum = logits.max(-1).values
+    maximum = logits.amax(-1)
     finite = maximum.masked_fill(maximum == -torch.inf, 0)  # a rank of padding only sums up to 0
     total = (logits - finite[:, None]).exp_().sum(-1)
     index, mine = _within(labels, first, real)

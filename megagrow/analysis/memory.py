@@ -84,8 +84,10 @@ class StageMemory:
             return self.gradients + self._bucket
         if self._zero == 1 and self.bf16:
             return 4 * self._slice
-        held = self._most if self._zero == 2 else self._slice
-        return 4 * held if self._accumulates else 0
+        if self._zero == 2 and self._accumulates:
+            return 4 * self._most
+        summed = 4 * self._slice if self._zero < 2 and self._accumulates else 0
+        return summed + self._flat_kept
 
     @property
     def activations(self) -> int:
@@ -125,6 +127,8 @@ class StageMemory:
         if self._zero == 2 and at_once and not self._accumulates:
             gradients = 0  # all of them are still in the bucket
         reduction = gradients + self.buckets + self._parts.first_layer
+        if self._zero == 1 or gradients == 0:
+            reduction += self._flat_kept
         flattened = 4 * self._most if self._zero in (1, 2) else 0
         return self.state + self.weights + max(reduction, self.gradients + flattened)
 
@@ -176,6 +180,12 @@ class StageMemory:
         """Whether the optimizer's fp32 weights are those of the forward pass at once."""
         one_tensor = self._zero == 3 and not self.stage.parallel.offload_optimizer
         return not self.bf16 and (self._zero == 0 or one_tensor)
+
+    @property
+    def _flat_kept(self) -> int:
+        """The sums of gradients that are kept from step to step (`parallel.flat_gradients`)."""
+        summed = self._zero in (1, 2) and not self.bf16 and self.on_cpu
+        return 4 * self._most if summed and not self.stage.parallel.offload_optimizer else 0
 
     @property
     def _width(self) -> int:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
@@ -146,9 +147,11 @@ class JsonTokenizer:
         self.checksum = _digest(self._tokenizer.to_str().encode(), str(self.eos_id).encode())
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        # One by one: the library's own batches would start threads in every worker process.
+        # One by one: in larger batches the library's threads would work in every worker process.
+        # The fast way does not note where in the text tokens stand, for two thirds of the time.
+        encode = partial(self._tokenizer.encode_batch_fast, add_special_tokens=False)
         try:
-            return [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+            return [encode([text])[0].ids for text in texts]
         except Exception as error:  # As above; a vocabulary without its own unknown token.
             raise InputError(f"{self._path}: cannot encode a text: {error}") from error
 

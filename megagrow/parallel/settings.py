@@ -80,6 +80,7 @@ def deepspeed_config(
         "stage": stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
+        "reduce_scatter": False,
         "stage3_prefetch_bucket_size": min(bucket, 50_000_000),
     }
     if settings.parallel.offload_optimizer:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megagrow.config.schema import OptimizerConfig
 from megagrow.parallel.deepspeed_import import deepspeed
 from megagrow.parallel.empty_engine import built_empty, nothing_sent
+from megagrow.parallel.flat_gradients import sum_flat
 from megagrow.parallel.norm import clip_whole_gradients, weigh_norm
 from megagrow.parallel.partitions import (
     forget_gradients,
@@ -81,6 +82,8 @@ class ZeroEngine:
         self._places = partial(places, self._engine, self.stage)
         self._factors = UpdateFactors(optimizer)
         self._create_moments()
+        if self.stage in (1, 2) and not (low_precision or settings.parallel.offload_optimizer):
+            sum_flat(self._engine.optimizer)
         if self.stage > 0:
             weights = [group.scale.norm for group in self._groups]
             weigh_norm(self._engine.optimizer, self.stage, weights)
