@@ -68,9 +68,9 @@ def plan(
     price: Annotated[float | None, typer.Option(help="Of a GPU-hour.")] = None,
 ) -> None:
     """Show what a run is going to be: sizes, FLOPs, memory per rank, costs; starts nothing."""
-    from megagrow.analysis.plan_request import PlanRequest, answer
-    from megagrow.analysis.plan_tables import show_answer
     from megagrow.config.load import load_run
+    from megagrow.planning.request import PlanRequest, answer
+    from megagrow.planning.tables import show_answer
 
     request = PlanRequest(
         world, gpu, gpu_memory, mfu, measured, watts, pue, co2, price, cluster, layouts

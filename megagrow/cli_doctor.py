@@ -41,7 +41,7 @@ def doctor(
         raise InputError("--output-dir and --timeout go with --cluster")
     import torch
 
-    from megagrow.analysis.doctor import show_doctor
+    from megagrow.doctor.machine import show_doctor
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     show_doctor(run, device, table_console())
@@ -49,9 +49,9 @@ def doctor(
 
 def _examine_cluster(folder: Path | None, seconds: float) -> None:
     """Rank 0 shows what all have found; all end with an error if something is wrong."""
-    from megagrow.analysis.doctor_cluster import examine
-    from megagrow.analysis.doctor_cluster_tables import show_cluster
-    from megagrow.analysis.doctor_findings import findings
+    from megagrow.doctor.cluster import examine
+    from megagrow.doctor.findings import findings
+    from megagrow.doctor.tables import show_cluster
     from megagrow.parallel.topology import read_launch
 
     launch = read_launch()

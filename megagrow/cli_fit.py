@@ -14,7 +14,7 @@ from megagrow.config.json_text import finite
 from megagrow.errors import InputError, unwritable
 
 if TYPE_CHECKING:
-    from megagrow.analysis.fit_data import Data, IsoPoint
+    from megagrow.fits.data import Data, IsoPoint
 
 fit_app = typer.Typer(
     help="Fit guidelines to one's own runs: when to grow, how much, and what it saves.",
@@ -38,9 +38,9 @@ Budgets = Annotated[
 @fit_app.command()
 def timing(sources: Sources, output: Output, budgets: Budgets = None) -> None:
     """When to grow: the constants of log10 d = a log10 N + b / log10 C + c."""
-    from megagrow.analysis.fit_plots import plot_timing
-    from megagrow.analysis.fit_tables import parabola_table, refusals, say, timing_table
-    from megagrow.analysis.fit_timing import PAPER, fit_timing, timing_parabolas
+    from megagrow.fits.plots import plot_timing
+    from megagrow.fits.tables import parabola_table, refusals, say, timing_table
+    from megagrow.fits.timing import PAPER, fit_timing, timing_parabolas
 
     console = _console()
     data = _iso_data(sources, budgets, "base_tokens")
@@ -59,9 +59,9 @@ def timing(sources: Sources, output: Output, budgets: Budgets = None) -> None:
 @fit_app.command()
 def factor(sources: Sources, output: Output, budgets: Budgets = None) -> None:
     """How much to grow by: the growth factor g of the least loss at equal FLOPs."""
-    from megagrow.analysis.fit_factor import PAPER_BEST, factor_parabolas, fit_factor
-    from megagrow.analysis.fit_plots import plot_factor
-    from megagrow.analysis.fit_tables import factor_table, parabola_table, refusals, say
+    from megagrow.fits.factor import PAPER_BEST, factor_parabolas, fit_factor
+    from megagrow.fits.plots import plot_factor
+    from megagrow.fits.tables import factor_table, parabola_table, refusals, say
 
     console = _console()
     data = _iso_data(sources, budgets, "factor")
@@ -93,11 +93,11 @@ def scaling(
     ] = True,
 ) -> None:
     """What growing saves: L = a C^b + e for scratch and for grown, extrapolated with its band."""
-    from megagrow.analysis.fit_data import csv_of, parse_budgets, read_scaling_csv
-    from megagrow.analysis.fit_plots import plot_scaling
-    from megagrow.analysis.fit_runs import scaling_points
-    from megagrow.analysis.fit_scaling import budgets_shown, fit_scaling, saving_at
-    from megagrow.analysis.fit_tables import saving_table, say, scaling_lines, scaling_table
+    from megagrow.fits.data import csv_of, parse_budgets, read_scaling_csv
+    from megagrow.fits.plots import plot_scaling
+    from megagrow.fits.runs import scaling_points
+    from megagrow.fits.scaling import budgets_shown, fit_scaling, saving_at
+    from megagrow.fits.tables import saving_table, say, scaling_lines, scaling_table
 
     console = _console()
     csv = csv_of(sources)
@@ -119,8 +119,8 @@ def scaling(
 def _iso_data(
     sources: Sequence[Path], budgets: str | None, choice: Literal["base_tokens", "factor"]
 ) -> "Data[IsoPoint]":
-    from megagrow.analysis.fit_data import csv_of, parse_budgets, read_iso_csv
-    from megagrow.analysis.fit_runs import iso_points
+    from megagrow.fits.data import csv_of, parse_budgets, read_iso_csv
+    from megagrow.fits.runs import iso_points
 
     csv = csv_of(sources)
     if csv is None and budgets is None:

@@ -29,8 +29,8 @@ def train(
     from megagrow.config.load import load_run
 
     if dry_run:
-        from megagrow.analysis.rehearsal import rehearse
-        from megagrow.analysis.rehearsal_tables import show_rehearsal
+        from megagrow.planning.rehearsal import rehearse
+        from megagrow.planning.rehearsal_tables import show_rehearsal
 
         rehearsal = rehearse(load_run(run_file, overrides or ()), world or 1, rank or 0)
         show_rehearsal(rehearsal, table_console())

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ORDER = (
     *("errors", "config", "model", "parallel", "data", "growth", "reshard", "checkpoint"),
-    *("train", "evaluation", "analysis", "run", "cli_checkpoint", "cli"),
+    *("train", "evaluation", "analysis", "fits", "planning", "doctor", "run"),
+    *("cli_checkpoint", "cli"),
 )
 """The folders and files of megagrow/: each may import those before it, never those after it."""
 

@@ -14,7 +14,7 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from megagrow.analysis.published import Published, published_rows, published_sources  # noqa: E402
+from megagrow.planning.published import Published, published_rows, published_sources  # noqa: E402
 
 PAGE = ROOT / "docs/scaling.md"
 BEGIN, END = "<!-- tables: tools/scaling_table.py -->", "<!-- end of the tables -->"

@@ -80,7 +80,8 @@ def deepspeed_config(
         "stage": stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        "reduce_scatter": False,
+        # ZeRO 1 and 2 would sum all gradients on all ranks in either case, here where they lie.
+        "reduce_scatter": stage == 3,
         "stage3_prefetch_bucket_size": min(bucket, 50_000_000),
     }
     if settings.parallel.offload_optimizer:

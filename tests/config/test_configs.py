@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagrow.analysis.planner import plan_run
 from megagrow.config import parameters
 from megagrow.config.load import load_run
 from megagrow.config.model_file import load_model
@@ -13,6 +12,7 @@ from megagrow.config.schema import ModelConfig
 from megagrow.config.show import to_yaml
 from megagrow.growth.operators import OPERATORS
 from megagrow.model.llama import LlamaForCausalLM
+from megagrow.planning.planner import plan_run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PARTS = ("model", "data", "hardware")

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.analysis.fitting import on_gpu
-from megagrow.analysis.gpus import find_gpu
-from megagrow.analysis.memory import stage_memory
-from megagrow.analysis.planner import plan_run
 from megagrow.config.load import load_run
 from megagrow.config.model_file import load_model
+from megagrow.planning.fitting import on_gpu
+from megagrow.planning.gpus import find_gpu
+from megagrow.planning.memory import stage_memory
+from megagrow.planning.planner import plan_run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PROFILES = sorted(path.stem for path in (CONFIGS / "hardware").glob("*.yaml"))

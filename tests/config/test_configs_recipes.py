@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.analysis.plan_request import PlanRequest, answer
 from megagrow.config.lengths import stage_steps
 from megagrow.config.load import load_run
+from megagrow.planning.request import PlanRequest, answer
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"

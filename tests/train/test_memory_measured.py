@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megagrow.analysis.memory import stage_memory
 from megagrow.config.schema import RunConfig
+from megagrow.planning.memory import stage_memory
 from megagrow.reshard.fill import fill_initial
 from megagrow.train.inputs import open_inputs
 from megagrow.train.loop import StepDone, advance

@@ -1,0 +1,102 @@
+"""A predicted run as its user sees it: times, where a step goes, and the layouts that would fit."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from megagrow.planning.layouts import USABLE, FittingLayout
+from megagrow.planning.prediction import RunPrediction, StagePrediction
+from megagrow.planning.step_time import StepTime
+from megagrow.train.live import short
+
+PARTS = {
+    "matrix products": "matmul",
+    "attention": "attention",
+    "norms, activations, loss (memory-bound)": "memory_bound",
+    "tensor-parallel collectives": "tensor_parallel",
+    "ZeRO, exposed": "zero_exposed",
+    "ZeRO, what the hidden part costs": "hidden_cost",
+    "optimizer": "optimizer",
+}
+"""What is told -> the field of `StepTime`; together they are the step."""
+
+
+def prediction_rows(prediction: RunPrediction) -> Mapping[str, Sequence[str]]:
+    """A cell for each stage."""
+    stages = prediction.stages
+    rows = {
+        "micro batches a step": [_micro(stage.step) for stage in stages],
+        "a step, s": [f"{stage.step.seconds:.3f}" for stage in stages],
+        "tokens/s per GPU": [f"{stage.step.tokens_per_gpu:,.0f}" for stage in stages],
+        "tokens/s of all": [short(stage.tokens_per_second) for stage in stages],
+        "MFU": [f"{stage.step.mfu:.1%}" for stage in stages],
+        "days": [f"{stage.seconds / 86400:.2f}" for stage in stages],
+    }
+    for told, field in PARTS.items():
+        cells = [_part(stage.step, getattr(stage.step, field)) for stage in stages]
+        if any(getattr(stage.step, field) for stage in stages):
+            rows[f"... {told}, ms"] = cells
+    if any(stage.step.zero_hidden for stage in stages):
+        rows["ZeRO beside computation (no part of the sum), ms"] = [
+            f"{stage.step.zero_hidden * 1000:.1f}" for stage in stages
+        ]
+    if any(stage.growth_seconds for stage in stages):
+        rows["the growth before it, s"] = [_growth(stage) for stage in stages]
+    return rows
+
+
+def prediction_lines(prediction: RunPrediction) -> Iterator[str]:
+    """What the figures are for, and what they are worth."""
+    cluster, card = prediction.cluster, prediction.cluster.card
+    yield (
+        f"Predicted for {cluster.nodes:,} x {cluster.gpus_per_node} {cluster.gpu.name}: "
+        f"{card.hbm / 1e9:,.0f} GB/s of memory, {card.nvlink / 1e9:,.0f} GB/s to other cards of "
+        f"the node, {card.nic / 1e9:,.0f} GB/s to other nodes, each card and direction. What that "
+        "is worth: docs/scaling.md."
+    )
+
+
+LAYOUT_COLUMNS = ("tokens/s per GPU", "MFU", "memory, GB", "step, s")
+
+
+def layout_rows(layouts: Sequence[FittingLayout]) -> Mapping[str, Sequence[str]]:
+    """A row for each layout, fastest first, with a cell for each of `LAYOUT_COLUMNS`."""
+    return {_layout(each): _layout_cells(each) for each in layouts}
+
+
+def layout_line(layouts: Sequence[Sequence[FittingLayout]]) -> str:
+    """What was left out."""
+    shown = max(len(each) for each in layouts)
+    return (
+        f"The {shown} fastest layouts that plan with at most {USABLE:.0%} of the memory; tensor "
+        "parallelism within a node, with sequence parallelism; the global batch as it is."
+    )
+
+
+def _layout(each: FittingLayout) -> str:
+    parallel = each.stage.parallel
+    tp = parallel.tensor_model_parallel_size
+    name = f"ZeRO-{parallel.zero_stage}, DP {each.step.work.dp} x TP {tp}"
+    kept = "full checkpointing" if parallel.activation_checkpointing == "full" else "none"
+    return f"{name}, {kept}, micro batch {each.step.work.micro_batch}"
+
+
+def _layout_cells(each: FittingLayout) -> list[str]:
+    step = each.step
+    return [
+        f"{step.tokens_per_gpu:,.0f}",
+        f"{step.mfu:.1%}",
+        f"{each.bytes_per_gpu / 1e9:.1f}",
+        f"{step.seconds:.3f}",
+    ]
+
+
+def _micro(step: StepTime) -> str:
+    work = step.work
+    return f"{work.accumulation:,} x {work.micro_batch} sequences"
+
+
+def _part(step: StepTime, seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ({seconds / step.seconds:.1%})"
+
+
+def _growth(stage: StagePrediction) -> str:
+    return "" if stage.growth_seconds is None else f"{stage.growth_seconds:.1f}"

@@ -1,0 +1,53 @@
+"""The costs of a run as its user sees them, and the factors that they were computed with."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from megagrow.growth.guidelines import SPEEDUPS
+from megagrow.planning.costs import KG_CO2_PER_KWH, PUE, Cost, RunCosts
+from megagrow.train.live import short
+
+
+def cost_columns(costs: RunCosts) -> list[str]:
+    """Of the table: stages, all of them where there are several, and the last model from scratch
+    at either end of the paper's speedups."""
+    stages = [f"stage {index}" for index in range(len(costs.stages))]
+    scratch = [f"scratch at +{speedup:.0%}" for speedup in SPEEDUPS] if costs.scratch else []
+    return stages + ["in all"] * (len(stages) > 1) + scratch
+
+
+def cost_rows(costs: RunCosts) -> Mapping[str, Sequence[str]]:
+    """A cell for each of `cost_columns`; what no factor is known for is left out."""
+    shown = [
+        *costs.stages,
+        *([costs.total] if len(costs.stages) > 1 else []),
+        *(costs.scratch or ()),
+    ]
+    tellers: dict[str, Callable[[Cost], str | None]] = {
+        "tokens": lambda cost: short(cost.tokens),
+        "tokens per second": lambda cost: f"{cost.tokens_per_second:,.0f}",
+        "days": lambda cost: f"{cost.days:,.2f}",
+        "GPU-hours": lambda cost: f"{cost.gpu_hours:,.1f}",
+        "energy, kWh": lambda cost: None if cost.kwh is None else f"{cost.kwh:,.1f}",
+        "CO2, kg": lambda cost: None if cost.co2_kg is None else f"{cost.co2_kg:,.1f}",
+        "price": lambda cost: None if cost.price is None else f"{cost.price:,.2f}",
+    }
+    told = {name: [tell(cost) for cost in shown] for name, tell in tellers.items()}
+    return {name: [cell or "" for cell in cells] for name, cells in told.items() if all(cells)}
+
+
+def cost_lines(costs: RunCosts) -> Iterator[str]:
+    """What the figures rest on."""
+    factors = costs.factors
+    yield (
+        f"Pace: {costs.pace.flops_per_second:.3e} FLOP/s of all ranks: {costs.pace.source}. "
+        "Growths, checkpoints and validation come on top."
+    )
+    if factors.watts is None:
+        yield "Energy: unknown; give the power of a GPU with --watts."
+        return
+    pue = " (assumed)" if factors.pue == PUE else ""
+    co2 = " (assumed: the world's average of 2023)" if factors.co2 == KG_CO2_PER_KWH else ""
+    yield (
+        f"Energy: {factors.watts:,.0f} W per GPU all the time, without its host, times a PUE of "
+        f"{factors.pue:g}{pue}; {factors.co2:g} kg of CO2 per kWh{co2}."
+    )

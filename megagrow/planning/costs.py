@@ -1,0 +1,112 @@
+"""What a run takes: time, GPU-hours, energy, CO2 and money, by a pace and by stated factors.
+
+Counted are the tokens that are trained. Growths, checkpoints, validation and what a crash undoes
+come on top.
+"""
+
+from dataclasses import dataclass
+
+from megagrow.errors import InputError
+from megagrow.planning.gpus import Gpu
+from megagrow.planning.pace import Pace
+from megagrow.planning.planner import RunPlan
+from megagrow.train.flops import flops_per_token
+
+PUE = 1.2
+"""Assumed: energy of the data centre over that of its computers. Large operators report averages of
+1.08 to 1.18, all data centres have 1.54 to 1.59 (docs/planning.md, with the sources)."""
+
+KG_CO2_PER_KWH = 0.48
+"""Assumed: the world's average of 2023, of all greenhouse gases as CO2, over the life of fuel and
+plant (Ember, Global Electricity Review 2024: 480 g). CO2 of power stations alone was 0.445 in 2024
+(IEA, https://www.iea.org/reports/electricity-2025/emissions; more in docs/planning.md)."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """By which hours become energy, CO2 and money."""
+
+    watts: float | None = None
+    """Of one GPU, all the time; None where it is not known."""
+    pue: float = PUE
+    co2: float = KG_CO2_PER_KWH
+    price: float | None = None
+    """Of a GPU-hour, in any currency."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one stage, or of several."""
+
+    tokens: float
+    seconds: float
+    gpu_hours: float
+    kwh: float | None
+    co2_kg: float | None
+    price: float | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def days(self) -> float:
+        return self.seconds / 86400
+
+
+@dataclass(frozen=True)
+class RunCosts:
+    """Of a run, and beside it of its last model from scratch."""
+
+    pace: Pace
+    factors: Factors
+    stages: tuple[Cost, ...]
+    total: Cost
+    scratch: tuple[Cost, Cost] | None
+    """To the same loss by the lower and the upper speedup that the paper measured; None where it
+    has no figure (`planner.Saving`)."""
+
+
+def make_factors(
+    gpu: Gpu | None, watts: float | None, pue: float, co2: float, price: float | None
+) -> Factors:
+    """The factors, with the GPU's own watts where none are given. InputError for what cannot be."""
+    given = {"--watts": watts, "--price": price, "--co2": co2}
+    for option, value in given.items():
+        if value is not None and not 0 <= value < float("inf"):
+            raise InputError(f"{option} {value}: should be a number of 0 or more")
+    if not 1 <= pue < float("inf"):
+        raise InputError(f"--pue {pue}: should be 1 or more")
+    own = None if gpu is None else gpu.watts
+    return Factors(own if watts is None else watts, pue, co2, price)
+
+
+def run_costs(plan: RunPlan, pace: Pace, factors: Factors) -> RunCosts:
+    """The costs of a plan at a pace of all its ranks."""
+
+    def cost(tokens: float, flops: float) -> Cost:
+        return _cost(tokens, flops / pace.flops_per_second, plan.world_size, factors)
+
+    stages = tuple(cost(stage.tokens, stage.flops_true) for stage in plan.stages)
+    total = cost(
+        sum(stage.tokens for stage in plan.stages), sum(stage.flops_true for stage in plan.stages)
+    )
+    if plan.saving is None:
+        return RunCosts(pace, factors, stages, total, None)
+    target = plan.stages[-1]
+    true = flops_per_token(target.config.model, plan.run.data.sequence_length)
+    low, high = (flops / (6 * target.parameters) for flops in plan.saving.scratch_flops)
+    return RunCosts(pace, factors, stages, total, (cost(low, low * true), cost(high, high * true)))
+
+
+def _cost(tokens: float, seconds: float, gpus: int, factors: Factors) -> Cost:
+    hours = seconds / 3600 * gpus
+    kwh = None if factors.watts is None else hours * factors.watts / 1000 * factors.pue
+    return Cost(
+        tokens=tokens,
+        seconds=seconds,
+        gpu_hours=hours,
+        kwh=kwh,
+        co2_kg=None if kwh is None else kwh * factors.co2,
+        price=None if factors.price is None else hours * factors.price,
+    )

@@ -1,0 +1,103 @@
+"""Which layouts of a stage fit a cluster, and which is the fastest of them by the step's model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from megagrow.config.checks import problems, world_problems
+from megagrow.config.schema import RunConfig, StageConfig
+from megagrow.errors import InputError
+from megagrow.planning.cluster import Cluster
+from megagrow.planning.fitting import on_gpu
+from megagrow.planning.memory import stage_memory
+from megagrow.planning.prediction import stage_work
+from megagrow.planning.step_time import StepTime, step_time
+
+USABLE = 0.92
+"""Of a card's memory, what a layout may plan with: the rest is the driver's, NCCL's, and lost
+between the allocator's blocks (`docs/planning.md`: 5 of 80 GB before a tensor is there)."""
+
+MOST_SEQUENCES = 64
+"""Of a micro batch: more make no product faster."""
+
+
+@dataclass(frozen=True)
+class FittingLayout:
+    """A stage with a layout that fits."""
+
+    stage: StageConfig
+    step: StepTime
+    bytes_per_gpu: int
+
+
+def fitting_layouts(
+    run: RunConfig, index: int, cluster: Cluster, capacity: int, most: int = 12
+) -> list[FittingLayout]:
+    """The fastest layouts of stage `index` that hold no more than `USABLE` of `capacity` bytes.
+
+    Tensor parallelism stays within a node, with sequence parallelism; the global batch stays as it
+    is. InputError where nothing fits.
+    """
+    length = run.data.sequence_length
+    tried = [
+        (step_time(stage_work(stage, cluster, length), cluster), stage)
+        for stage in _candidates(run, index, cluster)
+    ]
+    tried.sort(key=lambda pair: pair[0].seconds)
+    found: list[FittingLayout] = []
+    too_many: dict[tuple[int, int, str], int] = {}
+    for step, stage in tried:
+        parallel, sequences = stage.parallel, stage.batch.micro_batch_size
+        kind = (
+            parallel.tensor_model_parallel_size,
+            parallel.zero_stage,
+            parallel.activation_checkpointing,
+        )
+        if sequences >= too_many.get(kind, MOST_SEQUENCES + 1):
+            continue
+        held = on_gpu(stage_memory(stage, cluster.gpus, length, bf16=True))
+        if held > USABLE * capacity:
+            too_many[kind] = sequences
+            continue
+        found.append(FittingLayout(stage, step, held))
+        if len(found) == most:
+            break
+    if not found:
+        raise InputError(
+            f"--layouts: no layout of stages.{index} fits {cluster.gpus:,} GPUs of "
+            f"{capacity / 1e9:.0f} GB with a global batch of "
+            f"{run.stages[index].batch.global_batch_size} sequences"
+        )
+    return found
+
+
+def _candidates(run: RunConfig, index: int, cluster: Cluster) -> Iterator[StageConfig]:
+    """Each layout by which the stage could start on the cluster."""
+    stage = run.stages[index]
+    tensor = [size for size in _powers(cluster.gpus_per_node) if cluster.gpus % size == 0]
+    for tp, zero, checkpointing, sequences in product(
+        tensor, range(4), ("none", "full"), _powers(MOST_SEQUENCES)
+    ):
+        layout = {
+            "tensor_model_parallel_size": tp,
+            "sequence_parallel": tp > 1,
+            "zero_stage": zero,
+            "offload_optimizer": False,
+            "activation_checkpointing": checkpointing,
+        }
+        changed = stage.model_copy(
+            update={
+                "parallel": stage.parallel.model_copy(update=layout),
+                "batch": stage.batch.model_copy(update={"micro_batch_size": sequences}),
+            }
+        )
+        alone = run.model_copy(update={"stages": [changed.model_copy(update={"growth": None})]})
+        if not problems(alone) and not world_problems(alone, cluster.gpus):
+            yield changed
+
+
+def _powers(most: int) -> Iterator[int]:
+    size = 1
+    while size <= most:
+        yield size
+        size *= 2

@@ -1,0 +1,224 @@
+"""What a run is going to be: sizes, steps, FLOPs, memory and growths, before it is started."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megagrow.config.checks import world_problems
+from megagrow.config.growth import GrowthConfig
+from megagrow.config.lengths import stage_steps, stage_tokens, step_tokens
+from megagrow.config.parameters import (
+    non_embedding_parameters,
+    paper_flops_per_token,
+    parameters,
+)
+from megagrow.config.schema import OptimizerConfig, RunConfig, StageConfig
+from megagrow.config.timing import growth_tokens, outside_fit, timing_warnings
+from megagrow.errors import InputError
+from megagrow.growth.guidelines import (
+    LARGE_BATCH,
+    LEAST_LAYERS,
+    MOST_FACTOR,
+    SPEEDUPS,
+    best_batch,
+    connection_rate,
+)
+from megagrow.growth.operators import growing, state_policy
+from megagrow.growth.problems import growth_problems
+from megagrow.planning.fitting import memory_warnings
+from megagrow.planning.memory import StageMemory, growth_peak, stage_memory
+from megagrow.train.flops import flops_per_token
+from megagrow.train.schedule import stage_optimizer
+
+
+@dataclass(frozen=True)
+class GrowthPlan:
+    """The growth by which a stage begins."""
+
+    options: GrowthConfig
+    factor: float
+    """Parameters outside the embeddings, after over before: the paper's g."""
+    state: str
+    """What becomes of Adam's moments."""
+    layers: tuple[int, ...]
+    """For each layer the one that it comes from, -1 for none."""
+    connection_rate: float
+    advised_tokens: float
+    """What equation 2 of the paper advises to train before it."""
+    outside_fit: str | None
+    """Why that is an extrapolation, if it is."""
+    peak_bytes: int
+    """Of the rank that holds most while it goes on."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage. Tokens are those of whole steps."""
+
+    config: StageConfig
+    parameters: int
+    non_embedding: int
+    tokens: int
+    steps: int
+    step_tokens: int
+    flops: int
+    """By the paper's account, 6 x parameters x tokens."""
+    flops_true: int
+    optimizer: OptimizerConfig
+    """With the rates that really hold."""
+    memory: StageMemory
+    growth: GrowthPlan | None
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What the run saves against its last model from scratch, if the paper's figures hold for it.
+
+    Each pair goes with the lower and the upper end of `guidelines.SPEEDUPS`.
+    """
+
+    scratch_flops: tuple[float, float]
+    """What training from scratch to the same loss takes."""
+    speedup: tuple[float, float]
+    """That over all FLOPs of this run, its bases charged in full, - 1."""
+    saved: tuple[float, float]
+    """The share of the FLOPs from scratch that is not spent."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A whole run on `world_size` ranks."""
+
+    run: RunConfig
+    world_size: int
+    bf16: bool
+    stages: tuple[StagePlan, ...]
+    saving: Saving | None
+    """None where the paper has no figure: for anything but one growth by stacking."""
+    warnings: tuple[str, ...]
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of all stages by the paper's account."""
+        return sum(stage.flops for stage in self.stages)
+
+
+def plan_run(run: RunConfig, world_size: int, gpu_memory: int | None = None) -> RunPlan:
+    """The plan of a run on so many ranks, which warns of what `gpu_memory` bytes do not hold.
+
+    `precision: auto` is taken as bf16, as on a GPU. Raises InputError, in one line, where the run
+    could not start.
+    """
+    if world_size < 1:
+        raise InputError(f"--world {world_size}: give the number of ranks, 1 or more")
+    problems = growth_problems(run) or world_problems(run, world_size)
+    if problems:
+        raise InputError("; ".join(problems))
+    bf16 = run.precision != "fp32"
+    length = run.data.sequence_length
+    memories = [stage_memory(stage, world_size, length, bf16) for stage in run.stages]
+    stages = tuple(_stage(run, index, memories) for index in range(len(run.stages)))
+    warnings = [*timing_warnings(run), *_warnings(stages)]
+    if gpu_memory is not None:
+        peaks = [stage.growth.peak_bytes if stage.growth else None for stage in stages]
+        warnings += memory_warnings(memories, peaks, gpu_memory)
+    return RunPlan(run, world_size, bf16, stages, _saving(stages), tuple(warnings))
+
+
+def _stage(run: RunConfig, index: int, memories: list[StageMemory]) -> StagePlan:
+    stage, length = run.stages[index], run.data.sequence_length
+    tokens = stage_tokens(stage, length)
+    return StagePlan(
+        config=stage,
+        parameters=parameters(stage.model),
+        non_embedding=non_embedding_parameters(stage.model),
+        tokens=tokens,
+        steps=stage_steps(stage, length),
+        step_tokens=step_tokens(stage, length),
+        flops=paper_flops_per_token(stage.model) * tokens,
+        flops_true=flops_per_token(stage.model, length) * tokens,
+        optimizer=stage_optimizer(run, index),
+        memory=memories[index],
+        growth=_growth(run, index, memories),
+    )
+
+
+def _growth(run: RunConfig, index: int, memories: list[StageMemory]) -> GrowthPlan | None:
+    stage, options = run.stages[index], run.stages[index].growth
+    if options is None:
+        return None
+    source = run.stages[index - 1].model
+    size = non_embedding_parameters(stage.model)
+    depth = growing(source, stage.model, options, "").depth
+    layers = tuple(-1 if layer.source is None else layer.source for layer in depth.layers)
+    return GrowthPlan(
+        options=options,
+        factor=size / non_embedding_parameters(source),
+        state=state_policy(options),
+        layers=layers,
+        connection_rate=connection_rate(layers),
+        advised_tokens=growth_tokens(size, stage.tokens),
+        outside_fit=outside_fit(size, stage.tokens),
+        peak_bytes=growth_peak(memories[index - 1], memories[index]),
+    )
+
+
+def _saving(stages: tuple[StagePlan, ...]) -> Saving | None:
+    """The paper counts d tokens of the base as d / g of the target; here the base is charged with
+    all that it costs, embeddings included, so the speedup comes out lower."""
+    if len(stages) != 2 or not _is_gstack(stages[1]):
+        return None
+    base, target = stages
+    as_target = base.tokens * base.non_embedding / target.non_embedding
+    counted = target.flops * (1 + as_target / target.tokens)
+    spent = base.flops + target.flops
+    low, high = (counted * (1 + speedup) for speedup in SPEEDUPS)
+    return Saving(
+        scratch_flops=(low, high),
+        speedup=(low / spent - 1, high / spent - 1),
+        saved=(1 - spent / low, 1 - spent / high),
+    )
+
+
+def _is_gstack(stage: StagePlan) -> bool:
+    growth = stage.growth
+    if growth is None or growth.options.operator != ["direct_depth"]:
+        return False
+    base = max(growth.layers) + 1
+    return list(growth.layers) == [i % base for i in range(len(growth.layers))]
+
+
+def _warnings(stages: tuple[StagePlan, ...]) -> Iterator[str]:
+    for index, stage in enumerate(stages):
+        if stage.growth is not None:
+            yield from _growth_warnings(index, stages[index - 1], stage.growth)
+        if index + 1 < len(stages):
+            yield from _batch_warnings(index, stage)
+
+
+def _growth_warnings(index: int, base: StagePlan, growth: GrowthPlan) -> Iterator[str]:
+    if growth.outside_fit and not base.config.tokens_auto:  # of which timing_warnings tells
+        yield (
+            f"stages.{index}: what equation 2 advises for this growth lies beyond the range that "
+            f"it was fitted in: {growth.outside_fit}"
+        )
+    layers = base.config.model.num_hidden_layers
+    if layers < LEAST_LAYERS:
+        yield (
+            f"stages.{index - 1}.model.num_hidden_layers = {layers}: a base of one layer was worse "
+            "than none in the paper (section 4.2)"
+        )
+    if growth.factor > MOST_FACTOR:
+        yield (
+            f"stages.{index}: the growth factor is {growth.factor:.1f}; the paper advises 2 to "
+            f"{MOST_FACTOR}"
+        )
+
+
+def _batch_warnings(index: int, stage: StagePlan) -> Iterator[str]:
+    best = best_batch(stage.non_embedding, stage.tokens)
+    if stage.step_tokens > LARGE_BATCH * best:
+        yield (
+            f"stages.{index}.batch: {stage.step_tokens:,} tokens a step are "
+            f"{stage.step_tokens / best:.1f} times the best batch for so small a budget, "
+            f"{best:,.0f} tokens by the fit of DeepSeek LLM (arXiv 2401.02954)"
+        )

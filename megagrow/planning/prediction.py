@@ -1,0 +1,105 @@
+"""A run on a cluster: what the model of a step says of each of its stages, and of its growths."""
+
+from dataclasses import dataclass
+
+from megagrow.config.schema import StageConfig
+from megagrow.errors import InputError
+from megagrow.planning.cluster import Cluster
+from megagrow.planning.collectives import data_group
+from megagrow.planning.memory import STATE_BYTES
+from megagrow.planning.pace import Pace
+from megagrow.planning.planner import RunPlan, StagePlan
+from megagrow.planning.step_rates import GROWTH_SECONDS, HBM_SHARE, NIC_SHARE, NVLINK_SHARE
+from megagrow.planning.step_time import WIDTH, StepTime, step_time
+from megagrow.planning.step_work import Work, work_of
+
+
+@dataclass(frozen=True)
+class StagePrediction:
+    """One stage."""
+
+    step: StepTime
+    steps: int
+    growth_seconds: float | None
+    """Of the growth by which it begins."""
+
+    @property
+    def seconds(self) -> float:
+        """All steps, and the growth before them."""
+        return self.steps * self.step.seconds + (self.growth_seconds or 0.0)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all GPUs, while it trains."""
+        return self.step.work.step_tokens / self.step.seconds
+
+
+@dataclass(frozen=True)
+class RunPrediction:
+    """A whole run that has all of a cluster."""
+
+    cluster: Cluster
+    stages: tuple[StagePrediction, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+
+def predict_run(plan: RunPlan, cluster: Cluster) -> RunPrediction:
+    """The prediction for a plan on as many ranks as the cluster has GPUs.
+
+    InputError for what the model of a step does not know: fp32, and an optimizer on the CPU.
+    """
+    if not plan.bf16:
+        raise InputError("--cluster: predictions are for bf16; this run has precision: fp32")
+    length = plan.run.data.sequence_length
+    return RunPrediction(
+        cluster, tuple(_stage(stage, cluster, length, i) for i, stage in enumerate(plan.stages))
+    )
+
+
+def predicted_pace(plan: RunPlan, prediction: RunPrediction) -> Pace:
+    """One pace for the whole run: its true FLOPs over the predicted time, growths included."""
+    flops = sum(stage.flops_true for stage in plan.stages)
+    return Pace(
+        flops / prediction.seconds,
+        "as predicted for the cluster, one mean for all stages (docs/scaling.md)",
+    )
+
+
+def stage_work(stage: StageConfig, cluster: Cluster, sequence_length: int) -> Work:
+    """What one GPU of the cluster does in a step of this stage."""
+    return work_of(stage, cluster.gpus, sequence_length, cluster.card.family == "hopper")
+
+
+def _stage(stage: StagePlan, cluster: Cluster, sequence_length: int, index: int) -> StagePrediction:
+    if stage.config.parallel.offload_optimizer:
+        raise InputError(
+            f"--cluster: stages.{index}.parallel.offload_optimizer: what goes over PCIe is not "
+            "predicted; leave it out, or leave --cluster out"
+        )
+    work = stage_work(stage.config, cluster, sequence_length)
+    growth = None if stage.growth is None else growth_seconds(work, cluster)
+    return StagePrediction(step_time(work, cluster), stage.steps, growth)
+
+
+def growth_seconds(work: Work, cluster: Cluster) -> float:
+    """Seconds of a live growth into the model of `work`.
+
+    Every GPU receives its share of the state, 12 bytes a parameter, at worst all of it from other
+    nodes; then the weights of the forward pass are gathered, where each rank has all of them. No
+    checkpoint is counted that is written before it.
+    """
+    held = work.rank_parameters / (work.dp if work.zero_stage else 1)
+    card = cluster.card
+    rate = card.hbm * HBM_SHARE / 2  # one GPU reads and writes
+    if cluster.nodes > 1:
+        rate = card.nic * NIC_SHARE
+    elif work.gpus > 1:
+        rate = card.nvlink * NVLINK_SHARE
+    moved = STATE_BYTES * held / rate
+    gathered = 0.0
+    if work.zero_stage in (1, 2):
+        gathered = data_group(cluster, work.dp, work.tp).one_way(WIDTH * work.rank_parameters)
+    return GROWTH_SECONDS + moved + gathered

@@ -1,0 +1,115 @@
+"""What `megagrow plan` is asked: on how many ranks, which GPUs, how fast, and at what price."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megagrow.config.schema import RunConfig
+from megagrow.config.sizes import parse_bytes
+from megagrow.errors import InputError
+from megagrow.planning.cluster import Cluster, find_cluster
+from megagrow.planning.costs import KG_CO2_PER_KWH, PUE, RunCosts, make_factors, run_costs
+from megagrow.planning.gpus import Gpu, find_gpu
+from megagrow.planning.layouts import FittingLayout, fitting_layouts
+from megagrow.planning.pace import pace_of
+from megagrow.planning.planner import RunPlan, plan_run
+from megagrow.planning.prediction import RunPrediction, predict_run, predicted_pace
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """The options of the command, as they were given."""
+
+    world: int | None = None
+    """Default: all GPUs of the cluster, or 1."""
+    gpu: str | None = None
+    gpu_memory: str | None = None
+    mfu: float | None = None
+    measured: Path | None = None
+    watts: float | None = None
+    pue: float = PUE
+    co2: float = KG_CO2_PER_KWH
+    price: float | None = None
+    cluster: str | None = None
+    layouts: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the command shows."""
+
+    plan: RunPlan
+    costs: RunCosts | None
+    """Where the request says how fast it goes."""
+    prediction: RunPrediction | None = None
+    """With `--cluster`."""
+    layouts: tuple[Sequence[FittingLayout], ...] = ()
+    """Of each stage, with `--layouts`."""
+
+
+def answer(run: RunConfig, request: PlanRequest) -> Answer:
+    """The plan, its costs, and what a cluster makes of it.
+
+    InputError for a run that could not start, and for options that make no sense together.
+    """
+    cluster = _cluster(request)
+    world = request.world
+    if world is None:
+        world = 1 if cluster is None else cluster.gpus
+    gpu = None if request.gpu is None else find_gpu(request.gpu)
+    if cluster is not None:
+        gpu = cluster.gpu
+    capacity = _capacity(request, gpu)
+    layouts: tuple[Sequence[FittingLayout], ...] = ()
+    if request.layouts and cluster is not None:
+        if capacity is None:
+            raise InputError("--layouts: give the memory of a GPU with --gpu-memory")
+        layouts = tuple(
+            fitting_layouts(run, index, cluster, capacity) for index in range(len(run.stages))
+        )
+    plan = plan_run(run, world, capacity)
+    prediction = None if cluster is None else predict_run(plan, cluster)
+    return Answer(plan, _costs(request, plan, gpu, prediction), prediction, layouts)
+
+
+def _costs(
+    request: PlanRequest, plan: RunPlan, gpu: Gpu | None, prediction: RunPrediction | None
+) -> RunCosts | None:
+    factors = make_factors(gpu, request.watts, request.pue, request.co2, request.price)
+    pace = pace_of(request.mfu, request.measured, gpu, plan.world_size)
+    if pace is None and prediction is not None:
+        pace = predicted_pace(plan, prediction)
+    if pace is not None:
+        return run_costs(plan, pace, factors)
+    for option, value in (("--watts", request.watts), ("--price", request.price)):
+        if value is not None:
+            raise InputError(
+                f"{option} needs --mfu, --measured or --cluster, which say how long it takes"
+            )
+    return None
+
+
+def _cluster(request: PlanRequest) -> Cluster | None:
+    if request.cluster is None:
+        if request.layouts:
+            raise InputError("--layouts needs --cluster, such as h100:8x8")
+        return None
+    if request.gpu is not None:
+        raise InputError("--cluster names the GPU itself: leave --gpu out")
+    cluster = find_cluster(request.cluster)
+    if request.world is not None and request.world != cluster.gpus:
+        raise InputError(
+            f"--cluster {request.cluster} has {cluster.gpus:,} GPUs, and a run has all of them: "
+            f"leave --world {request.world} out"
+        )
+    return cluster
+
+
+def _capacity(request: PlanRequest, gpu: Gpu | None) -> int | None:
+    """Bytes of one GPU, if they are known."""
+    if request.gpu_memory is None:
+        return None if gpu is None else gpu.memory
+    try:
+        return parse_bytes(request.gpu_memory)
+    except ValueError as error:
+        raise InputError(f"--gpu-memory {request.gpu_memory}: {error}") from error

@@ -1,0 +1,212 @@
+"""How long a step takes, by part: what is computed, what is moved, what is sent and not hidden."""
+
+from dataclasses import dataclass
+from math import ceil
+
+from megagrow.planning.cluster import Cluster
+from megagrow.planning.collectives import data_group, tensor_group
+from megagrow.planning.step_rates import (
+    ADAM_BYTES,
+    ATTENTION_SHARE,
+    BACKWARD_ATTENTION,
+    BUSY_SHARE,
+    DIAGONAL,
+    EAGER_TRAFFIC,
+    HBM_SHARE,
+    HEAD_64,
+    HIDDEN_COST,
+    LOSS_BYTES,
+    MATMUL_SHARE,
+    TILE,
+    TILE_START,
+)
+from megagrow.planning.step_work import Stack, Work
+
+WIDTH = 2
+"""Bytes of a bf16 number."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Seconds of all layers, forward and backward (what is computed again included)."""
+
+    forward: float
+    backward: float
+
+    @property
+    def both(self) -> float:
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step of one GPU; the parts that are named here add up to `seconds`."""
+
+    work: Work
+    cluster: Cluster
+    matmul: float
+    attention: float
+    memory_bound: float
+    """Norms, rotary positions, activations, residuals, the loss."""
+    tensor_parallel: float
+    """Collectives between tensor-parallel ranks, which wait for them."""
+    zero_exposed: float
+    """Gathering weights and reducing gradients, as far as nothing is computed meanwhile."""
+    hidden_cost: float
+    """By how much what is hidden slows down what is computed."""
+    optimizer: float
+    zero_hidden: float
+    """The rest of gathering and reducing; it is no part of the sum."""
+
+    @property
+    def seconds(self) -> float:
+        computed = self.matmul + self.attention + self.memory_bound + self.optimizer
+        return computed + self.tensor_parallel + self.zero_exposed + self.hidden_cost
+
+    @property
+    def tokens_per_gpu(self) -> float:
+        """Tokens per second of one GPU."""
+        return self.work.step_tokens / self.work.gpus / self.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation: what `train.flops` counts, over the dense bf16 peak."""
+        return self.tokens_per_gpu * self.work.shape.flops_per_token / self.cluster.gpu.peak_flops
+
+
+def step_time(work: Work, cluster: Cluster) -> StepTime:
+    """The time of a step of `work` on as many GPUs of the cluster as it has ranks."""
+    matmul, attention = _matmul(work, cluster), _attention(work, cluster)
+    memory = _memory_bound(work, cluster)
+    head, loss = _head(work, cluster)
+    tensor = _tensor_parallel(work, cluster)
+    micro = Passes(
+        matmul.forward + attention.forward + memory.forward + tensor.forward + head / 3,
+        matmul.backward + attention.backward + memory.backward + tensor.backward + 2 * head / 3,
+    )
+    exposed, hidden = _zero(work, cluster, micro)
+    times = work.accumulation
+    return StepTime(
+        work=work,
+        cluster=cluster,
+        matmul=times * (matmul.both + head),
+        attention=times * attention.both,
+        memory_bound=times * (memory.both + loss),
+        tensor_parallel=times * tensor.both,
+        zero_exposed=exposed,
+        hidden_cost=HIDDEN_COST * hidden,
+        optimizer=_optimizer(work, cluster),
+        zero_hidden=hidden,
+    )
+
+
+def matmul_seconds(cluster: Cluster, stack: Stack, rows: int, columns: int, inner: int) -> float:
+    """Seconds of one bf16 product (rows x inner) (inner x columns).
+
+    The result is cut into tiles; a multiprocessor computes one at a time, all of them in waves, of
+    which the last one is not full.
+    """
+    card = cluster.card
+    share = MATMUL_SHARE[card.family] * BUSY_SHARE[card.family, stack] * cluster.power_share
+    tiles = ceil(rows / TILE[0]) * ceil(columns / TILE[1])
+    waves = ceil(tiles / card.processors)
+    of_a_wave = 2 * TILE[0] * TILE[1] * (inner + TILE_START) * card.processors
+    return waves * of_a_wave / (cluster.gpu.peak_flops * share)
+
+
+def _matmul(work: Work, cluster: Cluster) -> Passes:
+    """All products of all layers: forward, by input, by weight."""
+    tokens, forward, backward = work.micro_tokens, 0.0, 0.0
+    for columns, inner in work.shape.products(work.tp):
+        forward += matmul_seconds(cluster, work.stack, tokens, columns, inner)
+        backward += matmul_seconds(cluster, work.stack, tokens, inner, columns)
+        backward += matmul_seconds(cluster, work.stack, columns, inner, tokens)
+    return _with_recomputation(work, forward, backward)
+
+
+def _attention(work: Work, cluster: Cluster) -> Passes:
+    shape, family = work.shape, cluster.card.family
+    share = ATTENTION_SHARE[work.attention, family] * (HEAD_64 if shape.head_dim <= 64 else 1)
+    share *= cluster.power_share
+    positions = (shape.sequence + 1) / 2 + DIAGONAL
+    flops = 4 * work.micro_tokens * positions * shape.heads * shape.head_dim / work.tp
+    forward = flops / (cluster.gpu.peak_flops * share)
+    return _with_recomputation(work, forward, BACKWARD_ATTENTION * forward)
+
+
+def _memory_bound(work: Work, cluster: Cluster) -> Passes:
+    """Two norms with their residuals, rotary positions, and the activation, of each layer."""
+    shape = work.shape
+    residual = 16 * shape.hidden / (work.tp if work.sequence_parallel else 1)
+    rotary = 4 * (shape.heads + shape.kv_heads) * shape.head_dim / work.tp
+    activation = WIDTH * shape.intermediate / work.tp
+    forward = residual + rotary + shape.mlp_matrices * activation
+    backward = residual + rotary + (2 * shape.mlp_matrices - 1) * activation
+    seconds = (
+        work.micro_tokens * (EAGER_TRAFFIC if work.stack == "eager" else 1) / _bandwidth(cluster)
+    )
+    return _with_recomputation(work, forward * seconds, backward * seconds)
+
+
+def _head(work: Work, cluster: Cluster) -> tuple[float, float]:
+    """The head's three products, and the loss."""
+    columns, tokens = work.shape.vocabulary // work.tp, work.micro_tokens
+    sizes = (
+        (tokens, columns, work.shape.hidden),
+        (tokens, work.shape.hidden, columns),
+        (columns, work.shape.hidden, tokens),
+    )
+    moved = LOSS_BYTES[work.stack] * tokens * columns
+    return sum(matmul_seconds(cluster, work.stack, *size) for size in sizes), moved / _bandwidth(
+        cluster
+    )
+
+
+def _tensor_parallel(work: Work, cluster: Cluster) -> Passes:
+    """Two all-reduces of a layer each way, or with sequence parallelism as many gathers and
+    scatters, and one gather more for each product by weight that kept its input in parts."""
+    group = tensor_group(cluster, work.tp)
+    whole = WIDTH * work.micro_tokens * work.shape.hidden
+    forward = 2 * group.all_reduce(whole)
+    again = 2 * group.one_way(whole) if work.sequence_parallel else 0.0
+    passes = _with_recomputation(work, forward, forward + again)
+    ends = group.all_reduce(whole)  # the embedding forward, the head's input backward
+    return Passes(passes.forward + ends, passes.backward + ends)
+
+
+def _with_recomputation(work: Work, forward: float, backward: float) -> Passes:
+    layers = work.shape.layers
+    return Passes(layers * forward, layers * (backward + work.recomputed * forward))
+
+
+def _zero(work: Work, cluster: Cluster, micro: Passes) -> tuple[float, float]:
+    """Seconds of a step in which data-parallel ranks communicate: exposed, and hidden.
+
+    ZeRO 3 gathers each layer's weights for either pass and scatters its gradients, in every micro
+    batch; ZeRO 2 scatters in every micro batch, ZeRO 1 once, and both gather the weights after
+    the step, or beside the next one. ZeRO 0 sums once.
+    """
+    group = data_group(cluster, work.dp, work.tp)
+    parameters, times = work.rank_parameters, work.accumulation
+    if work.zero_stage == 3:
+        pieces = work.shape.layers + 2
+        gather = pieces * group.one_way(WIDTH * parameters / pieces)
+        reduce = pieces * group.one_way(work.gradient_bytes * parameters / pieces)
+        first, last = gather / pieces, reduce / pieces
+        exposed = max(first, gather - micro.forward) + max(last, gather + reduce - micro.backward)
+        return times * exposed, times * (2 * gather + reduce - exposed)
+    gather = group.one_way(WIDTH * parameters) if work.zero_stage else 0.0
+    reduce = group.one_way(work.gradient_bytes * parameters) * (1 if work.zero_stage else 2)
+    reduced = times if work.zero_stage == 2 else 1
+    gathered = min(gather, micro.forward) if work.overlap else 0.0
+    hidden = gathered + reduced * (min(reduce, micro.backward) if work.overlap else 0.0)
+    return gather + reduced * reduce - hidden, hidden
+
+
+def _optimizer(work: Work, cluster: Cluster) -> float:
+    held = work.rank_parameters / (work.dp if work.zero_stage else 1)
+    return held * ADAM_BYTES[work.stack] / _bandwidth(cluster)
+
+
+def _bandwidth(cluster: Cluster) -> float:
+    return cluster.card.hbm * HBM_SHARE

@@ -1,0 +1,92 @@
+"""What a rank of a stage sends in a training step, by what it is sent for.
+
+It follows the code of the model's regions (`parallel.layers`) and that of DeepSpeed 0.19, as
+tests/planning/test_traffic.py has seen them on gloo ranks. Scalars (norms, losses) are left out.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megagrow.parallel.plan import pad
+from megagrow.planning.memory import StageMemory
+
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter"]
+
+PERSISTENT = 100_000
+"""Elements up to which ZeRO-3 keeps a parameter gathered until the weights are updated
+(DeepSpeed's stage3_param_persistence_threshold)."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind, for one purpose, in one step."""
+
+    purpose: str
+    kind: Kind
+    ranks: int
+    """Of the group that takes part."""
+    payload: int
+    """Bytes of the whole tensors: what is reduced, gathered, or scattered."""
+
+    @property
+    def sent(self) -> int:
+        """Bytes that each rank of a ring sends (Patarasuk and Yuan 2009)."""
+        times = 2 if self.kind == "all-reduce" else 1
+        return times * self.payload * (self.ranks - 1) // self.ranks
+
+
+def step_traffic(memory: StageMemory) -> list[Traffic]:
+    """All that one step of a stage sends, over its micro batches; empty on one rank."""
+    return [*_tensor_parallel(memory), *_data_parallel(memory)]
+
+
+def _micro_batches(memory: StageMemory) -> int:
+    batch = memory.stage.batch
+    return batch.global_batch_size // (batch.micro_batch_size * memory.layout.dp)
+
+
+def _tensor_parallel(memory: StageMemory) -> Iterator[Traffic]:
+    """Two regions for each layer, that of the embedding and that of the head."""
+    stage, ranks = memory.stage, memory.layout.tp
+    if ranks == 1:
+        return
+    parallel, model = stage.parallel, stage.model
+    # Under autocast (ZeRO 0) some of it is bf16: this is the most that it can be.
+    width = 2 if memory.bf16 and parallel.zero_stage > 0 else 4
+    tokens = stage.batch.micro_batch_size * memory.sequence_length
+    micro, layers = _micro_batches(memory), model.num_hidden_layers
+    again = 2 * layers if parallel.activation_checkpointing == "full" else 0
+    regions = micro * (4 * layers + again + 2) * tokens * model.hidden_size * width
+    if parallel.sequence_parallel:
+        yield Traffic("activations and their gradients", "all-gather", ranks, regions)
+        yield Traffic("activations and their gradients", "reduce-scatter", ranks, regions)
+        gains = micro * (2 * layers + 1) * model.hidden_size * width
+        yield Traffic("gradients of the norms' gains", "all-reduce", ranks, gains)
+    else:
+        yield Traffic("activations and their gradients", "all-reduce", ranks, regions)
+    statistics = micro * 3 * 4 * tokens * ranks
+    yield Traffic("statistics of the loss", "all-gather", ranks, statistics)
+
+
+def _data_parallel(memory: StageMemory) -> Iterator[Traffic]:
+    layout, ranks = memory.layout, memory.layout.dp
+    if ranks == 1:
+        return
+    micro, width = _micro_batches(memory), 2 if memory.bf16 else 4
+    sizes = {name: spec.slice_numel(layout.tp) for name, spec in layout.plan.items()}
+    whole = sum(sizes.values())
+    if layout.zero_stage == 0:
+        yield Traffic("gradients", "all-reduce", ranks, 4 * whole)
+    elif layout.zero_stage < 3:
+        times = micro if layout.zero_stage == 2 else 1
+        yield Traffic("gradients", "all-reduce", ranks, times * width * whole)
+        groups = [sum(sizes[name] for name in group) for group in layout.groups]
+        padded = sum(pad(size, 2 * ranks) for size in groups)
+        yield Traffic("updated weights", "all-gather", ranks, width * padded)
+    else:
+        padded_sizes = [pad(size, ranks) for size in sizes.values()]
+        large = sum(pad(size, ranks) for size in sizes.values() if size > PERSISTENT)
+        yield Traffic("gradients", "reduce-scatter", ranks, micro * width * sum(padded_sizes))
+        gathered = (2 * micro - 1) * large + sum(padded_sizes)
+        yield Traffic("weights, at most", "all-gather", ranks, width * gathered)

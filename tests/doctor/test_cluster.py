@@ -1,0 +1,258 @@
+"""megagrow doctor --cluster: what it finds wrong, and that it never waits without an end."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import megagrow.doctor.cluster as doctor_cluster
+import megagrow.doctor.report as doctor_report
+from megagrow.doctor.findings import Cluster, findings
+from megagrow.doctor.folder import FolderView
+from megagrow.doctor.meeting import Meeting
+from megagrow.doctor.network import ROUNDS, Speeds, pairings
+from megagrow.doctor.report import Gpu, RankReport, own_report
+from megagrow.parallel.topology import Launch
+from tests.jobs import Finished, Job
+
+GIB = 2**30
+VERSIONS = {"python": "3.12.1", "torch": "2.11.0", "code": "abc"}
+VARIABLES = {"NCCL_DEBUG": "WARN"}
+
+
+def report(rank: int) -> RankReport:
+    """Two ranks on each host."""
+    gpu = Gpu(f"GPU-{rank}", 80 * GIB, 79 * GIB, 700.0, 0)
+    host = f"node{rank // 2}"
+    return RankReport(rank, rank % 2, host, "H100", VERSIONS, VARIABLES, gpu)
+
+
+REPORTS = [report(rank) for rank in range(8)]
+
+
+def with_rank(rank: int, **changes: object) -> Cluster:
+    reports = list(REPORTS)
+    reports[rank] = replace(reports[rank], **changes)
+    return Cluster(reports)
+
+
+def with_gpu(rank: int, **changes: object) -> Cluster:
+    return with_rank(rank, gpu=replace(REPORTS[rank].gpu, **changes))
+
+
+def test_equal_ranks_have_nothing_wrong() -> None:
+    calm = [Speeds({}, {}, (1e9, 0.9e9))] * 8
+    seen = [FolderView(rank % 2 == 0) for rank in range(8)]
+    assert findings(Cluster(REPORTS, [0.01] * 8, "/runs", seen, calm)) == []
+
+
+@pytest.mark.parametrize(
+    ("cluster", "told"),
+    [
+        (
+            with_rank(3, versions=VERSIONS | {"torch": "2.13.0"}),
+            "node1, rank 3: version of torch is 2.13.0, elsewhere 2.11.0",
+        ),
+        (with_rank(5, variables={}), "node2, rank 5: variable NCCL_DEBUG is not set, elsewhere W"),
+        (with_rank(0, device="A100"), "node0, rank 0: device is A100, elsewhere H100"),
+        (with_rank(6, gpu=None, trouble="CUDA error"), "node3, rank 6: its device fails: CUDA err"),
+        (with_gpu(1, free=40 * GIB), "node0, rank 1: of its GPU's 80 GiB only 40 are free"),
+        (with_gpu(1, ecc_errors=2), "node0, rank 1: its GPU has 2 memory errors that were not cor"),
+        (with_gpu(1, ecc_errors=None, teraflops=720.0), None),
+        (with_gpu(4, teraflops=590.0), "node2, rank 4: its GPU does 590 TFLOP/s, the median GPU 7"),
+        (with_gpu(3, uuid="GPU-2"), "node1: they share one GPU (GPU-2)"),
+    ],
+)
+def test_the_odd_rank_is_named(cluster: Cluster, told: str | None) -> None:
+    lines = findings(cluster)
+    assert len(lines) == (told is not None)
+    assert told is None or lines[0].startswith(told), lines
+
+
+def test_a_whole_host_with_another_version_is_named_once() -> None:
+    other = VERSIONS | {"torch": "2.13.0"}
+    reports = [replace(r, versions=other) if r.host == "node2" else r for r in REPORTS]
+    assert findings(Cluster(reports)) == [
+        "node2: version of torch is 2.13.0, elsewhere 2.11.0",
+    ]
+
+
+def test_clocks_and_folders() -> None:
+    clocks = [0.0, 0.001, 0.0, 0.001, -3.21, -3.22, 0.4, 0.4]
+    views = [FolderView(rank % 2 == 0) for rank in range(8)]
+    views[2] = FolderView(True, "Permission denied")
+    views[6] = FolderView(True, None, (0, 4))
+    assert findings(Cluster(REPORTS, clocks, "/runs", views)) == [
+        "node2: its clock is 3.2 s behind that of rank 0's host",
+        "node1: /runs cannot be written to (Permission denied)",
+        "node3: /runs does not show what node0, node2 has written there",
+    ]
+
+
+@pytest.mark.parametrize("count", range(2, 10))
+def test_in_each_round_everybody_has_another_partner(count: int) -> None:
+    rounds = pairings(count, 100)
+    assert len(rounds) == count - 1 + count % 2
+    assert pairings(count, ROUNDS) == rounds[:ROUNDS]
+    for partners in rounds:
+        assert all(partners[b] == a != b for a, b in partners.items())
+        assert len(partners) == count - count % 2
+    for one in range(count):
+        met = [partners[one] for partners in rounds if one in partners]
+        assert sorted(met) == [other for other in range(count) if other != one]
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 8])
+@pytest.mark.parametrize("slow", [0, 2])
+def test_the_slow_host_is_named_and_not_its_partners(count: int, slow: int) -> None:
+    """A pair is as slow as the slower of the two."""
+    own = [4e9 if host == slow else 10e9 for host in range(count)]
+    speeds = []
+    for host in range(count):
+        met = [partners[host] for partners in pairings(count, ROUNDS) if host in partners]
+        speeds.append(Speeds({}, {}, tuple(min(own[host], own[other]) for other in met)))
+    reports = [replace(report(rank), host=f"node{rank}") for rank in range(count)]
+    assert findings(Cluster(reports, speeds=speeds)) == [
+        f"node{slow}: its network does 4.00 GB/s for each rank, that of the median host 10.00"
+    ]
+
+
+def test_two_hosts_cannot_say_which_of_them_is_slow() -> None:
+    speeds = [Speeds({}, {}, (1e9,)), Speeds({}, {}, (9e9,))] * 2
+    assert findings(Cluster(REPORTS[:4], speeds=speeds)) == []
+
+
+def test_memory_errors_are_those_of_nvidia_smi(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor_report._ecc_errors("GPU-1") is None, "it is not there"
+    program = tmp_path / "nvidia-smi"
+    for said, found in (("3", 3), ("[N/A]", None)):
+        program.write_text(f'#!/bin/sh\n[ "$4" = GPU-1 ] && echo "{said}"\n')
+        program.chmod(0o755)
+        assert doctor_report._ecc_errors("GPU-1") == found
+
+
+def test_a_device_that_fails_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_report, "own_device", lambda launch: torch.device("cuda", 0))
+    said = own_report(Launch(0, 1, 0))
+    assert said.gpu is None and said.trouble
+    assert RankReport.from_json(said.to_json()) == said
+    assert RankReport.from_json(report(1).to_json()) == report(1)
+
+
+Hook = Callable[[int, pytest.MonkeyPatch], None]
+
+
+def doctor(folder: Path, world: int, *words: str, hook: Hook | None = None) -> Finished:
+    return Job(folder / "job", world, ["doctor", "--cluster", *words], hook).finish(timeout=60)
+
+
+def words_of(job: Finished) -> str:
+    return " ".join(job.out[0].split())
+
+
+@pytest.mark.dist
+def test_four_healthy_ranks(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    job = doctor(tmp_path, 4, "--output-dir", str(shared))
+    assert (job.codes, job.err) == ([0] * 4, [""] * 4)
+    said = words_of(job)
+    assert f"4 ranks on 1 hosts. Rank 0 has python {sys.version.split()[0]}" in said
+    assert f"| {socket.gethostname()} | 0-3 | 4 x cpu |" in said
+    rows = [line.split("|")[1:-1] for line in job.out[0].splitlines() if line.startswith("| 0.06")]
+    assert len(rows) == 1 and all(float(cell) > 0 for cell in rows[0])
+    assert job.out[1:] == [""] * 3
+    assert list(shared.iterdir()) == []
+
+
+def disagree(rank: int, patch: pytest.MonkeyPatch) -> None:
+    """Rank 1 is on another host, with other programs, another clock and another folder."""
+    patch.setattr(socket, "gethostname", lambda: f"host{rank}")
+    if rank == 1:
+        patch.setenv("NCCL_DEBUG", "INFO")
+        patch.setattr(doctor_report, "_version", lambda package: f"{package}-of-host1")
+        honest = Meeting.clock_offset
+        patch.setattr(Meeting, "clock_offset", lambda self: honest(self) + 7)
+        sys.argv[-1] += "-of-host1"
+
+
+@pytest.mark.dist
+def test_two_hosts_that_disagree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megagrow.doctor.folder.SEEN_SECONDS", 0.3)
+    job = doctor(tmp_path, 2, "--output-dir", str(tmp_path / "shared"), hook=disagree)
+    assert job.codes == [2, 2]
+    wrong = [line for line in job.out[0].splitlines() if line.startswith("Wrong: ")]
+    packages = doctor_report.PACKAGES
+    assert [line.split(" is ")[0] for line in wrong] == [
+        *(f"Wrong: host1: version of {name}" for name in packages),
+        "Wrong: host1: variable NCCL_DEBUG",
+        "Wrong: host1: its clock",
+        *(f"Wrong: host{i}: {tmp_path}/shared does not show what host{1 - i} has written there"
+          for i in range(2)),
+    ]  # fmt: skip
+    assert "host1: its clock is 7.0 s ahead of that of rank 0's host" in job.out[0]
+    assert job.err[0].startswith(f"error: {len(wrong)} things are wrong with the cluster: host1: ")
+    for folder in ("shared", "shared-of-host1"):
+        assert list((tmp_path / folder).iterdir()) == []
+
+
+def no_folder(rank: int, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(socket, "gethostname", lambda: f"host{rank}")
+    if rank == 1:
+        sys.argv[-1] = str(Path(sys.argv[-1]).parent / "a file" / "within")
+
+
+@pytest.mark.dist
+def test_a_host_that_cannot_write(tmp_path: Path) -> None:
+    (tmp_path / "a file").write_text("")
+    job = doctor(tmp_path, 2, "--output-dir", str(tmp_path / "shared"), hook=no_folder)
+    assert job.codes == [2, 2]
+    shared = tmp_path / "shared"
+    assert f"Wrong: host1: {shared} cannot be written to (Not a directory)" in job.out[0]
+    assert job.err[0].startswith("error: 1 thing is wrong with the cluster: host1: ")
+
+
+def missing(which: int) -> Hook:
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        if rank == which:
+            os._exit(0)
+
+    return hook
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("which", "told"),
+    [
+        (2, "rank 2 did not come within 3 s (the meeting); 2 of 3 are there"),
+        (0, "rank 0 at 127.0.0.1 gives no answer within 3 s: is it there, and its port open?"),
+    ],
+)
+def test_a_rank_that_does_not_come_is_named(tmp_path: Path, which: int, told: str) -> None:
+    begin = time.monotonic()
+    job = doctor(tmp_path, 3, "--timeout", "3", hook=missing(which))
+    assert time.monotonic() - begin < 30
+    assert job.codes == [0 if rank == which else 2 for rank in range(3)]
+    said = [line for err in job.err for line in err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and said[0].startswith(f"error: {told}"), job.err
+
+
+def dies_measuring(rank: int, patch: pytest.MonkeyPatch) -> None:
+    if rank == 1:
+        patch.setattr(doctor_cluster, "measure_speeds", lambda *_: os._exit(7))
+
+
+@pytest.mark.dist
+def test_a_rank_that_dies_in_the_measurement_is_named(tmp_path: Path) -> None:
+    job = doctor(tmp_path, 3, "--timeout", "3", hook=dies_measuring)
+    assert job.codes == [2, 7, 2]
+    said = [line for line in job.err[0].splitlines() if line.startswith("error: ")]
+    assert said == ["error: rank 1 did not come within 3 s (the measurement); 2 of 3 are there"]

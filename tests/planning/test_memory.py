@@ -1,0 +1,293 @@
+"""What a rank holds, by hand, and activations as torch's autograd really keeps them."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megagrow.config.schema import StageConfig
+from megagrow.model.backends import Backends, Work
+from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.machine import machine_of
+from megagrow.model.ops import PLAIN, make_ops
+from megagrow.planning.memory import StageMemory, growth_peak, stage_memory
+from megagrow.reshard.exchange import BUCKET_BYTES
+
+MODEL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 100,
+}
+LENGTH = 32
+LAYER = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64 + 2 * 64
+PARAMETERS = 2 * 100 * 64 + 64 + 2 * LAYER
+SLICE = 2 * 50 * 64 + 64 + 2 * (LAYER // 2 + 64)
+"""Of two tensor-parallel ranks: norms are whole, everything else is split."""
+
+
+def memory(
+    zero: int,
+    world: int = 4,
+    bf16: bool = True,
+    model: dict[str, Any] | None = None,
+    sequences: int = 8,
+    kernels: dict[str, Any] | None = None,
+    on_cpu: bool = False,
+    **parallel: Any,
+) -> StageMemory:
+    stage = StageConfig.model_validate(
+        {
+            "model": MODEL | (model or {}),
+            "tokens": 1,
+            "parallel": {"zero_stage": zero, **parallel},
+            "batch": {"global_batch_size": sequences, "micro_batch_size": 2},
+            "optimizer": {"lr": 1.0},
+            "kernels": kernels or {},
+        }
+    )
+    return stage_memory(stage, world, LENGTH, bf16, on_cpu)
+
+
+def parts(found: StageMemory) -> tuple[int, int, int, int, int]:
+    return found.state, found.weights, found.gathered, found.gradients, found.buckets
+
+
+@pytest.mark.parametrize(
+    ("zero", "bf16", "state", "weights", "gathered", "gradients", "buckets"),
+    [
+        (0, True, 12.0, 2.0, 0.0, 4.0, 4.0),
+        (0, False, 12.0, 0.0, 0.0, 4.0, 4.0),
+        (1, True, 3.0, 2.0, 0.0, 6.0, 2.0),
+        (1, False, 3.0, 4.0, 0.0, 4.0, 4.0),
+        (2, True, 3.0, 2.0, 0.0, 1.0, 4.0),
+        (2, False, 3.0, 4.0, 0.0, 1.0, 8.0),
+        (3, True, 3.0, 0.5, 2.0, 1.0, 4.0),
+        (3, False, 3.0, 0.0, 4.0, 1.0, 8.0),
+    ],
+)
+def test_bytes_of_each_parameter_on_four_ranks(
+    zero: int,
+    bf16: bool,
+    state: float,
+    weights: float,
+    gathered: float,
+    gradients: float,
+    buckets: float,
+) -> None:
+    """All sizes here are multiples of 4: ranks hold equally many."""
+    found = memory(zero, bf16=bf16)
+    expected = [PARAMETERS * each for each in (state, weights, gathered, gradients, buckets)]
+    assert list(parts(found)) == expected
+
+
+@pytest.mark.parametrize(
+    ("zero", "bf16", "once", "accumulated"),
+    [
+        (0, True, 0.0, 4.0),
+        (1, True, 4.0, 4.0),
+        (1, False, 0.0, 4.0),
+        (2, True, 0.0, 1.0),
+        (3, True, 3.0, 3.0),
+        (3, False, 5.0, 5.0),
+    ],
+)
+def test_gradients_that_a_forward_pass_finds(
+    zero: int, bf16: bool, once: float, accumulated: float
+) -> None:
+    """Four ranks take one micro batch of 2 each, or two."""
+    held = [memory(zero, bf16=bf16, sequences=n).gradients_kept for n in (8, 16)]
+    assert held == [PARAMETERS * once, PARAMETERS * accumulated]
+
+
+def test_gloo_scatters_by_way_of_a_copy() -> None:
+    assert memory(3, bf16=False, on_cpu=True).buckets == 12 * PARAMETERS
+
+
+def test_nobody_gathers_from_itself() -> None:
+    assert memory(3, world=1).gathered == 0
+
+
+def test_masters_on_the_cpu_are_not_the_weights_that_compute() -> None:
+    """An offloaded optimizer has fp32 weights of its own beside a quarter of them on each rank."""
+    assert memory(3, bf16=False, offload_optimizer=True).weights == PARAMETERS
+
+
+def test_tensor_parallel_ranks_hold_a_slice() -> None:
+    found = memory(2, tensor_model_parallel_size=2)
+    assert parts(found) == (6 * SLICE, 2 * SLICE, 0, 2 * SLICE, 4 * SLICE)
+
+
+def test_the_rank_that_holds_most_counts() -> None:
+    """Three ranks share 100 x 64 = 6400 elements as 2134, 2134 and 2132 under ZeRO-3."""
+    found = memory(3, world=3)
+    assert found.held(0) > found.held(2)
+    assert found.state == 12 * found.held(0)
+    assert sum(found.held(rank) for rank in range(3)) == PARAMETERS
+
+
+TOKENS = 2 * LENGTH
+PER_TOKEN = (4 + 2) * 2 * 16 + 4 * 96
+"""Elements of heads and feed-forward that a layer keeps of each token."""
+
+
+@pytest.mark.parametrize(
+    ("parallel", "layer", "residual"),
+    [
+        ({}, 2 * (4 * 64 + PER_TOKEN) + 4 * 4, 2 * 64),
+        ({"tensor_model_parallel_size": 2}, 2 * (4 * 64 + PER_TOKEN // 2) + 4 * 2, 2 * 64),
+        (
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+            2 * (3 * 64 + PER_TOKEN // 2) + 4 * 2,
+            2 * 32,
+        ),
+    ],
+)
+def test_activations_by_hand(parallel: dict[str, Any], layer: int, residual: int) -> None:
+    found = memory(1, **parallel)
+    ends = residual + 2 * 64
+    assert found.activations == TOKENS * (2 * layer + ends)
+    assert found.activations_checkpointed == TOKENS * (2 * residual + ends)
+
+
+def test_what_is_configured_is_what_counts() -> None:
+    plain, full, selective = (
+        memory(1, activation_checkpointing=how) for how in ("none", "full", "selective")
+    )
+    assert plain.activations_used == selective.activations_used == plain.activations
+    assert full.activations_used == full.activations_checkpointed < full.activations
+
+
+def test_a_step_is_highest_at_the_loss_or_at_the_end() -> None:
+    """ZeRO 1 in bf16: bytes per parameter 3 of state, 2 of weights, 4 that sum up gradients; at the
+    end 2 more of gradients, 2 of the bucket, and one layer."""
+    layer = TOKENS * (2 * (4 * 64 + PER_TOKEN) + 4 * 4)
+    found = memory(1)
+    assert found.at_loss == 9 * PARAMETERS + found.activations + found.logits
+    assert found.at_end == 13 * PARAMETERS + layer
+    assert found.training == max(found.at_loss, found.at_end)
+    full = memory(1, activation_checkpointing="full")
+    assert full.at_loss == 9 * PARAMETERS + full.activations_checkpointed + full.logits
+    assert full.at_end == 13 * PARAMETERS + layer + TOKENS * 2 * 64
+    # One rank under ZeRO 1: of 4 bytes each state (3), weights, gradients and their bucket.
+    alone = memory(1, world=1, bf16=False)
+    layer = TOKENS * (4 * (4 * 64 + PER_TOKEN) + 4 * 4)
+    assert alone.at_end == 24 * PARAMETERS + layer
+    # Under ZeRO 2 gradients leave the bucket at the end, unless they are summed up before.
+    split = [memory(2, sequences=n).at_end for n in (8, 16)]
+    layer = TOKENS * (2 * (4 * 64 + PER_TOKEN) + 4 * 4)
+    assert split == [9 * PARAMETERS + layer, 10 * PARAMETERS + layer]
+
+
+@pytest.mark.parametrize(("tp", "rows"), [(1, 101), (2, 51)])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_logits_are_those_of_the_padded_slice(tp: int, rows: int, bf16: bool) -> None:
+    """bf16: logits and two tensors in fp32. fp32: logits and one, or two if there is padding."""
+    found = memory(1, bf16=bf16, model={"vocab_size": 101}, tensor_model_parallel_size=tp)
+    each = 10 if bf16 else {1: 8, 2: 12}[tp]
+    assert found.logits == TOKENS * rows * each
+
+
+def test_logits_in_place_of_which_there_is_a_gradient() -> None:
+    found = memory(1, kernels={"loss": "triton"})
+    assert found.logits == TOKENS * 100 * 2
+
+
+@pytest.mark.parametrize(
+    ("zero", "loss", "chunk", "each", "weight"),
+    [(1, "torch", 1, 10, 2), (1, "triton", 6, 2, 2), (0, "torch", 1, 10, 4)],
+)
+def test_logits_in_chunks(zero: int, loss: str, chunk: int, each: int, weight: int) -> None:
+    """64 tokens in 64 chunks by torch, 10 by Triton; the gradients of 64 hidden states and of 100
+    rows are made with them."""
+    kernels = {"linear_cross_entropy": True, "loss": loss}
+    found = memory(zero, kernels=kernels)
+    assert found.logits == chunk * 100 * each + 64 * 64 * 2 + 100 * 64 * weight
+
+
+class FusedNorm(torch.autograd.Function):
+    """Keeps what the fused norm of a GPU keeps: its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise NotImplementedError
+
+
+def kept_by_autograd(model: LlamaForCausalLM) -> int:
+    """Bytes that the backward pass of a micro batch needs, weights aside."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    seen: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.zeros(2, LENGTH, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(ids, torch.arange(LENGTH).expand(2, LENGTH))
+    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_activations_are_what_autograd_keeps(bf16: bool) -> None:
+    found = memory(1, world=1, bf16=bf16, model={"num_key_value_heads": 4})
+    model = LlamaForCausalLM(found.stage.model, ops=replace(PLAIN, rms_norm=FusedNorm.apply))
+    model.to(torch.bfloat16 if bf16 else torch.float32)
+    # Beside what is counted: token ids, and one table of cosines and one of sines.
+    beside = 8 * TOKENS + 2 * TOKENS * 16 * (2 if bf16 else 4)
+    assert kept_by_autograd(model) == pytest.approx(found.activations + beside, rel=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+def test_activations_on_a_cpu(attention: str) -> None:
+    """Norms are composed of operations there; by the reference so is attention."""
+    heads = {"num_key_value_heads": 4}
+    found = memory(
+        1, world=1, bf16=False, model=heads, kernels={"attention": attention}, on_cpu=True
+    )
+    backends = Backends(attention=attention, norm="torch", pointwise="torch", loss="torch")
+    work = Work(torch.float32, 16, packed=False)
+    model = LlamaForCausalLM(
+        found.stage.model, ops=make_ops(backends, machine_of(torch.device("cpu")), work)
+    )
+    # And the inverse of each norm's root mean square, 5 of them.
+    beside = 8 * TOKENS + 2 * TOKENS * 16 * 4 + 5 * 4 * TOKENS
+    assert kept_by_autograd(model) == pytest.approx(found.activations + beside, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("zero", "bf16", "each"),
+    [
+        (0, True, 12.0),
+        (1, True, 9.0),
+        (1, False, 7.0),
+        (2, True, 5.0),
+        (3, True, 4.5),
+        (3, False, 4.0),
+    ],
+)
+def test_a_growth_holds_source_state_target_share_and_a_bucket(
+    zero: int, bf16: bool, each: float
+) -> None:
+    source = memory(2, model={"num_hidden_layers": 1})
+    target = memory(zero, bf16=bf16)
+    before = 3 * (PARAMETERS - LAYER)
+    assert growth_peak(source, target) == before + each * PARAMETERS + BUCKET_BYTES
+
+
+def test_a_growth_peaks_on_the_rank_that_holds_most() -> None:
+    source = memory(3, world=3, model={"num_hidden_layers": 1})
+    target = memory(3, world=3)
+    by_rank = [12 * source.held(rank) + (12 + 2 + 4) * target.held(rank) for rank in range(3)]
+    assert by_rank[0] > by_rank[2]
+    assert growth_peak(source, target) == by_rank[0] + BUCKET_BYTES
