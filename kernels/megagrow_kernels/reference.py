@@ -7,6 +7,9 @@ width, V rows of the vocabulary that this rank holds. Accumulation is in fp32, o
 import torch
 from torch import Tensor
 
+CACHED = 2**18
+"""Numbers that a core works on at once."""
+
 
 def widened(x: Tensor) -> Tensor:
     """x in the type that sums are kept in: fp32, or fp64 if it is fp64 already."""
@@ -99,7 +102,8 @@ def vocab_statistics(logits: Tensor, labels: Tensor, first: int, real: int) -> T
     logits = _real(logits, real)
     maximum = logits.amax(-1)
     finite = maximum.masked_fill(maximum == -torch.inf, 0)  # a rank of padding only sums up to 0
-    total = (logits - finite[:, None]).exp_().sum(-1)
+    parts = zip(*(x.split(_rows_at_once(logits)) for x in (logits, finite)), strict=True)
+    total = torch.cat([(rows - most[:, None]).exp_().sum(-1) for rows, most in parts])
     index, mine = _within(labels, first, real)
     target = logits.gather(1, index[:, None])[:, 0]
     return torch.stack((maximum, total, target.masked_fill(~mine, 0)))
@@ -148,6 +152,14 @@ def _real(logits: Tensor, real: int) -> Tensor:
     return logits.masked_fill(
         torch.arange(logits.shape[1], device=logits.device) >= real, -torch.inf
     )
+
+
+def _rows_at_once(x: Tensor) -> int:
+    """On a CPU as many rows as stay in each core's cache: as large a tensor as x between two
+    operations costs more there than they do."""
+    if x.device.type != "cpu":
+        return max(1, len(x))
+    return max(1, CACHED * torch.get_num_threads() // x.shape[1])
 
 
 def _within(labels: Tensor, first: int, real: int) -> tuple[Tensor, Tensor]:
