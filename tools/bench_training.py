@@ -30,6 +30,7 @@ from bench_training_turns import compete, finished, new_folder, started  # noqa:
 CONTESTANTS = {
     "ours": 1,
     "ours, timed": 1,
+    "ours, ZeRO 1": 1,
     "loop, our model": 1,
     "loop, HF model": 1,
     "loop, litgpt": 1,
@@ -41,6 +42,8 @@ CONTESTANTS = {
     "Trainer + DeepSpeed: 2 ranks": 2,
 }
 """Name -> ranks."""
+UNSHARDED = ("ours", "ours, timed")
+"""There is nothing to share out at one rank: ZeRO 0, as the loops. All others with DeepSpeed: 1."""
 NEEDS = {"loop, litgpt": "litgpt", "loop, HF model": "transformers"}
 NEEDS |= {name: "accelerate" for name in CONTESTANTS if name.startswith("Trainer")}
 """What else has to be installed."""
@@ -159,6 +162,7 @@ def case_of(name: str, size: Size, cores: int, corpus: Path, folder: Path) -> Ca
         corpus=str(corpus),
         folder=str(folder / f"contestant-{number}"),
         address=str(folder / f"socket-{number}"),
+        zero_stage=0 if name in UNSHARDED else 1,
     )
 
 
