@@ -89,7 +89,9 @@ def by_datasets(text: Path, tokenizer: Path, output: Path, cores: int) -> Callab
     if tokenizer.suffix == ".json":
         loaded: Any = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer))
     else:
-        loaded = LlamaTokenizer.from_pretrained(tokenizer.parent, legacy=False)
+        loaded = LlamaTokenizer.from_pretrained(
+            tokenizer.parent, legacy=False, trust_remote_code=False
+        )
 
     def tokens_of(rows: dict[str, list[str]]) -> dict[str, Any]:
         options = {"add_special_tokens": False, "return_attention_mask": False}
