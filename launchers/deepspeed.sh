@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Several machines that reach each other by ssh or pdsh: start it on one of them.
+# Several machines that reach each other by pdsh over ssh: start it on one of them.
 #   launchers/deepspeed.sh [--dry-run] HOSTFILE RUN.yaml [--set KEY=VALUE ...]
 # --dry-run checks the hostfile, prints the command and starts nothing.
 # The hostfile has a line `HOST slots=8` for each machine. All of them need this environment, the
 # corpora and the run's output_dir at the same paths (a shared file system). NCCL_*, PYTHON* and the
 # variables in ~/.deepspeed_env are passed on to them.
+# The ranks of a lost machine cannot tell that they have ended: ssh gives it up after a minute, so
+# that this command ends too, not with 0. After Ctrl-C or SIGTERM it ends at once, with 1; the ranks
+# finish their step, save and leave, for which DeepSpeed gives them 30 seconds.
 set -euo pipefail
 
 start=(exec)
@@ -33,4 +36,7 @@ for file in "$hostfile" "$(readlink -f -- "$hostfile")"; do
     fi
 done
 
-"${start[@]}" deepspeed --hostfile "$hostfile" --module megagrow train "$@"
+# What the user gives counts: of two equal options ssh takes the first.
+alive="${PDSH_SSH_ARGS_APPEND:+$PDSH_SSH_ARGS_APPEND }-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
+"${start[@]}" env PDSH_SSH_ARGS_APPEND="$alive" \
+    deepspeed --hostfile "$hostfile" --module megagrow train "$@"

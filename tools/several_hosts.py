@@ -18,7 +18,8 @@ import typer
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from tools.fault_injection_run import write_corpus  # noqa: E402
+from tools import hosts_ssh  # noqa: E402
+from tools.fault_injection_run import look, write_corpus  # noqa: E402
 from tools.hosts import Host, Hosts, missing  # noqa: E402
 from tools.several_hosts_job import (  # noqa: E402
     BASE_STEPS,
@@ -37,6 +38,12 @@ TOLERANCE = 1e-5
 REACTION = 40.0
 """Seconds after hang_timeout in which a job has ended also on a busy machine. The ranks need 7 s; a
 save in which they may be has 6 times the timeout; and the launchers leave last."""
+SSH_REACTION = 60.0
+"""Seconds in which ssh gives a host up that does not answer (launchers/deepspeed.sh)."""
+SSH_LOST = 255
+"""Its exit code then, which is that of the launcher too."""
+SAVING = 30.0
+"""Seconds that DeepSpeed leaves to ranks that were told to end."""
 BLINK = 1.0
 """Seconds of an interruption that no job should mind; less than hang_timeout."""
 
@@ -58,6 +65,7 @@ def main(
                 told = Story(Path(folder), corpus)
                 two_hosts(told)
                 four_hosts(told)
+                by_ssh(told, Path(folder) / "doors")
             if speed:
                 print("\n## How fast, on which network\n")
                 measure(Path(folder), corpus)
@@ -75,12 +83,19 @@ class Story:
     def __init__(self, folder: Path, corpus: Path, expected: Sequence[float] = ()) -> None:
         self._folder, self._corpus, self._expected = folder, corpus, expected
 
-    def start(self, name: str, hosts: Sequence[Host], slots: int, zero_stage: int = 2) -> Job:
-        """Starts the run of a name, or goes on with it."""
+    def start(
+        self,
+        name: str,
+        hosts: Sequence[Host],
+        slots: int,
+        zero_stage: int = 2,
+        doors: Path | None = None,
+    ) -> Job:
+        """Starts the run of a name, or goes on with it; by ssh where `doors` leads to one."""
         where = ", ".join(host.name for host in hosts)
         print(f"\n--- {name} on {where}, {slots} rank(s) each, ZeRO {zero_stage}", flush=True)
         run = run_of(self._corpus, self._folder / name, zero_stage)
-        return Job(hosts, slots, run)
+        return Job(hosts, slots, run, doors)
 
     def whole(self, job: Job) -> None:
         """The job ends well, with the losses that are expected."""
@@ -94,7 +109,9 @@ class Story:
         apart = furthest(found, self._expected)
         check(apart <= TOLERANCE, f"losses of {STEPS} steps: at most {apart:.1e} apart (relative)")
 
-    def lost(self, job: Job, hosts: Hosts, victim: Host, step: int, words: str) -> None:
+    def lost(
+        self, job: Job, hosts: Hosts, victim: Host, step: int, words: str, code: int = 4
+    ) -> None:
         """A host loses its link in a step; the others say so in these words, all ends."""
         job.wait_for_step(step)
         print(f"(step {step} was seen: the link of {victim.name} goes down)", flush=True)
@@ -104,13 +121,24 @@ class Story:
         others = {name: lines for name, lines in ended.said.items() if name != victim.name}
         errors = [line for lines in others.values() for line in lines if "error: " in line]
         check(bool(errors) and all(words in line for line in errors), f'"{words}" is told')
-        check(set(ended.codes.values()) == {4}, f"exit codes {ended.codes}")
-        within = HANG_TIMEOUT + REACTION
+        check(set(ended.codes.values()) == {code}, f"exit codes {ended.codes}")
+        within = HANG_TIMEOUT + REACTION + (SSH_REACTION if job.by_ssh else 0)
         check(
             ended.seconds < within, f"all ended in {ended.seconds:.1f} s (timeout {HANG_TIMEOUT})"
         )
-        left = {host.name: host.processes() for host in hosts.hosts if host.processes()}
-        check(not left, "no process is left on any host" + (f": {left}" if left else ""))
+        nothing_left(hosts)
+
+    def stopped(self, job: Job, hosts: Hosts, step: int) -> None:
+        """Ctrl-C in a step: the run leaves with all that it has done."""
+        job.wait_for_step(step)
+        print(f"(step {step} was seen: Ctrl-C on {hosts[0].name})", flush=True)
+        job.interrupt(hosts[0])
+        ended = job.finish()
+        self._tell(ended)
+        check(ended.seconds < REACTION, f"ended in {ended.seconds:.1f} s, exit codes {ended.codes}")
+        nothing_left(hosts, within=SAVING)
+        seen = look(job.output)
+        check(seen.finished == seen.step, f"saved after step {seen.step}, the last one")
 
     def _tell(self, ended: Ended) -> None:
         for name, lines in ended.said.items():
@@ -123,6 +151,25 @@ def check(held: bool, what: str) -> None:
     print(f"{'ok' if held else 'NOT SO'}: {what}", flush=True)
     if not held:
         raise AssertionError(what)
+
+
+def nothing_left(hosts: Hosts, within: float = 0.0) -> None:
+    """No rank and no launcher runs on any host, after so many seconds."""
+    until = time.monotonic() + within
+    while left := {host.name: running(host) for host in hosts.hosts if running(host)}:
+        if time.monotonic() > until:
+            break
+        time.sleep(0.2)
+    check(not left, "no process is left on any host" + (f": {left}" if left else ""))
+
+
+def running(host: Host) -> list[str]:
+    """What runs on a host, but for its ssh server."""
+    return [
+        words
+        for words in host.processes()
+        if not words.startswith("sshd") and not words.endswith("<defunct>")
+    ]
 
 
 def two_hosts(story: Story) -> None:
@@ -167,6 +214,25 @@ def four_hosts(story: Story) -> None:
         story.lost(job, hosts, hosts[2], BASE_STEPS - 6, words)
         left = [host for host in hosts.hosts if host is not hosts[2]]
         story.whole(story.start("three-hosts", left, 1, zero_stage=3))
+
+
+def by_ssh(story: Story, folder: Path) -> None:
+    """Two hosts that launchers/deepspeed.sh reaches: a host is lost, and the user says stop."""
+    print("\n## By launchers/deepspeed.sh, over ssh")
+    reason = hosts_ssh.missing()
+    if reason is not None:
+        print(f"(left out: {reason})")
+        return
+    with Hosts(2) as hosts:
+        first, second = hosts.hosts
+        doors = hosts_ssh.open_doors(hosts.hosts, folder)
+        job = story.start("by-ssh", [first, second], 2, doors=doors)
+        words = "host host1 (ranks 2, 3) gives no sign of life: it is down or off the network"
+        story.lost(job, hosts, second, BASE_STEPS - 6, words, code=SSH_LOST)
+        hosts.mend(second)
+        job = story.start("by-ssh", [first, second], 2, doors=doors)
+        story.stopped(job, hosts, BASE_STEPS + 4)
+        story.whole(story.start("by-ssh", [first, second], 2, doors=doors))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A job on several hosts (hosts.py): its run file, its launchers, and what is seen of it."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 
 from tools.fault_injection_run import LENGTH, MODEL, look
-from tools.hosts import Host
+from tools.hosts import DEVICE, Host
 
 BASE_STEPS, STEPS, INTERVAL = 12, 40, 5
 BATCH = 12
@@ -65,26 +66,53 @@ class Ended:
 class Job:
     """A run on hosts, with `slots` ranks on each; the `deepspeed` launcher starts them.
 
-    A launcher on each host, as a scheduler would start them: nothing here needs ssh.
+    Without `doors` there is a launcher on each host, as a scheduler would start them: that needs no
+    ssh. With the folder of an `ssh` (hosts_ssh.py) launchers/deepspeed.sh on the first host reaches
+    the others.
     """
 
-    def __init__(self, hosts: Sequence[Host], slots: int, run: dict[str, Any]) -> None:
+    def __init__(
+        self, hosts: Sequence[Host], slots: int, run: dict[str, Any], doors: Path | None = None
+    ) -> None:
         self.output = Path(run["output_dir"])
-        path = self.output.with_suffix(".yaml")
-        path.write_text(yaml.safe_dump(run, sort_keys=False), encoding="utf-8")
-        hostfile = self.output.with_suffix(".hosts")
+        self._path = self.output.with_suffix(".yaml")
+        self._path.write_text(yaml.safe_dump(run, sort_keys=False), encoding="utf-8")
+        self._hostfile = self.output.with_suffix(".hosts")
         lines = [f"{host.name} slots={slots}\n" for host in hosts]
-        hostfile.write_text("".join(lines), encoding="ascii")
+        self._hostfile.write_text("".join(lines), encoding="ascii")
         self._launchers: dict[str, subprocess.Popen[str]] = {}
         self._starts = len(look(self.output).starts)
+        self.by_ssh = doors is not None
+        if doors is not None:
+            self._launch(hosts[0], *self._over_ssh(doors))
+        else:
+            for number, host in enumerate(hosts):
+                self._launch(host, *self._by_itself(number, hosts[0].name))
+
+    def _by_itself(self, number: int, first: str) -> list[object]:
+        """The launcher of one host."""
         launcher = Path(sys.executable).with_name("deepspeed")
-        for number, host in enumerate(hosts):
-            command = ["env", *ALONE, launcher, "--hostfile", hostfile, "--no_ssh"]
-            command += ["--node_rank", number, "--master_addr", hosts[0].name]
-            command += ["--master_port", PORT, "--log_level", "error"]
-            command += ["--module", "megagrow", "train", path]
-            with self._log(host.name).open("wb") as log:
-                self._launchers[host.name] = host.start(*command, stdout=log, stderr=log)
+        command = ["env", *ALONE, launcher, "--hostfile", self._hostfile, "--no_ssh"]
+        command += ["--node_rank", number, "--master_addr", first]
+        command += ["--master_port", PORT, "--log_level", "error"]
+        return [*command, "--module", "megagrow", "train", self._path]
+
+    def _over_ssh(self, doors: Path) -> list[object]:
+        """The launcher of all hosts; what the ranks need of its environment stands in a file."""
+        own = self.output.with_suffix(".deepspeed_env")
+        lines = [f"{line}\n" for line in (*ALONE, f"GLOO_SOCKET_IFNAME={DEVICE}")]
+        own.write_text("".join(lines), encoding="ascii")
+        path = os.pathsep.join([str(doors), str(Path(sys.executable).parent), os.environ["PATH"]])
+        setting = (*ALONE, f"DS_ENV_FILE={own}", f"PATH={path}")
+        return ["env", *setting, "bash", "launchers/deepspeed.sh", self._hostfile, self._path]
+
+    def _launch(self, host: Host, *command: object) -> None:
+        with self._log(host.name).open("wb") as log:
+            self._launchers[host.name] = host.start(*command, stdout=log, stderr=log)
+
+    def interrupt(self, host: Host) -> None:
+        """What Ctrl-C does to the launcher that was started on a host."""
+        host.start("pkill", "-INT", "-f", f"deepspeed --hostfile {self._hostfile}").wait()
 
     def wait_for_step(self, step: int) -> None:
         """Returns when this start of the run has written down a step."""

@@ -28,7 +28,13 @@ DRY_RUNS = {
         ["4"],
         [f"env OMP_NUM_THREADS=3 torchrun --standalone --nproc-per-node 4 {TRAIN}"],
     ),
-    "deepspeed.sh": (["hosts"], [f"deepspeed --hostfile hosts --module {TRAIN.split(' ', 1)[1]}"]),
+    "deepspeed.sh": (
+        ["hosts"],
+        [
+            "env 'PDSH_SSH_ARGS_APPEND=-o ServerAliveInterval=15 -o ServerAliveCountMax=4' "
+            f"deepspeed --hostfile hosts --module {TRAIN.split(' ', 1)[1]}"
+        ],
+    ),
     "elastic.sh": (
         ["2:4", "8", "first"],
         [
