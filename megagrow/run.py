@@ -24,6 +24,7 @@ from megagrow.parallel.topology import (
 )
 from megagrow.train.candidates import grow_best
 from megagrow.train.compare import Change, change, predictions
+from megagrow.train.directory_lock import lock_directory
 from megagrow.train.environment import describe_environment
 from megagrow.train.feed import Feed
 from megagrow.train.grow import end_stage
@@ -72,9 +73,10 @@ def train(run: RunConfig) -> str | None:
     evaluation = open_evaluation(run, device)
     environment = describe_environment(run)
     recorder = Recorder(run, launch.rank, launch.world_size, environment)
+    lock = together(lambda: lock_directory(run.output_dir, launch.rank, recorder.say))
     watchdog = start_watchdog(launch, first_host(), run.guards.hang_timeout)
     warm_up = WarmUp(device, launch.local_rank, recorder.say)
-    with recorder, watchdog, warm_up, StopSignal() as stop:
+    with lock, recorder, watchdog, warm_up, StopSignal() as stop:
         together(recorder.open)
         saving = Saving(run, launch.rank, device, environment, recorder)
         try:

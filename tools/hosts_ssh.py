@@ -4,7 +4,6 @@ Nothing of this machine changes: the servers run in the namespaces of the hosts,
 script of the name `ssh` that gives the real one the keys.
 """
 
-import os
 import shutil
 import subprocess
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from tools.hosts import Host
 
 COMMANDS = ("pdsh", "ssh", "sshd", "ssh-keygen")
-PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+SYSTEM = "/usr/sbin:/sbin"
 """sshd is not where a user's programs are."""
 SECONDS = 20.0
 """In which a server answers."""
@@ -37,7 +36,7 @@ BEGIN = "mount -t tmpfs tmpfs /run && mkdir -m 755 /run/sshd && exec {sshd} -D -
 
 def missing() -> str | None:
     """Why hosts cannot be reached by ssh here, in words; None if they can."""
-    absent = [name for name in COMMANDS if shutil.which(name, path=PATH) is None]
+    absent = [name for name in COMMANDS if _where(name) is None]
     return f"needs the commands {', '.join(absent)} (pdsh, openssh)" if absent else None
 
 
@@ -71,7 +70,5 @@ def _wait_for(first: Host, host: Host, client: Path) -> None:
         time.sleep(0.2)
 
 
-def _where(command: str) -> str:
-    found = shutil.which(command, path=PATH)
-    assert found is not None, command
-    return found
+def _where(command: str) -> str | None:
+    return shutil.which(command) or shutil.which(command, path=SYSTEM)

@@ -1,7 +1,6 @@
 """A job on several hosts (hosts.py): its run file, its launchers, and what is seen of it."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -102,9 +101,10 @@ class Job:
         own = self.output.with_suffix(".deepspeed_env")
         lines = [f"{line}\n" for line in (*ALONE, f"GLOO_SOCKET_IFNAME={DEVICE}")]
         own.write_text("".join(lines), encoding="ascii")
-        path = os.pathsep.join([str(doors), str(Path(sys.executable).parent), os.environ["PATH"]])
-        setting = (*ALONE, f"DS_ENV_FILE={own}", f"PATH={path}")
-        return ["env", *setting, "bash", "launchers/deepspeed.sh", self._hostfile, self._path]
+        programs = Path(sys.executable).parent
+        begin = f'PATH={doors}:{programs}:$PATH exec bash launchers/deepspeed.sh "$@"'
+        setting = ("env", *ALONE, f"DS_ENV_FILE={own}")
+        return [*setting, "sh", "-c", begin, "sh", self._hostfile, self._path]
 
     def _launch(self, host: Host, *command: object) -> None:
         with self._log(host.name).open("wb") as log:
