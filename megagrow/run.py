@@ -12,6 +12,7 @@ from megagrow.config.schema import RunConfig
 from megagrow.config.timing import timing_warnings
 from megagrow.errors import InputError
 from megagrow.evaluation.during import Evaluation, open_evaluation
+from megagrow.evaluation.kept import forget_after
 from megagrow.growth.problems import growth_problems
 from megagrow.parallel.topology import (
     Launch,
@@ -149,6 +150,7 @@ def _begin(job: Job) -> tuple[Job, Stage, RunState]:
     found = newest_checkpoint(job.saving.directory, job.recorder.say)
     run, stage, state = begin(job.run, found, job.device, job.recorder.say)
     job.recorder.start(state, None if found is None else found[0])
+    _forget_evaluations(job, -1 if found is None else state.counters.step)
     return replace(job, run=run), stage, state
 
 
@@ -171,7 +173,14 @@ def _rewind(job: Job, stage: Stage, failed: RunState, reason: str) -> tuple[Job,
     _prepare(replace(job, run=run), stage)
     state = state.after_loss(time.perf_counter() - clock)
     job.recorder.rewind(failed, state, None if found is None else found[0], reason)
+    _forget_evaluations(job, state.counters.step)
     return replace(job, run=run), stage, state
+
+
+def _forget_evaluations(job: Job, step: int) -> None:
+    """`megagrow eval` may have looked at checkpoints that the run now comes to anew."""
+    first = job.launch.rank == 0
+    together(lambda: forget_after(job.run.output_dir, step) if first else None)
 
 
 def _validate(job: Job, stage: Stage, state: RunState) -> None:

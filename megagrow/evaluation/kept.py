@@ -72,6 +72,16 @@ def kept_files(run: Path) -> list[Path]:
     return sorted((run / FOLDER).glob("step-*.json"))
 
 
+def forget_after(run: Path, step: int) -> None:
+    """Removes the results of checkpoints later than `step`; with step -1 all of them.
+
+    For a run that goes on from there, or begins anew: so are its records. OSError if it cannot.
+    """
+    for path in kept_files(run):
+        if step < 0 or path.stem > checkpoint_name(step):
+            path.unlink()
+
+
 def read_kept(path: Path) -> Kept:
     """The results in a file. InputError, naming it, if it holds none."""
     found = read_json(path)

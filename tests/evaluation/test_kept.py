@@ -1,6 +1,7 @@
 """What `megagrow eval` finds in a run's checkpoint reaches the run's report."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,20 @@ def test_tasks_of_the_same_checkpoint_come_together(tmp_path: Path) -> None:
     endless = results("wikitext", 0.0, results={"wikitext": {"word_perplexity": float("inf")}})
     keep(endless, tmp_path, average)
     assert json.loads(path.read_text())["results"] == {"wikitext": {"word_perplexity": None}}
+
+
+@pytest.mark.dist
+def test_results_go_with_the_steps_that_are_trained_anew(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [{"tokens": 4 * STEP_TOKENS}], checkpoint={"interval": 2})
+    path, checkpoints = write_run(tmp_path / "run.yaml", run), run.output_dir / "checkpoints"
+    assert train(path, 1).finish().codes == [0]
+    files = [keep(results("piqa", 0.5, step=step), run.output_dir, average) for step in (2, 4)]
+    for step, left in ((4, [True, True]), (2, [True, False]), (0, [False, False])):
+        for newer in checkpoints.iterdir():
+            if newer.name > f"step-{step:09d}":
+                shutil.rmtree(newer)
+        assert train(path, 1).finish().codes == [0]
+        assert [file.exists() for file in files] == left
 
 
 def test_only_a_run_keeps_results_of_its_own_checkpoints(case, tmp_path: Path) -> None:

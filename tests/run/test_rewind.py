@@ -86,6 +86,25 @@ def both(one: Hook, other: Hook) -> Hook:
     return hook
 
 
+def evaluated(run: RunConfig, *steps: int) -> Hook:
+    """There are results of `megagrow eval` for these steps when the run goes back."""
+    folder = run.output_dir / "evaluations"
+
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        target = megagrow.run.rewind_target
+
+        def going_back(*arguments: Any) -> Any:
+            if rank == 0:
+                folder.mkdir()
+                for step in steps:
+                    (folder / f"step-{step:09d}.json").touch()
+            return target(*arguments)
+
+        patch.setattr(megagrow.run, "rewind_target", going_back)
+
+    return hook
+
+
 def held(place: Any, name: str, reached: Path, when: Callable[..., bool]) -> Hook:
     """Stops both ranks for ever in place of a call."""
 
@@ -138,7 +157,9 @@ def test_goes_back_and_passes_over_the_window(
     tmp_path: Path, bad: tuple[int, ...], back_to: int, stage: int, parallel: dict[str, Any]
 ) -> None:
     run = grown_run(tmp_path, parallel, 2)
-    done = finish(start(run, spoilt(*bad)))
+    done = finish(start(run, both(spoilt(*bad), evaluated(run, back_to, back_to + 1))))
+    kept = [path.name for path in (run.output_dir / "evaluations").iterdir()]
+    assert kept == [f"step-{back_to:09d}.json"]
     failed = f"step {bad[-1]}: 3 steps in a row had a loss or a gradient that is not finite"
     assert f"step {bad[0]}: loss or gradient not finite, the step is skipped" in done.out[0]
     assert failed in done.out[0]
