@@ -25,12 +25,8 @@ if [[ ${1-} == --dry-run ]]; then dry_run=true && shift; fi
 
 say() { echo "slurm.sh: $*" >&2; }
 
-# Once more from the queue; but not where the user has cancelled the job.
+# Once more from the queue.
 requeue() {
-    if [[ $(scontrol show job "$SLURM_JOB_ID") != *JobState=RUNNING* ]]; then
-        say "job $SLURM_JOB_ID is being ended, so it is not requeued"
-        exit "$code"
-    fi
     say "$1: job $SLURM_JOB_ID goes back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
@@ -42,11 +38,13 @@ else
     hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     MASTER_ADDR=${hosts%%$'\n'*}
 fi
+# A port of this job's own: another one may be on the same hosts.
+MASTER_PORT=${MASTER_PORT:-$((29500 + ${SLURM_JOB_ID:-0} % 1000))}
 # A bad exit of one rank ends no other one at once: they say who is missing, and end within seconds.
 # When all leave after a signal, srun must not kill the last ones: it waits for a minute.
 # shellcheck disable=SC2016
 command=(srun --kill-on-bad-exit=0 --wait=60
-    env MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="${MASTER_PORT:-29500}" bash -c
+    env MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT" bash -c
     'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"' rank
     python -m megagrow train --stop-code 75 "$@")
 if $dry_run; then
@@ -58,6 +56,13 @@ fi
 trap : TERM USR1
 code=0
 "${command[@]}" || code=$?
+
+# A job that its user cancels, or SLURM preempts or takes off a lost host, is COMPLETING by now: SLURM
+# itself requeues the latter two. SIGNALING: it has not heard yet that the warning has come.
+if [[ $code != 0 && $(scontrol show job "$SLURM_JOB_ID") != *JobState=@(RUNNING|SIGNALING)* ]]; then
+    say "job $SLURM_JOB_ID is being ended from outside: SLURM knows whether it comes again"
+    exit "$code"
+fi
 
 failures=megagrow-$SLURM_JOB_ID.failures
 case $code in

@@ -25,7 +25,8 @@ def slurm(
     return done.returncode, done.stderr, asked
 
 
-REQUEUED = ["scontrol show job 12", "scontrol requeue 12"]
+LOOKED = ["scontrol show job 12"]
+REQUEUED = [*LOOKED, "scontrol requeue 12"]
 
 
 def test_slurm_starts_each_rank_with_what_it_must_know(
@@ -35,8 +36,8 @@ def test_slurm_starts_each_rank_with_what_it_must_know(
     words = "-m megagrow train --stop-code 75 run.yaml --set a=1"
     assert Path(cluster["LOG"]).read_text().splitlines()[1:] == [
         "srun --kill-on-bad-exit=0 --wait=60",
-        f"rank 0 of 2, local 0, at node7:29500: {words}",
-        f"rank 1 of 2, local 1, at node7:29500: {words}",
+        f"rank 0 of 2, local 0, at node7:29512: {words}",
+        f"rank 1 of 2, local 1, at node7:29512: {words}",
     ]
 
 
@@ -54,7 +55,7 @@ def test_slurm_requeues_after_a_stop_as_often_as_it_takes(
 def test_slurm_does_not_requeue_what_would_come_again(
     cluster: dict[str, str], tmp_path: Path, code: int
 ) -> None:
-    assert slurm(cluster, tmp_path, f"{code} {code}") == (code, "", [])
+    assert slurm(cluster, tmp_path, f"{code} {code}") == (code, "", LOOKED)
 
 
 def test_slurm_requeues_after_a_lost_rank_a_few_times(
@@ -65,7 +66,7 @@ def test_slurm_requeues_after_a_lost_rank_a_few_times(
         assert (code, asked) == (0, REQUEUED), said
     assert slurm(cluster, tmp_path, "75 75", MAX_FAILURES="2")[2] == REQUEUED, "a stop is none"
     code, said, asked = slurm(cluster, tmp_path, "5 5", MAX_FAILURES="2")
-    assert (code, asked) == (5, [])
+    assert (code, asked) == (5, LOOKED)
     assert "exit code 5, after 2 failures: see megagrow-12.failures" in said
     noted = (tmp_path / "megagrow-12.failures").read_text().splitlines()
     assert [line.split(" ", 1)[1] for line in noted] == [
@@ -73,7 +74,23 @@ def test_slurm_requeues_after_a_lost_rank_a_few_times(
     ]
 
 
-def test_slurm_leaves_a_cancelled_job_alone(cluster: dict[str, str], tmp_path: Path) -> None:
-    code, said, asked = slurm(cluster, tmp_path, "75 75", STATE="CANCELLED")
-    assert (code, asked) == (75, REQUEUED[:1])
-    assert "is being ended" in said
+@pytest.mark.parametrize("codes", ["75 75", "143 143", "4 4"])
+def test_slurm_leaves_a_job_alone_that_is_being_ended(
+    cluster: dict[str, str], tmp_path: Path, codes: str
+) -> None:
+    # By scancel, a preemption, `scontrol requeue` or a lost host, SLURM 22.05 has said COMPLETING.
+    code, said, asked = slurm(cluster, tmp_path, codes, STATE="COMPLETING")
+    assert (f"{code} {code}", asked) == (codes, LOOKED)
+    assert "job 12 is being ended" in said
+    assert not list(tmp_path.glob("*.failures"))
+
+
+def test_slurm_requeues_while_the_warning_is_still_on_its_way(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    assert slurm(cluster, tmp_path, "75 75", STATE="SIGNALING")[2] == REQUEUED
+
+
+def test_slurm_takes_the_port_that_it_is_given(cluster: dict[str, str], tmp_path: Path) -> None:
+    assert slurm(cluster, tmp_path, "0 0", MASTER_PORT="4000")[0] == 0
+    assert "at node7:4000: " in Path(cluster["LOG"]).read_text()
