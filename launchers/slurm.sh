@@ -42,8 +42,10 @@ fi
 MASTER_PORT=${MASTER_PORT:-$((29500 + ${SLURM_JOB_ID:-0} % 1000))}
 # A bad exit of one rank ends no other one at once: they say who is missing, and end within seconds.
 # When all leave after a signal, srun must not kill the last ones: it waits for a minute.
+# From 22.05 on srun does not know by itself what sbatch was told of CPUs.
 # shellcheck disable=SC2016
 command=(srun --kill-on-bad-exit=0 --wait=60
+    ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"}
     env MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT" bash -c
     'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"' rank
     python -m megagrow train --stop-code 75 "$@")
@@ -57,8 +59,8 @@ trap : TERM USR1
 code=0
 "${command[@]}" || code=$?
 
-# A job that its user cancels, or SLURM preempts or takes off a lost host, is COMPLETING by now: SLURM
-# itself requeues the latter two. SIGNALING: it has not heard yet that the warning has come.
+# A job that its user cancels, or that SLURM preempts or takes off a lost host, is COMPLETING now;
+# SLURM requeues the latter two by itself. SIGNALING: the warning may still be on its way.
 if [[ $code != 0 && $(scontrol show job "$SLURM_JOB_ID") != *JobState=@(RUNNING|SIGNALING)* ]]; then
     say "job $SLURM_JOB_ID is being ended from outside: SLURM knows whether it comes again"
     exit "$code"

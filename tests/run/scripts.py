@@ -15,8 +15,9 @@ FAKES = {
     """,
     # Two tasks, one after the other; as the real one it ends with the highest code.
     "srun": """
-        echo "srun $1 $2" >>"$LOG"
-        shift 2
+        words=srun
+        while [[ $1 == --* ]]; do words+=" $1" && shift; done
+        echo "$words" >>"$LOG"
         worst=0
         for task in 0 1; do
             SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NTASKS=2 "$@" || code=$?

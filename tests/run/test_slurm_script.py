@@ -91,6 +91,15 @@ def test_slurm_requeues_while_the_warning_is_still_on_its_way(
     assert slurm(cluster, tmp_path, "75 75", STATE="SIGNALING")[2] == REQUEUED
 
 
+def test_slurm_tells_srun_how_many_cpus_a_rank_has(cluster: dict[str, str], tmp_path: Path) -> None:
+    # srun 22.05 does not look at SLURM_CPUS_PER_TASK, which sbatch sets.
+    assert slurm(cluster, tmp_path, "0 0", SLURM_CPUS_PER_TASK="12")[0] == 0
+    assert (
+        "srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task=12\n"
+        in Path(cluster["LOG"]).read_text()
+    )
+
+
 def test_slurm_takes_the_port_that_it_is_given(cluster: dict[str, str], tmp_path: Path) -> None:
     assert slurm(cluster, tmp_path, "0 0", MASTER_PORT="4000")[0] == 0
     assert "at node7:4000: " in Path(cluster["LOG"]).read_text()
