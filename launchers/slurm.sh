@@ -7,10 +7,11 @@
 # SLURM, one task for each GPU; goes back into the queue by itself until the run is done.
 #   sbatch --nodes N launchers/slurm.sh RUN.yaml [--set KEY=VALUE ...]
 #   launchers/slurm.sh --dry-run RUN.yaml [...]     prints the command and starts nothing
-# A warning 5 minutes before the end of the job's time (USR1), or a preemption (TERM), lets the run
-# save a checkpoint and leave. Then the job is requeued, and goes on from there. srun starts the
-# ranks itself, without torchrun: so the signal reaches them, and nobody ends them before they have
-# saved. By exit code (docs/guards.md):
+# A warning 5 minutes before the end of the job's time (USR1) lets the run save a checkpoint and
+# leave; so does a preemption (TERM), if a step and a save fit into SLURM's KillWait (often 30 s).
+# Then the job is requeued, and goes on from there. srun starts the ranks itself, without torchrun:
+# so the signal reaches them, and nobody ends them before they have saved. By exit code
+# (docs/guards.md):
 #   0          done
 #   75         stopped by a signal: requeued, as often as it takes
 #   1, 2, 3    a bug, a mistake in the input, diverged: not requeued, it would come again
