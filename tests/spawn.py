@@ -18,18 +18,25 @@ import megagrow.run  # noqa: F401  (everything that a rank imports, once for all
 # Forked ranks share the parent's imports, which cost most of a start. The parent must then not
 # have started OpenMP threads: conftest.py holds every process of the tests to one.
 _FORK = multiprocessing.get_context("fork")
+# A fork of a process that has imported the same, and done nothing else: for tests that measure.
+_FRESH = multiprocessing.get_context("forkserver")
+_FRESH.set_forkserver_preload(["tests.spawn"])
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list:
+def run_ranks(
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 240, fresh: bool = False
+) -> list:
     """function(*args) on each of `world` ranks, its process group made; results by rank.
 
-    A rank that fails or hangs ends all of them and fails the test with its traceback.
+    With `fresh` the ranks inherit nothing of the tests that ran before. A rank that fails or hangs
+    ends all of them and fails the test with its traceback.
     """
-    results = _FORK.Queue()
+    context: Any = _FRESH if fresh else _FORK
+    results = context.Queue()
     port = free_port()
     gc.freeze()  # a collection in a rank would copy every page that it shares with the parent
     ranks = [
-        _FORK.Process(target=_run, args=(rank, world, port, results, function, args))
+        context.Process(target=_run, args=(rank, world, port, results, function, args))
         for rank in range(world)
     ]
     for process in ranks:

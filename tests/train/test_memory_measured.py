@@ -112,7 +112,7 @@ def run_of(tmp: Path, model: dict[str, Any], case: str) -> RunConfig:
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_planned_is_what_is_measured(tmp_path: Path, case: str) -> None:
     run, world = run_of(tmp_path, WIDE, case), CASES[case][0]
-    measured = max(run_ranks(world, peak_of, run_of(tmp_path, MODEST, case), run))
+    measured = max(run_ranks(world, peak_of, run_of(tmp_path, MODEST, case), run, fresh=True))
     planned = stage_memory(run.stages[0], world, LENGTH, bf16=False, on_cpu=True).training
     print(
         f"\n| {case} | {planned / MIB:.0f} | {measured / MIB:.0f} | {planned / measured - 1:+.1%} |"
