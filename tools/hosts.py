@@ -19,6 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("ip", "tc", "unshare", "nsenter")
 DEVICE = "eth0"
 """What the cable is called on each host."""
+NETWORK = f"GLOO_SOCKET_IFNAME={DEVICE}"
+"""What gloo has to be told: it would else take the device that the host's name leads to, which on
+many systems is the loopback device."""
 MTU = 9000
 """Bytes of a frame, as on most clusters."""
 SENT_COLUMN = 8
@@ -64,13 +67,9 @@ class Host:
     first: int
 
     def words(self, command: tuple[object, ...]) -> list[str]:
-        """The command that runs a command on this host, in the root of the repository.
-
-        gloo has to be told the device, since it would else take the one that the host's name
-        leads to, which on many systems is the loopback device.
-        """
+        """The command that runs a command on this host, in the root of the repository."""
         enter = ["nsenter", "-t", str(self.first), "-n", "-u", "-i", "-m", "-p", "--"]
-        setting = ["env", f"--chdir={ROOT}", f"GLOO_SOCKET_IFNAME={DEVICE}"]
+        setting = ["env", f"--chdir={ROOT}", NETWORK]
         return [*enter, *setting, *map(str, command)]
 
     def start(self, *command: object, **options: Any) -> subprocess.Popen[str]:

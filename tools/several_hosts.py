@@ -109,9 +109,7 @@ class Story:
         apart = furthest(found, self._expected)
         check(apart <= TOLERANCE, f"losses of {STEPS} steps: at most {apart:.1e} apart (relative)")
 
-    def lost(
-        self, job: Job, hosts: Hosts, victim: Host, step: int, words: str, code: int = 4
-    ) -> None:
+    def lost(self, job: Job, hosts: Hosts, victim: Host, step: int, words: str) -> None:
         """A host loses its link in a step; the others say so in these words, all ends."""
         job.wait_for_step(step)
         print(f"(step {step} was seen: the link of {victim.name} goes down)", flush=True)
@@ -121,8 +119,9 @@ class Story:
         others = {name: lines for name, lines in ended.said.items() if name != victim.name}
         errors = [line for lines in others.values() for line in lines if "error: " in line]
         check(bool(errors) and all(words in line for line in errors), f'"{words}" is told')
+        code, more = (SSH_LOST, SSH_REACTION) if job.by_ssh else (4, 0.0)
         check(set(ended.codes.values()) == {code}, f"exit codes {ended.codes}")
-        within = HANG_TIMEOUT + REACTION + (SSH_REACTION if job.by_ssh else 0)
+        within = HANG_TIMEOUT + REACTION + more
         check(
             ended.seconds < within, f"all ended in {ended.seconds:.1f} s (timeout {HANG_TIMEOUT})"
         )
@@ -156,7 +155,7 @@ def check(held: bool, what: str) -> None:
 def nothing_left(hosts: Hosts, within: float = 0.0) -> None:
     """No rank and no launcher runs on any host, after so many seconds."""
     until = time.monotonic() + within
-    while left := {host.name: running(host) for host in hosts.hosts if running(host)}:
+    while left := {host.name: words for host in hosts.hosts if (words := running(host))}:
         if time.monotonic() > until:
             break
         time.sleep(0.2)
@@ -228,7 +227,7 @@ def by_ssh(story: Story, folder: Path) -> None:
         doors = hosts_ssh.open_doors(hosts.hosts, folder)
         job = story.start("by-ssh", [first, second], 2, doors=doors)
         words = "host host1 (ranks 2, 3) gives no sign of life: it is down or off the network"
-        story.lost(job, hosts, second, BASE_STEPS - 6, words, code=SSH_LOST)
+        story.lost(job, hosts, second, BASE_STEPS - 6, words)
         hosts.mend(second)
         job = story.start("by-ssh", [first, second], 2, doors=doors)
         story.stopped(job, hosts, BASE_STEPS + 4)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from tools.fault_injection_run import LENGTH, MODEL, look
-from tools.hosts import DEVICE, Host
+from tools.hosts import NETWORK, Host
 
 BASE_STEPS, STEPS, INTERVAL = 12, 40, 5
 BATCH = 12
@@ -99,7 +99,7 @@ class Job:
     def _over_ssh(self, doors: Path) -> list[object]:
         """The launcher of all hosts; what the ranks need of its environment stands in a file."""
         own = self.output.with_suffix(".deepspeed_env")
-        lines = [f"{line}\n" for line in (*ALONE, f"GLOO_SOCKET_IFNAME={DEVICE}")]
+        lines = [f"{line}\n" for line in (*ALONE, NETWORK)]
         own.write_text("".join(lines), encoding="ascii")
         programs = Path(sys.executable).parent
         begin = f'PATH={doors}:{programs}:$PATH exec bash launchers/deepspeed.sh "$@"'

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
 from megagrow.train import directory_lock
 from megagrow.train.directory_lock import NAME, DirectoryLock
@@ -84,7 +85,7 @@ def test_a_file_system_without_locks_is_told_of(
     assert line.startswith(f"warning: {tmp_path}: no locks on this file system")
 
 
-def endless(folder: Path) -> Any:
+def endless(folder: Path) -> RunConfig:
     stages = [{"tokens": ENDLESS * STEP_TOKENS}]
     return make_run(folder, stages, output_dir=folder / "out", checkpoint={"interval": ENDLESS})
 

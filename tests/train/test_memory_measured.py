@@ -57,8 +57,7 @@ CASES = {
 
 
 def resident(field: str) -> int:
-    """Bytes, by the system's account of this process: VmRSS now, of which RssFile are pages of
-    files, VmHWM at its highest."""
+    """Bytes, by the system's account of this process: VmRSS now, VmHWM at its highest."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return 1024 * int(line.split()[1])
@@ -85,13 +84,11 @@ def peak_of(small: RunConfig, run: RunConfig) -> int:
     assert libc.mallopt(m_mmap_threshold, 64 * 1024) == 1
     gc.freeze()  # what came with the fork stays shared: a collection would copy it
     train(small)  # the libraries' own memory is not what is measured
-    gc.collect()
     libc.malloc_trim(0)  # free memory that the fork brought would be used and not be counted
-    before, mapped = resident("VmRSS"), resident("RssFile")
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
     train(run)
-    # Pages of libraries come and go with the system's cache of files: nobody plans them.
-    return resident("VmHWM") - before - (resident("RssFile") - mapped)
+    return resident("VmHWM") - before
 
 
 def run_of(tmp: Path, model: dict[str, Any], case: str) -> RunConfig:
