@@ -3,7 +3,7 @@
 #   launchers/ranks.sh [--dry-run] N HOSTS HOST_RANK FIRST_HOST RUN.yaml [--set KEY=VALUE ...]
 # N processes on each of HOSTS hosts; this is number HOST_RANK, counted from 0; number 0 is reached
 # as FIRST_HOST, on MASTER_PORT (29500). Without torchrun between them a signal reaches the ranks,
-# and nobody ends them before they have saved. The exit code is that of docs/guards.md: where ranks
+# and nobody ends them before they have saved. The exit code is that of docs/guides/fault-tolerance.md: where ranks
 # differ the lowest, which is the cause (1 a bug, 5 its witnesses); 75 says that a signal stopped
 # the run before its end.
 # --dry-run prints the command of each rank and starts nothing.

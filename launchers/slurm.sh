@@ -11,7 +11,7 @@
 # leave; so does a preemption (TERM), if a step and a save fit into SLURM's KillWait (often 30 s).
 # Then the job is requeued, and goes on from there. srun starts the ranks itself, without torchrun:
 # so the signal reaches them, and nobody ends them before they have saved. By exit code
-# (docs/guards.md):
+# (docs/guides/fault-tolerance.md):
 #   0          done
 #   75         stopped by a signal: requeued, as often as it takes
 #   1, 2, 3    a bug, a mistake in the input, diverged: not requeued, it would come again

@@ -1,4 +1,4 @@
-"""The command line's `megagrow fit`: guidelines from one's own runs (docs/fits.md)."""
+"""The command line's `megagrow fit`: guidelines from one's own runs (docs/guides/fits.md)."""
 
 import json
 import sys

@@ -17,7 +17,7 @@ class InputError(Exception):
 
 
 class RunError(Exception):
-    """A run cannot go on, through no mistake in what it was given (docs/guards.md).
+    """A run cannot go on, through no mistake in what it was given (docs/guides/fault-tolerance.md).
 
     The message is one line, as that of an InputError; the exit code is that of the class.
     """

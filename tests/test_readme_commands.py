@@ -30,7 +30,7 @@ from tests.reshard.definition import random_state
 from tests.reshard.models import layout_of
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 NOT_HERE = {
     "make demo": "takes six minutes; test_demo.py looks at what it runs",

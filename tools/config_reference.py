@@ -1,4 +1,4 @@
-"""Writes the tables of docs/configuration.md: every key of a run file, out of its models.
+"""Writes the tables of docs/reference/configuration.md: every key of a run file, out of its models.
 
 python tools/config_reference.py          writes them
 python tools/config_reference.py --check  ends with 1 if they are not current
@@ -29,7 +29,7 @@ from megagrow.config.schema import RunConfig, StageConfig  # noqa: E402
 from megagrow.config.section import Section  # noqa: E402
 from megagrow.config.sizes import format_count, parse_count  # noqa: E402
 
-PAGE = ROOT / "docs/configuration.md"
+PAGE = ROOT / "docs/reference/configuration.md"
 BEGIN, END = "<!-- keys: tools/config_reference.py -->", "<!-- end of the keys -->"
 
 MADE = {"stages": "one, of the keys above", "tokens": "from other keys"}
@@ -260,7 +260,7 @@ def main() -> int:
     if parser.parse_args().check:
         if page == current:
             return 0
-        print("docs/configuration.md is not current: python tools/config_reference.py")
+        print("docs/reference/configuration.md is not current: python tools/config_reference.py")
         return 1
     PAGE.write_text(current, encoding="utf-8")
     return 0

@@ -1,4 +1,4 @@
-"""Measures every growth operator and writes the table of docs/operators.md.
+"""Measures every growth operator and writes the table of docs/reference/operators.md.
 
     python tools/operator_table.py
 
@@ -39,7 +39,7 @@ from tests.runs import STEP_TOKENS, make_run  # noqa: E402
 from tests.spawn import run_ranks  # noqa: E402
 from tests.train.test_layouts import start  # noqa: E402
 
-PAGE = ROOT / "docs" / "operators.md"
+PAGE = ROOT / "docs/reference/operators.md"
 BEGIN, END = "<!-- table: written by tools/operator_table.py -->\n", "<!-- end of table -->\n"
 WORLD, BASE_STEPS = 4, 4
 PARALLEL = {"zero_stage": 3, "tensor_model_parallel_size": 2}

@@ -1,4 +1,4 @@
-"""Writes docs/paper-results.md from megagrow/analysis/paper_results.json.
+"""Writes docs/results/paper-results.md from megagrow/analysis/paper_results.json.
 
 python tools/paper_results.py
 """
@@ -12,4 +12,4 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from megagrow.analysis.paper import paper_markdown, read_paper  # noqa: E402
 
 if __name__ == "__main__":
-    (ROOT / "docs/paper-results.md").write_text(paper_markdown(read_paper()), encoding="utf-8")
+    (ROOT / "docs/results/paper-results.md").write_text(paper_markdown(read_paper()), encoding="utf-8")

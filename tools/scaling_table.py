@@ -1,4 +1,4 @@
-"""Writes the tables of docs/scaling.md: every published throughput beside what the model gives.
+"""Writes the tables of docs/results/scaling.md: every published throughput beside what the model gives.
 
 python tools/scaling_table.py          writes them
 python tools/scaling_table.py --check  ends with 1 if they are not current
@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from megagrow.planning.published import Published, published_rows, published_sources  # noqa: E402
 
-PAGE = ROOT / "docs/scaling.md"
+PAGE = ROOT / "docs/results/scaling.md"
 BEGIN, END = "<!-- tables: tools/scaling_table.py -->", "<!-- end of the tables -->"
 ROLES = ("set", "held out", "fresh")
 GOAL = 0.15
@@ -130,7 +130,7 @@ def main() -> int:
     if parser.parse_args().check:
         if page == current:
             return 0
-        print("docs/scaling.md is not current: python tools/scaling_table.py", file=sys.stderr)
+        print("docs/results/scaling.md is not current: python tools/scaling_table.py", file=sys.stderr)
         return 1
     PAGE.write_text(current, encoding="utf-8")
     return 0

@@ -4,7 +4,7 @@
 
 The hosts are made of Linux namespaces (hosts.py): needs root. Everything that the jobs print stands
 in the log, and so does what was checked; the exit code is 1 if a check fails. See --help and
-docs/several-hosts.md.
+docs/results/several-hosts.md.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """The results that the paper prints, and runs of ours beside them.
 
 Du et al., "Stacking Your Transformers", NeurIPS 2024, arXiv 2405.15319. paper_results.json holds
-the numbers with the table or figure that each is from; docs/paper-results.md is written from it:
+the numbers with the table or figure that each is from; docs/results/paper-results.md is written from it:
 
     python tools/paper_results.py
 """

@@ -18,7 +18,7 @@ class LossSpikeConfig(Section):
 
 
 class GuardsConfig(Section):
-    """Steps that are not finite, loss spikes, and ranks that hang (docs/guards.md)."""
+    """Steps that are not finite, loss spikes, and ranks that hang (docs/guides/fault-tolerance.md)."""
 
     max_skipped_steps: Count = 3
     """After so many steps in a row whose loss or gradient is not finite the run rewinds."""

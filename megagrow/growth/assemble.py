@@ -30,7 +30,7 @@ class Growing:
 
 
 def assemble(growing: Growing) -> GrowthMap:
-    """The map of a growth in depth and width at once; both commute (docs/operators.md)."""
+    """The map of a growth in depth and width at once; both commute (docs/reference/operators.md)."""
     weights: dict[str, tuple[Term, ...]] = {}
     moments: dict[str, tuple[Term, ...]] = {}
     fills: dict[str, tuple[Fill, ...]] = {}
@@ -183,7 +183,7 @@ def _fresh(growing: Growing, spec: ParamSpec, layer: Layer | None) -> Fresh:
 
 def _param_scales(growing: Growing) -> dict[str, ParamScale]:
     """k_in and k_out of every parameter, if the growth is by even copies in width alone, so that
-    the grown model can follow the source exactly (docs/operators.md); else nothing."""
+    the grown model can follow the source exactly (docs/reference/operators.md); else nothing."""
     plan = parameter_plan(growing.target, tp=1)
     width = growing.width
     parted = width.block_diagonal or width.next_layer or width.noise > 0

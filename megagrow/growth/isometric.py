@@ -1,4 +1,4 @@
-"""Isometric growth of the residual stream: x' = Q x with Q^T Q = I (docs/operators.md). Exact.
+"""Isometric growth of the residual stream: x' = Q x with Q^T Q = I (docs/reference/operators.md). Exact.
 
 Any new width, no copies and no dead coordinates: every coordinate of the new stream mixes all old
 ones. The gains of the norms are folded into the matrices that read them, since they do not commute

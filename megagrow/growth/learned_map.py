@@ -16,7 +16,7 @@ def learned_map(learned: Learned) -> GrowthMap:
 
     Moments follow by policy. With `transport` those of a layer come from the layer that it stood
     for at the start, if it was not a new one, along each axis by the law of lifts with the learned
-    matrices: gradients are (B^+)^T g A^+ (docs/operators.md).
+    matrices: gradients are (B^+)^T g A^+ (docs/reference/operators.md).
     """
     growing = learned.growing
     weights: dict[str, tuple[Term, ...]] = {}

@@ -85,7 +85,7 @@ def copied(size: int, grown: int, order: str = "interleaved") -> Lift:
     """Every entry is repeated, as evenly as the sizes allow, and shared out evenly.
 
     `interleaved` puts copies side by side, so that tensor-parallel slices grow in place
-    (docs/operators.md); `tiled` repeats the wire as a whole.
+    (docs/reference/operators.md); `tiled` repeats the wire as a whole.
     """
     positions = np.arange(grown)
     index = positions * size // grown if order == "interleaved" else positions % size
@@ -122,7 +122,7 @@ def padded(size: int, grown: int, random_out: bool, random_in: bool) -> Lift:
 
 def copied_then_padded(size: int, grown: int) -> Lift:
     """As many whole copies as fit, then entries that stay zero and are consumed at random
-    (LEMON's fan-out with a zero residue, which RMSNorm needs: docs/operators.md)."""
+    (LEMON's fan-out with a zero residue, which RMSNorm needs: docs/reference/operators.md)."""
     whole = grown - grown % size
     index = np.concatenate([np.arange(whole) % size, np.full(grown % size, -1)])
     return replace(evenly(size, index), random_in=True)

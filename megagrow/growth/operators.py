@@ -40,7 +40,7 @@ OPERATORS: dict[OperatorName, Operator] = {
     "direct_depth": Operator(
         "Gstack: Du et al. 2024; StackingBERT: Gong et al. 2019",
         depth.direct_depth,
-        state="asymmetric",  # docs/optimizer-states.md
+        state="asymmetric",  # docs/results/optimizer-states.md
     ),
     "direct_width": Operator("Du et al. 2024; Net2Net, bert2BERT", wider=width.direct_width),
     "learn_depth": Operator(

@@ -1,7 +1,7 @@
 """Which wires each tensor of the model stands between: the one table of the algebra.
 
 A tensor produces the wire of its rows and consumes the wire of its columns; the embedding produces
-both, and a norm's gain scales the residual stream (docs/operators.md).
+both, and a norm's gain scales the residual stream (docs/reference/operators.md).
 """
 
 from typing import Literal, NamedTuple
@@ -51,7 +51,7 @@ def strands(spec: ParamSpec, tied: bool) -> tuple[Strand, Strand | None]:
     """What the rows and the columns of a parameter are; columns of a vector are nothing.
 
     With a tied head the embedding's columns are consumed as well, as they are: then the gain of
-    the final norm has to share out what they repeat (docs/operators.md, fix A).
+    the final norm has to share out what they repeat (docs/reference/operators.md, fix A).
     """
     rows, cols = _TENSORS[leaf(spec)]
     if tied and spec.name == "model.norm.weight":

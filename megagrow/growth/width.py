@@ -2,7 +2,7 @@
 
 Du et al. 2024, appendix A.3 to A.6, with what makes them exact under RMSNorm, RoPE and grouped
 queries: whole key/value groups grow, heads keep their width, and the gain and eps of the norms
-follow the residual stream (docs/operators.md).
+follow the residual stream (docs/reference/operators.md).
 """
 
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def model_wires(
 ) -> dict[Wire, Lift]:
     """Lifts of all wires, from one for the residual stream and one for groups and feed-forward.
 
-    A group is one key/value head with its query heads: it grows as a whole (docs/operators.md).
+    A group is one key/value head with its query heads: it grows as a whole (docs/reference/operators.md).
     """
     groups = _lift(inner, source.num_key_value_heads, target.num_key_value_heads)
     heads, head = source.num_attention_heads // source.num_key_value_heads, source.head_dim

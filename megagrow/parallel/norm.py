@@ -1,7 +1,7 @@
 """The global gradient norm in which each optimizer group has a weight.
 
 norm^2 = sum over groups of weight * |g|^2: reported, and clipped by. With the weights k_out / k_in
-a grown model's norm is that of its source (docs/operators.md). A parameter that every
+a grown model's norm is that of its source (docs/reference/operators.md). A parameter that every
 tensor-parallel rank has whole is counted once.
 
 DeepSpeed's optimizers have no such weights. Each is given them on its instance, at the one method

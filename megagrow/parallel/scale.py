@@ -6,7 +6,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class ParamScale:
     """Factors on one parameter's hyper-parameters with which a grown model follows its source
-    exactly (docs/operators.md: lr / k_in, weight decay * k_in, eps / k_out)."""
+    exactly (docs/reference/operators.md: lr / k_in, weight decay * k_in, eps / k_out)."""
 
     lr: float = 1.0
     weight_decay: float = 1.0

@@ -50,7 +50,7 @@ def prediction_lines(prediction: RunPrediction) -> Iterator[str]:
         f"Predicted for {cluster.nodes:,} x {cluster.gpus_per_node} {cluster.gpu.name}: "
         f"{card.hbm / 1e9:,.0f} GB/s of memory, {card.nvlink / 1e9:,.0f} GB/s to other cards of "
         f"the node, {card.nic / 1e9:,.0f} GB/s to other nodes, each card and direction. What that "
-        "is worth: docs/scaling.md."
+        "is worth: docs/results/scaling.md."
     )
 
 

@@ -14,12 +14,12 @@ from megagrow.train.flops import flops_per_token
 
 PUE = 1.2
 """Assumed: energy of the data centre over that of its computers. Large operators report averages of
-1.08 to 1.18, all data centres have 1.54 to 1.59 (docs/planning.md, with the sources)."""
+1.08 to 1.18, all data centres have 1.54 to 1.59 (docs/guides/planning.md, with the sources)."""
 
 KG_CO2_PER_KWH = 0.48
 """Assumed: the world's average of 2023, of all greenhouse gases as CO2, over the life of fuel and
 plant (Ember, Global Electricity Review 2024: 480 g). CO2 of power stations alone was 0.445 in 2024
-(IEA, https://www.iea.org/reports/electricity-2025/emissions; more in docs/planning.md)."""
+(IEA, https://www.iea.org/reports/electricity-2025/emissions; more in docs/guides/planning.md)."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from megagrow.planning.step_time import StepTime, step_time
 
 USABLE = 0.92
 """Of a card's memory, what a layout may plan with: the rest is the driver's, NCCL's, and lost
-between the allocator's blocks (`docs/planning.md`: 5 of 80 GB before a tensor is there)."""
+between the allocator's blocks (`docs/guides/planning.md`: 5 of 80 GB before a tensor is there)."""
 
 MOST_SEQUENCES = 64
 """Of a micro batch: more make no product faster."""

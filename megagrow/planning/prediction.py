@@ -64,7 +64,7 @@ def predicted_pace(plan: RunPlan, prediction: RunPrediction) -> Pace:
     flops = sum(stage.flops_true for stage in plan.stages)
     return Pace(
         flops / prediction.seconds,
-        "as predicted for the cluster, one mean for all stages (docs/scaling.md)",
+        "as predicted for the cluster, one mean for all stages (docs/results/scaling.md)",
     )
 
 

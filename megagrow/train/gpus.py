@@ -1,6 +1,6 @@
 """What a GPU has, by its datasheet: what it computes, its memory, and its power.
 
-docs/planning.md says for each figure where it was read, and which of them no source could be found
+docs/guides/planning.md says for each figure where it was read, and which of them no source could be found
 for. Links, and what else only a predicted step needs, stand in planning/cluster.py.
 """
 

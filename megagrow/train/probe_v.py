@@ -1,7 +1,7 @@
 """Adam's second moment, measured: the `probe_v` policy for entries that have no history.
 
 With exp_avg_sq at zero the first updates of new entries would be too large where beta2 is near 1
-(docs/operators.md). What Adam would have gathered is measured instead, by steps that change no
+(docs/reference/operators.md). What Adam would have gathered is measured instead, by steps that change no
 weight.
 """
 

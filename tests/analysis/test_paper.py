@@ -21,7 +21,7 @@ TABLES = {table.title: table for table in PAPER.tables}
 
 
 def test_document_is_written_from_the_data() -> None:
-    written = (ROOT / "docs/paper-results.md").read_text(encoding="utf-8")
+    written = (ROOT / "docs/results/paper-results.md").read_text(encoding="utf-8")
     assert written == paper_markdown(PAPER), "run: python tools/paper_results.py"
 
 

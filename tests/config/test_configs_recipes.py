@@ -1,4 +1,4 @@
-"""docs/recipes.md names files that are there, and figures that the planner gives."""
+"""docs/guides/recipes.md names files that are there, and figures that the planner gives."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from megagrow.planning.request import PlanRequest, answer
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs/guides/recipes.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `([\w.-]+)` \| (.*?) \| `([\w.-]+)` \| (.*?) \| (.*?) \|$", TEXT, re.M)
 
 

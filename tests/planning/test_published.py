@@ -1,4 +1,4 @@
-"""The model of a step against throughputs that others published: as docs/scaling.md states them."""
+"""The model of a step against throughputs that others published: as docs/results/scaling.md states them."""
 
 import json
 from statistics import median

@@ -1,4 +1,4 @@
-"""docs/configuration.md: current, complete, and true of what a run file takes."""
+"""docs/reference/configuration.md: current, complete, and true of what a run file takes."""
 
 import re
 import subprocess
@@ -18,7 +18,7 @@ from megagrow.config.section import Section
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "config_reference.py"
-PAGE = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/reference/configuration.md").read_text(encoding="utf-8")
 
 ROW = re.compile(r"^\| `([\w.]+)` \| (.+?) \| (.+?) \| (.*) \|$", flags=re.MULTILINE)
 ROWS = {path: tuple(cells) for path, *cells in ROW.findall(PAGE)}
