@@ -1,5 +1,5 @@
 """`python -m megagrow` is the command line; the launchers start it so."""
 
-from megagrow.cli import main
+from megagrow.cli.app import main
 
 main()

@@ -7,14 +7,14 @@ from functools import partial
 import torch
 
 from megagrow.checkpoint.load import newest_checkpoint
-from megagrow.config.checks import world_problems
+from megagrow.config.growth_guidelines import timing_warnings
 from megagrow.config.schema import RunConfig
-from megagrow.config.timing import timing_warnings
+from megagrow.config.validation import world_problems
 from megagrow.errors import InputError
-from megagrow.evaluation.during import Evaluation, open_evaluation
-from megagrow.evaluation.kept import forget_after
-from megagrow.growth.problems import growth_problems
-from megagrow.parallel.topology import (
+from megagrow.evaluation.evaluator import Evaluation, open_evaluation
+from megagrow.evaluation.results_store import forget_after
+from megagrow.growth.validation import growth_problems
+from megagrow.parallel.process_groups import (
     Launch,
     any_rank,
     first_host,
@@ -23,24 +23,24 @@ from megagrow.parallel.topology import (
     read_launch,
     together,
 )
-from megagrow.train.candidates import grow_best
-from megagrow.train.compare import Change, change, predictions
-from megagrow.train.directory_lock import lock_directory
-from megagrow.train.environment import describe_environment
-from megagrow.train.feed import Feed
-from megagrow.train.grow import end_stage
-from megagrow.train.inputs import Inputs, open_inputs
+from megagrow.train.checkpointer import Saving
+from megagrow.train.data_setup import Inputs, open_inputs
+from megagrow.train.fault_tolerance.run_lock import lock_directory
+from megagrow.train.fault_tolerance.signals import StopRequested, StopSignal
+from megagrow.train.fault_tolerance.watchdog import Watchdog, start_watchdog
+from megagrow.train.growth_event.cost import Feed
+from megagrow.train.growth_event.event import end_stage
+from megagrow.train.growth_event.function_check import Change, change, predictions
+from megagrow.train.growth_event.operator_search import grow_best
 from megagrow.train.kernels import check_kernels
 from megagrow.train.loop import StageEnd, StepDone, Stopped, advance
-from megagrow.train.recorder import Recorder
-from megagrow.train.rewind import begin, rewind_target
-from megagrow.train.saving import Saving
-from megagrow.train.signals import StopRequested, StopSignal
+from megagrow.train.reporting.environment import describe_environment
+from megagrow.train.reporting.run_logger import Recorder
+from megagrow.train.resume import begin, rewind_target
 from megagrow.train.stage import Stage, masks_now
-from megagrow.train.state import RunState
 from megagrow.train.step import mean_loss
+from megagrow.train.train_state import RunState
 from megagrow.train.warm_up import WarmUp
-from megagrow.train.watchdog import Watchdog, start_watchdog
 
 
 @dataclass(frozen=True)

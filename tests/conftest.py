@@ -15,7 +15,7 @@ _BEFORE = dict(os.environ)
 os.environ.update(_HIDDEN)
 
 if find_spec("triton") is not None:
-    from tests.interpreter import remember_builtins
+    from tests.helpers.interpreter import remember_builtins
 
     remember_builtins()
 

@@ -18,9 +18,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 ORDER = (
-    *("errors", "config", "model", "parallel", "data", "growth", "reshard", "checkpoint"),
-    *("train", "evaluation", "analysis", "fits", "planning", "doctor", "run"),
-    *("cli_checkpoint", "cli"),
+    *("errors", "common", "config", "model", "parallel", "data", "growth", "reshard"),
+    *("checkpoint", "formats", "train", "offline", "evaluation", "analysis", "fits"),
+    *("planning", "doctor", "run", "cli"),
 )
 """The folders and files of megagrow/: each may import those before it, never those after it."""
 
@@ -30,16 +30,16 @@ MEDIAN_FUNCTION, MOST_FUNCTIONS, MOST_SHARE = 12, 40, 0.9
 LINE_WIDTH = 100
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
-    ("code", "megagrow/checkpoint/torch_file.py: imports pickle.UnpicklingError"): (
+    ("code", "megagrow/formats/torch_file.py: imports pickle.UnpicklingError"): (
         "what torch.load(weights_only=True) raises of a file that would run code"
     ),
-    ("code", "megagrow/checkpoint/torch_writing.py: imports pickle"): (
+    ("code", "megagrow/formats/torch_writing.py: imports pickle"): (
         "it writes files that other programs' torch.load reads, and reads none"
     ),
-    ("environment", "tools/bench_training_turns.py: os.environ"): (
+    ("environment", "tools/benchmarks/training/turns.py: os.environ"): (
         "it is the launcher: it tells the ranks that it starts who they are"
     ),
-    ("environment", "tools/fault_injection_run.py: os.environ"): (
+    ("environment", "tools/faults/run.py: os.environ"): (
         "it is the launcher: it tells the ranks that it forks who they are"
     ),
 }
@@ -126,11 +126,9 @@ def hold(test: str, found: list[str]) -> None:
 
 
 def layer(module: str) -> str:
-    """The folder or file of megagrow/ that a module belongs to; the package itself is the top, as
-    are the parts of the command line, cli_*.py."""
+    """The folder or file of megagrow/ that a module belongs to; the package itself is the top."""
     parts = module.split(".")
-    found = parts[1] if len(parts) > 1 and parts[1] != "__main__" else "cli"
-    return "cli" if found.startswith("cli_") else found
+    return parts[1] if len(parts) > 1 and parts[1] != "__main__" else "cli"
 
 
 def test_imports_go_down_only() -> None:
@@ -170,7 +168,10 @@ def test_modules_of_a_folder_do_not_import_in_circles() -> None:
     ("package", "doors"),
     [
         ("megagrow_kernels", ("megagrow/model/ops.py",)),
-        ("deepspeed", ("megagrow/parallel/deepspeed_import.py", "megagrow/parallel/topology.py")),
+        (
+            "deepspeed",
+            ("megagrow/parallel/deepspeed_import.py", "megagrow/parallel/process_groups.py"),
+        ),
     ],
 )
 def test_one_door(package: str, doors: tuple[str, ...]) -> None:
@@ -201,7 +202,7 @@ def test_the_model_knows_one_device() -> None:
 
 
 def test_the_environment_is_read_in_one_place() -> None:
-    door = "megagrow/parallel/topology.py"
+    door = "megagrow/parallel/process_groups.py"
     environment = ("os.environ", "os.getenv", "os.putenv")
     found = [
         f"{name_of(path)}: {name}"

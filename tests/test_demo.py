@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.config.lengths import stage_tokens
+from megagrow.config.flops import paper_flops_per_token
 from megagrow.config.load import load_run
-from megagrow.config.parameters import paper_flops_per_token
+from megagrow.config.stage_length import stage_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -149,7 +149,7 @@ def test_the_wheel_brings_both_packages_and_no_kernels(unpacked: Path, tmp_path:
 
 def test_the_wheel_names_the_command_and_the_extras(unpacked: Path) -> None:
     (information,) = unpacked.glob("*.dist-info")
-    assert "megagrow = megagrow.cli:main" in (information / "entry_points.txt").read_text()
+    assert "megagrow = megagrow.cli.app:main" in (information / "entry_points.txt").read_text()
     metadata = importlib.metadata.PathDistribution(information).metadata
     assert metadata["Version"] == "0.1.0"
     assert metadata["License-Expression"] == "Apache-2.0"

@@ -11,7 +11,7 @@ Never run on a GPU yet, and so taken only where a row of tiles/attention_forward
     {"when": {"hopper": true}, "up_to": {}, "use": {"GENERATION": 2, "STAGES": 2}, "measured": null}
 as the first of architecture 90. What was checked: that it compiles for sm_90 as meant (registers,
 shared memory, instructions), and its results and its barriers in a model of Gluon on the CPU that
-executes these very functions (tests/kernels/gluon_model.py).
+executes these very functions (tests/helpers/kernels/gluon_model.py).
 """
 
 import torch

@@ -1,6 +1,6 @@
 """The tiles that kernels work in: a frozen table per op, and the pure function that reads it.
 
-A table is a file `tiles/OP.json`, written by `tools/tune_kernels.py` on a GPU and committed. It
+A table is a file `tiles/OP.json`, written by `tools/gpu/tune_kernels.py` on a GPU and committed. It
 maps a compute capability to rows that are tried in their order. A row holds `when` (features that
 have to be equal), `up_to` (features that may be at most so large), `use` (what the kernel is
 started with: its tile sizes, num_warps, num_stages) and `measured` (device, date and time, or

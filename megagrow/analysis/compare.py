@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megagrow.analysis.along import LossKind, loss_kind
 from megagrow.analysis.curves import RunCurves, load_run
 from megagrow.analysis.plots import plot_runs
 from megagrow.analysis.seeds import group_runs, match_groups
 from megagrow.analysis.speedup import Speedup, measure_speedup
+from megagrow.analysis.speedup_curve import LossKind, loss_kind
 from megagrow.errors import InputError
 
 PLOT = "loss_vs_flops.png"

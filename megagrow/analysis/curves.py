@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from megagrow.analysis.accounts import Account, Setting, charged, read_setting
-from megagrow.analysis.gauges import Gauges, Score, read_gauges, read_scores
+from megagrow.analysis.flop_accounting import Account, Setting, charged, read_setting
+from megagrow.analysis.run_metrics import Gauges, Score, read_gauges, read_scores
 from megagrow.analysis.speedup import LossCurve
 from megagrow.errors import InputError
-from megagrow.evaluation.kept import kept_files, read_kept
-from megagrow.train.metrics import METRICS_FILE, read_metrics
-from megagrow.train.trackers import Record
+from megagrow.evaluation.results_store import kept_files, read_kept
+from megagrow.train.reporting.metrics import METRICS_FILE, read_metrics
+from megagrow.train.reporting.writers import Record
 
 SMOOTHING = 0.05
 """Training losses are averaged over this share of the run's tokens."""

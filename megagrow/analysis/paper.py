@@ -1,9 +1,10 @@
 """The results that the paper prints, and runs of ours beside them.
 
 Du et al., "Stacking Your Transformers", NeurIPS 2024, arXiv 2405.15319. paper_results.json holds
-the numbers with the table or figure that each is from; docs/results/paper-results.md is written from it:
+the numbers with the table or figure that each is from; docs/results/paper-results.md is written
+from it:
 
-    python tools/paper_results.py
+    python tools/docs/paper_results.py
 """
 
 import json
@@ -25,7 +26,8 @@ HEAD = """# What the paper reports
 {paper}
 
 Numbers as they are printed there, for comparison; `megagrow report --against paper` puts runs
-beside them. Written from `megagrow/analysis/paper_results.json` by `python tools/paper_results.py`.
+beside them. Written from `megagrow/analysis/paper_results.json` by `python
+tools/docs/paper_results.py`.
 A speedup of 54.6% is 300 / 194 - 1 and means 35.3% fewer FLOPs. The paper's "1.1B" has 1.36B
 parameters, "3B" 2.40B, "7B" 5.93B, by its code. No number there has an error bar.
 """

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from megagrow.analysis.accounts import ACCOUNTS
-from megagrow.analysis.along import LEVELS, START
 from megagrow.analysis.curves import SMOOTHING
+from megagrow.analysis.flop_accounting import ACCOUNTS
 from megagrow.analysis.report_tables import Table
+from megagrow.analysis.speedup_curve import LEVELS, START
 
 TEMPLATE = "report.html"
 METHOD = (

@@ -9,9 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
-from megagrow.analysis.accounts import ACCOUNTS
 from megagrow.analysis.curves import RunCurves
-from megagrow.analysis.gauges import Gauge
+from megagrow.analysis.flop_accounting import ACCOUNTS
 from megagrow.analysis.plots import (
     Panel,
     draw_panel,
@@ -20,6 +19,7 @@ from megagrow.analysis.plots import (
     shown,
     token_format,
 )
+from megagrow.analysis.run_metrics import Gauge
 from megagrow.analysis.seeds import Matchup
 
 WIDTH, HEIGHT, DPI = 11.0, 4.4, 150

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megagrow.analysis.accounts import ACCOUNTS
-from megagrow.analysis.along import Level
 from megagrow.analysis.curves import RunCurves
+from megagrow.analysis.flop_accounting import ACCOUNTS
 from megagrow.analysis.seeds import Matchup
+from megagrow.analysis.speedup_curve import Level
 from megagrow.analysis.spikes import spikes
 
 

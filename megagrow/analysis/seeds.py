@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from megagrow.analysis.accounts import ACCOUNTS, Account
-from megagrow.analysis.along import Level, LossKind, loss_curve, loss_kind, speedup_along
 from megagrow.analysis.curves import RunCurves
+from megagrow.analysis.flop_accounting import ACCOUNTS, Account
+from megagrow.analysis.speedup_curve import Level, LossKind, loss_curve, loss_kind, speedup_along
 from megagrow.errors import InputError
 
 

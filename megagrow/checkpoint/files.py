@@ -1,6 +1,5 @@
 """The files of checkpoints: names, listing, and making sure that they are on the disk."""
 
-import os
 import re
 from pathlib import Path
 
@@ -33,12 +32,3 @@ def unfinished(directory: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The number of steps after which a checkpoint was saved."""
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a directory's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

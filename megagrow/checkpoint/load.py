@@ -8,17 +8,17 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from megagrow.checkpoint.checksums import problem_of
+from megagrow.checkpoint.discovery import first_whole
 from megagrow.checkpoint.files import list_checkpoints, shard_name
 from megagrow.checkpoint.manifest import Manifest, parse_manifest
-from megagrow.checkpoint.newest import first_whole
+from megagrow.common.checksums import problem_of
 from megagrow.errors import InputError
 from megagrow.growth.map import identity_map
-from megagrow.parallel.topology import on_first, together
-from megagrow.parallel.zero import Storage
+from megagrow.parallel.engine import Storage
+from megagrow.parallel.process_groups import on_first, together
+from megagrow.reshard.copy_ops import block_view, take, write_rows
+from megagrow.reshard.copy_plan import Copy, copies_to
 from megagrow.reshard.layout import Block, Layout
-from megagrow.reshard.move import block_view, take, write_rows
-from megagrow.reshard.plan import Copy, copies_to
 
 _NAMED = 3
 """So many damaged files of one checkpoint are named, the others counted."""

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.checksums import FileRecord, Files, check_file, check_size, text_checksum
-from megagrow.checkpoint.files import sync
+from megagrow.common.checksums import FileRecord, Files, check_file, check_size, text_checksum
+from megagrow.common.file_io import sync
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
-from megagrow.parallel.plan import parameter_plan
+from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Layout
 
 MANIFEST_FILE = "manifest.json"

@@ -9,15 +9,16 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from megagrow.checkpoint.checksums import Files
-from megagrow.checkpoint.files import checkpoint_name, list_checkpoints, shard_name, sync
+from megagrow.checkpoint.files import checkpoint_name, list_checkpoints, shard_name
 from megagrow.checkpoint.manifest import Manifest, write_manifest
 from megagrow.checkpoint.retention import remove_unfinished
-from megagrow.checkpoint.room import check_room
 from megagrow.checkpoint.shard_file import own_tensors, planned_shard, write_shard
+from megagrow.common.checksums import Files
+from megagrow.common.disk_space import check_room
+from megagrow.common.file_io import sync
 from megagrow.errors import InputError
-from megagrow.parallel.topology import together
-from megagrow.parallel.zero import Storage
+from megagrow.parallel.engine import Storage
+from megagrow.parallel.process_groups import together
 from megagrow.reshard.layout import Layout
 
 

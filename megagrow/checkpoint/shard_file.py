@@ -8,9 +8,10 @@ from pathlib import Path
 import xxhash
 from torch import Tensor
 
-from megagrow.checkpoint.checksums import FileRecord
-from megagrow.checkpoint.tensor_file import Planned, Stored, planned, raw_bytes, write_bytes
-from megagrow.parallel.zero import Storage
+from megagrow.checkpoint.tensor_file import Planned, Stored, planned
+from megagrow.common.checksums import FileRecord
+from megagrow.common.file_io import raw_bytes, write_bytes
+from megagrow.parallel.engine import Storage
 from megagrow.reshard.layout import Layout
 
 _WRITE_BYTES = 2**20

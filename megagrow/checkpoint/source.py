@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.checksums import Files
 from megagrow.checkpoint.files import shard_name
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.shards import KINDS, Places, shard_tensors
 from megagrow.checkpoint.tensor_file import Stored, read_elements, read_header
+from megagrow.common.checksums import Files
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
 from megagrow.growth.map import Kind

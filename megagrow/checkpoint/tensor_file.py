@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megagrow.config.json_text import parse_json
+from megagrow.common.file_io import read_bytes
+from megagrow.common.json_text import parse_json
 from megagrow.errors import InputError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -147,32 +148,3 @@ def read_elements(path: Path, stored: Stored, elements: range) -> Tensor:
     raw = torch.empty(len(elements) * size, dtype=torch.uint8)
     read_bytes(path, raw, stored.begin + elements.start * size)
     return raw.view(DTYPES[stored.dtype])
-
-
-def read_bytes(path: Path, into: Tensor, offset: int) -> None:
-    """Fills a 1-D uint8 tensor from the file. InputError if the file ends before or fails."""
-    view = raw_bytes(into)
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            while view:
-                count = os.preadv(descriptor, [view], offset)
-                if count == 0:
-                    raise InputError(f"{path}: ends before byte {offset + len(view)}; truncated")
-                view, offset = view[count:], offset + count
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def write_bytes(descriptor: int, data: memoryview, offset: int) -> None:
-    """Writes all of `data` at a byte of an open file. OSError if it cannot."""
-    while data:
-        count = os.pwrite(descriptor, data, offset)
-        data, offset = data[count:], offset + count
-
-
-def raw_bytes(values: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, not copied."""
-    return values.flatten().view(torch.uint8).numpy().data

@@ -4,11 +4,12 @@ from pathlib import Path
 
 from pydantic import Field
 
-from megagrow.config.section import Count, Section
+from megagrow.config.sections import Count, Section
 
 
 class EvaluationConfig(Section):
-    """When the model is evaluated, and on what (docs/guides/evaluation.md). The end of a stage and of the
+    """When the model is evaluated, and on what (docs/guides/evaluation.md). The end of a stage and
+    of the
     run always are. Needs lm-eval, `pip install megagrow[eval]`, and `data.tokenizer`."""
 
     interval: Count = 1000

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from megagrow.config.section import Count, Section
+from megagrow.config.sections import Count, Section
 
 OperatorName = Literal[
     "direct_depth",
@@ -100,7 +100,8 @@ class GrowthConfig(Section):
     mixing_noise: float = Field(default=0.0, ge=0, le=1)
     """The paper's W <- (1 - a) W + a * noise (its appendix I.2)."""
     optimizer_state: StatePolicy | None = None
-    """What becomes of Adam's moments (docs/reference/operators.md, docs/results/optimizer-states.md); by default what
+    """What becomes of Adam's moments (docs/reference/operators.md,
+    docs/results/optimizer-states.md); by default what
     the operator says."""
     probe_batches: Count = 8
     """`probe_v`: global batches over which the new entries' exp_avg_sq is measured."""

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from megagrow.config.section import Count, Section
+from megagrow.config.sections import Count, Section
 
 
 class LossSpikeConfig(Section):
@@ -18,7 +18,8 @@ class LossSpikeConfig(Section):
 
 
 class GuardsConfig(Section):
-    """Steps that are not finite, loss spikes, and ranks that hang (docs/guides/fault-tolerance.md)."""
+    """Steps that are not finite, loss spikes, and ranks that hang
+    (docs/guides/fault-tolerance.md)."""
 
     max_skipped_steps: Count = 3
     """After so many steps in a row whose loss or gradient is not finite the run rewinds."""

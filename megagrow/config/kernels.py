@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from megagrow.config.section import Section
+from megagrow.config.sections import Section
 
 RowBackend = Literal["auto", "triton", "torch"]
 

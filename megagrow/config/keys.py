@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from megagrow.config.schema import RunConfig, StageConfig
-from megagrow.config.section import Section
+from megagrow.config.sections import Section
 from megagrow.errors import InputError
 
 Keys = dict[str, type[Section] | None]

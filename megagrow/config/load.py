@@ -9,13 +9,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megagrow.config.checks import problems
+from megagrow.config.includes import expand, merge, search_path
 from megagrow.config.keys import DEFAULTS, refuse_unknown_keys
-from megagrow.config.lengths import LENGTHS, lengths_in, settled, unsettled
 from megagrow.config.overrides import apply_override
-from megagrow.config.parts import expand, merge, search_path
 from megagrow.config.run_file import read_run, with_hardware
 from megagrow.config.schema import RunConfig
+from megagrow.config.stage_length import LENGTHS, lengths_in, settled, unsettled
+from megagrow.config.validation import problems
 from megagrow.errors import InputError
 
 Place = tuple[int | str, ...]

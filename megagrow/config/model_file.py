@@ -4,11 +4,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from megagrow.config.checks import model_problems
+from megagrow.common.yaml_file import read_mapping
+from megagrow.config.includes import expand, search_path
 from megagrow.config.keys import refuse_unknown_part_keys
-from megagrow.config.parts import expand, search_path
 from megagrow.config.schema import ModelConfig
-from megagrow.config.yaml_file import read_mapping
+from megagrow.config.validation import model_problems
 from megagrow.errors import InputError
 
 _OF_RUNS = {"name", "stages", "data", "output_dir"}

@@ -3,9 +3,9 @@
 from copy import deepcopy
 from typing import Any
 
+from megagrow.common.yaml_file import parse_yaml
 from megagrow.config.keys import DEFAULTS
-from megagrow.config.lengths import LENGTHS
-from megagrow.config.yaml_file import parse_yaml
+from megagrow.config.stage_length import LENGTHS
 from megagrow.errors import InputError
 
 

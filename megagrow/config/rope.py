@@ -4,7 +4,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from megagrow.config.section import Count, Section
+from megagrow.config.sections import Count, Section
 
 RopeType = Literal["linear", "dynamic", "llama3", "yarn"]
 ROPE_TYPES: tuple[str, ...] = get_args(RopeType)

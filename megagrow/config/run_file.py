@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megagrow.common.yaml_file import read_mapping
+from megagrow.config.includes import Tree, expand, find_file, merge, named_section, search_path
 from megagrow.config.keys import DEFAULTS, PARTS, refuse_unknown_keys
 from megagrow.config.overrides import refuse_no_effect
-from megagrow.config.parts import Tree, expand, find_file, merge, named_section, search_path
-from megagrow.config.yaml_file import read_mapping
 from megagrow.errors import InputError
 
 

@@ -14,7 +14,7 @@ from megagrow.config.growth import GrowthConfig
 from megagrow.config.guards import GuardsConfig
 from megagrow.config.kernels import KernelsConfig
 from megagrow.config.rope import RopeScaling
-from megagrow.config.section import Count, Section
+from megagrow.config.sections import Count, Section
 
 
 class ModelConfig(Section):

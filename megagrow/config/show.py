@@ -4,9 +4,9 @@ from typing import Any
 
 import yaml
 
-from megagrow.config.lengths import LENGTHS, lengths_in
+from megagrow.common.sizes import format_count, format_large
 from megagrow.config.schema import RunConfig, StageConfig
-from megagrow.config.sizes import format_count, format_large
+from megagrow.config.stage_length import LENGTHS, lengths_in
 
 
 def to_yaml(run: RunConfig) -> str:

@@ -7,8 +7,8 @@ from typing import Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megagrow.config.file_names import is_inner_path
-from megagrow.config.json_text import parse_json
+from megagrow.common.json_text import parse_json
+from megagrow.common.safe_paths import is_inner_path
 from megagrow.errors import InputError
 
 NAME = "manifest.json"

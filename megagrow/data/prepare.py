@@ -14,10 +14,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megagrow.common.progress import TokenisingProgress
 from megagrow.data.documents import read_documents
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
 from megagrow.data.manifest import NAME, FileRecord, Manifest, Split
-from megagrow.data.parts import (
+from megagrow.data.part_files import (
     SPLITS,
     TRAIN,
     Options,
@@ -30,7 +31,6 @@ from megagrow.data.parts import (
     part_name,
     start_tokenising,
 )
-from megagrow.data.progress import TokenisingProgress
 from megagrow.data.sources import Unit, find_units
 from megagrow.data.tokenizers import (
     Tokenizer,

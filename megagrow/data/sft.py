@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagrow.config.json_text import parse_json
+from megagrow.common.json_text import parse_json
 from megagrow.data.tokenizers import Tokenizer
 from megagrow.errors import InputError
 

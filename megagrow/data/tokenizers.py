@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import sentencepiece
 
-from megagrow.config.json_text import read_json
+from megagrow.common.json_text import read_json
 from megagrow.errors import InputError
 
 PIECE_LENGTH = 2048

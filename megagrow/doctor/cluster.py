@@ -16,13 +16,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megagrow.doctor.findings import Cluster
-from megagrow.doctor.folder import look_at_folder
-from megagrow.doctor.meeting import Meeting
+from megagrow.doctor.diagnostics import Cluster
 from megagrow.doctor.network import Speeds, measure_speeds, sizes_for
-from megagrow.doctor.report import RankReport, own_report
+from megagrow.doctor.rank_report import RankReport, own_report
+from megagrow.doctor.rendezvous import Meeting
+from megagrow.doctor.shared_folder import look_at_folder
 from megagrow.errors import InputError
-from megagrow.parallel.topology import Launch, join_ranks, own_device
+from megagrow.parallel.process_groups import Launch, join_ranks, own_device
 
 Look = Callable[[Launch], RankReport]
 

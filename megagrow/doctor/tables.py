@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megagrow.doctor.findings import Cluster
+from megagrow.doctor.diagnostics import Cluster
 
 HOST_COLUMNS = (
     *("host", "ranks", "devices", "clock, ms", "GB/s a rank"),

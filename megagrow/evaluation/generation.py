@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from megagrow.evaluation.scores import Scores
+from megagrow.evaluation.logprobs import Scores
 
 
 @dataclass

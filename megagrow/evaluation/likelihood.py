@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megagrow.errors import InputError
-from megagrow.evaluation.scores import Asked, Scores
+from megagrow.evaluation.logprobs import Asked, Scores
 
 Pair = tuple[list[int], list[int]]
 """Tokens of a context and of its continuation, neither empty."""

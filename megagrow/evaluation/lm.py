@@ -18,10 +18,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megagrow.errors import InputError
 from megagrow.evaluation.generation import Text, write
 from megagrow.evaluation.likelihood import Pair, log_likelihoods
+from megagrow.evaluation.logprobs import Scorer, Scores
 from megagrow.evaluation.model import Loaded, load
-from megagrow.evaluation.scores import Scorer, Scores
-from megagrow.evaluation.texts import Texts
-from megagrow.parallel.topology import (
+from megagrow.evaluation.tokenizer import Texts
+from megagrow.parallel.process_groups import (
     Topology,
     init_process_group,
     make_topology,

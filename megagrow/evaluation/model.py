@@ -7,24 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megagrow.checkpoint.opening import find_source, open_found
 from megagrow.checkpoint.source import Source
 from megagrow.config.kernels import KernelsConfig
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
-from megagrow.evaluation.texts import Texts, open_texts
+from megagrow.evaluation.tokenizer import Texts, open_texts
+from megagrow.formats.open_source import find_source, open_found
 from megagrow.model.backends import Work, choose
 from megagrow.model.llama import HeadLoss, LlamaForCausalLM
 from megagrow.model.machine import machine_of
 from megagrow.model.ops import Ops, make_ops
-from megagrow.parallel.layers import parallelize
-from megagrow.parallel.plan import parameter_plan
-from megagrow.parallel.topology import Topology, on_first, together
-from megagrow.parallel.weights import materialise
+from megagrow.offline.convert import named_tokenizer
+from megagrow.parallel.materialize import materialise
+from megagrow.parallel.process_groups import Topology, on_first, together
+from megagrow.parallel.sharding import parameter_plan
+from megagrow.parallel.tensor_parallel import parallelize
 from megagrow.reshard.fill import fill_read
 from megagrow.reshard.layout import Layout
-from megagrow.train.convert_files import named_tokenizer
-from megagrow.train.file_growth import still_masked
+from megagrow.train.source_state import still_masked
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 
 from megagrow.analysis.curves import RunCurves, load_run
+from megagrow.config.flops import non_embedding_parameters
 from megagrow.config.load import load_run as load_run_file
-from megagrow.config.parameters import non_embedding_parameters
 from megagrow.errors import InputError
 from megagrow.fits.data import Data, IsoPoint, ScalingPoint
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megagrow.config.timing import A, B, C
+from megagrow.config.growth_guidelines import A, B, C
 from megagrow.errors import InputError
 from megagrow.fits.data import Data, IsoPoint
 from megagrow.fits.least_squares import Constant

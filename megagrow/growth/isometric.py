@@ -1,4 +1,5 @@
-"""Isometric growth of the residual stream: x' = Q x with Q^T Q = I (docs/reference/operators.md). Exact.
+"""Isometric growth of the residual stream: x' = Q x with Q^T Q = I (docs/reference/operators.md).
+Exact.
 
 Any new width, no copies and no dead coordinates: every coordinate of the new stream mixes all old
 ones. The gains of the norms are folded into the matrices that read them, since they do not commute
@@ -9,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megagrow.growth.assemble import Growing, assemble
+from megagrow.growth.build_map import Growing, assemble
 from megagrow.growth.map import Dense, Fill, Fresh, Gather, GrowthMap, Term
 from megagrow.growth.states import kinds_of, without_fresh
-from megagrow.growth.tensors import Strand, leaf, strands
-from megagrow.parallel.plan import ParamSpec, parameter_plan
+from megagrow.growth.tensor_axes import Strand, leaf, strands
+from megagrow.parallel.sharding import ParamSpec, parameter_plan
 
 _GAIN_OF = {
     "q_proj": "input_layernorm",

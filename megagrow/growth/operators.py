@@ -8,7 +8,7 @@ import numpy as np
 from megagrow.config.growth import GrowthConfig, OperatorName, StatePolicy
 from megagrow.config.schema import ModelConfig
 from megagrow.growth import depth, width
-from megagrow.growth.assemble import Growing, assemble
+from megagrow.growth.build_map import Growing, assemble
 from megagrow.growth.depth import DepthOperator, same_depth
 from megagrow.growth.isometric import isometric_map
 from megagrow.growth.map import GrowthMap

@@ -61,7 +61,8 @@ def model_wires(
 ) -> dict[Wire, Lift]:
     """Lifts of all wires, from one for the residual stream and one for groups and feed-forward.
 
-    A group is one key/value head with its query heads: it grows as a whole (docs/reference/operators.md).
+    A group is one key/value head with its query heads: it grows as a whole
+    (docs/reference/operators.md).
     """
     groups = _lift(inner, source.num_key_value_heads, target.num_key_value_heads)
     heads, head = source.num_attention_heads // source.num_key_value_heads, source.head_dim

@@ -7,7 +7,7 @@ import torch
 
 CHECKED: frozenset[int] = frozenset()
 """Compute capabilities of GPUs on which all tests of the kernels have passed, by
-`tools/gpu_check.py`: so far they have run in Triton's interpreter alone."""
+`tools/gpu/gpu_check.py`: so far they have run in Triton's interpreter alone."""
 
 
 @dataclass(frozen=True)

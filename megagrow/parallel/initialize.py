@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megagrow.parallel.plan import ParamSpec
+from megagrow.parallel.sharding import ParamSpec
 
 
 def initial_rows(spec: ParamSpec, seed: int, rows: range) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megagrow.model.ops import TORCH_LOSS, LossOps
 from megagrow.parallel.loss import VocabLoss, vocab_loss
-from megagrow.parallel.topology import Topology
+from megagrow.parallel.process_groups import Topology
 
 TILE = 128
 """Chunks are multiples of it where they can be: matrix products are cut into such tiles."""

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.model.ops import TORCH_LOSS, LossOps
-from megagrow.parallel.plan import real_rows
-from megagrow.parallel.topology import Topology
+from megagrow.parallel.process_groups import Topology
+from megagrow.parallel.sharding import real_rows
 
 IGNORED = -100
 """The label of a position that has no next token (Hugging Face's convention)."""

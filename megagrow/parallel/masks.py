@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from megagrow.model.masks import Masks
-from megagrow.parallel.topology import Topology
+from megagrow.parallel.process_groups import Topology
 
 
 def rank_masks(masks: Masks, topology: Topology) -> Masks:

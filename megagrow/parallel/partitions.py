@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagrow.parallel.deepspeed_import import BF16_Optimizer, deepspeed
-from megagrow.parallel.topology import Topology
+from megagrow.parallel.process_groups import Topology
 
 GATHER_BYTES = 64 * 2**20
 """Forward weights that are gathered at once when they are refreshed."""

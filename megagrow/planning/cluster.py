@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from megagrow.config.section import Count, Section
-from megagrow.config.yaml_file import read_mapping
+from megagrow.common.yaml_file import read_mapping
+from megagrow.config.sections import Count, Section
 from megagrow.errors import InputError
 from megagrow.planning.gpus import Gpu, find_gpu
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from megagrow.planning.layouts import USABLE, FittingLayout
 from megagrow.planning.prediction import RunPrediction, StagePrediction
 from megagrow.planning.step_time import StepTime
-from megagrow.train.live import short
+from megagrow.train.reporting.console import short
 
 PARTS = {
     "matrix products": "matmul",

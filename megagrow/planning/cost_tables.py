@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from megagrow.growth.guidelines import SPEEDUPS
 from megagrow.planning.costs import KG_CO2_PER_KWH, PUE, Cost, RunCosts
-from megagrow.train.live import short
+from megagrow.train.reporting.console import short
 
 
 def cost_columns(costs: RunCosts) -> list[str]:

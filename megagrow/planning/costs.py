@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from megagrow.errors import InputError
 from megagrow.planning.gpus import Gpu
-from megagrow.planning.pace import Pace
 from megagrow.planning.planner import RunPlan
+from megagrow.planning.throughput import Pace
 from megagrow.train.flops import flops_per_token
 
 PUE = 1.2

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from megagrow.config.parameters import (
+from megagrow.config.flops import (
     attention_parameters,
     mlp_parameters,
     paper_flops_per_token,

@@ -1,7 +1,7 @@
 """A card by the name that the command line gives it."""
 
+from megagrow.common.gpu_specs import GPUS, Gpu
 from megagrow.errors import InputError
-from megagrow.train.gpus import GPUS, Gpu
 
 __all__ = ["Gpu", "find_gpu"]
 

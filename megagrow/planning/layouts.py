@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from megagrow.config.checks import problems, world_problems
 from megagrow.config.schema import RunConfig, StageConfig
+from megagrow.config.validation import problems, world_problems
 from megagrow.errors import InputError
 from megagrow.planning.cluster import Cluster
-from megagrow.planning.fitting import on_gpu
 from megagrow.planning.memory import stage_memory
+from megagrow.planning.memory_fit import on_gpu
 from megagrow.planning.prediction import stage_work
 from megagrow.planning.step_time import StepTime, step_time
 

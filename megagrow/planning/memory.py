@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megagrow.config.schema import StageConfig
-from megagrow.parallel.plan import parameter_plan
-from megagrow.parallel.settings import parameter_groups, reduce_bucket
+from megagrow.parallel.engine_config import parameter_groups, reduce_bucket
+from megagrow.parallel.sharding import parameter_plan
 from megagrow.planning.activations import Activations
 from megagrow.reshard.exchange import BUCKET_BYTES
 from megagrow.reshard.layout import Layout

@@ -3,16 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megagrow.config.checks import world_problems
-from megagrow.config.growth import GrowthConfig
-from megagrow.config.lengths import stage_steps, stage_tokens, step_tokens
-from megagrow.config.parameters import (
+from megagrow.config.flops import (
     non_embedding_parameters,
     paper_flops_per_token,
     parameters,
 )
+from megagrow.config.growth import GrowthConfig
+from megagrow.config.growth_guidelines import growth_tokens, outside_fit, timing_warnings
 from megagrow.config.schema import OptimizerConfig, RunConfig, StageConfig
-from megagrow.config.timing import growth_tokens, outside_fit, timing_warnings
+from megagrow.config.stage_length import stage_steps, stage_tokens, step_tokens
+from megagrow.config.validation import world_problems
 from megagrow.errors import InputError
 from megagrow.growth.guidelines import (
     LARGE_BATCH,
@@ -23,9 +23,9 @@ from megagrow.growth.guidelines import (
     connection_rate,
 )
 from megagrow.growth.operators import growing, state_policy
-from megagrow.growth.problems import growth_problems
-from megagrow.planning.fitting import memory_warnings
+from megagrow.growth.validation import growth_problems
 from megagrow.planning.memory import StageMemory, growth_peak, stage_memory
+from megagrow.planning.memory_fit import memory_warnings
 from megagrow.train.flops import flops_per_token
 from megagrow.train.schedule import stage_optimizer
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from megagrow.planning.cluster import Cluster, ClusterFile, make_cluster
 from megagrow.planning.step_time import StepTime, step_time
-from megagrow.planning.step_work import Shape, Work
+from megagrow.planning.step_workload import Shape, Work
 
 Role = Literal["set", "held out", "fresh"]
 """A row that constants were set from; one that no constant was set from, but which was looked at

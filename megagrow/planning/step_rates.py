@@ -1,6 +1,7 @@
 """How much of its datasheet a GPU reaches in training: the constants of the model of a step.
 
-Each has one meaning, and holds for every model, layout and cluster. `docs/results/scaling.md` says which of
+Each has one meaning, and holds for every model, layout and cluster. `docs/results/scaling.md` says
+which of
 them were set from published rows, and shows all rows beside what they give.
 """
 
@@ -89,4 +90,5 @@ COLLECTIVE_SECONDS = 20e-6
 
 GROWTH_SECONDS = 1.0
 """Of a live growth, what does not depend on the bytes that it moves: a new engine, and the plan of
-who sends what (`docs/results/growth-benchmark.md`: 0.2 to 0.3 s and 0.1 to 0.7 s, for 512 ranks)."""
+who sends what (`docs/results/growth-benchmark.md`: 0.2 to 0.3 s and 0.1 to 0.7 s, for 512
+ranks)."""

@@ -20,7 +20,7 @@ from megagrow.planning.step_rates import (
     TILE,
     TILE_START,
 )
-from megagrow.planning.step_work import Stack, Work
+from megagrow.planning.step_workload import Stack, Work
 
 WIDTH = 2
 """Bytes of a bf16 number."""

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from megagrow.config.schema import StageConfig
 from megagrow.growth.guidelines import SPEEDUPS
-from megagrow.growth.problems import candidates
+from megagrow.growth.validation import candidates
 from megagrow.planning.cluster_tables import (
     LAYOUT_COLUMNS,
     layout_line,
@@ -23,7 +23,7 @@ from megagrow.planning.flops_tables import flops_rows
 from megagrow.planning.memory import StageMemory
 from megagrow.planning.planner import GrowthPlan, RunPlan, StagePlan
 from megagrow.planning.request import Answer
-from megagrow.train.live import short
+from megagrow.train.reporting.console import short
 
 Rows = Mapping[str, Sequence[str]]
 """What is told -> one cell for each stage, or each growth."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megagrow.parallel.plan import pad
+from megagrow.parallel.sharding import pad
 from megagrow.planning.memory import StageMemory
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter"]

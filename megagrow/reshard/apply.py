@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Kind, Term
-from megagrow.parallel.plan import ParamSpec
+from megagrow.parallel.sharding import ParamSpec
 from megagrow.reshard.drawn import drawn_rows
-from megagrow.reshard.indices import as_array, bounds, compact
+from megagrow.reshard.index_ranges import as_array, bounds, compact
 from megagrow.reshard.layout import Block
 
 Read = Callable[[str, Kind, Block], Tensor]

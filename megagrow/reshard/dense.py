@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.growth.map import Dense, GrowthMap, Kind
-from megagrow.reshard.carriers import group_device
+from megagrow.reshard.copy_ops import block_view
 from megagrow.reshard.exchange import BUCKET_BYTES, Moved, Side
 from megagrow.reshard.layout import Block, Layout
-from megagrow.reshard.move import block_view
+from megagrow.reshard.transport import group_device
 from megagrow.reshard.whole import held_parts
 
 _ELEMENTS_AT_ONCE = BUCKET_BYTES // 8 // 4

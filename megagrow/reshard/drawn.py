@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megagrow.growth.map import Fill
 from megagrow.parallel.initialize import normal
-from megagrow.parallel.plan import ParamSpec
-from megagrow.reshard.indices import overlap
+from megagrow.parallel.sharding import ParamSpec
+from megagrow.reshard.index_ranges import overlap
 
 _PROJECTED_ROWS = 64
 """Rows that are projected together. A matrix product may round a row differently beside other

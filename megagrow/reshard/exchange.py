@@ -9,17 +9,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.growth.map import GrowthMap
-from megagrow.parallel.zero import Storage
-from megagrow.reshard.carriers import (
+from megagrow.parallel.engine import Storage
+from megagrow.reshard.copy_ops import collect, deliver, move_within
+from megagrow.reshard.layout import Layout
+from megagrow.reshard.transfers import Parcel, Piece, RankPlan, plan_rank, rounds
+from megagrow.reshard.transport import (
     Carrier,
     Network,
     SharedMemory,
     group_device,
     on_one_host,
 )
-from megagrow.reshard.layout import Layout
-from megagrow.reshard.move import collect, deliver, move_within
-from megagrow.reshard.parcels import Parcel, Piece, RankPlan, plan_rank, rounds
 
 _Round = tuple[Sequence[Piece], ...]
 """The pieces that go to each rank, or come from it."""

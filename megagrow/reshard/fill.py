@@ -10,11 +10,11 @@ from functools import partial
 from torch import Tensor
 
 from megagrow.growth.map import GrowthMap, Kind
+from megagrow.parallel.engine import Storage
 from megagrow.parallel.initialize import initial_rows
-from megagrow.parallel.zero import Storage
+from megagrow.reshard.copy_ops import ELEMENTS_AT_ONCE, block_view
 from megagrow.reshard.drawn import drawn_rows
 from megagrow.reshard.layout import Block, Layout
-from megagrow.reshard.move import ELEMENTS_AT_ONCE, block_view
 
 
 def fill_initial(layout: Layout, rank: int, storage: Storage, seed: int) -> None:

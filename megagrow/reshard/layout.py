@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from megagrow.growth.map import Indices
-from megagrow.parallel.plan import ParamSpec, pad
-from megagrow.reshard.indices import bounds, overlap, pick, select, shift
+from megagrow.parallel.sharding import ParamSpec, pad
+from megagrow.reshard.index_ranges import bounds, overlap, pick, select, shift
 
 
 class Block(NamedTuple):

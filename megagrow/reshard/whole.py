@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.growth.map import Kind
+from megagrow.reshard.copy_ops import block_view
 from megagrow.reshard.exchange import Side
-from megagrow.reshard.move import block_view
 
 
 def held_parts(

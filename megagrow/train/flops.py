@@ -5,9 +5,9 @@ are measured. `flops_per_token` here counts the matrix products that are really 
 (MFU) is measured by it.
 """
 
-from megagrow.config.lengths import stage_tokens
-from megagrow.config.parameters import matmul_parameters
+from megagrow.config.flops import matmul_parameters
 from megagrow.config.schema import ModelConfig, RunConfig
+from megagrow.config.stage_length import stage_tokens
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> int:

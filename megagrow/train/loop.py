@@ -9,21 +9,21 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from megagrow.config.lengths import stage_steps, step_tokens
-from megagrow.config.parameters import paper_flops_per_token
+from megagrow.config.flops import paper_flops_per_token
 from megagrow.config.schema import RunConfig
+from megagrow.config.stage_length import stage_steps, step_tokens
 from megagrow.data.batches import Batch, BatchReader, sequences_of
 from megagrow.errors import InputError
-from megagrow.parallel.topology import together
-from megagrow.train.entries import update_factors
+from megagrow.parallel.process_groups import together
+from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.flops import flops_per_token
-from megagrow.train.memory import peak_memory
-from megagrow.train.metrics import StepMeasure
+from megagrow.train.growth_event.new_entries import update_factors
+from megagrow.train.reporting.memory import peak_memory
+from megagrow.train.reporting.metrics import StepMeasure
 from megagrow.train.schedule import rate_at
-from megagrow.train.signals import StopSignal
 from megagrow.train.stage import Stage, masks_now
-from megagrow.train.state import RunState
 from megagrow.train.step import train_step
+from megagrow.train.train_state import RunState
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ had been one stage. All three count the tokens that stages train on, not what a 
 
 import math
 
+from megagrow.config.flops import parameters
 from megagrow.config.growth import GrowthConfig, NewEntriesConfig
-from megagrow.config.lengths import step_tokens
-from megagrow.config.parameters import parameters
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
+from megagrow.config.stage_length import step_tokens
 from megagrow.growth.guidelines import rate_for_size
 from megagrow.growth.operators import operators_of
-from megagrow.train.stages import tokens_between
+from megagrow.train.run_position import tokens_between
 
 WSD_DECAY = 0.1
 """Share of the horizon that WSD decays over by default (MiniCPM, arXiv 2404.06395, section 4)."""

@@ -4,19 +4,19 @@ from dataclasses import dataclass
 
 import torch
 
-from megagrow.config.lengths import step_tokens
 from megagrow.config.schema import RunConfig, StageConfig
-from megagrow.growth.ramps import stage_masks
+from megagrow.config.stage_length import step_tokens
+from megagrow.growth.mask_schedule import stage_masks
 from megagrow.model.backends import uses_bf16
 from megagrow.model.masks import Masks
 from megagrow.model.ops import Ops
+from megagrow.parallel.engine import Storage, ZeroEngine
+from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.masks import rank_masks
-from megagrow.parallel.settings import EngineSettings
-from megagrow.parallel.topology import Topology, destroy_topology, make_topology
-from megagrow.parallel.zero import Storage, ZeroEngine
+from megagrow.parallel.process_groups import Topology, destroy_topology, make_topology
 from megagrow.reshard.layout import Layout
-from megagrow.train.entries import fresh_masks, tells_entries_apart
-from megagrow.train.growths import stage_growth, stage_scales
+from megagrow.train.growth_event.new_entries import fresh_masks, tells_entries_apart
+from megagrow.train.growth_event.run_growths import stage_growth, stage_scales
 from megagrow.train.kernels import stage_ops
 
 

@@ -12,7 +12,7 @@ from megagrow.model.masks import Masks
 from megagrow.model.ops import Ops
 from megagrow.parallel.linear_loss import linear_cross_entropy
 from megagrow.parallel.loss import IGNORED, cross_entropy
-from megagrow.parallel.topology import together
+from megagrow.parallel.process_groups import together
 from megagrow.train.stage import Stage
 
 

@@ -18,7 +18,7 @@ import torch
 from megagrow.config.schema import RunConfig
 from megagrow.model.backends import choose, work_of
 from megagrow.model.machine import machine_of
-from megagrow.train.stage_kernels import KernelCall, stage_kernels
+from megagrow.train.kernel_warmup import KernelCall, stage_kernels
 
 
 class WarmUp:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megagrow.analysis.accounts import Setting
 from megagrow.analysis.compare import compare_runs, load_runs
+from megagrow.analysis.flop_accounting import Setting
 from megagrow.analysis.seeds import group_runs, match_groups
 from megagrow.errors import InputError
 

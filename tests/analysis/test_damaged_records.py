@@ -7,8 +7,8 @@ import pytest
 
 from megagrow.analysis.curves import load_run
 from megagrow.errors import InputError
-from megagrow.train.metrics import METRICS_FILE
-from tests.written_runs import Stage, write_run
+from megagrow.train.reporting.metrics import METRICS_FILE
+from tests.helpers.written_runs import Stage, write_run
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from megagrow.analysis.paper import beside_paper, paper_markdown, read_paper
 from megagrow.analysis.report import write_report
 from megagrow.analysis.seeds import group_runs, match_groups
 from megagrow.growth.operators import OPERATORS
-from tests.analysis.test_gauges import append
+from tests.analysis.test_run_metrics import append
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = 3_200_000
@@ -22,7 +22,7 @@ TABLES = {table.title: table for table in PAPER.tables}
 
 def test_document_is_written_from_the_data() -> None:
     written = (ROOT / "docs/results/paper-results.md").read_text(encoding="utf-8")
-    assert written == paper_markdown(PAPER), "run: python tools/paper_results.py"
+    assert written == paper_markdown(PAPER), "run: python tools/docs/paper_results.py"
 
 
 def test_every_row_is_whole_and_names_its_source() -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 from megagrow.analysis.curves import load_run
 from megagrow.analysis.plots import LOOKS, plot_runs
-from tests.analysis.images import colours
+from tests.helpers.analysis.images import colours
 
 
 def test_every_run_is_drawn_in_its_own_colour(

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.checkpoint.checksums import FileRecord
 from megagrow.checkpoint.files import checkpoint_name, list_checkpoints
 from megagrow.checkpoint.load import load_storage, newest_checkpoint
 from megagrow.checkpoint.manifest import read_manifest, write_manifest
+from megagrow.common.checksums import FileRecord
 from megagrow.errors import InputError
-from tests.checkpoint.saving import MODEL, save_random
-from tests.reshard.definition import empty_storage
-from tests.reshard.models import layout_of
-from tests.spawn import run_ranks
+from tests.helpers.checkpoint.saving import MODEL, save_random
+from tests.helpers.reshard.definition import empty_storage
+from tests.helpers.reshard.models import layout_of
+from tests.helpers.spawn import run_ranks
 
 WORLD = 2
 LAYOUT = layout_of(MODEL, 1, 2, 1)

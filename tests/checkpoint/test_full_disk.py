@@ -11,11 +11,11 @@ from megagrow.checkpoint.files import checkpoint_name, list_checkpoints
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import read_manifest, verify_checkpoint
 from megagrow.errors import InputError
-from tests import disks
-from tests.checkpoint.saving import MODEL, save_random
-from tests.reshard.definition import empty_storage, random_state, same, storage_of
-from tests.reshard.models import layout_of
-from tests.spawn import run_ranks
+from tests.helpers import disks
+from tests.helpers.checkpoint.saving import MODEL, save_random
+from tests.helpers.reshard.definition import empty_storage, random_state, same, storage_of
+from tests.helpers.reshard.models import layout_of
+from tests.helpers.spawn import run_ranks
 
 WORLD = 2
 LAYOUT = layout_of(MODEL, 2, 2, 1)

@@ -8,19 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megagrow.checkpoint.hugging_face import open_hugging_face
-from megagrow.checkpoint.hugging_face_config import config_of
-from megagrow.checkpoint.journal import JOURNAL_FILE, Journal
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import read_manifest, write_manifest
 from megagrow.checkpoint.source import open_checkpoint
 from megagrow.errors import InputError
-from megagrow.train.state import RunState
-from tests.checkpoint.saving import MODEL
-from tests.checkpoint.written import RUN, record_of, write_checkpoint
-from tests.reshard.definition import empty_storage, random_state
-from tests.reshard.models import layout_of
-from tests.spawn import run_ranks
+from megagrow.formats.hugging_face import open_hugging_face
+from megagrow.formats.hugging_face_config import config_of
+from megagrow.offline.journal import JOURNAL_FILE, Journal
+from megagrow.train.train_state import RunState
+from tests.helpers.checkpoint.saving import MODEL
+from tests.helpers.checkpoint.written import RUN, record_of, write_checkpoint
+from tests.helpers.reshard.definition import empty_storage, random_state
+from tests.helpers.reshard.models import layout_of
+from tests.helpers.spawn import run_ranks
 
 LAYOUT = layout_of(MODEL, 0, 1, 1)
 SHARD = "rank-00000.safetensors"

@@ -9,17 +9,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_hexdigest
 
-from megagrow.checkpoint.checksums import FileRecord
 from megagrow.checkpoint.manifest import (
     describe_layout,
     read_manifest,
     verify_checkpoint,
     write_manifest,
 )
+from megagrow.common.checksums import FileRecord
 from megagrow.errors import InputError
-from tests.checkpoint.saving import MODEL, manifest_of
-from tests.checkpoint.written import record_of
-from tests.reshard.models import layout_of, layouts, models
+from tests.helpers.checkpoint.saving import MODEL, manifest_of
+from tests.helpers.checkpoint.written import record_of
+from tests.helpers.reshard.models import layout_of, layouts, models
 
 SHARD = "rank-00000.safetensors"
 NAMES = [

@@ -17,18 +17,18 @@ from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.save import save_checkpoint
 from megagrow.config.schema import RunConfig
 from megagrow.reshard.fill import fill_initial
-from megagrow.train.inputs import open_inputs
+from megagrow.train.data_setup import open_inputs
+from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.loop import StepDone, advance
-from megagrow.train.signals import StopSignal
 from megagrow.train.stage import Stage, build_stage
-from megagrow.train.state import RunState
-from tests.checkpoint.saving import manifest_of
-from tests.checkpoint.written import write_checkpoint
-from tests.hugging_face import tiny
-from tests.reshard.definition import empty_storage, random_state, same, storage_of
-from tests.reshard.models import layout_of
-from tests.runs import STEP_TOKENS, make_run
-from tests.spawn import run_ranks
+from megagrow.train.train_state import RunState
+from tests.helpers.checkpoint.saving import manifest_of
+from tests.helpers.checkpoint.written import write_checkpoint
+from tests.helpers.hugging_face import tiny
+from tests.helpers.reshard.definition import empty_storage, random_state, same, storage_of
+from tests.helpers.reshard.models import layout_of
+from tests.helpers.runs import STEP_TOKENS, make_run
+from tests.helpers.spawn import run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

@@ -12,14 +12,14 @@ from safetensors import safe_open
 from megagrow.checkpoint.load import load_storage, newest_checkpoint
 from megagrow.checkpoint.manifest import describe_layout
 from megagrow.checkpoint.save import save_checkpoint
-from megagrow.parallel.zero import STATE_KINDS
+from megagrow.parallel.engine import STATE_KINDS
 from megagrow.train.stage import build_stage
-from tests.checkpoint.saving import ENVIRONMENT, MODEL, RUN, manifest_of, save_random
-from tests.checkpoint.written import record_of
-from tests.reshard.definition import empty_storage, random_state, same, storage_of
-from tests.reshard.models import layout_of
-from tests.runs import full_tensors, make_run
-from tests.spawn import run_ranks
+from tests.helpers.checkpoint.saving import ENVIRONMENT, MODEL, RUN, manifest_of, save_random
+from tests.helpers.checkpoint.written import record_of
+from tests.helpers.reshard.definition import empty_storage, random_state, same, storage_of
+from tests.helpers.reshard.models import layout_of
+from tests.helpers.runs import full_tensors, make_run
+from tests.helpers.spawn import run_ranks
 
 WORLD = 4
 LAYOUTS = {

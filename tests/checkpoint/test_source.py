@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megagrow.checkpoint.manifest import parse_manifest, write_manifest
-from megagrow.checkpoint.opening import open_source
 from megagrow.checkpoint.shards import KINDS
 from megagrow.checkpoint.source import open_checkpoint
 from megagrow.errors import InputError
-from megagrow.parallel.plan import parameter_plan
+from megagrow.formats.open_source import open_source
+from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Block
-from tests.checkpoint.saving import MODEL
-from tests.checkpoint.written import RUN, record_of, write_checkpoint
-from tests.reshard.definition import random_state
-from tests.reshard.models import layout_of, layouts, models
+from tests.helpers.checkpoint.saving import MODEL
+from tests.helpers.checkpoint.written import RUN, record_of, write_checkpoint
+from tests.helpers.reshard.definition import random_state
+from tests.helpers.reshard.models import layout_of, layouts, models
 
 LAYOUT = layout_of(MODEL, 1, 2, 1)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagrow.config import parameters
+from megagrow.config import flops as parameters
 from megagrow.config.load import load_run
 from megagrow.config.model_file import load_model
 from megagrow.config.schema import ModelConfig

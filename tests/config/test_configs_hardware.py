@@ -7,9 +7,9 @@ import pytest
 
 from megagrow.config.load import load_run
 from megagrow.config.model_file import load_model
-from megagrow.planning.fitting import on_gpu
 from megagrow.planning.gpus import find_gpu
 from megagrow.planning.memory import stage_memory
+from megagrow.planning.memory_fit import on_gpu
 from megagrow.planning.planner import plan_run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.config.lengths import stage_steps
 from megagrow.config.load import load_run
+from megagrow.config.stage_length import stage_steps
 from megagrow.planning.request import PlanRequest, answer
 
 ROOT = Path(__file__).resolve().parents[2]

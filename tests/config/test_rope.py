@@ -5,9 +5,9 @@ import pytest
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.model_file import checked_model
 from megagrow.errors import InputError
-from megagrow.growth.problems import event_problems
-from megagrow.growth.rules import Event
-from tests.hugging_face import TINY
+from megagrow.growth.constraints import Event
+from megagrow.growth.validation import event_problems
+from tests.helpers.hugging_face import TINY
 
 LLAMA3 = {
     "rope_type": "llama3",

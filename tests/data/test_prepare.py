@@ -112,7 +112,7 @@ def test_no_validation_when_none_is_asked_for(source, texts, tmp_path, model_pat
 def test_a_large_vocabulary_is_stored_in_32_bits(source, tmp_path, model_path, monkeypatch):
     options = {"tokenizer": str(model_path), "vocab_size": None}
     _prepare(source, tmp_path / "small", **options)
-    for user in ("prepare", "parts"):
+    for user in ("prepare", "part_files"):
         monkeypatch.setattr(f"megagrow.data.{user}.smallest_dtype", lambda _: np.dtype("<i4"))
     _prepare(source, tmp_path / "large", **options)
     small, large = (IndexedCorpus(tmp_path / name / "train") for name in ("small", "large"))

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from megagrow.data.sft import Example, prompt_of, read_examples, tokenise
 from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
-from tests.alpaca import records, tokenizer, write_alpaca
+from tests.helpers.alpaca import records, tokenizer, write_alpaca
 
 LENGTH = 512
 

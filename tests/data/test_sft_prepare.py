@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from megagrow.cli import main
+from megagrow.cli.app import main
 from megagrow.config.schema import CorpusConfig, DataConfig
 from megagrow.data.batches import Batch, BatchReader, open_stream
 from megagrow.data.indexed import IndexedCorpus, IndexedWriter
@@ -16,7 +16,7 @@ from megagrow.data.sft_masks import open_mask
 from megagrow.data.sft_packing import pack
 from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
-from tests.alpaca import VOCAB, prepare, records, tokenizer, write_alpaca
+from tests.helpers.alpaca import VOCAB, prepare, records, tokenizer, write_alpaca
 
 LENGTH = 160
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import megagrow.doctor.cluster as doctor_cluster
-import megagrow.doctor.report as doctor_report
-from megagrow.doctor.findings import Cluster, findings
-from megagrow.doctor.folder import FolderView
-from megagrow.doctor.meeting import Meeting
+import megagrow.doctor.rank_report as doctor_report
+from megagrow.doctor.diagnostics import Cluster, findings
 from megagrow.doctor.network import ROUNDS, Speeds, pairings
-from megagrow.doctor.report import Gpu, RankReport, own_report
-from megagrow.parallel.topology import Launch
-from tests.jobs import Finished, Job
+from megagrow.doctor.rank_report import Gpu, RankReport, own_report
+from megagrow.doctor.rendezvous import Meeting
+from megagrow.doctor.shared_folder import FolderView
+from megagrow.parallel.process_groups import Launch
+from tests.helpers.jobs import Finished, Job
 
 GIB = 2**30
 VERSIONS = {"python": "3.12.1", "torch": "2.11.0", "code": "abc"}
@@ -186,7 +186,7 @@ def disagree(rank: int, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.dist
 def test_two_hosts_that_disagree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megagrow.doctor.folder.SEEN_SECONDS", 0.3)
+    monkeypatch.setattr("megagrow.doctor.shared_folder.SEEN_SECONDS", 0.3)
     job = doctor(tmp_path, 2, "--output-dir", str(tmp_path / "shared"), hook=disagree)
     assert job.codes == [2, 2]
     wrong = [line for line in job.out[0].splitlines() if line.startswith("Wrong: ")]

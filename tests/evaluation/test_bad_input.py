@@ -8,16 +8,16 @@ import lm_eval.api.task
 import lm_eval.tasks
 import pytest
 
-import megagrow.evaluation.live
+import megagrow.evaluation.online
 import megagrow.evaluation.tasks
-from megagrow.parallel.plan import parameter_plan
-from tests.checkpoint.test_hugging_face import state_of
-from tests.checkpoint.written import write_checkpoint
-from tests.evaluation.small import evaluated_run, write_data
-from tests.hugging_face import hugging_face, tiny
-from tests.jobs import write_run
-from tests.reshard.models import layout_of
-from tests.run.refusals import refused, refused_run
+from megagrow.parallel.sharding import parameter_plan
+from tests.formats.test_hugging_face import state_of
+from tests.helpers.checkpoint.written import write_checkpoint
+from tests.helpers.evaluation.small import evaluated_run, write_data
+from tests.helpers.hugging_face import hugging_face, tiny
+from tests.helpers.jobs import write_run
+from tests.helpers.reshard.models import layout_of
+from tests.helpers.run.refusals import refused, refused_run
 
 pytestmark = pytest.mark.dist
 

@@ -5,9 +5,9 @@ from lm_eval.api.instance import Instance
 
 pytest.importorskip("accelerate", reason="lm-eval's own model needs it: pip install lm-eval[hf]")
 
-from tests.evaluation.comparing import answers, figures, ours, theirs, write_source
-from tests.evaluation.folders import DATA
-from tests.spawn import run_ranks
+from tests.helpers.evaluation.comparing import answers, figures, ours, theirs, write_source
+from tests.helpers.evaluation.folders import DATA
+from tests.helpers.spawn import run_ranks
 
 pytestmark = [
     pytest.mark.dist,

@@ -8,7 +8,7 @@ import pytest
 
 from megagrow.errors import InputError
 from megagrow.evaluation.local_data import read_documents
-from tests.evaluation.folders import DATA
+from tests.helpers.evaluation.folders import DATA
 
 QUESTION = "\nb\nA.b is c.So it is.\nWhich?\nA.one.\nB.two\nC.three\nD.four\n"
 DOC = {"goal": "g", "sol1": "s", "sol2": "t", "label": 1}

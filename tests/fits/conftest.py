@@ -1,3 +1,3 @@
 """The runs that these tests look at."""
 
-from tests.written_runs import grown_run, make_run  # noqa: F401  (fixtures)
+from tests.helpers.written_runs import grown_run, make_run  # noqa: F401  (fixtures)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from megagrow.cli import app
+from megagrow.cli.app import app
 from megagrow.errors import InputError
 
 TIMING = "parameters,flops,base_tokens,loss"

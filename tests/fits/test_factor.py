@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from megagrow.cli import app
+from megagrow.cli.app import app
 from megagrow.errors import InputError
 from megagrow.fits.factor import factor_parabolas, fit_factor
-from tests.fits.synthetic import ISO_HEADER, factor_points, write_csv
+from tests.helpers.fits.synthetic import ISO_HEADER, factor_points, write_csv
 
 
 @pytest.mark.parametrize("best", [2.5, 4.0, 9.0])

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from megagrow.cli import app
+from megagrow.cli.app import app
 from megagrow.errors import InputError
 from megagrow.fits.data import Data, ScalingPoint
 from megagrow.fits.scaling import fit_scaling, saving_at
-from tests.fits.synthetic import (
+from tests.helpers.fits.synthetic import (
     GROWN_LAW,
     SCALING_BUDGETS,
     SCALING_HEADER,

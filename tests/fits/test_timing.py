@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from megagrow.cli import app
-from megagrow.config.timing import growth_tokens
+from megagrow.cli.app import app
+from megagrow.config.growth_guidelines import growth_tokens
 from megagrow.errors import InputError
 from megagrow.fits.data import Data, IsoPoint
 from megagrow.fits.parabola import accepted
 from megagrow.fits.timing import TimingFit, fit_timing, timing_parabolas
-from tests.analysis.images import colours
-from tests.fits.synthetic import (
+from tests.helpers.analysis.images import colours
+from tests.helpers.fits.synthetic import (
     BUDGETS,
     ISO_HEADER,
     PAPER,

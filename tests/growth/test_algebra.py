@@ -12,13 +12,13 @@ from megagrow.config.growth import OperatorName
 from megagrow.config.schema import ModelConfig, OptimizerConfig
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Term
 from megagrow.growth.operators import OPERATORS, growth_map
+from megagrow.parallel.engine_config import parameter_groups
 from megagrow.parallel.initialize import normal
-from megagrow.parallel.plan import parameter_plan
 from megagrow.parallel.scale import ParamScale
-from megagrow.parallel.settings import parameter_groups
-from tests.growth.cases import CHANGES, Case, case, cases, sources, times
-from tests.growth.computing import random_moments
-from tests.growth.whole import State, filled, grown
+from megagrow.parallel.sharding import parameter_plan
+from tests.helpers.growth.cases import CHANGES, Case, case, cases, sources, times
+from tests.helpers.growth.computing import random_moments
+from tests.helpers.growth.whole import State, filled, grown
 
 few = settings(max_examples=12, deadline=None)
 

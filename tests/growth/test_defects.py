@@ -19,10 +19,10 @@ from megagrow.growth.lifts import Lift, evenly
 from megagrow.growth.map import Axis, Gather
 from megagrow.growth.operators import growing
 from megagrow.growth.width import Width
-from megagrow.parallel.plan import parameter_plan
-from tests.growth.building import Built
-from tests.growth.cases import Case, case, times, widened
-from tests.growth.computing import (
+from megagrow.parallel.sharding import parameter_plan
+from tests.helpers.growth.building import Built
+from tests.helpers.growth.cases import Case, case, times, widened
+from tests.helpers.growth.computing import (
     Tensors,
     apart,
     difference,
@@ -36,8 +36,8 @@ from tests.growth.computing import (
     trained,
     weights_of,
 )
-from tests.growth.whole import grown
-from tests.hugging_face import tiny
+from tests.helpers.growth.whole import grown
+from tests.helpers.hugging_face import tiny
 
 TOLERANCE, FAILS = 1e-10, 1e-2
 

@@ -6,12 +6,12 @@ import pytest
 
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import ModelConfig
-from megagrow.growth.check import check_map
 from megagrow.growth.depth import PARTIAL_STACKS, Layer, listed_layers, stacked_layers
 from megagrow.growth.map import Gather, GrowthMap
+from megagrow.growth.map_checks import check_map
 from megagrow.growth.operators import growing, growth_map
-from megagrow.parallel.plan import parameter_plan
-from tests.hugging_face import tiny
+from megagrow.parallel.sharding import parameter_plan
+from tests.helpers.hugging_face import tiny
 
 SOURCE = tiny(num_hidden_layers=3)
 

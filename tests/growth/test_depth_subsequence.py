@@ -7,8 +7,14 @@ from hypothesis import strategies as st
 
 from megagrow.config.growth import OperatorName
 from megagrow.growth.operators import OPERATORS
-from tests.growth.cases import Case, case, cases, sources
-from tests.growth.computing import Tensors, grown_weights, logits, random_ids, random_weights
+from tests.helpers.growth.cases import Case, case, cases, sources
+from tests.helpers.growth.computing import (
+    Tensors,
+    grown_weights,
+    logits,
+    random_ids,
+    random_weights,
+)
 
 DEEP = tuple(name for name, operator in OPERATORS.items() if operator.deeper)
 

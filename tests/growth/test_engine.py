@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from megagrow.config.schema import RunConfig
-from megagrow.parallel.zero import STATE_KINDS
+from megagrow.parallel.engine import STATE_KINDS
 from megagrow.reshard.fill import fill_initial
-from megagrow.train.growths import stage_growth
-from megagrow.train.inputs import open_inputs
+from megagrow.train.data_setup import open_inputs
+from megagrow.train.fault_tolerance.signals import StopSignal
+from megagrow.train.growth_event.run_growths import stage_growth
 from megagrow.train.loop import StepDone, advance
-from megagrow.train.signals import StopSignal
 from megagrow.train.stage import Stage, build_stage
-from megagrow.train.state import RunState
-from tests.growth.whole import State, grown
-from tests.runs import MODEL, STEP_TOKENS, full_tensors, grow_live, make_run
-from tests.spawn import run_ranks
+from megagrow.train.train_state import RunState
+from tests.helpers.growth.whole import State, grown
+from tests.helpers.runs import MODEL, STEP_TOKENS, full_tensors, grow_live, make_run
+from tests.helpers.spawn import run_ranks
 
 pytestmark = pytest.mark.dist
 

@@ -12,9 +12,9 @@ from megagrow.config.growth import OperatorName
 from megagrow.growth.lifts import copied, product, unchanged
 from megagrow.growth.map import Gather
 from megagrow.growth.operators import OPERATORS
-from tests.growth.building import by_lifts
-from tests.growth.cases import EXACT, Case, case, cases, sources, times
-from tests.growth.computing import (
+from tests.helpers.growth.building import by_lifts
+from tests.helpers.growth.cases import EXACT, Case, case, cases, sources, times
+from tests.helpers.growth.computing import (
     Tensors,
     difference,
     gradients,
@@ -24,8 +24,8 @@ from tests.growth.computing import (
     random_moments,
     random_weights,
 )
-from tests.growth.whole import State, grown
-from tests.hugging_face import tiny
+from tests.helpers.growth.whole import State, grown
+from tests.helpers.hugging_face import tiny
 
 TOLERANCE = 1e-10
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagrow.config.parameters import parameters
+from megagrow.common.yaml_file import read_mapping
+from megagrow.config.flops import parameters
 from megagrow.config.schema import ModelConfig
-from megagrow.config.yaml_file import read_mapping
 from megagrow.growth.depth import interpolated_layers, stacked_layers
 from megagrow.growth.guidelines import RATES, connection_rate, rate_for_size
 

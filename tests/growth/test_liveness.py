@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from megagrow.config.growth import OperatorName
 from megagrow.config.schema import OptimizerConfig
-from tests.growth.cases import Case, case, cases
-from tests.growth.computing import (
+from tests.helpers.growth.cases import Case, case, cases
+from tests.helpers.growth.computing import (
     Adam,
     Tensors,
     every_id,
@@ -21,7 +21,7 @@ from tests.growth.computing import (
     trained,
     weights_of,
 )
-from tests.hugging_face import tiny
+from tests.helpers.hugging_face import tiny
 
 SOURCE = tiny(hidden_size=8, head_dim=4, num_key_value_heads=2, intermediate_size=6, vocab_size=11)
 

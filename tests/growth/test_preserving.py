@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from megagrow.config.growth import GrowthConfig, OperatorName
 from megagrow.growth.lifts import evenly, padded, product, unchanged
 from megagrow.growth.operators import OPERATORS, growing
-from tests.growth.building import by_lifts
-from tests.growth.cases import (
+from tests.helpers.growth.building import by_lifts
+from tests.helpers.growth.cases import (
     CHANGES,
     EXACT,
     MASKED,
@@ -25,7 +25,7 @@ from tests.growth.cases import (
     times,
     widened,
 )
-from tests.growth.computing import (
+from tests.helpers.growth.computing import (
     apart,
     difference,
     grown_weights,
@@ -33,7 +33,7 @@ from tests.growth.computing import (
     random_ids,
     random_weights,
 )
-from tests.hugging_face import tiny
+from tests.helpers.hugging_face import tiny
 
 TOLERANCE = 1e-10
 FAILS = 1e-2

@@ -17,16 +17,16 @@ from megagrow.config.growth import OperatorName
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import Axis, Dense, Gather
 from megagrow.growth.operators import OPERATORS
-from megagrow.parallel.plan import parameter_plan
-from megagrow.parallel.zero import STATE_KINDS
+from megagrow.parallel.engine import STATE_KINDS
+from megagrow.parallel.sharding import parameter_plan
+from megagrow.reshard.copy_plan import Copy, copies_to
 from megagrow.reshard.layout import Layout
-from megagrow.reshard.plan import Copy, copies_to
-from tests.growth.cases import Case, case, cases, sources, times
-from tests.growth.computing import random_moments
-from tests.growth.whole import State, filled, grown
-from tests.hugging_face import tiny
-from tests.reshard.definition import held, numbered
-from tests.reshard.models import layout_of
+from tests.helpers.growth.cases import Case, case, cases, sources, times
+from tests.helpers.growth.computing import random_moments
+from tests.helpers.growth.whole import State, filled, grown
+from tests.helpers.hugging_face import tiny
+from tests.helpers.reshard.definition import held, numbered
+from tests.helpers.reshard.models import layout_of
 
 GATHERED = tuple(name for name in OPERATORS if name != "isometric")
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from megagrow.config.growth import GrowthConfig, OperatorName, StatePolicy
 from megagrow.growth.map import Fresh
 from megagrow.growth.operators import OPERATORS, state_policy
-from tests.growth.cases import Case, cases
-from tests.growth.computing import random_moments
-from tests.growth.whole import State, grown
+from tests.helpers.growth.cases import Case, cases
+from tests.helpers.growth.computing import random_moments
+from tests.helpers.growth.whole import State, grown
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

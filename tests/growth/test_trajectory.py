@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megagrow.config.schema import ModelConfig
 from megagrow.parallel.scale import ParamScale
-from tests.growth.cases import Case, case, sources, times
-from tests.growth.computing import (
+from tests.helpers.growth.cases import Case, case, sources, times
+from tests.helpers.growth.computing import (
     Adam,
     apart,
     fresh_state,
@@ -19,8 +19,8 @@ from tests.growth.computing import (
     trained,
     weights_of,
 )
-from tests.growth.whole import State, grown
-from tests.hugging_face import tiny
+from tests.helpers.growth.whole import State, grown
+from tests.helpers.hugging_face import tiny
 
 BEFORE, AFTER = 5, 15
 """Steps of the source, and then of both."""

@@ -9,8 +9,8 @@ from torch import Tensor
 from megagrow_kernels import attention_backward, attention_forward, reference
 from megagrow_kernels.attention import attention
 from megagrow_kernels.packing import Packing, pack
-from tests.kernels.accuracy import check, close, draw, with_gradients
-from tests.kernels.documents import Rows, ids_of, ranges_of
+from tests.helpers.kernels.accuracy import check, close, draw, with_gradients
+from tests.helpers.kernels.documents import Rows, ids_of, ranges_of
 
 HALF, SINGLE = torch.float16, torch.float32
 

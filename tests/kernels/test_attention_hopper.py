@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from megagrow_kernels import attention_forward, attention_hopper, attention_hopper_warps, tiles
-from tests.kernels import attention_generations as generations
-from tests.kernels.accuracy import draw
-from tests.kernels.gluon_machine import Deadlock
-from tests.kernels.gluon_model import Model, functions, launcher
+from tests.helpers.kernels import attention_generations as generations
+from tests.helpers.kernels.accuracy import draw
+from tests.helpers.kernels.gluon_machine import Deadlock
+from tests.helpers.kernels.gluon_model import Model, functions, launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -131,7 +131,7 @@ def codes() -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     cases = [[128, "bfloat16", None, 2], [64, "float16", 1000, 4]]
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.attention_hopper_code", json.dumps(cases)],
+        [sys.executable, "-m", "tests.helpers.kernels.attention_hopper_code", json.dumps(cases)],
         env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
@@ -166,7 +166,7 @@ def test_softmax_runs_while_a_matmul_does(codes):
 @pytest.mark.parametrize("generation", generations.FORWARDS)
 def test_generations_on_a_gpu(generation, gpu_environment):
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.attention_generations", str(generation)],
+        [sys.executable, "-m", "tests.helpers.kernels.attention_generations", str(generation)],
         cwd=ROOT,
         env=gpu_environment | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         capture_output=True,

@@ -14,8 +14,8 @@ from megagrow_kernels import attention as op
 from megagrow_kernels import attention_backward as gradient
 from megagrow_kernels.attention import attention
 from megagrow_kernels.packing import Packing, pack
-from tests.kernels.accuracy import draw
-from tests.kernels.documents import ids_of
+from tests.helpers.kernels.accuracy import draw
+from tests.helpers.kernels.documents import ids_of
 
 
 def inputs_of(batch: int, sequence: int) -> list[Tensor]:
@@ -94,7 +94,7 @@ def test_another_packing_never_compiles_anew(monkeypatch):
 def test_triton_never_compiles_anew_either():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.attention_compilations"],
+        [sys.executable, "-m", "tests.helpers.kernels.attention_compilations"],
         env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

@@ -1,5 +1,6 @@
 """The machine code of kernels for GPUs that are not here: all those of two shipped models on an
-H100, and the matrix products for other architectures. `tools/kernel_code.py` inspects every row of
+H100, and the matrix products for other architectures. `tools/gpu/kernel_code.py` inspects every
+row of
 every table.
 """
 
@@ -10,10 +11,10 @@ import torch
 
 from megagrow.config.load import load_run
 from megagrow.model.backends import Backends
-from megagrow.train.stage_kernels import stage_kernels
+from megagrow.train.kernel_warmup import stage_kernels
 from megagrow_kernels.machine_code import SHARED_LIMIT
-from tools.kernel_cases import KERNELS, OPS, cases, replaced, untaken
-from tools.kernel_code import (
+from tools.gpu.kernel_cases import KERNELS, OPS, cases, replaced, untaken
+from tools.gpu.kernel_code import (
     ARCHITECTURES,
     ROOT,
     Code,

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megagrow_kernels import cross_entropy, reference
-from tests.kernels.accuracy import close, draw, poisoned
+from tests.helpers.kernels.accuracy import close, draw, poisoned
 
 SHAPES = ((1, 1), (1, 1000), (3, 129), (199, 37), (2, 64), (17, 65))
 """(tokens, rows of the vocabulary): a single one, some programs for one row, edges of tiles."""

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.train.metrics import read_metrics
-from tests.jobs import write_run
-from tests.kernels.gpu_checks import CHECKS, Place
-from tests.runs import MODEL, STEP_TOKENS, make_run
+from megagrow.train.reporting.metrics import read_metrics
+from tests.helpers.jobs import write_run
+from tests.helpers.kernels.gpu_checks import CHECKS, Place
+from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TRITON = dict.fromkeys(("attention", "norm", "pointwise", "loss"), "triton")
@@ -32,7 +32,7 @@ def start(arguments: list[str], environment: dict[str, str]) -> None:
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_a_gpu(name: str, gpu_environment: dict[str, str]) -> None:
     path = f"{ROOT}:{ROOT / 'kernels'}:{':'.join(sys.path)}"
-    start(["-m", "tests.kernels.gpu_checks", name], gpu_environment | {"PYTHONPATH": path})
+    start(["-m", "tests.helpers.kernels.gpu_checks", name], gpu_environment | {"PYTHONPATH": path})
 
 
 @pytest.mark.parametrize("name", CHECKS)

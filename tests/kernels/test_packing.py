@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megagrow_kernels.packing import TILE, Packing, pack
-from tests.kernels.documents import ids_of
+from tests.helpers.kernels.documents import ids_of
 
 
 def documents_of(packing: Packing) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ from transformers.models.llama import modeling_llama as theirs
 
 from megagrow.model import ops
 from megagrow_kernels import reference
-from tests.hugging_face import hugging_face, tiny
+from tests.helpers.hugging_face import hugging_face, tiny
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 

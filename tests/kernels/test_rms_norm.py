@@ -7,7 +7,7 @@ from torch import Tensor
 from megagrow_kernels import launching, reference
 from megagrow_kernels.rms_norm import PROGRAMS_EACH, add_rms_norm, rms_norm, rms_norm_backward
 from megagrow_kernels.tiles import select
-from tests.kernels.accuracy import check, draw
+from tests.helpers.kernels.accuracy import check, draw
 
 EPS = 1e-5
 SHAPES = [(1, 8), (1, 760), (199, 24), (199, 1128), (37, 760), (2, 5, 96), (3, 4100)]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megagrow_kernels import reference
 from megagrow_kernels.rope import rope, rope_backward, rope_forward
-from tests.kernels.accuracy import check, draw
+from tests.helpers.kernels.accuracy import check, draw
 
 SHAPES = [
     (1, 1, 1, 1, 8),

@@ -12,7 +12,7 @@ from megagrow_kernels import reference
 from megagrow_kernels.rms_norm import add_rms_norm, rms_norm
 from megagrow_kernels.rope import rope
 from megagrow_kernels.swiglu import swiglu
-from tests.kernels.accuracy import draw, with_gradients
+from tests.helpers.kernels.accuracy import draw, with_gradients
 
 TABLES = reference.rope_tables(torch.arange(5)[None], torch.tensor([1.0, 0.5, 0.25, 0.125]))
 HEADS = [draw(1, 5, 2, 8), draw(1, 5, 1, 8, seed=1)]

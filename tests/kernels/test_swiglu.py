@@ -5,7 +5,7 @@ import torch
 
 from megagrow_kernels import reference
 from megagrow_kernels.swiglu import swiglu, swiglu_backward
-from tests.kernels.accuracy import check, draw
+from tests.helpers.kernels.accuracy import check, draw
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

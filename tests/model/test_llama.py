@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megagrow.model.llama import LlamaForCausalLM
-from tests.hugging_face import hugging_face, outcome, tiny, tokens
+from tests.helpers.hugging_face import hugging_face, outcome, tiny, tokens
 
 HEADS = {"mha": 4, "gqa": 2, "mqa": 1}
 EXACT = 1e-5

@@ -15,7 +15,7 @@ from torch import Tensor
 from megagrow.config.schema import ModelConfig
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.masks import Masks, masks_at
-from tests.model.grown_pairs import (
+from tests.helpers.model.grown_pairs import (
     HEADS,
     every_token,
     gentle_model,
@@ -24,7 +24,7 @@ from tests.model.grown_pairs import (
     model_config,
     random_model,
 )
-from tests.model.masked_reference import Coefficients, logits, vector
+from tests.helpers.model.masked_reference import Coefficients, logits, vector
 
 
 def masks_of(source: ModelConfig, target: ModelConfig, c: Coefficients) -> Masks:

@@ -18,7 +18,7 @@ from megagrow.model.machine import Machine, machine_of
 from megagrow.model.masks import Masks
 from megagrow.model.ops import PLAIN, Ops, attention_mask, make_ops
 from megagrow_kernels import reference
-from tests.hugging_face import tiny, tokens
+from tests.helpers.hugging_face import tiny, tokens
 
 CPU = machine_of(torch.device("cpu"))
 TORCH = {"attention": "sdpa", "norm": "torch", "pointwise": "torch", "loss": "torch"}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megagrow.config.schema import ModelConfig
 from megagrow.model.masks import Masks, masks_at
-from tests.model.grown_pairs import grown_pair, model_config
+from tests.helpers.model.grown_pairs import grown_pair, model_config
 
 
 def factors(masks: Masks | None, source: ModelConfig, target: ModelConfig) -> list[float]:

@@ -5,7 +5,7 @@ import torch
 
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.rope import frequencies
-from tests.hugging_face import hugging_face, tiny, tokens
+from tests.helpers.hugging_face import hugging_face, tiny, tokens
 
 ORIGINAL, LONG = 32, 200
 SCALINGS = {

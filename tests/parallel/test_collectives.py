@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megagrow.parallel import collectives
-from megagrow.parallel.topology import make_topology
-from tests.spawn import run_ranks
+from megagrow.parallel.process_groups import make_topology
+from tests.helpers.spawn import run_ranks
 
 WORLD = 4
 B, S, D = 2, 8, 3

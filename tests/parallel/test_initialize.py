@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagrow.parallel.initialize import initial_rows, normal
-from megagrow.parallel.plan import parameter_plan
+from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.fill import fill_initial
-from tests.hugging_face import tiny
-from tests.reshard.definition import same, storage_of
-from tests.reshard.models import layouts, models
+from tests.helpers.hugging_face import tiny
+from tests.helpers.reshard.definition import same, storage_of
+from tests.helpers.reshard.models import layouts, models
 
 LENGTH = 2**16
 

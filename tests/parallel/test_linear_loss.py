@@ -14,11 +14,20 @@ from torch import Tensor
 from megagrow.model.ops import TORCH_LOSS, LossOps, triton_loss
 from megagrow.parallel.linear_loss import linear_cross_entropy
 from megagrow.parallel.loss import IGNORED, cross_entropy
-from megagrow.parallel.topology import Topology
-from tests.hugging_face import tiny, tokens
-from tests.parallel.alive import Alive
-from tests.parallel.engines import BATCH, LENGTH, LR, Built, Case, Weights, build, difference
-from tests.spawn import run_ranks
+from megagrow.parallel.process_groups import Topology
+from tests.helpers.hugging_face import tiny, tokens
+from tests.helpers.parallel.alive import Alive
+from tests.helpers.parallel.engines import (
+    BATCH,
+    LENGTH,
+    LR,
+    Built,
+    Case,
+    Weights,
+    build,
+    difference,
+)
+from tests.helpers.spawn import run_ranks
 
 OPS = {"torch": TORCH_LOSS, "triton": triton_loss()}
 WORLD = 4

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from megagrow.model.ops import TORCH_LOSS, triton_loss
 from megagrow.parallel.loss import IGNORED, cross_entropy
-from megagrow.parallel.plan import pad
-from megagrow.parallel.topology import make_topology
-from tests.spawn import run_ranks
+from megagrow.parallel.process_groups import make_topology
+from megagrow.parallel.sharding import pad
+from tests.helpers.spawn import run_ranks
 
 WORLD = 4
 SIZES = (1, 2, 4)

@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 
 from megagrow.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megagrow.parallel.engine import ZeroEngine
+from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.loss import cross_entropy
-from megagrow.parallel.settings import EngineSettings
-from megagrow.parallel.topology import Topology, destroy_topology, make_topology
-from megagrow.parallel.zero import ZeroEngine
+from megagrow.parallel.process_groups import Topology, destroy_topology, make_topology
 from megagrow.reshard.layout import Layout
-from tests.hugging_face import hugging_face, outcome, tiny, tokens
-from tests.reshard.definition import held
-from tests.runs import full_tensors
-from tests.spawn import run_ranks
+from tests.helpers.hugging_face import hugging_face, outcome, tiny, tokens
+from tests.helpers.reshard.definition import held
+from tests.helpers.runs import full_tensors
+from tests.helpers.spawn import run_ranks
 
 WORLD = 4
 MODELS = {

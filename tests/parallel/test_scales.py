@@ -7,13 +7,13 @@ import pytest
 
 from megagrow.checkpoint.load import load_storage, newest_checkpoint
 from megagrow.checkpoint.save import save_checkpoint
-from megagrow.parallel.plan import parameter_plan
+from megagrow.parallel.engine_config import parameter_groups
 from megagrow.parallel.scale import ParamScale
-from megagrow.parallel.settings import parameter_groups
-from tests.checkpoint.saving import manifest_of
-from tests.parallel.engines import CONFIG, LR, OPTIMIZER, Built, Case, Plain, Weights, build
-from tests.parallel.engines import difference as distance
-from tests.spawn import run_ranks
+from megagrow.parallel.sharding import parameter_plan
+from tests.helpers.checkpoint.saving import manifest_of
+from tests.helpers.parallel.engines import CONFIG, LR, OPTIMIZER, Built, Case, Plain, Weights, build
+from tests.helpers.parallel.engines import difference as distance
+from tests.helpers.spawn import run_ranks
 
 WORLD, STEPS = 2, 4
 CLASSES = (

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megagrow.parallel.loss import cross_entropy
-from tests.hugging_face import tokens
-from tests.parallel.engines import (
+from tests.helpers.hugging_face import tokens
+from tests.helpers.parallel.engines import (
     BATCH,
     CONFIG,
     LENGTH,
@@ -21,8 +21,8 @@ from tests.parallel.engines import (
     Case,
     build,
 )
+from tests.helpers.spawn import run_ranks
 from tests.parallel.test_scales import SCALES
-from tests.spawn import run_ranks
 
 pytestmark = pytest.mark.slow
 

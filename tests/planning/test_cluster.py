@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megagrow.config.flops import matmul_parameters
 from megagrow.config.load import load_run
-from megagrow.config.parameters import matmul_parameters
 from megagrow.errors import InputError
 from megagrow.planning.cluster import Cluster, find_cluster
 from megagrow.planning.collectives import Group, data_group, tensor_group
@@ -21,7 +21,7 @@ from megagrow.planning.step_rates import (
     TILE_START,
 )
 from megagrow.planning.step_time import StepTime, matmul_seconds, step_time
-from megagrow.planning.step_work import Shape, Work, shape_of
+from megagrow.planning.step_workload import Shape, Work, shape_of
 from megagrow.train.flops import flops_per_token
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -10,9 +10,9 @@ from megagrow.errors import InputError
 from megagrow.planning.cost_tables import cost_columns, cost_lines, cost_rows
 from megagrow.planning.costs import RunCosts
 from megagrow.planning.gpus import find_gpu
-from megagrow.planning.pace import pace_of
 from megagrow.planning.request import PlanRequest, answer
-from megagrow.train.metrics import Counters, MetricsLog, StepMeasure, train_fields
+from megagrow.planning.throughput import pace_of
+from megagrow.train.reporting.metrics import Counters, MetricsLog, StepMeasure, train_fields
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TOKENS = (4_769 * 2**21, 46_492 * 2**21)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-import megagrow.cli
+import megagrow.cli.app
 from megagrow.config.load import load_run
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
 from megagrow.planning.cluster import find_cluster
-from megagrow.planning.fitting import on_gpu
 from megagrow.planning.layouts import USABLE, fitting_layouts
 from megagrow.planning.memory import stage_memory
+from megagrow.planning.memory_fit import on_gpu
 from megagrow.planning.prediction import growth_seconds, predict_run, stage_work
 from megagrow.planning.request import Answer, PlanRequest, answer
 from megagrow.planning.step_rates import GROWTH_SECONDS, NIC_SHARE
@@ -124,7 +124,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         sys, "argv", ["megagrow", "plan", str(RUN), "--cluster", "h200:8x2", "--layouts"]
     )
     with pytest.raises(SystemExit) as ended:
-        megagrow.cli.main()
+        megagrow.cli.app.main()
     assert not ended.value.code
     printed = capsys.readouterr().out
     assert "gstack-1.1b on 16 ranks" in printed

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-import megagrow.cli
+import megagrow.cli.app
 from megagrow.config.load import load_run
 from megagrow.errors import InputError
 from megagrow.planning.planner import RunPlan, plan_run
@@ -184,7 +184,7 @@ def test_what_is_shown() -> None:
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["megagrow", "plan", *words])
-    megagrow.cli.main()
+    megagrow.cli.app.main()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""The model of a step against throughputs that others published: as docs/results/scaling.md states them."""
+"""The model of a step against throughputs that others published: as docs/results/scaling.md states
+them."""
 
 import json
 from statistics import median
@@ -6,7 +7,7 @@ from statistics import median
 import pytest
 
 from megagrow.planning.published import ROWS, Published, published_rows
-from tools.scaling_table import PAGE, one_mfu_within, with_tables, within
+from tools.docs.scaling_table import PAGE, one_mfu_within, with_tables, within
 
 PUBLISHED_PARAMETERS = {
     "mpt-125m": 125_311_488,
@@ -28,7 +29,7 @@ def rows_of(role: str) -> list[Published]:
 
 def test_the_page_is_current() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert page == with_tables(page), "run: python tools/scaling_table.py"
+    assert page == with_tables(page), "run: python tools/docs/scaling_table.py"
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ from megagrow.config.schema import RunConfig
 from megagrow.planning.memory import StageMemory
 from megagrow.planning.traffic import Traffic, step_traffic
 from megagrow.reshard.fill import fill_initial
-from megagrow.train.inputs import open_inputs
+from megagrow.train.data_setup import open_inputs
+from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.loop import StepDone, advance
-from megagrow.train.signals import StopSignal
 from megagrow.train.stage import build_stage
-from megagrow.train.state import RunState
-from tests.runs import MODEL, STEP_TOKENS, make_run, parallel_of
-from tests.spawn import run_ranks
+from megagrow.train.train_state import RunState
+from tests.helpers.runs import MODEL, STEP_TOKENS, make_run, parallel_of
+from tests.helpers.spawn import run_ranks
 
 SCALARS = 12
 """Bytes up to which a collective is about norms, losses and flags."""

@@ -9,20 +9,20 @@ import torch.distributed as dist
 
 import megagrow.reshard.dense
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Term
-from megagrow.parallel.zero import STATE_KINDS
+from megagrow.parallel.engine import STATE_KINDS
 from megagrow.reshard.dense import exchange_dense
 from megagrow.reshard.exchange import Side, exchange
 from megagrow.reshard.fill import fill_new
-from tests.hugging_face import tiny
-from tests.reshard.definition import (
+from tests.helpers.hugging_face import tiny
+from tests.helpers.reshard.definition import (
     State,
     empty_storage,
     grown,
     random_state,
     storage_of,
 )
-from tests.reshard.models import layout_of
-from tests.spawn import run_ranks
+from tests.helpers.reshard.models import layout_of
+from tests.helpers.spawn import run_ranks
 
 WORLD = 4
 SMALL = tiny(hidden_size=16, intermediate_size=24)

@@ -11,15 +11,15 @@ import torch.distributed as dist
 from megagrow.config.schema import GrowthConfig, ModelConfig
 from megagrow.growth.map import GrowthMap, identity_map
 from megagrow.growth.operators import growth_map
-from megagrow.parallel.plan import parameter_plan
-from megagrow.parallel.zero import STATE_KINDS
-from megagrow.reshard import carriers
+from megagrow.parallel.engine import STATE_KINDS
+from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard import exchange as exchange_module
-from megagrow.reshard.carriers import Carrier
+from megagrow.reshard import transport as carriers
 from megagrow.reshard.exchange import BUCKET_BYTES, Moved, Side, exchange
 from megagrow.reshard.layout import Layout
-from tests.hugging_face import tiny
-from tests.reshard.definition import (
+from megagrow.reshard.transport import Carrier
+from tests.helpers.hugging_face import tiny
+from tests.helpers.reshard.definition import (
     empty_storage,
     grown,
     held,
@@ -28,8 +28,8 @@ from tests.reshard.definition import (
     same,
     storage_of,
 )
-from tests.reshard.models import layout_of
-from tests.spawn import run_ranks
+from tests.helpers.reshard.models import layout_of
+from tests.helpers.spawn import run_ranks
 
 WORLD = 4
 MODEL = tiny(num_hidden_layers=1, hidden_size=16, intermediate_size=24)

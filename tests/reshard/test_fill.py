@@ -10,14 +10,14 @@ import megagrow.reshard.drawn
 import megagrow.reshard.fill
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import Fill, GrowthMap
+from megagrow.parallel.engine import STATE_KINDS, Storage
 from megagrow.parallel.initialize import initial_rows
-from megagrow.parallel.zero import STATE_KINDS, Storage
 from megagrow.reshard.fill import fill_initial, fill_new
 from megagrow.reshard.layout import Layout
-from tests.hugging_face import tiny
-from tests.reshard.definition import State, empty_storage, filled, same, storage_of
-from tests.reshard.growths import fills_of
-from tests.reshard.models import layout_of, layouts, models
+from tests.helpers.hugging_face import tiny
+from tests.helpers.reshard.definition import State, empty_storage, filled, same, storage_of
+from tests.helpers.reshard.growths import fills_of
+from tests.helpers.reshard.models import layout_of, layouts, models
 
 thorough = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

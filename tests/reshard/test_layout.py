@@ -4,11 +4,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrow.reshard.indices import overlap, shift
+from megagrow.reshard.copy_ops import block_view
+from megagrow.reshard.index_ranges import overlap, shift
 from megagrow.reshard.layout import Block, Layout, blocks_of
-from megagrow.reshard.move import block_view
-from tests.reshard.definition import held, numbered
-from tests.reshard.models import layouts, models
+from tests.helpers.reshard.definition import held, numbered
+from tests.helpers.reshard.models import layouts, models
 
 PADDING = -1
 RANGES = st.tuples(st.integers(0, 60), st.integers(0, 60)).map(lambda t: range(min(t), max(t)))

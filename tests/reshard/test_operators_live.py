@@ -7,18 +7,18 @@ import torch
 import torch.distributed as dist
 
 from megagrow.config.schema import ModelConfig
-from megagrow.growth.check import check_map
-from megagrow.parallel.plan import parameter_plan
+from megagrow.growth.map_checks import check_map
+from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.dense import exchange_dense
 from megagrow.reshard.exchange import Side, exchange
 from megagrow.reshard.fill import fill_new
 from megagrow.reshard.layout import Layout
-from tests.growth.cases import Case
-from tests.growth.catalogue import CATALOGUE as CASES
-from tests.growth.whole import grown
-from tests.reshard.definition import State, random_state, storage_of
-from tests.reshard.models import layout_of
-from tests.spawn import run_ranks
+from tests.helpers.growth.cases import Case
+from tests.helpers.growth.catalogue import CATALOGUE as CASES
+from tests.helpers.growth.whole import grown
+from tests.helpers.reshard.definition import State, random_state, storage_of
+from tests.helpers.reshard.models import layout_of
+from tests.helpers.spawn import run_ranks
 
 WORLD = 4
 GRIDS = ((0, 4), (1, 2), (2, 1), (3, 2), (2, 4), (3, 1))

@@ -13,10 +13,10 @@ import pytest
 
 from megagrow.config.schema import RunConfig
 from megagrow.data.batches import open_stream
-from tests.jobs import Finished, Job, records, write_run
-from tests.run.refusals import SECONDS, WORLD, assert_refused, refused_run, tiny_run
-from tests.runs import STEP_TOKENS
-from tests.spawn import free_port
+from tests.helpers.jobs import Finished, Job, records, write_run
+from tests.helpers.run.refusals import SECONDS, WORLD, assert_refused, refused_run, tiny_run
+from tests.helpers.runs import STEP_TOKENS
+from tests.helpers.spawn import free_port
 
 pytestmark = pytest.mark.dist
 

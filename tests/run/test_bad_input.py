@@ -8,9 +8,9 @@ import pytest
 
 from megagrow.config.schema import RunConfig
 from tests.checkpoint.test_damage import flip
-from tests.jobs import records, write_run
-from tests.run.refusals import completed_run, refused, refused_run, tiny_run
-from tests.runs import MODEL, STEP_TOKENS, make_run
+from tests.helpers.jobs import records, write_run
+from tests.helpers.run.refusals import completed_run, refused, refused_run, tiny_run
+from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
 
 pytestmark = pytest.mark.dist
 

@@ -14,12 +14,12 @@ from megagrow.checkpoint.files import list_checkpoints
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.save import Save
 from megagrow.config.schema import RunConfig
-from megagrow.train.live import LiveLine
-from megagrow.train.recorder import Recorder
-from tests.disks import small_disk
-from tests.jobs import Hook, Job, records, write_run
-from tests.run.refusals import completed_run, refused_run
-from tests.runs import STEP_TOKENS, make_run
+from megagrow.train.reporting.console import LiveLine
+from megagrow.train.reporting.run_logger import Recorder
+from tests.helpers.disks import small_disk
+from tests.helpers.jobs import Hook, Job, records, write_run
+from tests.helpers.run.refusals import completed_run, refused_run
+from tests.helpers.runs import STEP_TOKENS, make_run
 
 pytestmark = pytest.mark.dist
 

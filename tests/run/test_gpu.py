@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megagrow.config.schema import RunConfig
-from megagrow.train.metrics import read_metrics
-from tests.jobs import write_run
-from tests.runs import MODEL, STEP_TOKENS, make_run
+from megagrow.train.reporting.metrics import read_metrics
+from tests.helpers.jobs import write_run
+from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
 
 
 def grown_run(folder: Path, name: str, zero_stage: int, precision: str) -> RunConfig:

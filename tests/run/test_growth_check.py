@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-import megagrow.train.growths
+import megagrow.train.growth_event.run_growths
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.growth.map import GrowthMap
-from tests.jobs import records, train, write_run
-from tests.run.refusals import assert_refused
-from tests.runs import MODEL, STEP_TOKENS, make_run
+from tests.helpers.jobs import records, train, write_run
+from tests.helpers.run.refusals import assert_refused
+from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
 
 pytestmark = pytest.mark.dist
 
@@ -20,7 +20,7 @@ DEEP = MODEL | {"num_hidden_layers": 4}
 
 def a_new_layer_that_speaks(rank: int, patch: pytest.MonkeyPatch) -> None:
     """A defect in an operator: one of its silent layers is not silent."""
-    growth_map = megagrow.train.growths.growth_map
+    growth_map = megagrow.train.growth_event.run_growths.growth_map
 
     def defective(*arguments: object) -> GrowthMap:
         found = growth_map(*arguments)
@@ -30,7 +30,7 @@ def a_new_layer_that_speaks(rank: int, patch: pytest.MonkeyPatch) -> None:
         fills = {name: fill for name, fill in found.fills.items() if name != speaking}
         return replace(found, weights=weights, fills=fills)
 
-    patch.setattr(megagrow.train.growths, "growth_map", defective)
+    patch.setattr(megagrow.train.growth_event.run_growths, "growth_map", defective)
 
 
 def test_the_run_stops_and_the_checkpoint_is_intact(tmp_path: Path) -> None:

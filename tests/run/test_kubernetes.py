@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.run.scripts import LAUNCHERS, launch
+from tests.helpers.run.scripts import LAUNCHERS, launch
 
 
 def documents(name: str) -> list[dict]:

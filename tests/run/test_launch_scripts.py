@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import Job, write_run
-from tests.run.scripts import LAUNCHERS, launch, pretended_cluster, write_program
-from tests.runs import STEP_TOKENS, make_run
+from tests.helpers.jobs import Job, write_run
+from tests.helpers.run.scripts import LAUNCHERS, launch, pretended_cluster, write_program
+from tests.helpers.runs import STEP_TOKENS, make_run
 
 NOT_STARTED = ("torchrun", "deepspeed", "srun", "python", "scontrol")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from megagrow.config.schema import RunConfig
-from tests.jobs import records, write_run
-from tests.runs import MODEL, STEP_TOKENS, make_run
-from tests.spawn import free_port
+from tests.helpers.jobs import records, write_run
+from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
+from tests.helpers.spawn import free_port
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from megagrow.config.schema import RunConfig
-from tests.jobs import records, train, write_run
-from tests.run.dies_once import DIES_IN_STEP
+from tests.helpers.jobs import records, train, write_run
+from tests.helpers.run.dies_once import DIES_IN_STEP
+from tests.helpers.runs import STEP_TOKENS, make_run
 from tests.run.test_launchers import SECONDS, start
-from tests.runs import STEP_TOKENS, make_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-SCRIPT = Path(__file__).with_name("dies_once.py")
+SCRIPT = Path(__file__).resolve().parents[1] / "helpers/run/dies_once.py"
 INTERVAL, STEPS = 3, 8
 
 

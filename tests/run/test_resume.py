@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 
 import megagrow.run
-import megagrow.train.grow
+import megagrow.train.checkpointer
+import megagrow.train.growth_event.event as growth_event
 import megagrow.train.loop
-import megagrow.train.saving
 from megagrow.checkpoint.files import list_checkpoints, step_of
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.save import Save
 from megagrow.config.schema import RunConfig
 from megagrow.train.loop import StepDone
-from megagrow.train.recorder import Recorder
+from megagrow.train.reporting.run_logger import Recorder
 from megagrow.train.stage import Stage
-from tests.jobs import Finished, Hook, Job, records, train, write_run
-from tests.runs import MODEL, STEP_TOKENS, make_run
+from tests.helpers.jobs import Finished, Hook, Job, records, train, write_run
+from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -202,11 +202,11 @@ WORST = [
     # what is held, where, how many ranks come to it, the step from which the next start goes on
     ("a shard is missing, the training goes on", Save, "write", 2, 0),
     ("all shards there, not yet renamed", Save, "_finish", 1, 0),
-    ("renamed, not yet recorded", megagrow.train.saving, "prune_checkpoints", 1, 3),
+    ("renamed, not yet recorded", megagrow.train.checkpointer, "prune_checkpoints", 1, 3),
     ("an old checkpoint is being removed", shutil, "rmtree", 1, 9),
     ("the last shard before the growth is missing", Save, "write", 2, 9),
     ("the growth begins", megagrow.run, "grow_best", 1, BASE_STEPS),
-    ("the target stands, nothing moved", megagrow.train.grow, "exchange", 1, BASE_STEPS),
+    ("the target stands, nothing moved", growth_event, "exchange", 1, BASE_STEPS),
     ("grown, not yet recorded", Recorder, "growth", 2, BASE_STEPS),
     ("a shard is missing after the growth", Save, "write", 2, BASE_STEPS),
 ]

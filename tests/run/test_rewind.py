@@ -13,8 +13,9 @@ import megagrow.run
 import megagrow.train.step
 from megagrow.config.schema import RunConfig
 from megagrow.data.batches import Batch, BatchReader
-from megagrow.train.recorder import Recorder
-from tests.jobs import Hook, records
+from megagrow.train.reporting.run_logger import Recorder
+from tests.helpers.jobs import Hook, records
+from tests.helpers.runs import STEP_TOKENS
 from tests.run.test_resume import (
     BASE_STEPS,
     INTERVAL,
@@ -26,7 +27,6 @@ from tests.run.test_resume import (
     last_checkpoint,
     start,
 )
-from tests.runs import STEP_TOKENS
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

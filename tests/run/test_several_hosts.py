@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.jobs import train
-from tools.fault_injection_run import write_corpus
-from tools.hosts import Hosts, missing
-from tools.several_hosts import Story
-from tools.several_hosts_job import BASE_STEPS, INTERVAL, losses, records, run_of
-from tools.several_hosts_speed import probe
+from tests.helpers.jobs import train
+from tools.faults.run import write_corpus
+from tools.hosts.job import BASE_STEPS, INTERVAL, losses, records, run_of
+from tools.hosts.namespaces import Hosts, missing
+from tools.hosts.several_hosts import Story
+from tools.hosts.speed import probe
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKER = """
 import time
-from tools.hosts import Hosts
+from tools.hosts.namespaces import Hosts
 with Hosts(1) as hosts:
     sleeping = hosts[0].start("sleep", 600)
     print(hosts[0].first, sleeping.pid, sep="\\n", flush=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.run.scripts import launch, pretended_cluster
+from tests.helpers.run.scripts import launch, pretended_cluster
 
 
 @pytest.fixture

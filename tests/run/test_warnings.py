@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import Job
-from tests.runs import MODEL, write_corpus
+from tests.helpers.jobs import Job
+from tests.helpers.runs import MODEL, write_corpus
 
 pytestmark = pytest.mark.dist
 

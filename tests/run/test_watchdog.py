@@ -12,8 +12,8 @@ import pytest
 import megagrow.train.loop
 from megagrow.config.schema import RunConfig
 from megagrow.data.batches import BatchReader
-from tests.jobs import Finished, Hook, train, write_run
-from tests.runs import STEP_TOKENS, make_run
+from tests.helpers.jobs import Finished, Hook, train, write_run
+from tests.helpers.runs import STEP_TOKENS, make_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

@@ -14,10 +14,10 @@ import yaml
 from megagrow.config.keys import BUILT_ON, DEFAULTS
 from megagrow.config.load import load_run
 from megagrow.config.schema import RunConfig, StageConfig
-from megagrow.config.section import Section
+from megagrow.config.sections import Section
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "tools" / "config_reference.py"
+TOOL = ROOT / "tools/docs/config_reference.py"
 PAGE = (ROOT / "docs/reference/configuration.md").read_text(encoding="utf-8")
 
 ROW = re.compile(r"^\| `([\w.]+)` \| (.+?) \| (.+?) \| (.*) \|$", flags=re.MULTILINE)

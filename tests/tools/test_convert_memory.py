@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megagrow.config.parameters import parameters
+from megagrow.config.flops import parameters
 from megagrow.config.schema import ModelConfig
-from tools.convert_memory import made_up_model, measure, write_model
+from tools.benchmarks.checkpoint.convert_memory import made_up_model, measure, write_model
 
 BUDGET = 16 * 2**20
 PROGRAM = 300 * 2**20

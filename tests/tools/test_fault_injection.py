@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import tests.spawn  # noqa: F401  (imports all that a rank needs, before ranks are forked)
-from tools.fault_injection import Injection, plan_kills, show
-from tools.fault_injection_run import BASE_STEPS, STEPS, Seen, differences, look
+import tests.helpers.spawn  # noqa: F401  (imports all that a rank needs, before ranks are forked)
+from tools.faults.inject import Injection, plan_kills, show
+from tools.faults.run import BASE_STEPS, STEPS, Seen, differences, look
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

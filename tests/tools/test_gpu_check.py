@@ -1,4 +1,5 @@
-"""tools/gpu_check.py without a GPU: its arithmetic, its goals, its tables, and how it cuts parts.
+"""tools/gpu/gpu_check.py without a GPU: its arithmetic, its goals, its tables, and how it cuts
+parts.
 
 Its benchmarks are run once, with tiny shapes, in Triton's interpreter.
 """
@@ -12,14 +13,15 @@ import pytest
 import torch
 
 from megagrow_kernels import reference
-from tools import gpu_check, gpu_check_tests
-from tools.gpu_bench_attention import SHAPES, document_ids
-from tools.gpu_bench_case import OURS, Case, Place, measure
-from tools.gpu_bench_clock import OnceClock
-from tools.gpu_bench_goals import GOALS, NOT_MEASURED, Findings, goal_rows
-from tools.gpu_bench_growth import summary
-from tools.gpu_bench_kernels import FAMILIES, records
-from tools.gpu_bench_work import (
+from tools.gpu import check_tests as gpu_check_tests
+from tools.gpu import gpu_check
+from tools.gpu.bench.attention import SHAPES, document_ids
+from tools.gpu.bench.case import OURS, Case, Place, measure
+from tools.gpu.bench.clock import OnceClock
+from tools.gpu.bench.goals import GOALS, NOT_MEASURED, Findings, goal_rows
+from tools.gpu.bench.growth import summary
+from tools.gpu.bench.kernels import FAMILIES, records
+from tools.gpu.bench.work import (
     TENSORS,
     Work,
     attention_work,
@@ -27,7 +29,7 @@ from tools.gpu_bench_work import (
     row_work,
     seen_pairs,
 )
-from tools.gpu_check_parts import (
+from tools.gpu.check_parts import (
     Budget,
     Command,
     Outcome,
@@ -36,7 +38,7 @@ from tools.gpu_check_parts import (
     missing_packages,
     run_part,
 )
-from tools.gpu_check_tables import failures, report, table
+from tools.gpu.check_tables import failures, report, table
 
 COPY, MATMUL = 4e12, 800e12
 PLACE = Place(torch.device("cpu"), smoke=True)
@@ -207,7 +209,7 @@ def test_what_is_missing_is_named():
 
 
 def test_without_a_gpu_it_exits_with_2(tmp_path: Path):
-    command = [sys.executable, "tools/gpu_check.py", "--output", str(tmp_path / "out")]
+    command = [sys.executable, "tools/gpu/gpu_check.py", "--output", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=gpu_check.ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "gpu_check needs a GPU" in done.stderr

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.config.lengths import stage_tokens
-from megagrow.config.parameters import paper_flops_per_token
+from megagrow.config.flops import paper_flops_per_token
+from megagrow.config.stage_length import stage_tokens
 from megagrow.errors import InputError
-from megagrow.train.metrics import Counters, MetricsLog
+from megagrow.train.reporting.metrics import Counters, MetricsLog
 from megagrow.train.schedule import rate_at
-from tools.state_ablation import (
+from tools.experiments.state_ablation import (
     BASE_STEPS,
     CLOSE_INTERVAL,
     CLOSE_STEPS,

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import tools.tune_kernels as tuner
+import tools.gpu.tune_kernels as tuner
 from megagrow_kernels.tiles import row, rows, rows_for
-from tools.kernel_candidates import TOLD, candidates, choose, conditions, merged, text_of
-from tools.kernel_cases import OPS, Case, tables
-from tools.kernel_code import Code, Job, Outcome
+from tools.gpu.kernel_candidates import TOLD, candidates, choose, conditions, merged, text_of
+from tools.gpu.kernel_cases import OPS, Case, tables
+from tools.gpu.kernel_code import Code, Job, Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 TUNED = [op for op in OPS if op != "add_rms_norm"]
@@ -176,7 +176,7 @@ def test_an_architecture_without_rows_of_its_own_gets_them(monkeypatch):
 
 
 def test_it_needs_a_gpu():
-    command = [sys.executable, str(ROOT / "tools" / "tune_kernels.py")]
+    command = [sys.executable, str(ROOT / "tools/gpu/tune_kernels.py")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "tune_kernels needs a GPU: torch.cuda.is_available() is False\n"

@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from megagrow.config.parameters import (
+from megagrow.common.gpu_specs import peak_flops
+from megagrow.config.flops import (
     matmul_parameters,
     non_embedding_parameters,
     paper_flops_per_token,
@@ -10,7 +11,6 @@ from megagrow.config.parameters import (
 )
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.train.flops import flops_per_token, run_flops
-from megagrow.train.gpus import peak_flops
 
 
 def llama(layers: int, hidden: int, heads: int, kv: int, ffn: int, **more: Any) -> ModelConfig:

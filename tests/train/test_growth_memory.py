@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-import megagrow.train.grow
+import megagrow.train.growth_event.event
 from megagrow.config.schema import RunConfig
 from megagrow.reshard.exchange import BUCKET_BYTES, exchange
 from megagrow.reshard.fill import fill_initial
 from megagrow.reshard.layout import Layout
-from megagrow.train.inputs import open_inputs
+from megagrow.train.data_setup import open_inputs
+from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.loop import StepDone, advance
-from megagrow.train.signals import StopSignal
 from megagrow.train.stage import Stage, build_stage
-from megagrow.train.state import RunState
-from tests.runs import MODEL, STEP_TOKENS, grow_live, make_run
-from tests.spawn import run_ranks
+from megagrow.train.train_state import RunState
+from tests.helpers.runs import MODEL, STEP_TOKENS, grow_live, make_run
+from tests.helpers.spawn import run_ranks
 
 WORLD = 4
 MIB = 2**20
@@ -112,7 +112,7 @@ def measure(small: RunConfig, run: RunConfig) -> Measured:
         return exchange(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(megagrow.train.grow, "exchange", noted_exchange)
+        patch.setattr(megagrow.train.growth_event.event, "exchange", noted_exchange)
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
         stage, _ = grow_live(run, stage)
     found = (built[0], kib_of("VmHWM"), kib_of("VmRSS"))

@@ -7,13 +7,13 @@ import torch
 
 from megagrow.config.schema import RunConfig
 from megagrow.reshard.fill import fill_initial
-from megagrow.train.inputs import open_inputs
+from megagrow.train.data_setup import open_inputs
+from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.loop import StepDone, advance
-from megagrow.train.signals import StopSignal
 from megagrow.train.stage import Stage, build_stage
-from megagrow.train.state import RunState
-from tests.runs import MODEL, STEP_TOKENS, full_tensors, grow_live, make_run, parallel_of
-from tests.spawn import run_ranks
+from megagrow.train.train_state import RunState
+from tests.helpers.runs import MODEL, STEP_TOKENS, full_tensors, grow_live, make_run, parallel_of
+from tests.helpers.spawn import run_ranks
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ import torch
 
 from megagrow.config.schema import RunConfig
 from megagrow.train.stage import build_stage, masks_now
-from tests.runs import MODEL, STEP_TOKENS, make_run, parallel_of, train_stage
-from tests.spawn import run_ranks
+from tests.helpers.runs import MODEL, STEP_TOKENS, make_run, parallel_of, train_stage
+from tests.helpers.spawn import run_ranks
 
 GROWN = MODEL | {
     "num_hidden_layers": 3,

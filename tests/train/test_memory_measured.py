@@ -11,13 +11,13 @@ import torch
 from megagrow.config.schema import RunConfig
 from megagrow.planning.memory import stage_memory
 from megagrow.reshard.fill import fill_initial
-from megagrow.train.inputs import open_inputs
+from megagrow.train.data_setup import open_inputs
+from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.loop import StepDone, advance
-from megagrow.train.signals import StopSignal
 from megagrow.train.stage import build_stage
-from megagrow.train.state import RunState
-from tests.runs import MODEL, make_run
-from tests.spawn import run_ranks
+from megagrow.train.train_state import RunState
+from tests.helpers.runs import MODEL, make_run
+from tests.helpers.spawn import run_ranks
 
 MIB = 2**20
 LENGTH = 256

@@ -12,26 +12,26 @@ import torch.nn.functional as F
 
 from megagrow.checkpoint.files import checkpoint_name
 from megagrow.checkpoint.manifest import read_manifest
-from megagrow.config.checks import problems
 from megagrow.config.load import load_run
 from megagrow.config.schema import RunConfig
+from megagrow.config.validation import problems
 from megagrow.data.batches import Batch, sequences_of
 from megagrow.data.sft import read_examples, tokenise
 from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
-from megagrow.train.beginning import fill_beginning, open_beginning
-from megagrow.train.inputs import open_inputs
+from megagrow.train.data_setup import open_inputs
+from megagrow.train.init_from import fill_beginning, open_beginning
 from megagrow.train.stage import build_stage
 from megagrow.train.step import mean_loss, train_step
-from tests.alpaca import VOCAB, prepare, tokenizer
-from tests.checkpoint.test_hugging_face import state_of
-from tests.checkpoint.written import differences, shards, write_checkpoint
-from tests.hugging_face import hugging_face
-from tests.jobs import records, train, write_run
-from tests.reshard.models import layout_of
-from tests.runs import MODEL, full_tensors, make_run, parallel_of
-from tests.spawn import run_ranks
-from tests.train.test_grow_files import grow, model_file
+from tests.formats.test_hugging_face import state_of
+from tests.helpers.alpaca import VOCAB, prepare, tokenizer
+from tests.helpers.checkpoint.written import differences, shards, write_checkpoint
+from tests.helpers.hugging_face import hugging_face
+from tests.helpers.jobs import records, train, write_run
+from tests.helpers.reshard.models import layout_of
+from tests.helpers.runs import MODEL, full_tensors, make_run, parallel_of
+from tests.helpers.spawn import run_ranks
+from tests.offline.test_grow import grow, model_file
 
 LENGTH, BATCH = 160, 4
 SFT_MODEL = MODEL | {"vocab_size": VOCAB, "max_position_embeddings": LENGTH, "rms_norm_eps": 1e-5}

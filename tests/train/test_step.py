@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megagrow.config.schema import RunConfig
-from tests.runs import make_run, parallel_of, train_stage
-from tests.spawn import run_ranks
+from tests.helpers.runs import make_run, parallel_of, train_stage
+from tests.helpers.spawn import run_ranks
 
 STEPS, LENGTH = 2, 16
 KERNELS = (

@@ -1,0 +1,64 @@
+"""The command line's `megagrow doctor`: this machine, or with --cluster the ranks of a job."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megagrow.common.tables import Overrides, table_console
+from megagrow.errors import InputError
+
+WAIT_SECONDS = 60.0
+"""How long ranks wait for each other, by default: imports from a shared disk take a while."""
+
+
+def doctor(
+    run_file: Annotated[
+        Path | None, typer.Option("--run", help="A run file: what its stages would take.")
+    ] = None,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Look at all ranks; start it as a run is started.")
+    ] = False,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="With --cluster: a folder that all hosts must share.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.1, help="With --cluster: seconds of a wait; default: 60.")
+    ] = None,
+) -> None:
+    """Say what this machine has, which kernels it can run, and what `auto` takes."""
+    from megagrow.config.load import load_run
+
+    if run_file is None and overrides:
+        raise InputError("--set changes a key of a run file: give one with --run")
+    run = None if run_file is None else load_run(run_file, overrides or ())
+    if cluster:
+        folder = run.output_dir if run is not None and output_dir is None else output_dir
+        _examine_cluster(folder, timeout or WAIT_SECONDS)
+        return
+    if output_dir is not None or timeout is not None:
+        raise InputError("--output-dir and --timeout go with --cluster")
+    import torch
+
+    from megagrow.doctor.local import show_doctor
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    show_doctor(run, device, table_console())
+
+
+def _examine_cluster(folder: Path | None, seconds: float) -> None:
+    """Rank 0 shows what all have found; all end with an error if something is wrong."""
+    from megagrow.doctor.cluster import examine
+    from megagrow.doctor.diagnostics import findings
+    from megagrow.doctor.tables import show_cluster
+    from megagrow.parallel.process_groups import read_launch
+
+    launch = read_launch()
+    found = examine(launch, folder, seconds)
+    wrong = findings(found)
+    if launch.rank == 0:
+        show_cluster(found, wrong, table_console())
+    if wrong:
+        things = "1 thing is" if len(wrong) == 1 else f"{len(wrong)} things are"
+        raise InputError(f"{things} wrong with the cluster: {wrong[0]}")

@@ -1,0 +1,47 @@
+"""The command line's `megagrow train`: a run, or one rank of it that is built and told of."""
+
+from typing import Annotated
+
+import typer
+
+from megagrow.common.tables import Overrides, RunFile, table_console
+from megagrow.errors import InputError
+
+
+def train(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Build one rank, tell what it would do, start nothing."),
+    ] = False,
+    world: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: ranks of the run; default: 1.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="With --dry-run: the one to build; default: 0.")
+    ] = None,
+    stop_code: Annotated[
+        int, typer.Option(min=0, max=125, help="Exit code after a stop by a signal.")
+    ] = 0,
+) -> None:
+    """Train a run, growth included; goes on by itself from its newest checkpoint."""
+    from megagrow.config.load import load_run
+
+    if dry_run:
+        from megagrow.planning.dry_run import rehearse
+        from megagrow.planning.dry_run_tables import show_rehearsal
+
+        rehearsal = rehearse(load_run(run_file, overrides or ()), world or 1, rank or 0)
+        show_rehearsal(rehearsal, table_console())
+        count = len(rehearsal.problems)
+        if count:
+            problems = "1 problem" if count == 1 else f"{count} problems"
+            raise InputError(f"the run would not start: {problems}, see above")
+        return
+    if world is not None or rank is not None:
+        raise InputError("--world and --rank need --dry-run: a real run has its launcher's ranks")
+    from megagrow.run import train as train_run
+
+    if train_run(load_run(run_file, overrides or ())) is not None:
+        raise typer.Exit(stop_code)

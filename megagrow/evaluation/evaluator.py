@@ -1,0 +1,31 @@
+"""Evaluation while a run trains, as the run sees it: nothing of lm-eval is imported without it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megagrow.config.schema import RunConfig
+from megagrow.evaluation.installed import need_lm_eval
+from megagrow.model.masks import Masks
+from megagrow.parallel.process_groups import together
+from megagrow.train.stage import Stage
+
+Evaluation = Callable[[Stage, Masks | None, Callable[[str], None]], dict[str, Any]]
+"""(stage, this rank's masks, what hears the name of each task that begins): the results, as
+`results.evaluate` gives them. All ranks together."""
+
+
+def open_evaluation(run: RunConfig, device: torch.device) -> Evaluation | None:
+    """What evaluates the models of a run; None where the run asks for none. All ranks together.
+
+    The tasks are loaded, and all that they ask is tokenised, here and once. InputError, before
+    anything is trained, where lm-eval, a task, its data or the tokenizer is missing, or a task asks
+    what cannot be done.
+    """
+    if run.evaluation is None:
+        return None
+    together(need_lm_eval)
+    from megagrow.evaluation.online import LiveEvaluation
+
+    return LiveEvaluation(run, run.evaluation, device)

@@ -1,0 +1,157 @@
+"""DeepSpeed's Universal Checkpoints: every parameter whole, in a folder of its own, and read here.
+
+The form is that of DeepSpeed 0.19 (deepspeed/checkpoint/ds_to_universal.py): zero/PARAMETER/ has
+fp32.pt, exp_avg.pt, exp_avg_sq.pt and step.pt; converted from ZeRO 3 the tensors are flat and the
+step stands in zero/optimizer_state.pt. What model it is, DeepSpeed does not say; ours say it in a
+file beside.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megagrow.checkpoint.shards import KINDS
+from megagrow.checkpoint.source import PlacedSource
+from megagrow.checkpoint.tensor_file import DTYPES, Stored, read_elements
+from megagrow.common.json_text import parse_json
+from megagrow.common.safe_paths import is_plain_name
+from megagrow.config.model_file import checked_model
+from megagrow.config.schema import ModelConfig
+from megagrow.errors import InputError
+from megagrow.formats.hugging_face import whole_layout
+from megagrow.formats.torch_file import read_torch_file
+from megagrow.growth.map import Kind
+from megagrow.parallel.sharding import ParamSpec
+
+LATEST_FILE = "latest_universal"
+PARAMETERS = "zero"
+OPTIMIZER_FILE = "optimizer_state.pt"
+STEP_FILE = "step.pt"
+ABOUT_FILE = "megagrow.json"
+"""What only megagrow writes and reads: model, run and environment, as in a manifest."""
+
+_UNREAD = ("deepspeed.",)
+"""Loss scalers stand among the optimizer's state."""
+
+Places = Mapping[tuple[str, Kind], tuple[Path, Stored]]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class UniversalSource(PlacedSource):
+    """A Universal Checkpoint; to the readers of files a layout of one rank."""
+
+    table: Places
+
+    def place(self, rank: int, name: str, kind: Kind) -> tuple[Path, Stored]:
+        return self.table[name, kind]
+
+
+def open_universal(path: Path, model: ModelConfig | None) -> UniversalSource:
+    """The folder of one step, or one with a file latest_universal that names it.
+
+    `model` is needed unless megagrow has written it. InputError if the files hold another model,
+    or moments of some parameters only.
+    """
+    folder = _step_folder(path)
+    about = _about(folder)
+    if about:
+        written = checked_model(about["model"], str(folder / ABOUT_FILE))
+        if model not in (None, written):
+            raise InputError(f"{folder / ABOUT_FILE}: says that it is another model than --model")
+        model = written
+    if model is None:
+        raise InputError(f"{folder}: does not say what model it is; name it by --model")
+    layout = whole_layout(model)
+    kinds = _kinds(folder, list(layout.plan))
+    table = {
+        (name, kind): _place(folder / PARAMETERS / name / f"{kind}.pt", spec)
+        for name, spec in layout.plan.items()
+        for kind in kinds
+    }
+    return UniversalSource(
+        path=folder,
+        model=model,
+        layout=layout,
+        files=tuple(sorted({file for file, _ in table.values()})),
+        kinds=kinds,
+        adam_step=_adam_step(folder, list(layout.plan)) if len(kinds) > 1 else 0,
+        run=about.get("run"),
+        environment=about.get("environment", {}),
+        table=table,
+    )
+
+
+def _step_folder(path: Path) -> Path:
+    if (path / PARAMETERS).is_dir():
+        return path
+    latest = path / LATEST_FILE
+    if not latest.is_file():
+        raise InputError(f"{path}: has neither {PARAMETERS}/ nor {LATEST_FILE}")
+    name = latest.read_text(encoding="utf-8", errors="replace").strip()
+    if not is_plain_name(name) or not (path / name / PARAMETERS).is_dir():
+        raise InputError(f"{latest}: names {name!r}, which is no Universal Checkpoint beside it")
+    return path / name
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    path = folder / ABOUT_FILE
+    if not path.is_file():
+        return {}
+    try:
+        found = parse_json(path.read_bytes())
+        about = {key: found[key] for key in ("model", "run", "environment")}
+        if not isinstance(about["run"], dict | None) or not isinstance(about["environment"], dict):
+            raise TypeError("its run or environment is no object")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); remove it and give --model") from error
+    return about
+
+
+def _kinds(folder: Path, names: list[str]) -> tuple[Kind, ...]:
+    """All kinds, or weights alone where no parameter has moments."""
+    paths = [folder / PARAMETERS / name / f"{kind}.pt" for name in names for kind in KINDS[1:]]
+    missing = [path for path in paths if not path.is_file()]
+    if missing and len(missing) < len(paths):
+        raise InputError(f"{missing[0]}: is missing, while other parameters have their moments")
+    return KINDS[:1] if missing else KINDS
+
+
+def _place(path: Path, spec: ParamSpec) -> tuple[Path, Stored]:
+    found = read_torch_file(path, _UNREAD)
+    stored = found.get("param") if isinstance(found, dict) else found
+    if not isinstance(stored, Stored):
+        raise InputError(f"{path}: holds no tensor 'param'")
+    shapes = [(spec.rows * spec.cols,)] + ([] if spec.is_vector else [(spec.rows, spec.cols)])
+    if stored.shape not in shapes:
+        raise InputError(
+            f"{path}: {spec.name} is {list(stored.shape)}, in this model it is {list(shapes[-1])}"
+        )
+    if stored.dtype not in DTYPES:
+        raise InputError(f"{path}: is of type {stored.dtype}, only {', '.join(DTYPES)} are read")
+    return path, stored
+
+
+def _adam_step(folder: Path, names: list[str]) -> int:
+    """The one number of updates that all parameters have had."""
+    paths = [folder / PARAMETERS / name / STEP_FILE for name in names]
+    if not any(path.is_file() for path in paths):
+        path = folder / PARAMETERS / OPTIMIZER_FILE
+        found = read_torch_file(path, _UNREAD)
+        try:
+            return _number(path, found["optimizer_state_dict"]["state"][0]["step"])
+        except (LookupError, TypeError) as error:
+            raise InputError(f"{path}: does not say Adam's step") from error
+    steps = {_number(path, read_torch_file(path)): path for path in paths}
+    if len(steps) > 1:
+        (first, one), (second, other), *_ = steps.items()
+        raise InputError(f"Adam's steps differ: {one} says {first}, {other} says {second}")
+    return next(iter(steps))
+
+
+def _number(path: Path, value: Any) -> int:
+    if isinstance(value, Stored) and value.dtype in DTYPES and value.nbytes == value.item_bytes:
+        value = read_elements(path, value, range(1)).item()
+    if not isinstance(value, int | float) or not 0 <= value < 2**53 or value != int(value):
+        raise InputError(f"{path}: is no number of steps")
+    return int(value)

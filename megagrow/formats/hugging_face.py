@@ -1,0 +1,136 @@
+"""Llama models in the form of Hugging Face: config.json and safetensors, weights only.
+
+Names and shapes of the parameters are ours; to the readers of files such a folder is a layout of
+one rank that holds the whole model.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megagrow.checkpoint.source import PlacedSource
+from megagrow.checkpoint.tensor_file import DTYPES, Planned, Stored, planned, read_header
+from megagrow.common.json_text import read_json
+from megagrow.common.safe_paths import is_plain_name
+from megagrow.config.schema import ModelConfig
+from megagrow.errors import InputError
+from megagrow.formats.hugging_face_config import CONFIG_FILE, model_of, origin_of
+from megagrow.growth.map import Kind
+from megagrow.parallel.sharding import ParamSpec, parameter_plan
+from megagrow.reshard.layout import Layout
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def whole_layout(model: ModelConfig) -> Layout:
+    """One rank that holds everything."""
+    plan = parameter_plan(model, tp=1)
+    return Layout(plan, (tuple(plan),), zero_stage=0, dp=1, tp=1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HuggingFaceSource(PlacedSource):
+    """The weights of a Hugging Face folder; there is no optimizer's state."""
+
+    table: Mapping[str, tuple[Path, Stored]]
+
+    def place(self, rank: int, name: str, kind: Kind) -> tuple[Path, Stored]:
+        return self.table[name]
+
+
+def open_hugging_face(folder: Path) -> HuggingFaceSource:
+    """A folder with config.json and model.safetensors, or several files and their index.
+
+    InputError for a model that is no plain Llama, and for files that do not hold it.
+    """
+    config = read_json(folder / CONFIG_FILE)
+    model = model_of(config, str(folder / CONFIG_FILE))
+    layout = whole_layout(model)
+    files = _files(folder)
+    headers = {file: read_header(file) for file in files}
+    found = {
+        name: (file, stored) for file, header in headers.items() for name, stored in header.items()
+    }
+    table = {name: _checked(folder, spec, found) for name, spec in layout.plan.items()}
+    return HuggingFaceSource(
+        path=folder,
+        model=model,
+        layout=layout,
+        files=files,
+        kinds=("fp32",),
+        environment=origin_of(folder, config),
+        table=table,
+    )
+
+
+def planned_files(layout: Layout, dtype: str, most_bytes: int) -> dict[str, Planned]:
+    """The files of a model's weights, each of at most `most_bytes` where no tensor is larger."""
+    parts = list(_parts(layout.plan, dtype, most_bytes))
+    names = [
+        WEIGHTS_FILE if len(parts) == 1 else f"model-{i:05d}-of-{len(parts):05d}.safetensors"
+        for i in range(1, len(parts) + 1)
+    ]
+    return {name: planned(part, {"format": "pt"}) for name, part in zip(names, parts, strict=True)}
+
+
+def index_of(files: Mapping[str, Planned]) -> dict[str, Any]:
+    """The index of a model in several files."""
+    placed = [(tensor, file) for file, plan in files.items() for tensor in plan.tensors]
+    total = sum(stored.nbytes for plan in files.values() for stored in plan.tensors.values())
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed))}
+
+
+def _parts(
+    plan: Mapping[str, ParamSpec], dtype: str, most_bytes: int
+) -> Iterator[dict[str, Stored]]:
+    part: dict[str, Stored] = {}
+    size = 0
+    for name, spec in plan.items():
+        stored = Stored(dtype, _shape(spec))
+        if part and size + stored.nbytes > most_bytes:
+            yield part
+            part, size = {}, 0
+        part[name] = stored
+        size += stored.nbytes
+    yield part
+
+
+def _shape(spec: ParamSpec) -> tuple[int, ...]:
+    return (spec.rows,) if spec.is_vector else (spec.rows, spec.cols)
+
+
+def _files(folder: Path) -> tuple[Path, ...]:
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        if not (folder / WEIGHTS_FILE).is_file():
+            raise InputError(f"{folder}: has neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+        return (folder / WEIGHTS_FILE,)
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise InputError(f"{index}: has no weight_map")
+    for name in names.values():
+        if not is_plain_name(name):
+            raise InputError(f"{index}: {str(name)[:100]!r} is not the name of a file beside it")
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: {name}, which its index names, is missing")
+    return tuple(folder / name for name in sorted(set(names.values())))
+
+
+def _checked(
+    folder: Path, spec: ParamSpec, found: Mapping[str, tuple[Path, Stored]]
+) -> tuple[Path, Stored]:
+    if spec.name not in found:
+        raise InputError(f"{folder}: its files hold no {spec.name}")
+    file, stored = found[spec.name]
+    if stored.shape != _shape(spec):
+        raise InputError(
+            f"{file}: {spec.name} is {list(stored.shape)}, by {CONFIG_FILE} it is "
+            f"{list(_shape(spec))}"
+        )
+    if stored.dtype not in DTYPES:
+        raise InputError(
+            f"{file}: {spec.name} is of type {stored.dtype}, only {', '.join(DTYPES)} are read"
+        )
+    return file, stored

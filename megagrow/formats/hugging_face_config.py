@@ -1,0 +1,121 @@
+"""Hugging Face's config.json and generation_config.json: read into our config, written from it.
+
+Both forms of rotary positions are known: transformers 5 has `rope_parameters`, 4 `rope_theta` and
+`rope_scaling`. Nothing that a folder says is ever executed: keys that name code are dropped.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megagrow.common.json_text import read_json
+from megagrow.config.model_file import checked_model
+from megagrow.config.rope import ROPE_TYPES
+from megagrow.config.schema import ModelConfig
+from megagrow.errors import InputError
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+ORIGIN_KEY = "hugging_face"
+"""Under which a source's environment keeps what its Hugging Face folder said."""
+
+_DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+}
+"""What LlamaConfig takes for keys that a config.json leaves out."""
+
+_KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+_ONLY: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+"""Keys of which this Llama knows one value."""
+
+_OF_CODE = ("auto_map", "trust_remote_code")
+"""Keys by which a config has Python files of its folder loaded."""
+
+_ORIGINAL = "original_max_position_embeddings"
+
+DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""What Hugging Face calls the types of weights, by their names in safetensors' format."""
+
+
+def model_of(config: dict[str, Any], origin: str) -> ModelConfig:
+    """Our config of a config.json. InputError, naming `origin`, for what we have no model of."""
+    for key, only in _ONLY.items():
+        if config.get(key, only) != only:
+            raise InputError(f"{origin}: {key} = {config[key]!r}, only {only!r} is known here")
+    values = {key: config.get(key, default) for key, default in _DEFAULTS.items()}
+    values |= {key: config[key] for key in (*_KEYS, "vocab_size") if key in config}
+    values = {key: value for key, value in values.items() if value is not None}
+    return checked_model(values | _rope_of(config, values, origin), origin)
+
+
+def _rope_of(
+    config: dict[str, Any], values: dict[str, Any], origin: str
+) -> dict[str, float | dict[str, Any] | None]:
+    """rope_theta and rope_scaling, by whichever keys they are given. As in transformers 5,
+    rope_scaling wins over rope_parameters, and what stands in them over what stands beside them."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{origin}: rope_scaling should be a mapping, it is {rope!r}")
+    rope = {key: value for key, value in rope.items() if value is not None}
+    theta = rope.pop("rope_theta", config.get("rope_theta", 10_000.0))
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    part = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
+    if part != 1.0:
+        raise InputError(f"{origin}: partial_rotary_factor = {part}, only 1.0 is known here")
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    if kind not in ROPE_TYPES:
+        known = ", ".join(["default", *ROPE_TYPES])
+        raise InputError(f"{origin}: rotary embeddings of type {kind!r}, known are {known}")
+    if kind in ("llama3", "yarn"):
+        beside = config.get(_ORIGINAL)
+        inside = rope.setdefault(_ORIGINAL, beside or values.get("max_position_embeddings"))
+        if beside not in (None, inside):
+            raise InputError(f"{origin}: {_ORIGINAL} is {beside} and {inside}: keep one")
+    return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **rope}}
+
+
+def config_of(model: ModelConfig, dtype: str, like: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a model whose weights are of type `dtype`; the rest of it as in `like`,
+    the config.json that the model comes from. transformers 5 reads rope_parameters, 4 the rest."""
+    values = model.model_dump()
+    scaling = None if model.rope_scaling is None else model.rope_scaling.given()
+    values["rope_scaling"] = scaling
+    config = {**without_code(like), **_ONLY, **values, "architectures": ["LlamaForCausalLM"]}
+    config["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": model.rope_theta,
+        **(scaling or {}),
+    }
+    config["dtype"] = config["torch_dtype"] = DTYPE_NAMES[dtype]
+    return config
+
+
+def without_code(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without the keys that would have Python files of its folder loaded."""
+    return {key: value for key, value in config.items() if key not in _OF_CODE}
+
+
+def origin_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What the environment of a model keeps of the Hugging Face folder that it comes from."""
+    path = folder / GENERATION_FILE
+    generation = read_json(path) if path.is_file() else None
+    told = {"folder": str(folder.resolve()), "config": without_code(config)}
+    return {ORIGIN_KEY: told | {"generation_config": generation}}
+
+
+def generation_of(origin: dict[str, Any] | None, ids: Mapping[str, int | None]) -> dict[str, Any]:
+    """The generation_config.json of a model, like that of its origin, with a tokenizer's ids."""
+    before = (origin or {}).get("generation_config")
+    return {**(before or {}), **ids}

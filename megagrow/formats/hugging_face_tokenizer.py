@@ -1,0 +1,188 @@
+"""The tokenizer's files of a Hugging Face folder, from the tokenizer that a model was trained with.
+
+A SentencePiece model is written as a tokenizer.json that gives the same ids (transformers' own
+LlamaTokenizer gives others for a text that begins with a space); a tokenizer of Hugging Face is
+copied file by file. Only files of known names are taken, and no code.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, normalizers
+
+from megagrow.common.json_text import read_json
+from megagrow.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, Tokenizer
+from megagrow.errors import InputError
+from megagrow.formats.hugging_face_config import without_code
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+JSON_FILE = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_config.json"
+_TABLES = (
+    *(JSON_FILE, SENTENCEPIECE_FILE, "vocab.json", "merges.txt", "vocab.txt"),
+    *("special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+"""Files of tokenizers that hold data and nothing else."""
+
+_ANY_CLASS = "PreTrainedTokenizerFast"
+"""transformers' class for whatever a tokenizer.json says."""
+
+_SPACE = "\u2581"
+"""How SentencePiece writes a space."""
+
+_PIECES = 500
+"""So many pieces at a time are spelled out to compare two tokenizers."""
+
+_PROBES = ("a  b ", " a", "  a\n\n b", "\t", "\ufb01\uff21e\u0301", "\U0001f600", "")
+"""Spaces at all places, what Unicode's normal forms would change, and what no vocabulary has."""
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What a tokenizer adds to a folder, and the ids of its special tokens where they are known."""
+
+    documents: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    copies: Mapping[str, Path] = field(default_factory=dict)
+    ids: Mapping[str, int | None] = field(default_factory=dict)
+    """bos_token_id and eos_token_id."""
+
+
+def is_tokenizer(path: Path) -> bool:
+    """Whether a path looks like something that `tokenizer_files` reads."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in _TABLES[:3])
+    return path.is_file()
+
+
+def tokenizer_files(path: Path, vocab_size: int) -> TokenizerFiles:
+    """The files of a tokenizer: a SentencePiece .model, a tokenizer.json, or a folder.
+
+    Errors: InputError if there is none, if it can not be written so that the ids stay the same, or
+    if a model of this vocabulary can not embed all its tokens.
+    """
+    if not is_tokenizer(path):
+        raise InputError(
+            f"{path}: no tokenizer; should be a SentencePiece .model, a tokenizer.json, or a "
+            "folder of Hugging Face that holds one"
+        )
+    if path.is_file() and path.suffix == ".model":
+        return _of_sentencepiece(path, vocab_size)
+    return _of_folder(path if path.is_dir() else path.parent, vocab_size)
+
+
+def _of_sentencepiece(path: Path, vocab_size: int) -> TokenizerFiles:
+    own = SentencePieceTokenizer(path)
+    _check_size(path, own, vocab_size)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    special = {name: _id(getattr(model, f"{name}_id")()) for name in ("unk", "bos", "eos", "pad")}
+    made = _rebuilt(model, special)
+    _check_same_ids(path, model, made)
+    settings = {
+        "tokenizer_class": _ANY_CLASS,
+        "clean_up_tokenization_spaces": False,
+        **{
+            f"{name}_token": None if number is None else model.id_to_piece(number)
+            for name, number in special.items()
+        },
+    }
+    documents = {JSON_FILE: json.loads(made.to_str()), SETTINGS_FILE: settings}
+    ids = {"bos_token_id": special["bos"], "eos_token_id": own.eos_id}
+    return TokenizerFiles(documents, {SENTENCEPIECE_FILE: path}, ids)
+
+
+def _rebuilt(model: Any, special: Mapping[str, int | None]) -> Any:
+    """A byte-pair encoding of SentencePiece in the terms of the tokenizers library."""
+    pieces = [model.id_to_piece(number) for number in range(model.vocab_size())]
+    prefix = model.encode("a", out_type=str)[0].startswith(_SPACE)
+    bytes_too = any(model.is_byte(number) for number in range(len(pieces)))
+    made = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={piece: number for number, piece in enumerate(pieces)},
+            merges=_merges(model, pieces),
+            unk_token=pieces[model.unk_id()],
+            fuse_unk=True,
+            byte_fallback=bytes_too,
+        )
+    )
+    space = normalizers.Replace(" ", _SPACE)
+    first = normalizers.Prepend(_SPACE)
+    made.normalizer = normalizers.Sequence([first, space] if prefix else [space])
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    added = sorted({number for number in special.values() if number is not None})
+    made.add_special_tokens(
+        [tokenizers.AddedToken(pieces[number], normalized=False) for number in added]
+    )
+    return made
+
+
+def _merges(model: Any, pieces: list[str]) -> list[tuple[str, str]]:
+    """All pairs of pieces that make a piece, those of the best pieces first."""
+    ranks = {
+        piece: (-model.get_score(number), number)
+        for number, piece in enumerate(pieces)
+        if not any(
+            is_other(number)
+            for is_other in (model.is_control, model.is_unknown, model.is_byte, model.is_unused)
+        )
+    }
+    found = [
+        (*rank, piece[:cut], piece[cut:])
+        for piece, rank in ranks.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in ranks and piece[cut:] in ranks
+    ]
+    return [(left, right) for _, _, left, right in sorted(found)]
+
+
+def _check_same_ids(path: Path, model: Any, made: Any) -> None:
+    """InputError if what was rebuilt gives other ids: a SentencePiece model may do more than pair
+    bytes, and its file does not say so in a way that can be read here."""
+    ids, made.encode_special_tokens = range(model.vocab_size()), True
+    spelled = [model.decode(list(ids[i : i + _PIECES])) for i in ids[::_PIECES]]
+    for text in (*_PROBES, *spelled):
+        if made.encode(text, add_special_tokens=False).ids != model.encode(text):
+            raise InputError(
+                f"{path}: no plain byte-pair encoding, transformers would give other ids for "
+                f"{text[:20]!r}: convert it to a tokenizer.json yourself and name its folder"
+            )
+    made.encode_special_tokens = False
+
+
+def _of_folder(folder: Path, vocab_size: int) -> TokenizerFiles:
+    copies = {name: folder / name for name in _TABLES if (folder / name).is_file()}
+    settings = folder / SETTINGS_FILE
+    if SENTENCEPIECE_FILE in copies and JSON_FILE not in copies and not settings.is_file():
+        return _of_sentencepiece(copies[SENTENCEPIECE_FILE], vocab_size)
+    documents = {SETTINGS_FILE: without_code(read_json(settings))} if settings.is_file() else {}
+    own: Tokenizer | None = None
+    if JSON_FILE in copies:
+        own = JsonTokenizer(copies[JSON_FILE])
+        # Without its class a tokenizer beside a Llama model is taken for Llama's own.
+        plain = {"tokenizer_class": _ANY_CLASS, "eos_token": own.decode([own.eos_id])}
+        documents.setdefault(SETTINGS_FILE, plain)
+    elif SENTENCEPIECE_FILE in copies:
+        own = SentencePieceTokenizer(copies[SENTENCEPIECE_FILE])
+    if own is None:
+        return TokenizerFiles(documents, copies)
+    _check_size(folder, own, vocab_size)
+    return TokenizerFiles(documents, copies, {"eos_token_id": own.eos_id})
+
+
+def _check_size(path: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
+    if tokenizer.vocab_size > vocab_size:
+        raise InputError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model embeds "
+            f"{vocab_size}; give the one that it was trained with"
+        )
+
+
+def _id(number: int) -> int | None:
+    """SentencePiece says -1 for a token that it does not have."""
+    return number if number >= 0 else None

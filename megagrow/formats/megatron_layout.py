@@ -1,0 +1,138 @@
+"""What the tensors of Megatron-LM's Llama are made of. Pure.
+
+Each is some parts of logical tensors, one below the other. Of a tensor-parallel rank's query, key
+and value heads, `linear_qkv` has for each group of key and value heads first its query heads, then
+its key head, then its value head; `linear_fc1` has the rank's part of the gate, then that of up.
+The vocabulary is filled up with zeros to a multiple that Megatron-LM is told.
+(megatron/core/transformer/attention.py, megatron/core/transformer/mlp.py.)
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from megagrow.config.schema import ModelConfig
+from megagrow.errors import InputError
+from megagrow.parallel.sharding import ParamSpec, pad, parameter_plan
+from megagrow.reshard.layout import Block
+
+_OLD_NAMES = (
+    (r"^language_model\.(encoder|transformer)\.", "decoder."),
+    (r"^language_model\.", ""),
+    (r"\.self_attention\.query_key_value\.", ".self_attention.linear_qkv."),
+    (r"\.self_attention\.dense\.", ".self_attention.linear_proj."),
+    (r"\.mlp\.dense_h_to_4h\.", ".mlp.linear_fc1."),
+    (r"\.mlp\.dense_4h_to_h\.", ".mlp.linear_fc2."),
+    (r"\.input_(layer)?norm\.weight$", ".self_attention.linear_qkv.layer_norm_weight"),
+    (r"\.(post_attention|pre_mlp)_(layer)?norm\.weight$", ".mlp.linear_fc1.layer_norm_weight"),
+    (r"\.final_norm\.weight$", ".final_layernorm.weight"),
+)
+"""Of Megatron-LM before its core, and of its core without Transformer Engine."""
+
+
+class Part(NamedTuple):
+    """A rectangle of a logical tensor, and the row of Megatron's tensor at which it begins."""
+
+    name: str
+    block: Block
+    row: int
+
+
+class Fused(NamedTuple):
+    """A tensor of one tensor-parallel rank."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def cols(self) -> int:
+        return self.shape[1] if len(self.shape) == 2 else 1
+
+
+def today(name: str) -> str:
+    """What Megatron-LM's core with Transformer Engine calls a tensor of another version's name."""
+    for old, new in _OLD_NAMES:
+        name = re.sub(old, new, name)
+    return name
+
+
+def check_tp(model: ModelConfig, tp: int, origin: str) -> None:
+    """InputError, naming `origin`, if a model can not be cut for so many ranks."""
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(model, name) % tp:
+            size = getattr(model, name)
+            raise InputError(f"{origin}: {tp} tensor-parallel ranks do not divide {name} = {size}")
+
+
+def padded_vocabulary(model: ModelConfig, tp: int, divisible_by: int) -> int:
+    """The rows of all ranks' embeddings together."""
+    return pad(model.vocab_size, divisible_by * tp)
+
+
+def fused_tensors(model: ModelConfig, tp: int, rank: int, vocabulary: int) -> Iterator[Fused]:
+    """All tensors of a tensor-parallel rank, in the order of the module tree; `vocabulary` is
+    padded. `tp` has to divide the heads, the key and value heads, and the feed-forward width."""
+    plan = parameter_plan(model, tp)
+    embedding = plan["model.embed_tokens.weight"]
+    yield _vocabulary("embedding.word_embeddings.weight", embedding, tp, rank, vocabulary)
+    for layer in range(model.num_hidden_layers):
+        yield from _layer(model, plan, layer, tp, rank)
+    yield _single("decoder.final_layernorm.weight", plan["model.norm.weight"], tp, rank)
+    if not model.tie_word_embeddings:
+        yield _vocabulary("output_layer.weight", plan["lm_head.weight"], tp, rank, vocabulary)
+
+
+def _layer(
+    model: ModelConfig, plan: dict[str, ParamSpec], layer: int, tp: int, rank: int
+) -> Iterator[Fused]:
+    ours, theirs = f"model.layers.{layer}", f"decoder.layers.{layer}"
+    attention, mlp = f"{theirs}.self_attention", f"{theirs}.mlp"
+
+    def single(name: str, source: str) -> Fused:
+        return _single(name, plan[f"{ours}.{source}.weight"], tp, rank)
+
+    yield single(f"{attention}.linear_qkv.layer_norm_weight", "input_layernorm")
+    heads = _heads(model, f"{ours}.self_attn", tp, rank)
+    yield _stacked(f"{attention}.linear_qkv.weight", list(heads))
+    yield single(f"{attention}.linear_proj.weight", "self_attn.o_proj")
+    yield single(f"{mlp}.linear_fc1.layer_norm_weight", "post_attention_layernorm")
+    halves = [plan[f"{ours}.mlp.{half}_proj.weight"] for half in ("gate", "up")]
+    yield _stacked(f"{mlp}.linear_fc1.weight", [(s.name, _slice(s, tp, rank)) for s in halves])
+    yield single(f"{mlp}.linear_fc2.weight", "mlp.down_proj")
+
+
+def _slice(spec: ParamSpec, tp: int, rank: int) -> Block:
+    rows, cols = spec.slice_shape(tp)
+    return Block(range(rows), range(cols)).shifted(*spec.slice_origin(tp, rank))
+
+
+def _single(name: str, spec: ParamSpec, tp: int, rank: int) -> Fused:
+    block = _slice(spec, tp, rank)
+    shape = (len(block.rows),) if spec.is_vector else (len(block.rows), len(block.cols))
+    return Fused(name, shape, (Part(spec.name, block, 0),))
+
+
+def _stacked(name: str, blocks: list[tuple[str, Block]]) -> Fused:
+    parts, row = [], 0
+    for source, block in blocks:
+        parts.append(Part(source, block, row))
+        row += len(block.rows)
+    return Fused(name, (row, len(blocks[0][1].cols)), tuple(parts))
+
+
+def _vocabulary(name: str, spec: ParamSpec, tp: int, rank: int, vocabulary: int) -> Fused:
+    share = vocabulary // tp
+    rows = range(min(rank * share, spec.rows), min((rank + 1) * share, spec.rows))
+    parts = (Part(spec.name, Block(rows, range(spec.cols)), 0),) if rows else ()
+    return Fused(name, (share, spec.cols), parts)
+
+
+def _heads(model: ModelConfig, name: str, tp: int, rank: int) -> Iterator[tuple[str, Block]]:
+    """The heads of a rank, group by group."""
+    groups, width = model.num_key_value_heads, model.head_dim
+    queries = model.num_attention_heads // groups * width
+    for group in range(rank * groups // tp, (rank + 1) * groups // tp):
+        for kind, rows in (("q", queries), ("k", width), ("v", width)):
+            block = Block(range(group * rows, (group + 1) * rows), range(model.hidden_size))
+            yield f"{name}.{kind}_proj.weight", block

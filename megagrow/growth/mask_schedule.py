@@ -1,0 +1,63 @@
+"""Over how many tokens the masks of `random_depth` and `random_width` rise, and where they stand.
+
+Nothing of it is stored: the masks follow from the run and from a position in it.
+"""
+
+from megagrow.config.growth import GrowthConfig
+from megagrow.config.schema import RunConfig
+from megagrow.config.stage_length import stage_steps, stage_tokens, step_tokens
+from megagrow.growth.operators import operators_of
+from megagrow.model.masks import Masks, masks_at, wider_axes
+
+GROW_STEPS = 5000
+"""Steps of one ramp by default: `grow_step` of the paper's code (tongxuluo/prts, msg.py)."""
+
+
+def is_masked(options: GrowthConfig) -> bool:
+    """Whether masks let the new parts of the grown model in."""
+    return any(operator.masked for operator in operators_of(options))
+
+
+def ramp_tokens(run: RunConfig, index: int) -> int:
+    """Tokens of stage `index` until all its masks are 1; 0 where it has none.
+
+    By default 5000 steps for each of the ramps that follow each other, but not beyond the stage.
+    """
+    stage = run.stages[index]
+    if index == 0 or stage.growth is None or not is_masked(stage.growth):
+        return 0
+    if stage.growth.ramp_tokens is not None:
+        return stage.growth.ramp_tokens
+    ramps = max(1, len(wider_axes(run.stages[index - 1].model, stage.model)))
+    length = run.data.sequence_length
+    return min(ramps * GROW_STEPS, stage_steps(stage, length)) * step_tokens(stage, length)
+
+
+def stage_masks(run: RunConfig, index: int, tokens: int) -> Masks | None:
+    """The masks when stage `index` has had so many tokens; None where nothing is masked.
+
+    They hold for the whole axes, on the CPU; `parallel.masks.rank_masks` gives a rank its part.
+    """
+    length = ramp_tokens(run, index)
+    if tokens >= length:
+        return None
+    return masks_at(run.stages[index - 1].model, run.stages[index].model, tokens, length)
+
+
+def ramp_problems(run: RunConfig) -> list[str]:
+    """What is wrong with the ramps of a run, each in one text that says what to do."""
+    found = []
+    for index, stage in enumerate(run.stages):
+        at, growth = f"stages.{index}", stage.growth
+        if growth is None or growth.ramp_tokens is None:
+            continue
+        if not is_masked(growth):
+            names = " with ".join(growth.operator)
+            found.append(f"{at}.growth.ramp_tokens: {names} has no masks to raise; leave it out")
+        elif growth.ramp_tokens > (tokens := stage_tokens(stage, run.data.sequence_length)):
+            found.append(
+                f"{at}.growth.ramp_tokens = {growth.ramp_tokens} is more than the {tokens} tokens "
+                f"of {at}: parts of the model would still be masked when the stage ends; lower it, "
+                "or train the stage for longer"
+            )
+    return found

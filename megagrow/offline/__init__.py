@@ -1,0 +1,1 @@
+"""Growth and conversion from file to file, in bounded memory."""

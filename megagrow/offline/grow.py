@@ -1,0 +1,220 @@
+"""A growth from files to files, on one machine, in bounded memory: `megagrow grow`.
+
+Needs no process group and no DeepSpeed. What it has done it keeps in a journal, so that the same
+command goes on where another was killed; the result appears when all of it is checked on the disk.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from megagrow.checkpoint.manifest import Manifest, describe_layout
+from megagrow.common.progress import WorkProgress
+from megagrow.common.sizes import format_bytes
+from megagrow.errors import InputError
+from megagrow.formats.hugging_face_config import CONFIG_FILE, ORIGIN_KEY, config_of
+from megagrow.formats.open_source import open_found, open_source
+from megagrow.growth.map import Dense
+from megagrow.offline.journal import JOURNAL_FILE, Journal
+from megagrow.offline.plan import Goal, decide, form_of, target_layout
+from megagrow.offline.request import Request
+from megagrow.offline.target import Beside, Target, checkpoint_target, hugging_face_target
+from megagrow.offline.text_loss import check_text_memory, text_loss, text_tokens
+from megagrow.offline.writer import Writing, check_space
+from megagrow.parallel.sharding import parameter_plan
+from megagrow.reshard.apply import Application
+
+_FIXED_BYTES = 12 * 2**20
+"""Buffers that do not grow with the model."""
+
+_BYTES_PER_ELEMENT = 48
+"""What is held for each element of a piece at the worst: copies of it in fp64 (dense terms)."""
+
+
+def grow_files(request: Request, console: Console) -> None:
+    """Grows what the request names, or goes on with it. InputError for all that is wrong."""
+    request.check()
+    source = open_source(request.source, lambda text: console.print(Text(text)))
+    write_goal(request, decide(request, source), console)
+
+
+def write_goal(
+    request: Request, goal: Goal, console: Console, beside: Beside | None = None
+) -> None:
+    """Writes what was decided, or goes on with it. `beside` is for a Hugging Face folder; without
+    it there is a config.json alone."""
+    at_once = _elements_at_once(goal, request.memory_bytes)
+    target = _target(request, goal, beside)
+    command = _command(request, goal, target)
+    folder = request.out.with_name(f"{request.out.name}.tmp")
+    if _was_finished(request.out, command):
+        console.print(f"{request.out}: is finished", highlight=False)
+        return
+    texts = _text_tokens(request, goal)
+    console.print(Text(_story(goal, request.out)))
+    source_loss = text_loss(goal.source, texts) if texts else None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_space(folder.parent, target, folder)
+        with Journal(folder, command) as journal:
+            work = _work(folder, target, goal, at_once)
+            _do(work, journal, "copying" if goal.options is None else "growing", console)
+            if source_loss is not None:
+                target_loss = text_loss(open_found(folder), texts, goal.masks)
+                _compare(goal, source_loss, target_loss, console)
+            work.finish(request.out)
+    except OSError as error:
+        raise InputError(
+            f"{request.out}: cannot be written ({error.strerror}); free the disk or the path, and "
+            "give the same command again"
+        ) from error
+    console.print(f"{request.out}: written and checked", highlight=False)
+
+
+def _work(folder: Path, target: Target, goal: Goal, at_once: int) -> Writing:
+    application = Application(
+        goal.source.read, goal.source.layout.plan, goal.growth, target.layout.plan, at_once
+    )
+    return Writing(folder, target, application.block, at_once)
+
+
+def _do(work: Writing, journal: Journal, doing: str, console: Console) -> None:
+    total = sum(work.target.sizes.values())
+    with WorkProgress(console, doing, total) as progress:
+        work.write(journal, progress)
+    with WorkProgress(console, "checking", total) as progress:
+        work.verify(journal, progress)
+
+
+def _target(request: Request, goal: Goal, beside: Beside | None) -> Target:
+    if (request.form or form_of(goal.source)) == "checkpoint":
+        layout = target_layout(request, goal)
+        return checkpoint_target(
+            layout,
+            lambda files: Manifest(
+                goal.model.model_dump(),
+                describe_layout(layout),
+                goal.source.adam_step if goal.growth.keeps_step else 0,
+                goal.state().as_json(),
+                _environment(goal),
+                files,
+            ),
+        )
+    options = (request.zero_stage, request.dp, request.tp, request.weight_decay_on)
+    if any(option is not None for option in options):
+        raise InputError("a Hugging Face folder has no layout: leave out --zero-stage, --dp, --tp")
+    if beside is None:
+        like = goal.source.environment.get(ORIGIN_KEY, {}).get("config", {})
+        beside = Beside({CONFIG_FILE: config_of(goal.model, request.stored_dtype, like)})
+    return hugging_face_target(goal.model, request.stored_dtype, request.shard_bytes, beside)
+
+
+def _environment(goal: Goal) -> dict[str, Any]:
+    """That of the source, and what was done here."""
+    if goal.options is None:
+        return goal.source.environment
+    return goal.source.environment | {"growth": _told(goal)}
+
+
+def _told(goal: Goal) -> dict[str, Any]:
+    """What the manifest keeps of a growth, until the model is trained on."""
+    return {
+        "source": str(goal.source.path.resolve()),
+        "source_model": goal.source.model.model_dump(),
+        "options": None if goal.options is None else goal.options.model_dump(mode="json"),
+        "stream": goal.stream,
+        "masks": 0.0 if goal.is_masked else None,
+    }
+
+
+def _command(request: Request, goal: Goal, target: Target) -> dict[str, Any]:
+    """All that decides what is written; the budget does not."""
+    files = [
+        [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in goal.source.files
+    ]
+    return {
+        "growth": _told(goal),
+        "files of the source": files,
+        "target": target.described,
+        "copies": {name: str(path.resolve()) for name, path in target.copies.items()},
+        "sizes": target.sizes,
+        "form": request.form,
+    }
+
+
+def _was_finished(out: Path, command: dict[str, Any]) -> bool:
+    """Whether the same command was stopped when all was done but its last file still there.
+    InputError if what is there is something else."""
+    if not out.exists():
+        return False
+    if not (out / JOURNAL_FILE).is_file():
+        raise InputError(f"{out}: is there already; remove it or write elsewhere")
+    with Journal(out, command):
+        (out / JOURNAL_FILE).unlink()
+    return True
+
+
+def _elements_at_once(goal: Goal, memory: int) -> int:
+    """How many elements a piece may have. InputError if not even one row fits."""
+    specs = [*parameter_plan(goal.model, 1).values(), *goal.source.layout.plan.values()]
+    widest = max(spec.cols for spec in specs)
+    fixed = _FIXED_BYTES + _map_bytes(goal, widest)
+    needed = fixed + widest * _BYTES_PER_ELEMENT
+    if memory < needed:
+        raise InputError(
+            f"--memory {format_bytes(memory)} is too small for one row of this model: "
+            f"{format_bytes(needed)} are needed"
+        )
+    return (memory - fixed) // _BYTES_PER_ELEMENT
+
+
+def _map_bytes(goal: Goal, widest: int) -> int:
+    """Bytes of the matrices of the map, of the squares of one term's, and of rows that are
+    projected together."""
+    growth = goal.growth
+    terms = [
+        term for table in (growth.weights, growth.moments) for t in table.values() for term in t
+    ]
+    fills = [fill for found in growth.fills.values() for fill in found]
+    bases = [fill.basis for fill in fills if fill.basis is not None]
+    sides = [side for t in terms if isinstance(t, Dense) for side in (t.left, t.right)]
+    matrices = {id(m): m.nbytes for m in (*sides, *bases) if m is not None}
+    projected = 64 * widest * 8 * 4 if bases else 0
+    return sum(matrices.values()) + 2 * max(matrices.values(), default=0) + projected
+
+
+def _text_tokens(request: Request, goal: Goal) -> list[Any]:
+    if request.text is None:
+        if request.tokenizer is not None:
+            raise InputError("--tokenizer goes with --text")
+        return []
+    if request.tokenizer is None:
+        raise InputError("--text needs --tokenizer, with which the model was trained")
+    models = goal.source.model, goal.model
+    texts = text_tokens(request.text, request.tokenizer, models)
+    for model in models:
+        check_text_memory(model, texts, request.memory_bytes)
+    return texts
+
+
+def _compare(goal: Goal, before: float, after: float, console: Console) -> None:
+    """Tells both losses. InputError if they differ where the growth keeps the function."""
+    console.print(f"loss on the text: source {before:.6f}, target {after:.6f}", highlight=False)
+    tolerance = 1e-3 if goal.options is None else goal.options.tolerance
+    if goal.growth.preserves_function and abs(after - before) > tolerance:
+        raise InputError(
+            f"{goal.operators} should keep the function, but the loss on the text went from "
+            f"{before:.6f} to {after:.6f}"
+        )
+
+
+def _story(goal: Goal, out: Path) -> str:
+    state, source = goal.state(), goal.source
+    kept = "keeps the function" if goal.growth.preserves_function else "changes the function"
+    masks = "; its new parts stand behind masks that begin at 0" if goal.is_masked else ""
+    return (
+        f"{source.path} (step {state.counters.step}, {state.counters.tokens} tokens) -> {out}: "
+        f"operators {goal.operators}, {kept}, stage {state.stage}{masks}"
+    )

@@ -1,0 +1,136 @@
+"""What a growth between files has done so far, so that the same command can go on after a crash.
+
+journal.jsonl stands beside the files that are written. Its first line is the command; every other
+one is [piece, checksum]: the data of that piece is on the disk. A line that a crash has cut counts
+for nothing.
+"""
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, Self
+
+from megagrow.common.json_text import parse_json
+from megagrow.errors import InputError
+
+JOURNAL_FILE = "journal.jsonl"
+
+_BYTES_AT_ONCE, _SECONDS_AT_ONCE = 2**26, 5.0
+"""After so many bytes, or so much time, what was written is made sure of."""
+
+_LINES: tuple[list[type], ...] = ([int, int], [int, type(None)])
+"""What the lines after the first one hold."""
+
+
+class Journal:
+    """A journal that this process alone writes; a context manager.
+
+    `done` has the checksum of every finished piece, by its number in the target's order.
+    """
+
+    def __init__(self, folder: Path, command: dict[str, Any]) -> None:
+        """Begins a journal, or goes on with that of the same command. InputError if the folder is
+        that of another command, or of one that still runs."""
+        self._path = folder / JOURNAL_FILE
+        self._folder = folder
+        self.done: dict[int, int] = {}
+        self._waiting: dict[int, int] = {}
+        self._dirty: set[Path] = set()
+        self._bytes = 0
+        self._committed = time.monotonic()
+        self._begun = any(path.name != JOURNAL_FILE for path in folder.iterdir())
+        if self._begun and not self._path.is_file():
+            raise self._in_the_way()
+        self._file = self._path.open("a+b")
+        try:
+            self._lock()
+            self._begin(command)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, piece: int, checksum: int, path: Path, nbytes: int) -> None:
+        """A piece was written to a file; from time to time all of them are made sure of."""
+        self._waiting[piece] = checksum
+        self._dirty.add(path)
+        self._bytes += nbytes
+        late = time.monotonic() - self._committed > _SECONDS_AT_ONCE
+        if self._bytes >= _BYTES_AT_ONCE or late:
+            self.commit()
+
+    def commit(self) -> None:
+        """Waits until all data is on the disk, and only then writes down that it is."""
+        for path in self._dirty:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
+        self._append([[piece, checksum] for piece, checksum in self._waiting.items()])
+        self.done |= self._waiting
+        self._waiting, self._dirty, self._bytes = {}, set(), 0
+        self._committed = time.monotonic()
+
+    def void(self, piece: int) -> None:
+        """A piece turned out not to be on the disk as it was written: it has to be made again."""
+        self._append([[piece, None]])
+        del self.done[piece]
+
+    def _append(self, lines: list[Any]) -> None:
+        self._file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{self._folder}: another process is writing it") from error
+
+    def _in_the_way(self) -> InputError:
+        return InputError(f"{self._folder}: is in the way and no growth's; remove it")
+
+    def _begin(self, command: dict[str, Any]) -> None:
+        self._file.seek(0)
+        text = self._file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._file.truncate(len(whole))
+        if not whole:
+            if self._begun:
+                raise self._in_the_way()
+            self._append([command])
+            return
+        before, pieces = self._read(whole.splitlines())
+        if before != json.loads(json.dumps(command)):
+            differs = sorted(key for key in before | command if before.get(key) != command.get(key))
+            raise InputError(
+                f"{self._folder}: was begun by another command (other {', '.join(differs)}); "
+                "give that one again, or remove the folder"
+            )
+        for piece, checksum in pieces:
+            if checksum is None:
+                self.done.pop(piece, None)
+            else:
+                self.done[piece] = checksum
+
+    def _read(self, lines: list[bytes]) -> tuple[dict[str, Any], list[tuple[int, int | None]]]:
+        """The command, and each piece with its checksum. InputError if a line is damaged."""
+        try:
+            command, *pieces = map(parse_json, lines)
+        except ValueError as error:
+            raise InputError(f"{self._path}: damaged ({error}); remove {self._folder}") from error
+        wrong = not isinstance(command, dict) or any(
+            not isinstance(line, list) or [type(part) for part in line] not in _LINES
+            for line in pieces
+        )
+        if wrong:
+            raise InputError(f"{self._path}: no journal of a growth; remove {self._folder}")
+        return command, [(piece, checksum) for piece, checksum in pieces]

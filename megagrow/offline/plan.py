@@ -1,0 +1,242 @@
+"""What a growth between files is to be: everything that is decided before a number is read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megagrow.checkpoint.source import Source
+from megagrow.config.growth import GrowthConfig
+from megagrow.config.keys import refuse_unknown_keys
+from megagrow.config.load import load_run
+from megagrow.config.model_file import is_run_file, load_model
+from megagrow.config.overrides import apply_override
+from megagrow.config.schema import ModelConfig, OptimizerConfig, RunConfig
+from megagrow.errors import InputError
+from megagrow.growth.constraints import Event
+from megagrow.growth.map import GrowthMap, identity_map
+from megagrow.growth.map_checks import check_map
+from megagrow.growth.mask_schedule import is_masked
+from megagrow.growth.operators import follows_exactly, growth_map, operators_of, state_policy
+from megagrow.growth.validation import event_problems
+from megagrow.model.masks import Masks, masks_at
+from megagrow.offline.request import Request
+from megagrow.parallel.engine_config import parameter_groups
+from megagrow.parallel.scale import ParamScale
+from megagrow.parallel.sharding import parameter_plan
+from megagrow.reshard.layout import Layout
+from megagrow.train.growth_event.run_growths import as_grown, stage_scales
+from megagrow.train.source_state import STILL_MASKED, state_of, still_masked
+from megagrow.train.train_state import RunState
+
+DEFAULT_SEED = 1234
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The model that the source is to become, and how."""
+
+    source: Source
+    model: ModelConfig
+    options: GrowthConfig | None
+    """None where nothing grows: the same model, in other files."""
+    stream: str
+    """Names the random numbers, as in the running job of the same seed and stage."""
+    run: RunConfig | None = None
+    stage: int | None = None
+
+    @property
+    def before(self) -> str:
+        """What the source's model is called where the user reads of it."""
+        return "source.model" if self.stage is None else f"stages.{self.stage - 1}.model"
+
+    @property
+    def here(self) -> str:
+        """What the target is called."""
+        return "target" if self.stage is None else f"stages.{self.stage}"
+
+    @property
+    def operators(self) -> str:
+        """All operators, for people."""
+        return "none" if self.options is None else "+".join(self.options.operator)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether its new parts stand behind masks, which begin at 0."""
+        return self.options is not None and is_masked(self.options)
+
+    @property
+    def masks(self) -> Masks | None:
+        """The masks with which the target begins."""
+        return masks_at(self.source.model, self.model, 0, 1) if self.is_masked else None
+
+    @cached_property
+    def growth(self) -> GrowthMap:
+        """The map; checked."""
+        if self.options is None:
+            growth = identity_map(list(parameter_plan(self.model, tp=1)))
+        else:
+            growth = growth_map(self.source.model, self.model, self.options, self.stream)
+        kinds = [kind for kind in growth.kinds if kind in self.source.kinds]
+        growth = growth.with_kinds(*kinds)
+        check_map(growth, parameter_plan(self.source.model, 1), parameter_plan(self.model, 1))
+        return growth
+
+    def state(self) -> RunState:
+        """Where a run stands that goes on from here: at the beginning of the stage that begins
+        with this growth, with the source's counters."""
+        state = state_of(self.source)
+        if self.options is None:
+            return state
+        stage = state.stage if self.stage is None else self.stage - 1
+        # Of growths that were done elsewhere nothing is known; their places are kept.
+        unknown = ((),) * stage
+        state = replace(
+            state,
+            stage=stage,
+            provenance=(*state.provenance, *unknown[len(state.provenance) :]),
+            operators=(*state.operators, *unknown[len(state.operators) :]),
+        )
+        return state.after_growth(self.growth.provenance, tuple(self.options.operator))
+
+
+def decide(request: Request, source: Source) -> Goal:
+    """The goal of a request. InputError, in one line, for all that keeps it from being reached."""
+    goal = _goal(request, source)
+    form = request.form or form_of(source)
+    problems = []
+    if goal.options is not None:
+        event = Event(source.model, goal.model, goal.options, goal.before, goal.here)
+        problems = event_problems(event)
+        problems = problems or _needs_training(goal.options, source)
+    if goal.is_masked and form == "huggingface":
+        problems.append(
+            f"{goal.operators} lets new parts in through masks, which a Hugging Face model does "
+            "not have: write a checkpoint"
+        )
+    leaves_its_run = goal.options is not None or form == "huggingface"
+    if leaves_its_run and still_masked(source):
+        problems.append(f"{source.path}: {STILL_MASKED}")
+    if problems:
+        raise InputError("; ".join(problems))
+    return goal
+
+
+def form_of(source: Source) -> str:
+    """What kind of files a source is."""
+    return "huggingface" if source.run is None else "checkpoint"
+
+
+def _needs_training(options: GrowthConfig, source: Source) -> list[str]:
+    live = "grow in the running job (megagrow train)"
+    if any(operator.learned for operator in operators_of(options)):
+        return [f"{'+'.join(options.operator)} is trained before it is applied: {live}"]
+    if options.probe is not None:
+        return [f"growth.probe tries operators by training them: {live}, or name one operator"]
+    if state_policy(options) == "probe_v" and "exp_avg_sq" in source.kinds:
+        return [f"growth.optimizer_state = probe_v measures on batches: {live}, or take asymmetric"]
+    return []
+
+
+def _goal(request: Request, source: Source) -> Goal:
+    if request.to is None:
+        return Goal(source, source.model, None, "")
+    stage = state_of(source).stage + 1
+    if is_run_file(request.to):
+        stage = stage if request.stage is None else request.stage
+        return _goal_of_run(request, Path(request.to), source, stage)
+    if request.stage is not None:
+        raise InputError(f"--stage goes with a run file, {request.to} is a model")
+    model = load_model(request.to)
+    if model == source.model and not request.operators and not request.overrides:
+        return Goal(source, model, None, "")
+    seed = request.seed
+    if seed is None:
+        seed = source.environment.get("config", {}).get("seed", DEFAULT_SEED)
+    return Goal(source, model, growth_options(request), f"{seed}/stage-{stage}")
+
+
+def _goal_of_run(request: Request, path: Path, source: Source, stage: int) -> Goal:
+    overrides = [f"stages.{stage}.{text}" for text in _growth_only(request)]
+    if request.seed is not None:
+        overrides.append(f"seed={request.seed}")
+    count = len(load_run(path).stages)
+    if not 1 <= stage < count:
+        raise InputError(
+            f"{path}: no growth leads to stage {stage}, it has stages 0 to {count - 1}"
+        )
+    run = load_run(path, overrides)
+    if source.run is not None and state_of(source).stage != stage - 1:
+        raise InputError(
+            f"{source.path} is of stage {state_of(source).stage}; the growth to stage {stage} of "
+            f"{path} begins at stage {stage - 1}"
+        )
+    run = as_grown(run, state_of(source))
+    before, found = run.stages[stage - 1].model.model_dump(), source.model.model_dump()
+    for key, value in before.items():
+        if found[key] != value and key != "initializer_range":
+            raise InputError(
+                f"{source.path}: {key} is {found[key]}, stage {stage - 1} of {path} says {value}"
+            )
+    model = run.stages[stage].model
+    options = run.stages[stage].growth
+    return Goal(source, model, options, f"{run.seed}/stage-{stage}", run, stage)
+
+
+def growth_options(request: Request) -> GrowthConfig:
+    """The options that stand on the command line alone."""
+    tree: dict[str, Any] = {"growth": {}}
+    for text in _growth_only(request):
+        tree = apply_override(tree, text)
+        refuse_unknown_keys({"stages": [tree]}, f"--set {text}")
+    try:
+        return GrowthConfig.model_validate(tree["growth"])
+    except ValidationError as error:
+        wrong = [f"growth.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise InputError("; ".join(dict.fromkeys(wrong))) from error
+
+
+def _growth_only(request: Request) -> list[str]:
+    """All overrides, those that `--operator` stands for included."""
+    for text in request.overrides:
+        if not text.strip().startswith("growth."):
+            raise InputError(f"--set {text}: only growth.KEY=VALUE can be set here")
+    names = [f"growth.operator=[{', '.join(request.operators)}]"] if request.operators else []
+    return [*names, *request.overrides]
+
+
+def target_layout(request: Request, goal: Goal) -> Layout:
+    """How the target is laid out; groups as the engine makes them. InputError if it can not be."""
+    zero_stage, dp, tp = goal.source.layout.zero_stage, goal.source.layout.dp, goal.source.layout.tp
+    decay = _decay(goal.source.layout)
+    if goal.run is not None and goal.stage is not None:
+        stage = goal.run.stages[goal.stage]
+        zero_stage, tp = stage.parallel.zero_stage, stage.parallel.tensor_model_parallel_size
+        decay = stage.optimizer.weight_decay_on
+    zero_stage = zero_stage if request.zero_stage is None else request.zero_stage
+    dp, tp, decay = request.dp or dp, request.tp or tp, request.weight_decay_on or decay
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(goal.model, name) % tp:
+            size = getattr(goal.model, name)
+            raise InputError(f"--tp {tp} does not divide {name} = {size} of the target")
+    plan = parameter_plan(goal.model, tp)
+    optimizer = OptimizerConfig.model_validate({"lr": 1.0, "weight_decay_on": decay})
+    groups = parameter_groups(plan, optimizer, _scales(goal))
+    return Layout(plan, tuple(group.names for group in groups), zero_stage, dp, tp)
+
+
+def _scales(goal: Goal) -> Mapping[str, ParamScale]:
+    """By which the engine tells groups apart."""
+    if goal.run is not None and goal.stage is not None:
+        return stage_scales(goal.run, goal.stage)
+    follows = goal.options is not None and follows_exactly(goal.options)
+    return goal.growth.scales if follows else {}
+
+
+def _decay(layout: Layout) -> str:
+    """Whether norms have optimizer groups of their own."""
+    mixed = any(len({layout.plan[n].is_vector for n in group}) == 2 for group in layout.groups)
+    return "all" if mixed else "matrices"

@@ -1,0 +1,129 @@
+"""What a growth between files is to write: which tensor at which place of which file."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megagrow.checkpoint.files import shard_name
+from megagrow.checkpoint.manifest import MANIFEST_FILE, Manifest, manifest_document
+from megagrow.checkpoint.shards import Places, Unit, shard_tensors, units
+from megagrow.checkpoint.tensor_file import Planned, Stored, planned
+from megagrow.common.checksums import FileRecord, Files
+from megagrow.common.file_io import sync
+from megagrow.config.schema import ModelConfig
+from megagrow.formats.hugging_face import INDEX_FILE, index_of, planned_files, whole_layout
+from megagrow.reshard.layout import Layout
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A unit of the target and its place."""
+
+    unit: Unit
+    file: str
+    stored: Stored
+
+
+@dataclass(frozen=True)
+class Target:
+    """The files that are to be, and what stands beside them."""
+
+    layout: Layout
+    pieces: Callable[[], Iterator[Piece]]
+    """In a fixed order."""
+    headers: Callable[[], Iterator[tuple[str, Planned]]]
+    sizes: dict[str, int]
+    """Bytes of every file of tensors."""
+    documents: Callable[[Files], dict[str, dict[str, Any]]]
+    """JSON files, written last, when the checksums of the files of tensors are known."""
+    copies: Mapping[str, Path] = field(default_factory=dict)
+    """Files that stand beside them, and what each is a copy of."""
+
+    @property
+    def described(self) -> dict[str, dict[str, Any]]:
+        """The documents but for the checksums, before anything is written."""
+        return self.documents({name: FileRecord(size, "") for name, size in self.sizes.items()})
+
+    def write_headers(self, folder: Path) -> None:
+        """Makes every file, its header and its size; what is in it already stays."""
+        for name, file in self.headers():
+            descriptor = os.open(folder / name, os.O_CREAT | os.O_WRONLY, 0o644)
+            try:
+                os.ftruncate(descriptor, file.size)
+                os.pwrite(descriptor, file.header, 0)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync(folder)
+
+    def write_documents(self, folder: Path, files: Files) -> None:
+        """Writes what stands beside the tensors and waits until it is on the disk."""
+        for name, origin in self.copies.items():
+            shutil.copyfile(origin, folder / name)
+            sync(folder / name)
+        for name, value in self.documents(files).items():
+            path = folder / name
+            path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+            sync(path)
+        sync(folder)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What stands beside the weights of a Hugging Face folder."""
+
+    documents: Mapping[str, dict[str, Any]]
+    copies: Mapping[str, Path] = field(default_factory=dict)
+
+
+def checkpoint_target(layout: Layout, manifest: Callable[[Files], Manifest]) -> Target:
+    """A checkpoint in some layout; `manifest` makes its manifest from the records of the files."""
+    sizes: dict[str, int] = {}
+
+    def headers() -> Iterator[tuple[str, Planned]]:
+        for rank in range(layout.dp * layout.tp):
+            if tensors := shard_tensors(layout, rank):
+                yield shard_name(rank), planned(tensors)
+
+    def tensors_of(rank: int) -> dict[str, Stored]:
+        file = planned(shard_tensors(layout, rank))
+        if file.tensors:
+            sizes[shard_name(rank)] = file.size
+        return file.tensors
+
+    places = Places(layout, tensors_of)
+
+    def pieces() -> Iterator[Piece]:
+        for unit in units(layout):
+            shape = (len(layout.interval(unit.name, unit.rank // layout.tp)),)
+            stored = Stored("F32", shape, places.begin(*unit))
+            yield Piece(unit, shard_name(unit.rank), stored)
+
+    def documents(files: Files) -> dict[str, dict[str, Any]]:
+        return {MANIFEST_FILE: manifest_document(manifest(files))}
+
+    return Target(layout, pieces, headers, sizes, documents)
+
+
+def hugging_face_target(model: ModelConfig, dtype: str, most_bytes: int, beside: Beside) -> Target:
+    """A Hugging Face folder: the weights in files of at most `most_bytes`, and what is beside."""
+    layout = whole_layout(model)
+    files = planned_files(layout, dtype, most_bytes)
+    documents = dict(beside.documents)
+    if len(files) > 1:
+        documents[INDEX_FILE] = index_of(files)
+    found = {
+        name: (file, plan.tensors[name]) for file, plan in files.items() for name in plan.tensors
+    }
+
+    def pieces() -> Iterator[Piece]:
+        return (Piece(Unit(0, name, "fp32"), *found[name]) for name in layout.plan)
+
+    sizes = {name: plan.size for name, plan in files.items()}
+    headers = partial(iter, files.items())
+    return Target(layout, pieces, headers, sizes, lambda _: documents, beside.copies)

@@ -1,0 +1,105 @@
+"""The loss of a model on the disk on a given text, with one of its layers in memory at a time."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megagrow.checkpoint.source import Source
+from megagrow.common.sizes import format_bytes
+from megagrow.config.schema import ModelConfig
+from megagrow.errors import InputError
+from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.masks import Masks
+from megagrow.reshard.layout import Block
+
+SEQUENCE_LENGTH = 512
+"""Tokens; the text is cut into sequences of at most so many."""
+
+
+def text_tokens(text: Path, tokenizer: str, models: tuple[ModelConfig, ...]) -> list[Tensor]:
+    """The text as sequences of token ids, each (1, S) int64, fit for all the models."""
+    from megagrow.data.tokenizers import check_tokenizer, load_tokenizer
+
+    try:
+        written = text.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{text}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{text}: not a UTF-8 text file (byte {error.start})") from error
+    for model in models:
+        check_tokenizer(tokenizer, model.vocab_size)
+    (ids,) = load_tokenizer(tokenizer).encode_batch([written])
+    if len(ids) < 2:
+        raise InputError(f"{text}: {len(ids)} tokens; a loss needs at least 2")
+    length = min(SEQUENCE_LENGTH, *(model.max_position_embeddings for model in models))
+    parts = torch.tensor(ids)[None].split(length, dim=1)
+    return [part for part in parts if part.shape[1] > 1]
+
+
+def text_memory(model: ModelConfig, sequences: list[Tensor]) -> int:
+    """Bytes that `text_loss` holds at a time: a layer or an embedding, and what it computes."""
+    tokens = max(sequence.shape[1] for sequence in sequences)
+    width, ffn = model.hidden_size, model.intermediate_size
+    heads = (model.num_attention_heads + model.num_key_value_heads) * model.head_dim
+    layer = 2 * heads * width + 3 * ffn * width + tokens * (8 * width + 4 * ffn + 4 * heads)
+    vocabulary = model.vocab_size * (width + 3 * tokens)
+    return 4 * max(layer, vocabulary)
+
+
+def check_text_memory(model: ModelConfig, sequences: list[Tensor], memory: int) -> None:
+    """InputError if the loss does not fit in `memory` bytes."""
+    needed = text_memory(model, sequences)
+    if needed > memory:
+        raise InputError(
+            f"--text: one layer and its outputs take {format_bytes(needed)}, --memory is "
+            f"{format_bytes(memory)}: give more, or leave --text out"
+        )
+
+
+def text_loss(source: Source, sequences: list[Tensor], masks: Masks | None = None) -> float:
+    """Mean loss per predicted token, in nats; fp32, on the CPU. `masks` stand before parts that
+    are still to be let in."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(source.model)
+    _hold_while_used(model, source)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for ids in sequences:
+            positions = torch.arange(ids.shape[1])[None]
+            logits = model(ids, positions, None, masks)[0, :-1]
+            total += float(F.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+            count += ids.shape[1] - 1
+    return total / count
+
+
+def _hold_while_used(model: LlamaForCausalLM, source: Source) -> None:
+    """Makes the model's parts read their weights when they are called, and give them up after."""
+    head = "model.embed_tokens" if source.model.tie_word_embeddings else "lm_head"
+    parts: list[tuple[str, nn.Module]] = [
+        ("model.embed_tokens", model.model.embed_tokens),
+        *((f"model.layers.{i}", layer) for i, layer in enumerate(model.model.layers)),
+        ("model.norm", model.model.norm),
+        (head, model.lm_head),
+    ]
+    for prefix, module in parts:
+        module.register_forward_pre_hook(partial(_load, source, prefix))
+        module.register_forward_hook(_unload)
+
+
+def _load(source: Source, prefix: str, module: nn.Module, _: Any) -> None:
+    weights = {name: _whole(source, f"{prefix}.{name}") for name, _ in module.named_parameters()}
+    module.load_state_dict(weights, assign=True)
+
+
+def _unload(module: nn.Module, _: Any, __: Any) -> None:
+    module.to("meta")
+
+
+def _whole(source: Source, name: str) -> Tensor:
+    spec = source.layout.plan[name]
+    values = source.read(name, "fp32", Block(range(spec.rows), range(spec.cols)))
+    return values.squeeze(1) if spec.is_vector else values

@@ -1,0 +1,95 @@
+"""Turns a one-device Llama into one rank's share of it, by a small table of replacements.
+
+Column-parallel (q, k, v, gate, up), row-parallel (o, down) and vocab-parallel (head) layers are
+ordinary Linear modules that hold a slice: the collectives stand at the `enter` and `leave` of each
+block, once per block instead of once per matrix. Only the embedding needs a class of its own,
+since a row that another rank holds must read as zero.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megagrow.model.llama import MLP, Attention, LlamaForCausalLM, RMSNorm
+from megagrow.parallel import collectives
+from megagrow.parallel.process_groups import Topology
+from megagrow.parallel.sharding import ParamSpec
+
+Collective = Callable[[Tensor, ProcessGroup], Tensor]
+
+
+class Region(nn.Module):
+    """The boundary between the replicated (or sequence-split) and the tensor-parallel part."""
+
+    def __init__(self, collective: Collective, group: ProcessGroup) -> None:
+        super().__init__()
+        self.collective = collective
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.collective(x, self.group)
+
+    def extra_repr(self) -> str:
+        return self.collective.__name__
+
+
+class VocabParallelEmbedding(nn.Module):
+    """This rank's rows of the embedding; tokens of other ranks give zero vectors."""
+
+    def __init__(self, weight: nn.Parameter, first: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.first = first
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        index = input_ids - self.first
+        mine = (index >= 0) & (index < self.weight.shape[0])
+        return F.embedding(index.masked_fill(~mine, 0), self.weight) * mine[..., None]
+
+
+def parallelize(
+    model: LlamaForCausalLM, plan: dict[str, ParamSpec], topology: Topology, sequence_parallel: bool
+) -> None:
+    """Slices every parameter of a model on the meta device and puts the collectives in place."""
+    _slice_parameters(model, plan, topology)
+    if topology.tp == 1:
+        return
+    enter, leave = collectives.copy_to_tensor_parallel, collectives.reduce_from_tensor_parallel
+    if sequence_parallel:
+        enter, leave = collectives.gather_from_sequence, collectives.scatter_to_sequence
+    for block in model.modules():
+        if isinstance(block, Attention | MLP):
+            block.enter = Region(enter, topology.tp_group)
+            block.leave = Region(leave, topology.tp_group)
+    spec = plan["model.embed_tokens.weight"]
+    weight = cast(nn.Parameter, model.model.embed_tokens.weight)
+    model.model.embed_tokens = VocabParallelEmbedding(
+        weight, spec.slice_origin(topology.tp, topology.tp_rank)[0]
+    )
+    model.model.leave = Region(leave, topology.tp_group)
+    model.enter = Region(enter, topology.tp_group)
+    if sequence_parallel:
+        # Each rank's norms see their part of the sequence only: their gradients are partial sums.
+        for module in model.modules():
+            if isinstance(module, RMSNorm):
+                module.enter_weight = Region(collectives.copy_to_tensor_parallel, topology.tp_group)
+
+
+def _slice_parameters(
+    model: LlamaForCausalLM, plan: dict[str, ParamSpec], topology: Topology
+) -> None:
+    sliced: dict[int, nn.Parameter] = {}  # by the whole parameter, so that a tied head stays tied
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        owner, _, leaf = name.rpartition(".")
+        if id(parameter) not in sliced:
+            spec = plan[name]
+            shape = spec.slice_shape(topology.tp)
+            fresh: Any = nn.Parameter(parameter.new_empty(shape[:1] if spec.is_vector else shape))
+            # Both marks are read by DeepSpeed's gradient norm: unmarked parameters are whole on
+            # every tensor-parallel rank and must be counted once.
+            fresh.model_parallel = fresh.tensor_model_parallel = spec.tp_dim is not None
+            sliced[id(parameter)] = fresh
+        setattr(model.get_submodule(owner), leaf, sliced[id(parameter)])

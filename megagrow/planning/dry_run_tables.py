@@ -1,0 +1,96 @@
+"""A rehearsed rank as its user sees it: tables, and what would keep the run from starting."""
+
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megagrow.planning.dry_run import RankGrowth, RankStage, Rehearsal
+from megagrow.planning.tables import memory_rows
+from megagrow.reshard.move_volume import Volume
+
+PARAMETER_COLUMNS = ("parameter", "shape here", "of them", "elements held")
+TRAFFIC_COLUMNS = ("sent in a step", "by", "among ranks", "tensors, MB", "this rank sends, MB")
+GROWTH_COLUMNS = ("growth", "operator", "sends, MB", "to", "receives, MB", "from", "keeps, MB")
+
+PEERS_NAMED = 6
+"""So many peers of a growth are named, the others counted."""
+
+
+def show_rehearsal(rehearsal: Rehearsal, console: Console) -> None:
+    """Prints what was built; where the output is no terminal as plain Markdown tables."""
+    run, rank = rehearsal.run, rehearsal.rank
+    console.print(Text(f"{run.name}: rank {rank} of {rehearsal.world_size}, nothing is started"))
+    for index, stage in enumerate(rehearsal.stages):
+        layout = stage.memory.layout
+        place = f"DP rank {rank // layout.tp} of {layout.dp}, TP rank {rank % layout.tp} of "
+        title = f"Stage {index}: ZeRO-{layout.zero_stage}, {place}{layout.tp}"
+        _print(console, title, PARAMETER_COLUMNS, _parameter_rows(stage))
+        _print(console, "Memory, GiB", ("", f"stage {index}"), _memory_rows(stage))
+        _print(console, "Communication", TRAFFIC_COLUMNS, _traffic_rows(stage))
+    if rehearsal.growths:
+        _print(console, "Growths", GROWTH_COLUMNS, map(_growth_row, rehearsal.growths))
+    for note in rehearsal.notes:
+        console.print(Text(f"Note: {note}"), soft_wrap=True)
+    for problem in rehearsal.problems:
+        console.print(Text(f"Problem: {problem}"), soft_wrap=True)
+
+
+def _parameter_rows(stage: RankStage) -> Iterable[Sequence[str]]:
+    for each in stage.parameters:
+        yield each.name, " x ".join(map(str, each.shape)), f"{each.count:,}", f"{each.held:,}"
+    yield "all", "", f"{sum(e.count for e in stage.parameters):,}", f"{stage.held:,}"
+
+
+def _memory_rows(stage: RankStage) -> Iterable[Sequence[str]]:
+    built = {
+        "built here: forward weights": stage.weights_bytes,
+        "built here: fp32 masters and moments": stage.state_bytes,
+    }
+    yield from ((what, f"{size / 2**30:.3f}") for what, size in built.items())
+    for part, cells in memory_rows([stage.memory]).items():
+        yield f"planned: {part}", cells[0]
+
+
+def _traffic_rows(stage: RankStage) -> Iterable[Sequence[str]]:
+    for each in stage.traffic:
+        yield each.purpose, each.kind, str(each.ranks), _mb(each.payload), _mb(each.sent)
+    yield "all", "", "", "", _mb(sum(each.sent for each in stage.traffic))
+
+
+def _growth_row(growth: RankGrowth) -> Sequence[str]:
+    name = (f"{growth.stage - 1} -> {growth.stage}", " + ".join(growth.operators))
+    volume = growth.volume
+    if volume is None:
+        return *name, "learned first", "", "", "", ""
+    received = sum(volume.received.values())
+    return (
+        *(*name, _mb(volume.bytes_sent), _to(volume)),
+        *(_mb(received), _peers(volume.received), _mb(volume.kept)),
+    )
+
+
+def _to(volume: Volume) -> str:
+    return "all (mixed matrices)" if volume.reduced else _peers(volume.sent)
+
+
+def _peers(peers: dict[int, int]) -> str:
+    named = ", ".join(map(str, list(peers)[:PEERS_NAMED]))
+    more = len(peers) - PEERS_NAMED
+    return f"{named} and {more} more" if more > 0 else named or "none"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.3f}"
+
+
+def _print(
+    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    style = box.ROUNDED if console.is_terminal else box.MARKDOWN
+    table = Table(*columns, title=title, title_justify="left", box=style)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)

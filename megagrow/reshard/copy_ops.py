@@ -1,0 +1,100 @@
+"""Reading and writing the blocks of a copy in a rank's stored fragments."""
+
+import torch
+from torch import Tensor
+
+from megagrow.growth.map import Axis, Indices
+from megagrow.parallel.engine import Storage
+from megagrow.reshard.copy_plan import Copy
+from megagrow.reshard.index_ranges import as_array, bounds, moved, pick
+from megagrow.reshard.layout import Block, Layout
+from megagrow.reshard.transfers import Piece
+
+ELEMENTS_AT_ONCE = 2**18
+"""What is picked, scaled or drawn at once: few enough to stay in a core's cache."""
+
+
+def block_view(stored: Tensor, block: Block, offset: int, stride: int) -> Tensor:
+    """A block (rows, columns) within a stored interval, as `Layout.local` places it."""
+    shape = (len(block.rows), len(block.cols))
+    return stored.as_strided(shape, (stride, 1), stored.storage_offset() + offset)
+
+
+def take(copy: Copy, rows: range, block: Tensor) -> Tensor:
+    """Of the block that a copy's source holds, some of the rows that it takes.
+
+    (len(rows), columns); a view where the positions are consecutive.
+    """
+    return _take(_take(block, 0, pick(copy.take_rows, rows)), 1, copy.take_cols)
+
+
+def write_rows(copy: Copy, rows: range, values: Tensor, layout: Layout, storage: Storage) -> None:
+    """Stores received rows at their place in the target, scaled as the growth map says."""
+    to_rows, to_cols = pick(copy.target_rows, rows), copy.target_cols
+    values = scaled(values, copy.term.rows, copy.term.cols, to_rows, to_cols)
+    block = Block(bounds(to_rows), bounds(to_cols))
+    place = layout.local(copy.name, copy.target_rank, block)
+    view = block_view(storage[copy.name][copy.kind], block, *place)
+    if view.shape == values.shape:
+        view.add_(values.to(view.device)) if copy.adds else view.copy_(values)
+        return
+    inside = (
+        _tensor(moved(to_rows, -block.rows.start), view.device)[:, None],
+        _tensor(moved(to_cols, -block.cols.start), view.device),
+    )
+    values = values.to(view.device)
+    view[inside] = view[inside] + values if copy.adds else values
+
+
+def scaled(values: Tensor, rows: Axis, cols: Axis, at_rows: Indices, at_cols: Indices) -> Tensor:
+    """Values of these target rows and columns times the scales of both axes, in their own type."""
+    for axis, positions, shape in ((rows, at_rows, (-1, 1)), (cols, at_cols, (1, -1))):
+        if axis.scale is not None:
+            factors = values.new_tensor(axis.scale[as_array(positions)])
+            values = values * factors.view(shape)
+    return values
+
+
+def move_within(copy: Copy, source: Layout, stored: Storage, target: Layout, into: Storage) -> None:
+    """Carries out a copy within one rank."""
+    name = copy.term.source
+    place = source.local(name, copy.source_rank, copy.source)
+    deliver(copy, block_view(stored[name][copy.kind], copy.source, *place), target, into)
+
+
+def deliver(copy: Copy, block: Tensor, layout: Layout, storage: Storage) -> None:
+    """Carries out a copy, given the block that its source holds, with little memory besides."""
+    rows, cols = copy.shape
+    plain = isinstance(copy.take_rows, range) and isinstance(copy.take_cols, range)
+    unscaled = copy.term.rows.scale is None and copy.term.cols.scale is None
+    at_once = rows if plain and unscaled else max(1, ELEMENTS_AT_ONCE // cols)
+    for first in range(0, rows, at_once):
+        part = range(first, min(first + at_once, rows))
+        write_rows(copy, part, take(copy, part, block), layout, storage)
+
+
+def collect(piece: Piece, box: Tensor, layout: Layout, storage: Storage) -> None:
+    """Reads the elements of a piece from this rank's storage into a box of its shape."""
+    parcel = piece.parcel
+    rows, cols = pick(parcel.rows, piece.rows), parcel.cols
+    block = Block(bounds(rows), bounds(cols))
+    place = layout.local(parcel.name, parcel.source_rank, block)
+    view = block_view(storage[parcel.name][parcel.kind], block, *place)
+    at_once = len(rows)
+    if not (isinstance(rows, range) and isinstance(cols, range)):
+        at_once = max(1, ELEMENTS_AT_ONCE // len(cols))
+    for first in range(0, len(rows), at_once):
+        part = pick(rows, range(first, first + at_once))
+        picked = _take(view, 0, moved(part, -block.rows.start))
+        picked = _take(picked, 1, moved(cols, -block.cols.start))
+        box[first : first + len(part)].copy_(picked)
+
+
+def _take(block: Tensor, axis: int, positions: Indices) -> Tensor:
+    if isinstance(positions, range):
+        return block.narrow(axis, positions.start, len(positions))
+    return block.index_select(axis, _tensor(positions, block.device))
+
+
+def _tensor(positions: Indices, device: torch.device) -> Tensor:
+    return torch.from_numpy(as_array(positions)).to(device)

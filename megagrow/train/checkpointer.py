@@ -1,0 +1,134 @@
+"""The checkpoints of a run: how they are saved beside the training, and which ones are kept."""
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from megagrow.checkpoint.async_saver import Saver
+from megagrow.checkpoint.manifest import BEFORE_GROWTH, Manifest, describe_layout
+from megagrow.checkpoint.retention import Retention, prune_checkpoints
+from megagrow.checkpoint.save import total_bytes
+from megagrow.checkpoint.shard_file import own_tensors
+from megagrow.common.disk_space import check_room
+from megagrow.config.schema import RunConfig
+from megagrow.config.stage_length import stage_steps
+from megagrow.errors import InputError
+from megagrow.parallel.process_groups import together
+from megagrow.train.reporting.run_logger import Recorder
+from megagrow.train.stage import Stage
+from megagrow.train.train_state import RunState
+
+
+class Saving:
+    """Saves the states of a run; the `loop.Background` of its training, and a context that an
+    error leaves only when a save that had begun is whole. All ranks call all but `busy` together.
+
+    A state comes back as the one that was given, with the time that the training stood still.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        rank: int,
+        device: torch.device,
+        environment: dict[str, Any],
+        recorder: Recorder,
+    ) -> None:
+        self._run = run
+        self._rank = rank
+        self._environment = environment
+        self._recorder = recorder
+        self._saver = Saver(self.directory, device)
+        self._stalled = 0.0
+
+    @property
+    def directory(self) -> Path:
+        """Where the checkpoints of the run are."""
+        return self._run.output_dir / "checkpoints"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        if isinstance(error, InputError):  # which all ranks raise together
+            with suppress(InputError):
+                self._saver.finish()
+
+    def prepare(self, stage: Stage) -> None:
+        """Call when a stage begins. Says now what would stop the run at its next save: that there
+        is no room for a single checkpoint."""
+        storage = stage.engine.storage()
+        if self._run.checkpoint.background:
+            self._saver.prepare(stage.layout, storage)
+        needed = total_bytes(own_tensors(stage.layout, storage, self._rank))
+        if self._rank == 0:
+            try:
+                check_room(self.directory, needed)
+            except InputError as error:
+                self._recorder.say(f"warning: not even one checkpoint fits: {error}")
+
+    def save(self, stage: Stage, state: RunState, *, wait: bool = False) -> RunState:
+        """Saves a state, in the background unless it is the last one of its stage or `wait` says
+        otherwise. A save that is still going on is waited for. InputError as `Saver` has it."""
+        state = self.finish(state)
+        options = self._run.checkpoint
+        ended = state.stage_step >= stage_steps(stage.config, self._run.data.sequence_length)
+        grows = ended and stage.index + 1 < len(self._run.stages)
+        wait = wait or ended or not options.background
+        manifest = Manifest(
+            stage.config.model.model_dump(),
+            describe_layout(stage.layout),
+            stage.engine.adam_step,
+            state.as_json(),
+            self._environment,
+            files={},
+            protected=BEFORE_GROWTH if grows and options.keep_before_growth else None,
+        )
+        storage, step = stage.engine.storage(), state.counters.step
+        self._saver.begin(step, stage.layout, storage, manifest, background=not wait)
+        return self.finish(state) if wait else state
+
+    def busy(self) -> bool:
+        """Whether this rank is still writing."""
+        return self._saver.writing
+
+    def idle_everywhere(self) -> None:
+        """No rank is writing any more: what was saved becomes a checkpoint."""
+        saved = self._saver.finish()
+        if saved is None:
+            return
+        begin = time.perf_counter()
+        together(lambda: self._prune() if self._rank == 0 else None)
+        pruning = time.perf_counter() - begin
+        stall, seconds = saved.stall_seconds + pruning, saved.seconds + pruning
+        self._stalled += stall
+        at = RunState.from_json(saved.manifest.run)
+        self._recorder.checkpoint(at, saved.path, stall, seconds)
+
+    def account(self, state: RunState) -> RunState:
+        """The state with the time for which saves have held up the training since the last call."""
+        stalled, self._stalled = self._stalled, 0.0
+        return state.after_loss(stalled) if stalled else state
+
+    def finish(self, state: RunState) -> RunState:
+        """Waits for a save that is going on."""
+        self.idle_everywhere()
+        return self.account(state)
+
+    def release(self) -> None:
+        """Gives back the memory of the copy that saves in the background are made from."""
+        self._saver.release()
+
+    def _prune(self) -> None:
+        options = self._run.checkpoint
+        # Protected are those that were saved so; the key decides on new ones.
+        prune_checkpoints(self.directory, Retention(options.keep_last, options.keep_every))

@@ -1,0 +1,1 @@
+"""Heartbeats, stability guards, signals and the run lock."""

@@ -1,0 +1,137 @@
+"""The growth event: one stage's state becomes the next one's, rank to rank, in the running job."""
+
+import time
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+import torch.distributed as dist
+
+from megagrow.config.growth import GrowthConfig
+from megagrow.config.schema import RunConfig
+from megagrow.growth.guidelines import connection_rate
+from megagrow.growth.map import GrowthMap
+from megagrow.growth.operators import is_learned, state_policy
+from megagrow.reshard.dense import exchange_dense
+from megagrow.reshard.exchange import Moved, Side, exchange
+from megagrow.reshard.fill import fill_new
+from megagrow.train.growth_event.cost import Feed, Spent, spent_on_steps
+from megagrow.train.growth_event.ligo_trainer import learn_growth
+from megagrow.train.growth_event.run_growths import stage_growth
+from megagrow.train.growth_event.second_moment import measure_second_moment
+from megagrow.train.reporting.memory import peak_memory
+from megagrow.train.stage import Stage, build_stage, masks_now
+
+
+@dataclass(frozen=True)
+class GrowthReport:
+    """What a growth was and what it cost, over all ranks."""
+
+    operator: tuple[str, ...]
+    layers: tuple[int, ...]
+    """For each layer the one that it came from, -1 for none."""
+    connection_rate: float
+    optimizer_state: str
+    preserves_function: bool
+    bytes_between_ranks: int
+    bytes_within_ranks: int
+    seconds: float
+    peak_memory_bytes: int
+    """Highest of all ranks."""
+    spent: Spent
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What is left of a stage that has ended: its state, where it lies, and nothing else."""
+
+    index: int
+    state: Side
+    adam_step: int
+    device: torch.device
+
+
+def end_stage(stage: Stage) -> Ended:
+    """Destroys a stage's engine and keeps its state; all ranks together."""
+    step = stage.engine.adam_step
+    return Ended(stage.index, Side(stage.layout, stage.release()), step, stage.topology.device)
+
+
+def grow(run: RunConfig, ended: Ended, feed: Feed) -> tuple[Stage, GrowthReport]:
+    """The next stage, holding the grown state, out of one that has ended and stays as it is; all
+    ranks together. What has to be learned or measured for it is read from `feed`."""
+    begin = time.perf_counter()
+    options = run.stages[ended.index + 1].growth
+    assert options is not None
+    growth, spent = _map_of(run, ended, options, feed)
+    target = build_stage(run, ended.index + 1, ended.device)
+    fill_new(growth, target.layout, target.topology.rank, target.engine.storage())
+    moved, measuring = _move(run, ended, options, growth, target, feed)
+    spent = spent.plus(measuring)
+    return target, _report(target, options, growth, moved, spent, time.perf_counter() - begin)
+
+
+def _map_of(
+    run: RunConfig, ended: Ended, options: GrowthConfig, feed: Feed
+) -> tuple[GrowthMap, Spent]:
+    """The map, and what it took to find it: nothing, if it is not learned."""
+    if is_learned(options):
+        return learn_growth(run, ended.index + 1, ended.state, ended.device, feed)
+    return stage_growth(run, ended.index + 1), Spent()
+
+
+def _move(
+    run: RunConfig,
+    ended: Ended,
+    options: GrowthConfig,
+    growth: GrowthMap,
+    target: Stage,
+    feed: Feed,
+) -> tuple[list[Moved], Spent]:
+    """Fills the target. If exp_avg_sq of new entries is measured, weights move before the moments,
+    which then take the place of what was measured for old entries."""
+    side = Side(target.layout, target.engine.storage())
+    step = ended.adam_step if growth.keeps_step else 0
+    if state_policy(options) != "probe_v":
+        moved = [_moved(ended.state, growth, side)]
+        target.engine.ready(step)
+        return moved, Spent()
+    moved = [_moved(ended.state, growth.with_kinds("fp32"), side)]
+    target.engine.ready(step)
+    steps = range(options.probe_batches)
+    batches = [feed.batches(index, target.config, target.topology) for index in steps]
+    measure_second_moment(target, batches, masks_now(run, target, stage_step=0))
+    moved.append(_moved(ended.state, growth.with_kinds("exp_avg", "exp_avg_sq"), side))
+    return moved, spent_on_steps(target.config, feed.length, len(steps))
+
+
+def _moved(source: Side, growth: GrowthMap, target: Side) -> Moved:
+    return exchange(source, growth, target).plus(exchange_dense(source, growth, target))
+
+
+def _report(
+    target: Stage,
+    options: GrowthConfig,
+    growth: GrowthMap,
+    parts: list[Moved],
+    spent: Spent,
+    seconds: float,
+) -> GrowthReport:
+    moved, device = reduce(Moved.plus, parts), target.topology.device
+    sums = torch.tensor([moved.bytes_sent, moved.bytes_local], dtype=torch.int64, device=device)
+    dist.all_reduce(sums)
+    peak = torch.tensor([peak_memory(device)], dtype=torch.int64, device=device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    between, within = sums.tolist()
+    return GrowthReport(
+        tuple(options.operator),
+        growth.provenance,
+        connection_rate(growth.provenance),
+        state_policy(options),
+        growth.preserves_function,
+        between,
+        within,
+        seconds,
+        int(peak),
+        spent,
+    )

@@ -1,0 +1,131 @@
+"""Trains a learned growth (LiGO) on the tokens that come next in the stream.
+
+As the authors of Du et al. 2024 do: some steps of the target's batch with AdamW, at a rate that
+rises to 7e-5 and falls along a cosine to 7e-6, gradients clipped to norm 1. Weight decay is left
+out: it would pull B, A and D to zero, and a good growth is no small one. The source is frozen.
+
+What is trained is small, equal on all ranks, and gone when the growth is done. A job that dies here
+goes on from the checkpoint before the growth, to the same result.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megagrow.config.flops import paper_flops_per_token
+from megagrow.config.growth import LearnConfig
+from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
+from megagrow.config.stage_length import step_tokens
+from megagrow.data.batches import Batch
+from megagrow.growth.ligo import Learned, forming_flops, initial
+from megagrow.growth.ligo_map import learned_map
+from megagrow.growth.map import GrowthMap
+from megagrow.growth.operators import growing
+from megagrow.model.backends import uses_bf16
+from megagrow.model.llama import LlamaForCausalLM
+from megagrow.parallel.engine_config import EngineSettings
+from megagrow.parallel.loss import cross_entropy
+from megagrow.parallel.process_groups import Topology, destroy_topology, make_topology
+from megagrow.parallel.sharding import parameter_plan
+from megagrow.reshard.exchange import Side
+from megagrow.train.flops import flops_per_token
+from megagrow.train.growth_event.cost import Feed, Spent
+from megagrow.train.growth_event.forming import Forming, formed_model
+from megagrow.train.kernels import stage_ops
+from megagrow.train.schedule import learning_rate
+from megagrow.train.step import model_inputs
+
+BETAS, CLIP = (0.9, 0.95), 1.0
+"""Of AdamW, and the global norm of gradients: the authors' recipe."""
+
+
+def learn_growth(
+    run: RunConfig, index: int, source: Side, device: torch.device, feed: Feed
+) -> tuple[GrowthMap, Spent]:
+    """The map by which stage `index` comes out of the source, trained; all ranks together.
+
+    InputError if the stream can not be read.
+    """
+    stage = run.stages[index]
+    assert stage.growth is not None
+    parts = growing(
+        run.stages[index - 1].model, stage.model, stage.growth, f"{run.seed}/stage-{index}"
+    )
+    topology = make_topology(stage.parallel.tensor_model_parallel_size, device)
+    bf16 = uses_bf16(run, device)
+    settings = EngineSettings(
+        *(stage.model, stage.parallel, stage.batch, stage.optimizer, bf16),
+        ops=stage_ops(run, index, device),
+    )
+    learned = initial(parts, device)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model = formed_model(Forming(learned, source, settings, topology, dtype))
+    adam = torch.optim.AdamW(learned.tensors(), betas=BETAS, weight_decay=0.0)
+    losses = []
+    for step in range(stage.growth.learn.steps):
+        batches = feed.batches(step, stage, topology)
+        losses.append(summed_gradients(model, learned, batches, topology))
+        norm = nn.utils.clip_grad_norm_(learned.tensors(), CLIP)
+        for group in adam.param_groups:
+            group["lr"] = _rate(stage.growth.learn, step)
+        if norm.isfinite():  # the same on all ranks; else the step is skipped
+            adam.step()
+    destroy_topology(topology)
+    return learned_map(learned), _spent(run, index, learned, losses)
+
+
+def summed_gradients(
+    model: LlamaForCausalLM, learned: Learned, batches: Sequence[Batch], topology: Topology
+) -> float:
+    """Forward and backward over this rank's micro batches; all ranks together.
+
+    Leaves in the learned numbers the gradient of the global batch's mean loss, the same on all
+    ranks, and returns that loss.
+    """
+    total = torch.zeros((), device=topology.device)
+    vocab = learned.growing.target.vocab_size
+    for tensor in learned.tensors():
+        tensor.grad = None
+    for batch in batches:
+        logits = model(*model_inputs(batch, model.ops, topology.device))
+        labels = batch.labels.to(topology.device)
+        loss = cross_entropy(logits, labels, vocab, topology, model.ops.loss)
+        loss = loss / (batch.labels.numel() * len(batches) * topology.dp)
+        loss.backward()
+        total += loss.detach()
+    dist.all_reduce(total, group=topology.dp_group)
+    _sum_over_ranks([tensor.grad for tensor in learned.tensors()])
+    return total.item()
+
+
+def _sum_over_ranks(gradients: list[Tensor | None]) -> None:
+    """Every rank's gradients are its part: of its data, of its slices, and of the shards that it
+    holds of the source."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    flat = torch.cat([gradient.flatten() for gradient in present])
+    dist.all_reduce(flat)
+    for gradient, part in zip(present, flat.split([g.numel() for g in present]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def _rate(learn: LearnConfig, step: int) -> float:
+    schedule = ScheduleConfig(type="cosine", warmup_steps=learn.warmup_steps)
+    optimizer = OptimizerConfig(lr=learn.lr, min_lr=learn.min_lr)
+    return learning_rate(schedule, optimizer, step, 1, learn.steps)
+
+
+def _spent(run: RunConfig, index: int, learned: Learned, losses: list[float]) -> Spent:
+    """Weights are made once per micro batch of the global batch, and three times as much is done
+    as forward alone; what is done twice to save memory is not counted, as everywhere."""
+    stage, length = run.stages[index], run.data.sequence_length
+    tokens = len(losses) * step_tokens(stage, length)
+    times = len(losses) * stage.batch.global_batch_size // stage.batch.micro_batch_size
+    making = forming_flops(learned, list(parameter_plan(stage.model, tp=1).values()))
+    return Spent(
+        tokens,
+        paper_flops_per_token(stage.model) * tokens,
+        flops_per_token(stage.model, length) * tokens + 3 * making * times,
+        tuple(losses),
+    )

@@ -1,0 +1,75 @@
+"""New and old entries of a grown model: which they are, and at what rate each of them trains."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megagrow.config.growth import GrowthConfig
+from megagrow.config.schema import RunConfig
+from megagrow.growth.map import Fresh
+from megagrow.parallel.engine import Storage
+from megagrow.reshard.copy_ops import block_view
+from megagrow.reshard.layout import Block, Layout
+from megagrow.train.schedule import new_entries_of, new_entries_rate, rate_at
+
+
+class Factors(NamedTuple):
+    """Factors on what a step changes of new and of old entries."""
+
+    new: float = 1.0
+    old: float = 1.0
+
+
+def update_factors(run: RunConfig, stage_index: int, stage_tokens: int) -> Factors:
+    """The factors of the step that begins `stage_tokens` tokens into a stage of the run.
+
+    Old entries do not change until `freeze_tokens`. New ones train at a rate of their own, if the
+    growth gives them one: the factor is that rate over the rate of the step.
+    """
+    growth = run.stages[stage_index].growth
+    if growth is None:
+        return Factors()
+    old = 0.0 if stage_tokens < (growth.freeze_tokens or 0) else 1.0
+    rate = rate_at(run, stage_index, stage_tokens)
+    if new_entries_of(growth) is None or rate == 0:  # at 0 nothing changes whatever the factor
+        return Factors(old=old)
+    return Factors(new_entries_rate(run, stage_index, stage_tokens) / rate, old)
+
+
+def tells_entries_apart(growth: GrowthConfig | None) -> bool:
+    """Whether a growth ever treats new and old entries differently while the stage is trained."""
+    return growth is not None and bool(new_entries_of(growth) or growth.freeze_tokens)
+
+
+def fresh_masks(
+    fresh: Mapping[str, Fresh], layout: Layout, rank: int, storage: Storage
+) -> dict[str, Tensor]:
+    """Which of the entries that a rank holds are new: by parameter (n,) bool, in the order and on
+    the device of its storage. A parameter of which it holds no new entry is absent.
+
+    Padding of the vocabulary is old: it belongs to no logical tensor.
+    """
+    masks = {}
+    for name, kinds in storage.items():
+        new = fresh.get(name, Fresh())
+        if new.whole or new.rows is not None or new.cols is not None:
+            mask = torch.zeros(kinds["fp32"].numel(), dtype=torch.bool)
+            for block in layout.blocks(name, rank):
+                place = layout.local(name, rank, block)
+                block_view(mask, block, *place).copy_(torch.from_numpy(_new_in(new, block)))
+            if mask.any():
+                masks[name] = mask.to(kinds["fp32"].device)
+    return masks
+
+
+def _new_in(fresh: Fresh, block: Block) -> np.ndarray:
+    """(rows, cols) of a block: new are all, or what lies in a new row or in a new column."""
+    new = np.full((len(block.rows), len(block.cols)), fresh.whole)
+    if fresh.rows is not None:
+        new |= fresh.rows[block.rows.start : block.rows.stop, None]
+    if fresh.cols is not None:
+        new |= fresh.cols[None, block.cols.start : block.cols.stop]
+    return new

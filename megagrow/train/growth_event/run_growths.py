@@ -1,0 +1,90 @@
+"""The growths of a run, and what they leave behind for training: pure functions of its config."""
+
+from collections.abc import Mapping
+
+from megagrow.config.schema import RunConfig
+from megagrow.errors import InputError
+from megagrow.growth.map import GrowthMap
+from megagrow.growth.map_checks import check_map
+from megagrow.growth.operators import follows_exactly, growth_map
+from megagrow.growth.validation import candidates
+from megagrow.parallel.engine_config import parameter_groups
+from megagrow.parallel.scale import UNSCALED, ParamScale
+from megagrow.parallel.sharding import parameter_plan
+from megagrow.reshard.layout import Layout
+from megagrow.train.train_state import RunState
+
+
+def stage_growth(run: RunConfig, index: int) -> GrowthMap:
+    """The map by which stage `index` of a run comes out of the one before; checked."""
+    source, stage = run.stages[index - 1], run.stages[index]
+    if stage.growth is None:
+        raise AssertionError(f"stage {index} has no growth")
+    growth = growth_map(source.model, stage.model, stage.growth, f"{run.seed}/stage-{index}")
+    check_map(growth, parameter_plan(source.model, tp=1), parameter_plan(stage.model, tp=1))
+    return growth
+
+
+def stage_scales(run: RunConfig, index: int) -> dict[str, ParamScale]:
+    """Factors on the hyper-parameters of a stage's parameters, of all growths that led to it.
+
+    A growth that is to follow its source exactly sets them, and later ones pass them on: a
+    parameter keeps those of what it is made of.
+    """
+    scales: dict[str, ParamScale] = {}
+    for later in range(1, index + 1):
+        options = run.stages[later].growth
+        follows = options is not None and follows_exactly(options)
+        if scales or follows:
+            growth = stage_growth(run, later)
+            scales = _passed_on(growth, scales, growth.scales if follows else {})
+    return scales
+
+
+def stage_layout(run: RunConfig, index: int, world_size: int) -> Layout:
+    """The layout that a stage's state has on so many ranks, which its settings must fit."""
+    stage = run.stages[index]
+    tp = stage.parallel.tensor_model_parallel_size
+    plan = parameter_plan(stage.model, tp)
+    groups = parameter_groups(plan, stage.optimizer, stage_scales(run, index))
+    names = tuple(group.names for group in groups)
+    return Layout(plan, names, stage.parallel.zero_stage, world_size // tp, tp)
+
+
+def _passed_on(
+    growth: GrowthMap, before: Mapping[str, ParamScale], added: Mapping[str, ParamScale]
+) -> dict[str, ParamScale]:
+    out = {}
+    for name, terms in growth.weights.items():
+        kept = before.get(terms[0].sources[0], UNSCALED) if terms else UNSCALED
+        scale = kept.times(added.get(name, UNSCALED))
+        if scale != UNSCALED:
+            out[name] = scale
+    return out
+
+
+def with_operators(run: RunConfig, index: int, names: tuple[str, ...]) -> RunConfig:
+    """The run with these operators in the place of what stage `index` says of them."""
+    stage = run.stages[index]
+    assert stage.growth is not None
+    growth = stage.growth.model_copy(update={"operator": list(names), "probe": None})
+    stages = list(run.stages)
+    stages[index] = stage.model_copy(update={"growth": growth})
+    return run.model_copy(update={"stages": stages})
+
+
+def as_grown(run: RunConfig, state: RunState) -> RunConfig:
+    """The run with the operators by which it has grown so far. InputError if the run file names
+    others: masks and hyper-parameters of the stage would silently be those of another growth."""
+    for index, names in enumerate(state.operators, start=1):
+        growth = run.stages[index].growth
+        if not names or growth is None:
+            continue
+        allowed = ["+".join(chosen.operator) for chosen in candidates(growth)]
+        if "+".join(names) not in allowed:
+            raise InputError(
+                f"stages.{index}.growth names {' or '.join(allowed)}, but the run has grown by "
+                f"{'+'.join(names)}: set it back, or start in another output_dir"
+            )
+        run = with_operators(run, index, names)
+    return run

@@ -1,0 +1,1 @@
+"""The run's log, metrics and trackers."""

@@ -1,0 +1,113 @@
+"""Where a run begins: with its first weights, with a checkpoint, or, after a rewind, there again.
+
+A rewind is a resume within the running job. Nothing is written for it: a run that dies after it
+goes on from the same checkpoint, sees the same steps fail and rewinds again, to the same bits.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from megagrow.checkpoint.files import list_checkpoints, step_of
+from megagrow.checkpoint.load import load_storage
+from megagrow.checkpoint.manifest import Manifest, read_manifest, verify_checkpoint
+from megagrow.config.schema import ModelConfig, RunConfig
+from megagrow.errors import Diverged, InputError
+from megagrow.parallel.process_groups import on_first
+from megagrow.train.growth_event.run_growths import as_grown
+from megagrow.train.init_from import fill_beginning, open_beginning
+from megagrow.train.stage import Stage, build_stage
+from megagrow.train.train_state import RunState
+
+Found = tuple[Path, Manifest]
+"""A checkpoint."""
+
+
+def begin(
+    run: RunConfig, found: Found | None, device: torch.device, say: Callable[[str], None]
+) -> tuple[RunConfig, Stage, RunState]:
+    """The run as it has grown, its stage and its state, from a checkpoint or from nothing; all
+    ranks together. InputError if the checkpoint is not one of this run."""
+    if found is None:
+        source = open_beginning(run, say)
+        stage = build_stage(run, 0, device)
+        rank, storage = stage.topology.rank, stage.engine.storage()
+        stage.engine.ready(fill_beginning(source, stage.layout, rank, storage, run.seed))
+        return run, stage, RunState()
+    path, manifest = found
+    state = RunState.from_json(manifest.run)
+    _check_same_model(run, state, path, manifest)
+    run = as_grown(run, state)
+    stage = build_stage(run, state.stage, device)
+    load_storage(path, manifest, stage.layout, stage.engine.storage())
+    stage.engine.ready(manifest.adam_step)
+    return run, stage, state
+
+
+def rewind_target(
+    run: RunConfig, directory: Path, state: RunState, reason: str, say: Callable[[str], None]
+) -> tuple[Found | None, RunState]:
+    """The checkpoint to which a run in trouble goes back, and its state from there on: what lay
+    between is behind it, and is not read again. None is the initial state; all ranks together.
+
+    The newest good one; but from one that the run could not leave since it last went back there,
+    to the one before it. Later checkpoints lose their names. Diverged, if no rewind is left.
+    """
+    stuck = state.counters.step - max(state.guard.skipped, state.guard.high)
+    limit = stuck - 1 if stuck == state.guard.rewound_to else stuck
+    found = on_first(lambda: _newest_good(directory, limit, say))
+    target = RunState() if found is None else RunState.from_json(found[1].run)
+    after = state.rewound_to(target)
+    if after.guard.rewinds > run.guards.max_rewinds:
+        raise Diverged(
+            f"step {state.counters.step}: {reason}, after {state.guard.rewinds} rewinds of "
+            f"guards.max_rewinds = {run.guards.max_rewinds}; look at the data from position "
+            f"{target.counters.tokens + state.skipped_tokens} of the stream on, and at the "
+            "learning rate"
+        )
+    on_first(lambda: _drop_later(directory, target))
+    return found, after
+
+
+def _newest_good(directory: Path, limit: int, say: Callable[[str], None]) -> Found | None:
+    """The newest checkpoint up to a step that was saved out of trouble, else what comes nearest;
+    read from end to end."""
+    found: list[tuple[bool, int, Path]] = []
+    for path in list_checkpoints(directory):
+        with _passed_over(say):
+            state = RunState.from_json(read_manifest(path).run)
+            good = state.counters.step <= limit and not state.guard.troubled
+            found.append((good, state.counters.step, path))
+    for _, _, path in sorted(found, reverse=True):
+        with _passed_over(say):
+            return path, verify_checkpoint(path)
+    return None
+
+
+@contextmanager
+def _passed_over(say: Callable[[str], None]) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        say(f"passed over a checkpoint: {error}")
+
+
+def _drop_later(directory: Path, target: RunState) -> None:
+    for path in list_checkpoints(directory):
+        if step_of(path) > target.counters.step:
+            path.rename(path.with_suffix(".tmp"))
+
+
+def _check_same_model(run: RunConfig, state: RunState, path: Path, manifest: Manifest) -> None:
+    where, stages = f"{path.parent}: its newest checkpoint", run.stages
+    if state.stage >= len(stages):
+        raise InputError(f"{where} is of stage {state.stage}, the run has {len(stages)} stages")
+    model = stages[state.stage].model.model_dump()
+    for key, value in ModelConfig(**manifest.model).model_dump().items():
+        if model.get(key) != value:
+            raise InputError(
+                f"{where} is of another model: {key} is {value}, stage {state.stage} of the run "
+                f"says {model.get(key)}; set another output_dir or the same model"
+            )

@@ -1,0 +1,39 @@
+"""Run state recorded with a source of weights."""
+
+from megagrow.checkpoint.manifest import MANIFEST_FILE
+from megagrow.checkpoint.source import Source
+from megagrow.config.schema import RunConfig
+from megagrow.config.stage_length import step_tokens
+from megagrow.errors import InputError
+from megagrow.growth.mask_schedule import stage_masks
+from megagrow.train.growth_event.run_growths import as_grown
+from megagrow.train.train_state import RunState
+
+STILL_MASKED = (
+    "parts of it still stand behind masks, without which it is another model; train it until they "
+    "are let in"
+)
+"""What is said of a source that can not leave its run."""
+
+
+def state_of(source: Source) -> RunState:
+    """Where the source's run stood; at the beginning if it comes from no run."""
+    if source.run is None:
+        return RunState()
+    try:
+        return RunState.from_json(source.run)
+    except (KeyError, TypeError) as error:
+        path = source.path / MANIFEST_FILE
+        raise InputError(f"{path}: does not say where its run stood ({error})") from error
+
+
+def still_masked(source: Source) -> bool:
+    """Whether parts of the source still stand behind masks, which are part of its run."""
+    if "growth" in source.environment:  # grown from files, and not trained since
+        return source.environment["growth"]["masks"] is not None
+    state, stages = state_of(source), source.environment.get("config", {}).get("stages", [])
+    if not stages or stages[state.stage]["growth"] is None:
+        return False
+    run = as_grown(RunConfig.model_validate(source.environment["config"]), state)
+    tokens = state.stage_step * step_tokens(run.stages[state.stage], run.data.sequence_length)
+    return stage_masks(run, state.stage, tokens) is not None

@@ -1,0 +1,146 @@
+"""megagrow checkpoint: what it says of whole and of damaged checkpoints, and what it removes."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from megagrow.checkpoint.files import checkpoint_name
+from megagrow.checkpoint.manifest import BEFORE_GROWTH, read_manifest, write_manifest
+from megagrow.cli.app import app
+from megagrow.common.sizes import format_bytes
+from megagrow.errors import InputError
+from tests.checkpoint.test_damage import SHARD, flip, truncate
+from tests.helpers.checkpoint.saving import MODEL
+from tests.helpers.checkpoint.written import write_checkpoint
+from tests.helpers.reshard.definition import random_state
+from tests.helpers.reshard.models import layout_of
+
+STEPS = (9, 10, 20, 100)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with four checkpoints; that of step 10 is protected."""
+    run, layout = tmp_path_factory.mktemp("whole") / "run", layout_of(MODEL, 1, 2, 1)
+    for step in STEPS:
+        path = run / "checkpoints" / checkpoint_name(step)
+        write_checkpoint(path, MODEL, layout, random_state(layout.plan))
+    path = run / "checkpoints" / checkpoint_name(10)
+    write_manifest(path, replace(read_manifest(path), protected=BEFORE_GROWTH))
+    return run
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+def at(run: Path, step: int) -> Path:
+    return run / "checkpoints" / checkpoint_name(step)
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(app, ["checkpoint", *map(str, words)])
+
+
+def rows(result: Result) -> list[list[str]]:
+    """The cells of a table; what is too long for its cell goes on below."""
+    found: list[list[str]] = []
+    for line in result.output.splitlines():
+        cells = [cell.strip() for cell in line.strip("\u2502").split("\u2502")]
+        if line.startswith("\u2502") and cells[0]:
+            found.append(cells)
+        elif line.startswith("\u2502"):
+            found[-1] = [f"{a} {b}".strip() for a, b in zip(found[-1], cells, strict=True)]
+    return found
+
+
+def test_ls_says_what_there_is_and_what_is_wrong(run):
+    truncate(at(run, 20))
+    (at(run, 100) / "manifest.json").write_text("{")
+    at(run, 120).with_suffix(".tmp").mkdir()
+    found = rows(call("ls", run))
+    size = sum(record.bytes for record in read_manifest(at(run, 9)).files.values())
+    told = ["0", "640", format_bytes(size), "ZeRO 1, dp 2, tp 1"]
+    assert [row[0] for row in found] == ["9", "10", "20", "100", "120"]
+    assert found[0] == ["9", *told, "", "whole"]
+    assert found[1] == ["10", *told, "before growth", "whole"]
+    assert found[2][:-1] == ["20", *told, ""] and f"{SHARD}: truncated or damaged" in found[2][-1]
+    assert found[3][1:4] == ["?", "?", "0 B"] and "manifest.json: damaged" in found[3][-1]
+    assert found[4][-1] == "unfinished"
+
+
+def test_verify_reads_every_byte(run):
+    result = call("verify", run)
+    assert (result.exit_code, result.output.count(": whole\n")) == (0, len(STEPS))
+    flip(at(run, 10))
+    (at(run, 20) / SHARD).unlink()
+    result = call("verify", run)
+    assert result.exit_code == 1 and result.output.count(": whole\n") == 2
+    assert f"{at(run, 10) / SHARD}: damaged, its checksum is " in result.output
+    assert f"{at(run, 20)}: {SHARD} is missing" in result.output
+    assert call("verify", at(run, 9), at(run, 100)).exit_code == 0
+    assert call("verify", at(run, 9), at(run, 10)).exit_code == 1
+
+
+def test_verify_names_every_damaged_file(run):
+    flip(at(run, 9))
+    os.truncate(at(run, 9) / "rank-00000.safetensors", 10)
+    output = call("verify", at(run, 9)).output
+    assert len(output.splitlines()) == 2
+    assert "rank-00000.safetensors: truncated or damaged, 10 bytes instead of" in output
+
+
+def test_show_says_what_a_checkpoint_is(run):
+    output = call("show", run).output
+    assert str(at(run, 100)) in output
+    for topic in ("num_hidden_layers", "ZeRO 1, dp 2, tp 1", "adam_step", "stage_step", "640"):
+        assert topic in output
+    record = json.loads((at(run, 10) / "manifest.json").read_text())["files"][SHARD]
+    output = call("show", at(run, 10)).output
+    assert f"{record['bytes']} bytes, {record['xxh3_64']}" in output and "before growth" in output
+
+
+PRUNED = {
+    "the newest": (["--keep-last", 1], [10, 100]),
+    "two": (["--keep-last", 2], [10, 20, 100]),
+    "every": (["--keep-last", 1, "--keep-every", 9], [9, 10, 100]),
+    "protected too": (["--keep-last", 1, "--protected"], [100]),
+}
+
+
+@pytest.mark.parametrize("name", PRUNED)
+def test_prune_removes_what_need_not_be_kept(run, name):
+    options, kept = PRUNED[name]
+    gone = [step for step in STEPS if step not in kept]
+    would = call("prune", run, *options, "--dry-run").output
+    assert would == "".join(f"{at(run, step)}: would be removed\n" for step in gone)
+    assert all(at(run, step).is_dir() for step in STEPS)
+    done = call("prune", run, *options).output
+    assert done == "".join(f"{at(run, step)}: removed\n" for step in gone)
+    assert sorted((run / "checkpoints").iterdir()) == [at(run, step) for step in kept]
+
+
+def test_prune_never_removes_the_newest_whole_one_nor_what_is_being_written(run):
+    flip(at(run, 100))  # its size is right
+    writing = at(run, 120).with_suffix(".tmp")
+    writing.mkdir()
+    call("prune", run, "--keep-last", 1, "--protected")
+    assert sorted((run / "checkpoints").iterdir()) == [at(run, 20), at(run, 100), writing]
+    for step in (20, 100):
+        truncate(at(run, step))
+    call("prune", run, "--keep-last", 1, "--protected")
+    assert at(run, 20).is_dir(), "where none is whole, none is removed"
+
+
+@pytest.mark.parametrize("words", [["ls"], ["verify"], ["prune", "--keep-last", "1"]])
+def test_a_folder_without_checkpoints_is_refused(tmp_path, words):
+    result = call(*words, tmp_path)
+    assert isinstance(result.exception, InputError)
+    assert f"{tmp_path}: neither a run directory" in str(result.exception)

@@ -1,0 +1,230 @@
+"""How long stages are, whichever key says it. Steps here are of 8 x 32 = 256 tokens."""
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megagrow.config.flops import non_embedding_parameters, paper_flops_per_token
+from megagrow.config.growth_guidelines import growth_tokens, timing_warnings
+from megagrow.config.load import load_run
+from megagrow.config.schema import RunConfig
+from megagrow.config.show import to_yaml
+from megagrow.config.stage_length import stage_tokens
+from megagrow.errors import InputError
+from tests.config.conftest import ONE_STAGE, SECOND_STAGE
+
+TWO = ONE_STAGE + SECOND_STAGE
+STEP = 8 * 32
+
+
+def test_the_flops_are_those_computed_by_hand(load_two) -> None:
+    layer = 4 * 16 * 16 + 3 * 16 * 24 + 2 * 16
+    expected = [6 * (2 * 64 * 16 + 16 + layers * layer) for layers in (2, 8)]
+    assert [paper_flops_per_token(stage.model) for stage in load_two().stages] == expected
+
+
+def length(run: RunConfig) -> list[int]:
+    return [stage.tokens for stage in run.stages]
+
+
+def refused(load, *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load(*overrides)
+    said = str(caught.value)
+    assert "\n" not in said
+    return said.partition("run.yaml: ")[2]
+
+
+def test_at_tokens_counts_from_the_runs_first_token_in_whole_steps(load_two) -> None:
+    run = load_two("stages.0.tokens=1000", "stages.1.tokens=null", "stages.1.at_tokens=5K")
+    assert stage_tokens(run.stages[0], 32) == 4 * STEP
+    assert length(run) == [1000, 5000 - 4 * STEP]
+    run = load_two(
+        *("stages.0.tokens=null", "stages.0.at_tokens=3000"),
+        *("stages.1.tokens=null", "stages.1.at_tokens=3073"),
+    )
+    assert length(run) == [3000, 1]
+
+
+def test_at_flops_counts_what_the_stages_before_it_take(load_two) -> None:
+    base, target = (paper_flops_per_token(stage.model) for stage in load_two().stages)
+    budget = 4 * STEP * base + 3 * STEP * target
+    for extra, tokens in ((0, 3 * STEP), (1, 3 * STEP + 1), (target, 3 * STEP + 1)):
+        run = load_two(
+            "stages.0.tokens=1000", "stages.1.tokens=null", f"stages.1.at_flops={budget + extra}"
+        )
+        assert length(run) == [1000, tokens]
+
+
+@pytest.mark.parametrize("written", ["1e20", "1.0e20", "100000000T", 10**20])
+def test_flops_as_people_write_them(load, written: object) -> None:
+    run = load("tokens=null", f"at_flops={written}")
+    per_token = paper_flops_per_token(run.stages[0].model)
+    assert run.stages[0].at_flops == 10**20
+    assert length(run) == [-(-(10**20) // per_token)]
+
+
+def large(tokens: str = "100B") -> list[str]:
+    """Overrides that make a growth to the paper's 1.1B of the run."""
+    return [
+        "stages.0.model=llama-1.1b-6l",
+        "stages.1.model=llama-1.1b",
+        f"stages.1.tokens={tokens}",
+    ]
+
+
+def test_auto_is_equation_2_for_the_model_that_comes_after(load_two) -> None:
+    run = load_two(*large(), "stages.0.tokens=auto")
+    size = non_embedding_parameters(run.stages[1].model)
+    assert round(size / 1e6, 1) == 1233.2
+    assert length(run) == [round(growth_tokens(size, 100e9)), 10**11]
+    # By hand: 0.88 x 9.09104 + 163.27 / 20.8692 - 5.74 = 10.0836.
+    assert run.stages[0].tokens == pytest.approx(10**10.0836, rel=1e-3)
+    assert run.stages[0].tokens_auto
+    assert timing_warnings(run) == []
+
+
+def test_auto_warns_outside_the_fit(load_two) -> None:
+    run = load_two(*large("1T"), "stages.0.tokens=auto")
+    assert timing_warnings(run) == [
+        f"stages.0.tokens = auto: equation 2 gave {run.stages[0].tokens:,} tokens, but beyond the "
+        "range that it was fitted in: C = 6ND = 7.4e+21 (fitted: up to 1.2e+21)"
+    ]
+    assert timing_warnings(load_two(*large("1T"), "stages.0.tokens=10B")) == []
+
+
+def test_a_stages_length_replaces_the_default_one_whole(load) -> None:
+    stages = "stages: [{at_tokens: 5K}, {growth: {}}]"
+    assert length(load(text=f"{ONE_STAGE}{stages}")) == [5000, 10_000]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["stages.1.at_tokens=50K"],
+            "'stages.1.tokens' and 'stages.1.at_tokens' each say how long a stage is: keep one, or "
+            "set to null",
+        ),
+        (
+            ["stages.0.at_flops=1e12", "stages.0.at_tokens=1K"],
+            "'stages.0.tokens' and 'stages.0.at_tokens' and 'stages.0.at_flops' each say how long "
+            "a stage is: keep one, or set to null",
+        ),
+        (["stages.1.tokens=null"], "'stages.1.tokens' is missing"),
+        (
+            ["stages.1.tokens=null", "stages.1.at_tokens=5K"],
+            "stages.1.at_tokens = 5000 is not above the 5120 tokens of the stages before it: this "
+            "stage would have none",
+        ),
+        (
+            ["stages.1.tokens=null", "stages.1.at_flops=1e6"],
+            "stages.1.at_flops = 1e+06 is passed before the stage begins: the stages before it "
+            "take 1.99e+08 FLOPs (6 x parameters x tokens)",
+        ),
+        (
+            ["stages.1.tokens=auto"],
+            "stages.1.tokens = auto: no stage comes after it to grow into; give a number of tokens",
+        ),
+        (
+            ["stages.0.tokens=auto", "stages.1.tokens=null", "stages.1.at_tokens=5K"],
+            "stages.0.tokens = auto follows from stages.1.tokens: give that in place of at_tokens",
+        ),
+        (
+            ["stages.0.tokens=auto"],
+            "stages.0.tokens = auto: equation 2 gives 3.19e+15 tokens, no less than "
+            "stages.1.tokens = 20000 of the model that is to gain by it; it does not hold at this "
+            "size, give a number of tokens",
+        ),
+        (
+            ["stages.0.tokens=null", "stages.0.at_flops=-1"],
+            "'stages.0.at_flops' = -1: should be a whole number of 0 or more, such as 2048, 2M or "
+            "1.5B",
+        ),
+        (
+            ["stages.0.tokens=null", "stages.0.at_tokens=0"],
+            "'stages.0.at_tokens' = 0: should be greater than 0",
+        ),
+        (["stages.0.tokens=never"], "'stages.0.tokens' = 'never': should be a whole number"),
+    ],
+)
+def test_what_is_refused(load_two, overrides: list[str], said: str) -> None:
+    assert refused(load_two, *overrides).startswith(said)
+
+
+def test_one_stage_is_named_as_it_is_written(load) -> None:
+    assert refused(load, "at_tokens=5K") == (
+        "'tokens' and 'at_tokens' each say how long a stage is: keep one, or set to null"
+    )
+
+
+def test_the_flag_of_auto_is_no_key(load) -> None:
+    with pytest.raises(InputError, match="unknown key 'tokens_auto'"):
+        load("tokens_auto=true", text=ONE_STAGE)
+
+
+def test_a_default_that_no_stage_takes_is_refused(load) -> None:
+    text = f"{ONE_STAGE}stages: [{{at_tokens: 5K}}, {{tokens: 9K, growth: {{}}}}]"
+    with pytest.raises(InputError, match="has no effect, for every stage has its own"):
+        load("at_flops=1e12", text=text)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shown"),
+    [
+        ([], [{"tokens": "5K"}, {"tokens": "20K"}]),
+        (
+            [*large(), "stages.0.tokens=auto"],
+            [{"tokens": "auto"}, {"tokens": "100B"}],
+        ),
+        (
+            [
+                *("stages.0.tokens=null", "stages.0.at_tokens=6K"),
+                *("stages.1.tokens=null", "stages.1.at_flops=1.5e12"),
+            ],
+            [{"at_tokens": "6K"}, {"at_flops": "1.5e12"}],
+        ),
+    ],
+)
+def test_lengths_are_shown_as_written_and_round_trip(
+    load, load_two, overrides: list[str], shown: list[dict[str, str]]
+) -> None:
+    run = load_two(*overrides)
+    text = to_yaml(run)
+    keys = ("tokens", "at_tokens", "at_flops", "tokens_auto")
+    stages = yaml.safe_load(text)["stages"]
+    assert [{k: s[k] for k in keys if k in s} for s in stages] == shown
+    assert load(text=text) == run
+
+
+lengths = st.one_of(
+    st.tuples(st.just("tokens"), st.integers(1, 10**4)),
+    st.tuples(st.just("at_tokens"), st.integers(1, 10**5)),
+    st.tuples(st.just("at_flops"), st.integers(1, 10**10)),
+)
+
+
+@given(written=st.lists(lengths, min_size=1, max_size=4))
+def test_each_stage_ends_at_the_first_step_that_reaches_its_mark(
+    tmp_path_factory, written: list[tuple[str, int]]
+) -> None:
+    tree = yaml.safe_load(ONE_STAGE)
+    del tree["tokens"]
+    stages = [{key: value, "growth": {}} for key, value in written]
+    del stages[0]["growth"]
+    path = tmp_path_factory.getbasetemp() / "lengths.yaml"
+    path.write_text(yaml.safe_dump(tree | {"stages": stages}), encoding="utf-8")
+    try:
+        run = load_run(path)
+    except InputError as error:
+        assert "not above" in str(error) or "passed before" in str(error)
+        return
+    steps = 0
+    per_token = paper_flops_per_token(run.stages[0].model)
+    for stage, (key, value) in zip(run.stages, written, strict=True):
+        before = steps
+        steps += stage_tokens(stage, 32) // STEP
+        unit = {"tokens": STEP, "at_tokens": STEP, "at_flops": STEP * per_token}[key]
+        reached = (steps - before if key == "tokens" else steps) * unit
+        assert reached - unit < value <= reached

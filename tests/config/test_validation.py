@@ -1,0 +1,170 @@
+"""What must hold between sections, and against the number of ranks."""
+
+import pytest
+
+from megagrow.config.schema import RunConfig
+from megagrow.config.validation import problems, world_problems
+
+MODEL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+}
+KEY = "stages.0.parallel.tensor_model_parallel_size"
+
+
+def run(*changes: dict, data: dict | None = None) -> RunConfig:
+    """A run of as many stages as changes; each is laid, section by section, upon a right stage."""
+    stages = []
+    for index, change in enumerate(changes):
+        stage = {
+            "model": {**MODEL, "num_hidden_layers": 2 * 4**index},
+            "tokens": "1K",
+            "batch": {"global_batch_size": 8, "micro_batch_size": 2},
+            "optimizer": {"lr": 1e-3},
+            "growth": {} if index else None,
+        }
+        for key, value in change.items():
+            both = isinstance(value, dict) and isinstance(stage.get(key), dict)
+            stage[key] = {**stage[key], **value} if both else value
+        stages.append(stage)
+    corpus = {"train": [{"path": "x"}], "sequence_length": 64, **(data or {})}
+    return RunConfig.model_validate(
+        {"name": "t", "output_dir": "o", "data": corpus, "stages": stages}
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ({},),
+        ({}, {}),
+        ({}, {}, {}),
+        ({"parallel": {"sequence_parallel": True}},),
+        ({"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},),
+        ({}, {"model": {"num_hidden_layers": 3}, "growth": {"layers": [0, 1, 1]}}),
+        ({}, {"model": {"num_hidden_layers": 2}}),
+        ({}, {"parallel": {"tensor_model_parallel_size": 2, "zero_stage": 3}}),
+        ({"parallel": {"zero_stage": 2, "offload_optimizer": True}},),
+        ({"model": {"num_attention_heads": 10, "head_dim": 8}},),
+        ({"schedule": {"type": "wsd"}},),
+        ({"schedule": {"warmup_steps": 0}},),
+    ],
+)
+def test_what_is_right(changes: tuple[dict, ...]) -> None:
+    assert problems(run(*changes)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"model": {"num_attention_heads": 10}},
+            [
+                "stages.0.model.hidden_size = 48 is not a multiple of num_attention_heads = 10; "
+                "set head_dim or change one of them"
+            ],
+        ),
+        (
+            {"model": {"head_dim": 7}},
+            ["stages.0.model: a head is head_dim = 7 wide; rotary embeddings need an even width"],
+        ),
+        (
+            {"model": {"num_attention_heads": 16, "num_key_value_heads": 16}},
+            [
+                "stages.0.model: a head is hidden_size / num_attention_heads = 3 wide; "
+                "rotary embeddings need an even width"
+            ],
+        ),
+        (
+            {"model": {"num_key_value_heads": 4}},
+            ["stages.0.model.num_attention_heads = 6 is not a multiple of num_key_value_heads = 4"],
+        ),
+        (
+            {"parallel": {"zero_stage": 0, "offload_optimizer": True}},
+            [
+                "stages.0.parallel.offload_optimizer needs an optimizer state that is split over "
+                "the ranks: set stages.0.parallel.zero_stage to 1, 2 or 3"
+            ],
+        ),
+        (
+            {"parallel": {"tensor_model_parallel_size": 3}},
+            [f"{KEY} = 3 does not divide stages.0.model.num_key_value_heads = 2"],
+        ),
+        (
+            {"parallel": {"tensor_model_parallel_size": 4}, "model": {"intermediate_size": 90}},
+            [
+                f"{KEY} = 4 does not divide stages.0.model.num_attention_heads = 6",
+                f"{KEY} = 4 does not divide stages.0.model.num_key_value_heads = 2",
+                f"{KEY} = 4 does not divide stages.0.model.intermediate_size = 90",
+            ],
+        ),
+        (
+            {"batch": {"micro_batch_size": 16}},
+            ["stages.0.batch.global_batch_size = 8 is not a multiple of micro_batch_size = 16"],
+        ),
+        (
+            {"optimizer": {"min_lr": 0.01}},
+            ["stages.0.optimizer.min_lr = 0.01 is above lr = 0.001"],
+        ),
+        (
+            {"schedule": {"warmup_steps": 3, "warmup_tokens": 3}},
+            ["stages.0.schedule has both warmup_steps and warmup_tokens: set one of them to null"],
+        ),
+        (
+            {"model": {"max_position_embeddings": 32}},
+            ["data.sequence_length = 64 is above stages.0.model.max_position_embeddings = 32"],
+        ),
+        (
+            {"growth": {}},
+            ["stages.0.growth: the first stage has no model to grow from; leave it out"],
+        ),
+    ],
+)
+def test_one_stage(change: dict, said: list[str]) -> None:
+    assert problems(run(change)) == said
+
+
+def test_sequence_parallel_needs_sequences_that_tensor_parallel_divides() -> None:
+    parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    assert problems(run({"parallel": parallel}, data={"sequence_length": 63})) == [
+        f"{KEY} = 2 does not divide data.sequence_length = 63, which sequence_parallel needs"
+    ]
+
+
+def test_a_stage_without_its_growth() -> None:
+    assert problems(run({}, {"growth": None})) == [
+        "stages.1.growth is missing: say how this model comes out of that of stages.0"
+    ]
+
+
+def test_checking_changes_nothing() -> None:
+    config = run({}, {"growth": None})
+    before = config.model_dump()
+    problems(config)
+    assert config.model_dump() == before
+
+
+@pytest.mark.parametrize(("tensor", "world"), [(1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (2, 8)])
+def test_worlds_that_fit(tensor: int, world: int) -> None:
+    config = run({"parallel": {"tensor_model_parallel_size": tensor}})
+    assert world_problems(config, world) == []
+
+
+def test_worlds_that_do_not_fit() -> None:
+    config = run({}, {"parallel": {"tensor_model_parallel_size": 2}})
+    assert world_problems(config, 3) == [
+        "stages.0.batch.global_batch_size = 8 is not a multiple of "
+        "micro_batch_size x data parallel = 2 x 3",
+        "stages.1.parallel.tensor_model_parallel_size = 2 does not divide the 3 ranks of this run",
+    ]
+    assert world_problems(config, 16) == [
+        "stages.0.batch.global_batch_size = 8 is not a multiple of "
+        "micro_batch_size x data parallel = 2 x 16",
+        "stages.1.batch.global_batch_size = 8 is not a multiple of "
+        "micro_batch_size x data parallel = 2 x 8",
+    ]

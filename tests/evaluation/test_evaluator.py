@@ -1,0 +1,185 @@
+"""What is found while a run trains is what `megagrow eval` finds, and the run does not notice."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megagrow.config.schema import RunConfig
+from megagrow.evaluation.lm import Evaluated, MegagrowLM
+from megagrow.evaluation.online import LiveEvaluation
+from megagrow.evaluation.preflight import NoModel
+from megagrow.evaluation.runner import evaluate
+from megagrow.evaluation.tasks import load_tasks
+from megagrow.reshard.fill import fill_initial
+from megagrow.train.reporting.run_logger import Recorder
+from megagrow.train.stage import build_stage, masks_now
+from tests.helpers.evaluation.small import BATCH, DOCUMENTS, SMALL, TASKS, evaluated_run, write_data
+from tests.helpers.jobs import Finished, Hook, records, train, write_run
+from tests.helpers.runs import STEP_TOKENS, grow_live
+from tests.helpers.spawn import run_ranks
+
+pytestmark = pytest.mark.dist
+
+WORLD = 2
+STEPS = [2, 3, 4, 6]
+"""Those after which the run is evaluated: every second one, the end of a stage, that of the run."""
+
+
+def finished(run: RunConfig, hook: Hook | None = None) -> Finished:
+    done = train(write_run(run.output_dir.with_suffix(".yaml"), run), WORLD, hook).finish()
+    assert (done.codes, done.err) == ([0] * WORLD, [""] * WORLD)
+    return done
+
+
+def answers_into(folder: Path) -> Hook:
+    """Every rank writes down what is answered to each call of lm-eval, without the rehearsal."""
+
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        shared = Evaluated._shared
+
+        def told(self: Evaluated, *arguments: Any) -> list[Any]:
+            found = shared(self, *arguments)
+            if not isinstance(self._scorer, NoModel):
+                with (folder / f"{rank}.jsonl").open("a") as file:
+                    file.write(json.dumps(found) + "\n")
+            return found
+
+        patch.setattr(Evaluated, "_shared", told)
+
+    return hook
+
+
+def stopped_after(step: int) -> Hook:
+    """SIGTERM to both ranks when a step is done."""
+
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        record = Recorder.step
+
+        def stopping(self: Recorder, event: Any) -> None:
+            record(self, event)
+            if event.state.counters.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(Recorder, "step", stopping)
+
+    return hook
+
+
+def both(one: Hook, other: Hook) -> Hook:
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        one(rank, patch)
+        other(rank, patch)
+
+    return hook
+
+
+def losses(run: RunConfig) -> list[tuple[Any, ...]]:
+    return records(run, "train", ("step", "tokens", "loss", "grad_norm", "lr"))
+
+
+def evaluations(run: RunConfig) -> list[tuple[Any, ...]]:
+    return records(run, "evaluation", ("step", "stage", "results", "average"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_data(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def case(
+    tmp_path_factory: pytest.TempPathFactory, data: tuple[Path, Path]
+) -> tuple[RunConfig, Finished, list[list[Any]]]:
+    """A run that was evaluated, stopped and gone on with; what it said before it was stopped, and
+    what each rank answered."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    run = evaluated_run(folder, *data)
+    done = finished(run, both(answers_into(folder), stopped_after(5)))
+    assert records(run, "end", ["step"]) == [(5,)]
+    finished(run, answers_into(folder))
+    files = [folder / f"{rank}.jsonl" for rank in range(WORLD)]
+    return run, done, [[json.loads(line) for line in file.open()] for file in files]
+
+
+def of_checkpoints(run: RunConfig, data: Path, folder: Path) -> tuple[list[dict], list[Any]]:
+    """What `megagrow eval` finds in the checkpoint of each step."""
+    answers_into(folder)(0, pytest.MonkeyPatch())
+    tasks, found = load_tasks(tuple(TASKS), data), []
+    for step in STEPS:
+        path = run.output_dir / "checkpoints" / f"step-{step:09d}"
+        model = MegagrowLM(str(path), batch_size=BATCH)
+        found.append(evaluate(model, tasks, DOCUMENTS))
+    return found, [json.loads(line) for line in (folder / "0.jsonl").open()]
+
+
+def flat(values: Any) -> list[Any]:
+    return [inner for value in values for inner in flat(value)] if isinstance(values, list) \
+        else [values]  # fmt: skip
+
+
+def test_results_are_those_of_the_checkpoints(case, data, tmp_path) -> None:
+    run, _, answered = case
+    ((expected, answers),) = run_ranks(1, of_checkpoints, run, data[0], tmp_path)
+    found = evaluations(run)
+    assert [(step, stage) for step, stage, *_ in found] == [(2, 0), (3, 0), (4, 1), (6, 1)]
+    for (_, _, results, average), right in zip(found, expected, strict=True):
+        assert list(results) == TASKS and average == right["average"]
+        for task in TASKS:
+            assert results[task] == pytest.approx(right["results"][task], rel=1e-5)
+    assert answered[0] == answered[1], "the ranks disagree"
+    assert len(answered[0]) == len(STEPS) * len(TASKS)
+    assert len(flat(answers)) == len(STEPS) * (2 * DOCUMENTS + 2 * 2 * DOCUMENTS + DOCUMENTS)
+    assert flat(answered[0]) == pytest.approx(flat(answers), abs=1e-4, rel=1e-6)
+
+
+def test_a_line_says_what_was_found(case) -> None:
+    run, done, _ = case
+    said = " ".join(done.out[0].split())
+    for step, _, results, average in evaluations(run)[:3]:
+        accuracy = f"{results['lambada_openai']['acc']:.4g}"
+        assert (
+            f"step {step}: evaluation: average {average:.3f}, lambada_openai acc {accuracy}" in said
+        )
+
+
+def test_training_does_not_notice(case, data, tmp_path) -> None:
+    run, *_ = case
+    without = evaluated_run(tmp_path, *data, evaluation=None)
+    finished(without)
+    assert evaluations(without) == []
+    assert losses(run) == losses(without)
+
+
+def while_masked(run: RunConfig) -> list[dict[str, Any]]:
+    """Results of a base, and of what it grew into: behind its masks, and without them."""
+    live = LiveEvaluation(run, run.evaluation, torch.device("cpu"))
+    stage = build_stage(run, 0, torch.device("cpu"))
+    fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)
+    stage.engine.ready(0)
+    begun: list[str] = []
+    found = [live(stage, None, begun.append)]
+    stage, _ = grow_live(run, stage)
+    found += [live(stage, masks, begun.append) for masks in (masks_now(run, stage, 0), None)]
+    assert begun == 3 * TASKS and stage.engine._engine.training
+    return [one["results"] for one in found]
+
+
+def test_what_is_still_masked_is_evaluated_behind_its_masks(data, tmp_path) -> None:
+    """The new parts begin at 0, and change nothing then."""
+    run = evaluated_run(tmp_path, *data)
+    base, grown = run.stages
+    wide = {"hidden_size": 44, "num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 8}
+    ramp = {"operator": ["random_depth", "random_width"], "ramp_tokens": 10 * STEP_TOKENS}
+    stages = [base, {**grown.model_dump(), "model": SMALL | wide | {"num_hidden_layers": 4},
+                     "growth": ramp}]  # fmt: skip
+    run = RunConfig.model_validate(run.model_dump() | {"stages": stages})
+    for before, masked, whole in run_ranks(WORLD, while_masked, run):
+        for task in TASKS:
+            assert masked[task] == pytest.approx(before[task], rel=1e-4)
+        ppl = "word_perplexity"
+        assert whole["wikitext"][ppl] != pytest.approx(before["wikitext"][ppl], rel=1e-2)

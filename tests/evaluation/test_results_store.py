@@ -1,0 +1,127 @@
+"""What `megagrow eval` finds in a run's checkpoint reaches the run's report."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagrow.analysis.curves import load_run
+from megagrow.config.schema import RunConfig
+from megagrow.errors import InputError
+from megagrow.evaluation.results_store import keep, run_of, standing
+from megagrow.evaluation.runner import average
+from megagrow.train.reporting.metrics import read_metrics
+from tests.helpers.evaluation.small import SMALL, write_data
+from tests.helpers.jobs import Job, train, write_run
+from tests.helpers.runs import STEP_TOKENS, make_run
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, list[str]]:
+    """A run of four steps, and how to evaluate it."""
+    folder = tmp_path_factory.mktemp("kept")
+    data, tokenizer = write_data(folder)
+    stage = {"model": SMALL, "tokens": 4 * STEP_TOKENS}
+    run = make_run(folder, [stage], checkpoint={"interval": 2, "keep_last": 4})
+    assert train(write_run(folder / "run.yaml", run), 1).finish().codes == [0]
+    words = ["--data-dir", str(data), "--tokenizer", str(tokenizer), "--limit", "3"]
+    return run, words
+
+
+def evaluated(folder: Path, path: Path, words: list[str], *more: str) -> list[str]:
+    done = Job(folder, 1, ["eval", str(path), *words, *more]).finish()
+    assert (done.codes, done.err) == ([0], [""])
+    return done.out
+
+
+@pytest.mark.dist
+def test_results_of_checkpoints_are_scores_of_the_run(case, tmp_path) -> None:
+    run, words = case
+    folder, output = run.output_dir, tmp_path / "found.json"
+    early = folder / "checkpoints" / "step-000000002"
+    evaluated(tmp_path, early, words, "--tasks", "piqa", "--no-keep", "--output", str(output))
+    assert not (folder / "evaluations").exists()
+    evaluated(tmp_path, early, words, "--tasks", "piqa")
+    path = folder / "evaluations" / "step-000000002.json"
+    assert path.read_text() == output.read_text()
+    (said,) = evaluated(tmp_path, folder, words, "--tasks", "wikitext")
+    assert str(folder / "evaluations" / "step-000000004.json") in said
+    (at,) = [r for r in read_metrics(folder / "metrics.jsonl")
+             if r["kind"] == "train" and r["step"] == 2]  # fmt: skip
+    first, last = load_run(folder).scores
+    assert (first.step, first.tokens, first.flops) == (2, at["tokens"], at["flops"])
+    assert first.seconds == at["elapsed_seconds"]
+    assert (last.step, last.tokens, last.average) == (4, 4 * STEP_TOKENS, None)
+    found = json.loads(output.read_text())
+    assert found["results"]["piqa"] == first.results["piqa"] and found["limit"] == 3
+    assert (
+        0 <= first.average == found["average"] <= 1
+        and "word_perplexity" in last.results["wikitext"]
+    )
+
+
+def results(task: str, accuracy: float, **changes: Any) -> dict[str, Any]:
+    told = {"step": 7, "tokens": 70, "flops": 7.0, "elapsed_seconds": 1.5, "limit": None}
+    found = {"results": {task: {"acc": accuracy}}, "average": accuracy}
+    return {"checkpoint": "x", **told, **found, **changes}
+
+
+def test_tasks_of_the_same_checkpoint_come_together(tmp_path: Path) -> None:
+    keep(results("piqa", 0.5), tmp_path, average)
+    keep(results("piqa", 0.75), tmp_path, average)
+    path = keep(results("sciq", 0.25), tmp_path, average)
+    both = json.loads(path.read_text())
+    assert both["results"] == {"piqa": {"acc": 0.75}, "sciq": {"acc": 0.25}}
+    assert both["average"] == 0.5
+    for other in ({"limit": 10}, {"elapsed_seconds": 2.5}):
+        keep(results("piqa", 1.0, **other), tmp_path, average)
+        assert json.loads(path.read_text()) == results("piqa", 1.0, **other)
+    endless = results("wikitext", 0.0, results={"wikitext": {"word_perplexity": float("inf")}})
+    keep(endless, tmp_path, average)
+    assert json.loads(path.read_text())["results"] == {"wikitext": {"word_perplexity": None}}
+
+
+@pytest.mark.dist
+def test_results_go_with_the_steps_that_are_trained_anew(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [{"tokens": 4 * STEP_TOKENS}], checkpoint={"interval": 2})
+    path, checkpoints = write_run(tmp_path / "run.yaml", run), run.output_dir / "checkpoints"
+    assert train(path, 1).finish().codes == [0]
+    files = [keep(results("piqa", 0.5, step=step), run.output_dir, average) for step in (2, 4)]
+    for step, left in ((4, [True, True]), (2, [True, False]), (0, [False, False])):
+        for newer in checkpoints.iterdir():
+            if newer.name > f"step-{step:09d}":
+                shutil.rmtree(newer)
+        assert train(path, 1).finish().codes == [0]
+        assert [file.exists() for file in files] == left
+
+
+def test_only_a_run_keeps_results_of_its_own_checkpoints(case, tmp_path: Path) -> None:
+    run, _ = case
+    own = run.output_dir / "checkpoints" / "step-000000002"
+    assert run_of(own) == run.output_dir.resolve()
+    for path in (run.output_dir, tmp_path / "checkpoints" / own.name, tmp_path):
+        path.mkdir(parents=True, exist_ok=True)
+        assert run_of(path) is None
+    assert standing(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not JSON"),
+        ("[]", "should hold a JSON object"),
+        ("{}", "not as megagrow eval has written it"),
+        (json.dumps(results("a", 0.5, results={"a": 3})), "not as megagrow eval has written it"),
+        (json.dumps(results("a", 0.5, tokens="70")), "not as megagrow eval has written it"),
+    ],
+)
+def test_a_file_that_somebody_has_damaged_is_named(case, text: str, said: str) -> None:
+    run, _ = case
+    path = run.output_dir / "evaluations" / "step-000000009.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    with pytest.raises(InputError, match=f"step-000000009.json: {said}"):
+        load_run(run.output_dir)
+    path.unlink()

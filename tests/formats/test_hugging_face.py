@@ -1,0 +1,164 @@
+"""Models go to Hugging Face's folders and come from them; transformers computes the same logits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from megagrow.checkpoint.source import open_checkpoint
+from megagrow.errors import InputError
+from megagrow.formats.hugging_face import open_hugging_face
+from megagrow.formats.hugging_face_config import model_of
+from megagrow.parallel.sharding import parameter_plan
+from megagrow.reshard.layout import Block
+from tests.helpers.checkpoint.written import write_checkpoint, write_config
+from tests.helpers.hugging_face import hugging_face, tiny, tokens
+from tests.helpers.reshard.definition import State, random_state
+from tests.helpers.reshard.models import layout_of
+from tests.offline.test_grow import grow, model_file
+
+MODELS = {
+    "groups": {"num_key_value_heads": 2},
+    "tied": {"tie_word_embeddings": True},
+    "head_dim": {"head_dim": 12, "num_key_value_heads": 1},
+}
+
+
+def state_of(model: torch.nn.Module, plan: dict) -> State:
+    """The weights of their model as a state of ours, with random moments."""
+    state = random_state(plan)
+    found = model.state_dict()
+    for name, spec in plan.items():
+        state[name]["fp32"] = found[name].view(spec.rows, spec.cols).clone()
+    return state
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpoint_becomes_a_folder_that_transformers_loads(tmp_path, name):
+    config = tiny(**MODELS[name])
+    theirs = hugging_face(config).eval()
+    state = state_of(theirs, parameter_plan(config, 1))
+    write_checkpoint(tmp_path / "in", config, layout_of(config, 3, 3, 1), state)
+    grow(
+        source=tmp_path / "in",
+        out=tmp_path / "out",
+        to=model_file(tmp_path / "m.yaml", config.model_dump()),
+        form="huggingface",
+        shard_size="20KB",
+    )
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    assert files == set(index["weight_map"].values()) and len(files) > 1
+    size = sum(t.numel() * 4 for f in files for t in load_file(tmp_path / "out" / f).values())
+    assert index["metadata"]["total_size"] == size
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    ids, _ = tokens(config, 2, 16)
+    assert loaded.config.rope_parameters == {"rope_type": "default", "rope_theta": 5000.0}
+    assert torch.equal(loaded.eval()(ids).logits, theirs(ids).logits)
+    assert open_hugging_face(tmp_path / "out").model == config
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_folder_of_theirs_becomes_a_checkpoint(tmp_path, dtype):
+    config = tiny(num_key_value_heads=2)
+    theirs = hugging_face(config).to(getattr(torch, dtype))
+    theirs.save_pretrained(tmp_path / "in", max_shard_size="20KB")
+    to = model_file(tmp_path / "m.yaml", config.model_dump() | {"num_hidden_layers": 4})
+    request: dict[str, Any] = {"source": tmp_path / "in", "to": to, "operators": ("zero_depth",)}
+    grow(out=tmp_path / "out", form="checkpoint", zero_stage=1, dp=2, tp=2, **request)
+    source = open_checkpoint(tmp_path / "out")
+    assert source.layout.zero_stage == 1 and source.adam_step == 0
+    assert source.run is not None and source.run["stage"] == 1
+    found = theirs.float().state_dict()
+    for name, spec in source.layout.plan.items():
+        block = Block(range(spec.rows), range(spec.cols))
+        for kind in ("exp_avg", "exp_avg_sq"):
+            assert not source.read(name, kind, block).any()
+        layer = spec.layer
+        silent = layer in (1, 3) and name.endswith(("o_proj.weight", "down_proj.weight"))
+        origin = name if layer is None else name.replace(f"layers.{layer}", f"layers.{layer // 2}")
+        wanted = torch.zeros(()) if silent else found[origin].view(spec.rows, spec.cols)
+        assert (source.read(name, "fp32", block) == wanted).all(), name
+    # Theirs to theirs: what their config says besides stays.
+    write_config(tmp_path / "in", bos_token_id=77)
+    grow(out=tmp_path / "again", dtype="bfloat16", **request)
+    config_again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config_again["bos_token_id"] == 77 and config_again["dtype"] == "bfloat16"
+    (file,) = (tmp_path / "again").glob("*.safetensors")
+    assert file.name == "model.safetensors"
+    stored = load_file(file)["model.layers.0.self_attn.k_proj.weight"]
+    assert torch.equal(stored, found["model.layers.0.self_attn.k_proj.weight"].bfloat16())
+
+
+OLD = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 101,
+    "rope_theta": 123.0,
+    "model_type": "llama",
+}
+
+
+def test_a_config_of_transformers_4_is_read_with_its_defaults():
+    model = model_of(OLD | {"head_dim": None, "rope_scaling": None}, "x")
+    assert model.rope_theta == 123.0 and model.rms_norm_eps == 1e-6
+    assert model.num_key_value_heads == 4 and model.head_dim == 8
+    assert not model.tie_word_embeddings and model.max_position_embeddings == 2048
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "mistral"}, "model_type = 'mistral', only 'llama' is known here"),
+        ({"attention_bias": True}, "attention_bias = True, only False"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"num_attention_heads": 5}, "hidden_size = 32 is not a multiple of"),
+        ({"hidden_size": "wide"}, "'hidden_size'"),
+    ],
+)
+def test_models_that_are_no_plain_llama_are_refused(changes, said):
+    with pytest.raises(InputError, match=r"^x: ") as error:
+        model_of(OLD | changes, "x")
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    hugging_face(tiny()).save_pretrained(tmp_path / "in", max_shard_size="20KB")
+    return tmp_path / "in"
+
+
+def rewrite(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    file = folder / index[name]
+    found = load_file(file)
+    del found[name]
+    save_file(found | ({} if tensor is None else {name: tensor}), file)
+
+
+def test_a_folder_that_does_not_hold_its_model_is_named(folder):
+    name = "model.norm.weight"
+    rewrite(folder, name, torch.ones(32, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"model.norm.weight is of type I64, only F32, F16, BF16"):
+        open_hugging_face(folder)
+    rewrite(folder, name, torch.ones(31))
+    with pytest.raises(InputError, match=r"is \[31\], by config.json it is \[32\]"):
+        open_hugging_face(folder)
+    rewrite(folder, name, None)
+    with pytest.raises(InputError, match=r"its files hold no model.norm.weight"):
+        open_hugging_face(folder)
+    next(folder.glob("model-*.safetensors")).unlink()
+    with pytest.raises(InputError, match=r"which its index names, is missing"):
+        open_hugging_face(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(InputError, match=r"has neither model.safetensors nor"):
+        open_hugging_face(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config.json: not JSON"):
+        open_hugging_face(folder)

@@ -1,0 +1,117 @@
+"""Depths that an operator can not make, each with what is said of it."""
+
+from typing import Any
+
+import pytest
+
+from tests.helpers.growth.cases import Sizes
+from tests.helpers.growth.events import DEPTH, LISTED, B, layers, problems
+
+PAPERS = (
+    "123456x4, 12-3456x5-56, 12-345x7-6, 123-456x7, 1234-56x10, 12-34x10-56, 1-234x7-56, 123x7-456"
+)
+ORDERED = (
+    f"{LISTED} leaves out or reorders layers, which zero_depth must keep: name all of them, first "
+    "occurrences in order"
+)
+
+WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
+    (
+        layers(6),
+        {},
+        [f"{DEPTH} = 6 is not a multiple of {B}.num_hidden_layers = 4: give {LISTED}"],
+    ),
+    (
+        layers(3),
+        {"layers": "stack"},
+        [f"{DEPTH} = 3 is not a multiple of {B}.num_hidden_layers = 4: give {LISTED}"],
+    ),
+    (
+        layers(8),
+        {"layers": "sandwich"},
+        [
+            f"{LISTED} = 'sandwich' is not a list, `stack`, `interpolate`, or a partial stack such "
+            f"as those of the paper, {PAPERS}"
+        ],
+    ),
+    (
+        layers(8),
+        {"layers": []},
+        [
+            f"{LISTED} = [] is not a list, `stack`, `interpolate`, or a partial stack such as "
+            f"those of the paper, {PAPERS}"
+        ],
+    ),
+    (
+        layers(8),
+        {"layers": [0, 5, 4]},
+        [
+            f"{LISTED} has 3 entries for {DEPTH} = 8",
+            f"{LISTED} names layer 4, but {B} has layers 0 to 3",
+            f"{LISTED} names layer 5, but {B} has layers 0 to 3",
+        ],
+    ),
+    (
+        layers(5),
+        {"layers": "1234-5"},
+        [f"{LISTED} names layer 4, but {B} has layers 0 to 3"],
+    ),
+    (
+        layers(3),
+        {"operator": "zero_depth"},
+        [f"{DEPTH} = 3 is below {B}.num_hidden_layers = 4"],
+    ),
+    (
+        layers(3),
+        {"operator": "random_depth"},
+        [f"{DEPTH} = 3 is below {B}.num_hidden_layers = 4"],
+    ),
+    (layers(5), {"operator": "zero_depth", "layers": [0, 1, 2, 2, 1]}, [ORDERED]),
+    (layers(5), {"operator": "zero_depth", "layers": [1, 0, 2, 3, 3]}, [ORDERED]),
+    (
+        layers(4),
+        {"operator": "zero_depth", "layers": [0, 1, 2]},
+        [f"{LISTED} has 3 entries for {DEPTH} = 4"],
+    ),
+    *[
+        (
+            layers(n),
+            {"operator": "solar"},
+            [f"{DEPTH} = {n}: solar makes an even number from 4 to 8"],
+        )
+        for n in (5, 10, 2)
+    ],
+    *[
+        (
+            layers(n),
+            {"operator": "llama_pro"},
+            [f"{DEPTH} = {n}: llama_pro adds a number of layers that divides the 4 there are"],
+        )
+        for n in (4, 7, 12)
+    ],
+    *[
+        (layers(n), {"operator": "mslt"}, [f"{DEPTH} = {n}: mslt adds 1 to 4 layers"])
+        for n in (4, 9)
+    ],
+    *[
+        (
+            layers(n),
+            {"operator": "midas"},
+            [
+                f"{DEPTH} = {n}: midas adds one block, whose size divides the 4 layers into at "
+                "least 1"
+            ],
+        )
+        for n in (4, 7, 9)
+    ],
+    (
+        layers(8),
+        {"operator": "lidas"},
+        [f"{DEPTH} = 8: lidas adds one block, whose size divides the 4 layers into at least 2"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("target", "options", "said"), WRONG, ids=str)
+def test_what_is_wrong(target: Sizes, options: dict[str, Any], said: list[str]) -> None:
+    assert problems(target, **options) == said

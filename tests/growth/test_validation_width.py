@@ -1,0 +1,109 @@
+"""Widths, norms and states that an operator can not make, each with what is said of it."""
+
+from typing import Any
+
+import pytest
+
+from tests.helpers.growth.cases import Sizes, widened
+from tests.helpers.growth.events import DOUBLE, SOURCE, B, H, layers, problems
+
+
+def multiple(field: str, new: int, old: int, name: str, instead: str) -> str:
+    return (
+        f"{H}.model.{field} = {new} is not a multiple of {B}.{field} = {old}, which {name} needs; "
+        f"{instead}"
+    )
+
+
+ANY_SIZE = "lemon or zero_width take any size"
+
+WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
+    *[
+        (
+            {"num_attention_heads": 8},
+            {"operator": name},
+            [
+                f"{H}.model has 4 query heads for each key/value head, {B} has 2: whole groups "
+                "grow, keep the ratio"
+            ],
+        )
+        for name in ("zero_width", "direct_width", "hypercloning", "sparkling", "random_width")
+    ],
+    *[
+        (
+            widened(SOURCE, 24, 3, 25),
+            {"operator": name},
+            [multiple("hidden_size", 24, 16, name, ANY_SIZE)],
+        )
+        for name in ("direct_width", "learn_width", "net2net_width")
+    ],
+    *[
+        (
+            widened(SOURCE, 24, 3, 25),
+            {"operator": name},
+            [
+                multiple("hidden_size", 24, 16, name, ANY_SIZE),
+                multiple("intermediate_size", 25, 24, name, ANY_SIZE),
+                multiple("num_attention_heads", 6, 4, name, ANY_SIZE),
+                multiple("num_key_value_heads", 3, 2, name, ANY_SIZE),
+            ],
+        )
+        for name in ("hypercloning", "mup_copy")
+    ],
+    (
+        widened(SOURCE, 48, 4, 48),
+        {"operator": "staged_width"},
+        [f"{H}.model.hidden_size = 48: staged_width doubles it to 32"],
+    ),
+    (
+        {"head_dim": 6},
+        {"operator": "head_dim"},
+        [multiple("head_dim", 6, 4, "head_dim", "give a whole factor")],
+    ),
+    # Norms and states.
+    *[
+        (
+            {"hidden_size": 20},
+            {"operator": name},
+            [
+                f"{H}.model.rms_norm_eps = 0.01: {name} keeps the function only with 0.008, since "
+                "the residual stream has another mean square"
+            ],
+        )
+        for name in ("zero_width", "lemon", "isometric")
+    ],
+    (
+        DOUBLE | {"rms_norm_eps": 5e-3},
+        {"operator": "direct_width"},
+        [
+            f"{H}.model.rms_norm_eps = 0.005: direct_width keeps the function only with 0.01, "
+            "since the residual stream has another mean square"
+        ],
+    ),
+    (
+        DOUBLE | layers(8),
+        {"operator": ["mup_copy", "zero_depth"]},
+        [
+            f"{H}.growth.exact_continuation needs even copies in width alone, without noise, "
+            "and optimizer_state = transport: set it to false",
+        ],
+    ),
+    (
+        DOUBLE,
+        {"operator": "direct_width", "split": "uneven", "exact_continuation": True},
+        [
+            f"{H}.growth.exact_continuation needs even copies in width alone, without noise, "
+            "and optimizer_state = transport: set it to false"
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("target", "options", "said"), WRONG, ids=str)
+def test_what_is_wrong(target: Sizes, options: dict[str, Any], said: list[str]) -> None:
+    assert problems(target, **options) == said
+
+
+def test_an_isometric_growth_needs_a_head_of_its_own() -> None:
+    said = problems({"hidden_size": 20}, {"tie_word_embeddings": True}, operator="isometric")
+    assert said == [f"{H}.model: isometric needs tie_word_embeddings = false, a head of its own"]

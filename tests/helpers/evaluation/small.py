@@ -1,0 +1,63 @@
+"""Tiny tasks, a tokenizer and a run that is evaluated on them: nothing is fetched."""
+
+import json
+import random
+from pathlib import Path
+
+from megagrow.config.schema import RunConfig
+from megagrow.data.tokenizers import train_sentencepiece
+from tests.helpers.runs import MODEL, STEP_TOKENS, make_run, parallel_of
+
+SMALL = MODEL | {"vocab_size": 301}
+TASKS = ["lambada_openai", "piqa", "wikitext"]
+DOCUMENTS = 5
+"""Of which one data-parallel rank has two, another three."""
+BATCH = 2
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Texts of made-up words."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("abdeiklnorst", k=draw.randint(2, 6))) for _ in range(60)]
+    return [" ".join(draw.choices(words, k=draw.randint(4, 12))) for _ in range(count)]
+
+
+def write_data(folder: Path) -> tuple[Path, Path]:
+    """The folder of the tasks' data, and a tokenizer."""
+    texts = sentences(60)
+    tokenizer = folder / "tokenizer.model"
+    train_sentencepiece(texts, 300, tokenizer)
+    choices = [{"goal": a, "sol1": b, "sol2": c, "label": len(b) % 2}
+               for a, b, c in zip(texts, texts[20:], texts[40:], strict=False)]  # fmt: skip
+    docs = {
+        "lambada_openai": [{"text": text} for text in texts],
+        "piqa": choices,
+        "wikitext": [{"page": "\n".join(texts[i : i + 6])} for i in range(0, 60, 6)],
+    }
+    for task, found in docs.items():
+        (folder / "data" / task).mkdir(parents=True)
+        lines = [json.dumps(doc) + "\n" for doc in found]
+        (folder / "data" / task / "test.jsonl").write_text("".join(lines))
+    return folder / "data", tokenizer
+
+
+def evaluated_run(folder: Path, data: Path, tokenizer: Path, **changes: object) -> RunConfig:
+    """A base under ZeRO-3 with two data-parallel ranks, grown into one that is spread by TP 2 with
+    sequence parallelism; evaluated and saved after every second step."""
+    batch = {"global_batch_size": 4, "micro_batch_size": 2}
+    base = {"model": SMALL, "tokens": 3 * STEP_TOKENS, "parallel": parallel_of(3, 1)}
+    grown = {
+        "model": SMALL | {"num_hidden_layers": 4},
+        "tokens": 3 * STEP_TOKENS,
+        "parallel": parallel_of(1, 2, sequence_parallel=True),
+        "growth": {"operator": "direct_depth"},
+    }
+    run = make_run(
+        folder,
+        [base | {"batch": batch}, grown | {"batch": batch}],
+        checkpoint={"interval": 2, "keep_last": 10},
+        evaluation={"interval": 2, "tasks": TASKS, "data_dir": data, "limit": DOCUMENTS,
+                    "batch_size": BATCH},
+    )  # fmt: skip
+    named = run.data.model_copy(update={"tokenizer": tokenizer})
+    return run.model_copy(update={"data": named, **changes})

@@ -1,0 +1,94 @@
+"""A growth map applied to whole tensors by plain matrix products: the measure of all other paths.
+
+A gather becomes two matrices of zeros and scales, so that nothing here shares an indexing trick
+with the code that it measures.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megagrow.config.schema import ModelConfig
+from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap
+from megagrow.parallel.engine import STATE_KINDS
+from megagrow.parallel.initialize import normal
+from megagrow.parallel.sharding import ParamSpec, parameter_plan
+
+State = dict[str, dict[str, Tensor]]
+"""Parameter -> kind of state -> the whole logical tensor (rows, cols)."""
+
+
+def grown(
+    state: State, growth: GrowthMap, target: ModelConfig, kinds: tuple[str, ...] = STATE_KINDS
+) -> State:
+    """The state of the target, or some kinds of it; in the type of the source's.
+
+    Differentiable in the source's state.
+    """
+    return {
+        name: {kind: _made(state, growth, spec, kind) for kind in kinds}
+        for name, spec in parameter_plan(target, tp=1).items()
+    }
+
+
+def _made(state: State, growth: GrowthMap, spec: ParamSpec, kind: str) -> Tensor:
+    like = next(iter(state.values()))[kind]
+    total = like.new_zeros(spec.rows, spec.cols)
+    if kind == "fp32":
+        for fill in growth.fills.get(spec.name, ()):
+            total = total + filled(fill, spec.rows, spec.cols).to(like)
+    for term in growth.terms(spec.name, kind):
+        total = total + (
+            _gathered(state[term.source][kind], term)
+            if isinstance(term, Gather)
+            else _mixed(state, term, kind)
+        )
+    return total
+
+
+def _gathered(source: Tensor, term: Gather) -> Tensor:
+    rows, cols = (
+        _matrix(axis, size).to(source)
+        for axis, size in zip((term.rows, term.cols), source.shape, strict=True)
+    )
+    return rows @ source @ cols.T
+
+
+def _matrix(axis: Axis, size: int) -> Tensor:
+    """The (target, source) matrix of an axis."""
+    index = np.arange(size) if axis.index is None else axis.index
+    matrix = torch.zeros(len(index), size, dtype=torch.float64)
+    for i, origin in enumerate(index.tolist()):
+        if origin >= 0:
+            matrix[i, origin] = 1.0 if axis.scale is None else axis.scale[i]
+    return matrix
+
+
+def _mixed(state: State, term: Dense, kind: str) -> Tensor:
+    pairs = zip(term.alphas, term.sources, strict=True)
+    total = sum(alpha * state[name][kind] for alpha, name in pairs)
+    if term.gain is not None:
+        total = total * state[term.gain]["fp32"].ravel() ** term.gain_power
+    if term.left is not None:
+        total = torch.from_numpy(term.left).to(total) @ total
+    return total if term.right is None else total @ torch.from_numpy(term.right).to(total).T
+
+
+def filled(fill: Fill, rows: int, cols: int) -> Tensor:
+    """All numbers of a fill, (rows, cols) fp64."""
+    noise = normal(fill.stream, 0, rows * cols).view(rows, cols).double()
+    new_rows = _mask(fill.new_rows, rows)
+    new_cols = _mask(fill.new_cols, cols)
+    std = torch.tensor(fill.std, dtype=torch.float64)[new_rows[:, None].long(), new_cols.long()]
+    if fill.centre is not None:
+        labels = torch.from_numpy(fill.centre)
+        same = (labels[:, None] == labels).double()
+        noise = noise - noise @ (same / same.sum(0))
+    if fill.basis is not None:
+        basis = torch.from_numpy(fill.basis)
+        noise = noise - noise @ basis @ basis.T
+    return noise * std + fill.constant * new_rows[:, None]
+
+
+def _mask(mask: np.ndarray | None, size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.bool) if mask is None else torch.from_numpy(mask)

@@ -1,0 +1,241 @@
+"""What kernels are held to on a GPU, each check in a process of its own.
+
+    python -m tests.helpers.kernels.gpu_checks attention
+
+`test_gpu.py` starts them, since test processes see no GPU. On a CPU the same checks run in Triton's
+interpreter, in fp32, with shapes made smaller.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megagrow_kernels import reference
+from megagrow_kernels.attention import attention
+from megagrow_kernels.cross_entropy import vocab_gradient_, vocab_statistics
+from megagrow_kernels.packing import pack
+from megagrow_kernels.rms_norm import add_rms_norm, rms_norm
+from megagrow_kernels.rope import rope
+from megagrow_kernels.swiglu import swiglu
+from tests.helpers.kernels.accuracy import check, close, draw
+
+EPS = 1e-5
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where kernels run, and by how much large shapes are made smaller there."""
+
+    device: str
+    scale: int
+
+    @property
+    def dtypes(self) -> Sequence[torch.dtype]:
+        both = (torch.float16, torch.bfloat16)
+        return torch.float32, *(() if self.device == "cpu" else both)
+
+    def of(self, size: int) -> int:
+        """A size that matters only for being large."""
+        return max(1, size // self.scale)
+
+    def run(self, function: Function) -> Function:
+        """The function as computed here, for inputs that are on the CPU, where its results go."""
+
+        def call(*inputs: Tensor) -> Any:
+            outputs = function(*(x.to(self.device) for x in inputs))
+            return outputs.cpu() if isinstance(outputs, Tensor) else tuple(y.cpu() for y in outputs)
+
+        return call
+
+    def hold(self, kernel: Function, eager: Function, inputs: Sequence[Tensor]) -> None:
+        """Outputs and gradients of a kernel against fp64, in every precision."""
+        for dtype in self.dtypes:
+            check(self.run(kernel), self.run(eager), inputs, dtype)
+
+
+def rows(place: Place) -> None:
+    """RMSNorm alone and with the addition, RoPE, SwiGLU."""
+    for count, width in [
+        (1, 8),
+        (place.of(199), 760),
+        (place.of(2048), 4096),
+        (7, place.of(16384)),
+    ]:
+        x, more, weight = draw(count, width), draw(count, width, seed=1), draw(width, seed=2)
+        norm, both = partial(rms_norm, eps=EPS), partial(add_rms_norm, eps=EPS)
+        place.hold(norm, partial(reference.rms_norm, eps=EPS), [x, weight])
+        place.hold(both, partial(reference.add_rms_norm, eps=EPS), [x, more, weight])
+        place.hold(swiglu, reference.swiglu, [x, more])
+    for sequence, heads, groups, head_dim in [
+        (place.of(199), 6, 2, 64),
+        (place.of(2048), 32, 8, 128),
+    ]:
+        q, k = draw(2, sequence, heads, head_dim), draw(2, sequence, groups, head_dim, seed=1)
+        positions = torch.arange(sequence, device=place.device).expand(2, -1)
+        angles = 1e4 ** -torch.linspace(0, 1, head_dim // 2, device=place.device)
+        cos, sin = reference.rope_tables(positions, angles)
+        place.hold(partial(rope, cos=cos, sin=sin), partial(_turned, cos=cos, sin=sin), [q, k])
+
+
+def attention_of_documents(place: Place) -> None:
+    """Every head dimension and grouping, documents of one token and of many, windows."""
+    long = place.of(1024)
+    for lengths, (heads, groups, head_dim), further in [
+        ((1,), (1, 1, 64), {}),
+        ((199,), (4, 1, 64), {}),
+        ((long, 1, 127, long), (8, 1, 128), {}),
+        ((2 * long,), (4, 2, 128), {"window": place.of(300)}),
+        ((place.of(1023),), (4, 4, 80), {}),
+        ((130, 70), (2, 1, 96), {"scale": 0.2}),
+        ((128, 129), (2, 1, 256), {}),
+    ]:
+        ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+        packing = pack(ids, *ids.shape).to(place.device)
+        inputs = [
+            draw(1, ids.shape[1], count, head_dim, seed=seed)
+            for seed, count in enumerate((heads, groups, groups))
+        ]
+        ids = ids.to(place.device)
+        kernel = partial(attention, packing=packing, **further)
+        eager = partial(reference.attention, document_ids=ids, **further)
+        for dtype in place.dtypes:
+            least = 2.0 if ids.shape[1] < 10 else 0.0  # where terms cancel
+            check(place.run(kernel), place.run(eager), inputs, dtype, least)
+
+
+def cross_entropy(place: Place) -> None:
+    """Statistics and gradient, the last columns being padding."""
+    for tokens, width in [(1, 5), (place.of(199), 1001), (place.of(256), place.of(131072))]:
+        real, first = width - width // 7, 11
+        labels = torch.randint(first + real, (tokens,), generator=torch.Generator().manual_seed(0))
+        labels[0] = -100
+        scale = draw(tokens, seed=1).abs() * (labels >= 0)
+        for dtype in place.dtypes:
+            logits = (3 * draw(tokens, width)).to(dtype)
+            exact, twin = (
+                _loss_by(
+                    reference.vocab_statistics, reference.vocab_gradient, x, labels, scale, real
+                )
+                for x in (logits.double(), logits)
+            )
+            here = (x.to(place.device) for x in (logits, labels, scale))
+            found = _loss_by(vocab_statistics, _in_place, *here, real)
+            for name, ours, truth, other in zip(
+                ("maximum", "total", "target", "gradient"), found, exact, twin, strict=True
+            ):
+                close(ours.cpu(), truth.double(), other, name)
+
+
+def repeated(place: Place) -> None:
+    """The same bits again, forward and backward."""
+    for function, inputs in _calls(
+        place, torch.float32 if place.device == "cpu" else torch.bfloat16
+    ):
+        one, two = (_results(function, inputs) for _ in range(2))
+        assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True)), function
+        assert all(x.isfinite().all() for x in one), function
+
+
+def compiled(place: Place) -> None:
+    """Under torch.compile, without a break in the graph, what they are without it."""
+    backend = "aot_eager" if place.device == "cpu" else "inductor"
+    dtype = torch.float32 if place.device == "cpu" else torch.bfloat16
+    for function, inputs in _calls(place, dtype):
+        plain = _results(function, inputs)
+        whole = torch.compile(lambda *x, f=function: f(*x), fullgraph=True, backend=backend)
+        found = _results(whole, inputs)
+        assert all(torch.equal(x, y) for x, y in zip(plain, found, strict=True)), function
+
+
+def beyond_32_bits(place: Place) -> None:
+    """Rows of a tensor with more than 2^31 elements: the last is computed like the first."""
+    count, width = place.of(2**31 // 4096 + 8), 4096
+    x = torch.zeros(count, width, dtype=torch.float16, device=place.device)
+    ends = draw(2, width, dtype=torch.float16).to(place.device)
+    x[[0, -1]] = ends
+    weight = draw(width, seed=1, dtype=torch.float16).to(place.device)
+    y = rms_norm(x, weight, EPS)
+    assert torch.equal(y[[0, -1]], rms_norm(ends, weight, EPS))
+    del y
+    assert torch.equal(swiglu(x, x)[[0, -1]], swiglu(ends, ends))
+    labels = torch.zeros(count, dtype=torch.int64, device=place.device)
+    statistics = torch.stack(tuple(vocab_statistics(x, labels, 0, width)))
+    expected = torch.stack(tuple(vocab_statistics(ends, labels[:2], 0, width)))
+    torch.testing.assert_close(statistics[:, [0, -1]], expected)  # of other spans of a row
+    ones, zeros = torch.ones_like(statistics[0]), torch.zeros_like(statistics[0])
+    vocab_gradient_(x, labels, *statistics[:2], ones, zeros, 0, width)
+    of_ends = [part[[0, -1]] for part in (*statistics[:2], ones, zeros)]
+    vocab_gradient_(ends, labels[:2], *of_ends, 0, width)
+    assert torch.equal(x[[0, -1]], ends)
+
+
+def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.apply_rope(q, cos, sin), reference.apply_rope(k, cos, sin)
+
+
+def _in_place(logits: Tensor, *rest: Any) -> Tensor:
+    vocab_gradient_(logits, *rest)
+    return logits
+
+
+def _loss_by(
+    statistics: Function,
+    gradient: Function,
+    logits: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    real: int,
+) -> list[Tensor]:
+    first = 11
+    maximum, total, target = statistics(logits, labels, first, real)
+    of_logits = gradient(logits, labels, maximum, total, scale, 0.1 * scale, first, real)
+    return [maximum, total, target, of_logits]
+
+
+def _calls(place: Place, dtype: torch.dtype) -> Iterator[tuple[Function, list[Tensor]]]:
+    """Each op on inputs of a size at which many programs run at once."""
+
+    def inputs(*shapes: tuple[int, ...]) -> list[Tensor]:
+        drawn = [draw(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)]
+        return [x.to(place.device).requires_grad_() for x in drawn]
+
+    count, width = place.of(8192), place.of(4096)
+    yield partial(rms_norm, eps=EPS), inputs((count, width), (width,))
+    yield partial(add_rms_norm, eps=EPS), inputs((count, width), (count, width), (width,))
+    yield swiglu, inputs((count, width), (count, width))
+    sequence = place.of(2048)
+    q, k = (2, sequence, 8, 64), (2, sequence, 2, 64)
+    positions = torch.arange(sequence, device=place.device).expand(2, -1)
+    angles = 1e4 ** -torch.linspace(0, 1, 32, device=place.device)
+    cos, sin = (table.to(dtype) for table in reference.rope_tables(positions, angles))
+    yield partial(rope, cos=cos, sin=sin), inputs(q, k)
+    ids = (torch.arange(sequence) * 3 // sequence).expand(2, -1)
+    packing = pack(ids, *ids.shape).to(place.device)
+    yield partial(attention, packing=packing), inputs(q, k, k)
+
+
+def _results(function: Function, inputs: list[Tensor]) -> list[Tensor]:
+    outputs = function(*inputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    upstream = [draw(*y.shape, seed=50 + i).to(y) for i, y in enumerate(outputs)]
+    return [*outputs, *torch.autograd.grad(outputs, inputs, upstream)]
+
+
+CHECKS: dict[str, Callable[[Place], None]] = {
+    "rows": rows,
+    "attention": attention_of_documents,
+    "cross-entropy": cross_entropy,
+    "repeated": repeated,
+    "compiled": compiled,
+    "beyond-32-bits": beyond_32_bits,
+}
+
+
+if __name__ == "__main__":
+    CHECKS[sys.argv[1]](Place("cuda", 1))

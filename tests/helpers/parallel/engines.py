@@ -1,0 +1,198 @@
+"""Engines for tests, given known weights; and what they must do, by plain torch in one process."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megagrow.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megagrow.model.llama import LlamaForCausalLM
+from megagrow.parallel.engine import ZeroEngine
+from megagrow.parallel.engine_config import EngineSettings
+from megagrow.parallel.loss import cross_entropy
+from megagrow.parallel.process_groups import Topology, destroy_topology, make_topology
+from megagrow.parallel.scale import ParamScale
+from megagrow.parallel.sharding import parameter_plan
+from megagrow.reshard.layout import Layout
+from tests.helpers.hugging_face import tiny, tokens
+from tests.helpers.reshard.definition import held
+from tests.helpers.runs import full_tensors
+
+CONFIG = tiny(num_key_value_heads=2)
+BATCH, LENGTH = 4, 8
+LR = 1e-2
+OPTIMIZER = OptimizerConfig(
+    lr=LR, eps=1e-4, weight_decay=0.3, weight_decay_on="matrices", gradient_clipping=0.1
+)
+"""With a clipped norm of 0.1 most second moments are below eps: it matters, and is tested."""
+
+Weights = dict[str, Tensor]
+"""Parameter -> the whole logical tensor (rows, cols), fp32."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """How an engine is spread."""
+
+    zero: int
+    tp: int
+    offload: bool = False
+    bf16: bool = False
+    sequence_parallel: bool = False
+    recompute: str = "none"
+
+
+@dataclass
+class Built:
+    """An engine on this rank."""
+
+    engine: ZeroEngine
+    topology: Topology
+    layout: Layout
+
+    def full(self) -> dict[str, dict[str, Tensor]]:
+        """Parameter -> kind -> the whole logical tensor."""
+        return full_tensors(self.layout, self.engine.storage())
+
+    def weights(self) -> Weights:
+        """The fp32 weights."""
+        return {name: kinds["fp32"] for name, kinds in self.full().items()}
+
+    def write(self, weights: Weights) -> None:
+        """Writes weights; the moments stay as they are, and Adam's step is 0."""
+        storage = self.engine.storage()
+        for name, values in held(self.layout, weights, self.topology.rank).items():
+            storage[name]["fp32"].copy_(values)
+        self.engine.ready(adam_step=0)
+
+    def train_step(self, lr: float = LR, seed: int = 0) -> float:
+        """One update on this rank's share of the batch of a seed; the gradient's norm."""
+        ids, labels = tokens(CONFIG, BATCH, LENGTH, seed)
+        norm = None
+        for index in range(self.topology.dp_rank, BATCH, self.topology.dp):
+            mine, mark = ids[index : index + 1], labels[index : index + 1]
+            logits = self.engine.forward(mine, torch.arange(LENGTH).expand_as(mine), None)
+            loss = cross_entropy(logits, mark, CONFIG.vocab_size, self.topology) / LENGTH
+            self.engine.backward(loss)
+            norm = self.engine.step(lr)
+        assert norm is not None
+        return norm
+
+    def release(self) -> None:
+        """Frees the engine and its groups."""
+        self.engine.release()
+        destroy_topology(self.topology)
+
+
+def build(
+    case: Case,
+    scales: Mapping[str, ParamScale] | None = None,
+    optimizer: OptimizerConfig = OPTIMIZER,
+    config: ModelConfig = CONFIG,
+) -> Built:
+    """An engine of a case, with the weights of `start_weights`; all ranks together."""
+    topology = make_topology(case.tp, torch.device("cpu"))
+    settings = EngineSettings(
+        config,
+        ParallelConfig(
+            tensor_model_parallel_size=case.tp,
+            zero_stage=case.zero,
+            offload_optimizer=case.offload,
+            sequence_parallel=case.sequence_parallel,
+            activation_checkpointing=case.recompute,
+        ),
+        BatchConfig(global_batch_size=BATCH, micro_batch_size=1),
+        optimizer,
+        case.bf16,
+        scales or {},
+    )
+    engine = ZeroEngine(settings, topology)
+    layout = Layout(engine.plan, engine.groups, case.zero, topology.dp, case.tp)
+    built = Built(engine, topology, layout)
+    built.write(start_weights(config))
+    return built
+
+
+def start_weights(config: ModelConfig = CONFIG) -> Weights:
+    """Weights far from any symmetry."""
+    generator, out = torch.Generator().manual_seed(5), {}
+    for name, spec in parameter_plan(config, 1).items():
+        noise = torch.randn(spec.rows, spec.cols, generator=generator)
+        out[name] = 1 + 0.3 * noise if spec.is_vector else noise * spec.cols**-0.5
+    return out
+
+
+class Plain:
+    """One process, one model, torch's AdamW in fp64: what an engine must do."""
+
+    def __init__(
+        self,
+        scales: Mapping[str, ParamScale] | None = None,
+        optimizer: OptimizerConfig = OPTIMIZER,
+        config: ModelConfig = CONFIG,
+    ) -> None:
+        self._config, self._optimizer = config, optimizer
+        self._scales = scales or {}
+        self._model = LlamaForCausalLM(config).double()
+        weights, self._named = start_weights(config), dict(self._model.named_parameters())
+        for name, parameter in self._named.items():
+            parameter.data.copy_(weights[name].view(parameter.shape))
+        self._adam = torch.optim.AdamW(
+            [
+                {
+                    "params": [parameter],
+                    "eps": optimizer.eps * self._scale(name).eps,
+                    "weight_decay": self._decay(name) * self._scale(name).weight_decay,
+                }
+                for name, parameter in self._named.items()
+            ],
+            betas=optimizer.betas,
+            foreach=False,
+        )
+
+    def gradients(self, seed: int = 0) -> Weights:
+        """Of the mean cross-entropy on the batch of a seed, not clipped; by parameter."""
+        ids, labels = tokens(self._config, BATCH, LENGTH, seed)
+        self._model.zero_grad()
+        logits = self._model(ids, torch.arange(LENGTH).expand_as(ids))
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+        return {name: parameter.grad for name, parameter in self._named.items()}
+
+    def train_step(self, lr: float = LR, seed: int = 0) -> float:
+        """One update; the weighted norm of the gradient before clipping."""
+        gradients = self.gradients(seed)
+        squares = [self._scale(name).norm * g.square().sum() for name, g in gradients.items()]
+        norm = torch.stack(squares).sum().sqrt().item()
+        limit = self._optimizer.gradient_clipping
+        for gradient in gradients.values():
+            gradient *= min(1.0, limit / norm) if limit else 1.0
+        for group, name in zip(self._adam.param_groups, self._named, strict=True):
+            group["lr"] = lr * self._scale(name).lr
+        self._adam.step()
+        return norm
+
+    def blend(self, step: Callable[[], object], factors: Mapping[str, Tensor]) -> None:
+        """Does a step, of whose change each entry keeps its factor (rows, cols)."""
+        before = {name: parameter.detach().clone() for name, parameter in self._named.items()}
+        step()
+        for name, parameter in self._named.items():
+            factor = factors[name].view(parameter.shape)
+            parameter.data.copy_(before[name] + factor * (parameter.detach() - before[name]))
+
+    def weights(self) -> Weights:
+        """As matrices, fp64."""
+        return {name: p.detach().reshape(len(p), -1) for name, p in self._named.items()}
+
+    def _scale(self, name: str) -> ParamScale:
+        return self._scales.get(name, ParamScale())
+
+    def _decay(self, name: str) -> float:
+        decays = self._optimizer.weight_decay_on == "all" or "norm" not in name
+        return self._optimizer.weight_decay if decays else 0.0
+
+
+def difference(one: Weights, other: Weights) -> float:
+    """The largest difference of any two elements."""
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)

@@ -1,0 +1,137 @@
+"""Ranks in a grid, what the launcher says, and errors that all ranks raise together."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megagrow.errors import InputError
+from megagrow.parallel.process_groups import (
+    Launch,
+    destroy_topology,
+    make_topology,
+    read_launch,
+    together,
+)
+from tests.helpers.spawn import run_ranks
+
+LAUNCH = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    for name in LAUNCH:
+        monkeypatch.delenv(name, raising=False)
+
+    def set_variables(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+def test_without_a_launcher_there_is_one_rank(launcher):
+    assert read_launch() == Launch(rank=0, world_size=1, local_rank=0)
+
+
+def test_what_the_launcher_says_is_read(launcher):
+    launcher(**LAUNCH)
+    assert read_launch() == Launch(rank=3, world_size=8, local_rank=1)
+
+
+@pytest.mark.parametrize("missing", LAUNCH)
+def test_half_a_launch_is_refused_and_what_is_missing_named(launcher, missing):
+    launcher(**{name: value for name, value in LAUNCH.items() if name != missing})
+    with pytest.raises(InputError, match=f"but not {missing}$"):
+        read_launch()
+
+
+def grid(tp: int) -> tuple:
+    """Where this rank stands, and who is in its two groups."""
+    topology = make_topology(tp, torch.device("cpu"))
+    groups = [
+        dist.get_process_group_ranks(group) for group in (topology.tp_group, topology.dp_group)
+    ]
+    sums = []
+    for group in (topology.tp_group, topology.dp_group):
+        total = torch.tensor([10.0**topology.rank])
+        dist.all_reduce(total, group=group)
+        sums.append(int(total))
+    where = topology.dp, topology.tp, topology.dp_rank, topology.tp_rank, topology.world_size
+    mpu = (
+        topology.get_data_parallel_world_size(),
+        topology.get_model_parallel_world_size(),
+        topology.get_data_parallel_rank(),
+        topology.get_model_parallel_rank(),
+        topology.get_data_parallel_group() is topology.dp_group,
+        topology.get_model_parallel_group() is topology.tp_group,
+    )
+    destroy_topology(topology)
+    return where, mpu, groups, sums
+
+
+def failing(ranks: list[int], kind: type[Exception]) -> str:
+    """What `together` raises where some ranks fail; their texts differ."""
+
+    def action() -> int:
+        if dist.get_rank() in ranks:
+            raise kind(f"trouble {dist.get_rank()}" if len(ranks) < 4 else "trouble everywhere")
+        return dist.get_rank()
+
+    try:
+        return f"returned {together(action)}"
+    except InputError as error:
+        return str(error)
+
+
+def everything() -> tuple:
+    grids = [grid(tp) for tp in (1, 2, 4)]
+    errors = [
+        failing(ranks, kind)
+        for kind in (InputError, OSError)
+        for ranks in ([], [2], [1, 3], [0, 1, 2, 3])
+    ]
+    dist.barrier()  # after all that the ranks are still in step
+    return grids, errors
+
+
+@pytest.fixture(scope="module")
+def found() -> list[tuple]:
+    return run_ranks(4, everything)
+
+
+@pytest.mark.dist
+def test_tensor_parallel_ranks_are_neighbours(found):
+    for rank in range(4):
+        for (where, mpu, groups, sums), tp in zip(found[rank][0], (1, 2, 4), strict=True):
+            dp, dp_rank, tp_rank = 4 // tp, rank // tp, rank % tp
+            assert where == (dp, tp, dp_rank, tp_rank, 4)
+            assert mpu == (dp, tp, dp_rank, tp_rank, True, True)
+            neighbours = [dp_rank * tp + t for t in range(tp)]
+            peers = [d * tp + tp_rank for d in range(dp)]
+            assert groups == [neighbours, peers]
+            assert sums == [sum(10**r for r in neighbours), sum(10**r for r in peers)]
+
+
+@pytest.mark.dist
+def test_an_error_on_one_rank_is_the_same_error_on_all(found):
+    for rank in range(4):
+        expected = [
+            f"returned {rank}",
+            "rank 2: trouble 2",
+            "rank 1: trouble 1",
+            "trouble everywhere",
+        ]
+        assert found[rank][1] == expected * 2
+
+
+def broken() -> str:
+    try:
+        together(lambda: 1 / 0)
+    except ZeroDivisionError:
+        return "raised as it is"
+    return "swallowed"
+
+
+@pytest.mark.dist
+def test_a_bug_is_not_taken_for_bad_input():
+    assert run_ranks(1, broken) == ["raised as it is"]

@@ -1,0 +1,72 @@
+"""What does not fit is said with the stage, what takes most of it, and what to try."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagrow.config.load import load_run
+from megagrow.planning.memory import StageMemory, stage_memory
+from megagrow.planning.memory_fit import memory_warnings, on_gpu
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def memory(*overrides: str, world: int = 8) -> StageMemory:
+    """Of the paper's 1.1B from scratch."""
+    run = load_run(CONFIGS / "scratch-1.1b.yaml", overrides)
+    return stage_memory(run.stages[0], world, run.data.sequence_length, bf16=True)
+
+
+def said(found: StageMemory, capacity: int, growth: int | None = None) -> list[str]:
+    return list(memory_warnings([found], [growth], capacity))
+
+
+def test_what_fits_is_not_spoken_of() -> None:
+    found = memory()
+    assert said(found, found.training, growth=found.training) == []
+    assert len(said(found, found.training - 1)) == 1
+
+
+def test_activations_that_do_not_fit() -> None:
+    found = memory()
+    needed, kept = found.training / 1e9, found.activations / 1e9
+    assert said(found, 40 * 10**9) == [
+        f"stages.0 does not fit: {needed:.1f} GB of 40.0 GB per GPU; most of it are activations, "
+        f"{kept:.1f} GB; try activation_checkpointing: full, a smaller micro_batch_size, "
+        "kernels.linear_cross_entropy, zero_stage: 2 or higher, a larger "
+        "tensor_model_parallel_size"
+    ]
+
+
+SAVING = (
+    "parallel.activation_checkpointing=full",
+    "batch.micro_batch_size=1",
+    "kernels.linear_cross_entropy=true",
+)
+
+
+@pytest.mark.parametrize(
+    ("more", "world", "part", "tried"),
+    [
+        (
+            (), 8, "gradients and their buckets",
+            "zero_stage: 2 or higher, a larger tensor_model_parallel_size",
+        ),
+        (("parallel.zero_stage=3",), 1, "fp32 masters and moments", "more ranks"),
+    ],
+)  # fmt: skip
+def test_only_what_helps_is_advised(more: Any, world: int, part: str, tried: str) -> None:
+    (text,) = said(memory(*SAVING, *more, world=world), 10**9)
+    assert f"most of it are {part}, " in text and text.endswith(f"; try {tried}")
+
+
+def test_an_offloaded_state_is_not_on_the_gpu() -> None:
+    found = memory("parallel.offload_optimizer=true")
+    assert on_gpu(found) == found.training - found.state
+
+
+def test_a_growth_that_does_not_fit() -> None:
+    found = memory()
+    (text,) = said(found, 80 * 10**9, growth=81 * 10**9)
+    assert text.startswith("stages.0: the growth by which it begins does not fit: 81.0 GB of 80.0")

@@ -1,0 +1,100 @@
+"""Saving goes on beside the training, one save at a time, and changes nothing of it."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagrow.checkpoint.save import Save
+from megagrow.config.schema import RunConfig
+from megagrow.train.loop import StepDone
+from megagrow.train.reporting.metrics import read_metrics
+from megagrow.train.reporting.run_logger import Recorder
+from tests.helpers.jobs import Hook, records, train, write_run
+from tests.helpers.runs import STEP_TOKENS, make_run
+
+pytestmark = pytest.mark.dist
+
+
+def saving_run(folder: Path, background: bool) -> RunConfig:
+    """Saved after every third of eight steps and at the end."""
+    folder.mkdir()
+    return make_run(
+        folder,
+        [{"tokens": 8 * STEP_TOKENS}],
+        checkpoint={"interval": 3, "keep_last": 9, "background": background},
+    )
+
+
+def completed(run: RunConfig, hook: Hook | None = None) -> list[dict[str, Any]]:
+    done = train(write_run(run.output_dir.with_suffix(".yaml"), run), 2, hook).finish()
+    assert done.codes == [0, 0], done.err
+    return read_metrics(run.output_dir / "metrics.jsonl")
+
+
+def held_until(step: int) -> Hook:
+    """Rank 1 does not write the first checkpoint before it has trained some more steps."""
+
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        write, record, reached = Save.write, Recorder.step, threading.Event()
+
+        def held(self: Save, tensors: Any) -> Any:
+            if rank == 1 and self.step == 3 and not reached.wait(timeout=30):
+                raise OSError("the training did not go on")
+            return write(self, tensors)
+
+        def step_done(self: Recorder, event: StepDone) -> None:
+            record(self, event)
+            if event.state.counters.step == step:
+                reached.set()
+
+        patch.setattr(Save, "write", held)
+        patch.setattr(Recorder, "step", step_done)
+
+    return hook
+
+
+def shards(run: RunConfig) -> dict[str, bytes]:
+    """All files of tensors, to the bit."""
+    folder = run.output_dir / "checkpoints"
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def blocking(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """The same run, which waits for every save."""
+    run = saving_run(tmp_path_factory.mktemp("blocking") / "run", background=False)
+    order = [(r["kind"], r["step"]) for r in completed(run) if r["kind"] != "validation"]
+    steps = [("train", step) for step in range(1, 9)]
+    saves = [("checkpoint", step) for step in (3, 6, 8)]
+    begin, end = [("start", 0)], [("end", 8)]
+    assert (
+        order
+        == begin + steps[:3] + saves[:1] + steps[3:6] + saves[1:2] + steps[6:] + saves[2:] + end
+    )
+    return run
+
+
+@pytest.mark.parametrize("step", [5, 6], ids=["done before the next save", "the next save waits"])
+def test_the_training_goes_on_while_a_rank_writes(tmp_path, blocking, step):
+    run = saving_run(tmp_path / "run", background=True)
+    order = [(record["kind"], record["step"]) for record in completed(run, held_until(step))]
+    at = order.index(("checkpoint", 3))
+    assert order.index(("train", step)) < at < order.index(("train", 7))
+    assert at < order.index(("checkpoint", 6)) < order.index(("end", 8))
+    fields = ("step", "loss", "grad_norm", "lr")
+    assert records(run, "train", fields) == records(blocking, "train", fields)
+    assert shards(run) == shards(blocking) and len(shards(run)) == 6
+
+
+def test_the_time_that_the_training_stood_still_is_recorded(tmp_path):
+    run = saving_run(tmp_path / "run", background=True)
+    log = completed(run, held_until(5))
+    first, *_, last = (r for r in log if r["kind"] == "checkpoint")
+    between = sum(r["seconds"] for r in log if r["kind"] == "train" and r["step"] in (4, 5))
+    assert 0 < first["stall_seconds"] <= first["seconds"] - between
+    assert last["stall_seconds"] == pytest.approx(last["seconds"], rel=0.2, abs=0.01)
+    lost = log[-1]["lost_seconds"]
+    stalls = [record["stall_seconds"] for record in log if record["kind"] == "checkpoint"]
+    assert log[-1]["kind"] == "end" and lost == pytest.approx(sum(stalls))

@@ -1,0 +1,112 @@
+"""A run that is started twice: the second start writes nothing while the first one trains."""
+
+import errno
+import fcntl
+import multiprocessing
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagrow.config.schema import RunConfig
+from megagrow.errors import InputError
+from megagrow.train.fault_tolerance import run_lock as directory_lock
+from megagrow.train.fault_tolerance.run_lock import NAME, DirectoryLock
+from tests.helpers.jobs import Job, records, train, write_run
+from tests.helpers.runs import STEP_TOKENS, make_run
+
+ENDLESS = 100_000
+"""Steps; nobody waits for the last one."""
+
+
+@pytest.mark.dist
+def test_nothing_of_a_run_changes_when_it_is_started_again(tmp_path: Path) -> None:
+    first = start_endless(tmp_path)
+    config, lock = tmp_path / "out" / "config.yaml", tmp_path / "out" / NAME
+    before = config.read_bytes()
+    stages = [{"tokens": 7 * STEP_TOKENS}]
+    other = make_run(tmp_path, stages, output_dir=tmp_path / "out", name="second")
+    done = train(write_run(tmp_path / "second.yaml", other), 2, at_once).finish()
+    owner = f"process {first.ranks[0].pid} on {socket.gethostname()}"
+    assert done.codes == [2, 2]
+    assert f"{tmp_path / 'out'}: {owner} trains this run; wait until it has ended" in done.err[0]
+    assert (config.read_bytes(), lock.read_text()) == (before, owner)
+    first.signal(signal.SIGTERM)
+    assert first.finish().codes == [0]
+    steps = [step for (step,) in records(other, "train", ["step"])]
+    assert steps == list(range(1, len(steps) + 1)) and records(other, "start", ["step"]) == [(0,)]
+
+
+def test_a_start_waits_for_a_run_that_is_leaving(tmp_path: Path) -> None:
+    first = start_endless(tmp_path)
+    second = train(write_run(tmp_path / "second.yaml", endless(tmp_path)), 1)
+    said = tmp_path / "second-output" / "0.out"
+    second.wait_for(lambda: said.exists() and "still trains this run" in said.read_text())
+    first.signal(signal.SIGTERM)
+    assert first.finish().codes == [0]
+    run = endless(tmp_path)
+    second.wait_for(lambda: len(records(run, "start", ["step"])) == 2)
+    second.signal(signal.SIGTERM)
+    assert second.finish().codes == [0]
+    begun = [step for (step,) in records(run, "start", ["step"])]
+    assert begun[0] == 0 and begun[1] > 0
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    holds = context.Event()
+    process = context.Process(target=hold, args=(tmp_path, holds))
+    process.start()
+    assert holds.wait(30)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(directory_lock, "PATIENCE", 0.0)
+        with pytest.raises(InputError, match=f"process {process.pid} on "):
+            DirectoryLock(tmp_path, no_words)
+    process.kill()
+    process.join()
+    with DirectoryLock(tmp_path, no_words):
+        assert (tmp_path / NAME).read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_file_system_without_locks_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    said: list[str] = []
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with DirectoryLock(tmp_path, said.append):
+        pass
+    (line,) = said
+    assert line.startswith(f"warning: {tmp_path}: no locks on this file system")
+
+
+def endless(folder: Path) -> RunConfig:
+    stages = [{"tokens": ENDLESS * STEP_TOKENS}]
+    return make_run(folder, stages, output_dir=folder / "out", checkpoint={"interval": ENDLESS})
+
+
+def start_endless(folder: Path) -> Job:
+    """A run that has come to its third step."""
+    run = endless(folder)
+    job = train(write_run(folder / "first.yaml", run), 1)
+    job.wait_for(lambda: len(records(run, "train", ["step"])) > 2)
+    return job
+
+
+def at_once(rank: int, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(directory_lock, "PATIENCE", 0.0)
+
+
+def hold(directory: Path, holds: Any) -> None:
+    with DirectoryLock(directory, no_words):
+        holds.set()
+        signal.pause()
+
+
+def no_words(_: str) -> None:
+    pass

@@ -1,0 +1,148 @@
+from io import StringIO
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from megagrow.train.reporting.console import Eta, LiveLine, Status, duration, short
+
+
+def status(step: int, flops: float = 0.0) -> Status:
+    return Status(
+        stage=1, stages=2, step=step, loss=3.14159, lr=3e-4, tokens_per_second=12345.0,
+        flops=flops or float(step), mfu=0.4,
+    )  # fmt: skip
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_line(terminal: bool, clock: Clock, width: int = 100) -> tuple[LiveLine, StringIO]:
+    out = StringIO()
+    console = Console(file=out, force_terminal=terminal, width=width, highlight=False)
+    return LiveLine(100, 100.0, console=console, clock=clock), out
+
+
+@given(
+    pace=st.floats(1e3, 1e18),
+    done=st.floats(0.01, 0.9),
+    seconds=st.lists(st.floats(0.1, 9), min_size=1),
+)
+def test_eta_of_a_steady_pace_is_exact(pace: float, done: float, seconds: list[float]) -> None:
+    total = pace * sum(seconds) / done
+    eta, now = Eta(total), 0.0
+    left = eta.seconds(now, 0.0)
+    assert left is None
+    for passed in seconds:
+        now += passed
+        left = eta.seconds(now, pace * now)
+    assert left == pytest.approx((total - pace * now) / pace)
+
+
+def test_eta_charges_a_costlier_stage() -> None:
+    """10 steps of cost 1 at 1 s are done, 10 of cost 4 are left: 40 s, not 10."""
+    eta = Eta(total_flops=50.0)
+    for at in range(11):
+        left = eta.seconds(float(at), float(at))
+    assert left == pytest.approx(40.0)
+
+
+def test_eta_forgets_an_old_pace() -> None:
+    eta, now, flops = Eta(total_flops=1000.0, window=10.0), 0.0, 0.0
+    for rate in [1.0] * 20 + [5.0] * 20:
+        now, flops = now + 1.0, flops + rate
+        left = eta.seconds(now, flops)
+    assert left == pytest.approx((1000.0 - flops) / 5.0)
+
+
+def test_eta_of_a_resumed_run_is_the_pace_of_now() -> None:
+    eta = Eta(total_flops=100.0)
+    eta.seconds(0.0, 90.0)
+    assert eta.seconds(2.0, 92.0) == pytest.approx(8.0)
+
+
+def test_plain_lines_are_throttled_and_the_last_one_is_shown() -> None:
+    clock = Clock()
+    line, out = make_line(False, clock)
+    with line:
+        for step in range(1, 101):
+            clock.now += 0.125
+            line.update(status(step))
+        line.say("growth [1/1] done")
+    lines = out.getvalue().splitlines()
+    shown = [int(text.split("step ")[1].split("/")[0]) for text in lines[:-1]]
+    assert shown == [1, 41, 81, 100]
+    assert lines[0] == ("stage 2/2 step 1/100 loss 3.142 lr 3.0e-04 12.3k tok/s MFU 40% ETA -")
+    assert lines[1].endswith("ETA 0:07")
+    assert lines[-1] == "growth [1/1] done"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_live_line_fits_in_one_row(width: int) -> None:
+    line, _ = make_line(True, Clock(), width)
+    line.update(status(50))
+    (row,) = [text for text in line._progress.console.render_lines(line._progress) if text]
+    text = "".join(part.text for part in row)
+    assert len(text) == width
+    for part in (
+        "stage 2/2",
+        "50/100",
+        "loss 3.142",
+        "lr 3.0e-04",
+        "12.3k tok/s",
+        "MFU 40%",
+        "ETA",
+    ):
+        assert part in text
+
+
+def test_terminal_is_given_back_after_an_error() -> None:
+    line, out = make_line(True, Clock())
+
+    def fail() -> None:
+        with line:
+            line.update(status(1))
+            line.say("checkpoint saved")
+            raise RuntimeError("rank 1 died")
+
+    with pytest.raises(RuntimeError, match="rank 1 died"):
+        fail()
+    text = out.getvalue()
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+    assert "checkpoint saved" in text
+
+
+def test_nothing_is_shown_where_it_is_not_enabled(capsys: pytest.CaptureFixture[str]) -> None:
+    with LiveLine(10, 10.0, enabled=False) as line:
+        line.update(status(10))
+        line.say("growth")
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (None, "-"),
+        (0, "0:00"),
+        (75, "1:15"),
+        (59.7, "1:00"),
+        (4000, "1:06:40"),
+        (184800, "2d 03:20"),
+    ],
+)
+def test_duration(seconds: float | None, told: str) -> None:
+    assert duration(seconds) == told
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(950, "950"), (12345, "12.3k"), (3.2e6, "3.2M"), (1.5e9, "1.5B"), (2e12, "2.0T")],
+)
+def test_short(number: float, told: str) -> None:
+    assert short(number) == told

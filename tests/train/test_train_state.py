@@ -1,0 +1,134 @@
+"""Where a run stands when growths themselves use tokens and FLOPs."""
+
+import json
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megagrow.config.schema import RunConfig
+from megagrow.train.reporting.metrics import Counters, StepMeasure
+from megagrow.train.run_position import Position, locate, run_steps, run_tokens, tokens_at
+from megagrow.train.train_state import RunState
+
+LENGTH = 8
+MODEL = {
+    "num_hidden_layers": 1,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "vocab_size": 16,
+}
+
+
+def run_of(parts: list[tuple[int, int]]) -> RunConfig:
+    """A run whose stages have so many steps, each of so many sequences."""
+    stages = [
+        {
+            "model": MODEL,
+            "tokens": steps * batch * LENGTH,
+            "batch": {"global_batch_size": batch, "micro_batch_size": 1},
+            "optimizer": {"lr": 1.0},
+            "growth": {} if at else None,
+        }
+        for at, (steps, batch) in enumerate(parts)
+    ]
+    data = {"train": [{"path": "corpus"}], "sequence_length": LENGTH}
+    whole = {"name": "run", "output_dir": "out", "data": data, "stages": stages}
+    return RunConfig.model_validate(whole)
+
+
+def a_step(state: RunState, batch: int) -> RunState:
+    measure = StepMeasure(
+        stage=state.stage,
+        loss=1.0,
+        lr=1.0,
+        grad_norm=None,
+        tokens=batch * LENGTH,
+        flops=2.0,
+        flops_true=3.0,
+        seconds=0.5,
+        memory_bytes=0,
+        position=state.position,
+    )
+    return state.after_step(measure)
+
+
+def test_a_growth_that_uses_nothing_changes_place_alone() -> None:
+    before = a_step(RunState(), 4)
+    after = before.after_growth((0, 0))
+    grown = {"provenance": ((0, 0),), "operators": ((),)}
+    assert after == replace(before, stage=1, stage_step=0, **grown)
+
+
+def test_a_growth_is_charged_and_the_stream_goes_on_behind_it() -> None:
+    before = a_step(a_step(RunState(), 4), 4)
+    after = before.after_growth((0,), tokens=96, flops=10.0, flops_true=11.0)
+    assert after.counters == Counters(
+        step=2,
+        tokens=2 * 4 * LENGTH + 96,
+        flops=2 * 2.0 + 10.0,
+        flops_true=2 * 3.0 + 11.0,
+        elapsed_seconds=1.0,
+        growth_tokens=96,
+        growth_flops=10.0,
+        growth_flops_true=11.0,
+    )
+    assert (after.stage, after.stage_step, after.provenance) == (1, 0, ((0,),))
+
+
+part = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+
+@given(parts=st.lists(part, min_size=1, max_size=4), data=st.data())
+def test_state_and_config_agree_on_where_a_run_stands(
+    parts: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    """Whatever the batches are and growths use: step, stage and tokens, at each step of the run."""
+    run, state, spent = run_of(parts), RunState(), 0
+    for stage, (steps, batch) in enumerate(parts):
+        if stage:
+            used = data.draw(st.integers(0, 100))
+            state, spent = state.after_growth((0,), tokens=used), spent + used
+        for _ in range(steps):
+            step = state.counters.step
+            assert locate(run, step) == Position(state.stage, state.stage_step)
+            assert state.counters.tokens == tokens_at(run, step) + spent
+            state = a_step(state, batch)
+    assert state.counters.step == run_steps(run)
+    assert state.counters.tokens - state.counters.growth_tokens == run_tokens(run)
+    assert state.counters.growth_tokens == spent
+
+
+def test_a_state_survives_its_manifest() -> None:
+    state = a_step(RunState(), 4).after_growth((0, 1), tokens=5, flops=1.5, flops_true=2.5)
+    assert RunState.from_json(json.loads(json.dumps(state.as_json()))) == state
+
+
+def test_a_manifest_that_knows_of_no_growth_tokens_is_read() -> None:
+    values = RunState().as_json()
+    for key in ("growth_tokens", "growth_flops", "growth_flops_true"):
+        del values["counters"][key]
+    assert RunState.from_json(values) == RunState()
+
+
+def test_a_rewind_changes_place_but_reads_on() -> None:
+    saved = a_step(RunState(), 4)
+    failed = a_step(a_step(saved, 4), 4)
+    back = failed.rewound_to(saved)
+    assert back.counters == replace(saved.counters, rewinds=1)
+    assert (back.stage, back.stage_step) == (saved.stage, saved.stage_step)
+    assert back.position == failed.position == 3 * 4 * LENGTH
+    assert back.skipped_tokens == 2 * 4 * LENGTH
+    again = a_step(back, 4).rewound_to(saved)
+    assert (again.position, again.counters.rewinds) == (4 * 4 * LENGTH, 2)
+    assert RunState.from_json(json.loads(json.dumps(again.as_json()))) == again
+
+
+def test_a_manifest_that_knows_of_no_guards_is_read() -> None:
+    values = RunState().as_json()
+    for key in ("skipped_tokens", "guard"):
+        del values[key]
+    for key in ("rewinds", "skipped_steps"):
+        del values["counters"][key]
+    assert RunState.from_json(values) == RunState()

@@ -1,0 +1,129 @@
+"""Memory and time of `megagrow convert` on a made-up model: import, reshard, export, one by one.
+
+    python tools/benchmarks/checkpoint/convert_memory.py FOLDER [--gigabytes 3] [--memory 512MiB]
+
+Writes a Hugging Face folder of random fp32 weights of that size, in files of at most 1 GB, and runs
+every command in a process of its own; tells the peak of each one's resident memory (VmHWM). Needs
+about seven times the model's size on FOLDER's disk, and leaves nothing there.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megagrow.common.file_io import raw_bytes
+from megagrow.common.sizes import format_bytes
+from megagrow.config.flops import parameters
+from megagrow.config.schema import ModelConfig
+from megagrow.formats.hugging_face import INDEX_FILE, index_of, planned_files, whole_layout
+from megagrow.formats.hugging_face_config import CONFIG_FILE, config_of
+
+_AT_ONCE = 2**20
+"""Numbers that are drawn at once."""
+
+_RUN = """
+import sys
+from megagrow.cli.app import main
+try:
+    main()
+finally:
+    status = open("/proc/self/status").read()
+    print("peak", status.split("VmHWM:")[1].split()[0])
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one command took."""
+
+    command: str
+    peak_bytes: int
+    """Of the resident memory of the whole process."""
+    seconds: float
+
+
+def made_up_model(gigabytes: float) -> ModelConfig:
+    """A Llama 2048 wide with as many layers as make so many GB (1e9 bytes) of fp32 weights."""
+
+    def deep(layers: int) -> ModelConfig:
+        return ModelConfig(
+            num_hidden_layers=layers,
+            hidden_size=2048,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            intermediate_size=8192,
+            vocab_size=32_003,
+        )
+
+    one, two = (parameters(deep(layers)) for layers in (1, 2))
+    return deep(max(1, 1 + round((gigabytes * 1e9 / 4 - one) / (two - one))))
+
+
+def write_model(model: ModelConfig, folder: Path, file_bytes: int) -> None:
+    """A Hugging Face folder of random weights, written in pieces."""
+    folder.mkdir(parents=True)
+    files = planned_files(whole_layout(model), "F32", file_bytes)
+    generator = torch.Generator().manual_seed(0)
+    for name, plan in files.items():
+        with (folder / name).open("wb") as file:
+            file.write(plan.header)
+            left = (plan.size - len(plan.header)) // 4
+            while left:
+                values = torch.randn(min(left, _AT_ONCE), generator=generator)
+                file.write(raw_bytes(values))
+                left -= len(values)
+    documents = {CONFIG_FILE: config_of(model, "F32", {}), INDEX_FILE: index_of(files)}
+    for name, value in documents.items():
+        (folder / name).write_text(json.dumps(value), encoding="utf-8")
+
+
+def measure(folder: Path, memory: str) -> Iterator[Measured]:
+    """Imports folder/model, reshards what comes out, and exports that; each is removed once it has
+    been read. Raises CalledProcessError if a command fails."""
+    model, first, second, out = (str(folder / name) for name in ("model", "1", "2", "out"))
+    steps = [
+        ("hf-import", model, first, "--zero-stage", "3", "--dp", "4"),
+        ("reshard", first, second, "--zero-stage", "1", "--dp", "2", "--tp", "2"),
+        ("hf-export", second, out, "--shard-size", "1GB"),
+    ]
+    for command, source, target, *options in steps:
+        words = ["convert", command, source, target, *options, "--memory", memory]
+        begin = time.monotonic()
+        ended = subprocess.run(
+            [sys.executable, "-c", _RUN, *words], check=True, stdout=subprocess.PIPE, text=True
+        )
+        seconds = time.monotonic() - begin
+        peak = int(ended.stdout.split()[-1]) * 1024
+        if source != model:
+            shutil.rmtree(source)
+        yield Measured(command, peak, seconds)
+
+
+def main() -> None:
+    """Reads the command line, measures, prints a line for each command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--gigabytes", type=float, default=3.0)
+    parser.add_argument("--memory", default="512MiB")
+    arguments = parser.parse_args()
+    folder, model = arguments.folder / "convert-memory", made_up_model(arguments.gigabytes)
+    try:
+        write_model(model, folder / "model", 10**9)
+        print(f"weights: {format_bytes(4 * parameters(model))}, --memory {arguments.memory}")
+        for found in measure(folder, arguments.memory):
+            peak = format_bytes(found.peak_bytes)
+            print(f"{found.command:9} {peak:>10} resident at most, {found.seconds:.0f} s")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Measures how long the training stands still for a save, in the background and waited for.
+
+    python tools/benchmarks/checkpoint/save.py --output bench_save.md
+
+Writes a Markdown table. See --help.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+from megagrow.checkpoint import shard_file
+from megagrow.checkpoint.async_saver import Saved, Saver
+from megagrow.checkpoint.manifest import Manifest, describe_layout
+from megagrow.checkpoint.retention import Retention, prune_checkpoints
+from megagrow.config.schema import RunConfig
+from megagrow.data.batches import Batch
+from megagrow.parallel.process_groups import init_process_group, leave_process_group, read_launch
+from megagrow.train.loop import train_at
+from megagrow.train.stage import Stage, build_stage
+
+SIZES: dict[str, dict[str, int]] = {
+    "46M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 12},
+    "168M": {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 12},
+}
+REPEATS = 4
+"""Saves of each kind."""
+LENGTH = 64
+"""Tokens of a sequence; a rank trains one in each step."""
+
+COLUMNS = {
+    "parameters": "{size}",
+    "ranks": "{ranks}",
+    "MiB": "{mib:.0f}",
+    "step s": "{step:.2f}",
+    "waited for: stall s": "{waited:.2f}",
+    "without checksums s": "{bare:.2f}",
+    "background: stall s": "{stall:.2f}",
+    "longest stall s": "{longest:.2f}",
+    "until on the disk s": "{seconds:.2f}",
+    "step meanwhile s": "{busy:.2f}",
+}
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="The Markdown file.")] = Path("bench_save.md"),
+    size: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SIZES)}.")] = None,
+    ranks: Annotated[list[int] | None, typer.Option(help="By default 2 and 4.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="On the disk to be measured.")] = None,
+    case: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measure saves of a training run under ZeRO 2, with this machine's CPUs.
+
+    Within one run the same state is saved several times while the training waits, with checksums
+    and without, and several times in the background; the fastest counts. All files are synced to
+    the disk.
+    """
+    if case is not None:
+        name, _, found = case.partition(":")
+        measure(name, found, output)
+        return
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for world in ranks or (2, 4):
+        for name in size or SIZES:
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                launcher = (
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    f"--nproc-per-node={world}",
+                )
+                words = [sys.executable, *launcher, __file__, "--case", f"{name}:{place}"]
+                subprocess.run([*words, "--output", str(Path(place, "out.json"))], check=True)
+                values = json.loads(Path(place, "out.json").read_text(encoding="utf-8"))
+            lines.append(f"| {' | '.join(cell.format(**values) for cell in COLUMNS.values())} |")
+            output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    Console().print(Markdown("\n".join(lines)))
+
+
+def measure(name: str, folder: str, output: Path) -> None:
+    """One rank's part of a case; rank 0 writes down what was found, the slowest rank's seconds."""
+    device = init_process_group(read_launch())
+    torch.set_num_threads(1)
+    world = dist.get_world_size()
+    run = _run(name, world, folder)
+    stage = build_stage(run, 0, device)
+    for kinds in stage.engine.storage().values():
+        kinds["fp32"].normal_(std=0.02)
+    stage.engine.ready(adam_step=0)
+    saver = Saver(Path(folder, "checkpoints"), device)
+    saver.prepare(stage.layout, stage.engine.storage())
+    usual = [_step(run, stage) for _ in range(4)]
+    waited, bare = [], []
+    for number in range(0, 2 * REPEATS, 2):
+        waited.append(_waited(saver, stage, number))
+        with mock.patch.object(shard_file.xxhash, "xxh3_64", _NoHash):
+            bare.append(_waited(saver, stage, number + 1))
+    busy: list[float] = []
+    numbers = range(2 * REPEATS, 3 * REPEATS)
+    background = [_beside(saver, run, stage, number, busy) for number in numbers]
+    values: dict[str, Any] = {
+        "step": min(usual),
+        "waited": min(saved.stall_seconds for saved in waited),
+        "bare": min(saved.stall_seconds for saved in bare),
+        "stall": min(saved.stall_seconds for saved in background),
+        "longest": max(saved.stall_seconds for saved in background),
+        "seconds": min(saved.seconds for saved in background),
+        "busy": min(busy),
+    }
+    highest = torch.tensor(list(values.values()), dtype=torch.float64)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    values = dict(zip(values, highest.tolist(), strict=True))
+    total = sum(record.bytes for record in waited[0].manifest.files.values())
+    if dist.get_rank() == 0:
+        told = values | {"size": name, "ranks": world, "mib": total / 2**20}
+        output.write_text(json.dumps(told), encoding="utf-8")
+    stage.release()
+    leave_process_group()
+
+
+def _run(name: str, world: int, folder: str) -> RunConfig:
+    model = SIZES[name] | {"num_attention_heads": 16, "vocab_size": 8192}
+    stage = {"model": model, "tokens": 10**9, "parallel": {"zero_stage": 2}}
+    stage |= {"optimizer": {"lr": 1e-4}}
+    stage["batch"] = {"global_batch_size": world, "micro_batch_size": 1}
+    data = {"train": [{"path": "unused"}], "sequence_length": LENGTH}
+    values = {"name": "bench", "output_dir": folder, "data": data, "stages": [stage]}
+    return RunConfig.model_validate(values)
+
+
+def _step(run: RunConfig, stage: Stage) -> float:
+    """Trains a step on random tokens; returns its seconds."""
+    begin = time.perf_counter()
+    tokens, positions = torch.randint(8192, (1, LENGTH + 1)), torch.arange(LENGTH)[None]
+    train_at(run, stage, 0, [Batch(tokens[:, :-1], tokens[:, 1:], positions, None)])
+    return time.perf_counter() - begin
+
+
+def _begin(saver: Saver, stage: Stage, number: int, background: bool) -> None:
+    layout, storage = stage.layout, stage.engine.storage()
+    model = stage.config.model.model_dump()
+    manifest = Manifest(model, describe_layout(layout), stage.engine.adam_step, {}, {}, files={})
+    dist.barrier()
+    saver.begin(number, layout, storage, manifest, background=background)
+
+
+def _finish(saver: Saver) -> Saved:
+    saved = saver.finish()
+    assert saved is not None
+    if dist.get_rank() == 0:
+        prune_checkpoints(saved.path.parent, Retention(1))
+    dist.barrier()
+    return saved
+
+
+class _NoHash:
+    """In the place of xxh3: a save without checksums."""
+
+    def update(self, data: memoryview) -> None:
+        """Looks at nothing."""
+
+    def hexdigest(self) -> str:
+        return ""
+
+
+def _waited(saver: Saver, stage: Stage, number: int) -> Saved:
+    """A save that the training waits for."""
+    _begin(saver, stage, number, background=False)
+    return _finish(saver)
+
+
+def _beside(saver: Saver, run: RunConfig, stage: Stage, number: int, busy: list[float]) -> Saved:
+    """A save in the background, and the steps trained meanwhile, the vote before each included."""
+    _begin(saver, stage, number, background=True)
+    writing = torch.ones(1)
+    while writing:
+        busy.append(_step(run, stage))
+        writing = torch.tensor([float(saver.writing)])
+        dist.all_reduce(writing, op=dist.ReduceOp.MAX)
+    return _finish(saver)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,255 @@
+"""One rank of tools/benchmarks/growth/run.py: measures live growths and the usual way; torchrun
+starts it.
+
+    torchrun --nproc-per-node 4 tools/benchmarks/growth/rank.py CASES.json RESULTS.jsonl
+
+Each case is measured three times, on empty engines whose state is filled with random numbers.
+Seconds are those of the slowest rank in the fastest run, peaks those of the rank that held most in
+any, over what it held without a model.
+"""
+
+import ctypes
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+import megagrow.train.growth_event.event as growing
+from megagrow.config.schema import RunConfig
+from megagrow.parallel.engine import STATE_KINDS, Storage
+from megagrow.parallel.process_groups import init_process_group, leave_process_group, read_launch
+from megagrow.reshard.layout import Layout
+from megagrow.train.growth_event.run_growths import stage_growth
+from megagrow.train.stage import Stage, build_stage
+
+Measures = dict[str, float]
+REPEATS = 3
+NO_FEED: Any = None
+"""A stack is neither learned nor measured: it reads no tokens."""
+
+
+def main() -> None:
+    """Measures every case of a file and adds a line of JSON for each to another."""
+    cases, results = map(Path, sys.argv[1:])
+    device = init_process_group(read_launch())
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_world_size()))
+    for case in json.loads(cases.read_text(encoding="utf-8")):
+        run = RunConfig.model_validate(case["run"])
+        needed = case["live_bytes"] // dist.get_world_size()
+        found = _best([measure_live(run, device, needed) for _ in range(REPEATS)])
+        if case["usual"]:
+            usual = _best([measure_usual(run, device, needed) for _ in range(REPEATS)])
+            if usual.pop("sum") != found["sum"]:
+                raise AssertionError("the usual way and the live growth made different models")
+            found |= {f"usual_{name}": value for name, value in usual.items()}
+        found.pop("sum")
+        if dist.get_rank() == 0:
+            with results.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(case | found) + "\n")
+    leave_process_group()
+
+
+def measure_live(run: RunConfig, device: torch.device, needed: int) -> Measures:
+    """A live growth, and then the limit: a plain copy of what it has made."""
+    base, stage = _resident(), _begin(run, device)
+    spent: dict[str, float] = {}
+    _touch(needed)
+    with _timed(growing, "build_stage", spent), _timed(growing, "exchange", spent), _peak() as peak:
+        begin = time.perf_counter()
+        ended = growing.end_stage(stage)
+        stage, report = growing.grow(run, ended, NO_FEED)
+        del ended
+        seconds = time.perf_counter() - begin
+    storage = stage.engine.storage()
+    limit = min(_copy_seconds(storage) for _ in range(REPEATS))
+    total = _sum(storage)
+    del storage
+    stage.release()
+    return {
+        "seconds": _highest(seconds),
+        "build_seconds": _highest(spent["build_stage"]),
+        "move_seconds": _highest(spent["exchange"]),
+        "limit_seconds": limit,
+        "bytes_between_ranks": report.bytes_between_ranks,
+        "bytes_within_ranks": report.bytes_within_ranks,
+        "peak_bytes": _highest(peak[0] - base),
+        "sum": total,
+    }
+
+
+def measure_usual(run: RunConfig, device: torch.device, needed: int) -> Measures:
+    """The same growth by way of whole state dicts on rank 0."""
+    base, stage = _resident(), _begin(run, device)
+    sent = [0]
+    _touch(needed)
+    with _peak() as peak:
+        begin = time.perf_counter()
+        layout, old = stage.layout, stage.release()
+        whole = _gather(layout, old, sent)
+        del old
+        grown = _stack(run, whole)
+        del whole
+        stage = build_stage(run, 1, device)
+        _scatter(stage, grown, sent)
+        del grown
+        stage.engine.ready(0)
+        seconds = time.perf_counter() - begin
+    total = _sum(stage.engine.storage())
+    stage.release()
+    return {
+        "seconds": _highest(seconds),
+        "bytes_between_ranks": _total(sent[0]),
+        "peak_bytes": _highest(peak[0] - base),
+        "sum": total,
+    }
+
+
+def _best(measures: list[Measures]) -> Measures:
+    """The fastest run, with the shortest limit and the highest peak of all."""
+    best = min(measures, key=lambda one: one["seconds"])
+    if "limit_seconds" in best:
+        best["limit_seconds"] = min(one["limit_seconds"] for one in measures)
+    return best | {"peak_bytes": max(one["peak_bytes"] for one in measures)}
+
+
+def _begin(run: RunConfig, device: torch.device) -> Stage:
+    """The first stage's engine with numbers in it, when all ranks have got there."""
+    stage = build_stage(run, 0, device)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for kinds in stage.engine.storage().values():
+        for tensor in kinds.values():
+            tensor.uniform_(generator=generator)
+    stage.engine.ready(1)
+    dist.barrier()
+    return stage
+
+
+def _gather(layout: Layout, storage: Storage, sent: list[int]) -> dict[str, dict[str, Any]]:
+    """All state as whole flat tensors on rank 0; nothing elsewhere."""
+    rank, whole = dist.get_rank(), {}
+    for name, spec in layout.plan.items():
+        whole[name] = {}
+        for kind in STATE_KINDS:
+            mine = layout.interval(name, rank)
+            if rank > 0 and mine:
+                dist.send(storage[name][kind], dst=0)
+                sent[0] += 4 * len(mine)
+            if rank > 0:
+                continue
+            full = torch.empty(spec.rows * spec.cols)
+            full[mine.start : mine.stop] = storage[name][kind] if mine else 0
+            for peer in range(1, dist.get_world_size()):
+                theirs = layout.interval(name, peer)
+                if theirs:
+                    dist.recv(full[theirs.start : theirs.stop], src=peer)
+            whole[name][kind] = full
+    return whole
+
+
+def _stack(run: RunConfig, whole: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The grown state dict, on rank 0."""
+    terms = stage_growth(run, 1).weights
+    return {
+        name: {kind: tensor.clone() for kind, tensor in whole[term.sources[0]].items()}
+        for name, (term,) in terms.items()
+    }
+
+
+def _scatter(stage: Stage, grown: dict[str, dict[str, Any]], sent: list[int]) -> None:
+    """Loads a state dict that rank 0 has into the engines of all ranks, tensor by tensor."""
+    rank, layout, storage = dist.get_rank(), stage.layout, stage.engine.storage()
+    for name, spec in layout.plan.items():
+        for kind in STATE_KINDS:
+            full = grown[name].pop(kind) if rank == 0 else torch.empty(spec.rows * spec.cols)
+            dist.broadcast(full, src=0)
+            sent[0] += full.nbytes * (dist.get_world_size() - 1) if rank == 0 else 0
+            mine = layout.interval(name, rank)
+            if mine:
+                storage[name][kind].copy_(full[mine.start : mine.stop])
+
+
+def _touch(needed: int) -> None:
+    """Fills and frees memory, so that the machine has it at hand.
+
+    A virtual machine gives memory that is free for a second or two back to its host, and to get it
+    anew takes ten times as long as to copy it: whoever is measured first would pay for that.
+    """
+    held = torch.empty(needed, dtype=torch.uint8).fill_(1)
+    dist.barrier()
+    del held
+
+
+def _copy_seconds(storage: Storage) -> float:
+    """Copying this rank's whole state once into new memory, while all ranks do the same."""
+    dist.barrier()
+    begin = time.perf_counter()
+    for kind in STATE_KINDS:
+        tensors = [kinds[kind] for kinds in storage.values()]
+        new = torch.empty(sum(tensor.numel() for tensor in tensors))
+        for tensor, place in zip(tensors, new.split([t.numel() for t in tensors]), strict=True):
+            place.copy_(tensor)
+    return _highest(time.perf_counter() - begin)
+
+
+@contextmanager
+def _timed(module: Any, name: str, spent: dict[str, float]) -> Iterator[None]:
+    """Notes how long a function of a module takes, the ranks entering it together."""
+    original: Callable[..., Any] = getattr(module, name)
+
+    def timed(*args: Any, **options: Any) -> Any:
+        dist.barrier()
+        begin = time.perf_counter()
+        result = original(*args, **options)
+        spent[name] = time.perf_counter() - begin
+        return result
+
+    with mock.patch.object(module, name, timed):
+        yield
+
+
+@contextmanager
+def _peak() -> Iterator[list[int]]:
+    """Bytes that were resident at most within the context, in a list of one once it has ended."""
+    found = [0]
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
+    yield found
+    found[0] = _status("VmHWM")
+
+
+def _resident() -> int:
+    """Bytes resident now, when what was freed is given back."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def _sum(storage: Storage) -> float:
+    return float(sum(t.double().sum() for kinds in storage.values() for t in kinds.values()))
+
+
+def _highest(value: float) -> float:
+    tensor = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+def _total(value: float) -> float:
+    tensor = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return float(tensor)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The small run that `fault_injection.py` kills: its files, its ranks, and what is seen of it."""
+
+import gc
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megagrow.data.indexed import IndexedWriter
+
+BASE_STEPS, STEPS, INTERVAL = 12, 26, 3
+BATCH, LENGTH, VOCABULARY = 4, 16, 101
+MODEL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+}
+TIMES = ("elapsed_seconds", "lost_seconds")
+"""Counters that tell the time."""
+
+_FORK = multiprocessing.get_context("fork")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the files of a run say at an instant."""
+
+    starts: tuple[int, ...] = ()
+    """The step from which each start went on."""
+    step: int = 0
+    """The last one recorded."""
+    grown: bool = False
+    saving: bool = False
+    finished: int = 0
+    """The step of the newest finished checkpoint; 0 if there is none."""
+
+    def phase(self, starts_before: int) -> str:
+        """What the run is doing, if it was started `starts_before` times before."""
+        if len(self.starts) == starts_before:
+            return "start"
+        if self.saving:
+            return "save"
+        return "growth" if self.step == BASE_STEPS and not self.grown else "steps"
+
+
+def write_corpus(prefix: Path) -> None:
+    """A corpus in which each token is mostly a function of the one before."""
+    generator = np.random.default_rng(0)
+    with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
+        for _ in range(40):
+            tokens = [int(generator.integers(VOCABULARY))]
+            for noise in generator.integers(5 * VOCABULARY, size=100).tolist():
+                tokens.append(noise if noise < VOCABULARY else (tokens[-1] * 7 + 3) % VOCABULARY)
+            writer.add_document(np.array(tokens))
+        writer.finalise()
+
+
+def run_of(corpus: Path, output: Path, ranks: int) -> dict[str, Any]:
+    """What stands in the run file: a model that doubles its layers, saved every few steps."""
+    tokens = BATCH * LENGTH
+    deep = MODEL | {"num_hidden_layers": 4}
+    return {
+        "name": "fault injection",
+        "output_dir": str(output),
+        "data": {
+            "train": [{"path": str(corpus)}],
+            "validation": [{"path": str(corpus)}],
+            "sequence_length": LENGTH,
+        },
+        "parallel": {"zero_stage": 2},
+        "batch": {"global_batch_size": BATCH * ranks, "micro_batch_size": 1},
+        "optimizer": {"lr": 1e-2},
+        "schedule": {"warmup_steps": 3},
+        "checkpoint": {"interval": INTERVAL},
+        "validation": {"interval": 5, "tokens": 256},
+        "logging": {"tensorboard": False},
+        "stages": [
+            {"model": MODEL, "tokens": BASE_STEPS * ranks * tokens},
+            {
+                "model": deep,
+                "tokens": (STEPS - BASE_STEPS) * ranks * tokens,
+                "growth": {"operator": "direct_depth"},
+            },
+        ],
+    }
+
+
+def import_all() -> None:
+    """Imports what a rank needs, once for all that are forked; on CPUs, one thread each."""
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  (DeepSpeed imports it late)
+
+    import megagrow.run  # noqa: F401
+
+
+def start_ranks(run_file: Path, ranks: int) -> list[Any]:
+    """`megagrow train RUN_FILE` on ranks of this machine, as a launcher starts them."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    processes = [
+        _FORK.Process(target=_be_rank, args=(rank, ranks, port, run_file)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def log_of(output: Path, rank: int) -> Path:
+    """Where the errors of a rank go."""
+    return output.with_suffix(f".{rank}.log")
+
+
+def _be_rank(rank: int, ranks: int, port: int, run_file: Path) -> None:
+    gc.freeze()  # a collection would copy every page that is shared
+    with log_of(run_file, rank).open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.argv = ["megagrow", "train", str(run_file)]
+    from megagrow.cli.app import main
+
+    main()
+
+
+def look(output: Path) -> Seen:
+    """What the files of a run say now."""
+    records = []
+    for line in read_text(output / "metrics.jsonl").split("\n"):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # a line that is being written
+    folder = output / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    done = [int(name.removeprefix("step-")) for name in names if "." not in name]
+    return Seen(
+        starts=tuple(record["step"] for record in records if record["kind"] == "start"),
+        step=max((r["step"] for r in records if r["kind"] == "train"), default=0),
+        grown=any(record["kind"] == "growth" for record in records),
+        saving=any(name.endswith(".tmp") for name in names),
+        finished=max(done, default=0),
+    )
+
+
+def differences(output: Path, expected: Path) -> list[str]:
+    """How a finished run differs from the undisturbed one: tensors to the bit, losses exactly."""
+    found, right = _last_checkpoint(output), _last_checkpoint(expected)
+    wrong = [name for name in found.keys() | right.keys() if found.get(name) != right.get(name)]
+    for kind in ("train", "validation", "growth"):
+        if _losses(output, kind) != _losses(expected, kind):
+            wrong.append(f"{kind} records")
+    return [f"{output}: {name} not as in the undisturbed run" for name in sorted(wrong)]
+
+
+def _last_checkpoint(output: Path) -> dict[str, Any]:
+    """Its shards, to the bit, and where its run stands, without what tells the time."""
+    folder = output / "checkpoints" / f"step-{STEPS:09d}"
+    state = json.loads(read_text(folder / "manifest.json") or "{}")
+    for name in TIMES:
+        state.get("run", {}).get("counters", {}).pop(name, None)
+    shards = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    return {**shards, "manifest.json": [state.get(key) for key in ("model", "run", "adam_step")]}
+
+
+def _losses(output: Path, kind: str) -> list[Any]:
+    names = ("step", "tokens", "flops", "stage", "loss", "lr", "grad_norm", "loss_before")
+    records = [json.loads(line) for line in read_text(output / "metrics.jsonl").splitlines()]
+    names = (*names, "loss_after", "layers")
+    return [[record.get(name) for name in names] for record in records if record["kind"] == kind]
+
+
+def read_text(path: Path) -> str:
+    """What a file holds; nothing, if it is not there."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,171 @@
+"""Training steps of the paper's models on one GPU, in bf16, by each set of kernels.
+
+    python tools/gpu/bench/training.py --output training.jsonl [--smoke]
+
+Started by gpu_check.py. A step is what a run trains: forward and backward passes over its micro
+batches, clipping, and the update, by DeepSpeed under ZeRO 1. Weights and tokens are random, context
+is 2048. Writes one record per model and backend, the largest model last.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from megagrow.common.gpu_specs import peak_flops  # noqa: E402
+from megagrow.config.load import load_run  # noqa: E402
+from megagrow.config.schema import RunConfig  # noqa: E402
+from megagrow.data.batches import Batch  # noqa: E402
+from megagrow.parallel.process_groups import (  # noqa: E402
+    init_process_group,
+    leave_process_group,
+    read_launch,
+)
+from megagrow.train.flops import flops_per_token  # noqa: E402
+from megagrow.train.loop import train_at  # noqa: E402
+from megagrow.train.stage import Stage, build_stage  # noqa: E402
+
+WARM_STEPS, STEPS = 2, 3
+KEYS = ("attention", "norm", "pointwise", "loss")
+BACKENDS: dict[str, dict[str, Any]] = {
+    "triton": dict.fromkeys(KEYS, "triton"),
+    "triton, chunked loss": dict.fromkeys(KEYS, "triton") | {"linear_cross_entropy": True},
+    "torch": {"attention": "sdpa"} | dict.fromkeys(KEYS[1:], "torch"),
+}
+"""Name -> the section `kernels` of a run."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model of configs/model/ (or a shape), and the batch that a GPU of 80 GB has room for."""
+
+    model: str
+    micro: int
+    batch: int
+    """Sequences of a step."""
+    sequence: int = 2048
+    shape: dict[str, int] | None = None
+    """Of a model that has no file."""
+
+
+SIZES = (Size("llama-410m", 8, 32), Size("llama-1.1b", 4, 32), Size("llama-3b", 2, 16))
+TINY = {
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 101,
+}
+SMOKE_SIZES = (Size("tiny", 1, 2, 16, TINY),)
+
+
+def main() -> None:
+    """Trains every model with every set of kernels, and writes what that took."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--smoke", action="store_true")
+    options = parser.parse_args()
+    device = init_process_group(read_launch())
+    torch.manual_seed(0)
+    with options.output.open("w", encoding="utf-8") as file:
+        for size in SMOKE_SIZES if options.smoke else SIZES:
+            for backend in BACKENDS:
+                record = {"kind": "training", "model": size.model, "backend": backend}
+                record |= attempted(size, backend, device, options.output.parent)
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+    leave_process_group()
+
+
+def attempted(size: Size, backend: str, device: torch.device, folder: Path) -> dict[str, Any]:
+    """What a step took, or why there was none: too little memory is a finding, and so is a backend
+    that cannot run here."""
+    try:
+        return trained(run_of(size, backend, folder), device)
+    except Exception as error:  # the next backend may do better
+        return {"problem": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+
+
+def run_of(size: Size, backend: str, folder: Path) -> RunConfig:
+    """The run of which some steps are trained here."""
+    values = {
+        "name": size.model,
+        "output_dir": str(folder),
+        "model": size.shape or size.model,
+        "tokens": 10**12,
+        "data": {"train": [{"path": "unused"}], "sequence_length": size.sequence},
+        "batch": {"global_batch_size": size.batch, "micro_batch_size": size.micro},
+        "optimizer": {"lr": 1e-4},
+        "kernels": BACKENDS[backend],
+    }
+    path = folder / "training.yaml"
+    path.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
+    return load_run(path)
+
+
+def trained(run: RunConfig, device: torch.device) -> dict[str, Any]:
+    """Median seconds of a step, tokens/s, model FLOPs utilisation and peak memory."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    stage = build_stage(run, 0, device)
+    try:
+        fill(stage)
+        batches = list(random_batches(run))
+        seconds, losses = [], []
+        for step in range(WARM_STEPS + STEPS):
+            begin = time.perf_counter()
+            losses.append(train_at(run, stage, step, batches)[0])  # waits for the GPU
+            seconds.append(time.perf_counter() - begin)
+    finally:
+        stage.release()
+    config = run.stages[0]
+    step_seconds = statistics.median(seconds[WARM_STEPS:])
+    tokens = config.batch.global_batch_size * run.data.sequence_length
+    flops = flops_per_token(config.model, run.data.sequence_length) * tokens
+    peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
+    return {
+        "seconds": step_seconds,
+        "first_seconds": seconds[0],
+        "tokens_per_second": tokens / step_seconds,
+        "mfu": flops / step_seconds / peak if peak else None,
+        "memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "loss": losses[-1],
+    }
+
+
+def fill(stage: Stage) -> None:
+    """Random weights, as large as initial ones, and no moments yet."""
+    for name, kinds in stage.engine.storage().items():
+        if name.endswith("norm.weight"):
+            kinds["fp32"].fill_(1.0)
+        else:
+            kinds["fp32"].normal_(std=stage.config.model.initializer_range)
+        kinds["exp_avg"].zero_()
+        kinds["exp_avg_sq"].zero_()
+    stage.engine.ready(0)
+
+
+def random_batches(run: RunConfig) -> Iterator[Batch]:
+    """The micro batches of one step."""
+    batch, length = run.stages[0].batch, run.data.sequence_length
+    positions = torch.arange(length).expand(batch.micro_batch_size, -1).contiguous()
+    for _ in range(batch.global_batch_size // batch.micro_batch_size):
+        shape = (batch.micro_batch_size, length + 1)
+        tokens = torch.randint(run.stages[0].model.vocab_size, shape)
+        yield Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, None)
+
+
+if __name__ == "__main__":
+    main()
