@@ -32,7 +32,7 @@ from megagrow.train.growth_event.cost import Feed
 from megagrow.train.growth_event.event import end_stage
 from megagrow.train.growth_event.function_check import Change, change, predictions
 from megagrow.train.growth_event.operator_search import grow_best
-from megagrow.train.kernels import check_kernels
+from megagrow.train.kernel_warmup import WarmUp, check_kernels
 from megagrow.train.loop import StageEnd, StepDone, Stopped, advance
 from megagrow.train.reporting.environment import describe_environment
 from megagrow.train.reporting.run_logger import Recorder
@@ -40,7 +40,6 @@ from megagrow.train.resume import begin, rewind_target
 from megagrow.train.stage import Stage, masks_now
 from megagrow.train.step import mean_loss
 from megagrow.train.train_state import RunState
-from megagrow.train.warm_up import WarmUp
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from megagrow.analysis.curves import RunCurves
 from megagrow.analysis.flop_accounting import ACCOUNTS
+from megagrow.analysis.growth_transient import spikes
 from megagrow.analysis.seeds import Matchup
 from megagrow.analysis.speedup_curve import Level
-from megagrow.analysis.spikes import spikes
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from megagrow.checkpoint.files import checkpoint_name, list_checkpoints, shard_name
 from megagrow.checkpoint.manifest import Manifest, write_manifest
 from megagrow.checkpoint.retention import remove_unfinished
-from megagrow.checkpoint.shard_file import own_tensors, planned_shard, write_shard
+from megagrow.checkpoint.shards import own_tensors, planned_shard, write_shard
 from megagrow.common.checksums import Files
 from megagrow.common.disk_space import check_room
 from megagrow.common.file_io import sync

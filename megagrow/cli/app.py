@@ -10,7 +10,6 @@ from rich.console import Console
 
 from megagrow.cli.checkpoint import checkpoint_app
 from megagrow.cli.convert import convert_app
-from megagrow.cli.convert_formats import add_formats
 from megagrow.cli.doctor import doctor
 from megagrow.cli.evaluate import evaluate
 from megagrow.cli.fit import fit_app
@@ -24,7 +23,6 @@ app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(convert_app, name="convert")
 app.add_typer(fit_app, name="fit")
-add_formats(convert_app)
 app.command("eval")(evaluate)
 app.command("train")(train)
 app.command("doctor")(doctor)
@@ -211,8 +209,7 @@ def report(
 @config_app.command("show")
 def config_show(run_file: RunFile, overrides: Overrides = None) -> None:
     """Print a run file with all its parts and defaults resolved."""
-    from megagrow.config.load import load_run
-    from megagrow.config.show import to_yaml
+    from megagrow.config.load import load_run, to_yaml
 
     print(to_yaml(load_run(run_file, overrides or ())), end="")
 

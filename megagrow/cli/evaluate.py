@@ -40,7 +40,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a checkpoint on lm-eval's tasks; alone or under torchrun."""
-    from megagrow.evaluation.installed import need_lm_eval
+    from megagrow.evaluation.evaluator import need_lm_eval
 
     need_lm_eval()
     from megagrow.evaluation.lm import evaluated, join

@@ -7,6 +7,8 @@ for. Links, and what else only a predicted step needs, stand in planning/cluster
 
 from dataclasses import dataclass
 
+from megagrow.errors import InputError
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -64,3 +66,17 @@ def peak_flops(device_name: str) -> float | None:
     if "MIG" in words:
         return None
     return next((gpu.peak_flops for gpu in GPUS if words.issuperset(gpu.name.split())), None)
+
+
+__all__ = ["Gpu", "find_gpu"]
+
+
+def find_gpu(name: str, option: str = "--gpu") -> Gpu:
+    """A card by its name: `h100`, `H100-NVL`, `"a100"`. InputError, which names the option, for one
+    that is not known."""
+    known = {gpu.name: gpu for gpu in GPUS}
+    key = " ".join(name.upper().replace("-", " ").split())
+    if key not in known:
+        names = ", ".join(row.lower().replace(" ", "-") for row in known)
+        raise InputError(f"{option} {name}: not known; known are {names}")
+    return known[key]

@@ -2,12 +2,22 @@
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megagrow.common.yaml_file import read_mapping
-from megagrow.config.keys import PARTS, refuse_unknown_part_keys
+from megagrow.config.overrides import (
+    DEFAULTS,
+    PARTS,
+    refuse_no_effect,
+    refuse_unknown_keys,
+    refuse_unknown_part_keys,
+)
+from megagrow.config.schema import ModelConfig
+from megagrow.config.validation import model_problems
 from megagrow.errors import InputError
 
 Tree = dict[str, Any]
@@ -104,3 +114,107 @@ def find_file(name: str, section: str, folders: Sequence[Path], where: str) -> P
     hint = f"did you mean '{near[0]}'?" if near else listed
     sought = Path(section, f"{name}.yaml")
     raise InputError(f"{where} names '{name}', but there is no {sought}; {hint}")
+
+
+def read_run(path: Path, via: tuple[Path, ...] = ()) -> Tree:
+    """The content of a run file, laid on that of the file that it names by `base`, with every named
+    part put in its place; `via` are the files that led here.
+
+    `base: gstack-1.1b` is sought as gstack-1.1b.yaml where named parts are. Mappings are merged key
+    by key; `stages` and sections given by name replace what the base has. `hardware` is laid on the
+    base, and the file's own keys on that. Raises InputError, in one line, for what is wrong with
+    any of the files.
+    """
+    origin, folders = str(path), search_path(path)
+    own = read_mapping(path)
+    refuse_unknown_keys(own, origin)
+    under: Tree = {}
+    if "base" in own:
+        file = find_file(str(own["base"]), "", folders, f"{origin}: 'base'")
+        if file in (via := (*via, path.resolve())):
+            trail = " -> ".join(item.stem for item in (*via, file))
+            raise InputError(f"{origin}: 'base' is built on itself: {trail}")
+        under = read_run(file, via)
+    if "hardware" in own:
+        under = with_hardware({**under, "hardware": own["hardware"]}, folders, origin)
+    named = {key for key in PARTS if isinstance(own.get(key), str) or "base" in _mapping(own, key)}
+    under = {key: value for key, value in under.items() if key not in named}
+    own = expand({key: own[key] for key in own if key not in ("base", "hardware")}, folders, origin)
+    merged = merge(under, own)
+    if "stages" not in own:
+        for names in _leaves({key: own[key] for key in DEFAULTS if key in own}):
+            refuse_no_effect(merged, names, f"{origin}: {'.'.join(names)}")
+    return merged
+
+
+def with_hardware(tree: Tree, folders: Sequence[Path], origin: str) -> Tree:
+    """`tree`, with the profile that its key `hardware` names laid upon it: as the defaults of all
+    stages, and upon those sections that a stage has of its own."""
+    if "hardware" not in tree:
+        return tree
+    if not isinstance(tree["hardware"], str):
+        raise InputError(f"{origin}: 'hardware' should be the name of a file in hardware/")
+    profile = named_section(tree["hardware"], "hardware", folders, f"{origin}: 'hardware'")
+    laid = merge({key: tree[key] for key in tree if key != "hardware"}, profile)
+    if "stages" in tree:
+        laid["stages"] = [
+            merge(stage, {key: item for key, item in profile.items() if key in stage})
+            for stage in tree["stages"]
+        ]
+    return laid
+
+
+def _mapping(tree: Tree, key: str) -> Tree:
+    value = tree.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _leaves(tree: Tree, above: tuple[str, ...] = ()) -> Iterator[list[str]]:
+    """The path of each value that is no mapping."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*above, key))
+        else:
+            yield [*above, key]
+
+
+_OF_RUNS = {"name", "stages", "data", "output_dir"}
+"""Keys that only the file of a run has."""
+
+
+def is_run_file(name: str) -> bool:
+    """Whether `name` is the path of a run file, and not that of a model file or a model's name."""
+    path = Path(name)
+    return path.is_file() and bool(_OF_RUNS & read_mapping(path).keys())
+
+
+def load_model(name: str) -> ModelConfig:
+    """The model in the file at the path `name`, else the one of that name, searched for as run
+    files in the current directory would. InputError, in one line, for everything wrong with it."""
+    path = Path(name)
+    folders = search_path(path if path.is_file() else Path("run.yaml"))
+    if path.is_file():
+        tree = read_mapping(path)
+        refuse_unknown_part_keys(tree, "model", name)
+        tree = expand({"model": tree}, folders, name)["model"]
+    elif path.suffix == ".yaml":
+        raise InputError(f"{name}: no such file")
+    else:
+        tree = expand({"model": name}, folders, f"model {name}")["model"]
+    return checked_model(tree, name)
+
+
+def checked_model(values: dict[str, object], origin: str) -> ModelConfig:
+    """A model of these values. InputError, naming `origin`, if they make none."""
+    try:
+        model = ModelConfig.model_validate(values)
+    except ValidationError as error:
+        wrong = [
+            f"'{'.'.join(map(str, found['loc']))}': {found['msg']}"
+            for found in error.errors()
+            if found["type"] != "default_factory_not_called"  # it hangs on another key's error
+        ]
+        raise InputError(f"{origin}: {'; '.join(wrong)}") from error
+    if found := list(model_problems(model, "model")):
+        raise InputError(f"{origin}: {'; '.join(found)}")
+    return model

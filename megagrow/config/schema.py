@@ -9,12 +9,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megagrow.config.evaluation import EvaluationConfig
 from megagrow.config.growth import GrowthConfig
-from megagrow.config.guards import GuardsConfig
-from megagrow.config.kernels import KernelsConfig
-from megagrow.config.rope import RopeScaling
-from megagrow.config.sections import Count, Section
+from megagrow.config.sections import (
+    Count,
+    EvaluationConfig,
+    GuardsConfig,
+    KernelsConfig,
+    RopeScaling,
+    Section,
+)
 
 
 class ModelConfig(Section):

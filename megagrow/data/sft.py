@@ -6,12 +6,17 @@ Stanford Alpaca (Taori et al. 2023, train.py), and so is the rule by which token
 prompt and answer are tokenised as one text, and as many tokens as the prompt alone has are prompt.
 """
 
-from collections.abc import Iterator
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megagrow.common.json_text import parse_json
+from megagrow.config.schema import CorpusConfig
+from megagrow.data.indexed import IndexedCorpus, with_suffix
+from megagrow.data.manifest import Manifest
+from megagrow.data.stream import TokenStream
 from megagrow.data.tokenizers import Tokenizer
 from megagrow.errors import InputError
 
@@ -104,3 +109,63 @@ def _example(record: Any, where: str) -> Example:
     if not values["instruction"].strip():
         raise InputError(f"{where}: the instruction is empty")
     return Example(prompt_of(values["instruction"], values["input"]), values["output"])
+
+
+def mask_prefix(prefix: Path) -> Path:
+    """The prefix of the mask that stands beside a corpus."""
+    return with_suffix(prefix, ".mask")
+
+
+def open_mask(
+    stream: TokenStream, corpora: Sequence[CorpusConfig], seed: int, length: int, shuffle: bool
+) -> TokenStream:
+    """The stream of the masks of `stream`, which was opened with the same arguments: its label at
+    a position is 1 where the stream's label is answer.
+
+    Errors: InputError if a mask is missing, damaged or of another length than its corpus, or if
+    the examples were packed into rows that are not `length` long.
+    """
+    masks = [_opened(corpus, length) for corpus in stream.corpora]
+    return TokenStream(masks, [corpus.weight for corpus in corpora], seed, length, shuffle)
+
+
+def _opened(corpus: IndexedCorpus, length: int) -> IndexedCorpus:
+    prefix = mask_prefix(corpus.prefix)
+    missing = next(
+        (p for s in (".bin", ".idx") if not (p := with_suffix(prefix, s)).is_file()), None
+    )
+    if missing is not None:
+        raise InputError(
+            f"{missing}: no such file; stage: sft needs a mask beside its corpus: prepare it with "
+            "megagrow prepare-sft"
+        )
+    mask = IndexedCorpus(prefix)
+    if mask.num_tokens != corpus.num_tokens:
+        raise InputError(
+            f"{prefix}.bin: {mask.num_tokens} tokens are masked, the corpus has "
+            f"{corpus.num_tokens}; prepare it again"
+        )
+    manifest = Manifest.beside(corpus.prefix)
+    packed = manifest.sequence_length if manifest else None
+    if packed not in (None, length):
+        raise InputError(
+            f"{corpus.prefix}: its examples stand in rows of {packed} tokens, "
+            f"data.sequence_length is {length}; make them equal"
+        )
+    return mask
+
+
+def pack(lengths: Sequence[int], row: int) -> list[list[int]]:
+    """Which items stand in which row, in the order of their numbers: best fit, the fullest row
+    that still has room. No length is above `row`."""
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (what is free in a row, its number), ascending
+    for item, length in enumerate(lengths):
+        place = bisect_left(rooms, (length, 0))
+        free, number = rooms.pop(place) if place < len(rooms) else (row, len(rows))
+        if number == len(rows):
+            rows.append([])
+        rows[number].append(item)
+        if free > length:
+            insort(rooms, (free - length, number))
+    return rows

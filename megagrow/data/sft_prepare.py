@@ -17,9 +17,7 @@ from rich.console import Console
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
 from megagrow.data.manifest import NAME, FileRecord, Manifest, Split
 from megagrow.data.part_files import SPLITS, TRAIN, Options, fingerprint
-from megagrow.data.sft import TokenisedExample, read_examples, tokenise
-from megagrow.data.sft_masks import mask_prefix
-from megagrow.data.sft_packing import pack
+from megagrow.data.sft import TokenisedExample, mask_prefix, pack, read_examples, tokenise
 from megagrow.data.tokenizers import Tokenizer, load_tokenizer
 from megagrow.errors import InputError
 

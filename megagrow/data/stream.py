@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megagrow.data.blend import Blend
+from megagrow.data.blend import Blend, Permutation
 from megagrow.data.indexed import IndexedCorpus
-from megagrow.data.permutation import Permutation
 
 NO_LABEL = -100
 """The label of a corpus's last token, which nothing follows: ignored by the loss."""

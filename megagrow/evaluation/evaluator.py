@@ -1,12 +1,13 @@
 """Evaluation while a run trains, as the run sees it: nothing of lm-eval is imported without it."""
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megagrow.config.schema import RunConfig
-from megagrow.evaluation.installed import need_lm_eval
+from megagrow.errors import InputError
 from megagrow.model.masks import Masks
 from megagrow.parallel.process_groups import together
 from megagrow.train.stage import Stage
@@ -29,3 +30,9 @@ def open_evaluation(run: RunConfig, device: torch.device) -> Evaluation | None:
     from megagrow.evaluation.online import LiveEvaluation
 
     return LiveEvaluation(run, run.evaluation, device)
+
+
+def need_lm_eval() -> None:
+    """InputError if lm-eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("evaluation needs lm-eval: pip install megagrow[eval]")

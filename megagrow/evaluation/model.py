@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from megagrow.checkpoint.source import Source
-from megagrow.config.kernels import KernelsConfig
 from megagrow.config.schema import ModelConfig
+from megagrow.config.sections import KernelsConfig
 from megagrow.errors import InputError
 from megagrow.evaluation.tokenizer import Texts, open_texts
 from megagrow.formats.open_source import find_source, open_found

@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagrow.config.evaluation import EvaluationConfig
 from megagrow.config.schema import RunConfig
+from megagrow.config.sections import EvaluationConfig
 from megagrow.evaluation.lm import Evaluated
 from megagrow.evaluation.logprobs import Scorer
 from megagrow.evaluation.preflight import rehearse

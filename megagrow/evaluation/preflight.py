@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megagrow.config.evaluation import EvaluationConfig
+from megagrow.config.sections import EvaluationConfig
 from megagrow.evaluation.lm import Evaluated
 from megagrow.evaluation.logprobs import Asked
 from megagrow.evaluation.runner import evaluate

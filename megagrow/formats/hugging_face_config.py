@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.common.json_text import read_json
-from megagrow.config.model_file import checked_model
-from megagrow.config.rope import ROPE_TYPES
+from megagrow.config.includes import checked_model
 from megagrow.config.schema import ModelConfig
+from megagrow.config.sections import ROPE_TYPES
 from megagrow.errors import InputError
 
 CONFIG_FILE = "config.json"

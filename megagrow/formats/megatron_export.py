@@ -14,8 +14,8 @@ from megagrow.common.file_io import sync
 from megagrow.formats.megatron import LATEST_FILE, RANK_FILE
 from megagrow.formats.megatron_args import args_of
 from megagrow.formats.megatron_layout import Fused, fused_tensors, padded_vocabulary
-from megagrow.formats.pieces import ELEMENTS_AT_ONCE, row_pieces
-from megagrow.formats.torch_writing import Streamed, check_torch_file, write_torch_file
+from megagrow.formats.open_source import ELEMENTS_AT_ONCE, row_pieces
+from megagrow.formats.torch_file import Streamed, check_torch_file, write_torch_file
 
 VERSION = 3.0
 """Of the layout, as Megatron-LM counts it."""

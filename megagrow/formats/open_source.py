@@ -1,7 +1,10 @@
 """Opens whatever a growth between files can begin with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from megagrow.checkpoint.discovery import newest_whole
 from megagrow.checkpoint.files import list_checkpoints
@@ -10,6 +13,8 @@ from megagrow.checkpoint.source import Source, open_checkpoint
 from megagrow.errors import InputError
 from megagrow.formats.hugging_face import open_hugging_face
 from megagrow.formats.hugging_face_config import CONFIG_FILE
+from megagrow.growth.map import Kind
+from megagrow.reshard.layout import Block
 
 
 def open_source(path: Path, say: Callable[[str], None]) -> Source:
@@ -39,3 +44,19 @@ def find_source(path: Path, say: Callable[[str], None]) -> Path:
             assert found is not None
             return found[0]
     raise InputError(f"{path}: neither a checkpoint nor a run directory nor a Hugging Face folder")
+
+
+ELEMENTS_AT_ONCE = 2**20
+"""Of a tensor that are read and written at once, or one row."""
+
+
+def row_pieces(source: Source, name: str, kind: Kind, block: Block) -> Iterator[Tensor]:
+    """A rectangle of a logical tensor, some rows at a time; zeros where the source has no such
+    kind of state."""
+    at_once = max(1, ELEMENTS_AT_ONCE // len(block.cols))
+    for first in range(block.rows.start, block.rows.stop, at_once):
+        some = Block(range(first, min(first + at_once, block.rows.stop)), block.cols)
+        if kind in source.kinds:
+            yield source.read(name, kind, some)
+        else:
+            yield torch.zeros(len(some.rows), len(some.cols))

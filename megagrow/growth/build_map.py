@@ -8,8 +8,7 @@ from megagrow.config.growth import GrowthConfig, StatePolicy
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.depth import Depth, Layer
 from megagrow.growth.lifts import Lift
-from megagrow.growth.map import Axis, Fill, Fresh, Gather, GrowthMap, ParamScale, Term
-from megagrow.growth.states import kinds_of, without_fresh
+from megagrow.growth.map import Axis, Dense, Fill, Fresh, Gather, GrowthMap, Kind, ParamScale, Term
 from megagrow.growth.tensor_axes import LAST_PROJECTIONS, axis, leaf, strands
 from megagrow.growth.width import Width
 from megagrow.parallel.sharding import ParamSpec, parameter_plan
@@ -207,3 +206,32 @@ def _param_scales(growing: Growing) -> dict[str, ParamScale]:
 
 def _unchanged_layers(source: ModelConfig) -> tuple[Layer, ...]:
     return tuple(Layer(layer) for layer in range(source.num_hidden_layers))
+
+
+def kinds_of(policy: StatePolicy) -> tuple[Kind, ...]:
+    """The kinds of state that move."""
+    match policy:
+        case "reset":
+            return ("fp32",)
+        case "keep_v":
+            return ("fp32", "exp_avg_sq")
+        case _:
+            return ("fp32", "exp_avg", "exp_avg_sq")
+
+
+def without_fresh(terms: tuple[Term, ...], fresh: Fresh) -> tuple[Term, ...]:
+    """The terms of a parameter's moments for its old entries only."""
+    if fresh.whole:
+        return ()
+    return tuple(term if isinstance(term, Dense) else _old_part(term, fresh) for term in terms)
+
+
+def _old_part(term: Gather, fresh: Fresh) -> Gather:
+    return Gather(term.source, _old(term.rows, fresh.rows), _old(term.cols, fresh.cols))
+
+
+def _old(along: Axis, fresh: np.ndarray | None) -> Axis:
+    if fresh is None:
+        return along
+    index = np.arange(len(fresh)) if along.index is None else along.index
+    return Axis(np.where(fresh, -1, index), along.scale)

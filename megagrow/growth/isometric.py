@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megagrow.growth.build_map import Growing, assemble
+from megagrow.growth.build_map import Growing, assemble, kinds_of, without_fresh
 from megagrow.growth.map import Dense, Fill, Fresh, Gather, GrowthMap, Term
-from megagrow.growth.states import kinds_of, without_fresh
 from megagrow.growth.tensor_axes import Strand, leaf, strands
 from megagrow.parallel.sharding import ParamSpec, parameter_plan
 

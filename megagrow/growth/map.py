@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from megagrow.parallel.scale import ParamScale as ParamScale
+from megagrow.parallel.engine_config import ParamScale as ParamScale
 
 Indices = range | np.ndarray
 """Positions along one axis: a `range` where they are consecutive, else int64 (n,)."""

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from megagrow.config.growth import GrowthConfig, OperatorName
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.growth.constraints import WIDTHS, Event, rule_of
-from megagrow.growth.learning import learning_problems
 from megagrow.growth.mask_schedule import ramp_problems
 from megagrow.growth.operators import (
     OPERATORS,
     follows_exactly,
     growing,
     growth_map,
+    is_learned,
     operators_of,
     state_policy,
 )
@@ -139,3 +139,42 @@ def _norms_and_states(event: Event) -> Iterator[str]:
             f"{event.here}.growth.exact_continuation needs even copies in width alone, without "
             "noise, and optimizer_state = transport: set it to false"
         )
+
+
+def learning_problems(
+    source: ModelConfig, target: ModelConfig, options: GrowthConfig, at: str
+) -> Iterator[str]:
+    """What is wrong with a growth by `learn_depth` or `learn_width`, whose section stands `at`."""
+    if not is_learned(options):
+        return
+    deeper = source.num_hidden_layers != target.num_hidden_layers
+    for name in options.operator:
+        if OPERATORS[name].deeper and not deeper:
+            yield f"{at}.operator: {name} needs a model with more layers; take {name} out"
+        if OPERATORS[name].wider and not _wider(source, target):
+            yield f"{at}.operator: {name} needs a wider model; take {name} out"
+    for key, given in (
+        ("literal", options.literal),
+        ("block", options.block == "random"),
+        ("noise", options.noise),
+        ("mixing_noise", options.mixing_noise),
+    ):
+        if given:
+            yield f"{at}.{key} does not go with a growth that is learned from copies: leave it out"
+    if state_policy(options) in ("asymmetric", "probe_v"):
+        yield (
+            f"{at}.optimizer_state = {options.optimizer_state}: a learned growth mixes old and new "
+            "entries; set it to reset, keep_v or transport"
+        )
+    if follows_exactly(options):
+        yield f"{at}.exact_continuation needs even copies, not learned ones: set it to false"
+    learn = options.learn
+    if learn.min_lr > learn.lr:
+        yield f"{at}.learn.min_lr = {learn.min_lr} is above lr = {learn.lr}"
+    if learn.warmup_steps > learn.steps:
+        yield f"{at}.learn.warmup_steps = {learn.warmup_steps} is above steps = {learn.steps}"
+
+
+def _wider(source: ModelConfig, target: ModelConfig) -> bool:
+    names = ("hidden_size", "intermediate_size", "num_key_value_heads")
+    return any(getattr(source, name) != getattr(target, name) for name in names)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megagrow.config.kernels import KernelsConfig
 from megagrow.config.schema import RunConfig
+from megagrow.config.sections import KernelsConfig
 from megagrow.errors import InputError
 from megagrow.model.machine import Machine
 

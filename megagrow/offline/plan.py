@@ -10,10 +10,9 @@ from pydantic import ValidationError
 
 from megagrow.checkpoint.source import Source
 from megagrow.config.growth import GrowthConfig
-from megagrow.config.keys import refuse_unknown_keys
+from megagrow.config.includes import is_run_file, load_model
 from megagrow.config.load import load_run
-from megagrow.config.model_file import is_run_file, load_model
-from megagrow.config.overrides import apply_override
+from megagrow.config.overrides import apply_override, refuse_unknown_keys
 from megagrow.config.schema import ModelConfig, OptimizerConfig, RunConfig
 from megagrow.errors import InputError
 from megagrow.growth.constraints import Event
@@ -24,8 +23,7 @@ from megagrow.growth.operators import follows_exactly, growth_map, operators_of,
 from megagrow.growth.validation import event_problems
 from megagrow.model.masks import Masks, masks_at
 from megagrow.offline.request import Request
-from megagrow.parallel.engine_config import parameter_groups
-from megagrow.parallel.scale import ParamScale
+from megagrow.parallel.engine_config import ParamScale, parameter_groups
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Layout
 from megagrow.train.growth_event.run_growths import as_grown, stage_scales

@@ -23,9 +23,8 @@ from megagrow.parallel.engine_config import (
     deepspeed_config,
     parameter_groups,
 )
-from megagrow.parallel.flat_gradients import sum_flat
-from megagrow.parallel.gradients import clip_whole_gradients, weigh_norm
-from megagrow.parallel.materialize import build_model, materialise, materialise_flat
+from megagrow.parallel.gradients import clip_whole_gradients, sum_flat, weigh_norm
+from megagrow.parallel.materialize import build_model, materialise, materialise_flat, zeros_like
 from megagrow.parallel.partitions import (
     forget_gradients,
     partition_zero3,
@@ -36,7 +35,6 @@ from megagrow.parallel.partitions import (
 from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.parallel.update_scaling import Part, UpdateFactors
-from megagrow.parallel.zeros import zeros_like
 
 STATE_KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 """What is kept of every parameter, under the names of DeepSpeed's universal checkpoint."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megagrow.parallel.deepspeed_import import deepspeed, stage3, stage_1_and_2
-from megagrow.parallel.zeros import zeros
+from megagrow.parallel.materialize import zeros
 
 
 @contextmanager

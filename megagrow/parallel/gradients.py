@@ -97,3 +97,23 @@ def clip_whole_gradients(
             for parameter in parameters:
                 parameter.grad.mul_(factor)
     return norm
+
+
+def sum_flat(optimizer: Any) -> None:
+    """For DeepSpeed's optimizer of ZeRO 1 and 2 that is not offloaded, once, when it is built.
+
+    On a CPU the flat tensors are kept from step to step: there new memory costs more than a sum.
+    """
+    optimizer._use_compact_grad_partition_buffer = lambda group: True
+    if optimizer.single_partition_of_fp32_groups[0].device.type != "cpu":
+        return
+    build, built = optimizer._build_compact_grad_partition_buffer, {}
+
+    def cleared(group: int) -> list[torch.Tensor]:
+        if group not in built:
+            built[group] = build(group)
+        else:
+            built[group].flat_partition.zero_()
+        return built[group]
+
+    optimizer._build_compact_grad_partition_buffer = cleared

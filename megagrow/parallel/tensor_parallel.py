@@ -7,6 +7,7 @@ since a row that another rank holds must read as zero.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megagrow.model.llama import MLP, Attention, LlamaForCausalLM, RMSNorm
+from megagrow.model.masks import Masks
 from megagrow.parallel import collectives
 from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.sharding import ParamSpec
@@ -93,3 +95,17 @@ def _slice_parameters(
             fresh.model_parallel = fresh.tensor_model_parallel = spec.tp_dim is not None
             sliced[id(parameter)] = fresh
         setattr(model.get_submodule(owner), leaf, sliced[id(parameter)])
+
+
+def rank_masks(masks: Masks, topology: Topology) -> Masks:
+    """This rank's masks, on its device: ffn (F/tp,) and groups (G/tp,), the residual one whole.
+
+    They are sliced as `parallel/plan.py` slices the rows of gate_proj and of k_proj: evenly, rank
+    by rank.
+    """
+
+    def mine(mask: Tensor | None) -> Tensor | None:
+        return None if mask is None else mask.chunk(topology.tp)[topology.tp_rank]
+
+    masks = replace(masks, groups=mine(masks.groups), ffn=mine(masks.ffn))
+    return masks.to(topology.device)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megagrow.config.schema import StageConfig
 from megagrow.model.ops import TORCH_LOSS, TRITON_CHUNKS
-from megagrow.parallel.linear_loss import chunk_size
+from megagrow.parallel.loss import chunk_size
 from megagrow.reshard.layout import Layout
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
+from megagrow.common.gpu_specs import Gpu, find_gpu
 from megagrow.common.yaml_file import read_mapping
 from megagrow.config.sections import Count, Section
 from megagrow.errors import InputError
-from megagrow.planning.gpus import Gpu, find_gpu
 
 MOST_GPUS = 1024
 """To which the model of a step is meant to hold."""

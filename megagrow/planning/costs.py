@@ -6,8 +6,8 @@ come on top.
 
 from dataclasses import dataclass
 
+from megagrow.common.gpu_specs import Gpu
 from megagrow.errors import InputError
-from megagrow.planning.gpus import Gpu
 from megagrow.planning.planner import RunPlan
 from megagrow.planning.throughput import Pace
 from megagrow.train.flops import flops_per_token

@@ -18,7 +18,7 @@ from megagrow.checkpoint.files import list_checkpoints
 from megagrow.config.schema import RunConfig
 from megagrow.config.validation import world_problems
 from megagrow.errors import InputError
-from megagrow.evaluation.installed import need_lm_eval
+from megagrow.evaluation.evaluator import need_lm_eval
 from megagrow.growth.operators import is_learned
 from megagrow.growth.validation import candidates, growth_problems
 from megagrow.parallel.engine_config import EngineSettings
@@ -26,7 +26,7 @@ from megagrow.parallel.materialize import build_model
 from megagrow.parallel.process_groups import Topology
 from megagrow.planning.memory import STATE_BYTES, StageMemory
 from megagrow.planning.traffic import Traffic, step_traffic
-from megagrow.reshard.move_volume import Volume, rank_volume
+from megagrow.reshard.traffic import Volume, rank_volume
 from megagrow.train.data_setup import input_problems
 from megagrow.train.growth_event.run_growths import stage_growth, stage_layout, with_operators
 from megagrow.train.init_from import check_beginning

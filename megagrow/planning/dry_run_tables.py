@@ -9,7 +9,7 @@ from rich.text import Text
 
 from megagrow.planning.dry_run import RankGrowth, RankStage, Rehearsal
 from megagrow.planning.tables import memory_rows
-from megagrow.reshard.move_volume import Volume
+from megagrow.reshard.traffic import Volume
 
 PARAMETER_COLUMNS = ("parameter", "shape here", "of them", "elements held")
 TRAFFIC_COLUMNS = ("sent in a step", "by", "among ranks", "tensors, MB", "this rank sends, MB")

@@ -9,19 +9,21 @@ from megagrow.config.flops import (
     parameters,
 )
 from megagrow.config.growth import GrowthConfig
-from megagrow.config.growth_guidelines import growth_tokens, outside_fit, timing_warnings
-from megagrow.config.schema import OptimizerConfig, RunConfig, StageConfig
-from megagrow.config.stage_length import stage_steps, stage_tokens, step_tokens
-from megagrow.config.validation import world_problems
-from megagrow.errors import InputError
-from megagrow.growth.guidelines import (
+from megagrow.config.growth_guidelines import (
     LARGE_BATCH,
     LEAST_LAYERS,
     MOST_FACTOR,
     SPEEDUPS,
     best_batch,
     connection_rate,
+    growth_tokens,
+    outside_fit,
+    timing_warnings,
 )
+from megagrow.config.schema import OptimizerConfig, RunConfig, StageConfig
+from megagrow.config.stage_length import stage_steps, stage_tokens, step_tokens
+from megagrow.config.validation import world_problems
+from megagrow.errors import InputError
 from megagrow.growth.operators import growing, state_policy
 from megagrow.growth.validation import growth_problems
 from megagrow.planning.memory import StageMemory, growth_peak, stage_memory

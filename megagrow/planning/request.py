@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megagrow.common.gpu_specs import Gpu, find_gpu
 from megagrow.common.sizes import parse_bytes
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
 from megagrow.planning.cluster import Cluster, find_cluster
 from megagrow.planning.costs import KG_CO2_PER_KWH, PUE, RunCosts, make_factors, run_costs
-from megagrow.planning.gpus import Gpu, find_gpu
 from megagrow.planning.layouts import FittingLayout, fitting_layouts
 from megagrow.planning.planner import RunPlan, plan_run
 from megagrow.planning.prediction import RunPrediction, predict_run, predicted_pace

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from math import ceil
 
 from megagrow.planning.cluster import Cluster
-from megagrow.planning.collectives import data_group, tensor_group
 from megagrow.planning.step_rates import (
     ADAM_BYTES,
     ATTENTION_SHARE,
@@ -21,6 +20,7 @@ from megagrow.planning.step_rates import (
     TILE_START,
 )
 from megagrow.planning.step_workload import Stack, Work
+from megagrow.planning.traffic import data_group, tensor_group
 
 WIDTH = 2
 """Bytes of a bf16 number."""

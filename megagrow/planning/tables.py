@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megagrow.config.growth_guidelines import SPEEDUPS
 from megagrow.config.schema import StageConfig
-from megagrow.growth.guidelines import SPEEDUPS
 from megagrow.growth.validation import candidates
 from megagrow.planning.cluster_tables import (
     LAYOUT_COLUMNS,
@@ -17,9 +17,8 @@ from megagrow.planning.cluster_tables import (
     prediction_lines,
     prediction_rows,
 )
-from megagrow.planning.cost_tables import cost_columns, cost_lines, cost_rows
+from megagrow.planning.cost_tables import cost_columns, cost_lines, cost_rows, flops_rows
 from megagrow.planning.costs import RunCosts
-from megagrow.planning.flops_tables import flops_rows
 from megagrow.planning.memory import StageMemory
 from megagrow.planning.planner import GrowthPlan, RunPlan, StagePlan
 from megagrow.planning.request import Answer

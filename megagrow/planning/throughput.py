@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from megagrow.common.gpu_specs import Gpu
 from megagrow.errors import InputError
-from megagrow.planning.gpus import Gpu
 from megagrow.train.reporting.metrics import METRICS_FILE, read_metrics
 from megagrow.train.reporting.writers import Record
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Kind, Term
 from megagrow.parallel.sharding import ParamSpec
-from megagrow.reshard.drawn import drawn_rows
+from megagrow.reshard.fill import drawn_rows
 from megagrow.reshard.index_ranges import as_array, bounds, compact
 from megagrow.reshard.layout import Block
 

@@ -5,7 +5,8 @@ with sharding, so it alone is gathered, one matrix; each rank then computes the 
 holds, in fp64, which makes them the same on every layout to the rounding of the mix in fp32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from megagrow.reshard.copy_ops import block_view
 from megagrow.reshard.exchange import BUCKET_BYTES, Moved, Side
 from megagrow.reshard.layout import Block, Layout
 from megagrow.reshard.transport import group_device
-from megagrow.reshard.whole import held_parts
 
 _ELEMENTS_AT_ONCE = BUCKET_BYTES // 8 // 4
 """Of an fp64 matrix on the way; there are up to four at a time."""
@@ -131,3 +131,71 @@ def _left(left: np.ndarray | None, mix: Tensor, rows: range, at_once: int) -> Te
 
 def _fp64(matrix: np.ndarray, rows: range, device: torch.device) -> Tensor:
     return torch.from_numpy(matrix[rows.start : rows.stop]).to(device, torch.float64)
+
+
+def held_parts(
+    name: str, kind: Kind, whole: Tensor, source: Side
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of `whole` (rows, cols) and, on its device, what this rank holds of them, as views.
+
+    Of numbers that several ranks hold only one has them: the parts of all ranks make the whole.
+    """
+    layout, rank = source.layout, dist.get_rank()
+    if name not in source.storage or not layout.writes(name, rank):
+        return
+    stored = source.storage[name][kind]
+    for block in layout.blocks(name, rank):
+        place = layout.local(name, rank, block)
+        rows, cols = (slice(span.start, span.stop) for span in block)
+        yield whole[rows, cols], block_view(stored, block, *place).to(whole.device)
+
+
+Names = Sequence[Sequence[str]]
+
+
+def mixtures(factors: Tensor, names: Names, source: Side) -> list[Tensor]:
+    """For each row of names the sum over j of factors[row, j] * the weights of names[row][j].
+
+    `factors` is (rows, sources); all names of a row have one shape. The mixtures are whole logical
+    tensors (rows, cols) in the type of the factors, views of one piece of memory, equal on all
+    ranks, which call this together, also when they go backward.
+
+    The gradient of the factors is this rank's part of it: the parts add up, over all ranks, to the
+    gradient of the sum of all ranks' losses.
+    """
+    return _matrices(_Mixture.apply(factors, names, source), names, source.layout)
+
+
+class _Mixture(torch.autograd.Function):
+    """Forward and backward each are one sum over all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, factors: Tensor, names: Names, source: Side) -> Tensor:
+        ctx.names, ctx.source, ctx.shape = names, source, factors.shape
+        specs = [source.layout.plan[row[0]] for row in names]
+        flat = factors.new_zeros(sum(spec.rows * spec.cols for spec in specs))
+        mixed = _matrices(flat, names, source.layout)
+        for matrix, row, scales in zip(mixed, names, factors.tolist(), strict=True):
+            for name, scale in zip(row, scales, strict=True):
+                for part, held in held_parts(name, "fp32", matrix, source) if scale else ():
+                    part.add_(held, alpha=scale)
+        dist.all_reduce(flat)
+        return flat
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        parts = grad.new_zeros(ctx.shape, dtype=torch.float64)
+        mixed = _matrices(grad, ctx.names, ctx.source.layout)
+        for index, (matrix, row) in enumerate(zip(mixed, ctx.names, strict=True)):
+            for j, name in enumerate(row):
+                for part, held in held_parts(name, "fp32", matrix, ctx.source):
+                    parts[index, j] += (part * held).sum(dtype=torch.float64)
+        return parts.to(grad.dtype), None, None
+
+
+def _matrices(flat: Tensor, names: Names, layout: Layout) -> list[Tensor]:
+    specs = [layout.plan[row[0]] for row in names]
+    pieces = flat.split([spec.rows * spec.cols for spec in specs])
+    return [p.view(spec.rows, spec.cols) for p, spec in zip(pieces, specs, strict=True)]

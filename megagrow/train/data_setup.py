@@ -6,7 +6,7 @@ from functools import partial
 
 from megagrow.config.schema import CorpusConfig, RunConfig
 from megagrow.data.batches import BatchReader, open_stream
-from megagrow.data.sft_masks import open_mask
+from megagrow.data.sft import open_mask
 from megagrow.data.stream import TokenStream
 from megagrow.data.tokenizers import check_tokenizer
 from megagrow.errors import InputError

@@ -13,9 +13,9 @@ import math
 
 from megagrow.config.flops import parameters
 from megagrow.config.growth import GrowthConfig, NewEntriesConfig
+from megagrow.config.growth_guidelines import rate_for_size
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
 from megagrow.config.stage_length import step_tokens
-from megagrow.growth.guidelines import rate_for_size
 from megagrow.growth.operators import operators_of
 from megagrow.train.run_position import tokens_between
 

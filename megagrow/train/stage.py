@@ -12,12 +12,12 @@ from megagrow.model.masks import Masks
 from megagrow.model.ops import Ops
 from megagrow.parallel.engine import Storage, ZeroEngine
 from megagrow.parallel.engine_config import EngineSettings
-from megagrow.parallel.masks import rank_masks
 from megagrow.parallel.process_groups import Topology, destroy_topology, make_topology
+from megagrow.parallel.tensor_parallel import rank_masks
 from megagrow.reshard.layout import Layout
 from megagrow.train.growth_event.new_entries import fresh_masks, tells_entries_apart
 from megagrow.train.growth_event.run_growths import stage_growth, stage_scales
-from megagrow.train.kernels import stage_ops
+from megagrow.train.kernel_warmup import stage_ops
 
 
 @dataclass(frozen=True)

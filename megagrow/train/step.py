@@ -10,8 +10,7 @@ import torch.distributed as dist
 from megagrow.data.batches import Batch, BatchReader
 from megagrow.model.masks import Masks
 from megagrow.model.ops import Ops
-from megagrow.parallel.linear_loss import linear_cross_entropy
-from megagrow.parallel.loss import IGNORED, cross_entropy
+from megagrow.parallel.loss import IGNORED, cross_entropy, linear_cross_entropy
 from megagrow.parallel.process_groups import together
 from megagrow.train.stage import Stage
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from megagrow.config.guards import GuardsConfig
+from megagrow.config.sections import GuardsConfig
 from megagrow.errors import InputError
 from megagrow.train.fault_tolerance.stability import Guard
 from megagrow.train.reporting.metrics import Counters, StepMeasure

@@ -9,11 +9,11 @@ import pytest
 
 from megagrow.analysis.curves import Growth, RunCurves, Series, load_run
 from megagrow.analysis.flop_accounting import charged, setting_of
+from megagrow.analysis.growth_transient import spikes
 from megagrow.analysis.report_plots import plot_scores
 from megagrow.analysis.run_metrics import read_scores
-from megagrow.analysis.spikes import spikes
 from megagrow.config.load import load_run as load_config
-from megagrow.config.show import to_yaml
+from megagrow.config.load import to_yaml
 from megagrow.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megagrow.checkpoint.shard_file import own_tensors, planned_shard, write_shard
-from megagrow.checkpoint.snapshot import Snapshot
+from megagrow.checkpoint.async_saver import Snapshot
+from megagrow.checkpoint.shards import own_tensors, planned_shard, write_shard
 from tests.helpers.checkpoint.saving import MODEL
 from tests.helpers.checkpoint.written import record_of
 from tests.helpers.reshard.definition import random_state, storage_of

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from megagrow.config import flops as parameters
-from megagrow.config.load import load_run
-from megagrow.config.model_file import load_model
+from megagrow.config.includes import load_model
+from megagrow.config.load import load_run, to_yaml
 from megagrow.config.schema import ModelConfig
-from megagrow.config.show import to_yaml
 from megagrow.growth.operators import OPERATORS
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.planning.planner import plan_run

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megagrow.common.gpu_specs import find_gpu
+from megagrow.config.includes import load_model
 from megagrow.config.load import load_run
-from megagrow.config.model_file import load_model
-from megagrow.planning.gpus import find_gpu
 from megagrow.planning.memory import stage_memory
 from megagrow.planning.memory_fit import on_gpu
 from megagrow.planning.planner import plan_run

@@ -6,9 +6,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagrow.config.load import load_run
+from megagrow.config.load import load_run, to_yaml
 from megagrow.config.schema import OptimizerConfig, RunConfig
-from megagrow.config.show import to_yaml
 
 
 def test_loading_what_was_shown_gives_the_same_run(load_two, load, tmp_path: Path) -> None:

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from megagrow.config.flops import non_embedding_parameters, paper_flops_per_token
 from megagrow.config.growth_guidelines import growth_tokens, timing_warnings
-from megagrow.config.load import load_run
+from megagrow.config.load import load_run, to_yaml
 from megagrow.config.schema import RunConfig
-from megagrow.config.show import to_yaml
 from megagrow.config.stage_length import stage_tokens
 from megagrow.errors import InputError
 from tests.config.conftest import ONE_STAGE, SECOND_STAGE

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrow.data.permutation import Permutation, mix
+from megagrow.data.blend import Permutation, mix
 
 
 @given(size=st.integers(1, 600), key=st.lists(st.integers(), max_size=3))

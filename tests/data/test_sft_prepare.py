@@ -11,9 +11,7 @@ from megagrow.config.schema import CorpusConfig, DataConfig
 from megagrow.data.batches import Batch, BatchReader, open_stream
 from megagrow.data.indexed import IndexedCorpus, IndexedWriter
 from megagrow.data.manifest import verify
-from megagrow.data.sft import TokenisedExample, read_examples, tokenise
-from megagrow.data.sft_masks import open_mask
-from megagrow.data.sft_packing import pack
+from megagrow.data.sft import TokenisedExample, open_mask, pack, read_examples, tokenise
 from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
 from tests.helpers.alpaca import VOCAB, prepare, records, tokenizer, write_alpaca

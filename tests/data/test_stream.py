@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrow.data.blend import Blend
+from megagrow.data.blend import Blend, Permutation
 from megagrow.data.indexed import IndexedCorpus
-from megagrow.data.permutation import Permutation
 from megagrow.data.stream import NO_LABEL, TokenStream
 
 SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=3)

@@ -15,7 +15,7 @@ from rich.console import Console
 from megagrow.checkpoint.source import open_checkpoint
 from megagrow.errors import InputError
 from megagrow.formats.deepspeed_universal import open_universal
-from megagrow.offline.convert_formats import export_universal, import_universal
+from megagrow.offline.convert import export_universal, import_universal
 from megagrow.offline.request import Request
 from megagrow.parallel.sharding import parameter_plan
 from tests.formats.test_torch_file import Malicious

@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 
 from megagrow.checkpoint.source import Source, open_checkpoint
-from megagrow.offline.convert_formats import export_universal, import_universal
+from megagrow.offline.convert import export_universal, import_universal
 from megagrow.offline.request import Request
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Block

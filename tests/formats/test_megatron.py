@@ -16,7 +16,7 @@ from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
 from megagrow.formats.megatron import open_megatron
 from megagrow.formats.megatron_args import args_of, model_of
-from megagrow.offline.convert_formats import export_megatron, import_megatron
+from megagrow.offline.convert import export_megatron, import_megatron
 from megagrow.offline.request import Request
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Block

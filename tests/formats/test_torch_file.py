@@ -19,8 +19,13 @@ from hypothesis import strategies as st
 
 from megagrow.checkpoint.tensor_file import Stored, read_elements
 from megagrow.errors import InputError
-from megagrow.formats.torch_file import Unread, read_torch_file
-from megagrow.formats.torch_writing import Streamed, check_torch_file, write_torch_file
+from megagrow.formats.torch_file import (
+    Streamed,
+    Unread,
+    check_torch_file,
+    read_torch_file,
+    write_torch_file,
+)
 
 
 def streamed(tensor: torch.Tensor, dtype: str = "F32", rows: int = 2) -> Streamed:

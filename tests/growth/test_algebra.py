@@ -12,9 +12,8 @@ from megagrow.config.growth import OperatorName
 from megagrow.config.schema import ModelConfig, OptimizerConfig
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Term
 from megagrow.growth.operators import OPERATORS, growth_map
-from megagrow.parallel.engine_config import parameter_groups
+from megagrow.parallel.engine_config import ParamScale, parameter_groups
 from megagrow.parallel.initialize import normal
-from megagrow.parallel.scale import ParamScale
 from megagrow.parallel.sharding import parameter_plan
 from tests.helpers.growth.cases import CHANGES, Case, case, cases, sources, times
 from tests.helpers.growth.computing import random_moments

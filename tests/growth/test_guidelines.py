@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from megagrow.common.yaml_file import read_mapping
 from megagrow.config.flops import parameters
+from megagrow.config.growth_guidelines import RATES, connection_rate, rate_for_size
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.depth import interpolated_layers, stacked_layers
-from megagrow.growth.guidelines import RATES, connection_rate, rate_for_size
 
 MODELS = Path(__file__).resolve().parents[2] / "configs" / "model"
 

@@ -8,13 +8,11 @@ from torch import Tensor
 
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import ModelConfig
-from megagrow.growth.learning import learning_problems
-from megagrow.growth.ligo import Learned, forming_flops, grown_slice
-from megagrow.growth.ligo_map import learned_map
+from megagrow.growth.ligo import Learned, forming_flops, grown_slice, learned_map
 from megagrow.growth.map import Dense, Gather
 from megagrow.growth.map_checks import check_map
 from megagrow.growth.operators import growth_map
-from megagrow.growth.validation import growth_problems
+from megagrow.growth.validation import growth_problems, learning_problems
 from megagrow.parallel.sharding import parameter_plan
 from tests.helpers.growth.ligo import (
     GROWTHS,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megagrow.config.schema import ModelConfig
-from megagrow.parallel.scale import ParamScale
+from megagrow.parallel.engine_config import ParamScale
 from tests.helpers.growth.cases import Case, case, sources, times
 from tests.helpers.growth.computing import (
     Adam,

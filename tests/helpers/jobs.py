@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import megagrow.cli.app
+from megagrow.config.load import to_yaml
 from megagrow.config.schema import RunConfig
-from megagrow.config.show import to_yaml
 from megagrow.train.reporting.metrics import read_metrics
 from tests.helpers.spawn import free_port, rank_environment
 

@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from megagrow.config.load import load_run
-from megagrow.config.show import to_yaml
+from megagrow.config.load import load_run, to_yaml
 from megagrow.train.reporting.metrics import Counters, MetricsLog, StepMeasure, train_fields
 
 TOKENS = 1000

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megagrow.config.kernels import KernelsConfig
+from megagrow.config.sections import KernelsConfig
 from megagrow.errors import InputError
 from megagrow.model.backends import OPERATIONS, Backends, Work, choose, obstacle
 from megagrow.model.machine import Machine

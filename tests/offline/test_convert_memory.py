@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from megagrow.config.schema import ModelConfig
-from megagrow.offline.convert_formats import (
+from megagrow.offline.convert import (
     export_megatron,
     export_universal,
     import_megatron,

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagrow.model.ops import TORCH_LOSS, LossOps, triton_loss
-from megagrow.parallel.linear_loss import linear_cross_entropy
-from megagrow.parallel.loss import IGNORED, cross_entropy
+from megagrow.parallel.loss import IGNORED, cross_entropy, linear_cross_entropy
 from megagrow.parallel.process_groups import Topology
 from tests.helpers.hugging_face import tiny, tokens
 from tests.helpers.parallel.alive import Alive

@@ -7,8 +7,7 @@ import pytest
 
 from megagrow.checkpoint.load import load_storage, newest_checkpoint
 from megagrow.checkpoint.save import save_checkpoint
-from megagrow.parallel.engine_config import parameter_groups
-from megagrow.parallel.scale import ParamScale
+from megagrow.parallel.engine_config import ParamScale, parameter_groups
 from megagrow.parallel.sharding import parameter_plan
 from tests.helpers.checkpoint.saving import manifest_of
 from tests.helpers.parallel.engines import CONFIG, LR, OPTIMIZER, Built, Case, Plain, Weights, build

@@ -9,7 +9,6 @@ from megagrow.config.flops import matmul_parameters
 from megagrow.config.load import load_run
 from megagrow.errors import InputError
 from megagrow.planning.cluster import Cluster, find_cluster
-from megagrow.planning.collectives import Group, data_group, tensor_group
 from megagrow.planning.step_rates import (
     ADAM_BYTES,
     BUSY_SHARE,
@@ -22,6 +21,7 @@ from megagrow.planning.step_rates import (
 )
 from megagrow.planning.step_time import StepTime, matmul_seconds, step_time
 from megagrow.planning.step_workload import Shape, Work, shape_of
+from megagrow.planning.traffic import Group, data_group, tensor_group
 from megagrow.train.flops import flops_per_token
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from megagrow.common.gpu_specs import find_gpu
 from megagrow.config.load import load_run
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
 from megagrow.planning.cost_tables import cost_columns, cost_lines, cost_rows
 from megagrow.planning.costs import RunCosts
-from megagrow.planning.gpus import find_gpu
 from megagrow.planning.request import PlanRequest, answer
 from megagrow.planning.throughput import pace_of
 from megagrow.train.reporting.metrics import Counters, MetricsLog, StepMeasure, train_fields

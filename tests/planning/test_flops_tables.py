@@ -3,7 +3,7 @@
 import pytest
 
 from megagrow.config.schema import ModelConfig
-from megagrow.planning.flops_tables import flops_parts
+from megagrow.planning.cost_tables import flops_parts
 
 MODEL = {
     "num_hidden_layers": 2,

@@ -6,7 +6,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import megagrow.reshard.drawn
 import megagrow.reshard.fill
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import Fill, GrowthMap
@@ -27,7 +26,7 @@ def made_by(growth: GrowthMap, layout: Layout, rank: int, at_once: int) -> Stora
     storage = empty_storage(layout, rank, 0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(megagrow.reshard.fill, "ELEMENTS_AT_ONCE", at_once)
-        patch.setattr(megagrow.reshard.drawn, "_PROJECTED_ROWS", 4)
+        patch.setattr(megagrow.reshard.fill, "_PROJECTED_ROWS", 4)
         fill_new(growth, layout, rank, storage)
     return storage
 

@@ -11,8 +11,8 @@ from typing import Any, Union, get_args, get_origin
 import pytest
 import yaml
 
-from megagrow.config.keys import BUILT_ON, DEFAULTS
 from megagrow.config.load import load_run
+from megagrow.config.overrides import BUILT_ON, DEFAULTS
 from megagrow.config.schema import RunConfig, StageConfig
 from megagrow.config.sections import Section
 

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagrow.config.flops import parameters
+from megagrow.config.growth_guidelines import rate_for_size
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
 from megagrow.config.stage_length import stage_steps, stage_tokens, step_tokens
 from megagrow.config.validation import problems
-from megagrow.growth.guidelines import rate_for_size
 from megagrow.train.run_position import Position, locate, run_steps, run_tokens, tokens_at
 from megagrow.train.schedule import learning_rate, origin_stage, rate_at, stage_optimizer
 

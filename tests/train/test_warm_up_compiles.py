@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-import megagrow.train.warm_up as module
+import megagrow.train.kernel_warmup as module
 from megagrow.config.schema import StageConfig
 from megagrow.model.backends import Backends
 from megagrow.model.machine import Machine
-from megagrow.train.kernel_warmup import KernelCall, stage_kernels
-from megagrow.train.warm_up import WarmUp
+from megagrow.train.kernel_warmup import KernelCall, WarmUp, stage_kernels
 from tests.helpers.runs import make_run
 
 ROOT = Path(__file__).resolve().parents[2]

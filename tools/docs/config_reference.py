@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from pydantic.fields import FieldInfo  # noqa: E402
 
 from megagrow.common.sizes import format_count, parse_count  # noqa: E402
-from megagrow.config.keys import BUILT_ON, DEFAULTS, HARDWARE, PARTS, section_in  # noqa: E402
+from megagrow.config.overrides import BUILT_ON, DEFAULTS, HARDWARE, PARTS, section_in  # noqa: E402
 from megagrow.config.schema import RunConfig, StageConfig  # noqa: E402
 from megagrow.config.sections import Section  # noqa: E402
 

@@ -31,9 +31,8 @@ from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.common.sizes import parse_count
 from megagrow.config.flops import paper_flops_per_token
-from megagrow.config.load import load_run
+from megagrow.config.load import load_run, to_yaml
 from megagrow.config.schema import RunConfig
-from megagrow.config.show import to_yaml
 from megagrow.data.prepare import prepare
 from megagrow.errors import InputError
 from megagrow.parallel.process_groups import init_process_group, leave_process_group, read_launch

@@ -8,7 +8,7 @@ import statistics
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megagrow.config.guards import GuardsConfig, LossSpikeConfig
+from megagrow.config.sections import GuardsConfig, LossSpikeConfig
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,14 @@ import torch.distributed as dist
 
 from megagrow.errors import HANG_CODE, PeerLost
 from megagrow.parallel.process_groups import Launch
-from megagrow.train.fault_tolerance.heartbeat import Board, BoardServer, RemoteBoard, Sign
-from megagrow.train.fault_tolerance.missing import ranks_behind, silent_ranks
+from megagrow.train.fault_tolerance.heartbeat import (
+    Board,
+    BoardServer,
+    RemoteBoard,
+    Sign,
+    ranks_behind,
+    silent_ranks,
+)
 
 LONG = 6
 """How many times the timeout is granted to what may take long."""

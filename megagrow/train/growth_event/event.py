@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from megagrow.config.growth import GrowthConfig
+from megagrow.config.growth_guidelines import connection_rate
 from megagrow.config.schema import RunConfig
-from megagrow.growth.guidelines import connection_rate
 from megagrow.growth.map import GrowthMap
 from megagrow.growth.operators import is_learned, state_policy
 from megagrow.reshard.dense import exchange_dense

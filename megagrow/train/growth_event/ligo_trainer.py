@@ -8,32 +8,37 @@ What is trained is small, equal on all ranks, and gone when the growth is done. 
 goes on from the checkpoint before the growth, to the same result.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from megagrow.config.flops import paper_flops_per_token
 from megagrow.config.growth import LearnConfig
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
 from megagrow.config.stage_length import step_tokens
 from megagrow.data.batches import Batch
-from megagrow.growth.ligo import Learned, forming_flops, initial
-from megagrow.growth.ligo_map import learned_map
+from megagrow.growth.ligo import Learned, forming_flops, grown_slice, initial, learned_map
 from megagrow.growth.map import GrowthMap
 from megagrow.growth.operators import growing
 from megagrow.model.backends import uses_bf16
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.loss import cross_entropy
+from megagrow.parallel.materialize import build_model
 from megagrow.parallel.process_groups import Topology, destroy_topology, make_topology
-from megagrow.parallel.sharding import parameter_plan
+from megagrow.parallel.sharding import ParamSpec, parameter_plan
+from megagrow.reshard.dense import mixtures
 from megagrow.reshard.exchange import Side
 from megagrow.train.flops import flops_per_token
 from megagrow.train.growth_event.cost import Feed, Spent
-from megagrow.train.growth_event.forming import Forming, formed_model
-from megagrow.train.kernels import stage_ops
+from megagrow.train.kernel_warmup import stage_ops
 from megagrow.train.schedule import learning_rate
 from megagrow.train.step import model_inputs
 
@@ -129,3 +134,74 @@ def _spent(run: RunConfig, index: int, learned: Learned, losses: list[float]) ->
         flops_per_token(stage.model, length) * tokens + 3 * making * times,
         tuple(losses),
     )
+
+
+class Formed(nn.Module):
+    """A part of a model that has no weights of its own: `form` makes them for every call."""
+
+    def __init__(self, part: nn.Module, form: Callable[[], Mapping[str, Tensor]]) -> None:
+        super().__init__()
+        self.part = part
+        self.form = form
+
+    def forward(self, *inputs: Any) -> Tensor:
+        return checkpoint(self._call, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    def _call(self, *inputs: Any) -> Tensor:
+        return functional_call(self.part, dict(self.form()), inputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Forming:
+    """What the target's weights are made of, and how they are spread."""
+
+    learned: Learned
+    source: Side
+    settings: EngineSettings
+    """Of the target."""
+    topology: Topology
+    dtype: torch.dtype
+    """Of the forward and backward pass; weights are made in the type of the learned numbers."""
+
+    @cached_property
+    def plan(self) -> dict[str, ParamSpec]:
+        """Of the target."""
+        return parameter_plan(self.settings.model, self.topology.tp)
+
+    def weights(self, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """This rank's slices of some of the target's parameters, in the type that is computed in:
+        `names` are the logical ones by what they are to be called here. Collective."""
+        tp, tp_rank = self.topology.tp, self.topology.tp_rank
+        specs = [self.plan[name] for name in names.values()]
+        recipes = [self.learned.recipe(spec) for spec in specs]
+        factors = torch.stack([recipe.alphas for recipe in recipes])
+        mixed = mixtures(factors, [recipe.sources for recipe in recipes], self.source)
+        found = {}
+        for called, spec, recipe, matrix in zip(names, specs, recipes, mixed, strict=True):
+            weight = grown_slice(spec, recipe, matrix, tp, tp_rank)
+            if spec.tp_dim is None and weight.requires_grad:
+                # All tensor-parallel ranks find its whole gradient, which is to count once.
+                weight.register_hook(lambda grad: grad / tp)
+            found[called] = weight.to(self.dtype)
+        return found
+
+
+def formed_model(forming: Forming) -> LlamaForCausalLM:
+    """This rank's share of the target, without weights."""
+    settings, topology = forming.settings, forming.topology
+    # Parts are recomputed as a whole, so nothing within them is.
+    parallel = settings.parallel.model_copy(update={"activation_checkpointing": "none"})
+    plan = forming.plan
+    model = build_model(plan, replace(settings, parallel=parallel), topology, forming.dtype)
+    for part in _parts(settings.model.num_hidden_layers):
+        names = {n.removeprefix(f"{part}."): n for n in plan if n.startswith(f"{part}.")}
+        if part == "lm_head" and not names:
+            names = {"weight": "model.embed_tokens.weight"}
+        whole = model.get_submodule(part)
+        model.set_submodule(part, Formed(whole, partial(forming.weights, names)))
+    return model
+
+
+def _parts(layers: int) -> list[str]:
+    blocks = (f"model.layers.{layer}" for layer in range(layers))
+    return ["model.embed_tokens", *blocks, "model.norm", "lm_head"]

@@ -8,8 +8,7 @@ from megagrow.growth.map import GrowthMap
 from megagrow.growth.map_checks import check_map
 from megagrow.growth.operators import follows_exactly, growth_map
 from megagrow.growth.validation import candidates
-from megagrow.parallel.engine_config import parameter_groups
-from megagrow.parallel.scale import UNSCALED, ParamScale
+from megagrow.parallel.engine_config import UNSCALED, ParamScale, parameter_groups
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Layout
 from megagrow.train.train_state import RunState

@@ -10,8 +10,8 @@ import torch
 
 from megagrow.common.gpu_specs import peak_flops
 from megagrow.config.flops import parameters
+from megagrow.config.load import to_yaml
 from megagrow.config.schema import ModelConfig, RunConfig
-from megagrow.config.show import to_yaml
 from megagrow.errors import InputError, unwritable
 from megagrow.train.flops import run_flops
 from megagrow.train.growth_event.event import GrowthReport

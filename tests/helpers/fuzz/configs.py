@@ -9,8 +9,7 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
-from megagrow.config.load import load_run
-from megagrow.config.show import to_yaml
+from megagrow.config.load import load_run, to_yaml
 from megagrow.data.tokenizers import load_tokenizer, train_sentencepiece
 from megagrow.growth.validation import growth_problems
 from tests.helpers.fuzz.mutations import TEXTS, at, damaged, mutated_bytes, paths, wild

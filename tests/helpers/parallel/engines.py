@@ -9,10 +9,9 @@ from torch import Tensor
 from megagrow.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.parallel.engine import ZeroEngine
-from megagrow.parallel.engine_config import EngineSettings
+from megagrow.parallel.engine_config import EngineSettings, ParamScale
 from megagrow.parallel.loss import cross_entropy
 from megagrow.parallel.process_groups import Topology, destroy_topology, make_topology
-from megagrow.parallel.scale import ParamScale
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Layout
 from tests.helpers.hugging_face import tiny, tokens

@@ -2,8 +2,7 @@
 
 import pytest
 
-from megagrow.train.fault_tolerance.heartbeat import Sign
-from megagrow.train.fault_tolerance.missing import ranks_behind, silent_ranks
+from megagrow.train.fault_tolerance.heartbeat import Sign, ranks_behind, silent_ranks
 
 SECONDS = 2.0
 HOSTS = ("a", "a", "b", "b", "c")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megagrow.config.guards import GuardsConfig, LossSpikeConfig
+from megagrow.config.sections import GuardsConfig, LossSpikeConfig
 from megagrow.train.fault_tolerance.stability import Guard
 
 SPIKE = GuardsConfig(loss_spike=LossSpikeConfig(window=4, zscore=3, patience=2))

@@ -13,8 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from megagrow.config.flops import parameters
 from megagrow.config.schema import BatchConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megagrow.data.batches import Batch
-from megagrow.growth.ligo import Learned, forming_flops, initial
-from megagrow.growth.ligo_map import learned_map
+from megagrow.growth.ligo import Learned, forming_flops, initial, learned_map
 from megagrow.growth.map import Dense, GrowthMap
 from megagrow.growth.operators import growing
 from megagrow.parallel.engine_config import EngineSettings
@@ -25,8 +24,12 @@ from megagrow.reshard.exchange import Side
 from megagrow.train.data_setup import open_inputs
 from megagrow.train.flops import flops_per_token
 from megagrow.train.growth_event.cost import Feed, Spent
-from megagrow.train.growth_event.forming import Forming, formed_model
-from megagrow.train.growth_event.ligo_trainer import learn_growth, summed_gradients
+from megagrow.train.growth_event.ligo_trainer import (
+    Forming,
+    formed_model,
+    learn_growth,
+    summed_gradients,
+)
 from tests.helpers.growth.ligo import by_formula, disturbed, learned_of, outputs, state_of
 from tests.helpers.growth.whole import State, grown
 from tests.helpers.reshard.definition import storage_of

@@ -28,8 +28,8 @@ from megagrow.config.load import load_run  # noqa: E402
 from megagrow.config.schema import RunConfig  # noqa: E402
 from megagrow.data.indexed import IndexedWriter  # noqa: E402
 from megagrow.run import train  # noqa: E402
+from megagrow.train.kernel_warmup import WarmUp  # noqa: E402
 from megagrow.train.reporting.metrics import METRICS_FILE, read_metrics  # noqa: E402
-from megagrow.train.warm_up import WarmUp  # noqa: E402
 
 Record = dict[str, Any]
 CASES = ("410m", "cold", "warm")

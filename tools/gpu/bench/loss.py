@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagrow.model.ops import triton_loss
-from megagrow.parallel.linear_loss import linear_cross_entropy
-from megagrow.parallel.loss import cross_entropy
+from megagrow.parallel.loss import cross_entropy, linear_cross_entropy
 from megagrow.parallel.process_groups import Topology, destroy_topology, make_topology
 from megagrow_kernels.cross_entropy import vocab_gradient_, vocab_statistics
 from tools.gpu.bench import others
