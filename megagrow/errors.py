@@ -38,14 +38,14 @@ HANG_CODE = 4
 class PeerLost(RunError):
     """Another rank has died, so that what all ranks do together cannot be done.
 
-    `speaks`: whether this rank is the one that says so.
+    `is_reporter`: whether this rank is the one that says so.
     """
 
     code = 5
 
-    def __init__(self, message: str, speaks: bool) -> None:
+    def __init__(self, message: str, is_reporter: bool) -> None:
         super().__init__(message)
-        self.speaks = speaks
+        self.is_reporter = is_reporter
 
 
 def unwritable(path: Path, error: OSError) -> InputError:

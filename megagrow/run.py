@@ -16,14 +16,14 @@ from megagrow.evaluation.results_store import forget_after
 from megagrow.growth.validation import growth_problems
 from megagrow.parallel.process_groups import (
     Launch,
-    any_rank,
+    any_across_ranks,
     first_host,
     init_process_group,
     leave_process_group,
     read_launch,
-    together,
+    run_on_all_ranks,
 )
-from megagrow.train.checkpointer import Saving
+from megagrow.train.checkpointer import Checkpointer
 from megagrow.train.data_setup import Inputs, open_inputs
 from megagrow.train.fault_tolerance.run_lock import lock_directory
 from megagrow.train.fault_tolerance.signals import StopRequested, StopSignal
@@ -35,7 +35,7 @@ from megagrow.train.growth_event.operator_search import grow_best
 from megagrow.train.kernel_warmup import WarmUp, check_kernels
 from megagrow.train.loop import StageEnd, StepDone, Stopped, advance
 from megagrow.train.reporting.environment import describe_environment
-from megagrow.train.reporting.run_logger import Recorder
+from megagrow.train.reporting.run_logger import RunLogger
 from megagrow.train.resume import begin, rewind_target
 from megagrow.train.stage import Stage, masks_now
 from megagrow.train.step import mean_loss
@@ -51,8 +51,8 @@ class Job:
     device: torch.device
     inputs: Inputs
     evaluation: Evaluation | None
-    recorder: Recorder
-    saving: Saving
+    recorder: RunLogger
+    saving: Checkpointer
     watchdog: Watchdog
     stop: StopSignal
     warm_up: WarmUp
@@ -68,17 +68,17 @@ def train(run: RunConfig) -> str | None:
     if problems:
         raise InputError("; ".join(problems))
     device = init_process_group(launch)
-    together(lambda: check_kernels(run, device))
-    inputs = together(lambda: open_inputs(run))
+    run_on_all_ranks(lambda: check_kernels(run, device))
+    inputs = run_on_all_ranks(lambda: open_inputs(run))
     evaluation = open_evaluation(run, device)
     environment = describe_environment(run)
-    recorder = Recorder(run, launch.rank, launch.world_size, environment)
-    lock = together(lambda: lock_directory(run.output_dir, launch.rank, recorder.say))
+    recorder = RunLogger(run, launch.rank, launch.world_size, environment)
+    lock = run_on_all_ranks(lambda: lock_directory(run.output_dir, launch.rank, recorder.say))
     watchdog = start_watchdog(launch, first_host(), run.guards.hang_timeout)
     warm_up = WarmUp(device, launch.local_rank, recorder.say)
     with lock, recorder, watchdog, warm_up, StopSignal() as stop:
-        together(recorder.open)
-        saving = Saving(run, launch.rank, device, environment, recorder)
+        run_on_all_ranks(recorder.open)
+        saving = Checkpointer(run, launch.rank, device, environment, recorder)
         try:
             with saving:
                 stopped = _train(
@@ -88,9 +88,9 @@ def train(run: RunConfig) -> str | None:
                     )
                 )
         except RuntimeError:  # as torch.distributed raises, whatever the backend
-            watchdog.raise_if_alone()
+            watchdog.raise_if_peer_lost()
             raise
-        together(recorder.check)
+        run_on_all_ranks(recorder.check)
         watchdog.beat("leaving", long=True)
         leave_process_group()
     return stopped
@@ -170,7 +170,7 @@ def _rewind(job: Job, stage: Stage, failed: RunState, reason: str) -> tuple[Job,
     stage.release()
     run, stage, _ = begin(job.run, found, job.device, say)
     _prepare(replace(job, run=run), stage)
-    state = state.after_loss(time.perf_counter() - clock)
+    state = state.add_lost_time(time.perf_counter() - clock)
     job.recorder.rewind(failed, state, None if found is None else found[0], reason)
     _forget_evaluations(job, state.counters.step)
     return replace(job, run=run), stage, state
@@ -179,7 +179,7 @@ def _rewind(job: Job, stage: Stage, failed: RunState, reason: str) -> tuple[Job,
 def _forget_evaluations(job: Job, step: int) -> None:
     """`megagrow eval` may have looked at checkpoints that the run now comes to anew."""
     first = job.launch.rank == 0
-    together(lambda: forget_after(job.run.output_dir, step) if first else None)
+    run_on_all_ranks(lambda: forget_after(job.run.output_dir, step) if first else None)
 
 
 def _validate(job: Job, stage: Stage, state: RunState) -> None:
@@ -231,7 +231,7 @@ def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState
         tokens=spent.tokens,
         flops=spent.flops,
         flops_true=spent.flops_true,
-    ).after_loss(time.perf_counter() - clock)
+    ).add_lost_time(time.perf_counter() - clock)
     job.recorder.growth(state, report, losses[0], losses[1], difference)
     if report.preserves_function:
         _check_preserved(replace(job, run=run), stage, state, losses, difference)
@@ -241,7 +241,7 @@ def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState
 def _pause_growth(job: Job, state: RunState) -> None:
     """Between the steps of a growth that trains or measures."""
     job.watchdog.beat(f"the growth after step {state.counters.step}", long=True)
-    if any_rank(job.stop.received is not None, job.device):
+    if any_across_ranks(job.stop.received is not None, job.device):
         raise StopRequested(job.stop.received or "a signal on another rank")
 
 
@@ -252,7 +252,7 @@ def _check_preserved(
     growth = job.run.stages[state.stage].growth
     assert growth is not None
     moved = max(abs(losses[1] - losses[0]), difference.kl)
-    if any_rank(not moved <= growth.tolerance, stage.topology.device):
+    if any_across_ranks(not moved <= growth.tolerance, stage.topology.device):
         raise InputError(
             f"the growth at step {state.counters.step} by {' with '.join(growth.operator)} should "
             f"have kept the function, but the loss on a fixed batch went from {losses[0]:.6f} to "

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megagrow.analysis.curves import RunCurves
 from megagrow.analysis.report_tables import Table, as_markdown
-from megagrow.analysis.seeds import Group, Matchup
+from megagrow.analysis.seeds import Matchup, SeedGroup
 
 RESULTS = Path(__file__).with_name("paper_results.json")
 OPERATORS = "Operators at 1.1B"
@@ -34,7 +34,7 @@ parameters, "3B" 2.40B, "7B" 5.93B, by its code. No number there has an error ba
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PaperRow:
     """One row of a table of the paper."""
 
     name: str
@@ -52,7 +52,7 @@ class PaperTable:
     setting: str
     columns: tuple[str, ...]
     """Task and metric, or what else is measured; those that end in % are in percent."""
-    rows: tuple[Row, ...]
+    rows: tuple[PaperRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def read_paper() -> Paper:
             one["source"],
             one["setting"],
             tuple(one["columns"]),
-            tuple(Row(r["name"], r["operator"], tuple(r["values"])) for r in one["rows"]),
+            tuple(PaperRow(r["name"], r["operator"], tuple(r["values"])) for r in one["rows"]),
         )
         for one in whole["tables"]
     )
@@ -110,7 +110,7 @@ def beside_paper(matchups: Sequence[Matchup], paper: Paper) -> Table:
             notes.append(
                 f"{matchup.grown.name}: the paper has no row of its operator ({name or 'unknown'})."
             )
-    scratch: list[Group] = []
+    scratch: list[SeedGroup] = []
     for matchup in matchups:
         if matchup.scratch not in scratch:
             scratch.append(matchup.scratch)
@@ -119,7 +119,7 @@ def beside_paper(matchups: Sequence[Matchup], paper: Paper) -> Table:
     return Table("Beside the paper's operators", ("", "size", *operators.columns), rows, notes)
 
 
-def _ours(group: Group, columns: Sequence[str], speedup: str) -> list[str]:
+def _ours(group: SeedGroup, columns: Sequence[str], speedup: str) -> list[str]:
     known = {SPEEDUP: speedup, LOSS: _mean([run.train.loss[-1] for run in group.runs])}
     measured = [known.get(column) or _measured(group.runs, column) for column in columns]
     return [group.name, f"{group.runs[0].parameters[-1]:,}", *measured]
@@ -148,7 +148,7 @@ def _mean(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):.4g}" if values else "-"
 
 
-def _printed(name: str, row: Row) -> list[str]:
+def _printed(name: str, row: PaperRow) -> list[str]:
     return [name, "1.1B", *map(_number, row.values)]
 
 

@@ -11,7 +11,7 @@ from megagrow.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class SeedGroup:
     """Runs of one setting, each with a seed of its own; at least one."""
 
     runs: tuple[RunCurves, ...]
@@ -33,8 +33,8 @@ class Group:
 class Matchup:
     """A setting that grows against the one from scratch that ends in the same model."""
 
-    grown: Group
-    scratch: Group
+    grown: SeedGroup
+    scratch: SeedGroup
 
     @cached_property
     def kind(self) -> LossKind:
@@ -60,7 +60,7 @@ class Matchup:
         return len(self.grown.runs) == len(self.scratch.runs) == 1
 
 
-def group_runs(runs: Sequence[RunCurves]) -> list[Group]:
+def group_runs(runs: Sequence[RunCurves]) -> list[SeedGroup]:
     """The runs by setting, in order of appearance; one that repeats a seed begins a new group.
 
     Settings are compared by config.yaml without seed, name and directory; where a run has none,
@@ -74,10 +74,10 @@ def group_runs(runs: Sequence[RunCurves]) -> list[Group]:
                 break
         else:
             groups.append([run])
-    return [Group(tuple(group)) for group in groups]
+    return [SeedGroup(tuple(group)) for group in groups]
 
 
-def match_groups(groups: Sequence[Group]) -> list[Matchup]:
+def match_groups(groups: Sequence[SeedGroup]) -> list[Matchup]:
     """Every setting that grows, with the first from scratch of the same final size.
 
     Raises InputError where one has no counterpart.
@@ -85,7 +85,7 @@ def match_groups(groups: Sequence[Group]) -> list[Matchup]:
     return [Matchup(group, _counterpart(group, groups)) for group in groups if group.runs[0].grown]
 
 
-def _counterpart(grown: Group, groups: Sequence[Group]) -> Group:
+def _counterpart(grown: SeedGroup, groups: Sequence[SeedGroup]) -> SeedGroup:
     size = grown.runs[0].parameters[-1]
     for group in groups:
         if group.runs[0].from_scratch and group.runs[0].parameters[-1] == size:

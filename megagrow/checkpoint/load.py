@@ -15,7 +15,7 @@ from megagrow.common.checksums import problem_of
 from megagrow.errors import InputError
 from megagrow.growth.map import identity_map
 from megagrow.parallel.engine import Storage
-from megagrow.parallel.process_groups import on_first, together
+from megagrow.parallel.process_groups import run_on_all_ranks, run_on_rank_zero
 from megagrow.reshard.copy_ops import block_view, take, write_rows
 from megagrow.reshard.copy_plan import Copy, copies_to
 from megagrow.reshard.layout import Block, Layout
@@ -31,7 +31,7 @@ def newest_checkpoint(directory: Path, say: Callable[[str], None]) -> tuple[Path
     A damaged one is named through `say` on rank 0 and passed over. InputError if all are damaged.
     """
     rank = dist.get_rank()
-    paths = on_first(lambda: list_checkpoints(directory))
+    paths = run_on_rank_zero(lambda: list_checkpoints(directory))
 
     def say_once(text: str) -> None:
         if rank == 0:
@@ -43,7 +43,7 @@ def newest_checkpoint(directory: Path, say: Callable[[str], None]) -> tuple[Path
 def _verify_together(path: Path) -> Manifest:
     """The manifest as rank 0 reads it, once all files are read: file i by rank i of the world."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    manifest = on_first(lambda: parse_manifest(path))
+    manifest = run_on_rank_zero(lambda: parse_manifest(path))
     mine = list(manifest.files.items())[rank::world]
     found = [problem_of(path / name, record) for name, record in mine]
     everyone: list[Any] = [None] * world
@@ -61,7 +61,7 @@ def load_storage(path: Path, manifest: Manifest, layout: Layout, storage: Storag
     keep = identity_map(list(layout.plan))
     rank = dist.get_rank()
     copies = [c for kind in keep.kinds for c in copies_to(rank, source, keep, layout, kind, near=0)]
-    together(lambda: _load(path, source, copies, layout, storage))
+    run_on_all_ranks(lambda: _load(path, source, copies, layout, storage))
 
 
 def _load(path: Path, source: Layout, copies: list[Copy], layout: Layout, storage: Storage) -> None:

@@ -18,7 +18,7 @@ from megagrow.common.disk_space import check_room
 from megagrow.common.file_io import sync
 from megagrow.errors import InputError
 from megagrow.parallel.engine import Storage
-from megagrow.parallel.process_groups import together
+from megagrow.parallel.process_groups import run_on_all_ranks
 from megagrow.reshard.layout import Layout
 
 
@@ -63,7 +63,7 @@ class Save:
         """Makes the directory, once it is known that the disk has room for what all ranks write."""
         with self._named():
             needed = total_bytes(tensors)
-            together(lambda: self._begin(needed) if dist.get_rank() == 0 else None)
+            run_on_all_ranks(lambda: self._begin(needed) if dist.get_rank() == 0 else None)
 
     def write(self, tensors: dict[str, Tensor]) -> Files:
         """Writes this rank's file and waits until it is on the disk. OSError if it cannot be."""
@@ -76,9 +76,9 @@ class Save:
         """Makes a checkpoint of what all ranks have written; `written` gives this rank's part."""
         with self._named():
             parts: list[Files] = [{}] * dist.get_world_size()
-            dist.all_gather_object(parts, together(written))
+            dist.all_gather_object(parts, run_on_all_ranks(written))
             made = manifest({name: record for part in parts for name, record in part.items()})
-            together(lambda: self._finish(made) if dist.get_rank() == 0 else None)
+            run_on_all_ranks(lambda: self._finish(made) if dist.get_rank() == 0 else None)
 
     def _begin(self, needed: int) -> None:
         remove_unfinished(self.directory)

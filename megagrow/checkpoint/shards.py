@@ -13,19 +13,19 @@ from torch import Tensor
 from megagrow.checkpoint.tensor_file import Planned, Stored, planned
 from megagrow.common.checksums import FileRecord
 from megagrow.common.file_io import raw_bytes, write_bytes
-from megagrow.growth.map import Kind
+from megagrow.growth.map import StateKind
 from megagrow.parallel.engine import Storage
 from megagrow.reshard.layout import Layout
 
-KINDS: tuple[Kind, ...] = ("fp32", "exp_avg", "exp_avg_sq")
+KINDS: tuple[StateKind, ...] = ("fp32", "exp_avg", "exp_avg_sq")
 
 
-class Unit(NamedTuple):
+class ShardTensor(NamedTuple):
     """One state of one parameter, as far as one rank holds it: a tensor of a rank's file."""
 
     rank: int
     name: str
-    kind: Kind
+    kind: StateKind
 
     @property
     def tensor(self) -> str:
@@ -33,14 +33,14 @@ class Unit(NamedTuple):
         return f"{self.name}.{self.kind}"
 
 
-def units(layout: Layout) -> Iterator[Unit]:
+def units(layout: Layout) -> Iterator[ShardTensor]:
     """All tensors of all files: those of one parameter after the other, so that what is read of
     the source for one rank can serve the next one."""
     for name in layout.plan:
         for kind in KINDS:
             for rank in range(layout.dp * layout.tp):
                 if holds(layout, name, rank):
-                    yield Unit(rank, name, kind)
+                    yield ShardTensor(rank, name, kind)
 
 
 def holds(layout: Layout, name: str, rank: int) -> bool:
@@ -68,7 +68,7 @@ class Places:
         # but not more files than there are.
         self._begins = [self._of_rank(tensors(rank)) for rank in range(layout.dp * layout.tp)]
 
-    def begin(self, rank: int, name: str, kind: Kind) -> int:
+    def begin(self, rank: int, name: str, kind: StateKind) -> int:
         """The first byte."""
         return int(self._begins[rank][self._index[name], KINDS.index(kind)])
 

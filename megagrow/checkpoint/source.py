@@ -18,7 +18,7 @@ from megagrow.checkpoint.tensor_file import Stored, read_elements, read_header
 from megagrow.common.checksums import Files
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
-from megagrow.growth.map import Kind
+from megagrow.growth.map import StateKind
 from megagrow.reshard.layout import Block, Layout
 
 _ELEMENTS_AT_ONCE = 2**20
@@ -34,14 +34,14 @@ class Source(ABC):
     layout: Layout
     files: tuple[Path, ...]
     """All files that it consists of."""
-    kinds: tuple[Kind, ...] = KINDS
+    kinds: tuple[StateKind, ...] = KINDS
     adam_step: int = 0
     run: dict[str, Any] | None = None
     """Where its run stood; None if it comes from no run."""
     environment: dict[str, Any] = field(default_factory=dict)
 
     @abstractmethod
-    def read(self, name: str, kind: Kind, block: Block) -> Tensor:
+    def read(self, name: str, kind: StateKind, block: Block) -> Tensor:
         """A rectangle of a logical tensor: (rows, columns) fp32. InputError if a file is cut."""
 
 
@@ -49,10 +49,10 @@ class PlacedSource(Source):
     """A source in whose files all that a rank holds of a tensor stands in one place."""
 
     @abstractmethod
-    def place(self, rank: int, name: str, kind: Kind) -> tuple[Path, Stored]:
+    def place(self, rank: int, name: str, kind: StateKind) -> tuple[Path, Stored]:
         """The file, and the place in it, of what a rank of the layout holds."""
 
-    def read(self, name: str, kind: Kind, block: Block) -> Tensor:
+    def read(self, name: str, kind: StateKind, block: Block) -> Tensor:
         values = torch.empty(len(block.rows), len(block.cols))
         for rank, part in self.layout.holders(name, block, near=0):
             offset, stride = self.layout.local(name, rank, part)
@@ -84,7 +84,7 @@ class CheckpointSource(PlacedSource):
 
     places: Places
 
-    def place(self, rank: int, name: str, kind: Kind) -> tuple[Path, Stored]:
+    def place(self, rank: int, name: str, kind: StateKind) -> tuple[Path, Stored]:
         shape = (len(self.layout.interval(name, rank // self.layout.tp)),)
         stored = Stored("F32", shape, self.places.begin(rank, name, kind))
         return self.path / shard_name(rank), stored

@@ -222,7 +222,7 @@ def main() -> None:
         _say_once(f"error: {error}")
         sys.exit(2)
     except PeerLost as error:
-        _say(f"error: {error}", error.speaks)
+        _say(f"error: {error}", error.is_reporter)
         sys.exit(error.code)
     except RunError as error:
         _say_once(f"error: {error}")
@@ -241,11 +241,11 @@ def _say_once(text: str) -> None:
     _say(text, first)
 
 
-def _say(text: str, speaks: bool) -> None:
+def _say(text: str, is_reporter: bool) -> None:
     """Says something, or gives the rank that does the time for it."""
-    from megagrow.parallel.process_groups import ends_all_with_one
+    from megagrow.parallel.process_groups import launcher_kills_all_ranks
 
-    if speaks:
+    if is_reporter:
         print(text, file=sys.stderr, flush=True)
-    elif ends_all_with_one():
+    elif launcher_kills_all_ranks():
         time.sleep(FIRST_SPEAKS_SECONDS)

@@ -48,20 +48,20 @@ def evaluate(
     from megagrow.evaluation.results_store import run_of, standing
     from megagrow.evaluation.runner import evaluate as run_tasks
     from megagrow.evaluation.tasks import load_tasks
-    from megagrow.parallel.process_groups import leave_process_group, together
+    from megagrow.parallel.process_groups import leave_process_group, run_on_all_ranks
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     topology = join(tp)
     if not names:
         raise InputError("--tasks: names none")
-    asked = together(lambda: load_tasks(names, data_dir))
+    asked = run_on_all_ranks(lambda: load_tasks(names, data_dir))
     loaded = load(checkpoint, topology, tokenizer, dtype)
     found = run_tasks(evaluated(loaded, topology, batch_size), asked, limit)
     about = {"checkpoint": str(loaded.path), **standing(loaded.run), "limit": limit}
     run = run_of(loaded.path) if keep else None
     if topology.rank == 0:
         Console().print(_table({**about, **found}))
-    together(partial(_write, {**about, **found}, output, run, topology.rank == 0))
+    run_on_all_ranks(partial(_write, {**about, **found}, output, run, topology.rank == 0))
     leave_process_group()
 
 

@@ -18,7 +18,7 @@ from megagrow.config.stage_length import LENGTHS, lengths_in, settled, unsettled
 from megagrow.config.validation import problems
 from megagrow.errors import InputError
 
-Place = tuple[int | str, ...]
+KeyPath = tuple[int | str, ...]
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -94,7 +94,7 @@ def _texts(error: ValidationError, tree: dict[str, Any]) -> Iterator[str]:
         yield f"'{path}' = {shown}: {said[0].lower()}{said[1:]}"
 
 
-def _written_at(place: Place, tree: dict[str, Any]) -> Place:
+def _written_at(place: KeyPath, tree: dict[str, Any]) -> KeyPath:
     """Where the user wrote, or could write, what stands at `place` in the filled-in tree."""
     if place[0] != "stages" or len(place) < 3 or place[2] not in DEFAULTS:
         return place
@@ -105,7 +105,7 @@ def _written_at(place: Place, tree: dict[str, Any]) -> Place:
     return place if own_model or in_stage >= at_top + 2 else place[2:]
 
 
-def _reach(tree: Any, place: Place) -> int:
+def _reach(tree: Any, place: KeyPath) -> int:
     """How many steps of `place` exist in `tree`."""
     for depth, key in enumerate(place):
         inside = dict(enumerate(tree)) if isinstance(tree, list) else tree

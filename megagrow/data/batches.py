@@ -8,7 +8,7 @@ import torch
 
 from megagrow.config.schema import CorpusConfig, DataConfig
 from megagrow.data.indexed import IndexedCorpus
-from megagrow.data.manifest import Manifest
+from megagrow.data.manifest import CorpusManifest
 from megagrow.data.stream import NO_LABEL, Tokens, TokenStream
 from megagrow.errors import InputError
 
@@ -137,7 +137,7 @@ def _outside(ids: np.ndarray, vocab_size: int) -> np.ndarray:
 
 def _check_manifest(corpus: IndexedCorpus, vocab_size: int) -> None:
     """Compare with the largest id that `megagrow prepare` noted; other corpora have no note."""
-    manifest = Manifest.beside(corpus.prefix)
+    manifest = CorpusManifest.beside(corpus.prefix)
     split = manifest.splits.get(corpus.prefix.name) if manifest else None
     if split is not None and split.max_token_id >= vocab_size:
         raise InputError(

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import pyarrow
 import pyarrow.parquet
 
-from megagrow.data.sources import Unit, open_hub
+from megagrow.data.sources import SourceUnit, open_hub
 from megagrow.errors import InputError
 
 ROWS = 256
@@ -25,7 +25,7 @@ class Document:
     size: int
 
 
-def read_documents(unit: Unit, text_key: str) -> Iterator[Document]:
+def read_documents(unit: SourceUnit, text_key: str) -> Iterator[Document]:
     """The documents of a unit, always in the same order; those without a text are left out.
 
     Errors: InputError naming the file, and the line or row, if one has no string under `text_key`
@@ -45,7 +45,7 @@ def read_documents(unit: Unit, text_key: str) -> Iterator[Document]:
     return (document for document in documents if document.text)
 
 
-def _read_texts(unit: Unit) -> Iterator[Document]:
+def _read_texts(unit: SourceUnit) -> Iterator[Document]:
     errors = "replace" if unit.kind == "lossy text" else "strict"
     for path in unit.files:
         content = Path(path).read_bytes()
@@ -55,7 +55,7 @@ def _read_texts(unit: Unit) -> Iterator[Document]:
             raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert it") from error
 
 
-def _read_json_lines(unit: Unit, text_key: str) -> Iterator[Document]:
+def _read_json_lines(unit: SourceUnit, text_key: str) -> Iterator[Document]:
     """The lines that begin in [start, stop) of a file."""
     path = unit.files[0]
     with open(path, "rb") as file:
@@ -75,7 +75,7 @@ def _read_json_lines(unit: Unit, text_key: str) -> Iterator[Document]:
             yield Document(text, len(line))
 
 
-def _read_compressed(unit: Unit, text_key: str) -> Iterator[Document]:
+def _read_compressed(unit: SourceUnit, text_key: str) -> Iterator[Document]:
     path = unit.files[0]
     number, consumed = 0, 0
     with open(path, "rb") as raw:
@@ -96,7 +96,7 @@ def _decompress(raw: BinaryIO, path: str) -> Iterable[bytes]:
     return io.BufferedReader(pyarrow.CompressedInputStream(raw, codec))
 
 
-def _read_parquet(unit: Unit, text_key: str) -> Iterator[Document]:
+def _read_parquet(unit: SourceUnit, text_key: str) -> Iterator[Document]:
     path = unit.files[0]
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -113,7 +113,7 @@ def _read_parquet(unit: Unit, text_key: str) -> Iterator[Document]:
         raise InputError(f"{path}: damaged parquet file: {error}") from error
 
 
-def _read_hub(unit: Unit, text_key: str) -> Iterator[Document]:
+def _read_hub(unit: SourceUnit, text_key: str) -> Iterator[Document]:
     source = unit.files[0]
     dataset, _ = open_hub(source)
     shard = dataset.shard(num_shards=dataset.num_shards, index=unit.start)

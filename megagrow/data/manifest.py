@@ -26,7 +26,7 @@ class Split(BaseModel):
     max_token_id: int
 
 
-class FileRecord(BaseModel):
+class CorpusFile(BaseModel):
     """What a file has to be."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,7 +43,7 @@ class FileRecord(BaseModel):
         return cls(size=path.stat().st_size, blake2b=digest.hexdigest())
 
 
-class Manifest(BaseModel):
+class CorpusManifest(BaseModel):
     """A prepared corpus, as its manifest.json describes it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,7 +61,7 @@ class Manifest(BaseModel):
     """Of instructions: the length of the rows into which whole examples are packed."""
     splits: dict[str, Split]
     """By the name of the prefix: train, validation."""
-    files: dict[str, FileRecord]
+    files: dict[str, CorpusFile]
     """By the path from the manifest's folder."""
 
     @classmethod
@@ -99,16 +99,16 @@ class Manifest(BaseModel):
         return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
 
-def verify(output: Path) -> Manifest:
+def verify(output: Path) -> CorpusManifest:
     """Compare each file of a prepared corpus with its checksum; InputError naming the first one
     that differs."""
-    manifest = Manifest.beside(output / NAME)
+    manifest = CorpusManifest.beside(output / NAME)
     if manifest is None:
         raise InputError(f"{output}: no {NAME}; not a folder that `megagrow prepare` has completed")
     for name, record in manifest.files.items():
         path = output / name
         if not path.is_file():
             raise InputError(f"{path}: missing; prepare the corpus again")
-        if FileRecord.of(path) != record:
+        if CorpusFile.of(path) != record:
             raise InputError(f"{path}: not what was written (checksum); prepare the corpus again")
     return manifest

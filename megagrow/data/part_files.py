@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from megagrow.data.documents import Document, read_documents
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
 from megagrow.data.manifest import Split
-from megagrow.data.sources import Unit
+from megagrow.data.sources import SourceUnit
 from megagrow.data.tokenizers import Tokenizer, load_tokenizer
 
 TRAIN, VALIDATION = SPLITS = ("train", "validation")
@@ -42,7 +42,7 @@ class Options:
         return VALIDATION if is_validation else TRAIN
 
 
-class Part(BaseModel):
+class PartFile(BaseModel):
     """The json file of a part, written last: what its corpora `NAME.train` and so on hold."""
 
     splits: dict[str, Split]
@@ -67,16 +67,16 @@ def fingerprint(*values: object) -> str:
     return hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
 
 
-def part_name(unit: Unit, options: Options, tokenizer: Tokenizer) -> str:
+def part_name(unit: SourceUnit, options: Options, tokenizer: Tokenizer) -> str:
     """The name of the part of a unit."""
     return fingerprint(unit, options, tokenizer.checksum)
 
 
-def finished_part(folder: Path, name: str, vocab_size: int) -> Part | None:
+def finished_part(folder: Path, name: str, vocab_size: int) -> PartFile | None:
     """The part of this name, if it is there as a whole."""
     path = folder / f"{name}.json"
     try:
-        part = Part.model_validate_json(path.read_bytes())
+        part = PartFile.model_validate_json(path.read_bytes())
         sizes = {s: with_suffix(folder / name, f".{s}.bin").stat().st_size for s in SPLITS}
     except (FileNotFoundError, ValidationError):
         return None
@@ -95,13 +95,13 @@ def discard_stale(folder: Path, names: Iterable[str]) -> None:
 
 def start_tokenising(
     options: Options, tokenizer: str, folder: Path
-) -> Callable[[Unit], Iterator[Progress]]:
+) -> Callable[[SourceUnit], Iterator[Progress]]:
     """Load the tokenizer; the result makes the part of a unit, with a message after each batch."""
     return partial(make_part, options, load_tokenizer(tokenizer), folder)
 
 
 def make_part(
-    options: Options, tokenizer: Tokenizer, folder: Path, unit: Unit
+    options: Options, tokenizer: Tokenizer, folder: Path, unit: SourceUnit
 ) -> Iterator[Progress]:
     """Tokenise one unit into the folder."""
     prefix = folder / part_name(unit, options, tokenizer)
@@ -125,7 +125,7 @@ def make_part(
             yield Progress(batch.size, tokens)
         for writer in writers.values():
             writer.finalise()
-    _write_json(with_suffix(prefix, ".json"), Part(splits=splits, bytes=done))
+    _write_json(with_suffix(prefix, ".json"), PartFile(splits=splits, bytes=done))
 
 
 def add(split: Split, documents: int, tokens: int, max_token_id: int) -> Split:
@@ -157,7 +157,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[_Batch]:
         yield _Batch(texts, size)
 
 
-def _write_json(path: Path, part: Part) -> None:
+def _write_json(path: Path, part: PartFile) -> None:
     partial_path = with_suffix(path, f".{os.getpid()}.partial")
     partial_path.write_text(part.model_dump_json(), encoding="utf-8")
     os.replace(partial_path, path)

@@ -17,12 +17,12 @@ from rich.console import Console
 from megagrow.common.progress import TokenisingProgress
 from megagrow.data.documents import read_documents
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
-from megagrow.data.manifest import NAME, FileRecord, Manifest, Split
+from megagrow.data.manifest import NAME, CorpusFile, CorpusManifest, Split
 from megagrow.data.part_files import (
     SPLITS,
     TRAIN,
     Options,
-    Part,
+    PartFile,
     Progress,
     add,
     discard_stale,
@@ -31,14 +31,14 @@ from megagrow.data.part_files import (
     part_name,
     start_tokenising,
 )
-from megagrow.data.sources import Unit, find_units
+from megagrow.data.sources import SourceUnit, find_units
 from megagrow.data.tokenizers import (
     Tokenizer,
     check_tokenizer,
     load_tokenizer,
     train_sentencepiece,
 )
-from megagrow.data.workers import Work, run_tasks
+from megagrow.data.workers import TaskFunction, run_tasks
 from megagrow.errors import InputError
 
 TRAIN_TOKENIZER = "train"
@@ -60,7 +60,7 @@ def prepare(
     text_key: str = "text",
     seed: int = 1234,
     console: Console | None = None,
-) -> Manifest:
+) -> CorpusManifest:
     """Tokenise sources (see `sources.py`) into OUTPUT/train and OUTPUT/validation.
 
     `tokenizer` is `train` (SentencePiece, `vocab_size` tokens) or what `load_tokenizer` takes, of
@@ -74,7 +74,7 @@ def prepare(
     with _disk_errors(output):
         units = find_units(sources)
         wanted = fingerprint(units, options, _identity(tokenizer, vocab_size))
-        finished = Manifest.beside(output / NAME)
+        finished = CorpusManifest.beside(output / NAME)
         folder = output / "parts"
         if finished and finished.fingerprint == wanted and finished.is_complete(output):
             shutil.rmtree(folder, ignore_errors=True)  # If the end came just before this was done.
@@ -133,7 +133,7 @@ def _identity(tokenizer: str, vocab_size: int | None) -> str:
 
 
 def _train_tokenizer(
-    path: Path, units: list[Unit], options: Options, vocab_size: int | None, console: Console
+    path: Path, units: list[SourceUnit], options: Options, vocab_size: int | None, console: Console
 ) -> None:
     """Train a tokenizer on a sample of the corpus, unless an earlier run has done so."""
     if path.is_file():
@@ -148,7 +148,7 @@ def _train_tokenizer(
         train_sentencepiece(sample, size, path)
 
 
-def _sample(units: list[Unit], options: Options, limit: int) -> Iterator[str]:
+def _sample(units: list[SourceUnit], options: Options, limit: int) -> Iterator[str]:
     """About `limit` characters of training documents from all over the corpus."""
     chosen = units[:: max(1, len(units) // SAMPLE_UNITS)]
     for unit in chosen:
@@ -163,8 +163,8 @@ def _sample(units: list[Unit], options: Options, limit: int) -> Iterator[str]:
 
 def _tokenise(
     folder: Path,
-    units: dict[str, Unit],
-    start: Callable[[], Work[Unit, Progress]],
+    units: dict[str, SourceUnit],
+    start: Callable[[], TaskFunction[SourceUnit, Progress]],
     vocab_size: int,
     workers: int | None,
     console: Console,
@@ -208,7 +208,7 @@ def _merge(
     return {split: total for split, total in totals.items() if total.documents}
 
 
-def _total(split: str, parts: list[Part]) -> Split:
+def _total(split: str, parts: list[PartFile]) -> Split:
     total = Split(documents=0, tokens=0, max_token_id=-1)
     for part in parts:
         more = part.splits[split]
@@ -234,12 +234,12 @@ def _describe(
     output: Path,
     splits: dict[str, Split],
     tokenizer: Tokenizer,
-) -> Manifest:
+) -> CorpusManifest:
     """Save the tokenizer with the corpus, and describe all files."""
     saved = tokenizer.save(output)
     corpora = [with_suffix(output / split, end) for split in splits for end in (".bin", ".idx")]
     main = saved[0] if saved[0].parent == output else saved[0].parent
-    return Manifest(
+    return CorpusManifest(
         fingerprint=wanted,
         sources=sources,
         tokenizer=str(main.relative_to(output)),
@@ -247,5 +247,5 @@ def _describe(
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         splits=splits,
-        files={str(path.relative_to(output)): FileRecord.of(path) for path in (*corpora, *saved)},
+        files={str(path.relative_to(output)): CorpusFile.of(path) for path in (*corpora, *saved)},
     )

@@ -15,7 +15,7 @@ from typing import Any
 from megagrow.common.json_text import parse_json
 from megagrow.config.schema import CorpusConfig
 from megagrow.data.indexed import IndexedCorpus, with_suffix
-from megagrow.data.manifest import Manifest
+from megagrow.data.manifest import CorpusManifest
 from megagrow.data.stream import TokenStream
 from megagrow.data.tokenizers import Tokenizer
 from megagrow.errors import InputError
@@ -145,7 +145,7 @@ def _opened(corpus: IndexedCorpus, length: int) -> IndexedCorpus:
             f"{prefix}.bin: {mask.num_tokens} tokens are masked, the corpus has "
             f"{corpus.num_tokens}; prepare it again"
         )
-    manifest = Manifest.beside(corpus.prefix)
+    manifest = CorpusManifest.beside(corpus.prefix)
     packed = manifest.sequence_length if manifest else None
     if packed not in (None, length):
         raise InputError(

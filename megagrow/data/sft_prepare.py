@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
-from megagrow.data.manifest import NAME, FileRecord, Manifest, Split
+from megagrow.data.manifest import NAME, CorpusFile, CorpusManifest, Split
 from megagrow.data.part_files import SPLITS, TRAIN, Options, fingerprint
 from megagrow.data.sft import TokenisedExample, mask_prefix, pack, read_examples, tokenise
 from megagrow.data.tokenizers import Tokenizer, load_tokenizer
@@ -43,7 +43,7 @@ def prepare_sft(
     validation_fraction: float = 0.01,
     seed: int = 1234,
     console: Console | None = None,
-) -> Manifest:
+) -> CorpusManifest:
     """Tokenise instructions (see `sft.py`) into OUTPUT/train and OUTPUT/validation, each with its
     mask, in rows of `sequence_length` tokens, and say what came out.
 
@@ -167,13 +167,13 @@ def _describe(
     splits: dict[str, Split],
     tokenizer: Tokenizer,
     length: int,
-) -> Manifest:
+) -> CorpusManifest:
     """Save the tokenizer with the corpus, and describe all files."""
     saved = tokenizer.save(output)
     prefixes = [at for name in splits for at in (output / name, mask_prefix(output / name))]
     corpora = [with_suffix(prefix, suffix) for prefix in prefixes for suffix in SUFFIXES]
     main = saved[0] if saved[0].parent == output else saved[0].parent
-    return Manifest(
+    return CorpusManifest(
         fingerprint=fingerprint(*identity),
         sources=[os.fspath(path) for path in sources],
         tokenizer=str(main.relative_to(output)),
@@ -182,5 +182,5 @@ def _describe(
         eos_id=tokenizer.eos_id,
         sequence_length=length,
         splits=splits,
-        files={str(path.relative_to(output)): FileRecord.of(path) for path in (*corpora, *saved)},
+        files={str(path.relative_to(output)): CorpusFile.of(path) for path in (*corpora, *saved)},
     )

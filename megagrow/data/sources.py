@@ -31,14 +31,14 @@ UNITS = 2048
 """Units in bytes: the input's size over UNITS, within these limits. So many that workers end
 together, and so few that their part files do not get in the way."""
 
-Kind = Literal["text", "lossy text", "jsonl", "compressed jsonl", "parquet", "hub"]
+SourceKind = Literal["text", "lossy text", "jsonl", "compressed jsonl", "parquet", "hub"]
 
 
 @dataclass(frozen=True)
-class Unit:
+class SourceUnit:
     """What one worker reads at a time. Its order of documents is fixed."""
 
-    kind: Kind
+    kind: SourceKind
     files: tuple[str, ...]
     """Paths; for a dataset of the Hub its name as given."""
     start: int
@@ -53,12 +53,12 @@ class Unit:
 @dataclass(frozen=True)
 class _File:
     path: str
-    kind: Kind
+    kind: SourceKind
     size: int
     state: str
 
 
-def find_units(sources: list[str]) -> list[Unit]:
+def find_units(sources: list[str]) -> list[SourceUnit]:
     """All units of the sources, in the order of the corpus. InputError if one cannot be found."""
     parts = [_find_hub(source) if source.startswith(HUB) else _find(source) for source in sources]
     files = [item for part in parts for item in part if isinstance(item, _File)]
@@ -101,10 +101,10 @@ def _find(source: str) -> list[_File]:
     return [_describe(path, _kind_of(path))]
 
 
-def _find_hub(source: str) -> list[Unit]:
+def _find_hub(source: str) -> list[SourceUnit]:
     dataset, state = open_hub(source)
     shards = range(dataset.num_shards)
-    return [Unit("hub", (source,), shard, shard + 1, 0, state) for shard in shards]
+    return [SourceUnit("hub", (source,), shard, shard + 1, 0, state) for shard in shards]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -126,7 +126,7 @@ def _walk_stdlib() -> Iterator[Path]:
             yield path
 
 
-def _kind_of(path: Path) -> Kind:
+def _kind_of(path: Path) -> SourceKind:
     if path.name.endswith(".jsonl"):
         return "jsonl"
     if path.name.endswith(COMPRESSED):
@@ -134,13 +134,13 @@ def _kind_of(path: Path) -> Kind:
     return "parquet" if path.suffix == ".parquet" else "text"
 
 
-def _describe(path: Path, kind: Kind) -> _File:
+def _describe(path: Path, kind: SourceKind) -> _File:
     status = path.stat()
     size, state = status.st_size, f"{status.st_size} {status.st_mtime_ns}"
     return _File(os.path.abspath(path), kind, size, state)
 
 
-def _cut(items: list[_File] | list[Unit], unit_size: int) -> Iterator[Unit]:
+def _cut(items: list[_File] | list[SourceUnit], unit_size: int) -> Iterator[SourceUnit]:
     """Small texts are read together, large files in ranges, the rest one at a time."""
     together: list[_File] = []
     room = unit_size
@@ -149,7 +149,7 @@ def _cut(items: list[_File] | list[Unit], unit_size: int) -> Iterator[Unit]:
         if together and (not is_text or room <= 0):
             yield _join(together)
             together, room = [], unit_size
-        if isinstance(item, Unit):
+        if isinstance(item, SourceUnit):
             yield item
         elif is_text:
             together.append(item)
@@ -160,13 +160,13 @@ def _cut(items: list[_File] | list[Unit], unit_size: int) -> Iterator[Unit]:
         yield _join(together)
 
 
-def _join(files: list[_File]) -> Unit:
+def _join(files: list[_File]) -> SourceUnit:
     paths = tuple(file.path for file in files)
     state = " ".join(file.state for file in files)
-    return Unit(files[0].kind, paths, 0, 0, sum(file.size for file in files), state)
+    return SourceUnit(files[0].kind, paths, 0, 0, sum(file.size for file in files), state)
 
 
-def _ranges(file: _File, unit_size: int) -> Iterator[Unit]:
+def _ranges(file: _File, unit_size: int) -> Iterator[SourceUnit]:
     if file.kind == "compressed jsonl":
         bounds = [(0, file.size, file.size)]
     elif file.kind == "parquet":
@@ -175,7 +175,7 @@ def _ranges(file: _File, unit_size: int) -> Iterator[Unit]:
         cuts = [*range(0, file.size, unit_size), file.size]
         bounds = [(start, stop, stop - start) for start, stop in pairwise(cuts)]
     for start, stop, size in bounds:
-        yield Unit(file.kind, (file.path,), start, stop, size, file.state)
+        yield SourceUnit(file.kind, (file.path,), start, stop, size, file.state)
 
 
 def _row_groups(path: str, unit_size: int) -> list[tuple[int, int, int]]:

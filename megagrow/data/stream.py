@@ -35,7 +35,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Place:
+class StreamLocation:
     """Where in the files a position of the stream is found."""
 
     corpus: int
@@ -74,7 +74,7 @@ class TokenStream:
             ends.append(self._blend.slot_of(index, turns) * self._block_size + rest)
         return min(ends)
 
-    def locate(self, position: int) -> Place:
+    def locate(self, position: int) -> StreamLocation:
         """The place in the files of the token at a position of the stream."""
         slot, within_slot = divmod(position, self._block_size)
         corpus = self._blend.corpus_of(slot)
@@ -84,7 +84,7 @@ class TokenStream:
         block, within_block = divmod(within_epoch, self._block_size)
         offset = self._file_block(corpus, epoch, block) * self._block_size + within_block
         run = min(self._block_size - max(within_slot, within_block), total - within_epoch)
-        return Place(corpus, offset, run)
+        return StreamLocation(corpus, offset, run)
 
     def read(self, position: int, count: int) -> Tokens:
         """The tokens at [position, position + count) of the stream."""
@@ -107,14 +107,14 @@ class TokenStream:
             return block
         return Permutation(full_blocks, self._seed, corpus, epoch)(block)
 
-    def _continues(self, position: int, place: Place) -> bool:
+    def _continues(self, position: int, place: StreamLocation) -> bool:
         """Whether the token at `position` follows, in the file too, the one before it."""
         if position == 0:
             return False
         before = self.locate(position - 1)
         return (before.corpus, before.offset + 1) == (place.corpus, place.offset)
 
-    def _fill(self, tokens: Tokens, start: int, length: int, place: Place) -> None:
+    def _fill(self, tokens: Tokens, start: int, length: int, place: StreamLocation) -> None:
         """Copy `length` tokens of one corpus into [start, start + length) of the arrays."""
         corpus = self.corpora[place.corpus]
         stop = place.offset + length

@@ -14,12 +14,12 @@ from megagrow.errors import InputError
 
 Task = TypeVar("Task")
 Message = TypeVar("Message")
-Work = Callable[[Task], Iterator[Message]]
+TaskFunction = Callable[[Task], Iterator[Message]]
 """Does a task and yields messages, which are not None."""
 
 
 def run_tasks(
-    start: Callable[[], Work[Task, Message]], tasks: Sequence[Task], workers: int
+    start: Callable[[], TaskFunction[Task, Message]], tasks: Sequence[Task], workers: int
 ) -> Iterator[Message]:
     """Do all tasks and yield their messages as they come.
 
@@ -38,7 +38,7 @@ def run_tasks(
 
 
 def _run_in_processes(
-    start: Callable[[], Work[Task, Message]], tasks: Sequence[Task], workers: int
+    start: Callable[[], TaskFunction[Task, Message]], tasks: Sequence[Task], workers: int
 ) -> Iterator[Message]:
     context = multiprocessing.get_context("spawn")
     todo: Queue[Task | None] = context.Queue()
@@ -98,7 +98,7 @@ def _collect(
 
 
 def _serve(
-    start: Callable[[], Work[Task, Message]],
+    start: Callable[[], TaskFunction[Task, Message]],
     todo: "Queue[Task | None]",
     results: "Queue[Message | Exception | None]",
 ) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megagrow.doctor.diagnostics import Cluster
+from megagrow.doctor.diagnostics import ClusterReport
 from megagrow.doctor.network import Speeds, measure_speeds, sizes_for
 from megagrow.doctor.rank_report import RankReport, own_report
 from megagrow.doctor.rendezvous import Meeting
@@ -29,7 +29,7 @@ Look = Callable[[Launch], RankReport]
 
 def examine(
     launch: Launch, folder: Path | None, seconds: float, look: Look = own_report
-) -> Cluster:
+) -> ClusterReport:
     """All that the ranks find out; all ranks call it together and get the same.
 
     `folder` is looked at if it is given; `seconds` are those of every wait. RankMissing, on all
@@ -41,7 +41,7 @@ def examine(
         own = look(launch)
         said = meeting.share("the meeting", own.to_json())
         reports = [RankReport.from_json(each) for each in said]
-        hosts = Cluster(reports).hosts
+        hosts = ClusterReport(reports).hosts
         clocks = meeting.share("the clocks", meeting.clock_offset())
         views = []
         if folder is not None:
@@ -51,7 +51,9 @@ def examine(
         # A device that fails would only take the measurement down with it.
         if launch.world_size > 1 and all(report.trouble is None for report in reports):
             speeds = _speeds(meeting, [*hosts.values()], seconds)
-        return Cluster(reports, clocks, None if folder is None else str(folder), views, speeds)
+        return ClusterReport(
+            reports, clocks, None if folder is None else str(folder), views, speeds
+        )
     finally:
         meeting.leave()
 

@@ -29,7 +29,7 @@ ENOUGH = 3
 
 
 @dataclass(frozen=True)
-class Cluster:
+class ClusterReport:
     """All that is known, by rank."""
 
     reports: Sequence[RankReport]
@@ -58,7 +58,7 @@ class Cluster:
         return {host: median(speeds) for host, speeds in found.items() if speeds}
 
 
-def findings(cluster: Cluster) -> list[str]:
+def findings(cluster: ClusterReport) -> list[str]:
     """All that is wrong, each in one line that names hosts or ranks."""
     return [
         *_different(cluster),
@@ -70,7 +70,7 @@ def findings(cluster: Cluster) -> list[str]:
     ]
 
 
-def _different(cluster: Cluster) -> Iterator[str]:
+def _different(cluster: ClusterReport) -> Iterator[str]:
     """Values that are not the same everywhere: those that most have are taken as right."""
     tables: list[tuple[str, Callable[[RankReport], Mapping[str, str]]]] = [
         ("version of", lambda report: report.versions),
@@ -85,7 +85,7 @@ def _different(cluster: Cluster) -> Iterator[str]:
     yield from _odd(cluster, "device", devices)
 
 
-def _odd(cluster: Cluster, what: str, values: Sequence[str]) -> Iterator[str]:
+def _odd(cluster: ClusterReport, what: str, values: Sequence[str]) -> Iterator[str]:
     usual = Counter(values).most_common(1)[0][0]
     for value in dict.fromkeys(values):
         if value != usual:
@@ -93,7 +93,7 @@ def _odd(cluster: Cluster, what: str, values: Sequence[str]) -> Iterator[str]:
             yield f"{_where(cluster, ranks)}: {what} is {value}, elsewhere {usual}"
 
 
-def _clocks(cluster: Cluster) -> Iterator[str]:
+def _clocks(cluster: ClusterReport) -> Iterator[str]:
     for host, ranks in cluster.hosts.items():
         offsets = [cluster.clocks[rank] for rank in ranks] if cluster.clocks else []
         worst = max(offsets, key=abs, default=0.0)
@@ -102,7 +102,7 @@ def _clocks(cluster: Cluster) -> Iterator[str]:
             yield f"{host}: its clock is {abs(worst):.1f} s {side} that of rank 0's host"
 
 
-def _folder(cluster: Cluster) -> Iterator[str]:
+def _folder(cluster: ClusterReport) -> Iterator[str]:
     for rank, view in enumerate(cluster.views):
         here = cluster.reports[rank].host
         if view.trouble is not None:
@@ -112,7 +112,7 @@ def _folder(cluster: Cluster) -> Iterator[str]:
             yield f"{here}: {cluster.folder} does not show what {others} has written there"
 
 
-def _devices(cluster: Cluster) -> Iterator[str]:
+def _devices(cluster: ClusterReport) -> Iterator[str]:
     users: dict[str, list[int]] = {}
     for report in cluster.reports:
         where = f"{report.host}, rank {report.rank}"
@@ -132,7 +132,7 @@ def _devices(cluster: Cluster) -> Iterator[str]:
             yield f"{_where(cluster, ranks)}: they share one GPU ({uuid})"
 
 
-def _slow_hosts(cluster: Cluster) -> Iterator[str]:
+def _slow_hosts(cluster: ClusterReport) -> Iterator[str]:
     speeds = cluster.host_speeds()
     for host, usual in _slow(speeds, SLOW):
         yield (
@@ -141,7 +141,7 @@ def _slow_hosts(cluster: Cluster) -> Iterator[str]:
         )
 
 
-def _slow_gpus(cluster: Cluster) -> Iterator[str]:
+def _slow_gpus(cluster: ClusterReport) -> Iterator[str]:
     speeds = {r.rank: r.gpu.teraflops for r in cluster.reports if r.gpu is not None}
     for rank, usual in _slow(speeds, SLOW_GPU):
         yield (
@@ -158,7 +158,7 @@ def _slow(speeds: Mapping[K, float], share: float) -> Iterator[tuple[K, float]]:
     yield from ((who, usual) for who, speed in speeds.items() if speed < share * usual)
 
 
-def _where(cluster: Cluster, ranks: Sequence[int]) -> str:
+def _where(cluster: ClusterReport, ranks: Sequence[int]) -> str:
     """The hosts, where all of their ranks are meant; else also the ranks."""
     hosts = cluster.hosts
     meant = {cluster.reports[rank].host: None for rank in ranks}

@@ -16,13 +16,20 @@ from rich.table import Table
 from rich.text import Text
 
 from megagrow.config.schema import RunConfig
-from megagrow.model.backends import OPERATIONS, Work, automatic, backend_of, obstacle, work_of
+from megagrow.model.backends import (
+    OPERATIONS,
+    KernelWorkload,
+    automatic,
+    backend_of,
+    obstacle,
+    work_of,
+)
 from megagrow.model.machine import Machine, machine_of
 
 USUAL_HEAD_DIM = 128
 
 
-class Row(NamedTuple):
+class BackendRow(NamedTuple):
     """What is said of one backend of an operation."""
 
     operation: str
@@ -50,22 +57,22 @@ def facts() -> dict[str, str]:
     return said
 
 
-def usual_rows(machine: Machine) -> list[Row]:
+def usual_rows(machine: Machine) -> list[BackendRow]:
     """What is possible on a device in its usual precision, and when `auto` takes it."""
     dtype = torch.bfloat16 if machine.device == "cuda" else torch.float32
     cases = {
-        "": Work(dtype, USUAL_HEAD_DIM, packed=False),
-        "for packed documents": Work(dtype, USUAL_HEAD_DIM, packed=True),
+        "": KernelWorkload(dtype, USUAL_HEAD_DIM, packed=False),
+        "for packed documents": KernelWorkload(dtype, USUAL_HEAD_DIM, packed=True),
     }
     return [
-        Row(operation, backend, _why_not(operation, backend, machine, cases[""]), taken)
+        BackendRow(operation, backend, _why_not(operation, backend, machine, cases[""]), taken)
         for operation, backends in OPERATIONS.items()
         for backend in backends
         for taken in [_taken(operation, backend, machine, cases)]
     ]
 
 
-def run_rows(run: RunConfig, index: int, device: torch.device) -> list[Row]:
+def run_rows(run: RunConfig, index: int, device: torch.device) -> list[BackendRow]:
     """The same for a stage of a run, whose config may name backends."""
     machine, work = machine_of(device), work_of(run, index, device)
     config, rows = run.stages[index].kernels, []
@@ -75,7 +82,7 @@ def run_rows(run: RunConfig, index: int, device: torch.device) -> list[Row]:
         for backend in backends:
             why_not = _why_not(operation, backend, machine, work)
             taken = "refused: the run would not start" if why_not else f"yes ({asked})"
-            rows.append(Row(operation, backend, why_not, taken if backend == chosen else ""))
+            rows.append(BackendRow(operation, backend, why_not, taken if backend == chosen else ""))
     return rows
 
 
@@ -97,7 +104,7 @@ def show_doctor(run: RunConfig | None, device: torch.device, console: Console) -
         _print_rows(console, title, "taken", run_rows(run, index, device))
 
 
-def _print_rows(console: Console, title: str, taken: str, rows: list[Row]) -> None:
+def _print_rows(console: Console, title: str, taken: str, rows: list[BackendRow]) -> None:
     table = Table(
         *("operation", "backend", "possible", taken),
         title=title,
@@ -113,7 +120,7 @@ def _print_rows(console: Console, title: str, taken: str, rows: list[Row]) -> No
     console.print(table)
 
 
-def _taken(operation: str, backend: str, machine: Machine, cases: dict[str, Work]) -> str:
+def _taken(operation: str, backend: str, machine: Machine, cases: dict[str, KernelWorkload]) -> str:
     """In which of the cases `auto` takes a backend: `yes` where it is in all of them."""
     within = [
         case for case, work in cases.items() if automatic(operation, machine, work) == backend
@@ -123,7 +130,7 @@ def _taken(operation: str, backend: str, machine: Machine, cases: dict[str, Work
     return " and ".join(case or "without documents" for case in within)
 
 
-def _why_not(operation: str, backend: str, machine: Machine, work: Work) -> str:
+def _why_not(operation: str, backend: str, machine: Machine, work: KernelWorkload) -> str:
     return obstacle(operation, backend, machine, work) or ""
 
 

@@ -23,7 +23,7 @@ MATMULS = 20
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuReport:
     """A GPU as its rank has found it."""
 
     uuid: str
@@ -49,7 +49,7 @@ class RankReport:
     versions: dict[str, str] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
     """Environment variables that should be the same for all ranks."""
-    gpu: Gpu | None = None
+    gpu: GpuReport | None = None
     trouble: str | None = None
     """Why its device could not be looked at."""
 
@@ -61,7 +61,7 @@ class RankReport:
     def from_json(cls, values: dict[str, Any]) -> "RankReport":
         """The report that `to_json` has made plain."""
         gpu = values["gpu"]
-        return cls(**values | {"gpu": None if gpu is None else Gpu(**gpu)})
+        return cls(**values | {"gpu": None if gpu is None else GpuReport(**gpu)})
 
 
 def own_report(launch: Launch) -> RankReport:
@@ -107,10 +107,10 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _look_at(device: torch.device) -> Gpu:
+def _look_at(device: torch.device) -> GpuReport:
     free, memory = torch.cuda.mem_get_info(device)
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    return Gpu(uuid, memory, free, _teraflops(device), _ecc_errors(uuid))
+    return GpuReport(uuid, memory, free, _teraflops(device), _ecc_errors(uuid))
 
 
 def _teraflops(device: torch.device) -> float:

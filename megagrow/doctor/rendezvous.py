@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from megagrow.errors import PeerLost
-from megagrow.parallel.process_groups import Launch, first_host, open_meeting_place
+from megagrow.parallel.process_groups import Launch, first_host, open_store
 
 GRACE_SECONDS = 5.0
 """How much longer the others wait for rank 0, which itself waits for all of them."""
@@ -31,7 +31,7 @@ class Meeting:
         self._seconds = seconds
         self._present: list[int] = []
         try:
-            self.store: Any = open_meeting_place(launch, timedelta(seconds=seconds))
+            self.store: Any = open_store(launch, timedelta(seconds=seconds))
         except (RuntimeError, ValueError) as error:
             raise self._missing(
                 f"rank 0 at {first_host()} gives no answer within {seconds:.0f} s: is it there, "

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megagrow.doctor.diagnostics import Cluster
+from megagrow.doctor.diagnostics import ClusterReport
 
 HOST_COLUMNS = (
     *("host", "ranks", "devices", "clock, ms", "GB/s a rank"),
@@ -17,7 +17,7 @@ HOST_COLUMNS = (
 SPEED_COLUMNS = ("MB on each rank", "all-reduce, GB/s", "all-to-all, GB/s")
 
 
-def show_cluster(cluster: Cluster, wrong: Sequence[str], console: Console) -> None:
+def show_cluster(cluster: ClusterReport, wrong: Sequence[str], console: Console) -> None:
     """Prints tables, as Markdown where the output is no terminal, and a line for each finding."""
     versions = cluster.reports[0].versions
     said = ", ".join(f"{name} {value}" for name, value in versions.items())
@@ -30,7 +30,7 @@ def show_cluster(cluster: Cluster, wrong: Sequence[str], console: Console) -> No
         console.print(Text(f"Wrong: {line}"), soft_wrap=True)
 
 
-def _host_rows(cluster: Cluster) -> Iterable[Sequence[str]]:
+def _host_rows(cluster: ClusterReport) -> Iterable[Sequence[str]]:
     network = cluster.host_speeds()
     for host, ranks in cluster.hosts.items():
         reports = [cluster.reports[rank] for rank in ranks]
@@ -48,7 +48,7 @@ def _host_rows(cluster: Cluster) -> Iterable[Sequence[str]]:
         )
 
 
-def _speed_rows(cluster: Cluster) -> Iterable[Sequence[str]]:
+def _speed_rows(cluster: ClusterReport) -> Iterable[Sequence[str]]:
     """Of all ranks together: the median of what they have measured."""
     for size in cluster.speeds[0].all_reduce:
         reduced = median(speeds.all_reduce[size] for speeds in cluster.speeds)

@@ -9,7 +9,7 @@ import torch
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
 from megagrow.model.masks import Masks
-from megagrow.parallel.process_groups import together
+from megagrow.parallel.process_groups import run_on_all_ranks
 from megagrow.train.stage import Stage
 
 Evaluation = Callable[[Stage, Masks | None, Callable[[str], None]], dict[str, Any]]
@@ -26,7 +26,7 @@ def open_evaluation(run: RunConfig, device: torch.device) -> Evaluation | None:
     """
     if run.evaluation is None:
         return None
-    together(need_lm_eval)
+    run_on_all_ranks(need_lm_eval)
     from megagrow.evaluation.online import LiveEvaluation
 
     return LiveEvaluation(run, run.evaluation, device)

@@ -27,7 +27,7 @@ from megagrow.parallel.process_groups import (
     make_topology,
     own_device,
     read_launch,
-    together,
+    run_on_all_ranks,
 )
 
 MAX_GENERATED = 256
@@ -128,7 +128,7 @@ class Evaluated(TemplateLM):  # type: ignore[misc]
         part = requests[bounds[dp_rank] : bounds[dp_rank + 1]]
         if dp == 1:
             return self._to_the_end(answer, part)
-        own = together(lambda: self._to_the_end(answer, part))
+        own = run_on_all_ranks(lambda: self._to_the_end(answer, part))
         parts: list[Any] = [None] * dp
         dist.all_gather_object(parts, own, group=self._topology.dp_group)
         return [found for part in parts for found in part]

@@ -13,13 +13,13 @@ from megagrow.config.sections import KernelsConfig
 from megagrow.errors import InputError
 from megagrow.evaluation.tokenizer import Texts, open_texts
 from megagrow.formats.open_source import find_source, open_found
-from megagrow.model.backends import Work, choose
+from megagrow.model.backends import KernelWorkload, choose
 from megagrow.model.llama import HeadLoss, LlamaForCausalLM
 from megagrow.model.machine import machine_of
 from megagrow.model.ops import Ops, make_ops
 from megagrow.offline.convert import named_tokenizer
 from megagrow.parallel.materialize import materialise
-from megagrow.parallel.process_groups import Topology, on_first, together
+from megagrow.parallel.process_groups import Topology, run_on_all_ranks, run_on_rank_zero
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.parallel.tensor_parallel import parallelize
 from megagrow.reshard.fill import fill_read
@@ -61,8 +61,8 @@ def load(
     InputError for a damaged source, one without a tokenizer, one whose new parts still stand behind
     masks, and a tensor parallelism that does not divide the model.
     """
-    found = on_first(lambda: find_source(path, lambda _: None))
-    return together(lambda: _load(found, topology, tokenizer, dtype))
+    found = run_on_rank_zero(lambda: find_source(path, lambda _: None))
+    return run_on_all_ranks(lambda: _load(found, topology, tokenizer, dtype))
 
 
 def _load(found: Path, topology: Topology, tokenizer: str | None, dtype: str | None) -> Loaded:
@@ -96,7 +96,7 @@ def _flat(weight: nn.Parameter) -> Tensor:
 
 
 def _ops(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Ops:
-    machine, work = machine_of(device), Work(dtype, model.head_dim, packed=False)
+    machine, work = machine_of(device), KernelWorkload(dtype, model.head_dim, packed=False)
     return make_ops(choose(KernelsConfig(), machine, work), machine, work)
 
 

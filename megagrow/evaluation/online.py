@@ -20,7 +20,7 @@ from megagrow.evaluation.tasks import load_tasks
 from megagrow.evaluation.tokenizer import RememberedTexts, Texts, open_texts
 from megagrow.model.llama import HeadLoss
 from megagrow.model.masks import Masks
-from megagrow.parallel.process_groups import together
+from megagrow.parallel.process_groups import run_on_all_ranks
 from megagrow.train.stage import Stage
 
 
@@ -76,8 +76,8 @@ class LiveEvaluation:
 
     def __init__(self, run: RunConfig, config: EvaluationConfig, device: torch.device) -> None:
         self._config = config
-        self._tasks = together(partial(load_tasks, tuple(config.tasks), config.data_dir))
-        self._texts = together(partial(_open_texts, run))
+        self._tasks = run_on_all_ranks(partial(load_tasks, tuple(config.tasks), config.data_dir))
+        self._texts = run_on_all_ranks(partial(_open_texts, run))
         length = min(stage.model.max_position_embeddings for stage in run.stages)
         rehearse(self._tasks, config, self._texts, length, device)
 

@@ -11,7 +11,7 @@ from megagrow.evaluation.lm import Evaluated
 from megagrow.evaluation.logprobs import Asked
 from megagrow.evaluation.runner import evaluate
 from megagrow.evaluation.tokenizer import Texts
-from megagrow.parallel.process_groups import destroy_topology, make_topology, together
+from megagrow.parallel.process_groups import destroy_topology, make_topology, run_on_all_ranks
 
 
 class NoModel:
@@ -40,5 +40,5 @@ def rehearse(
     the least reads. InputError where a task asks what cannot be answered."""
     topology = make_topology(dist.get_world_size(), device)  # nothing is shared out
     model = Evaluated(NoModel(texts.eos_id), texts, topology, max_length, config.batch_size)
-    together(lambda: evaluate(model, tasks, config.limit))
+    run_on_all_ranks(lambda: evaluate(model, tasks, config.limit))
     destroy_topology(topology)

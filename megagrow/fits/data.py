@@ -9,7 +9,7 @@ from typing import Generic, Literal, TypeVar
 
 from megagrow.errors import InputError
 
-Kind = Literal["scratch", "grown"]
+RunKind = Literal["scratch", "grown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class IsoPoint:
 class ScalingPoint:
     """The loss that a run from scratch, or one that grew, has reached with a budget."""
 
-    kind: Kind
+    kind: RunKind
     flops: float
     loss: float
     seed: int = 0
@@ -140,7 +140,7 @@ class _Row:
             what = f"{self.place}, column 'seed': {text!r} is no whole number"
             raise InputError(what) from error
 
-    def kind(self) -> Kind:
+    def kind(self) -> RunKind:
         text = self.cells["kind"].strip()
         if text == "scratch":
             return "scratch"

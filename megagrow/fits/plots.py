@@ -13,7 +13,7 @@ from megagrow.fits.data import IsoPoint, ScalingPoint
 from megagrow.fits.factor import PAPER_BEST, FactorFit
 from megagrow.fits.least_squares import Numbers
 from megagrow.fits.parabola import Parabola
-from megagrow.fits.scaling import PowerLaw, Saving, saving_at
+from megagrow.fits.scaling import FlopSaving, PowerLaw, saving_at
 from megagrow.fits.timing import TimingFit
 
 LOSS = "loss (nats per token)"
@@ -59,7 +59,7 @@ def plot_factor(
 def plot_scaling(
     points: Sequence[ScalingPoint],
     laws: tuple[PowerLaw, PowerLaw],
-    savings: Sequence[Saving],
+    savings: Sequence[FlopSaving],
     path: Path,
 ) -> None:
     """Writes the losses with both laws, scratch and grown, and the saving against C, with bands."""
@@ -159,7 +159,7 @@ def _draw_law(axes: Axes, law: PowerLaw, look: Look, farthest: float) -> None:
 
 
 def _draw_saving(
-    axes: Axes, laws: tuple[PowerLaw, PowerLaw], savings: Sequence[Saving], farthest: float
+    axes: Axes, laws: tuple[PowerLaw, PowerLaw], savings: Sequence[FlopSaving], farthest: float
 ) -> None:
     scratch, grown = laws
     low = min([grown.flops[0], *(saving.flops for saving in savings)])
@@ -178,12 +178,12 @@ def _draw_saving(
     axes.axhline(0.0, color=GREY, lw=0.8)
 
 
-def _told(savings: Sequence[Saving]) -> list[Saving]:
+def _told(savings: Sequence[FlopSaving]) -> list[FlopSaving]:
     """Those that are defined, with a band that can be drawn."""
     return [one for one in savings if one.saving is not None and one.high != np.inf]
 
 
-def _column(savings: Sequence[Saving], of: Callable[[Saving], float | None]) -> Numbers:
+def _column(savings: Sequence[FlopSaving], of: Callable[[FlopSaving], float | None]) -> Numbers:
     return np.array([of(one) for one in savings], dtype=np.float64)
 
 

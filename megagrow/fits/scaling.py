@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from megagrow.errors import InputError
-from megagrow.fits.data import Data, Kind, ScalingPoint
+from megagrow.fits.data import Data, RunKind, ScalingPoint
 from megagrow.fits.least_squares import (
     Constant,
     Numbers,
@@ -33,7 +33,7 @@ FLATTEST = -1e-6
 class PowerLaw:
     """L = a C^b + e, C in FLOPs, L in nats per token."""
 
-    kind: Kind
+    kind: RunKind
     a: Constant
     b: Constant
     e: Constant
@@ -72,7 +72,7 @@ class PowerLaw:
 
 
 @dataclass(frozen=True, slots=True)
-class Saving:
+class FlopSaving:
     """What growing saves at one budget: scratch FLOPs for the same loss / C - 1."""
 
     flops: float
@@ -98,21 +98,21 @@ def fit_scaling(data: Data[ScalingPoint], floor: bool = True) -> tuple[PowerLaw,
     return _fit(data, "scratch", floor), _fit(data, "grown", floor)
 
 
-def saving_at(scratch: PowerLaw, grown: PowerLaw, flops: float) -> Saving:
+def saving_at(scratch: PowerLaw, grown: PowerLaw, flops: float) -> FlopSaving:
     """The saving of growing with `flops`, its interval with the fewer of the degrees of freedom."""
     at = np.array([flops])
     loss = float(grown.loss(at)[0])
     beyond = flops / grown.flops[1]
     above = loss - scratch.e.value
     if above <= 0:
-        return Saving(flops, loss, None, None, None, None, beyond, None)
+        return FlopSaving(flops, loss, None, None, None, None, beyond, None)
     log_a, b = scratch.theta[:2]
     log_needed = (math.log(above) - log_a) / b + scratch.centre
     ratio = log_needed - math.log(flops)
     further = _exp(log_needed) / scratch.flops[1]
     head = flops, loss, _exp(log_needed), _exp(ratio) - 1
     if scratch.covariance is None or grown.covariance is None:
-        return Saving(*head, None, None, beyond, further)
+        return FlopSaving(*head, None, None, beyond, further)
     by_scratch = np.array([-1 / b, -(math.log(above) - log_a) / b**2, -1 / (b * above)])
     by_scratch = by_scratch[: len(scratch.theta)]
     by_grown = grown.gradient(at)[0] / (b * above)
@@ -120,10 +120,10 @@ def saving_at(scratch: PowerLaw, grown: PowerLaw, flops: float) -> Saving:
     variance += by_grown @ np.array(grown.covariance) @ by_grown
     reach = math.sqrt(float(variance)) * t_reach(min(scratch.freedom, grown.freedom))
     low, high = _exp(ratio - reach) - 1, _exp(ratio + reach) - 1
-    return Saving(*head, low, high, beyond, further)
+    return FlopSaving(*head, low, high, beyond, further)
 
 
-def _fit(data: Data[ScalingPoint], kind: Kind, floor: bool) -> PowerLaw:
+def _fit(data: Data[ScalingPoint], kind: RunKind, floor: bool) -> PowerLaw:
     points = [point for point in data.points if point.kind == kind]
     size = 3 if floor else 2
     budgets = len({point.flops for point in points})
@@ -209,7 +209,9 @@ def _gradient(theta: Numbers, z: Numbers) -> Numbers:
     return np.stack([power, power * z, np.ones_like(z)][: len(theta)], axis=1)
 
 
-def _check_law(source: str, kind: Kind, theta: Numbers, jacobian: Numbers, settled: bool) -> None:
+def _check_law(
+    source: str, kind: RunKind, theta: Numbers, jacobian: Numbers, settled: bool
+) -> None:
     if theta[1] > FLATTEST:
         raise InputError(
             f"{source}: the {kind} losses do not fall as a power of the FLOPs (b = "

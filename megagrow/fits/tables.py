@@ -9,7 +9,7 @@ from rich.text import Text
 from megagrow.fits.factor import PAPER_BEST, FactorFit
 from megagrow.fits.least_squares import Constant
 from megagrow.fits.parabola import Parabola, accepted
-from megagrow.fits.scaling import PowerLaw, Saving
+from megagrow.fits.scaling import FlopSaving, PowerLaw
 from megagrow.fits.timing import PAPER, TimingFit
 
 
@@ -71,7 +71,7 @@ def scaling_table(laws: Sequence[PowerLaw]) -> Table:
     return table
 
 
-def saving_table(savings: Sequence[Saving]) -> Table:
+def saving_table(savings: Sequence[FlopSaving]) -> Table:
     """What growing saves at each budget."""
     table = Table(
         "C (FLOPs, grown)", "loss", "scratch FLOPs for it", "saving", "95% band", "beyond the data"
@@ -87,13 +87,13 @@ def saving_table(savings: Sequence[Saving]) -> Table:
     return table
 
 
-def _beyond(saving: Saving) -> str:
+def _beyond(saving: FlopSaving) -> str:
     told = (("grown", saving.beyond_grown), ("scratch", saving.beyond_scratch))
     far = [f"{kind} {times:.3g}x" for kind, times in told if times is not None and times > 1.0001]
     return ", ".join(far) or "no"
 
 
-def scaling_lines(laws: Sequence[PowerLaw], savings: Sequence[Saving]) -> list[str]:
+def scaling_lines(laws: Sequence[PowerLaw], savings: Sequence[FlopSaving]) -> list[str]:
     """What is to be said of the fit."""
     lines = [
         f"{law.kind}: e = {law.e.value:.3g} is below 0, no floor was found; compare --no-floor."

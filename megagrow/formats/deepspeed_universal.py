@@ -32,7 +32,7 @@ from megagrow.formats.torch_file import (
     read_torch_file,
     write_torch_file,
 )
-from megagrow.growth.map import Kind
+from megagrow.growth.map import StateKind
 from megagrow.parallel.sharding import ParamSpec
 from megagrow.reshard.layout import Block
 
@@ -46,7 +46,7 @@ ABOUT_FILE = "megagrow.json"
 _UNREAD = ("deepspeed.",)
 """Loss scalers stand among the optimizer's state."""
 
-Places = Mapping[tuple[str, Kind], tuple[Path, Stored]]
+Places = Mapping[tuple[str, StateKind], tuple[Path, Stored]]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -55,7 +55,7 @@ class UniversalSource(PlacedSource):
 
     table: Places
 
-    def place(self, rank: int, name: str, kind: Kind) -> tuple[Path, Stored]:
+    def place(self, rank: int, name: str, kind: StateKind) -> tuple[Path, Stored]:
         return self.table[name, kind]
 
 
@@ -120,7 +120,7 @@ def _about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _kinds(folder: Path, names: list[str]) -> tuple[Kind, ...]:
+def _kinds(folder: Path, names: list[str]) -> tuple[StateKind, ...]:
     """All kinds, or weights alone where no parameter has moments."""
     paths = [folder / PARAMETERS / name / f"{kind}.pt" for name in names for kind in KINDS[1:]]
     missing = [path for path in paths if not path.is_file()]
@@ -212,7 +212,7 @@ def _write_text(path: Path, text: str) -> None:
     sync(path)
 
 
-def _parameter(source: Source, spec: ParamSpec, kind: Kind) -> dict[str, Any]:
+def _parameter(source: Source, spec: ParamSpec, kind: StateKind) -> dict[str, Any]:
     shape = (spec.rows,) if spec.is_vector else (spec.rows, spec.cols)
     whole = Block(range(spec.rows), range(spec.cols))
     pieces = partial(row_pieces, source, spec.name, kind, whole)

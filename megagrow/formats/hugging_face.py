@@ -16,7 +16,7 @@ from megagrow.common.safe_paths import is_plain_name
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
 from megagrow.formats.hugging_face_config import CONFIG_FILE, model_of, origin_of
-from megagrow.growth.map import Kind
+from megagrow.growth.map import StateKind
 from megagrow.parallel.sharding import ParamSpec, parameter_plan
 from megagrow.reshard.layout import Layout
 
@@ -36,7 +36,7 @@ class HuggingFaceSource(PlacedSource):
 
     table: Mapping[str, tuple[Path, Stored]]
 
-    def place(self, rank: int, name: str, kind: Kind) -> tuple[Path, Stored]:
+    def place(self, rank: int, name: str, kind: StateKind) -> tuple[Path, Stored]:
         return self.table[name]
 
 

@@ -21,9 +21,9 @@ from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
 from megagrow.formats.hugging_face import whole_layout
 from megagrow.formats.megatron_args import model_of
-from megagrow.formats.megatron_layout import Part, check_tp, fused_tensors, today
+from megagrow.formats.megatron_layout import TensorPart, check_tp, fused_tensors, today
 from megagrow.formats.torch_file import read_torch_file
-from megagrow.growth.map import Kind
+from megagrow.growth.map import StateKind
 from megagrow.reshard.layout import Block
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
@@ -38,7 +38,7 @@ _NO_WEIGHTS = re.compile(r".*(\._extra_state|\.inv_freq)")
 _OLDEST_VERSION = 2.0
 """Of the layout: before it, query, key and value did not stand side by side in each head."""
 
-Place = tuple[Path, Stored, Part]
+PartLocation = tuple[Path, Stored, TensorPart]
 """A part of a logical tensor, and the tensor of Megatron's in which it stands."""
 
 
@@ -46,10 +46,10 @@ Place = tuple[Path, Stored, Part]
 class MegatronSource(Source):
     """The weights of a checkpoint of Megatron-LM."""
 
-    table: Mapping[str, list[Place]]
+    table: Mapping[str, list[PartLocation]]
     """Where all parts of each logical tensor are."""
 
-    def read(self, name: str, kind: Kind, block: Block) -> Tensor:
+    def read(self, name: str, kind: StateKind, block: Block) -> Tensor:
         values = torch.empty(len(block.rows), len(block.cols))
         for path, stored, part in self.table[name]:
             shared = part.block.within(block)
@@ -72,7 +72,7 @@ def open_megatron(path: Path, model: ModelConfig | None) -> MegatronSource:
     if model is None:
         model = model_of(ranks[0].args, str(files[0]))
     check_tp(model, len(files), str(files[0].parent.parent))
-    table: dict[str, list[Place]] = {}
+    table: dict[str, list[PartLocation]] = {}
     for rank, file in enumerate(files):
         for name, place in _places(model, len(files), rank, file, ranks[rank].tensors):
             table.setdefault(name, []).append(place)
@@ -145,7 +145,7 @@ def _flat(tree: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Store
 
 def _places(
     model: ModelConfig, tp: int, rank: int, path: Path, tensors: dict[str, Stored]
-) -> Iterator[tuple[str, Place]]:
+) -> Iterator[tuple[str, PartLocation]]:
     """What a rank's file holds, once it is seen to hold all of it and nothing else."""
     vocabulary = _vocabulary(model, tp, path, tensors)
     wanted = {fused.name: fused for fused in fused_tensors(model, tp, rank, vocabulary)}

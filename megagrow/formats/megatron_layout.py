@@ -30,7 +30,7 @@ _OLD_NAMES = (
 """Of Megatron-LM before its core, and of its core without Transformer Engine."""
 
 
-class Part(NamedTuple):
+class TensorPart(NamedTuple):
     """A rectangle of a logical tensor, and the row of Megatron's tensor at which it begins."""
 
     name: str
@@ -43,7 +43,7 @@ class Fused(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
 
     @property
     def cols(self) -> int:
@@ -110,13 +110,13 @@ def _slice(spec: ParamSpec, tp: int, rank: int) -> Block:
 def _single(name: str, spec: ParamSpec, tp: int, rank: int) -> Fused:
     block = _slice(spec, tp, rank)
     shape = (len(block.rows),) if spec.is_vector else (len(block.rows), len(block.cols))
-    return Fused(name, shape, (Part(spec.name, block, 0),))
+    return Fused(name, shape, (TensorPart(spec.name, block, 0),))
 
 
 def _stacked(name: str, blocks: list[tuple[str, Block]]) -> Fused:
     parts, row = [], 0
     for source, block in blocks:
-        parts.append(Part(source, block, row))
+        parts.append(TensorPart(source, block, row))
         row += len(block.rows)
     return Fused(name, (row, len(blocks[0][1].cols)), tuple(parts))
 
@@ -124,7 +124,7 @@ def _stacked(name: str, blocks: list[tuple[str, Block]]) -> Fused:
 def _vocabulary(name: str, spec: ParamSpec, tp: int, rank: int, vocabulary: int) -> Fused:
     share = vocabulary // tp
     rows = range(min(rank * share, spec.rows), min((rank + 1) * share, spec.rows))
-    parts = (Part(spec.name, Block(rows, range(spec.cols)), 0),) if rows else ()
+    parts = (TensorPart(spec.name, Block(rows, range(spec.cols)), 0),) if rows else ()
     return Fused(name, (share, spec.cols), parts)
 
 

@@ -13,7 +13,7 @@ from megagrow.checkpoint.source import Source, open_checkpoint
 from megagrow.errors import InputError
 from megagrow.formats.hugging_face import open_hugging_face
 from megagrow.formats.hugging_face_config import CONFIG_FILE
-from megagrow.growth.map import Kind
+from megagrow.growth.map import StateKind
 from megagrow.reshard.layout import Block
 
 
@@ -50,7 +50,7 @@ ELEMENTS_AT_ONCE = 2**20
 """Of a tensor that are read and written at once, or one row."""
 
 
-def row_pieces(source: Source, name: str, kind: Kind, block: Block) -> Iterator[Tensor]:
+def row_pieces(source: Source, name: str, kind: StateKind, block: Block) -> Iterator[Tensor]:
     """A rectangle of a logical tensor, some rows at a time; zeros where the source has no such
     kind of state."""
     at_once = max(1, ELEMENTS_AT_ONCE // len(block.cols))

@@ -8,14 +8,24 @@ from megagrow.config.growth import GrowthConfig, StatePolicy
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.depth import Depth, Layer
 from megagrow.growth.lifts import Lift
-from megagrow.growth.map import Axis, Dense, Fill, Fresh, Gather, GrowthMap, Kind, ParamScale, Term
+from megagrow.growth.map import (
+    Axis,
+    Dense,
+    Fill,
+    Fresh,
+    Gather,
+    GrowthMap,
+    ParamScale,
+    StateKind,
+    Term,
+)
 from megagrow.growth.tensor_axes import LAST_PROJECTIONS, axis, leaf, strands
 from megagrow.growth.width import Width
 from megagrow.parallel.sharding import ParamSpec, parameter_plan
 
 
 @dataclass(frozen=True, eq=False)
-class Growing:
+class GrowthSpec:
     """Everything that decides a growth map."""
 
     source: ModelConfig
@@ -28,31 +38,33 @@ class Growing:
     """Names the random numbers of this growth; holds the run's seed."""
 
 
-def assemble(growing: Growing) -> GrowthMap:
+def assemble(resolve_operators: GrowthSpec) -> GrowthMap:
     """The map of a growth in depth and width at once; both commute
     (docs/reference/operators.md)."""
     weights: dict[str, tuple[Term, ...]] = {}
     moments: dict[str, tuple[Term, ...]] = {}
     fills: dict[str, tuple[Fill, ...]] = {}
     fresh: dict[str, Fresh] = {}
-    for name, spec in parameter_plan(growing.target, tp=1).items():
-        layer = _layer_of(spec, growing.depth)
-        weights[name] = _terms(growing, spec, layer, moments=False)
-        moments[name] = _terms(growing, spec, layer, moments=True)
-        fills[name] = _fills(growing, spec, layer)
-        fresh[name] = _fresh(growing, spec, layer)
-    if growing.policy in ("asymmetric", "probe_v"):
+    for name, spec in parameter_plan(resolve_operators.target, tp=1).items():
+        layer = _layer_of(spec, resolve_operators.depth)
+        weights[name] = _terms(resolve_operators, spec, layer, moments=False)
+        moments[name] = _terms(resolve_operators, spec, layer, moments=True)
+        fills[name] = _fills(resolve_operators, spec, layer)
+        fresh[name] = _fresh(resolve_operators, spec, layer)
+    if resolve_operators.policy in ("asymmetric", "probe_v"):
         moments = {name: without_fresh(terms, fresh[name]) for name, terms in moments.items()}
-    exact = growing.depth.exact and growing.width.exact
+    exact = resolve_operators.depth.exact and resolve_operators.width.exact
     return GrowthMap(
         weights,
         moments,
         {name: found for name, found in fills.items() if found},
-        kinds_of(growing.policy),
-        preserves_function=exact and growing.options.mixing_noise == 0,
-        provenance=tuple(-1 if lay.source is None else lay.source for lay in growing.depth.layers),
+        kinds_of(resolve_operators.policy),
+        preserves_function=exact and resolve_operators.options.mixing_noise == 0,
+        provenance=tuple(
+            -1 if lay.source is None else lay.source for lay in resolve_operators.depth.layers
+        ),
         fresh=fresh,
-        scales=_param_scales(growing),
+        scales=_param_scales(resolve_operators),
     )
 
 
@@ -65,14 +77,14 @@ def _origin(spec: ParamSpec, layer: int) -> str:
 
 
 def _terms(
-    growing: Growing, spec: ParamSpec, layer: Layer | None, moments: bool
+    resolve_operators: GrowthSpec, spec: ParamSpec, layer: Layer | None, moments: bool
 ) -> tuple[Term, ...]:
     if layer is not None and _nothing_from_source(spec, layer, moments):
         return ()
-    width = growing.width
-    rows, cols = strands(spec, growing.target.tie_word_embeddings)
+    width = resolve_operators.width
+    rows, cols = strands(spec, resolve_operators.target.tie_word_embeddings)
     along = axis(rows, width, moments), axis(cols, width, moments)
-    mixing = growing.options.mixing_noise
+    mixing = resolve_operators.options.mixing_noise
     if mixing and not moments and not spec.is_vector:
         along = _times(along[0], spec.rows, 1 - mixing), along[1]
     if layer is None or layer.source is None:
@@ -80,7 +92,7 @@ def _terms(
     here = Gather(_origin(spec, layer.source), *along)
     row_lift = width.wires[rows.wire]
     if width.next_layer and row_lift.fresh.any():
-        above = min(layer.source + 1, growing.source.num_hidden_layers - 1)
+        above = min(layer.source + 1, resolve_operators.source.num_hidden_layers - 1)
         there = replace(here, source=_origin(spec, above))
         return _only(here, ~row_lift.fresh), _only(there, row_lift.fresh)
     if width.block_diagonal and not moments and cols is not None:
@@ -121,12 +133,12 @@ def _diagonal(term: Gather, rows: Lift, cols: Lift) -> tuple[Gather, ...]:
     )
 
 
-def _fills(growing: Growing, spec: ParamSpec, layer: Layer | None) -> tuple[Fill, ...]:
-    stream = f"{growing.stream}/{spec.name}"
+def _fills(resolve_operators: GrowthSpec, spec: ParamSpec, layer: Layer | None) -> tuple[Fill, ...]:
+    stream = f"{resolve_operators.stream}/{spec.name}"
     if layer is not None and layer.silent and leaf(spec) in LAST_PROJECTIONS:
         return (Fill(stream),)
-    rows, cols = strands(spec, growing.target.tie_word_embeddings)
-    row_lift = growing.width.wires[rows.wire]
+    rows, cols = strands(spec, resolve_operators.target.tie_word_embeddings)
+    row_lift = resolve_operators.width.wires[rows.wire]
     everything = layer is not None and layer.source is None
     if spec.is_vector:
         new_rows = np.ones(spec.rows, bool) if everything else row_lift.new
@@ -136,18 +148,18 @@ def _fills(growing: Growing, spec: ParamSpec, layer: Layer | None) -> tuple[Fill
         return (Fill(stream, std=((std, std), (std, std))),)
     assert cols is not None
     found = []
-    keep = 1 - growing.options.mixing_noise
-    col_lift = growing.width.wires[cols.wire]
-    if row_lift.new.any() or col_lift.new.any() or growing.width.block_diagonal:
-        quadrants = _quadrants(growing.width, row_lift, col_lift, cols.side, std * keep)
+    keep = 1 - resolve_operators.options.mixing_noise
+    col_lift = resolve_operators.width.wires[cols.wire]
+    if row_lift.new.any() or col_lift.new.any() or resolve_operators.width.block_diagonal:
+        quadrants = _quadrants(resolve_operators.width, row_lift, col_lift, cols.side, std * keep)
         found.append(Fill(stream, quadrants, new_rows=row_lift.new, new_cols=col_lift.new))
-    cancelling = growing.width.noise * std * keep
+    cancelling = resolve_operators.width.noise * std * keep
     if cancelling and cols.side == "consumes" and col_lift.occurrence.any():
         centre = np.where(col_lift.new, -1 - np.arange(col_lift.grown_size), col_lift.index)
         noise = ((cancelling, 0.0), (cancelling, 0.0))
         found.append(Fill(f"{stream}/split", noise, new_cols=col_lift.new, centre=centre))
-    if growing.options.mixing_noise:
-        mixed = growing.options.mixing_noise * _mixing_std(growing.target, spec)
+    if resolve_operators.options.mixing_noise:
+        mixed = resolve_operators.options.mixing_noise * _mixing_std(resolve_operators.target, spec)
         found.append(Fill(f"{stream}/mixing", ((mixed, mixed), (mixed, mixed))))
     return tuple(found)
 
@@ -171,31 +183,31 @@ def _mixing_std(target: ModelConfig, spec: ParamSpec) -> float:
     return (width * depth**2) ** -0.5 if leaf(spec) in LAST_PROJECTIONS else (0.4 / width) ** 0.5
 
 
-def _fresh(growing: Growing, spec: ParamSpec, layer: Layer | None) -> Fresh:
-    rows, cols = strands(spec, growing.target.tie_word_embeddings)
+def _fresh(resolve_operators: GrowthSpec, spec: ParamSpec, layer: Layer | None) -> Fresh:
+    rows, cols = strands(spec, resolve_operators.target.tie_word_embeddings)
     masks = [
-        lift.fresh if (lift := growing.width.wires[strand.wire]).fresh.any() else None
+        lift.fresh if (lift := resolve_operators.width.wires[strand.wire]).fresh.any() else None
         for strand in (rows, cols)
         if strand is not None
     ]
     return Fresh(layer is not None and layer.fresh, *masks)
 
 
-def _param_scales(growing: Growing) -> dict[str, ParamScale]:
+def _param_scales(resolve_operators: GrowthSpec) -> dict[str, ParamScale]:
     """k_in and k_out of every parameter, if the growth is by even copies in width alone, so that
     the grown model can follow the source exactly (docs/reference/operators.md); else nothing."""
-    plan = parameter_plan(growing.target, tp=1)
-    width = growing.width
+    plan = parameter_plan(resolve_operators.target, tp=1)
+    width = resolve_operators.width
     parted = width.block_diagonal or width.next_layer or width.noise > 0
-    if growing.depth.layers != _unchanged_layers(growing.source) or parted:
+    if resolve_operators.depth.layers != _unchanged_layers(resolve_operators.source) or parted:
         return {}
     if any(lift.factor is None or not lift.lawful for lift in width.wires.values()):
         return {}
     scales = {}
     for name, spec in plan.items():
         k_in = k_out = 1
-        for strand in strands(spec, growing.target.tie_word_embeddings):
-            factor = 1 if strand is None else growing.width.wires[strand.wire].factor or 1
+        for strand in strands(spec, resolve_operators.target.tie_word_embeddings):
+            factor = 1 if strand is None else resolve_operators.width.wires[strand.wire].factor or 1
             if strand is not None and strand.side in ("consumes", "tied gain"):
                 k_in *= factor
             else:
@@ -208,7 +220,7 @@ def _unchanged_layers(source: ModelConfig) -> tuple[Layer, ...]:
     return tuple(Layer(layer) for layer in range(source.num_hidden_layers))
 
 
-def kinds_of(policy: StatePolicy) -> tuple[Kind, ...]:
+def kinds_of(policy: StatePolicy) -> tuple[StateKind, ...]:
     """The kinds of state that move."""
     match policy:
         case "reset":

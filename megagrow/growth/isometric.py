@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megagrow.growth.build_map import Growing, assemble, kinds_of, without_fresh
+from megagrow.growth.build_map import GrowthSpec, assemble, kinds_of, without_fresh
 from megagrow.growth.map import Dense, Fill, Fresh, Gather, GrowthMap, Term
-from megagrow.growth.tensor_axes import Strand, leaf, strands
+from megagrow.growth.tensor_axes import AxisRole, leaf, strands
 from megagrow.parallel.sharding import ParamSpec, parameter_plan
 
 _GAIN_OF = {
@@ -30,7 +30,7 @@ def orthonormal(size: int, grown: int, generator: np.random.Generator) -> np.nda
     return q * np.sign(np.diag(r))
 
 
-def isometric_map(growing: Growing, generator: np.random.Generator) -> GrowthMap:
+def isometric_map(growing: GrowthSpec, generator: np.random.Generator) -> GrowthMap:
     """The map of a growth whose depth is any and whose residual stream is turned by a random Q.
 
     Moments follow by the same lift: m exactly on what the source could express, v as if the mixed
@@ -75,7 +75,7 @@ def isometric_map(growing: Growing, generator: np.random.Generator) -> GrowthMap
 
 
 def _reads_residual(spec: ParamSpec) -> bool:
-    return strands(spec, tied=False)[1] == Strand("residual", "consumes")
+    return strands(spec, tied=False)[1] == AxisRole("residual", "consumes")
 
 
 @dataclass(frozen=True, eq=False)

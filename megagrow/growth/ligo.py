@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megagrow.growth.build_map import Growing, assemble
+from megagrow.growth.build_map import GrowthSpec, assemble
 from megagrow.growth.depth import Depth, same_depth
 from megagrow.growth.lifts import Lift
 from megagrow.growth.map import Dense, Fill, Gather, GrowthMap, Term
-from megagrow.growth.tensor_axes import LAST_PROJECTIONS, Strand, leaf, strands
+from megagrow.growth.tensor_axes import LAST_PROJECTIONS, AxisRole, leaf, strands
 from megagrow.growth.width import Wire
 from megagrow.parallel.sharding import ParamSpec, parameter_plan
 
@@ -59,7 +59,7 @@ class Recipe(NamedTuple):
 class Learned:
     """The numbers that are trained: only of what grows; fp32, and the same on all ranks."""
 
-    growing: Growing
+    growing: GrowthSpec
     depth: dict[str, Tensor]
     """Type of tensor, such as `q_proj` -> (target layers, source layers)."""
     produces: dict[Wire, Tensor]
@@ -81,7 +81,7 @@ class Learned:
         names = (spec.name.replace(f".{spec.layer}.", f".{j}.", 1) for j in range(count))
         return Recipe(tuple(names), self.depth[leaf(spec)][spec.layer], *mixers)
 
-    def _mixer(self, strand: Strand) -> Mixer | None:
+    def _mixer(self, strand: AxisRole) -> Mixer | None:
         wire, side = strand
         matrices = self.consumes if side == "consumes" else self.produces
         matrix = matrices.get(wire)
@@ -94,12 +94,14 @@ class Learned:
         return Mixer(matrix, _block(wire, self.growing))
 
 
-def _block(wire: Wire, growing: Growing) -> int:
+def _block(wire: Wire, growing: GrowthSpec) -> int:
     """How many entries of a wire are mixed as one."""
     return growing.source.head_dim if wire in _BY_HEADS else 1
 
 
-def initial(growing: Growing, device: torch.device, dtype: torch.dtype = torch.float32) -> Learned:
+def initial(
+    growing: GrowthSpec, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Learned:
     """The learned numbers before they are trained: the growth is exact.
 
     `growing` must be that of `learn_depth`, `learn_width` or both, between models of which one is
@@ -198,7 +200,7 @@ def learned_map(learned: Learned) -> GrowthMap:
     moments: dict[str, tuple[Term, ...]] = {}
     fills: dict[str, tuple[Fill, ...]] = {}
     start = assemble(growing)
-    matrices: dict[Strand | None, _Matrices] = {None: (None, None)}
+    matrices: dict[AxisRole | None, _Matrices] = {None: (None, None)}
     for name, spec in parameter_plan(growing.target, tp=1).items():
         recipe = learned.recipe(spec)
         along = strands(spec, growing.target.tie_word_embeddings)

@@ -24,7 +24,7 @@ from megagrow.parallel.engine_config import ParamScale as ParamScale
 Indices = range | np.ndarray
 """Positions along one axis: a `range` where they are consecutive, else int64 (n,)."""
 
-Kind = Literal["fp32", "exp_avg", "exp_avg_sq"]
+StateKind = Literal["fp32", "exp_avg", "exp_avg_sq"]
 """The states that are kept of every parameter: weights, and Adam's first and second moment."""
 
 
@@ -150,7 +150,7 @@ class GrowthMap:
     """For exp_avg, and squared for exp_avg_sq; without a term they start at zero."""
     fills: Mapping[str, tuple[Fill, ...]] = field(default_factory=dict)
     """Added to the weights; what no term covers needs one."""
-    kinds: tuple[Kind, ...] = ("fp32", "exp_avg", "exp_avg_sq")
+    kinds: tuple[StateKind, ...] = ("fp32", "exp_avg", "exp_avg_sq")
     """The kinds of state that move; the others start at zero."""
     preserves_function: bool = False
     """Whether the target computes exactly what the source computed."""
@@ -167,7 +167,7 @@ class GrowthMap:
         """Whether Adam's step count goes on: it belongs to the moments."""
         return len(self.kinds) > 1
 
-    def terms(self, name: str, kind: Kind) -> tuple[Term, ...]:
+    def terms(self, name: str, kind: StateKind) -> tuple[Term, ...]:
         """The terms of one kind of state of a target parameter."""
         if kind not in self.kinds:
             return ()
@@ -180,7 +180,7 @@ class GrowthMap:
         """Whether the terms of a parameter's weights are added to numbers that are there."""
         return any(not fill.is_zero for fill in self.fills.get(name, ()))
 
-    def with_kinds(self, *kinds: Kind) -> "GrowthMap":
+    def with_kinds(self, *kinds: StateKind) -> "GrowthMap":
         """The same map for some kinds of state only."""
         return replace(self, kinds=kinds)
 

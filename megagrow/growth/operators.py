@@ -8,7 +8,7 @@ import numpy as np
 from megagrow.config.growth import GrowthConfig, OperatorName, StatePolicy
 from megagrow.config.schema import ModelConfig
 from megagrow.growth import depth, width
-from megagrow.growth.build_map import Growing, assemble
+from megagrow.growth.build_map import GrowthSpec, assemble
 from megagrow.growth.depth import DepthOperator, same_depth
 from megagrow.growth.isometric import isometric_map
 from megagrow.growth.map import GrowthMap
@@ -107,7 +107,7 @@ def is_learned(options: GrowthConfig) -> bool:
 
 def growing(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, stream: str
-) -> Growing:
+) -> GrowthSpec:
     """How depth and width grow, by the operators that the run file names."""
     chosen = operators_of(options)
     found_depth, found_width = same_depth(source), same_width(source)
@@ -116,7 +116,9 @@ def growing(
             found_depth = operator.deeper(source, target, options)
         if operator.wider is not None:
             found_width = operator.wider(source, target, options, generator_of(stream))
-    return Growing(source, target, found_depth, found_width, options, state_policy(options), stream)
+    return GrowthSpec(
+        source, target, found_depth, found_width, options, state_policy(options), stream
+    )
 
 
 def growth_map(

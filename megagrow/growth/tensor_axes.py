@@ -13,29 +13,29 @@ from megagrow.growth.map import SAME, Axis
 from megagrow.growth.width import Width, Wire
 from megagrow.parallel.sharding import ParamSpec
 
-Side = Literal["produces", "consumes", "gain", "tied gain"]
+AxisSide = Literal["produces", "consumes", "gain", "tied gain"]
 
 
-class Strand(NamedTuple):
+class AxisRole(NamedTuple):
     """One axis of a tensor: the wire that it belongs to, and what it does to it."""
 
     wire: Wire
-    side: Side
+    side: AxisSide
 
 
-_TENSORS: dict[str, tuple[Strand, Strand | None]] = {
-    "embed_tokens": (Strand("vocab", "produces"), Strand("residual", "produces")),
-    "lm_head": (Strand("vocab", "produces"), Strand("residual", "consumes")),
-    "q_proj": (Strand("query", "produces"), Strand("residual", "consumes")),
-    "k_proj": (Strand("key", "produces"), Strand("residual", "consumes")),
-    "v_proj": (Strand("value", "produces"), Strand("residual", "consumes")),
-    "o_proj": (Strand("residual", "produces"), Strand("mixed", "consumes")),
-    "gate_proj": (Strand("ffn", "produces"), Strand("residual", "consumes")),
-    "up_proj": (Strand("ffn", "produces"), Strand("residual", "consumes")),
-    "down_proj": (Strand("residual", "produces"), Strand("ffn", "consumes")),
-    "input_layernorm": (Strand("residual", "gain"), None),
-    "post_attention_layernorm": (Strand("residual", "gain"), None),
-    "norm": (Strand("residual", "gain"), None),
+_TENSORS: dict[str, tuple[AxisRole, AxisRole | None]] = {
+    "embed_tokens": (AxisRole("vocab", "produces"), AxisRole("residual", "produces")),
+    "lm_head": (AxisRole("vocab", "produces"), AxisRole("residual", "consumes")),
+    "q_proj": (AxisRole("query", "produces"), AxisRole("residual", "consumes")),
+    "k_proj": (AxisRole("key", "produces"), AxisRole("residual", "consumes")),
+    "v_proj": (AxisRole("value", "produces"), AxisRole("residual", "consumes")),
+    "o_proj": (AxisRole("residual", "produces"), AxisRole("mixed", "consumes")),
+    "gate_proj": (AxisRole("ffn", "produces"), AxisRole("residual", "consumes")),
+    "up_proj": (AxisRole("ffn", "produces"), AxisRole("residual", "consumes")),
+    "down_proj": (AxisRole("residual", "produces"), AxisRole("ffn", "consumes")),
+    "input_layernorm": (AxisRole("residual", "gain"), None),
+    "post_attention_layernorm": (AxisRole("residual", "gain"), None),
+    "norm": (AxisRole("residual", "gain"), None),
 }
 
 LAST_PROJECTIONS = ("o_proj", "down_proj")
@@ -47,7 +47,7 @@ def leaf(spec: ParamSpec) -> str:
     return spec.name.split(".")[-2]
 
 
-def strands(spec: ParamSpec, tied: bool) -> tuple[Strand, Strand | None]:
+def strands(spec: ParamSpec, tied: bool) -> tuple[AxisRole, AxisRole | None]:
     """What the rows and the columns of a parameter are; columns of a vector are nothing.
 
     With a tied head the embedding's columns are consumed as well, as they are: then the gain of
@@ -55,11 +55,11 @@ def strands(spec: ParamSpec, tied: bool) -> tuple[Strand, Strand | None]:
     """
     rows, cols = _TENSORS[leaf(spec)]
     if tied and spec.name == "model.norm.weight":
-        rows = Strand("residual", "tied gain")
+        rows = AxisRole("residual", "tied gain")
     return rows, cols
 
 
-def axis(strand: Strand | None, width: Width, moments: bool) -> Axis:
+def axis(strand: AxisRole | None, width: Width, moments: bool) -> Axis:
     """How one axis of the weights, or of Adam's first moment, is made of the source's."""
     if strand is None:
         return SAME
@@ -70,7 +70,7 @@ def axis(strand: Strand | None, width: Width, moments: bool) -> Axis:
     return Axis(lift.index, None if (scale[~lift.new] == 1).all() else scale)
 
 
-def _scale(side: Side, lift: Lift, gain: float, moments: bool) -> np.ndarray:
+def _scale(side: AxisSide, lift: Lift, gain: float, moments: bool) -> np.ndarray:
     share = lift.share / lift.produce
     if moments and not lift.lawful:
         return np.ones(lift.grown_size)

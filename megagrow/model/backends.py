@@ -34,7 +34,7 @@ LARGEST_HEAD = 256
 
 
 @dataclass(frozen=True)
-class Work:
+class KernelWorkload:
     """What a stage asks of its backends."""
 
     dtype: torch.dtype
@@ -59,13 +59,15 @@ def uses_bf16(run: RunConfig, device: torch.device) -> bool:
     return run.precision == "bf16" or (run.precision == "auto" and device.type == "cuda")
 
 
-def work_of(run: RunConfig, index: int, device: torch.device) -> Work:
+def work_of(run: RunConfig, index: int, device: torch.device) -> KernelWorkload:
     """What a stage of a run asks of its backends on a device."""
     dtype = torch.bfloat16 if uses_bf16(run, device) else torch.float32
-    return Work(dtype, run.stages[index].model.head_dim, run.data.reset_attention_mask)
+    return KernelWorkload(dtype, run.stages[index].model.head_dim, run.data.reset_attention_mask)
 
 
-def choose(config: KernelsConfig, machine: Machine, work: Work, at: str = "kernels") -> Backends:
+def choose(
+    config: KernelsConfig, machine: Machine, work: KernelWorkload, at: str = "kernels"
+) -> Backends:
     """The backends of a stage. `at` is where its config stands in the run file.
 
     Raises InputError, naming each key, where what it names cannot run on the machine.
@@ -75,13 +77,17 @@ def choose(config: KernelsConfig, machine: Machine, work: Work, at: str = "kerne
     return Backends(**{name: backend_of(name, config, machine, work) for name in OPERATIONS})
 
 
-def backend_of(operation: str, config: KernelsConfig, machine: Machine, work: Work) -> str:
+def backend_of(
+    operation: str, config: KernelsConfig, machine: Machine, work: KernelWorkload
+) -> str:
     """The one that a config names for an operation, or what `auto` takes."""
     asked: str = getattr(config, operation)
     return automatic(operation, machine, work) if asked == "auto" else asked
 
 
-def problems(config: KernelsConfig, machine: Machine, work: Work, at: str) -> Iterator[str]:
+def problems(
+    config: KernelsConfig, machine: Machine, work: KernelWorkload, at: str
+) -> Iterator[str]:
     """All that a config asks for and a machine cannot do, each in one text."""
     for operation in OPERATIONS:
         backend = getattr(config, operation)
@@ -90,7 +96,7 @@ def problems(config: KernelsConfig, machine: Machine, work: Work, at: str) -> It
             yield f"{at}.{operation} = {backend}: {why}; auto would take {taken}"
 
 
-def automatic(operation: str, machine: Machine, work: Work) -> str:
+def automatic(operation: str, machine: Machine, work: KernelWorkload) -> str:
     """What `auto` takes for an operation: the first that can run of those that may be fastest."""
     on_gpu = machine.device == "cuda" and work.dtype != torch.float32
     order = ["triton"] if on_gpu and machine.checked else []
@@ -101,7 +107,7 @@ def automatic(operation: str, machine: Machine, work: Work) -> str:
     return next(name for name in order if obstacle(operation, name, machine, work) is None)
 
 
-def obstacle(operation: str, backend: str, machine: Machine, work: Work) -> str | None:
+def obstacle(operation: str, backend: str, machine: Machine, work: KernelWorkload) -> str | None:
     """Why a backend cannot compute an operation here; None if it can."""
     if backend == "triton":
         return _obstacle_to_triton(operation == "attention", machine, work)
@@ -110,7 +116,7 @@ def obstacle(operation: str, backend: str, machine: Machine, work: Work) -> str 
     return None
 
 
-def _obstacle_to_triton(attention: bool, machine: Machine, work: Work) -> str | None:
+def _obstacle_to_triton(attention: bool, machine: Machine, work: KernelWorkload) -> str | None:
     if not machine.triton:
         return "Triton is not installed"
     if machine.device == "cpu" and not machine.interpreter:
@@ -123,7 +129,7 @@ def _obstacle_to_triton(attention: bool, machine: Machine, work: Work) -> str | 
     return _too_old(machine) or (_wrong_head_dim(work) if attention else None)
 
 
-def _obstacle_to_flash_attn(machine: Machine, work: Work) -> str | None:
+def _obstacle_to_flash_attn(machine: Machine, work: KernelWorkload) -> str | None:
     if not machine.flash_attn:
         return "flash-attn is not installed (the extra `flash`)"
     if machine.device == "cpu":
@@ -139,7 +145,7 @@ def _too_old(machine: Machine) -> str | None:
     return f"needs a GPU from sm_{LEAST_CAPABILITY} on, and this one is sm_{machine.capability}"
 
 
-def _wrong_head_dim(work: Work) -> str | None:
+def _wrong_head_dim(work: KernelWorkload) -> str | None:
     if work.head_dim % 8 == 0 and work.head_dim <= LARGEST_HEAD:
         return None
     return f"takes a head_dim that is a multiple of 8 up to {LARGEST_HEAD}, not {work.head_dim}"

@@ -30,7 +30,7 @@ class Context:
     ops: Ops
     cos: Tensor
     sin: Tensor
-    sight: Any
+    attention_mask: Any
     """What each query may see, as `ops.attention` takes it."""
     masks: Masks
     recompute: str
@@ -49,21 +49,21 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
-        self.enter_weight: nn.Module = nn.Identity()
+        self.weight_collective: nn.Module = nn.Identity()
 
     def forward(
-        self, x_BSD: Tensor, context: Context, more_BSD: Tensor | None = None
+        self, x_BSD: Tensor, context: Context, delta_BSD: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of x; with `more`, the norm of x + more and that sum, by the op that does both
         at once."""
-        weight = self.enter_weight(self.weight)
-        if more_BSD is None:
+        weight = self.weight_collective(self.weight)
+        if delta_BSD is None:
             mask = context.masks.residual
             return masked_rms_norm(context.ops, x_BSD, weight, self.eps, mask)
         assert context.ops.add_rms_norm is not None
         # Under autocast hidden states are wider than what layers give.
-        more_BSD = more_BSD.to(x_BSD.dtype)
-        return context.ops.add_rms_norm(x_BSD, more_BSD, weight, self.eps)
+        delta_BSD = delta_BSD.to(x_BSD.dtype)
+        return context.ops.add_rms_norm(x_BSD, delta_BSD, weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -79,11 +79,11 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, kv_width, bias=False)
         self.v_proj = nn.Linear(width, kv_width, bias=False)
         self.o_proj = nn.Linear(q_width, width, bias=False)
-        self.enter: nn.Module = nn.Identity()
-        self.leave: nn.Module = nn.Identity()
+        self.pre_collective: nn.Module = nn.Identity()
+        self.post_collective: nn.Module = nn.Identity()
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
-        x_BSD = self.enter(x_BSD)
+        x_BSD = self.pre_collective(x_BSD)
         ops, groups = context.ops, context.masks.groups
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q_BSHK, k_BSGK, v_BSGK = (self._heads(project(x_BSD), groups) for project in projections)
@@ -91,8 +91,8 @@ class Attention(nn.Module):
         attend = ops.attention
         if context.recompute == "selective" and torch.is_grad_enabled():
             attend = partial(checkpoint, ops.attention, use_reentrant=False)
-        out_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.sight)
-        return self.leave(self.o_proj(out_BSHK.flatten(2)))
+        out_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.attention_mask)
+        return self.post_collective(self.o_proj(out_BSHK.flatten(2)))
 
     def _heads(self, x: Tensor, mask_G: Tensor | None) -> Tensor:
         return masked_groups(x.unflatten(-1, (-1, self.head_dim)), mask_G)
@@ -106,13 +106,13 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.enter: nn.Module = nn.Identity()
-        self.leave: nn.Module = nn.Identity()
+        self.pre_collective: nn.Module = nn.Identity()
+        self.post_collective: nn.Module = nn.Identity()
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
-        x_BSD = self.enter(x_BSD)
+        x_BSD = self.pre_collective(x_BSD)
         hidden_BSF = context.ops.swiglu(self.gate_proj(x_BSD), self.up_proj(x_BSD))
-        return self.leave(self.down_proj(masked(hidden_BSF, context.masks.ffn)))
+        return self.post_collective(self.down_proj(masked(hidden_BSF, context.masks.ffn)))
 
 
 class DecoderLayer(nn.Module):
@@ -129,11 +129,11 @@ class DecoderLayer(nn.Module):
         self, x_BSD: Tensor, context: Context, gate: Tensor | float | None = None
     ) -> Tensor:
         norm_BSD = self.input_layernorm(x_BSD, context)
-        more_BSD = masked(self.self_attn(norm_BSD, context), gate)
+        delta_BSD = masked(self.self_attn(norm_BSD, context), gate)
         if context.adds_in_norm:
-            norm_BSD, x_BSD = self.post_attention_layernorm(x_BSD, context, more_BSD)
+            norm_BSD, x_BSD = self.post_attention_layernorm(x_BSD, context, delta_BSD)
         else:
-            x_BSD = x_BSD + more_BSD
+            x_BSD = x_BSD + delta_BSD
             norm_BSD = self.post_attention_layernorm(x_BSD, context)
         return x_BSD + masked(self.mlp(norm_BSD, context), gate)
 
@@ -147,7 +147,7 @@ class LlamaModel(nn.Module):
         self.recompute = recompute
         self.ops = ops
         self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.leave: nn.Module = nn.Identity()
+        self.post_collective: nn.Module = nn.Identity()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -158,7 +158,7 @@ class LlamaModel(nn.Module):
         documents: Any = None,
         masks: Masks | None = None,
     ) -> Tensor:
-        x_BSD = self.leave(self.embed_tokens(input_ids))
+        x_BSD = self.post_collective(self.embed_tokens(input_ids))
         masks = Masks() if masks is None else masks.to(x_BSD.dtype)
         x_BSD = masked(x_BSD, masks.residual)
         context = self._context(position_ids, documents, masks, x_BSD.dtype)
@@ -174,8 +174,10 @@ class LlamaModel(nn.Module):
         self, positions: Tensor, documents: Any, masks: Masks, dtype: torch.dtype
     ) -> Context:
         cos, sin = rotary_tables(self.config, positions)
-        sight = self.ops.sight(documents, positions)
-        return Context(self.ops, cos.to(dtype), sin.to(dtype), sight, masks, self.recompute)
+        attention_mask = self.ops.attention_mask(documents, positions)
+        return Context(
+            self.ops, cos.to(dtype), sin.to(dtype), attention_mask, masks, self.recompute
+        )
 
 
 HeadLoss = Callable[[Tensor, Tensor], Tensor]
@@ -205,7 +207,7 @@ class LlamaForCausalLM(nn.Module):
         self.config = config
         self.ops = ops
         self.model = LlamaModel(config, recompute, ops)
-        self.enter: nn.Module = nn.Identity()
+        self.pre_collective: nn.Module = nn.Identity()
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.get_parameter("embed_tokens.weight")
@@ -218,5 +220,5 @@ class LlamaForCausalLM(nn.Module):
         masks: Masks | None = None,
         loss: HeadLoss | None = None,
     ) -> Tensor:
-        x_BSD = self.enter(self.model(input_ids, position_ids, documents, masks))
+        x_BSD = self.pre_collective(self.model(input_ids, position_ids, documents, masks))
         return self.lm_head(x_BSD, loss)

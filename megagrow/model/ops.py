@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megagrow.errors import InputError
-from megagrow.model.backends import Backends, Work
+from megagrow.model.backends import Backends, KernelWorkload
 from megagrow.model.machine import Machine
 from megagrow_kernels import reference
 from megagrow_kernels.reference import attention_mask, rope_tables
@@ -67,9 +67,10 @@ class Ops:
     swiglu: Callable[[Tensor, Tensor], Tensor]
     """(gate (..., F), up): silu(gate) * up."""
     pack: Callable[[Tensor], Any]
-    """(document_ids (B, S), on the CPU): what `sight` takes of them, still on the CPU; it has a
+    """(document_ids (B, S), on the CPU): what `attention_mask` takes of them, still on the CPU; it
+    has a
     method `to`, as a tensor has."""
-    sight: Callable[[Any, Tensor], Any]
+    attention_mask: Callable[[Any, Tensor], Any]
     """(what `pack` gave, or None where attention does not stop at documents; position_ids (B, S)),
     on the device, once in a forward pass: what each query may see, for `attention`."""
     attention: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
@@ -78,7 +79,7 @@ class Ops:
     """Of the cross-entropy."""
 
 
-def make_ops(backends: Backends, machine: Machine, work: Work) -> Ops:
+def make_ops(backends: Backends, machine: Machine, work: KernelWorkload) -> Ops:
     """The operations of a stage, by backends that `backends.choose` finds possible.
 
     Raises InputError where flash-attn is installed but cannot be imported.
@@ -147,20 +148,20 @@ PLAIN = Ops(
     rope=_rope,
     swiglu=reference.swiglu,
     pack=_as_it_is,
-    sight=_dense_mask,
+    attention_mask=_dense_mask,
     attention=sdpa,
     loss=TORCH_LOSS,
 )
 """All by torch: what every machine can do, in every precision."""
 
 
-def _with_sdpa(ops: Ops, machine: Machine, work: Work) -> Ops:
+def _with_sdpa(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
     cudnn = machine.capability >= CUDNN_FIRST
     return replace(ops, attention=_sdpa_cudnn_first if cudnn else sdpa)
 
 
-def _with_reference(ops: Ops, machine: Machine, work: Work) -> Ops:
-    return replace(ops, sight=_unchanged, attention=reference.attention)
+def _with_reference(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
+    return replace(ops, attention_mask=_unchanged, attention=reference.attention)
 
 
 def _with_triton_norm(ops: Ops) -> Ops:
@@ -191,7 +192,7 @@ def triton_loss() -> LossOps:
     return LossOps(kernels.vocab_statistics, kernels.combine_statistics, gradient, TRITON_CHUNKS)
 
 
-def _with_triton_attention(ops: Ops, machine: Machine, work: Work) -> Ops:
+def _with_triton_attention(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
     from megagrow_kernels.attention import attention
     from megagrow_kernels.packing import pack
 
@@ -199,13 +200,13 @@ def _with_triton_attention(ops: Ops, machine: Machine, work: Work) -> Ops:
     def whole_rows(batch: int, sequence: int, device: torch.device) -> Any:
         return pack(None, batch, sequence).to(device)
 
-    def sight(packing: Any, position_ids: Tensor) -> Any:
+    def attention_mask(packing: Any, position_ids: Tensor) -> Any:
         return whole_rows(*position_ids.shape, position_ids.device) if packing is None else packing
 
-    return _with_packed(ops, attention, sight, work)
+    return _with_packed(ops, attention, attention_mask, work)
 
 
-def _with_flash_attn(ops: Ops, machine: Machine, work: Work) -> Ops:
+def _with_flash_attn(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
     try:
         import flash_attn
     except ImportError as error:
@@ -224,7 +225,10 @@ def _with_flash_attn(ops: Ops, machine: Machine, work: Work) -> Ops:
 
 
 def _with_packed(
-    ops: Ops, attend: Callable[..., Tensor], sight: Callable[[Any, Tensor], Any], work: Work
+    ops: Ops,
+    attend: Callable[..., Tensor],
+    attention_mask: Callable[[Any, Tensor], Any],
+    work: KernelWorkload,
 ) -> Ops:
     """With an attention that takes documents as a `Packing`."""
     from megagrow_kernels.packing import pack
@@ -232,16 +236,21 @@ def _with_packed(
     return replace(
         ops,
         pack=lambda document_ids: pack(document_ids, *document_ids.shape),
-        sight=sight,
+        attention_mask=attention_mask,
         attention=partial(_in_type, attend, work.dtype),
     )
 
 
 def _in_type(
-    attend: Callable[..., Tensor], dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, sight: Any
+    attend: Callable[..., Tensor],
+    dtype: torch.dtype,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Any,
 ) -> Tensor:
     """Attention in the type of the stage: under autocast, masks may have made it a wider one."""
-    return attend(q.to(dtype), k.to(dtype), v.to(dtype), sight)
+    return attend(q.to(dtype), k.to(dtype), v.to(dtype), attention_mask)
 
 
 _ATTENTION = {

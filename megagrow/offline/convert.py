@@ -33,7 +33,7 @@ from megagrow.formats.megatron_export import MegatronTarget
 from megagrow.formats.megatron_layout import check_tp
 from megagrow.formats.open_source import open_source
 from megagrow.offline.grow import write_goal
-from megagrow.offline.plan import Goal, decide, form_of
+from megagrow.offline.plan import ConversionPlan, decide, form_of
 from megagrow.offline.request import Request
 from megagrow.offline.target import Beside
 from megagrow.train.source_state import STILL_MASKED, state_of, still_masked
@@ -71,13 +71,13 @@ def export_hugging_face(request: Request, tokenizer: Path | None, console: Conso
     write_goal(request, goal, console, _beside(request, goal, files))
 
 
-def _goal(request: Request, console: Console) -> Goal:
+def _goal(request: Request, console: Console) -> ConversionPlan:
     request.check()
     source = open_source(request.source, lambda text: console.print(text, highlight=False))
     return decide(request, source)
 
 
-def _beside(request: Request, goal: Goal, files: TokenizerFiles) -> Beside:
+def _beside(request: Request, goal: ConversionPlan, files: TokenizerFiles) -> Beside:
     # Where nothing is known of special tokens LlamaConfig would take ids 1 and 2 for them.
     like = _told(goal.source, ORIGIN_KEY, "config") or {"bos_token_id": None, "eos_token_id": None}
     documents = {
@@ -186,4 +186,4 @@ def _import(
     model = None if request.to is None else load_model(request.to)
     source = opened(request.source, model)
     request.check()
-    write_goal(request, Goal(source, source.model, None, ""), console)
+    write_goal(request, ConversionPlan(source, source.model, None, ""), console)

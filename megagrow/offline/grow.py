@@ -18,7 +18,7 @@ from megagrow.formats.hugging_face_config import CONFIG_FILE, ORIGIN_KEY, config
 from megagrow.formats.open_source import open_found, open_source
 from megagrow.growth.map import Dense
 from megagrow.offline.journal import JOURNAL_FILE, Journal
-from megagrow.offline.plan import Goal, decide, form_of, target_layout
+from megagrow.offline.plan import ConversionPlan, decide, form_of, target_layout
 from megagrow.offline.request import Request
 from megagrow.offline.target import Beside, Target, checkpoint_target, hugging_face_target
 from megagrow.offline.text_loss import check_text_memory, text_loss, text_tokens
@@ -41,7 +41,7 @@ def grow_files(request: Request, console: Console) -> None:
 
 
 def write_goal(
-    request: Request, goal: Goal, console: Console, beside: Beside | None = None
+    request: Request, goal: ConversionPlan, console: Console, beside: Beside | None = None
 ) -> None:
     """Writes what was decided, or goes on with it. `beside` is for a Hugging Face folder; without
     it there is a config.json alone."""
@@ -73,7 +73,7 @@ def write_goal(
     console.print(f"{request.out}: written and checked", highlight=False)
 
 
-def _work(folder: Path, target: Target, goal: Goal, at_once: int) -> Writing:
+def _work(folder: Path, target: Target, goal: ConversionPlan, at_once: int) -> Writing:
     application = Application(
         goal.source.read, goal.source.layout.plan, goal.growth, target.layout.plan, at_once
     )
@@ -88,7 +88,7 @@ def _do(work: Writing, journal: Journal, doing: str, console: Console) -> None:
         work.verify(journal, progress)
 
 
-def _target(request: Request, goal: Goal, beside: Beside | None) -> Target:
+def _target(request: Request, goal: ConversionPlan, beside: Beside | None) -> Target:
     if (request.form or form_of(goal.source)) == "checkpoint":
         layout = target_layout(request, goal)
         return checkpoint_target(
@@ -111,14 +111,14 @@ def _target(request: Request, goal: Goal, beside: Beside | None) -> Target:
     return hugging_face_target(goal.model, request.stored_dtype, request.shard_bytes, beside)
 
 
-def _environment(goal: Goal) -> dict[str, Any]:
+def _environment(goal: ConversionPlan) -> dict[str, Any]:
     """That of the source, and what was done here."""
     if goal.options is None:
         return goal.source.environment
     return goal.source.environment | {"growth": _told(goal)}
 
 
-def _told(goal: Goal) -> dict[str, Any]:
+def _told(goal: ConversionPlan) -> dict[str, Any]:
     """What the manifest keeps of a growth, until the model is trained on."""
     return {
         "source": str(goal.source.path.resolve()),
@@ -129,7 +129,7 @@ def _told(goal: Goal) -> dict[str, Any]:
     }
 
 
-def _command(request: Request, goal: Goal, target: Target) -> dict[str, Any]:
+def _command(request: Request, goal: ConversionPlan, target: Target) -> dict[str, Any]:
     """All that decides what is written; the budget does not."""
     files = [
         [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in goal.source.files
@@ -156,7 +156,7 @@ def _was_finished(out: Path, command: dict[str, Any]) -> bool:
     return True
 
 
-def _elements_at_once(goal: Goal, memory: int) -> int:
+def _elements_at_once(goal: ConversionPlan, memory: int) -> int:
     """How many elements a piece may have. InputError if not even one row fits."""
     specs = [*parameter_plan(goal.model, 1).values(), *goal.source.layout.plan.values()]
     widest = max(spec.cols for spec in specs)
@@ -170,7 +170,7 @@ def _elements_at_once(goal: Goal, memory: int) -> int:
     return (memory - fixed) // _BYTES_PER_ELEMENT
 
 
-def _map_bytes(goal: Goal, widest: int) -> int:
+def _map_bytes(goal: ConversionPlan, widest: int) -> int:
     """Bytes of the matrices of the map, of the squares of one term's, and of rows that are
     projected together."""
     growth = goal.growth
@@ -185,7 +185,7 @@ def _map_bytes(goal: Goal, widest: int) -> int:
     return sum(matrices.values()) + 2 * max(matrices.values(), default=0) + projected
 
 
-def _text_tokens(request: Request, goal: Goal) -> list[Any]:
+def _text_tokens(request: Request, goal: ConversionPlan) -> list[Any]:
     if request.text is None:
         if request.tokenizer is not None:
             raise InputError("--tokenizer goes with --text")
@@ -199,7 +199,7 @@ def _text_tokens(request: Request, goal: Goal) -> list[Any]:
     return texts
 
 
-def _compare(goal: Goal, before: float, after: float, console: Console) -> None:
+def _compare(goal: ConversionPlan, before: float, after: float, console: Console) -> None:
     """Tells both losses. InputError if they differ where the growth keeps the function."""
     console.print(f"loss on the text: source {before:.6f}, target {after:.6f}", highlight=False)
     tolerance = 1e-3 if goal.options is None else goal.options.tolerance
@@ -210,7 +210,7 @@ def _compare(goal: Goal, before: float, after: float, console: Console) -> None:
         )
 
 
-def _story(goal: Goal, out: Path) -> str:
+def _story(goal: ConversionPlan, out: Path) -> str:
     state, source = goal.state(), goal.source
     kept = "keeps the function" if goal.growth.preserves_function else "changes the function"
     masks = "; its new parts stand behind masks that begin at 0" if goal.is_masked else ""

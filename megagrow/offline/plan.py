@@ -34,7 +34,7 @@ DEFAULT_SEED = 1234
 
 
 @dataclass(frozen=True)
-class Goal:
+class ConversionPlan:
     """The model that the source is to become, and how."""
 
     source: Source
@@ -101,7 +101,7 @@ class Goal:
         return state.after_growth(self.growth.provenance, tuple(self.options.operator))
 
 
-def decide(request: Request, source: Source) -> Goal:
+def decide(request: Request, source: Source) -> ConversionPlan:
     """The goal of a request. InputError, in one line, for all that keeps it from being reached."""
     goal = _goal(request, source)
     form = request.form or form_of(source)
@@ -139,9 +139,9 @@ def _needs_training(options: GrowthConfig, source: Source) -> list[str]:
     return []
 
 
-def _goal(request: Request, source: Source) -> Goal:
+def _goal(request: Request, source: Source) -> ConversionPlan:
     if request.to is None:
-        return Goal(source, source.model, None, "")
+        return ConversionPlan(source, source.model, None, "")
     stage = state_of(source).stage + 1
     if is_run_file(request.to):
         stage = stage if request.stage is None else request.stage
@@ -150,14 +150,14 @@ def _goal(request: Request, source: Source) -> Goal:
         raise InputError(f"--stage goes with a run file, {request.to} is a model")
     model = load_model(request.to)
     if model == source.model and not request.operators and not request.overrides:
-        return Goal(source, model, None, "")
+        return ConversionPlan(source, model, None, "")
     seed = request.seed
     if seed is None:
         seed = source.environment.get("config", {}).get("seed", DEFAULT_SEED)
-    return Goal(source, model, growth_options(request), f"{seed}/stage-{stage}")
+    return ConversionPlan(source, model, growth_options(request), f"{seed}/stage-{stage}")
 
 
-def _goal_of_run(request: Request, path: Path, source: Source, stage: int) -> Goal:
+def _goal_of_run(request: Request, path: Path, source: Source, stage: int) -> ConversionPlan:
     overrides = [f"stages.{stage}.{text}" for text in _growth_only(request)]
     if request.seed is not None:
         overrides.append(f"seed={request.seed}")
@@ -181,7 +181,7 @@ def _goal_of_run(request: Request, path: Path, source: Source, stage: int) -> Go
             )
     model = run.stages[stage].model
     options = run.stages[stage].growth
-    return Goal(source, model, options, f"{run.seed}/stage-{stage}", run, stage)
+    return ConversionPlan(source, model, options, f"{run.seed}/stage-{stage}", run, stage)
 
 
 def growth_options(request: Request) -> GrowthConfig:
@@ -206,7 +206,7 @@ def _growth_only(request: Request) -> list[str]:
     return [*names, *request.overrides]
 
 
-def target_layout(request: Request, goal: Goal) -> Layout:
+def target_layout(request: Request, goal: ConversionPlan) -> Layout:
     """How the target is laid out; groups as the engine makes them. InputError if it can not be."""
     zero_stage, dp, tp = goal.source.layout.zero_stage, goal.source.layout.dp, goal.source.layout.tp
     decay = _decay(goal.source.layout)
@@ -226,7 +226,7 @@ def target_layout(request: Request, goal: Goal) -> Layout:
     return Layout(plan, tuple(group.names for group in groups), zero_stage, dp, tp)
 
 
-def _scales(goal: Goal) -> Mapping[str, ParamScale]:
+def _scales(goal: ConversionPlan) -> Mapping[str, ParamScale]:
     """By which the engine tells groups apart."""
     if goal.run is not None and goal.stage is not None:
         return stage_scales(goal.run, goal.stage)

@@ -11,7 +11,7 @@ from typing import Any
 
 from megagrow.checkpoint.files import shard_name
 from megagrow.checkpoint.manifest import MANIFEST_FILE, Manifest, manifest_document
-from megagrow.checkpoint.shards import Places, Unit, shard_tensors, units
+from megagrow.checkpoint.shards import Places, ShardTensor, shard_tensors, units
 from megagrow.checkpoint.tensor_file import Planned, Stored, planned
 from megagrow.common.checksums import FileRecord, Files
 from megagrow.common.file_io import sync
@@ -21,10 +21,10 @@ from megagrow.reshard.layout import Layout
 
 
 @dataclass(frozen=True)
-class Piece:
+class TargetPiece:
     """A unit of the target and its place."""
 
-    unit: Unit
+    unit: ShardTensor
     file: str
     stored: Stored
 
@@ -34,7 +34,7 @@ class Target:
     """The files that are to be, and what stands beside them."""
 
     layout: Layout
-    pieces: Callable[[], Iterator[Piece]]
+    pieces: Callable[[], Iterator[TargetPiece]]
     """In a fixed order."""
     headers: Callable[[], Iterator[tuple[str, Planned]]]
     sizes: dict[str, int]
@@ -98,11 +98,11 @@ def checkpoint_target(layout: Layout, manifest: Callable[[Files], Manifest]) -> 
 
     places = Places(layout, tensors_of)
 
-    def pieces() -> Iterator[Piece]:
+    def pieces() -> Iterator[TargetPiece]:
         for unit in units(layout):
             shape = (len(layout.interval(unit.name, unit.rank // layout.tp)),)
             stored = Stored("F32", shape, places.begin(*unit))
-            yield Piece(unit, shard_name(unit.rank), stored)
+            yield TargetPiece(unit, shard_name(unit.rank), stored)
 
     def documents(files: Files) -> dict[str, dict[str, Any]]:
         return {MANIFEST_FILE: manifest_document(manifest(files))}
@@ -121,8 +121,8 @@ def hugging_face_target(model: ModelConfig, dtype: str, most_bytes: int, beside:
         name: (file, plan.tensors[name]) for file, plan in files.items() for name in plan.tensors
     }
 
-    def pieces() -> Iterator[Piece]:
-        return (Piece(Unit(0, name, "fp32"), *found[name]) for name in layout.plan)
+    def pieces() -> Iterator[TargetPiece]:
+        return (TargetPiece(ShardTensor(0, name, "fp32"), *found[name]) for name in layout.plan)
 
     sizes = {name: plan.size for name, plan in files.items()}
     headers = partial(iter, files.items())

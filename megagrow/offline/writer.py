@@ -17,12 +17,12 @@ from megagrow.common.disk_space import check_room
 from megagrow.common.file_io import raw_bytes, read_bytes, sync, write_bytes
 from megagrow.common.progress import WorkProgress
 from megagrow.errors import InputError
-from megagrow.growth.map import Kind
+from megagrow.growth.map import StateKind
 from megagrow.offline.journal import JOURNAL_FILE, Journal
-from megagrow.offline.target import Piece, Target
+from megagrow.offline.target import Target, TargetPiece
 from megagrow.reshard.layout import Block, Layout
 
-Make = Callable[[str, Kind, Block], torch.Tensor]
+Make = Callable[[str, StateKind, Block], torch.Tensor]
 """Gives any rectangle of the target: (name, kind, block) -> (rows, columns) fp32."""
 
 
@@ -64,7 +64,7 @@ class Writing:
         (final / JOURNAL_FILE).unlink()
         sync(final)
 
-    def _write(self, piece: Piece, path: Path, progress: WorkProgress) -> int:
+    def _write(self, piece: TargetPiece, path: Path, progress: WorkProgress) -> int:
         """Writes one piece and returns its checksum."""
         layout, unit, checksum = self.target.layout, piece.unit, 0
         offset, end = piece.stored.begin, piece.stored.begin + piece.stored.nbytes

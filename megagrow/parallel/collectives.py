@@ -11,16 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Group = dist.ProcessGroup
+ProcessGroup = dist.ProcessGroup
 
 
-def _all_reduce(x: Tensor, group: Group) -> Tensor:
+def _all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
     x = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, group=group)
     return x
 
 
-def _gather_sequence(x: Tensor, group: Group) -> Tensor:
+def _gather_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     parts = [
         torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())
     ]
@@ -28,7 +28,7 @@ def _gather_sequence(x: Tensor, group: Group) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _reduce_scatter_sequence(x: Tensor, group: Group) -> Tensor:
+def _reduce_scatter_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     if x.device.type == "cpu":  # gloo has no reduce-scatter: all-reduce and keep this rank's part
         return _all_reduce(x, group).chunk(group.size(), dim=1)[group.rank()].contiguous()
     parts = [part.contiguous() for part in x.chunk(group.size(), dim=1)]
@@ -41,7 +41,7 @@ class _CopyForwardReduceBackward(torch.autograd.Function):
     """Megatron's f: identity forward, all-reduce backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         return x.view_as(x)
 
@@ -54,7 +54,7 @@ class _ReduceForwardCopyBackward(torch.autograd.Function):
     """Megatron's g: all-reduce forward, identity backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         return _all_reduce(x, group)
 
     @staticmethod
@@ -66,7 +66,7 @@ class _GatherForwardScatterBackward(torch.autograd.Function):
     """f under sequence parallelism: all-gather forward, reduce-scatter backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         return _gather_sequence(x, group)
 
@@ -79,7 +79,7 @@ class _ScatterForwardGatherBackward(torch.autograd.Function):
     """g under sequence parallelism: reduce-scatter forward, all-gather backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         return _reduce_scatter_sequence(x, group)
 
@@ -88,21 +88,21 @@ class _ScatterForwardGatherBackward(torch.autograd.Function):
         return _gather_sequence(grad, ctx.group), None
 
 
-def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
+def copy_to_tensor_parallel(x: Tensor, group: ProcessGroup) -> Tensor:
     """x unchanged; its gradient is summed over the group."""
     return _CopyForwardReduceBackward.apply(x, group)
 
 
-def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
+def reduce_from_tensor_parallel(x: Tensor, group: ProcessGroup) -> Tensor:
     """The sum of x over the group; the gradient passes unchanged."""
     return _ReduceForwardCopyBackward.apply(x, group)
 
 
-def gather_from_sequence(x: Tensor, group: Group) -> Tensor:
+def gather_from_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     """(B, S/tp, D) to (B, S, D)."""
     return _GatherForwardScatterBackward.apply(x, group)
 
 
-def scatter_to_sequence(x: Tensor, group: Group) -> Tensor:
+def scatter_to_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     """(B, S, D), a partial sum, to this rank's (B, S/tp, D) of the whole sum."""
     return _ScatterForwardGatherBackward.apply(x, group)

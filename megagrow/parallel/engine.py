@@ -34,7 +34,7 @@ from megagrow.parallel.partitions import (
 )
 from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.sharding import parameter_plan
-from megagrow.parallel.update_scaling import Part, UpdateFactors
+from megagrow.parallel.update_scaling import ScaledPart, UpdateFactors
 
 STATE_KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 """What is kept of every parameter, under the names of DeepSpeed's universal checkpoint."""
@@ -149,7 +149,8 @@ class ZeroEngine:
         """
         held = [place for place in self._places() if place.numel > 0]
         self._factors.place(
-            (place.owner, Part(place.of(place.owner.data), masks.get(place.name))) for place in held
+            (place.owner, ScaledPart(place.of(place.owner.data), masks.get(place.name)))
+            for place in held
         )
 
     def set_update_factors(self, new: float = 1.0, old: float = 1.0) -> None:

@@ -18,7 +18,7 @@ GATHER_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Place:
+class Fragment:
     """Where DeepSpeed keeps a rank's part of a parameter: `numel` elements from `offset` of one of
     the tensors that it optimises; they begin at `start` of the parameter's flattened slice."""
 
@@ -33,32 +33,32 @@ class Place:
         return flat.view(-1).narrow(0, self.offset, self.numel)
 
 
-def places(engine: Any, zero_stage: int) -> Iterator[Place]:
+def places(engine: Any, zero_stage: int) -> Iterator[Fragment]:
     """The place of each parameter of an engine, in the model's order."""
     locate = {0: _place_whole, 3: _place_zero3}.get(zero_stage, _place_flat)
     for name, parameter in engine.module.named_parameters():
         yield locate(name, parameter, engine.optimizer)
 
 
-def _place_whole(name: str, parameter: Tensor, _: Any) -> Place:
-    return Place(name, 0, parameter.numel(), parameter, 0)
+def _place_whole(name: str, parameter: Tensor, _: Any) -> Fragment:
+    return Fragment(name, 0, parameter.numel(), parameter, 0)
 
 
-def _place_flat(name: str, parameter: Any, optimizer: Any) -> Place:
+def _place_flat(name: str, parameter: Any, optimizer: Any) -> Fragment:
     mapping = parameter._hp_mapping
     flats = [group["params"][0] for group in optimizer.param_groups]
     if mapping is None:
-        return Place(name, 0, 0, flats[0], 0)
+        return Fragment(name, 0, 0, flats[0], 0)
     low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return Place(name, low.start, low.numel, flats[mapping.param_group_index], high.start)
+    return Fragment(name, low.start, low.numel, flats[mapping.param_group_index], high.start)
 
 
-def _place_zero3(name: str, parameter: Any, optimizer: Any) -> Place:
+def _place_zero3(name: str, parameter: Any, optimizer: Any) -> Fragment:
     group, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
     rank = dist.get_rank(parameter.ds_process_group)
     start = min(rank * share, parameter.ds_numel)
     numel = min(share, parameter.ds_numel - start)  # the last rank's share ends in padding
-    return Place(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
+    return Fragment(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
 
 
 def partition_zero3(

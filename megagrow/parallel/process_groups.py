@@ -41,7 +41,7 @@ def read_launch() -> Launch:
     return Launch(*map(int, (alone | given).values()))
 
 
-def ends_all_with_one() -> bool:
+def launcher_kills_all_ranks() -> bool:
     """Whether the launcher ends all ranks as soon as one has failed: torchrun and deepspeed do."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
 
@@ -123,7 +123,7 @@ def _meeting_place(launch: Launch, timeout: timedelta) -> Any:
     return _own_part(store)
 
 
-def open_meeting_place(launch: Launch, timeout: timedelta) -> Any:
+def open_store(launch: Launch, timeout: timedelta) -> Any:
     """The same store, which waits for nobody but whoever keeps it: rank 0, or torchrun.
 
     RuntimeError where that one does not answer in time.
@@ -214,14 +214,14 @@ def destroy_topology(topology: Topology) -> None:
     dist.destroy_process_group(topology.dp_group)
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
+def any_across_ranks(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on at least one rank; all ranks together."""
     vote = torch.tensor([float(flag)], device=device)
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
     return vote.item() > 0
 
 
-def on_first(action: Callable[[], T]) -> T:
+def run_on_rank_zero(action: Callable[[], T]) -> T:
     """What `action` gives on rank 0 alone, on all ranks; if it fails there, all raise the same."""
     found: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -236,7 +236,7 @@ def on_first(action: Callable[[], T]) -> T:
     return result
 
 
-def together(action: Callable[[], T]) -> T:
+def run_on_all_ranks(action: Callable[[], T]) -> T:
     """Runs `action` on every rank; if it fails on one, the same error is raised on all.
 
     For whatever may go wrong on a single rank (a full disk, a damaged file): without this, the

@@ -59,25 +59,27 @@ def parallelize(
     _slice_parameters(model, plan, topology)
     if topology.tp == 1:
         return
-    enter, leave = collectives.copy_to_tensor_parallel, collectives.reduce_from_tensor_parallel
+    pre, post = collectives.copy_to_tensor_parallel, collectives.reduce_from_tensor_parallel
     if sequence_parallel:
-        enter, leave = collectives.gather_from_sequence, collectives.scatter_to_sequence
+        pre, post = collectives.gather_from_sequence, collectives.scatter_to_sequence
     for block in model.modules():
         if isinstance(block, Attention | MLP):
-            block.enter = Region(enter, topology.tp_group)
-            block.leave = Region(leave, topology.tp_group)
+            block.pre_collective = Region(pre, topology.tp_group)
+            block.post_collective = Region(post, topology.tp_group)
     spec = plan["model.embed_tokens.weight"]
     weight = cast(nn.Parameter, model.model.embed_tokens.weight)
     model.model.embed_tokens = VocabParallelEmbedding(
         weight, spec.slice_origin(topology.tp, topology.tp_rank)[0]
     )
-    model.model.leave = Region(leave, topology.tp_group)
-    model.enter = Region(enter, topology.tp_group)
+    model.model.post_collective = Region(post, topology.tp_group)
+    model.pre_collective = Region(pre, topology.tp_group)
     if sequence_parallel:
         # Each rank's norms see their part of the sequence only: their gradients are partial sums.
         for module in model.modules():
             if isinstance(module, RMSNorm):
-                module.enter_weight = Region(collectives.copy_to_tensor_parallel, topology.tp_group)
+                module.weight_collective = Region(
+                    collectives.copy_to_tensor_parallel, topology.tp_group
+                )
 
 
 def _slice_parameters(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Part:
+class ScaledPart:
     """A parameter's part of a tensor that the optimizer updates, and which of it is new."""
 
     values: Tensor
@@ -37,12 +37,12 @@ class UpdateFactors:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._new = 1.0
         self._old = 1.0
-        self._parts: dict[Tensor, list[Part]] | None = None
-        self._before: list[tuple[Part, Tensor]] = []
+        self._parts: dict[Tensor, list[ScaledPart]] | None = None
+        self._before: list[tuple[ScaledPart, Tensor]] = []
         optimizer.register_step_pre_hook(self._keep)
         optimizer.register_step_post_hook(self._blend)
 
-    def place(self, parts: Iterable[tuple[Tensor, Part]]) -> None:
+    def place(self, parts: Iterable[tuple[Tensor, ScaledPart]]) -> None:
         """Says what the optimizer's tensors consist of: (tensor, part of it), for each parameter.
 
         What belongs to no part (padding) is updated as ever.

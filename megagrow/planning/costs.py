@@ -23,7 +23,7 @@ plant (Ember, Global Electricity Review 2024: 480 g). CO2 of power stations alon
 
 
 @dataclass(frozen=True)
-class Factors:
+class CostFactors:
     """By which hours become energy, CO2 and money."""
 
     watts: float | None = None
@@ -59,7 +59,7 @@ class RunCosts:
     """Of a run, and beside it of its last model from scratch."""
 
     pace: Pace
-    factors: Factors
+    factors: CostFactors
     stages: tuple[Cost, ...]
     total: Cost
     scratch: tuple[Cost, Cost] | None
@@ -69,7 +69,7 @@ class RunCosts:
 
 def make_factors(
     gpu: Gpu | None, watts: float | None, pue: float, co2: float, price: float | None
-) -> Factors:
+) -> CostFactors:
     """The factors, with the GPU's own watts where none are given. InputError for what cannot be."""
     given = {"--watts": watts, "--price": price, "--co2": co2}
     for option, value in given.items():
@@ -78,10 +78,10 @@ def make_factors(
     if not 1 <= pue < float("inf"):
         raise InputError(f"--pue {pue}: should be 1 or more")
     own = None if gpu is None else gpu.watts
-    return Factors(own if watts is None else watts, pue, co2, price)
+    return CostFactors(own if watts is None else watts, pue, co2, price)
 
 
-def run_costs(plan: RunPlan, pace: Pace, factors: Factors) -> RunCosts:
+def run_costs(plan: RunPlan, pace: Pace, factors: CostFactors) -> RunCosts:
     """The costs of a plan at a pace of all its ranks."""
 
     def cost(tokens: float, flops: float) -> Cost:
@@ -99,7 +99,7 @@ def run_costs(plan: RunPlan, pace: Pace, factors: Factors) -> RunCosts:
     return RunCosts(pace, factors, stages, total, (cost(low, low * true), cost(high, high * true)))
 
 
-def _cost(tokens: float, seconds: float, gpus: int, factors: Factors) -> Cost:
+def _cost(tokens: float, seconds: float, gpus: int, factors: CostFactors) -> Cost:
     hours = seconds / 3600 * gpus
     kwh = None if factors.watts is None else hours * factors.watts / 1000 * factors.pue
     return Cost(

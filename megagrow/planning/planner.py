@@ -72,7 +72,7 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
-class Saving:
+class PlannedSaving:
     """What the run saves against its last model from scratch, if the paper's figures hold for it.
 
     Each pair goes with the lower and the upper end of `guidelines.SPEEDUPS`.
@@ -94,7 +94,7 @@ class RunPlan:
     world_size: int
     bf16: bool
     stages: tuple[StagePlan, ...]
-    saving: Saving | None
+    saving: PlannedSaving | None
     """None where the paper has no figure: for anything but one growth by stacking."""
     warnings: tuple[str, ...]
 
@@ -164,7 +164,7 @@ def _growth(run: RunConfig, index: int, memories: list[StageMemory]) -> GrowthPl
     )
 
 
-def _saving(stages: tuple[StagePlan, ...]) -> Saving | None:
+def _saving(stages: tuple[StagePlan, ...]) -> PlannedSaving | None:
     """The paper counts d tokens of the base as d / g of the target; here the base is charged with
     all that it costs, embeddings included, so the speedup comes out lower."""
     if len(stages) != 2 or not _is_gstack(stages[1]):
@@ -174,7 +174,7 @@ def _saving(stages: tuple[StagePlan, ...]) -> Saving | None:
     counted = target.flops * (1 + as_target / target.tokens)
     spent = base.flops + target.flops
     low, high = (counted * (1 + speedup) for speedup in SPEEDUPS)
-    return Saving(
+    return PlannedSaving(
         scratch_flops=(low, high),
         speedup=(low / spent - 1, high / spent - 1),
         saved=(1 - spent / low, 1 - spent / high),

@@ -9,7 +9,7 @@ from megagrow.planning.memory import STATE_BYTES
 from megagrow.planning.planner import RunPlan, StagePlan
 from megagrow.planning.step_rates import GROWTH_SECONDS, HBM_SHARE, NIC_SHARE, NVLINK_SHARE
 from megagrow.planning.step_time import WIDTH, StepTime, step_time
-from megagrow.planning.step_workload import Work, work_of
+from megagrow.planning.step_workload import StepWorkload, work_of
 from megagrow.planning.throughput import Pace
 from megagrow.planning.traffic import data_group
 
@@ -68,7 +68,7 @@ def predicted_pace(plan: RunPlan, prediction: RunPrediction) -> Pace:
     )
 
 
-def stage_work(stage: StageConfig, cluster: Cluster, sequence_length: int) -> Work:
+def stage_work(stage: StageConfig, cluster: Cluster, sequence_length: int) -> StepWorkload:
     """What one GPU of the cluster does in a step of this stage."""
     return work_of(stage, cluster.gpus, sequence_length, cluster.card.family == "hopper")
 
@@ -84,7 +84,7 @@ def _stage(stage: StagePlan, cluster: Cluster, sequence_length: int, index: int)
     return StagePrediction(step_time(work, cluster), stage.steps, growth)
 
 
-def growth_seconds(work: Work, cluster: Cluster) -> float:
+def growth_seconds(work: StepWorkload, cluster: Cluster) -> float:
     """Seconds of a live growth into the model of `work`.
 
     Every GPU receives its share of the state, 12 bytes a parameter, at worst all of it from other

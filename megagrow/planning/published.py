@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from megagrow.planning.cluster import Cluster, ClusterFile, make_cluster
 from megagrow.planning.step_time import StepTime, step_time
-from megagrow.planning.step_workload import Shape, Work
+from megagrow.planning.step_workload import Shape, StepWorkload
 
 Role = Literal["set", "held out", "fresh"]
 """A row that constants were set from; one that no constant was set from, but which was looked at
@@ -25,7 +25,7 @@ class Published:
     source: str
     address: str
     model: str
-    work: Work
+    work: StepWorkload
     cluster: Cluster
     tokens_per_gpu: float
     """Per second, as published."""
@@ -57,7 +57,7 @@ def published_sources() -> list[dict[str, Any]]:
 def _rows(source: dict[str, Any], models: dict[str, Any]) -> Iterator[Published]:
     figures = {key: source[key] for key in ClusterFile.model_fields if key in source}
     for row in source["rows"]:
-        work = Work(
+        work = StepWorkload(
             shape=Shape(**models[row["model"]], sequence=row["sequence"]),
             dp=row["gpus"] // row["tp"],
             tp=row["tp"],

@@ -19,7 +19,7 @@ from megagrow.planning.step_rates import (
     TILE,
     TILE_START,
 )
-from megagrow.planning.step_workload import Stack, Work
+from megagrow.planning.step_workload import Stack, StepWorkload
 from megagrow.planning.traffic import data_group, tensor_group
 
 WIDTH = 2
@@ -42,7 +42,7 @@ class Passes:
 class StepTime:
     """Seconds of one step of one GPU; the parts that are named here add up to `seconds`."""
 
-    work: Work
+    work: StepWorkload
     cluster: Cluster
     matmul: float
     attention: float
@@ -74,7 +74,7 @@ class StepTime:
         return self.tokens_per_gpu * self.work.shape.flops_per_token / self.cluster.gpu.peak_flops
 
 
-def step_time(work: Work, cluster: Cluster) -> StepTime:
+def step_time(work: StepWorkload, cluster: Cluster) -> StepTime:
     """The time of a step of `work` on as many GPUs of the cluster as it has ranks."""
     matmul, attention = _matmul(work, cluster), _attention(work, cluster)
     memory = _memory_bound(work, cluster)
@@ -114,7 +114,7 @@ def matmul_seconds(cluster: Cluster, stack: Stack, rows: int, columns: int, inne
     return waves * of_a_wave / (cluster.gpu.peak_flops * share)
 
 
-def _matmul(work: Work, cluster: Cluster) -> Passes:
+def _matmul(work: StepWorkload, cluster: Cluster) -> Passes:
     """All products of all layers: forward, by input, by weight."""
     tokens, forward, backward = work.micro_tokens, 0.0, 0.0
     for columns, inner in work.shape.products(work.tp):
@@ -124,7 +124,7 @@ def _matmul(work: Work, cluster: Cluster) -> Passes:
     return _with_recomputation(work, forward, backward)
 
 
-def _attention(work: Work, cluster: Cluster) -> Passes:
+def _attention(work: StepWorkload, cluster: Cluster) -> Passes:
     shape, family = work.shape, cluster.card.family
     share = ATTENTION_SHARE[work.attention, family] * (HEAD_64 if shape.head_dim <= 64 else 1)
     share *= cluster.power_share
@@ -134,7 +134,7 @@ def _attention(work: Work, cluster: Cluster) -> Passes:
     return _with_recomputation(work, forward, BACKWARD_ATTENTION * forward)
 
 
-def _memory_bound(work: Work, cluster: Cluster) -> Passes:
+def _memory_bound(work: StepWorkload, cluster: Cluster) -> Passes:
     """Two norms with their residuals, rotary positions, and the activation, of each layer."""
     shape = work.shape
     residual = 16 * shape.hidden / (work.tp if work.sequence_parallel else 1)
@@ -148,7 +148,7 @@ def _memory_bound(work: Work, cluster: Cluster) -> Passes:
     return _with_recomputation(work, forward * seconds, backward * seconds)
 
 
-def _head(work: Work, cluster: Cluster) -> tuple[float, float]:
+def _head(work: StepWorkload, cluster: Cluster) -> tuple[float, float]:
     """The head's three products, and the loss."""
     columns, tokens = work.shape.vocabulary // work.tp, work.micro_tokens
     sizes = (
@@ -162,7 +162,7 @@ def _head(work: Work, cluster: Cluster) -> tuple[float, float]:
     )
 
 
-def _tensor_parallel(work: Work, cluster: Cluster) -> Passes:
+def _tensor_parallel(work: StepWorkload, cluster: Cluster) -> Passes:
     """Two all-reduces of a layer each way, or with sequence parallelism as many gathers and
     scatters, and one gather more for each product by weight that kept its input in parts."""
     group = tensor_group(cluster, work.tp)
@@ -174,12 +174,12 @@ def _tensor_parallel(work: Work, cluster: Cluster) -> Passes:
     return Passes(passes.forward + ends, passes.backward + ends)
 
 
-def _with_recomputation(work: Work, forward: float, backward: float) -> Passes:
+def _with_recomputation(work: StepWorkload, forward: float, backward: float) -> Passes:
     layers = work.shape.layers
     return Passes(layers * forward, layers * (backward + work.recomputed * forward))
 
 
-def _zero(work: Work, cluster: Cluster, micro: Passes) -> tuple[float, float]:
+def _zero(work: StepWorkload, cluster: Cluster, micro: Passes) -> tuple[float, float]:
     """Seconds of a step in which data-parallel ranks communicate: exposed, and hidden.
 
     ZeRO 3 gathers each layer's weights for either pass and scatters its gradients, in every micro
@@ -203,7 +203,7 @@ def _zero(work: Work, cluster: Cluster, micro: Passes) -> tuple[float, float]:
     return gather + reduced * reduce - hidden, hidden
 
 
-def _optimizer(work: Work, cluster: Cluster) -> float:
+def _optimizer(work: StepWorkload, cluster: Cluster) -> float:
     held = work.rank_parameters / (work.dp if work.zero_stage else 1)
     return held * ADAM_BYTES[work.stack] / _bandwidth(cluster)
 

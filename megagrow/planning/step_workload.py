@@ -58,7 +58,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWorkload:
     """A step of one GPU out of dp x tp."""
 
     shape: Shape
@@ -113,7 +113,9 @@ def shape_of(model: ModelConfig, sequence_length: int) -> Shape:
     )
 
 
-def work_of(stage: StageConfig, world_size: int, sequence_length: int, hopper: bool) -> Work:
+def work_of(
+    stage: StageConfig, world_size: int, sequence_length: int, hopper: bool
+) -> StepWorkload:
     """A step of a stage on so many GPUs, whose settings must fit.
 
     Gradients are reduced as DeepSpeed does it by default: beside the backward pass under ZeRO 3
@@ -122,7 +124,7 @@ def work_of(stage: StageConfig, world_size: int, sequence_length: int, hopper: b
     parallel, batch = stage.parallel, stage.batch
     tp, zero = parallel.tensor_model_parallel_size, parallel.zero_stage
     dp = world_size // tp
-    return Work(
+    return StepWorkload(
         shape=shape_of(stage.model, sequence_length),
         dp=dp,
         tp=tp,

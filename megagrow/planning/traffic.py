@@ -13,7 +13,7 @@ from megagrow.planning.cluster import Cluster
 from megagrow.planning.memory import StageMemory
 from megagrow.planning.step_rates import COLLECTIVE_SECONDS, NIC_SHARE, NVLINK_SHARE
 
-Kind = Literal["all-reduce", "all-gather", "reduce-scatter"]
+CollectiveKind = Literal["all-reduce", "all-gather", "reduce-scatter"]
 
 PERSISTENT = 100_000
 """Elements up to which ZeRO-3 keeps a parameter gathered until the weights are updated
@@ -25,7 +25,7 @@ class Traffic:
     """Collectives of one kind, for one purpose, in one step."""
 
     purpose: str
-    kind: Kind
+    kind: CollectiveKind
     ranks: int
     """Of the group that takes part."""
     payload: int
@@ -95,7 +95,7 @@ def _data_parallel(memory: StageMemory) -> Iterator[Traffic]:
 
 
 @dataclass(frozen=True)
-class Group:
+class CommGroup:
     """Ranks that communicate: `size` of them, `local` of which share a node."""
 
     cluster: Cluster
@@ -129,11 +129,11 @@ class Group:
         return 2 * self.one_way(whole)
 
 
-def tensor_group(cluster: Cluster, tp: int) -> Group:
+def tensor_group(cluster: Cluster, tp: int) -> CommGroup:
     """Tensor-parallel ranks: neighbours, in one node as far as they fit."""
-    return Group(cluster, tp, min(tp, cluster.gpus_per_node))
+    return CommGroup(cluster, tp, min(tp, cluster.gpus_per_node))
 
 
-def data_group(cluster: Cluster, dp: int, tp: int) -> Group:
+def data_group(cluster: Cluster, dp: int, tp: int) -> CommGroup:
     """Data-parallel ranks: every tp-th one."""
-    return Group(cluster, dp, min(dp, max(1, cluster.gpus_per_node // tp)))
+    return CommGroup(cluster, dp, min(dp, max(1, cluster.gpus_per_node // tp)))

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Kind, Term
+from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, StateKind, Term
 from megagrow.parallel.sharding import ParamSpec
 from megagrow.reshard.fill import drawn_rows
 from megagrow.reshard.index_ranges import as_array, bounds, compact
 from megagrow.reshard.layout import Block
 
-Read = Callable[[str, Kind, Block], Tensor]
+Read = Callable[[str, StateKind, Block], Tensor]
 
 _IN_CACHE = 2**18
 """Elements that are picked, scaled or drawn at once."""
@@ -37,7 +37,7 @@ class Application:
     target: dict[str, ParamSpec]
     at_once: int
 
-    def block(self, name: str, kind: Kind, block: Block) -> Tensor:
+    def block(self, name: str, kind: StateKind, block: Block) -> Tensor:
         """A rectangle of a target parameter: (rows, columns) fp32."""
         adds = kind == "fp32" and self.growth.adds(name)
         if adds:
@@ -52,11 +52,13 @@ class Application:
         return values
 
     @cached_property
-    def _terms(self) -> Callable[[str, Kind], tuple[Term, ...]]:
+    def _terms(self) -> Callable[[str, StateKind], tuple[Term, ...]]:
         """Those of the parameter at hand: the squares of their matrices are made once."""
         return lru_cache(maxsize=1)(self.growth.terms)
 
-    def _gather(self, term: Gather, kind: Kind, block: Block, values: Tensor, adds: bool) -> None:
+    def _gather(
+        self, term: Gather, kind: StateKind, block: Block, values: Tensor, adds: bool
+    ) -> None:
         rows, cols = as_array(term.rows.source(block.rows)), as_array(term.cols.source(block.cols))
         to_cols = np.flatnonzero(cols >= 0)
         if not len(to_cols):
@@ -72,7 +74,7 @@ class Application:
                 part = _scaled(part, term.cols, to_cols + block.cols.start, (1, -1))
                 _put(values, some, to_cols, part, adds)
 
-    def _mixed(self, term: Dense, kind: Kind, block: Block) -> Tensor:
+    def _mixed(self, term: Dense, kind: StateKind, block: Block) -> Tensor:
         """left @ (sum of alpha * source * gain) @ right^T, for a rectangle of it: fp64."""
         left = None if term.left is None else torch.from_numpy(term.left)
         right = None if term.right is None else torch.from_numpy(term.right)
@@ -90,7 +92,7 @@ class Application:
                 mixed += factor @ (self._sum(term, kind, Block(some, across)) * gain)
         return mixed if right is None else mixed @ right[block.cols.start : block.cols.stop].T
 
-    def _sum(self, term: Dense, kind: Kind, block: Block) -> Tensor:
+    def _sum(self, term: Dense, kind: StateKind, block: Block) -> Tensor:
         total = torch.zeros(len(block.rows), len(block.cols), dtype=torch.float64)
         for alpha, name in zip(term.alphas, term.sources, strict=True):
             total.add_(self.read(name, kind, block), alpha=alpha)

@@ -8,7 +8,7 @@ from megagrow.parallel.engine import Storage
 from megagrow.reshard.copy_plan import Copy
 from megagrow.reshard.index_ranges import as_array, bounds, moved, pick
 from megagrow.reshard.layout import Block, Layout
-from megagrow.reshard.transfers import Piece
+from megagrow.reshard.transfers import TransferChunk
 
 ELEMENTS_AT_ONCE = 2**18
 """What is picked, scaled or drawn at once: few enough to stay in a core's cache."""
@@ -73,7 +73,7 @@ def deliver(copy: Copy, block: Tensor, layout: Layout, storage: Storage) -> None
         write_rows(copy, part, take(copy, part, block), layout, storage)
 
 
-def collect(piece: Piece, box: Tensor, layout: Layout, storage: Storage) -> None:
+def collect(piece: TransferChunk, box: Tensor, layout: Layout, storage: Storage) -> None:
     """Reads the elements of a piece from this rank's storage into a box of its shape."""
     parcel = piece.parcel
     rows, cols = pick(parcel.rows, piece.rows), parcel.cols

@@ -8,7 +8,7 @@ it sends, and nothing of what goes on between others.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megagrow.growth.map import Axis, Gather, GrowthMap, Indices, Kind
+from megagrow.growth.map import Axis, Gather, GrowthMap, Indices, StateKind
 from megagrow.reshard.index_ranges import bounds, pick, select
 from megagrow.reshard.layout import Block, Layout
 
@@ -23,7 +23,7 @@ class Copy:
     """
 
     name: str
-    kind: Kind
+    kind: StateKind
     term: Gather
     adds: bool
     """Whether the elements are added to what the target holds, or take its place."""
@@ -45,7 +45,7 @@ def copies_to(
     source: Layout,
     growth: GrowthMap,
     target: Layout,
-    kind: Kind,
+    kind: StateKind,
     near: int | None = None,
 ) -> Iterator[Copy]:
     """Every copy of one kind of state that fills what `rank` holds in the target layout, in a
@@ -66,7 +66,7 @@ def copies_to(
 
 
 def copies_from(
-    rank: int, source: Layout, growth: GrowthMap, target: Layout, kind: Kind
+    rank: int, source: Layout, growth: GrowthMap, target: Layout, kind: StateKind
 ) -> Iterator[Copy]:
     """Every copy of one kind of state that reads what `rank` holds in the source layout.
 
@@ -86,7 +86,9 @@ def copies_from(
                         )
 
 
-def gathers(growth: GrowthMap, target: Layout, kind: Kind) -> Iterator[tuple[str, Gather, bool]]:
+def gathers(
+    growth: GrowthMap, target: Layout, kind: StateKind
+) -> Iterator[tuple[str, Gather, bool]]:
     """Each gather with its target parameter, and whether it adds to what is there."""
     for name in target.plan:
         adds = kind == "fp32" and growth.adds(name)
@@ -115,7 +117,7 @@ def _reading(axis: Axis, size: int, held: range) -> Indices:
 
 
 def _copy(
-    head: tuple[str, Kind, Gather, bool, int, int],
+    head: tuple[str, StateKind, Gather, bool, int, int],
     held: Block,
     block: Block,
     rows: Indices,

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megagrow.growth.map import Dense, GrowthMap, Kind
+from megagrow.growth.map import Dense, GrowthMap, StateKind
 from megagrow.reshard.copy_ops import block_view
-from megagrow.reshard.exchange import BUCKET_BYTES, Moved, Side
+from megagrow.reshard.exchange import BUCKET_BYTES, ShardedState, TransferStats
 from megagrow.reshard.layout import Block, Layout
 from megagrow.reshard.transport import group_device
 
@@ -23,7 +23,7 @@ _ELEMENTS_AT_ONCE = BUCKET_BYTES // 8 // 4
 """Of an fp64 matrix on the way; there are up to four at a time."""
 
 
-def exchange_dense(source: Side, growth: GrowthMap, target: Side) -> Moved:
+def exchange_dense(source: ShardedState, growth: GrowthMap, target: ShardedState) -> TransferStats:
     """Adds what dense terms make to this rank's target storage; all ranks together.
 
     To be called after `exchange`, on storage that is zero where nothing else comes to. Besides
@@ -39,7 +39,7 @@ def exchange_dense(source: Side, growth: GrowthMap, target: Side) -> Moved:
                 gain = _gathered("fp32", (term.gain,), (1.0,), source)
                 sent, rounds = sent + _reduced_bytes(gain.nbytes, dist.get_world_size()), rounds + 1
             _add_blocks(name, kind, term, mix, gain, target)
-    return Moved(bytes_sent=sent, bytes_local=0, rounds=rounds)
+    return TransferStats(bytes_sent=sent, bytes_local=0, rounds=rounds)
 
 
 def dense_bytes(source: Layout, growth: GrowthMap, target: Layout) -> int:
@@ -52,7 +52,7 @@ def dense_bytes(source: Layout, growth: GrowthMap, target: Layout) -> int:
     return sum(_reduced_bytes(4 * spec.rows * spec.cols, world) for spec in reduced)
 
 
-_Mix = tuple[Kind, tuple[str, ...], tuple[float, ...]]
+_Mix = tuple[StateKind, tuple[str, ...], tuple[float, ...]]
 
 
 def _by_mix(growth: GrowthMap, target: Layout) -> dict[_Mix, list[tuple[str, Dense]]]:
@@ -68,7 +68,7 @@ def _by_mix(growth: GrowthMap, target: Layout) -> dict[_Mix, list[tuple[str, Den
 
 
 def _gathered(
-    kind: Kind, sources: tuple[str, ...], alphas: tuple[float, ...], source: Side
+    kind: StateKind, sources: tuple[str, ...], alphas: tuple[float, ...], source: ShardedState
 ) -> Tensor:
     """The weighted sum of whole source parameters, on every rank: (rows, cols) fp32."""
     spec = source.layout.plan[sources[0]]
@@ -87,7 +87,7 @@ def _reduced_bytes(whole: int, world: int) -> int:
 
 
 def _add_blocks(
-    name: str, kind: Kind, term: Dense, mix: Tensor, gain: Tensor | None, target: Side
+    name: str, kind: StateKind, term: Dense, mix: Tensor, gain: Tensor | None, target: ShardedState
 ) -> None:
     rank, layout = dist.get_rank(), target.layout
     for block in layout.blocks(name, rank):
@@ -134,7 +134,7 @@ def _fp64(matrix: np.ndarray, rows: range, device: torch.device) -> Tensor:
 
 
 def held_parts(
-    name: str, kind: Kind, whole: Tensor, source: Side
+    name: str, kind: StateKind, whole: Tensor, source: ShardedState
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Parts of `whole` (rows, cols) and, on its device, what this rank holds of them, as views.
 
@@ -153,7 +153,7 @@ def held_parts(
 Names = Sequence[Sequence[str]]
 
 
-def mixtures(factors: Tensor, names: Names, source: Side) -> list[Tensor]:
+def mixtures(factors: Tensor, names: Names, source: ShardedState) -> list[Tensor]:
     """For each row of names the sum over j of factors[row, j] * the weights of names[row][j].
 
     `factors` is (rows, sources); all names of a row have one shape. The mixtures are whole logical
@@ -170,7 +170,7 @@ class _Mixture(torch.autograd.Function):
     """Forward and backward each are one sum over all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, factors: Tensor, names: Names, source: Side) -> Tensor:
+    def forward(ctx: Any, factors: Tensor, names: Names, source: ShardedState) -> Tensor:
         ctx.names, ctx.source, ctx.shape = names, source, factors.shape
         specs = [source.layout.plan[row[0]] for row in names]
         flat = factors.new_zeros(sum(spec.rows * spec.cols for spec in specs))

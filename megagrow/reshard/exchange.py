@@ -12,7 +12,7 @@ from megagrow.growth.map import GrowthMap
 from megagrow.parallel.engine import Storage
 from megagrow.reshard.copy_ops import collect, deliver, move_within
 from megagrow.reshard.layout import Layout
-from megagrow.reshard.transfers import Parcel, Piece, RankPlan, plan_rank, rounds
+from megagrow.reshard.transfers import RankPlan, Transfer, TransferChunk, plan_rank, rounds
 from megagrow.reshard.transport import (
     Carrier,
     Network,
@@ -21,7 +21,7 @@ from megagrow.reshard.transport import (
     on_one_host,
 )
 
-_Round = tuple[Sequence[Piece], ...]
+_Round = tuple[Sequence[TransferChunk], ...]
 """The pieces that go to each rank, or come from it."""
 
 BUCKET_BYTES = 64 * 2**20
@@ -29,7 +29,7 @@ BUCKET_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Moved:
+class TransferStats:
     """What a reshard moved, seen from one rank."""
 
     bytes_sent: int
@@ -37,9 +37,9 @@ class Moved:
     """What this rank's target took from this rank's source."""
     rounds: int
 
-    def plus(self, other: "Moved") -> "Moved":
+    def plus(self, other: "TransferStats") -> "TransferStats":
         """Both, one after the other."""
-        return Moved(
+        return TransferStats(
             self.bytes_sent + other.bytes_sent,
             self.bytes_local + other.bytes_local,
             self.rounds + other.rounds,
@@ -47,7 +47,7 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Side:
+class ShardedState:
     """One side of a reshard: who holds what, and this rank's part of it."""
 
     layout: Layout
@@ -55,11 +55,11 @@ class Side:
 
 
 def exchange(
-    source: Side,
+    source: ShardedState,
     growth: GrowthMap,
-    target: Side,
+    target: ShardedState,
     bucket_bytes: int = BUCKET_BYTES,
-) -> Moved:
+) -> TransferStats:
     """Fills this rank's target storage from all ranks' source storage, on all ranks together.
 
     No rank holds more than its source, its target and one bucket at any time, and no element is
@@ -72,7 +72,7 @@ def exchange(
     buffers = SharedMemory.buffers if shared else Network.buffers
     to_peer, from_peer = _limits(plan, bucket_bytes // 4 // 2 // buffers)
     send, receive = _rounds(plan.outgoing, to_peer), _rounds(plan.incoming, from_peer)
-    largest = max((sum(_sizes(boxes)) for boxes in send), default=0)
+    largest = max((sum(_sizes(buffers)) for buffers in send), default=0)
     count = _highest(max(len(send), len(receive)))
     if count > 0:
         carrier = SharedMemory(largest) if shared else Network(group_device())
@@ -81,9 +81,9 @@ def exchange(
             to_send = send[index] if index < len(send) else nothing
             to_receive = receive[index] if index < len(receive) else nothing
             _one_round(carrier, to_send, to_receive, source, target)
-    sent = sum(sum(_sizes(boxes)) for boxes in send)
+    sent = sum(sum(_sizes(buffers)) for buffers in send)
     local = sum(copy.shape[0] * copy.shape[1] for copy in plan.local)
-    return Moved(bytes_sent=4 * sent, bytes_local=4 * local, rounds=count)
+    return TransferStats(bytes_sent=4 * sent, bytes_local=4 * local, rounds=count)
 
 
 def _limits(plan: RankPlan, elements: int) -> tuple[list[int], list[int]]:
@@ -102,30 +102,34 @@ def _limits(plan: RankPlan, elements: int) -> tuple[list[int], list[int]]:
     return to_peer, from_peer
 
 
-def _rounds(parcels: dict[int, list[Parcel]], limits: list[int]) -> list[_Round]:
+def _rounds(parcels: dict[int, list[Transfer]], limits: list[int]) -> list[_Round]:
     """Round by round the pieces that go to each peer, or come from it."""
     by_peer = [rounds(parcels.get(peer, ()), limit) for peer, limit in enumerate(limits)]
     return list(zip_longest(*by_peer, fillvalue=()))
 
 
-def _one_round(carrier: Carrier, send: _Round, receive: _Round, source: Side, target: Side) -> None:
-    for pieces, box in zip(send, carrier.boxes(_sizes(send)), strict=True):
-        for piece, part in _parts(pieces, box):
+def _one_round(
+    carrier: Carrier, send: _Round, receive: _Round, source: ShardedState, target: ShardedState
+) -> None:
+    for pieces, buffer in zip(send, carrier.buffers(_sizes(send)), strict=True):
+        for piece, part in _parts(pieces, buffer):
             collect(piece, part, source.layout, source.storage)
-    for pieces, box in zip(receive, carrier.carry(_sizes(receive)), strict=True):
-        for piece, part in _parts(pieces, box):
+    for pieces, buffer in zip(receive, carrier.all_to_all(_sizes(receive)), strict=True):
+        for piece, part in _parts(pieces, buffer):
             for use in piece.uses():
                 deliver(use, part, target.layout, target.storage)
 
 
-def _sizes(boxes: _Round) -> list[int]:
-    return [sum(piece.numel for piece in pieces) for pieces in boxes]
+def _sizes(buffers: _Round) -> list[int]:
+    return [sum(piece.numel for piece in pieces) for pieces in buffers]
 
 
-def _parts(pieces: Sequence[Piece], box: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+def _parts(
+    pieces: Sequence[TransferChunk], buffer: Tensor
+) -> Iterator[tuple[TransferChunk, Tensor]]:
     offset = 0
     for piece in pieces:
-        yield piece, box.narrow(0, offset, piece.numel).view(piece.shape)
+        yield piece, buffer.narrow(0, offset, piece.numel).view(piece.shape)
         offset += piece.numel
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megagrow.growth.map import Fill, GrowthMap, Kind
+from megagrow.growth.map import Fill, GrowthMap, StateKind
 from megagrow.parallel.engine import Storage
 from megagrow.parallel.initialize import initial_rows, normal
 from megagrow.parallel.sharding import ParamSpec
@@ -45,8 +45,8 @@ def fill_read(
     layout: Layout,
     rank: int,
     storage: Storage,
-    kinds: tuple[Kind, ...],
-    read: Callable[[str, Kind, Block], Tensor],
+    kinds: tuple[StateKind, ...],
+    read: Callable[[str, StateKind, Block], Tensor],
 ) -> None:
     """Writes what `read` gives for the blocks that a rank holds; padding is left at zero."""
     for name, held in storage.items():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megagrow.growth.map import GrowthMap
 from megagrow.reshard.dense import dense_bytes
 from megagrow.reshard.layout import Layout
-from megagrow.reshard.transfers import Parcel, plan_rank
+from megagrow.reshard.transfers import Transfer, plan_rank
 
 FP32_BYTES = 4
 
@@ -44,5 +44,5 @@ def rank_volume(rank: int, source: Layout, growth: GrowthMap, target: Layout) ->
     )
 
 
-def _bytes(parcels: list[Parcel]) -> int:
+def _bytes(parcels: list[Transfer]) -> int:
     return FP32_BYTES * sum(len(parcel.rows) * len(parcel.cols) for parcel in parcels)

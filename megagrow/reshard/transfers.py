@@ -7,7 +7,7 @@ travel once and are repeated where they arrive.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from megagrow.growth.map import GrowthMap, Indices, Kind
+from megagrow.growth.map import GrowthMap, Indices, StateKind
 from megagrow.reshard.copy_plan import Copy, copies_from, copies_to
 from megagrow.reshard.index_ranges import common, distinct, moved, pick, select, without
 from megagrow.reshard.layout import Layout
@@ -17,7 +17,7 @@ _Patch = tuple[Indices, Indices]
 
 
 @dataclass(frozen=True, eq=False)
-class Parcel:
+class Transfer:
     """Elements of one source parameter that travel together, as a matrix (rows, cols).
 
     They lie within one block of the source rank. `uses` are what becomes of them: parts of copies
@@ -25,7 +25,7 @@ class Parcel:
     """
 
     name: str
-    kind: Kind
+    kind: StateKind
     source_rank: int
     rows: Indices
     cols: Indices
@@ -33,10 +33,10 @@ class Parcel:
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class TransferChunk:
     """Some rows of a parcel, counted within it: what fits into a round."""
 
-    parcel: Parcel
+    parcel: Transfer
     rows: range
 
     @property
@@ -55,12 +55,12 @@ class Piece:
                 yield replace(use, take_rows=take_rows, target_rows=pick(use.target_rows, places))
 
 
-def pack(copies: Iterable[Copy]) -> list[Parcel]:
+def pack(copies: Iterable[Copy]) -> list[Transfer]:
     """The copies of one pair of ranks as parcels that share no element.
 
     Both ends of the pair list the same copies, and so make the same parcels.
     """
-    by_source: dict[tuple[Kind, str], list[Parcel]] = {}
+    by_source: dict[tuple[StateKind, str], list[Transfer]] = {}
     for copy in copies:
         parcels = by_source.setdefault((copy.kind, copy.term.source), [])
         rows = moved(copy.take_rows, copy.source.rows.start)
@@ -70,7 +70,7 @@ def pack(copies: Iterable[Copy]) -> list[Parcel]:
             had = parcel.rows, parcel.cols
             missing = [rest for patch in missing for rest in _left(patch, had)]
         head = copy.term.source, copy.kind, copy.source_rank
-        parcels += [Parcel(*head, *patch) for patch in missing]
+        parcels += [Transfer(*head, *patch) for patch in missing]
         for parcel in parcels:
             _use(copy, rows, cols, parcel)
     return [parcel for parcels in by_source.values() for parcel in parcels]
@@ -82,9 +82,9 @@ class RankPlan:
 
     local: list[Copy]
     """Within its own memory."""
-    outgoing: dict[int, list[Parcel]]
+    outgoing: dict[int, list[Transfer]]
     """By the rank that it sends to."""
-    incoming: dict[int, list[Parcel]]
+    incoming: dict[int, list[Transfer]]
     """By the rank that it receives from."""
 
 
@@ -104,12 +104,12 @@ def plan_rank(rank: int, source: Layout, growth: GrowthMap, target: Layout) -> R
     )
 
 
-def rounds(parcels: Iterable[Parcel], limit: int) -> Iterator[list[Piece]]:
+def rounds(parcels: Iterable[Transfer], limit: int) -> Iterator[list[TransferChunk]]:
     """Cuts the parcels of one pair of ranks into rounds of at most `limit` elements.
 
     A row is never cut; a single row longer than the limit makes a round of its own.
     """
-    pieces: list[Piece] = []
+    pieces: list[TransferChunk] = []
     free = limit
     for parcel in parcels:
         rows, cols = len(parcel.rows), len(parcel.cols)
@@ -121,7 +121,7 @@ def rounds(parcels: Iterable[Parcel], limit: int) -> Iterator[list[Piece]]:
                 pieces, free = [], limit
                 continue
             fitting = max(1, fitting)
-            pieces.append(Piece(parcel, range(done, done + fitting)))
+            pieces.append(TransferChunk(parcel, range(done, done + fitting)))
             free -= fitting * cols
             done += fitting
     if pieces:
@@ -139,7 +139,7 @@ def _left(patch: _Patch, had: _Patch) -> Iterator[_Patch]:
             yield rest
 
 
-def _use(copy: Copy, rows: Indices, cols: Indices, parcel: Parcel) -> None:
+def _use(copy: Copy, rows: Indices, cols: Indices, parcel: Transfer) -> None:
     """Adds to a parcel what a copy, which lists these source rows and columns, takes from it."""
     take_rows, row_places = select(rows, parcel.rows)
     take_cols, col_places = select(cols, parcel.cols)

@@ -1,4 +1,4 @@
-"""How boxes of numbers get from rank to rank: through the network, or through shared memory.
+"""How buffers of numbers get from rank to rank: through the network, or through shared memory.
 
 gloo sends through TCP even between processes of one machine, which costs several times what
 memory does. Ranks of one machine therefore write into memory that the others can read.
@@ -23,11 +23,11 @@ class Carrier(Protocol):
     buffers: int
     """How many rounds are in memory at once."""
 
-    def boxes(self, sizes: list[int]) -> list[Tensor]:
-        """Empty boxes of these numbers of elements, to be filled for each rank."""
+    def buffers(self, sizes: list[int]) -> list[Tensor]:
+        """Empty buffers of these numbers of elements, to be filled for each rank."""
 
-    def carry(self, sizes: list[int]) -> list[Tensor]:
-        """Sends the boxes; returns those that came, of these sizes, valid until the next call."""
+    def all_to_all(self, sizes: list[int]) -> list[Tensor]:
+        """Sends the buffers; returns those that came, of these sizes, valid until the next call."""
 
 
 class Network:
@@ -38,12 +38,12 @@ class Network:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def boxes(self, sizes: list[int]) -> list[Tensor]:
+    def buffers(self, sizes: list[int]) -> list[Tensor]:
         self._sizes = sizes
         self._outbox = torch.empty(sum(sizes), device=self._device)
         return list(self._outbox.split(sizes))
 
-    def carry(self, sizes: list[int]) -> list[Tensor]:
+    def all_to_all(self, sizes: list[int]) -> list[Tensor]:
         inbox = torch.empty(sum(sizes), device=self._device)
         dist.all_to_all_single(inbox, self._outbox, sizes, self._sizes)
         return list(inbox.split(sizes))
@@ -75,17 +75,17 @@ class SharedMemory:
 
     @property
     def _table_bytes(self) -> int:
-        # For either round and each rank the element at which its box begins.
+        # For either round and each rank the element at which its buffer begins.
         return 2 * 8 * self._world
 
-    def boxes(self, sizes: list[int]) -> list[Tensor]:
+    def buffers(self, sizes: list[int]) -> list[Tensor]:
         turn = self._rounds % 2
         first = turn * self._largest
         ends = torch.tensor([0, *sizes]).cumsum(0) + first
         self._table(self._rank)[turn] = ends[:-1]
         return list(self._elements(self._rank)[first : int(ends[-1])].split(sizes))
 
-    def carry(self, sizes: list[int]) -> list[Tensor]:
+    def all_to_all(self, sizes: list[int]) -> list[Tensor]:
         dist.barrier()
         turn = self._rounds % 2
         self._rounds += 1

@@ -17,13 +17,13 @@ from megagrow.common.disk_space import check_room
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import stage_steps
 from megagrow.errors import InputError
-from megagrow.parallel.process_groups import together
-from megagrow.train.reporting.run_logger import Recorder
+from megagrow.parallel.process_groups import run_on_all_ranks
+from megagrow.train.reporting.run_logger import RunLogger
 from megagrow.train.stage import Stage
 from megagrow.train.train_state import RunState
 
 
-class Saving:
+class Checkpointer:
     """Saves the states of a run; the `loop.Background` of its training, and a context that an
     error leaves only when a save that had begun is whole. All ranks call all but `busy` together.
 
@@ -36,7 +36,7 @@ class Saving:
         rank: int,
         device: torch.device,
         environment: dict[str, Any],
-        recorder: Recorder,
+        recorder: RunLogger,
     ) -> None:
         self._run = run
         self._rank = rank
@@ -107,7 +107,7 @@ class Saving:
         if saved is None:
             return
         begin = time.perf_counter()
-        together(lambda: self._prune() if self._rank == 0 else None)
+        run_on_all_ranks(lambda: self._prune() if self._rank == 0 else None)
         pruning = time.perf_counter() - begin
         stall, seconds = saved.stall_seconds + pruning, saved.seconds + pruning
         self._stalled += stall
@@ -117,7 +117,7 @@ class Saving:
     def account(self, state: RunState) -> RunState:
         """The state with the time for which saves have held up the training since the last call."""
         stalled, self._stalled = self._stalled, 0.0
-        return state.after_loss(stalled) if stalled else state
+        return state.add_lost_time(stalled) if stalled else state
 
     def finish(self, state: RunState) -> RunState:
         """Waits for a save that is going on."""

@@ -14,7 +14,7 @@ from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.errors import InputError
 from megagrow.formats.open_source import find_source, open_found
 from megagrow.parallel.engine import Storage
-from megagrow.parallel.process_groups import on_first, together
+from megagrow.parallel.process_groups import run_on_all_ranks, run_on_rank_zero
 from megagrow.reshard.fill import fill_initial, fill_read
 from megagrow.reshard.layout import Layout
 from megagrow.train.source_state import STILL_MASKED, still_masked
@@ -32,8 +32,8 @@ def open_beginning(run: RunConfig, say: Callable[[str], None]) -> Source | None:
     if path is None:
         return None
     # One rank reads every byte; the others take its word.
-    found = on_first(lambda: find_source(path, say))
-    source = together(lambda: _opened(path, found, run.stages[0].model, say))
+    found = run_on_rank_zero(lambda: find_source(path, say))
+    source = run_on_all_ranks(lambda: _opened(path, found, run.stages[0].model, say))
     return replace(source, kinds=("fp32",), adam_step=0) if run.stage == "sft" else source
 
 
@@ -50,7 +50,7 @@ def fill_beginning(
     if source is None:
         fill_initial(layout, rank, storage, seed)
         return 0
-    together(lambda: fill_read(layout, rank, storage, source.kinds, source.read))
+    run_on_all_ranks(lambda: fill_read(layout, rank, storage, source.kinds, source.read))
     return source.adam_step
 
 

@@ -14,12 +14,12 @@ from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import stage_steps, step_tokens
 from megagrow.data.batches import Batch, BatchReader, sequences_of
 from megagrow.errors import InputError
-from megagrow.parallel.process_groups import together
+from megagrow.parallel.process_groups import run_on_all_ranks
 from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.flops import flops_per_token
 from megagrow.train.growth_event.new_entries import update_factors
 from megagrow.train.reporting.memory import peak_memory
-from megagrow.train.reporting.metrics import StepMeasure
+from megagrow.train.reporting.metrics import StepMetrics
 from megagrow.train.schedule import rate_at
 from megagrow.train.stage import Stage, masks_now
 from megagrow.train.step import train_step
@@ -31,7 +31,7 @@ class StepDone:
     """A step was trained; `state` is that after it, the rest says what is due now."""
 
     state: RunState
-    measure: StepMeasure
+    measure: StepMetrics
     validate: bool
     save: bool
     evaluate: bool = False
@@ -151,7 +151,7 @@ def _next_batches(
     if background is not None and not busy_somewhere:
         background.idle_everywhere()
     if failed:
-        together(lambda: _raise(problem))
+        run_on_all_ranks(lambda: _raise(problem))
     return None if stopped else batches
 
 
@@ -162,7 +162,7 @@ def _raise(problem: InputError | None) -> None:
 
 def _measured_step(
     run: RunConfig, stage: Stage, state: RunState, batches: list[Batch]
-) -> StepMeasure:
+) -> StepMetrics:
     begin = time.perf_counter()
     length = run.data.sequence_length
     tokens = step_tokens(stage.config, length)
@@ -170,7 +170,7 @@ def _measured_step(
     if run.guards.loss_spike is not None:
         loss = _as_rank_0_has_it(loss, stage.topology.device)
     model = stage.config.model
-    return StepMeasure(
+    return StepMetrics(
         stage=stage.index,
         loss=loss,
         lr=lr,

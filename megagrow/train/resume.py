@@ -15,7 +15,7 @@ from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import Manifest, read_manifest, verify_checkpoint
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.errors import Diverged, InputError
-from megagrow.parallel.process_groups import on_first
+from megagrow.parallel.process_groups import run_on_rank_zero
 from megagrow.train.growth_event.run_growths import as_grown
 from megagrow.train.init_from import fill_beginning, open_beginning
 from megagrow.train.stage import Stage, build_stage
@@ -57,7 +57,7 @@ def rewind_target(
     """
     stuck = state.counters.step - max(state.guard.skipped, state.guard.high)
     limit = stuck - 1 if stuck == state.guard.rewound_to else stuck
-    found = on_first(lambda: _newest_good(directory, limit, say))
+    found = run_on_rank_zero(lambda: _newest_good(directory, limit, say))
     target = RunState() if found is None else RunState.from_json(found[1].run)
     after = state.rewound_to(target)
     if after.guard.rewinds > run.guards.max_rewinds:
@@ -67,7 +67,7 @@ def rewind_target(
             f"{target.counters.tokens + state.skipped_tokens} of the stream on, and at the "
             "learning rate"
         )
-    on_first(lambda: _drop_later(directory, target))
+    run_on_rank_zero(lambda: _drop_later(directory, target))
     return found, after
 
 

@@ -15,7 +15,7 @@ from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.process_groups import Topology, destroy_topology, make_topology
 from megagrow.parallel.tensor_parallel import rank_masks
 from megagrow.reshard.layout import Layout
-from megagrow.train.growth_event.new_entries import fresh_masks, tells_entries_apart
+from megagrow.train.growth_event.new_entries import fresh_masks, has_per_entry_lr
 from megagrow.train.growth_event.run_growths import stage_growth, stage_scales
 from megagrow.train.kernel_warmup import stage_ops
 
@@ -64,7 +64,7 @@ def build_stage(run: RunConfig, index: int, device: torch.device) -> Stage:
         parallel.tensor_model_parallel_size,
     )
     check_layout(layout, engine, topology.rank)
-    if tells_entries_apart(config.growth):
+    if has_per_entry_lr(config.growth):
         fresh = stage_growth(run, index).fresh
         engine.mark_new(fresh_masks(fresh, layout, topology.rank, engine.storage()))
     return Stage(index, config, topology, engine, layout, answers_only=run.stage == "sft")

@@ -11,7 +11,7 @@ from megagrow.data.batches import Batch, BatchReader
 from megagrow.model.masks import Masks
 from megagrow.model.ops import Ops
 from megagrow.parallel.loss import IGNORED, cross_entropy, linear_cross_entropy
-from megagrow.parallel.process_groups import together
+from megagrow.parallel.process_groups import run_on_all_ranks
 from megagrow.train.stage import Stage
 
 
@@ -60,7 +60,7 @@ def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | 
             indices = list(range(first, first + micro))
             # A damaged corpus is seen by the rank that reads it, and has to stop all of them.
             within = [min(index, sequences - 1) for index in indices]
-            batch = together(partial(reader.read, 0, within))
+            batch = run_on_all_ranks(partial(reader.read, 0, within))
             beyond = torch.tensor([index >= sequences for index in indices])
             batch.labels[beyond] = IGNORED
             sums[0] += _summed_loss(stage, batch, masks)

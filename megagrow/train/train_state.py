@@ -6,7 +6,7 @@ from typing import Any
 from megagrow.config.sections import GuardsConfig
 from megagrow.errors import InputError
 from megagrow.train.fault_tolerance.stability import Guard
-from megagrow.train.reporting.metrics import Counters, StepMeasure
+from megagrow.train.reporting.metrics import Counters, StepMetrics
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class RunState:
         learning rate and masks, goes by `counters.tokens` instead."""
         return self.counters.tokens + self.skipped_tokens
 
-    def after_step(self, measure: StepMeasure) -> "RunState":
+    def after_step(self, measure: StepMetrics) -> "RunState":
         """The state when a step is done."""
         counters = self.counters.after_step(measure)
         return replace(self, counters=counters, stage_step=self.stage_step + 1)
 
-    def guarded(self, guards: GuardsConfig, measure: StepMeasure) -> "RunState":
+    def guarded(self, guards: GuardsConfig, measure: StepMetrics) -> "RunState":
         """The state when the guards have seen the step that was done."""
         guard = self.guard.after_step(guards, measure.loss, measure.skipped)
         return replace(self, guard=guard)
@@ -79,9 +79,9 @@ class RunState:
             guard=self.guard.after_growth(),
         )
 
-    def after_loss(self, seconds: float) -> "RunState":
+    def add_lost_time(self, seconds: float) -> "RunState":
         """The state when `seconds` went into a growth or a checkpoint."""
-        return replace(self, counters=self.counters.after_loss(seconds))
+        return replace(self, counters=self.counters.add_lost_time(seconds))
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for the manifest of a checkpoint."""

@@ -9,8 +9,8 @@ import pytest
 
 from megagrow.data.documents import read_documents
 from megagrow.data.indexed import SPOT_CHECKS, IndexedCorpus, IndexedWriter
-from megagrow.data.manifest import Manifest
-from megagrow.data.sources import Unit
+from megagrow.data.manifest import CorpusManifest
+from megagrow.data.sources import SourceUnit
 from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
 
@@ -77,20 +77,20 @@ def test_manifests_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> Non
     for changes in ({"files": {name: {"size": 1, "blake2b": ""}}}, {"tokenizer": name}):
         (tmp_path / "manifest.json").write_text(corpus_manifest(**changes))
         with pytest.raises(InputError, match="which is not in its folder"):
-            Manifest.beside(tmp_path / "train")
+            CorpusManifest.beside(tmp_path / "train")
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"format": 1, "format": 2}', "\x00", "[NaN]"])
 def test_manifests_that_cannot_be_read_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(InputError, match=r"manifest\.json: damaged"):
-        Manifest.beside(tmp_path / "train")
+        CorpusManifest.beside(tmp_path / "train")
 
 
 def test_a_line_of_json_that_is_too_deep_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a"}\n' + "[" * 100_000 + "\n")
-    unit = Unit("jsonl", (str(path),), 0, path.stat().st_size, path.stat().st_size, "")
+    unit = SourceUnit("jsonl", (str(path),), 0, path.stat().st_size, path.stat().st_size, "")
     documents = read_documents(unit, "text")
     assert next(documents).text == "a"
     with pytest.raises(InputError, match=r"x\.jsonl: line 2: lists or objects too deep"):

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from megagrow.data.indexed import IndexedCorpus, IndexedWriter
-from megagrow.data.manifest import Manifest, verify
+from megagrow.data.manifest import CorpusManifest, verify
 from megagrow.data.prepare import prepare
 from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
@@ -31,7 +31,7 @@ def _bytes(folder):
 
 def _documents(output, split):
     """The texts of a split, taken apart at the EOS tokens."""
-    manifest = Manifest.beside(output / split)
+    manifest = CorpusManifest.beside(output / split)
     tokenizer = load_tokenizer(output / manifest.tokenizer)
     corpus = IndexedCorpus(output / split)
     starts = corpus.document_starts(0, corpus.num_tokens).tolist()

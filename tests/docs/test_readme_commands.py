@@ -247,7 +247,7 @@ def test_each_command_line_of_megagrow_can_be_parsed() -> None:
 
 def test_scripts_and_run_files_of_the_commands_are_there() -> None:
     text = "\n".join(text for _, text in PRINTED)
-    scripts = set(re.findall(r"\b(?:launchers|tools)/[\w.-]+", text))
+    scripts = set(re.findall(r"\b(?:launchers|tools)/[\w./-]+", text))
     assert len(scripts) > 5 and [name for name in scripts if not (ROOT / name).is_file()] == []
     runs = re.findall(r"(configs/\S+\.yaml)((?: --set \S+)*)", text)
     assert len(runs) > 5

@@ -13,9 +13,9 @@ import torch
 
 import megagrow.doctor.cluster as doctor_cluster
 import megagrow.doctor.rank_report as doctor_report
-from megagrow.doctor.diagnostics import Cluster, findings
+from megagrow.doctor.diagnostics import ClusterReport, findings
 from megagrow.doctor.network import ROUNDS, Speeds, pairings
-from megagrow.doctor.rank_report import Gpu, RankReport, own_report
+from megagrow.doctor.rank_report import GpuReport, RankReport, own_report
 from megagrow.doctor.rendezvous import Meeting
 from megagrow.doctor.shared_folder import FolderView
 from megagrow.parallel.process_groups import Launch
@@ -28,7 +28,7 @@ VARIABLES = {"NCCL_DEBUG": "WARN"}
 
 def report(rank: int) -> RankReport:
     """Two ranks on each host."""
-    gpu = Gpu(f"GPU-{rank}", 80 * GIB, 79 * GIB, 700.0, 0)
+    gpu = GpuReport(f"GPU-{rank}", 80 * GIB, 79 * GIB, 700.0, 0)
     host = f"node{rank // 2}"
     return RankReport(rank, rank % 2, host, "H100", VERSIONS, VARIABLES, gpu)
 
@@ -36,20 +36,20 @@ def report(rank: int) -> RankReport:
 REPORTS = [report(rank) for rank in range(8)]
 
 
-def with_rank(rank: int, **changes: object) -> Cluster:
+def with_rank(rank: int, **changes: object) -> ClusterReport:
     reports = list(REPORTS)
     reports[rank] = replace(reports[rank], **changes)
-    return Cluster(reports)
+    return ClusterReport(reports)
 
 
-def with_gpu(rank: int, **changes: object) -> Cluster:
+def with_gpu(rank: int, **changes: object) -> ClusterReport:
     return with_rank(rank, gpu=replace(REPORTS[rank].gpu, **changes))
 
 
 def test_equal_ranks_have_nothing_wrong() -> None:
     calm = [Speeds({}, {}, (1e9, 0.9e9))] * 8
     seen = [FolderView(rank % 2 == 0) for rank in range(8)]
-    assert findings(Cluster(REPORTS, [0.01] * 8, "/runs", seen, calm)) == []
+    assert findings(ClusterReport(REPORTS, [0.01] * 8, "/runs", seen, calm)) == []
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_equal_ranks_have_nothing_wrong() -> None:
         (with_gpu(3, uuid="GPU-2"), "node1: they share one GPU (GPU-2)"),
     ],
 )
-def test_the_odd_rank_is_named(cluster: Cluster, told: str | None) -> None:
+def test_the_odd_rank_is_named(cluster: ClusterReport, told: str | None) -> None:
     lines = findings(cluster)
     assert len(lines) == (told is not None)
     assert told is None or lines[0].startswith(told), lines
@@ -78,7 +78,7 @@ def test_the_odd_rank_is_named(cluster: Cluster, told: str | None) -> None:
 def test_a_whole_host_with_another_version_is_named_once() -> None:
     other = VERSIONS | {"torch": "2.13.0"}
     reports = [replace(r, versions=other) if r.host == "node2" else r for r in REPORTS]
-    assert findings(Cluster(reports)) == [
+    assert findings(ClusterReport(reports)) == [
         "node2: version of torch is 2.13.0, elsewhere 2.11.0",
     ]
 
@@ -88,7 +88,7 @@ def test_clocks_and_folders() -> None:
     views = [FolderView(rank % 2 == 0) for rank in range(8)]
     views[2] = FolderView(True, "Permission denied")
     views[6] = FolderView(True, None, (0, 4))
-    assert findings(Cluster(REPORTS, clocks, "/runs", views)) == [
+    assert findings(ClusterReport(REPORTS, clocks, "/runs", views)) == [
         "node2: its clock is 3.2 s behind that of rank 0's host",
         "node1: /runs cannot be written to (Permission denied)",
         "node3: /runs does not show what node0, node2 has written there",
@@ -118,14 +118,14 @@ def test_the_slow_host_is_named_and_not_its_partners(count: int, slow: int) -> N
         met = [partners[host] for partners in pairings(count, ROUNDS) if host in partners]
         speeds.append(Speeds({}, {}, tuple(min(own[host], own[other]) for other in met)))
     reports = [replace(report(rank), host=f"node{rank}") for rank in range(count)]
-    assert findings(Cluster(reports, speeds=speeds)) == [
+    assert findings(ClusterReport(reports, speeds=speeds)) == [
         f"node{slow}: its network does 4.00 GB/s for each rank, that of the median host 10.00"
     ]
 
 
 def test_two_hosts_cannot_say_which_of_them_is_slow() -> None:
     speeds = [Speeds({}, {}, (1e9,)), Speeds({}, {}, (9e9,))] * 2
-    assert findings(Cluster(REPORTS[:4], speeds=speeds)) == []
+    assert findings(ClusterReport(REPORTS[:4], speeds=speeds)) == []
 
 
 def test_memory_errors_are_those_of_nvidia_smi(

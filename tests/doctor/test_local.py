@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from megagrow.cli.app import app
-from megagrow.doctor.local import Row, facts, run_rows, usual_rows
+from megagrow.doctor.local import BackendRow, facts, run_rows, usual_rows
 from megagrow.errors import InputError
 from megagrow.model.machine import Machine
 from tests.helpers.jobs import write_run
@@ -18,7 +18,7 @@ HOPPER = Machine("cuda", 90, triton=True, checked=True)
 CPU = Machine("cpu", triton=True)
 
 
-def taken(rows: Iterable[Row]) -> dict[str, dict[str, str]]:
+def taken(rows: Iterable[BackendRow]) -> dict[str, dict[str, str]]:
     """By operation: the backends that are taken, and when."""
     found: dict[str, dict[str, str]] = {}
     for row in rows:

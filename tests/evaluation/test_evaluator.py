@@ -16,7 +16,7 @@ from megagrow.evaluation.preflight import NoModel
 from megagrow.evaluation.runner import evaluate
 from megagrow.evaluation.tasks import load_tasks
 from megagrow.reshard.fill import fill_initial
-from megagrow.train.reporting.run_logger import Recorder
+from megagrow.train.reporting.run_logger import RunLogger
 from megagrow.train.stage import build_stage, masks_now
 from tests.helpers.evaluation.small import BATCH, DOCUMENTS, SMALL, TASKS, evaluated_run, write_data
 from tests.helpers.jobs import Finished, Hook, records, train, write_run
@@ -58,14 +58,14 @@ def stopped_after(step: int) -> Hook:
     """SIGTERM to both ranks when a step is done."""
 
     def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
-        record = Recorder.step
+        record = RunLogger.step
 
-        def stopping(self: Recorder, event: Any) -> None:
+        def stopping(self: RunLogger, event: Any) -> None:
             record(self, event)
             if event.state.counters.step == step:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        patch.setattr(Recorder, "step", stopping)
+        patch.setattr(RunLogger, "step", stopping)
 
     return hook
 

@@ -25,8 +25,8 @@ def kept(found: Case) -> list[int]:
     """Target layers that speak, and that are the source's layers in their order."""
     layers: list[int] = []
     for layer, origin in enumerate(found.growth.provenance):
-        speaks = found.growth.weights[f"model.layers.{layer}.self_attn.o_proj.weight"]
-        if origin == len(layers) and speaks:
+        is_reporter = found.growth.weights[f"model.layers.{layer}.self_attn.o_proj.weight"]
+        if origin == len(layers) and is_reporter:
             layers.append(layer)
     return layers
 

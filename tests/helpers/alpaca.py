@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megagrow.data.manifest import Manifest
+from megagrow.data.manifest import CorpusManifest
 from megagrow.data.sft import WITH_INPUT, WITHOUT_INPUT
 from megagrow.data.sft_prepare import prepare_sft
 from megagrow.data.tokenizers import train_sentencepiece
@@ -48,7 +48,7 @@ def tokenizer(folder: Path) -> Path:
     return path
 
 
-def prepare(folder: Path, count: int, length: int, **options: Any) -> tuple[Manifest, str]:
+def prepare(folder: Path, count: int, length: int, **options: Any) -> tuple[CorpusManifest, str]:
     """`count` records prepared into folder/corpus; the manifest, and what was said."""
     source, said = write_alpaca(folder / "alpaca.json", records(count)), io.StringIO()
     manifest = prepare_sft(

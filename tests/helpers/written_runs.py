@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from megagrow.config.load import load_run, to_yaml
-from megagrow.train.reporting.metrics import Counters, MetricsLog, StepMeasure, train_fields
+from megagrow.train.reporting.metrics import Counters, MetricsLog, StepMetrics, train_fields
 
 TOKENS = 1000
 EVERY = 10
@@ -40,12 +40,12 @@ def write_run(
         log.write("start", counters, **named, run_steps=total, run_tokens=total * TOKENS)
         for index, stage in enumerate(stages):
             if index:
-                counters = counters.after_loss(2.0)
+                counters = counters.add_lost_time(2.0)
                 log.write("growth", counters, stage=index)
             for _ in range(stage.steps):
                 flops = 6.0 * stage.parameters * TOKENS
                 loss = loss_at(counters.flops + flops, stage)
-                seen = StepMeasure(
+                seen = StepMetrics(
                     stage=index, loss=loss + noise * draw.gauss(0, 1), lr=1e-3, grad_norm=1.0,
                     tokens=TOKENS, flops=flops, flops_true=flops, seconds=0.5, memory_bytes=1,
                     position=counters.tokens,

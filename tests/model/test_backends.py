@@ -7,7 +7,7 @@ import torch
 
 from megagrow.config.sections import KernelsConfig
 from megagrow.errors import InputError
-from megagrow.model.backends import OPERATIONS, Backends, Work, choose, obstacle
+from megagrow.model.backends import OPERATIONS, Backends, KernelWorkload, choose, obstacle
 from megagrow.model.machine import Machine
 
 CPU = Machine("cpu", triton=True)
@@ -20,11 +20,11 @@ UNCHECKED = Machine("cuda", 90, triton=True)
 WITH_FLASH = Machine("cuda", 90, triton=True, checked=True, flash_attn=True)
 NO_TRITON = Machine("cuda", 90)
 
-FP32 = Work(torch.float32, 128, packed=False)
-FP32_PACKED = Work(torch.float32, 128, packed=True)
-BF16 = Work(torch.bfloat16, 128, packed=False)
-PACKED = Work(torch.bfloat16, 128, packed=True)
-ODD = Work(torch.bfloat16, 66, packed=True)
+FP32 = KernelWorkload(torch.float32, 128, packed=False)
+FP32_PACKED = KernelWorkload(torch.float32, 128, packed=True)
+BF16 = KernelWorkload(torch.bfloat16, 128, packed=False)
+PACKED = KernelWorkload(torch.bfloat16, 128, packed=True)
+ODD = KernelWorkload(torch.bfloat16, 66, packed=True)
 """A head_dim that is no multiple of 8."""
 
 TORCH = Backends("sdpa", "torch", "torch", "torch")
@@ -61,7 +61,7 @@ def rows(attention: str) -> Backends:
         (Machine("cuda", 90, flash_attn=True), BF16, TORCH),
     ],
 )
-def test_what_auto_takes(machine: Machine, work: Work, expected: Backends) -> None:
+def test_what_auto_takes(machine: Machine, work: KernelWorkload, expected: Backends) -> None:
     assert choose(KernelsConfig(), machine, work) == expected
 
 
@@ -85,7 +85,7 @@ REFUSED = [
     ("flash_attn", VOLTA, PACKED, "needs a GPU from sm_80 on"),
     ("flash_attn", WITH_FLASH, FP32, "bf16 and fp16 alone, and the stage in fp32"),
     ("flash_attn", WITH_FLASH, ODD, "multiple of 8 up to 256, not 66"),
-    ("flash_attn", WITH_FLASH, Work(torch.bfloat16, 264, False), "up to 256, not 264"),
+    ("flash_attn", WITH_FLASH, KernelWorkload(torch.bfloat16, 264, False), "up to 256, not 264"),
 ]
 
 

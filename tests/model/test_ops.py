@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
-from megagrow.model.backends import Backends, Work
+from megagrow.model.backends import Backends, KernelWorkload
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.machine import Machine, machine_of
 from megagrow.model.masks import Masks
@@ -28,8 +28,10 @@ DOCUMENTS = torch.tensor([[0] * 5 + [1] * 1 + [2] * 6, [7] * 12])
 """Two rows of 12 tokens, cut into documents of different lengths (one of a single token)."""
 
 
-def ops_by(work: Work | None = None, machine: Machine = CPU, **named: str) -> Ops:
-    return make_ops(Backends(**TORCH | named), machine, work or Work(torch.float32, 16, True))
+def ops_by(work: KernelWorkload | None = None, machine: Machine = CPU, **named: str) -> Ops:
+    return make_ops(
+        Backends(**TORCH | named), machine, work or KernelWorkload(torch.float32, 16, True)
+    )
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -80,18 +82,22 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_attention(backend: str, packed: bool) -> None:
     ops, documents = ops_by(attention=backend), DOCUMENTS if packed else None
     inputs = draw(2, 12, 4, 16), draw(2, 12, 2, 16, seed=1), draw(2, 12, 2, 16, seed=2)
-    sight = ops.sight(ops.pack(documents).to("cpu") if packed else None, DOCUMENTS)
-    found = outcome(lambda q, k, v: ops.attention(q, k, v, sight), *inputs)
+    attention_mask = ops.attention_mask(
+        ops.pack(documents).to("cpu") if packed else None, DOCUMENTS
+    )
+    found = outcome(lambda q, k, v: ops.attention(q, k, v, attention_mask), *inputs)
     assert_same(found, outcome(lambda q, k, v: reference.attention(q, k, v, documents), *inputs))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 def test_attention_by_flash_attn(flash_attn: list[str], packed: bool) -> None:
-    work, documents = Work(torch.bfloat16, 16, packed), DOCUMENTS if packed else None
+    work, documents = KernelWorkload(torch.bfloat16, 16, packed), DOCUMENTS if packed else None
     ops = ops_by(work, attention="flash_attn")
     inputs = draw(2, 12, 4, 16), draw(2, 12, 2, 16, seed=1), draw(2, 12, 2, 16, seed=2)
-    sight = ops.sight(ops.pack(documents).to("cpu") if packed else None, DOCUMENTS)
-    found = outcome(lambda q, k, v: ops.attention(q, k, v, sight), *inputs)
+    attention_mask = ops.attention_mask(
+        ops.pack(documents).to("cpu") if packed else None, DOCUMENTS
+    )
+    found = outcome(lambda q, k, v: ops.attention(q, k, v, attention_mask), *inputs)
 
     def expected(*inputs: Tensor) -> Tensor:
         return reference.attention(*(x.bfloat16() for x in inputs), documents)
@@ -111,8 +117,8 @@ def test_the_order_of_torchs_own_attentions_changes_nothing_else() -> None:
     ops = ops_by(machine=Machine("cuda", 90))
     assert ops.attention is not PLAIN.attention
     q, k, v = draw(2, 12, 4, 16), draw(2, 12, 2, 16, seed=1), draw(2, 12, 2, 16, seed=2)
-    for sight in (None, attention_mask(DOCUMENTS)):
-        assert torch.equal(ops.attention(q, k, v, sight), PLAIN.attention(q, k, v, sight))
+    for mask in (None, attention_mask(DOCUMENTS)):
+        assert torch.equal(ops.attention(q, k, v, mask), PLAIN.attention(q, k, v, mask))
 
 
 def test_norms_by_triton() -> None:
@@ -167,7 +173,7 @@ def in_a_model(
 @pytest.mark.parametrize(("masks", "packed"), [("none", True), ("layers", False), ("all", True)])
 def test_a_model_by_triton_is_the_plain_model(masks: str, packed: bool) -> None:
     documents = DOCUMENTS if packed else None
-    made = make_ops(Backends(**TRITON), CPU, Work(torch.float32, CONFIG.head_dim, packed))
+    made = make_ops(Backends(**TRITON), CPU, KernelWorkload(torch.float32, CONFIG.head_dim, packed))
     expected = in_a_model(CONFIG, PLAIN, "none", MASKS[masks], documents)
     found = in_a_model(CONFIG, made, "none", MASKS[masks], documents)
     assert_same(found, expected)
@@ -175,7 +181,7 @@ def test_a_model_by_triton_is_the_plain_model(masks: str, packed: bool) -> None:
 
 
 def test_recomputation_by_triton_changes_no_bit() -> None:
-    ops = make_ops(Backends(**TRITON), CPU, Work(torch.float32, CONFIG.head_dim, True))
+    ops = make_ops(Backends(**TRITON), CPU, KernelWorkload(torch.float32, CONFIG.head_dim, True))
     plain, *others = (
         in_a_model(CONFIG, ops, how, MASKS["layers"], DOCUMENTS[:, :6])
         for how in ("none", "selective", "full")

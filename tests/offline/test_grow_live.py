@@ -12,7 +12,7 @@ from megagrow.growth.operators import growth_map
 from megagrow.parallel.engine import STATE_KINDS
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.dense import exchange_dense
-from megagrow.reshard.exchange import Side, exchange
+from megagrow.reshard.exchange import ShardedState, exchange
 from megagrow.reshard.fill import fill_new
 from tests.helpers.checkpoint.written import differences, shards, write_checkpoint
 from tests.helpers.reshard.definition import random_state, storage_of
@@ -48,8 +48,8 @@ def live(state: State) -> dict[str, dict[str, torch.Tensor]]:
         zeros = {key: torch.zeros(spec.rows, spec.cols) for key, spec in target.plan.items()}
         nothing = {key: dict.fromkeys(STATE_KINDS, values) for key, values in zeros.items()}
         sides = (
-            Side(source, storage_of(source, state, rank)),
-            Side(target, storage_of(target, nothing, rank)),
+            ShardedState(source, storage_of(source, state, rank)),
+            ShardedState(target, storage_of(target, nothing, rank)),
         )
         fill_new(growth, target, rank, sides[1].storage)
         exchange(sides[0], growth, sides[1])

@@ -10,7 +10,7 @@ from megagrow.parallel.process_groups import (
     destroy_topology,
     make_topology,
     read_launch,
-    together,
+    run_on_all_ranks,
 )
 from tests.helpers.spawn import run_ranks
 
@@ -70,7 +70,7 @@ def grid(tp: int) -> tuple:
 
 
 def failing(ranks: list[int], kind: type[Exception]) -> str:
-    """What `together` raises where some ranks fail; their texts differ."""
+    """What `run_on_all_ranks` raises where some ranks fail; their texts differ."""
 
     def action() -> int:
         if dist.get_rank() in ranks:
@@ -78,7 +78,7 @@ def failing(ranks: list[int], kind: type[Exception]) -> str:
         return dist.get_rank()
 
     try:
-        return f"returned {together(action)}"
+        return f"returned {run_on_all_ranks(action)}"
     except InputError as error:
         return str(error)
 
@@ -126,7 +126,7 @@ def test_an_error_on_one_rank_is_the_same_error_on_all(found):
 
 def broken() -> str:
     try:
-        together(lambda: 1 / 0)
+        run_on_all_ranks(lambda: 1 / 0)
     except ZeroDivisionError:
         return "raised as it is"
     return "swallowed"

@@ -20,20 +20,20 @@ from megagrow.planning.step_rates import (
     TILE_START,
 )
 from megagrow.planning.step_time import StepTime, matmul_seconds, step_time
-from megagrow.planning.step_workload import Shape, Work, shape_of
-from megagrow.planning.traffic import Group, data_group, tensor_group
+from megagrow.planning.step_workload import Shape, StepWorkload, shape_of
+from megagrow.planning.traffic import CommGroup, data_group, tensor_group
 from megagrow.train.flops import flops_per_token
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SEVEN = Shape(32, 4096, 32, 32, 128, 11008, 32000, 2048)
-WORK = Work(SEVEN, dp=64, tp=1, zero_stage=3, micro_batch=4, accumulation=2)
+WORK = StepWorkload(SEVEN, dp=64, tp=1, zero_stage=3, micro_batch=4, accumulation=2)
 
 
 def cluster(text: str = "h100:8x8") -> Cluster:
     return find_cluster(text)
 
 
-def seconds(work: Work, text: str = "h100:8x8") -> StepTime:
+def seconds(work: StepWorkload, text: str = "h100:8x8") -> StepTime:
     return step_time(work, cluster(text))
 
 
@@ -83,10 +83,10 @@ def test_a_bad_file_names_the_key(tmp_path: Path) -> None:
 
 
 def test_a_gather_within_a_node_and_between_nodes() -> None:
-    one = Group(cluster("h100:8x1"), 8, 8).one_way(8e9)
+    one = CommGroup(cluster("h100:8x1"), 8, 8).one_way(8e9)
     assert one == pytest.approx(COLLECTIVE_SECONDS + 7e9 / (450e9 * NVLINK_SHARE))
     # Eight cards of a node fetch together what lies on the other fifteen nodes.
-    two = Group(cluster("h100:8x16"), 128, 8).one_way(64e9)
+    two = CommGroup(cluster("h100:8x16"), 128, 8).one_way(64e9)
     outer = 64e9 * 15 / 16 / (8 * 50e9 * NIC_SHARE)
     inner = 64e9 * 127 / 128 / (450e9 * NVLINK_SHARE)
     assert inner < outer
@@ -97,16 +97,16 @@ def test_a_gather_within_a_node_and_between_nodes() -> None:
     expected = COLLECTIVE_SECONDS + 7 * 5e-6 + 7e9 / (50e9 * NIC_SHARE)
     assert alone.one_way(8e9) == pytest.approx(expected)
     assert alone.all_reduce(8e9) == 2 * alone.one_way(8e9)
-    assert Group(cluster(), 1, 1).one_way(1e9) == 0.0
+    assert CommGroup(cluster(), 1, 1).one_way(1e9) == 0.0
     assert (tensor_group(cluster(), 4).local, tensor_group(cluster(), 16).local) == (4, 8)
 
 
 def test_without_a_switch_a_pair_has_its_own_links_only() -> None:
     whole = cluster("h200:4x1")
     pairs = replace(whole, card=replace(whole.card, nvswitch=False))
-    fast, slow = Group(whole, 2, 2).one_way(30e9), Group(pairs, 2, 2).one_way(30e9)
+    fast, slow = CommGroup(whole, 2, 2).one_way(30e9), CommGroup(pairs, 2, 2).one_way(30e9)
     assert slow - COLLECTIVE_SECONDS == pytest.approx(3 * (fast - COLLECTIVE_SECONDS))
-    assert Group(whole, 4, 4).one_way(30e9) == Group(pairs, 4, 4).one_way(30e9)
+    assert CommGroup(whole, 4, 4).one_way(30e9) == CommGroup(pairs, 4, 4).one_way(30e9)
 
 
 def test_a_product_by_hand() -> None:

@@ -12,7 +12,7 @@ from megagrow.planning.cost_tables import cost_columns, cost_lines, cost_rows
 from megagrow.planning.costs import RunCosts
 from megagrow.planning.request import PlanRequest, answer
 from megagrow.planning.throughput import pace_of
-from megagrow.train.reporting.metrics import Counters, MetricsLog, StepMeasure, train_fields
+from megagrow.train.reporting.metrics import Counters, MetricsLog, StepMetrics, train_fields
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TOKENS = (4_769 * 2**21, 46_492 * 2**21)
@@ -86,7 +86,7 @@ def measured_run(directory: Path, seconds: list[float], peak: float | None) -> P
     counters = Counters()
     with MetricsLog(directory, False, None, "measured") as log:
         for index, taken in enumerate(seconds):
-            seen = StepMeasure(
+            seen = StepMetrics(
                 stage=index // 4, loss=1.0, lr=1e-3, grad_norm=1.0, tokens=1000, flops=5e9,
                 flops_true=6e9, seconds=taken, memory_bytes=1, position=counters.tokens,
             )  # fmt: skip

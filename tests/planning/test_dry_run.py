@@ -16,7 +16,7 @@ from megagrow.config.load import load_run
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
 from megagrow.planning.dry_run import rehearse
-from megagrow.reshard.exchange import Moved
+from megagrow.reshard.exchange import TransferStats
 from megagrow.reshard.fill import fill_initial
 from megagrow.train.stage import Stage, build_stage
 from tests.helpers.jobs import write_run
@@ -68,11 +68,11 @@ def one_layer(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return {re.sub(r"layers\.\d+", "layers.*", name): shape for name, shape in shapes.items()}
 
 
-def grow_and_tell(run: RunConfig) -> tuple[Any, Any, Moved, int, int]:
-    moved: list[Moved] = []
+def grow_and_tell(run: RunConfig) -> tuple[Any, Any, TransferStats, int, int]:
+    moved: list[TransferStats] = []
     original = megagrow.train.growth_event.event._moved
 
-    def recorded(*sides: Any) -> Moved:
+    def recorded(*sides: Any) -> TransferStats:
         moved.append(original(*sides))
         return moved[-1]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megagrow.config.schema import StageConfig
-from megagrow.model.backends import Backends, Work
+from megagrow.model.backends import Backends, KernelWorkload
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.machine import machine_of
 from megagrow.model.ops import PLAIN, make_ops
@@ -256,7 +256,7 @@ def test_activations_on_a_cpu(attention: str) -> None:
         1, world=1, bf16=False, model=heads, kernels={"attention": attention}, on_cpu=True
     )
     backends = Backends(attention=attention, norm="torch", pointwise="torch", loss="torch")
-    work = Work(torch.float32, 16, packed=False)
+    work = KernelWorkload(torch.float32, 16, packed=False)
     model = LlamaForCausalLM(
         found.stage.model, ops=make_ops(backends, machine_of(torch.device("cpu")), work)
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap
-from megagrow.growth.map import Kind as StateKind
+from megagrow.growth.map import StateKind as StateKind
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.apply import Application
 from megagrow.reshard.layout import Block

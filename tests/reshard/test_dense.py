@@ -11,7 +11,7 @@ import megagrow.reshard.dense
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Term
 from megagrow.parallel.engine import STATE_KINDS
 from megagrow.reshard.dense import exchange_dense
-from megagrow.reshard.exchange import Side, exchange
+from megagrow.reshard.exchange import ShardedState, exchange
 from megagrow.reshard.fill import fill_new
 from tests.helpers.hugging_face import tiny
 from tests.helpers.reshard.definition import (
@@ -98,8 +98,8 @@ def differences(pieces: int) -> list[tuple[float, int]]:
         patch.setattr(megagrow.reshard.dense, "BUCKET_BYTES", 4 * pieces)
         for before, after in GRIDS:
             old, new = layout_of(SMALL, *before), layout_of(WIDE, *after)
-            source = Side(old, storage_of(old, state, rank))
-            target = Side(new, empty_storage(new, rank, 0.0))
+            source = ShardedState(old, storage_of(old, state, rank))
+            target = ShardedState(new, empty_storage(new, rank, 0.0))
             fill_new(growth, new, rank, target.storage)
             exchange(source, growth, target)
             moved = exchange_dense(source, growth, target)

@@ -15,7 +15,7 @@ from megagrow.parallel.engine import STATE_KINDS
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard import exchange as exchange_module
 from megagrow.reshard import transport as carriers
-from megagrow.reshard.exchange import BUCKET_BYTES, Moved, Side, exchange
+from megagrow.reshard.exchange import BUCKET_BYTES, ShardedState, TransferStats, exchange
 from megagrow.reshard.layout import Layout
 from megagrow.reshard.transport import Carrier
 from tests.helpers.hugging_face import tiny
@@ -64,7 +64,7 @@ class Run:
     """What one exchange did on one rank."""
 
     right: bool
-    moved: Moved
+    moved: TransferStats
     in_flight: tuple[int, ...]
     """Bytes sent and received together in each round."""
 
@@ -91,13 +91,13 @@ class Weighed:
     def __init__(self, carrier: Carrier, in_flight: list[int]) -> None:
         self.carrier, self.in_flight = carrier, in_flight
 
-    def boxes(self, sizes: list[int]) -> list[torch.Tensor]:
+    def buffers(self, sizes: list[int]) -> list[torch.Tensor]:
         self.in_flight.append(4 * sum(sizes))
-        return self.carrier.boxes(sizes)
+        return self.carrier.buffers(sizes)
 
-    def carry(self, sizes: list[int]) -> list[torch.Tensor]:
+    def all_to_all(self, sizes: list[int]) -> list[torch.Tensor]:
         self.in_flight[-1] += 4 * sum(sizes)
-        return self.carrier.carry(sizes)
+        return self.carrier.all_to_all(sizes)
 
 
 def measured(case: Case, bucket_bytes: int, network: bool) -> Run:
@@ -110,8 +110,8 @@ def measured(case: Case, bucket_bytes: int, network: bool) -> Run:
             patch.setattr(exchange_module, "on_one_host", lambda: False)
         for name in ("Network", "SharedMemory"):
             patch.setattr(exchange_module, name, weighing(getattr(carriers, name), in_flight))
-        source = Side(case.source, storage_of(case.source, state, rank))
-        moved = exchange(source, case.growth, Side(case.target, mine), bucket_bytes)
+        source = ShardedState(case.source, storage_of(case.source, state, rank))
+        moved = exchange(source, case.growth, ShardedState(case.target, mine), bucket_bytes)
     expected = storage_of(case.target, grown(state, case.growth, case.target.plan), rank)
     return Run(same(mine, expected), moved, tuple(in_flight))
 
@@ -196,8 +196,8 @@ def weights_only() -> tuple[bool, bool]:
     rank = dist.get_rank()
     state = random_state(case.source.plan)
     mine = empty_storage(case.target, rank)
-    source = Side(case.source, storage_of(case.source, state, rank))
-    exchange(source, growth, Side(case.target, mine))
+    source = ShardedState(case.source, storage_of(case.source, state, rank))
+    exchange(source, growth, ShardedState(case.target, mine))
     expected = storage_of(case.target, grown(state, growth, case.target.plan), rank)
     arrived = all(torch.equal(mine[n]["fp32"], expected[n]["fp32"]) for n in expected)
     before = empty_storage(case.target, rank)

@@ -10,7 +10,7 @@ from megagrow.config.schema import ModelConfig
 from megagrow.growth.map_checks import check_map
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.dense import exchange_dense
-from megagrow.reshard.exchange import Side, exchange
+from megagrow.reshard.exchange import ShardedState, exchange
 from megagrow.reshard.fill import fill_new
 from megagrow.reshard.layout import Layout
 from tests.helpers.growth.cases import Case
@@ -40,7 +40,10 @@ def off(grown_case: Case, whole: tuple[State, State], before: Layout, after: Lay
     check_map(growth, before.plan, after.plan)
     expected = storage_of(after, whole[1], rank)
     mine = {n: {k: torch.zeros_like(t) for k, t in ks.items()} for n, ks in expected.items()}
-    source, target = Side(before, storage_of(before, whole[0], rank)), Side(after, mine)
+    source, target = (
+        ShardedState(before, storage_of(before, whole[0], rank)),
+        ShardedState(after, mine),
+    )
     fill_new(growth, after, rank, mine)
     exchange(source, growth, target)
     exchange_dense(source, growth, target)

@@ -12,7 +12,7 @@ from megagrow.reshard.copy_ops import collect, deliver, move_within
 from megagrow.reshard.fill import fill_new
 from megagrow.reshard.index_ranges import as_array
 from megagrow.reshard.layout import Layout
-from megagrow.reshard.transfers import Piece, RankPlan, plan_rank, rounds
+from megagrow.reshard.transfers import RankPlan, TransferChunk, plan_rank, rounds
 from tests.helpers.hugging_face import tiny
 from tests.helpers.reshard.definition import (
     empty_storage,
@@ -45,7 +45,7 @@ def plans(source: Layout, growth: GrowthMap, target: Layout) -> list[RankPlan]:
     return [plan_rank(rank, source, growth, target) for rank in range(4)]
 
 
-def shape_of(pieces: list[Piece]) -> list:
+def shape_of(pieces: list[TransferChunk]) -> list:
     return [
         (piece.parcel.name, piece.parcel.kind, as_array(piece.parcel.rows).tolist(),
          as_array(piece.parcel.cols).tolist(), piece.rows)

@@ -36,10 +36,10 @@ def carried() -> tuple[bool, bool, tuple[int, int], tuple[int, int]]:
     rank, right = dist.get_rank(), True
     carrier = SharedMemory(max(sum(sizes(rank, step)) for step in range(4)))
     for step in range(6):
-        for receiver, box in enumerate(carrier.boxes(sizes(rank, step % 4))):
+        for receiver, box in enumerate(carrier.buffers(sizes(rank, step % 4))):
             box.copy_(contents(rank, receiver, step % 4))
         coming = [sizes(sender, step % 4)[rank] for sender in range(WORLD)]
-        for sender, box in enumerate(carrier.carry(coming)):
+        for sender, box in enumerate(carrier.all_to_all(coming)):
             right &= torch.equal(box, contents(sender, rank, step % 4))
     during = shared_memory_in_use()
     del carrier, box

@@ -10,7 +10,7 @@ from megagrow.checkpoint.save import Save
 from megagrow.config.schema import RunConfig
 from megagrow.train.loop import StepDone
 from megagrow.train.reporting.metrics import read_metrics
-from megagrow.train.reporting.run_logger import Recorder
+from megagrow.train.reporting.run_logger import RunLogger
 from tests.helpers.jobs import Hook, records, train, write_run
 from tests.helpers.runs import STEP_TOKENS, make_run
 
@@ -37,20 +37,20 @@ def held_until(step: int) -> Hook:
     """Rank 1 does not write the first checkpoint before it has trained some more steps."""
 
     def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
-        write, record, reached = Save.write, Recorder.step, threading.Event()
+        write, record, reached = Save.write, RunLogger.step, threading.Event()
 
         def held(self: Save, tensors: Any) -> Any:
             if rank == 1 and self.step == 3 and not reached.wait(timeout=30):
                 raise OSError("the training did not go on")
             return write(self, tensors)
 
-        def step_done(self: Recorder, event: StepDone) -> None:
+        def step_done(self: RunLogger, event: StepDone) -> None:
             record(self, event)
             if event.state.counters.step == step:
                 reached.set()
 
         patch.setattr(Save, "write", held)
-        patch.setattr(Recorder, "step", step_done)
+        patch.setattr(RunLogger, "step", step_done)
 
     return hook
 

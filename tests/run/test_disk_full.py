@@ -15,7 +15,7 @@ from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.save import Save
 from megagrow.config.schema import RunConfig
 from megagrow.train.reporting.console import LiveLine
-from megagrow.train.reporting.run_logger import Recorder
+from megagrow.train.reporting.run_logger import RunLogger
 from tests.helpers.disks import small_disk
 from tests.helpers.jobs import Hook, Job, records, write_run
 from tests.helpers.run.refusals import completed_run, refused_run
@@ -72,9 +72,9 @@ def after_first_save(action: Callable[[], object], on_rank: int = 0) -> Hook:
     """Does something on one rank as soon as the first checkpoint is there."""
 
     def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
-        record = Recorder.checkpoint
+        record = RunLogger.checkpoint
 
-        def checkpoint(self: Recorder, *args: Any) -> None:
+        def checkpoint(self: RunLogger, *args: Any) -> None:
             record(self, *args)
             patch.undo()
             action()
@@ -82,7 +82,7 @@ def after_first_save(action: Callable[[], object], on_rank: int = 0) -> Hook:
         # What is raised in a thread is shown to a user; pytest would keep it to itself.
         threading.excepthook = threading.__excepthook__
         if rank == on_rank:
-            patch.setattr(Recorder, "checkpoint", checkpoint)
+            patch.setattr(RunLogger, "checkpoint", checkpoint)
 
     return hook
 

@@ -21,7 +21,7 @@ from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.save import Save
 from megagrow.config.schema import RunConfig
 from megagrow.train.loop import StepDone
-from megagrow.train.reporting.run_logger import Recorder
+from megagrow.train.reporting.run_logger import RunLogger
 from megagrow.train.stage import Stage
 from tests.helpers.jobs import Finished, Hook, Job, records, train, write_run
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
@@ -115,9 +115,9 @@ def around_step(step: int, reached: Path) -> Hook:
     """Says when a step is done, and holds the run two steps later if it is not killed by then."""
 
     def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
-        record = Recorder.step
+        record = RunLogger.step
 
-        def step_done(self: Recorder, event: StepDone) -> None:
+        def step_done(self: RunLogger, event: StepDone) -> None:
             record(self, event)
             done = event.state.counters.step
             if done >= step and rank == 0:
@@ -125,7 +125,7 @@ def around_step(step: int, reached: Path) -> Hook:
             if done >= step + 2:
                 time.sleep(3600)
 
-        patch.setattr(Recorder, "step", step_done)
+        patch.setattr(RunLogger, "step", step_done)
 
     return hook
 
@@ -207,7 +207,7 @@ WORST = [
     ("the last shard before the growth is missing", Save, "write", 2, 9),
     ("the growth begins", megagrow.run, "grow_best", 1, BASE_STEPS),
     ("the target stands, nothing moved", growth_event, "exchange", 1, BASE_STEPS),
-    ("grown, not yet recorded", Recorder, "growth", 2, BASE_STEPS),
+    ("grown, not yet recorded", RunLogger, "growth", 2, BASE_STEPS),
     ("a shard is missing after the growth", Save, "write", 2, BASE_STEPS),
 ]
 

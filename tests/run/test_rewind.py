@@ -13,7 +13,7 @@ import megagrow.run
 import megagrow.train.step
 from megagrow.config.schema import RunConfig
 from megagrow.data.batches import Batch, BatchReader
-from megagrow.train.reporting.run_logger import Recorder
+from megagrow.train.reporting.run_logger import RunLogger
 from tests.helpers.jobs import Hook, records
 from tests.helpers.runs import STEP_TOKENS
 from tests.run.test_resume import (
@@ -192,11 +192,11 @@ def test_from_a_checkpoint_that_it_cannot_leave_it_goes_to_the_one_before(tmp_pa
 def test_killed_around_a_rewind(tmp_path: Path) -> None:
     run = grown_run(tmp_path)
     places: list[tuple[Any, str, Callable[..., bool]]] = [
-        (Recorder, "step", lambda _, event: event.state.guard.skipped == 2),
+        (RunLogger, "step", lambda _, event: event.state.guard.skipped == 2),
         (megagrow.run, "rewind_target", lambda *_: True),
         (megagrow.run, "begin", lambda _, found, *__: found is not None and reached.name == "2"),
-        (Recorder, "step", lambda _, event: event.state.counters.rewinds == 1),
-        (Recorder, "checkpoint", lambda _, state, *__: state.counters.rewinds == 1),
+        (RunLogger, "step", lambda _, event: event.state.counters.rewinds == 1),
+        (RunLogger, "checkpoint", lambda _, state, *__: state.counters.rewinds == 1),
     ]
     for number, place in enumerate(places):
         reached = tmp_path / str(number)

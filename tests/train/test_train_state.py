@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagrow.config.schema import RunConfig
-from megagrow.train.reporting.metrics import Counters, StepMeasure
+from megagrow.train.reporting.metrics import Counters, StepMetrics
 from megagrow.train.run_position import Position, locate, run_steps, run_tokens, tokens_at
 from megagrow.train.train_state import RunState
 
@@ -39,7 +39,7 @@ def run_of(parts: list[tuple[int, int]]) -> RunConfig:
 
 
 def a_step(state: RunState, batch: int) -> RunState:
-    measure = StepMeasure(
+    measure = StepMetrics(
         stage=state.stage,
         loss=1.0,
         lr=1.0,

@@ -19,7 +19,7 @@ ANSWER_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
-class Sign:
+class RankHeartbeat:
     """What a rank has told of itself."""
 
     phases: int
@@ -29,7 +29,7 @@ class Sign:
     """Seconds since it told so."""
 
 
-class Board:
+class HeartbeatServer:
     """The board itself, on rank 0; any thread may call."""
 
     def __init__(self) -> None:
@@ -43,12 +43,12 @@ class Board:
             self._told[rank] = (time.monotonic(), phases, phase)
             return self._code
 
-    def signs(self) -> dict[int, Sign]:
+    def signs(self) -> dict[int, RankHeartbeat]:
         """What each rank was at when it was last heard of."""
         with self._lock:
             now = time.monotonic()
             return {
-                rank: Sign(phases, phase, now - then)
+                rank: RankHeartbeat(phases, phase, now - then)
                 for rank, (then, phases, phase) in sorted(self._told.items())
             }
 
@@ -62,7 +62,7 @@ class Board:
 class BoardServer:
     """Serves a board to the other ranks, on a free port of this machine."""
 
-    def __init__(self, board: Board) -> None:
+    def __init__(self, board: HeartbeatServer) -> None:
         self.token = secrets.token_hex(8)
         """What a caller must know: whoever else finds the port is not heard."""
         token = self.token
@@ -103,9 +103,9 @@ class RemoteBoard:
         """As that of Board."""
         return int(self._ask("tell", rank, phases, phase))
 
-    def signs(self) -> dict[int, Sign]:
+    def signs(self) -> dict[int, RankHeartbeat]:
         """As that of Board."""
-        return {int(rank): Sign(**sign) for rank, sign in self._ask("signs").items()}
+        return {int(rank): RankHeartbeat(**sign) for rank, sign in self._ask("signs").items()}
 
     def announce(self, code: int) -> bool:
         """As that of Board."""
@@ -120,7 +120,7 @@ class RemoteBoard:
         return json.loads(answer)
 
 
-def _answer(board: Board, name: str, arguments: list[Any]) -> Any:
+def _answer(board: HeartbeatServer, name: str, arguments: list[Any]) -> Any:
     if name == "tell":
         return board.tell(*arguments)
     if name == "announce":
@@ -129,7 +129,7 @@ def _answer(board: Board, name: str, arguments: list[Any]) -> Any:
 
 
 def silent_ranks(
-    signs: dict[int, Sign] | None, hosts: Sequence[str], rank: int, seconds: float
+    signs: dict[int, RankHeartbeat] | None, hosts: Sequence[str], rank: int, seconds: float
 ) -> str:
     """Who was not heard of for `seconds`, as `rank` reads the board; "" if nobody is missing.
 
@@ -148,7 +148,7 @@ def silent_ranks(
     return "; ".join([*said, *_told(rest, hosts, "gives no sign of life: it is frozen or dead")])
 
 
-def ranks_behind(signs: dict[int, Sign] | None, hosts: Sequence[str]) -> str:
+def ranks_behind(signs: dict[int, RankHeartbeat] | None, hosts: Sequence[str]) -> str:
     """Who has come to fewer phases than the others; "" if nobody is behind."""
     known = signs or {}
     furthest = max((sign.phases for sign in known.values()), default=0)
@@ -156,7 +156,7 @@ def ranks_behind(signs: dict[int, Sign] | None, hosts: Sequence[str]) -> str:
     return "; ".join(_told(behind, hosts, "is alive, but stays behind"))
 
 
-def _told(signs: dict[int, Sign], hosts: Sequence[str], why: str) -> list[str]:
+def _told(signs: dict[int, RankHeartbeat], hosts: Sequence[str], why: str) -> list[str]:
     return [f"{_name(r, hosts)} {why}, last heard of in {s.phase}" for r, s in signs.items()]
 
 
@@ -168,7 +168,7 @@ def _ranks(host: str, hosts: Sequence[str]) -> set[int]:
     return {rank for rank, there in enumerate(hosts) if there == host}
 
 
-def _lost_host(host: str, hosts: Sequence[str], silent: dict[int, Sign]) -> str:
+def _lost_host(host: str, hosts: Sequence[str], silent: dict[int, RankHeartbeat]) -> str:
     ranks = sorted(_ranks(host, hosts))
     last = min((silent[rank] for rank in ranks), key=lambda sign: sign.age)
     which = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

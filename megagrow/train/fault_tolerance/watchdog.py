@@ -18,10 +18,10 @@ import torch.distributed as dist
 from megagrow.errors import HANG_CODE, PeerLost
 from megagrow.parallel.process_groups import Launch
 from megagrow.train.fault_tolerance.heartbeat import (
-    Board,
     BoardServer,
+    HeartbeatServer,
+    RankHeartbeat,
     RemoteBoard,
-    Sign,
     ranks_behind,
     silent_ranks,
 )
@@ -47,7 +47,7 @@ class Watchdog:
 
     def __init__(
         self,
-        board: Board | RemoteBoard,
+        board: HeartbeatServer | RemoteBoard,
         rank: int,
         timeout: float | None,
         server: BoardServer | None = None,
@@ -80,14 +80,14 @@ class Watchdog:
         self._phase, self._long = phase, long
         self._phases += 1
 
-    def raise_if_alone(self) -> None:
+    def raise_if_peer_lost(self) -> None:
         """Call where something that all ranks do together has failed: PeerLost, in a few seconds,
         if a rank is gone."""
         missing = self._silent()
         if missing:
-            speaks = self._announce(PeerLost.code)
+            is_reporter = self._announce(PeerLost.code)
             time.sleep(STAY_SECONDS)
-            raise PeerLost(f"{missing}; all ranks end", speaks)
+            raise PeerLost(f"{missing}; all ranks end", is_reporter)
 
     def _give_signs(self) -> None:
         while not self._over.wait(TICK):
@@ -143,7 +143,7 @@ class Watchdog:
     def _silent_now(self) -> str:
         return silent_ranks(self._signs(), self._hosts, self._rank, SILENT_SECONDS)
 
-    def _signs(self) -> dict[int, Sign] | None:
+    def _signs(self) -> dict[int, RankHeartbeat] | None:
         try:
             return self._board.signs()
         except OSError:
@@ -154,12 +154,12 @@ def start_watchdog(launch: Launch, host: str, timeout: float | None) -> Watchdog
     """The watchdog of this rank, still to be entered; `host` is where rank 0 runs. All ranks
     together."""
     if launch.world_size == 1:
-        return Watchdog(Board(), launch.rank, timeout)
+        return Watchdog(HeartbeatServer(), launch.rank, timeout)
     hosts = [""] * launch.world_size
     dist.all_gather_object(hosts, socket.gethostname())
     told = ["", ""]
     if launch.rank == 0:
-        board = Board()
+        board = HeartbeatServer()
         server = BoardServer(board)
         told = [str(server.port), server.token]
     dist.broadcast_object_list(told, src=0)

@@ -9,7 +9,7 @@ from megagrow.config.flops import paper_flops_per_token
 from megagrow.config.schema import StageConfig
 from megagrow.config.stage_length import step_tokens
 from megagrow.data.batches import Batch, BatchReader, sequences_of
-from megagrow.parallel.process_groups import Topology, together
+from megagrow.parallel.process_groups import Topology, run_on_all_ranks
 from megagrow.train.flops import flops_per_token
 
 
@@ -30,7 +30,7 @@ class Feed(NamedTuple):
         """
         self.before_step()
         position = self.position + step * step_tokens(stage, self.length)
-        return together(partial(self._read, position, stage, topology))
+        return run_on_all_ranks(partial(self._read, position, stage, topology))
 
     def _read(self, position: int, stage: StageConfig, topology: Topology) -> list[Batch]:
         sizes = stage.batch.global_batch_size, stage.batch.micro_batch_size
@@ -39,7 +39,7 @@ class Feed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Spent:
+class GrowthCost:
     """What a growth used up by training."""
 
     tokens: int = 0
@@ -51,9 +51,9 @@ class Spent:
     losses: tuple[float, ...] = ()
     """Of each step of a learned growth the mean over its tokens, in nats, before the update."""
 
-    def plus(self, other: "Spent") -> "Spent":
+    def plus(self, other: "GrowthCost") -> "GrowthCost":
         """Both together; the losses are those of the first."""
-        return Spent(
+        return GrowthCost(
             self.tokens + other.tokens,
             self.flops + other.flops,
             self.flops_true + other.flops_true,
@@ -61,10 +61,10 @@ class Spent:
         )
 
 
-def spent_on_steps(stage: StageConfig, length: int, steps: int) -> Spent:
+def spent_on_steps(stage: StageConfig, length: int, steps: int) -> GrowthCost:
     """The FLOPs of some steps of a stage whose tokens are trained on again later."""
     tokens = steps * step_tokens(stage, length)
-    return Spent(
+    return GrowthCost(
         flops=paper_flops_per_token(stage.model) * tokens,
         flops_true=flops_per_token(stage.model, length) * tokens,
     )

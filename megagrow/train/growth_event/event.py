@@ -13,9 +13,9 @@ from megagrow.config.schema import RunConfig
 from megagrow.growth.map import GrowthMap
 from megagrow.growth.operators import is_learned, state_policy
 from megagrow.reshard.dense import exchange_dense
-from megagrow.reshard.exchange import Moved, Side, exchange
+from megagrow.reshard.exchange import ShardedState, TransferStats, exchange
 from megagrow.reshard.fill import fill_new
-from megagrow.train.growth_event.cost import Feed, Spent, spent_on_steps
+from megagrow.train.growth_event.cost import Feed, GrowthCost, spent_on_steps
 from megagrow.train.growth_event.ligo_trainer import learn_growth
 from megagrow.train.growth_event.run_growths import stage_growth
 from megagrow.train.growth_event.second_moment import measure_second_moment
@@ -38,26 +38,28 @@ class GrowthReport:
     seconds: float
     peak_memory_bytes: int
     """Highest of all ranks."""
-    spent: Spent
+    spent: GrowthCost
 
 
 @dataclass(frozen=True)
-class Ended:
+class FinishedStage:
     """What is left of a stage that has ended: its state, where it lies, and nothing else."""
 
     index: int
-    state: Side
+    state: ShardedState
     adam_step: int
     device: torch.device
 
 
-def end_stage(stage: Stage) -> Ended:
+def end_stage(stage: Stage) -> FinishedStage:
     """Destroys a stage's engine and keeps its state; all ranks together."""
     step = stage.engine.adam_step
-    return Ended(stage.index, Side(stage.layout, stage.release()), step, stage.topology.device)
+    return FinishedStage(
+        stage.index, ShardedState(stage.layout, stage.release()), step, stage.topology.device
+    )
 
 
-def grow(run: RunConfig, ended: Ended, feed: Feed) -> tuple[Stage, GrowthReport]:
+def grow(run: RunConfig, ended: FinishedStage, feed: Feed) -> tuple[Stage, GrowthReport]:
     """The next stage, holding the grown state, out of one that has ended and stays as it is; all
     ranks together. What has to be learned or measured for it is read from `feed`."""
     begin = time.perf_counter()
@@ -72,30 +74,30 @@ def grow(run: RunConfig, ended: Ended, feed: Feed) -> tuple[Stage, GrowthReport]
 
 
 def _map_of(
-    run: RunConfig, ended: Ended, options: GrowthConfig, feed: Feed
-) -> tuple[GrowthMap, Spent]:
+    run: RunConfig, ended: FinishedStage, options: GrowthConfig, feed: Feed
+) -> tuple[GrowthMap, GrowthCost]:
     """The map, and what it took to find it: nothing, if it is not learned."""
     if is_learned(options):
         return learn_growth(run, ended.index + 1, ended.state, ended.device, feed)
-    return stage_growth(run, ended.index + 1), Spent()
+    return stage_growth(run, ended.index + 1), GrowthCost()
 
 
 def _move(
     run: RunConfig,
-    ended: Ended,
+    ended: FinishedStage,
     options: GrowthConfig,
     growth: GrowthMap,
     target: Stage,
     feed: Feed,
-) -> tuple[list[Moved], Spent]:
+) -> tuple[list[TransferStats], GrowthCost]:
     """Fills the target. If exp_avg_sq of new entries is measured, weights move before the moments,
     which then take the place of what was measured for old entries."""
-    side = Side(target.layout, target.engine.storage())
+    side = ShardedState(target.layout, target.engine.storage())
     step = ended.adam_step if growth.keeps_step else 0
     if state_policy(options) != "probe_v":
         moved = [_moved(ended.state, growth, side)]
         target.engine.ready(step)
-        return moved, Spent()
+        return moved, GrowthCost()
     moved = [_moved(ended.state, growth.with_kinds("fp32"), side)]
     target.engine.ready(step)
     steps = range(options.probe_batches)
@@ -105,7 +107,7 @@ def _move(
     return moved, spent_on_steps(target.config, feed.length, len(steps))
 
 
-def _moved(source: Side, growth: GrowthMap, target: Side) -> Moved:
+def _moved(source: ShardedState, growth: GrowthMap, target: ShardedState) -> TransferStats:
     return exchange(source, growth, target).plus(exchange_dense(source, growth, target))
 
 
@@ -113,11 +115,11 @@ def _report(
     target: Stage,
     options: GrowthConfig,
     growth: GrowthMap,
-    parts: list[Moved],
-    spent: Spent,
+    parts: list[TransferStats],
+    spent: GrowthCost,
     seconds: float,
 ) -> GrowthReport:
-    moved, device = reduce(Moved.plus, parts), target.topology.device
+    moved, device = reduce(TransferStats.plus, parts), target.topology.device
     sums = torch.tensor([moved.bytes_sent, moved.bytes_local], dtype=torch.int64, device=device)
     dist.all_reduce(sums)
     peak = torch.tensor([peak_memory(device)], dtype=torch.int64, device=device)

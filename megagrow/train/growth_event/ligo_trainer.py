@@ -35,9 +35,9 @@ from megagrow.parallel.materialize import build_model
 from megagrow.parallel.process_groups import Topology, destroy_topology, make_topology
 from megagrow.parallel.sharding import ParamSpec, parameter_plan
 from megagrow.reshard.dense import mixtures
-from megagrow.reshard.exchange import Side
+from megagrow.reshard.exchange import ShardedState
 from megagrow.train.flops import flops_per_token
-from megagrow.train.growth_event.cost import Feed, Spent
+from megagrow.train.growth_event.cost import Feed, GrowthCost
 from megagrow.train.kernel_warmup import stage_ops
 from megagrow.train.schedule import learning_rate
 from megagrow.train.step import model_inputs
@@ -47,8 +47,8 @@ BETAS, CLIP = (0.9, 0.95), 1.0
 
 
 def learn_growth(
-    run: RunConfig, index: int, source: Side, device: torch.device, feed: Feed
-) -> tuple[GrowthMap, Spent]:
+    run: RunConfig, index: int, source: ShardedState, device: torch.device, feed: Feed
+) -> tuple[GrowthMap, GrowthCost]:
     """The map by which stage `index` comes out of the source, trained; all ranks together.
 
     InputError if the stream can not be read.
@@ -121,14 +121,14 @@ def _rate(learn: LearnConfig, step: int) -> float:
     return learning_rate(schedule, optimizer, step, 1, learn.steps)
 
 
-def _spent(run: RunConfig, index: int, learned: Learned, losses: list[float]) -> Spent:
+def _spent(run: RunConfig, index: int, learned: Learned, losses: list[float]) -> GrowthCost:
     """Weights are made once per micro batch of the global batch, and three times as much is done
     as forward alone; what is done twice to save memory is not counted, as everywhere."""
     stage, length = run.stages[index], run.data.sequence_length
     tokens = len(losses) * step_tokens(stage, length)
     times = len(losses) * stage.batch.global_batch_size // stage.batch.micro_batch_size
     making = forming_flops(learned, list(parameter_plan(stage.model, tp=1).values()))
-    return Spent(
+    return GrowthCost(
         tokens,
         paper_flops_per_token(stage.model) * tokens,
         flops_per_token(stage.model, length) * tokens + 3 * making * times,
@@ -156,7 +156,7 @@ class Forming:
     """What the target's weights are made of, and how they are spread."""
 
     learned: Learned
-    source: Side
+    source: ShardedState
     settings: EngineSettings
     """Of the target."""
     topology: Topology

@@ -16,14 +16,14 @@ from megagrow.reshard.layout import Block, Layout
 from megagrow.train.schedule import new_entries_of, new_entries_rate, rate_at
 
 
-class Factors(NamedTuple):
+class UpdateFactors(NamedTuple):
     """Factors on what a step changes of new and of old entries."""
 
     new: float = 1.0
     old: float = 1.0
 
 
-def update_factors(run: RunConfig, stage_index: int, stage_tokens: int) -> Factors:
+def update_factors(run: RunConfig, stage_index: int, stage_tokens: int) -> UpdateFactors:
     """The factors of the step that begins `stage_tokens` tokens into a stage of the run.
 
     Old entries do not change until `freeze_tokens`. New ones train at a rate of their own, if the
@@ -31,15 +31,15 @@ def update_factors(run: RunConfig, stage_index: int, stage_tokens: int) -> Facto
     """
     growth = run.stages[stage_index].growth
     if growth is None:
-        return Factors()
+        return UpdateFactors()
     old = 0.0 if stage_tokens < (growth.freeze_tokens or 0) else 1.0
     rate = rate_at(run, stage_index, stage_tokens)
     if new_entries_of(growth) is None or rate == 0:  # at 0 nothing changes whatever the factor
-        return Factors(old=old)
-    return Factors(new_entries_rate(run, stage_index, stage_tokens) / rate, old)
+        return UpdateFactors(old=old)
+    return UpdateFactors(new_entries_rate(run, stage_index, stage_tokens) / rate, old)
 
 
-def tells_entries_apart(growth: GrowthConfig | None) -> bool:
+def has_per_entry_lr(growth: GrowthConfig | None) -> bool:
     """Whether a growth ever treats new and old entries differently while the stage is trained."""
     return growth is not None and bool(new_entries_of(growth) or growth.freeze_tokens)
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
-from megagrow.train.growth_event.cost import Feed, Spent, spent_on_steps
-from megagrow.train.growth_event.event import Ended, GrowthReport, grow
+from megagrow.train.growth_event.cost import Feed, GrowthCost, spent_on_steps
+from megagrow.train.growth_event.event import FinishedStage, GrowthReport, grow
 from megagrow.train.growth_event.run_growths import with_operators
 from megagrow.train.loop import train_at
 from megagrow.train.stage import Stage
@@ -20,18 +20,18 @@ from megagrow.train.stage import Stage
 
 def grow_best(
     run: RunConfig,
-    ended: Ended,
+    ended: FinishedStage,
     feed: Feed,
     loss_of: Callable[[RunConfig, Stage, int], float],
     say: Callable[[str], None],
-) -> tuple[RunConfig, Stage, GrowthReport, Spent]:
+) -> tuple[RunConfig, Stage, GrowthReport, GrowthCost]:
     """Grows the next stage; all ranks together. Returns also the run with the operator chosen, and
     what was spent on choosing.
 
     `loss_of` judges a candidate of which so many steps have been trained.
     """
     index = ended.index + 1
-    growth, spent = run.stages[index].growth, Spent()
+    growth, spent = run.stages[index].growth, GrowthCost()
     if growth is not None and growth.probe is not None:
         losses: dict[str, float] = {}
         for name in growth.probe.operators:
@@ -48,7 +48,7 @@ def grow_best(
 
 def _tried(
     run: RunConfig,
-    ended: Ended,
+    ended: FinishedStage,
     feed: Feed,
     steps: int,
     loss_of: Callable[[RunConfig, Stage, int], float],

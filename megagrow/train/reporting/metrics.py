@@ -20,13 +20,13 @@ from megagrow.train.reporting.writers import Record, TensorBoardTracker, Tracker
 from megagrow.train.run_position import run_steps, run_tokens
 
 METRICS_FILE = "metrics.jsonl"
-Kind = Literal[
+RecordKind = Literal[
     "start", "train", "validation", "evaluation", "growth", "checkpoint", "rewind", "end"
 ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepMeasure:
+class StepMetrics:
     """One optimizer step as it was measured; sums are over all ranks."""
 
     stage: int
@@ -73,7 +73,7 @@ class Counters:
     rewinds: int = 0
     """How often the run went back to a checkpoint. What it undid counts nowhere else."""
 
-    def after_step(self, measure: StepMeasure) -> "Counters":
+    def after_step(self, measure: StepMetrics) -> "Counters":
         """The counters when the step is done."""
         return replace(
             self,
@@ -97,7 +97,7 @@ class Counters:
             growth_flops_true=self.growth_flops_true + flops_true,
         )
 
-    def after_loss(self, seconds: float) -> "Counters":
+    def add_lost_time(self, seconds: float) -> "Counters":
         """The counters when `seconds` went into a growth or a checkpoint."""
         return replace(
             self,
@@ -106,7 +106,7 @@ class Counters:
         )
 
 
-def train_fields(measure: StepMeasure, peak_flops: float | None) -> Record:
+def train_fields(measure: StepMetrics, peak_flops: float | None) -> Record:
     """A train record's own fields; `peak_flops` is that of all devices together, if known."""
     return {
         "stage": measure.stage,
@@ -153,7 +153,7 @@ class MetricsLog:
         if tensorboard:
             self._trackers.append(TensorBoardTracker(directory))
 
-    def write(self, kind: Kind, counters: Counters, **fields: Any) -> None:
+    def write(self, kind: RecordKind, counters: Counters, **fields: Any) -> None:
         """Appends one record; numbers that are not finite become null, JSON having no NaN."""
         record: Record = finite({"kind": kind, **asdict(counters), **fields})
         try:

@@ -23,7 +23,7 @@ from megagrow.train.run_position import run_steps
 from megagrow.train.train_state import RunState
 
 
-class Recorder:
+class RunLogger:
     """Writes into the run's directory and to the terminal on rank 0; does nothing elsewhere.
 
     Rank 0 alone sees that the disk is full. It keeps the problem until all ranks are ready to hear
@@ -63,7 +63,7 @@ class Recorder:
         if self._problem is not None:
             raise self._problem
 
-    def __enter__(self) -> "Recorder":
+    def __enter__(self) -> "RunLogger":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megagrow.fits.data import Data, IsoPoint, Kind, ScalingPoint
+from megagrow.fits.data import Data, IsoPoint, RunKind, ScalingPoint
 
 PAPER = (0.88, 163.27, -5.74)
 SIZES = (0.4e9, 1.1e9, 3e9)
@@ -64,7 +64,7 @@ def scaling_points(
     budgets: Sequence[float] = SCALING_BUDGETS,
 ) -> Data[ScalingPoint]:  # fmt: skip
     draw = np.random.default_rng(seed)
-    laws: tuple[tuple[Kind, tuple[float, float, float]], ...]
+    laws: tuple[tuple[RunKind, tuple[float, float, float]], ...]
     laws = (("scratch", SCRATCH_LAW), ("grown", GROWN_LAW))
     points = [
         ScalingPoint(kind, c, a * c**b + (e if floor else 0.0) + noise * draw.normal(), repeat)

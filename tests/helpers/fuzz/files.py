@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megagrow.analysis.curves import load_run
 from megagrow.data.indexed import IndexedCorpus
-from megagrow.data.manifest import FORMAT, NAME, Manifest, verify
+from megagrow.data.manifest import FORMAT, NAME, CorpusManifest, verify
 from megagrow.errors import InputError
 from megagrow.offline.journal import JOURNAL_FILE, Journal
 from megagrow.train.reporting.metrics import METRICS_FILE, Counters, MetricsLog, read_metrics
@@ -108,7 +108,7 @@ def _load_corpus(folder: Path, given: tuple[bytes, bytes]) -> None:
 def _load_corpus_manifest(folder: Path, raw: bytes) -> None:
     (folder / NAME).write_bytes(raw)
     (folder / "train.bin").write_bytes(BIN)
-    found = Manifest.beside(folder / "train")
+    found = CorpusManifest.beside(folder / "train")
     if found is None:
         return
     found.is_complete(folder)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import ModelConfig
-from megagrow.growth.build_map import Growing, assemble
+from megagrow.growth.build_map import GrowthSpec, assemble
 from megagrow.growth.depth import same_depth
 from megagrow.growth.lifts import Lift
 from megagrow.growth.map import GrowthMap
@@ -24,5 +24,5 @@ def by_lifts(source: ModelConfig, target: ModelConfig, wires: dict[Wire, Lift]) 
     """The growth of some wires of a model, the others as they are."""
     width = same_width(source)
     width = replace(width, wires=width.wires | wires)
-    parts = Growing(source, target, same_depth(source), width, GrowthConfig(), "transport", "7")
+    parts = GrowthSpec(source, target, same_depth(source), width, GrowthConfig(), "transport", "7")
     return Built(source, target, assemble(parts))

@@ -6,7 +6,7 @@ from torch.func import functional_call
 
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import ModelConfig
-from megagrow.growth.build_map import Growing
+from megagrow.growth.build_map import GrowthSpec
 from megagrow.growth.ligo import Learned, initial
 from megagrow.growth.operators import growing
 from megagrow.model.llama import LlamaForCausalLM
@@ -35,7 +35,7 @@ def source_of(tied: bool) -> ModelConfig:
     return tiny(num_attention_heads=8, num_key_value_heads=4, head_dim=4, tie_word_embeddings=tied)
 
 
-def growing_of(name: str, tied: bool, **options: object) -> Growing:
+def growing_of(name: str, tied: bool, **options: object) -> GrowthSpec:
     operators, sizes = GROWTHS[name]
     source = source_of(tied)
     chosen = GrowthConfig(operator=operators, **options)

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from megagrow.config.schema import StageConfig
-from megagrow.model.backends import Backends, Work
+from megagrow.model.backends import Backends, KernelWorkload
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.machine import Machine
 from megagrow.model.ops import make_ops
@@ -94,7 +94,7 @@ def step(stage: StageConfig, sequence: int) -> None:
     )
     backends = Backends(attention="triton", norm="triton", pointwise="triton", loss="triton")
     machine = Machine("cuda", 90, triton=True, checked=True)
-    ops = make_ops(backends, machine, Work(torch.bfloat16, model.head_dim, packed=True))
+    ops = make_ops(backends, machine, KernelWorkload(torch.bfloat16, model.head_dim, packed=True))
     llama = LlamaForCausalLM(model, ops=ops)
     llama = llama if autocast else llama.bfloat16()
     ids = torch.zeros(batch, sequence, dtype=torch.int64)

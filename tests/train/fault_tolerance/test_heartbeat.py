@@ -8,23 +8,23 @@ import pytest
 
 import megagrow.train.fault_tolerance.watchdog
 from megagrow.errors import PeerLost
-from megagrow.train.fault_tolerance.heartbeat import Board, BoardServer, RemoteBoard
+from megagrow.train.fault_tolerance.heartbeat import BoardServer, HeartbeatServer, RemoteBoard
 from megagrow.train.fault_tolerance.watchdog import Watchdog
 
 
 @pytest.fixture
-def board() -> Board:
-    return Board()
+def board() -> HeartbeatServer:
+    return HeartbeatServer()
 
 
 @pytest.fixture
-def remote(board: Board) -> Iterator[RemoteBoard]:
+def remote(board: HeartbeatServer) -> Iterator[RemoteBoard]:
     server = BoardServer(board)
     yield RemoteBoard("localhost", server.port, server.token)
     server.close()
 
 
-def test_what_one_rank_tells_the_others_read(board: Board, remote: RemoteBoard) -> None:
+def test_what_one_rank_tells_the_others_read(board: HeartbeatServer, remote: RemoteBoard) -> None:
     assert board.tell(0, 7, "step 3") == 0
     assert remote.tell(1, 8, "step 4") == 0
     signs = remote.signs()
@@ -35,13 +35,15 @@ def test_what_one_rank_tells_the_others_read(board: Board, remote: RemoteBoard) 
     assert all(0 <= sign.age < 5 for sign in signs.values())
 
 
-def test_the_first_announcement_counts(board: Board, remote: RemoteBoard) -> None:
+def test_the_first_announcement_counts(board: HeartbeatServer, remote: RemoteBoard) -> None:
     assert remote.announce(5)
     assert not board.announce(4)
     assert remote.tell(1, 0, "the start") == board.tell(0, 0, "the start") == 5
 
 
-def test_who_does_not_know_the_token_is_not_heard(board: Board, remote: RemoteBoard) -> None:
+def test_who_does_not_know_the_token_is_not_heard(
+    board: HeartbeatServer, remote: RemoteBoard
+) -> None:
     stranger = RemoteBoard("localhost", remote.port, "guessed")
     with pytest.raises(OSError, match="no answer"):
         stranger.announce(4)
@@ -58,7 +60,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_long_phase_may_take_longer(board: Board, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_phase_may_take_longer(
+    board: HeartbeatServer, capsys: pytest.CaptureFixture[str]
+) -> None:
     codes: list[int] = []
     with Watchdog(board, 0, timeout=0.3, end=codes.append) as watchdog:
         watchdog.beat("a growth", long=True)
@@ -72,7 +76,7 @@ def test_a_long_phase_may_take_longer(board: Board, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.usefixtures("quick")
-def test_no_timeout_is_no_end(board: Board) -> None:
+def test_no_timeout_is_no_end(board: HeartbeatServer) -> None:
     codes: list[int] = []
     with Watchdog(board, 0, timeout=None, end=codes.append):
         time.sleep(0.5)
@@ -80,15 +84,15 @@ def test_no_timeout_is_no_end(board: Board) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_failure_is_that_of_a_rank_that_was_not_heard_of(board: Board) -> None:
+def test_a_failure_is_that_of_a_rank_that_was_not_heard_of(board: HeartbeatServer) -> None:
     with Watchdog(board, 0, timeout=None, end=lambda code: None) as watchdog:
-        watchdog.raise_if_alone()
+        watchdog.raise_if_peer_lost()
         board.tell(1, 3, "step 2")
         with pytest.raises(
             PeerLost, match=r"rank 1 gives no sign of life.*in step 2; all"
         ) as found:
-            watchdog.raise_if_alone()
-        assert found.value.speaks
+            watchdog.raise_if_peer_lost()
+        assert found.value.is_reporter
         with pytest.raises(PeerLost) as found:
-            watchdog.raise_if_alone()
-        assert not found.value.speaks
+            watchdog.raise_if_peer_lost()
+        assert not found.value.is_reporter

@@ -2,16 +2,16 @@
 
 import pytest
 
-from megagrow.train.fault_tolerance.heartbeat import Sign, ranks_behind, silent_ranks
+from megagrow.train.fault_tolerance.heartbeat import RankHeartbeat, ranks_behind, silent_ranks
 
 SECONDS = 2.0
 HOSTS = ("a", "a", "b", "b", "c")
 
 
-def signs(*silent: int, behind: tuple[int, ...] = ()) -> dict[int, Sign]:
+def signs(*silent: int, behind: tuple[int, ...] = ()) -> dict[int, RankHeartbeat]:
     """Those of five ranks, of which some were last heard of some time ago, in other steps."""
     return {
-        rank: Sign(
+        rank: RankHeartbeat(
             phases=3 if rank in behind else 4,
             phase=f"step {rank}",
             age=10.0 - rank if rank in silent else 0.5,

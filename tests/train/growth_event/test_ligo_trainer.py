@@ -20,10 +20,10 @@ from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.loss import IGNORED
 from megagrow.parallel.process_groups import destroy_topology, make_topology
 from megagrow.parallel.sharding import parameter_plan
-from megagrow.reshard.exchange import Side
+from megagrow.reshard.exchange import ShardedState
 from megagrow.train.data_setup import open_inputs
 from megagrow.train.flops import flops_per_token
-from megagrow.train.growth_event.cost import Feed, Spent
+from megagrow.train.growth_event.cost import Feed, GrowthCost
 from megagrow.train.growth_event.ligo_trainer import (
     Forming,
     formed_model,
@@ -69,7 +69,7 @@ def forming_of(learned: Learned, layouts: Layouts) -> Forming:
     zero, source_tp, tp, sequence_parallel = layouts
     source, target = learned.growing.source, learned.growing.target
     layout = layout_of(source, zero, dist.get_world_size() // source_tp, source_tp, "matrices")
-    side = Side(layout, storage_of(layout, state_of(source), dist.get_rank()))
+    side = ShardedState(layout, storage_of(layout, state_of(source), dist.get_rank()))
     parallel = ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel)
     batch = BatchConfig(global_batch_size=GLOBAL, micro_batch_size=MICRO)
     settings = EngineSettings(target, parallel, batch, OptimizerConfig(lr=1), bf16=False)
@@ -196,11 +196,11 @@ def run_of(
     return make_run(folder, [sizes, {"model": WIDE, "growth": growth, **sizes}])
 
 
-def learn(run: RunConfig) -> tuple[GrowthMap, Spent]:
+def learn(run: RunConfig) -> tuple[GrowthMap, GrowthCost]:
     first = run.stages[0]
     tp, zero = first.parallel.tensor_model_parallel_size, first.parallel.zero_stage
     layout = layout_of(first.model, zero, dist.get_world_size() // tp, tp)
-    side = Side(layout, storage_of(layout, state_of(first.model), dist.get_rank()))
+    side = ShardedState(layout, storage_of(layout, state_of(first.model), dist.get_rank()))
     feed = Feed(open_inputs(run).train, 2 * STEP_TOKENS, run.data.sequence_length)
     return learn_growth(run, 1, side, CPU, feed)
 

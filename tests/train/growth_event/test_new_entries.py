@@ -17,7 +17,7 @@ from megagrow.parallel.engine import STATE_KINDS, Storage
 from megagrow.reshard.layout import Layout
 from megagrow.train.data_setup import open_inputs
 from megagrow.train.fault_tolerance.signals import StopSignal
-from megagrow.train.growth_event.new_entries import Factors, fresh_masks, update_factors
+from megagrow.train.growth_event.new_entries import UpdateFactors, fresh_masks, update_factors
 from megagrow.train.growth_event.run_growths import stage_growth
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.stage import Stage, build_stage
@@ -146,7 +146,7 @@ def two_stages(folder: Path, growth: dict[str, Any], **stage: Any) -> RunConfig:
     )
 
 
-def factors_of(run: RunConfig) -> list[Factors]:
+def factors_of(run: RunConfig) -> list[UpdateFactors]:
     return [update_factors(run, 1, step * STEP_TOKENS) for step in range(STEPS)]
 
 

@@ -14,13 +14,13 @@ from megagrow.errors import InputError
 from megagrow.train.reporting.metrics import (
     Counters,
     MetricsLog,
-    StepMeasure,
+    StepMetrics,
     read_metrics,
     train_fields,
 )
 
 
-def measure(step: int, stage: int = 0, **changes: Any) -> StepMeasure:
+def measure(step: int, stage: int = 0, **changes: Any) -> StepMetrics:
     fields = {
         "stage": stage,
         "loss": 5.0 - step / 7,
@@ -33,7 +33,7 @@ def measure(step: int, stage: int = 0, **changes: Any) -> StepMeasure:
         "memory_bytes": 1 << 20,
         "position": 64 * step,
     }
-    return StepMeasure(**{**fields, **changes})
+    return StepMetrics(**{**fields, **changes})
 
 
 def open_log(directory: Path) -> MetricsLog:
@@ -54,7 +54,9 @@ def train(log: MetricsLog, counters: Counters, until: int, stage: int = 0) -> Co
 def test_train_record_holds_what_is_promised(tmp_path: Path) -> None:
     seen = measure(0)
     with open_log(tmp_path) as log:
-        log.write("train", Counters().after_step(seen).after_loss(2.0), **train_fields(seen, 8e4))
+        log.write(
+            "train", Counters().after_step(seen).add_lost_time(2.0), **train_fields(seen, 8e4)
+        )
     (record,) = read_metrics(log.path)
     assert record == {
         "kind": "train", "step": 1, "tokens": 64, "flops": 6.4e3, "flops_true": 8e3,

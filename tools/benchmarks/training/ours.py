@@ -103,6 +103,6 @@ def watch_parts(clock: Clock) -> None:
     clock.wrap(zero.ZeroEngine, "step", "DeepSpeed's step without AdamW")
     clock.wrap(torch.optim.AdamW, "step", "AdamW")
     clock.wrap(dist, "all_reduce", "votes and sums over ranks")
-    clock.wrap(recorder.Recorder, "step", "metrics")
+    clock.wrap(recorder.RunLogger, "step", "metrics")
     clock.wrap(loop, "train_at", "the rest of the step: loss, rate, masks")
     clock.wrap(loop, "_measured_step", "measures, memory, counters")
