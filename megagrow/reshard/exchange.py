@@ -69,7 +69,7 @@ def exchange(
     for copy in plan.local:
         move_within(copy, source.layout, source.storage, target.layout, target.storage)
     shared = on_one_host()
-    buffers = SharedMemory.buffers if shared else Network.buffers
+    buffers = SharedMemory.num_buffers if shared else Network.num_buffers
     to_peer, from_peer = _limits(plan, bucket_bytes // 4 // 2 // buffers)
     send, receive = _rounds(plan.outgoing, to_peer), _rounds(plan.incoming, from_peer)
     largest = max((sum(_sizes(buffers)) for buffers in send), default=0)

@@ -20,7 +20,7 @@ _PROCESSES = Path("/proc/self/ns/pid")
 class Carrier(Protocol):
     """Carries one round after the other; all ranks together. Boxes are 1-D fp32, one per rank."""
 
-    buffers: int
+    num_buffers: int
     """How many rounds are in memory at once."""
 
     def buffers(self, sizes: list[int]) -> list[Tensor]:
@@ -33,7 +33,7 @@ class Carrier(Protocol):
 class Network:
     """The process group's all-to-all: nccl between GPUs, gloo between machines."""
 
-    buffers = 1
+    num_buffers = 1
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -57,7 +57,7 @@ class SharedMemory:
     round is enough.
     """
 
-    buffers = 2
+    num_buffers = 2
 
     def __init__(self, largest: int) -> None:
         """`largest` is the number of elements that this rank sends in a round at most."""

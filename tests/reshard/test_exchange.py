@@ -120,7 +120,7 @@ def weighing(kind: type, in_flight: list[int]) -> Any:
     def weighed(argument: Any) -> Weighed:
         return Weighed(kind(argument), in_flight)
 
-    weighed.buffers = kind.buffers
+    weighed.num_buffers = kind.num_buffers
     return weighed
 
 

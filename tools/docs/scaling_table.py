@@ -1,8 +1,7 @@
-"""Writes the tables of docs/results/scaling.md: every published throughput beside what the model
-gives.
+"""Write the tables of docs/results/scaling.md: published and predicted throughputs.
 
-python tools/docs/scaling_table.py          writes them
-python tools/docs/scaling_table.py --check  ends with 1 if they are not current
+python tools/docs/scaling_table.py          update the page
+python tools/docs/scaling_table.py --check  exit with code 1 if the page is out of date
 """
 
 import argparse
@@ -24,30 +23,32 @@ GOAL = 0.15
 
 
 def tables() -> str:
-    """All tables, as Markdown."""
+    """Return all tables as Markdown."""
     rows = published_rows()
     return "\n".join([*_summary(rows), "", *_sources(rows)])
 
 
 def with_tables(page: str) -> str:
-    """The page with its tables written anew."""
+    """Return the page with up-to-date tables."""
     before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{rest.split(END)[1]}"
 
 
 def within(rows: Sequence[Published], limit: float) -> int:
-    """How many of the rows are met within `limit`."""
+    """Return the number of rows predicted within `limit`."""
     return sum(abs(row.error) <= limit for row in rows)
 
 
 def one_mfu_within(rows: Sequence[Published], limit: float) -> int:
-    """How many of the rows would be met by one utilisation for all rows of the same card, the
-    median of what those rows themselves reached."""
-    reached = {
+    """Return the number of rows within `limit` for a constant MFU per GPU type.
+
+    The MFU is the median over all rows of the same GPU type.
+    """
+    medians = {
         name: median(_mfu(row) for row in published_rows() if row.cluster.gpu.name == name)
         for name in {row.cluster.gpu.name for row in rows}
     }
-    return sum(abs(reached[row.cluster.gpu.name] / _mfu(row) - 1) <= limit for row in rows)
+    return sum(abs(medians[row.cluster.gpu.name] / _mfu(row) - 1) <= limit for row in rows)
 
 
 def _mfu(row: Published) -> float:
@@ -56,17 +57,17 @@ def _mfu(row: Published) -> float:
 
 def _summary(rows: Sequence[Published]) -> Iterator[str]:
     yield (
-        "| rows | all | within 15% | within 10% | median error | worst | GPUs | parameters "
-        "| one MFU per card: within 15% |"
+        "| rows | count | within 15% | within 10% | median error | largest error | GPUs "
+        "| parameters | constant MFU: within 15% |"
     )
     yield "|---|---|---|---|---|---|---|---|---|"
     for role in ROLES:
-        yield _summed(role, [row for row in rows if row.role == role])
+        yield _summary_row(role, [row for row in rows if row.role == role])
     for source, group in groupby(rows, lambda row: row.source):
-        yield _summed(source, [row for row in group if row.role != "set"])
+        yield _summary_row(source, [row for row in group if row.role != "set"])
 
 
-def _summed(name: str, rows: Sequence[Published]) -> str:
+def _summary_row(name: str, rows: Sequence[Published]) -> str:
     errors = [abs(row.error) for row in rows]
     gpus = [row.work.gpus for row in rows]
     sizes = [row.work.shape.parameters for row in rows]
@@ -84,20 +85,20 @@ def _summed(name: str, rows: Sequence[Published]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _range(least: str, most: str) -> str:
-    return least if least == most else f"{least} to {most}"
+def _range(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
 
 
 def _sources(rows: Sequence[Published]) -> Iterator[str]:
-    about = {each["name"]: each for each in published_sources()}
+    sources = {each["name"]: each for each in published_sources()}
     for source, group in groupby(rows, lambda row: row.source):
         yield f"### {source}"
         yield ""
-        yield f"<{about[source]['address']}>: {about[source]['note']}."
+        yield f"<{sources[source]['address']}>: {sources[source]['note']}."
         yield ""
         yield (
-            "| model | tokens | GPUs | TP | ZeRO | micro batches | done twice | published "
-            "| predicted | error | row |"
+            "| model | sequence length | GPUs | TP | ZeRO | micro-batches | checkpointing "
+            "| published, tokens/s | predicted, tokens/s | error | row |"
         )
         yield "|---|---|---|---|---|---|---|---|---|---|---|"
         yield from (_row(row) for row in group)
@@ -123,7 +124,7 @@ def _row(row: Published) -> str:
 
 
 def main() -> int:
-    """Writes or checks; the exit code."""
+    """Write or check the page and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true")
     page = PAGE.read_text(encoding="utf-8")
@@ -132,7 +133,7 @@ def main() -> int:
         if page == current:
             return 0
         print(
-            "docs/results/scaling.md is not current: python tools/docs/scaling_table.py",
+            "docs/results/scaling.md is out of date; run python tools/docs/scaling_table.py",
             file=sys.stderr,
         )
         return 1
