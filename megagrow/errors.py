@@ -1,14 +1,14 @@
-"""Errors that are told in one line: what the user can mend, and what ends a run from outside."""
+"""User-facing errors, printed on one line, and errors that end a run; with their exit codes."""
 
 from pathlib import Path
 
 
 class InputError(Exception):
-    """Something given to megagrow is wrong: a config key, a file, a checkpoint, a full disk.
+    """Base of all errors that the user can fix. Exit code 2 on all ranks.
 
-    The message is one line that names the culprit and says what to do. The command line prints it
-    without a traceback and exits with code 2, on all ranks together. Names out of files that
-    somebody else has written may stand in it: what a terminal would obey is shown as an escape.
+    The subclass states which input must change. The message is one line that names the key, file
+    or rank and the fix; the command line prints it without a traceback. It may contain names from
+    untrusted files: characters that a terminal would interpret are escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -16,29 +16,47 @@ class InputError(Exception):
         super().__init__("".join(shown))
 
 
-class RunError(Exception):
-    """A run cannot go on, through no mistake in what it was given (docs/guides/fault-tolerance.md).
+class ConfigError(InputError):
+    """Invalid run file, override, command-line option or launcher setting."""
 
-    The message is one line, as that of an InputError; the exit code is that of the class.
+
+class DataError(InputError):
+    """Invalid corpus, tokenizer, text, benchmark data or recorded metrics."""
+
+
+class CheckpointError(InputError):
+    """Missing, damaged or incompatible checkpoint, in the native or another format."""
+
+
+class ResourceError(InputError):
+    """Missing disk space, memory, permission, device or package."""
+
+
+class RunError(Exception):
+    """A run that cannot continue although its input is valid (docs/guides/fault-tolerance.md).
+
+    The message is one line, as for `InputError`; `code` is the exit code.
     """
 
     code = 1
 
 
 class Diverged(RunError):
-    """All rewinds that a run may make are used up."""
+    """All rewinds allowed by `guards` are used up."""
 
     code = 3
 
 
 HANG_CODE = 4
-"""Exit code of ranks that a watchdog has ended, since one of them did not get on."""
+"""Exit code of ranks ended by the watchdog because a rank is unresponsive."""
 
 
 class PeerLost(RunError):
-    """Another rank has died, so that what all ranks do together cannot be done.
+    """Another rank has died, so collective operations cannot complete.
 
-    `is_reporter`: whether this rank is the one that says so.
+    Args:
+        message: one line.
+        is_reporter: True on the one rank that prints the message.
     """
 
     code = 5
@@ -48,6 +66,8 @@ class PeerLost(RunError):
         self.is_reporter = is_reporter
 
 
-def unwritable(path: Path, error: OSError) -> InputError:
-    """What is said of a file that cannot be written."""
-    return InputError(f"{path}: cannot be written ({error.strerror}); free the disk or the path")
+def unwritable(path: Path, error: OSError) -> ResourceError:
+    """Return the error for a file that cannot be written."""
+    return ResourceError(
+        f"{path}: cannot be written ({error.strerror}); free disk space or fix the permissions"
+    )

@@ -10,19 +10,13 @@ from megagrow.checkpoint.load import newest_checkpoint
 from megagrow.config.growth_guidelines import timing_warnings
 from megagrow.config.schema import RunConfig
 from megagrow.config.validation import world_problems
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 from megagrow.evaluation.evaluator import Evaluation, open_evaluation
 from megagrow.evaluation.results_store import forget_after
 from megagrow.growth.validation import growth_problems
-from megagrow.parallel.process_groups import (
-    Launch,
-    any_across_ranks,
-    first_host,
-    init_process_group,
-    leave_process_group,
-    read_launch,
-    run_on_all_ranks,
-)
+from megagrow.parallel.agreement import any_across_ranks, run_on_all_ranks
+from megagrow.parallel.launch import Launch, first_host, read_launch
+from megagrow.parallel.process_groups import init_process_group, leave_process_group
 from megagrow.train.checkpointer import Checkpointer
 from megagrow.train.data_setup import Inputs, open_inputs
 from megagrow.train.fault_tolerance.run_lock import lock_directory
@@ -66,7 +60,7 @@ def train(run: RunConfig) -> str | None:
     launch = read_launch()
     problems = growth_problems(run) or world_problems(run, launch.world_size)
     if problems:
-        raise InputError("; ".join(problems))
+        raise ConfigError("; ".join(problems))
     device = init_process_group(launch)
     run_on_all_ranks(lambda: check_kernels(run, device))
     inputs = run_on_all_ranks(lambda: open_inputs(run))
@@ -253,7 +247,7 @@ def _check_preserved(
     assert growth is not None
     moved = max(abs(losses[1] - losses[0]), difference.kl)
     if any_across_ranks(not moved <= growth.tolerance, stage.topology.device):
-        raise InputError(
+        raise ConfigError(
             f"the growth at step {state.counters.step} by {' with '.join(growth.operator)} should "
             f"have kept the function, but the loss on a fixed batch went from {losses[0]:.6f} to "
             f"{losses[1]:.6f} (KL {difference.kl:.2e}), more than growth.tolerance = "

@@ -168,10 +168,7 @@ def test_modules_of_a_folder_do_not_import_in_circles() -> None:
     ("package", "doors"),
     [
         ("megagrow_kernels", ("megagrow/model/ops.py",)),
-        (
-            "deepspeed",
-            ("megagrow/parallel/deepspeed_import.py", "megagrow/parallel/process_groups.py"),
-        ),
+        ("deepspeed", ("megagrow/parallel/deepspeed_import.py",)),
     ],
 )
 def test_one_door(package: str, doors: tuple[str, ...]) -> None:
@@ -202,7 +199,7 @@ def test_the_model_knows_one_device() -> None:
 
 
 def test_the_environment_is_read_in_one_place() -> None:
-    door = "megagrow/parallel/process_groups.py"
+    door = "megagrow/parallel/launch.py"
     environment = ("os.environ", "os.getenv", "os.putenv")
     found = [
         f"{name_of(path)}: {name}"

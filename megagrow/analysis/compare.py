@@ -16,7 +16,7 @@ from megagrow.analysis.plots import plot_runs
 from megagrow.analysis.seeds import group_runs, match_groups
 from megagrow.analysis.speedup import Speedup, measure_speedup
 from megagrow.analysis.speedup_curve import LossKind, loss_kind
-from megagrow.errors import InputError
+from megagrow.errors import DataError
 
 PLOT = "loss_vs_flops.png"
 
@@ -50,7 +50,7 @@ def compare_runs(curves: Sequence[RunCurves], output: Path, console: Console) ->
     """
     comparisons = [_against(run, curves) for run in curves if run.grown]
     if not comparisons:
-        raise InputError("none of the runs grew from initial weights: give at least one")
+        raise DataError("none of the runs grew from initial weights: give at least one")
     output.mkdir(parents=True, exist_ok=True)
     closing = closing_lines(curves, comparisons)
     plot_runs(curves, output / PLOT, comparisons[0].speedup)
@@ -102,7 +102,7 @@ def _against(grown: RunCurves, runs: Sequence[RunCurves]) -> Comparison:
     fitting = [run for run in runs if run.from_scratch and run.parameters[-1] == size]
     if fitting:
         return compare_pair(grown, min(fitting, key=lambda run: run.seed != grown.seed))
-    raise InputError(
+    raise DataError(
         f"{grown.name}: no run from scratch of the same {size:,} parameters is among the runs; "
         "give one to compare it with"
     )

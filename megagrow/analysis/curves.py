@@ -8,7 +8,7 @@ from pathlib import Path
 from megagrow.analysis.flop_accounting import Account, Setting, charged, read_setting
 from megagrow.analysis.run_metrics import Gauges, Score, read_gauges, read_scores
 from megagrow.analysis.speedup import LossCurve
-from megagrow.errors import InputError
+from megagrow.errors import DataError
 from megagrow.evaluation.results_store import kept_files, read_kept
 from megagrow.train.reporting.metrics import METRICS_FILE, read_metrics
 from megagrow.train.reporting.writers import Record
@@ -114,14 +114,14 @@ def load_run(directory: Path) -> RunCurves:
     try:
         return _curves(directory, path, read_metrics(path))
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: a record is not as it was written ({error!r})") from error
+        raise DataError(f"{path}: a record is not as it was written ({error!r})") from error
 
 
 def _curves(directory: Path, path: Path, records: list[Record]) -> RunCurves:
     start = _last(records, "start")
     end = _last(records, "end")
     if start is None or end is None or end["step"] < start["run_steps"]:
-        raise InputError(f"{directory}: the run is not finished; start it again and let it end")
+        raise DataError(f"{directory}: the run is not finished; start it again and let it end")
     _check_losses(path, records)
     return RunCurves(
         name=start["name"],
@@ -198,10 +198,10 @@ def _last(records: Sequence[Record], kind: str) -> Record | None:
 def _check_losses(path: Path, records: Sequence[Record]) -> None:
     trained = _trained(records)
     if not trained:
-        raise InputError(f"{path}: no training loss was recorded; lower logging.interval")
+        raise DataError(f"{path}: no training loss was recorded; lower logging.interval")
     for record in trained + _kind(records, "validation"):
         if record["loss"] is None:
-            raise InputError(
+            raise DataError(
                 f"{path}: the {record['kind']} loss at step {record['step']} is not finite; "
                 "the run diverged, lower its learning rate"
             )

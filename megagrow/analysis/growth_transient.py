@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megagrow.analysis.curves import Growth, RunCurves
-from megagrow.errors import InputError
+from megagrow.errors import DataError
 from megagrow.train.reporting.writers import Record
 
 Point = tuple[float, float]
@@ -46,7 +46,7 @@ def aftermath(records: Sequence[Record], first_tokens: int, where: str = "the ru
     """
     growths = [record for record in records if record["kind"] == "growth"]
     if not growths:
-        raise InputError(f"{where}: no growth was recorded")
+        raise DataError(f"{where}: no growth was recorded")
     growth = growths[-1]
     validations = [record for record in records if record["kind"] == "validation"]
     earlier = [r["loss"] for r in validations if r["stage"] == growth["stage"] - 1]
@@ -59,7 +59,7 @@ def aftermath(records: Sequence[Record], first_tokens: int, where: str = "the ru
     needed = [growth["loss_before"], growth["loss_after"], *earlier[-1:]]
     needed += [loss for _, loss in points]
     if not earlier or not close or None in needed:
-        raise InputError(
+        raise DataError(
             f"{where}: a loss at the growth or after it is missing or not finite; lower "
             "validation.interval, or the learning rate if it diverged"
         )

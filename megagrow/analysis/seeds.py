@@ -7,7 +7,7 @@ from functools import cached_property
 from megagrow.analysis.curves import RunCurves
 from megagrow.analysis.flop_accounting import ACCOUNTS, Account
 from megagrow.analysis.speedup_curve import Level, LossKind, loss_curve, loss_kind, speedup_along
-from megagrow.errors import InputError
+from megagrow.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def _counterpart(grown: SeedGroup, groups: Sequence[SeedGroup]) -> SeedGroup:
     for group in groups:
         if group.runs[0].from_scratch and group.runs[0].parameters[-1] == size:
             return group
-    raise InputError(
+    raise DataError(
         f"{grown.runs[0].name}: no run from scratch of the same {size:,} parameters is among the "
         "runs; give one to compare it with"
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megagrow.checkpoint.files import list_checkpoints
 from megagrow.checkpoint.manifest import Manifest, verify_checkpoint
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError, InputError
 
 
 def newest_whole(directory: Path, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
@@ -31,5 +31,5 @@ def first_whole(
             say(f"passed over a checkpoint: {error}")
             problems.append(str(error))
     if problems:
-        raise InputError(f"no checkpoint under {directory} is whole: {problems[0]}")
+        raise CheckpointError(f"no checkpoint under {directory} is whole: {problems[0]}")
     return None

@@ -12,7 +12,7 @@ from megagrow.checkpoint.manifest import (
     read_manifest,
 )
 from megagrow.common.checksums import problem_of
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError, InputError
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def folder_of(path: Path) -> Path:
     for folder in (path / "checkpoints", path):
         if list_checkpoints(folder) or unfinished(folder):
             return folder
-    raise InputError(f"{path}: neither a run directory with checkpoints nor a folder of them")
+    raise CheckpointError(f"{path}: neither a run directory with checkpoints nor a folder of them")
 
 
 def checkpoints_at(path: Path) -> list[Path]:

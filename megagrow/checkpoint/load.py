@@ -12,10 +12,10 @@ from megagrow.checkpoint.discovery import first_whole
 from megagrow.checkpoint.files import list_checkpoints, shard_name
 from megagrow.checkpoint.manifest import Manifest, parse_manifest
 from megagrow.common.checksums import problem_of
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError
 from megagrow.growth.map import identity_map
+from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
 from megagrow.parallel.engine import Storage
-from megagrow.parallel.process_groups import run_on_all_ranks, run_on_rank_zero
 from megagrow.reshard.copy_ops import block_view, take, write_rows
 from megagrow.reshard.copy_plan import Copy, copies_to
 from megagrow.reshard.layout import Block, Layout
@@ -51,7 +51,7 @@ def _verify_together(path: Path) -> Manifest:
     problems = [text for texts in everyone for text in texts]
     if problems:
         more = f"; and {len(problems) - _NAMED} more files" if len(problems) > _NAMED else ""
-        raise InputError("; ".join(problems[:_NAMED]) + more)
+        raise CheckpointError("; ".join(problems[:_NAMED]) + more)
     return manifest
 
 
@@ -74,7 +74,7 @@ def _load(path: Path, source: Layout, copies: list[Copy], layout: Layout, storag
                     opened[copy.source_rank] = files.enter_context(safe_open(shard, "pt"))
                 _load_copy(opened[copy.source_rank], copy, source, layout, storage)
             except SafetensorError as error:
-                raise InputError(f"{shard}: cannot be read ({error})") from error
+                raise CheckpointError(f"{shard}: cannot be read ({error})") from error
 
 
 def _load_copy(file: Any, copy: Copy, source: Layout, layout: Layout, storage: Storage) -> None:

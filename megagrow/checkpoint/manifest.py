@@ -15,7 +15,7 @@ from typing import Any
 from megagrow.common.checksums import FileRecord, Files, check_file, check_size, text_checksum
 from megagrow.common.file_io import sync
 from megagrow.config.schema import ModelConfig
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Layout
 
@@ -85,11 +85,11 @@ def parse_manifest(directory: Path) -> Manifest:
     names a file that is not one of a rank in its own directory."""
     path = directory / MANIFEST_FILE
     if not path.is_file():
-        raise InputError(f"{directory}: not a checkpoint, it has no {MANIFEST_FILE}")
+        raise CheckpointError(f"{directory}: not a checkpoint, it has no {MANIFEST_FILE}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.get("format", FORMAT) != FORMAT:
-            raise InputError(
+            raise CheckpointError(
                 f"{path}: written in format {values['format']}, this version reads {FORMAT}"
             )
         if values.pop("checksum") != _checksum(values):
@@ -99,10 +99,10 @@ def parse_manifest(directory: Path) -> Manifest:
         _check_kinds(manifest)
         _check_layout(manifest)
     except _NOT_READ as error:
-        raise InputError(f"{path}: damaged ({error}); use another checkpoint") from error
+        raise CheckpointError(f"{path}: damaged ({error}); use another checkpoint") from error
     for name in files:
         if not _SHARD.fullmatch(name):
-            raise InputError(f"{path}: names {name!r}, which is no rank's file; do not use it")
+            raise CheckpointError(f"{path}: names {name!r}, which is no rank's file; do not use it")
     return manifest
 
 

@@ -16,9 +16,9 @@ from megagrow.checkpoint.shards import own_tensors, planned_shard, write_shard
 from megagrow.common.checksums import Files
 from megagrow.common.disk_space import check_room
 from megagrow.common.file_io import sync
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError, InputError
+from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.parallel.engine import Storage
-from megagrow.parallel.process_groups import run_on_all_ranks
 from megagrow.reshard.layout import Layout
 
 
@@ -105,7 +105,9 @@ class Save:
                 shutil.rmtree(self.partial, ignore_errors=True)
             before = list_checkpoints(self.directory)
             rest = f"the last good one is {before[-1]}" if before else "there is none before it"
-            raise InputError(f"checkpoint {self.final} was not saved: {error}; {rest}") from error
+            raise CheckpointError(
+                f"checkpoint {self.final} was not saved: {error}; {rest}"
+            ) from error
 
 
 def total_bytes(tensors: dict[str, Tensor]) -> int:

@@ -17,7 +17,7 @@ from megagrow.checkpoint.shards import KINDS, Places, shard_tensors
 from megagrow.checkpoint.tensor_file import Stored, read_elements, read_header
 from megagrow.common.checksums import Files
 from megagrow.config.schema import ModelConfig
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError
 from megagrow.growth.map import StateKind
 from megagrow.reshard.layout import Block, Layout
 
@@ -113,13 +113,13 @@ def _checked_header(path: Path, layout: Layout, rank: int, files: Files) -> dict
         return {}
     name = shard_name(rank)
     if name not in files:
-        raise InputError(f"{path}: its manifest names no {name}; use another checkpoint")
+        raise CheckpointError(f"{path}: its manifest names no {name}; use another checkpoint")
     found = read_header(path / name)
     for tensor, stored in wanted.items():
         if tensor not in found:
-            raise InputError(f"{path / name}: holds no {tensor}; use another checkpoint")
+            raise CheckpointError(f"{path / name}: holds no {tensor}; use another checkpoint")
         if found[tensor][:2] != stored[:2]:
-            raise InputError(
+            raise CheckpointError(
                 f"{path / name}: {tensor} is {found[tensor].dtype} {list(found[tensor].shape)}, "
                 f"not {stored.dtype} {list(stored.shape)}; use another checkpoint"
             )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megagrow.common.file_io import read_bytes
 from megagrow.common.json_text import parse_json
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The types that weights may have, by their names in the format."""
@@ -97,9 +97,9 @@ def read_header(path: Path) -> dict[str, Stored]:
         placed = {intern(name): _stored(name, entry) for name, entry in entries.items()}
         _check_end_to_end(placed, size - 8 - length)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, struct.error) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
     return {name: s._replace(begin=s.begin + 8 + length) for name, (s, _) in placed.items()}
 
 

@@ -15,7 +15,7 @@ from megagrow.cli.evaluate import evaluate
 from megagrow.cli.fit import fit_app
 from megagrow.cli.train import train
 from megagrow.common.tables import Overrides, RunFile, table_console
-from megagrow.errors import InputError, PeerLost, RunError
+from megagrow.errors import ConfigError, InputError, PeerLost, RunError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 config_app = typer.Typer(help="Look at run files.", no_args_is_help=True)
@@ -202,7 +202,7 @@ def report(
     from megagrow.analysis.report import write_report
 
     if against not in (None, "paper"):
-        raise InputError(f"--against {against}: give `paper`, or leave it out")
+        raise ConfigError(f"--against {against}: give `paper`, or leave it out")
     write_report(runs, output, Console(), against_paper=against == "paper")
 
 
@@ -232,7 +232,7 @@ def main() -> None:
 
 
 def _say_once(text: str) -> None:
-    from megagrow.parallel.process_groups import read_launch
+    from megagrow.parallel.launch import read_launch
 
     try:
         first = read_launch().local_rank == 0
@@ -243,7 +243,7 @@ def _say_once(text: str) -> None:
 
 def _say(text: str, is_reporter: bool) -> None:
     """Says something, or gives the rank that does the time for it."""
-    from megagrow.parallel.process_groups import launcher_kills_all_ranks
+    from megagrow.parallel.launch import launcher_kills_all_ranks
 
     if is_reporter:
         print(text, file=sys.stderr, flush=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from megagrow.common.tables import Overrides, table_console
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 
 WAIT_SECONDS = 60.0
 """How long ranks wait for each other, by default: imports from a shared disk take a while."""
@@ -31,14 +31,14 @@ def doctor(
     from megagrow.config.load import load_run
 
     if run_file is None and overrides:
-        raise InputError("--set changes a key of a run file: give one with --run")
+        raise ConfigError("--set changes a key of a run file: give one with --run")
     run = None if run_file is None else load_run(run_file, overrides or ())
     if cluster:
         folder = run.output_dir if run is not None and output_dir is None else output_dir
         _examine_cluster(folder, timeout or WAIT_SECONDS)
         return
     if output_dir is not None or timeout is not None:
-        raise InputError("--output-dir and --timeout go with --cluster")
+        raise ConfigError("--output-dir and --timeout go with --cluster")
     import torch
 
     from megagrow.doctor.local import show_doctor
@@ -52,7 +52,7 @@ def _examine_cluster(folder: Path | None, seconds: float) -> None:
     from megagrow.doctor.cluster import examine
     from megagrow.doctor.diagnostics import findings
     from megagrow.doctor.tables import show_cluster
-    from megagrow.parallel.process_groups import read_launch
+    from megagrow.parallel.launch import read_launch
 
     launch = read_launch()
     found = examine(launch, folder, seconds)
@@ -61,4 +61,4 @@ def _examine_cluster(folder: Path | None, seconds: float) -> None:
         show_cluster(found, wrong, table_console())
     if wrong:
         things = "1 thing is" if len(wrong) == 1 else f"{len(wrong)} things are"
-        raise InputError(f"{things} wrong with the cluster: {wrong[0]}")
+        raise ConfigError(f"{things} wrong with the cluster: {wrong[0]}")

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 
 
 def evaluate(
@@ -48,12 +48,13 @@ def evaluate(
     from megagrow.evaluation.results_store import run_of, standing
     from megagrow.evaluation.runner import evaluate as run_tasks
     from megagrow.evaluation.tasks import load_tasks
-    from megagrow.parallel.process_groups import leave_process_group, run_on_all_ranks
+    from megagrow.parallel.agreement import run_on_all_ranks
+    from megagrow.parallel.process_groups import leave_process_group
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     topology = join(tp)
     if not names:
-        raise InputError("--tasks: names none")
+        raise ConfigError("--tasks: names none")
     asked = run_on_all_ranks(lambda: load_tasks(names, data_dir))
     loaded = load(checkpoint, topology, tokenizer, dtype)
     found = run_tasks(evaluated(loaded, topology, batch_size), asked, limit)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from megagrow.common.json_text import finite
-from megagrow.errors import InputError, unwritable
+from megagrow.errors import ConfigError, unwritable
 
 if TYPE_CHECKING:
     from megagrow.fits.data import Data, IsoPoint
@@ -124,9 +124,9 @@ def _iso_data(
 
     csv = csv_of(sources)
     if csv is None and budgets is None:
-        raise InputError("--budgets is missing: at which FLOPs the runs are to be compared")
+        raise ConfigError("--budgets is missing: at which FLOPs the runs are to be compared")
     if csv is not None and budgets is not None:
-        raise InputError(f"--budgets is for run directories: {csv} has its own column 'flops'")
+        raise ConfigError(f"--budgets is for run directories: {csv} has its own column 'flops'")
     if budgets is not None:
         return iso_points(sources, parse_budgets(budgets), choice)
     assert csv is not None

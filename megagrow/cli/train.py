@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from megagrow.common.tables import Overrides, RunFile, table_console
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 
 
 def train(
@@ -37,10 +37,10 @@ def train(
         count = len(rehearsal.problems)
         if count:
             problems = "1 problem" if count == 1 else f"{count} problems"
-            raise InputError(f"the run would not start: {problems}, see above")
+            raise ConfigError(f"the run would not start: {problems}, see above")
         return
     if world is not None or rank is not None:
-        raise InputError("--world and --rank need --dry-run: a real run has its launcher's ranks")
+        raise ConfigError("--world and --rank need --dry-run: a real run has its launcher's ranks")
     from megagrow.run import train as train_run
 
     if train_run(load_run(run_file, overrides or ())) is not None:

@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from megagrow.common.file_io import raw_bytes, read_bytes
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError, InputError
 
 READ_BYTES = 2**22
 """What is read, and held, at once."""
@@ -39,10 +39,12 @@ def text_checksum(text: str) -> str:
 def check_size(path: Path, record: FileRecord) -> None:
     """InputError if a file is not there, or of another size."""
     if not path.is_file():
-        raise InputError(f"{path.parent}: {path.name} is missing; use another checkpoint")
+        raise CheckpointError(f"{path.parent}: {path.name} is missing; use another checkpoint")
     found = path.stat().st_size
     if found != record.bytes:
-        raise InputError(f"{path}: truncated or damaged, {found} bytes instead of {record.bytes}")
+        raise CheckpointError(
+            f"{path}: truncated or damaged, {found} bytes instead of {record.bytes}"
+        )
 
 
 def check_file(path: Path, record: FileRecord) -> None:
@@ -55,7 +57,7 @@ def check_file(path: Path, record: FileRecord) -> None:
         read_bytes(path, part, first)
         checksum.update(raw_bytes(part))
     if checksum.hexdigest() != record.xxh3_64:
-        raise InputError(
+        raise CheckpointError(
             f"{path}: damaged, its checksum is {checksum.hexdigest()} instead of {record.xxh3_64}"
         )
 

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from megagrow.common.sizes import format_bytes
-from megagrow.errors import InputError
+from megagrow.errors import ResourceError
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -13,7 +13,7 @@ def check_room(folder: Path, needed: int) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(there).free
     if needed > free:
-        raise InputError(
+        raise ResourceError(
             f"{folder}: has {format_bytes(free)} of room, {format_bytes(needed)} are needed; free "
             "the disk or write elsewhere"
         )

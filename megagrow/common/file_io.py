@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError
 
 
 def sync(path: Path) -> None:
@@ -27,12 +27,14 @@ def read_bytes(path: Path, into: Tensor, offset: int) -> None:
             while view:
                 count = os.preadv(descriptor, [view], offset)
                 if count == 0:
-                    raise InputError(f"{path}: ends before byte {offset + len(view)}; truncated")
+                    raise CheckpointError(
+                        f"{path}: ends before byte {offset + len(view)}; truncated"
+                    )
                 view, offset = view[count:], offset + count
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def write_bytes(descriptor: int, data: memoryview, offset: int) -> None:

@@ -7,7 +7,7 @@ for. Links, and what else only a predicted step needs, stand in planning/cluster
 
 from dataclasses import dataclass
 
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -78,5 +78,5 @@ def find_gpu(name: str, option: str = "--gpu") -> Gpu:
     key = " ".join(name.upper().replace("-", " ").split())
     if key not in known:
         names = ", ".join(row.lower().replace(" ", "-") for row in known)
-        raise InputError(f"{option} {name}: not known; known are {names}")
+        raise ConfigError(f"{option} {name}: not known; known are {names}")
     return known[key]

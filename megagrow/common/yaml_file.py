@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 
 FILE_BYTES = 1_000_000
 VALUES = 100_000
@@ -77,14 +77,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             raw = file.read(FILE_BYTES + 1)
         if len(raw) > FILE_BYTES:
-            raise InputError(f"{path}: more than {FILE_BYTES} bytes; not a run file")
+            raise ConfigError(f"{path}: more than {FILE_BYTES} bytes; not a run file")
         value = parse_yaml(raw.decode("utf-8"), str(path))
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+        raise ConfigError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a UTF-8 text file (byte {error.start})") from error
+        raise ConfigError(f"{path}: not a UTF-8 text file (byte {error.start})") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path}: should hold a mapping of keys to values")
+        raise ConfigError(f"{path}: should hold a mapping of keys to values")
     return value
 
 
@@ -95,11 +95,11 @@ def parse_yaml(text: str, origin: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{origin}{line}: {error.problem or error.context}") from error
+        raise ConfigError(f"{origin}{line}: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
-        raise InputError(f"{origin}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{origin}: {' '.join(str(error).split())}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{origin}: {error}") from error
+        raise ConfigError(f"{origin}: {error}") from error
 
 
 def _parts(node: yaml.Node) -> list[yaml.Node]:

@@ -18,7 +18,7 @@ from megagrow.config.overrides import (
 )
 from megagrow.config.schema import ModelConfig
 from megagrow.config.validation import model_problems
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 
 Tree = dict[str, Any]
 
@@ -48,10 +48,10 @@ def expand(tree: Tree, folders: Sequence[Path], origin: str) -> Tree:
         return expanded
     stages = tree["stages"]
     if not isinstance(stages, list):
-        raise InputError(f"{origin}: 'stages' should be a list of stages")
+        raise ConfigError(f"{origin}: 'stages' should be a list of stages")
     for index, stage in enumerate(stages):
         if not isinstance(stage, dict):
-            raise InputError(f"{origin}: 'stages.{index}' should be a mapping of keys to values")
+            raise ConfigError(f"{origin}: 'stages.{index}' should be a mapping of keys to values")
     prefixed = [(f"stages.{index}.", stage) for index, stage in enumerate(stages)]
     return expanded | {"stages": [_expand_sections(s, p, folders, origin) for p, s in prefixed]}
 
@@ -84,12 +84,12 @@ def named_section(
     if isinstance(value, str):
         value = {"base": value}
     if not isinstance(value, dict):
-        raise InputError(f"{where} should be a mapping, or the name of a file in {section}/")
+        raise ConfigError(f"{where} should be a mapping, or the name of a file in {section}/")
     if "base" not in value:
         return value
     name = str(value["base"])
     if name in via:
-        raise InputError(f"{where} is built on itself: {' -> '.join([*via, name])}")
+        raise ConfigError(f"{where} is built on itself: {' -> '.join([*via, name])}")
     file = find_file(name, section, folders, where)
     part = read_mapping(file)
     refuse_unknown_part_keys(part, section, str(file))
@@ -103,7 +103,7 @@ def find_file(name: str, section: str, folders: Sequence[Path], where: str) -> P
     Raises InputError, which names what comes nearest.
     """
     if len(name) > LONGEST_NAME:
-        raise InputError(f"{where}: '{name[:20]}...' is too long to be the name of a part")
+        raise ConfigError(f"{where}: '{name[:20]}...' is too long to be the name of a part")
     for folder in folders:
         file = folder / section / f"{name}.yaml"
         if file.is_file():
@@ -113,7 +113,7 @@ def find_file(name: str, section: str, folders: Sequence[Path], where: str) -> P
     listed = f"known: {', '.join(known)}" if known else f"there is no file in {section}/"
     hint = f"did you mean '{near[0]}'?" if near else listed
     sought = Path(section, f"{name}.yaml")
-    raise InputError(f"{where} names '{name}', but there is no {sought}; {hint}")
+    raise ConfigError(f"{where} names '{name}', but there is no {sought}; {hint}")
 
 
 def read_run(path: Path, via: tuple[Path, ...] = ()) -> Tree:
@@ -133,7 +133,7 @@ def read_run(path: Path, via: tuple[Path, ...] = ()) -> Tree:
         file = find_file(str(own["base"]), "", folders, f"{origin}: 'base'")
         if file in (via := (*via, path.resolve())):
             trail = " -> ".join(item.stem for item in (*via, file))
-            raise InputError(f"{origin}: 'base' is built on itself: {trail}")
+            raise ConfigError(f"{origin}: 'base' is built on itself: {trail}")
         under = read_run(file, via)
     if "hardware" in own:
         under = with_hardware({**under, "hardware": own["hardware"]}, folders, origin)
@@ -153,7 +153,7 @@ def with_hardware(tree: Tree, folders: Sequence[Path], origin: str) -> Tree:
     if "hardware" not in tree:
         return tree
     if not isinstance(tree["hardware"], str):
-        raise InputError(f"{origin}: 'hardware' should be the name of a file in hardware/")
+        raise ConfigError(f"{origin}: 'hardware' should be the name of a file in hardware/")
     profile = named_section(tree["hardware"], "hardware", folders, f"{origin}: 'hardware'")
     laid = merge({key: tree[key] for key in tree if key != "hardware"}, profile)
     if "stages" in tree:
@@ -198,7 +198,7 @@ def load_model(name: str) -> ModelConfig:
         refuse_unknown_part_keys(tree, "model", name)
         tree = expand({"model": tree}, folders, name)["model"]
     elif path.suffix == ".yaml":
-        raise InputError(f"{name}: no such file")
+        raise ConfigError(f"{name}: no such file")
     else:
         tree = expand({"model": name}, folders, f"model {name}")["model"]
     return checked_model(tree, name)
@@ -214,7 +214,7 @@ def checked_model(values: dict[str, object], origin: str) -> ModelConfig:
             for found in error.errors()
             if found["type"] != "default_factory_not_called"  # it hangs on another key's error
         ]
-        raise InputError(f"{origin}: {'; '.join(wrong)}") from error
+        raise ConfigError(f"{origin}: {'; '.join(wrong)}") from error
     if found := list(model_problems(model, "model")):
-        raise InputError(f"{origin}: {'; '.join(found)}")
+        raise ConfigError(f"{origin}: {'; '.join(found)}")
     return model

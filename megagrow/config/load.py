@@ -16,7 +16,7 @@ from megagrow.config.overrides import DEFAULTS, apply_override, refuse_unknown_k
 from megagrow.config.schema import RunConfig, StageConfig
 from megagrow.config.stage_length import LENGTHS, lengths_in, settled, unsettled
 from megagrow.config.validation import problems
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 
 KeyPath = tuple[int | str, ...]
 
@@ -43,13 +43,13 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         run = RunConfig.model_validate(_with_stages(tree, origin))
     except ValidationError as error:
-        raise InputError(f"{origin}: {'; '.join(_explained(error, tree))}") from error
+        raise ConfigError(f"{origin}: {'; '.join(_explained(error, tree))}") from error
     if found := problems(run):
-        raise InputError(f"{origin}: {'; '.join(found)}")
+        raise ConfigError(f"{origin}: {'; '.join(found)}")
     try:
         return settled(run)
     except ValueError as error:
-        raise InputError(f"{origin}: {error}") from error
+        raise ConfigError(f"{origin}: {error}") from error
 
 
 def _with_stages(tree: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -72,7 +72,9 @@ def _filled(defaults: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
 def _refuse_two_lengths(stage: dict[str, Any], place: str, origin: str) -> None:
     if len(given := lengths_in(stage)) > 1:
         keys = " and ".join(f"'{place}{key}'" for key in given)
-        raise InputError(f"{origin}: {keys} each say how long a stage is: keep one, or set to null")
+        raise ConfigError(
+            f"{origin}: {keys} each say how long a stage is: keep one, or set to null"
+        )
 
 
 def _explained(error: ValidationError, tree: dict[str, Any]) -> list[str]:

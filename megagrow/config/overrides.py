@@ -9,7 +9,7 @@ from megagrow.common.yaml_file import parse_yaml
 from megagrow.config.schema import RunConfig, StageConfig
 from megagrow.config.sections import Section
 from megagrow.config.stage_length import LENGTHS
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 
 
 def apply_override(tree: dict[str, Any], text: str) -> dict[str, Any]:
@@ -22,11 +22,13 @@ def apply_override(tree: dict[str, Any], text: str) -> dict[str, Any]:
     path, equals, written = text.partition("=")
     names = path.strip().split(".")
     if not equals or not all(names):
-        raise InputError(f"{origin}: should be path.to.key=value")
+        raise ConfigError(f"{origin}: should be path.to.key=value")
     if names == ["base"]:
-        raise InputError(f"{origin}: give the path of that run file in place of this one's")
+        raise ConfigError(f"{origin}: give the path of that run file in place of this one's")
     if names[-1] == "base":
-        raise InputError(f"{origin}: name the part itself, as in --set {'.'.join(names[:-1])}=NAME")
+        raise ConfigError(
+            f"{origin}: name the part itself, as in --set {'.'.join(names[:-1])}=NAME"
+        )
     changed = deepcopy(tree)
     _put(changed, names, parse_yaml(written, origin), origin)
     refuse_no_effect(changed, names, origin)
@@ -46,7 +48,7 @@ def refuse_no_effect(tree: dict[str, Any], names: list[str], origin: str) -> Non
         paths = [[key] for key in LENGTHS]
     if all(any(_holds(stage, path) for path in paths) for stage in stages):
         places = f"stages.0.{'.'.join(names)} to stages.{len(stages) - 1}.{'.'.join(names)}"
-        raise InputError(f"{origin}: has no effect, for every stage has its own; set {places}")
+        raise ConfigError(f"{origin}: has no effect, for every stage has its own; set {places}")
 
 
 def _put(node: Any, names: list[str], value: Any, origin: str, above: str = "") -> None:
@@ -59,7 +61,7 @@ def _put(node: Any, names: list[str], value: Any, origin: str, above: str = "") 
     inner = node[key] if isinstance(node, list) else node.get(key)
     if not isinstance(inner, dict | list):
         if names[1].isdecimal():
-            raise InputError(f"{origin}: there is no list at '{path}'")
+            raise ConfigError(f"{origin}: there is no list at '{path}'")
         inner = node[key] = {}
     _put(inner, names[1:], value, origin, f"{path}.")
 
@@ -68,7 +70,7 @@ def _index(items: list[Any], name: str, above: str, origin: str) -> int:
     if name.isdecimal() and int(name) < len(items):
         return int(name)
     place = above.removesuffix(".")
-    raise InputError(f"{origin}: '{place}' has {len(items)} entries, counted from 0; not '{name}'")
+    raise ConfigError(f"{origin}: '{place}' has {len(items)} entries, counted from 0; not '{name}'")
 
 
 def _holds(node: Any, names: list[str]) -> bool:
@@ -154,7 +156,7 @@ def run_keys() -> Keys:
 def _refuse(unknown: Iterator[tuple[str, str]], origin: str) -> None:
     problems = [f"unknown key '{path}'; {hint}" for path, hint in unknown]
     if problems:
-        raise InputError(f"{origin}: {'; '.join(problems)}")
+        raise ConfigError(f"{origin}: {'; '.join(problems)}")
 
 
 def _unknown(tree: dict[str, Any], keys: Keys, prefix: str) -> Iterator[tuple[str, str]]:

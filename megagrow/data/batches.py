@@ -10,7 +10,7 @@ from megagrow.config.schema import CorpusConfig, DataConfig
 from megagrow.data.indexed import IndexedCorpus
 from megagrow.data.manifest import CorpusManifest
 from megagrow.data.stream import NO_LABEL, Tokens, TokenStream
-from megagrow.errors import InputError
+from megagrow.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def sequences_of(
     """
     per_step = micro_batch_size * dp_size
     if global_batch_size % per_step:
-        raise InputError(
+        raise DataError(
             f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size "
             f"{micro_batch_size} x data parallel {dp_size}"
         )
@@ -110,7 +110,7 @@ class BatchReader:
 
     def _refuse(self, position: int, index: int, ids: np.ndarray, ahead: int) -> None:
         place = self._stream.locate(position + index)
-        raise InputError(
+        raise DataError(
             f"{self._stream.corpora[place.corpus].prefix}.bin: token id {ids[index]} at token "
             f"{place.offset + ahead} is outside of the model's vocabulary of {self._vocab_size}; "
             "prepare the corpus with the model's tokenizer, or set vocab_size"
@@ -140,7 +140,7 @@ def _check_manifest(corpus: IndexedCorpus, vocab_size: int) -> None:
     manifest = CorpusManifest.beside(corpus.prefix)
     split = manifest.splits.get(corpus.prefix.name) if manifest else None
     if split is not None and split.max_token_id >= vocab_size:
-        raise InputError(
+        raise DataError(
             f"{corpus.prefix}: holds token ids up to {split.max_token_id}, more than the model's "
             f"vocab_size {vocab_size} allows; prepare it with the model's tokenizer, or set "
             "vocab_size"

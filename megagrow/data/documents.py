@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 
 from megagrow.data.sources import SourceUnit, open_hub
-from megagrow.errors import InputError
+from megagrow.errors import DataError
 
 ROWS = 256
 """Rows of a parquet file that are held at a time."""
@@ -52,7 +52,7 @@ def _read_texts(unit: SourceUnit) -> Iterator[Document]:
         try:
             yield Document(content.decode("utf-8-sig", errors), len(content))
         except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert it") from error
+            raise DataError(f"{path}: not UTF-8 at byte {error.start}; convert it") from error
 
 
 def _read_json_lines(unit: SourceUnit, text_key: str) -> Iterator[Document]:
@@ -71,7 +71,7 @@ def _read_json_lines(unit: SourceUnit, text_key: str) -> Iterator[Document]:
                 text = _text_of_line(line, text_key)
             except ValueError as error:
                 number += _lines_before(path, unit.start)
-                raise InputError(f"{path}: line {number}: {error}") from error
+                raise DataError(f"{path}: line {number}: {error}") from error
             yield Document(text, len(line))
 
 
@@ -85,9 +85,9 @@ def _read_compressed(unit: SourceUnit, text_key: str) -> Iterator[Document]:
                 before, consumed = consumed, raw.tell()
                 yield Document(_text_of_line(line, text_key), consumed - before)
         except (ValueError, pyarrow.ArrowException) as error:
-            raise InputError(f"{path}: line {number}: {error}") from error
+            raise DataError(f"{path}: line {number}: {error}") from error
         except OSError as error:
-            raise InputError(f"{path}: damaged after line {number}: {error}") from error
+            raise DataError(f"{path}: damaged after line {number}: {error}") from error
 
 
 def _decompress(raw: BinaryIO, path: str) -> Iterable[bytes]:
@@ -101,7 +101,7 @@ def _read_parquet(unit: SourceUnit, text_key: str) -> Iterator[Document]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if text_key not in file.schema_arrow.names:
-                raise InputError(f"{path}: no column {text_key!r}; set the text key")
+                raise DataError(f"{path}: no column {text_key!r}; set the text key")
             groups = range(unit.start, unit.stop)
             rows = sum(file.metadata.row_group(group).num_rows for group in groups)
             batches = file.iter_batches(ROWS, row_groups=list(groups), columns=[text_key])
@@ -110,7 +110,7 @@ def _read_parquet(unit: SourceUnit, text_key: str) -> Iterator[Document]:
                 where = f"{path}: row {number} from row group {unit.start}"
                 yield Document(_checked(text, text_key, where), unit.size // rows)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: damaged parquet file: {error}") from error
+        raise DataError(f"{path}: damaged parquet file: {error}") from error
 
 
 def _read_hub(unit: SourceUnit, text_key: str) -> Iterator[Document]:
@@ -123,7 +123,7 @@ def _read_hub(unit: SourceUnit, text_key: str) -> Iterator[Document]:
             text = _checked(row.get(text_key), text_key, where)
             yield Document(text, len(text.encode()))
     except (OSError, ValueError) as error:
-        raise InputError(f"{source}: cannot read shard {unit.start}: {error}") from error
+        raise DataError(f"{source}: cannot read shard {unit.start}: {error}") from error
 
 
 def _text_of_line(line: bytes, text_key: str) -> str:
@@ -152,7 +152,7 @@ def _text_of_line(line: bytes, text_key: str) -> str:
 
 def _checked(text: object, text_key: str, where: str) -> str:
     if not isinstance(text, str):
-        raise InputError(f"{where}: no text under {text_key!r}; set the text key")
+        raise DataError(f"{where}: no text under {text_key!r}; set the text key")
     return text
 
 

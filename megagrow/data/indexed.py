@@ -21,7 +21,7 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
-from megagrow.errors import InputError
+from megagrow.errors import DataError, InputError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -101,7 +101,7 @@ class IndexedCorpus:
         if idx_size != expected:
             raise self._broken(f"it has {idx_size} bytes where its header promises {expected}")
         if sequences == 0 or entries < 2:
-            raise InputError(f"{self._idx_path}: the corpus is empty; prepare it again from text")
+            raise DataError(f"{self._idx_path}: the corpus is empty; prepare it again from text")
         return dtype, sequences, entries
 
     def _map_index(self, sequences: int, entries: int) -> tuple[np.ndarray, ...]:
@@ -121,7 +121,7 @@ class IndexedCorpus:
             raise self._broken("its documents do not cover its sequences")
         expected = int(self._pointers[-1]) + int(self._lengths[-1]) * self._itemsize
         if bin_size < expected:
-            raise InputError(
+            raise DataError(
                 f"{self._bin_path}: truncated: {bin_size} bytes of {expected}; copy it again"
             )
         if bin_size != expected or bin_size % self._itemsize:
@@ -140,7 +140,7 @@ class IndexedCorpus:
             raise self._broken("its document indices are not in ascending order")
 
     def _broken(self, reason: str) -> InputError:
-        return InputError(f"{self._idx_path}: broken index: {reason}; prepare or copy it again")
+        return DataError(f"{self._idx_path}: broken index: {reason}; prepare or copy it again")
 
 
 def _size_of(path: Path) -> int:
@@ -148,11 +148,11 @@ def _size_of(path: Path) -> int:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise InputError(
+        raise DataError(
             f"{path}: {error.strerror}; a corpus is PREFIX.bin and PREFIX.idx"
         ) from error
     if size == 0:
-        raise InputError(f"{path}: the file is empty; prepare or copy it again")
+        raise DataError(f"{path}: the file is empty; prepare or copy it again")
     return size
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megagrow.common.json_text import parse_json
 from megagrow.common.safe_paths import is_inner_path
-from megagrow.errors import InputError
+from megagrow.errors import DataError
 
 NAME = "manifest.json"
 FORMAT: Final = "megagrow corpus 1"
@@ -79,12 +79,12 @@ class CorpusManifest(BaseModel):
                 return None
             manifest = cls.model_validate(content)
         except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
         except (ValueError, ValidationError) as error:
-            raise InputError(f"{path}: damaged; delete it or prepare the corpus again") from error
+            raise DataError(f"{path}: damaged; delete it or prepare the corpus again") from error
         for name in (manifest.tokenizer, *manifest.files):
             if not is_inner_path(name):
-                raise InputError(f"{path}: names {name[:100]!r}, which is not in its folder")
+                raise DataError(f"{path}: names {name[:100]!r}, which is not in its folder")
         return manifest
 
     def write(self, folder: Path) -> None:
@@ -104,11 +104,11 @@ def verify(output: Path) -> CorpusManifest:
     that differs."""
     manifest = CorpusManifest.beside(output / NAME)
     if manifest is None:
-        raise InputError(f"{output}: no {NAME}; not a folder that `megagrow prepare` has completed")
+        raise DataError(f"{output}: no {NAME}; not a folder that `megagrow prepare` has completed")
     for name, record in manifest.files.items():
         path = output / name
         if not path.is_file():
-            raise InputError(f"{path}: missing; prepare the corpus again")
+            raise DataError(f"{path}: missing; prepare the corpus again")
         if CorpusFile.of(path) != record:
-            raise InputError(f"{path}: not what was written (checksum); prepare the corpus again")
+            raise DataError(f"{path}: not what was written (checksum); prepare the corpus again")
     return manifest

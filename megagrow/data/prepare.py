@@ -39,7 +39,7 @@ from megagrow.data.tokenizers import (
     train_sentencepiece,
 )
 from megagrow.data.workers import TaskFunction, run_tasks
-from megagrow.errors import InputError
+from megagrow.errors import DataError
 
 TRAIN_TOKENIZER = "train"
 DEFAULT_VOCAB_SIZE = 32_000
@@ -104,14 +104,14 @@ def _check_options(
     sources: list[str], output: Path, validation_fraction: float, workers: int | None
 ) -> None:
     if not sources:
-        raise InputError("nothing to prepare: name at least one source")
+        raise DataError("nothing to prepare: name at least one source")
     if not 0 <= validation_fraction < 1:
-        raise InputError(f"validation_fraction {validation_fraction} is not in [0, 1)")
+        raise DataError(f"validation_fraction {validation_fraction} is not in [0, 1)")
     if workers is not None and workers < 1:
-        raise InputError(f"workers {workers}: there has to be at least one")
+        raise DataError(f"workers {workers}: there has to be at least one")
     for source in sources:
         if Path(source).is_dir() and output.resolve().is_relative_to(Path(source).resolve()):
-            raise InputError(f"{output}: is inside of the source {source}; write elsewhere")
+            raise DataError(f"{output}: is inside of the source {source}; write elsewhere")
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def _disk_errors(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"{error.filename or output}: {error.strerror or error}") from error
+        raise DataError(f"{error.filename or output}: {error.strerror or error}") from error
 
 
 def _identity(tokenizer: str, vocab_size: int | None) -> str:
@@ -141,7 +141,7 @@ def _train_tokenizer(
     size = vocab_size or DEFAULT_VOCAB_SIZE
     sample = list(_sample(units, options, size * SAMPLE_BYTES_PER_TOKEN))
     if not sample:
-        raise InputError("the sources have no document with a text in it")
+        raise DataError("the sources have no document with a text in it")
     megabytes = sum(map(len, sample)) / 1e6
     with console.status("training the tokenizer"):
         console.print(f"training a tokenizer of {size:,} tokens on {megabytes:.1f} MB of text")
@@ -219,10 +219,10 @@ def _total(split: str, parts: list[PartFile]) -> Split:
 def _check_totals(totals: dict[str, Split], validation_fraction: float) -> None:
     documents = sum(total.documents for total in totals.values())
     if documents == 0:
-        raise InputError("the sources have no document with a text in it")
+        raise DataError("the sources have no document with a text in it")
     for name, total in totals.items():
         if total.documents == 0 and (name == TRAIN or validation_fraction > 0):
-            raise InputError(
+            raise DataError(
                 f"validation_fraction {validation_fraction} of {documents} documents leaves none "
                 f"for {name}; change it, or cut the text into more documents"
             )

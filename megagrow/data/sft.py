@@ -18,7 +18,7 @@ from megagrow.data.indexed import IndexedCorpus, with_suffix
 from megagrow.data.manifest import CorpusManifest
 from megagrow.data.stream import TokenStream
 from megagrow.data.tokenizers import Tokenizer
-from megagrow.errors import InputError
+from megagrow.errors import DataError
 
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -78,7 +78,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; name a file of instructions") from error
+        raise DataError(f"{path}: {error.strerror}; name a file of instructions") from error
     if path.suffix == ".jsonl":
         for number, line in enumerate(raw.split(b"\n"), start=1):
             if line.strip():
@@ -86,7 +86,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         return
     found = _parsed(raw, str(path))
     if not isinstance(found, list):
-        raise InputError(
+        raise DataError(
             f"{path}: no JSON list of records; a file with one record per line is named .jsonl"
         )
     yield from ((f"{path}: record {number}", item) for number, item in enumerate(found, start=1))
@@ -96,18 +96,18 @@ def _parsed(raw: bytes, where: str) -> Any:
     try:
         return parse_json(raw)
     except ValueError as error:
-        raise InputError(f"{where}: not JSON ({error})") from error
+        raise DataError(f"{where}: not JSON ({error})") from error
 
 
 def _example(record: Any, where: str) -> Example:
     if not isinstance(record, dict):
-        raise InputError(f"{where}: not an object with the keys instruction, input and output")
+        raise DataError(f"{where}: not an object with the keys instruction, input and output")
     values = {"input": "", **record}
     for key in ("instruction", "input", "output"):
         if not isinstance(values.get(key), str):
-            raise InputError(f"{where}: no text under the key {key!r}")
+            raise DataError(f"{where}: no text under the key {key!r}")
     if not values["instruction"].strip():
-        raise InputError(f"{where}: the instruction is empty")
+        raise DataError(f"{where}: the instruction is empty")
     return Example(prompt_of(values["instruction"], values["input"]), values["output"])
 
 
@@ -135,20 +135,20 @@ def _opened(corpus: IndexedCorpus, length: int) -> IndexedCorpus:
         (p for s in (".bin", ".idx") if not (p := with_suffix(prefix, s)).is_file()), None
     )
     if missing is not None:
-        raise InputError(
+        raise DataError(
             f"{missing}: no such file; stage: sft needs a mask beside its corpus: prepare it with "
             "megagrow prepare-sft"
         )
     mask = IndexedCorpus(prefix)
     if mask.num_tokens != corpus.num_tokens:
-        raise InputError(
+        raise DataError(
             f"{prefix}.bin: {mask.num_tokens} tokens are masked, the corpus has "
             f"{corpus.num_tokens}; prepare it again"
         )
     manifest = CorpusManifest.beside(corpus.prefix)
     packed = manifest.sequence_length if manifest else None
     if packed not in (None, length):
-        raise InputError(
+        raise DataError(
             f"{corpus.prefix}: its examples stand in rows of {packed} tokens, "
             f"data.sequence_length is {length}; make them equal"
         )

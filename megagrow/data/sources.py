@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import pyarrow
 import pyarrow.parquet
 
-from megagrow.errors import InputError
+from megagrow.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -78,7 +78,7 @@ def open_hub(source: str) -> tuple["IterableDataset", str]:
         dataset = builder.as_streaming_dataset(split=split or "train")
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{source}: cannot open this dataset: {reason}") from error
+        raise DataError(f"{source}: cannot open this dataset: {reason}") from error
     files = builder.config.data_files or {}
     origins = [(key, list(value), value.origin_metadata) for key, value in files.items()]
     return dataset, f"{builder.hash} {origins}"
@@ -92,10 +92,10 @@ def _find(source: str) -> list[_File]:
     if path.is_dir():
         found = [_describe(file, _kind_of(file)) for file in _walk(path)]
         if not found:
-            raise InputError(f"{source}: no files in this folder")
+            raise DataError(f"{source}: no files in this folder")
         return found
     if not path.is_file():
-        raise InputError(
+        raise DataError(
             f"{source}: no such file or folder; datasets of the Hub are written hf:NAME"
         )
     return [_describe(path, _kind_of(path))]
@@ -183,7 +183,7 @@ def _row_groups(path: str, unit_size: int) -> list[tuple[int, int, int]]:
     try:
         metadata = pyarrow.parquet.read_metadata(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a parquet file: {error}") from error
+        raise DataError(f"{path}: not a parquet file: {error}") from error
     bounds, start, size = [], 0, 0
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import sentencepiece
 
 from megagrow.common.json_text import read_json
-from megagrow.errors import InputError
+from megagrow.errors import DataError, InputError
 
 PIECE_LENGTH = 2048
 """Characters, and the rest of the line, that SentencePiece gets at a time, so that its tables stay
@@ -65,7 +65,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     if path.suffix not in (".model", ".json"):
         return TransformersTokenizer(str(name))
     if not path.is_file():
-        raise InputError(f"{path}: no such tokenizer file")
+        raise DataError(f"{path}: no such tokenizer file")
     return SentencePieceTokenizer(path) if path.suffix == ".model" else JsonTokenizer(path)
 
 
@@ -73,7 +73,7 @@ def check_tokenizer(name: str | Path, vocab_size: int) -> None:
     """InputError if a tokenizer has more tokens than a model of this vocabulary can embed."""
     own = load_tokenizer(name).vocab_size
     if own > vocab_size:
-        raise InputError(
+        raise DataError(
             f"{name}: the tokenizer has {own} tokens, more than the model's vocab_size "
             f"{vocab_size}; set vocab_size to at least {own}"
         )
@@ -85,13 +85,13 @@ class SentencePieceTokenizer:
     def __init__(self, path: Path) -> None:
         model = path.read_bytes()
         if not model:
-            raise InputError(f"{path}: not a SentencePiece model, the file is empty")
+            raise DataError(f"{path}: not a SentencePiece model, the file is empty")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = self._processor.vocab_size()
             self._is_cuttable = self._check_cuttable()
         except (RuntimeError, ValueError) as error:  # ValueError: a token that is not UTF-8.
-            raise InputError(f"{path}: not a SentencePiece model") from error
+            raise DataError(f"{path}: not a SentencePiece model") from error
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
             raise _no_eos(path)
@@ -137,12 +137,12 @@ class JsonTokenizer:
         try:
             self._tokenizer = library.Tokenizer.from_file(str(path))
         except Exception as error:  # The library raises nothing more precise.
-            raise InputError(f"{path}: not a tokenizer.json: {error}") from error
+            raise DataError(f"{path}: not a tokenizer.json: {error}") from error
         self._tokenizer.encode_special_tokens = True
         self._path = path
         self.vocab_size = _size_of(self._tokenizer)
         if self.vocab_size > MOST_IDS:  # the library would fill memory up to it, and die of that
-            raise InputError(f"{path}: a token has the id {self.vocab_size - 1}; damaged")
+            raise DataError(f"{path}: a token has the id {self.vocab_size - 1}; damaged")
         self.eos_id = self._find_eos()
         self.checksum = _digest(self._tokenizer.to_str().encode(), str(self.eos_id).encode())
 
@@ -153,7 +153,7 @@ class JsonTokenizer:
         try:
             return [encode([text])[0].ids for text in texts]
         except Exception as error:  # As above; a vocabulary without its own unknown token.
-            raise InputError(f"{self._path}: cannot encode a text: {error}") from error
+            raise DataError(f"{self._path}: cannot encode a text: {error}") from error
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
@@ -174,7 +174,7 @@ class JsonTokenizer:
             token = read_json(self._config).get("eos_token") or ""
             name = token.get("content") if isinstance(token, dict) else token
             if not isinstance(name, str):
-                raise InputError(f"{self._config}: 'eos_token' should be the text of a token")
+                raise DataError(f"{self._config}: 'eos_token' should be the text of a token")
             names = (name,)
         found = map(self._tokenizer.token_to_id, names)
         ids: list[int] = [token_id for token_id in found if token_id is not None]
@@ -193,7 +193,7 @@ class TransformersTokenizer:
             self._tokenizer = library.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # Damaged files raise whatever the library stumbles over.
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-            raise InputError(f"{name}: no tokenizer found: {reason}") from error
+            raise DataError(f"{name}: no tokenizer found: {reason}") from error
         if self._tokenizer.eos_token_id is None:
             raise _no_eos(name)
         self.vocab_size = _size_of(self._tokenizer)
@@ -250,7 +250,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path)
         )
     except RuntimeError as error:
         reason = str(error).strip().rsplit("] ", 1)[-1].replace("\n", " ")
-        raise InputError(f"vocab_size {vocab_size} does not suit the corpus: {reason}") from error
+        raise DataError(f"vocab_size {vocab_size} does not suit the corpus: {reason}") from error
     partial = model_path.with_name(f"{model_path.name}.{os.getpid()}.partial")
     partial.write_bytes(model.getvalue())
     os.replace(partial, model_path)
@@ -271,7 +271,7 @@ def _import(library: str) -> ModuleType:
     try:
         return importlib.import_module(library)
     except ImportError as error:
-        raise InputError(
+        raise DataError(
             f"this tokenizer needs the {library} library: pip install megagrow[hf]"
         ) from error
 
@@ -288,4 +288,4 @@ def _digest(*parts: bytes) -> str:
 
 
 def _no_eos(name: str | Path) -> InputError:
-    return InputError(f"{name}: the tokenizer has no EOS token to end documents with; add one")
+    return DataError(f"{name}: the tokenizer has no EOS token to end documents with; add one")

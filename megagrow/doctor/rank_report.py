@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megagrow.parallel.process_groups import Launch, own_device, shared_variables
+from megagrow.parallel.launch import Launch, own_device, shared_variables
 
 PACKAGES = ("megagrow", "torch", "deepspeed", "triton", "numpy")
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from megagrow.errors import PeerLost
-from megagrow.parallel.process_groups import Launch, first_host, open_store
+from megagrow.parallel.launch import Launch, first_host, open_store
 
 GRACE_SECONDS = 5.0
 """How much longer the others wait for rank 0, which itself waits for all of them."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megagrow.errors import InputError
+from megagrow.errors import DataError
 from megagrow.evaluation.logprobs import Asked, Scores
 
 Pair = tuple[list[int], list[int]]
@@ -61,7 +61,7 @@ def _grouped(pairs: list[Pair], max_length: int) -> list[Shared]:
     groups: dict[tuple[int, ...], Shared] = {}
     for request, (context, continuation) in enumerate(pairs):
         if len(continuation) > max_length:
-            raise InputError(
+            raise DataError(
                 f"a continuation of {len(continuation)} tokens: the model reads {max_length}"
             )
         whole = tuple(context + continuation)

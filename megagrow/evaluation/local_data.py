@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megagrow.errors import InputError
+from megagrow.errors import DataError
 
 Doc = dict[str, Any]
 
@@ -37,16 +37,16 @@ def read_documents(task: str, folder: Path) -> list[Doc]:
         docs = list(read(path))
     except (UnicodeDecodeError, ValueError, KeyError) as error:
         reason = str(error).split("\n")[0]
-        raise InputError(f"{path}: not the data of {task}: {reason}") from error
+        raise DataError(f"{path}: not the data of {task}: {reason}") from error
     if not docs:
-        raise InputError(f"{path}: holds no documents")
+        raise DataError(f"{path}: holds no documents")
     return docs
 
 
 def _found(task: str, folder: Path) -> tuple[Path, Callable[[Path], Iterator[Doc]]]:
     """The file of a task and what reads it."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such directory")
+        raise DataError(f"{folder}: no such directory")
     known = _PUBLISHED.get(task)
     if known is not None and (folder / known[0]).is_file():
         return folder / known[0], known[1]
@@ -54,7 +54,7 @@ def _found(task: str, folder: Path) -> tuple[Path, Callable[[Path], Iterator[Doc
         for path in sorted((folder / task).glob(f"*{ending}")):
             return path, read
     own = f"{known[0]}, " if known is not None else ""
-    raise InputError(f"{folder}: no data of {task}; should hold {own}{task}/*.jsonl or .parquet")
+    raise DataError(f"{folder}: no data of {task}; should hold {own}{task}/*.jsonl or .parquet")
 
 
 def _jsonl(path: Path) -> Iterator[Doc]:

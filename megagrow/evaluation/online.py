@@ -20,7 +20,7 @@ from megagrow.evaluation.tasks import load_tasks
 from megagrow.evaluation.tokenizer import RememberedTexts, Texts, open_texts
 from megagrow.model.llama import HeadLoss
 from megagrow.model.masks import Masks
-from megagrow.parallel.process_groups import run_on_all_ranks
+from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.train.stage import Stage
 
 

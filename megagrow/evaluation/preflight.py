@@ -11,7 +11,8 @@ from megagrow.evaluation.lm import Evaluated
 from megagrow.evaluation.logprobs import Asked
 from megagrow.evaluation.runner import evaluate
 from megagrow.evaluation.tokenizer import Texts
-from megagrow.parallel.process_groups import destroy_topology, make_topology, run_on_all_ranks
+from megagrow.parallel.agreement import run_on_all_ranks
+from megagrow.parallel.process_groups import destroy_topology, make_topology
 
 
 class NoModel:

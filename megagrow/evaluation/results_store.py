@@ -11,7 +11,7 @@ from typing import Any
 
 from megagrow.checkpoint.files import checkpoint_name, list_checkpoints
 from megagrow.common.json_text import finite, read_json
-from megagrow.errors import InputError, unwritable
+from megagrow.errors import DataError, unwritable
 from megagrow.train.reporting.metrics import METRICS_FILE
 from megagrow.train.train_state import RunState
 
@@ -90,7 +90,7 @@ def read_kept(path: Path) -> Kept:
     results = found.get("results")
     whole = isinstance(results, dict) and all(isinstance(one, dict) for one in results.values())
     if not (all(counts) and all(numbers) and whole):
-        raise InputError(
+        raise DataError(
             f"{path}: not as megagrow eval has written it; evaluate again, or remove it"
         )
     return found

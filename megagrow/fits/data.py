@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from megagrow.errors import InputError
+from megagrow.errors import DataError
 
 RunKind = Literal["scratch", "grown"]
 
@@ -59,7 +59,7 @@ def csv_of(sources: Sequence[Path]) -> Path | None:
     for source in sources:
         if not source.is_dir():
             given = "is a file: give one CSV file, or" if source.is_file() else "is not there: give"
-            raise InputError(f"{source}: {given} directories of finished runs")
+            raise DataError(f"{source}: {given} directories of finished runs")
     return None
 
 
@@ -105,7 +105,7 @@ def parse_budgets(text: str) -> tuple[float, ...]:
     for word in text.split(","):
         value = _number(word)
         if value is None or value <= 0:
-            raise InputError(f"--budgets: {word.strip()!r} is no number of FLOPs; write 1e17,2e17")
+            raise DataError(f"--budgets: {word.strip()!r} is no number of FLOPs; write 1e17,2e17")
         found.add(value)
     return tuple(sorted(found))
 
@@ -121,15 +121,15 @@ class _Row:
         text = self.cells[column]
         value = _number(text)
         if value is None:
-            raise InputError(f"{self.place}, column '{column}': {text!r} is no finite number")
+            raise DataError(f"{self.place}, column '{column}': {text!r} is no finite number")
         if value < 0:
-            raise InputError(f"{self.place}, column '{column}': {text} is negative")
+            raise DataError(f"{self.place}, column '{column}': {text} is negative")
         return value
 
     def positive(self, column: str) -> float:
         value = self.not_negative(column)
         if value == 0:
-            raise InputError(f"{self.place}, column '{column}': 0 is not positive")
+            raise DataError(f"{self.place}, column '{column}': 0 is not positive")
         return value
 
     def seed(self) -> int:
@@ -138,7 +138,7 @@ class _Row:
             return int(text)
         except ValueError as error:
             what = f"{self.place}, column 'seed': {text!r} is no whole number"
-            raise InputError(what) from error
+            raise DataError(what) from error
 
     def kind(self) -> RunKind:
         text = self.cells["kind"].strip()
@@ -146,7 +146,7 @@ class _Row:
             return "scratch"
         if text == "grown":
             return "grown"
-        raise InputError(f"{self.place}, column 'kind': {text!r} is neither scratch nor grown")
+        raise DataError(f"{self.place}, column 'kind': {text!r} is neither scratch nor grown")
 
 
 def _rows(path: Path, needed: Sequence[str]) -> list[_Row]:
@@ -158,27 +158,27 @@ def _rows(path: Path, needed: Sequence[str]) -> list[_Row]:
             _check_header(path, header, needed)
             rows = [_row(f"{path} line {reader.line_num}", header, cells) for cells in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: is no CSV file that can be read ({error})") from error
+        raise DataError(f"{path}: is no CSV file that can be read ({error})") from error
     found = [row for row in rows if row.cells]
     if not found:
-        raise InputError(f"{path}: no line below its header; give at least one point")
+        raise DataError(f"{path}: no line below its header; give at least one point")
     return found
 
 
 def _check_header(path: Path, header: Sequence[str], needed: Sequence[str]) -> None:
     for name in needed:
         if name not in header:
-            raise InputError(
+            raise DataError(
                 f"{path} line 1: column '{name}' is missing; needed are {', '.join(needed)}"
             )
     for name in (*needed, "seed"):
         if header.count(name) > 1:
-            raise InputError(f"{path} line 1: column '{name}' stands there twice")
+            raise DataError(f"{path} line 1: column '{name}' stands there twice")
 
 
 def _row(place: str, header: Sequence[str], cells: Sequence[str]) -> _Row:
     if cells and len(cells) != len(header):
-        raise InputError(f"{place}: {len(cells)} cells for {len(header)} columns")
+        raise DataError(f"{place}: {len(cells)} cells for {len(header)} columns")
     return _Row(place, dict(zip(header, cells, strict=False)))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megagrow.errors import InputError
+from megagrow.errors import DataError
 from megagrow.fits.data import Data, IsoPoint
 from megagrow.fits.least_squares import Constant
 from megagrow.fits.parabola import Parabola, accepted, fit_best, fit_parabolas
@@ -41,7 +41,7 @@ def fit_factor(data: Data[IsoPoint], parabolas: Sequence[Parabola]) -> FactorFit
     """One g out of the parabolas that have a best one. Raises InputError where none has."""
     used = accepted(parabolas)
     if not used:
-        raise InputError(
+        raise DataError(
             f"{data.source}: no parabola has a best g ({parabolas[0].refused}); try more g"
             if parabolas
             else f"{data.source}: no growth factor above 1; give at least 3"

@@ -11,7 +11,7 @@ import numpy as np
 from megagrow.analysis.curves import RunCurves, load_run
 from megagrow.config.flops import non_embedding_parameters
 from megagrow.config.load import load_run as load_run_file
-from megagrow.errors import InputError
+from megagrow.errors import DataError
 from megagrow.fits.data import Data, IsoPoint, ScalingPoint
 
 Choice = Literal["base_tokens", "factor"]
@@ -51,7 +51,7 @@ def iso_points(
                 continue
             points.append(IsoPoint(run.parameters, budget, run.choice, loss, run.curves.seed))
     if not points:
-        raise InputError(f"no run that grew once reaches any of the budgets: {notes[0]}")
+        raise DataError(f"no run that grew once reaches any of the budgets: {notes[0]}")
     return Data(_named(directories), tuple(points), tuple(notes))
 
 
@@ -83,7 +83,7 @@ def _named(directories: Sequence[Path]) -> str:
 def _whole(directory: Path) -> RunCurves:
     run = load_run(directory)
     if not run.whole:
-        raise InputError(
+        raise DataError(
             f"{directory}: began with a model (init_from) or tunes one (stage: sft), so what its "
             "model has cost is not in it; leave it out"
         )
@@ -95,12 +95,12 @@ def _grown(directory: Path, choice: Choice) -> _Grown | None:
     if not curves.growths:
         return None
     if len(curves.growths) > 1:
-        raise InputError(
+        raise DataError(
             f"{directory}: grew {len(curves.growths)} times; give runs that grew at most once"
         )
     path = directory / "config.yaml"
     if not path.is_file():
-        raise InputError(f"{path}: no such file; it tells the run's sizes")
+        raise DataError(f"{path}: no such file; it tells the run's sizes")
     small, large = (non_embedding_parameters(s.model) for s in load_run_file(path).stages)
     found = curves.growths[0].tokens if choice == "base_tokens" else round(large / small, 2)
     return _Grown(directory, curves, large, found)

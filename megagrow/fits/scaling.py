@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import least_squares
 
-from megagrow.errors import InputError
+from megagrow.errors import DataError
 from megagrow.fits.data import Data, RunKind, ScalingPoint
 from megagrow.fits.least_squares import (
     Constant,
@@ -128,7 +128,7 @@ def _fit(data: Data[ScalingPoint], kind: RunKind, floor: bool) -> PowerLaw:
     size = 3 if floor else 2
     budgets = len({point.flops for point in points})
     if budgets < size:
-        raise InputError(
+        raise DataError(
             f"{data.source}: {kind} has points at {budgets} different budgets, the {size} "
             f"constants need {size}" + ("; --no-floor needs 2" if floor else "")
         )
@@ -213,13 +213,13 @@ def _check_law(
     source: str, kind: RunKind, theta: Numbers, jacobian: Numbers, settled: bool
 ) -> None:
     if theta[1] > FLATTEST:
-        raise InputError(
+        raise DataError(
             f"{source}: the {kind} losses do not fall as a power of the FLOPs (b = "
             f"{theta[1]:.3g}); give budgets further apart, or more seeds"
         )
     lengths = np.linalg.norm(jacobian, axis=0)
     if not settled or np.linalg.cond(jacobian / lengths) > 1e7:
-        raise InputError(
+        raise DataError(
             f"{source}: the {kind} losses do not tell a floor e; give more budgets, or --no-floor"
         )
 

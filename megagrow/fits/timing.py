@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megagrow.config.growth_guidelines import A, B, C
-from megagrow.errors import InputError
+from megagrow.errors import DataError
 from megagrow.fits.data import Data, IsoPoint
 from megagrow.fits.least_squares import Constant
 from megagrow.fits.parabola import Parabola, accepted, fit_best, fit_parabolas
@@ -54,7 +54,7 @@ def fit_timing(source: str, parabolas: Sequence[Parabola]) -> TimingFit:
     """
     used = accepted(parabolas)
     if len(used) < 3:
-        raise InputError(
+        raise DataError(
             f"{source}: {len(used)} of {len(parabolas)} parabolas have a best d, 3 constants need "
             "3; try more d, on both sides of the best"
         )
@@ -63,7 +63,7 @@ def fit_timing(source: str, parabolas: Sequence[Parabola]) -> TimingFit:
     try:
         fit = fit_best(used, design)
     except ValueError as error:
-        raise InputError(
+        raise DataError(
             f"{source}: the sizes and budgets with a best d vary together, so that a and b cannot "
             "be told apart; give a size two budgets"
         ) from error
@@ -74,12 +74,12 @@ def fit_timing(source: str, parabolas: Sequence[Parabola]) -> TimingFit:
 def _check_spread(source: str, points: Sequence[IsoPoint] | Sequence[Parabola]) -> None:
     sizes, budgets = {p.parameters for p in points}, {p.flops for p in points}
     if len(sizes) == 1:
-        raise InputError(
+        raise DataError(
             f"{source}: only one size, N = {sizes.pop():.4g}, has points to fit: a is not "
             "identifiable; give two sizes or more"
         )
     if len(budgets) == 1:
-        raise InputError(
+        raise DataError(
             f"{source}: only one budget, C = {budgets.pop():.4g}, has points to fit: b is not "
             "identifiable; give two budgets or more"
         )

@@ -23,7 +23,7 @@ from megagrow.common.json_text import parse_json
 from megagrow.common.safe_paths import is_plain_name
 from megagrow.config.includes import checked_model
 from megagrow.config.schema import ModelConfig
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError
 from megagrow.formats.hugging_face import whole_layout
 from megagrow.formats.open_source import row_pieces
 from megagrow.formats.torch_file import (
@@ -70,10 +70,12 @@ def open_universal(path: Path, model: ModelConfig | None) -> UniversalSource:
     if about:
         written = checked_model(about["model"], str(folder / ABOUT_FILE))
         if model not in (None, written):
-            raise InputError(f"{folder / ABOUT_FILE}: says that it is another model than --model")
+            raise CheckpointError(
+                f"{folder / ABOUT_FILE}: says that it is another model than --model"
+            )
         model = written
     if model is None:
-        raise InputError(f"{folder}: does not say what model it is; name it by --model")
+        raise CheckpointError(f"{folder}: does not say what model it is; name it by --model")
     layout = whole_layout(model)
     kinds = _kinds(folder, list(layout.plan))
     table = {
@@ -99,10 +101,12 @@ def _step_folder(path: Path) -> Path:
         return path
     latest = path / LATEST_FILE
     if not latest.is_file():
-        raise InputError(f"{path}: has neither {PARAMETERS}/ nor {LATEST_FILE}")
+        raise CheckpointError(f"{path}: has neither {PARAMETERS}/ nor {LATEST_FILE}")
     name = latest.read_text(encoding="utf-8", errors="replace").strip()
     if not is_plain_name(name) or not (path / name / PARAMETERS).is_dir():
-        raise InputError(f"{latest}: names {name!r}, which is no Universal Checkpoint beside it")
+        raise CheckpointError(
+            f"{latest}: names {name!r}, which is no Universal Checkpoint beside it"
+        )
     return path / name
 
 
@@ -116,7 +120,7 @@ def _about(folder: Path) -> dict[str, Any]:
         if not isinstance(about["run"], dict | None) or not isinstance(about["environment"], dict):
             raise TypeError("its run or environment is no object")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error}); remove it and give --model") from error
+        raise CheckpointError(f"{path}: damaged ({error}); remove it and give --model") from error
     return about
 
 
@@ -125,7 +129,9 @@ def _kinds(folder: Path, names: list[str]) -> tuple[StateKind, ...]:
     paths = [folder / PARAMETERS / name / f"{kind}.pt" for name in names for kind in KINDS[1:]]
     missing = [path for path in paths if not path.is_file()]
     if missing and len(missing) < len(paths):
-        raise InputError(f"{missing[0]}: is missing, while other parameters have their moments")
+        raise CheckpointError(
+            f"{missing[0]}: is missing, while other parameters have their moments"
+        )
     return KINDS[:1] if missing else KINDS
 
 
@@ -133,14 +139,16 @@ def _place(path: Path, spec: ParamSpec) -> tuple[Path, Stored]:
     found = read_torch_file(path, _UNREAD)
     stored = found.get("param") if isinstance(found, dict) else found
     if not isinstance(stored, Stored):
-        raise InputError(f"{path}: holds no tensor 'param'")
+        raise CheckpointError(f"{path}: holds no tensor 'param'")
     shapes = [(spec.rows * spec.cols,)] + ([] if spec.is_vector else [(spec.rows, spec.cols)])
     if stored.shape not in shapes:
-        raise InputError(
+        raise CheckpointError(
             f"{path}: {spec.name} is {list(stored.shape)}, in this model it is {list(shapes[-1])}"
         )
     if stored.dtype not in DTYPES:
-        raise InputError(f"{path}: is of type {stored.dtype}, only {', '.join(DTYPES)} are read")
+        raise CheckpointError(
+            f"{path}: is of type {stored.dtype}, only {', '.join(DTYPES)} are read"
+        )
     return path, stored
 
 
@@ -153,11 +161,11 @@ def _adam_step(folder: Path, names: list[str]) -> int:
         try:
             return _number(path, found["optimizer_state_dict"]["state"][0]["step"])
         except (LookupError, TypeError) as error:
-            raise InputError(f"{path}: does not say Adam's step") from error
+            raise CheckpointError(f"{path}: does not say Adam's step") from error
     steps = {_number(path, read_torch_file(path)): path for path in paths}
     if len(steps) > 1:
         (first, one), (second, other), *_ = steps.items()
-        raise InputError(f"Adam's steps differ: {one} says {first}, {other} says {second}")
+        raise CheckpointError(f"Adam's steps differ: {one} says {first}, {other} says {second}")
     return next(iter(steps))
 
 
@@ -165,7 +173,7 @@ def _number(path: Path, value: Any) -> int:
     if isinstance(value, Stored) and value.dtype in DTYPES and value.nbytes == value.item_bytes:
         value = read_elements(path, value, range(1)).item()
     if not isinstance(value, int | float) or not 0 <= value < 2**53 or value != int(value):
-        raise InputError(f"{path}: is no number of steps")
+        raise CheckpointError(f"{path}: is no number of steps")
     return int(value)
 
 

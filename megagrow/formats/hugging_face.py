@@ -14,7 +14,7 @@ from megagrow.checkpoint.tensor_file import DTYPES, Planned, Stored, planned, re
 from megagrow.common.json_text import read_json
 from megagrow.common.safe_paths import is_plain_name
 from megagrow.config.schema import ModelConfig
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError
 from megagrow.formats.hugging_face_config import CONFIG_FILE, model_of, origin_of
 from megagrow.growth.map import StateKind
 from megagrow.parallel.sharding import ParamSpec, parameter_plan
@@ -105,16 +105,18 @@ def _files(folder: Path) -> tuple[Path, ...]:
     index = folder / INDEX_FILE
     if not index.is_file():
         if not (folder / WEIGHTS_FILE).is_file():
-            raise InputError(f"{folder}: has neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+            raise CheckpointError(f"{folder}: has neither {WEIGHTS_FILE} nor {INDEX_FILE}")
         return (folder / WEIGHTS_FILE,)
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict):
-        raise InputError(f"{index}: has no weight_map")
+        raise CheckpointError(f"{index}: has no weight_map")
     for name in names.values():
         if not is_plain_name(name):
-            raise InputError(f"{index}: {str(name)[:100]!r} is not the name of a file beside it")
+            raise CheckpointError(
+                f"{index}: {str(name)[:100]!r} is not the name of a file beside it"
+            )
         if not (folder / name).is_file():
-            raise InputError(f"{folder}: {name}, which its index names, is missing")
+            raise CheckpointError(f"{folder}: {name}, which its index names, is missing")
     return tuple(folder / name for name in sorted(set(names.values())))
 
 
@@ -122,15 +124,15 @@ def _checked(
     folder: Path, spec: ParamSpec, found: Mapping[str, tuple[Path, Stored]]
 ) -> tuple[Path, Stored]:
     if spec.name not in found:
-        raise InputError(f"{folder}: its files hold no {spec.name}")
+        raise CheckpointError(f"{folder}: its files hold no {spec.name}")
     file, stored = found[spec.name]
     if stored.shape != _shape(spec):
-        raise InputError(
+        raise CheckpointError(
             f"{file}: {spec.name} is {list(stored.shape)}, by {CONFIG_FILE} it is "
             f"{list(_shape(spec))}"
         )
     if stored.dtype not in DTYPES:
-        raise InputError(
+        raise CheckpointError(
             f"{file}: {spec.name} is of type {stored.dtype}, only {', '.join(DTYPES)} are read"
         )
     return file, stored

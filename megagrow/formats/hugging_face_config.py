@@ -12,7 +12,7 @@ from megagrow.common.json_text import read_json
 from megagrow.config.includes import checked_model
 from megagrow.config.schema import ModelConfig
 from megagrow.config.sections import ROPE_TYPES
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -51,7 +51,7 @@ def model_of(config: dict[str, Any], origin: str) -> ModelConfig:
     """Our config of a config.json. InputError, naming `origin`, for what we have no model of."""
     for key, only in _ONLY.items():
         if config.get(key, only) != only:
-            raise InputError(f"{origin}: {key} = {config[key]!r}, only {only!r} is known here")
+            raise CheckpointError(f"{origin}: {key} = {config[key]!r}, only {only!r} is known here")
     values = {key: config.get(key, default) for key, default in _DEFAULTS.items()}
     values |= {key: config[key] for key in (*_KEYS, "vocab_size") if key in config}
     values = {key: value for key, value in values.items() if value is not None}
@@ -65,24 +65,24 @@ def _rope_of(
     rope_scaling wins over rope_parameters, and what stands in them over what stands beside them."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise InputError(f"{origin}: rope_scaling should be a mapping, it is {rope!r}")
+        raise CheckpointError(f"{origin}: rope_scaling should be a mapping, it is {rope!r}")
     rope = {key: value for key, value in rope.items() if value is not None}
     theta = rope.pop("rope_theta", config.get("rope_theta", 10_000.0))
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     part = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
     if part != 1.0:
-        raise InputError(f"{origin}: partial_rotary_factor = {part}, only 1.0 is known here")
+        raise CheckpointError(f"{origin}: partial_rotary_factor = {part}, only 1.0 is known here")
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
     if kind not in ROPE_TYPES:
         known = ", ".join(["default", *ROPE_TYPES])
-        raise InputError(f"{origin}: rotary embeddings of type {kind!r}, known are {known}")
+        raise CheckpointError(f"{origin}: rotary embeddings of type {kind!r}, known are {known}")
     if kind in ("llama3", "yarn"):
         beside = config.get(_ORIGINAL)
         inside = rope.setdefault(_ORIGINAL, beside or values.get("max_position_embeddings"))
         if beside not in (None, inside):
-            raise InputError(f"{origin}: {_ORIGINAL} is {beside} and {inside}: keep one")
+            raise CheckpointError(f"{origin}: {_ORIGINAL} is {beside} and {inside}: keep one")
     return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **rope}}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from megagrow.checkpoint.source import Source, inside, read_rows
 from megagrow.checkpoint.tensor_file import DTYPES, Stored
 from megagrow.config.schema import ModelConfig
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError
 from megagrow.formats.hugging_face import whole_layout
 from megagrow.formats.megatron_args import model_of
 from megagrow.formats.megatron_layout import TensorPart, check_tp, fused_tensors, today
@@ -99,20 +99,20 @@ def _iteration(path: Path) -> Path:
         return path
     found = latest.read_text(encoding="utf-8", errors="replace").strip()
     if found != "release" and not found.isdecimal():
-        raise InputError(f"{latest}: {found!r} is no number of an iteration")
+        raise CheckpointError(f"{latest}: {found!r} is no number of an iteration")
     return path / (found if found == "release" else f"iter_{int(found):07d}")
 
 
 def _rank_files(folder: Path) -> tuple[Path, ...]:
     files = sorted(folder.glob(f"mp_rank_*/{RANK_FILE}"))
     if not files:
-        raise InputError(
+        raise CheckpointError(
             f"{folder}: has no mp_rank_00/{RANK_FILE}; only Megatron-LM's torch format is read: "
             "save with --ckpt-format torch"
         )
     for rank, file in enumerate(files):
         if file.parent.name != f"mp_rank_{rank:02d}":
-            raise InputError(
+            raise CheckpointError(
                 f"{file.parent}: should be mp_rank_{rank:02d}; a file is missing, or the model is "
                 "pipeline-parallel: convert it with Megatron-LM's tools/checkpoint/convert.py "
                 "--target-pipeline-parallel-size 1"
@@ -123,10 +123,10 @@ def _rank_files(folder: Path) -> tuple[Path, ...]:
 def _read_rank(path: Path) -> _Rank:
     found = read_torch_file(path, _UNREAD)
     if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
-        raise InputError(f"{path}: holds no 'model'")
+        raise CheckpointError(f"{path}: holds no 'model'")
     version = found.get("checkpoint_version", 0)
     if not isinstance(version, int | float) or version < _OLDEST_VERSION:
-        raise InputError(
+        raise CheckpointError(
             f"{path}: its checkpoint_version is {version}, {_OLDEST_VERSION} and newer are read"
         )
     args = found.get("args")
@@ -150,17 +150,17 @@ def _places(
     vocabulary = _vocabulary(model, tp, path, tensors)
     wanted = {fused.name: fused for fused in fused_tensors(model, tp, rank, vocabulary)}
     if unknown := sorted(tensors.keys() - wanted.keys()):
-        raise InputError(f"{path}: holds {unknown[0]}, which this Llama does not have")
+        raise CheckpointError(f"{path}: holds {unknown[0]}, which this Llama does not have")
     for name, fused in wanted.items():
         if name not in tensors:
-            raise InputError(f"{path}: holds no {name}")
+            raise CheckpointError(f"{path}: holds no {name}")
         stored = tensors[name]
         if stored.shape != fused.shape:
-            raise InputError(
+            raise CheckpointError(
                 f"{path}: {name} is {list(stored.shape)}, in this model it is {list(fused.shape)}"
             )
         if stored.dtype not in DTYPES:
-            raise InputError(
+            raise CheckpointError(
                 f"{path}: {name} is of type {stored.dtype}, only {', '.join(DTYPES)} are read"
             )
         yield from ((part.name, (path, stored, part)) for part in fused.parts)
@@ -170,5 +170,7 @@ def _vocabulary(model: ModelConfig, tp: int, path: Path, tensors: dict[str, Stor
     """The rows of all ranks' embeddings, padding included."""
     rows = tensors[EMBEDDING].shape[0] * tp if EMBEDDING in tensors else 0
     if rows < model.vocab_size:
-        raise InputError(f"{path}: its {EMBEDDING} has {rows} rows for {model.vocab_size} tokens")
+        raise CheckpointError(
+            f"{path}: its {EMBEDDING} has {rows} rows for {model.vocab_size} tokens"
+        )
     return rows

@@ -5,7 +5,7 @@ from typing import Any
 
 from megagrow.config.includes import checked_model
 from megagrow.config.schema import ModelConfig
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError
 
 _NAMES = {
     "num_layers": "num_hidden_layers",
@@ -54,18 +54,20 @@ _ROPE_FACTOR = 8.0
 def model_of(args: Namespace | None, origin: str) -> ModelConfig:
     """Our config of the model. InputError, naming `origin`, for what we have no model of."""
     if args is None:
-        raise InputError(f"{origin}: has no args that say what model it is; name it by --model")
+        raise CheckpointError(
+            f"{origin}: has no args that say what model it is; name it by --model"
+        )
     found = dict(vars(args))
     if found.get("use_rotary_position_embeddings"):  # its older name
         found["position_embedding_type"] = "rope"
     for key, only in _ONLY.items():
         if found.get(key, only) not in (only, None):
-            raise InputError(f"{origin}: {key} = {found[key]!r}, only {only!r} is known here")
+            raise CheckpointError(f"{origin}: {key} = {found[key]!r}, only {only!r} is known here")
     found.setdefault("norm_epsilon", found.get("layernorm_epsilon"))
     if not found.get("group_query_attention"):
         found["num_query_groups"] = found.get("num_attention_heads")
     if found.get("vocab_size") is None:
-        raise InputError(
+        raise CheckpointError(
             f"{origin}: its args do not say vocab_size, only the padded one; name the model by "
             "--model"
         )
@@ -85,7 +87,7 @@ def args_of(model: ModelConfig, tp: int, divisible_by: int, padded_vocab: int) -
     scaling = {} if model.rope_scaling is None else model.rope_scaling.given()
     factor = scaling.pop("factor", _ROPE_FACTOR)
     if scaling not in ({}, _ROPE_SCALING):
-        raise InputError(f"rope_scaling {scaling}: Megatron-LM has only {_ROPE_SCALING}")
+        raise CheckpointError(f"rope_scaling {scaling}: Megatron-LM has only {_ROPE_SCALING}")
     values = model.model_dump()
     args: dict[str, Any] = {key: values[ours] for key, ours in _NAMES.items()}
     args |= {key: only for key, only in _ONLY.items() if only is not None}

@@ -10,7 +10,7 @@ from megagrow.checkpoint.discovery import newest_whole
 from megagrow.checkpoint.files import list_checkpoints
 from megagrow.checkpoint.manifest import MANIFEST_FILE, verify_checkpoint
 from megagrow.checkpoint.source import Source, open_checkpoint
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError
 from megagrow.formats.hugging_face import open_hugging_face
 from megagrow.formats.hugging_face_config import CONFIG_FILE
 from megagrow.growth.map import StateKind
@@ -32,7 +32,7 @@ def open_found(folder: Path) -> Source:
 def find_source(path: Path, say: Callable[[str], None]) -> Path:
     """The folder that `open_source` opens; a checkpoint was compared with its checksums."""
     if not path.is_dir():
-        raise InputError(f"{path}: no such directory")
+        raise CheckpointError(f"{path}: no such directory")
     if (path / MANIFEST_FILE).is_file():
         verify_checkpoint(path)
         return path
@@ -43,7 +43,9 @@ def find_source(path: Path, say: Callable[[str], None]) -> Path:
             found = newest_whole(folder, say)
             assert found is not None
             return found[0]
-    raise InputError(f"{path}: neither a checkpoint nor a run directory nor a Hugging Face folder")
+    raise CheckpointError(
+        f"{path}: neither a checkpoint nor a run directory nor a Hugging Face folder"
+    )
 
 
 ELEMENTS_AT_ONCE = 2**20

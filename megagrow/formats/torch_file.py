@@ -25,7 +25,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from megagrow.checkpoint.tensor_file import DTYPES, Stored
 from megagrow.common.file_io import raw_bytes
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -51,15 +51,17 @@ def read_torch_file(path: Path, unread: tuple[str, ...] = ()) -> Any:
     the file can not be read, or names any other class or function but argparse.Namespace.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: no such file")
     if not is_zipfile(path):
-        raise InputError(f"{path}: not a whole file of torch.save (in its format since torch 1.6)")
+        raise CheckpointError(
+            f"{path}: not a whole file of torch.save (in its format since torch 1.6)"
+        )
     try:
         _check_records(path)
         with safe_globals([Namespace]):
             foreign = get_unsafe_globals_in_checkpoint(path)
         if refused := sorted(name for name in foreign if not name.startswith(unread)):
-            raise InputError(
+            raise CheckpointError(
                 f"{path}: refused, it is not only tensors and plain values but names "
                 f"{', '.join(refused)}, which could run code"
             )
@@ -67,11 +69,11 @@ def read_torch_file(path: Path, unread: tuple[str, ...] = ()) -> Any:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return _placed(loaded, _file_shift(loaded))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except _DAMAGE as error:
         # torch wraps the cause in advice on how to trust a file.
         cause = repr(error.__context__ or error).splitlines()[0]
-        raise InputError(f"{path}: refused, it is damaged ({cause})") from error
+        raise CheckpointError(f"{path}: refused, it is damaged ({cause})") from error
 
 
 def _check_records(path: Path) -> None:
@@ -207,7 +209,9 @@ def check_torch_file(path: Path) -> None:
         with ZipFile(file) as archive:
             bad = archive.testzip()
     if bad is not None:
-        raise InputError(f"{path}: {bad} is not on the disk as it was written; look at the disk")
+        raise CheckpointError(
+            f"{path}: {bad} is not on the disk as it was written; look at the disk"
+        )
 
 
 def _write_numbers(

@@ -15,7 +15,7 @@ import torch
 
 from megagrow.config.schema import RunConfig
 from megagrow.config.sections import KernelsConfig
-from megagrow.errors import InputError
+from megagrow.errors import ResourceError
 from megagrow.model.machine import Machine
 
 OPERATIONS = {
@@ -73,7 +73,7 @@ def choose(
     Raises InputError, naming each key, where what it names cannot run on the machine.
     """
     if found := list(problems(config, machine, work, at)):
-        raise InputError("; ".join(found))
+        raise ResourceError("; ".join(found))
     return Backends(**{name: backend_of(name, config, machine, work) for name in OPERATIONS})
 
 

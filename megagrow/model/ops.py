@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megagrow.errors import InputError
+from megagrow.errors import ResourceError
 from megagrow.model.backends import Backends, KernelWorkload
 from megagrow.model.machine import Machine
 from megagrow_kernels import reference
@@ -210,7 +210,7 @@ def _with_flash_attn(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
     try:
         import flash_attn
     except ImportError as error:
-        raise InputError(f"flash-attn is installed but cannot be imported: {error}") from error
+        raise ResourceError(f"flash-attn is installed but cannot be imported: {error}") from error
 
     def attend(q: Tensor, k: Tensor, v: Tensor, packing: Any) -> Tensor:
         options = {"causal": True, "deterministic": True}

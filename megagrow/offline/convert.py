@@ -14,7 +14,7 @@ from megagrow.common.atomic_folder import new_folder
 from megagrow.common.progress import WorkProgress
 from megagrow.config.includes import load_model
 from megagrow.config.schema import ModelConfig
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError
 from megagrow.formats.deepspeed_universal import open_universal, universal_bytes, write_universal
 from megagrow.formats.hugging_face_config import (
     CONFIG_FILE,
@@ -43,7 +43,9 @@ def reshard_files(request: Request, console: Console) -> None:
     """Writes a checkpoint in another layout. InputError if the source is none."""
     goal = _goal(request, console)
     if form_of(goal.source) != "checkpoint":
-        raise InputError(f"{request.source}: a Hugging Face folder: use megagrow convert hf-import")
+        raise CheckpointError(
+            f"{request.source}: a Hugging Face folder: use megagrow convert hf-import"
+        )
     write_goal(request, goal, console)
 
 
@@ -52,7 +54,7 @@ def import_hugging_face(request: Request, console: Console) -> None:
     InputError if the source is none."""
     goal = _goal(request, console)
     if form_of(goal.source) != "huggingface":
-        raise InputError(f"{request.source}: no Hugging Face folder, it has no {CONFIG_FILE}")
+        raise CheckpointError(f"{request.source}: no Hugging Face folder, it has no {CONFIG_FILE}")
     write_goal(request, goal, console)
 
 
@@ -161,7 +163,7 @@ def export_megatron(
 def _open(path: Path, console: Console) -> Source:
     source = open_source(path, lambda text: console.print(text, highlight=False))
     if still_masked(source):
-        raise InputError(f"{source.path}: {STILL_MASKED}")
+        raise CheckpointError(f"{source.path}: {STILL_MASKED}")
     return source
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from megagrow.common.json_text import parse_json
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError, InputError
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -93,10 +93,10 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"{self._folder}: another process is writing it") from error
+            raise CheckpointError(f"{self._folder}: another process is writing it") from error
 
     def _in_the_way(self) -> InputError:
-        return InputError(f"{self._folder}: is in the way and no growth's; remove it")
+        return CheckpointError(f"{self._folder}: is in the way and no growth's; remove it")
 
     def _begin(self, command: dict[str, Any]) -> None:
         self._file.seek(0)
@@ -111,7 +111,7 @@ class Journal:
         before, pieces = self._read(whole.splitlines())
         if before != json.loads(json.dumps(command)):
             differs = sorted(key for key in before | command if before.get(key) != command.get(key))
-            raise InputError(
+            raise CheckpointError(
                 f"{self._folder}: was begun by another command (other {', '.join(differs)}); "
                 "give that one again, or remove the folder"
             )
@@ -126,11 +126,13 @@ class Journal:
         try:
             command, *pieces = map(parse_json, lines)
         except ValueError as error:
-            raise InputError(f"{self._path}: damaged ({error}); remove {self._folder}") from error
+            raise CheckpointError(
+                f"{self._path}: damaged ({error}); remove {self._folder}"
+            ) from error
         wrong = not isinstance(command, dict) or any(
             not isinstance(line, list) or [type(part) for part in line] not in _LINES
             for line in pieces
         )
         if wrong:
-            raise InputError(f"{self._path}: no journal of a growth; remove {self._folder}")
+            raise CheckpointError(f"{self._path}: no journal of a growth; remove {self._folder}")
         return command, [(piece, checksum) for piece, checksum in pieces]

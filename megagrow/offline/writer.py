@@ -16,7 +16,7 @@ from megagrow.common.checksums import READ_BYTES, FileRecord, Files, forget
 from megagrow.common.disk_space import check_room
 from megagrow.common.file_io import raw_bytes, read_bytes, sync, write_bytes
 from megagrow.common.progress import WorkProgress
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError, InputError
 from megagrow.growth.map import StateKind
 from megagrow.offline.journal import JOURNAL_FILE, Journal
 from megagrow.offline.target import Target, TargetPiece
@@ -170,7 +170,7 @@ def _verify_file(
 
     again = "give the same command again to write it anew, and have a look at the disk"
     if read(0, len(file.header)) != zlib.crc32(file.header):
-        raise InputError(f"{path}: its header is not on the disk as it was written; {again}")
+        raise CheckpointError(f"{path}: its header is not on the disk as it was written; {again}")
     end = len(file.header)
     for number, begin, size in pieces:
         assert begin == end, "the pieces of a file fill it without a gap"

@@ -3,7 +3,7 @@
 import logging
 import warnings
 
-from megagrow.parallel.process_groups import choose_accelerator
+from megagrow.parallel.launch import choose_accelerator
 
 choose_accelerator()
 import deepspeed  # noqa: E402

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 from megagrow.common.gpu_specs import Gpu, find_gpu
 from megagrow.common.yaml_file import read_mapping
 from megagrow.config.sections import Count, Section
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 
 MOST_GPUS = 1024
 """To which the model of a step is meant to hold."""
@@ -97,12 +97,12 @@ def find_cluster(text: str) -> Cluster:
         return _from_file(Path(text))
     match = re.fullmatch(r"([A-Za-z][\w -]*):(\d{1,6})x(\d{1,6})", text)
     if match is None:
-        raise InputError(
+        raise ConfigError(
             f"--cluster {text}: give GPU:GPUS_PER_NODExNODES, such as h100:8x64, or a YAML file"
         )
     sizes = int(match[2]), int(match[3])
     if not all(sizes):
-        raise InputError(f"--cluster {text}: a cluster has at least one node with one GPU")
+        raise ConfigError(f"--cluster {text}: a cluster has at least one node with one GPU")
     return make_cluster(text, ClusterFile(gpu=match[1], gpus_per_node=sizes[0], nodes=sizes[1]))
 
 
@@ -112,7 +112,7 @@ def _from_file(path: Path) -> Cluster:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: {place}: {first['msg']}") from error
+        raise ConfigError(f"{path}: {place}: {first['msg']}") from error
     return make_cluster(str(path), given)
 
 
@@ -121,12 +121,12 @@ def make_cluster(text: str, given: ClusterFile) -> Cluster:
     gpu = find_gpu(given.gpu, "--cluster")
     if gpu.name not in CARDS:
         names = ", ".join(name.lower() for name in CARDS)
-        raise InputError(
+        raise ConfigError(
             f"--cluster {text}: no figures of a {gpu.name.lower()} beyond its FLOP/s; there are "
             f"for {names}"
         )
     if given.gpus_per_node * given.nodes > MOST_GPUS:
-        raise InputError(
+        raise ConfigError(
             f"--cluster {text}: {given.gpus_per_node * given.nodes:,} GPUs; the model of a step is "
             f"meant for at most {MOST_GPUS:,}"
         )

@@ -7,7 +7,7 @@ come on top.
 from dataclasses import dataclass
 
 from megagrow.common.gpu_specs import Gpu
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 from megagrow.planning.planner import RunPlan
 from megagrow.planning.throughput import Pace
 from megagrow.train.flops import flops_per_token
@@ -74,9 +74,9 @@ def make_factors(
     given = {"--watts": watts, "--price": price, "--co2": co2}
     for option, value in given.items():
         if value is not None and not 0 <= value < float("inf"):
-            raise InputError(f"{option} {value}: should be a number of 0 or more")
+            raise ConfigError(f"{option} {value}: should be a number of 0 or more")
     if not 1 <= pue < float("inf"):
-        raise InputError(f"--pue {pue}: should be 1 or more")
+        raise ConfigError(f"--pue {pue}: should be 1 or more")
     own = None if gpu is None else gpu.watts
     return CostFactors(own if watts is None else watts, pue, co2, price)
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megagrow.checkpoint.files import list_checkpoints
 from megagrow.config.schema import RunConfig
 from megagrow.config.validation import world_problems
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError, InputError
 from megagrow.evaluation.evaluator import need_lm_eval
 from megagrow.growth.operators import is_learned
 from megagrow.growth.validation import candidates, growth_problems
@@ -101,7 +101,7 @@ def rehearse(run: RunConfig, world_size: int, rank: int = 0) -> Rehearsal:
     `precision: auto` is taken as bf16, as on a GPU.
     """
     if not 0 <= rank < world_size:
-        raise InputError(f"--rank {rank}: a world of {world_size} has ranks 0 to {world_size - 1}")
+        raise ConfigError(f"--rank {rank}: a world of {world_size} has ranks 0 to {world_size - 1}")
     wrong = [*growth_problems(run), *world_problems(run, world_size)]
     notes: list[str] = []
     problems = [*wrong, *input_problems(run), *_surroundings(run, notes), *_evaluation(run, notes)]

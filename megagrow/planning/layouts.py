@@ -6,7 +6,7 @@ from itertools import product
 
 from megagrow.config.schema import RunConfig, StageConfig
 from megagrow.config.validation import problems, world_problems
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 from megagrow.planning.cluster import Cluster
 from megagrow.planning.memory import stage_memory
 from megagrow.planning.memory_fit import on_gpu
@@ -63,7 +63,7 @@ def fitting_layouts(
         if len(found) == most:
             break
     if not found:
-        raise InputError(
+        raise ConfigError(
             f"--layouts: no layout of stages.{index} fits {cluster.gpus:,} GPUs of "
             f"{capacity / 1e9:.0f} GB with a global batch of "
             f"{run.stages[index].batch.global_batch_size} sequences"

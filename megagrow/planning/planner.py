@@ -23,7 +23,7 @@ from megagrow.config.growth_guidelines import (
 from megagrow.config.schema import OptimizerConfig, RunConfig, StageConfig
 from megagrow.config.stage_length import stage_steps, stage_tokens, step_tokens
 from megagrow.config.validation import world_problems
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 from megagrow.growth.operators import growing, state_policy
 from megagrow.growth.validation import growth_problems
 from megagrow.planning.memory import StageMemory, growth_peak, stage_memory
@@ -111,10 +111,10 @@ def plan_run(run: RunConfig, world_size: int, gpu_memory: int | None = None) -> 
     could not start.
     """
     if world_size < 1:
-        raise InputError(f"--world {world_size}: give the number of ranks, 1 or more")
+        raise ConfigError(f"--world {world_size}: give the number of ranks, 1 or more")
     problems = growth_problems(run) or world_problems(run, world_size)
     if problems:
-        raise InputError("; ".join(problems))
+        raise ConfigError("; ".join(problems))
     bf16 = run.precision != "fp32"
     length = run.data.sequence_length
     memories = [stage_memory(stage, world_size, length, bf16) for stage in run.stages]

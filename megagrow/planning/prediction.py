@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megagrow.config.schema import StageConfig
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 from megagrow.planning.cluster import Cluster
 from megagrow.planning.memory import STATE_BYTES
 from megagrow.planning.planner import RunPlan, StagePlan
@@ -52,7 +52,7 @@ def predict_run(plan: RunPlan, cluster: Cluster) -> RunPrediction:
     InputError for what the model of a step does not know: fp32, and an optimizer on the CPU.
     """
     if not plan.bf16:
-        raise InputError("--cluster: predictions are for bf16; this run has precision: fp32")
+        raise ConfigError("--cluster: predictions are for bf16; this run has precision: fp32")
     length = plan.run.data.sequence_length
     return RunPrediction(
         cluster, tuple(_stage(stage, cluster, length, i) for i, stage in enumerate(plan.stages))
@@ -75,7 +75,7 @@ def stage_work(stage: StageConfig, cluster: Cluster, sequence_length: int) -> St
 
 def _stage(stage: StagePlan, cluster: Cluster, sequence_length: int, index: int) -> StagePrediction:
     if stage.config.parallel.offload_optimizer:
-        raise InputError(
+        raise ConfigError(
             f"--cluster: stages.{index}.parallel.offload_optimizer: what goes over PCIe is not "
             "predicted; leave it out, or leave --cluster out"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from megagrow.common.gpu_specs import Gpu, find_gpu
 from megagrow.common.sizes import parse_bytes
 from megagrow.config.schema import RunConfig
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 from megagrow.planning.cluster import Cluster, find_cluster
 from megagrow.planning.costs import KG_CO2_PER_KWH, PUE, RunCosts, make_factors, run_costs
 from megagrow.planning.layouts import FittingLayout, fitting_layouts
@@ -63,7 +63,7 @@ def answer(run: RunConfig, request: PlanRequest) -> Answer:
     layouts: tuple[Sequence[FittingLayout], ...] = ()
     if request.layouts and cluster is not None:
         if capacity is None:
-            raise InputError("--layouts: give the memory of a GPU with --gpu-memory")
+            raise ConfigError("--layouts: give the memory of a GPU with --gpu-memory")
         layouts = tuple(
             fitting_layouts(run, index, cluster, capacity) for index in range(len(run.stages))
         )
@@ -83,7 +83,7 @@ def _costs(
         return run_costs(plan, pace, factors)
     for option, value in (("--watts", request.watts), ("--price", request.price)):
         if value is not None:
-            raise InputError(
+            raise ConfigError(
                 f"{option} needs --mfu, --measured or --cluster, which say how long it takes"
             )
     return None
@@ -92,13 +92,13 @@ def _costs(
 def _cluster(request: PlanRequest) -> Cluster | None:
     if request.cluster is None:
         if request.layouts:
-            raise InputError("--layouts needs --cluster, such as h100:8x8")
+            raise ConfigError("--layouts needs --cluster, such as h100:8x8")
         return None
     if request.gpu is not None:
-        raise InputError("--cluster names the GPU itself: leave --gpu out")
+        raise ConfigError("--cluster names the GPU itself: leave --gpu out")
     cluster = find_cluster(request.cluster)
     if request.world is not None and request.world != cluster.gpus:
-        raise InputError(
+        raise ConfigError(
             f"--cluster {request.cluster} has {cluster.gpus:,} GPUs, and a run has all of them: "
             f"leave --world {request.world} out"
         )
@@ -112,4 +112,4 @@ def _capacity(request: PlanRequest, gpu: Gpu | None) -> int | None:
     try:
         return parse_bytes(request.gpu_memory)
     except ValueError as error:
-        raise InputError(f"--gpu-memory {request.gpu_memory}: {error}") from error
+        raise ConfigError(f"--gpu-memory {request.gpu_memory}: {error}") from error

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median
 
 from megagrow.common.gpu_specs import Gpu
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 from megagrow.train.reporting.metrics import METRICS_FILE, read_metrics
 from megagrow.train.reporting.writers import Record
 
@@ -28,15 +28,15 @@ def pace_of(mfu: float | None, measured: Path | None, gpu: Gpu | None, world: in
     InputError where the options do not go together.
     """
     if mfu is not None and measured is not None:
-        raise InputError("--mfu and --measured each say how fast it goes: give one of them")
+        raise ConfigError("--mfu and --measured each say how fast it goes: give one of them")
     if measured is not None:
         return _measured(measured, gpu, world)
     if mfu is None:
         return None
     if not 0 < mfu <= 1:
-        raise InputError(f"--mfu {mfu}: should be more than 0 and at most 1, such as 0.4")
+        raise ConfigError(f"--mfu {mfu}: should be more than 0 and at most 1, such as 0.4")
     if gpu is None:
-        raise InputError(
+        raise ConfigError(
             "--mfu is a share of what a GPU computes: name it with --gpu, such as h100"
         )
     return Pace(mfu * gpu.peak_flops * world, f"MFU {mfu:.1%} as given")
@@ -71,7 +71,7 @@ def _steps(directory: Path) -> list[Record]:
             steps += _between(before, record)
         before = record
     if not steps:
-        raise InputError(f"{path}: no stage has two train records, which tell a run's pace")
+        raise ConfigError(f"{path}: no stage has two train records, which tell a run's pace")
     return steps
 
 

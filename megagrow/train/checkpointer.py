@@ -17,7 +17,7 @@ from megagrow.common.disk_space import check_room
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import stage_steps
 from megagrow.errors import InputError
-from megagrow.parallel.process_groups import run_on_all_ranks
+from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.train.reporting.run_logger import RunLogger
 from megagrow.train.stage import Stage
 from megagrow.train.train_state import RunState

@@ -9,7 +9,7 @@ from megagrow.data.batches import BatchReader, open_stream
 from megagrow.data.sft import open_mask
 from megagrow.data.stream import TokenStream
 from megagrow.data.tokenizers import check_tokenizer
-from megagrow.errors import InputError
+from megagrow.errors import DataError, InputError
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def open_inputs(run: RunConfig) -> Inputs:
     stream = open_stream(data.validation, run.seed, length, shuffle=False)
     sequences = min(-(-run.validation.tokens // length), stream.epoch_tokens // length)
     if sequences == 0:
-        raise InputError(
+        raise DataError(
             f"data.validation holds {stream.epoch_tokens} tokens, less than a sequence of {length}"
         )
     validation = _reader(run, stream, data.validation, shuffle=False)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from megagrow.checkpoint.source import Source
 from megagrow.config.schema import ModelConfig, RunConfig
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 from megagrow.formats.open_source import find_source, open_found
+from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
 from megagrow.parallel.engine import Storage
-from megagrow.parallel.process_groups import run_on_all_ranks, run_on_rank_zero
 from megagrow.reshard.fill import fill_initial, fill_read
 from megagrow.reshard.layout import Layout
 from megagrow.train.source_state import STILL_MASKED, still_masked
@@ -59,11 +59,11 @@ def _opened(path: Path, folder: Path, model: ModelConfig, say: Callable[[str], N
     found = source.model.model_dump()
     for key, value in model.model_dump().items():
         if found[key] != value and key not in _FREE:
-            raise InputError(
+            raise ConfigError(
                 f"init_from = {path}: {key} is {found[key]}, stages.0.model says {value}; make "
                 "them equal"
             )
     if still_masked(source):
-        raise InputError(f"init_from = {path}: {STILL_MASKED}")
+        raise ConfigError(f"init_from = {path}: {STILL_MASKED}")
     say(f"begins with the weights of {source.path}")
     return source

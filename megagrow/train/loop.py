@@ -14,7 +14,7 @@ from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import stage_steps, step_tokens
 from megagrow.data.batches import Batch, BatchReader, sequences_of
 from megagrow.errors import InputError
-from megagrow.parallel.process_groups import run_on_all_ranks
+from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.flops import flops_per_token
 from megagrow.train.growth_event.new_entries import update_factors

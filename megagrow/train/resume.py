@@ -14,8 +14,8 @@ from megagrow.checkpoint.files import list_checkpoints, step_of
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import Manifest, read_manifest, verify_checkpoint
 from megagrow.config.schema import ModelConfig, RunConfig
-from megagrow.errors import Diverged, InputError
-from megagrow.parallel.process_groups import run_on_rank_zero
+from megagrow.errors import CheckpointError, Diverged, InputError
+from megagrow.parallel.agreement import run_on_rank_zero
 from megagrow.train.growth_event.run_growths import as_grown
 from megagrow.train.init_from import fill_beginning, open_beginning
 from megagrow.train.stage import Stage, build_stage
@@ -103,11 +103,13 @@ def _drop_later(directory: Path, target: RunState) -> None:
 def _check_same_model(run: RunConfig, state: RunState, path: Path, manifest: Manifest) -> None:
     where, stages = f"{path.parent}: its newest checkpoint", run.stages
     if state.stage >= len(stages):
-        raise InputError(f"{where} is of stage {state.stage}, the run has {len(stages)} stages")
+        raise CheckpointError(
+            f"{where} is of stage {state.stage}, the run has {len(stages)} stages"
+        )
     model = stages[state.stage].model.model_dump()
     for key, value in ModelConfig(**manifest.model).model_dump().items():
         if model.get(key) != value:
-            raise InputError(
+            raise CheckpointError(
                 f"{where} is of another model: {key} is {value}, stage {state.stage} of the run "
                 f"says {model.get(key)}; set another output_dir or the same model"
             )

@@ -4,7 +4,7 @@ from megagrow.checkpoint.manifest import MANIFEST_FILE
 from megagrow.checkpoint.source import Source
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import step_tokens
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError
 from megagrow.growth.mask_schedule import stage_masks
 from megagrow.train.growth_event.run_growths import as_grown
 from megagrow.train.train_state import RunState
@@ -24,7 +24,7 @@ def state_of(source: Source) -> RunState:
         return RunState.from_json(source.run)
     except (KeyError, TypeError) as error:
         path = source.path / MANIFEST_FILE
-        raise InputError(f"{path}: does not say where its run stood ({error})") from error
+        raise CheckpointError(f"{path}: does not say where its run stood ({error})") from error
 
 
 def still_masked(source: Source) -> bool:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from megagrow.data.batches import Batch, BatchReader
 from megagrow.model.masks import Masks
 from megagrow.model.ops import Ops
+from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.parallel.loss import IGNORED, cross_entropy, linear_cross_entropy
-from megagrow.parallel.process_groups import run_on_all_ranks
 from megagrow.train.stage import Stage
 
 

@@ -18,7 +18,7 @@ from megagrow.doctor.network import ROUNDS, Speeds, pairings
 from megagrow.doctor.rank_report import GpuReport, RankReport, own_report
 from megagrow.doctor.rendezvous import Meeting
 from megagrow.doctor.shared_folder import FolderView
-from megagrow.parallel.process_groups import Launch
+from megagrow.parallel.launch import Launch
 from tests.helpers.jobs import Finished, Job
 
 GIB = 2**30

@@ -51,11 +51,8 @@ def run_ranks(
 
 def _run(rank: int, world: int, port: int, results: Any, function: Callable, args: tuple) -> None:
     os.environ.update(rank_environment(rank, world, port))
-    from megagrow.parallel.process_groups import (
-        init_process_group,
-        leave_process_group,
-        read_launch,
-    )
+    from megagrow.parallel.launch import read_launch
+    from megagrow.parallel.process_groups import init_process_group, leave_process_group
 
     try:
         init_process_group(read_launch())

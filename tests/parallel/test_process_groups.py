@@ -5,13 +5,9 @@ import torch
 import torch.distributed as dist
 
 from megagrow.errors import InputError
-from megagrow.parallel.process_groups import (
-    Launch,
-    destroy_topology,
-    make_topology,
-    read_launch,
-    run_on_all_ranks,
-)
+from megagrow.parallel.agreement import run_on_all_ranks
+from megagrow.parallel.launch import Launch, read_launch
+from megagrow.parallel.process_groups import destroy_topology, make_topology
 from tests.helpers.spawn import run_ranks
 
 LAUNCH = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}

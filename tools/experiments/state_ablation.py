@@ -35,7 +35,8 @@ from megagrow.config.load import load_run, to_yaml
 from megagrow.config.schema import RunConfig
 from megagrow.data.prepare import prepare
 from megagrow.errors import InputError
-from megagrow.parallel.process_groups import init_process_group, leave_process_group, read_launch
+from megagrow.parallel.launch import read_launch
+from megagrow.parallel.process_groups import init_process_group, leave_process_group
 from megagrow.train.data_setup import open_inputs
 from megagrow.train.reporting.metrics import METRICS_FILE, read_metrics
 from megagrow.train.stage import build_stage

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO
 
-from megagrow.errors import InputError
+from megagrow.errors import ResourceError
 
 PATIENCE = 100.0
 """Seconds to wait for the run before: one that was told to stop is saving (launchers give it 30 s),
@@ -60,7 +60,7 @@ class DirectoryLock:
         while not self._try(say):
             owner = self._owner()
             if time.monotonic() > until:
-                raise InputError(
+                raise ResourceError(
                     f"{self._path.parent}: {owner} trains this run; wait until it has ended, or "
                     f"choose another output_dir. If that host is gone for good, remove {self._path}"
                 )

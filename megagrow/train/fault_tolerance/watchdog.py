@@ -16,7 +16,7 @@ from contextlib import suppress
 import torch.distributed as dist
 
 from megagrow.errors import HANG_CODE, PeerLost
-from megagrow.parallel.process_groups import Launch
+from megagrow.parallel.launch import Launch
 from megagrow.train.fault_tolerance.heartbeat import (
     BoardServer,
     HeartbeatServer,

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 
 from megagrow.config.schema import RunConfig
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 from megagrow.train.growth_event.cost import Feed, GrowthCost, spent_on_steps
 from megagrow.train.growth_event.event import FinishedStage, GrowthReport, grow
 from megagrow.train.growth_event.run_growths import with_operators
@@ -41,7 +41,7 @@ def grow_best(
             spent = spent.plus(spent_on_steps(run.stages[index], feed.length, growth.probe.steps))
         best = min(losses, key=lambda name: losses[name])
         if not math.isfinite(losses[best]):
-            raise InputError(f"stages.{index}.growth.probe: no candidate has a finite loss")
+            raise ConfigError(f"stages.{index}.growth.probe: no candidate has a finite loss")
         run = with_operators(run, index, (best,))
     return run, *grow(run, ended, feed), spent
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from megagrow.config.schema import RunConfig
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 from megagrow.growth.map import GrowthMap
 from megagrow.growth.map_checks import check_map
 from megagrow.growth.operators import follows_exactly, growth_map
@@ -81,7 +81,7 @@ def as_grown(run: RunConfig, state: RunState) -> RunConfig:
             continue
         allowed = ["+".join(chosen.operator) for chosen in candidates(growth)]
         if "+".join(names) not in allowed:
-            raise InputError(
+            raise ConfigError(
                 f"stages.{index}.growth names {' or '.join(allowed)}, but the run has grown by "
                 f"{'+'.join(names)}: set it back, or start in another output_dir"
             )

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from megagrow.data.batches import Batch
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 from megagrow.model.masks import Masks
 from megagrow.train.stage import Stage
 from megagrow.train.step import train_step
@@ -34,7 +34,7 @@ def measure_second_moment(
     norms = [train_step(stage, batches, lr=0.0, masks=masks)[1] for batches in steps]
     finite = sum(map(math.isfinite, norms))
     if not finite:
-        raise InputError(f"growth of stage {stage.index}: no gradient of its probe_v is finite")
+        raise ConfigError(f"growth of stage {stage.index}: no gradient of its probe_v is finite")
     bias = 1.0 - stage.config.optimizer.betas[1] ** finite
     for kinds in engine.storage().values():
         kinds["exp_avg"].zero_()

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from megagrow.common.json_text import finite, parse_json
 from megagrow.config.flops import parameters
 from megagrow.config.schema import RunConfig
-from megagrow.errors import InputError, unwritable
+from megagrow.errors import DataError, unwritable
 from megagrow.train.reporting.writers import Record, TensorBoardTracker, Tracker, WandbTracker
 from megagrow.train.run_position import run_steps, run_tokens
 
@@ -196,13 +196,13 @@ def read_metrics(path: Path) -> list[Record]:
     Raises InputError for a missing file, and for any other line that is not a record, by number.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file; give the directory of a run that was started")
+        raise DataError(f"{path}: no such file; give the directory of a run that was started")
     *lines, tail = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
         record = _parse(line)
         if record is None:
-            raise InputError(f"{path} line {number}: not a metrics record; repair or remove it")
+            raise DataError(f"{path} line {number}: not a metrics record; repair or remove it")
         records.append(record)
     last = _parse(tail)
     return records if last is None else [*records, last]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from megagrow.errors import InputError, unwritable
+from megagrow.errors import ConfigError, unwritable
 
 Record = dict[str, Any]
 
@@ -99,7 +99,7 @@ class WandbTracker:
         try:
             import wandb
         except ImportError as error:
-            raise InputError(
+            raise ConfigError(
                 "logging.wandb_project is set but wandb is missing: pip install 'megagrow[wandb]'"
             ) from error
         kept = directory / "wandb.id"

@@ -26,7 +26,8 @@ from megagrow.checkpoint.manifest import Manifest, describe_layout
 from megagrow.checkpoint.retention import Retention, prune_checkpoints
 from megagrow.config.schema import RunConfig
 from megagrow.data.batches import Batch
-from megagrow.parallel.process_groups import init_process_group, leave_process_group, read_launch
+from megagrow.parallel.launch import read_launch
+from megagrow.parallel.process_groups import init_process_group, leave_process_group
 from megagrow.train.loop import train_at
 from megagrow.train.stage import Stage, build_stage
 

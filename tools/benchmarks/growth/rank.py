@@ -25,7 +25,8 @@ import torch.distributed as dist
 import megagrow.train.growth_event.event as growing
 from megagrow.config.schema import RunConfig
 from megagrow.parallel.engine import STATE_KINDS, Storage
-from megagrow.parallel.process_groups import init_process_group, leave_process_group, read_launch
+from megagrow.parallel.launch import read_launch
+from megagrow.parallel.process_groups import init_process_group, leave_process_group
 from megagrow.reshard.layout import Layout
 from megagrow.train.growth_event.run_growths import stage_growth
 from megagrow.train.stage import Stage, build_stage

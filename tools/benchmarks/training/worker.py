@@ -9,7 +9,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch  # noqa: E402
 
-from megagrow.parallel.process_groups import read_launch  # noqa: E402
+from megagrow.parallel.launch import read_launch  # noqa: E402
 from tools.benchmarks.training.gate import Case, Gate  # noqa: E402
 
 

@@ -1,0 +1,76 @@
+"""Errors and decisions shared by all ranks.
+
+Without these, a rank that fails alone (disk full, damaged file) would leave the others waiting in
+their next collective.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megagrow.errors import InputError, ResourceError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error of one rank, in a form that can be sent to the others."""
+
+    kind: type[InputError]
+    message: str
+
+    @classmethod
+    def of(cls, error: InputError | OSError) -> "_Failure":
+        kind = type(error) if isinstance(error, InputError) else ResourceError
+        return cls(kind, str(error))
+
+
+def any_across_ranks(flag: bool, device: torch.device) -> bool:
+    """Return True if `flag` is set on at least one rank. Collective."""
+    vote = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return vote.item() > 0
+
+
+def run_on_rank_zero(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and return its result on all ranks. Collective.
+
+    If it raises InputError or OSError, all ranks raise the same error.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except (InputError, OSError) as error:
+            outcome[1] = _Failure.of(error)
+    dist.broadcast_object_list(outcome, src=0)
+    result, failure = outcome
+    if failure is not None:
+        raise failure.kind(failure.message)
+    return result
+
+
+def run_on_all_ranks(action: Callable[[], T]) -> T:
+    """Run `action` on every rank and return its result on this one. Collective.
+
+    If it raises InputError or OSError on any rank, all ranks raise the error of the first such
+    rank, prefixed with `rank N: ` unless all ranks failed.
+    """
+    results: list[T] = []
+    failure = None
+    try:
+        results.append(action())
+    except (InputError, OSError) as error:
+        failure = _Failure.of(error)
+    failures: list[_Failure | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    failed = [(rank, item) for rank, item in enumerate(failures) if item is not None]
+    if failed:
+        rank, first = failed[0]
+        prefix = "" if len(failed) == len(failures) else f"rank {rank}: "
+        raise first.kind(f"{prefix}{first.message}")
+    return results[0]
