@@ -1,7 +1,7 @@
-"""What a growth map's terms and fills come to, for any rectangle of a target parameter.
+"""Evaluate a growth map for any rectangle of a target parameter.
 
-Pure: `read(name, kind, block)` gives rectangles of the source, (rows, columns) fp32. No more than
-`at_once` elements are asked for at a time, or one row, or as many whole rows as are to be made.
+Pure: `read(name, kind, block)` returns rectangles of the source, (rows, columns) fp32. A read
+requests at most `at_once` elements, or one row, or as many full rows as are produced.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,15 +21,15 @@ from megagrow.reshard.layout import Block
 Read = Callable[[str, StateKind, Block], Tensor]
 
 _IN_CACHE = 2**18
-"""Elements that are picked, scaled or drawn at once."""
+"""Elements indexed, scaled or drawn per step; few enough to stay in cache."""
 
 _BRIDGED = 2**14
-"""Unwanted elements that are read in one go with those on both sides of them."""
+"""Largest gap, in elements, that is read along with the wanted elements on both sides."""
 
 
 @dataclass(frozen=True, eq=False)
 class Application:
-    """A growth map applied to a source."""
+    """A growth map bound to a source."""
 
     read: Read
     source: dict[str, ParamSpec]
@@ -38,7 +38,7 @@ class Application:
     at_once: int
 
     def block(self, name: str, kind: StateKind, block: Block) -> Tensor:
-        """A rectangle of a target parameter: (rows, columns) fp32."""
+        """Return a rectangle of a target parameter: (rows, columns) fp32."""
         adds = kind == "fp32" and self.growth.adds(name)
         if adds:
             values = _filled(self.growth.fills[name], self.target[name], block)
@@ -53,7 +53,7 @@ class Application:
 
     @cached_property
     def _terms(self) -> Callable[[str, StateKind], tuple[Term, ...]]:
-        """Those of the parameter at hand: the squares of their matrices are made once."""
+        """Terms of the current parameter, cached so that matrices are squared once."""
         return lru_cache(maxsize=1)(self.growth.terms)
 
     def _gather(
@@ -75,7 +75,7 @@ class Application:
                 _put(values, some, to_cols, part, adds)
 
     def _mixed(self, term: Dense, kind: StateKind, block: Block) -> Tensor:
-        """left @ (sum of alpha * source * gain) @ right^T, for a rectangle of it: fp64."""
+        """Return a rectangle of left @ (sum of alpha * source * gain) @ right^T: fp64."""
         left = None if term.left is None else torch.from_numpy(term.left)
         right = None if term.right is None else torch.from_numpy(term.right)
         size = self.source[term.sources[0]]
@@ -106,7 +106,7 @@ class Application:
 
 
 def _filled(fills: Iterable[Fill], spec: ParamSpec, block: Block) -> Tensor:
-    """The sum of all fills in a rectangle."""
+    """Return the sum of all fills in a rectangle."""
     values = torch.empty(len(block.rows), len(block.cols))
     drawn = [fill for fill in fills if not fill.is_zero]
     step = max(1, _IN_CACHE // spec.cols)
@@ -119,7 +119,7 @@ def _filled(fills: Iterable[Fill], spec: ParamSpec, block: Block) -> Tensor:
 
 
 def _spans(rows: np.ndarray, width: int, at_once: int) -> Iterator[range]:
-    """Ranges of rows that hold all those wanted, few that are not, and `at_once` elements."""
+    """Cover the wanted rows with ranges of at most `at_once` elements and small gaps."""
     wanted = np.unique(rows[rows >= 0])
     if not len(wanted):
         return
@@ -138,11 +138,11 @@ def _cut(positions: np.ndarray, width: int) -> Iterator[np.ndarray]:
 
 
 def _index(positions: np.ndarray) -> slice | Tensor:
-    """A slice where the positions are consecutive."""
-    found = compact(positions)
-    if isinstance(found, range):
-        return slice(found.start, found.stop)
-    return torch.from_numpy(found)
+    """Return a slice if the positions are consecutive, else an index tensor."""
+    compacted = compact(positions)
+    if isinstance(compacted, range):
+        return slice(compacted.start, compacted.stop)
+    return torch.from_numpy(compacted)
 
 
 def _scaled(values: Tensor, axis: Axis, at: np.ndarray, shape: tuple[int, int]) -> Tensor:

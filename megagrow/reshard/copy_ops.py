@@ -1,4 +1,4 @@
-"""Reading and writing the blocks of a copy in a rank's stored fragments."""
+"""Read and write the blocks of a copy in a rank's stored fragments."""
 
 import torch
 from torch import Tensor
@@ -11,25 +11,25 @@ from megagrow.reshard.layout import Block, Layout
 from megagrow.reshard.transfers import TransferChunk
 
 ELEMENTS_AT_ONCE = 2**18
-"""What is picked, scaled or drawn at once: few enough to stay in a core's cache."""
+"""Elements indexed, scaled or drawn per step; few enough to stay in a core's cache."""
 
 
 def block_view(stored: Tensor, block: Block, offset: int, stride: int) -> Tensor:
-    """A block (rows, columns) within a stored interval, as `Layout.local` places it."""
+    """Return a view (rows, columns) of a stored interval, located by `Layout.local`."""
     shape = (len(block.rows), len(block.cols))
     return stored.as_strided(shape, (stride, 1), stored.storage_offset() + offset)
 
 
 def take(copy: Copy, rows: range, block: Tensor) -> Tensor:
-    """Of the block that a copy's source holds, some of the rows that it takes.
+    """Select rows of the block held by a copy's source.
 
-    (len(rows), columns); a view where the positions are consecutive.
+    Returns (len(rows), columns); a view where the positions are consecutive.
     """
     return _take(_take(block, 0, pick(copy.take_rows, rows)), 1, copy.take_cols)
 
 
 def write_rows(copy: Copy, rows: range, values: Tensor, layout: Layout, storage: Storage) -> None:
-    """Stores received rows at their place in the target, scaled as the growth map says."""
+    """Store received rows in the target, scaled by the growth map."""
     to_rows, to_cols = pick(copy.target_rows, rows), copy.target_cols
     values = scaled(values, copy.term.rows, copy.term.cols, to_rows, to_cols)
     block = Block(bounds(to_rows), bounds(to_cols))
@@ -47,7 +47,7 @@ def write_rows(copy: Copy, rows: range, values: Tensor, layout: Layout, storage:
 
 
 def scaled(values: Tensor, rows: Axis, cols: Axis, at_rows: Indices, at_cols: Indices) -> Tensor:
-    """Values of these target rows and columns times the scales of both axes, in their own type."""
+    """Multiply values at these target positions by both axes' scales, in the dtype of `values`."""
     for axis, positions, shape in ((rows, at_rows, (-1, 1)), (cols, at_cols, (1, -1))):
         if axis.scale is not None:
             factors = values.new_tensor(axis.scale[as_array(positions)])
@@ -56,14 +56,14 @@ def scaled(values: Tensor, rows: Axis, cols: Axis, at_rows: Indices, at_cols: In
 
 
 def move_within(copy: Copy, source: Layout, stored: Storage, target: Layout, into: Storage) -> None:
-    """Carries out a copy within one rank."""
+    """Execute a copy within one rank."""
     name = copy.term.source
     place = source.local(name, copy.source_rank, copy.source)
     deliver(copy, block_view(stored[name][copy.kind], copy.source, *place), target, into)
 
 
 def deliver(copy: Copy, block: Tensor, layout: Layout, storage: Storage) -> None:
-    """Carries out a copy, given the block that its source holds, with little memory besides."""
+    """Execute a copy from its source block, using little extra memory."""
     rows, cols = copy.shape
     plain = isinstance(copy.take_rows, range) and isinstance(copy.take_cols, range)
     unscaled = copy.term.rows.scale is None and copy.term.cols.scale is None
@@ -73,13 +73,13 @@ def deliver(copy: Copy, block: Tensor, layout: Layout, storage: Storage) -> None
         write_rows(copy, part, take(copy, part, block), layout, storage)
 
 
-def collect(piece: TransferChunk, box: Tensor, layout: Layout, storage: Storage) -> None:
-    """Reads the elements of a piece from this rank's storage into a box of its shape."""
-    parcel = piece.parcel
-    rows, cols = pick(parcel.rows, piece.rows), parcel.cols
+def collect(chunk: TransferChunk, buffer: Tensor, layout: Layout, storage: Storage) -> None:
+    """Read the elements of a chunk from this rank's storage into a buffer of its shape."""
+    transfer = chunk.transfer
+    rows, cols = pick(transfer.rows, chunk.rows), transfer.cols
     block = Block(bounds(rows), bounds(cols))
-    place = layout.local(parcel.name, parcel.source_rank, block)
-    view = block_view(storage[parcel.name][parcel.kind], block, *place)
+    place = layout.local(transfer.name, transfer.source_rank, block)
+    view = block_view(storage[transfer.name][transfer.kind], block, *place)
     at_once = len(rows)
     if not (isinstance(rows, range) and isinstance(cols, range)):
         at_once = max(1, ELEMENTS_AT_ONCE // len(cols))
@@ -87,7 +87,7 @@ def collect(piece: TransferChunk, box: Tensor, layout: Layout, storage: Storage)
         part = pick(rows, range(first, first + at_once))
         picked = _take(view, 0, moved(part, -block.rows.start))
         picked = _take(picked, 1, moved(cols, -block.cols.start))
-        box[first : first + len(part)].copy_(picked)
+        buffer[first : first + len(part)].copy_(picked)
 
 
 def _take(block: Tensor, axis: int, positions: Indices) -> Tensor:

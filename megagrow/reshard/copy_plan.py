@@ -1,8 +1,8 @@
-"""The plan of a reshard: which block of which rank becomes which block of which rank.
+"""Copy plan of a reshard: block copies from source ranks to target ranks.
 
-source layout, growth map and target layout are composed into copies of blocks. The number of
-copies grows with the number of blocks, not of elements, and a rank plans what it receives and what
-it sends, and nothing of what goes on between others.
+The plan composes source layout, growth map and target layout into block copies. The number of
+copies grows with the number of blocks, not of elements. Each rank plans only the copies that it
+sends or receives.
 """
 
 from collections.abc import Iterator
@@ -15,18 +15,18 @@ from megagrow.reshard.layout import Block, Layout
 
 @dataclass(frozen=True, eq=False)
 class Copy:
-    """Source elements (rows x cols) of one rank become target elements of another.
+    """Copy of source elements (rows x cols) of one rank to target elements of another.
 
-    All positions are those of the logical tensors. `source` is the block that the source rank
-    reads; `take_rows` and `take_cols` say which of its rows and columns, counted from its corner,
-    go to `target_rows` and `target_cols`, in order and as often as they are listed.
+    Positions refer to the logical tensors. `source` is the block read on the source rank;
+    `take_rows` and `take_cols` index its rows and columns, relative to its corner, which are
+    written to `target_rows` and `target_cols` in order, with repetition.
     """
 
     name: str
     kind: StateKind
     term: Gather
     adds: bool
-    """Whether the elements are added to what the target holds, or take its place."""
+    """True: add to the target; False: overwrite it."""
     source_rank: int
     target_rank: int
     source: Block
@@ -48,10 +48,10 @@ def copies_to(
     kind: StateKind,
     near: int | None = None,
 ) -> Iterator[Copy]:
-    """Every copy of one kind of state that fills what `rank` holds in the target layout, in a
-    fixed order. Dense terms are no copies.
+    """Yield all copies of one state kind into the target blocks of `rank`, in a fixed order.
 
-    Of replicated numbers the copy at or near rank `near` is read, by default at `rank` itself.
+    Dense terms are not copies. Replicated values are read from the replica at or near rank
+    `near`, by default `rank` itself.
     """
     near = rank if near is None else near
     for name, term, adds in gathers(growth, target, kind):
@@ -68,10 +68,11 @@ def copies_to(
 def copies_from(
     rank: int, source: Layout, growth: GrowthMap, target: Layout, kind: StateKind
 ) -> Iterator[Copy]:
-    """Every copy of one kind of state that reads what `rank` holds in the source layout.
+    """Yield all copies of one state kind that read source blocks of `rank`.
 
-    For each target rank the same copies as `copies_to` of that rank has from `rank`, in the same
-    order. The cost is that of the copies and of the ranks that hold something of their targets.
+    For each target rank these are the copies that `copies_to` of that rank reads from `rank`, in
+    the same order. The cost is proportional to the copies and to the ranks that hold part of
+    their targets.
     """
     for name, term, adds in gathers(growth, target, kind):
         held = list(source.blocks(term.source, rank))
@@ -89,7 +90,7 @@ def copies_from(
 def gathers(
     growth: GrowthMap, target: Layout, kind: StateKind
 ) -> Iterator[tuple[str, Gather, bool]]:
-    """Each gather with its target parameter, and whether it adds to what is there."""
+    """Yield (target parameter, gather term, adds to existing values)."""
     for name in target.plan:
         adds = kind == "fp32" and growth.adds(name)
         for term in growth.terms(name, kind):
@@ -100,19 +101,19 @@ def gathers(
 def _readers(
     rank: int, source: Layout, term: Gather, target: Layout, name: str, held: list[Block]
 ) -> list[int]:
-    """The target ranks that may need something of the blocks that a source rank holds."""
+    """Return the target ranks that may read from the blocks of a source rank."""
     spec = target.plan[name]
-    found: set[int] = set()
+    touched: set[int] = set()
     for block in held:
         rows = _reading(term.rows, spec.rows, block.rows)
         cols = _reading(term.cols, spec.cols, block.cols)
         if len(rows) and len(cols):
-            found.update(target.touched(name, rows, cols))
-    return sorted(reader for reader in found if source.serves(term.source, rank, reader))
+            touched.update(target.touched(name, rows, cols))
+    return sorted(reader for reader in touched if source.serves(term.source, rank, reader))
 
 
 def _reading(axis: Axis, size: int, held: range) -> Indices:
-    """The target positions whose source position is held."""
+    """Return the target positions whose source position is in `held`."""
     return select(axis.source(range(size)), held)[1]
 
 
@@ -123,7 +124,7 @@ def _copy(
     rows: Indices,
     cols: Indices,
 ) -> Iterator[Copy]:
-    """The copy of what a source rank's block gives to a target block, if it gives anything.
+    """Yield the copy from a source rank's block to a target block, if they intersect.
 
     `rows` and `cols` are the source positions of the target block's rows and columns.
     """

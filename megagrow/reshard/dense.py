@@ -1,8 +1,11 @@
-"""Dense terms: target parameters that mix whole source parameters, one after the other.
+"""Reshard of dense terms: target parameters that are linear maps of full source matrices.
 
-A target element needs whole rows and columns of its sources. The mix of a term's sources commutes
-with sharding, so it alone is gathered, one matrix; each rank then computes the blocks that it
-holds, in fp64, which makes them the same on every layout to the rounding of the mix in fp32.
+A target element needs full rows and columns of its sources. The weighted sum of a term's sources
+commutes with sharding, so only that sum is gathered, one matrix at a time; each rank then computes
+its own blocks in fp64. All layouts agree up to the fp32 rounding of the sum.
+
+`mixtures` is the differentiable form used to train learned growth: forward and backward are one
+all-reduce each.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,14 +23,14 @@ from megagrow.reshard.layout import Block, Layout
 from megagrow.reshard.transport import group_device
 
 _ELEMENTS_AT_ONCE = BUCKET_BYTES // 8 // 4
-"""Of an fp64 matrix on the way; there are up to four at a time."""
+"""Elements of one fp64 work matrix; up to four exist at a time."""
 
 
 def exchange_dense(source: ShardedState, growth: GrowthMap, target: ShardedState) -> TransferStats:
-    """Adds what dense terms make to this rank's target storage; all ranks together.
+    """Add the dense terms to this rank's target storage. Collective.
 
-    To be called after `exchange`, on storage that is zero where nothing else comes to. Besides
-    source and target a rank holds one whole parameter and one bucket.
+    Call after `exchange`, on storage that is zero where no other term writes. In addition to
+    source and target, a rank holds one full parameter and one bucket.
     """
     sent = rounds = 0
     for (kind, sources, alphas), targets in _by_mix(growth, target.layout).items():
@@ -43,7 +46,7 @@ def exchange_dense(source: ShardedState, growth: GrowthMap, target: ShardedState
 
 
 def dense_bytes(source: Layout, growth: GrowthMap, target: Layout) -> int:
-    """What each rank sends in `exchange_dense`, by the layouts alone."""
+    """Return the bytes each rank sends in `exchange_dense`, computed from the layouts."""
     reduced = []
     for (_, sources, _), targets in _by_mix(growth, target).items():
         gains = [term.gain for _, term in targets if term.gain is not None]
@@ -56,34 +59,34 @@ _Mix = tuple[StateKind, tuple[str, ...], tuple[float, ...]]
 
 
 def _by_mix(growth: GrowthMap, target: Layout) -> dict[_Mix, list[tuple[str, Dense]]]:
-    """Target parameters and their dense terms, those together that read the same mix."""
-    found: dict[_Mix, list[tuple[str, Dense]]] = {}
+    """Group target parameters and their dense terms by the source sum they read."""
+    by_mix: dict[_Mix, list[tuple[str, Dense]]] = {}
     for kind in growth.kinds:
         for name in target.plan:
             for term in growth.terms(name, kind):
                 if isinstance(term, Dense):
                     mix = (kind, term.sources, term.alphas)
-                    found.setdefault(mix, []).append((name, term))
-    return found
+                    by_mix.setdefault(mix, []).append((name, term))
+    return by_mix
 
 
 def _gathered(
     kind: StateKind, sources: tuple[str, ...], alphas: tuple[float, ...], source: ShardedState
 ) -> Tensor:
-    """The weighted sum of whole source parameters, on every rank: (rows, cols) fp32."""
+    """Return the weighted sum of full source parameters on every rank: (rows, cols) fp32."""
     spec = source.layout.plan[sources[0]]
-    whole = torch.zeros(spec.rows, spec.cols, device=group_device())
+    full = torch.zeros(spec.rows, spec.cols, device=group_device())
     for alpha, name in zip(alphas, sources, strict=True):
-        for part, held in held_parts(name, kind, whole, source):
+        for part, held in held_parts(name, kind, full, source):
             part.add_(held, alpha=alpha)
-    for part in whole.view(-1).split(BUCKET_BYTES // 4):
+    for part in full.view(-1).split(BUCKET_BYTES // 4):
         dist.all_reduce(part)
-    return whole
+    return full
 
 
-def _reduced_bytes(whole: int, world: int) -> int:
-    """What each rank of a ring sends to reduce a tensor of `whole` bytes on all of them."""
-    return 2 * whole * (world - 1) // world
+def _reduced_bytes(size: int, world: int) -> int:
+    """Return the bytes each rank sends in a ring all-reduce of `size` bytes."""
+    return 2 * size * (world - 1) // world
 
 
 def _add_blocks(
@@ -100,7 +103,7 @@ def _add_blocks(
 def _pieces(
     term: Dense, mix: Tensor, gain: Tensor | None, rows: range, cols: range
 ) -> Iterator[tuple[range, Tensor]]:
-    """A block of left @ (mix * gain) @ right^T, some rows at a time: fp32."""
+    """Yield row ranges of a block of left @ (mix * gain) @ right^T: fp32."""
     factors = None
     if gain is not None:
         factors = gain.double().view(-1) ** term.gain_power
@@ -119,7 +122,7 @@ def _pieces(
 
 
 def _left(left: np.ndarray | None, mix: Tensor, rows: range, at_once: int) -> Tensor:
-    """Some rows of left @ mix, in fp64; the mix is never in fp64 as a whole."""
+    """Return rows of left @ mix in fp64; only parts of `mix` are converted at a time."""
     if left is None:
         return mix[rows.start : rows.stop].double()
     wide = _fp64(left, rows, mix.device)
@@ -134,11 +137,11 @@ def _fp64(matrix: np.ndarray, rows: range, device: torch.device) -> Tensor:
 
 
 def held_parts(
-    name: str, kind: StateKind, whole: Tensor, source: ShardedState
+    name: str, kind: StateKind, full: Tensor, source: ShardedState
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of `whole` (rows, cols) and, on its device, what this rank holds of them, as views.
+    """Yield views of `full` (rows, cols) with this rank's values for them, on its device.
 
-    Of numbers that several ranks hold only one has them: the parts of all ranks make the whole.
+    Replicated values are yielded by one rank only: the parts of all ranks tile the full tensor.
     """
     layout, rank = source.layout, dist.get_rank()
     if name not in source.storage or not layout.writes(name, rank):
@@ -147,27 +150,27 @@ def held_parts(
     for block in layout.blocks(name, rank):
         place = layout.local(name, rank, block)
         rows, cols = (slice(span.start, span.stop) for span in block)
-        yield whole[rows, cols], block_view(stored, block, *place).to(whole.device)
+        yield full[rows, cols], block_view(stored, block, *place).to(full.device)
 
 
 Names = Sequence[Sequence[str]]
 
 
 def mixtures(factors: Tensor, names: Names, source: ShardedState) -> list[Tensor]:
-    """For each row of names the sum over j of factors[row, j] * the weights of names[row][j].
+    """Return, for each row of names, the sum over j of factors[row, j] * weights(names[row][j]).
 
-    `factors` is (rows, sources); all names of a row have one shape. The mixtures are whole logical
-    tensors (rows, cols) in the type of the factors, views of one piece of memory, equal on all
-    ranks, which call this together, also when they go backward.
+    `factors` is (rows, sources); all names of a row have one shape. The mixtures are full logical
+    tensors (rows, cols) in the dtype of `factors`, views of one buffer, equal on all ranks.
+    Collective, forward and backward.
 
-    The gradient of the factors is this rank's part of it: the parts add up, over all ranks, to the
-    gradient of the sum of all ranks' losses.
+    The gradient of `factors` is this rank's partial sum: summed over all ranks it is the gradient
+    of the sum of all ranks' losses.
     """
     return _matrices(_Mixture.apply(factors, names, source), names, source.layout)
 
 
 class _Mixture(torch.autograd.Function):
-    """Forward and backward each are one sum over all ranks."""
+    """Autograd function of `mixtures`: one all-reduce forward, one backward."""
 
     @staticmethod
     def forward(ctx: Any, factors: Tensor, names: Names, source: ShardedState) -> Tensor:

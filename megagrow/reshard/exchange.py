@@ -1,4 +1,4 @@
-"""The live reshard: every rank sends what it has and receives what it needs, bucket by bucket."""
+"""Live reshard between ranks, bucket by bucket."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,31 +14,31 @@ from megagrow.reshard.copy_ops import collect, deliver, move_within
 from megagrow.reshard.layout import Layout
 from megagrow.reshard.transfers import RankPlan, Transfer, TransferChunk, plan_rank, rounds
 from megagrow.reshard.transport import (
-    Carrier,
     Network,
     SharedMemory,
+    Transport,
     group_device,
     on_one_host,
 )
 
 _Round = tuple[Sequence[TransferChunk], ...]
-"""The pieces that go to each rank, or come from it."""
+"""Chunks sent to, or received from, each rank in one round."""
 
 BUCKET_BYTES = 64 * 2**20
-"""What one rank may hold in flight, sent and received together."""
+"""Limit of bytes in flight per rank, sent plus received."""
 
 
 @dataclass(frozen=True)
 class TransferStats:
-    """What a reshard moved, seen from one rank."""
+    """Bytes moved by a reshard, as seen from one rank."""
 
     bytes_sent: int
     bytes_local: int
-    """What this rank's target took from this rank's source."""
+    """Bytes copied from this rank's source to this rank's target."""
     rounds: int
 
     def plus(self, other: "TransferStats") -> "TransferStats":
-        """Both, one after the other."""
+        """Return the sum of two consecutive reshards."""
         return TransferStats(
             self.bytes_sent + other.bytes_sent,
             self.bytes_local + other.bytes_local,
@@ -48,7 +48,7 @@ class TransferStats:
 
 @dataclass(frozen=True)
 class ShardedState:
-    """One side of a reshard: who holds what, and this rank's part of it."""
+    """Layout of a sharded state and this rank's storage of it."""
 
     layout: Layout
     storage: Storage
@@ -60,10 +60,10 @@ def exchange(
     target: ShardedState,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> TransferStats:
-    """Fills this rank's target storage from all ranks' source storage, on all ranks together.
+    """Fill this rank's target storage from all ranks' source storage. Collective.
 
-    No rank holds more than its source, its target and one bucket at any time, and no element is
-    sent to a rank that has it, or twice. Dense terms are left out (see `dense.py`).
+    A rank never holds more than its source, its target and one bucket. No element is sent to a
+    rank that already has it, or twice. Dense terms are excluded (see `dense.py`).
     """
     plan = plan_rank(dist.get_rank(), source.layout, growth, target.layout)
     for copy in plan.local:
@@ -73,24 +73,24 @@ def exchange(
     to_peer, from_peer = _limits(plan, bucket_bytes // 4 // 2 // buffers)
     send, receive = _rounds(plan.outgoing, to_peer), _rounds(plan.incoming, from_peer)
     largest = max((sum(_sizes(buffers)) for buffers in send), default=0)
-    count = _highest(max(len(send), len(receive)))
+    count = _max_over_ranks(max(len(send), len(receive)))
     if count > 0:
-        carrier = SharedMemory(largest) if shared else Network(group_device())
-        nothing: _Round = ((),) * dist.get_world_size()
+        transport = SharedMemory(largest) if shared else Network(group_device())
+        empty: _Round = ((),) * dist.get_world_size()
         for index in range(count):
-            to_send = send[index] if index < len(send) else nothing
-            to_receive = receive[index] if index < len(receive) else nothing
-            _one_round(carrier, to_send, to_receive, source, target)
+            to_send = send[index] if index < len(send) else empty
+            to_receive = receive[index] if index < len(receive) else empty
+            _one_round(transport, to_send, to_receive, source, target)
     sent = sum(sum(_sizes(buffers)) for buffers in send)
     local = sum(copy.shape[0] * copy.shape[1] for copy in plan.local)
     return TransferStats(bytes_sent=4 * sent, bytes_local=4 * local, rounds=count)
 
 
 def _limits(plan: RankPlan, elements: int) -> tuple[list[int], list[int]]:
-    """How many elements go to each peer, and come from each, in a round at most.
+    """Return the per-peer limits of elements sent and received in one round.
 
-    Both ends of a pair cut their common parcels by the same limit, into the same rounds: each has
-    `elements` for all those that it sends to, and as many for those that it receives from.
+    Both ends of a pair split their transfers by the same limit, hence into the same rounds. Each
+    rank divides `elements` among the peers it sends to, and as many among those it receives from.
     """
     counts = torch.tensor([len(plan.outgoing), len(plan.incoming)], device=group_device())
     everyone = [torch.empty_like(counts) for _ in range(dist.get_world_size())]
@@ -102,38 +102,38 @@ def _limits(plan: RankPlan, elements: int) -> tuple[list[int], list[int]]:
     return to_peer, from_peer
 
 
-def _rounds(parcels: dict[int, list[Transfer]], limits: list[int]) -> list[_Round]:
-    """Round by round the pieces that go to each peer, or come from it."""
-    by_peer = [rounds(parcels.get(peer, ()), limit) for peer, limit in enumerate(limits)]
+def _rounds(transfers: dict[int, list[Transfer]], limits: list[int]) -> list[_Round]:
+    """Split the transfers of all peers into rounds."""
+    by_peer = [rounds(transfers.get(peer, ()), limit) for peer, limit in enumerate(limits)]
     return list(zip_longest(*by_peer, fillvalue=()))
 
 
 def _one_round(
-    carrier: Carrier, send: _Round, receive: _Round, source: ShardedState, target: ShardedState
+    transport: Transport, send: _Round, receive: _Round, source: ShardedState, target: ShardedState
 ) -> None:
-    for pieces, buffer in zip(send, carrier.buffers(_sizes(send)), strict=True):
-        for piece, part in _parts(pieces, buffer):
-            collect(piece, part, source.layout, source.storage)
-    for pieces, buffer in zip(receive, carrier.all_to_all(_sizes(receive)), strict=True):
-        for piece, part in _parts(pieces, buffer):
-            for use in piece.uses():
+    for chunks, buffer in zip(send, transport.buffers(_sizes(send)), strict=True):
+        for chunk, part in _parts(chunks, buffer):
+            collect(chunk, part, source.layout, source.storage)
+    for chunks, buffer in zip(receive, transport.all_to_all(_sizes(receive)), strict=True):
+        for chunk, part in _parts(chunks, buffer):
+            for use in chunk.uses():
                 deliver(use, part, target.layout, target.storage)
 
 
-def _sizes(buffers: _Round) -> list[int]:
-    return [sum(piece.numel for piece in pieces) for pieces in buffers]
+def _sizes(chunks_by_peer: _Round) -> list[int]:
+    return [sum(chunk.numel for chunk in chunks) for chunks in chunks_by_peer]
 
 
 def _parts(
-    pieces: Sequence[TransferChunk], buffer: Tensor
+    chunks: Sequence[TransferChunk], buffer: Tensor
 ) -> Iterator[tuple[TransferChunk, Tensor]]:
     offset = 0
-    for piece in pieces:
-        yield piece, buffer.narrow(0, offset, piece.numel).view(piece.shape)
-        offset += piece.numel
+    for chunk in chunks:
+        yield chunk, buffer.narrow(0, offset, chunk.numel).view(chunk.shape)
+        offset += chunk.numel
 
 
-def _highest(value: int) -> int:
+def _max_over_ranks(value: int) -> int:
     tensor = torch.tensor([value], device=group_device())
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)

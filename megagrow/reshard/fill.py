@@ -1,7 +1,7 @@
-"""Writes numbers that come from no other rank, each rank making only the rows that it holds.
+"""Write values that no other rank provides: random draws, or values read from files.
 
-They are drawn, or read from files. Every drawn number depends on its stream and its place in the
-logical tensor alone, so that all layouts hold the same bits.
+Each rank produces only its own rows. A drawn value depends only on its stream and its position in
+the logical tensor, so all layouts hold the same bits.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,17 +22,17 @@ from megagrow.reshard.layout import Block, Layout
 
 
 def fill_initial(layout: Layout, rank: int, storage: Storage, seed: int) -> None:
-    """Writes the initial fp32 weights; moments are left at zero, and so is padding."""
+    """Write the initial fp32 weights; moments and padding stay zero."""
     for name in storage:
         draw = partial(initial_rows, layout.plan[name], seed)
         _write(layout, rank, storage[name]["fp32"], name, _columns_of(draw))
 
 
 def fill_new(growth: GrowthMap, layout: Layout, rank: int, storage: Storage) -> None:
-    """Writes the fills of a growth map into the fp32 weights of an empty engine.
+    """Write the fills of a growth map into the fp32 weights of an empty engine.
 
-    To be called before the exchange, whose copies are added to what is filled. Padding, and what
-    no fill speaks of, is left at zero.
+    Call before the exchange, which adds its copies to the filled values. Padding and entries
+    without a fill stay zero.
     """
     for name in storage:
         fills = [fill for fill in growth.fills.get(name, ()) if not fill.is_zero]
@@ -48,21 +48,21 @@ def fill_read(
     kinds: tuple[StateKind, ...],
     read: Callable[[str, StateKind, Block], Tensor],
 ) -> None:
-    """Writes what `read` gives for the blocks that a rank holds; padding is left at zero."""
+    """Write the values returned by `read` for a rank's blocks; padding stays zero."""
     for name, held in storage.items():
         for kind in kinds:
             _write(layout, rank, held[kind], name, partial(read, name, kind))
 
 
 def _columns_of(draw: Callable[[range], Tensor]) -> Callable[[Block], Tensor]:
-    """Of something that makes whole rows: the columns of a block."""
+    """Adapt a function that draws full rows to draw the columns of a block."""
     return lambda block: draw(block.rows)[:, block.cols.start : block.cols.stop]
 
 
 def _write(
     layout: Layout, rank: int, stored: Tensor, name: str, make: Callable[[Block], Tensor]
 ) -> None:
-    """Writes what `make` gives for the blocks that a rank holds of a parameter, piece by piece."""
+    """Write the values returned by `make` for a rank's blocks of a parameter, in row chunks."""
     rows_at_once = max(1, ELEMENTS_AT_ONCE // layout.plan[name].cols)
     for block in layout.blocks(name, rank):
         for first in range(block.rows.start, block.rows.stop, rows_at_once):
@@ -72,12 +72,12 @@ def _write(
 
 
 _PROJECTED_ROWS = 64
-"""Rows that are projected together. A matrix product may round a row differently beside other
-rows, so rows keep the same company on every rank: that of their multiple of this number."""
+"""Rows projected together. A matrix product may round a row differently depending on the other
+rows in the batch, so every rank groups rows at multiples of this number."""
 
 
 def drawn_rows(fills: Sequence[Fill], spec: ParamSpec, rows: range) -> Tensor:
-    """The sum of some fills of a parameter: (len(rows), spec.cols) fp64."""
+    """Return the sum of the fills of a parameter: (len(rows), spec.cols) fp64."""
     return torch.stack([_Drawing(fill, spec).rows(rows) for fill in fills]).sum(0)
 
 
@@ -89,7 +89,7 @@ class _Drawing:
     spec: ParamSpec
 
     def rows(self, rows: range) -> Tensor:
-        """Some rows of the fill: (len(rows), cols) fp64."""
+        """Return rows of the fill: (len(rows), cols) fp64."""
         new = _mask(self.fill.new_rows, self.spec.rows)[rows.start : rows.stop]
         values = torch.zeros(len(rows), self.spec.cols, dtype=torch.float64)
         if np.any(self.fill.std):
@@ -100,19 +100,19 @@ class _Drawing:
 
     def _normals(self, rows: range) -> Tensor:
         if self.fill.basis is None:
-            return self._centred(rows)
+            return self._centered(rows)
         begin = rows.start - rows.start % _PROJECTED_ROWS
-        found = []
+        projected = []
         for first in range(begin, rows.stop, _PROJECTED_ROWS):
-            together = range(first, min(first + _PROJECTED_ROWS, self.spec.rows))
-            values = self._centred(together)
+            group = range(first, min(first + _PROJECTED_ROWS, self.spec.rows))
+            values = self._centered(group)
             basis = torch.from_numpy(self.fill.basis)
             values -= values @ basis @ basis.T
-            mine = overlap(together, rows)
-            found.append(values[mine.start - first : mine.stop - first])
-        return torch.cat(found)
+            mine = overlap(group, rows)
+            projected.append(values[mine.start - first : mine.stop - first])
+        return torch.cat(projected)
 
-    def _centred(self, rows: range) -> Tensor:
+    def _centered(self, rows: range) -> Tensor:
         cols = self.spec.cols
         values = normal(self.fill.stream, rows.start * cols, len(rows) * cols)
         values = values.view(-1, cols).double()
@@ -126,7 +126,7 @@ class _Drawing:
 
 
 def _mask(mask: np.ndarray | None, size: int) -> Tensor:
-    """A mask as indices, 0 for old and 1 for new: (size,) int64."""
+    """Return a mask as indices, 0 for old and 1 for new: (size,) int64."""
     if mask is None:
         return torch.zeros(size, dtype=torch.int64)
     return torch.from_numpy(mask).long()

@@ -1,6 +1,6 @@
-"""Positions along one axis: a `range` where they are consecutive, else an int64 array.
+"""Positions along one axis: a `range` if they are consecutive, else an int64 array.
 
-Ranges keep a plan small and its copies plain views, so every function gives one where it can.
+Ranges keep a plan small and its copies plain views, so every function returns one where possible.
 """
 
 import numpy as np
@@ -9,18 +9,18 @@ from megagrow.growth.map import Indices
 
 
 def shift(span: range, by: int) -> range:
-    """A range moved by a distance."""
+    """Return a range shifted by a distance."""
     return range(span.start + by, span.stop + by)
 
 
 def overlap(a: range, b: range) -> range:
-    """What two ranges share; empty where they do not meet."""
+    """Return the intersection of two ranges, empty if disjoint."""
     start = max(a.start, b.start)
     return range(start, max(start, min(a.stop, b.stop)))
 
 
 def compact(positions: np.ndarray) -> Indices:
-    """The same positions, as a range if they are consecutive."""
+    """Return the positions as a range if they are consecutive."""
     count = len(positions)
     if count == 0:
         return range(0)
@@ -31,14 +31,14 @@ def compact(positions: np.ndarray) -> Indices:
 
 
 def as_array(positions: Indices) -> np.ndarray:
-    """The positions as an int64 array."""
+    """Return the positions as an int64 array."""
     if isinstance(positions, range):
         return np.arange(positions.start, positions.stop)
     return positions
 
 
 def bounds(positions: Indices) -> range:
-    """The smallest range around the positions, -1 being none."""
+    """Return the smallest range that covers the positions; -1 entries are ignored."""
     if isinstance(positions, range):
         return positions
     real = positions[positions >= 0]
@@ -46,7 +46,7 @@ def bounds(positions: Indices) -> range:
 
 
 def pick(positions: Indices, places: Indices) -> Indices:
-    """Those positions that stand at `places` of the list."""
+    """Return the positions at indices `places` of the list."""
     if isinstance(positions, range):
         if isinstance(places, range):
             return positions[places.start : places.stop]
@@ -56,21 +56,21 @@ def pick(positions: Indices, places: Indices) -> Indices:
 
 
 def moved(positions: Indices, by: int) -> Indices:
-    """All positions moved by a distance."""
+    """Return all positions shifted by a distance."""
     if isinstance(positions, range):
         return shift(positions, by)
     return positions + by if by else positions
 
 
 def select(wanted: Indices, held: Indices) -> tuple[Indices, Indices]:
-    """Of the wanted positions those that are held: their places in `held` and in `wanted`.
+    """Intersect wanted and held positions: return their indices in `held` and in `wanted`.
 
-    `wanted` may repeat positions, in any order, and have -1 for none; `held` is ascending.
+    `wanted` may be unordered, repeat positions and contain -1 for none; `held` is ascending.
     """
     if isinstance(held, range):
         if isinstance(wanted, range):
-            found = overlap(wanted, held)
-            return shift(found, -held.start), shift(found, -wanted.start)
+            shared = overlap(wanted, held)
+            return shift(shared, -held.start), shift(shared, -wanted.start)
         places = compact(np.flatnonzero((wanted >= held.start) & (wanted < held.stop)))
         return moved(pick(wanted, places), -held.start), places
     if wanted is held:
@@ -82,17 +82,17 @@ def select(wanted: Indices, held: Indices) -> tuple[Indices, Indices]:
 
 
 def distinct(positions: Indices) -> Indices:
-    """The positions in ascending order, each once."""
+    """Return the unique positions in ascending order."""
     return positions if isinstance(positions, range) else compact(np.unique(positions))
 
 
 def common(a: Indices, b: Indices) -> Indices:
-    """What two ascending lists share."""
+    """Return the intersection of two ascending lists."""
     return pick(a, select(a, b)[1])
 
 
 def without(a: Indices, b: Indices) -> Indices:
-    """What of an ascending list is not in another one."""
+    """Return the positions of an ascending list that are not in another."""
     shared = select(a, b)[1]
     if len(shared) in (0, len(a)):
         return range(0) if len(shared) else a

@@ -1,4 +1,4 @@
-"""How much a growth moves, seen from one rank, before there is a tensor: from its plan alone."""
+"""Bytes that a growth moves, computed from the plan of one rank before any tensor exists."""
 
 from dataclasses import dataclass
 
@@ -12,37 +12,37 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class Volume:
-    """Bytes of fp32 weights and moments."""
+    """Bytes of fp32 weights and moments moved by one rank."""
 
     sent: dict[int, int]
-    """By the rank that they go to."""
+    """Bytes by destination rank."""
     received: dict[int, int]
-    """By the rank that they come from."""
+    """Bytes by source rank."""
     kept: int
-    """What this rank's target takes from this rank's source (`Moved.bytes_local`)."""
+    """Bytes copied within this rank (`TransferStats.bytes_local`)."""
     reduced: int
-    """What this rank sends so that matrices which are mixed as a whole come to all ranks."""
+    """Bytes this rank sends in the all-reduces of dense terms."""
 
     @property
     def bytes_sent(self) -> int:
-        """All that leaves this rank (`Moved.bytes_sent`)."""
+        """Total bytes sent by this rank (`TransferStats.bytes_sent`)."""
         return sum(self.sent.values()) + self.reduced
 
 
 def rank_volume(rank: int, source: Layout, growth: GrowthMap, target: Layout) -> Volume:
-    """What `rank` sends, receives and keeps when `growth` leads from one layout to the other.
+    """Return the bytes `rank` sends, receives and keeps when `growth` maps `source` to `target`.
 
-    Its cost is that of the rank's own copies, whatever the number of ranks.
+    The cost is proportional to the rank's own copies, independent of the number of ranks.
     """
     plan = plan_rank(rank, source, growth, target)
     kept = sum(copy.shape[0] * copy.shape[1] for copy in plan.local)
     return Volume(
-        {peer: _bytes(parcels) for peer, parcels in sorted(plan.outgoing.items())},
-        {peer: _bytes(parcels) for peer, parcels in sorted(plan.incoming.items())},
+        {peer: _bytes(transfers) for peer, transfers in sorted(plan.outgoing.items())},
+        {peer: _bytes(transfers) for peer, transfers in sorted(plan.incoming.items())},
         FP32_BYTES * kept,
         dense_bytes(source, growth, target),
     )
 
 
-def _bytes(parcels: list[Transfer]) -> int:
-    return FP32_BYTES * sum(len(parcel.rows) * len(parcel.cols) for parcel in parcels)
+def _bytes(transfers: list[Transfer]) -> int:
+    return FP32_BYTES * sum(len(item.rows) * len(item.cols) for item in transfers)

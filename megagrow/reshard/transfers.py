@@ -1,7 +1,7 @@
-"""What one rank sends to another: every element once, however often the target uses it.
+"""Transfers between two ranks: each element is sent once, regardless of how often it is used.
 
-A stack needs the same layer several times, a width copy the same rows and columns: the elements
-travel once and are repeated where they arrive.
+Stacking reads the same layer several times, a width copy the same rows and columns; the elements
+are sent once and repeated at the destination.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,15 +13,15 @@ from megagrow.reshard.index_ranges import common, distinct, moved, pick, select,
 from megagrow.reshard.layout import Layout
 
 _Patch = tuple[Indices, Indices]
-"""All elements on some rows and some columns, both ascending."""
+"""Outer product of rows and columns, both ascending."""
 
 
 @dataclass(frozen=True, eq=False)
 class Transfer:
-    """Elements of one source parameter that travel together, as a matrix (rows, cols).
+    """Elements of one source parameter that are sent together, as a matrix (rows, cols).
 
-    They lie within one block of the source rank. `uses` are what becomes of them: parts of copies
-    whose `take_rows` and `take_cols` count within the parcel.
+    They are part of one block of the source rank. `uses` are the copies that consume them, with
+    `take_rows` and `take_cols` relative to the transfer.
     """
 
     name: str
@@ -34,62 +34,62 @@ class Transfer:
 
 @dataclass(frozen=True, eq=False)
 class TransferChunk:
-    """Some rows of a parcel, counted within it: what fits into a round."""
+    """Rows of a transfer, relative to it, that are sent in one round."""
 
-    parcel: Transfer
+    transfer: Transfer
     rows: range
 
     @property
     def shape(self) -> tuple[int, int]:
-        return len(self.rows), len(self.parcel.cols)
+        return len(self.rows), len(self.transfer.cols)
 
     @property
     def numel(self) -> int:
-        return len(self.rows) * len(self.parcel.cols)
+        return len(self.rows) * len(self.transfer.cols)
 
     def uses(self) -> Iterator[Copy]:
-        """The copies of these rows; their `take_rows` count from the first of them."""
-        for use in self.parcel.uses:
+        """Yield the copies that consume these rows, with `take_rows` relative to the chunk."""
+        for use in self.transfer.uses:
             take_rows, places = select(use.take_rows, self.rows)
             if len(take_rows):
                 yield replace(use, take_rows=take_rows, target_rows=pick(use.target_rows, places))
 
 
 def pack(copies: Iterable[Copy]) -> list[Transfer]:
-    """The copies of one pair of ranks as parcels that share no element.
+    """Combine the copies of one pair of ranks into transfers that share no element.
 
-    Both ends of the pair list the same copies, and so make the same parcels.
+    Both ends of the pair list the same copies and therefore build the same transfers.
     """
     by_source: dict[tuple[StateKind, str], list[Transfer]] = {}
     for copy in copies:
-        parcels = by_source.setdefault((copy.kind, copy.term.source), [])
+        transfers = by_source.setdefault((copy.kind, copy.term.source), [])
         rows = moved(copy.take_rows, copy.source.rows.start)
         cols = moved(copy.take_cols, copy.source.cols.start)
         missing = [(distinct(rows), distinct(cols))]
-        for parcel in parcels:
-            had = parcel.rows, parcel.cols
-            missing = [rest for patch in missing for rest in _left(patch, had)]
+        for transfer in transfers:
+            present = transfer.rows, transfer.cols
+            missing = [rest for patch in missing for rest in _subtract(patch, present)]
         head = copy.term.source, copy.kind, copy.source_rank
-        parcels += [Transfer(*head, *patch) for patch in missing]
-        for parcel in parcels:
-            _use(copy, rows, cols, parcel)
-    return [parcel for parcels in by_source.values() for parcel in parcels]
+        transfers += [Transfer(*head, *patch) for patch in missing]
+        for transfer in transfers:
+            _use(copy, rows, cols, transfer)
+    return [transfer for transfers in by_source.values() for transfer in transfers]
 
 
 @dataclass(frozen=True, eq=False)
 class RankPlan:
-    """What one rank has to do in a reshard."""
+    """Local copies and transfers of one rank in a reshard."""
 
     local: list[Copy]
-    """Within its own memory."""
+    """Copies within the rank."""
     outgoing: dict[int, list[Transfer]]
-    """By the rank that it sends to."""
+    """Transfers by destination rank."""
     incoming: dict[int, list[Transfer]]
-    """By the rank that it receives from."""
+    """Transfers by source rank."""
 
 
 def plan_rank(rank: int, source: Layout, growth: GrowthMap, target: Layout) -> RankPlan:
-    """What `rank` has to do so that every rank's part of the target is filled."""
+    """Return the plan of `rank` in a reshard that fills the target of every rank."""
     outgoing: dict[int, list[Copy]] = {}
     incoming: dict[int, list[Copy]] = {rank: []}
     for kind in growth.kinds:
@@ -104,47 +104,48 @@ def plan_rank(rank: int, source: Layout, growth: GrowthMap, target: Layout) -> R
     )
 
 
-def rounds(parcels: Iterable[Transfer], limit: int) -> Iterator[list[TransferChunk]]:
-    """Cuts the parcels of one pair of ranks into rounds of at most `limit` elements.
+def rounds(transfers: Iterable[Transfer], limit: int) -> Iterator[list[TransferChunk]]:
+    """Split the transfers of one pair of ranks into rounds of at most `limit` elements.
 
-    A row is never cut; a single row longer than the limit makes a round of its own.
+    Rows are never split; a row longer than the limit forms its own round.
     """
-    pieces: list[TransferChunk] = []
+    chunks: list[TransferChunk] = []
     free = limit
-    for parcel in parcels:
-        rows, cols = len(parcel.rows), len(parcel.cols)
+    for transfer in transfers:
+        rows, cols = len(transfer.rows), len(transfer.cols)
         done = 0
         while done < rows:
             fitting = min(rows - done, free // cols)
-            if fitting <= 0 and pieces:  # below 0 after a row longer than the limit
-                yield pieces
-                pieces, free = [], limit
+            if fitting <= 0 and chunks:  # negative after a row longer than the limit
+                yield chunks
+                chunks, free = [], limit
                 continue
             fitting = max(1, fitting)
-            pieces.append(TransferChunk(parcel, range(done, done + fitting)))
+            chunks.append(TransferChunk(transfer, range(done, done + fitting)))
             free -= fitting * cols
             done += fitting
-    if pieces:
-        yield pieces
+    if chunks:
+        yield chunks
 
 
-def _left(patch: _Patch, had: _Patch) -> Iterator[_Patch]:
-    """What of a patch is not in another one."""
-    shared_rows, shared_cols = common(patch[0], had[0]), common(patch[1], had[1])
+def _subtract(patch: _Patch, other: _Patch) -> Iterator[_Patch]:
+    """Yield the parts of a patch that are not in another."""
+    shared_rows, shared_cols = common(patch[0], other[0]), common(patch[1], other[1])
     if not len(shared_rows) or not len(shared_cols):
         yield patch
         return
-    for rest in ((without(patch[0], had[0]), patch[1]), (shared_rows, without(patch[1], had[1]))):
+    outside_rows, outside_cols = without(patch[0], other[0]), without(patch[1], other[1])
+    for rest in ((outside_rows, patch[1]), (shared_rows, outside_cols)):
         if len(rest[0]) and len(rest[1]):
             yield rest
 
 
-def _use(copy: Copy, rows: Indices, cols: Indices, parcel: Transfer) -> None:
-    """Adds to a parcel what a copy, which lists these source rows and columns, takes from it."""
-    take_rows, row_places = select(rows, parcel.rows)
-    take_cols, col_places = select(cols, parcel.cols)
+def _use(copy: Copy, rows: Indices, cols: Indices, transfer: Transfer) -> None:
+    """Register with a transfer the part that a copy of these source rows and columns takes."""
+    take_rows, row_places = select(rows, transfer.rows)
+    take_cols, col_places = select(cols, transfer.cols)
     if len(take_rows) and len(take_cols):
-        parcel.uses.append(
+        transfer.uses.append(
             replace(
                 copy,
                 take_rows=take_rows,

@@ -1,7 +1,7 @@
-"""How buffers of numbers get from rank to rank: through the network, or through shared memory.
+"""Transports for reshard buffers: NCCL/gloo all-to-all, or shared memory on one host.
 
-gloo sends through TCP even between processes of one machine, which costs several times what
-memory does. Ranks of one machine therefore write into memory that the others can read.
+gloo uses TCP even between processes of one host, several times slower than memory. CPU ranks of
+one host therefore write into memory that the other ranks map.
 """
 
 import mmap
@@ -13,25 +13,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
-_PROCESSES = Path("/proc/self/ns/pid")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_PID_NAMESPACE = Path("/proc/self/ns/pid")
 
 
-class Carrier(Protocol):
-    """Carries one round after the other; all ranks together. Boxes are 1-D fp32, one per rank."""
+class Transport(Protocol):
+    """Exchange of one round at a time, collective. Buffers are 1-D fp32, one per rank."""
 
     num_buffers: int
-    """How many rounds are in memory at once."""
+    """Rounds held in memory at once."""
 
     def buffers(self, sizes: list[int]) -> list[Tensor]:
-        """Empty buffers of these numbers of elements, to be filled for each rank."""
+        """Return empty send buffers of these sizes in elements, one per rank."""
 
     def all_to_all(self, sizes: list[int]) -> list[Tensor]:
-        """Sends the buffers; returns those that came, of these sizes, valid until the next call."""
+        """Send the buffers; return received ones of these sizes, valid until the next call."""
 
 
 class Network:
-    """The process group's all-to-all: nccl between GPUs, gloo between machines."""
+    """All-to-all of the process group: NCCL between GPUs, gloo between hosts."""
 
     num_buffers = 1
 
@@ -40,42 +40,41 @@ class Network:
 
     def buffers(self, sizes: list[int]) -> list[Tensor]:
         self._sizes = sizes
-        self._outbox = torch.empty(sum(sizes), device=self._device)
-        return list(self._outbox.split(sizes))
+        self._send = torch.empty(sum(sizes), device=self._device)
+        return list(self._send.split(sizes))
 
     def all_to_all(self, sizes: list[int]) -> list[Tensor]:
-        inbox = torch.empty(sum(sizes), device=self._device)
-        dist.all_to_all_single(inbox, self._outbox, sizes, self._sizes)
-        return list(inbox.split(sizes))
+        received = torch.empty(sum(sizes), device=self._device)
+        dist.all_to_all_single(received, self._send, sizes, self._sizes)
+        return list(received.split(sizes))
 
 
 class SharedMemory:
-    """Memory of each rank that all ranks of the machine map.
+    """Shared memory of each rank, mapped by all ranks of the host.
 
-    It has no name in any file system, so that nothing is left when a rank is killed. Two rounds
-    fit in: while a rank fills one the others may still read the one before, so that one barrier a
-    round is enough.
+    It is anonymous (memfd), so a killed rank leaves nothing behind. It holds two rounds: while a
+    rank fills one, the others may still read the previous one, so one barrier per round suffices.
     """
 
     num_buffers = 2
 
     def __init__(self, largest: int) -> None:
-        """`largest` is the number of elements that this rank sends in a round at most."""
+        """Map the memory of all ranks; `largest` is the most elements this rank sends per round."""
         self._rank, self._world, self._largest = dist.get_rank(), dist.get_world_size(), largest
         self._rounds = 0
         own = os.memfd_create("megagrow")
         try:
             os.ftruncate(own, self._table_bytes + 2 * 4 * largest)
-            everyone: list[tuple[int, int]] = [(0, 0)] * self._world
-            dist.all_gather_object(everyone, (os.getpid(), own))
-            self._memory = [_map(f"/proc/{process}/fd/{file}") for process, file in everyone]
+            handles: list[tuple[int, int]] = [(0, 0)] * self._world
+            dist.all_gather_object(handles, (os.getpid(), own))
+            self._memory = [_map(f"/proc/{process}/fd/{file}") for process, file in handles]
             dist.barrier()  # no rank closes its file before all have opened it
         finally:
             os.close(own)
 
     @property
     def _table_bytes(self) -> int:
-        # For either round and each rank the element at which its buffer begins.
+        # Start element of each rank's buffer, for both rounds.
         return 2 * 8 * self._world
 
     def buffers(self, sizes: list[int]) -> list[Tensor]:
@@ -103,22 +102,22 @@ class SharedMemory:
 
 
 def group_device() -> torch.device:
-    """Where tensors have to be that the process group sends."""
+    """Return the device of tensors that the process group can send."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def on_one_host() -> bool:
-    """Whether all ranks compute on CPUs of one machine and see each other's processes."""
-    here = None
-    if dist.get_backend() == "gloo" and _BOOT.exists():
-        here = (_BOOT.read_text(encoding="ascii"), _PROCESSES.stat().st_ino)
-    everyone = [here] * dist.get_world_size()
-    dist.all_gather_object(everyone, here)
-    return here is not None and all(there == here for there in everyone)
+    """Return True if all ranks run on CPUs of one host and share a process namespace."""
+    host = None
+    if dist.get_backend() == "gloo" and _BOOT_ID.exists():
+        host = (_BOOT_ID.read_text(encoding="ascii"), _PID_NAMESPACE.stat().st_ino)
+    hosts = [host] * dist.get_world_size()
+    dist.all_gather_object(hosts, host)
+    return host is not None and all(other == host for other in hosts)
 
 
 def _map(path: str) -> Tensor:
-    """A file as a tensor of bytes; the memory is given back with the tensor."""
+    """Map a file as a uint8 tensor; the mapping is released with the tensor."""
     file = os.open(path, os.O_RDWR)
     try:
         return torch.frombuffer(mmap.mmap(file, 0), dtype=torch.uint8)

@@ -17,7 +17,7 @@ from megagrow.reshard import exchange as exchange_module
 from megagrow.reshard import transport as carriers
 from megagrow.reshard.exchange import BUCKET_BYTES, ShardedState, TransferStats, exchange
 from megagrow.reshard.layout import Layout
-from megagrow.reshard.transport import Carrier
+from megagrow.reshard.transport import Transport
 from tests.helpers.hugging_face import tiny
 from tests.helpers.reshard.definition import (
     empty_storage,
@@ -88,7 +88,7 @@ def map_to(model: ModelConfig) -> GrowthMap:
 class Weighed:
     """A carrier that notes how many bytes are in the boxes of each round."""
 
-    def __init__(self, carrier: Carrier, in_flight: list[int]) -> None:
+    def __init__(self, carrier: Transport, in_flight: list[int]) -> None:
         self.carrier, self.in_flight = carrier, in_flight
 
     def buffers(self, sizes: list[int]) -> list[torch.Tensor]:

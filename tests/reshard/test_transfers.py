@@ -47,8 +47,8 @@ def plans(source: Layout, growth: GrowthMap, target: Layout) -> list[RankPlan]:
 
 def shape_of(pieces: list[TransferChunk]) -> list:
     return [
-        (piece.parcel.name, piece.parcel.kind, as_array(piece.parcel.rows).tolist(),
-         as_array(piece.parcel.cols).tolist(), piece.rows)
+        (piece.transfer.name, piece.transfer.kind, as_array(piece.transfer.rows).tolist(),
+         as_array(piece.transfer.cols).tolist(), piece.rows)
         for piece in pieces
     ]  # fmt: skip
 
