@@ -19,7 +19,7 @@ from megagrow.model.machine import machine_of
 from megagrow.model.ops import Ops, make_ops
 from megagrow.offline.convert import named_tokenizer
 from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
-from megagrow.parallel.materialize import materialise
+from megagrow.parallel.materialize import materialize
 from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.parallel.tensor_parallel import parallelize
@@ -85,7 +85,7 @@ def build(source: Source, topology: Topology, dtype: torch.dtype) -> LlamaForCau
     with torch.device("meta"):
         model = LlamaForCausalLM(source.model, ops=_ops(source.model, dtype, topology.device))
     parallelize(model.to(dtype), plan, topology, sequence_parallel=False)
-    materialise(model, topology.device, None)
+    materialize(model, topology.device, None)
     layout = Layout(plan, (tuple(plan),), zero_stage=0, dp=topology.dp, tp=topology.tp)
     storage = {name: {"fp32": _flat(weight)} for name, weight in model.named_parameters()}
     fill_read(layout, topology.rank, storage, ("fp32",), source.read)

@@ -1,1 +1,1 @@
-"""How the model is spread over ranks: topology, slices, collectives, and DeepSpeed's partitions."""
+"""Distribution over ranks: process groups, tensor parallelism, collectives, engine."""

@@ -1,4 +1,4 @@
-"""Collectives with gradients, named by what they do on the way forward and on the way back.
+"""Differentiable collectives, named by their forward and backward operation.
 
 f and g are the conjugate pair of Megatron-LM (Shoeybi et al. 2019, section 3); the sequence forms
 are those of Korthikanti et al. 2022, section 4.2.2. Hidden states are (B, S, D); the sequence forms
@@ -89,20 +89,20 @@ class _ScatterForwardGatherBackward(torch.autograd.Function):
 
 
 def copy_to_tensor_parallel(x: Tensor, group: ProcessGroup) -> Tensor:
-    """x unchanged; its gradient is summed over the group."""
+    """Return x; its gradient is summed over the group."""
     return _CopyForwardReduceBackward.apply(x, group)
 
 
 def reduce_from_tensor_parallel(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum of x over the group; the gradient passes unchanged."""
+    """Return the sum of x over the group; the gradient is unchanged."""
     return _ReduceForwardCopyBackward.apply(x, group)
 
 
 def gather_from_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
-    """(B, S/tp, D) to (B, S, D)."""
+    """Gather (B, S/tp, D) to (B, S, D)."""
     return _GatherForwardScatterBackward.apply(x, group)
 
 
 def scatter_to_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
-    """(B, S, D), a partial sum, to this rank's (B, S/tp, D) of the whole sum."""
+    """Reduce-scatter partial sums (B, S, D) to this rank's (B, S/tp, D)."""
     return _ScatterForwardGatherBackward.apply(x, group)

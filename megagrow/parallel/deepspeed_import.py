@@ -1,4 +1,4 @@
-"""DeepSpeed, imported in this one place: for the right device, quietly, and without a compiler."""
+"""Single import point of DeepSpeed: sets the accelerator, filters warnings, avoids compilation."""
 
 import logging
 import warnings
@@ -13,10 +13,10 @@ from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: E402
 
 # DeepSpeed 0.19 still calls collectives under names that torch 2.13 deprecates.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-# What it says of a skipped step the run says itself, with its number.
+# The run logs skipped steps itself, with their numbers.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "OVERFLOW" not in record.getMessage())
-# DeepSpeed's shared-memory all-reduce serves inference on CPUs only. Building it would cost every
-# fresh machine a compiler and most of a minute.
+# DeepSpeed's shared-memory all-reduce is for CPU inference only. Building it requires a compiler
+# and most of a minute on every new machine.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 __all__ = ["BF16_Optimizer", "combine_grad_norm_groups", "deepspeed", "stage3", "stage_1_and_2"]

@@ -1,8 +1,8 @@
-"""DeepSpeed's engine: a Llama that is trained on all ranks, and its state as this rank holds it.
+"""DeepSpeed engine of a model, with access to this rank's shard of its state.
 
 An engine is built empty. Its state (fp32 weights, Adam's moments and step) is then written into
-the partitions in place: by the initialiser, from a checkpoint, or by a reshard. `ready` passes the
-written weights on to the copies that the forward pass uses.
+the partitions in place: by initialization, from a checkpoint, or by a reshard. `ready` copies the
+written weights to the forward weights.
 """
 
 import gc
@@ -16,19 +16,23 @@ from torch import Tensor, nn
 
 from megagrow.config.schema import OptimizerConfig
 from megagrow.parallel.deepspeed_import import deepspeed
-from megagrow.parallel.engine_build import built_empty, nothing_sent
+from megagrow.parallel.engine_build import built_empty, no_weight_broadcast
 from megagrow.parallel.engine_config import (
     EngineSettings,
     ParamGroup,
     deepspeed_config,
     parameter_groups,
 )
-from megagrow.parallel.gradients import clip_whole_gradients, sum_flat, weigh_norm
-from megagrow.parallel.materialize import build_model, materialise, materialise_flat, zeros_like
+from megagrow.parallel.gradients import (
+    clip_replicated_gradients,
+    reuse_flat_gradients,
+    set_norm_weights,
+)
+from megagrow.parallel.materialize import build_model, materialize, materialize_flat, zeros_like
 from megagrow.parallel.partitions import (
     forget_gradients,
+    fragments,
     partition_zero3,
-    places,
     refresh,
     unlink_zero3,
 )
@@ -37,22 +41,22 @@ from megagrow.parallel.sharding import parameter_plan
 from megagrow.parallel.update_scaling import ScaledPart, UpdateFactors
 
 STATE_KINDS = ("fp32", "exp_avg", "exp_avg_sq")
-"""What is kept of every parameter, under the names of DeepSpeed's universal checkpoint."""
+"""States of every parameter, named as in DeepSpeed's Universal Checkpoint."""
 
 Storage = dict[str, dict[str, Tensor]]
-"""Parameter -> kind of state -> the interval of its flattened slice that this rank holds, 1-D fp32.
-A parameter of which it holds nothing is absent."""
+"""Parameter -> state kind -> this rank's interval of the flattened slice, 1-D fp32. Parameters
+without elements on this rank are absent."""
 
 
 class ZeroEngine:
-    """A Llama trained by DeepSpeed under ZeRO 0, 1, 2 or 3 and tensor parallelism."""
+    """Model trained by DeepSpeed under ZeRO 0, 1, 2 or 3 and tensor parallelism."""
 
     def __init__(self, settings: EngineSettings, topology: Topology) -> None:
         self.settings = settings
         self.topology = topology
         self.plan = parameter_plan(settings.model, topology.tp)
         self.stage = settings.parallel.zero_stage
-        # ZeRO 0 keeps no fp32 master beside bf16 weights: there bf16 is an autocast of fp32.
+        # ZeRO 0 keeps no fp32 master weights: there, bf16 is an autocast of fp32.
         self._autocast = settings.bf16 and self.stage == 0
         low_precision = settings.bf16 and not self._autocast
         dtype = torch.bfloat16 if low_precision else torch.float32
@@ -62,11 +66,11 @@ class ZeroEngine:
         model = build_model(self.plan, settings, topology, dtype)
         flats: list[Tensor] = []
         if self.stage in (1, 2):
-            flats = materialise_flat(model, self.groups, topology)
+            flats = materialize_flat(model, self.groups, topology)
         else:
             partition = partition_zero3(config, topology, dtype) if self.stage == 3 else None
-            with nothing_sent():
-                materialise(model, topology.device, partition)
+            with no_weight_broadcast():
+                materialize(model, topology.device, partition)
         optimizer = _adamw(model, self._groups, settings.optimizer)
         with built_empty(flats, topology.device):
             self._engine, *_ = deepspeed.initialize(
@@ -77,32 +81,34 @@ class ZeroEngine:
                 dist_init_required=False,
             )
         self._adam = optimizer
-        self._places = partial(places, self._engine, self.stage)
+        self._fragments = partial(fragments, self._engine, self.stage)
         self._factors = UpdateFactors(optimizer)
         self._create_moments()
         if self.stage in (1, 2) and not (low_precision or settings.parallel.offload_optimizer):
-            sum_flat(self._engine.optimizer)
+            reuse_flat_gradients(self._engine.optimizer)
         if self.stage > 0:
             weights = [group.scale.norm for group in self._groups]
-            weigh_norm(self._engine.optimizer, self.stage, weights)
+            set_norm_weights(self._engine.optimizer, self.stage, weights)
 
     def forward(self, *inputs: Any) -> Tensor:
-        """Logits (B, S, V/tp) for what the model takes: (input_ids, position_ids, documents, this
-        rank's masks); or what a fifth input, a loss, makes of the head."""
+        """Return logits (B, S, V/tp) for (input_ids, position_ids, documents, rank masks).
+
+        With a fifth input, a head loss, return its result instead.
+        """
         device = self.topology.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._autocast):
             return self._engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulates the gradient of one micro batch; the accumulation's mean is taken."""
+        """Accumulate the gradient of one micro-batch; micro-batches are averaged."""
         self._engine.backward(loss)
 
     def step(self, lr: float) -> float | None:
-        """Ends a micro batch; where it is the last one, updates the weights.
+        """Finish a micro-batch; update the weights after the last one of a step.
 
-        Returns the gradient norm before clipping (global, L2, with the weights of the parameters'
-        scales) after the last one. Where that is not finite, as every rank knows, nothing of the
-        state was changed and the gradients are gone.
+        Returns None between micro-batches, else the global L2 gradient norm before clipping,
+        weighted by the parameters' scales. If it is not finite (on all ranks alike), the state is
+        unchanged and the gradients are dropped.
         """
         boundary = self._engine.is_gradient_accumulation_boundary()
         norm = None
@@ -119,68 +125,67 @@ class ZeroEngine:
         return None if norm is None else float(norm)
 
     def train(self, mode: bool = True) -> None:
-        """Switches between training and evaluation, as nn.Module.train."""
+        """Switch between training and evaluation mode, as nn.Module.train."""
         self._engine.train(mode)
 
     def storage(self) -> Storage:
-        """This rank's part of every parameter's state: views of the optimizer's own tensors.
+        """Return this rank's shard of every parameter's state as views of the optimizer's tensors.
 
-        They lie on the engine's device, or on the CPU with `offload_optimizer`.
+        They are on the engine's device, or on the CPU with `offload_optimizer`.
         """
         out: Storage = {}
-        for place in self._places():
-            if place.numel > 0:
-                state = self._adam.state[place.owner]
-                tensors = (place.owner.data, state["exp_avg"], state["exp_avg_sq"])
-                parts = (place.of(tensor) for tensor in tensors)
-                out[place.name] = dict(zip(STATE_KINDS, parts, strict=True))
+        for fragment in self._fragments():
+            if fragment.numel > 0:
+                state = self._adam.state[fragment.owner]
+                tensors = (fragment.owner.data, state["exp_avg"], state["exp_avg_sq"])
+                parts = (fragment.of(tensor) for tensor in tensors)
+                out[fragment.name] = dict(zip(STATE_KINDS, parts, strict=True))
         return out
 
     def intervals(self) -> dict[str, range]:
-        """Which interval of its flattened slice this rank holds of each parameter, by DeepSpeed's
-        own bookkeeping."""
-        return {p.name: range(p.start, p.start + p.numel) for p in self._places() if p.numel > 0}
+        """Return this rank's interval of each parameter's flattened slice, as DeepSpeed has it."""
+        held = (fragment for fragment in self._fragments() if fragment.numel > 0)
+        return {f.name: range(f.start, f.start + f.numel) for f in held}
 
     def mark_new(self, masks: Mapping[str, Tensor]) -> None:
-        """Says which entries are new, for `set_update_factors`; call it once.
+        """Register the new entries for `set_update_factors`; call once.
 
-        By parameter, in the order and on the device of the storage: (n,) bool. A parameter without
-        a mask is all old.
+        `masks` maps parameters to (n,) bool in the order and on the device of the storage.
+        Parameters without a mask are entirely old.
         """
-        held = [place for place in self._places() if place.numel > 0]
-        self._factors.place(
-            (place.owner, ScaledPart(place.of(place.owner.data), masks.get(place.name)))
-            for place in held
+        held = [fragment for fragment in self._fragments() if fragment.numel > 0]
+        self._factors.register(
+            (f.owner, ScaledPart(f.of(f.owner.data), masks.get(f.name))) for f in held
         )
 
     def set_update_factors(self, new: float = 1.0, old: float = 1.0) -> None:
-        """Multiplies what the next steps change of new and of old entries; needs `mark_new`.
+        """Scale the updates of new and old entries in the following steps; requires `mark_new`.
 
-        A factor on the change is one on the learning rate; at 0 not a bit changes.
+        A factor on the update equals a factor on the learning rate; at 0 the bits are unchanged.
         """
         self._factors.set(new, old)
 
     @property
     def adam_step(self) -> int:
-        """Updates that Adam's bias correction counts: one number for all parameters."""
+        """Step count of Adam's bias correction, equal for all parameters."""
         steps = {int(state["step"]) for state in self._adam.state.values()}
         if len(steps) != 1:
             raise AssertionError(f"rank {self.topology.rank}: Adam's steps differ: {steps}")
         return steps.pop()
 
     def ready(self, adam_step: int) -> None:
-        """Call after writing the storage: sets Adam's step, refreshes the forward weights."""
+        """Set Adam's step and refresh the forward weights; call after writing the storage."""
         for state in self._adam.state.values():
             state["step"].fill_(adam_step)
         refresh(self._engine.optimizer, self.stage, self.topology)
 
     def release(self) -> Storage:
-        """Destroys the engine and returns its state, now all that is left of it in memory."""
+        """Destroy the engine and return its state, the only memory that remains of it."""
         storage = self.storage()
         self._engine.destroy()
         if self.stage == 3:
             unlink_zero3(self._engine)
-        del self._engine, self._adam, self._places, self._factors
+        del self._engine, self._adam, self._fragments, self._factors
         gc.collect()
         return storage
 
@@ -188,15 +193,15 @@ class ZeroEngine:
         named = dict(self._engine.module.named_parameters())
         groups = [([named[name] for name in g.names], g.scale.norm) for g in self._groups]
         limit = self.settings.optimizer.gradient_clipping
-        norm = clip_whole_gradients(groups, limit, self.topology)
+        norm = clip_replicated_gradients(groups, limit, self.topology)
         if not norm.isfinite():
-            for parameter in named.values():  # AdamW passes over what has no gradient
+            for parameter in named.values():  # AdamW skips parameters without a gradient
                 parameter.grad = None
         return norm
 
     def _create_moments(self) -> None:
-        # A fresh engine has no moments (DeepSpeed makes them in the first step).
-        for owner in {id(place.owner): place.owner for place in self._places()}.values():
+        # A fresh engine has no moments (DeepSpeed creates them in the first step).
+        for owner in {id(f.owner): f.owner for f in self._fragments()}.values():
             self._adam.state[owner] = {
                 "step": torch.zeros((), dtype=torch.float32, device=owner.device),
                 "exp_avg": zeros_like(owner),

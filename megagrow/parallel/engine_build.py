@@ -1,6 +1,6 @@
-"""Lets DeepSpeed build an engine whose weights are all zero, without touching memory for them.
+"""Build DeepSpeed engines with zero weights, without touching memory for them.
 
-Its state is written afterwards. Each part stands in for a function of DeepSpeed, within a context.
+The state is written afterwards. Each context replaces one function of DeepSpeed or torch.
 """
 
 from collections.abc import Iterator
@@ -16,17 +16,23 @@ from megagrow.parallel.materialize import zeros
 
 @contextmanager
 def built_empty(flats: list[Tensor], device: torch.device) -> Iterator[None]:
-    """For `deepspeed.initialize`. `flats` are the flat groups of ZeRO 1 and 2, in their order."""
-    with _flat_already(flats), _empty_shares(device), _one_copy(), _mapped_zeros(), nothing_sent():
+    """Context for `deepspeed.initialize`. `flats` are the flat groups of ZeRO 1 and 2, in order."""
+    with (
+        _flat_groups(flats),
+        _empty_partitions(device),
+        _shared_fp32_weights(),
+        _mapped_zeros(),
+        no_weight_broadcast(),
+    ):
         yield
 
 
 @contextmanager
-def nothing_sent() -> Iterator[None]:
-    """Keeps DeepSpeed from sending weights around.
+def no_weight_broadcast() -> Iterator[None]:
+    """Keep DeepSpeed from sending weights between ranks.
 
-    It sends those of the first rank to all others, and under ZeRO 3 makes every parameter whole
-    once (to hang a hook on it, which needs no weights): all of them are zero everywhere.
+    It broadcasts the weights of the first rank, and under ZeRO 3 gathers every parameter once to
+    register a hook. All weights are zero on all ranks, so neither is needed.
     """
 
     def nothing(*_: Any, **__: Any) -> None:
@@ -38,10 +44,10 @@ def nothing_sent() -> Iterator[None]:
 
 
 @contextmanager
-def _flat_already(flats: list[Tensor]) -> Iterator[None]:
-    """Lets DeepSpeed take the flat groups of ZeRO 1 and 2 as they are.
+def _flat_groups(flats: list[Tensor]) -> Iterator[None]:
+    """Make DeepSpeed use the given flat groups of ZeRO 1 and 2.
 
-    By itself it makes flat copies: the weights would be held twice while the engine is built.
+    By default it flattens into copies, which holds the weights twice while the engine is built.
     """
     original, waiting = stage_1_and_2._flatten_dense_tensors, list(flats)
 
@@ -53,19 +59,19 @@ def _flat_already(flats: list[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _empty_shares(device: torch.device) -> Iterator[None]:
-    """Lets the ranks' shares of ZeRO 3 become one flat tensor of zeros.
+def _empty_partitions(device: torch.device) -> Iterator[None]:
+    """Make a rank's ZeRO-3 partitions views of one flat tensor of zeros.
 
-    By itself DeepSpeed copies them into one, by way of the CPU, and collects the garbage of the
-    whole program in between. An empty engine has nothing to copy.
+    By default DeepSpeed copies them into one through the CPU and runs a full garbage collection
+    in between. An empty engine has nothing to copy.
     """
 
-    def flat_zeros(shares: list[Tensor]) -> Tensor:
-        sizes = [share.numel() for share in shares]
-        flat = zeros(sum(sizes), shares[0].dtype, device)
-        for share, part in zip(shares, flat.split(sizes), strict=True):
-            part.__dict__.update(share.__dict__)
-            torch.utils.swap_tensors(share, part)
+    def flat_zeros(partitions: list[Tensor]) -> Tensor:
+        sizes = [partition.numel() for partition in partitions]
+        flat = zeros(sum(sizes), partitions[0].dtype, device)
+        for partition, part in zip(partitions, flat.split(sizes), strict=True):
+            part.__dict__.update(partition.__dict__)
+            torch.utils.swap_tensors(partition, part)
         return flat
 
     with _replaced(stage3, "defragment", flat_zeros):
@@ -73,11 +79,11 @@ def _empty_shares(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _one_copy() -> Iterator[None]:
-    """Lets fp32 weights under ZeRO 3 be those of the forward pass and the optimizer's at once.
+def _shared_fp32_weights() -> Iterator[None]:
+    """Share fp32 weights between forward pass and optimizer under ZeRO 3.
 
-    DeepSpeed means them to be, but compares a device with the name of one (0.19.8), which are never
-    equal, and copies. An offloaded optimizer has its own in any case.
+    DeepSpeed intends this, but compares a device with a device name (0.19.8), which are never
+    equal, and copies. An offloaded optimizer has separate weights in any case.
     """
     zero3 = stage3.DeepSpeedZeroOptimizer_Stage3
     original = zero3._create_fp32_partitions
@@ -93,7 +99,7 @@ def _one_copy() -> Iterator[None]:
 
 @contextmanager
 def _mapped_zeros() -> Iterator[None]:
-    """Lets the flat tensors of zeros that DeepSpeed makes, for gradients, be mapped ones."""
+    """Make DeepSpeed's flat gradient buffers memory-mapped zeros."""
     original = torch.zeros
 
     def flat_zeros(*size: Any, **options: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""What decides how a stage is trained, and how DeepSpeed is told so. Pure."""
+"""Engine settings of a stage, optimizer groups, and DeepSpeed's configuration. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ from megagrow.parallel.sharding import ParamSpec
 
 @dataclass(frozen=True)
 class ParamScale:
-    """Factors on one parameter's hyper-parameters with which a grown model follows its source
-    exactly (docs/reference/operators.md: lr / k_in, weight decay * k_in, eps / k_out)."""
+    """Factors on one parameter's hyper-parameters that keep a grown model on the trajectory of
+    its source (docs/reference/operators.md: lr / k_in, weight decay * k_in, eps / k_out)."""
 
     lr: float = 1.0
     weight_decay: float = 1.0
@@ -22,7 +22,7 @@ class ParamScale:
     """Weight of the squared gradient norm in the global norm: k_out / k_in."""
 
     def times(self, other: "ParamScale") -> "ParamScale":
-        """Both, one growth after the other."""
+        """Return the product of the factors of two consecutive growths."""
         return ParamScale(
             self.lr * other.lr,
             self.weight_decay * other.weight_decay,
@@ -32,12 +32,12 @@ class ParamScale:
 
 
 UNSCALED = ParamScale()
-"""All factors 1."""
+"""Scale with all factors equal to 1."""
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Everything that decides how one stage is trained, besides where its numbers come from."""
+    """Settings that determine how one stage is trained, given its initial state."""
 
     model: ModelConfig
     parallel: ParallelConfig
@@ -45,21 +45,21 @@ class EngineSettings:
     optimizer: OptimizerConfig
     bf16: bool
     scales: Mapping[str, ParamScale] = field(default_factory=dict)
-    """Factors on the hyper-parameters of single parameters; 1 without an entry."""
+    """Hyper-parameter factors by parameter; 1 without an entry."""
     ops: Ops = PLAIN
-    """What computes the operations of the model."""
+    """Backends of the model's operations."""
 
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters that are trained with the same hyper-parameters."""
+    """Parameters that share all hyper-parameters."""
 
     names: tuple[str, ...]
     decays: bool
     scale: ParamScale
 
     def hyper_parameters(self, optimizer: OptimizerConfig, lr: float) -> dict[str, float]:
-        """What AdamW takes for this group where the learning rate of the run is `lr`."""
+        """Return AdamW's options of this group at the run's learning rate `lr`."""
         decay = optimizer.weight_decay if self.decays else 0.0
         return {
             "lr": lr * self.scale.lr,
@@ -71,14 +71,14 @@ class ParamGroup:
 def parameter_groups(
     plan: dict[str, ParamSpec], optimizer: OptimizerConfig, scales: Mapping[str, ParamScale]
 ) -> tuple[ParamGroup, ...]:
-    """The optimizer's groups: first those with weight decay, then those without.
+    """Return the optimizer's groups: first those with weight decay, then those without.
 
-    Parameters of one scale make one group, in the order in which the plan first has them; without
-    scales there is one group of each kind. Raises ValueError for a scale of no parameter.
+    Parameters of equal scale form one group, in the order of their first parameter in the plan;
+    without scales there is one group of each kind. Raises ValueError for unknown parameters.
     """
     unknown = scales.keys() - plan.keys()
     if unknown:
-        raise ValueError(f"scales of no parameter of the model: {', '.join(sorted(unknown))}")
+        raise ValueError(f"scales of unknown parameters: {', '.join(sorted(unknown))}")
     members: dict[tuple[bool, ParamScale], list[str]] = {}
     for decays in (True, False):
         for name, spec in plan.items():
@@ -88,15 +88,15 @@ def parameter_groups(
 
 
 def reduce_bucket(plan: dict[str, ParamSpec], tp: int) -> int:
-    """Elements that DeepSpeed reduces or gathers at once: the slice of the model, or 200M."""
+    """Return DeepSpeed's bucket size in elements: the model's slice, at most 200M."""
     slice_numel = sum(spec.slice_numel(tp) for spec in plan.values())
-    return min(slice_numel + slice_numel % 2, 200_000_000)  # more gains nothing
+    return min(slice_numel + slice_numel % 2, 200_000_000)  # larger buckets are not faster
 
 
 def deepspeed_config(
     settings: EngineSettings, topology: Topology, plan: dict[str, ParamSpec]
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration, with `parameter_plan`'s plan of the model."""
+    """Return DeepSpeed's configuration; `plan` is the model's `parameter_plan`."""
     batch = settings.batch
     bucket = reduce_bucket(plan, topology.tp)
     stage = settings.parallel.zero_stage
@@ -104,7 +104,7 @@ def deepspeed_config(
         "stage": stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        # ZeRO 1 and 2 would sum all gradients on all ranks in either case, here where they lie.
+        # ZeRO 1 and 2 reduce all gradients on all ranks in either case; without it, in place.
         "reduce_scatter": stage == 3,
         "stage3_prefetch_bucket_size": min(bucket, 50_000_000),
     }
@@ -119,7 +119,7 @@ def deepspeed_config(
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        # Its own Adam for CPUs has to be compiled where it runs; torch's is vectorised as well.
+        # DeepSpeed's CPU Adam must be compiled on the host; torch's is vectorized as well.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }

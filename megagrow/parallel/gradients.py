@@ -1,11 +1,13 @@
-"""The global gradient norm in which each optimizer group has a weight.
+"""Global gradient norm with a weight per optimizer group, and gradient accumulation buffers.
 
-norm^2 = sum over groups of weight * |g|^2: reported, and clipped by. With the weights k_out / k_in
-a grown model's norm is that of its source (docs/reference/operators.md). A parameter that every
-tensor-parallel rank has whole is counted once.
+norm^2 = sum over groups of weight * |g|^2, reported and used for clipping. With the weights
+k_out / k_in a grown model's norm equals that of its source (docs/reference/operators.md). A
+parameter replicated on all tensor-parallel ranks is counted once.
 
-DeepSpeed's optimizers have no such weights. Each is given them on its instance, at the one method
-between its gradients and its global norm.
+DeepSpeed's optimizers have no such weights. They are added per instance, at the one method between
+its gradients and its global norm.
+
+`reuse_flat_gradients` makes ZeRO 1 and 2 accumulate gradients directly in flat tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +21,8 @@ from megagrow.parallel.deepspeed_import import BF16_Optimizer, combine_grad_norm
 from megagrow.parallel.process_groups import Topology
 
 
-def weigh_norm(optimizer: Any, zero_stage: int, weights: Sequence[float]) -> None:
-    """Gives a ZeRO 1, 2 or 3 optimizer of DeepSpeed the weights of its groups, in their order."""
+def set_norm_weights(optimizer: Any, zero_stage: int, weights: Sequence[float]) -> None:
+    """Set the group weights of a DeepSpeed ZeRO 1, 2 or 3 optimizer, in group order."""
     if all(weight == 1 for weight in weights):
         return
     if zero_stage == 3:
@@ -32,7 +34,7 @@ def weigh_norm(optimizer: Any, zero_stage: int, weights: Sequence[float]) -> Non
 
 
 def _zero3(optimizer: Any, norms: Callable[[], list[Any]], weights: Sequence[float]) -> Any:
-    """Norms of sub-groups: the pieces of a group that are updated one after the other."""
+    """Weight the norms of ZeRO 3 sub-groups, the parts of a group that are updated in turn."""
 
     def weighted() -> list[Any]:
         group_of = optimizer.sub_group_to_group_id
@@ -42,7 +44,7 @@ def _zero3(optimizer: Any, norms: Callable[[], list[Any]], weights: Sequence[flo
 
 
 def _bf16(optimizer: Any, gradients: Callable[..., Any], weights: Sequence[float]) -> Any:
-    """In place of each gradient its weighted norm: of a single number, the norm is that number."""
+    """Replace each gradient by its weighted norm; the norm of a scalar is the scalar itself."""
     weight_of = {
         id(gradient): weight
         for weight, group in zip(weights, optimizer.fp32_groups_gradients, strict=True)
@@ -60,7 +62,7 @@ def _bf16(optimizer: Any, gradients: Callable[..., Any], weights: Sequence[float
 
 
 def _flat(optimizer: Any, weights: Sequence[float]) -> Any:
-    """DeepSpeed's own sum over groups, with weights. A norm that is not finite is below zero."""
+    """Weight DeepSpeed's sum over groups, which encodes a non-finite norm as a negative value."""
 
     def weighted(norm_type: int = 2) -> Tensor:
         norms = []
@@ -76,12 +78,12 @@ def _flat(optimizer: Any, weights: Sequence[float]) -> Any:
     return weighted
 
 
-def clip_whole_gradients(
+def clip_replicated_gradients(
     groups: Sequence[tuple[Sequence[Any], float]], limit: float, topology: Topology
 ) -> Tensor:
-    """ZeRO 0: clips the gradients of (parameters, weight) groups in place; returns their norm.
+    """Clip the gradients of (parameters, weight) groups in place and return their norm; ZeRO 0.
 
-    Every data-parallel rank has the same whole gradients. A `limit` of 0 is none.
+    All data-parallel ranks hold the same full gradients. A `limit` of 0 disables clipping.
     """
     squares = torch.zeros((), device=topology.device)
     for parameters, weight in groups:
@@ -99,10 +101,10 @@ def clip_whole_gradients(
     return norm
 
 
-def sum_flat(optimizer: Any) -> None:
-    """For DeepSpeed's optimizer of ZeRO 1 and 2 that is not offloaded, once, when it is built.
+def reuse_flat_gradients(optimizer: Any) -> None:
+    """Accumulate gradients in flat tensors; for a new, not offloaded ZeRO 1 or 2 optimizer.
 
-    On a CPU the flat tensors are kept from step to step: there new memory costs more than a sum.
+    On a CPU the flat tensors are reused in every step: new memory costs more than a sum there.
     """
     optimizer._use_compact_grad_partition_buffer = lambda group: True
     if optimizer.single_partition_of_fp32_groups[0].device.type != "cpu":

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher (deepspeed, torchrun, or nobody) says of this process."""
+    """Rank of this process, as set by the launcher (deepspeed, torchrun or none)."""
 
     rank: int
     world_size: int
@@ -28,30 +28,33 @@ class Launch:
 
 
 def read_launch() -> Launch:
-    """The launcher's rank variables; a process started without a launcher is a world of one."""
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    given = {name: os.environ[name] for name in alone if name in os.environ}
-    if given and len(given) < len(alone):
-        missing = ", ".join(alone.keys() - given.keys())
-        raise InputError(f"the launcher set {', '.join(given)} but not {missing}")
-    return Launch(*map(int, (alone | given).values()))
+    """Return the launcher's rank variables; without a launcher, a world of size 1.
+
+    Raises ConfigError if only some of RANK, WORLD_SIZE and LOCAL_RANK are set.
+    """
+    default = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    present = {name: os.environ[name] for name in default if name in os.environ}
+    if present and len(present) < len(default):
+        missing = ", ".join(default.keys() - present.keys())
+        raise ConfigError(f"the launcher set {', '.join(present)} but not {missing}; set all three")
+    return Launch(*map(int, (default | present).values()))
 
 
 def launcher_kills_all_ranks() -> bool:
-    """Whether the launcher ends all ranks as soon as one has failed: torchrun and deepspeed do."""
+    """Return True if the launcher ends all ranks when one fails, as torchrun and deepspeed do."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
 
 
 SHARED_VARIABLES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "TRITON_", "DS_", "CUBLAS_", "OMP_")
-"""How the names of variables begin that decide how ranks compute and talk to each other."""
+"""Prefixes of environment variables that affect computation and communication."""
 
 
 OWN_VARIABLES = ("NCCL_IB_HCA", "NCCL_HOSTID", "TRITON_CACHE_DIR")
-"""Those among them that hosts may well set each for itself, as all that end in _IFNAME."""
+"""Exceptions that may differ between hosts, in addition to all that end in _IFNAME."""
 
 
 def shared_variables() -> dict[str, str]:
-    """Environment variables of this process that should have one value on all ranks."""
+    """Return the environment variables that should have the same value on all ranks."""
     names = [name for name in os.environ if name.startswith(SHARED_VARIABLES)]
     names += [name for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE") if name in os.environ]
     own = {name for name in names if name in OWN_VARIABLES or name.endswith("_IFNAME")}
@@ -59,23 +62,23 @@ def shared_variables() -> dict[str, str]:
 
 
 def choose_accelerator() -> None:
-    """Tells DeepSpeed what to run on. It asks when it is imported, and warns if nobody says."""
+    """Set DeepSpeed's accelerator, which it reads on import and warns about if unset."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def tune_process() -> None:
-    """Call once, when everything is imported and no large tensor has been made.
+    """Request huge pages and freeze imported objects; call once, before any large tensor exists.
 
-    On CPUs most of a growth is the first touch of new memory. torch asks for huge pages (2 MiB
-    instead of 4 KiB, so 512 times fewer faults) only if this variable is set before its first
-    large tensor. And what the imports made is never garbage: without it a collection takes
-    milliseconds. torch itself imports its compiler, half of all objects, only in the first step.
+    On CPUs most of a growth's time is the first touch of new memory. torch requests huge pages
+    (2 MiB instead of 4 KiB, 512 times fewer faults) only if the variable is set before its first
+    large tensor. Objects created by imports are never garbage: without them a collection takes
+    milliseconds. torch imports its compiler, half of all objects, only in the first step.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     importlib.import_module("torch._dynamo")
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)  # else nanobind calls what triton has made leaks
+    atexit.register(gc.unfreeze)  # otherwise nanobind reports triton's objects as leaks
 
 
 def export_local_rank(launch: Launch) -> None:
@@ -84,47 +87,53 @@ def export_local_rank(launch: Launch) -> None:
 
 
 def own_device(launch: Launch) -> torch.device:
-    """What a rank computes on: a GPU of its own where there are any."""
+    """Return the device of a rank: its local GPU if there are GPUs, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", launch.local_rank)
     return torch.device("cpu")
 
 
 def first_host() -> str:
-    """Where rank 0 runs, as the launcher says."""
+    """Return the host of rank 0, as set by the launcher."""
     return os.environ.get("MASTER_ADDR", "localhost")
 
 
 def rendezvous_store(launch: Launch, timeout: timedelta) -> Any:
-    """The store through which the ranks find each other, when all of them have come."""
+    """Return the rendezvous store once all ranks have joined."""
     if launch.world_size == 1:
         return dist.HashStore()  # type: ignore[attr-defined]
-    meetings = rendezvous("env://", launch.rank, launch.world_size, timeout=timeout)
-    store, *_ = next(meetings)
+    store, *_ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
     store.set_timeout(timeout)
-    return _own_part(store)
+    return _store_of_this_start(store)
 
 
 def open_store(launch: Launch, timeout: timedelta) -> Any:
-    """The same store, which waits for nobody but whoever keeps it: rank 0, or torchrun.
+    """Open the rendezvous store without waiting for other ranks.
 
-    RuntimeError where that one does not answer in time.
+    Only its host, rank 0 or torchrun, must respond; raises RuntimeError after `timeout`.
     """
     if launch.world_size == 1:
         return dist.HashStore()  # type: ignore[attr-defined]
     port = os.environ.get("MASTER_PORT")
     if port is None:
-        raise InputError("the launcher did not set MASTER_PORT")
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        raise ConfigError("the launcher did not set MASTER_PORT; set it to a free port of rank 0")
+    hosted_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(  # type: ignore[attr-defined]
-        *(first_host(), int(port), launch.world_size, launch.rank == 0 and not kept, timeout),
+        host_name=first_host(),
+        port=int(port),
+        world_size=launch.world_size,
+        is_master=launch.rank == 0 and not hosted_by_agent,
+        timeout=timeout,
         wait_for_workers=False,
     )
-    return _own_part(store)
+    return _store_of_this_start(store)
 
 
-def _own_part(store: Any) -> Any:
-    """Ranks that torchrun has started again get the store of those before them: without a part of
-    their own in it they would wait for the addresses of the dead."""
+def _store_of_this_start(store: Any) -> Any:
+    """Prefix a store with torchrun's restart count.
+
+    Restarted ranks get the store of the previous start; without a prefix they would connect to
+    the addresses of dead ranks and hang (torch 2.13).
+    """
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"start-{start}", store)  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
-"""Cross-entropy over a vocabulary that is spread over ranks; the logits are never gathered.
+"""Vocabulary-parallel cross-entropy; the logits are never gathered.
 
-Shapes: N tokens, V rows of the padded vocabulary that this rank holds.
+`cross_entropy` takes logits; `linear_cross_entropy` fuses the head and never holds all logits.
+Shapes: N tokens, V rows of the padded vocabulary on this rank.
 """
 
 from dataclasses import dataclass
@@ -15,29 +16,28 @@ from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.sharding import real_rows
 
 IGNORED = -100
-"""The label of a position that has no next token (Hugging Face's convention)."""
+"""Label of positions excluded from the loss (Hugging Face's convention)."""
 
 
 @dataclass(frozen=True)
 class VocabLoss:
-    """The loss of single tokens and its gradient, as a rank computes them from its rows of the
-    vocabulary: -log softmax(logits)[label] + z_loss * logsumexp(logits)^2."""
+    """Per-token loss and its gradient, computed from a rank's rows of the vocabulary:
+    -log softmax(logits)[label] + z_loss * logsumexp(logits)^2."""
 
     first: int
     real: int
-    """Of the rows from `first` on, so many are no padding."""
+    """Rows, starting at `first`, that are not padding."""
     group: dist.ProcessGroup
     ops: LossOps
     z_loss: float
 
     def statistics(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """(3, N) fp32 of the whole vocabulary: maximum, sum of exp(logit - maximum), logit of the
-        label. Collective over the tensor-parallel group.
+        """Return (3, N) fp32 over the full vocabulary: maximum, sum of exp(logit - maximum),
+        logit of the label. Collective over the tensor-parallel group.
 
-        Reduced as they are, the maxima would have to be known before the sums can be added: two
-        all-reduces, the second waiting for the first. Three numbers per token and rank are so
-        few that gathering them costs no more than one, and then every rank combines the same
-        numbers in the same order: all of them get the same bits, and get them again.
+        All-reduces would need two dependent rounds, maxima before sums. Gathering three numbers
+        per token and rank costs no more than one of them, and every rank combines the same
+        numbers in the same order: the result is bit-identical on all ranks and reproducible.
         """
         triple = self.ops.statistics(logits, labels, self.first, self.real)
         if self.group.size() == 1:
@@ -47,7 +47,7 @@ class VocabLoss:
         return self.ops.combine(triples)
 
     def losses(self, statistics: Tensor, labels: Tensor) -> Tensor:
-        """(N,) fp32; 0 where the label is IGNORED."""
+        """Return the losses (N,) fp32; 0 where the label is IGNORED."""
         maximum, total, target = statistics
         log_total = total.log()
         losses = log_total + (maximum - target)
@@ -56,7 +56,7 @@ class VocabLoss:
         return losses * (labels != IGNORED)
 
     def gradient(self, logits: Tensor, labels: Tensor, statistics: Tensor, grad: Tensor) -> Tensor:
-        """(N, V), where `grad` (N,) is that of the losses; may take the memory of the logits."""
+        """Return the gradient (N, V) for loss gradients `grad` (N,); may reuse the logits."""
         maximum, total, _ = statistics
         scale = grad * (labels != IGNORED)
         return self.ops.gradient(
@@ -67,7 +67,7 @@ class VocabLoss:
 def vocab_loss(
     width: int, vocab_size: int, topology: Topology, ops: LossOps, z_loss: float
 ) -> VocabLoss:
-    """Of this rank, which holds `width` rows of the padded vocabulary."""
+    """Return the loss of this rank, which holds `width` rows of the padded vocabulary."""
     real = real_rows(vocab_size, width, topology.tp_rank)
     return VocabLoss(topology.tp_rank * width, real, topology.tp_group, ops, z_loss)
 
@@ -94,35 +94,34 @@ def cross_entropy(
     ops: LossOps = TORCH_LOSS,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """The sum over positions of -log softmax(logits)[label], in fp32, equal on all of a TP group.
+    """Return the sum over positions of -log softmax(logits)[label], fp32, equal on a TP group.
 
-    logits is (B, S, V/tp), this rank's rows of the padded vocabulary; padding takes no part.
-    labels is (B, S) int64; positions labelled IGNORED add nothing. z_loss is the coefficient of
-    the squared log of the softmax's denominator, which is added for each position (Chowdhery et
-    al. 2022, section 5). With ops that work in place the way back overwrites the logits.
+    logits is (B, S, V/tp), this rank's rows of the padded vocabulary; padding is excluded. labels
+    is (B, S) int64; positions labeled IGNORED contribute 0. z_loss is the coefficient of the
+    squared log of the softmax denominator, added per position (Chowdhery et al. 2022, section 5).
+    With in-place ops, backward overwrites the logits.
     """
     loss = vocab_loss(logits.shape[-1], vocab_size, topology, ops, z_loss)
     return _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), loss).sum()
 
 
 TILE = 128
-"""Chunks are multiples of it where they can be: matrix products are cut into such tiles."""
+"""Chunk sizes are multiples of this where possible, the tile size of matrix products."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The summed loss of hidden states (N, D) under weight (V, D) and labels (N,).
+    """Summed loss of hidden states (N, D) under weight (V, D) and labels (N,).
 
-    The weight's gradient is summed up in the weight's own type. Where that is bf16 it is rounded
-    once per chunk, of which there are about ten (each a product over all tokens of the chunk, fp32
-    inside), as happens to gradients that are accumulated over micro batches; a sum in fp32 would
-    take 4 V D bytes, which is more than the logits of 2 D tokens.
+    The weight gradient is accumulated in the weight's dtype. In bf16 it is rounded once per chunk,
+    about ten times (each chunk's product accumulates in fp32), like gradients accumulated over
+    micro-batches; an fp32 sum would take 4 V D bytes, more than the logits of 2 D tokens.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss: VocabLoss, learns: bool
     ) -> Tensor:
-        dtype = _computed_in(hidden)
+        dtype = _compute_dtype(hidden)
         rows, matrix = hidden.to(dtype), weight.to(dtype)
         gradients = (torch.empty_like(hidden), torch.zeros_like(weight)) if learns else None
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
@@ -149,13 +148,13 @@ def linear_cross_entropy(
     ops: LossOps = TORCH_LOSS,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """`cross_entropy` of hidden @ weight.T, in fp32, equal on all of a TP group.
+    """Return `cross_entropy` of hidden @ weight.T, fp32, equal on all ranks of a TP group.
 
-    hidden is (B, S, D), the same on all ranks of the group; weight is (V/tp, D), this rank's rows
-    of the padded vocabulary; labels is (B, S) int64. Of the gradient of hidden this rank finds its
-    rows' part, to be summed over the group (as the model's `enter` does). Under autocast the
-    products are in its type. Call it while the weight is whole (ZeRO-3 gathers it for the head
-    only); the way back can be taken once.
+    hidden is (B, S, D), equal on all ranks of the group; weight is (V/tp, D), this rank's rows of
+    the padded vocabulary; labels is (B, S) int64. The gradient of hidden is this rank's partial
+    sum, to be reduced over the group (by the model's `pre_collective`). Under autocast the
+    matrix products use its dtype. Call it while the weight is gathered (under ZeRO 3 only inside
+    the head); backward can run once.
     """
     loss = vocab_loss(len(weight), vocab_size, topology, ops, z_loss)
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -170,8 +169,7 @@ def _chunk(
     part: slice,
     gradients: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """The losses (n,) of a chunk; its part is written to the gradients of hidden, and added to
-    those of weight."""
+    """Return the losses (n,) of a chunk; write its gradient of hidden and add that of weight."""
     logits = hidden @ weight.t()
     statistics = loss.statistics(logits, labels)
     if gradients is not None:
@@ -187,11 +185,11 @@ def _chunk(
 
 
 def chunk_size(tokens: int, chunks: int) -> int:
-    """Tokens of a chunk, at most tokens / chunks where that is possible."""
+    """Return the tokens per chunk, at most tokens / chunks where possible."""
     most = max(1, tokens // chunks)
     return most - most % TILE if most >= TILE else most
 
 
-def _computed_in(hidden: Tensor) -> torch.dtype:
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

@@ -1,4 +1,4 @@
-"""Gives a model its weights' memory, laid out as its ZeRO stage keeps it; none is held twice."""
+"""Allocate a model's weights in the memory layout of its ZeRO stage, without duplicates."""
 
 import mmap
 from collections.abc import Callable
@@ -17,20 +17,21 @@ from megagrow.parallel.tensor_parallel import parallelize
 def build_model(
     plan: dict[str, ParamSpec], settings: EngineSettings, topology: Topology, dtype: torch.dtype
 ) -> LlamaForCausalLM:
-    """This rank's tensor-parallel share of the model, still without memory."""
+    """Return this rank's tensor-parallel slice of the model on the meta device."""
     with torch.device("meta"):
-        recompute = settings.parallel.activation_checkpointing
-        model = LlamaForCausalLM(settings.model, recompute, settings.ops)
+        checkpointing = settings.parallel.activation_checkpointing
+        model = LlamaForCausalLM(settings.model, checkpointing, settings.ops)
     parallelize(model.to(dtype), plan, topology, settings.parallel.sequence_parallel)
     return model
 
 
-def materialise(
+def materialize(
     model: LlamaForCausalLM, device: torch.device, partition: Callable[[nn.Module], None] | None
 ) -> None:
-    """Zero-fills the weights, or calls `partition` on one layer after the other.
+    """Zero-fill the weights, or call `partition` on one layer after the other.
 
-    Under ZeRO-3 that splits them, so no more than one layer is ever whole, and none is touched.
+    Under ZeRO 3, `partition` splits the weights, so at most one full layer exists at a time and
+    its memory is never touched.
     """
     make = torch.zeros if partition is None else torch.empty
     parts: list[nn.Module] = [*model.model.layers, model]
@@ -43,11 +44,13 @@ def materialise(
             partition(part)
 
 
-def materialise_flat(
+def materialize_flat(
     model: LlamaForCausalLM, groups: tuple[tuple[str, ...], ...], topology: Topology
 ) -> list[Tensor]:
-    """Zero-fills the weights as views of one flat tensor per optimizer group, as ZeRO 1 and 2 keep
-    them. Returns those, each padded to two elements per data-parallel rank."""
+    """Zero-fill the weights as views of one flat tensor per optimizer group, for ZeRO 1 and 2.
+
+    Returns the flat tensors, each padded to a multiple of two elements per data-parallel rank.
+    """
     named = dict(model.named_parameters())
     return [_flat_group([named[name] for name in names], topology) for names in groups]
 
@@ -62,28 +65,28 @@ def _flat_group(parameters: list[nn.Parameter], topology: Topology) -> Tensor:
 
 
 def _give_memory(parameter: nn.Parameter, memory: Tensor) -> None:
-    """The parameter stays the same object (tied weights, marks)."""
+    """Give a parameter its memory, keeping the object identity (tied weights, attributes)."""
     real = nn.Parameter(memory)
     real.__dict__.update(parameter.__dict__)
     torch.utils.swap_tensors(parameter, real)
 
 
 def zeros(numel: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """(numel,) zeros.
+    """Return (numel,) zeros.
 
-    On a CPU they are mapped, in huge pages where the system has them, and not filled: most of what
-    an empty engine holds is written over by initial weights, a checkpoint or a growth.
+    On a CPU they are memory-mapped, in huge pages where available, and not touched: most of an
+    empty engine is overwritten by initial weights, a checkpoint or a growth.
     """
     if torch.device(device).type != "cpu" or numel == 0:
-        # Not torch.zeros: while an engine is built, that one ends up here.
+        # Not torch.zeros, which calls this function while an engine is built.
         return torch.full((numel,), 0, dtype=dtype, device=device)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     memory = mmap.mmap(-1, numel * dtype.itemsize, flags=flags)
-    with suppress(AttributeError, OSError):  # another system than Linux, or Linux without them
+    with suppress(AttributeError, OSError):  # not Linux, or without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype)
 
 
 def zeros_like(tensor: Tensor) -> Tensor:
-    """Zeros of a tensor's shape, dtype and device."""
+    """Return `zeros` with a tensor's shape, dtype and device."""
     return zeros(tensor.numel(), tensor.dtype, tensor.device).view(tensor.shape)

@@ -1,5 +1,6 @@
-"""Where DeepSpeed's ZeRO partitions keep every number, and how they are written to. No other file
-knows.
+"""Location and access of parameter state in DeepSpeed's ZeRO partitions.
+
+The only module that depends on DeepSpeed's internal layout of partitions.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,13 +15,16 @@ from megagrow.parallel.deepspeed_import import BF16_Optimizer, deepspeed
 from megagrow.parallel.process_groups import Topology
 
 GATHER_BYTES = 64 * 2**20
-"""Forward weights that are gathered at once when they are refreshed."""
+"""Bytes of forward weights gathered at a time during a refresh."""
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Where DeepSpeed keeps a rank's part of a parameter: `numel` elements from `offset` of one of
-    the tensors that it optimises; they begin at `start` of the parameter's flattened slice."""
+    """Location of a rank's part of a parameter in DeepSpeed's partitions.
+
+    `numel` elements at `offset` of `owner`, one of the optimizer's tensors; the first is element
+    `start` of the parameter's flattened slice.
+    """
 
     name: str
     start: int
@@ -29,22 +33,22 @@ class Fragment:
     offset: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """This part of the owner, or of a tensor beside it: (numel,), a view."""
+        """Return this part of the owner or of a tensor of the same layout: (numel,), a view."""
         return flat.view(-1).narrow(0, self.offset, self.numel)
 
 
-def places(engine: Any, zero_stage: int) -> Iterator[Fragment]:
-    """The place of each parameter of an engine, in the model's order."""
-    locate = {0: _place_whole, 3: _place_zero3}.get(zero_stage, _place_flat)
+def fragments(engine: Any, zero_stage: int) -> Iterator[Fragment]:
+    """Yield the fragment of each parameter of an engine, in model order."""
+    locate = {0: _replicated, 3: _zero3_fragment}.get(zero_stage, _flat_fragment)
     for name, parameter in engine.module.named_parameters():
         yield locate(name, parameter, engine.optimizer)
 
 
-def _place_whole(name: str, parameter: Tensor, _: Any) -> Fragment:
+def _replicated(name: str, parameter: Tensor, _: Any) -> Fragment:
     return Fragment(name, 0, parameter.numel(), parameter, 0)
 
 
-def _place_flat(name: str, parameter: Any, optimizer: Any) -> Fragment:
+def _flat_fragment(name: str, parameter: Any, optimizer: Any) -> Fragment:
     mapping = parameter._hp_mapping
     flats = [group["params"][0] for group in optimizer.param_groups]
     if mapping is None:
@@ -53,7 +57,7 @@ def _place_flat(name: str, parameter: Any, optimizer: Any) -> Fragment:
     return Fragment(name, low.start, low.numel, flats[mapping.param_group_index], high.start)
 
 
-def _place_zero3(name: str, parameter: Any, optimizer: Any) -> Fragment:
+def _zero3_fragment(name: str, parameter: Any, optimizer: Any) -> Fragment:
     group, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
     rank = dist.get_rank(parameter.ds_process_group)
     start = min(rank * share, parameter.ds_numel)
@@ -64,9 +68,9 @@ def _place_zero3(name: str, parameter: Any, optimizer: Any) -> Fragment:
 def partition_zero3(
     config: dict[str, Any], topology: Topology, dtype: torch.dtype
 ) -> Callable[[nn.Module], None]:
-    """What splits the weights of a module over the data-parallel ranks.
+    """Return a function that partitions a module's weights over the data-parallel ranks.
 
-    What a rank keeps has no memory until `empty_engine.built_empty` gives it some.
+    The partitions have no memory until `engine_build.built_empty` allocates it.
     """
 
     def partition(module: nn.Module) -> None:
@@ -83,7 +87,7 @@ def partition_zero3(
 
 
 def refresh(optimizer: Any, zero_stage: int, topology: Topology) -> None:
-    """Passes the fp32 weights on to the forward weights of all ranks."""
+    """Copy the fp32 weights to the forward weights of all ranks. Collective."""
     if zero_stage == 3:
         for sub_group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
@@ -92,14 +96,14 @@ def refresh(optimizer: Any, zero_stage: int, topology: Topology) -> None:
 
 
 def _refresh_flat(optimizer: Any, topology: Topology) -> None:
-    """In pieces, since gloo gathers into a second copy of what it gathers."""
+    """Refresh flat groups in pieces, since gloo gathers into a second copy."""
     if isinstance(optimizer, BF16_Optimizer):  # DeepSpeed's choice for ZeRO 1 in bf16
         masters, shares = optimizer.fp32_groups_flat_partition, optimizer.bf16_partitioned_groups
     else:
         masters = optimizer.single_partition_of_fp32_groups
         shares = optimizer.parallel_partitioned_bit16_groups
     for parts, master in zip(shares, masters, strict=True):
-        # The flat tensor of a group of one is that parameter itself, which autograd watches.
+        # The flat tensor of a one-parameter group is the parameter itself, tracked by autograd.
         parts = [part.data for part in parts]
         mine = parts[topology.dp_rank]
         mine.copy_(master.data)
@@ -110,20 +114,20 @@ def _refresh_flat(optimizer: Any, topology: Topology) -> None:
 
 
 def forget_gradients(optimizer: Any, zero_stage: int) -> None:
-    """Call after a step that DeepSpeed has skipped, as the gradient was not finite.
+    """Drop accumulated gradients; call after a step skipped due to a non-finite gradient.
 
-    With an offloaded optimizer under ZeRO 1 and 2 in bf16 it keeps the tensor in which it sums
-    gradients up (0.19.8): one NaN would be in it for ever.
+    With an offloaded bf16 optimizer under ZeRO 1 and 2, DeepSpeed (0.19.8) reuses its accumulation
+    tensor, so a NaN would persist in all later steps.
     """
     if zero_stage in (1, 2) and not isinstance(optimizer, BF16_Optimizer):
         optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
 
 
 def unlink_zero3(engine: Any) -> None:
-    """Cuts a destroyed engine's modules off its memory.
+    """Release the memory of a destroyed ZeRO 3 engine.
 
-    DeepSpeed keeps the modules for ever, in a list and in a cache of its own. Through hooks, and
-    through what it marks parameters with, they would keep the engine and all its state.
+    DeepSpeed keeps the modules in global lists and caches. Their hooks and the attributes of their
+    parameters would keep the engine and its state alive.
     """
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()

@@ -21,14 +21,14 @@ from megagrow.parallel.launch import (
 
 
 def init_process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> torch.device:
-    """Joins the ranks (nccl on GPUs, gloo on CPUs) and returns this rank's device."""
+    """Join all ranks (NCCL on GPUs, gloo on CPUs) and return this rank's device. Collective."""
     tune_process()
     export_local_rank(launch)
     return join_ranks(launch, rendezvous_store(launch, timeout), timeout)
 
 
 def join_ranks(launch: Launch, store: Any, timeout: timedelta) -> torch.device:
-    """Makes the process group of all ranks, who meet in `store`; returns this rank's device."""
+    """Create the default process group over `store` and return this rank's device. Collective."""
     device = own_device(launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -40,16 +40,16 @@ def join_ranks(launch: Launch, store: Any, timeout: timedelta) -> torch.device:
 
 
 def leave_process_group() -> None:
-    """Ends the job on all ranks together: none leaves while another still talks to it."""
+    """Destroy the default process group after a barrier. Collective."""
     dist.barrier()
     dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
 class Topology:
-    """The ranks of one stage as a grid, with this rank's two process groups.
+    """Grid of the ranks of one stage, with this rank's process groups.
 
-    It is also the `mpu` that DeepSpeed asks for (Megatron-LM's names for the same grid).
+    Also serves as DeepSpeed's `mpu` object, with Megatron-LM's method names.
     """
 
     rank: int
@@ -91,7 +91,7 @@ class Topology:
 
 
 def make_topology(tp: int, device: torch.device) -> Topology:
-    """The grid for a tensor-parallel size; all ranks call this together."""
+    """Create the grid for a tensor-parallel size. Collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
     dp = world // tp
     tp_groups = [dist.new_group([d * tp + t for t in range(tp)]) for d in range(dp)]
@@ -100,6 +100,6 @@ def make_topology(tp: int, device: torch.device) -> Topology:
 
 
 def destroy_topology(topology: Topology) -> None:
-    """Gives the two process groups back."""
+    """Destroy the two process groups of a grid."""
     dist.destroy_process_group(topology.tp_group)
     dist.destroy_process_group(topology.dp_group)

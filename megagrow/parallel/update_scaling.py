@@ -1,12 +1,12 @@
-"""Factors on an optimizer's updates, entry by entry.
+"""Per-entry factors on optimizer updates.
 
-Old and new entries of a grown tensor share one flat tensor, one optimizer group and one step: a
-rate of their own can only be a factor on what the step changes, w = before + factor * (w - before).
-AdamW's weight decay is part of the change, so a factor f is a learning rate of f * lr, and a factor
-of 0 leaves the bits as they are.
+Old and new entries of a grown tensor share one flat tensor, one optimizer group and one step, so a
+separate learning rate is a factor on the update: w = before + factor * (w - before). AdamW's weight
+decay is part of the update, so a factor f equals a learning rate of f * lr, and a factor of 0
+leaves the bits unchanged.
 
-It is done by torch's hooks around `step`, and so within DeepSpeed's own step: the weights that are
-passed on to the forward pass are already these.
+torch's optimizer hooks around `step` apply it inside DeepSpeed's step, before the weights are
+copied to the forward weights.
 """
 
 from collections.abc import Iterable
@@ -19,19 +19,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ScaledPart:
-    """A parameter's part of a tensor that the optimizer updates, and which of it is new."""
+    """Part of an optimizer tensor that belongs to one parameter, with its mask of new entries."""
 
     values: Tensor
     """(n,), a view of the optimizer's tensor."""
     new: Tensor | None
-    """(n,), bool; None where all of it is old."""
+    """(n,), bool; None if all entries are old."""
 
 
 class UpdateFactors:
-    """Two factors: on the updates of all new entries, and on those of all old ones.
+    """Factors on the updates of all new and of all old entries of an optimizer.
 
-    While one of them is not 1 a step needs memory for a copy of what it updates at a time (under
-    ZeRO 1 and 2 a group of this rank's share), else it costs nothing.
+    While a factor differs from 1, a step needs memory for a copy of the tensors it updates at a
+    time (under ZeRO 1 and 2 one group of this rank's shard); otherwise there is no cost.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -42,19 +42,19 @@ class UpdateFactors:
         optimizer.register_step_pre_hook(self._keep)
         optimizer.register_step_post_hook(self._blend)
 
-    def place(self, parts: Iterable[tuple[Tensor, ScaledPart]]) -> None:
-        """Says what the optimizer's tensors consist of: (tensor, part of it), for each parameter.
+    def register(self, parts: Iterable[tuple[Tensor, ScaledPart]]) -> None:
+        """Register the parts of the optimizer's tensors: (tensor, part) for each parameter.
 
-        What belongs to no part (padding) is updated as ever.
+        Elements outside all parts (padding) are updated normally.
         """
         self._parts = {}
         for owner, part in parts:
             self._parts.setdefault(owner, []).append(part)
 
     def set(self, new: float, old: float) -> None:
-        """The factors of the steps that follow."""
+        """Set the factors of the following steps."""
         if self._parts is None and not new == old == 1:
-            raise AssertionError("update factors are set, but nothing says which entries are new")
+            raise AssertionError("update factors require registered parts; call register first")
         self._new, self._old = new, old
 
     def _keep(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -66,7 +66,7 @@ class UpdateFactors:
         self._before = [(part, part.values.clone()) for part in touched]
 
     def _blend(self, *_: Any) -> None:
-        # lerp gives the very bits of its ends at 0 and at 1.
+        # lerp returns its end points exactly at 0 and 1.
         for part, before in self._before:
             if part.new is None:
                 before.lerp_(part.values, self._old)

@@ -37,7 +37,7 @@ def test_what_the_launcher_says_is_read(launcher):
 @pytest.mark.parametrize("missing", LAUNCH)
 def test_half_a_launch_is_refused_and_what_is_missing_named(launcher, missing):
     launcher(**{name: value for name, value in LAUNCH.items() if name != missing})
-    with pytest.raises(InputError, match=f"but not {missing}$"):
+    with pytest.raises(InputError, match=f"but not {missing}; set all three$"):
         read_launch()
 
 

@@ -46,7 +46,7 @@ def hyper_parameters(built: Built) -> dict[str, tuple[float, float, float]]:
     """(lr, weight decay, eps) by parameter, of the group that really updates what is held here."""
     engine, out = built.engine, {}
     deepspeed = engine._engine.optimizer
-    for place in engine._places():
+    for place in engine._fragments():
         if place.numel == 0:
             continue
         if built.layout.zero_stage == 3:

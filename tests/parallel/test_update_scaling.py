@@ -59,7 +59,7 @@ def mark(built: Built) -> None:
 
 def train(case: Case) -> Found:
     built = build(case, SCALES)
-    with pytest.raises(AssertionError, match="nothing says which entries are new"):
+    with pytest.raises(AssertionError, match="update factors require registered parts"):
         built.engine.set_update_factors(old=0.0)
     mark(built)
     weights = []
