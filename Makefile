@@ -1,39 +1,44 @@
-# The commands of everyday: setup, demo, test, lint, types, clean.
+# Everyday commands: setup, demo, test, lint, types, clean.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
-# A machine with GPUs may want another build, e.g. `make setup TORCH=torch`.
+# A machine with GPUs may need another build, e.g. `make setup TORCH=torch`.
 TORCH ?= torch==2.13.0
-# Files of tests that run at a time. Many start up to four ranks of their own.
+# Test files that run in parallel. Many of them start up to four ranks.
 JOBS ?= 2
 ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt
 STAMP := $(VENV)/.installed
 
 .PHONY: setup demo test lint types clean
 
-# Everything that the other targets need; does nothing while pyproject.toml is unchanged.
+# Create the environment of the other targets; does nothing while its two inputs are unchanged.
 setup: $(STAMP)
 
-# torch comes first so that the chosen build stays; DeepSpeed is installed without compiling its
-# extensions, which it builds when they are used.
-$(STAMP): pyproject.toml
+# TORCH selects the build of torch, and a CUDA build requires its own triton. So neither is
+# constrained; triton is pinned where torch does not install it. DeepSpeed is installed without
+# compiling its extensions, which it builds on first use.
+$(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -e '.[test,dev]'
+	grep -vE '^(torch|triton)==' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) $(TORCH)
+	$(BIN)/python -m pip show -q triton 2> /dev/null || $(PIP) $$(grep '^triton==' constraints.txt)
+	DS_BUILD_OPS=0 $(PIP) -e '.[test,dev]'
 	touch $(STAMP)
 
-# Prepares text, trains, grows, trains from scratch for comparison, and prints what came out.
+# Prepare text, train and grow a model, train the same model from scratch, and compare both.
 demo: setup
 	PATH="$(BIN):$$PATH" bash launchers/demo.sh
 
-# ARGS go to pytest: make test ARGS='-k growth'
+# ARGS are passed to pytest: make test ARGS='-k growth'
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/codespell
 
 types: setup
 	$(BIN)/mypy

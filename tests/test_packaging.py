@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from megagrow import __version__
+
 ROOT = Path(__file__).resolve().parents[1]
 FIND = """
 import importlib.util, json
@@ -128,14 +130,15 @@ def test_the_wheel_holds_every_module_table_and_config(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
     product, kernels = ROOT / "megagrow", ROOT / "kernels"
     modules = set[str]()
-    for pattern in ("*.py", "*.json", "*.html", "*.yaml"):
+    for pattern in ("*.py", "*.json", "*.html", "*.yaml", "py.typed"):
         modules |= {p.relative_to(ROOT).as_posix() for p in product.rglob(pattern)}
     for pattern in ("*.py", "tiles/*.json"):
         modules |= {p.relative_to(kernels).as_posix() for p in kernels.rglob(pattern)}
-    share = "megagrow-0.1.0.data/data/share/megagrow"
+    share = f"megagrow-{__version__}.data/data/share/megagrow"
     configs = {
         f"{share}/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "configs").rglob("*.yaml")
     }
+    assert "megagrow/py.typed" in modules
     assert modules | configs == {name for name in held if "dist-info/" not in name}
 
 
@@ -151,7 +154,7 @@ def test_the_wheel_names_the_command_and_the_extras(unpacked: Path) -> None:
     (information,) = unpacked.glob("*.dist-info")
     assert "megagrow = megagrow.cli.app:main" in (information / "entry_points.txt").read_text()
     metadata = importlib.metadata.PathDistribution(information).metadata
-    assert metadata["Version"] == "0.1.0"
+    assert metadata["Version"] == __version__
     assert metadata["License-Expression"] == "Apache-2.0"
     extras = metadata.get_all("Provides-Extra")
     assert set(extras) == {"flash", "eval", "hf", "test", "dev", "wandb"}

@@ -1,7 +1,7 @@
-"""Every command of README.md runs as it is printed, and those of docs/ exist.
+"""Run every command of README.md, and those of RUN in docs/; parse all other commands.
 
-What takes too long here has small stand-ins of the same names: a few files in the place of Python's
-standard library, narrow models, few tokens.
+Small stand-ins with the same names replace slow inputs: a few files instead of Python's standard
+library, narrow models, few tokens.
 """
 
 import json
@@ -30,12 +30,12 @@ from tests.helpers.reshard.definition import random_state
 from tests.helpers.reshard.models import layout_of
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 NOT_HERE = {
-    "make demo": "takes six minutes; test_demo.py looks at what it runs",
-    "make test": "is what runs this test",
-    "python3.11 -m venv": "makes an environment, as .ci/run does for these tests",
+    "make demo": "takes six minutes; test_demo.py checks its run files and its script",
+    "make test": "runs this test",
+    "python3.11 -m venv": "creates an environment, as .ci/run does for these tests",
     "pip install torch": "the same",
     "DS_BUILD_OPS=0 pip install": "the same",
     "megagrow train --dry-run --world 64 configs/gstack-7b.yaml": "needs SlimPajama",
@@ -43,7 +43,7 @@ NOT_HERE = {
     "launchers/deepspeed.sh hosts": "needs hosts; run/test_hostfile.py runs the script",
     "sbatch": "needs SLURM",
 }
-"""Beginnings of commands that cannot run in a test, each with the reason."""
+"""Prefixes of README commands that cannot run in a test, each with the reason."""
 
 NARROW = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 2048}
 RUN_DIR = Path("runs/my-run")
@@ -82,12 +82,12 @@ def losses() -> list[float]:
 
 
 def trained(output: str) -> None:
-    """The same losses under each launcher, and when the run has gone on in the middle."""
-    found, first = losses(), Path("losses.json")
-    assert len(found) == 8 and found[-1] < found[0]
+    """Require the same losses with each launcher, and after a resume."""
+    curve, first = losses(), Path("losses.json")
+    assert len(curve) == 8 and curve[-1] < curve[0]
     if not first.exists():
-        first.write_text(json.dumps(found))
-    assert found == pytest.approx(json.loads(first.read_text()), rel=1e-4)
+        first.write_text(json.dumps(curve))
+    assert curve == pytest.approx(json.loads(first.read_text()), rel=1e-4)
 
 
 def listed(output: str) -> None:
@@ -163,12 +163,12 @@ RUN: dict[str, Callable[[str], None]] = {
     "megagrow grow runs/base grown/step-000001000 --to llama-1.1b --operator direct_depth": grown,
     "megagrow report runs/my-run runs/scratch --output runs/report": reported,
 }
-"""Commands that run, each with what looks at its outcome; it gets what was printed."""
+"""Commands that run, each with the check of its result, which receives the printed output."""
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder like that of a checkout, with stand-ins; it is the current directory."""
+    """Make a copy of the repository's configs, with stand-ins, the current directory."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "configs", "configs")
     for name, layers in (("demo-2l", 2), ("demo-8l", 8), ("llama-1.1b", 4)):
@@ -190,12 +190,12 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def make_way(command: str) -> None:
-    """What has to be there, or gone, before a command of README.md means what it says there."""
+def set_up(command: str) -> None:
+    """Create or remove the files that a documented command expects or must not find."""
     if command.startswith(("torchrun", "deepspeed")):
-        shutil.rmtree(RUN_DIR)  # else it has nothing left to do
+        shutil.rmtree(RUN_DIR)  # otherwise the run is already complete
     elif command == "megagrow train RUN.yaml" and RUN_DIR.exists():
-        shutil.rmtree(checkpoints()[-1])  # as if it had been lost before the growth
+        shutil.rmtree(checkpoints()[-1])  # resume from before the growth
     elif command.startswith("megagrow grow"):
         model = ModelConfig(**NARROW, num_hidden_layers=2)
         layout = layout_of(model, 1, 2, 1)
@@ -209,32 +209,43 @@ def make_way(command: str) -> None:
         execute("megagrow train scratch.yaml", Path.cwd())
 
 
+def documented() -> list[str]:
+    """Return README's commands in order, then those that only other pages print."""
+    printed = list(commands(README))
+    for page in PAGES[1:]:
+        printed += [text for text in commands(page.read_text()) if text not in printed]
+    return printed
+
+
 @pytest.mark.dist
 @pytest.mark.slow
-def test_the_commands_of_the_readme_run(checkout: Path) -> None:
-    for command in commands(README):
+def test_the_commands_of_the_table_run(checkout: Path) -> None:
+    for command in documented():
         if command in RUN:
-            make_way(command)
+            set_up(command)
             print(command)
             RUN[command](execute(command, checkout))
 
 
+def test_every_command_of_the_table_is_documented() -> None:
+    assert sorted(RUN.keys() - set(documented())) == []
+
+
 def test_each_command_of_the_readme_runs_or_has_a_reason_not_to() -> None:
     printed = list(commands(README))
-    assert RUN.keys() <= set(printed)
     reasons = [[start for start in NOT_HERE if text.startswith(start)] for text in printed]
-    for command, found in zip(printed, reasons, strict=True):
-        assert len(found) == (command not in RUN), command
-    assert {start for found in reasons for start in found} == NOT_HERE.keys()
+    for command, excuses in zip(printed, reasons, strict=True):
+        assert len(excuses) == (command not in RUN), command
+    assert {start for excuses in reasons for start in excuses} == NOT_HERE.keys()
 
 
 PRINTED = sorted({(page.name, text) for page in PAGES for text in commands(page.read_text())})
 
 
 def test_each_command_line_of_megagrow_can_be_parsed() -> None:
-    found = [(page, words) for page, text in PRINTED for words in of_megagrow(text)]
-    assert len(found) > 25
-    for page, words in found:
+    calls = [(page, words) for page, text in PRINTED for words in of_megagrow(text)]
+    assert len(calls) > 25
+    for page, words in calls:
         command, rest = typer.main.get_command(app), list(words)
         while hasattr(command, "commands"):
             assert rest and rest[0] in command.commands, f"{page}: megagrow {' '.join(words)}"
@@ -268,10 +279,3 @@ def test_the_growths_of_the_readme_are_valid() -> None:
     assert len(recipes) > 5
     for recipe in recipes:
         GrowthConfig.model_validate(yaml.safe_load(recipe))
-
-
-def test_links_lead_to_files() -> None:
-    for page in PAGES:
-        links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
-        inside = [link for link in links if "://" not in link]
-        assert [link for link in inside if not (page.parent / link).exists()] == [], page.name

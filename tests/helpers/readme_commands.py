@@ -1,4 +1,4 @@
-"""The commands that README.md and docs/ print, and how a test runs one of them as it is printed."""
+"""Extract the commands that README.md and docs/ print, and run one of them as printed."""
 
 import os
 import re
@@ -17,14 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def commands(page: str) -> Iterator[str]:
-    """Each command of the blocks of a page that are marked as bash, in one line, uncommented."""
+    """Yield each command of the bash blocks of a page, on one line and without its comment."""
     for block in re.findall(r"^```bash\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE):
         open_lines = ""
         for line in block.replace("\\\n", " ").splitlines():
             open_lines += f"{line}\n"
             try:
                 words = shlex.split(open_lines, comments=True)
-            except ValueError:  # a quotation goes on in the next line
+            except ValueError:  # a quotation continues on the next line
                 continue
             if words:
                 yield open_lines.strip() if "\n" in open_lines.strip() else without_comment(line)
@@ -32,12 +32,12 @@ def commands(page: str) -> Iterator[str]:
 
 
 def without_comment(line: str) -> str:
-    """A line as one would type it, its runs of spaces as one."""
+    """Return a line without its comment, with each run of spaces replaced by one space."""
     return re.sub(r"\s+", " ", re.sub(r"\s#.*", "", line)).strip()
 
 
 def of_megagrow(command: str) -> Iterator[list[str]]:
-    """The words that reach megagrow's own command line, of each part of a command."""
+    """Yield the arguments that megagrow receives, for each part of a shell command."""
     for part in re.split(r"&&|\|", command):
         words = shlex.split(part, comments=True) if part.count("'") % 2 == 0 else []
         if "megagrow" in words:
@@ -47,8 +47,11 @@ def of_megagrow(command: str) -> Iterator[list[str]]:
 
 
 def execute(command: str, folder: Path) -> str:
-    """What a command prints. It runs here, in the current directory; a training runs on as many
-    forked ranks as its launcher would start, with the words that the launcher would pass on."""
+    """Run a command in the current directory and return its output.
+
+    A training command runs on as many forked ranks as its launcher would start, with the arguments
+    that the launcher would pass on.
+    """
     name, *words = shlex.split(command)
     if name == "megagrow" and words[0] != "train":
         result = CliRunner().invoke(app, words, catch_exceptions=False)
@@ -62,14 +65,14 @@ def execute(command: str, folder: Path) -> str:
 
 
 def launched(name: str, words: list[str]) -> tuple[int, list[str]]:
-    """How many ranks a launcher starts on this machine, and the words that each of them gets."""
+    """Return the number of ranks that a launcher starts here, and the arguments of each."""
     if name == "torchrun":
-        given = torchrun_parser().parse_args(words)
-        assert given.module and given.training_script == "megagrow"
-        return int(given.nproc_per_node), given.training_script_args
+        options = torchrun_parser().parse_args(words)
+        assert options.module and options.training_script == "megagrow"
+        return int(options.nproc_per_node), options.training_script_args
     if name == "deepspeed":
-        given = parse_deepspeed(words)
-        assert given.module and given.user_script == "megagrow"
-        return given.num_gpus, given.user_args
+        options = parse_deepspeed(words)
+        assert options.module and options.user_script == "megagrow"
+        return options.num_gpus, options.user_args
     assert name == "megagrow"
     return 1, words
