@@ -91,7 +91,8 @@ class Workers:
             self._start()
         logs = [folder / f"{arguments[0]}-{rank}.log" for rank in range(self._world)]
         for worker, log in zip(self._workers, logs, strict=True):
-            command = {"folder": str(folder), "log": str(log), "arguments": arguments}
+            command: dict[str, object] = {"folder": str(folder), "log": str(log)}
+            command["arguments"] = arguments
             worker.send(command)
         codes = self._answers(COMMAND_SECONDS)
         for code, log in zip(codes, logs, strict=True):
