@@ -34,7 +34,7 @@ def main() -> int:
         return 0
     if not arguments.reuse:
         shutil.rmtree(work / "old", ignore_errors=True)
-    shutil.rmtree(work / "new", ignore_errors=True)
+    shutil.rmtree(work / arguments.label, ignore_errors=True)
     begin = time.monotonic()
     with _side("old", arguments.old, work) as old:
         failed = _produce(old, _references(selected))
@@ -42,7 +42,7 @@ def main() -> int:
         print("\n".join(f"{name}: OLD failed: {reason}" for name, reason in failed.items()))
         return 1
     print(f"OLD is complete after {time.monotonic() - begin:.0f} s", flush=True)
-    with _side("new", arguments.new, work) as new:
+    with _side(arguments.label, arguments.new, work) as new:
         different = sum(not _check(case, old, new) for case in selected)
     seconds = time.monotonic() - begin
     print(f"{len(selected)} cases, {different} different, {seconds:.0f} s")
@@ -55,9 +55,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("new", type=Path, help="checkout to check")
     parser.add_argument("--work", type=Path, required=True, help="folder of all outputs")
     parser.add_argument("--reuse", action="store_true", help="keep outputs of OLD in --work")
+    parser.add_argument("--label", default="new", help="folder in --work of the outputs of NEW")
     parser.add_argument("--cases", nargs="+", default=["*"], help="names or patterns of cases")
     parser.add_argument("--list", action="store_true", help="list the cases and exit")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.label in ("", ".", "..", "old") or "/" in arguments.label:
+        parser.error(f"--label {arguments.label!r}: give the name of a folder other than `old`")
+    return arguments
 
 
 def _is_selected(case: Case, patterns: Sequence[str]) -> bool:
