@@ -137,7 +137,7 @@ def test_nothing_is_copied_while_both_factors_are_one():
     adam = torch.optim.AdamW([weight], lr=0.1)
     factors, copied = UpdateFactors(adam), []
     values = weight.data
-    factors.place([(weight, ScaledPart(values, None))])
+    factors.register([(weight, ScaledPart(values, None))])
     adam.register_step_pre_hook(lambda *_: copied.append(len(factors._before)))
     for new, old in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.0), (1.0, 1.0)):
         factors.set(new, old)
@@ -150,7 +150,7 @@ def test_padding_beside_the_parts_is_updated_as_ever():
     flat = torch.nn.Parameter(torch.ones(6))
     adam = torch.optim.AdamW([flat], lr=0.1, weight_decay=0.0)
     factors = UpdateFactors(adam)
-    factors.place([(flat, ScaledPart(flat.data[1:4], torch.tensor([True, False, False])))])
+    factors.register([(flat, ScaledPart(flat.data[1:4], torch.tensor([True, False, False])))])
     factors.set(0.5, 0.0)
     flat.grad = torch.ones(6)
     adam.step()
