@@ -70,7 +70,7 @@ class WorkProgress:
         return f", {max(self._total - self._bytes, 0) / self._speed():.0f} s left"
 
 
-class TokenisingProgress(WorkProgress):
+class TokenizingProgress(WorkProgress):
     """Progress in megabytes of input and in tokens."""
 
     def __init__(self, console: Console, total_bytes: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Batches: the part of the stream that one rank reads in one accumulation step."""
+"""Batches: the sequences of the stream that one rank reads for one micro-batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,23 +15,23 @@ from megagrow.errors import DataError
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of the stream, int64 tensors on the CPU."""
+    """Sequences of the stream as int64 CPU tensors."""
 
     input_ids: torch.Tensor
     """[sequences, length]"""
     labels: torch.Tensor
-    """The next tokens, [sequences, length]; -100 where there is none that counts."""
+    """Next tokens, [sequences, length]; -100 where the loss ignores the position."""
     position_ids: torch.Tensor
-    """[sequences, length]; from 0 again at each boundary if `reset_position_ids` is on."""
+    """[sequences, length]; restarts from 0 at each boundary if `reset_position_ids` is set."""
     document_ids: torch.Tensor | None
-    """Which document of its sequence a token is in, from 0, [sequences, length]; a token sees
-    only its own document. None if `reset_attention_mask` is off."""
+    """Index of each token's document within its sequence, [sequences, length]; attention is limited
+    to the token's document. None if `reset_attention_mask` is not set."""
 
 
 def open_stream(
     corpora: Sequence[CorpusConfig], seed: int, block_size: int, shuffle: bool = True
 ) -> TokenStream:
-    """Open the corpora of a run and blend them. InputError if one of them is damaged."""
+    """Open and blend the corpora of a run. Raises DataError if one of them is damaged."""
     opened = [IndexedCorpus(corpus.path) for corpus in corpora]
     weights = [corpus.weight for corpus in corpora]
     return TokenStream(opened, weights, seed, block_size, shuffle)
@@ -40,9 +40,10 @@ def open_stream(
 def sequences_of(
     global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> list[list[int]]:
-    """For each accumulation step, which sequences of the global batch this rank reads.
+    """Return, for each micro-batch, the indices of the global batch's sequences this rank reads.
 
-    Over all ranks and steps each sequence comes exactly once, so the batch is always the same.
+    Over all ranks and micro-batches each sequence occurs exactly once, so the global batch does
+    not depend on the layout.
     """
     per_step = micro_batch_size * dp_size
     if global_batch_size % per_step:
@@ -56,13 +57,14 @@ def sequences_of(
 
 
 class BatchReader:
-    """Reads batches from a stream; sequence j of the global batch that starts at `position` is
-    stream[position + j * length, position + (j + 1) * length).
+    """Reader of batches from a stream.
 
-    With `mask`, the stream of `sft_masks.open_mask`, only labels count that are answer.
+    Sequence j of the global batch that starts at `position` is
+    stream[position + j * length, position + (j + 1) * length). With `mask`, the stream returned by
+    `sft.open_mask`, only answer tokens contribute to the loss.
 
-    Errors: InputError, when opened, if the corpus was prepared for a larger vocabulary than
-    `vocab_size`, and when reading, if a token id is outside of [0, vocab_size).
+    Raises DataError on construction if the corpus was prepared for a larger vocabulary than
+    `vocab_size`, and on reading if a token id is outside [0, vocab_size).
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class BatchReader:
             _check_manifest(corpus, vocab_size)
 
     def read(self, position: int, sequence_indices: Sequence[int]) -> Batch:
-        """The given sequences of the global batch that starts at `position` of the stream."""
+        """Read the given sequences of the global batch that starts at `position`."""
         rows = [self._read_row(position + j * self._length) for j in sequence_indices]
         boundaries = np.stack([row.boundaries for row in rows])
         return Batch(
@@ -96,28 +98,28 @@ class BatchReader:
 
     def _read_row(self, position: int) -> Tokens:
         row = self._stream.read(position, self._length)
-        wrong = _outside(row.inputs, self._vocab_size)
-        # The next token of the file: here it is a label, and an input somewhere else.
-        wrong_label = _outside(row.labels, self._vocab_size) & (row.labels != NO_LABEL)
-        if np.any(wrong):
-            self._refuse(position, int(np.argmax(wrong)), row.inputs, 0)
-        if np.any(wrong_label):
-            self._refuse(position, int(np.argmax(wrong_label)), row.labels, 1)
+        bad_inputs = _outside(row.inputs, self._vocab_size)
+        # A label is the next token of the file, which is an input of another sequence.
+        bad_labels = _outside(row.labels, self._vocab_size) & (row.labels != NO_LABEL)
+        if np.any(bad_inputs):
+            self._raise_bad_id(position, int(np.argmax(bad_inputs)), row.inputs, 0)
+        if np.any(bad_labels):
+            self._raise_bad_id(position, int(np.argmax(bad_labels)), row.labels, 1)
         if self._mask is not None:
             counted = self._mask.read(position, self._length).labels == 1
             row.labels[~counted] = NO_LABEL
         return row
 
-    def _refuse(self, position: int, index: int, ids: np.ndarray, ahead: int) -> None:
-        place = self._stream.locate(position + index)
+    def _raise_bad_id(self, position: int, index: int, ids: np.ndarray, ahead: int) -> None:
+        location = self._stream.locate(position + index)
         raise DataError(
-            f"{self._stream.corpora[place.corpus].prefix}.bin: token id {ids[index]} at token "
-            f"{place.offset + ahead} is outside of the model's vocabulary of {self._vocab_size}; "
+            f"{self._stream.corpora[location.corpus].prefix}.bin: token id {ids[index]} at token "
+            f"{location.offset + ahead} is outside the model's vocabulary of {self._vocab_size}; "
             "prepare the corpus with the model's tokenizer, or set vocab_size"
         )
 
     def _position_ids(self, boundaries: np.ndarray) -> np.ndarray:
-        """int64 [sequences, length] from bool [sequences, length]."""
+        """Return position ids, int64 [sequences, length], from bool [sequences, length]."""
         positions = np.broadcast_to(np.arange(self._length), boundaries.shape)
         if not self._reset_positions:
             return positions.copy()
@@ -126,7 +128,7 @@ class BatchReader:
 
 
 def _document_ids(boundaries: np.ndarray) -> np.ndarray:
-    """int64 [sequences, length] from bool [sequences, length]; a sequence starts at 0."""
+    """Return document ids, int64 [sequences, length], starting at 0 in each sequence."""
     counts = np.cumsum(boundaries, axis=1, dtype=np.int64)
     return counts - counts[:, :1]
 
@@ -136,12 +138,11 @@ def _outside(ids: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def _check_manifest(corpus: IndexedCorpus, vocab_size: int) -> None:
-    """Compare with the largest id that `megagrow prepare` noted; other corpora have no note."""
+    """Check the largest token id in the manifest; corpora of other programs have none."""
     manifest = CorpusManifest.beside(corpus.prefix)
     split = manifest.splits.get(corpus.prefix.name) if manifest else None
     if split is not None and split.max_token_id >= vocab_size:
         raise DataError(
-            f"{corpus.prefix}: holds token ids up to {split.max_token_id}, more than the model's "
-            f"vocab_size {vocab_size} allows; prepare it with the model's tokenizer, or set "
-            "vocab_size"
+            f"{corpus.prefix}: contains token ids up to {split.max_token_id}, but the model's "
+            f"vocab_size is {vocab_size}; prepare it with the model's tokenizer, or set vocab_size"
         )

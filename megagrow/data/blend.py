@@ -1,4 +1,8 @@
-"""Which corpus a slot of the stream belongs to: weights as a fixed pattern, repeated for ever."""
+"""Assignment of stream slots to corpora, and the shuffle of a corpus's blocks.
+
+Both are computed, without tables of the corpus's size: `Blend` repeats a fixed pattern by weight,
+`Permutation` is a keyed Feistel-like permutation.
+"""
 
 import math
 from bisect import bisect_left
@@ -9,14 +13,14 @@ import numpy as np
 from megagrow.errors import DataError
 
 PERIOD = 9_000
-"""Slots after which the pattern repeats, at the latest. It makes eighths, ninths and thousandths
-exact; other weights are kept to within 0.02% of the whole."""
+"""Maximum period of the pattern in slots. Eighths, ninths and thousandths are exact; other weights
+are exact to 0.02% of the total."""
 
 
 class Blend:
-    """A periodic pattern of slots in which each corpus has its share, as evenly as possible.
+    """Periodic pattern of slots in which each corpus has its share, spread evenly.
 
-    Every question is answered in O(log period), whatever the length of the run.
+    Every query takes O(log period), independent of the length of the run.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -24,28 +28,28 @@ class Blend:
         self._slots = slots // np.gcd.reduce(slots)
         self.period = int(self._slots.sum())
         self._pattern = _spread(self._slots)
-        self._places = [np.flatnonzero(self._pattern == c) for c in range(len(weights))]
+        self._positions = [np.flatnonzero(self._pattern == c) for c in range(len(weights))]
 
     def corpus_of(self, slot: int) -> int:
-        """The corpus that slot number `slot` belongs to."""
+        """Return the corpus of slot `slot`."""
         return int(self._pattern[slot % self.period])
 
     def count(self, corpus: int, slot: int) -> int:
-        """How many of the slots before number `slot` belong to the corpus."""
+        """Return the number of slots before `slot` that belong to the corpus."""
         periods, rest = divmod(slot, self.period)
-        return periods * int(self._slots[corpus]) + bisect_left(self._places[corpus], rest)
+        return periods * int(self._slots[corpus]) + bisect_left(self._positions[corpus], rest)
 
     def slot_of(self, corpus: int, turn: int) -> int:
-        """The slot in which it is the corpus's turn for the `turn`-th time, counted from 0."""
+        """Return the slot of the corpus's `turn`-th turn, counted from 0."""
         periods, rest = divmod(turn, int(self._slots[corpus]))
-        return periods * self.period + int(self._places[corpus][rest])
+        return periods * self.period + int(self._positions[corpus][rest])
 
 
 def _shares(weights: Sequence[float], period: int) -> np.ndarray:
-    """How many slots of a period each corpus gets, int64: largest remainder, at least one."""
+    """Return the slots per period of each corpus, int64: largest remainder, at least one."""
     if len(weights) > period:
         raise DataError(f"{len(weights)} corpora are too many to blend; at most {period}")
-    # One slot each beforehand, and the rest by what the weights still ask for.
+    # One slot each, and the remaining slots in proportion to the remaining weights.
     ideal = np.asarray(weights, dtype=np.float64) / np.sum(weights) * period
     wanted = np.maximum(ideal - 1, 0)
     wanted *= (period - len(weights)) / max(np.sum(wanted), 1)
@@ -56,7 +60,7 @@ def _shares(weights: Sequence[float], period: int) -> np.ndarray:
 
 
 def _spread(slots: np.ndarray) -> np.ndarray:
-    """The pattern: each slot goes to the corpus that is furthest behind its share, [period]."""
+    """Return the pattern [period]: each slot goes to the corpus furthest behind its share."""
     period = int(slots.sum())
     pattern = np.empty(period, dtype=np.int32)
     behind = np.zeros_like(slots)
@@ -77,7 +81,7 @@ _ROUNDS = 4
 
 
 def mix(*numbers: int) -> int:
-    """A well-spread 64-bit hash of integers (SplitMix64's finaliser, chained)."""
+    """Return a 64-bit hash of integers (SplitMix64's finalizer, chained)."""
     state = 0
     for number in numbers:
         state = ((state ^ number) + _GOLDEN) & _MASK
@@ -88,8 +92,11 @@ def mix(*numbers: int) -> int:
 
 
 class Permutation:
-    """The permutation of [0, size) that belongs to the integers `key`. Python integers only, so
-    the same on every platform. `Permutation(n, seed)(i)` is the i-th element."""
+    """Permutation of [0, size) determined by the integers `key`; `Permutation(n, seed)(i)` is its
+    i-th element.
+
+    Uses Python integers only, so it is identical on every platform.
+    """
 
     def __init__(self, size: int, *key: int) -> None:
         self.size = size

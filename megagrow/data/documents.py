@@ -1,4 +1,4 @@
-"""The documents of a unit, whatever the format of its files."""
+"""Read the documents of a unit of work, in any source format."""
 
 import io
 import json
@@ -14,22 +14,22 @@ from megagrow.data.sources import SourceUnit, open_hub
 from megagrow.errors import DataError
 
 ROWS = 256
-"""Rows of a parquet file that are held at a time."""
+"""Rows of a parquet file held in memory at a time."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text to learn, valid Unicode, and how many bytes of its unit's size it stands for."""
+    """Text of a document, valid Unicode, and its share of the unit's size in bytes."""
 
     text: str
     size: int
 
 
 def read_documents(unit: SourceUnit, text_key: str) -> Iterator[Document]:
-    """The documents of a unit, always in the same order; those without a text are left out.
+    """Yield the documents of a unit in a fixed order, skipping empty ones.
 
-    Errors: InputError naming the file, and the line or row, if one has no string under `text_key`
-    (texts excepted), is not UTF-8, or is damaged.
+    Raises DataError naming the file and the line or row if a record has no string under `text_key`
+    (not applicable to text files), is not UTF-8, or is damaged.
     """
     match unit.kind:
         case "text" | "lossy text":
@@ -56,10 +56,10 @@ def _read_texts(unit: SourceUnit) -> Iterator[Document]:
 
 
 def _read_json_lines(unit: SourceUnit, text_key: str) -> Iterator[Document]:
-    """The lines that begin in [start, stop) of a file."""
+    """Yield the lines that start in [start, stop) of a file."""
     path = unit.files[0]
     with open(path, "rb") as file:
-        # Back by one byte: if a line ends there, the next one begins in this unit.
+        # Start one byte earlier: if a line ends there, the next line starts in this unit.
         file.seek(max(unit.start - 1, 0))
         if unit.start:
             file.readline()
@@ -91,7 +91,7 @@ def _read_compressed(unit: SourceUnit, text_key: str) -> Iterator[Document]:
 
 
 def _decompress(raw: BinaryIO, path: str) -> Iterable[bytes]:
-    """The lines of a .gz or .zst file, of any number of members or frames."""
+    """Yield the lines of a .gz or .zst file with any number of members or frames."""
     codec = "gzip" if path.endswith(".gz") else "zstd"
     return io.BufferedReader(pyarrow.CompressedInputStream(raw, codec))
 
@@ -127,7 +127,7 @@ def _read_hub(unit: SourceUnit, text_key: str) -> Iterator[Document]:
 
 
 def _text_of_line(line: bytes, text_key: str) -> str:
-    """The text of one JSON line, "" of a blank one; ValueError saying what is wrong with it."""
+    """Return the text of a JSON line, "" for a blank one; raises ValueError with the problem."""
     try:
         content = line.decode("utf-8").strip()
     except UnicodeDecodeError as error:
@@ -139,14 +139,14 @@ def _text_of_line(line: bytes, text_key: str) -> str:
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg}") from error
     except RecursionError as error:
-        raise ValueError("lists or objects too deep within each other") from error
+        raise ValueError("lists or objects are nested too deeply") from error
     text = record.get(text_key) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ValueError(f"no text under the key {text_key!r}; set the text key")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError("half of a surrogate pair, which UTF-8 cannot hold") from error
+        raise ValueError("contains an unpaired surrogate, which UTF-8 cannot encode") from error
     return text
 
 
@@ -157,7 +157,7 @@ def _checked(text: object, text_key: str, where: str) -> str:
 
 
 def _lines_before(path: str, offset: int) -> int:
-    """How many lines of the file begin before a byte: read for an error message only."""
+    """Return the number of lines that start before a byte; used for error messages only."""
     with open(path, "rb") as file:
         count = 0
         while file.tell() < offset and file.readline():

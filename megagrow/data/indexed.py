@@ -1,6 +1,6 @@
-"""Megatron-LM's indexed format: a tokenised corpus as PREFIX.bin and PREFIX.idx.
+"""Megatron-LM's indexed format: a tokenized corpus as PREFIX.bin and PREFIX.idx.
 
-PREFIX.bin holds the token ids one after the other. PREFIX.idx, little-endian throughout:
+PREFIX.bin contains the token ids. PREFIX.idx, little-endian:
 
     magic b"MMIDIDX\\0\\0", version u64 = 1, dtype code u8, sequence count u64, document count u64,
     sequence lengths int32 [sequence count], in tokens,
@@ -31,24 +31,24 @@ CODE_OF_DTYPE = {np.dtype(name): code for code, name in DTYPE_OF_CODE.items()}
 
 COPY_BYTES = 1 << 24
 SPOT_CHECKS = 1024
-"""Sequences whose pointers are checked at opening: all of a small corpus, a sample of a large."""
+"""Sequences whose pointers are checked on opening: all or, in large corpora, a sample."""
 
 
 def with_suffix(prefix: Path, suffix: str) -> Path:
-    """PREFIX.bin or PREFIX.idx; unlike Path.with_suffix it keeps the dots of the prefix."""
+    """Return PREFIX + suffix; unlike Path.with_suffix, keeps dots in the prefix."""
     return prefix.with_name(prefix.name + suffix)
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype:
-    """The dtype in which Megatron-LM stores the ids of a vocabulary: uint16 or int32."""
+    """Return the dtype Megatron-LM uses for the ids of a vocabulary: uint16 or int32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
 class IndexedCorpus:
-    """A tokenised corpus in the memory of the page cache; checked when opened, without a scan.
+    """Memory-mapped tokenized corpus, validated on opening without a full scan.
 
-    `tokens` is the whole of PREFIX.bin, one-dimensional, of the file's dtype. Errors: InputError
-    if a file is missing, empty, truncated or contradicts the other.
+    `tokens` is PREFIX.bin, one-dimensional, of the file's dtype. Raises DataError if a file is
+    missing, empty, truncated or contradicts the other.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -72,9 +72,9 @@ class IndexedCorpus:
         return len(self._documents) - 1
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Offsets in [start, stop), in tokens, at which a document starts: int64, ascending."""
-        # Bisection by hand: np.searchsorted would copy the whole array, whose place in the file
-        # is not a multiple of 8 bytes.
+        """Return the offsets in [start, stop), in tokens, of document starts: int64, ascending."""
+        # bisect rather than np.searchsorted, which copies the array because its offset in the
+        # file is not a multiple of 8 bytes.
         first = bisect_left(self._pointers, start * self._itemsize)
         last = bisect_left(self._pointers, stop * self._itemsize)
         low, high = bisect_left(self._documents, first), bisect_left(self._documents, last)
@@ -87,25 +87,25 @@ class IndexedCorpus:
         return starts
 
     def _read_header(self, idx_size: int) -> tuple[np.dtype, int, int]:
-        """The dtype, the number of sequences and the number of document indices."""
+        """Return the dtype, the number of sequences and the number of document indices."""
         if idx_size < HEADER.size:
-            raise self._broken(f"{idx_size} bytes are less than its header")
+            raise self._broken(f"{idx_size} bytes, smaller than its header")
         with self._idx_path.open("rb") as file:
             magic, version, code, sequences, entries = HEADER.unpack(file.read(HEADER.size))
         if magic != MAGIC or version != VERSION:
             raise self._broken("it is not a Megatron-LM index of version 1")
         dtype = np.dtype(DTYPE_OF_CODE.get(code, "<f8"))
         if dtype.kind == "f":
-            raise self._broken(f"dtype code {code} is not one of token ids")
+            raise self._broken(f"dtype code {code} is not an integer type")
         expected = HEADER.size + 12 * sequences + 8 * entries
         if idx_size != expected:
-            raise self._broken(f"it has {idx_size} bytes where its header promises {expected}")
+            raise self._broken(f"it has {idx_size} bytes, its header requires {expected}")
         if sequences == 0 or entries < 2:
             raise DataError(f"{self._idx_path}: the corpus is empty; prepare it again from text")
         return dtype, sequences, entries
 
     def _map_index(self, sequences: int, entries: int) -> tuple[np.ndarray, ...]:
-        """Lengths int32, pointers int64 and document indices int64, mapped, not read."""
+        """Map lengths int32, pointers int64 and document indices int64."""
         raw = np.memmap(self._idx_path, dtype=np.uint8, mode="r").view(np.ndarray)
         ends = np.cumsum([HEADER.size, 4 * sequences, 8 * sequences, 8 * entries]).tolist()
         names = ("<i4", "<i8", "<i8")
@@ -128,7 +128,7 @@ class IndexedCorpus:
             raise self._broken(f"it describes {expected} bytes of {bin_size} in the .bin file")
 
     def _check_pointers(self) -> None:
-        """Each sequence ends where the next one starts, and documents go forward."""
+        """Check that each sequence ends where the next starts and that documents ascend."""
         last = len(self._lengths) - 1
         rows = np.unique(np.linspace(0, last, SPOT_CHECKS).astype(np.int64))
         rows = rows[rows < last]
@@ -144,7 +144,7 @@ class IndexedCorpus:
 
 
 def _size_of(path: Path) -> int:
-    """The size in bytes of a file that has to be there, and not empty."""
+    """Return the size in bytes of a required, non-empty file."""
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -157,9 +157,9 @@ def _size_of(path: Path) -> int:
 
 
 class IndexedWriter:
-    """Writes a corpus under temporary names; `finalise` gives the two files their names.
+    """Writer of a corpus under temporary names; `finalize` renames the two files.
 
-    As a context manager it removes the temporary files when left without `finalise`.
+    As a context manager it removes the temporary files if exited without `finalize`.
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype) -> None:
@@ -178,20 +178,20 @@ class IndexedWriter:
             path.unlink(missing_ok=True)
 
     def add_document(self, tokens: np.ndarray) -> None:
-        """Append one document of one sequence: token ids of any integer dtype, [length]."""
+        """Append a document of one sequence: token ids of any integer dtype, [length]."""
         self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
         self._lengths.append(len(tokens))
 
     def append(self, prefix: Path) -> None:
-        """Append all documents of a corpus that an IndexedWriter of the same dtype has written."""
+        """Append all documents of a corpus written by an IndexedWriter of the same dtype."""
         with with_suffix(prefix, ".bin").open("rb") as part:
             shutil.copyfileobj(part, self._bin, COPY_BYTES)
         with with_suffix(prefix, ".idx").open("rb") as idx:
             sequences = HEADER.unpack(idx.read(HEADER.size))[3]
             self._lengths.frombytes(idx.read(4 * sequences))
 
-    def finalise(self) -> None:
-        """Write the index, flush both files to the disk and rename them."""
+    def finalize(self) -> None:
+        """Write the index, sync both files and rename them."""
         with self._partial[1].open("wb") as idx:
             self._write_index(idx)
             _flush(idx)

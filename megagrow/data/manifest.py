@@ -1,4 +1,4 @@
-"""manifest.json beside a prepared corpus: where it came from, what is in it, checksums."""
+"""Manifest of a prepared corpus (manifest.json): sources, contents, checksums."""
 
 import hashlib
 import os
@@ -16,13 +16,13 @@ FORMAT: Final = "megagrow corpus 1"
 
 
 class Split(BaseModel):
-    """What PREFIX.bin holds."""
+    """Contents of PREFIX.bin."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     documents: int
     tokens: int
-    """EOS tokens included."""
+    """Number of tokens, including EOS tokens."""
     max_token_id: int
 
 
@@ -44,31 +44,31 @@ class CorpusFile(BaseModel):
 
 
 class CorpusManifest(BaseModel):
-    """A prepared corpus, as its manifest.json describes it."""
+    """Description of a prepared corpus, stored as manifest.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["megagrow corpus 1"] = FORMAT
     fingerprint: str
-    """Of the sources and of everything that was asked for: the same one, the same corpus."""
+    """Fingerprint of the sources and options; equal fingerprints mean equal corpora."""
     sources: list[str]
     tokenizer: str
-    """Of the files below, the one to load the tokenizer from."""
+    """Entry of `files` from which the tokenizer is loaded."""
     tokenizer_checksum: str
     vocab_size: int
     eos_id: int
     sequence_length: int | None = None
-    """Of instructions: the length of the rows into which whole examples are packed."""
+    """Row length into which examples are packed; instruction corpora only."""
     splits: dict[str, Split]
-    """By the name of the prefix: train, validation."""
+    """Contents by prefix name: train, validation."""
     files: dict[str, CorpusFile]
-    """By the path from the manifest's folder."""
+    """Files by path relative to the manifest's folder."""
 
     @classmethod
     def beside(cls, prefix: Path) -> Self | None:
-        """The manifest in the folder of a corpus; None if there is none, or another program's.
+        """Read the manifest in the folder of a corpus.
 
-        Errors: InputError if it is damaged.
+        Returns None if it is absent or written by another program. Raises DataError if damaged.
         """
         path = prefix.parent / NAME
         if not path.is_file():
@@ -84,7 +84,7 @@ class CorpusManifest(BaseModel):
             raise DataError(f"{path}: damaged; delete it or prepare the corpus again") from error
         for name in (manifest.tokenizer, *manifest.files):
             if not is_inner_path(name):
-                raise DataError(f"{path}: names {name[:100]!r}, which is not in its folder")
+                raise DataError(f"{path}: refers to {name[:100]!r}, which is not in its folder")
         return manifest
 
     def write(self, folder: Path) -> None:
@@ -94,14 +94,13 @@ class CorpusManifest(BaseModel):
         os.replace(partial, folder / NAME)
 
     def is_complete(self, folder: Path) -> bool:
-        """Whether all files are there, with the right sizes (checksums: see `verify`)."""
+        """Return True if all files exist with the recorded sizes (for checksums see `verify`)."""
         paths = {folder / name: record.size for name, record in self.files.items()}
         return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
 
 def verify(output: Path) -> CorpusManifest:
-    """Compare each file of a prepared corpus with its checksum; InputError naming the first one
-    that differs."""
+    """Verify the checksums of a prepared corpus; DataError names the first mismatch."""
     manifest = CorpusManifest.beside(output / NAME)
     if manifest is None:
         raise DataError(f"{output}: no {NAME}; not a folder that `megagrow prepare` has completed")
@@ -110,5 +109,5 @@ def verify(output: Path) -> CorpusManifest:
         if not path.is_file():
             raise DataError(f"{path}: missing; prepare the corpus again")
         if CorpusFile.of(path) != record:
-            raise DataError(f"{path}: not what was written (checksum); prepare the corpus again")
+            raise DataError(f"{path}: checksum mismatch; prepare the corpus again")
     return manifest

@@ -1,7 +1,7 @@
 """Part files: the tokens of one unit, kept until the corpus is complete.
 
-A part's name is a fingerprint of its unit and of everything else it depends on. So a part that is
-there is a part that is right, whoever made it and when; parts of other names are of no use.
+A part is named by a fingerprint of its unit and all other inputs, so an existing part is always
+valid and can be reused by any later preparation; parts with other names are stale.
 """
 
 import hashlib
@@ -23,19 +23,19 @@ from megagrow.data.tokenizers import Tokenizer, load_tokenizer
 
 TRAIN, VALIDATION = SPLITS = ("train", "validation")
 BATCH_BYTES = 1 << 20
-"""Input that is tokenised at a time."""
+"""Characters of input tokenized at a time."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the corpus depends on beside its sources and its tokenizer."""
+    """Options that determine the corpus, in addition to sources and tokenizer."""
 
     text_key: str
     validation_fraction: float
     seed: int
 
     def split_of(self, text: str) -> str:
-        """Which split a document belongs to: by its content alone, so copies go together."""
+        """Return the split of a document, a function of its content: duplicates stay together."""
         key = self.seed.to_bytes(16, "little", signed=True)
         digest = hashlib.blake2b(text.encode(), digest_size=8, key=key).digest()
         is_validation = int.from_bytes(digest, "little") < self.validation_fraction * 2.0**64
@@ -43,11 +43,11 @@ class Options:
 
 
 class PartFile(BaseModel):
-    """The json file of a part, written last: what its corpora `NAME.train` and so on hold."""
+    """JSON file of a part, written last: contents of `NAME.train` and `NAME.validation`."""
 
     splits: dict[str, Split]
     bytes: int
-    """Of input."""
+    """Bytes of input."""
 
     @property
     def tokens(self) -> int:
@@ -56,24 +56,24 @@ class PartFile(BaseModel):
 
 @dataclass(frozen=True)
 class Progress:
-    """What was done since the last message."""
+    """Work done since the previous message."""
 
     bytes: int
     tokens: int
 
 
 def fingerprint(*values: object) -> str:
-    """A name for plain values: hexadecimal, the same in every process."""
+    """Return a hexadecimal fingerprint of plain values, equal in every process."""
     return hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
 
 
 def part_name(unit: SourceUnit, options: Options, tokenizer: Tokenizer) -> str:
-    """The name of the part of a unit."""
+    """Return the name of a unit's part."""
     return fingerprint(unit, options, tokenizer.checksum)
 
 
 def finished_part(folder: Path, name: str, vocab_size: int) -> PartFile | None:
-    """The part of this name, if it is there as a whole."""
+    """Return the part of this name, or None if it is absent or incomplete."""
     path = folder / f"{name}.json"
     try:
         part = PartFile.model_validate_json(path.read_bytes())
@@ -81,29 +81,29 @@ def finished_part(folder: Path, name: str, vocab_size: int) -> PartFile | None:
     except (FileNotFoundError, ValidationError):
         return None
     itemsize = smallest_dtype(vocab_size).itemsize
-    whole = all(sizes[split] == part.splits[split].tokens * itemsize for split in SPLITS)
-    return part if whole else None
+    complete = all(sizes[split] == part.splits[split].tokens * itemsize for split in SPLITS)
+    return part if complete else None
 
 
 def discard_stale(folder: Path, names: Iterable[str]) -> None:
-    """Remove what is in the folder and does not belong to a part (or model) of these names."""
+    """Remove files of the folder that do not belong to a part or model of these names."""
     wanted = set(names)
     for path in folder.iterdir():
         if path.suffix == ".partial" or path.name.split(".")[0] not in wanted:
             path.unlink()
 
 
-def start_tokenising(
+def start_tokenizing(
     options: Options, tokenizer: str, folder: Path
 ) -> Callable[[SourceUnit], Iterator[Progress]]:
-    """Load the tokenizer; the result makes the part of a unit, with a message after each batch."""
+    """Load the tokenizer and return a function that builds a unit's part and yields progress."""
     return partial(make_part, options, load_tokenizer(tokenizer), folder)
 
 
 def make_part(
     options: Options, tokenizer: Tokenizer, folder: Path, unit: SourceUnit
 ) -> Iterator[Progress]:
-    """Tokenise one unit into the folder."""
+    """Tokenize one unit into the folder; yields progress after each batch."""
     prefix = folder / part_name(unit, options, tokenizer)
     dtype = smallest_dtype(tokenizer.vocab_size)
     splits = {name: Split(documents=0, tokens=0, max_token_id=-1) for name in SPLITS}
@@ -124,12 +124,12 @@ def make_part(
             done += batch.size
             yield Progress(batch.size, tokens)
         for writer in writers.values():
-            writer.finalise()
+            writer.finalize()
     _write_json(with_suffix(prefix, ".json"), PartFile(splits=splits, bytes=done))
 
 
 def add(split: Split, documents: int, tokens: int, max_token_id: int) -> Split:
-    """What a split holds after more was put in."""
+    """Return a split extended by more documents and tokens."""
     return Split(
         documents=split.documents + documents,
         tokens=split.tokens + tokens,

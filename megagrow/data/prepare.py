@@ -1,8 +1,8 @@
-"""Text to a tokenised corpus: `megagrow prepare`.
+"""Build a tokenized corpus from text: `megagrow prepare`.
 
-The sources are cut into units, workers turn each unit into a part file, and the parts are merged
-in the order of the units. What comes out depends on the sources and options only, not on the
-number of workers nor on interruptions: the same command again goes on from the parts it finds.
+The sources are split into units, workers tokenize each unit into a part file, and the parts are
+merged in the order of the units. The result depends on sources and options only, not on the number
+of workers or on interruptions: rerunning the command resumes from the existing parts.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megagrow.common.progress import TokenisingProgress
+from megagrow.common.progress import TokenizingProgress
 from megagrow.data.documents import read_documents
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
 from megagrow.data.manifest import NAME, CorpusFile, CorpusManifest, Split
@@ -29,7 +29,7 @@ from megagrow.data.part_files import (
     fingerprint,
     finished_part,
     part_name,
-    start_tokenising,
+    start_tokenizing,
 )
 from megagrow.data.sources import SourceUnit, find_units
 from megagrow.data.tokenizers import (
@@ -44,10 +44,9 @@ from megagrow.errors import DataError
 TRAIN_TOKENIZER = "train"
 DEFAULT_VOCAB_SIZE = 32_000
 SAMPLE_BYTES_PER_TOKEN = 4096
-"""Text that a tokenizer is trained on, for each token that it shall have: 131 MB for 32,000."""
+"""Bytes of training text per token of the vocabulary: 131 MB for 32,000 tokens."""
 SAMPLE_UNITS = 256
-"""The sample is taken from the beginnings of at least so many units, if there are so many, spread
-over the corpus."""
+"""The sample is taken from the starts of at least this many units, spread over the corpus."""
 
 
 def prepare(
@@ -61,12 +60,17 @@ def prepare(
     seed: int = 1234,
     console: Console | None = None,
 ) -> CorpusManifest:
-    """Tokenise sources (see `sources.py`) into OUTPUT/train and OUTPUT/validation.
+    """Tokenize sources (see `sources.py`) into OUTPUT/train and OUTPUT/validation.
 
-    `tokenizer` is `train` (SentencePiece, `vocab_size` tokens) or what `load_tokenizer` takes, of
-    at most `vocab_size` tokens. Of all documents, `validation_fraction` go to validation; 0 writes
-    no validation corpus. `workers` is the number of processes, by default one for each core.
-    Errors: InputError. Ctrl-C keeps the finished parts.
+    Args:
+        sources: files, folders, `python-stdlib` or `hf:NAME`.
+        output: folder of the corpus.
+        tokenizer: `train` (SentencePiece with `vocab_size` tokens) or an argument of
+            `load_tokenizer`, with at most `vocab_size` tokens.
+        validation_fraction: fraction of documents in the validation corpus; 0 writes none.
+        workers: number of processes; default: one per core.
+
+    Raises InputError. Ctrl-C keeps the finished parts.
     """
     _check_options(sources, output, validation_fraction, workers)
     console = console or Console()
@@ -77,7 +81,7 @@ def prepare(
         finished = CorpusManifest.beside(output / NAME)
         folder = output / "parts"
         if finished and finished.fingerprint == wanted and finished.is_complete(output):
-            shutil.rmtree(folder, ignore_errors=True)  # If the end came just before this was done.
+            shutil.rmtree(folder, ignore_errors=True)  # left by an interruption just before removal
             console.print(f"{output}: complete and unchanged, nothing to do", soft_wrap=True)
             return finished
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,9 +91,9 @@ def prepare(
         loaded = load_tokenizer(tokenizer)
         names = [part_name(unit, options, loaded) for unit in units]
         discard_stale(folder, [*names, wanted])
-        start = partial(start_tokenising, options, tokenizer, folder)
+        start = partial(start_tokenizing, options, tokenizer, folder)
         by_name = dict(zip(names, units, strict=True))
-        _tokenise(folder, by_name, start, loaded.vocab_size, workers, console)
+        _tokenize(folder, by_name, start, loaded.vocab_size, workers, console)
         splits = _merge(folder, names, output, options, loaded.vocab_size)
         manifest = _describe(wanted, sources, output, splits, loaded)
         manifest.write(output)
@@ -104,19 +108,19 @@ def _check_options(
     sources: list[str], output: Path, validation_fraction: float, workers: int | None
 ) -> None:
     if not sources:
-        raise DataError("nothing to prepare: name at least one source")
+        raise DataError("no sources given; name at least one file, folder or dataset")
     if not 0 <= validation_fraction < 1:
         raise DataError(f"validation_fraction {validation_fraction} is not in [0, 1)")
     if workers is not None and workers < 1:
-        raise DataError(f"workers {workers}: there has to be at least one")
+        raise DataError(f"workers = {workers}; use at least 1")
     for source in sources:
         if Path(source).is_dir() and output.resolve().is_relative_to(Path(source).resolve()):
-            raise DataError(f"{output}: is inside of the source {source}; write elsewhere")
+            raise DataError(f"{output}: is inside the source {source}; choose another output")
 
 
 @contextmanager
 def _disk_errors(output: Path) -> Iterator[None]:
-    """A full disk or a file without permission is the user's to mend, not a traceback."""
+    """Convert OSError (disk full, missing permission) to a user-facing error."""
     try:
         yield
     except OSError as error:
@@ -124,7 +128,7 @@ def _disk_errors(output: Path) -> Iterator[None]:
 
 
 def _identity(tokenizer: str, vocab_size: int | None) -> str:
-    """What tells tokenizers apart before one is trained. InputError if it is too large."""
+    """Return the identity of a tokenizer before it is trained. DataError if it is too large."""
     if tokenizer == TRAIN_TOKENIZER:
         return f"{TRAIN_TOKENIZER} {vocab_size or DEFAULT_VOCAB_SIZE}"
     if vocab_size is not None:
@@ -135,13 +139,13 @@ def _identity(tokenizer: str, vocab_size: int | None) -> str:
 def _train_tokenizer(
     path: Path, units: list[SourceUnit], options: Options, vocab_size: int | None, console: Console
 ) -> None:
-    """Train a tokenizer on a sample of the corpus, unless an earlier run has done so."""
+    """Train a tokenizer on a sample of the corpus unless a previous run has done so."""
     if path.is_file():
         return
     size = vocab_size or DEFAULT_VOCAB_SIZE
     sample = list(_sample(units, options, size * SAMPLE_BYTES_PER_TOKEN))
     if not sample:
-        raise DataError("the sources have no document with a text in it")
+        raise DataError("the sources contain no document with text")
     megabytes = sum(map(len, sample)) / 1e6
     with console.status("training the tokenizer"):
         console.print(f"training a tokenizer of {size:,} tokens on {megabytes:.1f} MB of text")
@@ -149,7 +153,7 @@ def _train_tokenizer(
 
 
 def _sample(units: list[SourceUnit], options: Options, limit: int) -> Iterator[str]:
-    """About `limit` characters of training documents from all over the corpus."""
+    """Yield about `limit` characters of training documents from across the corpus."""
     chosen = units[:: max(1, len(units) // SAMPLE_UNITS)]
     for unit in chosen:
         room = limit // len(chosen)
@@ -161,7 +165,7 @@ def _sample(units: list[SourceUnit], options: Options, limit: int) -> Iterator[s
                 break
 
 
-def _tokenise(
+def _tokenize(
     folder: Path,
     units: dict[str, SourceUnit],
     start: Callable[[], TaskFunction[SourceUnit, Progress]],
@@ -169,32 +173,32 @@ def _tokenise(
     workers: int | None,
     console: Console,
 ) -> None:
-    """Make the parts that are not there yet; `units` go by the names of their parts."""
+    """Build the missing parts; `units` are keyed by the names of their parts."""
     parts = {name: finished_part(folder, name, vocab_size) for name in units}
     pending = [unit for name, unit in units.items() if parts[name] is None]
     sizes = [unit.size for unit in units.values()]
     workers = workers or len(os.sched_getaffinity(0))
-    with TokenisingProgress(console, sum(sizes) if all(sizes) else None) as progress:
+    with TokenizingProgress(console, sum(sizes) if all(sizes) else None) as progress:
         for part in filter(None, parts.values()):
             progress.resume(part.bytes, part.tokens)
         try:
             for done in run_tasks(start, pending, workers):
                 progress.advance(done.bytes, done.tokens)
         except KeyboardInterrupt:
-            console.print("interrupted; the same command goes on from the finished parts")
+            console.print("interrupted; rerun the same command to resume from the finished parts")
             raise
 
 
 def _merge(
     folder: Path, names: list[str], output: Path, options: Options, vocab_size: int
 ) -> dict[str, Split]:
-    """Write the corpora out of the parts, in the order of the names; what they hold."""
-    found = {name: finished_part(folder, name, vocab_size) for name in names}
-    parts = [part for part in map(found.get, names) if part is not None]
-    assert len(parts) == len(names), "a part is missing after all of them were made"
+    """Merge the parts into the corpora, in the order of the names, and return their contents."""
+    finished = {name: finished_part(folder, name, vocab_size) for name in names}
+    parts = [part for part in map(finished.get, names) if part is not None]
+    assert len(parts) == len(names), "a part is missing after all parts were built"
     totals = {split: _total(split, parts) for split in SPLITS}
     _check_totals(totals, options.validation_fraction)
-    # From here on the files beside the old manifest are no longer those it describes.
+    # From here on the old manifest no longer describes the files.
     (output / NAME).unlink(missing_ok=True)
     for split in SPLITS:
         if totals[split].documents == 0:
@@ -204,7 +208,7 @@ def _merge(
         with IndexedWriter(output / split, smallest_dtype(vocab_size)) as writer:
             for name in names:
                 writer.append(with_suffix(folder / name, f".{split}"))
-            writer.finalise()
+            writer.finalize()
     return {split: total for split, total in totals.items() if total.documents}
 
 
@@ -219,12 +223,12 @@ def _total(split: str, parts: list[PartFile]) -> Split:
 def _check_totals(totals: dict[str, Split], validation_fraction: float) -> None:
     documents = sum(total.documents for total in totals.values())
     if documents == 0:
-        raise DataError("the sources have no document with a text in it")
+        raise DataError("the sources contain no document with text")
     for name, total in totals.items():
         if total.documents == 0 and (name == TRAIN or validation_fraction > 0):
             raise DataError(
-                f"validation_fraction {validation_fraction} of {documents} documents leaves none "
-                f"for {name}; change it, or cut the text into more documents"
+                f"validation_fraction = {validation_fraction} of {documents} documents leaves none "
+                f"for {name}; change it, or split the text into more documents"
             )
 
 
@@ -235,7 +239,7 @@ def _describe(
     splits: dict[str, Split],
     tokenizer: Tokenizer,
 ) -> CorpusManifest:
-    """Save the tokenizer with the corpus, and describe all files."""
+    """Save the tokenizer with the corpus and return the manifest."""
     saved = tokenizer.save(output)
     corpora = [with_suffix(output / split, end) for split in splits for end in (".bin", ".idx")]
     main = saved[0] if saved[0].parent == output else saved[0].parent

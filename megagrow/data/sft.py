@@ -1,9 +1,12 @@
-"""Instruction data: records of Alpaca's format as token ids that say which of them are answer.
+"""Instruction data: Alpaca records as token ids with a mask of the answer tokens.
 
-A file holds a JSON list of {"instruction", "input", "output"}, or (NAME.jsonl) one such object per
-line; "input" may be empty or left out, other keys are not looked at. The template is that of
-Stanford Alpaca (Taori et al. 2023, train.py), and so is the rule by which tokens are told apart:
-prompt and answer are tokenised as one text, and as many tokens as the prompt alone has are prompt.
+A file contains a JSON list of {"instruction", "input", "output"}, or (NAME.jsonl) one such object
+per line; "input" may be empty or absent, other keys are ignored. Template and masking rule are
+those of Stanford Alpaca (Taori et al. 2023, train.py): prompt and answer are tokenized as one text,
+and its first n tokens are prompt, where n is the token count of the prompt alone.
+
+A mask is a corpus of 0 and 1 in the files PREFIX.mask.bin and PREFIX.mask.idx, with the same
+documents as the corpus; 1 marks answer tokens.
 """
 
 from bisect import bisect_left, insort
@@ -34,47 +37,47 @@ WITHOUT_INPUT = (
 
 @dataclass(frozen=True)
 class Example:
-    """What is asked, by the template, and what shall be answered."""
+    """Prompt, formatted by the template, and the expected answer."""
 
     prompt: str
     answer: str
 
 
 @dataclass(frozen=True)
-class TokenisedExample:
-    """The ids of prompt, answer and end of document, of which the first `prompt` are prompt."""
+class TokenizedExample:
+    """Token ids of prompt, answer and EOS; the first `prompt` ids are the prompt."""
 
     ids: list[int]
     prompt: int
 
 
-def prompt_of(instruction: str, given: str) -> str:
-    """Alpaca's prompt for an instruction and its input, "" for one without."""
-    template = WITH_INPUT if given else WITHOUT_INPUT
-    return template.format(instruction=instruction, input=given)
+def prompt_of(instruction: str, input_text: str) -> str:
+    """Return Alpaca's prompt for an instruction and its input, "" if it has none."""
+    template = WITH_INPUT if input_text else WITHOUT_INPUT
+    return template.format(instruction=instruction, input=input_text)
 
 
 def read_examples(path: Path) -> Iterator[Example]:
-    """The examples of a file, in its order.
+    """Yield the examples of a file in order.
 
-    Errors: InputError naming the file, and the record (from 1) or line that is at fault.
+    Raises DataError naming the file and the invalid record (from 1) or line.
     """
     for where, record in _records(path):
         yield _example(record, where)
 
 
-def tokenise(tokenizer: Tokenizer, example: Example) -> TokenisedExample:
-    """An example in token ids, the answer ended by EOS: at least this one is not prompt.
+def tokenize(tokenizer: Tokenizer, example: Example) -> TokenizedExample:
+    """Tokenize an example; the answer ends with EOS, so at least one token is not prompt.
 
-    Where a token reaches from the prompt into the answer it counts as Alpaca's rule has it, by its
-    place; there both texts together may even be shorter than the prompt.
+    A token that spans prompt and answer is classified by its position, as in Alpaca; the combined
+    text may then have fewer tokens than the prompt alone.
     """
-    prompt, whole = tokenizer.encode_batch([example.prompt, example.prompt + example.answer])
-    return TokenisedExample([*whole, tokenizer.eos_id], min(len(prompt), len(whole)))
+    prompt, full = tokenizer.encode_batch([example.prompt, example.prompt + example.answer])
+    return TokenizedExample([*full, tokenizer.eos_id], min(len(prompt), len(full)))
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Every record with what to call it in an error."""
+    """Yield every record with its location for error messages."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -84,12 +87,12 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
             if line.strip():
                 yield f"{path}: line {number}", _parsed(line, f"{path}: line {number}")
         return
-    found = _parsed(raw, str(path))
-    if not isinstance(found, list):
+    records = _parsed(raw, str(path))
+    if not isinstance(records, list):
         raise DataError(
-            f"{path}: no JSON list of records; a file with one record per line is named .jsonl"
+            f"{path}: not a JSON list of records; use the suffix .jsonl for one record per line"
         )
-    yield from ((f"{path}: record {number}", item) for number, item in enumerate(found, start=1))
+    yield from ((f"{path}: record {number}", item) for number, item in enumerate(records, start=1))
 
 
 def _parsed(raw: bytes, where: str) -> Any:
@@ -112,18 +115,18 @@ def _example(record: Any, where: str) -> Example:
 
 
 def mask_prefix(prefix: Path) -> Path:
-    """The prefix of the mask that stands beside a corpus."""
+    """Return the prefix of the mask of a corpus."""
     return with_suffix(prefix, ".mask")
 
 
 def open_mask(
     stream: TokenStream, corpora: Sequence[CorpusConfig], seed: int, length: int, shuffle: bool
 ) -> TokenStream:
-    """The stream of the masks of `stream`, which was opened with the same arguments: its label at
-    a position is 1 where the stream's label is answer.
+    """Open the mask stream of `stream`, which was opened with the same arguments.
 
-    Errors: InputError if a mask is missing, damaged or of another length than its corpus, or if
-    the examples were packed into rows that are not `length` long.
+    Its label at a position is 1 where the stream's label is an answer token. Raises DataError if a
+    mask is missing, damaged or differs in length from its corpus, or if the examples were packed
+    into rows of another length than `length`.
     """
     masks = [_opened(corpus, length) for corpus in stream.corpora]
     return TokenStream(masks, [corpus.weight for corpus in corpora], seed, length, shuffle)
@@ -136,33 +139,35 @@ def _opened(corpus: IndexedCorpus, length: int) -> IndexedCorpus:
     )
     if missing is not None:
         raise DataError(
-            f"{missing}: no such file; stage: sft needs a mask beside its corpus: prepare it with "
-            "megagrow prepare-sft"
+            f"{missing}: no such file; instruction tuning requires a mask for its corpus; prepare "
+            "it with megagrow prepare-sft"
         )
     mask = IndexedCorpus(prefix)
     if mask.num_tokens != corpus.num_tokens:
         raise DataError(
-            f"{prefix}.bin: {mask.num_tokens} tokens are masked, the corpus has "
+            f"{prefix}.bin: the mask has {mask.num_tokens} tokens, the corpus has "
             f"{corpus.num_tokens}; prepare it again"
         )
     manifest = CorpusManifest.beside(corpus.prefix)
     packed = manifest.sequence_length if manifest else None
     if packed not in (None, length):
         raise DataError(
-            f"{corpus.prefix}: its examples stand in rows of {packed} tokens, "
+            f"{corpus.prefix}: its examples are packed into rows of {packed} tokens, but "
             f"data.sequence_length is {length}; make them equal"
         )
     return mask
 
 
 def pack(lengths: Sequence[int], row: int) -> list[list[int]]:
-    """Which items stand in which row, in the order of their numbers: best fit, the fullest row
-    that still has room. No length is above `row`."""
+    """Assign items, in order, to rows of length `row`: best fit, the fullest row with room.
+
+    No item is longer than `row`. Returns the item indices of each row.
+    """
     rows: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (what is free in a row, its number), ascending
+    rooms: list[tuple[int, int]] = []  # (free length, row index), ascending
     for item, length in enumerate(lengths):
-        place = bisect_left(rooms, (length, 0))
-        free, number = rooms.pop(place) if place < len(rooms) else (row, len(rows))
+        candidate = bisect_left(rooms, (length, 0))
+        free, number = rooms.pop(candidate) if candidate < len(rooms) else (row, len(rows))
         if number == len(rows):
             rows.append([])
         rows[number].append(item)

@@ -1,8 +1,8 @@
-"""Instructions to a tokenised corpus with a mask: `megagrow prepare-sft`.
+"""Build a tokenized instruction corpus with a mask: `megagrow prepare-sft`.
 
-Whole examples are packed into rows of the run's sequence length, and what is left of a row is
-filled with EOS, which is no answer. A row is one block of the stream, so a batch holds whole
-examples, in an order of rows that changes with each epoch.
+Examples are packed into rows of the run's sequence length without being split; the rest of a row is
+filled with EOS, which is masked. A row is one block of the stream, so a batch contains complete
+examples, and the order of rows changes with each epoch.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from rich.console import Console
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
 from megagrow.data.manifest import NAME, CorpusFile, CorpusManifest, Split
 from megagrow.data.part_files import SPLITS, TRAIN, Options, fingerprint
-from megagrow.data.sft import TokenisedExample, mask_prefix, pack, read_examples, tokenise
+from megagrow.data.sft import TokenizedExample, mask_prefix, pack, read_examples, tokenize
 from megagrow.data.tokenizers import Tokenizer, load_tokenizer
 from megagrow.errors import DataError
 
@@ -26,13 +26,13 @@ SUFFIXES = (".bin", ".idx")
 
 @dataclass
 class _Collected:
-    """The examples of all files, and what happened to those that are too long."""
+    """Examples of all files by split, with counts of truncated and dropped ones."""
 
-    splits: dict[str, list[TokenisedExample]] = field(
+    splits: dict[str, list[TokenizedExample]] = field(
         default_factory=lambda: {name: [] for name in SPLITS}
     )
-    cut: int = 0
-    left_out: int = 0
+    truncated: int = 0
+    dropped: int = 0
 
 
 def prepare_sft(
@@ -44,24 +44,23 @@ def prepare_sft(
     seed: int = 1234,
     console: Console | None = None,
 ) -> CorpusManifest:
-    """Tokenise instructions (see `sft.py`) into OUTPUT/train and OUTPUT/validation, each with its
-    mask, in rows of `sequence_length` tokens, and say what came out.
+    """Tokenize instructions (see `sft.py`) into OUTPUT/train and OUTPUT/validation with masks.
 
-    `tokenizer` is what `load_tokenizer` takes. An example that is too long is cut at the end of
-    its answer; one whose prompt alone fills the sequence is left out. Which split an example goes
-    to depends on its text alone. Errors: InputError.
+    Rows have `sequence_length` tokens. `tokenizer` is an argument of `load_tokenizer`. The answer
+    of an example that is too long is truncated; an example whose prompt alone fills the row is
+    dropped. The split of an example depends on its text only. Prints a summary. Raises InputError.
     """
     if not 0 <= validation_fraction < 1:
         raise DataError(f"validation_fraction {validation_fraction} is not in [0, 1)")
     console, loaded = console or Console(), load_tokenizer(tokenizer)
     options = Options("", validation_fraction, seed)
-    found = _collect(sources, loaded, sequence_length, options)
-    _check_found(found, validation_fraction, sequence_length)
+    collected = _collect(sources, loaded, sequence_length, options)
+    _check_collected(collected, validation_fraction, sequence_length)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / NAME).unlink(missing_ok=True)  # of the files that are now replaced
+        (output / NAME).unlink(missing_ok=True)  # it describes the files that are now replaced
         splits = {}
-        for name, examples in found.splits.items():
+        for name, examples in collected.splits.items():
             if examples:
                 splits[name] = _write(output / name, examples, sequence_length, loaded, console)
             else:
@@ -71,10 +70,10 @@ def prepare_sft(
         manifest.write(output)
     except OSError as error:
         raise DataError(f"{error.filename or output}: {error.strerror or error}") from error
-    if found.cut or found.left_out:
+    if collected.truncated or collected.dropped:
         console.print(
-            f"too long for {sequence_length} tokens: {found.cut} answers were cut, "
-            f"{found.left_out} examples left out, as their prompt alone does not fit",
+            f"longer than {sequence_length} tokens: {collected.truncated} answers truncated, "
+            f"{collected.dropped} examples dropped because their prompt alone does not fit",
             soft_wrap=True,
             highlight=False,
         )
@@ -84,42 +83,42 @@ def prepare_sft(
 def _collect(
     sources: Sequence[Path], tokenizer: Tokenizer, length: int, options: Options
 ) -> _Collected:
-    found = _Collected()
+    collected = _Collected()
     for path in sources:
         for example in read_examples(path):
-            whole = tokenise(tokenizer, example)
-            if whole.prompt >= length:
-                found.left_out += 1
+            tokens = tokenize(tokenizer, example)
+            if tokens.prompt >= length:
+                collected.dropped += 1
                 continue
-            found.cut += len(whole.ids) > length
+            collected.truncated += len(tokens.ids) > length
             split = options.split_of(example.prompt + example.answer)
-            found.splits[split].append(TokenisedExample(whole.ids[:length], whole.prompt))
-    return found
+            collected.splits[split].append(TokenizedExample(tokens.ids[:length], tokens.prompt))
+    return collected
 
 
-def _check_found(found: _Collected, validation_fraction: float, length: int) -> None:
-    examples = sum(map(len, found.splits.values()))
+def _check_collected(collected: _Collected, validation_fraction: float, length: int) -> None:
+    examples = sum(map(len, collected.splits.values()))
     if not examples:
         raise DataError(
-            f"no example whose prompt fits into {length} tokens ({found.left_out} do not); nothing "
-            "to prepare"
+            f"no example has a prompt shorter than {length} tokens ({collected.dropped} dropped); "
+            "raise the sequence length"
         )
-    for name, kept in found.splits.items():
+    for name, kept in collected.splits.items():
         if not kept and (name == TRAIN or validation_fraction > 0):
             raise DataError(
-                f"validation_fraction {validation_fraction} of {examples} examples leaves none for "
-                f"{name}; change it"
+                f"validation_fraction = {validation_fraction} of {examples} examples leaves none "
+                f"for {name}; change it"
             )
 
 
 def _write(
     prefix: Path,
-    examples: list[TokenisedExample],
+    examples: list[TokenizedExample],
     length: int,
     tokenizer: Tokenizer,
     console: Console,
 ) -> Split:
-    """Both files of a split, row by row; what they hold."""
+    """Write tokens and mask of a split, row by row, and return its contents."""
     rows = pack([len(example.ids) for example in examples], length)
     dtype = smallest_dtype(tokenizer.vocab_size)
     with (
@@ -134,14 +133,14 @@ def _write(
             if rest:
                 tokens.add_document(np.full(rest, tokenizer.eos_id))
                 mask.add_document(np.zeros(rest))
-        tokens.finalise()
-        mask.finalise()
+        tokens.finalize()
+        mask.finalize()
     total = len(rows) * length
     filled = sum(len(example.ids) for example in examples)
     answers = filled - sum(example.prompt for example in examples)
     console.print(
         f"{prefix}: {len(examples):,} examples in {len(rows):,} rows of {length} tokens, "
-        f"{total:,} in all; {answers / total:.1%} of the tokens are answer, "
+        f"{total:,} in total; {answers / total:.1%} of the tokens are answer, "
         f"{1 - filled / total:.1%} padding",
         soft_wrap=True,
         highlight=False,
@@ -151,9 +150,9 @@ def _write(
 
 
 def _remove(prefix: Path) -> None:
-    for at in (prefix, mask_prefix(prefix)):
+    for corpus in (prefix, mask_prefix(prefix)):
         for suffix in SUFFIXES:
-            with_suffix(at, suffix).unlink(missing_ok=True)
+            with_suffix(corpus, suffix).unlink(missing_ok=True)
 
 
 def _digests(sources: Sequence[Path]) -> list[str]:
@@ -168,7 +167,7 @@ def _describe(
     tokenizer: Tokenizer,
     length: int,
 ) -> CorpusManifest:
-    """Save the tokenizer with the corpus, and describe all files."""
+    """Save the tokenizer with the corpus and return the manifest."""
     saved = tokenizer.save(output)
     prefixes = [at for name in splits for at in (output / name, mask_prefix(output / name))]
     corpora = [with_suffix(prefix, suffix) for prefix in prefixes for suffix in SUFFIXES]

@@ -1,8 +1,8 @@
-"""Where text comes from: sources named by the user, cut into units that workers read in parallel.
+"""Text sources, split into units that workers read in parallel.
 
-A source is a file, a folder (walked in sorted order, hidden names left out), `python-stdlib` (the
-interpreter's own sources), or `hf:NAME[:CONFIG[:SPLIT]]` (a Hugging Face dataset, streamed). How a
-file is read goes by its name: .jsonl, .jsonl.gz, .jsonl.zst, .parquet; any other is one text.
+A source is a file, a folder (walked in sorted order, hidden names skipped), `python-stdlib` (the
+interpreter's own sources), or `hf:NAME[:CONFIG[:SPLIT]]` (a Hugging Face dataset, streamed). The
+file name determines the format: .jsonl, .jsonl.gz, .jsonl.zst, .parquet; any other is one text.
 """
 
 import os
@@ -28,26 +28,27 @@ COMPRESSED = (".jsonl.gz", ".jsonl.zst")
 
 SMALLEST_UNIT, LARGEST_UNIT = 4 << 20, 256 << 20
 UNITS = 2048
-"""Units in bytes: the input's size over UNITS, within these limits. So many that workers end
-together, and so few that their part files do not get in the way."""
+"""Target number of units; the unit size in bytes is the input size over UNITS, within the limits.
+Enough units for workers to finish together, few enough to keep part files manageable."""
 
 SourceKind = Literal["text", "lossy text", "jsonl", "compressed jsonl", "parquet", "hub"]
 
 
 @dataclass(frozen=True)
 class SourceUnit:
-    """What one worker reads at a time. Its order of documents is fixed."""
+    """Input that one worker reads at a time, with a fixed order of documents."""
 
     kind: SourceKind
     files: tuple[str, ...]
-    """Paths; for a dataset of the Hub its name as given."""
+    """Paths, or the name of a dataset on the Hub."""
     start: int
-    """First byte (jsonl), row group (parquet), shard (hub); lines count where they begin."""
+    """First byte (jsonl), row group (parquet) or shard (hub); a line belongs to the unit in which
+    it starts."""
     stop: int
     size: int
     """Bytes of input, for the progress bar; 0 if unknown."""
     state: str
-    """Changes when the input does: sizes and times of files, the revision of a dataset."""
+    """Version of the input: sizes and times of files, or the revision of a dataset."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class _File:
 
 
 def find_units(sources: list[str]) -> list[SourceUnit]:
-    """All units of the sources, in the order of the corpus. InputError if one cannot be found."""
+    """Return all units of the sources in corpus order. Raises DataError for a missing source."""
     parts = [_find_hub(source) if source.startswith(HUB) else _find(source) for source in sources]
     files = [item for part in parts for item in part if isinstance(item, _File)]
     total = sum(file.size for file in files)
@@ -69,8 +70,8 @@ def find_units(sources: list[str]) -> list[SourceUnit]:
 
 @lru_cache(maxsize=1)
 def open_hub(source: str) -> tuple["IterableDataset", str]:
-    """The dataset of `hf:NAME[:CONFIG[:SPLIT]]`, streamed, and what tells its revision."""
-    from datasets import load_dataset_builder  # It takes seconds; most sources do without.
+    """Open the dataset `hf:NAME[:CONFIG[:SPLIT]]` for streaming; return it with its revision."""
+    from datasets import load_dataset_builder  # takes seconds to import
 
     name, config, split = (*source.removeprefix(HUB).split(":"), "", "")[:3]
     try:
@@ -85,19 +86,17 @@ def open_hub(source: str) -> tuple["IterableDataset", str]:
 
 
 def _find(source: str) -> list[_File]:
-    """The files of a source of the file system."""
+    """Return the files of a local source."""
     if source == STDLIB:
         return [_describe(path, "lossy text") for path in _walk_stdlib()]
     path = Path(source)
     if path.is_dir():
-        found = [_describe(file, _kind_of(file)) for file in _walk(path)]
-        if not found:
+        files = [_describe(file, _kind_of(file)) for file in _walk(path)]
+        if not files:
             raise DataError(f"{source}: no files in this folder")
-        return found
+        return files
     if not path.is_file():
-        raise DataError(
-            f"{source}: no such file or folder; datasets of the Hub are written hf:NAME"
-        )
+        raise DataError(f"{source}: no such file or folder; write hf:NAME for a dataset on the Hub")
     return [_describe(path, _kind_of(path))]
 
 
@@ -108,7 +107,7 @@ def _find_hub(source: str) -> list[SourceUnit]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All files under a folder, in an order that does not depend on the file system."""
+    """Yield all files under a folder in an order independent of the file system."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
@@ -141,23 +140,23 @@ def _describe(path: Path, kind: SourceKind) -> _File:
 
 
 def _cut(items: list[_File] | list[SourceUnit], unit_size: int) -> Iterator[SourceUnit]:
-    """Small texts are read together, large files in ranges, the rest one at a time."""
-    together: list[_File] = []
+    """Split items into units: small texts are grouped, large files split into ranges."""
+    group: list[_File] = []
     room = unit_size
     for item in items:
         is_text = isinstance(item, _File) and item.kind in ("text", "lossy text")
-        if together and (not is_text or room <= 0):
-            yield _join(together)
-            together, room = [], unit_size
+        if group and (not is_text or room <= 0):
+            yield _join(group)
+            group, room = [], unit_size
         if isinstance(item, SourceUnit):
             yield item
         elif is_text:
-            together.append(item)
+            group.append(item)
             room -= item.size
         else:
             yield from _ranges(item, unit_size)
-    if together:
-        yield _join(together)
+    if group:
+        yield _join(group)
 
 
 def _join(files: list[_File]) -> SourceUnit:
@@ -179,7 +178,7 @@ def _ranges(file: _File, unit_size: int) -> Iterator[SourceUnit]:
 
 
 def _row_groups(path: str, unit_size: int) -> list[tuple[int, int, int]]:
-    """Ranges of row groups of at least `unit_size`: first, last + 1, bytes."""
+    """Return ranges of row groups of at least `unit_size` bytes: (first, last + 1, bytes)."""
     try:
         metadata = pyarrow.parquet.read_metadata(path)
     except (pyarrow.ArrowException, OSError) as error:

@@ -1,12 +1,12 @@
-"""The stream: all tokens that a run reads, one after the other, without an end.
+"""Token stream: the endless sequence of all tokens that a run reads.
 
-Every corpus is cut, in file order, into blocks of `block_size` tokens. One epoch of a corpus is
-all of its full blocks in an order that depends on (seed, corpus, epoch), then its shorter last
-block; the epochs follow each other for ever. The stream is made of slots of `block_size` tokens:
-slot k takes the next `block_size` tokens of the corpus that the blend names for k.
+Every corpus is split, in file order, into blocks of `block_size` tokens. One epoch of a corpus is
+all of its full blocks in an order that depends on (seed, corpus, epoch), followed by its shorter
+last block; epochs repeat without end. The stream consists of slots of `block_size` tokens: slot k
+takes the next `block_size` tokens of the corpus that the blend assigns to k.
 
-So what stands at a position is computed from the position alone, in O(1) time and memory. It does
-not depend on how the run is laid out over ranks, nor on the sequences that the stream is cut into.
+The token at a position is computed from the position alone, in O(1) time and memory. It does not
+depend on the layout of the run over ranks or on the sequences cut from the stream.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from megagrow.data.blend import Blend, Permutation
 from megagrow.data.indexed import IndexedCorpus
 
 NO_LABEL = -100
-"""The label of a corpus's last token, which nothing follows: ignored by the loss."""
+"""Label of a corpus's last token, which has no next token; ignored by the loss."""
 
 
 @dataclass(frozen=True)
@@ -28,27 +28,27 @@ class Tokens:
     inputs: np.ndarray
     """Token ids, int64 [count]."""
     labels: np.ndarray
-    """The tokens that follow them in the corpus, also over the end of a block, int64 [count]."""
+    """Next tokens in the corpus, also across the end of a block, int64 [count]."""
     boundaries: np.ndarray
-    """True where a token does not continue the one before it, because a document starts or
-    because the stream went elsewhere; bool [count]."""
+    """True where a token does not continue the previous one, because a document starts or the
+    stream jumps to another block; bool [count]."""
 
 
 @dataclass(frozen=True)
 class StreamLocation:
-    """Where in the files a position of the stream is found."""
+    """Location of a stream position in the files."""
 
     corpus: int
     offset: int
-    """In tokens from the start of the corpus."""
+    """Offset from the start of the corpus in tokens."""
     run: int
-    """How many tokens from here on, at least 1, are consecutive in the stream and in the file."""
+    """Number of tokens from here, at least 1, that are consecutive in both stream and file."""
 
 
 class TokenStream:
-    """The endless stream of `corpora`, blended by `weights`; with `shuffle=False` in file order.
+    """Endless stream of `corpora`, blended by `weights`; with `shuffle=False` in file order.
 
-    It has no state: a position is a number of tokens, and any position can be read at any time.
+    Stateless: a position is a token count, and any position can be read at any time.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class TokenStream:
 
     @property
     def epoch_tokens(self) -> int:
-        """The position at which, for the first time, a token is read again."""
+        """Position at which a token is repeated for the first time."""
         ends = []
         for index, corpus in enumerate(self.corpora):
             turns, rest = divmod(corpus.num_tokens, self._block_size)
@@ -75,7 +75,7 @@ class TokenStream:
         return min(ends)
 
     def locate(self, position: int) -> StreamLocation:
-        """The place in the files of the token at a position of the stream."""
+        """Return the location in the files of the token at a position of the stream."""
         slot, within_slot = divmod(position, self._block_size)
         corpus = self._blend.corpus_of(slot)
         turn = self._blend.count(corpus, slot)
@@ -87,41 +87,41 @@ class TokenStream:
         return StreamLocation(corpus, offset, run)
 
     def read(self, position: int, count: int) -> Tokens:
-        """The tokens at [position, position + count) of the stream."""
+        """Read the tokens at [position, position + count) of the stream."""
         tokens = Tokens(
             np.empty(count, np.int64), np.empty(count, np.int64), np.zeros(count, np.bool_)
         )
         done = 0
         while done < count:
-            place = self.locate(position + done)
-            length = min(place.run, count - done)
-            self._fill(tokens, done, length, place)
-            tokens.boundaries[done] |= not self._continues(position + done, place)
+            location = self.locate(position + done)
+            length = min(location.run, count - done)
+            self._fill(tokens, done, length, location)
+            tokens.boundaries[done] |= not self._continues(position + done, location)
             done += length
         return tokens
 
     def _file_block(self, corpus: int, epoch: int, block: int) -> int:
-        """Which block of the file is the given one of an epoch; the short block stays last."""
+        """Return the file block of a block of an epoch; the short block stays last."""
         full_blocks = self.corpora[corpus].num_tokens // self._block_size
         if not self._shuffle or block == full_blocks:
             return block
         return Permutation(full_blocks, self._seed, corpus, epoch)(block)
 
-    def _continues(self, position: int, place: StreamLocation) -> bool:
-        """Whether the token at `position` follows, in the file too, the one before it."""
+    def _continues(self, position: int, location: StreamLocation) -> bool:
+        """Return True if the token at `position` follows the previous one in the file too."""
         if position == 0:
             return False
         before = self.locate(position - 1)
-        return (before.corpus, before.offset + 1) == (place.corpus, place.offset)
+        return (before.corpus, before.offset + 1) == (location.corpus, location.offset)
 
-    def _fill(self, tokens: Tokens, start: int, length: int, place: StreamLocation) -> None:
+    def _fill(self, tokens: Tokens, start: int, length: int, location: StreamLocation) -> None:
         """Copy `length` tokens of one corpus into [start, start + length) of the arrays."""
-        corpus = self.corpora[place.corpus]
-        stop = place.offset + length
-        read = corpus.tokens[place.offset : stop + 1]
+        corpus = self.corpora[location.corpus]
+        stop = location.offset + length
+        read = corpus.tokens[location.offset : stop + 1]
         tokens.inputs[start : start + length] = read[:length]
         tokens.labels[start : start + len(read) - 1] = read[1:]
         if stop == corpus.num_tokens:
             tokens.labels[start + length - 1] = NO_LABEL
-        starts = corpus.document_starts(place.offset, stop)
-        tokens.boundaries[start + starts - place.offset] = True
+        starts = corpus.document_starts(location.offset, stop)
+        tokens.boundaries[start + starts - location.offset] = True

@@ -1,7 +1,7 @@
-"""Text to token ids and back: SentencePiece models, and Hugging Face's tokenizers (extra `hf`).
+"""Tokenizers: SentencePiece models and Hugging Face tokenizers (extra `hf`).
 
-No tokenizer here adds tokens of its own, and none takes text that merely looks like a special
-token for one: a document that contains "</s>" does not end there.
+None adds special tokens or parses them from text: a document that contains "</s>" does not end
+there.
 """
 
 import hashlib
@@ -23,43 +23,43 @@ from megagrow.common.json_text import read_json
 from megagrow.errors import DataError, InputError
 
 PIECE_LENGTH = 2048
-"""Characters, and the rest of the line, that SentencePiece gets at a time, so that its tables stay
-in the cache: 40% faster on source code, and almost four times on one text of 20 MB."""
+"""Characters, rounded up to a line end, passed to SentencePiece at a time so that its tables
+stay in cache: 40% faster on source code, almost 4x on one text of 20 MB."""
 
 MAX_LINE = 4096
-"""Longer lines, in characters, are cut for the training of a tokenizer."""
+"""Maximum line length in characters for tokenizer training; longer lines are split."""
 
 MOST_IDS = 2**24
-"""A vocabulary is not larger."""
+"""Maximum vocabulary size."""
 
 EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
-"""What the end of a document is called in a tokenizer.json that has no configuration beside it."""
+"""EOS token names tried for a tokenizer.json without a tokenizer_config.json."""
 
 
 class Tokenizer(Protocol):
-    """What the rest of megagrow needs of a tokenizer."""
+    """Tokenizer interface used by megagrow."""
 
     vocab_size: int
-    """Token ids are below it."""
+    """Upper bound (exclusive) of token ids."""
     eos_id: int
-    """The token that ends a document."""
+    """Token that ends a document."""
     checksum: str
-    """Tells tokenizers apart, hexadecimal."""
+    """Hexadecimal identity of the tokenizer."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The token ids of each text; nothing is added at their ends."""
+        """Return the token ids of each text, without special tokens."""
 
     def decode(self, ids: list[int]) -> str:
-        """The text of these tokens."""
+        """Return the text of token ids."""
 
     def save(self, folder: Path) -> list[Path]:
-        """Write into a folder the files from which it can be loaded again, the main one first."""
+        """Write the files needed to load the tokenizer and return them, the main file first."""
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """A SentencePiece .model, a tokenizer.json, or a folder or name that transformers knows.
+    """Load a SentencePiece .model, a tokenizer.json, or a folder or name known to transformers.
 
-    Errors: InputError if it is missing, broken, or has no end-of-document token.
+    Raises DataError if it is missing, invalid, or has no EOS token.
     """
     path = Path(name)
     if path.suffix not in (".model", ".json"):
@@ -70,7 +70,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 
 
 def check_tokenizer(name: str | Path, vocab_size: int) -> None:
-    """InputError if a tokenizer has more tokens than a model of this vocabulary can embed."""
+    """Raise DataError if a tokenizer has more than `vocab_size` tokens."""
     own = load_tokenizer(name).vocab_size
     if own > vocab_size:
         raise DataError(
@@ -80,7 +80,7 @@ def check_tokenizer(name: str | Path, vocab_size: int) -> None:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model. Decoding gives the text back, but for U+2581, which it uses itself."""
+    """SentencePiece model. Decoding restores the text except for U+2581, its whitespace symbol."""
 
     def __init__(self, path: Path) -> None:
         model = path.read_bytes()
@@ -89,7 +89,7 @@ class SentencePieceTokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = self._processor.vocab_size()
-            self._is_cuttable = self._check_cuttable()
+            self._is_splittable = self._check_splittable()
         except (RuntimeError, ValueError) as error:  # ValueError: a token that is not UTF-8.
             raise DataError(f"{path}: not a SentencePiece model") from error
         self.eos_id = self._processor.eos_id()
@@ -99,7 +99,7 @@ class SentencePieceTokenizer:
         self._path = path
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        pieces = [self._cut(text) for text in texts]
+        pieces = [self._split(text) for text in texts]
         flat = list(chain.from_iterable(pieces))
         encoded = iter(self._processor.encode(flat, out_type=int, num_threads=1))
         return [list(chain.from_iterable(islice(encoded, len(parts)))) for parts in pieces]
@@ -110,9 +110,9 @@ class SentencePieceTokenizer:
     def save(self, folder: Path) -> list[Path]:
         return [_copy(self._path, folder / "tokenizer.model")]
 
-    def _cut(self, text: str) -> list[str]:
-        """Pieces that end in a newline, if encoding them one by one gives the same tokens."""
-        if len(text) <= PIECE_LENGTH or not self._is_cuttable:
+    def _split(self, text: str) -> list[str]:
+        """Split at newlines if encoding the pieces separately yields the same tokens."""
+        if len(text) <= PIECE_LENGTH or not self._is_splittable:
             return [text]
         pieces, start = [], 0
         while start < len(text):
@@ -121,8 +121,8 @@ class SentencePieceTokenizer:
             start = stop
         return pieces
 
-    def _check_cuttable(self) -> bool:
-        """No token spans a newline, and nothing is added to or stripped from a text's ends."""
+    def _check_splittable(self) -> bool:
+        """Return True if no token spans a newline and text ends are left unchanged."""
         encode, size = self._processor.encode, range(self.vocab_size)
         if any("\n" in piece for piece in self._processor.id_to_piece(list(size))):
             return False
@@ -130,29 +130,29 @@ class SentencePieceTokenizer:
 
 
 class JsonTokenizer:
-    """A Hugging Face tokenizer.json; tokenizer_config.json beside it names the EOS token."""
+    """Hugging Face tokenizer.json; a tokenizer_config.json next to it names the EOS token."""
 
     def __init__(self, path: Path) -> None:
         library = _import("tokenizers")
         try:
             self._tokenizer = library.Tokenizer.from_file(str(path))
-        except Exception as error:  # The library raises nothing more precise.
+        except Exception as error:  # the library raises plain Exception
             raise DataError(f"{path}: not a tokenizer.json: {error}") from error
         self._tokenizer.encode_special_tokens = True
         self._path = path
         self.vocab_size = _size_of(self._tokenizer)
-        if self.vocab_size > MOST_IDS:  # the library would fill memory up to it, and die of that
+        if self.vocab_size > MOST_IDS:  # the library would allocate memory for all ids and abort
             raise DataError(f"{path}: a token has the id {self.vocab_size - 1}; damaged")
         self.eos_id = self._find_eos()
         self.checksum = _digest(self._tokenizer.to_str().encode(), str(self.eos_id).encode())
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        # One by one: in larger batches the library's threads would work in every worker process.
-        # The fast way does not note where in the text tokens stand, for two thirds of the time.
+        # One text at a time: larger batches start the library's threads in every worker process.
+        # encode_batch_fast skips the offsets of tokens, which takes two thirds of the time.
         encode = partial(self._tokenizer.encode_batch_fast, add_special_tokens=False)
         try:
             return [encode([text])[0].ids for text in texts]
-        except Exception as error:  # As above; a vocabulary without its own unknown token.
+        except Exception as error:  # as above; e.g. a vocabulary without its unknown token
             raise DataError(f"{self._path}: cannot encode a text: {error}") from error
 
     def decode(self, ids: list[int]) -> str:
@@ -176,22 +176,22 @@ class JsonTokenizer:
             if not isinstance(name, str):
                 raise DataError(f"{self._config}: 'eos_token' should be the text of a token")
             names = (name,)
-        found = map(self._tokenizer.token_to_id, names)
-        ids: list[int] = [token_id for token_id in found if token_id is not None]
+        candidates = map(self._tokenizer.token_to_id, names)
+        ids: list[int] = [token_id for token_id in candidates if token_id is not None]
         if not ids:
             raise _no_eos(self._path)
         return ids[0]
 
 
 class TransformersTokenizer:
-    """Any tokenizer of the transformers library: a folder, or a name on the Hugging Face Hub."""
+    """Tokenizer of the transformers library: a folder, or a name on the Hugging Face Hub."""
 
     def __init__(self, name: str) -> None:
         library = _import("transformers")
         try:
-            # Without code that may lie beside a tokenizer, which the library would ask to run.
+            # Never run code shipped with a tokenizer.
             self._tokenizer = library.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except Exception as error:  # Damaged files raise whatever the library stumbles over.
+        except Exception as error:  # damaged files raise arbitrary exceptions
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise DataError(f"{name}: no tokenizer found: {reason}") from error
         if self._tokenizer.eos_token_id is None:
@@ -221,10 +221,10 @@ class TransformersTokenizer:
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path) -> None:
-    """Train a byte-pair encoding on texts and write it to `model_path`, whole or not at all.
+    """Train a byte-pair encoding on texts and write it atomically to `model_path`.
 
-    Unknown characters fall back to bytes, digits stand alone, spaces and newlines are kept as they
-    are; ids as in Llama: unk 0, bos 1, eos 2. The same texts give the same file.
+    Unknown characters fall back to bytes, digits are single tokens, spaces and newlines are
+    preserved; ids as in Llama: unk 0, bos 1, eos 2. Equal texts produce equal files.
     """
     model = io.BytesIO()
     try:
@@ -245,12 +245,12 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path)
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            num_threads=1,  # It is written into the model: any other number, another checksum.
+            num_threads=1,  # stored in the model, so it affects the checksum
             minloglevel=2,
         )
     except RuntimeError as error:
         reason = str(error).strip().rsplit("] ", 1)[-1].replace("\n", " ")
-        raise DataError(f"vocab_size {vocab_size} does not suit the corpus: {reason}") from error
+        raise DataError(f"vocab_size {vocab_size} does not fit the corpus: {reason}") from error
     partial = model_path.with_name(f"{model_path.name}.{os.getpid()}.partial")
     partial.write_bytes(model.getvalue())
     os.replace(partial, model_path)
@@ -263,7 +263,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _size_of(tokenizer: Any) -> int:
-    """One more than the largest id: ids that were added later may leave gaps."""
+    """Return the largest id plus one; ids added later may leave gaps."""
     return int(max(tokenizer.get_vocab().values(), default=-1)) + 1
 
 

@@ -1,4 +1,4 @@
-"""Work spread over processes, with messages on the way, clean on Ctrl-C, never hanging."""
+"""Run tasks in worker processes with progress messages; clean on Ctrl-C, never hanging."""
 
 import multiprocessing
 import queue
@@ -15,18 +15,17 @@ from megagrow.errors import DataError, InputError
 Task = TypeVar("Task")
 Message = TypeVar("Message")
 TaskFunction = Callable[[Task], Iterator[Message]]
-"""Does a task and yields messages, which are not None."""
+"""Function that performs a task and yields messages other than None."""
 
 
 def run_tasks(
     start: Callable[[], TaskFunction[Task, Message]], tasks: Sequence[Task], workers: int
 ) -> Iterator[Message]:
-    """Do all tasks and yield their messages as they come.
+    """Run all tasks and yield their messages as they arrive.
 
-    `start` is called once in each process and gives the function that does the tasks. One worker
-    works in this process. With more, `start` and the tasks are sent to spawned processes, which
-    end with this generator, whatever ends it. Errors: the first one of a worker; InputError if a
-    worker was killed.
+    `start` is called once per process and returns the task function. One worker runs in this
+    process. With more, `start` and the tasks are sent to spawned processes, which end with this
+    generator. Raises the first error of a worker, or ResourceError if a worker was killed.
     """
     workers = min(workers, len(tasks))
     if workers > 1:
@@ -64,8 +63,11 @@ def _run_in_processes(
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C reaches all processes of a terminal, but only this one acts on it: those started
-    here inherit that SIGINT is held back, even before they have imported anything."""
+    """Block SIGINT while workers start, so that they inherit the mask.
+
+    Ctrl-C reaches all processes of a terminal; only the parent must act on it, even while the
+    workers are still importing.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -76,7 +78,7 @@ def _interrupts_held() -> Iterator[None]:
 def _collect(
     processes: Sequence[BaseProcess], results: "Queue[Message | Exception | None]"
 ) -> Iterator[Message]:
-    """Messages until every process has said that it is done (None)."""
+    """Yield messages until every process has sent None."""
     working = len(processes)
     while working:
         try:
@@ -85,8 +87,8 @@ def _collect(
             codes = [process.exitcode for process in processes if process.exitcode]
             if codes:
                 raise DataError(
-                    f"a worker process was ended from outside (exit code {codes[0]}), perhaps for "
-                    "lack of memory; try again with fewer workers"
+                    f"a worker process was killed (exit code {codes[0]}), possibly out of memory; "
+                    "retry with fewer workers"
                 ) from None
             continue
         if isinstance(message, Exception):
@@ -102,7 +104,7 @@ def _serve(
     todo: "Queue[Task | None]",
     results: "Queue[Message | Exception | None]",
 ) -> None:
-    """The life of a worker process."""
+    """Main function of a worker process."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     try:
@@ -114,5 +116,5 @@ def _serve(
     except (InputError, OSError) as error:
         results.put(error)
     except Exception as error:
-        # As text, since not every exception can be sent.
+        # As text, since not every exception can be pickled.
         results.put(RuntimeError("".join(traceback.format_exception(error))))

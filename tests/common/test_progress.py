@@ -12,7 +12,7 @@ from megagrow.common import progress
 def test_progress_tells_megabytes_tokens_and_time_left(monkeypatch, terminal):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
-    with progress.TokenisingProgress(console, 4_000_000) as shown:
+    with progress.TokenizingProgress(console, 4_000_000) as shown:
         shown.resume(1_000_000, 300_000)
         shown.advance(1_000_000, 250_000)
     said = console.file.getvalue()

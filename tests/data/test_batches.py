@@ -133,7 +133,7 @@ def test_the_largest_id_that_prepare_noted_is_checked_at_opening(tmp_path, index
     }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     BatchReader(stream, _config(4), vocab_size=50)
-    with pytest.raises(InputError, match=f"{tmp_path}/train: holds token ids up to 49"):
+    with pytest.raises(InputError, match=f"{tmp_path}/train: contains token ids up to 49"):
         BatchReader(stream, _config(4), vocab_size=49)
     (tmp_path / "manifest.json").write_text('{"format": "megagrow corpus 1"}')
     with pytest.raises(InputError, match=r"manifest\.json: damaged"):

@@ -26,7 +26,7 @@ def large(tmp_path: Path) -> Path:
     with IndexedWriter(tmp_path / "c", np.dtype("<u2")) as writer:
         for _ in range(SEQUENCES):
             writer.add_document(np.array([1, 2]))
-        writer.finalise()
+        writer.finalize()
     return tmp_path / "c"
 
 

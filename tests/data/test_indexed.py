@@ -60,7 +60,7 @@ def test_another_program_reads_what_was_written(tmp_path, name, letter, code):
     with IndexedWriter(tmp_path / "c", np.dtype(name)) as writer:
         for document in ([1, 2, 3], [], [40000 if letter == "i" else 60000]):
             writer.add_document(np.array(document, dtype=np.int64))
-        writer.finalise()
+        writer.finalize()
     raw, idx = (tmp_path / "c.bin").read_bytes(), (tmp_path / "c.idx").read_bytes()
     size = struct.calcsize(letter)
     assert struct.unpack(f"<4{letter}", raw)[:3] == (1, 2, 3)
@@ -75,16 +75,16 @@ def test_merged_parts_equal_the_whole(tmp_path):
     with IndexedWriter(tmp_path / "whole", np.dtype("<u2")) as whole:
         for document in documents:
             whole.add_document(document)
-        whole.finalise()
+        whole.finalize()
     for name, share in (("a", documents[:3]), ("none", []), ("b", documents[3:])):
         with IndexedWriter(tmp_path / name, np.dtype("<u2")) as part:
             for document in share:
                 part.add_document(document)
-            part.finalise()
+            part.finalize()
     with IndexedWriter(tmp_path / "merged", np.dtype("<u2")) as merged:
         for name in ("a", "none", "b"):
             merged.append(tmp_path / name)
-        merged.finalise()
+        merged.finalize()
     for suffix in (".bin", ".idx"):
         ours = (tmp_path / f"merged{suffix}").read_bytes()
         assert ours == (tmp_path / f"whole{suffix}").read_bytes()
@@ -178,7 +178,7 @@ def test_a_lookup_does_not_read_the_whole_index(tmp_path):
     with IndexedWriter(tmp_path / "c", np.dtype("<u2")) as writer:
         for _ in range(50_000):
             writer.add_document(np.array([1, 2]))
-        writer.finalise()
+        writer.finalize()
     corpus = IndexedCorpus(tmp_path / "c")
     tracemalloc.start()
     assert corpus.document_starts(70_001, 70_011).tolist() == [70002, 70004, 70006, 70008, 70010]

@@ -17,7 +17,7 @@ def test_verify_names_the_file_that_differs(source, tmp_path, model_path):
     for name in manifest.files:
         content = (output / name).read_bytes()
         (output / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        with pytest.raises(InputError, match=f"{name}: not what was written"):
+        with pytest.raises(InputError, match=f"{name}: checksum mismatch"):
             verify(output)
         (output / name).unlink()
         with pytest.raises(InputError, match=f"{name}: missing"):

@@ -123,8 +123,8 @@ def test_a_large_vocabulary_is_stored_in_32_bits(source, tmp_path, model_path, m
 @pytest.mark.parametrize(
     ("content", "options", "reason"),
     [
-        ("", {}, "no document with a text"),
-        ("\n\n", {}, "no document with a text"),
+        ("", {}, "no document with text"),
+        ("\n\n", {}, "no document with text"),
         ('{"text": "only one"}\n', {}, "leaves none for validation"),
         ('{"text": "only one"}\n', {"validation_fraction": 0.999999}, "leaves none for train"),
         ('{"text": "x"}\n', {"validation_fraction": 1.0}, r"1\.0 is not in \[0, 1\)"),
@@ -145,12 +145,12 @@ def test_bad_input_is_refused(tmp_path, model_path, content, options, reason):
 
 def test_a_tokenizer_cannot_be_trained_on_nothing(tmp_path):
     (tmp_path / "s.jsonl").write_text("")
-    with pytest.raises(InputError, match="no document with a text"):
+    with pytest.raises(InputError, match="no document with text"):
         _prepare(tmp_path / "s.jsonl", tmp_path / "out")
 
 
 def test_an_output_within_a_source_is_refused(source, tmp_path):
-    with pytest.raises(InputError, match="is inside of the source"):
+    with pytest.raises(InputError, match="is inside the source"):
         _prepare(tmp_path, tmp_path / "out")
 
 
@@ -166,7 +166,7 @@ def test_a_full_disk_is_named(source, tmp_path, model_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(IndexedWriter, "finalise", full)
+    monkeypatch.setattr(IndexedWriter, "finalize", full)
     with pytest.raises(InputError, match="out: No space left on device"):
         _prepare(source, tmp_path / "out", tokenizer=str(model_path), vocab_size=None)
     assert not list((tmp_path / "out").rglob("*.partial"))

@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megagrow.data.sft import Example, prompt_of, read_examples, tokenise
+from megagrow.data.sft import Example, prompt_of, read_examples, tokenize
 from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
 from tests.helpers.alpaca import records, tokenizer, write_alpaca
@@ -36,7 +36,7 @@ def test_a_list_and_lines_hold_the_same_examples(tmp_path, name):
 def test_tokens_are_prompt_answer_and_one_eos(tmp_path):
     loaded = load_tokenizer(tokenizer(tmp_path))
     for example in read_examples(write_alpaca(tmp_path / "a.json", records(20))):
-        whole = tokenise(loaded, example)
+        whole = tokenize(loaded, example)
         assert whole.ids[-1] == loaded.eos_id and loaded.eos_id not in whole.ids[:-1]
         assert loaded.decode(whole.ids[: whole.prompt]) == example.prompt
         assert loaded.decode(whole.ids[whole.prompt : -1]) == example.answer
@@ -71,7 +71,7 @@ def test_labels_are_those_of_transformers(tmp_path, answer):
     theirs, ours = byte_tokenizer(tmp_path), load_tokenizer(tmp_path)
     example = Example(prompt_of("Is it in?", ""), answer)
     ids, labels = stanford(theirs, example)
-    whole = tokenise(ours, example)
+    whole = tokenize(ours, example)
     assert whole.ids == ids.tolist()
     mine = torch.tensor(whole.ids)
     mine[: whole.prompt] = -100
@@ -82,7 +82,7 @@ def test_labels_are_those_of_transformers(tmp_path, answer):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.json", '{"instruction": "x"}', "a.json: no JSON list of records"),
+        ("a.json", '{"instruction": "x"}', "a.json: not a JSON list of records"),
         ("a.json", "[{]", "a.json: not JSON"),
         ("a.json", "[3]", "a.json: record 1: not an object"),
         ("a.json", '[{"instruction": "x", "output": "y"}, {"instruction": "x"}]',

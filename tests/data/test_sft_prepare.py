@@ -11,7 +11,7 @@ from megagrow.config.schema import CorpusConfig, DataConfig
 from megagrow.data.batches import Batch, BatchReader, open_stream
 from megagrow.data.indexed import IndexedCorpus, IndexedWriter
 from megagrow.data.manifest import verify
-from megagrow.data.sft import TokenisedExample, open_mask, pack, read_examples, tokenise
+from megagrow.data.sft import TokenizedExample, open_mask, pack, read_examples, tokenize
 from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
 from tests.helpers.alpaca import VOCAB, prepare, records, tokenizer, write_alpaca
@@ -43,10 +43,10 @@ def read(folder, rows: range, length: int = LENGTH, shuffle: bool = False) -> Ba
     return BatchReader(stream, data, VOCAB, mask).read(0, list(rows))
 
 
-def examples(folder, length: int = LENGTH) -> list[TokenisedExample]:
+def examples(folder, length: int = LENGTH) -> list[TokenizedExample]:
     loaded = load_tokenizer(tokenizer(folder))
-    found = [tokenise(loaded, example) for example in read_examples(folder / "alpaca.json")]
-    return [TokenisedExample(e.ids[:length], e.prompt) for e in found if e.prompt < length]
+    found = [tokenize(loaded, example) for example in read_examples(folder / "alpaca.json")]
+    return [TokenizedExample(e.ids[:length], e.prompt) for e in found if e.prompt < length]
 
 
 def test_batches_hold_whole_examples_with_labels_on_answers_only(tmp_path):
@@ -95,7 +95,7 @@ def test_long_answers_are_cut_and_long_prompts_left_out(tmp_path):
     cut = sum(prompt < length < size for prompt, size in sizes)
     assert left_out and cut and made.exists()
     manifest, said = prepare(tmp_path, 12, length, validation_fraction=0)
-    assert f"{cut} answers were cut, {left_out} examples left out" in said
+    assert f"{cut} answers truncated, {left_out} examples dropped" in said
     assert manifest.splits["train"].documents == 12 - left_out
     rows = manifest.splits["train"].tokens // length
     labels = read(tmp_path, range(rows), length).labels
@@ -127,8 +127,10 @@ def test_masks_that_do_not_belong_to_the_tokens_are_named(tmp_path):
     mask = tmp_path / "corpus" / "train.mask"
     with IndexedWriter(mask, np.dtype("<u1")) as writer:
         writer.add_document(np.ones(7))
-        writer.finalise()
-    with pytest.raises(InputError, match=r"train\.mask\.bin: 7 tokens are masked, the corpus has"):
+        writer.finalize()
+    with pytest.raises(
+        InputError, match=r"train\.mask\.bin: the mask has 7 tokens, the"
+    ):
         read(tmp_path, range(1))
     (tmp_path / "corpus" / "train.mask.idx").unlink()
     with pytest.raises(InputError, match=r"train\.mask\.idx: no such file; .* prepare-sft"):

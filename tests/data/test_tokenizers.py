@@ -179,7 +179,7 @@ def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [100, 100_000])
 def test_impossible_vocabulary_sizes_are_named(tmp_path, sample_texts, size):
-    with pytest.raises(InputError, match=f"vocab_size {size} does not suit") as caught:
+    with pytest.raises(InputError, match=f"vocab_size {size} does not fit") as caught:
         train_sentencepiece(sample_texts, size, tmp_path / "m.model")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []

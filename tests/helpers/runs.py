@@ -66,7 +66,7 @@ def write_corpus(prefix: Path, documents: int = 40, vocab_size: int = 101, seed:
                     follows if generator.random() < 0.8 else int(generator.integers(vocab_size))
                 )
             writer.add_document(np.array(tokens, dtype=np.uint16))
-        writer.finalise()
+        writer.finalize()
     return prefix
 
 

@@ -33,7 +33,7 @@ def write_short_documents(prefix: Path) -> None:
             for _ in range(int(generator.integers(2, 10))):
                 tokens.append((tokens[-1] * 7 + 3) % 101)
             writer.add_document(np.array(tokens, dtype=np.uint16))
-        writer.finalise()
+        writer.finalize()
 
 
 def run_by(folder: Path, kernels: dict, parallel: dict, name: str, micro: int = 1) -> RunConfig:

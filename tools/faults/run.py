@@ -62,7 +62,7 @@ def write_corpus(prefix: Path) -> None:
             for noise in generator.integers(5 * VOCABULARY, size=100).tolist():
                 tokens.append(noise if noise < VOCABULARY else (tokens[-1] * 7 + 3) % VOCABULARY)
             writer.add_document(np.array(tokens))
-        writer.finalise()
+        writer.finalize()
 
 
 def run_of(corpus: Path, output: Path, ranks: int) -> dict[str, Any]:

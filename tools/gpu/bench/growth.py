@@ -110,7 +110,7 @@ def write_corpus(prefix: Path, tokens: int, vocabulary: int, seed: int) -> None:
     with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
         for _ in range(tokens // 1000 + 1):
             writer.add_document(generator.integers(vocabulary, size=1000, dtype=np.uint16))
-        writer.finalise()
+        writer.finalize()
 
 
 def summary(records: list[Record]) -> Record:
