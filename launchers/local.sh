@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One machine: a run on N processes, one for each GPU or, without GPUs, N ranks on its cores.
+# Train on one host with N processes: one per GPU or, without GPUs, N ranks on its cores.
 #   launchers/local.sh [--dry-run] N RUN.yaml [--set KEY=VALUE ...]
 # --dry-run prints the command and starts nothing.
 set -euo pipefail

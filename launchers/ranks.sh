@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The ranks of one host, for a scheduler that starts one command on each host (Kubernetes).
+# Start the ranks of one host, for schedulers that start one command per host (Kubernetes).
 #   launchers/ranks.sh [--dry-run] N HOSTS HOST_RANK FIRST_HOST RUN.yaml [--set KEY=VALUE ...]
-# N processes on each of HOSTS hosts; this is number HOST_RANK, counted from 0; number 0 is reached
-# as FIRST_HOST, on MASTER_PORT (29500). Without torchrun between them a signal reaches the ranks,
-# and nobody ends them before they have saved. The exit code is that of docs/guides/fault-tolerance.md: where ranks
-# differ the lowest, which is the cause (1 a bug, 5 its witnesses); 75 says that a signal stopped
-# the run before its end.
+# N processes on each of HOSTS hosts; HOST_RANK is this host's index from 0; FIRST_HOST is the
+# address of host 0, MASTER_PORT (29500) its port. Signals reach the ranks directly, and no launcher
+# kills them before they have saved. Exit codes: docs/guides/fault-tolerance.md. If ranks differ,
+# the lowest one is returned, which is the cause (1 a bug, 5 ranks that lost a peer); 75 means that
+# a signal stopped the run before its end.
 # --dry-run prints the command of each rank and starts nothing.
 set -euo pipefail
 
@@ -18,7 +18,7 @@ ranks=${1:?$usage} hosts=${2:?$usage} host=${3:?$usage} first=${4:?$usage}
 shift 4
 
 pids=()
-# Ranks that have ended already cannot be told any more: that is no error.
+# Ranks that have already exited are no error.
 # shellcheck disable=SC2329  # the traps call it
 forward() { kill -s "$1" "${pids[@]}" 2>/dev/null || true; }
 trap 'forward TERM' TERM
@@ -41,7 +41,7 @@ result=0
 for pid in "${pids[@]}"; do
     code=0
     wait "$pid" || code=$?
-    while kill -0 "$pid" 2>/dev/null; do    # a signal ends a wait, not the rank
+    while kill -0 "$pid" 2>/dev/null; do    # a signal interrupts wait, not the rank
         code=0
         wait "$pid" || code=$?
     done

@@ -4,19 +4,18 @@
 #SBATCH --signal=USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# SLURM, one task for each GPU; goes back into the queue by itself until the run is done.
+# Train under SLURM with one task per GPU; requeues itself until the run is done.
 #   sbatch --nodes N launchers/slurm.sh RUN.yaml [--set KEY=VALUE ...]
 #   launchers/slurm.sh --dry-run RUN.yaml [...]     prints the command and starts nothing
-# A warning 5 minutes before the end of the job's time (USR1) lets the run save a checkpoint and
-# leave; so does a preemption (TERM), if a step and a save fit into SLURM's KillWait (often 30 s).
-# Then the job is requeued, and goes on from there. srun starts the ranks itself, without torchrun:
-# so the signal reaches them, and nobody ends them before they have saved. By exit code
-# (docs/guides/fault-tolerance.md):
+# USR1, sent 5 minutes before the time limit, makes the run save a checkpoint and exit; so does a
+# preemption (TERM) if a step and a save fit into SLURM's KillWait (often 30 s). The job is then
+# requeued and resumes. srun starts the ranks without torchrun, so signals reach them and no
+# launcher kills them before they have saved. Exit codes (docs/guides/fault-tolerance.md):
 #   0          done
-#   75         stopped by a signal: requeued, as often as it takes
-#   1, 2, 3    a bug, a mistake in the input, diverged: not requeued, it would come again
-#   else       a rank hangs or died, a host failed: requeued, MAX_FAILURES times (3) in all, which
-#              are noted in megagrow-JOBID.failures
+#   75         stopped by a signal: requeued without limit
+#   1, 2, 3    bug, invalid input, diverged: not requeued, it would fail again
+#   other      hung or dead rank, failed host: requeued MAX_FAILURES times (3) in total, recorded in
+#              megagrow-JOBID.failures
 set -euo pipefail
 
 dry_run=false
@@ -24,11 +23,10 @@ show() { printf '%q' "$1" && printf ' %q' "${@:2}" && echo; }
 if [[ ${1-} == --dry-run ]]; then dry_run=true && shift; fi
 : "${1:?usage: sbatch --nodes N launchers/slurm.sh RUN.yaml [--set KEY=VALUE ...]}"
 
-say() { echo "slurm.sh: $*" >&2; }
+log() { echo "slurm.sh: $*" >&2; }
 
-# Once more from the queue.
 requeue() {
-    say "$1: job $SLURM_JOB_ID goes back into the queue"
+    log "$1; requeueing job $SLURM_JOB_ID"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 }
@@ -39,11 +37,11 @@ else
     hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     MASTER_ADDR=${hosts%%$'\n'*}
 fi
-# A port of this job's own: another one may be on the same hosts.
+# One port per job: another job may run on the same hosts.
 MASTER_PORT=${MASTER_PORT:-$((29500 + ${SLURM_JOB_ID:-0} % 1000))}
-# A bad exit of one rank ends no other one at once: they say who is missing, and end within seconds.
-# When all leave after a signal, srun must not kill the last ones: it waits for a minute.
-# From 22.05 on srun does not know by itself what sbatch was told of CPUs.
+# --kill-on-bad-exit=0: when a rank fails, the others report it and exit within seconds.
+# --wait=60: when all exit after a signal, srun must not kill the last ones.
+# --cpus-per-task: since 22.05 srun does not inherit the value given to sbatch.
 # shellcheck disable=SC2016
 command=(srun --kill-on-bad-exit=0 --wait=60
     ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"}
@@ -55,15 +53,15 @@ if $dry_run; then
     exit
 fi
 
-# A signal for the ranks may come to this script as well: it only waits for them.
+# Signals meant for the ranks may reach this script as well; it only waits for the ranks.
 trap : TERM USR1
 code=0
 "${command[@]}" || code=$?
 
-# A job that its user cancels, or that SLURM preempts or takes off a lost host, is COMPLETING now;
-# SLURM requeues the latter two by itself. SIGNALING: the warning may still be on its way.
+# A job that is canceled, preempted or on a lost host is COMPLETING now; SLURM requeues it itself in
+# the latter two cases. SIGNALING: the USR1 warning may still be in delivery.
 if [[ $code != 0 && $(scontrol show job "$SLURM_JOB_ID") != *JobState=@(RUNNING|SIGNALING)* ]]; then
-    say "job $SLURM_JOB_ID is being ended from outside: SLURM knows whether it comes again"
+    log "job $SLURM_JOB_ID is being terminated by SLURM, which decides whether to requeue it"
     exit "$code"
 fi
 
@@ -74,7 +72,7 @@ case $code in
 *)
     echo "$(date -Is) exit code $code on $SLURM_JOB_NODELIST" >>"$failures"
     if (($(wc -l <"$failures") > ${MAX_FAILURES:-3})); then
-        say "exit code $code, after ${MAX_FAILURES:-3} failures: see $failures"
+        log "exit code $code after ${MAX_FAILURES:-3} earlier failures, see $failures"
         exit "$code"
     fi
     requeue "exit code $code"

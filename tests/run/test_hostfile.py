@@ -64,12 +64,12 @@ def test_a_hostfile_that_everybody_may_write_is_refused(
     tools: Path, hostfile: Path, mode: int
 ) -> None:
     hostfile.chmod(mode)
-    assert_refused(tools, hostfile, f"{hostfile}: everybody may write to this hostfile; chmod o-w")
+    assert_refused(tools, hostfile, f"{hostfile}: the hostfile is world-writable; run chmod o-w")
 
 
 def test_a_hostfile_that_everybody_may_replace_is_refused(tools: Path, hostfile: Path) -> None:
     hostfile.parent.chmod(0o777)
-    assert_refused(tools, hostfile, f"{hostfile}: everybody may replace it; chmod o-w")
+    assert_refused(tools, hostfile, f"{hostfile}: its folder is world-writable; run chmod o-w")
     hostfile.parent.chmod(0o1777)  # as /tmp: there only the owner may
     assert_started(tools, hostfile)
 
@@ -79,10 +79,10 @@ def test_a_link_is_followed(tools: Path, hostfile: Path, tmp_path: Path) -> None
     link.symlink_to(hostfile)
     assert_started(tools, link)
     hostfile.parent.chmod(0o777)
-    assert_refused(tools, link, f"{hostfile}: everybody may replace it")
+    assert_refused(tools, link, f"{hostfile}: its folder is world-writable")
     hostfile.parent.chmod(0o755)
     hostfile.chmod(0o666)
-    assert_refused(tools, link, "everybody may write to this hostfile")
+    assert_refused(tools, link, "the hostfile is world-writable")
 
 
 def test_a_hostfile_that_is_not_there_is_named(tools: Path, hostfile: Path) -> None:
