@@ -81,7 +81,7 @@ def test_slurm_leaves_a_job_alone_that_is_being_ended(
     # By scancel, a preemption, `scontrol requeue` or a lost host, SLURM 22.05 has said COMPLETING.
     code, said, asked = slurm(cluster, tmp_path, codes, STATE="COMPLETING")
     assert (f"{code} {code}", asked) == (codes, LOOKED)
-    assert "job 12 is being ended" in said
+    assert "job 12 is being terminated" in said
     assert not list(tmp_path.glob("*.failures"))
 
 
