@@ -1,4 +1,4 @@
-"""The parts of the model of a Hopper multiprocessor that have a state: see `gluon_model.py`."""
+"""Stateful parts of the Hopper multiprocessor model; see `gluon_model.py`."""
 
 import random
 import threading
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 POISON = 0x7FDA
-"""A NaN, in fp16 as in bf16, that no arithmetic gives: shared memory that nothing wrote."""
+"""Bits of a NaN, in fp16 and bf16, that no arithmetic produces: marks unwritten shared memory."""
 
 
 class Deadlock(Exception):
-    """Every partition waits for a barrier, and nothing is on its way."""
+    """Raised if every partition waits for a barrier and no operation is in flight."""
 
 
 class Pending:
-    """What an asynchronous matmul will give; no tensor until it is waited for."""
+    """Result of an asynchronous matmul; not a tensor until it is waited for."""
 
     def __init__(self, a: Any, b: "Memory", accumulator: Tensor | None) -> None:
         self.a, self.b, self.accumulator = a, b, accumulator
@@ -34,7 +34,7 @@ class Pending:
 
 
 class Barrier:
-    """An mbarrier: a phase ends when all arrived and all expected bytes landed."""
+    """An mbarrier: a phase completes when all arrivals and all expected bytes are counted."""
 
     def __init__(self) -> None:
         self.count, self.left, self.bytes, self.phase = 0, 0, 0, 0
@@ -50,7 +50,7 @@ class Barrier:
 
 
 class Memory:
-    """Shared memory, or a view of it; a NaN of its own until written. Of int64: barriers."""
+    """Shared memory, or a view of it; NaN until written. int64 memory holds barriers."""
 
     def __init__(self, data: Any, dtype: torch.dtype) -> None:
         self.data, self.dtype = data, dtype
@@ -82,7 +82,7 @@ class Memory:
 
 
 class Pointer:
-    """Elements of a contiguous tensor by their offsets; remembers how often each was written."""
+    """Elements of a contiguous tensor by offset; counts the writes of each element."""
 
     def __init__(self, flat: Tensor, written: Tensor, offset: Any = 0) -> None:
         self.flat, self.written, self.offset = flat, written, offset
@@ -103,7 +103,7 @@ class Pointer:
 
 
 class Descriptor:
-    """A TMA descriptor of a matrix: blocks of it, zero beyond its end."""
+    """A TMA descriptor of a matrix: loads blocks, with zeros beyond its end."""
 
     def __init__(self, real: Any) -> None:
         self.matrix, self.dtype, self.layout = real.base, real.base.dtype, real.layout
@@ -119,7 +119,7 @@ class Descriptor:
 
 
 class Partitions:
-    """Runs partitions as threads of which one at a time goes on, chosen at random."""
+    """Run partitions as threads, one at a time, chosen at random."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -147,7 +147,7 @@ class Partitions:
         assert not self.loads, "a load is on its way when the kernel ends"
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Lets others go on, and this partition not before the condition holds."""
+        """Yield to other partitions until the condition holds."""
         self.ready[self.local.number] = condition
         self._pass_on()
         self._await_turn()
