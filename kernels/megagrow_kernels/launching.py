@@ -20,7 +20,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETER = 0
-"""Compute capability that stands for Triton's interpreter."""
+"""Compute capability that represents Triton's interpreter."""
 INTERPRETER_PROGRAMS = 4
 META_PROGRAMS = 132
 

@@ -37,7 +37,7 @@ def row(op: str, architecture: int, **features: int | bool | str) -> Row:
 def rows_for(op: str, architecture: int) -> list[Row]:
     """Return the rows that an architecture uses, possibly those of an older architecture."""
     table = rows(op)
-    usable = [listed for listed in table if listed <= architecture]
+    usable = [known for known in table if known <= architecture]
     return table[max(usable)] if usable else []
 
 

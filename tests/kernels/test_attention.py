@@ -21,7 +21,7 @@ CASES: dict[str, tuple[Rows, tuple[int, int, int], dict]] = {
     # rows of document lengths, (query heads, key/value heads, head dimension), options
     "one token": (((1,),), (1, 1, 64), {}),
     "one document": (((199,),), (2, 1, 64), {}),
-    "a whole tile": (((128,), (128,)), (1, 1, 64), {}),
+    "a full tile": (((128,), (128,)), (1, 1, 64), {}),
     "documents": (((37, 1, 61), (1, 97, 1)), (2, 2, 64), {}),
     "one-token documents": (((1,) * 9,), (2, 1, 64), {}),
     "empty tail": (((150, 35), (185,)), (2, 1, 64), {}),

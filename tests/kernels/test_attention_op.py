@@ -88,7 +88,7 @@ def test_another_packing_never_compiles_anew(monkeypatch):
         sizes.add(len(packing.query_tiles))
         with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
             torch.autograd.grad(compiled(*inputs, packing), inputs)
-    assert len(sizes) > 5 and len(started) >= 3 * 101, "every gradient starts its kernels"
+    assert len(sizes) > 5 and len(started) >= 3 * 101, "every gradient launches its kernels"
 
 
 def test_triton_never_compiles_anew_either():

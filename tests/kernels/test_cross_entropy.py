@@ -81,7 +81,7 @@ def test_the_gradient_is_that_of_the_loss():
 @pytest.mark.parametrize("implementation", [cross_entropy, reference], ids=["triton", "torch"])
 def test_ranks_together_are_one(implementation):
     logits, labels = 5 * draw(9, 130), torch.arange(9) * 14
-    whole = reference.vocab_statistics(logits.double(), labels, 0, 125)
+    full = reference.vocab_statistics(logits.double(), labels, 0, 125)
     parts = [
         implementation.vocab_statistics(logits[:, first : first + 26], labels, first, real)
         for first, real in ((0, 26), (26, 26), (52, 26), (78, 26), (104, 21))
@@ -90,8 +90,8 @@ def test_ranks_together_are_one(implementation):
     assert nothing.tolist() == [[-torch.inf] * 9, [0.0] * 9, [0.0] * 9]
     with poisoned():
         actual = implementation.combine_statistics(torch.stack((*parts, nothing)))
-    torch.testing.assert_close(actual.double(), whole, rtol=1e-6, atol=1e-6)
-    assert torch.equal(actual[0].double(), whole[0]) and torch.equal(actual[2].double(), whole[2])
+    torch.testing.assert_close(actual.double(), full, rtol=1e-6, atol=1e-6)
+    assert torch.equal(actual[0].double(), full[0]) and torch.equal(actual[2].double(), full[2])
 
 
 def test_a_row_for_several_programs_is_the_same_row(monkeypatch):
@@ -100,8 +100,8 @@ def test_a_row_for_several_programs_is_the_same_row(monkeypatch):
     monkeypatch.setattr(cross_entropy, "FILL", 1)
     monkeypatch.setattr(cross_entropy, "programs", lambda device: 1)
     monkeypatch.setattr(cross_entropy, "combine_statistics_forward", None)  # is not called
-    whole = cross_entropy.vocab_statistics_forward(logits, labels, 0, 1000)
-    torch.testing.assert_close(cut, whole, rtol=1e-6, atol=0)
+    full = cross_entropy.vocab_statistics_forward(logits, labels, 0, 1000)
+    torch.testing.assert_close(cut, full, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

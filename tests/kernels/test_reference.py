@@ -87,15 +87,15 @@ def test_attention_is_causal_attention(groups):
 def test_attention_of_packed_documents_is_attention_of_each(groups):
     q, k, v = draw(2, 12, 4, 8), draw(2, 12, groups, 8, seed=1), draw(2, 12, groups, 8, seed=2)
     ids = documents()
-    whole = reference.attention(q, k, v, ids)
+    full = reference.attention(q, k, v, ids)
     for row in range(2):
         for document in ids[row].unique():
             where = (ids[row] == document).nonzero()[:, 0]
             one = [x[row : row + 1, where] for x in (q, k, v)]
             expected = reference.attention(*one)[0]
-            torch.testing.assert_close(whole[row][where], expected, **CLOSE)
+            torch.testing.assert_close(full[row][where], expected, **CLOSE)
     fused = ops.sdpa(q, k, v, ops.attention_mask(ids))
-    torch.testing.assert_close(fused, whole, **CLOSE)
+    torch.testing.assert_close(fused, full, **CLOSE)
 
 
 def test_gradients_of_the_ops_are_those_of_the_references():

@@ -296,6 +296,5 @@ def test_every_benchmark_runs(family: str):
     }[family]
     directions = {r["way"] for r in timings}
     assert directions == ({"both"} if family == "loss" else {"forward", "backward"})
-    assert report(
-        [PartResult("p", 1.0, "done")], BenchmarkResults([{"part": "p"} | r for r in actual])
-    )
+    results = BenchmarkResults([{"part": "p"} | r for r in actual])
+    assert report([PartResult("p", 1.0, "done")], results)

@@ -8,7 +8,7 @@ from tools.gpu.bench.goals import NOT_MEASURED, BenchmarkResults, goal_rows
 from tools.gpu.check_parts import PartResult
 
 SMOKE = "A smoke run on a CPU: every number below is meaningless."
-Row = Sequence[str]
+TableRow = Sequence[str]
 
 
 def report(
@@ -32,7 +32,7 @@ def report(
     return lines + problems(results)
 
 
-def table(heading: Row, rows: Sequence[Row]) -> list[str]:
+def table(heading: TableRow, rows: Sequence[TableRow]) -> list[str]:
     """Return aligned columns under a heading, after an empty line; nothing without rows."""
     if not rows:
         return []
@@ -45,7 +45,7 @@ def table(heading: Row, rows: Sequence[Row]) -> list[str]:
     return ["", aligned[0], "-" * len(aligned[0]), *aligned[1:]]
 
 
-def part_rows(outcomes: Iterable[PartResult], results: BenchmarkResults) -> Iterator[Row]:
+def part_rows(outcomes: Iterable[PartResult], results: BenchmarkResults) -> Iterator[TableRow]:
     """Yield the result of each part, with test counts or measured ceilings."""
     for outcome in outcomes:
         words = [outcome.result]
@@ -58,7 +58,7 @@ def part_rows(outcomes: Iterable[PartResult], results: BenchmarkResults) -> Iter
         yield outcome.name, f"{outcome.seconds:.0f}", "; ".join(words)
 
 
-def kernel_rows(results: BenchmarkResults) -> Iterator[Row]:
+def kernel_rows(results: BenchmarkResults) -> Iterator[TableRow]:
     """Yield megagrow's kernels, with their rate and every baseline's time relative to theirs."""
     for ours in results.timings(by=OURS):
         bound, unit = ("flops", "TFLOP/s") if ours["flops"] else ("bytes", "TB/s")
@@ -79,7 +79,7 @@ def kernel_rows(results: BenchmarkResults) -> Iterator[Row]:
         )
 
 
-def memory_rows(results: BenchmarkResults) -> Iterator[Row]:
+def memory_rows(results: BenchmarkResults) -> Iterator[TableRow]:
     """Yield the extra memory of head and loss."""
     for record in results.of("memory"):
         if "extra_bytes" in record:
@@ -88,7 +88,7 @@ def memory_rows(results: BenchmarkResults) -> Iterator[Row]:
             yield record["case"], record["by"], extra, f"{share:.3f}"
 
 
-def training_rows(results: BenchmarkResults) -> Iterator[Row]:
+def training_rows(results: BenchmarkResults) -> Iterator[TableRow]:
     """Yield throughput and memory of each model and kernel backend."""
     for record in results.of("training"):
         if "seconds" in record:
@@ -102,7 +102,7 @@ def training_rows(results: BenchmarkResults) -> Iterator[Row]:
             )
 
 
-def growth_rows(results: BenchmarkResults) -> Iterator[Row]:
+def growth_rows(results: BenchmarkResults) -> Iterator[TableRow]:
     """Yield time, traffic and memory of each growth."""
     for record in results.of("growth"):
         yield (

@@ -116,21 +116,19 @@ def cases(op: str, architecture: int) -> Iterator[KernelCase]:
     They cover all combinations of typical features and of the bounds of table rows for which the
     op's tables have rows.
     """
-    tables_of_op = OPS[op]
-    values = {name: set(known) for name, known in tables_of_op.features.items()}
-    for table in tables_of_op.tables:
-        for listed in rows_for(table, architecture):
-            for name, value in (listed["when"] | listed["up_to"]).items():
+    spec = OPS[op]
+    values = {name: set(typical) for name, typical in spec.features.items()}
+    for table in spec.tables:
+        for candidate in rows_for(table, architecture):
+            for name, value in (candidate["when"] | candidate["up_to"]).items():
                 values[name].add(value)
-    for combination in itertools.product(*(_in_order(known) for known in values.values())):
+    for combination in itertools.product(*(_in_order(options) for options in values.values())):
         features = dict(zip(values, combination, strict=True))
         try:
-            selected = {
-                table: row(table, architecture, **features) for table in tables_of_op.tables
-            }
+            selected = {table: row(table, architecture, **features) for table in spec.tables}
         except LookupError:
             continue
-        yield KernelCase(op, features, tables_of_op.arguments(features), selected)
+        yield KernelCase(op, features, spec.arguments(features), selected)
 
 
 def unused_rows(architecture: int) -> list[tuple[str, Row]]:
@@ -142,10 +140,10 @@ def unused_rows(architecture: int) -> list[tuple[str, Row]]:
         for table, row in case.rows.items()
     }
     return [
-        (table, listed)
+        (table, candidate)
         for table in tables()
-        for listed in rows_for(table, architecture)
-        if (table, id(listed)) not in used
+        for candidate in rows_for(table, architecture)
+        if (table, id(candidate)) not in used
     ]
 
 
@@ -158,9 +156,9 @@ def override_tiles(architecture: int, tiles: Mapping[str, dict[str, int]]) -> It
             rows(table)[architecture] = [{"when": {}, "up_to": {}, "use": use, "measured": None}]
         yield
     finally:
-        for table, known in saved.items():
+        for table, original in saved.items():
             rows(table).clear()
-            rows(table).update(known)
+            rows(table).update(original)
 
 
 def _in_order(values: set[Any]) -> list[Any]:

@@ -58,8 +58,8 @@ class CompileJob:
 
     def __str__(self) -> str:
         tiles = [f"{name}={value}" for use in self.tiles.values() for name, value in use.items()]
-        shown = [f"{name}={value}" for name, value in self.arguments.items()]
-        return "-".join((f"sm_{self.architecture}", self.op, *shown, *tiles))
+        arguments = [f"{name}={value}" for name, value in self.arguments.items()]
+        return "-".join((f"sm_{self.architecture}", self.op, *arguments, *tiles))
 
 
 @dataclass(frozen=True)

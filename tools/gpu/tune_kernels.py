@@ -121,9 +121,10 @@ def tune(
         features = {name: case.features[name] for name in TABLE_FEATURES[table]}
         if str(features) in measured:
             continue
-        listed = candidates(table, features, capability)[:limit]
+        tile_candidates = candidates(table, features, capability)[:limit]
         jobs = [
-            CompileJob(capability, op, case.arguments, tiles={table: tiles}) for tiles in listed
+            CompileJob(capability, op, case.arguments, tiles={table: tiles})
+            for tiles in tile_candidates
         ]
         valid = valid_tiles(inspect(jobs, PROCESSES))
         if not valid:

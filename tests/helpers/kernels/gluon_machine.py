@@ -27,7 +27,9 @@ class Pending:
 
     def compute(self) -> Tensor:
         for operand in (self.a, self.b):
-            assert not (isinstance(operand, Memory) and operand.poisoned), "matmul of nothing"
+            assert not (isinstance(operand, Memory) and operand.poisoned), (
+                "matmul operand is not written"
+            )
         a = self.a.data if isinstance(self.a, Memory) else self.a
         product = a.float() @ self.b.data.float()
         return product if self.accumulator is None else self.accumulator + product
@@ -40,7 +42,7 @@ class Barrier:
         self.count, self.left, self.bytes, self.phase = 0, 0, 0, 0
 
     def step(self) -> None:
-        assert self.left >= 0, "more arrive at a barrier than it was made for"
+        assert self.left >= 0, "more arrivals at a barrier than its count"
         if self.left == 0 and self.bytes == 0:
             self.left = self.count
             self.phase += 1
@@ -71,7 +73,7 @@ class Memory:
         return Memory(self.data[start : start + length], self.dtype)
 
     def load(self, _: None) -> Tensor:
-        assert not self.poisoned, "read before it is there"
+        assert not self.poisoned, "read before it is written"
         return self.data.clone()
 
     def store(self, value: Tensor) -> None:
@@ -144,7 +146,7 @@ class Partitions:
             thread.join()
         if self.failure is not None:
             raise self.failure
-        assert not self.loads, "a load is on its way when the kernel ends"
+        assert not self.loads, "a load is in flight at the end of the kernel"
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Yield to other partitions until the condition holds."""
@@ -178,7 +180,7 @@ class Partitions:
             try:
                 self._await_turn()
                 body(*arguments)
-                assert not self.local.matmuls, "a matmul is running when its partition ends"
+                assert not self.local.matmuls, "a matmul is in flight at the end of its partition"
             except SystemExit:
                 return
             except BaseException as error:

@@ -158,7 +158,7 @@ class Model:
             oldest = matmuls.pop(0)
             oldest.result = oldest.compute()
         actual = tuple(x.result if isinstance(x, Pending) else x for x in deps)
-        assert all(x is not None for x in actual), "used while the matmul is still running"
+        assert all(x is not None for x in actual), "result used before the matmul is waited for"
         return actual[0] if len(actual) == 1 else actual
 
 
@@ -193,6 +193,8 @@ def launcher(modules: Sequence[ModuleType], seed: int, programs: int) -> Callabl
         for program in range(programs):
             model = Model(program, programs, seed + program)
             functions(modules, model.namespace())[kernel.fn.__name__](*seen, **constants)
-        assert all(counts.max() <= 1 for counts in written.values() if counts.numel()), "twice"
+        assert all(counts.max() <= 1 for counts in written.values() if counts.numel()), (
+            "written twice"
+        )
 
     return launch

@@ -150,8 +150,10 @@ def compiled(setup: KernelDevice) -> None:
     dtype = torch.float32 if setup.device == "cpu" else torch.bfloat16
     for function, inputs in _calls(setup, dtype):
         plain = _results(function, inputs)
-        whole = torch.compile(lambda *x, f=function: f(*x), fullgraph=True, backend=backend)
-        actual = _results(whole, inputs)
+        compiled_function = torch.compile(
+            lambda *x, f=function: f(*x), fullgraph=True, backend=backend
+        )
+        actual = _results(compiled_function, inputs)
         assert all(torch.equal(x, y) for x, y in zip(plain, actual, strict=True)), function
 
 
