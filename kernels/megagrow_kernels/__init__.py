@@ -1,1 +1,1 @@
-"""Kernels of megagrow, each beside its eager reference: the specification, in plain torch."""
+"""Fused Triton kernels of megagrow, and the eager PyTorch references that specify them."""

@@ -1,7 +1,7 @@
-"""Attention as an op of torch: causal, within packed documents, with shared key/value heads.
+"""Causal attention within packed documents, with grouped key/value heads, as a PyTorch op.
 
-`megagrow::attention` and `megagrow::attention_backward` are opaque to torch.compile and named, so
-that activation checkpointing can be told to keep what they return.
+`megagrow::attention` and `megagrow::attention_backward` are opaque to torch.compile. They are named
+ops, so a selective activation checkpointing policy can keep their outputs.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megagrow_kernels.attention_backward import attention_backward
 from megagrow_kernels.attention_forward import attention_forward
-from megagrow_kernels.inputs import FLOATS
+from megagrow_kernels.launching import FLOATS
 from megagrow_kernels.packing import Packing
 
 LARGEST_HEAD = 256
@@ -23,12 +23,13 @@ def attention(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T) v over what each token may see; (B, S, H, D) as q.
+    """Return softmax(scale q k^T) v over the tokens visible to each query; (B, S, H, D) as q.
 
     q is (B, S, H, D), k and v are (B, S, G, D) with H a multiple of G and D a multiple of 8 up to
-    256, all bf16, fp16 or fp32. A token sees itself and what comes before it in its document, by
-    the packing of this batch; with a window of w tokens only itself and the w - 1 before. scale is
-    1 / sqrt(D) if not given. Raises ValueError for other shapes and numbers, TypeError for types.
+    256, all bf16, fp16 or fp32. A token attends to itself and to earlier tokens of its document, as
+    defined by the packing of this batch; with a window of w tokens, to itself and the w - 1 tokens
+    before it. scale defaults to 1 / sqrt(D). Raises ValueError for other shapes and for scale <= 0
+    or window < 1, TypeError for other dtypes.
     """
     _check(q, k, v, scale, window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -65,32 +66,34 @@ def _(grad, q, k, v, out, logsumexp, query_tiles, key_tiles, scale, window):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def _keep(ctx, inputs, output):
+def _save(ctx, inputs, output):
     q, k, v, query_tiles, key_tiles, ctx.scale, ctx.window = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, v, *output, query_tiles, key_tiles)
 
 
-def _differentiate(ctx, grad, _):
+def _gradients(ctx, grad, _):
     saved = ctx.saved_tensors
     gradients = _attention_backward(grad, *saved, ctx.scale, ctx.window)
     return *gradients, None, None, None, None
 
 
-_attention.register_autograd(_differentiate, setup_context=_keep)
+_attention.register_autograd(_gradients, setup_context=_save)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> None:
     if q.dtype not in FLOATS or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise TypeError(f"attention takes bf16, fp16 or fp32, not {q.dtype}, {k.dtype}, {v.dtype}")
+        raise TypeError(
+            f"attention requires one of bf16, fp16, fp32, got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
     batch, sequence, heads, head_dim = q.shape
     groups = k.shape[2]
     if k.shape != v.shape or k.shape != (batch, sequence, groups, head_dim) or heads % groups:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"attention of shapes that do not fit: {shapes}")
+        raise ValueError(f"attention requires q (B, S, H, D), k and v (B, S, G, D), got {shapes}")
     if head_dim % 8 or head_dim > LARGEST_HEAD:
-        raise ValueError(f"head dimension {head_dim}: attention takes multiples of 8 up to 256")
+        raise ValueError(f"head dimension {head_dim} is not a multiple of 8 up to 256")
     if scale is not None and scale <= 0:
-        raise ValueError(f"scale {scale} has to be positive")
+        raise ValueError(f"scale {scale} is not positive")
     if window is not None and window < 1:
-        raise ValueError(f"window {window}: a token sees at least itself")
+        raise ValueError(f"window {window} is less than 1")

@@ -1,10 +1,16 @@
 """Attention backward, in three kernels without atomics (Dao 2023, FlashAttention-2, algorithm 2).
 
 With P the weights, recomputed from the saved logsumexp, and dO the gradient of the output O:
-delta = rowsum(dO O); dV = P^T dO; dS = P (dO V^T - delta); dQ = scale dS K; dK = scale dS^T Q.
-One kernel has a block of queries and goes through keys for dQ; the other has a block of keys and
-goes through the queries of all heads that share it for dK and dV. Each sum is made by one program
-in a fixed order, so gradients are the same bits on every run.
+
+    delta = rowsum(dO O)
+    dV = P^T dO
+    dS = P (dO V^T - delta)
+    dQ = scale dS K
+    dK = scale dS^T Q
+
+The queries kernel holds a block of queries and loops over keys for dQ. The keys kernel holds a
+block of keys and loops over the queries of all heads that share it for dK and dV. Each sum is
+computed by one program in a fixed order, so gradients are bitwise reproducible.
 """
 
 from typing import Any
@@ -27,7 +33,7 @@ from megagrow_kernels.packing import TILE
 from megagrow_kernels.tiles import select
 
 DELTA_ELEMENTS = 8192
-"""What a program of the first kernel takes at a time: more of them spill registers."""
+"""Elements per program of the delta kernel; more of them spill registers."""
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -56,7 +62,7 @@ def _delta_kernel(
 
 @triton.jit
 def _queries_step(q, do, k, v, logsumexp, delta, scale, seen, dq, MASKED: tl.constexpr):
-    """Adds to dq, without the scale, what a block of keys gives."""
+    """Add the contribution of a block of keys to dq, without the scale."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     weights = tl.exp2(scores * scale - logsumexp[:, None])
     if MASKED:
@@ -155,7 +161,7 @@ def _keys_step(
     DK: tl.constexpr,
     DV: tl.constexpr,
 ):
-    """Adds to dk, without the scale, and dv what a block of queries gives; scores are (N, M)."""
+    """Add the contribution of a block of queries to dk (unscaled) and dv; scores are (N, M)."""
     scores = tl.dot(k, tl.trans(q), input_precision="ieee")
     weights = tl.exp2(scores * scale - logsumexp[None, :])
     if MASKED:
@@ -220,7 +226,8 @@ def _keys_kernel(
     dk_ND = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
     dv_ND = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
 
-    # Queries: the keys' own tokens, then whole blocks up to `whole`, then what is left to `last`.
+    # Queries: the keys' own tokens, then full blocks up to `whole`, then the remainder up to
+    # `last`.
     last = end
     if WINDOWED:
         last = tl.minimum(end, first + BLOCK_N - 1 + window)
@@ -300,23 +307,25 @@ def attention_backward(
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q (B, S, H, D), k and v (B, S, G, D), in their type, given that of the output.
+    """Return the gradients of q (B, S, H, D), k and v (B, S, G, D), each in its input's dtype.
 
-    out and logsumexp are those of `attention_forward`, the tiles those of the same `Packing`.
+    grad is the gradient of the output, (B, S, H, D). out and logsumexp are the results of
+    `attention_forward`; the tiles belong to the same `Packing`. Raises LookupError if the tile
+    table has no matching row.
     """
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    flat = [blocks.flat(x) for x in (q, k, v, grad)]
-    saved = (logsumexp, _delta(blocks.flat(out), flat[3]))
-    _start(_queries_kernel, flat, saved, gradients[:1], query_tiles, scale, window)
-    _start(_keys_kernel, flat, saved, gradients[1:], key_tiles, scale, window)
+    inputs = [blocks.flat(x) for x in (q, k, v, grad)]
+    saved = (logsumexp, _delta(blocks.flat(out), inputs[3]))
+    _launch_products(_queries_kernel, inputs, saved, gradients[:1], query_tiles, scale, window)
+    _launch_products(_keys_kernel, inputs, saved, gradients[1:], key_tiles, scale, window)
     dq, dk, dv = gradients
     return dq, dk, dv
 
 
 def _delta(out: Tensor, grad: Tensor) -> Tensor:
-    """rowsum(dO O), (H, T) fp32."""
+    """Return rowsum(dO O), (H, T) fp32."""
     tokens, heads, head_dim = out.shape
-    columns = blocks.padded(head_dim)
+    columns = blocks.padded_columns(head_dim)
     rows = DELTA_ELEMENTS // columns
     delta = torch.empty(heads, tokens, dtype=torch.float32, device=out.device)
     launch(
@@ -331,45 +340,47 @@ def _delta(out: Tensor, grad: Tensor) -> Tensor:
     return delta
 
 
-def _start(
+def _launch_products(
     kernel: Any,
-    flat: list[Tensor],
+    inputs: list[Tensor],
     saved: tuple[Tensor, Tensor],
     gradients: list[Tensor],
     tiles: Tensor,
     scale: float,
     window: int | None,
 ) -> None:
-    """Starts the kernel of the queries, which goes through k and v, or that of the keys, which goes
-    through q and grad; flat is (q, k, v, grad), saved (logsumexp, delta).
+    """Launch the queries kernel, which loops over k and v, or the keys kernel, over q and grad.
 
-    Where registers do not hold two sums, the table has the kernel of the keys make them one after
-    the other (SEPARATE); the scores are then computed twice.
+    inputs is (q, k, v, grad), saved is (logsumexp, delta). If two accumulators do not fit in
+    registers, the tile table sets SEPARATE: the keys kernel then computes dk and dv in two
+    launches, and the scores twice.
     """
-    q, k, v, grad = flat
+    q, k, v, grad = inputs
     by_queries = kernel is _queries_kernel
     op = "attention_queries" if by_queries else "attention_keys"
-    how = select(op, architecture(q.device), head_dim=q.shape[2], bytes=q.element_size())
-    held, passing = ("BLOCK_M", "BLOCK_N") if by_queries else ("BLOCK_N", "BLOCK_M")
+    tile = select(op, architecture(q.device), head_dim=q.shape[2], bytes=q.element_size())
+    resident, streamed = ("BLOCK_M", "BLOCK_N") if by_queries else ("BLOCK_N", "BLOCK_M")
     streams = (k, v) if by_queries else (q, grad)
-    columns = blocks.padded(q.shape[2])
-    rows = [blocks.described(x, how[passing], columns, how["DESCRIPTORS"]) for x in streams]
+    columns = blocks.padded_columns(q.shape[2])
+    rows = [
+        blocks.make_descriptor(x, tile[streamed], columns, tile["DESCRIPTORS"]) for x in streams
+    ]
     parts = [{}] if by_queries else [{"DK": True, "DV": True}]
-    if how.pop("SEPARATE", 0):
+    if tile.pop("SEPARATE", 0):
         parts = [{"DK": True, "DV": False}, {"DK": False, "DV": True}]
     heads, count, tokens = gradients[0].shape[2], len(tiles), q.shape[0]
-    at_once = blocks.side_by_side(streams[0], k.shape[1], heads)
+    at_once = blocks.concurrent_heads(streams[0], k.shape[1], heads)
     for part in parts:
         launch(
             kernel,
-            (count * (TILE // how[held]) * heads,),
-            *(*flat, *rows, *saved, *gradients, tiles, count, heads),
+            (count * (TILE // tile[resident]) * heads,),
+            *(*inputs, *rows, *saved, *gradients, tiles, count, heads),
             *(at_once, tokens, min(window or 0, tokens), scale * blocks.LOG2_E, scale),
-            *(x.stride(dim) for x in flat for dim in (0, 1)),
+            *(x.stride(dim) for x in inputs for dim in (0, 1)),
             GROUP=q.shape[1] // k.shape[1],
             HEAD_DIM=q.shape[2],
             COLUMNS=columns,
             WINDOWED=window is not None,
-            **how,
+            **tile,
             **part,
         )

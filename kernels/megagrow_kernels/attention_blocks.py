@@ -1,10 +1,11 @@
-"""What the attention kernels share: where a program works, how it reads rows, which pairs count.
+"""Building blocks of the attention kernels: work assignment, row access and masks.
 
-Legend: T tokens of all rows laid end to end, H query heads, G key/value heads, D head dimension.
-A program has one block of one document and one head. Blocks are counted from the start of their
-document, so a document's numbers do not depend on what it is packed with, to the bit. What may lie
-past the end of a document is read and written by pointers under a mask, so that no row of another
-document is ever touched; what lies within it is read by descriptors (TMA) where the table says so.
+Legend: T tokens of all concatenated rows, H query heads, G key/value heads, D head dimension. A
+program processes one block of one document and one head. Blocks are counted from the start of their
+document, so a document's result does not depend on the other documents of its batch, bit for bit.
+Rows that may be past the end of a document are accessed by masked pointers, so that no row of
+another document is ever touched; rows inside it are read by descriptors (TMA) if the tile table
+enables them.
 """
 
 import torch
@@ -17,18 +18,19 @@ from megagrow_kernels.packing import TILE
 
 LOG2_E = 1.4426950408889634
 CACHE_BYTES = 24 * 2**20
-"""How much of the second-level cache (40 to 60 MB on sm_80 and sm_90) the side of attention that is
-read again and again may fill: so many heads run side by side."""
+"""Share of the L2 cache (40 to 60 MB on sm_80 and sm_90) for the tensors that are read repeatedly.
+It limits the number of concurrent heads.
+"""
 
 _TILE = tl.constexpr(TILE)
 
 
 @triton.jit
 def place(tiles, count, heads, at_once, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """Where a program works: (first token of its block, start and end of the document, head).
+    """Return a program's work: (first token of its block, start and end of the document, head).
 
-    `at_once` heads run side by side, through the tiles in the order of their list. Blocks that
-    share a tile come in their order, or the last first; those past the end have first >= end.
+    `at_once` heads run concurrently, through the tiles in list order. Blocks that share a tile run
+    in order, or in reverse with LAST_FIRST; blocks past the end have first >= end.
     """
     split: tl.constexpr = _TILE // BLOCK
     turn = tl.program_id(0) // (count * split * at_once)
@@ -45,14 +47,14 @@ def place(tiles, count, heads, at_once, BLOCK: tl.constexpr, LAST_FIRST: tl.cons
 
 @triton.jit
 def pointers(base, at, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Pointers (ROWS, COLUMNS) to the rows from `at` of a matrix whose rows are `stride` apart."""
+    """Return pointers (ROWS, COLUMNS) to the rows from `at` of a matrix of row stride `stride`."""
     corner = base + tl.cast(at, tl.int64) * stride
     return corner + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit
 def within(at, end, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """(ROWS, COLUMNS): which of the rows from `at` come before `end`, without padding columns."""
+    """Return a mask (ROWS, COLUMNS) of the rows from `at` before `end`, without padding columns."""
     inside = (at + tl.arange(0, ROWS) < end)[:, None]
     return inside & (tl.arange(0, COLUMNS) < HEAD_DIM)[None, :]
 
@@ -61,14 +63,14 @@ def within(at, end, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.cons
 def load_edge(
     base, at, end, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
-    """The rows from `at`, zeros from `end` on and in padding columns."""
+    """Load the rows from `at`, with zeros from `end` on and in padding columns."""
     inside = within(at, end, ROWS, COLUMNS, HEAD_DIM)
     return tl.load(pointers(base, at, stride, ROWS, COLUMNS), mask=inside, other=0.0)
 
 
 @triton.jit
 def store_edge(base, value, at, end, stride, HEAD_DIM: tl.constexpr):
-    """Writes the rows from `at`, none from `end` on and no padding columns."""
+    """Store the rows from `at` that are before `end`, without padding columns."""
     ROWS: tl.constexpr = value.shape[0]
     COLUMNS: tl.constexpr = value.shape[1]
     inside = within(at, end, ROWS, COLUMNS, HEAD_DIM)
@@ -88,8 +90,10 @@ def load_whole(
     HEAD_DIM: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """The rows from `at` of a head, all of which exist: by the descriptor `rows` of all heads, or
-    by pointers from `base`, the head's first row."""
+    """Load rows of a head from `at`, all of them valid.
+
+    Uses `rows`, the descriptor of all heads, or pointers from `base`, the head's first row.
+    """
     if DESCRIPTORS:
         block = rows.load([at, head, 0]).reshape(ROWS, COLUMNS)
     elif HEAD_DIM == COLUMNS:
@@ -102,8 +106,11 @@ def load_whole(
 
 @triton.jit
 def sees(queries, keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
-    """Which query sees which key, of tokens of one document, broadcast: no later one, and none
-    that is `window` or more before it. What holds anyway is left out by CAUSAL and WINDOWED."""
+    """Return the broadcast mask of visible (query, key) pairs of tokens of one document.
+
+    A query sees no later key, and none that is `window` or more tokens before it. CAUSAL and
+    WINDOWED disable a condition that always holds.
+    """
     if CAUSAL and WINDOWED:
         seen = (keys <= queries) & (queries - keys < window)
     elif CAUSAL:
@@ -114,33 +121,41 @@ def sees(queries, keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
 
 
 def flat(x: Tensor) -> Tensor:
-    """x (B, S, heads, D) as (T, heads, D) that descriptors can read: a view if it allows that.
+    """Return x (B, S, heads, D) as (T, heads, D) in a layout readable by descriptors.
 
-    Descriptors need rows in one piece, and 16 bytes between and before any two of them.
+    Descriptors need contiguous rows and 16-byte alignment of the base and the strides. A view if x
+    satisfies this, a copy otherwise.
     """
     tokens = x.flatten(0, 1)
-    steps = [stride * x.element_size() for stride in tokens.stride()[:-1]]
-    aligned = all(place % 16 == 0 for place in (*steps, tokens.data_ptr()))
+    strides = [stride * x.element_size() for stride in tokens.stride()[:-1]]
+    aligned = all(offset % 16 == 0 for offset in (*strides, tokens.data_ptr()))
     if aligned and tokens.stride(-1) == 1:
         return tokens
     return tokens.clone(memory_format=torch.contiguous_format)
 
 
-def described(x: Tensor, rows: int, columns: int, descriptors: int) -> TensorDescriptor | Tensor:
-    """A descriptor of blocks of `rows` tokens of one head of x (T, heads, D), padded to `columns`;
-    x itself where kernels do without."""
+def make_descriptor(
+    x: Tensor, rows: int, columns: int, descriptors: int
+) -> TensorDescriptor | Tensor:
+    """Return a descriptor of x (T, heads, D), or x itself if `descriptors` is 0.
+
+    Its blocks are `rows` tokens of one head, padded to `columns`.
+    """
     if not descriptors:
         return x
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, 1, columns])
 
 
-def padded(head_dim: int) -> int:
-    """The columns of a block: a power of two, and what matrix instructions take."""
+def padded_columns(head_dim: int) -> int:
+    """Return the columns of a block: a power of two of at least 16, as matrix instructions need."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def side_by_side(stream: Tensor, groups: int, heads: int) -> int:
-    """How many of `heads` heads to run at a time, in `groups` that share what they go through: two
-    tensors like stream (T, its heads, D). As many whole groups as have these in the cache."""
+def concurrent_heads(stream: Tensor, groups: int, heads: int) -> int:
+    """Return the number of concurrent heads, out of `heads` in `groups` that share their streams.
+
+    A group streams two tensors like `stream` (T, its heads, D). The result is the largest number of
+    complete groups whose streams fit in the cache.
+    """
     bytes_of_group = 2 * stream.numel() * stream.element_size() // groups
     return min(groups, max(1, CACHE_BYTES // bytes_of_group)) * (heads // groups)

@@ -1,10 +1,10 @@
-"""Attention forward: softmax of scores in one pass over the keys (Dao 2023, FlashAttention-2).
+"""Attention forward: online softmax in one pass over the keys (Dao 2023, FlashAttention-2).
 
-A program has a block of queries of one head. First come the blocks of keys before it, which all its
-queries see; then those of its own tokens, where causal order cuts. Key/value heads are shared by
-H / G query heads and read in place. Beside the output the kernel leaves, for the backward pass, the
-logarithm of each query's sum of exponentials, to base 2, as everything here is: exp2 is what the
-hardware has, and log2(e) goes into the scale.
+A program processes a block of queries of one head. It first visits the blocks of earlier keys,
+which all its queries see, then the keys of its own tokens, where the causal mask applies. Key/value
+heads are shared by H / G query heads and read in place. In addition to the output, the kernel
+stores each query's log-sum-exp for the backward pass. All exponentials and logarithms are to base
+2: the hardware has exp2, and log2(e) is folded into the scale.
 """
 
 import torch
@@ -28,9 +28,9 @@ from megagrow_kernels.tiles import select
 
 @triton.jit
 def _weigh(q, k, scale, seen, maximum, MASKED: tl.constexpr):
-    """Weights of a block of keys, the queries' maxima with it, and what their sums shrink by.
+    """Return the weights of a block of keys, the updated maxima, and the factor for earlier sums.
 
-    With a mask, a query may have seen nothing yet: its maximum is -inf, and taken as 0.
+    With a mask, a query may not have seen any key yet: its maximum is -inf, and is treated as 0.
     """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
@@ -44,7 +44,7 @@ def _weigh(q, k, scale, seen, maximum, MASKED: tl.constexpr):
 
 @triton.jit
 def _add(weights, v, shrink, acc, total):
-    """The sums (acc, total) with a block of values."""
+    """Return the accumulators (acc, total) updated with a block of values."""
     total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, total
@@ -123,38 +123,41 @@ def _forward_kernel(
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, query_tiles: Tensor, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Returns attention (B, S, H, D) in q's type and logsumexp (H, T), fp32, to base 2.
+    """Return attention (B, S, H, D) in q's dtype and logsumexp (H, T), fp32, to base 2.
 
-    q is (B, S, H, D), k and v (B, S, G, D), all of one type; query_tiles is `Packing.query_tiles`.
-    logsumexp is log2 of the sum over keys of 2^(scale log2(e) q k).
+    q is (B, S, H, D), k and v are (B, S, G, D), all of one dtype; query_tiles is
+    `Packing.query_tiles`. logsumexp is log2 of the sum over keys of 2^(scale log2(e) q k). window
+    limits attention to that many tokens, the query included. Raises LookupError if the tile table
+    has no matching row.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     heads, head_dim = q.shape[2:]
     q_THD, k_TGD, v_TGD = (blocks.flat(x) for x in (q, k, v))
     tokens, groups = k_TGD.shape[:2]
     logsumexp = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
-    how = select(
+    tile = select(
         "attention_forward",
         architecture(q.device),
         head_dim=head_dim,
         bytes=q.element_size(),
         hopper=fits(architecture(q.device), head_dim, q.dtype),
     )
-    if how.pop("GENERATION", 1) == 2:
-        return attention_hopper_forward(q, k, v, query_tiles, scale, window, how["STAGES"])
-    columns = blocks.padded(head_dim)
+    if tile.pop("GENERATION", 1) == 2:
+        return attention_hopper_forward(q, k, v, query_tiles, scale, window, tile["STAGES"])
+    columns = blocks.padded_columns(head_dim)
     rows = [
-        blocks.described(x, how["BLOCK_N"], columns, how["DESCRIPTORS"]) for x in (k_TGD, v_TGD)
+        blocks.make_descriptor(x, tile["BLOCK_N"], columns, tile["DESCRIPTORS"])
+        for x in (k_TGD, v_TGD)
     ]
     count = len(query_tiles)
     launch(
         _forward_kernel,
-        (count * (TILE // how["BLOCK_M"]) * heads,),
+        (count * (TILE // tile["BLOCK_M"]) * heads,),
         *(q_THD, k_TGD, v_TGD, *rows, out, logsumexp, query_tiles),
         *(
             count,
             heads,
-            blocks.side_by_side(k_TGD, groups, heads),
+            blocks.concurrent_heads(k_TGD, groups, heads),
             tokens,
             min(window or 0, tokens),
         ),
@@ -164,6 +167,6 @@ def attention_forward(
         HEAD_DIM=head_dim,
         COLUMNS=columns,
         WINDOWED=window is not None,
-        **how,
+        **tile,
     )
     return out, logsumexp

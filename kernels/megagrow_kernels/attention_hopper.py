@@ -1,17 +1,19 @@
-"""Attention forward for sm_90, second generation: warps that specialise, in Gluon.
+"""Warp-specialized attention forward for sm_90 (second generation), in Gluon.
 
-The online softmax and the order of work are FlashAttention-3's (Shah et al. 2024, sections 3.1 and
-3.2). A block holds three kinds of warps. One producer warp loads tiles of queries, keys and values
-by TMA into rings in shared memory; it needs 24 registers. Two consumer warpgroups own 64 query rows
-each and hold 240 registers; scores, probabilities and output never leave them. What they do is in
-`attention_hopper_warps.py`; here is what starts them. As many blocks are started as there are
-multiprocessors, and each goes through its share of all query tiles and heads.
+The online softmax and the order of work follow FlashAttention-3 (Shah et al. 2024, sections 3.1 and
+3.2). A block holds one producer warp and two consumer warpgroups. The producer loads tiles of
+queries, keys and values by TMA into rings in shared memory; it needs 24 registers. Each consumer
+warpgroup owns 64 query rows and uses 240 registers; scores, probabilities and output never leave
+them. Their code is in `attention_hopper_warps.py`; this module launches it. One block is started
+per multiprocessor, and each processes its share of all query tiles and heads.
 
-Never run on a GPU yet, and so taken only where a row of tiles/attention_forward.json asks for it:
+Not yet run on a GPU, and therefore used only if tiles/attention_forward.json has the row
+
     {"when": {"hopper": true}, "up_to": {}, "use": {"GENERATION": 2, "STAGES": 2}, "measured": null}
-as the first of architecture 90. What was checked: that it compiles for sm_90 as meant (registers,
-shared memory, instructions), and its results and its barriers in a model of Gluon on the CPU that
-executes these very functions (tests/helpers/kernels/gluon_model.py).
+
+as the first of architecture 90. Two things are verified: compilation for sm_90 (registers, shared
+memory, instructions), and the results and barriers in a CPU model of Gluon that executes these
+functions (tests/helpers/kernels/gluon_model.py).
 """
 
 import torch
@@ -29,9 +31,9 @@ _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 def fits(architecture: int, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether this generation can compute an attention; all others are the first generation's.
+    """Return True if this generation supports the attention; the first one computes the rest.
 
-    architecture is a compute capability: the instructions are those of 90 (H100, H200) alone.
+    architecture is a compute capability: the instructions exist on 90 (H100, H200) only.
     """
     return architecture == 90 and head_dim in (64, 128) and dtype in _ELEMENTS
 
@@ -45,20 +47,24 @@ def attention_hopper_forward(
     window: int | None,
     stages: int = 2,
 ) -> tuple[Tensor, Tensor]:
-    """What `attention_forward` returns, of the same arguments: output and logsumexp (H, T).
+    """Return output (B, S, H, D) and logsumexp (H, T), as `attention_forward` does.
 
-    q is (B, S, H, D), k and v (B, S, G, D), all fp16 or bf16, with D 64 or 128. scale has to be
-    positive: a row's maximum is taken before it is applied. `stages` is how many tiles of keys, and
-    how many of values, have room in shared memory.
+    q is (B, S, H, D), k and v are (B, S, G, D), all fp16 or bf16, with D 64 or 128. scale must be
+    positive: a row's maximum is taken before scaling. `stages` is the number of key tiles, and of
+    value tiles, that shared memory holds.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     heads, groups, tokens = q.shape[2], k.shape[2], q.shape[0] * q.shape[1]
     logsumexp = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
-    described = (_described(q, QUERIES.value), _described(k, TILE.value), _described(v, TILE.value))
+    descriptors = (
+        _descriptor(q, QUERIES.value),
+        _descriptor(k, TILE.value),
+        _descriptor(v, TILE.value),
+    )
     launch(
         _kernel,
         (programs(q.device),),
-        *(out, logsumexp, query_tiles, *described),
+        *(out, logsumexp, query_tiles, *descriptors),
         *(len(query_tiles) * heads, tokens, scale * blocks.LOG2_E),
         HEADS=heads,
         GROUP=heads // groups,
@@ -69,8 +75,8 @@ def attention_hopper_forward(
     return out, logsumexp
 
 
-def _described(x: Tensor, rows: int) -> TensorDescriptor:
-    """How TMA reads blocks of `rows` tokens of one head from x (B, S, heads, D)."""
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """Return a TMA descriptor of blocks of `rows` tokens of one head of x (B, S, heads, D)."""
     x_TC = blocks.flat(x).flatten(1)
     layout = gl.NVMMASharedLayout.get_default_for([rows, x.shape[-1]], _ELEMENTS[x.dtype])
     return TensorDescriptor(
@@ -80,7 +86,7 @@ def _described(x: Tensor, rows: int) -> TensorDescriptor:
 
 @gluon.jit
 def ring(STAGES: gl.constexpr, COUNT: gl.constexpr):
-    """Barriers, one a stage, that are passed when COUNT have arrived."""
+    """Return one barrier per stage, each passed after COUNT arrivals."""
     barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(barriers.index(i), count=COUNT)
@@ -111,7 +117,7 @@ def _kernel(
     full = (ring(CONSUMERS, 1), ring(STAGES, 1), ring(STAGES, 1))
     empty = (ring(CONSUMERS, 1), ring(STAGES, CONSUMERS), ring(STAGES, CONSUMERS))
     order = (ring(CONSUMERS, 1), ring(1, 1).index(0))
-    fence_async_shared()  # so that TMA, too, finds the barriers made
+    fence_async_shared()  # make the initialized barriers visible to TMA
     inputs = (q_desc, k_desc, v_desc)
     outputs = (out, logsumexp, tokens)
     work = (tiles, items)

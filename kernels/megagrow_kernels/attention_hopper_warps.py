@@ -1,13 +1,13 @@
-"""What the warps of the Hopper attention do: one producer, two consumers, and barriers between.
+"""Warps of the Hopper attention: one producer, two consumers, and the barriers between them.
 
-Keys are visited from the diagonal backwards, so only the first tile needs the causal mask, and no
-row ever meets a tile without having met itself: no maximum is infinite. Two things overlap a
-consumer's softmax with matmuls: its own product with V for the key tile before, still running, and
-the other consumer's, since they take turns in starting theirs.
+Keys are visited from the diagonal backwards, so only the first tile needs the causal mask, and
+every row sees itself first: no maximum is infinite. Two things overlap with a consumer's softmax:
+its own product with V of the previous key tile, which is still running, and the other consumer's
+matmuls, since the consumers alternate in starting theirs.
 
-Every wait and every arrival at a barrier counts key tiles (or query tiles) since the start of the
-program, over all of its query tiles: number n is in stage n mod STAGES, for the (n div STAGES)th
-time, and the parity of that is what an mbarrier is asked for.
+Every wait and arrival at a barrier counts key tiles (or query tiles) since the start of the
+program, over all of its query tiles: tile n uses stage n mod STAGES for the (n div STAGES)th time,
+and the parity of that number is the phase of the mbarrier.
 """
 
 from triton.experimental import gluon
@@ -23,19 +23,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from megagrow_kernels import packing
 
 QUERIES = gl.constexpr(64)
-"""Query rows of a consumer: what one warpgroup's matmul instruction takes."""
+"""Query rows of a consumer: the rows of one warpgroup matmul instruction."""
 TILE = gl.constexpr(packing.TILE)
-"""Query rows of a tile, for both consumers, and keys of a tile: equal, so that the causal mask
-cuts one tile of keys only."""
+"""Query rows of a tile, for both consumers, and keys of a tile. They are equal, so that the causal
+mask cuts only one tile of keys.
+"""
 CONSUMERS = gl.constexpr(2)
 
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-"""Triton 3.6 knows the load by its longer name alone, 3.9 by the shorter."""
+"""Triton 3.6 has only the longer name, 3.9 the shorter."""
 
 
 @gluon.constexpr_function
 def matmul_layout(columns: int) -> gl.NVMMADistributedLayout:
-    """How 64 rows of an fp32 accumulator lie in the registers of a warpgroup."""
+    """Return the register layout of 64 rows of an fp32 accumulator in a warpgroup."""
     return gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16]
     )
@@ -43,21 +44,21 @@ def matmul_layout(columns: int) -> gl.NVMMADistributedLayout:
 
 @gluon.constexpr_function
 def store_layout(columns: int) -> gl.BlockedLayout:
-    """How 64 rows leave for global memory: 16 bytes a thread, whole rows side by side."""
+    """Return the layout of 64 rows for global stores: 16 bytes per thread, adjacent full rows."""
     across = columns // 8
     return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
 
 
 @gluon.jit
 def place_in_round(number):
-    """Programs take turns from left to right and back, since work is sorted by length."""
+    """Return the program's place in a round; rounds alternate in direction: work is sorted."""
     program = gl.program_id(0)
     return gl.where(number % 2 == 0, program, gl.num_programs(0) - 1 - program)
 
 
 @gluon.jit
 def items_of_program(items):
-    """How many of all items (a tile of queries of one head each) this program works on."""
+    """Return how many of `items` (a query tile of one head each) this program processes."""
     rounds = items // gl.num_programs(0)
     left = items % gl.num_programs(0)
     return gl.where(place_in_round(rounds) < left, rounds + 1, rounds)
@@ -65,8 +66,11 @@ def items_of_program(items):
 
 @gluon.jit
 def item(number, tiles, HEADS: gl.constexpr, WINDOW: gl.constexpr):
-    """Number `number` of this program's items: (head, first query, end of its document, key tiles,
-    of which so many follow the first and need no mask)."""
+    """Return item `number` of this program.
+
+    The item is (head, first query, end of its document, number of key tiles, number of key tiles
+    after the first that need no mask).
+    """
     index = number * gl.num_programs(0) + place_in_round(number)
     tile = index // HEADS
     first = gl.load(tiles + 3 * tile)
@@ -93,7 +97,7 @@ def produce(
     GROUP: gl.constexpr,
     WINDOW: gl.constexpr,
 ):
-    """The producer: fills shared memory, as far ahead of the consumers as it has room."""
+    """Run the producer: fill shared memory, as far ahead of the consumers as the rings allow."""
     tiles, items = work
     q_desc, k_desc, v_desc = inputs
     q_memory, k_memory, v_memory = memory
@@ -128,7 +132,7 @@ def produce(
 
 @gluon.jit
 def start_scores(queries, k_memory, k_full, turn, count, PART: gl.constexpr):
-    """Waits for a tile of keys and for its turn, then starts Q K^T, which goes on by itself."""
+    """Wait for a tile of keys and for this consumer's turn, then start Q K^T asynchronously."""
     STAGES: gl.constexpr = k_memory.shape[0]
     stage = count % STAGES
     layout: gl.constexpr = matmul_layout(TILE)
@@ -145,7 +149,7 @@ def start_scores(queries, k_memory, k_full, turn, count, PART: gl.constexpr):
 
 @gluon.jit
 def mask_scores(scores, block, PART: gl.constexpr, WINDOW: gl.constexpr):
-    """Minus infinity where a query may not see a key; `block` 0 is the tile on the diagonal."""
+    """Set masked scores to minus infinity; `block` 0 is the tile on the diagonal."""
     layout: gl.constexpr = matmul_layout(TILE)
     query = PART * QUERIES + gl.arange(0, QUERIES, gl.SliceLayout(1, layout))
     key = gl.arange(0, TILE, gl.SliceLayout(0, layout)) - block * TILE
@@ -158,8 +162,11 @@ def mask_scores(scores, block, PART: gl.constexpr, WINDOW: gl.constexpr):
 
 @gluon.jit
 def softmax_step(scores, maximum, total, scale):
-    """Probabilities up to a factor, the row maximum (scaled) and sum so far, and by how much what
-    was summed up before has to shrink: one step of the online softmax, in base 2."""
+    """Compute one step of the online softmax, in base 2.
+
+    Returns unnormalized probabilities, the scaled row maximum and the sum so far, and the factor by
+    which earlier sums shrink.
+    """
     higher = gl.maximum(maximum, gl.max(scores, axis=1) * scale)
     chances = gl.exp2(scores * scale - gl.expand_dims(higher, 1))
     shrink = gl.exp2(maximum - higher)
@@ -168,7 +175,7 @@ def softmax_step(scores, maximum, total, scale):
 
 @gluon.jit
 def as_operand(chances, V_TYPE: gl.constexpr, WIDTH: gl.constexpr):
-    """Probabilities rounded, and named as registers that a matmul with V reads."""
+    """Return rounded probabilities in the register layout of a matmul operand with V."""
     layout: gl.constexpr = gl.DotOperandLayout(0, matmul_layout(WIDTH), 2)
     return gl.convert_layout(chances.to(V_TYPE), layout)
 
@@ -187,10 +194,10 @@ def attend(
     PART: gl.constexpr,
     WINDOW: gl.constexpr,
 ):
-    """Key tile `count`, after the first of its queries: its scores are computed together with what
-    the tile before adds to the output, and while the latter goes on, their softmax.
+    """Process key tile `count`, any but the first of its queries.
 
-    WINDOW is 0 where no key of the tile is masked.
+    Its scores are computed concurrently with the product of the previous tile with V; its softmax
+    overlaps with the latter. WINDOW is 0 if no key of the tile is masked.
     """
     output, chances, maximum, total = state
     k_memory, v_memory = memory
@@ -209,10 +216,10 @@ def attend(
         scores = mask_scores(scores, block, PART, WINDOW)
     later, maximum, total, shrink = softmax_step(scores, maximum, total, scale)
     later = as_operand(later, v_memory.dtype, WIDTH)
-    # This has been waited for. The assembler moves a wait for matmuls up, before arithmetic that it
-    # does not need, but not past the branch of this one: so the softmax stays before it.
+    # Already waited for. The assembler moves a matmul wait up, before arithmetic that does not
+    # depend on it, but not past this branch: the softmax stays before the wait.
     mbarrier.wait(v_full.index(before % STAGES), before // STAGES & 1)
-    # The probabilities of the tile before are registers that the matmul reads until now.
+    # The matmul reads the previous tile's probabilities from registers until this point.
     output, chances = warpgroup_mma_wait(0, (output, chances))
     mbarrier.arrive(v_empty.index(before % STAGES))
     shrink = gl.convert_layout(shrink, gl.SliceLayout(1, matmul_layout(WIDTH)))
@@ -222,8 +229,10 @@ def attend(
 
 @gluon.jit
 def clear_values(v_memory, v_full, clean, count, rows):
-    """Zeroes what tile `count` of values holds past its first rows: tokens of the document after.
-    Their probabilities are zero, but zero times infinity or NaN is not."""
+    """Zero the rows of value tile `count` from `rows` on, which belong to the next document.
+
+    Their probabilities are zero, but zero times infinity or NaN is not.
+    """
     STAGES: gl.constexpr = v_memory.shape[0]
     SLICE: gl.constexpr = 32
     layout: gl.constexpr = store_layout(v_memory.shape[2])
@@ -241,7 +250,7 @@ def clear_values(v_memory, v_full, clean, count, rows):
 def store_rows(
     out, logsumexp, output, maximum, total, head, first, end, tokens, HEADS: gl.constexpr
 ):
-    """Writes rows first..first+64 of one head, as far as they belong to the document."""
+    """Store rows first..first+64 of one head that belong to the document."""
     WIDTH: gl.constexpr = output.shape[1]
     layout: gl.constexpr = store_layout(WIDTH)
     here: gl.constexpr = gl.SliceLayout(1, matmul_layout(TILE))
@@ -268,7 +277,7 @@ def consume(
     HEADS: gl.constexpr,
     WINDOW: gl.constexpr,
 ):
-    """A consumer: the attention of its 64 rows of each query tile, for all its keys."""
+    """Run a consumer: the attention of its 64 rows of each query tile, over all its keys."""
     out, logsumexp, tokens = outputs
     tiles, items = work
     turn, clean = order

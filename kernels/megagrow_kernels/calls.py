@@ -1,8 +1,8 @@
-"""The ops as they are used in training, each with inputs made up: to compile it, or to time it.
+"""Representative calls of every op, for compilation and timing.
 
-Every function makes the inputs of one op from sizes and types, on a device, and returns what
-launches its kernels, by the name of the table of tiles that is read for them. On the meta device a
-launch compiles and no more; on a GPU the inputs are random numbers.
+Each function creates the inputs of one op on a device from sizes and dtypes, and returns the launch
+functions by name of the tile table they read. On the meta device a launch only compiles; on a GPU
+the inputs are random.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,10 +25,10 @@ EPS = 1e-5
 
 
 def launches(op: str, device: torch.device, arguments: Mapping[str, Any]) -> Launches:
-    """What launches the kernels of an op, forward and backward, by table.
+    """Return functions that launch the kernels of an op, forward and backward, by tile table.
 
-    `arguments` are those of the op's function here; types go by their names, such as "bfloat16".
-    KeyError for an op that is not there.
+    `arguments` are the keyword arguments of the op's function in this module; dtypes are given by
+    name, such as "bfloat16". Raises KeyError for an unknown op.
     """
     return _OPS[op](device, **arguments)
 
@@ -72,19 +72,19 @@ def _rope(
     k = _draw(device, dtype, batch, sequence, groups, head_dim)
     cos, sin = (_draw(device, table_dtype, batch, sequence, 1, head_dim) for _ in range(2))
 
-    def both() -> object:
+    def forward_backward() -> object:
         return rotary.rope_forward(q, k, cos, sin), rotary.rope_backward(q, k, cos, sin)
 
-    return {"rope": both}
+    return {"rope": forward_backward}
 
 
 def _swiglu(device: torch.device, rows: int, width: int, dtype: str) -> Launches:
     gate, up, dout = (_draw(device, dtype, rows, width) for _ in range(3))
 
-    def both() -> object:
+    def forward_backward() -> object:
         return gated.swiglu_forward(gate, up), gated.swiglu_backward(dout, gate, up)
 
-    return {"swiglu": both}
+    return {"swiglu": forward_backward}
 
 
 def _attention(
@@ -125,19 +125,19 @@ def _cross_entropy(
     labels = torch.zeros(rows, dtype=torch.int64, device=device)
     maximum, total, scale, z_scale = (torch.ones(rows, device=device) for _ in range(4))
     triples = torch.ones(max(ranks, 2), 3, rows, device=device)
-    numbers = (maximum, total, scale, z_scale)
+    values = (maximum, total, scale, z_scale)
     return {
         "vocab_statistics": lambda: ce.vocab_statistics_forward(logits, labels, 0, real),
         "combine_statistics": lambda: ce.combine_statistics_forward(triples),
-        "vocab_gradient": lambda: ce.vocab_gradient_backward(logits, labels, *numbers, 0, real),
+        "vocab_gradient": lambda: ce.vocab_gradient_backward(logits, labels, *values, 0, real),
     }
 
 
 def _draw(device: torch.device, dtype: str, *shape: int) -> Tensor:
-    kind = getattr(torch, dtype)
+    torch_dtype = getattr(torch, dtype)
     if device.type == "meta":
-        return torch.empty(shape, dtype=kind, device=device)
-    return torch.randn(shape, dtype=torch.float32, device=device).to(kind)
+        return torch.empty(shape, dtype=torch_dtype, device=device)
+    return torch.randn(shape, dtype=torch.float32, device=device).to(torch_dtype)
 
 
 _OPS: dict[str, Callable[..., Launches]] = {

@@ -1,9 +1,13 @@
-"""Kernels compiled for a GPU that need not be there.
+"""Compile kernels without a GPU, and inspect the machine code.
 
-What is launched with meta tensors is compiled for the active target and no more (see
-`launching.py`). Here a target is made active without a driver, and what the compiler gives is seen.
+A launch with meta tensors only compiles, for the active target (see `launching.py`). This module
+activates a target without a driver, records the compiled kernels, and reads registers, spills and
+instructions from their cubins with the disassembler that ships with Triton.
 """
 
+import re
+import subprocess
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,27 +20,45 @@ from triton.runtime.driver import driver
 
 WARP = 32
 
+TENSOR_CORES = {
+    80: ("HMMA",),
+    90: ("HGMMA",),
+    100: ("UTCHMMA", "HMMA"),
+}
+"""16-bit matrix-multiply instructions by compute capability; code needs one of them."""
+
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
+"""Shared memory limit of one program in bytes, by compute capability (CUDA C++ Programming Guide,
+table of technical specifications).
+"""
+
+_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)")
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+
 
 @dataclass(frozen=True)
-class Compiled:
-    """What Triton made of one launch."""
+class CompiledKernel:
+    """Triton's result for one launch."""
 
     name: str
     hash: str
-    """The name of its folder in Triton's cache: of the source, all constants, options, target."""
+    """Folder name in Triton's cache: a hash of source, constants, options and target."""
     shared: int
-    """Bytes of shared memory that a program of it takes."""
+    """Shared memory of one program in bytes."""
     options: Mapping[str, Any]
-    """All of Triton's notes, num_warps and num_stages among them."""
+    """Triton's metadata, including num_warps and num_stages."""
     files: Mapping[str, Path]
-    """By kind: ttir, ttgir, llir, ptx, cubin."""
+    """Files by kind: ttir, ttgir, llir, ptx, cubin."""
     cached: bool
-    """Whether it had been in Triton's cache."""
+    """True if the kernel was already in Triton's cache."""
 
 
-class _Target:
-    """All of a driver that Triton needs to compile. Compiled kernels are kept by device: to be a
-    device of its own makes Triton look into its cache on disk at least once for each of them."""
+class _CompileOnlyDriver:
+    """The subset of a driver that Triton needs to compile.
+
+    Triton caches compiled kernels per device. Each instance is its own device, so Triton looks
+    every kernel up in the disk cache at least once.
+    """
 
     def __init__(self, architecture: int) -> None:
         self._architecture = architecture
@@ -44,27 +66,26 @@ class _Target:
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self._architecture, WARP)
 
-    def get_current_device(self) -> "_Target":
+    def get_current_device(self) -> "_CompileOnlyDriver":
         return self
 
-    def get_current_stream(self, device: "_Target") -> int:
+    def get_current_stream(self, device: "_CompileOnlyDriver") -> int:
         return 0
 
 
 def compile_for(architecture: int) -> None:
-    """From now on this process compiles for a compute capability (90 is an H100), GPU or none.
+    """Make this process compile for a compute capability (90 is an H100), with or without a GPU.
 
-    It can launch nothing any more. Call it before a GPU is used, and again to see kernels once
-    more that were compiled before.
+    The process can no longer launch kernels. Call it before the GPU is used. Call it again to make
+    `record_compilations` report kernels that were already compiled.
     """
-    driver.set_active(_Target(architecture))
+    driver.set_active(_CompileOnlyDriver(architecture))
 
 
 @contextmanager
-def watched() -> Iterator[list[Compiled]]:
-    """A list to which every kernel is added that is compiled, or found in Triton's cache on disk,
-    as long as the context lasts."""
-    seen: list[Compiled] = []
+def record_compilations() -> Iterator[list[CompiledKernel]]:
+    """Yield a list of the kernels compiled, or loaded from the disk cache, in the context."""
+    kernels: list[CompiledKernel] = []
 
     def listen(
         *, metadata: Mapping[str, Any], metadata_group: Mapping[str, str], cache_hit: bool, **_: Any
@@ -72,11 +93,46 @@ def watched() -> Iterator[list[Compiled]]:
         paths = [Path(path) for path in metadata_group.values()]
         files = {path.suffix[1:]: path for path in paths}
         name, key, shared = metadata["name"], metadata["hash"], metadata["shared"]
-        seen.append(Compiled(name, key, shared, metadata, files, cache_hit))
+        kernels.append(CompiledKernel(name, key, shared, metadata, files, cache_hit))
 
-    before = knobs.compilation.listener
+    previous = knobs.compilation.listener
     knobs.compilation.listener = listen
     try:
-        yield seen
+        yield kernels
     finally:
-        knobs.compilation.listener = before
+        knobs.compilation.listener = previous
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """Registers, memory and instructions of one kernel."""
+
+    registers: int
+    """Registers per thread at launch."""
+    stack: int
+    """Stack in bytes per thread, including spilled registers."""
+    local: int
+    instructions: Counter[str]
+    """Number of occurrences of each instruction, by name without modifiers."""
+
+    @property
+    def spills(self) -> int:
+        """Number of instructions that load or store spilled registers."""
+        return self.instructions["LDL"] + self.instructions["STL"]
+
+
+def read_machine_code(cubin: Path) -> MachineCode:
+    """Disassemble a cubin.
+
+    Raises ValueError unless the cubin holds exactly one kernel.
+    """
+    resources = _RESOURCES.findall(_dump(cubin, "--dump-resource-usage"))
+    if len(resources) != 1:
+        raise ValueError(f"{cubin}: found {len(resources)} kernels, expected 1")
+    instructions = Counter(_INSTRUCTION.findall(_dump(cubin, "--dump-sass")))
+    return MachineCode(*map(int, resources[0]), instructions)
+
+
+def _dump(cubin: Path, option: str) -> str:
+    command = [knobs.nvidia.cuobjdump.path, option, str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

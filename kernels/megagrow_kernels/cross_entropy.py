@@ -1,12 +1,12 @@
-"""Cross-entropy over the rows of a vocabulary that a rank holds: read once, then overwritten.
+"""Vocabulary-parallel cross-entropy: read the logits once, then overwrite them with gradients.
 
-`vocab_statistics` reads the logits once and keeps three numbers of every token: the maximum, the
-sum of exp(logit - maximum) (online, Milakov and Gimelshein 2018), and the logit of the label.
-`combine_statistics` makes one triple of several: those of the spans that a row is cut into here,
-and those of the ranks. `vocab_gradient_` overwrites the logits with their gradient. In bf16 that is
-6 bytes per logit in all. There are no atomics, and every sum has a fixed order.
+`vocab_statistics` reads the logits once and computes three numbers per token: the maximum, the sum
+of exp(logit - maximum) (online, Milakov and Gimelshein 2018), and the logit of the label.
+`combine_statistics` merges several such triples: those of the spans into which a row is split, and
+those of the ranks. `vocab_gradient_` overwrites the logits with their gradient. In bf16 the total
+memory traffic is 6 bytes per logit. There are no atomics, and every sum has a fixed order.
 
-Shapes: N tokens, V rows of the vocabulary that this rank holds, P triples of the same token.
+Shapes: N tokens, V vocabulary rows of this rank, P triples of the same token.
 """
 
 import torch
@@ -14,17 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megagrow_kernels.inputs import FLOATS
-from megagrow_kernels.launching import architecture, launch, programs
+from megagrow_kernels.launching import FLOATS, architecture, launch, programs
 from megagrow_kernels.tiles import select
 
 FILL = 4
-"""Programs per multiprocessor up to which a row is cut, so that few rows fill a device as well."""
+"""Programs per multiprocessor up to which rows are split, so that few rows still fill a device."""
 
 
 @triton.jit
 def _finite(maximum):
-    """What is subtracted from logits: where none is above -inf, 0, so that exp gives 0, not NaN."""
+    """Return the value to subtract from logits: 0 if all are -inf, so that exp gives 0, not NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
@@ -41,8 +40,11 @@ def _statistics_kernel(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """One span of one row. Every lane keeps a maximum and a sum of its own, over VECTOR logits at a
-    time: one exp per logit, and threads need each other at the end only."""
+    """Reduce one span of one row.
+
+    Every lane keeps its own maximum and sum over VECTOR logits at a time: one exp per logit, and
+    threads communicate only at the end.
+    """
     row, part = tl.program_id(0), tl.program_id(1)
     logits += row.to(tl.int64) * stride
     begin = part * span
@@ -71,7 +73,7 @@ def _statistics_kernel(
 
 @triton.jit(do_not_specialize=["rows", "parts"])
 def _combine_kernel(triples, out, rows, parts, BLOCK: tl.constexpr):
-    """BLOCK tokens: the maximum of all parts first, then sums, in the order of the parts."""
+    """Combine the parts of BLOCK tokens: the maximum first, then sums in the order of the parts."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -95,14 +97,14 @@ def _combine_kernel(triples, out, rows, parts, BLOCK: tl.constexpr):
 def _gradient_kernel(
     logits, labels, maximum, total, scale, z_scale, stride, first, width, real, BLOCK: tl.constexpr
 ):
-    """BLOCK columns of one row, in place."""
+    """Overwrite BLOCK columns of one row with their gradient."""
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = logits + row.to(tl.int64) * stride + columns
     highest, sum_of_exp = tl.load(maximum + row), tl.load(total + row)
     of_target = tl.load(scale + row)
     log_sum = highest + tl.log(sum_of_exp)
-    # Not exp(logit - log_sum): that sum rounds the smaller part of it away.
+    # Not exp(logit - log_sum): rounding log_sum loses its smaller term.
     of_softmax = (of_target + 2 * tl.load(z_scale + row) * log_sum) / sum_of_exp
     index = tl.load(labels + row) - first
     x = tl.load(at, mask=columns < real, other=0.0).to(tl.float32)
@@ -111,14 +113,14 @@ def _gradient_kernel(
 
 
 def vocab_statistics_forward(logits: Tensor, labels: Tensor, first: int, real: int) -> Tensor:
-    """`vocab_statistics` without its custom op: also for tensors on the meta device."""
+    """Run `vocab_statistics` without the custom op; also supports meta tensors."""
     _check(logits)
     rows, width = logits.shape
     tiles = select("vocab_statistics", architecture(logits.device), width=width)
     tile = tiles["LANES"] * tiles["VECTOR"]
     steps = max(1, triton.cdiv(real, tile))
-    wanted = triton.cdiv(FILL * programs(logits.device), max(rows, 1))
-    span = tile * triton.cdiv(steps, min(steps, wanted))
+    parallel = triton.cdiv(FILL * programs(logits.device), max(rows, 1))
+    span = tile * triton.cdiv(steps, min(steps, parallel))
     parts = triton.cdiv(steps * tile, span)
     triples = logits.new_empty((parts, 3, rows), dtype=torch.float32)
     if rows > 0:
@@ -132,7 +134,7 @@ def vocab_statistics_forward(logits: Tensor, labels: Tensor, first: int, real: i
 
 
 def combine_statistics_forward(triples: Tensor) -> Tensor:
-    """`combine_statistics` without its custom op: also for tensors on the meta device."""
+    """Run `combine_statistics` without the custom op; also supports meta tensors."""
     parts, _, rows = triples.shape
     tiles = select("combine_statistics", architecture(triples.device))
     out = triples.new_empty((3, rows))
@@ -152,7 +154,7 @@ def vocab_gradient_backward(
     first: int,
     real: int,
 ) -> None:
-    """`vocab_gradient_` without its custom op: also for tensors on the meta device."""
+    """Run `vocab_gradient_` without the custom op; also supports meta tensors."""
     _check(logits)
     rows, width = logits.shape
     tiles = select("vocab_gradient", architecture(logits.device), width=width)
@@ -192,21 +194,23 @@ _gradient = torch.library.custom_op(
 
 
 def vocab_statistics(logits: Tensor, labels: Tensor, first: int, real: int) -> Tensor:
-    """What one rank knows of the cross-entropy from its rows of the vocabulary, in one read.
+    """Return one rank's contribution to the cross-entropy, from a single read of its logits.
 
-    logits is (N, V) in bf16, fp16 or fp32, rows contiguous, for the rows first..first+V, of which
-    the first `real` are no padding; labels is (N,) int64 in the whole vocabulary. Returns (3, N)
-    fp32, which unpacks into: the maximum (-inf if nothing is real), the sum of
-    exp(logit - maximum), and the logit of the label (0 where another rank holds it, or nobody).
-    Has no gradient of its own: `vocab_gradient_` is that of the loss. TypeError for other types.
+    logits is (N, V) in bf16, fp16 or fp32, rows contiguous, for the vocabulary rows first..first+V,
+    of which the first `real` are not padding; labels is (N,) int64, indices into the full
+    vocabulary. Returns (3, N) fp32: the maximum (-inf if no row is real), the sum of exp(logit -
+    maximum), and the logit of the label (0 if this rank does not hold it). Not differentiable;
+    `vocab_gradient_` computes the gradient of the loss. Raises TypeError for other dtypes,
+    ValueError for other shapes and strides.
     """
     return _statistics(logits, labels, first, real)
 
 
 def combine_statistics(triples: Tensor) -> Tensor:
-    """The triples of several ranks, (P, 3, N) fp32, as the triple of all their rows, (3, N).
+    """Combine the statistics of several ranks, (P, 3, N) fp32, into one triple per token, (3, N).
 
-    Sums are taken in the order of the parts, so whoever has the same triples gets the same bits.
+    Sums are taken in the order of the parts, so equal inputs give bitwise equal results on all
+    ranks.
     """
     return _combine(triples)
 
@@ -221,18 +225,21 @@ def vocab_gradient_(
     first: int,
     real: int,
 ) -> None:
-    """Overwrites logits (N, V) with the gradient of sum(scale * ce + z_scale * lse^2) over tokens.
+    """Overwrite logits (N, V) with the gradient of sum(scale * ce + z_scale * lse^2) over tokens.
 
-    ce is the cross-entropy of a token and lse the log of its sum of exponentials over the whole
-    vocabulary (z-loss, Chowdhery et al. 2022, section 5). maximum and total (N,) fp32 are those of
-    all ranks; scale and z_scale (N,) fp32, both 0 for a token that is ignored: its gradient is
-    exactly 0, and so is that of padding. The rest is as in `vocab_statistics`.
+    ce is the cross-entropy of a token and lse its log-sum-exp over the full vocabulary (z-loss,
+    Chowdhery et al. 2022, section 5). maximum and total (N,) fp32 are those of all ranks. scale and
+    z_scale (N,) fp32 are 0 for an ignored token, whose gradient is exactly 0; padding columns also
+    get 0. The other arguments and the errors are those of `vocab_statistics`.
     """
     _gradient(logits, labels, maximum, total, scale, z_scale, first, real)
 
 
 def _check(logits: Tensor) -> None:
     if logits.dtype not in FLOATS:
-        raise TypeError(f"cross-entropy of {logits.dtype}: its kernels take bf16, fp16 and fp32")
+        raise TypeError(f"cross-entropy requires bf16, fp16 or fp32 logits, got {logits.dtype}")
     if logits.dim() != 2 or logits.stride(1) != 1:
-        raise ValueError(f"logits of shape {tuple(logits.shape)} and strides {logits.stride()}")
+        raise ValueError(
+            f"cross-entropy requires logits (N, V) with contiguous rows, got shape "
+            f"{tuple(logits.shape)}, strides {logits.stride()}"
+        )

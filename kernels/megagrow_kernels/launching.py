@@ -1,9 +1,14 @@
-"""How a kernel is started: on a GPU, in Triton's interpreter, or compiled and no more.
+"""Launch kernels on a GPU, in Triton's interpreter, or compile them without running.
 
-What launches a kernel is written once and works for all three. Tensors on a GPU: it runs. Tensors
-on a CPU: it runs in the interpreter, if TRITON_INTERPRET=1 was set before this package was
-imported. Tensors on the meta device: it is compiled for the active target, exactly as a launch with
-such tensors would compile it, and stays in Triton's cache.
+The device of the tensors selects the mode, so the code that launches a kernel is written once:
+
+- GPU tensors: the kernel runs.
+- CPU tensors: the kernel runs in the interpreter, which requires TRITON_INTERPRET=1 to be set
+  before this package is imported.
+- meta tensors: the kernel is compiled for the active target, exactly as a launch with such
+  tensors compiles it, and stays in Triton's cache.
+
+Kernels accept bf16, fp16 and fp32 inputs.
 """
 
 from typing import Any
@@ -13,17 +18,18 @@ from torch import Tensor
 from triton.runtime.driver import driver
 from triton.runtime.interpreter import InterpretedFunction
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETER = 0
-"""What stands for a compute capability in Triton's interpreter."""
+"""Compute capability that represents Triton's interpreter."""
 INTERPRETER_PROGRAMS = 4
 META_PROGRAMS = 132
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Starts a kernel on a grid of programs, on the device of its first argument, a tensor.
+    """Launch a kernel on a grid of programs, on the device of its first argument, a tensor.
 
-    Raises RuntimeError for tensors on a CPU without the interpreter, and for bf16 in it, since it
-    computes bf16 wrongly without a word (triton 3.6 to 3.9).
+    Raises RuntimeError for CPU tensors without the interpreter, and for bf16 in the interpreter,
+    which silently computes bf16 wrongly (triton 3.6 to 3.9).
     """
     device = arguments[0].device
     if device.type == "meta":
@@ -36,8 +42,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         kernel[grid](*arguments, **options)
 
 
+def check_floats(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors share one of the FLOATS dtypes and one device.
+
+    The message names `op` and the tensors. None marks an absent optional tensor.
+    """
+    present = {name: x for name, x in tensors.items() if x is not None}
+    formats = {(x.dtype, x.device) for x in present.values()}
+    if len(formats) > 1 or next(iter(formats))[0] not in FLOATS:
+        listing = ", ".join(f"{name} is {x.dtype} on {x.device}" for name, x in present.items())
+        raise ValueError(f"{op} requires one dtype of bf16, fp16, fp32 on one device: {listing}")
+
+
 def architecture(device: torch.device) -> int:
-    """The compute capability that kernels are compiled for: 80, 90, 100; INTERPRETER on a CPU."""
+    """Return the compute capability to compile for: 80, 90, 100; INTERPRETER on a CPU."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return 10 * major + minor
@@ -45,7 +63,7 @@ def architecture(device: torch.device) -> int:
 
 
 def programs(device: torch.device) -> int:
-    """How many programs fill a device once: its streaming multiprocessors."""
+    """Return the number of programs that fill a device once: its streaming multiprocessors."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
     return META_PROGRAMS if device.type == "meta" else INTERPRETER_PROGRAMS
@@ -55,7 +73,7 @@ def _check_interpreted(kernel: Any, arguments: tuple[Any, ...]) -> None:
     if not isinstance(kernel, InterpretedFunction):
         raise RuntimeError(
             f"{kernel.__name__}: Triton kernels need a GPU; on a CPU they only run in Triton's "
-            "interpreter, with TRITON_INTERPRET=1 set before the start"
+            "interpreter, which requires TRITON_INTERPRET=1 to be set at start"
         )
     if any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in arguments):
         raise RuntimeError(

@@ -1,9 +1,9 @@
-"""The documents of a batch, as attention kernels want them told: made once per batch, on the CPU.
+"""Document boundaries of a batch in the format of the attention kernels.
 
-A batch of B rows of S tokens is taken as T = B * S tokens laid end to end. Attention works on them
-in tiles, TILE tokens of one document; kernels with smaller blocks split a tile. Whatever depends on
-the documents is looked up in these lists, so kernels need no search, no work is spent on pairs of
-documents, and a plain batch is simply one document per row.
+Built once per batch, on the CPU. A batch of B rows of S tokens is treated as T = B * S concatenated
+tokens. Attention processes tiles of TILE tokens of one document; kernels with smaller blocks split
+a tile. All document-dependent values are read from these lists, so kernels need no search, do no
+work on pairs of documents, and handle an unpacked batch as one document per row.
 """
 
 from dataclasses import dataclass, replace
@@ -12,23 +12,28 @@ import torch
 from torch import Tensor
 
 TILE = 128
-"""Tokens in a tile of the lists."""
+"""Tokens per tile."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the documents of a batch are; all tensors int32 and on one device.
+    """Document boundaries of a batch; all tensors int32 and on one device.
 
-    Their sizes differ from batch to batch, and torch.compile is told so: it compiles once.
+    Sizes differ from batch to batch. The tensors are marked dynamic, so torch.compile compiles
+    once.
     """
 
     cu_seqlens: Tensor
-    """(N + 1,): where each of N documents starts among the T tokens, and at last T."""
+    """Shape (N + 1,): the start of each of the N documents among the T tokens, followed by T."""
     query_tiles: Tensor
-    """(tiles, 3): first token of a tile, first token of its document, and the token after its
-    document; those whose queries see most keys first, so that the last to start are short."""
+    """Shape (tiles, 3): first token of the tile, first token of its document, end of its document
+    (exclusive). Sorted by number of visible keys, most first, so that the last programs to start
+    are short.
+    """
     key_tiles: Tensor
-    """(tiles, 3): the same tiles, those whose keys are seen by most queries first."""
+    """Shape (tiles, 3): the same tiles, sorted by number of queries that see their keys, most
+    first.
+    """
     longest: int
     """Tokens of the longest document."""
 
@@ -37,7 +42,7 @@ class Packing:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
     def to(self, device: torch.device | str) -> "Packing":
-        """The same on a device."""
+        """Return a copy on a device."""
         moved = (
             x.to(device, non_blocking=True)
             for x in (self.cu_seqlens, self.query_tiles, self.key_tiles)
@@ -47,14 +52,17 @@ class Packing:
 
 
 def pack(document_ids: Tensor | None, batch: int, sequence: int) -> Packing:
-    """The packing of a batch of `batch` rows of `sequence` tokens each, on the CPU.
+    """Return the packing of a batch of `batch` rows of `sequence` tokens, on the CPU.
 
-    document_ids (batch, sequence), integers on the CPU, tells tokens of one row apart: a document
-    is a run of equal ids, and ends with its row. None: every row is one document. Raises ValueError
-    for another shape, for an id that comes back later in its row, and for 2^31 tokens or more.
+    document_ids (batch, sequence), integers on the CPU, separates the documents of a row: a
+    document is a run of equal ids and ends with its row. With None, every row is one document.
+    Raises ValueError for another shape, for an id that reappears later in its row, and for 2^31
+    tokens or more.
     """
     if batch * sequence >= 2**31:
-        raise ValueError(f"{batch} rows of {sequence} tokens are too many for 32-bit indices")
+        raise ValueError(
+            f"{batch} rows of {sequence} tokens exceed 32-bit indices; use fewer than 2^31 tokens"
+        )
     starts = _starts(document_ids, batch, sequence)
     ends = torch.cat((starts[1:], starts.new_tensor([batch * sequence])))
     lengths = ends - starts
@@ -67,28 +75,28 @@ def pack(document_ids: Tensor | None, batch: int, sequence: int) -> Packing:
     keys_seen = torch.minimum(first + TILE, end) - start
     return Packing(
         cu_seqlens=torch.cat((starts, ends[-1:])).int(),
-        query_tiles=_two(tiles[keys_seen.argsort(descending=True, stable=True)]),
-        key_tiles=_two(tiles[(end - first).argsort(descending=True, stable=True)]),
+        query_tiles=_pad_to_two(tiles[keys_seen.argsort(descending=True, stable=True)]),
+        key_tiles=_pad_to_two(tiles[(end - first).argsort(descending=True, stable=True)]),
         longest=int(lengths.max()),
     )
 
 
 def _starts(document_ids: Tensor | None, batch: int, sequence: int) -> Tensor:
-    """(N,) int64: where documents start among the tokens laid end to end."""
+    """Return the starts of all documents among the concatenated tokens: (N,) int64."""
     if document_ids is None:
         return torch.arange(batch) * sequence
     if document_ids.shape != (batch, sequence):
         shape = tuple(document_ids.shape)
-        raise ValueError(f"document_ids has the shape {shape}, the batch ({batch}, {sequence})")
+        raise ValueError(f"document_ids has shape {shape}, expected ({batch}, {sequence})")
     begins = torch.ones(batch, sequence, dtype=torch.bool)
     begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     starts = begins.flatten().nonzero()[:, 0]
-    named = torch.stack((starts // sequence, document_ids.flatten()[starts].long()), 1)
-    if len(named.unique(dim=0)) < len(starts):
-        raise ValueError("a document id comes back after another one in the same row")
+    row_ids = torch.stack((starts // sequence, document_ids.flatten()[starts].long()), 1)
+    if len(row_ids.unique(dim=0)) < len(starts):
+        raise ValueError("a document id reappears after another one in the same row")
     return starts
 
 
-def _two(tiles: Tensor) -> Tensor:
-    """The tiles; a single one with an empty one, as torch.compile takes a size of 1 as fixed."""
+def _pad_to_two(tiles: Tensor) -> Tensor:
+    """Append an empty tile to a single one: torch.compile treats a size of 1 as static."""
     return torch.cat((tiles, torch.zeros_like(tiles))) if len(tiles) == 1 else tiles

@@ -1,16 +1,16 @@
-"""RMSNorm, alone and with the residual addition before it, forward and backward.
+"""RMSNorm, with and without a preceding residual addition, forward and backward.
 
-With x a row of D numbers (the sum of input and residual, where there is one) and
-r = 1 / sqrt(mean(x^2) + eps), n = x r, the norm is y = n w, and its gradients are
+With x a row of D numbers (the sum of input and residual, if there is a residual) and r = 1 /
+sqrt(mean(x^2) + eps), n = x r, the norm is y = n w, and its gradients are
 
     dx = r (dy w - n mean(dy w n))    and    dw = the sum of dy n over all rows.
 
-All of it is bound by memory, so every number is read and written once: a row is held in registers
-as a whole, and x, w and r are saved for the backward pass. That one starts two programs per
-multiprocessor, whatever the number of rows; each goes through many tiles of rows, loading the next
-ones while it computes, and keeps its share of dw in registers, fp32; rows too wide to be held
-beside it are read once more, while they are in a cache. A second kernel adds up the shares, always
-in the same order. Shapes: D width, ... any leading dimensions.
+The kernels are memory-bound, so every element is read and written once: a row is held entirely in
+registers, and x, w and r are saved for the backward pass. The backward pass starts two programs per
+multiprocessor for any number of rows. Each program loops over tiles of rows, prefetches the next
+tile, and accumulates its share of dw in registers in fp32. Rows that do not fit in registers
+together with dw are read a second time, from a cache. A second kernel sums the shares in a fixed
+order. Shapes: D width, ... any leading dimensions.
 """
 
 from typing import Any
@@ -20,17 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megagrow_kernels.inputs import FLOATS, check_floats
-from megagrow_kernels.launching import architecture, launch, programs
+from megagrow_kernels.launching import FLOATS, architecture, check_floats, launch, programs
 from megagrow_kernels.tiles import select
 
 PROGRAMS_EACH = 2
-"""Programs of the backward pass per multiprocessor."""
+"""Programs per multiprocessor in the backward pass."""
 
 
 @triton.jit
 def _read(pointers, mask, POLICY: tl.constexpr):
-    """Numbers as fp32, zeros where the mask has none; POLICY says how to treat caches."""
+    """Load as fp32, with zeros outside the mask. POLICY is the cache eviction policy."""
     return tl.load(pointers, mask, other=0.0, eviction_policy=POLICY).to(tl.float32)
 
 
@@ -98,7 +97,7 @@ def _backward_kernel(
         normed = _read(x + start + column, mask, "") * inverse
         upstream = _read(dy + start + column, mask, "")
         along = tl.sum(upstream * gain * normed, 1)[:, None] / WIDTH
-        if REREAD:  # registers are for dw: the row is read once more, from a cache
+        if REREAD:  # registers hold dw: read the row again, from a cache
             gain = _read(weight + column, inside, "")
             normed = _read(x + start + column, mask, "evict_first") * inverse
             upstream = _read(dy + start + column, mask, "evict_first")
@@ -132,10 +131,10 @@ def _weight_kernel(
 def rms_norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The norm (..., D), the sum x + residual if there is a residual, 1 / rms (...) in fp32.
+    """Return the norm (..., D), the sum x + residual or None, and 1 / rms (...) in fp32.
 
-    x and residual are (..., D) of one type, weight is (D,) of any that kernels compute in. Raises
-    ValueError for other shapes and types, LookupError for rows too wide.
+    x and residual are (..., D) of one dtype; weight is (D,) in bf16, fp16 or fp32. Raises
+    ValueError for other shapes and dtypes, LookupError for rows wider than the tile tables support.
     """
     _check(x, residual, weight)
     x = x.contiguous()
@@ -153,10 +152,10 @@ def rms_norm_forward(
 def rms_norm_backward(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, inverse_rms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of what was normed, (..., D) as x, and of the weight, (D,).
+    """Return the gradients of x, (..., D), and of the weight, (D,).
 
-    dy and dtotal, what flows back into the norm and (where there was a residual) into the sum, are
-    (..., D) of the type of x, which is what was normed; inverse_rms is (...) from the forward pass.
+    x is the input of the norm. dy and dtotal are the gradients of the norm and, with a residual, of
+    the sum, both (..., D) in the dtype of x. inverse_rms is (...), from the forward pass.
     """
     for other in (dy, dtotal):
         _check(x, other, weight)
@@ -167,8 +166,8 @@ def rms_norm_backward(
     shares = min(PROGRAMS_EACH * programs(x.device), triton.cdiv(rows, tile["ROWS"]))
     dx, dw = x.new_empty(x.shape), weight.new_empty(width)
     partials = x.new_empty((shares, width), dtype=torch.float32)
-    given = (dy, dtotal, x, weight, inverse_rms)
-    launch(_backward_kernel, (shares,), *given, dx, partials, rows, width, **tile)
+    inputs = (dy, dtotal, x, weight, inverse_rms)
+    launch(_backward_kernel, (shares,), *inputs, dx, partials, rows, width, **tile)
     tile = select("rms_norm_weight", architecture(x.device), width=width)
     grid = (triton.cdiv(width, tile["COLUMNS"]),)
     launch(_weight_kernel, grid, partials, dw, shares, width, **tile)
@@ -179,13 +178,13 @@ def _check(x: Tensor, other: Tensor | None, weight: Tensor) -> None:
     check_floats("rms_norm", x=x, other=other)
     shapes = [tuple(t.shape) for t in (x, other, weight) if t is not None]
     if shapes[-1] != shapes[0][-1:] or shapes[-2] != shapes[0]:
-        raise ValueError(f"rms_norm takes inputs (..., D) and a weight (D,), not {shapes}")
+        raise ValueError(f"rms_norm requires inputs (..., D) and a weight (D,), got {shapes}")
     if weight.dtype not in FLOATS:
-        raise ValueError(f"rms_norm takes a weight in bf16, fp16 or fp32, not {weight.dtype}")
+        raise ValueError(f"rms_norm requires a bf16, fp16 or fp32 weight, got {weight.dtype}")
 
 
 def _tile(op: str, x: Tensor) -> dict[str, int]:
-    """A whole row fits into a tile: its width is the next power of two."""
+    """Return the launch configuration; BLOCK, the width rounded to a power of 2, holds a row."""
     width = x.shape[-1]
     use = select(op, architecture(x.device), width=width, bytes=x.element_size())
     return use | {"BLOCK": triton.next_power_of_2(width)}
@@ -232,8 +231,8 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # The weight itself is saved, no copy and no view of it: ZeRO-3 lets its memory go after the
-    # forward pass and fills it again before the backward pass.
+    # Save the weight itself, not a copy or a view: ZeRO-3 frees its memory after the forward pass
+    # and refills it before the backward pass.
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
@@ -247,7 +246,7 @@ def _add_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     total, inverse_rms = output[1:]
     ctx.save_for_backward(total, inputs[2], inverse_rms)
     ctx.mark_non_differentiable(inverse_rms)
-    ctx.set_materialize_grads(False)  # no zeros are added for a sum that nobody uses
+    ctx.set_materialize_grads(False)  # no zero gradient for an unused sum
 
 
 def _add_gradients(
@@ -264,19 +263,20 @@ _add_rms_norm.register_autograd(_add_gradients, setup_context=_add_save)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019).
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019).
 
-    x is (..., D) in bf16, fp16 or fp32, as is the result; weight is (D,) in any of these. Raises
-    ValueError for other types and shapes, LookupError for rows wider than the tiles know.
+    x is (..., D) in bf16, fp16 or fp32, as is the result; weight is (D,) in any of these dtypes.
+    Raises ValueError for other dtypes and shapes, LookupError for rows wider than the tile tables
+    support.
     """
     return _rms_norm(x, weight, eps)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm of x + residual, and that sum, rounded to its type before it is normed.
+    """Return the norm of x + residual, and that sum, which is rounded to its dtype before the norm.
 
-    x and residual are (..., D) of one type, bf16, fp16 or fp32, as are both results; weight is
-    (D,). What flows back into the sum is added by the same kernel. Raises as `rms_norm` does.
+    x and residual are (..., D) of one dtype, bf16, fp16 or fp32, as are both results; weight is
+    (D,). The backward kernel also adds the gradient of the sum. Raises the errors of `rms_norm`.
     """
     y, total, _ = _add_rms_norm(x, residual, weight, eps)
     return y, total

@@ -1,9 +1,9 @@
-"""Rotary positions for queries and keys in one launch, forward and backward.
+"""Rotary position embedding of queries and keys in one launch, forward and backward.
 
-A head's entries i and i + D/2 are one pair, turned by the angle of pair i at the token's position
-(Su et al. 2021, in Hugging Face's half-split order). Positions come as tables of cosines and sines,
-so packed documents need nothing of their own. The gradient of a rotation is the rotation by the
-negative angle: the backward pass is the same kernel, and saves the tables only.
+Elements i and i + D/2 of a head form a pair, rotated by the angle of pair i at the token's position
+(Su et al. 2021, in Hugging Face's half-split order). Positions are passed as tables of cosines and
+sines, so packed documents need no special case. The gradient of a rotation is the rotation by the
+negative angle: the backward pass runs the same kernel and saves only the tables.
 
 Shapes: B batch, S sequence, H query heads, G key heads, D head dimension.
 """
@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megagrow_kernels.inputs import check_floats
-from megagrow_kernels.launching import architecture, launch
+from megagrow_kernels.launching import architecture, check_floats, launch
 from megagrow_kernels.tiles import select
 
 
@@ -32,9 +31,12 @@ def _turn_heads(
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """All heads of some tokens; source and target point at the first pair of each token's first
-    head, (tokens, 1, pairs), as do cos and sin; heads are stride_h apart in the source, and one
-    behind the other in the target."""
+    """Rotate all heads of a block of tokens.
+
+    source and target point at the first pair of each token's first head, (tokens, 1, pairs); cos
+    and sin have the same shape. Heads are stride_h apart in the source and contiguous in the
+    target.
+    """
     for start in tl.static_range(0, TOTAL, HEADS):
         head = (start + tl.arange(0, HEADS))[None, :, None]
         mask = present & (head < TOTAL)
@@ -88,19 +90,19 @@ def _rope_kernel(
 
 
 def rope_forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k turned by the angles of the tables; see `rope`."""
-    return _turn(q, k, cos, sin, inverse=False)
+    """Return q and k rotated by the angles of the tables; see `rope`."""
+    return _rotate(q, k, cos, sin, inverse=False)
 
 
 def rope_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of q (B, S, H, D) and k (B, S, G, D) from those of what `rope` gave."""
-    return _turn(dq, dk, cos, sin, inverse=True)
+    """Return the gradients of q (B, S, H, D) and k (B, S, G, D), given those of the outputs."""
+    return _rotate(dq, dk, cos, sin, inverse=True)
 
 
-def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     _check(q, k, cos, sin)
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    # Tables of one row serve a whole batch: their stride over it is 0.
+    # A one-row table is shared by all rows of the batch: its batch stride is 0.
     cos, sin = (table.expand(q.shape[0], -1, -1, -1) for table in (cos, sin))
     if cos.stride() != sin.stride() or cos.stride(-1) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
@@ -123,8 +125,8 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     if not same or width % 2 or tuple(cos.shape) not in tables:
         shapes = [tuple(x.shape) for x in (q, k, cos, sin)]
         raise ValueError(
-            "rope takes q (B, S, H, D), k (B, S, G, D), tables (B or 1, S, 1, D), D even, "
-            f"not {shapes}"
+            "rope requires q (B, S, H, D), k (B, S, G, D), tables (B or 1, S, 1, D), D even, "
+            f"got {shapes}"
         )
 
 
@@ -150,10 +152,11 @@ _rope.register_autograd(_gradients, setup_context=_save)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries (B, S, H, D) and keys (B, S, G, D), turned by the angles of their positions.
+    """Rotate queries (B, S, H, D) and keys (B, S, G, D) by the angles of their positions.
 
     cos and sin are the tables of `reference.rope_tables`, (B, S, 1, D) or (1, S, 1, D) with equal
-    halves, in bf16, fp16 or fp32, and get no gradient. q and k are of one of these types, as is the
-    result, computed in fp32; both may be strided views. Raises ValueError for anything else.
+    halves, in bf16, fp16 or fp32; they get no gradient. q and k share one of these dtypes and may
+    be strided views. The results have the dtype of the inputs; the computation is in fp32. Raises
+    ValueError for other shapes, dtypes and devices.
     """
     return _rope(q, k, cos, sin)

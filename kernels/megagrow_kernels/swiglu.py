@@ -4,7 +4,7 @@ With s = 1 / (1 + exp(-gate)), so that silu(gate) = gate s, the gradients are
 
     dup = dout gate s    and    dgate = dout up s (1 + gate (1 - s)).
 
-Every number is read and written once. Shapes: F feed-forward width, ... any leading dimensions.
+Every element is read and written once. Shapes: F feed-forward width, ... any leading dimensions.
 """
 
 from typing import Any
@@ -14,12 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megagrow_kernels.inputs import check_floats
-from megagrow_kernels.launching import architecture, launch
+from megagrow_kernels.launching import architecture, check_floats, launch
 from megagrow_kernels.tiles import select
 
-# Triton compiles a kernel anew for a `count` that 16 does not divide, and needs to know to load 16
-# bytes at once. Widths of models are multiples of 16, so that the number of tokens plays no part.
+# Triton recompiles a kernel for a `count` that is not divisible by 16, since 16-byte loads depend
+# on it. Model widths are multiples of 16, so the number of tokens does not matter.
 
 
 @triton.jit
@@ -45,7 +44,7 @@ def _backward_kernel(dout, gate, up, dgate, dup, count, BLOCK: tl.constexpr):
 
 
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up; see `swiglu`."""
+    """Return silu(gate) * up; see `swiglu`."""
     _check(gate=gate, up=up)
     out = gate.new_empty(gate.shape)
     _launch(_forward_kernel, gate.contiguous(), up.contiguous(), out)
@@ -53,7 +52,7 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up from that of the result, all (..., F) of one type."""
+    """Return the gradients of gate and up, given that of the output, all (..., F) of one dtype."""
     _check(dout=dout, gate=gate, up=up)
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
     _launch(_backward_kernel, dout.contiguous(), gate.contiguous(), up.contiguous(), dgate, dup)
@@ -64,7 +63,7 @@ def _check(**tensors: Tensor) -> None:
     check_floats("swiglu", **tensors)
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
     if len(set(shapes.values())) > 1:
-        raise ValueError(f"swiglu takes tensors of one shape, not {shapes}")
+        raise ValueError(f"swiglu requires tensors of one shape, got {shapes}")
 
 
 def _launch(kernel: Any, *tensors: Tensor) -> None:
@@ -102,8 +101,9 @@ _swiglu.register_autograd(_gradients, setup_context=_save)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer 2020): both (..., F) of one type, as is the result.
+    """Return silu(gate) * up (Shazeer 2020), all (..., F) of one dtype.
 
-    The type is bf16, fp16 or fp32, the computation in fp32. Raises ValueError for anything else.
+    The dtype is bf16, fp16 or fp32; the computation is in fp32. Raises ValueError for other dtypes,
+    different shapes or different devices.
     """
     return _swiglu(gate, up)

@@ -1,10 +1,10 @@
-"""The tiles that kernels work in: a frozen table per op, and the pure function that reads it.
+"""Tile sizes of the kernels: one committed table per op, read by a pure function.
 
 A table is a file `tiles/OP.json`, written by `tools/gpu/tune_kernels.py` on a GPU and committed. It
-maps a compute capability to rows that are tried in their order. A row holds `when` (features that
-have to be equal), `up_to` (features that may be at most so large), `use` (what the kernel is
-started with: its tile sizes, num_warps, num_stages) and `measured` (device, date and time, or
-null). So every rank of a run takes the same tiles, and no run ever stands still to try some out.
+maps a compute capability to rows that are tried in order. A row holds `when` (features that must be
+equal), `up_to` (upper bounds of features), `use` (launch configuration: tile sizes, num_warps,
+num_stages) and `measured` (device, date and time, or null). All ranks therefore use the same tiles,
+and no run pauses to autotune.
 """
 
 import json
@@ -16,33 +16,33 @@ Row = dict[str, Any]
 
 
 def select(op: str, architecture: int, **features: int | bool | str) -> dict[str, int]:
-    """What to start the kernel of an op with, for features such as head_dim=128.
+    """Return the launch configuration of an op's kernel for features such as head_dim=128.
 
-    Takes the rows of the newest architecture listed that is not newer than the one at hand, and of
-    these the first that fits. Raises LookupError, naming op and features, if none does.
+    Uses the rows of the newest listed architecture that is not newer than `architecture`, and the
+    first of them that matches. Raises LookupError, naming op and features, if no row matches.
     """
     return dict(row(op, architecture, **features)["use"])
 
 
 def row(op: str, architecture: int, **features: int | bool | str) -> Row:
-    """The row that `select` takes, of `rows` itself. Raises as it does."""
-    for listed in rows_for(op, architecture):
-        equal = all(features[name] == value for name, value in listed["when"].items())
-        if equal and all(features[name] <= most for name, most in listed["up_to"].items()):
-            return listed
-    shown = ", ".join(f"{name}={value}" for name, value in features.items())
-    raise LookupError(f"tiles/{op}.json has no row for architecture {architecture}, {shown}")
+    """Return the matching row of `rows` itself. Raises LookupError as `select` does."""
+    for candidate in rows_for(op, architecture):
+        equal = all(features[name] == value for name, value in candidate["when"].items())
+        if equal and all(features[name] <= bound for name, bound in candidate["up_to"].items()):
+            return candidate
+    listing = ", ".join(f"{name}={value}" for name, value in features.items())
+    raise LookupError(f"tiles/{op}.json has no row for architecture {architecture}, {listing}")
 
 
 def rows_for(op: str, architecture: int) -> list[Row]:
-    """The rows that an architecture uses, which may be those of an older one."""
+    """Return the rows that an architecture uses, possibly those of an older architecture."""
     table = rows(op)
-    listed = [known for known in table if known <= architecture]
-    return table[max(listed)] if listed else []
+    usable = [known for known in table if known <= architecture]
+    return table[max(usable)] if usable else []
 
 
 @cache
 def rows(op: str) -> dict[int, list[Row]]:
-    """The whole table of an op: compute capability to rows. Read once."""
+    """Read the table of an op, compute capability to rows. Cached."""
     text = resources.files("megagrow_kernels").joinpath("tiles", f"{op}.json").read_text("utf-8")
     return {int(architecture): rows for architecture, rows in json.loads(text).items()}

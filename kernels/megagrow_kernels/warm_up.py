@@ -1,10 +1,10 @@
-"""Compiles kernels into Triton's cache, for a GPU that is not touched, beside the work of others.
+"""Compile kernels into Triton's cache in a background process, without touching the GPU.
 
     python -m megagrow_kernels.warm_up 90 < calls.json
 
-The argument is the compute capability of the GPU, 90 for an H100; calls.json is a list of pairs
-[op, arguments], as `calls.launches` takes them. A call that cannot be compiled is told of
-on stderr, and the others are compiled all the same; the exit code is then 1.
+The argument is the compute capability of the GPU, 90 for an H100. calls.json is a list of pairs
+[op, arguments] as `calls.launches` takes them. A call that fails to compile is reported on stderr,
+the remaining calls are still compiled, and the exit code is 1.
 """
 
 import json
@@ -22,19 +22,19 @@ LOW_PRIORITY = 10
 
 
 def warm_up(calls: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """Compiles all kernels of the calls for the active target; returns what went wrong."""
+    """Compile all kernels of the calls for the active target; return a message per failure."""
     problems = []
     for op, arguments in calls:
         try:
             for launch in launches(op, torch.device("meta"), arguments).values():
                 launch()
-        except Exception as error:  # a compiler's errors have no common class
+        except Exception as error:  # compiler errors have no common class
             problems.append(f"{op} {dict(arguments)}: {type(error).__name__}: {error}")
     return problems
 
 
 def main() -> None:
-    """Reads the calls from stdin."""
+    """Read calls from stdin, compile them, and exit with 1 if any failed."""
     capability = int(sys.argv[1])
     os.nice(LOW_PRIORITY)
     compile_for(capability)

@@ -1,4 +1,4 @@
-"""Attention in Triton's interpreter: how exact it is, and what holds to the bit."""
+"""Tests of attention in Triton's interpreter: accuracy and bitwise properties."""
 
 from functools import partial
 
@@ -14,14 +14,14 @@ from tests.helpers.kernels.documents import Rows, ids_of, ranges_of
 
 HALF, SINGLE = torch.float16, torch.float32
 
-# Past the end of a document a window may be empty: what comes of that is never written.
+# A window may be empty past the end of a document; the result is never written.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 CASES: dict[str, tuple[Rows, tuple[int, int, int], dict]] = {
-    # rows of document lengths, (query heads, key/value heads, head dimension), further arguments
+    # rows of document lengths, (query heads, key/value heads, head dimension), options
     "one token": (((1,),), (1, 1, 64), {}),
     "one document": (((199,),), (2, 1, 64), {}),
-    "a whole tile": (((128,), (128,)), (1, 1, 64), {}),
+    "a full tile": (((128,), (128,)), (1, 1, 64), {}),
     "documents": (((37, 1, 61), (1, 97, 1)), (2, 2, 64), {}),
     "one-token documents": (((1,) * 9,), (2, 1, 64), {}),
     "empty tail": (((150, 35), (185,)), (2, 1, 64), {}),
@@ -55,11 +55,12 @@ def inputs_of(rows: Rows, heads: int, groups: int, head_dim: int) -> list[Tensor
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
 @pytest.mark.parametrize("case", CASES)
 def test_accuracy(case, dtype):
-    rows, sizes, further = CASES[case]
-    kernel = partial(attention, packing=packing_of(rows), **further)
-    eager = partial(reference.attention, document_ids=ids_of(rows), **further)
-    # Where every token sees itself alone, scores have no gradient: what cancels is dO V, about 20.
-    alone = further.get("window") == 1 or max(max(row) for row in rows) == 1
+    rows, sizes, options = CASES[case]
+    kernel = partial(attention, packing=packing_of(rows), **options)
+    eager = partial(reference.attention, document_ids=ids_of(rows), **options)
+    # If every token sees only itself, scores have no gradient: the terms that cancel are dO V,
+    # about 20.
+    alone = options.get("window") == 1 or max(max(row) for row in rows) == 1
     check(kernel, eager, inputs_of(rows, *sizes), dtype, least=20.0 if alone else 0.0)
 
 
@@ -67,7 +68,7 @@ def test_accuracy(case, dtype):
 @pytest.mark.parametrize("long, short", [(64, 32), (32, 32)])
 @pytest.mark.parametrize("window", [None, 40])
 def test_other_blocks(monkeypatch, long, short, descriptors, window):
-    """Parts of tiles, and blocks on the way to them, where the frozen ones take all in one."""
+    """Blocks smaller than a tile, and full blocks before them; the frozen tiles use one block."""
 
     def select(op: str, architecture: int, **features: int) -> dict[str, int]:
         if op == "attention_keys":
@@ -99,7 +100,7 @@ def test_packed_documents_are_documents_alone_to_the_bit(window):
 
 
 def results(function, inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
-    """The output, and the gradients of all inputs, given that of the output."""
+    """Return the output, and the gradients of all inputs given that of the output."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     out = function(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
@@ -111,15 +112,15 @@ def test_nothing_flows_from_later_tokens():
     inputs = inputs_of(rows, 2, 1, 64)
     upstream = draw(*inputs[0].shape, seed=9)
     upstream[:, until:] = 0
-    before = results(function, inputs, upstream)
-    for gradient in before[1:]:
+    baseline = results(function, inputs, upstream)
+    for gradient in baseline[1:]:
         assert (gradient[:, until:] == 0).all()
         assert (gradient[:, :until] != 0).any()
     later = [x.clone() for x in inputs]
     for x in later:
         x[:, until:] = 1e4
-    for found, expected in zip(results(function, later, upstream), before, strict=True):
-        assert torch.equal(found[:, :until], expected[:, :until])
+    for actual, expected in zip(results(function, later, upstream), baseline, strict=True):
+        assert torch.equal(actual[:, :until], expected[:, :until])
 
 
 def test_nothing_flows_between_documents():
@@ -129,14 +130,14 @@ def test_nothing_flows_between_documents():
     function = partial(attention, packing=packing_of(rows))
     inputs = inputs_of(rows, 2, 1, 64)
     upstream = draw(*inputs[0].shape, seed=9) * inside[None, :, None, None]
-    before = results(function, inputs, upstream)
-    for gradient in before[1:]:
+    baseline = results(function, inputs, upstream)
+    for gradient in baseline[1:]:
         assert (gradient[:, ~inside] == 0).all()
     broken = [x.clone() for x in (*inputs, upstream)]
     for x in broken:
         x[:, ~inside] = float("nan")
-    for found, expected in zip(results(function, broken[:3], broken[3]), before, strict=True):
-        assert torch.equal(found[:, inside], expected[:, inside])
+    for actual, expected in zip(results(function, broken[:3], broken[3]), baseline, strict=True):
+        assert torch.equal(actual[:, inside], expected[:, inside])
 
 
 def test_a_window_that_holds_everything_changes_no_bit():
@@ -144,10 +145,10 @@ def test_a_window_that_holds_everything_changes_no_bit():
     inputs = inputs_of(rows, 2, 1, 64)
     kernel = partial(attention, packing=packing_of(rows))
     plain = with_gradients(kernel, inputs, SINGLE)
-    for found, expected in zip(
+    for actual, expected in zip(
         with_gradients(partial(kernel, window=130), inputs, SINGLE), plain, strict=True
     ):
-        assert torch.equal(found, expected)
+        assert torch.equal(actual, expected)
 
 
 def test_shared_heads_are_repeated_heads():
@@ -157,12 +158,12 @@ def test_shared_heads_are_repeated_heads():
     shared = with_gradients(function, (q, k, v), SINGLE)
     repeated = [x.repeat_interleave(2, dim=2) for x in (k, v)]
     own = with_gradients(function, (q, *repeated), SINGLE)
-    for found, expected in zip(shared[:2], own[:2], strict=True):
-        assert torch.equal(found, expected)
-    for found, expected in zip(shared[2:], own[2:], strict=True):
+    for actual, expected in zip(shared[:2], own[:2], strict=True):
+        assert torch.equal(actual, expected)
+    for actual, expected in zip(shared[2:], own[2:], strict=True):
         summed = expected.unflatten(2, (2, 2)).sum(3)
         exact = expected.double().unflatten(2, (2, 2)).sum(3)
-        close(found, exact, summed, least=exact.abs().max().item())
+        close(actual, exact, summed, least=exact.abs().max().item())
 
 
 def test_gradients_are_the_same_bits_on_every_run():
@@ -176,15 +177,15 @@ def test_gradients_are_the_same_bits_on_every_run():
 
 @pytest.mark.parametrize("offset", [0, 1])
 def test_views_of_one_projection(offset):
-    """q, k and v as slices of one tensor, in place if aligned; a gradient that is expanded."""
+    """q, k and v are slices of one tensor, read in place if aligned; the gradient is expanded."""
     rows = ((60, 11),)
-    whole = draw(1, 71, 4 * 64 + offset)[..., offset:].unflatten(-1, (4, 64))
-    views = whole.split((2, 1, 1), dim=2)
+    projection = draw(1, 71, 4 * 64 + offset)[..., offset:].unflatten(-1, (4, 64))
+    views = projection.split((2, 1, 1), dim=2)
     function = partial(attention, packing=packing_of(rows))
     upstream = draw(1, 71, 1, 64, seed=9).expand(1, 71, 2, 64)
     expected = results(function, [x.contiguous() for x in views], upstream.contiguous())
-    for found, other in zip(results(function, list(views), upstream), expected, strict=True):
-        assert torch.equal(found, other)
+    for actual, other in zip(results(function, list(views), upstream), expected, strict=True):
+        assert torch.equal(actual, other)
 
 
 def test_what_does_not_fit_is_named():
@@ -195,9 +196,9 @@ def test_what_does_not_fit_is_named():
         call(q.double(), k.double(), v.double())
     with pytest.raises(TypeError, match="float16"):
         call(q, k.half(), v)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="requires q"):
         call(q, k[:, :, :2], v[:, :, :2])
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="requires q"):
         call(q, k, v[:, :4])
     with pytest.raises(ValueError, match="head dimension 60"):
         call(*(x[..., :60] for x in (q, k, v)))

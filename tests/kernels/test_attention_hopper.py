@@ -1,4 +1,4 @@
-"""The warp-specialised attention for sm_90: executed in a model of Gluon on the CPU, compiled."""
+"""Tests of the warp-specialized attention for sm_90, in a CPU model of Gluon and compiled."""
 
 import json
 import os
@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 HALF, BRAIN = torch.float16, torch.bfloat16
 MODULES = (attention_hopper_warps, attention_hopper)
 SHARED_LIMIT = 232448
-"""Bytes of shared memory that one block may have on sm_90."""
+"""Shared memory limit of one block on sm_90, in bytes."""
 
 
-def modelled(
+def modeled_forward(
     patch: pytest.MonkeyPatch, *, seed: int = 0, programs: int = 3, stages: int = 2
 ) -> generations.Forward:
-    """The forward as computed by the model, of a card with so many multiprocessors."""
+    """Return the forward pass as executed by the model of a GPU with `programs` multiprocessors."""
 
     def forward(*arguments) -> tuple[Tensor, Tensor]:
         patch.setattr(attention_hopper, "launch", launcher(MODULES, seed, programs))
@@ -37,13 +37,13 @@ def modelled(
 
 @pytest.mark.parametrize("case", generations.CASES)
 def test_accuracy(monkeypatch, case):
-    generations.accurate(modelled(monkeypatch), generations.CASES[case], HALF)
+    generations.accurate(modeled_forward(monkeypatch), generations.CASES[case], HALF)
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
 def test_what_holds_to_the_bit(monkeypatch, dtype):
-    generations.isolated(modelled(monkeypatch), dtype)
-    generations.causal(modelled(monkeypatch), dtype)
+    generations.isolated(modeled_forward(monkeypatch), dtype)
+    generations.causal(modeled_forward(monkeypatch), dtype)
 
 
 def test_the_first_generation_is_held_to_the_same():
@@ -53,46 +53,46 @@ def test_the_first_generation_is_held_to_the_same():
 def test_order_of_events_and_programs_change_no_bit(monkeypatch):
     rows = ((290, 10), (300,))
     inputs = generations.inputs_of(rows, 3, 1, 64, BRAIN)
-    expected = generations.compute(modelled(monkeypatch, programs=1), inputs, rows)
+    expected = generations.compute(modeled_forward(monkeypatch, programs=1), inputs, rows)
     for seed, programs, stages in ((1, 1, 1), (2, 2, 2), (3, 5, 3), (4, 64, 2)):
-        forward = modelled(monkeypatch, seed=seed, programs=programs, stages=stages)
-        found = generations.compute(forward, inputs, rows)
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        forward = modeled_forward(monkeypatch, seed=seed, programs=programs, stages=stages)
+        actual = generations.compute(forward, inputs, rows)
+        assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 def test_views_of_one_projection(monkeypatch):
     rows = ((160, 11),)
     views = list(draw(1, 171, 4, 64, dtype=HALF).split((2, 1, 1), dim=2))
-    found, expected = (
-        generations.compute(modelled(monkeypatch), inputs, rows)
+    actual, expected = (
+        generations.compute(modeled_forward(monkeypatch), inputs, rows)
         for inputs in (views, [x.contiguous() for x in views])
     )
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("left_out", ["wait", "arrive", "warpgroup_mma_wait"])
 def test_the_model_notices_what_is_left_out(monkeypatch, left_out):
-    """The tests above can fail: without one kind of synchronisation, the kernel does."""
-    kept = Model.warpgroup_mma_wait
+    """Without one kind of synchronization the kernel fails, so the tests above can fail."""
+    original = Model.warpgroup_mma_wait
     replaced, error = {
         "wait": (lambda *_: None, AssertionError),
         "arrive": (lambda *_: None, Deadlock),
-        "warpgroup_mma_wait": (lambda self, n, deps: kept(self, n + 1, deps), AssertionError),
+        "warpgroup_mma_wait": (lambda self, n, deps: original(self, n + 1, deps), AssertionError),
     }[left_out]
     monkeypatch.setattr(Model, left_out, replaced)
     with pytest.raises(error):
-        generations.accurate(modelled(monkeypatch), generations.CASES["many tiles"], HALF)
+        generations.accurate(modeled_forward(monkeypatch), generations.CASES["many tiles"], HALF)
 
 
 @pytest.mark.parametrize("programs", [1, 3, 7, 132])
 @pytest.mark.parametrize("items", [0, 1, 6, 7, 131, 132, 133, 1000])
 def test_every_item_has_one_program(items, programs):
-    taken = []
+    selected = []
     for program in range(programs):
         names = functions(MODULES, Model(program, programs, 0).namespace())
         for number in range(names["items_of_program"](torch.tensor(items))):
-            taken.append(number * programs + int(names["place_in_round"](number)))
-    assert sorted(taken) == list(range(items))
+            selected.append(number * programs + int(names["place_in_round"](number)))
+    assert sorted(selected) == list(range(items))
 
 
 @pytest.mark.parametrize(
@@ -115,19 +115,19 @@ def test_it_is_taken_where_it_fits_and_a_row_asks_for_it(
     row = {"when": {"hopper": True}, "up_to": {}, "use": use, "measured": None}
     monkeypatch.setitem(table, 90, [row, *table[90]])
     monkeypatch.setattr(attention_forward, "architecture", lambda device: architecture)
-    taken = []
-    monkeypatch.setattr(attention_forward, "launch", lambda *_, **__: taken.append(1))
+    selected = []
+    monkeypatch.setattr(attention_forward, "launch", lambda *_, **__: selected.append(1))
     monkeypatch.setattr(
-        attention_forward, "attention_hopper_forward", lambda *args: taken.append(args[-1] - 1)
+        attention_forward, "attention_hopper_forward", lambda *args: selected.append(args[-1] - 1)
     )
     q = torch.empty(1, 4, 1, width, dtype=dtype)
     attention_forward.attention_forward(q, q, q, torch.zeros(2, 3, dtype=torch.int32), 0.1, None)
-    assert taken == [expected]
+    assert selected == [expected]
 
 
 @pytest.fixture(scope="module")
 def codes() -> list[dict]:
-    """What is compiled for sm_90: head dimension 128; 64 with a window and four stages."""
+    """Return the code for sm_90: head dimension 128; 64 with a window and four stages."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     cases = [[128, "bfloat16", None, 2], [64, "float16", 1000, 4]]
     run = subprocess.run(
@@ -148,16 +148,18 @@ def test_code_for_sm_90(codes):
         assert {("dec", "24"), ("dec", "240"), ("inc", "240")} <= set(
             map(tuple, code["setmaxnreg"])
         )
-        # Two consumers: the first scores, then per loop scores and product, then the last product.
+        # Two consumers: the first scores, then scores and product per loop, then the last product.
         scores, product = head_dim // 16, 128 // 16
         assert code["instructions"]["HGMMA"] == 2 * (1 + loops) * (scores + product)
-        # Rows of up to 128 bytes are one load: two parts of q, k and v.
+        # A load covers rows of up to 128 bytes: two parts of q, k and v.
         assert code["instructions"]["UTMALDG"] == 4 * head_dim * 2 // 128
 
 
 def test_softmax_runs_while_a_matmul_does(codes):
-    """In the code of each loop, the exponentials of a tile, 64 a thread and 2 to shrink by, stand
-    before the wait for the matmul that is still running."""
+    """In each loop, the exponentials of a tile come before the wait for the running matmul.
+
+    There are 64 per thread and 2 for the shrink factors.
+    """
     for code, loops in zip(codes, (1, 2), strict=True):
         assert code["overlapped_exponentials"] == [64 + 2] * 2 * loops
 

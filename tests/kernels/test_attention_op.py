@@ -1,4 +1,4 @@
-"""Attention as an op of torch: under opcheck, torch.compile and activation checkpointing."""
+"""Tests of the attention op with opcheck, torch.compile and activation checkpointing."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.helpers.kernels.documents import ids_of
 
 
 def inputs_of(batch: int, sequence: int) -> list[Tensor]:
-    """q of two heads, k and v of one."""
+    """Return q of two heads, k and v of one."""
     return [draw(batch, sequence, heads, 16, seed=heads).requires_grad_() for heads in (2, 1, 1)]
 
 
@@ -54,13 +54,13 @@ def test_compiled_and_checkpointed_it_is_the_same():
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     expected = torch.autograd.grad(block(*inputs, packing), inputs)
     again = torch.autograd.grad(checkpoint(block, *inputs, packing, use_reentrant=False), inputs)
-    for found in (torch.autograd.grad(compiled(*inputs, packing), inputs), again):
-        for one, other in zip(found, expected, strict=True):
+    for actual in (torch.autograd.grad(compiled(*inputs, packing), inputs), again):
+        for one, other in zip(actual, expected, strict=True):
             assert torch.equal(one, other)
 
 
 def random_packings(count: int, sequence: int) -> list[Packing]:
-    """Packings of two rows of documents of random lengths, of one to all tokens."""
+    """Return packings of two rows with random document lengths, from one to all tokens."""
     source, packings = random.Random(0), []
     for _ in range(count):
         rows = []
@@ -72,7 +72,7 @@ def random_packings(count: int, sequence: int) -> list[Packing]:
 
 
 def test_another_packing_never_compiles_anew(monkeypatch):
-    """Only torch's compiler is looked at here, so what is computed is something simple."""
+    """Only torch's compiler is tested here, so the computation is trivial."""
 
     def forward(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
         return q.clone(), q.new_zeros(q.shape[2], q.shape[0] * q.shape[1])
@@ -88,7 +88,7 @@ def test_another_packing_never_compiles_anew(monkeypatch):
         sizes.add(len(packing.query_tiles))
         with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
             torch.autograd.grad(compiled(*inputs, packing), inputs)
-    assert len(sizes) > 5 and len(started) >= 3 * 101, "every gradient starts its kernels"
+    assert len(sizes) > 5 and len(started) >= 3 * 101, "every gradient launches its kernels"
 
 
 def test_triton_never_compiles_anew_either():

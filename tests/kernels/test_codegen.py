@@ -1,7 +1,7 @@
-"""The machine code of kernels for GPUs that are not here: all those of two shipped models on an
-H100, and the matrix products for other architectures. `tools/gpu/kernel_code.py` inspects every
-row of
-every table.
+"""Tests of machine code compiled without a GPU.
+
+Covers all kernels of two shipped models on an H100, and matrix products on other architectures.
+`tools/gpu/kernel_code.py` inspects every row of every table.
 """
 
 from dataclasses import replace
@@ -12,42 +12,42 @@ import torch
 from megagrow.config.load import load_run
 from megagrow.model.backends import Backends
 from megagrow.train.kernel_warmup import stage_kernels
-from megagrow_kernels.machine_code import SHARED_LIMIT
-from tools.gpu.kernel_cases import KERNELS, OPS, cases, replaced, untaken
+from megagrow_kernels.compiling import SHARED_LIMIT
+from tools.gpu.kernel_cases import KERNELS, OPS, cases, override_tiles, unused_rows
 from tools.gpu.kernel_code import (
     ARCHITECTURES,
     ROOT,
-    Code,
-    Job,
-    Outcome,
+    CompileJob,
+    CompileResult,
+    KernelCode,
     _Worker,
     inspect,
     table_jobs,
 )
 
 MODELS = ("llama-1.1b", "llama-3b")
-"""Between them: heads of 64 and of 128, as many key/value heads as query heads and fewer."""
+"""Together they have heads of 64 and 128, with as many and with fewer key/value heads."""
 TRITON = Backends(attention="triton", norm="triton", pointwise="triton", loss="triton")
 HEADS = {"batch": 1, "sequence": 2048, "heads": 8, "groups": 2, "dtype": "bfloat16"}
 
 
-def shipped(model: str) -> list[Job]:
-    """All kernels of a shipped model on an H100, in bf16."""
+def shipped(model: str) -> list[CompileJob]:
+    """Return all kernels of a shipped model on an H100, in bf16."""
     path = ROOT / "configs" / "gstack-1.1b.yaml"
     run = load_run(path, [f"stages.1.model={model}"])
     calls = stage_kernels(run.stages[1], 2048, torch.bfloat16, TRITON)
-    return [Job(90, call.op, dict(call.arguments)) for call in calls]
+    return [CompileJob(90, call.op, dict(call.arguments)) for call in calls]
 
 
 ELSEWHERE = [
-    Job(architecture, "attention", HEADS | {"head_dim": 128, "window": window})
+    CompileJob(architecture, "attention", HEADS | {"head_dim": 128, "window": window})
     for architecture, window in ((80, None), (90, 512), (100, None))
 ]
 JOBS = {str(job): job for job in [*(job for m in MODELS for job in shipped(m)), *ELSEWHERE]}
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, Outcome]:
+def outcomes() -> dict[str, CompileResult]:
     return dict(zip(JOBS, inspect(JOBS.values()), strict=True))
 
 
@@ -59,7 +59,7 @@ def test_code_is_as_it_should_be(outcomes, name):
 
 
 def test_attention_multiplies_on_tensor_cores(outcomes):
-    """The check of it is not void: the products of all three kernels are recognised as such."""
+    """The products of all three kernels are recognized, so the check is not vacuous."""
     for outcome in outcomes.values():
         if outcome.job.op == "attention":
             products = [code.name for code in outcome.codes if code.matrix_products]
@@ -72,10 +72,10 @@ def test_attention_multiplies_on_tensor_cores(outcomes):
 
 
 def test_kernels_of_all_tables_go_by_their_names(outcomes):
-    found = {(o.job.op, code.name) for o in outcomes.values() for code in o.codes}
+    actual = {(o.job.op, code.name) for o in outcomes.values() for code in o.codes}
     for op, known in OPS.items():
         for table in known.tables:
-            assert all((op, name) in found for name in KERNELS[table]), table
+            assert all((op, name) in actual for name in KERNELS[table]), table
 
 
 def test_bad_tiles_are_found_out():
@@ -83,10 +83,10 @@ def test_bad_tiles_are_found_out():
     spilling = blocks | {"DESCRIPTORS": 0, "num_warps": 4, "num_stages": 2}
     too_large = blocks | {"DESCRIPTORS": 1, "num_warps": 8, "num_stages": 4}
     jobs = [
-        Job(90, "attention", HEADS | {"head_dim": 128}, tiles={"attention_forward": tiles})
+        CompileJob(90, "attention", HEADS | {"head_dim": 128}, tiles={"attention_forward": tiles})
         for tiles in (spilling, too_large)
     ]
-    jobs.append(Job(90, "attention", HEADS | {"head_dim": 128, "dtype": "int8"}))
+    jobs.append(CompileJob(90, "attention", HEADS | {"head_dim": 128, "dtype": "int8"}))
     spills, shared, error = (outcome.problems() for outcome in inspect(jobs))
     assert any("_forward_kernel spills" in problem for problem in spills)
     assert any(f"bytes of shared memory of {SHARED_LIMIT[90]}" in problem for problem in shared)
@@ -94,33 +94,35 @@ def test_bad_tiles_are_found_out():
 
 
 def test_what_is_wrong_with_code():
-    good = Code("_forward_kernel", "h", 240, 0, 0, 0, 166912, True, {"HGMMA": 8, "HMMA": 0}, False)
-    job = Job(90, "attention", {}, tiles={"attention_forward": {"BLOCK_M": 64}})
-    assert Outcome(job, (good,)).problems() == []
+    good = KernelCode(
+        "_forward_kernel", "h", 240, 0, 0, 0, 166912, True, {"HGMMA": 8, "HMMA": 0}, False
+    )
+    job = CompileJob(90, "attention", {}, tiles={"attention_forward": {"BLOCK_M": 64}})
+    assert CompileResult(job, (good,)).problems() == []
     for change, words in (
         ({"spills": 2}, "spills: 2 instructions"),
         ({"stack": 8}, "8 bytes of stack"),
         ({"tensor_cores": {"HGMMA": 0, "HMMA": 8}}, "multiplies matrices without HGMMA"),
         ({"shared": 232449}, "232449 bytes of shared memory of 232448"),
     ):
-        [problem] = Outcome(job, (replace(good, **change),)).problems()
+        [problem] = CompileResult(job, (replace(good, **change),)).problems()
         assert problem.startswith(f"{job}: _forward_kernel") and words in problem
     other = replace(good, name="_keys_kernel", spills=9)
-    assert Outcome(job, (good, other)).problems() == []
-    assert len(Outcome(replace(job, tiles={}), (good, other)).problems()) == 1
-    asking = replace(job, specialised=True)
-    assert "specialised warps" in Outcome(asking, (good,)).problems()[0]
-    assert Outcome(asking, (replace(good, specialised=True),)).problems() == []
+    assert CompileResult(job, (good, other)).problems() == []
+    assert len(CompileResult(replace(job, tiles={}), (good, other)).problems()) == 1
+    asking = replace(job, specialized=True)
+    assert "specialized warps" in CompileResult(asking, (good,)).problems()[0]
+    assert CompileResult(asking, (replace(good, specialized=True),)).problems() == []
 
 
 def test_a_compiler_that_ends_its_process_is_named_and_the_next_job_done():
-    job = Job(90, "swiglu", {"rows": 64, "width": 128, "dtype": "bfloat16"})
+    job = CompileJob(90, "swiglu", {"rows": 64, "width": 128, "dtype": "bfloat16"})
     worker = _Worker()
     try:
         assert worker.do(job).problems() == []
         worker._process.kill()
         [problem] = worker.do(job).problems()
-        assert problem == f"{job}: the compiler ended its process, exit code -9"
+        assert problem == f"{job}: the compiler aborted its process, exit code -9"
         assert worker.do(job).problems() == []
     finally:
         worker.stop()
@@ -128,7 +130,7 @@ def test_a_compiler_that_ends_its_process_is_named_and_the_next_job_done():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_row_of_every_table_is_for_something(architecture):
-    assert untaken(architecture) == []
+    assert unused_rows(architecture) == []
 
 
 def test_the_whole_table_is_inspected_row_by_row():
@@ -144,7 +146,7 @@ def test_replaced_tiles_are_put_back():
     from megagrow_kernels.tiles import rows, select
 
     before = {key: list(value) for key, value in rows("swiglu").items()}
-    with replaced(90, {"swiglu": {"BLOCK": 1}}):
+    with override_tiles(90, {"swiglu": {"BLOCK": 1}}):
         assert select("swiglu", 90, bytes=2) == {"BLOCK": 1}
         assert select("swiglu", 80, bytes=2) != {"BLOCK": 1}
     assert rows("swiglu") == before

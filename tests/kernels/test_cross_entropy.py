@@ -1,4 +1,4 @@
-"""The kernels of the cross-entropy in Triton's interpreter, against fp64 and their eager twins."""
+"""Tests of the cross-entropy kernels in Triton's interpreter, against fp64 and eager twins."""
 
 import pytest
 import torch
@@ -8,13 +8,13 @@ from megagrow_kernels import cross_entropy, reference
 from tests.helpers.kernels.accuracy import close, draw, poisoned
 
 SHAPES = ((1, 1), (1, 1000), (3, 129), (199, 37), (2, 64), (17, 65))
-"""(tokens, rows of the vocabulary): a single one, some programs for one row, edges of tiles."""
+"""(tokens, vocabulary rows): a single one, several programs per row, edges of tiles."""
 TYPES = (torch.float32, torch.float16)
 IGNORED = -100
 
 
 def labels_of(rows: int, width: int, first: int) -> Tensor:
-    """In this rank's rows, in those below and above, and one that is ignored."""
+    """Return labels in this rank's rows, in those below and above, and one that is ignored."""
     generator = torch.Generator().manual_seed(rows)
     labels = torch.randint(first + 2 * width, (rows,), generator=generator)
     labels[0] = first + width // 2
@@ -24,7 +24,7 @@ def labels_of(rows: int, width: int, first: int) -> Tensor:
 
 
 def weights_of(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """scale and z_scale of each token, 0 where it is ignored."""
+    """Return scale and z_scale of each token, 0 for ignored tokens."""
     valid = labels != IGNORED
     return draw(len(labels), seed=5) * valid, 1e-2 * draw(len(labels), seed=6).abs() * valid
 
@@ -32,7 +32,7 @@ def weights_of(labels: Tensor) -> tuple[Tensor, Tensor]:
 def gradient(
     logits: Tensor, labels: Tensor, statistics: Tensor, scales: tuple[Tensor, Tensor], *rows: int
 ) -> Tensor:
-    """By the kernel; `logits` stay as they are."""
+    """Return the kernel's gradient without modifying `logits`."""
     logits = logits.clone()
     cross_entropy.vocab_gradient_(logits, labels, *statistics[:2], *scales, *rows)
     return logits
@@ -51,18 +51,18 @@ def test_against_fp64(shape, padding, dtype):
     exact = reference.vocab_statistics(logits.double(), labels, first, real)
     twin = reference.vocab_statistics(logits, labels, first, real)
     with poisoned():
-        found = cross_entropy.vocab_statistics(logits, labels, first, real)
-    assert found.dtype == torch.float32
+        actual = cross_entropy.vocab_statistics(logits, labels, first, real)
+    assert actual.dtype == torch.float32
     for index, name in enumerate(("maximum", "total", "target")):
-        close(found[index], exact[index], twin[index], name)
-    assert (found[2, labels < first] == 0).all() and (found[2, labels >= first + real] == 0).all()
+        close(actual[index], exact[index], twin[index], name)
+    assert (actual[2, labels < first] == 0).all() and (actual[2, labels >= first + real] == 0).all()
 
     wide = [scale.double() for scale in scales]
     exact = reference.vocab_gradient(logits.double(), labels, *exact[:2], *wide, first, real)
     twin = reference.vocab_gradient(logits, labels, *twin[:2], *scales, first, real)
-    found = gradient(logits, labels, found, scales, first, real)
-    close(found, exact, twin, "gradient", least=scales[0].abs().max().item())
-    assert (found[labels == IGNORED] == 0).all() and (found[:, real:] == 0).all()
+    actual = gradient(logits, labels, actual, scales, first, real)
+    close(actual, exact, twin, "gradient", least=scales[0].abs().max().item())
+    assert (actual[labels == IGNORED] == 0).all() and (actual[:, real:] == 0).all()
 
 
 def test_the_gradient_is_that_of_the_loss():
@@ -74,14 +74,14 @@ def test_the_gradient_is_that_of_the_loss():
     (scale * ce + z_scale * lse.square()).sum().backward()
     narrow = logits.detach().float()
     statistics = cross_entropy.vocab_statistics(narrow, labels, 0, 50)
-    found = gradient(narrow, labels, statistics, (scale, z_scale), 0, 50)
-    torch.testing.assert_close(found.double(), logits.grad, rtol=1e-5, atol=1e-5)
+    actual = gradient(narrow, labels, statistics, (scale, z_scale), 0, 50)
+    torch.testing.assert_close(actual.double(), logits.grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", [cross_entropy, reference], ids=["triton", "torch"])
 def test_ranks_together_are_one(implementation):
     logits, labels = 5 * draw(9, 130), torch.arange(9) * 14
-    whole = reference.vocab_statistics(logits.double(), labels, 0, 125)
+    full = reference.vocab_statistics(logits.double(), labels, 0, 125)
     parts = [
         implementation.vocab_statistics(logits[:, first : first + 26], labels, first, real)
         for first, real in ((0, 26), (26, 26), (52, 26), (78, 26), (104, 21))
@@ -89,9 +89,9 @@ def test_ranks_together_are_one(implementation):
     nothing = implementation.vocab_statistics(logits[:, :26], labels, 130, 0)
     assert nothing.tolist() == [[-torch.inf] * 9, [0.0] * 9, [0.0] * 9]
     with poisoned():
-        found = implementation.combine_statistics(torch.stack((*parts, nothing)))
-    torch.testing.assert_close(found.double(), whole, rtol=1e-6, atol=1e-6)
-    assert torch.equal(found[0].double(), whole[0]) and torch.equal(found[2].double(), whole[2])
+        actual = implementation.combine_statistics(torch.stack((*parts, nothing)))
+    torch.testing.assert_close(actual.double(), full, rtol=1e-6, atol=1e-6)
+    assert torch.equal(actual[0].double(), full[0]) and torch.equal(actual[2].double(), full[2])
 
 
 def test_a_row_for_several_programs_is_the_same_row(monkeypatch):
@@ -100,8 +100,8 @@ def test_a_row_for_several_programs_is_the_same_row(monkeypatch):
     monkeypatch.setattr(cross_entropy, "FILL", 1)
     monkeypatch.setattr(cross_entropy, "programs", lambda device: 1)
     monkeypatch.setattr(cross_entropy, "combine_statistics_forward", None)  # is not called
-    whole = cross_entropy.vocab_statistics_forward(logits, labels, 0, 1000)
-    torch.testing.assert_close(cut, whole, rtol=1e-6, atol=0)
+    full = cross_entropy.vocab_statistics_forward(logits, labels, 0, 1000)
+    torch.testing.assert_close(cut, full, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -115,23 +115,23 @@ def test_what_is_not_finite_shows(value):
 
 def test_large_logits():
     logits = torch.tensor([[3e38, -3e38, 0.0], [-3e38, -3e38, -3e38]])
-    found = cross_entropy.vocab_statistics(logits, torch.tensor([0, 2]), 0, 3)
+    actual = cross_entropy.vocab_statistics(logits, torch.tensor([0, 2]), 0, 3)
     expected = torch.tensor([[3e38, -3e38], [1.0, 3.0], [3e38, -3e38]])
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_more_elements_than_32_bits_count():
     width, stride = 3, 2**30
-    memory = torch.empty(2 * stride + width, dtype=torch.float16)  # of which pages are touched only
+    memory = torch.empty(2 * stride + width, dtype=torch.float16)  # most pages are never touched
     logits = memory.as_strided((3, width), (stride, 1))
     logits.copy_(draw(3, width))
     labels = torch.arange(3)
     near = logits.contiguous()
-    found = cross_entropy.vocab_statistics(logits, labels, 0, width)
-    assert torch.equal(found, cross_entropy.vocab_statistics(near, labels, 0, width))
+    actual = cross_entropy.vocab_statistics(logits, labels, 0, width)
+    assert torch.equal(actual, cross_entropy.vocab_statistics(near, labels, 0, width))
     scales = weights_of(labels)
-    expected = gradient(near, labels, found, scales, 0, width)
-    cross_entropy.vocab_gradient_(logits, labels, *found[:2], *scales, 0, width)
+    expected = gradient(near, labels, actual, scales, 0, width)
+    cross_entropy.vocab_gradient_(logits, labels, *actual[:2], *scales, 0, width)
     assert torch.equal(logits, expected)
 
 
@@ -183,5 +183,5 @@ def test_compiles_as_one_graph():
         return total.log() + (maximum - target), logits
 
     compiled = torch.compile(loss_and_gradient, backend="aot_eager", fullgraph=True)
-    for found, expected in zip(compiled(draw(4, 70)), loss_and_gradient(draw(4, 70)), strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(compiled(draw(4, 70)), loss_and_gradient(draw(4, 70)), strict=True):
+        assert torch.equal(actual, expected)

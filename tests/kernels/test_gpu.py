@@ -1,7 +1,7 @@
-"""Kernels on a GPU: exact, deterministic, compilable, and in a run under ZeRO-3.
+"""GPU tests of kernels: accuracy, determinism, compilation, and a run under ZeRO-3.
 
-The checks are made in processes of their own, which see the GPU. That they can be made at all is
-seen on the CPU, with small shapes in Triton's interpreter.
+The checks run in separate processes, which see the GPU. On the CPU, the checks themselves are
+tested with small shapes in Triton's interpreter.
 """
 
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 
 from megagrow.train.reporting.metrics import read_metrics
 from tests.helpers.jobs import write_run
-from tests.helpers.kernels.gpu_checks import CHECKS, Place
+from tests.helpers.kernels.gpu_checks import CHECKS, KernelDevice
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,13 +37,13 @@ def test_on_a_gpu(name: str, gpu_environment: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_checks_themselves(name: str) -> None:
-    CHECKS[name](Place("cpu", {"attention": 32, "beyond-32-bits": 2**16}.get(name, 256)))
+    CHECKS[name](KernelDevice("cpu", {"attention": 32, "beyond-32-bits": 2**16}.get(name, 256)))
 
 
 @pytest.mark.gpu
 def test_a_run_under_zero_3(tmp_path: Path, gpu_environment: dict[str, str]) -> None:
-    """bf16, packed documents, a growth: the losses are those of torch's own operations."""
-    found = {}
+    """bf16, packed documents, a growth: the losses equal those of torch's own operations."""
+    actual = {}
     for name, kernels in (("triton", TRITON), ("torch", TORCH)):
         stage = {"tokens": 8 * STEP_TOKENS, "parallel": {"zero_stage": 3}, "kernels": kernels}
         deep = MODEL | {"num_hidden_layers": 4}
@@ -54,6 +54,6 @@ def test_a_run_under_zero_3(tmp_path: Path, gpu_environment: dict[str, str]) -> 
         path = write_run(tmp_path / f"{name}.yaml", run)
         start(["-m", "megagrow", "train", str(path)], gpu_environment)
         records = read_metrics(run.output_dir / "metrics.jsonl")
-        found[name] = [record["loss"] for record in records if record["kind"] == "train"]
-    assert found["triton"] == pytest.approx(found["torch"], rel=2e-2)
-    assert found["triton"][-1] < found["triton"][0]
+        actual[name] = [record["loss"] for record in records if record["kind"] == "train"]
+    assert actual["triton"] == pytest.approx(actual["torch"], rel=2e-2)
+    assert actual["triton"][-1] < actual["triton"][0]

@@ -1,4 +1,4 @@
-"""The lists of documents and tiles against what a loop over tokens finds."""
+"""Tests of document and tile lists against a loop over tokens."""
 
 import random
 from itertools import pairwise
@@ -16,7 +16,7 @@ def documents_of(packing: Packing) -> list[tuple[int, int]]:
 
 
 def check_tiles(packing: Packing) -> None:
-    """Both lists hold every tile of every document once, those with most work first."""
+    """Check that both lists hold every tile of every document once, most work first."""
     expected = [
         (first, start, end)
         for start, end in documents_of(packing)
@@ -88,9 +88,9 @@ def test_on_another_device_it_is_the_same():
 
 
 def test_what_is_wrong_is_named():
-    with pytest.raises(ValueError, match=r"shape \(2, 8\), the batch \(1, 8\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 8\), expected \(1, 8\)"):
         pack(torch.zeros(2, 8), 1, 8)
-    with pytest.raises(ValueError, match="comes back"):
+    with pytest.raises(ValueError, match="reappears"):
         pack(torch.tensor([[0, 1, 0]]), 1, 3)
     with pytest.raises(ValueError, match="32-bit"):
         pack(None, 2**16, 2**15)

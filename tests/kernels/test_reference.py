@@ -1,4 +1,4 @@
-"""The references against definitions that others wrote, and the model's ops against them."""
+"""Tests of the references against independent definitions, and of the model's ops against them."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def documents() -> torch.Tensor:
-    """Two rows of 12 tokens, cut into documents of different lengths (one of a single token)."""
+    """Return two rows of 12 tokens with documents of different lengths, one of a single token."""
     first = torch.tensor([0] * 5 + [1] * 1 + [2] * 6)
     return torch.stack((first, torch.tensor([7] * 12)))
 
@@ -33,9 +33,9 @@ def test_rms_norm(implementation):
 def test_rms_norm_of_bf16_squares_in_fp32():
     x = (draw(3, 64) * 1e15).bfloat16()
     expected = F.rms_norm(x.double(), (64,), eps=1e-5)
-    found = reference.rms_norm(x, torch.ones(64), 1e-5)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, expected.bfloat16(), rtol=0, atol=0)
+    actual = reference.rms_norm(x, torch.ones(64), 1e-5)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected.bfloat16(), rtol=0, atol=0)
 
 
 def test_rope():
@@ -46,8 +46,8 @@ def test_rope():
     expected = theirs.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
     tables = reference.rope_tables(positions, config.rope_theta ** -(torch.arange(4.0) / 4))
     for x, rotated in zip((q, k), expected, strict=True):
-        found = reference.apply_rope(x, *tables)
-        torch.testing.assert_close(found, rotated, **CLOSE)
+        actual = reference.apply_rope(x, *tables)
+        torch.testing.assert_close(actual, rotated, **CLOSE)
     assert tables[0].shape == (2, 6, 1, 8)
 
 
@@ -87,15 +87,15 @@ def test_attention_is_causal_attention(groups):
 def test_attention_of_packed_documents_is_attention_of_each(groups):
     q, k, v = draw(2, 12, 4, 8), draw(2, 12, groups, 8, seed=1), draw(2, 12, groups, 8, seed=2)
     ids = documents()
-    whole = reference.attention(q, k, v, ids)
+    full = reference.attention(q, k, v, ids)
     for row in range(2):
         for document in ids[row].unique():
             where = (ids[row] == document).nonzero()[:, 0]
             one = [x[row : row + 1, where] for x in (q, k, v)]
             expected = reference.attention(*one)[0]
-            torch.testing.assert_close(whole[row][where], expected, **CLOSE)
+            torch.testing.assert_close(full[row][where], expected, **CLOSE)
     fused = ops.sdpa(q, k, v, ops.attention_mask(ids))
-    torch.testing.assert_close(fused, whole, **CLOSE)
+    torch.testing.assert_close(fused, full, **CLOSE)
 
 
 def test_gradients_of_the_ops_are_those_of_the_references():

@@ -1,4 +1,4 @@
-"""RMSNorm's kernels against fp64, with and without the residual, in Triton's interpreter."""
+"""Tests of the RMSNorm kernels against fp64, with and without residual, in the interpreter."""
 
 import pytest
 import torch
@@ -74,20 +74,22 @@ def test_strided_inputs_and_gradients():
 
 @pytest.mark.parametrize("rows", [1, 199, 4096])
 def test_the_weights_gradient_is_as_good_as_its_sum_can_be(rows):
-    """Its terms dy n are near to N(0, 1), each computed to about 4 u (u = 2^-24): over M rows that
-    is a random walk of 4 u sqrt(M). In one of the A sums that are kept, of L = M / A terms, sum l
-    is about sqrt(l) large and is rounded by up to u sqrt(l), over all l another walk, of
-    u L / sqrt(2); over all A sums u sqrt(M) sqrt(L / 2). Of 64 columns, none is 6 times as far.
+    """The error of the weight gradient stays within that of its fp32 sums.
+
+    The terms dy n are close to N(0, 1), each computed to about 4 u (u = 2^-24): over M rows that is
+    a random walk of 4 u sqrt(M). In one of A partial sums of L = M / A terms, the sum of l terms is
+    about sqrt(l) and is rounded by up to u sqrt(l), over all l another walk, of u L / sqrt(2); over
+    all A sums u sqrt(M) sqrt(L / 2). Of 64 columns, none deviates 6 times as far.
     """
     x, dy, weight = draw(rows, 64), draw(rows, 64, seed=1), draw(64, seed=2)
     wide = [t.double().requires_grad_() for t in (x, weight)]
     exact = torch.autograd.grad(eager_norm(*wide), wide, dy.double())[1]
     inverse_rms = torch.rsqrt(x.square().mean(-1) + EPS)
-    found = rms_norm_backward(dy, None, x, weight, inverse_rms)[1]
+    actual = rms_norm_backward(dy, None, x, weight, inverse_rms)[1]
     tile = select("rms_norm_backward", launching.INTERPRETER, width=64, bytes=4)
     sums = PROGRAMS_EACH * launching.INTERPRETER_PROGRAMS * tile["ROWS"]
     error = 6 * 2**-24 * rows**0.5 * (4 + (max(rows / sums, 1) / 2) ** 0.5)
-    assert (found.double() - exact).abs().max() <= error
+    assert (actual.double() - exact).abs().max() <= error
 
 
 def test_gradients_repeat_bit_for_bit():
@@ -98,8 +100,10 @@ def test_gradients_repeat_bit_for_bit():
 
 
 def test_the_weight_may_be_away_between_forward_and_backward():
-    """As ZeRO-3 does it: the parameter's memory goes after the forward pass and comes back. What
-    comes back here are other numbers, which shows that the parameter itself was saved."""
+    """ZeRO-3 frees the parameter's memory after the forward pass and refills it.
+
+    The test refills it with different numbers, which shows that the parameter itself was saved.
+    """
     x, weight = draw(7, 24).requires_grad_(), torch.nn.Parameter(draw(24, seed=1))
     for call in (norm, lambda x, w: add_norm(x, x.detach(), w)[0]):
         expected = torch.autograd.grad(call(x, weight).sum(), x)[0]

@@ -1,4 +1,4 @@
-"""The rotation of queries and keys against fp64, in Triton's interpreter."""
+"""Tests of the rotation of queries and keys against fp64, in Triton's interpreter."""
 
 import pytest
 import torch
@@ -14,11 +14,11 @@ SHAPES = [
     (1, 17, 4, 4, 80),
     (2, 33, 5, 2, 128),
 ]
-"""B, S, H, G, D: one of everything, sizes that no tile divides, groups of 1 and more."""
+"""B, S, H, G, D: all ones, sizes that no tile divides, groups of one and more heads."""
 
 
 def tables(batch: int, sequence: int, width: int) -> tuple[Tensor, Tensor]:
-    """Of packed documents: positions that begin anew in places, others in every row."""
+    """Return tables of packed documents: positions restart within rows, and rows differ."""
     positions = torch.arange(sequence).repeat(batch, 1)
     for row in range(batch):
         cut = (7 + 5 * row) % sequence
@@ -56,10 +56,10 @@ def test_views_give_the_bits_of_their_copies():
 def test_one_row_of_tables_serves_the_batch():
     q, k = draw(3, 19, 2, 16), draw(3, 19, 1, 16, seed=1)
     cos, sin = tables(1, 19, 16)
-    found = rope(q, k, cos, sin)
+    actual = rope(q, k, cos, sin)
     expected = rope(q, k, cos.repeat(3, 1, 1, 1), sin.repeat(3, 1, 1, 1))
-    assert all(map(torch.equal, found, expected))
-    torch.testing.assert_close(found[0], reference.apply_rope(q, cos, sin))
+    assert all(map(torch.equal, actual, expected))
+    torch.testing.assert_close(actual[0], reference.apply_rope(q, cos, sin))
 
 
 def test_backward_turns_back():

@@ -1,4 +1,4 @@
-"""RMSNorm, rotary positions and SwiGLU as torch's ops: registration, compiler, recomputation."""
+"""Tests of RMSNorm, RoPE and SwiGLU as torch ops: registration, compilation, checkpointing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ OPS: dict[str, tuple[Any, ...]] = {
     "swiglu_backward": (*ROWS,),
 }
 DIFFERENTIABLE = {"rms_norm": 2, "add_rms_norm": 3, "rope": 2, "swiglu": 2}
-"""How many of an op's first arguments get gradients."""
+"""Number of leading arguments of an op that get gradients."""
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -54,9 +54,9 @@ def test_backward_of_the_norm_without_a_sum_is_registered():
 def test_compiles_as_one_graph(name):
     call, inputs = CALLS[name]
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-    found = with_gradients(compiled, inputs, torch.float32)
+    actual = with_gradients(compiled, inputs, torch.float32)
     expected = with_gradients(call, inputs, torch.float32)
-    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, actual, expected))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -66,9 +66,9 @@ def test_may_be_computed_again_for_the_backward_pass(name):
     def again(*given: Tensor) -> Any:
         return checkpoint(call, *given, use_reentrant=False)
 
-    found = with_gradients(again, inputs, torch.float32)
+    actual = with_gradients(again, inputs, torch.float32)
     expected = with_gradients(call, inputs, torch.float32)
-    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, actual, expected))
 
 
 @pytest.mark.parametrize("name", CALLS)

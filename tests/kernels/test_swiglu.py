@@ -1,4 +1,4 @@
-"""SwiGLU's kernels against fp64, in Triton's interpreter."""
+"""Tests of the SwiGLU kernels against fp64, in Triton's interpreter."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_far_from_zero_nothing_overflows():
 
 
 def test_strided_inputs_and_gradients():
-    """Halves of one projection, and a gradient that is expanded from one number."""
+    """Halves of one projection, and a gradient expanded from one number."""
     fused = draw(7, 48).requires_grad_()
     swiglu(*fused.chunk(2, dim=-1)).sum().backward()
     twin = fused.detach().clone().requires_grad_()

@@ -1,7 +1,6 @@
-"""tools/gpu/gpu_check.py without a GPU: its arithmetic, its goals, its tables, and how it cuts
-parts.
+"""Tests of tools/gpu/gpu_check.py without a GPU: arithmetic, goals, tables and cut parts.
 
-Its benchmarks are run once, with tiny shapes, in Triton's interpreter.
+Its benchmarks run once, with tiny shapes, in Triton's interpreter.
 """
 
 import json
@@ -16,32 +15,32 @@ from megagrow_kernels import reference
 from tools.gpu import check_tests as gpu_check_tests
 from tools.gpu import gpu_check
 from tools.gpu.bench.attention import SHAPES, document_ids
-from tools.gpu.bench.case import OURS, Case, Place, measure
-from tools.gpu.bench.clock import OnceClock
-from tools.gpu.bench.goals import GOALS, NOT_MEASURED, Findings, goal_rows
+from tools.gpu.bench.case import OURS, BenchmarkCase, DeviceSetup, measure
+from tools.gpu.bench.goals import GOALS, NOT_MEASURED, BenchmarkResults, goal_rows
 from tools.gpu.bench.growth import summary
 from tools.gpu.bench.kernels import FAMILIES, records
+from tools.gpu.bench.timer import SmokeTimer
 from tools.gpu.bench.work import (
     TENSORS,
-    Work,
+    KernelWork,
     attention_work,
     linear_cross_entropy_work,
     row_work,
     seen_pairs,
 )
 from tools.gpu.check_parts import (
-    Budget,
+    CheckPart,
     Command,
-    Outcome,
-    Part,
-    how_to_carry,
+    PartResult,
+    TimeBudget,
+    install_instructions,
     missing_packages,
     run_part,
 )
 from tools.gpu.check_tables import failures, report, table
 
 COPY, MATMUL = 4e12, 800e12
-PLACE = Place(torch.device("cpu"), smoke=True)
+SETUP = DeviceSetup(torch.device("cpu"), smoke=True)
 
 
 @pytest.mark.parametrize(
@@ -56,13 +55,13 @@ def test_pairs_are_those_of_the_mask(lengths, window):
 
 
 def test_work():
-    assert row_work("rms_norm", 10, 2) == (Work(bytes=40), Work(bytes=60))
+    assert row_work("rms_norm", 10, 2) == (KernelWork(bytes=40), KernelWork(bytes=60))
     assert sum(TENSORS["cross_entropy"]) * 2 == 6  # bytes per logit in bf16
     forward, backward = attention_work((4096,) * 4, heads=32, head_dim=128)
     assert forward.flops == pytest.approx(4 * 4 * 32 * 4096**2 * 128 / 2, rel=1e-3)
     assert backward.flops == 2.5 * forward.flops
     assert linear_cross_entropy_work(2, 3, 5).flops == 3 * (2 * 2 * 3 * 5)
-    assert Work(1, 2) + Work(3, 4) == Work(4, 6)
+    assert KernelWork(1, 2) + KernelWork(3, 4) == KernelWork(4, 6)
 
 
 def test_attention_is_measured_on_as_many_tokens_in_every_shape():
@@ -79,12 +78,12 @@ def ceiling(copy: float = COPY) -> dict:
     return {"kind": "ceiling", "part": "p", "copy": copy, "matmul": MATMUL}
 
 
-def goals_of(*found: dict) -> dict[str, tuple[str, str]]:
-    return {text: (value, met) for text, _, value, met in goal_rows(Findings(found))}
+def goals_of(*actual: dict) -> dict[str, tuple[str, str]]:
+    return {text: (value, met) for text, _, value, met in goal_rows(BenchmarkResults(actual))}
 
 
 def test_nothing_measured_meets_no_goal():
-    rows = goal_rows(Findings([]))
+    rows = goal_rows(BenchmarkResults([]))
     assert len(rows) == len(GOALS) == len({row[0] for row in rows})
     assert {row[2:] for row in rows} == {(NOT_MEASURED, "")}
 
@@ -95,21 +94,23 @@ def test_goals_of_a_norm():
         for s, c in ((1.05e-3, "a"), (1.1e-3, "b"))
     ]
     theirs = timing("rms_norm", "forward", "compile", 1.0e-3, bytes=4e9, case="b")
-    found = goals_of(ceiling(), ceiling(3e12), *ours, theirs)
-    assert found["RMSNorm forward, of copy"] == ("0.909", "not met")
-    assert found["RMSNorm forward, speed over torch.compile"] == ("0.909", "not met")
-    assert found["RMSNorm forward, speed over Liger"] == (NOT_MEASURED, "")
-    found = goals_of(ceiling(), ours[0])
-    assert found["RMSNorm forward, of copy"] == ("0.952", "met")
+    actual = goals_of(ceiling(), ceiling(3e12), *ours, theirs)
+    assert actual["RMSNorm forward, of copy"] == ("0.909", "not met")
+    assert actual["RMSNorm forward, speed over torch.compile"] == ("0.909", "not met")
+    assert actual["RMSNorm forward, speed over Liger"] == (NOT_MEASURED, "")
+    actual = goals_of(ceiling(), ours[0])
+    assert actual["RMSNorm forward, of copy"] == ("0.952", "met")
 
 
 def test_a_case_that_failed_is_the_worst_one():
     failed = timing("rms_norm", "forward", OURS, 0.0) | {"problem": "it broke"}
     del failed["seconds"]
-    found = Findings([ceiling(), timing("rms_norm", "forward", OURS, 1e-3, bytes=4e9), failed])
-    assert found.share_of_copy(op="rms_norm", way="forward") is None
-    assert failures(found) == [failed]
-    assert failures(Findings([failed | {"by": "liger"}])) == []
+    actual = BenchmarkResults(
+        [ceiling(), timing("rms_norm", "forward", OURS, 1e-3, bytes=4e9), failed]
+    )
+    assert actual.copy_fraction(op="rms_norm", way="forward") is None
+    assert failures(actual) == [failed]
+    assert failures(BenchmarkResults([failed | {"by": "liger"}])) == []
 
 
 def test_goals_of_attention():
@@ -120,10 +121,10 @@ def test_goals_of_attention():
     short = [one(OURS, 3e-3, 2048), one("cudnn", 1e-3, 2048)]
     long = [one(OURS, 2e-3, 4096), one("cudnn", 1.8e-3, 4096), one("flash", 2.5e-3, 4096)]
     packed = [one(OURS, 3e-3, 8192, "packed"), one(OURS, 3.3e-3, 8192, "skewed")]
-    found = goals_of(ceiling(), *short, *long, *packed)
-    assert found["attention d128 from 4k forward, speed over SDPA cudnn"] == ("0.900", "met")
-    assert found["attention d128 from 4k forward, speed over SDPA flash"] == ("1.250", "not met")
-    assert found["packed documents forward, of our dense FLOP/s"] == ("0.909", "not met")
+    actual = goals_of(ceiling(), *short, *long, *packed)
+    assert actual["attention d128 from 4k forward, speed over SDPA cudnn"] == ("0.900", "met")
+    assert actual["attention d128 from 4k forward, speed over SDPA flash"] == ("1.250", "not met")
+    assert actual["packed documents forward, of our dense FLOP/s"] == ("0.909", "not met")
 
 
 def test_goals_of_the_loss_and_of_training():
@@ -134,11 +135,11 @@ def test_goals_of_the_loss_and_of_training():
     memory = {"kind": "memory", "part": "p", "op": "x", "case": "c", "by": OURS}
     memory |= {"extra_bytes": 100, "logits_bytes": 1000}
     steps = [{"kind": "training", "model": "llama-1.1b", "mfu": mfu} for mfu in (0.4, None, 0.52)]
-    found = goals_of(ceiling(), alone, *head, memory, *steps)
-    assert found["vocab-parallel cross-entropy, over its byte floor"] == ("1.200", "met")
-    assert found["linear + cross-entropy, speed over plain"] == ("1.050", "met")
-    assert found["linear + cross-entropy, memory over the logits'"] == ("0.100", "met")
-    assert found["1.1B training, MFU"] == ("0.520", "met")
+    actual = goals_of(ceiling(), alone, *head, memory, *steps)
+    assert actual["vocab-parallel cross-entropy, over its byte floor"] == ("1.200", "met")
+    assert actual["linear + cross-entropy, speed over plain"] == ("1.050", "met")
+    assert actual["linear + cross-entropy, memory over the logits'"] == ("0.100", "met")
+    assert actual["1.1B training, MFU"] == ("0.520", "met")
 
 
 def test_tables():
@@ -150,19 +151,21 @@ def test_tables():
     problem = timing("attention", "forward", "flex", 0.0) | {"problem": "no backward on a CPU"}
     del problem["seconds"]
     missing = {"kind": "missing", "part": "p", "library": "liger"}
-    outcomes = [Outcome("p", 3.2, "done"), Outcome("q", 60.0, "cut after 60 s")]
-    text = "\n".join(report(outcomes, Findings([ceiling(), ours, cudnn, problem, missing])))
+    outcomes = [PartResult("p", 3.2, "done"), PartResult("q", 60.0, "cut after 60 s")]
+    text = "\n".join(report(outcomes, BenchmarkResults([ceiling(), ours, cudnn, problem, missing])))
     assert "matmul 800 TFLOP/s, copy 4.00 TB/s" in text
     assert "2500.0   400 TFLOP/s  50%         cudnn 0.80" in text
     assert "cut after 60 s" in text
     assert "attention forward c flex: no backward on a CPU" in text
-    assert "not compared with: liger" in text
+    assert "not compared: liger" in text
 
 
 def test_a_part_gets_what_earlier_ones_leave():
     now = [100.0]
-    parts = [Part(name, seconds, []) for name, seconds in (("a", 10.0), ("b", 20.0), ("c", 5.0))]
-    budget = Budget(parts, clock=lambda: now[0])
+    parts = [
+        CheckPart(name, seconds, []) for name, seconds in (("a", 10.0), ("b", 20.0), ("c", 5.0))
+    ]
+    budget = TimeBudget(parts, clock=lambda: now[0])
     assert budget.left("a") == 10
     now[0] = 103.0
     assert (budget.left("b"), budget.total) == (27, 35)
@@ -171,16 +174,16 @@ def test_a_part_gets_what_earlier_ones_leave():
 
 
 def test_the_parts_take_less_than_nine_minutes(tmp_path: Path):
-    parts = [gpu_check.part_of(name, tmp_path, smoke=False) for name in gpu_check.SHARES]
-    assert Budget(parts).total <= 530
+    parts = [gpu_check.make_part(name, tmp_path, smoke=False) for name in gpu_check.SHARES]
+    assert TimeBudget(parts).total <= 530
     for part in parts:
         for command in part.commands:
             assert Path(command.arguments[0]).is_file()
 
 
 def test_parts_that_end_fail_and_overrun(tmp_path: Path):
-    def of(*programs: str) -> Part:
-        return Part(
+    def of(*programs: str) -> CheckPart:
+        return CheckPart(
             "part", 0, [Command(["-c", program], {"GREETING": "hello"}) for program in programs]
         )
 
@@ -197,15 +200,17 @@ def test_parts_that_end_fail_and_overrun(tmp_path: Path):
 
 def test_records_of_a_part_that_was_cut(tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text('{"kind": "a"}\n{"kind": "b"}\n{"ki')
-    found = gpu_check.read_records([Outcome("rows", 1.0, "cut after 1 s")], tmp_path)
-    assert found == [{"part": "rows", "kind": "a"}, {"part": "rows", "kind": "b"}]
+    actual = gpu_check.read_records([PartResult("rows", 1.0, "cut after 1 s")], tmp_path)
+    assert actual == [{"part": "rows", "kind": "a"}, {"part": "rows", "kind": "b"}]
 
 
 def test_what_is_missing_is_named():
     assert missing_packages() == []
     missing = missing_packages(lambda module: module not in ("deepspeed", "yaml", "datasets"))
     assert missing == ["deepspeed", "pyyaml"]
-    assert "pip wheel --no-deps --wheel-dir wheels deepspeed pyyaml" in how_to_carry(missing)
+    assert "pip wheel --no-deps --wheel-dir wheels deepspeed pyyaml" in install_instructions(
+        missing
+    )
 
 
 def test_without_a_gpu_it_exits_with_2(tmp_path: Path):
@@ -218,18 +223,18 @@ def test_without_a_gpu_it_exits_with_2(tmp_path: Path):
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, capsys):
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(SystemExit) as stopped:
-        gpu_check.make_room(tmp_path)
+        gpu_check.prepare_output(tmp_path)
     assert stopped.value.code == 2 and (tmp_path / "thesis.txt").exists()
-    gpu_check.make_room(tmp_path / "new")
-    gpu_check.make_room(tmp_path / "new")
-    assert "no result of gpu_check" in capsys.readouterr().err
+    gpu_check.prepare_output(tmp_path / "new")
+    gpu_check.prepare_output(tmp_path / "new")
+    assert "not a result of gpu_check" in capsys.readouterr().err
 
 
 def test_the_gpu_tests_are_found():
     tests = gpu_check.ROOT / "tests"
-    found = gpu_check_tests.files_with_gpu_tests(tests)
-    assert {tests / "kernels" / "test_gpu.py", tests / "run" / "test_gpu.py"} <= set(found)
-    assert tests / "test_architecture.py" not in found
+    actual = gpu_check_tests.files_with_gpu_tests(tests)
+    assert {tests / "kernels" / "test_gpu.py", tests / "run" / "test_gpu.py"} <= set(actual)
+    assert tests / "test_architecture.py" not in actual
 
 
 def test_counts_of_tests(tmp_path: Path):
@@ -239,8 +244,8 @@ def test_counts_of_tests(tmp_path: Path):
         'name="bad"><failure/></testcase><testcase name="not"><skipped/></testcase></testsuite>'
         "</testsuites>"
     )
-    found = gpu_check_tests.counted([report])
-    assert found == {"passed": 1, "failed": ["t::bad"], "skipped": 1}
+    actual = gpu_check_tests.count_results([report])
+    assert actual == {"passed": 1, "failed": ["t::bad"], "skipped": 1}
 
 
 def test_the_stall_of_a_growth():
@@ -251,9 +256,9 @@ def test_the_stall_of_a_growth():
     growth |= {"bytes_within_ranks": 5, "loss_before": 1.0, "loss_after": 2.0}
     steps = [step(0, 9.0, 0.0), step(0, 1.0, 0.0), step(0, 1.0, 5.0)]
     after = [step(1, 4.5, 8.0), step(1, 1.5, 8.0), step(1, 1.5, 8.0)]
-    found = summary([*steps, growth, *after])
-    assert (found["event_seconds"], found["stall_seconds"]) == (3.0, 6.0)
-    assert (found["base_step_seconds"], found["step_seconds"]) == (1.0, 1.5)
+    actual = summary([*steps, growth, *after])
+    assert (actual["event_seconds"], actual["stall_seconds"]) == (3.0, 6.0)
+    assert (actual["base_step_seconds"], actual["step_seconds"]) == (1.0, 1.5)
 
 
 def test_what_another_cannot_do_is_a_finding():
@@ -261,32 +266,35 @@ def test_what_another_cannot_do_is_a_finding():
         raise NotImplementedError("not on this card\nand more")
 
     x = torch.ones(3, requires_grad=True)
-    case = Case("op", "case", {OURS: lambda: 2 * x, "other": cannot}, (x,), Work(bytes=24))
-    found = list(measure(case, OnceClock()))
-    assert [(r["way"], r["by"], r.get("problem")) for r in found] == [
+    case = BenchmarkCase(
+        "op", "case", {OURS: lambda: 2 * x, "other": cannot}, (x,), KernelWork(bytes=24)
+    )
+    actual = list(measure(case, SmokeTimer()))
+    assert [(r["way"], r["by"], r.get("problem")) for r in actual] == [
         ("forward", OURS, None),
         ("forward", "other", "NotImplementedError: not on this card"),
         ("backward", OURS, None),
         ("backward", "other", "NotImplementedError: not on this card"),
     ]
-    assert found[0]["bytes"] == 24 and found[0]["seconds"] >= 0
+    assert actual[0]["bytes"] == 24 and actual[0]["seconds"] >= 0
 
 
 ON_A_CPU = {("flex", "backward")}
-"""What does not exist there."""
+"""(implementation, direction) pairs that do not exist on a CPU."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_benchmark_runs(family: str):
-    found = [json.loads(json.dumps(record)) for record in records(family, PLACE)]
-    wrong = [r for r in found if "problem" in r and (r["by"], r["way"]) not in ON_A_CPU]
+    actual = [json.loads(json.dumps(record)) for record in records(family, SETUP)]
+    wrong = [r for r in actual if "problem" in r and (r["by"], r["way"]) not in ON_A_CPU]
     assert not wrong
-    timings = [r for r in found if r["kind"] == "timing"]
+    timings = [r for r in actual if r["kind"] == "timing"]
     assert {r["op"] for r in timings if r["by"] == OURS} == {
         "rows": {"rms_norm", "add_rms_norm", "rope", "swiglu"},
         "attention": {"attention"},
         "loss": {"cross_entropy", "linear_cross_entropy"},
     }[family]
-    ways = {r["way"] for r in timings}
-    assert ways == ({"both"} if family == "loss" else {"forward", "backward"})
-    assert report([Outcome("p", 1.0, "done")], Findings([{"part": "p"} | r for r in found]))
+    directions = {r["way"] for r in timings}
+    assert directions == ({"both"} if family == "loss" else {"forward", "backward"})
+    results = BenchmarkResults([{"part": "p"} | r for r in actual])
+    assert report([PartResult("p", 1.0, "done")], results)

@@ -1,8 +1,7 @@
 """The next stage's kernels are compiled beside the training: they are those that it launches then.
 
-No GPU is here: a step of the real model on a pretended one
-(tests/helpers/kernels/pretended_gpu.py) asks
-Triton for its kernels, and finds each of them in the cache that the warm-up has left.
+No GPU is needed: a step of the model on a simulated one (tests/helpers/kernels/simulated_gpu.py)
+requests its kernels from Triton, and each of them is in the cache that the warm-up filled.
 """
 
 import json
@@ -83,7 +82,7 @@ def test_a_real_step_finds_all_its_kernels_compiled(cache: Path, tmp_path: Path)
     # Another card of the same architecture: it has fewer multiprocessors than is assumed.
     told = {"stages": STAGES, "sequence": SEQUENCE, "programs": 108}
     settings.write_text(json.dumps(told), encoding="utf-8")
-    script = ROOT / "tests" / "kernels" / "pretended_gpu.py"
+    script = ROOT / "tests" / "helpers" / "kernels" / "simulated_gpu.py"
     command = [sys.executable, str(script), str(settings)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -152,7 +151,7 @@ def test_a_process_that_cannot_be_started_is_warned_of(monkeypatch: pytest.Monke
 
 
 class Started:
-    """A run of two stages on a pretended GPU, and what its warm-up would have compiled."""
+    """A run of two stages on a simulated GPU, and what its warm-up would have compiled."""
 
     def __init__(self, tmp_path: Path, patch: pytest.MonkeyPatch, **kernels: str) -> None:
         stages: list[dict[str, Any]] = [STAGES[0], STAGES[0] | {"kernels": kernels}]

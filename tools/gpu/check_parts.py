@@ -1,7 +1,7 @@
-"""The parts of a check: what each needs, how long it may take, and what is done when it overruns.
+"""Parts of the GPU check: their processes, dependencies and time limits.
 
-Every part is a few processes of its own, so that a kernel that kills its process, or hangs the
-card, costs no more than its part.
+Every part runs in separate processes, so a kernel that crashes its process or hangs the GPU only
+affects its part.
 """
 
 import importlib.util
@@ -28,45 +28,45 @@ IMPORT_NAMES = {
     "typing-inspection": "typing_inspection",
     "markdown-it-py": "markdown_it",
 }
-"""Distributions whose module has another name."""
+"""Import names of distributions whose module has a different name."""
 UNUSED = ("datasets", "pyarrow", "matplotlib", "tensorboard", "tokenizers")
-"""Dependencies of megagrow that no part of a check imports."""
-BEHIND = (
+"""Dependencies of megagrow that no part of the check imports."""
+TRANSITIVE = (
     *("einops", "hjson", "msgpack", "ninja", "packaging", "psutil", "py-cpuinfo", "tqdm"),
     *("annotated-types", "pydantic-core", "typing-inspection"),
     *("annotated-doc", "shellingham", "markdown-it-py", "mdurl", "pygments"),
 )
-"""What deepspeed, pydantic, typer and rich import: wheels carried by --no-deps lack it."""
-CARRY = """
-Where there is a network, for the same Python and processor:
+"""Dependencies of deepspeed, pydantic, typer and rich, which `pip wheel --no-deps` leaves out."""
+OFFLINE_INSTALL = """
+With network access, for the same Python version and platform:
     DS_BUILD_OPS=0 pip wheel --no-deps --wheel-dir wheels {names}
-(pydantic-core in the version that pydantic asks for); and here, with wheels/ carried over:
+(pydantic-core in the version that pydantic requires). Then copy wheels/ to this machine:
     pip install --no-deps --no-index --find-links wheels {names}
 """
 
 
 @dataclass(frozen=True)
 class Command:
-    """A process of Python."""
+    """Arguments and environment of one Python process."""
 
     arguments: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Added to that of this process."""
+    """Variables added to the environment of this process."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Something that is checked, by one or more processes side by side."""
+class CheckPart:
+    """One part of the check: one or more concurrent processes."""
 
     name: str
     seconds: float
-    """Its share of the time; what earlier parts leave comes on top."""
+    """Time share in seconds; time left over by earlier parts is added."""
     commands: Sequence[Command]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a part ended."""
+class PartResult:
+    """Result and duration of a part."""
 
     name: str
     seconds: float
@@ -78,10 +78,12 @@ class Outcome:
         return self.result == "done"
 
 
-class Budget:
-    """Who may run until when: every part has a latest end, that of all shares up to its own."""
+class TimeBudget:
+    """Time budget: each part has a deadline, the sum of all shares up to its own."""
 
-    def __init__(self, parts: Iterable[Part], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, parts: Iterable[CheckPart], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._ends: dict[str, float] = {}
         end = 0.0
         for part in parts:
@@ -91,26 +93,26 @@ class Budget:
 
     @property
     def total(self) -> float:
-        """Seconds of all parts together."""
+        """Total seconds of all parts."""
         return max(self._ends.values(), default=0.0)
 
     def left(self, name: str) -> float:
-        """Seconds that a part may still take; 0 if it is over."""
+        """Return the remaining seconds of a part; 0 after its deadline."""
         return max(0.0, self._ends[name] - (self._clock() - self._begin))
 
 
-def run_part(part: Part, limit: float, output: Path) -> Outcome:
-    """Runs the commands of a part; ends what is left of them when `limit` seconds are over.
+def run_part(part: CheckPart, limit: float, output: Path) -> PartResult:
+    """Run the commands of a part and kill those still running after `limit` seconds.
 
-    What they print goes to OUTPUT/NAME.log. They import what this process can import.
+    Their output goes to OUTPUT/NAME.log. They have the import path of this process.
     """
     begin = time.monotonic()
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])
     result = "done"
     with (output / f"{part.name}.log").open("wb") as log:
-        running = [
+        processes = [
             subprocess.Popen(
-                _words(command, path),
+                _argv(command, path),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -120,41 +122,48 @@ def run_part(part: Part, limit: float, output: Path) -> Outcome:
             for command in part.commands
         ]
         try:
-            for process in running:
+            for process in processes:
                 process.wait(max(0.0, begin + limit - time.monotonic()))
         except subprocess.TimeoutExpired:
             result = f"cut after {limit:.0f} s"
         finally:
-            _end(running)
-    codes = {process.returncode for process in running} - {0}
+            _kill(processes)
+    codes = {process.returncode for process in processes} - {0}
     if result == "done" and codes:
         result = f"failed (exit code {', '.join(map(str, sorted(codes)))})"
-    return Outcome(part.name, time.monotonic() - begin, result)
+    return PartResult(part.name, time.monotonic() - begin, result)
 
 
-def missing_packages(has: Callable[[str], bool] | None = None) -> list[str]:
-    """The distributions that a check needs and this machine lacks; `has` tells of a module."""
-    here = has or (lambda module: importlib.util.find_spec(module) is not None)
+def missing_packages(has_module: Callable[[str], bool] | None = None) -> list[str]:
+    """Return the required distributions that are not installed.
+
+    `has_module` returns True if a module can be imported.
+    """
+    is_installed = has_module or (lambda module: importlib.util.find_spec(module) is not None)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    listed = [re.split(r"[^A-Za-z0-9_-]", text)[0] for text in project["dependencies"]]
-    wanted = [name for name in [*listed, *BEHIND, "pytest", "pytest-timeout"] if name not in UNUSED]
-    return [name for name in wanted if not here(IMPORT_NAMES.get(name, name))]
+    dependencies = [re.split(r"[^A-Za-z0-9_-]", text)[0] for text in project["dependencies"]]
+    required = [
+        name
+        for name in [*dependencies, *TRANSITIVE, "pytest", "pytest-timeout"]
+        if name not in UNUSED
+    ]
+    return [name for name in required if not is_installed(IMPORT_NAMES.get(name, name))]
 
 
-def how_to_carry(names: Sequence[str]) -> str:
-    """What to tell somebody on whose machine these are missing."""
+def install_instructions(names: Sequence[str]) -> str:
+    """Return the error message for missing distributions, with install instructions."""
     needed = " ".join(names)
-    return f"gpu_check needs what is not here: {needed}\n{CARRY.format(names=needed)}"
+    return f"gpu_check needs missing packages: {needed}\n{OFFLINE_INSTALL.format(names=needed)}"
 
 
-def _words(command: Command, path: str) -> list[str]:
+def _argv(command: Command, path: str) -> list[str]:
     variables = {"PYTHONPATH": path} | command.environment
     settings = [f"{name}={value}" for name, value in variables.items()]
     return ["env", *settings, sys.executable, *command.arguments]
 
 
-def _end(processes: Iterable[subprocess.Popen]) -> None:
-    """Ends processes with all that they started, whether they wait or not."""
+def _kill(processes: Iterable[subprocess.Popen]) -> None:
+    """Kill processes that are still running, with all their children, and reap them."""
     for process in processes:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

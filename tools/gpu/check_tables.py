@@ -1,37 +1,39 @@
-"""What a check prints last: records in, lines of text out. Pure."""
+"""Tables at the end of a GPU check: records in, lines of text out. Pure functions."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from tools.gpu.bench.case import OURS, Record
-from tools.gpu.bench.goals import NOT_MEASURED, Findings, goal_rows
-from tools.gpu.check_parts import Outcome
+from tools.gpu.bench.goals import NOT_MEASURED, BenchmarkResults, goal_rows
+from tools.gpu.check_parts import PartResult
 
 SMOKE = "A smoke run on a CPU: every number below is meaningless."
-Row = Sequence[str]
+TableRow = Sequence[str]
 
 
-def report(outcomes: Iterable[Outcome], findings: Findings, smoke: bool = False) -> list[str]:
-    """All tables, in the order in which they answer: did it run, is it good, how good."""
+def report(
+    outcomes: Iterable[PartResult], results: BenchmarkResults, smoke: bool = False
+) -> list[str]:
+    """Return all tables: results of the parts, goals, then measurements."""
     lines = [SMOKE] if smoke else []
     tables = (
-        (("part", "seconds", "result"), part_rows(outcomes, findings)),
-        (("goal", "bound", "measured", ""), [] if smoke else goal_rows(findings)),
-        (("kernel", "ours us", "rate", "of ceiling", "speed over others"), kernel_rows(findings)),
-        (("loss memory", "by", "extra MiB", "of logits"), memory_rows(findings)),
+        (("part", "seconds", "result"), part_rows(outcomes, results)),
+        (("goal", "bound", "measured", ""), [] if smoke else goal_rows(results)),
+        (("kernel", "ours us", "rate", "of ceiling", "speed over baselines"), kernel_rows(results)),
+        (("loss memory", "by", "extra MiB", "of logits"), memory_rows(results)),
         (
             ("training", "kernels", "tokens/s", "MFU", "peak GiB", "first s"),
-            training_rows(findings),
+            training_rows(results),
         ),
-        (("growth", "seconds", "MiB moved", "peak GiB", "stall s"), growth_rows(findings)),
+        (("growth", "seconds", "MiB moved", "peak GiB", "stall s"), growth_rows(results)),
     )
     for heading, rows in tables:
         lines += table(heading, list(rows))
-    return lines + problems(findings)
+    return lines + problems(results)
 
 
-def table(heading: Row, rows: Sequence[Row]) -> list[str]:
-    """Aligned columns under a heading, an empty line before; nothing without rows."""
+def table(heading: TableRow, rows: Sequence[TableRow]) -> list[str]:
+    """Return aligned columns under a heading, after an empty line; nothing without rows."""
     if not rows:
         return []
     columns = list(zip(heading, *rows, strict=True))
@@ -43,29 +45,29 @@ def table(heading: Row, rows: Sequence[Row]) -> list[str]:
     return ["", aligned[0], "-" * len(aligned[0]), *aligned[1:]]
 
 
-def part_rows(outcomes: Iterable[Outcome], findings: Findings) -> Iterator[Row]:
-    """How each part ended; the tests with their counts, the others with their ceilings."""
+def part_rows(outcomes: Iterable[PartResult], results: BenchmarkResults) -> Iterator[TableRow]:
+    """Yield the result of each part, with test counts or measured ceilings."""
     for outcome in outcomes:
         words = [outcome.result]
-        for tests in findings.of("tests", part=outcome.name):
+        for tests in results.of("tests", part=outcome.name):
             counts = (tests["passed"], len(tests["failed"]), tests["skipped"])
             words.append("{} passed, {} failed, {} skipped".format(*counts))
-        if findings.of("ceiling", part=outcome.name):
-            rates = (findings.ceiling(name, outcome.name) / 1e12 for name in ("matmul", "copy"))
+        if results.of("ceiling", part=outcome.name):
+            rates = (results.ceiling(name, outcome.name) / 1e12 for name in ("matmul", "copy"))
             words.append("matmul {:.0f} TFLOP/s, copy {:.2f} TB/s".format(*rates))
         yield outcome.name, f"{outcome.seconds:.0f}", "; ".join(words)
 
 
-def kernel_rows(findings: Findings) -> Iterator[Row]:
-    """megagrow's kernels, each with its rate and all the others' seconds over its own."""
-    for ours in findings.timings(by=OURS):
+def kernel_rows(results: BenchmarkResults) -> Iterator[TableRow]:
+    """Yield megagrow's kernels, with their rate and every baseline's time relative to theirs."""
+    for ours in results.timings(by=OURS):
         bound, unit = ("flops", "TFLOP/s") if ours["flops"] else ("bytes", "TB/s")
         rate = ours[bound] / ours["seconds"]
-        ceiling = findings.ceiling("matmul" if ours["flops"] else "copy", ours["part"])
+        ceiling = results.ceiling("matmul" if ours["flops"] else "copy", ours["part"])
         same = {key: ours[key] for key in ("op", "case", "way")}
         ratios = [
             f"{other['by']} {other['seconds'] / ours['seconds']:.2f}"
-            for other in findings.timings(**same)
+            for other in results.timings(**same)
             if other["by"] != OURS
         ]
         yield (
@@ -77,65 +79,64 @@ def kernel_rows(findings: Findings) -> Iterator[Row]:
         )
 
 
-def memory_rows(findings: Findings) -> Iterator[Row]:
-    """What the head and the loss take."""
-    for record in findings.of("memory"):
+def memory_rows(results: BenchmarkResults) -> Iterator[TableRow]:
+    """Yield the extra memory of head and loss."""
+    for record in results.of("memory"):
         if "extra_bytes" in record:
             share = record["extra_bytes"] / record["logits_bytes"]
             extra = f"{record['extra_bytes'] / 2**20:.0f}"
             yield record["case"], record["by"], extra, f"{share:.3f}"
 
 
-def training_rows(findings: Findings) -> Iterator[Row]:
-    """What a step of each model takes, by each set of kernels."""
-    for record in findings.of("training"):
+def training_rows(results: BenchmarkResults) -> Iterator[TableRow]:
+    """Yield throughput and memory of each model and kernel backend."""
+    for record in results.of("training"):
         if "seconds" in record:
             yield (
                 record["model"],
                 record["backend"],
                 f"{record['tokens_per_second']:.0f}",
-                _shown(record["mfu"], "{:.3f}"),
-                _shown(record["memory_bytes"], "{:.1f}", 2**30),
+                _format(record["mfu"], "{:.3f}"),
+                _format(record["memory_bytes"], "{:.1f}", 2**30),
                 f"{record['first_seconds']:.1f}",
             )
 
 
-def growth_rows(findings: Findings) -> Iterator[Row]:
-    """What each growth takes."""
-    for record in findings.of("growth"):
+def growth_rows(results: BenchmarkResults) -> Iterator[TableRow]:
+    """Yield time, traffic and memory of each growth."""
+    for record in results.of("growth"):
         yield (
             record["case"],
             f"{record['seconds']:.2f}",
-            _shown(record["bytes_within_ranks"], "{:.0f}", 2**20),
-            _shown(record["peak_memory_bytes"], "{:.1f}", 2**30),
+            _format(record["bytes_within_ranks"], "{:.0f}", 2**20),
+            _format(record["peak_memory_bytes"], "{:.1f}", 2**30),
             f"{record['stall_seconds']:.2f}",
         )
 
 
-def problems(findings: Findings) -> list[str]:
-    """What could not be done, a line each: failed tests, contenders that cannot, libraries that
-    are not installed."""
-    lines = [f"failed test: {n}" for tests in findings.of("tests") for n in tests["failed"]]
-    for record in findings.records:
+def problems(results: BenchmarkResults) -> list[str]:
+    """Return one line per failed test, failed measurement, and library that is not installed."""
+    lines = [f"failed test: {n}" for tests in results.of("tests") for n in tests["failed"]]
+    for record in results.records:
         if "problem" in record:
             names = ("op", "way", "case", "model", "by", "backend")
-            what = " ".join(str(record[name]) for name in names if name in record)
-            lines.append(f"{what}: {record['problem'][:200]}")
-    absent = sorted({record["library"] for record in findings.of("missing")})
-    lines += [f"not installed, so not compared with: {', '.join(absent)}"] if absent else []
+            label = " ".join(str(record[name]) for name in names if name in record)
+            lines.append(f"{label}: {record['problem'][:200]}")
+    not_installed = sorted({record["library"] for record in results.of("missing")})
+    lines += [f"not installed, not compared: {', '.join(not_installed)}"] if not_installed else []
     return ["", *lines] if lines else []
 
 
-def _shown(value: Any, form: str, unit: float = 1.0) -> str:
+def _format(value: Any, form: str, unit: float = 1.0) -> str:
     return NOT_MEASURED if value is None else form.format(value / unit)
 
 
-def failures(findings: Findings) -> list[Record]:
-    """The problems that are megagrow's own. That a model does not fit into a card is none."""
-    own = [
+def failures(results: BenchmarkResults) -> list[Record]:
+    """Return the failures of megagrow itself. Running out of GPU memory is not one."""
+    failed = [
         record
-        for record in findings.records
+        for record in results.records
         if record.get("by", OURS) == OURS
         and not record.get("problem", "OutOfMemoryError").startswith("OutOfMemoryError")
     ]
-    return own + [r for r in findings.of("tests") if r["failed"]]
+    return failed + [r for r in results.of("tests") if r["failed"]]

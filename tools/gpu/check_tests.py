@@ -1,9 +1,10 @@
-"""All tests marked `gpu`, in a few processes side by side.
+"""Run all tests marked `gpu` in parallel processes.
 
-    python tools/gpu/check_tests.py --output tests.jsonl
+    python tools/gpu/check_tests.py --output tests.jsonl [--smoke]
 
-Started by gpu_check.py. What such tests wait for is mostly the start of processes of their own, so
-they are dealt out. Writes one record: how many passed, failed and were skipped, and which failed.
+Started by gpu_check.py. These tests mostly wait for the start of their own processes, so they are
+distributed over 6 processes. Writes one record: the number of passed, failed and skipped tests, and
+the names of the failed ones.
 """
 
 import argparse
@@ -22,28 +23,28 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 
 def main() -> None:
-    """Runs the tests; exit code 1 if one failed, or if there are none."""
+    """Run the tests; exit with 1 if one failed or none was collected."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--smoke", action="store_true", help="No more than finding the tests.")
+    parser.add_argument("--smoke", action="store_true", help="only collect the tests")
     options = parser.parse_args()
-    names = collected(files_with_gpu_tests(ROOT / "tests"))
+    names = collect_tests(files_with_gpu_tests(ROOT / "tests"))
     print(f"{len(names)} tests marked gpu")
     record = {"passed": 0, "failed": [], "skipped": 0}
     if not options.smoke:
-        record = ran(names)
+        record = run_tests(names)
     options.output.write_text(json.dumps({"kind": "tests"} | record) + "\n", encoding="utf-8")
     sys.exit(1 if record["failed"] or not names else 0)
 
 
 def files_with_gpu_tests(folder: Path) -> list[Path]:
-    """The test files in which the mark occurs: only they are imported."""
+    """Return the test files that contain the mark; only these are imported."""
     mark = "pytest.mark." + "gpu"
     return [p for p in sorted(folder.rglob("test_*.py")) if mark in p.read_text(encoding="utf-8")]
 
 
-def collected(files: Iterable[Path]) -> list[str]:
-    """The tests' names, as pytest takes them."""
+def collect_tests(files: Iterable[Path]) -> list[str]:
+    """Return the node ids of the tests."""
     paths = [str(path.relative_to(ROOT)) for path in files]
     command = [*PYTEST, "--collect-only", "-m", "gpu", *paths]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -53,22 +54,22 @@ def collected(files: Iterable[Path]) -> list[str]:
     return names
 
 
-def ran(names: list[str]) -> dict[str, Any]:
-    """What came of the tests, dealt out to the processes in turn."""
+def run_tests(names: list[str]) -> dict[str, Any]:
+    """Run the tests, distributed round-robin over the processes, and return their counts."""
     with tempfile.TemporaryDirectory() as folder:
         reports = [Path(folder, f"{number}.xml") for number in range(PROCESSES)]
-        running = [
+        processes = [
             subprocess.Popen([*PYTEST, f"--junitxml={report}", *names[number::PROCESSES]], cwd=ROOT)
             for number, report in enumerate(reports)
             if names[number::PROCESSES]
         ]
-        for process in running:
+        for process in processes:
             process.wait()
-        return counted(report for report in reports if report.exists())
+        return count_results(report for report in reports if report.exists())
 
 
-def counted(reports: Iterable[Path]) -> dict[str, Any]:
-    """The sum of pytest's own reports."""
+def count_results(reports: Iterable[Path]) -> dict[str, Any]:
+    """Return the summed counts of pytest's JUnit reports."""
     passed, failed, skipped = 0, [], 0
     for report in reports:
         for case in ElementTree.parse(report).iter("testcase"):

@@ -1,16 +1,16 @@
-"""Checks megagrow on a machine with a GPU, in less than nine minutes.
+"""Check megagrow on a machine with a GPU, in less than nine minutes.
 
     python tools/gpu/gpu_check.py [--output gpu_check] [--parts rows attention ...] [--smoke]
 
-In this order: all tests marked `gpu`; every kernel against what the card can do and against what
-others have made (`rows`, `attention`, `loss`); training steps of the 410M, 1.1B and 3B models; a
-growth of the paper's 410M recipe; and how long a growth stands still with and without kernels that
-were compiled beforehand. Each part has its share of the time, is cut when that is over, and leaves
-what it found by then. Short tables are printed last, and everything is in OUTPUT/gpu_check.json.
+The parts, in order: all tests marked `gpu`; every kernel against hardware ceilings and other
+libraries (`rows`, `attention`, `loss`); training steps of the 410M, 1.1B and 3B models; a growth of
+the paper's 410M recipe; and the stall of a growth with and without kernel warm-up. Each part has a
+time share, is cut at the end of it, and keeps the results measured until then. Short tables are
+printed last; OUTPUT/gpu_check.json has all records.
 
-Exit code 0 if all parts came to their end without an error of megagrow's (goals that are not met
-are no error), 1 if not, 2 if the machine lacks something. --smoke makes every call once on the CPU,
-in Triton's interpreter: no number means anything then, but nothing will be wrong with the check.
+Exit code 0 if all parts finish without an error in megagrow (a missed goal is not an error), 1
+otherwise, 2 if a requirement is missing. --smoke makes every call once on the CPU, in Triton's
+interpreter: its numbers are meaningless, but it verifies that the check itself works.
 """
 
 import argparse
@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from tools.gpu.check_parts import (  # noqa: E402
-    Budget,
+    CheckPart,
     Command,
-    Outcome,
-    Part,
-    how_to_carry,
+    PartResult,
+    TimeBudget,
+    install_instructions,
     missing_packages,
     run_part,
 )
@@ -45,44 +45,51 @@ SHARES = {
     "growth": 55,
     "warm-up": 80,
 }
-"""Seconds. Together ten less than nine minutes."""
+"""Time share of each part in seconds. Their sum is ten seconds less than nine minutes."""
 
 
 def main() -> None:
-    """Runs the parts, prints the tables, writes the JSON."""
+    """Run the parts, print the tables and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("gpu_check"))
     parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES))
-    parser.add_argument("--smoke", action="store_true", help="On the CPU, only to see it run.")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="run tiny shapes on the CPU; the numbers are meaningless",
+    )
     options = parser.parse_args()
-    refuse_without(options.smoke)
+    check_requirements(options.smoke)
     output = options.output.resolve()
-    make_room(output)
-    parts = [part_of(name, output, options.smoke) for name in options.parts]
+    prepare_output(output)
+    parts = [make_part(name, output, options.smoke) for name in options.parts]
     outcomes = []
-    budget = Budget(parts)
+    budget = TimeBudget(parts)
     for part in parts:
         limit = budget.left(part.name)
         print(f"{part.name}: at most {limit:.0f} s, see {output / part.name}.log", flush=True)
         outcomes.append(run_part(part, limit, output))
-    sys.exit(conclude(outcomes, output, options.smoke))
+    sys.exit(finish(outcomes, output, options.smoke))
 
 
-def make_room(output: Path) -> None:
-    """An empty folder, where there was none or that of an earlier check; exits with 2 otherwise."""
+def prepare_output(output: Path) -> None:
+    """Create or empty the output folder; exit with 2 if it is not from an earlier check."""
     if output.exists() and not (output / RESULTS).exists():
-        print(f"{output} exists, and is no result of gpu_check", file=sys.stderr)
+        print(
+            f"{output} exists and is not a result of gpu_check; choose another --output",
+            file=sys.stderr,
+        )
         sys.exit(2)
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     (output / RESULTS).touch()
 
 
-def refuse_without(smoke: bool) -> None:
-    """Exits with 2 and a helpful word where packages or the GPU are missing."""
+def check_requirements(smoke: bool) -> None:
+    """Exit with 2 if packages or the GPU are missing."""
     missing = missing_packages()
     if missing:
-        print(how_to_carry(missing), file=sys.stderr)
+        print(install_instructions(missing), file=sys.stderr)
         sys.exit(2)
     import torch
 
@@ -91,55 +98,57 @@ def refuse_without(smoke: bool) -> None:
         sys.exit(2)
 
 
-def part_of(name: str, output: Path, smoke: bool) -> Part:
-    """What is to be run for a part."""
-    tool, *words = {
+def make_part(name: str, output: Path, smoke: bool) -> CheckPart:
+    """Return the commands and the time share of a part."""
+    tool, *arguments = {
         "tests": ["check_tests"],
         "training": ["bench/training"],
         "growth": ["bench/growth", "410m"],
     }.get(name, ["bench/kernels", name])
     settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if smoke else {}
 
-    def command(words: Sequence[str], file: str, **environment: str) -> Command:
-        written = ["--output", str(output / f"{file}.jsonl"), *(["--smoke"] if smoke else [])]
+    def command(arguments: Sequence[str], file: str, **environment: str) -> Command:
+        flags = ["--output", str(output / f"{file}.jsonl"), *(["--smoke"] if smoke else [])]
         return Command(
-            [str(ROOT / "tools" / "gpu" / f"{tool}.py"), *words, *written], settings | environment
+            [str(ROOT / "tools" / "gpu" / f"{tool}.py"), *arguments, *flags], settings | environment
         )
 
     if name != "warm-up":
-        return Part(name, SHARES[name], [command(words, name)])
+        return CheckPart(name, SHARES[name], [command(arguments, name)])
     tool = "bench/growth"
     commands = [
         command([case], f"{name}-{case}", TRITON_CACHE_DIR=str(output / f"triton-{case}"))
         for case in ("cold", "warm")
     ]
-    return Part(name, SHARES[name], commands)
+    return CheckPart(name, SHARES[name], commands)
 
 
-def conclude(outcomes: Sequence[Outcome], output: Path, smoke: bool) -> int:
-    """Prints the tables, writes the JSON, and says how it all ended."""
-    from tools.gpu.bench.goals import Findings, goal_rows
+def finish(outcomes: Sequence[PartResult], output: Path, smoke: bool) -> int:
+    """Print the tables, write the JSON file and return the exit code."""
+    from tools.gpu.bench.goals import BenchmarkResults, goal_rows
     from tools.gpu.check_tables import failures, report
 
-    findings = Findings(read_records(outcomes, output))
-    goals = [] if smoke else goal_rows(findings)
-    told: dict[str, Any] = {
+    results = BenchmarkResults(read_records(outcomes, output))
+    goals = [] if smoke else goal_rows(results)
+    summary: dict[str, Any] = {
         "smoke": smoke,
-        "machine": machine(),
+        "machine": environment_info(),
         "parts": [vars(outcome) for outcome in outcomes],
         "goals": [dict(zip(GOAL_COLUMNS, row, strict=True)) for row in goals],
-        "records": findings.records,
+        "records": results.records,
     }
-    (output / RESULTS).write_text(json.dumps(told, indent=1), encoding="utf-8")
-    print(*told["machine"].values(), sep=", ")
-    print("\n".join(report(outcomes, findings, smoke)))
-    good = all(outcome.good for outcome in outcomes) and not failures(findings)
-    return 0 if good else 1
+    (output / RESULTS).write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    print(*summary["machine"].values(), sep=", ")
+    print("\n".join(report(outcomes, results, smoke)))
+    success = all(outcome.good for outcome in outcomes) and not failures(results)
+    return 0 if success else 1
 
 
-def read_records(outcomes: Sequence[Outcome], output: Path) -> list[dict[str, Any]]:
-    """What the parts have written, each record with the name of its part. A last line that a part
-    was cut in is left out."""
+def read_records(outcomes: Sequence[PartResult], output: Path) -> list[dict[str, Any]]:
+    """Return the records of all parts, each with the name of its part.
+
+    An incomplete last line, from a part that was cut, is skipped.
+    """
     records = []
     for outcome in outcomes:
         for path in sorted(output.glob(f"{outcome.name}*.jsonl")):
@@ -149,14 +158,14 @@ def read_records(outcomes: Sequence[Outcome], output: Path) -> list[dict[str, An
     return records
 
 
-def machine() -> dict[str, str]:
-    """What it was measured on."""
+def environment_info() -> dict[str, str]:
+    """Return the device name and the library versions."""
     import torch
     import triton
 
-    there = torch.cuda.is_available()
+    has_gpu = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if there else "no GPU",
+        "device": torch.cuda.get_device_name() if has_gpu else "no GPU",
         "torch": f"torch {torch.__version__}",
         "cuda": f"CUDA {torch.version.cuda}",
         "triton": f"triton {triton.__version__}",

@@ -1,6 +1,6 @@
-"""Which tiles are worth a trial, which of them is taken, and how a table of tiles is written. Pure.
+"""Tile candidates, selection of the fastest, and serialization of tile tables. Pure functions.
 
-A candidate is what a row of a table holds as `use`: tile sizes, num_warps, num_stages.
+A candidate is the `use` entry of a table row: tile sizes, num_warps, num_stages.
 """
 
 import itertools
@@ -17,12 +17,13 @@ Features = Mapping[str, Any]
 LANES = 32
 """Threads in a warp."""
 WIDE_HEAD = 128
-"""Head dimensions above it leave no registers for both gradients of a block of keys."""
-SAME = 0.01
-"""Tiles whose times differ by less are equally fast: the first of them is taken, so that tables do
-not change with the noise of a measurement."""
+"""Largest head dimension for which both gradients of a block of keys fit in registers."""
+TIE_TOLERANCE = 0.01
+"""Relative difference below which times are considered equal. The first of equally fast candidates
+is chosen, so that tables do not change with measurement noise.
+"""
 
-TOLD = {
+TABLE_FEATURES = {
     "rms_norm": ("width", "bytes"),
     "rms_norm_backward": ("width", "bytes"),
     "rms_norm_weight": ("width",),
@@ -35,11 +36,11 @@ TOLD = {
     "combine_statistics": (),
     "vocab_gradient": ("width",),
 }
-"""What an op tells of itself when it asks for its tiles, by table."""
+"""Features that an op passes when it selects its tiles, by table."""
 
 
 def candidates(table: str, features: Features, architecture: int) -> list[Tiles]:
-    """All tiles that may be fast: those that give each thread enough to do and not too much."""
+    """Return all plausible tiles: those with neither too little nor too much work per thread."""
     if table.startswith("attention"):
         return list(_attention(table, features["head_dim"], architecture))
     if table.startswith("rms_norm"):
@@ -48,9 +49,9 @@ def candidates(table: str, features: Features, architecture: int) -> list[Tiles]
 
 
 def _grid(**choices: Sequence[int]) -> Iterator[Tiles]:
-    """All combinations, in the order in which they are written."""
-    for chosen in itertools.product(*choices.values()):
-        yield dict(zip(choices, chosen, strict=True))
+    """Yield all combinations, in the order of the arguments."""
+    for values in itertools.product(*choices.values()):
+        yield dict(zip(choices, values, strict=True))
 
 
 def _norm(table: str, width: int) -> Iterator[Tiles]:
@@ -98,9 +99,12 @@ _ROWWISE = {
 
 
 def _attention(table: str, head_dim: int, architecture: int) -> Iterator[Tiles]:
-    """The block that a program keeps goes into a tile; the other one passes by, in smaller pieces
-    (EDGE_N, EDGE_M) where causal order cuts. Where heads are wide a program that keeps keys may
-    make dK and dV one after the other (SEPARATE)."""
+    """Yield tiles of the attention kernels.
+
+    The resident block fits in a tile. The other block is streamed, in smaller pieces (EDGE_N,
+    EDGE_M) where the causal mask applies. For wide heads the keys kernel may compute dK and dV in
+    separate launches (SEPARATE).
+    """
     wide = head_dim > WIDE_HEAD
     shared = {"DESCRIPTORS": (0, 1) if architecture >= 90 else (0,)}
     shared |= {"num_warps": (4, 8), "num_stages": (1, 2) if wide else (1, 2, 3)}
@@ -116,37 +120,40 @@ def _attention(table: str, head_dim: int, architecture: int) -> Iterator[Tiles]:
 
 
 def choose(seconds: Sequence[tuple[Tiles, float]]) -> tuple[Tiles, float]:
-    """The fastest tiles with their time; of those that are equally fast the first."""
-    least = min(time for _, time in seconds)
-    return next((tiles, time) for tiles, time in seconds if time <= least * (1 + SAME))
+    """Return the fastest tiles with their seconds; of equally fast ones, the first."""
+    fastest = min(time for _, time in seconds)
+    return next((tiles, time) for tiles, time in seconds if time <= fastest * (1 + TIE_TOLERANCE))
 
 
-def merged(told: Sequence[str], known: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
-    """The rows of an architecture: those that were measured, and what is still known beside them.
+def merge_rows(names: Sequence[str], known: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
+    """Return the rows of an architecture: the measured rows and the known rows they do not cover.
 
-    A row that is not measured stays if it may still be taken. Rows come in the order of what they
-    are good for, the narrowest first, as `told` names their features.
+    An unmeasured row is kept if it can still be selected. Rows are sorted by their bounds, the
+    narrowest first, with features in the order of `names`.
     """
 
-    def reach(row: Row) -> tuple[float, ...]:
-        return tuple(row["when"].get(name, row["up_to"].get(name, math.inf)) for name in told)
+    def bounds(row: Row) -> tuple[float, ...]:
+        return tuple(row["when"].get(name, row["up_to"].get(name, math.inf)) for name in names)
 
-    kept = [row for row in known if not any(_covers(new, row) for new in measured)]
-    return sorted([*measured, *kept], key=reach)
+    remaining = [row for row in known if not any(_covers(new, row) for new in measured)]
+    return sorted([*measured, *remaining], key=bounds)
 
 
-def conditions(told: Sequence[str], features: Features, known: Sequence[Row]) -> Row:
-    """A row without tiles for what has these features, or less: `when` for those that the rows
-    known so far want to be equal, `up_to` for the others."""
+def row_conditions(names: Sequence[str], features: Features, known: Sequence[Row]) -> Row:
+    """Return a row without tiles that matches these features.
+
+    Features that some known row matches exactly go to `when`, the others become upper bounds in
+    `up_to`.
+    """
     exact = {name for row in known for name in row["when"]}
     return {
-        "when": {name: features[name] for name in told if name in exact},
-        "up_to": {name: features[name] for name in told if name not in exact},
+        "when": {name: features[name] for name in names if name in exact},
+        "up_to": {name: features[name] for name in names if name not in exact},
     }
 
 
-def text_of(table: Mapping[int, Sequence[Row]]) -> str:
-    """A table as it stands in its file: one line per row."""
+def format_table(table: Mapping[int, Sequence[Row]]) -> str:
+    """Return the JSON text of a table, with one line per row."""
     parts = []
     for architecture, rows in sorted(table.items()):
         lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
@@ -155,9 +162,9 @@ def text_of(table: Mapping[int, Sequence[Row]]) -> str:
 
 
 def _covers(new: Row, old: Row) -> bool:
-    """Whether all that the old row is good for is taken by the new one."""
+    """Return True if the new row matches everything that the old row matches."""
     equal = all(old["when"].get(name) == value for name, value in new["when"].items())
     return equal and all(
-        old["when"].get(name, old["up_to"].get(name, math.inf)) <= most
-        for name, most in new["up_to"].items()
+        old["when"].get(name, old["up_to"].get(name, math.inf)) <= bound
+        for name, bound in new["up_to"].items()
     )

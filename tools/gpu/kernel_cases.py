@@ -1,7 +1,6 @@
-"""What the tables of tiles are for: for each op, the calls that between them take every row.
+"""Calls of each op that together use every row of the tile tables.
 
-The code of all of them is inspected by `tools/gpu/kernel_code.py`, and they are timed by
-`tools/gpu/tune_kernels.py`.
+`tools/gpu/kernel_code.py` inspects their machine code, and `tools/gpu/tune_kernels.py` times them.
 """
 
 import itertools
@@ -20,19 +19,19 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 
 
 @dataclass(frozen=True)
-class Op:
-    """An op of `megagrow_kernels.calls`, and the tables that it reads."""
+class OpTables:
+    """An op of `megagrow_kernels.calls`, and its tile tables."""
 
     tables: tuple[str, ...]
     features: Mapping[str, tuple[Any, ...]]
-    """What the tables tell apart, and whatever else makes other kernels: typical values."""
+    """Typical values of the table features, and of other features that change the kernel."""
     arguments: Callable[[Features], dict[str, Any]]
-    """The arguments of a call that has such features."""
+    """Function from features to the arguments of a call."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """One call of an op, and which rows it takes of which table."""
+class KernelCase:
+    """One call of an op, and the table rows it uses."""
 
     op: str
     features: Features
@@ -40,8 +39,8 @@ class Case:
     rows: dict[str, Row]
 
     @property
-    def specialised(self) -> bool:
-        """Whether a row asks for warps of different work."""
+    def specialized(self) -> bool:
+        """True if a row selects the warp-specialized kernel."""
         return any(row["use"].get("GENERATION", 1) == 2 for row in self.rows.values())
 
 
@@ -73,16 +72,16 @@ def _vocabulary(features: Features) -> dict[str, Any]:
 _NORM = {"width": (1024, 2048, 2560, 4096), "bytes": (2, 4)}
 _NORM_TABLES = ("rms_norm", "rms_norm_backward", "rms_norm_weight")
 OPS = {
-    "rms_norm": Op(_NORM_TABLES, _NORM, _norm),
-    "add_rms_norm": Op(_NORM_TABLES, _NORM, _norm),
-    "rope": Op(("rope",), {"head_dim": HEAD_DIMS, "bytes": (2, 4)}, _rope),
-    "swiglu": Op(("swiglu",), {"bytes": (2, 4)}, _swiglu),
-    "attention": Op(
+    "rms_norm": OpTables(_NORM_TABLES, _NORM, _norm),
+    "add_rms_norm": OpTables(_NORM_TABLES, _NORM, _norm),
+    "rope": OpTables(("rope",), {"head_dim": HEAD_DIMS, "bytes": (2, 4)}, _rope),
+    "swiglu": OpTables(("swiglu",), {"bytes": (2, 4)}, _swiglu),
+    "attention": OpTables(
         ("attention_forward", "attention_queries", "attention_keys"),
         {"head_dim": HEAD_DIMS, "bytes": (2, 4), "window": (None, 512)},
         _attention,
     ),
-    "cross_entropy": Op(
+    "cross_entropy": OpTables(
         ("vocab_statistics", "combine_statistics", "vocab_gradient"),
         {"width": (32000, 128256), "bytes": (2, 4)},
         _vocabulary,
@@ -103,60 +102,63 @@ KERNELS = {
     "combine_statistics": ("_combine_kernel",),
     "vocab_gradient": ("_gradient_kernel",),
 }
-"""What is started with the tiles of a table, within its op."""
+"""Kernels launched with the tiles of a table, within its op."""
 
 
 def tables() -> list[str]:
-    """The tables of all ops, each once."""
+    """Return the tables of all ops, without duplicates."""
     return list(dict.fromkeys(table for op in OPS.values() for table in op.tables))
 
 
-def cases(op: str, architecture: int) -> Iterator[Case]:
-    """Calls of an op on an architecture: all combinations of typical features, and of those at
-    which a row ends, that its tables have rows for."""
-    wanted = OPS[op]
-    values = {name: set(known) for name, known in wanted.features.items()}
-    for table in wanted.tables:
-        for listed in rows_for(table, architecture):
-            for name, value in (listed["when"] | listed["up_to"]).items():
+def cases(op: str, architecture: int) -> Iterator[KernelCase]:
+    """Yield calls of an op on an architecture.
+
+    They cover all combinations of typical features and of the bounds of table rows for which the
+    op's tables have rows.
+    """
+    spec = OPS[op]
+    values = {name: set(typical) for name, typical in spec.features.items()}
+    for table in spec.tables:
+        for candidate in rows_for(table, architecture):
+            for name, value in (candidate["when"] | candidate["up_to"]).items():
                 values[name].add(value)
-    for chosen in itertools.product(*(_in_order(known) for known in values.values())):
-        features = dict(zip(values, chosen, strict=True))
+    for combination in itertools.product(*(_in_order(options) for options in values.values())):
+        features = dict(zip(values, combination, strict=True))
         try:
-            taken = {table: row(table, architecture, **features) for table in wanted.tables}
+            selected = {table: row(table, architecture, **features) for table in spec.tables}
         except LookupError:
             continue
-        yield Case(op, features, wanted.arguments(features), taken)
+        yield KernelCase(op, features, spec.arguments(features), selected)
 
 
-def untaken(architecture: int) -> list[tuple[str, Row]]:
-    """Rows of any table that no case of any op takes: nothing would ever use them."""
-    taken = {
+def unused_rows(architecture: int) -> list[tuple[str, Row]]:
+    """Return table rows that no case of any op uses."""
+    used = {
         (table, id(row))
         for op in OPS
         for case in cases(op, architecture)
         for table, row in case.rows.items()
     }
     return [
-        (table, listed)
+        (table, candidate)
         for table in tables()
-        for listed in rows_for(table, architecture)
-        if (table, id(listed)) not in taken
+        for candidate in rows_for(table, architecture)
+        if (table, id(candidate)) not in used
     ]
 
 
 @contextmanager
-def replaced(architecture: int, tiles: Mapping[str, dict[str, int]]) -> Iterator[None]:
-    """Within it, tables have one row for an architecture, which fits all: the tiles given."""
-    before = {table: dict(rows(table)) for table in tiles}
+def override_tiles(architecture: int, tiles: Mapping[str, dict[str, int]]) -> Iterator[None]:
+    """Temporarily replace tables by one row for an architecture, which matches everything."""
+    saved = {table: dict(rows(table)) for table in tiles}
     try:
         for table, use in tiles.items():
             rows(table)[architecture] = [{"when": {}, "up_to": {}, "use": use, "measured": None}]
         yield
     finally:
-        for table, known in before.items():
+        for table, original in saved.items():
             rows(table).clear()
-            rows(table).update(known)
+            rows(table).update(original)
 
 
 def _in_order(values: set[Any]) -> list[Any]:

@@ -1,10 +1,10 @@
-"""Inspects the machine code of kernels, without a GPU.
+"""Inspect the machine code of kernels, without a GPU.
 
     python tools/gpu/kernel_code.py [--architecture 90] [--op attention]
 
-compiles every op for every row of its tables of tiles and prints what is wrong with the code; takes
-minutes the first time, and seconds as long as Triton's cache has the kernels. Compilers may end
-their process, so the work is done by processes that are started anew when they die.
+Compiles every op for every row of its tile tables and prints the problems of the code. This takes
+minutes the first time, and seconds while Triton's cache holds the kernels. A compiler may abort its
+process, so compilation runs in worker processes that are restarted when they die.
 """
 
 import argparse
@@ -24,16 +24,18 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run as a script, it finds only itself
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # for runs as a script
 
 from megagrow_kernels.calls import launches  # noqa: E402
-from megagrow_kernels.compiling import Compiled, compile_for, watched  # noqa: E402
-from megagrow_kernels.machine_code import (  # noqa: E402
+from megagrow_kernels.compiling import (  # noqa: E402  # noqa: E402
     SHARED_LIMIT,
     TENSOR_CORES,
+    CompiledKernel,
+    compile_for,
     read_machine_code,
+    record_compilations,
 )
-from tools.gpu.kernel_cases import KERNELS, OPS, cases, replaced, untaken  # noqa: E402
+from tools.gpu.kernel_cases import KERNELS, OPS, cases, override_tiles, unused_rows  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 PROCESSES = 2
@@ -41,27 +43,28 @@ WORKER = "--worker"
 
 
 @dataclass(frozen=True)
-class Job:
-    """A call of an op (see `megagrow_kernels.calls`) to be compiled for an architecture."""
+class CompileJob:
+    """A call of an op (see `megagrow_kernels.calls`) to compile for an architecture."""
 
     architecture: int
     op: str
     arguments: Mapping[str, Any]
-    specialised: bool = False
-    """Whether tiles ask for warps of different work."""
+    specialized: bool = False
+    """True if the tiles select warp specialization."""
     tiles: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """By table, what takes the place of its rows; then the kernels of these tables are all that
-    counts. Without it, all kernels of the op do."""
+    """Replacement tiles by table. If set, only the kernels of these tables are judged, otherwise
+    all kernels of the op.
+    """
 
     def __str__(self) -> str:
         tiles = [f"{name}={value}" for use in self.tiles.values() for name, value in use.items()]
-        shown = [f"{name}={value}" for name, value in self.arguments.items()]
-        return "-".join((f"sm_{self.architecture}", self.op, *shown, *tiles))
+        arguments = [f"{name}={value}" for name, value in self.arguments.items()]
+        return "-".join((f"sm_{self.architecture}", self.op, *arguments, *tiles))
 
 
 @dataclass(frozen=True)
-class Code:
-    """One kernel of a job."""
+class KernelCode:
+    """Machine code statistics of one kernel of a job."""
 
     name: str
     hash: str
@@ -71,92 +74,92 @@ class Code:
     spills: int
     shared: int
     matrix_products: bool
-    """Of 16-bit numbers, in the source."""
+    """True if the source multiplies matrices of 16-bit numbers."""
     tensor_cores: dict[str, int]
-    """Instructions for them in the machine code, by name."""
-    specialised: bool
-    """Whether registers are moved between warps of different work."""
+    """Number of tensor core instructions, by name."""
+    specialized: bool
+    """True if registers are reallocated between specialized warps."""
 
     def problems(self, architecture: int) -> list[str]:
-        """What is wrong with it on an architecture."""
-        found = []
+        """Return the problems of the code on an architecture."""
+        problems = []
         if self.spills or self.stack or self.local:
-            found.append(
+            problems.append(
                 f"{self.name} spills: {self.spills} instructions, {self.stack} bytes of stack, "
                 f"{self.local} of local memory, {self.registers} registers"
             )
-        most = SHARED_LIMIT[architecture]
-        if self.shared > most:
-            found.append(f"{self.name} takes {self.shared} bytes of shared memory of {most}")
-        wanted = TENSOR_CORES[architecture]
-        if self.matrix_products and not any(self.tensor_cores.get(name) for name in wanted):
-            found.append(f"{self.name} multiplies matrices without {' or '.join(wanted)}")
-        return found
+        limit = SHARED_LIMIT[architecture]
+        if self.shared > limit:
+            problems.append(f"{self.name} uses {self.shared} bytes of shared memory, limit {limit}")
+        instructions = TENSOR_CORES[architecture]
+        if self.matrix_products and not any(self.tensor_cores.get(name) for name in instructions):
+            problems.append(f"{self.name} multiplies matrices without {' or '.join(instructions)}")
+        return problems
 
     def __str__(self) -> str:
         cores = ", ".join(f"{count} {name}" for name, count in self.tensor_cores.items() if count)
         return (
             f"{self.name}: {self.registers} registers, {self.spills} spills, {self.shared} shared, "
-            f"{cores or 'no tensor cores'}{', specialised' if self.specialised else ''}"
+            f"{cores or 'no tensor cores'}{', specialized' if self.specialized else ''}"
         )
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a job."""
+class CompileResult:
+    """Compiled kernels or compiler error of a job."""
 
-    job: Job
-    codes: tuple[Code, ...] = ()
+    job: CompileJob
+    codes: tuple[KernelCode, ...] = ()
     error: str | None = None
     seconds: float = 0.0
 
     def problems(self) -> list[str]:
-        """All that is wrong with it, each in a line that names the kernel."""
+        """Return all problems of the job, one line each, with the kernel's name."""
         if self.error is not None:
             return [f"{self.job}: {self.error}"]
         tables = self.job.tiles
-        named = {name for table in tables for name in KERNELS[table]}
-        judged = [code for code in self.codes if code.name in named or not tables]
-        found = [text for code in judged for text in code.problems(self.job.architecture)]
-        if self.job.specialised and not any(code.specialised for code in self.codes):
-            found.append("its tiles ask for specialised warps, and no kernel has any")
-        return [f"{self.job}: {problem}" for problem in found]
+        kernels = {name for table in tables for name in KERNELS[table]}
+        judged = [code for code in self.codes if code.name in kernels or not tables]
+        problems = [text for code in judged for text in code.problems(self.job.architecture)]
+        if self.job.specialized and not any(code.specialized for code in self.codes):
+            problems.append("its tiles select specialized warps, but no kernel has any")
+        return [f"{self.job}: {problem}" for problem in problems]
 
 
-def table_jobs(architectures: Iterable[int], ops: Iterable[str] | None = None) -> list[Job]:
-    """Jobs that between them take every row of every table."""
+def table_jobs(architectures: Iterable[int], ops: Iterable[str] | None = None) -> list[CompileJob]:
+    """Return jobs that together use every row of every table."""
     return [
-        Job(architecture, case.op, case.arguments, case.specialised)
+        CompileJob(architecture, case.op, case.arguments, case.specialized)
         for architecture in architectures
         for op in (OPS if ops is None else ops)
         for case in cases(op, architecture)
     ]
 
 
-def inspect(jobs: Iterable[Job], processes: int = PROCESSES) -> Iterator[Outcome]:
-    """Compiles all jobs and reads their code; gives what it finds in the order of the jobs."""
+def inspect(jobs: Iterable[CompileJob], processes: int = PROCESSES) -> Iterator[CompileResult]:
+    """Compile all jobs and inspect their code; yield the results in the order of the jobs."""
     workers: list[_Worker] = []
-    mine = threading.local()
+    local = threading.local()
 
     def begin() -> None:
-        mine.worker = _Worker()
-        workers.append(mine.worker)
+        local.worker = _Worker()
+        workers.append(local.worker)
 
     try:
         with ThreadPoolExecutor(processes, initializer=begin) as threads:
-            yield from threads.map(lambda job: mine.worker.do(job), jobs)
+            yield from threads.map(lambda job: local.worker.do(job), jobs)
     finally:
         for worker in workers:
             worker.stop()
 
 
 class _Worker:
-    """A process that compiles, one job at a time; started anew if a job ends it."""
+    """A process that compiles one job at a time; restarted if a job kills it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def do(self, job: Job) -> Outcome:
+    def do(self, job: CompileJob) -> CompileResult:
         if self._process is None:
             self._process = _start()
         process, begin = self._process, time.perf_counter()
@@ -165,15 +168,15 @@ class _Worker:
         with suppress(BrokenPipeError):
             process.stdin.write(json.dumps(task) + "\n")
             process.stdin.flush()
-        answer = process.stdout.readline()
+        reply = process.stdout.readline()
         seconds = time.perf_counter() - begin
-        if not answer:
+        if not reply:
             process.communicate()
             self._process = None
-            died = f"the compiler ended its process, exit code {process.returncode}"
-            return Outcome(job, error=died, seconds=seconds)
-        codes, error = json.loads(answer)
-        return Outcome(job, tuple(Code(**code) for code in codes), error, seconds)
+            message = f"the compiler aborted its process, exit code {process.returncode}"
+            return CompileResult(job, error=message, seconds=seconds)
+        codes, error = json.loads(reply)
+        return CompileResult(job, tuple(KernelCode(**code) for code in codes), error, seconds)
 
     def stop(self) -> None:
         if self._process is not None:
@@ -183,7 +186,7 @@ class _Worker:
 
 
 def _start() -> subprocess.Popen[str]:
-    """A process that compiles kernels, whatever this one does with them."""
+    """Start a worker process, which does not use Triton's interpreter."""
     return subprocess.Popen(
         ["env", "-u", "TRITON_INTERPRET", sys.executable, __file__, WORKER],
         stdin=subprocess.PIPE,
@@ -193,38 +196,38 @@ def _start() -> subprocess.Popen[str]:
     )
 
 
-def work() -> None:
-    """The life of a process that compiles: jobs come in by lines, and go out as lines."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever compilers print
+def run_worker() -> None:
+    """Run a worker process: read jobs from stdin, one per line, and write one result line each."""
+    results = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # redirect compiler output
     for line in sys.stdin:
-        codes: list[Code] = []
+        codes: list[KernelCode] = []
         error = None
         try:
-            codes = compiled(*json.loads(line))
-        except Exception as raised:  # compilers raise anything; it is told with the job's name
+            codes = compile_call(*json.loads(line))
+        except Exception as raised:  # compiler errors have no common class
             error = f"{type(raised).__name__}: {raised}"
-        print(json.dumps([[asdict(code) for code in codes], error]), file=answers, flush=True)
+        print(json.dumps([[asdict(code) for code in codes], error]), file=results, flush=True)
 
 
-def compiled(
+def compile_call(
     architecture: int, op: str, arguments: Mapping[str, Any], tiles: Mapping[str, dict[str, int]]
-) -> list[Code]:
-    """Compiles one call of an op in this process; the code of all its kernels."""
+) -> list[KernelCode]:
+    """Compile one call of an op in this process; return the code of all its kernels."""
     compile_for(architecture)
-    with watched() as kernels, replaced(architecture, tiles):
+    with record_compilations() as kernels, override_tiles(architecture, tiles):
         for table, launch in launches(op, torch.device("meta"), arguments).items():
             if table in tiles or not tiles:
                 launch()
-    return [code_of(kernel) for kernel in kernels]
+    return [inspect_kernel(kernel) for kernel in kernels]
 
 
-def code_of(kernel: Compiled) -> Code:
-    """What the assembler made of a compiled kernel."""
+def inspect_kernel(kernel: CompiledKernel) -> KernelCode:
+    """Return the machine code statistics of a compiled kernel."""
     machine = read_machine_code(kernel.files["cubin"])
     names = sorted({name for names in TENSOR_CORES.values() for name in names})
     ptx = kernel.files["ptx"].read_text(encoding="utf-8")
-    return Code(
+    return KernelCode(
         *(kernel.name, kernel.hash, machine.registers, machine.stack, machine.local),
         *(machine.spills, kernel.shared, _multiplies_16_bit(kernel.files)),
         {name: machine.instructions[name] for name in names},
@@ -233,31 +236,30 @@ def code_of(kernel: Compiled) -> Code:
 
 
 def _multiplies_16_bit(files: Mapping[str, Path]) -> bool:
-    """Whether there is a product of matrices of 16-bit numbers in the first form of a kernel that
-    Triton keeps."""
+    """Return True if a kernel's earliest intermediate form multiplies 16-bit matrices."""
     source = next(files[kind] for kind in ("ttir", "ttgir") if kind in files)
     products = [x for x in source.read_text("utf-8").splitlines() if "dot" in x or "mma" in x]
     return any("xbf16" in line or "xf16" in line for line in products)
 
 
 def main() -> None:
-    """Compiles the whole table, or a part of it; the exit code is 1 where something is wrong."""
+    """Compile and inspect all tables, or those selected; exit with 1 if there are problems."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, action="append")
-    parser.add_argument("--op", choices=OPS, action="append")
+    parser.add_argument("--op", choices=OPS, action="append", help="default: all ops")
     parser.add_argument("--processes", type=int, default=PROCESSES)
-    given = parser.parse_args()
-    architectures = given.architecture or ARCHITECTURES
+    options = parser.parse_args()
+    architectures = options.architecture or ARCHITECTURES
     begin = time.perf_counter()
     outcomes = []
-    for outcome in inspect(table_jobs(architectures, given.op), given.processes):
+    for outcome in inspect(table_jobs(architectures, options.op), options.processes):
         print(*(f"{outcome.job} {code}" for code in outcome.codes), sep="\n", flush=True)
         outcomes.append(outcome)
     problems = [problem for outcome in outcomes for problem in outcome.problems()]
     problems += [
-        f"tiles/{table}.json: on sm_{architecture} nothing takes {row}"
+        f"tiles/{table}.json: sm_{architecture} never uses row {row}"
         for architecture in architectures
-        for table, row in untaken(architecture)
+        for table, row in unused_rows(architecture)
     ]
     print(*problems, sep="\n")
     kernels = {code.hash for outcome in outcomes for code in outcome.codes}
@@ -270,6 +272,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:] == [WORKER]:
-        work()
+        run_worker()
     else:
         main()

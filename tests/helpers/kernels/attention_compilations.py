@@ -1,7 +1,7 @@
-"""Run without the interpreter, and no GPU: attention of 100 packings is compiled once.
+"""Count the compilations of the attention kernels over 100 packings.
 
-Writes how often each of the four kernels was compiled, as JSON. Meta tensors are compiled for what
-the driver names, and never launched.
+Runs without the interpreter and without a GPU. Meta tensors are compiled for the driver's target
+and never launched. Prints the number of compilations of each of the four kernels as JSON.
 """
 
 import json
@@ -24,8 +24,8 @@ KERNELS = {
 }
 
 
-class Target:
-    """All that Triton asks of a driver in order to compile."""
+class CompileOnlyDriver:
+    """The subset of a driver that Triton needs to compile."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -38,21 +38,21 @@ class Target:
 
 
 def packings(count: int) -> list[Packing]:
-    """Random ones of one to three rows."""
-    source, found = random.Random(0), []
+    """Return random packings of one to three rows."""
+    source, actual = random.Random(0), []
     for _ in range(count):
         rows = []
         for _ in range(source.randint(1, 3)):
             cuts = sorted(source.sample(range(1, SEQUENCE), source.randint(0, 40)))
             lengths = [b - a for a, b in pairwise([0, *cuts, SEQUENCE])]
             rows.append(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)))
-        found.append(pack(torch.stack(rows), len(rows), SEQUENCE))
-    return found
+        actual.append(pack(torch.stack(rows), len(rows), SEQUENCE))
+    return actual
 
 
 def main() -> None:
-    """Compiles for all packings."""
-    driver.set_active(Target())
+    """Compile for all packings and print the counts."""
+    driver.set_active(CompileOnlyDriver())
     for packing in (pack(None, 1, 16), *packings(100)):
         tokens = int(packing.cu_seqlens[-1])
         rows = max(1, tokens // SEQUENCE)

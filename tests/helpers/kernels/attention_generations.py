@@ -1,8 +1,9 @@
-"""What every generation of the attention forward is held to, in whatever runs it.
+"""Checks that every generation of the attention forward must pass.
 
     python -m tests.helpers.kernels.attention_generations GENERATION
 
-on a GPU, in a process of its own; ends with NOT_HERE where the generation is for other GPUs.
+runs them on a GPU, in a separate process. The exit code is NOT_HERE if the GPU does not support the
+generation.
 """
 
 import sys
@@ -54,7 +55,7 @@ def inputs_of(rows: Rows, heads: int, groups: int, width: int, dtype: torch.dtyp
 def compute(
     forward: Forward, inputs: list[Tensor], rows: Rows, window: int | None = None, on: str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp, with SCALE, computed on a device."""
+    """Return output and logsumexp, with SCALE, computed on a device."""
     ids = ids_of(rows)
     tiles = pack(ids, *ids.shape).query_tiles.to(on)
     with poisoned():
@@ -63,7 +64,7 @@ def compute(
 
 
 def logsumexp_of(q: Tensor, k: Tensor, ids: Tensor, window: int | None) -> Tensor:
-    """(H, T), to base 2, in fp64 or fp32."""
+    """Return the log-sum-exp of the scores, (H, T), to base 2, in fp64 or fp32."""
     q, k = (x if x.dtype == torch.float64 else x.float() for x in (q, k))
     k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
     scores = torch.einsum("bshd,bthd->hbst", q, k) * SCALE
@@ -78,7 +79,7 @@ def accurate(
     dtype: torch.dtype,
     on: str = "cpu",
 ) -> None:
-    """Output and logsumexp are as exact as their precision allows."""
+    """Check that output and logsumexp are as accurate as their precision allows."""
     rows, sizes, window = case
     ids, inputs = ids_of(rows).to(on), [x.to(on) for x in inputs_of(rows, *sizes, dtype)]
     out, logsumexp = compute(forward, inputs, rows, window, on)
@@ -90,7 +91,7 @@ def accurate(
 
 
 def isolated(forward: Forward, dtype: torch.dtype, on: str = "cpu") -> None:
-    """A document gives the same bits alone, packed, and packed with NaN."""
+    """Check that a document gives the same bits alone, packed, and packed with NaN."""
     rows = ((130, 271, 9),)
     inputs = inputs_of(rows, 2, 1, 64, dtype)
     packed = compute(forward, inputs, rows, on=on)
@@ -100,13 +101,13 @@ def isolated(forward: Forward, dtype: torch.dtype, on: str = "cpu") -> None:
         broken = [torch.full_like(x, float("nan")) for x in inputs]
         for to, kept in zip(broken, alone, strict=True):
             to[:, where] = kept
-        for found in (packed, compute(forward, broken, rows, on=on)):
-            assert torch.equal(found[0][:, where], out)
-            assert torch.equal(found[1][:, where], logsumexp)
+        for actual in (packed, compute(forward, broken, rows, on=on)):
+            assert torch.equal(actual[0][:, where], out)
+            assert torch.equal(actual[1][:, where], logsumexp)
 
 
 def causal(forward: Forward, dtype: torch.dtype, on: str = "cpu") -> None:
-    """What comes later changes no bit of what is before, and a repetition changes none."""
+    """Check that later tokens change no earlier bit, and that repetitions are bitwise equal."""
     rows, until = ((300,),), 77
     inputs = inputs_of(rows, 1, 1, 64, dtype)
     before = compute(forward, inputs, rows, on=on)
@@ -120,7 +121,7 @@ def causal(forward: Forward, dtype: torch.dtype, on: str = "cpu") -> None:
 
 
 def main() -> None:
-    """All of it on a GPU."""
+    """Run all checks on a GPU."""
     generation = int(sys.argv[1])
     if generation == 2 and not fits(architecture(torch.device("cuda")), 64, torch.bfloat16):
         sys.exit(NOT_HERE)

@@ -1,4 +1,4 @@
-"""Batches of packed documents for tests, given as the lengths of the documents of each row."""
+"""Batches of packed documents, specified by the document lengths of each row."""
 
 import torch
 
@@ -6,16 +6,16 @@ Rows = tuple[tuple[int, ...], ...]
 
 
 def ids_of(rows: Rows) -> torch.Tensor:
-    """Document ids (B, S), int64."""
+    """Return document ids (B, S), int64."""
     return torch.stack([torch.arange(len(r)).repeat_interleave(torch.tensor(r)) for r in rows])
 
 
 def ranges_of(rows: Rows) -> list[tuple[int, slice]]:
-    """(row, tokens in it) of every document."""
-    found = []
+    """Return (row, token range) of every document."""
+    actual = []
     for index, lengths in enumerate(rows):
         at = 0
         for length in lengths:
-            found.append((index, slice(at, at + length)))
+            actual.append((index, slice(at, at + length)))
             at += length
-    return found
+    return actual

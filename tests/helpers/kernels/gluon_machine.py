@@ -1,4 +1,4 @@
-"""The parts of the model of a Hopper multiprocessor that have a state: see `gluon_model.py`."""
+"""Stateful parts of the Hopper multiprocessor model; see `gluon_model.py`."""
 
 import random
 import threading
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 POISON = 0x7FDA
-"""A NaN, in fp16 as in bf16, that no arithmetic gives: shared memory that nothing wrote."""
+"""Bits of a NaN, in fp16 and bf16, that no arithmetic produces: marks unwritten shared memory."""
 
 
 class Deadlock(Exception):
-    """Every partition waits for a barrier, and nothing is on its way."""
+    """Raised if every partition waits for a barrier and no operation is in flight."""
 
 
 class Pending:
-    """What an asynchronous matmul will give; no tensor until it is waited for."""
+    """Result of an asynchronous matmul; not a tensor until it is waited for."""
 
     def __init__(self, a: Any, b: "Memory", accumulator: Tensor | None) -> None:
         self.a, self.b, self.accumulator = a, b, accumulator
@@ -27,20 +27,22 @@ class Pending:
 
     def compute(self) -> Tensor:
         for operand in (self.a, self.b):
-            assert not (isinstance(operand, Memory) and operand.poisoned), "matmul of nothing"
+            assert not (isinstance(operand, Memory) and operand.poisoned), (
+                "matmul operand is not written"
+            )
         a = self.a.data if isinstance(self.a, Memory) else self.a
         product = a.float() @ self.b.data.float()
         return product if self.accumulator is None else self.accumulator + product
 
 
 class Barrier:
-    """An mbarrier: a phase ends when all arrived and all expected bytes landed."""
+    """An mbarrier: a phase completes when all arrivals and all expected bytes are counted."""
 
     def __init__(self) -> None:
         self.count, self.left, self.bytes, self.phase = 0, 0, 0, 0
 
     def step(self) -> None:
-        assert self.left >= 0, "more arrive at a barrier than it was made for"
+        assert self.left >= 0, "more arrivals at a barrier than its count"
         if self.left == 0 and self.bytes == 0:
             self.left = self.count
             self.phase += 1
@@ -50,7 +52,7 @@ class Barrier:
 
 
 class Memory:
-    """Shared memory, or a view of it; a NaN of its own until written. Of int64: barriers."""
+    """Shared memory, or a view of it; NaN until written. int64 memory holds barriers."""
 
     def __init__(self, data: Any, dtype: torch.dtype) -> None:
         self.data, self.dtype = data, dtype
@@ -71,7 +73,7 @@ class Memory:
         return Memory(self.data[start : start + length], self.dtype)
 
     def load(self, _: None) -> Tensor:
-        assert not self.poisoned, "read before it is there"
+        assert not self.poisoned, "read before it is written"
         return self.data.clone()
 
     def store(self, value: Tensor) -> None:
@@ -82,7 +84,7 @@ class Memory:
 
 
 class Pointer:
-    """Elements of a contiguous tensor by their offsets; remembers how often each was written."""
+    """Elements of a contiguous tensor by offset; counts the writes of each element."""
 
     def __init__(self, flat: Tensor, written: Tensor, offset: Any = 0) -> None:
         self.flat, self.written, self.offset = flat, written, offset
@@ -103,7 +105,7 @@ class Pointer:
 
 
 class Descriptor:
-    """A TMA descriptor of a matrix: blocks of it, zero beyond its end."""
+    """A TMA descriptor of a matrix: loads blocks, with zeros beyond its end."""
 
     def __init__(self, real: Any) -> None:
         self.matrix, self.dtype, self.layout = real.base, real.base.dtype, real.layout
@@ -119,7 +121,7 @@ class Descriptor:
 
 
 class Partitions:
-    """Runs partitions as threads of which one at a time goes on, chosen at random."""
+    """Run partitions as threads, one at a time, chosen at random."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -144,10 +146,10 @@ class Partitions:
             thread.join()
         if self.failure is not None:
             raise self.failure
-        assert not self.loads, "a load is on its way when the kernel ends"
+        assert not self.loads, "a load is in flight at the end of the kernel"
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Lets others go on, and this partition not before the condition holds."""
+        """Yield to other partitions until the condition holds."""
         self.ready[self.local.number] = condition
         self._pass_on()
         self._await_turn()
@@ -178,7 +180,7 @@ class Partitions:
             try:
                 self._await_turn()
                 body(*arguments)
-                assert not self.local.matmuls, "a matmul is running when its partition ends"
+                assert not self.local.matmuls, "a matmul is in flight at the end of its partition"
             except SystemExit:
                 return
             except BaseException as error:

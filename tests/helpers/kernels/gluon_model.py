@@ -1,12 +1,12 @@
-"""A model of Gluon on one Hopper multiprocessor, for kernels that no GPU is here to run.
+"""CPU model of Gluon on one Hopper multiprocessor, for testing kernels without a GPU.
 
-It executes a kernel's own functions, under a `gl` whose tensors are torch's, with a thread for each
-partition of warps. What is asynchronous on the card is as late here as it can be: a TMA load
-poisons its destination at once and lands at any later time; a wgmma reads its operands when it is
-issued, to see that they are there, and again when it is waited for. Which partition goes on after
-each step at a barrier, and when a load lands, is drawn at random from a seed. So a kernel that
-overwrites, reads or returns something too early shows NaN, and one that waits for ever is a
-Deadlock. Layouts, warps within a partition and the memory proxies are not modelled.
+It executes a kernel's own functions, with a `gl` whose tensors are PyTorch's and a thread for each
+partition of warps. Asynchronous operations complete as late as possible: a TMA load poisons its
+destination immediately and completes at any later time; a wgmma reads its operands when it is
+issued, to check that they are available, and again when it is waited for. The seed determines the
+random choice of the next partition at each barrier and the completion times of loads. A kernel that
+overwrites, reads or returns data too early therefore produces NaN, and one that waits forever
+raises Deadlock. Layouts, warps within a partition and the memory proxies are not modeled.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,14 +28,14 @@ from tests.helpers.kernels.gluon_machine import (
 
 
 class Model:
-    """What stands for Gluon's functions within a kernel, for one program of a grid."""
+    """Replacement of Gluon's functions in a kernel, for one program of a grid."""
 
     def __init__(self, program: int, programs: int, seed: int) -> None:
         self.partitions = Partitions(seed)
         self.program, self.programs = torch.tensor(program), torch.tensor(programs)
 
     def namespace(self) -> dict[str, Any]:
-        """What a kernel's module imports from Gluon, by the names of attention_hopper."""
+        """Return the names that a kernel module imports from Gluon, as attention_hopper does."""
         gl = {name: getattr(torch, name) for name in ("int64", "float32", "exp2", "log2")}
         gl |= dict.fromkeys(
             ("NVMMADistributedLayout", "BlockedLayout", "SliceLayout", "DotOperandLayout"),
@@ -157,13 +157,13 @@ class Model:
         while len(matmuls) > outstanding:
             oldest = matmuls.pop(0)
             oldest.result = oldest.compute()
-        found = tuple(x.result if isinstance(x, Pending) else x for x in deps)
-        assert all(x is not None for x in found), "used while the matmul is still running"
-        return found[0] if len(found) == 1 else found
+        actual = tuple(x.result if isinstance(x, Pending) else x for x in deps)
+        assert all(x is not None for x in actual), "result used before the matmul is waited for"
+        return actual[0] if len(actual) == 1 else actual
 
 
 def functions(modules: Sequence[ModuleType], names: dict[str, Any]) -> dict[str, Any]:
-    """A kernel's functions and constants, once more, such that they see `names` as theirs."""
+    """Return copies of a kernel's functions and constants that resolve globals in `names`."""
     for module in modules:
         for name, value in vars(module).items():
             if isinstance(value, constexpr):
@@ -174,9 +174,9 @@ def functions(modules: Sequence[ModuleType], names: dict[str, Any]) -> dict[str,
 
 
 def launcher(modules: Sequence[ModuleType], seed: int, programs: int) -> Callable[..., None]:
-    """Stands for `launch` where a kernel is started: runs the grid's programs one after another.
+    """Return a replacement of `launch` that runs the programs of a grid sequentially.
 
-    Raises AssertionError where the kernel breaks a rule of the machine, or writes an element twice.
+    It raises AssertionError if the kernel violates a hardware rule, or writes an element twice.
     """
 
     def launch(
@@ -193,6 +193,8 @@ def launcher(modules: Sequence[ModuleType], seed: int, programs: int) -> Callabl
         for program in range(programs):
             model = Model(program, programs, seed + program)
             functions(modules, model.namespace())[kernel.fn.__name__](*seen, **constants)
-        assert all(counts.max() <= 1 for counts in written.values() if counts.numel()), "twice"
+        assert all(counts.max() <= 1 for counts in written.values() if counts.numel()), (
+            "written twice"
+        )
 
     return launch

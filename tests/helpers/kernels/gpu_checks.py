@@ -1,9 +1,9 @@
-"""What kernels are held to on a GPU, each check in a process of its own.
+"""Kernel checks for a GPU, each in a separate process.
 
     python -m tests.helpers.kernels.gpu_checks attention
 
 `test_gpu.py` starts them, since test processes see no GPU. On a CPU the same checks run in Triton's
-interpreter, in fp32, with shapes made smaller.
+interpreter, in fp32, with smaller shapes.
 """
 
 import sys
@@ -29,8 +29,8 @@ Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where kernels run, and by how much large shapes are made smaller there."""
+class KernelDevice:
+    """Device of the checks, and the divisor of large shapes on it."""
 
     device: str
     scale: int
@@ -41,11 +41,11 @@ class Place:
         return torch.float32, *(() if self.device == "cpu" else both)
 
     def of(self, size: int) -> int:
-        """A size that matters only for being large."""
+        """Return a large size, scaled down for the device."""
         return max(1, size // self.scale)
 
     def run(self, function: Function) -> Function:
-        """The function as computed here, for inputs that are on the CPU, where its results go."""
+        """Return the function wrapped to run on this device, with inputs and results on the CPU."""
 
         def call(*inputs: Tensor) -> Any:
             outputs = function(*(x.to(self.device) for x in inputs))
@@ -53,70 +53,72 @@ class Place:
 
         return call
 
-    def hold(self, kernel: Function, eager: Function, inputs: Sequence[Tensor]) -> None:
-        """Outputs and gradients of a kernel against fp64, in every precision."""
+    def check_accuracy(self, kernel: Function, eager: Function, inputs: Sequence[Tensor]) -> None:
+        """Check outputs and gradients of a kernel against fp64, in every precision."""
         for dtype in self.dtypes:
             check(self.run(kernel), self.run(eager), inputs, dtype)
 
 
-def rows(place: Place) -> None:
-    """RMSNorm alone and with the addition, RoPE, SwiGLU."""
+def rows(setup: KernelDevice) -> None:
+    """Check RMSNorm with and without the addition, RoPE and SwiGLU."""
     for count, width in [
         (1, 8),
-        (place.of(199), 760),
-        (place.of(2048), 4096),
-        (7, place.of(16384)),
+        (setup.of(199), 760),
+        (setup.of(2048), 4096),
+        (7, setup.of(16384)),
     ]:
         x, more, weight = draw(count, width), draw(count, width, seed=1), draw(width, seed=2)
         norm, both = partial(rms_norm, eps=EPS), partial(add_rms_norm, eps=EPS)
-        place.hold(norm, partial(reference.rms_norm, eps=EPS), [x, weight])
-        place.hold(both, partial(reference.add_rms_norm, eps=EPS), [x, more, weight])
-        place.hold(swiglu, reference.swiglu, [x, more])
+        setup.check_accuracy(norm, partial(reference.rms_norm, eps=EPS), [x, weight])
+        setup.check_accuracy(both, partial(reference.add_rms_norm, eps=EPS), [x, more, weight])
+        setup.check_accuracy(swiglu, reference.swiglu, [x, more])
     for sequence, heads, groups, head_dim in [
-        (place.of(199), 6, 2, 64),
-        (place.of(2048), 32, 8, 128),
+        (setup.of(199), 6, 2, 64),
+        (setup.of(2048), 32, 8, 128),
     ]:
         q, k = draw(2, sequence, heads, head_dim), draw(2, sequence, groups, head_dim, seed=1)
-        positions = torch.arange(sequence, device=place.device).expand(2, -1)
-        angles = 1e4 ** -torch.linspace(0, 1, head_dim // 2, device=place.device)
+        positions = torch.arange(sequence, device=setup.device).expand(2, -1)
+        angles = 1e4 ** -torch.linspace(0, 1, head_dim // 2, device=setup.device)
         cos, sin = reference.rope_tables(positions, angles)
-        place.hold(partial(rope, cos=cos, sin=sin), partial(_turned, cos=cos, sin=sin), [q, k])
+        setup.check_accuracy(
+            partial(rope, cos=cos, sin=sin), partial(_turned, cos=cos, sin=sin), [q, k]
+        )
 
 
-def attention_of_documents(place: Place) -> None:
-    """Every head dimension and grouping, documents of one token and of many, windows."""
-    long = place.of(1024)
-    for lengths, (heads, groups, head_dim), further in [
+def attention_of_documents(setup: KernelDevice) -> None:
+    """Check all head dimensions and groupings, documents of one and of many tokens, and windows."""
+    long = setup.of(1024)
+    for lengths, (heads, groups, head_dim), options in [
         ((1,), (1, 1, 64), {}),
         ((199,), (4, 1, 64), {}),
         ((long, 1, 127, long), (8, 1, 128), {}),
-        ((2 * long,), (4, 2, 128), {"window": place.of(300)}),
-        ((place.of(1023),), (4, 4, 80), {}),
+        ((2 * long,), (4, 2, 128), {"window": setup.of(300)}),
+        ((setup.of(1023),), (4, 4, 80), {}),
         ((130, 70), (2, 1, 96), {"scale": 0.2}),
         ((128, 129), (2, 1, 256), {}),
     ]:
         ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
-        packing = pack(ids, *ids.shape).to(place.device)
+        packing = pack(ids, *ids.shape).to(setup.device)
         inputs = [
             draw(1, ids.shape[1], count, head_dim, seed=seed)
             for seed, count in enumerate((heads, groups, groups))
         ]
-        ids = ids.to(place.device)
-        kernel = partial(attention, packing=packing, **further)
-        eager = partial(reference.attention, document_ids=ids, **further)
-        for dtype in place.dtypes:
+        ids = ids.to(setup.device)
+        kernel = partial(attention, packing=packing, **options)
+        eager = partial(reference.attention, document_ids=ids, **options)
+        for dtype in setup.dtypes:
             least = 2.0 if ids.shape[1] < 10 else 0.0  # where terms cancel
-            check(place.run(kernel), place.run(eager), inputs, dtype, least)
+            check(setup.run(kernel), setup.run(eager), inputs, dtype, least)
 
 
-def cross_entropy(place: Place) -> None:
-    """Statistics and gradient, the last columns being padding."""
-    for tokens, width in [(1, 5), (place.of(199), 1001), (place.of(256), place.of(131072))]:
+def cross_entropy(setup: KernelDevice) -> None:
+    """Check statistics and gradient; the last columns are padding."""
+    for tokens, width in [(1, 5), (setup.of(199), 1001), (setup.of(256), setup.of(131072))]:
         real, first = width - width // 7, 11
         labels = torch.randint(first + real, (tokens,), generator=torch.Generator().manual_seed(0))
         labels[0] = -100
         scale = draw(tokens, seed=1).abs() * (labels >= 0)
-        for dtype in place.dtypes:
+        for dtype in setup.dtypes:
             logits = (3 * draw(tokens, width)).to(dtype)
             exact, twin = (
                 _loss_by(
@@ -124,47 +126,49 @@ def cross_entropy(place: Place) -> None:
                 )
                 for x in (logits.double(), logits)
             )
-            here = (x.to(place.device) for x in (logits, labels, scale))
-            found = _loss_by(vocab_statistics, _in_place, *here, real)
+            here = (x.to(setup.device) for x in (logits, labels, scale))
+            actual = _loss_by(vocab_statistics, _in_place, *here, real)
             for name, ours, truth, other in zip(
-                ("maximum", "total", "target", "gradient"), found, exact, twin, strict=True
+                ("maximum", "total", "target", "gradient"), actual, exact, twin, strict=True
             ):
                 close(ours.cpu(), truth.double(), other, name)
 
 
-def repeated(place: Place) -> None:
-    """The same bits again, forward and backward."""
+def repeated(setup: KernelDevice) -> None:
+    """Check that forward and backward are bitwise reproducible."""
     for function, inputs in _calls(
-        place, torch.float32 if place.device == "cpu" else torch.bfloat16
+        setup, torch.float32 if setup.device == "cpu" else torch.bfloat16
     ):
         one, two = (_results(function, inputs) for _ in range(2))
         assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True)), function
         assert all(x.isfinite().all() for x in one), function
 
 
-def compiled(place: Place) -> None:
-    """Under torch.compile, without a break in the graph, what they are without it."""
-    backend = "aot_eager" if place.device == "cpu" else "inductor"
-    dtype = torch.float32 if place.device == "cpu" else torch.bfloat16
-    for function, inputs in _calls(place, dtype):
+def compiled(setup: KernelDevice) -> None:
+    """Check that torch.compile, without graph breaks, gives the eager results."""
+    backend = "aot_eager" if setup.device == "cpu" else "inductor"
+    dtype = torch.float32 if setup.device == "cpu" else torch.bfloat16
+    for function, inputs in _calls(setup, dtype):
         plain = _results(function, inputs)
-        whole = torch.compile(lambda *x, f=function: f(*x), fullgraph=True, backend=backend)
-        found = _results(whole, inputs)
-        assert all(torch.equal(x, y) for x, y in zip(plain, found, strict=True)), function
+        compiled_function = torch.compile(
+            lambda *x, f=function: f(*x), fullgraph=True, backend=backend
+        )
+        actual = _results(compiled_function, inputs)
+        assert all(torch.equal(x, y) for x, y in zip(plain, actual, strict=True)), function
 
 
-def beyond_32_bits(place: Place) -> None:
-    """Rows of a tensor with more than 2^31 elements: the last is computed like the first."""
-    count, width = place.of(2**31 // 4096 + 8), 4096
-    x = torch.zeros(count, width, dtype=torch.float16, device=place.device)
-    ends = draw(2, width, dtype=torch.float16).to(place.device)
+def beyond_32_bits(setup: KernelDevice) -> None:
+    """Check tensors with more than 2^31 elements: the last row equals the first computation."""
+    count, width = setup.of(2**31 // 4096 + 8), 4096
+    x = torch.zeros(count, width, dtype=torch.float16, device=setup.device)
+    ends = draw(2, width, dtype=torch.float16).to(setup.device)
     x[[0, -1]] = ends
-    weight = draw(width, seed=1, dtype=torch.float16).to(place.device)
+    weight = draw(width, seed=1, dtype=torch.float16).to(setup.device)
     y = rms_norm(x, weight, EPS)
     assert torch.equal(y[[0, -1]], rms_norm(ends, weight, EPS))
     del y
     assert torch.equal(swiglu(x, x)[[0, -1]], swiglu(ends, ends))
-    labels = torch.zeros(count, dtype=torch.int64, device=place.device)
+    labels = torch.zeros(count, dtype=torch.int64, device=setup.device)
     statistics = torch.stack(tuple(vocab_statistics(x, labels, 0, width)))
     expected = torch.stack(tuple(vocab_statistics(ends, labels[:2], 0, width)))
     torch.testing.assert_close(statistics[:, [0, -1]], expected)  # of other spans of a row
@@ -198,25 +202,25 @@ def _loss_by(
     return [maximum, total, target, of_logits]
 
 
-def _calls(place: Place, dtype: torch.dtype) -> Iterator[tuple[Function, list[Tensor]]]:
-    """Each op on inputs of a size at which many programs run at once."""
+def _calls(setup: KernelDevice, dtype: torch.dtype) -> Iterator[tuple[Function, list[Tensor]]]:
+    """Yield each op with inputs large enough to run many programs concurrently."""
 
     def inputs(*shapes: tuple[int, ...]) -> list[Tensor]:
         drawn = [draw(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)]
-        return [x.to(place.device).requires_grad_() for x in drawn]
+        return [x.to(setup.device).requires_grad_() for x in drawn]
 
-    count, width = place.of(8192), place.of(4096)
+    count, width = setup.of(8192), setup.of(4096)
     yield partial(rms_norm, eps=EPS), inputs((count, width), (width,))
     yield partial(add_rms_norm, eps=EPS), inputs((count, width), (count, width), (width,))
     yield swiglu, inputs((count, width), (count, width))
-    sequence = place.of(2048)
+    sequence = setup.of(2048)
     q, k = (2, sequence, 8, 64), (2, sequence, 2, 64)
-    positions = torch.arange(sequence, device=place.device).expand(2, -1)
-    angles = 1e4 ** -torch.linspace(0, 1, 32, device=place.device)
+    positions = torch.arange(sequence, device=setup.device).expand(2, -1)
+    angles = 1e4 ** -torch.linspace(0, 1, 32, device=setup.device)
     cos, sin = (table.to(dtype) for table in reference.rope_tables(positions, angles))
     yield partial(rope, cos=cos, sin=sin), inputs(q, k)
     ids = (torch.arange(sequence) * 3 // sequence).expand(2, -1)
-    packing = pack(ids, *ids.shape).to(place.device)
+    packing = pack(ids, *ids.shape).to(setup.device)
     yield partial(attention, packing=packing), inputs(q, k, k)
 
 
@@ -227,7 +231,7 @@ def _results(function: Function, inputs: list[Tensor]) -> list[Tensor]:
     return [*outputs, *torch.autograd.grad(outputs, inputs, upstream)]
 
 
-CHECKS: dict[str, Callable[[Place], None]] = {
+CHECKS: dict[str, Callable[[KernelDevice], None]] = {
     "rows": rows,
     "attention": attention_of_documents,
     "cross-entropy": cross_entropy,
@@ -238,4 +242,4 @@ CHECKS: dict[str, Callable[[Place], None]] = {
 
 
 if __name__ == "__main__":
-    CHECKS[sys.argv[1]](Place("cuda", 1))
+    CHECKS[sys.argv[1]](KernelDevice("cuda", 1))

@@ -1,7 +1,7 @@
-"""Causal attention: dense, packed documents, windows; forward and backward.
+"""Benchmark of causal attention: dense, packed documents, windows; forward and backward.
 
-SDPA is measured with one backend forced, since what torch chooses by itself is not the fastest. Its
-K and V are not expanded (enable_gqa). FLOPs are those that the documents need (`gpu_bench_work`).
+SDPA is measured with one backend forced, since torch's default choice is not the fastest. K and V
+are not expanded (enable_gqa). FLOPs are those required by the documents (`work.py`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,22 +16,22 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from megagrow_kernels import reference
 from megagrow_kernels.attention import attention
 from megagrow_kernels.packing import pack
-from tools.gpu.bench import others
-from tools.gpu.bench.case import OURS, Case, Place, Result
+from tools.gpu.bench import baselines
+from tools.gpu.bench.case import OURS, BenchmarkCase, DeviceSetup, Result
 from tools.gpu.bench.work import attention_work
 
-Contenders = dict[str, Callable[[], Result]]
+Implementations = dict[str, Callable[[], Result]]
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A batch of rows, all of the same documents."""
+class AttentionShape:
+    """A batch of rows with the same document lengths."""
 
     kind: str
     """`dense`, `packed`, `skewed`, `window` or `mha`."""
     batch: int
     documents: tuple[int, ...]
-    """Their lengths; they fill a row."""
+    """Document lengths in tokens; they fill a row."""
     heads: int = 32
     groups: int = 8
     head_dim: int = 128
@@ -50,64 +50,71 @@ class Shape:
 
 
 SHAPES = (
-    Shape("dense", 8, (2048,)),
-    Shape("dense", 4, (4096,)),
-    Shape("dense", 2, (8192,)),
-    Shape("dense", 1, (16384,)),
-    Shape("dense", 4, (4096,), heads=32, groups=32, head_dim=64),
-    Shape("mha", 4, (4096,), groups=32),
-    Shape("packed", 2, (2048,) * 4),
-    Shape("skewed", 2, (5120, 256, 1792, 1024)),
-    Shape("window", 2, (8192,), window=1024),
+    AttentionShape("dense", 8, (2048,)),
+    AttentionShape("dense", 4, (4096,)),
+    AttentionShape("dense", 2, (8192,)),
+    AttentionShape("dense", 1, (16384,)),
+    AttentionShape("dense", 4, (4096,), heads=32, groups=32, head_dim=64),
+    AttentionShape("mha", 4, (4096,), groups=32),
+    AttentionShape("packed", 2, (2048,) * 4),
+    AttentionShape("skewed", 2, (5120, 256, 1792, 1024)),
+    AttentionShape("window", 2, (8192,), window=1024),
 )
-"""16k tokens each; documents of 2048 tokens on average."""
+"""Benchmark shapes: 16k tokens each, with documents of 2048 tokens on average."""
 
 TINY = {"heads": 2, "groups": 1, "head_dim": 16}
 SMOKE_SHAPES = (
-    Shape("dense", 1, (16,), **TINY),
-    Shape("skewed", 1, (9, 1, 6), **TINY),
-    Shape("window", 1, (16,), window=5, **TINY),
+    AttentionShape("dense", 1, (16,), **TINY),
+    AttentionShape("skewed", 1, (9, 1, 6), **TINY),
+    AttentionShape("window", 1, (16,), window=5, **TINY),
 )
 
 
-def cases(place: Place) -> Iterator[Case]:
-    """One case for each shape."""
-    for shape in SMOKE_SHAPES if place.smoke else SHAPES:
-        yield case(place, shape)
+def cases(setup: DeviceSetup) -> Iterator[BenchmarkCase]:
+    """Yield one case per shape."""
+    for shape in SMOKE_SHAPES if setup.smoke else SHAPES:
+        yield case(setup, shape)
 
 
-def case(place: Place, shape: Shape) -> Case:
-    """All that can compute a shape. Who expands K and V or all scores is left out where it could
-    not run: the compiled reference holds them for the shortest dense shape only."""
-    q = place.draw(shape.batch, shape.sequence, shape.heads, shape.head_dim)
-    k, v = (place.draw(*q.shape[:2], shape.groups, shape.head_dim) for _ in range(2))
-    ids = document_ids(shape.documents).to(place.device).expand(shape.batch, -1)
-    packing = pack(ids.cpu(), shape.batch, shape.sequence).to(place.device)
-    contenders: Contenders = {OURS: lambda: attention(q, k, v, packing, window=shape.window)}
+def case(setup: DeviceSetup, shape: AttentionShape) -> BenchmarkCase:
+    """Return a shape with all implementations that support it.
+
+    Implementations that expand K and V or materialize all scores are omitted where they do not fit:
+    the compiled reference runs only for the shortest dense shape.
+    """
+    q = setup.draw(shape.batch, shape.sequence, shape.heads, shape.head_dim)
+    k, v = (setup.draw(*q.shape[:2], shape.groups, shape.head_dim) for _ in range(2))
+    ids = document_ids(shape.documents).to(setup.device).expand(shape.batch, -1)
+    packing = pack(ids.cpu(), shape.batch, shape.sequence).to(setup.device)
+    implementations: Implementations = {
+        OURS: lambda: attention(q, k, v, packing, window=shape.window)
+    }
     if shape.kind in ("dense", "mha"):
-        contenders |= _dense(place, q, k, v)
+        implementations |= _dense(setup, q, k, v)
     if shape.kind in ("packed", "skewed"):
-        contenders |= _packed(place, q, k, v, ids, shape.documents)
+        implementations |= _packed(setup, q, k, v, ids, shape.documents)
     if shape.kind == "window":
-        contenders |= _windowed(q, k, v, shape.window)
+        implementations |= _windowed(q, k, v, shape.window)
     if shape.kind == "dense" and shape.sequence <= 2048:
-        compiled = place.compiled(reference.attention)
-        contenders["compile"] = lambda: compiled(q, k, v)
+        compiled = setup.compile(reference.attention)
+        implementations["compile"] = lambda: compiled(q, k, v)
     lengths = shape.documents * shape.batch
     work = attention_work(lengths, shape.heads, shape.head_dim, shape.window)
     features = {"shape": shape.kind, "sequence": shape.sequence, "head_dim": shape.head_dim}
-    return Case("attention", shape.name, contenders, (q, k, v), *work, features=features)
+    return BenchmarkCase(
+        "attention", shape.name, implementations, (q, k, v), *work, features=features
+    )
 
 
 def document_ids(lengths: Sequence[int]) -> Tensor:
-    """(S,): which document a token is in, counted from 0."""
+    """Return the document index of each token, (S,)."""
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
 
 
-def _dense(place: Place, q: Tensor, k: Tensor, v: Tensor) -> Contenders:
+def _dense(setup: DeviceSetup, q: Tensor, k: Tensor, v: Tensor) -> Implementations:
     def sdpa(backend: SDPBackend) -> Callable[[], Tensor]:
         def call() -> Tensor:
-            with sdpa_kernel(SDPBackend.MATH if place.smoke else backend):
+            with sdpa_kernel(SDPBackend.MATH if setup.smoke else backend):
                 out = F.scaled_dot_product_attention(
                     *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True
                 )
@@ -115,52 +122,54 @@ def _dense(place: Place, q: Tensor, k: Tensor, v: Tensor) -> Contenders:
 
         return call
 
-    made: Contenders = {
+    calls: Implementations = {
         "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
         "flash": sdpa(SDPBackend.FLASH_ATTENTION),
     }
-    for name, flash in others.flash_attention("flash_attn_func").items():
-        made[name] = _called(flash, q, k, v, causal=True)
-    return made
+    for name, flash in baselines.flash_attention("flash_attn_func").items():
+        calls[name] = _bind(flash, q, k, v, causal=True)
+    return calls
 
 
-def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Contenders:
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Implementations:
     assert window is not None
-    found = others.flash_attention("flash_attn_func")
-    reach = (window - 1, 0)
-    return {n: _called(f, q, k, v, causal=True, window_size=reach) for n, f in found.items()}
+    functions = baselines.flash_attention("flash_attn_func")
+    window_size = (window - 1, 0)
+    return {
+        n: _bind(f, q, k, v, causal=True, window_size=window_size) for n, f in functions.items()
+    }
 
 
 def _packed(
-    place: Place, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, lengths: tuple[int, ...]
-) -> Contenders:
+    setup: DeviceSetup, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, lengths: tuple[int, ...]
+) -> Implementations:
     row = ids[0].contiguous()
 
     def same_document(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (row[query] == row[key]) & (query >= key)
 
     sequence = q.shape[1]
-    mask = create_block_mask(same_document, None, None, sequence, sequence, device=place.device)
-    flex = flex_attention if place.smoke else torch.compile(flex_attention, dynamic=False)
+    mask = create_block_mask(same_document, None, None, sequence, sequence, device=setup.device)
+    flex = flex_attention if setup.smoke else torch.compile(flex_attention, dynamic=False)
 
     def call() -> Tensor:
-        # It has no backward pass on a CPU.
-        inputs = [x.detach() if place.smoke else x for x in (q, k, v)]
-        turned = (x.transpose(1, 2) for x in inputs)
-        return flex(*turned, block_mask=mask, enable_gqa=True).transpose(1, 2)
+        # flex_attention has no backward pass on a CPU.
+        inputs = [x.detach() if setup.smoke else x for x in (q, k, v)]
+        transposed = (x.transpose(1, 2) for x in inputs)
+        return flex(*transposed, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
-    made: Contenders = {"flex": call}
-    every = torch.tensor((0, *lengths * q.shape[0]), device=place.device)
-    starts = every.cumsum(0).to(torch.int32)
+    calls: Implementations = {"flex": call}
+    lengths_by_row = torch.tensor((0, *lengths * q.shape[0]), device=setup.device)
+    starts = lengths_by_row.cumsum(0).to(torch.int32)
     ends = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
     longest = {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
     flat = [x.flatten(0, 1) for x in (q, k, v)]
-    for name, flash in others.flash_attention("flash_attn_varlen_func").items():
-        made[name] = _called(flash, *flat, causal=True, **ends, **longest)
-    return made
+    for name, flash in baselines.flash_attention("flash_attn_varlen_func").items():
+        calls[name] = _bind(flash, *flat, causal=True, **ends, **longest)
+    return calls
 
 
-def _called(
+def _bind(
     function: Callable[..., Tensor], *arguments: Tensor, **options: object
 ) -> Callable[[], Tensor]:
     return lambda: function(*arguments, **options)

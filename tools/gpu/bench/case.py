@@ -1,8 +1,8 @@
-"""One thing to be measured: an op on given inputs, computed by megagrow and by others.
+"""Benchmark cases: an op on given inputs, computed by megagrow and by baselines.
 
 Each result is a record, a flat dict: `kind` ("timing"), `op`, `case`, the case's features, `way`
-(forward, backward, both), `by`, and `seconds` with `bytes` and `flops` of the work, or `problem`,
-why there are none. What others cannot do is a finding, so nothing that they raise ends the run.
+(forward, backward, both), `by`, and either `seconds` with the `bytes` and `flops` of the work, or
+`problem`, the error message. A failing baseline is a result, so its exceptions do not end the run.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.gpu.bench.clock import Call, Clock, CudaClock, OnceClock
-from tools.gpu.bench.work import NOTHING, Work
+from tools.gpu.bench.timer import Call, CudaTimer, SmokeTimer, Timer
+from tools.gpu.bench.work import NOTHING, KernelWork
 
 OURS = "megagrow"
 Record = dict[str, Any]
@@ -21,8 +21,8 @@ Result = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where it is measured: a GPU in bf16, or in smoke the CPU in fp32, with tiny shapes."""
+class DeviceSetup:
+    """Benchmark device: a GPU in bf16, or for smoke runs the CPU in fp32 with tiny shapes."""
 
     device: torch.device
     smoke: bool
@@ -31,58 +31,63 @@ class Place:
     def dtype(self) -> torch.dtype:
         return torch.float32 if self.smoke else torch.bfloat16
 
-    def clock(self) -> Clock:
-        """What times the calls; in smoke each is made once and its seconds mean nothing."""
-        return OnceClock() if self.smoke else CudaClock(self.device)
+    def timer(self) -> Timer:
+        """Return the timer; a smoke run makes each call once, its seconds are meaningless."""
+        return SmokeTimer() if self.smoke else CudaTimer(self.device)
 
     def draw(self, *shape: int, gradient: bool = True) -> Tensor:
-        """Normal random numbers."""
+        """Return normally distributed random numbers."""
         x = torch.randn(shape, device=self.device, dtype=torch.float32).to(self.dtype)
         return x.requires_grad_(gradient)
 
-    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """By torch.compile, for exactly these shapes; in smoke without generating code."""
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile a function for static shapes; smoke runs skip code generation."""
         backend = "aot_eager" if self.smoke else "inductor"
         return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchmarkCase:
     """An op on inputs of one shape."""
 
     op: str
     name: str
-    contenders: Mapping[str, Callable[[], Result]]
-    """By whom -> a call that computes the outputs from `leaves`."""
+    implementations: Mapping[str, Callable[[], Result]]
+    """Calls that compute the outputs from `leaves`, by implementation."""
     leaves: tuple[Tensor, ...]
-    """The inputs that get a gradient."""
-    forward: Work = NOTHING
-    backward: Work = NOTHING
-    together: bool = False
-    """Whether forward and backward are measured as one, where somebody does both at once."""
+    """Inputs that require gradients."""
+    forward: KernelWork = NOTHING
+    backward: KernelWork = NOTHING
+    fused: bool = False
+    """Measure forward and backward as one call, as needed if an implementation fuses them."""
     features: Mapping[str, int | str] = field(default_factory=dict)
     restore: Call | None = None
-    """Writes anew what the calls overwrite; not measured."""
+    """Restores inputs that the calls overwrite; not timed."""
 
 
-def ways(case: Case) -> Iterator[tuple[str, Work, dict[str, Call]]]:
-    """What is to be timed: the way, its work, and by whom the call. The call of a backward pass
-    is made of the outputs that the contender's forward pass gives here, once."""
-    if case.together:
-        calls = {name: _both(call, case.leaves) for name, call in case.contenders.items()}
+def directions(case: BenchmarkCase) -> Iterator[tuple[str, KernelWork, dict[str, Call]]]:
+    """Yield the direction, its work, and the calls by implementation.
+
+    The call of a backward pass reuses the outputs of one forward pass of the same implementation.
+    """
+    if case.fused:
+        calls = {
+            name: _forward_backward(call, case.leaves)
+            for name, call in case.implementations.items()
+        }
         yield "both", case.forward + case.backward, calls
         return
-    yield "forward", case.forward, dict(case.contenders)
+    yield "forward", case.forward, dict(case.implementations)
     if case.leaves:
-        calls = {name: _backward(call, case.leaves) for name, call in case.contenders.items()}
+        calls = {name: _backward(call, case.leaves) for name, call in case.implementations.items()}
         yield "backward", case.backward, calls
 
 
-def measure(case: Case, clock: Clock) -> Iterator[Record]:
-    """The records of a case: all ways, all contenders. megagrow's own errors are records too."""
-    for way, work, calls in ways(case):
-        problems = {name: problem for name, call in calls.items() if (problem := _problem(call))}
-        seconds = clock.compare(
+def measure(case: BenchmarkCase, timer: Timer) -> Iterator[Record]:
+    """Yield a record per direction and implementation, including megagrow's errors."""
+    for way, work, calls in directions(case):
+        problems = {name: problem for name, call in calls.items() if (problem := _error_of(call))}
+        seconds = timer.compare(
             {name: call for name, call in calls.items() if name not in problems}, case.restore
         )
         for name in calls:
@@ -99,37 +104,39 @@ def measure(case: Case, clock: Clock) -> Iterator[Record]:
 
 
 def _backward(call: Callable[[], Result], leaves: tuple[Tensor, ...]) -> Call:
-    """A call that goes backward through one forward pass again and again. The forward pass is made
-    at the first call, so that its errors come with it."""
-    made: list[tuple[Result, list[Tensor]]] = []
+    """Return a call that repeats the backward pass of one forward pass.
 
-    def again() -> object:
-        if not made:
+    The forward pass runs in the first call, so that its errors are raised there.
+    """
+    saved: list[tuple[Result, list[Tensor]]] = []
+
+    def backward() -> object:
+        if not saved:
             outputs = call()
-            listed = outputs if isinstance(outputs, tuple) else (outputs,)
-            made.append((outputs, [torch.randn_like(y) for y in listed]))
-        outputs, gradients = made[0]
+            tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+            saved.append((outputs, [torch.randn_like(y) for y in tensors]))
+        outputs, gradients = saved[0]
         return torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 
-    return again
+    return backward
 
 
-def _both(call: Callable[[], Result], leaves: tuple[Tensor, ...]) -> Call:
-    def once() -> object:
+def _forward_backward(call: Callable[[], Result], leaves: tuple[Tensor, ...]) -> Call:
+    def forward_backward() -> object:
         outputs = call()
-        listed = outputs if isinstance(outputs, tuple) else (outputs,)
-        return torch.autograd.grad([y.sum() for y in listed], leaves) if leaves else outputs
+        tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+        return torch.autograd.grad([y.sum() for y in tensors], leaves) if leaves else outputs
 
-    return once
+    return forward_backward
 
 
-def _problem(call: Call) -> str | None:
-    """Why a call cannot be made, in one line; None if it can."""
+def _error_of(call: Call) -> str | None:
+    """Return the error of a call in one line; None if it succeeds."""
     try:
         call()
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # an error of the kernel itself comes later than its launch
-    except Exception as error:  # whatever other libraries raise
+            torch.cuda.synchronize()  # kernel errors surface after the launch
+    except Exception as error:  # baselines raise arbitrary exceptions
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[0] if lines else ''}"
     return None

@@ -1,12 +1,12 @@
-"""Real runs that grow on a GPU: what the growth takes, and how long the training stands still.
+"""Benchmark of growth in real GPU runs: time, memory and training stall.
 
     python tools/gpu/bench/growth.py 410m|cold|warm --output growth.jsonl [--smoke]
 
-Started by gpu_check.py. `410m` is the paper's recipe, 6 layers stacked to 24, cut to some steps:
-none of its kernels changes with the growth. `cold` and `warm` double a model's width, which changes
-what kernels are compiled for; each is to be started with an empty folder for Triton's cache. `cold`
-does not compile the next stage's kernels beforehand, `warm` waits until they are compiled, as a
-stage of ordinary length has long done. Text is random tokens.
+Started by gpu_check.py. `410m` is the paper's recipe, 6 layers stacked to 24, cut to 12 steps per
+stage: its growth changes no kernel. `cold` and `warm` double a model's width, which changes the
+kernels; start each with an empty Triton cache folder. `cold` skips the warm-up of the next stage's
+kernels. `warm` waits until they are compiled, as happens in a stage of ordinary length. The text is
+random tokens.
 """
 
 import argparse
@@ -48,7 +48,7 @@ TINY_WIDE = TINY | {"hidden_size": 64, "num_attention_heads": 4, "intermediate_s
 
 
 def main() -> None:
-    """Trains the run of a case to its end and writes down what its growth took."""
+    """Train the run of a case to its end and write a record of its growth."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--output", type=Path, required=True)
@@ -56,21 +56,21 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.output.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    run = run_of(options.case, folder, options.smoke)
-    changed = {
+    run = make_run(options.case, folder, options.smoke)
+    patches = {
         "cold": mock.patch.object(WarmUp, "prepare", lambda *arguments: None),
         "warm": mock.patch.object(WarmUp, "report", WarmUp.wait),
     }
-    with changed.get(options.case, nullcontext()):
+    with patches.get(options.case, nullcontext()):
         train(run)
     records = read_metrics(run.output_dir / METRICS_FILE)
-    found = {"kind": "growth", "case": options.case} | summary(records)
-    options.output.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    record = {"kind": "growth", "case": options.case} | summary(records)
+    options.output.write_text(json.dumps(record) + "\n", encoding="utf-8")
     shutil.rmtree(folder)  # checkpoints of gigabytes
 
 
-def run_of(case: str, folder: Path, smoke: bool) -> RunConfig:
-    """The run of a case, with its corpora written."""
+def make_run(case: str, folder: Path, smoke: bool) -> RunConfig:
+    """Return the run of a case, after writing its corpora."""
     if smoke:
         models, operator = (TINY, TINY_WIDE), "direct_width"
     elif case == "410m":
@@ -105,7 +105,7 @@ def run_of(case: str, folder: Path, smoke: bool) -> RunConfig:
 
 
 def write_corpus(prefix: Path, tokens: int, vocabulary: int, seed: int) -> None:
-    """Random documents of a thousand tokens."""
+    """Write random documents of a thousand tokens."""
     generator = np.random.default_rng(seed)
     with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
         for _ in range(tokens // 1000 + 1):
@@ -114,24 +114,24 @@ def write_corpus(prefix: Path, tokens: int, vocabulary: int, seed: int) -> None:
 
 
 def summary(records: list[Record]) -> Record:
-    """What the metrics of a run say of its growth, and of the steps around it.
+    """Return the cost of a run's growth and of the steps around it.
 
-    `event_seconds` is the whole event, the losses on a fixed batch before and after it included;
-    `stall_seconds` adds what the first step thereafter took longer than those after it.
+    `event_seconds` is the full event, including the losses on a fixed batch before and after it.
+    `stall_seconds` also includes the excess time of the first step after it over the later steps.
     """
-    at = next(index for index, record in enumerate(records) if record["kind"] == "growth")
-    growth = records[at]
-    event = growth["lost_seconds"] - records[at - 1]["lost_seconds"]
+    position = next(index for index, record in enumerate(records) if record["kind"] == "growth")
+    growth = records[position]
+    event = growth["lost_seconds"] - records[position - 1]["lost_seconds"]
     steps = [[r for r in records if r["kind"] == "train" and r["stage"] == s] for s in (0, 1)]
-    usual = [statistics.median(r["seconds"] for r in stage[1:]) for stage in steps]
+    medians = [statistics.median(r["seconds"] for r in stage[1:]) for stage in steps]
     first = steps[1][0]["seconds"]
-    kept = ("seconds", "bytes_within_ranks", "peak_memory_bytes", "loss_before", "loss_after")
-    return {name: growth[name] for name in kept} | {
+    fields = ("seconds", "bytes_within_ranks", "peak_memory_bytes", "loss_before", "loss_after")
+    return {name: growth[name] for name in fields} | {
         "event_seconds": event,
         "first_step_seconds": first,
-        "base_step_seconds": usual[0],
-        "step_seconds": usual[1],
-        "stall_seconds": event + first - usual[1],
+        "base_step_seconds": medians[0],
+        "step_seconds": medians[1],
+        "stall_seconds": event + first - medians[1],
     }
 
 

@@ -1,6 +1,7 @@
-"""The cross-entropy of a rank's rows of the vocabulary, and together with the head before it.
+"""Benchmark of vocabulary-parallel cross-entropy, alone and with the output projection.
 
-Both are measured forward and backward together, since some compute the gradient on the way forward.
+Both are measured forward and backward together, since some implementations compute the gradient in
+the forward pass.
 """
 
 import gc
@@ -16,63 +17,65 @@ from megagrow.model.ops import triton_loss
 from megagrow.parallel.loss import cross_entropy, linear_cross_entropy
 from megagrow.parallel.process_groups import Topology, destroy_topology, make_topology
 from megagrow_kernels.cross_entropy import vocab_gradient_, vocab_statistics
-from tools.gpu.bench import others
-from tools.gpu.bench.case import OURS, Case, Place, Record, Result
-from tools.gpu.bench.clock import Call
+from tools.gpu.bench import baselines
+from tools.gpu.bench.case import OURS, BenchmarkCase, DeviceSetup, Record, Result
+from tools.gpu.bench.timer import Call
 from tools.gpu.bench.work import linear_cross_entropy_work, row_work
 
-Contenders = dict[str, Callable[[], Result]]
+Implementations = dict[str, Callable[[], Result]]
 
 VOCABULARIES = ((8192, 131072), (16384, 32000))
-"""Tokens, and rows of the vocabulary."""
+"""Shapes: tokens, vocabulary rows."""
 HEADS = ((8192, 4096, 131072), (16384, 2048, 32000))
-"""Tokens, hidden size, rows of the vocabulary: a large one, and that of the 1.1B model."""
+"""Shapes: tokens, hidden size, vocabulary rows. A large shape, and that of the 1.1B model."""
 
 
-def cases(place: Place) -> Iterator[Case]:
-    """Cross-entropy alone, then with the head."""
-    for tokens, vocabulary in [(5, 70)] if place.smoke else VOCABULARIES:
-        yield _cross_entropy(place, tokens, vocabulary)
-    with one_rank(place) as topology:
-        for shape in _heads(place):
-            yield _linear_cross_entropy(place, topology, *shape)
+def cases(setup: DeviceSetup) -> Iterator[BenchmarkCase]:
+    """Yield cross-entropy cases alone, then with the output projection."""
+    for tokens, vocabulary in [(5, 70)] if setup.smoke else VOCABULARIES:
+        yield _cross_entropy(setup, tokens, vocabulary)
+    with single_rank(setup) as topology:
+        for shape in _heads(setup):
+            yield _linear_cross_entropy(setup, topology, *shape)
 
 
-def memory(place: Place) -> Iterator[Record]:
-    """Peak memory of head and loss, beyond what was there before and the two gradients."""
-    with one_rank(place) as topology:
-        for shape in _heads(place):
-            case = _linear_cross_entropy(place, topology, *shape)
+def memory(setup: DeviceSetup) -> Iterator[Record]:
+    """Yield the peak memory of projection and loss, excluding earlier allocations and gradients."""
+    with single_rank(setup) as topology:
+        for shape in _heads(setup):
+            case = _linear_cross_entropy(setup, topology, *shape)
             logits = shape[0] * shape[2] * case.leaves[0].element_size()
-            for name, call in case.contenders.items():
+            for name, call in case.implementations.items():
                 record = {"kind": "memory", "op": case.op, "case": case.name, "by": name}
                 record["logits_bytes"] = logits
                 try:
-                    record["extra_bytes"] = extra_bytes(call, case.leaves, place)
-                except Exception as error:  # whatever other libraries raise
+                    record["extra_bytes"] = extra_bytes(call, case.leaves, setup)
+                except Exception as error:  # baselines raise arbitrary exceptions
                     record["problem"] = f"{type(error).__name__}: {error}".splitlines()[0]
                 yield record
 
 
-def extra_bytes(call: Callable[[], Result], leaves: tuple[Tensor, ...], place: Place) -> int:
-    """What a forward and backward pass adds to the memory in use at its peak, but for the gradients
-    of the leaves; 0 without a GPU."""
-    kept = sum(x.numel() * x.element_size() for x in leaves)
+def extra_bytes(call: Callable[[], Result], leaves: tuple[Tensor, ...], setup: DeviceSetup) -> int:
+    """Return the peak memory added by a forward and backward pass, in bytes.
+
+    The gradients of the leaves are excluded. 0 without a GPU.
+    """
+    gradient_bytes = sum(x.numel() * x.element_size() for x in leaves)
     gc.collect()
-    if not place.smoke:
+    if not setup.smoke:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        baseline = torch.cuda.memory_allocated()
     gradients = torch.autograd.grad(call(), leaves)
     del gradients
-    return 0 if place.smoke else torch.cuda.max_memory_allocated() - before - kept
+    return 0 if setup.smoke else torch.cuda.max_memory_allocated() - baseline - gradient_bytes
 
 
 @contextmanager
-def one_rank(place: Place) -> Iterator[Topology]:
-    """A job of this process alone."""
+def single_rank(setup: DeviceSetup) -> Iterator[Topology]:
+    """Create a process group of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    topology = make_topology(1, place.device)
+    topology = make_topology(1, setup.device)
     try:
         yield topology
     finally:
@@ -80,15 +83,15 @@ def one_rank(place: Place) -> Iterator[Topology]:
         dist.destroy_process_group()
 
 
-def _heads(place: Place) -> tuple[tuple[int, int, int], ...]:
-    return ((9, 16, 70),) if place.smoke else HEADS
+def _heads(setup: DeviceSetup) -> tuple[tuple[int, int, int], ...]:
+    return ((9, 16, 70),) if setup.smoke else HEADS
 
 
-def _cross_entropy(place: Place, tokens: int, vocabulary: int) -> Case:
-    source = place.draw(tokens, vocabulary, gradient=False)
+def _cross_entropy(setup: DeviceSetup, tokens: int, vocabulary: int) -> BenchmarkCase:
+    source = setup.draw(tokens, vocabulary, gradient=False)
     logits = source.clone().requires_grad_()
-    labels = torch.randint(vocabulary, (tokens,), device=place.device)
-    ones, zeros = (torch.full((tokens,), x, device=place.device) for x in (1.0, 0.0))
+    labels = torch.randint(vocabulary, (tokens,), device=setup.device)
+    ones, zeros = (torch.full((tokens,), x, device=setup.device) for x in (1.0, 0.0))
 
     def ours() -> Tensor:
         with torch.no_grad():
@@ -99,42 +102,46 @@ def _cross_entropy(place: Place, tokens: int, vocabulary: int) -> Case:
     def differentiated(loss: Callable[..., Tensor]) -> Callable[[], Tensor]:
         return lambda: torch.autograd.grad(loss(logits, labels, reduction="sum"), logits)[0]
 
-    contenders: Contenders = {
+    implementations: Implementations = {
         OURS: ours,
-        "compile": differentiated(place.compiled(F.cross_entropy)),
+        "compile": differentiated(setup.compile(F.cross_entropy)),
     }
-    if liger := others.liger("liger_cross_entropy"):
-        contenders["liger"] = differentiated(liger)
-    return Case(
+    if liger := baselines.liger("liger_cross_entropy"):
+        implementations["liger"] = differentiated(liger)
+    return BenchmarkCase(
         "cross_entropy",
         f"{tokens} x {vocabulary}",
-        contenders,
+        implementations,
         (),
         *row_work("cross_entropy", logits.numel(), logits.element_size()),
-        together=True,
-        restore=_copying(source, logits.detach()),
+        fused=True,
+        restore=_copy_call(source, logits.detach()),
     )
 
 
 def _linear_cross_entropy(
-    place: Place, topology: Topology, tokens: int, hidden: int, vocabulary: int
-) -> Case:
-    x, weight = place.draw(1, tokens, hidden), place.draw(vocabulary, hidden)
-    labels = torch.randint(vocabulary, (1, tokens), device=place.device)
+    setup: DeviceSetup, topology: Topology, tokens: int, hidden: int, vocabulary: int
+) -> BenchmarkCase:
+    x, weight = setup.draw(1, tokens, hidden), setup.draw(vocabulary, hidden)
+    labels = torch.randint(vocabulary, (1, tokens), device=setup.device)
     loss = triton_loss()
     flat, flat_labels = x.flatten(0, 1), labels.flatten()
-    contenders: Contenders = {
+    implementations: Implementations = {
         OURS: lambda: linear_cross_entropy(x, weight, labels, vocabulary, topology, loss),
         "plain": lambda: cross_entropy(x @ weight.t(), labels, vocabulary, topology, loss),
     }
-    if liger := others.liger("liger_fused_linear_cross_entropy"):
-        contenders["liger"] = lambda: liger(flat, weight, flat_labels, reduction="sum")
-    if cut := others.cut_cross_entropy():
-        contenders["cut-cross-entropy"] = lambda: cut(flat, weight, flat_labels, reduction="sum")
+    if liger := baselines.liger("liger_fused_linear_cross_entropy"):
+        implementations["liger"] = lambda: liger(flat, weight, flat_labels, reduction="sum")
+    if cut := baselines.cut_cross_entropy():
+        implementations["cut-cross-entropy"] = lambda: cut(
+            flat, weight, flat_labels, reduction="sum"
+        )
     name = f"{tokens} x {hidden} x {vocabulary}"
     work = linear_cross_entropy_work(tokens, hidden, vocabulary)
-    return Case("linear_cross_entropy", name, contenders, (x, weight), work, together=True)
+    return BenchmarkCase(
+        "linear_cross_entropy", name, implementations, (x, weight), work, fused=True
+    )
 
 
-def _copying(source: Tensor, target: Tensor) -> Call:
+def _copy_call(source: Tensor, target: Tensor) -> Call:
     return lambda: target.copy_(source)

@@ -1,10 +1,11 @@
-"""Training steps of the paper's models on one GPU, in bf16, by each set of kernels.
+"""Benchmark of training steps on one GPU, in bf16, for each kernel backend.
 
     python tools/gpu/bench/training.py --output training.jsonl [--smoke]
 
-Started by gpu_check.py. A step is what a run trains: forward and backward passes over its micro
-batches, clipping, and the update, by DeepSpeed under ZeRO 1. Weights and tokens are random, context
-is 2048. Writes one record per model and backend, the largest model last.
+Started by gpu_check.py. A step is that of a run: forward and backward passes over its
+micro-batches, gradient clipping and the update, by DeepSpeed under ZeRO 1. Weights and tokens are
+random, the sequence length is 2048. Writes one record per model of the paper and backend, the
+largest model last.
 """
 
 import argparse
@@ -39,23 +40,27 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "triton, chunked loss": dict.fromkeys(KEYS, "triton") | {"linear_cross_entropy": True},
     "torch": {"attention": "sdpa"} | dict.fromkeys(KEYS[1:], "torch"),
 }
-"""Name -> the section `kernels` of a run."""
+"""The `kernels` section of a run, by backend name."""
 
 
 @dataclass(frozen=True)
-class Size:
-    """A model of configs/model/ (or a shape), and the batch that a GPU of 80 GB has room for."""
+class TrainingSetup:
+    """A model of configs/model/ (or a shape), with a batch that fits on an 80 GB GPU."""
 
     model: str
     micro: int
     batch: int
-    """Sequences of a step."""
+    """Sequences per step."""
     sequence: int = 2048
     shape: dict[str, int] | None = None
-    """Of a model that has no file."""
+    """Model config without a file."""
 
 
-SIZES = (Size("llama-410m", 8, 32), Size("llama-1.1b", 4, 32), Size("llama-3b", 2, 16))
+SIZES = (
+    TrainingSetup("llama-410m", 8, 32),
+    TrainingSetup("llama-1.1b", 4, 32),
+    TrainingSetup("llama-3b", 2, 16),
+)
 TINY = {
     "num_hidden_layers": 1,
     "hidden_size": 32,
@@ -63,11 +68,11 @@ TINY = {
     "intermediate_size": 48,
     "vocab_size": 101,
 }
-SMOKE_SIZES = (Size("tiny", 1, 2, 16, TINY),)
+SMOKE_SIZES = (TrainingSetup("tiny", 1, 2, 16, TINY),)
 
 
 def main() -> None:
-    """Trains every model with every set of kernels, and writes what that took."""
+    """Train every model with every backend and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--smoke", action="store_true")
@@ -78,23 +83,27 @@ def main() -> None:
         for size in SMOKE_SIZES if options.smoke else SIZES:
             for backend in BACKENDS:
                 record = {"kind": "training", "model": size.model, "backend": backend}
-                record |= attempted(size, backend, device, options.output.parent)
+                record |= measure_or_error(size, backend, device, options.output.parent)
                 file.write(json.dumps(record) + "\n")
                 file.flush()
     leave_process_group()
 
 
-def attempted(size: Size, backend: str, device: torch.device, folder: Path) -> dict[str, Any]:
-    """What a step took, or why there was none: too little memory is a finding, and so is a backend
-    that cannot run here."""
+def measure_or_error(
+    size: TrainingSetup, backend: str, device: torch.device, folder: Path
+) -> dict[str, Any]:
+    """Return the measurements of a step, or the error.
+
+    Running out of memory and unsupported backends are results.
+    """
     try:
-        return trained(run_of(size, backend, folder), device)
-    except Exception as error:  # the next backend may do better
+        return measure_training(make_run(size, backend, folder), device)
+    except Exception as error:  # the next backend may succeed
         return {"problem": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
 
 
-def run_of(size: Size, backend: str, folder: Path) -> RunConfig:
-    """The run of which some steps are trained here."""
+def make_run(size: TrainingSetup, backend: str, folder: Path) -> RunConfig:
+    """Return the config of the run that is benchmarked."""
     values = {
         "name": size.model,
         "output_dir": str(folder),
@@ -110,15 +119,15 @@ def run_of(size: Size, backend: str, folder: Path) -> RunConfig:
     return load_run(path)
 
 
-def trained(run: RunConfig, device: torch.device) -> dict[str, Any]:
-    """Median seconds of a step, tokens/s, model FLOPs utilisation and peak memory."""
+def measure_training(run: RunConfig, device: torch.device) -> dict[str, Any]:
+    """Return seconds per step (median), tokens/s, model FLOPs utilization and peak memory."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     stage = build_stage(run, 0, device)
     try:
-        fill(stage)
+        initialize(stage)
         batches = list(random_batches(run))
         seconds, losses = [], []
         for step in range(WARM_STEPS + STEPS):
@@ -142,8 +151,8 @@ def trained(run: RunConfig, device: torch.device) -> dict[str, Any]:
     }
 
 
-def fill(stage: Stage) -> None:
-    """Random weights, as large as initial ones, and no moments yet."""
+def initialize(stage: Stage) -> None:
+    """Set random weights with the initial standard deviation, and zero moments."""
     for name, kinds in stage.engine.storage().items():
         if name.endswith("norm.weight"):
             kinds["fp32"].fill_(1.0)
@@ -155,7 +164,7 @@ def fill(stage: Stage) -> None:
 
 
 def random_batches(run: RunConfig) -> Iterator[Batch]:
-    """The micro batches of one step."""
+    """Yield the micro-batches of one step."""
     batch, length = run.stages[0].batch, run.data.sequence_length
     positions = torch.arange(length).expand(batch.micro_batch_size, -1).contiguous()
     for _ in range(batch.global_batch_size // batch.micro_batch_size):

@@ -1,9 +1,9 @@
-"""How long the GPU works on a call: nothing of the host's, nothing from the cache.
+"""GPU timers that exclude host time and start with a cold cache.
 
-A spinning kernel holds the GPU until all repeats are queued behind it, so that no gap between
-launches is measured; before each repeat the L2 cache is filled by reading other memory (reading,
-since what a write leaves in the cache would have to be written back at the expense of the call).
-Contenders take turns within a few rounds, so that a card that gets warmer is unfair to none.
+A spinning kernel holds the GPU until all repeats are queued behind it, so that gaps between
+launches are not measured. Before each repeat, the L2 cache is filled by reading other memory.
+(Written lines would have to be flushed during the call.) Implementations alternate over a few
+rounds, so that thermal drift affects all of them equally.
 """
 
 import statistics
@@ -17,23 +17,26 @@ Call = Callable[[], object]
 
 ROUNDS, REPEATS = 3, 5
 FLUSH_BYTES = 256 * 2**20
-"""Several times the L2 cache of any GPU so far."""
+"""Bytes read to evict the L2 cache: several times the L2 cache of current GPUs."""
 SPIN_CYCLES = 10_000_000
 LONGEST_SPIN = 0.2
-"""Seconds. The queue of a GPU is finite: a call of hundreds of launches fills it, and is then so
-long that no gaps between its launches are to be feared."""
+"""Longest spin in seconds. A GPU's queue is finite: a call of hundreds of launches fills it, and is
+then so long that gaps between its launches are negligible.
+"""
 
 
-class Clock(Protocol):
-    """Measures calls."""
+class Timer(Protocol):
+    """Timer interface."""
 
     def compare(self, calls: Mapping[str, Call], restore: Call | None = None) -> dict[str, float]:
-        """Median seconds of each call, once each has been made for nothing. `restore` is called
-        before every call, and not measured: it writes anew what the calls overwrite."""
+        """Return the median seconds of each call, after one untimed call each.
+
+        `restore` runs before every call, untimed. It restores inputs that the calls overwrite.
+        """
 
 
-class CudaClock:
-    """Seconds on a GPU, by its own events."""
+class CudaTimer:
+    """Timer that uses CUDA events."""
 
     def __init__(self, device: torch.device) -> None:
         self._other = torch.zeros(FLUSH_BYTES // 4, device=device)
@@ -47,34 +50,34 @@ class CudaClock:
         self._cycles_per_second = SPIN_CYCLES / (begin.elapsed_time(end) / 1e3)
 
     def compare(self, calls: Mapping[str, Call], restore: Call | None = None) -> dict[str, float]:
-        """See Clock."""
-        ready = self._flush if restore is None else lambda: (restore(), self._flush())
-        waits = {name: self._host_seconds(call, ready) for name, call in calls.items()}
+        """Implement `Timer.compare` with CUDA events."""
+        prepare = self._flush if restore is None else lambda: (restore(), self._flush())
+        host_seconds = {name: self._host_seconds(call, prepare) for name, call in calls.items()}
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(ROUNDS):
             for name, call in calls.items():
-                seconds[name] += self._round(call, ready, waits[name])
-        return {name: statistics.median(found) for name, found in seconds.items()}
+                seconds[name] += self._round(call, prepare, host_seconds[name])
+        return {name: statistics.median(samples) for name, samples in seconds.items()}
 
-    def _host_seconds(self, call: Call, ready: Call) -> float:
-        """Seconds in which the host queues a call and what precedes it; also warms it up."""
-        ready()
+    def _host_seconds(self, call: Call, prepare: Call) -> float:
+        """Return the host seconds to queue a call and its preparation. Also warms up the call."""
+        prepare()
         call()
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        ready()
+        prepare()
         call()
         seconds = time.perf_counter() - begin
         torch.cuda.synchronize()
         return seconds
 
-    def _round(self, call: Call, ready: Call, host_seconds: float) -> list[float]:
+    def _round(self, call: Call, prepare: Call, host_seconds: float) -> list[float]:
         spin = min(2 * REPEATS * host_seconds + 1e-3, LONGEST_SPIN)
         while True:
             events = [(_event(), _event()) for _ in range(REPEATS)]
             torch.cuda._sleep(int(spin * self._cycles_per_second))
             for begin, end in events:
-                ready()
+                prepare()
                 begin.record()
                 call()
                 end.record()
@@ -89,11 +92,11 @@ class CudaClock:
         torch.amax(self._other, dim=0, out=self._sink)
 
 
-class OnceClock:
-    """Seconds of one call on the host: they mean nothing, but the calls are made."""
+class SmokeTimer:
+    """Timer that makes each call once on the host; its seconds are meaningless."""
 
     def compare(self, calls: Mapping[str, Call], restore: Call | None = None) -> dict[str, float]:
-        """See Clock."""
+        """Implement `Timer.compare` with host time."""
         seconds = {}
         for name, call in calls.items():
             if restore is not None:

@@ -1,10 +1,10 @@
-"""A step of a model on a GPU that is not there: kernels are compiled as if to run, and do nothing.
+"""Run a model step on a simulated GPU: kernels are compiled and launched, but do nothing.
 
-    python tests/helpers/kernels/pretended_gpu.py SETTINGS.json
+    python tests/helpers/kernels/simulated_gpu.py SETTINGS.json
 
-Whatever is on the CPU says that it is on a GPU, and Triton finds a driver that loads and launches
-everything. So the model, torch's autograd and the launches are the real ones; only the numbers are
-not. Prints each kernel as JSON: [its name, its hash, whether Triton's cache had it].
+CPU tensors report a CUDA device, and Triton gets a driver whose load and launch do nothing. The
+model, autograd and the launches are real; only the numbers are not. Prints each kernel as JSON:
+[name, hash, True if it was in Triton's cache].
 """
 
 import json
@@ -34,7 +34,7 @@ REGISTERS, SPILLS, THREADS = 64, 0, 1024
 
 
 class Driver:
-    """An H100's, for whoever launches."""
+    """Driver of a simulated H100."""
 
     utils = SimpleNamespace(
         get_device_properties=lambda device: {"max_shared_mem": 232448},
@@ -55,38 +55,38 @@ class Driver:
         return lambda *arguments: None
 
 
-def on_the_cpu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What is to be made on the GPU, or to be moved there, is on the CPU."""
+def force_cpu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Wrap a function to create or move tensors on the CPU instead of the GPU."""
 
-    def made(*args: Any, **options: Any) -> Tensor:
+    def on_cpu(*args: Any, **options: Any) -> Tensor:
         if "device" in options:
             options["device"] = "cpu"
         return function(
             *("cpu" if isinstance(arg, torch.device) else arg for arg in args), **options
         )
 
-    return made
+    return on_cpu
 
 
-def pretending(programs: int) -> ExitStack:
-    """Within it, the GPU is there, with so many multiprocessors."""
+def simulated_gpu(programs: int) -> ExitStack:
+    """Simulate a GPU with `programs` multiprocessors within the context."""
     properties = SimpleNamespace(multi_processor_count=programs)
     stack = ExitStack()
-    for where, name, what in (
+    for owner, name, replacement in (
         (Tensor, "device", property(lambda tensor: CUDA)),
         (torch.cuda, "device", lambda device: nullcontext()),
         (torch.cuda, "get_device_capability", lambda device: (9, 0)),
         (torch.cuda, "get_device_properties", lambda device: properties),
     ):
-        stack.enter_context(mock.patch.object(where, name, what))
-    for where, name in ((torch, "empty"), (torch, "arange"), (torch, "tensor"), (Tensor, "to")):
-        made = on_the_cpu(getattr(where, name))
-        stack.enter_context(mock.patch.object(where, name, made))
+        stack.enter_context(mock.patch.object(owner, name, replacement))
+    for owner, name in ((torch, "empty"), (torch, "arange"), (torch, "tensor"), (Tensor, "to")):
+        on_cpu = force_cpu(getattr(owner, name))
+        stack.enter_context(mock.patch.object(owner, name, on_cpu))
     return stack
 
 
 def step(stage: StageConfig, sequence: int) -> None:
-    """One forward and backward pass of the stage's model with its loss, in bf16."""
+    """Run one forward and backward pass of the stage's model with its loss, in bf16."""
     model, batch, autocast = (
         stage.model,
         stage.batch.micro_batch_size,
@@ -106,7 +106,7 @@ def step(stage: StageConfig, sequence: int) -> None:
 
 
 def loss_gradient(logits: Tensor, labels: Tensor, real: int) -> Tensor:
-    """That of the cross-entropy, which takes the memory of the logits (N, V)."""
+    """Return the gradient of the cross-entropy, which overwrites the logits (N, V)."""
     maximum, total, _ = vocab_statistics(logits, labels, 0, real)
     scale = torch.ones_like(maximum)
     vocab_gradient_(logits, labels, maximum, total, scale, torch.zeros_like(scale), 0, real)
@@ -114,10 +114,10 @@ def loss_gradient(logits: Tensor, labels: Tensor, real: int) -> Tensor:
 
 
 def main() -> None:
-    """Takes the steps and prints the kernels."""
+    """Run the steps and print the kernels."""
     settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     driver.set_active(Driver())
-    with pretending(settings["programs"]), watched() as kernels:
+    with simulated_gpu(settings["programs"]), watched() as kernels:
         for stage in settings["stages"]:
             step(StageConfig.model_validate(stage), settings["sequence"])
     print(json.dumps([[kernel.name, kernel.hash, kernel.cached] for kernel in kernels]))

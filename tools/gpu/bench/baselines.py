@@ -1,7 +1,7 @@
-"""What others have made, where it is installed: none of it is needed, all of it is compared with.
+"""Optional third-party kernels that serve as baselines where they are installed.
 
-flash-attn exists in three generations with modules of their own: 2 is built from source, 3
-(flash_attn_interface) too, 4 (flash_attn.cute) is a wheel.
+flash-attn exists in three generations with separate modules: 2 and 3 (flash_attn_interface) are
+built from source, 4 (flash_attn.cute) is a wheel.
 """
 
 import importlib
@@ -16,52 +16,53 @@ LIBRARIES = {
     "flash-attn 4": "flash_attn.cute",
     "cut-cross-entropy": "cut_cross_entropy",
 }
-"""Name -> module."""
+"""Modules by library name."""
 
 
-def there(library: str) -> bool:
-    """Whether a library of LIBRARIES is installed."""
+def is_installed(library: str) -> bool:
+    """Return True if a library of LIBRARIES is installed."""
     try:
         return importlib.util.find_spec(LIBRARIES[library]) is not None
-    except ModuleNotFoundError:  # of flash_attn, for flash_attn.cute
+    except ModuleNotFoundError:  # flash_attn is missing
         return False
 
 
-def missing() -> list[str]:
-    """The libraries that cannot be compared with here."""
-    return [library for library in LIBRARIES if not there(library)]
+def missing_libraries() -> list[str]:
+    """Return the libraries that are not installed."""
+    return [library for library in LIBRARIES if not is_installed(library)]
 
 
 def liger(name: str) -> Callable[..., Any] | None:
-    """A function of liger_kernel.transformers.functional; None without Liger, or in one that does
-    not have it."""
-    if not there("liger"):
+    """Return a function of liger_kernel.transformers.functional; None if it is not available."""
+    if not is_installed("liger"):
         return None
     functional = importlib.import_module("liger_kernel.transformers.functional")
     return getattr(functional, name, None)
 
 
 def flash_attention(name: str) -> dict[str, Callable[..., Any]]:
-    """`flash_attn_func` or `flash_attn_varlen_func` of every generation that is here, each giving
-    the output alone."""
-    found = {}
+    """Return the function from every installed generation, each returning only the output.
+
+    `name` is `flash_attn_func` or `flash_attn_varlen_func`.
+    """
+    functions = {}
     for library in ("flash-attn 2", "flash-attn 3", "flash-attn 4"):
-        if there(library):
+        if is_installed(library):
             function = getattr(importlib.import_module(LIBRARIES[library]), name, None)
             if function is not None:
-                found[library] = _output_of(function)
-    return found
+                functions[library] = _output_of(function)
+    return functions
 
 
 def cut_cross_entropy() -> Callable[..., Any] | None:
-    """linear_cross_entropy(hidden, weight, labels) of Apple's library, if it is here."""
-    if not there("cut-cross-entropy"):
+    """Return linear_cross_entropy(hidden, weight, labels) of Apple's library, if installed."""
+    if not is_installed("cut-cross-entropy"):
         return None
     return importlib.import_module(LIBRARIES["cut-cross-entropy"]).linear_cross_entropy
 
 
 def _output_of(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Some generations also return the log-sum-exp."""
+    """Drop the log-sum-exp that some generations also return."""
 
     def call(*arguments: Any, **options: Any) -> Any:
         result = function(*arguments, **options)
