@@ -124,8 +124,8 @@ def plot_scores(runs: Sequence[RunCurves]) -> Figure:
     figure, panels = _figure(len(units), sharey=True)
     for axes, (x, unit) in zip(panels, units.items(), strict=True):
         for index, run in enumerate(runs):
-            points = [(getattr(score, x), score.average) for score in run.scores]
-            points = [(at, average) for at, average in points if average is not None]
+            scores = [(getattr(score, x), score.average) for score in run.scores]
+            points = [(at, average) for at, average in scores if average is not None]
             _line(axes, [at for at, _ in points], [y for _, y in points], index, run.name)
             for growth in run.growths:
                 axes.axvline(getattr(growth, x), color=plot_style(index).colour, ls=":", lw=1.0)

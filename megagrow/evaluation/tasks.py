@@ -16,7 +16,7 @@ from megagrow.errors import DataError
 from megagrow.evaluation.local_data import Doc, read_documents
 
 GROUP = "gstack"
-"""The tasks of Du et al. 2024."""
+"""Name of the group of tasks of Du et al. 2024."""
 
 OWN_TASKS = Path(__file__).with_name("tasks")
 """Task definitions that lm-eval reads in addition to its own."""

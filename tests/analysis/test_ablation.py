@@ -41,7 +41,7 @@ def study() -> Study:
 
 
 def cells(table: str, row: str) -> list[str]:
-    """The cells of the table's row whose first cell is `row`."""
+    """Return the other cells of the row whose first cell is `row`."""
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
     (found,) = [cells for cells in rows if cells[0] == row]
     return found[1:]

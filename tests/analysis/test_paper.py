@@ -1,4 +1,4 @@
-"""What the paper prints: the numbers agree with each other and with the document."""
+"""Published results: consistency of the numbers, and the generated document."""
 
 from collections.abc import Callable
 from io import StringIO
