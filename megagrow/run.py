@@ -12,7 +12,7 @@ from megagrow.config.schema import RunConfig
 from megagrow.config.validation import world_problems
 from megagrow.errors import ConfigError
 from megagrow.evaluation.evaluator import Evaluation, open_evaluation
-from megagrow.evaluation.results_store import forget_after
+from megagrow.evaluation.results_store import remove_stored_after
 from megagrow.growth.validation import growth_problems
 from megagrow.parallel.agreement import any_across_ranks, run_on_all_ranks
 from megagrow.parallel.launch import Launch, first_host, read_launch
@@ -173,7 +173,7 @@ def _rewind(job: Job, stage: Stage, failed: RunState, reason: str) -> tuple[Job,
 def _forget_evaluations(job: Job, step: int) -> None:
     """`megagrow eval` may have looked at checkpoints that the run now comes to anew."""
     first = job.launch.rank == 0
-    run_on_all_ranks(lambda: forget_after(job.run.output_dir, step) if first else None)
+    run_on_all_ranks(lambda: remove_stored_after(job.run.output_dir, step) if first else None)
 
 
 def _validate(job: Job, stage: Stage, state: RunState) -> None:

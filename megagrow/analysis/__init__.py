@@ -1,1 +1,1 @@
-"""What came out of runs: their curves, the speedup of growth, plots and tables."""
+"""Analysis of finished runs: loss curves, speedup of growth, plots and tables."""

@@ -1,4 +1,4 @@
-"""Variants of a growth side by side, each with several seeds: a table, the numbers, a plot."""
+"""Ablation of growth variants over several seeds: Markdown tables, JSON and a plot."""
 
 import json
 import statistics
@@ -10,12 +10,12 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megagrow.analysis.growth_transient import Aftermath, Point, Spread, paired, spread
-from megagrow.analysis.plots import GREY, LOOKS, Look
+from megagrow.analysis.growth_transient import GrowthTransient, Point, Spread, paired_spread, spread
+from megagrow.analysis.plots import GREY, PLOT_STYLES, PlotStyle
 
 
 class Variant(NamedTuple):
-    """What was varied: the policy for Adam's moments, and the learning rate's schedule."""
+    """Policy for Adam's moments and learning-rate schedule."""
 
     policy: str
     schedule: str
@@ -24,7 +24,7 @@ class Variant(NamedTuple):
         return f"{self.policy}, {self.schedule}"
 
 
-Quantity = Callable[[Aftermath], float | None]
+Quantity = Callable[[GrowthTransient], float | None]
 
 QUANTITIES: dict[str, Quantity] = {
     "spike": lambda run: run.spike,
@@ -34,39 +34,40 @@ QUANTITIES: dict[str, Quantity] = {
     "loss at 1/2": lambda run: run.half,
     "loss at the end": lambda run: run.end,
 }
-SAME_IN_ALL = "spike"
-"""No policy changes the weights at the growth: this one is not compared."""
+NOT_COMPARED = "spike"
+"""Excluded from comparisons: no policy changes the weights at the growth."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """All runs, every variant's and the yardstick's in the same order of seeds."""
+    """Runs of all variants and the baseline from scratch, all in the order of `seeds`."""
 
     seeds: tuple[int, ...]
-    runs: Mapping[Variant, tuple[Aftermath, ...]]
+    runs: Mapping[Variant, tuple[GrowthTransient, ...]]
     scores: Mapping[str, Mapping[Variant, tuple[float, ...]]]
-    """Further quantities, measured on saved models."""
+    """Additional quantities, measured on saved models."""
     scratch: Mapping[str, tuple[float, ...]]
-    """Those quantities that the large model from scratch has, on equal FLOPs."""
+    """Quantities of the large model trained from scratch on equal FLOPs."""
 
     @property
     def quantities(self) -> list[str]:
-        """All that is tabled."""
+        """Names of all quantities in the tables."""
         return [*QUANTITIES, *self.scores]
 
     def values(self, variant: Variant, quantity: str) -> list[float | None]:
-        """One quantity of a variant, a value per seed."""
+        """Return one quantity of a variant, one value per seed."""
         if quantity in self.scores:
             return list(self.scores[quantity][variant])
         return [QUANTITIES[quantity](run) for run in self.runs[variant]]
 
     def difference(self, variant: Variant, other: Variant, quantity: str) -> Spread | None:
-        """variant - other, paired by seed."""
-        return paired(self.values(variant, quantity), self.values(other, quantity))
+        """Return the spread of `variant - other`, paired by seed."""
+        return paired_spread(self.values(variant, quantity), self.values(other, quantity))
 
 
 def markdown(study: Study, reference: Variant) -> str:
-    """The tables: values, differences from `reference`, and from its policy in every schedule."""
+    """Return the tables: values, differences to `reference`, and differences to the reference's
+    policy under each of the other schedules."""
     tables = [_values(study), *_differences(study, reference, list(study.runs))]
     for schedule in dict.fromkeys(variant.schedule for variant in study.runs):
         other = Variant(reference.policy, schedule)
@@ -79,25 +80,28 @@ def markdown(study: Study, reference: Variant) -> str:
 def _values(study: Study) -> str:
     names = study.quantities
     rows = [
-        [str(variant), *(_number(spread(study.values(variant, name)), name) for name in names)]
+        [str(variant), *(_value_cell(spread(study.values(variant, name)), name) for name in names)]
         for variant in study.runs
     ]
-    yardstick = [
-        _number(spread(study.scratch[name]), name) if name in study.scratch else "-"
+    baseline = [
+        _value_cell(spread(study.scratch[name]), name) if name in study.scratch else "-"
         for name in names
     ]
-    rows.append(["from scratch, equal FLOPs", *yardstick])
+    rows.append(["from scratch, equal FLOPs", *baseline])
     return _table(["mean \u00b1 standard deviation", *names], rows)
 
 
 def _differences(study: Study, other: Variant, variants: Sequence[Variant]) -> list[str]:
-    names = [name for name in study.quantities if name != SAME_IN_ALL]
+    names = [name for name in study.quantities if name != NOT_COMPARED]
     rows = [
-        [str(variant), *(_margin(study.difference(variant, other, name), name) for name in names)]
+        [
+            str(variant),
+            *(_difference_cell(study.difference(variant, other, name), name) for name in names),
+        ]
         for variant in variants
         if variant != other
     ]
-    head = f"less `{other}`, paired by seed; mean \u00b1 95% interval"
+    head = f"difference to `{other}`, paired by seed; mean \u00b1 95% interval"
     return [_table([head, *names], rows)] if rows else []
 
 
@@ -106,60 +110,60 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _number(value: Spread | None, quantity: str) -> str:
+def _value_cell(value: Spread | None, quantity: str) -> str:
     if value is None:
         return "not in all runs"
-    return _written(value.mean, value.deviation, quantity)
+    return _with_error(value.mean, value.deviation, quantity)
 
 
-def _margin(value: Spread | None, quantity: str) -> str:
-    """Differences whose 95% interval leaves out zero are in bold."""
+def _difference_cell(value: Spread | None, quantity: str) -> str:
+    """Format a difference; in bold if its 95% interval excludes zero."""
     if value is None:
         return "-"
-    text = _written(value.mean, value.margin, quantity, sign="+")
+    text = _with_error(value.mean, value.margin, quantity, sign="+")
     return f"**{text}**" if value.is_clear else text
 
 
-def _written(mean: float, around: float, quantity: str, sign: str = "") -> str:
+def _with_error(mean: float, error: float, quantity: str, sign: str = "") -> str:
     if quantity.startswith("tokens"):
-        return f"{mean / 1e3:{sign}.1f}K \u00b1 {around / 1e3:.1f}K"
-    return f"{mean:{sign}.3f} \u00b1 {around:.3f}"
+        return f"{mean / 1e3:{sign}.1f}K \u00b1 {error / 1e3:.1f}K"
+    return f"{mean:{sign}.3f} \u00b1 {error:.3f}"
 
 
 def as_json(study: Study) -> str:
-    """Every run's numbers; lists are in the order of the seeds."""
+    """Return the numbers of every run as JSON; lists are in the order of the seeds."""
     runs = {str(variant): [asdict(run) for run in runs] for variant, runs in study.runs.items()}
     scores = {
-        name: {str(variant): found for variant, found in by_variant.items()}
+        name: {str(variant): values for variant, values in by_variant.items()}
         for name, by_variant in study.scores.items()
     }
-    whole = {"seeds": study.seeds, "runs": runs, "scores": scores, "scratch": study.scratch}
-    return json.dumps(whole) + "\n"
+    document = {"seeds": study.seeds, "runs": runs, "scores": scores, "scratch": study.scratch}
+    return json.dumps(document) + "\n"
 
 
 def plot(study: Study, reference: Variant, path: Path) -> None:
-    """Writes the curves to `path`: validation loss since the growth, a panel for each schedule, and
-    last all variants less `reference`. Bands are one standard deviation over the seeds (last panel:
-    of the differences).
+    """Write a PNG of the validation loss after the growth: one panel per schedule, and a last panel
+    with the difference of each variant to `reference`.
 
-    A policy has a colour (Okabe and Ito's) and a marker, a schedule a line style.
+    Bands are one standard deviation over the seeds; in the last panel, of the paired differences.
+    Policies differ in colour (Okabe and Ito) and marker, schedules in line style.
     """
     schedules = list(dict.fromkeys(variant.schedule for variant in study.runs))
     figure = Figure(figsize=(13, 5), dpi=80, layout="constrained")
     panels = figure.subplots(1, len(schedules) + 1)
-    less = panels[-1]
+    difference_panel = panels[-1]
     base = [run.validation for run in study.runs[reference]]
-    for variant, look in _looks(study).items():
+    for variant, style in _styles(study).items():
         curves = [run.validation for run in study.runs[variant]]
-        _band(panels[schedules.index(variant.schedule)], curves, look, str(variant))
-        _band(less, list(map(_less, curves, base)), look, str(variant))
+        _band(panels[schedules.index(variant.schedule)], curves, style, str(variant))
+        _band(difference_panel, list(map(_subtract, curves, base)), style, str(variant))
     for axes, schedule in zip(panels, schedules, strict=False):
         before = statistics.fmean(run.before for run in study.runs[reference])
         axes.axhline(before, color=GREY, lw=1.0, ls=":", label="before the growth")
         _draw_scratch(axes, study.scratch["loss at the end"], base[0][-1][0])
         axes.set(title=schedule, ylabel="validation loss (nats per token)")
         axes.sharey(panels[0])
-    less.set_title(f"less `{reference}` of the same seed")
+    difference_panel.set_title(f"difference to `{reference}`, paired by seed")
     for axes in panels:
         axes.set_xlabel("thousand tokens since the growth")
         axes.grid(color="#DDDDDD", lw=0.6)
@@ -169,12 +173,12 @@ def plot(study: Study, reference: Variant, path: Path) -> None:
 
 
 def _draw_scratch(axes: Axes, ends: Sequence[float], tokens: float) -> None:
-    found = spread(ends)
-    assert found is not None
+    value = spread(ends)
+    assert value is not None
     axes.errorbar(
         tokens / 1e3,
-        found.mean,
-        found.deviation,
+        value.mean,
+        value.deviation,
         fmt="X",
         color="black",
         capsize=3,
@@ -182,30 +186,30 @@ def _draw_scratch(axes: Axes, ends: Sequence[float], tokens: float) -> None:
     )
 
 
-def _looks(study: Study) -> dict[Variant, Look]:
+def _styles(study: Study) -> dict[Variant, PlotStyle]:
     policies = list(dict.fromkeys(variant.policy for variant in study.runs))
     schedules = list(dict.fromkeys(variant.schedule for variant in study.runs))
     lines = ("-", (0, (4, 2)), (0, (1, 1)))
     return {
-        variant: LOOKS[policies.index(variant.policy)]._replace(
+        variant: PLOT_STYLES[policies.index(variant.policy)]._replace(
             line=lines[schedules.index(variant.schedule)]
         )
         for variant in study.runs
     }
 
 
-def _less(curve: Sequence[Point], other: Sequence[Point]) -> list[Point]:
+def _subtract(curve: Sequence[Point], other: Sequence[Point]) -> list[Point]:
     return [(tokens, loss - base) for (tokens, loss), (_, base) in zip(curve, other, strict=True)]
 
 
-def _band(axes: Axes, curves: Sequence[Sequence[Point]], look: Look, label: str) -> None:
-    """Mean and deviation of curves that are measured at the same tokens."""
-    at = [tokens / 1e3 for tokens, _ in curves[0]]
-    found = [spread(losses) for losses in zip(*([p[1] for p in c] for c in curves), strict=True)]
-    means = [point.mean for point in found if point is not None]
-    around = [point.deviation for point in found if point is not None]
-    colour, line, marker = look
-    axes.plot(at, means, color=colour, ls=line, marker=marker, lw=1.6, ms=4, label=label)
-    low = [mean - width for mean, width in zip(means, around, strict=True)]
-    high = [mean + width for mean, width in zip(means, around, strict=True)]
-    axes.fill_between(at, low, high, color=colour, alpha=0.08, lw=0)
+def _band(axes: Axes, curves: Sequence[Sequence[Point]], style: PlotStyle, label: str) -> None:
+    """Draw the mean and standard deviation of curves measured at the same token counts."""
+    x = [tokens / 1e3 for tokens, _ in curves[0]]
+    spreads = [spread(losses) for losses in zip(*([p[1] for p in c] for c in curves), strict=True)]
+    means = [point.mean for point in spreads if point is not None]
+    deviations = [point.deviation for point in spreads if point is not None]
+    colour, line, marker = style
+    axes.plot(x, means, color=colour, ls=line, marker=marker, lw=1.6, ms=4, label=label)
+    low = [mean - deviation for mean, deviation in zip(means, deviations, strict=True)]
+    high = [mean + deviation for mean, deviation in zip(means, deviations, strict=True)]
+    axes.fill_between(x, low, high, color=colour, alpha=0.08, lw=0)

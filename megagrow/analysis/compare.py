@@ -1,4 +1,4 @@
-"""Grown runs against runs from scratch: a table, the measured speedup, a plot, files of both."""
+"""Comparison of grown runs with runs from scratch: table, speedup, plot, JSON and Markdown."""
 
 import json
 from collections import Counter
@@ -23,34 +23,34 @@ PLOT = "loss_vs_flops.png"
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A grown run and a run from scratch that end in the same model."""
+    """Comparison of a grown run with a run from scratch that ends in the same model."""
 
     grown: RunCurves
     scratch: RunCurves
     kind: LossKind
     speedup: Speedup | None
-    """None where the curves do not tell (`measure_speedup`)."""
+    """None if it is undefined, see `measure_speedup`."""
 
 
 def load_runs(directories: Sequence[Path]) -> list[RunCurves]:
-    """The finished runs in these directories, those of one name told apart by their directory.
+    """Load the finished runs in these directories; runs of the same name get the path appended.
 
-    Raises InputError where one is missing or unfinished.
+    Raises InputError if a run is missing or unfinished.
     """
-    return _distinct(directories, [load_run(directory) for directory in directories])
+    return _with_unique_names(directories, [load_run(directory) for directory in directories])
 
 
 def compare_runs(curves: Sequence[RunCurves], output: Path, console: Console) -> list[Comparison]:
-    """Compares every run that grew with one from scratch that ends in the same model.
+    """Compare every grown run with a run from scratch that ends in the same model.
 
-    The runs stand in any order; all of them are tabled and plotted. A run without a growth is one
-    from scratch, but one that began with a model or tunes one is compared with none. Prints table
-    and closing lines, and writes comparison.json, comparison.md and loss_vs_flops.png into
-    `output`. Raises InputError where none grew, or one has no counterpart.
+    The order of the runs does not matter; all are listed and plotted. A run without growth counts
+    as from scratch, unless it starts from a model (`init_from`) or fine-tunes one. Prints the table
+    and the summary lines, and writes comparison.json, comparison.md and loss_vs_flops.png into
+    `output`. Raises InputError if no run grew, or a grown run has no counterpart.
     """
-    comparisons = [_against(run, curves) for run in curves if run.grown]
+    comparisons = [_compare_with_scratch(run, curves) for run in curves if run.grown]
     if not comparisons:
-        raise DataError("none of the runs grew from initial weights: give at least one")
+        raise DataError("none of the runs grew from initial weights; pass at least one such run")
     output.mkdir(parents=True, exist_ok=True)
     closing = closing_lines(curves, comparisons)
     plot_runs(curves, output / PLOT, comparisons[0].speedup)
@@ -64,66 +64,66 @@ def compare_runs(curves: Sequence[RunCurves], output: Path, console: Console) ->
 
 
 def compare_pair(grown: RunCurves, scratch: RunCurves) -> Comparison:
-    """Compares two runs by validation loss, or by the smoothed training loss if one has none."""
+    """Compare two runs by validation loss, or by smoothed training loss if one has none."""
     kind = loss_kind([grown, scratch])
     series = [run.validation if kind == "validation" else run.train for run in (scratch, grown)]
     return Comparison(grown, scratch, kind, measure_speedup(*(one.curve() for one in series)))
 
 
 def closing_lines(curves: Sequence[RunCurves], comparisons: Sequence[Comparison]) -> list[str]:
-    """What the comparisons of these runs have found, in words."""
-    lines = [line for comparison in comparisons for line in _findings(comparison)]
+    """Return the summary of the comparisons as sentences."""
+    lines = [line for comparison in comparisons for line in _summary_lines(comparison)]
     if all(matchup.single for matchup in match_groups(group_runs(curves))):
-        lines.append("Each run was done once, with one seed: there is no error bar.")
+        lines.append("Every setting was run with one seed: there are no error bars.")
     return lines
 
 
-def _findings(comparison: Comparison) -> list[str]:
-    grown, scratch, found = comparison.grown, comparison.scratch, comparison.speedup
-    if found is None:
+def _summary_lines(comparison: Comparison) -> list[str]:
+    grown, scratch, result = comparison.grown, comparison.scratch, comparison.speedup
+    if result is None:
         return [
-            f"{grown.name}, {scratch.name}: they share no {comparison.kind} loss that both pass, "
-            "so there is no speedup to tell."
+            f"{grown.name}, {scratch.name}: no {comparison.kind} loss is passed by both runs, so "
+            "the speedup is undefined."
         ]
-    verdict = "faster" if found.speedup > 0 else "not faster"
-    saved = f"{abs(found.saved):.1%} {'fewer' if found.saved >= 0 else 'more'} FLOPs"
+    verdict = "faster" if result.speedup > 0 else "not faster"
+    saved = f"{abs(result.saved):.1%} {'fewer' if result.saved >= 0 else 'more'} FLOPs"
     return [
-        f"Final {comparison.kind} loss: {grown.name} {found.final_grown:.4f} after "
-        f"{grown.flops:.3e} FLOPs, {scratch.name} {found.final_scratch:.4f} after "
+        f"Final {comparison.kind} loss: {grown.name} {result.final_grown:.4f} after "
+        f"{grown.flops:.3e} FLOPs, {scratch.name} {result.final_scratch:.4f} after "
         f"{scratch.flops:.3e} FLOPs.",
-        f"At equal loss {found.loss:.4f}: {grown.name} needed {found.flops_grown:.3e} FLOPs, its "
-        f"base included, {scratch.name} {found.flops_scratch:.3e}.",
-        f"Speedup sp = {found.speedup:+.1%} ({saved}): growth was {verdict} here.",
+        f"At equal loss {result.loss:.4f}: {grown.name} needed {result.flops_grown:.3e} FLOPs, "
+        f"base included, {scratch.name} {result.flops_scratch:.3e}.",
+        f"Speedup sp = {result.speedup:+.1%} ({saved}): growth was {verdict}.",
     ]
 
 
-def _against(grown: RunCurves, runs: Sequence[RunCurves]) -> Comparison:
+def _compare_with_scratch(grown: RunCurves, runs: Sequence[RunCurves]) -> Comparison:
     size = grown.parameters[-1]
-    fitting = [run for run in runs if run.from_scratch and run.parameters[-1] == size]
-    if fitting:
-        return compare_pair(grown, min(fitting, key=lambda run: run.seed != grown.seed))
+    candidates = [run for run in runs if run.from_scratch and run.parameters[-1] == size]
+    if candidates:
+        return compare_pair(grown, min(candidates, key=lambda run: run.seed != grown.seed))
     raise DataError(
-        f"{grown.name}: no run from scratch of the same {size:,} parameters is among the runs; "
-        "give one to compare it with"
+        f"{grown.name}: no run from scratch with the same {size:,} parameters is among the runs; "
+        "pass one to compare it with"
     )
 
 
-def _distinct(paths: Sequence[Path], runs: Sequence[RunCurves]) -> list[RunCurves]:
-    """The runs, those of the same name told apart by their directories."""
-    uses = Counter(run.name for run in runs)
+def _with_unique_names(paths: Sequence[Path], runs: Sequence[RunCurves]) -> list[RunCurves]:
+    """Append the directory to the names of runs of the same name."""
+    counts = Counter(run.name for run in runs)
     return [
-        run if uses[run.name] == 1 else replace(run, name=f"{run.name} ({path})")
+        run if counts[run.name] == 1 else replace(run, name=f"{run.name} ({path})")
         for path, run in zip(paths, runs, strict=True)
     ]
 
 
 def _rows(runs: Sequence[RunCurves]) -> dict[str, list[str]]:
-    """The table: what is told -> one cell per run."""
+    """Return the rows of the table: row label -> one cell per run."""
     return {
         "parameters": [" -> ".join(f"{count:,}" for count in run.parameters) for run in runs],
         "tokens": [f"{run.tokens:,}" for run in runs],
         "FLOPs, base included": [f"{run.flops:.3e}" for run in runs],
-        "grown at, of its FLOPs": [_grown_at(run) for run in runs],
+        "growth at, share of FLOPs": [_grown_at(run) for run in runs],
         "final training loss": [_final(run.train.loss) for run in runs],
         "final validation loss": [_final(run.validation.loss) for run in runs],
         "training seconds": [f"{run.seconds:,.0f}" for run in runs],
@@ -140,20 +140,21 @@ def _final(losses: Sequence[float]) -> str:
 
 def _table(runs: Sequence[RunCurves]) -> Table:
     table = Table("", *(run.name for run in runs))
-    for told, cells in _rows(runs).items():
-        table.add_row(told, *cells)
+    for label, cells in _rows(runs).items():
+        table.add_row(label, *cells)
     return table
 
 
 def _markdown(runs: Sequence[RunCurves], closing: Sequence[str]) -> str:
     table = [["", *(run.name for run in runs)], ["---"] * (len(runs) + 1)]
-    table += [[told, *cells] for told, cells in _rows(runs).items()]
-    lines = ["# Grown against from scratch", "", *(f"| {' | '.join(row)} |" for row in table)]
+    table += [[label, *cells] for label, cells in _rows(runs).items()]
+    lines = ["# Growth compared with training from scratch", ""]
+    lines += [f"| {' | '.join(row)} |" for row in table]
     return "\n".join([*lines, "", *(f"- {line}" for line in closing), "", f"![loss]({PLOT})", ""])
 
 
 def _json(runs: Sequence[RunCurves], comparisons: Sequence[Comparison]) -> str:
-    whole = {
+    document = {
         "runs": [_summary(run) for run in runs],
         "comparisons": [
             {
@@ -165,13 +166,13 @@ def _json(runs: Sequence[RunCurves], comparisons: Sequence[Comparison]) -> str:
             for one in comparisons
         ],
     }
-    return json.dumps(whole, indent=2) + "\n"
+    return json.dumps(document, indent=2) + "\n"
 
 
-def _numbers(found: Speedup | None) -> dict[str, float | None]:
-    if found is None:
+def _numbers(result: Speedup | None) -> dict[str, float | None]:
+    if result is None:
         return {"speedup": None}
-    return {**asdict(found), "speedup": found.speedup, "flops_saved": found.saved}
+    return {**asdict(result), "speedup": result.speedup, "flops_saved": result.saved}
 
 
 def _summary(run: RunCurves) -> dict[str, Any]:

@@ -1,127 +1,136 @@
-"""A run's directory -> its curves: losses against FLOPs, tokens and seconds, and its growths."""
+"""Load a run directory: losses against FLOPs, tokens and seconds, growths, metrics and scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from megagrow.analysis.flop_accounting import Account, Setting, charged, read_setting
-from megagrow.analysis.run_metrics import Gauges, Score, read_gauges, read_scores
+from megagrow.analysis.flop_accounting import Account, Setting, cumulative_flops, read_setting
+from megagrow.analysis.run_metrics import RunMetrics, Score, read_run_metrics, read_scores
 from megagrow.analysis.speedup import LossCurve
 from megagrow.errors import DataError
-from megagrow.evaluation.results_store import kept_files, read_kept
+from megagrow.evaluation.results_store import read_stored, stored_files
 from megagrow.train.reporting.metrics import METRICS_FILE, read_metrics
 from megagrow.train.reporting.writers import Record
 
 SMOOTHING = 0.05
-"""Training losses are averaged over this share of the run's tokens."""
+"""Window of the moving average of training losses, as a fraction of the run's tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One kind of loss over a run: equally long columns, a row per measurement."""
+    """Training or validation loss of a run: columns of equal length, one row per measurement.
+
+    All costs are cumulative and include the base of a grown model.
+    """
 
     tokens: tuple[int, ...]
     flops: tuple[float, ...]
-    """By the paper's 6 N per token; what the base cost is in it."""
+    """By the paper's formula, 6 N per token."""
     flops_true: tuple[float, ...]
-    """As they are really done, attention included; what the base cost is in it."""
+    """FLOPs of all matrix products, attention included."""
     seconds: tuple[float, ...]
     loss: tuple[float, ...]
+    """Nats per token."""
 
     def curve(self) -> LossCurve:
-        """The loss against FLOPs. Raises ValueError where nothing was measured."""
+        """Return the loss against `flops`. Raises ValueError if there are no measurements."""
         return LossCurve(self.flops, self.loss)
 
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """Where in the run the model grew."""
+    """Position of a growth in the run."""
 
     stage: int
-    """The stage that it led to, counted from 0."""
+    """Index of the stage it starts, from 0."""
     tokens: int
     flops: float
     flops_true: float
     seconds: float
     operator: str | None
-    """The growth's, its parts joined by +; None where the record does not say."""
+    """Operator name, its parts joined by +; None if it is not recorded."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunCurves:
-    """A finished run, as it is compared with others."""
+    """Curves and measurements of a finished run."""
 
     name: str
     seed: int
     parameters: tuple[int, ...]
-    """Of each stage's model, in order."""
+    """Number of parameters of each stage's model."""
     tokens: int
     flops: float
-    """Of all stages, by the paper's account: what the base cost is in it."""
+    """Total of all stages, 6 N per token."""
     flops_true: float
-    """As `flops`, by what is really computed."""
+    """Total of all stages, attention included."""
     seconds: float
-    """Steps, growths and checkpoints."""
+    """Time of steps, growths and checkpoints."""
     train: Series
-    """Smoothed, see `smooth`."""
+    """Smoothed by `smooth`."""
     validation: Series
     growths: tuple[Growth, ...]
-    gauges: Gauges
+    metrics: RunMetrics
     scores: tuple[Score, ...]
-    """What evaluations have found, during the run and of its checkpoints; often none."""
+    """Evaluations during the run and of its checkpoints; may be empty."""
     setting: Setting | None
-    """None where the run's directory has no config.yaml."""
+    """None if the run directory has no config.yaml."""
 
     @property
-    def whole(self) -> bool:
-        """Whether all that its model has cost is in it, as far as is known. It is not in one that
-        began with a model (`init_from`) or tunes one, whose FLOPs are compared with no others."""
-        return self.setting is None or self.setting.whole
+    def has_full_cost(self) -> bool:
+        """True if the run contains the full training cost of its model, as far as is known.
+
+        False for runs that start from a model (`init_from`) or fine-tune one; their FLOPs are not
+        compared.
+        """
+        return self.setting is None or self.setting.has_full_cost
 
     @property
     def grown(self) -> bool:
-        """Whether it stands for growing in comparisons."""
-        return self.whole and bool(self.growths)
+        """True if the run is compared as a grown run."""
+        return self.has_full_cost and bool(self.growths)
 
     @property
     def from_scratch(self) -> bool:
-        """Whether it stands for training from scratch in comparisons."""
-        return self.whole and not self.growths
+        """True if the run is compared as a run from scratch."""
+        return self.has_full_cost and not self.growths
 
-    def spent(self, tokens: Sequence[int]) -> tuple[float, ...] | None:
-        """FLOPs by the paper's charge (`accounts`) at points of the run; None where unknown."""
+    def charged_flops(self, tokens: Sequence[int]) -> tuple[float, ...] | None:
+        """Return the cumulative FLOPs by the paper's charge (see `flop_accounting`) at token counts
+        of the run, or None if the run has no config.yaml."""
         if self.setting is None:
             return None
         starts = (0, *(growth.tokens for growth in self.growths))
-        return tuple(charged(at, starts, self.setting.charges) for at in tokens)
+        return tuple(cumulative_flops(at, starts, self.setting.charges) for at in tokens)
 
     def curve(self, series: Series, account: Account) -> LossCurve | None:
-        """One of the run's series against FLOPs by an account; None where that is unknown."""
+        """Return a series of the run against FLOPs by an account, or None if it is unknown."""
         if account == "flops_charged":
-            spent = self.spent(series.tokens)
+            flops = self.charged_flops(series.tokens)
         else:
-            spent = series.flops if account == "flops" else series.flops_true
-        return None if spent is None else LossCurve(spent, series.loss)
+            flops = series.flops if account == "flops" else series.flops_true
+        return None if flops is None else LossCurve(flops, series.loss)
 
 
 def load_run(directory: Path) -> RunCurves:
-    """The curves of the finished run in `directory`.
+    """Load the finished run in `directory`.
 
-    Raises InputError where there is no run, or it is unfinished or without a usable loss.
+    Raises InputError if there is no run, the run is unfinished or has no finite loss, or a record
+    is malformed.
     """
     path = directory / METRICS_FILE
     try:
         return _curves(directory, path, read_metrics(path))
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: a record is not as it was written ({error!r})") from error
+        raise DataError(f"{path}: a record is malformed ({error!r})") from error
 
 
 def _curves(directory: Path, path: Path, records: list[Record]) -> RunCurves:
     start = _last(records, "start")
     end = _last(records, "end")
     if start is None or end is None or end["step"] < start["run_steps"]:
-        raise DataError(f"{directory}: the run is not finished; start it again and let it end")
+        raise DataError(f"{directory}: the run is not finished; resume it until it ends")
     _check_losses(path, records)
     return RunCurves(
         name=start["name"],
@@ -131,8 +140,8 @@ def _curves(directory: Path, path: Path, records: list[Record]) -> RunCurves:
         flops=end["flops"],
         flops_true=end["flops_true"],
         seconds=end["elapsed_seconds"],
-        train=smooth(_trained(records), end["tokens"]),
-        validation=_series(_kind(records, "validation")),
+        train=smooth(_train_records(records), end["tokens"]),
+        validation=_series(_of_kind(records, "validation")),
         growths=tuple(
             Growth(
                 record["stage"],
@@ -142,30 +151,30 @@ def _curves(directory: Path, path: Path, records: list[Record]) -> RunCurves:
                 record["elapsed_seconds"],
                 record.get("operator"),
             )
-            for record in _kind(records, "growth")
+            for record in _of_kind(records, "growth")
         ),
-        gauges=read_gauges(_trained(records)),
-        scores=read_scores(_kind(records, "evaluation"), _kept(directory)),
+        metrics=read_run_metrics(_train_records(records)),
+        scores=read_scores(_of_kind(records, "evaluation"), _stored_results(directory)),
         setting=read_setting(directory),
     )
 
 
-def _kept(directory: Path) -> list[Record]:
-    return [read_kept(path) for path in kept_files(directory)]
+def _stored_results(directory: Path) -> list[Record]:
+    return [read_stored(path) for path in stored_files(directory)]
 
 
 def smooth(records: Sequence[Record], run_tokens: int, share: float = SMOOTHING) -> Series:
-    """The training loss, each point the mean over the last `share` of the run's tokens.
+    """Return the training loss averaged over the last `share` of the run's tokens at each point.
 
-    The window never reaches back over a growth: the jump there stays visible, and a stage's first
-    point is its own. Records are weighted equally.
+    The window never crosses a growth, so the jump there stays visible and a stage's first point is
+    not averaged. Records are weighted equally.
     """
     first, means = 0, []
     sums = list(accumulate((record["loss"] for record in records), initial=0.0))
     for index, record in enumerate(records):
-        since = record["tokens"] - share * run_tokens
+        window_start = record["tokens"] - share * run_tokens
         while first < index and (
-            records[first]["tokens"] <= since or records[first]["stage"] != record["stage"]
+            records[first]["tokens"] <= window_start or records[first]["stage"] != record["stage"]
         ):
             first += 1
         means.append((sums[index + 1] - sums[first]) / (index + 1 - first))
@@ -182,13 +191,13 @@ def _series(records: Sequence[Record], losses: Sequence[float] | None = None) ->
     )
 
 
-def _kind(records: Sequence[Record], kind: str) -> list[Record]:
+def _of_kind(records: Sequence[Record], kind: str) -> list[Record]:
     return [record for record in records if record["kind"] == kind]
 
 
-def _trained(records: Sequence[Record]) -> list[Record]:
-    """The steps that changed something."""
-    return [record for record in _kind(records, "train") if not record.get("skipped")]
+def _train_records(records: Sequence[Record]) -> list[Record]:
+    """Return the records of steps that were not skipped."""
+    return [record for record in _of_kind(records, "train") if not record.get("skipped")]
 
 
 def _last(records: Sequence[Record], kind: str) -> Record | None:
@@ -196,10 +205,10 @@ def _last(records: Sequence[Record], kind: str) -> Record | None:
 
 
 def _check_losses(path: Path, records: Sequence[Record]) -> None:
-    trained = _trained(records)
-    if not trained:
+    steps = _train_records(records)
+    if not steps:
         raise DataError(f"{path}: no training loss was recorded; lower logging.interval")
-    for record in trained + _kind(records, "validation"):
+    for record in steps + _of_kind(records, "validation"):
         if record["loss"] is None:
             raise DataError(
                 f"{path}: the {record['kind']} loss at step {record['step']} is not finite; "

@@ -1,15 +1,15 @@
-"""Three accounts of what training has cost, in FLOPs, and what they need to know of a run.
+"""Three accounts of training cost in FLOPs, and the run settings they need.
 
-`6 N, base in full`: 6 times all parameters of the model of the moment, for each token. The account
-of this project, as the run's records keep it, and what sp is measured by.
+`6 N, base in full`: 6 times the number of parameters of the current model, per token. This is the
+project's account, stored in the run's records and used for sp.
 
-`6 N, base at d / g`: as the paper charges it: a growth by g makes d tokens of the base cost what
-d / g tokens of the target do (arXiv 2405.15319, footnotes 4 and 5). The base has 1 / g of the
-target's parameters outside the embeddings, which is how g is found here for every operator. On
-small vocabularies both agree; the embeddings, which do not grow by g, make this one the cheaper.
+`6 N, base at d / g`: the paper's charge: for a growth by factor g, d tokens of the base cost as
+much as d / g tokens of the target (arXiv 2405.15319, footnotes 4 and 5). g is computed for every
+operator as the ratio of non-embedding parameters of target and base. With a small vocabulary both
+accounts agree; otherwise this one is lower, because embeddings do not grow by g.
 
-`true, base in full`: the matrix products that are really done, attention included
-(`train.flops.flops_per_token`), as the run's records keep it.
+`true, base in full`: FLOPs of all matrix products, attention included
+(`train.flops.flops_per_token`), stored in the run's records.
 """
 
 from collections.abc import Sequence
@@ -32,39 +32,42 @@ ACCOUNTS: dict[Account, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a run's config.yaml tells."""
+    """Properties of a run derived from its config.yaml."""
 
-    alike: str
-    """The same text for runs that differ by their seed, name and directory only."""
+    config_key: str
+    """Config as JSON without seed, name and directory: equal for runs that differ only in these."""
     charges: tuple[float, ...]
     """FLOPs per token of each stage, by the paper's charge."""
-    whole: bool
-    """Whether it pretrains from initial weights: all that its model has cost is in its records."""
+    has_full_cost: bool
+    """True if the run pretrains from initial weights, so its records contain the full cost."""
 
 
 def read_setting(directory: Path) -> Setting | None:
-    """The setting of the run in `directory`, None where it has no config.yaml.
+    """Read the setting of the run in `directory`; return None if it has no config.yaml.
 
-    Raises InputError for one that is not a run file.
+    Raises InputError if config.yaml is not a valid run file.
     """
     path = directory / CONFIG_FILE
-    return setting_of(load_run(path)) if path.is_file() else None
+    return make_setting(load_run(path)) if path.is_file() else None
 
 
-def setting_of(run: RunConfig) -> Setting:
-    """What matters of a run here."""
+def make_setting(run: RunConfig) -> Setting:
+    """Derive the setting from a run's config."""
     target = run.stages[-1].model
-    whole = paper_flops_per_token(target) / non_embedding_parameters(target)
+    per_parameter = paper_flops_per_token(target) / non_embedding_parameters(target)
     return Setting(
-        alike=run.model_dump_json(exclude={"seed", "name", "output_dir"}),
-        charges=tuple(whole * non_embedding_parameters(stage.model) for stage in run.stages),
-        whole=run.stage == "pretrain" and run.init_from is None,
+        config_key=run.model_dump_json(exclude={"seed", "name", "output_dir"}),
+        charges=tuple(per_parameter * non_embedding_parameters(s.model) for s in run.stages),
+        has_full_cost=run.stage == "pretrain" and run.init_from is None,
     )
 
 
-def charged(tokens: int, starts: Sequence[int], charges: Sequence[float]) -> float:
-    """FLOPs of the first `tokens` of a run whose stages begin at the tokens `starts`, the first
-    one at 0, by what a token of each stage is charged."""
+def cumulative_flops(tokens: int, starts: Sequence[int], charges: Sequence[float]) -> float:
+    """Return the FLOPs of the first `tokens` tokens of a run.
+
+    `starts` are the token counts at which the stages start (the first is 0), `charges` the FLOPs
+    per token of each stage.
+    """
     ends = [*starts[1:], tokens]
     return sum(
         (min(tokens, end) - start) * charge

@@ -1,4 +1,4 @@
-"""What a growth did to its run: the spike, the way back, the loss later; and spreads over seeds."""
+"""Training after a growth: loss spike, recovery and later losses, with spreads over seeds."""
 
 import math
 import statistics
@@ -11,64 +11,70 @@ from megagrow.errors import DataError
 from megagrow.train.reporting.writers import Record
 
 Point = tuple[float, float]
-"""Tokens since the growth, and a loss in nats per token."""
+"""Tokens since the growth and loss in nats per token."""
 
 STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t, two-sided 95%, for 1, 2, ... degrees of freedom; beyond, the last is a bound."""
+"""Student's t, two-sided 95%, for 1, 2, ... degrees of freedom; the last value is an upper bound
+for more."""
 
 
 @dataclass(frozen=True, slots=True)
-class Aftermath:
-    """A run after its last growth; losses in nats per token, tokens counted from the growth."""
+class GrowthTransient:
+    """Losses of a run after its last growth, in nats per token; tokens count from the growth."""
 
     before: float
-    """Validation loss of the model that was grown."""
+    """Last validation loss before the growth."""
     spike: float
-    """Loss on the fixed batch right after the growth, less that right before it."""
+    """Loss on the fixed batch directly after the growth minus the loss directly before it."""
     excess: float
-    """The highest validation loss measured in the first tokens after the growth, less `before`."""
+    """Highest validation loss in the first tokens after the growth minus `before`."""
     recovery: float | None
-    """Tokens until the validation loss is back at `before` and stays there; None if it never is."""
+    """Tokens until the validation loss stays at or below `before`; None if it never does."""
     quarter: float
     """Validation loss after a quarter of the stage."""
     half: float
+    """Validation loss after half of the stage."""
     end: float
+    """Last validation loss of the stage."""
     validation: tuple[Point, ...]
+    """All validation losses of the stage."""
 
 
-def aftermath(records: Sequence[Record], first_tokens: int, where: str = "the run") -> Aftermath:
-    """Reads a run's metrics; `excess` looks at the first `first_tokens` tokens after the growth.
+def read_transient(
+    records: Sequence[Record], first_tokens: int, where: str = "the run"
+) -> GrowthTransient:
+    """Compute the transient of the last growth from a run's metrics records.
 
-    Between two measurements losses are taken as linear in tokens. At the growth itself the grown
-    model's validation loss is `before` plus the spike on the fixed batch, which is the beginning of
-    the validation corpus. Raises InputError, naming `where`, if there was no growth, or no loss was
-    measured where it is needed.
+    `excess` is measured over the first `first_tokens` tokens after the growth. Losses are
+    interpolated linearly in tokens. The grown model's validation loss at the growth is taken as
+    `before` plus the spike on the fixed batch, which is the start of the validation corpus. Raises
+    InputError, with `where` in the message, if there was no growth or a required loss is missing.
     """
     growths = [record for record in records if record["kind"] == "growth"]
     if not growths:
         raise DataError(f"{where}: no growth was recorded")
     growth = growths[-1]
     validations = [record for record in records if record["kind"] == "validation"]
-    earlier = [r["loss"] for r in validations if r["stage"] == growth["stage"] - 1]
+    before_growth = [r["loss"] for r in validations if r["stage"] == growth["stage"] - 1]
     points = tuple(
         (r["tokens"] - growth["tokens"], r["loss"])
         for r in validations
         if r["stage"] == growth["stage"]
     )
-    close = [loss for tokens, loss in points if tokens <= first_tokens]
-    needed = [growth["loss_before"], growth["loss_after"], *earlier[-1:]]
-    needed += [loss for _, loss in points]
-    if not earlier or not close or None in needed:
+    first_losses = [loss for tokens, loss in points if tokens <= first_tokens]
+    required = [growth["loss_before"], growth["loss_after"], *before_growth[-1:]]
+    required += [loss for _, loss in points]
+    if not before_growth or not first_losses or None in required:
         raise DataError(
             f"{where}: a loss at the growth or after it is missing or not finite; lower "
             "validation.interval, or the learning rate if it diverged"
         )
-    before, spike = earlier[-1], growth["loss_after"] - growth["loss_before"]
+    before, spike = before_growth[-1], growth["loss_after"] - growth["loss_before"]
     curve, tokens = ((0.0, before + spike), *points), points[-1][0]
-    return Aftermath(
+    return GrowthTransient(
         before,
         spike,
-        max(close) - before,
+        max(first_losses) - before,
         tokens_to_reach(curve, before),
         loss_at(curve, tokens / 4),
         loss_at(curve, tokens / 2),
@@ -78,8 +84,8 @@ def aftermath(records: Sequence[Record], first_tokens: int, where: str = "the ru
 
 
 def tokens_to_reach(curve: Sequence[Point], loss: float) -> float | None:
-    """Tokens at which a curve gets to `loss` and stays: 0 if it is never above, None if it ends
-    above."""
+    """Return the tokens after which a curve stays at or below `loss`: 0 if it is never above, None
+    if it ends above."""
     above = [index for index, (_, value) in enumerate(curve) if value > loss]
     if not above:
         return 0.0
@@ -90,7 +96,7 @@ def tokens_to_reach(curve: Sequence[Point], loss: float) -> float | None:
 
 
 def loss_at(curve: Sequence[Point], tokens: float) -> float:
-    """The loss at `tokens`, which lie within the curve."""
+    """Return the interpolated loss at `tokens`. Raises ValueError outside the curve."""
     for (left, first), (right, second) in pairwise(curve):
         if left <= tokens <= right:
             return first + (second - first) * (tokens - left) / (right - left)
@@ -99,16 +105,16 @@ def loss_at(curve: Sequence[Point], tokens: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Several seeds' values of one quantity."""
+    """Mean and standard deviation of one quantity over several seeds."""
 
     mean: float
     deviation: float
-    """Standard deviation of the sample (n - 1); NaN for a single value."""
+    """Sample standard deviation (n - 1); NaN for a single value."""
     count: int
 
     @property
     def margin(self) -> float:
-        """Half the width of the mean's 95% confidence interval (Student)."""
+        """Half-width of the mean's 95% confidence interval (Student's t); NaN for one value."""
         if self.count == 1:
             return math.nan
         factor = STUDENT_95[min(self.count - 1, len(STUDENT_95)) - 1]
@@ -116,21 +122,21 @@ class Spread:
 
     @property
     def is_clear(self) -> bool:
-        """Whether that interval leaves out zero."""
+        """True if the 95% confidence interval excludes zero."""
         return abs(self.mean) > self.margin
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:
-    """Mean and deviation; None unless every seed has a value."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
+    """Return mean and deviation, or None unless every seed has a value."""
+    present = [value for value in values if value is not None]
+    if not present or len(present) < len(values):
         return None
-    deviation = statistics.stdev(known) if len(known) > 1 else math.nan
-    return Spread(statistics.fmean(known), deviation, len(known))
+    deviation = statistics.stdev(present) if len(present) > 1 else math.nan
+    return Spread(statistics.fmean(present), deviation, len(present))
 
 
-def paired(values: Sequence[float | None], others: Sequence[float | None]) -> Spread | None:
-    """The spread of value - other, seed by seed; both are in the same order of seeds."""
+def paired_spread(values: Sequence[float | None], others: Sequence[float | None]) -> Spread | None:
+    """Return the spread of `value - other` per seed; both are in the same order of seeds."""
     return spread(
         [
             None if value is None or other is None else value - other
@@ -141,32 +147,31 @@ def paired(values: Sequence[float | None], others: Sequence[float | None]) -> Sp
 
 @dataclass(frozen=True, slots=True)
 class Spike:
-    """The training loss around one growth, smoothed as `curves.smooth` does it."""
+    """Training loss around one growth, smoothed by `curves.smooth`."""
 
     growth: Growth
     before: float
-    """The last one before the growth."""
+    """Last loss before the growth, in nats per token."""
     peak: float
-    """The highest one after it, until it is back."""
-    tokens_until_back: int | None
-    """From the growth to the first loss that is no higher than `before`; None where the stage
-    ends sooner."""
+    """Highest loss after the growth until recovery."""
+    recovery_tokens: int | None
+    """Tokens from the growth to the first loss not above `before`; None if the stage ends first."""
 
 
 def spikes(run: RunCurves) -> list[Spike]:
-    """The spike of each growth that has training losses on both sides."""
-    found = []
+    """Return the spike of each growth with training losses on both sides."""
+    result = []
     bounds = [*(growth.tokens for growth in run.growths), run.tokens]
     points = list(zip(run.train.tokens, run.train.loss, strict=True))
     for growth, end in zip(run.growths, bounds[1:], strict=True):
         before = [loss for at, loss in points if at <= growth.tokens]
         after = [(at, loss) for at, loss in points if growth.tokens < at <= end]
         if before and after:
-            found.append(_spike(growth, before[-1], after))
-    return found
+            result.append(_spike(growth, before[-1], after))
+    return result
 
 
 def _spike(growth: Growth, before: float, after: list[tuple[int, float]]) -> Spike:
-    back = next((index for index, (_, loss) in enumerate(after) if loss <= before), None)
-    peak = max(loss for _, loss in after[: None if back is None else back + 1])
-    return Spike(growth, before, peak, None if back is None else after[back][0] - growth.tokens)
+    end = next((index for index, (_, loss) in enumerate(after) if loss <= before), None)
+    peak = max(loss for _, loss in after[: None if end is None else end + 1])
+    return Spike(growth, before, peak, None if end is None else after[end][0] - growth.tokens)

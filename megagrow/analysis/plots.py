@@ -1,7 +1,7 @@
-"""Loss against FLOPs and against tokens, for several runs, as a PNG.
+"""Plot of loss against FLOPs and tokens for several runs, and helpers for other plots.
 
-Colours are Okabe and Ito's, which the colour-blind can tell apart; line styles and markers differ
-as well, so that the plot reads in black and white.
+Colours are the colour-blind safe palette of Okabe and Ito. Line styles and markers also differ, so
+plots are readable in black and white.
 """
 
 from collections.abc import Sequence
@@ -17,56 +17,56 @@ from megagrow.analysis.curves import SMOOTHING, Growth, RunCurves, Series
 from megagrow.analysis.speedup import Speedup
 
 
-class Look(NamedTuple):
-    """How one run is drawn."""
+class PlotStyle(NamedTuple):
+    """Colour, line style and marker of one run."""
 
     colour: str
     line: str | tuple[int, tuple[int, ...]]
     marker: str
 
 
-LOOKS = (
-    Look("#D55E00", "-", "o"),
-    Look("#0072B2", (0, (5, 2)), "s"),
-    Look("#009E73", (0, (6, 2, 1, 2)), "^"),
-    Look("#CC79A7", (0, (1, 1)), "D"),
-    Look("#E69F00", (0, (3, 1, 1, 1, 1, 1)), "v"),
-    Look("#56B4E9", (0, (8, 3)), "P"),
-    Look("#000000", (0, (2, 3)), "X"),
+PLOT_STYLES = (
+    PlotStyle("#D55E00", "-", "o"),
+    PlotStyle("#0072B2", (0, (5, 2)), "s"),
+    PlotStyle("#009E73", (0, (6, 2, 1, 2)), "^"),
+    PlotStyle("#CC79A7", (0, (1, 1)), "D"),
+    PlotStyle("#E69F00", (0, (3, 1, 1, 1, 1, 1)), "v"),
+    PlotStyle("#56B4E9", (0, (8, 3)), "P"),
+    PlotStyle("#000000", (0, (2, 3)), "X"),
 )
-START = 0.06
-"""The loss axis leaves out the steep fall in this first share of each run."""
-MOST_MARKERS = 16
+START_SHARE = 0.06
+"""Fraction of each run's tokens whose steep initial losses do not extend the loss axis."""
+MAX_MARKERS = 16
 GREY = "#555555"
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Axes, and what their x axis is: `tokens`, `seconds`, or FLOPs by an account (`accounts`)."""
+    """Axes and their x quantity: `tokens`, `seconds`, or an account of `flop_accounting`."""
 
     axes: Axes
     x: str
 
-    def across(self, run: RunCurves, series: Series) -> Sequence[float]:
-        """Where the points of one of the run's series stand. The account must be known of it."""
+    def series_x(self, run: RunCurves, series: Series) -> Sequence[float]:
+        """Return the x values of a series of the run; the run must have the account."""
         if self.x == "flops_charged":
-            return run.spent(series.tokens) or ()
+            return run.charged_flops(series.tokens) or ()
         return getattr(series, self.x)
 
-    def at(self, run: RunCurves, growth: Growth) -> float:
-        """Where one of the run's growths stands."""
+    def growth_x(self, run: RunCurves, growth: Growth) -> float:
+        """Return the x value of a growth of the run."""
         if self.x == "flops_charged":
-            return (run.spent((growth.tokens,)) or (0.0,))[0]
+            return (run.charged_flops((growth.tokens,)) or (0.0,))[0]
         return getattr(growth, self.x)
 
 
 def plot_runs(
     runs: Sequence[RunCurves], path: Path, speedup: Speedup | None = None, log_x: bool = False
 ) -> None:
-    """Writes the plot of `runs` to `path`.
+    """Write the plot of `runs` to `path` as a PNG.
 
-    Growths are marked by a ring on the curve and a dotted line; `speedup`, where given, by the
-    segment between the two points of equal loss. `log_x` makes the x axes logarithmic.
+    Growths are marked by a ring on the curve and a dotted line, `speedup` by a segment between the
+    two points of equal loss. `log_x` makes the x axes logarithmic.
     """
     figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -88,63 +88,63 @@ def _validated(run: RunCurves) -> bool:
 
 
 def draw_panel(panel: Panel, runs: Sequence[RunCurves], log_x: bool = False) -> None:
-    """Draws the losses of all runs and marks their growths."""
+    """Draw the losses of all runs and mark their growths."""
     for index, run in enumerate(runs):
-        _draw_run(panel, run, look(index))
-    dress(panel.axes, log_x)
+        _draw_run(panel, run, plot_style(index))
+    format_axes(panel.axes, log_x)
     panel.axes.set_ylim(*_loss_range(runs))
     if panel.x == "tokens":
         panel.axes.xaxis.set_major_formatter(token_format())
 
 
-def look(index: int) -> Look:
-    """How the run at this place in the report is drawn; the looks repeat after the seventh."""
-    return LOOKS[index % len(LOOKS)]
+def plot_style(index: int) -> PlotStyle:
+    """Return the style of the run at this index; styles repeat after the seventh."""
+    return PLOT_STYLES[index % len(PLOT_STYLES)]
 
 
-def shown(name: str) -> str:
-    """A run's name as a label: no formula, and never one of those that legends leave out."""
+def label_text(name: str) -> str:
+    """Return a run's name as a label: $ is escaped, and a leading _ does not hide the legend."""
     plain = name.replace("$", r"\$")
     return f" {plain}" if plain.startswith("_") else plain
 
 
-def _draw_run(panel: Panel, run: RunCurves, look: Look) -> None:
+def _draw_run(panel: Panel, run: RunCurves, style: PlotStyle) -> None:
     validated = _validated(run)
     thin = (
         {"linewidth": 0.9, "alpha": 0.55}
         if validated
-        else {"linewidth": 1.8, "label": shown(run.name)}
+        else {"linewidth": 1.8, "label": label_text(run.name)}
     )
     draw = panel.axes.plot
-    draw(panel.across(run, run.train), run.train.loss, color=look.colour, ls=look.line, **thin)
+    draw(panel.series_x(run, run.train), run.train.loss, color=style.colour, ls=style.line, **thin)
     if validated:
         draw(
-            panel.across(run, run.validation),
+            panel.series_x(run, run.validation),
             run.validation.loss,
-            color=look.colour,
-            ls=look.line,
+            color=style.colour,
+            ls=style.line,
             lw=1.9,
-            marker=look.marker,
+            marker=style.marker,
             ms=4.5,
-            markevery=markers(len(run.validation.loss)),
-            label=shown(run.name),
+            markevery=marker_slice(len(run.validation.loss)),
+            label=label_text(run.name),
         )
-    _draw_growths(panel, run, look)
+    _draw_growths(panel, run, style)
 
 
-def markers(points: int) -> slice:
-    """Which of so many points get a marker: evenly, the last one always."""
-    step = -(-points // MOST_MARKERS)
+def marker_slice(points: int) -> slice:
+    """Return the indices of the points with a marker: evenly spaced, including the last."""
+    step = -(-points // MAX_MARKERS)
     return slice((points - 1) % step, None, step)
 
 
-def _draw_growths(panel: Panel, run: RunCurves, look: Look) -> None:
+def _draw_growths(panel: Panel, run: RunCurves, style: PlotStyle) -> None:
     series = run.validation if _validated(run) else run.train
     for growth in run.growths:
-        at = panel.at(run, growth)
+        at = panel.growth_x(run, growth)
         before = _loss_before(series, growth.tokens)
-        panel.axes.axvline(at, color=look.colour, ls=":", lw=1.0)
-        panel.axes.plot(at, before, "o", ms=9, mfc="none", mec=look.colour, mew=1.5)
+        panel.axes.axvline(at, color=style.colour, ls=":", lw=1.0)
+        panel.axes.plot(at, before, "o", ms=9, mfc="none", mec=style.colour, mew=1.5)
         old, new = (_millions(run.parameters[growth.stage + shift]) for shift in (-1, 0))
         panel.axes.annotate(
             f"growth {old} \u2192 {new}",
@@ -155,14 +155,14 @@ def _draw_growths(panel: Panel, run: RunCurves, look: Look) -> None:
             rotation="vertical",
             va="top",
             fontsize=8,
-            color=look.colour,
+            color=style.colour,
         )
 
 
 def _loss_before(series: Series, tokens: int) -> float:
-    """The last loss measured up to `tokens`, or the first one of all."""
-    upto = [loss for at, loss in zip(series.tokens, series.loss, strict=True) if at <= tokens]
-    return upto[-1] if upto else series.loss[0]
+    """Return the last loss measured up to `tokens`, or the first loss of the series."""
+    losses = [loss for at, loss in zip(series.tokens, series.loss, strict=True) if at <= tokens]
+    return losses[-1] if losses else series.loss[0]
 
 
 def _draw_speedup(axes: Axes, speedup: Speedup) -> None:
@@ -178,8 +178,8 @@ def _draw_speedup(axes: Axes, speedup: Speedup) -> None:
     )
 
 
-def dress(axes: Axes, log_x: bool = False) -> None:
-    """Grid, spines and the x axis, as every plot of a report has them."""
+def format_axes(axes: Axes, log_x: bool = False) -> None:
+    """Set grid, spines and x axis in the common style of the report's plots."""
     if log_x:
         axes.set_xscale("log")
         axes.set_xlim(left=axes.dataLim.x1 / 100)
@@ -192,23 +192,23 @@ def dress(axes: Axes, log_x: bool = False) -> None:
 
 
 def token_format() -> EngFormatter:
-    """10k, 10M, 10B, 10T."""
-    words = EngFormatter(sep="")
-    words.ENG_PREFIXES = {0: "", 3: "k", 6: "M", 9: "B", 12: "T"}
-    return words
+    """Return a tick formatter for token counts: 10k, 10M, 10B, 10T."""
+    formatter = EngFormatter(sep="")
+    formatter.ENG_PREFIXES = {0: "", 3: "k", 6: "M", 9: "B", 12: "T"}
+    return formatter
 
 
 def _loss_range(runs: Sequence[RunCurves]) -> tuple[float, float]:
-    """The y axis: everything but the steep fall at each run's start."""
-    shown = [
+    """Return the limits of the loss axis, excluding the steep start of each run."""
+    losses = [
         loss
         for run in runs
         for series in (run.train, run.validation)
         for tokens, loss in zip(series.tokens, series.loss, strict=True)
-        if tokens >= START * run.tokens
+        if tokens >= START_SHARE * run.tokens
     ]
-    margin = 0.04 * (max(shown) - min(shown)) or 0.1
-    return min(shown) - 2 * margin, max(shown) + margin
+    margin = 0.04 * (max(losses) - min(losses)) or 0.1
+    return min(losses) - 2 * margin, max(losses) + margin
 
 
 def _millions(parameters: int) -> str:

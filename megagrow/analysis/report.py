@@ -1,4 +1,4 @@
-"""A report on runs: what is compared, plotted and written, in order."""
+"""Report on finished runs: comparison, tables, plots and the HTML page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,39 +9,48 @@ from rich.text import Text
 
 from megagrow.analysis.compare import PLOT, closing_lines, compare_runs, load_runs
 from megagrow.analysis.curves import RunCurves
-from megagrow.analysis.paper import beside_paper, read_paper
+from megagrow.analysis.paper import compare_with_paper, read_paper
 from megagrow.analysis.report_page import Plot, render_page
 from megagrow.analysis.report_plots import (
     plot_costs,
-    plot_gauges,
+    plot_run_metrics,
     plot_scores,
     plot_speedups,
     plot_spikes,
 )
-from megagrow.analysis.report_tables import as_markdown, growths, scores, speedups, summary
+from megagrow.analysis.report_tables import (
+    as_markdown,
+    growth_table,
+    run_table,
+    score_table,
+    speedup_table,
+)
 from megagrow.analysis.seeds import Matchup, group_runs, match_groups
 
 PAGE, MARKDOWN = "report.html", "report.md"
-TITLE = "Grown against from scratch"
+TITLE = "Growth compared with training from scratch"
 
 
 def write_report(
     directories: Sequence[Path], output: Path, console: Console, against_paper: bool = False
 ) -> None:
-    """Reports on finished runs into `output`: report.html with everything, the same tables as
-    report.md, the plots as PNGs, and what `compare_runs` writes; the table is printed, too. With
-    `against_paper` a table puts the runs beside the paper's results.
+    """Write a report on finished runs into `output`.
 
-    Raises InputError where a run is missing or unfinished, none grew, or one has no counterpart.
+    Written are report.html (self-contained), report.md with the same tables, the plots as PNGs, and
+    the files of `compare_runs`, which also prints its table. `against_paper` adds a table that
+    compares the runs with the paper's results.
+
+    Raises InputError if a run is missing or unfinished, no run grew, or a grown run has no
+    counterpart.
     """
     curves = load_runs(directories)
     matchups = match_groups(group_runs(curves))
     comparisons = compare_runs(curves, output, console)
-    tables = [summary(curves), speedups(matchups), growths(curves)]
+    tables = [run_table(curves), speedup_table(matchups), growth_table(curves)]
     if any(run.scores for run in curves):
-        tables.append(scores(curves))
+        tables.append(score_table(curves))
     if against_paper:
-        tables.insert(2, beside_paper(matchups, read_paper()))
+        tables.insert(2, compare_with_paper(matchups, read_paper()))
     plots = _plots(curves, matchups, output)
     page = render_page(TITLE, tables, closing_lines(curves, comparisons), plots)
     (output / PAGE).write_text(page, encoding="utf-8")
@@ -51,59 +60,59 @@ def write_report(
 
 
 def _plots(curves: Sequence[RunCurves], matchups: Sequence[Matchup], output: Path) -> list[Plot]:
-    places = [curves.index(matchup.grown.runs[0]) for matchup in matchups]
+    indices = [curves.index(matchup.grown.runs[0]) for matchup in matchups]
     plots = [
         Plot(
             output / PLOT,
             "Loss against FLOPs and tokens",
-            "Loss against FLOPs and against tokens. Growths: a dotted line and a ring. The black "
-            "segment joins the points of equal loss of the first comparison.",
+            "Loss against FLOPs and tokens. Growths are marked by a dotted line and a ring. The "
+            "black segment connects the points of equal loss of the first comparison.",
         )
     ]
     if any(matchup.levels["flops"] for matchup in matchups):
         plots.append(
-            _saved(
-                plot_speedups(matchups, places),
+            _save_plot(
+                plot_speedups(matchups, indices),
                 output / "speedup.png",
-                "Speedup along the curve",
-                "Speedup sp and the share of FLOPs saved, at every loss that both sides share. "
-                "Above zero growth was the faster way; a band is the range over seeds.",
+                "Speedup against loss",
+                "Speedup sp and fraction of FLOPs saved at every loss that both sides reach. "
+                "Positive values mean that growth is faster; bands are the range over seeds.",
             )
         )
     plots += [
-        _saved(
+        _save_plot(
             plot_costs(curves),
             output / "loss_by_cost.png",
             "Loss against other costs",
-            "The same losses against FLOPs by other accounts, and against training seconds.",
+            "The same losses against FLOPs by the other accounts and against training time.",
         ),
-        _saved(
+        _save_plot(
             plot_spikes(curves),
             output / "spikes.png",
-            "Around the growths",
-            "The smoothed training loss before and after each growth, by tokens since.",
+            "Loss spikes at growths",
+            "Smoothed training loss before and after each growth, against tokens since the growth.",
         ),
-        _saved(
-            plot_gauges(curves),
+        _save_plot(
+            plot_run_metrics(curves),
             output / "gauges.png",
-            "Gradients, throughput, memory",
-            "Gradient norm before clipping, tokens per second of all ranks together, and peak "
-            "memory of the first rank, against tokens. Dotted lines: growths.",
+            "Gradient norm, throughput, memory",
+            "Gradient norm before clipping, tokens per second over all ranks, and peak memory of "
+            "rank 0, against tokens. Dotted lines mark growths.",
         ),
     ]
     if any(score.average is not None for run in curves for score in run.scores):
         plots.append(
-            _saved(
+            _save_plot(
                 plot_scores(curves),
                 output / "accuracy.png",
                 "Accuracy",
                 "Average accuracy of evaluations, during the runs or of their checkpoints, against "
-                "tokens, FLOPs and seconds. Dotted lines: growths.",
+                "tokens, FLOPs and seconds. Dotted lines mark growths.",
             )
         )
     return plots
 
 
-def _saved(figure: Figure, path: Path, title: str, caption: str) -> Plot:
+def _save_plot(figure: Figure, path: Path, title: str, caption: str) -> Plot:
     figure.savefig(path)
     return Plot(path, title, caption)

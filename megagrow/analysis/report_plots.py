@@ -1,6 +1,6 @@
-"""The plots of a report's page, beside that of `plots`: each a figure with titles and units.
+"""Plots of a report in addition to the loss plot of `plots`.
 
-Colours, lines and markers are those of `plots.LOOKS`, by the run's place in the report.
+Each run is drawn in the style `plots.PLOT_STYLES[index]` of its index in the report.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from megagrow.analysis.flop_accounting import ACCOUNTS
 from megagrow.analysis.plots import (
     Panel,
     draw_panel,
-    look,
-    markers,
-    shown,
+    label_text,
+    marker_slice,
+    plot_style,
     token_format,
 )
-from megagrow.analysis.run_metrics import Gauge
+from megagrow.analysis.run_metrics import MetricSeries
 from megagrow.analysis.seeds import Matchup
 
 WIDTH, HEIGHT, DPI = 11.0, 4.4, 150
@@ -27,7 +27,8 @@ GIB = 2.0**30
 
 
 def plot_costs(runs: Sequence[RunCurves]) -> Figure:
-    """Loss against seconds, true FLOPs and, where all runs tell, FLOPs by the paper's charge."""
+    """Plot the loss against seconds, true FLOPs and, if all runs have a config.yaml, FLOPs by the
+    paper's charge."""
     accounts = [account for account in ACCOUNTS if account != "flops"]
     if not all(run.setting for run in runs):
         accounts.remove("flops_charged")
@@ -37,31 +38,34 @@ def plot_costs(runs: Sequence[RunCurves]) -> Figure:
         axes.set_title(f"FLOPs: {ACCOUNTS[account]}", fontsize=8.5)
         axes.set_xlabel("FLOPs")
     draw_panel(Panel(panels[-1], "seconds"), runs)
-    panels[-1].set_title("Seconds: steps, growths, checkpoints", fontsize=8.5)
+    panels[-1].set_title("Time of steps, growths and checkpoints", fontsize=8.5)
     panels[-1].set_xlabel("seconds")
     panels[0].set_ylabel("loss (nats per token)")
     panels[-1].legend(frameon=False, loc="upper right")
     return figure
 
 
-def plot_speedups(matchups: Sequence[Matchup], places: Sequence[int]) -> Figure:
-    """sp, and the share of FLOPs saved, at every shared loss; `places` are the grown runs' own."""
+def plot_speedups(matchups: Sequence[Matchup], indices: Sequence[int]) -> Figure:
+    """Plot sp and the fraction of FLOPs saved against the shared losses.
+
+    `indices` are the indices of the grown groups' first runs in the report.
+    """
     figure, (left, right) = _figure(2)
-    for matchup, place in zip(matchups, places, strict=True):
+    for matchup, index in zip(matchups, indices, strict=True):
         levels = matchup.levels["flops"]
         if not levels:
             continue
         losses, name = [level.loss for level in levels], matchup.grown.name
-        _line(left, losses, [level.mean for level in levels], place, name)
-        _line(right, losses, [level.saved for level in levels], place, name)
+        _line(left, losses, [level.mean for level in levels], index, name)
+        _line(right, losses, [level.saved for level in levels], index, name)
         if not matchup.single:
-            least, most = ([pick(one.speedups) for one in levels] for pick in (min, max))
-            left.fill_between(losses, least, most, color=look(place).colour, alpha=0.2, lw=0)
+            low, high = ([bound(level.speedups) for level in levels] for bound in (min, max))
+            left.fill_between(losses, low, high, color=plot_style(index).colour, alpha=0.2, lw=0)
     for axes, title in ((left, "Speedup sp at equal loss"), (right, "FLOPs saved at equal loss")):
         axes.axhline(0.0, color="black", lw=0.8)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel("loss (nats per token); training goes to the right")
+        axes.set_xlabel("loss (nats per token), decreasing")
         _finish(axes)
         axes.invert_xaxis()
     left.set_ylabel("sp = FLOPs scratch / FLOPs grown - 1")
@@ -70,39 +74,39 @@ def plot_speedups(matchups: Sequence[Matchup], places: Sequence[int]) -> Figure:
 
 
 def plot_spikes(runs: Sequence[RunCurves]) -> Figure:
-    """The training loss around each growth, against the tokens since."""
+    """Plot the training loss around each growth against tokens since the growth."""
     figure, (axes,) = _figure(1)
     for index, run in enumerate(runs):
         for growth in run.growths:
-            near = 0.25 * run.tokens
+            window = 0.25 * run.tokens
             points = [
                 (tokens - growth.tokens, loss)
                 for tokens, loss in zip(run.train.tokens, run.train.loss, strict=True)
-                if -0.4 * near <= tokens - growth.tokens <= near
+                if -0.4 * window <= tokens - growth.tokens <= window
             ]
             label = f"{run.name}, growth into stage {growth.stage}"
             _line(axes, [at for at, _ in points], [loss for _, loss in points], index, label)
     axes.axvline(0.0, color="black", ls=":", lw=1.0)
     axes.xaxis.set_major_formatter(token_format())
     axes.set(xlabel="tokens since the growth", ylabel="training loss (nats per token)")
-    axes.set_title("The training loss around each growth, smoothed within each stage", fontsize=10)
+    axes.set_title("Training loss around each growth, smoothed within each stage", fontsize=10)
     _finish(axes)
     return figure
 
 
-def plot_gauges(runs: Sequence[RunCurves]) -> Figure:
-    """Gradient norms, throughput, memory and, where known, utilisation against tokens."""
+def plot_run_metrics(runs: Sequence[RunCurves]) -> Figure:
+    """Plot gradient norm, throughput, memory and, if recorded, MFU against tokens."""
     kinds = [
         ("grad_norm", "Gradient norm, before clipping", "norm", 1.0),
         ("tokens_per_second", "Throughput, all ranks", "tokens per second", 1.0),
-        ("memory_bytes", "Peak memory, first rank", "GiB", GIB),
+        ("memory_bytes", "Peak memory, rank 0", "GiB", GIB),
     ]
-    if any(run.gauges.mfu.values for run in runs):
-        kinds.append(("mfu", "Utilisation (MFU)", "% of the devices' peak", 0.01))
+    if any(run.metrics.mfu.values for run in runs):
+        kinds.append(("mfu", "Utilisation (MFU)", "% of peak FLOP/s", 0.01))
     figure, panels = _figure(len(kinds))
     for axes, (name, title, unit, scale) in zip(panels, kinds, strict=True):
         for index, run in enumerate(runs):
-            _draw_gauge(axes, run, getattr(run.gauges, name), index, scale)
+            _draw_metric(axes, run, getattr(run.metrics, name), index, scale)
         axes.set_title(title, fontsize=10)
         axes.set(xlabel="tokens", ylabel=unit)
         axes.xaxis.set_major_formatter(token_format())
@@ -115,16 +119,16 @@ def plot_gauges(runs: Sequence[RunCurves]) -> Figure:
 
 
 def plot_scores(runs: Sequence[RunCurves]) -> Figure:
-    """The average accuracy of evaluations against tokens, FLOPs and seconds, where any was told."""
+    """Plot the average accuracy of evaluations against tokens, FLOPs and seconds."""
     units = {"tokens": "tokens", "flops": f"FLOPs, {ACCOUNTS['flops']}", "seconds": "seconds"}
     figure, panels = _figure(len(units), sharey=True)
     for axes, (x, unit) in zip(panels, units.items(), strict=True):
         for index, run in enumerate(runs):
-            told = [(getattr(score, x), score.average) for score in run.scores]
-            known = [(at, average) for at, average in told if average is not None]
-            _line(axes, [at for at, _ in known], [y for _, y in known], index, run.name)
+            scores = [(getattr(score, x), score.average) for score in run.scores]
+            points = [(at, average) for at, average in scores if average is not None]
+            _line(axes, [at for at, _ in points], [y for _, y in points], index, run.name)
             for growth in run.growths:
-                axes.axvline(getattr(growth, x), color=look(index).colour, ls=":", lw=1.0)
+                axes.axvline(getattr(growth, x), color=plot_style(index).colour, ls=":", lw=1.0)
         axes.set_title(f"Average accuracy against {x.replace('flops', 'FLOPs')}", fontsize=10)
         axes.set_xlabel(unit)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -134,24 +138,26 @@ def plot_scores(runs: Sequence[RunCurves]) -> Figure:
     return figure
 
 
-def _draw_gauge(axes: Axes, run: RunCurves, gauge: Gauge, index: int, scale: float) -> None:
-    _line(axes, gauge.tokens, [value / scale for value in gauge.values], index, run.name)
+def _draw_metric(
+    axes: Axes, run: RunCurves, metric: MetricSeries, index: int, scale: float
+) -> None:
+    _line(axes, metric.tokens, [value / scale for value in metric.values], index, run.name)
     for growth in run.growths:
-        axes.axvline(growth.tokens, color=look(index).colour, ls=":", lw=1.0)
+        axes.axvline(growth.tokens, color=plot_style(index).colour, ls=":", lw=1.0)
 
 
 def _line(axes: Axes, x: Sequence[float], y: Sequence[float], index: int, label: str) -> None:
-    drawn = look(index)
+    style = plot_style(index)
     axes.plot(
         x,
         y,
-        color=drawn.colour,
-        ls=drawn.line,
+        color=style.colour,
+        ls=style.line,
         lw=1.4,
-        marker=drawn.marker,
+        marker=style.marker,
         ms=4.5,
-        markevery=markers(len(x)) if x else None,
-        label=shown(label),
+        markevery=marker_slice(len(x)) if x else None,
+        label=label_text(label),
     )
 
 

@@ -1,4 +1,4 @@
-"""The tables of a report, once as cells, and as Markdown; the page writes the same as HTML."""
+"""Tables of a report as text cells, and their Markdown form; the HTML page uses the same cells."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from megagrow.analysis.speedup_curve import Level
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A heading, columns and rows of text, and what must be said of them."""
+    """Table of text cells with a title and notes."""
 
     title: str
     columns: Sequence[str]
@@ -20,35 +20,35 @@ class Table:
     notes: Sequence[str] = ()
 
 
-def summary(runs: Sequence[RunCurves]) -> Table:
-    """A row for each run: what it was and where it ended."""
+def run_table(runs: Sequence[RunCurves]) -> Table:
+    """Return a table with one row per run: size, cost and final losses."""
     columns = (
         *("run", "seed", "parameters", "tokens", "FLOPs (6 N)", "FLOPs (true)", "seconds"),
         *("training loss", "validation loss", "accuracy"),
     )
-    return Table("Runs", columns, [_summary(run) for run in runs])
+    return Table("Runs", columns, [_run_cells(run) for run in runs])
 
 
-def speedups(matchups: Sequence[Matchup]) -> Table:
-    """The speedup at the lowest shared loss, by each account of FLOPs."""
+def speedup_table(matchups: Sequence[Matchup]) -> Table:
+    """Return a table of the speedup at the lowest shared loss, by each account of FLOPs."""
     columns = (
-        *("grown", "from scratch", "FLOPs counted as", "at equal loss", "sp", "over seeds"),
-        "fewer FLOPs",
+        *("grown", "from scratch", "FLOPs account", "equal loss", "sp", "sp over seeds"),
+        "FLOPs saved",
     )
     rows, notes = [], []
-    for one in matchups:
-        for account, levels in one.levels.items():
-            found = _found(levels[-1]) if levels else ("-", "undefined", "-", "-")
-            rows.append([one.grown.name, one.scratch.name, ACCOUNTS[account], *found])
-        notes += _notes(one)
-    return Table("Speedup at the lowest loss that both reach", columns, rows, notes)
+    for matchup in matchups:
+        for account, levels in matchup.levels.items():
+            cells = _level_cells(levels[-1]) if levels else ("-", "undefined", "-", "-")
+            rows.append([matchup.grown.name, matchup.scratch.name, ACCOUNTS[account], *cells])
+        notes += _notes(matchup)
+    return Table("Speedup at the lowest loss reached by both", columns, rows, notes)
 
 
-def growths(runs: Sequence[RunCurves]) -> Table:
-    """What each growth did to the training loss, and what it took until it was back."""
+def growth_table(runs: Sequence[RunCurves]) -> Table:
+    """Return a table of the loss spike of each growth and the tokens until recovery."""
     columns = (
-        *("run", "into stage", "operator", "at tokens", "loss before", "peak after", "spike"),
-        "tokens until back",
+        *("run", "stage", "operator", "at tokens", "loss before", "peak loss", "spike"),
+        "tokens to recover",
     )
     rows = [
         [
@@ -59,9 +59,7 @@ def growths(runs: Sequence[RunCurves]) -> Table:
             f"{spike.before:.4f}",
             f"{spike.peak:.4f}",
             f"{spike.peak - spike.before:+.4f}",
-            "not in its stage"
-            if spike.tokens_until_back is None
-            else f"{spike.tokens_until_back:,}",
+            "not in this stage" if spike.recovery_tokens is None else f"{spike.recovery_tokens:,}",
         ]
         for run in runs
         for spike in spikes(run)
@@ -69,14 +67,17 @@ def growths(runs: Sequence[RunCurves]) -> Table:
     return Table("Growths", columns, rows)
 
 
-def scores(runs: Sequence[RunCurves]) -> Table:
-    """The last evaluation of each run, a row for each task and metric."""
+def score_table(runs: Sequence[RunCurves]) -> Table:
+    """Return a table of the last evaluation of each run, one row per task and metric."""
     last = [run.scores[-1].results if run.scores else {} for run in runs]
     kinds = dict.fromkeys(
-        (task, metric) for found in last for task, metrics in found.items() for metric in metrics
+        (task, metric)
+        for results in last
+        for task, metrics in results.items()
+        for metric in metrics
     )
     rows = [
-        [task, metric, *(_cell(found.get(task, {}).get(metric)) for found in last)]
+        [task, metric, *(_cell(results.get(task, {}).get(metric)) for results in last)]
         for task, metric in kinds
         if not metric.endswith("_stderr")
     ]
@@ -84,19 +85,19 @@ def scores(runs: Sequence[RunCurves]) -> Table:
 
 
 def as_markdown(table: Table) -> str:
-    """The table under its heading, what comes from files unable to end a cell or begin a tag."""
+    """Return the table as Markdown under its heading; cells are escaped for Markdown and HTML."""
     lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-    body = [f"| {' | '.join(map(_plain, cells))} |" for cells in lines]
-    notes = [f"- {_plain(note)}" for note in table.notes]
+    body = [f"| {' | '.join(map(_escape, cells))} |" for cells in lines]
+    notes = [f"- {_escape(note)}" for note in table.notes]
     return "\n".join([f"## {table.title}", "", *body, *([""] if notes else []), *notes, ""])
 
 
-def _plain(text: str) -> str:
+def _escape(text: str) -> str:
     joined = " ".join(text.split())
     return joined.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
-def _summary(run: RunCurves) -> list[str]:
+def _run_cells(run: RunCurves) -> list[str]:
     averages = [score.average for score in run.scores if score.average is not None]
     return [
         run.name,
@@ -112,7 +113,7 @@ def _summary(run: RunCurves) -> list[str]:
     ]
 
 
-def _found(level: Level) -> tuple[str, str, str, str]:
+def _level_cells(level: Level) -> tuple[str, str, str, str]:
     low, high, deviation = min(level.speedups), max(level.speedups), level.deviation
     spread = "one seed, no error bar"
     if deviation is not None:
@@ -121,15 +122,17 @@ def _found(level: Level) -> tuple[str, str, str, str]:
 
 
 def _notes(matchup: Matchup) -> list[str]:
-    names = f"{matchup.grown.name} against {matchup.scratch.name}"
+    names = f"{matchup.grown.name} and {matchup.scratch.name}"
     notes = [f"{names}: compared by {matchup.kind} loss."]
     if not matchup.levels["flops"]:
         notes.append(
-            f"{names}: they share no {matchup.kind} loss that both pass, so there is no speedup "
-            "to tell."
+            f"{names}: no {matchup.kind} loss is passed by both runs, so the speedup is undefined."
         )
     if "flops_charged" not in matchup.levels:
-        notes.append(f"{names}: without config.yaml beside the records, no paper's charge.")
+        notes.append(
+            f"{names}: a run directory has no config.yaml, so FLOPs by the paper's charge are "
+            "unknown."
+        )
     return notes
 
 

@@ -1,4 +1,4 @@
-"""What a run measured beside its loss: gradient norms, throughput, memory, and accuracies."""
+"""Metrics of a run other than the loss: gradient norm, throughput, memory, MFU and accuracies."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,54 +7,59 @@ from megagrow.train.reporting.writers import Record
 
 
 @dataclass(frozen=True, slots=True)
-class Gauge:
-    """One quantity over a run: equally long columns, without the steps that did not tell it."""
+class MetricSeries:
+    """One metric over a run: columns of equal length, without the steps that did not record it."""
 
     tokens: tuple[int, ...]
     values: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Gauges:
-    """What every recorded step tells."""
+class RunMetrics:
+    """Metrics of the recorded training steps."""
 
-    grad_norm: Gauge
+    grad_norm: MetricSeries
     """Global norm before clipping."""
-    tokens_per_second: Gauge
-    memory_bytes: Gauge
-    """Peak of the first rank's device, or of its process on a CPU."""
-    mfu: Gauge
-    """Share of what the devices could compute; empty where that is not known."""
+    tokens_per_second: MetricSeries
+    memory_bytes: MetricSeries
+    """Peak memory of rank 0's device, or of its process on a CPU."""
+    mfu: MetricSeries
+    """Fraction of the devices' peak FLOP/s; empty if the peak is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What one evaluation found, and where the run stood then."""
+    """Results of one evaluation and the run's counters at that time."""
 
     step: int
     tokens: int
     flops: float
     seconds: float
     average: float | None
-    """Mean accuracy of its tasks, where it was told."""
+    """Mean accuracy of the tasks; None if it was not recorded."""
     results: dict[str, dict[str, float]]
-    """Task -> metric -> value; accuracies are shares of 1."""
+    """Task -> metric -> value; accuracies are fractions."""
 
 
-def read_gauges(trained: Sequence[Record]) -> Gauges:
-    """The gauges of train records, in their order. Raises KeyError or ValueError for other ones."""
-    return Gauges(**{name: _gauge(trained, name) for name in Gauges.__dataclass_fields__})
+def read_run_metrics(trained: Sequence[Record]) -> RunMetrics:
+    """Read the metrics of train records, in order.
 
-
-def read_scores(evaluations: Sequence[Record], kept: Sequence[Record] = ()) -> tuple[Score, ...]:
-    """What evaluation records say, and what `megagrow eval` has `kept` of the run, by step.
-
-    Where there is both of the same step that which was kept counts: somebody asked for it. What is
-    no number (an error that was not estimated) is left out. Raises KeyError, TypeError or
-    ValueError for records that were not written so.
+    Raises KeyError or ValueError for malformed records.
     """
-    found = {record["step"]: record for record in (*evaluations, *kept)}
-    return tuple(_score(found[step]) for step in sorted(found))
+    return RunMetrics(
+        **{name: _metric_series(trained, name) for name in RunMetrics.__dataclass_fields__}
+    )
+
+
+def read_scores(evaluations: Sequence[Record], stored: Sequence[Record] = ()) -> tuple[Score, ...]:
+    """Return the scores of evaluation records and of results stored by `megagrow eval`, by step.
+
+    Stored results take precedence over the record of the same step. Values that are not numbers (an
+    error that was not estimated) are omitted. Raises KeyError, TypeError or ValueError for
+    malformed records.
+    """
+    by_step = {record["step"]: record for record in (*evaluations, *stored)}
+    return tuple(_score(by_step[step]) for step in sorted(by_step))
 
 
 def _score(record: Record) -> Score:
@@ -64,25 +69,26 @@ def _score(record: Record) -> Score:
         flops=float(record["flops"]),
         seconds=float(record["elapsed_seconds"]),
         average=_number(record.get("average")),
-        results={task: _metrics(found) for task, found in _mapping(record["results"]).items()},
+        results={task: _numbers(values) for task, values in _mapping(record["results"]).items()},
     )
 
 
-def _gauge(records: Sequence[Record], name: str) -> Gauge:
-    told = [record for record in records if record.get(name) is not None]
-    return Gauge(
-        tuple(record["tokens"] for record in told), tuple(float(record[name]) for record in told)
+def _metric_series(records: Sequence[Record], name: str) -> MetricSeries:
+    present = [record for record in records if record.get(name) is not None]
+    return MetricSeries(
+        tuple(record["tokens"] for record in present),
+        tuple(float(record[name]) for record in present),
     )
 
 
-def _metrics(found: object) -> dict[str, float]:
-    values = {name: _number(value) for name, value in _mapping(found).items()}
+def _numbers(metrics: object) -> dict[str, float]:
+    values = {name: _number(value) for name, value in _mapping(metrics).items()}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _mapping(value: object) -> dict[str, object]:
     if not isinstance(value, dict):
-        raise TypeError(f"{value!r} is no mapping")
+        raise TypeError(f"{value!r} is not a mapping")
     return value
 
 

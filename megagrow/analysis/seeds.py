@@ -1,4 +1,4 @@
-"""Runs that differ by their seed only are told as one, and set against their counterparts."""
+"""Groups of runs that differ only in seed, and their pairing with runs from scratch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,70 +6,80 @@ from functools import cached_property
 
 from megagrow.analysis.curves import RunCurves
 from megagrow.analysis.flop_accounting import ACCOUNTS, Account
-from megagrow.analysis.speedup_curve import Level, LossKind, loss_curve, loss_kind, speedup_along
+from megagrow.analysis.speedup_curve import (
+    Level,
+    LossKind,
+    loss_curve,
+    loss_kind,
+    speedup_curve_levels,
+)
 from megagrow.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
 class SeedGroup:
-    """Runs of one setting, each with a seed of its own; at least one."""
+    """Runs of one setting with different seeds; at least one run."""
 
     runs: tuple[RunCurves, ...]
 
     @property
     def name(self) -> str:
-        """The first run's, and how many there are."""
+        """Name of the first run, with the number of seeds if there are several."""
         count = len(self.runs)
         return self.runs[0].name if count == 1 else f"{self.runs[0].name} ({count} seeds)"
 
     @property
     def operator(self) -> str | None:
-        """That of the last growth, None where the records do not tell or nothing grew."""
+        """Operator of the last growth; None if it is not recorded or there was no growth."""
         growths = self.runs[0].growths
         return growths[-1].operator if growths else None
 
 
 @dataclass(frozen=True)
 class Matchup:
-    """A setting that grows against the one from scratch that ends in the same model."""
+    """A grown setting and the setting from scratch that ends in the same model."""
 
     grown: SeedGroup
     scratch: SeedGroup
 
     @cached_property
     def kind(self) -> LossKind:
-        """The loss they are compared by."""
+        """Loss by which the runs are compared."""
         return loss_kind([*self.grown.runs, *self.scratch.runs])
 
     @cached_property
     def levels(self) -> dict[Account, list[Level]]:
-        """The speedup along the curve by each account of FLOPs that all the runs know; the list
-        is empty where they share no loss."""
-        found = {}
+        """Speedup at each shared loss, by each account of FLOPs known for all runs.
+
+        A list is empty if the runs share no loss.
+        """
+        levels = {}
         for account in ACCOUNTS:
             scratch = [loss_curve(run, self.kind, account) for run in self.scratch.runs]
             grown = [loss_curve(run, self.kind, account) for run in self.grown.runs]
-            slow, fast = ([curve for curve in side if curve] for side in (scratch, grown))
-            if len(slow) == len(scratch) and len(fast) == len(grown):
-                found[account] = speedup_along(slow, fast)
-        return found
+            scratch_known, grown_known = (
+                [curve for curve in curves if curve] for curves in (scratch, grown)
+            )
+            if len(scratch_known) == len(scratch) and len(grown_known) == len(grown):
+                levels[account] = speedup_curve_levels(scratch_known, grown_known)
+        return levels
 
     @property
     def single(self) -> bool:
-        """Whether there is but one run on each side, and so no error bar."""
+        """True if each side has a single run, so there is no error bar."""
         return len(self.grown.runs) == len(self.scratch.runs) == 1
 
 
 def group_runs(runs: Sequence[RunCurves]) -> list[SeedGroup]:
-    """The runs by setting, in order of appearance; one that repeats a seed begins a new group.
+    """Group runs by setting, in order of appearance; a run that repeats a seed starts a new group.
 
-    Settings are compared by config.yaml without seed, name and directory; where a run has none,
-    by the sizes, tokens and growths.
+    Settings are compared by config.yaml without seed, name and directory. Runs without config.yaml
+    are compared by sizes, tokens and growths.
     """
     groups: list[list[RunCurves]] = []
     for run in runs:
         for group in groups:
-            if _alike(group[0], run) and run.seed not in {other.seed for other in group}:
+            if _same_setting(group[0], run) and run.seed not in {other.seed for other in group}:
                 group.append(run)
                 break
         else:
@@ -78,9 +88,9 @@ def group_runs(runs: Sequence[RunCurves]) -> list[SeedGroup]:
 
 
 def match_groups(groups: Sequence[SeedGroup]) -> list[Matchup]:
-    """Every setting that grows, with the first from scratch of the same final size.
+    """Pair every grown group with the first group from scratch of the same final size.
 
-    Raises InputError where one has no counterpart.
+    Raises InputError if a group has no counterpart.
     """
     return [Matchup(group, _counterpart(group, groups)) for group in groups if group.runs[0].grown]
 
@@ -91,14 +101,14 @@ def _counterpart(grown: SeedGroup, groups: Sequence[SeedGroup]) -> SeedGroup:
         if group.runs[0].from_scratch and group.runs[0].parameters[-1] == size:
             return group
     raise DataError(
-        f"{grown.runs[0].name}: no run from scratch of the same {size:,} parameters is among the "
-        "runs; give one to compare it with"
+        f"{grown.runs[0].name}: no run from scratch with the same {size:,} parameters is among the "
+        "runs; pass one to compare it with"
     )
 
 
-def _alike(one: RunCurves, other: RunCurves) -> bool:
+def _same_setting(one: RunCurves, other: RunCurves) -> bool:
     if one.setting and other.setting:
-        return one.setting.alike == other.setting.alike
+        return one.setting.config_key == other.setting.config_key
     return one.setting is other.setting and _shape(one) == _shape(other)
 
 

@@ -1,11 +1,11 @@
-"""The speedup of growth as the paper defines it: FLOPs to the same loss, base included.
+"""Speedup of growth as defined in the paper: ratio of FLOPs to the same loss, base included.
 
     sp = FLOPs_scratch / FLOPs_grown - 1    (arXiv 2405.15319, equation 48, appendix B.2)
 
-The same loss is the worse of the two final losses: the best one that both runs have reached. A
-curve has reached a loss where it first gets there and stays, that is, where its last stretch above
-that loss ends. A dip before the spike of a growth does therefore not count, nor does luck early in
-a noisy curve. Between two points the loss is taken as linear in log FLOPs.
+The two runs are compared at the worse of their final losses, the lowest loss that both reach. A
+curve reaches a loss at the end of its last segment above that loss. A dip before the loss spike of
+a growth therefore does not count, and neither does early noise. Between two points the loss is
+interpolated linearly in log FLOPs.
 """
 
 import math
@@ -14,24 +14,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LossCurve:
-    """A loss against the FLOPs spent so far; at least one point, in the order of the run."""
+    """Loss against cumulative FLOPs, in training order.
+
+    Raises ValueError if there are no points, the columns differ in length, a loss is not finite, or
+    the FLOPs decrease.
+    """
 
     flops: tuple[float, ...]
-    """Not falling; equal ones are the two sides of a jump, such as a growth."""
+    """Non-decreasing; two equal values mark a jump of the loss, such as a growth."""
     loss: tuple[float, ...]
+    """Nats per token."""
 
     def __post_init__(self) -> None:
         if not self.flops or len(self.flops) != len(self.loss):
-            raise ValueError(f"{len(self.flops)} FLOPs for {len(self.loss)} losses")
+            raise ValueError(
+                f"{len(self.flops)} FLOPs and {len(self.loss)} losses: need the same number, > 0"
+            )
         if not all(math.isfinite(loss) for loss in self.loss):
             raise ValueError("a loss is not finite")
         if any(later < sooner for sooner, later in zip(self.flops, self.flops[1:], strict=False)):
-            raise ValueError("the FLOPs fall")
+            raise ValueError("the FLOPs decrease")
 
 
 @dataclass(frozen=True, slots=True)
 class Speedup:
-    """Growth against training from scratch, at one loss."""
+    """FLOPs of a grown run and of a run from scratch at the same loss (nats per token)."""
 
     loss: float
     flops_scratch: float
@@ -41,32 +48,31 @@ class Speedup:
 
     @property
     def speedup(self) -> float:
-        """sp; negative where growth was the slower way."""
+        """Speedup sp; negative if growth was slower."""
         return self.flops_scratch / self.flops_grown - 1.0
 
     @property
     def saved(self) -> float:
-        """The share of the FLOPs that growth saves; not to be confused with sp."""
+        """Fraction of the FLOPs that growth saves: sp / (1 + sp), not sp."""
         return 1.0 - self.flops_grown / self.flops_scratch
 
 
 def measure_speedup(scratch: LossCurve, grown: LossCurve) -> Speedup | None:
-    """The speedup at the worse of the two final losses.
+    """Return the speedup at the worse of the two final losses.
 
-    None where there is nothing to measure: one of the curves is nowhere above that loss, so that
-    it is unknown when it got there.
+    Return None if one of the curves is never above that loss, so that its FLOPs there are unknown.
     """
     loss = max(scratch.loss[-1], grown.loss[-1])
-    slow, fast = flops_to_reach(scratch, loss), flops_to_reach(grown, loss)
-    if slow is None or fast is None:
+    flops_scratch, flops_grown = flops_to_reach(scratch, loss), flops_to_reach(grown, loss)
+    if flops_scratch is None or flops_grown is None:
         return None
-    return Speedup(loss, slow, fast, scratch.loss[-1], grown.loss[-1])
+    return Speedup(loss, flops_scratch, flops_grown, scratch.loss[-1], grown.loss[-1])
 
 
 def flops_to_reach(curve: LossCurve, loss: float) -> float | None:
-    """The FLOPs at which `curve` gets to `loss` and stays there.
+    """Return the FLOPs after which `curve` stays at or below `loss`.
 
-    None where it ends above `loss`, or is never above it: the point is then outside the curve.
+    Return None if the curve ends above `loss` or is never above it.
     """
     above = [index for index, value in enumerate(curve.loss) if value > loss]
     if not above or above[-1] == len(curve.loss) - 1:
@@ -77,5 +83,5 @@ def flops_to_reach(curve: LossCurve, loss: float) -> float | None:
 
 
 def _between(low: float, high: float, share: float) -> float:
-    """The point `share` of the way from `low` to `high`, on a log scale; linear from 0 FLOPs."""
+    """Interpolate from `low` to `high` at fraction `share` on a log scale; linearly if low = 0."""
     return low ** (1.0 - share) * high**share if low > 0 else share * high

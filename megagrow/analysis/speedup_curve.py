@@ -1,10 +1,9 @@
-"""The speedup of growth along the whole curve, and how much it differs between seeds.
+"""Speedup of growth at all losses of the curves, and its spread over seeds.
 
-At each of a row of loss levels that all the runs share, sp and the saved share are measured as
-`speedup` defines them: FLOPs to where a curve gets to the level and stays there, the loss between
-two points taken as linear in log FLOPs. Every grown run is set against every run from scratch; the
-mean over these pairs is what is told, with their range and their sample standard deviation. Pairs
-share runs, so that the deviation describes the seeds and is no standard error.
+At each of a series of loss levels that all runs reach, sp and the saved fraction of FLOPs are
+measured as in `speedup`. Every grown run is compared with every run from scratch. Reported are the
+mean over these pairs, their range and their sample standard deviation. Pairs share runs, so the
+deviation describes the variation between seeds and is not a standard error.
 """
 
 from collections.abc import Sequence
@@ -17,67 +16,72 @@ from megagrow.analysis.flop_accounting import Account
 from megagrow.analysis.speedup import LossCurve, flops_to_reach
 
 LEVELS = 64
-START = 0.06
-"""The levels begin below the losses of this first share of each run's FLOPs, a steep fall."""
+"""Maximum number of loss levels."""
+START_SHARE = 0.06
+"""Fraction of each run's FLOPs whose steep initial losses are excluded from the levels."""
 LossKind = Literal["validation", "training"]
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The speedup at one loss, by every pair of a grown run and one from scratch."""
+    """Speedups at one loss, for all pairs of a grown run and a run from scratch."""
 
     loss: float
+    """Nats per token."""
     speedups: tuple[float, ...]
     """sp of each pair; at least one."""
 
     @property
     def mean(self) -> float:
-        """The mean sp."""
+        """Mean sp."""
         return fmean(self.speedups)
 
     @property
     def deviation(self) -> float | None:
-        """The sample standard deviation of sp over the pairs, None where there is one only."""
+        """Sample standard deviation of sp over the pairs; None for a single pair."""
         return stdev(self.speedups) if len(self.speedups) > 1 else None
 
     @property
     def saved(self) -> float:
-        """The share of the FLOPs (of tokens, where a token costs the same) saved at the mean sp:
-        1 - 1 / (1 + sp). An sp of 54.6% is 35.3% fewer."""
+        """Fraction of FLOPs saved at the mean sp, 1 - 1 / (1 + sp): 35.3% for an sp of 54.6%.
+
+        Equal to the fraction of tokens saved if a token costs the same in both runs.
+        """
         return 1.0 - 1.0 / (1.0 + self.mean)
 
 
 def loss_kind(runs: Sequence[RunCurves]) -> LossKind:
-    """By which loss runs are compared: on fixed data where all have it, else while training."""
+    """Return "validation" if all runs have a validation curve, else "training"."""
     validated = all(len(run.validation.loss) > 1 for run in runs)
     return "validation" if validated else "training"
 
 
 def loss_curve(run: RunCurves, kind: LossKind, account: Account) -> LossCurve | None:
-    """A run's loss against FLOPs, None where the account is unknown."""
+    """Return a run's loss against FLOPs by an account, or None if the account is unknown."""
     return run.curve(run.validation if kind == "validation" else run.train, account)
 
 
-def speedup_along(
+def speedup_curve_levels(
     scratch: Sequence[LossCurve], grown: Sequence[LossCurve], count: int = LEVELS
 ) -> list[Level]:
-    """The speedup at up to `count` levels, from the highest shared loss to the lowest.
+    """Return the speedup at up to `count` losses, from the highest shared loss to the lowest.
 
-    The last one is the worst of all final losses. Empty where the curves share no loss, that is,
-    where one of them is nowhere above the final loss of another.
+    The lowest one is the worst of all final losses. The list is empty if the curves share no loss:
+    one of them is never above the final loss of another.
     """
     levels = []
     for loss in shared_losses([*scratch, *grown], count):
-        slow = [flops_to_reach(curve, loss) for curve in scratch]
-        fast = [flops_to_reach(curve, loss) for curve in grown]
-        pairs = [one / other for one in slow for other in fast if one is not None and other]
-        if len(pairs) == len(scratch) * len(grown):
-            levels.append(Level(loss, tuple(pair - 1.0 for pair in pairs)))
+        scratch_flops = [flops_to_reach(curve, loss) for curve in scratch]
+        grown_flops = [flops_to_reach(curve, loss) for curve in grown]
+        ratios = [s / g for s in scratch_flops for g in grown_flops if s is not None and g]
+        if len(ratios) == len(scratch) * len(grown):
+            levels.append(Level(loss, tuple(ratio - 1.0 for ratio in ratios)))
     return levels
 
 
 def shared_losses(curves: Sequence[LossCurve], count: int) -> list[float]:
-    """Evenly spaced losses between where all curves have begun and the worst final one."""
+    """Return evenly spaced losses, from the highest that all curves have after their first
+    `START_SHARE` of FLOPs to the worst final one."""
     low = max(curve.loss[-1] for curve in curves)
     high = min(_highest_after_start(curve) for curve in curves)
     if high <= low or count < 2:
@@ -86,6 +90,6 @@ def shared_losses(curves: Sequence[LossCurve], count: int) -> list[float]:
 
 
 def _highest_after_start(curve: LossCurve) -> float:
-    begun = START * curve.flops[-1]
+    start = START_SHARE * curve.flops[-1]
     points = zip(curve.flops, curve.loss, strict=True)
-    return max(loss for flops, loss in points if flops >= begun)
+    return max(loss for flops, loss in points if flops >= start)

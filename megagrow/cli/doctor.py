@@ -41,24 +41,24 @@ def doctor(
         raise ConfigError("--output-dir and --timeout go with --cluster")
     import torch
 
-    from megagrow.doctor.local import show_doctor
+    from megagrow.doctor.local import print_local_report
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    show_doctor(run, device, table_console())
+    print_local_report(run, device, table_console())
 
 
 def _examine_cluster(folder: Path | None, seconds: float) -> None:
-    """Rank 0 shows what all have found; all end with an error if something is wrong."""
-    from megagrow.doctor.cluster import examine
-    from megagrow.doctor.diagnostics import findings
-    from megagrow.doctor.tables import show_cluster
+    """Print the report on rank 0; raise ConfigError on all ranks if there are problems."""
+    from megagrow.doctor.cluster import examine_cluster
+    from megagrow.doctor.diagnostics import find_problems
+    from megagrow.doctor.tables import print_cluster_report
     from megagrow.parallel.launch import read_launch
 
     launch = read_launch()
-    found = examine(launch, folder, seconds)
-    wrong = findings(found)
+    report = examine_cluster(launch, folder, seconds)
+    problems = find_problems(report)
     if launch.rank == 0:
-        show_cluster(found, wrong, table_console())
-    if wrong:
-        things = "1 thing is" if len(wrong) == 1 else f"{len(wrong)} things are"
-        raise ConfigError(f"{things} wrong with the cluster: {wrong[0]}")
+        print_cluster_report(report, problems, table_console())
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(f"the cluster has {count}: {problems[0]}")

@@ -43,23 +43,23 @@ def evaluate(
     from megagrow.evaluation.evaluator import need_lm_eval
 
     need_lm_eval()
-    from megagrow.evaluation.lm import evaluated, join
-    from megagrow.evaluation.model import load
-    from megagrow.evaluation.results_store import run_of, standing
+    from megagrow.evaluation.lm import init_topology, wrap_model
+    from megagrow.evaluation.model import load_model
+    from megagrow.evaluation.results_store import find_run, run_counters
     from megagrow.evaluation.runner import evaluate as run_tasks
     from megagrow.evaluation.tasks import load_tasks
     from megagrow.parallel.agreement import run_on_all_ranks
     from megagrow.parallel.process_groups import leave_process_group
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-    topology = join(tp)
+    topology = init_topology(tp)
     if not names:
         raise ConfigError("--tasks: names none")
     asked = run_on_all_ranks(lambda: load_tasks(names, data_dir))
-    loaded = load(checkpoint, topology, tokenizer, dtype)
-    found = run_tasks(evaluated(loaded, topology, batch_size), asked, limit)
-    about = {"checkpoint": str(loaded.path), **standing(loaded.run), "limit": limit}
-    run = run_of(loaded.path) if keep else None
+    loaded = load_model(checkpoint, topology, tokenizer, dtype)
+    found = run_tasks(wrap_model(loaded, topology, batch_size), asked, limit)
+    about = {"checkpoint": str(loaded.path), **run_counters(loaded.run), "limit": limit}
+    run = find_run(loaded.path) if keep else None
     if topology.rank == 0:
         Console().print(_table({**about, **found}))
     run_on_all_ranks(partial(_write, {**about, **found}, output, run, topology.rank == 0))
@@ -68,13 +68,14 @@ def evaluate(
 
 def _write(found: dict[str, Any], output: Path | None, run: Path | None, first: bool) -> None:
     """On the first rank, the JSON file that was asked for and that in the run's directory."""
-    from megagrow.evaluation.results_store import keep, write
+    from megagrow.evaluation.results_store import store_results, write_results
     from megagrow.evaluation.runner import average
 
     if first and output is not None:
-        write(output, found)
+        write_results(output, found)
     if first and run is not None:
-        Console().print(f"kept for the run's report: {keep(found, run, average)}", soft_wrap=True)
+        path = store_results(found, run, average)
+        Console().print(f"kept for the run's report: {path}", soft_wrap=True)
 
 
 def _table(found: dict[str, Any]) -> Table:

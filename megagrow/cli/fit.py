@@ -39,21 +39,21 @@ Budgets = Annotated[
 def timing(sources: Sources, output: Output, budgets: Budgets = None) -> None:
     """When to grow: the constants of log10 d = a log10 N + b / log10 C + c."""
     from megagrow.fits.plots import plot_timing
-    from megagrow.fits.tables import parabola_table, refusals, say, timing_table
+    from megagrow.fits.tables import parabola_table, print_lines, refusals, timing_table
     from megagrow.fits.timing import PAPER, fit_timing, timing_parabolas
 
     console = _console()
     data = _iso_data(sources, budgets, "base_tokens")
-    say(console, data.notes)
+    print_lines(console, data.notes)
     parabolas = timing_parabolas(data)
     console.print(parabola_table(parabolas, "d (tokens)"))
-    say(console, refusals(parabolas))
+    print_lines(console, refusals(parabolas))
     fit = fit_timing(data.source, parabolas)
     console.print(timing_table(fit))
     found = {"fit": asdict(fit), "paper": PAPER, "parabolas": [asdict(p) for p in parabolas]}
     plot = _write(output, "timing", found | {"notes": data.notes})
     plot_timing(data.points, parabolas, fit, plot)
-    say(console, [f"Plot: {plot}"])
+    print_lines(console, [f"Plot: {plot}"])
 
 
 @fit_app.command()
@@ -61,20 +61,20 @@ def factor(sources: Sources, output: Output, budgets: Budgets = None) -> None:
     """How much to grow by: the growth factor g of the least loss at equal FLOPs."""
     from megagrow.fits.factor import PAPER_BEST, factor_parabolas, fit_factor
     from megagrow.fits.plots import plot_factor
-    from megagrow.fits.tables import factor_table, parabola_table, refusals, say
+    from megagrow.fits.tables import factor_table, parabola_table, print_lines, refusals
 
     console = _console()
     data = _iso_data(sources, budgets, "factor")
-    say(console, data.notes)
+    print_lines(console, data.notes)
     parabolas = factor_parabolas(data)
     console.print(parabola_table(parabolas, "g"))
-    say(console, refusals(parabolas))
+    print_lines(console, refusals(parabolas))
     fit = fit_factor(data, parabolas)
     console.print(factor_table(fit))
     found = {"fit": asdict(fit), "paper": PAPER_BEST, "parabolas": [asdict(p) for p in parabolas]}
     plot = _write(output, "factor", found | {"notes": data.notes})
     plot_factor(data.points, parabolas, fit, plot)
-    say(console, [f"Plot: {plot}"])
+    print_lines(console, [f"Plot: {plot}"])
 
 
 @fit_app.command()
@@ -93,36 +93,36 @@ def scaling(
     ] = True,
 ) -> None:
     """What growing saves: L = a C^b + e for scratch and for grown, extrapolated with its band."""
-    from megagrow.fits.data import csv_of, parse_budgets, read_scaling_csv
+    from megagrow.fits.data import find_csv, parse_budgets, read_scaling_csv
     from megagrow.fits.plots import plot_scaling
     from megagrow.fits.runs import scaling_points
-    from megagrow.fits.scaling import budgets_shown, fit_scaling, saving_at
-    from megagrow.fits.tables import saving_table, say, scaling_lines, scaling_table
+    from megagrow.fits.scaling import default_budgets, fit_scaling, saving_at
+    from megagrow.fits.tables import print_lines, saving_table, scaling_lines, scaling_table
 
     console = _console()
-    csv = csv_of(sources)
+    csv = find_csv(sources)
     data = read_scaling_csv(csv) if csv else scaling_points(sources)
-    say(console, data.notes)
+    print_lines(console, data.notes)
     laws = fit_scaling(data, floor)
-    asked = parse_budgets(budgets) if budgets else budgets_shown(laws)
+    asked = parse_budgets(budgets) if budgets else default_budgets(laws)
     savings = [saving_at(*laws, flops) for flops in asked]
     lines = scaling_lines(laws, savings)
     console.print(scaling_table(laws))
     console.print(saving_table(savings))
-    say(console, lines)
+    print_lines(console, lines)
     found = {"laws": [asdict(law) for law in laws], "savings": [asdict(one) for one in savings]}
     plot = _write(output, "scaling", found | {"notes": (*data.notes, *lines)})
     plot_scaling(data.points, laws, savings, plot)
-    say(console, [f"Plot: {plot}"])
+    print_lines(console, [f"Plot: {plot}"])
 
 
 def _iso_data(
     sources: Sequence[Path], budgets: str | None, choice: Literal["base_tokens", "factor"]
 ) -> "Data[IsoPoint]":
-    from megagrow.fits.data import csv_of, parse_budgets, read_iso_csv
+    from megagrow.fits.data import find_csv, parse_budgets, read_iso_csv
     from megagrow.fits.runs import iso_points
 
-    csv = csv_of(sources)
+    csv = find_csv(sources)
     if csv is None and budgets is None:
         raise ConfigError("--budgets is missing: at which FLOPs the runs are to be compared")
     if csv is not None and budgets is not None:
@@ -130,7 +130,7 @@ def _iso_data(
     if budgets is not None:
         return iso_points(sources, parse_budgets(budgets), choice)
     assert csv is not None
-    return read_iso_csv(csv, choice, least=0.0 if choice == "base_tokens" else 1.0)
+    return read_iso_csv(csv, choice, lower_bound=0.0 if choice == "base_tokens" else 1.0)
 
 
 def _write(output: Path, name: str, found: dict[str, Any]) -> Path:

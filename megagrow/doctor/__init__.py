@@ -1,1 +1,1 @@
-"""What a machine, or all hosts of a job, can do, and what is wrong with them."""
+"""Diagnostics of one machine or of all hosts of a job: `megagrow doctor`."""

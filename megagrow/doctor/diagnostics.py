@@ -1,4 +1,4 @@
-"""What is wrong with a cluster, from what its ranks have said and measured. Pure."""
+"""Find problems of a cluster in the reports and measurements of its ranks. Pure functions."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,25 +12,25 @@ from megagrow.doctor.shared_folder import FolderView
 
 K = TypeVar("K")
 
-CLOCK_SECONDS = 0.5
-"""Clocks may be so far apart; those that a time server sets are within milliseconds."""
+MAX_CLOCK_OFFSET_SECONDS = 0.5
+"""Largest accepted clock offset; clocks set by a time server agree within milliseconds."""
 
-SLOW = 0.7
-"""A host whose network has less than this share of the median is named."""
+MIN_NETWORK_SHARE = 0.7
+"""Smallest accepted network bandwidth of a host, relative to the median."""
 
-SLOW_GPU = 0.85
-"""The same of a GPU's matrix products."""
+MIN_GPU_SHARE = 0.85
+"""Smallest accepted matmul throughput of a GPU, relative to the median."""
 
-FREE_MEMORY = 0.9
-"""A GPU of which less is free is used by somebody else."""
+MIN_FREE_SHARE = 0.9
+"""Free fraction of GPU memory below which the GPU counts as used by another process."""
 
-ENOUGH = 3
-"""Hosts, or GPUs, that it takes to say which one is odd."""
+MIN_FOR_OUTLIER = 3
+"""Minimum number of hosts or GPUs to identify a slow one."""
 
 
 @dataclass(frozen=True)
 class ClusterReport:
-    """All that is known, by rank."""
+    """Results of all checks; sequences are indexed by rank."""
 
     reports: Sequence[RankReport]
     clocks: Sequence[float] = ()
@@ -41,130 +41,130 @@ class ClusterReport:
 
     @property
     def hosts(self) -> dict[str, list[int]]:
-        """The ranks of each host, hosts in the order of their first ranks."""
-        found: dict[str, list[int]] = {}
+        """Ranks of each host, in the order of the hosts' first ranks."""
+        hosts: dict[str, list[int]] = {}
         for report in self.reports:
-            found.setdefault(report.host, []).append(report.rank)
-        return found
+            hosts.setdefault(report.host, []).append(report.rank)
+        return hosts
 
     def host_speeds(self) -> dict[str, float]:
-        """Bytes per second of a rank of each host with the best of its partners; empty on one
-        host."""
-        found = {
+        """Return for each host the bytes per second of a rank with its fastest partner (median over
+        ranks); empty for a single host."""
+        best = {
             host: [max(self.speeds[rank].hosts) for rank in ranks if self.speeds[rank].hosts]
             for host, ranks in self.hosts.items()
             if self.speeds
         }
-        return {host: median(speeds) for host, speeds in found.items() if speeds}
+        return {host: median(speeds) for host, speeds in best.items() if speeds}
 
 
-def findings(cluster: ClusterReport) -> list[str]:
-    """All that is wrong, each in one line that names hosts or ranks."""
+def find_problems(cluster: ClusterReport) -> list[str]:
+    """Return all problems, each as one line that names hosts or ranks."""
     return [
-        *_different(cluster),
-        *_clocks(cluster),
-        *_folder(cluster),
-        *_devices(cluster),
+        *_mismatches(cluster),
+        *_clock_problems(cluster),
+        *_folder_problems(cluster),
+        *_device_problems(cluster),
         *_slow_hosts(cluster),
         *_slow_gpus(cluster),
     ]
 
 
-def _different(cluster: ClusterReport) -> Iterator[str]:
-    """Values that are not the same everywhere: those that most have are taken as right."""
+def _mismatches(cluster: ClusterReport) -> Iterator[str]:
+    """Report values that differ between ranks; the most common value counts as correct."""
     tables: list[tuple[str, Callable[[RankReport], Mapping[str, str]]]] = [
         ("version of", lambda report: report.versions),
         ("variable", lambda report: report.variables),
     ]
-    for what, table in tables:
+    for kind, table in tables:
         names = {name: None for report in cluster.reports for name in table(report)}
         for name in names:
             values = [table(report).get(name, "not set") for report in cluster.reports]
-            yield from _odd(cluster, f"{what} {name}", values)
+            yield from _outliers(cluster, f"{kind} {name}", values)
     devices = [report.device for report in cluster.reports]
-    yield from _odd(cluster, "device", devices)
+    yield from _outliers(cluster, "device", devices)
 
 
-def _odd(cluster: ClusterReport, what: str, values: Sequence[str]) -> Iterator[str]:
-    usual = Counter(values).most_common(1)[0][0]
+def _outliers(cluster: ClusterReport, label: str, values: Sequence[str]) -> Iterator[str]:
+    most_common = Counter(values).most_common(1)[0][0]
     for value in dict.fromkeys(values):
-        if value != usual:
+        if value != most_common:
             ranks = [rank for rank, own in enumerate(values) if own == value]
-            yield f"{_where(cluster, ranks)}: {what} is {value}, elsewhere {usual}"
+            yield f"{_locate(cluster, ranks)}: {label} is {value}, elsewhere {most_common}"
 
 
-def _clocks(cluster: ClusterReport) -> Iterator[str]:
+def _clock_problems(cluster: ClusterReport) -> Iterator[str]:
     for host, ranks in cluster.hosts.items():
         offsets = [cluster.clocks[rank] for rank in ranks] if cluster.clocks else []
         worst = max(offsets, key=abs, default=0.0)
-        if abs(worst) > CLOCK_SECONDS:
+        if abs(worst) > MAX_CLOCK_OFFSET_SECONDS:
             side = "ahead of" if worst > 0 else "behind"
-            yield f"{host}: its clock is {abs(worst):.1f} s {side} that of rank 0's host"
+            yield f"{host}: clock is {abs(worst):.1f} s {side} the clock of rank 0's host"
 
 
-def _folder(cluster: ClusterReport) -> Iterator[str]:
+def _folder_problems(cluster: ClusterReport) -> Iterator[str]:
     for rank, view in enumerate(cluster.views):
-        here = cluster.reports[rank].host
-        if view.trouble is not None:
-            yield f"{here}: {cluster.folder} cannot be written to ({view.trouble})"
+        host = cluster.reports[rank].host
+        if view.write_error is not None:
+            yield f"{host}: {cluster.folder} is not writable ({view.write_error})"
         if view.unseen:
             others = ", ".join(cluster.reports[other].host for other in view.unseen)
-            yield f"{here}: {cluster.folder} does not show what {others} has written there"
+            yield f"{host}: files written by {others} are not visible in {cluster.folder}"
 
 
-def _devices(cluster: ClusterReport) -> Iterator[str]:
+def _device_problems(cluster: ClusterReport) -> Iterator[str]:
     users: dict[str, list[int]] = {}
     for report in cluster.reports:
-        where = f"{report.host}, rank {report.rank}"
+        location = f"{report.host}, rank {report.rank}"
         gpu = report.gpu
-        if report.trouble is not None:
-            yield f"{where}: its device fails: {report.trouble}"
+        if report.device_error is not None:
+            yield f"{location}: device fails: {report.device_error}"
         if gpu is None:
             continue
         users.setdefault(gpu.uuid, []).append(report.rank)
-        if gpu.free < FREE_MEMORY * gpu.memory:
+        if gpu.free < MIN_FREE_SHARE * gpu.memory:
             free, memory = gpu.free / 2**30, gpu.memory / 2**30
-            yield f"{where}: of its GPU's {memory:.0f} GiB only {free:.0f} are free"
+            yield f"{location}: only {free:.0f} of {memory:.0f} GiB of GPU memory are free"
         if gpu.ecc_errors:
-            yield f"{where}: its GPU has {gpu.ecc_errors} memory errors that were not corrected"
+            yield f"{location}: GPU has {gpu.ecc_errors} uncorrected memory errors"
     for uuid, ranks in users.items():
         if len(ranks) > 1:
-            yield f"{_where(cluster, ranks)}: they share one GPU ({uuid})"
+            yield f"{_locate(cluster, ranks)}: several ranks share one GPU ({uuid})"
 
 
 def _slow_hosts(cluster: ClusterReport) -> Iterator[str]:
     speeds = cluster.host_speeds()
-    for host, usual in _slow(speeds, SLOW):
+    for host, typical in _below_median(speeds, MIN_NETWORK_SHARE):
         yield (
-            f"{host}: its network does {speeds[host] / 1e9:.2f} GB/s for each rank, that of the "
-            f"median host {usual / 1e9:.2f}"
+            f"{host}: network bandwidth is {speeds[host] / 1e9:.2f} GB/s per rank, the median "
+            f"host has {typical / 1e9:.2f}"
         )
 
 
 def _slow_gpus(cluster: ClusterReport) -> Iterator[str]:
     speeds = {r.rank: r.gpu.teraflops for r in cluster.reports if r.gpu is not None}
-    for rank, usual in _slow(speeds, SLOW_GPU):
+    for rank, typical in _below_median(speeds, MIN_GPU_SHARE):
         yield (
-            f"{cluster.reports[rank].host}, rank {rank}: its GPU does {speeds[rank]:.0f} TFLOP/s, "
-            f"the median GPU {usual:.0f}"
+            f"{cluster.reports[rank].host}, rank {rank}: GPU reaches {speeds[rank]:.0f} TFLOP/s, "
+            f"the median GPU {typical:.0f}"
         )
 
 
-def _slow(speeds: Mapping[K, float], share: float) -> Iterator[tuple[K, float]]:
-    """Who is below a share of the median, and the median; nobody among few."""
-    if len(speeds) < ENOUGH:
+def _below_median(speeds: Mapping[K, float], share: float) -> Iterator[tuple[K, float]]:
+    """Yield the keys below a fraction of the median, with the median; none for few speeds."""
+    if len(speeds) < MIN_FOR_OUTLIER:
         return
-    usual = median(speeds.values())
-    yield from ((who, usual) for who, speed in speeds.items() if speed < share * usual)
+    typical = median(speeds.values())
+    yield from ((key, typical) for key, speed in speeds.items() if speed < share * typical)
 
 
-def _where(cluster: ClusterReport, ranks: Sequence[int]) -> str:
-    """The hosts, where all of their ranks are meant; else also the ranks."""
+def _locate(cluster: ClusterReport, ranks: Sequence[int]) -> str:
+    """Name the hosts of the ranks, and the ranks unless all ranks of these hosts are included."""
     hosts = cluster.hosts
-    meant = {cluster.reports[rank].host: None for rank in ranks}
-    whole = sum(len(hosts[host]) for host in meant) == len(ranks)
-    said = ", ".join(meant)
-    return said if whole else f"{said}, {_ranks(ranks)}"
+    affected = {cluster.reports[rank].host: None for rank in ranks}
+    all_ranks = sum(len(hosts[host]) for host in affected) == len(ranks)
+    names = ", ".join(affected)
+    return names if all_ranks else f"{names}, {_ranks(ranks)}"
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
-"""What this machine has, and which backend computes each operation on it: `megagrow doctor`.
+"""Report of the local machine and of the kernel backends selected on it: `megagrow doctor`.
 
-Nothing of training is imported, so that it speaks where a run could not even start.
+No training module is imported, so the report also works where a run cannot start.
 """
 
 import platform
@@ -26,120 +26,124 @@ from megagrow.model.backends import (
 )
 from megagrow.model.machine import Machine, machine_of
 
-USUAL_HEAD_DIM = 128
+DEFAULT_HEAD_DIM = 128
 
 
 class BackendRow(NamedTuple):
-    """What is said of one backend of an operation."""
+    """One backend of an operation in the report."""
 
     operation: str
     backend: str
     why_not: str
-    """Empty where it can run."""
-    taken: str
-    """Where it is the one that is taken; empty where it never is."""
+    """Reason why it is not available; empty if it is."""
+    selected: str
+    """When it is selected; empty if it never is."""
 
 
-def facts() -> dict[str, str]:
-    """Programs and devices of this machine, each in words."""
-    said = {
+def environment_facts() -> dict[str, str]:
+    """Return versions and devices of this machine as text, by name."""
+    facts = {
         "Python": platform.python_version(),
         "torch": f"{torch.__version__}, {_cuda()}",
-        "GPUs": "; ".join(_gpus()) or "none that torch can use",
+        "GPUs": "; ".join(_gpus()) or "none available to torch",
         "nccl": _nccl(),
     }
     packages = {"triton": "Triton", "flash-attn": "flash-attn", "deepspeed": "DeepSpeed"}
-    said |= {name: _version(package) for package, name in packages.items()}
+    facts |= {name: _version(package) for package, name in packages.items()}
     if torch.cuda.is_available():
-        said["kernels"] = _checked(machine_of(torch.device("cuda")))
+        facts["kernels"] = _kernel_validation(machine_of(torch.device("cuda")))
     if machine_of(torch.device("cpu")).interpreter:
-        said["Triton"] += ", interpreted (TRITON_INTERPRET=1): for tests, very slow"
-    return said
+        facts["Triton"] += ", interpreted (TRITON_INTERPRET=1): for tests, very slow"
+    return facts
 
 
-def usual_rows(machine: Machine) -> list[BackendRow]:
-    """What is possible on a device in its usual precision, and when `auto` takes it."""
+def default_rows(machine: Machine) -> list[BackendRow]:
+    """Return the backends of a device at its default precision and when `auto` selects each."""
     dtype = torch.bfloat16 if machine.device == "cuda" else torch.float32
     cases = {
-        "": KernelWorkload(dtype, USUAL_HEAD_DIM, packed=False),
-        "for packed documents": KernelWorkload(dtype, USUAL_HEAD_DIM, packed=True),
+        "": KernelWorkload(dtype, DEFAULT_HEAD_DIM, packed=False),
+        "for packed documents": KernelWorkload(dtype, DEFAULT_HEAD_DIM, packed=True),
     }
     return [
-        BackendRow(operation, backend, _why_not(operation, backend, machine, cases[""]), taken)
+        BackendRow(operation, backend, _why_not(operation, backend, machine, cases[""]), selected)
         for operation, backends in OPERATIONS.items()
         for backend in backends
-        for taken in [_taken(operation, backend, machine, cases)]
+        for selected in [_selected_when(operation, backend, machine, cases)]
     ]
 
 
-def run_rows(run: RunConfig, index: int, device: torch.device) -> list[BackendRow]:
-    """The same for a stage of a run, whose config may name backends."""
+def stage_rows(run: RunConfig, index: int, device: torch.device) -> list[BackendRow]:
+    """Return the backends for a stage of a run, whose config may select backends by name."""
     machine, work = machine_of(device), work_of(run, index, device)
     config, rows = run.stages[index].kernels, []
     for operation, backends in OPERATIONS.items():
-        asked = getattr(config, operation)
+        setting = getattr(config, operation)
         chosen = backend_of(operation, config, machine, work)
         for backend in backends:
             why_not = _why_not(operation, backend, machine, work)
-            taken = "refused: the run would not start" if why_not else f"yes ({asked})"
-            rows.append(BackendRow(operation, backend, why_not, taken if backend == chosen else ""))
+            selected = ""
+            if backend == chosen:
+                selected = "not available: the run cannot start" if why_not else f"yes ({setting})"
+            rows.append(BackendRow(operation, backend, why_not, selected))
     return rows
 
 
-def show_doctor(run: RunConfig | None, device: torch.device, console: Console) -> None:
-    """Prints what this machine has, then the backends: of each stage of a run, or in general."""
-    found = Table.grid(padding=(0, 2))
-    for name, said in facts().items():
-        found.add_row(Text(name), Text(said))
-    console.print(found)
+def print_local_report(run: RunConfig | None, device: torch.device, console: Console) -> None:
+    """Print the facts of this machine and the backends, for each stage of a run or in general."""
+    table = Table.grid(padding=(0, 2))
+    for name, fact in environment_facts().items():
+        table.add_row(Text(name), Text(fact))
+    console.print(table)
     if run is None:
-        taken = f"auto takes it (head_dim {USUAL_HEAD_DIM})"
-        _print_rows(console, str(device), taken, usual_rows(machine_of(device)))
+        selected = f"selected by auto (head_dim {DEFAULT_HEAD_DIM})"
+        _print_rows(console, str(device), selected, default_rows(machine_of(device)))
         return
     for index, stage in enumerate(run.stages):
         work = work_of(run, index, device)
-        packed = "packed documents" if work.packed else "whole sequences"
-        numbers = str(work.dtype).removeprefix("torch.")
-        title = f"stage {index} on {device}: {numbers}, head_dim {stage.model.head_dim}, {packed}"
-        _print_rows(console, title, "taken", run_rows(run, index, device))
+        packed = "packed documents" if work.packed else "full sequences"
+        dtype = str(work.dtype).removeprefix("torch.")
+        title = f"stage {index} on {device}: {dtype}, head_dim {stage.model.head_dim}, {packed}"
+        _print_rows(console, title, "selected", stage_rows(run, index, device))
 
 
-def _print_rows(console: Console, title: str, taken: str, rows: list[BackendRow]) -> None:
+def _print_rows(console: Console, title: str, selected: str, rows: list[BackendRow]) -> None:
     table = Table(
-        *("operation", "backend", "possible", taken),
+        *("operation", "backend", "available", selected),
         title=title,
         title_justify="left",
         box=box.ROUNDED if console.is_terminal else box.MARKDOWN,
     )
-    before = ""
+    previous = ""
     for row in rows:
-        operation = "" if row.operation == before else row.operation
-        possible = f"no: {row.why_not}" if row.why_not else "yes"
-        table.add_row(*map(Text, (operation, row.backend, possible, row.taken)))
-        before = row.operation
+        operation = "" if row.operation == previous else row.operation
+        available = f"no: {row.why_not}" if row.why_not else "yes"
+        table.add_row(*map(Text, (operation, row.backend, available, row.selected)))
+        previous = row.operation
     console.print(table)
 
 
-def _taken(operation: str, backend: str, machine: Machine, cases: dict[str, KernelWorkload]) -> str:
-    """In which of the cases `auto` takes a backend: `yes` where it is in all of them."""
-    within = [
+def _selected_when(
+    operation: str, backend: str, machine: Machine, cases: dict[str, KernelWorkload]
+) -> str:
+    """Return the cases in which `auto` selects a backend; `yes` if in all cases."""
+    selected = [
         case for case, work in cases.items() if automatic(operation, machine, work) == backend
     ]
-    if len(within) == len(cases):
+    if len(selected) == len(cases):
         return "yes"
-    return " and ".join(case or "without documents" for case in within)
+    return " and ".join(case or "without documents" for case in selected)
 
 
 def _why_not(operation: str, backend: str, machine: Machine, work: KernelWorkload) -> str:
     return obstacle(operation, backend, machine, work) or ""
 
 
-def _checked(machine: Machine) -> str:
+def _kernel_validation(machine: Machine) -> str:
     if machine.checked:
-        return f"checked on sm_{machine.capability}"
+        return f"validated on sm_{machine.capability}"
     return (
-        f"not checked on sm_{machine.capability}: auto passes over Triton's, which may be named; "
-        "tools/gpu/gpu_check.py checks them"
+        f"not validated on sm_{machine.capability}: auto skips the Triton kernels, which can be "
+        "selected by name; tools/gpu/gpu_check.py validates them"
     )
 
 
@@ -156,7 +160,7 @@ def _gpus() -> Iterator[str]:
 
 def _nccl() -> str:
     if not (dist.is_available() and dist.is_nccl_available()):
-        return "not in this build of torch"
+        return "not available in this build of torch"
     return ".".join(map(str, torch.cuda.nccl.version()))
 
 

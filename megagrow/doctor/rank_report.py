@@ -1,4 +1,4 @@
-"""What one rank says of itself: programs, variables, its device and how that is."""
+"""Report of one rank: software versions, environment variables and state of its device."""
 
 import hashlib
 import platform
@@ -17,29 +17,30 @@ from megagrow.parallel.launch import Launch, own_device, shared_variables
 PACKAGES = ("megagrow", "torch", "deepspeed", "triton", "numpy")
 
 MATMUL_SIZE = 8192
-"""Rows and columns of the square matrices that tell how fast a GPU is."""
+"""Rows and columns of the square matrices of the GPU benchmark."""
 
 MATMULS = 20
+"""Number of timed matrix products."""
 
 
 @dataclass(frozen=True)
 class GpuReport:
-    """A GPU as its rank has found it."""
+    """State of a GPU, measured by its rank."""
 
     uuid: str
     memory: int
-    """Bytes."""
+    """Total memory in bytes."""
     free: int
-    """Bytes that nobody uses; before this rank does."""
+    """Free memory in bytes, before this rank allocates any."""
     teraflops: float
-    """Of bf16 matrix products."""
+    """TFLOP/s of bf16 matrix products."""
     ecc_errors: int | None
-    """Memory errors that could not be corrected, since the driver was loaded; None if unknown."""
+    """Uncorrected memory errors since the driver was loaded; None if unknown."""
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """What a rank knows by itself."""
+    """Local state of one rank."""
 
     rank: int
     local_rank: int
@@ -48,31 +49,31 @@ class RankReport:
     """`cpu`, or the name of the GPU."""
     versions: dict[str, str] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
-    """Environment variables that should be the same for all ranks."""
+    """Environment variables that must be equal on all ranks."""
     gpu: GpuReport | None = None
-    trouble: str | None = None
-    """Why its device could not be looked at."""
+    device_error: str | None = None
+    """First line of the device's error; None if the device works."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for `from_json`."""
+        """Return the report as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RankReport":
-        """The report that `to_json` has made plain."""
+        """Build a report from the values of `to_json`."""
         gpu = values["gpu"]
         return cls(**values | {"gpu": None if gpu is None else GpuReport(**gpu)})
 
 
-def own_report(launch: Launch) -> RankReport:
-    """The report of this process. A device that fails is told of, and raises nothing."""
+def collect_report(launch: Launch) -> RankReport:
+    """Return the report of this process. A failing device is reported and does not raise."""
     device = own_device(launch)
-    name, gpu, trouble = device.type, None, None
+    name, gpu, device_error = device.type, None, None
     if device.type == "cuda":
         try:
-            name, gpu = torch.cuda.get_device_name(device), _look_at(device)
-        except (RuntimeError, AssertionError) as error:  # as torch raises both of a wrong device
-            trouble = str(error).splitlines()[0]
+            name, gpu = torch.cuda.get_device_name(device), _probe_gpu(device)
+        except (RuntimeError, AssertionError) as error:  # torch raises both for invalid devices
+            device_error = str(error).splitlines()[0]
     return RankReport(
         launch.rank,
         launch.local_rank,
@@ -81,14 +82,14 @@ def own_report(launch: Launch) -> RankReport:
         _versions(),
         shared_variables(),
         gpu,
-        trouble,
+        device_error,
     )
 
 
 def _versions() -> dict[str, str]:
-    said = {name: _version(name) for name in PACKAGES}
+    packages = {name: _version(name) for name in PACKAGES}
     cuda = {"CUDA of torch": torch.version.cuda or "none"}
-    return {"python": platform.python_version()} | said | cuda | {"code": _code()}
+    return {"python": platform.python_version()} | packages | cuda | {"code": _code()}
 
 
 def _version(package: str) -> str:
@@ -99,7 +100,7 @@ def _version(package: str) -> str:
 
 
 def _code() -> str:
-    """A digest of megagrow's files: two checkouts may have one version, and not be the same."""
+    """Return a digest of megagrow's source files: checkouts of one version may differ."""
     root, digest = Path(__file__).parents[1], hashlib.blake2b(digest_size=6)
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode())
@@ -107,14 +108,14 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _look_at(device: torch.device) -> GpuReport:
+def _probe_gpu(device: torch.device) -> GpuReport:
     free, memory = torch.cuda.mem_get_info(device)
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     return GpuReport(uuid, memory, free, _teraflops(device), _ecc_errors(uuid))
 
 
 def _teraflops(device: torch.device) -> float:
-    """Of bf16 products of square matrices, the first of which is not timed."""
+    """Measure TFLOP/s of bf16 products of square matrices, after one warm-up product."""
     a = torch.ones(MATMUL_SIZE, MATMUL_SIZE, dtype=torch.bfloat16, device=device)
     b = torch.ones_like(a)
     out = a @ b
@@ -127,11 +128,11 @@ def _teraflops(device: torch.device) -> float:
 
 
 def _ecc_errors(uuid: str) -> int | None:
-    """By nvidia-smi, where it is there and the GPU counts them."""
+    """Query nvidia-smi; return None if it is missing or the GPU does not count errors."""
     query = "--query-gpu=ecc.errors.uncorrected.volatile.total"
     command = ["nvidia-smi", query, "--format=csv,noheader", "-i", uuid]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-        return int(said.stdout)
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        return int(result.stdout)
     except (OSError, subprocess.SubprocessError, ValueError):
         return None

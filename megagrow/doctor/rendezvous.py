@@ -1,6 +1,6 @@
-"""How ranks that may be missing tell each other something: by the launcher's store, in time.
+"""Value exchange between ranks that may be missing, through the launcher's store.
 
-Every wait has an end, and who has not come by then is named.
+Every wait has a timeout, and the ranks that are missing at its end are named.
 """
 
 import json
@@ -13,20 +13,23 @@ from megagrow.errors import PeerLost
 from megagrow.parallel.launch import Launch, first_host, open_store
 
 GRACE_SECONDS = 5.0
-"""How much longer the others wait for rank 0, which itself waits for all of them."""
+"""Additional time for which other ranks wait for rank 0, which waits for all of them."""
 
 
 class RankMissing(PeerLost):
-    """A rank did not come, or is gone; told as a user's mistake, by one rank of each host."""
+    """A rank did not arrive or was lost. Exit code 2; printed by one rank of each host."""
 
     code = 2
 
 
-class Meeting:
-    """The ranks of a job, as far as they come. Values are plain JSON."""
+class Rendezvous:
+    """Store-based collectives over the ranks of a job. Values are JSON values."""
 
     def __init__(self, launch: Launch, seconds: float) -> None:
-        """Joins; `seconds` are those of every wait. RankMissing if nobody keeps the store."""
+        """Connect to the store; `seconds` is the timeout of every wait.
+
+        Raises RankMissing if no store is reachable.
+        """
         self.launch = launch
         self._seconds = seconds
         self._present: list[int] = []
@@ -34,53 +37,59 @@ class Meeting:
             self.store: Any = open_store(launch, timedelta(seconds=seconds))
         except (RuntimeError, ValueError) as error:
             raise self._missing(
-                f"rank 0 at {first_host()} gives no answer within {seconds:.0f} s: is it there, "
-                f"and its port open? ({_first_line(error)})"
+                f"rank 0 at {first_host()} is unreachable after {seconds:.0f} s; check that it is "
+                f"running and that its port is open ({_first_line(error)})"
             ) from error
 
-    def share(self, what: str, value: Any) -> list[Any]:
-        """What all ranks say, by rank. RankMissing, on all of them, that names who is."""
+    def all_gather(self, phase: str, value: Any) -> list[Any]:
+        """Return the values of all ranks, by rank; a value must not be None.
+
+        `phase` names the exchange in error messages and must be unique. Raises RankMissing, on all
+        present ranks, with the ranks that did not arrive in time.
+        """
         try:
-            found = self._everyone(what, value)
-        except RuntimeError as error:  # as torch raises when the store does not answer any more
+            values = self._exchange(phase, value)
+        except RuntimeError as error:  # raised by torch if the store no longer answers
             raise self._missing(
-                f"rank 0 at {first_host()} is gone ({what}): {_first_line(error)}"
+                f"rank 0 at {first_host()} was lost ({phase}): {_first_line(error)}"
             ) from error
-        self._present = [other for other, said in enumerate(found) if said is not None]
-        missing = [other for other, said in enumerate(found) if said is None]
+        self._present = [rank for rank, value in enumerate(values) if value is not None]
+        missing = [rank for rank, value in enumerate(values) if value is None]
         if missing:
             raise self._missing(
-                f"{_ranks(missing)} did not come within {self._seconds:.0f} s ({what}); "
-                f"{len(self._present)} of {self.launch.world_size} are there"
+                f"{_ranks(missing)} did not arrive within {self._seconds:.0f} s ({phase}); "
+                f"{len(self._present)} of {self.launch.world_size} ranks are present"
             )
-        return found
+        return values
 
     def _missing(self, text: str) -> RankMissing:
-        """Told by the first rank of each host; where that is rank 0's, who may be gone, by the
-        first rank that is there."""
+        """Build the error. It is reported by the first rank of each host, and by the first present
+        rank in case rank 0 is missing."""
         first = min(self._present, default=1)
         return RankMissing(text, self.launch.local_rank == 0 or self.launch.rank == first)
 
-    def _everyone(self, what: str, value: Any) -> list[Any]:
-        """By rank what it says, None for who has said nothing in time."""
+    def _exchange(self, phase: str, value: Any) -> list[Any]:
+        """Return the values by rank, None for ranks that did not arrive in time."""
         rank = self.launch.rank
-        self.store.set(f"{what}/{rank}", json.dumps(value))
+        self.store.set(f"{phase}/{rank}", json.dumps(value))
         if rank == 0:
-            found = self._gather(what, self._seconds)
-            self.store.set(f"{what}/all", json.dumps(found))
-            return found
-        if self._wait([f"{what}/all"], self._seconds + GRACE_SECONDS):
-            return json.loads(self.store.get(f"{what}/all"))
-        return self._gather(what, 0.0)  # rank 0 is among the missing
+            values = self._gather(phase, self._seconds)
+            self.store.set(f"{phase}/all", json.dumps(values))
+            return values
+        if self._wait([f"{phase}/all"], self._seconds + GRACE_SECONDS):
+            return json.loads(self.store.get(f"{phase}/all"))
+        return self._gather(phase, 0.0)  # rank 0 is missing
 
     def clock_offset(self, rounds: int = 5) -> float:
-        """Seconds by which this rank's clock is ahead of rank 0's, and the way of a message, which
-        is milliseconds. All ranks call it together."""
+        """Return the seconds by which this rank's clock is ahead of rank 0's. Collective.
+
+        The offset includes the latency of a message, which is milliseconds.
+        """
         offsets = []
         for index in range(rounds):
-            self.share(f"clock {index}", True)
+            self.all_gather(f"clock {index}", True)
             if self.launch.rank == 0:
-                time.sleep(0.02)  # the others are on their way to the wait by then
+                time.sleep(0.02)  # the other ranks reach their wait in this time
                 self.store.set(f"time {index}", json.dumps(time.time()))
                 offsets.append(0.0)
             elif self._wait([f"time {index}"], self._seconds):
@@ -88,39 +97,39 @@ class Meeting:
                 offsets.append(now - json.loads(self.store.get(f"time {index}")))
         return min(offsets, key=abs, default=0.0)
 
-    def leave(self) -> None:
-        """Rank 0, who may keep the store, leaves as the last of those that were there."""
+    def close(self) -> None:
+        """Disconnect. Rank 0, which may host the store, waits for the other present ranks."""
         rank, others = self.launch.rank, [other for other in self._present if other]
         if rank == 0:
             self._wait([f"left/{other}" for other in others], GRACE_SECONDS)
         elif 0 in self._present:
-            with suppress(RuntimeError):  # it is gone already
+            with suppress(RuntimeError):  # the store is already closed
                 self.store.set(f"left/{rank}", "true")
 
-    def _gather(self, what: str, seconds: float) -> list[Any]:
-        """By rank what was said in time, None for who has said nothing."""
-        keys = [f"{what}/{rank}" for rank in range(self.launch.world_size)]
+    def _gather(self, phase: str, seconds: float) -> list[Any]:
+        """Return the values set within the timeout by rank, None for missing ones."""
+        keys = [f"{phase}/{rank}" for rank in range(self.launch.world_size)]
         self._wait(keys, seconds)
-        there = [self.store.check([key]) for key in keys]
+        is_set = [self.store.check([key]) for key in keys]
         return [
-            json.loads(self.store.get(key)) if said else None
-            for key, said in zip(keys, there, strict=True)
+            json.loads(self.store.get(key)) if present else None
+            for key, present in zip(keys, is_set, strict=True)
         ]
 
     def _wait(self, keys: list[str], seconds: float) -> bool:
-        """Whether all keys are there in time."""
+        """Return True if all keys are set within the timeout."""
         if keys:
             try:
                 self.store.wait(keys, timedelta(seconds=max(seconds, 0.01)))
-            except RuntimeError:  # as torch raises when time is up
+            except RuntimeError:  # raised by torch at the timeout
                 return False
         return True
 
 
 def _ranks(ranks: list[int]) -> str:
-    named = ", ".join(map(str, ranks[:8]))
+    listed = ", ".join(map(str, ranks[:8]))
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"rank {named}" if len(ranks) == 1 else f"ranks {named}{more}"
+    return f"rank {listed}" if len(ranks) == 1 else f"ranks {listed}{more}"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Whether a folder is the same on all hosts, and whether each of them can write to it."""
+"""Check that a folder is shared by all hosts and writable on each of them."""
 
 import shutil
 import time
@@ -6,39 +6,41 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagrow.doctor.rendezvous import Meeting
+from megagrow.doctor.rendezvous import Rendezvous
 
-SEEN_SECONDS = 15.0
-"""How long what one host has written may take until the others see it: network file systems keep
-what they know of a folder for some seconds."""
+VISIBILITY_SECONDS = 15.0
+"""Maximum delay until a file written by one host is visible on the others: network file systems
+cache directory entries for some seconds."""
 
 
 @dataclass(frozen=True)
 class FolderView:
-    """What one rank has found; those that are not the first of their host look at nothing."""
+    """Result of the check on one rank; only the first rank of each host checks the folder."""
 
-    looked: bool
-    trouble: str | None = None
-    """Why it cannot be written to."""
+    write_error: str | None = None
+    """Reason why the folder is not writable; None if it is, or was not checked."""
     unseen: tuple[int, ...] = ()
-    """First ranks of other hosts that have written what is not to be seen here."""
+    """First ranks of other hosts whose files are not visible here."""
 
 
-def look_at_folder(meeting: Meeting, folder: Path, first_of_host: bool) -> list[FolderView]:
-    """By rank what it has found; all ranks together. Leaves nothing but the folder behind."""
-    rank = meeting.launch.rank
-    token = meeting.share("folder's token", uuid.uuid4().hex)[0]
+def check_folder(rendezvous: Rendezvous, folder: Path, first_of_host: bool) -> list[FolderView]:
+    """Check the folder and return the results by rank. Collective.
+
+    The folder is created if it does not exist; the files written into it are removed.
+    """
+    rank = rendezvous.launch.rank
+    token = rendezvous.all_gather("folder token", uuid.uuid4().hex)[0]
     inside = folder / f".megagrow-doctor-{token}"
     try:
-        trouble = _write(inside / str(rank)) if first_of_host else None
-        wrote = meeting.share("folder written", first_of_host and trouble is None)
+        write_error = _write(inside / str(rank)) if first_of_host else None
+        wrote = rendezvous.all_gather("folder written", first_of_host and write_error is None)
         writers = {other for other, done in enumerate(wrote) if done}
-        unseen = sorted(writers - _seen(inside, writers)) if rank in writers else []
-        found = meeting.share("folder seen", [first_of_host, trouble, unseen])
+        unseen = sorted(writers - _visible_ranks(inside, writers)) if rank in writers else []
+        results = rendezvous.all_gather("folder read", [write_error, unseen])
     finally:
-        if first_of_host:  # on each host, as it may be another folder there
+        if first_of_host:  # on each host, because the folder may not be shared
             shutil.rmtree(inside, ignore_errors=True)
-    return [FolderView(looked, why, tuple(others)) for looked, why, others in found]
+    return [FolderView(error, tuple(others)) for error, others in results]
 
 
 def _write(path: Path) -> str | None:
@@ -50,9 +52,9 @@ def _write(path: Path) -> str | None:
     return None
 
 
-def _seen(inside: Path, writers: set[int]) -> set[int]:
-    """The ranks whose files are there, when all of them are or time is up."""
-    deadline = time.monotonic() + SEEN_SECONDS
+def _visible_ranks(inside: Path, writers: set[int]) -> set[int]:
+    """Return the ranks whose files are visible, once all are or after `VISIBILITY_SECONDS`."""
+    deadline = time.monotonic() + VISIBILITY_SECONDS
     while True:
         seen = {int(path.name) for path in inside.iterdir()}
         if seen >= writers or time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""An examined cluster as its user sees it: its hosts, how fast they are, and what is wrong."""
+"""Printed report of a cluster check: hosts, speeds and problems."""
 
 from collections.abc import Iterable, Sequence
 from statistics import median
@@ -11,23 +11,22 @@ from rich.text import Text
 from megagrow.doctor.diagnostics import ClusterReport
 
 HOST_COLUMNS = (
-    *("host", "ranks", "devices", "clock, ms", "GB/s a rank"),
+    *("host", "ranks", "devices", "clock, ms", "GB/s per rank"),
     *("matmul, TFLOP/s", "free memory, GiB"),
 )
-SPEED_COLUMNS = ("MB on each rank", "all-reduce, GB/s", "all-to-all, GB/s")
+SPEED_COLUMNS = ("MiB per rank", "all-reduce, GB/s", "all-to-all, GB/s")
 
 
-def show_cluster(cluster: ClusterReport, wrong: Sequence[str], console: Console) -> None:
-    """Prints tables, as Markdown where the output is no terminal, and a line for each finding."""
-    versions = cluster.reports[0].versions
-    said = ", ".join(f"{name} {value}" for name, value in versions.items())
+def print_cluster_report(cluster: ClusterReport, problems: Sequence[str], console: Console) -> None:
+    """Print the tables, as Markdown unless the output is a terminal, and one line per problem."""
+    versions = ", ".join(f"{name} {value}" for name, value in cluster.reports[0].versions.items())
     world = len(cluster.reports)
-    console.print(Text(f"{world} ranks on {len(cluster.hosts)} hosts. Rank 0 has {said}"))
+    console.print(Text(f"{world} ranks on {len(cluster.hosts)} hosts. Rank 0 has {versions}"))
     _print(console, HOST_COLUMNS, _host_rows(cluster))
     if cluster.speeds:
         _print(console, SPEED_COLUMNS, _speed_rows(cluster))
-    for line in wrong:
-        console.print(Text(f"Wrong: {line}"), soft_wrap=True)
+    for problem in problems:
+        console.print(Text(f"Problem: {problem}"), soft_wrap=True)
 
 
 def _host_rows(cluster: ClusterReport) -> Iterable[Sequence[str]]:
@@ -49,11 +48,11 @@ def _host_rows(cluster: ClusterReport) -> Iterable[Sequence[str]]:
 
 
 def _speed_rows(cluster: ClusterReport) -> Iterable[Sequence[str]]:
-    """Of all ranks together: the median of what they have measured."""
+    """Yield the rows of the network measurements: medians over all ranks."""
     for size in cluster.speeds[0].all_reduce:
-        reduced = median(speeds.all_reduce[size] for speeds in cluster.speeds)
-        exchanged = median(speeds.all_to_all[size] for speeds in cluster.speeds)
-        yield f"{size / 2**20:g}", f"{reduced / 1e9:.2f}", f"{exchanged / 1e9:.2f}"
+        all_reduce = median(speeds.all_reduce[size] for speeds in cluster.speeds)
+        all_to_all = median(speeds.all_to_all[size] for speeds in cluster.speeds)
+        yield f"{size / 2**20:g}", f"{all_reduce / 1e9:.2f}", f"{all_to_all / 1e9:.2f}"
 
 
 def _print(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -1,1 +1,1 @@
-"""Evaluation of checkpoints by lm-eval's tasks."""
+"""Evaluation of checkpoints and of training runs on lm-eval's tasks."""

@@ -1,5 +1,7 @@
-"""lm-eval's own command line, with the model `megagrow` and the group `gstack` known to it:
-`python -m megagrow.evaluation run --model megagrow --model_args checkpoint=PATH --tasks gstack`."""
+"""lm-eval's command line with the model `megagrow` and the task group `gstack` registered.
+
+python -m megagrow.evaluation run --model megagrow --model_args checkpoint=PATH --tasks gstack
+"""
 
 import sys
 
@@ -7,10 +9,10 @@ from megagrow.errors import InputError
 
 
 def main() -> None:
-    """Runs lm-eval; a user's mistake is one line, exit code 2."""
+    """Run lm-eval's command line; an InputError is printed on one line, exit code 2."""
     from lm_eval.__main__ import cli_evaluate
 
-    import megagrow.evaluation.lm  # noqa: F401  (it registers the model)
+    import megagrow.evaluation.lm  # noqa: F401  (registers the model)
 
     try:
         cli_evaluate()

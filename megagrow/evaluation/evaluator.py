@@ -1,4 +1,7 @@
-"""Evaluation while a run trains, as the run sees it: nothing of lm-eval is imported without it."""
+"""Evaluation during training: entry point of the training run.
+
+lm-eval is an optional dependency. It is imported only if the run file has an `evaluation` section.
+"""
 
 import importlib.util
 from collections.abc import Callable
@@ -13,26 +16,26 @@ from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.train.stage import Stage
 
 Evaluation = Callable[[Stage, Masks | None, Callable[[str], None]], dict[str, Any]]
-"""(stage, this rank's masks, what hears the name of each task that begins): the results, as
-`results.evaluate` gives them. All ranks together."""
+"""Collective function (stage, masks of this rank, callback that receives each task's name before
+the task starts) -> results, in the format of `runner.evaluate`."""
 
 
 def open_evaluation(run: RunConfig, device: torch.device) -> Evaluation | None:
-    """What evaluates the models of a run; None where the run asks for none. All ranks together.
+    """Build the evaluation of a run, or return None if the run file has none. Collective.
 
-    The tasks are loaded, and all that they ask is tokenised, here and once. InputError, before
-    anything is trained, where lm-eval, a task, its data or the tokenizer is missing, or a task asks
-    what cannot be done.
+    Tasks are loaded and their requests are tokenized once, here. Raises InputError, before training
+    starts, if lm-eval, a task, its data or the tokenizer is missing, or if a task contains a
+    request that cannot be answered.
     """
     if run.evaluation is None:
         return None
     run_on_all_ranks(need_lm_eval)
-    from megagrow.evaluation.online import LiveEvaluation
+    from megagrow.evaluation.online import OnlineEvaluation
 
-    return LiveEvaluation(run, run.evaluation, device)
+    return OnlineEvaluation(run, run.evaluation, device)
 
 
 def need_lm_eval() -> None:
-    """InputError if lm-eval is not installed."""
+    """Raise InputError if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise DataError("evaluation needs lm-eval: pip install megagrow[eval]")

@@ -1,7 +1,7 @@
-"""Log-likelihoods of continuations, each common prefix computed once.
+"""Log-likelihoods of continuations; each common prefix is computed once.
 
-Continuations whose tokens are the same up to the last one share a forward pass: a question with
-choices of one token costs one sequence, not one for each choice.
+Requests whose tokens are equal except for the last one share a forward pass: a question with
+one-token choices costs one sequence, not one sequence per choice.
 """
 
 from collections.abc import Iterator
@@ -10,93 +10,96 @@ from dataclasses import dataclass, field
 import torch
 
 from megagrow.errors import DataError
-from megagrow.evaluation.logprobs import Asked, Scores
+from megagrow.evaluation.logprobs import TokenQuery, TokenScorer
 
 Pair = tuple[list[int], list[int]]
-"""Tokens of a context and of its continuation, neither empty."""
+"""Token ids of a context and of its continuation; neither is empty."""
 
 
 @dataclass
-class Shared:
-    """The requests whose tokens agree but for the last one."""
+class PrefixGroup:
+    """Requests whose tokens are equal except for the last one."""
 
     tokens: tuple[int, ...]
-    """What the model reads: all but the last token, at most as many as it can."""
+    """Input of the model: all tokens except the last, truncated on the left to the context."""
     requests: list[int] = field(default_factory=list)
+    """Indices of the requests."""
     lengths: list[int] = field(default_factory=list)
-    """Tokens of the continuations."""
-    lasts: list[int] = field(default_factory=list)
-    """Last tokens."""
+    """Number of tokens of each request's continuation."""
+    last_tokens: list[int] = field(default_factory=list)
+    """Last token of each request."""
 
     @property
-    def asked(self) -> int:
-        """Positions whose tokens are asked for, at the end of the sequence."""
+    def num_scored(self) -> int:
+        """Number of positions, at the end of the sequence, whose next token is scored."""
         return max(self.lengths)
 
     @property
     def labels(self) -> list[int]:
-        """The tokens asked for before the last position."""
-        return list(self.tokens[len(self.tokens) - self.asked + 1 :])
+        """Tokens scored at all these positions except the last."""
+        return list(self.tokens[len(self.tokens) - self.num_scored + 1 :])
 
 
 def log_likelihoods(
-    pairs: list[Pair], scorer: Scores, max_length: int, batch_size: int, device: torch.device
+    pairs: list[Pair], scorer: TokenScorer, max_length: int, batch_size: int, device: torch.device
 ) -> list[tuple[float, bool]]:
-    """Of each continuation: its log-likelihood in nats, and whether greedy decoding gives it.
+    """Return for each continuation its log-likelihood in nats and whether it is the greedy one.
 
-    What is too long loses its beginning: the model reads the last `max_length` tokens. InputError
-    if that would be tokens of the continuation.
+    A sequence that is too long is truncated on the left: the model reads the last `max_length`
+    tokens. Raises InputError if a continuation alone is longer than that.
     """
     out: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-    groups = sorted(_grouped(pairs, max_length), key=lambda shared: -len(shared.tokens))
+    groups = sorted(_group_by_prefix(pairs, max_length), key=lambda group: -len(group.tokens))
     for first in range(0, len(groups), batch_size):
         batch = groups[first : first + batch_size]
-        scores, greedy = scorer.scores([list(s.tokens) for s in batch], _asked(batch, device))
-        for request, found in _shared_out(batch, scores, greedy):
-            out[request] = found
+        scores, greedy = scorer.scores([list(g.tokens) for g in batch], _make_query(batch, device))
+        for request, answer in _distribute(batch, scores, greedy):
+            out[request] = answer
     return out
 
 
-def _grouped(pairs: list[Pair], max_length: int) -> list[Shared]:
-    groups: dict[tuple[int, ...], Shared] = {}
+def _group_by_prefix(pairs: list[Pair], max_length: int) -> list[PrefixGroup]:
+    groups: dict[tuple[int, ...], PrefixGroup] = {}
     for request, (context, continuation) in enumerate(pairs):
         if len(continuation) > max_length:
             raise DataError(
-                f"a continuation of {len(continuation)} tokens: the model reads {max_length}"
+                f"a continuation has {len(continuation)} tokens, but the context length of the "
+                f"model is {max_length}"
             )
-        whole = tuple(context + continuation)
-        shared = groups.setdefault(whole[:-1], Shared(whole[:-1][-max_length:]))
-        shared.requests.append(request)
-        shared.lengths.append(len(continuation))
-        shared.lasts.append(whole[-1])
+        tokens = tuple(context + continuation)
+        group = groups.setdefault(tokens[:-1], PrefixGroup(tokens[:-1][-max_length:]))
+        group.requests.append(request)
+        group.lengths.append(len(continuation))
+        group.last_tokens.append(tokens[-1])
     return list(groups.values())
 
 
-def _asked(batch: list[Shared], device: torch.device) -> Asked:
+def _make_query(batch: list[PrefixGroup], device: torch.device) -> TokenQuery:
     rows: list[int] = []
     columns: list[int] = []
     owners: list[int] = []
     labels: list[int] = []
-    for row, shared in enumerate(batch):
-        first, length = len(rows), len(shared.tokens)
-        rows += [row] * shared.asked
-        columns += range(length - shared.asked, length)
-        owners += range(first, first + shared.asked - 1)
-        owners += [first + shared.asked - 1] * len(shared.lasts)
-        labels += shared.labels + shared.lasts
-    return Asked(
+    for row, group in enumerate(batch):
+        first, length = len(rows), len(group.tokens)
+        rows += [row] * group.num_scored
+        columns += range(length - group.num_scored, length)
+        owners += range(first, first + group.num_scored - 1)
+        owners += [first + group.num_scored - 1] * len(group.last_tokens)
+        labels += group.labels + group.last_tokens
+    return TokenQuery(
         *(torch.tensor(values, device=device) for values in (rows, columns, owners, labels))
     )
 
 
-def _shared_out(
-    batch: list[Shared], scores: list[float], greedy: list[bool]
+def _distribute(
+    batch: list[PrefixGroup], scores: list[float], greedy: list[bool]
 ) -> Iterator[tuple[int, tuple[float, bool]]]:
+    """Yield (request index, answer), summing each request's token scores."""
     place = 0
-    for shared in batch:
-        common = slice(place, place + shared.asked - 1)
+    for group in batch:
+        common = slice(place, place + group.num_scored - 1)
         place = common.stop
-        for request, length in zip(shared.requests, shared.lengths, strict=True):
+        for request, length in zip(group.requests, group.lengths, strict=True):
             own = slice(common.stop - length + 1, common.stop)
             total = sum(scores[own]) + scores[place]
             yield request, (total, all(greedy[own]) and greedy[place])

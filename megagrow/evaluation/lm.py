@@ -1,8 +1,7 @@
-"""The model interface of lm-eval, under the name `megagrow`.
+"""Model interface of lm-eval, registered under the name `megagrow`.
 
-Texts are encoded as lm-eval's own Hugging Face model encodes them. Data-parallel ranks share the
-requests of a call and exchange their answers within it, so that lm-eval sees one process on each
-rank.
+Texts are encoded as by lm-eval's Hugging Face model. Data-parallel ranks share the requests of a
+call and exchange the answers inside it, so each rank runs lm-eval as a single process.
 """
 
 from collections.abc import Callable
@@ -16,31 +15,36 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megagrow.errors import DataError, InputError
-from megagrow.evaluation.generation import Text, write
+from megagrow.evaluation.generation import Generation, generate
 from megagrow.evaluation.likelihood import Pair, log_likelihoods
-from megagrow.evaluation.logprobs import Scorer, Scores
-from megagrow.evaluation.model import Loaded, load
-from megagrow.evaluation.tokenizer import Texts
+from megagrow.evaluation.logprobs import ModelScorer, TokenScorer
+from megagrow.evaluation.model import LoadedModel, load_model
+from megagrow.evaluation.tokenizer import EvalTokenizer
 from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.parallel.launch import own_device, read_launch
 from megagrow.parallel.process_groups import Topology, init_process_group, make_topology
 
-MAX_GENERATED = 256
-"""Tokens, where a task does not say how many (lm-eval's own number)."""
+MAX_GENERATED_TOKENS = 256
+"""Limit for tasks without `max_gen_toks`; lm-eval's default."""
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
 
-class Evaluated(TemplateLM):  # type: ignore[misc]
-    """A model of ours for lm-eval; all ranks make the same calls together."""
+class LMAdapter(TemplateLM):  # type: ignore[misc]
+    """Adapter from a `TokenScorer` to lm-eval. All methods are collective over all ranks."""
 
     def __init__(
-        self, scorer: Scores, texts: Texts, topology: Topology, max_length: int, batch_size: int
+        self,
+        scorer: TokenScorer,
+        tokenizer: EvalTokenizer,
+        topology: Topology,
+        max_length: int,
+        batch_size: int,
     ) -> None:
         super().__init__()
         self._scorer = scorer
-        self._texts = texts
+        self._tokenizer = tokenizer
         self._topology = topology
         self._device = topology.device
         self.max_length = max_length
@@ -48,44 +52,44 @@ class Evaluated(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        return self._texts.eos_id
+        return self._tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        return self._texts.prefix_id
+        return self._tokenizer.prefix_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        return self._texts.encode(string, add_special_tokens)
+        return self._tokenizer.encode(string, add_special_tokens)
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """lm-eval's, without its bar: it ends before the first pass begins."""
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return found
+        """Call lm-eval's method without its progress bar, which ends before the first pass."""
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return answers
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        return self._shared([request.args[0] for request in requests], self._rolling)
+        return self._distribute([request.args[0] for request in requests], self._score_rolling)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        return self._shared([request.args for request in requests], self._written)
+        return self._distribute([request.args for request in requests], self._generate)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        return self._shared([(context, rest) for _, context, rest in requests], self._scored)
+        return self._distribute([(context, rest) for _, context, rest in requests], self._score)
 
-    def _scored(self, pairs: list[Pair]) -> list[tuple[float, bool]]:
+    def _score(self, pairs: list[Pair]) -> list[tuple[float, bool]]:
         return log_likelihoods(pairs, self._scorer, self.max_length, self.batch_size, self._device)
 
-    def _rolling(self, strings: list[str]) -> list[float]:
+    def _score_rolling(self, strings: list[str]) -> list[float]:
         windows = [self._windows(string) for string in strings]
-        found = iter(self._scored([pair for pairs in windows for pair in pairs]))
-        return [sum(next(found)[0] for _ in pairs) for pairs in windows]
+        scores = iter(self._score([pair for pairs in windows for pair in pairs]))
+        return [sum(next(scores)[0] for _ in pairs) for pairs in windows]
 
     def _windows(self, string: str) -> list[Pair]:
         windows = get_rolling_token_windows(
@@ -93,67 +97,71 @@ class Evaluated(TemplateLM):  # type: ignore[misc]
         )
         return [make_disjoint_window(window) for window in windows]
 
-    def _written(self, requests: list[tuple[str, dict[str, Any]]]) -> list[str]:
-        texts = [self._text(context, options) for context, options in requests]
+    def _generate(self, requests: list[tuple[str, dict[str, Any]]]) -> list[str]:
+        texts = [self._make_generation(context, options) for context, options in requests]
         order = sorted(texts, key=lambda text: -len(text.context))
         for first in range(0, len(order), self.batch_size):
             batch = order[first : first + self.batch_size]
-            write(batch, self._scorer, self._texts.eos_id, self._texts.decode)
+            generate(batch, self._scorer, self._tokenizer.eos_id, self._tokenizer.decode)
         return [text.result or "" for text in texts]
 
-    def _text(self, context: str, options: dict[str, Any]) -> Text:
+    def _make_generation(self, context: str, options: dict[str, Any]) -> Generation:
         if options.get("do_sample") or options.get("temperature"):
-            raise DataError("this task samples its answers; only greedy decoding is done here")
+            raise DataError("this task samples its answers, but only greedy decoding is supported")
         until = options.get("until") or []
-        most = int(options.get("max_gen_toks", MAX_GENERATED))
-        if most >= self.max_length:
+        max_tokens = int(options.get("max_gen_toks", MAX_GENERATED_TOKENS))
+        if max_tokens >= self.max_length:
             raise DataError(
-                f"{most} tokens are to be written, the model reads {self.max_length}: set "
-                "max_gen_toks"
+                f"max_gen_toks = {max_tokens} is not less than the context length "
+                f"{self.max_length} of the model; set a smaller max_gen_toks"
             )
-        ids = self.tok_encode(context)[-(self.max_length - most) :] or [self.prefix_token_id]
-        return Text(ids, tuple([until] if isinstance(until, str) else until), most)
+        ids = self.tok_encode(context)[-(self.max_length - max_tokens) :]
+        stop_strings = tuple([until] if isinstance(until, str) else until)
+        return Generation(ids or [self.prefix_token_id], stop_strings, max_tokens)
 
-    def _shared(
+    def _distribute(
         self, requests: list[Request], answer: Callable[[list[Request]], list[Answer]]
     ) -> list[Answer]:
-        """Answers of all requests on all ranks, each computed by one data-parallel rank."""
+        """Return the answers to all requests on all ranks; each is computed by one data-parallel
+        rank."""
         dp, dp_rank = self._topology.dp, self._topology.dp_rank
         bounds = [len(requests) * part // dp for part in range(dp + 1)]
         part = requests[bounds[dp_rank] : bounds[dp_rank + 1]]
         if dp == 1:
-            return self._to_the_end(answer, part)
-        own = run_on_all_ranks(lambda: self._to_the_end(answer, part))
+            return self._finish_after(answer, part)
+        own = run_on_all_ranks(lambda: self._finish_after(answer, part))
         parts: list[Any] = [None] * dp
         dist.all_gather_object(parts, own, group=self._topology.dp_group)
-        return [found for part in parts for found in part]
+        return [one for part in parts for one in part]
 
-    def _to_the_end(
+    def _finish_after(
         self, answer: Callable[[list[Request]], list[Answer]], requests: list[Request]
     ) -> list[Answer]:
-        """Answers, when all ranks are done: those that may not stop before others do not."""
+        """Return the answers after all ranks are done, also if this rank fails: under ZeRO-3 every
+        rank takes part in every pass."""
         try:
-            found = answer(requests)
+            answers = answer(requests)
         except InputError:
             self._scorer.finish()
             raise
         self._scorer.finish()
-        return found
+        return answers
 
 
-def evaluated(loaded: Loaded, topology: Topology, batch_size: int) -> Evaluated:
-    """A model that was loaded, for lm-eval."""
+def wrap_model(loaded: LoadedModel, topology: Topology, batch_size: int) -> LMAdapter:
+    """Build the lm-eval adapter of a loaded model."""
     length = loaded.model.config.max_position_embeddings
-    return Evaluated(Scorer(loaded, topology), loaded.texts, topology, length, batch_size)
+    return LMAdapter(ModelScorer(loaded, topology), loaded.tokenizer, topology, length, batch_size)
 
 
 @register_model("megagrow")
-class MegagrowLM(Evaluated):
-    """A checkpoint of any layout, a run's newest, or a Hugging Face folder, opened by its path.
+class MegagrowLM(LMAdapter):
+    """Model of a checkpoint in any layout, of a run directory (newest checkpoint) or of a Hugging
+    Face folder, opened by path.
 
-    InputError as `load`; also where batch_size is no number, which alone is understood. Each rank
-    computes on its own GPU, or on the CPU where there is none, whatever `device` says: lm-eval's
-    command line names the first GPU by itself.
+    Raises InputError as `load_model`, and if `batch_size` is not a positive integer. `device` is
+    ignored, because lm-eval's command line always passes the first GPU: each rank uses its own GPU,
+    or the CPU if there is none.
     """
 
     def __init__(
@@ -167,20 +175,22 @@ class MegagrowLM(Evaluated):
         device: str | None = None,
     ) -> None:
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise DataError(f"batch_size {batch_size}: should be a number of sequences")
-        topology = join(tp)
-        loaded = load(Path(checkpoint), topology, tokenizer, dtype)
+            raise DataError(f"batch_size = {batch_size} is not a positive number of sequences")
+        topology = init_topology(tp)
+        loaded = load_model(Path(checkpoint), topology, tokenizer, dtype)
         length = loaded.model.config.max_position_embeddings
-        scorer = Scorer(loaded, topology)
-        super().__init__(scorer, loaded.texts, topology, length, int(batch_size))
+        scorer = ModelScorer(loaded, topology)
+        super().__init__(scorer, loaded.tokenizer, topology, length, int(batch_size))
 
 
-def join(tp: int) -> Topology:
-    """The grid of all ranks of this start, with `tp` tensor-parallel ones. InputError if that does
-    not divide their number."""
+def init_topology(tp: int) -> Topology:
+    """Initialize the process groups of all launched ranks with `tp` tensor-parallel ranks.
+
+    Raises InputError if `tp` does not divide the world size.
+    """
     launch = read_launch()
     if launch.world_size % tp != 0:
-        raise DataError(f"--tp {tp} does not divide the {launch.world_size} ranks of this start")
+        raise DataError(f"--tp {tp} does not divide the world size {launch.world_size}")
     if dist.is_initialized():
         return make_topology(tp, own_device(launch))
     return make_topology(tp, init_process_group(launch))

@@ -1,15 +1,15 @@
-"""Documents of the tasks of `gstack` from local files, in the columns that lm-eval's tasks read.
+"""Documents of the `gstack` tasks from local files, with the columns that lm-eval's tasks read.
 
-Files of other forms than .jsonl and .parquet are those in which the data sets were published:
-LogiQA's text of eight lines for each question, and WikiText's articles one after another. They
-become the documents of the hub by the rules of the scripts that made those: lm_eval/datasets/
+Besides .jsonl and .parquet, the files in which the data sets were published are read: LogiQA's text
+with eight lines per question, and WikiText's concatenated articles. They are converted to the hub's
+documents by the rules of the original conversion scripts: lm_eval/datasets/
 {logiqa/logiqa,wikitext/wikitext}.py of https://github.com/EleutherAI/lm-evaluation-harness at
-1241d1c7 and 24444126. The hub's EleutherAI/wikitext_document_level began as the second of them.
+1241d1c7 and 24444126. The hub's EleutherAI/wikitext_document_level was derived from the second.
 
-LAMBADA needs no rule: its file has the column `text` that the task reads. The one that OpenAI
-published (https://huggingface.co/datasets/craffel/openai_lambada at 98dc6136) has 1819752 bytes and
-SHA-256 4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226. That of the hub's
-EleutherAI/lambada_openai is said to have 1.82 MB, too; its hash was not to be found.
+LAMBADA needs no conversion: its file has the column `text` that the task reads. The file published
+by OpenAI (https://huggingface.co/datasets/craffel/openai_lambada at 98dc6136) has 1819752 bytes and
+SHA-256 4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226. The size listed for the
+hub's EleutherAI/lambada_openai is also 1.82 MB; its hash is not published.
 """
 
 import re
@@ -22,39 +22,44 @@ from megagrow.errors import DataError
 Doc = dict[str, Any]
 
 _TITLE = re.compile(r"= (?!=).*(?<!=) =")
-"""The line that begins an article of WikiText, blanks around it taken off; those of its sections
-have more signs. Two formulas of the test set look the same, and begin an article on the hub too: it
-has 62 there."""
+"""Title line of a WikiText article, without surrounding blanks; section titles have more = signs.
+Two formulas of the test set also match. They start an article on the hub as well, which therefore
+has 62 articles."""
 
 _LOGIQA_LINES = 8
-"""An empty line, the answer's letter, the passage, the question, four options."""
+"""Lines per question: empty line, letter of the answer, passage, question, four options."""
 
 
 def read_documents(task: str, folder: Path) -> list[Doc]:
-    """The documents of a task. InputError where its file is missing or not of its form."""
-    path, read = _found(task, folder)
+    """Return the documents of a task, one dict of columns per document.
+
+    Raises InputError if the task's file is missing or malformed.
+    """
+    path, read = _find_file(task, folder)
     try:
         docs = list(read(path))
     except (UnicodeDecodeError, ValueError, KeyError) as error:
         reason = str(error).split("\n")[0]
-        raise DataError(f"{path}: not the data of {task}: {reason}") from error
+        raise DataError(f"{path}: not valid data of task {task}: {reason}") from error
     if not docs:
-        raise DataError(f"{path}: holds no documents")
+        raise DataError(f"{path}: contains no documents")
     return docs
 
 
-def _found(task: str, folder: Path) -> tuple[Path, Callable[[Path], Iterator[Doc]]]:
-    """The file of a task and what reads it."""
+def _find_file(task: str, folder: Path) -> tuple[Path, Callable[[Path], Iterator[Doc]]]:
+    """Return the file of a task and its reader."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such directory")
-    known = _PUBLISHED.get(task)
-    if known is not None and (folder / known[0]).is_file():
-        return folder / known[0], known[1]
+    published = _PUBLISHED.get(task)
+    if published is not None and (folder / published[0]).is_file():
+        return folder / published[0], published[1]
     for ending, read in ((".jsonl", _jsonl), (".parquet", _parquet)):
         for path in sorted((folder / task).glob(f"*{ending}")):
             return path, read
-    own = f"{known[0]}, " if known is not None else ""
-    raise DataError(f"{folder}: no data of {task}; should hold {own}{task}/*.jsonl or .parquet")
+    alternative = f"{published[0]}, " if published is not None else ""
+    raise DataError(
+        f"{folder}: no data of task {task}; expected {alternative}{task}/*.jsonl or .parquet"
+    )
 
 
 def _jsonl(path: Path) -> Iterator[Doc]:
@@ -64,7 +69,7 @@ def _jsonl(path: Path) -> Iterator[Doc]:
         if line.strip():
             doc = json.loads(line)
             if not isinstance(doc, dict):
-                raise ValueError(f"line {number} is no object")
+                raise ValueError(f"line {number} is not a JSON object")
             yield doc
 
 
@@ -79,7 +84,7 @@ def _logiqa(path: Path) -> Iterator[Doc]:
     for first in range(0, len(lines), _LOGIQA_LINES):
         part = lines[first : first + _LOGIQA_LINES]
         if len(part) < _LOGIQA_LINES or part[0].strip() or part[1].strip() not in tuple("abcd"):
-            raise ValueError(f"line {first + 1} begins no question of {_LOGIQA_LINES} lines")
+            raise ValueError(f"line {first + 1} does not start a question of {_LOGIQA_LINES} lines")
         passage, question, *options = map(_spaced, [*part[2:4], *(line[2:] for line in part[4:])])
         yield {
             "label": part[1].strip(),
@@ -90,14 +95,14 @@ def _logiqa(path: Path) -> Iterator[Doc]:
 
 
 def _spaced(text: str) -> str:
-    """A space after every full stop, also within a number or before another space, and none at the
-    ends; nothing else is changed (`normalize` of the script)."""
+    """Add a space after every full stop, also within numbers and before other spaces, and strip the
+    ends, as the conversion script's `normalize` does."""
     return text.replace(".", ". ").strip()
 
 
 def _wikitext(path: Path) -> Iterator[Doc]:
-    """The line end before a title belongs to no article, and neither do blank lines before the
-    first title."""
+    """Yield the articles; the line break before a title and blank lines before the first title
+    belong to no article."""
     lines: list[str] = []
     for line in path.read_text(encoding="utf-8").split("\n"):
         if _TITLE.fullmatch(line.strip()):
@@ -118,4 +123,4 @@ _PUBLISHED: dict[str, tuple[str, Callable[[Path], Iterator[Doc]]]] = {
     "logiqa": ("logiqa/Test.txt", _logiqa),
     "wikitext": ("wikitext-2/test.txt", _wikitext),
 }
-"""Where a task's data lies in the form in which it was published."""
+"""Path and reader of a task's data in its published format."""

@@ -1,7 +1,7 @@
-"""Log-probabilities of tokens, computed from the hidden states of the positions that are asked for.
+"""Log-probabilities of tokens, computed from the hidden states of the queried positions.
 
-The head is applied to those positions alone, a chunk at a time; the vocabulary may be spread over
-tensor-parallel ranks, and its logits are never gathered.
+The head is applied to these positions only, in chunks. The vocabulary may be sharded over
+tensor-parallel ranks; logits are never gathered.
 """
 
 from dataclasses import dataclass
@@ -17,101 +17,112 @@ from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.sharding import real_rows
 
 POSITIONS_AT_ONCE = 1024
-"""Rows of logits that are in memory at a time."""
+"""Rows of logits in memory at a time."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Positions of a batch, and the tokens asked for there; on the model's device."""
+class TokenQuery:
+    """P positions of a batch and the N next tokens to score there, on the model's device."""
 
     rows: Tensor
-    """(P,) int64: sequences of the batch."""
+    """(P,) int64: indices of sequences in the batch."""
     columns: Tensor
-    """(P,) int64: positions within them."""
+    """(P,) int64: positions within the sequences."""
     owners: Tensor
-    """(N,) int64, ascending: the position, by its place above, of each token asked for."""
+    """(N,) int64, ascending: index into `rows` and `columns` of each token's position."""
     labels: Tensor
-    """(N,) int64."""
+    """(N,) int64: token ids to score."""
 
 
-class Model(Protocol):
-    """What tokens are passed through: a model that was loaded, or one that is being trained."""
+class ForwardModel(Protocol):
+    """Forward pass of a model: loaded from a checkpoint, or in training."""
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that it knows."""
+        """Number of tokens, without padding."""
 
-    def pass_through(self, ids: Tensor, head: HeadLoss) -> None:
-        """Hands the hidden states of (B, S) int64 token ids and the head's weight to `head`; all
-        ranks of a tensor-parallel group together."""
+    def forward_head(self, ids: Tensor, head: HeadLoss) -> None:
+        """Call `head` with the hidden states of (B, S) int64 token ids and the head's weight.
 
-    def finish(self) -> None:
-        """Every rank calls it when it has made its passes of a call: it returns when all have."""
-
-
-class Scores(Protocol):
-    """What `Scorer` does, for whoever asks."""
-
-    def best(self, sequences: list[list[int]]) -> list[int]:
-        """The likeliest token after each sequence."""
-
-    def scores(self, sequences: list[list[int]], asked: Asked) -> tuple[list[float], list[bool]]:
-        """Of each token asked for: its log-probability in nats (fp32), and whether no token is
-        likelier."""
+        Collective over the tensor-parallel group.
+        """
 
     def finish(self) -> None:
-        """As that of the model."""
+        """Return when all ranks have called it. Called by each rank after its last pass."""
 
 
-class Scorer:
-    """Applies a model to batches of token ids; all ranks of a tensor-parallel group together."""
+class TokenScorer(Protocol):
+    """Interface of `ModelScorer`."""
 
-    def __init__(self, model: Model, topology: Topology) -> None:
+    def greedy_tokens(self, sequences: list[list[int]]) -> list[int]:
+        """Return the most likely next token of each sequence."""
+
+    def scores(
+        self, sequences: list[list[int]], query: TokenQuery
+    ) -> tuple[list[float], list[bool]]:
+        """Return for each of the N queried tokens its log-probability in nats (fp32) and whether it
+        is the most likely token."""
+
+    def finish(self) -> None:
+        """Return when all ranks have called it, see `ForwardModel.finish`."""
+
+
+class ModelScorer:
+    """Token scores of a model. Methods are collective over the tensor-parallel group."""
+
+    def __init__(self, model: ForwardModel, topology: Topology) -> None:
         self._model = model
         self._topology = topology
 
-    def best(self, sequences: list[list[int]]) -> list[int]:
-        """The likeliest token after each sequence."""
-        ids = self._padded(sequences)
+    def greedy_tokens(self, sequences: list[list[int]]) -> list[int]:
+        """Return the most likely next token of each sequence."""
+        ids = self._pad(sequences)
         device = ids.device
         rows = torch.arange(len(sequences), device=device)
         columns = torch.tensor([len(sequence) - 1 for sequence in sequences], device=device)
         none = rows.new_empty(0)
-        _, best = self._passed(ids, Asked(rows, columns, none, none))
+        _, best = self._run(ids, TokenQuery(rows, columns, none, none))
         return [int(token) for token in best.tolist()]
 
-    def scores(self, sequences: list[list[int]], asked: Asked) -> tuple[list[float], list[bool]]:
-        """Of each token asked for: its log-probability in nats (fp32), and whether no token is
-        likelier."""
-        found, best = self._passed(self._padded(sequences), asked)
-        return found.tolist(), (best[asked.owners] == asked.labels).tolist()
+    def scores(
+        self, sequences: list[list[int]], query: TokenQuery
+    ) -> tuple[list[float], list[bool]]:
+        """Return for each of the N queried tokens its log-probability in nats (fp32) and whether it
+        is the most likely token."""
+        scores, best = self._run(self._pad(sequences), query)
+        return scores.tolist(), (best[query.owners] == query.labels).tolist()
 
     def finish(self) -> None:
-        """As that of the model."""
+        """Return when all ranks have called it, see `ForwardModel.finish`."""
         self._model.finish()
 
     @torch.no_grad()
-    def _passed(self, ids: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
+    def _run(self, ids: Tensor, query: TokenQuery) -> tuple[Tensor, Tensor]:
+        """Return the scores (N,) fp32 of the queried tokens and the most likely token (P,) int64 of
+        each position."""
         results: list[tuple[Tensor, Tensor]] = []
 
         def score(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
-            picked_PD = hidden_BSD[asked.rows, asked.columns]
+            picked_PD = hidden_BSD[query.rows, query.columns]
             for first in range(0, len(picked_PD), POSITIONS_AT_ONCE):
                 part = picked_PD[first : first + POSITIONS_AT_ONCE]
                 stop = first + len(part)
                 bounds = torch.tensor([first, stop], device=ids.device)
-                begin, end = torch.searchsorted(asked.owners, bounds).tolist()
+                begin, end = torch.searchsorted(query.owners, bounds).tolist()
                 logits = F.linear(part, weight_VD)
-                owners, labels = asked.owners[begin:end] - first, asked.labels[begin:end]
-                results.append(self._of_logits(logits, owners, labels))
+                owners, labels = query.owners[begin:end] - first, query.labels[begin:end]
+                results.append(self._score_logits(logits, owners, labels))
             return picked_PD.new_zeros(())
 
-        self._model.pass_through(ids, score)
+        self._model.forward_head(ids, score)
         scores, best = zip(*results, strict=True)
         return torch.cat(scores), torch.cat(best)
 
-    def _of_logits(self, logits: Tensor, owners: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (N,) fp32 of the labels, and the likeliest tokens (P,) int64, of (P, V/tp)."""
+    def _score_logits(
+        self, logits: Tensor, owners: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scores (N,) fp32 of the labels and the most likely tokens (P,) int64, for
+        logits (P, V/tp)."""
         tp, tp_rank = self._topology.tp, self._topology.tp_rank
         first = tp_rank * logits.shape[1]
         real = real_rows(self._model.vocab_size, logits.shape[1], tp_rank)
@@ -123,20 +134,20 @@ class Scorer:
         best = best + first
         if tp > 1:
             dist.all_reduce(targets, group=self._topology.tp_group)
-            log_total = torch.logsumexp(self._gathered(log_total), dim=0)
-            # Of equal ones the first rank's is taken, as on one device the first of equals is.
-            leader = self._gathered(top).max(dim=0).indices
-            best = self._gathered(best).gather(0, leader[None])[0]
+            log_total = torch.logsumexp(self._all_gather(log_total), dim=0)
+            # Ties go to the lowest rank, as they go to the lowest index on a single device.
+            leader = self._all_gather(top).max(dim=0).indices
+            best = self._all_gather(best).gather(0, leader[None])[0]
         return targets - log_total[owners], best
 
-    def _gathered(self, values: Tensor) -> Tensor:
-        """(tp, ...) of all tensor-parallel ranks."""
+    def _all_gather(self, values: Tensor) -> Tensor:
+        """Stack the values of all tensor-parallel ranks to (tp, ...)."""
         parts = [torch.empty_like(values) for _ in range(self._topology.tp)]
         dist.all_gather(parts, values.contiguous(), group=self._topology.tp_group)
         return torch.stack(parts)
 
-    def _padded(self, sequences: list[list[int]]) -> Tensor:
-        """(B, S) int64; what stands after a sequence is seen by none of its tokens."""
+    def _pad(self, sequences: list[list[int]]) -> Tensor:
+        """Right-pad to (B, S) int64; under causal attention no token sees the padding."""
         length = max(map(len, sequences))
         rows = [sequence + [0] * (length - len(sequence)) for sequence in sequences]
         return torch.tensor(rows, device=self._topology.device)

@@ -1,4 +1,4 @@
-"""A checkpoint as a model that only computes forward: any layout in, any tensor parallelism out."""
+"""Load a checkpoint of any layout into a forward-only model with any tensor parallelism."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from megagrow.checkpoint.source import Source
 from megagrow.config.schema import ModelConfig
 from megagrow.config.sections import KernelsConfig
 from megagrow.errors import DataError
-from megagrow.evaluation.tokenizer import Texts, open_texts
+from megagrow.evaluation.tokenizer import EvalTokenizer, open_tokenizer
 from megagrow.formats.open_source import find_source, open_found
 from megagrow.model.backends import KernelWorkload, choose
 from megagrow.model.llama import HeadLoss, LlamaForCausalLM
@@ -31,56 +31,57 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model and what its texts are written in; for `scores.Scorer`."""
+class LoadedModel:
+    """Model and tokenizer; a `ForwardModel` of `logprobs.ModelScorer`."""
 
     model: LlamaForCausalLM
-    texts: Texts
+    tokenizer: EvalTokenizer
     path: Path
-    """What was read: a checkpoint or a Hugging Face folder."""
+    """Source: a checkpoint or a Hugging Face folder."""
     run: dict[str, Any] | None
-    """Where its run stood; None if it comes from no run."""
+    """State of the run that saved it; None if the source belongs to no run."""
 
     @property
     def vocab_size(self) -> int:
         return self.model.config.vocab_size
 
-    def pass_through(self, ids: Tensor, head: HeadLoss) -> None:
+    def forward_head(self, ids: Tensor, head: HeadLoss) -> None:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         self.model(ids, positions, None, None, head)
 
     def finish(self) -> None:
-        """Nothing: no pass waits for another data-parallel rank."""
+        """Do nothing: no pass waits for another data-parallel rank."""
 
 
-def load(
+def load_model(
     path: Path, topology: Topology, tokenizer: str | None = None, dtype: str | None = None
-) -> Loaded:
-    """The model at `path` (a checkpoint, a run's newest, a Hugging Face folder); all ranks call it.
+) -> LoadedModel:
+    """Load the model at `path`: a checkpoint, a run directory (its newest checkpoint) or a Hugging
+    Face folder. Collective.
 
-    `dtype` is float32 or bfloat16; by default the former on CPUs and the latter on GPUs.
-    InputError for a damaged source, one without a tokenizer, one whose new parts still stand behind
-    masks, and a tensor parallelism that does not divide the model.
+    `dtype` is `float32` or `bfloat16`; the default is float32 on a CPU and bfloat16 on a GPU.
+    Raises InputError if the source is damaged, has no tokenizer or has growth masks that are still
+    ramping, and if the tensor-parallel size does not divide the model.
     """
-    found = run_on_rank_zero(lambda: find_source(path, lambda _: None))
-    return run_on_all_ranks(lambda: _load(found, topology, tokenizer, dtype))
+    source_path = run_on_rank_zero(lambda: find_source(path, lambda _: None))
+    return run_on_all_ranks(lambda: _load(source_path, topology, tokenizer, dtype))
 
 
-def _load(found: Path, topology: Topology, tokenizer: str | None, dtype: str | None) -> Loaded:
-    source = open_found(found)
+def _load(path: Path, topology: Topology, tokenizer: str | None, dtype: str | None) -> LoadedModel:
+    source = open_found(path)
     if still_masked(source):
         raise DataError(
-            f"{source.path}: parts of it still stand behind masks, without which it is another "
+            f"{source.path}: growth masks are still ramping, and without them it is a different "
             "model; evaluate a later checkpoint"
         )
     _check_divides(source.model, topology.tp)
-    texts = _texts(source, tokenizer)
-    numbers = _dtype(dtype, topology.device)
-    return Loaded(build(source, topology, numbers), texts, source.path, source.run)
+    texts = _open_tokenizer(source, tokenizer)
+    model = build_model(source, topology, _dtype(dtype, topology.device))
+    return LoadedModel(model, texts, source.path, source.run)
 
 
-def build(source: Source, topology: Topology, dtype: torch.dtype) -> LlamaForCausalLM:
-    """This rank's tensor-parallel share of the model, its weights read from the source's files."""
+def build_model(source: Source, topology: Topology, dtype: torch.dtype) -> LlamaForCausalLM:
+    """Build this rank's tensor-parallel shard of the model, with weights read from the source."""
     plan = parameter_plan(source.model, topology.tp)
     with torch.device("meta"):
         model = LlamaForCausalLM(source.model, ops=_ops(source.model, dtype, topology.device))
@@ -105,21 +106,21 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
-        raise DataError(f"dtype {name}: should be one of {', '.join(DTYPES)}")
+        raise DataError(f"dtype {name}: must be one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
-def _texts(source: Source, given: str | None) -> Texts:
-    name = given or named_tokenizer(source)
+def _open_tokenizer(source: Source, override: str | None) -> EvalTokenizer:
+    name = override or named_tokenizer(source)
     if name is None:
-        raise DataError(f"{source.path}: names no tokenizer; give one with --tokenizer")
-    if given is None and not Path(name).exists():
-        raise DataError(f"{name}, the tokenizer of its run, is not here; give --tokenizer")
-    return open_texts(str(name), source.model.vocab_size)
+        raise DataError(f"{source.path}: the source names no tokenizer; pass one with --tokenizer")
+    if override is None and not Path(name).exists():
+        raise DataError(f"{name}: the tokenizer of the run does not exist; pass --tokenizer")
+    return open_tokenizer(str(name), source.model.vocab_size)
 
 
 def _check_divides(model: ModelConfig, tp: int) -> None:
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         size = getattr(model, name)
         if size % tp != 0:
-            raise DataError(f"--tp {tp} does not divide the model's {name} {size}")
+            raise DataError(f"--tp {tp} does not divide the model's {name} = {size}")

@@ -1,4 +1,4 @@
-"""The model that is being trained, evaluated where it lies: no weight is moved or copied."""
+"""Evaluation of the model in training, in place: no weight is moved or copied."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from megagrow.config.schema import RunConfig
 from megagrow.config.sections import EvaluationConfig
-from megagrow.evaluation.lm import Evaluated
-from megagrow.evaluation.logprobs import Scorer
-from megagrow.evaluation.preflight import rehearse
+from megagrow.evaluation.lm import LMAdapter
+from megagrow.evaluation.logprobs import ModelScorer
+from megagrow.evaluation.preflight import check_tasks
 from megagrow.evaluation.runner import Results, evaluate
 from megagrow.evaluation.tasks import load_tasks
-from megagrow.evaluation.tokenizer import RememberedTexts, Texts, open_texts
+from megagrow.evaluation.tokenizer import CachedTokenizer, EvalTokenizer, open_tokenizer
 from megagrow.model.llama import HeadLoss
 from megagrow.model.masks import Masks
 from megagrow.parallel.agreement import run_on_all_ranks
@@ -25,8 +25,9 @@ from megagrow.train.stage import Stage
 
 
 @dataclass(frozen=True)
-class LiveModel:
-    """A stage's engine and its masks of now, for `scores.Scorer`; the engine is in evaluation."""
+class StageModel:
+    """Engine of a stage, in evaluation mode, with its current masks; a `ForwardModel` of
+    `logprobs.ModelScorer`."""
 
     stage: Stage
     masks: Masks | None
@@ -35,27 +36,27 @@ class LiveModel:
     def vocab_size(self) -> int:
         return self.stage.config.model.vocab_size
 
-    def pass_through(self, ids: Tensor, head: HeadLoss) -> None:
-        """One pass; under ZeRO-3 the other data-parallel ranks make one at the same time."""
-        self._anybody(True)
+    def forward_head(self, ids: Tensor, head: HeadLoss) -> None:
+        """Run one pass; under ZeRO-3 the other data-parallel ranks run one at the same time."""
+        self._any_rank_working(True)
         self._forward(ids, head)
 
     def finish(self) -> None:
-        """Makes passes for nothing as long as others make some: ZeRO-3 gathers weights in each of
-        them."""
-        while self._anybody(False):
-            nothing = torch.zeros(1, 1, dtype=torch.int64, device=self.stage.topology.device)
-            self._forward(nothing, _nothing)
+        """Run dummy passes while other ranks run passes: under ZeRO-3 every rank takes part in the
+        all-gather of weights."""
+        while self._any_rank_working(False):
+            dummy = torch.zeros(1, 1, dtype=torch.int64, device=self.stage.topology.device)
+            self._forward(dummy, _empty_head)
 
     def _forward(self, ids: Tensor, head: HeadLoss) -> None:
         parallel = self.stage.config.parallel
-        if parallel.sequence_parallel:  # it cuts sequences into equal parts
+        if parallel.sequence_parallel:  # needs a length divisible by the tensor-parallel size
             ids = F.pad(ids, (0, -ids.shape[1] % parallel.tensor_model_parallel_size))
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         self.stage.engine.forward(ids, positions, None, self.masks, head)
 
-    def _anybody(self, working: bool) -> bool:
-        """Whether a rank is at a pass on which this one has to work too."""
+    def _any_rank_working(self, working: bool) -> bool:
+        """Return True if a rank runs a pass in which this rank has to take part."""
         topology = self.stage.topology
         if self.stage.config.parallel.zero_stage < 3:
             return working
@@ -64,36 +65,36 @@ class LiveModel:
         return vote.item() > 0
 
 
-def _nothing(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
+def _empty_head(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
     return hidden_BSD.new_zeros(())
 
 
-class LiveEvaluation:
-    """Evaluates the stages of a run: a `during.Evaluation`.
+class OnlineEvaluation:
+    """Evaluation of the stages of a run: an `evaluator.Evaluation`.
 
-    Errors: InputError as `during.open_evaluation` says.
+    The constructor is collective and raises InputError as `evaluator.open_evaluation`.
     """
 
     def __init__(self, run: RunConfig, config: EvaluationConfig, device: torch.device) -> None:
         self._config = config
         self._tasks = run_on_all_ranks(partial(load_tasks, tuple(config.tasks), config.data_dir))
-        self._texts = run_on_all_ranks(partial(_open_texts, run))
+        self._tokenizer = run_on_all_ranks(partial(_open_tokenizer, run))
         length = min(stage.model.max_position_embeddings for stage in run.stages)
-        rehearse(self._tasks, config, self._texts, length, device)
+        check_tasks(self._tasks, config, self._tokenizer, length, device)
 
     def __call__(
         self, stage: Stage, masks: Masks | None, begin: Callable[[str], None]
     ) -> dict[str, Any]:
         stage.engine.train(False)
-        found = self._found(stage, masks, begin)
+        results = self._evaluate(stage, masks, begin)
         stage.engine.train()
-        return found
+        return results
 
     @torch.no_grad()
-    def _found(self, stage: Stage, masks: Masks | None, begin: Callable[[str], None]) -> Results:
-        model = Evaluated(
-            Scorer(LiveModel(stage, masks), stage.topology),
-            self._texts,
+    def _evaluate(self, stage: Stage, masks: Masks | None, begin: Callable[[str], None]) -> Results:
+        model = LMAdapter(
+            ModelScorer(StageModel(stage, masks), stage.topology),
+            self._tokenizer,
             stage.topology,
             stage.config.model.max_position_embeddings,
             self._config.batch_size,
@@ -101,5 +102,5 @@ class LiveEvaluation:
         return evaluate(model, self._tasks, self._config.limit, begin)
 
 
-def _open_texts(run: RunConfig) -> Texts:
-    return RememberedTexts(open_texts(str(run.data.tokenizer), run.stages[0].model.vocab_size))
+def _open_tokenizer(run: RunConfig) -> EvalTokenizer:
+    return CachedTokenizer(open_tokenizer(str(run.data.tokenizer), run.stages[0].model.vocab_size))

@@ -1,7 +1,7 @@
-"""Results of `megagrow eval` that stay in the directory of the checkpoint's run, for its report.
+"""Results of `megagrow eval`, stored in the run directory of the checkpoint for the run's report.
 
-RUN/evaluations/step-N.json holds what `--output` writes. It says where the run stood, as the
-records of evaluations during the run do.
+RUN/evaluations/step-N.json has the format of `--output`. Like the records of evaluations during the
+run, it contains the run's step, tokens, FLOPs and elapsed seconds at the checkpoint.
 """
 
 import json
@@ -17,13 +17,16 @@ from megagrow.train.train_state import RunState
 
 FOLDER = "evaluations"
 
-Kept = dict[str, Any]
+StoredResults = dict[str, Any]
 """{"checkpoint", "step", "tokens", "flops", "elapsed_seconds", "limit", "results", "average"}."""
 
 
-def standing(run: dict[str, Any] | None) -> dict[str, Any]:
-    """What had been used up when a checkpoint was saved, from what it says of its run; empty where
-    it comes from none. InputError if that is damaged."""
+def run_counters(run: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the step, tokens, FLOPs and elapsed seconds at which a checkpoint was saved.
+
+    `run` is the run state in the checkpoint. The result is empty if it is None. Raises InputError
+    if the run state is damaged.
+    """
     if run is None:
         return {}
     counters = RunState.from_json(run).counters
@@ -32,65 +35,68 @@ def standing(run: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def run_of(checkpoint: Path) -> Path | None:
-    """The directory of the run that a checkpoint was saved by and still lies in; else None."""
+def find_run(checkpoint: Path) -> Path | None:
+    """Return the run directory that contains the checkpoint, or None if there is none."""
     folder = checkpoint.resolve().parent
-    here = checkpoint.resolve() in list_checkpoints(folder)
-    return folder.parent if here and (folder.parent / METRICS_FILE).is_file() else None
+    is_listed = checkpoint.resolve() in list_checkpoints(folder)
+    return folder.parent if is_listed and (folder.parent / METRICS_FILE).is_file() else None
 
 
-def keep(found: Kept, run: Path, average: Callable[[dict[str, Any]], float | None]) -> Path:
-    """Writes results into a run's directory, and returns the file's path.
+def store_results(
+    results: StoredResults, run: Path, average: Callable[[dict[str, Any]], float | None]
+) -> Path:
+    """Write results into a run directory and return the file's path.
 
-    Other tasks that were evaluated on the same checkpoint before, with the same limit, stay; the
-    average is taken over all of them. InputError if the file cannot be read or written.
+    Results of other tasks on the same checkpoint with the same limit are kept; the average is then
+    taken over all tasks. Raises InputError if the file cannot be read or written.
     """
-    path = run / FOLDER / f"{checkpoint_name(found['step'])}.json"
+    path = run / FOLDER / f"{checkpoint_name(results['step'])}.json"
     if path.exists():
-        before = read_kept(path)
-        if all(before.get(key) == found[key] for key in ("limit", "tokens", "elapsed_seconds")):
-            results = {**before["results"], **found["results"]}
-            found = {**found, "results": results, "average": average(results)}
-    write(path, found)
+        previous = read_stored(path)
+        if all(previous.get(key) == results[key] for key in ("limit", "tokens", "elapsed_seconds")):
+            merged = {**previous["results"], **results["results"]}
+            results = {**results, "results": merged, "average": average(merged)}
+    write_results(path, results)
     return path
 
 
-def write(path: Path, found: Kept) -> None:
-    """Writes results as JSON, whole or not at all. InputError if they cannot be."""
-    new = path.with_name(f"{path.name}.tmp")
+def write_results(path: Path, results: StoredResults) -> None:
+    """Write results as JSON atomically. Raises InputError if the file cannot be written."""
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(finite(found), indent=2, allow_nan=False) + "\n", "utf-8")
-        new.replace(path)
+        temporary.write_text(json.dumps(finite(results), indent=2, allow_nan=False) + "\n", "utf-8")
+        temporary.replace(path)
     except OSError as error:
-        new.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise unwritable(path, error) from error
 
 
-def kept_files(run: Path) -> list[Path]:
-    """The files of a run's directory, by their steps."""
+def stored_files(run: Path) -> list[Path]:
+    """Return the result files of a run directory, sorted by step."""
     return sorted((run / FOLDER).glob("step-*.json"))
 
 
-def forget_after(run: Path, step: int) -> None:
-    """Removes the results of checkpoints later than `step`; with step -1 all of them.
+def remove_stored_after(run: Path, step: int) -> None:
+    """Remove the results of checkpoints later than `step`; of all checkpoints if `step` is -1.
 
-    For a run that goes on from there, or begins anew: so are its records. OSError if it cannot.
+    Called when a run resumes from `step` or restarts; its records are truncated the same way.
+    Raises OSError if a file cannot be removed.
     """
-    for path in kept_files(run):
+    for path in stored_files(run):
         if step < 0 or path.stem > checkpoint_name(step):
             path.unlink()
 
 
-def read_kept(path: Path) -> Kept:
-    """The results in a file. InputError, naming it, if it holds none."""
-    found = read_json(path)
-    counts = [type(found.get(key)) is int for key in ("step", "tokens")]
-    numbers = [isinstance(found.get(key), int | float) for key in ("flops", "elapsed_seconds")]
-    results = found.get("results")
-    whole = isinstance(results, dict) and all(isinstance(one, dict) for one in results.values())
-    if not (all(counts) and all(numbers) and whole):
+def read_stored(path: Path) -> StoredResults:
+    """Read a result file. Raises InputError, with the path, if it has another format."""
+    stored = read_json(path)
+    counts = [type(stored.get(key)) is int for key in ("step", "tokens")]
+    numbers = [isinstance(stored.get(key), int | float) for key in ("flops", "elapsed_seconds")]
+    results = stored.get("results")
+    valid = isinstance(results, dict) and all(isinstance(one, dict) for one in results.values())
+    if not (all(counts) and all(numbers) and valid):
         raise DataError(
-            f"{path}: not as megagrow eval has written it; evaluate again, or remove it"
+            f"{path}: not in the format of megagrow eval; evaluate again or remove the file"
         )
-    return found
+    return stored

@@ -1,4 +1,4 @@
-"""Runs lm-eval on a model, and its results as plain numbers."""
+"""Run lm-eval on a model and return its results as plain numbers."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from typing import Any
 import lm_eval.api.task
 from lm_eval.evaluator import evaluate as run_lm_eval
 
-from megagrow.evaluation.lm import Evaluated
+from megagrow.evaluation.lm import LMAdapter
 from megagrow.evaluation.tasks import Tasks
 
 ACCURACIES = ("acc", "acc_norm")
@@ -19,56 +19,60 @@ Results = dict[str, Any]
 
 
 def evaluate(
-    model: Evaluated,
+    model: LMAdapter,
     tasks: Tasks,
     limit: int | None,
     begin: Callable[[str], None] = lambda task: None,
 ) -> Results:
-    """The metrics of each task and the average of the accuracies; all ranks together.
+    """Return the metrics of each task and the average accuracy. Collective.
 
-    `limit` is the number of documents of each task, None for all; `begin` hears of each task.
-    InputError where a task asks what cannot be answered.
+    `limit` is the number of documents per task, None for all. `begin` is called with the name of
+    each task before it starts. Raises InputError if a task contains a request that cannot be
+    answered.
     """
     results = {}
     for name, task in tasks.items():
         begin(name)
         with _without_bars():
-            found = run_lm_eval(
+            report = run_lm_eval(
                 lm=model,
                 task_dict={"tasks": {name: task}, "groups": {}, "group_map": {}},
                 limit=limit,
-                bootstrap_iters=0,  # it would fork processes for the error of a perplexity
+                bootstrap_iters=0,  # bootstrapping forks processes
                 log_samples=False,
             )
-        results[name] = _plain(found["results"][name], found["n-samples"][name]["effective"])
+        results[name] = _plain(report["results"][name], report["n-samples"][name]["effective"])
     return {"results": results, "average": average(results)}
 
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """lm-eval shows one for the making of each task's requests, and cannot be told not to."""
-    shown = lm_eval.api.task.tqdm
-    lm_eval.api.task.tqdm = partial(shown, disable=True)
+    """Disable the progress bar of lm-eval's request building, which has no option for it."""
+    original = lm_eval.api.task.tqdm
+    lm_eval.api.task.tqdm = partial(original, disable=True)
     try:
         yield
     finally:
-        lm_eval.api.task.tqdm = shown
+        lm_eval.api.task.tqdm = original
 
 
 def average(results: dict[str, dict[str, float]]) -> float | None:
-    """The plain mean over tasks of the accuracy, normalised by length where a task has both; None
-    without any. Du et al. 2024 average the same seven tasks, and do not say which accuracy."""
-    found = [
+    """Return the unweighted mean accuracy over the tasks, or None if no task has an accuracy.
+
+    The length-normalized accuracy `acc_norm` is used if a task has one. Du et al. 2024 average the
+    same seven tasks but do not specify which accuracy.
+    """
+    accuracies = [
         metrics.get("acc_norm", metrics.get("acc"))
         for metrics in results.values()
         if "acc" in metrics
     ]
-    values = [value for value in found if value is not None]
+    values = [value for value in accuracies if value is not None]
     return sum(values) / len(values) if values else None
 
 
 def _plain(metrics: dict[str, Any], samples: int) -> dict[str, float]:
-    """lm-eval's `acc,none` as `acc`; accuracies with the standard error of a share."""
+    """Rename lm-eval's `acc,none` to `acc` and add the binomial standard error of accuracies."""
     out: dict[str, float] = {}
     for name, value in metrics.items():
         metric, comma, _ = name.partition(",")

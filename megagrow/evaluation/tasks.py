@@ -1,7 +1,6 @@
-"""lm-eval's tasks by name: from the hub as lm-eval loads them, or the tasks of `gstack` from files.
+"""lm-eval tasks by name, with documents from the hub or, for the `gstack` tasks, from local files.
 
-Prompts, choices and metrics are lm-eval's own in both cases; only where the documents come from
-differs.
+Prompts, choices and metrics are lm-eval's in both cases; only the source of the documents differs.
 """
 
 import logging
@@ -17,10 +16,10 @@ from megagrow.errors import DataError
 from megagrow.evaluation.local_data import Doc, read_documents
 
 GROUP = "gstack"
-"""The tasks of Du et al. 2024."""
+"""Name of the group of tasks of Du et al. 2024."""
 
 OWN_TASKS = Path(__file__).with_name("tasks")
-"""Definitions that lm-eval reads beside its own."""
+"""Task definitions that lm-eval reads in addition to its own."""
 
 _FOLDERS = {
     "lambada_openai": "lambada",
@@ -32,34 +31,34 @@ _FOLDERS = {
     "winogrande": "winogrande",
     "wikitext": "wikitext",
 }
-"""The tasks of the group, and where lm-eval defines each: reading all its tasks takes seconds."""
+"""Tasks of the group and lm-eval's folder of each; loading all of lm-eval's tasks takes seconds."""
 
-
-_NOT_DONE = {"UNSAFE_CODE": "runs code that a model wrote", "MULTIMODAL": "shows images"}
-"""What lm-eval says of a task, and what that means."""
+_UNSUPPORTED = {
+    "UNSAFE_CODE": "it runs code written by a model",
+    "MULTIMODAL": "it contains images",
+}
+"""lm-eval's attributes of unsupported tasks, and the reason in the error message."""
 
 Tasks = dict[str, Any]
-"""lm-eval's tasks by their names."""
+"""lm-eval task objects by name."""
 
 
 def load_tasks(names: tuple[str, ...], data_dir: Path | None) -> Tasks:
-    """What lm-eval evaluates; a name that stands for several tasks gives each of them.
+    """Load tasks; the name of a group loads each of its tasks.
 
-    Errors: InputError for a name that is not known, data that is missing in `data_dir`, data that
-    cannot be had from the hub, and tasks that a language model is not enough for.
+    Raises InputError if a name is unknown, if data is missing in `data_dir` or cannot be downloaded
+    from the hub, and if a task is unsupported.
     """
-    for name in ("lm_eval", "huggingface_hub"):  # they warn of own tasks, and of each attempt
-        logging.getLogger(name).setLevel(logging.ERROR)
-    asked = tuple(dict.fromkeys(name for given in names for name in _members(given)))
-    found: Tasks = _from_hub(asked) if data_dir is None else _from_files(asked, data_dir)
-    for name, task in found.items():
-        for trait, what in (
-            ("UNSAFE_CODE", "runs code of a model"),
-            ("MULTIMODAL", "shows images"),
-        ):
-            if getattr(task, trait, False):
-                raise DataError(f"task {name}: it {what}, which is not done here")
-    return found
+    # They warn about own task definitions and about each failed download attempt.
+    for logger in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    members = tuple(dict.fromkeys(task for name in names for task in _members(name)))
+    tasks: Tasks = _from_hub(members) if data_dir is None else _from_files(members, data_dir)
+    for name, task in tasks.items():
+        for attribute, reason in _UNSUPPORTED.items():
+            if getattr(task, attribute, False):
+                raise DataError(f"task {name} is not supported: {reason}")
+    return tasks
 
 
 def _members(name: str) -> tuple[str, ...]:
@@ -70,31 +69,31 @@ def _from_hub(names: tuple[str, ...]) -> Any:
     manager = TaskManager(include_path=str(OWN_TASKS))
     for name in names:
         if name not in manager.task_index:
-            raise DataError(f"task {name}: lm-eval knows none of this name; see lm-eval ls tasks")
+            raise DataError(f"task {name}: lm-eval has no task of this name; see lm-eval ls tasks")
     try:
         return manager.load(list(names))["tasks"]
-    except Exception as error:  # datasets and the hub's client raise whatever they stumble over
+    except Exception as error:  # datasets and the hub's client raise exceptions of any type
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise DataError(
-            f"tasks {', '.join(names)}: no data from the hub: {reason}; local files need none "
-            "(data_dir)"
+            f"tasks {', '.join(names)}: cannot load data from the hub: {reason}; set data_dir to "
+            "use local files"
         ) from error
 
 
 def _from_files(names: tuple[str, ...], data_dir: Path) -> Any:
     for name in names:
         if name not in _FOLDERS:
-            known = ", ".join((GROUP, *_FOLDERS))
-            raise DataError(f"task {name}: from local files there are {known}")
-    found = {name: read_documents(name, data_dir) for name in names}
+            available = ", ".join((GROUP, *_FOLDERS))
+            raise DataError(f"task {name} cannot be read from local files; available: {available}")
+    documents = {name: read_documents(name, data_dir) for name in names}
     folders = {Path(lm_eval.tasks.__file__).parent / _FOLDERS[name] for name in names}
     manager = TaskManager(include_defaults=False, include_path=sorted(map(str, folders)))
-    tasks = [{"task": name, "custom_dataset": _splits(docs)} for name, docs in found.items()]
+    tasks = [{"task": name, "custom_dataset": _splits(docs)} for name, docs in documents.items()]
     loaded = manager.load([{"group": "local", "task": tasks}])
     return loaded["tasks"]
 
 
 def _splits(docs: list[Doc]) -> Callable[..., dict[str, Dataset]]:
-    """What lm-eval calls to get a task's documents: the same ones, whichever split it evaluates."""
-    made = Dataset.from_list(docs)
-    return lambda **_: dict.fromkeys(("train", "validation", "test"), made)
+    """Return a function that lm-eval calls for a task's splits: the same documents in each."""
+    dataset = Dataset.from_list(docs)
+    return lambda **_: dict.fromkeys(("train", "validation", "test"), dataset)

@@ -1,1 +1,1 @@
-"""Guidelines fitted to runs of one's own: when to grow, by how much, what it saves."""
+"""Growth guidelines fitted to a user's runs: growth timing, growth factor and FLOP savings."""

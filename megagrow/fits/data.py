@@ -1,4 +1,4 @@
-"""What `megagrow fit` reads: points, here out of a CSV file (`fit_runs`: out of finished runs)."""
+"""Data points of `megagrow fit` and their CSV reader; `fits.runs` reads them from finished runs."""
 
 import csv
 import math
@@ -14,25 +14,28 @@ RunKind = Literal["scratch", "grown"]
 
 @dataclass(frozen=True, slots=True)
 class IsoPoint:
-    """The loss that one choice has reached at one size and budget."""
+    """Loss of one choice of d or g at one model size and FLOP budget (IsoFLOP)."""
 
     parameters: float
-    """N, of the grown model, outside its embeddings."""
+    """N, non-embedding parameters of the grown model."""
     flops: float
     """C, the budget."""
     choice: float
-    """Positive: d, the base's tokens, or g, the growth factor."""
+    """d, training tokens of the base, or g, the growth factor; positive."""
     loss: float
+    """Nats per token."""
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ScalingPoint:
-    """The loss that a run from scratch, or one that grew, has reached with a budget."""
+    """Final loss of a run from scratch or of a grown run at one FLOP budget."""
 
     kind: RunKind
     flops: float
+    """C, base included."""
     loss: float
+    """Nats per token."""
     seed: int = 0
 
 
@@ -41,16 +44,17 @@ Point = TypeVar("Point", IsoPoint, ScalingPoint)
 
 @dataclass(frozen=True, slots=True)
 class Data(Generic[Point]):
-    """Points, and what was left out of them."""
+    """Points and notes about excluded data."""
 
     source: str
-    """Named in errors."""
+    """File or directories, for error messages."""
     points: tuple[Point, ...]
     notes: tuple[str, ...] = ()
+    """Messages about excluded points."""
 
 
-def csv_of(sources: Sequence[Path]) -> Path | None:
-    """The CSV file, where `sources` is one; None where all are directories.
+def find_csv(sources: Sequence[Path]) -> Path | None:
+    """Return the CSV file if `sources` is a single file, or None if all are directories.
 
     Raises InputError for anything else.
     """
@@ -58,39 +62,41 @@ def csv_of(sources: Sequence[Path]) -> Path | None:
         return sources[0]
     for source in sources:
         if not source.is_dir():
-            given = "is a file: give one CSV file, or" if source.is_file() else "is not there: give"
-            raise DataError(f"{source}: {given} directories of finished runs")
+            if source.is_file():
+                raise DataError(
+                    f"{source} is a file: pass either one CSV file or directories of finished runs"
+                )
+            raise DataError(f"{source} does not exist: pass directories of finished runs")
     return None
 
 
-def read_iso_csv(path: Path, column: str, least: float) -> Data[IsoPoint]:
-    """The points of a CSV with columns parameters, flops, `column`, loss and perhaps seed.
+def read_iso_csv(path: Path, column: str, lower_bound: float) -> Data[IsoPoint]:
+    """Read a CSV file with columns parameters, flops, `column`, loss and optionally seed.
 
-    Rows whose choice is `least` or less have no place on the log axis (d = 0, training from
-    scratch) or are no growth (g = 1): they are left out, with a note. Raises InputError, which
-    names file, line and column.
+    Rows whose choice is not above `lower_bound` are excluded with a note: d = 0 (training from
+    scratch) has no logarithm, and g = 1 is no growth. Raises InputError with file, line and column.
     """
-    points, out = [], 0
+    points, excluded = [], 0
     for row in _rows(path, ("parameters", "flops", column, "loss")):
         point = IsoPoint(
             row.positive("parameters"),
             row.positive("flops"),
-            row.not_negative(column),
+            row.non_negative(column),
             row.positive("loss"),
             row.seed(),
         )
-        if point.choice > least:
+        if point.choice > lower_bound:
             points.append(point)
         else:
-            out += 1
-    notes = [f"{out} points with {column} of {least:g} or less left out"] if out else []
+            excluded += 1
+    notes = [f"{excluded} points with {column} <= {lower_bound:g} excluded"] if excluded else []
     return Data(str(path), tuple(points), tuple(notes))
 
 
 def read_scaling_csv(path: Path) -> Data[ScalingPoint]:
-    """The points of a CSV with columns kind (scratch or grown), flops, loss and perhaps seed.
+    """Read a CSV file with columns kind (scratch or grown), flops, loss and optionally seed.
 
-    Raises InputError, which names file, line and column.
+    Raises InputError with file, line and column.
     """
     points = [
         ScalingPoint(row.kind(), row.positive("flops"), row.positive("loss"), row.seed())
@@ -100,34 +106,42 @@ def read_scaling_csv(path: Path) -> Data[ScalingPoint]:
 
 
 def parse_budgets(text: str) -> tuple[float, ...]:
-    """The FLOPs of `1e17,2e17`, sorted. Raises InputError."""
-    found = set()
+    """Parse a list of FLOPs such as `1e17,2e17` and return it sorted, without duplicates.
+
+    Raises InputError if an entry is not a positive number.
+    """
+    budgets = set()
     for word in text.split(","):
         value = _number(word)
         if value is None or value <= 0:
-            raise DataError(f"--budgets: {word.strip()!r} is no number of FLOPs; write 1e17,2e17")
-        found.add(value)
-    return tuple(sorted(found))
+            raise DataError(
+                f"--budgets: {word.strip()!r} is not a positive number of FLOPs; use a list such "
+                "as 1e17,2e17"
+            )
+        budgets.add(value)
+    return tuple(sorted(budgets))
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One line of a CSV."""
+    """One line of a CSV file."""
 
     place: str
+    """File and line number, for error messages."""
     cells: dict[str, str]
+    """Cells by column name."""
 
-    def not_negative(self, column: str) -> float:
+    def non_negative(self, column: str) -> float:
         text = self.cells[column]
         value = _number(text)
         if value is None:
-            raise DataError(f"{self.place}, column '{column}': {text!r} is no finite number")
+            raise DataError(f"{self.place}, column '{column}': {text!r} is not a finite number")
         if value < 0:
             raise DataError(f"{self.place}, column '{column}': {text} is negative")
         return value
 
     def positive(self, column: str) -> float:
-        value = self.not_negative(column)
+        value = self.non_negative(column)
         if value == 0:
             raise DataError(f"{self.place}, column '{column}': 0 is not positive")
         return value
@@ -137,8 +151,8 @@ class _Row:
         try:
             return int(text)
         except ValueError as error:
-            what = f"{self.place}, column 'seed': {text!r} is no whole number"
-            raise DataError(what) from error
+            message = f"{self.place}, column 'seed': {text!r} is not an integer"
+            raise DataError(message) from error
 
     def kind(self) -> RunKind:
         text = self.cells["kind"].strip()
@@ -149,31 +163,32 @@ class _Row:
         raise DataError(f"{self.place}, column 'kind': {text!r} is neither scratch nor grown")
 
 
-def _rows(path: Path, needed: Sequence[str]) -> list[_Row]:
-    """The lines below the header; columns that are not asked for may stand there."""
+def _rows(path: Path, required: Sequence[str]) -> list[_Row]:
+    """Read the non-empty lines below the header; additional columns are ignored."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = [name.strip() for name in next(reader, [])]
-            _check_header(path, header, needed)
+            _check_header(path, header, required)
             rows = [_row(f"{path} line {reader.line_num}", header, cells) for cells in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: is no CSV file that can be read ({error})") from error
-    found = [row for row in rows if row.cells]
-    if not found:
-        raise DataError(f"{path}: no line below its header; give at least one point")
-    return found
+        raise DataError(f"{path}: not a readable CSV file ({error})") from error
+    rows = [row for row in rows if row.cells]
+    if not rows:
+        raise DataError(f"{path}: no lines below the header; at least one point is required")
+    return rows
 
 
-def _check_header(path: Path, header: Sequence[str], needed: Sequence[str]) -> None:
-    for name in needed:
+def _check_header(path: Path, header: Sequence[str], required: Sequence[str]) -> None:
+    for name in required:
         if name not in header:
             raise DataError(
-                f"{path} line 1: column '{name}' is missing; needed are {', '.join(needed)}"
+                f"{path} line 1: column '{name}' is missing; required columns: "
+                f"{', '.join(required)}"
             )
-    for name in (*needed, "seed"):
+    for name in (*required, "seed"):
         if header.count(name) > 1:
-            raise DataError(f"{path} line 1: column '{name}' stands there twice")
+            raise DataError(f"{path} line 1: column '{name}' is duplicated")
 
 
 def _row(place: str, header: Sequence[str], cells: Sequence[str]) -> _Row:

@@ -1,8 +1,8 @@
-"""How much to grow by, from one's own runs: the factor g of the least loss at equal FLOPs.
+"""Growth factor fitted to runs: the g with the lowest loss at equal FLOPs.
 
-The best g of each size and budget is the vertex of a parabola in log10 g (`fit_parabola`). The
-paper found no law in them worth using and recommends one g for all (section 4.2): so does this, by
-the weighted mean of log10 g, with an interval of Student's t.
+The best g of each size and budget is the vertex of a parabola in log10 g (`fits.parabola`). The
+paper found no useful law for them and recommends one g for all (section 4.2). Likewise, one g is
+fitted here as the weighted mean of log10 g, with a Student's t interval.
 """
 
 from collections.abc import Sequence
@@ -16,35 +16,36 @@ from megagrow.fits.least_squares import Constant
 from megagrow.fits.parabola import Parabola, accepted, fit_best, fit_parabolas
 
 PAPER_BEST = (2.0, 4.0)
-"""Where the paper's optimum lies; it recommends 4."""
+"""Range of the paper's optimum; the paper recommends 4."""
 
 
 @dataclass(frozen=True, slots=True)
 class FactorFit:
-    """The recommended growth factor."""
+    """Recommended growth factor."""
 
     log10_factor: Constant
     factor: float
     low: float | None
-    """Of the 95% interval; None with one vertex only."""
+    """Lower end of the 95% interval; None for a single vertex."""
     high: float | None
+    """Upper end of the 95% interval; None for a single vertex."""
     nearest_tried: float
-    """The factor among those tried that is nearest to it, on the log axis."""
+    """Nearest factor in the data, on the log axis."""
 
 
 def factor_parabolas(data: Data[IsoPoint]) -> list[Parabola]:
-    """Loss over log10 g, for each N and C."""
+    """Fit a parabola of the loss over log10 g for each N and C."""
     return fit_parabolas(data.points, "g")
 
 
 def fit_factor(data: Data[IsoPoint], parabolas: Sequence[Parabola]) -> FactorFit:
-    """One g out of the parabolas that have a best one. Raises InputError where none has."""
+    """Fit one g to the parabolas with a minimum. Raises InputError if there are none."""
     used = accepted(parabolas)
     if not used:
         raise DataError(
             f"{data.source}: no parabola has a best g ({parabolas[0].refused}); try more g"
             if parabolas
-            else f"{data.source}: no growth factor above 1; give at least 3"
+            else f"{data.source}: no growth factor above 1; at least 3 are required"
         )
     mean = fit_best(used, np.ones((len(used), 1))).constant(0)
     low, high = (None if end is None else 10**end for end in (mean.low, mean.high))

@@ -1,4 +1,4 @@
-"""Linear least squares and the intervals of what was fitted."""
+"""Linear least squares with confidence intervals of the fitted constants."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,9 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A fitted number with its standard error and 95% interval.
+    """Fitted constant with standard error and 95% interval.
 
-    None where there were only as many points as constants, so that nothing tells the error.
+    Error and interval are None if there are no degrees of freedom left to estimate them.
     """
 
     value: float
@@ -27,58 +27,58 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class LinearFit:
-    """y = X beta by weighted least squares."""
+    """Weighted least-squares solution of y = X beta."""
 
     values: Numbers
-    """beta (k,)."""
+    """beta, (k,) float64."""
     unit_covariance: Numbers
-    """Of beta (k, k), if a point of weight 1 has an error of variance 1."""
+    """Covariance of beta, (k, k) float64, for error variance 1 of a point of weight 1."""
     squares: float
-    """The weighted sum of squared residuals."""
-    freedom: int
-    """Points less constants."""
+    """Weighted sum of squared residuals."""
+    dof: int
+    """Degrees of freedom: number of points minus number of constants."""
 
     @property
     def variance(self) -> float | None:
-        """Of the error of a point of weight 1, as the residuals tell it."""
-        return self.squares / self.freedom if self.freedom else None
+        """Error variance of a point of weight 1, from the residuals; None if `dof` is 0."""
+        return self.squares / self.dof if self.dof else None
 
     def constant(self, index: int) -> Constant:
-        """One of the values with its interval."""
+        """Return `values[index]` with its interval."""
         if self.variance is None:
             return Constant(float(self.values[index]))
         error = float(np.sqrt(self.variance * self.unit_covariance[index, index]))
-        return with_interval(float(self.values[index]), error, self.freedom)
+        return with_interval(float(self.values[index]), error, self.dof)
 
 
-def fit_linear(design: Numbers, seen: Numbers, weights: Numbers | None = None) -> LinearFit:
-    """Fits `seen` (n,) = `design` (n, k) @ beta; `weights` (n,) are inverse variances, up to a
-    factor, and all 1 where none are given.
+def fit_linear(design: Numbers, observed: Numbers, weights: Numbers | None = None) -> LinearFit:
+    """Fit `observed` (n,) = `design` (n, k) @ beta.
 
-    Raises ValueError where the columns depend on each other: beta is then not identifiable.
+    `weights` (n,) are inverse variances up to a common factor; the default is 1 for all points.
+    Raises ValueError if the columns are linearly dependent, so that beta is not identifiable.
     """
-    root = np.sqrt(np.ones(len(seen)) if weights is None else weights)
+    root = np.sqrt(np.ones(len(observed)) if weights is None else weights)
     scaled = design * root[:, None]
-    # Columns of equal length: the rank is then that of the problem, not of its units.
+    # Normalized columns make the numerical rank independent of the units.
     lengths = np.sqrt((scaled**2).sum(axis=0))
     if not (lengths > 0).all():
         raise ValueError("a column is zero")
     scaled = scaled / lengths
-    values, _, rank, _ = lstsq(scaled, seen * root, cond=1e-10)
+    values, _, rank, _ = lstsq(scaled, observed * root, cond=1e-10)
     if rank < design.shape[1]:
-        raise ValueError("the columns depend on each other")
+        raise ValueError("the columns are linearly dependent")
     covariance = np.linalg.inv(scaled.T @ scaled) / np.outer(lengths, lengths)
-    residuals = seen * root - scaled @ values
-    freedom = len(seen) - design.shape[1]
-    return LinearFit(values / lengths, covariance, float(residuals @ residuals), freedom)
+    residuals = observed * root - scaled @ values
+    dof = len(observed) - design.shape[1]
+    return LinearFit(values / lengths, covariance, float(residuals @ residuals), dof)
 
 
-def with_interval(value: float, error: float, freedom: int) -> Constant:
-    """`value` with the 95% interval of Student's t for `freedom` degrees of freedom."""
-    reach = error * t_reach(freedom)
-    return Constant(value, error, value - reach, value + reach)
+def with_interval(value: float, error: float, dof: int) -> Constant:
+    """Return `value` with the 95% interval of Student's t for `dof` degrees of freedom."""
+    half_width = error * t_quantile(dof)
+    return Constant(value, error, value - half_width, value + half_width)
 
 
-def t_reach(freedom: int) -> float:
-    """How many standard errors a 95% interval reaches to each side."""
-    return float(student_t.ppf(0.5 + CONFIDENCE / 2, freedom))
+def t_quantile(dof: int) -> float:
+    """Return the half-width of a two-sided 95% interval in standard errors."""
+    return float(student_t.ppf(0.5 + CONFIDENCE / 2, dof))

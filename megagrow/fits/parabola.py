@@ -1,14 +1,14 @@
-"""The best choice of something positive at equal cost: the vertex of a parabola over its log10.
+"""Best positive choice at equal cost: vertex of a parabola over its log10.
 
-For each size N and budget C (IsoFLOP), loss = p0 + p1 x + p2 x^2 with x = log10 of what was tried
-(tokens of the base, growth factors), by least squares; the best x is -p1 / (2 p2) (Du et al. 2024,
-section 4.2). Its standard error is that of the delta method, with one variance of the losses for
-all parabolas together: each alone has too few points to tell its own.
+For each size N and budget C (IsoFLOP), loss = p0 + p1 x + p2 x^2 is fitted by least squares, with x
+= log10 of the choice (base tokens d or growth factor g). The best x is -p1 / (2 p2) (Du et al.
+2024, section 4.2). Its standard error follows from the delta method, with one pooled variance of
+the losses: a single parabola has too few points to estimate its own.
 
-What the best choices follow is fitted by least squares, each weighted by the inverse variance that
-it would have if it were where the fit says, and all parabolas bent alike. By its own bend and place
-a vertex would weigh the more the more its noise has bent it, and moved it to the middle of what was
-tried: the fit would be drawn there.
+A law for the best choices is fitted by weighted least squares. The weight of a vertex is the
+inverse variance it would have at the position predicted by the fit, with equal curvature of all
+parabolas. Weights from a vertex's own curvature and position would be biased: noise that increases
+the curvature or moves the vertex to the middle of the tried range would increase its weight.
 """
 
 import math
@@ -21,64 +21,67 @@ from megagrow.fits.data import IsoPoint
 from megagrow.fits.least_squares import LinearFit, Numbers, fit_linear
 
 FLAT = 1e-12
-"""A parabola that rises by less than this share of the loss over what was tried is a line."""
+"""Minimum rise of a parabola over the tried range, relative to the loss, to count as curved."""
 ROUNDS = 4
-"""Of weighting: the weights change little by then."""
+"""Iterations of the reweighting; the weights have converged by then."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parabola:
-    """The fit at one size and one budget."""
+    """Parabola fitted at one size and one budget."""
 
     parameters: float
+    """N, non-embedding parameters."""
     flops: float
+    """C, the budget."""
     points: int
+    """Number of points."""
     tried: tuple[float, float]
-    """The smallest and the largest choice."""
+    """Smallest and largest choice in the data."""
     coefficients: tuple[float, float, float] | None
-    """p0, p1, p2; None where there were too few points."""
+    """p0, p1, p2; None if there were too few points."""
     best: float | None
-    """The choice at the vertex; None where `refused`."""
+    """Choice at the vertex; None if refused."""
     standard_error: float | None
-    """Of log10 of the best; None where refused, or where no parabola has a point to spare."""
+    """Standard error of log10 of `best`; None if refused, or without degrees of freedom."""
     refused: str | None
-    """Why there is no best."""
+    """Reason why there is no best choice; None if there is one."""
     centre: float
     """Mean x of the points."""
     spread: tuple[float, float, float] | None
-    """Variance of the slope at the centre, its covariance with p2, variance of p2, if the losses
-    had errors of variance 1; None with the coefficients."""
+    """Variance of the slope at the centre, its covariance with p2 and variance of p2, for losses
+    with error variance 1; None without coefficients."""
 
     def loss_at(self, choice: Numbers) -> Numbers:
-        """The parabola at choices (n,), where it was fitted."""
+        """Evaluate the parabola at choices (n,); `coefficients` must not be None."""
         assert self.coefficients is not None
         return np.polyval(self.coefficients[::-1], np.log10(choice))
 
 
-def fit_parabolas(points: Sequence[IsoPoint], what: str) -> list[Parabola]:
-    """A parabola for each size and budget, in their order; all seeds of a budget in one.
+def fit_parabolas(points: Sequence[IsoPoint], symbol: str) -> list[Parabola]:
+    """Fit a parabola for each size and budget, sorted by both; seeds are pooled.
 
-    `what` names the choice in reasons of refusal: `d` or `g`.
+    `symbol` is the choice's name, `d` or `g`, in the reasons for refusal.
     """
     groups: dict[tuple[float, float], list[IsoPoint]] = {}
     for point in points:
         groups.setdefault((point.parameters, point.flops), []).append(point)
     fits = {key: _fit(groups[key]) for key in sorted(groups)}
-    told = [fit for fit in fits.values() if fit is not None]
-    freedom = sum(fit.freedom for fit in told)
-    variance = sum(fit.squares for fit in told) / freedom if freedom else None
-    return [_parabola(groups[key], fit, variance, what) for key, fit in fits.items()]
+    fitted = [fit for fit in fits.values() if fit is not None]
+    dof = sum(fit.dof for fit in fitted)
+    variance = sum(fit.squares for fit in fitted) / dof if dof else None
+    return [_parabola(groups[key], fit, variance, symbol) for key, fit in fits.items()]
 
 
 def accepted(parabolas: Sequence[Parabola]) -> list[Parabola]:
-    """Those with a best choice."""
+    """Return the parabolas with a best choice."""
     return [one for one in parabolas if one.refused is None]
 
 
 def fit_best(parabolas: Sequence[Parabola], design: Numbers) -> LinearFit:
-    """log10 of the best choices of n accepted parabolas = `design` (n, k) @ beta.
+    """Fit log10 of the best choices of n accepted parabolas = `design` (n, k) @ beta.
 
-    Weights are relative to their mean. Raises ValueError where beta is not identifiable.
+    Weights are normalized to mean 1. Raises ValueError if beta is not identifiable.
     """
     logs = np.log10(np.array([one.best for one in parabolas], dtype=np.float64))
     fit = fit_linear(design, logs)
@@ -90,11 +93,11 @@ def fit_best(parabolas: Sequence[Parabola], design: Numbers) -> LinearFit:
 
 
 def _weight(parabola: Parabola, x: float) -> float:
-    """The inverse variance of a vertex at `x`, up to a factor that is common to all."""
+    """Return the inverse variance of a vertex at `x`, up to a common factor."""
     assert parabola.spread is not None
     shift = x - parabola.centre
-    slope, both, bend = parabola.spread
-    return 1.0 / (slope / 4 + shift * both + shift**2 * bend)
+    slope_variance, covariance, curvature_variance = parabola.spread
+    return 1.0 / (slope_variance / 4 + shift * covariance + shift**2 * curvature_variance)
 
 
 def _fit(points: Sequence[IsoPoint]) -> LinearFit | None:
@@ -111,7 +114,7 @@ def _logs(points: Sequence[IsoPoint]) -> Numbers:
 
 
 def _parabola(
-    points: Sequence[IsoPoint], fit: LinearFit | None, variance: float | None, what: str
+    points: Sequence[IsoPoint], fit: LinearFit | None, variance: float | None, symbol: str
 ) -> Parabola:
     choices = [point.choice for point in points]
     low, high = min(choices), max(choices)
@@ -124,24 +127,24 @@ def _parabola(
         coefficients=None,
         best=None,
         standard_error=None,
-        refused=f"{len(set(choices))} different {what}, a parabola needs 3",
+        refused=f"{len(set(choices))} different {symbol}, a parabola needs 3",
         centre=centre,
         spread=None,
     )
     if fit is None:
         return plain
-    level, slope, bend = (float(value) for value in fit.values)
-    known = fit.unit_covariance
+    level, slope, p2 = (float(value) for value in fit.values)
+    covariance = fit.unit_covariance
     fitted = replace(
         plain,
-        coefficients=(level - slope * centre + bend * centre**2, slope - 2 * bend * centre, bend),
-        spread=(float(known[1, 1]), float(known[1, 2]), float(known[2, 2])),
+        coefficients=(level - slope * centre + p2 * centre**2, slope - 2 * p2 * centre, p2),
+        spread=(float(covariance[1, 1]), float(covariance[1, 2]), float(covariance[2, 2])),
     )
-    if bend * math.log10(high / low) ** 2 <= FLAT * abs(level):
-        return replace(fitted, refused="no minimum: it does not bend up")
-    best = centre - slope / (2 * bend)
+    if p2 * math.log10(high / low) ** 2 <= FLAT * abs(level):
+        return replace(fitted, refused="no minimum: the curvature is not positive")
+    best = centre - slope / (2 * p2)
     if not math.log10(low) <= best <= math.log10(high):
-        reason = f"minimum outside of the {what} tried, {low:.3g} to {high:.3g}"
+        reason = f"minimum outside the tried range of {symbol}, {low:.3g} to {high:.3g}"
         return replace(fitted, refused=reason)
-    error = None if variance is None else math.sqrt(variance / _weight(fitted, best)) / bend
+    error = None if variance is None else math.sqrt(variance / _weight(fitted, best)) / p2
     return replace(fitted, best=10**best, standard_error=error, refused=None)

@@ -1,4 +1,4 @@
-"""Points for `megagrow fit` out of the directories of finished runs."""
+"""Data points for `megagrow fit` from the directories of finished runs."""
 
 import math
 from collections.abc import Sequence
@@ -19,49 +19,55 @@ Choice = Literal["base_tokens", "factor"]
 
 @dataclass(frozen=True, slots=True)
 class _Grown:
-    """A run that grew once."""
+    """A run with one growth."""
 
     directory: Path
     curves: RunCurves
     parameters: int
+    """Non-embedding parameters of the last stage's model."""
     choice: float
+    """d in tokens, or g."""
 
 
 def iso_points(
     directories: Sequence[Path], budgets: Sequence[float], choice: Choice
 ) -> Data[IsoPoint]:
-    """The smoothed training losses of runs that grew once, at each of the `budgets` in FLOPs.
+    """Return the smoothed training losses of runs with one growth at each budget in FLOPs.
 
-    N is that of the last stage's model, outside its embeddings; d the tokens before the growth; g
-    how many times N has become, to two decimals. The loss is linear in log FLOPs between two
-    records. Left out, with a note: runs from scratch, and budgets that a run has not yet grown at,
-    or ends before. Raises InputError for what is no finished run with at most one growth, and
-    where no point is left.
+    N is the number of non-embedding parameters of the last stage's model, d the tokens before the
+    growth, and g the ratio of N after and before the growth, rounded to two decimals. The loss is
+    interpolated linearly in log FLOPs. Runs from scratch, and budgets before a run's growth or
+    after its end, are excluded with a note. Raises InputError if a directory is not a finished run
+    with at most one growth, and if no point is left.
     """
     points, notes = [], []
     for directory in directories:
-        run = _grown(directory, choice)
+        run = _load_grown(directory, choice)
         if run is None:
-            notes.append(f"{directory}: from scratch, left out")
+            notes.append(f"{directory}: trained from scratch, excluded")
             continue
         for budget in budgets:
             loss = _loss_at(run.curves, budget)
             if loss is None:
-                notes.append(f"{directory}: after its growth it is never at {budget:.3g} FLOPs")
+                notes.append(
+                    f"{directory}: the budget {budget:.3g} FLOPs is not between its growth and its "
+                    "end, excluded"
+                )
                 continue
             points.append(IsoPoint(run.parameters, budget, run.choice, loss, run.curves.seed))
     if not points:
-        raise DataError(f"no run that grew once reaches any of the budgets: {notes[0]}")
-    return Data(_named(directories), tuple(points), tuple(notes))
+        raise DataError(f"no run with one growth reaches any of the budgets: {notes[0]}")
+    return Data(_source_name(directories), tuple(points), tuple(notes))
 
 
 def scaling_points(directories: Sequence[Path]) -> Data[ScalingPoint]:
-    """The final loss of each run: of validation if all runs have it, else smoothed of training.
+    """Return the final loss of each run: validation loss if all runs have it, else smoothed
+    training loss.
 
-    FLOPs are those of all stages, what the base has cost included. Raises InputError where a
-    directory holds no finished run.
+    FLOPs are the total of all stages, base included. Raises InputError if a directory contains no
+    finished run, or a run without its model's full cost.
     """
-    runs = [_whole(directory) for directory in directories]
+    runs = [_load_complete(directory) for directory in directories]
     validated = all(run.validation.loss for run in runs)
     points = tuple(
         ScalingPoint(
@@ -73,41 +79,41 @@ def scaling_points(directories: Sequence[Path]) -> Data[ScalingPoint]:
         for run in runs
     )
     note = f"final {'validation' if validated else 'smoothed training'} losses"
-    return Data(_named(directories), points, (note,))
+    return Data(_source_name(directories), points, (note,))
 
 
-def _named(directories: Sequence[Path]) -> str:
+def _source_name(directories: Sequence[Path]) -> str:
     return f"{directories[0]}" + (f" and {len(directories) - 1} more" if directories[1:] else "")
 
 
-def _whole(directory: Path) -> RunCurves:
+def _load_complete(directory: Path) -> RunCurves:
     run = load_run(directory)
-    if not run.whole:
+    if not run.has_full_cost:
         raise DataError(
-            f"{directory}: began with a model (init_from) or tunes one (stage: sft), so what its "
-            "model has cost is not in it; leave it out"
+            f"{directory}: the run starts from a model (init_from) or fine-tunes one (stage: sft), "
+            "so it does not contain the full training cost of its model; exclude it"
         )
     return run
 
 
-def _grown(directory: Path, choice: Choice) -> _Grown | None:
-    curves = _whole(directory)
+def _load_grown(directory: Path, choice: Choice) -> _Grown | None:
+    curves = _load_complete(directory)
     if not curves.growths:
         return None
     if len(curves.growths) > 1:
         raise DataError(
-            f"{directory}: grew {len(curves.growths)} times; give runs that grew at most once"
+            f"{directory}: the run has {len(curves.growths)} growths; pass runs with at most one"
         )
     path = directory / "config.yaml"
     if not path.is_file():
-        raise DataError(f"{path}: no such file; it tells the run's sizes")
+        raise DataError(f"{path}: no such file; it is needed for the model sizes")
     small, large = (non_embedding_parameters(s.model) for s in load_run_file(path).stages)
-    found = curves.growths[0].tokens if choice == "base_tokens" else round(large / small, 2)
-    return _Grown(directory, curves, large, found)
+    value = curves.growths[0].tokens if choice == "base_tokens" else round(large / small, 2)
+    return _Grown(directory, curves, large, value)
 
 
 def _loss_at(run: RunCurves, budget: float) -> float | None:
-    """The smoothed training loss at `budget`; None before the growth or after the end."""
+    """Return the smoothed training loss at `budget`; None before the growth or after the end."""
     first = sum(at <= run.growths[0].tokens for at in run.train.tokens)
     flops, losses = run.train.flops[first:], run.train.loss[first:]
     if not flops or not flops[0] <= budget <= flops[-1]:

@@ -1,4 +1,4 @@
-"""Tables and closing lines of `megagrow fit`."""
+"""Tables and summary lines of `megagrow fit`."""
 
 from collections.abc import Sequence
 
@@ -12,39 +12,47 @@ from megagrow.fits.parabola import Parabola, accepted
 from megagrow.fits.scaling import FlopSaving, PowerLaw
 from megagrow.fits.timing import PAPER, TimingFit
 
+UNKNOWN = "unknown: no degrees of freedom"
 
-def say(console: Console, lines: Sequence[str]) -> None:
-    """Prints lines as they are: no markup, no breaks."""
+
+def print_lines(console: Console, lines: Sequence[str]) -> None:
+    """Print lines without markup and without wrapping."""
     for line in lines:
         console.print(Text(line), soft_wrap=True)
 
 
-def parabola_table(parabolas: Sequence[Parabola], what: str) -> Table:
-    """The best `what`, with its unit in brackets, at each size and budget."""
-    table = Table("N", "C (FLOPs)", "points", f"best {what}", "-/+ 1 standard error")
-    for one in parabolas:
-        head = f"{one.parameters:.4g}", f"{one.flops:.4g}", str(one.points)
-        if one.best is None:
-            table.add_row(*head, "-", f"refused: {one.refused}")
+def parabola_table(parabolas: Sequence[Parabola], choice: str) -> Table:
+    """Return a table of the best choice at each size and budget.
+
+    `choice` is the column's name with its unit in brackets, such as `d (tokens)`.
+    """
+    table = Table("N", "C (FLOPs)", "points", f"best {choice}", "-/+ 1 standard error")
+    for parabola in parabolas:
+        head = f"{parabola.parameters:.4g}", f"{parabola.flops:.4g}", str(parabola.points)
+        if parabola.best is None:
+            table.add_row(*head, "-", f"refused: {parabola.refused}")
         else:
-            table.add_row(*head, f"{one.best:.4g}", _one_error(one.best, one.standard_error))
+            error = _error_text(parabola.best, parabola.standard_error)
+            table.add_row(*head, f"{parabola.best:.4g}", error)
     return table
 
 
-def _one_error(best: float, error: float | None) -> str:
+def _error_text(best: float, error: float | None) -> str:
     if error is None:
-        return "not known: no point to spare"
+        return UNKNOWN
     return f"{best / 10**error:.4g} to {best * 10**error:.4g}"
 
 
 def refusals(parabolas: Sequence[Parabola]) -> list[str]:
-    """How many parabolas were of no use."""
-    out = len(parabolas) - len(accepted(parabolas))
-    return [f"{out} of {len(parabolas)} parabolas refused, not in the fit."] if out else []
+    """Return a line with the number of refused parabolas, or no line if there are none."""
+    refused = len(parabolas) - len(accepted(parabolas))
+    if not refused:
+        return []
+    return [f"{refused} of {len(parabolas)} parabolas refused and excluded from the fit."]
 
 
 def timing_table(fit: TimingFit) -> Table:
-    """The constants of log10 d = a log10 N + b / log10 C + c, the paper's beside them."""
+    """Return a table of the constants of log10 d = a log10 N + b / log10 C + c and the paper's."""
     table = Table("log10 d = a log10 N + b / log10 C + c", "fit", "95% interval", "paper")
     for name, constant in (("a", fit.a), ("b", fit.b), ("c", fit.c)):
         table.add_row(name, f"{constant.value:.4g}", interval_text(constant), f"{PAPER[name]:g}")
@@ -52,16 +60,16 @@ def timing_table(fit: TimingFit) -> Table:
 
 
 def factor_table(fit: FactorFit) -> Table:
-    """The recommended growth factor, the paper's beside it."""
+    """Return a table of the recommended growth factor and the paper's."""
     table = Table("", "fit", "95% interval", "nearest tried", "paper")
-    interval = "not known" if fit.low is None else f"{fit.low:.3g} to {fit.high:.3g}"
+    interval = "unknown" if fit.low is None else f"{fit.low:.3g} to {fit.high:.3g}"
     paper = "{:g} to {:g}".format(*PAPER_BEST)
     table.add_row("best g", f"{fit.factor:.3g}", interval, f"{fit.nearest_tried:g}", paper)
     return table
 
 
 def scaling_table(laws: Sequence[PowerLaw]) -> Table:
-    """The constants of L = a C^b + e."""
+    """Return a table of the constants of L = a C^b + e."""
     table = Table("L = a C^b + e", "a", "b", "e (nats)", "points", "C of the points")
     for law in laws:
         constants = (f"{c.value:.4g} ({interval_text(c)})" for c in (law.a, law.b))
@@ -72,46 +80,45 @@ def scaling_table(laws: Sequence[PowerLaw]) -> Table:
 
 
 def saving_table(savings: Sequence[FlopSaving]) -> Table:
-    """What growing saves at each budget."""
-    table = Table(
-        "C (FLOPs, grown)", "loss", "scratch FLOPs for it", "saving", "95% band", "beyond the data"
-    )
-    for one in savings:
-        head = f"{one.flops:.4g}", f"{one.loss:.4f}"
-        if one.saving is None or one.scratch_flops is None:
-            table.add_row(*head, "never: its floor is higher", "-", "-", _beyond(one))
+    """Return a table of the saving of growth at each budget."""
+    columns = ("C (FLOPs, grown)", "loss", "scratch FLOPs", "saving", "95% band", "extrapolation")
+    table = Table(*columns)
+    for saving in savings:
+        head = f"{saving.flops:.4g}", f"{saving.loss:.4f}"
+        if saving.saving is None or saving.scratch_flops is None:
+            table.add_row(*head, "never: the floor is higher", "-", "-", _extrapolation(saving))
             continue
-        band = "not known" if one.low is None else f"{one.low:+.1%} to {one.high:+.1%}"
-        cells = f"{one.scratch_flops:.4g}", f"{one.saving:+.1%}", band
-        table.add_row(*head, *cells, _beyond(one))
+        band = "unknown" if saving.low is None else f"{saving.low:+.1%} to {saving.high:+.1%}"
+        cells = f"{saving.scratch_flops:.4g}", f"{saving.saving:+.1%}", band
+        table.add_row(*head, *cells, _extrapolation(saving))
     return table
 
 
-def _beyond(saving: FlopSaving) -> str:
-    told = (("grown", saving.beyond_grown), ("scratch", saving.beyond_scratch))
-    far = [f"{kind} {times:.3g}x" for kind, times in told if times is not None and times > 1.0001]
-    return ", ".join(far) or "no"
+def _extrapolation(saving: FlopSaving) -> str:
+    factors = (("grown", saving.beyond_grown), ("scratch", saving.beyond_scratch))
+    beyond = [f"{kind} {x:.3g}x" for kind, x in factors if x is not None and x > 1.0001]
+    return ", ".join(beyond) or "no"
 
 
 def scaling_lines(laws: Sequence[PowerLaw], savings: Sequence[FlopSaving]) -> list[str]:
-    """What is to be said of the fit."""
+    """Return warnings about the fit: negative floors and extrapolation."""
     lines = [
-        f"{law.kind}: e = {law.e.value:.3g} is below 0, no floor was found; compare --no-floor."
+        f"{law.kind}: the fitted floor e = {law.e.value:.3g} is negative; compare with --no-floor."
         for law in laws
         if law.e.value < 0
     ]
-    far = [one for one in savings if _beyond(one) != "no"]
-    if far:
-        most = max(max(one.beyond_grown, one.beyond_scratch or 0.0) for one in far)
+    extrapolated = [saving for saving in savings if _extrapolation(saving) != "no"]
+    if extrapolated:
+        largest = max(max(s.beyond_grown, s.beyond_scratch or 0.0) for s in extrapolated)
         lines.append(
-            f"Extrapolated up to {most:.3g} times beyond the data: the bands hold only if the "
+            f"Extrapolated up to {largest:.3g} times beyond the data: the bands hold only if the "
             "power law does."
         )
     return lines
 
 
 def interval_text(constant: Constant) -> str:
-    """`low to high`."""
+    """Format the interval of a constant as `low to high`."""
     if constant.low is None:
-        return "not known: no point to spare"
+        return UNKNOWN
     return f"{constant.low:.4g} to {constant.high:.4g}"

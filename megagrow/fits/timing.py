@@ -1,11 +1,11 @@
-"""When to grow, from one's own runs: the constants of equation 2 of Du et al. 2024 (section 4.2).
+"""Growth timing fitted to runs: constants of equation 2 of Du et al. 2024 (section 4.2).
 
     log10 d = a log10 N + b / log10 C + c
 
-d are the base's tokens, N the grown model's parameters outside its embeddings, C the FLOPs of the
-budget. The best d of each N and C is a parabola's vertex (`fit_parabola`); the constants follow by
-weighted least squares, with intervals of Student's t: the vertices' scatter about the fit tells
-their errors.
+d is the number of training tokens of the base, N the number of non-embedding parameters of the
+grown model, C the FLOP budget. The best d of each N and C is the vertex of a parabola
+(`fits.parabola`). The constants are fitted by weighted least squares, with Student's t intervals
+estimated from the scatter of the vertices about the fit.
 """
 
 import math
@@ -25,38 +25,41 @@ PAPER = {"a": A, "b": B, "c": C}
 
 @dataclass(frozen=True, slots=True)
 class TimingFit:
-    """The constants of equation 2."""
+    """Fitted constants of equation 2."""
 
     a: Constant
     b: Constant
     c: Constant
     residual: float | None
-    """Standard deviation of log10 d about the fit, for a vertex of mean weight; None without a
-    vertex to spare."""
+    """Standard deviation of log10 d about the fit for a vertex of mean weight; None without degrees
+    of freedom."""
 
     def growth_tokens(self, parameters: float, flops: float) -> float:
-        """d for a size N and a budget C."""
+        """Return d, in tokens, for N non-embedding parameters and a budget of C FLOPs."""
         log_d = self.a.value * math.log10(parameters) + self.b.value / math.log10(flops)
         return float(10 ** (log_d + self.c.value))
 
 
 def timing_parabolas(data: Data[IsoPoint]) -> list[Parabola]:
-    """Loss over log10 d, for each N and C. Raises InputError where N or C never differs: its
-    constant is then not identifiable."""
+    """Fit a parabola of the loss over log10 d for each N and C.
+
+    Raises InputError if all points have the same N or the same C: its constant is then not
+    identifiable.
+    """
     _check_spread(data.source, data.points)
     return fit_parabolas(data.points, "d")
 
 
 def fit_timing(source: str, parabolas: Sequence[Parabola]) -> TimingFit:
-    """The constants out of the parabolas that have a best d.
+    """Fit the constants to the parabolas with a best d.
 
-    Raises InputError, which names `source`, where those that are left do not determine them.
+    Raises InputError, with `source` in the message, if these do not determine the constants.
     """
     used = accepted(parabolas)
     if len(used) < 3:
         raise DataError(
-            f"{source}: {len(used)} of {len(parabolas)} parabolas have a best d, 3 constants need "
-            "3; try more d, on both sides of the best"
+            f"{source}: {len(used)} of {len(parabolas)} parabolas have a best d, but fitting 3 "
+            "constants requires 3; add runs with other d, on both sides of the best"
         )
     _check_spread(source, used)
     design = np.array([[math.log10(p.parameters), 1 / math.log10(p.flops), 1.0] for p in used])
@@ -64,8 +67,8 @@ def fit_timing(source: str, parabolas: Sequence[Parabola]) -> TimingFit:
         fit = fit_best(used, design)
     except ValueError as error:
         raise DataError(
-            f"{source}: the sizes and budgets with a best d vary together, so that a and b cannot "
-            "be told apart; give a size two budgets"
+            f"{source}: sizes and budgets with a best d vary together, so a and b are not "
+            "identifiable; use two budgets for one size"
         ) from error
     residual = None if fit.variance is None else math.sqrt(fit.variance)
     return TimingFit(fit.constant(0), fit.constant(1), fit.constant(2), residual)
@@ -75,11 +78,11 @@ def _check_spread(source: str, points: Sequence[IsoPoint] | Sequence[Parabola]) 
     sizes, budgets = {p.parameters for p in points}, {p.flops for p in points}
     if len(sizes) == 1:
         raise DataError(
-            f"{source}: only one size, N = {sizes.pop():.4g}, has points to fit: a is not "
-            "identifiable; give two sizes or more"
+            f"{source}: only one size, N = {sizes.pop():.4g}, has points to fit, so a is not "
+            "identifiable; use at least two sizes"
         )
     if len(budgets) == 1:
         raise DataError(
-            f"{source}: only one budget, C = {budgets.pop():.4g}, has points to fit: b is not "
-            "identifiable; give two budgets or more"
+            f"{source}: only one budget, C = {budgets.pop():.4g}, has points to fit, so b is not "
+            "identifiable; use at least two budgets"
         )

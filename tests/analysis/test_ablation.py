@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 
 from megagrow.analysis.ablation import Study, Variant, as_json, markdown, plot
-from megagrow.analysis.growth_transient import Aftermath
-from megagrow.analysis.plots import LOOKS
+from megagrow.analysis.growth_transient import GrowthTransient
+from megagrow.analysis.plots import PLOT_STYLES
 from tests.helpers.analysis.images import colours
 
 REWARM, CONTINUE = Variant("transport", "rewarm"), Variant("transport", "continue")
 RESET = Variant("reset", "continue")
 
 
-def run(end: float, excess: float = 0.5, recovery: float | None = 20_000.0) -> Aftermath:
+def run(end: float, excess: float = 0.5, recovery: float | None = 20_000.0) -> GrowthTransient:
     points = ((10_000, 3.0 + excess), (40_000, end))
-    return Aftermath(3.0, 1.25, excess, recovery, 2.9, 2.8, end, points)
+    return GrowthTransient(3.0, 1.25, excess, recovery, 2.9, 2.8, end, points)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def study() -> Study:
 
 
 def cells(table: str, row: str) -> list[str]:
-    """The cells of the table's row whose first cell is `row`."""
+    """Return the other cells of the row whose first cell is `row`."""
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
     (found,) = [cells for cells in rows if cells[0] == row]
     return found[1:]
@@ -81,6 +81,6 @@ def test_policies_differ_in_colour(study: Study, tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
     plot(study, REWARM, path)
     seen = colours(path)
-    assert {LOOKS[0].colour, LOOKS[1].colour} <= seen
-    assert LOOKS[2].colour not in seen
+    assert {PLOT_STYLES[0].colour, PLOT_STYLES[1].colour} <= seen
+    assert PLOT_STYLES[2].colour not in seen
     assert path.stat().st_size < 200_000

@@ -7,7 +7,7 @@ from megagrow.analysis.curves import load_run, smooth
 from megagrow.errors import InputError
 
 TOKENS = 1000
-"""Of each step of a made-up run."""
+"""Tokens per step of the test runs."""
 
 
 def record(tokens: int, loss: float, stage: int = 0) -> dict[str, float]:
@@ -15,7 +15,7 @@ def record(tokens: int, loss: float, stage: int = 0) -> dict[str, float]:
     return {"tokens": tokens, **spent, "loss": loss, "stage": stage}
 
 
-def test_run_is_read_as_it_was_written(make_run: Callable[..., Path]) -> None:
+def test_run_is_read_back(make_run: Callable[..., Path]) -> None:
     run = load_run(make_run("grown", [(20, 1000), (30, 4000, 1e8)]))
     spent = 6.0 * TOKENS * (20 * 1000 + 30 * 4000)
     assert (run.name, run.seed, run.parameters) == ("grown", 1, (1000, 4000))
@@ -38,30 +38,30 @@ def test_smoothing_is_the_mean_over_the_last_share_of_tokens() -> None:
     assert series.seconds == (5.0, 10.0, 15.0, 20.0)
 
 
-def test_smoothing_never_reaches_back_over_a_growth() -> None:
+def test_smoothing_never_crosses_a_growth() -> None:
     records = [record(10, 4.0), record(20, 2.0), record(30, 9.0, 1), record(40, 5.0, 1)]
     assert smooth(records, run_tokens=40, share=1.0).loss == pytest.approx((4.0, 3.0, 9.0, 7.0))
 
 
-def test_missing_run_is_named(tmp_path: Path) -> None:
+def test_missing_run_raises(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere/metrics\.jsonl: no such file"):
         load_run(tmp_path / "nowhere")
 
 
-def test_unfinished_run_is_refused(make_run: Callable[..., Path]) -> None:
+def test_unfinished_run_raises(make_run: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match="half: the run is not finished"):
         load_run(make_run("half", [(10, 1000)], end=False))
 
 
-def test_interrupted_run_is_refused(make_run: Callable[..., Path]) -> None:
-    """A run that was stopped says `end` too, before its last step."""
+def test_interrupted_run_raises(make_run: Callable[..., Path]) -> None:
+    """A stopped run also has an `end` record, before its last step."""
     path = make_run("stopped", [(10, 1000)]) / "metrics.jsonl"
     path.write_text(path.read_text().replace('"run_steps": 10', '"run_steps": 20'))
     with pytest.raises(InputError, match="stopped: the run is not finished"):
         load_run(path.parent)
 
 
-def test_diverged_run_is_named_with_its_step(make_run: Callable[..., Path]) -> None:
+def test_diverged_run_raises_with_its_step(make_run: Callable[..., Path]) -> None:
     directory = make_run("hot", [(10, 1000)], noise=float("nan"))
     with pytest.raises(InputError, match="train loss at step 1 is not finite"):
         load_run(directory)

@@ -1,4 +1,4 @@
-"""A run whose records somebody has edited is named, by its file."""
+"""A run with malformed records raises an error with the file's path."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.helpers.written_runs import Stage, write_run
         ("end", {"elapsed_seconds": ...}),
     ],
 )
-def test_a_record_that_was_not_written_so(tmp_path: Path, kind: str, changes: dict) -> None:
+def test_malformed_record_raises(tmp_path: Path, kind: str, changes: dict) -> None:
     folder = write_run(tmp_path / "run", [Stage(20, 100)])
     assert load_run(folder).name == "run"
     path = folder / METRICS_FILE
@@ -31,5 +31,5 @@ def test_a_record_that_was_not_written_so(tmp_path: Path, kind: str, changes: di
         for name in [name for name, value in changes.items() if value is ...]:
             del record[name]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    with pytest.raises(InputError, match=r"metrics\.jsonl: a record is not as it was written"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl: a record is malformed"):
         load_run(folder)

@@ -6,9 +6,9 @@ import pytest
 
 from megagrow.analysis.growth_transient import (
     Spread,
-    aftermath,
     loss_at,
-    paired,
+    paired_spread,
+    read_transient,
     spread,
     tokens_to_reach,
 )
@@ -22,8 +22,8 @@ def validation(tokens: int, loss: float | None, stage: int = 1) -> dict[str, Any
 
 
 def growth(before: float = 3.0, after: float | None = 4.5) -> dict[str, Any]:
-    told = {"loss_before": before, "loss_after": after}
-    return {"kind": "growth", "tokens": GROWN_AT, "stage": 1, **told}
+    losses = {"loss_before": before, "loss_after": after}
+    return {"kind": "growth", "tokens": GROWN_AT, "stage": 1, **losses}
 
 
 def metrics() -> list[dict[str, Any]]:
@@ -38,7 +38,7 @@ def metrics() -> list[dict[str, Any]]:
 
 
 def test_aftermath_of_hand_made_metrics() -> None:
-    found = aftermath(metrics(), first_tokens=200)
+    found = read_transient(metrics(), first_tokens=200)
     assert found.before == 3.2
     assert found.spike == pytest.approx(1.5)
     assert found.excess == pytest.approx(0.8)
@@ -49,25 +49,25 @@ def test_aftermath_of_hand_made_metrics() -> None:
 
 def test_excess_looks_at_the_first_tokens_only() -> None:
     late = [*metrics()[:-1], validation(1400, 9.0)]
-    assert aftermath(late, first_tokens=300).excess == pytest.approx(0.8)
-    assert aftermath(late, first_tokens=400).excess == pytest.approx(5.8)
+    assert read_transient(late, first_tokens=300).excess == pytest.approx(0.8)
+    assert read_transient(late, first_tokens=400).excess == pytest.approx(5.8)
 
 
 def test_excess_is_negative_where_the_growth_did_no_harm() -> None:
     calm = [*metrics()[:3], validation(1100, 3.1), validation(1200, 3.0)]
-    assert aftermath(calm, first_tokens=200).excess == pytest.approx(-0.1)
+    assert read_transient(calm, first_tokens=200).excess == pytest.approx(-0.1)
 
 
 def test_quarter_between_measurements_starts_from_the_spike() -> None:
     """3.2 + 1.5 at the growth, 3.7 at 100 tokens: 4.2 at 50, a quarter of 200."""
     short = [*metrics()[:3], validation(1100, 3.7), validation(1200, 3.5)]
-    assert aftermath(short, first_tokens=200).quarter == pytest.approx(4.2)
+    assert read_transient(short, first_tokens=200).quarter == pytest.approx(4.2)
 
 
 def test_last_growth_counts() -> None:
     later = {**growth(2.0, 2.25), "tokens": 1400, "stage": 2}
     again = [*metrics(), later, validation(1500, 2.9, stage=2), validation(1600, 2.7, stage=2)]
-    found = aftermath(again, first_tokens=100)
+    found = read_transient(again, first_tokens=100)
     assert (found.before, found.spike, found.excess) == pytest.approx((2.8, 0.25, 0.1))
 
 
@@ -84,7 +84,7 @@ def test_last_growth_counts() -> None:
 )
 def test_metrics_that_lack_something_are_named(records: list[dict[str, Any]], named: str) -> None:
     with pytest.raises(InputError, match=named):
-        aftermath(records, first_tokens=100, where="some run")
+        read_transient(records, first_tokens=100, where="some run")
 
 
 def test_recovery_is_to_stay() -> None:
@@ -119,23 +119,23 @@ def test_spread_of_one_seed_is_unknown_and_never_clear() -> None:
 
 def test_no_spread_where_a_seed_has_no_value() -> None:
     assert spread([1.0, None, 2.0]) is None
-    assert paired([1.0, 2.0], [1.0, None]) is None
+    assert paired_spread([1.0, 2.0], [1.0, None]) is None
     assert spread([]) is None
 
 
 def test_pairing_takes_out_what_the_seeds_share() -> None:
-    found = paired([3.1, 5.2, 4.15], [3.0, 5.0, 4.0])
+    found = paired_spread([3.1, 5.2, 4.15], [3.0, 5.0, 4.0])
     assert found is not None
     assert (found.mean, found.deviation) == pytest.approx((0.15, 0.05))
     assert found.is_clear  # 0.15 > 4.303 x 0.05 / sqrt(3) = 0.124
-    other = paired([3.1, 5.2, 3.95], [3.0, 5.0, 4.0])
+    other = paired_spread([3.1, 5.2, 3.95], [3.0, 5.0, 4.0])
     assert other is not None
     assert not other.is_clear
 
 
 def test_pairs_need_equal_seeds() -> None:
     with pytest.raises(ValueError):
-        paired([1.0, 2.0], [1.0])
+        paired_spread([1.0, 2.0], [1.0])
 
 
 def test_many_seeds_keep_a_safe_margin() -> None:

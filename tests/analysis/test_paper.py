@@ -1,4 +1,4 @@
-"""What the paper prints: the numbers agree with each other and with the document."""
+"""Published results: consistency of the numbers, and the generated document."""
 
 from collections.abc import Callable
 from io import StringIO
@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from megagrow.analysis.curves import load_run
-from megagrow.analysis.paper import beside_paper, paper_markdown, read_paper
+from megagrow.analysis.paper import compare_with_paper, paper_markdown, read_paper
 from megagrow.analysis.report import write_report
 from megagrow.analysis.seeds import group_runs, match_groups
 from megagrow.growth.operators import OPERATORS
@@ -25,7 +25,7 @@ def test_document_is_written_from_the_data() -> None:
     assert written == paper_markdown(PAPER), "run: python tools/docs/paper_results.py"
 
 
-def test_every_row_is_whole_and_names_its_source() -> None:
+def test_every_row_is_complete_and_has_a_source() -> None:
     for table in PAPER.tables:
         assert table.source and table.setting
         for row in table.rows:
@@ -34,8 +34,8 @@ def test_every_row_is_whole_and_names_its_source() -> None:
 
 
 @pytest.mark.parametrize("title", ["Operators at 1.1B", "Instruction tuning at 3B"])
-def test_printed_averages_are_those_of_the_printed_tasks(title: str) -> None:
-    """Up to the rounding of eight numbers, of which Table 2 prints some with one digit less."""
+def test_published_averages_are_those_of_the_published_tasks(title: str) -> None:
+    """Up to the rounding of eight numbers; some in Table 2 have one digit less."""
     table = TABLES[title]
     for row in table.rows:
         cells = dict(zip(table.columns, row.values, strict=True))
@@ -67,14 +67,14 @@ def grown_by(operator: str, run: Path) -> Path:
     return run
 
 
-def test_run_stands_beside_the_row_of_its_operator(make_run: Callable[..., Path]) -> None:
+def test_run_is_compared_with_the_row_of_its_operator(make_run: Callable[..., Path]) -> None:
     runs = [
         grown_by("direct_depth", make_run("stacked", [(50, 800_000), (88, LARGE, 0.75e12)])),
         grown_by("solar", make_run("other", [(50, 800_000), (88, LARGE, 0.5e12)])),
         grown_by("none", make_run("scratch", [(100, LARGE)])),
     ]
     matchups = match_groups(group_runs([load_run(run) for run in runs]))
-    table = beside_paper(matchups, PAPER)
+    table = compare_with_paper(matchups, PAPER)
     names = ["stacked", "paper: G_direct up (G_stack)", "other", "scratch", "paper: scratch"]
     assert [row[0] for row in table.rows] == names
     cells = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
@@ -84,14 +84,16 @@ def test_run_stands_beside_the_row_of_its_operator(make_run: Callable[..., Path]
     assert (cells[0]["sciq acc %"], cells[1]["sciq acc %"]) == ("50", "81.1")
     assert (cells[0]["wikitext perplexity"], cells[0]["piqa acc %"]) == ("20.5", "-")
     assert cells[3]["speedup %"] == cells[4]["speedup %"] == "0"
-    assert "other: the paper has no row of its operator (solar)." in table.notes
-    assert any("Sizes, data and tokens differ" in note for note in table.notes)
+    assert "other: the paper has no result for its operator (solar)." in table.notes
+    assert any("Model sizes, data and token counts differ" in note for note in table.notes)
 
 
-def test_report_puts_the_paper_in_on_demand(make_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_report_compares_with_the_paper_if_requested(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
     runs = [make_run("grown", [(50, 800_000), (88, LARGE, 0.75e12)])]
     runs += [make_run("scratch", [(100, LARGE)])]
     write_report(runs, tmp_path / "out", Console(file=StringIO()), against_paper=True)
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
-    assert "Beside the paper&#39;s operators" in page
-    assert "the paper has no row of its operator (unknown)" in page
+    assert "Comparison with the paper&#39;s operators" in page
+    assert "the paper has no result for its operator (unknown)" in page

@@ -2,7 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megagrow.analysis.curves import load_run
-from megagrow.analysis.plots import LOOKS, plot_runs
+from megagrow.analysis.plots import PLOT_STYLES, plot_runs
 from tests.helpers.analysis.images import colours
 
 
@@ -17,9 +17,13 @@ def test_every_run_is_drawn_in_its_own_colour(
         path = tmp_path / f"{log_x}.png"
         plot_runs(runs, path, log_x=log_x)
         seen = colours(path)
-        assert {LOOKS[0].colour, LOOKS[1].colour} <= seen
-        assert LOOKS[2].colour not in seen
+        assert {PLOT_STYLES[0].colour, PLOT_STYLES[1].colour} <= seen
+        assert PLOT_STYLES[2].colour not in seen
 
 
 def test_looks_differ_without_colour() -> None:
-    assert len({look.line for look in LOOKS}) == len({look.marker for look in LOOKS}) == len(LOOKS)
+    assert (
+        len({style.line for style in PLOT_STYLES})
+        == len({style.marker for style in PLOT_STYLES})
+        == len(PLOT_STYLES)
+    )

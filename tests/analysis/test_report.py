@@ -1,4 +1,4 @@
-"""The report of a few runs: what its page, its Markdown and its files hold."""
+"""Report of a few runs: contents of the page, the Markdown file and the plots."""
 
 import re
 from collections.abc import Callable
@@ -48,7 +48,9 @@ def renamed(run: Path, name: str, seed: int = 1) -> Path:
     return run
 
 
-def test_page_stands_alone_and_escapes_names(make_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_page_is_self_contained_and_escapes_names(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
     evil = '"' + EVIL.replace('"', '\\"') + '"'
     runs = [renamed(make_run("grown", GROWN), evil), make_run("scratch", SCRATCH)]
     page = report(runs, tmp_path / "out")
@@ -68,10 +70,10 @@ def test_page_stands_alone_and_escapes_names(make_run: Callable[..., Path], tmp_
     assert "&lt;/script>\\|$a^^_b$ |" in markdown
 
 
-def test_summary_is_first_and_holds_the_numbers(
+def test_run_table_is_first_and_contains_the_numbers(
     make_run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Both end at 1.92e12 FLOPs; grown is 0.75e12 ahead, so it was there at 1.17e12."""
+    """Both end at 1.92e12 FLOPs; the grown run is 0.75e12 ahead and reaches the loss at 1.17e12."""
     runs = [make_run("grown", GROWN), make_run("scratch", SCRATCH)]
     for run in runs:
         append(run, kind="evaluation", results={"sciq": {"acc": 0.75}}, average=0.75)
@@ -84,7 +86,9 @@ def test_summary_is_first_and_holds_the_numbers(
     assert "| grown | scratch | 6 N per token, base in full |" in markdown
     found = re.search(r"base in full \| [\d.]+ \| \+([\d.]+)% \| one seed, no error bar", markdown)
     assert found and float(found[1]) / 100 == pytest.approx(1.92 / 1.17 - 1, abs=4e-3)
-    assert "without config.yaml beside the records, no paper's charge" in markdown
+    assert (
+        "a run directory has no config.yaml, so FLOPs by the paper's charge are unknown" in markdown
+    )
     assert rows["| sciq"] == "| sciq | acc | 0.7500 | 0.7500 |"
     for name in ("loss_vs_flops", "speedup", "loss_by_cost", "spikes", "gauges", "accuracy"):
         seen = colours(tmp_path / f"out/{name}.png")
@@ -104,18 +108,18 @@ def test_seeds_get_an_error_bar(make_run: Callable[..., Path], tmp_path: Path) -
     assert "no error bar" not in page.text
 
 
-def test_runs_that_share_no_loss_still_get_their_page(
+def test_runs_without_a_shared_loss_get_a_page(
     make_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     runs = [make_run("grown", GROWN), make_run("scratch", [(100, LARGE, 0.0, 90.0)])]
     page = report(runs, tmp_path / "out")
-    assert "they share no validation loss that both pass, so there is no speedup" in page.text
+    assert "no validation loss is passed by both runs, so the speedup is undefined" in page.text
     assert "undefined" in page.text
     assert not (tmp_path / "out/speedup.png").exists()
     assert (tmp_path / "out/gauges.png").exists()
 
 
-def test_folder_without_records_is_named(tmp_path: Path) -> None:
+def test_folder_without_records_raises(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"empty/metrics\.jsonl: no such file; give the directory"):
         report([tmp_path / "empty"], tmp_path / "out")

@@ -1,4 +1,4 @@
-"""What a run tells beside its loss: accounts of FLOPs, gauges, scores, spikes."""
+"""Accounts of FLOPs, metrics, scores and spikes of a run."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megagrow.analysis.curves import Growth, RunCurves, Series, load_run
-from megagrow.analysis.flop_accounting import charged, setting_of
+from megagrow.analysis.flop_accounting import cumulative_flops, make_setting
 from megagrow.analysis.growth_transient import spikes
 from megagrow.analysis.report_plots import plot_scores
 from megagrow.analysis.run_metrics import read_scores
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def append(run: Path, **record: object) -> None:
-    """A record more, just before the run's end."""
+    """Insert a record before the run's last one."""
     path = run / "metrics.jsonl"
     *lines, end = path.read_text().splitlines(True)
     record = {**json.loads(end), **record}
@@ -29,50 +29,52 @@ def append(run: Path, **record: object) -> None:
 
 def test_stages_are_charged_by_their_own_price() -> None:
     starts, charges = (0, 100, 150), (2.0, 3.0, 10.0)
-    assert charged(40, starts, charges) == 80.0
-    assert charged(100, starts, charges) == 200.0
-    assert charged(120, starts, charges) == 260.0
-    assert charged(160, starts, charges) == 200.0 + 150.0 + 100.0
+    assert cumulative_flops(40, starts, charges) == 80.0
+    assert cumulative_flops(100, starts, charges) == 200.0
+    assert cumulative_flops(120, starts, charges) == 260.0
+    assert cumulative_flops(160, starts, charges) == 200.0 + 150.0 + 100.0
 
 
 def test_paper_charges_the_base_by_its_share_without_embeddings() -> None:
-    """Stacked 2 -> 8 layers: d tokens cost what d / 4 of the target do, but for the last norm."""
+    """2 -> 8 layers: d tokens cost as much as d / 4 of the target, except for the last norm."""
     run = load_config(ROOT / "configs/demo/gstack.yaml")
-    base, target = setting_of(run).charges
+    base, target = make_setting(run).charges
     assert target / base == pytest.approx(4, rel=2e-3)
 
 
 def test_setting_differs_by_all_but_seed_and_name(tmp_path: Path) -> None:
     path = ROOT / "configs/demo/gstack.yaml"
-    one = setting_of(load_config(path))
-    again = setting_of(load_config(path, ["seed=9", "name=other", "output_dir=x"]))
-    other = setting_of(load_config(path, ["optimizer.lr=1e-3"]))
-    begun = setting_of(load_config(path, ["init_from=x"]))
-    assert one.whole and not begun.whole
+    one = make_setting(load_config(path))
+    again = make_setting(load_config(path, ["seed=9", "name=other", "output_dir=x"]))
+    other = make_setting(load_config(path, ["optimizer.lr=1e-3"]))
+    begun = make_setting(load_config(path, ["init_from=x"]))
+    assert one.has_full_cost and not begun.has_full_cost
     assert one == again != other
 
 
 def test_run_with_its_config_has_all_accounts(make_run: Callable[..., Path]) -> None:
     folder = make_run("grown", [(20, 1000), (30, 4000, 1e8)])
-    assert load_run(folder).spent((10,)) is None
+    assert load_run(folder).charged_flops((10,)) is None
     config = load_config(ROOT / "configs/demo/gstack.yaml")
     (folder / "config.yaml").write_text(to_yaml(config))
     run = load_run(folder)
-    base, target = setting_of(config).charges
-    assert run.spent((20_000, 50_000)) == pytest.approx((20e3 * base, 20e3 * base + 30e3 * target))
+    base, target = make_setting(config).charges
+    assert run.charged_flops((20_000, 50_000)) == pytest.approx(
+        (20e3 * base, 20e3 * base + 30e3 * target)
+    )
     curve = run.curve(run.validation, "flops_charged")
     assert curve is not None and curve.flops[1] == pytest.approx(20e3 * base)
 
 
-def test_gauges_and_scores_are_read(make_run: Callable[..., Path]) -> None:
+def test_metrics_and_scores_are_read(make_run: Callable[..., Path]) -> None:
     folder = make_run("run", [(20, 1000)])
     found = {"sciq": {"acc": 0.75, "acc_stderr": None}, "wikitext": {"word_perplexity": 20.5}}
     append(folder, kind="evaluation", results=found, average=0.75)
     run = load_run(folder)
-    assert run.gauges.grad_norm.values == (1.0,) * 20
-    assert set(run.gauges.tokens_per_second.values) == {2000.0}
-    assert run.gauges.memory_bytes.tokens[-1] == 20_000
-    assert run.gauges.mfu.values == ()
+    assert run.metrics.grad_norm.values == (1.0,) * 20
+    assert set(run.metrics.tokens_per_second.values) == {2000.0}
+    assert run.metrics.memory_bytes.tokens[-1] == 20_000
+    assert run.metrics.mfu.values == ()
     (score,) = run.scores
     assert (score.tokens, score.seconds, score.average) == (20_000, 10.0, 0.75)
     assert score.results == {"sciq": {"acc": 0.75}, "wikitext": {"word_perplexity": 20.5}}
@@ -86,23 +88,23 @@ def test_accuracies_are_drawn_against_all_costs(make_run: Callable[..., Path]) -
     assert {tuple(line.get_ydata()) for line in lines} == {(0.75,)}
 
 
-def test_what_was_kept_of_a_step_counts_and_not_its_record() -> None:
-    told = {"tokens": 1, "flops": 2, "elapsed_seconds": 3}
-    records = [{"step": at, "results": {}, "average": at / 10, **told} for at in (1, 2)]
-    kept = [{"step": at, "results": {}, "average": at / 5, **told} for at in (3, 2)]
-    found = read_scores(records, kept)
+def test_stored_results_replace_the_record_of_their_step() -> None:
+    counters = {"tokens": 1, "flops": 2, "elapsed_seconds": 3}
+    records = [{"step": at, "results": {}, "average": at / 10, **counters} for at in (1, 2)]
+    stored = [{"step": at, "results": {}, "average": at / 5, **counters} for at in (3, 2)]
+    found = read_scores(records, stored)
     assert [(score.step, score.average) for score in found] == [(1, 0.1), (2, 0.4), (3, 0.6)]
 
 
-def test_scores_of_another_form_are_refused(make_run: Callable[..., Path]) -> None:
+def test_malformed_scores_raise(make_run: Callable[..., Path]) -> None:
     folder = make_run("run", [(20, 1000)])
     append(folder, kind="evaluation", results=[0.5])
-    with pytest.raises(InputError, match="a record is not as it was written"):
+    with pytest.raises(InputError, match="a record is malformed"):
         load_run(folder)
 
 
 def grown_with(loss: tuple[float, ...], run: RunCurves) -> RunCurves:
-    """The run with these training losses every 10 tokens, grown after 20."""
+    """Return the run with these training losses every 10 tokens, grown after 20."""
     tokens = tuple(10 * (at + 1) for at in range(len(loss)))
     zeros = (0.0,) * len(loss)
     growth = Growth(1, 20, 0.0, 0.0, 0.0, None)
@@ -111,12 +113,12 @@ def grown_with(loss: tuple[float, ...], run: RunCurves) -> RunCurves:
     )
 
 
-def test_spike_is_measured_until_the_loss_is_back(make_run: Callable[..., Path]) -> None:
+def test_spike_is_measured_until_recovery(make_run: Callable[..., Path]) -> None:
     run = load_run(make_run("run", [(20, 1000)]))
     (spike,) = spikes(grown_with((4.0, 3.0, 5.0, 4.5, 3.5, 2.9, 6.0), run))
-    assert (spike.before, spike.peak, spike.tokens_until_back) == (3.0, 5.0, 40)
+    assert (spike.before, spike.peak, spike.recovery_tokens) == (3.0, 5.0, 40)
     (never,) = spikes(grown_with((4.0, 3.0, 5.0, 3.1), run))
-    assert (never.peak, never.tokens_until_back) == (5.0, None)
+    assert (never.peak, never.recovery_tokens) == (5.0, None)
     (none,) = spikes(grown_with((4.0, 3.0, 2.5), run))
-    assert (none.peak, none.tokens_until_back) == (2.5, 10)
+    assert (none.peak, none.recovery_tokens) == (2.5, 10)
     assert spikes(grown_with((4.0, 3.0), run)) == spikes(run) == []

@@ -8,7 +8,7 @@ from megagrow.analysis.speedup import LossCurve, flops_to_reach, measure_speedup
 
 
 def power_law(points: int, last: float, ahead: float = 1.0) -> LossCurve:
-    """8 C^-0.1, reached `ahead` times sooner, on points evenly spaced in log FLOPs."""
+    """Return 8 (ahead C)^-0.1 at points evenly spaced in log FLOPs."""
     flops = tuple(last * 10 ** (-3 + 3 * index / (points - 1)) for index in range(points))
     return LossCurve(flops, tuple(8 * (one * ahead) ** -0.1 for one in flops))
 
@@ -100,14 +100,14 @@ def test_curve_is_below_from_the_found_point_on(losses: list[float], loss: float
 
 
 @pytest.mark.parametrize(
-    ("flops", "loss", "told"),
+    ("flops", "loss", "message"),
     [
-        ((), (), "0 FLOPs for 0 losses"),
-        ((1.0,), (1.0, 2.0), "1 FLOPs for 2 losses"),
-        ((2.0, 1.0), (3.0, 2.0), "the FLOPs fall"),
+        ((), (), "0 FLOPs and 0 losses"),
+        ((1.0,), (1.0, 2.0), "1 FLOPs and 2 losses"),
+        ((2.0, 1.0), (3.0, 2.0), "the FLOPs decrease"),
         ((1.0, 2.0), (3.0, math.nan), "not finite"),
     ],
 )
-def test_unusable_curves_are_refused(flops: tuple, loss: tuple, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_invalid_curves_raise(flops: tuple, loss: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         LossCurve(flops, loss)

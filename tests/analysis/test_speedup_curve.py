@@ -1,4 +1,4 @@
-"""Speedups along the curve and over seeds, by hand."""
+"""Speedups at all shared losses and over seeds, compared with values computed by hand."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,34 +9,34 @@ import pytest
 from megagrow.analysis.curves import RunCurves, load_run
 from megagrow.analysis.seeds import group_runs, match_groups
 from megagrow.analysis.speedup import LossCurve
-from megagrow.analysis.speedup_curve import Level, shared_losses, speedup_along
+from megagrow.analysis.speedup_curve import Level, shared_losses, speedup_curve_levels
 from megagrow.errors import InputError
 
 SCRATCH = LossCurve((1e10, 1e11, 1e12, 1e13), (5.0, 4.0, 3.0, 2.0))
 
 
 def faster(by: float) -> LossCurve:
-    """The same losses, each reached with so many times fewer FLOPs."""
+    """Return the same losses, reached with FLOPs divided by `by`."""
     return LossCurve(tuple(flops / by for flops in SCRATCH.flops), SCRATCH.loss)
 
 
 def test_every_level_is_measured() -> None:
-    levels = speedup_along([SCRATCH], [faster(1.5)], count=5)
+    levels = speedup_curve_levels([SCRATCH], [faster(1.5)], count=5)
     assert [level.loss for level in levels] == pytest.approx([3.0, 2.75, 2.5, 2.25, 2.0])
     assert [level.mean for level in levels] == pytest.approx([0.5] * 5)
     assert [level.saved for level in levels] == pytest.approx([1 / 3] * 5)
     assert {level.deviation for level in levels} == {None}
 
 
-def test_a_gain_that_fades_is_seen_to_fade() -> None:
+def test_a_shrinking_gain_is_measured() -> None:
     """Faster by a quarter until loss 3, equally fast at 2."""
     grown = LossCurve((8e9, 8e10, 8e11, 1e13), SCRATCH.loss)
-    levels = speedup_along([SCRATCH], [grown], count=3)
+    levels = speedup_curve_levels([SCRATCH], [grown], count=3)
     assert [level.mean for level in levels] == pytest.approx([0.25, 1.25**0.5 - 1, 0.0])
 
 
-def test_seeds_are_told_by_mean_range_and_deviation() -> None:
-    (level,) = speedup_along([SCRATCH], [faster(1.4), faster(1.6)], count=1)
+def test_seeds_give_mean_range_and_deviation() -> None:
+    (level,) = speedup_curve_levels([SCRATCH], [faster(1.4), faster(1.6)], count=1)
     assert level.speedups == pytest.approx((0.4, 0.6))
     assert level.mean == pytest.approx(0.5)
     assert level.deviation == pytest.approx(0.02**0.5)
@@ -49,11 +49,11 @@ def test_papers_fewer_tokens() -> None:
 
 def test_curves_that_share_no_loss_have_no_level() -> None:
     low = LossCurve((1.0, 2.0), (1.5, 1.0))
-    assert speedup_along([SCRATCH], [low]) == []
-    assert speedup_along([low], [SCRATCH]) == []
+    assert speedup_curve_levels([SCRATCH], [low]) == []
+    assert speedup_curve_levels([low], [SCRATCH]) == []
 
 
-def test_levels_leave_out_the_steep_start() -> None:
+def test_levels_exclude_the_steep_start() -> None:
     assert shared_losses([SCRATCH], 3) == [3.0, 2.5, 2.0]
 
 
@@ -79,6 +79,6 @@ def test_runs_that_differ_by_seed_are_one_group(make_run: Callable[..., Path]) -
     assert len(last.speedups) == 2 and last.deviation == pytest.approx(0.0, abs=1e-12)
 
 
-def test_group_without_counterpart_is_refused(make_run: Callable[..., Path]) -> None:
-    with pytest.raises(InputError, match="grown: no run from scratch of the same 4,000"):
+def test_group_without_counterpart_raises(make_run: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match="grown: no run from scratch with the same 4,000"):
         match_groups(group_runs(list(runs_of(make_run, "grown").values())))

@@ -1,4 +1,4 @@
-"""What cannot be evaluated: every rank leaves with exit code 2, and all together say one line."""
+"""Inputs that cannot be evaluated: every rank exits with code 2, and one error line is printed."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ MODEL = tiny(vocab_size=301, num_key_value_heads=1)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data and tokenizer, a folder without data, and a checkpoint without a tokenizer."""
+    """Data, a tokenizer, a folder without data, and a checkpoint without a tokenizer."""
     folder = tmp_path_factory.mktemp("bad")
     write_data(folder)
     state = state_of(hugging_face(MODEL), parameter_plan(MODEL, 1))
@@ -36,7 +36,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CASES = {
-    "no tokenizer": (1, "step-5 --data-dir data --tasks piqa", "step-5: names no tokenizer"),
+    "no tokenizer": (
+        1,
+        "step-5 --data-dir data --tasks piqa",
+        "step-5: the source names no tokenizer",
+    ),
     "a missing tokenizer": (
         2,
         "step-5 --data-dir data --tasks piqa --tokenizer nowhere.model",
@@ -45,26 +49,26 @@ CASES = {
     "an unknown task": (
         2,
         "step-5 --data-dir data --tasks piqa,nope",
-        "task nope: from local files there are gstack, lambada_openai,",
+        "task nope cannot be read from local files; available: gstack, lambada_openai,",
     ),
     "no task": (1, "step-5 --data-dir data --tasks ,", "--tasks: names none"),
     "no data folder": (2, "step-5 --data-dir nowhere --tasks piqa", "nowhere: no such directory"),
     "no data file": (
         2,
         "step-5 --data-dir none --tasks logiqa",
-        "none: no data of logiqa; should hold logiqa/Test.txt, logiqa/*.jsonl or .parquet",
+        "none: no data of task logiqa; expected logiqa/Test.txt, logiqa/*.jsonl or .parquet",
     ),
-    "ranks": (2, "step-5 --tp 3", "--tp 3 does not divide the 2 ranks of this start"),
+    "ranks": (2, "step-5 --tp 3", "--tp 3 does not divide the world size 2"),
     "heads": (
         2,
         "step-5 --data-dir data --tasks piqa --tokenizer tokenizer.model --tp 2",
-        "--tp 2 does not divide the model's num_key_value_heads 1",
+        "--tp 2 does not divide the model's num_key_value_heads = 1",
     ),
     "no checkpoint": (2, "nowhere --data-dir data --tasks piqa", "nowhere: no such directory"),
     "an unknown precision": (
         1,
         "step-5 --data-dir data --tasks piqa --tokenizer tokenizer.model --dtype fp8",
-        "dtype fp8: should be one of float32, bfloat16",
+        "dtype fp8: must be one of float32, bfloat16",
     ),
     "no place for the results": (
         2,
@@ -75,23 +79,23 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_cannot_be_evaluated(folder, tmp_path, monkeypatch, name) -> None:
-    world, words, said = CASES[name]
+def test_invalid_arguments(folder, tmp_path, monkeypatch, name) -> None:
+    world, words, message = CASES[name]
     monkeypatch.chdir(folder)
-    found = refused(tmp_path, ["eval", *words.split()], world)
-    assert said in found
+    assert message in refused(tmp_path, ["eval", *words.split()], world)
 
 
 def test_a_continuation_that_is_too_long_stops_all_ranks(folder, tmp_path) -> None:
-    """One of two ranks has it."""
+    """Only one of the two ranks has the request."""
     docs = [{"goal": "a", "sol1": "b", "sol2": "c", "label": 0} for _ in range(4)]
     docs[3]["sol2"] = "z" * 100
     (tmp_path / "piqa").mkdir()
     (tmp_path / "piqa" / "a.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     words = ["--data-dir", str(tmp_path), "--tasks", "piqa"]
     words += ["--tokenizer", str(folder / "tokenizer.model")]
-    found = refused(tmp_path / "out", ["eval", str(folder / "step-5"), *words])
-    assert "a continuation of 10" in found and "tokens: the model reads 64" in found
+    error = refused(tmp_path / "out", ["eval", str(folder / "step-5"), *words])
+    assert "a continuation has 10" in error
+    assert "tokens, but the context length of the model is 64" in error
 
 
 def without_lm_eval(rank: int, patch: pytest.MonkeyPatch) -> None:
@@ -99,8 +103,8 @@ def without_lm_eval(rank: int, patch: pytest.MonkeyPatch) -> None:
 
 
 def offline(rank: int, patch: pytest.MonkeyPatch) -> None:
-    """A hub that is not reached, and of lm-eval's tasks one folder: to read all takes seconds."""
-    known = Path(lm_eval.tasks.__file__).parent / "sciq"
+    """Make the hub unreachable and load one folder of lm-eval's tasks, as loading all is slow."""
+    task_folder = Path(lm_eval.tasks.__file__).parent / "sciq"
     manager = megagrow.evaluation.tasks.TaskManager
 
     def unreachable(*_: object, **__: object) -> None:
@@ -111,20 +115,20 @@ def offline(rank: int, patch: pytest.MonkeyPatch) -> None:
         megagrow.evaluation.tasks,
         "TaskManager",
         lambda include_path: manager(
-            include_defaults=False, include_path=[include_path, str(known)]
+            include_defaults=False, include_path=[include_path, str(task_folder)]
         ),
     )
 
 
 OFF = {
-    "nope": "task nope: lm-eval knows none of this name; see lm-eval ls tasks",
-    "sciq": "tasks sciq: no data from the hub: Couldn't reach 'allenai/sciq' on the Hub (a reason)"
-    "; local files need none (data_dir)",
+    "nope": "task nope: lm-eval has no task of this name; see lm-eval ls tasks",
+    "sciq": "tasks sciq: cannot load data from the hub: Couldn't reach 'allenai/sciq' on the Hub "
+    "(a reason); set data_dir to use local files",
 }
 
 
 @pytest.mark.parametrize("task", OFF)
-def test_what_the_hub_has_not(folder, tmp_path, task) -> None:
+def test_tasks_that_the_hub_does_not_provide(folder, tmp_path, task) -> None:
     words = ["eval", str(folder / "step-5"), "--tasks", task]
     assert refused(tmp_path, words, hook=offline) == OFF[task]
 
@@ -141,25 +145,24 @@ RUNS = {
     "an unknown key": (["evaluation.step=2"], "unknown key 'evaluation.step'; "),
     "no tasks": (["evaluation.tasks=[]"], "'evaluation.tasks' = []"),
     "no data folder": (["evaluation.data_dir=nowhere"], "nowhere: no such directory"),
-    "no data": (["evaluation.tasks=[arc_easy]"], "no data of arc_easy; should hold arc_easy/"),
-    "a task that asks too much": (
+    "no data": (["evaluation.tasks=[arc_easy]"], "no data of task arc_easy; expected arc_easy/"),
+    "a request that is too long": (
         [f"stages.{i}.model.max_position_embeddings=16" for i in range(2)]
         + ["data.sequence_length=16"],
-        "tokens: the model reads 16",
+        "tokens, but the context length of the model is 16",
     ),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_that_cannot_be_evaluated_is_not_begun(folder, tmp_path, name) -> None:
-    overrides, said = RUNS[name]
+def test_a_run_that_cannot_be_evaluated_does_not_start(folder, tmp_path, name) -> None:
+    overrides, message = RUNS[name]
     run = evaluated_run(tmp_path, folder / "data", folder / "tokenizer.model")
-    found = refused_run(write_run(tmp_path / "run.yaml", run), *overrides)
-    assert said in found
+    assert message in refused_run(write_run(tmp_path / "run.yaml", run), *overrides)
     assert not run.output_dir.exists()
 
 
-def test_a_run_that_needs_lm_eval_is_not_begun(folder, tmp_path) -> None:
+def test_a_run_that_needs_lm_eval_does_not_start(folder, tmp_path) -> None:
     run = evaluated_run(tmp_path, folder / "data", folder / "tokenizer.model")
     assert refused_run(write_run(tmp_path / "run.yaml", run), hook=without_lm_eval) == NEEDED
     assert not run.output_dir.exists()

@@ -1,4 +1,4 @@
-"""What is found while a run trains is what `megagrow eval` finds, and the run does not notice."""
+"""Evaluation during training equals `megagrow eval` and does not change the training."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from megagrow.config.schema import RunConfig
-from megagrow.evaluation.lm import Evaluated, MegagrowLM
-from megagrow.evaluation.online import LiveEvaluation
-from megagrow.evaluation.preflight import NoModel
+from megagrow.evaluation.lm import LMAdapter, MegagrowLM
+from megagrow.evaluation.online import OnlineEvaluation
+from megagrow.evaluation.preflight import StubScorer
 from megagrow.evaluation.runner import evaluate
 from megagrow.evaluation.tasks import load_tasks
 from megagrow.reshard.fill import fill_initial
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.dist
 
 WORLD = 2
 STEPS = [2, 3, 4, 6]
-"""Those after which the run is evaluated: every second one, the end of a stage, that of the run."""
+"""Evaluated steps: every second one, the end of a stage, and the end of the run."""
 
 
 def finished(run: RunConfig, hook: Hook | None = None) -> Finished:
@@ -37,25 +37,25 @@ def finished(run: RunConfig, hook: Hook | None = None) -> Finished:
 
 
 def answers_into(folder: Path) -> Hook:
-    """Every rank writes down what is answered to each call of lm-eval, without the rehearsal."""
+    """Make each rank record its answers to lm-eval's calls, except those of the preflight check."""
 
     def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
-        shared = Evaluated._shared
+        distribute = LMAdapter._distribute
 
-        def told(self: Evaluated, *arguments: Any) -> list[Any]:
-            found = shared(self, *arguments)
-            if not isinstance(self._scorer, NoModel):
+        def recording(self: LMAdapter, *arguments: Any) -> list[Any]:
+            answers = distribute(self, *arguments)
+            if not isinstance(self._scorer, StubScorer):
                 with (folder / f"{rank}.jsonl").open("a") as file:
-                    file.write(json.dumps(found) + "\n")
-            return found
+                    file.write(json.dumps(answers) + "\n")
+            return answers
 
-        patch.setattr(Evaluated, "_shared", told)
+        patch.setattr(LMAdapter, "_distribute", recording)
 
     return hook
 
 
 def stopped_after(step: int) -> Hook:
-    """SIGTERM to both ranks when a step is done."""
+    """Send SIGTERM to both ranks after a step."""
 
     def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
         record = RunLogger.step
@@ -95,8 +95,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def case(
     tmp_path_factory: pytest.TempPathFactory, data: tuple[Path, Path]
 ) -> tuple[RunConfig, Finished, list[list[Any]]]:
-    """A run that was evaluated, stopped and gone on with; what it said before it was stopped, and
-    what each rank answered."""
+    """An evaluated run that was stopped and resumed, its output before the stop, and each rank's
+    answers."""
     folder = tmp_path_factory.mktemp("evaluated")
     run = evaluated_run(folder, *data)
     done = finished(run, both(answers_into(folder), stopped_after(5)))
@@ -107,7 +107,7 @@ def case(
 
 
 def of_checkpoints(run: RunConfig, data: Path, folder: Path) -> tuple[list[dict], list[Any]]:
-    """What `megagrow eval` finds in the checkpoint of each step."""
+    """Return the results of `megagrow eval` on the checkpoint of each step."""
     answers_into(folder)(0, pytest.MonkeyPatch())
     tasks, found = load_tasks(tuple(TASKS), data), []
     for step in STEPS:
@@ -137,17 +137,18 @@ def test_results_are_those_of_the_checkpoints(case, data, tmp_path) -> None:
     assert flat(answered[0]) == pytest.approx(flat(answers), abs=1e-4, rel=1e-6)
 
 
-def test_a_line_says_what_was_found(case) -> None:
+def test_results_are_printed_on_one_line(case) -> None:
     run, done, _ = case
-    said = " ".join(done.out[0].split())
+    output = " ".join(done.out[0].split())
     for step, _, results, average in evaluations(run)[:3]:
         accuracy = f"{results['lambada_openai']['acc']:.4g}"
         assert (
-            f"step {step}: evaluation: average {average:.3f}, lambada_openai acc {accuracy}" in said
+            f"step {step}: evaluation: average {average:.3f}, lambada_openai acc {accuracy}"
+            in output
         )
 
 
-def test_training_does_not_notice(case, data, tmp_path) -> None:
+def test_evaluation_does_not_change_training(case, data, tmp_path) -> None:
     run, *_ = case
     without = evaluated_run(tmp_path, *data, evaluation=None)
     finished(without)
@@ -156,21 +157,21 @@ def test_training_does_not_notice(case, data, tmp_path) -> None:
 
 
 def while_masked(run: RunConfig) -> list[dict[str, Any]]:
-    """Results of a base, and of what it grew into: behind its masks, and without them."""
-    live = LiveEvaluation(run, run.evaluation, torch.device("cpu"))
+    """Return the results of a base, and of the grown model with and without its masks."""
+    evaluation = OnlineEvaluation(run, run.evaluation, torch.device("cpu"))
     stage = build_stage(run, 0, torch.device("cpu"))
     fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)
     stage.engine.ready(0)
     begun: list[str] = []
-    found = [live(stage, None, begun.append)]
+    found = [evaluation(stage, None, begun.append)]
     stage, _ = grow_live(run, stage)
-    found += [live(stage, masks, begun.append) for masks in (masks_now(run, stage, 0), None)]
+    found += [evaluation(stage, masks, begun.append) for masks in (masks_now(run, stage, 0), None)]
     assert begun == 3 * TASKS and stage.engine._engine.training
     return [one["results"] for one in found]
 
 
-def test_what_is_still_masked_is_evaluated_behind_its_masks(data, tmp_path) -> None:
-    """The new parts begin at 0, and change nothing then."""
+def test_masked_model_is_evaluated_with_its_masks(data, tmp_path) -> None:
+    """Masks start at 0, so new parameters have no effect at first."""
     run = evaluated_run(tmp_path, *data)
     base, grown = run.stages
     wide = {"hidden_size": 44, "num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 8}

@@ -1,9 +1,11 @@
-"""The adapter says of each request what lm-eval's own model says of the exported checkpoint."""
+"""Answers of the adapter equal those of lm-eval's Hugging Face model of the exported checkpoint."""
 
 import pytest
 from lm_eval.api.instance import Instance
 
-pytest.importorskip("accelerate", reason="lm-eval's own model needs it: pip install lm-eval[hf]")
+pytest.importorskip(
+    "accelerate", reason="lm-eval's Hugging Face model needs it: pip install lm-eval[hf]"
+)
 
 from tests.helpers.evaluation.comparing import answers, figures, ours, theirs, write_source
 from tests.helpers.evaluation.folders import DATA
@@ -20,23 +22,23 @@ CONTEXTS = ["He said that", "A much longer context, which stands beside it in th
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    """Checkpoint, tokenizer, and what lm-eval's own model says."""
+    """Checkpoint, tokenizer, and the answers of lm-eval's Hugging Face model."""
     folder = tmp_path_factory.mktemp("evaluation")
     source = write_source(folder)
     model = theirs(folder, *source)
-    said = {**answers(model), "choices": model.loglikelihood(choosing())}
-    return source, said, figures(model), model
+    expected = {**answers(model), "choices": model.loglikelihood(choice_requests())}
+    return source, expected, figures(model), model
 
 
-def writing() -> list[Instance]:
+def generation_requests() -> list[Instance]:
     return [
         Instance("generate_until", {}, (context, GENERATION), number)
         for number, context in enumerate(CONTEXTS)
     ]
 
 
-def choosing() -> list[Instance]:
-    """Choices of one token and of several behind the same context, one choice twice, no context."""
+def choice_requests() -> list[Instance]:
+    """One-token and longer choices with one context, a repeated choice, and an empty context."""
     pairs = [("Is it so", choice) for choice in ("?", "!", ".", " that he", "!", " that")]
     pairs += [("", "He said"), ("He ", "said"), ("x" * 400, " y")]
     return [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
@@ -44,12 +46,16 @@ def choosing() -> list[Instance]:
 
 def rank(source: tuple, tp: int) -> tuple:
     model = ours(*source, tp)
-    chosen = model.loglikelihood(choosing())
-    return {**answers(model), "choices": chosen}, figures(model), model.generate_until(writing())
+    chosen = model.loglikelihood(choice_requests())
+    return (
+        {**answers(model), "choices": chosen},
+        figures(model),
+        model.generate_until(generation_requests()),
+    )
 
 
 @pytest.mark.parametrize(("world", "tp"), [(1, 1), (2, 2), (2, 1)])
-def test_each_request_and_each_metric_is_that_of_lm_eval(case, world, tp):
+def test_answers_and_metrics_equal_those_of_lm_eval(case, world, tp):
     source, expected, metrics, _ = case
     for found, own_metrics, _ in run_ranks(world, rank, source, tp):
         for task, values in expected.items():
@@ -63,9 +69,9 @@ def test_each_request_and_each_metric_is_that_of_lm_eval(case, world, tp):
             assert own_metrics[task] == pytest.approx(values, rel=1e-6)
 
 
-def test_writing_is_greedy_and_stops(case):
+def test_generation_is_greedy_and_stops(case):
     source, *_, model = case
     (_, _, written), *_ = run_ranks(1, rank, source, 1)
-    expected = [model.generate_until([request])[0] for request in writing()]
+    expected = [model.generate_until([request])[0] for request in generation_requests()]
     assert written == expected and any(written)
     assert not any("e" in text for text in written)

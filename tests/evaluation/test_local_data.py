@@ -1,4 +1,4 @@
-"""Documents come out of published files as they stand in them; what is wrong is one clear line."""
+"""Documents of published and converted files, and errors for malformed ones."""
 
 import json
 
@@ -48,7 +48,7 @@ def test_full_stops_of_logiqa_are_spaced_as_on_the_hub(tmp_path, published, on_t
     assert [doc["context"], doc["question"], *doc["options"]] == 6 * [on_the_hub]
 
 
-def test_articles_of_wikitext_end_where_the_next_one_begins(tmp_path):
+def test_articles_of_wikitext_end_before_the_next_title(tmp_path):
     first = " = One = \n \n text \n = = Part = = \n more \n = = = = Detail = = = = \n \n"
     formula = "= a + b =\n text of = Two = \n = 2 \n"
     write(tmp_path / "wikitext-2" / "test.txt", f" \n\n{first}\n = Two = \n text \n{formula}")
@@ -56,7 +56,7 @@ def test_articles_of_wikitext_end_where_the_next_one_begins(tmp_path):
     assert pages == [first, " = Two = \n text ", formula]
 
 
-def test_what_stands_before_the_first_title_of_wikitext_is_an_article(tmp_path):
+def test_wikitext_before_the_first_title_is_an_article(tmp_path):
     write(tmp_path / "wikitext-2" / "test.txt", "text\n = One = \n")
     pages = [doc["page"] for doc in read_documents("wikitext", tmp_path)]
     assert pages == ["text", " = One = \n"]
@@ -78,27 +78,27 @@ def test_published_files_hold_as_many_documents_as_the_hub():
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "told"),
+    ("file", "text", "message"),
     [
-        ("piqa/other.txt", "", "no data of piqa; should hold piqa/"),
-        ("piqa/a.jsonl", "{", "a.jsonl: not the data of piqa"),
-        ("piqa/a.jsonl", "3\n", "line 1 is no object"),
-        ("piqa/a.jsonl", "\n", "holds no documents"),
-        ("piqa/a.parquet", "PAR0", "a.parquet: not the data of piqa"),
+        ("piqa/other.txt", "", "no data of task piqa; expected piqa/"),
+        ("piqa/a.jsonl", "{", "a.jsonl: not valid data of task piqa"),
+        ("piqa/a.jsonl", "3\n", "line 1 is not a JSON object"),
+        ("piqa/a.jsonl", "\n", "contains no documents"),
+        ("piqa/a.parquet", "PAR0", "a.parquet: not valid data of task piqa"),
     ],
 )
-def test_what_is_no_data_is_told(tmp_path, file, text, told):
+def test_malformed_data_raises(tmp_path, file, text, message):
     write(tmp_path / file, text)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         read_documents("piqa", tmp_path)
 
 
-def test_a_question_without_its_lines_is_told(tmp_path):
+def test_incomplete_question_raises(tmp_path):
     write(tmp_path / "logiqa" / "Test.txt", QUESTION + QUESTION[:20])
-    with pytest.raises(InputError, match="line 9 begins no question"):
+    with pytest.raises(InputError, match="line 9 does not start a question"):
         read_documents("logiqa", tmp_path)
 
 
-def test_a_missing_folder_is_told(tmp_path):
+def test_missing_folder_raises(tmp_path):
     with pytest.raises(InputError, match="no such directory"):
         read_documents("piqa", tmp_path / "none")

@@ -1,4 +1,4 @@
-"""What `megagrow eval` finds in a run's checkpoint reaches the run's report."""
+"""Results of `megagrow eval` on a run's checkpoints appear in the run's report."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pytest
 from megagrow.analysis.curves import load_run
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
-from megagrow.evaluation.results_store import keep, run_of, standing
+from megagrow.evaluation.results_store import find_run, run_counters, store_results
 from megagrow.evaluation.runner import average
 from megagrow.train.reporting.metrics import read_metrics
 from tests.helpers.evaluation.small import SMALL, write_data
@@ -20,7 +20,7 @@ from tests.helpers.runs import STEP_TOKENS, make_run
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, list[str]]:
-    """A run of four steps, and how to evaluate it."""
+    """A run of four steps, and the arguments of its evaluation."""
     folder = tmp_path_factory.mktemp("kept")
     data, tokenizer = write_data(folder)
     stage = {"model": SMALL, "tokens": 4 * STEP_TOKENS}
@@ -63,32 +63,34 @@ def test_results_of_checkpoints_are_scores_of_the_run(case, tmp_path) -> None:
 
 
 def results(task: str, accuracy: float, **changes: Any) -> dict[str, Any]:
-    told = {"step": 7, "tokens": 70, "flops": 7.0, "elapsed_seconds": 1.5, "limit": None}
-    found = {"results": {task: {"acc": accuracy}}, "average": accuracy}
-    return {"checkpoint": "x", **told, **found, **changes}
+    counters = {"step": 7, "tokens": 70, "flops": 7.0, "elapsed_seconds": 1.5, "limit": None}
+    scores = {"results": {task: {"acc": accuracy}}, "average": accuracy}
+    return {"checkpoint": "x", **counters, **scores, **changes}
 
 
-def test_tasks_of_the_same_checkpoint_come_together(tmp_path: Path) -> None:
-    keep(results("piqa", 0.5), tmp_path, average)
-    keep(results("piqa", 0.75), tmp_path, average)
-    path = keep(results("sciq", 0.25), tmp_path, average)
+def test_results_of_one_checkpoint_are_merged(tmp_path: Path) -> None:
+    store_results(results("piqa", 0.5), tmp_path, average)
+    store_results(results("piqa", 0.75), tmp_path, average)
+    path = store_results(results("sciq", 0.25), tmp_path, average)
     both = json.loads(path.read_text())
     assert both["results"] == {"piqa": {"acc": 0.75}, "sciq": {"acc": 0.25}}
     assert both["average"] == 0.5
     for other in ({"limit": 10}, {"elapsed_seconds": 2.5}):
-        keep(results("piqa", 1.0, **other), tmp_path, average)
+        store_results(results("piqa", 1.0, **other), tmp_path, average)
         assert json.loads(path.read_text()) == results("piqa", 1.0, **other)
     endless = results("wikitext", 0.0, results={"wikitext": {"word_perplexity": float("inf")}})
-    keep(endless, tmp_path, average)
+    store_results(endless, tmp_path, average)
     assert json.loads(path.read_text())["results"] == {"wikitext": {"word_perplexity": None}}
 
 
 @pytest.mark.dist
-def test_results_go_with_the_steps_that_are_trained_anew(tmp_path: Path) -> None:
+def test_results_of_discarded_steps_are_removed(tmp_path: Path) -> None:
     run = make_run(tmp_path, [{"tokens": 4 * STEP_TOKENS}], checkpoint={"interval": 2})
     path, checkpoints = write_run(tmp_path / "run.yaml", run), run.output_dir / "checkpoints"
     assert train(path, 1).finish().codes == [0]
-    files = [keep(results("piqa", 0.5, step=step), run.output_dir, average) for step in (2, 4)]
+    files = [
+        store_results(results("piqa", 0.5, step=step), run.output_dir, average) for step in (2, 4)
+    ]
     for step, left in ((4, [True, True]), (2, [True, False]), (0, [False, False])):
         for newer in checkpoints.iterdir():
             if newer.name > f"step-{step:09d}":
@@ -97,31 +99,31 @@ def test_results_go_with_the_steps_that_are_trained_anew(tmp_path: Path) -> None
         assert [file.exists() for file in files] == left
 
 
-def test_only_a_run_keeps_results_of_its_own_checkpoints(case, tmp_path: Path) -> None:
+def test_run_is_found_only_for_its_own_checkpoints(case, tmp_path: Path) -> None:
     run, _ = case
     own = run.output_dir / "checkpoints" / "step-000000002"
-    assert run_of(own) == run.output_dir.resolve()
+    assert find_run(own) == run.output_dir.resolve()
     for path in (run.output_dir, tmp_path / "checkpoints" / own.name, tmp_path):
         path.mkdir(parents=True, exist_ok=True)
-        assert run_of(path) is None
-    assert standing(None) == {}
+        assert find_run(path) is None
+    assert run_counters(None) == {}
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{", "not JSON"),
         ("[]", "should hold a JSON object"),
-        ("{}", "not as megagrow eval has written it"),
-        (json.dumps(results("a", 0.5, results={"a": 3})), "not as megagrow eval has written it"),
-        (json.dumps(results("a", 0.5, tokens="70")), "not as megagrow eval has written it"),
+        ("{}", "not in the format of megagrow eval"),
+        (json.dumps(results("a", 0.5, results={"a": 3})), "not in the format of megagrow eval"),
+        (json.dumps(results("a", 0.5, tokens="70")), "not in the format of megagrow eval"),
     ],
 )
-def test_a_file_that_somebody_has_damaged_is_named(case, text: str, said: str) -> None:
+def test_damaged_result_file_raises(case, text: str, message: str) -> None:
     run, _ = case
     path = run.output_dir / "evaluations" / "step-000000009.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
-    with pytest.raises(InputError, match=f"step-000000009.json: {said}"):
+    with pytest.raises(InputError, match=f"step-000000009.json: {message}"):
         load_run(run.output_dir)
     path.unlink()

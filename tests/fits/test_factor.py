@@ -1,4 +1,4 @@
-"""The recommended growth factor out of losses whose best factor is known."""
+"""Recommended growth factor fitted to losses with a known best factor."""
 
 import json
 from pathlib import Path
@@ -31,9 +31,11 @@ def test_noisy_losses_give_it_within_the_interval() -> None:
     assert 34 <= inside <= 40  # 38 are expected
 
 
-def test_a_best_factor_outside_of_those_tried_is_refused() -> None:
+def test_a_best_factor_outside_the_tried_range_raises() -> None:
     data = factor_points(40.0)
-    with pytest.raises(InputError, match=r"no parabola has a best g \(minimum outside of the g tr"):
+    with pytest.raises(
+        InputError, match=r"no parabola has a best g \(minimum outside the tried range of g"
+    ):
         fit_factor(data, factor_parabolas(data))
 
 
@@ -42,8 +44,8 @@ def test_from_a_csv_through_the_command_line(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "runs.csv", ISO_HEADER.format("factor"), points)
     result = CliRunner().invoke(app, ["fit", "factor", str(path), "--output", str(tmp_path / "o")])
     assert result.exit_code == 0, result.output
-    assert "9 points with factor of 1 or less left out" in result.output
-    told = json.loads((tmp_path / "o" / "factor.json").read_text())
-    assert told["fit"]["factor"] == pytest.approx(3.0, rel=1e-6)
-    assert told["paper"] == [2.0, 4.0]
+    assert "9 points with factor <= 1 excluded" in result.output
+    document = json.loads((tmp_path / "o" / "factor.json").read_text())
+    assert document["fit"]["factor"] == pytest.approx(3.0, rel=1e-6)
+    assert document["paper"] == [2.0, 4.0]
     assert (tmp_path / "o" / "factor.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""Laws of loss against compute, and the saving between them, out of losses that were made so."""
+"""Scaling laws and FLOP savings fitted to losses with known laws."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from tests.helpers.fits.synthetic import (
 )
 
 TRUE_SAVING = (GROWN_LAW[0] / SCRATCH_LAW[0]) ** (1 / SCRATCH_LAW[1]) - 1
-"""Both laws have one power and one floor: the ratio of FLOPs is the same at every budget."""
+"""Both laws have the same exponent and floor, so the FLOP ratio is the same at every budget."""
 
 
 @pytest.mark.parametrize("floor", [True, False])
@@ -39,7 +39,7 @@ def test_exact_losses_give_laws_and_saving_back(floor: bool) -> None:
 
 
 def test_noisy_losses_give_them_within_their_intervals() -> None:
-    """Also the band of the curve beyond the data, and the saving there."""
+    """Constants, the extrapolated band and the saving cover the true values at the 95% level."""
     inside, banded, saved, at = 0, 0, 0, np.array([1e23])
     a, b, e = SCRATCH_LAW
     for seed in range(40):
@@ -54,7 +54,7 @@ def test_noisy_losses_give_them_within_their_intervals() -> None:
         saving = saving_at(*laws, 1e21)
         assert saving.low is not None and saving.high is not None
         saved += saving.low <= TRUE_SAVING <= saving.high
-    # 95% are expected, and the three constants hang together.
+    # 95% are expected; the three constants are correlated.
     assert 104 <= inside <= 120 and banded >= 34 and saved >= 34
     assert inside < 120 or banded < 40 or saved < 40
 
@@ -70,9 +70,9 @@ def test_a_loss_below_the_floor_of_scratch_has_no_saving() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
-        (scaling_points(budgets=(1e17, 1e18)), "scratch has points at 2 different budgets, the 3"),
+        (scaling_points(budgets=(1e17, 1e18)), "scratch has points at 2 different budgets, but"),
         (
             Data("made", tuple(ScalingPoint(k, 10.0**c, 2.0 + c / 100)
                                for k in ("scratch", "grown") for c in range(17, 22))),
@@ -80,8 +80,8 @@ def test_a_loss_below_the_floor_of_scratch_has_no_saving() -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_told_is_said(data: Data[ScalingPoint], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_undetermined_laws_raise(data: Data[ScalingPoint], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         fit_scaling(data)
 
 
@@ -90,9 +90,9 @@ def test_from_a_csv_through_the_command_line(tmp_path: Path) -> None:
     words = ["fit", "scaling", str(path), "--output", str(tmp_path / "o"), "--budgets", "1e20,1e22"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    told = json.loads((tmp_path / "o" / "scaling.json").read_text())
-    assert [one["flops"] for one in told["savings"]] == [1e20, 1e22]
-    for one in told["savings"]:
+    document = json.loads((tmp_path / "o" / "scaling.json").read_text())
+    assert [one["flops"] for one in document["savings"]] == [1e20, 1e22]
+    for one in document["savings"]:
         assert one["low"] <= TRUE_SAVING <= one["high"]
         assert math.isclose(one["beyond_grown"], one["flops"] / 1e21, rel_tol=1e-9)
     assert (tmp_path / "o" / "scaling.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""The constants of equation 2 out of losses that were made by it."""
+"""Constants of equation 2 fitted to losses generated from it."""
 
 import json
 import math
@@ -28,7 +28,7 @@ from tests.helpers.fits.synthetic import (
 )
 
 TABLE_4 = ((8e9, 15e12, 6.58e9), (7e9, 2e12, 11.11e9), (13e9, 2e12, 15.84e9), (70e9, 2e12, 42.48e9))
-"""N, D and the recommended d, as the paper prints them."""
+"""N, D and the recommended d published in the paper (Table 4)."""
 
 
 def fitted(data: Data[IsoPoint]) -> TimingFit:
@@ -53,7 +53,7 @@ def test_noisy_losses_give_them_within_their_intervals(noise: float, repeats: in
             assert found.low is not None and found.high is not None and found.standard_error
             inside += found.low <= true <= found.high
             errors.append((found.value - true) / found.standard_error)
-    # 114 of 120 are expected; the three of a fit hang together, so that 5 less is no rarity.
+    # 114 of 120 are expected; the three of a fit are correlated, so 5 fewer is not rare.
     assert 106 <= inside < 120
     assert abs(sum(errors) / len(errors)) < 0.4
 
@@ -82,19 +82,19 @@ def test_the_papers_table_of_recommended_timings() -> None:
 
 
 def test_the_error_of_a_vertex_is_that_of_repeated_draws() -> None:
-    found, told = [], []
+    found, predicted = [], []
     for seed in range(150):
         first = timing_parabolas(timing_points(noise=0.002, seed=seed))[0]
         assert first.best is not None and first.standard_error is not None
         found.append(math.log10(first.best))
-        told.append(first.standard_error)
+        predicted.append(first.standard_error)
     mean = sum(found) / len(found)
     spread = math.sqrt(sum((one - mean) ** 2 for one in found) / (len(found) - 1))
-    assert sum(told) / len(told) == pytest.approx(spread, rel=0.2)
+    assert sum(predicted) / len(predicted) == pytest.approx(spread, rel=0.2)
     assert mean == pytest.approx(math.log10(best_tokens(SIZES[0], BUDGETS[0])), abs=0.01)
 
 
-def test_vertices_that_are_no_best_are_refused() -> None:
+def test_parabolas_without_a_best_choice_are_refused() -> None:
     data = timing_points()
     far, up, few = ((SIZES[0], flops) for flops in BUDGETS)
     points = []
@@ -106,8 +106,8 @@ def test_vertices_that_are_no_best_are_refused() -> None:
         points.append(IsoPoint(*place, d, loss))
     parabolas = timing_parabolas(Data("made", tuple(points)))
     assert [one.refused for one in parabolas[:3]] == [
-        "minimum outside of the d tried, 1e+09 to 3.16e+09",
-        "no minimum: it does not bend up",
+        "minimum outside the tried range of d, 1e+09 to 3.16e+09",
+        "no minimum: the curvature is not positive",
         "1 different d, a parabola needs 3",
     ]
     assert len(accepted(parabolas)) == 6
@@ -116,22 +116,28 @@ def test_vertices_that_are_no_best_are_refused() -> None:
 
 def test_as_many_vertices_as_constants_have_no_interval() -> None:
     corner = {(SIZES[0], BUDGETS[0]), (SIZES[0], BUDGETS[1]), (SIZES[1], BUDGETS[0])}
-    kept = [p for p in timing_points().points if (p.parameters, p.flops) in corner]
-    fit = fitted(Data("made", tuple(kept)))
+    corners = [p for p in timing_points().points if (p.parameters, p.flops) in corner]
+    fit = fitted(Data("made", tuple(corners)))
     assert values(fit) == pytest.approx(PAPER, rel=1e-6)
     assert fit.a.low is None and fit.residual is None
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
-        (timing_points(sizes=[1e9]), "only one size, N = 1e+09, has points to fit: a is not ident"),
-        (timing_points(budgets=[1e20]), "only one budget, C = 1e+20, has points to fit: b is not"),
-        (timing_points(timings=[1e9, 1e11]), "0 of 9 parabolas have a best d, 3 constants need 3"),
+        (timing_points(sizes=[1e9]), "only one size, N = 1e+09, has points to fit, so a is not"),
+        (
+            timing_points(budgets=[1e20]),
+            "only one budget, C = 1e+20, has points to fit, so b is not",
+        ),
+        (
+            timing_points(timings=[1e9, 1e11]),
+            "0 of 9 parabolas have a best d, but fitting 3 constants requires 3",
+        ),
     ],
 )
-def test_what_cannot_be_told_is_said(data: Data[IsoPoint], said: str) -> None:
-    with pytest.raises(InputError, match=said.replace("+", r"\+")):
+def test_undetermined_constants_raise(data: Data[IsoPoint], message: str) -> None:
+    with pytest.raises(InputError, match=message.replace("+", r"\+")):
         fitted(data)
 
 
@@ -141,7 +147,7 @@ def test_sizes_and_budgets_that_vary_together() -> None:
         IsoPoint(size, flops, d, iso_loss(size, flops, d, 1e10))
         for size, flops in pairs for d in TIMINGS
     ]  # fmt: skip
-    with pytest.raises(InputError, match="cannot be told apart"):
+    with pytest.raises(InputError, match="a and b are not identifiable"):
         fitted(Data("made", tuple(points)))
 
 
@@ -151,18 +157,18 @@ def test_from_a_csv_through_the_command_line(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "runs.csv", ISO_HEADER.format("base_tokens"), [*points, *scratch])
     result = CliRunner().invoke(app, ["fit", "timing", str(path), "--output", str(tmp_path / "o")])
     assert result.exit_code == 0, result.output
-    assert "3 points with base_tokens of 0 or less left out" in result.output
+    assert "3 points with base_tokens <= 0 excluded" in result.output
     assert "163.27" in result.output and "-5.74" in result.output
-    told = json.loads((tmp_path / "o" / "timing.json").read_text())
+    document = json.loads((tmp_path / "o" / "timing.json").read_text())
     for name, true in zip("abc", PAPER, strict=True):
-        assert told["paper"][name] == true
-        assert told["fit"][name]["low"] <= true <= told["fit"][name]["high"]
-    assert [p["points"] for p in told["parabolas"]] == [20] * 9
+        assert document["paper"][name] == true
+        assert document["fit"][name]["low"] <= true <= document["fit"][name]["high"]
+    assert [p["points"] for p in document["parabolas"]] == [20] * 9
     assert {"#D55E00", "#0072B2", "#009E73"} <= colours(tmp_path / "o" / "timing.png")
 
 
 def test_from_run_directories(grown_run: Callable[..., Path], tmp_path: Path) -> None:
-    """Of each run: N from its configuration, d from its growth, losses between its records."""
+    """N from the run's config, d from its growth, losses interpolated between its records."""
     best = {4: 2e4, 8: 4e4}
     runs = [
         grown_run(f"{layers}-{steps}", (layers // 4, layers), steps, 1000.0 * steps / best[layers])
@@ -171,16 +177,16 @@ def test_from_run_directories(grown_run: Callable[..., Path], tmp_path: Path) ->
     words = ["fit", "timing", *map(str, runs), "--output", str(tmp_path / "o"), "--budgets"]
     result = CliRunner().invoke(app, [*words, "8e9,1.0003e10,1e12"])
     assert result.exit_code == 0, result.output
-    assert result.output.count("after its growth it is never at 1e+12 FLOPs") == 8
-    told = json.loads((tmp_path / "o" / "timing.json").read_text())
+    assert result.output.count("the budget 1e+12 FLOPs is not between") == 8
+    document = json.loads((tmp_path / "o" / "timing.json").read_text())
     # 4 H^2 + 3 H F in a layer with 2 norms, and the last norm: H = 128 and F = 352 in the demo.
     sizes = [layers * (4 * 128**2 + 3 * 128 * 352 + 2 * 128) + 128 for layers in best]
-    parabolas = told["parabolas"]
+    parabolas = document["parabolas"]
     assert [p["parameters"] for p in parabolas] == [sizes[0]] * 2 + [sizes[1]] * 2
     assert [p["tried"] for p in parabolas] == [[1e4, 8e4]] * 4
     for parabola, true in zip(parabolas, (2e4, 2e4, 4e4, 4e4), strict=True):
         assert parabola["best"] == pytest.approx(true, rel=0.03)
     slope = math.log10(2) / math.log10(sizes[1] / sizes[0])
-    assert told["fit"]["a"]["value"] == pytest.approx(slope, rel=0.05)
+    assert document["fit"]["a"]["value"] == pytest.approx(slope, rel=0.05)
     no_budgets = CliRunner().invoke(app, words[:-1])
     assert "--budgets is missing" in str(no_budgets.exception)

@@ -25,7 +25,7 @@ import torch
 
 from megagrow.analysis.ablation import Study, Variant, as_json, markdown, plot
 from megagrow.analysis.curves import load_run as read_curves
-from megagrow.analysis.growth_transient import Aftermath, aftermath
+from megagrow.analysis.growth_transient import GrowthTransient, read_transient
 from megagrow.checkpoint.files import checkpoint_name
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import read_manifest
@@ -225,11 +225,11 @@ def read_study(ablation: Ablation, seeds: Sequence[int], scored: bool) -> Study:
     If `scored`, the models that they have saved are also judged on all validation text.
     """
 
-    def read(variant: Variant, seed: int) -> Aftermath:
+    def read(variant: Variant, seed: int) -> GrowthTransient:
         base = read_metrics(ablation.directory("base", seed) / METRICS_FILE)
         path = ablation.directory(variant, seed) / METRICS_FILE
         grown = [record for record in read_metrics(path) if record.get("stage") == 1]
-        return aftermath([*base, *grown], CLOSE_STEPS * STEP_TOKENS, str(path))
+        return read_transient([*base, *grown], CLOSE_STEPS * STEP_TOKENS, str(path))
 
     runs = {variant: tuple(read(variant, seed) for seed in seeds) for variant in VARIANTS}
     curves = [read_curves(ablation.directory("scratch", seed)) for seed in seeds]

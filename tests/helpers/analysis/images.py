@@ -1,4 +1,4 @@
-"""What is seen in a plot."""
+"""Colours of a rendered plot."""
 
 from pathlib import Path
 
@@ -6,6 +6,6 @@ from matplotlib.image import imread
 
 
 def colours(path: Path) -> set[str]:
-    """The colours of the image's pixels, as `#RRGGBB`."""
+    """Return the set of pixel colours as `#RRGGBB`."""
     pixels = (imread(path)[..., :3] * 255).round().astype(int).reshape(-1, 3)
     return {"#{:02X}{:02X}{:02X}".format(*pixel) for pixel in set(map(tuple, pixels.tolist()))}

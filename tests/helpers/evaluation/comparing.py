@@ -1,4 +1,4 @@
-"""lm-eval's own Hugging Face model as the measure of ours: the same checkpoint, exported."""
+"""lm-eval's Hugging Face model of the exported checkpoint, as the reference for the adapter."""
 
 import json
 from functools import cache
@@ -9,7 +9,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megagrow.data.tokenizers import train_sentencepiece
-from megagrow.evaluation.lm import Evaluated, MegagrowLM
+from megagrow.evaluation.lm import LMAdapter, MegagrowLM
 from megagrow.evaluation.runner import evaluate
 from megagrow.evaluation.tasks import load_tasks
 from megagrow.offline.convert import export_hugging_face
@@ -23,13 +23,13 @@ from tests.helpers.reshard.models import layout_of
 
 LIMITS = {"lambada_openai": 24, "logiqa": 10, "wikitext": 2}
 CONFIG = tiny(vocab_size=509, num_key_value_heads=2, max_position_embeddings=192)
-"""Questions and articles are longer than what it reads; two ranks have unequal vocabularies."""
+"""Questions and articles exceed its context; two ranks have vocabulary shards of unequal size."""
 
 BATCH = 7
 
 
 def write_source(folder: Path) -> tuple[Path, Path]:
-    """A checkpoint of ZeRO-3 with random weights, and a tokenizer trained on LAMBADA."""
+    """Write a ZeRO-3 checkpoint with random weights and a tokenizer trained on LAMBADA."""
     lines = (DATA / "lambada" / "lambada_test.jsonl").read_text().split("\n")[:300]
     tokenizer = folder / "tokenizer.model"
     train_sentencepiece([json.loads(line)["text"] for line in lines], 500, tokenizer)
@@ -39,7 +39,7 @@ def write_source(folder: Path) -> tuple[Path, Path]:
 
 
 def theirs(folder: Path, checkpoint: Path, tokenizer: Path) -> HFLM:
-    """lm-eval's own model of the exported folder."""
+    """Build lm-eval's Hugging Face model of the exported checkpoint."""
     request = Request(source=checkpoint, out=folder / "out", form="huggingface", memory="512MiB")
     export_hugging_face(request, tokenizer, Console(quiet=True))
     return HFLM(
@@ -49,29 +49,29 @@ def theirs(folder: Path, checkpoint: Path, tokenizer: Path) -> HFLM:
     )
 
 
-def ours(checkpoint: Path, tokenizer: Path, tp: int) -> Evaluated:
-    """Our model on the ranks of this start."""
+def ours(checkpoint: Path, tokenizer: Path, tp: int) -> LMAdapter:
+    """Build the adapter on all launched ranks."""
     return MegagrowLM(str(checkpoint), str(tokenizer), tp, batch_size=BATCH)
 
 
 @cache
 def tasks() -> dict:
-    """The tasks of which there is local data, by name."""
+    """Return the tasks with local data, by name."""
     return load_tasks(tuple(LIMITS), DATA)
 
 
 def answers(model: object) -> dict[str, list]:
-    """Of each task what the model says of each request."""
-    found = {}
+    """Return the model's answers to the requests of each task."""
+    by_task = {}
     for name, task in tasks().items():
         task.build_all_requests(limit=LIMITS[name], rank=0, world_size=1)
         kind = task.instances[0].request_type
-        found[name] = getattr(model, kind)(task.instances)
-    return found
+        by_task[name] = getattr(model, kind)(task.instances)
+    return by_task
 
 
 def figures(model: object) -> dict[str, dict]:
-    """Of each task its metrics on a few documents."""
+    """Return the metrics of each task on a few documents."""
     return {
         name: evaluate(model, {name: tasks()[name]}, limit)["results"][name]
         for name, limit in LIMITS.items()

@@ -1,6 +1,6 @@
-"""Where the data sets lie that some tests read."""
+"""Location of the optional data sets."""
 
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
-"""LAMBADA, LogiQA and WikiText in the forms in which they were published."""
+"""LAMBADA, LogiQA and WikiText in their published formats."""

@@ -1,4 +1,4 @@
-"""Tiny tasks, a tokenizer and a run that is evaluated on them: nothing is fetched."""
+"""Tiny local tasks, a tokenizer, and a run that is evaluated on them."""
 
 import json
 import random
@@ -11,19 +11,19 @@ from tests.helpers.runs import MODEL, STEP_TOKENS, make_run, parallel_of
 SMALL = MODEL | {"vocab_size": 301}
 TASKS = ["lambada_openai", "piqa", "wikitext"]
 DOCUMENTS = 5
-"""Of which one data-parallel rank has two, another three."""
+"""Two on one data-parallel rank, three on the other."""
 BATCH = 2
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
-    """Texts of made-up words."""
+    """Return texts of random words."""
     draw = random.Random(seed)
     words = ["".join(draw.choices("abdeiklnorst", k=draw.randint(2, 6))) for _ in range(60)]
     return [" ".join(draw.choices(words, k=draw.randint(4, 12))) for _ in range(count)]
 
 
 def write_data(folder: Path) -> tuple[Path, Path]:
-    """The folder of the tasks' data, and a tokenizer."""
+    """Write the tasks' data and a tokenizer; return both paths."""
     texts = sentences(60)
     tokenizer = folder / "tokenizer.model"
     train_sentencepiece(texts, 300, tokenizer)
@@ -34,16 +34,16 @@ def write_data(folder: Path) -> tuple[Path, Path]:
         "piqa": choices,
         "wikitext": [{"page": "\n".join(texts[i : i + 6])} for i in range(0, 60, 6)],
     }
-    for task, found in docs.items():
+    for task, documents in docs.items():
         (folder / "data" / task).mkdir(parents=True)
-        lines = [json.dumps(doc) + "\n" for doc in found]
+        lines = [json.dumps(doc) + "\n" for doc in documents]
         (folder / "data" / task / "test.jsonl").write_text("".join(lines))
     return folder / "data", tokenizer
 
 
 def evaluated_run(folder: Path, data: Path, tokenizer: Path, **changes: object) -> RunConfig:
-    """A base under ZeRO-3 with two data-parallel ranks, grown into one that is spread by TP 2 with
-    sequence parallelism; evaluated and saved after every second step."""
+    """Return a run that trains a base under ZeRO-3 with two data-parallel ranks and grows it to a
+    model under TP 2 with sequence parallelism; evaluated and saved every second step."""
     batch = {"global_batch_size": 4, "micro_batch_size": 2}
     base = {"model": SMALL, "tokens": 3 * STEP_TOKENS, "parallel": parallel_of(3, 1)}
     grown = {

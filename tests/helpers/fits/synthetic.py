@@ -1,4 +1,4 @@
-"""Losses with known answers, for what `megagrow fit` makes of them, as points and as CSV files."""
+"""Synthetic losses with known fits, as points and as CSV files."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ SIZES = (0.4e9, 1.1e9, 3e9)
 BUDGETS = (1e20, 3e20, 1e21)
 TIMINGS = tuple(10 ** (9 + 0.25 * step) for step in range(10))
 BEND = 0.03
-"""Nats by which a decade from the best choice raises the loss."""
+"""Increase of the loss, in nats, one decade away from the best choice."""
 
 
 def best_tokens(size: float, flops: float, constants: Sequence[float] = PAPER) -> float:
@@ -74,7 +74,7 @@ def scaling_points(
 
 
 def write_csv(path: Path, header: str, points: Iterable[IsoPoint | ScalingPoint]) -> Path:
-    """A CSV file whose columns are the points' fields in their order, named by `header`."""
+    """Write a CSV file with the points' fields, in order, under `header`."""
     lines = [header, *(",".join(map(str, astuple(point))) for point in points)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
