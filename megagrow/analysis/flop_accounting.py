@@ -58,7 +58,7 @@ def setting_of(run: RunConfig) -> Setting:
     return Setting(
         alike=run.model_dump_json(exclude={"seed", "name", "output_dir"}),
         charges=tuple(whole * non_embedding_parameters(stage.model) for stage in run.stages),
-        whole=run.stage == "pretrain" and run.init_from is None,
+        whole=run.objective == "pretrain" and run.init_from is None,
     )
 
 

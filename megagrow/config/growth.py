@@ -34,7 +34,9 @@ OperatorName = Literal[
 ]
 """The first eight are the paper's; see `growth/operators.py` for all of them."""
 
-StatePolicy = Literal["transport", "asymmetric", "keep_v", "probe_v", "reset"]
+StatePolicy = Literal[
+    "transport", "asymmetric", "keep_second_moment", "estimate_second_moment", "reset"
+]
 
 
 def _as_list(value: object) -> object:
@@ -57,11 +59,11 @@ class LearnConfig(Section):
 class NewEntriesConfig(Section):
     """A learning rate of their own for the entries that a growth has made (SPARKLING, sec. 4.2).
 
-    It rises from the rate at the growth to `peak` times that, and then falls along a cosine to
-    min_lr at the end of the schedule.
+    It rises from the rate at the growth to `peak_factor` times that, and then falls along a cosine
+    to min_lr at the end of the schedule.
     """
 
-    peak: float = Field(default=1.3, gt=0)
+    peak_factor: float = Field(default=1.3, gt=0)
     """How many times the rate at the growth it rises to."""
     warmup_steps: int = Field(default=250, ge=0)
     """Steps in which it rises."""
@@ -83,16 +85,16 @@ class GrowthConfig(Section):
         default=["direct_depth"], min_length=1
     )
     """One operator, or several that grow different axes in one event. A `probe` has its own."""
-    layers: list[Annotated[int, Field(ge=0)]] | str | None = None
+    layer_map: list[Annotated[int, Field(ge=0)]] | str | None = None
     """Depth: for each new layer the source layer it copies, or a preset: `stack`, `interpolate`, or
     the paper's notation for partial stacking, such as `12-3456x5-56`."""
-    block: Literal["copy", "random"] = "copy"
+    new_layer_init: Literal["copy", "random"] = "copy"
     """Depth: what a new layer holds where the operator makes it a silent one."""
-    order: Literal["interleaved", "tiled"] = "interleaved"
+    copy_order: Literal["interleaved", "tiled"] = "interleaved"
     """Width: whether copies of an entry stand side by side, or the axis is repeated whole."""
-    split: Literal["even", "uneven"] = "even"
+    copy_split: Literal["even", "uneven"] = "even"
     """Width: whether copies share their consumers' weights evenly."""
-    literal: bool = False
+    paper_exact: bool = False
     """Width: the operator as the paper prints it, without what makes it exact."""
     noise: float | None = Field(default=None, ge=0)
     """Width: standard deviation, relative to initializer_range, of noise on the consumers of
@@ -103,8 +105,9 @@ class GrowthConfig(Section):
     """What becomes of Adam's moments (docs/reference/operators.md,
     docs/results/optimizer-states.md); by default what
     the operator says."""
-    probe_batches: Count = 8
-    """`probe_v`: global batches over which the new entries' exp_avg_sq is measured."""
+    second_moment_batches: Count = 8
+    """`estimate_second_moment`: global batches on which the exp_avg_sq of new entries is
+    measured."""
     exact_continuation: bool | None = None
     """Scales each parameter's lr, weight decay and eps so that copies follow the small model
     exactly; by default only where the operator says so."""

@@ -225,7 +225,7 @@ class RunConfig(Section):
     init_from: Path | None = None
     """A checkpoint, a run or a Hugging Face folder, of whose weights the first stage's model is
     made; null is initial weights. Not looked at once the run has a checkpoint of its own."""
-    stage: Literal["pretrain", "sft"] = "pretrain"
+    objective: Literal["pretrain", "sft"] = "pretrain"
     """`sft` is instruction tuning, on data of `megagrow prepare-sft`: the loss is the mean over the
     answers' tokens of a global batch, and the optimizer begins anew whatever `init_from` holds."""
     data: DataConfig

@@ -136,7 +136,7 @@ def _opened(corpus: IndexedCorpus, length: int) -> IndexedCorpus:
     )
     if missing is not None:
         raise DataError(
-            f"{missing}: no such file; stage: sft needs a mask beside its corpus: prepare it with "
+            f"{missing}: no such file; objective: sft needs a mask for its corpus: prepare it with "
             "megagrow prepare-sft"
         )
     mask = IndexedCorpus(prefix)

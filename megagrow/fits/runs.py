@@ -84,8 +84,8 @@ def _whole(directory: Path) -> RunCurves:
     run = load_run(directory)
     if not run.whole:
         raise DataError(
-            f"{directory}: began with a model (init_from) or tunes one (stage: sft), so what its "
-            "model has cost is not in it; leave it out"
+            f"{directory}: began with a model (init_from) or tunes one (objective: sft), so what "
+            "its model has cost is not in it; leave it out"
         )
     return run
 
