@@ -58,7 +58,7 @@ def make_setting(run: RunConfig) -> Setting:
     return Setting(
         config_key=run.model_dump_json(exclude={"seed", "name", "output_dir"}),
         charges=tuple(per_parameter * non_embedding_parameters(s.model) for s in run.stages),
-        has_full_cost=run.stage == "pretrain" and run.init_from is None,
+        has_full_cost=run.objective == "pretrain" and run.init_from is None,
     )
 
 

@@ -122,7 +122,7 @@ def prepare_instructions(
     validation_fraction: Annotated[float, typer.Option(help="Share of the examples.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Decides which examples are validation.")] = 1234,
 ) -> None:
-    """Tokenise instructions for runs with stage: sft, with a mask that says what is answer."""
+    """Tokenise instructions for runs with objective: sft, with a mask that says what is answer."""
     from megagrow.data.sft_prepare import prepare_sft
 
     prepare_sft(files, output, tokenizer, sequence_length, validation_fraction, seed)

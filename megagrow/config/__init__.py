@@ -1,1 +1,1 @@
-"""What a run is: one validated value, read from YAML."""
+"""Run files: schema, validation, includes and overrides."""

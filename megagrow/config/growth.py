@@ -1,4 +1,4 @@
-"""How a stage's model comes out of the model of the stage before it: every key of `growth`."""
+"""Growth section of a stage: operators, copies, optimizer state and learning rate."""
 
 from typing import Annotated, Literal
 
@@ -32,9 +32,11 @@ OperatorName = Literal[
     "midas",
     "lidas",
 ]
-"""The first eight are the paper's; see `growth/operators.py` for all of them."""
+"""Growth operators, defined in `growth/operators.py`; the first eight are the paper's."""
 
-StatePolicy = Literal["transport", "asymmetric", "keep_v", "probe_v", "reset"]
+StatePolicy = Literal[
+    "transport", "asymmetric", "keep_second_moment", "estimate_second_moment", "reset"
+]
 
 
 def _as_list(value: object) -> object:
@@ -42,86 +44,88 @@ def _as_list(value: object) -> object:
 
 
 class LearnConfig(Section):
-    """How learned operators (LiGO) are trained; the paper's code uses these values."""
+    """Training of learned operators (LiGO). Defaults are the values of the paper's code."""
 
     steps: Count = 100
-    """Steps of training the operator, each on a global batch."""
+    """Training steps of the operator, each on one global batch."""
     lr: float = Field(default=7e-5, gt=0)
-    """The highest learning rate of it."""
+    """Peak learning rate of the operator."""
     min_lr: float = Field(default=7e-6, ge=0)
-    """Where its cosine ends; not above `lr`."""
+    """Final learning rate of its cosine schedule; at most `lr`."""
     warmup_steps: int = Field(default=50, ge=0)
-    """Of `steps`, those in which the rate rises."""
+    """Warm-up steps, included in `steps`."""
 
 
 class NewEntriesConfig(Section):
-    """A learning rate of their own for the entries that a growth has made (SPARKLING, sec. 4.2).
+    """Separate learning rate of the entries added by a growth (SPARKLING, section 4.2).
 
-    It rises from the rate at the growth to `peak` times that, and then falls along a cosine to
-    min_lr at the end of the schedule.
+    It rises from the rate at the growth to `peak_factor` times that rate, and then follows a cosine
+    to `min_lr` at the end of the schedule.
     """
 
-    peak: float = Field(default=1.3, gt=0)
-    """How many times the rate at the growth it rises to."""
+    peak_factor: float = Field(default=1.3, gt=0)
+    """Ratio of the peak to the learning rate at the growth."""
     warmup_steps: int = Field(default=250, ge=0)
-    """Steps in which it rises."""
+    """Steps from the growth to the peak."""
 
 
 class ProbeConfig(Section):
-    """Several operators are tried in turn on the same tokens, and the best is kept."""
+    """Operator search: each operator is trained on the same tokens, and the best one is kept."""
 
     operators: list[OperatorName] = Field(min_length=2)
-    """What is tried."""
+    """Candidate operators."""
     steps: Count = 100
-    """Steps that each of them is trained for before they are compared."""
+    """Training steps per candidate before the comparison."""
 
 
 class GrowthConfig(Section):
-    """How a stage's model comes out of the model of the stage before it."""
+    """Growth of the previous stage's model into this stage's model."""
 
     operator: Annotated[list[OperatorName], BeforeValidator(_as_list)] = Field(
         default=["direct_depth"], min_length=1
     )
-    """One operator, or several that grow different axes in one event. A `probe` has its own."""
-    layers: list[Annotated[int, Field(ge=0)]] | str | None = None
-    """Depth: for each new layer the source layer it copies, or a preset: `stack`, `interpolate`, or
-    the paper's notation for partial stacking, such as `12-3456x5-56`."""
-    block: Literal["copy", "random"] = "copy"
-    """Depth: what a new layer holds where the operator makes it a silent one."""
-    order: Literal["interleaved", "tiled"] = "interleaved"
-    """Width: whether copies of an entry stand side by side, or the axis is repeated whole."""
-    split: Literal["even", "uneven"] = "even"
-    """Width: whether copies share their consumers' weights evenly."""
-    literal: bool = False
-    """Width: the operator as the paper prints it, without what makes it exact."""
+    """One operator, or several that grow different axes in one event. With `probe`, set
+    `probe.operators` instead."""
+    layer_map: list[Annotated[int, Field(ge=0)]] | str | None = None
+    """Depth: source layer of each target layer, counted from 0, or a preset: `stack`,
+    `interpolate`, or the paper's notation for partial stacking, such as `12-3456x5-56`."""
+    new_layer_init: Literal["copy", "random"] = "copy"
+    """Weights of silent new layers (`zero_depth`, `llama_pro`) and of the new entries of
+    `sparkling`: copies, or the initial distribution."""
+    copy_order: Literal["interleaved", "tiled"] = "interleaved"
+    """Width: place copies of an entry next to each other, or repeat the complete axis."""
+    copy_split: Literal["even", "uneven"] = "even"
+    """Width: distribution of the consumers' weights over the copies."""
+    paper_exact: bool = False
+    """Width: the paper's formula verbatim, without the corrections that preserve the function."""
     noise: float | None = Field(default=None, ge=0)
-    """Width: standard deviation, relative to initializer_range, of noise on the consumers of
-    copies that cancels in what they compute; by default what the operator says."""
+    """Width: standard deviation, relative to `initializer_range`, of noise on the consumers of
+    copies that cancels in their output. Default: defined by the operator."""
     mixing_noise: float = Field(default=0.0, ge=0, le=1)
-    """The paper's W <- (1 - a) W + a * noise (its appendix I.2)."""
+    """Factor a of the paper's W <- (1 - a) W + a * noise (appendix I.2)."""
     optimizer_state: StatePolicy | None = None
-    """What becomes of Adam's moments (docs/reference/operators.md,
-    docs/results/optimizer-states.md); by default what
-    the operator says."""
-    probe_batches: Count = 8
-    """`probe_v`: global batches over which the new entries' exp_avg_sq is measured."""
+    """Policy for Adam's moments (docs/reference/operators.md, docs/results/optimizer-states.md).
+    Default: defined by the operator."""
+    second_moment_batches: Count = 8
+    """`estimate_second_moment`: global batches on which the exp_avg_sq of new entries is
+    measured."""
     exact_continuation: bool | None = None
-    """Scales each parameter's lr, weight decay and eps so that copies follow the small model
-    exactly; by default only where the operator says so."""
+    """Scale lr, weight decay and eps per parameter so that copies follow the small model exactly.
+    Default: defined by the operator (true only for `mup_copy`)."""
     lr_schedule: Literal["rewarm", "continue", "by_size"] = "rewarm"
-    """The schedule starts again at the growth, goes on as if nothing had happened, or goes on with
-    the rates of the stage before times the ratio of the paper's rates at the two sizes (Table 1);
-    `optimizer.lr` and `min_lr` of this stage must then be those of the stage before."""
+    """`rewarm` restarts the schedule at the growth; `continue` does not interrupt it; `by_size`
+    continues the previous stage's schedule, times the ratio of the paper's learning rates for the
+    two sizes (Table 1), and requires the same `optimizer.lr` and `min_lr` in both stages."""
     new_entries: NewEntriesConfig | None = None
-    """A learning rate of their own for new entries; only `sparkling` sets it by itself."""
+    """Separate learning rate of new entries. Set by default only for `sparkling`."""
     freeze_tokens: Count | None = None
-    """Old entries do not change until so many tokens after the growth."""
+    """Tokens after the growth during which old entries are frozen."""
     ramp_tokens: Count | None = None
-    """`random_*`: tokens over which the masks of new parts rise from 0 to 1, the axes of the width
-    one after the other. By default 5000 steps for each axis, but no more than the stage has."""
+    """`random_*`: tokens over which the masks of new parts rise from 0 to 1, one width axis after
+    the other. Default: 5000 steps per axis, at most the length of the stage."""
     learn: LearnConfig = LearnConfig()
-    """`learn_*`: how the operator itself is trained."""
+    """`learn_*`: training of the operator."""
     probe: ProbeConfig | None = None
-    """In the place of `operator`: several are tried, the best is kept."""
+    """Operator search over several operators; replaces `operator`."""
     tolerance: float = Field(default=1e-3, gt=0)
-    """How much the loss on a fixed batch may change at a growth that preserves the function."""
+    """Maximum change of the loss on a fixed batch at a growth that preserves the function."""

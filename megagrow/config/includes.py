@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megagrow.common.yaml_file import read_mapping
+from megagrow.config.deprecated import rename_deprecated
 from megagrow.config.overrides import (
     DEFAULTS,
     PARTS,
@@ -126,7 +127,7 @@ def read_run(path: Path, via: tuple[Path, ...] = ()) -> Tree:
     any of the files.
     """
     origin, folders = str(path), search_path(path)
-    own = read_mapping(path)
+    own = rename_deprecated(read_mapping(path), origin)
     refuse_unknown_keys(own, origin)
     under: Tree = {}
     if "base" in own:

@@ -3,7 +3,7 @@
 Relative paths in a run file are relative to the current directory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from megagrow.common.sizes import format_count, format_large
+from megagrow.config.deprecated import rename_recorded
 from megagrow.config.includes import expand, merge, read_run, search_path, with_hardware
 from megagrow.config.overrides import DEFAULTS, apply_override, refuse_unknown_keys
 from megagrow.config.schema import RunConfig, StageConfig
@@ -50,6 +51,15 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         return settled(run)
     except ValueError as error:
         raise ConfigError(f"{origin}: {error}") from error
+
+
+def recorded_run(values: Mapping[str, Any]) -> RunConfig:
+    """Return the run whose dump is recorded in a checkpoint, by this or an earlier version.
+
+    Raises:
+        ValidationError: `values` is no dump of a run.
+    """
+    return RunConfig.model_validate(rename_recorded(values))
 
 
 def _with_stages(tree: dict[str, Any], origin: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from copy import deepcopy
 from typing import Any, get_args
 
 from megagrow.common.yaml_file import parse_yaml
+from megagrow.config.deprecated import rename_override
 from megagrow.config.schema import RunConfig, StageConfig
 from megagrow.config.sections import Section
 from megagrow.config.stage_length import LENGTHS
@@ -29,8 +30,9 @@ def apply_override(tree: dict[str, Any], text: str) -> dict[str, Any]:
         raise ConfigError(
             f"{origin}: name the part itself, as in --set {'.'.join(names[:-1])}=NAME"
         )
+    names, value = rename_override(names, parse_yaml(written, origin), origin)
     changed = deepcopy(tree)
-    _put(changed, names, parse_yaml(written, origin), origin)
+    _put(changed, names, value, origin)
     refuse_no_effect(changed, names, origin)
     return changed
 

@@ -51,14 +51,14 @@ def model_problems(model: ModelConfig, at: str) -> Iterator[str]:
 
 
 def _instructions(run: RunConfig) -> Iterator[str]:
-    if run.stage == "pretrain":
+    if run.objective == "pretrain":
         return
     for key in ("reset_position_ids", "reset_attention_mask"):
         if not getattr(run.data, key):
-            yield f"stage: sft packs examples that must not see each other: set data.{key}: true"
+            yield f"data.{key} = false: objective: sft packs examples into rows; set it to true"
     if len(run.stages) > 1:
         yield (
-            "stage: sft tunes one model and grows none, but stages has "
+            "objective: sft tunes one model and grows none, but stages has "
             f"{len(run.stages)}: grow first, then begin a run with init_from"
         )
 

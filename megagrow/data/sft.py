@@ -139,7 +139,7 @@ def _opened(corpus: IndexedCorpus, length: int) -> IndexedCorpus:
     )
     if missing is not None:
         raise DataError(
-            f"{missing}: no such file; instruction tuning requires a mask for its corpus; prepare "
+            f"{missing}: no such file; objective: sft requires a mask for its corpus; prepare "
             "it with megagrow prepare-sft"
         )
     mask = IndexedCorpus(prefix)

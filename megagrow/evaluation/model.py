@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megagrow.checkpoint.source import Source
 from megagrow.config.schema import ModelConfig
-from megagrow.config.sections import KernelsConfig
+from megagrow.config.stage import KernelsConfig
 from megagrow.errors import DataError
 from megagrow.evaluation.tokenizer import EvalTokenizer, open_tokenizer
 from megagrow.formats.open_source import find_source, open_found

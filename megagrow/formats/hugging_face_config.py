@@ -10,8 +10,8 @@ from typing import Any
 
 from megagrow.common.json_text import read_json
 from megagrow.config.includes import checked_model
+from megagrow.config.model import ROPE_TYPES
 from megagrow.config.schema import ModelConfig
-from megagrow.config.sections import ROPE_TYPES
 from megagrow.errors import CheckpointError
 
 CONFIG_FILE = "config.json"

@@ -51,7 +51,7 @@ def assemble(resolve_operators: GrowthSpec) -> GrowthMap:
         moments[name] = _terms(resolve_operators, spec, layer, moments=True)
         fills[name] = _fills(resolve_operators, spec, layer)
         fresh[name] = _fresh(resolve_operators, spec, layer)
-    if resolve_operators.policy in ("asymmetric", "probe_v"):
+    if resolve_operators.policy in ("asymmetric", "estimate_second_moment"):
         moments = {name: without_fresh(terms, fresh[name]) for name, terms in moments.items()}
     exact = resolve_operators.depth.exact and resolve_operators.width.exact
     return GrowthMap(
@@ -225,7 +225,7 @@ def kinds_of(policy: StatePolicy) -> tuple[StateKind, ...]:
     match policy:
         case "reset":
             return ("fp32",)
-        case "keep_v":
+        case "keep_second_moment":
             return ("fp32", "exp_avg_sq")
         case _:
             return ("fp32", "exp_avg", "exp_avg_sq")

@@ -49,8 +49,8 @@ def _any_depth(event: Event) -> Iterator[str]:
 
 def _direct_depth(event: Event) -> Iterator[str]:
     """Every new layer must be a copy of a layer that exists."""
-    (old, new), layers = event.layers(), event.options.layers
-    at = f"{event.here}.growth.layers"
+    (old, new), layers = event.layers(), event.options.layer_map
+    at = f"{event.here}.growth.layer_map"
     if layers in (None, "stack"):
         if new % old:
             yield (
@@ -75,14 +75,14 @@ def _direct_depth(event: Event) -> Iterator[str]:
 
 def _zero_depth(event: Event) -> Iterator[str]:
     problems = [*_any_depth(event)]
-    if event.options.layers is not None:
+    if event.options.layer_map is not None:
         problems += _direct_depth(event)
     yield from problems
     if not problems:
         parts = growing(event.source, event.target, event.options, "")
         if not parts.depth.exact:
             yield (
-                f"{event.here}.growth.layers leaves out or reorders layers, which {event.names} "
+                f"{event.here}.growth.layer_map leaves out or reorders layers, which {event.names} "
                 "must keep: name all of them, first occurrences in order"
             )
 
@@ -132,7 +132,7 @@ def _any_width(event: Event) -> Iterator[str]:
 
 def _whole_residual(event: Event) -> Iterator[str]:
     yield from _any_width(event)
-    if not event.options.literal:
+    if not event.options.paper_exact:
         yield from _multiples(event, ("hidden_size",), "lemon or zero_width take any size")
 
 

@@ -79,16 +79,16 @@ def listed_layers(text: str) -> list[int] | None:
 def chosen_layers(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> list[int]:
     """The list that the options name, by default the whole stack repeated."""
     old, new = source.num_hidden_layers, target.num_hidden_layers
-    match options.layers:
+    match options.layer_map:
         case list():
-            return list(options.layers)
+            return list(options.layer_map)
         case None | "stack":
             return stacked_layers(old, new)
         case "interpolate":
             return interpolated_layers(old, new)
         case str():
-            return listed_layers(options.layers) or []
-    raise AssertionError(f"growth.layers = {options.layers}")
+            return listed_layers(options.layer_map) or []
+    raise AssertionError(f"growth.layer_map = {options.layer_map}")
 
 
 def direct_depth(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
@@ -103,8 +103,9 @@ def direct_depth(source: ModelConfig, target: ModelConfig, options: GrowthConfig
 
 def zero_depth(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
     """The paper's G_zero in depth: new layers stand behind the one that they copy, and their last
-    projections are zero. Exact to the bit. With `block: random` they begin with initial weights."""
-    listed = options.layers is not None
+    projections are zero. Exact to the bit. With `new_layer_init: random` they have initial
+    weights."""
+    listed = options.layer_map is not None
     old, new = source.num_hidden_layers, target.num_hidden_layers
     layers = chosen_layers(source, target, options) if listed else interpolated_layers(old, new)
     return _silenced(source, layers, options)
@@ -114,7 +115,7 @@ def _silenced(source: ModelConfig, layers: list[int], options: GrowthConfig) -> 
     """All but the first of each layer are silent. Exact if the first ones are all the layers of
     the source, in their order."""
     found = copied_layers(layers, silent=True)
-    if options.block == "random":
+    if options.new_layer_init == "random":
         found = tuple(Layer(None, True, True) if layer.fresh else layer for layer in found)
     kept = [layer.source for layer in found if not layer.fresh]
     return Depth(found, kept == list(range(source.num_hidden_layers)))

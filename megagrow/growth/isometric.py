@@ -61,7 +61,7 @@ def isometric_map(growing: GrowthSpec, generator: np.random.Generator) -> Growth
                 std = spec.init_std
                 fills[name] = (Fill(stream, ((std, std), (std, std)), basis=q),)
     fresh = {name: Fresh(whole=found.whole) for name, found in base.fresh.items()}
-    if growing.policy in ("asymmetric", "probe_v"):
+    if growing.policy in ("asymmetric", "estimate_second_moment"):
         moments = {name: without_fresh(terms, fresh[name]) for name, terms in moments.items()}
     return replace(
         base,

@@ -89,7 +89,13 @@ def state_policy(options: GrowthConfig) -> StatePolicy:
     if options.optimizer_state is not None:
         return options.optimizer_state
     wanted = {operator.state for operator in operators_of(options)}
-    order: tuple[StatePolicy, ...] = ("reset", "keep_v", "probe_v", "asymmetric", "transport")
+    order: tuple[StatePolicy, ...] = (
+        "reset",
+        "keep_second_moment",
+        "estimate_second_moment",
+        "asymmetric",
+        "transport",
+    )
     return next(policy for policy in order if policy in wanted)
 
 

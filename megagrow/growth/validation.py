@@ -89,12 +89,12 @@ def _together(event: Event) -> Iterator[str]:
             yield f"{event.here}.growth.operator names several operators of {what}: keep one"
     if len({operator.masked for operator in chosen}) > 1:
         yield f"{event.here}.growth.operator: a random operator goes with random ones only"
-    if event.options.optimizer_state == "probe_v" and (
+    if event.options.optimizer_state == "estimate_second_moment" and (
         "isometric" in event.options.operator or any(operator.masked for operator in chosen)
     ):
         yield (
-            f"{event.here}.growth.optimizer_state = probe_v: {event.names} has no new entries with "
-            "a gradient at the growth; choose another"
+            f"{event.here}.growth.optimizer_state = estimate_second_moment: {event.names} has no "
+            "new entries with a gradient at the growth; choose another"
         )
     if len({operator.learned for operator in chosen}) > 1:
         yield f"{event.here}.growth.operator: a learned operator goes with learned ones only"
@@ -154,17 +154,17 @@ def learning_problems(
         if OPERATORS[name].wider and not _wider(source, target):
             yield f"{at}.operator: {name} needs a wider model; take {name} out"
     for key, given in (
-        ("literal", options.literal),
-        ("block", options.block == "random"),
+        ("paper_exact", options.paper_exact),
+        ("new_layer_init", options.new_layer_init == "random"),
         ("noise", options.noise),
         ("mixing_noise", options.mixing_noise),
     ):
         if given:
             yield f"{at}.{key} does not go with a growth that is learned from copies: leave it out"
-    if state_policy(options) in ("asymmetric", "probe_v"):
+    if state_policy(options) in ("asymmetric", "estimate_second_moment"):
         yield (
             f"{at}.optimizer_state = {options.optimizer_state}: a learned growth mixes old and new "
-            "entries; set it to reset, keep_v or transport"
+            "entries; set it to reset, keep_second_moment or transport"
         )
     if follows_exactly(options):
         yield f"{at}.exact_continuation needs even copies, not learned ones: set it to false"

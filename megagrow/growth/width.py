@@ -102,13 +102,13 @@ def direct_width(
     """
 
     def make(size: int, grown: int) -> Lift:
-        lift = copied(size, grown, options.order)
-        return unevenly(lift, generator) if options.split == "uneven" else lift
+        lift = copied(size, grown, options.copy_order)
+        return unevenly(lift, generator) if options.copy_split == "uneven" else lift
 
     wires = model_wires(source, target, make, make)
     whole = target.hidden_size % source.hidden_size == 0
     width = Width(wires, exact=whole, noise=options.noise or 0.0)
-    if options.literal:
+    if options.paper_exact:
         gain = (source.hidden_size / target.hidden_size) ** 0.5
         return replace(width, gain=gain, exact=gain == 1, scaled_eps=False)
     return width
@@ -127,7 +127,7 @@ def zero_width(
     inner = partial(padded, random_out=True, random_in=False)
     gain = (source.hidden_size / target.hidden_size) ** 0.5
     width = Width(model_wires(source, target, residual, inner), gain)
-    if options.literal:
+    if options.paper_exact:
         return replace(width, literal_zero=True, scaled_eps=False, exact=gain == 1)
     return width
 
@@ -205,14 +205,14 @@ def sparkling(
 ) -> Width:
     """SPARKLING (arXiv 2602.02472, section 3): copies, scaled so that the RMS of what each matrix
     gives is kept: 1 / sqrt(1 + 3c) for a share c <= 1 of copied inputs, 1 / (1 + c) above. With
-    `block: random` new entries are random, and the factor is sqrt(d_in / d_in').
+    `new_layer_init: random` new entries are random, and the factor is sqrt(d_in / d_in').
 
     Near to preserving, and exact for whole factors of copies. Moments move unscaled.
     """
-    make = _copied_by_rms if options.block == "copy" else _random_by_rms
+    make = _copied_by_rms if options.new_layer_init == "copy" else _random_by_rms
     wires = model_wires(source, target, make, make)
     whole = all(lift.grown_size % lift.size == 0 for lift in wires.values())
-    return Width(wires, exact=whole and options.block == "copy", scaled_eps=False)
+    return Width(wires, exact=whole and options.new_layer_init == "copy", scaled_eps=False)
 
 
 def _copied_by_rms(size: int, grown: int) -> Lift:

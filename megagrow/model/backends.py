@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from megagrow.config.schema import RunConfig
-from megagrow.config.sections import KernelsConfig
+from megagrow.config.stage import KernelsConfig
 from megagrow.errors import ResourceError
 from megagrow.model.machine import Machine
 

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from megagrow.config.model import RopeScaling
 from megagrow.config.schema import ModelConfig
-from megagrow.config.sections import RopeScaling
 from megagrow.model.ops import rope_tables
 
 

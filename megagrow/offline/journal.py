@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from megagrow.common.json_text import parse_json
+from megagrow.config.deprecated import rename_recorded
 from megagrow.errors import CheckpointError, InputError
 
 JOURNAL_FILE = "journal.jsonl"
@@ -135,4 +136,13 @@ class Journal:
         )
         if wrong:
             raise CheckpointError(f"{self._path}: no journal of a growth; remove {self._folder}")
-        return command, [(piece, checksum) for piece, checksum in pieces]
+        return _current_names(command), [(piece, checksum) for piece, checksum in pieces]
+
+
+def _current_names(command: dict[str, Any]) -> dict[str, Any]:
+    """Return a recorded command with the growth options under their current names."""
+    growth = command.get("growth")
+    options = growth.get("options") if isinstance(growth, dict) else None
+    if not isinstance(growth, dict) or not isinstance(options, dict):
+        return command
+    return command | {"growth": growth | {"options": rename_recorded(options, ("growth",))}}

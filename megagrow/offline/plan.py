@@ -134,8 +134,11 @@ def _needs_training(options: GrowthConfig, source: Source) -> list[str]:
         return [f"{'+'.join(options.operator)} is trained before it is applied: {live}"]
     if options.probe is not None:
         return [f"growth.probe tries operators by training them: {live}, or name one operator"]
-    if state_policy(options) == "probe_v" and "exp_avg_sq" in source.kinds:
-        return [f"growth.optimizer_state = probe_v measures on batches: {live}, or take asymmetric"]
+    if state_policy(options) == "estimate_second_moment" and "exp_avg_sq" in source.kinds:
+        return [
+            f"growth.optimizer_state = estimate_second_moment measures on batches: {live}, or "
+            "set it to asymmetric"
+        ]
     return []
 
 

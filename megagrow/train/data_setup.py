@@ -74,5 +74,5 @@ def _reader(
 ) -> BatchReader:
     """A reader of a stream that was opened so, with the stream of its masks if the run has one."""
     length, vocab_size = run.data.sequence_length, run.stages[0].model.vocab_size
-    mask = open_mask(stream, corpora, run.seed, length, shuffle) if run.stage == "sft" else None
+    mask = open_mask(stream, corpora, run.seed, length, shuffle) if run.objective == "sft" else None
     return BatchReader(stream, run.data, vocab_size, mask)

@@ -34,7 +34,7 @@ def open_beginning(run: RunConfig, say: Callable[[str], None]) -> Source | None:
     # One rank reads every byte; the others take its word.
     found = run_on_rank_zero(lambda: find_source(path, say))
     source = run_on_all_ranks(lambda: _opened(path, found, run.stages[0].model, say))
-    return replace(source, kinds=("fp32",), adam_step=0) if run.stage == "sft" else source
+    return replace(source, kinds=("fp32",), adam_step=0) if run.objective == "sft" else source
 
 
 def check_beginning(run: RunConfig, say: Callable[[str], None]) -> None:

@@ -142,7 +142,9 @@ def new_entries_rate(run: RunConfig, stage_index: int, stage_tokens: int) -> flo
     horizon = stage.schedule.horizon_tokens or tokens_between(run, origin, len(run.stages))
     end = horizon - tokens_between(run, origin, stage_index)
     if stage_tokens < min(warmup, end):
-        return at_growth * (1 + (new.peak - 1) * min(1.0, (stage_tokens + per_step) / warmup))
+        return at_growth * (
+            1 + (new.peak_factor - 1) * min(1.0, (stage_tokens + per_step) / warmup)
+        )
     left = 1.0 - _decayed(ScheduleConfig(type="cosine"), stage_tokens, warmup, end)
     low = stage_optimizer(run, stage_index).min_lr
-    return low + left * (new.peak * at_growth - low)
+    return low + left * (new.peak_factor * at_growth - low)

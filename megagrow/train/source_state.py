@@ -2,7 +2,7 @@
 
 from megagrow.checkpoint.manifest import MANIFEST_FILE
 from megagrow.checkpoint.source import Source
-from megagrow.config.schema import RunConfig
+from megagrow.config.load import recorded_run
 from megagrow.config.stage_length import step_tokens
 from megagrow.errors import CheckpointError
 from megagrow.growth.mask_schedule import stage_masks
@@ -34,6 +34,6 @@ def still_masked(source: Source) -> bool:
     state, stages = state_of(source), source.environment.get("config", {}).get("stages", [])
     if not stages or stages[state.stage]["growth"] is None:
         return False
-    run = as_grown(RunConfig.model_validate(source.environment["config"]), state)
+    run = as_grown(recorded_run(source.environment["config"]), state)
     tokens = state.stage_step * step_tokens(run.stages[state.stage], run.data.sequence_length)
     return stage_masks(run, state.stage, tokens) is not None

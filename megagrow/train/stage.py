@@ -67,7 +67,7 @@ def build_stage(run: RunConfig, index: int, device: torch.device) -> Stage:
     if has_per_entry_lr(config.growth):
         fresh = stage_growth(run, index).fresh
         engine.mark_new(fresh_masks(fresh, layout, topology.rank, engine.storage()))
-    return Stage(index, config, topology, engine, layout, answers_only=run.stage == "sft")
+    return Stage(index, config, topology, engine, layout, answers_only=run.objective == "sft")
 
 
 def masks_now(run: RunConfig, stage: Stage, stage_step: int) -> Masks | None:

@@ -1,6 +1,6 @@
 """The section `kernels`: a default of all stages, changed key by key, its values checked."""
 
-from megagrow.config.sections import KernelsConfig
+from megagrow.config.stage import KernelsConfig
 
 
 def test_the_top_is_the_default_of_every_stage(load_two) -> None:

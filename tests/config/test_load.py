@@ -82,10 +82,10 @@ def test_overrides(load, override: str, read: Callable) -> None:
 
 
 def test_overrides_within_a_stage_and_their_order(load_two) -> None:
-    layers = "stages.1.growth.layers=[0,0,0,0,1,1,1,1]"
+    layers = "stages.1.growth.layer_map=[0,0,0,0,1,1,1,1]"
     run = load_two("stages.1.tokens=1M", "stages.1.tokens=2M", layers)
     assert run.stages[1].tokens == 2_000_000
-    assert run.stages[1].growth.layers == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert run.stages[1].growth.layer_map == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 def test_a_part_by_name(load, write_part) -> None:

@@ -12,7 +12,7 @@ from megagrow.config.schema import OptimizerConfig, RunConfig
 
 def test_loading_what_was_shown_gives_the_same_run(load_two, load, tmp_path: Path) -> None:
     run = load_two(
-        "stages.1.growth.layers=[0,0,0,0,1,1,1,1]",
+        "stages.1.growth.layer_map=[0,0,0,0,1,1,1,1]",
         "schedule.warmup_tokens=1.5K",
         "data.tokenizer=tok.model",
         "logging.peak_flops=989e12",

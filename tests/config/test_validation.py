@@ -46,7 +46,7 @@ def run(*changes: dict, data: dict | None = None) -> RunConfig:
         ({}, {}, {}),
         ({"parallel": {"sequence_parallel": True}},),
         ({"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},),
-        ({}, {"model": {"num_hidden_layers": 3}, "growth": {"layers": [0, 1, 1]}}),
+        ({}, {"model": {"num_hidden_layers": 3}, "growth": {"layer_map": [0, 1, 1]}}),
         ({}, {"model": {"num_hidden_layers": 2}}),
         ({}, {"parallel": {"tensor_model_parallel_size": 2, "zero_stage": 3}}),
         ({"parallel": {"zero_stage": 2, "offload_optimizer": True}},),

@@ -33,7 +33,7 @@ def test_packing_keeps_items_whole_and_fills_the_fullest_row():
 
 
 def read(folder, rows: range, length: int = LENGTH, shuffle: bool = False) -> Batch:
-    """Rows of the training corpus, as a run with stage: sft reads them."""
+    """Rows of the training corpus, as a run with objective: sft reads them."""
     corpora = [CorpusConfig(path=folder / "corpus" / "train")]
     stream = open_stream(corpora, 0, length, shuffle)
     data = DataConfig(

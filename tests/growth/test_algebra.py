@@ -43,10 +43,10 @@ factors = st.tuples(*[st.sampled_from((1, 2, 4))] * 3)
 @few
 @given(sources(), factors, factors, st.sampled_from(("interleaved", "tiled")))
 def test_two_copies_are_one_of_both_factors(source: Any, a: Any, b: Any, order: str) -> None:
-    first = case(source, times(source, *a), operator="mup_copy", order=order)
-    second = case(first.target, times(first.target, *b), operator="mup_copy", order=order)
+    first = case(source, times(source, *a), operator="mup_copy", copy_order=order)
+    second = case(first.target, times(first.target, *b), operator="mup_copy", copy_order=order)
     product = times(source, *(x * y for x, y in zip(a, b, strict=True)))
-    both = case(source, product, operator="mup_copy", order=order)
+    both = case(source, product, operator="mup_copy", copy_order=order)
     assert_same_bits(state_after(first, second), state_after(both))
     for name, scale in both.growth.scales.items():
         assert first.growth.scales[name].times(second.growth.scales[name]) == scale

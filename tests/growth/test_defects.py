@@ -278,5 +278,7 @@ def test_13_silent_layers_may_stand_anywhere() -> None:
     for layers in ([0, 0, 0, 1], [0, 1, 0, 1], [0, 1, 1, 0]):
         sizes = {"num_hidden_layers": 4}
         for block in ("copy", "random"):
-            found = case(SOURCE, sizes, operator="zero_depth", layers=layers, block=block)
+            found = case(
+                SOURCE, sizes, operator="zero_depth", layer_map=layers, new_layer_init=block
+            )
             assert difference(found) == 0.0

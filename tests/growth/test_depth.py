@@ -60,7 +60,7 @@ def test_by_default_the_whole_stack_is_repeated(part):
     ids=["interpolation", "partial", "reversed", "one", "partial stack"],
 )
 def test_any_list_of_layers(chosen):
-    found = growth(len(chosen), layers=chosen)
+    found = growth(len(chosen), layer_map=chosen)
     for part in PARTS:
         assert layers_of(found, part) == chosen
     assert found.provenance == tuple(chosen)
@@ -71,7 +71,7 @@ def test_twelve_layers_do_not_mix_up_their_numbers():
     # Layer 1 and layer 11 share a digit.
     source = tiny(num_hidden_layers=12)
     chosen = [*range(12), *range(11, -1, -1)]
-    assert layers_of(growth(24, source, layers=chosen), "o_proj") == chosen
+    assert layers_of(growth(24, source, layer_map=chosen), "o_proj") == chosen
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -105,8 +105,8 @@ def test_one_layer_grows_to_all():
 
 
 def test_interpolation_repeats_layers_in_place():
-    assert origins("direct_depth", 3, 6, layers="interpolate") == [0, 0, 1, 1, 2, 2]
-    assert origins("direct_depth", 2, 5, layers="interpolate") == [0, 0, 0, 1, 1]
+    assert origins("direct_depth", 3, 6, layer_map="interpolate") == [0, 0, 1, 1, 2, 2]
+    assert origins("direct_depth", 2, 5, layer_map="interpolate") == [0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_interpolation_repeats_layers_in_place():
 )
 def test_the_partial_stacks_of_the_paper(name, expected):
     assert name in PARTIAL_STACKS and len(expected) == 24
-    assert origins("direct_depth", 6, 24, layers=name) == expected
+    assert origins("direct_depth", 6, 24, layer_map=name) == expected
 
 
 @pytest.mark.parametrize("text", ["", "stacked", "12x", "0", "1-x2", "12--3"])
@@ -143,7 +143,7 @@ def test_new_layers_of_zero_depth_are_silent_copies_of_the_one_below():
 
 def test_or_begin_with_initial_weights():
     new = Layer(None, silent=True, fresh=True)
-    assert layers("zero_depth", 2, 4, block="random") == [Layer(0), new, Layer(1), new]
+    assert layers("zero_depth", 2, 4, new_layer_init="random") == [Layer(0), new, Layer(1), new]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_or_begin_with_initial_weights():
     ],
 )
 def test_zero_depth_is_exact_only_with_all_layers_in_order(layers, exact):
-    found = growth(len(layers), operator="zero_depth", layers=layers)
+    found = growth(len(layers), operator="zero_depth", layer_map=layers)
     assert found.preserves_function == exact
 
 

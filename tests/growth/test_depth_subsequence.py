@@ -66,7 +66,7 @@ def test_a_list_that_holds_all_layers_in_order_holds_the_source(source, data) ->
     for layer in range(source.num_hidden_layers):
         chosen += [layer, *data.draw(any_layer)]
     sizes = {"num_hidden_layers": len(chosen)}
-    found = case(source, sizes, operator="direct_depth", layers=chosen)
+    found = case(source, sizes, operator="direct_depth", layer_map=chosen)
     assert_source_without(found, kept(found))
 
 
@@ -75,7 +75,7 @@ def test_a_list_that_holds_all_layers_in_order_holds_the_source(source, data) ->
 @given(sources(), st.integers(2, 4))
 def test_stacks_and_interpolations_hold_the_source(layers: str, source, factor: int) -> None:
     sizes = {"num_hidden_layers": factor * source.num_hidden_layers}
-    found = case(source, sizes, operator="direct_depth", layers=layers)
+    found = case(source, sizes, operator="direct_depth", layer_map=layers)
     assert_source_without(found, kept(found))
 
 

@@ -32,7 +32,7 @@ TOLERANCE = 1e-10
 few = settings(max_examples=12, deadline=None)
 
 LAWFUL: dict[OperatorName, dict[str, Any]] = {
-    "direct_width": {"split": "even", "noise": None},
+    "direct_width": {"copy_split": "even", "noise": None},
     "mup_copy": {},
     "bert2bert_fpi": {},
     "net2net_width": {},
@@ -127,7 +127,10 @@ def test_moments_of_depth_and_width_together(data: st.DataObject, wider: Operato
 @given(sources(), st.integers(1, 3), st.integers(1, 3))
 def test_uneven_shares_of_groups_and_neurons(source: Any, groups: int, ffn: int) -> None:
     target = times(source, 1, groups, ffn)
-    assert worst_moment(case(source, target, operator="direct_width", split="uneven")) <= TOLERANCE
+    assert (
+        worst_moment(case(source, target, operator="direct_width", copy_split="uneven"))
+        <= TOLERANCE
+    )
 
 
 @few

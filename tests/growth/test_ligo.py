@@ -42,7 +42,7 @@ def logits(config: ModelConfig, values: dict[str, Tensor], ids: Tensor) -> Tenso
         return outputs(config, values, (ids, positions, None))
 
 
-OPTIONS = ({}, {"order": "tiled"}, {"split": "uneven"})
+OPTIONS = ({}, {"copy_order": "tiled"}, {"copy_split": "uneven"})
 
 
 @NAMES
@@ -183,11 +183,19 @@ def test_flops_of_making_weights():
     [
         ({"operator": "learn_depth"}, {}, "operator: learn_depth needs a model with more layers"),
         ({"operator": "learn_width"}, {}, "operator: learn_width needs a wider model"),
-        ({"literal": True}, None, "literal does not go with a growth that is learned"),
-        ({"block": "random"}, None, "block does not go with a growth that is learned"),
+        ({"paper_exact": True}, None, "paper_exact does not go with a growth that is learned"),
+        (
+            {"new_layer_init": "random"},
+            None,
+            "new_layer_init does not go with a growth that is learned",
+        ),
         ({"noise": 0.5}, None, "noise does not go with a growth that is learned"),
         ({"mixing_noise": 0.2}, None, "mixing_noise does not go with a growth that is learned"),
-        ({"optimizer_state": "probe_v"}, None, "optimizer_state = probe_v: a learned growth mixes"),
+        (
+            {"optimizer_state": "estimate_second_moment"},
+            None,
+            "optimizer_state = estimate_second_moment: a learned growth mixes",
+        ),
         ({"exact_continuation": True}, None, "exact_continuation needs even copies"),
         ({"learn": {"lr": 1e-6}}, None, "learn.min_lr = 7e-06 is above lr = 1e-06"),
         ({"learn": {"steps": 20}}, None, "learn.warmup_steps = 50 is above steps = 20"),
@@ -205,7 +213,7 @@ def test_what_can_not_be_learned(options: dict[str, Any], sizes: dict | None, sa
 def test_nothing_is_said_of_what_is_right():
     source, (operators, sizes) = source_of(tied=False), GROWTHS["both"]
     target = source.model_copy(update=sizes)
-    for options in ({}, {"operator": "direct_width", "literal": True}):
+    for options in ({}, {"operator": "direct_width", "paper_exact": True}):
         chosen = GrowthConfig(**{"operator": operators} | options)
         assert not list(learning_problems(source, target, chosen, "stages.1.growth"))
 

@@ -62,7 +62,7 @@ def test_every_new_number_is_trained(name: OperatorName, data: st.DataObject) ->
 @pytest.mark.parametrize("literal", [False, True])
 def test_the_papers_own_zero_width_leaves_new_neurons_dead(literal: bool) -> None:
     """With gate, up and down of a neuron all zero there is no gradient, ever (a saddle)."""
-    found = case(SOURCE, {"intermediate_size": 9}, operator="zero_width", literal=literal)
+    found = case(SOURCE, {"intermediate_size": 9}, operator="zero_width", paper_exact=literal)
     *_, seen = lively(found, steps=3)
     for layer in range(SOURCE.num_hidden_layers):
         mlp = f"model.layers.{layer}.mlp"
@@ -100,7 +100,7 @@ def test_new_entries_do_not_overshoot_by_the_default_betas() -> None:
 
 
 def test_with_a_longer_memory_they_do_unless_v_is_measured() -> None:
-    """The trap of a shared step: 3.16 and up to 6.57 times lr. What `probe_v` measures cures it."""
+    """A shared Adam step gives 3.16 and up to 6.57 times lr; `estimate_second_moment` does not."""
     found = updates(beta2=0.999)
     assert found[0] == pytest.approx(3.16, abs=0.01)
     assert max(found) == pytest.approx(6.57, abs=0.1) and found.index(max(found)) == 11
@@ -110,9 +110,11 @@ def test_with_a_longer_memory_they_do_unless_v_is_measured() -> None:
 @pytest.mark.parametrize(
     "options", [{"operator": "zero_width"}, {"operator": "direct_width"}, {"operator": "lemon"}]
 )
-def test_what_probe_v_leaves_to_be_measured_is_exactly_what_is_new(options: dict[str, Any]) -> None:
+def test_what_estimate_second_moment_measures_is_exactly_what_is_new(
+    options: dict[str, Any],
+) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 9}
-    found = case(SOURCE, sizes, **options, optimizer_state="probe_v")
+    found = case(SOURCE, sizes, **options, optimizer_state="estimate_second_moment")
     for name, terms in found.growth.moments.items():
         new = found.growth.fresh[name]
         for term in terms:

@@ -149,11 +149,11 @@ OTHERWISE: list[tuple[OperatorName, dict[str, Any], dict[str, Any]]] = [
     ("lidas", {"num_hidden_layers": 6}, {}),
     ("bert2bert_aki", times(SOURCE, 2, 2, 2), {}),
     ("sparkling", widened(SOURCE, 12, 2, 6), {}),
-    ("sparkling", widened(SOURCE, 16, 2, 6), {"block": "random"}),
+    ("sparkling", widened(SOURCE, 16, 2, 6), {"new_layer_init": "random"}),
     ("direct_width", times(SOURCE, 2, 1, 1), {"mixing_noise": 0.2}),
-    ("direct_width", times(SOURCE, 2, 1, 1), {"literal": True}),
-    ("direct_width", widened(SOURCE, 13, 2, 6), {"literal": True}),
-    ("zero_width", widened(SOURCE, 13, 2, 6), {"literal": True}),
+    ("direct_width", times(SOURCE, 2, 1, 1), {"paper_exact": True}),
+    ("direct_width", widened(SOURCE, 13, 2, 6), {"paper_exact": True}),
+    ("zero_width", widened(SOURCE, 13, 2, 6), {"paper_exact": True}),
 ]
 """Growths that do not preserve the function."""
 

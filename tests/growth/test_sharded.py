@@ -202,7 +202,7 @@ def test_copies_side_by_side_never_leave_their_tensor_parallel_rank(
 def test_a_wire_repeated_as_a_whole_moves_between_tensor_parallel_ranks(tp: int) -> None:
     """All that tensor parallelism slices but the vocabulary, and the exact number of elements."""
     source = tiny(num_key_value_heads=4, num_attention_heads=8)
-    found = case(source, times(source, 1, 2, 2), operator="direct_width", order="tiled")
+    found = case(source, times(source, 1, 2, 2), operator="direct_width", copy_order="tiled")
     before, after = (layout_of(m, 0, 1, tp) for m in (found.source, found.target))
     moved = list(between(found, before, after, other_slice(tp)))
     assert {name.split(".")[-2] for name, _ in moved} == {

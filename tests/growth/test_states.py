@@ -43,10 +43,10 @@ def test_what_moves_by_each_policy(name: OperatorName, data: st.DataObject) -> N
         made, chosen = moments_by(policy, found)
         for parameter, kinds in made.items():
             moved = {kind: transported[parameter][kind] for kind in MOMENTS}
-            if policy in ("asymmetric", "probe_v"):
+            if policy in ("asymmetric", "estimate_second_moment"):
                 new = chosen.growth.fresh[parameter]
                 moved = {k: t * old_entries(new, t.shape) for k, t in moved.items()}
-            if policy in ("keep_v", "reset"):
+            if policy in ("keep_second_moment", "reset"):
                 moved["exp_avg"] = torch.zeros_like(moved["exp_avg"])
             if policy == "reset":
                 moved["exp_avg_sq"] = torch.zeros_like(moved["exp_avg_sq"])
@@ -73,4 +73,4 @@ def test_the_default_is_that_of_the_operator_that_keeps_least() -> None:
     assert policy("direct_width") == "transport"
     assert policy("sparkling") == policy("direct_depth", "sparkling") == "asymmetric"
     assert policy("learn_width", "learn_depth") == "reset"
-    assert policy("sparkling", optimizer_state="keep_v") == "keep_v"
+    assert policy("sparkling", optimizer_state="keep_second_moment") == "keep_second_moment"

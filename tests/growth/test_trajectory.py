@@ -59,7 +59,7 @@ def diverged(
 @settings(max_examples=8, deadline=None)
 @given(sources(), st.tuples(*[st.integers(1, 3)] * 3), st.sampled_from(("interleaved", "tiled")))
 def test_a_copied_model_follows_its_source(source: Any, factors: Any, order: str) -> None:
-    found = case(source, times(source, *factors), operator="mup_copy", order=order)
+    found = case(source, times(source, *factors), operator="mup_copy", copy_order=order)
     assert diverged(found) <= 1e-9
 
 
@@ -87,7 +87,7 @@ def test_no_factors_where_a_growth_can_not_be_followed() -> None:
         SOURCE, times(SOURCE, 2, 1, 1) | {"num_hidden_layers": 4}, operator=["zero_depth", "lemon"]
     )
     padded = case(SOURCE, {"hidden_size": 9}, operator="zero_width")
-    uneven = case(SOURCE, times(SOURCE, 2, 1, 1), operator="direct_width", split="uneven")
+    uneven = case(SOURCE, times(SOURCE, 2, 1, 1), operator="direct_width", copy_split="uneven")
     staged = case(SOURCE, times(SOURCE, 2, 2, 2), operator="staged_width")
     for found in (deeper, both, padded, uneven, staged):
         assert not found.growth.scales
@@ -108,14 +108,14 @@ def separation(found: Case) -> float:
 LOCKED: list[dict[str, Any]] = [
     {"optimizer_state": "transport"},
     {"optimizer_state": "reset"},
-    {"optimizer_state": "keep_v"},
+    {"optimizer_state": "keep_second_moment"},
     {"operator": "staged_width"},
 ]
 BREAKERS: list[dict[str, Any]] = [
     {"noise": 0.5},
     {"optimizer_state": "asymmetric"},
-    {"optimizer_state": "probe_v"},
-    {"split": "uneven"},
+    {"optimizer_state": "estimate_second_moment"},
+    {"copy_split": "uneven"},
     {"operator": "staged_width", "noise": 0.5},
 ]
 

@@ -23,12 +23,12 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
     ),
     (
         layers(3),
-        {"layers": "stack"},
+        {"layer_map": "stack"},
         [f"{DEPTH} = 3 is not a multiple of {B}.num_hidden_layers = 4: give {LISTED}"],
     ),
     (
         layers(8),
-        {"layers": "sandwich"},
+        {"layer_map": "sandwich"},
         [
             f"{LISTED} = 'sandwich' is not a list, `stack`, `interpolate`, or a partial stack such "
             f"as those of the paper, {PAPERS}"
@@ -36,7 +36,7 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
     ),
     (
         layers(8),
-        {"layers": []},
+        {"layer_map": []},
         [
             f"{LISTED} = [] is not a list, `stack`, `interpolate`, or a partial stack such as "
             f"those of the paper, {PAPERS}"
@@ -44,7 +44,7 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
     ),
     (
         layers(8),
-        {"layers": [0, 5, 4]},
+        {"layer_map": [0, 5, 4]},
         [
             f"{LISTED} has 3 entries for {DEPTH} = 8",
             f"{LISTED} names layer 4, but {B} has layers 0 to 3",
@@ -53,7 +53,7 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
     ),
     (
         layers(5),
-        {"layers": "1234-5"},
+        {"layer_map": "1234-5"},
         [f"{LISTED} names layer 4, but {B} has layers 0 to 3"],
     ),
     (
@@ -66,11 +66,11 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
         {"operator": "random_depth"},
         [f"{DEPTH} = 3 is below {B}.num_hidden_layers = 4"],
     ),
-    (layers(5), {"operator": "zero_depth", "layers": [0, 1, 2, 2, 1]}, [ORDERED]),
-    (layers(5), {"operator": "zero_depth", "layers": [1, 0, 2, 3, 3]}, [ORDERED]),
+    (layers(5), {"operator": "zero_depth", "layer_map": [0, 1, 2, 2, 1]}, [ORDERED]),
+    (layers(5), {"operator": "zero_depth", "layer_map": [1, 0, 2, 3, 3]}, [ORDERED]),
     (
         layers(4),
-        {"operator": "zero_depth", "layers": [0, 1, 2]},
+        {"operator": "zero_depth", "layer_map": [0, 1, 2]},
         [f"{LISTED} has 3 entries for {DEPTH} = 4"],
     ),
     *[

@@ -51,8 +51,9 @@ def test_what_is_right(tmp_path, growth):
             "which warm-up has just put near zero; set it to continue or by_size",
         ),
         (
-            {"operator": "random_depth", "optimizer_state": "probe_v"},
-            f"{AT}.optimizer_state = probe_v: random_depth has no new entries with a gradient at "
+            {"operator": "random_depth", "optimizer_state": "estimate_second_moment"},
+            f"{AT}.optimizer_state = estimate_second_moment: random_depth has no new entries with "
+            "a gradient at "
             "the growth; choose another",
         ),
     ],

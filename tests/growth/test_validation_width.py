@@ -90,7 +90,7 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
     ),
     (
         DOUBLE,
-        {"operator": "direct_width", "split": "uneven", "exact_continuation": True},
+        {"operator": "direct_width", "copy_split": "uneven", "exact_continuation": True},
         [
             f"{H}.growth.exact_continuation needs even copies in width alone, without noise, "
             "and optimizer_state = transport: set it to false"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megagrow.config.sections import KernelsConfig
+from megagrow.config.stage import KernelsConfig
 from megagrow.errors import InputError
 from megagrow.model.backends import OPERATIONS, Backends, KernelWorkload, choose, obstacle
 from megagrow.model.machine import Machine

@@ -204,7 +204,7 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-from megagrow.config.sections import KernelsConfig
+from megagrow.config.stage import KernelsConfig
 from megagrow.config.schema import ModelConfig
 from megagrow.model.backends import Work, choose
 from megagrow.model.llama import LlamaForCausalLM

@@ -148,8 +148,18 @@ def test_a_model_behind_masks_grows_no_further_until_it_is_trained(tmp_path):
     assert told["masks"] == 0.0
 
 
+def under_deprecated_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the dump of a run of two stages as earlier versions recorded it."""
+    config["stage"] = config.pop("objective")
+    growth = config["stages"][1]["growth"]
+    growth["layers"] = growth.pop("layer_map")
+    growth["literal"] = growth.pop("paper_exact")
+    return config
+
+
+@pytest.mark.parametrize("deprecated", [False, True])
 @pytest.mark.parametrize(("step", "masked"), [(3, True), (4, False)])
-def test_masks_of_a_run_are_known_from_its_position(tmp_path, step, masked):
+def test_masks_of_a_run_are_known_from_its_position(tmp_path, step, masked, deprecated):
     growth = {"operator": "random_depth", "ramp_tokens": 4 * STEP_TOKENS}
     deep = {"model": BASE | {"num_hidden_layers": 4}, "growth": growth, "tokens": 640}
     run = make_run(tmp_path, [{"model": BASE, "tokens": 640}, deep])
@@ -157,7 +167,8 @@ def test_masks_of_a_run_are_known_from_its_position(tmp_path, step, masked):
     state = random_state(parameter_plan(model, 1))
     path = write_checkpoint(tmp_path / "in", model, layout_of(model, 1, 1, 1), state)
     manifest = read_manifest(path)
-    environment = {"config": run.model_dump(mode="json")}
+    config = run.model_dump(mode="json")
+    environment = {"config": under_deprecated_names(config) if deprecated else config}
     position = RUN | {"stage": 1, "stage_step": step, "provenance": [[0, 1, -1, -1]]}
     write_manifest(path, replace(manifest, run=position, environment=environment))
     request = conversion(tmp_path, path, out=tmp_path / "out", form="huggingface")

@@ -35,7 +35,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"num_hidden_layers": 5},
         {},
         "target.model.num_hidden_layers = 5 is not a multiple of source.model.num_hidden_layers = "
-        "2: give target.growth.layers",
+        "2: give target.growth.layer_map",
     ),
     "another model": ({"rope_theta": 5.0}, {}, "target.model.rope_theta = 5.0 differs from"),
     "smaller": ({"vocab_size": 5}, {"operators": ("vocabulary",)}, "vocab_size = 5 is below"),
@@ -45,7 +45,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"overrides": ('growth.probe={operators: ["solar", "mslt"]}',)},
         "growth.probe tries operators by training them",
     ),
-    "probe_v": (DEEP, {"overrides": ("growth.optimizer_state=probe_v",)}, "measures on batches"),
+    "estimate_second_moment": (
+        DEEP,
+        {"overrides": ("growth.optimizer_state=estimate_second_moment",)},
+        "measures on batches",
+    ),
     "masks": (
         ANY,
         {"operators": ("random_width",), "form": "huggingface"},
@@ -54,7 +58,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "unknown option": (
         DEEP,
         {"overrides": ("growth.layer=stack",)},
-        "unknown key 'stages.0.growth.layer'; did you mean 'stages.0.growth.layers'?",
+        "unknown key 'stages.0.growth.layer'; did you mean 'stages.0.growth.layer_map'?",
     ),
     "wrong option": (DEEP, {"overrides": ("growth.noise=-1",)}, "growth.noise: Input should be"),
     "other key": (DEEP, {"overrides": ("seed=3",)}, "--set seed=3: only growth.KEY=VALUE can"),

@@ -80,3 +80,14 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(InputError, match="in the way and no growth's; remove it"):
         Journal(tmp_path, COMMAND)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_command_recorded_under_deprecated_names_continues(tmp_path):
+    old = {"growth": {"options": {"layers": [0, 0], "literal": False, "optimizer_state": "keep_v"}}}
+    new = {"layer_map": [0, 0], "paper_exact": False, "optimizer_state": "keep_second_moment"}
+    with Journal(tmp_path, old):
+        pass
+    with Journal(tmp_path, {"growth": {"options": new}}):
+        pass
+    with pytest.raises(InputError, match=r"\(other growth\)"):
+        Journal(tmp_path, {"growth": {"options": new | {"paper_exact": True}}})

@@ -78,7 +78,7 @@ def test_whose_figures_these_are_is_said() -> None:
     "overrides",
     [
         ("stages.1.growth.operator=zero_depth",),
-        ("stages.1.growth.layers=interpolate",),
+        ("stages.1.growth.layer_map=interpolate",),
     ],
 )
 def test_nothing_is_promised_for_what_the_paper_did_not_measure(overrides: tuple[str, ...]) -> None:
@@ -90,7 +90,7 @@ def test_nothing_is_promised_for_what_the_paper_did_not_measure(overrides: tuple
 
 
 def test_interpolation_connects_less() -> None:
-    growth = paper_plan("stages.1.growth.layers=interpolate").stages[1].growth
+    growth = paper_plan("stages.1.growth.layer_map=interpolate").stages[1].growth
     assert growth is not None
     assert growth_rows([growth])["connection rate Rc"] == [f"{5 / 23:.1%}"]
 
@@ -241,4 +241,4 @@ def test_the_command_tells_costs_and_what_does_not_fit(
 
 def test_problems_of_a_growth_are_refused() -> None:
     with pytest.raises(InputError, match="names layer 7"):
-        paper_plan(f"stages.1.growth.layers={[7] * 24}")
+        paper_plan(f"stages.1.growth.layer_map={[7] * 24}")

@@ -136,7 +136,7 @@ def read_by(term, numbers: dict) -> torch.Tensor:
 def test_an_interleaved_width_copy_moves_nothing_between_tensor_parallel_ranks(zero, order):
     small = tiny(num_key_value_heads=2)
     wide = tiny(hidden_size=64, num_attention_heads=8, num_key_value_heads=4, intermediate_size=96)
-    growth = growth_map(small, wide, GrowthConfig(operator=["direct_width"], order=order))
+    growth = growth_map(small, wide, GrowthConfig(operator=["direct_width"], copy_order=order))
     source, target = layout_of(small, zero, 2, 2), layout_of(wide, zero, 2, 2)
     across = {
         (rank, peer)

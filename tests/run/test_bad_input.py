@@ -37,8 +37,8 @@ NO_RUNS = {
         "stages.1.kernels.attention = flash_attn: flash-attn is not installed",
     ),
     "index": (
-        "stages.1.growth.layers=[0, 1, 2, 1]",
-        "stages.1.growth.layers names layer 2, but stages.0.model has layers 0 to 1",
+        "stages.1.growth.layer_map=[0, 1, 2, 1]",
+        "stages.1.growth.layer_map names layer 2, but stages.0.model has layers 0 to 1",
     ),
 }
 """An override that no run survives, and what is said of it."""

@@ -56,7 +56,7 @@ def sft_run(folder: Path, steps: int = 1, **changes: Any) -> RunConfig:
         "reset_position_ids": True,
         "reset_attention_mask": True,
     }
-    run = make_run(folder, [stage], **{"stage": "sft", "data": data, **changes})
+    run = make_run(folder, [stage], **{"objective": "sft", "data": data, **changes})
     assert problems(run) == []
     return run
 
@@ -182,7 +182,7 @@ def test_what_can_not_be_tuned_is_refused_in_one_line(tmp_path):
     text = {
         "name": "t",
         "output_dir": "o",
-        "stage": "sft",
+        "objective": "sft",
         "data": {"train": [{"path": "x"}], "sequence_length": 8},
         "model": MODEL,
         "optimizer": {"lr": 1},
@@ -196,13 +196,13 @@ def test_what_can_not_be_tuned_is_refused_in_one_line(tmp_path):
     said = str(error.value)
     assert "set data.reset_position_ids: true" in said and "\n" not in said
     assert "set data.reset_attention_mask: true" in said
-    assert "stage: sft tunes one model and grows none, but stages has 2" in said
-    path.write_text(json.dumps(text | {"stage": "dpo"}))
-    with pytest.raises(InputError, match="'stage' = 'dpo'"):
+    assert "objective: sft tunes one model and grows none, but stages has 2" in said
+    path.write_text(json.dumps(text | {"objective": "dpo"}))
+    with pytest.raises(InputError, match="'objective' = 'dpo'"):
         load_run(path)
 
 
 def test_a_corpus_without_a_mask_is_refused(tmp_path):
-    run = make_run(tmp_path, [{"tokens": 64}], stage="sft")
-    with pytest.raises(InputError, match=r"train\.mask\.bin: no such file; stage: sft needs"):
+    run = make_run(tmp_path, [{"tokens": 64}], objective="sft")
+    with pytest.raises(InputError, match=r"train\.mask\.bin: no such file; objective: sft needs"):
         open_inputs(run)

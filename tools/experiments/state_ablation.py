@@ -48,7 +48,7 @@ REFERENCE = Variant("transport", "rewarm")
 VARIANTS = tuple(
     Variant(policy, schedule)
     for schedule in ("rewarm", "continue")
-    for policy in ("transport", "asymmetric", "keep_v", "reset")
+    for policy in ("transport", "asymmetric", "keep_second_moment", "reset")
 )
 STEP_TOKENS = 8 * 256  # global batch x sequence length
 BASE_STEPS, GROWN_STEPS = 105, 140

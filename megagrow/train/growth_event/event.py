@@ -94,13 +94,13 @@ def _move(
     which then take the place of what was measured for old entries."""
     side = ShardedState(target.layout, target.engine.storage())
     step = ended.adam_step if growth.keeps_step else 0
-    if state_policy(options) != "probe_v":
+    if state_policy(options) != "estimate_second_moment":
         moved = [_moved(ended.state, growth, side)]
         target.engine.ready(step)
         return moved, GrowthCost()
     moved = [_moved(ended.state, growth.with_kinds("fp32"), side)]
     target.engine.ready(step)
-    steps = range(options.probe_batches)
+    steps = range(options.second_moment_batches)
     batches = [feed.batches(index, target.config, target.topology) for index in steps]
     measure_second_moment(target, batches, masks_now(run, target, stage_step=0))
     moved.append(_moved(ended.state, growth.with_kinds("exp_avg", "exp_avg_sq"), side))

@@ -1,4 +1,4 @@
-"""Adam's second moment, measured: the `probe_v` policy for entries that have no history.
+"""Measured second moment of Adam for new entries: the `estimate_second_moment` policy.
 
 With exp_avg_sq at zero the first updates of new entries would be too large where beta2 is near 1
 (docs/reference/operators.md). What Adam would have gathered is measured instead, by steps that
@@ -34,7 +34,9 @@ def measure_second_moment(
     norms = [train_step(stage, batches, lr=0.0, masks=masks)[1] for batches in steps]
     finite = sum(map(math.isfinite, norms))
     if not finite:
-        raise ConfigError(f"growth of stage {stage.index}: no gradient of its probe_v is finite")
+        raise ConfigError(
+            f"growth of stage {stage.index}: no gradient of its estimate_second_moment is finite"
+        )
     bias = 1.0 - stage.config.optimizer.betas[1] ** finite
     for kinds in engine.storage().values():
         kinds["exp_avg"].zero_()

@@ -131,8 +131,8 @@ def _any(draw: st.DrawFn, source: ModelConfig) -> tuple[Sizes, Sizes]:
 
 def _direct_width(draw: st.DrawFn, source: ModelConfig) -> tuple[Sizes, Sizes]:
     options = {
-        "order": draw(st.sampled_from(("interleaved", "tiled"))),
-        "split": draw(st.sampled_from(("even", "uneven"))),
+        "copy_order": draw(st.sampled_from(("interleaved", "tiled"))),
+        "copy_split": draw(st.sampled_from(("even", "uneven"))),
         "noise": draw(st.sampled_from((None, 3.0))),
     }
     return _whole_residual(draw, source)[0], options
@@ -153,18 +153,18 @@ def _isometric(draw: st.DrawFn, source: ModelConfig) -> tuple[Sizes, Sizes]:
 def _direct_depth(draw: st.DrawFn, source: ModelConfig) -> tuple[Sizes, Sizes]:
     layers = st.integers(0, source.num_hidden_layers - 1)
     chosen = draw(st.lists(layers, min_size=1, max_size=6))
-    return {"num_hidden_layers": len(chosen)}, {"layers": chosen}
+    return {"num_hidden_layers": len(chosen)}, {"layer_map": chosen}
 
 
 def _zero_depth(draw: st.DrawFn, source: ModelConfig) -> tuple[Sizes, Sizes]:
     old = source.num_hidden_layers
-    options: Sizes = {"block": draw(st.sampled_from(("copy", "random")))}
+    options: Sizes = {"new_layer_init": draw(st.sampled_from(("copy", "random")))}
     if draw(st.booleans()):
         return {"num_hidden_layers": draw(st.integers(old, 6))}, options
     listed: list[int] = []
     for layer in range(old):
         listed += [layer, *draw(st.lists(st.integers(0, layer), max_size=2))]
-    return {"num_hidden_layers": len(listed)}, options | {"layers": listed}
+    return {"num_hidden_layers": len(listed)}, options | {"layer_map": listed}
 
 
 def _deeper(sizes: Callable[[int], list[int]]) -> Draw:

@@ -46,11 +46,17 @@ def _case_of(name: OperatorName) -> Case:
 CATALOGUE = {name: _case_of(name) for name in OPERATORS} | {
     "stack and widen": case(SOURCE, TWICE | DEEPER, operator=["direct_depth", "direct_width"]),
     "uneven, noisy, tiled": case(
-        *(SOURCE, TWICE), operator="direct_width", split="uneven", noise=1.0, order="tiled"
+        *(SOURCE, TWICE),
+        operator="direct_width",
+        copy_split="uneven",
+        noise=1.0,
+        copy_order="tiled",
     ),
     "asymmetric": case(SOURCE, TWICE, operator="direct_width", optimizer_state="asymmetric"),
-    "keep_v": case(SOURCE, DEEPER, operator="direct_depth", optimizer_state="keep_v"),
+    "keep_second_moment": case(
+        SOURCE, DEEPER, operator="direct_depth", optimizer_state="keep_second_moment"
+    ),
     "reset": case(SOURCE, DEEPER, operator="direct_depth", optimizer_state="reset"),
     "mixing": case(SOURCE, DEEPER, operator="direct_depth", mixing_noise=0.2),
-    "literal zero": case(SOURCE, {"hidden_size": 17}, operator="zero_width", literal=True),
+    "literal zero": case(SOURCE, {"hidden_size": 17}, operator="zero_width", paper_exact=True),
 }

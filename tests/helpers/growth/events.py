@@ -33,4 +33,4 @@ def layers(count: int) -> Sizes:
 
 
 DEPTH = f"{H}.model.num_hidden_layers"
-LISTED = f"{H}.growth.layers"
+LISTED = f"{H}.growth.layer_map"

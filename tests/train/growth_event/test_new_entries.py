@@ -159,7 +159,7 @@ def test_frozen_steps_and_no_others_have_a_factor_of_zero(tmp_path):
 
 
 def test_the_factor_of_new_entries_is_their_rate_over_that_of_the_step(tmp_path):
-    own = {"peak": 1.5, "warmup_steps": 2}
+    own = {"peak_factor": 1.5, "warmup_steps": 2}
     growth = {"operator": "sparkling", "new_entries": own, "freeze_tokens": STEP_TOKENS}
     run = two_stages(tmp_path, growth)
     found = factors_of(run)

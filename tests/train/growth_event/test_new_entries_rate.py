@@ -11,7 +11,7 @@ from tests.train.test_schedule import BY_SIZE, DEEP, STEP, make_run, stage
 
 def rates(kind: str, steps: int, peak: float = 1.5, warmup: int = 4) -> list[float]:
     """Of the new entries in every step after a growth at half of the schedule."""
-    own = {"peak": peak, "warmup_steps": warmup}
+    own = {"peak_factor": peak, "warmup_steps": warmup}
     growth = {"lr_schedule": "continue", "new_entries": own}
     schedule = {"type": kind}
     run = make_run(stage(steps, schedule=schedule), stage(steps, growth, schedule=schedule))
@@ -36,7 +36,7 @@ def test_it_may_be_lower_and_does_not_outlast_the_schedule() -> None:
 
 
 def test_it_starts_from_the_rate_that_follows_the_size() -> None:
-    growth = BY_SIZE | {"new_entries": {"peak": 2.0, "warmup_steps": 0}}
+    growth = BY_SIZE | {"new_entries": {"peak_factor": 2.0, "warmup_steps": 0}}
     run = make_run(stage(4), stage(4, growth, **DEEP))
     assert new_entries_rate(run, 1, 0) == pytest.approx(2 * rate_at(run, 1, 0))
     assert new_entries_rate(run, 1, 4 * STEP) == pytest.approx(rate_at(run, 1, 4 * STEP))
@@ -46,9 +46,9 @@ def test_there_is_one_where_the_run_or_the_operator_says_so() -> None:
     def own(growth: dict[str, Any]) -> tuple[float, int] | None:
         options = make_run(stage(1), stage(1, growth)).stages[1].growth
         found = None if options is None else new_entries_of(options)
-        return None if found is None else (found.peak, found.warmup_steps)
+        return None if found is None else (found.peak_factor, found.warmup_steps)
 
     assert own({"operator": "direct_width"}) is None
     assert own({"operator": "sparkling"}) == (1.3, 250)
-    assert own({"operator": "sparkling", "new_entries": {"peak": 2.0}}) == (2.0, 250)
+    assert own({"operator": "sparkling", "new_entries": {"peak_factor": 2.0}}) == (2.0, 250)
     assert own({"operator": "direct_depth", "new_entries": {"warmup_steps": 3}}) == (1.3, 3)

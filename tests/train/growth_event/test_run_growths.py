@@ -77,7 +77,7 @@ def test_a_layer_of_no_origin_has_no_scale(tmp_path):
         [
             stage(MODEL, 1),
             stage(WIDE, 1, {"operator": "mup_copy"}),
-            stage(deep, 1, {"operator": "zero_depth", "block": "random"}),
+            stage(deep, 1, {"operator": "zero_depth", "new_layer_init": "random"}),
         ],
     )
     new = [layer for layer, origin in enumerate(stage_growth(run, 2).provenance) if origin < 0]

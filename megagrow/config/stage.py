@@ -1,0 +1,120 @@
+"""Sections of a stage: parallelism, kernels, batch, optimizer, schedule, and the stage itself."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megagrow.config.growth import GrowthConfig
+from megagrow.config.model import ModelConfig
+from megagrow.config.sections import Count, Section
+
+RowBackend = Literal["auto", "triton", "torch"]
+
+
+class ParallelConfig(Section):
+    """Parallelism of a stage: world size = data parallel x tensor parallel."""
+
+    tensor_model_parallel_size: Count = 1
+    """Tensor-parallel ranks; a divisor of the heads, of the feed-forward width and of the world
+    size."""
+    sequence_parallel: bool = False
+    """Shard activations between the matrices along the sequence over the tensor-parallel ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """State sharded over the data-parallel ranks: 0 none, 1 optimizer state, 2 also gradients, 3
+    also weights."""
+    offload_optimizer: bool = False
+    """Keep fp32 weights and moments in CPU memory and update them there; requires `zero_stage` 1 or
+    higher."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in the backward pass: `selective` the attention core, `full` entire
+    layers."""
+
+
+class KernelsConfig(Section):
+    """Backend of each operation. `auto` is the fastest one that computes correctly on the device. A
+    named backend that is not available is an error before the run starts. `megagrow doctor` lists
+    the available backends and the choice of `auto`."""
+
+    attention: Literal["auto", "triton", "flash_attn", "sdpa", "reference"] = "auto"
+    """`triton` and `flash_attn` skip blocks outside a document; PyTorch's `sdpa` computes and masks
+    them; `reference` is the definition, for comparison."""
+    norm: RowBackend = "auto"
+    """RMSNorm, also fused with the preceding residual addition."""
+    pointwise: RowBackend = "auto"
+    """Rotary positions and SwiGLU."""
+    loss: RowBackend = "auto"
+    """Cross-entropy, also over a vocabulary sharded across ranks."""
+    linear_cross_entropy: bool = False
+    """Compute head and loss in chunks of tokens, without the logits of all tokens in memory."""
+
+
+class BatchConfig(Section):
+    """Batch sizes in sequences. Gradient accumulation steps = global / (micro x data parallel)."""
+
+    global_batch_size: Count
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: Count
+    """Sequences per forward pass of each data-parallel rank."""
+
+
+class OptimizerConfig(Section):
+    """AdamW. Defaults are the values of the paper's code (tongxuluo/prts)."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Final learning rate of the schedule; at most `lr`."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the first and the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Epsilon added to the square root of the second moment."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay: each step subtracts lr x weight_decay x weight."""
+    weight_decay_on: Literal["all", "matrices"] = "all"
+    """Parameters that decay; `matrices` excludes the norms, in a separate optimizer group."""
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    """Maximum global gradient norm; 0 disables clipping."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate as a function of the tokens since the start of the schedule.
+
+    Set at most one of `warmup_steps` and `warmup_tokens`.
+    """
+
+    type: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Decay from `lr` to `min_lr`; `wsd` is warm-up, stable, decay."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Length of the linear warm-up from 0 to `lr`, in steps."""
+    warmup_tokens: Count | None = None
+    """Length of the linear warm-up, in tokens."""
+    horizon_tokens: Count | None = None
+    """Tokens at which cosine and linear reach `min_lr` and WSD ends. Default: the end of the
+    run."""
+    decay_tokens: Count | None = None
+    """Tokens of WSD's final decay. Default: a tenth of the horizon."""
+
+
+class StageConfig(Section):
+    """One model, trained for a number of tokens."""
+
+    model: ModelConfig
+    tokens: Count
+    """Tokens trained in this stage, rounded up to complete steps. `auto` uses equation 2 of the
+    paper and the next stage. A stage sets exactly one of `tokens`, `at_tokens` and `at_flops`; the
+    others follow from it."""
+    at_tokens: Count | None = None
+    """Cumulative tokens of the run at which this stage ends."""
+    at_flops: Count | None = None
+    """Cumulative FLOPs of the run, 6 x parameters x tokens, at which this stage ends."""
+    tokens_auto: bool = Field(default=False, exclude=True)
+    """True if the run file has `tokens: auto`; not a key. `stage_length.py` computes `tokens` from
+    equation 2 of the paper and the next stage."""
+    growth: GrowthConfig | None = None
+    """Growth from the previous stage's model. Not allowed in the first stage, required in all
+    others."""
+    parallel: ParallelConfig = ParallelConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
