@@ -9,7 +9,7 @@ target's parameters outside the embeddings, which is how g is found here for eve
 small vocabularies both agree; the embeddings, which do not grow by g, make this one the cheaper.
 
 `true, base in full`: the matrix products that are really done, attention included
-(`train.flops.flops_per_token`), as the run's records keep it.
+(`config.flops.flops_per_token`), as the run's records keep it.
 """
 
 from collections.abc import Sequence

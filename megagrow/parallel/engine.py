@@ -33,10 +33,9 @@ from megagrow.parallel.partitions import (
     unlink_zero3,
 )
 from megagrow.parallel.process_groups import Topology
-from megagrow.parallel.sharding import parameter_plan
+from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
 from megagrow.parallel.update_scaling import ScaledPart, UpdateFactors
 
-STATE_KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 """What is kept of every parameter, under the names of DeepSpeed's universal checkpoint."""
 
 Storage = dict[str, dict[str, Tensor]]
