@@ -9,7 +9,7 @@ operator as the ratio of non-embedding parameters of target and base. With a sma
 accounts agree; otherwise this one is lower, because embeddings do not grow by g.
 
 `true, base in full`: FLOPs of all matrix products, attention included
-(`train.flops.flops_per_token`), stored in the run's records.
+(`config.flops.flops_per_token`), stored in the run's records.
 """
 
 from collections.abc import Sequence

@@ -13,11 +13,9 @@ from torch import Tensor
 from megagrow.checkpoint.tensor_file import Planned, Stored, planned
 from megagrow.common.checksums import FileRecord
 from megagrow.common.file_io import raw_bytes, write_bytes
-from megagrow.growth.map import StateKind
 from megagrow.parallel.engine import Storage
+from megagrow.parallel.sharding import STATE_KINDS, StateKind
 from megagrow.reshard.layout import Layout
-
-KINDS: tuple[StateKind, ...] = ("fp32", "exp_avg", "exp_avg_sq")
 
 
 class ShardTensor(NamedTuple):
@@ -37,7 +35,7 @@ def units(layout: Layout) -> Iterator[ShardTensor]:
     """All tensors of all files: those of one parameter after the other, so that what is read of
     the source for one rank can serve the next one."""
     for name in layout.plan:
-        for kind in KINDS:
+        for kind in STATE_KINDS:
             for rank in range(layout.dp * layout.tp):
                 if holds(layout, name, rank):
                     yield ShardTensor(rank, name, kind)
@@ -54,7 +52,7 @@ def shard_tensors(layout: Layout, rank: int) -> dict[str, Stored]:
         f"{name}.{kind}": Stored("F32", (len(layout.interval(name, rank // layout.tp)),))
         for name in layout.plan
         if holds(layout, name, rank)
-        for kind in KINDS
+        for kind in STATE_KINDS
     }
 
 
@@ -70,12 +68,12 @@ class Places:
 
     def begin(self, rank: int, name: str, kind: StateKind) -> int:
         """The first byte."""
-        return int(self._begins[rank][self._index[name], KINDS.index(kind)])
+        return int(self._begins[rank][self._index[name], STATE_KINDS.index(kind)])
 
     def _of_rank(self, found: Mapping[str, Stored]) -> np.ndarray:
-        begins = np.full((len(self._index), len(KINDS)), -1, np.int64)
+        begins = np.full((len(self._index), len(STATE_KINDS)), -1, np.int64)
         for name, index in self._index.items():
-            for which, kind in enumerate(KINDS):
+            for which, kind in enumerate(STATE_KINDS):
                 if f"{name}.{kind}" in found:
                     begins[index, which] = found[f"{name}.{kind}"].begin
         return begins

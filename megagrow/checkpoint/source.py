@@ -13,12 +13,12 @@ from torch import Tensor
 
 from megagrow.checkpoint.files import shard_name
 from megagrow.checkpoint.manifest import read_manifest
-from megagrow.checkpoint.shards import KINDS, Places, shard_tensors
+from megagrow.checkpoint.shards import Places, shard_tensors
 from megagrow.checkpoint.tensor_file import Stored, read_elements, read_header
 from megagrow.common.checksums import Files
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
-from megagrow.growth.map import StateKind
+from megagrow.parallel.sharding import STATE_KINDS, StateKind
 from megagrow.reshard.layout import Block, Layout
 
 _ELEMENTS_AT_ONCE = 2**20
@@ -34,7 +34,7 @@ class Source(ABC):
     layout: Layout
     files: tuple[Path, ...]
     """All files that it consists of."""
-    kinds: tuple[StateKind, ...] = KINDS
+    kinds: tuple[StateKind, ...] = STATE_KINDS
     adam_step: int = 0
     run: dict[str, Any] | None = None
     """Where its run stood; None if it comes from no run."""

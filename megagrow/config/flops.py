@@ -1,38 +1,67 @@
-"""How many parameters a model has, and what a token of training costs by the paper's account."""
+"""Parameter counts and FLOPs per token, from the declarations of the layer types.
+
+Two accounts of training FLOPs exist. `paper_flops_per_token` is that of the papers on growth;
+speedups are measured by it. `flops_per_token` counts the matrix products that are computed; model
+FLOPs utilisation (MFU) is measured by it.
+"""
 
 from megagrow.config.schema import ModelConfig
+from megagrow.model.layers import table
 
 
 def parameters(model: ModelConfig) -> int:
-    """Number of parameters; a tied embedding counts once."""
+    """Return the number of parameters; a tied embedding counts once."""
     tables = 1 if model.tie_word_embeddings else 2
-    return non_embedding_parameters(model) + tables * model.vocab_size * model.hidden_size
+    return non_embedding_parameters(model) + tables * table.EMBEDDING.numel(model)
 
 
 def non_embedding_parameters(model: ModelConfig) -> int:
-    """Parameters of the layers and the last norm, without embedding and head: the paper's N."""
-    norms = (2 * model.num_hidden_layers + 1) * model.hidden_size
-    return matmul_parameters(model) - model.vocab_size * model.hidden_size + norms
+    """Return the number of parameters without embedding and head: the N of the papers."""
+    return block_parameters(model) + norm_parameters(model)
 
 
-def matmul_parameters(model: ModelConfig) -> int:
-    """Parameters that multiply every token: the layers' matrices and the head, no norms."""
-    matrices = attention_parameters(model) + mlp_parameters(model)
-    return matrices + model.vocab_size * model.hidden_size
+def block_parameters(model: ModelConfig) -> int:
+    """Return the number of parameters of the blocks of all decoder layers, without their norms."""
+    blocks = table.block_counts(model).items()
+    return sum(count * block.type.numel(model) for block, count in blocks)
 
 
-def attention_parameters(model: ModelConfig) -> int:
-    """Of the projections to q, k, v and back, of all layers."""
-    heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
-    return model.num_hidden_layers * heads * model.head_dim * model.hidden_size
-
-
-def mlp_parameters(model: ModelConfig) -> int:
-    """Of gate, up and down, of all layers."""
-    return 3 * model.num_hidden_layers * model.hidden_size * model.intermediate_size
+def norm_parameters(model: ModelConfig) -> int:
+    """Return the number of parameters of all norms outside the blocks."""
+    norms = table.block_counts(model).total() + 1
+    return norms * table.norm_gain(table.FINAL_NORM).numel(model)
 
 
 def paper_flops_per_token(model: ModelConfig) -> int:
-    """Training FLOPs per token by the account of the papers on growth: 6 times all parameters,
-    embeddings in, attention out (Du et al. 2024, section 4)."""
+    """Return the training FLOPs per token by the account of the papers on growth.
+
+    It is 6 times all parameters, embeddings included and attention scores excluded (Du et al. 2024,
+    section 4).
+    """
     return 6 * parameters(model)
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
+    """Return the training FLOPs per token of all matrix products, at a sequence length.
+
+    An embedding lookup takes none. Activation checkpointing is not counted.
+    """
+    return matmul_flops(model) + score_flops(model, sequence_length)
+
+
+def matmul_flops(model: ModelConfig) -> int:
+    """Return the training FLOPs per token of products with weights: 6 per matrix element."""
+    blocks = table.block_counts(model).items()
+    layers = sum(count * block.type.matmul_flops(model) for block, count in blocks)
+    return layers + head_flops(model)
+
+
+def head_flops(model: ModelConfig) -> int:
+    """Return the training FLOPs per token of the head, tied or not."""
+    return 6 * table.HEAD.numel(model)
+
+
+def score_flops(model: ModelConfig, sequence_length: int) -> int:
+    """Return the training FLOPs per token of products between activations, such as q k^T."""
+    blocks = table.block_counts(model).items()
+    return sum(count * block.type.score_flops(model, sequence_length) for block, count in blocks)

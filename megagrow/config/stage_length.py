@@ -10,7 +10,11 @@ A run file gives the length of a stage by one of three keys: `tokens`, `at_token
 from collections.abc import Sequence
 from typing import Any
 
-from megagrow.config.flops import non_embedding_parameters, paper_flops_per_token
+from megagrow.config.flops import (
+    flops_per_token,
+    non_embedding_parameters,
+    paper_flops_per_token,
+)
 from megagrow.config.growth_guidelines import growth_tokens
 from megagrow.config.schema import RunConfig, StageConfig
 
@@ -34,6 +38,12 @@ def stage_steps(stage: StageConfig, sequence_length: int) -> int:
 def stage_tokens(stage: StageConfig, sequence_length: int) -> int:
     """Tokens that `stage` really trains on: its `tokens`, rounded up to whole steps."""
     return stage_steps(stage, sequence_length) * step_tokens(stage, sequence_length)
+
+
+def run_flops(run: RunConfig) -> int:
+    """Return the FLOPs of all stages, as counted by `flops_per_token`."""
+    length = run.data.sequence_length
+    return sum(stage_tokens(s, length) * flops_per_token(s.model, length) for s in run.stages)
 
 
 def lengths_in(tree: dict[str, Any]) -> list[str]:

@@ -90,8 +90,8 @@ def _load_complete(directory: Path) -> RunCurves:
     run = load_run(directory)
     if not run.has_full_cost:
         raise DataError(
-            f"{directory}: the run starts from a model (init_from) or fine-tunes one (objective: sft), "
-            "so it does not contain the full training cost of its model; exclude it"
+            f"{directory}: the run starts from a model (init_from) or fine-tunes one "
+            "(objective: sft), so it does not contain the full training cost of its model; exclude it"
         )
     return run
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from megagrow.checkpoint.shards import KINDS
 from megagrow.checkpoint.source import PlacedSource, Source
 from megagrow.checkpoint.tensor_file import DTYPES, Stored, read_elements
 from megagrow.common.file_io import sync
@@ -32,8 +31,8 @@ from megagrow.formats.torch_file import (
     read_torch_file,
     write_torch_file,
 )
-from megagrow.growth.map import StateKind
-from megagrow.parallel.sharding import ParamSpec
+from megagrow.model.layers.base import VOCAB
+from megagrow.parallel.sharding import STATE_KINDS, ParamSpec, StateKind
 from megagrow.reshard.layout import Block
 
 LATEST_FILE = "latest_universal"
@@ -126,13 +125,15 @@ def _about(folder: Path) -> dict[str, Any]:
 
 def _kinds(folder: Path, names: list[str]) -> tuple[StateKind, ...]:
     """All kinds, or weights alone where no parameter has moments."""
-    paths = [folder / PARAMETERS / name / f"{kind}.pt" for name in names for kind in KINDS[1:]]
+    paths = [
+        folder / PARAMETERS / name / f"{kind}.pt" for name in names for kind in STATE_KINDS[1:]
+    ]
     missing = [path for path in paths if not path.is_file()]
     if missing and len(missing) < len(paths):
         raise CheckpointError(
             f"{missing[0]}: is missing, while other parameters have their moments"
         )
-    return KINDS[:1] if missing else KINDS
+    return STATE_KINDS[:1] if missing else STATE_KINDS
 
 
 def _place(path: Path, spec: ParamSpec) -> tuple[Path, Stored]:
@@ -193,7 +194,7 @@ def write_universal(source: Source, out: Path, step: int, advance: Callable[[int
     for name, spec in source.layout.plan.items():
         place = folder / PARAMETERS / name
         place.mkdir(parents=True)
-        for kind in KINDS:
+        for kind in STATE_KINDS:
             _write(place / f"{kind}.pt", _parameter(source, spec, kind), advance)
         _write(place / STEP_FILE, _step(source), advance)
     _write(folder / PARAMETERS / OPTIMIZER_FILE, _optimizer(source), advance)
@@ -226,8 +227,8 @@ def _parameter(source: Source, spec: ParamSpec, kind: StateKind) -> dict[str, An
     pieces = partial(row_pieces, source, spec.name, kind, whole)
     found: dict[str, Any] = {"param": Streamed("F32", shape, pieces)}
     # By these the loader cuts a tensor for tensor parallelism, and pads the vocabulary.
-    found["cat_dim"] = 1 if spec.col_role in ("query", "ffn") else 0
-    if spec.row_role == "vocab":
+    found["cat_dim"] = spec.tp_dim or 0
+    if spec.row_role.axis == VOCAB:
         found["vocab_tensor"] = True
     return found
 

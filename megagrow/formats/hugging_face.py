@@ -16,8 +16,7 @@ from megagrow.common.safe_paths import is_plain_name
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.formats.hugging_face_config import CONFIG_FILE, model_of, origin_of
-from megagrow.growth.map import StateKind
-from megagrow.parallel.sharding import ParamSpec, parameter_plan
+from megagrow.parallel.sharding import ParamSpec, StateKind, parameter_plan
 from megagrow.reshard.layout import Layout
 
 WEIGHTS_FILE = "model.safetensors"

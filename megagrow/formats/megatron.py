@@ -23,7 +23,7 @@ from megagrow.formats.hugging_face import whole_layout
 from megagrow.formats.megatron_args import model_of
 from megagrow.formats.megatron_layout import TensorPart, check_tp, fused_tensors, today
 from megagrow.formats.torch_file import read_torch_file
-from megagrow.growth.map import StateKind
+from megagrow.parallel.sharding import StateKind
 from megagrow.reshard.layout import Block
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"

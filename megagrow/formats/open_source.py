@@ -13,7 +13,7 @@ from megagrow.checkpoint.source import Source, open_checkpoint
 from megagrow.errors import CheckpointError
 from megagrow.formats.hugging_face import open_hugging_face
 from megagrow.formats.hugging_face_config import CONFIG_FILE
-from megagrow.growth.map import StateKind
+from megagrow.parallel.sharding import StateKind
 from megagrow.reshard.layout import Block
 
 

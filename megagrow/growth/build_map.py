@@ -1,4 +1,9 @@
-"""From a Depth and a Width to a GrowthMap: the terms and fills of every parameter of the target."""
+"""Build a GrowthMap from a Depth and a Width: terms and fills of every parameter of the target.
+
+The roles of a parameter's axes come from the parameter table (`model/layers`): it produces the
+axis of its rows and consumes the axis of its columns. The embedding produces both, and the gain of
+a norm scales the residual stream (docs/reference/operators.md).
+"""
 
 from dataclasses import dataclass, replace
 
@@ -9,6 +14,7 @@ from megagrow.config.schema import ModelConfig
 from megagrow.growth.depth import Depth, Layer
 from megagrow.growth.lifts import Lift
 from megagrow.growth.map import (
+    SAME,
     Axis,
     Dense,
     Fill,
@@ -16,17 +22,16 @@ from megagrow.growth.map import (
     Gather,
     GrowthMap,
     ParamScale,
-    StateKind,
     Term,
 )
-from megagrow.growth.tensor_axes import LAST_PROJECTIONS, axis, leaf, strands
 from megagrow.growth.width import Width
-from megagrow.parallel.sharding import ParamSpec, parameter_plan
+from megagrow.model.layers.base import AxisRole, AxisSide
+from megagrow.parallel.sharding import STATE_KINDS, ParamSpec, StateKind, parameter_plan
 
 
 @dataclass(frozen=True, eq=False)
 class GrowthSpec:
-    """Everything that decides a growth map."""
+    """Inputs that determine a growth map."""
 
     source: ModelConfig
     target: ModelConfig
@@ -35,36 +40,34 @@ class GrowthSpec:
     options: GrowthConfig
     policy: StatePolicy
     stream: str
-    """Names the random numbers of this growth; holds the run's seed."""
+    """Name of the random stream of this growth; contains the run's seed."""
 
 
-def assemble(resolve_operators: GrowthSpec) -> GrowthMap:
-    """The map of a growth in depth and width at once; both commute
+def assemble(growth: GrowthSpec) -> GrowthMap:
+    """Return the map of a growth in depth and width; the two commute
     (docs/reference/operators.md)."""
     weights: dict[str, tuple[Term, ...]] = {}
     moments: dict[str, tuple[Term, ...]] = {}
     fills: dict[str, tuple[Fill, ...]] = {}
     fresh: dict[str, Fresh] = {}
-    for name, spec in parameter_plan(resolve_operators.target, tp=1).items():
-        layer = _layer_of(spec, resolve_operators.depth)
-        weights[name] = _terms(resolve_operators, spec, layer, moments=False)
-        moments[name] = _terms(resolve_operators, spec, layer, moments=True)
-        fills[name] = _fills(resolve_operators, spec, layer)
-        fresh[name] = _fresh(resolve_operators, spec, layer)
-    if resolve_operators.policy in ("asymmetric", "estimate_second_moment"):
+    for name, spec in parameter_plan(growth.target, tp=1).items():
+        layer = _layer_of(spec, growth.depth)
+        weights[name] = _terms(growth, spec, layer, moments=False)
+        moments[name] = _terms(growth, spec, layer, moments=True)
+        fills[name] = _fills(growth, spec, layer)
+        fresh[name] = _fresh(growth, spec, layer)
+    if growth.policy in ("asymmetric", "estimate_second_moment"):
         moments = {name: without_fresh(terms, fresh[name]) for name, terms in moments.items()}
-    exact = resolve_operators.depth.exact and resolve_operators.width.exact
+    exact = growth.depth.exact and growth.width.exact
     return GrowthMap(
         weights,
         moments,
         {name: found for name, found in fills.items() if found},
-        kinds_of(resolve_operators.policy),
-        preserves_function=exact and resolve_operators.options.mixing_noise == 0,
-        provenance=tuple(
-            -1 if lay.source is None else lay.source for lay in resolve_operators.depth.layers
-        ),
+        kinds_of(growth.policy),
+        preserves_function=exact and growth.options.mixing_noise == 0,
+        provenance=tuple(-1 if lay.source is None else lay.source for lay in growth.depth.layers),
         fresh=fresh,
-        scales=_param_scales(resolve_operators),
+        scales=_param_scales(growth),
     )
 
 
@@ -72,36 +75,60 @@ def _layer_of(spec: ParamSpec, depth: Depth) -> Layer | None:
     return None if spec.layer is None else depth.layers[spec.layer]
 
 
-def _origin(spec: ParamSpec, layer: int) -> str:
-    return spec.name.replace(f"layers.{spec.layer}.", f"layers.{layer}.", 1)
-
-
 def _terms(
-    resolve_operators: GrowthSpec, spec: ParamSpec, layer: Layer | None, moments: bool
+    growth: GrowthSpec, spec: ParamSpec, layer: Layer | None, moments: bool
 ) -> tuple[Term, ...]:
     if layer is not None and _nothing_from_source(spec, layer, moments):
         return ()
-    width = resolve_operators.width
-    rows, cols = strands(spec, resolve_operators.target.tie_word_embeddings)
-    along = axis(rows, width, moments), axis(cols, width, moments)
-    mixing = resolve_operators.options.mixing_noise
+    width = growth.width
+    rows, cols = spec.row_role, spec.col_role
+    along = _axis(rows, width, moments), _axis(cols, width, moments)
+    mixing = growth.options.mixing_noise
     if mixing and not moments and not spec.is_vector:
         along = _times(along[0], spec.rows, 1 - mixing), along[1]
     if layer is None or layer.source is None:
         return (Gather(spec.name, *along),)
-    here = Gather(_origin(spec, layer.source), *along)
-    row_lift = width.wires[rows.wire]
+    here = Gather(spec.of_layer(layer.source), *along)
+    row_lift = width.lifts[rows.axis.name]
     if width.next_layer and row_lift.fresh.any():
-        above = min(layer.source + 1, resolve_operators.source.num_hidden_layers - 1)
-        there = replace(here, source=_origin(spec, above))
+        above = min(layer.source + 1, growth.source.num_hidden_layers - 1)
+        there = replace(here, source=spec.of_layer(above))
         return _only(here, ~row_lift.fresh), _only(there, row_lift.fresh)
     if width.block_diagonal and not moments and cols is not None:
-        return _diagonal(here, row_lift, width.wires[cols.wire])
+        return _diagonal(here, row_lift, width.lifts[cols.axis.name])
     return (here,)
 
 
+def _axis(role: AxisRole | None, width: Width, moments: bool) -> Axis:
+    """Map one axis of the weights, or of Adam's first moment, to the axis of the source."""
+    if role is None:
+        return SAME
+    lift = width.lifts[role.axis.name]
+    scale = _scale(role.side, lift, width.gain, moments)
+    if lift.unchanged and (scale == 1).all():
+        return SAME
+    return Axis(lift.index, None if (scale[~lift.new] == 1).all() else scale)
+
+
+def _scale(side: AxisSide, lift: Lift, gain: float, moments: bool) -> np.ndarray:
+    share = lift.share / lift.produce
+    if moments and not lift.lawful:
+        return np.ones(lift.grown_size)
+    match side:
+        case "produces":
+            return share if moments else lift.produce
+        case "consumes":
+            return lift.produce if moments else share
+        case "gain":
+            return share / gain if moments else np.full(lift.grown_size, gain)
+        case "tied gain":
+            # The tied head consumes the embedding unscaled: the gain of the final norm divides by
+            # the number of copies (docs/reference/operators.md, fix A).
+            return np.full(lift.grown_size, 1 / gain) if moments else gain * share
+
+
 def _nothing_from_source(spec: ParamSpec, layer: Layer, moments: bool) -> bool:
-    silenced = layer.silent and (moments or leaf(spec) in LAST_PROJECTIONS)
+    silenced = layer.silent and (moments or spec.writes_residual)
     return layer.source is None or silenced
 
 
@@ -111,18 +138,18 @@ def _times(along: Axis, size: int, factor: float) -> Axis:
 
 
 def _only(term: Gather, rows: np.ndarray) -> Gather:
-    """Those rows of a term whose mask is set."""
+    """Return a term restricted to the rows of a mask."""
     index = np.arange(len(rows)) if term.rows.index is None else term.rows.index
     return replace(term, rows=Axis(np.where(rows, index, -1), term.rows.scale))
 
 
 def _diagonal(term: Gather, rows: Lift, cols: Lift) -> tuple[Gather, ...]:
-    """Copy c of the rows reads copy c of the columns alone, and all of it."""
+    """Return block-diagonal terms: copy c of the rows reads only copy c of the columns."""
     copies = int(rows.occurrence.max()) + 1
     if copies == 1 or cols.unchanged:
         return (term,)
     if not cols.occurrence.any():
-        raise AssertionError(f"{term.source}: rows and columns have not the same number of copies")
+        raise AssertionError(f"{term.source}: rows and columns differ in their number of copies")
     return tuple(
         Gather(
             term.source,
@@ -133,12 +160,12 @@ def _diagonal(term: Gather, rows: Lift, cols: Lift) -> tuple[Gather, ...]:
     )
 
 
-def _fills(resolve_operators: GrowthSpec, spec: ParamSpec, layer: Layer | None) -> tuple[Fill, ...]:
-    stream = f"{resolve_operators.stream}/{spec.name}"
-    if layer is not None and layer.silent and leaf(spec) in LAST_PROJECTIONS:
+def _fills(growth: GrowthSpec, spec: ParamSpec, layer: Layer | None) -> tuple[Fill, ...]:
+    stream = f"{growth.stream}/{spec.name}"
+    if layer is not None and layer.silent and spec.writes_residual:
         return (Fill(stream),)
-    rows, cols = strands(spec, resolve_operators.target.tie_word_embeddings)
-    row_lift = resolve_operators.width.wires[rows.wire]
+    rows, cols = spec.row_role, spec.col_role
+    row_lift = growth.width.lifts[rows.axis.name]
     everything = layer is not None and layer.source is None
     if spec.is_vector:
         new_rows = np.ones(spec.rows, bool) if everything else row_lift.new
@@ -148,18 +175,18 @@ def _fills(resolve_operators: GrowthSpec, spec: ParamSpec, layer: Layer | None) 
         return (Fill(stream, std=((std, std), (std, std))),)
     assert cols is not None
     found = []
-    keep = 1 - resolve_operators.options.mixing_noise
-    col_lift = resolve_operators.width.wires[cols.wire]
-    if row_lift.new.any() or col_lift.new.any() or resolve_operators.width.block_diagonal:
-        quadrants = _quadrants(resolve_operators.width, row_lift, col_lift, cols.side, std * keep)
+    keep = 1 - growth.options.mixing_noise
+    col_lift = growth.width.lifts[cols.axis.name]
+    if row_lift.new.any() or col_lift.new.any() or growth.width.block_diagonal:
+        quadrants = _quadrants(growth.width, row_lift, col_lift, cols.side, std * keep)
         found.append(Fill(stream, quadrants, new_rows=row_lift.new, new_cols=col_lift.new))
-    cancelling = resolve_operators.width.noise * std * keep
+    cancelling = growth.width.noise * std * keep
     if cancelling and cols.side == "consumes" and col_lift.occurrence.any():
         centre = np.where(col_lift.new, -1 - np.arange(col_lift.grown_size), col_lift.index)
         noise = ((cancelling, 0.0), (cancelling, 0.0))
         found.append(Fill(f"{stream}/split", noise, new_cols=col_lift.new, centre=centre))
-    if resolve_operators.options.mixing_noise:
-        mixed = resolve_operators.options.mixing_noise * _mixing_std(resolve_operators.target, spec)
+    if growth.options.mixing_noise:
+        mixed = growth.options.mixing_noise * _mixing_std(growth.target, spec)
         found.append(Fill(f"{stream}/mixing", ((mixed, mixed), (mixed, mixed))))
     return tuple(found)
 
@@ -167,7 +194,7 @@ def _fills(resolve_operators: GrowthSpec, spec: ParamSpec, layer: Layer | None) 
 def _quadrants(
     width: Width, rows: Lift, cols: Lift, col_side: str, std: float
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Standard deviations by (old or new row, old or new column)."""
+    """Return standard deviations by (old or new row, old or new column)."""
     if width.literal_zero:
         return (0.0, std if col_side == "consumes" else 0.0), (0.0, std)
     from_new = cols.random_in if col_side == "consumes" else cols.random_out
@@ -178,37 +205,41 @@ def _quadrants(
 
 
 def _mixing_std(target: ModelConfig, spec: ParamSpec) -> float:
-    """The paper's appendix I.2: 1 / sqrt(d l^2) for o_proj and down_proj, else sqrt(2 / (5 d))."""
+    """Return the paper's value (appendix I.2): 1 / sqrt(d l^2) for last projections of blocks, else
+    sqrt(2 / (5 d))."""
     width, depth = target.hidden_size, target.num_hidden_layers
-    return (width * depth**2) ** -0.5 if leaf(spec) in LAST_PROJECTIONS else (0.4 / width) ** 0.5
+    return (width * depth**2) ** -0.5 if spec.writes_residual else (0.4 / width) ** 0.5
 
 
-def _fresh(resolve_operators: GrowthSpec, spec: ParamSpec, layer: Layer | None) -> Fresh:
-    rows, cols = strands(spec, resolve_operators.target.tie_word_embeddings)
+def _fresh(growth: GrowthSpec, spec: ParamSpec, layer: Layer | None) -> Fresh:
+    rows, cols = spec.row_role, spec.col_role
     masks = [
-        lift.fresh if (lift := resolve_operators.width.wires[strand.wire]).fresh.any() else None
-        for strand in (rows, cols)
-        if strand is not None
+        lift.fresh if (lift := growth.width.lifts[role.axis.name]).fresh.any() else None
+        for role in (rows, cols)
+        if role is not None
     ]
     return Fresh(layer is not None and layer.fresh, *masks)
 
 
-def _param_scales(resolve_operators: GrowthSpec) -> dict[str, ParamScale]:
-    """k_in and k_out of every parameter, if the growth is by even copies in width alone, so that
-    the grown model can follow the source exactly (docs/reference/operators.md); else nothing."""
-    plan = parameter_plan(resolve_operators.target, tp=1)
-    width = resolve_operators.width
-    parted = width.block_diagonal or width.next_layer or width.noise > 0
-    if resolve_operators.depth.layers != _unchanged_layers(resolve_operators.source) or parted:
+def _param_scales(growth: GrowthSpec) -> dict[str, ParamScale]:
+    """Return k_in and k_out of every parameter if the growth is even copies in width only.
+
+    With them the grown model follows the source exactly (docs/reference/operators.md). Otherwise
+    the result is empty.
+    """
+    plan = parameter_plan(growth.target, tp=1)
+    width = growth.width
+    splits_copies = width.block_diagonal or width.next_layer or width.noise > 0
+    if growth.depth.layers != _unchanged_layers(growth.source) or splits_copies:
         return {}
-    if any(lift.factor is None or not lift.lawful for lift in width.wires.values()):
+    if any(lift.factor is None or not lift.lawful for lift in width.lifts.values()):
         return {}
     scales = {}
     for name, spec in plan.items():
         k_in = k_out = 1
-        for strand in strands(spec, resolve_operators.target.tie_word_embeddings):
-            factor = 1 if strand is None else resolve_operators.width.wires[strand.wire].factor or 1
-            if strand is not None and strand.side in ("consumes", "tied gain"):
+        for role in (spec.row_role, spec.col_role):
+            factor = 1 if role is None else width.lifts[role.axis.name].factor or 1
+            if role is not None and role.side in ("consumes", "tied gain"):
                 k_in *= factor
             else:
                 k_out *= factor
@@ -221,18 +252,18 @@ def _unchanged_layers(source: ModelConfig) -> tuple[Layer, ...]:
 
 
 def kinds_of(policy: StatePolicy) -> tuple[StateKind, ...]:
-    """The kinds of state that move."""
+    """Return the kinds of state that a policy transfers."""
     match policy:
         case "reset":
             return ("fp32",)
         case "keep_second_moment":
             return ("fp32", "exp_avg_sq")
         case _:
-            return ("fp32", "exp_avg", "exp_avg_sq")
+            return STATE_KINDS
 
 
 def without_fresh(terms: tuple[Term, ...], fresh: Fresh) -> tuple[Term, ...]:
-    """The terms of a parameter's moments for its old entries only."""
+    """Return the terms of a parameter's moments restricted to its old entries."""
     if fresh.whole:
         return ()
     return tuple(term if isinstance(term, Dense) else _old_part(term, fresh) for term in terms)

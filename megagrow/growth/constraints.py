@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megagrow.config.growth import GrowthConfig, OperatorName
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.depth import PARTIAL_STACKS, listed_layers
-from megagrow.growth.operators import OPERATORS, growing
+from megagrow.growth.operators import OPERATORS, resolve_operators
 
 WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
@@ -79,7 +79,7 @@ def _zero_depth(event: Event) -> Iterator[str]:
         problems += _direct_depth(event)
     yield from problems
     if not problems:
-        parts = growing(event.source, event.target, event.options, "")
+        parts = resolve_operators(event.source, event.target, event.options, "")
         if not parts.depth.exact:
             yield (
                 f"{event.here}.growth.layer_map leaves out or reorders layers, which {event.names} "

@@ -2,8 +2,8 @@
 Exact.
 
 Any new width, no copies and no dead coordinates: every coordinate of the new stream mixes all old
-ones. The gains of the norms are folded into the matrices that read them, since they do not commute
-with Q; the head has to be untied for that.
+ones. The gains of the norms do not commute with Q and are folded into the matrices that read them,
+which requires an untied head.
 """
 
 from dataclasses import dataclass, replace
@@ -12,102 +12,89 @@ import numpy as np
 
 from megagrow.growth.build_map import GrowthSpec, assemble, kinds_of, without_fresh
 from megagrow.growth.map import Dense, Fill, Fresh, Gather, GrowthMap, Term
-from megagrow.growth.tensor_axes import AxisRole, leaf, strands
-from megagrow.parallel.sharding import ParamSpec, parameter_plan
-
-_GAIN_OF = {
-    "q_proj": "input_layernorm",
-    "k_proj": "input_layernorm",
-    "v_proj": "input_layernorm",
-    "gate_proj": "post_attention_layernorm",
-    "up_proj": "post_attention_layernorm",
-}
+from megagrow.model.layers.base import READS_RESIDUAL, WRITES_RESIDUAL
+from megagrow.parallel.sharding import ParamSpec, in_layer, parameter_plan
 
 
 def orthonormal(size: int, grown: int, generator: np.random.Generator) -> np.ndarray:
-    """Q, (grown, size) fp64 with orthonormal columns, spread over all coordinates."""
+    """Return Q, (grown, size) fp64 with orthonormal columns, spread over all coordinates."""
     q, r = np.linalg.qr(generator.standard_normal((grown, size)))
     return q * np.sign(np.diag(r))
 
 
-def isometric_map(growing: GrowthSpec, generator: np.random.Generator) -> GrowthMap:
-    """The map of a growth whose depth is any and whose residual stream is turned by a random Q.
+def isometric_map(growth: GrowthSpec, generator: np.random.Generator) -> GrowthMap:
+    """Return the map of a growth of any depth whose residual stream is rotated by a random Q.
 
-    Moments follow by the same lift: m exactly on what the source could express, v as if the mixed
-    entries were uncorrelated. Norms begin again: their gains are folded away.
+    Moments follow the same lift: m exactly on the range of Q, v as if the mixed entries were
+    uncorrelated. Gains of norms are folded away and restart at 1.
     """
-    q = orthonormal(growing.source.hidden_size, growing.target.hidden_size, generator)
-    scale = (growing.source.hidden_size / growing.target.hidden_size) ** 0.5
+    q = orthonormal(growth.source.hidden_size, growth.target.hidden_size, generator)
+    scale = (growth.source.hidden_size / growth.target.hidden_size) ** 0.5
     lifts = _Lifts(q, q * scale, q / scale)
-    base = assemble(growing)
+    base = assemble(growth)
     weights: dict[str, tuple[Term, ...]] = {}
     moments: dict[str, tuple[Term, ...]] = {}
     fills: dict[str, tuple[Fill, ...]] = {}
-    for name, spec in parameter_plan(growing.target, tp=1).items():
-        stream = f"{growing.stream}/{name}"
+    for name, spec in parameter_plan(growth.target, tp=1).items():
+        stream = f"{growth.stream}/{name}"
         fills[name] = base.fills.get(name, ())
-        if spec.is_vector:
+        if spec.row_role.side in ("gain", "tied gain"):
             weights[name] = moments[name] = ()
             fills[name] = (Fill(stream, constant=1.0, new_rows=np.ones(spec.rows, bool)),)
         elif not base.weights[name]:
             weights[name] = moments[name] = ()
         else:
-            term = base.weights[name][0]
-            assert isinstance(term, Gather)
-            weights[name], moments[name] = _turned(spec, term.source, lifts)
-            if not base.moments[name]:  # of a layer that is silent yet
+            layer = None if spec.layer is None else growth.depth.layers[spec.layer].source
+            weights[name], moments[name] = _rotated(spec, layer, lifts)
+            if not base.moments[name]:  # the layer is still silent
                 moments[name] = ()
-            if _reads_residual(spec):
+            if spec.col_role == READS_RESIDUAL:
                 std = spec.init_std
                 fills[name] = (Fill(stream, ((std, std), (std, std)), basis=q),)
     fresh = {name: Fresh(whole=found.whole) for name, found in base.fresh.items()}
-    if growing.policy in ("asymmetric", "estimate_second_moment"):
+    if growth.policy in ("asymmetric", "estimate_second_moment"):
         moments = {name: without_fresh(terms, fresh[name]) for name, terms in moments.items()}
     return replace(
         base,
         weights=weights,
         moments=moments,
         fills={name: found for name, found in fills.items() if found},
-        kinds=kinds_of(growing.policy),
+        kinds=kinds_of(growth.policy),
         fresh=fresh,
         scales={},
     )
 
 
-def _reads_residual(spec: ParamSpec) -> bool:
-    return strands(spec, tied=False)[1] == AxisRole("residual", "consumes")
-
-
 @dataclass(frozen=True, eq=False)
 class _Lifts:
-    """The matrices of all terms, each once in memory: they may be large."""
+    """Matrices shared by all terms, because they may be large."""
 
     q: np.ndarray
     weight: np.ndarray
-    """Of weights that read the stream: s Q."""
+    """s Q, for weights that read the stream."""
     moment: np.ndarray
-    """Of their first moments: Q / s."""
+    """Q / s, for their first moments."""
 
 
-def _turned(
-    spec: ParamSpec, origin: str, lifts: _Lifts
+def _rotated(
+    spec: ParamSpec, source_layer: int | None, lifts: _Lifts
 ) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
-    """The terms of a matrix's weights and of its first moment: gradients are g' = Q g for what is
-    written to the stream, and g' = g gain^-1 Q^T / s for what reads it."""
-    if leaf(spec) == "embed_tokens":
-        term = Dense((origin,), (1.0,), right=lifts.q)
-        return (term,), (term,)
-    if not _reads_residual(spec):
-        term = Dense((origin,), (1.0,), left=lifts.q)
-        return (term,), (term,)
-    gain = _gain(spec, origin)
-    weight = Dense((origin,), (1.0,), right=lifts.weight, gain=gain)
-    moment = Dense((origin,), (1.0,), right=lifts.moment, gain=gain, gain_power=-1)
-    return (weight,), (moment,)
+    """Return the terms of a matrix's weights and of its first moment.
 
-
-def _gain(spec: ParamSpec, origin: str) -> str:
-    if leaf(spec) == "lm_head":
-        return "model.norm.weight"
-    layer = ".".join(origin.split(".")[:3])
-    return f"{layer}.{_GAIN_OF[leaf(spec)]}.weight"
+    Gradients are g' = Q g for producers of the stream, and g' = g gain^-1 Q^T / s for consumers.
+    """
+    source = (spec.of_layer(source_layer),)
+    if spec.col_role == READS_RESIDUAL:
+        assert spec.norm is not None
+        gain = in_layer(spec.norm, spec.layer, source_layer)
+        weight = Dense(source, (1.0,), right=lifts.weight, gain=gain)
+        moment = Dense(source, (1.0,), right=lifts.moment, gain=gain, gain_power=-1)
+        return (weight,), (moment,)
+    term: Term
+    if spec.col_role == WRITES_RESIDUAL:
+        term = Dense(source, (1.0,), right=lifts.q)
+    elif spec.writes_residual:
+        term = Dense(source, (1.0,), left=lifts.q)
+    else:
+        term = Gather(*source)
+    return (term,), (term,)

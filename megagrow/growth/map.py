@@ -15,17 +15,14 @@ lifted as P_out W P_in^+, gradients are as (P_out^+)^T g P_in^T.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 
 from megagrow.parallel.engine_config import ParamScale as ParamScale
+from megagrow.parallel.sharding import STATE_KINDS, StateKind
 
 Indices = range | np.ndarray
 """Positions along one axis: a `range` where they are consecutive, else int64 (n,)."""
-
-StateKind = Literal["fp32", "exp_avg", "exp_avg_sq"]
-"""The states that are kept of every parameter: weights, and Adam's first and second moment."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +147,7 @@ class GrowthMap:
     """For exp_avg, and squared for exp_avg_sq; without a term they start at zero."""
     fills: Mapping[str, tuple[Fill, ...]] = field(default_factory=dict)
     """Added to the weights; what no term covers needs one."""
-    kinds: tuple[StateKind, ...] = ("fp32", "exp_avg", "exp_avg_sq")
+    kinds: tuple[StateKind, ...] = STATE_KINDS
     """The kinds of state that move; the others start at zero."""
     preserves_function: bool = False
     """Whether the target computes exactly what the source computed."""

@@ -111,7 +111,7 @@ def is_learned(options: GrowthConfig) -> bool:
     return any(operator.learned for operator in operators_of(options))
 
 
-def growing(
+def resolve_operators(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, stream: str
 ) -> GrowthSpec:
     """How depth and width grow, by the operators that the run file names."""
@@ -132,7 +132,7 @@ def growth_map(
 ) -> GrowthMap:
     """The map from a source to a target model. `stream` names its random numbers (run seed and
     stage). The configs must have passed `growth.check.growth_problems`."""
-    parts = growing(source, target, options, stream)
+    parts = resolve_operators(source, target, options, stream)
     if "isometric" in options.operator:
         return isometric_map(parts, generator_of(stream))
     return assemble(parts)

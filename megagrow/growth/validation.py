@@ -9,10 +9,10 @@ from megagrow.growth.mask_schedule import ramp_problems
 from megagrow.growth.operators import (
     OPERATORS,
     follows_exactly,
-    growing,
     growth_map,
     is_learned,
     operators_of,
+    resolve_operators,
     state_policy,
 )
 
@@ -124,7 +124,7 @@ def _operators(event: Event) -> Iterator[str]:
 
 
 def _norms_and_states(event: Event) -> Iterator[str]:
-    parts = growing(event.source, event.target, event.options, "")
+    parts = resolve_operators(event.source, event.target, event.options, "")
     eps = event.source.rms_norm_eps * (parts.width.gain**2 if parts.width.scaled_eps else 1.0)
     if abs(event.target.rms_norm_eps - eps) > 1e-6 * eps:
         yield (

@@ -1,14 +1,13 @@
-"""Widthwise growth: operators choose a lift for each wire of the model.
+"""Width growth: operators choose a lift for each activation axis of the model.
 
-Du et al. 2024, appendix A.3 to A.6, with what makes them exact under RMSNorm, RoPE and grouped
-queries: whole key/value groups grow, heads keep their width, and the gain and eps of the norms
-follow the residual stream (docs/reference/operators.md).
+Du et al. 2024, appendix A.3 to A.6, with corrections that make the operators exact under RMSNorm,
+RoPE and grouped queries: complete key/value groups grow, heads keep their width, and the gain and
+eps of the norms follow the residual stream (docs/reference/operators.md).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 import numpy as np
 
@@ -25,57 +24,60 @@ from megagrow.growth.lifts import (
     unchanged,
     unevenly,
 )
-
-Wire = Literal["vocab", "residual", "query", "key", "value", "mixed", "ffn"]
-"""`mixed` is what o_proj reads: the values after attention."""
+from megagrow.model.layers.base import RESIDUAL, VOCAB
+from megagrow.model.layers.table import activation_axes
 
 
 @dataclass(frozen=True, eq=False)
 class Width:
-    """How all wires grow, and what goes with it."""
+    """Growth of all activation axes and the changes that accompany it."""
 
-    wires: dict[Wire, Lift]
+    lifts: dict[str, Lift]
+    """Lift of each activation axis by name."""
     gain: float = 1.0
     """Factor on the gains of the norms, sqrt(c d / d') if P^T P = c I; eps takes its square."""
     exact: bool = True
     scaled_eps: bool = True
-    """Whether rms_norm_eps has to follow the gain."""
+    """True if rms_norm_eps follows the gain."""
     literal_zero: bool = False
-    """The paper's [[W, A], [0, C]] in every matrix, whatever it produces or consumes."""
+    """The paper's [[W, A], [0, C]] in every matrix, independent of its axis roles."""
     block_diagonal: bool = False
-    """Each copy of an output reads its own copy of the inputs (Staged Training)."""
+    """Each copy of an output reads only its copy of the inputs (Staged Training)."""
     next_layer: bool = False
-    """Copies after the first come from the layer above (bert2BERT's AKI)."""
+    """Copies after the first come from the next layer (bert2BERT's AKI)."""
     noise: float = 0.0
-    """Noise on the consumers of copies that cancels in what they compute, relative to the initial
-    standard deviation."""
+    """Noise on consumers of copies, relative to the initial standard deviation. It cancels in their
+    output."""
 
 
 WidthOperator = Callable[[ModelConfig, ModelConfig, GrowthConfig, np.random.Generator], Width]
 Lifting = Callable[[int, int], Lift]
-"""A wire's old and new size to its lift."""
+"""(old size, new size) of an axis to its lift."""
 
 
-def model_wires(
+def axis_lifts(
     source: ModelConfig, target: ModelConfig, residual: Lifting, inner: Lifting
-) -> dict[Wire, Lift]:
-    """Lifts of all wires, from one for the residual stream and one for groups and feed-forward.
+) -> dict[str, Lift]:
+    """Return lifts of all activation axes: `residual` for the residual stream, `inner` for others.
 
-    A group is one key/value head with its query heads: it grows as a whole
-    (docs/reference/operators.md).
+    Axes that are counted by one config field grow by one lift of its units. A group is one
+    key/value head with its query heads and grows as a unit (docs/reference/operators.md). The
+    vocabulary does not grow.
     """
-    groups = _lift(inner, source.num_key_value_heads, target.num_key_value_heads)
-    heads, head = source.num_attention_heads // source.num_key_value_heads, source.head_dim
-    keys, queries = product(groups, unchanged(head)), product(groups, unchanged(heads * head))
-    return {
-        "vocab": unchanged(source.vocab_size),
-        "residual": _lift(residual, source.hidden_size, target.hidden_size),
-        "query": queries,
-        "key": keys,
-        "value": keys,
-        "mixed": queries,
-        "ffn": _lift(inner, source.intermediate_size, target.intermediate_size),
-    }
+    lifts: dict[str, Lift] = {}
+    units: dict[str, Lift] = {}
+    for axis in activation_axes(target).values():
+        if axis == VOCAB:
+            lifts[axis.name] = unchanged(source.vocab_size)
+            continue
+        old, new = (getattr(model, axis.grown_by) for model in (source, target))
+        if axis.grown_by not in units:
+            units[axis.grown_by] = _lift(residual if axis == RESIDUAL else inner, old, new)
+        lift = units[axis.grown_by]
+        if axis.sizes != (axis.grown_by,):
+            lift = product(lift, unchanged(axis.size(source) // old))
+        lifts[axis.name] = lift
+    return lifts
 
 
 def _lift(make: Lifting, size: int, grown: int) -> Lift:
@@ -83,31 +85,31 @@ def _lift(make: Lifting, size: int, grown: int) -> Lift:
 
 
 def same_width(source: ModelConfig) -> Width:
-    """Nothing grows in width."""
-    return Width(model_wires(source, source, _never, _never))
+    """Return the width of a growth in depth only."""
+    return Width(axis_lifts(source, source, _never, _never))
 
 
 def _never(size: int, grown: int) -> Lift:
-    raise AssertionError(f"a wire of {size} was not to grow to {grown}")
+    raise AssertionError(f"an axis of {size} entries must not grow to {grown}")
 
 
 def direct_width(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, generator: np.random.Generator
 ) -> Width:
-    """The paper's G_direct in width: copies, whose consumers share the weights.
+    """Return the paper's G_direct in width: copies, whose consumers share the weights.
 
-    Exact where the residual stream grows by a whole factor; in interleaved order nothing moves
+    Exact if the residual stream grows by an integer factor. In interleaved order no data moves
     between tensor-parallel ranks. The literal form scales the gains by sqrt(d / D) (eq. 8), which
-    preserves nothing.
+    does not preserve the function.
     """
 
     def make(size: int, grown: int) -> Lift:
         lift = copied(size, grown, options.copy_order)
         return unevenly(lift, generator) if options.copy_split == "uneven" else lift
 
-    wires = model_wires(source, target, make, make)
-    whole = target.hidden_size % source.hidden_size == 0
-    width = Width(wires, exact=whole, noise=options.noise or 0.0)
+    lifts = axis_lifts(source, target, make, make)
+    integer = target.hidden_size % source.hidden_size == 0
+    width = Width(lifts, exact=integer, noise=options.noise or 0.0)
     if options.paper_exact:
         gain = (source.hidden_size / target.hidden_size) ** 0.5
         return replace(width, gain=gain, exact=gain == 1, scaled_eps=False)
@@ -117,16 +119,16 @@ def direct_width(
 def zero_width(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, generator: np.random.Generator
 ) -> Width:
-    """The paper's G_zero in width: new residual entries are zero and consumed at random; new
-    neurons and heads are random and not consumed yet. Any size; exact with the gain and eps rule.
+    """Return the paper's G_zero in width, for any size; exact with the gain and eps rule.
 
-    The literal form has zeros at the bottom left of every matrix instead (appendix A.4), which
-    leaves new neurons without a gradient, and keeps eps.
+    New residual entries are zero and their consumers are random. New neurons and heads are random
+    and their consumers are zero. The literal form has zeros at the bottom left of every matrix
+    instead (appendix A.4), which leaves new neurons without a gradient, and keeps eps.
     """
     residual = partial(padded, random_out=False, random_in=True)
     inner = partial(padded, random_out=True, random_in=False)
     gain = (source.hidden_size / target.hidden_size) ** 0.5
-    width = Width(model_wires(source, target, residual, inner), gain)
+    width = Width(axis_lifts(source, target, residual, inner), gain)
     if options.paper_exact:
         return replace(width, literal_zero=True, scaled_eps=False, exact=gain == 1)
     return width
@@ -135,29 +137,32 @@ def zero_width(
 def random_width(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, generator: np.random.Generator
 ) -> Width:
-    """The paper's G_random in width (MSG): all that is new is random, behind masks in the running
-    model that rise from 0 to 1. Exact at mask 0."""
+    """Return the paper's G_random in width (MSG): all new entries are random, behind masks that
+    ramp from 0 to 1. Exact at mask 0."""
     make = partial(padded, random_out=True, random_in=True)
-    return Width(model_wires(source, target, make, make))
+    return Width(axis_lifts(source, target, make, make))
 
 
 def net2net_width(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, generator: np.random.Generator
 ) -> Width:
-    """Net2Net (Chen et al. 2016): new entries are random picks of old ones, consumers divided by
-    the number of copies. Exact where the residual stream grows by a whole factor."""
+    """Return Net2Net (Chen et al. 2016): new entries are random picks of old ones.
+
+    Consumers are divided by the number of copies. Exact if the residual stream grows by an integer
+    factor.
+    """
     make = partial(drawn, generator=generator)
-    whole = target.hidden_size % source.hidden_size == 0
-    wires = model_wires(source, target, make, make)
-    return Width(wires, exact=whole, noise=options.noise or 0.0)
+    integer = target.hidden_size % source.hidden_size == 0
+    lifts = axis_lifts(source, target, make, make)
+    return Width(lifts, exact=integer, noise=options.noise or 0.0)
 
 
 def staged_width(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, generator: np.random.Generator
 ) -> Width:
-    """Staged Training (Shen et al. 2022): the model twice beside itself, block by block. Exact.
+    """Return Staged Training (Shen et al. 2022): two copies of the model, block-diagonal. Exact.
 
-    Its moments are those of all blocks, also of the empty ones, whose gradients are the same.
+    Moments are copied to all blocks, including the zero ones, which have the same gradients.
     """
     return replace(direct_width(source, target, options, generator), block_diagonal=True)
 
@@ -165,18 +170,18 @@ def staged_width(
 def bert2bert_fpi(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, generator: np.random.Generator
 ) -> Width:
-    """bert2BERT's function-preserving initialisation (Chen et al. 2022): the wires repeated from
-    the front. Exact where the residual stream grows by a whole factor."""
+    """Return bert2BERT's function-preserving initialization (Chen et al. 2022): axes repeated from
+    the front. Exact if the residual stream grows by an integer factor."""
     make = partial(copied, order="tiled")
-    whole = target.hidden_size % source.hidden_size == 0
-    return Width(model_wires(source, target, make, make), exact=whole)
+    integer = target.hidden_size % source.hidden_size == 0
+    return Width(axis_lifts(source, target, make, make), exact=integer)
 
 
 def bert2bert_aki(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, generator: np.random.Generator
 ) -> Width:
-    """bert2BERT's advanced knowledge initialisation: as FPI, but the copies come from the layer
-    above. Not exact."""
+    """Return bert2BERT's advanced knowledge initialization: FPI with copies from the next layer.
+    Not exact."""
     width = bert2bert_fpi(source, target, options, generator)
     return replace(width, next_layer=True, exact=False)
 
@@ -184,18 +189,22 @@ def bert2bert_aki(
 def lemon(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, generator: np.random.Generator
 ) -> Width:
-    """LEMON (Wang et al. 2024): circular copies whose consumers differ by random parts that cancel
-    (its projection split), and a zero residue of the residual stream. Any size; exact."""
-    wires = model_wires(source, target, copied_then_padded, partial(copied, order="tiled"))
-    whole = target.hidden_size // source.hidden_size
-    gain = (whole * source.hidden_size / target.hidden_size) ** 0.5
-    return Width(wires, gain, noise=1.0 if options.noise is None else options.noise)
+    """Return LEMON (Wang et al. 2024), for any size. Exact.
+
+    Circular copies, whose consumers differ by random parts that cancel (its projection split), and
+    a zero residue of the residual stream.
+    """
+    lifts = axis_lifts(source, target, copied_then_padded, partial(copied, order="tiled"))
+    factor = target.hidden_size // source.hidden_size
+    gain = (factor * source.hidden_size / target.hidden_size) ** 0.5
+    return Width(lifts, gain, noise=1.0 if options.noise is None else options.noise)
 
 
 def hypercloning(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, generator: np.random.Generator
 ) -> Width:
-    """HyperCloning (Samragh et al. 2024): whole factors, tiled, with noise that cancels. Exact."""
+    """Return HyperCloning (Samragh et al. 2024): integer factors, tiled, with cancelling noise.
+    Exact."""
     width = bert2bert_fpi(source, target, options, generator)
     return replace(width, noise=0.1 if options.noise is None else options.noise)
 
@@ -203,16 +212,17 @@ def hypercloning(
 def sparkling(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, generator: np.random.Generator
 ) -> Width:
-    """SPARKLING (arXiv 2602.02472, section 3): copies, scaled so that the RMS of what each matrix
-    gives is kept: 1 / sqrt(1 + 3c) for a share c <= 1 of copied inputs, 1 / (1 + c) above. With
-    `new_layer_init: random` new entries are random, and the factor is sqrt(d_in / d_in').
+    """Return SPARKLING (arXiv 2602.02472, section 3): copies that keep the RMS of each output.
 
-    Near to preserving, and exact for whole factors of copies. Moments move unscaled.
+    The factor is 1 / sqrt(1 + 3c) for a share c <= 1 of copied inputs, 1 / (1 + c) above. With
+    `new_layer_init: random` new entries are random, and the factor is sqrt(d_in / d_in').
+    Approximately function-preserving; exact for integer factors of copies. Moments are transferred
+    unscaled.
     """
     make = _copied_by_rms if options.new_layer_init == "copy" else _random_by_rms
-    wires = model_wires(source, target, make, make)
-    whole = all(lift.grown_size % lift.size == 0 for lift in wires.values())
-    return Width(wires, exact=whole and options.new_layer_init == "copy", scaled_eps=False)
+    lifts = axis_lifts(source, target, make, make)
+    integer = all(lift.grown_size % lift.size == 0 for lift in lifts.values())
+    return Width(lifts, exact=integer and options.new_layer_init == "copy", scaled_eps=False)
 
 
 def _copied_by_rms(size: int, grown: int) -> Lift:
@@ -229,8 +239,11 @@ def _random_by_rms(size: int, grown: int) -> Lift:
 def head_dim(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, generator: np.random.Generator
 ) -> Width:
-    """Wider heads under RoPE, by a whole factor r: the pair of frequency i goes to pair r i, keys
-    are scaled by sqrt(r), new keys and new columns of o_proj are zero. Exact."""
+    """Return wider heads under RoPE, by an integer factor r. Exact.
+
+    The pair of frequency i moves to pair r i, keys are scaled by sqrt(r), new keys and new columns
+    of o_proj are zero.
+    """
     old, new = source.head_dim, target.head_dim
     pairs = np.full(new // 2, -1)
     pairs[:: new // old] = np.arange(old // 2)
@@ -239,30 +252,29 @@ def head_dim(
     key = replace(evenly(old, turned), produce=np.full(new, (new / old) ** 0.5))
     value = padded(old, new, random_out=True, random_in=False)
     kv_heads, heads = source.num_key_value_heads, source.num_attention_heads
-    wires = same_width(source).wires | {
+    lifts = same_width(source).lifts | {
         "query": product(unchanged(heads), query),
         "key": product(unchanged(kv_heads), key),
         "value": product(unchanged(kv_heads), value),
         "mixed": product(unchanged(heads), value),
     }
-    return Width(wires)
+    return Width(lifts)
 
 
 def vocabulary(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, generator: np.random.Generator
 ) -> Width:
-    """New tokens at the end of the vocabulary, with initial weights. The logits of the old tokens
-    are exactly kept; the softmax is over more."""
+    """Return new tokens at the end of the vocabulary, with initial weights. The logits of the old
+    tokens do not change; the softmax covers more tokens."""
     lift = padded(source.vocab_size, target.vocab_size, random_out=True, random_in=False)
-    wires = same_width(source).wires | {"vocab": lift}
-    return Width(wires, exact=source.vocab_size == target.vocab_size)
+    lifts = same_width(source).lifts | {"vocab": lift}
+    return Width(lifts, exact=source.vocab_size == target.vocab_size)
 
 
 def isometric(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, generator: np.random.Generator
 ) -> Width:
-    """The residual stream of an isometric growth, as far as sizes, gain and eps are concerned; the
-    turning is added by `growth/isometric.py`."""
+    """Return sizes, gain and eps of an isometric growth; `isometric_map` adds the rotation."""
     residual = partial(padded, random_out=False, random_in=True)
     gain = (source.hidden_size / target.hidden_size) ** 0.5
-    return Width(model_wires(source, target, residual, _never), gain)
+    return Width(axis_lifts(source, target, residual, _never), gain)

@@ -17,9 +17,9 @@ from megagrow.common.disk_space import check_room
 from megagrow.common.file_io import raw_bytes, read_bytes, sync, write_bytes
 from megagrow.common.progress import WorkProgress
 from megagrow.errors import CheckpointError, InputError
-from megagrow.growth.map import StateKind
 from megagrow.offline.journal import JOURNAL_FILE, Journal
 from megagrow.offline.target import Target, TargetPiece
+from megagrow.parallel.sharding import StateKind
 from megagrow.reshard.layout import Block, Layout
 
 Make = Callable[[str, StateKind, Block], torch.Tensor]

@@ -1,56 +1,77 @@
-"""The one table that says what every parameter is and how tensor parallelism slices it.
+"""Tensor-parallel slices of every parameter, derived from the parameter table of the layer types.
 
-Model building, gradient norms, initialisation, growth, resharding and checkpoints all read it, so
-that no two of them can disagree.
+Model building, gradient norms, initialization, growth, resharding and checkpoints all read this
+plan.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from megagrow.config.schema import ModelConfig
+from megagrow.model.layers.base import VOCAB, WRITES_RESIDUAL, AxisRole
+from megagrow.model.layers.table import ModelParameter, model_parameters
 
-Role = Literal["vocab", "residual", "query", "kv", "ffn", "none"]
-"""What an axis counts: growth lifts all axes of one role together."""
+StateKind = Literal["fp32", "exp_avg", "exp_avg_sq"]
+"""States kept of every parameter: fp32 master weight, Adam's first and second moment."""
 
-_SLICED: frozenset[Role] = frozenset({"vocab", "query", "kv", "ffn"})
-"""Roles whose axis tensor parallelism splits; the residual stream is whole on every rank."""
+STATE_KINDS: tuple[StateKind, ...] = get_args(StateKind)
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One logical parameter: its full shape, and what its axes mean.
+    """One logical parameter: its full shape, the roles of its axes, and its slices.
 
-    A vector is a matrix of one column (`cols` == 1, role `none`), so that all code sees matrices.
+    A vector is a matrix of one column without a column role, so all code handles matrices only.
     `padded_rows` is `rows` rounded up for tensor parallelism: the extra rows of the vocabulary
-    exist only on ranks, hold zeros, and belong to no logical tensor.
+    exist on ranks only, hold zeros, and belong to no logical tensor.
     """
 
     name: str
     rows: int
     cols: int
-    row_role: Role
-    col_role: Role
+    row_role: AxisRole
+    col_role: AxisRole | None
     padded_rows: int
     layer: int | None
-    is_vector: bool
     init_std: float
-    """Standard deviation at the start; 0 stands for the constant 1 of a norm's gain."""
+    """Standard deviation of the initial values; 0 represents the constant 1 of a norm's gain."""
+    norm: str | None = None
+    """Gain of the norm whose output the parameter reads."""
+
+    @property
+    def leaf(self) -> str:
+        """Return the module name, such as `q_proj` of `model.layers.3.self_attn.q_proj.weight`."""
+        return self.name.split(".")[-2]
+
+    @property
+    def is_vector(self) -> bool:
+        """Return True for a vector."""
+        return self.col_role is None
+
+    @property
+    def writes_residual(self) -> bool:
+        """Return True for the last projection of a block: its output joins the residual stream."""
+        return self.row_role == WRITES_RESIDUAL
 
     @property
     def tp_dim(self) -> int | None:
-        """The dimension that tensor parallelism slices, or None where every rank has it whole."""
-        if self.row_role in _SLICED:
+        """Return the dimension sliced by tensor parallelism; None if every rank holds it all."""
+        if self.row_role.axis.sliced:
             return 0
-        return 1 if self.col_role in _SLICED else None
+        return 1 if self.col_role is not None and self.col_role.axis.sliced else None
+
+    def of_layer(self, layer: int | None) -> str:
+        """Return the name of the same parameter in another layer."""
+        return in_layer(self.name, self.layer, layer)
 
     def slice_shape(self, tp: int) -> tuple[int, int]:
-        """(rows, columns) of one rank's slice, padding included."""
+        """Return (rows, columns) of one rank's slice, padding included."""
         if self.tp_dim == 0:
             return self.padded_rows // tp, self.cols
         return self.rows, self.cols // tp if self.tp_dim == 1 else self.cols
 
     def slice_origin(self, tp: int, tp_rank: int) -> tuple[int, int]:
-        """Row and column of the logical tensor at which a rank's slice begins."""
+        """Return the first row and column of a rank's slice in the logical tensor."""
         rows, cols = self.slice_shape(tp)
         return (
             tp_rank * rows if self.tp_dim == 0 else 0,
@@ -58,58 +79,44 @@ class ParamSpec:
         )
 
     def slice_numel(self, tp: int) -> int:
-        """Elements of one rank's slice, padding included."""
+        """Return the number of elements of one rank's slice, padding included."""
         rows, cols = self.slice_shape(tp)
         return rows * cols
 
 
+def in_layer(name: str, old: int | None, new: int | None) -> str:
+    """Return a parameter name with the layer index replaced; None is a name outside the layers."""
+    if old is None or new is None:
+        return name
+    return name.replace(f".{old}.", f".{new}.", 1)
+
+
 def pad(size: int, multiple: int) -> int:
-    """`size` rounded up to a multiple."""
+    """Return `size` rounded up to a multiple."""
     return -(-size // multiple) * multiple
 
 
 def real_rows(rows: int, slice_rows: int, tp_rank: int) -> int:
-    """Of a rank's slice of `slice_rows`, those that are no padding beyond `rows` in all."""
+    """Return the number of rows in a rank's slice of `slice_rows` that are not padding."""
     return min(max(rows - tp_rank * slice_rows, 0), slice_rows)
 
 
-_Entry = tuple[int, int, Role, Role, float]
-"""Rows, columns, their roles, and the initial standard deviation."""
-
-
 def parameter_plan(model: ModelConfig, tp: int) -> dict[str, ParamSpec]:
-    """Every parameter of the model, in the order in which the module tree holds them."""
-    width, ffn = model.hidden_size, model.intermediate_size
-    q_width = model.num_attention_heads * model.head_dim
-    kv_width = model.num_key_value_heads * model.head_dim
-    std = model.initializer_range
-    output_std = std / (2 * model.num_hidden_layers) ** 0.5
-    vocab: _Entry = (model.vocab_size, width, "vocab", "residual", std)
-    gain: _Entry = (width, 1, "residual", "none", 0.0)
-    block: dict[str, _Entry] = {
-        "input_layernorm": gain,
-        "self_attn.q_proj": (q_width, width, "query", "residual", std),
-        "self_attn.k_proj": (kv_width, width, "kv", "residual", std),
-        "self_attn.v_proj": (kv_width, width, "kv", "residual", std),
-        "self_attn.o_proj": (width, q_width, "residual", "query", output_std),
-        "post_attention_layernorm": gain,
-        "mlp.gate_proj": (ffn, width, "ffn", "residual", std),
-        "mlp.up_proj": (ffn, width, "ffn", "residual", std),
-        "mlp.down_proj": (width, ffn, "residual", "ffn", output_std),
-    }
-    table: dict[str, tuple[int | None, _Entry]] = {"model.embed_tokens": (None, vocab)}
-    for layer in range(model.num_hidden_layers):
-        for name, entry in block.items():
-            table[f"model.layers.{layer}.{name}"] = (layer, entry)
-    table["model.norm"] = (None, gain)
-    if not model.tie_word_embeddings:
-        table["lm_head"] = (None, vocab)
-    return {f"{name}.weight": _spec(f"{name}.weight", *entry, tp) for name, entry in table.items()}
+    """Return every parameter of the model by name, in the order of the module tree."""
+    return {each.name: _spec(each, model, tp) for each in model_parameters(model)}
 
 
-def _spec(name: str, layer: int | None, entry: _Entry, tp: int) -> ParamSpec:
-    rows, cols, row_role, col_role, std = entry
-    padded = pad(rows, tp) if row_role == "vocab" else rows
+def _spec(parameter: ModelParameter, model: ModelConfig, tp: int) -> ParamSpec:
+    declaration = parameter.declaration
+    rows, cols = declaration.shape(model)
     return ParamSpec(
-        name, rows, cols, row_role, col_role, padded, layer, col_role == "none", init_std=std
+        name=parameter.name,
+        rows=rows,
+        cols=cols,
+        row_role=declaration.row_role,
+        col_role=declaration.col_role,
+        padded_rows=pad(rows, tp) if declaration.row_role.axis == VOCAB else rows,
+        layer=parameter.layer,
+        init_std=declaration.init_std(model),
+        norm=parameter.norm,
     )

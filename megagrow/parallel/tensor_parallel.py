@@ -1,9 +1,9 @@
-"""Turns a one-device Llama into one rank's share of it, by a small table of replacements.
+"""Convert a single-device model to one rank's tensor-parallel share.
 
-Column-parallel (q, k, v, gate, up), row-parallel (o, down) and vocab-parallel (head) layers are
-ordinary Linear modules that hold a slice: the collectives stand at the `enter` and `leave` of each
-block, once per block instead of once per matrix. Only the embedding needs a class of its own,
-since a row that another rank holds must read as zero.
+Column-parallel, row-parallel and vocab-parallel (head) layers are ordinary Linear modules that hold
+a slice. The collectives are the `pre_collective` and `post_collective` of each block, once per
+block instead of once per matrix. Only the embedding needs a separate class, because rows of other
+ranks must read as zero.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megagrow.model.llama import MLP, Attention, LlamaForCausalLM, RMSNorm
+from megagrow.model.layers.modules import Block, RMSNorm
+from megagrow.model.layers.table import EMBEDDING
+from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.masks import Masks
 from megagrow.parallel import collectives
 from megagrow.parallel.process_groups import Topology
@@ -24,7 +26,7 @@ Collective = Callable[[Tensor, ProcessGroup], Tensor]
 
 
 class Region(nn.Module):
-    """The boundary between the replicated (or sequence-split) and the tensor-parallel part."""
+    """Boundary between the replicated (or sequence-split) and the tensor-parallel part."""
 
     def __init__(self, collective: Collective, group: ProcessGroup) -> None:
         super().__init__()
@@ -39,7 +41,7 @@ class Region(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """This rank's rows of the embedding; tokens of other ranks give zero vectors."""
+    """Local rows of the embedding; tokens of other ranks give zero vectors."""
 
     def __init__(self, weight: nn.Parameter, first: int) -> None:
         super().__init__()
@@ -55,7 +57,7 @@ class VocabParallelEmbedding(nn.Module):
 def parallelize(
     model: LlamaForCausalLM, plan: dict[str, ParamSpec], topology: Topology, sequence_parallel: bool
 ) -> None:
-    """Slices every parameter of a model on the meta device and puts the collectives in place."""
+    """Slice every parameter of a model on the meta device and insert the collectives."""
     _slice_parameters(model, plan, topology)
     if topology.tp == 1:
         return
@@ -63,10 +65,10 @@ def parallelize(
     if sequence_parallel:
         pre, post = collectives.gather_from_sequence, collectives.scatter_to_sequence
     for block in model.modules():
-        if isinstance(block, Attention | MLP):
+        if isinstance(block, Block):
             block.pre_collective = Region(pre, topology.tp_group)
             block.post_collective = Region(post, topology.tp_group)
-    spec = plan["model.embed_tokens.weight"]
+    spec = plan[f"{EMBEDDING.name}.weight"]
     weight = cast(nn.Parameter, model.model.embed_tokens.weight)
     model.model.embed_tokens = VocabParallelEmbedding(
         weight, spec.slice_origin(topology.tp, topology.tp_rank)[0]
@@ -74,7 +76,7 @@ def parallelize(
     model.model.post_collective = Region(post, topology.tp_group)
     model.pre_collective = Region(pre, topology.tp_group)
     if sequence_parallel:
-        # Each rank's norms see their part of the sequence only: their gradients are partial sums.
+        # Norms process only the local part of the sequence: their gradients are partial sums.
         for module in model.modules():
             if isinstance(module, RMSNorm):
                 module.weight_collective = Region(
@@ -85,25 +87,24 @@ def parallelize(
 def _slice_parameters(
     model: LlamaForCausalLM, plan: dict[str, ParamSpec], topology: Topology
 ) -> None:
-    sliced: dict[int, nn.Parameter] = {}  # by the whole parameter, so that a tied head stays tied
+    sliced: dict[int, nn.Parameter] = {}  # by the unsliced parameter, so a tied head stays tied
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         owner, _, leaf = name.rpartition(".")
         if id(parameter) not in sliced:
             spec = plan[name]
             shape = spec.slice_shape(topology.tp)
             fresh: Any = nn.Parameter(parameter.new_empty(shape[:1] if spec.is_vector else shape))
-            # Both marks are read by DeepSpeed's gradient norm: unmarked parameters are whole on
-            # every tensor-parallel rank and must be counted once.
+            # DeepSpeed's gradient norm reads both marks: unmarked parameters are replicated on all
+            # tensor-parallel ranks and must be counted once.
             fresh.model_parallel = fresh.tensor_model_parallel = spec.tp_dim is not None
             sliced[id(parameter)] = fresh
         setattr(model.get_submodule(owner), leaf, sliced[id(parameter)])
 
 
 def rank_masks(masks: Masks, topology: Topology) -> Masks:
-    """This rank's masks, on its device: ffn (F/tp,) and groups (G/tp,), the residual one whole.
+    """Return this rank's masks on its device: ffn (F/tp,), groups (G/tp,), residual (D,).
 
-    They are sliced as `parallel/plan.py` slices the rows of gate_proj and of k_proj: evenly, rank
-    by rank.
+    They are sliced evenly by rank, like the activation axes in `parallel/sharding.py`.
     """
 
     def mine(mask: Tensor | None) -> Tensor | None:

@@ -3,15 +3,15 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from megagrow.config.flops import (
-    attention_parameters,
-    mlp_parameters,
+    flops_per_token,
+    head_flops,
+    norm_parameters,
     paper_flops_per_token,
-    parameters,
 )
 from megagrow.config.growth_guidelines import SPEEDUPS
 from megagrow.config.schema import ModelConfig
+from megagrow.model.layers.table import EMBEDDING, block_counts
 from megagrow.planning.costs import KG_CO2_PER_KWH, PUE, Cost, RunCosts
-from megagrow.train.flops import attention_flops, flops_per_token
 from megagrow.train.reporting.console import short
 
 
@@ -66,26 +66,30 @@ FlopsParts = Mapping[str, tuple[int, int]]
 
 
 def flops_parts(model: ModelConfig, sequence_length: int) -> FlopsParts:
-    """The parts, and "all" of them.
+    """Return the FLOPs of all parts of a model, and of "all" of them.
 
-    Really done are the matrix products (`train.flops.flops_per_token`): looking a row of the
-    embedding up costs none. The paper's account takes 6 for every parameter and none for
-    attention itself; a tied table is one parameter there, and stands with the head.
+    The computed FLOPs are those of matrix products (`config.flops.flops_per_token`); an embedding
+    lookup takes none. The paper's account takes 6 per parameter and none for attention scores. A
+    tied table is one parameter there and is listed with the head.
     """
-    projections = 6 * attention_parameters(model)
-    mlp = 6 * mlp_parameters(model)
-    table = 6 * model.vocab_size * model.hidden_size
-    tables = table if model.tie_word_embeddings else 2 * table
-    norms = 6 * parameters(model) - projections - mlp - tables
-    return {
-        "attention's projections": (projections, projections),
-        "attention itself": (attention_flops(model, sequence_length), 0),
-        "feed-forward": (mlp, mlp),
-        "head": (table, table),
-        "embedding": (0, tables - table),
-        "norms": (0, norms),
+    parts: dict[str, tuple[int, int]] = {}
+    for block, count in block_counts(model).items():
+        kind = block.type
+        _add(parts, kind.label, count * kind.matmul_flops(model), 6 * count * kind.numel(model))
+        if kind.score_label:
+            _add(parts, kind.score_label, count * kind.score_flops(model, sequence_length), 0)
+    table = 6 * EMBEDDING.numel(model)
+    return parts | {
+        "head": (head_flops(model), table),
+        "embedding": (0, 0 if model.tie_word_embeddings else table),
+        "norms": (0, 6 * norm_parameters(model)),
         "all": (flops_per_token(model, sequence_length), paper_flops_per_token(model)),
     }
+
+
+def _add(parts: dict[str, tuple[int, int]], label: str, computed: int, papers: int) -> None:
+    before = parts.get(label, (0, 0))
+    parts[label] = (before[0] + computed, before[1] + papers)
 
 
 def flops_rows(models: Sequence[ModelConfig], sequence_length: int) -> Mapping[str, Sequence[str]]:

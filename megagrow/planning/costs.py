@@ -7,10 +7,10 @@ come on top.
 from dataclasses import dataclass
 
 from megagrow.common.gpu_specs import Gpu
+from megagrow.config.flops import flops_per_token
 from megagrow.errors import ConfigError
 from megagrow.planning.planner import RunPlan
 from megagrow.planning.throughput import Pace
-from megagrow.train.flops import flops_per_token
 
 PUE = 1.2
 """Assumed: energy of the data centre over that of its computers. Large operators report averages of

@@ -10,13 +10,13 @@ from functools import cached_property
 
 from megagrow.config.schema import StageConfig
 from megagrow.parallel.engine_config import parameter_groups, reduce_bucket
-from megagrow.parallel.sharding import parameter_plan
+from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
 from megagrow.planning.activations import Activations
 from megagrow.reshard.exchange import BUCKET_BYTES
 from megagrow.reshard.layout import Layout
 
-STATE_BYTES = 12
-"""Of each parameter: fp32 master weight, exp_avg, exp_avg_sq."""
+STATE_BYTES = 4 * len(STATE_KINDS)
+"""Bytes of the fp32 states of a parameter element."""
 
 LIVE_PARAMETERS = 1_000_000_000
 """Elements that ZeRO-3 keeps gathered at most (DeepSpeed's stage3_max_live_parameters)."""

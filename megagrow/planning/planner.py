@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megagrow.config.flops import (
+    flops_per_token,
     non_embedding_parameters,
     paper_flops_per_token,
     parameters,
@@ -24,11 +25,10 @@ from megagrow.config.schema import OptimizerConfig, RunConfig, StageConfig
 from megagrow.config.stage_length import stage_steps, stage_tokens, step_tokens
 from megagrow.config.validation import world_problems
 from megagrow.errors import ConfigError
-from megagrow.growth.operators import growing, state_policy
+from megagrow.growth.operators import resolve_operators, state_policy
 from megagrow.growth.validation import growth_problems
 from megagrow.planning.memory import StageMemory, growth_peak, stage_memory
 from megagrow.planning.memory_fit import memory_warnings
-from megagrow.train.flops import flops_per_token
 from megagrow.train.schedule import stage_optimizer
 
 
@@ -150,7 +150,7 @@ def _growth(run: RunConfig, index: int, memories: list[StageMemory]) -> GrowthPl
         return None
     source = run.stages[index - 1].model
     size = non_embedding_parameters(stage.model)
-    depth = growing(source, stage.model, options, "").depth
+    depth = resolve_operators(source, stage.model, options, "").depth
     layers = tuple(-1 if layer.source is None else layer.source for layer in depth.layers)
     return GrowthPlan(
         options=options,

@@ -70,7 +70,7 @@ class StepTime:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation: what `train.flops` counts, over the dense bf16 peak."""
+        """Model FLOPs utilisation: what `config.flops` counts, over the dense bf16 peak."""
         return self.tokens_per_gpu * self.work.shape.flops_per_token / self.cluster.gpu.peak_flops
 
 

@@ -51,7 +51,7 @@ class Shape:
 
     @property
     def flops_per_token(self) -> int:
-        """Training FLOPs, attention over a causal mask, nothing twice (`train.flops`)."""
+        """Training FLOPs, attention over a causal mask, nothing twice (`config.flops`)."""
         matrices = self.layers * self.layer_parameters + self.vocabulary * self.hidden
         width = self.heads * self.head_dim
         return 6 * matrices + 6 * self.layers * width * (self.sequence + 1)

@@ -15,7 +15,7 @@ class Pace:
     """What all ranks together compute."""
 
     flops_per_second: float
-    """True FLOPs (`train.flops.flops_per_token`)."""
+    """True FLOPs (`config.flops.flops_per_token`)."""
     source: str
     """Where it comes from, for people."""
 

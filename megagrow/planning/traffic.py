@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from megagrow.config.flops import norm_parameters
+from megagrow.model.layers.table import block_counts
 from megagrow.parallel.sharding import pad
 from megagrow.planning.cluster import Cluster
 from megagrow.planning.memory import StageMemory
@@ -49,7 +51,7 @@ def _micro_batches(memory: StageMemory) -> int:
 
 
 def _tensor_parallel(memory: StageMemory) -> Iterator[Traffic]:
-    """Two regions for each layer, that of the embedding and that of the head."""
+    """Yield the collectives before and after each block, after the embedding, before the head."""
     stage, ranks = memory.stage, memory.layout.tp
     if ranks == 1:
         return
@@ -57,13 +59,13 @@ def _tensor_parallel(memory: StageMemory) -> Iterator[Traffic]:
     # Under autocast (ZeRO 0) some of it is bf16: this is the most that it can be.
     width = 2 if memory.bf16 and parallel.zero_stage > 0 else 4
     tokens = stage.batch.micro_batch_size * memory.sequence_length
-    micro, layers = _micro_batches(memory), model.num_hidden_layers
-    again = 2 * layers if parallel.activation_checkpointing == "full" else 0
-    regions = micro * (4 * layers + again + 2) * tokens * model.hidden_size * width
+    micro, blocks = _micro_batches(memory), block_counts(model).total()
+    again = blocks if parallel.activation_checkpointing == "full" else 0
+    regions = micro * (2 * blocks + again + 2) * tokens * model.hidden_size * width
     if parallel.sequence_parallel:
         yield Traffic("activations and their gradients", "all-gather", ranks, regions)
         yield Traffic("activations and their gradients", "reduce-scatter", ranks, regions)
-        gains = micro * (2 * layers + 1) * model.hidden_size * width
+        gains = micro * norm_parameters(model) * width
         yield Traffic("gradients of the norms' gains", "all-reduce", ranks, gains)
     else:
         yield Traffic("activations and their gradients", "all-reduce", ranks, regions)

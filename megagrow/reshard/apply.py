@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, StateKind, Term
-from megagrow.parallel.sharding import ParamSpec
+from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Term
+from megagrow.parallel.sharding import ParamSpec, StateKind
 from megagrow.reshard.fill import drawn_rows
 from megagrow.reshard.index_ranges import as_array, bounds, compact
 from megagrow.reshard.layout import Block

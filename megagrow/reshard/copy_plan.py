@@ -8,7 +8,8 @@ sends or receives.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megagrow.growth.map import Axis, Gather, GrowthMap, Indices, StateKind
+from megagrow.growth.map import Axis, Gather, GrowthMap, Indices
+from megagrow.parallel.sharding import StateKind
 from megagrow.reshard.index_ranges import bounds, pick, select
 from megagrow.reshard.layout import Block, Layout
 

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megagrow.growth.map import Dense, GrowthMap, StateKind
+from megagrow.growth.map import Dense, GrowthMap
+from megagrow.parallel.sharding import StateKind
 from megagrow.reshard.copy_ops import block_view
 from megagrow.reshard.exchange import BUCKET_BYTES, ShardedState, TransferStats
 from megagrow.reshard.layout import Block, Layout

@@ -7,7 +7,8 @@ are sent once and repeated at the destination.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from megagrow.growth.map import GrowthMap, Indices, StateKind
+from megagrow.growth.map import GrowthMap, Indices
+from megagrow.parallel.sharding import StateKind
 from megagrow.reshard.copy_plan import Copy, copies_from, copies_to
 from megagrow.reshard.index_ranges import common, distinct, moved, pick, select, without
 from megagrow.reshard.layout import Layout

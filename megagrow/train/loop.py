@@ -9,14 +9,13 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from megagrow.config.flops import paper_flops_per_token
+from megagrow.config.flops import flops_per_token, paper_flops_per_token
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import stage_steps, step_tokens
 from megagrow.data.batches import Batch, BatchReader, sequences_of
 from megagrow.errors import InputError
 from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.train.fault_tolerance.signals import StopSignal
-from megagrow.train.flops import flops_per_token
 from megagrow.train.growth_event.new_entries import update_factors
 from megagrow.train.reporting.memory import peak_memory
 from megagrow.train.reporting.metrics import StepMetrics

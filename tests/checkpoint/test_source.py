@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megagrow.checkpoint.manifest import parse_manifest, write_manifest
-from megagrow.checkpoint.shards import KINDS
 from megagrow.checkpoint.source import open_checkpoint
 from megagrow.errors import InputError
 from megagrow.formats.open_source import open_source
-from megagrow.parallel.sharding import parameter_plan
+from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
 from megagrow.reshard.layout import Block
 from tests.helpers.checkpoint.saving import MODEL
 from tests.helpers.checkpoint.written import RUN, record_of, write_checkpoint
@@ -41,7 +40,7 @@ def test_every_rectangle_is_that_of_the_whole_tensor(data, model):
         assert (source.model, source.layout, source.adam_step) == (model, layout, 11)
         assert source.run == RUN and source.environment["git_commit"] == "abc"
         for name, spec in layout.plan.items():
-            kind = data.draw(st.sampled_from(KINDS))
+            kind = data.draw(st.sampled_from(STATE_KINDS))
             block = Block(part(data.draw, spec.rows), part(data.draw, spec.cols))
             whole = state[name][kind]
             wanted = whole[block.rows.start : block.rows.stop, block.cols.start : block.cols.stop]

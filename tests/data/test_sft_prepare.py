@@ -128,9 +128,7 @@ def test_masks_that_do_not_belong_to_the_tokens_are_named(tmp_path):
     with IndexedWriter(mask, np.dtype("<u1")) as writer:
         writer.add_document(np.ones(7))
         writer.finalize()
-    with pytest.raises(
-        InputError, match=r"train\.mask\.bin: the mask has 7 tokens, the"
-    ):
+    with pytest.raises(InputError, match=r"train\.mask\.bin: the mask has 7 tokens, the"):
         read(tmp_path, range(1))
     (tmp_path / "corpus" / "train.mask.idx").unlink()
     with pytest.raises(InputError, match=r"train\.mask\.idx: no such file; .* prepare-sft"):

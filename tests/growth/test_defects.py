@@ -17,7 +17,7 @@ from megagrow.config.growth import StatePolicy
 from megagrow.config.schema import OptimizerConfig
 from megagrow.growth.lifts import Lift, evenly
 from megagrow.growth.map import Axis, Gather
-from megagrow.growth.operators import growing
+from megagrow.growth.operators import resolve_operators
 from megagrow.growth.width import Width
 from megagrow.parallel.sharding import parameter_plan
 from tests.helpers.growth.building import Built
@@ -53,7 +53,7 @@ SOURCE = tiny(
 
 
 def width_of(found: Case) -> Width:
-    return growing(found.source, found.target, found.options, "").width
+    return resolve_operators(found.source, found.target, found.options, "").width
 
 
 def test_1_queries_keys_and_values_are_never_one_matrix_that_is_cut_in_thirds() -> None:
@@ -76,9 +76,9 @@ def test_1_queries_keys_and_values_are_never_one_matrix_that_is_cut_in_thirds() 
 
 def test_2_every_head_is_copied_whole_and_the_residual_stream_evenly() -> None:
     found = case(SOURCE, widened(SOURCE, 16, 3, 9), operator="bert2bert_fpi")
-    wires = width_of(found).wires
-    assert wires["residual"].factor == 2
-    assert_heads_are_whole(wires["query"])
+    lifts = width_of(found).lifts
+    assert lifts["residual"].factor == 2
+    assert_heads_are_whole(lifts["query"])
     first_third = evenly(16, np.arange(24) % (16 // 3))
     with pytest.raises(AssertionError):
         assert_heads_are_whole(first_third)

@@ -9,7 +9,7 @@ from megagrow.config.schema import ModelConfig
 from megagrow.growth.depth import PARTIAL_STACKS, Layer, listed_layers, stacked_layers
 from megagrow.growth.map import Gather, GrowthMap
 from megagrow.growth.map_checks import check_map
-from megagrow.growth.operators import growing, growth_map
+from megagrow.growth.operators import growth_map, resolve_operators
 from megagrow.parallel.sharding import parameter_plan
 from tests.helpers.hugging_face import tiny
 
@@ -24,7 +24,7 @@ def growth(depth: int, source: ModelConfig = SOURCE, **options: Any) -> GrowthMa
 def layers(operator: str, old: int, new: int, **options: Any) -> list[Layer]:
     source, target = tiny(num_hidden_layers=old), tiny(num_hidden_layers=new)
     chosen = GrowthConfig(operator=operator, **options)
-    return list(growing(source, target, chosen, "").depth.layers)
+    return list(resolve_operators(source, target, chosen, "").depth.layers)
 
 
 def origins(operator: str, old: int, new: int, **options: Any) -> list[int | None]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megagrow.config.schema import RunConfig
-from megagrow.parallel.engine import STATE_KINDS
+from megagrow.parallel.sharding import STATE_KINDS
 from megagrow.reshard.fill import fill_initial
 from megagrow.train.data_setup import open_inputs
 from megagrow.train.fault_tolerance.signals import StopSignal

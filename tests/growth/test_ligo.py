@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import ModelConfig
-from megagrow.growth.ligo import Learned, forming_flops, grown_slice, learned_map
+from megagrow.growth.ligo import LigoParameters, forming_flops, grown_slice, learned_map
 from megagrow.growth.map import Dense, Gather
 from megagrow.growth.map_checks import check_map
 from megagrow.growth.operators import growth_map
@@ -51,7 +51,7 @@ OPTIONS = ({}, {"copy_order": "tiled"}, {"copy_split": "uneven"})
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_it_begins_where_the_source_is(name, tied, dtype, bound, options):
     learned = learned_of(name, tied, dtype, **options)
-    growing = learned.growing
+    growing = learned.growth
     state = state_of(growing.source)
     values = {n: {k: t.to(dtype) for k, t in kinds.items()} for n, kinds in state.items()}
     made = grown(values, learned_map(learned), growing.target)
@@ -68,7 +68,7 @@ def test_it_begins_where_the_source_is(name, tied, dtype, bound, options):
 @TIES
 def test_the_map_is_the_formula(name, tied):
     learned = disturbed(learned_of(name, tied, torch.float64))
-    source, target = learned.growing.source, learned.growing.target
+    source, target = learned.growth.source, learned.growth.target
     state = state_of(source)
     double = {n: {k: t.double() for k, t in kinds.items()} for n, kinds in state.items()}
     growth = learned_map(learned)
@@ -84,8 +84,8 @@ def test_the_map_is_the_formula(name, tied):
 @pytest.mark.parametrize("tp", [1, 2])
 def test_slices_are_those_of_the_formula(name, tied, tp):
     learned = disturbed(learned_of(name, tied, torch.float64))
-    plan = parameter_plan(learned.growing.target, tp)
-    values = weights(state_of(learned.growing.source))
+    plan = parameter_plan(learned.growth.target, tp)
+    values = weights(state_of(learned.growth.source))
     expected = by_formula(learned, values)
     for parameter, spec in plan.items():
         recipe = learned.recipe(spec)
@@ -143,7 +143,7 @@ def test_maps_of_all_layers_share_their_matrices():
 )
 def test_at_the_start_moments_move_as_by_the_plain_operators(name, tied, plain):
     learned = learned_of(name, tied, optimizer_state="transport")
-    source, target = learned.growing.source, learned.growing.target
+    source, target = learned.growth.source, learned.growth.target
     state = state_of(source)
     found = grown(state, learned_map(learned), target)
     options = GrowthConfig(operator=plain, optimizer_state="transport")
@@ -166,8 +166,8 @@ def test_transported_gradients_are_those_that_give_the_sources_back():
 
 
 def test_flops_of_making_weights():
-    def flops(learned: Learned, name: str) -> int:
-        return forming_flops(learned, [parameter_plan(learned.growing.target, tp=1)[name]])
+    def flops(learned: LigoParameters, name: str) -> int:
+        return forming_flops(learned, [parameter_plan(learned.growth.target, tp=1)[name]])
 
     both, depth = learned_of("both", tied=False), learned_of("depth", tied=False)
     # 2 layers are mixed; then B, which mixes 8 heads, and A.

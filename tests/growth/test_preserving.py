@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megagrow.config.growth import GrowthConfig, OperatorName
 from megagrow.growth.lifts import evenly, padded, product, unchanged
-from megagrow.growth.operators import OPERATORS, growing
+from megagrow.growth.operators import OPERATORS, resolve_operators
 from tests.helpers.growth.building import by_lifts
 from tests.helpers.growth.cases import (
     CHANGES,
@@ -197,7 +197,7 @@ def repeated(size: int) -> list[int]:
     return [0, 0, *range(size)]
 
 
-def test_uneven_copies_of_the_residual_stream_fail_and_of_other_wires_do_not() -> None:
+def test_uneven_copies_of_the_residual_stream_fail_and_of_other_axes_do_not() -> None:
     wider = SOURCE.model_copy(update={"hidden_size": 10})
     lift = evenly(8, np.array(repeated(8)))
     assert difference(by_lifts(SOURCE, wider, {"residual": lift})) > FAILS
@@ -208,7 +208,7 @@ def test_uneven_copies_of_the_residual_stream_fail_and_of_other_wires_do_not() -
 
 def test_wider_heads_with_their_pairs_out_of_place_fail() -> None:
     wider = SOURCE.model_copy(update={"head_dim": 8})
-    right = growing(SOURCE, wider, GrowthConfig(operator="head_dim"), "").width.wires
+    right = resolve_operators(SOURCE, wider, GrowthConfig(operator="head_dim"), "").width.lifts
     assert difference(by_lifts(SOURCE, wider, dict(right))) <= TOLERANCE
     beside = padded(4, 8, random_out=False, random_in=False)
     wrong = {"query": product(unchanged(4), beside), "key": product(unchanged(2), beside)}

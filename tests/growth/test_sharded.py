@@ -17,8 +17,7 @@ from megagrow.config.growth import OperatorName
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import Axis, Dense, Gather
 from megagrow.growth.operators import OPERATORS
-from megagrow.parallel.engine import STATE_KINDS
-from megagrow.parallel.sharding import parameter_plan
+from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
 from megagrow.reshard.copy_plan import Copy, copies_to
 from megagrow.reshard.layout import Layout
 from tests.helpers.growth.cases import Case, case, cases, sources, times
@@ -199,7 +198,7 @@ def test_copies_side_by_side_never_leave_their_tensor_parallel_rank(
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-def test_a_wire_repeated_as_a_whole_moves_between_tensor_parallel_ranks(tp: int) -> None:
+def test_a_tiled_axis_moves_between_tensor_parallel_ranks(tp: int) -> None:
     """All that tensor parallelism slices but the vocabulary, and the exact number of elements."""
     source = tiny(num_key_value_heads=4, num_attention_heads=8)
     found = case(source, times(source, 1, 2, 2), operator="direct_width", copy_order="tiled")

@@ -9,8 +9,7 @@ import torch.distributed as dist
 from megagrow.checkpoint.files import shard_name
 from megagrow.config.growth import GrowthConfig
 from megagrow.growth.operators import growth_map
-from megagrow.parallel.engine import STATE_KINDS
-from megagrow.parallel.sharding import parameter_plan
+from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
 from megagrow.reshard.dense import exchange_dense
 from megagrow.reshard.exchange import ShardedState, exchange
 from megagrow.reshard.fill import fill_new

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megagrow.model.layers.base import VOCAB
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.parallel.sharding import pad, parameter_plan
 from tests.helpers.hugging_face import hugging_face, tiny
@@ -59,7 +60,7 @@ def test_slices_tile_the_padded_tensor(config, tp):
 @given(models(), st.sampled_from([1, 2, 4]))
 def test_only_the_vocabulary_is_padded_and_as_little_as_possible(config, tp):
     for spec in parameter_plan(config, tp).values():
-        if spec.row_role == "vocab":
+        if spec.row_role.axis == VOCAB:
             assert spec.padded_rows % tp == 0
             assert 0 <= spec.padded_rows - spec.rows < tp
         else:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.config.flops import matmul_parameters
+from megagrow.config.flops import flops_per_token, matmul_flops
 from megagrow.config.load import load_run
 from megagrow.errors import InputError
 from megagrow.planning.cluster import Cluster, find_cluster
@@ -22,7 +22,6 @@ from megagrow.planning.step_rates import (
 from megagrow.planning.step_time import StepTime, matmul_seconds, step_time
 from megagrow.planning.step_workload import Shape, StepWorkload, shape_of
 from megagrow.planning.traffic import CommGroup, data_group, tensor_group
-from megagrow.train.flops import flops_per_token
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SEVEN = Shape(32, 4096, 32, 32, 128, 11008, 32000, 2048)
@@ -123,13 +122,13 @@ def test_a_product_by_hand() -> None:
 
 
 def test_sizes_are_those_of_the_run() -> None:
-    """FLOPs by `train.flops`; the matrices, and the embedding, which is no product."""
+    """FLOPs by `config.flops`; the matrices, and the embedding, which is no product."""
     for name in ("gstack-1.1b", "gstack-410m"):
         model = load_run(CONFIGS / f"{name}.yaml").stages[-1].model
         shape = shape_of(model, 2048)
         assert shape.flops_per_token == flops_per_token(model, 2048)
         table = model.vocab_size * model.hidden_size
-        assert shape.parameters == matmul_parameters(model) + table
+        assert shape.parameters == matmul_flops(model) // 6 + table
 
 
 def test_the_parts_are_the_step() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap
 from megagrow.growth.map import StateKind as StateKind
-from megagrow.parallel.sharding import parameter_plan
+from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
 from megagrow.reshard.apply import Application
 from megagrow.reshard.layout import Block
 from tests.helpers.growth.whole import State, grown
@@ -23,7 +23,6 @@ TARGET = SOURCE.model_copy(update={"hidden_size": 12, "intermediate_size": 9})
 NAME = "model.layers.0.mlp.up_proj.weight"
 GATE = "model.layers.0.mlp.gate_proj.weight"
 GAIN = "model.norm.weight"
-KINDS: tuple[StateKind, ...] = ("fp32", "exp_avg", "exp_avg_sq")
 
 
 def applied(
@@ -64,7 +63,7 @@ def test_dense_terms_are_products_of_whole_matrices(name, at_once):
     only = GrowthMap({n: terms.get(n, ()) for n in parameter_plan(TARGET, 1)}, terms, fills)
     wanted = grown(doubles, only, TARGET)[NAME]
     found = applied(growth, SOURCE, TARGET, state, at_once)
-    for kind in KINDS:
+    for kind in STATE_KINDS:
         for rows, cols in ((range(9), range(12)), (range(3, 8), range(2, 3))):
             values = found.block(NAME, kind, Block(rows, cols))
             part = wanted[kind][rows.start : rows.stop, cols.start : cols.stop].float()
@@ -123,7 +122,7 @@ def test_gathers_are_those_of_the_whole_tensor_to_the_bit(data, model, at_once):
     rows = data.draw(st.integers(0, after.rows - 1))
     cols = data.draw(st.integers(0, after.cols - 1))
     block = Block(range(rows, after.rows), range(cols, after.cols))
-    for kind in KINDS:
+    for kind in STATE_KINDS:
         wanted = grown(state, whole, target)[name][kind][rows:, cols:]
         assert torch.equal(found.block(name, kind, block), wanted)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import megagrow.reshard.copy_ops
 from megagrow.growth.map import GrowthMap, identity_map
-from megagrow.parallel.engine import STATE_KINDS
+from megagrow.parallel.sharding import STATE_KINDS
 from megagrow.reshard.copy_ops import move_within
 from megagrow.reshard.copy_plan import Copy, copies_from, copies_to
 from megagrow.reshard.fill import fill_new

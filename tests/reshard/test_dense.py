@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 import megagrow.reshard.dense
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Term
-from megagrow.parallel.engine import STATE_KINDS
+from megagrow.parallel.sharding import STATE_KINDS
 from megagrow.reshard.dense import exchange_dense
 from megagrow.reshard.exchange import ShardedState, exchange
 from megagrow.reshard.fill import fill_new

@@ -11,8 +11,7 @@ import torch.distributed as dist
 from megagrow.config.schema import GrowthConfig, ModelConfig
 from megagrow.growth.map import GrowthMap, identity_map
 from megagrow.growth.operators import growth_map
-from megagrow.parallel.engine import STATE_KINDS
-from megagrow.parallel.sharding import parameter_plan
+from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
 from megagrow.reshard import exchange as exchange_module
 from megagrow.reshard import transport as carriers
 from megagrow.reshard.exchange import BUCKET_BYTES, ShardedState, TransferStats, exchange

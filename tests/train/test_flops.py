@@ -4,13 +4,14 @@ import pytest
 
 from megagrow.common.gpu_specs import peak_flops
 from megagrow.config.flops import (
-    matmul_parameters,
+    flops_per_token,
+    matmul_flops,
     non_embedding_parameters,
     paper_flops_per_token,
     parameters,
 )
 from megagrow.config.schema import ModelConfig, RunConfig
-from megagrow.train.flops import flops_per_token, run_flops
+from megagrow.config.stage_length import run_flops
 
 
 def llama(layers: int, hidden: int, heads: int, kv: int, ffn: int, **more: Any) -> ModelConfig:
@@ -66,7 +67,7 @@ def test_lookup_and_tying_cost_no_flops() -> None:
     assert flops_per_token(tied, 64) == flops_per_token(untied, 64)
     assert parameters(untied) - parameters(tied) == 32000 * 16
     assert non_embedding_parameters(untied) == non_embedding_parameters(tied)
-    assert parameters(tied) - matmul_parameters(tied) == 16 * (2 * 2 + 1)
+    assert parameters(tied) - matmul_flops(tied) // 6 == 16 * (2 * 2 + 1)
 
 
 def test_run_adds_up_its_stages() -> None:

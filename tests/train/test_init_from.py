@@ -11,8 +11,7 @@ from megagrow.checkpoint.manifest import read_manifest
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
 from megagrow.offline.convert import import_hugging_face
-from megagrow.parallel.engine import STATE_KINDS
-from megagrow.parallel.sharding import parameter_plan
+from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
 from megagrow.train.init_from import fill_beginning, open_beginning
 from tests.formats.test_hugging_face import state_of
 from tests.helpers.checkpoint.written import differences, shards, write_checkpoint

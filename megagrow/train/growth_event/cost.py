@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from megagrow.config.flops import paper_flops_per_token
+from megagrow.config.flops import flops_per_token, paper_flops_per_token
 from megagrow.config.schema import StageConfig
 from megagrow.config.stage_length import step_tokens
 from megagrow.data.batches import Batch, BatchReader, sequences_of
 from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.parallel.process_groups import Topology
-from megagrow.train.flops import flops_per_token
 
 
 class Feed(NamedTuple):

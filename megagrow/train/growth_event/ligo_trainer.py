@@ -19,14 +19,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from megagrow.config.flops import paper_flops_per_token
+from megagrow.config.flops import flops_per_token, paper_flops_per_token
 from megagrow.config.growth import LearnConfig
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
 from megagrow.config.stage_length import step_tokens
 from megagrow.data.batches import Batch
-from megagrow.growth.ligo import Learned, forming_flops, grown_slice, initial, learned_map
+from megagrow.growth.ligo import (
+    LigoParameters,
+    forming_flops,
+    grown_slice,
+    initial,
+    learned_map,
+)
 from megagrow.growth.map import GrowthMap
-from megagrow.growth.operators import growing
+from megagrow.growth.operators import resolve_operators
 from megagrow.model.backends import uses_bf16
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.parallel.engine_config import EngineSettings
@@ -36,7 +42,6 @@ from megagrow.parallel.process_groups import Topology, destroy_topology, make_to
 from megagrow.parallel.sharding import ParamSpec, parameter_plan
 from megagrow.reshard.dense import mixtures
 from megagrow.reshard.exchange import ShardedState
-from megagrow.train.flops import flops_per_token
 from megagrow.train.growth_event.cost import Feed, GrowthCost
 from megagrow.train.kernel_warmup import stage_ops
 from megagrow.train.schedule import learning_rate
@@ -55,7 +60,7 @@ def learn_growth(
     """
     stage = run.stages[index]
     assert stage.growth is not None
-    parts = growing(
+    parts = resolve_operators(
         run.stages[index - 1].model, stage.model, stage.growth, f"{run.seed}/stage-{index}"
     )
     topology = make_topology(stage.parallel.tensor_model_parallel_size, device)
@@ -82,15 +87,18 @@ def learn_growth(
 
 
 def summed_gradients(
-    model: LlamaForCausalLM, learned: Learned, batches: Sequence[Batch], topology: Topology
+    model: LlamaForCausalLM,
+    learned: LigoParameters,
+    batches: Sequence[Batch],
+    topology: Topology,
 ) -> float:
     """Forward and backward over this rank's micro batches; all ranks together.
 
-    Leaves in the learned numbers the gradient of the global batch's mean loss, the same on all
+    Leaves in the learnable parameters the gradient of the global batch's mean loss, the same on all
     ranks, and returns that loss.
     """
     total = torch.zeros((), device=topology.device)
-    vocab = learned.growing.target.vocab_size
+    vocab = learned.growth.target.vocab_size
     for tensor in learned.tensors():
         tensor.grad = None
     for batch in batches:
@@ -121,7 +129,7 @@ def _rate(learn: LearnConfig, step: int) -> float:
     return learning_rate(schedule, optimizer, step, 1, learn.steps)
 
 
-def _spent(run: RunConfig, index: int, learned: Learned, losses: list[float]) -> GrowthCost:
+def _spent(run: RunConfig, index: int, learned: LigoParameters, losses: list[float]) -> GrowthCost:
     """Weights are made once per micro batch of the global batch, and three times as much is done
     as forward alone; what is done twice to save memory is not counted, as everywhere."""
     stage, length = run.stages[index], run.data.sequence_length
@@ -155,13 +163,13 @@ class Formed(nn.Module):
 class Forming:
     """What the target's weights are made of, and how they are spread."""
 
-    learned: Learned
+    learned: LigoParameters
     source: ShardedState
     settings: EngineSettings
     """Of the target."""
     topology: Topology
     dtype: torch.dtype
-    """Of the forward and backward pass; weights are made in the type of the learned numbers."""
+    """Dtype of forward and backward; weights are computed in that of the learnable parameters."""
 
     @cached_property
     def plan(self) -> dict[str, ParamSpec]:

@@ -12,8 +12,8 @@ from megagrow.common.gpu_specs import peak_flops
 from megagrow.config.flops import parameters
 from megagrow.config.load import to_yaml
 from megagrow.config.schema import ModelConfig, RunConfig
+from megagrow.config.stage_length import run_flops
 from megagrow.errors import InputError, unwritable
-from megagrow.train.flops import run_flops
 from megagrow.train.growth_event.event import GrowthReport
 from megagrow.train.growth_event.function_check import Change
 from megagrow.train.loop import StepDone

@@ -8,7 +8,7 @@ from megagrow.growth.build_map import GrowthSpec, assemble
 from megagrow.growth.depth import same_depth
 from megagrow.growth.lifts import Lift
 from megagrow.growth.map import GrowthMap
-from megagrow.growth.width import Wire, same_width
+from megagrow.growth.width import same_width
 from tests.helpers.growth.cases import Case
 
 
@@ -20,9 +20,9 @@ class Built(Case):
         self.__dict__["growth"] = growth
 
 
-def by_lifts(source: ModelConfig, target: ModelConfig, wires: dict[Wire, Lift]) -> Built:
-    """The growth of some wires of a model, the others as they are."""
+def by_lifts(source: ModelConfig, target: ModelConfig, lifts: dict[str, Lift]) -> Built:
+    """Return the growth of some activation axes of a model by lifts."""
     width = same_width(source)
-    width = replace(width, wires=width.wires | wires)
+    width = replace(width, lifts=width.lifts | lifts)
     parts = GrowthSpec(source, target, same_depth(source), width, GrowthConfig(), "transport", "7")
     return Built(source, target, assemble(parts))

@@ -11,7 +11,7 @@ from megagrow.config.growth import GrowthConfig, OperatorName
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.constraints import Event
 from megagrow.growth.map import GrowthMap
-from megagrow.growth.operators import OPERATORS, growing, growth_map
+from megagrow.growth.operators import OPERATORS, growth_map, resolve_operators
 from megagrow.growth.validation import event_problems
 
 Sizes = dict[str, Any]
@@ -56,7 +56,7 @@ def case(source: ModelConfig, target: Sizes, **options: Any) -> Case:
     """The growth of a source to other sizes; eps follows the gain of the norms, as a run must."""
     chosen = GrowthConfig(**options)
     grown = source.model_copy(update=target)
-    width = growing(source, grown, chosen, "").width
+    width = resolve_operators(source, grown, chosen, "").width
     if width.scaled_eps:
         eps = source.rms_norm_eps * width.gain**2
         grown = grown.model_copy(update={"rms_norm_eps": eps})

@@ -12,9 +12,8 @@ from torch.nn.functional import cross_entropy
 from megagrow.config.schema import ModelConfig
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.masks import Masks
-from megagrow.parallel.engine import STATE_KINDS
 from megagrow.parallel.engine_config import ParamScale
-from megagrow.parallel.sharding import parameter_plan
+from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
 from tests.helpers.growth.cases import Case
 from tests.helpers.growth.whole import State, grown
 

@@ -7,8 +7,8 @@ from torch.func import functional_call
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.build_map import GrowthSpec
-from megagrow.growth.ligo import Learned, initial
-from megagrow.growth.operators import growing
+from megagrow.growth.ligo import LigoParameters, initial
+from megagrow.growth.operators import resolve_operators
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.parallel.sharding import parameter_plan
 from tests.helpers.growth.whole import State
@@ -39,7 +39,7 @@ def growing_of(name: str, tied: bool, **options: object) -> GrowthSpec:
     operators, sizes = GROWTHS[name]
     source = source_of(tied)
     chosen = GrowthConfig(operator=operators, **options)
-    return growing(source, source.model_copy(update=sizes), chosen, "7/stage-1")
+    return resolve_operators(source, source.model_copy(update=sizes), chosen, "7/stage-1")
 
 
 def state_of(config: ModelConfig, seed: int = 0) -> State:
@@ -57,7 +57,7 @@ def state_of(config: ModelConfig, seed: int = 0) -> State:
     }
 
 
-def disturbed(learned: Learned, seed: int = 0) -> Learned:
+def disturbed(learned: LigoParameters, seed: int = 0) -> LigoParameters:
     """The same with noise on every number, in place."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -75,16 +75,18 @@ def outputs(config: ModelConfig, values: dict[str, Tensor], inputs: tuple) -> Te
     return functional_call(model, weights, inputs)
 
 
-def learned_of(name: str, tied: bool, dtype: torch.dtype = torch.float32, **options) -> Learned:
+def learned_of(
+    name: str, tied: bool, dtype: torch.dtype = torch.float32, **options
+) -> LigoParameters:
     return initial(growing_of(name, tied, **options), torch.device("cpu"), dtype)
 
 
-def by_formula(learned: Learned, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def by_formula(learned: LigoParameters, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of the target by name, (rows, cols): the paper's equations 37 to 42, with A for what
     reads, and heads mixed as wholes."""
-    source, target = learned.growing.source, learned.growing.target
-    b = {wire: _wide(learned, wire, m) for wire, m in learned.produces.items()}
-    a = {wire: _wide(learned, wire, m) for wire, m in learned.consumes.items()}
+    source, target = learned.growth.source, learned.growth.target
+    b = {axis: _wide(learned, axis, m) for axis, m in learned.produces.items()}
+    a = {axis: _wide(learned, axis, m) for axis, m in learned.consumes.items()}
     write, read = b.get("residual"), a.get("residual")
     made = {
         "q_proj": (b.get("query"), read),
@@ -116,14 +118,14 @@ def by_formula(learned: Learned, weights: dict[str, Tensor]) -> dict[str, Tensor
     return out | {"model.norm.weight": norm}
 
 
-def _wide(learned: Learned, wire: str, matrix: Tensor) -> Tensor:
-    """B or A on the entries of a wire."""
-    heads = wire in ("query", "key", "value", "mixed")
-    size = learned.growing.source.head_dim if heads else 1
+def _wide(learned: LigoParameters, axis: str, matrix: Tensor) -> Tensor:
+    """Return B or A on the entries of an activation axis."""
+    heads = axis in ("query", "key", "value", "mixed")
+    size = learned.growth.source.head_dim if heads else 1
     return torch.kron(matrix, torch.eye(size).to(matrix))
 
 
-def _factor(learned: Learned, tensor: str, layer: int, j: int) -> Tensor | float:
+def _factor(learned: LigoParameters, tensor: str, layer: int, j: int) -> Tensor | float:
     return learned.depth[tensor][layer, j] if tensor in learned.depth else float(layer == j)
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap
-from megagrow.parallel.engine import STATE_KINDS, Storage
+from megagrow.parallel.engine import Storage
 from megagrow.parallel.initialize import normal
-from megagrow.parallel.sharding import ParamSpec
+from megagrow.parallel.sharding import STATE_KINDS, ParamSpec
 from megagrow.reshard.layout import Layout
 
 State = dict[str, dict[str, Tensor]]

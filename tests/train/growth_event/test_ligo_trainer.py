@@ -10,19 +10,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from megagrow.config.flops import parameters
+from megagrow.config.flops import flops_per_token, parameters
 from megagrow.config.schema import BatchConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megagrow.data.batches import Batch
-from megagrow.growth.ligo import Learned, forming_flops, initial, learned_map
+from megagrow.growth.ligo import LigoParameters, forming_flops, initial, learned_map
 from megagrow.growth.map import Dense, GrowthMap
-from megagrow.growth.operators import growing
+from megagrow.growth.operators import resolve_operators
 from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.loss import IGNORED
 from megagrow.parallel.process_groups import destroy_topology, make_topology
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.exchange import ShardedState
 from megagrow.train.data_setup import open_inputs
-from megagrow.train.flops import flops_per_token
 from megagrow.train.growth_event.cost import Feed, GrowthCost
 from megagrow.train.growth_event.ligo_trainer import (
     Forming,
@@ -65,9 +64,9 @@ def batch_of(indices: list[int]) -> Batch:
     return Batch(*(x[indices] for x in (tokens[:, :-1], labels, positions, documents)))
 
 
-def forming_of(learned: Learned, layouts: Layouts) -> Forming:
+def forming_of(learned: LigoParameters, layouts: Layouts) -> Forming:
     zero, source_tp, tp, sequence_parallel = layouts
-    source, target = learned.growing.source, learned.growing.target
+    source, target = learned.growth.source, learned.growth.target
     layout = layout_of(source, zero, dist.get_world_size() // source_tp, source_tp, "matrices")
     side = ShardedState(layout, storage_of(layout, state_of(source), dist.get_rank()))
     parallel = ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel)
@@ -91,7 +90,7 @@ def double(state: State) -> State:
 def worst_weight(forming: Forming) -> float:
     """Largest difference between a slice that is formed and what the map makes of whole tensors."""
     learned, topology = forming.learned, forming.topology
-    source, target = learned.growing.source, learned.growing.target
+    source, target = learned.growth.source, learned.growth.target
     whole, worst = grown(double(state_of(source)), learned_map(learned), target), 0.0
     for name, spec in parameter_plan(target, topology.tp).items():
         row, col = spec.slice_origin(topology.tp, topology.tp_rank)
@@ -118,13 +117,13 @@ def all_gradients(layouts: list[Layouts]) -> list[tuple[float, list[Tensor], flo
 def plain_gradients(name: str, tied: bool) -> tuple[float, list[Tensor]]:
     """By autograd on whole tensors, in fp64."""
     learned = disturbed(learned_of(name, tied, torch.float64))
-    state = double(state_of(learned.growing.source))
+    state = double(state_of(learned.growth.source))
     whole = {name: kinds["fp32"] for name, kinds in state.items()}
     batch = batch_of(list(range(GLOBAL)))
     documents = batch.document_ids
     assert documents is not None
     inputs = (batch.input_ids, batch.position_ids, documents)
-    logits = outputs(learned.growing.target, by_formula(learned, whole), inputs)
+    logits = outputs(learned.growth.target, by_formula(learned, whole), inputs)
     loss = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), batch.labels.flatten(), reduction="sum", ignore_index=IGNORED
     )
@@ -250,7 +249,7 @@ def test_the_loss_falls_and_what_it_took_is_told(folder):
     assert spent.tokens == 20 * STEP_TOKENS
     wide = run.stages[1].model
     assert spent.flops == 6 * parameters(wide) * spent.tokens
-    parts = growing(run.stages[0].model, wide, run.stages[1].growth, "")
+    parts = resolve_operators(run.stages[0].model, wide, run.stages[1].growth, "")
     making = forming_flops(initial(parts, CPU), list(parameter_plan(wide, tp=1).values()))
     per_token = flops_per_token(wide, run.data.sequence_length)
     assert spent.flops_true == per_token * spent.tokens + 3 * making * 20

@@ -13,7 +13,8 @@ from megagrow.checkpoint.load import load_storage, newest_checkpoint
 from megagrow.checkpoint.save import save_checkpoint
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.growth.map import Fresh
-from megagrow.parallel.engine import STATE_KINDS, Storage
+from megagrow.parallel.engine import Storage
+from megagrow.parallel.sharding import STATE_KINDS
 from megagrow.reshard.layout import Layout
 from megagrow.train.data_setup import open_inputs
 from megagrow.train.fault_tolerance.signals import StopSignal

@@ -1,0 +1,86 @@
+"""Declaration of causal self-attention: rotary positions, grouped queries, no bias.
+
+A group is one key/value head and its query heads. Growth adds complete groups; LiGO mixes complete
+heads, which commutes with rotary positions (docs/reference/operators.md).
+"""
+
+from typing import TYPE_CHECKING
+
+from megagrow.config.schema import ModelConfig
+from megagrow.model.layers.base import (
+    READS_RESIDUAL,
+    WRITES_RESIDUAL,
+    ActivationAxis,
+    AxisRole,
+    LayerType,
+    MicroBatch,
+    ParameterDeclaration,
+)
+
+if TYPE_CHECKING:
+    from megagrow.model.layers.modules import Block
+
+_QUERIES = ("num_attention_heads", "head_dim")
+_KEYS = ("num_key_value_heads", "head_dim")
+
+QUERY = ActivationAxis("query", _QUERIES, "num_key_value_heads", "head_dim")
+KEY = ActivationAxis("key", _KEYS, "num_key_value_heads", "head_dim")
+VALUE = ActivationAxis("value", _KEYS, "num_key_value_heads", "head_dim")
+MIXED = ActivationAxis("mixed", _QUERIES, "num_key_value_heads", "head_dim")
+"""Weighted sums of the values: the input of o_proj."""
+
+_PARAMETERS = (
+    ParameterDeclaration("q_proj", AxisRole(QUERY, "produces"), READS_RESIDUAL, "normal"),
+    ParameterDeclaration("k_proj", AxisRole(KEY, "produces"), READS_RESIDUAL, "normal"),
+    ParameterDeclaration("v_proj", AxisRole(VALUE, "produces"), READS_RESIDUAL, "normal"),
+    ParameterDeclaration("o_proj", WRITES_RESIDUAL, AxisRole(MIXED, "consumes"), "scaled normal"),
+)
+
+
+def _parameters(config: ModelConfig) -> tuple[ParameterDeclaration, ...]:
+    return _PARAMETERS
+
+
+def _score_flops(config: ModelConfig, sequence_length: int) -> int:
+    """Return the training FLOPs per token of q k^T and of the weighted sum of v.
+
+    Each takes 2 heads head_dim FLOPs per visible position in the forward pass and twice that in the
+    backward pass: 12 heads head_dim per position (PaLM, arXiv 2204.02311, appendix B; Chinchilla,
+    arXiv 2203.15556, appendix F). The papers count all S positions; a causal kernel processes
+    (S + 1) / 2 on average, which is the count here. Activation checkpointing is not counted.
+    """
+    return 6 * MIXED.size(config) * (sequence_length + 1)
+
+
+def _activation_bytes(config: ModelConfig, batch: MicroBatch) -> int:
+    """Return the bytes of q, k, v, the output and an fp32 normalizer per query.
+
+    The reference backend keeps the fp32 matrix of probabilities, repeated k and v, and the mask;
+    with `selective` checkpointing it keeps only q, k, v and the output.
+    """
+    queries, keys = config.num_attention_heads, config.num_key_value_heads
+    per_head = batch.tokens * config.head_dim
+    projections = 2 * (queries + keys) * per_head * batch.width
+    if batch.attention != "reference":
+        return projections + 4 * queries * batch.tokens
+    if batch.checkpointing == "selective":
+        return projections
+    operands = queries * per_head * (3 * 4 + batch.width)
+    return operands + batch.tokens * batch.sequence_length * (4 * queries + batch.tp)
+
+
+def _build(config: ModelConfig) -> "Block":
+    from megagrow.model.layers.modules import Attention
+
+    return Attention(config)
+
+
+ATTENTION = LayerType(
+    "full_attention",
+    label="attention's projections",
+    parameters=_parameters,
+    activation_bytes=_activation_bytes,
+    build=_build,
+    score_label="attention itself",
+    score_flops=_score_flops,
+)

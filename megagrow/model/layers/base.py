@@ -1,0 +1,159 @@
+"""Vocabulary of a layer declaration: activation axes, axis roles, parameters, layer types.
+
+Declarations are data about a model and import no torch: the configuration counts parameters with
+them. The `nn.Module` of a type is imported by `LayerType.build`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from megagrow.config.schema import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+AxisSide = Literal["produces", "consumes", "gain", "tied gain"]
+"""Effect of a parameter on an activation axis.
+
+`produces` writes the axis and `consumes` reads it. `gain` scales it entry by entry. `tied gain` is
+the gain of a norm whose output is read by the embedding matrix (a tied head).
+"""
+
+Initialization = Literal["ones", "normal", "scaled normal"]
+"""Initial values: 1, or normal with standard deviation `initializer_range`, which `scaled normal`
+divides by sqrt(2 num_hidden_layers), as in Megatron-LM."""
+
+
+@dataclass(frozen=True)
+class ActivationAxis:
+    """A vector of activations that flows through the model, and the config fields of its size."""
+
+    name: str
+    sizes: tuple[str, ...]
+    """Fields of ModelConfig whose product is the number of entries."""
+    grown_by: str
+    """Field that counts the units of growth: a width operator adds complete units."""
+    block: str | None = None
+    """Field with the number of entries that LiGO mixes as one; None: every entry is mixed alone."""
+    sliced: bool = True
+    """Whether tensor parallelism slices the axis."""
+
+    def size(self, config: ModelConfig) -> int:
+        """Return the number of entries in a model."""
+        return prod(getattr(config, field) for field in self.sizes)
+
+
+class AxisRole(NamedTuple):
+    """Activation axis of the rows or columns of a parameter, and the parameter's effect on it."""
+
+    axis: ActivationAxis
+    side: AxisSide
+
+
+VOCAB = ActivationAxis("vocab", ("vocab_size",), "vocab_size")
+RESIDUAL = ActivationAxis("residual", ("hidden_size",), "hidden_size", sliced=False)
+
+WRITES_RESIDUAL = AxisRole(RESIDUAL, "produces")
+READS_RESIDUAL = AxisRole(RESIDUAL, "consumes")
+
+
+@dataclass(frozen=True)
+class ParameterDeclaration:
+    """One parameter of a layer type. Its shape follows from the axes of its roles.
+
+    A vector has no column role: it is a matrix of one column, so all code handles matrices only.
+    """
+
+    name: str
+    """Path from the layer to the module that owns `weight`."""
+    row_role: AxisRole
+    col_role: AxisRole | None
+    initialization: Initialization
+
+    @property
+    def is_vector(self) -> bool:
+        """Return True for a vector."""
+        return self.col_role is None
+
+    def shape(self, config: ModelConfig) -> tuple[int, int]:
+        """Return (rows, columns)."""
+        cols = 1 if self.col_role is None else self.col_role.axis.size(config)
+        return self.row_role.axis.size(config), cols
+
+    def numel(self, config: ModelConfig) -> int:
+        """Return the number of elements."""
+        return prod(self.shape(config))
+
+    def init_std(self, config: ModelConfig) -> float:
+        """Return the standard deviation of the initial values; 0 represents the constant 1."""
+        match self.initialization:
+            case "ones":
+                return 0.0
+            case "normal":
+                return config.initializer_range
+            case "scaled normal":
+                return config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Settings of a stage that decide the activation bytes of a layer."""
+
+    tokens: int
+    """Tokens of the micro-batch."""
+    sequence_length: int
+    width: int
+    """Bytes per element of the forward pass."""
+    tp: int
+    attention: str
+    """Attention backend; see `kernels.attention`."""
+    checkpointing: str
+    """Value of `activation_checkpointing`."""
+
+
+def matmul_flops(parameters: tuple[ParameterDeclaration, ...], config: ModelConfig) -> int:
+    """Return the training FLOPs per token of products with the matrices among `parameters`.
+
+    A matrix weight takes 2 FLOPs in the forward pass and 4 in the backward pass.
+    """
+    return 6 * sum(each.numel(config) for each in parameters if not each.is_vector)
+
+
+def no_score_flops(config: ModelConfig, sequence_length: int) -> int:
+    """Return 0: the FLOPs of a layer type whose only matrix products are with its weights."""
+    return 0
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """Everything the other packages need to know about one type of block.
+
+    A block reads the output of a norm and adds its own output to the residual stream. Tensor
+    parallelism slices the axes that are `sliced`, and needs one collective before and one after the
+    block. Growth lifts the axes of the parameters.
+    """
+
+    name: str
+    label: str
+    """Name of the products with weights in tables of FLOPs."""
+    parameters: Callable[[ModelConfig], tuple[ParameterDeclaration, ...]]
+    """Parameters in the order of the module tree."""
+    activation_bytes: Callable[[ModelConfig, MicroBatch], int]
+    """Bytes that the backward pass keeps of a micro-batch, without the input of the block. The
+    tensor-parallel ranks share them equally."""
+    build: "Callable[[ModelConfig], nn.Module]"
+    """Return the module, a `megagrow.model.layers.modules.Block`."""
+    score_label: str = ""
+    """Name of the products between activations in tables of FLOPs."""
+    score_flops: Callable[[ModelConfig, int], int] = no_score_flops
+    """(config, sequence length): training FLOPs per token of products between activations."""
+
+    def numel(self, config: ModelConfig) -> int:
+        """Return the number of elements of all parameters."""
+        return sum(each.numel(config) for each in self.parameters(config))
+
+    def matmul_flops(self, config: ModelConfig) -> int:
+        """Return the training FLOPs per token of products with weights."""
+        return matmul_flops(self.parameters(config), config)

@@ -1,0 +1,116 @@
+"""Modules of the layer types, for one device.
+
+A block is sliced by tensor parallelism. Its `pre_collective` and `post_collective` are identities
+that `parallel/tensor_parallel.py` replaces.
+
+Shapes: B batch, S sequence, D hidden size, F feed-forward width, H query heads, G key/value heads,
+K head dimension.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megagrow.config.schema import ModelConfig
+from megagrow.model.masks import Masks, masked, masked_groups, masked_rms_norm
+from megagrow.model.ops import Ops
+
+
+@dataclass(frozen=True)
+class Context:
+    """Inputs of every layer besides the hidden states, computed once per forward pass."""
+
+    ops: Ops
+    cos: Tensor
+    sin: Tensor
+    attention_mask: Any
+    """Attention mask in the format `ops.attention` expects."""
+    masks: Masks
+    recompute: str
+    """Activation checkpointing: `none`, `selective` (the attention core) or `full` (the layer)."""
+
+    @property
+    def adds_in_norm(self) -> bool:
+        """Return True if a norm also performs the preceding addition; masked models never do."""
+        return self.ops.add_rms_norm is not None and self.masks.residual is None
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned gain."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+        self.weight_collective: nn.Module = nn.Identity()
+
+    def forward(
+        self, x_BSD: Tensor, context: Context, delta_BSD: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the norm of x; with `delta`, the norm of x + delta and the sum, in one op."""
+        weight = self.weight_collective(self.weight)
+        if delta_BSD is None:
+            mask = context.masks.residual
+            return masked_rms_norm(context.ops, x_BSD, weight, self.eps, mask)
+        assert context.ops.add_rms_norm is not None
+        # Under autocast the hidden states have a wider dtype than the outputs of layers.
+        delta_BSD = delta_BSD.to(x_BSD.dtype)
+        return context.ops.add_rms_norm(x_BSD, delta_BSD, weight, self.eps)
+
+
+class Block(nn.Module):
+    """Base class of the blocks of a decoder layer: forward(x_BSD, context) -> x_BSD."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pre_collective: nn.Module = nn.Identity()
+        self.post_collective: nn.Module = nn.Identity()
+
+
+class Attention(Block):
+    """Causal self-attention. The number of local heads follows from the projections."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        width = config.hidden_size
+        q_width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, q_width, bias=False)
+        self.k_proj = nn.Linear(width, kv_width, bias=False)
+        self.v_proj = nn.Linear(width, kv_width, bias=False)
+        self.o_proj = nn.Linear(q_width, width, bias=False)
+
+    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
+        x_BSD = self.pre_collective(x_BSD)
+        ops, groups = context.ops, context.masks.groups
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q_BSHK, k_BSGK, v_BSGK = (self._heads(project(x_BSD), groups) for project in projections)
+        q_BSHK, k_BSGK = ops.rope(q_BSHK, k_BSGK, context.cos, context.sin)
+        attend = ops.attention
+        if context.recompute == "selective" and torch.is_grad_enabled():
+            attend = partial(checkpoint, ops.attention, use_reentrant=False)
+        out_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.attention_mask)
+        return self.post_collective(self.o_proj(out_BSHK.flatten(2)))
+
+    def _heads(self, x: Tensor, mask_G: Tensor | None) -> Tensor:
+        return masked_groups(x.unflatten(-1, (-1, self.head_dim)), mask_G)
+
+
+class MLP(Block):
+    """SwiGLU feed-forward block."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
+        x_BSD = self.pre_collective(x_BSD)
+        hidden_BSF = context.ops.swiglu(self.gate_proj(x_BSD), self.up_proj(x_BSD))
+        return self.post_collective(self.down_proj(masked(hidden_BSF, context.masks.ffn)))
