@@ -62,7 +62,7 @@ def load(
     InputError for a damaged source, one without a tokenizer, one whose new parts still stand behind
     masks, and a tensor parallelism that does not divide the model.
     """
-    found = run_on_rank_zero(lambda: find_source(path, lambda _: None))
+    found = run_on_rank_zero(lambda: find_source(path))
     return run_on_all_ranks(lambda: _load(found, topology, tokenizer, dtype))
 
 

@@ -36,7 +36,7 @@ _BYTES_PER_ELEMENT = 48
 def grow_files(request: Request, console: Console) -> None:
     """Grows what the request names, or goes on with it. InputError for all that is wrong."""
     request.check()
-    source = open_source(request.source, lambda text: console.print(Text(text)))
+    source = open_source(request.source)
     write_goal(request, decide(request, source), console)
 
 

@@ -1,10 +1,11 @@
 """Which kernels a stage launches, on tensors of which shapes: a pure list."""
 
 import json
+import logging
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -15,6 +16,8 @@ from megagrow.model.backends import Backends, choose, work_of
 from megagrow.model.machine import machine_of
 from megagrow.model.ops import Ops, make_ops
 from megagrow.parallel.sharding import pad, real_rows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,9 @@ def _call(op: str, **arguments: int | str | None) -> KernelCall:
 class WarmUp:
     """At most one process that compiles; a context that does not outlive it."""
 
-    def __init__(self, device: torch.device, local_rank: int, say: Callable[[str], None]) -> None:
+    def __init__(self, device: torch.device, local_rank: int) -> None:
         self._device = device
         self._first_here = local_rank == 0
-        self._say = say
         self._process: subprocess.Popen[str] | None = None
         self._errors: IO[str] | None = None
 
@@ -121,7 +123,7 @@ class WarmUp:
             with self._process.stdin as told:
                 json.dump([call.as_json() for call in calls], told)
         except OSError as error:
-            self._say(f"warning: the next stage's kernels are not compiled beforehand: {error}")
+            logger.warning("the next stage's kernels are not precompiled: %s", error)
 
     def report(self) -> None:
         """Call before a growth: says what is not compiled, and why."""
@@ -129,11 +131,11 @@ class WarmUp:
             return
         code = self._process.poll()
         if code is None:
-            self._say("warning: the next stage's kernels are still being compiled")
+            logger.warning("the next stage's kernels are still being compiled")
         elif code != 0:
             self._errors.seek(0)
             lines = self._errors.read().strip().splitlines() or [f"exit code {code}"]
-            self._say(f"warning: the next stage's kernels could not be compiled: {lines[-1]}")
+            logger.warning("the next stage's kernels could not be compiled: %s", lines[-1])
 
     def wait(self) -> None:
         """Until all is compiled."""

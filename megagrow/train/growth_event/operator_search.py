@@ -6,6 +6,7 @@ out of the same state and trained on the same tokens, and the best is then grown
 trained from there like any other. What the candidates cost is charged to the run.
 """
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -17,13 +18,14 @@ from megagrow.train.growth_event.run_growths import with_operators
 from megagrow.train.loop import train_at
 from megagrow.train.stage import Stage
 
+logger = logging.getLogger(__name__)
+
 
 def grow_best(
     run: RunConfig,
     ended: FinishedStage,
     feed: Feed,
     loss_of: Callable[[RunConfig, Stage, int], float],
-    say: Callable[[str], None],
 ) -> tuple[RunConfig, Stage, GrowthReport, GrowthCost]:
     """Grows the next stage; all ranks together. Returns also the run with the operator chosen, and
     what was spent on choosing.
@@ -37,7 +39,8 @@ def grow_best(
         for name in growth.probe.operators:
             candidate = with_operators(run, index, (name,))
             losses[name] = _tried(candidate, ended, feed, growth.probe.steps, loss_of)
-            say(f"probe: {name} has a loss of {losses[name]:.4f} after {growth.probe.steps} steps")
+            steps = growth.probe.steps
+            logger.info("probe %s | loss %.4f after %d steps", name, losses[name], steps)
             spent = spent.plus(spent_on_steps(run.stages[index], feed.length, growth.probe.steps))
         best = min(losses, key=lambda name: losses[name])
         if not math.isfinite(losses[best]):
