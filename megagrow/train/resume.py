@@ -70,9 +70,8 @@ def rewind_target(
     if after.guard.rewinds > run.guards.max_rewinds:
         raise Diverged(
             f"step {state.counters.step}: {reason}, after {state.guard.rewinds} rewinds of "
-            f"guards.max_rewinds = {run.guards.max_rewinds}; look at the data from position "
-            f"{target.counters.tokens + state.skipped_tokens} of the stream on, and at the "
-            "learning rate"
+            f"guards.max_rewinds = {run.guards.max_rewinds}; inspect the data from position "
+            f"{target.counters.tokens + state.skipped_tokens} of the stream, and the learning rate"
         )
     run_on_rank_zero(lambda: _drop_later(directory, target))
     return found, after

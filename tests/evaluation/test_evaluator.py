@@ -143,7 +143,8 @@ def test_a_line_says_what_was_found(case) -> None:
     for step, _, results, average in evaluations(run)[:3]:
         accuracy = f"{results['lambada_openai']['acc']:.4g}"
         assert (
-            f"step {step}: evaluation: average {average:.3f}, lambada_openai acc {accuracy}" in said
+            f"step {step} | evaluation | average {average:.3f} | lambada_openai acc {accuracy}"
+            in said
         )
 
 

@@ -144,10 +144,10 @@ def silent_ranks(
     """
     several = len(set(hosts)) > 1
     if heartbeats is None:
-        dead = f"{_name(0, hosts)} does not answer"
-        away = several and hosts[rank] != hosts[0]
-        network = f": frozen or dead, or {hosts[0]} or {hosts[rank]} is off the network"
-        return dead + network if away else dead
+        silence = f"{_name(0, hosts)} does not answer"
+        if several and hosts[rank] != hosts[0]:
+            silence += f": frozen or dead, or {hosts[0]} or {hosts[rank]} is off the network"
+        return silence
     silent = {rank: heartbeat for rank, heartbeat in heartbeats.items() if heartbeat.age > seconds}
     lost = [host for host in dict.fromkeys(hosts) if several and _ranks(host, hosts) <= {*silent}]
     lost_hosts = [_lost_host(host, hosts, silent) for host in lost]
