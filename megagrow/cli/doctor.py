@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from megagrow.common.tables import Overrides, table_console
-from megagrow.errors import ConfigError
+from megagrow.errors import ConfigError, ResourceError
 
 WAIT_SECONDS = 60.0
 """How long ranks wait for each other, by default: imports from a shared disk take a while."""
@@ -61,4 +61,4 @@ def _examine_cluster(folder: Path | None, seconds: float) -> None:
         show_cluster(found, wrong, table_console())
     if wrong:
         things = "1 thing is" if len(wrong) == 1 else f"{len(wrong)} things are"
-        raise ConfigError(f"{things} wrong with the cluster: {wrong[0]}")
+        raise ResourceError(f"{things} wrong with the cluster: {wrong[0]}")

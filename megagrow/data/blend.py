@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megagrow.errors import DataError
+from megagrow.errors import ConfigError
 
 PERIOD = 9_000
 """Slots after which the pattern repeats, at the latest. It makes eighths, ninths and thousandths
@@ -44,7 +44,7 @@ class Blend:
 def _shares(weights: Sequence[float], period: int) -> np.ndarray:
     """How many slots of a period each corpus gets, int64: largest remainder, at least one."""
     if len(weights) > period:
-        raise DataError(f"{len(weights)} corpora are too many to blend; at most {period}")
+        raise ConfigError(f"{len(weights)} corpora are too many to blend; at most {period}")
     # One slot each beforehand, and the rest by what the weights still ask for.
     ideal = np.asarray(weights, dtype=np.float64) / np.sum(weights) * period
     wanted = np.maximum(ideal - 1, 0)

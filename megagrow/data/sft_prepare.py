@@ -19,7 +19,7 @@ from megagrow.data.manifest import NAME, CorpusFile, CorpusManifest, Split
 from megagrow.data.part_files import SPLITS, TRAIN, Options, fingerprint
 from megagrow.data.sft import TokenisedExample, mask_prefix, pack, read_examples, tokenise
 from megagrow.data.tokenizers import Tokenizer, load_tokenizer
-from megagrow.errors import DataError
+from megagrow.errors import ConfigError, DataError, ResourceError
 
 SUFFIXES = (".bin", ".idx")
 
@@ -52,7 +52,7 @@ def prepare_sft(
     to depends on its text alone. Errors: InputError.
     """
     if not 0 <= validation_fraction < 1:
-        raise DataError(f"validation_fraction {validation_fraction} is not in [0, 1)")
+        raise ConfigError(f"validation_fraction {validation_fraction} is not in [0, 1)")
     console, loaded = console or Console(), load_tokenizer(tokenizer)
     options = Options("", validation_fraction, seed)
     found = _collect(sources, loaded, sequence_length, options)
@@ -70,7 +70,7 @@ def prepare_sft(
         manifest = _describe(identity, sources, output, splits, loaded, sequence_length)
         manifest.write(output)
     except OSError as error:
-        raise DataError(f"{error.filename or output}: {error.strerror or error}") from error
+        raise ResourceError(f"{error.filename or output}: {error.strerror or error}") from error
     if found.cut or found.left_out:
         console.print(
             f"too long for {sequence_length} tokens: {found.cut} answers were cut, "
@@ -106,7 +106,7 @@ def _check_found(found: _Collected, validation_fraction: float, length: int) -> 
         )
     for name, kept in found.splits.items():
         if not kept and (name == TRAIN or validation_fraction > 0):
-            raise DataError(
+            raise ConfigError(
                 f"validation_fraction {validation_fraction} of {examples} examples leaves none for "
                 f"{name}; change it"
             )

@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from typing import TypeVar
 
-from megagrow.errors import DataError, InputError
+from megagrow.errors import InputError, ResourceError
 
 Task = TypeVar("Task")
 Message = TypeVar("Message")
@@ -84,7 +84,7 @@ def _collect(
         except queue.Empty:
             codes = [process.exitcode for process in processes if process.exitcode]
             if codes:
-                raise DataError(
+                raise ResourceError(
                     f"a worker process was ended from outside (exit code {codes[0]}), perhaps for "
                     "lack of memory; try again with fewer workers"
                 ) from None

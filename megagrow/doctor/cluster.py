@@ -21,7 +21,7 @@ from megagrow.doctor.network import Speeds, measure_speeds, sizes_for
 from megagrow.doctor.rank_report import RankReport, own_report
 from megagrow.doctor.rendezvous import Meeting
 from megagrow.doctor.shared_folder import look_at_folder
-from megagrow.errors import ConfigError
+from megagrow.errors import ResourceError
 from megagrow.parallel.launch import Launch, own_device
 from megagrow.parallel.process_groups import join_ranks
 
@@ -70,7 +70,7 @@ def _speeds(meeting: Meeting, hosts: list[list[int]], seconds: float) -> list[Sp
     said = meeting.share("the measurement", [found, trouble])
     reasons = [f"rank {rank}: {why}" for rank, (_, why) in enumerate(said) if why is not None]
     if reasons:
-        raise ConfigError(f"the ranks cannot talk to each other; {reasons[0]}")
+        raise ResourceError(f"the ranks cannot talk to each other; {reasons[0]}")
     return [_speeds_of(values) for values, _ in said]
 
 

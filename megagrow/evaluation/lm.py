@@ -15,7 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megagrow.errors import DataError, InputError
+from megagrow.errors import ConfigError, InputError
 from megagrow.evaluation.generation import Text, write
 from megagrow.evaluation.likelihood import Pair, log_likelihoods
 from megagrow.evaluation.logprobs import Scorer, Scores
@@ -103,11 +103,11 @@ class Evaluated(TemplateLM):  # type: ignore[misc]
 
     def _text(self, context: str, options: dict[str, Any]) -> Text:
         if options.get("do_sample") or options.get("temperature"):
-            raise DataError("this task samples its answers; only greedy decoding is done here")
+            raise ConfigError("this task samples its answers; only greedy decoding is done here")
         until = options.get("until") or []
         most = int(options.get("max_gen_toks", MAX_GENERATED))
         if most >= self.max_length:
-            raise DataError(
+            raise ConfigError(
                 f"{most} tokens are to be written, the model reads {self.max_length}: set "
                 "max_gen_toks"
             )
@@ -167,7 +167,7 @@ class MegagrowLM(Evaluated):
         device: str | None = None,
     ) -> None:
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise DataError(f"batch_size {batch_size}: should be a number of sequences")
+            raise ConfigError(f"batch_size {batch_size}: should be a number of sequences")
         topology = join(tp)
         loaded = load(Path(checkpoint), topology, tokenizer, dtype)
         length = loaded.model.config.max_position_embeddings
@@ -180,7 +180,7 @@ def join(tp: int) -> Topology:
     not divide their number."""
     launch = read_launch()
     if launch.world_size % tp != 0:
-        raise DataError(f"--tp {tp} does not divide the {launch.world_size} ranks of this start")
+        raise ConfigError(f"--tp {tp} does not divide the {launch.world_size} ranks of this start")
     if dist.is_initialized():
         return make_topology(tp, own_device(launch))
     return make_topology(tp, init_process_group(launch))

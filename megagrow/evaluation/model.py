@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megagrow.checkpoint.source import Source
 from megagrow.config.schema import ModelConfig
 from megagrow.config.sections import KernelsConfig
-from megagrow.errors import DataError
+from megagrow.errors import CheckpointError, ConfigError
 from megagrow.evaluation.tokenizer import Texts, open_texts
 from megagrow.formats.open_source import find_source, open_found
 from megagrow.model.backends import KernelWorkload, choose
@@ -69,7 +69,7 @@ def load(
 def _load(found: Path, topology: Topology, tokenizer: str | None, dtype: str | None) -> Loaded:
     source = open_found(found)
     if still_masked(source):
-        raise DataError(
+        raise CheckpointError(
             f"{source.path}: parts of it still stand behind masks, without which it is another "
             "model; evaluate a later checkpoint"
         )
@@ -105,16 +105,16 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
-        raise DataError(f"dtype {name}: should be one of {', '.join(DTYPES)}")
+        raise ConfigError(f"dtype {name}: should be one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def _texts(source: Source, given: str | None) -> Texts:
     name = given or named_tokenizer(source)
     if name is None:
-        raise DataError(f"{source.path}: names no tokenizer; give one with --tokenizer")
+        raise ConfigError(f"{source.path}: names no tokenizer; give one with --tokenizer")
     if given is None and not Path(name).exists():
-        raise DataError(f"{name}, the tokenizer of its run, is not here; give --tokenizer")
+        raise ConfigError(f"{name}, the tokenizer of its run, is not here; give --tokenizer")
     return open_texts(str(name), source.model.vocab_size)
 
 
@@ -122,4 +122,4 @@ def _check_divides(model: ModelConfig, tp: int) -> None:
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         size = getattr(model, name)
         if size % tp != 0:
-            raise DataError(f"--tp {tp} does not divide the model's {name} {size}")
+            raise ConfigError(f"--tp {tp} does not divide the model's {name} {size}")

@@ -13,7 +13,7 @@ import lm_eval.tasks
 from datasets import Dataset
 from lm_eval.tasks import TaskManager
 
-from megagrow.errors import DataError
+from megagrow.errors import ConfigError, DataError
 from megagrow.evaluation.local_data import Doc, read_documents
 
 GROUP = "gstack"
@@ -58,7 +58,7 @@ def load_tasks(names: tuple[str, ...], data_dir: Path | None) -> Tasks:
             ("MULTIMODAL", "shows images"),
         ):
             if getattr(task, trait, False):
-                raise DataError(f"task {name}: it {what}, which is not done here")
+                raise ConfigError(f"task {name}: it {what}, which is not done here")
     return found
 
 
@@ -70,7 +70,7 @@ def _from_hub(names: tuple[str, ...]) -> Any:
     manager = TaskManager(include_path=str(OWN_TASKS))
     for name in names:
         if name not in manager.task_index:
-            raise DataError(f"task {name}: lm-eval knows none of this name; see lm-eval ls tasks")
+            raise ConfigError(f"task {name}: lm-eval knows none of this name; see lm-eval ls tasks")
     try:
         return manager.load(list(names))["tasks"]
     except Exception as error:  # datasets and the hub's client raise whatever they stumble over
@@ -85,7 +85,7 @@ def _from_files(names: tuple[str, ...], data_dir: Path) -> Any:
     for name in names:
         if name not in _FOLDERS:
             known = ", ".join((GROUP, *_FOLDERS))
-            raise DataError(f"task {name}: from local files there are {known}")
+            raise ConfigError(f"task {name}: from local files there are {known}")
     found = {name: read_documents(name, data_dir) for name in names}
     folders = {Path(lm_eval.tasks.__file__).parent / _FOLDERS[name] for name in names}
     manager = TaskManager(include_defaults=False, include_path=sorted(map(str, folders)))

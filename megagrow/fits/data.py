@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from megagrow.errors import DataError
+from megagrow.errors import ConfigError, DataError
 
 RunKind = Literal["scratch", "grown"]
 
@@ -59,7 +59,7 @@ def csv_of(sources: Sequence[Path]) -> Path | None:
     for source in sources:
         if not source.is_dir():
             given = "is a file: give one CSV file, or" if source.is_file() else "is not there: give"
-            raise DataError(f"{source}: {given} directories of finished runs")
+            raise ConfigError(f"{source}: {given} directories of finished runs")
     return None
 
 
@@ -105,7 +105,7 @@ def parse_budgets(text: str) -> tuple[float, ...]:
     for word in text.split(","):
         value = _number(word)
         if value is None or value <= 0:
-            raise DataError(f"--budgets: {word.strip()!r} is no number of FLOPs; write 1e17,2e17")
+            raise ConfigError(f"--budgets: {word.strip()!r} is no number of FLOPs; write 1e17,2e17")
         found.add(value)
     return tuple(sorted(found))
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from megagrow.errors import InputError
+from megagrow.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def read_launch() -> Launch:
     given = {name: os.environ[name] for name in alone if name in os.environ}
     if given and len(given) < len(alone):
         missing = ", ".join(alone.keys() - given.keys())
-        raise InputError(f"the launcher set {', '.join(given)} but not {missing}")
+        raise ConfigError(f"the launcher set {', '.join(given)} but not {missing}")
     return Launch(*map(int, (alone | given).values()))
 
 
@@ -114,10 +114,14 @@ def open_store(launch: Launch, timeout: timedelta) -> Any:
         return dist.HashStore()  # type: ignore[attr-defined]
     port = os.environ.get("MASTER_PORT")
     if port is None:
-        raise InputError("the launcher did not set MASTER_PORT")
+        raise ConfigError("the launcher did not set MASTER_PORT")
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(  # type: ignore[attr-defined]
-        *(first_host(), int(port), launch.world_size, launch.rank == 0 and not kept, timeout),
+        host_name=first_host(),
+        port=int(port),
+        world_size=launch.world_size,
+        is_master=launch.rank == 0 and not kept,
+        timeout=timeout,
         wait_for_workers=False,
     )
     return _own_part(store)

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megagrow.config.sections import GuardsConfig
-from megagrow.errors import ConfigError
+from megagrow.errors import CheckpointError
 from megagrow.train.fault_tolerance.stability import Guard
 from megagrow.train.reporting.metrics import Counters, StepMetrics
 
@@ -101,12 +101,12 @@ class RunState:
             whole = [values["stage"], values["stage_step"], counters.step, counters.tokens, skipped]
             sums = [value for value in asdict(counters).values() if type(value) in (int, float)]
         except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
+            raise CheckpointError(
                 f"the checkpoint does not say where its run stands ({error})"
             ) from error
         wrong = [value for value in whole if type(value) is not int or value < 0]
         if wrong or len(sums) < len(asdict(counters)):
-            raise ConfigError(
+            raise CheckpointError(
                 "the checkpoint does not say where its run stands: its counters are not numbers"
             )
         stage, step = values["stage"], values["stage_step"]
