@@ -1,5 +1,6 @@
-"""A run, from its config to its last checkpoint, in the order in which it happens."""
+"""One run, top to bottom: from its config to its last checkpoint."""
 
+import logging
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -7,6 +8,7 @@ from functools import partial
 import torch
 
 from megagrow.checkpoint.load import newest_checkpoint
+from megagrow.common.log_setup import LogLevel, configure_logging
 from megagrow.config.growth_guidelines import timing_warnings
 from megagrow.config.schema import RunConfig
 from megagrow.config.validation import world_problems
@@ -27,7 +29,7 @@ from megagrow.train.growth_event.event import end_stage
 from megagrow.train.growth_event.function_check import Change, change, predictions
 from megagrow.train.growth_event.operator_search import grow_best
 from megagrow.train.kernel_warmup import WarmUp, check_kernels
-from megagrow.train.loop import StageEnd, StepDone, Stopped, advance
+from megagrow.train.loop import StageEnd, StepDone, StepHooks, Stopped, advance
 from megagrow.train.reporting.environment import describe_environment
 from megagrow.train.reporting.run_logger import RunLogger
 from megagrow.train.resume import begin, rewind_target
@@ -35,29 +37,32 @@ from megagrow.train.stage import Stage, masks_now
 from megagrow.train.step import mean_loss
 from megagrow.train.train_state import RunState
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """What stays the same while a run is trained."""
+    """Components of a running job; `run` is replaced when a growth chooses its operator."""
 
     run: RunConfig
     launch: Launch
     device: torch.device
     inputs: Inputs
     evaluation: Evaluation | None
-    recorder: RunLogger
-    saving: Checkpointer
+    run_logger: RunLogger
+    checkpointer: Checkpointer
     watchdog: Watchdog
     stop: StopSignal
     warm_up: WarmUp
 
 
-def train(run: RunConfig) -> str | None:
-    """Trains a run to its end, from its newest checkpoint if it has one. All ranks call this.
+def train(run: RunConfig, log_level: str = LogLevel.INFO) -> str | None:
+    """Train a run to its end, from its newest checkpoint if it has one. Collective.
 
-    Returns the signal that has stopped it before its end, None where there was none.
+    Returns the name of the signal that stopped it early, or None.
     """
     launch = read_launch()
+    console = configure_logging(log_level, launch.rank, launch.world_size)
     problems = growth_problems(run) or world_problems(run, launch.world_size)
     if problems:
         raise ConfigError("; ".join(problems))
@@ -66,49 +71,56 @@ def train(run: RunConfig) -> str | None:
     inputs = run_on_all_ranks(lambda: open_inputs(run))
     evaluation = open_evaluation(run, device)
     environment = describe_environment(run)
-    recorder = RunLogger(run, launch.rank, launch.world_size, environment)
-    lock = run_on_all_ranks(lambda: lock_directory(run.output_dir, launch.rank, recorder.say))
+    run_logger = RunLogger(run, launch.rank, launch.world_size, environment, console)
+    lock = run_on_all_ranks(lambda: lock_directory(run.output_dir, launch.rank))
     watchdog = start_watchdog(launch, first_host(), run.guards.hang_timeout)
-    warm_up = WarmUp(device, launch.local_rank, recorder.say)
-    with lock, recorder, watchdog, warm_up, StopSignal() as stop:
-        run_on_all_ranks(recorder.open)
-        saving = Checkpointer(run, launch.rank, device, environment, recorder)
+    warm_up = WarmUp(device, launch.local_rank)
+    with lock, run_logger, watchdog, warm_up, StopSignal() as stop:
+        run_on_all_ranks(run_logger.open)
+        checkpointer = Checkpointer(run, launch.rank, device, environment, run_logger)
+        job = Job(
+            run=run,
+            launch=launch,
+            device=device,
+            inputs=inputs,
+            evaluation=evaluation,
+            run_logger=run_logger,
+            checkpointer=checkpointer,
+            watchdog=watchdog,
+            stop=stop,
+            warm_up=warm_up,
+        )
         try:
-            with saving:
-                stopped = _train(
-                    Job(
-                        *(run, launch, device, inputs, evaluation),
-                        *(recorder, saving, watchdog, stop, warm_up),
-                    )
-                )
-        except RuntimeError:  # as torch.distributed raises, whatever the backend
+            with checkpointer:
+                stopped = _train(job)
+        except RuntimeError:  # torch.distributed raises it for every backend
             watchdog.raise_if_peer_lost()
             raise
-        run_on_all_ranks(recorder.check)
+        run_on_all_ranks(run_logger.check)
         watchdog.beat("leaving", long=True)
         leave_process_group()
     return stopped
 
 
 def _train(job: Job) -> str | None:
-    recorder, given = job.recorder, job
-    for warning in timing_warnings(job.run):
-        recorder.say(f"warning: {warning}")
+    initial = job
+    if job.launch.rank == 0:
+        for warning in timing_warnings(job.run):
+            logger.warning("%s", warning)
     job, stage, state = _begin(job)
-    saving, saved, warm = job.saving, state.counters.step, None
+    saved, warm = state.counters.step, None
     _prepare(job, stage)
     try:
         while True:
-            # The first step on an engine may have to compile kernels.
-            beat = partial(job.watchdog.beat, long=stage is not warm)
-            check, reader = recorder.check, job.inputs.train
-            event = advance(job.run, stage, state, reader, job.stop, check, beat, saving)
-            state, warm = saving.account(event.state), stage
+            # The first step of an engine may have to compile kernels.
+            hooks = _step_hooks(job, long=stage is not warm)
+            event = advance(job.run, stage, state, job.inputs.train, job.stop, hooks)
+            state, warm = job.checkpointer.account(event.state), stage
             match event:
                 case StepDone():
-                    recorder.step(event)
+                    job.run_logger.step(event)
                     if event.rewind is not None:
-                        job, stage, state = _rewind(given, stage, state, event.rewind)
+                        job, stage, state = _rewind(initial, stage, state, event.rewind)
                         saved = state.counters.step
                         continue
                     if event.validate:
@@ -119,59 +131,66 @@ def _train(job: Job) -> str | None:
                         state = _save(job, stage, state)
                         saved = state.counters.step
                 case StageEnd() if stage.index + 1 < len(job.run.stages):
-                    saving.release()
+                    job.checkpointer.release()
                     job, stage, state = _grow(job, stage, state)
                     _prepare(job, stage)
                 case StageEnd() | Stopped():
                     break
-    except StopRequested as request:  # the checkpoint before the growth is all that counts
-        recorder.end(state, str(request))
+    except StopRequested as request:  # the run resumes from the checkpoint before the growth
+        job.run_logger.end(state, str(request))
         return str(request)
     job.watchdog.beat("waiting for a save", long=True)
-    state = saving.finish(state)
+    state = job.checkpointer.finish(state)
     if saved < state.counters.step:
         state = _save(job, stage, state, wait=True)
     stopped = event.reason if isinstance(event, Stopped) else None
-    recorder.end(state, stopped)
+    job.run_logger.end(state, stopped)
     stage.release()
     return stopped
 
 
+def _step_hooks(job: Job, long: bool) -> StepHooks:
+    return StepHooks(
+        check=job.run_logger.check,
+        beat=partial(job.watchdog.beat, long=long),
+        background=job.checkpointer,
+    )
+
+
 def _begin(job: Job) -> tuple[Job, Stage, RunState]:
-    """The state of the newest whole checkpoint, or the weights that the run begins with."""
-    job.watchdog.beat("the beginning of the run", long=True)
-    found = newest_checkpoint(job.saving.directory, job.recorder.say)
-    run, stage, state = begin(job.run, found, job.device, job.recorder.say)
-    job.recorder.start(state, None if found is None else found[0])
+    """Load the newest valid checkpoint, or build the initial state."""
+    job.watchdog.beat("the start of the run", long=True)
+    found = newest_checkpoint(job.checkpointer.directory)
+    run, stage, state = begin(job.run, found, job.device)
+    job.run_logger.start(state, None if found is None else found[0])
     _forget_evaluations(job, -1 if found is None else state.counters.step)
     return replace(job, run=run), stage, state
 
 
 def _prepare(job: Job, stage: Stage) -> None:
-    """What goes on beside the training of a stage."""
-    job.saving.prepare(stage)
+    """Prepare asynchronous saves of a stage and precompile the kernels of the next one."""
+    job.checkpointer.prepare(stage)
     job.warm_up.prepare(job.run, stage.index)
 
 
 def _rewind(job: Job, stage: Stage, failed: RunState, reason: str) -> tuple[Job, Stage, RunState]:
-    """Goes back to a checkpoint in the running job; `job` is the one before any growth."""
+    """Rewind the running job to a checkpoint; `job` is the one before any growth."""
     clock = time.perf_counter()
     job.watchdog.beat(f"rewinding from step {failed.counters.step}", long=True)
-    failed = job.saving.finish(failed)
-    directory, say = job.saving.directory, job.recorder.say
-    found, state = rewind_target(job.run, directory, failed, reason, say)
-    job.saving.release()
+    failed = job.checkpointer.finish(failed)
+    found, state = rewind_target(job.run, job.checkpointer.directory, failed, reason)
+    job.checkpointer.release()
     stage.release()
-    run, stage, _ = begin(job.run, found, job.device, say)
+    run, stage, _ = begin(job.run, found, job.device)
     _prepare(replace(job, run=run), stage)
     state = state.add_lost_time(time.perf_counter() - clock)
-    job.recorder.rewind(failed, state, None if found is None else found[0], reason)
+    job.run_logger.rewind(failed, state, None if found is None else found[0], reason)
     _forget_evaluations(job, state.counters.step)
     return replace(job, run=run), stage, state
 
 
 def _forget_evaluations(job: Job, step: int) -> None:
-    """`megagrow eval` may have looked at checkpoints that the run now comes to anew."""
+    """Delete the results of `megagrow eval` for later checkpoints, which the run will overwrite."""
     first = job.launch.rank == 0
     run_on_all_ranks(lambda: remove_stored_after(job.run.output_dir, step) if first else None)
 
@@ -181,25 +200,26 @@ def _validate(job: Job, stage: Stage, state: RunState) -> None:
         job.watchdog.beat(f"the validation after step {state.counters.step}", long=True)
         masks = masks_now(job.run, stage, state.stage_step)
         loss = mean_loss(stage, job.inputs.validation, job.inputs.validation_sequences, masks)
-        job.recorder.validation(state, loss)
+        job.run_logger.validation(state, loss)
 
 
 def _evaluate(job: Job, stage: Stage, state: RunState) -> None:
-    def begin(task: str) -> None:
+    def beat(task: str) -> None:
         step = state.counters.step
         job.watchdog.beat(f"the evaluation on {task} after step {step}", long=True)
 
     if job.evaluation is not None:
         masks = masks_now(job.run, stage, state.stage_step)
-        job.recorder.evaluation(state, job.evaluation(stage, masks, begin))
+        job.run_logger.evaluation(state, job.evaluation(stage, masks, beat))
 
 
 def _save(job: Job, stage: Stage, state: RunState, wait: bool = False) -> RunState:
     job.watchdog.beat(f"saving the checkpoint of step {state.counters.step}", long=True)
-    return job.saving.save(stage, state, wait=wait)
+    return job.checkpointer.save(stage, state, wait=wait)
 
 
 def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState]:
+    """Grow the model into the next stage and verify operators that preserve the function."""
     fixed = job.inputs.fixed
 
     def loss_of(run: RunConfig, stage: Stage, steps: int) -> float:
@@ -211,29 +231,27 @@ def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState
     job.warm_up.report()
     losses = [loss_of(job.run, stage, state.stage_step)]
     before = predictions(stage, fixed, masks_now(job.run, stage, state.stage_step))
-    length, pause = job.run.data.sequence_length, partial(_pause_growth, job, state)
-    feed = Feed(job.inputs.train, state.position, length, pause)
-    run, stage, report, probing = grow_best(
-        job.run, end_stage(stage), feed, loss_of, job.recorder.say
-    )
+    length, before_step = job.run.data.sequence_length, partial(_before_growth_step, job, state)
+    feed = Feed(job.inputs.train, state.position, length, before_step)
+    run, stage, report, search_cost = grow_best(job.run, end_stage(stage), feed, loss_of)
     losses.append(loss_of(run, stage, 0))
     difference = change(before, predictions(stage, fixed, masks_now(run, stage, 0)))
-    spent = report.spent.plus(probing)
+    cost = report.spent.plus(search_cost)
     state = state.after_growth(
         report.layers,
         report.operator,
-        tokens=spent.tokens,
-        flops=spent.flops,
-        flops_true=spent.flops_true,
+        tokens=cost.tokens,
+        flops=cost.flops,
+        flops_true=cost.flops_true,
     ).add_lost_time(time.perf_counter() - clock)
-    job.recorder.growth(state, report, losses[0], losses[1], difference)
+    job.run_logger.growth(state, report, losses[0], losses[1], difference)
     if report.preserves_function:
         _check_preserved(replace(job, run=run), stage, state, losses, difference)
     return replace(job, run=run), stage, state
 
 
-def _pause_growth(job: Job, state: RunState) -> None:
-    """Between the steps of a growth that trains or measures."""
+def _before_growth_step(job: Job, state: RunState) -> None:
+    """Report progress and react to signals between the steps of a growth that trains."""
     job.watchdog.beat(f"the growth after step {state.counters.step}", long=True)
     if any_across_ranks(job.stop.received is not None, job.device):
         raise StopRequested(job.stop.received or "a signal on another rank")
@@ -242,15 +260,16 @@ def _pause_growth(job: Job, state: RunState) -> None:
 def _check_preserved(
     job: Job, stage: Stage, state: RunState, losses: list[float], difference: Change
 ) -> None:
-    """An exact growth that is not exact stops the run before a step is taken."""
+    """Raise if an operator that should preserve the function changed it, before any step."""
     growth = job.run.stages[state.stage].growth
     assert growth is not None
     moved = max(abs(losses[1] - losses[0]), difference.kl)
     if any_across_ranks(not moved <= growth.tolerance, stage.topology.device):
         raise ConfigError(
             f"the growth at step {state.counters.step} by {' with '.join(growth.operator)} should "
-            f"have kept the function, but the loss on a fixed batch went from {losses[0]:.6f} to "
+            f"preserve the function, but the loss on a fixed batch changed from {losses[0]:.6f} to "
             f"{losses[1]:.6f} (KL {difference.kl:.2e}), more than growth.tolerance = "
-            f"{growth.tolerance}; no step was taken and the checkpoint before it is intact: raise "
-            "the tolerance if the precision explains it, else report a bug"
+            f"{growth.tolerance}; no step was taken and the checkpoint before the growth is "
+            "intact: raise the tolerance if the precision explains the difference, otherwise "
+            "report a bug"
         )

@@ -214,6 +214,17 @@ def test_the_environment_is_read_in_one_place() -> None:
     hold("environment", found)
 
 
+def test_errors_name_who_must_act() -> None:
+    """A plain InputError does not state which input to change; its subclasses do."""
+    found = [
+        f"{name_of(path)}:{node.lineno}: InputError(...)"
+        for path in files("megagrow")
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] == "InputError"
+    ]
+    hold("input error", found)
+
+
 def test_no_global_statement() -> None:
     found = [
         f"{name_of(path)}:{node.lineno}: global {', '.join(node.names)}"

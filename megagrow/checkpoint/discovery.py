@@ -1,5 +1,6 @@
-"""Finds the newest whole checkpoint under a directory: every byte of it is read."""
+"""Find the newest valid checkpoint; damaged ones are skipped with a warning."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,29 +8,35 @@ from megagrow.checkpoint.files import list_checkpoints
 from megagrow.checkpoint.manifest import Manifest, verify_checkpoint
 from megagrow.errors import CheckpointError, InputError
 
+logger = logging.getLogger(__name__)
 
-def newest_whole(directory: Path, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint that is whole, found by one process; None if there is none at all.
 
-    A damaged one is named through `say` and passed over. InputError if all of them are damaged.
+def newest_whole(directory: Path) -> tuple[Path, Manifest] | None:
+    """Return the newest checkpoint whose files match their checksums; None if there is none.
+
+    "Newest" means most steps. Damaged checkpoints are skipped with a warning. Raises
+    CheckpointError if all of them are damaged.
     """
-    return first_whole(directory, list_checkpoints(directory), verify_checkpoint, say)
+    return first_whole(directory, list_checkpoints(directory), verify_checkpoint)
 
 
 def first_whole(
     directory: Path,
     paths: list[Path],
     verify: Callable[[Path], Manifest],
-    say: Callable[[str], None],
+    level: int = logging.WARNING,
 ) -> tuple[Path, Manifest] | None:
-    """The last of the paths that `verify` has nothing to say against, as `newest_whole`."""
+    """Return the last of `paths` that `verify` accepts, as `newest_whole` does.
+
+    `level` is the severity at which skipped checkpoints are logged.
+    """
     problems = []
     for path in reversed(paths):
         try:
             return path, verify(path)
         except InputError as error:
-            say(f"passed over a checkpoint: {error}")
+            logger.log(level, "skipped a damaged checkpoint: %s", error)
             problems.append(str(error))
     if problems:
-        raise CheckpointError(f"no checkpoint under {directory} is whole: {problems[0]}")
+        raise CheckpointError(f"no valid checkpoint under {directory}: {problems[0]}")
     return None

@@ -1,6 +1,6 @@
-"""Loading: the newest whole checkpoint, into any layout; each rank reads only what it needs."""
+"""Load the newest valid checkpoint into any layout; each rank reads only its own ranges."""
 
-from collections.abc import Callable
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,27 +21,23 @@ from megagrow.reshard.copy_plan import Copy, copies_to
 from megagrow.reshard.layout import Block, Layout
 
 _NAMED = 3
-"""So many damaged files of one checkpoint are named, the others counted."""
+"""Number of damaged files of one checkpoint that are named; the others are counted."""
 
 
-def newest_checkpoint(directory: Path, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint that is whole, agreed by all ranks, each of which reads its share of
-    the files; None if there is none at all. The newest is that of most steps, not of a clock.
+def newest_checkpoint(directory: Path) -> tuple[Path, Manifest] | None:
+    """Return the newest valid checkpoint, the same on all ranks; None if there is none. Collective.
 
-    A damaged one is named through `say` on rank 0 and passed over. InputError if all are damaged.
+    "Newest" means most steps, not a time. Each rank verifies its share of the files. Damaged
+    checkpoints are skipped with a warning on rank 0. Raises CheckpointError if all are damaged.
     """
-    rank = dist.get_rank()
     paths = run_on_rank_zero(lambda: list_checkpoints(directory))
-
-    def say_once(text: str) -> None:
-        if rank == 0:
-            say(text)
-
-    return first_whole(directory, paths, _verify_together, say_once)
+    # All ranks find the same damage.
+    level = logging.WARNING if dist.get_rank() == 0 else logging.DEBUG
+    return first_whole(directory, paths, _verify_together, level)
 
 
 def _verify_together(path: Path) -> Manifest:
-    """The manifest as rank 0 reads it, once all files are read: file i by rank i of the world."""
+    """Return rank 0's manifest after all files are verified, file i by rank i mod world size."""
     rank, world = dist.get_rank(), dist.get_world_size()
     manifest = run_on_rank_zero(lambda: parse_manifest(path))
     mine = list(manifest.files.items())[rank::world]
@@ -56,7 +52,7 @@ def _verify_together(path: Path) -> Manifest:
 
 
 def load_storage(path: Path, manifest: Manifest, layout: Layout, storage: Storage) -> None:
-    """Fills this rank's storage from a checkpoint written in any layout; all ranks together."""
+    """Fill this rank's storage from a checkpoint written in any layout. Collective."""
     source = manifest.read_layout()
     keep = identity_map(list(layout.plan))
     rank = dist.get_rank()

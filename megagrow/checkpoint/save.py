@@ -16,7 +16,7 @@ from megagrow.checkpoint.shards import own_tensors, planned_shard, write_shard
 from megagrow.common.checksums import Files
 from megagrow.common.disk_space import check_room
 from megagrow.common.file_io import sync
-from megagrow.errors import CheckpointError, InputError
+from megagrow.errors import InputError, ResourceError
 from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.parallel.engine import Storage
 from megagrow.reshard.layout import Layout
@@ -105,7 +105,7 @@ class Save:
                 shutil.rmtree(self.partial, ignore_errors=True)
             before = list_checkpoints(self.directory)
             rest = f"the last good one is {before[-1]}" if before else "there is none before it"
-            raise CheckpointError(
+            raise ResourceError(
                 f"checkpoint {self.final} was not saved: {error}; {rest}"
             ) from error
 

@@ -14,6 +14,7 @@ from megagrow.cli.doctor import doctor
 from megagrow.cli.evaluate import evaluate
 from megagrow.cli.fit import fit_app
 from megagrow.cli.train import train
+from megagrow.common.log_setup import configure_logging
 from megagrow.common.tables import Overrides, RunFile, table_console
 from megagrow.errors import ConfigError, InputError, PeerLost, RunError
 
@@ -27,9 +28,9 @@ app.command("eval")(evaluate)
 app.command("train")(train)
 app.command("doctor")(doctor)
 
-FIRST_SPEAKS_SECONDS = 20.0
-"""How long a rank that has nothing to say stays, so that the launcher does not end the first one
-before it has spoken. It is ended itself as soon as that one has left."""
+REPORT_SECONDS = 20.0
+"""Delay before a rank that prints no error exits, so that the launcher does not kill the reporting
+rank before it has printed. The launcher ends it as soon as that rank has exited."""
 
 
 @app.callback()
@@ -37,7 +38,8 @@ def megagrow(
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Pretrain a language model by growing it."""
-    # The deepspeed launcher gives every process this option; the same stands in its environment.
+    # `local_rank` is set by the deepspeed launcher, and ignored: LOCAL_RANK has the same value.
+    configure_logging()
 
 
 @app.command()
@@ -215,37 +217,37 @@ def config_show(run_file: RunFile, overrides: Overrides = None) -> None:
 
 
 def main() -> None:
-    """Entry point. A user's mistake is one line on the first rank of each host, exit code 2."""
+    """Entry point. An InputError is one line on the first rank of each host, exit code 2."""
     try:
         app()
     except InputError as error:
-        _say_once(f"error: {error}")
+        _report_once(f"error: {error}")
         sys.exit(2)
     except PeerLost as error:
-        _say(f"error: {error}", error.is_reporter)
+        _report(f"error: {error}", error.is_reporter)
         sys.exit(error.code)
     except RunError as error:
-        _say_once(f"error: {error}")
+        _report_once(f"error: {error}")
         sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _say_once(text: str) -> None:
+def _report_once(text: str) -> None:
     from megagrow.parallel.launch import read_launch
 
     try:
         first = read_launch().local_rank == 0
     except InputError:
         first = True
-    _say(text, first)
+    _report(text, first)
 
 
-def _say(text: str, is_reporter: bool) -> None:
-    """Says something, or gives the rank that does the time for it."""
+def _report(text: str, is_reporter: bool) -> None:
+    """Print an error line, or wait for the rank that prints it."""
     from megagrow.parallel.launch import launcher_kills_all_ranks
 
     if is_reporter:
         print(text, file=sys.stderr, flush=True)
     elif launcher_kills_all_ranks():
-        time.sleep(FIRST_SPEAKS_SECONDS)
+        time.sleep(REPORT_SECONDS)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megagrow.errors import ConfigError
+from megagrow.errors import ResourceError
 
 checkpoint_app = typer.Typer(help="Look after checkpoints.", no_args_is_help=True)
 
@@ -108,6 +108,6 @@ def prune(
             try:
                 remove_checkpoint(path)
             except OSError as error:
-                raise ConfigError(f"{path}: cannot be removed ({error.strerror})") from error
+                raise ResourceError(f"{path}: cannot be removed ({error.strerror})") from error
         done = "would be removed" if dry_run else "removed"
         console.print(f"{path}: {done}", markup=False, soft_wrap=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from megagrow.common.tables import Overrides, table_console
-from megagrow.errors import ConfigError
+from megagrow.errors import ConfigError, ResourceError
 
 WAIT_SECONDS = 60.0
 """How long ranks wait for each other, by default: imports from a shared disk take a while."""
@@ -61,4 +61,4 @@ def _examine_cluster(folder: Path | None, seconds: float) -> None:
         print_cluster_report(report, problems, table_console())
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"the cluster has {count}: {problems[0]}")
+        raise ResourceError(f"the cluster has {count}: {problems[0]}")

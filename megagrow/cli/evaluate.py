@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megagrow.common.log_setup import configure_logging
 from megagrow.errors import ConfigError
 
 
@@ -49,10 +50,13 @@ def evaluate(
     from megagrow.evaluation.runner import evaluate as run_tasks
     from megagrow.evaluation.tasks import load_tasks
     from megagrow.parallel.agreement import run_on_all_ranks
+    from megagrow.parallel.launch import read_launch
     from megagrow.parallel.process_groups import leave_process_group
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     topology = init_topology(tp)
+    launch = read_launch()
+    configure_logging(rank=launch.rank, world_size=launch.world_size)
     if not names:
         raise ConfigError("--tasks: names none")
     asked = run_on_all_ranks(lambda: load_tasks(names, data_dir))

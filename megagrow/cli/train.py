@@ -1,9 +1,10 @@
-"""The command line's `megagrow train`: a run, or one rank of it that is built and told of."""
+"""`megagrow train`: train a run, or dry-run one of its ranks."""
 
 from typing import Annotated
 
 import typer
 
+from megagrow.common.log_setup import LogLevel
 from megagrow.common.tables import Overrides, RunFile, table_console
 from megagrow.errors import ConfigError
 
@@ -13,19 +14,23 @@ def train(
     overrides: Overrides = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Build one rank, tell what it would do, start nothing."),
+        typer.Option("--dry-run", help="Build one rank and report its work; train nothing."),
     ] = False,
     world: Annotated[
         int | None, typer.Option(min=1, help="With --dry-run: ranks of the run; default: 1.")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=0, help="With --dry-run: the one to build; default: 0.")
+        int | None, typer.Option(min=0, help="With --dry-run: the rank to build; default: 0.")
     ] = None,
     stop_code: Annotated[
         int, typer.Option(min=0, max=125, help="Exit code after a stop by a signal.")
     ] = 0,
+    log_level: Annotated[
+        LogLevel,
+        typer.Option(help="Lowest severity printed by rank 0; other ranks print warnings."),
+    ] = LogLevel.INFO,
 ) -> None:
-    """Train a run, growth included; goes on by itself from its newest checkpoint."""
+    """Train a run with its growths; resumes from its newest checkpoint."""
     from megagrow.config.load import load_run
 
     if dry_run:
@@ -40,8 +45,10 @@ def train(
             raise ConfigError(f"the run would not start: {problems}, see above")
         return
     if world is not None or rank is not None:
-        raise ConfigError("--world and --rank need --dry-run: a real run has its launcher's ranks")
+        raise ConfigError(
+            "--world and --rank need --dry-run: a real run gets its ranks from the launcher"
+        )
     from megagrow.run import train as train_run
 
-    if train_run(load_run(run_file, overrides or ())) is not None:
+    if train_run(load_run(run_file, overrides or ()), log_level) is not None:
         raise typer.Exit(stop_code)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megagrow.common.disk_space import check_room
 from megagrow.common.file_io import sync
-from megagrow.errors import ResourceError, unwritable
+from megagrow.errors import ConfigError, unwritable
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
     partial = out.with_name(f"{out.name}.tmp")
     for path in (out, partial):
         if path.exists():
-            raise ResourceError(f"{path}: is there already; remove it or write elsewhere")
+            raise ConfigError(f"{path}: is there already; remove it or write elsewhere")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         check_room(out.parent, needed)

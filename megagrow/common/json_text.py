@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megagrow.errors import InputError
+from megagrow.errors import DataError, InputError
 
 FILE_BYTES = 100_000_000
 """Of a JSON file; the index of a model with a million tensors is shorter."""
@@ -32,20 +32,20 @@ def parse_json(raw: bytes) -> Any:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds. InputError, naming the file, if it holds none."""
+def read_json(path: Path, error_class: type[InputError] = DataError) -> dict[str, Any]:
+    """Return the object in a JSON file; raises `error_class`, naming the file, if it has none."""
     try:
         with path.open("rb") as file:
             raw = file.read(FILE_BYTES + 1)
         if len(raw) > FILE_BYTES:
-            raise InputError(f"{path}: more than {FILE_BYTES} bytes; not what it is taken for")
+            raise error_class(f"{path}: more than {FILE_BYTES} bytes; not what it is taken for")
         found = parse_json(raw)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise error_class(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
+        raise error_class(f"{path}: not JSON ({error})") from error
     if not isinstance(found, dict):
-        raise InputError(f"{path}: should hold a JSON object")
+        raise error_class(f"{path}: should hold a JSON object")
     return found
 
 

@@ -10,7 +10,7 @@ from megagrow.config.schema import CorpusConfig, DataConfig
 from megagrow.data.indexed import IndexedCorpus
 from megagrow.data.manifest import CorpusManifest
 from megagrow.data.stream import NO_LABEL, Tokens, TokenStream
-from megagrow.errors import DataError
+from megagrow.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def sequences_of(
     """
     per_step = micro_batch_size * dp_size
     if global_batch_size % per_step:
-        raise DataError(
+        raise ConfigError(
             f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size "
             f"{micro_batch_size} x data parallel {dp_size}"
         )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megagrow.errors import DataError
+from megagrow.errors import ConfigError
 
 PERIOD = 9_000
 """Maximum period of the pattern in slots. Eighths, ninths and thousandths are exact; other weights
@@ -48,7 +48,7 @@ class Blend:
 def _shares(weights: Sequence[float], period: int) -> np.ndarray:
     """Return the slots per period of each corpus, int64: largest remainder, at least one."""
     if len(weights) > period:
-        raise DataError(f"{len(weights)} corpora are too many to blend; at most {period}")
+        raise ConfigError(f"{len(weights)} corpora are too many to blend; at most {period}")
     # One slot each, and the remaining slots in proportion to the remaining weights.
     ideal = np.asarray(weights, dtype=np.float64) / np.sum(weights) * period
     wanted = np.maximum(ideal - 1, 0)

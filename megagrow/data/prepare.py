@@ -39,7 +39,7 @@ from megagrow.data.tokenizers import (
     train_sentencepiece,
 )
 from megagrow.data.workers import TaskFunction, run_tasks
-from megagrow.errors import DataError
+from megagrow.errors import ConfigError, DataError, ResourceError
 
 TRAIN_TOKENIZER = "train"
 DEFAULT_VOCAB_SIZE = 32_000
@@ -108,14 +108,14 @@ def _check_options(
     sources: list[str], output: Path, validation_fraction: float, workers: int | None
 ) -> None:
     if not sources:
-        raise DataError("no sources given; name at least one file, folder or dataset")
+        raise ConfigError("no sources given; name at least one file, folder or dataset")
     if not 0 <= validation_fraction < 1:
-        raise DataError(f"validation_fraction {validation_fraction} is not in [0, 1)")
+        raise ConfigError(f"validation_fraction {validation_fraction} is not in [0, 1)")
     if workers is not None and workers < 1:
-        raise DataError(f"workers = {workers}; use at least 1")
+        raise ConfigError(f"workers = {workers}; use at least 1")
     for source in sources:
         if Path(source).is_dir() and output.resolve().is_relative_to(Path(source).resolve()):
-            raise DataError(f"{output}: is inside the source {source}; choose another output")
+            raise ConfigError(f"{output}: is inside the source {source}; choose another output")
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def _disk_errors(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{error.filename or output}: {error.strerror or error}") from error
+        raise ResourceError(f"{error.filename or output}: {error.strerror or error}") from error
 
 
 def _identity(tokenizer: str, vocab_size: int | None) -> str:
@@ -226,7 +226,7 @@ def _check_totals(totals: dict[str, Split], validation_fraction: float) -> None:
         raise DataError("the sources contain no document with text")
     for name, total in totals.items():
         if total.documents == 0 and (name == TRAIN or validation_fraction > 0):
-            raise DataError(
+            raise ConfigError(
                 f"validation_fraction = {validation_fraction} of {documents} documents leaves none "
                 f"for {name}; change it, or split the text into more documents"
             )

@@ -21,7 +21,7 @@ from megagrow.data.indexed import IndexedCorpus, with_suffix
 from megagrow.data.manifest import CorpusManifest
 from megagrow.data.stream import TokenStream
 from megagrow.data.tokenizers import Tokenizer
-from megagrow.errors import DataError
+from megagrow.errors import ConfigError, DataError
 
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -151,7 +151,7 @@ def _opened(corpus: IndexedCorpus, length: int) -> IndexedCorpus:
     manifest = CorpusManifest.beside(corpus.prefix)
     packed = manifest.sequence_length if manifest else None
     if packed not in (None, length):
-        raise DataError(
+        raise ConfigError(
             f"{corpus.prefix}: its examples are packed into rows of {packed} tokens, but "
             f"data.sequence_length is {length}; make them equal"
         )

@@ -19,7 +19,7 @@ from megagrow.data.manifest import NAME, CorpusFile, CorpusManifest, Split
 from megagrow.data.part_files import SPLITS, TRAIN, Options, fingerprint
 from megagrow.data.sft import TokenizedExample, mask_prefix, pack, read_examples, tokenize
 from megagrow.data.tokenizers import Tokenizer, load_tokenizer
-from megagrow.errors import DataError
+from megagrow.errors import ConfigError, DataError, ResourceError
 
 SUFFIXES = (".bin", ".idx")
 
@@ -51,7 +51,7 @@ def prepare_sft(
     dropped. The split of an example depends on its text only. Prints a summary. Raises InputError.
     """
     if not 0 <= validation_fraction < 1:
-        raise DataError(f"validation_fraction {validation_fraction} is not in [0, 1)")
+        raise ConfigError(f"validation_fraction {validation_fraction} is not in [0, 1)")
     console, loaded = console or Console(), load_tokenizer(tokenizer)
     options = Options("", validation_fraction, seed)
     collected = _collect(sources, loaded, sequence_length, options)
@@ -69,7 +69,7 @@ def prepare_sft(
         manifest = _describe(identity, sources, output, splits, loaded, sequence_length)
         manifest.write(output)
     except OSError as error:
-        raise DataError(f"{error.filename or output}: {error.strerror or error}") from error
+        raise ResourceError(f"{error.filename or output}: {error.strerror or error}") from error
     if collected.truncated or collected.dropped:
         console.print(
             f"longer than {sequence_length} tokens: {collected.truncated} answers truncated, "

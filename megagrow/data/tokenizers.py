@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import sentencepiece
 
 from megagrow.common.json_text import read_json
-from megagrow.errors import DataError, InputError
+from megagrow.errors import ConfigError, DataError, InputError, ResourceError
 
 PIECE_LENGTH = 2048
 """Characters, rounded up to a line end, passed to SentencePiece at a time so that its tables
@@ -250,7 +250,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path)
         )
     except RuntimeError as error:
         reason = str(error).strip().rsplit("] ", 1)[-1].replace("\n", " ")
-        raise DataError(f"vocab_size {vocab_size} does not fit the corpus: {reason}") from error
+        raise ConfigError(f"vocab_size {vocab_size} does not fit the corpus: {reason}") from error
     partial = model_path.with_name(f"{model_path.name}.{os.getpid()}.partial")
     partial.write_bytes(model.getvalue())
     os.replace(partial, model_path)
@@ -271,7 +271,7 @@ def _import(library: str) -> ModuleType:
     try:
         return importlib.import_module(library)
     except ImportError as error:
-        raise DataError(
+        raise ResourceError(
             f"this tokenizer needs the {library} library: pip install megagrow[hf]"
         ) from error
 

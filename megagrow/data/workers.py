@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from typing import TypeVar
 
-from megagrow.errors import DataError, InputError
+from megagrow.errors import InputError, ResourceError
 
 Task = TypeVar("Task")
 Message = TypeVar("Message")
@@ -86,7 +86,7 @@ def _collect(
         except queue.Empty:
             codes = [process.exitcode for process in processes if process.exitcode]
             if codes:
-                raise DataError(
+                raise ResourceError(
                     f"a worker process was killed (exit code {codes[0]}), possibly out of memory; "
                     "retry with fewer workers"
                 ) from None

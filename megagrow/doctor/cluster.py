@@ -22,7 +22,7 @@ from megagrow.doctor.network import Speeds, measure_speeds, sizes_for
 from megagrow.doctor.rank_report import RankReport, collect_report
 from megagrow.doctor.rendezvous import Rendezvous
 from megagrow.doctor.shared_folder import check_folder
-from megagrow.errors import ConfigError
+from megagrow.errors import ResourceError
 from megagrow.parallel.launch import Launch, own_device
 from megagrow.parallel.process_groups import join_ranks
 
@@ -70,7 +70,7 @@ def _share_speeds(rendezvous: Rendezvous, hosts: list[list[int]], seconds: float
     results = rendezvous.all_gather("network measurement", [own, error_text])
     errors = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(results) if text is not None]
     if errors:
-        raise ConfigError(f"the ranks cannot communicate; {errors[0]}")
+        raise ResourceError(f"the ranks cannot communicate; {errors[0]}")
     return [_speeds_from_json(values) for values, _ in results]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megagrow.config.schema import RunConfig
-from megagrow.errors import DataError
+from megagrow.errors import ResourceError
 from megagrow.model.masks import Masks
 from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.train.stage import Stage
@@ -38,4 +38,4 @@ def open_evaluation(run: RunConfig, device: torch.device) -> Evaluation | None:
 def need_lm_eval() -> None:
     """Raise InputError if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise DataError("evaluation needs lm-eval: pip install megagrow[eval]")
+        raise ResourceError("evaluation needs lm-eval: pip install megagrow[eval]")

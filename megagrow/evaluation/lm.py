@@ -14,7 +14,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megagrow.errors import DataError, InputError
+from megagrow.errors import ConfigError, InputError
 from megagrow.evaluation.generation import Generation, generate
 from megagrow.evaluation.likelihood import Pair, log_likelihoods
 from megagrow.evaluation.logprobs import ModelScorer, TokenScorer
@@ -107,11 +107,13 @@ class LMAdapter(TemplateLM):  # type: ignore[misc]
 
     def _make_generation(self, context: str, options: dict[str, Any]) -> Generation:
         if options.get("do_sample") or options.get("temperature"):
-            raise DataError("this task samples its answers, but only greedy decoding is supported")
+            raise ConfigError(
+                "this task samples its answers, but only greedy decoding is supported"
+            )
         until = options.get("until") or []
         max_tokens = int(options.get("max_gen_toks", MAX_GENERATED_TOKENS))
         if max_tokens >= self.max_length:
-            raise DataError(
+            raise ConfigError(
                 f"max_gen_toks = {max_tokens} is not less than the context length "
                 f"{self.max_length} of the model; set a smaller max_gen_toks"
             )
@@ -175,7 +177,7 @@ class MegagrowLM(LMAdapter):
         device: str | None = None,
     ) -> None:
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise DataError(f"batch_size = {batch_size} is not a positive number of sequences")
+            raise ConfigError(f"batch_size = {batch_size} is not a positive number of sequences")
         topology = init_topology(tp)
         loaded = load_model(Path(checkpoint), topology, tokenizer, dtype)
         length = loaded.model.config.max_position_embeddings
@@ -190,7 +192,7 @@ def init_topology(tp: int) -> Topology:
     """
     launch = read_launch()
     if launch.world_size % tp != 0:
-        raise DataError(f"--tp {tp} does not divide the world size {launch.world_size}")
+        raise ConfigError(f"--tp {tp} does not divide the world size {launch.world_size}")
     if dist.is_initialized():
         return make_topology(tp, own_device(launch))
     return make_topology(tp, init_process_group(launch))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megagrow.checkpoint.source import Source
 from megagrow.config.schema import ModelConfig
 from megagrow.config.stage import KernelsConfig
-from megagrow.errors import DataError
+from megagrow.errors import CheckpointError, ConfigError, DataError
 from megagrow.evaluation.tokenizer import EvalTokenizer, open_tokenizer
 from megagrow.formats.open_source import find_source, open_found
 from megagrow.model.backends import KernelWorkload, choose
@@ -63,14 +63,14 @@ def load_model(
     Raises InputError if the source is damaged, has no tokenizer or has growth masks that are still
     ramping, and if the tensor-parallel size does not divide the model.
     """
-    source_path = run_on_rank_zero(lambda: find_source(path, lambda _: None))
+    source_path = run_on_rank_zero(lambda: find_source(path))
     return run_on_all_ranks(lambda: _load(source_path, topology, tokenizer, dtype))
 
 
 def _load(path: Path, topology: Topology, tokenizer: str | None, dtype: str | None) -> LoadedModel:
     source = open_found(path)
     if still_masked(source):
-        raise DataError(
+        raise CheckpointError(
             f"{source.path}: growth masks are still ramping, and without them it is a different "
             "model; evaluate a later checkpoint"
         )
@@ -106,7 +106,7 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
-        raise DataError(f"dtype {name}: must be one of {', '.join(DTYPES)}")
+        raise ConfigError(f"dtype {name}: must be one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -123,4 +123,4 @@ def _check_divides(model: ModelConfig, tp: int) -> None:
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         size = getattr(model, name)
         if size % tp != 0:
-            raise DataError(f"--tp {tp} does not divide the model's {name} = {size}")
+            raise ConfigError(f"--tp {tp} does not divide the model's {name} = {size}")

@@ -12,7 +12,7 @@ import lm_eval.tasks
 from datasets import Dataset
 from lm_eval.tasks import TaskManager
 
-from megagrow.errors import DataError
+from megagrow.errors import ConfigError, DataError
 from megagrow.evaluation.local_data import Doc, read_documents
 
 GROUP = "gstack"
@@ -57,7 +57,7 @@ def load_tasks(names: tuple[str, ...], data_dir: Path | None) -> Tasks:
     for name, task in tasks.items():
         for attribute, reason in _UNSUPPORTED.items():
             if getattr(task, attribute, False):
-                raise DataError(f"task {name} is not supported: {reason}")
+                raise ConfigError(f"task {name} is not supported: {reason}")
     return tasks
 
 
@@ -69,7 +69,9 @@ def _from_hub(names: tuple[str, ...]) -> Any:
     manager = TaskManager(include_path=str(OWN_TASKS))
     for name in names:
         if name not in manager.task_index:
-            raise DataError(f"task {name}: lm-eval has no task of this name; see lm-eval ls tasks")
+            raise ConfigError(
+                f"task {name}: lm-eval has no task of this name; see lm-eval ls tasks"
+            )
     try:
         return manager.load(list(names))["tasks"]
     except Exception as error:  # datasets and the hub's client raise exceptions of any type
@@ -84,7 +86,9 @@ def _from_files(names: tuple[str, ...], data_dir: Path) -> Any:
     for name in names:
         if name not in _FOLDERS:
             available = ", ".join((GROUP, *_FOLDERS))
-            raise DataError(f"task {name} cannot be read from local files; available: {available}")
+            raise ConfigError(
+                f"task {name} cannot be read from local files; available: {available}"
+            )
     documents = {name: read_documents(name, data_dir) for name in names}
     folders = {Path(lm_eval.tasks.__file__).parent / _FOLDERS[name] for name in names}
     manager = TaskManager(include_defaults=False, include_path=sorted(map(str, folders)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from megagrow.errors import DataError
+from megagrow.errors import ConfigError, DataError
 
 RunKind = Literal["scratch", "grown"]
 
@@ -114,7 +114,7 @@ def parse_budgets(text: str) -> tuple[float, ...]:
     for word in text.split(","):
         value = _number(word)
         if value is None or value <= 0:
-            raise DataError(
+            raise ConfigError(
                 f"--budgets: {word.strip()!r} is not a positive number of FLOPs; use a list such "
                 "as 1e17,2e17"
             )

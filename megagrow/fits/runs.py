@@ -91,7 +91,7 @@ def _load_complete(directory: Path) -> RunCurves:
     if not run.has_full_cost:
         raise DataError(
             f"{directory}: the run starts from a model (init_from) or fine-tunes one "
-            "(objective: sft), so it does not contain the full training cost of its model; exclude it"
+            "(objective: sft), so it lacks the full training cost of its model; exclude it"
         )
     return run
 

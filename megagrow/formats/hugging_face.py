@@ -44,7 +44,7 @@ def open_hugging_face(folder: Path) -> HuggingFaceSource:
 
     InputError for a model that is no plain Llama, and for files that do not hold it.
     """
-    config = read_json(folder / CONFIG_FILE)
+    config = read_json(folder / CONFIG_FILE, CheckpointError)
     model = model_of(config, str(folder / CONFIG_FILE))
     layout = whole_layout(model)
     files = _files(folder)
@@ -106,7 +106,7 @@ def _files(folder: Path) -> tuple[Path, ...]:
         if not (folder / WEIGHTS_FILE).is_file():
             raise CheckpointError(f"{folder}: has neither {WEIGHTS_FILE} nor {INDEX_FILE}")
         return (folder / WEIGHTS_FILE,)
-    names = read_json(index).get("weight_map")
+    names = read_json(index, CheckpointError).get("weight_map")
     if not isinstance(names, dict):
         raise CheckpointError(f"{index}: has no weight_map")
     for name in names.values():

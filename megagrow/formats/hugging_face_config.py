@@ -110,7 +110,7 @@ def without_code(config: dict[str, Any]) -> dict[str, Any]:
 def origin_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """What the environment of a model keeps of the Hugging Face folder that it comes from."""
     path = folder / GENERATION_FILE
-    generation = read_json(path) if path.is_file() else None
+    generation = read_json(path, CheckpointError) if path.is_file() else None
     told = {"folder": str(folder.resolve()), "config": without_code(config)}
     return {ORIGIN_KEY: told | {"generation_config": generation}}
 

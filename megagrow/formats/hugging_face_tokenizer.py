@@ -17,7 +17,7 @@ from tokenizers import decoders, models, normalizers
 
 from megagrow.common.json_text import read_json
 from megagrow.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, Tokenizer
-from megagrow.errors import CheckpointError
+from megagrow.errors import DataError
 from megagrow.formats.hugging_face_config import without_code
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -67,7 +67,7 @@ def tokenizer_files(path: Path, vocab_size: int) -> TokenizerFiles:
     if a model of this vocabulary can not embed all its tokens.
     """
     if not is_tokenizer(path):
-        raise CheckpointError(
+        raise DataError(
             f"{path}: no tokenizer; should be a SentencePiece .model, a tokenizer.json, or a "
             "folder of Hugging Face that holds one"
         )
@@ -148,7 +148,7 @@ def _check_same_ids(path: Path, model: Any, made: Any) -> None:
     spelled = [model.decode(list(ids[i : i + _PIECES])) for i in ids[::_PIECES]]
     for text in (*_PROBES, *spelled):
         if made.encode(text, add_special_tokens=False).ids != model.encode(text):
-            raise CheckpointError(
+            raise DataError(
                 f"{path}: no plain byte-pair encoding, transformers would give other ids for "
                 f"{text[:20]!r}: convert it to a tokenizer.json yourself and name its folder"
             )
@@ -177,7 +177,7 @@ def _of_folder(folder: Path, vocab_size: int) -> TokenizerFiles:
 
 def _check_size(path: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.vocab_size > vocab_size:
-        raise CheckpointError(
+        raise DataError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model embeds "
             f"{vocab_size}; give the one that it was trained with"
         )

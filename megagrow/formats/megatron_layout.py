@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from megagrow.config.schema import ModelConfig
-from megagrow.errors import CheckpointError
+from megagrow.errors import ConfigError
 from megagrow.parallel.sharding import ParamSpec, pad, parameter_plan
 from megagrow.reshard.layout import Block
 
@@ -62,9 +62,7 @@ def check_tp(model: ModelConfig, tp: int, origin: str) -> None:
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(model, name) % tp:
             size = getattr(model, name)
-            raise CheckpointError(
-                f"{origin}: {tp} tensor-parallel ranks do not divide {name} = {size}"
-            )
+            raise ConfigError(f"{origin}: {tp} tensor-parallel ranks do not divide {name} = {size}")
 
 
 def padded_vocabulary(model: ModelConfig, tp: int, divisible_by: int) -> int:

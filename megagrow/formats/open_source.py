@@ -1,6 +1,6 @@
-"""Opens whatever a growth between files can begin with."""
+"""Open the source of an offline growth or conversion: a checkpoint or a Hugging Face folder."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,20 +17,23 @@ from megagrow.parallel.sharding import StateKind
 from megagrow.reshard.layout import Block
 
 
-def open_source(path: Path, say: Callable[[str], None]) -> Source:
-    """A checkpoint, the newest whole one of a run, or a Hugging Face folder. A checkpoint is read
-    once to compare it with its checksums. InputError if it is damaged, or nothing of these."""
-    return open_found(find_source(path, say))
+def open_source(path: Path) -> Source:
+    """Open a checkpoint, the newest valid one of a run, or a Hugging Face folder.
+
+    A checkpoint is read once to verify its checksums. Raises CheckpointError if it is damaged or
+    the path is none of these.
+    """
+    return open_found(find_source(path))
 
 
 def open_found(folder: Path) -> Source:
-    """A checkpoint or a Hugging Face folder of which it is known that it is whole."""
+    """Open a checkpoint or a Hugging Face folder that has been verified."""
     is_checkpoint = (folder / MANIFEST_FILE).is_file()
     return open_checkpoint(folder) if is_checkpoint else open_hugging_face(folder)
 
 
-def find_source(path: Path, say: Callable[[str], None]) -> Path:
-    """The folder that `open_source` opens; a checkpoint was compared with its checksums."""
+def find_source(path: Path) -> Path:
+    """Return the folder that `open_source` opens; a checkpoint's checksums are verified."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
     if (path / MANIFEST_FILE).is_file():
@@ -40,7 +43,7 @@ def find_source(path: Path, say: Callable[[str], None]) -> Path:
         return path
     for folder in (path / "checkpoints", path):
         if list_checkpoints(folder):
-            found = newest_whole(folder, say)
+            found = newest_whole(folder)
             assert found is not None
             return found[0]
     raise CheckpointError(

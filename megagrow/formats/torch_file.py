@@ -25,7 +25,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from megagrow.checkpoint.tensor_file import DTYPES, Stored
 from megagrow.common.file_io import raw_bytes
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, ResourceError
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -209,9 +209,7 @@ def check_torch_file(path: Path) -> None:
         with ZipFile(file) as archive:
             bad = archive.testzip()
     if bad is not None:
-        raise CheckpointError(
-            f"{path}: {bad} is not on the disk as it was written; look at the disk"
-        )
+        raise ResourceError(f"{path}: {bad} is not on the disk as it was written; look at the disk")
 
 
 def _write_numbers(

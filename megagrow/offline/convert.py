@@ -3,6 +3,7 @@
 Each is a growth between files by which nothing grows: streamed, journalled and read back.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,12 @@ from megagrow.offline.request import Request
 from megagrow.offline.target import Beside
 from megagrow.train.source_state import STILL_MASKED, state_of, still_masked
 
+logger = logging.getLogger(__name__)
+
 
 def reshard_files(request: Request, console: Console) -> None:
     """Writes a checkpoint in another layout. InputError if the source is none."""
-    goal = _goal(request, console)
+    goal = _goal(request)
     if form_of(goal.source) != "checkpoint":
         raise CheckpointError(
             f"{request.source}: a Hugging Face folder: use megagrow convert hf-import"
@@ -52,7 +55,7 @@ def reshard_files(request: Request, console: Console) -> None:
 def import_hugging_face(request: Request, console: Console) -> None:
     """Writes the weights of a Hugging Face folder as a checkpoint of step 0, its moments zero.
     InputError if the source is none."""
-    goal = _goal(request, console)
+    goal = _goal(request)
     if form_of(goal.source) != "huggingface":
         raise CheckpointError(f"{request.source}: no Hugging Face folder, it has no {CONFIG_FILE}")
     write_goal(request, goal, console)
@@ -65,17 +68,14 @@ def export_hugging_face(request: Request, tokenizer: Path | None, console: Conso
     source was imported; without any a line says that there is none.
     """
 
-    def say(text: str) -> None:
-        console.print(text, highlight=False)
-
-    goal = _goal(request, console)
-    files = _tokenizer(tokenizer, goal.source, say)
+    goal = _goal(request)
+    files = _tokenizer(tokenizer, goal.source)
     write_goal(request, goal, console, _beside(request, goal, files))
 
 
-def _goal(request: Request, console: Console) -> ConversionPlan:
+def _goal(request: Request) -> ConversionPlan:
     request.check()
-    source = open_source(request.source, lambda text: console.print(text, highlight=False))
+    source = open_source(request.source)
     return decide(request, source)
 
 
@@ -89,14 +89,14 @@ def _beside(request: Request, goal: ConversionPlan, files: TokenizerFiles) -> Be
     return Beside({**documents, **files.documents}, files.copies)
 
 
-def _tokenizer(given: Path | None, source: Source, say: Callable[[str], None]) -> TokenizerFiles:
+def _tokenizer(given: Path | None, source: Source) -> TokenizerFiles:
     if given is not None:
         return tokenizer_files(given, source.model.vocab_size)
     named = named_tokenizer(source)
     if named is not None and is_tokenizer(named):
         return tokenizer_files(named, source.model.vocab_size)
     why = "its run names none" if named is None else f"{named}, its run's, is not here"
-    say(f"without a tokenizer: {why}; --tokenizer PATH adds one")
+    logger.warning("without a tokenizer: %s; --tokenizer PATH adds one", why)
     return TokenizerFiles()
 
 
@@ -134,7 +134,7 @@ def import_megatron(request: Request, console: Console) -> None:
 
 def export_universal(path: Path, out: Path, console: Console) -> None:
     """Writes a checkpoint, or a Hugging Face model, as a Universal Checkpoint."""
-    source = _open(path, console)
+    source = _open(path)
     step = state_of(source).counters.step
 
     def write(folder: Path, advance: Callable[[int], None]) -> None:
@@ -149,7 +149,7 @@ def export_megatron(
     """Writes the weights of a checkpoint, or of a Hugging Face model, for Megatron-LM."""
     request = Request(source=path, out=out, dtype=dtype)
     request.check()
-    source = _open(path, console)
+    source = _open(path)
     check_tp(source.model, tp, f"--tp {tp}")
     target = MegatronTarget(source, tp, divisible_by, request.stored_dtype)
     step = state_of(source).counters.step
@@ -160,8 +160,8 @@ def export_megatron(
     _export(source, out, target.nbytes, write, console)
 
 
-def _open(path: Path, console: Console) -> Source:
-    source = open_source(path, lambda text: console.print(text, highlight=False))
+def _open(path: Path) -> Source:
+    source = open_source(path)
     if still_masked(source):
         raise CheckpointError(f"{source.path}: {STILL_MASKED}")
     return source

@@ -13,7 +13,7 @@ from rich.text import Text
 from megagrow.checkpoint.manifest import Manifest, describe_layout
 from megagrow.common.progress import WorkProgress
 from megagrow.common.sizes import format_bytes
-from megagrow.errors import CheckpointError
+from megagrow.errors import ConfigError, ResourceError
 from megagrow.formats.hugging_face_config import CONFIG_FILE, ORIGIN_KEY, config_of
 from megagrow.formats.open_source import open_found, open_source
 from megagrow.growth.map import Dense
@@ -36,7 +36,7 @@ _BYTES_PER_ELEMENT = 48
 def grow_files(request: Request, console: Console) -> None:
     """Grows what the request names, or goes on with it. InputError for all that is wrong."""
     request.check()
-    source = open_source(request.source, lambda text: console.print(Text(text)))
+    source = open_source(request.source)
     write_goal(request, decide(request, source), console)
 
 
@@ -66,7 +66,7 @@ def write_goal(
                 _compare(goal, source_loss, target_loss, console)
             work.finish(request.out)
     except OSError as error:
-        raise CheckpointError(
+        raise ResourceError(
             f"{request.out}: cannot be written ({error.strerror}); free the disk or the path, and "
             "give the same command again"
         ) from error
@@ -104,9 +104,7 @@ def _target(request: Request, goal: ConversionPlan, beside: Beside | None) -> Ta
         )
     options = (request.zero_stage, request.dp, request.tp, request.weight_decay_on)
     if any(option is not None for option in options):
-        raise CheckpointError(
-            "a Hugging Face folder has no layout: leave out --zero-stage, --dp, --tp"
-        )
+        raise ConfigError("a Hugging Face folder has no layout: leave out --zero-stage, --dp, --tp")
     if beside is None:
         like = goal.source.environment.get(ORIGIN_KEY, {}).get("config", {})
         beside = Beside({CONFIG_FILE: config_of(goal.model, request.stored_dtype, like)})
@@ -152,7 +150,7 @@ def _was_finished(out: Path, command: dict[str, Any]) -> bool:
     if not out.exists():
         return False
     if not (out / JOURNAL_FILE).is_file():
-        raise CheckpointError(f"{out}: is there already; remove it or write elsewhere")
+        raise ConfigError(f"{out}: is there already; remove it or write elsewhere")
     with Journal(out, command):
         (out / JOURNAL_FILE).unlink()
     return True
@@ -165,7 +163,7 @@ def _elements_at_once(goal: ConversionPlan, memory: int) -> int:
     fixed = _FIXED_BYTES + _map_bytes(goal, widest)
     needed = fixed + widest * _BYTES_PER_ELEMENT
     if memory < needed:
-        raise CheckpointError(
+        raise ConfigError(
             f"--memory {format_bytes(memory)} is too small for one row of this model: "
             f"{format_bytes(needed)} are needed"
         )
@@ -190,10 +188,10 @@ def _map_bytes(goal: ConversionPlan, widest: int) -> int:
 def _text_tokens(request: Request, goal: ConversionPlan) -> list[Any]:
     if request.text is None:
         if request.tokenizer is not None:
-            raise CheckpointError("--tokenizer goes with --text")
+            raise ConfigError("--tokenizer goes with --text")
         return []
     if request.tokenizer is None:
-        raise CheckpointError("--text needs --tokenizer, with which the model was trained")
+        raise ConfigError("--text needs --tokenizer, with which the model was trained")
     models = goal.source.model, goal.model
     texts = text_tokens(request.text, request.tokenizer, models)
     for model in models:
@@ -206,7 +204,7 @@ def _compare(goal: ConversionPlan, before: float, after: float, console: Console
     console.print(f"loss on the text: source {before:.6f}, target {after:.6f}", highlight=False)
     tolerance = 1e-3 if goal.options is None else goal.options.tolerance
     if goal.growth.preserves_function and abs(after - before) > tolerance:
-        raise CheckpointError(
+        raise ConfigError(
             f"{goal.operators} should keep the function, but the loss on the text went from "
             f"{before:.6f} to {after:.6f}"
         )

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from megagrow.common.json_text import parse_json
 from megagrow.config.deprecated import rename_recorded
-from megagrow.errors import CheckpointError, InputError
+from megagrow.errors import CheckpointError, ConfigError, InputError, ResourceError
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -94,10 +94,10 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise CheckpointError(f"{self._folder}: another process is writing it") from error
+            raise ResourceError(f"{self._folder}: another process is writing it") from error
 
     def _in_the_way(self) -> InputError:
-        return CheckpointError(f"{self._folder}: is in the way and no growth's; remove it")
+        return ConfigError(f"{self._folder}: is in the way and no growth's; remove it")
 
     def _begin(self, command: dict[str, Any]) -> None:
         self._file.seek(0)
@@ -112,7 +112,7 @@ class Journal:
         before, pieces = self._read(whole.splitlines())
         if before != json.loads(json.dumps(command)):
             differs = sorted(key for key in before | command if before.get(key) != command.get(key))
-            raise CheckpointError(
+            raise ConfigError(
                 f"{self._folder}: was begun by another command (other {', '.join(differs)}); "
                 "give that one again, or remove the folder"
             )

@@ -14,7 +14,7 @@ from megagrow.config.includes import is_run_file, load_model
 from megagrow.config.load import load_run
 from megagrow.config.overrides import apply_override, refuse_unknown_keys
 from megagrow.config.schema import ModelConfig, OptimizerConfig, RunConfig
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, ConfigError
 from megagrow.growth.constraints import Event
 from megagrow.growth.map import GrowthMap, identity_map
 from megagrow.growth.map_checks import check_map
@@ -119,7 +119,7 @@ def decide(request: Request, source: Source) -> ConversionPlan:
     if leaves_its_run and still_masked(source):
         problems.append(f"{source.path}: {STILL_MASKED}")
     if problems:
-        raise CheckpointError("; ".join(problems))
+        raise ConfigError("; ".join(problems))
     return goal
 
 
@@ -150,7 +150,7 @@ def _goal(request: Request, source: Source) -> ConversionPlan:
         stage = stage if request.stage is None else request.stage
         return _goal_of_run(request, Path(request.to), source, stage)
     if request.stage is not None:
-        raise CheckpointError(f"--stage goes with a run file, {request.to} is a model")
+        raise ConfigError(f"--stage goes with a run file, {request.to} is a model")
     model = load_model(request.to)
     if model == source.model and not request.operators and not request.overrides:
         return ConversionPlan(source, model, None, "")
@@ -166,7 +166,7 @@ def _goal_of_run(request: Request, path: Path, source: Source, stage: int) -> Co
         overrides.append(f"seed={request.seed}")
     count = len(load_run(path).stages)
     if not 1 <= stage < count:
-        raise CheckpointError(
+        raise ConfigError(
             f"{path}: no growth leads to stage {stage}, it has stages 0 to {count - 1}"
         )
     run = load_run(path, overrides)
@@ -197,14 +197,14 @@ def growth_options(request: Request) -> GrowthConfig:
         return GrowthConfig.model_validate(tree["growth"])
     except ValidationError as error:
         wrong = [f"growth.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise CheckpointError("; ".join(dict.fromkeys(wrong))) from error
+        raise ConfigError("; ".join(dict.fromkeys(wrong))) from error
 
 
 def _growth_only(request: Request) -> list[str]:
     """All overrides, those that `--operator` stands for included."""
     for text in request.overrides:
         if not text.strip().startswith("growth."):
-            raise CheckpointError(f"--set {text}: only growth.KEY=VALUE can be set here")
+            raise ConfigError(f"--set {text}: only growth.KEY=VALUE can be set here")
     names = [f"growth.operator=[{', '.join(request.operators)}]"] if request.operators else []
     return [*names, *request.overrides]
 
@@ -222,7 +222,7 @@ def target_layout(request: Request, goal: ConversionPlan) -> Layout:
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(goal.model, name) % tp:
             size = getattr(goal.model, name)
-            raise CheckpointError(f"--tp {tp} does not divide {name} = {size} of the target")
+            raise ConfigError(f"--tp {tp} does not divide {name} = {size} of the target")
     plan = parameter_plan(goal.model, tp)
     optimizer = OptimizerConfig.model_validate({"lr": 1.0, "weight_decay_on": decay})
     groups = parameter_groups(plan, optimizer, _scales(goal))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagrow.common.sizes import parse_bytes
-from megagrow.errors import CheckpointError
+from megagrow.errors import ConfigError
 from megagrow.formats.hugging_face_config import DTYPE_NAMES
 
 
@@ -49,7 +49,7 @@ class Request:
             ("--dtype", self.dtype, tuple(DTYPE_NAMES.values())),
         ):
             if value is not None and value not in allowed:
-                raise CheckpointError(f"{option} {value}: should be one of {', '.join(allowed)}")
+                raise ConfigError(f"{option} {value}: should be one of {', '.join(allowed)}")
 
     @property
     def memory_bytes(self) -> int:
@@ -69,4 +69,4 @@ def _bytes(option: str, written: str) -> int:
     try:
         return parse_bytes(written)
     except ValueError as error:
-        raise CheckpointError(f"{option} {written}: {error}") from error
+        raise ConfigError(f"{option} {written}: {error}") from error

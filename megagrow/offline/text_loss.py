@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megagrow.checkpoint.source import Source
 from megagrow.common.sizes import format_bytes
 from megagrow.config.schema import ModelConfig
-from megagrow.errors import CheckpointError
+from megagrow.errors import ConfigError, DataError
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.masks import Masks
 from megagrow.reshard.layout import Block
@@ -27,14 +27,14 @@ def text_tokens(text: Path, tokenizer: str, models: tuple[ModelConfig, ...]) -> 
     try:
         written = text.read_text(encoding="utf-8")
     except OSError as error:
-        raise CheckpointError(f"{text}: {error.strerror}") from error
+        raise DataError(f"{text}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{text}: not a UTF-8 text file (byte {error.start})") from error
+        raise DataError(f"{text}: not a UTF-8 text file (byte {error.start})") from error
     for model in models:
         check_tokenizer(tokenizer, model.vocab_size)
     (ids,) = load_tokenizer(tokenizer).encode_batch([written])
     if len(ids) < 2:
-        raise CheckpointError(f"{text}: {len(ids)} tokens; a loss needs at least 2")
+        raise DataError(f"{text}: {len(ids)} tokens; a loss needs at least 2")
     length = min(SEQUENCE_LENGTH, *(model.max_position_embeddings for model in models))
     parts = torch.tensor(ids)[None].split(length, dim=1)
     return [part for part in parts if part.shape[1] > 1]
@@ -54,7 +54,7 @@ def check_text_memory(model: ModelConfig, sequences: list[Tensor], memory: int) 
     """InputError if the loss does not fit in `memory` bytes."""
     needed = text_memory(model, sequences)
     if needed > memory:
-        raise CheckpointError(
+        raise ConfigError(
             f"--text: one layer and its outputs take {format_bytes(needed)}, --memory is "
             f"{format_bytes(memory)}: give more, or leave --text out"
         )

@@ -16,7 +16,7 @@ from megagrow.common.checksums import READ_BYTES, FileRecord, Files, forget
 from megagrow.common.disk_space import check_room
 from megagrow.common.file_io import raw_bytes, read_bytes, sync, write_bytes
 from megagrow.common.progress import WorkProgress
-from megagrow.errors import CheckpointError, InputError
+from megagrow.errors import ResourceError
 from megagrow.offline.journal import JOURNAL_FILE, Journal
 from megagrow.offline.target import Target, TargetPiece
 from megagrow.parallel.sharding import StateKind
@@ -102,7 +102,7 @@ def _blocks(layout: Layout, name: str, rank: int, at_once: int) -> Iterator[Bloc
             yield Block(range(first, min(first + step, block.rows.stop)), block.cols)
 
 
-class DamagedPiece(InputError):
+class DamagedPiece(ResourceError):
     """A piece, by its number in the target's order, is not on the disk as it was written."""
 
     def __init__(self, piece: int, text: str) -> None:
@@ -170,7 +170,7 @@ def _verify_file(
 
     again = "give the same command again to write it anew, and have a look at the disk"
     if read(0, len(file.header)) != zlib.crc32(file.header):
-        raise CheckpointError(f"{path}: its header is not on the disk as it was written; {again}")
+        raise ResourceError(f"{path}: its header is not on the disk as it was written; {again}")
     end = len(file.header)
     for number, begin, size in pieces:
         assert begin == end, "the pieces of a file fill it without a gap"

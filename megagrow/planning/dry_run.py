@@ -116,7 +116,9 @@ def rehearse(run: RunConfig, world_size: int, rank: int = 0) -> Rehearsal:
 def _surroundings(run: RunConfig, notes: list[str]) -> Iterator[str]:
     """What is wrong with the folders of the run; and what is worth a note."""
     try:
-        check_beginning(run, notes.append)
+        source = check_beginning(run)
+        if source is not None:
+            notes.append(f"weights initialized from {source.path}")
     except (InputError, OSError) as error:
         yield str(error)
     there = _nearest(run.output_dir)

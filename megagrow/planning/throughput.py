@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median
 
 from megagrow.common.gpu_specs import Gpu
-from megagrow.errors import ConfigError
+from megagrow.errors import ConfigError, DataError
 from megagrow.train.reporting.metrics import METRICS_FILE, read_metrics
 from megagrow.train.reporting.writers import Record
 
@@ -71,7 +71,7 @@ def _steps(directory: Path) -> list[Record]:
             steps += _between(before, record)
         before = record
     if not steps:
-        raise ConfigError(f"{path}: no stage has two train records, which tell a run's pace")
+        raise DataError(f"{path}: no stage has two train records, which tell a run's pace")
     return steps
 
 

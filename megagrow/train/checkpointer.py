@@ -1,5 +1,6 @@
-"""The checkpoints of a run: how they are saved beside the training, and which ones are kept."""
+"""Checkpoints of a run: asynchronous saves during training, and retention."""
 
+import logging
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -22,12 +23,15 @@ from megagrow.train.reporting.run_logger import RunLogger
 from megagrow.train.stage import Stage
 from megagrow.train.train_state import RunState
 
+logger = logging.getLogger(__name__)
+
 
 class Checkpointer:
-    """Saves the states of a run; the `loop.Background` of its training, and a context that an
-    error leaves only when a save that had begun is whole. All ranks call all but `busy` together.
+    """Save the states of a run; the `loop.Background` of its training. A context manager.
 
-    A state comes back as the one that was given, with the time that the training stood still.
+    If an InputError leaves the context, a running save is completed first. All methods except
+    `busy` are collective. Methods that return a state add the time for which saves blocked training
+    to its counters.
     """
 
     def __init__(
@@ -36,18 +40,18 @@ class Checkpointer:
         rank: int,
         device: torch.device,
         environment: dict[str, Any],
-        recorder: RunLogger,
+        run_logger: RunLogger,
     ) -> None:
         self._run = run
         self._rank = rank
         self._environment = environment
-        self._recorder = recorder
+        self._run_logger = run_logger
         self._saver = Saver(self.directory, device)
         self._stalled = 0.0
 
     @property
     def directory(self) -> Path:
-        """Where the checkpoints of the run are."""
+        """Directory of the run's checkpoints."""
         return self._run.output_dir / "checkpoints"
 
     def __enter__(self) -> Self:
@@ -59,13 +63,13 @@ class Checkpointer:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        if isinstance(error, InputError):  # which all ranks raise together
+        if isinstance(error, InputError):  # raised on all ranks
             with suppress(InputError):
                 self._saver.finish()
 
     def prepare(self, stage: Stage) -> None:
-        """Call when a stage begins. Says now what would stop the run at its next save: that there
-        is no room for a single checkpoint."""
+        """Allocate the buffers of a stage. Warns now if the disk has no room for one checkpoint,
+        which would end the run at its next save."""
         storage = stage.engine.storage()
         if self._run.checkpoint.background:
             self._saver.prepare(stage.layout, storage)
@@ -74,11 +78,13 @@ class Checkpointer:
             try:
                 check_room(self.directory, needed)
             except InputError as error:
-                self._recorder.say(f"warning: not even one checkpoint fits: {error}")
+                logger.warning("no room for a single checkpoint: %s", error)
 
     def save(self, stage: Stage, state: RunState, *, wait: bool = False) -> RunState:
-        """Saves a state, in the background unless it is the last one of its stage or `wait` says
-        otherwise. A save that is still going on is waited for. InputError as `Saver` has it."""
+        """Save a state, in the background unless it is the last of its stage or `wait` is set.
+
+        Waits for the previous save first. Raises InputError as `Saver` does.
+        """
         state = self.finish(state)
         options = self._run.checkpoint
         ended = state.stage_step >= stage_steps(stage.config, self._run.data.sequence_length)
@@ -98,11 +104,11 @@ class Checkpointer:
         return self.finish(state) if wait else state
 
     def busy(self) -> bool:
-        """Whether this rank is still writing."""
+        """Return True while this rank is writing."""
         return self._saver.writing
 
     def idle_everywhere(self) -> None:
-        """No rank is writing any more: what was saved becomes a checkpoint."""
+        """Publish the saved files as a checkpoint; no rank is writing."""
         saved = self._saver.finish()
         if saved is None:
             return
@@ -112,23 +118,23 @@ class Checkpointer:
         stall, seconds = saved.stall_seconds + pruning, saved.seconds + pruning
         self._stalled += stall
         at = RunState.from_json(saved.manifest.run)
-        self._recorder.checkpoint(at, saved.path, stall, seconds)
+        self._run_logger.checkpoint(at, saved.path, stall, seconds)
 
     def account(self, state: RunState) -> RunState:
-        """The state with the time for which saves have held up the training since the last call."""
+        """Add the time for which saves blocked training since the last call."""
         stalled, self._stalled = self._stalled, 0.0
         return state.add_lost_time(stalled) if stalled else state
 
     def finish(self, state: RunState) -> RunState:
-        """Waits for a save that is going on."""
+        """Wait for the running save, if any."""
         self.idle_everywhere()
         return self.account(state)
 
     def release(self) -> None:
-        """Gives back the memory of the copy that saves in the background are made from."""
+        """Free the host copy that background saves are written from."""
         self._saver.release()
 
     def _prune(self) -> None:
         options = self._run.checkpoint
-        # Protected are those that were saved so; the key decides on new ones.
+        # `keep_before_growth` applies when a checkpoint is saved; protected ones stay.
         prune_checkpoints(self.directory, Retention(options.keep_last, options.keep_every))

@@ -1,10 +1,15 @@
-"""Which kernels a stage launches, on tensors of which shapes: a pure list."""
+"""Kernel calls of a stage, and their compilation during the stage before it.
+
+`stage_kernels` lists the kernels and tensor shapes of a stage; `WarmUp` compiles them in a
+subprocess, so that a growth does not wait for the compiler.
+"""
 
 import json
+import logging
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -16,26 +21,34 @@ from megagrow.model.machine import machine_of
 from megagrow.model.ops import Ops, make_ops
 from megagrow.parallel.sharding import pad, real_rows
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class KernelCall:
-    """One op, forward and backward, as `megagrow_kernels.calls` makes it of these arguments."""
+    """One op, forward and backward, with the arguments of `megagrow_kernels.calls`."""
 
     op: str
     arguments: tuple[tuple[str, int | str | None], ...]
 
     def as_json(self) -> list[Any]:
-        """For `megagrow_kernels.warm_up`."""
+        """Return the input format of `megagrow_kernels.warm_up`."""
         return [self.op, dict(self.arguments)]
 
 
 def stage_kernels(
     stage: StageConfig, sequence_length: int, dtype: torch.dtype, backends: Backends
 ) -> tuple[KernelCall, ...]:
-    """All calls of Triton kernels in a stage, each once; none where no backend is Triton's.
+    """Return the distinct Triton kernel calls of a stage; empty if no backend is Triton.
 
-    `dtype` is that of the forward and backward pass. Calls of all tensor-parallel ranks are among
-    them, and only those: the global batch and the data-parallel size change no kernel.
+    The calls cover all tensor-parallel ranks. The global batch and the data-parallel size do not
+    affect any kernel.
+
+    Args:
+        stage: the stage.
+        sequence_length: tokens per sequence.
+        dtype: dtype of the forward and backward pass.
+        backends: backend of each operation.
     """
     return tuple(dict.fromkeys(_calls(stage, sequence_length, dtype, backends)))
 
@@ -47,7 +60,7 @@ def _calls(
     tp, batch = parallel.tensor_model_parallel_size, stage.batch.micro_batch_size
     rows = batch * sequence
     low = str(dtype).removeprefix("torch.")
-    # Without ZeRO, bf16 is torch's autocast: what is no matrix product stays in fp32.
+    # Without ZeRO, bf16 is torch's autocast: only matrix products are in bf16.
     wide = low if parallel.zero_stage > 0 else "float32"
     heads = {
         "batch": batch,
@@ -77,12 +90,11 @@ def _call(op: str, **arguments: int | str | None) -> KernelCall:
 
 
 class WarmUp:
-    """At most one process that compiles; a context that does not outlive it."""
+    """At most one compiler process; a context manager that ends it."""
 
-    def __init__(self, device: torch.device, local_rank: int, say: Callable[[str], None]) -> None:
+    def __init__(self, device: torch.device, local_rank: int) -> None:
         self._device = device
         self._first_here = local_rank == 0
-        self._say = say
         self._process: subprocess.Popen[str] | None = None
         self._errors: IO[str] | None = None
 
@@ -93,8 +105,7 @@ class WarmUp:
         self.stop()
 
     def prepare(self, run: RunConfig, index: int) -> None:
-        """Call when a stage of a run begins: compiles for the stage after it, where there is one
-        and its backends are Triton's on a GPU."""
+        """Start compiling the kernels of stage `index` + 1, if it uses Triton on a GPU."""
         self.stop()
         if self._first_here and self._device.type == "cuda" and index + 1 < len(run.stages):
             machine = machine_of(self._device)
@@ -106,7 +117,7 @@ class WarmUp:
                 self.start(calls, machine.capability)
 
     def start(self, calls: tuple[KernelCall, ...], capability: int) -> None:
-        """Begins to compile calls for GPUs of a compute capability."""
+        """Start compiling `calls` for GPUs of a compute capability."""
         command = [sys.executable, "-m", "megagrow_kernels.warm_up", str(capability)]
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - see stop
         try:
@@ -118,30 +129,30 @@ class WarmUp:
                 text=True,
             )
             assert self._process.stdin is not None
-            with self._process.stdin as told:
-                json.dump([call.as_json() for call in calls], told)
+            with self._process.stdin as stdin:
+                json.dump([call.as_json() for call in calls], stdin)
         except OSError as error:
-            self._say(f"warning: the next stage's kernels are not compiled beforehand: {error}")
+            logger.warning("the next stage's kernels are not precompiled: %s", error)
 
     def report(self) -> None:
-        """Call before a growth: says what is not compiled, and why."""
+        """Warn before a growth if the kernels are not compiled, with the reason."""
         if self._process is None or self._errors is None:
             return
         code = self._process.poll()
         if code is None:
-            self._say("warning: the next stage's kernels are still being compiled")
+            logger.warning("the next stage's kernels are still being compiled")
         elif code != 0:
             self._errors.seek(0)
             lines = self._errors.read().strip().splitlines() or [f"exit code {code}"]
-            self._say(f"warning: the next stage's kernels could not be compiled: {lines[-1]}")
+            logger.warning("the next stage's kernels could not be compiled: %s", lines[-1])
 
     def wait(self) -> None:
-        """Until all is compiled."""
+        """Wait until all kernels are compiled."""
         if self._process is not None:
             self._process.wait()
 
     def stop(self) -> None:
-        """Ends the process, if there is one."""
+        """End the compiler process, if any."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -152,13 +163,13 @@ class WarmUp:
 
 
 def stage_ops(run: RunConfig, index: int, device: torch.device) -> Ops:
-    """The operations of one stage. InputError, naming the key, where one cannot run here."""
+    """Return the operations of one stage. Raises ResourceError if one cannot run here."""
     machine, work = machine_of(device), work_of(run, index, device)
     backends = choose(run.stages[index].kernels, machine, work, f"stages.{index}.kernels")
     return make_ops(backends, machine, work)
 
 
 def check_kernels(run: RunConfig, device: torch.device) -> None:
-    """Before time is spent: InputError if an operation of any stage cannot run here."""
+    """Raise ResourceError if an operation of any stage cannot run here."""
     for index in range(len(run.stages)):
         stage_ops(run, index, device)

@@ -1,4 +1,4 @@
-"""One turn of the training loop. It trains a step and says what is due; run.py does what is due."""
+"""One iteration of the training loop: train a step and return an event, to which run.py reacts."""
 
 import math
 import time
@@ -27,20 +27,21 @@ from megagrow.train.train_state import RunState
 
 @dataclass(frozen=True)
 class StepDone:
-    """A step was trained; `state` is that after it, the rest says what is due now."""
+    """A step was trained; the flags name the actions that are due after it."""
 
     state: RunState
+    """State after the step."""
     measure: StepMetrics
     validate: bool
     save: bool
     evaluate: bool = False
     rewind: str | None = None
-    """Why the run has to go back to a checkpoint, if it has to."""
+    """Reason to rewind to a checkpoint, or None."""
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """A signal asked for the end; the state is that after the last whole step."""
+    """A signal requested a stop; `state` is the one after the last completed step."""
 
     state: RunState
     reason: str
@@ -48,7 +49,7 @@ class Stopped:
 
 @dataclass(frozen=True)
 class StageEnd:
-    """The stage has had all its steps."""
+    """All steps of the stage are done."""
 
     state: RunState
 
@@ -57,13 +58,24 @@ Event = StepDone | Stopped | StageEnd
 
 
 class Background(Protocol):
-    """Work that goes on beside the training; the ranks find out together when it is done."""
+    """Work that runs in parallel to training, such as an asynchronous save."""
 
     def busy(self) -> bool:
-        """Whether it goes on on this rank."""
+        """Return True while this rank is still working."""
 
     def idle_everywhere(self) -> None:
-        """Says that no rank was busy, on all ranks before the same step."""
+        """Finish the work; called on all ranks before the same step, when no rank is busy."""
+
+
+@dataclass(frozen=True)
+class StepHooks:
+    """Callbacks around a step."""
+
+    check: Callable[[], None] = lambda: None
+    """Raises an InputError of this rank that all ranks must see."""
+    beat: Callable[[str], None] = lambda phase: None
+    """Receives the name of each phase of the step as it begins."""
+    background: Background | None = None
 
 
 def advance(
@@ -72,28 +84,25 @@ def advance(
     state: RunState,
     reader: BatchReader,
     stop: StopSignal,
-    check: Callable[[], None] = lambda: None,
-    beat: Callable[[str], None] = lambda phase: None,
-    background: Background | None = None,
+    hooks: StepHooks = StepHooks(),
 ) -> Event:
-    """Trains the next step of a stage, unless it has had all of them or a signal came.
+    """Train the next step of a stage, unless all are done or a signal arrived. Collective.
 
-    `beat` hears of each phase of it that begins. An error that only one rank sees (a damaged
-    corpus, or what `check` raises) is raised as the same InputError on all. `background` is told
-    when it is done on all ranks.
+    An InputError of a single rank (a damaged corpus, or an error of `hooks.check`) is raised on all
+    ranks with the same class.
     """
     steps = stage_steps(stage.config, run.data.sequence_length)
-    if state.stage_step >= steps:  # beyond, if the run was made shorter than its checkpoint
+    if state.stage_step >= steps:  # greater if the run was shortened after its checkpoint
         return StageEnd(state)
-    beat(f"reading the batch of step {state.counters.step + 1}")
-    batches = _next_batches(stage, state, reader, stop, check, beat, background)
+    hooks.beat(f"reading the batch of step {state.counters.step + 1}")
+    batches = _next_batches(stage, state, reader, stop, hooks)
     if batches is None:
         return Stopped(state, stop.received or "a signal on another rank")
-    beat(f"step {state.counters.step + 1}")
+    hooks.beat(f"step {state.counters.step + 1}")
     measure = _measured_step(run, stage, state, batches)
     state = state.after_step(measure).guarded(run.guards, measure)
     last = state.stage_step == steps
-    good = not state.guard.troubled  # else it is no state to go back to
+    good = not state.guard.troubled  # otherwise not a rewind target
     return StepDone(
         state,
         measure,
@@ -105,15 +114,15 @@ def advance(
 
 
 def _evaluates(run: RunConfig, state: RunState, last: bool) -> bool:
-    asked = run.evaluation
-    return asked is not None and (last or state.counters.step % asked.interval == 0)
+    evaluation = run.evaluation
+    return evaluation is not None and (last or state.counters.step % evaluation.interval == 0)
 
 
 def train_at(
     run: RunConfig, stage: Stage, stage_step: int, batches: list[Batch]
 ) -> tuple[float, float, float]:
-    """Trains the step that comes when `stage_step` steps of the stage are done: with the rate, the
-    masks and the factors of that place in the run. Returns loss, gradient norm and rate."""
+    """Train the step after `stage_step` steps of the stage, with the learning rate, masks and
+    update factors of that position. Returns loss, gradient norm and learning rate."""
     position = stage_step * step_tokens(stage.config, run.data.sequence_length)
     lr = rate_at(run, stage.index, position)
     stage.engine.set_update_factors(*update_factors(run, stage.index, position))
@@ -126,23 +135,25 @@ def _next_batches(
     state: RunState,
     reader: BatchReader,
     stop: StopSignal,
-    check: Callable[[], None],
-    beat: Callable[[str], None],
-    background: Background | None,
+    hooks: StepHooks,
 ) -> list[Batch] | None:
-    """This rank's micro batches of the next step; None if any rank was told to stop."""
+    """Read this rank's micro-batches of the next step; None if any rank received a signal.
+
+    One all-reduce carries all flags, so that the usual step needs no further collective.
+    """
     batch = stage.config.batch
     mine = sequences_of(
         batch.global_batch_size, batch.micro_batch_size, stage.topology.dp_rank, stage.topology.dp
     )
     batches, problem = [], None
     try:
-        check()
+        hooks.check()
         batches = [reader.read(state.position, indices) for indices in mine]
     except InputError as error:
         problem = error
+    background = hooks.background
     busy = background is not None and background.busy()
-    beat(f"agreeing on step {state.counters.step + 1}")
+    hooks.beat(f"agreeing on step {state.counters.step + 1}")
     flags = [float(problem is not None), float(stop.received is not None), float(busy)]
     vote = torch.tensor(flags, device=stage.topology.device)
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
@@ -150,11 +161,11 @@ def _next_batches(
     if background is not None and not busy_somewhere:
         background.idle_everywhere()
     if failed:
-        run_on_all_ranks(lambda: _raise(problem))
+        run_on_all_ranks(lambda: _raise_if(problem))
     return None if stopped else batches
 
 
-def _raise(problem: InputError | None) -> None:
+def _raise_if(problem: InputError | None) -> None:
     if problem is not None:
         raise problem
 
@@ -167,7 +178,7 @@ def _measured_step(
     tokens = step_tokens(stage.config, length)
     loss, norm, lr = train_at(run, stage, state.stage_step, batches)
     if run.guards.loss_spike is not None:
-        loss = _as_rank_0_has_it(loss, stage.topology.device)
+        loss = _broadcast(loss, stage.topology.device)
     model = stage.config.model
     return StepMetrics(
         stage=stage.index,
@@ -184,8 +195,8 @@ def _measured_step(
     )
 
 
-def _as_rank_0_has_it(value: float, device: torch.device) -> float:
-    """What a decision hangs on must not differ in its last bit."""
+def _broadcast(value: float, device: torch.device) -> float:
+    """Return rank 0's value on all ranks: decisions must not depend on the last bit."""
     shared = torch.tensor([value], dtype=torch.float64, device=device)
     dist.broadcast(shared, src=0)
     return shared.item()

@@ -1,10 +1,12 @@
-"""Where a run begins: with its first weights, with a checkpoint, or, after a rewind, there again.
+"""Start of a run: initial weights, a checkpoint, or the target of a rewind.
 
-A rewind is a resume within the running job. Nothing is written for it: a run that dies after it
-goes on from the same checkpoint, sees the same steps fail and rewinds again, to the same bits.
+A rewind is a resume within the running job. It is not written to disk: a run that is killed after
+it resumes from the same checkpoint, sees the same steps fail and rewinds again, with bit-identical
+results.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,17 +23,22 @@ from megagrow.train.init_from import fill_beginning, open_beginning
 from megagrow.train.stage import Stage, build_stage
 from megagrow.train.train_state import RunState
 
+logger = logging.getLogger(__name__)
+
 Found = tuple[Path, Manifest]
-"""A checkpoint."""
+"""A checkpoint and its manifest."""
 
 
 def begin(
-    run: RunConfig, found: Found | None, device: torch.device, say: Callable[[str], None]
+    run: RunConfig, found: Found | None, device: torch.device
 ) -> tuple[RunConfig, Stage, RunState]:
-    """The run as it has grown, its stage and its state, from a checkpoint or from nothing; all
-    ranks together. InputError if the checkpoint is not one of this run."""
+    """Build the stage and state of a checkpoint, or of the start of the run. Collective.
+
+    The returned run has the operators that earlier growths chose. Raises CheckpointError if the
+    checkpoint belongs to another model.
+    """
     if found is None:
-        source = open_beginning(run, say)
+        source = open_beginning(run)
         stage = build_stage(run, 0, device)
         rank, storage = stage.topology.rank, stage.engine.storage()
         stage.engine.ready(fill_beginning(source, stage.layout, rank, storage, run.seed))
@@ -47,51 +54,50 @@ def begin(
 
 
 def rewind_target(
-    run: RunConfig, directory: Path, state: RunState, reason: str, say: Callable[[str], None]
+    run: RunConfig, directory: Path, state: RunState, reason: str
 ) -> tuple[Found | None, RunState]:
-    """The checkpoint to which a run in trouble goes back, and its state from there on: what lay
-    between is behind it, and is not read again. None is the initial state; all ranks together.
+    """Select the checkpoint to rewind to; returns it with the state after the rewind. Collective.
 
-    The newest good one; but from one that the run could not leave since it last went back there,
-    to the one before it. Later checkpoints lose their names. Diverged, if no rewind is left.
+    The data between the checkpoint and `state` is skipped. The target is the newest good
+    checkpoint; if no step succeeded since the last rewind, the one before its target. None is the
+    initial state. Later checkpoints are renamed to .tmp. Raises Diverged if no rewinds are left.
     """
     stuck = state.counters.step - max(state.guard.skipped, state.guard.high)
     limit = stuck - 1 if stuck == state.guard.rewound_to else stuck
-    found = run_on_rank_zero(lambda: _newest_good(directory, limit, say))
+    found = run_on_rank_zero(lambda: _newest_good(directory, limit))
     target = RunState() if found is None else RunState.from_json(found[1].run)
     after = state.rewound_to(target)
     if after.guard.rewinds > run.guards.max_rewinds:
         raise Diverged(
             f"step {state.counters.step}: {reason}, after {state.guard.rewinds} rewinds of "
-            f"guards.max_rewinds = {run.guards.max_rewinds}; look at the data from position "
-            f"{target.counters.tokens + state.skipped_tokens} of the stream on, and at the "
-            "learning rate"
+            f"guards.max_rewinds = {run.guards.max_rewinds}; inspect the data from position "
+            f"{target.counters.tokens + state.skipped_tokens} of the stream, and the learning rate"
         )
     run_on_rank_zero(lambda: _drop_later(directory, target))
     return found, after
 
 
-def _newest_good(directory: Path, limit: int, say: Callable[[str], None]) -> Found | None:
-    """The newest checkpoint up to a step that was saved out of trouble, else what comes nearest;
-    read from end to end."""
-    found: list[tuple[bool, int, Path]] = []
+def _newest_good(directory: Path, limit: int) -> Found | None:
+    """Return the newest valid checkpoint up to step `limit` that was not saved during an
+    instability, else the closest match; None without a valid one."""
+    candidates: list[tuple[bool, int, Path]] = []
     for path in list_checkpoints(directory):
-        with _passed_over(say):
+        with _skip_damaged():
             state = RunState.from_json(read_manifest(path).run)
             good = state.counters.step <= limit and not state.guard.troubled
-            found.append((good, state.counters.step, path))
-    for _, _, path in sorted(found, reverse=True):
-        with _passed_over(say):
+            candidates.append((good, state.counters.step, path))
+    for _, _, path in sorted(candidates, reverse=True):
+        with _skip_damaged():
             return path, verify_checkpoint(path)
     return None
 
 
 @contextmanager
-def _passed_over(say: Callable[[str], None]) -> Iterator[None]:
+def _skip_damaged() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        say(f"passed over a checkpoint: {error}")
+        logger.warning("skipped a damaged checkpoint: %s", error)
 
 
 def _drop_later(directory: Path, target: RunState) -> None:
@@ -111,5 +117,5 @@ def _check_same_model(run: RunConfig, state: RunState, path: Path, manifest: Man
         if model.get(key) != value:
             raise CheckpointError(
                 f"{where} is of another model: {key} is {value}, stage {state.stage} of the run "
-                f"says {model.get(key)}; set another output_dir or the same model"
+                f"has {model.get(key)}; set another output_dir or the same model"
             )

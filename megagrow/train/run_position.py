@@ -1,6 +1,6 @@
-"""Where a run stands: stages, steps and tokens, as pure functions of the run's config.
+"""Stages, steps and tokens of a run, as pure functions of its config.
 
-What a growth itself consumes (`Counters.growth_tokens`) is no part of any stage and not counted.
+Tokens that a growth itself reads (`Counters.growth_tokens`) belong to no stage and are not counted.
 """
 
 from typing import NamedTuple
@@ -10,32 +10,32 @@ from megagrow.config.stage_length import stage_steps, stage_tokens, step_tokens
 
 
 class Position(NamedTuple):
-    """A point in a run: a stage, counted from 0, and the steps of it that are done."""
+    """Position in a run: a stage, counted from 0, and the number of its steps done."""
 
     stage: int
     step: int
 
 
 def run_steps(run: RunConfig) -> int:
-    """Optimizer steps of the whole run."""
+    """Return the optimizer steps of a run."""
     return sum(stage_steps(stage, run.data.sequence_length) for stage in run.stages)
 
 
 def tokens_between(run: RunConfig, first: int, last: int) -> int:
-    """Tokens of the stages `first` up to, and without, `last`."""
+    """Return the tokens of the stages from `first` to `last`, exclusive."""
     return sum(stage_tokens(s, run.data.sequence_length) for s in run.stages[first:last])
 
 
 def run_tokens(run: RunConfig) -> int:
-    """Tokens of the whole run."""
+    """Return the tokens of a run."""
     return tokens_between(run, 0, len(run.stages))
 
 
 def locate(run: RunConfig, step: int) -> Position:
-    """The position at which `step` steps of the run are done.
+    """Return the position after `step` steps of the run.
 
-    At the end of a stage that is the start of the next one, (i + 1, 0); at the end of the run it is
-    the end of the last stage. Raises ValueError outside the run.
+    The end of a stage is the start of the next one, (i + 1, 0); the end of the run is the end of
+    the last stage. Raises ValueError outside the run.
     """
     last = len(run.stages) - 1
     left = step
@@ -48,9 +48,9 @@ def locate(run: RunConfig, step: int) -> Position:
 
 
 def tokens_at(run: RunConfig, step: int) -> int:
-    """Tokens trained on when `step` steps of the run are done. Raises ValueError as `locate`.
+    """Return the tokens trained on after `step` steps of the run. Raises ValueError as `locate`.
 
-    The counters of a run that is there say the same, but for their `growth_tokens`.
+    The counters of a run at that step have the same value plus `growth_tokens`.
     """
     position = locate(run, step)
     size = step_tokens(run.stages[position.stage], run.data.sequence_length)

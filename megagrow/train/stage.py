@@ -51,7 +51,11 @@ def build_stage(run: RunConfig, index: int, device: torch.device) -> Stage:
     topology = make_topology(parallel.tensor_model_parallel_size, device)
     bf16 = uses_bf16(run, device)
     settings = EngineSettings(
-        *(config.model, parallel, config.batch, config.optimizer, bf16),
+        model=config.model,
+        parallel=parallel,
+        batch=config.batch,
+        optimizer=config.optimizer,
+        bf16=bf16,
         scales=stage_scales(run, index),
         ops=stage_ops(run, index, device),
     )

@@ -1,4 +1,4 @@
-"""One training step, and the loss of a batch without one."""
+"""One training step, and the loss of a batch without an update."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -18,22 +18,27 @@ from megagrow.train.stage import Stage
 def train_step(
     stage: Stage, batches: Sequence[Batch], lr: float, masks: Masks | None
 ) -> tuple[float, float]:
-    """Forward and backward over this rank's micro batches, and one update of the weights.
+    """Run forward and backward over this rank's micro-batches, and one optimizer step. Collective.
 
-    `masks` are this rank's, where parts of the model are still being let in.
+    Args:
+        stage: the stage.
+        batches: this rank's micro-batches.
+        lr: learning rate.
+        masks: this rank's growth masks while they are ramping, else None.
 
-    Returns the loss (mean over the global batch's tokens, in nats) and the gradient norm before
-    clipping. If the loss or a gradient is not finite on any rank then the norm is not, on all of
-    them, and nothing was updated. A position without a next token (the last of a corpus) counts as
-    a loss of zero, so that every layout divides by the same number. Where only answers count the
-    mean is over the labels of the global batch that do: if none does, loss and gradient are 0.
+    Returns:
+        The loss (mean over the global batch's tokens, in nats) and the gradient norm before
+        clipping. If the loss or a gradient is not finite on any rank, the norm is not finite on all
+        ranks and nothing is updated. A position without a next token (the last of a corpus) counts
+        as a loss of zero, so that every layout divides by the same number. With `answers_only` the
+        mean is over the unmasked labels of the global batch; without any, loss and gradient are 0.
     """
     total = torch.zeros((), device=stage.topology.device)
     norm = None
     positions = _counted(stage, batches) if stage.answers_only else None
     for batch in batches:
         loss = _summed_loss(stage, batch, masks) / (positions or batch.labels.numel())
-        # 1 where the loss is finite, else NaN: then so is the gradient, and the norm tells all.
+        # A loss that is not finite makes the factor NaN, and with it the gradient norm.
         stage.engine.backward(loss * (1 + 0 * loss.detach()))
         norm = stage.engine.step(lr)
         total += loss.detach() / len(batches)
@@ -44,21 +49,21 @@ def train_step(
 
 
 def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | None) -> float:
-    """Mean loss per token over the first sequences of a stream, in nats; all ranks together.
+    """Return the mean loss per token over the first sequences of a stream, in nats. Collective.
 
-    Labels that are IGNORED do not count (if none does the loss is 0). Sequences are dealt out to
-    the data-parallel ranks; the result does not depend on how many there are.
+    IGNORED labels do not count; without any label the loss is 0. Sequences are distributed over the
+    data-parallel ranks; the result does not depend on their number.
     """
     micro, dp = stage.config.batch.micro_batch_size, stage.topology.dp
     sums = torch.zeros(2, dtype=torch.float64, device=stage.topology.device)
     stage.engine.train(False)
     with torch.no_grad():
-        # Every rank makes the same number of passes (ZeRO-3 gathers weights in each of them):
-        # what lies beyond the end is read as the last sequence again, and not counted.
+        # Every rank makes the same number of passes, because ZeRO-3 gathers weights in each of
+        # them. Indices beyond the end repeat the last sequence and are not counted.
         for index in range(-(-sequences // (micro * dp))):
             first = (index * dp + stage.topology.dp_rank) * micro
             indices = list(range(first, first + micro))
-            # A damaged corpus is seen by the rank that reads it, and has to stop all of them.
+            # Only the rank that reads a damaged corpus sees it, and all ranks must stop.
             within = [min(index, sequences - 1) for index in indices]
             batch = run_on_all_ranks(partial(reader.read, 0, within))
             beyond = torch.tensor([index >= sequences for index in indices])
@@ -73,17 +78,17 @@ def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | 
 def model_inputs(
     batch: Batch, ops: Ops, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """What the model takes of a batch, on its device: token ids, positions, and documents, which
-    are packed before they leave the CPU."""
+    """Return the model's inputs on its device: token ids, positions and documents, which are packed
+    on the CPU."""
     documents = None if batch.document_ids is None else ops.pack(batch.document_ids).to(device)
     return batch.input_ids.to(device), batch.position_ids.to(device), documents
 
 
 def _counted(stage: Stage, batches: Sequence[Batch]) -> float:
-    """Labels of the global batch that count, per micro batch of all ranks; collective.
+    """Return the unmasked labels of the global batch, per micro-batch of all ranks. Collective.
 
-    How many there are differs from one micro batch to the next. The engine takes the mean over
-    micro batches and ranks: with sums divided by this it is the mean over all counted labels.
+    Their number differs between micro-batches. The engine averages over micro-batches and ranks;
+    sums divided by this number average to the mean over all unmasked labels.
     """
     count = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
     total = torch.tensor(count, device=stage.topology.device)

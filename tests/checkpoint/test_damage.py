@@ -15,6 +15,7 @@ from megagrow.checkpoint.manifest import read_manifest, write_manifest
 from megagrow.common.checksums import FileRecord
 from megagrow.errors import InputError
 from tests.helpers.checkpoint.saving import MODEL, save_random
+from tests.helpers.logs import captured_logs
 from tests.helpers.reshard.definition import empty_storage
 from tests.helpers.reshard.models import layout_of
 from tests.helpers.spawn import run_ranks
@@ -94,12 +95,12 @@ def search(folders: list[Path]) -> list[tuple[str, list[str]]]:
     """For each folder what is found, or why nothing is, and what was said meanwhile."""
     out = []
     for folder in folders:
-        said: list[str] = []
-        try:
-            found = newest_checkpoint(folder, said.append)
-            out.append((found[0].name if found else "none", said))
-        except InputError as error:
-            out.append((str(error), said))
+        with captured_logs() as messages:
+            try:
+                found = newest_checkpoint(folder)
+                out.append((found[0].name if found else "none", messages))
+            except InputError as error:
+                out.append((str(error), messages))
     return out
 
 
@@ -120,14 +121,14 @@ def test_damaged_ones_are_named_and_the_one_before_is_taken(good, tmp_path):
         assert one[0] == checkpoint_name(10) and more[0] == checkpoint_name(9), name
         assert [text in line and checkpoint_name(100) in line for line in one[1]] == [True], name
         assert [text in line for line in more[1]] == [True, True], name
-        assert f"no checkpoint under {everything[index]} is whole: " in none[0], name
+        assert f"no valid checkpoint under {everything[index]}: " in none[0], name
         assert text in none[0] and "\n" not in none[0] and len(none[1]) == 3, name
     assert found[-2:] == [(checkpoint_name(100), []), ("none", [])]
 
 
 def load_later(folder: Path) -> str:
     """What is said of a shard that is damaged between the search and the loading."""
-    path, manifest = newest_checkpoint(folder, print)
+    path, manifest = newest_checkpoint(folder)
     (path / SHARD).write_bytes(b"\xff" * manifest.files[SHARD].bytes)
     try:
         whole = layout_of(MODEL, 0, 1, 1)

@@ -111,7 +111,7 @@ def test_a_model_that_fits_nowhere(checkpoint: Path, vocab_size: int) -> None:
 )
 def test_a_run_that_stands_nowhere(changes: dict) -> None:
     RunState.from_json(RUN)
-    with pytest.raises(InputError, match="does not say where its run stands"):
+    with pytest.raises(InputError, match="run state in the checkpoint is"):
         RunState.from_json(RUN | changes)
 
 

@@ -112,7 +112,7 @@ def resumed_by_engines(
     out = []
     for source, target in pairs:
         run = run_of(folder, target)
-        found = newest_checkpoint(folder / name_of(source), print)
+        found = newest_checkpoint(folder / name_of(source))
         assert found is not None
         path, manifest = found
         stage = build_stage(run, 0, torch.device("cpu"))

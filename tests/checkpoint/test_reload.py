@@ -16,6 +16,7 @@ from megagrow.parallel.sharding import STATE_KINDS
 from megagrow.train.stage import build_stage
 from tests.helpers.checkpoint.saving import ENVIRONMENT, MODEL, RUN, manifest_of, save_random
 from tests.helpers.checkpoint.written import record_of
+from tests.helpers.logs import captured_logs
 from tests.helpers.reshard.definition import empty_storage, random_state, same, storage_of
 from tests.helpers.reshard.models import layout_of
 from tests.helpers.runs import full_tensors, make_run
@@ -40,7 +41,9 @@ def save_and_load_all(folder: Path) -> list[str]:
     rank, wrong = dist.get_rank(), []
     for step, (before, saved) in enumerate(LAYOUTS.items()):
         save_random(folder / before, step, saved)
-        path, manifest = newest_checkpoint(folder / before, wrong.append)
+        with captured_logs() as messages:
+            path, manifest = newest_checkpoint(folder / before)
+        wrong += messages
         assert manifest.read_layout() == saved
         state = random_state(saved.plan, seed=step)
         for after, layout in LAYOUTS.items():
@@ -96,7 +99,7 @@ def on_fewer_ranks(folder: Path) -> list[bool]:
     """Loads what four ranks saved into the layouts of one."""
     out = []
     for step, name in enumerate(LAYOUTS):
-        path, manifest = newest_checkpoint(folder / name, print)
+        path, manifest = newest_checkpoint(folder / name)
         layout = layout_of(MODEL, step % 4, 1, 1)
         mine = empty_storage(layout, 0)
         load_storage(path, manifest, layout, mine)
@@ -127,7 +130,7 @@ def through_engines(folder: Path) -> list[tuple[bool, int]]:
                     storage[name][kind].copy_(values)
             built.engine.ready(adam_step=5)
         else:
-            path, manifest = newest_checkpoint(folder / "engines", print)
+            path, manifest = newest_checkpoint(folder / "engines")
             load_storage(path, manifest, layout, storage)
             built.engine.ready(manifest.adam_step)
         tensors = full_tensors(layout, built.engine.storage())

@@ -19,6 +19,7 @@ from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
 from megagrow.reshard.layout import Block
 from tests.helpers.checkpoint.saving import MODEL
 from tests.helpers.checkpoint.written import RUN, record_of, write_checkpoint
+from tests.helpers.logs import captured_logs
 from tests.helpers.reshard.definition import random_state
 from tests.helpers.reshard.models import layout_of, layouts, models
 
@@ -71,13 +72,13 @@ def test_a_shard_of_another_layout_is_damage(path):
 
 
 def test_a_checkpoint_with_a_flipped_bit_is_no_source(path):
-    open_source(path, print)
+    open_source(path)
     file = path / "rank-00001.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"rank-00001.safetensors: damaged, its checksum is"):
-        open_source(path, print)
+        open_source(path)
 
 
 def test_a_run_gives_its_newest_whole_checkpoint(path, tmp_path):
@@ -85,14 +86,14 @@ def test_a_run_gives_its_newest_whole_checkpoint(path, tmp_path):
     for step in (1, 2, 3):
         shutil.copytree(path, folder / f"step-{step:09d}")
     (folder / "step-000000003" / "rank-00000.safetensors").unlink()
-    said: list[str] = []
-    for place in (tmp_path / "run", folder):
-        assert open_source(place, said.append).path.name == "step-000000002"
-    assert len(said) == 2 and "passed over a checkpoint" in said[0]
+    with captured_logs() as messages:
+        for place in (tmp_path / "run", folder):
+            assert open_source(place).path.name == "step-000000002"
+    assert len(messages) == 2 and "skipped a damaged checkpoint" in messages[0]
 
 
 def test_what_is_no_source_is_named(tmp_path):
     with pytest.raises(InputError, match="neither a checkpoint nor a run directory nor"):
-        open_source(tmp_path, print)
+        open_source(tmp_path)
     with pytest.raises(InputError, match="gone: no such directory"):
-        open_source(tmp_path / "gone", print)
+        open_source(tmp_path / "gone")

@@ -24,6 +24,7 @@ from tests.config.test_rope import LLAMA3
 from tests.formats.test_hugging_face import state_of
 from tests.helpers.checkpoint.written import differences, expected_shards, shards, write_checkpoint
 from tests.helpers.hugging_face import hugging_face, tiny, tokens
+from tests.helpers.logs import captured_logs
 from tests.helpers.reshard.models import layout_of
 from tests.offline.test_grow import grow, model_file
 
@@ -41,12 +42,13 @@ EXACT = 1e-5
 
 
 def convert(how: Any, source: Path, out: Path, form: str = "checkpoint", **options: Any) -> str:
-    """Carries out a conversion; returns what was said."""
-    said = io.StringIO()
+    """Run a conversion; returns its output and log messages."""
+    output = io.StringIO()
     tokenizer = (options.pop("tokenizer", None),) if how is export_hugging_face else ()
     request = Request(source=source, out=out, form=form, memory="20MiB", **options)
-    how(request, *tokenizer, Console(file=said, width=300))
-    return said.getvalue()
+    with captured_logs() as messages:
+        how(request, *tokenizer, Console(file=output, width=300))
+    return "\n".join([*messages, output.getvalue()])
 
 
 def export(source: Path, out: Path, **options: Any) -> str:

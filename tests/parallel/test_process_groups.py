@@ -1,11 +1,19 @@
 """Ranks in a grid, what the launcher says, and errors that all ranks raise together."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from megagrow.errors import InputError
-from megagrow.parallel.agreement import run_on_all_ranks
+from megagrow.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    InputError,
+    ResourceError,
+)
+from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
 from megagrow.parallel.launch import Launch, read_launch
 from megagrow.parallel.process_groups import destroy_topology, make_topology
 from tests.helpers.spawn import run_ranks
@@ -77,6 +85,36 @@ def failing(ranks: list[int], kind: type[Exception]) -> str:
         return f"returned {run_on_all_ranks(action)}"
     except InputError as error:
         return str(error)
+
+
+CLASSES = (ConfigError, DataError, CheckpointError, ResourceError, InputError)
+
+
+def class_after(collective: Callable[[Callable[[], None]], None], kind: type[Exception]) -> type:
+    """Return the class that a collective raises on this rank if rank 0 raises `kind`."""
+
+    def action() -> None:
+        if dist.get_rank() == 0:
+            raise kind("trouble")
+
+    try:
+        collective(action)
+    except InputError as error:
+        return type(error)
+    return type(None)
+
+
+def classes() -> list[list[type]]:
+    """Return the classes raised for `CLASSES` and OSError by both collectives."""
+    return [
+        [class_after(collective, kind) for kind in (*CLASSES, OSError)]
+        for collective in (run_on_rank_zero, run_on_all_ranks)
+    ]
+
+
+@pytest.mark.dist
+def test_all_ranks_raise_the_class_of_the_failing_rank() -> None:
+    assert run_ranks(2, classes) == [[[*CLASSES, ResourceError]] * 2] * 2
 
 
 def everything() -> tuple:

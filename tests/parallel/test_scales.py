@@ -149,7 +149,7 @@ def reloaded(folder: Path) -> dict[Case, Trained]:
         save_checkpoint(where, index, first.layout, first.engine.storage(), make)
         first.release()
         built = build(case, SCALES)
-        path, manifest = newest_checkpoint(where, print)
+        path, manifest = newest_checkpoint(where)
         load_storage(path, manifest, built.layout, built.engine.storage())
         built.engine.ready(manifest.adam_step)
         norms = [built.train_step(seed=seed) for seed in range(STEPS // 2, STEPS)]

@@ -109,7 +109,7 @@ def test_checkpoints_of_another_model(again, key, was):
 def test_a_run_made_shorter_than_its_checkpoint_is_over(again):
     path, _ = again
     done = completed_run(path, f"stages.0.tokens={STEP_TOKENS}")
-    assert "done. 6 steps" in done.out[0]
+    assert "| done | 6 steps" in done.out[0]
 
 
 def break_shard(checkpoint: Path) -> None:
@@ -127,9 +127,9 @@ def test_the_newest_checkpoint_is_damaged(again, finished, damage, said):
     path, folder = again
     damage(folder / "step-000000006")
     out = completed_run(path).out
-    assert out[0].count("passed over a checkpoint: ") == 1
+    assert out[0].count("skipped a damaged checkpoint: ") == 1
     assert f"{folder}/step-000000006/rank-00001.safetensors: {said}" in out[0]
-    assert f"goes on from {folder}/step-000000004" in out[0]
+    assert f"| resume | step 4 | {folder}/step-000000004" in out[0]
     again = finished.model_copy(update={"output_dir": folder.parent})
     fields = ("step", "loss")
     assert records(again, "train", fields) == records(finished, "train", fields)
@@ -140,7 +140,7 @@ def test_all_checkpoints_are_damaged(again):
     for checkpoint in folder.iterdir():
         break_shard(checkpoint)
     said = refused_run(path)
-    assert f"no checkpoint under {folder} is whole: {folder}/step-000000006/rank-00001" in said
+    assert f"no valid checkpoint under {folder}: {folder}/step-000000006/rank-00001" in said
     assert len(list(folder.iterdir())) == 3
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from megagrow.checkpoint.files import list_checkpoints
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.save import Save
 from megagrow.config.schema import RunConfig
-from megagrow.train.reporting.console import LiveLine
 from megagrow.train.reporting.run_logger import RunLogger
 from tests.helpers.disks import small_disk
 from tests.helpers.jobs import Hook, Job, records, write_run
@@ -148,7 +148,7 @@ def test_a_disk_without_room_for_one_checkpoint_is_told_at_once(tmp_path, disk):
     done = Job(tmp_path / "said", 2, ["train", str(write_run(tmp_path / "run.yaml", run))]).finish()
     assert done.codes == [2, 2]
     warning, first = (
-        done.out[0].index(text) for text in ("not even one checkpoint fits", "step 2:")
+        done.out[0].index(text) for text in ("no room for a single checkpoint", "step 2 |")
     )
     assert warning < first
     assert f"{run.output_dir}/checkpoints: has " in done.out[0]
@@ -176,10 +176,10 @@ def test_a_log_on_a_full_disk(tmp_path, undisturbed):
     run = run_on(tmp_path, tmp_path)
     path = write_run(tmp_path / "run.yaml", run)
 
-    def say(self: LiveLine, text: str) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    hook = after_first_save(lambda: pytest.MonkeyPatch().setattr(LiveLine, "say", say))
+    hook = after_first_save(lambda: pytest.MonkeyPatch().setattr(Console, "print", full))
     said = refused_run(path, hook=hook)
     assert said.startswith("rank 0: standard output: cannot be written (No space left on device)")
     assert whole_checkpoints(run) == [6]

@@ -47,7 +47,7 @@ def test_the_run_stops_and_the_checkpoint_is_intact(tmp_path: Path) -> None:
     )
     path = write_run(tmp_path / "run.yaml", run)
     said = assert_refused(train(path, 2, a_new_layer_that_speaks).finish())
-    assert said.startswith(f"the growth at step {BEFORE} by zero_depth should have kept")
+    assert said.startswith(f"the growth at step {BEFORE} by zero_depth should preserve")
     assert "no step was taken" in said
     assert [step for (step,) in records(run, "train", ["step"])] == list(range(1, BEFORE + 1))
     assert read_manifest(run.output_dir / "checkpoints" / f"step-{BEFORE:09d}").run["stage"] == 0

@@ -270,8 +270,8 @@ def test_killed_while_masks_rise(tmp_path: Path) -> None:
 def test_a_finished_run_says_so_and_does_nothing(undisturbed: RunConfig) -> None:
     before = history(undisturbed), last_checkpoint(undisturbed)
     done = finish(start(undisturbed))
-    assert f"goes on from {undisturbed.output_dir}" in done.out[0]
-    assert f"test: done. {STEPS} steps, {STEPS * STEP_TOKENS} tokens" in done.out[0]
+    assert f"run test | resume | step {STEPS} | {undisturbed.output_dir}" in done.out[0]
+    assert f"run test | done | {STEPS} steps | {STEPS * STEP_TOKENS} tokens | " in done.out[0]
     assert "saved" not in done.out[0]
     assert (history(undisturbed), last_checkpoint(undisturbed)) == before
 
@@ -292,7 +292,7 @@ def test_stopped_by_a_signal(
         time.sleep(0.02)
     done = finish(job)
     name = signals[0].name
-    assert f"stopped by {name}; the same command goes on. 8 steps" in done.out[0]
+    assert f"run test | stopped by {name} | 8 steps | " in done.out[0]
     assert records(run, "end", ["step", "stopped"]) == [(8, name)]
     assert list_checkpoints(run.output_dir / "checkpoints")[-1].name == "step-000000008"
     finish(start(run))

@@ -160,8 +160,11 @@ def test_goes_back_and_passes_over_the_window(
     done = finish(start(run, both(spoilt(*bad), evaluated(run, back_to, back_to + 1))))
     kept = [path.name for path in (run.output_dir / "evaluations").iterdir()]
     assert kept == [f"step-{back_to:09d}.json"]
-    failed = f"step {bad[-1]}: 3 steps in a row had a loss or a gradient that is not finite"
-    assert f"step {bad[0]}: loss or gradient not finite, the step is skipped" in done.out[0]
+    failed = (
+        f"step {bad[-1]} | rewind to step {back_to} | 3 consecutive steps with a non-finite loss "
+        "or gradient"
+    )
+    assert f"step {bad[0]} | skipped | loss or gradient not finite" in done.out[0]
     assert failed in done.out[0]
     window = back_to * STEP_TOKENS, bad[-1] * STEP_TOKENS
     told = ("step", "stage", "from_step", "skipped_from", "skipped_to", "rewinds", "skipped_steps")
@@ -216,8 +219,8 @@ def test_when_no_rewind_is_left_the_run_ends(tmp_path: Path) -> None:
     done = start(run, spoilt(*range(5, 100))).finish()
     assert done.codes == [3] * WORLD
     assert done.err[0] == (
-        "error: step 6: 3 steps in a row had a loss or a gradient that is not finite, after 3 "
-        "rewinds of guards.max_rewinds = 3; look at the data from position 832 of the stream on, "
-        "and at the learning rate\n"
+        "error: step 6: 3 consecutive steps with a non-finite loss or gradient, after 3 rewinds of "
+        "guards.max_rewinds = 3; inspect the data from position 832 of the stream, and the "
+        "learning rate\n"
     )
     assert done.err[1:] == [""] * (WORLD - 1)

@@ -16,6 +16,7 @@ from megagrow.errors import InputError
 from megagrow.train.fault_tolerance import run_lock as directory_lock
 from megagrow.train.fault_tolerance.run_lock import NAME, DirectoryLock
 from tests.helpers.jobs import Job, records, train, write_run
+from tests.helpers.logs import captured_logs
 from tests.helpers.runs import STEP_TOKENS, make_run
 
 ENDLESS = 100_000
@@ -64,10 +65,10 @@ def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(directory_lock, "PATIENCE", 0.0)
         with pytest.raises(InputError, match=f"process {process.pid} on "):
-            DirectoryLock(tmp_path, no_words)
+            DirectoryLock(tmp_path)
     process.kill()
     process.join()
-    with DirectoryLock(tmp_path, no_words):
+    with DirectoryLock(tmp_path):
         assert (tmp_path / NAME).read_text().startswith(f"process {os.getpid()} on ")
 
 
@@ -77,12 +78,11 @@ def test_a_file_system_without_locks_is_told_of(
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    said: list[str] = []
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with DirectoryLock(tmp_path, said.append):
+    with captured_logs() as messages, DirectoryLock(tmp_path):
         pass
-    (line,) = said
-    assert line.startswith(f"warning: {tmp_path}: no locks on this file system")
+    (line,) = messages
+    assert line.startswith(f"{tmp_path}: this file system has no locks")
 
 
 def endless(folder: Path) -> RunConfig:
@@ -103,10 +103,6 @@ def at_once(rank: int, patch: pytest.MonkeyPatch) -> None:
 
 
 def hold(directory: Path, holds: Any) -> None:
-    with DirectoryLock(directory, no_words):
+    with DirectoryLock(directory):
         holds.set()
         signal.pause()
-
-
-def no_words(_: str) -> None:
-    pass

@@ -56,7 +56,7 @@ def test_a_host_is_lost_and_the_other_goes_on_alone(tmp_path: Path, pair: Hosts)
     write_corpus(corpus)
     story = Story(tmp_path, corpus, losses_of_one_rank(tmp_path, corpus))
     job = story.start("lost", [first, second], 1)
-    words = "host host1 (rank 1) gives no sign of life: it is down or off the network, last heard"
+    words = "host host1 (rank 1) is unresponsive: down or off the network (last heartbeat: "
     story.lost(job, pair, second, BASE_STEPS + 4, words)
     (start,), (growth,) = records(job.output, "start"), records(job.output, "growth")
     assert (start["step"], growth["step"]) == (0, BASE_STEPS)

@@ -105,17 +105,17 @@ def forever() -> None:
         (
             in_step(2, send_self(signal.SIGSTOP)),
             2,
-            "rank 2 gives no sign of life: it is frozen or dead, last heard of in step 5",
+            "rank 2 is unresponsive (last heartbeat: step 5)",
         ),
         (
             in_step(0, send_self(signal.SIGSTOP)),
             0,
-            "rank 0 gives no answer: it is frozen or dead",
+            "rank 0 does not answer",
         ),
         (
             while_reading(1, forever),
             1,
-            "rank 1 is alive, but stays behind, last heard of in reading the batch of step 5",
+            "rank 1 is alive but behind (last heartbeat: reading the batch of step 5)",
         ),
         (
             in_step(1, forever),
@@ -133,15 +133,15 @@ def test_a_rank_that_does_not_get_on(tmp_path: Path, hook: Hook, victim: int, me
     assert len(lines(done)) == (2 if victim == 0 else 1), "the others agree on who speaks"
     for line in lines(done):
         assert line.startswith("error: no progress in ")
-        assert line.endswith(f" for 2 s; {message}; all ranks end (guards.hang_timeout)")
+        assert line.endswith(f" for 2 s; {message}; aborting all ranks (guards.hang_timeout)")
     assert seconds < 15 + HANG_TIMEOUT + REACTION
 
 
 @pytest.mark.parametrize(
     ("victim", "message"),
     [
-        (1, "rank 1 gives no sign of life: it is frozen or dead, last heard of in step 5"),
-        (0, "rank 0 gives no answer: it is frozen or dead"),
+        (1, "rank 1 is unresponsive (last heartbeat: step 5)"),
+        (0, "rank 0 does not answer"),
     ],
 )
 def test_a_rank_that_is_killed(tmp_path: Path, victim: int, message: str) -> None:
@@ -149,7 +149,7 @@ def test_a_rank_that_is_killed(tmp_path: Path, victim: int, message: str) -> Non
     print(done.err, seconds)
     assert done.codes[victim] == -signal.SIGKILL
     assert [code for rank, code in enumerate(done.codes) if rank != victim] == [5] * (WORLD - 1)
-    assert set(lines(done)) == {f"error: {message}; all ranks end"}
+    assert set(lines(done)) == {f"error: {message}; aborting all ranks"}
     assert len(lines(done)) == (2 if victim == 0 else 1)
 
 
@@ -164,6 +164,5 @@ def test_a_rank_that_fails(tmp_path: Path) -> None:
     assert "RuntimeError: a bug" in done.err[2]
     assert sorted(done.err[:2]) == [
         "",
-        "error: rank 2 gives no sign of life: it is frozen or dead, last heard of in step 5; "
-        "all ranks end\n",
+        "error: rank 2 is unresponsive (last heartbeat: step 5); aborting all ranks\n",
     ]

@@ -18,7 +18,7 @@ KILLS = 4
 @pytest.fixture(scope="module")
 def injected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Injection]:
     folder = tmp_path_factory.mktemp("injected")
-    injection = Injection(folder, 2, print)
+    injection = Injection(folder, 2)
     injection.measure()
     injection.inject(plan_kills(KILLS, 3, 2))
     return folder, injection
@@ -75,7 +75,7 @@ def test_another_loss_would_be_seen(injected: tuple[Path, Injection], tmp_path: 
 def test_what_is_seen_after_a_start(
     injected: tuple[Path, Injection], before: Seen, after: Seen, said: str | None
 ) -> None:
-    injection = Injection(injected[0], 2, print)
+    injection = Injection(injected[0], 2)
     injection._check(Path("run"), before, after)
     assert injection.report.failures == ([] if said is None else [f"run: {said}"])
 

@@ -17,6 +17,7 @@ from tests.formats.test_hugging_face import state_of
 from tests.helpers.checkpoint.written import differences, shards, write_checkpoint
 from tests.helpers.hugging_face import hugging_face
 from tests.helpers.jobs import records, train, write_run
+from tests.helpers.logs import captured_logs
 from tests.helpers.reshard.definition import State, empty_storage, same, storage_of
 from tests.helpers.reshard.models import layout_of
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
@@ -41,9 +42,10 @@ def begins(folder: Path, state: State, kinds: tuple[str, ...]) -> None:
         name: {kind: held[kind] if kind in kinds else held[kind] * 0 for kind in STATE_KINDS}
         for name, held in state.items()
     }
-    run, said = run_from(folder.parent, folder), []
-    source = open_beginning(run, said.append)
-    assert source is not None and said == [f"begins with the weights of {source.path}"]
+    run = run_from(folder.parent, folder)
+    with captured_logs() as messages:
+        source = open_beginning(run)
+    assert source is not None and messages == [f"weights initialized from {source.path}"]
     for spread in LAYOUTS:
         layout = layout_of(run.stages[0].model, *spread)
         storage = empty_storage(layout, rank, 0.0)
@@ -61,9 +63,9 @@ def refusals(folder: Path) -> list[str]:
         (folder / "masked", {"model": MODEL | {"num_hidden_layers": 4}}),
     ):
         with pytest.raises(InputError) as error:
-            open_beginning(run_from(folder, path, **changes), print)
+            open_beginning(run_from(folder, path, **changes))
         said.append(str(error.value))
-    assert open_beginning(run_from(folder, None), print) is None
+    assert open_beginning(run_from(folder, None)) is None
     return said
 
 
@@ -122,5 +124,5 @@ def test_a_run_begins_where_it_is_told(folder):
     other = run_from(folder, ends[0], "other")
     ended = train(write_run(folder / "other.yaml", other), 2).finish()
     assert ended.codes == [0, 0]
-    assert f"begins with the weights of {ends[0]}" in ended.out[0]
+    assert f"weights initialized from {ends[0]}" in ended.out[0]
     assert losses(other)[0][2] < losses(runs["named"])[0][2]

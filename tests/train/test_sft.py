@@ -65,7 +65,7 @@ def one_step(run: RunConfig, blank: bool = False) -> dict[str, Any]:
     """The first step of a run: its loss, the loss measured before it, the gradient's norm and the
     whole gradients. Without any label if `blank`."""
     stage = build_stage(run, 0, torch.device("cpu"))
-    source = open_beginning(run, lambda text: None)
+    source = open_beginning(run)
     topology, storage = stage.topology, stage.engine.storage()
     stage.engine.ready(fill_beginning(source, stage.layout, topology.rank, storage, run.seed))
     reader = open_inputs(run).train

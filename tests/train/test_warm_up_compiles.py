@@ -19,6 +19,7 @@ from megagrow.config.schema import StageConfig
 from megagrow.model.backends import Backends
 from megagrow.model.machine import Machine
 from megagrow.train.kernel_warmup import KernelCall, WarmUp, stage_kernels
+from tests.helpers.logs import captured_logs
 from tests.helpers.runs import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,8 +72,7 @@ def test_a_real_step_finds_all_its_kernels_compiled(cache: Path, tmp_path: Path)
             StageConfig.model_validate(stage), SEQUENCE, torch.bfloat16, TRITON
         )
     ]
-    said: list[str] = []
-    with WarmUp(GPU, 0, said.append) as warm_up:
+    with captured_logs() as said, WarmUp(GPU, 0) as warm_up:
         warm_up.start(tuple(dict.fromkeys(calls)), 90)
         warm_up.wait()
         warm_up.report()
@@ -97,7 +97,7 @@ def test_a_real_step_finds_all_its_kernels_compiled(cache: Path, tmp_path: Path)
 def test_compiling_once_more_adds_nothing(cache: Path):
     found = []
     for _ in range(2):
-        with WarmUp(GPU, 0, print) as warm_up:
+        with WarmUp(GPU, 0) as warm_up:
             warm_up.start(SMALL, 90)
             warm_up.wait()
         found.append(files(cache))
@@ -107,7 +107,7 @@ def test_compiling_once_more_adds_nothing(cache: Path):
 
 def test_each_architecture_has_kernels_of_its_own(cache: Path):
     before = files(cache)
-    with WarmUp(GPU, 0, print) as warm_up:
+    with WarmUp(GPU, 0) as warm_up:
         warm_up.start(SMALL, 80)
         warm_up.wait()
     new = [path for path in files(cache) - before if path.suffix == ".ptx"]
@@ -116,38 +116,35 @@ def test_each_architecture_has_kernels_of_its_own(cache: Path):
 
 
 def test_what_cannot_be_compiled_is_warned_of_and_the_rest_compiled(cache: Path):
-    said: list[str] = []
     wrong = KernelCall("swiglu", (("rows", 16), ("width", 64), ("dtype", "int8")))
     other = KernelCall("swiglu", (("rows", 16), ("width", 64), ("dtype", "float16")))
     before = files(cache)
-    with WarmUp(GPU, 0, said.append) as warm_up:
+    with captured_logs() as said, WarmUp(GPU, 0) as warm_up:
         warm_up.start((wrong, other), 90)
         warm_up.wait()
         warm_up.report()
     [line] = said
-    assert line.startswith("warning: the next stage's kernels could not be compiled: swiglu {")
+    assert line.startswith("the next stage's kernels could not be compiled: swiglu {")
     assert "int8" in line
     assert sum(path.suffix == ".cubin" for path in files(cache) - before) == 2
 
 
 def test_a_compiler_at_work_is_told_of_and_ended(cache: Path):
-    said: list[str] = []
-    with WarmUp(GPU, 0, said.append) as warm_up:
+    with captured_logs() as said, WarmUp(GPU, 0) as warm_up:
         warm_up.start(SMALL, 90)
         process = warm_up._process
         warm_up.report()
-    assert said == ["warning: the next stage's kernels are still being compiled"]
+    assert said == ["the next stage's kernels are still being compiled"]
     assert process.poll() == -9
 
 
 def test_a_process_that_cannot_be_started_is_warned_of(monkeypatch: pytest.MonkeyPatch):
-    said: list[str] = []
     monkeypatch.setattr(module.sys, "executable", "/nowhere/python")
-    with WarmUp(GPU, 0, said.append) as warm_up:
+    with captured_logs() as said, WarmUp(GPU, 0) as warm_up:
         warm_up.start(SMALL, 90)
         warm_up.report()
     [line] = said
-    assert line.startswith("warning: the next stage's kernels are not compiled beforehand: ")
+    assert line.startswith("the next stage's kernels are not precompiled: ")
 
 
 class Started:
@@ -165,7 +162,7 @@ class Started:
 
 def test_the_next_stage_is_prepared(tmp_path, monkeypatch):
     started = Started(tmp_path, monkeypatch, attention="triton")
-    WarmUp(GPU, 0, print).prepare(started.run, 0)
+    WarmUp(GPU, 0).prepare(started.run, 0)
     [(calls, capability)] = started.given
     assert capability == 90
     assert calls == stage_kernels(started.run.stages[1], 16, torch.bfloat16, TRITON)
@@ -176,12 +173,12 @@ def test_the_next_stage_is_prepared(tmp_path, monkeypatch):
 )
 def test_nothing_is_compiled_without_need(tmp_path, monkeypatch, device, local_rank, index):
     started = Started(tmp_path, monkeypatch)
-    WarmUp(torch.device(device), local_rank, print).prepare(started.run, index)
+    WarmUp(torch.device(device), local_rank).prepare(started.run, index)
     assert started.given == []
 
 
 def test_nothing_is_compiled_where_no_backend_is_triton(tmp_path, monkeypatch):
     backends = {"attention": "sdpa", "norm": "torch", "pointwise": "torch", "loss": "torch"}
     started = Started(tmp_path, monkeypatch, **backends)
-    WarmUp(GPU, 0, print).prepare(started.run, 0)
+    WarmUp(GPU, 0).prepare(started.run, 0)
     assert started.given == []

@@ -13,12 +13,12 @@ from before its last finished checkpoint, lost that, or ended other than the und
 """
 
 import json
+import logging
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +41,8 @@ from tools.faults.run import (  # noqa: E402
     start_ranks,
     write_corpus,
 )
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.002
 PATIENCE_SECONDS = 30.0
@@ -98,8 +100,8 @@ def plan_kills(count: int, seed: int, ranks: int) -> list[Kill]:
 class Injection:
     """Runs in a folder, their ranks, and what came of killing them."""
 
-    def __init__(self, folder: Path, ranks: int, say: Callable[[str], None]) -> None:
-        self._folder, self._ranks, self._say = folder, ranks, say
+    def __init__(self, folder: Path, ranks: int) -> None:
+        self._folder, self._ranks = folder, ranks
         self._expected = folder / "undisturbed"
         self._lasted: dict[str, float] = {}
         self.report = Report()
@@ -111,7 +113,7 @@ class Injection:
         if self.report.failures:
             raise SystemExit(self.report.failures[0])
         told = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self._lasted.items())
-        self._say(f"undisturbed, as last seen: {told}")
+        logger.info("undisturbed, as last seen: %s", told)
 
     def inject(self, kills: list[Kill]) -> None:
         """Kills one run after another until all kills are done; each is let end at last."""
@@ -122,7 +124,7 @@ class Injection:
             while waiting and self._attempt(output, waiting[0]):
                 waiting.pop(0)
                 if len(waiting) % 20 == 0:
-                    self._say(f"{len(kills) - len(waiting)} kills")
+                    logger.info("%d kills", len(kills) - len(waiting))
             if not waiting and not self.report.failures:
                 self._attempt(output, None)
             self.report.failures += differences(output, self._expected)
@@ -233,11 +235,12 @@ def fault_injection(
     folder: Annotated[Path | None, typer.Option(help="Where runs are kept; else removed.")] = None,
 ) -> None:
     """Kill a small run again and again; it has to end as if nothing had happened."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     import_all()
     with tempfile.TemporaryDirectory() as own:
         place = folder or Path(own)
         place.mkdir(parents=True, exist_ok=True)
-        injection = Injection(place, ranks, lambda text: print(text, flush=True))
+        injection = Injection(place, ranks)
         injection.measure()
         injection.inject(plan_kills(kills, seed, ranks))
     show(injection.report)

@@ -181,14 +181,14 @@ def two_hosts(story: Story) -> None:
 
         print("\n## A host is lost after the growth, and comes back")
         job = story.start("comes-back", [first, second], 2)
-        words = "host host1 (ranks 2, 3) gives no sign of life: it is down or off the network"
+        words = "host host1 (ranks 2, 3) is unresponsive: down or off the network"
         story.lost(job, hosts, second, BASE_STEPS + 4, words)
         hosts.mend(second)
         story.whole(story.start("comes-back", [first, second], 2))
 
         print("\n## The host of rank 0 is lost before the growth; the other goes on alone")
         job = story.start("goes-on-alone", [first, second], 2)
-        words = "rank 0 on host0 gives no answer: it is frozen or dead, or host0 or host1 is off"
+        words = "rank 0 on host0 does not answer: frozen or dead, or host0 or host1 is off"
         story.lost(job, hosts, first, BASE_STEPS - 6, words)
         story.whole(story.start("goes-on-alone", [second], 2))
         hosts.mend(first)
@@ -209,7 +209,7 @@ def four_hosts(story: Story) -> None:
         print("\n## Four hosts, of which one is lost; the run goes on with three")
         story.whole(story.start("four-hosts", hosts.hosts, 1, zero_stage=3))
         job = story.start("three-hosts", hosts.hosts, 1, zero_stage=3)
-        words = "host host2 (rank 2) gives no sign of life: it is down or off the network"
+        words = "host host2 (rank 2) is unresponsive: down or off the network"
         story.lost(job, hosts, hosts[2], BASE_STEPS - 6, words)
         left = [host for host in hosts.hosts if host is not hosts[2]]
         story.whole(story.start("three-hosts", left, 1, zero_stage=3))
@@ -226,7 +226,7 @@ def by_ssh(story: Story, folder: Path) -> None:
         first, second = hosts.hosts
         doors = hosts_ssh.open_doors(hosts.hosts, folder)
         job = story.start("by-ssh", [first, second], 2, doors=doors)
-        words = "host host1 (ranks 2, 3) gives no sign of life: it is down or off the network"
+        words = "host host1 (ranks 2, 3) is unresponsive: down or off the network"
         story.lost(job, hosts, second, BASE_STEPS - 6, words)
         hosts.mend(second)
         job = story.start("by-ssh", [first, second], 2, doors=doors)

@@ -1,6 +1,6 @@
-"""Leaving cleanly: SIGTERM, SIGINT and SIGUSR1 end the run after the step in progress.
+"""Graceful stop: SIGTERM, SIGINT and SIGUSR1 end the run after the current step.
 
-SIGUSR1 is how SLURM warns of the end of a job's time (`--signal=USR1@120`).
+SLURM sends SIGUSR1 shortly before a job's time limit (`--signal=USR1@120`).
 """
 
 import signal
@@ -9,19 +9,19 @@ from types import FrameType
 from typing import Any
 
 SAME_REQUEST_SECONDS = 2.0
-"""Ctrl-C reaches a rank from the terminal, and again, as either signal, from its launcher: what
-comes this soon after the first signal is no second wish."""
+"""Signals within this time of the first one repeat the same request: Ctrl-C reaches a rank from the
+terminal and once more, as SIGINT or SIGTERM, from its launcher."""
 
 
 class StopRequested(Exception):
-    """A signal came while the run did something else than plain steps; on all ranks."""
+    """A signal arrived outside of plain training steps. Raised on all ranks."""
 
 
 class StopSignal:
-    """A context in which SIGTERM, SIGINT and SIGUSR1 only raise a flag.
+    """Record SIGTERM, SIGINT and SIGUSR1 in `received`; a context manager.
 
-    One more SIGTERM or SIGINT interrupts at once; but not after SIGUSR1, which is a warning: the
-    end of a job's time comes with SIGTERM, and finds a checkpoint being written at worst.
+    A second SIGTERM or SIGINT interrupts immediately. After SIGUSR1 it does not: SIGUSR1 is a
+    warning, and the SIGTERM at the time limit may arrive while a checkpoint is being written.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
-"""What the guards have seen of the last steps, and when the run has to go back. Pure.
+"""Stability guards: track skipped steps and loss spikes, and decide when to rewind. Pure functions.
 
-A part of the run's state: a run that is resumed in the middle of trouble decides as it would have.
+The guard is part of the run's state, so a resumed run makes the same decisions.
 """
 
 import math
@@ -13,26 +13,26 @@ from megagrow.config.sections import GuardsConfig, LossSpikeConfig
 
 @dataclass(frozen=True)
 class Guard:
-    """The trouble of the last steps, and the rewinds that were made of it."""
+    """Instabilities of the last steps, and the rewinds that they caused."""
 
     skipped: int = 0
-    """Steps in a row, up to now, that were skipped: loss or gradient were not finite."""
+    """Consecutive skipped steps up to now: loss or gradient were not finite."""
     high: int = 0
-    """Steps in a row, up to now, whose loss was that of a spike."""
+    """Consecutive steps up to now whose loss was a spike."""
     losses: tuple[float, ...] = ()
-    """The last losses, in nats, by which a spike is told; empty without `guards.loss_spike`."""
+    """Last losses, in nats, from which a spike is detected; empty without `guards.loss_spike`."""
     rewinds: int = 0
-    """How often in a row the run went back to the same checkpoint, or to earlier ones."""
+    """Consecutive rewinds to the same checkpoint or earlier ones."""
     rewound_to: int = -1
-    """The step of the checkpoint to which it last went back; -1 if it never did."""
+    """Step of the checkpoint of the last rewind; -1 if there was none."""
 
     @property
     def troubled(self) -> bool:
-        """Whether the last step was a bad one: no state to go back to."""
+        """True if the last step was skipped or a spike, so its state is no rewind target."""
         return self.skipped > 0 or self.high > 0
 
     def after_step(self, guards: GuardsConfig, loss: float, skipped: bool) -> "Guard":
-        """What is known when a step is done."""
+        """Return the guard after a step."""
         if skipped:
             return replace(self, skipped=self.skipped + 1)
         spike = guards.loss_spike
@@ -44,25 +44,25 @@ class Guard:
         return replace(self, skipped=0, high=0, losses=losses)
 
     def after_growth(self) -> "Guard":
-        """The losses of a grown model are not those of the one before."""
+        """Return the guard after a growth, without the losses of the smaller model."""
         return replace(self, high=0, losses=())
 
     def after_rewind(self, earlier: "Guard", step: int) -> "Guard":
-        """What is known when the run went back to a checkpoint of a step, which knew `earlier`."""
+        """Return the guard after a rewind to the checkpoint of `step`, whose guard is `earlier`."""
         rewinds = self.rewinds + 1 if step <= self.rewound_to else 1
         return Guard(losses=earlier.losses, rewinds=rewinds, rewound_to=step)
 
     def reason_to_rewind(self, guards: GuardsConfig) -> str | None:
-        """What has gone on for too long, in words; None if nothing has."""
+        """Return the reason for a rewind, or None if none is due."""
         if self.skipped >= guards.max_skipped_steps:
-            return f"{self.skipped} steps in a row had a loss or a gradient that is not finite"
+            return f"{self.skipped} consecutive steps with a non-finite loss or gradient"
         if guards.loss_spike is not None and self.high >= guards.loss_spike.patience:
-            return f"{self.high} steps in a row had the loss of a spike"
+            return f"{self.high} consecutive steps with a loss spike"
         return None
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> "Guard":
-        """The inverse of `asdict`."""
+        """Return the guard that `asdict` turned into `values`."""
         return Guard(**values | {"losses": tuple(values.get("losses", ()))})
 
 

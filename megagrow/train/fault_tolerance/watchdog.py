@@ -1,8 +1,8 @@
-"""Notices that the ranks do not get on, and says which of them is missing.
+"""Detect hung or lost ranks and report which ones are unresponsive.
 
-Two threads of each rank, which go on while the main thread waits in a collective: one gives signs
-of life on a board that all ranks can read (board.py), and ends the process if it says so there; the
-other says so if the main thread has stayed in one phase for too long.
+Each rank runs two threads while its main thread may be blocked in a collective. One sends
+heartbeats to rank 0 (`heartbeat.py`) and ends the process when an abort code is set there; the
+other requests the abort when the main thread stays in one phase for too long.
 """
 
 import os
@@ -18,52 +18,57 @@ import torch.distributed as dist
 from megagrow.errors import HANG_CODE, PeerLost
 from megagrow.parallel.launch import Launch
 from megagrow.train.fault_tolerance.heartbeat import (
-    BoardServer,
+    HeartbeatClient,
+    HeartbeatEndpoint,
     HeartbeatServer,
     RankHeartbeat,
-    RemoteBoard,
     ranks_behind,
     silent_ranks,
 )
 
 LONG = 6
-"""How many times the timeout is granted to what may take long."""
-
+"""Factor on the timeout for phases that may take long."""
 TICK = 0.5
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 SILENT_SECONDS = 2.0
-"""A rank that was not heard of for so long is not alive."""
+"""Age of a heartbeat from which its rank counts as unresponsive."""
 STAY_SECONDS = 1.5
-"""How long a rank stays that knows that all have to end: the others read of it before a launcher,
-or the board that leaves with rank 0, can tell them something else."""
+"""Delay before a rank exits after an abort. All ranks read the abort code within it, before a
+launcher ends them or the server disappears with rank 0."""
 
 
 class Watchdog:
-    """A context in which the ranks are watched; `timeout` in seconds, None for no limit.
+    """Watch all ranks; a context manager.
 
-    `server` is closed at the end; `end` is how a process is ended; `hosts` has the name of each
-    rank's host, or nothing where all are on one.
+    Args:
+        server: the heartbeat server, or a client of it.
+        rank: this rank.
+        timeout: seconds allowed for a phase; None for no limit.
+        endpoint: the server's TCP endpoint, closed at the end.
+        end: function that ends the process with an exit code.
+        hosts: host name of each rank; empty if all ranks share one.
     """
 
     def __init__(
         self,
-        board: HeartbeatServer | RemoteBoard,
+        server: HeartbeatServer | HeartbeatClient,
         rank: int,
         timeout: float | None,
-        server: BoardServer | None = None,
+        endpoint: HeartbeatEndpoint | None = None,
         end: Callable[[int], None] = os._exit,
         hosts: Sequence[str] = (),
     ) -> None:
-        self._board, self._rank, self._server, self._hosts = board, rank, server, hosts
+        self._server, self._rank, self._endpoint, self._hosts = server, rank, endpoint, hosts
         self._timeout, self._end = timeout, end
-        self._phase, self._phases, self._long = "the start", 0, True
+        self._phase, self._phases, self._long = "startup", 0, True
         self._over = threading.Event()
         self._threads = [
-            threading.Thread(target=work, daemon=True) for work in (self._give_signs, self._watch)
+            threading.Thread(target=work, daemon=True)
+            for work in (self._send_heartbeats, self._watch)
         ]
 
     def __enter__(self) -> "Watchdog":
-        self._board.tell(self._rank, self._phases, self._phase)
+        self._server.report(self._rank, self._phases, self._phase)
         for thread in self._threads:
             thread.start()
         return self
@@ -72,28 +77,28 @@ class Watchdog:
         self._over.set()
         for thread in self._threads:
             thread.join()
-        if self._server is not None:
-            self._server.close()
+        if self._endpoint is not None:
+            self._endpoint.close()
 
     def beat(self, phase: str, long: bool = False) -> None:
-        """The main thread has come to the next phase, `long` if it may take its time."""
+        """Enter the next phase; `long` grants `LONG` times the timeout."""
         self._phase, self._long = phase, long
         self._phases += 1
 
     def raise_if_peer_lost(self) -> None:
-        """Call where something that all ranks do together has failed: PeerLost, in a few seconds,
-        if a rank is gone."""
-        missing = self._silent()
-        if missing:
-            is_reporter = self._announce(PeerLost.code)
+        """Raise PeerLost if a rank is unresponsive; takes a few seconds. Call after a failed
+        collective."""
+        silent = self._silent()
+        if silent:
+            is_reporter = self._abort(PeerLost.code)
             time.sleep(STAY_SECONDS)
-            raise PeerLost(f"{missing}; all ranks end", is_reporter)
+            raise PeerLost(f"{silent}; aborting all ranks", is_reporter)
 
-    def _give_signs(self) -> None:
+    def _send_heartbeats(self) -> None:
         while not self._over.wait(TICK):
-            # Where rank 0 is gone, collectives are going to fail and say more.
+            # If rank 0 is gone, the next collective fails with a better message.
             with suppress(OSError):
-                code = self._board.tell(self._rank, self._phases, self._phase)
+                code = self._server.report(self._rank, self._phases, self._phase)
                 if code and not self._over.wait(STAY_SECONDS):
                     self._end(code)
                     return
@@ -102,7 +107,7 @@ class Watchdog:
         seen, waited, last = -1, 0.0, time.monotonic()
         while not self._over.wait(TICK):
             now = time.monotonic()
-            # Time in which this process was stopped itself (a suspended job) is no waiting.
+            # Time for which this process itself was stopped (a suspended job) does not count.
             waited, last = waited + min(now - last, 2 * TICK), now
             if self._phases != seen:
                 seen, waited = self._phases, 0.0
@@ -111,59 +116,64 @@ class Watchdog:
                 return
 
     def _end_all(self, waited: float) -> None:
-        missing = (
+        cause = (
             self._silent()
-            or ranks_behind(self._signs(), self._hosts)
+            or ranks_behind(self._heartbeats(), self._hosts)
             or "no rank is missing, all of them wait"
         )
-        if self._announce(HANG_CODE):
+        if self._abort(HANG_CODE):
             print(
-                f"error: no progress in {self._phase} for {waited:.0f} s; {missing}; all ranks end "
-                "(guards.hang_timeout)",
+                f"error: no progress in {self._phase} for {waited:.0f} s; {cause}; aborting all "
+                "ranks (guards.hang_timeout)",
                 file=sys.stderr,
                 flush=True,
             )
         time.sleep(STAY_SECONDS)
         self._end(HANG_CODE)
 
-    def _announce(self, code: int) -> bool:
-        """Tells all ranks to end; whether this one was the first to do so, and says why."""
+    def _abort(self, code: int) -> bool:
+        """Abort all ranks. Returns True if this rank is the first and reports the cause."""
         try:
-            return self._board.announce(code)
+            return self._server.abort(code)
         except OSError:
-            return True  # Without the board nobody knows of the others.
+            return True  # Without the server each rank reports for itself.
 
     def _silent(self) -> str:
-        """Who gives no sign of life, in words; it takes some seconds to be sure of nobody."""
+        """Describe the unresponsive ranks; waits until all heartbeats had time to age."""
         until = time.monotonic() + SILENT_SECONDS + TICK
-        while not (missing := self._silent_now()) and time.monotonic() < until:
+        while not (silent := self._silent_now()) and time.monotonic() < until:
             time.sleep(TICK)
-        return missing
+        return silent
 
     def _silent_now(self) -> str:
-        return silent_ranks(self._signs(), self._hosts, self._rank, SILENT_SECONDS)
+        return silent_ranks(self._heartbeats(), self._hosts, self._rank, SILENT_SECONDS)
 
-    def _signs(self) -> dict[int, RankHeartbeat] | None:
+    def _heartbeats(self) -> dict[int, RankHeartbeat] | None:
         try:
-            return self._board.signs()
+            return self._server.heartbeats()
         except OSError:
             return None
 
 
 def start_watchdog(launch: Launch, host: str, timeout: float | None) -> Watchdog:
-    """The watchdog of this rank, still to be entered; `host` is where rank 0 runs. All ranks
-    together."""
+    """Return this rank's watchdog, not yet entered. Collective.
+
+    Args:
+        launch: this rank.
+        host: address of rank 0.
+        timeout: seconds allowed for a phase; None for no limit.
+    """
     if launch.world_size == 1:
         return Watchdog(HeartbeatServer(), launch.rank, timeout)
     hosts = [""] * launch.world_size
     dist.all_gather_object(hosts, socket.gethostname())
-    told = ["", ""]
+    address = ["", ""]
     if launch.rank == 0:
-        board = HeartbeatServer()
-        server = BoardServer(board)
-        told = [str(server.port), server.token]
-    dist.broadcast_object_list(told, src=0)
+        server = HeartbeatServer()
+        endpoint = HeartbeatEndpoint(server)
+        address = [str(endpoint.port), endpoint.token]
+    dist.broadcast_object_list(address, src=0)
     if launch.rank == 0:
-        return Watchdog(board, launch.rank, timeout, server, hosts=hosts)
-    remote = RemoteBoard(host, int(told[0]), told[1])
-    return Watchdog(remote, launch.rank, timeout, hosts=hosts)
+        return Watchdog(server, launch.rank, timeout, endpoint, hosts=hosts)
+    client = HeartbeatClient(host, int(address[0]), address[1])
+    return Watchdog(client, launch.rank, timeout, hosts=hosts)

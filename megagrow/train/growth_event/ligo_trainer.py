@@ -66,7 +66,11 @@ def learn_growth(
     topology = make_topology(stage.parallel.tensor_model_parallel_size, device)
     bf16 = uses_bf16(run, device)
     settings = EngineSettings(
-        *(stage.model, stage.parallel, stage.batch, stage.optimizer, bf16),
+        model=stage.model,
+        parallel=stage.parallel,
+        batch=stage.batch,
+        optimizer=stage.optimizer,
+        bf16=bf16,
         ops=stage_ops(run, index, device),
     )
     learned = initial(parts, device)

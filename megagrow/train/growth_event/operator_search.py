@@ -1,11 +1,12 @@
-"""Which operator grows a stage: the one that the run file names, or the best of several candidates.
+"""Operator of a growth: the one in the run file, or the best of several candidates.
 
-The loss after a few steps tells more of how a grown model will train than the loss at the growth
-("landscape-aware growing", Karp et al. 2024, arXiv 2406.02469). So each candidate is grown in turn
-out of the same state and trained on the same tokens, and the best is then grown once more, to be
-trained from there like any other. What the candidates cost is charged to the run.
+The loss after a few steps predicts the training of a grown model better than the loss at the growth
+("landscape-aware growing", Karp et al. 2024, arXiv 2406.02469). Each candidate is grown from the
+same state and trained on the same tokens; the best one is then grown again and trained as usual.
+The cost of the candidates is charged to the run.
 """
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -17,18 +18,25 @@ from megagrow.train.growth_event.run_growths import with_operators
 from megagrow.train.loop import train_at
 from megagrow.train.stage import Stage
 
+logger = logging.getLogger(__name__)
+
 
 def grow_best(
     run: RunConfig,
     ended: FinishedStage,
     feed: Feed,
     loss_of: Callable[[RunConfig, Stage, int], float],
-    say: Callable[[str], None],
 ) -> tuple[RunConfig, Stage, GrowthReport, GrowthCost]:
-    """Grows the next stage; all ranks together. Returns also the run with the operator chosen, and
-    what was spent on choosing.
+    """Grow the next stage with the best operator. Collective.
 
-    `loss_of` judges a candidate of which so many steps have been trained.
+    Args:
+        run: the run.
+        ended: the finished stage.
+        feed: the training stream.
+        loss_of: loss of a candidate after a number of steps.
+
+    Returns:
+        The run with the chosen operator, the new stage, its report and the cost of the search.
     """
     index = ended.index + 1
     growth, spent = run.stages[index].growth, GrowthCost()
@@ -37,7 +45,8 @@ def grow_best(
         for name in growth.probe.operators:
             candidate = with_operators(run, index, (name,))
             losses[name] = _tried(candidate, ended, feed, growth.probe.steps, loss_of)
-            say(f"probe: {name} has a loss of {losses[name]:.4f} after {growth.probe.steps} steps")
+            steps = growth.probe.steps
+            logger.info("probe %s | loss %.4f after %d steps", name, losses[name], steps)
             spent = spent.plus(spent_on_steps(run.stages[index], feed.length, growth.probe.steps))
         best = min(losses, key=lambda name: losses[name])
         if not math.isfinite(losses[best]):
@@ -53,7 +62,7 @@ def _tried(
     steps: int,
     loss_of: Callable[[RunConfig, Stage, int], float],
 ) -> float:
-    """The loss of a candidate after some steps; nothing is left of it."""
+    """Return the loss of a candidate after some steps, and release it."""
     stage, _ = grow(run, ended, feed)
     for step in range(steps):
         train_at(run, stage, step, feed.batches(step, stage.config, stage.topology))

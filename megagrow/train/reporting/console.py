@@ -1,8 +1,11 @@
-"""The run as its user sees it: one live line on rank 0's terminal, events above it.
+"""Progress of a run: a live line on rank 0's terminal, or log lines where there is no terminal.
 
-Where the output is not a terminal (a log file, a pipe) a plain line appears every few seconds.
+Both show the same fixed fields:
+`step 1200 | loss 2.841 | grad norm 0.83 | lr 1.2e-4 | 41.2k tok/s | MFU 46.1% | ETA 3h12m`.
+A field without a value shows `-`.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -11,33 +14,41 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
-from rich.text import Text
+
+logger = logging.getLogger(__name__)
 
 WINDOW_SECONDS = 60.0
-"""The pace is that of about the last minute: steady, yet quick to notice a larger model."""
+"""Window of the pace that the ETA assumes: long enough to be steady, short enough to follow a
+growth."""
+BAR_WIDTH = 4
+"""Smallest width of the live line's progress bar, in characters."""
+DROPPED = ("stage", "grad norm", "lr")
+"""Fields that the live line omits on narrow terminals, in this order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """What the line shows after a step."""
+    """Values shown after a step."""
 
     stage: int
     """Counted from 0."""
     stages: int
     step: int
-    """Steps done, of the whole run."""
+    """Steps done since the start of the run."""
     loss: float
+    grad_norm: float | None
     lr: float
     tokens_per_second: float
     flops: float
-    """FLOPs done by the stages, of the whole run (`flops_true` but `growth_flops_true`)."""
+    """FLOPs of the stages since the start of the run (`flops_true` - `growth_flops_true`)."""
     mfu: float | None = None
 
 
 class Eta:
-    """Time to the end of the run: FLOPs left by recent FLOP/s, for stages differ in cost per step.
+    """Time to the end of the run: remaining FLOPs divided by the recent FLOP/s.
 
-    Pauses within the window (checkpoints, validation) count, as more of them are to come.
+    Steps of different stages differ in cost, so steps per second would mislead. Pauses within the
+    window (checkpoints, validation) count, because more of them follow.
     """
 
     def __init__(self, total_flops: float, window: float = WINDOW_SECONDS) -> None:
@@ -46,7 +57,8 @@ class Eta:
         self._seen: deque[tuple[float, float]] = deque()
 
     def seconds(self, now: float, flops: float) -> float | None:
-        """Seconds left when `flops` are done at time `now`; None until there is a pace."""
+        """Return the seconds left when `flops` are done at time `now`; None before the second
+        measurement."""
         self._seen.append((now, flops))
         while len(self._seen) > 2 and self._seen[1][0] <= now - self._window:
             self._seen.popleft()
@@ -57,46 +69,46 @@ class Eta:
 
 
 class LiveLine:
-    """Shows how the run goes; a context manager that gives the terminal back, whatever happens.
+    """Progress display; a context manager that restores the terminal even after an error.
 
-    `total_flops` are those of the whole run (`flops.run_flops`), for the ETA. With `enabled` False,
-    as on all ranks but 0, it shows nothing.
+    Args:
+        total_steps: steps of the run.
+        total_flops: FLOPs of the run (`flops.run_flops`), for the ETA.
+        console: the console that the log records are printed to.
+        enabled: False on all ranks but 0: nothing is shown.
+        every_seconds: time between two log lines where the console is not a terminal.
     """
 
     def __init__(
         self,
         total_steps: int,
         total_flops: float,
+        console: Console,
         enabled: bool = True,
         *,
-        console: Console | None = None,
         every_seconds: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total_steps = total_steps
         self._eta = Eta(total_flops)
-        self._console = console or Console(quiet=not enabled, highlight=False)
+        self._console = console
+        self._enabled = enabled
         self._every = every_seconds
         self._clock = clock
         self._next_line = clock()
-        self._progress = _progress(self._console, enabled and self._console.is_terminal)
-        self._task = self._progress.add_task("", total=total_steps, text="starting", stage="")
+        self._progress = _progress(console, enabled and console.is_terminal)
+        self._task = self._progress.add_task("starting", total=total_steps)
 
     def update(self, status: Status) -> None:
-        """Shows the state after a step."""
+        """Show the state after a step."""
         now = self._clock()
-        left = self._eta.seconds(now, status.flops)
-        stage = f"stage {status.stage + 1}/{status.stages}"
-        text = f"{status.step}/{self._total_steps} {_describe(status)} ETA {duration(left)}"
-        self._progress.update(self._task, completed=status.step, text=text, stage=stage)
-        due = now >= self._next_line or status.step == self._total_steps
-        if due and not self._console.is_terminal:
+        fields = _fields(status, self._eta.seconds(now, status.flops))
+        if self._console.is_terminal:
+            text = _fit(fields, self._console.width - BAR_WIDTH - 1)
+            self._progress.update(self._task, completed=status.step, description=text)
+        elif self._enabled and (now >= self._next_line or status.step == self._total_steps):
             self._next_line = now + self._every
-            self.say(f"{stage} step {text}")
-
-    def say(self, text: str) -> None:
-        """Writes `text` for good, above the live line."""
-        self._console.print(Text(text), soft_wrap=True)
+            logger.info(" | ".join(text for name, text in fields.items() if name != "stage"))
 
     def __enter__(self) -> "LiveLine":
         self._progress.start()
@@ -107,14 +119,16 @@ class LiveLine:
 
 
 def duration(seconds: float | None) -> str:
-    """`75` -> `1:15`, `4000` -> `1:06:40`, from a day on `2d 03:20`; None -> `-`."""
+    """`75` -> `1m15s`, `4000` -> `1h06m`, from a day on `2d03h`; None -> `-`."""
     if seconds is None:
         return "-"
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     if hours >= 24:
-        return f"{hours // 24}d {hours % 24:02}:{minute:02}"
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+        return f"{hours // 24}d{hours % 24:02}h"
+    if hours:
+        return f"{hours}h{minute:02}m"
+    return f"{minute}m{second:02}s" if minute else f"{second}s"
 
 
 def short(number: float) -> str:
@@ -125,20 +139,42 @@ def short(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _describe(status: Status) -> str:
-    use = "" if status.mfu is None else f" MFU {status.mfu:.0%}"
-    pace = f"{short(status.tokens_per_second)} tok/s"
-    return f"loss {status.loss:.3f} lr {status.lr:.1e} {pace}{use}"
+def scientific(number: float) -> str:
+    """`0.00012` -> `1.2e-4`."""
+    mantissa, exponent = f"{number:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _fields(status: Status, seconds_left: float | None) -> dict[str, str]:
+    """Return the fields of the progress line in order, by name."""
+    norm = "-" if status.grad_norm is None else f"{status.grad_norm:.3g}"
+    return {
+        "stage": f"stage {status.stage + 1}/{status.stages}",
+        "step": f"step {status.step}",
+        "loss": f"loss {status.loss:.3f}",
+        "grad norm": f"grad norm {norm}",
+        "lr": f"lr {scientific(status.lr)}",
+        "throughput": f"{short(status.tokens_per_second)} tok/s",
+        "MFU": f"MFU {'-' if status.mfu is None else f'{status.mfu:.1%}'}",
+        "ETA": f"ETA {duration(seconds_left)}",
+    }
+
+
+def _fit(fields: dict[str, str], width: int) -> str:
+    """Join the fields, without the first few of `DROPPED` if they do not fit in `width`."""
+    for count in range(len(DROPPED) + 1):
+        line = " | ".join(fields[name] for name in fields if name not in DROPPED[:count])
+        if len(line) <= width:
+            break
+    return line
 
 
 def _progress(console: Console, enabled: bool) -> Progress:
-    """The line, its bar taking the room that the numbers leave."""
-    fixed = Column(no_wrap=True)
-    bar = Column(ratio=1, min_width=4)
+    """Build the live line; the bar fills the room that the fields leave."""
+    bar = Column(ratio=1, min_width=BAR_WIDTH)
     return Progress(
-        TextColumn("{task.fields[stage]}", table_column=fixed),
         BarColumn(bar_width=None, table_column=bar),
-        TextColumn("{task.fields[text]}", table_column=fixed),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
         console=console,
         expand=True,
         disable=not enabled,

@@ -1,4 +1,4 @@
-"""What a run was made with: its config, package versions and the state of the repository."""
+"""Environment of a run: its config, package versions and the state of the repository."""
 
 import platform
 import subprocess
@@ -12,7 +12,7 @@ PACKAGES = ("megagrow", "torch", "deepspeed", "triton", "numpy", "safetensors", 
 
 
 def describe_environment(run: RunConfig) -> dict[str, Any]:
-    """Plain JSON values; what cannot be found out is None."""
+    """Return the environment as JSON values; unknown values are None."""
     return {
         "config": run.model_dump(mode="json"),
         "python": platform.python_version(),

@@ -1,8 +1,8 @@
-"""What a run writes down about itself: metrics.jsonl always, TensorBoard and W&B where asked.
+"""Metrics of a run: metrics.jsonl, and TensorBoard and W&B if configured.
 
-metrics.jsonl holds one JSON object per line, each written in one piece and flushed: `kind`, the
-counters (step, tokens, FLOPs ...), then the kind's own fields. A resumed run first takes out what
-the checkpoint does not know of, so that its file becomes that of an undisturbed run.
+metrics.jsonl has one JSON object per line, written in one piece and flushed: `kind`, the counters
+(step, tokens, FLOPs ...), then the fields of the kind. A resumed run first removes the records
+after its checkpoint, so the file equals that of an undisturbed run.
 """
 
 import json
@@ -27,54 +27,54 @@ RecordKind = Literal[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """One optimizer step as it was measured; sums are over all ranks."""
+    """Measurements of one optimizer step; sums are over all ranks."""
 
     stage: int
     loss: float
     """Mean over the step's tokens, in nats."""
     lr: float
     grad_norm: float | None
-    """Global norm before clipping; None where the engine does not tell."""
+    """Global norm before clipping; None if the engine does not provide it."""
     tokens: int
     flops: float
-    """By the paper's account (`config.parameters.paper_flops_per_token`)."""
+    """By the paper's formula (`config.flops.paper_flops_per_token`)."""
     flops_true: float
-    """With attention (`flops.flops_per_token`)."""
+    """Including attention (`flops.flops_per_token`)."""
     seconds: float
     memory_bytes: int
-    """Peak of this rank's device, or of its process on a CPU."""
+    """Peak of this rank's GPU, or of its process on a CPU."""
     position: int
-    """Where in the training stream the batch began."""
+    """Position of the batch's first token in the training stream."""
     skipped: bool = False
-    """Loss or gradient were not finite: nothing was updated."""
+    """True if loss or gradient were not finite, so nothing was updated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """What a run has used up since its first token, all stages together. Kept in checkpoints."""
+    """Totals of a run since its first token, over all stages. Saved in checkpoints."""
 
     step: int = 0
     tokens: int = 0
     flops: float = 0.0
     flops_true: float = 0.0
     elapsed_seconds: float = 0.0
-    """Steps, growth and checkpoints; not validation or evaluation, nor work that a crash undid."""
+    """Steps, growth and checkpoints; without validation, evaluation and work undone by a crash."""
     lost_seconds: float = 0.0
-    """The part of it that went into growth and checkpoints."""
+    """Part of `elapsed_seconds` spent on growth and checkpoints."""
     growth_tokens: int = 0
-    """The part of `tokens` that growths read themselves, to train what they choose or to measure
-    (LiGO, probing); no part of any stage."""
+    """Part of `tokens` read by growths that train or measure (LiGO, probing); belongs to no
+    stage."""
     growth_flops: float = 0.0
-    """The part of `flops` that went into that."""
+    """Part of `flops` spent on `growth_tokens`."""
     growth_flops_true: float = 0.0
-    """The part of `flops_true` that went into that."""
+    """Part of `flops_true` spent on `growth_tokens`."""
     skipped_steps: int = 0
-    """The part of `step` that changed nothing, as loss or gradient were not finite."""
+    """Part of `step` that was skipped because loss or gradient were not finite."""
     rewinds: int = 0
-    """How often the run went back to a checkpoint. What it undid counts nowhere else."""
+    """Number of rewinds. Undone steps count in no other field."""
 
     def after_step(self, measure: StepMetrics) -> "Counters":
-        """The counters when the step is done."""
+        """Return the counters after a step."""
         return replace(
             self,
             step=self.step + 1,
@@ -86,7 +86,7 @@ class Counters:
         )
 
     def after_growth(self, tokens: int, flops: float, flops_true: float) -> "Counters":
-        """The counters when a growth itself has used so much, by both accounts of FLOPs."""
+        """Return the counters after a growth that trained or measured."""
         return replace(
             self,
             tokens=self.tokens + tokens,
@@ -98,7 +98,7 @@ class Counters:
         )
 
     def add_lost_time(self, seconds: float) -> "Counters":
-        """The counters when `seconds` went into a growth or a checkpoint."""
+        """Return the counters after `seconds` of growth or checkpointing."""
         return replace(
             self,
             elapsed_seconds=self.elapsed_seconds + seconds,
@@ -107,7 +107,7 @@ class Counters:
 
 
 def train_fields(measure: StepMetrics, peak_flops: float | None) -> Record:
-    """A train record's own fields; `peak_flops` is that of all devices together, if known."""
+    """Return the fields of a train record; `peak_flops` is the sum over all devices, if known."""
     return {
         "stage": measure.stage,
         "loss": measure.loss,
@@ -123,7 +123,7 @@ def train_fields(measure: StepMetrics, peak_flops: float | None) -> Record:
 
 
 def start_fields(run: RunConfig) -> Record:
-    """A start record's own fields: what the run is going to be."""
+    """Return the fields of a start record: the planned run."""
     return {
         "name": run.name,
         "seed": run.seed,
@@ -134,10 +134,10 @@ def start_fields(run: RunConfig) -> Record:
 
 
 class MetricsLog:
-    """Writes the records of one run. Only rank 0 has one.
+    """Writer of the records of one run, on rank 0.
 
-    A half-written last line, left by a killed run, is taken out when the log is opened. Raises
-    InputError where the file is damaged or cannot be written, or wandb is not installed.
+    Opening it removes an incomplete last line, left by a killed run. Raises DataError if the file
+    is damaged, ResourceError if it cannot be written or wandb is not installed.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class MetricsLog:
             self._trackers.append(TensorBoardTracker(directory))
 
     def write(self, kind: RecordKind, counters: Counters, **fields: Any) -> None:
-        """Appends one record; numbers that are not finite become null, JSON having no NaN."""
+        """Append one record; non-finite numbers become null, because JSON has no NaN."""
         record: Record = finite({"kind": kind, **asdict(counters), **fields})
         try:
             with self.path.open("a", encoding="ascii") as file:
@@ -165,11 +165,14 @@ class MetricsLog:
             tracker.write(record)
 
     def truncate_after(self, step: int, stage: int | None = None, rewinds: int = 0) -> None:
-        """Takes out what was recorded later than a checkpoint; `start` records stay.
+        """Remove the records after a checkpoint; `start` records stay.
 
-        The checkpoint was saved after `step` steps, in stage `stage`: at the step of a growth the
-        stage tells what came before it from what came after; so do the `rewinds` of a run that
-        went back. Call with step -1 to begin anew.
+        Args:
+            step: steps of the checkpoint; -1 removes everything.
+            stage: stage of the checkpoint, which separates the records before and after a growth
+                at the same step.
+            rewinds: rewinds of the checkpoint, which separate the records before and after a
+                rewind.
         """
         if self.path.exists():
             known = read_metrics(self.path)
@@ -179,7 +182,7 @@ class MetricsLog:
             tracker.truncate_after(step)
 
     def close(self) -> None:
-        """Finishes TensorBoard's and W&B's files; metrics.jsonl is complete after each write."""
+        """Close the files of TensorBoard and W&B; metrics.jsonl is complete after each write."""
         for tracker in self._trackers:
             tracker.close()
 
@@ -191,9 +194,10 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl, without a last line that was cut short.
+    """Return the records of a metrics.jsonl, without an incomplete last line.
 
-    Raises InputError for a missing file, and for any other line that is not a record, by number.
+    Raises DataError for a missing file and for any other line that is not a record, with its
+    number.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; give the directory of a run that was started")
@@ -234,7 +238,7 @@ def _line(record: Record) -> str:
 
 
 def _rewrite(path: Path, records: Iterable[Record]) -> None:
-    """Replaces the file in one move, so that a kill leaves either the old one or the new one."""
+    """Replace the file atomically: a kill leaves either the old or the new one."""
     new = path.with_suffix(".tmp")
     try:
         with new.open("w", encoding="ascii") as file:

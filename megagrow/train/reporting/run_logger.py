@@ -1,6 +1,7 @@
-"""What rank 0 shows and writes down: the live line, the metrics, the resolved config."""
+"""Run logger of rank 0: metrics, resolved config, live line and one log line per event."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from megagrow.common.gpu_specs import peak_flops
+from megagrow.common.log_setup import ConsoleHandler
 from megagrow.config.flops import parameters
 from megagrow.config.load import to_yaml
 from megagrow.config.schema import ModelConfig, RunConfig
@@ -22,29 +24,44 @@ from megagrow.train.reporting.metrics import MetricsLog, start_fields, train_fie
 from megagrow.train.run_position import run_steps
 from megagrow.train.train_state import RunState
 
+logger = logging.getLogger(__name__)
+
 
 class RunLogger:
-    """Writes into the run's directory and to the terminal on rank 0; does nothing elsewhere.
+    """Write metrics and log lines on rank 0; do nothing on the other ranks.
 
-    Rank 0 alone sees that the disk is full. It keeps the problem until all ranks are ready to hear
-    of it: `check` raises it, and is called where they agree on going on.
+    Only rank 0 sees a full disk. It keeps the error until `check` raises it, at a point where all
+    ranks exchange errors.
+
+    Args:
+        run: the run.
+        rank: this process's rank.
+        world_size: number of ranks.
+        environment: the content of environment.json.
+        console: the handler of the log records; the live line shares its console.
     """
 
     def __init__(
-        self, run: RunConfig, rank: int, world_size: int, environment: dict[str, Any]
+        self,
+        run: RunConfig,
+        rank: int,
+        world_size: int,
+        environment: dict[str, Any],
+        console: ConsoleHandler,
     ) -> None:
         self._run = run
         self._environment = environment
         self._enabled = rank == 0
         self._stack = ExitStack()
-        self._live = LiveLine(run_steps(run), run_flops(run), self._enabled)
+        self._console = console
+        self._live = LiveLine(run_steps(run), run_flops(run), console.console, self._enabled)
         self._metrics: MetricsLog | None = None
         self._problem: InputError | None = None
         peak = run.logging.peak_flops or _device_peak()
         self._peak = peak * world_size if peak else None
 
     def open(self) -> None:
-        """Creates the run's directory and what is in it. InputError or OSError if it cannot."""
+        """Create the run's directory and its files. Raises InputError or OSError if that fails."""
         if self._enabled:
             run = self._run
             run.output_dir.mkdir(parents=True, exist_ok=True)
@@ -59,7 +76,9 @@ class RunLogger:
             self._stack.enter_context(self._live)
 
     def check(self) -> None:
-        """Raises what went wrong on rank 0 when something was to be written down."""
+        """Raise the first error that occurred on rank 0 while writing metrics or log lines."""
+        if self._problem is None and self._enabled and self._console.problem is not None:
+            self._problem = _unwritable(self._console.problem)
         if self._problem is not None:
             raise self._problem
 
@@ -69,27 +88,25 @@ class RunLogger:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def say(self, text: str) -> None:
-        """A line for good on the terminal."""
-        self._attempt(lambda: self._live.say(text))
-
     def start(self, state: RunState, checkpoint: Path | None) -> None:
-        """The run begins, or goes on from a checkpoint."""
+        """Record the start of the run, or its resumption from a checkpoint."""
+        name, step = self._run.name, state.counters.step
         if checkpoint is None:
             self._write(lambda log: log.truncate_after(-1))
             sizes = " -> ".join(short(parameters(s.model)) for s in self._run.stages)
-            self.say(f"{self._run.name}: a run of {run_steps(self._run)} steps, parameters {sizes}")
+            self._log(f"run {name} | start | {run_steps(self._run)} steps | {sizes} parameters")
         else:
-            step, stage = state.counters.step, state.stage
-            self._write(lambda log: log.truncate_after(step, stage, state.counters.rewinds))
-            self.say(f"{self._run.name}: goes on from {checkpoint}, step {step}")
+            stage, rewinds = state.stage, state.counters.rewinds
+            self._write(lambda log: log.truncate_after(step, stage, rewinds))
+            self._log(f"run {name} | resume | step {step} | {checkpoint}")
         self._write(lambda log: log.write("start", state.counters, **start_fields(self._run)))
 
     def step(self, event: StepDone) -> None:
-        """A step was trained."""
+        """Record a training step at `logging.interval`, and before other records of the step."""
         counters, measure = event.state.counters, event.measure
         if measure.skipped:
-            self.say(f"step {counters.step}: loss or gradient not finite, the step is skipped")
+            skipped = f"step {counters.step} | skipped | loss or gradient not finite"
+            self._log(skipped, logging.WARNING)
         due = counters.step % self._run.logging.interval == 0
         if due or event.validate or event.evaluate or measure.skipped:
             fields = train_fields(measure, self._peak)
@@ -99,6 +116,7 @@ class RunLogger:
                 stages=len(self._run.stages),
                 step=counters.step,
                 loss=measure.loss,
+                grad_norm=measure.grad_norm,
                 lr=measure.lr,
                 tokens_per_second=fields["tokens_per_second"],
                 flops=counters.flops_true - counters.growth_flops_true,
@@ -107,28 +125,35 @@ class RunLogger:
             self._attempt(lambda: self._live.update(status))
 
     def validation(self, state: RunState, loss: float) -> None:
-        """The validation loss was measured."""
+        """Record a validation loss."""
         fields = {"stage": state.stage, "loss": loss}
         self._write(lambda log: log.write("validation", state.counters, **fields))
-        self.say(f"step {state.counters.step}: validation loss {loss:.4f}")
+        self._log(f"step {state.counters.step} | validation loss {loss:.4f}")
 
-    def evaluation(self, state: RunState, found: dict[str, Any]) -> None:
-        """The model was evaluated: `found` is {"results": {task: {metric: value}}, "average"}."""
-        fields = {"stage": state.stage, **found}
+    def evaluation(self, state: RunState, results: dict[str, Any]) -> None:
+        """Record an evaluation: {"results": {task: {metric: value}}, "average": mean or None}."""
+        fields = {"stage": state.stage, **results}
         self._write(lambda log: log.write("evaluation", state.counters, **fields))
-        self.say(f"step {state.counters.step}: evaluation: {', '.join(_told(found))}")
+        step = f"step {state.counters.step} | evaluation"
+        self._log(" | ".join([step, *_evaluation_fields(results)]))
 
     def checkpoint(self, state: RunState, path: Path, stall: float, seconds: float) -> None:
-        """A checkpoint of a state was saved, `seconds` after that began, and the training stood
-        still for `stall` of them; the run may be a few steps further than the state by now."""
+        """Record a saved checkpoint.
+
+        Args:
+            state: the saved state; the run may be a few steps ahead of it.
+            path: the checkpoint.
+            stall: seconds for which training was blocked.
+            seconds: duration of the save.
+        """
         fields: dict[str, Any] = {"stage": state.stage, "path": str(path)}
         fields |= {"stall_seconds": stall, "seconds": seconds}
         self._write(lambda log: log.write("checkpoint", state.counters, **fields))
-        step, spent = state.counters.step, f"in {seconds:.1f} s, training waited {stall:.1f} s"
-        self.say(f"step {step}: saved {path} {spent}")
+        times = f"saved in {seconds:.1f} s | stall {stall:.1f} s"
+        self._log(f"step {state.counters.step} | checkpoint {path} | {times}")
 
     def rewind(self, failed: RunState, state: RunState, path: Path | None, reason: str) -> None:
-        """The run went back from where it failed to a checkpoint, or to its initial state."""
+        """Record a rewind from `failed` to the checkpoint at `path`, or to the initial state."""
         counters = state.counters
         last = failed.counters.rewinds
         self._write(lambda log: log.truncate_after(counters.step, state.stage, last))
@@ -141,10 +166,11 @@ class RunLogger:
             "skipped_to": state.position,
         }
         self._write(lambda log: log.write("rewind", counters, **fields))
-        self.say(
-            f"step {failed.counters.step}: {reason}; back to {path or 'the initial state'}, step "
-            f"{counters.step}, without tokens {fields['skipped_from']} to {fields['skipped_to']} "
-            "of the stream"
+        self._log(
+            f"step {failed.counters.step} | rewind to step {counters.step} | {reason} | "
+            f"{path or 'initial state'} | stream tokens {fields['skipped_from']} to "
+            f"{fields['skipped_to']} skipped",
+            logging.WARNING,
         )
 
     def growth(
@@ -155,7 +181,7 @@ class RunLogger:
         after: float,
         difference: Change,
     ) -> None:
-        """The model grew; `state` is that after the growth."""
+        """Record a growth; `state` is the one after it."""
         fields: dict[str, Any] = {"stage": state.stage, "loss_before": before}
         fields |= {"loss_after": after, "kl": difference.kl, "logits_difference": difference.logits}
         fields |= {n: getattr(report, n) for n in report.__dataclass_fields__ if n != "spent"}
@@ -163,22 +189,27 @@ class RunLogger:
         fields["learning_losses"] = report.spent.losses[:: max(1, len(report.spent.losses) - 1)]
         self._write(lambda log: log.write("growth", state.counters, **fields))
         old, new = (self._run.stages[i].model for i in (state.stage - 1, state.stage))
-        self.say(
-            f"step {state.counters.step}: grew by {fields['operator']} from {_shape(old)} to "
-            f"{_shape(new)}, {short(parameters(old))} -> {short(parameters(new))} parameters, in "
-            f"{report.seconds:.1f} s ({short(report.bytes_between_ranks)}B between ranks); loss on "
-            f"a fixed batch {before:.3f} -> {after:.3f}"
+        self._log(
+            f"step {state.counters.step} | growth {fields['operator']} | {_shape(old)} -> "
+            f"{_shape(new)} | {short(parameters(old))} -> {short(parameters(new))} parameters | "
+            f"fixed-batch loss {before:.3f} -> {after:.3f} | {report.seconds:.1f} s | "
+            f"{short(report.bytes_between_ranks)}B between ranks"
         )
 
     def end(self, state: RunState, stopped: str | None) -> None:
-        """The run is over, or was stopped by a signal."""
+        """Record the end of the run; `stopped` is the signal that stopped it early, if any."""
         counters = state.counters
         self._write(lambda log: log.write("end", counters, stopped=stopped))
-        how = f"stopped by {stopped}; the same command goes on" if stopped else "done"
-        spent = duration(counters.elapsed_seconds)
-        self.say(
-            f"{self._run.name}: {how}. {counters.step} steps, {counters.tokens} tokens, {spent}"
+        how = "done" if stopped is None else f"stopped by {stopped}"
+        resume = "" if stopped is None else " | rerun the same command to resume"
+        self._log(
+            f"run {self._run.name} | {how} | {counters.step} steps | {counters.tokens} tokens | "
+            f"{duration(counters.elapsed_seconds)}{resume}"
         )
+
+    def _log(self, line: str, level: int = logging.INFO) -> None:
+        if self._enabled:
+            logger.log(level, "%s", line)
 
     def _write(self, action: Callable[[MetricsLog], None]) -> None:
         log = self._metrics
@@ -191,21 +222,25 @@ class RunLogger:
                 action()
             except InputError as error:
                 self._problem = error
-            except OSError as error:  # what we print may well go to a file on a full disk
-                self._problem = unwritable(Path(error.filename or "standard output"), error)
+            except OSError as error:  # stdout may be a file on a full disk
+                self._problem = _unwritable(error)
 
 
-def _told(found: dict[str, Any]) -> Iterator[str]:
-    """The average, and of each task the accuracy, or else what it measures first."""
-    if found["average"] is not None:
-        yield f"average {found['average']:.3f}"
-    for task, metrics in found["results"].items():
-        named = [name for name in ("acc_norm", "acc", *metrics) if name in metrics]
-        yield from (f"{task} {name} {metrics[name]:.4g}" for name in named[:1])
+def _unwritable(error: OSError) -> InputError:
+    return unwritable(Path(error.filename or "standard output"), error)
+
+
+def _evaluation_fields(results: dict[str, Any]) -> Iterator[str]:
+    """Yield the average, and for each task its accuracy or else its first metric."""
+    if results["average"] is not None:
+        yield f"average {results['average']:.3f}"
+    for task, metrics in results["results"].items():
+        names = [name for name in ("acc_norm", "acc", *metrics) if name in metrics]
+        yield from (f"{task} {name} {metrics[name]:.4g}" for name in names[:1])
 
 
 def _shape(model: ModelConfig) -> str:
-    """`24L2048H`, as the paper writes it."""
+    """Return the paper's notation for a model's depth and width: `24L2048H`."""
     return f"{model.num_hidden_layers}L{model.hidden_size}H"
 
 

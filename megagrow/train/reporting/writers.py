@@ -1,4 +1,4 @@
-"""Where metrics go besides the file: TensorBoard and Weights & Biases.
+"""TensorBoard and Weights & Biases writers.
 
 Both show each number of a record as a curve `kind/field` over the step.
 """
@@ -11,27 +11,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from megagrow.errors import ConfigError, unwritable
+from megagrow.errors import ResourceError, unwritable
 
 Record = dict[str, Any]
 
 
 class Tracker(Protocol):
-    """Something that shows records, one after another."""
+    """Destination of metrics records."""
 
     def write(self, record: Record) -> None:
-        """Shows one record."""
+        """Write one record."""
 
     def truncate_after(self, step: int) -> None:
-        """Forgets what was shown for later steps: the run goes on from there."""
+        """Remove the records of later steps: the run resumes at `step`."""
 
     def close(self) -> None:
-        """Finishes what is still buffered."""
+        """Flush buffered records."""
 
 
 def _scalars(record: Record) -> dict[str, float]:
-    """The numbers of a record as `kind/field`, or `kind/field/field`, without the step, which is
-    the x axis."""
+    """Return the numbers of a record by `kind/field` or `kind/field/field`, without the step,
+    which is the x axis."""
     fields = {key: value for key, value in record.items() if key != "step"}
     return dict(_numbers(record["kind"], fields))
 
@@ -45,11 +45,11 @@ def _numbers(place: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 class TensorBoardTracker:
-    """Scalars in `directory`/tensorboard, one event for each record.
+    """Scalars in `directory`/tensorboard, one event per record.
 
-    Written here and not by TensorBoard's own writer, whose thread can tell nobody that the disk is
-    full. The file is named at the first record, for only then is it known from which step on the
-    events of an earlier process are to be hidden.
+    TensorBoard's own writer is not used, because its thread cannot report a full disk. The file is
+    created at the first record, when the step is known from which events of an earlier process are
+    hidden.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -77,7 +77,7 @@ class TensorBoardTracker:
         self._append(self._path, events)
 
     def close(self) -> None:
-        """Nothing: the file is complete after each record."""
+        """Do nothing: the file is complete after each record."""
 
     def _append(self, path: Path, events: list[Any]) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -93,13 +93,13 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A W&B run, gone on with after a resume; its id is kept beside the metrics."""
+    """W&B run, continued after a resume; its id is stored next to metrics.jsonl."""
 
     def __init__(self, directory: Path, project: str, name: str) -> None:
         try:
             import wandb
         except ImportError as error:
-            raise ConfigError(
+            raise ResourceError(
                 "logging.wandb_project is set but wandb is missing: pip install 'megagrow[wandb]'"
             ) from error
         kept = directory / "wandb.id"
@@ -114,7 +114,7 @@ class WandbTracker:
         )
 
     def truncate_after(self, step: int) -> None:
-        """W&B cannot forget: it ignores steps that it has already seen, which are the same ones."""
+        """Do nothing: W&B cannot delete, and ignores steps that it has already seen."""
 
     def write(self, record: Record) -> None:
         self._run.log(_scalars(record), step=record["step"])

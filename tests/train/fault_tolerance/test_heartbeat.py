@@ -1,4 +1,4 @@
-"""The notice board, over its real connection, and what the watchdog makes of it."""
+"""Heartbeat server over its real TCP connection, and the watchdog that uses it."""
 
 import socket
 import time
@@ -8,49 +8,55 @@ import pytest
 
 import megagrow.train.fault_tolerance.watchdog
 from megagrow.errors import PeerLost
-from megagrow.train.fault_tolerance.heartbeat import BoardServer, HeartbeatServer, RemoteBoard
+from megagrow.train.fault_tolerance.heartbeat import (
+    HeartbeatClient,
+    HeartbeatEndpoint,
+    HeartbeatServer,
+)
 from megagrow.train.fault_tolerance.watchdog import Watchdog
 
 
 @pytest.fixture
-def board() -> HeartbeatServer:
+def server() -> HeartbeatServer:
     return HeartbeatServer()
 
 
 @pytest.fixture
-def remote(board: HeartbeatServer) -> Iterator[RemoteBoard]:
-    server = BoardServer(board)
-    yield RemoteBoard("localhost", server.port, server.token)
-    server.close()
+def remote(server: HeartbeatServer) -> Iterator[HeartbeatClient]:
+    endpoint = HeartbeatEndpoint(server)
+    yield HeartbeatClient("localhost", endpoint.port, endpoint.token)
+    endpoint.close()
 
 
-def test_what_one_rank_tells_the_others_read(board: HeartbeatServer, remote: RemoteBoard) -> None:
-    assert board.tell(0, 7, "step 3") == 0
-    assert remote.tell(1, 8, "step 4") == 0
-    signs = remote.signs()
-    assert {rank: (sign.phases, sign.phase) for rank, sign in signs.items()} == {
+def test_ranks_read_the_heartbeats_of_others(
+    server: HeartbeatServer, remote: HeartbeatClient
+) -> None:
+    assert server.report(0, 7, "step 3") == 0
+    assert remote.report(1, 8, "step 4") == 0
+    heartbeats = remote.heartbeats()
+    assert {rank: (beat.phases, beat.phase) for rank, beat in heartbeats.items()} == {
         0: (7, "step 3"),
         1: (8, "step 4"),
     }
-    assert all(0 <= sign.age < 5 for sign in signs.values())
+    assert all(0 <= beat.age < 5 for beat in heartbeats.values())
 
 
-def test_the_first_announcement_counts(board: HeartbeatServer, remote: RemoteBoard) -> None:
-    assert remote.announce(5)
-    assert not board.announce(4)
-    assert remote.tell(1, 0, "the start") == board.tell(0, 0, "the start") == 5
+def test_the_first_abort_code_counts(server: HeartbeatServer, remote: HeartbeatClient) -> None:
+    assert remote.abort(5)
+    assert not server.abort(4)
+    assert remote.report(1, 0, "startup") == server.report(0, 0, "startup") == 5
 
 
-def test_who_does_not_know_the_token_is_not_heard(
-    board: HeartbeatServer, remote: RemoteBoard
+def test_requests_without_the_token_are_ignored(
+    server: HeartbeatServer, remote: HeartbeatClient
 ) -> None:
-    stranger = RemoteBoard("localhost", remote.port, "guessed")
+    stranger = HeartbeatClient("localhost", remote.port, "guessed")
     with pytest.raises(OSError, match="no answer"):
-        stranger.announce(4)
+        stranger.abort(4)
     with socket.create_connection(("localhost", remote.port)) as connection:
         connection.sendall(b"GET / HTTP/1.1\n")
         assert connection.recv(100) == b""
-    assert board.tell(0, 0, "the start") == 0
+    assert server.report(0, 0, "startup") == 0
 
 
 @pytest.fixture
@@ -61,10 +67,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_long_phase_may_take_longer(
-    board: HeartbeatServer, capsys: pytest.CaptureFixture[str]
+    server: HeartbeatServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     codes: list[int] = []
-    with Watchdog(board, 0, timeout=0.3, end=codes.append) as watchdog:
+    with Watchdog(server, 0, timeout=0.3, end=codes.append) as watchdog:
         watchdog.beat("a growth", long=True)
         time.sleep(0.6)
         assert codes == []
@@ -76,20 +82,20 @@ def test_a_long_phase_may_take_longer(
 
 
 @pytest.mark.usefixtures("quick")
-def test_no_timeout_is_no_end(board: HeartbeatServer) -> None:
+def test_no_timeout_is_no_end(server: HeartbeatServer) -> None:
     codes: list[int] = []
-    with Watchdog(board, 0, timeout=None, end=codes.append):
+    with Watchdog(server, 0, timeout=None, end=codes.append):
         time.sleep(0.5)
     assert codes == []
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_failure_is_that_of_a_rank_that_was_not_heard_of(board: HeartbeatServer) -> None:
-    with Watchdog(board, 0, timeout=None, end=lambda code: None) as watchdog:
+def test_a_lost_peer_is_reported_once(server: HeartbeatServer) -> None:
+    with Watchdog(server, 0, timeout=None, end=lambda code: None) as watchdog:
         watchdog.raise_if_peer_lost()
-        board.tell(1, 3, "step 2")
+        server.report(1, 3, "step 2")
         with pytest.raises(
-            PeerLost, match=r"rank 1 gives no sign of life.*in step 2; all"
+            PeerLost, match=r"rank 1 is unresponsive .*step 2.; aborting all"
         ) as found:
             watchdog.raise_if_peer_lost()
         assert found.value.is_reporter

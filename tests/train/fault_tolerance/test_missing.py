@@ -26,18 +26,17 @@ def signs(*silent: int, behind: tuple[int, ...] = ()) -> dict[int, RankHeartbeat
         ((), ""),
         (
             (3,),
-            "rank 3 on b gives no sign of life: it is frozen or dead, last heard of in step 3",
+            "rank 3 on b is unresponsive (last heartbeat: step 3)",
         ),
         (
             (2, 3),
-            "host b (ranks 2, 3) gives no sign of life: it is down or off the network, "
-            "last heard of in step 3",
+            "host b (ranks 2, 3) is unresponsive: down or off the network (last heartbeat: step 3)",
         ),
         (
             (1, 4),
-            "host c (rank 4) gives no sign of life: it is down or off the network, "
-            "last heard of in step 4; "
-            "rank 1 on a gives no sign of life: it is frozen or dead, last heard of in step 1",
+            "host c (rank 4) is unresponsive: down or off the network "
+            "(last heartbeat: step 4); "
+            "rank 1 on a is unresponsive (last heartbeat: step 1)",
         ),
     ],
 )
@@ -48,21 +47,23 @@ def test_a_host_is_named_if_none_of_its_ranks_is_heard(silent: tuple[int, ...], 
 @pytest.mark.parametrize("hosts", [(), ("a",) * 5])
 def test_on_one_host_ranks_are_named(hosts: tuple[str, ...]) -> None:
     assert silent_ranks(signs(2, 3), hosts, 0, SECONDS) == (
-        "rank 2 gives no sign of life: it is frozen or dead, last heard of in step 2; "
-        "rank 3 gives no sign of life: it is frozen or dead, last heard of in step 3"
+        "rank 2 is unresponsive (last heartbeat: step 2); "
+        "rank 3 is unresponsive (last heartbeat: step 3)"
     )
-    silent = "rank 0 gives no answer: it is frozen or dead"
+    silent = "rank 0 does not answer"
     assert silent_ranks(None, hosts, 4, SECONDS) == silent
 
 
 def test_a_rank_without_an_answer_may_be_off_the_network_itself() -> None:
-    said = "rank 0 on a gives no answer: it is frozen or dead"
+    said = "rank 0 on a does not answer"
     assert silent_ranks(None, HOSTS, 1, SECONDS) == said
-    assert silent_ranks(None, HOSTS, 3, SECONDS) == f"{said}, or a or b is off the network"
+    assert silent_ranks(None, HOSTS, 3, SECONDS) == (
+        f"{said}: frozen or dead, or a or b is off the network"
+    )
 
 
 def test_who_is_behind() -> None:
     assert ranks_behind(signs(behind=(4,)), HOSTS) == (
-        "rank 4 on c is alive, but stays behind, last heard of in step 4"
+        "rank 4 on c is alive but behind (last heartbeat: step 4)"
     )
     assert ranks_behind(signs(), HOSTS) == ranks_behind(None, HOSTS) == ""

@@ -43,7 +43,7 @@ def test_a_spike_is_what_lies_far_above_the_last_losses_for_long_enough() -> Non
     assert (once.high, once.losses, once.reason_to_rewind(SPIKE)) == (1, CALM, None)
     assert after(SPIKE, 2.0, start=once) == Guard(losses=(*CALM[1:], 2.0))
     twice = after(SPIKE, 9.0, start=once)
-    assert twice.reason_to_rewind(SPIKE) == "2 steps in a row had the loss of a spike"
+    assert twice.reason_to_rewind(SPIKE) == "2 consecutive steps with a loss spike"
     assert twice.losses == CALM, "what is high is no measure"
 
 

@@ -254,7 +254,7 @@ def interrupted(folder: Path) -> tuple[dict, dict]:
     save_checkpoint(folder / "c", 1, stage.layout, stage.engine.storage(), make)
     stage.release()
     stage = build_stage(run, 1, torch.device("cpu"))
-    path, manifest = newest_checkpoint(folder / "c", print)
+    path, manifest = newest_checkpoint(folder / "c")
     load_storage(path, manifest, stage.layout, stage.engine.storage())
     stage.engine.ready(manifest.adam_step)
     losses_of(run, stage, event.state)

@@ -1,3 +1,6 @@
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -5,13 +8,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from megagrow.train.reporting.console import Eta, LiveLine, Status, duration, short
+from megagrow.common.log_setup import configure_logging
+from megagrow.train.reporting.console import Eta, LiveLine, Status, duration, scientific, short
+
+logger = logging.getLogger("megagrow.test")
 
 
-def status(step: int, flops: float = 0.0) -> Status:
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    """Leave the `megagrow` logger as other tests expect it."""
+    root = logging.getLogger("megagrow")
+    before = root.handlers, root.level, root.propagate
+    yield
+    root.handlers, root.level, root.propagate = before
+
+
+def status(step: int, flops: float = 0.0, mfu: float | None = 0.4) -> Status:
     return Status(
-        stage=1, stages=2, step=step, loss=3.14159, lr=3e-4, tokens_per_second=12345.0,
-        flops=flops or float(step), mfu=0.4,
+        stage=1, stages=2, step=step, loss=3.14159, grad_norm=0.8321, lr=3e-4,
+        tokens_per_second=12345.0, flops=flops or float(step), mfu=mfu,
     )  # fmt: skip
 
 
@@ -25,7 +40,8 @@ class Clock:
 def make_line(terminal: bool, clock: Clock, width: int = 100) -> tuple[LiveLine, StringIO]:
     out = StringIO()
     console = Console(file=out, force_terminal=terminal, width=width, highlight=False)
-    return LiveLine(100, 100.0, console=console, clock=clock), out
+    configure_logging(console=console)
+    return LiveLine(100, 100.0, console, clock=clock), out
 
 
 @given(
@@ -73,32 +89,46 @@ def test_plain_lines_are_throttled_and_the_last_one_is_shown() -> None:
         for step in range(1, 101):
             clock.now += 0.125
             line.update(status(step))
-        line.say("growth [1/1] done")
-    lines = out.getvalue().splitlines()
-    shown = [int(text.split("step ")[1].split("/")[0]) for text in lines[:-1]]
-    assert shown == [1, 41, 81, 100]
-    assert lines[0] == ("stage 2/2 step 1/100 loss 3.142 lr 3.0e-04 12.3k tok/s MFU 40% ETA -")
-    assert lines[1].endswith("ETA 0:07")
+        logger.info("growth [1/1] done")
+    lines = [text.split(" | ", 1)[1] for text in out.getvalue().splitlines()]
+    assert [text.split(" | ")[0] for text in lines[:-1]] == [
+        f"step {step}" for step in (1, 41, 81, 100)
+    ]
+    assert lines[0] == (
+        "step 1 | loss 3.142 | grad norm 0.832 | lr 3.0e-4 | 12.3k tok/s | MFU 40.0% | ETA -"
+    )
+    assert lines[1].endswith(" | ETA 7s")
     assert lines[-1] == "growth [1/1] done"
 
 
-@pytest.mark.parametrize("width", [80, 120])
-def test_live_line_fits_in_one_row(width: int) -> None:
+def test_fields_without_a_value_show_a_dash() -> None:
+    line, out = make_line(False, Clock())
+    line.update(replace(status(1, mfu=None), grad_norm=None))
+    assert " | grad norm - | " in out.getvalue() and " | MFU - | " in out.getvalue()
+
+
+FIELDS = ("step 50", "loss 3.142", "12.3k tok/s", "MFU 40.0%", "ETA -")
+
+
+@pytest.mark.parametrize(
+    ("width", "more"),
+    [
+        (60, ()),
+        (72, ("lr 3.0e-4",)),
+        (90, ("grad norm 0.832", "lr 3.0e-4")),
+        (120, ("stage 2/2", "grad norm 0.832", "lr 3.0e-4")),
+    ],
+)
+def test_live_line_fits_in_one_row(width: int, more: tuple[str, ...]) -> None:
     line, _ = make_line(True, Clock(), width)
     line.update(status(50))
     (row,) = [text for text in line._progress.console.render_lines(line._progress) if text]
     text = "".join(part.text for part in row)
     assert len(text) == width
-    for part in (
-        "stage 2/2",
-        "50/100",
-        "loss 3.142",
-        "lr 3.0e-04",
-        "12.3k tok/s",
-        "MFU 40%",
-        "ETA",
-    ):
+    for part in (*FIELDS, *more):
         assert part in text
+    dropped = {"stage 2/2", "grad norm 0.832", "lr 3.0e-4"} - {*more}
+    assert not any(part in text for part in dropped)
 
 
 def test_terminal_is_given_back_after_an_error() -> None:
@@ -107,7 +137,7 @@ def test_terminal_is_given_back_after_an_error() -> None:
     def fail() -> None:
         with line:
             line.update(status(1))
-            line.say("checkpoint saved")
+            logger.warning("checkpoint saved")
             raise RuntimeError("rank 1 died")
 
     with pytest.raises(RuntimeError, match="rank 1 died"):
@@ -115,34 +145,42 @@ def test_terminal_is_given_back_after_an_error() -> None:
     text = out.getvalue()
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
-    assert "checkpoint saved" in text
+    assert "warning: checkpoint saved" in text
 
 
-def test_nothing_is_shown_where_it_is_not_enabled(capsys: pytest.CaptureFixture[str]) -> None:
-    with LiveLine(10, 10.0, enabled=False) as line:
+def test_nothing_is_shown_where_it_is_not_enabled() -> None:
+    _, out = make_line(False, Clock())
+    with LiveLine(10, 10.0, Console(file=out, width=100), enabled=False) as line:
         line.update(status(10))
-        line.say("growth")
-    assert capsys.readouterr() == ("", "")
+    assert out.getvalue() == ""
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "text"),
     [
         (None, "-"),
-        (0, "0:00"),
-        (75, "1:15"),
-        (59.7, "1:00"),
-        (4000, "1:06:40"),
-        (184800, "2d 03:20"),
+        (0, "0s"),
+        (75, "1m15s"),
+        (59.7, "1m00s"),
+        (4000, "1h06m"),
+        (11520, "3h12m"),
+        (184800, "2d03h"),
     ],
 )
-def test_duration(seconds: float | None, told: str) -> None:
-    assert duration(seconds) == told
+def test_duration(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(
-    ("number", "told"),
+    ("number", "text"),
     [(950, "950"), (12345, "12.3k"), (3.2e6, "3.2M"), (1.5e9, "1.5B"), (2e12, "2.0T")],
 )
-def test_short(number: float, told: str) -> None:
-    assert short(number) == told
+def test_short(number: float, text: str) -> None:
+    assert short(number) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(3e-4, "3.0e-4"), (0.0, "0.0e0"), (1.0, "1.0e0"), (2.4e-12, "2.4e-12")]
+)
+def test_scientific(number: float, text: str) -> None:
+    assert scientific(number) == text

@@ -1,0 +1,85 @@
+"""Console output of the `megagrow` loggers: `TIME | [rank N |] [warning:] MESSAGE` on stdout.
+
+Modules log through `logging.getLogger(__name__)`. Only the `megagrow` logger is configured here;
+the loggers of DeepSpeed and other libraries are left alone.
+"""
+
+import logging
+from enum import StrEnum
+
+from rich.console import Console
+from rich.text import Text
+
+_ROOT = "megagrow"
+_TIME = "%Y-%m-%d %H:%M:%S"
+
+
+class LogLevel(StrEnum):
+    """Lowest severity that is printed."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class ConsoleHandler(logging.Handler):
+    """Print records through a rich console, above its live display if one is active.
+
+    A failed write (a full disk) must not raise on one rank alone. The first failure is kept in
+    `problem` and later records are dropped; the caller raises it where all ranks synchronize.
+    """
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+        self.problem: OSError | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record as one line."""
+        if self.problem is None:
+            try:
+                self.console.print(Text(self.format(record)), soft_wrap=True)
+            except OSError as error:
+                self.problem = error
+
+
+class _Formatter(logging.Formatter):
+    """Time, rank (only in runs of several ranks), severity from WARNING upwards, message."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        where = f"rank {rank} | " if world_size > 1 else ""
+        super().__init__(f"%(asctime)s | {where}%(message)s", _TIME)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Prefix the message with its severity from WARNING upwards."""
+        if record.levelno >= logging.WARNING:
+            record.message = f"{record.levelname.lower()}: {record.message}"
+        return super().formatMessage(record)
+
+
+def configure_logging(
+    level: str = LogLevel.INFO,
+    rank: int = 0,
+    world_size: int = 1,
+    console: Console | None = None,
+) -> ConsoleHandler:
+    """Print the records of all megagrow modules on this rank; replaces an earlier configuration.
+
+    Rank 0 prints from `level` upwards. The other ranks repeat most of its messages, so they print
+    warnings and errors only, unless `level` is debug.
+
+    Args:
+        level: a `LogLevel`.
+        console: the destination; stdout by default.
+    """
+    handler = ConsoleHandler(console or Console(highlight=False))
+    handler.setFormatter(_Formatter(rank, world_size))
+    lowest = logging.getLevelNamesMapping()[level.upper()]
+    if rank > 0 and lowest > logging.DEBUG:
+        lowest = max(lowest, logging.WARNING)
+    root = logging.getLogger(_ROOT)
+    root.handlers = [handler]
+    root.setLevel(lowest)
+    root.propagate = False  # a library that configures the root logger would print records twice
+    return handler
