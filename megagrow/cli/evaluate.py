@@ -43,11 +43,9 @@ def evaluate(
     from megagrow.evaluation.evaluator import need_lm_eval
 
     need_lm_eval()
-    from megagrow.evaluation.lm import evaluated, join
-    from megagrow.evaluation.model import load
-    from megagrow.evaluation.results_store import run_of, standing
-    from megagrow.evaluation.runner import evaluate as run_tasks
-    from megagrow.evaluation.tasks import load_tasks
+    from megagrow.evaluation.lm import join
+    from megagrow.evaluation.results_store import run_of
+    from megagrow.evaluation.runner import evaluate_checkpoint
     from megagrow.parallel.agreement import run_on_all_ranks
     from megagrow.parallel.process_groups import leave_process_group
 
@@ -55,14 +53,20 @@ def evaluate(
     topology = join(tp)
     if not names:
         raise ConfigError("--tasks: names none")
-    asked = run_on_all_ranks(lambda: load_tasks(names, data_dir))
-    loaded = load(checkpoint, topology, tokenizer, dtype)
-    found = run_tasks(evaluated(loaded, topology, batch_size), asked, limit)
-    about = {"checkpoint": str(loaded.path), **standing(loaded.run), "limit": limit}
-    run = run_of(loaded.path) if keep else None
+    found = evaluate_checkpoint(
+        checkpoint,
+        names,
+        topology,
+        data_dir=data_dir,
+        batch_size=batch_size,
+        limit=limit,
+        tokenizer=tokenizer,
+        dtype=dtype,
+    )
+    run = run_of(Path(found["checkpoint"])) if keep else None
     if topology.rank == 0:
-        Console().print(_table({**about, **found}))
-    run_on_all_ranks(partial(_write, {**about, **found}, output, run, topology.rank == 0))
+        Console().print(_table(found))
+    run_on_all_ranks(partial(_write, found, output, run, topology.rank == 0))
     leave_process_group()
 
 
