@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     *("errors", "common", "config", "model", "parallel", "data", "growth", "reshard"),
     *("checkpoint", "formats", "train", "offline", "evaluation", "analysis", "fits"),
-    *("planning", "doctor", "run", "cli"),
+    *("planning", "doctor", "run", "api", "cli"),
 )
 """The folders and files of megagrow/: each may import those before it, never those after it."""
 
@@ -57,7 +57,7 @@ def files(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-PRODUCT = files("megagrow", "kernels", "tools")
+PRODUCT = files("megagrow", "kernels", "tools", "examples")
 TESTS = files("tests")
 
 

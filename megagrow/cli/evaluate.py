@@ -44,11 +44,9 @@ def evaluate(
     from megagrow.evaluation.evaluator import need_lm_eval
 
     need_lm_eval()
-    from megagrow.evaluation.lm import init_topology, wrap_model
-    from megagrow.evaluation.model import load_model
-    from megagrow.evaluation.results_store import find_run, run_counters
-    from megagrow.evaluation.runner import evaluate as run_tasks
-    from megagrow.evaluation.tasks import load_tasks
+    from megagrow.evaluation.lm import init_topology
+    from megagrow.evaluation.results_store import find_run
+    from megagrow.evaluation.runner import evaluate_checkpoint
     from megagrow.parallel.agreement import run_on_all_ranks
     from megagrow.parallel.launch import read_launch
     from megagrow.parallel.process_groups import leave_process_group
@@ -59,14 +57,20 @@ def evaluate(
     configure_logging(rank=launch.rank, world_size=launch.world_size)
     if not names:
         raise ConfigError("--tasks: names none")
-    asked = run_on_all_ranks(lambda: load_tasks(names, data_dir))
-    loaded = load_model(checkpoint, topology, tokenizer, dtype)
-    found = run_tasks(wrap_model(loaded, topology, batch_size), asked, limit)
-    about = {"checkpoint": str(loaded.path), **run_counters(loaded.run), "limit": limit}
-    run = find_run(loaded.path) if keep else None
+    found = evaluate_checkpoint(
+        checkpoint,
+        names,
+        topology,
+        data_dir=data_dir,
+        batch_size=batch_size,
+        limit=limit,
+        tokenizer=tokenizer,
+        dtype=dtype,
+    )
+    run = find_run(Path(found["checkpoint"])) if keep else None
     if topology.rank == 0:
-        Console().print(_table({**about, **found}))
-    run_on_all_ranks(partial(_write, {**about, **found}, output, run, topology.rank == 0))
+        Console().print(_table(found))
+    run_on_all_ranks(partial(_write, found, output, run, topology.rank == 0))
     leave_process_group()
 
 

@@ -4,13 +4,18 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lm_eval.api.task
 from lm_eval.evaluator import evaluate as run_lm_eval
 
-from megagrow.evaluation.lm import LMAdapter
-from megagrow.evaluation.tasks import Tasks
+from megagrow.evaluation.lm import LMAdapter, wrap_model
+from megagrow.evaluation.model import load_model
+from megagrow.evaluation.results_store import run_counters
+from megagrow.evaluation.tasks import Tasks, load_tasks
+from megagrow.parallel.agreement import run_on_all_ranks
+from megagrow.parallel.process_groups import Topology
 
 ACCURACIES = ("acc", "acc_norm")
 
@@ -43,6 +48,28 @@ def evaluate(
             )
         results[name] = _plain(report["results"][name], report["n-samples"][name]["effective"])
     return {"results": results, "average": average(results)}
+
+
+def evaluate_checkpoint(
+    checkpoint: Path,
+    names: tuple[str, ...],
+    topology: Topology,
+    *,
+    data_dir: Path | None,
+    batch_size: int,
+    limit: int | None,
+    tokenizer: str | None,
+    dtype: str | None,
+) -> Results:
+    """Evaluate a checkpoint, a run's newest or a Hugging Face folder on tasks. Collective.
+
+    Returns the results together with `checkpoint`, `limit`, and the position of its run.
+    """
+    tasks = run_on_all_ranks(lambda: load_tasks(names, data_dir))
+    loaded = load_model(checkpoint, topology, tokenizer, dtype)
+    results = evaluate(wrap_model(loaded, topology, batch_size), tasks, limit)
+    about = {"checkpoint": str(loaded.path), **run_counters(loaded.run), "limit": limit}
+    return {**about, **results}
 
 
 @contextmanager

@@ -81,9 +81,14 @@ def tune_process() -> None:
     atexit.register(gc.unfreeze)  # otherwise nanobind reports triton's objects as leaks
 
 
-def export_local_rank(launch: Launch) -> None:
-    """Set LOCAL_RANK for DeepSpeed, which reads it even without a launcher."""
+def export_launch(launch: Launch) -> None:
+    """Set LOCAL_RANK, which DeepSpeed reads even without a launcher, and the other two with it.
+
+    `read_launch` rejects a subset, so that a second run in the same process would fail.
+    """
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))
+    os.environ.setdefault("RANK", str(launch.rank))
+    os.environ.setdefault("WORLD_SIZE", str(launch.world_size))
 
 
 def own_device(launch: Launch) -> torch.device:

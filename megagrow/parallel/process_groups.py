@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megagrow.parallel.launch import (
     Launch,
-    export_local_rank,
+    export_launch,
     own_device,
     rendezvous_store,
     tune_process,
@@ -23,7 +23,7 @@ from megagrow.parallel.launch import (
 def init_process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> torch.device:
     """Join all ranks (NCCL on GPUs, gloo on CPUs) and return this rank's device. Collective."""
     tune_process()
-    export_local_rank(launch)
+    export_launch(launch)
     return join_ranks(launch, rendezvous_store(launch, timeout), timeout)
 
 

@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "reference" / "code-map.md"
 COMMAND = f"python {Path(__file__).resolve().relative_to(ROOT).as_posix()}"
 BEGIN, END = "<!-- tree -->\n", "<!-- end of tree -->\n"
 
-FOLDERS = ("megagrow", "kernels", "configs", "launchers", "tools", "tests")
+FOLDERS = ("megagrow", "kernels", "configs", "launchers", "examples", "tools", "tests")
 """Folders that are listed file by file, except tests/, of which only the subfolders are listed."""
 
 HIDDEN = (".ci/", ".github/")
