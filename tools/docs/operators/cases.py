@@ -8,7 +8,7 @@ from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.constraints import Event
 from megagrow.growth.map import GrowthMap
-from megagrow.growth.operators import OPERATORS, growing, growth_map
+from megagrow.growth.operators import growing, growth_map
 from megagrow.growth.validation import event_problems
 
 Sizes = dict[str, Any]
@@ -27,12 +27,6 @@ class GrowthCase:
     def growth(self) -> GrowthMap:
         """Growth map from source to target."""
         return growth_map(self.source, self.target, self.options, "7/stage-1")
-
-    @property
-    def exact(self) -> bool:
-        """True if the target computes the function of the source without masks."""
-        masked = any(OPERATORS[name].masked for name in self.options.operator)
-        return self.growth.preserves_function and not masked
 
 
 def growth_case(source: ModelConfig, target: Sizes, **options: Any) -> GrowthCase:

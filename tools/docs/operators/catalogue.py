@@ -50,7 +50,9 @@ CATALOGUE = {name: _case_of(name) for name in OPERATORS} | {
         *(SOURCE, TWICE), operator="direct_width", split="uneven", noise=1.0, order="tiled"
     ),
     "asymmetric": growth_case(SOURCE, TWICE, operator="direct_width", optimizer_state="asymmetric"),
-    "keep_v": growth_case(SOURCE, DEEPER, operator="direct_depth", optimizer_state="keep_v"),
+    "keep_second_moment": growth_case(
+        SOURCE, DEEPER, operator="direct_depth", optimizer_state="keep_v"
+    ),
     "reset": growth_case(SOURCE, DEEPER, operator="direct_depth", optimizer_state="reset"),
     "mixing": growth_case(SOURCE, DEEPER, operator="direct_depth", mixing_noise=0.2),
     "paper_exact zero": growth_case(
