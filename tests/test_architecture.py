@@ -225,6 +225,18 @@ def test_errors_name_who_must_act() -> None:
     hold("input error", found)
 
 
+def test_nothing_imports_the_tests_and_the_product_no_tools() -> None:
+    forbidden = {"megagrow": ("tests", "tools"), "kernels": ("tests", "tools"), "tools": ("tests",)}
+    found = [
+        f"{name_of(path)}: imports {name}"
+        for folder, packages in forbidden.items()
+        for path in files(folder)
+        for name in imports(path)
+        if any(within(name, package) for package in packages)
+    ]
+    hold("tests and tools", found)
+
+
 def test_no_global_statement() -> None:
     found = [
         f"{name_of(path)}:{node.lineno}: global {', '.join(node.names)}"

@@ -1,6 +1,6 @@
 """Damaged and hostile files: always a clear error or a right load.
 
-A small number of inputs; `python tools/faults/fuzz.py --examples 10000` tries more of the same.
+A small number of inputs; `python -m tests.fuzz --examples 10000` tries more of the same.
 """
 
 import subprocess
@@ -57,7 +57,7 @@ def test_what_must_not_happen_is_seen(tmp_path: Path, action, said: str) -> None
 
 
 def test_the_command_prints_a_table() -> None:
-    command = [sys.executable, "tools/faults/fuzz.py", "--examples", "20", "--only", "journal"]
+    command = [sys.executable, "-m", "tests.fuzz", "--examples", "20", "--only", "journal"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     row = next(line for line in done.stdout.splitlines() if "journal" in line)

@@ -17,7 +17,7 @@ from megagrow.parallel.initialize import normal
 from megagrow.parallel.sharding import parameter_plan
 from tests.helpers.growth.cases import CHANGES, Case, case, cases, sources, times
 from tests.helpers.growth.computing import random_moments
-from tests.helpers.growth.whole import State, filled, grown
+from tools.docs.operators.dense_growth import State, filled, grown
 
 few = settings(max_examples=12, deadline=None)
 

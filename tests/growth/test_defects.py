@@ -22,22 +22,21 @@ from megagrow.growth.width import Width
 from megagrow.parallel.sharding import parameter_plan
 from tests.helpers.growth.building import Built
 from tests.helpers.growth.cases import Case, case, times, widened
-from tests.helpers.growth.computing import (
+from tests.helpers.growth.computing import difference, random_moments
+from tests.helpers.hugging_face import tiny
+from tools.docs.operators.dense_growth import grown
+from tools.docs.operators.reference_training import (
     Tensors,
     apart,
-    difference,
     fresh_state,
     gradients,
     grown_weights,
     logits,
     random_ids,
-    random_moments,
     random_weights,
     trained,
     weights_of,
 )
-from tests.helpers.growth.whole import grown
-from tests.helpers.hugging_face import tiny
 
 TOLERANCE, FAILS = 1e-10, 1e-2
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from megagrow.config.growth import OperatorName
 from megagrow.growth.operators import OPERATORS
 from tests.helpers.growth.cases import Case, case, cases, sources
-from tests.helpers.growth.computing import (
+from tools.docs.operators.reference_training import (
     Tensors,
     grown_weights,
     logits,

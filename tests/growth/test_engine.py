@@ -16,9 +16,9 @@ from megagrow.train.growth_event.run_growths import stage_growth
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.stage import Stage, build_stage
 from megagrow.train.train_state import RunState
-from tests.helpers.growth.whole import State, grown
 from tests.helpers.runs import MODEL, STEP_TOKENS, full_tensors, grow_live, make_run
 from tests.helpers.spawn import run_ranks
+from tools.docs.operators.dense_growth import State, grown
 
 pytestmark = pytest.mark.dist
 

@@ -14,18 +14,17 @@ from megagrow.growth.map import Gather
 from megagrow.growth.operators import OPERATORS
 from tests.helpers.growth.building import by_lifts
 from tests.helpers.growth.cases import EXACT, Case, case, cases, sources, times
-from tests.helpers.growth.computing import (
+from tests.helpers.growth.computing import difference, random_moments
+from tests.helpers.hugging_face import tiny
+from tools.docs.operators.dense_growth import State, grown
+from tools.docs.operators.reference_training import (
     Tensors,
-    difference,
     gradients,
     grown_weights,
     loss,
     random_ids,
-    random_moments,
     random_weights,
 )
-from tests.helpers.growth.whole import State, grown
-from tests.helpers.hugging_face import tiny
 
 TOLERANCE = 1e-10
 

@@ -23,9 +23,9 @@ from tests.helpers.growth.ligo import (
     source_of,
     state_of,
 )
-from tests.helpers.growth.whole import State, grown
 from tests.helpers.hugging_face import tokens
 from tests.helpers.runs import MODEL, make_run
+from tools.docs.operators.dense_growth import State, grown
 
 NAMES = pytest.mark.parametrize("name", GROWTHS)
 TIES = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from megagrow.config.growth import OperatorName
 from megagrow.config.schema import OptimizerConfig
 from tests.helpers.growth.cases import Case, case, cases
-from tests.helpers.growth.computing import (
+from tests.helpers.growth.computing import every_id
+from tests.helpers.hugging_face import tiny
+from tools.docs.operators.reference_training import (
     Adam,
     Tensors,
-    every_id,
     fresh_state,
     gradients,
     grown_weights,
@@ -21,7 +22,6 @@ from tests.helpers.growth.computing import (
     trained,
     weights_of,
 )
-from tests.helpers.hugging_face import tiny
 
 SOURCE = tiny(hidden_size=8, head_dim=4, num_key_value_heads=2, intermediate_size=6, vocab_size=11)
 

@@ -10,8 +10,8 @@ from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.growth.mask_schedule import GROW_STEPS, ramp_problems, ramp_tokens, stage_masks
 from megagrow.growth.operators import growth_map
 from megagrow.model.llama import LlamaForCausalLM
-from tests.helpers.growth.whole import grown
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
+from tools.docs.operators.dense_growth import grown
 
 DEEP = MODEL | {"num_hidden_layers": 4, "head_dim": 8}
 WIDE = MODEL | {

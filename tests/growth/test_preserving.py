@@ -25,15 +25,15 @@ from tests.helpers.growth.cases import (
     times,
     widened,
 )
-from tests.helpers.growth.computing import (
+from tests.helpers.growth.computing import difference
+from tests.helpers.hugging_face import tiny
+from tools.docs.operators.reference_training import (
     apart,
-    difference,
     grown_weights,
     logits,
     random_ids,
     random_weights,
 )
-from tests.helpers.hugging_face import tiny
 
 TOLERANCE = 1e-10
 FAILS = 1e-2

@@ -22,10 +22,10 @@ from megagrow.reshard.copy_plan import Copy, copies_to
 from megagrow.reshard.layout import Layout
 from tests.helpers.growth.cases import Case, case, cases, sources, times
 from tests.helpers.growth.computing import random_moments
-from tests.helpers.growth.whole import State, filled, grown
 from tests.helpers.hugging_face import tiny
 from tests.helpers.reshard.definition import held, numbered
 from tests.helpers.reshard.models import layout_of
+from tools.docs.operators.dense_growth import State, filled, grown
 
 GATHERED = tuple(name for name in OPERATORS if name != "isometric")
 

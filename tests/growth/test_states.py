@@ -12,7 +12,7 @@ from megagrow.growth.map import Fresh
 from megagrow.growth.operators import OPERATORS, state_policy
 from tests.helpers.growth.cases import Case, cases
 from tests.helpers.growth.computing import random_moments
-from tests.helpers.growth.whole import State, grown
+from tools.docs.operators.dense_growth import State, grown
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

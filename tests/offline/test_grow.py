@@ -26,12 +26,12 @@ from tests.helpers.checkpoint.written import (
     shards,
     write_checkpoint,
 )
-from tests.helpers.growth.whole import grown
 from tests.helpers.jobs import write_run
 from tests.helpers.reshard.definition import random_state
 from tests.helpers.reshard.models import layout_of
 from tests.helpers.runs import STEP_TOKENS, make_run
 from tests.helpers.train.file_growths import BASE, GROWTHS, base
+from tools.docs.operators.dense_growth import grown
 
 LAYOUTS = [
     ((0, 1, 1, "all"), (3, 3, 2, "matrices")),

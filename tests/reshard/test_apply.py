@@ -13,10 +13,10 @@ from megagrow.growth.map import StateKind as StateKind
 from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
 from megagrow.reshard.apply import Application
 from megagrow.reshard.layout import Block
-from tests.helpers.growth.whole import State, grown
 from tests.helpers.hugging_face import tiny
 from tests.helpers.reshard.definition import random_state
 from tests.helpers.reshard.models import models
+from tools.docs.operators.dense_growth import State, grown
 
 SOURCE = tiny(num_hidden_layers=1, hidden_size=8, intermediate_size=6, vocab_size=11)
 TARGET = SOURCE.model_copy(update={"hidden_size": 12, "intermediate_size": 9})

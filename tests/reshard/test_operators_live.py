@@ -14,11 +14,11 @@ from megagrow.reshard.exchange import ShardedState, exchange
 from megagrow.reshard.fill import fill_new
 from megagrow.reshard.layout import Layout
 from tests.helpers.growth.cases import Case
-from tests.helpers.growth.catalogue import CATALOGUE as CASES
-from tests.helpers.growth.whole import grown
 from tests.helpers.reshard.definition import State, random_state, storage_of
 from tests.helpers.reshard.models import layout_of
 from tests.helpers.spawn import run_ranks
+from tools.docs.operators.catalogue import CATALOGUE as CASES
+from tools.docs.operators.dense_growth import grown
 
 WORLD = 4
 GRIDS = ((0, 4), (1, 2), (2, 1), (3, 2), (2, 4), (3, 1))

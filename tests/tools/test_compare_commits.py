@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save_file
 
 from tools.regression.cases import CASES
-from tools.regression.equality import Outcome, compare_folders, flatten
+from tools.regression.equality import Comparison, compare_folders, flatten
 
 METRICS = (
     {"kind": "train", "step": 1, "loss": 2.5, "grad_norm": 0.1, "seconds": 0.3},
@@ -39,15 +39,15 @@ def write(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def compare(tmp_path: Path, **changes: Any) -> Outcome:
+def compare(tmp_path: Path, **changes: Any) -> Comparison:
     """Compare the default data with changed data."""
     return compare_folders(write(tmp_path / "old"), write(tmp_path / "new", **changes))
 
 
 def test_equal_data_is_equal_and_counted(tmp_path: Path) -> None:
-    outcome = compare(tmp_path)
-    assert outcome.difference is None
-    assert outcome.values > 6 + 7 + 2 + 8  # both tensors, the bytes, the fields of records
+    comparison = compare(tmp_path)
+    assert comparison.difference is None
+    assert comparison.values > 6 + 7 + 2 + 8  # both tensors, the bytes, the fields of records
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from megagrow.config.flops import parameters
 from megagrow.config.schema import ModelConfig
-from tools.benchmarks.checkpoint.convert_memory import made_up_model, measure, write_model
+from tools.benchmarks.checkpoint.convert_memory import measure, random_model, write_model
 
 BUDGET = 16 * 2**20
 PROGRAM = 300 * 2**20
@@ -38,4 +38,4 @@ def test_import_reshard_and_export_stay_in_the_budget(tmp_path):
 
 
 def test_the_size_asked_for_is_met():
-    assert 4 * parameters(made_up_model(3)) == pytest.approx(3e9, rel=0.05)
+    assert 4 * parameters(random_model(3)) == pytest.approx(3e9, rel=0.05)

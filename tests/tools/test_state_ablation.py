@@ -1,3 +1,5 @@
+"""State ablation: run segments, schedules and locks."""
+
 import subprocess
 from pathlib import Path
 
@@ -17,45 +19,45 @@ from tools.experiments.state_ablation import (
     REFERENCE,
     STEP_TOKENS,
     VARIANTS,
-    Ablation,
-    Leg,
+    RunSegment,
+    StateAblation,
     Variant,
-    claim,
     is_finished,
+    lock,
 )
 
-HERE = Ablation(Path("runs"), Path("corpus"), 0.95)
+ABLATION = StateAblation(Path("runs"), Path("corpus"), 0.95)
 
 
-def rates(leg: Leg) -> list[float]:
-    """The learning rates of the steps of a leg's last stage, from the stage's start."""
-    run = leg.shortened()
+def rates(segment: RunSegment) -> list[float]:
+    """Return the learning rates of a segment's last stage, from the start of the stage."""
+    run = segment.shortened()
     last = len(run.stages) - 1
-    return [rate_at(run, last, step * STEP_TOKENS) for step in range(leg.end)]
+    return [rate_at(run, last, step * STEP_TOKENS) for step in range(segment.end)]
 
 
-def test_measurements_fall_on_the_marks() -> None:
+def test_validation_intervals_divide_the_stages() -> None:
     assert GROWN_STEPS % 4 == 0
     assert GROWN_STEPS // 4 % CLOSE_INTERVAL == GROWN_STEPS // 2 % INTERVAL == 0
     assert BASE_STEPS % CLOSE_INTERVAL == BASE_STEPS % INTERVAL == GROWN_STEPS % INTERVAL == 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_legs_are_parts_of_one_run(variant: Variant) -> None:
-    close, whole = HERE.variant(1, variant)
-    assert rates(close) == rates(whole)[:CLOSE_STEPS]
-    assert (close.step, whole.step) == (BASE_STEPS + CLOSE_STEPS, BASE_STEPS + GROWN_STEPS)
-    assert whole.run.stages[0] == HERE.base(1)[0].run.stages[0]
-    growth = whole.run.stages[1].growth
+def test_segments_are_parts_of_one_run(variant: Variant) -> None:
+    close, full = ABLATION.variant(1, variant)
+    assert rates(close) == rates(full)[:CLOSE_STEPS]
+    assert (close.step, full.step) == (BASE_STEPS + CLOSE_STEPS, BASE_STEPS + GROWN_STEPS)
+    assert full.run.stages[0] == ABLATION.base(1)[0].run.stages[0]
+    growth = full.run.stages[1].growth
     assert growth is not None
     assert (growth.optimizer_state, growth.lr_schedule) == tuple(variant)
-    assert len(rates(whole)) == GROWN_STEPS
+    assert len(rates(full)) == GROWN_STEPS
 
 
-def test_schedules_begin_apart_and_end_together() -> None:
-    before = rates(HERE.base(1)[0])
+def test_schedules_differ_at_the_start_and_agree_at_the_end() -> None:
+    before = rates(ABLATION.base(1)[0])
     rewarmed, continued = (
-        rates(HERE.variant(1, REFERENCE._replace(schedule=schedule))[-1])
+        rates(ABLATION.variant(1, REFERENCE._replace(schedule=schedule))[-1])
         for schedule in ("rewarm", "continue")
     )
     assert rewarmed[0] == pytest.approx(2e-3 / 20)
@@ -67,17 +69,17 @@ def test_schedules_begin_apart_and_end_together() -> None:
 
 
 def test_scratch_has_the_flops_of_base_and_grown_stage() -> None:
-    def flops(leg: Leg) -> int:
-        run = leg.shortened()
+    def flops(segment: RunSegment) -> int:
+        run = segment.shortened()
         return sum(stage_tokens(s, 256) * paper_flops_per_token(s.model) for s in run.stages)
 
-    (scratch,) = HERE.scratch(1)
+    (scratch,) = ABLATION.scratch(1)
     step = STEP_TOKENS * paper_flops_per_token(scratch.run.stages[0].model)
-    assert abs(flops(scratch) - flops(HERE.variant(1, REFERENCE)[-1])) <= step / 2
+    assert abs(flops(scratch) - flops(ABLATION.variant(1, REFERENCE)[-1])) <= step / 2
 
 
 def write_metrics(directory: Path, steps: int, run_steps: int) -> Path:
-    """A run that was planned for `run_steps` steps and ended, or was stopped, after `steps`."""
+    """Write the metrics of a run with `run_steps` planned and `steps` finished steps."""
     with MetricsLog(directory, False, None, "run") as log:
         log.write("start", Counters(), name="run", seed=1, parameters=[1], run_steps=run_steps)
         done = Counters(step=steps, tokens=steps * STEP_TOKENS)
@@ -86,26 +88,26 @@ def write_metrics(directory: Path, steps: int, run_steps: int) -> Path:
     return directory
 
 
-def test_run_is_finished_when_its_last_leg_is(tmp_path: Path) -> None:
-    leg = HERE.variant(1, REFERENCE)[-1]
+def test_a_run_is_finished_with_its_last_segment(tmp_path: Path) -> None:
+    segment = ABLATION.variant(1, REFERENCE)[-1]
     steps, close = BASE_STEPS + GROWN_STEPS, BASE_STEPS + CLOSE_STEPS
-    assert is_finished(write_metrics(tmp_path / "whole", steps, steps), leg)
-    assert not is_finished(write_metrics(tmp_path / "first leg", close, close), leg)
-    assert not is_finished(write_metrics(tmp_path / "base", BASE_STEPS, BASE_STEPS), leg)
-    assert not is_finished(write_metrics(tmp_path / "stopped", steps - 1, steps), leg)
-    assert not is_finished(tmp_path / "nowhere", leg)
+    assert is_finished(write_metrics(tmp_path / "full", steps, steps), segment)
+    assert not is_finished(write_metrics(tmp_path / "first segment", close, close), segment)
+    assert not is_finished(write_metrics(tmp_path / "base", BASE_STEPS, BASE_STEPS), segment)
+    assert not is_finished(write_metrics(tmp_path / "stopped", steps - 1, steps), segment)
+    assert not is_finished(tmp_path / "missing", segment)
 
 
-def test_run_that_is_still_trained_is_left_alone(tmp_path: Path) -> None:
-    """The lock is that of the child, which outlives who started it."""
+def test_a_running_training_is_locked(tmp_path: Path) -> None:
+    """The child process keeps the lock after its parent has exited."""
     with (tmp_path / "log.txt").open("a") as first:
-        claim(first, tmp_path)
+        lock(first, tmp_path)
         child = subprocess.Popen(["sleep", "60"], stdout=first)
     try:
         with (tmp_path / "log.txt").open("a") as second, pytest.raises(InputError, match="another"):
-            claim(second, tmp_path)
+            lock(second, tmp_path)
     finally:
         child.kill()
         child.wait()
     with (tmp_path / "log.txt").open("a") as third:
-        claim(third, tmp_path)
+        lock(third, tmp_path)

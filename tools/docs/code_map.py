@@ -2,8 +2,8 @@
 
 The description of a file is the first sentence of its docstring or of its leading comment.
 
-    python tools/docs/code_map.py           writes the tree
-    python tools/docs/code_map.py --check   exits with 1 if the tree is out of date
+    python tools/docs/code_map.py           update the page
+    python tools/docs/code_map.py --check   exit with code 1 if the page is out of date
 """
 
 import ast

@@ -1,10 +1,10 @@
-"""Writes the tables of docs/reference/configuration.md: every key of a run file, out of its models.
+"""Write the tables of docs/reference/configuration.md: all keys of a run file.
 
-python tools/docs/config_reference.py          writes them
-python tools/docs/config_reference.py --check  ends with 1 if they are not current
+    python tools/docs/config_reference.py          update the page
+    python tools/docs/config_reference.py --check  exit with code 1 if the page is out of date
 
-A key's meaning is the docstring below it in megagrow/config/, read from the source: the models
-themselves need no such text, and pydantic would parse it again in every process of a run.
+The meaning of a key is the docstring below its field in megagrow/config/. It is read from the
+source, because pydantic would parse field descriptions in every process of a run.
 """
 
 import argparse
@@ -32,17 +32,23 @@ from megagrow.config.sections import Section  # noqa: E402
 PAGE = ROOT / "docs/reference/configuration.md"
 BEGIN, END = "<!-- keys: tools/docs/config_reference.py -->", "<!-- end of the keys -->"
 
-MADE = {"stages": "one, of the keys above", "tokens": "from other keys"}
-MADE |= dict.fromkeys(("model", "batch", "optimizer"), "required, here or in each stage")
-"""What loading a file makes of keys that the models need."""
+DERIVED = {"stages": "one stage with the keys above", "tokens": "from other keys"}
+DERIVED |= dict.fromkeys(("model", "batch", "optimizer"), "required, here or in each stage")
+"""Defaults of required fields that loading a run file fills."""
 
-PLAIN = {str: "text", Path: "path", bool: "true or false", int: "whole number", float: "number"}
-"""What a type of Python is called for people."""
+TYPE_NAMES = {
+    str: "text",
+    Path: "path",
+    bool: "true or false",
+    int: "integer",
+    float: "number",
+}
+"""Python type -> name in the tables."""
 
 
 @dataclass(frozen=True)
-class Key:
-    """One row: the path as `--set` takes it, N for a place in a list."""
+class KeyRow:
+    """One table row; the path has the format of `--set`, with N for an index in a list."""
 
     path: str
     type: str
@@ -51,54 +57,56 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One section: its path, empty for the top of the file, its docstring, and its keys."""
+class SectionTable:
+    """One section: path (empty for the top of the file), docstring and keys."""
 
     path: str
-    told: str
-    keys: list[Key]
+    text: str
+    keys: list[KeyRow]
 
 
-def parts() -> Iterator[Part]:
-    """All sections, in the order of a run file."""
-    built_on = [Key(key, "text", "`null`", meaning) for key, meaning in BUILT_ON.items()]
-    top, *others = _parts("", RunConfig)
-    for_stages = {part.path: part for part in _parts("", StageConfig)}
-    keys = {key.path: key for key in for_stages.pop("").keys}
+def sections() -> Iterator[SectionTable]:
+    """Yield all sections in the order of a run file."""
+    built_on = [KeyRow(key, "text", "`null`", meaning) for key, meaning in BUILT_ON.items()]
+    top, *others = _tables("", RunConfig)
+    of_stages = {table.path: table for table in _tables("", StageConfig)}
+    keys = {key.path: key for key in of_stages.pop("").keys}
     at = [key.path for key in top.keys].index("stages")
     above = [keys[name] for name in DEFAULTS]
-    yield Part("", top.told, [*built_on, *top.keys[:at], *above, *top.keys[at:]])
-    yield from (part for part in others if _first(part) == "data")
+    yield SectionTable("", top.text, [*built_on, *top.keys[:at], *above, *top.keys[at:]])
+    yield from (table for table in others if _first(table) == "data")
     for name in DEFAULTS:
-        yield from (part for part in for_stages.values() if _first(part) == name)
-    yield from _of_stages(part for part in others if _first(part) == "stages")
-    yield from (part for part in others if _first(part) not in ("data", "stages"))
+        yield from (table for table in of_stages.values() if _first(table) == name)
+    yield from _stage_tables(table for table in others if _first(table) == "stages")
+    yield from (table for table in others if _first(table) not in ("data", "stages"))
 
 
-def _of_stages(found: Iterable[Part]) -> Iterator[Part]:
-    """What only a stage has; of the rest, where the top has it."""
-    for part in found:
-        path = part.path.removeprefix("stages.N").removeprefix(".")
+def _stage_tables(tables: Iterable[SectionTable]) -> Iterator[SectionTable]:
+    """Yield the sections that exist only in a stage; other keys link to the top of the file."""
+    for table in tables:
+        path = table.path.removeprefix("stages.N").removeprefix(".")
         if path.split(".")[0] not in DEFAULTS:
-            yield Part(part.path, part.told, [_also_at_the_top(key) for key in part.keys])
+            yield SectionTable(
+                table.path, table.text, [_also_at_the_top(key) for key in table.keys]
+            )
 
 
-def _also_at_the_top(key: Key) -> Key:
+def _also_at_the_top(key: KeyRow) -> KeyRow:
     name = key.path.removeprefix("stages.N.")
     if name not in DEFAULTS:
         return key
-    return Key(key.path, key.type.replace("(#stagesn", "(#"), "as at the top", key.meaning)
+    return KeyRow(key.path, key.type.replace("(#stagesn", "(#"), "as at the top", key.meaning)
 
 
-def _first(part: Part) -> str:
-    return part.path.split(".")[0]
+def _first(table: SectionTable) -> str:
+    return table.path.split(".")[0]
 
 
-def _parts(path: str, section: type[Section]) -> Iterator[Part]:
-    """A section, then those within it."""
+def _tables(path: str, section: type[Section]) -> Iterator[SectionTable]:
+    """Yield the table of a section, then those of its subsections."""
     inner = {}
     keys = []
-    told = docstrings(section)
+    texts = docstrings(section)
     for name, field in section.model_fields.items():
         if field.exclude:
             continue
@@ -106,15 +114,17 @@ def _parts(path: str, section: type[Section]) -> Iterator[Part]:
         below = section_in(field.annotation)
         if below is not None:
             inner[f"{place}.N" if _is_list(field.annotation) else place] = below
-        meaning = told.get(name) or (_first_sentence(below) if below else "")
-        keys.append(Key(place, _type(field, place), MADE.get(place) or default(field), meaning))
-    yield Part(path, docstring(section), keys)
+        meaning = texts.get(name) or (_first_sentence(below) if below else "")
+        keys.append(
+            KeyRow(place, _type(field, place), DERIVED.get(place) or default(field), meaning)
+        )
+    yield SectionTable(path, docstring(section), keys)
     for place, below in inner.items():
-        yield from _parts(place, below)
+        yield from _tables(place, below)
 
 
 def docstring(section: type[Section]) -> str:
-    """What a section says of itself, paragraphs apart."""
+    """Return the docstring of a section, one line per paragraph."""
     paragraphs = inspect.cleandoc(section.__doc__ or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
@@ -125,16 +135,16 @@ def _first_sentence(section: type[Section]) -> str:
 
 
 def docstrings(section: type[Section]) -> dict[str, str]:
-    """The texts below the fields of a section, each in one line."""
+    """Return the docstrings of the fields of a section, each on one line."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
     assert isinstance(tree, ast.ClassDef)
-    found = {}
+    texts = {}
     for field, below in pairwise(tree.body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             text = below.value if isinstance(below, ast.Expr) else None
             if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                found[field.target.id] = " ".join(text.value.split())
-    return found
+                texts[field.target.id] = " ".join(text.value.split())
+    return texts
 
 
 def _type(field: FieldInfo, place: str) -> str:
@@ -144,41 +154,47 @@ def _type(field: FieldInfo, place: str) -> str:
 
 
 def words(annotation: Any, metadata: Iterable[Any] = ()) -> str:
-    """A type in plain words, with the bounds that its metadata gives."""
-    inner, about = get_args(annotation), [*_flat(metadata)]
+    """Describe a type in words, with the bounds in its metadata."""
+    inner, constraints = get_args(annotation), [*_flat(metadata)]
     match get_origin(annotation):
         case None if section_in(annotation) is not None:
             return "section"
         case None:
-            return f"{_kind(annotation, about)}{_bounds(about)}"
+            return f"{_kind(annotation, constraints)}{_bounds(constraints)}"
         case origin if origin is Annotated:
-            return words(inner[0], [*about, *inner[1:]])
+            return words(inner[0], [*constraints, *inner[1:]])
         case origin if origin in (Union, UnionType):
-            return ", or ".join("null" if x is NoneType else words(x, about) for x in inner)
+            return ", or ".join("null" if x is NoneType else words(x, constraints) for x in inner)
         case origin if origin is Literal:
             *first, last = (f"`{value}`" for value in inner)
             return f"{', '.join(first)} or {last}" if first else last
         case origin if origin is list:
-            return f"list, each {'' if get_origin(inner[0]) is Literal else 'a '}{words(inner[0])}"
-    return f"list of {len(inner)}, each a {words(inner[0])}"
+            return f"list, each {_article(inner[0])}{words(inner[0])}"
+    return f"list of {len(inner)}, each {_article(inner[0])}{words(inner[0])}"
+
+
+def _article(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return ""
+    return "an " if words(annotation)[0] in "aeiou" else "a "
 
 
 def _kind(annotation: type, metadata: Iterable[Any]) -> str:
     is_count = any(getattr(each, "func", None) is parse_count for each in metadata)
-    return "count" if is_count else PLAIN[annotation]
+    return "count" if is_count else TYPE_NAMES[annotation]
 
 
 def _bounds(metadata: Iterable[Any]) -> str:
-    told = {"gt": "above {:g}", "ge": "{:g} or more", "le": "at most {:g}"}
-    found = [
+    formats = {"gt": "above {:g}", "ge": "{:g} or more", "le": "at most {:g}"}
+    bounds = [
         text.format(limit)
         for each in metadata
-        for name, text in told.items()
+        for name, text in formats.items()
         if (limit := getattr(each, name, None)) is not None
     ]
-    # A count is above 0 by its meaning.
+    # A count is always above 0.
     is_count = any(getattr(each, "func", None) is parse_count for each in metadata)
-    return "".join(f", {text}" for text in found if not (is_count and text == "above 0"))
+    return "".join(f", {text}" for text in bounds if not (is_count and text == "above 0"))
 
 
 def _flat(metadata: Iterable[Any]) -> Iterator[Any]:
@@ -191,18 +207,18 @@ def _is_list(annotation: Any) -> bool:
 
 
 def default(field: FieldInfo) -> str:
-    """What a key has that nobody gives."""
+    """Describe the default of a key."""
     if field.default_factory is not None:
         return "from other keys"
     if field.is_required():
         return "required"
     if isinstance(field.default, Section):
-        return "its own"
+        return "defaults of the section"
     return f"`{_value(field.default, 'count' in words(field.annotation, field.metadata))}`"
 
 
 def _value(value: Any, count: bool = False) -> str:
-    """A default as a run file writes it."""
+    """Format a default in the notation of a run file."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(_value(item) for item in value)}]"
     if value is None or isinstance(value, bool):
@@ -213,30 +229,30 @@ def _value(value: Any, count: bool = False) -> str:
 
 
 def anchor(path: str) -> str:
-    """How a link in the page names the heading of a section."""
+    """Return the link anchor of a section heading."""
     return "".join(letter for letter in path.lower() if letter.isalnum() or letter in "_-")
 
 
 def keys_text() -> str:
-    """All tables, as Markdown."""
-    return "\n\n".join("\n".join(_lines(part)) for part in parts())
+    """Return all tables as Markdown."""
+    return "\n\n".join("\n".join(_lines(table)) for table in sections())
 
 
-def _lines(part: Part) -> Iterator[str]:
-    level = "##" if part.path.count(".") == 0 or part.path == "stages.N" else "###"
-    yield f"{level} `{part.path}`" if part.path else "## The top of the file"
+def _lines(table: SectionTable) -> Iterator[str]:
+    level = "##" if table.path.count(".") == 0 or table.path == "stages.N" else "###"
+    yield f"{level} `{table.path}`" if table.path else "## The top of the file"
     yield ""
-    for told in filter(None, (*part.told.split("\n\n"), " ".join(_placed(part.path)))):
-        yield from (*textwrap.wrap(told, 100, break_on_hyphens=False, break_long_words=False), "")
+    for text in filter(None, (*table.text.split("\n\n"), " ".join(_other_places(table.path)))):
+        yield from (*textwrap.wrap(text, 100, break_on_hyphens=False, break_long_words=False), "")
     yield "| key | type | default | meaning |"
     yield "|---|---|---|---|"
-    for key in part.keys:
+    for key in table.keys:
         cells = (f"`{key.path}`", key.type, key.default, key.meaning.replace("|", "\\|"))
         yield f"| {' | '.join(cells)} |"
 
 
-def _placed(path: str) -> Iterator[str]:
-    """Where else a section may stand, or come from."""
+def _other_places(path: str) -> Iterator[str]:
+    """Yield the other places in which a section can be set."""
     if path in DEFAULTS:
         yield f"At the top for every stage, or in one stage as `stages.N.{path}`."
     if path in PARTS:
@@ -246,13 +262,13 @@ def _placed(path: str) -> Iterator[str]:
 
 
 def with_keys(page: str) -> str:
-    """The page with its tables written anew."""
+    """Return the page with up-to-date tables."""
     before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n\n{keys_text()}\n\n{END}{rest.split(END)[1]}"
 
 
 def main() -> int:
-    """Writes or checks; the exit code."""
+    """Write or check the page and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true")
     page = PAGE.read_text(encoding="utf-8")
@@ -261,7 +277,8 @@ def main() -> int:
         if page == current:
             return 0
         print(
-            "docs/reference/configuration.md is not current: python tools/docs/config_reference.py"
+            "docs/reference/configuration.md is out of date; "
+            "run: python tools/docs/config_reference.py"
         )
         return 1
     PAGE.write_text(current, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Writes docs/results/paper-results.md from megagrow/analysis/paper_results.json.
+"""Write docs/results/paper-results.md from megagrow/analysis/paper_results.json.
 
 python tools/docs/paper_results.py
 """

@@ -133,7 +133,7 @@ def main() -> int:
         if page == current:
             return 0
         print(
-            "docs/results/scaling.md is out of date; run python tools/docs/scaling_table.py",
+            "docs/results/scaling.md is out of date; run: python tools/docs/scaling_table.py",
             file=sys.stderr,
         )
         return 1

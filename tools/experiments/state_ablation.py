@@ -1,12 +1,12 @@
-"""What should become of Adam's moments when a model is stacked? Four policies, measured.
+"""Ablation of the optimizer state after a stacking growth: four policies for Adam's moments.
 
     OMP_NUM_THREADS=1 python tools/experiments/state_ablation.py --output runs/state-ablation
 
-On the demo's corpus, for every seed: the demo's base is trained once; from its end every policy
-grows it with either schedule and trains on, all on the same tokens; and the large model is trained
-from scratch on as many FLOPs. Writes table.md, results.json and curves.png beside the runs.
-Finished runs are kept, so that the same command goes on where it was stopped. Every run is one
-process; OMP_NUM_THREADS is how many cores each may use.
+For each seed, the base model of the demo is trained once on the demo's corpus. It is then grown
+with each policy and each learning rate schedule and trained further on the same tokens. The large
+model is also trained from scratch with the same FLOPs. Writes table.md, results.json and curves.png
+to the folder of the runs. Finished runs are kept; rerun the same command to resume. Each run is one
+process with OMP_NUM_THREADS threads.
 """
 
 import argparse
@@ -53,30 +53,31 @@ VARIANTS = tuple(
 STEP_TOKENS = 8 * 256  # global batch x sequence length
 BASE_STEPS, GROWN_STEPS = 105, 140
 CLOSE_STEPS, CLOSE_INTERVAL = 50, 5
-"""Just after the growth the validation loss is measured so often ..."""
+"""Steps after the growth with frequent validation, and its interval."""
 INTERVAL = 35
-"""... and elsewhere so often; a divisor of a quarter of the grown stage, and of the base."""
+"""Validation interval elsewhere; divides the base and a quarter of the grown stage."""
 CURVE_TOKENS, ALL_TOKENS = "32K", "1M"
-"""Validation text while training, and for the scores of saved models: all that there is."""
-CLOSE_SCORE, END_SCORE = f"at {CLOSE_STEPS * STEP_TOKENS // 1000}K, all text", "end, all text"
+"""Validation tokens during training, and of the full validation set."""
+CLOSE_SCORE = f"at {CLOSE_STEPS * STEP_TOKENS // 1000}K, full validation set"
+END_SCORE = "end, full validation set"
 
 
 @dataclass(frozen=True)
-class Leg:
-    """A part of a run with one validation interval; the next leg goes on from its checkpoint."""
+class RunSegment:
+    """Part of a run with one validation interval; the next segment resumes from its checkpoint."""
 
     run: RunConfig
     end: int
-    """Steps of the run's last stage at which the leg ends."""
+    """Step of the last stage at which the segment ends."""
     interval: int
 
     @property
     def step(self) -> int:
-        """The step of the run, all stages together, at which the leg ends."""
+        """Step of the run, counted over all stages, at which the segment ends."""
         return sum(stage.tokens for stage in self.shortened().stages) // STEP_TOKENS
 
     def shortened(self) -> RunConfig:
-        """The run up to the end of this leg. Its schedules are those of the whole run."""
+        """Return the run up to the end of this segment, with the schedules of the full run."""
         *before, last = self.run.stages
         last = last.model_copy(update={"tokens": self.end * STEP_TOKENS})
         validation = self.run.validation.model_copy(update={"interval": self.interval})
@@ -84,24 +85,24 @@ class Leg:
 
 
 @dataclass(frozen=True)
-class Ablation:
-    """Where everything is, and Adam's beta2."""
+class StateAblation:
+    """Run files of the ablation."""
 
     runs: Path
     corpus: Path
     beta2: float
 
     def directory(self, name: object, seed: int) -> Path:
-        """Where a run is kept."""
+        """Return the folder of a run."""
         return self.runs / f"{str(name).replace(', ', '-')}-{seed}"
 
-    def base(self, seed: int) -> list[Leg]:
-        """The small model, until the growth."""
+    def base(self, seed: int) -> list[RunSegment]:
+        """Return the segments of the small model, up to the growth."""
         run = self._grown("base", seed, [])
-        return [Leg(run.model_copy(update={"stages": run.stages[:1]}), BASE_STEPS, INTERVAL)]
+        return [RunSegment(run.model_copy(update={"stages": run.stages[:1]}), BASE_STEPS, INTERVAL)]
 
-    def variant(self, seed: int, variant: Variant) -> list[Leg]:
-        """The base of the same seed, grown."""
+    def variant(self, seed: int, variant: Variant) -> list[RunSegment]:
+        """Return the segments of the base of a seed, grown with a variant."""
         horizon = GROWN_STEPS if variant.schedule == "rewarm" else BASE_STEPS + GROWN_STEPS
         changes = [
             f"stages.1.growth.optimizer_state={variant.policy}",
@@ -109,14 +110,17 @@ class Ablation:
             f"stages.1.schedule.horizon_tokens={horizon * STEP_TOKENS}",
         ]
         run = self._grown(variant, seed, changes)
-        return [Leg(run, CLOSE_STEPS, CLOSE_INTERVAL), Leg(run, GROWN_STEPS, INTERVAL)]
+        return [
+            RunSegment(run, CLOSE_STEPS, CLOSE_INTERVAL),
+            RunSegment(run, GROWN_STEPS, INTERVAL),
+        ]
 
-    def scratch(self, seed: int) -> list[Leg]:
-        """The large model from the start, on the FLOPs of base and grown stage together."""
+    def scratch(self, seed: int) -> list[RunSegment]:
+        """Return the segments of the large model, with the FLOPs of base and grown stage."""
         small, large = (paper_flops_per_token(s.model) for s in load_run(GSTACK).stages)
         steps = round(BASE_STEPS * small / large) + GROWN_STEPS
         run = self._load(SCRATCH, "scratch", seed, [f"tokens={steps * STEP_TOKENS}"])
-        return [Leg(run, steps, INTERVAL)]
+        return [RunSegment(run, steps, INTERVAL)]
 
     def _grown(self, name: object, seed: int, changes: list[str]) -> RunConfig:
         sizes = [
@@ -138,17 +142,17 @@ class Ablation:
             "batch.micro_batch_size": 8,
             "optimizer.betas": f"[0.9, {self.beta2}]",
             "validation.tokens": CURVE_TOKENS,
-            "checkpoint.interval": 100_000,  # only at the end of a leg
+            "checkpoint.interval": 100_000,  # only at the end of a segment
             "logging.tensorboard": "false",
         }
         return load_run(file, [*(f"{key}={value}" for key, value in common.items()), *changes])
 
 
-def train_all(ablation: Ablation, seeds: Sequence[int], jobs: int) -> None:
-    """All runs, `jobs` at a time; the first that fails ends it with its error."""
+def train_all(ablation: StateAblation, seeds: Sequence[int], jobs: int) -> None:
+    """Train all runs, `jobs` at a time; raise the error of the first run that fails."""
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(train, [ablation.base(seed) for seed in seeds]))
-        work: list[tuple[list[Leg], Path | None]] = [
+        work: list[tuple[list[RunSegment], Path | None]] = [
             (ablation.variant(seed, variant), ablation.directory("base", seed))
             for seed in seeds
             for variant in VARIANTS
@@ -157,10 +161,10 @@ def train_all(ablation: Ablation, seeds: Sequence[int], jobs: int) -> None:
         list(pool.map(lambda task: train(*task), work))
 
 
-def train(legs: Sequence[Leg], base: Path | None = None) -> None:
-    """Trains a run unless it is finished; one that grows begins with a copy of its base."""
-    directory = legs[-1].run.output_dir
-    if is_finished(directory, legs[-1]):
+def train(segments: Sequence[RunSegment], base: Path | None = None) -> None:
+    """Train a run unless it is finished; a grown run starts from a copy of its base."""
+    directory = segments[-1].run.output_dir
+    if is_finished(directory, segments[-1]):
         return
     if base is not None and not directory.exists():
         copy = directory.with_suffix(".tmp")
@@ -169,45 +173,51 @@ def train(legs: Sequence[Leg], base: Path | None = None) -> None:
         copy.rename(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "log.txt").open("a", encoding="utf-8") as log:
-        claim(log, directory)
-        for leg in legs:
-            file = directory / f"until-{leg.end}.yaml"
-            file.write_text(to_yaml(leg.shortened()), encoding="utf-8")
+        lock(log, directory)
+        for segment in segments:
+            file = directory / f"until-{segment.end}.yaml"
+            file.write_text(to_yaml(segment.shortened()), encoding="utf-8")
             command = [sys.executable, "-m", "megagrow", "train", str(file)]
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     print(f"{directory.name}: done", flush=True)
 
 
-def claim(log: IO[str], directory: Path) -> None:
-    """Locks a run's log. What is trained holds the lock too, for it writes there: where this tool
-    was killed and a training process was left behind, the next call does not train beside it."""
+def lock(log: IO[str], directory: Path) -> None:
+    """Lock the log of a run. Raises InputError if another process holds the lock.
+
+    The training process inherits the lock with its output. If this tool is killed and a training
+    process survives, the next call does not start a second one.
+    """
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise InputError(
-            f"{directory}: another process is training this run; wait for it"
+            f"{directory}: another process is training this run; wait until it ends"
         ) from error
 
 
-def is_finished(directory: Path, leg: Leg) -> bool:
-    """Whether a run has had all steps of its last leg."""
+def is_finished(directory: Path, segment: RunSegment) -> bool:
+    """Return True if a run has all steps of its last segment."""
     try:
         curves = read_curves(directory)
     except InputError:
         return False
-    return curves.tokens >= leg.step * STEP_TOKENS
+    return curves.tokens >= segment.step * STEP_TOKENS
 
 
-def score(leg: Leg, device: torch.device) -> float:
-    """The loss, on all validation text, of the model saved at the end of a leg; kept in a file."""
-    run = leg.run
-    kept = run.output_dir / f"score-{leg.step}.json"
-    if kept.exists():
-        return json.loads(kept.read_text(encoding="utf-8"))["loss"]
+def score(segment: RunSegment, device: torch.device) -> float:
+    """Return the loss of the model at the end of a segment on the full validation set.
+
+    The result is cached in a file.
+    """
+    run = segment.run
+    cache = run.output_dir / f"score-{segment.step}.json"
+    if cache.exists():
+        return json.loads(cache.read_text(encoding="utf-8"))["loss"]
     changed = run.validation.model_copy(update={"tokens": parse_count(ALL_TOKENS)})
     inputs = open_inputs(run.model_copy(update={"validation": changed}))
     assert inputs.validation is not None
-    path = run.output_dir / "checkpoints" / checkpoint_name(leg.step)
+    path = run.output_dir / "checkpoints" / checkpoint_name(segment.step)
     manifest = read_manifest(path)
     stage = build_stage(run, len(run.stages) - 1, device)
     load_storage(path, manifest, stage.layout, stage.engine.storage())
@@ -215,14 +225,14 @@ def score(leg: Leg, device: torch.device) -> float:
     loss = mean_loss(stage, inputs.validation, inputs.validation_sequences, masks=None)
     stage.release()
     tokens = inputs.validation_sequences * run.data.sequence_length
-    kept.write_text(json.dumps({"loss": loss, "tokens": tokens}), encoding="utf-8")
+    cache.write_text(json.dumps({"loss": loss, "tokens": tokens}), encoding="utf-8")
     return loss
 
 
-def read_study(ablation: Ablation, seeds: Sequence[int], scored: bool) -> Study:
-    """What all the runs have measured. InputError names a run that has not all of it.
+def read_study(ablation: StateAblation, seeds: Sequence[int], scored: bool) -> Study:
+    """Read the metrics of all runs. Raises InputError with the name of an incomplete run.
 
-    If `scored`, the models that they have saved are also judged on all validation text.
+    With `scored`, the saved models are also evaluated on the full validation set.
     """
 
     def read(variant: Variant, seed: int) -> GrowthTransient:
@@ -237,10 +247,10 @@ def read_study(ablation: Ablation, seeds: Sequence[int], scored: bool) -> Study:
     scratch = {"loss at the end": tuple(run.validation.loss[-1] for run in curves)}
     if scored:
         device = init_process_group(read_launch())
-        for leg, name in enumerate((CLOSE_SCORE, END_SCORE)):
+        for index, name in enumerate((CLOSE_SCORE, END_SCORE)):
             scores[name] = {
                 variant: tuple(
-                    score(ablation.variant(seed, variant)[leg], device) for seed in seeds
+                    score(ablation.variant(seed, variant)[index], device) for seed in seeds
                 )
                 for variant in VARIANTS
             }
@@ -250,28 +260,30 @@ def read_study(ablation: Ablation, seeds: Sequence[int], scored: bool) -> Study:
 
 
 def main() -> None:
-    """Corpus, runs, table, numbers and plot."""
+    """Train all runs and write the table, the numbers and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/state-ablation"))
-    parser.add_argument("--corpus", type=Path, default=Path("data/stdlib"), help="made if absent")
+    parser.add_argument(
+        "--corpus", type=Path, default=Path("data/stdlib"), help="created if missing"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--beta2", type=float, default=0.95, help="Adam's; default: 0.95")
+    parser.add_argument("--jobs", type=int, default=2, help="concurrent runs")
+    parser.add_argument("--beta2", type=float, default=0.95, help="Adam's beta2; default: 0.95")
     parser.add_argument(
         "--scores",
         action="store_true",
-        help="judge the saved models on all validation text too, which takes as long again",
+        help="evaluate the saved models on the full validation set; doubles the time",
     )
-    given = parser.parse_args()
-    if not (given.corpus / "manifest.json").exists():
-        prepare(["python-stdlib"], given.corpus, "train", 2048)
-    ablation = Ablation(given.output, given.corpus, given.beta2)
-    train_all(ablation, given.seeds, given.jobs)
-    study = read_study(ablation, given.seeds, given.scores)
+    arguments = parser.parse_args()
+    if not (arguments.corpus / "manifest.json").exists():
+        prepare(["python-stdlib"], arguments.corpus, "train", 2048)
+    ablation = StateAblation(arguments.output, arguments.corpus, arguments.beta2)
+    train_all(ablation, arguments.seeds, arguments.jobs)
+    study = read_study(ablation, arguments.seeds, arguments.scores)
     table = markdown(study, REFERENCE)
-    (given.output / "table.md").write_text(table, encoding="utf-8")
-    (given.output / "results.json").write_text(as_json(study), encoding="utf-8")
-    plot(study, REFERENCE, given.output / "curves.png")
+    (arguments.output / "table.md").write_text(table, encoding="utf-8")
+    (arguments.output / "results.json").write_text(as_json(study), encoding="utf-8")
+    plot(study, REFERENCE, arguments.output / "curves.png")
     print(table)
 
 

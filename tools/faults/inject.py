@@ -1,15 +1,15 @@
-"""Kills ranks of a run at random instants, starts it again, and checks that nothing was lost.
+"""Kill ranks of a run at random times, restart it, and check that no state is lost.
 
     python tools/faults/inject.py --kills 200 --seed 0 --ranks 2
 
-A small run that grows is trained once undisturbed. Then the same run is killed, by SIGKILL of one
-rank or of all, and started again by the same command, as a launcher would, until it ends; and so
-on with new runs until the number of kills is reached. A kill is aimed at a phase: a start, a save,
-the growth, or the steps between; its instant within it is drawn from the time that this phase took
-when it was last seen, so that a busy machine moves no kill elsewhere. Ranks are forked from this
-process, which has imported everything, so that a start costs no imports. What is seen of a run is
-what anybody sees: the files that it writes. Exit code 1 if a run did not resume by itself, went on
-from before its last finished checkpoint, lost that, or ended other than the undisturbed one.
+A small run with a growth is trained once without kills, as the reference. The same run is then
+killed, by SIGKILL of one rank or of all ranks, and restarted with the same command until it
+finishes. New runs follow until the number of kills is reached. Each kill targets a phase: start,
+save, growth or steps. Its time within the phase is drawn from the last measured duration of the
+phase, so that a slow machine does not shift it into another phase. Ranks are forked from this
+process, which has imported all modules. The state of a run is read from its files only. The exit
+code is 1 if a run does not resume, resumes from a step before its last finished checkpoint, loses
+that checkpoint, or gives another result than the reference.
 """
 
 import json
@@ -31,11 +31,11 @@ from tools.faults.run import (  # noqa: E402
     BASE_STEPS,
     INTERVAL,
     STEPS,
-    Seen,
+    RunSnapshot,
     differences,
     import_all,
     log_of,
-    look,
+    read_snapshot,
     read_text,
     run_of,
     start_ranks,
@@ -45,50 +45,50 @@ from tools.faults.run import (  # noqa: E402
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.002
-PATIENCE_SECONDS = 30.0
-"""So long the ranks of a killed one may take to end by themselves."""
-MEETING_SECONDS = 1.0
-"""As long, where they had not met yet: there they wait for it, until their launcher ends them."""
+EXIT_SECONDS = 30.0
+"""Time limit for the peers of a killed rank to exit on their own."""
+RENDEZVOUS_SECONDS = 1.0
+"""The same during the rendezvous, where the peers wait until the launcher kills them."""
 HANG_SECONDS = 120.0
-AIMS = ("steps", "steps", "start", "save", "save", "growth", "growth")
+TARGETS = ("steps", "steps", "start", "save", "save", "growth", "growth")
 PHASES = ("start", "steps", "save", "growth")
 
 
 @dataclass(frozen=True)
-class Kill:
-    """When, and whom."""
+class PlannedKill:
+    """Time and target of one kill."""
 
-    aim: str
-    """At which phase; a growth that is over already is taken as a save."""
-    place: float
-    """In [0, 1): of the saves or steps that are left, at which."""
-    share: float
-    """Of the time which the phase takes, from its beginning."""
+    phase: str
+    """Phase to kill in; a save if this is `growth` and the growth is already done."""
+    position: float
+    """In [0, 1): selects one of the remaining saves or steps."""
+    fraction: float
+    """Time of the kill as a fraction of the duration of the phase."""
     rank: int | None
-    """None for all at once."""
+    """Rank to kill; None for all ranks."""
 
 
 @dataclass
-class Report:
-    """What came of all kills."""
+class InjectionReport:
+    """Results of all kills."""
 
     kills: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By phase, and by `one` rank or `all`."""
+    """(phase, `one` or `all` ranks) -> number of kills."""
     runs: int = 0
     peers: Counter[str] = field(default_factory=Counter)
-    """Ranks whose peer was killed: how they ended."""
-    undone: list[int] = field(default_factory=list)
-    """Steps that each kill cost."""
+    """Exit of the peers of a killed rank -> number of ranks."""
+    lost_steps: list[int] = field(default_factory=list)
+    """Steps that each restart repeats."""
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
-def plan_kills(count: int, seed: int, ranks: int) -> list[Kill]:
-    """As many kills as asked for; the same seed, the same ones."""
+def plan_kills(count: int, seed: int, ranks: int) -> list[PlannedKill]:
+    """Draw kills; the same seed gives the same kills."""
     draw = random.Random(seed)
     return [
-        Kill(
-            draw.choice(AIMS),
+        PlannedKill(
+            draw.choice(TARGETS),
             draw.random(),
             draw.random(),
             draw.choice((None, draw.randrange(ranks))),
@@ -97,70 +97,71 @@ def plan_kills(count: int, seed: int, ranks: int) -> list[Kill]:
     ]
 
 
-class Injection:
-    """Runs in a folder, their ranks, and what came of killing them."""
+class FaultInjection:
+    """Starts runs in a folder, kills their ranks and collects the results."""
 
     def __init__(self, folder: Path, ranks: int) -> None:
         self._folder, self._ranks = folder, ranks
-        self._expected = folder / "undisturbed"
-        self._lasted: dict[str, float] = {}
-        self.report = Report()
+        self._expected = folder / "reference"
+        self._durations: dict[str, float] = {}
+        self.report = InjectionReport()
         write_corpus(folder / "train")
 
     def measure(self) -> None:
-        """Trains the undisturbed run, and sees how long each phase takes."""
+        """Train the reference run and measure the duration of each phase."""
         self._attempt(self._expected, None)
         if self.report.failures:
             raise SystemExit(self.report.failures[0])
-        told = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self._lasted.items())
-        logger.info("undisturbed, as last seen: %s", told)
+        durations = (f"{name} {seconds:.2f} s" for name, seconds in self._durations.items())
+        logger.info("phases of the reference run: %s", ", ".join(durations))
 
-    def inject(self, kills: list[Kill]) -> None:
-        """Kills one run after another until all kills are done; each is let end at last."""
-        begin, waiting = time.monotonic(), list(kills)
-        while waiting and not self.report.failures:
+    def inject(self, kills: list[PlannedKill]) -> None:
+        """Kill one run after another until all kills are done; the last one then finishes."""
+        begin, remaining = time.monotonic(), list(kills)
+        while remaining and not self.report.failures:
             self.report.runs += 1
             output = self._folder / f"run-{self.report.runs}"
-            while waiting and self._attempt(output, waiting[0]):
-                waiting.pop(0)
-                if len(waiting) % 20 == 0:
-                    logger.info("%d kills", len(kills) - len(waiting))
-            if not waiting and not self.report.failures:
+            while remaining and self._attempt(output, remaining[0]):
+                remaining.pop(0)
+                if len(remaining) % 20 == 0:
+                    logger.info("%d kills", len(kills) - len(remaining))
+            if not remaining and not self.report.failures:
                 self._attempt(output, None)
             self.report.failures += differences(output, self._expected)
         self.report.seconds = time.monotonic() - begin
 
-    def _attempt(self, output: Path, kill: Kill | None) -> bool:
-        """Starts a run and kills it; False if it came to its end before."""
-        before, processes = look(output), self._start(output)
+    def _attempt(self, output: Path, kill: PlannedKill | None) -> bool:
+        """Start a run and kill it; return False if it finished first."""
+        before, processes = read_snapshot(output), self._start(output)
         phase = self._wait(output, before, kill, processes)
         if phase is None:
             self._join(processes)
             codes = [process.exitcode for process in processes]
             if codes != [0] * self._ranks:
-                self._fail(output, f"ended with exit codes {codes}: {self._errors(output)}")
+                self._fail(output, f"exited with codes {codes}: {self._errors(output)}")
         else:
             assert kill is not None
             self._kill(processes, kill, phase)
             self.report.kills[phase, "all" if kill.rank is None else "one"] += 1
-        self._check(output, before, look(output))
+        self._check(output, before, read_snapshot(output))
         return phase is not None and not self.report.failures
 
     def _wait(
-        self, output: Path, before: Seen, kill: Kill | None, processes: list[Any]
+        self, output: Path, before: RunSnapshot, kill: PlannedKill | None, processes: list[Any]
     ) -> str | None:
-        """Returns at the instant of a kill, with the phase; None when the run has ended."""
+        """Wait until the time of a kill and return the phase, or None if the run ends first."""
         begin = entered = time.monotonic()
         phase, saves, due = "start", 0, None
         while any(process.is_alive() for process in processes):
-            seen, now = look(output), time.monotonic()
-            current = seen.phase(len(before.starts))
+            snapshot, now = read_snapshot(output), time.monotonic()
+            current = snapshot.phase(len(before.starts))
             if current != phase:
-                self._lasted[phase] = now - entered
+                self._durations[phase] = now - entered
                 phase, entered = current, now
                 saves += phase == "save"
-            if kill and due is None and _reached(kill, before.finished, seen.step, phase, saves):
-                due = now + kill.share * self._lasted.get(phase, 0.0)
+            step, finished = snapshot.step, before.finished
+            if kill and due is None and _reached(kill, finished, step, phase, saves):
+                due = now + kill.fraction * self._durations.get(phase, 0.0)
             if due is not None and now >= due:
                 return phase
             if now - begin > HANG_SECONDS:
@@ -169,27 +170,28 @@ class Injection:
             time.sleep(POLL_SECONDS)
         return None
 
-    def _kill(self, processes: list[Any], kill: Kill, phase: str) -> None:
-        """SIGKILL; the others may end by themselves, and are ended if they do not."""
+    def _kill(self, processes: list[Any], kill: PlannedKill, phase: str) -> None:
+        """Send SIGKILL to the target ranks, and to peers that do not exit in time."""
         victims = processes if kill.rank is None else [processes[kill.rank]]
         self._signal(victims)
         peers = [process for process in processes if process not in victims]
-        deadline = time.monotonic() + (MEETING_SECONDS if phase == "start" else PATIENCE_SECONDS)
+        deadline = time.monotonic() + (RENDEZVOUS_SECONDS if phase == "start" else EXIT_SECONDS)
         for process in peers:
             process.join(max(0.0, deadline - time.monotonic()))
         late = [process for process in peers if process.is_alive()]
         self._signal(late)
         self._join(processes)
-        waited = "ended, having waited to meet" if phase == "start" else "ended, having hung"
-        self.report.peers += Counter({"by themselves": len(peers) - len(late), waited: len(late)})
+        killed = "killed during rendezvous" if phase == "start" else "killed after timeout"
+        exits = {"exited on their own": len(peers) - len(late), killed: len(late)}
+        self.report.peers += Counter(exits)
 
-    def _check(self, output: Path, before: Seen, after: Seen) -> None:
-        """The start went on from where it had to, and no finished checkpoint is gone."""
+    def _check(self, output: Path, before: RunSnapshot, after: RunSnapshot) -> None:
+        """Check that a start resumed from the last checkpoint and that no checkpoint is lost."""
         if len(after.starts) > len(before.starts):
-            begun = after.starts[-1]
-            self.report.undone.append(max(0, before.step - begun))
-            if begun < before.finished:
-                self._fail(output, f"went on from step {begun}, not from {before.finished}")
+            first = after.starts[-1]
+            self.report.lost_steps.append(max(0, before.step - first))
+            if first < before.finished:
+                self._fail(output, f"resumed from step {first} instead of {before.finished}")
         if after.finished < before.finished:
             self._fail(output, f"lost the checkpoint of step {before.finished}")
 
@@ -217,49 +219,49 @@ class Injection:
             process.join()
 
 
-def _reached(kill: Kill, finished: int, step: int, phase: str, saves: int) -> bool:
-    """Whether what a kill is aimed at has begun, in a start that goes on from step `finished`."""
+def _reached(kill: PlannedKill, finished: int, step: int, phase: str, saves: int) -> bool:
+    """Return True if the target of a kill is reached, in a run resumed from step `finished`."""
     left = STEPS - finished
-    aim = "save" if kill.aim == "growth" and finished > BASE_STEPS else kill.aim
-    if aim == "start":
+    target = "save" if kill.phase == "growth" and finished > BASE_STEPS else kill.phase
+    if target == "start":
         return True
-    if aim == "save":
-        return saves > int(kill.place * (left // INTERVAL))
-    return phase == aim and (aim == "growth" or step > finished + int(kill.place * left))
+    if target == "save":
+        return saves > int(kill.position * (left // INTERVAL))
+    return phase == target and (target == "growth" or step > finished + int(kill.position * left))
 
 
 def fault_injection(
-    kills: Annotated[int, typer.Option(help="How many.")] = 200,
-    seed: Annotated[int, typer.Option(help="The same seed, the same plan of kills.")] = 0,
-    ranks: Annotated[int, typer.Option(help="Of each run.")] = 2,
-    folder: Annotated[Path | None, typer.Option(help="Where runs are kept; else removed.")] = None,
+    kills: Annotated[int, typer.Option(help="Number of kills.")] = 200,
+    seed: Annotated[int, typer.Option(help="Random seed of the kills.")] = 0,
+    ranks: Annotated[int, typer.Option(help="Ranks of each run.")] = 2,
+    folder: Annotated[Path | None, typer.Option(help="Folder in which runs are kept.")] = None,
 ) -> None:
-    """Kill a small run again and again; it has to end as if nothing had happened."""
+    """Kill a small run repeatedly and check that the result does not change."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     import_all()
-    with tempfile.TemporaryDirectory() as own:
-        place = folder or Path(own)
-        place.mkdir(parents=True, exist_ok=True)
-        injection = Injection(place, ranks)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = folder or Path(temporary)
+        path.mkdir(parents=True, exist_ok=True)
+        injection = FaultInjection(path, ranks)
         injection.measure()
         injection.inject(plan_kills(kills, seed, ranks))
     show(injection.report)
     sys.exit(1 if injection.report.failures else 0)
 
 
-def show(report: Report) -> None:
-    """The table of kills by phase, and what they cost."""
+def show(report: InjectionReport) -> None:
+    """Print the number of kills per phase and their cost."""
     row = "{:<8}{:>10}{:>12}"
     print(row.format("phase", "one rank", "all ranks"))
     for phase in PHASES:
-        print(row.format(phase, *(report.kills[phase, whom] for whom in ("one", "all"))))
+        print(row.format(phase, *(report.kills[phase, count] for count in ("one", "all"))))
     total = report.kills.total()
     print(
         f"{total} kills of {report.runs} runs in {report.seconds:.0f} s, "
-        f"{report.seconds / max(1, total):.2f} s each; steps undone: "
-        f"{sum(report.undone) / max(1, len(report.undone)):.1f} on average, at most "
-        f"{max(report.undone, default=0)}\nranks whose peer was killed: "
-        + ", ".join(f"{count} {how}" for how, count in sorted(report.peers.items()))
+        f"{report.seconds / max(1, total):.2f} s each; repeated steps: "
+        f"{sum(report.lost_steps) / max(1, len(report.lost_steps)):.1f} on average, maximum "
+        f"{max(report.lost_steps, default=0)}\npeers of killed ranks: "
+        + ", ".join(f"{count} {outcome}" for outcome, count in sorted(report.peers.items()))
     )
     for failure in report.failures:
         print(f"failed: {failure}")

@@ -1,4 +1,4 @@
-"""The small run that `fault_injection.py` kills: its files, its ranks, and what is seen of it."""
+"""Small run for fault injection: run file, ranks, progress and comparison of results."""
 
 import gc
 import json
@@ -26,26 +26,26 @@ MODEL = {
     "max_position_embeddings": 64,
 }
 TIMES = ("elapsed_seconds", "lost_seconds")
-"""Counters that tell the time."""
+"""Counters of elapsed time."""
 
 _FORK = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the files of a run say at an instant."""
+class RunSnapshot:
+    """Progress of a run, read from its files."""
 
     starts: tuple[int, ...] = ()
-    """The step from which each start went on."""
+    """First step of each start."""
     step: int = 0
-    """The last one recorded."""
+    """Last recorded step."""
     grown: bool = False
     saving: bool = False
     finished: int = 0
-    """The step of the newest finished checkpoint; 0 if there is none."""
+    """Step of the newest finished checkpoint, or 0."""
 
     def phase(self, starts_before: int) -> str:
-        """What the run is doing, if it was started `starts_before` times before."""
+        """Return the phase of the run, given the number of earlier starts."""
         if len(self.starts) == starts_before:
             return "start"
         if self.saving:
@@ -54,7 +54,7 @@ class Seen:
 
 
 def write_corpus(prefix: Path) -> None:
-    """A corpus in which each token is mostly a function of the one before."""
+    """Write a corpus in which most tokens are a function of the previous token."""
     generator = np.random.default_rng(0)
     with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
         for _ in range(40):
@@ -66,7 +66,7 @@ def write_corpus(prefix: Path) -> None:
 
 
 def run_of(corpus: Path, output: Path, ranks: int) -> dict[str, Any]:
-    """What stands in the run file: a model that doubles its layers, saved every few steps."""
+    """Return the contents of the run file: a model that doubles its layers, saved often."""
     tokens = BATCH * LENGTH
     deep = MODEL | {"num_hidden_layers": 4}
     return {
@@ -96,7 +96,7 @@ def run_of(corpus: Path, output: Path, ranks: int) -> dict[str, Any]:
 
 
 def import_all() -> None:
-    """Imports what a rank needs, once for all that are forked; on CPUs, one thread each."""
+    """Import all modules before ranks are forked; ranks use CPUs, one thread each."""
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  (DeepSpeed imports it late)
 
@@ -104,12 +104,12 @@ def import_all() -> None:
 
 
 def start_ranks(run_file: Path, ranks: int) -> list[Any]:
-    """`megagrow train RUN_FILE` on ranks of this machine, as a launcher starts them."""
+    """Start `megagrow train RUN_FILE` on local ranks with the launcher variables."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     processes = [
-        _FORK.Process(target=_be_rank, args=(rank, ranks, port, run_file)) for rank in range(ranks)
+        _FORK.Process(target=_run_rank, args=(rank, ranks, port, run_file)) for rank in range(ranks)
     ]
     for process in processes:
         process.start()
@@ -117,12 +117,12 @@ def start_ranks(run_file: Path, ranks: int) -> list[Any]:
 
 
 def log_of(output: Path, rank: int) -> Path:
-    """Where the errors of a rank go."""
+    """Return the path of the log of a rank."""
     return output.with_suffix(f".{rank}.log")
 
 
-def _be_rank(rank: int, ranks: int, port: int, run_file: Path) -> None:
-    gc.freeze()  # a collection would copy every page that is shared
+def _run_rank(rank: int, ranks: int, port: int, run_file: Path) -> None:
+    gc.freeze()  # a garbage collection would copy all shared pages
     with log_of(run_file, rank).open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -135,18 +135,18 @@ def _be_rank(rank: int, ranks: int, port: int, run_file: Path) -> None:
     main()
 
 
-def look(output: Path) -> Seen:
-    """What the files of a run say now."""
+def read_snapshot(output: Path) -> RunSnapshot:
+    """Read the progress of a run from its files."""
     records = []
     for line in read_text(output / "metrics.jsonl").split("\n"):
         try:
             records.append(json.loads(line))
         except ValueError:
-            continue  # a line that is being written
+            continue  # a partially written line
     folder = output / "checkpoints"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     done = [int(name.removeprefix("step-")) for name in names if "." not in name]
-    return Seen(
+    return RunSnapshot(
         starts=tuple(record["step"] for record in records if record["kind"] == "start"),
         step=max((r["step"] for r in records if r["kind"] == "train"), default=0),
         grown=any(record["kind"] == "growth" for record in records),
@@ -156,17 +156,17 @@ def look(output: Path) -> Seen:
 
 
 def differences(output: Path, expected: Path) -> list[str]:
-    """How a finished run differs from the undisturbed one: tensors to the bit, losses exactly."""
-    found, right = _last_checkpoint(output), _last_checkpoint(expected)
-    wrong = [name for name in found.keys() | right.keys() if found.get(name) != right.get(name)]
+    """Compare a finished run with the reference run: tensors bit by bit, losses exactly."""
+    actual, right = _last_checkpoint(output), _last_checkpoint(expected)
+    wrong = [name for name in actual.keys() | right.keys() if actual.get(name) != right.get(name)]
     for kind in ("train", "validation", "growth"):
         if _losses(output, kind) != _losses(expected, kind):
             wrong.append(f"{kind} records")
-    return [f"{output}: {name} not as in the undisturbed run" for name in sorted(wrong)]
+    return [f"{output}: {name} differs from the reference run" for name in sorted(wrong)]
 
 
 def _last_checkpoint(output: Path) -> dict[str, Any]:
-    """Its shards, to the bit, and where its run stands, without what tells the time."""
+    """Return the shards and the run state of the last checkpoint, without times."""
     folder = output / "checkpoints" / f"step-{STEPS:09d}"
     state = json.loads(read_text(folder / "manifest.json") or "{}")
     for name in TIMES:
@@ -183,7 +183,7 @@ def _losses(output: Path, kind: str) -> list[Any]:
 
 
 def read_text(path: Path) -> str:
-    """What a file holds; nothing, if it is not there."""
+    """Return the text of a file, or an empty text if it does not exist."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:

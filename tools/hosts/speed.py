@@ -1,4 +1,4 @@
-"""How long steps and growths take between two hosts, on networks of several speeds."""
+"""Time of steps and growths between two hosts, on networks of several speeds."""
 
 import statistics
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.faults.run import LENGTH, MODEL
-from tools.hosts.job import BATCH, Job, records, run_of
+from tools.hosts.job import BATCH, HostJob, records, run_of
 from tools.hosts.namespaces import Host, Hosts
 
 NETWORKS: tuple[tuple[str | None, float, int], ...] = (
@@ -16,17 +16,17 @@ NETWORKS: tuple[tuple[str | None, float, int], ...] = (
     ("100mbit", 0.05, 1),
     ("100mbit", 0.005, 2),
 )
-"""What each host can send (tc's words; None: what the machine gives), the seconds by which a packet
-and its answer take longer, and the ZeRO stage."""
+"""Send rate per host (notation of tc; None: no limit), additional round-trip time in seconds, and
+ZeRO stage."""
 WIDE = MODEL | {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
 BASE_STEPS, STEPS = 5, 10
 FIRST = 2
-"""Steps of a stage that are not counted: they warm up."""
+"""Warm-up steps of a stage, which are not counted."""
 
-ANSWER = "import socket\nwith socket.create_server(('', 5000)) as s:\n c, _ = s.accept()\n"
-ANSWER += " while d := c.recv(1): c.sendall(d)\n c, _ = s.accept()\n while c.recv(1 << 20): pass\n"
-ANSWER += " c.sendall(b'.')"
-ASK = """
+SERVER = "import socket\nwith socket.create_server(('', 5000)) as s:\n c, _ = s.accept()\n"
+SERVER += " while d := c.recv(1): c.sendall(d)\n c, _ = s.accept()\n while c.recv(1 << 20): pass\n"
+SERVER += " c.sendall(b'.')"
+CLIENT = """
 import socket, time
 def connect():
     for _ in range(100):
@@ -45,29 +45,29 @@ with connect() as c:
     c.sendall(bytes(20_000_000)), c.shutdown(socket.SHUT_WR), c.recv(1)
     print(20_000_000 / (time.perf_counter() - clock))
 """
-"""Programs of two hosts that tell the seconds of a round trip, and the bytes/s of a stream."""
+"""Programs of two hosts that measure the round-trip time and the throughput of one TCP stream."""
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What was measured on one network."""
+class NetworkSpeed:
+    """Measurements of a run on one network."""
 
     round_trip: float
-    """Seconds, of one byte by TCP."""
+    """Seconds, for one byte over TCP."""
     rate: float
     """Bytes/s of one TCP stream of 20 MB."""
     steps: tuple[float, float]
-    """Seconds of a step, before and after the growth (medians)."""
+    """Median seconds per step before and after the growth."""
     growth: float
-    """Seconds."""
+    """Seconds of the growth."""
     growth_bytes: int
-    """Between all ranks."""
+    """Bytes between all ranks."""
     sent: float
-    """Bytes that a host sends in the whole run."""
+    """Bytes that a host sends during the run."""
 
 
 def measure(folder: Path, corpus: Path) -> None:
-    """Prints the table."""
+    """Measure all networks and print the table."""
     print(
         "| network | round trip | one stream | ZeRO | step, 4 layers | step, 8 layers | growth "
         "| sent |"
@@ -75,29 +75,29 @@ def measure(folder: Path, corpus: Path) -> None:
     print("|---|---|---|---|---|---|---|---|")
     for rate, round_trip, zero_stage in NETWORKS:
         speed = on_network(folder, corpus, rate, round_trip, zero_stage)
-        given = f"{rate or 'unlimited'}, + {round_trip * 1e3:.0f} ms"
+        network = f"{rate or 'unlimited'}, + {round_trip * 1e3:.0f} ms"
         measured = f"{speed.round_trip * 1e3:.2f} ms | {speed.rate * 8e-6:.0f} Mbit/s"
         small, large = (f"{seconds:.2f} s" for seconds in speed.steps)
-        took = f"{small} | {large} | {speed.growth:.2f} s | {speed.sent * 1e-6:.0f} MB"
-        print(f"| {given} | {measured} | {zero_stage} | {took} |", flush=True)
+        times = f"{small} | {large} | {speed.growth:.2f} s | {speed.sent * 1e-6:.0f} MB"
+        print(f"| {network} | {measured} | {zero_stage} | {times} |", flush=True)
     moved = speed.growth_bytes * 1e-6
-    print(f"\nThe growth moves {moved:.1f} MB; sent: by each host, in the whole run.")
+    print(f"\nThe growth transfers {moved:.1f} MB. Sent: by each host, during the run.")
 
 
 def on_network(
     folder: Path, corpus: Path, rate: str | None, round_trip: float, zero_stage: int
-) -> Speed:
-    """Trains and grows a run of some MB between two hosts of one rank each."""
+) -> NetworkSpeed:
+    """Train and grow a model of a few MB on two hosts of one rank each."""
     with Hosts(2, round_trip) as hosts:
         if rate is not None:
             hosts.limit(rate)
-        answer, stream = probe(hosts[0], hosts[1])
+        latency, stream = probe(hosts[0], hosts[1])
         before = hosts.sent(hosts[0])
         output = folder / f"speed-{rate}-{round_trip}-{zero_stage}"
-        job = Job(hosts.hosts, 1, wide_run(corpus, output, zero_stage))
-        ended = job.finish()
-        if set(ended.codes.values()) != {0}:
-            raise AssertionError(ended.said)
+        job = HostJob(hosts.hosts, 1, wide_run(corpus, output, zero_stage))
+        result = job.finish()
+        if set(result.codes.values()) != {0}:
+            raise AssertionError(result.output)
         sent = hosts.sent(hosts[0]) - before
     (growth,) = records(output, "growth")
     seconds = {r["step"]: 1 / r["tokens_per_second"] for r in records(output, "train")}
@@ -106,20 +106,20 @@ def on_network(
         statistics.median(seconds[step] for step in part) * BATCH * LENGTH for part in parts
     )
     moved = growth["bytes_between_ranks"]
-    return Speed(answer, stream, (small, large), growth["seconds"], moved, sent)
+    return NetworkSpeed(latency, stream, (small, large), growth["seconds"], moved, sent)
 
 
 def probe(one: Host, other: Host) -> tuple[float, float]:
-    """The seconds of a round trip between two hosts, and the bytes/s of one stream."""
-    answer = one.start("python3", "-c", ANSWER)
-    ask = other.start("python3", "-c", ASK, stdout=-1)
-    round_trip, rate = map(float, ask.communicate(timeout=60)[0].split())
-    answer.wait(60)
+    """Return the round-trip time in seconds and the bytes/s of one stream between two hosts."""
+    server = one.start("python3", "-c", SERVER)
+    client = other.start("python3", "-c", CLIENT, stdout=-1)
+    round_trip, rate = map(float, client.communicate(timeout=60)[0].split())
+    server.wait(60)
     return round_trip, rate
 
 
 def wide_run(corpus: Path, output: Path, zero_stage: int) -> dict[str, Any]:
-    """A model of 3 million parameters that grows to 6 million."""
+    """Return a run with a model that grows from 3 to 6 million parameters."""
     tokens, deep = BATCH * LENGTH, WIDE | {"num_hidden_layers": 8}
     stages = [
         {"model": WIDE, "tokens": BASE_STEPS * tokens},
@@ -129,5 +129,5 @@ def wide_run(corpus: Path, output: Path, zero_stage: int) -> dict[str, Any]:
             "growth": {"operator": "direct_depth"},
         },
     ]
-    given = {"stages": stages, "guards": {}, "checkpoint": {"interval": 1000}}
-    return run_of(corpus, output, zero_stage, **given)
+    changes = {"stages": stages, "guards": {}, "checkpoint": {"interval": 1000}}
+    return run_of(corpus, output, zero_stage, **changes)

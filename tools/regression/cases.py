@@ -23,19 +23,19 @@ RESUMED_AT = {1: 2, 2: 6}
 
 
 @dataclass(frozen=True)
-class Case:
-    """Produces its data in a folder: `produce(side, folder)`."""
+class RegressionCase:
+    """Check that produces its data in a folder by `produce(runner, folder)`."""
 
     name: str
-    produce: "Callable[[Side, Path], None]"
+    produce: "Callable[[CheckoutRunner, Path], None]"
     sources: tuple[str, ...] = ("prepare",)
-    """Cases of OLD whose data it reads."""
+    """Cases of OLD whose data this case reads."""
     reference: str | None = None
-    """Case of OLD with which the data of NEW is compared; the same case where it is None."""
+    """Case of OLD with which the data of NEW is compared; None for the same case."""
 
 
-class Side:
-    """One checkout, its processes, and the folders of its cases."""
+class CheckoutRunner:
+    """One checkout with its processes and the folders of its cases."""
 
     def __init__(
         self, label: str, checkout: Path, work: Path, ranks: Workers, single: Workers
@@ -45,7 +45,6 @@ class Side:
         self.work = work
         self.ranks = ranks
         self.single = single
-        self._inside: set[str] = set()
 
     @property
     def old(self) -> Path:
@@ -72,45 +71,47 @@ class Side:
         return folder
 
 
-def _prepare(side: Side, folder: Path) -> None:
-    run_files.write_texts(side.work / "texts")
-    source, size = str(side.work / "texts"), str(VOCABULARY)
+def _prepare(runner: CheckoutRunner, folder: Path) -> None:
+    run_files.write_texts(runner.work / "texts")
+    source, size = str(runner.work / "texts"), str(VOCABULARY)
     command = ["prepare", source, "--output", "corpus", "--tokenizer", "train"]
     options = ["--vocab-size", size, "--validation-fraction", "0.1", "--workers", "1"]
-    side.single.run(folder, [*command, *options])
+    runner.single.run(folder, [*command, *options])
 
 
-def _prepare_sft(side: Side, folder: Path) -> None:
-    source = side.work / "alpaca.json"
+def _prepare_sft(runner: CheckoutRunner, folder: Path) -> None:
+    source = runner.work / "alpaca.json"
     run_files.write_instructions(source)
     command = ["prepare-sft", str(source), "--output", "corpus"]
-    command += ["--tokenizer", str(side.corpus / "tokenizer.model")]
+    command += ["--tokenizer", str(runner.corpus / "tokenizer.model")]
     options = ["--sequence-length", "256", "--validation-fraction", "0.1"]
-    side.single.run(folder, command + options)
+    runner.single.run(folder, command + options)
 
 
-def _train(side: Side, folder: Path, *, values: Callable[[Side], Section]) -> None:
-    _write_run(folder, values(side))
-    side.ranks.run(folder, ["train", "run.yaml"])
+def _train(
+    runner: CheckoutRunner, folder: Path, *, values: Callable[[CheckoutRunner], Section]
+) -> None:
+    _write_run(folder, values(runner))
+    runner.ranks.run(folder, ["train", "run.yaml"])
 
 
 def _write_run(folder: Path, values: Section) -> None:
     (folder / "run.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
-def _staged(side: Side, zero: int, tp: int) -> Section:
-    return run_files.run_file(side.corpus, run_files.staged(), zero, tp)
+def _staged(runner: CheckoutRunner, zero: int, tp: int) -> Section:
+    return run_files.run_file(runner.corpus, run_files.staged(), zero, tp)
 
 
-def _growth(side: Side, name: str) -> Section:
+def _growth(runner: CheckoutRunner, name: str) -> Section:
     zero, tp, stages = run_files.growths()[name]
-    return run_files.run_file(side.corpus, stages, zero, tp)
+    return run_files.run_file(runner.corpus, stages, zero, tp)
 
 
-def _sft(side: Side) -> Section:
-    corpus = side.old / "prepare-sft" / "corpus"
+def _sft(runner: CheckoutRunner) -> Section:
+    corpus = runner.old / "prepare-sft" / "corpus"
     model = MODEL | run_files.WIDE | {"num_hidden_layers": 8, "max_position_embeddings": 256}
-    values = run_files.run_file(side.corpus, [run_files.stage(model, tokens=8192)], 2, 1)
+    values = run_files.run_file(runner.corpus, [run_files.stage(model, tokens=8192)], 2, 1)
     data: Section = {
         "train": [{"path": str(corpus / "train")}],
         "validation": [{"path": str(corpus / "validation")}],
@@ -118,75 +119,77 @@ def _sft(side: Side) -> Section:
         "reset_position_ids": True,
         "reset_attention_mask": True,
     }
-    source = str(side.old / "train-z1-tp1" / "run")
+    source = str(runner.old / "train-z1-tp1" / "run")
     return values | {"stage": "sft", "init_from": source, "data": values["data"] | data}
 
 
-def _torchrun(side: Side, folder: Path) -> None:
-    _write_run(folder, _staged(side, 2, 1))
-    torchrun(side.checkout, WORLD, folder, ["train", "run.yaml"])
+def _torchrun(runner: CheckoutRunner, folder: Path) -> None:
+    _write_run(folder, _staged(runner, 2, 1))
+    torchrun(runner.checkout, WORLD, folder, ["train", "run.yaml"])
 
 
-def _resume(side: Side, folder: Path, *, source: str, of_old: bool, step: int, to: str) -> None:
+def _resume(
+    runner: CheckoutRunner, folder: Path, *, source: str, of_old: bool, step: int, to: str
+) -> None:
     """Resume a copy of a run without the checkpoints after a step."""
-    run = side.old / source if of_old else side.need(source)
+    run = runner.old / source if of_old else runner.need(source)
     shutil.copytree(run / "run", folder / "run")
     shutil.copy(run / "run.yaml", folder)
     for checkpoint in sorted((folder / "run" / "checkpoints").iterdir()):
         if int(checkpoint.name.removeprefix("step-")) > step:
             shutil.rmtree(checkpoint)
     overrides = [word for key in to.split() for word in ("--set", key)]
-    side.ranks.run(folder, ["train", "run.yaml", *overrides])
+    runner.ranks.run(folder, ["train", "run.yaml", *overrides])
 
 
-def _convert(side: Side, folder: Path, *, source: str, arguments: str) -> None:
-    """Run a conversion of OLD's data; in `arguments` SOURCE stands for it."""
-    path = str(side.old / source)
+def _convert(runner: CheckoutRunner, folder: Path, *, source: str, arguments: str) -> None:
+    """Run a conversion of OLD's data; SOURCE in `arguments` is replaced by its path."""
+    path = str(runner.old / source)
     words = [path if word == "SOURCE" else word for word in arguments.split()]
-    side.single.run(folder, words)
+    runner.single.run(folder, words)
 
 
-def _grow(side: Side, folder: Path, *, growth: str) -> None:
+def _grow(runner: CheckoutRunner, folder: Path, *, growth: str) -> None:
     """Grow a checkpoint of OLD from file to file."""
     changes, options = GROWN[growth]
-    source = side.old / "train-z2-tp2" / "run" / "checkpoints" / "step-000000004"
+    source = runner.old / "train-z2-tp2" / "run" / "checkpoints" / "step-000000004"
     (folder / "model.yaml").write_text(yaml.safe_dump(MODEL | changes), encoding="utf-8")
     command = ["grow", str(source), "out", "--to", "model.yaml", "--seed", "5"]
     command += ["--operator", growth.split()[0]]
     for key, value in options.items():
         command += ["--set", f"growth.{key}={json.dumps(value)}"]
-    side.single.run(folder, command)
+    runner.single.run(folder, command)
 
 
-def _all_cases() -> Iterator[Case]:
-    yield Case("prepare", _prepare, ())
-    yield Case("prepare-sft", _prepare_sft)
+def _all_cases() -> Iterator[RegressionCase]:
+    yield RegressionCase("prepare", _prepare, ())
+    yield RegressionCase("prepare-sft", _prepare_sft)
     for zero, tp in LAYOUTS:
         values = partial(_staged, zero=zero, tp=tp)
-        yield Case(f"train-z{zero}-tp{tp}", partial(_train, values=values))
+        yield RegressionCase(f"train-z{zero}-tp{tp}", partial(_train, values=values))
         yield from _resumes(f"z{zero}-tp{tp}", f"train-z{zero}-tp{tp}", RESUMED_AT[tp])
     layout = "parallel.zero_stage=3 parallel.tensor_model_parallel_size=2"
     yield from _resumes("other-layout", "train-z1-tp1", 6, layout)
-    yield Case("train-torchrun", _torchrun)
+    yield RegressionCase("train-torchrun", _torchrun)
     for name in run_files.growths():
-        yield Case(f"train-{name}", partial(_train, values=partial(_growth, name=name)))
+        yield RegressionCase(f"train-{name}", partial(_train, values=partial(_growth, name=name)))
     sources = ("prepare-sft", "train-z1-tp1")
-    yield Case("train-sft", partial(_train, values=_sft), sources)
+    yield RegressionCase("train-sft", partial(_train, values=_sft), sources)
     for growth in GROWN:
         grow = partial(_grow, growth=growth)
-        yield Case(f"grow-{growth.replace(' ', '-')}", grow, ("train-z2-tp2",))
+        yield RegressionCase(f"grow-{growth.replace(' ', '-')}", grow, ("train-z2-tp2",))
     yield from _conversions()
 
 
-def _resumes(name: str, source: str, step: int, to: str = "") -> Iterator[Case]:
-    """A run resumed by the checkout that began it, and a run of OLD resumed by NEW."""
+def _resumes(name: str, source: str, step: int, to: str = "") -> Iterator[RegressionCase]:
+    """Yield a run resumed by the checkout that started it, and a run of OLD resumed by NEW."""
     resume = partial(_resume, source=source, step=step, to=to)
-    yield Case(f"resume-{name}", partial(resume, of_old=False), (source,))
+    yield RegressionCase(f"resume-{name}", partial(resume, of_old=False), (source,))
     cross = partial(resume, of_old=True)
-    yield Case(f"cross-resume-{name}", cross, (source,), f"resume-{name}")
+    yield RegressionCase(f"cross-resume-{name}", cross, (source,), f"resume-{name}")
 
 
-def _conversions() -> Iterator[Case]:
+def _conversions() -> Iterator[RegressionCase]:
     run = "train-z3-tp2/run"
     for name, source, arguments in (
         ("hf-export", run, "convert hf-export SOURCE out"),
@@ -200,7 +203,7 @@ def _conversions() -> Iterator[Case]:
         ("megatron-import", "megatron-export/out", "convert megatron-import SOURCE out"),
     ):
         convert = partial(_convert, source=source, arguments=arguments)
-        yield Case(name, convert, (source.split("/")[0],))
+        yield RegressionCase(name, convert, (source.split("/")[0],))
 
 
 CASES = {case.name: case for case in _all_cases()}

@@ -1,7 +1,7 @@
 """Bit-for-bit comparison of the data that two checkouts write: tensors, metrics, manifests.
 
-Every file becomes a flat mapping from a name to a JSON scalar or to raw bytes. Times, memory and
-everything that describes the environment are left out.
+Each file is read as a flat mapping from names to JSON scalars or raw bytes. Times, memory and
+descriptions of the environment are ignored.
 """
 
 import argparse
@@ -32,7 +32,7 @@ ALIASES = {"keep_v": "keep_second_moment", "probe_v": "estimate_second_moment"}
 
 
 @dataclass(frozen=True)
-class Raw:
+class RawData:
     """Bytes of a tensor or of a file."""
 
     dtype: str
@@ -46,51 +46,51 @@ class Raw:
 
 
 Flat = dict[str, Any]
-"""Name -> JSON scalar or `Raw`."""
+"""Name -> JSON scalar or `RawData`."""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Comparison:
     """Result of one comparison: number of compared values, and the first difference."""
 
     values: int
     difference: str | None = None
 
 
-def compare_folders(old: Path, new: Path) -> Outcome:
+def compare_folders(old: Path, new: Path) -> Comparison:
     """Compare all data files of two folders, by relative path."""
     files = [{path.relative_to(root): path for path in data_files(root)} for root in (old, new)]
     if missing := sorted(files[0].keys() ^ files[1].keys()):
         side = "NEW" if missing[0] in files[0] else "OLD"
-        return Outcome(0, f"{missing[0]} is missing in {side}")
+        return Comparison(0, f"{missing[0]} is missing in {side}")
     if not files[0]:
-        return Outcome(0, f"{old} contains no data")
+        return Comparison(0, f"{old} contains no data")
     values = 0
     for relative, path in sorted(files[0].items()):
-        outcome = compare_flat(read_flat(path), read_flat(files[1][relative]))
-        values += outcome.values
-        if outcome.difference is not None:
-            return Outcome(values, f"{relative}: {outcome.difference}")
-    return Outcome(values)
+        comparison = compare_flat(read_flat(path), read_flat(files[1][relative]))
+        values += comparison.values
+        if comparison.difference is not None:
+            return Comparison(values, f"{relative}: {comparison.difference}")
+    return Comparison(values)
 
 
-def compare_flat(old: Flat, new: Flat) -> Outcome:
+def compare_flat(old: Flat, new: Flat) -> Comparison:
     """Compare two flat mappings; the same names are required on both sides."""
     for name in [*old, *new]:
         if (name in old) != (name in new):
-            return Outcome(0, f"{name} is missing in {'NEW' if name in old else 'OLD'}")
+            return Comparison(0, f"{name} is missing in {'NEW' if name in old else 'OLD'}")
     values = 0
     for name, value in old.items():
         difference = _difference(value, new[name])
         if difference is not None:
-            return Outcome(values, f"{name}: {difference}")
-        values += value.count if isinstance(value, Raw) else 1
-    return Outcome(values)
+            return Comparison(values, f"{name}: {difference}")
+        values += value.count if isinstance(value, RawData) else 1
+    return Comparison(values)
 
 
 def _difference(old: Any, new: Any) -> str | None:
-    if not isinstance(old, Raw) or not isinstance(new, Raw):
-        # repr is exact for floats, and keeps 1, 1.0 and True apart.
+    if not isinstance(old, RawData) or not isinstance(new, RawData):
+        # repr is exact for floats, and distinguishes 1, 1.0 and True.
         return None if repr(old) == repr(new) else f"{old!r} != {new!r}"
     if (old.dtype, old.shape) != (new.dtype, new.shape):
         return f"{old.dtype}{list(old.shape)} != {new.dtype}{list(new.shape)}"
@@ -103,7 +103,7 @@ def _difference(old: Any, new: Any) -> str | None:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that hold data to compare."""
+    """Return the data files of a folder."""
     return [path for path in folder.rglob("*") if path.is_file() and _reader(path) is not None]
 
 
@@ -111,7 +111,7 @@ def read_flat(path: Path) -> Flat:
     """Read a data file as a flat mapping."""
     reader = _reader(path)
     if reader is None:
-        raise ValueError(f"{path}: no data file")
+        raise ValueError(f"{path}: not a data file")
     return reader(path)
 
 
@@ -120,8 +120,8 @@ def _reader(path: Path) -> Callable[[Path], Flat] | None:
 
 
 def read_metrics(path: Path) -> Flat:
-    """Read metrics.jsonl. Records are numbered within their kind, since a save in the background
-    is recorded when it ends."""
+    """Read metrics.jsonl. Records are numbered within their kind, because a background save is
+    recorded when it ends."""
     flat: Flat = {}
     numbers: Counter[str] = Counter()
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -153,7 +153,7 @@ def read_safetensors(path: Path) -> Flat:
     entries.pop("__metadata__", None)
     body = content[8 + length :]
     return {
-        name: Raw(entry["dtype"], tuple(entry["shape"]), body[slice(*entry["data_offsets"])])
+        name: RawData(entry["dtype"], tuple(entry["shape"]), body[slice(*entry["data_offsets"])])
         for name, entry in sorted(entries.items())
     }
 
@@ -167,11 +167,11 @@ def read_torch(path: Path) -> Flat:
 def read_bytes(path: Path) -> Flat:
     """Read a file as raw bytes."""
     content = path.read_bytes()
-    return {"bytes": Raw("U8", (len(content),), content)}
+    return {"bytes": RawData("U8", (len(content),), content)}
 
 
 def flatten(value: Any, prefix: str) -> Flat:
-    """Flatten nested mappings, lists, namespaces and tensors; ignored fields are left out."""
+    """Flatten nested mappings, lists, namespaces and tensors; ignored fields are omitted."""
     return dict(_leaves(value, prefix))
 
 
@@ -188,7 +188,7 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{name}[{index}]")
     elif isinstance(value, torch.Tensor):
         data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        yield name, Raw(str(value.dtype), tuple(value.shape), data)
+        yield name, RawData(str(value.dtype), tuple(value.shape), data)
     else:
         yield name, ALIASES.get(value, value) if isinstance(value, str) else value
 

@@ -21,7 +21,7 @@ START_SECONDS, COMMAND_SECONDS, PEER_SECONDS = 180.0, 180.0, 30.0
 
 
 class CommandFailed(Exception):
-    """A command of a checkout ended with another exit code than 0, or hung."""
+    """A command of a checkout failed or hung."""
 
 
 def environment(checkout: Path) -> list[str]:
@@ -33,7 +33,7 @@ def environment(checkout: Path) -> list[str]:
 
 
 def torchrun(checkout: Path, world: int, folder: Path, arguments: list[str]) -> None:
-    """Run a command on `world` ranks under torchrun."""
+    """Run a command on `world` ranks under torchrun. Raises CommandFailed."""
     log = folder / "torchrun.log"
     command = [*environment(checkout), sys.executable, "-m", "torch.distributed.run"]
     command += ["--standalone", f"--nproc-per-node={world}", "-m", "megagrow", *arguments]
@@ -43,7 +43,7 @@ def torchrun(checkout: Path, world: int, folder: Path, arguments: list[str]) -> 
 
 
 @dataclass
-class _Worker:
+class _WorkerProcess:
     """One worker process."""
 
     process: subprocess.Popen[bytes]
@@ -54,25 +54,25 @@ class _Worker:
         self.process.stdin.write(json.dumps(command).encode() + b"\n")
         self.process.stdin.flush()
 
-    def end(self) -> None:
+    def kill(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 class Workers:
-    """Processes of one checkout that run one command after the other, all ranks together.
+    """Processes of one checkout that run commands one after another, on all ranks.
 
-    They start with the first command. A command that fails on one rank ends all of them; the next
-    command starts new ones.
+    They start with the first command. A command that fails on one rank kills all processes; the
+    next command starts new ones.
     """
 
     def __init__(self, checkout: Path, world: int, log: Path) -> None:
-        """`world` ranks; with 1 the command runs as without a launcher."""
+        """Create `world` ranks; a single rank runs without launcher variables."""
         self._checkout = checkout
         self._world = world
         self._log = log
-        self._workers: list[_Worker] = []
+        self._workers: list[_WorkerProcess] = []
 
     def __enter__(self) -> Self:
         return self
@@ -99,9 +99,9 @@ class Workers:
             _check(int(code or -1), arguments, log)
 
     def end(self) -> None:
-        """End all processes."""
+        """Kill all processes."""
         for worker in self._workers:
-            worker.end()
+            worker.kill()
         self._workers = []
 
     def _start(self) -> None:
@@ -122,7 +122,7 @@ class Workers:
                     start_new_session=True,
                 )
                 assert process.stdout is not None
-                self._workers.append(_Worker(process, process.stdout))
+                self._workers.append(_WorkerProcess(process, process.stdout))
         for package in self._answers(START_SECONDS):
             if package is None:
                 raise CommandFailed(f"a worker did not start; see {self._log}")
@@ -130,8 +130,10 @@ class Workers:
                 raise CommandFailed(f"{package} is imported instead of {self._checkout}/megagrow")
 
     def _answers(self, seconds: float) -> list[str | None]:
-        """One line of each worker; None for one that died or did not answer in time, after which
-        all are ended."""
+        """Read one line per worker, None for one that died or timed out.
+
+        If one is None, all workers are killed.
+        """
         answers: dict[int, str] = {}
         deadline = time.monotonic() + seconds
         waiting = {worker.answers.fileno(): rank for rank, worker in enumerate(self._workers)}
@@ -142,10 +144,10 @@ class Workers:
                 answers[rank] = self._workers[rank].answers.readline().decode().strip()
                 if answers[rank] != "0" and not answers[rank].endswith(".py"):
                     deadline = min(deadline, time.monotonic() + PEER_SECONDS)
-        everyone = [answers.get(rank) or None for rank in range(len(self._workers))]
-        if None in everyone:
+        lines_by_rank = [answers.get(rank) or None for rank in range(len(self._workers))]
+        if None in lines_by_rank:
             self.end()
-        return everyone
+        return lines_by_rank
 
 
 def _check(code: int, arguments: list[str], log: Path) -> None:

@@ -25,7 +25,7 @@ MODEL: Section = {
     "vocab_size": VOCABULARY + 3,
     "max_position_embeddings": 64,
 }
-"""Grouped-query attention; no power of two in the feed-forward width and the vocabulary."""
+"""Grouped-query attention; feed-forward width and vocabulary are not powers of two."""
 
 WIDE: Section = {
     "hidden_size": 64,
@@ -66,7 +66,7 @@ GROWN: dict[str, tuple[Section, Section]] = {
 
 
 def parallel(zero: int, tp: int) -> Section:
-    """A `parallel` section; other options vary with the layout."""
+    """Return a `parallel` section; other options vary with the layout."""
     return {
         "zero_stage": zero,
         "tensor_model_parallel_size": tp,
@@ -76,13 +76,13 @@ def parallel(zero: int, tp: int) -> Section:
 
 
 def stage(model: Section, growth: Section | None = None, **keys: Any) -> Section:
-    """A stage of a run."""
+    """Return a stage of a run."""
     grown = {} if growth is None else {"growth": growth}
     return {"model": MODEL | model, "tokens": STAGE_TOKENS, **grown, **keys}
 
 
 def run_file(corpus: Path, stages: list[Section], zero: int, tp: int, **keys: Any) -> Section:
-    """A run file; `output_dir` is relative to the folder of the case."""
+    """Return a run file; `output_dir` is relative to the folder of the case."""
     return {
         "name": "regression",
         "output_dir": "run",
@@ -105,7 +105,7 @@ def run_file(corpus: Path, stages: list[Section], zero: int, tp: int, **keys: An
 
 
 def staged() -> list[Section]:
-    """Three stages: deeper by Gstack, then deeper and wider in one event."""
+    """Return three stages: deeper by Gstack, then deeper and wider in one event."""
     both = {"operator": ["direct_depth", "direct_width"], "optimizer_state": "transport"}
     return [
         stage({}),
@@ -115,7 +115,7 @@ def staged() -> list[Section]:
 
 
 def growths() -> dict[str, tuple[int, int, list[Section]]]:
-    """Runs whose growths train, measure, mask or schedule: name -> ZeRO stage, TP, stages."""
+    """Return runs with special growths: name -> (ZeRO stage, TP, stages)."""
     few = {"steps": 3, "warmup_steps": 1}
     measured = {"optimizer_state": "probe_v", "probe_batches": 2}
     entries = {"peak": 1.3, "warmup_steps": 2}

@@ -1,6 +1,6 @@
 """One rank of tools/regression/compare_commits.py: runs megagrow commands in forked processes.
 
-The imports are done once, every command is a fork of this process. Reads one JSON object per line
+Modules are imported once; each command is a fork of this process. Reads one JSON object per line
 (folder, log, arguments) from standard input and answers each with the exit code. The first answer
 is the path of the megagrow package. The launcher sets the rank variables.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = ("torch._dynamo", "megagrow.cli", "megagrow.run")
-"""Modules that are imported once; one that a checkout does not have is skipped."""
+"""Modules to import in advance; missing ones are skipped."""
 
 FORK = multiprocessing.get_context("fork")
 

@@ -1,21 +1,16 @@
 """Random growths that a run may ask for: a source, a target and the options of each operator."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from hypothesis import strategies as st
 
-from megagrow.config.growth import GrowthConfig, OperatorName
+from megagrow.config.growth import OperatorName
 from megagrow.config.schema import ModelConfig
-from megagrow.growth.constraints import Event
-from megagrow.growth.map import GrowthMap
-from megagrow.growth.operators import OPERATORS, growth_map, resolve_operators
-from megagrow.growth.validation import event_problems
-
-Sizes = dict[str, Any]
-"""Fields of a model config, or keys of `growth`."""
+from megagrow.growth.operators import OPERATORS
+from tools.docs.operators.cases import GrowthCase as Case
+from tools.docs.operators.cases import Sizes, times, widened
+from tools.docs.operators.cases import growth_case as case
 
 EXACT: tuple[OperatorName, ...] = (
     *("direct_width", "learn_width", "zero_width", "net2net_width", "staged_width"),
@@ -31,37 +26,6 @@ CHANGES: tuple[OperatorName, ...] = (
     *("direct_depth", "solar", "mslt", "midas", "lidas", "bert2bert_aki"),
 )
 """These do not."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One growth."""
-
-    source: ModelConfig
-    target: ModelConfig
-    options: GrowthConfig
-
-    @cached_property
-    def growth(self) -> GrowthMap:
-        return growth_map(self.source, self.target, self.options, "7/stage-1")
-
-    @property
-    def exact(self) -> bool:
-        """Whether the plain target, without masks, computes what the source computes."""
-        masked = any(OPERATORS[name].masked for name in self.options.operator)
-        return self.growth.preserves_function and not masked
-
-
-def case(source: ModelConfig, target: Sizes, **options: Any) -> Case:
-    """The growth of a source to other sizes; eps follows the gain of the norms, as a run must."""
-    chosen = GrowthConfig(**options)
-    grown = source.model_copy(update=target)
-    width = resolve_operators(source, grown, chosen, "").width
-    if width.scaled_eps:
-        eps = source.rms_norm_eps * width.gain**2
-        grown = grown.model_copy(update={"rms_norm_eps": eps})
-    assert event_problems(Event(source, grown, chosen, "before", "here")) == []
-    return Case(source, grown, chosen)
 
 
 @st.composite
@@ -80,27 +44,6 @@ def sources(draw: st.DrawFn, tied: bool | None = None, layers: int | None = None
         rope_theta=100.0,
         rms_norm_eps=draw(st.sampled_from((1e-5, 1e-2, 0.3))),
         tie_word_embeddings=draw(st.booleans()) if tied is None else tied,
-    )
-
-
-def widened(source: ModelConfig, residual: int, groups: int, ffn: int) -> Sizes:
-    """Fields of a model that is so much wider; heads keep their width and their grouping."""
-    queries = source.num_attention_heads // source.num_key_value_heads
-    return {
-        "hidden_size": residual,
-        "num_attention_heads": groups * queries,
-        "num_key_value_heads": groups,
-        "intermediate_size": ffn,
-    }
-
-
-def times(source: ModelConfig, residual: int, groups: int, ffn: int) -> Sizes:
-    """Fields of a model that is whole times as wide."""
-    return widened(
-        source,
-        residual * source.hidden_size,
-        groups * source.num_key_value_heads,
-        ffn * source.intermediate_size,
     )
 
 

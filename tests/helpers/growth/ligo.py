@@ -11,8 +11,8 @@ from megagrow.growth.ligo import LigoParameters, initial
 from megagrow.growth.operators import resolve_operators
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.parallel.sharding import parameter_plan
-from tests.helpers.growth.whole import State
 from tests.helpers.hugging_face import hugging_face, tiny
+from tools.docs.operators.dense_growth import State
 
 WIDER = {
     "hidden_size": 96,

@@ -30,11 +30,11 @@ from megagrow.train.growth_event.ligo_trainer import (
     summed_gradients,
 )
 from tests.helpers.growth.ligo import by_formula, disturbed, learned_of, outputs, state_of
-from tests.helpers.growth.whole import State, grown
 from tests.helpers.reshard.definition import storage_of
 from tests.helpers.reshard.models import layout_of
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
 from tests.helpers.spawn import run_ranks
+from tools.docs.operators.dense_growth import State, grown
 
 CPU = torch.device("cpu")
 MICRO, GLOBAL, LENGTH = 2, 8, 12

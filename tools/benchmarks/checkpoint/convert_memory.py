@@ -1,10 +1,10 @@
-"""Memory and time of `megagrow convert` on a made-up model: import, reshard, export, one by one.
+"""Measure memory and time of `megagrow convert` on a random model: import, reshard, export.
 
     python tools/benchmarks/checkpoint/convert_memory.py FOLDER [--gigabytes 3] [--memory 512MiB]
 
 Writes a Hugging Face folder of random fp32 weights of that size, in files of at most 1 GB, and runs
-every command in a process of its own; tells the peak of each one's resident memory (VmHWM). Needs
-about seven times the model's size on FOLDER's disk, and leaves nothing there.
+each command in a separate process. Prints the peak resident memory (VmHWM) of each. Needs about
+seven times the model's size on FOLDER's disk; all files are removed at the end.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from megagrow.config.schema import ModelConfig
 from megagrow.formats.hugging_face import INDEX_FILE, index_of, planned_files, whole_layout
 from megagrow.formats.hugging_face_config import CONFIG_FILE, config_of
 
-_AT_ONCE = 2**20
-"""Numbers that are drawn at once."""
+_CHUNK = 2**20
+"""Values that are drawn at a time."""
 
 _RUN = """
 import sys
@@ -41,19 +41,19 @@ finally:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What one command took."""
+class CommandCost:
+    """Peak memory and time of one command."""
 
     command: str
     peak_bytes: int
-    """Of the resident memory of the whole process."""
+    """Peak resident memory of the process."""
     seconds: float
 
 
-def made_up_model(gigabytes: float) -> ModelConfig:
-    """A Llama 2048 wide with as many layers as make so many GB (1e9 bytes) of fp32 weights."""
+def random_model(gigabytes: float) -> ModelConfig:
+    """Return a Llama of width 2048 with about `gigabytes` (1e9 bytes) of fp32 weights."""
 
-    def deep(layers: int) -> ModelConfig:
+    def with_layers(layers: int) -> ModelConfig:
         return ModelConfig(
             num_hidden_layers=layers,
             hidden_size=2048,
@@ -63,12 +63,12 @@ def made_up_model(gigabytes: float) -> ModelConfig:
             vocab_size=32_003,
         )
 
-    one, two = (parameters(deep(layers)) for layers in (1, 2))
-    return deep(max(1, 1 + round((gigabytes * 1e9 / 4 - one) / (two - one))))
+    one, two = (parameters(with_layers(layers)) for layers in (1, 2))
+    return with_layers(max(1, 1 + round((gigabytes * 1e9 / 4 - one) / (two - one))))
 
 
 def write_model(model: ModelConfig, folder: Path, file_bytes: int) -> None:
-    """A Hugging Face folder of random weights, written in pieces."""
+    """Write a Hugging Face folder of random weights, in chunks."""
     folder.mkdir(parents=True)
     files = planned_files(whole_layout(model), "F32", file_bytes)
     generator = torch.Generator().manual_seed(0)
@@ -77,7 +77,7 @@ def write_model(model: ModelConfig, folder: Path, file_bytes: int) -> None:
             file.write(plan.header)
             left = (plan.size - len(plan.header)) // 4
             while left:
-                values = torch.randn(min(left, _AT_ONCE), generator=generator)
+                values = torch.randn(min(left, _CHUNK), generator=generator)
                 file.write(raw_bytes(values))
                 left -= len(values)
     documents = {CONFIG_FILE: config_of(model, "F32", {}), INDEX_FILE: index_of(files)}
@@ -85,9 +85,11 @@ def write_model(model: ModelConfig, folder: Path, file_bytes: int) -> None:
         (folder / name).write_text(json.dumps(value), encoding="utf-8")
 
 
-def measure(folder: Path, memory: str) -> Iterator[Measured]:
-    """Imports folder/model, reshards what comes out, and exports that; each is removed once it has
-    been read. Raises CalledProcessError if a command fails."""
+def measure(folder: Path, memory: str) -> Iterator[CommandCost]:
+    """Import FOLDER/model, reshard the result and export it; yield the cost of each command.
+
+    Intermediate checkpoints are removed after use. Raises CalledProcessError if a command fails.
+    """
     model, first, second, out = (str(folder / name) for name in ("model", "1", "2", "out"))
     steps = [
         ("hf-import", model, first, "--zero-stage", "3", "--dp", "4"),
@@ -97,30 +99,30 @@ def measure(folder: Path, memory: str) -> Iterator[Measured]:
     for command, source, target, *options in steps:
         words = ["convert", command, source, target, *options, "--memory", memory]
         begin = time.monotonic()
-        ended = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", _RUN, *words], check=True, stdout=subprocess.PIPE, text=True
         )
         seconds = time.monotonic() - begin
-        peak = int(ended.stdout.split()[-1]) * 1024
+        peak = int(done.stdout.split()[-1]) * 1024
         if source != model:
             shutil.rmtree(source)
-        yield Measured(command, peak, seconds)
+        yield CommandCost(command, peak, seconds)
 
 
 def main() -> None:
-    """Reads the command line, measures, prints a line for each command."""
+    """Measure and print one line per command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--memory", default="512MiB")
     arguments = parser.parse_args()
-    folder, model = arguments.folder / "convert-memory", made_up_model(arguments.gigabytes)
+    folder, model = arguments.folder / "convert-memory", random_model(arguments.gigabytes)
     try:
         write_model(model, folder / "model", 10**9)
         print(f"weights: {format_bytes(4 * parameters(model))}, --memory {arguments.memory}")
-        for found in measure(folder, arguments.memory):
-            peak = format_bytes(found.peak_bytes)
-            print(f"{found.command:9} {peak:>10} resident at most, {found.seconds:.0f} s")
+        for cost in measure(folder, arguments.memory):
+            peak = format_bytes(cost.peak_bytes)
+            print(f"{cost.command:9} {peak:>10} peak resident, {cost.seconds:.0f} s")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

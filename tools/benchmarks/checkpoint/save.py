@@ -1,4 +1,4 @@
-"""Measures how long the training stands still for a save, in the background and waited for.
+"""Benchmark checkpoint saves: training stall of synchronous and of background saves.
 
     python tools/benchmarks/checkpoint/save.py --output bench_save.md
 
@@ -36,40 +36,40 @@ SIZES: dict[str, dict[str, int]] = {
     "168M": {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 12},
 }
 REPEATS = 4
-"""Saves of each kind."""
+"""Number of saves of each kind."""
 LENGTH = 64
-"""Tokens of a sequence; a rank trains one in each step."""
+"""Tokens per sequence; each rank trains one sequence per step."""
 
 COLUMNS = {
     "parameters": "{size}",
     "ranks": "{ranks}",
     "MiB": "{mib:.0f}",
     "step s": "{step:.2f}",
-    "waited for: stall s": "{waited:.2f}",
-    "without checksums s": "{bare:.2f}",
+    "synchronous: stall s": "{synchronous:.2f}",
+    "without checksums s": "{no_checksum:.2f}",
     "background: stall s": "{stall:.2f}",
     "longest stall s": "{longest:.2f}",
-    "until on the disk s": "{seconds:.2f}",
-    "step meanwhile s": "{busy:.2f}",
+    "time to disk s": "{seconds:.2f}",
+    "step during save s": "{busy:.2f}",
 }
 
 
 def main(
     output: Annotated[Path, typer.Option(help="The Markdown file.")] = Path("bench_save.md"),
-    size: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SIZES)}.")] = None,
-    ranks: Annotated[list[int] | None, typer.Option(help="By default 2 and 4.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="On the disk to be measured.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(SIZES)}.")] = None,
+    ranks: Annotated[list[int] | None, typer.Option(help="Repeatable. Default: 2 and 4.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder on the disk to measure.")] = None,
     case: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Measure saves of a training run under ZeRO 2, with this machine's CPUs.
+    """Measure saves of a training run under ZeRO 2 on the CPU.
 
-    Within one run the same state is saved several times while the training waits, with checksums
-    and without, and several times in the background; the fastest counts. All files are synced to
-    the disk.
+    One run saves the same state several times synchronously, with and without checksums, and
+    several times in the background. The fastest save of each kind counts. All files are synced to
+    disk.
     """
     if case is not None:
-        name, _, found = case.partition(":")
-        measure(name, found, output)
+        name, _, path = case.partition(":")
+        measure(name, path, output)
         return
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for world in ranks or (2, 4):
@@ -90,7 +90,7 @@ def main(
 
 
 def measure(name: str, folder: str, output: Path) -> None:
-    """One rank's part of a case; rank 0 writes down what was found, the slowest rank's seconds."""
+    """Measure a case on one rank; rank 0 writes the results, the seconds of the slowest rank."""
     device = init_process_group(read_launch())
     torch.set_num_threads(1)
     world = dist.get_world_size()
@@ -101,19 +101,19 @@ def measure(name: str, folder: str, output: Path) -> None:
     stage.engine.ready(adam_step=0)
     saver = Saver(Path(folder, "checkpoints"), device)
     saver.prepare(stage.layout, stage.engine.storage())
-    usual = [_step(run, stage) for _ in range(4)]
-    waited, bare = [], []
+    steps = [_step(run, stage) for _ in range(4)]
+    synchronous, no_checksum = [], []
     for number in range(0, 2 * REPEATS, 2):
-        waited.append(_waited(saver, stage, number))
+        synchronous.append(_save_synchronously(saver, stage, number))
         with mock.patch.object(shard_file.xxhash, "xxh3_64", _NoHash):
-            bare.append(_waited(saver, stage, number + 1))
+            no_checksum.append(_save_synchronously(saver, stage, number + 1))
     busy: list[float] = []
     numbers = range(2 * REPEATS, 3 * REPEATS)
-    background = [_beside(saver, run, stage, number, busy) for number in numbers]
+    background = [_save_in_background(saver, run, stage, number, busy) for number in numbers]
     values: dict[str, Any] = {
-        "step": min(usual),
-        "waited": min(saved.stall_seconds for saved in waited),
-        "bare": min(saved.stall_seconds for saved in bare),
+        "step": min(steps),
+        "synchronous": min(saved.stall_seconds for saved in synchronous),
+        "no_checksum": min(saved.stall_seconds for saved in no_checksum),
         "stall": min(saved.stall_seconds for saved in background),
         "longest": max(saved.stall_seconds for saved in background),
         "seconds": min(saved.seconds for saved in background),
@@ -122,10 +122,10 @@ def measure(name: str, folder: str, output: Path) -> None:
     highest = torch.tensor(list(values.values()), dtype=torch.float64)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     values = dict(zip(values, highest.tolist(), strict=True))
-    total = sum(record.bytes for record in waited[0].manifest.files.values())
+    total = sum(record.bytes for record in synchronous[0].manifest.files.values())
     if dist.get_rank() == 0:
-        told = values | {"size": name, "ranks": world, "mib": total / 2**20}
-        output.write_text(json.dumps(told), encoding="utf-8")
+        values |= {"size": name, "ranks": world, "mib": total / 2**20}
+        output.write_text(json.dumps(values), encoding="utf-8")
     stage.release()
     leave_process_group()
 
@@ -141,7 +141,7 @@ def _run(name: str, world: int, folder: str) -> RunConfig:
 
 
 def _step(run: RunConfig, stage: Stage) -> float:
-    """Trains a step on random tokens; returns its seconds."""
+    """Train one step on random tokens and return its seconds."""
     begin = time.perf_counter()
     tokens, positions = torch.randint(8192, (1, LENGTH + 1)), torch.arange(LENGTH)[None]
     train_at(run, stage, 0, [Batch(tokens[:, :-1], tokens[:, 1:], positions, None)])
@@ -166,23 +166,25 @@ def _finish(saver: Saver) -> Saved:
 
 
 class _NoHash:
-    """In the place of xxh3: a save without checksums."""
+    """Stand-in for xxh3 that computes no checksum."""
 
     def update(self, data: memoryview) -> None:
-        """Looks at nothing."""
+        """Ignore the data."""
 
     def hexdigest(self) -> str:
         return ""
 
 
-def _waited(saver: Saver, stage: Stage, number: int) -> Saved:
-    """A save that the training waits for."""
+def _save_synchronously(saver: Saver, stage: Stage, number: int) -> Saved:
+    """Save while the training waits."""
     _begin(saver, stage, number, background=False)
     return _finish(saver)
 
 
-def _beside(saver: Saver, run: RunConfig, stage: Stage, number: int, busy: list[float]) -> Saved:
-    """A save in the background, and the steps trained meanwhile, the vote before each included."""
+def _save_in_background(
+    saver: Saver, run: RunConfig, stage: Stage, number: int, busy: list[float]
+) -> Saved:
+    """Save in the background; append the seconds of the steps trained meanwhile to `busy`."""
     _begin(saver, stage, number, background=True)
     writing = torch.ones(1)
     while writing:

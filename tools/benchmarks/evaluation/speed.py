@@ -1,9 +1,9 @@
-"""Requests per second of our model in lm-eval, beside those of its own Hugging Face model.
+"""Benchmark lm-eval: requests per second of megagrow's model and of lm-eval's Hugging Face model.
 
     python tools/benchmarks/evaluation/speed.py CHECKPOINT TOKENIZER DATA_DIR [LIMIT] [BATCH_SIZE]
 
-Both score the same requests of the same weights in fp32, one after the other, twice each in turn;
-the better time of each is shown, and the largest difference between their answers.
+Both score the same requests with the same weights in fp32, alternating, twice each. Prints the
+better time of each and the largest difference of a log-likelihood.
 """
 
 import sys
@@ -25,7 +25,7 @@ TASKS = ("lambada_openai", "logiqa", "wikitext")
 
 
 def exported(checkpoint: Path, tokenizer: Path, batch_size: int) -> HFLM:
-    """lm-eval's own model of a checkpoint."""
+    """Export a checkpoint and load it as lm-eval's Hugging Face model."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         request = Request(source=checkpoint, out=out, form="huggingface", memory="2GiB")
@@ -36,7 +36,7 @@ def exported(checkpoint: Path, tokenizer: Path, batch_size: int) -> HFLM:
 
 
 def timed(model: Any, task: Any) -> tuple[float, list[float]]:
-    """Seconds for all requests of a task, and the log-likelihoods."""
+    """Return the seconds of all requests of a task, and the log-likelihoods."""
     begin = time.perf_counter()
     answers = getattr(model, task.instances[0].request_type)(task.instances)
     seconds = time.perf_counter() - begin
@@ -46,7 +46,7 @@ def timed(model: Any, task: Any) -> tuple[float, list[float]]:
 def main(
     checkpoint: str, tokenizer: str, data_dir: str, limit: str = "100", batch: str = "16"
 ) -> None:
-    """Measures, and prints one line for each task."""
+    """Measure and print one line per task."""
     ours = MegagrowLM(checkpoint, tokenizer, dtype="float32", batch_size=batch)
     theirs = exported(Path(checkpoint), Path(tokenizer), int(batch))
     for name, task in load_tasks(TASKS, Path(data_dir)).items():
@@ -54,8 +54,8 @@ def main(
         runs = [(timed(ours, task), timed(theirs, task)) for _ in range(2)]
         speeds = [len(task.instances) / min(run[i][0] for run in runs) for i in range(2)]
         (_, own), (_, other) = runs[0]
-        apart = max(abs(a - b) for a, b in zip(own, other, strict=True))
-        print(f"{name}: ours {speeds[0]:.2f}/s, hf {speeds[1]:.2f}/s, apart {apart:.1e}")
+        difference = max(abs(a - b) for a, b in zip(own, other, strict=True))
+        print(f"{name}: ours {speeds[0]:.2f}/s, hf {speeds[1]:.2f}/s, difference {difference:.1e}")
 
 
 if __name__ == "__main__":

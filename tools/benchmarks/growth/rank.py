@@ -1,11 +1,10 @@
-"""One rank of tools/benchmarks/growth/run.py: measures live growths and the usual way; torchrun
-starts it.
+"""One rank of the growth benchmark: measures live growth and growth by gathering on rank 0.
 
     torchrun --nproc-per-node 4 tools/benchmarks/growth/rank.py CASES.json RESULTS.jsonl
 
-Each case is measured three times, on empty engines whose state is filled with random numbers.
-Seconds are those of the slowest rank in the fastest run, peaks those of the rank that held most in
-any, over what it held without a model.
+tools/benchmarks/growth/run.py starts it. Each case is measured three times, on engines whose state
+is filled with random numbers. Seconds are those of the slowest rank in the fastest repetition. Peak
+memory is the maximum over ranks and repetitions, above the memory of the process without a model.
 """
 
 import ctypes
@@ -35,40 +34,40 @@ from megagrow.train.stage import Stage, build_stage
 Measures = dict[str, float]
 REPEATS = 3
 NO_FEED: Any = None
-"""A stack is neither learned nor measured: it reads no tokens."""
+"""Stacking neither trains nor measures anything, so it reads no tokens."""
 
 
 def main() -> None:
-    """Measures every case of a file and adds a line of JSON for each to another."""
+    """Measure each case of a JSON file and append its results to a JSON lines file."""
     cases, results = map(Path, sys.argv[1:])
     device = init_process_group(read_launch())
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_world_size()))
     for case in json.loads(cases.read_text(encoding="utf-8")):
         run = RunConfig.model_validate(case["run"])
         needed = case["live_bytes"] // dist.get_world_size()
-        found = _best([measure_live(run, device, needed) for _ in range(REPEATS)])
-        if case["usual"]:
-            usual = _best([measure_usual(run, device, needed) for _ in range(REPEATS)])
-            if usual.pop("sum") != found["sum"]:
-                raise AssertionError("the usual way and the live growth made different models")
-            found |= {f"usual_{name}": value for name, value in usual.items()}
-        found.pop("sum")
+        measures = _best([measure_live(run, device, needed) for _ in range(REPEATS)])
+        if case["gather"]:
+            gather = _best([measure_gather(run, device, needed) for _ in range(REPEATS)])
+            if gather.pop("sum") != measures["sum"]:
+                raise AssertionError("live growth and growth by gathering gave different models")
+            measures |= {f"gather_{name}": value for name, value in gather.items()}
+        measures.pop("sum")
         if dist.get_rank() == 0:
             with results.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(case | found) + "\n")
+                lines.write(json.dumps(case | measures) + "\n")
     leave_process_group()
 
 
 def measure_live(run: RunConfig, device: torch.device, needed: int) -> Measures:
-    """A live growth, and then the limit: a plain copy of what it has made."""
+    """Measure a live growth, and a memcpy of the resulting state as the lower bound."""
     base, stage = _resident(), _begin(run, device)
     spent: dict[str, float] = {}
     _touch(needed)
     with _timed(growing, "build_stage", spent), _timed(growing, "exchange", spent), _peak() as peak:
         begin = time.perf_counter()
-        ended = growing.end_stage(stage)
-        stage, report = growing.grow(run, ended, NO_FEED)
-        del ended
+        finished = growing.end_stage(stage)
+        stage, report = growing.grow(run, finished, NO_FEED)
+        del finished
         seconds = time.perf_counter() - begin
     storage = stage.engine.storage()
     limit = min(_copy_seconds(storage) for _ in range(REPEATS))
@@ -87,18 +86,18 @@ def measure_live(run: RunConfig, device: torch.device, needed: int) -> Measures:
     }
 
 
-def measure_usual(run: RunConfig, device: torch.device, needed: int) -> Measures:
-    """The same growth by way of whole state dicts on rank 0."""
+def measure_gather(run: RunConfig, device: torch.device, needed: int) -> Measures:
+    """Measure the same growth by full state dicts on rank 0."""
     base, stage = _resident(), _begin(run, device)
     sent = [0]
     _touch(needed)
     with _peak() as peak:
         begin = time.perf_counter()
         layout, old = stage.layout, stage.release()
-        whole = _gather(layout, old, sent)
+        full = _gather(layout, old, sent)
         del old
-        grown = _stack(run, whole)
-        del whole
+        grown = _stack(run, full)
+        del full
         stage = build_stage(run, 1, device)
         _scatter(stage, grown, sent)
         del grown
@@ -115,7 +114,7 @@ def measure_usual(run: RunConfig, device: torch.device, needed: int) -> Measures
 
 
 def _best(measures: list[Measures]) -> Measures:
-    """The fastest run, with the shortest limit and the highest peak of all."""
+    """Return the fastest repetition, with the shortest limit and the highest peak."""
     best = min(measures, key=lambda one: one["seconds"])
     if "limit_seconds" in best:
         best["limit_seconds"] = min(one["limit_seconds"] for one in measures)
@@ -123,7 +122,7 @@ def _best(measures: list[Measures]) -> Measures:
 
 
 def _begin(run: RunConfig, device: torch.device) -> Stage:
-    """The first stage's engine with numbers in it, when all ranks have got there."""
+    """Build the first stage with random state on all ranks."""
     stage = build_stage(run, 0, device)
     generator = torch.Generator().manual_seed(dist.get_rank())
     for kinds in stage.engine.storage().values():
@@ -135,10 +134,10 @@ def _begin(run: RunConfig, device: torch.device) -> Stage:
 
 
 def _gather(layout: Layout, storage: Storage, sent: list[int]) -> dict[str, dict[str, Any]]:
-    """All state as whole flat tensors on rank 0; nothing elsewhere."""
-    rank, whole = dist.get_rank(), {}
+    """Gather the state as full flat tensors on rank 0; other ranks return empty entries."""
+    rank, gathered = dist.get_rank(), {}
     for name, spec in layout.plan.items():
-        whole[name] = {}
+        gathered[name] = {}
         for kind in STATE_KINDS:
             mine = layout.interval(name, rank)
             if rank > 0 and mine:
@@ -152,21 +151,21 @@ def _gather(layout: Layout, storage: Storage, sent: list[int]) -> dict[str, dict
                 theirs = layout.interval(name, peer)
                 if theirs:
                     dist.recv(full[theirs.start : theirs.stop], src=peer)
-            whole[name][kind] = full
-    return whole
+            gathered[name][kind] = full
+    return gathered
 
 
-def _stack(run: RunConfig, whole: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The grown state dict, on rank 0."""
+def _stack(run: RunConfig, full: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the grown state dict, on rank 0."""
     terms = stage_growth(run, 1).weights
     return {
-        name: {kind: tensor.clone() for kind, tensor in whole[term.sources[0]].items()}
+        name: {kind: tensor.clone() for kind, tensor in full[term.sources[0]].items()}
         for name, (term,) in terms.items()
     }
 
 
 def _scatter(stage: Stage, grown: dict[str, dict[str, Any]], sent: list[int]) -> None:
-    """Loads a state dict that rank 0 has into the engines of all ranks, tensor by tensor."""
+    """Load the state dict of rank 0 into the engines of all ranks, tensor by tensor."""
     rank, layout, storage = dist.get_rank(), stage.layout, stage.engine.storage()
     for name, spec in layout.plan.items():
         for kind in STATE_KINDS:
@@ -179,18 +178,18 @@ def _scatter(stage: Stage, grown: dict[str, dict[str, Any]], sent: list[int]) ->
 
 
 def _touch(needed: int) -> None:
-    """Fills and frees memory, so that the machine has it at hand.
+    """Allocate, fill and free memory before a measurement.
 
-    A virtual machine gives memory that is free for a second or two back to its host, and to get it
-    anew takes ten times as long as to copy it: whoever is measured first would pay for that.
+    A virtual machine returns memory that is free for a second or two to its host. Getting it back
+    takes ten times as long as copying it, which would distort the first measurement.
     """
-    held = torch.empty(needed, dtype=torch.uint8).fill_(1)
+    buffer = torch.empty(needed, dtype=torch.uint8).fill_(1)
     dist.barrier()
-    del held
+    del buffer
 
 
 def _copy_seconds(storage: Storage) -> float:
-    """Copying this rank's whole state once into new memory, while all ranks do the same."""
+    """Return the seconds of one copy of the state into new memory, concurrently on all ranks."""
     dist.barrier()
     begin = time.perf_counter()
     for kind in STATE_KINDS:
@@ -203,7 +202,7 @@ def _copy_seconds(storage: Storage) -> float:
 
 @contextmanager
 def _timed(module: Any, name: str, spent: dict[str, float]) -> Iterator[None]:
-    """Notes how long a function of a module takes, the ranks entering it together."""
+    """Record the duration of a function of a module; all ranks enter it at the same time."""
     original: Callable[..., Any] = getattr(module, name)
 
     def timed(*args: Any, **options: Any) -> Any:
@@ -219,15 +218,15 @@ def _timed(module: Any, name: str, spent: dict[str, float]) -> Iterator[None]:
 
 @contextmanager
 def _peak() -> Iterator[list[int]]:
-    """Bytes that were resident at most within the context, in a list of one once it has ended."""
-    found = [0]
+    """Yield a list that holds the peak resident bytes once the context has ended."""
+    peak = [0]
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
-    yield found
-    found[0] = _status("VmHWM")
+    yield peak
+    peak[0] = _status("VmHWM")
 
 
 def _resident() -> int:
-    """Bytes resident now, when what was freed is given back."""
+    """Return the resident bytes after returning freed memory to the system."""
     ctypes.CDLL(None).malloc_trim(0)
     return _status("VmRSS")
 

@@ -1,4 +1,4 @@
-"""Measures live growth against its limit and against the usual way, and planning at 512 ranks.
+"""Benchmark live growth against memcpy and against gathering, and planning at 512 ranks.
 
     python tools/benchmarks/growth/run.py --output bench_growth
 
@@ -30,7 +30,7 @@ from megagrow.reshard.transfers import plan_rank
 
 MIB = 2**20
 PROCESS_BYTES = 400 * MIB
-"""What a rank holds without a model."""
+"""Memory of a rank without a model."""
 RANK = Path(__file__).with_name("rank.py")
 
 SIZES: dict[str, dict[str, int]] = {
@@ -42,7 +42,7 @@ SIZES: dict[str, dict[str, int]] = {
 """Parameters of the target model; the source has a quarter of its layers."""
 
 TRANSPORT = {"optimizer_state": "transport"}
-"""All of the state moves."""
+"""The full optimizer state is transferred."""
 
 SEVEN_B = {
     "num_hidden_layers": 32,
@@ -66,38 +66,37 @@ PLANS: list[tuple[str, dict[str, int], str, Grid, Grid]] = [
     ("copy, 2048 to 4096 wide", HALF_AS_WIDE, "direct_width", (3, 64, 8), (3, 64, 8)),
     ("copy, 2048 to 4096 wide", HALF_AS_WIDE, "direct_width", (1, 128, 4), (3, 64, 8)),
 ]
-"""What grows into llama-7b, and (ZeRO stage, DP, TP) before and after."""
+"""Growths into llama-7b: label, source, operator, and (ZeRO stage, DP, TP) before and after."""
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("bench_growth"),
     size: Annotated[
         list[str] | None,
-        typer.Option(help=f"Target sizes, of {', '.join(SIZES)}; may be repeated."),
+        typer.Option(help=f"Target sizes, repeatable: {', '.join(SIZES)}."),
     ] = None,
     ranks: Annotated[
-        list[int] | None, typer.Option(help="Numbers of ranks, of 1, 2, 4, 8; may be repeated.")
+        list[int] | None, typer.Option(help="Numbers of ranks, repeatable. Default: 1, 2, 4, 8.")
     ] = None,
     zero: Annotated[
-        list[int] | None, typer.Option(help="ZeRO stages, by default 2 and 3; may be repeated.")
+        list[int] | None, typer.Option(help="ZeRO stages, repeatable. Default: 2 and 3.")
     ] = None,
     memory: Annotated[
         float | None,
-        typer.Option(help="GiB that all ranks together may hold; by default 7/8 of what is free."),
+        typer.Option(help="Total memory of all ranks in GiB. Default: 7/8 of the free memory."),
     ] = None,
-    usual: Annotated[bool, typer.Option(help="Whether to measure the usual way as well.")] = True,
+    gather: Annotated[bool, typer.Option(help="Also measure growth by gathering.")] = True,
 ) -> None:
-    """Measure live growth on this machine's CPU, and planning at 512 ranks.
+    """Measure live growth on the CPU, and planning at 512 ranks.
 
-    Every case is a Gstack growth by four, on empty engines with random numbers in them. Live
-    growth is the whole of megagrow.train.growth_event.event.grow: the next stage's engine is
-    built, and the
-    state moved from rank to rank. The limit is a plain memcpy of the target's fp32 weights and
-    moments into new memory, by the same processes at the same time. The usual way gathers full
-    state dicts on rank 0, grows them there, and loads them into new engines on all ranks.
+    Each case is a Gstack growth by a factor of four, on engines with random state. Live growth is
+    megagrow.train.growth_event.event.grow: it builds the engine of the next stage and transfers the
+    state between ranks. The lower bound is a memcpy of the target's fp32 weights and moments into
+    new memory, concurrently on all ranks. Growth by gathering gathers full state dicts on rank 0,
+    grows them there, and loads them into new engines on all ranks.
 
-    Each is measured three times and the fastest counts. What does not fit into memory is left out,
-    and said so.
+    Each is measured three times; the fastest counts. Cases that do not fit into memory are skipped
+    and listed.
     """
     output.mkdir(parents=True, exist_ok=True)
     console, begin = Console(), time.perf_counter()
@@ -108,12 +107,12 @@ def main(
             case
             for name in size or SIZES
             for stage in zero or (2, 3)
-            if (case := make_case(name, world, stage, room, usual, console))
+            if (case := make_case(name, world, stage, room, gather, console))
         ]
         console.print(
             f"{world} ranks: {len(cases)} cases, {time.perf_counter() - begin:.0f} s so far"
         )
-        results["growth"] += measured(world, cases)
+        results["growth"] += run_cases(world, cases)
     table = markdown(results)
     (output / "growth.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     (output / "growth.md").write_text(table, encoding="utf-8")
@@ -122,18 +121,18 @@ def main(
 
 
 def make_case(
-    name: str, world: int, zero: int, room: int, usual: bool, console: Console
+    name: str, world: int, zero: int, room: int, gather: bool, console: Console
 ) -> dict[str, Any] | None:
-    """A case for the ranks to measure, if it fits into `room` bytes."""
+    """Return a case for the ranks, or None if it does not fit into `room` bytes."""
     model = SIZES[name] | {"num_attention_heads": 16, "vocab_size": 8192}
     small = model | {"num_hidden_layers": model["num_hidden_layers"] // 4}
     state, old_state = (12 * _parameters(shape) for shape in (model, small))
-    # fp32 forward weights, and ZeRO-3's buffer for gradients; ZeRO-2 has whole weights everywhere.
+    # fp32 forward weights and ZeRO-3's gradient buffer; ZeRO-2 replicates the weights.
     forward = state * 2 // 3 if zero == 3 else world * state // 3
     live = state + forward + max(old_state, state // 3)
     room -= world * PROCESS_BYTES
     if live > room:
-        console.print(f"{name}, ZeRO-{zero}, {world} ranks: {live >> 20} MiB do not fit")
+        console.print(f"{name}, ZeRO-{zero}, {world} ranks: needs {live >> 20} MiB, skipped")
         return None
     stage = {"tokens": 1, "parallel": {"zero_stage": zero}, "optimizer": {"lr": 1e-3}}
     stage["batch"] = {"global_batch_size": world, "micro_batch_size": 1}
@@ -141,7 +140,7 @@ def make_case(
         "size": name,
         "ranks": world,
         "zero": zero,
-        "usual": usual and 2 * state + forward + old_state < room,
+        "gather": gather and 2 * state + forward + old_state < room,
         "target_bytes": state,
         "live_bytes": live - old_state,
         "run": {
@@ -153,39 +152,47 @@ def make_case(
     }
 
 
-def measured(world: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The cases with what was measured, by ranks of this machine."""
+def run_cases(world: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Measure cases on local ranks; return them with their measurements."""
     with tempfile.TemporaryDirectory() as folder:
-        asked, found = Path(folder, "cases.json"), Path(folder, "results.jsonl")
-        asked.write_text(json.dumps(cases), encoding="utf-8")
-        found.touch()
+        inputs, outputs = Path(folder, "cases.json"), Path(folder, "results.jsonl")
+        inputs.write_text(json.dumps(cases), encoding="utf-8")
+        outputs.touch()
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}")
-        subprocess.run([sys.executable, *launcher, RANK, asked, found], check=True)
-        lines = found.read_text(encoding="utf-8").splitlines()
+        subprocess.run([sys.executable, *launcher, RANK, inputs, outputs], check=True)
+        lines = outputs.read_text(encoding="utf-8").splitlines()
     results = [json.loads(line) for line in lines]
     return [{key: value for key, value in case.items() if key != "run"} for case in results]
 
 
 def planned(
-    what: str, source: dict[str, int], operator: str, old: Grid, new: Grid
+    label: str, source: dict[str, int], operator: str, old: Grid, new: Grid
 ) -> dict[str, Any]:
-    """Seconds and memory of planning all that one rank of 512 receives and sends; the worst of
-    three ranks, each in a process of its own."""
+    """Return seconds and memory of planning all transfers of one rank of 512.
+
+    The maximum over three ranks, each planned in a separate process.
+    """
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as pool:
-        found = [
+        measurements = [
             pool.submit(plan_seconds, source, operator, old, new, rank).result()
             for rank in (0, 300, 511)
         ]
-    seconds, peak, parcels = map(max, zip(*found, strict=True))
+    seconds, peak, transfers = map(max, zip(*measurements, strict=True))
     grids = {"before": old, "after": new}
-    return {"what": what, **grids, "seconds": seconds, "peak_bytes": peak, "parcels": parcels}
+    return {
+        "growth": label,
+        **grids,
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "transfers": transfers,
+    }
 
 
 def plan_seconds(
     source: dict[str, int], operator: str, old: Grid, new: Grid, rank: int
 ) -> tuple[float, int, int]:
-    """Seconds, peak bytes of this process, and how many copies and parcels a rank has."""
+    """Return seconds, peak bytes of this process, and the number of copies and transfers."""
     models = ModelConfig(**source), ModelConfig(**SEVEN_B)
     layouts = []
     for model, (zero, dp, tp) in zip(models, (old, new), strict=True):
@@ -195,49 +202,50 @@ def plan_seconds(
     growth = growth_map(*models, GrowthConfig(operator=[operator]))
     plan_of = plan_rank(rank, layouts[0], growth, layouts[1])
     seconds = time.perf_counter() - begin
-    sides = (plan_of.outgoing, plan_of.incoming)
-    parcels = len(plan_of.local) + sum(len(p) for side in sides for p in side.values())
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, parcels
+    directions = (plan_of.outgoing, plan_of.incoming)
+    transfers = sum(len(p) for direction in directions for p in direction.values())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return seconds, peak, len(plan_of.local) + transfers
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """All results as two tables."""
+    """Return all results as two Markdown tables."""
     lines = [
-        "| target | ranks | ZeRO | live s | build s | move s | memcpy s | live / memcpy | usual s |"
-        " sent MiB | usual sent MiB | peak MiB / rank | usual peak MiB / rank |",
+        "| target | ranks | ZeRO | live s | build s | move s | memcpy s | live / memcpy "
+        "| gather s | sent MiB | gather sent MiB | peak MiB / rank | gather peak MiB / rank |",
         "|---" * 13 + "|",
     ]
     for case in results["growth"]:
-        usual = [
-            case.get(f"usual_{key}") for key in ("seconds", "bytes_between_ranks", "peak_bytes")
-        ]
-        there = usual[0] is not None
+        seconds, sent, peak = (
+            case.get(f"gather_{key}") for key in ("seconds", "bytes_between_ranks", "peak_bytes")
+        )
         lines.append(
             f"| {case['size']} | {case['ranks']} | {case['zero']} | {case['seconds']:.2f} "
             f"| {case['build_seconds']:.2f} | {case['move_seconds']:.2f} "
             f"| {case['limit_seconds']:.2f} | {case['seconds'] / case['limit_seconds']:.1f} "
-            f"| {f'{usual[0]:.2f}' if there else '-'} | {_mib(case['bytes_between_ranks'])} "
-            f"| {_mib(usual[1])} | {_mib(case['peak_bytes'])} | {_mib(usual[2])} |"
+            f"| {'-' if seconds is None else f'{seconds:.2f}'} "
+            f"| {_mib(case['bytes_between_ranks'])} | {_mib(sent)} "
+            f"| {_mib(case['peak_bytes'])} | {_mib(peak)} |"
         )
     lines += ["", "Planning llama-7b on one rank of 512 (ZeRO stage, DP, TP):", ""]
-    lines += ["| growth | before | after | s | peak MiB | copies and parcels |", "|---" * 6 + "|"]
+    lines += ["| growth | before | after | s | peak MiB | copies and transfers |", "|---" * 6 + "|"]
     for plan in results["planning"]:
         lines.append(
-            f"| {plan['what']} | {plan['before']} | {plan['after']} | {plan['seconds']:.2f} "
-            f"| {_mib(plan['peak_bytes'])} | {plan['parcels']} |"
+            f"| {plan['growth']} | {plan['before']} | {plan['after']} | {plan['seconds']:.2f} "
+            f"| {_mib(plan['peak_bytes'])} | {plan['transfers']} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def draw(cases: list[dict[str, Any]], path: Path) -> None:
-    """Seconds and peak memory against the target's size, at four ranks or as near as there is."""
+    """Plot seconds and peak memory by target size, for the number of ranks nearest to 4."""
     world = min({case["ranks"] for case in cases}, key=lambda ranks: abs(ranks - 4))
     shown = [case for case in cases if case["ranks"] == world]
     sizes = {case["target_bytes"] / 2**30: case["size"] for case in shown}
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     for axes, keys, unit, scale in (
-        (figure.add_subplot(121), ("seconds", "usual_seconds", "limit_seconds"), "s", 1.0),
-        (figure.add_subplot(122), ("peak_bytes", "usual_peak_bytes"), "peak GiB per rank", 2**30),
+        (figure.add_subplot(121), ("seconds", "gather_seconds", "limit_seconds"), "s", 1.0),
+        (figure.add_subplot(122), ("peak_bytes", "gather_peak_bytes"), "peak GiB per rank", 2**30),
     ):
         for zero, dash in zip(sorted({case["zero"] for case in shown}), ("--", "-"), strict=False):
             for key, colour in zip(keys, ("#D55E00", "#0072B2", "#555555"), strict=False):
@@ -246,13 +254,13 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
                     for case in shown
                     if case["zero"] == zero and key in case
                 ]
-                name = {"u": "the usual way", "l": "memcpy"}.get(key[0], "live")
+                name = {"g": "gather on rank 0", "l": "memcpy"}.get(key[0], "live")
                 label = f"{name}, ZeRO-{zero}"
                 axes.plot(*zip(*points, strict=True), dash, color=colour, marker="o", label=label)
         axes.set(xlabel="target parameters", ylabel=unit, xscale="log", yscale="log")
         axes.set_xticks(list(sizes), list(sizes.values()))
         axes.minorticks_off()
-        axes.set_title(f"Gstack by four on {world} ranks")
+        axes.set_title(f"Gstack by a factor of four on {world} ranks")
         axes.legend(fontsize="small")
         axes.grid(True, alpha=0.3)
     figure.savefig(path, dpi=150)

@@ -1,8 +1,8 @@
-"""The gate between the steps of a contestant: it trains when it is its turn, and says what it took.
+"""Gate between the training steps of a benchmark configuration: waits for a turn and measures it.
 
-Every rank of every contestant is a process with a gate, which talks with the benchmark through a
-local socket. So all contestants are there at once, one of them trains at a time, and they take
-turns: what else the machine does meets all of them alike.
+Each rank of each configuration is a process with a gate that is connected to the benchmark by a
+local socket. All configurations run at the same time, and one of them trains at a time. Turns are
+short, so that other load on the machine affects all of them equally.
 """
 
 import time
@@ -14,71 +14,76 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Turn:
-    """Some steps in a row, as one rank saw them."""
+    """Consecutive steps, measured by one rank."""
 
     steps: int
     wall: float
     """Seconds."""
     cpu: float
-    """Seconds of all threads of the process, in user and system mode."""
+    """Seconds of all threads of the process, user and system time."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """What one contestant trains. All contestants have the same model, batch, precision (fp32),
-    optimizer (fused AdamW, clipped gradients) and threads in all."""
+class TrainingCase:
+    """Workload of one configuration.
 
-    contestant: str
+    All configurations have the same model, batch, precision (fp32), optimizer (fused AdamW, clipped
+    gradients) and total number of threads.
+    """
+
+    configuration: str
     ranks: int
     threads: int
-    """Of one rank."""
+    """Threads of one rank."""
     model: dict[str, int]
     sequence: int
     batch: int
-    """Sequences of a step, over all ranks and micro batches."""
+    """Sequences per step, over all ranks and micro-batches."""
     micro: int
     turns: tuple[int, ...]
-    """Steps of each turn; the first turn is one step, the start."""
+    """Steps of each turn; the first turn is one step and measures the start."""
     corpus: str
     folder: str
-    """For whatever it writes."""
+    """Folder of all outputs."""
     address: str
-    """Of the benchmark's socket."""
+    """Address of the benchmark's socket."""
     zero_stage: int = 1
 
     @property
     def steps(self) -> int:
-        """Of all turns."""
+        """Steps of all turns."""
         return sum(self.turns)
 
     @property
     def accumulation(self) -> int:
-        """Micro batches of a rank in a step."""
+        """Micro-batches per rank and step."""
         return self.batch // (self.micro * self.ranks)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, as `from_json` takes them."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
     @staticmethod
-    def from_json(values: dict[str, Any]) -> "Case":
-        """The inverse of `as_json`."""
-        return Case(**values | {"turns": tuple(values["turns"])})
+    def from_json(values: dict[str, Any]) -> "TrainingCase":
+        """Build a case from the result of `as_json`."""
+        return TrainingCase(**values | {"turns": tuple(values["turns"])})
 
 
 class Boundary(Protocol):
-    """What a contestant calls before its first step and after each of its steps."""
+    """Callback before the first step and after each step of a configuration."""
 
     def __call__(self) -> None: ...
 
 
 class Gate:
-    """Waits before each turn, and tells what it took after it. A `Boundary`."""
+    """Boundary that waits before each turn and reports its measurements afterwards."""
 
-    def __init__(self, case: Case, rank: int, extra: Callable[[], Any] = lambda: None) -> None:
-        """`extra` is asked after each turn for what else is to be told."""
+    def __init__(
+        self, case: TrainingCase, rank: int, extra: Callable[[], Any] = lambda: None
+    ) -> None:
+        """Connect to the benchmark; `extra` returns further values to report after a turn."""
         self._connection: Connection = Client(case.address)
-        self._connection.send((case.contestant, rank))
+        self._connection.send((case.configuration, rank))
         self._turns = list(case.turns)
         self._extra = extra
         self._left = 0

@@ -1,8 +1,7 @@
-"""The limit: training loops of nothing but torch, around three makes of the same model.
+"""Plain PyTorch training loops, the upper bound, with three implementations of the same model.
 
-No library around them, no metrics, no checks: batches are cut from a memory-mapped file, the loss
-is torch's cross-entropy, gradients are clipped by torch, and the update is torch's fused AdamW.
-Several ranks are torch's DistributedDataParallel.
+Without metrics and checks: batches are slices of a memory-mapped file, loss, gradient clipping and
+fused AdamW are those of torch. Several ranks use torch's DistributedDataParallel.
 """
 
 import math
@@ -15,15 +14,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tools.benchmarks.training.gate import Boundary, Case
+from tools.benchmarks.training.gate import Boundary, TrainingCase
 
 LR, CLIP, BETAS, DECAY = 1e-3, 1.0, (0.9, 0.95), 0.1
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
-def own_model(case: Case) -> tuple[nn.Module, Forward]:
-    """Megagrow's, without tensor parallelism, engine or anything else around it."""
+def own_model(case: TrainingCase) -> tuple[nn.Module, Forward]:
+    """Build megagrow's model, without tensor parallelism and without an engine."""
     from megagrow.config.schema import ModelConfig
     from megagrow.model.llama import LlamaForCausalLM
 
@@ -35,8 +34,8 @@ def own_model(case: Case) -> tuple[nn.Module, Forward]:
     return model, lambda model, ids: model(ids, positions)
 
 
-def hugging_face_model(case: Case) -> tuple[nn.Module, Forward]:
-    """That of transformers, with torch's attention."""
+def hugging_face_model(case: TrainingCase) -> tuple[nn.Module, Forward]:
+    """Build the model of transformers with torch's attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -45,8 +44,8 @@ def hugging_face_model(case: Case) -> tuple[nn.Module, Forward]:
     return LlamaForCausalLM(config), lambda model, ids: model(input_ids=ids).logits
 
 
-def litgpt_model(case: Case) -> tuple[nn.Module, Forward]:
-    """That of litgpt."""
+def litgpt_model(case: TrainingCase) -> tuple[nn.Module, Forward]:
+    """Build the model of litgpt."""
     from litgpt.config import Config
     from litgpt.model import GPT
 
@@ -71,10 +70,10 @@ def litgpt_model(case: Case) -> tuple[nn.Module, Forward]:
 MODELS = {"own": own_model, "hugging_face": hugging_face_model, "litgpt": litgpt_model}
 
 
-def plain_loop(case: Case, boundary: Boundary, make: str, rank: int) -> None:
-    """Trains one of the MODELS, all steps of a case."""
+def plain_loop(case: TrainingCase, boundary: Boundary, model_name: str, rank: int) -> None:
+    """Train one of the MODELS for all steps of a case."""
     torch.manual_seed(0)
-    model, forward = MODELS[make](case)
+    model, forward = MODELS[model_name](case)
     wrapped: Any = model
     if case.ranks > 1:
         dist.init_process_group("gloo")
@@ -100,8 +99,8 @@ def plain_loop(case: Case, boundary: Boundary, make: str, rank: int) -> None:
         dist.destroy_process_group()
 
 
-def micro_batches(case: Case, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's micro batches, (micro, sequence) token ids and labels, in file order."""
+def micro_batches(case: TrainingCase, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's micro-batches in file order: token ids and labels, (micro, sequence)."""
     from pathlib import Path
 
     from megagrow.data.indexed import IndexedCorpus

@@ -1,7 +1,7 @@
-"""Megagrow's own run, `megagrow.run.train`, with a gate between its steps; and where its time goes.
+"""Benchmark configuration of `megagrow.run.train`, and a breakdown of its step time.
 
-The run is the one that `megagrow train` makes of a file: data, metrics of each step (TensorBoard
-too), guards, watchdog, DeepSpeed.
+The run is that of `megagrow train`: data, metrics of each step (also TensorBoard), stability
+guards, watchdog, DeepSpeed.
 """
 
 import json
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tools.benchmarks.training.gate import Boundary, Case
+from tools.benchmarks.training.gate import Boundary, TrainingCase
 from tools.benchmarks.training.loops import BETAS, CLIP, DECAY, LR
 
 
-def train_own(case: Case, boundary: Boundary) -> None:
-    """Trains all steps of a case. `boundary` is called around each turn of the training loop."""
+def train_own(case: TrainingCase, boundary: Boundary) -> None:
+    """Train all steps of a case; `boundary` precedes each iteration of the training loop."""
     from megagrow import run
     from megagrow.config.load import load_run
 
@@ -36,10 +36,10 @@ def train_own(case: Case, boundary: Boundary) -> None:
     run.train(load_run(path))
 
 
-def run_values(case: Case) -> dict[str, Any]:
-    """The run file."""
+def run_values(case: TrainingCase) -> dict[str, Any]:
+    """Return the contents of the run file."""
     return {
-        "name": case.contestant,
+        "name": case.configuration,
         "output_dir": str(Path(case.folder, "run")),
         "precision": "fp32",
         "model": case.model,
@@ -57,10 +57,10 @@ def run_values(case: Case) -> dict[str, Any]:
     }
 
 
-class Clock:
-    """Seconds that named parts of a step take, by calls that are wrapped.
+class PartTimer:
+    """Seconds of the parts of a step, measured by wrapping functions.
 
-    A part that runs within another is taken out of that one: the seconds add up.
+    The time of a nested part is subtracted from the enclosing part, so that the parts add up.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Clock:
         self._within: list[float] = []
 
     def wrap(self, owner: Any, name: str, part: str) -> None:
-        """Counts the calls of owner.name from now on."""
+        """Add the time of all further calls of owner.name to a part."""
         original = getattr(owner, name)
 
         def timed(*arguments: Any, **options: Any) -> Any:
@@ -85,24 +85,24 @@ class Clock:
         setattr(owner, name, timed)
 
     def read(self) -> dict[str, float]:
-        """Seconds since the last call, by part."""
-        found, self.seconds = dict(self.seconds), defaultdict(float)
-        return found
+        """Return the seconds per part since the last call."""
+        parts, self.seconds = dict(self.seconds), defaultdict(float)
+        return parts
 
 
-def watch_parts(clock: Clock) -> None:
-    """Wraps what a step of a run consists of. Call before the run begins."""
+def time_parts(timer: PartTimer) -> None:
+    """Wrap the parts of a step of a run; to be called before the run starts."""
     from megagrow.data.batches import BatchReader
-    from megagrow.parallel import engine as zero
+    from megagrow.parallel.engine import ZeroEngine
     from megagrow.train import loop
-    from megagrow.train.reporting import run_logger as recorder
+    from megagrow.train.reporting.run_logger import RunLogger
 
-    clock.wrap(BatchReader, "read", "reading batches")
-    clock.wrap(zero.ZeroEngine, "forward", "forward")
-    clock.wrap(zero.ZeroEngine, "backward", "backward")
-    clock.wrap(zero.ZeroEngine, "step", "DeepSpeed's step without AdamW")
-    clock.wrap(torch.optim.AdamW, "step", "AdamW")
-    clock.wrap(dist, "all_reduce", "votes and sums over ranks")
-    clock.wrap(recorder.RunLogger, "step", "metrics")
-    clock.wrap(loop, "train_at", "the rest of the step: loss, rate, masks")
-    clock.wrap(loop, "_measured_step", "measures, memory, counters")
+    timer.wrap(BatchReader, "read", "reading batches")
+    timer.wrap(ZeroEngine, "forward", "forward")
+    timer.wrap(ZeroEngine, "backward", "backward")
+    timer.wrap(ZeroEngine, "step", "DeepSpeed step without AdamW")
+    timer.wrap(torch.optim.AdamW, "step", "AdamW")
+    timer.wrap(dist, "all_reduce", "all-reduce")
+    timer.wrap(RunLogger, "step", "metrics")
+    timer.wrap(loop, "train_at", "rest of the step: loss, learning rate, masks")
+    timer.wrap(loop, "_measured_step", "step metrics, memory, counters")

@@ -1,7 +1,7 @@
-"""Text to tokens: `megagrow prepare` against `datasets.map` with the same tokenizer.
+"""Tokenization speed of `megagrow prepare` and of `datasets.map` with the same tokenizer.
 
-Each way runs in a process of its own, on as many cores: from a file of JSON lines to tokens on the
-disk. What is imported before is not counted; processes that a way starts are.
+Each method runs in a separate process on the same number of cores, from a file of JSON lines to
+tokens on disk. The times exclude imports and include the worker processes of the method.
 """
 
 import json
@@ -24,8 +24,10 @@ ROUNDS = 3
 
 
 def corpus_of(folder: Path, size: int, vocab_size: int) -> tuple[Path, Path]:
-    """About `size` bytes of Python's own sources as JSON lines, and a corpus that is prepared of
-    them, with its tokenizer. Returns the paths of both, the second being a corpus's prefix."""
+    """Write about `size` bytes of the standard library as JSON lines, and a corpus of them.
+
+    Return the path of the text and the prefix of the corpus, which has its own tokenizer.
+    """
     from rich.console import Console
 
     from megagrow.data.prepare import TRAIN_TOKENIZER, prepare
@@ -38,7 +40,7 @@ def corpus_of(folder: Path, size: int, vocab_size: int) -> tuple[Path, Path]:
 
 
 def prepare_speeds(text: Path, corpus: Path, folder: Path, cores: int) -> dict[str, Any]:
-    """Median seconds of each way over some rounds, and what is not installed."""
+    """Return the median seconds of each method over `ROUNDS` rounds, or the missing packages."""
     if find_spec("datasets") is None:
         return {"not_installed": ["datasets"]}
     tokenizers = {"tokenizer.model": corpus / "tokenizer.model"}
@@ -46,29 +48,29 @@ def prepare_speeds(text: Path, corpus: Path, folder: Path, cores: int) -> dict[s
     seconds: dict[tuple[str, str], list[dict[str, float]]] = {}
     for _ in range(ROUNDS):
         for kind, tokenizer in tokenizers.items():
-            for way in WAYS:
-                if way == "datasets.map, sentencepiece" and kind == "tokenizer.json":
+            for method in METHODS:
+                if method == "datasets.map, sentencepiece" and kind == "tokenizer.json":
                     continue
-                told = _measured(way, text, tokenizer, folder / "prepared", cores)
-                seconds.setdefault((kind, way), []).append(told)
+                measurement = _measured(method, text, tokenizer, folder / "prepared", cores)
+                seconds.setdefault((kind, method), []).append(measurement)
     return {
         "bytes": text.stat().st_size,
         "cores": cores,
-        "ways": [
+        "methods": [
             {
                 "tokenizer": kind,
-                "way": way,
-                "seconds": statistics.median(one["seconds"] for one in told),
-                "cpu_seconds": statistics.median(one["cpu_seconds"] for one in told),
-                "tokens": told[0]["tokens"],
+                "method": method,
+                "seconds": statistics.median(one["seconds"] for one in rounds),
+                "cpu_seconds": statistics.median(one["cpu_seconds"] for one in rounds),
+                "tokens": rounds[0]["tokens"],
             }
-            for (kind, way), told in seconds.items()
+            for (kind, method), rounds in seconds.items()
         ],
     }
 
 
 def by_megagrow(text: Path, tokenizer: Path, output: Path, cores: int) -> Callable[[], int]:
-    """`megagrow prepare`; the number of tokens without those that end documents."""
+    """`megagrow prepare`; returns the number of tokens without end-of-document tokens."""
     from rich.console import Console
 
     from megagrow.data.prepare import prepare
@@ -83,7 +85,7 @@ def by_megagrow(text: Path, tokenizer: Path, output: Path, cores: int) -> Callab
 
 
 def by_datasets(text: Path, tokenizer: Path, output: Path, cores: int) -> Callable[[], int]:
-    """`datasets.map` in batches, with the tokenizer as transformers loads it."""
+    """`datasets.map` in batches with the tokenizer of transformers."""
     from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
     if tokenizer.suffix == ".json":
@@ -101,21 +103,21 @@ def by_datasets(text: Path, tokenizer: Path, output: Path, cores: int) -> Callab
 
 
 def by_sentencepiece(text: Path, tokenizer: Path, output: Path, cores: int) -> Callable[[], int]:
-    """`datasets.map` in batches, with SentencePiece itself."""
+    """`datasets.map` in batches with SentencePiece."""
     import sentencepiece
 
     model = tokenizer.read_bytes()
-    held: list[Any] = []
+    processors: list[Any] = []
 
     def tokens_of(rows: dict[str, list[str]]) -> dict[str, Any]:
-        if not held:
-            held.append(sentencepiece.SentencePieceProcessor(model_proto=model))
-        return {"input_ids": held[0].encode(rows["text"], out_type=int, num_threads=1)}
+        if not processors:
+            processors.append(sentencepiece.SentencePieceProcessor(model_proto=model))
+        return {"input_ids": processors[0].encode(rows["text"], out_type=int, num_threads=1)}
 
     return _mapped(text, output, cores, tokens_of)
 
 
-WAYS = {
+METHODS = {
     "megagrow prepare": by_megagrow,
     "datasets.map, transformers": by_datasets,
     "datasets.map, sentencepiece": by_sentencepiece,
@@ -123,9 +125,9 @@ WAYS = {
 
 
 def main() -> None:
-    """Measures one way; the arguments are those of `_measured`. Prints JSON."""
-    way, text, tokenizer, output, cores = sys.argv[1:]
-    run = WAYS[way](Path(text), Path(tokenizer), Path(output), int(cores))
+    """Measure one method with the arguments of `_measured`; print JSON."""
+    method, text, tokenizer, output, cores = sys.argv[1:]
+    run = METHODS[method](Path(text), Path(tokenizer), Path(output), int(cores))
     begin = time.perf_counter(), _cpu_seconds()
     tokens = run()
     spent = {"seconds": time.perf_counter() - begin[0], "cpu_seconds": _cpu_seconds() - begin[1]}
@@ -133,33 +135,34 @@ def main() -> None:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of those that it started and has waited for."""
+    """CPU seconds of this process and of its terminated children."""
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     usages = [resource.getrusage(kind) for kind in kinds]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _measured(way: str, text: Path, tokenizer: Path, output: Path, cores: int) -> dict[str, float]:
+def _measured(
+    method: str, text: Path, tokenizer: Path, output: Path, cores: int
+) -> dict[str, float]:
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
-    arguments = [way, *map(str, (text, tokenizer, output / "out", cores))]
-    own_file = Path(__file__).resolve()
+    arguments = [method, *map(str, (text, tokenizer, output / "out", cores))]
     done = subprocess.run(
-        [sys.executable, str(own_file), *arguments],
+        [sys.executable, str(Path(__file__).resolve()), *arguments],
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"{way} failed:\n{done.stderr[-2000:]}")
-    told: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return told
+        raise RuntimeError(f"{method} failed:\n{done.stderr[-2000:]}")
+    measurement: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measurement
 
 
 def _mapped(
     text: Path, output: Path, cores: int, tokens_of: Callable[[dict[str, list[str]]], Any]
 ) -> Callable[[], int]:
-    """What `map` writes into its cache is on the disk: nothing is saved a second time."""
+    """Return a function that runs `map`; its cache on disk counts as the output."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -176,7 +179,7 @@ def _mapped(
 
 
 def _byte_level(text: Path, folder: Path) -> Path:
-    """A byte-level BPE tokenizer.json of 4,096 tokens, as GPT-2's and Llama 3's are made."""
+    """Train a byte-level BPE tokenizer.json of 4,096 tokens, as for GPT-2 and Llama 3."""
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())

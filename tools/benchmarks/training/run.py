@@ -1,4 +1,4 @@
-"""Speed of the whole on this machine's CPU: training, start-up and `prepare`, against others.
+"""Benchmark training, start-up and `prepare` on the CPU against other implementations.
 
     python tools/benchmarks/training/run.py --output bench_training
 
@@ -22,12 +22,12 @@ from rich.markdown import Markdown
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from tools.benchmarks.training.gate import Case  # noqa: E402
+from tools.benchmarks.training.gate import TrainingCase  # noqa: E402
 from tools.benchmarks.training.prepare import corpus_of, prepare_speeds  # noqa: E402
 from tools.benchmarks.training.tables import markdown, summary  # noqa: E402
-from tools.benchmarks.training.turns import compete, finished, new_folder, started  # noqa: E402
+from tools.benchmarks.training.turns import new_folder, run_rounds, start, wait_for_all  # noqa: E402
 
-CONTESTANTS = {
+CONFIGURATIONS = {
     "ours": 1,
     "ours, timed": 1,
     "ours, ZeRO 1": 1,
@@ -41,17 +41,17 @@ CONTESTANTS = {
     "Trainer: 2 ranks": 2,
     "Trainer + DeepSpeed: 2 ranks": 2,
 }
-"""Name -> ranks."""
+"""Name -> number of ranks."""
 UNSHARDED = ("ours", "ours, timed")
-"""There is nothing to share out at one rank: ZeRO 0, as the loops. All others with DeepSpeed: 1."""
+"""Configurations with ZeRO 0, like the loops; all others with DeepSpeed use ZeRO 1."""
 NEEDS = {"loop, litgpt": "litgpt", "loop, HF model": "transformers"}
-NEEDS |= {name: "accelerate" for name in CONTESTANTS if name.startswith("Trainer")}
-"""What else has to be installed."""
+NEEDS |= {name: "accelerate" for name in CONFIGURATIONS if name.startswith("Trainer")}
+"""Configuration -> package that must be installed."""
 
 
 @dataclass(frozen=True)
-class Size:
-    """What is trained, for how long, and how much text is prepared."""
+class BenchmarkSize:
+    """Model, batch, number of steps, and bytes of text to tokenize."""
 
     model: dict[str, int]
     sequence: int
@@ -59,11 +59,11 @@ class Size:
     micro: int
     rounds: int
     steps: int
-    """Of a turn."""
+    """Steps per turn."""
     text_bytes: int
 
 
-FULL = Size(
+FULL = BenchmarkSize(
     model={
         "num_hidden_layers": 8,
         "hidden_size": 256,
@@ -80,7 +80,7 @@ FULL = Size(
     steps=2,
     text_bytes=16_000_000,
 )
-QUICK = Size(
+QUICK = BenchmarkSize(
     model=FULL.model
     | {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
     | {"num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 512},
@@ -97,27 +97,28 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("bench_training"),
     only: Annotated[
         list[str] | None,
-        typer.Option(help=f"Contestants, of: {'; '.join(CONTESTANTS)}. May be repeated."),
+        typer.Option(help=f"Configurations, repeatable: {'; '.join(CONFIGURATIONS)}."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Threads of each contestant in all; by default one a core.")
+        int | None, typer.Option(help="Total threads per configuration. Default: one per core.")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Rounds of turns.")] = None,
-    preparing: Annotated[bool, typer.Option(help="Whether to measure `prepare` as well.")] = True,
-    quick: Annotated[bool, typer.Option(help="A tiny model: no number means anything.")] = False,
+    rounds: Annotated[int | None, typer.Option(help="Number of rounds.")] = None,
+    preparing: Annotated[bool, typer.Option(help="Also measure `prepare`.")] = True,
+    quick: Annotated[bool, typer.Option(help="Use a tiny model, as a test.")] = False,
 ) -> None:
-    """Measure training, start-up and preparing on this machine's CPU against other ways.
+    """Measure training, start-up and tokenization on the CPU against other implementations.
 
-    All contestants train the same model on the same corpus, in fp32, with as many threads in all.
-    They take turns of some steps, one at a time, in rounds; a ratio is taken within a round, and
-    the median over the rounds counts. Beside wall time stands the CPU time of all threads, which
-    other work on the machine disturbs less. What is not installed is left out, and said so.
+    All configurations train the same model on the same corpus in fp32 with the same total number of
+    threads. They train a few steps at a time, in turn. A speedup is the median over rounds of the
+    ratio within a round. CPU time of all threads is reported in addition to wall time, because
+    other load on the machine affects it less. Configurations whose packages are not installed are
+    skipped and listed.
     """
     output.mkdir(parents=True, exist_ok=True)
     console, begin, size = Console(), time.perf_counter(), QUICK if quick else FULL
     size = replace(size, rounds=rounds or size.rounds)
     cores = threads or len(os.sched_getaffinity(0))
-    names = only or list(CONTESTANTS)
+    names = only or list(CONFIGURATIONS)
     missing = [name for name in names if name in NEEDS and find_spec(NEEDS[name]) is None]
     results: dict[str, Any] = {
         "model": size.model,
@@ -128,16 +129,16 @@ def main(
     with ExitStack() as stack:
         folder = new_folder(stack)
         text, corpus = corpus_of(folder, size.text_bytes, size.model["vocab_size"])
-        here = [name for name in names if name not in missing]
-        cases = [case_of(name, size, cores, corpus, folder) for name in here]
-        contestants = []
-        for case in cases:
-            contestants.append(started(case, stack))
-            seconds = contestants[-1].start_seconds
-            console.print(f"{case.contestant}: first step after {seconds:.1f} s", highlight=False)
-        compete(contestants)
-        finished(contestants)
-        results["training"] = [summary(contestant) for contestant in contestants]
+        installed = [name for name in names if name not in missing]
+        configurations = []
+        for name in installed:
+            case = case_of(name, size, cores, corpus, folder)
+            configurations.append(start(case, stack))
+            seconds = configurations[-1].start_seconds
+            console.print(f"{name}: time to first step {seconds:.1f} s", highlight=False)
+        run_rounds(configurations)
+        wait_for_all(configurations)
+        results["training"] = [summary(configuration) for configuration in configurations]
         if preparing:
             results["prepare"] = prepare_speeds(text, corpus.parent, folder, cores)
     results["seconds"] = time.perf_counter() - begin
@@ -147,11 +148,11 @@ def main(
     console.print(Markdown(table))
 
 
-def case_of(name: str, size: Size, cores: int, corpus: Path, folder: Path) -> Case:
-    """What a contestant trains."""
-    ranks, number = CONTESTANTS[name], list(CONTESTANTS).index(name)
-    return Case(
-        contestant=name,
+def case_of(name: str, size: BenchmarkSize, cores: int, corpus: Path, folder: Path) -> TrainingCase:
+    """Return the workload of a configuration."""
+    ranks, number = CONFIGURATIONS[name], list(CONFIGURATIONS).index(name)
+    return TrainingCase(
+        configuration=name,
         ranks=ranks,
         threads=max(1, cores // ranks),
         model=size.model,
@@ -160,7 +161,7 @@ def case_of(name: str, size: Size, cores: int, corpus: Path, folder: Path) -> Ca
         micro=size.micro,
         turns=(1, 1, *[size.steps] * size.rounds),
         corpus=str(corpus),
-        folder=str(folder / f"contestant-{number}"),
+        folder=str(folder / f"configuration-{number}"),
         address=str(folder / f"socket-{number}"),
         zero_stage=0 if name in UNSHARDED else 1,
     )

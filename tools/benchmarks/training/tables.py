@@ -1,17 +1,17 @@
-"""The results of run.py as numbers and as tables."""
+"""Summaries and Markdown tables of the results of run.py."""
 
 import statistics
 from typing import Any
 
-from tools.benchmarks.training.turns import Contestant
+from tools.benchmarks.training.turns import Configuration
 
 OURS = "ours"
 
 
-def summary(contestant: Contestant) -> dict[str, Any]:
-    """What a contestant's turns come to; the first turn is left out, in which memory is new."""
-    case = contestant.case
-    turns = contestant.turns[1:]
+def summary(configuration: Configuration) -> dict[str, Any]:
+    """Return the times of a configuration without the first turn, which allocates memory."""
+    case = configuration.case
+    turns = configuration.turns[1:]
     tokens = case.batch * case.sequence
     measured = [_parts(turn) for turn in turns]
     parts = {
@@ -19,10 +19,10 @@ def summary(contestant: Contestant) -> dict[str, Any]:
         for name in set().union(*measured)
     }
     return {
-        "contestant": case.contestant,
+        "configuration": case.configuration,
         "ranks": case.ranks,
         "threads": case.threads,
-        "start_seconds": contestant.start_seconds,
+        "start_seconds": configuration.start_seconds,
         "wall": [turn["wall"] / turn["steps"] / tokens for turn in turns],
         "cpu": [turn["cpu"] / turn["steps"] / tokens for turn in turns],
         "step_seconds": statistics.median(turn["wall"] / turn["steps"] for turn in turns),
@@ -31,22 +31,24 @@ def summary(contestant: Contestant) -> dict[str, Any]:
 
 
 def _parts(turn: dict[str, Any]) -> dict[str, float]:
-    """Seconds of the parts of a step in one turn; none where they are not measured."""
+    """Return the seconds of each part of a step in one turn, or {} if not measured."""
     parts = {name: seconds / turn["steps"] for name, seconds in (turn["parts"] or {}).items()}
     rest = turn["wall"] / turn["steps"] - sum(parts.values())
-    return parts | {"between the steps": rest} if parts else {}
+    return parts | {"between steps": rest} if parts else {}
 
 
 def ratio(results: list[dict[str, Any]], one: str, other: str, clock: str) -> float:
-    """How many times as fast `one` is as `other`: the median of the rounds' ratios, by `clock`
-    (`wall` or `cpu`), each a list of seconds per token."""
-    by_name = {row["contestant"]: row for row in results}
+    """Return the speedup of `one` over `other`: the median ratio over the rounds.
+
+    `clock` is `wall` or `cpu`, a list of seconds per token for each round.
+    """
+    by_name = {row["configuration"]: row for row in results}
     pairs = zip(by_name[one][clock], by_name[other][clock], strict=True)
     return statistics.median(theirs / own for own, theirs in pairs)
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """All results as tables."""
+    """Return all results as Markdown tables."""
     lines = _training_table(results.get("training", []))
     lines += [f"Not installed: {name}" for name in results.get("not_installed", [])]
     for row in results.get("training", []):
@@ -59,16 +61,16 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def _training_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Ours against each contestant of as many ranks."""
+    """Return the speedups of ours over the configurations with the same number of ranks."""
     lines = [
-        "| contestant | ranks | tokens/s | ours is faster by, wall | ours is faster by, CPU time "
-        "| first step after s |",
+        "| configuration | ranks | tokens/s | speedup of ours, wall | speedup of ours, CPU time "
+        "| time to first step, s |",
         "|---" * 6 + "|",
     ]
-    names = {row["contestant"] for row in rows}
+    names = {row["configuration"] for row in rows}
     for row in rows:
         own = OURS if row["ranks"] == 1 else f"{OURS}: {row['ranks']} ranks"
-        name = row["contestant"]
+        name = row["configuration"]
         ratios = ["-", "-"]
         if own in names:
             ratios = [f"{ratio(rows, own, name, clock):.3f}" for clock in ("wall", "cpu")]
@@ -81,26 +83,30 @@ def _training_table(rows: list[dict[str, Any]]) -> list[str]:
 
 def _parts_table(row: dict[str, Any]) -> list[str]:
     step = sum(row["parts"].values())
-    lines = [f"| part of a step of {row['contestant']!r}, median | ms | share |", "|---|---|---|"]
+    lines = [
+        f"| part of a step, median of {row['configuration']!r} | ms | share |",
+        "|---|---|---|",
+    ]
     for name, seconds in row["parts"].items():
         lines.append(f"| {name} | {1000 * seconds:.2f} | {100 * seconds / step:.2f}% |")
-    return [*lines, f"| together | {1000 * step:.1f} | 100% |"]
+    return [*lines, f"| total | {1000 * step:.1f} | 100% |"]
 
 
-def _prepare_table(found: dict[str, Any]) -> list[str]:
-    if "ways" not in found:
-        return [f"prepare: not installed: {', '.join(found['not_installed'])}"]
+def _prepare_table(results: dict[str, Any]) -> list[str]:
+    if "methods" not in results:
+        return [f"prepare: not installed: {', '.join(results['not_installed'])}"]
+    size = results["bytes"] / 1e6
     lines = [
-        f"{found['bytes'] / 1e6:.1f} MB of JSON lines on {found['cores']} cores:",
+        f"{size:.1f} MB of JSON lines on {results['cores']} cores:",
         "",
-        "| tokenizer | way | MB/s | tokens | prepare is faster by, wall | by, CPU time |",
+        "| tokenizer | method | MB/s | tokens | speedup of prepare, wall | CPU time |",
         "|---|---|---|---|---|---|",
     ]
-    own = {row["tokenizer"]: row for row in found["ways"] if "prepare" in row["way"]}
-    for row in found["ways"]:
+    own = {row["tokenizer"]: row for row in results["methods"] if "prepare" in row["method"]}
+    for row in results["methods"]:
         ours = own[row["tokenizer"]]
         lines.append(
-            f"| {row['tokenizer']} | {row['way']} | {found['bytes'] / 1e6 / row['seconds']:.2f} "
+            f"| {row['tokenizer']} | {row['method']} | {size / row['seconds']:.2f} "
             f"| {row['tokens']:,} | {row['seconds'] / ours['seconds']:.2f} "
             f"| {row['cpu_seconds'] / ours['cpu_seconds']:.2f} |"
         )

@@ -1,18 +1,18 @@
-"""Hugging Face's Trainer on transformers' Llama, plain and with DeepSpeed."""
+"""Hugging Face Trainer with the Llama model of transformers, with and without DeepSpeed."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tools.benchmarks.training.gate import Boundary, Case
+from tools.benchmarks.training.gate import Boundary, TrainingCase
 from tools.benchmarks.training.loops import BETAS, CLIP, DECAY, LR, hugging_face_model
 
 
-class Sequences(torch.utils.data.Dataset):
-    """Sequence i of a corpus in file order, as the Trainer's own collator takes it."""
+class SequenceDataset(torch.utils.data.Dataset):
+    """Sequences of a corpus in file order, in the format of the Trainer's collator."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: TrainingCase) -> None:
         from megagrow.data.indexed import IndexedCorpus
 
         self._tokens, self._length = IndexedCorpus(Path(case.corpus)).tokens, case.sequence
@@ -25,8 +25,8 @@ class Sequences(torch.utils.data.Dataset):
         return {"input_ids": part, "labels": part}
 
 
-def train_with_trainer(case: Case, boundary: Boundary, deepspeed: bool) -> None:
-    """Trains all steps of a case."""
+def train_with_trainer(case: TrainingCase, boundary: Boundary, deepspeed: bool) -> None:
+    """Train all steps of a case."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Steps(TrainerCallback):
@@ -53,12 +53,12 @@ def train_with_trainer(case: Case, boundary: Boundary, deepspeed: bool) -> None:
         deepspeed=_deepspeed(case) if deepspeed else None,
     )
     model, _ = hugging_face_model(case)
-    trainer = Trainer(model, arguments, train_dataset=Sequences(case), callbacks=[Steps()])
+    trainer = Trainer(model, arguments, train_dataset=SequenceDataset(case), callbacks=[Steps()])
     boundary()
     trainer.train()
 
 
-def _deepspeed(case: Case) -> dict[str, Any]:
+def _deepspeed(case: TrainingCase) -> dict[str, Any]:
     return {
         "train_batch_size": case.batch,
         "train_micro_batch_size_per_gpu": case.micro,

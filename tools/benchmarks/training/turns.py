@@ -1,4 +1,4 @@
-"""Starts the contestants of run.py and lets them train in turns."""
+"""Start the configurations of run.py and let them train in turn."""
 
 import json
 import os
@@ -13,43 +13,45 @@ from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
-from tools.benchmarks.training.gate import Case
+from tools.benchmarks.training.gate import TrainingCase
 
 WORKER = Path(__file__).with_name("worker.py")
-PATIENCE = 240.0
-"""Seconds for a contestant to start."""
+TIMEOUT = 240.0
+"""Seconds to wait for a start, a turn or an exit."""
 
 
 @dataclass
-class Contestant:
-    """One contestant's processes, and what they have told so far."""
+class Configuration:
+    """Processes of one configuration and their measurements."""
 
-    case: Case
+    case: TrainingCase
     processes: list[subprocess.Popen[bytes]]
     connections: list[Connection]
     start_seconds: float = 0.0
-    """From the start of its processes to the end of its first step."""
+    """Seconds from the start of the processes to the end of the first step."""
     turns: list[dict[str, float]] = field(default_factory=list)
-    """Of each turn after the first: steps, wall seconds of the slowest rank, CPU seconds of all
-    ranks together, and seconds of the parts of a step on rank 0 where they are measured."""
+    """Per turn after the first: steps, wall seconds of the slowest rank, total CPU seconds of all
+    ranks, and seconds of the parts of a step on rank 0 if they are measured."""
 
     def turn(self) -> dict[str, Any]:
-        """Lets it train its next turn; what that took."""
+        """Train the next turn and return its measurements."""
         for connection in self.connections:
             connection.send(None)
-        told = [_receive(self, connection) for connection in self.connections]
+        messages = [_receive(self, connection) for connection in self.connections]
         return {
-            "at": max(message["at"] for message in told),
-            "steps": told[0]["turn"]["steps"],
-            "wall": max(message["turn"]["wall"] for message in told),
-            "cpu": sum(message["turn"]["cpu"] for message in told),
-            "parts": told[0]["extra"],
+            "at": max(message["at"] for message in messages),
+            "steps": messages[0]["turn"]["steps"],
+            "wall": max(message["turn"]["wall"] for message in messages),
+            "cpu": sum(message["turn"]["cpu"] for message in messages),
+            "parts": messages[0]["extra"],
         }
 
 
-def started(case: Case, stack: ExitStack) -> Contestant:
-    """Starts a contestant and lets it train its first step. RuntimeError with what it said if it
-    comes to an end instead."""
+def start(case: TrainingCase, stack: ExitStack) -> Configuration:
+    """Start a configuration and train its first step.
+
+    Raises RuntimeError with the last output if a process exits or hangs.
+    """
     Path(case.folder).mkdir(parents=True)
     listener = stack.enter_context(Listener(case.address, family="AF_UNIX"))
     begin = time.time()
@@ -65,29 +67,29 @@ def started(case: Case, stack: ExitStack) -> Contestant:
             continue
         _, rank = connection.recv()
         by_rank[rank] = stack.enter_context(connection)
-    contestant = Contestant(case, processes, [by_rank[rank] for rank in sorted(by_rank)])
-    contestant.start_seconds = contestant.turn()["at"] - begin
-    return contestant
+    configuration = Configuration(case, processes, [by_rank[rank] for rank in sorted(by_rank)])
+    configuration.start_seconds = configuration.turn()["at"] - begin
+    return configuration
 
 
-def compete(contestants: list[Contestant]) -> None:
-    """All remaining turns, in rounds; every other round goes backwards."""
-    rounds = len(contestants[0].case.turns) - 1
+def run_rounds(configurations: list[Configuration]) -> None:
+    """Run all remaining turns, in rounds; every other round is in reverse order."""
+    rounds = len(configurations[0].case.turns) - 1
     for number in range(rounds):
-        for contestant in contestants[:: -1 if number % 2 else 1]:
-            contestant.turns.append(contestant.turn())
+        for configuration in configurations[:: -1 if number % 2 else 1]:
+            configuration.turns.append(configuration.turn())
 
 
-def finished(contestants: list[Contestant]) -> None:
-    """Waits for the processes to come to their end."""
-    for contestant in contestants:
-        for process in contestant.processes:
-            process.wait(PATIENCE)
+def wait_for_all(configurations: list[Configuration]) -> None:
+    """Wait until all processes have exited."""
+    for configuration in configurations:
+        for process in configuration.processes:
+            process.wait(TIMEOUT)
 
 
-def _process(case: Case, rank: int, stack: ExitStack) -> subprocess.Popen[bytes]:
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.ranks}
-    environment = os.environ | {key: str(value) for key, value in places.items()}
+def _process(case: TrainingCase, rank: int, stack: ExitStack) -> subprocess.Popen[bytes]:
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.ranks}
+    environment = os.environ | {key: str(value) for key, value in variables.items()}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port(case))}
     environment |= {"OMP_NUM_THREADS": str(case.threads), "DS_ACCELERATOR": "cpu"}
     with Path(case.folder, f"log-{rank}.txt").open("wb") as log:
@@ -97,12 +99,12 @@ def _process(case: Case, rank: int, stack: ExitStack) -> subprocess.Popen[bytes]
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    stack.callback(_end, process)
+    stack.callback(_kill, process)
     return process
 
 
-def _port(case: Case) -> int:
-    """One that is free, the same for all ranks of a contestant."""
+def _port(case: TrainingCase) -> int:
+    """Return a free port, the same for all ranks of a configuration."""
     path = Path(case.folder, "port")
     if not path.exists():
         with socket.socket() as free:
@@ -111,36 +113,36 @@ def _port(case: Case) -> int:
     return int(path.read_text(encoding="ascii"))
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.kill()
         process.wait()
 
 
-def _receive(contestant: Contestant, connection: Connection) -> dict[str, Any]:
+def _receive(configuration: Configuration, connection: Connection) -> dict[str, Any]:
     begin = time.time()
     while not connection.poll(1.0):
-        _check(contestant.case, contestant.processes, begin)
+        _check(configuration.case, configuration.processes, begin)
     try:
         message: dict[str, Any] = connection.recv()
     except EOFError:
-        raise _failure(contestant.case) from None
+        raise _failure(configuration.case) from None
     return message
 
 
-def _check(case: Case, processes: list[subprocess.Popen[bytes]], begin: float) -> None:
+def _check(case: TrainingCase, processes: list[subprocess.Popen[bytes]], begin: float) -> None:
     if any(process.poll() for process in processes):
         raise _failure(case)
-    if time.time() - begin > PATIENCE:
-        raise RuntimeError(f"{case.contestant}: nothing was heard of it for {PATIENCE:.0f} s")
+    if time.time() - begin > TIMEOUT:
+        raise RuntimeError(f"{case.configuration}: no response for {TIMEOUT:.0f} s")
 
 
-def _failure(case: Case) -> RuntimeError:
+def _failure(case: TrainingCase) -> RuntimeError:
     logs = sorted(Path(case.folder).glob("log-*.txt"))
     last = [log.read_text(encoding="utf-8", errors="replace")[-2000:] for log in logs]
-    return RuntimeError("\n".join((f"{case.contestant} failed:", *last)))
+    return RuntimeError("\n".join((f"{case.configuration} failed:", *last)))
 
 
 def new_folder(stack: ExitStack) -> Path:
-    """A temporary folder."""
+    """Create a temporary folder."""
     return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench_training_")))

@@ -1,4 +1,4 @@
-"""One rank of one contestant of run.py, which starts it as a launcher does."""
+"""One rank of one configuration of run.py, which sets the launcher variables."""
 
 import json
 import sys
@@ -10,22 +10,22 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import torch  # noqa: E402
 
 from megagrow.parallel.launch import read_launch  # noqa: E402
-from tools.benchmarks.training.gate import Case, Gate  # noqa: E402
+from tools.benchmarks.training.gate import Gate, TrainingCase  # noqa: E402
 
 
 def main() -> None:
-    """Trains the case that the first argument holds."""
-    case = Case.from_json(json.loads(sys.argv[1]))
+    """Train the case in the first argument."""
+    case = TrainingCase.from_json(json.loads(sys.argv[1]))
     torch.set_num_threads(case.threads)
     rank = read_launch().rank
-    name = case.contestant.split(":")[0]
+    name = case.configuration.split(":")[0]
     if name.startswith("ours"):
-        from tools.benchmarks.training.ours import Clock, train_own, watch_parts
+        from tools.benchmarks.training.ours import PartTimer, time_parts, train_own
 
-        clock = Clock()
+        timer = PartTimer()
         if name == "ours, timed":
-            watch_parts(clock)
-        train_own(case, Gate(case, rank, clock.read))
+            time_parts(timer)
+        train_own(case, Gate(case, rank, timer.read))
     elif name.startswith("Trainer"):
         from tools.benchmarks.training.trainer import train_with_trainer
 
@@ -33,8 +33,8 @@ def main() -> None:
     else:
         from tools.benchmarks.training.loops import plain_loop
 
-        makes = {"loop, our model": "own", "loop, HF model": "hugging_face"}
-        plain_loop(case, Gate(case, rank), makes.get(name, "litgpt"), rank)
+        models = {"loop, our model": "own", "loop, HF model": "hugging_face"}
+        plain_loop(case, Gate(case, rank), models.get(name, "litgpt"), rank)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A growth map applied to whole tensors by plain matrix products: the measure of all other paths.
+"""Reference implementation of growth maps: matrix products of full tensors.
 
-A gather becomes two matrices of zeros and scales, so that nothing here shares an indexing trick
-with the code that it measures.
+A gather becomes two matrices of zeros and scales, so that this code shares no indexing with the
+code that is compared with it.
 """
 
 import numpy as np
@@ -14,15 +14,15 @@ from megagrow.parallel.initialize import normal
 from megagrow.parallel.sharding import STATE_KINDS, ParamSpec, parameter_plan
 
 State = dict[str, dict[str, Tensor]]
-"""Parameter -> kind of state -> the whole logical tensor (rows, cols)."""
+"""Parameter -> kind of state -> full logical tensor (rows, cols)."""
 
 
 def grown(
     state: State, growth: GrowthMap, target: ModelConfig, kinds: tuple[str, ...] = STATE_KINDS
 ) -> State:
-    """The state of the target, or some kinds of it; in the type of the source's.
+    """Return the state of the target, or some kinds of it, in the dtype of the source.
 
-    Differentiable in the source's state.
+    Differentiable with respect to the source's state.
     """
     return {
         name: {kind: _made(state, growth, spec, kind) for kind in kinds}
@@ -54,7 +54,7 @@ def _gathered(source: Tensor, term: Gather) -> Tensor:
 
 
 def _matrix(axis: Axis, size: int) -> Tensor:
-    """The (target, source) matrix of an axis."""
+    """Return the (target, source) matrix of an axis."""
     index = np.arange(size) if axis.index is None else axis.index
     matrix = torch.zeros(len(index), size, dtype=torch.float64)
     for i, origin in enumerate(index.tolist()):
@@ -74,7 +74,7 @@ def _mixed(state: State, term: Dense, kind: str) -> Tensor:
 
 
 def filled(fill: Fill, rows: int, cols: int) -> Tensor:
-    """All numbers of a fill, (rows, cols) fp64."""
+    """Return the values of a fill, (rows, cols) fp64."""
     noise = normal(fill.stream, 0, rows * cols).view(rows, cols).double()
     new_rows = _mask(fill.new_rows, rows)
     new_cols = _mask(fill.new_cols, cols)

@@ -1,0 +1,196 @@
+"""Reference forward pass and training of a small model, in fp64 and in one process."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from megagrow.config.schema import ModelConfig
+from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.masks import Masks
+from megagrow.parallel.engine import STATE_KINDS
+from megagrow.parallel.engine_config import ParamScale
+from megagrow.parallel.sharding import parameter_plan
+from tools.docs.operators.cases import GrowthCase
+from tools.docs.operators.dense_growth import State, grown
+
+Tensors = dict[str, Tensor]
+"""Parameter -> full logical tensor (rows, cols), fp64."""
+
+BEFORE, AFTER = 5, 15
+"""Steps of the source, and then of the source and of the grown model."""
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Hyperparameters of AdamW with clipping by the global norm."""
+
+    lr: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-6
+    weight_decay: float = 0.1
+    clipping: float = 0.5
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> Tensors:
+    """Return weights without any symmetry, with gains around 1."""
+    generator = torch.Generator().manual_seed(seed)
+    out = {}
+    for name, spec in parameter_plan(config, tp=1).items():
+        noise = torch.randn(spec.rows, spec.cols, generator=generator, dtype=torch.float64)
+        out[name] = 1 + 0.3 * noise if spec.is_vector else noise * spec.cols**-0.5
+    return out
+
+
+def random_ids(config: ModelConfig, length: int = 6, seed: int = 0) -> Tensor:
+    """Return two sequences of random tokens, (2, length) int64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (2, length), generator=generator)
+
+
+def logits(
+    config: ModelConfig,
+    weights: Tensors,
+    ids: Tensor,
+    first: int = 0,
+    masks: Masks | None = None,
+) -> Tensor:
+    """Return the logits (B, S, V) of ids (B, S) at positions from `first`."""
+    plan = parameter_plan(config, tp=1)
+    shaped = {name: w.ravel() if plan[name].is_vector else w for name, w in weights.items()}
+    positions = torch.arange(first, first + ids.shape[1]).expand_as(ids)
+    return functional_call(
+        _skeleton(config.model_dump_json()), shaped, (ids, positions, None, masks)
+    )
+
+
+@lru_cache(maxsize=64)
+def _skeleton(config: str) -> LlamaForCausalLM:
+    with torch.device("meta"):
+        return LlamaForCausalLM(ModelConfig.model_validate_json(config))
+
+
+def grown_weights(case: GrowthCase, weights: Tensors) -> Tensors:
+    """Apply a growth to weights; differentiable."""
+    state = {name: {"fp32": w} for name, w in weights.items()}
+    return weights_of(grown(state, case.growth, case.target, ("fp32",)))
+
+
+def apart(case: GrowthCase, before: Tensors, after: Tensors, ids: Tensor, first: int = 0) -> float:
+    """Return the largest difference of a logit between source and target weights."""
+    with torch.no_grad():
+        old = logits(case.source, before, ids, first)
+        new = logits(case.target, after, ids, first)
+    return (old - new).abs().max().item()
+
+
+def loss(config: ModelConfig, weights: Tensors, ids: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the next token."""
+    predicted = logits(config, weights, ids)[:, :-1]
+    return cross_entropy(predicted.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def gradients(config: ModelConfig, weights: Tensors, ids: Tensor) -> Tensors:
+    """Return the gradient of the loss with respect to each parameter, (rows, cols)."""
+    leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+    values = torch.autograd.grad(loss(config, leaves, ids), list(leaves.values()))
+    return dict(zip(leaves, values, strict=True))
+
+
+def trained(
+    config: ModelConfig,
+    state: State,
+    batches: list[Tensor],
+    step: int = 0,
+    adam: Adam | None = None,
+    scales: Mapping[str, ParamScale] | None = None,
+) -> State:
+    """Return the state after one update per batch by torch's AdamW, from step count `step`.
+
+    `scales` are factors on each parameter's lr, weight decay and eps, and on its squared gradient
+    in the global norm.
+    """
+    adam, scales = adam or Adam(), scales or {}
+    leaves = {name: kinds["fp32"].clone().requires_grad_() for name, kinds in state.items()}
+    optimizer = _adamw(leaves, adam, scales)
+    for name, leaf in leaves.items():
+        moments = {kind: state[name][kind].clone() for kind in STATE_KINDS[1:]}
+        optimizer.state[leaf] = {"step": torch.tensor(float(step)), **moments}
+    for ids in batches:
+        grads = gradients(config, leaves, ids)
+        squares = [scales.get(n, ParamScale()).norm * g.square().sum() for n, g in grads.items()]
+        norm = torch.stack(squares).sum().sqrt()
+        for name, leaf in leaves.items():
+            leaf.grad = grads[name] * min(1.0, adam.clipping / norm.item())
+        optimizer.step()
+    return {
+        name: {"fp32": leaf.detach()}
+        | {kind: optimizer.state[leaf][kind] for kind in STATE_KINDS[1:]}
+        for name, leaf in leaves.items()
+    }
+
+
+def _adamw(leaves: Tensors, adam: Adam, scales: Mapping[str, ParamScale]) -> torch.optim.AdamW:
+    groups = []
+    for name, leaf in leaves.items():
+        scale = scales.get(name, ParamScale())
+        groups.append(
+            {
+                "params": [leaf],
+                "lr": adam.lr * scale.lr,
+                "weight_decay": adam.weight_decay * scale.weight_decay,
+                "eps": adam.eps * scale.eps,
+            }
+        )
+    return torch.optim.AdamW(groups, betas=adam.betas, foreach=False)
+
+
+def weights_of(state: State) -> Tensors:
+    """Return the weights of a state."""
+    return {name: kinds["fp32"] for name, kinds in state.items()}
+
+
+def fresh_state(weights: Tensors) -> State:
+    """Return a state with zero moments."""
+    return {
+        name: {"fp32": w, "exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}
+        for name, w in weights.items()
+    }
+
+
+def random_batches(config: ModelConfig, count: int, seed: int = 0) -> list[Tensor]:
+    """Return batches of random tokens, each (2, 6) int64."""
+    return [random_ids(config, seed=seed + k) for k in range(count)]
+
+
+def trained_source(config: ModelConfig, adam: Adam | None = None) -> State:
+    """Return the state of a random model after `BEFORE` steps."""
+    start = fresh_state(random_weights(config))
+    return trained(config, start, random_batches(config, BEFORE), adam=adam)
+
+
+def trajectory_difference(
+    case: GrowthCase,
+    transported: bool = True,
+    scales: Mapping[str, ParamScale] | None = None,
+    adam: Adam | None = None,
+) -> float:
+    """Return the largest difference of a logit after training source and grown model further.
+
+    Both train `AFTER` steps on the same batches. `scales` replaces the factors of the growth; the
+    moments are reset unless `transported`.
+    """
+    source, target = case.source, case.target
+    old = trained_source(source, adam)
+    new = grown(old, case.growth, target)
+    if not transported:
+        new = fresh_state(weights_of(new))
+    scales = case.growth.scales if scales is None else scales
+    later = random_batches(source, AFTER, seed=1000)
+    old = trained(source, old, later, BEFORE, adam)
+    new = trained(target, new, later, BEFORE if transported else 0, adam, scales)
+    return apart(case, weights_of(old), weights_of(new), random_ids(source, seed=7))
