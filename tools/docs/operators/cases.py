@@ -8,7 +8,7 @@ from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.constraints import Event
 from megagrow.growth.map import GrowthMap
-from megagrow.growth.operators import growing, growth_map
+from megagrow.growth.operators import growth_map, resolve_operators
 from megagrow.growth.validation import event_problems
 
 Sizes = dict[str, Any]
@@ -37,7 +37,7 @@ def growth_case(source: ModelConfig, target: Sizes, **options: Any) -> GrowthCas
     """
     config = GrowthConfig(**options)
     model = source.model_copy(update=target)
-    width = growing(source, model, config, "").width
+    width = resolve_operators(source, model, config, "").width
     if width.scaled_eps:
         eps = source.rms_norm_eps * width.gain**2
         model = model.model_copy(update={"rms_norm_eps": eps})
