@@ -1,1 +1,1 @@
-"""Readers and writers of other programs' checkpoints."""
+"""Readers and writers of checkpoints of other programs: Hugging Face, Megatron-LM, DeepSpeed."""

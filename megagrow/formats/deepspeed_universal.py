@@ -1,9 +1,9 @@
-"""DeepSpeed's Universal Checkpoints: every parameter whole, in a folder of its own, and read here.
+"""Reader and writer of DeepSpeed Universal Checkpoints: full parameters, one folder each.
 
-The form is that of DeepSpeed 0.19 (deepspeed/checkpoint/ds_to_universal.py): zero/PARAMETER/ has
-fp32.pt, exp_avg.pt, exp_avg_sq.pt and step.pt; converted from ZeRO 3 the tensors are flat and the
-step stands in zero/optimizer_state.pt. What model it is, DeepSpeed does not say; ours say it in a
-file beside.
+Format of DeepSpeed 0.19 (deepspeed/checkpoint/ds_to_universal.py): zero/PARAMETER/ contains
+fp32.pt, exp_avg.pt, exp_avg_sq.pt and step.pt; if converted from ZeRO 3, tensors are flat and the
+step is in zero/optimizer_state.pt. DeepSpeed does not record the model; checkpoints written here
+record it in megagrow.json.
 """
 
 import json
@@ -23,7 +23,7 @@ from megagrow.common.safe_paths import is_plain_name
 from megagrow.config.includes import checked_model
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
-from megagrow.formats.hugging_face import whole_layout
+from megagrow.formats.hugging_face import single_rank_layout
 from megagrow.formats.open_source import row_pieces
 from megagrow.formats.torch_file import (
     Streamed,
@@ -40,17 +40,17 @@ PARAMETERS = "zero"
 OPTIMIZER_FILE = "optimizer_state.pt"
 STEP_FILE = "step.pt"
 ABOUT_FILE = "megagrow.json"
-"""What only megagrow writes and reads: model, run and environment, as in a manifest."""
+"""File written and read by megagrow only: model, run and environment, as in a manifest."""
 
 _UNREAD = ("deepspeed.",)
-"""Loss scalers stand among the optimizer's state."""
+"""Modules of objects that are skipped: loss scalers in the optimizer state."""
 
 Places = Mapping[tuple[str, StateKind], tuple[Path, Stored]]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class UniversalSource(PlacedSource):
-    """A Universal Checkpoint; to the readers of files a layout of one rank."""
+    """Universal Checkpoint, read as a layout of one rank."""
 
     table: Places
 
@@ -59,10 +59,10 @@ class UniversalSource(PlacedSource):
 
 
 def open_universal(path: Path, model: ModelConfig | None) -> UniversalSource:
-    """The folder of one step, or one with a file latest_universal that names it.
+    """Open the folder of one step, or a folder with a latest_universal file that names it.
 
-    `model` is needed unless megagrow has written it. InputError if the files hold another model,
-    or moments of some parameters only.
+    `model` is required unless megagrow wrote the checkpoint. Raises CheckpointError if the files
+    contain another model, or the moments of only some parameters.
     """
     folder = _step_folder(path)
     about = _about(folder)
@@ -70,12 +70,12 @@ def open_universal(path: Path, model: ModelConfig | None) -> UniversalSource:
         written = checked_model(about["model"], str(folder / ABOUT_FILE))
         if model not in (None, written):
             raise CheckpointError(
-                f"{folder / ABOUT_FILE}: says that it is another model than --model"
+                f"{folder / ABOUT_FILE}: records a model other than --model; leave out --model"
             )
         model = written
     if model is None:
-        raise CheckpointError(f"{folder}: does not say what model it is; name it by --model")
-    layout = whole_layout(model)
+        raise CheckpointError(f"{folder}: does not record its model; pass it with --model")
+    layout = single_rank_layout(model)
     kinds = _kinds(folder, list(layout.plan))
     table = {
         (name, kind): _place(folder / PARAMETERS / name / f"{kind}.pt", spec)
@@ -104,7 +104,7 @@ def _step_folder(path: Path) -> Path:
     name = latest.read_text(encoding="utf-8", errors="replace").strip()
     if not is_plain_name(name) or not (path / name / PARAMETERS).is_dir():
         raise CheckpointError(
-            f"{latest}: names {name!r}, which is no Universal Checkpoint beside it"
+            f"{latest}: names {name!r}, which is not a Universal Checkpoint in its folder"
         )
     return path / name
 
@@ -114,59 +114,58 @@ def _about(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = parse_json(path.read_bytes())
-        about = {key: found[key] for key in ("model", "run", "environment")}
+        content = parse_json(path.read_bytes())
+        about = {key: content[key] for key in ("model", "run", "environment")}
         if not isinstance(about["run"], dict | None) or not isinstance(about["environment"], dict):
-            raise TypeError("its run or environment is no object")
+            raise TypeError("run or environment is not an object")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); remove it and give --model") from error
+        raise CheckpointError(f"{path}: damaged ({error}); remove it and pass --model") from error
     return about
 
 
 def _kinds(folder: Path, names: list[str]) -> tuple[StateKind, ...]:
-    """All kinds, or weights alone where no parameter has moments."""
+    """Return all state kinds, or only the weights if no parameter has moments."""
     paths = [
         folder / PARAMETERS / name / f"{kind}.pt" for name in names for kind in STATE_KINDS[1:]
     ]
     missing = [path for path in paths if not path.is_file()]
     if missing and len(missing) < len(paths):
-        raise CheckpointError(
-            f"{missing[0]}: is missing, while other parameters have their moments"
-        )
+        raise CheckpointError(f"{missing[0]}: missing, although other parameters have moments")
     return STATE_KINDS[:1] if missing else STATE_KINDS
 
 
 def _place(path: Path, spec: ParamSpec) -> tuple[Path, Stored]:
-    found = read_torch_file(path, _UNREAD)
-    stored = found.get("param") if isinstance(found, dict) else found
+    content = read_torch_file(path, _UNREAD)
+    stored = content.get("param") if isinstance(content, dict) else content
     if not isinstance(stored, Stored):
-        raise CheckpointError(f"{path}: holds no tensor 'param'")
+        raise CheckpointError(f"{path}: has no tensor 'param'")
     shapes = [(spec.rows * spec.cols,)] + ([] if spec.is_vector else [(spec.rows, spec.cols)])
     if stored.shape not in shapes:
         raise CheckpointError(
-            f"{path}: {spec.name} is {list(stored.shape)}, in this model it is {list(shapes[-1])}"
+            f"{path}: {spec.name} has shape {list(stored.shape)}, this model requires "
+            f"{list(shapes[-1])}"
         )
     if stored.dtype not in DTYPES:
         raise CheckpointError(
-            f"{path}: is of type {stored.dtype}, only {', '.join(DTYPES)} are read"
+            f"{path}: has dtype {stored.dtype}, supported are {', '.join(DTYPES)}"
         )
     return path, stored
 
 
 def _adam_step(folder: Path, names: list[str]) -> int:
-    """The one number of updates that all parameters have had."""
+    """Return Adam's step count, equal for all parameters."""
     paths = [folder / PARAMETERS / name / STEP_FILE for name in names]
     if not any(path.is_file() for path in paths):
         path = folder / PARAMETERS / OPTIMIZER_FILE
-        found = read_torch_file(path, _UNREAD)
+        content = read_torch_file(path, _UNREAD)
         try:
-            return _number(path, found["optimizer_state_dict"]["state"][0]["step"])
+            return _number(path, content["optimizer_state_dict"]["state"][0]["step"])
         except (LookupError, TypeError) as error:
-            raise CheckpointError(f"{path}: does not say Adam's step") from error
+            raise CheckpointError(f"{path}: does not record Adam's step") from error
     steps = {_number(path, read_torch_file(path)): path for path in paths}
     if len(steps) > 1:
         (first, one), (second, other), *_ = steps.items()
-        raise CheckpointError(f"Adam's steps differ: {one} says {first}, {other} says {second}")
+        raise CheckpointError(f"Adam's steps differ: {first} in {one}, {second} in {other}")
     return next(iter(steps))
 
 
@@ -174,31 +173,33 @@ def _number(path: Path, value: Any) -> int:
     if isinstance(value, Stored) and value.dtype in DTYPES and value.nbytes == value.item_bytes:
         value = read_elements(path, value, range(1)).item()
     if not isinstance(value, int | float) or not 0 <= value < 2**53 or value != int(value):
-        raise CheckpointError(f"{path}: is no number of steps")
+        raise CheckpointError(f"{path}: not a step count")
     return int(value)
 
 
 DEEPSPEED_VERSION = "0.19.8"
-"""The release whose form this is; its loader refuses a file that names none."""
+"""DeepSpeed release of this format; its loader refuses files without a version."""
 
 
 def universal_bytes(source: Source) -> int:
-    """Bytes of all tensors."""
+    """Return the total bytes of the tensors."""
     return 12 * sum(spec.rows * spec.cols for spec in source.layout.plan.values())
 
 
 def write_universal(source: Source, out: Path, step: int, advance: Callable[[int], None]) -> None:
-    """Writes a folder, and in it that of one step of the run; kinds of state that the source does
-    not have are zeros. `advance` is told the bytes of tensors as they are written."""
+    """Write a folder that contains the folder of one step of the run.
+
+    States that the source lacks are zero. `advance` is called with the bytes of tensors written.
+    """
     folder = out / f"global_step{step}_universal"
     for name, spec in source.layout.plan.items():
-        place = folder / PARAMETERS / name
-        place.mkdir(parents=True)
+        parameter = folder / PARAMETERS / name
+        parameter.mkdir(parents=True)
         for kind in STATE_KINDS:
-            _write(place / f"{kind}.pt", _parameter(source, spec, kind), advance)
-        _write(place / STEP_FILE, _step(source), advance)
+            _write(parameter / f"{kind}.pt", _parameter(source, spec, kind), advance)
+        _write(parameter / STEP_FILE, _step(source), advance)
     _write(folder / PARAMETERS / OPTIMIZER_FILE, _optimizer(source), advance)
-    # DeepSpeed looks for the first of them under ZeRO 1 and 2, for the second under ZeRO 3.
+    # DeepSpeed reads the first of them under ZeRO 1 and 2, the second under ZeRO 3.
     for prefix in ("", "zero_pp_rank_0_"):
         name = f"{prefix}mp_rank_00_model_states.pt"
         _write(folder / name, _engine_state(source, step), advance)
@@ -223,23 +224,23 @@ def _write_text(path: Path, text: str) -> None:
 
 def _parameter(source: Source, spec: ParamSpec, kind: StateKind) -> dict[str, Any]:
     shape = (spec.rows,) if spec.is_vector else (spec.rows, spec.cols)
-    whole = Block(range(spec.rows), range(spec.cols))
-    pieces = partial(row_pieces, source, spec.name, kind, whole)
-    found: dict[str, Any] = {"param": Streamed("F32", shape, pieces)}
-    # By these the loader cuts a tensor for tensor parallelism, and pads the vocabulary.
-    found["cat_dim"] = spec.tp_dim or 0
+    full = Block(range(spec.rows), range(spec.cols))
+    pieces = partial(row_pieces, source, spec.name, kind, full)
+    content: dict[str, Any] = {"param": Streamed("F32", shape, pieces)}
+    # The loader uses these to slice a tensor for tensor parallelism and to pad the vocabulary.
+    content["cat_dim"] = spec.tp_dim or 0
     if spec.row_role.axis == VOCAB:
-        found["vocab_tensor"] = True
-    return found
+        content["vocab_tensor"] = True
+    return content
 
 
 def _step(source: Source) -> Streamed:
-    """As torch's AdamW keeps it: a tensor of one fp32 number."""
+    """Return Adam's step as an fp32 scalar tensor, as in torch's AdamW."""
     return Streamed("F32", (), lambda: iter([torch.tensor(float(source.adam_step))]))
 
 
 def _optimizer(source: Source) -> dict[str, Any]:
-    # As many groups as the loading job can have; ZeRO 3 looks into the inner ones.
+    # As many groups as the loading job can have; ZeRO 3 reads the inner ones.
     groups: list[dict[str, Any]] = [{"params": []} for _ in source.layout.plan]
     inner = {"state": {0: {"step": _step(source)}}, "param_groups": groups}
     return {

@@ -1,7 +1,6 @@
-"""Llama models in the form of Hugging Face: config.json and safetensors, weights only.
+"""Hugging Face folders of Llama models: config.json and safetensors, weights only.
 
-Names and shapes of the parameters are ours; to the readers of files such a folder is a layout of
-one rank that holds the whole model.
+Parameter names and shapes equal the native ones; such a folder is read as a layout of one rank.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,15 +22,15 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
-def whole_layout(model: ModelConfig) -> Layout:
-    """One rank that holds everything."""
+def single_rank_layout(model: ModelConfig) -> Layout:
+    """Return the layout of one rank that holds the full model."""
     plan = parameter_plan(model, tp=1)
     return Layout(plan, (tuple(plan),), zero_stage=0, dp=1, tp=1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HuggingFaceSource(PlacedSource):
-    """The weights of a Hugging Face folder; there is no optimizer's state."""
+    """Weights of a Hugging Face folder, without optimizer state."""
 
     table: Mapping[str, tuple[Path, Stored]]
 
@@ -40,19 +39,19 @@ class HuggingFaceSource(PlacedSource):
 
 
 def open_hugging_face(folder: Path) -> HuggingFaceSource:
-    """A folder with config.json and model.safetensors, or several files and their index.
+    """Open a folder with config.json and model.safetensors, or several files and their index.
 
-    InputError for a model that is no plain Llama, and for files that do not hold it.
+    Raises CheckpointError if the model is not a plain Llama or the files do not contain it.
     """
     config = read_json(folder / CONFIG_FILE, CheckpointError)
     model = model_of(config, str(folder / CONFIG_FILE))
-    layout = whole_layout(model)
+    layout = single_rank_layout(model)
     files = _files(folder)
     headers = {file: read_header(file) for file in files}
-    found = {
+    tensors = {
         name: (file, stored) for file, header in headers.items() for name, stored in header.items()
     }
-    table = {name: _checked(folder, spec, found) for name, spec in layout.plan.items()}
+    table = {name: _checked(folder, spec, tensors) for name, spec in layout.plan.items()}
     return HuggingFaceSource(
         path=folder,
         model=model,
@@ -65,7 +64,7 @@ def open_hugging_face(folder: Path) -> HuggingFaceSource:
 
 
 def planned_files(layout: Layout, dtype: str, most_bytes: int) -> dict[str, Planned]:
-    """The files of a model's weights, each of at most `most_bytes` where no tensor is larger."""
+    """Plan the files of a model's weights, each at most `most_bytes` unless a tensor is larger."""
     parts = list(_parts(layout.plan, dtype, most_bytes))
     names = [
         WEIGHTS_FILE if len(parts) == 1 else f"model-{i:05d}-of-{len(parts):05d}.safetensors"
@@ -75,7 +74,7 @@ def planned_files(layout: Layout, dtype: str, most_bytes: int) -> dict[str, Plan
 
 
 def index_of(files: Mapping[str, Planned]) -> dict[str, Any]:
-    """The index of a model in several files."""
+    """Return the index of a model stored in several files."""
     placed = [(tensor, file) for file, plan in files.items() for tensor in plan.tensors]
     total = sum(stored.nbytes for plan in files.values() for stored in plan.tensors.values())
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed))}
@@ -112,26 +111,26 @@ def _files(folder: Path) -> tuple[Path, ...]:
     for name in names.values():
         if not is_plain_name(name):
             raise CheckpointError(
-                f"{index}: {str(name)[:100]!r} is not the name of a file beside it"
+                f"{index}: {str(name)[:100]!r} is not the name of a file in its folder"
             )
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: {name}, which its index names, is missing")
+            raise CheckpointError(f"{folder}: {name}, listed in its index, is missing")
     return tuple(folder / name for name in sorted(set(names.values())))
 
 
 def _checked(
-    folder: Path, spec: ParamSpec, found: Mapping[str, tuple[Path, Stored]]
+    folder: Path, spec: ParamSpec, tensors: Mapping[str, tuple[Path, Stored]]
 ) -> tuple[Path, Stored]:
-    if spec.name not in found:
-        raise CheckpointError(f"{folder}: its files hold no {spec.name}")
-    file, stored = found[spec.name]
+    if spec.name not in tensors:
+        raise CheckpointError(f"{folder}: its files do not contain {spec.name}")
+    file, stored = tensors[spec.name]
     if stored.shape != _shape(spec):
         raise CheckpointError(
-            f"{file}: {spec.name} is {list(stored.shape)}, by {CONFIG_FILE} it is "
+            f"{file}: {spec.name} has shape {list(stored.shape)}, {CONFIG_FILE} requires "
             f"{list(_shape(spec))}"
         )
     if stored.dtype not in DTYPES:
         raise CheckpointError(
-            f"{file}: {spec.name} is of type {stored.dtype}, only {', '.join(DTYPES)} are read"
+            f"{file}: {spec.name} has dtype {stored.dtype}, supported are {', '.join(DTYPES)}"
         )
     return file, stored

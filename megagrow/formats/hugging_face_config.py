@@ -1,7 +1,8 @@
-"""Hugging Face's config.json and generation_config.json: read into our config, written from it.
+"""Conversion between Hugging Face's config.json, generation_config.json and ModelConfig.
 
-Both forms of rotary positions are known: transformers 5 has `rope_parameters`, 4 `rope_theta` and
-`rope_scaling`. Nothing that a folder says is ever executed: keys that name code are dropped.
+Both forms of rotary embeddings are supported: `rope_parameters` of transformers 5, `rope_theta` and
+`rope_scaling` of transformers 4. No code of a folder is ever executed: keys that name code are
+dropped.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from megagrow.errors import CheckpointError
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 ORIGIN_KEY = "hugging_face"
-"""Under which a source's environment keeps what its Hugging Face folder said."""
+"""Key of a source's environment that stores the configs of its Hugging Face folder."""
 
 _DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": None,
@@ -27,7 +28,7 @@ _DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
 }
-"""What LlamaConfig takes for keys that a config.json leaves out."""
+"""LlamaConfig's defaults of keys that may be absent in config.json."""
 
 _KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 _ONLY: dict[str, Any] = {
@@ -36,22 +37,22 @@ _ONLY: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-"""Keys of which this Llama knows one value."""
+"""Keys with a single supported value."""
 
 _OF_CODE = ("auto_map", "trust_remote_code")
-"""Keys by which a config has Python files of its folder loaded."""
+"""Keys that make transformers load Python files of the folder."""
 
 _ORIGINAL = "original_max_position_embeddings"
 
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""What Hugging Face calls the types of weights, by their names in safetensors' format."""
+"""Hugging Face's dtype names by safetensors' dtype names."""
 
 
 def model_of(config: dict[str, Any], origin: str) -> ModelConfig:
-    """Our config of a config.json. InputError, naming `origin`, for what we have no model of."""
+    """Convert a config.json. Raises CheckpointError, with `origin`, for unsupported models."""
     for key, only in _ONLY.items():
         if config.get(key, only) != only:
-            raise CheckpointError(f"{origin}: {key} = {config[key]!r}, only {only!r} is known here")
+            raise CheckpointError(f"{origin}: {key} = {config[key]!r}, only {only!r} is supported")
     values = {key: config.get(key, default) for key, default in _DEFAULTS.items()}
     values |= {key: config[key] for key in (*_KEYS, "vocab_size") if key in config}
     values = {key: value for key, value in values.items() if value is not None}
@@ -61,8 +62,11 @@ def model_of(config: dict[str, Any], origin: str) -> ModelConfig:
 def _rope_of(
     config: dict[str, Any], values: dict[str, Any], origin: str
 ) -> dict[str, float | dict[str, Any] | None]:
-    """rope_theta and rope_scaling, by whichever keys they are given. As in transformers 5,
-    rope_scaling wins over rope_parameters, and what stands in them over what stands beside them."""
+    """Return rope_theta and rope_scaling.
+
+    As in transformers 5, rope_scaling takes precedence over rope_parameters, and keys inside them
+    over keys at the top level.
+    """
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise CheckpointError(f"{origin}: rope_scaling should be a mapping, it is {rope!r}")
@@ -72,23 +76,23 @@ def _rope_of(
     rope.pop("type", None)
     part = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
     if part != 1.0:
-        raise CheckpointError(f"{origin}: partial_rotary_factor = {part}, only 1.0 is known here")
+        raise CheckpointError(f"{origin}: partial_rotary_factor = {part}, only 1.0 is supported")
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
     if kind not in ROPE_TYPES:
         known = ", ".join(["default", *ROPE_TYPES])
-        raise CheckpointError(f"{origin}: rotary embeddings of type {kind!r}, known are {known}")
+        raise CheckpointError(f"{origin}: rope_type {kind!r} is not one of {known}")
     if kind in ("llama3", "yarn"):
-        beside = config.get(_ORIGINAL)
-        inside = rope.setdefault(_ORIGINAL, beside or values.get("max_position_embeddings"))
-        if beside not in (None, inside):
-            raise CheckpointError(f"{origin}: {_ORIGINAL} is {beside} and {inside}: keep one")
+        outer = config.get(_ORIGINAL)
+        inner = rope.setdefault(_ORIGINAL, outer or values.get("max_position_embeddings"))
+        if outer not in (None, inner):
+            raise CheckpointError(f"{origin}: {_ORIGINAL} is {outer} and {inner}; keep one")
     return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **rope}}
 
 
 def config_of(model: ModelConfig, dtype: str, like: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of a model whose weights are of type `dtype`; the rest of it as in `like`,
-    the config.json that the model comes from. transformers 5 reads rope_parameters, 4 the rest."""
+    """Return the config.json of a model with weights of `dtype`; other keys are those of `like`,
+    the config.json of its origin. transformers 5 reads rope_parameters, 4 the other rope keys."""
     values = model.model_dump()
     scaling = None if model.rope_scaling is None else model.rope_scaling.given()
     values["rope_scaling"] = scaling
@@ -103,19 +107,19 @@ def config_of(model: ModelConfig, dtype: str, like: dict[str, Any]) -> dict[str,
 
 
 def without_code(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without the keys that would have Python files of its folder loaded."""
+    """Return a config without the keys that make transformers load Python files."""
     return {key: value for key, value in config.items() if key not in _OF_CODE}
 
 
 def origin_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """What the environment of a model keeps of the Hugging Face folder that it comes from."""
+    """Return the entry of a model's environment that records its Hugging Face folder."""
     path = folder / GENERATION_FILE
     generation = read_json(path, CheckpointError) if path.is_file() else None
-    told = {"folder": str(folder.resolve()), "config": without_code(config)}
-    return {ORIGIN_KEY: told | {"generation_config": generation}}
+    origin = {"folder": str(folder.resolve()), "config": without_code(config)}
+    return {ORIGIN_KEY: origin | {"generation_config": generation}}
 
 
 def generation_of(origin: dict[str, Any] | None, ids: Mapping[str, int | None]) -> dict[str, Any]:
-    """The generation_config.json of a model, like that of its origin, with a tokenizer's ids."""
+    """Return the generation_config.json of a model: that of its origin with a tokenizer's ids."""
     before = (origin or {}).get("generation_config")
     return {**(before or {}), **ids}

@@ -1,8 +1,8 @@
-"""The tokenizer's files of a Hugging Face folder, from the tokenizer that a model was trained with.
+"""Tokenizer files of an exported Hugging Face folder.
 
-A SentencePiece model is written as a tokenizer.json that gives the same ids (transformers' own
-LlamaTokenizer gives others for a text that begins with a space); a tokenizer of Hugging Face is
-copied file by file. Only files of known names are taken, and no code.
+A SentencePiece model is converted to a tokenizer.json with identical ids (transformers'
+LlamaTokenizer gives different ids for a text that starts with a space); a Hugging Face tokenizer is
+copied file by file. Only files with known names are copied, never code.
 """
 
 import json
@@ -28,48 +28,49 @@ _TABLES = (
     *("special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
-"""Files of tokenizers that hold data and nothing else."""
+"""Tokenizer files that contain only data."""
 
 _ANY_CLASS = "PreTrainedTokenizerFast"
-"""transformers' class for whatever a tokenizer.json says."""
+"""transformers' class for any tokenizer.json."""
 
 _SPACE = "\u2581"
-"""How SentencePiece writes a space."""
+"""SentencePiece's symbol for a space."""
 
 _PIECES = 500
-"""So many pieces at a time are spelled out to compare two tokenizers."""
+"""Vocabulary pieces decoded at a time to compare two tokenizers."""
 
 _PROBES = ("a  b ", " a", "  a\n\n b", "\t", "\ufb01\uff21e\u0301", "\U0001f600", "")
-"""Spaces at all places, what Unicode's normal forms would change, and what no vocabulary has."""
+"""Test texts: spaces in all positions, characters changed by Unicode normalization, and characters
+outside of vocabularies."""
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a tokenizer adds to a folder, and the ids of its special tokens where they are known."""
+    """Files that a tokenizer adds to a folder, and the known ids of its special tokens."""
 
     documents: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     copies: Mapping[str, Path] = field(default_factory=dict)
     ids: Mapping[str, int | None] = field(default_factory=dict)
-    """bos_token_id and eos_token_id."""
+    """Keys bos_token_id and eos_token_id."""
 
 
 def is_tokenizer(path: Path) -> bool:
-    """Whether a path looks like something that `tokenizer_files` reads."""
+    """Return True if `tokenizer_files` can read the path."""
     if path.is_dir():
         return any((path / name).is_file() for name in _TABLES[:3])
     return path.is_file()
 
 
 def tokenizer_files(path: Path, vocab_size: int) -> TokenizerFiles:
-    """The files of a tokenizer: a SentencePiece .model, a tokenizer.json, or a folder.
+    """Return the files of a tokenizer: a SentencePiece .model, a tokenizer.json, or a folder.
 
-    Errors: InputError if there is none, if it can not be written so that the ids stay the same, or
-    if a model of this vocabulary can not embed all its tokens.
+    Raises DataError if there is none, if it cannot be converted with identical ids, or if it has
+    more than `vocab_size` tokens.
     """
     if not is_tokenizer(path):
         raise DataError(
-            f"{path}: no tokenizer; should be a SentencePiece .model, a tokenizer.json, or a "
-            "folder of Hugging Face that holds one"
+            f"{path}: no tokenizer; pass a SentencePiece .model, a tokenizer.json, or a Hugging "
+            "Face folder that contains one"
         )
     if path.is_file() and path.suffix == ".model":
         return _of_sentencepiece(path, vocab_size)
@@ -97,7 +98,7 @@ def _of_sentencepiece(path: Path, vocab_size: int) -> TokenizerFiles:
 
 
 def _rebuilt(model: Any, special: Mapping[str, int | None]) -> Any:
-    """A byte-pair encoding of SentencePiece in the terms of the tokenizers library."""
+    """Convert a SentencePiece byte-pair encoding to the tokenizers library."""
     pieces = [model.id_to_piece(number) for number in range(model.vocab_size())]
     prefix = model.encode("a", out_type=str)[0].startswith(_SPACE)
     bytes_too = any(model.is_byte(number) for number in range(len(pieces)))
@@ -123,7 +124,7 @@ def _rebuilt(model: Any, special: Mapping[str, int | None]) -> Any:
 
 
 def _merges(model: Any, pieces: list[str]) -> list[tuple[str, str]]:
-    """All pairs of pieces that make a piece, those of the best pieces first."""
+    """Return all pairs of pieces that form a piece, in the order of the formed pieces' scores."""
     ranks = {
         piece: (-model.get_score(number), number)
         for number, piece in enumerate(pieces)
@@ -132,25 +133,27 @@ def _merges(model: Any, pieces: list[str]) -> list[tuple[str, str]]:
             for is_other in (model.is_control, model.is_unknown, model.is_byte, model.is_unused)
         )
     }
-    found = [
+    pairs = [
         (*rank, piece[:cut], piece[cut:])
         for piece, rank in ranks.items()
         for cut in range(1, len(piece))
         if piece[:cut] in ranks and piece[cut:] in ranks
     ]
-    return [(left, right) for _, _, left, right in sorted(found)]
+    return [(left, right) for _, _, left, right in sorted(pairs)]
 
 
 def _check_same_ids(path: Path, model: Any, made: Any) -> None:
-    """InputError if what was rebuilt gives other ids: a SentencePiece model may do more than pair
-    bytes, and its file does not say so in a way that can be read here."""
+    """Raise DataError if the converted tokenizer gives different ids.
+
+    A SentencePiece model may do more than merge pairs, which its file does not expose.
+    """
     ids, made.encode_special_tokens = range(model.vocab_size()), True
     spelled = [model.decode(list(ids[i : i + _PIECES])) for i in ids[::_PIECES]]
     for text in (*_PROBES, *spelled):
         if made.encode(text, add_special_tokens=False).ids != model.encode(text):
             raise DataError(
-                f"{path}: no plain byte-pair encoding, transformers would give other ids for "
-                f"{text[:20]!r}: convert it to a tokenizer.json yourself and name its folder"
+                f"{path}: not a plain byte-pair encoding, transformers would give different ids "
+                f"for {text[:20]!r}; convert it to a tokenizer.json and pass its folder"
             )
     made.encode_special_tokens = False
 
@@ -164,7 +167,7 @@ def _of_folder(folder: Path, vocab_size: int) -> TokenizerFiles:
     own: Tokenizer | None = None
     if JSON_FILE in copies:
         own = JsonTokenizer(copies[JSON_FILE])
-        # Without its class a tokenizer beside a Llama model is taken for Llama's own.
+        # Without a class, transformers uses LlamaTokenizer for a Llama model.
         plain = {"tokenizer_class": _ANY_CLASS, "eos_token": own.decode([own.eos_id])}
         documents.setdefault(SETTINGS_FILE, plain)
     elif SENTENCEPIECE_FILE in copies:
@@ -178,11 +181,11 @@ def _of_folder(folder: Path, vocab_size: int) -> TokenizerFiles:
 def _check_size(path: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model embeds "
-            f"{vocab_size}; give the one that it was trained with"
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model has vocab_size "
+            f"{vocab_size}; pass the tokenizer that it was trained with"
         )
 
 
 def _id(number: int) -> int | None:
-    """SentencePiece says -1 for a token that it does not have."""
+    """Convert SentencePiece's -1 for an absent token to None."""
     return number if number >= 0 else None

@@ -1,8 +1,9 @@
-"""Checkpoints of Megatron-LM's Llama in its torch format: read here, weights only.
+"""Reader of Megatron-LM Llama checkpoints in torch format, weights only.
 
-A folder has latest_checkpointed_iteration.txt and iter_NNNNNNN/mp_rank_TT/model_optim_rng.pt, a
-file for each tensor-parallel rank, in which the model stands beside the arguments of the job
-(megatron/training/checkpointing.py). Names of both generations are read.
+A folder contains latest_checkpointed_iteration.txt and iter_NNNNNNN/mp_rank_TT/model_optim_rng.pt,
+one file per tensor-parallel rank with the model and the arguments of the job
+(megatron/training/checkpointing.py). Tensor names of Megatron-LM's core and of older versions are
+supported.
 """
 
 import re
@@ -19,9 +20,9 @@ from megagrow.checkpoint.source import Source, inside, read_rows
 from megagrow.checkpoint.tensor_file import DTYPES, Stored
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
-from megagrow.formats.hugging_face import whole_layout
+from megagrow.formats.hugging_face import single_rank_layout
 from megagrow.formats.megatron_args import model_of
-from megagrow.formats.megatron_layout import TensorPart, check_tp, fused_tensors, today
+from megagrow.formats.megatron_layout import TensorPart, check_tp, current_name, fused_tensors
 from megagrow.formats.torch_file import read_torch_file
 from megagrow.parallel.sharding import StateKind
 from megagrow.reshard.layout import Block
@@ -31,23 +32,23 @@ RANK_FILE = "model_optim_rng.pt"
 EMBEDDING = "embedding.word_embeddings.weight"
 
 _UNREAD = ("megatron.", "numpy.")
-"""Enumerations among the arguments; the state of numpy's random numbers."""
+"""Modules of objects that are skipped: enumerations in the arguments, numpy's random state."""
 
 _NO_WEIGHTS = re.compile(r".*(\._extra_state|\.inv_freq)")
 
 _OLDEST_VERSION = 2.0
-"""Of the layout: before it, query, key and value did not stand side by side in each head."""
+"""Oldest supported layout version: before it, query, key and value were not interleaved by head."""
 
 PartLocation = tuple[Path, Stored, TensorPart]
-"""A part of a logical tensor, and the tensor of Megatron's in which it stands."""
+"""Part of a logical tensor and the Megatron-LM tensor that contains it."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MegatronSource(Source):
-    """The weights of a checkpoint of Megatron-LM."""
+    """Weights of a Megatron-LM checkpoint."""
 
     table: Mapping[str, list[PartLocation]]
-    """Where all parts of each logical tensor are."""
+    """Locations of all parts of each logical tensor."""
 
     def read(self, name: str, kind: StateKind, block: Block) -> Tensor:
         values = torch.empty(len(block.rows), len(block.cols))
@@ -62,10 +63,10 @@ class MegatronSource(Source):
 
 
 def open_megatron(path: Path, model: ModelConfig | None) -> MegatronSource:
-    """The folder of one iteration, or one that names its latest.
+    """Open the folder of one iteration, or a folder with a file that names the latest iteration.
 
-    `model` is needed where the file's arguments do not say what model it is. InputError for models
-    that are no plain Llama, pipeline-parallel files, and files that hold another model.
+    `model` is required if the checkpoint's arguments do not determine it. Raises CheckpointError
+    for models other than plain Llama, pipeline-parallel files and files of another model.
     """
     files = _rank_files(_iteration(path))
     ranks = [_read_rank(file) for file in files]
@@ -74,12 +75,12 @@ def open_megatron(path: Path, model: ModelConfig | None) -> MegatronSource:
     check_tp(model, len(files), str(files[0].parent.parent))
     table: dict[str, list[PartLocation]] = {}
     for rank, file in enumerate(files):
-        for name, place in _places(model, len(files), rank, file, ranks[rank].tensors):
-            table.setdefault(name, []).append(place)
+        for name, location in _locations(model, len(files), rank, file, ranks[rank].tensors):
+            table.setdefault(name, []).append(location)
     return MegatronSource(
         path=files[0].parent.parent,
         model=model,
-        layout=whole_layout(model),
+        layout=single_rank_layout(model),
         files=files,
         kinds=("fp32",),
         table=table,
@@ -90,30 +91,30 @@ def open_megatron(path: Path, model: ModelConfig | None) -> MegatronSource:
 class _Rank:
     args: Namespace | None
     tensors: dict[str, Stored]
-    """By the names of today."""
+    """Tensors by current names."""
 
 
 def _iteration(path: Path) -> Path:
     latest = path / LATEST_FILE
     if not latest.is_file():
         return path
-    found = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if found != "release" and not found.isdecimal():
-        raise CheckpointError(f"{latest}: {found!r} is no number of an iteration")
-    return path / (found if found == "release" else f"iter_{int(found):07d}")
+    iteration = latest.read_text(encoding="utf-8", errors="replace").strip()
+    if iteration != "release" and not iteration.isdecimal():
+        raise CheckpointError(f"{latest}: {iteration!r} is not an iteration number")
+    return path / (iteration if iteration == "release" else f"iter_{int(iteration):07d}")
 
 
 def _rank_files(folder: Path) -> tuple[Path, ...]:
     files = sorted(folder.glob(f"mp_rank_*/{RANK_FILE}"))
     if not files:
         raise CheckpointError(
-            f"{folder}: has no mp_rank_00/{RANK_FILE}; only Megatron-LM's torch format is read: "
-            "save with --ckpt-format torch"
+            f"{folder}: has no mp_rank_00/{RANK_FILE}; only Megatron-LM's torch format is "
+            "supported: save with --ckpt-format torch"
         )
     for rank, file in enumerate(files):
         if file.parent.name != f"mp_rank_{rank:02d}":
             raise CheckpointError(
-                f"{file.parent}: should be mp_rank_{rank:02d}; a file is missing, or the model is "
+                f"{file.parent}: expected mp_rank_{rank:02d}; a file is missing, or the model is "
                 "pipeline-parallel: convert it with Megatron-LM's tools/checkpoint/convert.py "
                 "--target-pipeline-parallel-size 1"
             )
@@ -121,17 +122,20 @@ def _rank_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _read_rank(path: Path) -> _Rank:
-    found = read_torch_file(path, _UNREAD)
-    if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
-        raise CheckpointError(f"{path}: holds no 'model'")
-    version = found.get("checkpoint_version", 0)
+    content = read_torch_file(path, _UNREAD)
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise CheckpointError(f"{path}: has no 'model'")
+    version = content.get("checkpoint_version", 0)
     if not isinstance(version, int | float) or version < _OLDEST_VERSION:
         raise CheckpointError(
-            f"{path}: its checkpoint_version is {version}, {_OLDEST_VERSION} and newer are read"
+            f"{path}: checkpoint_version {version} is not supported; requires {_OLDEST_VERSION} or "
+            "newer"
         )
-    args = found.get("args")
-    flat = _flat(found["model"])
-    tensors = {today(name): stored for name, stored in flat if not _NO_WEIGHTS.fullmatch(name)}
+    args = content.get("args")
+    flat = _flat(content["model"])
+    tensors = {
+        current_name(name): stored for name, stored in flat if not _NO_WEIGHTS.fullmatch(name)
+    }
     return _Rank(args if isinstance(args, Namespace) else None, tensors)
 
 
@@ -143,34 +147,35 @@ def _flat(tree: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Store
             yield f"{above}{key}", value
 
 
-def _places(
+def _locations(
     model: ModelConfig, tp: int, rank: int, path: Path, tensors: dict[str, Stored]
 ) -> Iterator[tuple[str, PartLocation]]:
-    """What a rank's file holds, once it is seen to hold all of it and nothing else."""
+    """Yield the tensor parts of a rank's file, after checking that it is complete and exact."""
     vocabulary = _vocabulary(model, tp, path, tensors)
     wanted = {fused.name: fused for fused in fused_tensors(model, tp, rank, vocabulary)}
     if unknown := sorted(tensors.keys() - wanted.keys()):
-        raise CheckpointError(f"{path}: holds {unknown[0]}, which this Llama does not have")
+        raise CheckpointError(f"{path}: contains {unknown[0]}, which this Llama does not have")
     for name, fused in wanted.items():
         if name not in tensors:
-            raise CheckpointError(f"{path}: holds no {name}")
+            raise CheckpointError(f"{path}: does not contain {name}")
         stored = tensors[name]
         if stored.shape != fused.shape:
             raise CheckpointError(
-                f"{path}: {name} is {list(stored.shape)}, in this model it is {list(fused.shape)}"
+                f"{path}: {name} has shape {list(stored.shape)}, this model requires "
+                f"{list(fused.shape)}"
             )
         if stored.dtype not in DTYPES:
             raise CheckpointError(
-                f"{path}: {name} is of type {stored.dtype}, only {', '.join(DTYPES)} are read"
+                f"{path}: {name} has dtype {stored.dtype}, supported are {', '.join(DTYPES)}"
             )
         yield from ((part.name, (path, stored, part)) for part in fused.parts)
 
 
 def _vocabulary(model: ModelConfig, tp: int, path: Path, tensors: dict[str, Stored]) -> int:
-    """The rows of all ranks' embeddings, padding included."""
+    """Return the rows of all ranks' embeddings, padding included."""
     rows = tensors[EMBEDDING].shape[0] * tp if EMBEDDING in tensors else 0
     if rows < model.vocab_size:
         raise CheckpointError(
-            f"{path}: its {EMBEDDING} has {rows} rows for {model.vocab_size} tokens"
+            f"{path}: {EMBEDDING} has {rows} rows, fewer than the {model.vocab_size} tokens"
         )
     return rows

@@ -1,4 +1,4 @@
-"""The arguments of Megatron-LM that say what model it is, and our config of the same model."""
+"""Conversion between Megatron-LM's model arguments and ModelConfig."""
 
 from argparse import Namespace
 from typing import Any
@@ -36,7 +36,7 @@ _ONLY: dict[str, Any] = {
     "multi_latent_attention": False,
     "pipeline_model_parallel_size": 1,
 }
-"""Arguments of which this Llama knows one value."""
+"""Arguments with a single supported value."""
 
 _ROPE_SCALING: dict[str, Any] = {
     "rope_type": "llama3",
@@ -44,50 +44,52 @@ _ROPE_SCALING: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""What Megatron-LM's use_rope_scaling stands for, besides its factor
+"""Settings implied by Megatron-LM's use_rope_scaling, in addition to its factor
 (megatron/core/models/common/embeddings/rotary_pos_embedding.py)."""
 
 _ROPE_FACTOR = 8.0
-"""Where the arguments name none."""
+"""Default factor of use_rope_scaling."""
 
 
 def model_of(args: Namespace | None, origin: str) -> ModelConfig:
-    """Our config of the model. InputError, naming `origin`, for what we have no model of."""
+    """Convert the arguments. Raises CheckpointError, with `origin`, for unsupported models."""
     if args is None:
-        raise CheckpointError(
-            f"{origin}: has no args that say what model it is; name it by --model"
-        )
-    found = dict(vars(args))
-    if found.get("use_rotary_position_embeddings"):  # its older name
-        found["position_embedding_type"] = "rope"
+        raise CheckpointError(f"{origin}: has no model arguments; pass the model with --model")
+    values_of = dict(vars(args))
+    if values_of.get("use_rotary_position_embeddings"):  # older name
+        values_of["position_embedding_type"] = "rope"
     for key, only in _ONLY.items():
-        if found.get(key, only) not in (only, None):
-            raise CheckpointError(f"{origin}: {key} = {found[key]!r}, only {only!r} is known here")
-    found.setdefault("norm_epsilon", found.get("layernorm_epsilon"))
-    if not found.get("group_query_attention"):
-        found["num_query_groups"] = found.get("num_attention_heads")
-    if found.get("vocab_size") is None:
+        if values_of.get(key, only) not in (only, None):
+            raise CheckpointError(
+                f"{origin}: {key} = {values_of[key]!r}, only {only!r} is supported"
+            )
+    values_of.setdefault("norm_epsilon", values_of.get("layernorm_epsilon"))
+    if not values_of.get("group_query_attention"):
+        values_of["num_query_groups"] = values_of.get("num_attention_heads")
+    if values_of.get("vocab_size") is None:
         raise CheckpointError(
-            f"{origin}: its args do not say vocab_size, only the padded one; name the model by "
-            "--model"
+            f"{origin}: its arguments lack vocab_size, they only have the padded one; pass the "
+            "model with --model"
         )
-    values = {ours: found[key] for key, ours in _NAMES.items() if found.get(key) is not None}
-    values["tie_word_embeddings"] = not found.get("untie_embeddings_and_output_weights", False)
-    if found.get("use_rope_scaling"):
-        factor = found.get("rope_scaling_factor", _ROPE_FACTOR)
+    values = {
+        ours: values_of[key] for key, ours in _NAMES.items() if values_of.get(key) is not None
+    }
+    values["tie_word_embeddings"] = not values_of.get("untie_embeddings_and_output_weights", False)
+    if values_of.get("use_rope_scaling"):
+        factor = values_of.get("rope_scaling_factor", _ROPE_FACTOR)
         values["rope_scaling"] = _ROPE_SCALING | {"factor": factor}
     return checked_model(values, origin)
 
 
 def args_of(model: ModelConfig, tp: int, divisible_by: int, padded_vocab: int) -> Namespace:
-    """What Megatron-LM reads of a checkpoint's arguments (load_args_from_checkpoint).
+    """Return the arguments that Megatron-LM reads from a checkpoint (load_args_from_checkpoint).
 
-    InputError if the model's rope scaling is none of its own.
+    Raises CheckpointError if Megatron-LM does not support the model's rope scaling.
     """
     scaling = {} if model.rope_scaling is None else model.rope_scaling.given()
     factor = scaling.pop("factor", _ROPE_FACTOR)
     if scaling not in ({}, _ROPE_SCALING):
-        raise CheckpointError(f"rope_scaling {scaling}: Megatron-LM has only {_ROPE_SCALING}")
+        raise CheckpointError(f"rope_scaling {scaling}: Megatron-LM supports only {_ROPE_SCALING}")
     values = model.model_dump()
     args: dict[str, Any] = {key: values[ours] for key, ours in _NAMES.items()}
     args |= {key: only for key, only in _ONLY.items() if only is not None}

@@ -1,4 +1,4 @@
-"""Checkpoints of Megatron-LM's Llama, written in its torch format with the names of its core."""
+"""Writer of Megatron-LM Llama checkpoints in torch format, with the names of its core."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,14 +18,21 @@ from megagrow.formats.open_source import ELEMENTS_AT_ONCE, row_pieces
 from megagrow.formats.torch_file import Streamed, check_torch_file, write_torch_file
 
 VERSION = 3.0
-"""Of the layout, as Megatron-LM counts it."""
+"""Megatron-LM's checkpoint_version."""
 
 
 class MegatronTarget:
-    """A checkpoint that is to be written of a source's weights."""
+    """Megatron-LM checkpoint to be written from a source's weights."""
 
     def __init__(self, source: Source, tp: int, divisible_by: int, dtype: str) -> None:
-        """`divisible_by` is --make-vocab-size-divisible-by; `dtype` a name of safetensors'."""
+        """Plan the export.
+
+        Args:
+            source: weights to export.
+            tp: tensor-parallel size.
+            divisible_by: --make-vocab-size-divisible-by.
+            dtype: safetensors dtype name, e.g. `BF16`.
+        """
         self._source = source
         self._tp = tp
         self._dtype = dtype
@@ -34,13 +41,13 @@ class MegatronTarget:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Total bytes of the tensors."""
         tensors = (fused for rank in range(self._tp) for fused in self._tensors(rank))
         elements = sum(fused.shape[0] * fused.cols for fused in tensors)
         return elements * DTYPES[self._dtype].itemsize
 
     def write(self, out: Path, iteration: int, advance: Callable[[int], None]) -> None:
-        """Writes the folder; `advance` is told the bytes of tensors as they are written."""
+        """Write the folder; `advance` is called with the bytes of tensors written."""
         for rank in range(self._tp):
             folder = out / f"iter_{iteration:07d}" / f"mp_rank_{rank:02d}"
             folder.mkdir(parents=True)
@@ -71,5 +78,5 @@ class MegatronTarget:
             yield from row_pieces(self._source, part.name, "fp32", part.block)
             row = part.row + len(part.block.rows)
         at_once = max(1, ELEMENTS_AT_ONCE // fused.cols)
-        for first in range(row, fused.shape[0], at_once):  # the padding of the vocabulary
+        for first in range(row, fused.shape[0], at_once):  # vocabulary padding
             yield torch.zeros(min(at_once, fused.shape[0] - first), fused.cols)

@@ -1,9 +1,9 @@
-"""What the tensors of Megatron-LM's Llama are made of. Pure.
+"""Composition of Megatron-LM's fused tensors from logical tensors. Pure.
 
-Each is some parts of logical tensors, one below the other. Of a tensor-parallel rank's query, key
-and value heads, `linear_qkv` has for each group of key and value heads first its query heads, then
-its key head, then its value head; `linear_fc1` has the rank's part of the gate, then that of up.
-The vocabulary is filled up with zeros to a multiple that Megatron-LM is told.
+Each fused tensor is a vertical stack of parts of logical tensors. `linear_qkv` of a tensor-parallel
+rank contains, for each key-value head, its query heads, its key head and its value head;
+`linear_fc1` contains the rank's slices of gate and up. The vocabulary is padded with zeros to
+make_vocab_size_divisible_by.
 (megatron/core/transformer/attention.py, megatron/core/transformer/mlp.py.)
 """
 
@@ -27,11 +27,11 @@ _OLD_NAMES = (
     (r"\.(post_attention|pre_mlp)_(layer)?norm\.weight$", ".mlp.linear_fc1.layer_norm_weight"),
     (r"\.final_norm\.weight$", ".final_layernorm.weight"),
 )
-"""Of Megatron-LM before its core, and of its core without Transformer Engine."""
+"""Names of Megatron-LM before its core, and of its core without Transformer Engine."""
 
 
 class TensorPart(NamedTuple):
-    """A rectangle of a logical tensor, and the row of Megatron's tensor at which it begins."""
+    """Rectangle of a logical tensor and the row of the fused tensor at which it starts."""
 
     name: str
     block: Block
@@ -39,7 +39,7 @@ class TensorPart(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """A tensor of one tensor-parallel rank."""
+    """Fused tensor of one tensor-parallel rank."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,29 +50,32 @@ class Fused(NamedTuple):
         return self.shape[1] if len(self.shape) == 2 else 1
 
 
-def today(name: str) -> str:
-    """What Megatron-LM's core with Transformer Engine calls a tensor of another version's name."""
+def current_name(name: str) -> str:
+    """Return the name used by Megatron-LM's core with Transformer Engine for any version's name."""
     for old, new in _OLD_NAMES:
         name = re.sub(old, new, name)
     return name
 
 
 def check_tp(model: ModelConfig, tp: int, origin: str) -> None:
-    """InputError, naming `origin`, if a model can not be cut for so many ranks."""
+    """Raise ConfigError, with `origin`, if `tp` does not divide the sizes of a model."""
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(model, name) % tp:
             size = getattr(model, name)
-            raise ConfigError(f"{origin}: {tp} tensor-parallel ranks do not divide {name} = {size}")
+            raise ConfigError(f"{origin}: {name} = {size} is not divisible by TP {tp}")
 
 
 def padded_vocabulary(model: ModelConfig, tp: int, divisible_by: int) -> int:
-    """The rows of all ranks' embeddings together."""
+    """Return the rows of all ranks' embeddings."""
     return pad(model.vocab_size, divisible_by * tp)
 
 
 def fused_tensors(model: ModelConfig, tp: int, rank: int, vocabulary: int) -> Iterator[Fused]:
-    """All tensors of a tensor-parallel rank, in the order of the module tree; `vocabulary` is
-    padded. `tp` has to divide the heads, the key and value heads, and the feed-forward width."""
+    """Yield all tensors of a tensor-parallel rank in the order of the module tree.
+
+    `vocabulary` is the padded size. `tp` must divide attention heads, key-value heads and
+    feed-forward width.
+    """
     plan = parameter_plan(model, tp)
     embedding = plan["model.embed_tokens.weight"]
     yield _vocabulary("embedding.word_embeddings.weight", embedding, tp, rank, vocabulary)
@@ -129,7 +132,7 @@ def _vocabulary(name: str, spec: ParamSpec, tp: int, rank: int, vocabulary: int)
 
 
 def _heads(model: ModelConfig, name: str, tp: int, rank: int) -> Iterator[tuple[str, Block]]:
-    """The heads of a rank, group by group."""
+    """Yield the heads of a rank by key-value group."""
     groups, width = model.num_key_value_heads, model.head_dim
     queries = model.num_attention_heads // groups * width
     for group in range(rank * groups // tp, (rank + 1) * groups // tp):

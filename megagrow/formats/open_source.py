@@ -43,21 +43,20 @@ def find_source(path: Path) -> Path:
         return path
     for folder in (path / "checkpoints", path):
         if list_checkpoints(folder):
-            found = newest_whole(folder)
-            assert found is not None
-            return found[0]
+            newest = newest_whole(folder)
+            assert newest is not None
+            return newest[0]
     raise CheckpointError(
         f"{path}: neither a checkpoint nor a run directory nor a Hugging Face folder"
     )
 
 
 ELEMENTS_AT_ONCE = 2**20
-"""Of a tensor that are read and written at once, or one row."""
+"""Elements of a tensor read and written at a time; at least one row."""
 
 
 def row_pieces(source: Source, name: str, kind: StateKind, block: Block) -> Iterator[Tensor]:
-    """A rectangle of a logical tensor, some rows at a time; zeros where the source has no such
-    kind of state."""
+    """Yield a rectangle of a logical tensor in row chunks; zeros for states the source lacks."""
     at_once = max(1, ELEMENTS_AT_ONCE // len(block.cols))
     for first in range(block.rows.start, block.rows.stop, at_once):
         some = Block(range(first, min(first + at_once, block.rows.stop)), block.cols)

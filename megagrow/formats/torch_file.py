@@ -1,8 +1,9 @@
-"""Files of torch.save, read without trusting them and without holding their numbers.
+"""torch.save files, read safely and without loading tensors, and written in a stream.
 
-torch.load is told `weights_only`: no file decides what code is run. It maps the file, which touches
-nothing, and only tells where each tensor stands; numbers are then read by `pread`, since pages of
-a mapped file count as resident memory.
+Reading uses torch.load with `weights_only`, so a file cannot run code. The file is mapped, without
+touching its pages, to locate each tensor; values are then read by `pread`, because pages of a
+mapped file count as resident memory. Writing produces files that torch.load reads, one piece of a
+tensor at a time.
 """
 
 import os
@@ -33,11 +34,11 @@ _DAMAGE = (
     *(UnpicklingError, BadZipFile, struct.error, EOFError, RuntimeError, ValueError, TypeError),
     *(LookupError, ArithmeticError, AttributeError, AssertionError, MemoryError),
 )
-"""What torch.load raises where a file is none of its own, or holds what it must not."""
+"""Exceptions of torch.load for damaged files and disallowed content."""
 
 
 class Unread:
-    """Stands for an object of another program's class, which is neither imported nor made."""
+    """Placeholder for an object of another program's class, which is not imported."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -45,16 +46,17 @@ class Unread:
 
 
 def read_torch_file(path: Path, unread: tuple[str, ...] = ()) -> Any:
-    """What a file holds, with a `Stored` for each tensor: plain values, dicts, lists, Namespaces.
+    """Return a file's content with a `Stored` for each tensor: values, dicts, lists, Namespaces.
 
-    Objects of classes whose full names begin with one of `unread` become `Unread`. InputError if
-    the file can not be read, or names any other class or function but argparse.Namespace.
+    Objects of classes whose full names start with one of `unread` become `Unread`. Raises
+    CheckpointError if the file cannot be read, or refers to any class or function other than
+    argparse.Namespace.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     if not is_zipfile(path):
         raise CheckpointError(
-            f"{path}: not a whole file of torch.save (in its format since torch 1.6)"
+            f"{path}: not a complete torch.save file (format of torch 1.6 or newer)"
         )
     try:
         _check_records(path)
@@ -62,8 +64,8 @@ def read_torch_file(path: Path, unread: tuple[str, ...] = ()) -> Any:
             foreign = get_unsafe_globals_in_checkpoint(path)
         if refused := sorted(name for name in foreign if not name.startswith(unread)):
             raise CheckpointError(
-                f"{path}: refused, it is not only tensors and plain values but names "
-                f"{', '.join(refused)}, which could run code"
+                f"{path}: refused, it refers to {', '.join(refused)}, which could run code; only "
+                "tensors and plain values are supported"
             )
         with safe_globals([Namespace, *((Unread, name) for name in foreign)]):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -71,19 +73,19 @@ def read_torch_file(path: Path, unread: tuple[str, ...] = ()) -> Any:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except _DAMAGE as error:
-        # torch wraps the cause in advice on how to trust a file.
+        # torch wraps the cause in advice on loading trusted files.
         cause = repr(error.__context__ or error).splitlines()[0]
         raise CheckpointError(f"{path}: refused, it is damaged ({cause})") from error
 
 
 def _check_records(path: Path) -> None:
-    """That numbers stand in the file as they are in memory."""
+    """Check that tensors are stored uncompressed and little-endian."""
     with ZipFile(path) as archive:
         for record in archive.infolist():
             if record.compress_type != ZIP_STORED:
                 raise ValueError(f"{record.filename} is compressed")
             if record.filename.endswith("/byteorder") and archive.read(record) != b"little":
-                raise ValueError("its numbers are big-endian")
+                raise ValueError("its tensors are big-endian")
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -98,7 +100,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _file_shift(loaded: Any) -> int:
-    """What is to be added to the address of a mapped number to get its place in the file."""
+    """Return the difference between file offset and address of mapped tensors."""
     addresses = (tensor.data_ptr() for tensor in _tensors(loaded) if tensor.numel())
     address = next(addresses, None)
     if address is None:
@@ -108,7 +110,7 @@ def _file_shift(loaded: Any) -> int:
         start, stop = (int(text, 16) for text in span.split("-"))
         if start <= address < stop:
             return int(offset, 16) - start
-    raise ValueError("a tensor that does not stand in the file")
+    raise ValueError("a tensor is not stored in the file")
 
 
 def _placed(value: Any, shift: int) -> Any:
@@ -134,12 +136,12 @@ _ALIGNMENT = 64
 
 
 _LOCAL_HEADER, _ZIP64_EXTRA = 30, 20
-"""Bytes of a record's header besides its name and padding; zipfile adds the second part."""
+"""Bytes of a record's header without name and padding; zipfile adds the second part."""
 
 
 @dataclass(frozen=True, eq=False)
 class Streamed:
-    """A tensor that is made while it is written: its pieces, in the order of its storage."""
+    """Tensor produced while it is written: `pieces` yields parts in storage order."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -155,18 +157,18 @@ class Streamed:
 
 
 class _Numbers:
-    """The storage of a streamed tensor, as the pickle refers to it."""
+    """Storage of a streamed tensor, referenced by the pickle."""
 
     def __init__(self, tensor: Streamed) -> None:
         self.tensor = tensor
 
 
 class _Pickler(pickle.Pickler):
-    """Writes streamed tensors as torch.save writes tensors, and keeps them in their order."""
+    """Pickler that writes streamed tensors like torch.save and records them in order."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, protocol=2)
-        self.found: list[Streamed] = []
+        self.tensors: list[Streamed] = []
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Streamed):
@@ -178,15 +180,15 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
         if not isinstance(value, _Numbers):
             return None
-        self.found.append(value.tensor)
+        self.tensors.append(value.tensor)
         storage = _STORAGES[value.tensor.dtype]
-        return ("storage", storage, str(len(self.found) - 1), "cpu", value.tensor.numel)
+        return ("storage", storage, str(len(self.tensors) - 1), "cpu", value.tensor.numel)
 
 
 def write_torch_file(path: Path, value: Any, advance: Callable[[int], None]) -> None:
-    """Writes a new file of plain values and streamed tensors, and waits until it is on the disk.
+    """Write and sync a new file of plain values and streamed tensors.
 
-    `advance` is told how many bytes of tensors were written.
+    `advance` is called with the bytes of tensors written.
     """
     pickled = BytesIO()
     pickler = _Pickler(pickled)
@@ -195,7 +197,7 @@ def write_torch_file(path: Path, value: Any, advance: Callable[[int], None]) -> 
         with ZipFile(file, "w") as archive:
             archive.writestr(ZipInfo(f"{_FOLDER}/data.pkl"), pickled.getvalue())
             archive.writestr(ZipInfo(f"{_FOLDER}/byteorder"), b"little")
-            for key, tensor in enumerate(pickler.found):
+            for key, tensor in enumerate(pickler.tensors):
                 _write_numbers(archive, file, f"{_FOLDER}/data/{key}", tensor, advance)
             archive.writestr(ZipInfo(f"{_FOLDER}/version"), b"3\n")
         file.flush()
@@ -203,13 +205,13 @@ def write_torch_file(path: Path, value: Any, advance: Callable[[int], None]) -> 
 
 
 def check_torch_file(path: Path) -> None:
-    """InputError if what is on the disk is not what was written, by the archive's checksums."""
+    """Verify the archive's checksums on disk. Raises ResourceError on a mismatch."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         with ZipFile(file) as archive:
             bad = archive.testzip()
     if bad is not None:
-        raise ResourceError(f"{path}: {bad} is not on the disk as it was written; look at the disk")
+        raise ResourceError(f"{path}: {bad} has a wrong checksum after writing; check the disk")
 
 
 def _write_numbers(

@@ -16,7 +16,7 @@ from megagrow.checkpoint.tensor_file import Planned, Stored, planned
 from megagrow.common.checksums import FileRecord, Files
 from megagrow.common.file_io import sync
 from megagrow.config.schema import ModelConfig
-from megagrow.formats.hugging_face import INDEX_FILE, index_of, planned_files, whole_layout
+from megagrow.formats.hugging_face import INDEX_FILE, index_of, planned_files, single_rank_layout
 from megagrow.reshard.layout import Layout
 
 
@@ -112,7 +112,7 @@ def checkpoint_target(layout: Layout, manifest: Callable[[Files], Manifest]) -> 
 
 def hugging_face_target(model: ModelConfig, dtype: str, most_bytes: int, beside: Beside) -> Target:
     """A Hugging Face folder: the weights in files of at most `most_bytes`, and what is beside."""
-    layout = whole_layout(model)
+    layout = single_rank_layout(model)
     files = planned_files(layout, dtype, most_bytes)
     documents = dict(beside.documents)
     if len(files) > 1:

@@ -153,7 +153,9 @@ def write_index(folder: Path, name: object) -> None:
 def test_an_index_cannot_name_files_elsewhere(folder: Path, name: object) -> None:
     assert open_hugging_face(folder).files == (folder / "model-1.safetensors",)
     write_index(folder, name)
-    with pytest.raises(InputError, match=r"index\.json: .* is not the name of a file beside it"):
+    with pytest.raises(
+        InputError, match=r"index\.json: .* is not the name of a file in its folder"
+    ):
         open_hugging_face(folder)
 
 

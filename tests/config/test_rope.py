@@ -30,7 +30,7 @@ def model(scaling, **changes):
         ({"rope_type": "linear", "factor": 0.5}, "'rope_scaling.factor'"),
         ({"rope_type": "linear"}, "'rope_scaling.factor'"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 3.0}, "linear has no beta_fast"),
-        ({"rope_type": "yarn", "factor": 2.0}, "yarn needs original_max_position_embeddings"),
+        ({"rope_type": "yarn", "factor": 2.0}, "yarn requires original_max_position_embeddings"),
         ({"rope_type": "llama3", "factor": 2.0}, "llama3 needs low_freq_factor, high_freq_factor"),
         (LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor should be above low_freq_factor"),
         (YARN | {"factors": 3}, "'rope_scaling.factors'"),

@@ -115,7 +115,7 @@ def test_a_config_of_transformers_4_is_read_with_its_defaults():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "mistral"}, "model_type = 'mistral', only 'llama' is known here"),
+        ({"model_type": "mistral"}, "model_type = 'mistral', only 'llama' is supported"),
         ({"attention_bias": True}, "attention_bias = True, only False"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"num_attention_heads": 5}, "hidden_size = 32 is not a multiple of"),
@@ -145,16 +145,18 @@ def rewrite(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
 def test_a_folder_that_does_not_hold_its_model_is_named(folder):
     name = "model.norm.weight"
     rewrite(folder, name, torch.ones(32, dtype=torch.int64))
-    with pytest.raises(InputError, match=r"model.norm.weight is of type I64, only F32, F16, BF16"):
+    with pytest.raises(
+        InputError, match=r"model.norm.weight has dtype I64, supported are F32, F16, BF16"
+    ):
         open_hugging_face(folder)
     rewrite(folder, name, torch.ones(31))
-    with pytest.raises(InputError, match=r"is \[31\], by config.json it is \[32\]"):
+    with pytest.raises(InputError, match=r"has shape \[31\], config.json requires \[32\]"):
         open_hugging_face(folder)
     rewrite(folder, name, None)
-    with pytest.raises(InputError, match=r"its files hold no model.norm.weight"):
+    with pytest.raises(InputError, match=r"its files do not contain model.norm.weight"):
         open_hugging_face(folder)
     next(folder.glob("model-*.safetensors")).unlink()
-    with pytest.raises(InputError, match=r"which its index names, is missing"):
+    with pytest.raises(InputError, match=r"listed in its index, is missing"):
         open_hugging_face(folder)
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(InputError, match=r"has neither model.safetensors nor"):

@@ -56,17 +56,20 @@ def test_both_forms_are_read_as_transformers_reads_them(written, theta, scaling)
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rope_scaling": {"rope_type": "longrope"}}, "of type 'longrope', known are default, lin"),
+        (
+            {"rope_scaling": {"rope_type": "longrope"}},
+            "rope_type 'longrope' is not one of default, lin",
+        ),
         ({"rope_parameters": {"rope_type": "yarn"}}, "'rope_scaling.factor'"),
         ({"rope_scaling": LINEAR | {"finetuned": True}}, "'rope_scaling.finetuned'"),
         (
             {"rope_scaling": OPEN, "max_position_embeddings": None},
-            "yarn needs original_max_position_embeddings",
+            "yarn requires original_max_position_embeddings",
         ),
         ({"rope_scaling": "linear"}, "rope_scaling should be a mapping"),
         (
             {"rope_scaling": YARN, "original_max_position_embeddings": 64},
-            "original_max_position_embeddings is 64 and 32: keep one",
+            "original_max_position_embeddings is 64 and 32; keep one",
         ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5, only 1.0"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),

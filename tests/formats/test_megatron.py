@@ -214,7 +214,7 @@ def write_old(folder: Path, state: State, **changes: Any) -> Path:
 def test_names_of_the_older_generation_are_read(tmp_path):
     state = random_state(parameter_plan(MODELS["gqa"], 1))
     write_old(tmp_path / "in", state)
-    with pytest.raises(InputError, match=r"do not say vocab_size.*--model"):
+    with pytest.raises(InputError, match=r"arguments lack vocab_size.*--model"):
         open_megatron(tmp_path / "in", None)
     (tmp_path / "m.yaml").write_text(yaml.safe_dump(MODELS["gqa"].model_dump()))
     assert_weights(take_in(tmp_path / "in", tmp_path / "out", str(tmp_path / "m.yaml")), state)
@@ -225,7 +225,7 @@ def test_names_of_the_older_generation_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"swiglu": False}, "swiglu = False, only True is known here"),
+        ({"swiglu": False}, "swiglu = False, only True is supported"),
         ({"normalization": "LayerNorm"}, "normalization = 'LayerNorm'"),
         ({"use_rotary_position_embeddings": False, "position_embedding_type": "none"}, "'none'"),
         ({"num_experts": 8}, "num_experts = 8"),
@@ -256,7 +256,7 @@ def test_rope_scaling_is_kept_where_both_have_it():
     assert args.use_rope_scaling and args.rope_scaling_factor == 4.0
     assert model_of(args, "x") == model
     for other in (LLAMA3 | {"high_freq_factor": 8.0}, {"rope_type": "linear", "factor": 2.0}):
-        with pytest.raises(InputError, match=r"rope_scaling .*: Megatron-LM has only"):
+        with pytest.raises(InputError, match=r"rope_scaling .*: Megatron-LM supports only"):
             args_of(tiny(rope_scaling=other), 1, 8, 104)
     assert not args_of(tiny(), 1, 8, 104).use_rope_scaling
 
@@ -265,24 +265,28 @@ def test_files_that_do_not_hold_the_model_are_named(tmp_path):
     model = MODELS["gqa"]
     state = random_state(parameter_plan(model, 1))
     folder = write_old(tmp_path / "a", state, checkpoint_version=1.0)
-    with pytest.raises(InputError, match=r"mp_rank_00.*checkpoint_version is 1.0"):
+    with pytest.raises(InputError, match=r"mp_rank_00.*checkpoint_version 1.0 is not supported"):
         open_megatron(folder, model)
     folder = write_old(tmp_path / "b", state)
-    with pytest.raises(InputError, match=r"linear_fc1.weight is \[48, 32\], .* it is \[40, 32\]"):
+    with pytest.raises(
+        InputError, match=r"linear_fc1.weight has shape \[48, 32\], this model requires \[40, 32\]"
+    ):
         open_megatron(folder, model.model_copy(update={"intermediate_size": 40}))
-    with pytest.raises(InputError, match=r"holds decoder.layers.1.*which this Llama does not have"):
+    with pytest.raises(
+        InputError, match=r"contains decoder.layers.1.*which this Llama does not have"
+    ):
         open_megatron(folder, model.model_copy(update={"num_hidden_layers": 1}))
-    with pytest.raises(InputError, match=r"holds no decoder.layers.2"):
+    with pytest.raises(InputError, match=r"does not contain decoder.layers.2"):
         open_megatron(folder, model.model_copy(update={"num_hidden_layers": 3}))
-    with pytest.raises(InputError, match=r"2 tensor-parallel ranks do not divide num_key_value"):
+    with pytest.raises(InputError, match=r"num_key_value_heads = 1 is not divisible"):
         open_megatron(folder, model.model_copy(update={"num_key_value_heads": 1}))
-    with pytest.raises(InputError, match=r"has 128 rows for 129 tokens"):
+    with pytest.raises(InputError, match=r"has 128 rows, fewer than the 129 tokens"):
         open_megatron(folder, model.model_copy(update={"vocab_size": 129}))
     (folder / "release" / "mp_rank_01").rename(folder / "release" / "mp_rank_00_001")
     with pytest.raises(InputError, match=r"mp_rank_00_001: .*pipeline-parallel"):
         open_megatron(folder, model)
     (folder / "latest_checkpointed_iteration.txt").write_text("../../etc")
-    with pytest.raises(InputError, match=r"is no number of an iteration"):
+    with pytest.raises(InputError, match=r"is not an iteration number"):
         open_megatron(folder, model)
     with pytest.raises(InputError, match=r"has no mp_rank_00/model_optim_rng.pt"):
         open_megatron(tmp_path, model)
@@ -290,7 +294,9 @@ def test_files_that_do_not_hold_the_model_are_named(tmp_path):
 
 def test_what_can_not_be_written_is_said_before_anything_is(tmp_path):
     write(tmp_path / "in", "gqa")
-    with pytest.raises(InputError, match=r"--tp 4: 4 tensor-parallel ranks do not divide num_key"):
+    with pytest.raises(
+        InputError, match=r"--tp 4: num_key_value_heads = 2 is not divisible by TP 4"
+    ):
         give_out(tmp_path / "in", tmp_path / "out", tp=4)
     with pytest.raises(InputError, match=r"--dtype int8"):
         give_out(tmp_path / "in", tmp_path / "out", tp=1, dtype="int8")

@@ -133,7 +133,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path):
     mark = tmp_path / "ran"
     torch.save({"param": torch.ones(3), "x": Malicious(mark)}, tmp_path / "bad.pt")
     for unread in ((), ("megatron.", "numpy.", "deepspeed.")):
-        with pytest.raises(InputError, match=r"bad.pt: refused, .*names posix.mkdir") as error:
+        with pytest.raises(InputError, match=r"bad.pt: refused, it refers to posix.mkdir") as error:
             read_torch_file(tmp_path / "bad.pt", unread)
         assert "\n" not in str(error.value)
     assert not mark.exists()
@@ -144,10 +144,10 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path):
 def test_files_of_the_old_form_are_not_even_opened(tmp_path):
     mark = tmp_path / "ran"
     (tmp_path / "old.pt").write_bytes(pickle.dumps(Malicious(mark)))
-    with pytest.raises(InputError, match=r"old.pt: not a whole file of torch.save"):
+    with pytest.raises(InputError, match=r"old.pt: not a complete torch.save file"):
         read_torch_file(tmp_path / "old.pt")
     torch.save({"x": 1}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(InputError, match=r"old.pt: not a whole file of torch.save"):
+    with pytest.raises(InputError, match=r"old.pt: not a complete torch.save file"):
         read_torch_file(tmp_path / "old.pt")
     assert not mark.exists()
 
@@ -160,7 +160,7 @@ def test_objects_of_other_programs_are_neither_made_nor_imported(tmp_path, monke
     value = {"args": argparse.Namespace(a=kind.auto, b=3), "rng": np.random.get_state()}
     torch.save(value, tmp_path / "a.pt")
     monkeypatch.delitem(sys.modules, "megatron")
-    with pytest.raises(InputError, match=r"a.pt: refused, .* names megatron.Kind, numpy"):
+    with pytest.raises(InputError, match=r"a.pt: refused, it refers to megatron.Kind, numpy"):
         read_torch_file(tmp_path / "a.pt")
     before = set(torch.serialization.get_safe_globals())
     found = read_torch_file(tmp_path / "a.pt", ("megatron.", "numpy."))
@@ -176,7 +176,7 @@ def test_files_that_are_damaged_or_packed_are_refused(tmp_path):
     torch.save({"x": torch.arange(1000.0)}, path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-50])
-    with pytest.raises(InputError, match=r"a.pt: not a whole file"):
+    with pytest.raises(InputError, match=r"a.pt: not a complete torch.save file"):
         read_torch_file(path)
     path.write_bytes(whole.replace(b"storage", b"stXrage"))
     with pytest.raises(InputError, match=r"a.pt: refused, it is damaged \(.*Only persist"):

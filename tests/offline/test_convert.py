@@ -221,7 +221,7 @@ def test_an_index_can_not_reach_out_of_its_folder(tmp_path, name):
     told = json.loads(index.read_text())
     told["weight_map"]["model.norm.weight"] = name
     index.write_text(json.dumps(told))
-    with pytest.raises(InputError, match="is not the name of a file beside it") as error:
+    with pytest.raises(InputError, match="is not the name of a file in its folder") as error:
         open_hugging_face(folder)
     assert repr(name) in str(error.value)
 

@@ -23,7 +23,7 @@ from megagrow.common.file_io import raw_bytes
 from megagrow.common.sizes import format_bytes
 from megagrow.config.flops import parameters
 from megagrow.config.schema import ModelConfig
-from megagrow.formats.hugging_face import INDEX_FILE, index_of, planned_files, whole_layout
+from megagrow.formats.hugging_face import INDEX_FILE, index_of, planned_files, single_rank_layout
 from megagrow.formats.hugging_face_config import CONFIG_FILE, config_of
 
 _CHUNK = 2**20
@@ -70,7 +70,7 @@ def random_model(gigabytes: float) -> ModelConfig:
 def write_model(model: ModelConfig, folder: Path, file_bytes: int) -> None:
     """Write a Hugging Face folder of random weights, in chunks."""
     folder.mkdir(parents=True)
-    files = planned_files(whole_layout(model), "F32", file_bytes)
+    files = planned_files(single_rank_layout(model), "F32", file_bytes)
     generator = torch.Generator().manual_seed(0)
     for name, plan in files.items():
         with (folder / name).open("wb") as file:
