@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
+from megagrow.model.layers.table import EMBEDDING, FINAL_NORM, HEAD
 from megagrow.parallel.sharding import ParamSpec, pad, parameter_plan
 from megagrow.reshard.layout import Block
 
@@ -76,13 +77,13 @@ def fused_tensors(model: ModelConfig, tp: int, rank: int, vocabulary: int) -> It
     """All tensors of a tensor-parallel rank, in the order of the module tree; `vocabulary` is
     padded. `tp` has to divide the heads, the key and value heads, and the feed-forward width."""
     plan = parameter_plan(model, tp)
-    embedding = plan["model.embed_tokens.weight"]
+    embedding = plan[EMBEDDING.name]
     yield _vocabulary("embedding.word_embeddings.weight", embedding, tp, rank, vocabulary)
     for layer in range(model.num_hidden_layers):
         yield from _layer(model, plan, layer, tp, rank)
-    yield _single("decoder.final_layernorm.weight", plan["model.norm.weight"], tp, rank)
+    yield _single("decoder.final_layernorm.weight", plan[FINAL_NORM], tp, rank)
     if not model.tie_word_embeddings:
-        yield _vocabulary("output_layer.weight", plan["lm_head.weight"], tp, rank, vocabulary)
+        yield _vocabulary("output_layer.weight", plan[HEAD.name], tp, rank, vocabulary)
 
 
 def _layer(

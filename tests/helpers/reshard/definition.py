@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap
+from megagrow.model.layers.base import VOCAB
 from megagrow.parallel.engine import Storage
 from megagrow.parallel.initialize import normal
 from megagrow.parallel.sharding import STATE_KINDS, ParamSpec
@@ -157,7 +158,7 @@ def filled(fill: Fill, rows: int, cols: int) -> Tensor:
 def _slice(spec: ParamSpec, tensor: Tensor, tp: int, tp_rank: int, fill: float) -> Tensor:
     if spec.tp_dim is None:
         return tensor.flatten()
-    extra = -tensor.shape[0] % tp if spec.row_role == "vocab" else 0
+    extra = -tensor.shape[0] % tp if spec.row_role.axis == VOCAB else 0
     padded = pad(tensor, (0, 0, 0, extra), value=fill)
     return padded.chunk(tp, dim=spec.tp_dim)[tp_rank].flatten().contiguous()
 
