@@ -53,12 +53,7 @@ def matmul_flops(model: ModelConfig) -> int:
     """Return the training FLOPs per token of products with weights: 6 per matrix element."""
     blocks = table.block_counts(model).items()
     layers = sum(count * block.type.matmul_flops(model) for block, count in blocks)
-    return layers + head_flops(model)
-
-
-def head_flops(model: ModelConfig) -> int:
-    """Return the training FLOPs per token of the head, tied or not."""
-    return 6 * table.HEAD.numel(model)
+    return layers + table.HEAD.matmul_flops(model)
 
 
 def score_flops(model: ModelConfig, sequence_length: int) -> int:

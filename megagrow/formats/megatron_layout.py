@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import ConfigError
+from megagrow.model.layers.table import EMBEDDING, FINAL_NORM, HEAD
 from megagrow.parallel.sharding import ParamSpec, pad, parameter_plan
 from megagrow.reshard.layout import Block
 
@@ -77,13 +78,13 @@ def fused_tensors(model: ModelConfig, tp: int, rank: int, vocabulary: int) -> It
     feed-forward width.
     """
     plan = parameter_plan(model, tp)
-    embedding = plan["model.embed_tokens.weight"]
+    embedding = plan[EMBEDDING.name]
     yield _vocabulary("embedding.word_embeddings.weight", embedding, tp, rank, vocabulary)
     for layer in range(model.num_hidden_layers):
         yield from _layer(model, plan, layer, tp, rank)
-    yield _single("decoder.final_layernorm.weight", plan["model.norm.weight"], tp, rank)
+    yield _single("decoder.final_layernorm.weight", plan[FINAL_NORM], tp, rank)
     if not model.tie_word_embeddings:
-        yield _vocabulary("output_layer.weight", plan["lm_head.weight"], tp, rank, vocabulary)
+        yield _vocabulary("output_layer.weight", plan[HEAD.name], tp, rank, vocabulary)
 
 
 def _layer(

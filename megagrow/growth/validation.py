@@ -15,6 +15,8 @@ from megagrow.growth.operators import (
     resolve_operators,
     state_policy,
 )
+from megagrow.model.layers.base import VOCAB
+from megagrow.model.layers.table import activation_axes
 
 _FREE = ("initializer_range", "max_position_embeddings")
 """Fields of a model that any growth may change: no weight depends on them."""
@@ -176,5 +178,6 @@ def learning_problems(
 
 
 def _wider(source: ModelConfig, target: ModelConfig) -> bool:
-    names = ("hidden_size", "intermediate_size", "num_key_value_heads")
-    return any(getattr(source, name) != getattr(target, name) for name in names)
+    axes = activation_axes(target).values()
+    fields = {axis.grown_by for axis in axes if axis != VOCAB}
+    return any(getattr(source, field) != getattr(target, field) for field in fields)

@@ -12,6 +12,7 @@ from megagrow.checkpoint.source import Source
 from megagrow.common.sizes import format_bytes
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import ConfigError, DataError
+from megagrow.model.layers.table import EMBEDDING_MODULE, HEAD_MODULE, module_names
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.masks import Masks
 from megagrow.reshard.layout import Block
@@ -77,15 +78,11 @@ def text_loss(source: Source, sequences: list[Tensor], masks: Masks | None = Non
 
 
 def _hold_while_used(model: LlamaForCausalLM, source: Source) -> None:
-    """Makes the model's parts read their weights when they are called, and give them up after."""
-    head = "model.embed_tokens" if source.model.tie_word_embeddings else "lm_head"
-    parts: list[tuple[str, nn.Module]] = [
-        ("model.embed_tokens", model.model.embed_tokens),
-        *((f"model.layers.{i}", layer) for i, layer in enumerate(model.model.layers)),
-        ("model.norm", model.model.norm),
-        (head, model.lm_head),
-    ]
-    for prefix, module in parts:
+    """Load the weights of each module before its forward pass and release them after it."""
+    for name in module_names(source.model):
+        tied = name == HEAD_MODULE and source.model.tie_word_embeddings
+        prefix = EMBEDDING_MODULE if tied else name
+        module = model.get_submodule(name)
         module.register_forward_pre_hook(partial(_load, source, prefix))
         module.register_forward_hook(_unload)
 

@@ -41,7 +41,7 @@ class ParamSpec:
     @property
     def leaf(self) -> str:
         """Return the module name, such as `q_proj` of `model.layers.3.self_attn.q_proj.weight`."""
-        return self.name.split(".")[-2]
+        return self.name.removesuffix(".weight").rpartition(".")[2]
 
     @property
     def is_vector(self) -> bool:

@@ -68,7 +68,7 @@ def parallelize(
         if isinstance(block, Block):
             block.pre_collective = Region(pre, topology.tp_group)
             block.post_collective = Region(post, topology.tp_group)
-    spec = plan[f"{EMBEDDING.name}.weight"]
+    spec = plan[EMBEDDING.name]
     weight = cast(nn.Parameter, model.model.embed_tokens.weight)
     model.model.embed_tokens = VocabParallelEmbedding(
         weight, spec.slice_origin(topology.tp, topology.tp_rank)[0]

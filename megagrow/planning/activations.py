@@ -61,7 +61,7 @@ class Activations:
     @property
     def logits(self) -> int:
         """Return the peak of head and loss together."""
-        spec = self.layout.plan[f"{EMBEDDING.name}.weight"]
+        spec = self.layout.plan[EMBEDDING.name]
         rows = spec.padded_rows // self.layout.tp
         kernels = self.stage.kernels
         if not kernels.linear_cross_entropy:
@@ -81,7 +81,7 @@ class Activations:
         """
         if self.stage.kernels.loss == "triton":
             return self._width
-        spec = self.layout.plan[f"{EMBEDDING.name}.weight"]
+        spec = self.layout.plan[EMBEDDING.name]
         copied = self.bf16 or spec.padded_rows > spec.rows
         return self._width + (8 if copied else 4)
 

@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from megagrow.config.flops import (
     flops_per_token,
-    head_flops,
     norm_parameters,
     paper_flops_per_token,
 )
 from megagrow.config.growth_guidelines import SPEEDUPS
 from megagrow.config.schema import ModelConfig
-from megagrow.model.layers.table import EMBEDDING, block_counts
+from megagrow.model.layers.table import EMBEDDING, HEAD, block_counts
 from megagrow.planning.costs import KG_CO2_PER_KWH, PUE, Cost, RunCosts
 from megagrow.train.reporting.console import short
 
@@ -80,7 +79,7 @@ def flops_parts(model: ModelConfig, sequence_length: int) -> FlopsParts:
             _add(parts, kind.score_label, count * kind.score_flops(model, sequence_length), 0)
     table = 6 * EMBEDDING.numel(model)
     return parts | {
-        "head": (head_flops(model), table),
+        "head": (HEAD.matmul_flops(model), table),
         "embedding": (0, 0 if model.tie_word_embeddings else table),
         "norms": (0, 6 * norm_parameters(model)),
         "all": (flops_per_token(model, sequence_length), paper_flops_per_token(model)),

@@ -1,21 +1,30 @@
-"""What one GPU does in a step: the sizes that its time follows from."""
+"""Workload of one GPU in a training step: the sizes that determine the step time."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from megagrow.config.schema import ModelConfig, StageConfig
+from megagrow.model.layers.attention import ATTENTION
+from megagrow.model.layers.base import READS_RESIDUAL, LayerType
+from megagrow.model.layers.mlp import MLP
+from megagrow.model.layers.table import HEAD
 
 Attention = Literal["flash1", "flash2", "flash3"]
 
 Stack = Literal["eager", "fused", "compiled"]
-"""Whether what only moves memory is done by single PyTorch calls, by fused kernels that Python
-launches (as here), or by what torch.compile makes of the model."""
+"""Implementation of memory-bound operations: single PyTorch calls, fused kernels launched from
+Python (as here), or torch.compile."""
+
+
+_UNGATED_MLP = replace(MLP, parameters=lambda config: MLP.parameters(config)[1:])
+"""Feed-forward of published models with GELU: no gate_proj."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder, and the length of its sequences."""
+    """Sizes of a decoder and the sequence length."""
 
     layers: int
     hidden: int
@@ -28,55 +37,82 @@ class Shape:
     mlp_matrices: int = 3
     """3 with a gate (SwiGLU), 2 without (GELU)."""
     tables: int = 2
-    """Embedding and head, or 1 for both."""
+    """2 for embedding and head, 1 if they are tied."""
+
+    @cached_property
+    def model(self) -> ModelConfig:
+        """Return the sizes as a model of this project."""
+        return ModelConfig(
+            num_hidden_layers=self.layers,
+            hidden_size=self.hidden,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            intermediate_size=self.intermediate,
+            vocab_size=self.vocabulary,
+        )
+
+    @property
+    def layer_types(self) -> tuple[LayerType, LayerType]:
+        """Return the blocks of a layer."""
+        return ATTENTION, MLP if self.mlp_matrices == 3 else _UNGATED_MLP
 
     def products(self, tp: int) -> Iterator[tuple[int, int]]:
-        """(columns of the result, inner dimension) of each product of a layer on one rank."""
-        head = self.head_dim
-        yield (self.heads + 2 * self.kv_heads) * head // tp, self.hidden
-        yield self.hidden, self.heads * head // tp
-        for _ in range(self.mlp_matrices - 1):
-            yield self.intermediate // tp, self.hidden
-        yield self.hidden, self.intermediate // tp
+        """Yield (columns of the result, inner dimension) of each product of a layer on one rank.
+
+        The query, key and value projections are one product.
+        """
+        for layer_type in self.layer_types:
+            reads: list[tuple[int, int]] = []
+            writes: list[tuple[int, int]] = []
+            for parameter in layer_type.parameters(self.model):
+                into = reads if parameter.col_role == READS_RESIDUAL else writes
+                into.append(parameter.shape(self.model))
+            if layer_type is ATTENTION:
+                reads = [(sum(rows for rows, _ in reads), self.hidden)]
+            yield from ((rows // tp, cols) for rows, cols in reads)
+            yield from ((rows, cols // tp) for rows, cols in writes)
 
     @property
     def layer_parameters(self) -> int:
-        """Of the matrices of one layer."""
-        return sum(columns * inner for columns, inner in self.products(1))
+        """Return the number of parameters of one layer, norms excluded."""
+        return sum(layer_type.numel(self.model) for layer_type in self.layer_types)
 
     @property
     def parameters(self) -> int:
-        """Of all matrices; vectors are left out."""
-        return self.layers * self.layer_parameters + self.tables * self.vocabulary * self.hidden
+        """Return the number of parameters of all matrices."""
+        return self.layers * self.layer_parameters + self.tables * HEAD.numel(self.model)
 
     @property
     def flops_per_token(self) -> int:
-        """Training FLOPs, attention over a causal mask, nothing twice (`config.flops`)."""
-        matrices = self.layers * self.layer_parameters + self.vocabulary * self.hidden
-        width = self.heads * self.head_dim
-        return 6 * matrices + 6 * self.layers * width * (self.sequence + 1)
+        """Return the training FLOPs per token, as counted by `config.flops.flops_per_token`."""
+        layer = sum(
+            each.matmul_flops(self.model) + each.score_flops(self.model, self.sequence)
+            for each in self.layer_types
+        )
+        return self.layers * layer + HEAD.matmul_flops(self.model)
 
 
 @dataclass(frozen=True)
 class StepWorkload:
-    """A step of one GPU out of dp x tp."""
+    """Training step of one GPU out of dp x tp."""
 
     shape: Shape
     dp: int
     tp: int
     zero_stage: int
     micro_batch: int
-    """Sequences of one data-parallel rank at a time."""
+    """Sequences of one data-parallel rank per micro-batch."""
     accumulation: int
     recomputed: float = 0.0
-    """Share of the layers' forward pass that is done twice: 1 with full checkpointing."""
+    """Recomputed share of the layers' forward pass: 1 with full activation checkpointing."""
     sequence_parallel: bool = False
     attention: Attention = "flash2"
     stack: Stack = "fused"
     overlap: bool = True
-    """Whether gradients are reduced, and weights gathered, while others are computed."""
+    """True if gradient reduction and weight gathering overlap with computation."""
     gradient_bytes: int = 2
-    """Of a gradient on the wire."""
+    """Bytes of a gradient element in communication."""
 
     @property
     def gpus(self) -> int:
@@ -84,22 +120,22 @@ class StepWorkload:
 
     @property
     def micro_tokens(self) -> int:
-        """Tokens of one micro batch of one data-parallel rank."""
+        """Return the tokens of one micro-batch of one data-parallel rank."""
         return self.micro_batch * self.shape.sequence
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of a step on all GPUs."""
+        """Return the tokens of a step on all GPUs."""
         return self.micro_tokens * self.accumulation * self.dp
 
     @property
     def rank_parameters(self) -> int:
-        """Parameters of one tensor-parallel rank, before ZeRO divides them."""
+        """Return the parameters of one tensor-parallel rank, before ZeRO partitions them."""
         return self.shape.parameters // self.tp
 
 
 def shape_of(model: ModelConfig, sequence_length: int) -> Shape:
-    """The sizes of a model of this project."""
+    """Return the sizes of a model of this project."""
     return Shape(
         layers=model.num_hidden_layers,
         hidden=model.hidden_size,
@@ -116,10 +152,10 @@ def shape_of(model: ModelConfig, sequence_length: int) -> Shape:
 def work_of(
     stage: StageConfig, world_size: int, sequence_length: int, hopper: bool
 ) -> StepWorkload:
-    """A step of a stage on so many GPUs, whose settings must fit.
+    """Return a step of a stage on `world_size` GPUs, which its settings must fit.
 
-    Gradients are reduced as DeepSpeed does it by default: beside the backward pass under ZeRO 3
-    only. `selective` checkpointing computes nothing twice with attention that keeps no matrix.
+    As in DeepSpeed by default, gradient reduction overlaps the backward pass under ZeRO 3 only.
+    `selective` checkpointing recomputes nothing with attention that keeps no S x S matrix.
     """
     parallel, batch = stage.parallel, stage.batch
     tp, zero = parallel.tensor_model_parallel_size, parallel.zero_stage

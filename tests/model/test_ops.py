@@ -206,11 +206,11 @@ sys.modules["triton"] = None
 import torch
 from megagrow.config.stage import KernelsConfig
 from megagrow.config.schema import ModelConfig
-from megagrow.model.backends import Work, choose
+from megagrow.model.backends import KernelWorkload, choose
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.machine import machine_of
 from megagrow.model.ops import make_ops
-machine, work = machine_of(torch.device("cpu")), Work(torch.float32, 4, True)
+machine, work = machine_of(torch.device("cpu")), KernelWorkload(torch.float32, 4, True)
 assert not machine.triton
 ops = make_ops(choose(KernelsConfig(), machine, work), machine, work)
 sizes = dict(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=4)

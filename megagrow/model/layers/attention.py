@@ -11,7 +11,6 @@ from megagrow.model.layers.base import (
     READS_RESIDUAL,
     WRITES_RESIDUAL,
     ActivationAxis,
-    AxisRole,
     LayerType,
     MicroBatch,
     ParameterDeclaration,
@@ -30,10 +29,10 @@ MIXED = ActivationAxis("mixed", _QUERIES, "num_key_value_heads", "head_dim")
 """Weighted sums of the values: the input of o_proj."""
 
 _PARAMETERS = (
-    ParameterDeclaration("q_proj", AxisRole(QUERY, "produces"), READS_RESIDUAL, "normal"),
-    ParameterDeclaration("k_proj", AxisRole(KEY, "produces"), READS_RESIDUAL, "normal"),
-    ParameterDeclaration("v_proj", AxisRole(VALUE, "produces"), READS_RESIDUAL, "normal"),
-    ParameterDeclaration("o_proj", WRITES_RESIDUAL, AxisRole(MIXED, "consumes"), "scaled normal"),
+    ParameterDeclaration("q_proj.weight", QUERY.produced, READS_RESIDUAL),
+    ParameterDeclaration("k_proj.weight", KEY.produced, READS_RESIDUAL),
+    ParameterDeclaration("v_proj.weight", VALUE.produced, READS_RESIDUAL),
+    ParameterDeclaration("o_proj.weight", WRITES_RESIDUAL, MIXED.consumed, "scaled normal"),
 )
 
 

@@ -44,6 +44,16 @@ class ActivationAxis:
         """Return the number of entries in a model."""
         return prod(getattr(config, field) for field in self.sizes)
 
+    @property
+    def produced(self) -> "AxisRole":
+        """Return the role of a parameter that writes the axis."""
+        return AxisRole(self, "produces")
+
+    @property
+    def consumed(self) -> "AxisRole":
+        """Return the role of a parameter that reads the axis."""
+        return AxisRole(self, "consumes")
+
 
 class AxisRole(NamedTuple):
     """Activation axis of the rows or columns of a parameter, and the parameter's effect on it."""
@@ -55,8 +65,7 @@ class AxisRole(NamedTuple):
 VOCAB = ActivationAxis("vocab", ("vocab_size",), "vocab_size")
 RESIDUAL = ActivationAxis("residual", ("hidden_size",), "hidden_size", sliced=False)
 
-WRITES_RESIDUAL = AxisRole(RESIDUAL, "produces")
-READS_RESIDUAL = AxisRole(RESIDUAL, "consumes")
+WRITES_RESIDUAL, READS_RESIDUAL = RESIDUAL.produced, RESIDUAL.consumed
 
 
 @dataclass(frozen=True)
@@ -67,10 +76,10 @@ class ParameterDeclaration:
     """
 
     name: str
-    """Path from the layer to the module that owns `weight`."""
+    """Path within the block, such as `q_proj.weight`."""
     row_role: AxisRole
     col_role: AxisRole | None
-    initialization: Initialization
+    initialization: Initialization = "normal"
 
     @property
     def is_vector(self) -> bool:
@@ -85,6 +94,13 @@ class ParameterDeclaration:
     def numel(self, config: ModelConfig) -> int:
         """Return the number of elements."""
         return prod(self.shape(config))
+
+    def matmul_flops(self, config: ModelConfig) -> int:
+        """Return the training FLOPs per token of the product with a matrix; 0 for a vector.
+
+        A matrix element takes 2 FLOPs in the forward pass and 4 in the backward pass.
+        """
+        return 0 if self.is_vector else 6 * self.numel(config)
 
     def init_std(self, config: ModelConfig) -> float:
         """Return the standard deviation of the initial values; 0 represents the constant 1."""
@@ -111,14 +127,6 @@ class MicroBatch:
     """Attention backend; see `kernels.attention`."""
     checkpointing: str
     """Value of `activation_checkpointing`."""
-
-
-def matmul_flops(parameters: tuple[ParameterDeclaration, ...], config: ModelConfig) -> int:
-    """Return the training FLOPs per token of products with the matrices among `parameters`.
-
-    A matrix weight takes 2 FLOPs in the forward pass and 4 in the backward pass.
-    """
-    return 6 * sum(each.numel(config) for each in parameters if not each.is_vector)
 
 
 def no_score_flops(config: ModelConfig, sequence_length: int) -> int:
@@ -156,4 +164,4 @@ class LayerType:
 
     def matmul_flops(self, config: ModelConfig) -> int:
         """Return the training FLOPs per token of products with weights."""
-        return matmul_flops(self.parameters(config), config)
+        return sum(each.matmul_flops(config) for each in self.parameters(config))

@@ -7,7 +7,6 @@ from megagrow.model.layers.base import (
     READS_RESIDUAL,
     WRITES_RESIDUAL,
     ActivationAxis,
-    AxisRole,
     LayerType,
     MicroBatch,
     ParameterDeclaration,
@@ -19,9 +18,9 @@ if TYPE_CHECKING:
 FFN = ActivationAxis("ffn", ("intermediate_size",), "intermediate_size")
 
 _PARAMETERS = (
-    ParameterDeclaration("gate_proj", AxisRole(FFN, "produces"), READS_RESIDUAL, "normal"),
-    ParameterDeclaration("up_proj", AxisRole(FFN, "produces"), READS_RESIDUAL, "normal"),
-    ParameterDeclaration("down_proj", WRITES_RESIDUAL, AxisRole(FFN, "consumes"), "scaled normal"),
+    ParameterDeclaration("gate_proj.weight", FFN.produced, READS_RESIDUAL),
+    ParameterDeclaration("up_proj.weight", FFN.produced, READS_RESIDUAL),
+    ParameterDeclaration("down_proj.weight", WRITES_RESIDUAL, FFN.consumed, "scaled normal"),
 )
 
 

@@ -1,7 +1,6 @@
 """Parameter table of a model, assembled from the declarations of its layer types.
 
-Sharding, initialization, growth, planning and the checkpoint formats derive from it. A new layer
-type is a declaration and an entry in `decoder_blocks`.
+Sharding, initialization, growth, planning and the checkpoint formats derive from it.
 """
 
 from collections import Counter
@@ -32,21 +31,21 @@ class BlockDeclaration(NamedTuple):
     type: LayerType
 
 
-_DECODER_BLOCKS = (
+DECODER_BLOCKS = (
     BlockDeclaration("input_layernorm", "self_attn", ATTENTION),
     BlockDeclaration("post_attention_layernorm", "mlp", MLP),
 )
+"""Blocks of every decoder layer. A new layer type is registered here."""
 
-_VOCABULARY = AxisRole(VOCAB, "produces")
-
-EMBEDDING = ParameterDeclaration("model.embed_tokens", _VOCABULARY, WRITES_RESIDUAL, "normal")
-HEAD = ParameterDeclaration("lm_head", _VOCABULARY, READS_RESIDUAL, "normal")
-FINAL_NORM = "model.norm"
+EMBEDDING = ParameterDeclaration("model.embed_tokens.weight", VOCAB.produced, WRITES_RESIDUAL)
+HEAD = ParameterDeclaration("lm_head.weight", VOCAB.produced, READS_RESIDUAL)
+FINAL_NORM = "model.norm.weight"
+EMBEDDING_MODULE, HEAD_MODULE = "model.embed_tokens", "lm_head"
 
 
 def decoder_blocks(config: ModelConfig, layer: int) -> tuple[BlockDeclaration, ...]:
     """Return the blocks of one decoder layer in the order of execution."""
-    return _DECODER_BLOCKS
+    return DECODER_BLOCKS
 
 
 def block_counts(config: ModelConfig) -> Counter[BlockDeclaration]:
@@ -82,16 +81,24 @@ class ModelParameter:
 def model_parameters(config: ModelConfig) -> Iterator[ModelParameter]:
     """Yield all parameters in the order of the module tree; a tied head is not one of them."""
     tied = config.tie_word_embeddings
-    final_gain = f"{FINAL_NORM}.weight"
-    yield ModelParameter(f"{EMBEDDING.name}.weight", None, EMBEDDING)
+    yield ModelParameter(EMBEDDING.name, None, EMBEDDING)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         for norm, block, layer_type in decoder_blocks(config, layer):
             gain = f"{prefix}.{norm}.weight"
-            yield ModelParameter(gain, layer, norm_gain(norm))
+            yield ModelParameter(gain, layer, norm_gain(f"{norm}.weight"))
             for each in layer_type.parameters(config):
                 reads = gain if each.col_role == READS_RESIDUAL else None
-                yield ModelParameter(f"{prefix}.{block}.{each.name}.weight", layer, each, reads)
-    yield ModelParameter(final_gain, None, norm_gain(FINAL_NORM, tied))
+                yield ModelParameter(f"{prefix}.{block}.{each.name}", layer, each, reads)
+    yield ModelParameter(FINAL_NORM, None, norm_gain(FINAL_NORM, tied))
     if not tied:
-        yield ModelParameter(f"{HEAD.name}.weight", None, HEAD, final_gain)
+        yield ModelParameter(HEAD.name, None, HEAD, FINAL_NORM)
+
+
+def module_names(config: ModelConfig) -> list[str]:
+    """Return the modules that hold all parameters, in the order of the forward pass.
+
+    The weight of a tied `HEAD_MODULE` is `EMBEDDING`.
+    """
+    layers = (f"model.layers.{layer}" for layer in range(config.num_hidden_layers))
+    return [EMBEDDING_MODULE, *layers, FINAL_NORM.removesuffix(".weight"), HEAD_MODULE]

@@ -34,6 +34,7 @@ from megagrow.growth.ligo import (
 from megagrow.growth.map import GrowthMap
 from megagrow.growth.operators import resolve_operators
 from megagrow.model.backends import uses_bf16
+from megagrow.model.layers.table import EMBEDDING, HEAD_MODULE, module_names
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.loss import cross_entropy
@@ -205,15 +206,10 @@ def formed_model(forming: Forming) -> LlamaForCausalLM:
     parallel = settings.parallel.model_copy(update={"activation_checkpointing": "none"})
     plan = forming.plan
     model = build_model(plan, replace(settings, parallel=parallel), topology, forming.dtype)
-    for part in _parts(settings.model.num_hidden_layers):
+    for part in module_names(settings.model):
         names = {n.removeprefix(f"{part}."): n for n in plan if n.startswith(f"{part}.")}
-        if part == "lm_head" and not names:
-            names = {"weight": "model.embed_tokens.weight"}
+        if part == HEAD_MODULE and not names:
+            names = {"weight": EMBEDDING.name}
         whole = model.get_submodule(part)
         model.set_submodule(part, Formed(whole, partial(forming.weights, names)))
     return model
-
-
-def _parts(layers: int) -> list[str]:
-    blocks = (f"model.layers.{layer}" for layer in range(layers))
-    return ["model.embed_tokens", *blocks, "model.norm", "lm_head"]

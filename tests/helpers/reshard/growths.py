@@ -40,8 +40,9 @@ def widenings(
     for name, spec in after.items():
         origin = before[_origin(spec, layers)]
         other = _origin(spec, [draw(st.integers(0, depth - 1))] * len(layers))
-        rows = _axis(draw, lifts, spec.row_role, origin.rows, spec.rows)
-        cols = _axis(draw, lifts, spec.col_role, origin.cols, spec.cols)
+        rows = _axis(draw, lifts, spec.row_role.axis.name, origin.rows, spec.rows)
+        column_axis = "none" if spec.col_role is None else spec.col_role.axis.name
+        cols = _axis(draw, lifts, column_axis, origin.cols, spec.cols)
         weights[name] = _gathers(draw, origin.name, other, rows, cols)
         # Moments have scales of their own.
         moments[name] = draw(
@@ -68,11 +69,11 @@ def _gathers(
     return (Gather(origin, rows, cols),)
 
 
-def _axis(draw: st.DrawFn, lifts: Lifts, role: str, old: int, new: int) -> Axis:
-    """One lift for all axes of a role."""
-    if (role, old, new) not in lifts:
-        lifts[role, old, new] = draw(axes_of(old, new))
-    return lifts[role, old, new]
+def _axis(draw: st.DrawFn, lifts: Lifts, name: str, old: int, new: int) -> Axis:
+    """Return one lift for all tensor axes of an activation axis."""
+    if (name, old, new) not in lifts:
+        lifts[name, old, new] = draw(axes_of(old, new))
+    return lifts[name, old, new]
 
 
 @st.composite
