@@ -89,7 +89,7 @@ def test_bad_tiles_are_found_out():
     jobs.append(CompileJob(90, "attention", HEADS | {"head_dim": 128, "dtype": "int8"}))
     spills, shared, error = (outcome.problems() for outcome in inspect(jobs))
     assert any("_forward_kernel spills" in problem for problem in spills)
-    assert any(f"bytes of shared memory of {SHARED_LIMIT[90]}" in problem for problem in shared)
+    assert any(f"bytes of shared memory, limit {SHARED_LIMIT[90]}" in problem for problem in shared)
     assert len(error) == 1 and str(jobs[-1]) in error[0]
 
 
@@ -103,7 +103,7 @@ def test_what_is_wrong_with_code():
         ({"spills": 2}, "spills: 2 instructions"),
         ({"stack": 8}, "8 bytes of stack"),
         ({"tensor_cores": {"HGMMA": 0, "HMMA": 8}}, "multiplies matrices without HGMMA"),
-        ({"shared": 232449}, "232449 bytes of shared memory of 232448"),
+        ({"shared": 232449}, "232449 bytes of shared memory, limit 232448"),
     ):
         [problem] = CompileResult(job, (replace(good, **change),)).problems()
         assert problem.startswith(f"{job}: _forward_kernel") and words in problem

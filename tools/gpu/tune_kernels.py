@@ -44,7 +44,7 @@ PROCESSES = 8
 
 
 class CallTimer(Protocol):
-    """Timer interface, implemented by `tools.gpu.bench.clock.CudaClock`."""
+    """Timer interface, implemented by `tools.gpu.bench.timer.CudaTimer`."""
 
     def compare(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         """Return the median seconds of each call."""
