@@ -25,7 +25,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from tools.benchmarks.training.gate import TrainingCase  # noqa: E402
 from tools.benchmarks.training.prepare import corpus_of, prepare_speeds  # noqa: E402
 from tools.benchmarks.training.tables import markdown, summary  # noqa: E402
-from tools.benchmarks.training.turns import new_folder, run_rounds, start, wait_for_all  # noqa: E402
+from tools.benchmarks.training.turns import (  # noqa: E402
+    new_folder,
+    run_rounds,
+    start,
+    wait_for_all,
+)
 
 CONFIGURATIONS = {
     "ours": 1,
