@@ -58,7 +58,7 @@ class BatchConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW. Defaults are the values of the paper's code (tongxuluo/prts)."""
+    """AdamW optimizer. Defaults are the values of the paper's code (tongxuluo/prts)."""
 
     lr: float = Field(gt=0)
     """Peak learning rate."""

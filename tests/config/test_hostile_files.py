@@ -87,7 +87,7 @@ def test_a_list_that_is_too_short_is_named(run_file_text, tmp_path: Path) -> Non
 
 def test_a_part_whose_name_no_file_can_have(run_file_text, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(run_file_text)
-    with pytest.raises(InputError, match="too long to be the name of a part"):
+    with pytest.raises(InputError, match="longer than 200 characters; not a file name"):
         load_run(tmp_path / "run.yaml", [f"model={'x' * 300}"])
 
 

@@ -33,5 +33,5 @@ def test_run_files_are_told_from_models():
 def test_a_model_that_can_not_be_is_refused(tmp_path):
     path = tmp_path / "model.yaml"
     path.write_text("base: llama-7b\nnum_attention_heads: 31\nnum_key_value_heads: 31\n")
-    with pytest.raises(InputError, match=r"model\.yaml: model.hidden_size = 4096 is not a multip"):
+    with pytest.raises(InputError, match=r"model\.yaml: model.hidden_size = 4096 is not divisible"):
         load_model(str(path))
