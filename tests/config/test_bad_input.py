@@ -9,7 +9,7 @@ from megagrow.errors import InputError
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("oputput_dir: x", "run.yaml: unknown key 'oputput_dir'; did you mean 'output_dir'?"),
         ("lr: 1e-3", "run.yaml: unknown key 'lr'; did you mean 'optimizer.lr'?"),
@@ -42,19 +42,19 @@ from megagrow.errors import InputError
         ),
     ],
 )
-def test_unknown_keys(refusal, line: str, said: str) -> None:
-    assert refusal(text=line) == said
+def test_unknown_keys(refusal, line: str, message: str) -> None:
+    assert refusal(text=line) == message
 
 
 def test_an_unknown_key_in_a_list(refusal) -> None:
-    said = refusal(text="data: {train: [{path: a}, {pth: b}]}")
-    assert said == "run.yaml: unknown key 'data.train.1.pth'; did you mean 'data.train.1.path'?"
+    message = refusal(text="data: {train: [{path: a}, {pth: b}]}")
+    assert message == "run.yaml: unknown key 'data.train.1.pth'; did you mean 'data.train.1.path'?"
 
 
 def test_an_unknown_key_in_a_part_names_the_parts_file(refusal, write_part) -> None:
     write_part("optimizer/fast", "larning_rate: 1\n")
-    said = refusal(["optimizer=fast"])
-    assert said == "optimizer/fast.yaml: unknown key 'larning_rate'; did you mean 'lr'?"
+    message = refusal(["optimizer=fast"])
+    assert message == "optimizer/fast.yaml: unknown key 'larning_rate'; did you mean 'lr'?"
 
 
 def test_an_unknown_key_in_an_override(refusal) -> None:
@@ -65,7 +65,7 @@ def test_an_unknown_key_in_an_override(refusal) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("optimizer.lr", "--set optimizer.lr: not an override; use path.to.key=value"),
         ("=3", "--set =3: not an override; use path.to.key=value"),
@@ -92,8 +92,8 @@ def test_an_unknown_key_in_an_override(refusal) -> None:
         ),
     ],
 )
-def test_overrides_that_can_not_be_followed(refusal, override: str, said: str) -> None:
-    assert refusal([override]) == said
+def test_overrides_that_can_not_be_followed(refusal, override: str, message: str) -> None:
+    assert refusal([override]) == message
 
 
 def test_an_override_that_would_do_nothing(load_two) -> None:
@@ -106,7 +106,7 @@ def test_an_override_that_would_do_nothing(load_two) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("optimizer.lr=-1", "'optimizer.lr' = -1: should be greater than 0"),
         (
@@ -145,15 +145,15 @@ def test_an_override_that_would_do_nothing(load_two) -> None:
         ("name=3", "'name' = 3: should be a valid string"),
     ],
 )
-def test_wrong_values(refusal, override: str, said: str) -> None:
-    assert refusal([override]) == f"run.yaml: {said}"
+def test_wrong_values(refusal, override: str, message: str) -> None:
+    assert refusal([override]) == f"run.yaml: {message}"
 
 
 def test_several_problems_stand_in_one_line(refusal) -> None:
-    said = refusal(["optimizer.lr=-1", "parallel.zero_stage=4"])
-    assert said.count(";") == 1
-    assert "'optimizer.lr' = -1" in said
-    assert "'parallel.zero_stage' = 4" in said
+    message = refusal(["optimizer.lr=-1", "parallel.zero_stage=4"])
+    assert message.count(";") == 1
+    assert "'optimizer.lr' = -1" in message
+    assert "'parallel.zero_stage' = 4" in message
 
 
 def test_a_missing_key_does_not_drag_others_along(refusal) -> None:
@@ -171,7 +171,7 @@ def test_a_default_of_all_stages_is_named_once_and_where_it_was_written(load_two
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("name: [x", "run.yaml, line 1: expected ',' or ']', but got '<stream end>'"),
         ("name: x\n\tseed: 3", "run.yaml, line 2: found character '\\t' that cannot start"),
@@ -188,8 +188,8 @@ def test_a_default_of_all_stages_is_named_once_and_where_it_was_written(load_two
         ("a: 2020-13-45", "run.yaml: month must be in 1..12"),
     ],
 )
-def test_broken_files(refusal, text: str, said: str) -> None:
-    assert refusal(text=text).startswith(said)
+def test_broken_files(refusal, text: str, message: str) -> None:
+    assert refusal(text=text).startswith(message)
 
 
 def test_files_that_can_not_be_read(tmp_path: Path) -> None:
@@ -210,17 +210,19 @@ def test_an_unknown_part(refusal) -> None:
 
 
 def test_a_part_of_a_section_that_has_none(refusal) -> None:
-    said = refusal(text="schedule: slow")
-    assert said.endswith("schedule/slow.yaml not found; no schedule/ contains any file")
+    message = refusal(text="schedule: slow")
+    assert message.endswith("schedule/slow.yaml not found; no schedule/ contains any file")
 
 
 def test_a_part_built_on_itself(refusal, write_part) -> None:
     write_part("model/a", "base: b\n")
     write_part("model/b", "base: a\n")
-    said = refusal(text="stages: [{model: a}]")
-    assert said == "run.yaml: 'stages.0.model' includes itself: a -> b -> a"
+    message = refusal(text="stages: [{model: a}]")
+    assert message == "run.yaml: 'stages.0.model' includes itself: a -> b -> a"
 
 
 def test_cross_checks_are_errors_of_the_file(refusal) -> None:
-    said = refusal(["parallel.tensor_model_parallel_size=3"])
-    assert said.startswith("run.yaml: stages.0.model.num_attention_heads = 4 is not divisible by")
+    message = refusal(["parallel.tensor_model_parallel_size=3"])
+    assert message.startswith(
+        "run.yaml: stages.0.model.num_attention_heads = 4 is not divisible by"
+    )

@@ -1,4 +1,4 @@
-"""Run files that build on another one, and profiles of the hardware laid upon them."""
+"""Run files with a base and with hardware profiles."""
 
 import pytest
 
@@ -68,7 +68,7 @@ def test_a_profile_of_the_command_line_wins_in_every_stage(load_two, write_part)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("base: frist\n", "'base' = 'frist': frist.yaml not found; did you mean 'first'"),
         ("base: run\n", "'base' includes itself: run -> run"),
@@ -85,14 +85,14 @@ def test_a_profile_of_the_command_line_wins_in_every_stage(load_two, write_part)
         ),
     ],
 )
-def test_what_is_refused(refusal, write_part, text: str, said: str) -> None:
+def test_what_is_refused(refusal, write_part, text: str, message: str) -> None:
     write_part("first", ONE_STAGE)
     write_part("two", ONE_STAGE + SECOND_STAGE)
     write_part("round", "base: run\n")
     write_part("broken", "tokns: 5\n")
     write_part("hardware/small", OFFER)
     write_part("hardware/rates", "optimizer: {lr: 1}\n")
-    assert said in refusal(text=text)
+    assert message in refusal(text=text)
 
 
 def test_a_base_cannot_be_set_on_the_command_line(refusal) -> None:

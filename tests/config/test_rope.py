@@ -1,4 +1,4 @@
-"""rope_scaling holds what its type needs and nothing else, and no growth changes it."""
+"""rope_scaling has exactly the keys of its type, and no growth changes it."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def model(scaling, **changes):
 
 
 @pytest.mark.parametrize(
-    ("scaling", "said"),
+    ("scaling", "message"),
     [
         ({"rope_type": "longrope", "factor": 2.0}, "'rope_scaling.rope_type'"),
         ({"rope_type": "linear", "factor": 0.5}, "'rope_scaling.factor'"),
@@ -46,10 +46,10 @@ def model(scaling, **changes):
         ("yarn", "'rope_scaling'"),
     ],
 )
-def test_what_does_not_fit_is_named(scaling, said):
+def test_what_does_not_fit_is_named(scaling, message):
     with pytest.raises(InputError, match=r"^m.yaml: ") as error:
         model(scaling)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_can_not_be_computed_is_named():

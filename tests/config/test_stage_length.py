@@ -1,4 +1,4 @@
-"""How long stages are, whichever key says it. Steps here are of 8 x 32 = 256 tokens."""
+"""Length of stages by each of the three keys. A step is 8 x 32 = 256 tokens."""
 
 import pytest
 import yaml
@@ -30,9 +30,9 @@ def length(run: RunConfig) -> list[int]:
 def refused(load, *overrides: str) -> str:
     with pytest.raises(InputError) as caught:
         load(*overrides)
-    said = str(caught.value)
-    assert "\n" not in said
-    return said.partition("run.yaml: ")[2]
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.partition("run.yaml: ")[2]
 
 
 def test_at_tokens_counts_from_the_runs_first_token_in_whole_steps(load_two) -> None:
@@ -99,7 +99,7 @@ def test_a_stages_length_replaces_the_default_one_whole(load) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (
             ["stages.1.at_tokens=50K"],
@@ -147,8 +147,8 @@ def test_a_stages_length_replaces_the_default_one_whole(load) -> None:
         (["stages.0.tokens=never"], "'stages.0.tokens' = 'never': should be a whole number"),
     ],
 )
-def test_what_is_refused(load_two, overrides: list[str], said: str) -> None:
-    assert refused(load_two, *overrides).startswith(said)
+def test_what_is_refused(load_two, overrides: list[str], message: str) -> None:
+    assert refused(load_two, *overrides).startswith(message)
 
 
 def test_one_stage_is_named_as_it_is_written(load) -> None:

@@ -1,4 +1,4 @@
-"""What must hold between sections, and against the number of ranks."""
+"""Constraints between sections and with the number of ranks."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def not_divisible(name: str, size: int, tensor: int) -> str:
 
 
 def run(*changes: dict, data: dict | None = None) -> RunConfig:
-    """A run of as many stages as changes; each is laid, section by section, upon a right stage."""
+    """A run with one stage per change, which is merged section by section into a valid stage."""
     stages = []
     for index, change in enumerate(changes):
         stage = {
@@ -67,7 +67,7 @@ def test_what_is_right(changes: tuple[dict, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             {"model": {"num_attention_heads": 10}},
@@ -141,8 +141,8 @@ def test_what_is_right(changes: tuple[dict, ...]) -> None:
         ),
     ],
 )
-def test_one_stage(change: dict, said: list[str]) -> None:
-    assert problems(run(change)) == said
+def test_one_stage(change: dict, message: list[str]) -> None:
+    assert problems(run(change)) == message
 
 
 def test_sequence_parallel_needs_sequences_that_tensor_parallel_divides() -> None:

@@ -57,7 +57,7 @@ def kept(field: str, new: object, old: object, names: str) -> str:
 
 
 WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
-    # Operators that do not go together.
+    # Operators that cannot be combined.
     (
         layers(8),
         {"operator": ["direct_depth", "zero_depth"]},
@@ -89,7 +89,7 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
         {"operator": "isometric", "mixing_noise": 0.2},
         [f"{H}.growth.mixing_noise is not supported by isometric; remove it"],
     ),
-    # Sizes that an operator does not grow, or that become less.
+    # Sizes that an operator does not grow, or that shrink.
     ({"hidden_size": 32}, {}, [kept("hidden_size", 32, 16, "direct_depth")]),
     ({"vocab_size": 65}, {}, [kept("vocab_size", 65, 64, "direct_depth")]),
     ({"rope_theta": 5.0}, {}, [kept("rope_theta", 5.0, 10000.0, "direct_depth")]),
@@ -127,13 +127,13 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("target", "options", "said"), WRONG, ids=str)
-def test_what_is_wrong(target: Sizes, options: dict[str, Any], said: list[str]) -> None:
-    assert problems(target, **options) == said
+@pytest.mark.parametrize(("target", "options", "message"), WRONG, ids=str)
+def test_what_is_wrong(target: Sizes, options: dict[str, Any], message: list[str]) -> None:
+    assert problems(target, **options) == message
 
 
 def run(*changes: tuple[Sizes, dict[str, Any] | None]) -> RunConfig:
-    """A run of a first stage, and of one more for each change."""
+    """A run with a first stage, and one more stage per change."""
     stages = []
     for sizes, growth in ((({}, None)), *changes):
         stages.append(
@@ -163,7 +163,7 @@ def test_all_growths_of_a_run_are_looked_at() -> None:
     ]
     before = wrong.model_dump()
     growth_problems(wrong)
-    assert wrong.model_dump() == before, "checking changes nothing"
+    assert wrong.model_dump() == before, "validation modifies nothing"
 
 
 def test_a_missing_growth_is_for_the_checks_of_the_config() -> None:

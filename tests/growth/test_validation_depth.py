@@ -119,6 +119,6 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("target", "options", "said"), WRONG, ids=str)
-def test_what_is_wrong(target: Sizes, options: dict[str, Any], said: list[str]) -> None:
-    assert problems(target, **options) == said
+@pytest.mark.parametrize(("target", "options", "message"), WRONG, ids=str)
+def test_what_is_wrong(target: Sizes, options: dict[str, Any], message: list[str]) -> None:
+    assert problems(target, **options) == message

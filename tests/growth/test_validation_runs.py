@@ -30,7 +30,7 @@ def test_what_is_right(tmp_path, growth):
 
 
 @pytest.mark.parametrize(
-    ("growth", "said"),
+    ("growth", "message"),
     [
         (
             {"operator": "zero_depth", "probe": {"operators": ["direct_depth", "solar"]}},
@@ -58,5 +58,5 @@ def test_what_is_right(tmp_path, growth):
     ],
     ids=str,
 )
-def test_what_is_wrong(tmp_path, growth, said):
-    assert said in problems(tmp_path, growth)
+def test_what_is_wrong(tmp_path, growth, message):
+    assert message in problems(tmp_path, growth)

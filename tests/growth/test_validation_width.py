@@ -96,13 +96,13 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("target", "options", "said"), WRONG, ids=str)
-def test_what_is_wrong(target: Sizes, options: dict[str, Any], said: list[str]) -> None:
-    assert problems(target, **options) == said
+@pytest.mark.parametrize(("target", "options", "message"), WRONG, ids=str)
+def test_what_is_wrong(target: Sizes, options: dict[str, Any], message: list[str]) -> None:
+    assert problems(target, **options) == message
 
 
 def test_isometric_needs_an_untied_model() -> None:
-    said = problems({"hidden_size": 20}, {"tie_word_embeddings": True}, operator="isometric")
-    assert said == [
+    message = problems({"hidden_size": 20}, {"tie_word_embeddings": True}, operator="isometric")
+    assert message == [
         f"{H}.model.tie_word_embeddings = true is not supported by isometric; grow an untied model"
     ]

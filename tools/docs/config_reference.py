@@ -1,10 +1,10 @@
-"""Writes the tables of docs/reference/configuration.md: every key of a run file, out of its models.
+"""Generate the tables of all run file keys in docs/reference/configuration.md.
 
-python tools/docs/config_reference.py          writes them
-python tools/docs/config_reference.py --check  ends with 1 if they are not current
+python tools/docs/config_reference.py          writes the tables
+python tools/docs/config_reference.py --check  exits with 1 if they are not current
 
-A key's meaning is the docstring below it in megagrow/config/, read from the source: the models
-themselves need no such text, and pydantic would parse it again in every process of a run.
+The meaning of a key is the docstring below it in megagrow/config/, read from the source. The
+classes do not contain it: pydantic would parse it again in every process of a run.
 """
 
 import argparse
@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from pydantic.fields import FieldInfo  # noqa: E402
 
 from megagrow.common.sizes import format_count, parse_count  # noqa: E402
+from megagrow.config.deprecated import RENAMED_KEYS, RENAMED_VALUES  # noqa: E402
 from megagrow.config.overrides import BUILT_ON, DEFAULTS, HARDWARE, PARTS, section_in  # noqa: E402
 from megagrow.config.schema import RunConfig, StageConfig  # noqa: E402
 from megagrow.config.sections import Section  # noqa: E402
@@ -32,17 +33,17 @@ from megagrow.config.sections import Section  # noqa: E402
 PAGE = ROOT / "docs/reference/configuration.md"
 BEGIN, END = "<!-- keys: tools/docs/config_reference.py -->", "<!-- end of the keys -->"
 
-MADE = {"stages": "one, of the keys above", "tokens": "from other keys"}
+MADE = {"stages": "one stage, from the keys above", "tokens": "from other keys"}
 MADE |= dict.fromkeys(("model", "batch", "optimizer"), "required, here or in each stage")
-"""What loading a file makes of keys that the models need."""
+"""Defaults of required keys that loading a file fills in."""
 
-PLAIN = {str: "text", Path: "path", bool: "true or false", int: "whole number", float: "number"}
-"""What a type of Python is called for people."""
+PLAIN = {str: "text", Path: "path", bool: "true or false", int: "integer", float: "number"}
+"""Names of Python types on the page."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One row: the path as `--set` takes it, N for a place in a list."""
+    """One row: the path in the format of `--set`, with N for a list index."""
 
     path: str
     type: str
@@ -52,22 +53,22 @@ class Key:
 
 @dataclass(frozen=True)
 class Part:
-    """One section: its path, empty for the top of the file, its docstring, and its keys."""
+    """One section: its path (empty for the top of the file), its docstring and its keys."""
 
     path: str
-    told: str
+    text: str
     keys: list[Key]
 
 
 def parts() -> Iterator[Part]:
-    """All sections, in the order of a run file."""
+    """Yield all sections, in the order of a run file."""
     built_on = [Key(key, "text", "`null`", meaning) for key, meaning in BUILT_ON.items()]
     top, *others = _parts("", RunConfig)
     for_stages = {part.path: part for part in _parts("", StageConfig)}
     keys = {key.path: key for key in for_stages.pop("").keys}
     at = [key.path for key in top.keys].index("stages")
     above = [keys[name] for name in DEFAULTS]
-    yield Part("", top.told, [*built_on, *top.keys[:at], *above, *top.keys[at:]])
+    yield Part("", top.text, [*built_on, *top.keys[:at], *above, *top.keys[at:]])
     yield from (part for part in others if _first(part) == "data")
     for name in DEFAULTS:
         yield from (part for part in for_stages.values() if _first(part) == name)
@@ -75,12 +76,12 @@ def parts() -> Iterator[Part]:
     yield from (part for part in others if _first(part) not in ("data", "stages"))
 
 
-def _of_stages(found: Iterable[Part]) -> Iterator[Part]:
-    """What only a stage has; of the rest, where the top has it."""
-    for part in found:
+def _of_stages(stage_parts: Iterable[Part]) -> Iterator[Part]:
+    """Yield the sections that only a stage has; refer to the top for the others."""
+    for part in stage_parts:
         path = part.path.removeprefix("stages.N").removeprefix(".")
         if path.split(".")[0] not in DEFAULTS:
-            yield Part(part.path, part.told, [_also_at_the_top(key) for key in part.keys])
+            yield Part(part.path, part.text, [_also_at_the_top(key) for key in part.keys])
 
 
 def _also_at_the_top(key: Key) -> Key:
@@ -95,10 +96,10 @@ def _first(part: Part) -> str:
 
 
 def _parts(path: str, section: type[Section]) -> Iterator[Part]:
-    """A section, then those within it."""
+    """Yield a section, then its subsections."""
     inner = {}
     keys = []
-    told = docstrings(section)
+    texts = docstrings(section)
     for name, field in section.model_fields.items():
         if field.exclude:
             continue
@@ -106,7 +107,7 @@ def _parts(path: str, section: type[Section]) -> Iterator[Part]:
         below = section_in(field.annotation)
         if below is not None:
             inner[f"{place}.N" if _is_list(field.annotation) else place] = below
-        meaning = told.get(name) or (_first_sentence(below) if below else "")
+        meaning = texts.get(name) or (_first_sentence(below) if below else "")
         keys.append(Key(place, _type(field, place), MADE.get(place) or default(field), meaning))
     yield Part(path, docstring(section), keys)
     for place, below in inner.items():
@@ -114,7 +115,7 @@ def _parts(path: str, section: type[Section]) -> Iterator[Part]:
 
 
 def docstring(section: type[Section]) -> str:
-    """What a section says of itself, paragraphs apart."""
+    """Return the docstring of a section, one line per paragraph."""
     paragraphs = inspect.cleandoc(section.__doc__ or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
@@ -125,16 +126,16 @@ def _first_sentence(section: type[Section]) -> str:
 
 
 def docstrings(section: type[Section]) -> dict[str, str]:
-    """The texts below the fields of a section, each in one line."""
+    """Return the docstrings of the fields of a section, each on one line."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
     assert isinstance(tree, ast.ClassDef)
-    found = {}
+    texts = {}
     for field, below in pairwise(tree.body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             text = below.value if isinstance(below, ast.Expr) else None
             if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                found[field.target.id] = " ".join(text.value.split())
-    return found
+                texts[field.target.id] = " ".join(text.value.split())
+    return texts
 
 
 def _type(field: FieldInfo, place: str) -> str:
@@ -144,7 +145,7 @@ def _type(field: FieldInfo, place: str) -> str:
 
 
 def words(annotation: Any, metadata: Iterable[Any] = ()) -> str:
-    """A type in plain words, with the bounds that its metadata gives."""
+    """Return a type in words, with the bounds in its metadata."""
     inner, about = get_args(annotation), [*_flat(metadata)]
     match get_origin(annotation):
         case None if section_in(annotation) is not None:
@@ -159,7 +160,9 @@ def words(annotation: Any, metadata: Iterable[Any] = ()) -> str:
             *first, last = (f"`{value}`" for value in inner)
             return f"{', '.join(first)} or {last}" if first else last
         case origin if origin is list:
-            return f"list, each {'' if get_origin(inner[0]) is Literal else 'a '}{words(inner[0])}"
+            entry = words(inner[0])
+            article = "" if entry.startswith("`") else "an " if entry.startswith("i") else "a "
+            return f"list, each {article}{entry}"
     return f"list of {len(inner)}, each a {words(inner[0])}"
 
 
@@ -169,16 +172,16 @@ def _kind(annotation: type, metadata: Iterable[Any]) -> str:
 
 
 def _bounds(metadata: Iterable[Any]) -> str:
-    told = {"gt": "above {:g}", "ge": "{:g} or more", "le": "at most {:g}"}
-    found = [
+    forms = {"gt": "above {:g}", "ge": "{:g} or more", "le": "at most {:g}"}
+    texts = [
         text.format(limit)
         for each in metadata
-        for name, text in told.items()
+        for name, text in forms.items()
         if (limit := getattr(each, name, None)) is not None
     ]
-    # A count is above 0 by its meaning.
+    # A count is above 0 by definition.
     is_count = any(getattr(each, "func", None) is parse_count for each in metadata)
-    return "".join(f", {text}" for text in found if not (is_count and text == "above 0"))
+    return "".join(f", {text}" for text in texts if not (is_count and text == "above 0"))
 
 
 def _flat(metadata: Iterable[Any]) -> Iterator[Any]:
@@ -191,18 +194,18 @@ def _is_list(annotation: Any) -> bool:
 
 
 def default(field: FieldInfo) -> str:
-    """What a key has that nobody gives."""
+    """Return the default of a key."""
     if field.default_factory is not None:
         return "from other keys"
     if field.is_required():
         return "required"
     if isinstance(field.default, Section):
-        return "its own"
+        return "see section"
     return f"`{_value(field.default, 'count' in words(field.annotation, field.metadata))}`"
 
 
 def _value(value: Any, count: bool = False) -> str:
-    """A default as a run file writes it."""
+    """Format a default as in a run file."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(_value(item) for item in value)}]"
     if value is None or isinstance(value, bool):
@@ -213,21 +216,22 @@ def _value(value: Any, count: bool = False) -> str:
 
 
 def anchor(path: str) -> str:
-    """How a link in the page names the heading of a section."""
+    """Return the link target of a section's heading."""
     return "".join(letter for letter in path.lower() if letter.isalnum() or letter in "_-")
 
 
 def keys_text() -> str:
-    """All tables, as Markdown."""
-    return "\n\n".join("\n".join(_lines(part)) for part in parts())
+    """Return all tables, as Markdown."""
+    sections = ["\n".join(_lines(part)) for part in parts()]
+    return "\n\n".join([*sections, "\n".join(_deprecated())])
 
 
 def _lines(part: Part) -> Iterator[str]:
     level = "##" if part.path.count(".") == 0 or part.path == "stages.N" else "###"
     yield f"{level} `{part.path}`" if part.path else "## The top of the file"
     yield ""
-    for told in filter(None, (*part.told.split("\n\n"), " ".join(_placed(part.path)))):
-        yield from (*textwrap.wrap(told, 100, break_on_hyphens=False, break_long_words=False), "")
+    for text in filter(None, (*part.text.split("\n\n"), " ".join(_placed(part.path)))):
+        yield from (*textwrap.wrap(text, 100, break_on_hyphens=False, break_long_words=False), "")
     yield "| key | type | default | meaning |"
     yield "|---|---|---|---|"
     for key in part.keys:
@@ -236,23 +240,36 @@ def _lines(part: Part) -> Iterator[str]:
 
 
 def _placed(path: str) -> Iterator[str]:
-    """Where else a section may stand, or come from."""
+    """Yield the other places that may set a section."""
     if path in DEFAULTS:
-        yield f"At the top for every stage, or in one stage as `stages.N.{path}`."
+        yield f"Set at the top for all stages, or in one stage as `stages.N.{path}`."
     if path in PARTS:
-        yield f"May be the name of a file, `{path}/NAME.yaml`."
+        yield f"The value may be the name of a file, `{path}/NAME.yaml`."
     if path in HARDWARE:
-        yield "A profile of the hardware may set it."
+        yield "A hardware profile may set this section."
+
+
+def _deprecated() -> Iterator[str]:
+    """Yield the table of deprecated keys and values."""
+    yield from ("## Deprecated names", "")
+    yield "Old names are accepted, with a warning. Setting a key under both names is an error."
+    yield from ("", "| old | current |", "|---|---|")
+    for section, keys in RENAMED_KEYS.items():
+        for old, new in keys.items():
+            yield f"| `{'.'.join((*section, old))}` | `{'.'.join((*section, new))}` |"
+    for section, values in RENAMED_VALUES.items():
+        for old, new in values.items():
+            yield f"| `{'.'.join(section)}: {old}` | `{'.'.join(section)}: {new}` |"
 
 
 def with_keys(page: str) -> str:
-    """The page with its tables written anew."""
+    """Return the page with regenerated tables."""
     before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n\n{keys_text()}\n\n{END}{rest.split(END)[1]}"
 
 
 def main() -> int:
-    """Writes or checks; the exit code."""
+    """Write or check the page; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true")
     page = PAGE.read_text(encoding="utf-8")
