@@ -1,4 +1,8 @@
-"""When to grow: equation 2 of Du et al. 2024 (section 4.2, appendix G.1)."""
+"""Published guidelines for growth, from Du et al. 2024, "Stacking Your Transformers".
+
+Equation 2 gives the tokens to train before a growth (section 4.2, appendix G.1); the constants
+below are the limits and measurements of the paper. Run files refer to them by `tokens: auto`.
+"""
 
 import math
 from bisect import bisect_right
@@ -9,75 +13,75 @@ from megagrow.config.flops import non_embedding_parameters
 from megagrow.config.schema import RunConfig
 
 A, B, C = 0.88, 163.27, -5.74
-"""The fit: log10 d = A log10 N + B / log10 C + C, as the paper and its code print it."""
+"""Coefficients of log10 d = A log10 N + B / log10 C + C, as in the paper and its code."""
 
 FITTED_PARAMETERS = (0.3e9, 3e9)
-"""Sizes that were fitted, outside the embeddings: the paper's 410M has 0.31B of them, its 3B 2.2B
-(an N of 3B by its name)."""
+"""Range of the fit in parameters without embeddings: the paper's 410M model has 0.31B, its 3B model
+2.2B (N = 3B by its name)."""
 
 FITTED_FLOPS = 1.2e21
-"""The largest budget that was fitted; all of the paper's Table 4 lies 70 to 700 times beyond it."""
+"""Largest FLOP budget of the fit; the budgets of the paper's Table 4 are 70 to 700 times larger."""
 
 
 def growth_tokens(target_parameters: float, target_tokens: float) -> float:
-    """Tokens d that the base is to train before it grows.
+    """Return the tokens d to train the base model before the growth, by equation 2.
 
-    `target_parameters` are those of the grown model outside its embeddings (N), `target_tokens`
-    what that model trains on after the growth (D); the budget is C = 6 N D FLOPs, and the growth
-    factor was 4 in every run of the fit.
+    `target_parameters` (N) are the parameters of the grown model without embeddings,
+    `target_tokens` (D) the tokens after the growth. The budget is C = 6 N D FLOPs. All runs of the
+    fit had growth factor 4.
     """
     flops = training_flops(target_parameters, target_tokens)
     return float(10 ** (A * math.log10(target_parameters) + B / math.log10(flops) + C))
 
 
 def training_flops(target_parameters: float, target_tokens: float) -> float:
-    """C of equation 2: 6 N D."""
+    """Return C = 6 N D of equation 2."""
     return 6 * target_parameters * target_tokens
 
 
 def outside_fit(target_parameters: float, target_tokens: float) -> str | None:
-    """What of N and C lies outside the range that equation 2 was fitted in; None if nothing does.
+    """Describe which of N and C is outside the range of the fit of equation 2; None if neither is.
 
-    The runs of the fit had N of 410M, 1.1B and 3B by name, and C of up to 1.2e21.
+    The runs of the fit had N of 410M, 1.1B and 3B by name, and C up to 1.2e21.
     """
     low, high = FITTED_PARAMETERS
     flops = training_flops(target_parameters, target_tokens)
-    found = []
+    outside = []
     if not low <= target_parameters <= high:
-        found.append(f"N = {target_parameters:.3g} (fitted: {low:.2g} to {high:.2g})")
+        outside.append(f"N = {target_parameters:.3g} (fitted: {low:.2g} to {high:.2g})")
     if flops > FITTED_FLOPS:
-        found.append(f"C = 6ND = {flops:.3g} (fitted: up to {FITTED_FLOPS:.2g})")
-    return " and ".join(found) or None
+        outside.append(f"C = 6ND = {flops:.3g} (fitted: up to {FITTED_FLOPS:.2g})")
+    return " and ".join(outside) or None
 
 
 def timing_warnings(run: RunConfig) -> list[str]:
-    """What there is to say against stages whose `tokens` is auto: equation 2 is used beyond the
-    range that it was fitted in."""
+    """Return a warning for each stage with `tokens: auto` outside the range of equation 2's fit."""
     warnings = []
     for index, stage in enumerate(run.stages):
         if stage.tokens_auto:
             after = run.stages[index + 1]
-            found = outside_fit(non_embedding_parameters(after.model), after.tokens)
-            if found:
+            outside = outside_fit(non_embedding_parameters(after.model), after.tokens)
+            if outside:
                 warnings.append(
-                    f"stages.{index}.tokens = auto: equation 2 gave {stage.tokens:,} tokens, but "
-                    f"beyond the range that it was fitted in: {found}"
+                    f"stages.{index}.tokens = auto: equation 2 gives {stage.tokens:,} tokens, "
+                    f"outside the range of its fit: {outside}"
                 )
     return warnings
 
 
 MOST_FACTOR = 4
-"""The largest growth factor that the paper advises; the optimum lay between 2 and 4 (sec. 4.2)."""
+"""Largest growth factor that the paper recommends; the optimum is 2 to 4 (section 4.2)."""
 
 
 LEAST_LAYERS = 2
-"""A base of one layer was worse than training from scratch (section 4.2, appendix G.2)."""
+"""Fewest layers of a base; one layer was worse than training from scratch (section 4.2, appendix
+G.2)."""
 
 
 SPEEDUPS = (0.41, 0.55)
-"""FLOPs from scratch / FLOPs with Gstack - 1 at equal training loss, as the paper measured it at
-growth factor 4: the range of its 7B run from 160B to 300B tokens (section 4.1). Of its other sizes
-1.1B and 3B lie between 39% and 54.5%; 410M falls to 31% at 700B tokens. One seed each."""
+"""FLOPs from scratch / FLOPs with Gstack - 1 at equal training loss and growth factor 4, in the
+paper: the range of its 7B run from 160B to 300B tokens (section 4.1). Its 1.1B and 3B models
+are between 39% and 54.5%; 410M falls to 31% at 700B tokens. One seed each."""
 
 
 RATES = (
@@ -86,28 +90,28 @@ RATES = (
     (2_397_473_280, 1.6e-4),
     (5_933_109_248, 1e-4),
 )
-"""Parameters in all of the paper's models (410M, 1.1B, 3B and 7B by name) and the peak learning
-rate at which each was trained (appendix B.3, Table 1)."""
+"""Total parameters of the paper's models (410M, 1.1B, 3B and 7B by name) with their peak learning
+rates (appendix B.3, Table 1)."""
 
 
 LARGE_BATCH = 4
-"""Beyond so many times `best_batch` a batch is called too large. The optimum is broad; the paper's
-batch is 3.6 times that for the base of its 1.1B, 5.6 times for that of its 410M."""
+"""Ratio to `best_batch` above which a batch is reported as too large. The optimum is broad; the
+paper's batch has a ratio of 3.6 for the base of its 1.1B model and 5.6 for that of its 410M."""
 
 
 def best_batch(parameters: float, tokens: float) -> float:
-    """Tokens of a batch that trains best: 0.2920 C^0.3271 (DeepSeek LLM, arXiv 2401.02954, sec. 3).
+    """Return the optimal batch in tokens: 0.2920 C^0.3271 (DeepSeek LLM, arXiv 2401.02954, sec. 3).
 
-    C = 6 N D, `parameters` N being those outside the embeddings. Fitted for C of 1e17 to 2e19.
+    C = 6 N D, with N = `parameters` without embeddings. Fitted for C from 1e17 to 2e19.
     """
     return float(0.2920 * (6 * parameters * tokens) ** 0.3271)
 
 
 def connection_rate(layers: Sequence[int]) -> float:
-    """Rc: the share of neighbours in the grown model that were neighbours in its source.
+    """Return Rc: the share of adjacent layers in the grown model that were adjacent in its source.
 
-    `layers` names for each new layer the one that it copies, -1 for none; 1.0 where there are no
-    two layers (appendix H: of equally large partial stacks, those of higher Rc were better).
+    `layers` has the source of each layer, -1 for none. 1.0 for fewer than two layers. Of partial
+    stacks of equal size, those with higher Rc were better (appendix H).
     """
     pairs = list(pairwise(layers))
     kept = sum(below >= 0 and above == below + 1 for below, above in pairs)
@@ -115,9 +119,9 @@ def connection_rate(layers: Sequence[int]) -> float:
 
 
 def rate_for_size(parameters: int) -> float:
-    """The peak learning rate for a model of so many parameters in all, by the paper's Table 1.
+    """Return the peak learning rate for a model with this many parameters, by the paper's Table 1.
 
-    Between its sizes log rate is linear in log size; beyond them the outer segments go on.
+    Log rate is interpolated linearly in log size, and extrapolated beyond the table.
     """
     sizes = [size for size, _ in RATES]
     right = min(max(bisect_right(sizes, parameters), 1), len(RATES) - 1)

@@ -1,4 +1,8 @@
-"""Named parts: a section of a run file kept in a file of its own, under configs/<section>/."""
+"""Files included by a run file: named sections, the base run file, the hardware profile.
+
+A named section is a file configs/<section>/NAME.yaml. A model can also be loaded by itself, by the
+path or the name of its file.
+"""
 
 import difflib
 import sys
@@ -24,14 +28,14 @@ from megagrow.errors import ConfigError
 Tree = dict[str, Any]
 
 LONGEST_NAME = 200
-"""Characters; a file's name has at most 255 bytes."""
+"""Maximum characters of a section name; file names have at most 255 bytes."""
 
 
 def search_path(run_file: Path) -> list[Path]:
-    """The folders that hold named parts, nearest first.
+    """Return the folders searched for included files, nearest first.
 
-    The run file's folder and those above it, each with its configs/; the checkout's configs/; and
-    the configs that came with the installed package.
+    These are the run file's folder and its parents, each followed by its configs/; the checkout's
+    configs/; and the configs installed with the package.
     """
     near = [at for folder in run_file.resolve().parents for at in (folder, folder / "configs")]
     checkout = Path(__file__).resolve().parents[2] / "configs"
@@ -39,26 +43,27 @@ def search_path(run_file: Path) -> list[Path]:
 
 
 def expand(tree: Tree, folders: Sequence[Path], origin: str) -> Tree:
-    """`tree`, the content of a run file, with every named part put in its place.
+    """Return `tree`, the content of a run file, with every named section replaced by its content.
 
-    Raises InputError for a part that is not there, for one built on itself, and for sections that
-    are neither a mapping nor a name.
+    Raises:
+        ConfigError: a named file is missing or includes itself, or a section is neither a mapping
+            nor a name.
     """
     expanded = _expand_sections(tree, "", folders, origin)
     if "stages" not in tree:
         return expanded
     stages = tree["stages"]
     if not isinstance(stages, list):
-        raise ConfigError(f"{origin}: 'stages' should be a list of stages")
+        raise ConfigError(f"{origin}: 'stages' is not a list of stages")
     for index, stage in enumerate(stages):
         if not isinstance(stage, dict):
-            raise ConfigError(f"{origin}: 'stages.{index}' should be a mapping of keys to values")
+            raise ConfigError(f"{origin}: 'stages.{index}' is not a mapping of keys to values")
     prefixed = [(f"stages.{index}.", stage) for index, stage in enumerate(stages)]
     return expanded | {"stages": [_expand_sections(s, p, folders, origin) for p, s in prefixed]}
 
 
 def merge(under: Tree, over: Tree) -> Tree:
-    """`over` laid upon `under`: mappings key by key, anything else replaced."""
+    """Merge two trees: mappings key by key, other values from `over`."""
     inner = {
         key: merge(under[key], value)
         for key, value in over.items()
@@ -78,19 +83,20 @@ def _expand_sections(tree: Tree, prefix: str, folders: Sequence[Path], origin: s
 def named_section(
     value: Any, section: str, folders: Sequence[Path], where: str, via: tuple[str, ...] = ()
 ) -> Tree:
-    """A section's content, whatever way it was written; `via` are the parts that led here.
+    """Return the content of a section that is a mapping, a name, or a mapping with a base.
 
-    Raises InputError as `expand` does; `where` begins the message.
+    `via` are the names included so far. Raises ConfigError as `expand` does; the message starts
+    with `where`.
     """
     if isinstance(value, str):
         value = {"base": value}
     if not isinstance(value, dict):
-        raise ConfigError(f"{where} should be a mapping, or the name of a file in {section}/")
+        raise ConfigError(f"{where} is neither a mapping nor the name of a file in {section}/")
     if "base" not in value:
         return value
     name = str(value["base"])
     if name in via:
-        raise ConfigError(f"{where} is built on itself: {' -> '.join([*via, name])}")
+        raise ConfigError(f"{where} includes itself: {' -> '.join([*via, name])}")
     file = find_file(name, section, folders, where)
     part = read_mapping(file)
     refuse_unknown_part_keys(part, section, str(file))
@@ -99,32 +105,36 @@ def named_section(
 
 
 def find_file(name: str, section: str, folders: Sequence[Path], where: str) -> Path:
-    """SECTION/NAME.yaml in the first of the folders that has it; without a section, NAME.yaml.
+    """Return the first SECTION/NAME.yaml in `folders`; without a section, NAME.yaml.
 
-    Raises InputError, which names what comes nearest.
+    Raises:
+        ConfigError: no folder has the file; the message names the closest one.
     """
     if len(name) > LONGEST_NAME:
-        raise ConfigError(f"{where}: '{name[:20]}...' is too long to be the name of a part")
+        raise ConfigError(
+            f"{where}: '{name[:20]}...' is longer than {LONGEST_NAME} characters; not a file name"
+        )
     for folder in folders:
         file = folder / section / f"{name}.yaml"
         if file.is_file():
             return file
     known = sorted({file.stem for folder in folders for file in (folder / section).glob("*.yaml")})
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    listed = f"known: {', '.join(known)}" if known else f"there is no file in {section}/"
+    listed = f"known: {', '.join(known)}" if known else f"no {section}/ contains any file"
     hint = f"did you mean '{near[0]}'?" if near else listed
     sought = Path(section, f"{name}.yaml")
-    raise ConfigError(f"{where} names '{name}', but there is no {sought}; {hint}")
+    raise ConfigError(f"{where} = '{name}': {sought} not found; {hint}")
 
 
 def read_run(path: Path, via: tuple[Path, ...] = ()) -> Tree:
-    """The content of a run file, laid on that of the file that it names by `base`, with every named
-    part put in its place; `via` are the files that led here.
+    """Return the content of a run file, merged over its base, with named sections expanded.
 
-    `base: gstack-1.1b` is sought as gstack-1.1b.yaml where named parts are. Mappings are merged key
-    by key; `stages` and sections given by name replace what the base has. `hardware` is laid on the
-    base, and the file's own keys on that. Raises InputError, in one line, for what is wrong with
-    any of the files.
+    `base: gstack-1.1b` is found as gstack-1.1b.yaml in the search path. Mappings are merged key by
+    key; `stages`, and sections that are names, replace those of the base. The `hardware` profile is
+    merged over the base, and the file's own keys over both. `via` are the files included so far.
+
+    Raises:
+        ConfigError: one of the files is invalid; the message is one line.
     """
     origin, folders = str(path), search_path(path)
     own = rename_deprecated(read_mapping(path), origin)
@@ -134,7 +144,7 @@ def read_run(path: Path, via: tuple[Path, ...] = ()) -> Tree:
         file = find_file(str(own["base"]), "", folders, f"{origin}: 'base'")
         if file in (via := (*via, path.resolve())):
             trail = " -> ".join(item.stem for item in (*via, file))
-            raise ConfigError(f"{origin}: 'base' is built on itself: {trail}")
+            raise ConfigError(f"{origin}: 'base' includes itself: {trail}")
         under = read_run(file, via)
     if "hardware" in own:
         under = with_hardware({**under, "hardware": own["hardware"]}, folders, origin)
@@ -149,12 +159,12 @@ def read_run(path: Path, via: tuple[Path, ...] = ()) -> Tree:
 
 
 def with_hardware(tree: Tree, folders: Sequence[Path], origin: str) -> Tree:
-    """`tree`, with the profile that its key `hardware` names laid upon it: as the defaults of all
-    stages, and upon those sections that a stage has of its own."""
+    """Return `tree` with the profile named by its key `hardware` merged over it: over the defaults
+    of all stages, and over the sections that single stages set."""
     if "hardware" not in tree:
         return tree
     if not isinstance(tree["hardware"], str):
-        raise ConfigError(f"{origin}: 'hardware' should be the name of a file in hardware/")
+        raise ConfigError(f"{origin}: 'hardware' is not the name of a file in hardware/")
     profile = named_section(tree["hardware"], "hardware", folders, f"{origin}: 'hardware'")
     laid = merge({key: tree[key] for key in tree if key != "hardware"}, profile)
     if "stages" in tree:
@@ -171,7 +181,7 @@ def _mapping(tree: Tree, key: str) -> Tree:
 
 
 def _leaves(tree: Tree, above: tuple[str, ...] = ()) -> Iterator[list[str]]:
-    """The path of each value that is no mapping."""
+    """Yield the path of each value that is not a mapping."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, (*above, key))
@@ -180,18 +190,22 @@ def _leaves(tree: Tree, above: tuple[str, ...] = ()) -> Iterator[list[str]]:
 
 
 _OF_RUNS = {"name", "stages", "data", "output_dir"}
-"""Keys that only the file of a run has."""
+"""Keys that only a run file has, not a model file."""
 
 
 def is_run_file(name: str) -> bool:
-    """Whether `name` is the path of a run file, and not that of a model file or a model's name."""
+    """Return True if `name` is the path of a run file, not of a model file or a model's name."""
     path = Path(name)
     return path.is_file() and bool(_OF_RUNS & read_mapping(path).keys())
 
 
 def load_model(name: str) -> ModelConfig:
-    """The model in the file at the path `name`, else the one of that name, searched for as run
-    files in the current directory would. InputError, in one line, for everything wrong with it."""
+    """Return the model in the file at the path `name`, else the model of that name in the search
+    path of the current directory.
+
+    Raises:
+        ConfigError: the model is missing or invalid; the message is one line.
+    """
     path = Path(name)
     folders = search_path(path if path.is_file() else Path("run.yaml"))
     if path.is_file():
@@ -206,16 +220,16 @@ def load_model(name: str) -> ModelConfig:
 
 
 def checked_model(values: dict[str, object], origin: str) -> ModelConfig:
-    """A model of these values. InputError, naming `origin`, if they make none."""
+    """Return the model with these values; raise ConfigError, naming `origin`, if invalid."""
     try:
         model = ModelConfig.model_validate(values)
     except ValidationError as error:
-        wrong = [
-            f"'{'.'.join(map(str, found['loc']))}': {found['msg']}"
-            for found in error.errors()
-            if found["type"] != "default_factory_not_called"  # it hangs on another key's error
+        texts = [
+            f"'{'.'.join(map(str, detail['loc']))}': {detail['msg']}"
+            for detail in error.errors()
+            if detail["type"] != "default_factory_not_called"  # caused by another key's error
         ]
-        raise ConfigError(f"{origin}: {'; '.join(wrong)}") from error
-    if found := list(model_problems(model, "model")):
-        raise ConfigError(f"{origin}: {'; '.join(found)}")
+        raise ConfigError(f"{origin}: {'; '.join(texts)}") from error
+    if texts := list(model_problems(model, "model")):
+        raise ConfigError(f"{origin}: {'; '.join(texts)}")
     return model

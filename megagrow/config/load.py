@@ -1,4 +1,4 @@
-"""From a run file to a checked value: read, override, fill in, validate.
+"""Load a run file: read, override, fill in defaults, validate; and write one.
 
 Relative paths in a run file are relative to the current directory.
 """
@@ -23,16 +23,17 @@ KeyPath = tuple[int | str, ...]
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that the YAML file at `path` describes, with `--set` overrides applied in order.
+    """Return the validated run in the YAML file at `path`, with `--set` overrides applied in order.
 
-    A section may name a part, `model: llama-1.1b`, or build on one with `base: llama-1.1b`; see
-    `parts.search_path`. `model`, `tokens` (or `at_tokens`, `at_flops`), `parallel`, `kernels`,
-    `batch`, `optimizer` and `schedule` at the top are the defaults of every stage: a stage's own
-    keys win, and its own model or length replaces the default one whole. Without `stages` the top
-    is the only stage. `base` names a run file to build on, `hardware` a profile that sets what does
-    not change the result (see `run_file.py`).
+    A section may be the name of a file, `model: llama-1.1b`, or have one as `base: llama-1.1b`; see
+    `includes.search_path`. `model`, `tokens` (or `at_tokens`, `at_flops`), `parallel`, `kernels`,
+    `batch`, `optimizer` and `schedule` at the top are defaults of all stages: a stage's own keys
+    have precedence, and its own model or length replaces the default entirely. Without `stages`,
+    the top is the only stage. `base` includes another run file, `hardware` a hardware profile with
+    keys that do not change the result; see `includes.read_run`.
 
-    Raises InputError, in one line, for everything wrong with the file.
+    Raises:
+        ConfigError: the run file is invalid; the message is one line with all problems.
     """
     origin = str(path)
     folders = search_path(path)
@@ -45,8 +46,8 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         run = RunConfig.model_validate(_with_stages(tree, origin))
     except ValidationError as error:
         raise ConfigError(f"{origin}: {'; '.join(_explained(error, tree))}") from error
-    if found := problems(run):
-        raise ConfigError(f"{origin}: {'; '.join(found)}")
+    if texts := problems(run):
+        raise ConfigError(f"{origin}: {'; '.join(texts)}")
     try:
         return settled(run)
     except ValueError as error:
@@ -63,7 +64,7 @@ def recorded_run(values: Mapping[str, Any]) -> RunConfig:
 
 
 def _with_stages(tree: dict[str, Any], origin: str) -> dict[str, Any]:
-    """The tree as RunConfig has it: the defaults moved from the top into every stage."""
+    """Return the tree in the format of RunConfig: defaults at the top are moved into all stages."""
     defaults = {key: tree[key] for key in DEFAULTS if key in tree}
     stages = [_filled(defaults, stage) for stage in tree.get("stages", [{}])]
     for index, stage in enumerate(stages):
@@ -80,15 +81,16 @@ def _filled(defaults: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_two_lengths(stage: dict[str, Any], place: str, origin: str) -> None:
-    if len(given := lengths_in(stage)) > 1:
-        keys = " and ".join(f"'{place}{key}'" for key in given)
+    if len(lengths := lengths_in(stage)) > 1:
+        keys = " and ".join(f"'{place}{key}'" for key in lengths)
         raise ConfigError(
-            f"{origin}: {keys} each say how long a stage is: keep one, or set to null"
+            f"{origin}: {keys} each set the length of one stage; keep one and remove the others or "
+            "set them to null"
         )
 
 
 def _explained(error: ValidationError, tree: dict[str, Any]) -> list[str]:
-    """One text for each thing that pydantic found, under the path that the user wrote."""
+    """Return one text per pydantic error, with the key's path in the user's file."""
     return list(dict.fromkeys(_texts(error, tree)))
 
 
@@ -96,18 +98,18 @@ def _texts(error: ValidationError, tree: dict[str, Any]) -> Iterator[str]:
     for detail in error.errors():
         path = ".".join(map(str, _written_at(detail["loc"], tree)))
         if detail["type"] == "default_factory_not_called":
-            continue  # it depends on a key whose own error is reported
+            continue  # depends on a key that is reported itself
         if detail["type"] == "missing":
             yield f"'{path}' is missing"
             continue
-        said = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        problem = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
         value = repr(detail["input"])
         shown = value if len(value) <= 60 else f"{value[:57]}..."
-        yield f"'{path}' = {shown}: {said[0].lower()}{said[1:]}"
+        yield f"'{path}' = {shown}: {problem[0].lower()}{problem[1:]}"
 
 
 def _written_at(place: KeyPath, tree: dict[str, Any]) -> KeyPath:
-    """Where the user wrote, or could write, what stands at `place` in the filled-in tree."""
+    """Return the path in the user's file of the value at `place` in the filled-in tree."""
     if place[0] != "stages" or len(place) < 3 or place[2] not in DEFAULTS:
         return place
     if "stages" not in tree:
@@ -118,7 +120,7 @@ def _written_at(place: KeyPath, tree: dict[str, Any]) -> KeyPath:
 
 
 def _reach(tree: Any, place: KeyPath) -> int:
-    """How many steps of `place` exist in `tree`."""
+    """Return the number of leading keys of `place` that exist in `tree`."""
     for depth, key in enumerate(place):
         inside = dict(enumerate(tree)) if isinstance(tree, list) else tree
         if not isinstance(inside, dict) or key not in inside:
@@ -128,10 +130,10 @@ def _reach(tree: Any, place: KeyPath) -> int:
 
 
 def to_yaml(run: RunConfig) -> str:
-    """The whole of `run` as YAML: loading it gives an equal run.
+    """Return `run` as YAML with all keys; loading it gives an equal run.
 
-    A stage's length stands there by the key that the run file gave it by, so that it still follows
-    from the rest where that is changed.
+    A stage's length is written under the key that set it, so that it is recomputed when other keys
+    of the written file are changed.
     """
     tree = _readable(run.model_dump(mode="json"))
     stages = [_as_written(*pair) for pair in zip(run.stages, tree["stages"], strict=True)]
@@ -139,15 +141,15 @@ def to_yaml(run: RunConfig) -> str:
 
 
 def _as_written(stage: StageConfig, tree: dict[str, Any]) -> dict[str, Any]:
-    """A stage with the one length key that its run file gives."""
-    *_, given = lengths_in(tree)  # `tokens`, which is always there, comes first
-    left_out = [key for key in LENGTHS if key != given]
+    """Return the dump of a stage with only the length key that its run file sets."""
+    *_, length = lengths_in(tree)  # `tokens` is always set and comes first
+    left_out = [key for key in LENGTHS if key != length]
     shown = {key: value for key, value in tree.items() if key not in left_out}
     return shown | {"tokens": "auto"} if stage.tokens_auto else shown
 
 
 def _readable(value: Any, key: str = "") -> Any:
-    """`value` with the token counts in it written for people."""
+    """Return `value` with token and FLOP counts in short form, such as 10B."""
     if isinstance(value, dict):
         return {inner: _readable(item, inner) for inner, item in value.items()}
     if isinstance(value, list):

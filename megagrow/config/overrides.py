@@ -1,4 +1,4 @@
-"""`--set path.to.key=value`: changes to a run file made on the command line."""
+"""Command-line overrides `--set path.to.key=value`, and errors for unknown keys."""
 
 import difflib
 from collections.abc import Iterator
@@ -14,21 +14,25 @@ from megagrow.errors import ConfigError
 
 
 def apply_override(tree: dict[str, Any], text: str) -> dict[str, Any]:
-    """A copy of `tree`, the content of a run file, with the one change that `text` asks for.
+    """Return a copy of `tree`, the content of a run file, with the override `text` applied.
 
-    The value is read as YAML. A number in the path is a place in a list, counted from 0. Raises
-    InputError if the text has no `=`, the path does not exist, or the change would do nothing.
+    The value is parsed as YAML. A number in the path is a list index, counted from 0.
+
+    Raises:
+        ConfigError: the text has no `=`, the path does not exist, or the override has no effect.
     """
     origin = f"--set {text}"
     path, equals, written = text.partition("=")
     names = path.strip().split(".")
     if not equals or not all(names):
-        raise ConfigError(f"{origin}: should be path.to.key=value")
+        raise ConfigError(f"{origin}: not an override; use path.to.key=value")
     if names == ["base"]:
-        raise ConfigError(f"{origin}: give the path of that run file in place of this one's")
+        raise ConfigError(
+            f"{origin}: base cannot be overridden; use the other run file on the command line"
+        )
     if names[-1] == "base":
         raise ConfigError(
-            f"{origin}: name the part itself, as in --set {'.'.join(names[:-1])}=NAME"
+            f"{origin}: base cannot be overridden; use --set {'.'.join(names[:-1])}=NAME"
         )
     names, value = rename_override(names, parse_yaml(written, origin), origin)
     changed = deepcopy(tree)
@@ -38,23 +42,26 @@ def apply_override(tree: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 def refuse_no_effect(tree: dict[str, Any], names: list[str], origin: str) -> None:
-    """Raises InputError for a default that every stage sets for itself: changing it would silently
-    do nothing. `names` is its path in `tree`, the content of a run file."""
+    """Reject an override of a default that all stages override, which would have no effect.
+
+    Raises:
+        ConfigError: all stages of `tree`, the content of a run file, set the path `names`.
+    """
     stages = tree.get("stages")
     if names[0] not in DEFAULTS or not stages:
         return
-    # A stage's own model replaces the default one whole, whichever keys it holds; so does its
-    # length, by whichever key it is given.
+    # A stage's model replaces the default model entirely, whichever keys it has. So does its
+    # length, whichever of the three keys sets it.
     paths = [names[:1] if names[0] == "model" else names]
     if names[0] in LENGTHS:
         paths = [[key] for key in LENGTHS]
     if all(any(_holds(stage, path) for path in paths) for stage in stages):
         places = f"stages.0.{'.'.join(names)} to stages.{len(stages) - 1}.{'.'.join(names)}"
-        raise ConfigError(f"{origin}: has no effect, for every stage has its own; set {places}")
+        raise ConfigError(f"{origin}: has no effect, all stages set their own; set {places}")
 
 
 def _put(node: Any, names: list[str], value: Any, origin: str, above: str = "") -> None:
-    """Sets what stands at `names` below `node`; mappings that are not there yet are made."""
+    """Set the value at the path `names` below `node`; create missing mappings."""
     key: Any = _index(node, names[0], above, origin) if isinstance(node, list) else names[0]
     if len(names) == 1:
         node[key] = value
@@ -63,7 +70,7 @@ def _put(node: Any, names: list[str], value: Any, origin: str, above: str = "") 
     inner = node[key] if isinstance(node, list) else node.get(key)
     if not isinstance(inner, dict | list):
         if names[1].isdecimal():
-            raise ConfigError(f"{origin}: there is no list at '{path}'")
+            raise ConfigError(f"{origin}: '{path}' is not a list")
         inner = node[key] = {}
     _put(inner, names[1:], value, origin, f"{path}.")
 
@@ -72,7 +79,9 @@ def _index(items: list[Any], name: str, above: str, origin: str) -> int:
     if name.isdecimal() and int(name) < len(items):
         return int(name)
     place = above.removesuffix(".")
-    raise ConfigError(f"{origin}: '{place}' has {len(items)} entries, counted from 0; not '{name}'")
+    raise ConfigError(
+        f"{origin}: '{place}' has no index '{name}'; it has {len(items)} entries, counted from 0"
+    )
 
 
 def _holds(node: Any, names: list[str]) -> bool:
@@ -84,14 +93,14 @@ def _holds(node: Any, names: list[str]) -> bool:
 
 
 Keys = dict[str, type[Section] | None]
-"""The keys of one section, each with the section that stands under it, if one does."""
+"""Keys of one section, each with its subsection, if any."""
 
 
 DEFAULTS = (
     *("model", "tokens", "at_tokens", "at_flops"),
     *("parallel", "kernels", "batch", "optimizer", "schedule"),
 )
-"""Keys of a stage that may also stand at the top, as the defaults of every stage."""
+"""Keys of a stage that may also be set at the top, as defaults of all stages."""
 
 
 PARTS = ("model", "data", "parallel", "batch", "optimizer", "schedule")
@@ -100,22 +109,21 @@ PARTS = ("model", "data", "parallel", "batch", "optimizer", "schedule")
 
 BUILT_ON = {
     "base": (
-        "The run file that this one is built on, sought as `NAME.yaml` where named parts are. This "
-        "file holds what differs: mappings are merged key by key; `stages`, and sections given by "
-        "name, replace those of the base."
+        "Run file that this one extends, found as `NAME.yaml` in the search path of named "
+        "sections. Mappings are merged key by key; `stages`, and sections that are names, replace "
+        "those of the base."
     ),
     "hardware": (
-        "A profile of the hardware, `hardware/NAME.yaml`, laid on the base: it sets `parallel`, "
-        "`kernels` and `batch` of all stages. This file's own keys win over it, it wins over the "
-        "base; given by `--set` it wins over the file."
+        "Hardware profile, `hardware/NAME.yaml`, which sets `parallel`, `kernels` and `batch` of "
+        "all stages. It has precedence over the base and is overridden by this file's own keys; "
+        "with `--set` it has precedence over the file."
     ),
 }
-"""Keys of the top that stand in no model, for what they name is put in their place; each with its
-meaning."""
+"""Top-level keys that are replaced by the files they name, with their descriptions."""
 
 
 HARDWARE = ("parallel", "kernels", "batch")
-"""Sections of a stage that a profile of the hardware may set."""
+"""Sections of a stage that a hardware profile may set."""
 
 
 ALIASES = {
@@ -130,19 +138,20 @@ ALIASES = {
     "train_batch_size": "global_batch_size",
     "train_micro_batch_size_per_gpu": "micro_batch_size",
 }
-"""What other programs call some of our keys."""
+"""Names of keys in other programs -> our key, for hints."""
 
 
 def refuse_unknown_keys(tree: dict[str, Any], origin: str) -> None:
-    """Raises InputError if the top of a run file, or anything under it, has a key of no meaning.
+    """Reject unknown keys in the content of a run file.
 
-    `origin` is where the tree was read from; the error names it and each key's full path.
+    Raises:
+        ConfigError: names `origin`, the source of the tree, and the full path of each unknown key.
     """
     _refuse(_unknown(tree, {**run_keys(), **dict.fromkeys(BUILT_ON)}, ""), origin)
 
 
 def refuse_unknown_part_keys(tree: dict[str, Any], section: str, origin: str) -> None:
-    """The same for the file of a named part: the content of one `section`."""
+    """Reject unknown keys in the file of a named `section`."""
     known = run_keys()
     profile = {key: known[key] for key in HARDWARE}
     keys = profile if section == "hardware" else _keys_of(known[section])
@@ -150,19 +159,18 @@ def refuse_unknown_part_keys(tree: dict[str, Any], section: str, origin: str) ->
 
 
 def run_keys() -> Keys:
-    """The keys of the top of a run file."""
+    """Return the top-level keys of a run file."""
     stage = _keys_of(StageConfig)
     return {**_keys_of(RunConfig), **{key: stage[key] for key in DEFAULTS}}
 
 
 def _refuse(unknown: Iterator[tuple[str, str]], origin: str) -> None:
-    problems = [f"unknown key '{path}'; {hint}" for path, hint in unknown]
-    if problems:
+    if problems := [f"unknown key '{path}'; {hint}" for path, hint in unknown]:
         raise ConfigError(f"{origin}: {'; '.join(problems)}")
 
 
 def _unknown(tree: dict[str, Any], keys: Keys, prefix: str) -> Iterator[tuple[str, str]]:
-    """The path of each unknown key with a hint."""
+    """Yield the path of each unknown key with a hint."""
     for key, value in tree.items():
         path = f"{prefix}{key}"
         if key not in keys:
@@ -174,7 +182,7 @@ def _unknown(tree: dict[str, Any], keys: Keys, prefix: str) -> Iterator[tuple[st
 
 
 def _mappings(value: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The mappings in a section's place, itself or a list's, each with its path."""
+    """Yield each mapping of a section, or of a list of sections, with its path."""
     if isinstance(value, dict):
         yield path, value
     elif isinstance(value, list):
@@ -182,10 +190,10 @@ def _mappings(value: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _hint(key: str, keys: Keys, prefix: str) -> str:
-    """The nearest key of this place, else of the whole file, else all that this place allows."""
+    """Return the closest key of this section, else of the file, else all keys of the section."""
     here = {name: f"{prefix}{name}" for name in keys}
-    # Of several paths that end in the same name the shortest wins.
-    anywhere = sorted(_everywhere(run_keys(), ""), key=lambda found: -found[1].count("."))
+    # Of several paths that end in the same name, the shortest is kept.
+    anywhere = sorted(_everywhere(run_keys(), ""), key=lambda item: -item[1].count("."))
     for known in (here, dict(anywhere)):
         named = known | {a: known[name] for a, name in ALIASES.items() if name in known}
         near = difflib.get_close_matches(key, named, n=1, cutoff=0.7)
@@ -195,7 +203,7 @@ def _hint(key: str, keys: Keys, prefix: str) -> str:
 
 
 def _everywhere(keys: Keys, prefix: str) -> Iterator[tuple[str, str]]:
-    """Every key of a run file with each path at which it may stand."""
+    """Yield every key of a run file with each of its paths."""
     for key, section in keys.items():
         yield key, f"{prefix}{key}"
         inner = f"{prefix}stages.N." if key == "stages" else f"{prefix}{key}."
@@ -210,7 +218,7 @@ def _keys_of(section: type[Section] | None) -> Keys:
 
 
 def section_in(annotation: Any) -> type[Section] | None:
-    """The section that a field of this type holds, itself, in a list or optionally."""
+    """Return the section class in a field's type, directly, in a list or optional; else None."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next(filter(None, map(section_in, get_args(annotation))), None)

@@ -93,7 +93,7 @@ class GuardsConfig(Section):
 
 
 class LoggingConfig(Section):
-    """Metrics are always written to metrics.jsonl; this section adds other outputs."""
+    """Outputs of metrics, in addition to metrics.jsonl, which is always written."""
 
     interval: Count = 1
     """Steps between training records."""

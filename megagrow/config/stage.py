@@ -58,7 +58,7 @@ class BatchConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW. Defaults are the values of the paper's code (tongxuluo/prts)."""
+    """AdamW optimizer. Defaults are the values of the paper's code (tongxuluo/prts)."""
 
     lr: float = Field(gt=0)
     """Peak learning rate."""
@@ -101,8 +101,8 @@ class StageConfig(Section):
     model: ModelConfig
     tokens: Count
     """Tokens trained in this stage, rounded up to complete steps. `auto` uses equation 2 of the
-    paper and the next stage. A stage sets exactly one of `tokens`, `at_tokens` and `at_flops`; the
-    others follow from it."""
+    paper and the next stage. A stage sets exactly one of `tokens`, `at_tokens` and `at_flops`;
+    `tokens` is computed from the other two."""
     at_tokens: Count | None = None
     """Cumulative tokens of the run at which this stage ends."""
     at_flops: Count | None = None

@@ -1,10 +1,10 @@
-"""How long stages are, in steps and tokens, and how a run file may say it.
+"""Length of stages in steps and tokens, from the keys `tokens`, `at_tokens` and `at_flops`.
 
 A step is one optimizer step: global_batch_size x sequence_length tokens. A stage's tokens are
-rounded up to whole steps, so that no step belongs to two stages.
+rounded up to complete steps, so no step belongs to two stages.
 
-A run file gives the length of a stage by one of three keys: `tokens`, `at_tokens` or `at_flops`;
-`tokens` may be `auto`. Each of them is settled into a number of tokens when the file is loaded.
+A stage sets one of the three keys; `tokens` may be `auto`. Loading a run file resolves it into a
+number of tokens.
 """
 
 from collections.abc import Sequence
@@ -16,27 +16,28 @@ from megagrow.config.flops import (
     paper_flops_per_token,
 )
 from megagrow.config.growth_guidelines import growth_tokens
-from megagrow.config.schema import RunConfig, StageConfig
+from megagrow.config.schema import RunConfig
+from megagrow.config.stage import StageConfig
 
 LENGTHS = ("tokens", "at_tokens", "at_flops")
-"""The keys of a stage that say how long it is."""
+"""Keys that set the length of a stage."""
 
 _UNSETTLED = 1
-"""Stands for `tokens` until `settled` puts the number there."""
+"""Placeholder in `tokens` until `settled` computes the number."""
 
 
 def step_tokens(stage: StageConfig, sequence_length: int) -> int:
-    """Tokens of one optimizer step of `stage`, over all ranks."""
+    """Return the tokens of one optimizer step of `stage`, over all ranks."""
     return stage.batch.global_batch_size * sequence_length
 
 
 def stage_steps(stage: StageConfig, sequence_length: int) -> int:
-    """Optimizer steps of `stage`."""
+    """Return the number of optimizer steps of `stage`."""
     return -(-stage.tokens // step_tokens(stage, sequence_length))
 
 
 def stage_tokens(stage: StageConfig, sequence_length: int) -> int:
-    """Tokens that `stage` really trains on: its `tokens`, rounded up to whole steps."""
+    """Return the tokens trained in `stage`: its `tokens`, rounded up to complete steps."""
     return stage_steps(stage, sequence_length) * step_tokens(stage, sequence_length)
 
 
@@ -47,12 +48,12 @@ def run_flops(run: RunConfig) -> int:
 
 
 def lengths_in(tree: dict[str, Any]) -> list[str]:
-    """The length keys that a mapping of a run file gives; null gives none."""
+    """Return the length keys set in a mapping of a run file; null is not set."""
     return [key for key in LENGTHS if tree.get(key) is not None]
 
 
 def unsettled(stage: dict[str, Any]) -> dict[str, Any]:
-    """A stage of a run file as StageConfig has it, its `tokens` still to be settled."""
+    """Return a stage of a run file in the format of StageConfig, with `tokens` still to settle."""
     written = {key: value for key, value in stage.items() if key not in LENGTHS}
     written |= {key: stage[key] for key in lengths_in(stage)}
     if written.get("tokens") == "auto":
@@ -61,14 +62,17 @@ def unsettled(stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def settled(run: RunConfig) -> RunConfig:
-    """The run with the `tokens` that follow from `at_tokens`, `at_flops` and `auto`.
+    """Return the run with `tokens` computed from `at_tokens`, `at_flops` and `auto`.
 
-    `at_tokens` and `at_flops` count from the run's first token, in the whole steps that the stages
-    before really train, FLOPs by the paper's account; what a growth itself consumes is not counted.
-    Raises ValueError, naming the keys, where a stage would have no tokens or auto has no answer.
+    `at_tokens` and `at_flops` are cumulative from the first token of the run, over the complete
+    steps of the previous stages. FLOPs are 6 x parameters x tokens, without the cost of growth
+    events.
+
+    Raises:
+        ValueError: a stage would have no tokens, or `auto` is undefined; the message names the key.
     """
     stages = list(run.stages)
-    for index in reversed(range(len(stages))):  # auto looks at the stage that comes after
+    for index in reversed(range(len(stages))):  # auto depends on the following stage
         if stages[index].tokens_auto:
             stages[index] = _with_tokens(stages[index], _auto_tokens(stages, index))
     tokens = flops = 0
@@ -86,38 +90,38 @@ def _with_tokens(stage: StageConfig, tokens: int) -> StageConfig:
 
 
 def _auto_tokens(stages: Sequence[StageConfig], index: int) -> int:
-    """What equation 2 gives for a stage, from the stage after it."""
+    """Return the tokens of a stage by equation 2, from the following stage."""
     at = f"stages.{index}.tokens = auto"
     if index + 1 == len(stages):
-        raise ValueError(f"{at}: no stage comes after it to grow into; give a number of tokens")
+        raise ValueError(f"{at} needs a following stage to grow into; set a number of tokens")
     after, there = stages[index + 1], f"stages.{index + 1}"
     for key in ("at_tokens", "at_flops"):
         if getattr(after, key) is not None:
-            raise ValueError(f"{at} follows from {there}.tokens: give that in place of {key}")
+            raise ValueError(f"{at} is computed from {there}.tokens; set it instead of {key}")
     tokens = growth_tokens(non_embedding_parameters(after.model), after.tokens)
     if tokens >= after.tokens:
         raise ValueError(
-            f"{at}: equation 2 gives {tokens:.3g} tokens, no less than {there}.tokens = "
-            f"{after.tokens} of the model that is to gain by it; it does not hold at this size, "
-            "give a number of tokens"
+            f"{at}: equation 2 gives {tokens:.3g} tokens, not below {there}.tokens = "
+            f"{after.tokens}; it does not hold at this size, set a number of tokens"
         )
     return max(1, round(tokens))
 
 
 def _tokens_left(stage: StageConfig, at: str, tokens: int, flops: int) -> int:
-    """The stage's own tokens, when so many tokens and FLOPs of the run lie before it."""
+    """Return the tokens of a stage, given the tokens and FLOPs of the previous stages."""
     if stage.at_tokens is not None:
         if stage.at_tokens <= tokens:
             raise ValueError(
-                f"{at}.at_tokens = {stage.at_tokens} is not above the {tokens} tokens of the "
-                "stages before it: this stage would have none"
+                f"{at}.at_tokens = {stage.at_tokens} leaves no tokens for this stage: the previous "
+                f"stages end at {tokens} tokens; use a larger value"
             )
         return stage.at_tokens - tokens
     if stage.at_flops is not None:
         if stage.at_flops <= flops:
             raise ValueError(
-                f"{at}.at_flops = {stage.at_flops:.3g} is passed before the stage begins: the "
-                f"stages before it take {flops:.3g} FLOPs (6 x parameters x tokens)"
+                f"{at}.at_flops = {stage.at_flops:.3g} leaves no tokens for this stage: the "
+                f"previous stages take {flops:.3g} FLOPs (6 x parameters x tokens); use a larger "
+                "value"
             )
         return -(-(stage.at_flops - flops) // paper_flops_per_token(stage.model))
     return stage.tokens

@@ -1,4 +1,4 @@
-"""From which sizes to which each operator can grow a model; a broken rule is told in one text."""
+"""Constraints of each operator on the sizes of source and target, with one-line problem texts."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,32 +9,35 @@ from megagrow.growth.depth import PARTIAL_STACKS, listed_layers
 from megagrow.growth.operators import OPERATORS, resolve_operators
 
 WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-
-"""The fields of a model that make its width."""
+"""Model fields that define the width."""
 
 Rule = Callable[["Event"], Iterator[str]]
 
 
 @dataclass(frozen=True)
 class Event:
-    """One growth of a run, as its problems see it."""
+    """One growth to validate: models and options, with their paths in the run file."""
 
     source: ModelConfig
     target: ModelConfig
     options: GrowthConfig
     before: str
+    """Path of the source model, such as stages.0.model."""
     here: str
+    """Path of the target stage, such as stages.1."""
 
     @property
     def names(self) -> str:
+        """Names of the operators."""
         return " with ".join(self.options.operator)
 
     def layers(self) -> tuple[int, int]:
+        """Return the layers of the source and of the target."""
         return self.source.num_hidden_layers, self.target.num_hidden_layers
 
 
 def rule_of(name: OperatorName) -> Rule:
-    """What looks at a growth by this operator; sizes that it may not change at all are known."""
+    """Return the rule of an operator; fields that it cannot change are validated elsewhere."""
     return _RULES.get(name, _any_width if OPERATORS[name].wider else _any_depth)
 
 
@@ -43,34 +46,37 @@ def _any_depth(event: Event) -> Iterator[str]:
     if new < old:
         yield (
             f"{event.here}.model.num_hidden_layers = {new} is below "
-            f"{event.before}.num_hidden_layers = {old}"
+            f"{event.before}.num_hidden_layers = {old}; use at least that"
         )
 
 
 def _direct_depth(event: Event) -> Iterator[str]:
-    """Every new layer must be a copy of a layer that exists."""
+    """Require every layer to be a copy of a source layer."""
     (old, new), layers = event.layers(), event.options.layer_map
     at = f"{event.here}.growth.layer_map"
     if layers in (None, "stack"):
         if new % old:
             yield (
-                f"{event.here}.model.num_hidden_layers = {new} is not a multiple of "
-                f"{event.before}.num_hidden_layers = {old}: give {at}"
+                f"{event.here}.model.num_hidden_layers = {new} is not divisible by "
+                f"{event.before}.num_hidden_layers = {old}; use a multiple or set {at}"
             )
         return
     if layers == "interpolate":
         return
-    named = listed_layers(layers) if isinstance(layers, str) else layers
-    if not named:
+    listed = listed_layers(layers) if isinstance(layers, str) else layers
+    if not listed:
         yield (
             f"{at} = {layers!r} is not a list, `stack`, `interpolate`, or a partial stack such as "
-            f"those of the paper, {', '.join(PARTIAL_STACKS)}"
+            f"the paper's {', '.join(PARTIAL_STACKS)}"
         )
         return
-    if len(named) != new:
-        yield f"{at} has {len(named)} entries for {event.here}.model.num_hidden_layers = {new}"
-    for layer in sorted({layer for layer in named if layer >= old}):
-        yield f"{at} names layer {layer}, but {event.before} has layers 0 to {old - 1}"
+    if len(listed) != new:
+        yield (
+            f"{at} has {len(listed)} entries, but {event.here}.model.num_hidden_layers = {new}; "
+            f"list {new} layers"
+        )
+    for layer in sorted({layer for layer in listed if layer >= old}):
+        yield f"{at} contains layer {layer}, but {event.before} has layers 0 to {old - 1}"
 
 
 def _zero_depth(event: Event) -> Iterator[str]:
@@ -82,8 +88,8 @@ def _zero_depth(event: Event) -> Iterator[str]:
         parts = resolve_operators(event.source, event.target, event.options, "")
         if not parts.depth.exact:
             yield (
-                f"{event.here}.growth.layer_map leaves out or reorders layers, which {event.names} "
-                "must keep: name all of them, first occurrences in order"
+                f"{event.here}.growth.layer_map omits or reorders source layers, which "
+                f"{event.names} must keep; list all of them, with first occurrences in order"
             )
 
 
@@ -91,7 +97,7 @@ def _solar(event: Event) -> Iterator[str]:
     old, new = event.layers()
     if new % 2 or not old <= new <= 2 * old:
         yield (
-            f"{event.here}.model.num_hidden_layers = {new}: solar makes an even number from {old} "
+            f"{event.here}.model.num_hidden_layers = {new}: solar needs an even number from {old} "
             f"to {2 * old}"
         )
 
@@ -100,15 +106,18 @@ def _llama_pro(event: Event) -> Iterator[str]:
     old, new = event.layers()
     if not old < new <= 2 * old or old % (new - old):
         yield (
-            f"{event.here}.model.num_hidden_layers = {new}: llama_pro adds a number of layers that "
-            f"divides the {old} there are"
+            f"{event.here}.model.num_hidden_layers = {new}: llama_pro adds {new - old} layers, "
+            f"which must be a divisor of {event.before}.num_hidden_layers = {old}"
         )
 
 
 def _mslt(event: Event) -> Iterator[str]:
     old, new = event.layers()
     if not old < new <= 2 * old:
-        yield f"{event.here}.model.num_hidden_layers = {new}: mslt adds 1 to {old} layers"
+        yield (
+            f"{event.here}.model.num_hidden_layers = {new}: mslt needs a number from {old + 1} to "
+            f"{2 * old}"
+        )
 
 
 def _midas(event: Event) -> Iterator[str]:
@@ -117,7 +126,7 @@ def _midas(event: Event) -> Iterator[str]:
     if new <= old or old % (new - old) or old // (new - old) < blocks:
         yield (
             f"{event.here}.model.num_hidden_layers = {new}: {event.names} adds one block, whose "
-            f"size divides the {old} layers into at least {blocks}"
+            f"size must divide the {old} source layers into {blocks} or more blocks"
         )
 
 
@@ -125,29 +134,29 @@ def _any_width(event: Event) -> Iterator[str]:
     ratios = [m.num_attention_heads // m.num_key_value_heads for m in (event.source, event.target)]
     if ratios[0] != ratios[1]:
         yield (
-            f"{event.here}.model has {ratios[1]} query heads for each key/value head, "
-            f"{event.before} has {ratios[0]}: whole groups grow, keep the ratio"
+            f"{event.here}.model has {ratios[1]} query heads per key/value head, {event.before} "
+            f"has {ratios[0]}; keep the ratio"
         )
 
 
-def _whole_residual(event: Event) -> Iterator[str]:
+def _integer_residual_factor(event: Event) -> Iterator[str]:
     yield from _any_width(event)
     if not event.options.paper_exact:
-        yield from _multiples(event, ("hidden_size",), "lemon or zero_width take any size")
+        yield from _multiples(event, ("hidden_size",), "lemon and zero_width support any size")
 
 
-def _all_whole(event: Event) -> Iterator[str]:
+def _integer_factors(event: Event) -> Iterator[str]:
     yield from _any_width(event)
-    yield from _multiples(event, WIDTHS, "lemon or zero_width take any size")
+    yield from _multiples(event, WIDTHS, "lemon and zero_width support any size")
 
 
-def _multiples(event: Event, names: tuple[str, ...], instead: str) -> Iterator[str]:
+def _multiples(event: Event, names: tuple[str, ...], fix: str) -> Iterator[str]:
     for name in names:
         old, new = getattr(event.source, name), getattr(event.target, name)
         if new % old:
             yield (
-                f"{event.here}.model.{name} = {new} is not a multiple of {event.before}.{name} = "
-                f"{old}, which {event.names} needs; {instead}"
+                f"{event.here}.model.{name} = {new} is not divisible by {event.before}.{name} = "
+                f"{old}, which {event.names} requires; {fix}"
             )
 
 
@@ -156,21 +165,26 @@ def _staged_width(event: Event) -> Iterator[str]:
     for name in WIDTHS:
         old, new = getattr(event.source, name), getattr(event.target, name)
         if new != 2 * old:
-            yield f"{event.here}.model.{name} = {new}: staged_width doubles it to {2 * old}"
+            yield (
+                f"{event.here}.model.{name} = {new}: staged_width needs {2 * old}, twice the source"
+            )
 
 
 def _isometric(event: Event) -> Iterator[str]:
     if event.source.tie_word_embeddings:
-        yield f"{event.here}.model: isometric needs tie_word_embeddings = false, a head of its own"
+        yield (
+            f"{event.here}.model.tie_word_embeddings = true is not supported by isometric; grow an "
+            "untied model"
+        )
 
 
 def _head_dim(event: Event) -> Iterator[str]:
-    yield from _multiples(event, ("head_dim",), "give a whole factor")
+    yield from _multiples(event, ("head_dim",), "use a multiple")
     scaling = event.source.rope_scaling
     if scaling is not None and scaling.rope_type == "yarn":
         yield (
-            f"{event.here}.model: head_dim can not grow a model whose rope_scaling is yarn, which "
-            "scales a pair of entries by its place in the head"
+            f"{event.here}.model: operator head_dim does not support rope_scaling yarn, which "
+            "scales each pair of entries by its index in the head; use another operator"
         )
 
 
@@ -183,11 +197,11 @@ _RULES: dict[OperatorName, Rule] = {
     "mslt": _mslt,
     "midas": _midas,
     "lidas": _midas,
-    "direct_width": _whole_residual,
-    "learn_width": _whole_residual,
-    "net2net_width": _whole_residual,
-    "hypercloning": _all_whole,
-    "mup_copy": _all_whole,
+    "direct_width": _integer_residual_factor,
+    "learn_width": _integer_residual_factor,
+    "net2net_width": _integer_residual_factor,
+    "hypercloning": _integer_factors,
+    "mup_copy": _integer_factors,
     "staged_width": _staged_width,
     "isometric": _isometric,
     "head_dim": _head_dim,

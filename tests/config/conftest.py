@@ -1,4 +1,4 @@
-"""A run file to vary: small, right, and with two stages where asked."""
+"""Fixtures that load variants of a small valid run file, with one or two stages."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,7 +42,7 @@ Load = Callable[..., RunConfig]
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    """Loads run.yaml, written from the text given, with overrides."""
+    """Write a text to run.yaml and load it with overrides."""
 
     def load_text(*overrides: str, text: str = ONE_STAGE) -> RunConfig:
         path = tmp_path / "run.yaml"
@@ -54,7 +54,7 @@ def load(tmp_path: Path) -> Load:
 
 @pytest.fixture
 def load_two(load: Load) -> Load:
-    """The same with two stages, the second grown from the first."""
+    """Load a run of two stages, the second grown from the first."""
 
     def load_text(*overrides: str, text: str = ONE_STAGE + SECOND_STAGE) -> RunConfig:
         return load(*overrides, text=text)
@@ -64,7 +64,7 @@ def load_two(load: Load) -> Load:
 
 @pytest.fixture
 def write_part(tmp_path: Path) -> Callable[[str, str], Path]:
-    """Writes a named part below the run file's folder."""
+    """Write the file of a named section below the run file's folder."""
 
     def write(name: str, text: str) -> Path:
         path = tmp_path / f"{name}.yaml"
@@ -77,13 +77,13 @@ def write_part(tmp_path: Path) -> Callable[[str, str], Path]:
 
 @pytest.fixture
 def refusal(load: Load, tmp_path: Path) -> Callable[..., str]:
-    """The message with which a run file is refused: one line, the folder's name taken out."""
+    """Return the one-line error of an invalid run file, without the folder's name."""
 
     def message(overrides: Sequence[str] = (), text: str = ONE_STAGE) -> str:
         with pytest.raises(InputError) as caught:
             load(*overrides, text=text)
-        said = str(caught.value)
-        assert "\n" not in said
-        return said.replace(f"{tmp_path}/", "")
+        error = str(caught.value)
+        assert "\n" not in error
+        return error.replace(f"{tmp_path}/", "")
 
     return message

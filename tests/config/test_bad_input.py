@@ -1,4 +1,4 @@
-"""Every way to write a run file wrongly, with what is said about it."""
+"""Error messages for invalid run files and overrides."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from megagrow.errors import InputError
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("oputput_dir: x", "run.yaml: unknown key 'oputput_dir'; did you mean 'output_dir'?"),
         ("lr: 1e-3", "run.yaml: unknown key 'lr'; did you mean 'optimizer.lr'?"),
@@ -42,19 +42,19 @@ from megagrow.errors import InputError
         ),
     ],
 )
-def test_unknown_keys(refusal, line: str, said: str) -> None:
-    assert refusal(text=line) == said
+def test_unknown_keys(refusal, line: str, message: str) -> None:
+    assert refusal(text=line) == message
 
 
 def test_an_unknown_key_in_a_list(refusal) -> None:
-    said = refusal(text="data: {train: [{path: a}, {pth: b}]}")
-    assert said == "run.yaml: unknown key 'data.train.1.pth'; did you mean 'data.train.1.path'?"
+    message = refusal(text="data: {train: [{path: a}, {pth: b}]}")
+    assert message == "run.yaml: unknown key 'data.train.1.pth'; did you mean 'data.train.1.path'?"
 
 
 def test_an_unknown_key_in_a_part_names_the_parts_file(refusal, write_part) -> None:
     write_part("optimizer/fast", "larning_rate: 1\n")
-    said = refusal(["optimizer=fast"])
-    assert said == "optimizer/fast.yaml: unknown key 'larning_rate'; did you mean 'lr'?"
+    message = refusal(["optimizer=fast"])
+    assert message == "optimizer/fast.yaml: unknown key 'larning_rate'; did you mean 'lr'?"
 
 
 def test_an_unknown_key_in_an_override(refusal) -> None:
@@ -65,46 +65,48 @@ def test_an_unknown_key_in_an_override(refusal) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
-        ("optimizer.lr", "--set optimizer.lr: should be path.to.key=value"),
-        ("=3", "--set =3: should be path.to.key=value"),
-        ("optimizer..lr=3", "--set optimizer..lr=3: should be path.to.key=value"),
-        ("stages.0.tokens=1", "--set stages.0.tokens=1: there is no list at 'stages'"),
+        ("optimizer.lr", "--set optimizer.lr: not an override; use path.to.key=value"),
+        ("=3", "--set =3: not an override; use path.to.key=value"),
+        ("optimizer..lr=3", "--set optimizer..lr=3: not an override; use path.to.key=value"),
+        ("stages.0.tokens=1", "--set stages.0.tokens=1: 'stages' is not a list"),
         (
             "data.train.1.path=x",
-            "--set data.train.1.path=x: 'data.train' has 1 entries, counted from 0; not '1'",
+            "--set data.train.1.path=x: 'data.train' has no index '1'; it has 1 entries, counted "
+            "from 0",
         ),
         (
             "data.train.path=x",
-            "--set data.train.path=x: 'data.train' has 1 entries, counted from 0; not 'path'",
+            "--set data.train.path=x: 'data.train' has no index 'path'; it has 1 entries, counted "
+            "from 0",
         ),
         (
             "model.base=x",
-            "--set model.base=x: name the part itself, as in --set model=NAME",
+            "--set model.base=x: base cannot be overridden; use --set model=NAME",
         ),
         ("model=[1", "--set model=[1, line 1: expected ',' or ']', but got '<stream end>'"),
         (
             "model=3",
-            "--set model=3: 'model' should be a mapping, or the name of a file in model/",
+            "--set model=3: 'model' is neither a mapping nor the name of a file in model/",
         ),
     ],
 )
-def test_overrides_that_can_not_be_followed(refusal, override: str, said: str) -> None:
-    assert refusal([override]) == said
+def test_overrides_that_can_not_be_followed(refusal, override: str, message: str) -> None:
+    assert refusal([override]) == message
 
 
 def test_an_override_that_would_do_nothing(load_two) -> None:
     with pytest.raises(InputError) as caught:
         load_two("tokens=1M")
     assert str(caught.value) == (
-        "--set tokens=1M: has no effect, for every stage has its own; "
+        "--set tokens=1M: has no effect, all stages set their own; "
         "set stages.0.tokens to stages.1.tokens"
     )
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("optimizer.lr=-1", "'optimizer.lr' = -1: should be greater than 0"),
         (
@@ -143,15 +145,15 @@ def test_an_override_that_would_do_nothing(load_two) -> None:
         ("name=3", "'name' = 3: should be a valid string"),
     ],
 )
-def test_wrong_values(refusal, override: str, said: str) -> None:
-    assert refusal([override]) == f"run.yaml: {said}"
+def test_wrong_values(refusal, override: str, message: str) -> None:
+    assert refusal([override]) == f"run.yaml: {message}"
 
 
 def test_several_problems_stand_in_one_line(refusal) -> None:
-    said = refusal(["optimizer.lr=-1", "parallel.zero_stage=4"])
-    assert said.count(";") == 1
-    assert "'optimizer.lr' = -1" in said
-    assert "'parallel.zero_stage' = 4" in said
+    message = refusal(["optimizer.lr=-1", "parallel.zero_stage=4"])
+    assert message.count(";") == 1
+    assert "'optimizer.lr' = -1" in message
+    assert "'parallel.zero_stage' = 4" in message
 
 
 def test_a_missing_key_does_not_drag_others_along(refusal) -> None:
@@ -169,7 +171,7 @@ def test_a_default_of_all_stages_is_named_once_and_where_it_was_written(load_two
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("name: [x", "run.yaml, line 1: expected ',' or ']', but got '<stream end>'"),
         ("name: x\n\tseed: 3", "run.yaml, line 2: found character '\\t' that cannot start"),
@@ -178,16 +180,16 @@ def test_a_default_of_all_stages_is_named_once_and_where_it_was_written(load_two
         ("a: !!python/object:os.system {}", "run.yaml, line 1: a tag, tag:yaml.org,2002:python/o"),
         ("", "run.yaml: should hold a mapping of keys to values"),
         ("- a", "run.yaml: should hold a mapping of keys to values"),
-        ("stages: 3", "run.yaml: 'stages' should be a list of stages"),
-        ("stages: [3]", "run.yaml: 'stages.0' should be a mapping of keys to values"),
-        ("optimizer:", "run.yaml: 'optimizer' should be a mapping, or the name of a file in"),
+        ("stages: 3", "run.yaml: 'stages' is not a list of stages"),
+        ("stages: [3]", "run.yaml: 'stages.0' is not a mapping of keys to values"),
+        ("optimizer:", "run.yaml: 'optimizer' is neither a mapping nor the name of a file in"),
         ("name: \x00", "run.yaml: unacceptable character #x0000"),
         ("{[1]: 2}", "run.yaml, line 1: found unhashable key"),
         ("a: 2020-13-45", "run.yaml: month must be in 1..12"),
     ],
 )
-def test_broken_files(refusal, text: str, said: str) -> None:
-    assert refusal(text=text).startswith(said)
+def test_broken_files(refusal, text: str, message: str) -> None:
+    assert refusal(text=text).startswith(message)
 
 
 def test_files_that_can_not_be_read(tmp_path: Path) -> None:
@@ -202,23 +204,25 @@ def test_files_that_can_not_be_read(tmp_path: Path) -> None:
 
 def test_an_unknown_part(refusal) -> None:
     assert refusal(["model=lama-1.1b"]) == (
-        "--set model=lama-1.1b: 'model' names 'lama-1.1b', but there is no model/lama-1.1b.yaml; "
+        "--set model=lama-1.1b: 'model' = 'lama-1.1b': model/lama-1.1b.yaml not found; "
         "did you mean 'llama-1.1b'?"
     )
 
 
 def test_a_part_of_a_section_that_has_none(refusal) -> None:
-    said = refusal(text="schedule: slow")
-    assert said.endswith("there is no schedule/slow.yaml; there is no file in schedule/")
+    message = refusal(text="schedule: slow")
+    assert message.endswith("schedule/slow.yaml not found; no schedule/ contains any file")
 
 
 def test_a_part_built_on_itself(refusal, write_part) -> None:
     write_part("model/a", "base: b\n")
     write_part("model/b", "base: a\n")
-    said = refusal(text="stages: [{model: a}]")
-    assert said == "run.yaml: 'stages.0.model' is built on itself: a -> b -> a"
+    message = refusal(text="stages: [{model: a}]")
+    assert message == "run.yaml: 'stages.0.model' includes itself: a -> b -> a"
 
 
 def test_cross_checks_are_errors_of_the_file(refusal) -> None:
-    said = refusal(["parallel.tensor_model_parallel_size=3"])
-    assert said.startswith("run.yaml: stages.0.parallel.tensor_model_parallel_size = 3")
+    message = refusal(["parallel.tensor_model_parallel_size=3"])
+    assert message.startswith(
+        "run.yaml: stages.0.model.num_attention_heads = 4 is not divisible by"
+    )

@@ -1,4 +1,4 @@
-"""The models and run files that come with megagrow, held against what was published of them."""
+"""Models and run files in configs/, compared with published values."""
 
 from pathlib import Path
 
@@ -19,10 +19,10 @@ RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not i
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 BILLION = 10**9
 STEP = 2_097_152
-"""Tokens: 1024 rows of 2048 (Du et al. 2024, appendix B.3; the batch of their code)."""
+"""Tokens: 1024 sequences of 2048 (Du et al. 2024, appendix B.3; the batch of their code)."""
 
-# Layers, hidden size, heads, kv heads, FFN; millions of parameters in all and outside embedding
-# and head. Du et al. 2024 has no such table: shapes are of their code (lit_gpt/config.py,
+# Layers, hidden size, heads, kv heads, FFN; millions of parameters in total and without embedding
+# and head. Du et al. 2024 has no such table: shapes are from their code (lit_gpt/config.py,
 # base_model.sh, g_stack.sh; layers of the bases: appendix G.1).
 PAPER = {
     "llama-410m": (24, 1024, 16, 16, 2816, 373.9, 308.3),
@@ -35,7 +35,7 @@ PAPER = {
     "llama-7b-8l": (8, 4096, 32, 8, 11008, 1679.9, 1417.7),
 }
 # Layers, hidden size, heads, kv heads, FFN, vocabulary, positions, rope_theta, and the number of
-# parameters: config.json and safetensors of the repositories that the files name.
+# parameters: config.json and safetensors of the repositories named in the files.
 PUBLISHED = {
     "tinyllama-1.1b": (22, 2048, 32, 4, 5632, 32000, 2048, 1e4, 1_100_048_384),
     "llama-2-7b": (32, 4096, 32, 32, 11008, 32000, 4096, 1e4, 6_738_415_616),
@@ -46,8 +46,8 @@ PUBLISHED = {
 # lr and min_lr of Du et al. 2024, Table 1 (appendix B.3).
 TABLE_1 = {"410m": (6e-4, 6e-5), "1.1b": (3e-4, 3e-5), "3b": (1.6e-4, 1.6e-5), "7b": (1e-4, 1e-5)}
 # Billions of tokens of section 4.1: the base's d, the target's, and those of scratch. At 1.1B the
-# base counts as the 2.5B tokens of the target that it costs (footnote 4); 410M, 3B and 7B are
-# named by all tokens of the run.
+# base counts as the 2.5B target tokens of equal cost (footnote 4); for 410M, 3B and 7B the number
+# is that of the entire run.
 TOKENS = {
     "410m": (10, 740, 750),
     "1.1b": (10, 97.5, 100),
@@ -57,7 +57,7 @@ TOKENS = {
 
 
 def counted(model: ModelConfig) -> tuple[int, int]:
-    """Parameters in all, and without the embedding and an untied head."""
+    """Return the parameters in total, and without the embedding and an untied head."""
     hidden, kv_width = model.hidden_size, model.num_key_value_heads * model.head_dim
     attention = 2 * hidden * hidden + 2 * hidden * kv_width
     layer = attention + 3 * hidden * model.intermediate_size + 2 * hidden
@@ -67,7 +67,7 @@ def counted(model: ModelConfig) -> tuple[int, int]:
 
 
 def shape(model: ModelConfig) -> tuple[int, ...]:
-    """As the first five columns of the tables above."""
+    """Return the first five columns of the tables above."""
     heads = (model.num_attention_heads, model.num_key_value_heads)
     return (model.num_hidden_layers, model.hidden_size, *heads, model.intermediate_size)
 

@@ -1,4 +1,4 @@
-"""Profiles of the hardware: what each one's comment claims is planned, and fits with a margin."""
+"""Hardware profiles: the memory in each comment is the planned one, and fits with a margin."""
 
 import re
 from pathlib import Path
@@ -16,32 +16,32 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PROFILES = sorted(path.stem for path in (CONFIGS / "hardware").glob("*.yaml"))
 WORLDS = {"1x": 1, "8x": 8, "8x8x": 64, "64x8x": 512}
 MARGIN = 0.85
-"""Of the card's memory, which is all that a profile may plan with."""
+"""Share of the GPU memory that a profile may use."""
 
 
 def card_and_world(profile: str) -> tuple[str, int]:
-    """The GPU and the number of ranks that its name says."""
+    """Return the GPU and the number of ranks in a profile's name."""
     match = re.fullmatch(r"((?:\d+x)+)([a-z]+\d+)-[\d.]+b", profile)
     assert match is not None
     return match[2], WORLDS[match[1]]
 
 
 def memory_of(card: str) -> int:
-    """Bytes."""
+    """Return the memory of a GPU in bytes."""
     memory = find_gpu(card).memory
     assert memory is not None
     return memory
 
 
 def claims(profile: str) -> dict[str, float]:
-    """Each model that the profile's comment names, with the GiB that it says are planned."""
+    """Return the models in a profile's comment with their planned GiB."""
     text = (CONFIGS / "hardware" / f"{profile}.yaml").read_text(encoding="utf-8")
     comment = " ".join(line.removeprefix("# ") for line in text.splitlines() if line[0] == "#")
     found = re.search(r"Planned per GPU, of ([\d.]+) GiB: (.*?)\. ", comment)
     assert found is not None
     card, _ = card_and_world(profile)
     assert float(found[1]) == round(memory_of(card) / 2**30, 1)
-    return {name: float(said) for name, said in (item.split() for item in found[2].split(", "))}
+    return {name: float(size) for name, size in (item.split() for item in found[2].split(", "))}
 
 
 PAIRS = [(profile, model) for profile in PROFILES for model in claims(profile)]

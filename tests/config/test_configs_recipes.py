@@ -1,4 +1,4 @@
-"""docs/guides/recipes.md names files that are there, and figures that the planner gives."""
+"""docs/guides/recipes.md names existing files and has the planner's figures."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Equation 2 of the paper, against its own table."""
+"""Equation 2 of the paper, compared with the paper's table."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Run files, JSON and names that somebody wrote to do harm: refused in one line, and at once."""
+"""Malicious run files, JSON and file names are rejected quickly, with a one-line error."""
 
 import time
 from pathlib import Path
@@ -13,7 +13,7 @@ from megagrow.errors import InputError
 
 
 def laughs(levels: int, share: str) -> str:
-    """A list of ten, of ten lists each, and so on; `share` says how a level holds the one below."""
+    """Nested lists of ten; `share` is the format in which a level contains the one below."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     for level in range(1, levels):
         below = ", ".join([f"*a{level - 1}"] * 10)
@@ -46,12 +46,12 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_yaml(tmp_path: Path, name: str) -> None:
-    text, said = HOSTILE[name]
+    text, message = HOSTILE[name]
     (tmp_path / "run.yaml").write_text(text)
     begin = time.perf_counter()
     with pytest.raises(InputError, match=r"run\.yaml") as caught:
         load_run(tmp_path / "run.yaml")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert time.perf_counter() - begin < 10
 
 
@@ -87,7 +87,7 @@ def test_a_list_that_is_too_short_is_named(run_file_text, tmp_path: Path) -> Non
 
 def test_a_part_whose_name_no_file_can_have(run_file_text, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(run_file_text)
-    with pytest.raises(InputError, match="too long to be the name of a part"):
+    with pytest.raises(InputError, match="longer than 200 characters; not a file name"):
         load_run(tmp_path / "run.yaml", [f"model={'x' * 300}"])
 
 
@@ -103,7 +103,7 @@ def run_file_text() -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (b'{"a": 1, "a": 2}', "the key 'a' stands twice"),
         (b'{"a": {"b": 1, "b": 1}}', "the key 'b' stands twice"),
@@ -117,11 +117,11 @@ def run_file_text() -> str:
         (b"[" + b"9" * 5000 + b"]", "4300 digits"),
     ],
 )
-def test_json(tmp_path: Path, text: bytes, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_json(tmp_path: Path, text: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         parse_json(text)
     (tmp_path / "x.json").write_bytes(text)
-    with pytest.raises(InputError, match=rf"x\.json: not JSON \(.*{said}"):
+    with pytest.raises(InputError, match=rf"x\.json: not JSON \(.*{message}"):
         read_json(tmp_path / "x.json")
 
 

@@ -1,4 +1,4 @@
-"""Run files that build on another one, and profiles of the hardware laid upon them."""
+"""Run files with a base and with hardware profiles."""
 
 import pytest
 
@@ -68,32 +68,32 @@ def test_a_profile_of_the_command_line_wins_in_every_stage(load_two, write_part)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("base: frist\n", "'base' names 'frist', but there is no frist.yaml; did you mean 'first'"),
-        ("base: run\n", "'base' is built on itself: run -> run"),
-        ("base: round\n", "round.yaml: 'base' is built on itself: run -> round -> run"),
+        ("base: frist\n", "'base' = 'frist': frist.yaml not found; did you mean 'first'"),
+        ("base: run\n", "'base' includes itself: run -> run"),
+        ("base: round\n", "round.yaml: 'base' includes itself: run -> round -> run"),
         ("base: first\nhardwear: small\n", "unknown key 'hardwear'; did you mean 'hardware'"),
         ("base: broken\n", "broken.yaml: unknown key 'tokns'; did you mean 'tokens'"),
-        ("base: first\nhardware: smal\n", "no hardware/smal.yaml; did you mean 'small'"),
-        ("base: first\nhardware: {zero_stage: 1}\n", "'hardware' should be the name of a file"),
+        ("base: first\nhardware: smal\n", "hardware/smal.yaml not found; did you mean 'small'"),
+        ("base: first\nhardware: {zero_stage: 1}\n", "'hardware' is not the name of a file"),
         ("base: first\nhardware: rates\n", "rates.yaml: unknown key 'optimizer'"),
         (
             "base: two\ntokens: 1K\n",
-            "run.yaml: tokens: has no effect, for every stage has its own; set stages.0.tokens to "
+            "run.yaml: tokens: has no effect, all stages set their own; set stages.0.tokens to "
             "stages.1.tokens",
         ),
     ],
 )
-def test_what_is_refused(refusal, write_part, text: str, said: str) -> None:
+def test_what_is_refused(refusal, write_part, text: str, message: str) -> None:
     write_part("first", ONE_STAGE)
     write_part("two", ONE_STAGE + SECOND_STAGE)
     write_part("round", "base: run\n")
     write_part("broken", "tokns: 5\n")
     write_part("hardware/small", OFFER)
     write_part("hardware/rates", "optimizer: {lr: 1}\n")
-    assert said in refusal(text=text)
+    assert message in refusal(text=text)
 
 
 def test_a_base_cannot_be_set_on_the_command_line(refusal) -> None:
-    assert "give the path of that run file" in refusal(["base=other"])
+    assert "use the other run file on the command line" in refusal(["base=other"])

@@ -1,4 +1,4 @@
-"""The section `kernels`: a default of all stages, changed key by key, its values checked."""
+"""Section `kernels`: defaults of all stages, merged key by key, with validated values."""
 
 from megagrow.config.stage import KernelsConfig
 
@@ -16,6 +16,6 @@ def test_everything_is_auto_unless_it_is_said(load) -> None:
 
 
 def test_unknown_backends_and_keys_are_named(refusal) -> None:
-    said = refusal(["kernels.attention=flash"])
-    assert "'kernels.attention' = 'flash'" in said and "'flash_attn'" in said
+    message = refusal(["kernels.attention=flash"])
+    assert "'kernels.attention' = 'flash'" in message and "'flash_attn'" in message
     assert "unknown key 'kernels.rmsnorm'" in refusal(["kernels.rmsnorm=triton"])

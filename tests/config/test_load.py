@@ -1,4 +1,4 @@
-"""Reading, parts, defaults of stages, overrides."""
+"""Loading run files: named sections, defaults of stages, overrides."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A model by itself, by its path or by its name."""
+"""Loading a single model, by path or by name."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def test_a_model_is_found_by_its_name_and_by_its_path(monkeypatch, tmp_path):
     assert by_name.hidden_size == load_model("llama-7b").hidden_size == 4096
     (tmp_path / "mine.yaml").write_text("base: llama-7b\nnum_hidden_layers: 3\n")
     assert load_model("mine.yaml").num_hidden_layers == 3
-    # Models of one's own stand where run files would find them.
+    # Models in the current directory's model/ are found, as for run files.
     (tmp_path / "model").mkdir()
     (tmp_path / "mine.yaml").rename(tmp_path / "model" / "mine.yaml")
     assert load_model("mine").num_hidden_layers == 3
@@ -33,5 +33,5 @@ def test_run_files_are_told_from_models():
 def test_a_model_that_can_not_be_is_refused(tmp_path):
     path = tmp_path / "model.yaml"
     path.write_text("base: llama-7b\nnum_attention_heads: 31\nnum_key_value_heads: 31\n")
-    with pytest.raises(InputError, match=r"model\.yaml: model.hidden_size = 4096 is not a multip"):
+    with pytest.raises(InputError, match=r"model\.yaml: model.hidden_size = 4096 is not divisible"):
         load_model(str(path))

@@ -1,4 +1,4 @@
-"""rope_scaling holds what its type needs and nothing else, and no growth changes it."""
+"""rope_scaling has exactly the keys of its type, and no growth changes it."""
 
 import pytest
 
@@ -24,29 +24,38 @@ def model(scaling, **changes):
 
 
 @pytest.mark.parametrize(
-    ("scaling", "said"),
+    ("scaling", "message"),
     [
         ({"rope_type": "longrope", "factor": 2.0}, "'rope_scaling.rope_type'"),
         ({"rope_type": "linear", "factor": 0.5}, "'rope_scaling.factor'"),
         ({"rope_type": "linear"}, "'rope_scaling.factor'"),
-        ({"rope_type": "linear", "factor": 2.0, "beta_fast": 3.0}, "linear has no beta_fast"),
+        (
+            {"rope_type": "linear", "factor": 2.0, "beta_fast": 3.0},
+            "rope_type linear has no beta_fast",
+        ),
         ({"rope_type": "yarn", "factor": 2.0}, "yarn requires original_max_position_embeddings"),
-        ({"rope_type": "llama3", "factor": 2.0}, "llama3 needs low_freq_factor, high_freq_factor"),
-        (LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor should be above low_freq_factor"),
+        (
+            {"rope_type": "llama3", "factor": 2.0},
+            "llama3 requires low_freq_factor, high_freq_factor",
+        ),
+        (
+            LLAMA3 | {"high_freq_factor": 1.0},
+            "high_freq_factor = 1.0 is not above low_freq_factor = 1.0",
+        ),
         (YARN | {"factors": 3}, "'rope_scaling.factors'"),
         ("yarn", "'rope_scaling'"),
     ],
 )
-def test_what_does_not_fit_is_named(scaling, said):
+def test_what_does_not_fit_is_named(scaling, message):
     with pytest.raises(InputError, match=r"^m.yaml: ") as error:
         model(scaling)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_can_not_be_computed_is_named():
-    with pytest.raises(InputError, match="dynamic needs heads more than 2 wide"):
+    with pytest.raises(InputError, match="head_dim = 2 is too small for rope_scaling dynamic"):
         model({"rope_type": "dynamic", "factor": 2.0}, head_dim=2)
-    with pytest.raises(InputError, match=r"yarn needs a rope_theta above 1, not 1.0"):
+    with pytest.raises(InputError, match=r"rope_theta = 1.0 must be above 1 for rope_scaling yarn"):
         model(YARN, rope_theta=1.0)
 
 
@@ -56,7 +65,7 @@ def test_no_growth_changes_it(scaling):
     source, target = model(YARN), model(scaling, num_hidden_layers=4)
     (problem,) = event_problems(Event(source, target, options, "stages.0.model", "stages.1"))
     assert "stages.1.model.rope_scaling = " in problem
-    assert "which zero_depth can not grow: make them equal" in problem
+    assert "which zero_depth cannot grow; make them equal" in problem
 
 
 def test_heads_of_yarn_do_not_grow():
@@ -65,4 +74,4 @@ def test_heads_of_yarn_do_not_grow():
         source, target = model(scaling), model(scaling, head_dim=16)
         found = event_problems(Event(source, target, options, "stages.0.model", "stages.1"))
         assert len(found) == problems
-        assert not found or "whose rope_scaling is yarn" in found[0]
+        assert not found or "does not support rope_scaling yarn" in found[0]

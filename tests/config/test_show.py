@@ -1,4 +1,4 @@
-"""The resolved run, printed."""
+"""Writing a resolved run as YAML."""
 
 from pathlib import Path
 

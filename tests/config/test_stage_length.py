@@ -1,4 +1,4 @@
-"""How long stages are, whichever key says it. Steps here are of 8 x 32 = 256 tokens."""
+"""Length of stages by each of the three keys. A step is 8 x 32 = 256 tokens."""
 
 import pytest
 import yaml
@@ -30,9 +30,9 @@ def length(run: RunConfig) -> list[int]:
 def refused(load, *overrides: str) -> str:
     with pytest.raises(InputError) as caught:
         load(*overrides)
-    said = str(caught.value)
-    assert "\n" not in said
-    return said.partition("run.yaml: ")[2]
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.partition("run.yaml: ")[2]
 
 
 def test_at_tokens_counts_from_the_runs_first_token_in_whole_steps(load_two) -> None:
@@ -87,8 +87,8 @@ def test_auto_is_equation_2_for_the_model_that_comes_after(load_two) -> None:
 def test_auto_warns_outside_the_fit(load_two) -> None:
     run = load_two(*large("1T"), "stages.0.tokens=auto")
     assert timing_warnings(run) == [
-        f"stages.0.tokens = auto: equation 2 gave {run.stages[0].tokens:,} tokens, but beyond the "
-        "range that it was fitted in: C = 6ND = 7.4e+21 (fitted: up to 1.2e+21)"
+        f"stages.0.tokens = auto: equation 2 gives {run.stages[0].tokens:,} tokens, outside the "
+        "range of its fit: C = 6ND = 7.4e+21 (fitted: up to 1.2e+21)"
     ]
     assert timing_warnings(load_two(*large("1T"), "stages.0.tokens=10B")) == []
 
@@ -99,42 +99,41 @@ def test_a_stages_length_replaces_the_default_one_whole(load) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (
             ["stages.1.at_tokens=50K"],
-            "'stages.1.tokens' and 'stages.1.at_tokens' each say how long a stage is: keep one, or "
-            "set to null",
+            "'stages.1.tokens' and 'stages.1.at_tokens' each set the length of one stage; keep one "
+            "and remove the others or set them to null",
         ),
         (
             ["stages.0.at_flops=1e12", "stages.0.at_tokens=1K"],
-            "'stages.0.tokens' and 'stages.0.at_tokens' and 'stages.0.at_flops' each say how long "
-            "a stage is: keep one, or set to null",
+            "'stages.0.tokens' and 'stages.0.at_tokens' and 'stages.0.at_flops' each set the "
+            "length of one stage; keep one and remove the others or set them to null",
         ),
         (["stages.1.tokens=null"], "'stages.1.tokens' is missing"),
         (
             ["stages.1.tokens=null", "stages.1.at_tokens=5K"],
-            "stages.1.at_tokens = 5000 is not above the 5120 tokens of the stages before it: this "
-            "stage would have none",
+            "stages.1.at_tokens = 5000 leaves no tokens for this stage: the previous stages end at "
+            "5120 tokens; use a larger value",
         ),
         (
             ["stages.1.tokens=null", "stages.1.at_flops=1e6"],
-            "stages.1.at_flops = 1e+06 is passed before the stage begins: the stages before it "
-            "take 1.99e+08 FLOPs (6 x parameters x tokens)",
+            "stages.1.at_flops = 1e+06 leaves no tokens for this stage: the previous stages take "
+            "1.99e+08 FLOPs (6 x parameters x tokens); use a larger value",
         ),
         (
             ["stages.1.tokens=auto"],
-            "stages.1.tokens = auto: no stage comes after it to grow into; give a number of tokens",
+            "stages.1.tokens = auto needs a following stage to grow into; set a number of tokens",
         ),
         (
             ["stages.0.tokens=auto", "stages.1.tokens=null", "stages.1.at_tokens=5K"],
-            "stages.0.tokens = auto follows from stages.1.tokens: give that in place of at_tokens",
+            "stages.0.tokens = auto is computed from stages.1.tokens; set it instead of at_tokens",
         ),
         (
             ["stages.0.tokens=auto"],
-            "stages.0.tokens = auto: equation 2 gives 3.19e+15 tokens, no less than "
-            "stages.1.tokens = 20000 of the model that is to gain by it; it does not hold at this "
-            "size, give a number of tokens",
+            "stages.0.tokens = auto: equation 2 gives 3.19e+15 tokens, not below "
+            "stages.1.tokens = 20000; it does not hold at this size, set a number of tokens",
         ),
         (
             ["stages.0.tokens=null", "stages.0.at_flops=-1"],
@@ -148,13 +147,14 @@ def test_a_stages_length_replaces_the_default_one_whole(load) -> None:
         (["stages.0.tokens=never"], "'stages.0.tokens' = 'never': should be a whole number"),
     ],
 )
-def test_what_is_refused(load_two, overrides: list[str], said: str) -> None:
-    assert refused(load_two, *overrides).startswith(said)
+def test_what_is_refused(load_two, overrides: list[str], message: str) -> None:
+    assert refused(load_two, *overrides).startswith(message)
 
 
 def test_one_stage_is_named_as_it_is_written(load) -> None:
     assert refused(load, "at_tokens=5K") == (
-        "'tokens' and 'at_tokens' each say how long a stage is: keep one, or set to null"
+        "'tokens' and 'at_tokens' each set the length of one stage; keep one and remove the others "
+        "or set them to null"
     )
 
 
@@ -165,7 +165,7 @@ def test_the_flag_of_auto_is_no_key(load) -> None:
 
 def test_a_default_that_no_stage_takes_is_refused(load) -> None:
     text = f"{ONE_STAGE}stages: [{{at_tokens: 5K}}, {{tokens: 9K, growth: {{}}}}]"
-    with pytest.raises(InputError, match="has no effect, for every stage has its own"):
+    with pytest.raises(InputError, match="has no effect, all stages set their own"):
         load("at_flops=1e12", text=text)
 
 
@@ -217,7 +217,7 @@ def test_each_stage_ends_at_the_first_step_that_reaches_its_mark(
     try:
         run = load_run(path)
     except InputError as error:
-        assert "not above" in str(error) or "passed before" in str(error)
+        assert "leaves no tokens for this stage" in str(error)
         return
     steps = 0
     per_token = paper_flops_per_token(run.stages[0].model)

@@ -1,4 +1,4 @@
-"""What must hold between sections, and against the number of ranks."""
+"""Constraints between sections and with the number of ranks."""
 
 import pytest
 
@@ -17,8 +17,15 @@ MODEL = {
 KEY = "stages.0.parallel.tensor_model_parallel_size"
 
 
+def not_divisible(name: str, size: int, tensor: int) -> str:
+    return (
+        f"stages.0.model.{name} = {size} is not divisible by {KEY} = {tensor}; "
+        f"use a divisor of {size}"
+    )
+
+
 def run(*changes: dict, data: dict | None = None) -> RunConfig:
-    """A run of as many stages as changes; each is laid, section by section, upon a right stage."""
+    """A run with one stage per change, which is merged section by section into a valid stage."""
     stages = []
     for index, change in enumerate(changes):
         stage = {
@@ -60,85 +67,95 @@ def test_what_is_right(changes: tuple[dict, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             {"model": {"num_attention_heads": 10}},
             [
-                "stages.0.model.hidden_size = 48 is not a multiple of num_attention_heads = 10; "
+                "stages.0.model.hidden_size = 48 is not divisible by num_attention_heads = 10; "
                 "set head_dim or change one of them"
             ],
         ),
         (
             {"model": {"head_dim": 7}},
-            ["stages.0.model: a head is head_dim = 7 wide; rotary embeddings need an even width"],
+            ["stages.0.model: head_dim = 7 is not even; rotary embeddings need an even head_dim"],
         ),
         (
             {"model": {"num_attention_heads": 16, "num_key_value_heads": 16}},
             [
-                "stages.0.model: a head is hidden_size / num_attention_heads = 3 wide; "
-                "rotary embeddings need an even width"
+                "stages.0.model: hidden_size / num_attention_heads = 3 is not even; "
+                "rotary embeddings need an even head_dim"
             ],
         ),
         (
             {"model": {"num_key_value_heads": 4}},
-            ["stages.0.model.num_attention_heads = 6 is not a multiple of num_key_value_heads = 4"],
+            [
+                "stages.0.model.num_attention_heads = 6 is not divisible by "
+                "num_key_value_heads = 4; use a divisor of 6"
+            ],
         ),
         (
             {"parallel": {"zero_stage": 0, "offload_optimizer": True}},
             [
-                "stages.0.parallel.offload_optimizer needs an optimizer state that is split over "
-                "the ranks: set stages.0.parallel.zero_stage to 1, 2 or 3"
+                "stages.0.parallel.offload_optimizer needs a sharded optimizer state, but "
+                "zero_stage = 0; set stages.0.parallel.zero_stage to 1, 2 or 3"
             ],
         ),
         (
             {"parallel": {"tensor_model_parallel_size": 3}},
-            [f"{KEY} = 3 does not divide stages.0.model.num_key_value_heads = 2"],
+            [not_divisible("num_key_value_heads", 2, 3)],
         ),
         (
             {"parallel": {"tensor_model_parallel_size": 4}, "model": {"intermediate_size": 90}},
             [
-                f"{KEY} = 4 does not divide stages.0.model.num_attention_heads = 6",
-                f"{KEY} = 4 does not divide stages.0.model.num_key_value_heads = 2",
-                f"{KEY} = 4 does not divide stages.0.model.intermediate_size = 90",
+                not_divisible("num_attention_heads", 6, 4),
+                not_divisible("num_key_value_heads", 2, 4),
+                not_divisible("intermediate_size", 90, 4),
             ],
         ),
         (
             {"batch": {"micro_batch_size": 16}},
-            ["stages.0.batch.global_batch_size = 8 is not a multiple of micro_batch_size = 16"],
+            [
+                "stages.0.batch.global_batch_size = 8 is not divisible by micro_batch_size = 16; "
+                "use a divisor of 8"
+            ],
         ),
         (
             {"optimizer": {"min_lr": 0.01}},
-            ["stages.0.optimizer.min_lr = 0.01 is above lr = 0.001"],
+            ["stages.0.optimizer.min_lr = 0.01 is above lr = 0.001; use at most lr"],
         ),
         (
             {"schedule": {"warmup_steps": 3, "warmup_tokens": 3}},
-            ["stages.0.schedule has both warmup_steps and warmup_tokens: set one of them to null"],
+            ["stages.0.schedule sets both warmup_steps and warmup_tokens; set one of them to null"],
         ),
         (
             {"model": {"max_position_embeddings": 32}},
-            ["data.sequence_length = 64 is above stages.0.model.max_position_embeddings = 32"],
+            [
+                "data.sequence_length = 64 is above stages.0.model.max_position_embeddings = 32; "
+                "lower the one or raise the other"
+            ],
         ),
         (
             {"growth": {}},
-            ["stages.0.growth: the first stage has no model to grow from; leave it out"],
+            ["stages.0.growth: the first stage has no model to grow from; remove it"],
         ),
     ],
 )
-def test_one_stage(change: dict, said: list[str]) -> None:
-    assert problems(run(change)) == said
+def test_one_stage(change: dict, message: list[str]) -> None:
+    assert problems(run(change)) == message
 
 
 def test_sequence_parallel_needs_sequences_that_tensor_parallel_divides() -> None:
     parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     assert problems(run({"parallel": parallel}, data={"sequence_length": 63})) == [
-        f"{KEY} = 2 does not divide data.sequence_length = 63, which sequence_parallel needs"
+        f"data.sequence_length = 63 is not divisible by {KEY} = 2, which sequence_parallel "
+        "requires; use a divisor of 63"
     ]
 
 
 def test_a_stage_without_its_growth() -> None:
     assert problems(run({}, {"growth": None})) == [
-        "stages.1.growth is missing: say how this model comes out of that of stages.0"
+        "stages.1.growth is missing; define the growth from the model of stages.0"
     ]
 
 
@@ -158,13 +175,14 @@ def test_worlds_that_fit(tensor: int, world: int) -> None:
 def test_worlds_that_do_not_fit() -> None:
     config = run({}, {"parallel": {"tensor_model_parallel_size": 2}})
     assert world_problems(config, 3) == [
-        "stages.0.batch.global_batch_size = 8 is not a multiple of "
-        "micro_batch_size x data parallel = 2 x 3",
-        "stages.1.parallel.tensor_model_parallel_size = 2 does not divide the 3 ranks of this run",
+        "stages.0.batch.global_batch_size = 8 is not divisible by "
+        "micro_batch_size x data parallel = 2 x 3; use a multiple of 6",
+        "world size 3 is not divisible by stages.1.parallel.tensor_model_parallel_size = 2; "
+        "use a divisor of 3",
     ]
     assert world_problems(config, 16) == [
-        "stages.0.batch.global_batch_size = 8 is not a multiple of "
-        "micro_batch_size x data parallel = 2 x 16",
-        "stages.1.batch.global_batch_size = 8 is not a multiple of "
-        "micro_batch_size x data parallel = 2 x 8",
+        "stages.0.batch.global_batch_size = 8 is not divisible by "
+        "micro_batch_size x data parallel = 2 x 16; use a multiple of 32",
+        "stages.1.batch.global_batch_size = 8 is not divisible by "
+        "micro_batch_size x data parallel = 2 x 8; use a multiple of 16",
     ]

@@ -118,7 +118,7 @@ def test_a_config_of_transformers_4_is_read_with_its_defaults():
         ({"model_type": "mistral"}, "model_type = 'mistral', only 'llama' is supported"),
         ({"attention_bias": True}, "attention_bias = True, only False"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"num_attention_heads": 5}, "hidden_size = 32 is not a multiple of"),
+        ({"num_attention_heads": 5}, "hidden_size = 32 is not divisible by"),
         ({"hidden_size": "wide"}, "'hidden_size'"),
     ],
 )

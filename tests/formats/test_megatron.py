@@ -230,7 +230,7 @@ def test_names_of_the_older_generation_are_read(tmp_path):
         ({"use_rotary_position_embeddings": False, "position_embedding_type": "none"}, "'none'"),
         ({"num_experts": 8}, "num_experts = 8"),
         ({"rotary_percent": 0.5}, "rotary_percent = 0.5"),
-        ({"num_attention_heads": 3}, "not a multiple"),
+        ({"num_attention_heads": 3}, "not divisible"),
         ({"num_layers": None}, "'num_hidden_layers'"),
     ],
 )

@@ -181,22 +181,26 @@ def test_flops_of_making_weights():
 @pytest.mark.parametrize(
     ("options", "sizes", "said"),
     [
-        ({"operator": "learn_depth"}, {}, "operator: learn_depth needs a model with more layers"),
-        ({"operator": "learn_width"}, {}, "operator: learn_width needs a wider model"),
-        ({"paper_exact": True}, None, "paper_exact does not go with a growth that is learned"),
+        ({"operator": "learn_depth"}, {}, "operator: learn_depth needs a target with more layers"),
+        ({"operator": "learn_width"}, {}, "operator: learn_width needs a wider target"),
+        ({"paper_exact": True}, None, "paper_exact is not supported by learned operators"),
         (
             {"new_layer_init": "random"},
             None,
-            "new_layer_init does not go with a growth that is learned",
+            "new_layer_init is not supported by learned operators",
         ),
-        ({"noise": 0.5}, None, "noise does not go with a growth that is learned"),
-        ({"mixing_noise": 0.2}, None, "mixing_noise does not go with a growth that is learned"),
+        ({"noise": 0.5}, None, "noise is not supported by learned operators"),
+        ({"mixing_noise": 0.2}, None, "mixing_noise is not supported by learned operators"),
         (
             {"optimizer_state": "estimate_second_moment"},
             None,
-            "optimizer_state = estimate_second_moment: a learned growth mixes",
+            "optimizer_state = estimate_second_moment: learned operators mix",
         ),
-        ({"exact_continuation": True}, None, "exact_continuation needs even copies"),
+        (
+            {"exact_continuation": True},
+            None,
+            "exact_continuation is not supported by learned operators",
+        ),
         ({"learn": {"lr": 1e-6}}, None, "learn.min_lr = 7e-06 is above lr = 1e-06"),
         ({"learn": {"steps": 20}}, None, "learn.warmup_steps = 50 is above steps = 20"),
     ],
@@ -222,4 +226,5 @@ def test_a_run_is_told_before_it_starts(tmp_path):
     growth = {"operator": "learn_depth", "learn": {"steps": 20}}
     deep = MODEL | {"num_hidden_layers": 3}
     run = make_run(tmp_path, [{"tokens": 64}, {"model": deep, "tokens": 64, "growth": growth}])
-    assert growth_problems(run) == ["stages.1.growth.learn.warmup_steps = 50 is above steps = 20"]
+    problem = "stages.1.growth.learn.warmup_steps = 50 is above steps = 20; use at most steps"
+    assert growth_problems(run) == [problem]

@@ -1,4 +1,4 @@
-"""What a run file is told about its growths, and that what is right is let through."""
+"""Errors for invalid growths of a run; valid ones have none."""
 
 from typing import Any
 
@@ -51,39 +51,45 @@ def test_what_is_right(target: Sizes, options: dict[str, Any]) -> None:
 
 def kept(field: str, new: object, old: object, names: str) -> str:
     return (
-        f"{H}.model.{field} = {new} differs from {B}.{field} = {old}, which {names} can not grow: "
+        f"{H}.model.{field} = {new} differs from {B}.{field} = {old}, which {names} cannot grow; "
         "make them equal"
     )
 
 
 WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
-    # Operators that do not go together.
+    # Operators that cannot be combined.
     (
         layers(8),
         {"operator": ["direct_depth", "zero_depth"]},
-        [f"{H}.growth.operator names several operators of depth: keep one"],
+        [f"{H}.growth.operator has several depth operators; keep one"],
     ),
     (
         DOUBLE,
         {"operator": ["lemon", "zero_depth", "direct_width"]},
-        [f"{H}.growth.operator names several operators of width: keep one"],
+        [f"{H}.growth.operator has several width operators; keep one"],
     ),
     (
         DOUBLE,
         {"operator": ["random_depth", "direct_width"]},
-        [f"{H}.growth.operator: a random operator goes with random ones only"],
+        [
+            f"{H}.growth.operator: random_depth with direct_width: random operators can only be "
+            "combined with random ones"
+        ],
     ),
     (
         DOUBLE,
         {"operator": ["learn_depth", "direct_width"]},
-        [f"{H}.growth.operator: a learned operator goes with learned ones only"],
+        [
+            f"{H}.growth.operator: learn_depth with direct_width: learned operators can only be "
+            "combined with learned ones"
+        ],
     ),
     (
         {"hidden_size": 20},
         {"operator": "isometric", "mixing_noise": 0.2},
-        [f"{H}.growth.mixing_noise does not go with isometric: leave it out"],
+        [f"{H}.growth.mixing_noise is not supported by isometric; remove it"],
     ),
-    # Sizes that an operator does not grow, or that become less.
+    # Sizes that an operator does not grow, or that shrink.
     ({"hidden_size": 32}, {}, [kept("hidden_size", 32, 16, "direct_depth")]),
     ({"vocab_size": 65}, {}, [kept("vocab_size", 65, 64, "direct_depth")]),
     ({"rope_theta": 5.0}, {}, [kept("rope_theta", 5.0, 10000.0, "direct_depth")]),
@@ -108,25 +114,26 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
         {"hidden_size": 8, "intermediate_size": 23},
         {"operator": "zero_width"},
         [
-            f"{H}.model.hidden_size = 8 is below {B}.hidden_size = 16",
-            f"{H}.model.intermediate_size = 23 is below {B}.intermediate_size = 24",
+            f"{H}.model.hidden_size = 8 is below {B}.hidden_size = 16; use at least that",
+            f"{H}.model.intermediate_size = 23 is below {B}.intermediate_size = 24; use at least "
+            "that",
         ],
     ),
     (
         {"vocab_size": 60},
         {"operator": "vocabulary"},
-        [f"{H}.model.vocab_size = 60 is below {B}.vocab_size = 64"],
+        [f"{H}.model.vocab_size = 60 is below {B}.vocab_size = 64; use at least that"],
     ),
 ]
 
 
-@pytest.mark.parametrize(("target", "options", "said"), WRONG, ids=str)
-def test_what_is_wrong(target: Sizes, options: dict[str, Any], said: list[str]) -> None:
-    assert problems(target, **options) == said
+@pytest.mark.parametrize(("target", "options", "message"), WRONG, ids=str)
+def test_what_is_wrong(target: Sizes, options: dict[str, Any], message: list[str]) -> None:
+    assert problems(target, **options) == message
 
 
 def run(*changes: tuple[Sizes, dict[str, Any] | None]) -> RunConfig:
-    """A run of a first stage, and of one more for each change."""
+    """A run with a first stage, and one more stage per change."""
     stages = []
     for sizes, growth in ((({}, None)), *changes):
         stages.append(
@@ -149,13 +156,14 @@ def test_all_growths_of_a_run_are_looked_at() -> None:
     assert growth_problems(run((layers(8), {}), (layers(16), {}))) == []
     wrong = run((layers(6), {}), (layers(12), {"operator": "lemon"}))
     assert growth_problems(wrong) == [
-        f"{DEPTH} = 6 is not a multiple of {B}.num_hidden_layers = 4: give {LISTED}",
+        f"{DEPTH} = 6 is not divisible by {B}.num_hidden_layers = 4; use a multiple or "
+        f"set {LISTED}",
         "stages.2.model.num_hidden_layers = 12 differs from stages.1.model.num_hidden_layers = 6, "
-        "which lemon can not grow: make them equal",
+        "which lemon cannot grow; make them equal",
     ]
     before = wrong.model_dump()
     growth_problems(wrong)
-    assert wrong.model_dump() == before, "checking changes nothing"
+    assert wrong.model_dump() == before, "validation modifies nothing"
 
 
 def test_a_missing_growth_is_for_the_checks_of_the_config() -> None:

@@ -1,4 +1,4 @@
-"""Depths that an operator can not make, each with what is said of it."""
+"""Errors for depths that an operator does not support."""
 
 from typing import Any
 
@@ -10,28 +10,29 @@ from tests.helpers.growth.events import DEPTH, LISTED, B, layers, problems
 PAPERS = (
     "123456x4, 12-3456x5-56, 12-345x7-6, 123-456x7, 1234-56x10, 12-34x10-56, 1-234x7-56, 123x7-456"
 )
+FIX = f"use a multiple or set {LISTED}"
 ORDERED = (
-    f"{LISTED} leaves out or reorders layers, which zero_depth must keep: name all of them, first "
-    "occurrences in order"
+    f"{LISTED} omits or reorders source layers, which zero_depth must keep; list all of them, with "
+    "first occurrences in order"
 )
 
 WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
     (
         layers(6),
         {},
-        [f"{DEPTH} = 6 is not a multiple of {B}.num_hidden_layers = 4: give {LISTED}"],
+        [f"{DEPTH} = 6 is not divisible by {B}.num_hidden_layers = 4; {FIX}"],
     ),
     (
         layers(3),
         {"layer_map": "stack"},
-        [f"{DEPTH} = 3 is not a multiple of {B}.num_hidden_layers = 4: give {LISTED}"],
+        [f"{DEPTH} = 3 is not divisible by {B}.num_hidden_layers = 4; {FIX}"],
     ),
     (
         layers(8),
         {"layer_map": "sandwich"},
         [
             f"{LISTED} = 'sandwich' is not a list, `stack`, `interpolate`, or a partial stack such "
-            f"as those of the paper, {PAPERS}"
+            f"as the paper's {PAPERS}"
         ],
     ),
     (
@@ -39,45 +40,45 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
         {"layer_map": []},
         [
             f"{LISTED} = [] is not a list, `stack`, `interpolate`, or a partial stack such as "
-            f"those of the paper, {PAPERS}"
+            f"the paper's {PAPERS}"
         ],
     ),
     (
         layers(8),
         {"layer_map": [0, 5, 4]},
         [
-            f"{LISTED} has 3 entries for {DEPTH} = 8",
-            f"{LISTED} names layer 4, but {B} has layers 0 to 3",
-            f"{LISTED} names layer 5, but {B} has layers 0 to 3",
+            f"{LISTED} has 3 entries, but {DEPTH} = 8; list 8 layers",
+            f"{LISTED} contains layer 4, but {B} has layers 0 to 3",
+            f"{LISTED} contains layer 5, but {B} has layers 0 to 3",
         ],
     ),
     (
         layers(5),
         {"layer_map": "1234-5"},
-        [f"{LISTED} names layer 4, but {B} has layers 0 to 3"],
+        [f"{LISTED} contains layer 4, but {B} has layers 0 to 3"],
     ),
     (
         layers(3),
         {"operator": "zero_depth"},
-        [f"{DEPTH} = 3 is below {B}.num_hidden_layers = 4"],
+        [f"{DEPTH} = 3 is below {B}.num_hidden_layers = 4; use at least that"],
     ),
     (
         layers(3),
         {"operator": "random_depth"},
-        [f"{DEPTH} = 3 is below {B}.num_hidden_layers = 4"],
+        [f"{DEPTH} = 3 is below {B}.num_hidden_layers = 4; use at least that"],
     ),
     (layers(5), {"operator": "zero_depth", "layer_map": [0, 1, 2, 2, 1]}, [ORDERED]),
     (layers(5), {"operator": "zero_depth", "layer_map": [1, 0, 2, 3, 3]}, [ORDERED]),
     (
         layers(4),
         {"operator": "zero_depth", "layer_map": [0, 1, 2]},
-        [f"{LISTED} has 3 entries for {DEPTH} = 4"],
+        [f"{LISTED} has 3 entries, but {DEPTH} = 4; list 4 layers"],
     ),
     *[
         (
             layers(n),
             {"operator": "solar"},
-            [f"{DEPTH} = {n}: solar makes an even number from 4 to 8"],
+            [f"{DEPTH} = {n}: solar needs an even number from 4 to 8"],
         )
         for n in (5, 10, 2)
     ],
@@ -85,12 +86,15 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
         (
             layers(n),
             {"operator": "llama_pro"},
-            [f"{DEPTH} = {n}: llama_pro adds a number of layers that divides the 4 there are"],
+            [
+                f"{DEPTH} = {n}: llama_pro adds {n - 4} layers, which must be a divisor of "
+                f"{B}.num_hidden_layers = 4"
+            ],
         )
         for n in (4, 7, 12)
     ],
     *[
-        (layers(n), {"operator": "mslt"}, [f"{DEPTH} = {n}: mslt adds 1 to 4 layers"])
+        (layers(n), {"operator": "mslt"}, [f"{DEPTH} = {n}: mslt needs a number from 5 to 8"])
         for n in (4, 9)
     ],
     *[
@@ -98,8 +102,8 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
             layers(n),
             {"operator": "midas"},
             [
-                f"{DEPTH} = {n}: midas adds one block, whose size divides the 4 layers into at "
-                "least 1"
+                f"{DEPTH} = {n}: midas adds one block, whose size must divide the 4 source "
+                "layers into 1 or more blocks"
             ],
         )
         for n in (4, 7, 9)
@@ -107,11 +111,14 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
     (
         layers(8),
         {"operator": "lidas"},
-        [f"{DEPTH} = 8: lidas adds one block, whose size divides the 4 layers into at least 2"],
+        [
+            f"{DEPTH} = 8: lidas adds one block, whose size must divide the 4 source layers into "
+            "2 or more blocks"
+        ],
     ),
 ]
 
 
-@pytest.mark.parametrize(("target", "options", "said"), WRONG, ids=str)
-def test_what_is_wrong(target: Sizes, options: dict[str, Any], said: list[str]) -> None:
-    assert problems(target, **options) == said
+@pytest.mark.parametrize(("target", "options", "message"), WRONG, ids=str)
+def test_what_is_wrong(target: Sizes, options: dict[str, Any], message: list[str]) -> None:
+    assert problems(target, **options) == message

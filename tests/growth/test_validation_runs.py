@@ -1,4 +1,4 @@
-"""What a run file is told about probes, ramps and rates of its growths."""
+"""Errors for probes, mask ramps and learning rates of growths."""
 
 from typing import Any
 
@@ -30,34 +30,33 @@ def test_what_is_right(tmp_path, growth):
 
 
 @pytest.mark.parametrize(
-    ("growth", "said"),
+    ("growth", "message"),
     [
         (
             {"operator": "zero_depth", "probe": {"operators": ["direct_depth", "solar"]}},
-            f"{AT} has both an operator and a probe of several: leave one of them out",
+            f"{AT} sets both operator and probe; remove one of them",
         ),
         (
             {"probe": {"operators": ["direct_depth", "learn_depth"]}},
-            f"{AT}.probe: learn_depth is trained by itself and can not be a candidate",
+            f"{AT}.probe: learn_depth is learned and cannot be probed; remove it",
         ),
         (
             {"probe": {"operators": ["direct_depth", "lidas"]}},
-            "stages.1.model.num_hidden_layers = 4: lidas adds one block, whose size divides the 2 "
-            "layers into at least 2",
+            "stages.1.model.num_hidden_layers = 4: lidas adds one block, whose size must divide "
+            "the 2 source layers into 2 or more blocks",
         ),
         (
             {"new_entries": {}},
-            f"{AT}.lr_schedule = rewarm: the rate of new entries begins at that of the growth, "
-            "which warm-up has just put near zero; set it to continue or by_size",
+            f"{AT}.lr_schedule = rewarm: the learning rate of new entries starts from the rate "
+            "at the growth, which rewarm sets near zero; set it to continue or by_size",
         ),
         (
             {"operator": "random_depth", "optimizer_state": "estimate_second_moment"},
-            f"{AT}.optimizer_state = estimate_second_moment: random_depth has no new entries with "
-            "a gradient at "
-            "the growth; choose another",
+            f"{AT}.optimizer_state = estimate_second_moment: new entries of random_depth "
+            "have no gradient at the growth; use another policy",
         ),
     ],
     ids=str,
 )
-def test_what_is_wrong(tmp_path, growth, said):
-    assert said in problems(tmp_path, growth)
+def test_what_is_wrong(tmp_path, growth, message):
+    assert message in problems(tmp_path, growth)

@@ -1,4 +1,4 @@
-"""Widths, norms and states that an operator can not make, each with what is said of it."""
+"""Errors for widths, norms and optimizer states that an operator does not support."""
 
 from typing import Any
 
@@ -8,24 +8,21 @@ from tests.helpers.growth.cases import Sizes, widened
 from tests.helpers.growth.events import DOUBLE, SOURCE, B, H, layers, problems
 
 
-def multiple(field: str, new: int, old: int, name: str, instead: str) -> str:
+def multiple(field: str, new: int, old: int, name: str, fix: str) -> str:
     return (
-        f"{H}.model.{field} = {new} is not a multiple of {B}.{field} = {old}, which {name} needs; "
-        f"{instead}"
+        f"{H}.model.{field} = {new} is not divisible by {B}.{field} = {old}, which {name} "
+        f"requires; {fix}"
     )
 
 
-ANY_SIZE = "lemon or zero_width take any size"
+ANY_SIZE = "lemon and zero_width support any size"
 
 WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
     *[
         (
             {"num_attention_heads": 8},
             {"operator": name},
-            [
-                f"{H}.model has 4 query heads for each key/value head, {B} has 2: whole groups "
-                "grow, keep the ratio"
-            ],
+            [f"{H}.model has 4 query heads per key/value head, {B} has 2; keep the ratio"],
         )
         for name in ("zero_width", "direct_width", "hypercloning", "sparkling", "random_width")
     ],
@@ -53,12 +50,12 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
     (
         widened(SOURCE, 48, 4, 48),
         {"operator": "staged_width"},
-        [f"{H}.model.hidden_size = 48: staged_width doubles it to 32"],
+        [f"{H}.model.hidden_size = 48: staged_width needs 32, twice the source"],
     ),
     (
         {"head_dim": 6},
         {"operator": "head_dim"},
-        [multiple("head_dim", 6, 4, "head_dim", "give a whole factor")],
+        [multiple("head_dim", 6, 4, "head_dim", "use a multiple")],
     ),
     # Norms and states.
     *[
@@ -66,8 +63,8 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
             {"hidden_size": 20},
             {"operator": name},
             [
-                f"{H}.model.rms_norm_eps = 0.01: {name} keeps the function only with 0.008, since "
-                "the residual stream has another mean square"
+                f"{H}.model.rms_norm_eps = 0.01: {name} changes the mean square of the residual "
+                "stream and preserves the function only with 0.008"
             ],
         )
         for name in ("zero_width", "lemon", "isometric")
@@ -76,34 +73,36 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
         DOUBLE | {"rms_norm_eps": 5e-3},
         {"operator": "direct_width"},
         [
-            f"{H}.model.rms_norm_eps = 0.005: direct_width keeps the function only with 0.01, "
-            "since the residual stream has another mean square"
+            f"{H}.model.rms_norm_eps = 0.005: direct_width changes the mean square of the residual "
+            "stream and preserves the function only with 0.01"
         ],
     ),
     (
         DOUBLE | layers(8),
         {"operator": ["mup_copy", "zero_depth"]},
         [
-            f"{H}.growth.exact_continuation needs even copies in width alone, without noise, "
-            "and optimizer_state = transport: set it to false",
+            f"{H}.growth.exact_continuation requires even copies in width only, no noise, "
+            "and optimizer_state = transport; set it to false",
         ],
     ),
     (
         DOUBLE,
         {"operator": "direct_width", "copy_split": "uneven", "exact_continuation": True},
         [
-            f"{H}.growth.exact_continuation needs even copies in width alone, without noise, "
-            "and optimizer_state = transport: set it to false"
+            f"{H}.growth.exact_continuation requires even copies in width only, no noise, "
+            "and optimizer_state = transport; set it to false"
         ],
     ),
 ]
 
 
-@pytest.mark.parametrize(("target", "options", "said"), WRONG, ids=str)
-def test_what_is_wrong(target: Sizes, options: dict[str, Any], said: list[str]) -> None:
-    assert problems(target, **options) == said
+@pytest.mark.parametrize(("target", "options", "message"), WRONG, ids=str)
+def test_what_is_wrong(target: Sizes, options: dict[str, Any], message: list[str]) -> None:
+    assert problems(target, **options) == message
 
 
-def test_an_isometric_growth_needs_a_head_of_its_own() -> None:
-    said = problems({"hidden_size": 20}, {"tie_word_embeddings": True}, operator="isometric")
-    assert said == [f"{H}.model: isometric needs tie_word_embeddings = false, a head of its own"]
+def test_isometric_needs_an_untied_model() -> None:
+    message = problems({"hidden_size": 20}, {"tie_word_embeddings": True}, operator="isometric")
+    assert message == [
+        f"{H}.model.tie_word_embeddings = true is not supported by isometric; grow an untied model"
+    ]

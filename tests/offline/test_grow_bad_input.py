@@ -34,8 +34,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "not growable": (
         {"num_hidden_layers": 5},
         {},
-        "target.model.num_hidden_layers = 5 is not a multiple of source.model.num_hidden_layers = "
-        "2: give target.growth.layer_map",
+        "target.model.num_hidden_layers = 5 is not divisible by source.model.num_hidden_layers = "
+        "2; use a multiple or set target.growth.layer_map",
     ),
     "another model": ({"rope_theta": 5.0}, {}, "target.model.rope_theta = 5.0 differs from"),
     "smaller": ({"vocab_size": 5}, {"operators": ("vocabulary",)}, "vocab_size = 5 is below"),
@@ -90,7 +90,7 @@ def test_requests_that_can_not_be_met(path, tmp_path, name):
     [
         ("hidden_sise: 3", "model.yaml: unknown key 'hidden_sise'; did you mean 'hidden_size'?"),
         ("num_hidden_layers: 3", "model.yaml: 'hidden_size': Field required"),
-        ("base: llama-9b", "names 'llama-9b', but there is no model/llama-9b.yaml; did you mean"),
+        ("base: llama-9b", "'llama-9b': model/llama-9b.yaml not found; did you mean"),
         ("- 3", "model.yaml: should hold a mapping"),
     ],
 )
@@ -103,7 +103,7 @@ def test_model_files_that_hold_no_model(path, tmp_path, text, said):
 
 def test_models_that_are_not_there(path, tmp_path):
     request: dict[str, Any] = {"source": path, "out": tmp_path / "out"}
-    with pytest.raises(InputError, match=r"names 'llama-2b', but there is no model/llama-2b\.yaml"):
+    with pytest.raises(InputError, match=r"'llama-2b': model/llama-2b\.yaml not found"):
         grow(to="llama-2b", **request)
     with pytest.raises(InputError, match=r"gone\.yaml: no such file"):
         grow(to="gone.yaml", **request)

@@ -193,12 +193,12 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
         (["--world", "0"], "--world 0: give the number of ranks, 1 or more"),
         (
             ["--world", "3"],
-            "stages.0.batch.global_batch_size = 1024 is not a multiple of micro_batch_size x data "
+            "stages.0.batch.global_batch_size = 1024 is not divisible by micro_batch_size x data "
             "parallel = 8 x 3",
         ),
         (
             ["--set", "stages.1.model.num_hidden_layers=25"],
-            "stages.1.model.num_hidden_layers = 25 is not a multiple",
+            "stages.1.model.num_hidden_layers = 25 is not divisible",
         ),
         (["--set", "stages.1.at_tokens=1"], "'stages.1.tokens' and 'stages.1.at_tokens' each say"),
     ],

@@ -17,10 +17,10 @@ pytestmark = pytest.mark.dist
 TENSOR = "stages.0.parallel.tensor_model_parallel_size"
 NO_RUNS = {
     "unknown key": ("optimiser.lr=1", "unknown key 'optimiser'; did you mean 'optimizer'?"),
-    "heads": (f"{TENSOR}=4", f"{TENSOR} = 4 does not divide stages.0.model.num_key_value_heads"),
+    "heads": (f"{TENSOR}=4", "stages.0.model.num_key_value_heads = 2 is not divisible by"),
     "world": (
         "stages.0.batch.micro_batch_size=4",
-        "stages.0.batch.global_batch_size = 4 is not a multiple of micro_batch_size x data "
+        "stages.0.batch.global_batch_size = 4 is not divisible by micro_batch_size x data "
         "parallel = 4 x 2",
     ),
     "width": (
@@ -29,7 +29,7 @@ NO_RUNS = {
     ),
     "layers": (
         "stages.1.model.num_hidden_layers=5",
-        "stages.1.model.num_hidden_layers = 5 is not a multiple of "
+        "stages.1.model.num_hidden_layers = 5 is not divisible by "
         "stages.0.model.num_hidden_layers = 2",
     ),
     "kernels": (
@@ -38,7 +38,7 @@ NO_RUNS = {
     ),
     "index": (
         "stages.1.growth.layer_map=[0, 1, 2, 1]",
-        "stages.1.growth.layer_map names layer 2, but stages.0.model has layers 0 to 1",
+        "stages.1.growth.layer_map contains layer 2, but stages.0.model has layers 0 to 1",
     ),
 }
 """An override that no run survives, and what is said of it."""
@@ -66,7 +66,7 @@ def test_a_run_file_that_makes_no_run(growing, name):
 
 def test_a_number_of_ranks_that_makes_no_grid(path):
     said = refused_run(path, f"{TENSOR}=2", world=3)
-    assert said == f"{TENSOR} = 2 does not divide the 3 ranks of this run"
+    assert said == f"world size 3 is not divisible by {TENSOR} = 2; use a divisor of 3"
 
 
 def test_an_unknown_key_in_the_file(path):

@@ -36,5 +36,5 @@ def test_rank_0_warns_once_that_equation_2_is_used_beyond_its_fit(tmp_path: Path
     job.kill()
     said, other = ((tmp_path / "output" / f"{rank}.out").read_text() for rank in range(2))
     assert said.count("warning: stages.0.tokens = auto: equation 2 gave ") == 1
-    assert "beyond the range that it was fitted in: N = 3.1" in said
+    assert "outside the range of its fit: N = 3.1" in said
     assert "warning" not in other

@@ -1,4 +1,4 @@
-"""docs/reference/configuration.md: current, complete, and true of what a run file takes."""
+"""docs/reference/configuration.md is current, complete and correct."""
 
 import re
 import subprocess
@@ -22,11 +22,11 @@ PAGE = (ROOT / "docs/reference/configuration.md").read_text(encoding="utf-8")
 
 ROW = re.compile(r"^\| `([\w.]+)` \| (.+?) \| (.+?) \| (.*) \|$", flags=re.MULTILINE)
 ROWS = {path: tuple(cells) for path, *cells in ROW.findall(PAGE)}
-"""key's path -> type, default, meaning"""
+"""Path of a key -> type, default, meaning."""
 
 
 def keys_of(section: type[Section], path: str = "") -> Iterator[str]:
-    """Every key below a model, as the page should name it; sections as themselves too."""
+    """Yield the path of every key of a section on the page, including subsections."""
     for name, field in section.model_fields.items():
         if field.exclude:
             continue
@@ -67,7 +67,7 @@ def test_links_between_sections_lead_somewhere() -> None:
 
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
-    """A run in which every section stands, with no more than the keys that it needs."""
+    """A run with all sections, each with its required keys only."""
     model = {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2}
     model |= {"intermediate_size": 8, "vocab_size": 9}
     probe = {"operators": ["direct_depth", "midas"]}

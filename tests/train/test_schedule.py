@@ -250,7 +250,6 @@ def test_a_rate_that_by_size_would_pass_over_is_refused() -> None:
     wrong = make_run(stage(2), stage(2, BY_SIZE, optimizer={"lr": 0.5, "min_lr": 0.1}))
     assert problems(right) == []
     assert problems(wrong) == [
-        "stages.1.optimizer.lr = 0.5 has no meaning with lr_schedule by_size, which scales the "
-        "rate of stages.0: leave 1.0 there, or set stages.1.growth.lr_schedule to rewarm or "
-        "continue"
+        "stages.1.optimizer.lr = 0.5 differs from stages.0.optimizer.lr = 1.0, which lr_schedule "
+        "by_size scales; use 1.0, or set stages.1.growth.lr_schedule to rewarm or continue"
     ]

@@ -196,7 +196,7 @@ def test_what_can_not_be_tuned_is_refused_in_one_line(tmp_path):
     said = str(error.value)
     assert "set data.reset_position_ids: true" in said and "\n" not in said
     assert "set data.reset_attention_mask: true" in said
-    assert "objective: sft tunes one model and grows none, but stages has 2" in said
+    assert "objective: sft needs exactly one stage, but stages has 2" in said
     path.write_text(json.dumps(text | {"objective": "dpo"}))
     with pytest.raises(InputError, match="'objective' = 'dpo'"):
         load_run(path)
