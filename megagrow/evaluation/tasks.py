@@ -34,10 +34,6 @@ _FOLDERS = {
 }
 """The tasks of the group, and where lm-eval defines each: reading all its tasks takes seconds."""
 
-
-_NOT_DONE = {"UNSAFE_CODE": "runs code that a model wrote", "MULTIMODAL": "shows images"}
-"""What lm-eval says of a task, and what that means."""
-
 Tasks = dict[str, Any]
 """lm-eval's tasks by their names."""
 

@@ -6,7 +6,7 @@ What a growth itself consumes (`Counters.growth_tokens`) is no part of any stage
 from typing import NamedTuple
 
 from megagrow.config.schema import RunConfig
-from megagrow.config.stage_length import stage_steps, stage_tokens, step_tokens
+from megagrow.config.stage_length import stage_steps, stage_tokens
 
 
 class Position(NamedTuple):
@@ -45,13 +45,3 @@ def locate(run: RunConfig, step: int) -> Position:
             return Position(index, left)
         left -= steps
     raise ValueError(f"step {step} is outside the run, which has {run_steps(run)} steps")
-
-
-def tokens_at(run: RunConfig, step: int) -> int:
-    """Tokens trained on when `step` steps of the run are done. Raises ValueError as `locate`.
-
-    The counters of a run that is there say the same, but for their `growth_tokens`.
-    """
-    position = locate(run, step)
-    size = step_tokens(run.stages[position.stage], run.data.sequence_length)
-    return tokens_between(run, 0, position.stage) + position.step * size

@@ -14,7 +14,7 @@ class RunState:
     """The next step is step `stage_step` of stage `stage`; its batch begins at token `position` of
     the training stream. Nothing else decides what a run does next.
 
-    `counters.tokens` are `stages.tokens_at` of the step, and the `growth_tokens`."""
+    `counters.tokens` are the tokens of all steps, and the `growth_tokens`."""
 
     counters: Counters = field(default_factory=Counters)
     stage: int = 0

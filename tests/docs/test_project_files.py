@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from megagrow import __version__
-from tests.test_architecture import (
+from tests.helpers.architecture import (
     FILE_LINES,
     FUNCTION_LINES,
     KERNEL_FILE_LINES,

@@ -5,55 +5,18 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from megagrow.config.schema import ModelConfig
 from megagrow.parallel.engine_config import ParamScale
 from tests.helpers.growth.cases import Case, case, sources, times
 from tests.helpers.growth.computing import (
     Adam,
-    apart,
-    fresh_state,
-    random_ids,
-    random_weights,
     trained,
-    weights_of,
 )
-from tests.helpers.growth.whole import State, grown
+from tests.helpers.growth.trajectories import AFTER, BEFORE, batches, diverged, some_training
+from tests.helpers.growth.whole import grown
 from tests.helpers.hugging_face import tiny
 
-BEFORE, AFTER = 5, 15
-"""Steps of the source, and then of both."""
-
 SOURCE = tiny(hidden_size=8, head_dim=4, num_key_value_heads=2, intermediate_size=6, vocab_size=11)
-
-
-def batches(config: ModelConfig, count: int, seed: int = 0) -> list[Tensor]:
-    return [random_ids(config, seed=seed + k) for k in range(count)]
-
-
-def some_training(config: ModelConfig, adam: Adam | None = None) -> State:
-    start = fresh_state(random_weights(config))
-    return trained(config, start, batches(config, BEFORE), adam=adam)
-
-
-def diverged(
-    found: Case,
-    transported: bool = True,
-    scales: dict[str, ParamScale] | None = None,
-    adam: Adam | None = None,
-) -> float:
-    """The largest difference of logits after the source and the grown model went on alike."""
-    source, target = found.source, found.target
-    old = some_training(source, adam)
-    new = grown(old, found.growth, target)
-    if not transported:
-        new = fresh_state(weights_of(new))
-    scales = dict(found.growth.scales) if scales is None else scales
-    later = batches(source, AFTER, seed=1000)
-    old = trained(source, old, later, BEFORE, adam)
-    new = trained(target, new, later, BEFORE if transported else 0, adam, scales)
-    return apart(found, weights_of(old), weights_of(new), random_ids(source, seed=7))
 
 
 @settings(max_examples=8, deadline=None)

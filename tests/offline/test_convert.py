@@ -1,6 +1,5 @@
 """Models go to transformers and come back: the same bits, the same logits, and they generate."""
 
-import io
 import json
 import sys
 from dataclasses import replace
@@ -9,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megagrow.checkpoint.manifest import read_manifest, write_manifest
@@ -18,14 +16,11 @@ from megagrow.data.tokenizers import load_tokenizer, train_sentencepiece
 from megagrow.errors import InputError
 from megagrow.formats.hugging_face import open_hugging_face
 from megagrow.offline.convert import export_hugging_face, import_hugging_face, reshard_files
-from megagrow.offline.request import Request
 from megagrow.parallel.sharding import parameter_plan
-from tests.config.test_rope import LLAMA3
-from tests.formats.test_hugging_face import state_of
 from tests.helpers.checkpoint.written import differences, expected_shards, shards, write_checkpoint
-from tests.helpers.hugging_face import hugging_face, tiny, tokens
+from tests.helpers.hugging_face import LLAMA3, hugging_face, state_of, tiny, tokens
 from tests.helpers.reshard.models import layout_of
-from tests.offline.test_grow import grow, model_file
+from tests.helpers.train.file_growths import convert, grow, model_file
 
 MODELS = {
     "mha": {},
@@ -38,15 +33,6 @@ MODELS = {
     },
 }
 EXACT = 1e-5
-
-
-def convert(how: Any, source: Path, out: Path, form: str = "checkpoint", **options: Any) -> str:
-    """Carries out a conversion; returns what was said."""
-    said = io.StringIO()
-    tokenizer = (options.pop("tokenizer", None),) if how is export_hugging_face else ()
-    request = Request(source=source, out=out, form=form, memory="20MiB", **options)
-    how(request, *tokenizer, Console(file=said, width=300))
-    return said.getvalue()
 
 
 def export(source: Path, out: Path, **options: Any) -> str:

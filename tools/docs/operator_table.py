@@ -32,7 +32,6 @@ from megagrow.train.growth_event.function_check import change, predictions  # no
 from megagrow.train.loop import StepDone, advance  # noqa: E402
 from megagrow.train.stage import masks_now  # noqa: E402
 from megagrow.train.train_state import RunState  # noqa: E402
-from tests.growth.test_trajectory import diverged  # noqa: E402
 from tests.helpers.growth.cases import Case  # noqa: E402
 from tests.helpers.growth.catalogue import CATALOGUE  # noqa: E402
 from tests.helpers.growth.computing import (  # noqa: E402
@@ -41,9 +40,10 @@ from tests.helpers.growth.computing import (  # noqa: E402
     random_ids,
     random_weights,
 )
+from tests.helpers.growth.trajectories import diverged  # noqa: E402
 from tests.helpers.runs import STEP_TOKENS, make_run  # noqa: E402
 from tests.helpers.spawn import run_ranks  # noqa: E402
-from tests.train.test_layouts import start  # noqa: E402
+from tests.helpers.train.starting import start  # noqa: E402
 
 PAGE = ROOT / "docs/reference/operators.md"
 BEGIN, END = "<!-- table: written by tools/docs/operator_table.py -->\n", "<!-- end of table -->\n"

@@ -25,8 +25,8 @@ def fuzz(
 ) -> None:
     """Try damaged and hostile files on everything that reads one."""
     sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-    from tests.fuzz.test_fuzz import TARGETS
     from tests.helpers.fuzz.running import run
+    from tests.helpers.fuzz.targets import TARGETS
 
     columns = ("inputs", "right loads", "clear errors", "failures", "seconds", "slowest/ms")
     print(ROW.format("target", *columns), flush=True)
