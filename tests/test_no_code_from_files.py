@@ -3,8 +3,7 @@
 import ast
 
 import pytest
-
-from tests.test_architecture import PRODUCT, dotted, hold, imports, name_of, tree_of
+from tests.helpers.architecture import PRODUCT, dotted, hold, imports, name_of, tree_of
 
 FORBIDDEN = {
     **dict.fromkeys(("eval", "exec", "compile", "__import__"), "runs a text as code"),

@@ -16,7 +16,7 @@ from megagrow.api.checkpoints import (
     reshard,
     text_loss,
 )
-from megagrow.api.runs import evaluate, load_run, prepare, read_metrics, train
+from megagrow.api.runs import evaluate, load_run, prepare, read_metrics, train, verify_corpus
 
 __all__ = [
     "LayoutOptions",
@@ -30,4 +30,5 @@ __all__ = [
     "reshard",
     "text_loss",
     "train",
+    "verify_corpus",
 ]

@@ -59,6 +59,23 @@ def prepare(
     )
 
 
+def verify_corpus(output: AnyPath) -> "CorpusManifest":
+    """Compare every file of a prepared corpus with its checksum.
+
+    Args:
+        output: Folder written by `prepare`.
+
+    Returns:
+        The manifest of the corpus.
+
+    Raises:
+        DataError: The corpus is incomplete, or a file differs; the message names the first one.
+    """
+    from megagrow.data.manifest import verify
+
+    return verify(Path(output))
+
+
 def load_run(path: AnyPath, overrides: Sequence[str] = ()) -> "RunConfig":
     """Load and validate a run file.
 

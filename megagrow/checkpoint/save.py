@@ -12,33 +12,12 @@ from torch import Tensor
 from megagrow.checkpoint.files import checkpoint_name, list_checkpoints, shard_name
 from megagrow.checkpoint.manifest import Manifest, write_manifest
 from megagrow.checkpoint.retention import remove_unfinished
-from megagrow.checkpoint.shards import own_tensors, planned_shard, write_shard
+from megagrow.checkpoint.shards import planned_shard, write_shard
 from megagrow.common.checksums import Files
 from megagrow.common.disk_space import check_room
 from megagrow.common.file_io import sync
 from megagrow.errors import InputError, ResourceError
 from megagrow.parallel.agreement import run_on_all_ranks
-from megagrow.parallel.engine import Storage
-from megagrow.reshard.layout import Layout
-
-
-def save_checkpoint(
-    directory: Path,
-    step: int,
-    layout: Layout,
-    storage: Storage,
-    manifest: Callable[[Files], Manifest],
-) -> Path:
-    """Saves the state of all ranks as directory/step-N and returns that path; all ranks together.
-
-    `manifest` makes the manifest from the records of the files. If any rank fails, for instance on
-    a full disk, all raise the same InputError and earlier checkpoints stay as they are.
-    """
-    save = Save(directory, step)
-    tensors = own_tensors(layout, storage, dist.get_rank())
-    save.begin(tensors)
-    save.publish(lambda: save.write(tensors), manifest)
-    return save.final
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Tokens that a growth itself reads (`Counters.growth_tokens`) belong to no stage 
 from typing import NamedTuple
 
 from megagrow.config.schema import RunConfig
-from megagrow.config.stage_length import stage_steps, stage_tokens, step_tokens
+from megagrow.config.stage_length import stage_steps, stage_tokens
 
 
 class Position(NamedTuple):
@@ -45,13 +45,3 @@ def locate(run: RunConfig, step: int) -> Position:
             return Position(index, left)
         left -= steps
     raise ValueError(f"step {step} is outside the run, which has {run_steps(run)} steps")
-
-
-def tokens_at(run: RunConfig, step: int) -> int:
-    """Return the tokens trained on after `step` steps of the run. Raises ValueError as `locate`.
-
-    The counters of a run at that step have the same value plus `growth_tokens`.
-    """
-    position = locate(run, step)
-    size = step_tokens(run.stages[position.stage], run.data.sequence_length)
-    return tokens_between(run, 0, position.stage) + position.step * size

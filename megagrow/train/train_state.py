@@ -14,8 +14,7 @@ class RunState:
     """Position of a run; together with the tensors it determines every later step.
 
     The next step is step `stage_step` of stage `stage`; its batch begins at token `position` of the
-    training stream. `counters.tokens` is `run_position.tokens_at` of the step plus
-    `growth_tokens`.
+    training stream. `counters.tokens` is the number of tokens of all steps plus `growth_tokens`.
     """
 
     counters: Counters = field(default_factory=Counters)

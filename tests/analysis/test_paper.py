@@ -12,7 +12,7 @@ from megagrow.analysis.paper import compare_with_paper, paper_markdown, read_pap
 from megagrow.analysis.report import write_report
 from megagrow.analysis.seeds import group_runs, match_groups
 from megagrow.growth.operators import OPERATORS
-from tests.analysis.test_run_metrics import append
+from tests.helpers.analysis.records import append
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = 3_200_000

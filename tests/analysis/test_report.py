@@ -11,8 +11,8 @@ from rich.console import Console
 
 from megagrow.analysis.report import write_report
 from megagrow.errors import InputError
-from tests.analysis.test_run_metrics import append
 from tests.helpers.analysis.images import colours
+from tests.helpers.analysis.records import append
 
 LARGE = 3_200_000
 SCRATCH = [(100, LARGE)]

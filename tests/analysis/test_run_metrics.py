@@ -1,6 +1,5 @@
 """Accounts of FLOPs, metrics, scores and spikes of a run."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +14,9 @@ from megagrow.analysis.run_metrics import read_scores
 from megagrow.config.load import load_run as load_config
 from megagrow.config.load import to_yaml
 from megagrow.errors import InputError
+from tests.helpers.analysis.records import append
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def append(run: Path, **record: object) -> None:
-    """Insert a record before the run's last one."""
-    path = run / "metrics.jsonl"
-    *lines, end = path.read_text().splitlines(True)
-    record = {**json.loads(end), **record}
-    path.write_text("".join([*lines, json.dumps(record) + "\n", end]))
 
 
 def test_stages_are_charged_by_their_own_price() -> None:

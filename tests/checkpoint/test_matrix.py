@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from megagrow.checkpoint.load import load_storage, newest_checkpoint
 from megagrow.checkpoint.manifest import read_manifest
-from megagrow.checkpoint.save import save_checkpoint
 from megagrow.config.schema import RunConfig
 from megagrow.reshard.fill import fill_initial
 from megagrow.train.data_setup import open_inputs
@@ -22,7 +21,7 @@ from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.stage import Stage, build_stage
 from megagrow.train.train_state import RunState
-from tests.helpers.checkpoint.saving import manifest_of
+from tests.helpers.checkpoint.saving import manifest_of, save_checkpoint
 from tests.helpers.checkpoint.written import write_checkpoint
 from tests.helpers.hugging_face import tiny
 from tests.helpers.reshard.definition import empty_storage, random_state, same, storage_of

@@ -11,10 +11,16 @@ from safetensors import safe_open
 
 from megagrow.checkpoint.load import load_storage, newest_checkpoint
 from megagrow.checkpoint.manifest import describe_layout
-from megagrow.checkpoint.save import save_checkpoint
 from megagrow.parallel.sharding import STATE_KINDS
 from megagrow.train.stage import build_stage
-from tests.helpers.checkpoint.saving import ENVIRONMENT, MODEL, RUN, manifest_of, save_random
+from tests.helpers.checkpoint.saving import (
+    ENVIRONMENT,
+    MODEL,
+    RUN,
+    manifest_of,
+    save_checkpoint,
+    save_random,
+)
 from tests.helpers.checkpoint.written import record_of
 from tests.helpers.logs import captured_logs
 from tests.helpers.reshard.definition import empty_storage, random_state, same, storage_of

@@ -9,7 +9,7 @@ import pytest
 from megagrow.checkpoint.files import checkpoint_name, list_checkpoints
 from megagrow.checkpoint.manifest import BEFORE_GROWTH, read_manifest, write_manifest
 from megagrow.checkpoint.retention import Retention, prune_checkpoints
-from tests.checkpoint.test_damage import DAMAGES, STEPS, damaged, truncate
+from tests.helpers.checkpoint.damage import DAMAGES, STEPS, damaged, truncate
 from tests.helpers.checkpoint.saving import MODEL
 from tests.helpers.checkpoint.written import write_checkpoint
 from tests.helpers.reshard.definition import random_state

@@ -14,7 +14,7 @@ from megagrow.checkpoint.manifest import BEFORE_GROWTH, read_manifest, write_man
 from megagrow.cli.app import app
 from megagrow.common.sizes import format_bytes
 from megagrow.errors import InputError
-from tests.checkpoint.test_damage import SHARD, flip, truncate
+from tests.helpers.checkpoint.damage import SHARD, flip, truncate
 from tests.helpers.checkpoint.saving import MODEL
 from tests.helpers.checkpoint.written import write_checkpoint
 from tests.helpers.reshard.definition import random_state

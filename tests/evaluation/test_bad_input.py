@@ -11,10 +11,9 @@ import pytest
 import megagrow.evaluation.online
 import megagrow.evaluation.tasks
 from megagrow.parallel.sharding import parameter_plan
-from tests.formats.test_hugging_face import state_of
 from tests.helpers.checkpoint.written import write_checkpoint
 from tests.helpers.evaluation.small import evaluated_run, write_data
-from tests.helpers.hugging_face import hugging_face, tiny
+from tests.helpers.hugging_face import hugging_face, state_of, tiny
 from tests.helpers.jobs import write_run
 from tests.helpers.reshard.models import layout_of
 from tests.helpers.run.refusals import refused, refused_run

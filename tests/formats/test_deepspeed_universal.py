@@ -18,7 +18,6 @@ from megagrow.formats.deepspeed_universal import open_universal
 from megagrow.offline.convert import export_universal, import_universal
 from megagrow.offline.request import Request
 from megagrow.parallel.sharding import parameter_plan
-from tests.formats.test_torch_file import Malicious
 from tests.helpers.checkpoint.written import (
     RUN,
     differences,
@@ -27,6 +26,7 @@ from tests.helpers.checkpoint.written import (
     shards,
     write_checkpoint,
 )
+from tests.helpers.formats.malicious import Malicious
 from tests.helpers.hugging_face import hugging_face, tiny
 from tests.helpers.reshard.definition import State, random_state, storage_of
 from tests.helpers.reshard.models import layout_of

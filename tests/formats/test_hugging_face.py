@@ -16,25 +16,15 @@ from megagrow.formats.hugging_face_config import model_of
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Block
 from tests.helpers.checkpoint.written import write_checkpoint, write_config
-from tests.helpers.hugging_face import hugging_face, tiny, tokens
-from tests.helpers.reshard.definition import State, random_state
+from tests.helpers.hugging_face import hugging_face, state_of, tiny, tokens
 from tests.helpers.reshard.models import layout_of
-from tests.offline.test_grow import grow, model_file
+from tests.helpers.train.file_growths import grow, model_file
 
 MODELS = {
     "groups": {"num_key_value_heads": 2},
     "tied": {"tie_word_embeddings": True},
     "head_dim": {"head_dim": 12, "num_key_value_heads": 1},
 }
-
-
-def state_of(model: torch.nn.Module, plan: dict) -> State:
-    """The weights of their model as a state of ours, with random moments."""
-    state = random_state(plan)
-    found = model.state_dict()
-    for name, spec in plan.items():
-        state[name]["fp32"] = found[name].view(spec.rows, spec.cols).clone()
-    return state
 
 
 @pytest.mark.parametrize("name", MODELS)

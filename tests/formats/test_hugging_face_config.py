@@ -7,8 +7,7 @@ from transformers import LlamaConfig
 
 from megagrow.errors import InputError
 from megagrow.formats.hugging_face_config import config_of, generation_of, model_of, read_json
-from tests.config.test_rope import LLAMA3, YARN
-from tests.helpers.hugging_face import tiny
+from tests.helpers.hugging_face import LLAMA3, YARN, tiny
 
 OLD = {
     "num_hidden_layers": 2,

@@ -3,7 +3,6 @@ nothing that stands in them is run."""
 
 import argparse
 import enum
-import os
 import pickle
 import sys
 import types
@@ -26,6 +25,7 @@ from megagrow.formats.torch_file import (
     read_torch_file,
     write_torch_file,
 )
+from tests.helpers.formats.malicious import Malicious
 
 
 def streamed(tensor: torch.Tensor, dtype: str = "F32", rows: int = 2) -> Streamed:
@@ -117,16 +117,6 @@ def test_a_damaged_file_is_refused_or_read_and_nothing_else(tmp_path_factory, da
         assert "damaged.pt: " in str(error) and "\n" not in str(error)
     else:
         assert isinstance(found, dict | Stored | list | str | int | float | None)
-
-
-class Malicious:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
 
 
 def test_code_in_a_file_is_refused_and_not_run(tmp_path):

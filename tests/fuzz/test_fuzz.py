@@ -11,11 +11,10 @@ import pytest
 from hypothesis import strategies as st
 
 from megagrow.errors import InputError
-from tests.helpers.fuzz import checkpoints, configs, files
 from tests.helpers.fuzz.mutations import CANARY
 from tests.helpers.fuzz.running import Outcome, Target, run
+from tests.helpers.fuzz.targets import TARGETS
 
-TARGETS = [*configs.TARGETS, *files.TARGETS, *checkpoints.TARGETS]
 EXAMPLES = 100
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 from transformers import LlamaForCausalLM as HuggingFaceLlama
 
 from megagrow.config.schema import ModelConfig
+from tests.helpers.reshard.definition import State, random_state
 
 TINY = {
     "num_hidden_layers": 2,
@@ -59,3 +60,23 @@ def outcome(model: HuggingFaceLlama, ids: Tensor, labels: Tensor) -> tuple[Tenso
     logits = model(input_ids=ids, use_cache=False).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
     return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def state_of(model: torch.nn.Module, plan: dict) -> State:
+    """The weights of their model as a state of ours, with random moments."""
+    state = random_state(plan)
+    found = model.state_dict()
+    for name, spec in plan.items():
+        state[name]["fp32"] = found[name].view(spec.rows, spec.cols).clone()
+    return state
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}

@@ -20,13 +20,11 @@ from megagrow.formats.hugging_face import open_hugging_face
 from megagrow.offline.convert import export_hugging_face, import_hugging_face, reshard_files
 from megagrow.offline.request import Request
 from megagrow.parallel.sharding import parameter_plan
-from tests.config.test_rope import LLAMA3
-from tests.formats.test_hugging_face import state_of
 from tests.helpers.checkpoint.written import differences, expected_shards, shards, write_checkpoint
-from tests.helpers.hugging_face import hugging_face, tiny, tokens
+from tests.helpers.hugging_face import LLAMA3, hugging_face, state_of, tiny, tokens
 from tests.helpers.logs import captured_logs
 from tests.helpers.reshard.models import layout_of
-from tests.offline.test_grow import grow, model_file
+from tests.helpers.train.file_growths import grow, model_file
 
 MODELS = {
     "mha": {},

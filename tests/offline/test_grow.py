@@ -1,22 +1,16 @@
 """A growth from files to files gives what the map says, in every layout, with moments and all."""
 
-import io
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from rich.console import Console
 
 from megagrow.checkpoint.manifest import read_manifest, verify_checkpoint, write_manifest
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import OptimizerConfig
 from megagrow.errors import InputError
 from megagrow.growth.operators import growth_map
-from megagrow.offline.grow import grow_files
-from megagrow.offline.request import Request
 from megagrow.parallel.engine_config import parameter_groups
 from megagrow.parallel.sharding import parameter_plan
 from tests.helpers.checkpoint.written import (
@@ -30,7 +24,7 @@ from tests.helpers.jobs import write_run
 from tests.helpers.reshard.definition import random_state
 from tests.helpers.reshard.models import layout_of
 from tests.helpers.runs import STEP_TOKENS, make_run
-from tests.helpers.train.file_growths import BASE, GROWTHS, base
+from tests.helpers.train.file_growths import BASE, GROWTHS, base, grow, model_file, overrides
 from tools.docs.operators.dense_growth import grown
 
 LAYOUTS = [
@@ -44,22 +38,6 @@ LAYOUTS = [
 
 SMALLEST = str(12 * 2**20 + 48 * 500)
 """A budget by which every matrix is made in several pieces."""
-
-
-def model_file(path: Path, changes: dict[str, Any]) -> str:
-    path.write_text(yaml.safe_dump(BASE | changes))
-    return str(path)
-
-
-def overrides(options: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(f"growth.{key}={json.dumps(value)}" for key, value in options.items())
-
-
-def grow(**request: Any) -> str:
-    """Carries out a request; returns what was said."""
-    said = io.StringIO()
-    grow_files(Request(**request), Console(file=said, width=300))
-    return said.getvalue()
 
 
 @pytest.mark.parametrize("name", GROWTHS)

@@ -18,8 +18,7 @@ from tests.helpers.jobs import write_run
 from tests.helpers.reshard.definition import random_state
 from tests.helpers.reshard.models import layout_of
 from tests.helpers.runs import make_run
-from tests.helpers.train.file_growths import ANY, BASE, DEEP, LOW_EPS, WIDE, base
-from tests.offline.test_grow import grow, model_file
+from tests.helpers.train.file_growths import ANY, BASE, DEEP, LOW_EPS, WIDE, base, grow, model_file
 
 LAYOUT = layout_of(base(), 1, 2, 1)
 

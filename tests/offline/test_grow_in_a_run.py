@@ -11,7 +11,7 @@ from megagrow.config.schema import RunConfig
 from tests.helpers.checkpoint.written import differences, shards
 from tests.helpers.jobs import records, train, write_run
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
-from tests.offline.test_grow import grow
+from tests.helpers.train.file_growths import grow
 
 pytestmark = pytest.mark.dist
 

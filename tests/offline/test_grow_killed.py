@@ -18,8 +18,7 @@ from megagrow.reshard.layout import Block
 from tests.helpers.checkpoint.written import write_checkpoint
 from tests.helpers.reshard.definition import random_state
 from tests.helpers.reshard.models import layout_of
-from tests.helpers.train.file_growths import base
-from tests.offline.test_grow import model_file
+from tests.helpers.train.file_growths import base, model_file
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 16 * 2**20

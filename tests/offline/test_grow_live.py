@@ -17,8 +17,7 @@ from tests.helpers.checkpoint.written import differences, shards, write_checkpoi
 from tests.helpers.reshard.definition import random_state, storage_of
 from tests.helpers.reshard.models import layout_of
 from tests.helpers.spawn import run_ranks
-from tests.helpers.train.file_growths import GROWTHS, base
-from tests.offline.test_grow import grow, model_file, overrides
+from tests.helpers.train.file_growths import GROWTHS, base, grow, model_file, overrides
 
 WORLD = 4
 LAYOUTS = [

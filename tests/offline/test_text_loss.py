@@ -16,8 +16,7 @@ from megagrow.parallel.sharding import parameter_plan
 from tests.helpers.checkpoint.written import write_checkpoint
 from tests.helpers.reshard.definition import State, random_state
 from tests.helpers.reshard.models import layout_of
-from tests.helpers.train.file_growths import BASE, DEEP, base
-from tests.offline.test_grow import grow, model_file
+from tests.helpers.train.file_growths import BASE, DEEP, base, grow, model_file
 
 VOCABULARY = {"vocab_size": 300}
 TEXT = "A model that is grown keeps what it knows; 12 times 3 is 36.\n" * 9

@@ -21,8 +21,8 @@ from tests.helpers.parallel.engines import (
     Case,
     build,
 )
+from tests.helpers.parallel.scales import SCALES
 from tests.helpers.spawn import run_ranks
-from tests.parallel.test_scales import SCALES
 
 pytestmark = pytest.mark.slow
 

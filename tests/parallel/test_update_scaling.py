@@ -11,9 +11,9 @@ from megagrow.parallel.sharding import parameter_plan
 from megagrow.parallel.update_scaling import ScaledPart, UpdateFactors
 from tests.helpers.hugging_face import tokens
 from tests.helpers.parallel.engines import CONFIG, Built, Case, Plain, Weights, build, difference
+from tests.helpers.parallel.scales import SCALES
 from tests.helpers.reshard.definition import held
 from tests.helpers.spawn import run_ranks
-from tests.parallel.test_scales import SCALES
 
 WORLD = 2
 PLAN = parameter_plan(CONFIG, 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megagrow.config.schema import RunConfig
-from tests.checkpoint.test_damage import flip
+from tests.helpers.checkpoint.damage import flip
 from tests.helpers.jobs import records, write_run
 from tests.helpers.run.refusals import completed_run, refused, refused_run, tiny_run
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run

@@ -11,15 +11,12 @@ import pytest
 
 from megagrow.config.schema import RunConfig
 from tests.helpers.jobs import records, write_run
+from tests.helpers.run.launchers import ENVIRONMENT, SECONDS, start
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
 from tests.helpers.spawn import free_port
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-ROOT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
-ENVIRONMENT = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-SECONDS = 120
 OUR_LINES = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| (rank 0 \| )?(run test|step \d) \| .*")
 LATE_RANK_0 = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(4)\n"
 
@@ -31,17 +28,6 @@ def grown_run(folder: Path, name: str) -> RunConfig:
         {"model": deep, "tokens": 3 * STEP_TOKENS, "growth": {"operator": "direct_depth"}},
     ]
     return make_run(folder, stages, output_dir=folder / name, validation={"tokens": 64})
-
-
-def start(*command: object, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def assert_clean(process: subprocess.Popen[str]) -> None:

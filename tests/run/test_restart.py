@@ -8,8 +8,8 @@ import pytest
 from megagrow.config.schema import RunConfig
 from tests.helpers.jobs import records, train, write_run
 from tests.helpers.run.dies_once import DIES_IN_STEP
+from tests.helpers.run.launchers import SECONDS, start
 from tests.helpers.runs import STEP_TOKENS, make_run
-from tests.run.test_launchers import SECONDS, start
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

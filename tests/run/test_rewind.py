@@ -15,8 +15,7 @@ from megagrow.config.schema import RunConfig
 from megagrow.data.batches import Batch, BatchReader
 from megagrow.train.reporting.run_logger import RunLogger
 from tests.helpers.jobs import Hook, records
-from tests.helpers.runs import STEP_TOKENS
-from tests.run.test_resume import (
+from tests.helpers.run.grown_runs import (
     BASE_STEPS,
     INTERVAL,
     STEPS,
@@ -27,6 +26,7 @@ from tests.run.test_resume import (
     last_checkpoint,
     start,
 )
+from tests.helpers.runs import STEP_TOKENS
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

@@ -13,17 +13,15 @@ from megagrow.errors import InputError
 from megagrow.offline.convert import import_hugging_face
 from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
 from megagrow.train.init_from import fill_beginning, open_beginning
-from tests.formats.test_hugging_face import state_of
 from tests.helpers.checkpoint.written import differences, shards, write_checkpoint
-from tests.helpers.hugging_face import hugging_face
+from tests.helpers.hugging_face import hugging_face, state_of
 from tests.helpers.jobs import records, train, write_run
 from tests.helpers.logs import captured_logs
 from tests.helpers.reshard.definition import State, empty_storage, same, storage_of
 from tests.helpers.reshard.models import layout_of
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
 from tests.helpers.spawn import run_ranks
-from tests.offline.test_convert import convert
-from tests.offline.test_grow import grow, model_file
+from tests.helpers.train.file_growths import convert, grow, model_file
 
 pytestmark = pytest.mark.dist
 

@@ -6,14 +6,10 @@ import pytest
 import torch
 
 from megagrow.config.schema import RunConfig
-from megagrow.reshard.fill import fill_initial
-from megagrow.train.data_setup import open_inputs
-from megagrow.train.fault_tolerance.signals import StopSignal
-from megagrow.train.loop import StepDone, advance
-from megagrow.train.stage import Stage, build_stage
 from megagrow.train.train_state import RunState
 from tests.helpers.runs import MODEL, STEP_TOKENS, full_tensors, grow_live, make_run, parallel_of
 from tests.helpers.spawn import run_ranks
+from tests.helpers.train.starting import losses_of, start
 
 pytestmark = pytest.mark.slow
 
@@ -45,22 +41,6 @@ def layouts_of(world: int) -> list[dict]:
         ]
     options = ((1, True, "none"), (3, True, "full"), (2, False, "full"), (0, True, "selective"))
     return plain_layouts(world) + [parallel_of(zero, 2, *option) for zero, *option in options]
-
-
-def start(run: RunConfig) -> Stage:
-    stage = build_stage(run, 0, torch.device("cpu"))
-    fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)
-    stage.engine.ready(0)
-    return stage
-
-
-def losses_of(run: RunConfig, stage: Stage, state: RunState) -> tuple[list[float], RunState]:
-    """Trains a stage to its end: of each step the loss, then the gradient norm."""
-    inputs, stop, losses = open_inputs(run), StopSignal(), []
-    while isinstance(event := advance(run, stage, state, inputs.train, stop), StepDone):
-        losses += [event.measure.loss, event.measure.grad_norm]
-        state = event.state
-    return losses, state
 
 
 def plain_losses(runs: list[RunConfig]) -> list[list[float]]:

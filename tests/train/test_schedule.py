@@ -10,37 +10,22 @@ from megagrow.config.growth_guidelines import rate_for_size
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
 from megagrow.config.stage_length import stage_steps, stage_tokens, step_tokens
 from megagrow.config.validation import problems
-from megagrow.train.run_position import Position, locate, run_steps, run_tokens, tokens_at
+from megagrow.train.run_position import Position, locate, run_steps, run_tokens
 from megagrow.train.schedule import learning_rate, origin_stage, rate_at, stage_optimizer
+from tests.helpers.train.schedules import (
+    BATCH,
+    BY_SIZE,
+    DEEP,
+    LENGTH,
+    MODEL,
+    STEP,
+    make_run,
+    stage,
+    tokens_at,
+)
 
-LENGTH, BATCH = 8, 4
-STEP = LENGTH * BATCH
-MODEL = {
-    "num_hidden_layers": 1,
-    "hidden_size": 8,
-    "num_attention_heads": 2,
-    "intermediate_size": 8,
-    "vocab_size": 16,
-}
 PEAK = OptimizerConfig(lr=1.0, min_lr=0.1)
 types = st.sampled_from(("cosine", "linear", "wsd", "constant"))
-
-
-def stage(steps: int, growth: dict[str, str] | None = None, **changes: Any) -> dict[str, Any]:
-    return {
-        "model": MODEL,
-        "tokens": steps * STEP,
-        "batch": {"global_batch_size": BATCH, "micro_batch_size": 1},
-        "optimizer": {"lr": 1.0, "min_lr": 0.1},
-        "growth": growth,
-        **changes,
-    }
-
-
-def make_run(*stages: dict[str, Any]) -> RunConfig:
-    data = {"train": [{"path": "corpus"}], "sequence_length": LENGTH}
-    whole = {"name": "run", "output_dir": "out", "data": data, "stages": stages}
-    return RunConfig.model_validate(whole)
 
 
 def rates(run: RunConfig) -> list[float]:
@@ -216,8 +201,6 @@ def test_tokens_are_counted_right_where_the_batch_changes(parts: list[tuple[int,
     ]
 
 
-BY_SIZE = {"lr_schedule": "by_size"}
-DEEP = {"model": MODEL | {"num_hidden_layers": 4}}
 SIZES = (2 * 128 + 8 + 464, 2 * 128 + 8 + 4 * 464)
 """Parameters of MODEL and DEEP: two tables, the last norm, and 256 + 192 + 16 a layer."""
 

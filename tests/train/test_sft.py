@@ -23,15 +23,14 @@ from megagrow.train.data_setup import open_inputs
 from megagrow.train.init_from import fill_beginning, open_beginning
 from megagrow.train.stage import build_stage
 from megagrow.train.step import mean_loss, train_step
-from tests.formats.test_hugging_face import state_of
 from tests.helpers.alpaca import VOCAB, prepare, tokenizer
 from tests.helpers.checkpoint.written import differences, shards, write_checkpoint
-from tests.helpers.hugging_face import hugging_face
+from tests.helpers.hugging_face import hugging_face, state_of
 from tests.helpers.jobs import records, train, write_run
 from tests.helpers.reshard.models import layout_of
 from tests.helpers.runs import MODEL, full_tensors, make_run, parallel_of
 from tests.helpers.spawn import run_ranks
-from tests.offline.test_grow import grow, model_file
+from tests.helpers.train.file_growths import grow, model_file
 
 LENGTH, BATCH = 160, 4
 SFT_MODEL = MODEL | {"vocab_size": VOCAB, "max_position_embeddings": LENGTH, "rms_norm_eps": 1e-5}

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from megagrow.config.schema import RunConfig
 from megagrow.train.reporting.metrics import Counters, StepMetrics
-from megagrow.train.run_position import Position, locate, run_steps, run_tokens, tokens_at
+from megagrow.train.run_position import Position, locate, run_steps, run_tokens
 from megagrow.train.train_state import RunState
+from tests.helpers.train.schedules import tokens_at
 
 LENGTH = 8
 MODEL = {

@@ -7,9 +7,11 @@ from typing import Any
 import torch.distributed as dist
 
 from megagrow.checkpoint.manifest import Manifest, describe_layout
-from megagrow.checkpoint.save import save_checkpoint
+from megagrow.checkpoint.save import Save
+from megagrow.checkpoint.shards import own_tensors
 from megagrow.common.checksums import Files
 from megagrow.config.schema import ModelConfig
+from megagrow.parallel.engine import Storage
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Layout
 from tests.helpers.hugging_face import tiny
@@ -35,6 +37,21 @@ def manifest_of(
         }
         | changes
     )
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    layout: Layout,
+    storage: Storage,
+    manifest: Callable[[Files], Manifest],
+) -> Path:
+    """Save the state of all ranks as directory/step-N and return that path. Collective."""
+    save = Save(directory, step)
+    tensors = own_tensors(layout, storage, dist.get_rank())
+    save.begin(tensors)
+    save.publish(lambda: save.write(tensors), manifest)
+    return save.final
 
 
 def save_random(directory: Path, step: int, layout: Layout) -> Path:

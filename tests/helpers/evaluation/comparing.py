@@ -15,10 +15,9 @@ from megagrow.evaluation.tasks import load_tasks
 from megagrow.offline.convert import export_hugging_face
 from megagrow.offline.request import Request
 from megagrow.parallel.sharding import parameter_plan
-from tests.formats.test_hugging_face import state_of
 from tests.helpers.checkpoint.written import write_checkpoint
 from tests.helpers.evaluation.folders import DATA
-from tests.helpers.hugging_face import hugging_face, tiny
+from tests.helpers.hugging_face import hugging_face, state_of, tiny
 from tests.helpers.reshard.models import layout_of
 
 LIMITS = {"lambada_openai": 24, "logiqa": 10, "wikitext": 2}

@@ -1,8 +1,17 @@
 """Growths of a tiny model by every operator that can grow files, for tests."""
 
+import io
+import json
+from pathlib import Path
 from typing import Any
 
+import yaml
+from rich.console import Console
+
 from megagrow.config.schema import ModelConfig
+from megagrow.offline.convert import export_hugging_face
+from megagrow.offline.grow import grow_files
+from megagrow.offline.request import Request
 
 BASE = {
     "num_hidden_layers": 2,
@@ -66,3 +75,28 @@ GROWTHS: dict[str, Growth] = {
 def base(**changes: Any) -> ModelConfig:
     """The source."""
     return ModelConfig(**BASE | changes)
+
+
+def model_file(path: Path, changes: dict[str, Any]) -> str:
+    path.write_text(yaml.safe_dump(BASE | changes))
+    return str(path)
+
+
+def overrides(options: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(f"growth.{key}={json.dumps(value)}" for key, value in options.items())
+
+
+def grow(**request: Any) -> str:
+    """Carries out a request; returns what was said."""
+    said = io.StringIO()
+    grow_files(Request(**request), Console(file=said, width=300))
+    return said.getvalue()
+
+
+def convert(how: Any, source: Path, out: Path, form: str = "checkpoint", **options: Any) -> str:
+    """Carries out a conversion; returns what was said."""
+    said = io.StringIO()
+    tokenizer = (options.pop("tokenizer", None),) if how is export_hugging_face else ()
+    request = Request(source=source, out=out, form=form, memory="20MiB", **options)
+    how(request, *tokenizer, Console(file=said, width=300))
+    return said.getvalue()

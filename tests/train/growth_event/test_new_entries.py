@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megagrow.checkpoint.load import load_storage, newest_checkpoint
-from megagrow.checkpoint.save import save_checkpoint
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.growth.map import Fresh
 from megagrow.parallel.engine import Storage
@@ -23,12 +22,12 @@ from megagrow.train.growth_event.run_growths import stage_growth
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.stage import Stage, build_stage
 from megagrow.train.train_state import RunState
-from tests.helpers.checkpoint.saving import manifest_of
+from tests.helpers.checkpoint.saving import manifest_of, save_checkpoint
 from tests.helpers.reshard.definition import empty_storage, held
 from tests.helpers.reshard.models import layout_of, layouts, models
 from tests.helpers.runs import MODEL, STEP_TOKENS, full_tensors, grow_live, make_run
 from tests.helpers.spawn import run_ranks
-from tests.train.test_layouts import losses_of, start
+from tests.helpers.train.starting import losses_of, start
 
 TINY = ModelConfig(
     num_hidden_layers=1,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megagrow.train.schedule import new_entries_of, new_entries_rate, rate_at
-from tests.train.test_schedule import BY_SIZE, DEEP, STEP, make_run, stage
+from tests.helpers.train.schedules import BY_SIZE, DEEP, STEP, make_run, stage
 
 
 def rates(kind: str, steps: int, peak: float = 1.5, warmup: int = 4) -> list[float]:

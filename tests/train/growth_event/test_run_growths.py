@@ -11,7 +11,7 @@ from megagrow.train.growth_event.run_growths import stage_growth, stage_scales
 from megagrow.train.train_state import RunState
 from tests.helpers.runs import MODEL, STEP_TOKENS, grow_live, make_run
 from tests.helpers.spawn import run_ranks
-from tests.train.test_layouts import losses_of, start
+from tests.helpers.train.starting import losses_of, start
 
 WIDE = MODEL | {
     "hidden_size": 64,

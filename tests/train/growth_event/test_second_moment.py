@@ -16,7 +16,7 @@ from megagrow.train.growth_event.second_moment import measure_second_moment
 from megagrow.train.stage import Stage
 from tests.helpers.runs import STEP_TOKENS, full_tensors, make_run
 from tests.helpers.spawn import run_ranks
-from tests.train.test_layouts import start
+from tests.helpers.train.starting import start
 
 STEPS, ADAM_STEP, BETA2, LIMIT = 3, 7, 0.9, 0.5
 SEQUENCES = 4

@@ -6,26 +6,15 @@ from pathlib import Path
 import pytest
 
 from megagrow.checkpoint.load import load_storage, newest_checkpoint
-from megagrow.checkpoint.save import save_checkpoint
 from megagrow.parallel.engine_config import ParamScale, parameter_groups
-from megagrow.parallel.sharding import parameter_plan
-from tests.helpers.checkpoint.saving import manifest_of
+from tests.helpers.checkpoint.saving import manifest_of, save_checkpoint
 from tests.helpers.parallel.engines import CONFIG, LR, OPTIMIZER, Built, Case, Plain, Weights, build
 from tests.helpers.parallel.engines import difference as distance
+from tests.helpers.parallel.scales import PLAN, SCALES
 from tests.helpers.spawn import run_ranks
 
 WORLD, STEPS = 2, 4
-CLASSES = (
-    ("embed", ParamScale(lr=1.0, weight_decay=1.0, eps=0.5, norm=2.0)),
-    ("lm_head", ParamScale(lr=0.5, weight_decay=2.0, eps=1.0, norm=0.25)),
-    ("norm", ParamScale(lr=1.5, weight_decay=1.0, eps=4.0, norm=3.0)),
-    ("down_proj", ParamScale(lr=0.25, weight_decay=4.0, eps=0.5, norm=0.5)),
-    ("", ParamScale(lr=0.7, weight_decay=1.4, eps=0.1, norm=1.75)),
-)
-"""Part of a parameter's name -> its scale; the first that fits."""
 
-PLAN = parameter_plan(CONFIG, 1)
-SCALES = {name: next(scale for part, scale in CLASSES if part in name) for name in PLAN}
 CASES = [Case(zero, tp) for zero in range(4) for tp in (1, 2)]
 CASES += [Case(zero, tp, offload=True) for zero in (1, 2, 3) for tp in (1, 2)]
 BF16 = [Case(zero, tp, bf16=True) for zero in range(4) for tp in (1, 2)]

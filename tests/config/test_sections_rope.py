@@ -7,16 +7,7 @@ from megagrow.config.includes import checked_model
 from megagrow.errors import InputError
 from megagrow.growth.constraints import Event
 from megagrow.growth.validation import event_problems
-from tests.helpers.hugging_face import TINY
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+from tests.helpers.hugging_face import LLAMA3, TINY, YARN
 
 
 def model(scaling, **changes):

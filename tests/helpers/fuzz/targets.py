@@ -1,0 +1,5 @@
+"""All fuzz targets."""
+
+from tests.helpers.fuzz import checkpoints, configs, files
+
+TARGETS = [*configs.TARGETS, *files.TARGETS, *checkpoints.TARGETS]

@@ -1,0 +1,62 @@
+"""Grown runs on two ranks, to be interrupted and resumed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megagrow.config.schema import RunConfig
+from tests.helpers.jobs import Finished, Hook, Job, train, write_run
+from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
+
+WORLD = 2
+BASE_STEPS, STEPS = 12, 26
+INTERVAL = 3
+ZERO_2 = {"zero_stage": 2}
+ZERO_3_TP_2 = {"zero_stage": 3, "tensor_model_parallel_size": 2}
+DEEP = MODEL | {"num_hidden_layers": 4}
+
+
+def grown_run(
+    folder: Path,
+    parallel: dict[str, Any] = ZERO_2,
+    micro_batch_size: int = 1,
+    model: dict[str, Any] = DEEP,
+    growth: dict[str, Any] | None = None,
+) -> RunConfig:
+    batch = {"global_batch_size": 4, "micro_batch_size": micro_batch_size}
+    return make_run(
+        folder,
+        [
+            {"tokens": BASE_STEPS * STEP_TOKENS, "parallel": parallel, "batch": batch},
+            {
+                "model": model,
+                "tokens": (STEPS - BASE_STEPS) * STEP_TOKENS,
+                "parallel": parallel,
+                "batch": batch,
+                "growth": growth or {"operator": "direct_depth"},
+            },
+        ],
+        checkpoint={"interval": INTERVAL},
+        validation={"interval": 5, "tokens": 256},
+    )
+
+
+def start(run: RunConfig, hook: Hook | None = None) -> Job:
+    return train(write_run(run.output_dir.with_suffix(".yaml"), run), WORLD, hook)
+
+
+def finish(job: Job) -> Finished:
+    done = job.finish()
+    assert (done.codes, done.err) == ([0] * WORLD, [""] * WORLD)
+    return done
+
+
+def last_checkpoint(run: RunConfig) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Its tensors, to the bit, and its manifest without what tells the time (so its checksum)."""
+    folder = run.output_dir / "checkpoints" / f"step-{STEPS:09d}"
+    shards = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in ("elapsed_seconds", "lost_seconds"):
+        del manifest["run"]["counters"][name]
+    del manifest["environment"], manifest["checksum"]
+    return shards, manifest
