@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from megagrow.analysis.growth_transient import Aftermath, Point, Spread, paired, spread
 from megagrow.analysis.plots import GREY, LOOKS, Look
+from megagrow.common.tables import markdown_table
 
 
 class Variant(NamedTuple):
@@ -102,8 +103,7 @@ def _differences(study: Study, other: Variant, variants: Sequence[Variant]) -> l
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table(head, rows, right_aligned=head[1:])
 
 
 def _number(value: Spread | None, quantity: str) -> str:

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megagrow.common.atomic_files import write_synced
 from megagrow.common.checksums import FileRecord, Files, check_file, check_size, text_checksum
-from megagrow.common.file_io import sync
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.parallel.sharding import parameter_plan
@@ -74,10 +74,8 @@ def manifest_document(manifest: Manifest) -> dict[str, Any]:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Writes manifest.json and waits until it is on the disk."""
-    path = directory / MANIFEST_FILE
-    path.write_text(json.dumps(manifest_document(manifest), indent=1), encoding="utf-8")
-    sync(path)
+    """Write manifest.json into an unpublished checkpoint and sync it."""
+    write_synced(directory / MANIFEST_FILE, json.dumps(manifest_document(manifest), indent=1))
 
 
 def parse_manifest(directory: Path) -> Manifest:

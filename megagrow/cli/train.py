@@ -1,10 +1,11 @@
-"""The command line's `megagrow train`: a run, or one rank of it that is built and told of."""
+"""`megagrow train`: a training run, or a dry run of one rank."""
 
 from typing import Annotated
 
 import typer
 
-from megagrow.common.tables import Overrides, RunFile, table_console
+from megagrow.cli.options import Overrides, RunFile
+from megagrow.common.tables import table_console
 from megagrow.errors import ConfigError
 
 
@@ -13,19 +14,19 @@ def train(
     overrides: Overrides = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Build one rank, tell what it would do, start nothing."),
+        typer.Option("--dry-run", help="Build one rank, print its work, start nothing."),
     ] = False,
     world: Annotated[
-        int | None, typer.Option(min=1, help="With --dry-run: ranks of the run; default: 1.")
+        int | None, typer.Option(min=1, help="With --dry-run: number of ranks; default: 1.")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=0, help="With --dry-run: the one to build; default: 0.")
+        int | None, typer.Option(min=0, help="With --dry-run: rank to build; default: 0.")
     ] = None,
     stop_code: Annotated[
         int, typer.Option(min=0, max=125, help="Exit code after a stop by a signal.")
     ] = 0,
 ) -> None:
-    """Train a run, growth included; goes on by itself from its newest checkpoint."""
+    """Train a run, growth included; resumes from its newest checkpoint."""
     from megagrow.config.load import load_run
 
     if dry_run:
@@ -40,7 +41,7 @@ def train(
             raise ConfigError(f"the run would not start: {problems}, see above")
         return
     if world is not None or rank is not None:
-        raise ConfigError("--world and --rank need --dry-run: a real run has its launcher's ranks")
+        raise ConfigError("--world and --rank need --dry-run; the launcher sets them in a real run")
     from megagrow.run import train as train_run
 
     if train_run(load_run(run_file, overrides or ())) is not None:

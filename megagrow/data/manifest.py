@@ -1,12 +1,12 @@
 """manifest.json beside a prepared corpus: where it came from, what is in it, checksums."""
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from megagrow.common.atomic_files import write_text
 from megagrow.common.json_text import parse_json
 from megagrow.common.safe_paths import is_inner_path
 from megagrow.errors import DataError
@@ -88,10 +88,8 @@ class CorpusManifest(BaseModel):
         return manifest
 
     def write(self, folder: Path) -> None:
-        """Write manifest.json, whole or not at all."""
-        partial = folder / f"{NAME}.{os.getpid()}.partial"
-        partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder / NAME)
+        """Write manifest.json atomically."""
+        write_text(folder / NAME, self.model_dump_json(indent=2) + "\n")
 
     def is_complete(self, folder: Path) -> bool:
         """Whether all files are there, with the right sizes (checksums: see `verify`)."""

@@ -6,12 +6,12 @@ import socket
 import subprocess
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megagrow.common.packages import package_version
 from megagrow.parallel.launch import Launch, own_device, shared_variables
 
 PACKAGES = ("megagrow", "torch", "deepspeed", "triton", "numpy")
@@ -86,16 +86,9 @@ def own_report(launch: Launch) -> RankReport:
 
 
 def _versions() -> dict[str, str]:
-    said = {name: _version(name) for name in PACKAGES}
+    said = {name: package_version(name) or "not installed" for name in PACKAGES}
     cuda = {"CUDA of torch": torch.version.cuda or "none"}
     return {"python": platform.python_version()} | said | cuda | {"code": _code()}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _code() -> str:

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Sequence
 from statistics import median
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from megagrow.common.sizes import format_in
+from megagrow.common.tables import print_lines, print_table
 from megagrow.doctor.diagnostics import ClusterReport
 
 HOST_COLUMNS = (
@@ -23,11 +23,10 @@ def show_cluster(cluster: ClusterReport, wrong: Sequence[str], console: Console)
     said = ", ".join(f"{name} {value}" for name, value in versions.items())
     world = len(cluster.reports)
     console.print(Text(f"{world} ranks on {len(cluster.hosts)} hosts. Rank 0 has {said}"))
-    _print(console, HOST_COLUMNS, _host_rows(cluster))
+    print_table(console, HOST_COLUMNS, _host_rows(cluster))
     if cluster.speeds:
-        _print(console, SPEED_COLUMNS, _speed_rows(cluster))
-    for line in wrong:
-        console.print(Text(f"Wrong: {line}"), soft_wrap=True)
+        print_table(console, SPEED_COLUMNS, _speed_rows(cluster))
+    print_lines(console, (f"Wrong: {line}" for line in wrong))
 
 
 def _host_rows(cluster: ClusterReport) -> Iterable[Sequence[str]]:
@@ -44,7 +43,7 @@ def _host_rows(cluster: ClusterReport) -> Iterable[Sequence[str]]:
             f"{1000 * clock:+.1f}",
             f"{network[host] / 1e9:.2f}" if host in network else "",
             f"{min(gpu.teraflops for gpu in gpus):.0f}" if gpus else "",
-            f"{min(gpu.free for gpu in gpus) / 2**30:.0f}" if gpus else "",
+            format_in(min(gpu.free for gpu in gpus), "GiB", 0) if gpus else "",
         )
 
 
@@ -54,10 +53,3 @@ def _speed_rows(cluster: ClusterReport) -> Iterable[Sequence[str]]:
         reduced = median(speeds.all_reduce[size] for speeds in cluster.speeds)
         exchanged = median(speeds.all_to_all[size] for speeds in cluster.speeds)
         yield f"{size / 2**20:g}", f"{reduced / 1e9:.2f}", f"{exchanged / 1e9:.2f}"
-
-
-def _print(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    table = Table(*columns, box=box.ROUNDED if console.is_terminal else box.MARKDOWN)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.files import checkpoint_name, list_checkpoints
+from megagrow.common.atomic_files import write_text
 from megagrow.common.json_text import finite, read_json
 from megagrow.errors import DataError, unwritable
 from megagrow.train.reporting.metrics import METRICS_FILE
@@ -56,14 +57,11 @@ def keep(found: Kept, run: Path, average: Callable[[dict[str, Any]], float | Non
 
 
 def write(path: Path, found: Kept) -> None:
-    """Writes results as JSON, whole or not at all. InputError if they cannot be."""
-    new = path.with_name(f"{path.name}.tmp")
+    """Write results as a JSON file atomically. Raises ResourceError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(finite(found), indent=2, allow_nan=False) + "\n", "utf-8")
-        new.replace(path)
+        write_text(path, json.dumps(finite(found), indent=2, allow_nan=False) + "\n")
     except OSError as error:
-        new.unlink(missing_ok=True)
         raise unwritable(path, error) from error
 
 

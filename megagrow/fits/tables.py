@@ -2,21 +2,13 @@
 
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from megagrow.fits.factor import PAPER_BEST, FactorFit
 from megagrow.fits.least_squares import Constant
 from megagrow.fits.parabola import Parabola, accepted
 from megagrow.fits.scaling import FlopSaving, PowerLaw
 from megagrow.fits.timing import PAPER, TimingFit
-
-
-def say(console: Console, lines: Sequence[str]) -> None:
-    """Prints lines as they are: no markup, no breaks."""
-    for line in lines:
-        console.print(Text(line), soft_wrap=True)
 
 
 def parabola_table(parabolas: Sequence[Parabola], what: str) -> Table:

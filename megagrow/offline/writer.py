@@ -12,9 +12,9 @@ import torch
 import xxhash
 
 from megagrow.checkpoint.tensor_file import DTYPES, Planned
+from megagrow.common.atomic_files import check_room, publish, sync
 from megagrow.common.checksums import READ_BYTES, FileRecord, Files, forget
-from megagrow.common.disk_space import check_room
-from megagrow.common.file_io import raw_bytes, read_bytes, sync, write_bytes
+from megagrow.common.file_io import raw_bytes, read_bytes, write_bytes
 from megagrow.common.progress import WorkProgress
 from megagrow.errors import CheckpointError, InputError
 from megagrow.growth.map import StateKind
@@ -59,8 +59,7 @@ class Writing:
 
     def finish(self, final: Path) -> None:
         """Gives the folder its name."""
-        self.folder.rename(final)
-        sync(final.parent)
+        publish(self.folder, final)
         (final / JOURNAL_FILE).unlink()
         sync(final)
 

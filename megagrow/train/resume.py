@@ -13,6 +13,7 @@ import torch
 from megagrow.checkpoint.files import list_checkpoints, step_of
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import Manifest, read_manifest, verify_checkpoint
+from megagrow.common.atomic_files import staging_folder
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.errors import CheckpointError, Diverged, InputError
 from megagrow.parallel.agreement import run_on_rank_zero
@@ -97,7 +98,7 @@ def _passed_over(say: Callable[[str], None]) -> Iterator[None]:
 def _drop_later(directory: Path, target: RunState) -> None:
     for path in list_checkpoints(directory):
         if step_of(path) > target.counters.step:
-            path.rename(path.with_suffix(".tmp"))
+            path.rename(staging_folder(path))
 
 
 def _check_same_model(run: RunConfig, state: RunState, path: Path, manifest: Manifest) -> None:

@@ -159,7 +159,7 @@ def test_the_command_line_says_one_line_and_leaves_with_2(
 
 def test_what_is_at_the_place_of_the_output_is_left_alone(path, tmp_path):
     request: dict[str, Any] = {"source": path, "to": model_file(tmp_path / "model.yaml", DEEP)}
-    with pytest.raises(InputError, match="in: is there already; remove it or write elsewhere"):
+    with pytest.raises(InputError, match="in: already exists; remove it or choose another path"):
         grow(out=path, **request)
     (tmp_path / "out.tmp").mkdir()
     (tmp_path / "out.tmp" / "precious").write_text("!")
@@ -174,7 +174,7 @@ def test_a_full_disk_loses_nothing(path, tmp_path, monkeypatch):
     with small_disk(tmp_path / "disk", 256 * 2**10) as disk:
         request: dict[str, Any] = {"source": path, "out": disk / "out", "to": to}
         (disk / "big").write_bytes(bytes(200 * 2**10))
-        with pytest.raises(InputError, match=r"of room, .* KiB are needed; free the disk"):
+        with pytest.raises(InputError, match=r"free, .* KiB required; free the disk"):
             grow(**request)
         # Somebody else fills the disk when the work has begun.
         monkeypatch.setattr("megagrow.offline.grow.check_space", lambda *_: None)
@@ -239,5 +239,5 @@ def test_the_same_command_ends_what_only_lacks_its_end(path, tmp_path, monkeypat
     assert (tmp_path / "out" / "journal.jsonl").is_file()
     assert "is finished" in grow(**request)
     assert not (tmp_path / "out" / "journal.jsonl").exists()
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         grow(**request)

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+from megagrow.common.sizes import format_duration, format_short
+
 WINDOW_SECONDS = 60.0
 """The pace is that of about the last minute: steady, yet quick to notice a larger model."""
 
@@ -87,7 +89,7 @@ class LiveLine:
         now = self._clock()
         left = self._eta.seconds(now, status.flops)
         stage = f"stage {status.stage + 1}/{status.stages}"
-        text = f"{status.step}/{self._total_steps} {_describe(status)} ETA {duration(left)}"
+        text = f"{status.step}/{self._total_steps} {_describe(status)} ETA {format_duration(left)}"
         self._progress.update(self._task, completed=status.step, text=text, stage=stage)
         due = now >= self._next_line or status.step == self._total_steps
         if due and not self._console.is_terminal:
@@ -106,28 +108,9 @@ class LiveLine:
         self._progress.stop()
 
 
-def duration(seconds: float | None) -> str:
-    """`75` -> `1:15`, `4000` -> `1:06:40`, from a day on `2d 03:20`; None -> `-`."""
-    if seconds is None:
-        return "-"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24}d {hours % 24:02}:{minute:02}"
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-def short(number: float) -> str:
-    """`950` -> `950`, `12345` -> `12.3k`, `3.2e6` -> `3.2M`."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}{letter}"
-    return f"{number:.0f}"
-
-
 def _describe(status: Status) -> str:
     use = "" if status.mfu is None else f" MFU {status.mfu:.0%}"
-    pace = f"{short(status.tokens_per_second)} tok/s"
+    pace = f"{format_short(status.tokens_per_second)} tok/s"
     return f"loss {status.loss:.3f} lr {status.lr:.1e} {pace}{use}"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megagrow.common.gpu_specs import peak_flops
+from megagrow.common.sizes import format_duration
 from megagrow.config.flops import parameters
 from megagrow.config.load import to_yaml
 from megagrow.config.schema import ModelConfig, RunConfig
@@ -17,7 +18,7 @@ from megagrow.train.flops import run_flops
 from megagrow.train.growth_event.event import GrowthReport
 from megagrow.train.growth_event.function_check import Change
 from megagrow.train.loop import StepDone
-from megagrow.train.reporting.console import LiveLine, Status, duration, short
+from megagrow.train.reporting.console import LiveLine, Status
 from megagrow.train.reporting.metrics import MetricsLog, start_fields, train_fields
 from megagrow.train.run_position import run_steps
 from megagrow.train.train_state import RunState
@@ -77,7 +78,7 @@ class RunLogger:
         """The run begins, or goes on from a checkpoint."""
         if checkpoint is None:
             self._write(lambda log: log.truncate_after(-1))
-            sizes = " -> ".join(short(parameters(s.model)) for s in self._run.stages)
+            sizes = " -> ".join(format_short(parameters(s.model)) for s in self._run.stages)
             self.say(f"{self._run.name}: a run of {run_steps(self._run)} steps, parameters {sizes}")
         else:
             step, stage = state.counters.step, state.stage
@@ -165,8 +166,8 @@ class RunLogger:
         old, new = (self._run.stages[i].model for i in (state.stage - 1, state.stage))
         self.say(
             f"step {state.counters.step}: grew by {fields['operator']} from {_shape(old)} to "
-            f"{_shape(new)}, {short(parameters(old))} -> {short(parameters(new))} parameters, in "
-            f"{report.seconds:.1f} s ({short(report.bytes_between_ranks)}B between ranks); loss on "
+            f"{_shape(new)}, {format_short(parameters(old))} -> {format_short(parameters(new))} parameters, in "
+            f"{report.seconds:.1f} s ({format_short(report.bytes_between_ranks)}B between ranks); loss on "
             f"a fixed batch {before:.3f} -> {after:.3f}"
         )
 
@@ -175,7 +176,7 @@ class RunLogger:
         counters = state.counters
         self._write(lambda log: log.write("end", counters, stopped=stopped))
         how = f"stopped by {stopped}; the same command goes on" if stopped else "done"
-        spent = duration(counters.elapsed_seconds)
+        spent = format_duration(counters.elapsed_seconds)
         self.say(
             f"{self._run.name}: {how}. {counters.step} steps, {counters.tokens} tokens, {spent}"
         )
