@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from megagrow.checkpoint.discovery import first_whole
+from megagrow.checkpoint.discovery import last_valid
 from megagrow.checkpoint.files import list_checkpoints, shard_name
 from megagrow.checkpoint.manifest import Manifest, parse_manifest
 from megagrow.common.checksums import problem_of
@@ -37,7 +37,7 @@ def newest_checkpoint(directory: Path, say: Callable[[str], None]) -> tuple[Path
         if rank == 0:
             say(text)
 
-    return first_whole(directory, paths, _verify_together, say_once)
+    return last_valid(directory, paths, _verify_together, say_once)
 
 
 def _verify_together(path: Path) -> Manifest:

@@ -8,7 +8,7 @@ own checksum.
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,8 @@ def describe_layout(layout: Layout) -> dict[str, Any]:
 
 def manifest_document(manifest: Manifest) -> dict[str, Any]:
     """What stands in manifest.json: all fields, and `checksum`, which is that of the others."""
-    values = json.loads(json.dumps(asdict(manifest)))
+    files = {name: record.to_json() for name, record in manifest.files.items()}
+    values = json.loads(json.dumps(asdict(replace(manifest, files={})) | {"files": files}))
     return values | {"checksum": _checksum(values)}
 
 
@@ -92,7 +93,7 @@ def parse_manifest(directory: Path) -> Manifest:
             )
         if values.pop("checksum") != _checksum(values):
             raise ValueError("its checksum is another one")
-        files = {name: FileRecord(**record) for name, record in values["files"].items()}
+        files = {name: FileRecord.from_json(record) for name, record in values["files"].items()}
         manifest = Manifest(**values | {"files": files})
         _check_kinds(manifest)
         _check_layout(manifest)

@@ -243,7 +243,7 @@ def config_show(run_file: RunFile, overrides: Overrides = None) -> None:
 
 
 def main() -> None:
-    """Run the command line. A user error is one line on the first rank of each host, exit code 2."""
+    """Run the command line; a user error is one line per host with exit code 2."""
     try:
         app()
     except InputError as error:

@@ -42,7 +42,7 @@ def timing(sources: Sources, output: Output, budgets: Budgets = None) -> None:
 
     data = _iso_data(sources, budgets, "base_tokens")
     parabolas = timing_parabolas(data)
-    _print_parabolas(data, parabolas, "d (tokens)")
+    _print_parabolas(parabolas, "d (tokens)")
     fit = fit_timing(data.source, parabolas)
     table_console().print(timing_table(fit))
     plot = _write_iso(output, "timing", data, parabolas, {"fit": asdict(fit), "paper": PAPER})
@@ -59,7 +59,7 @@ def factor(sources: Sources, output: Output, budgets: Budgets = None) -> None:
 
     data = _iso_data(sources, budgets, "factor")
     parabolas = factor_parabolas(data)
-    _print_parabolas(data, parabolas, "g")
+    _print_parabolas(parabolas, "g")
     fit = fit_factor(data, parabolas)
     table_console().print(factor_table(fit))
     plot = _write_iso(output, "factor", data, parabolas, {"fit": asdict(fit), "paper": PAPER_BEST})
@@ -109,7 +109,10 @@ def scaling(
 def _iso_data(
     sources: Sequence[Path], budgets: str | None, choice: Literal["base_tokens", "factor"]
 ) -> "Data[IsoPoint]":
-    """Return the points of runs compared at equal FLOPs, from a CSV file or run directories."""
+    """Read the points of runs compared at equal FLOPs from a CSV file or run directories.
+
+    Prints the notes on them.
+    """
     from megagrow.fits.data import csv_of, parse_budgets, read_iso_csv
     from megagrow.fits.runs import iso_points
 
@@ -119,18 +122,18 @@ def _iso_data(
     if csv is not None and budgets is not None:
         raise ConfigError(f"--budgets is for run directories: {csv} has its own column 'flops'")
     if budgets is not None:
-        return iso_points(sources, parse_budgets(budgets), choice)
-    assert csv is not None
-    return read_iso_csv(csv, choice, least=0.0 if choice == "base_tokens" else 1.0)
+        data = iso_points(sources, parse_budgets(budgets), choice)
+    else:
+        assert csv is not None
+        data = read_iso_csv(csv, choice, least=0.0 if choice == "base_tokens" else 1.0)
+    print_lines(table_console(), data.notes)
+    return data
 
 
-def _print_parabolas(
-    data: "Data[IsoPoint]", parabolas: "Sequence[Parabola]", quantity: str
-) -> None:
+def _print_parabolas(parabolas: "Sequence[Parabola]", quantity: str) -> None:
     from megagrow.fits.tables import parabola_table, refusals
 
     console = table_console()
-    print_lines(console, data.notes)
     console.print(parabola_table(parabolas, quantity))
     print_lines(console, refusals(parabolas))
 

@@ -1,12 +1,14 @@
-"""manifest.json beside a prepared corpus: where it came from, what is in it, checksums."""
+"""manifest.json of a prepared corpus: sources, contents, file sizes and checksums."""
 
-import hashlib
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
 
 from megagrow.common.atomic_files import write_text
+from megagrow.common.checksums import FileRecord, Files
 from megagrow.common.json_text import parse_json
 from megagrow.common.safe_paths import is_inner_path
 from megagrow.errors import DataError
@@ -26,21 +28,16 @@ class Split(BaseModel):
     max_token_id: int
 
 
-class CorpusFile(BaseModel):
-    """What a file has to be."""
+_Record = Annotated[
+    FileRecord,
+    PlainValidator(partial(FileRecord.from_json, algorithm="blake2b")),
+    PlainSerializer(FileRecord.to_json),
+]
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    size: int
-    """In bytes."""
-    blake2b: str
-    """Hexadecimal, of 32 bytes."""
-
-    @classmethod
-    def of(cls, path: Path) -> Self:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32))
-        return cls(size=path.stat().st_size, blake2b=digest.hexdigest())
+def corpus_files(folder: Path, paths: Iterable[Path]) -> Files:
+    """Return the records of the files of a corpus by their paths relative to its folder."""
+    return {str(path.relative_to(folder)): FileRecord.of(path, "blake2b") for path in paths}
 
 
 class CorpusManifest(BaseModel):
@@ -61,7 +58,7 @@ class CorpusManifest(BaseModel):
     """Of instructions: the length of the rows into which whole examples are packed."""
     splits: dict[str, Split]
     """By the name of the prefix: train, validation."""
-    files: dict[str, CorpusFile]
+    files: dict[str, _Record]
     """By the path from the manifest's folder."""
 
     @classmethod
@@ -107,6 +104,6 @@ def verify(output: Path) -> CorpusManifest:
         path = output / name
         if not path.is_file():
             raise DataError(f"{path}: missing; prepare the corpus again")
-        if CorpusFile.of(path) != record:
+        if FileRecord.of(path, "blake2b") != record:
             raise DataError(f"{path}: not what was written (checksum); prepare the corpus again")
     return manifest

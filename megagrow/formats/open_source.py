@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.discovery import newest_whole
+from megagrow.checkpoint.discovery import newest_valid
 from megagrow.checkpoint.files import list_checkpoints
 from megagrow.checkpoint.manifest import MANIFEST_FILE, verify_checkpoint
 from megagrow.checkpoint.source import Source, open_checkpoint
@@ -40,7 +40,7 @@ def find_source(path: Path, say: Callable[[str], None]) -> Path:
         return path
     for folder in (path / "checkpoints", path):
         if list_checkpoints(folder):
-            found = newest_whole(folder, say)
+            found = newest_valid(folder, say)
             assert found is not None
             return found[0]
     raise CheckpointError(

@@ -13,7 +13,7 @@ import xxhash
 
 from megagrow.checkpoint.tensor_file import DTYPES, Planned
 from megagrow.common.atomic_files import check_room, publish, sync
-from megagrow.common.checksums import READ_BYTES, FileRecord, Files, forget
+from megagrow.common.checksums import READ_BYTES, FileRecord, Files, drop_from_cache
 from megagrow.common.file_io import raw_bytes, read_bytes, write_bytes
 from megagrow.common.progress import WorkProgress
 from megagrow.errors import CheckpointError, InputError
@@ -115,7 +115,7 @@ def verify_files(
     """What a manifest has to know of the target's files. `written` has the CRC-32 of each piece;
     `advance` is told of bytes that were read. InputError for what is not as it was written."""
     for name in target.sizes:
-        forget(folder / name)
+        drop_from_cache(folder / name)
     index = _Index(target)
     return {
         name: _verify_file(folder / name, file, index.of(name), target, written, advance)

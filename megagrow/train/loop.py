@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megagrow.config.flops import paper_flops_per_token
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import stage_steps, step_tokens
-from megagrow.data.batches import Batch, BatchReader, sequences_of
+from megagrow.data.batches import Batch, BatchReader, read_micro_batches
 from megagrow.errors import InputError
 from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.train.fault_tolerance.signals import StopSignal
@@ -132,14 +132,11 @@ def _next_batches(
     background: Background | None,
 ) -> list[Batch] | None:
     """This rank's micro batches of the next step; None if any rank was told to stop."""
-    batch = stage.config.batch
-    mine = sequences_of(
-        batch.global_batch_size, batch.micro_batch_size, stage.topology.dp_rank, stage.topology.dp
-    )
+    grid = stage.topology.dp_rank, stage.topology.dp
     batches, problem = [], None
     try:
         check()
-        batches = [reader.read(state.position, indices) for indices in mine]
+        batches = read_micro_batches(reader, state.position, stage.config.batch, *grid)
     except InputError as error:
         problem = error
     busy = background is not None and background.busy()

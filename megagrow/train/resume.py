@@ -4,30 +4,27 @@ A rewind is a resume within the running job. Nothing is written for it: a run th
 goes on from the same checkpoint, sees the same steps fail and rewinds again, to the same bits.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from megagrow.checkpoint.discovery import FoundCheckpoint, valid_checkpoints
 from megagrow.checkpoint.files import list_checkpoints, step_of
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import Manifest, read_manifest, verify_checkpoint
 from megagrow.common.atomic_files import staging_folder
 from megagrow.config.schema import ModelConfig, RunConfig
-from megagrow.errors import CheckpointError, Diverged, InputError
+from megagrow.errors import CheckpointError, Diverged
 from megagrow.parallel.agreement import run_on_rank_zero
 from megagrow.train.growth_event.run_growths import as_grown
 from megagrow.train.init_from import fill_beginning, open_beginning
 from megagrow.train.stage import Stage, build_stage
 from megagrow.train.train_state import RunState
 
-Found = tuple[Path, Manifest]
-"""A checkpoint."""
-
 
 def begin(
-    run: RunConfig, found: Found | None, device: torch.device, say: Callable[[str], None]
+    run: RunConfig, found: FoundCheckpoint | None, device: torch.device, say: Callable[[str], None]
 ) -> tuple[RunConfig, Stage, RunState]:
     """The run as it has grown, its stage and its state, from a checkpoint or from nothing; all
     ranks together. InputError if the checkpoint is not one of this run."""
@@ -49,7 +46,7 @@ def begin(
 
 def rewind_target(
     run: RunConfig, directory: Path, state: RunState, reason: str, say: Callable[[str], None]
-) -> tuple[Found | None, RunState]:
+) -> tuple[FoundCheckpoint | None, RunState]:
     """The checkpoint to which a run in trouble goes back, and its state from there on: what lay
     between is behind it, and is not read again. None is the initial state; all ranks together.
 
@@ -72,27 +69,20 @@ def rewind_target(
     return found, after
 
 
-def _newest_good(directory: Path, limit: int, say: Callable[[str], None]) -> Found | None:
-    """The newest checkpoint up to a step that was saved out of trouble, else what comes nearest;
-    read from end to end."""
-    found: list[tuple[bool, int, Path]] = []
-    for path in list_checkpoints(directory):
-        with _passed_over(say):
-            state = RunState.from_json(read_manifest(path).run)
-            good = state.counters.step <= limit and not state.guard.troubled
-            found.append((good, state.counters.step, path))
-    for _, _, path in sorted(found, reverse=True):
-        with _passed_over(say):
-            return path, verify_checkpoint(path)
-    return None
+def _newest_good(directory: Path, limit: int, say: Callable[[str], None]) -> FoundCheckpoint | None:
+    """Return the newest valid checkpoint of at most `limit` steps saved in an untroubled state.
 
+    Without such a checkpoint, return the newest valid one.
+    """
 
-@contextmanager
-def _passed_over(say: Callable[[str], None]) -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        say(f"passed over a checkpoint: {error}")
+    def rank(path: Path) -> tuple[bool, int]:
+        state = RunState.from_json(read_manifest(path).run)
+        good = state.counters.step <= limit and not state.guard.troubled
+        return good, state.counters.step
+
+    ranked = valid_checkpoints(list_checkpoints(directory), rank, say)
+    newest_first = [path for path, _ in sorted(ranked, key=lambda item: item[1], reverse=True)]
+    return next(valid_checkpoints(newest_first, verify_checkpoint, say), None)
 
 
 def _drop_later(directory: Path, target: RunState) -> None:

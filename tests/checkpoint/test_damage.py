@@ -120,7 +120,7 @@ def test_damaged_ones_are_named_and_the_one_before_is_taken(good, tmp_path):
         assert one[0] == checkpoint_name(10) and more[0] == checkpoint_name(9), name
         assert [text in line and checkpoint_name(100) in line for line in one[1]] == [True], name
         assert [text in line for line in more[1]] == [True, True], name
-        assert f"no checkpoint under {everything[index]} is whole: " in none[0], name
+        assert f"no checkpoint under {everything[index]} is valid: " in none[0], name
         assert text in none[0] and "\n" not in none[0] and len(none[1]) == 3, name
     assert found[-2:] == [(checkpoint_name(100), []), ("none", [])]
 

@@ -50,15 +50,15 @@ def call(*words: object) -> Result:
 
 
 def rows(result: Result) -> list[list[str]]:
-    """The cells of a table; what is too long for its cell goes on below."""
+    """Return the cells of a Markdown table; a long cell continues on the next line."""
     found: list[list[str]] = []
     for line in result.output.splitlines():
-        cells = [cell.strip() for cell in line.strip("\u2502").split("\u2502")]
-        if line.startswith("\u2502") and cells[0]:
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if line.startswith("|") and cells[0]:
             found.append(cells)
-        elif line.startswith("\u2502"):
+        elif line.startswith("|"):
             found[-1] = [f"{a} {b}".strip() for a, b in zip(found[-1], cells, strict=True)]
-    return found
+    return found[2:]
 
 
 def test_ls_says_what_there_is_and_what_is_wrong(run):
@@ -66,11 +66,11 @@ def test_ls_says_what_there_is_and_what_is_wrong(run):
     (at(run, 100) / "manifest.json").write_text("{")
     at(run, 120).with_suffix(".tmp").mkdir()
     found = rows(call("ls", run))
-    size = sum(record.bytes for record in read_manifest(at(run, 9)).files.values())
+    size = sum(record.size for record in read_manifest(at(run, 9)).files.values())
     told = ["0", "640", format_bytes(size), "ZeRO 1, dp 2, tp 1"]
     assert [row[0] for row in found] == ["9", "10", "20", "100", "120"]
-    assert found[0] == ["9", *told, "", "whole"]
-    assert found[1] == ["10", *told, "before growth", "whole"]
+    assert found[0] == ["9", *told, "", "valid"]
+    assert found[1] == ["10", *told, "before growth", "valid"]
     assert found[2][:-1] == ["20", *told, ""] and f"{SHARD}: truncated or damaged" in found[2][-1]
     assert found[3][1:4] == ["?", "?", "0 B"] and "manifest.json: damaged" in found[3][-1]
     assert found[4][-1] == "unfinished"
@@ -78,11 +78,11 @@ def test_ls_says_what_there_is_and_what_is_wrong(run):
 
 def test_verify_reads_every_byte(run):
     result = call("verify", run)
-    assert (result.exit_code, result.output.count(": whole\n")) == (0, len(STEPS))
+    assert (result.exit_code, result.output.count(": valid\n")) == (0, len(STEPS))
     flip(at(run, 10))
     (at(run, 20) / SHARD).unlink()
     result = call("verify", run)
-    assert result.exit_code == 1 and result.output.count(": whole\n") == 2
+    assert result.exit_code == 1 and result.output.count(": valid\n") == 2
     assert f"{at(run, 10) / SHARD}: damaged, its checksum is " in result.output
     assert f"{at(run, 20)}: {SHARD} is missing" in result.output
     assert call("verify", at(run, 9), at(run, 100)).exit_code == 0

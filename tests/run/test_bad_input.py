@@ -140,7 +140,7 @@ def test_all_checkpoints_are_damaged(again):
     for checkpoint in folder.iterdir():
         break_shard(checkpoint)
     said = refused_run(path)
-    assert f"no checkpoint under {folder} is whole: {folder}/step-000000006/rank-00001" in said
+    assert f"no checkpoint under {folder} is valid: {folder}/step-000000006/rank-00001" in said
     assert len(list(folder.iterdir())) == 3
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megagrow.common.gpu_specs import peak_flops
-from megagrow.common.sizes import format_duration
+from megagrow.common.sizes import format_duration, format_short
 from megagrow.config.flops import parameters
 from megagrow.config.load import to_yaml
 from megagrow.config.schema import ModelConfig, RunConfig
@@ -166,9 +166,9 @@ class RunLogger:
         old, new = (self._run.stages[i].model for i in (state.stage - 1, state.stage))
         self.say(
             f"step {state.counters.step}: grew by {fields['operator']} from {_shape(old)} to "
-            f"{_shape(new)}, {format_short(parameters(old))} -> {format_short(parameters(new))} parameters, in "
-            f"{report.seconds:.1f} s ({format_short(report.bytes_between_ranks)}B between ranks); loss on "
-            f"a fixed batch {before:.3f} -> {after:.3f}"
+            f"{_shape(new)}, {format_short(parameters(old))} -> {format_short(parameters(new))} "
+            f"parameters, in {report.seconds:.1f} s ({format_short(report.bytes_between_ranks)}B "
+            f"between ranks); loss on a fixed batch {before:.3f} -> {after:.3f}"
         )
 
     def end(self, state: RunState, stopped: str | None) -> None:

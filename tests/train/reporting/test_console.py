@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from megagrow.train.reporting.console import Eta, LiveLine, Status, duration, short
+from megagrow.train.reporting.console import Eta, LiveLine, Status
 
 
 def status(step: int, flops: float = 0.0) -> Status:
@@ -123,26 +123,3 @@ def test_nothing_is_shown_where_it_is_not_enabled(capsys: pytest.CaptureFixture[
         line.update(status(10))
         line.say("growth")
     assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "told"),
-    [
-        (None, "-"),
-        (0, "0:00"),
-        (75, "1:15"),
-        (59.7, "1:00"),
-        (4000, "1:06:40"),
-        (184800, "2d 03:20"),
-    ],
-)
-def test_duration(seconds: float | None, told: str) -> None:
-    assert duration(seconds) == told
-
-
-@pytest.mark.parametrize(
-    ("number", "told"),
-    [(950, "950"), (12345, "12.3k"), (3.2e6, "3.2M"), (1.5e9, "1.5B"), (2e12, "2.0T")],
-)
-def test_short(number: float, told: str) -> None:
-    assert short(number) == told

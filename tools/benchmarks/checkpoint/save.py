@@ -122,7 +122,7 @@ def measure(name: str, folder: str, output: Path) -> None:
     highest = torch.tensor(list(values.values()), dtype=torch.float64)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     values = dict(zip(values, highest.tolist(), strict=True))
-    total = sum(record.bytes for record in waited[0].manifest.files.values())
+    total = sum(record.size for record in waited[0].manifest.files.values())
     if dist.get_rank() == 0:
         told = values | {"size": name, "ranks": world, "mib": total / 2**20}
         output.write_text(json.dumps(told), encoding="utf-8")
