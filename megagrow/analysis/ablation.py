@@ -10,7 +10,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megagrow.analysis.growth_transient import Aftermath, Point, Spread, paired, spread
+from megagrow.analysis.growth_transient import Aftermath, CurvePoint, Spread, paired, spread
 from megagrow.analysis.plots import GREY, LOOKS, Look
 from megagrow.common.tables import markdown_table
 
@@ -194,11 +194,11 @@ def _looks(study: Study) -> dict[Variant, Look]:
     }
 
 
-def _less(curve: Sequence[Point], other: Sequence[Point]) -> list[Point]:
+def _less(curve: Sequence[CurvePoint], other: Sequence[CurvePoint]) -> list[CurvePoint]:
     return [(tokens, loss - base) for (tokens, loss), (_, base) in zip(curve, other, strict=True)]
 
 
-def _band(axes: Axes, curves: Sequence[Sequence[Point]], look: Look, label: str) -> None:
+def _band(axes: Axes, curves: Sequence[Sequence[CurvePoint]], look: Look, label: str) -> None:
     """Mean and deviation of curves that are measured at the same tokens."""
     at = [tokens / 1e3 for tokens, _ in curves[0]]
     found = [spread(losses) for losses in zip(*([p[1] for p in c] for c in curves), strict=True)]

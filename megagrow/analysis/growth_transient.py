@@ -10,7 +10,7 @@ from megagrow.analysis.curves import Growth, RunCurves
 from megagrow.errors import DataError
 from megagrow.train.reporting.writers import Record
 
-Point = tuple[float, float]
+CurvePoint = tuple[float, float]
 """Tokens since the growth, and a loss in nats per token."""
 
 STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -33,7 +33,7 @@ class Aftermath:
     """Validation loss after a quarter of the stage."""
     half: float
     end: float
-    validation: tuple[Point, ...]
+    validation: tuple[CurvePoint, ...]
 
 
 def aftermath(records: Sequence[Record], first_tokens: int, where: str = "the run") -> Aftermath:
@@ -77,7 +77,7 @@ def aftermath(records: Sequence[Record], first_tokens: int, where: str = "the ru
     )
 
 
-def tokens_to_reach(curve: Sequence[Point], loss: float) -> float | None:
+def tokens_to_reach(curve: Sequence[CurvePoint], loss: float) -> float | None:
     """Tokens at which a curve gets to `loss` and stays: 0 if it is never above, None if it ends
     above."""
     above = [index for index, (_, value) in enumerate(curve) if value > loss]
@@ -89,7 +89,7 @@ def tokens_to_reach(curve: Sequence[Point], loss: float) -> float | None:
     return left + (right - left) * (high - loss) / (high - low)
 
 
-def loss_at(curve: Sequence[Point], tokens: float) -> float:
+def loss_at(curve: Sequence[CurvePoint], tokens: float) -> float:
     """The loss at `tokens`, which lie within the curve."""
     for (left, first), (right, second) in pairwise(curve):
         if left <= tokens <= right:

@@ -1,5 +1,6 @@
 """`megagrow checkpoint`: list, verify, show and prune checkpoints."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,8 @@ def list_all(run: RunDirectory) -> None:
     from megagrow.checkpoint.listing import folder_of, glance, layout_text
     from megagrow.common.sizes import format_bytes
 
-    folder, rows = folder_of(run), []
+    folder = folder_of(run)
+    rows: list[Sequence[str]] = []
     for path in list_checkpoints(folder):
         seen = glance(path)
         position, layout, protected = ("?", "?"), "?", ""

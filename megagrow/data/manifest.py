@@ -1,9 +1,8 @@
 """manifest.json of a prepared corpus: sources, contents, file sizes and checksums."""
 
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
 
@@ -28,11 +27,11 @@ class Split(BaseModel):
     max_token_id: int
 
 
-_Record = Annotated[
-    FileRecord,
-    PlainValidator(partial(FileRecord.from_json, algorithm="blake2b")),
-    PlainSerializer(FileRecord.to_json),
-]
+def _record_of(value: Any) -> FileRecord:
+    return value if isinstance(value, FileRecord) else FileRecord.from_json(value, "blake2b")
+
+
+_Record = Annotated[FileRecord, PlainValidator(_record_of), PlainSerializer(FileRecord.to_json)]
 
 
 def corpus_files(folder: Path, paths: Iterable[Path]) -> Files:

@@ -25,11 +25,11 @@ from megagrow.errors import ConfigError
 from megagrow.parallel.launch import Launch, own_device
 from megagrow.parallel.process_groups import join_ranks
 
-Look = Callable[[Launch], RankReport]
+ReportFunction = Callable[[Launch], RankReport]
 
 
 def examine(
-    launch: Launch, folder: Path | None, seconds: float, look: Look = own_report
+    launch: Launch, folder: Path | None, seconds: float, look: ReportFunction = own_report
 ) -> ClusterReport:
     """All that the ranks find out; all ranks call it together and get the same.
 

@@ -14,7 +14,7 @@ import torch
 from megagrow.common.packages import package_version
 from megagrow.parallel.launch import Launch, own_device, shared_variables
 
-PACKAGES = ("megagrow", "torch", "deepspeed", "triton", "numpy")
+COMPARED_PACKAGES = ("megagrow", "torch", "deepspeed", "triton", "numpy")
 
 MATMUL_SIZE = 8192
 """Rows and columns of the square matrices that tell how fast a GPU is."""
@@ -86,7 +86,7 @@ def own_report(launch: Launch) -> RankReport:
 
 
 def _versions() -> dict[str, str]:
-    said = {name: package_version(name) or "not installed" for name in PACKAGES}
+    said = {name: package_version(name) or "not installed" for name in COMPARED_PACKAGES}
     cuda = {"CUDA of torch": torch.version.cuda or "none"}
     return {"python": platform.python_version()} | said | cuda | {"code": _code()}
 

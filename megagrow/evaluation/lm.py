@@ -28,8 +28,8 @@ from megagrow.parallel.process_groups import Topology, init_process_group, make_
 MAX_GENERATED = 256
 """Tokens, where a task does not say how many (lm-eval's own number)."""
 
-Request = TypeVar("Request")
-Answer = TypeVar("Answer")
+RequestT = TypeVar("RequestT")
+AnswerT = TypeVar("AnswerT")
 
 
 class Evaluated(TemplateLM):  # type: ignore[misc]
@@ -115,8 +115,8 @@ class Evaluated(TemplateLM):  # type: ignore[misc]
         return Text(ids, tuple([until] if isinstance(until, str) else until), most)
 
     def _shared(
-        self, requests: list[Request], answer: Callable[[list[Request]], list[Answer]]
-    ) -> list[Answer]:
+        self, requests: list[RequestT], answer: Callable[[list[RequestT]], list[AnswerT]]
+    ) -> list[AnswerT]:
         """Answers of all requests on all ranks, each computed by one data-parallel rank."""
         dp, dp_rank = self._topology.dp, self._topology.dp_rank
         bounds = [len(requests) * part // dp for part in range(dp + 1)]
@@ -129,8 +129,8 @@ class Evaluated(TemplateLM):  # type: ignore[misc]
         return [found for part in parts for found in part]
 
     def _to_the_end(
-        self, answer: Callable[[list[Request]], list[Answer]], requests: list[Request]
-    ) -> list[Answer]:
+        self, answer: Callable[[list[RequestT]], list[AnswerT]], requests: list[RequestT]
+    ) -> list[AnswerT]:
         """Answers, when all ranks are done: those that may not stop before others do not."""
         try:
             found = answer(requests)

@@ -46,14 +46,14 @@ ABOUT_FILE = "megagrow.json"
 _UNREAD = ("deepspeed.",)
 """Loss scalers stand among the optimizer's state."""
 
-Places = Mapping[tuple[str, StateKind], tuple[Path, Stored]]
+TensorFiles = Mapping[tuple[str, StateKind], tuple[Path, Stored]]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class UniversalSource(PlacedSource):
     """A Universal Checkpoint; to the readers of files a layout of one rank."""
 
-    table: Places
+    table: TensorFiles
 
     def place(self, rank: int, name: str, kind: StateKind) -> tuple[Path, Stored]:
         return self.table[name, kind]

@@ -34,7 +34,7 @@ from megagrow.parallel.partitions import (
 )
 from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.sharding import parameter_plan
-from megagrow.parallel.update_scaling import ScaledPart, UpdateFactors
+from megagrow.parallel.update_scaling import ScaledPart, UpdateScaler
 
 STATE_KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 """What is kept of every parameter, under the names of DeepSpeed's universal checkpoint."""
@@ -78,7 +78,7 @@ class ZeroEngine:
             )
         self._adam = optimizer
         self._places = partial(places, self._engine, self.stage)
-        self._factors = UpdateFactors(optimizer)
+        self._factors = UpdateScaler(optimizer)
         self._create_moments()
         if self.stage in (1, 2) and not (low_precision or settings.parallel.offload_optimizer):
             sum_flat(self._engine.optimizer)

@@ -27,7 +27,7 @@ class ScaledPart:
     """(n,), bool; None where all of it is old."""
 
 
-class UpdateFactors:
+class UpdateScaler:
     """Two factors: on the updates of all new entries, and on those of all old ones.
 
     While one of them is not 1 a step needs memory for a copy of what it updates at a time (under

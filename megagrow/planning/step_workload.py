@@ -6,7 +6,7 @@ from typing import Literal
 
 from megagrow.config.schema import ModelConfig, StageConfig
 
-Attention = Literal["flash1", "flash2", "flash3"]
+AttentionKernel = Literal["flash1", "flash2", "flash3"]
 
 Stack = Literal["eager", "fused", "compiled"]
 """Whether what only moves memory is done by single PyTorch calls, by fused kernels that Python
@@ -71,7 +71,7 @@ class StepWorkload:
     recomputed: float = 0.0
     """Share of the layers' forward pass that is done twice: 1 with full checkpointing."""
     sequence_parallel: bool = False
-    attention: Attention = "flash2"
+    attention: AttentionKernel = "flash2"
     stack: Stack = "fused"
     overlap: bool = True
     """Whether gradients are reduced, and weights gathered, while others are computed."""

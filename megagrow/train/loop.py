@@ -18,11 +18,10 @@ from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.flops import flops_per_token
 from megagrow.train.growth_event.new_entries import update_factors
-from megagrow.train.reporting.memory import peak_memory
 from megagrow.train.reporting.metrics import StepMetrics
 from megagrow.train.schedule import rate_at
 from megagrow.train.stage import Stage, masks_now
-from megagrow.train.step import train_step
+from megagrow.train.step import peak_memory, train_step
 from megagrow.train.train_state import RunState
 
 
@@ -54,7 +53,7 @@ class StageEnd:
     state: RunState
 
 
-Event = StepDone | Stopped | StageEnd
+LoopEvent = StepDone | Stopped | StageEnd
 
 
 class Background(Protocol):
@@ -76,7 +75,7 @@ def advance(
     check: Callable[[], None] = lambda: None,
     beat: Callable[[str], None] = lambda phase: None,
     background: Background | None = None,
-) -> Event:
+) -> LoopEvent:
     """Trains the next step of a stage, unless it has had all of them or a signal came.
 
     `beat` hears of each phase of it that begins. An error that only one rank sees (a damaged

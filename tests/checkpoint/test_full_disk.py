@@ -23,7 +23,7 @@ STAGES = {
     "begin": "remove_unfinished",
     "shard": "write_shard",
     "manifest": "write_manifest",
-    "sync": "sync",
+    "publish": "publish",
 }
 """What fails, by the name that save.py calls it."""
 

@@ -11,8 +11,7 @@ import torch
 
 from megagrow.config.schema import RunConfig
 from megagrow.evaluation.lm import Evaluated, MegagrowLM
-from megagrow.evaluation.online import LiveEvaluation
-from megagrow.evaluation.preflight import NoModel
+from megagrow.evaluation.online import LiveEvaluation, NoModel
 from megagrow.evaluation.runner import evaluate
 from megagrow.evaluation.tasks import load_tasks
 from megagrow.reshard.fill import fill_initial
