@@ -8,7 +8,7 @@ from rich.console import Console
 
 from megagrow.cli.options import (
     AnySource,
-    CheckpointSource,
+    CheckpointPath,
     DataParallel,
     Dtype,
     Memory,
@@ -35,7 +35,7 @@ MEMORY = "512MiB"
 
 @convert_app.command()
 def reshard(
-    source: CheckpointSource,
+    source: CheckpointPath,
     out: OutputPath,
     zero_stage: ZeroStage = None,
     dp: DataParallel = None,
@@ -52,7 +52,7 @@ def reshard(
 
 @convert_app.command("hf-export")
 def hf_export(
-    source: CheckpointSource,
+    source: CheckpointPath,
     out: OutputPath,
     dtype: Dtype = "float32",
     shard_size: ShardSize = "5GB",

@@ -51,8 +51,7 @@ def doctor(
 def _examine_cluster(folder: Path | None, seconds: float) -> None:
     """Print the report of all ranks on rank 0; raise ConfigError on all if a problem is found."""
     from megagrow.doctor.cluster import examine
-    from megagrow.doctor.diagnostics import findings
-    from megagrow.doctor.tables import show_cluster
+    from megagrow.doctor.diagnostics import findings, show_cluster
     from megagrow.parallel.launch import read_launch
 
     launch = read_launch()

@@ -13,7 +13,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set optimizer.lr=1e-3."),
 ]
-CheckpointSource = Annotated[
+CheckpointPath = Annotated[
     Path,
     typer.Argument(
         help="Checkpoint, or run directory (newest checkpoint).",

@@ -16,9 +16,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megagrow.errors import DataError, InputError
-from megagrow.evaluation.generation import Text, write
 from megagrow.evaluation.likelihood import Pair, log_likelihoods
-from megagrow.evaluation.logprobs import Scorer, Scores
+from megagrow.evaluation.logprobs import Generation, Scorer, Scores, generate_greedily
 from megagrow.evaluation.model import Loaded, load
 from megagrow.evaluation.tokenizer import Texts
 from megagrow.parallel.agreement import run_on_all_ranks
@@ -98,10 +97,10 @@ class Evaluated(TemplateLM):  # type: ignore[misc]
         order = sorted(texts, key=lambda text: -len(text.context))
         for first in range(0, len(order), self.batch_size):
             batch = order[first : first + self.batch_size]
-            write(batch, self._scorer, self._texts.eos_id, self._texts.decode)
+            generate_greedily(batch, self._scorer, self._texts.eos_id, self._texts.decode)
         return [text.result or "" for text in texts]
 
-    def _text(self, context: str, options: dict[str, Any]) -> Text:
+    def _text(self, context: str, options: dict[str, Any]) -> Generation:
         if options.get("do_sample") or options.get("temperature"):
             raise DataError("this task samples its answers; only greedy decoding is done here")
         until = options.get("until") or []
@@ -112,7 +111,7 @@ class Evaluated(TemplateLM):  # type: ignore[misc]
                 "max_gen_toks"
             )
         ids = self.tok_encode(context)[-(self.max_length - most) :] or [self.prefix_token_id]
-        return Text(ids, tuple([until] if isinstance(until, str) else until), most)
+        return Generation(ids, tuple([until] if isinstance(until, str) else until), most)
 
     def _shared(
         self, requests: list[RequestT], answer: Callable[[list[RequestT]], list[AnswerT]]

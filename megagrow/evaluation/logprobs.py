@@ -1,10 +1,11 @@
-"""Log-probabilities of tokens, computed from the hidden states of the positions that are asked for.
+"""Log-probabilities of requested tokens, and greedy decoding.
 
-The head is applied to those positions alone, a chunk at a time; the vocabulary may be spread over
-tensor-parallel ranks, and its logits are never gathered.
+The head is applied to the requested positions only, a chunk at a time; the vocabulary may be
+sharded over tensor-parallel ranks, and its logits are never gathered.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -140,3 +141,39 @@ class Scorer:
         length = max(map(len, sequences))
         rows = [sequence + [0] * (length - len(sequence)) for sequence in sequences]
         return torch.tensor(rows, device=self._topology.device)
+
+
+@dataclass
+class Generation:
+    """A text that is being generated."""
+
+    context: list[int]
+    until: tuple[str, ...]
+    """Stop strings; the text ends before the first of them."""
+    max_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    """Generated tokens."""
+    result: str | None = None
+    """The generated text, once it is complete."""
+
+    def add(self, token: int, eos: int, decode: Callable[[list[int]], str]) -> None:
+        """Append the next token; set `result` if the text is complete."""
+        if token != eos:
+            self.tokens.append(token)
+        text = decode(self.tokens)
+        ends = [text.index(stop) for stop in self.until if stop in text]
+        if ends or token == eos or len(self.tokens) == self.max_tokens:
+            self.result = text[: min(ends)] if ends else text
+
+
+def generate_greedily(
+    batch: list[Generation], scorer: Scores, eos: int, decode: Callable[[list[int]], str]
+) -> None:
+    """Complete a batch of texts; all ranks of a tensor-parallel group together.
+
+    There is no cache: every token takes a forward pass over all tokens so far.
+    """
+    while unfinished := [text for text in batch if text.result is None]:
+        tokens = scorer.best([text.context + text.tokens for text in unfinished])
+        for text, token in zip(unfinished, tokens, strict=True):
+            text.add(token, eos, decode)

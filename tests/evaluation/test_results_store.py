@@ -111,7 +111,7 @@ def test_only_a_run_keeps_results_of_its_own_checkpoints(case, tmp_path: Path) -
     ("text", "said"),
     [
         ("{", "not JSON"),
-        ("[]", "should hold a JSON object"),
+        ("[]", "must contain a JSON object"),
         ("{}", "not as megagrow eval has written it"),
         (json.dumps(results("a", 0.5, results={"a": 3})), "not as megagrow eval has written it"),
         (json.dumps(results("a", 0.5, tokens="70")), "not as megagrow eval has written it"),

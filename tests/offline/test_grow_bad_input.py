@@ -87,7 +87,7 @@ def test_requests_that_can_not_be_met(path, tmp_path, name):
         ("hidden_sise: 3", "model.yaml: unknown key 'hidden_sise'; did you mean 'hidden_size'?"),
         ("num_hidden_layers: 3", "model.yaml: 'hidden_size': Field required"),
         ("base: llama-9b", "names 'llama-9b', but there is no model/llama-9b.yaml; did you mean"),
-        ("- 3", "model.yaml: should hold a mapping"),
+        ("- 3", "model.yaml: must contain a mapping"),
     ],
 )
 def test_model_files_that_hold_no_model(path, tmp_path, text, said):
