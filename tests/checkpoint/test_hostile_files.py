@@ -162,7 +162,7 @@ def test_an_index_cannot_name_files_elsewhere(folder: Path, name: object) -> Non
     [
         ("[" * 100_000, "not JSON"),
         ('{"vocab_size": 1, "vocab_size": 2}', "duplicate key"),
-        ('{"rope_theta": NaN}', "NaN is no number"),
+        ('{"rope_theta": NaN}', "NaN is not a JSON number"),
         ('{"rope_scaling": [1]}', "rope_scaling should be a mapping"),
         ("[]", "must contain a JSON object"),
     ],

@@ -3,6 +3,7 @@
 import statistics
 from typing import Any
 
+from megagrow.common.tables import markdown_table
 from tools.benchmarks.training.turns import Contestant
 
 OURS = "ours"
@@ -60,11 +61,11 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _training_table(rows: list[dict[str, Any]]) -> list[str]:
     """Ours against each contestant of as many ranks."""
-    lines = [
-        "| contestant | ranks | tokens/s | ours is faster by, wall | ours is faster by, CPU time "
-        "| first step after s |",
-        "|---" * 6 + "|",
-    ]
+    columns = (
+        *("contestant", "ranks", "tokens/s", "ours is faster by, wall"),
+        *("ours is faster by, CPU time", "first step after s"),
+    )
+    table: list[tuple[str, ...]] = []
     names = {row["contestant"] for row in rows}
     for row in rows:
         own = OURS if row["ranks"] == 1 else f"{OURS}: {row['ranks']} ranks"
@@ -72,36 +73,35 @@ def _training_table(rows: list[dict[str, Any]]) -> list[str]:
         ratios = ["-", "-"]
         if own in names:
             ratios = [f"{ratio(rows, own, name, clock):.3f}" for clock in ("wall", "cpu")]
-        lines.append(
-            f"| {name} | {row['ranks']} | {1 / statistics.median(row['wall']):,.0f} "
-            f"| {ratios[0]} | {ratios[1]} | {row['start_seconds']:.1f} |"
-        )
-    return lines
+        throughput = f"{1 / statistics.median(row['wall']):,.0f}"
+        table.append((name, str(row["ranks"]), throughput, *ratios, f"{row['start_seconds']:.1f}"))
+    return [markdown_table(columns, table)]
 
 
 def _parts_table(row: dict[str, Any]) -> list[str]:
     step = sum(row["parts"].values())
-    lines = [f"| part of a step of {row['contestant']!r}, median | ms | share |", "|---|---|---|"]
-    for name, seconds in row["parts"].items():
-        lines.append(f"| {name} | {1000 * seconds:.2f} | {100 * seconds / step:.2f}% |")
-    return [*lines, f"| together | {1000 * step:.1f} | 100% |"]
+    columns = (f"part of a step of {row['contestant']!r}, median", "ms", "share")
+    table = [
+        (name, f"{1000 * seconds:.2f}", f"{100 * seconds / step:.2f}%")
+        for name, seconds in row["parts"].items()
+    ]
+    return [markdown_table(columns, [*table, ("together", f"{1000 * step:.1f}", "100%")])]
 
 
 def _prepare_table(found: dict[str, Any]) -> list[str]:
     if "ways" not in found:
         return [f"prepare: not installed: {', '.join(found['not_installed'])}"]
-    lines = [
-        f"{found['bytes'] / 1e6:.1f} MB of JSON lines on {found['cores']} cores:",
-        "",
-        "| tokenizer | way | MB/s | tokens | prepare is faster by, wall | by, CPU time |",
-        "|---|---|---|---|---|---|",
-    ]
+    heading = f"{found['bytes'] / 1e6:.1f} MB of JSON lines on {found['cores']} cores:"
+    columns = ("tokenizer", "way", "MB/s", "tokens", "prepare is faster by, wall", "by, CPU time")
+    table = []
     own = {row["tokenizer"]: row for row in found["ways"] if "prepare" in row["way"]}
     for row in found["ways"]:
         ours = own[row["tokenizer"]]
-        lines.append(
-            f"| {row['tokenizer']} | {row['way']} | {found['bytes'] / 1e6 / row['seconds']:.2f} "
-            f"| {row['tokens']:,} | {row['seconds'] / ours['seconds']:.2f} "
-            f"| {row['cpu_seconds'] / ours['cpu_seconds']:.2f} |"
+        table.append(
+            (
+                *(row["tokenizer"], row["way"], f"{found['bytes'] / 1e6 / row['seconds']:.2f}"),
+                *(f"{row['tokens']:,}", f"{row['seconds'] / ours['seconds']:.2f}"),
+                f"{row['cpu_seconds'] / ours['cpu_seconds']:.2f}",
+            )
         )
-    return lines
+    return [heading, "", markdown_table(columns, table)]
