@@ -32,16 +32,18 @@ def publish(partial: Path, path: Path) -> None:
 
     An existing file or folder is replaced. The files in a folder must already be synced.
     """
-    if partial.is_dir():
+    is_folder = partial.is_dir()
+    if is_folder:
         for folder in (path for path in partial.rglob("*") if path.is_dir()):
             sync(folder)
     sync(partial)
     replaced = path.with_name(f"{path.name}.old.tmp")
-    if path.is_dir():
+    if is_folder and path.is_dir():
         path.rename(replaced)
     partial.replace(path)
     sync(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if is_folder:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager

@@ -128,8 +128,8 @@ def _devices(cluster: ClusterReport) -> Iterator[str]:
             continue
         users.setdefault(gpu.uuid, []).append(report.rank)
         if gpu.free < FREE_MEMORY * gpu.memory:
-            free, memory = gpu.free / 2**30, gpu.memory / 2**30
-            yield f"{where}: of its GPU's {memory:.0f} GiB only {free:.0f} are free"
+            free, memory = format_in(gpu.free, "GiB", 0), format_in(gpu.memory, "GiB", 0)
+            yield f"{where}: of its GPU's {memory} GiB only {free} are free"
         if gpu.ecc_errors:
             yield f"{where}: its GPU has {gpu.ecc_errors} memory errors that were not corrected"
     for uuid, ranks in users.items():

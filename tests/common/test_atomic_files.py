@@ -66,6 +66,13 @@ def test_failed_file_keeps_the_old_one(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_file_never_replaces_a_folder(tmp_path):
+    (tmp_path / "path").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path / "path", "new")
+    assert [path.is_dir() for path in tmp_path.iterdir()] == [True]
+
+
 def test_publish_replaces_a_folder(tmp_path):
     for name in ("new", "out"):
         (tmp_path / name).mkdir()

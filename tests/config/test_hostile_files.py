@@ -32,7 +32,10 @@ HOSTILE = {
     "an alias of itself": ("a: &a [*a]", "line 1: an alias refers to a value that contains it"),
     "an alias of itself below": ("a: &a {b: [{c: *a}]}", "an alias refers to a value"),
     "deep": ("[" * 1000 + "]" * 1000, f"more than {DEPTH} nested mappings and lists"),
-    "deep blocks": ("\n".join(" " * i + "a:" for i in range(400)), f"more than {DEPTH} nested mappings"),
+    "deep blocks": (
+        "\n".join(" " * i + "a:" for i in range(400)),
+        f"more than {DEPTH} nested mappings",
+    ),
     "a huge number": ("a: " + "9" * 5000, "line 1: a number of 5000 characters"),
     "a huge number in hex": ("a: 0x" + "f" * 100_000, "a number of 100002 characters"),
     "a huge number of seconds": ("a: " + "1:" * 9999 + "1", "a number of 19999 characters"),
