@@ -1,148 +1,112 @@
-"""The design, held by machine: who may import whom, and how large things may get.
+"""Architecture rules: import order, sizes, names and docstrings.
 
-Nothing is imported here: every file is read as a syntax tree. A reasoned exception is an entry of
-`EXCEPTIONS`, never a looser rule.
+Nothing is imported here: every file is parsed into a syntax tree. An exception is an entry of
+`EXCEPTIONS` with a reason, never a looser rule.
 """
 
 import ast
 import re
 import statistics
 import sys
-from collections.abc import Iterator
-from functools import cache
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers.source_tree import (
+    ROOT,
+    Function,
+    docstrings,
+    dotted,
+    files,
+    functions,
+    imports,
+    module_of,
+    name_of,
+    names,
+    public,
+    tree_of,
+    types_of,
+    unannotated,
+    within,
+)
 
 ORDER = (
     *("errors", "common", "config", "model", "parallel", "data", "growth", "reshard"),
     *("checkpoint", "formats", "train", "offline", "evaluation", "analysis", "fits"),
     *("planning", "doctor", "run", "api", "cli"),
 )
-"""The folders and files of megagrow/: each may import those before it, never those after it."""
+"""Folders and files of megagrow/; each may import only the ones before it."""
 
 FILE_LINES, KERNEL_FILE_LINES = 300, 400
 FUNCTION_LINES, KERNEL_FUNCTION_LINES = 60, 120
 MEDIAN_FUNCTION, MOST_FUNCTIONS, MOST_SHARE = 12, 40, 0.9
 LINE_WIDTH = 100
+SMALL_MODULE, MOST_MODULES, MOST_MODULES_OF_A_FOLDER = 60, 214, 20
+
+DOCSTRING_RULE_FOLDERS: tuple[str, ...] = (
+    *("megagrow/cli", "megagrow/common"),
+    *("tests/cli", "tests/common", "tests/doctor", "tests/fuzz"),
+)
+"""Folders in which the rule on the first word of docstrings already holds."""
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("code", "megagrow/formats/torch_file.py: imports pickle.UnpicklingError"): (
-        "what torch.load(weights_only=True) raises of a file that would run code"
+        "torch.load(weights_only=True) raises it for a file that would run code"
     ),
     ("code", "megagrow/formats/torch_file.py: imports pickle"): (
-        "it writes files that other programs' torch.load reads, and reads none"
+        "it writes files for torch.load in other programs and reads none"
     ),
     ("down", "megagrow/config/flops.py: imports megagrow.model.layers.table"): (
         "parameters and FLOPs are counted from the declarations of the layer types, which import "
         "config.schema only"
     ),
     ("environment", "tools/benchmarks/training/turns.py: os.environ"): (
-        "it is the launcher: it tells the ranks that it starts who they are"
+        "it is the launcher: it sets the environment of the ranks it starts"
     ),
     ("environment", "tools/faults/run.py: os.environ"): (
-        "it is the launcher: it tells the ranks that it forks who they are"
+        "it is the launcher: it sets the environment of the ranks it forks"
+    ),
+    ("small", "megagrow/cli/train.py: imported by megagrow.cli.app only"): (
+        "the command line has one file per command group"
+    ),
+    ("small", "megagrow/train/reporting/environment.py: imported by megagrow.run only"): (
+        "the provenance record of a run does not depend on the logger that writes it"
     ),
 }
-"""(test, what it found) -> why that is right."""
-
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-
-
-def files(*folders: str) -> list[Path]:
-    """The Python files in these folders of the repository."""
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+"""(test, finding) -> reason."""
 
 
 PRODUCT = files("megagrow", "kernels", "tools", "examples")
 TESTS = files("tests")
 
 
-@cache
-def tree_of(path: Path) -> ast.Module:
-    """The syntax tree of a file."""
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
-
-
-def name_of(path: Path) -> str:
-    """How a file is named in findings and in EXCEPTIONS."""
-    return path.relative_to(ROOT).as_posix()
-
-
-def module_of(path: Path) -> str:
-    """The dotted name under which a file is imported."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    parts = parts[1:] if parts[0] == "kernels" else parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imports(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports, wherever the statement stands; `from a import b` is a.b."""
-    package = module_of(path).split(".")[: None if path.name == "__init__.py" else -1]
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-
-
-def dotted(node: ast.AST) -> str:
-    """`a.b.c` for such an expression, else nothing."""
-    if isinstance(node, ast.Attribute):
-        return f"{dotted(node.value)}.{node.attr}"
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def names(path: Path) -> set[str]:
-    """All dotted names that a file imports or uses."""
-    used = {dotted(node) for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)}
-    return used | set(imports(path))
-
-
-def within(name: str, package: str) -> bool:
-    """Whether a dotted name is the package or something in it."""
-    return name == package or name.startswith(f"{package}.")
-
-
-def functions(path: Path) -> Iterator[tuple[str, int]]:
-    """Each function with its lines, without decorators and docstring."""
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, Function):
-            first = node.body[0]
-            told = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) else 0
-            yield f"{name_of(path)}: {node.name}", node.end_lineno - node.lineno + 1 - told
-
-
 def is_kernel(path: Path) -> bool:
-    """Whether the wider budget of Triton kernels applies."""
+    """Return True if the larger limits of Triton kernels apply."""
     return path.is_relative_to(ROOT / "kernels")
 
 
 def hold(test: str, found: list[str]) -> None:
-    """Fails with all findings that EXCEPTIONS does not excuse."""
+    """Fail with all findings that are not in EXCEPTIONS."""
     left = [item for item in found if (test, item) not in EXCEPTIONS]
     assert not left, "\n" + "\n".join(left)
 
 
 def layer(module: str) -> str:
-    """The folder or file of megagrow/ that a module belongs to; the package itself is the top."""
+    """Return the folder or file of megagrow/ that contains a module; the package itself is cli."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 and parts[1] != "__main__" else "cli"
 
 
-def test_imports_go_down_only() -> None:
+def test_import_order() -> None:
     found = []
     for path in files("megagrow"):
         here = layer(module_of(path))
         if path == ROOT / "megagrow" / "__init__.py":
             continue
         if here not in ORDER:
-            found.append(f"{name_of(path)}: '{here}' has no place in ORDER")
+            found.append(f"{name_of(path)}: '{here}' is missing in ORDER")
             continue
         for name in imports(path):
             if within(name, "megagrow") and name != "megagrow.__version__":
@@ -152,11 +116,11 @@ def test_imports_go_down_only() -> None:
     hold("down", found)
 
 
-def test_the_package_itself_imports_nothing() -> None:
+def test_package_imports_nothing() -> None:
     assert list(imports(ROOT / "megagrow" / "__init__.py")) == []
 
 
-def test_modules_of_a_folder_do_not_import_in_circles() -> None:
+def test_no_import_cycles() -> None:
     paths = {module_of(path): path for path in files("megagrow", "kernels")}
     graph = {}
     for module, path in paths.items():
@@ -177,14 +141,14 @@ def test_modules_of_a_folder_do_not_import_in_circles() -> None:
         ("tests", ()),
     ],
 )
-def test_one_door(package: str, doors: tuple[str, ...]) -> None:
+def test_packages_imported_in_one_module(package: str, doors: tuple[str, ...]) -> None:
     searched = PRODUCT if package == "tests" else files("megagrow")
     outside = [path for path in searched if name_of(path) not in doors]
     used = [name_of(path) for path in outside if any(within(n, package) for n in imports(path))]
     hold("door", [f"{path}: imports {package}" for path in used])
 
 
-def test_kernels_stand_on_torch_and_triton_alone() -> None:
+def test_kernels_import_torch_and_triton_only() -> None:
     allowed = {*sys.stdlib_module_names, "torch", "triton", "megagrow_kernels"}
     found = [
         f"{name_of(path)}: imports {name}"
@@ -195,7 +159,7 @@ def test_kernels_stand_on_torch_and_triton_alone() -> None:
     hold("kernels", found)
 
 
-def test_the_model_knows_one_device() -> None:
+def test_model_is_single_device() -> None:
     found = [
         f"{name_of(path)}: {name}"
         for path in files("megagrow/model")
@@ -205,7 +169,7 @@ def test_the_model_knows_one_device() -> None:
     hold("one device", found)
 
 
-def test_the_environment_is_read_in_one_place() -> None:
+def test_environment_is_read_in_one_module() -> None:
     door = "megagrow/parallel/launch.py"
     environment = ("os.environ", "os.getenv", "os.putenv")
     found = [
@@ -264,7 +228,7 @@ def test_most_functions_are_short(paths: list[Path]) -> None:
     assert short >= MOST_SHARE * len(lengths)
 
 
-def test_text_of_the_files() -> None:
+def test_file_text() -> None:
     later = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
     found = []
     for path in PRODUCT + TESTS:
@@ -280,35 +244,72 @@ def test_text_of_the_files() -> None:
     hold("text", found)
 
 
-def public(path: Path) -> Iterator[tuple[Function | ast.ClassDef, bool]]:
-    """Public classes and functions, and the methods of those classes (then with True)."""
-    for node in tree_of(path).body:
-        if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_"):
-            yield node, False
-            if isinstance(node, ast.ClassDef):
-                methods = (item for item in node.body if isinstance(item, Function))
-                yield from ((item, True) for item in methods if not item.name.startswith("_"))
+MODULES = [path for path in files("megagrow") if path.name != "__init__.py"]
 
 
-def unannotated(function: Function) -> list[str]:
-    """The parameters without an annotation, and `return`; Triton's and autograd's are free."""
-    if any("jit" in dotted(getattr(d, "func", d)) for d in function.decorator_list):
-        return []
-    given = function.args
-    parameters = [*given.posonlyargs, *given.args, *given.kwonlyargs]
-    parameters += [extra for extra in (given.vararg, given.kwarg) if extra]
-    free = {"self", "cls", "ctx"}
-    missing = [p.arg for p in parameters if p.annotation is None and p.arg not in free]
-    return missing + ([] if function.returns else ["return"])
+def test_type_names_are_defined_once() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in files("megagrow"):
+        for name in types_of(path):
+            homes.setdefault(name, []).append(name_of(path))
+    found = [
+        f"{name}: {', '.join(paths)}" for name, paths in sorted(homes.items()) if len(paths) > 1
+    ]
+    hold("type name", found)
 
 
-def test_public_things_are_explained_and_annotated() -> None:
+def test_small_modules_have_several_importers() -> None:
+    importers: dict[str, set[str]] = {module_of(path): set() for path in files("megagrow")}
+    for path in files("megagrow"):
+        for name in imports(path):
+            for module in {name, name.rpartition(".")[0]} & importers.keys() - {module_of(path)}:
+                importers[module].add(module_of(path))
+    found = [
+        f"{name_of(path)}: imported by {'; '.join(importers[module_of(path)])} only"
+        for path in MODULES
+        if path.name != "__main__.py"
+        and len(path.read_text(encoding="utf-8").splitlines()) < SMALL_MODULE
+        and len(importers[module_of(path)]) == 1
+    ]
+    hold("small", found)
+
+
+def test_number_of_modules() -> None:
+    assert len(MODULES) <= MOST_MODULES
+    by_folder = Counter(path.parent for path in MODULES)
+    found = [
+        f"{name_of(folder)}: {count} modules, at most {MOST_MODULES_OF_A_FOLDER}"
+        for folder, count in by_folder.items()
+        if count > MOST_MODULES_OF_A_FOLDER
+    ]
+    hold("folder", found)
+
+
+def test_tools_contains_folders_only() -> None:
+    hold("tools", [name_of(path) for path in (ROOT / "tools").glob("*.py")])
+
+
+FIRST_WORD = re.compile(r"(?:What|Whether|Who|How|Of|Where)\b")
+
+
+@pytest.mark.parametrize("folder", DOCSTRING_RULE_FOLDERS)
+def test_docstrings_begin_with_a_verb_or_a_noun(folder: str) -> None:
+    found = [
+        f"{name_of(path)}:{line}: {text.splitlines()[0]}"
+        for path in files(folder)
+        for line, text in docstrings(path)
+        if FIRST_WORD.match(text.strip())
+    ]
+    hold("docstring", found)
+
+
+def test_public_names_have_docstrings_and_annotations() -> None:
     found = []
     for path in PRODUCT:
         for node, is_method in public(path):
-            what = f"{name_of(path)}: {node.name}"
+            name = f"{name_of(path)}: {node.name}"
             if not is_method and not ast.get_docstring(node):
-                found.append(f"{what} has no docstring")
+                found.append(f"{name} has no docstring")
             if isinstance(node, Function) and (missing := unannotated(node)):
-                found.append(f"{what} has no annotation for {', '.join(missing)}")
+                found.append(f"{name} has no annotation for {', '.join(missing)}")
     hold("public", found)

@@ -3,7 +3,9 @@
 import ast
 
 import pytest
-from tests.helpers.architecture import PRODUCT, dotted, hold, imports, name_of, tree_of
+
+from tests.helpers.source_tree import dotted, imports, name_of, tree_of
+from tests.test_architecture import PRODUCT, hold
 
 FORBIDDEN = {
     **dict.fromkeys(("eval", "exec", "compile", "__import__"), "runs a text as code"),

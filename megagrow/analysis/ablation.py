@@ -10,8 +10,15 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megagrow.analysis.growth_transient import GrowthTransient, Point, Spread, paired_spread, spread
+from megagrow.analysis.growth_transient import (
+    CurvePoint,
+    GrowthTransient,
+    Spread,
+    paired_spread,
+    spread,
+)
 from megagrow.analysis.plots import GREY, PLOT_STYLES, PlotStyle
+from megagrow.common.tables import markdown_table
 
 
 class Variant(NamedTuple):
@@ -106,8 +113,7 @@ def _differences(study: Study, other: Variant, variants: Sequence[Variant]) -> l
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table(head, rows, right_aligned=head[1:])
 
 
 def _value_cell(value: Spread | None, quantity: str) -> str:
@@ -198,11 +204,11 @@ def _styles(study: Study) -> dict[Variant, PlotStyle]:
     }
 
 
-def _subtract(curve: Sequence[Point], other: Sequence[Point]) -> list[Point]:
+def _subtract(curve: Sequence[CurvePoint], other: Sequence[CurvePoint]) -> list[CurvePoint]:
     return [(tokens, loss - base) for (tokens, loss), (_, base) in zip(curve, other, strict=True)]
 
 
-def _band(axes: Axes, curves: Sequence[Sequence[Point]], style: PlotStyle, label: str) -> None:
+def _band(axes: Axes, curves: Sequence[Sequence[CurvePoint]], style: PlotStyle, label: str) -> None:
     """Draw the mean and standard deviation of curves measured at the same token counts."""
     x = [tokens / 1e3 for tokens, _ in curves[0]]
     spreads = [spread(losses) for losses in zip(*([p[1] for p in c] for c in curves), strict=True)]

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from megagrow.analysis.curves import RunCurves, load_run
 from megagrow.analysis.plots import plot_runs
 from megagrow.analysis.seeds import group_runs, match_groups
 from megagrow.analysis.speedup import Speedup, measure_speedup
 from megagrow.analysis.speedup_curve import LossKind, loss_kind
+from megagrow.common.tables import markdown_table, print_lines, print_table
 from megagrow.errors import DataError
 
 PLOT = "loss_vs_flops.png"
@@ -56,10 +55,8 @@ def compare_runs(curves: Sequence[RunCurves], output: Path, console: Console) ->
     plot_runs(curves, output / PLOT, comparisons[0].speedup)
     (output / "comparison.md").write_text(_markdown(curves, closing), encoding="utf-8")
     (output / "comparison.json").write_text(_json(curves, comparisons), encoding="utf-8")
-    console.print(_table(curves))
-    for line in closing:
-        console.print(Text(line), soft_wrap=True)
-    console.print(Text(f"Plot: {output / PLOT}"), soft_wrap=True)
+    print_table(console, *_table(curves))
+    print_lines(console, [*closing, f"Plot: {output / PLOT}"])
     return comparisons
 
 
@@ -138,18 +135,14 @@ def _final(losses: Sequence[float]) -> str:
     return f"{losses[-1]:.4f}" if losses else "-"
 
 
-def _table(runs: Sequence[RunCurves]) -> Table:
-    table = Table("", *(run.name for run in runs))
-    for label, cells in _rows(runs).items():
-        table.add_row(label, *cells)
-    return table
+def _table(runs: Sequence[RunCurves]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and the rows."""
+    rows = [[label, *cells] for label, cells in _rows(runs).items()]
+    return ["", *(run.name for run in runs)], rows
 
 
 def _markdown(runs: Sequence[RunCurves], closing: Sequence[str]) -> str:
-    table = [["", *(run.name for run in runs)], ["---"] * (len(runs) + 1)]
-    table += [[label, *cells] for label, cells in _rows(runs).items()]
-    lines = ["# Growth compared with training from scratch", ""]
-    lines += [f"| {' | '.join(row)} |" for row in table]
+    lines = ["# Growth compared with training from scratch", "", markdown_table(*_table(runs))]
     return "\n".join([*lines, "", *(f"- {line}" for line in closing), "", f"![loss]({PLOT})", ""])
 
 

@@ -10,7 +10,7 @@ from megagrow.analysis.curves import Growth, RunCurves
 from megagrow.errors import DataError
 from megagrow.train.reporting.writers import Record
 
-Point = tuple[float, float]
+CurvePoint = tuple[float, float]
 """Tokens since the growth and loss in nats per token."""
 
 STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -36,7 +36,7 @@ class GrowthTransient:
     """Validation loss after half of the stage."""
     end: float
     """Last validation loss of the stage."""
-    validation: tuple[Point, ...]
+    validation: tuple[CurvePoint, ...]
     """All validation losses of the stage."""
 
 
@@ -83,7 +83,7 @@ def read_transient(
     )
 
 
-def tokens_to_reach(curve: Sequence[Point], loss: float) -> float | None:
+def tokens_to_reach(curve: Sequence[CurvePoint], loss: float) -> float | None:
     """Return the tokens after which a curve stays at or below `loss`: 0 if it is never above, None
     if it ends above."""
     above = [index for index, (_, value) in enumerate(curve) if value > loss]
@@ -95,7 +95,7 @@ def tokens_to_reach(curve: Sequence[Point], loss: float) -> float | None:
     return left + (right - left) * (high - loss) / (high - low)
 
 
-def loss_at(curve: Sequence[Point], tokens: float) -> float:
+def loss_at(curve: Sequence[CurvePoint], tokens: float) -> float:
     """Return the interpolated loss at `tokens`. Raises ValueError outside the curve."""
     for (left, first), (right, second) in pairwise(curve):
         if left <= tokens <= right:

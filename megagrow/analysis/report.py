@@ -5,7 +5,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.text import Text
 
 from megagrow.analysis.compare import PLOT, closing_lines, compare_runs, load_runs
 from megagrow.analysis.curves import RunCurves
@@ -26,6 +25,7 @@ from megagrow.analysis.report_tables import (
     speedup_table,
 )
 from megagrow.analysis.seeds import Matchup, group_runs, match_groups
+from megagrow.common.tables import print_lines
 
 PAGE, MARKDOWN = "report.html", "report.md"
 TITLE = "Growth compared with training from scratch"
@@ -56,7 +56,7 @@ def write_report(
     (output / PAGE).write_text(page, encoding="utf-8")
     text = "\n".join([f"# {TITLE}", "", *map(as_markdown, tables)])
     (output / MARKDOWN).write_text(text, encoding="utf-8")
-    console.print(Text(f"Page: {output / PAGE}"), soft_wrap=True)
+    print_lines(console, [f"Page: {output / PAGE}"])
 
 
 def _plots(curves: Sequence[RunCurves], matchups: Sequence[Matchup], output: Path) -> list[Plot]:

@@ -8,6 +8,7 @@ from megagrow.analysis.flop_accounting import ACCOUNTS
 from megagrow.analysis.growth_transient import spikes
 from megagrow.analysis.seeds import Matchup
 from megagrow.analysis.speedup_curve import Level
+from megagrow.common.tables import escape_markdown, markdown_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +87,10 @@ def score_table(runs: Sequence[RunCurves]) -> Table:
 
 def as_markdown(table: Table) -> str:
     """Return the table as Markdown under its heading; cells are escaped for Markdown and HTML."""
-    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-    body = [f"| {' | '.join(map(_escape, cells))} |" for cells in lines]
-    notes = [f"- {_escape(note)}" for note in table.notes]
-    return "\n".join([f"## {table.title}", "", *body, *([""] if notes else []), *notes, ""])
-
-
-def _escape(text: str) -> str:
-    joined = " ".join(text.split())
-    return joined.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    columns, *rows = [[*map(escape_markdown, cells)] for cells in (table.columns, *table.rows)]
+    notes = [f"- {escape_markdown(note)}" for note in table.notes]
+    body = [markdown_table(columns, rows), *([""] if notes else []), *notes]
+    return "\n".join([f"## {table.title}", "", *body, ""])
 
 
 def _run_cells(run: RunCurves) -> list[str]:

@@ -1,8 +1,9 @@
-"""Find the newest valid checkpoint; damaged ones are skipped with a warning."""
+"""Search for the newest valid checkpoint."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from megagrow.checkpoint.files import list_checkpoints
 from megagrow.checkpoint.manifest import Manifest, verify_checkpoint
@@ -10,33 +11,54 @@ from megagrow.errors import CheckpointError, InputError
 
 logger = logging.getLogger(__name__)
 
+FoundCheckpoint = tuple[Path, Manifest]
+"""A checkpoint and its manifest."""
 
-def newest_whole(directory: Path) -> tuple[Path, Manifest] | None:
-    """Return the newest checkpoint whose files match their checksums; None if there is none.
+Content = TypeVar("Content")
 
-    "Newest" means most steps. Damaged checkpoints are skipped with a warning. Raises
-    CheckpointError if all of them are damaged.
+
+def newest_valid(directory: Path) -> FoundCheckpoint | None:
+    """Return the newest valid checkpoint under a directory, None if there is no checkpoint at all.
+
+    "Newest" means most steps. One process reads every byte. Damaged checkpoints are skipped with a
+    warning. Raises CheckpointError if all of them are damaged.
     """
-    return first_whole(directory, list_checkpoints(directory), verify_checkpoint)
+    return last_valid(directory, list_checkpoints(directory), verify_checkpoint)
 
 
-def first_whole(
+def last_valid(
     directory: Path,
     paths: list[Path],
     verify: Callable[[Path], Manifest],
     level: int = logging.WARNING,
-) -> tuple[Path, Manifest] | None:
-    """Return the last of `paths` that `verify` accepts, as `newest_whole` does.
+) -> FoundCheckpoint | None:
+    """Return the last of `paths` that `verify` accepts, as `newest_valid` does.
 
     `level` is the severity at which skipped checkpoints are logged.
     """
-    problems = []
-    for path in reversed(paths):
+    problems: list[str] = []
+    newest = next(valid_checkpoints(reversed(paths), verify, problems, level), None)
+    if newest is None and problems:
+        raise CheckpointError(f"no valid checkpoint under {directory}: {problems[0]}")
+    return newest
+
+
+def valid_checkpoints(
+    paths: Iterable[Path],
+    read: Callable[[Path], Content],
+    problems: list[str] | None = None,
+    level: int = logging.WARNING,
+) -> Iterator[tuple[Path, Content]]:
+    """Yield the checkpoints that `read` accepts; log the others at `level` and skip them.
+
+    `problems` collects the messages of the errors.
+    """
+    for path in paths:
         try:
-            return path, verify(path)
+            content = read(path)
         except InputError as error:
             logger.log(level, "skipped a damaged checkpoint: %s", error)
-            problems.append(str(error))
-    if problems:
-        raise CheckpointError(f"no valid checkpoint under {directory}: {problems[0]}")
-    return None
+            if problems is not None:
+                problems.append(str(error))
+        else:
+            yield path, content

@@ -29,7 +29,7 @@ class Glance:
     def size(self) -> int:
         """Bytes of its tensors, as its manifest says; 0 without one."""
         files = self.manifest.files if self.manifest is not None else {}
-        return sum(record.bytes for record in files.values())
+        return sum(record.size for record in files.values())
 
 
 def folder_of(path: Path) -> Path:
@@ -92,7 +92,7 @@ def summary(path: Path) -> dict[str, Any]:
         "counters": run.get("counters", {}) | {"adam_step": manifest.adam_step},
         "growths": _growths(run) or "none",
         "versions": manifest.environment.get("packages", {}),
-        "files": {name: f"{r.bytes} bytes, {r.xxh3_64}" for name, r in manifest.files.items()},
+        "files": {name: f"{r.size} bytes, {r.checksum}" for name, r in manifest.files.items()},
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from megagrow.checkpoint.discovery import first_whole
+from megagrow.checkpoint.discovery import last_valid
 from megagrow.checkpoint.files import list_checkpoints, shard_name
 from megagrow.checkpoint.manifest import Manifest, parse_manifest
 from megagrow.common.checksums import problem_of
@@ -33,7 +33,7 @@ def newest_checkpoint(directory: Path) -> tuple[Path, Manifest] | None:
     paths = run_on_rank_zero(lambda: list_checkpoints(directory))
     # All ranks find the same damage.
     level = logging.WARNING if dist.get_rank() == 0 else logging.DEBUG
-    return first_whole(directory, paths, _verify_together, level)
+    return last_valid(directory, paths, _verify_together, level)
 
 
 def _verify_together(path: Path) -> Manifest:

@@ -8,12 +8,12 @@ own checksum.
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megagrow.common.atomic_files import write_synced
 from megagrow.common.checksums import FileRecord, Files, check_file, check_size, text_checksum
-from megagrow.common.file_io import sync
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.parallel.sharding import parameter_plan
@@ -69,15 +69,14 @@ def describe_layout(layout: Layout) -> dict[str, Any]:
 
 def manifest_document(manifest: Manifest) -> dict[str, Any]:
     """What stands in manifest.json: all fields, and `checksum`, which is that of the others."""
-    values = json.loads(json.dumps(asdict(manifest)))
+    files = {name: record.to_json() for name, record in manifest.files.items()}
+    values = json.loads(json.dumps(asdict(replace(manifest, files={})) | {"files": files}))
     return values | {"checksum": _checksum(values)}
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Writes manifest.json and waits until it is on the disk."""
-    path = directory / MANIFEST_FILE
-    path.write_text(json.dumps(manifest_document(manifest), indent=1), encoding="utf-8")
-    sync(path)
+    """Write manifest.json into an unpublished checkpoint and sync it."""
+    write_synced(directory / MANIFEST_FILE, json.dumps(manifest_document(manifest), indent=1))
 
 
 def parse_manifest(directory: Path) -> Manifest:
@@ -94,7 +93,7 @@ def parse_manifest(directory: Path) -> Manifest:
             )
         if values.pop("checksum") != _checksum(values):
             raise ValueError("its checksum is another one")
-        files = {name: FileRecord(**record) for name, record in values["files"].items()}
+        files = {name: FileRecord.from_json(record) for name, record in values["files"].items()}
         manifest = Manifest(**values | {"files": files})
         _check_kinds(manifest)
         _check_layout(manifest)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megagrow.checkpoint.files import list_checkpoints, step_of, unfinished
 from megagrow.checkpoint.manifest import Manifest, parse_manifest, read_manifest
+from megagrow.common.atomic_files import staging_folder
 from megagrow.errors import InputError
 
 
@@ -50,7 +51,7 @@ def prune_checkpoints(directory: Path, retention: Retention) -> None:
 def remove_checkpoint(path: Path) -> None:
     """First it is no checkpoint any more, then it is gone: a crash in between leaves no half of
     one."""
-    doomed = path.with_suffix(".tmp")
+    doomed = staging_folder(path)
     path.rename(doomed)
     _remove(doomed)
 

@@ -13,9 +13,8 @@ from megagrow.checkpoint.files import checkpoint_name, list_checkpoints, shard_n
 from megagrow.checkpoint.manifest import Manifest, write_manifest
 from megagrow.checkpoint.retention import remove_unfinished
 from megagrow.checkpoint.shards import planned_shard, write_shard
+from megagrow.common.atomic_files import check_room, publish, staging_folder
 from megagrow.common.checksums import Files
-from megagrow.common.disk_space import check_room
-from megagrow.common.file_io import sync
 from megagrow.errors import InputError, ResourceError
 from megagrow.parallel.agreement import run_on_all_ranks
 
@@ -36,7 +35,7 @@ class Save:
     @property
     def partial(self) -> Path:
         """The directory that it is written in."""
-        return self.final.with_suffix(".tmp")
+        return staging_folder(self.final)
 
     def begin(self, tensors: dict[str, Tensor]) -> None:
         """Makes the directory, once it is known that the disk has room for what all ranks write."""
@@ -66,13 +65,7 @@ class Save:
 
     def _finish(self, manifest: Manifest) -> None:
         write_manifest(self.partial, manifest)
-        sync(self.partial)
-        replaced = self.final.with_suffix(".old.tmp")  # damaged, or one that the run went back from
-        if self.final.exists():
-            self.final.rename(replaced)
-        self.partial.rename(self.final)
-        sync(self.directory)
-        shutil.rmtree(replaced, ignore_errors=True)
+        publish(self.partial, self.final)  # replaces a damaged one, or one from before a rewind
 
     @contextmanager
     def _named(self) -> Iterator[None]:

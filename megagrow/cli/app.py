@@ -1,4 +1,4 @@
-"""The command line: prepare, train, grow, convert, checkpoint, eval, plan, doctor, report, fit."""
+"""Assembly of the `megagrow` command line and its entry point."""
 
 import sys
 import time
@@ -13,13 +13,26 @@ from megagrow.cli.convert import convert_app
 from megagrow.cli.doctor import doctor
 from megagrow.cli.evaluate import evaluate
 from megagrow.cli.fit import fit_app
+from megagrow.cli.options import (
+    AnySource,
+    DataParallel,
+    Dtype,
+    Memory,
+    OutputPath,
+    Overrides,
+    RunFile,
+    ShardSize,
+    TensorParallel,
+    WeightDecayOn,
+    ZeroStage,
+)
 from megagrow.cli.train import train
 from megagrow.common.log_setup import configure_logging
-from megagrow.common.tables import Overrides, RunFile, table_console
+from megagrow.common.tables import table_console
 from megagrow.errors import ConfigError, InputError, PeerLost, RunError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-config_app = typer.Typer(help="Look at run files.", no_args_is_help=True)
+config_app = typer.Typer(help="Inspect run files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(convert_app, name="convert")
@@ -28,9 +41,11 @@ app.command("eval")(evaluate)
 app.command("train")(train)
 app.command("doctor")(doctor)
 
-REPORT_SECONDS = 20.0
-"""Delay before a rank that prints no error exits, so that the launcher does not kill the reporting
-rank before it has printed. The launcher ends it as soon as that rank has exited."""
+REPORTER_GRACE_SECONDS = 20.0
+"""Delay before a failing rank that prints no message exits.
+
+Some launchers kill all ranks when one exits. The delay lets the reporting rank print its message
+first; the launcher ends this rank when the reporting rank exits."""
 
 
 @app.callback()
@@ -38,7 +53,7 @@ def megagrow(
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Pretrain a language model by growing it."""
-    # `local_rank` is set by the deepspeed launcher, and ignored: LOCAL_RANK has the same value.
+    # The deepspeed launcher passes --local_rank; LOCAL_RANK has the same value.
     configure_logging()
 
 
@@ -47,27 +62,33 @@ def plan(
     run_file: RunFile,
     overrides: Overrides = None,
     world: Annotated[
-        int | None, typer.Option(help="Ranks that the run is to have; default: 1.")
+        int | None, typer.Option(help="Number of ranks; default: 1, or those of --cluster.")
     ] = None,
     cluster: Annotated[
         str | None,
-        typer.Option(help="Predict its speed on h100:8x64 (8 to a node, 64 nodes), or a YAML's."),
+        typer.Option(
+            help="Predict the speed on a cluster: h100:8x64 (8 per node, 64 nodes) or a YAML file."
+        ),
     ] = None,
     layouts: Annotated[
-        bool, typer.Option("--layouts", help="The fastest layouts that fit the cluster.")
+        bool, typer.Option("--layouts", help="List the fastest layouts that fit the cluster.")
     ] = False,
-    gpu: Annotated[str | None, typer.Option(help="Of each rank: h100, h200, a100 ...")] = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="80GB; default: the GPU's.")] = None,
-    mfu: Annotated[float | None, typer.Option(help="Of the GPU's FLOP/s, such as 0.4.")] = None,
-    measured: Annotated[
-        Path | None, typer.Option(metavar="RUN_DIR", help="As fast as this run was.")
+    gpu: Annotated[str | None, typer.Option(help="GPU of each rank: h100, h200, a100 ...")] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Memory per GPU, such as 80GB; default: the GPU's.")
     ] = None,
-    watts: Annotated[float | None, typer.Option(help="Of a GPU; default: its TDP.")] = None,
-    pue: Annotated[float, typer.Option(help="Energy of the data centre / computers.")] = 1.2,
-    co2: Annotated[float, typer.Option(help="kg per kWh.")] = 0.48,
-    price: Annotated[float | None, typer.Option(help="Of a GPU-hour.")] = None,
+    mfu: Annotated[float | None, typer.Option(help="Model FLOP utilization, such as 0.4.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(metavar="RUN_DIR", help="Use the measured throughput of a run.")
+    ] = None,
+    watts: Annotated[float | None, typer.Option(help="Power per GPU; default: its TDP.")] = None,
+    pue: Annotated[
+        float, typer.Option(help="Energy of the data centre / energy of the computers.")
+    ] = 1.2,
+    co2: Annotated[float, typer.Option(help="CO2 emissions, kg per kWh.")] = 0.48,
+    price: Annotated[float | None, typer.Option(help="Price of one GPU-hour.")] = None,
 ) -> None:
-    """Show what a run is going to be: sizes, FLOPs, memory per rank, costs; starts nothing."""
+    """Print the plan of a run: sizes, FLOPs, memory per rank, costs; starts nothing."""
     from megagrow.config.load import load_run
     from megagrow.planning.request import PlanRequest, answer
     from megagrow.planning.tables import show_answer
@@ -89,17 +110,21 @@ def prepare(
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder of the prepared corpus.")],
+    output: Annotated[Path, typer.Option(help="Folder for the prepared corpus.")],
     tokenizer: Annotated[
-        str, typer.Option(help="`train`, a SentencePiece model, or a Hugging Face tokenizer.")
+        str, typer.Option(help="`train`, or a SentencePiece model, or a Hugging Face tokenizer.")
     ],
     vocab_size: Annotated[int | None, typer.Option(help="Size of a trained vocabulary.")] = None,
-    validation_fraction: Annotated[float, typer.Option(help="Share of the documents.")] = 0.01,
-    workers: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
-    text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
-    seed: Annotated[int, typer.Option(help="Decides which documents are validation.")] = 1234,
+    validation_fraction: Annotated[
+        float, typer.Option(help="Fraction of the documents used for validation.")
+    ] = 0.01,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of processes; default: all cores.")
+    ] = None,
+    text_key: Annotated[str, typer.Option(help="JSON key or Parquet column of the text.")] = "text",
+    seed: Annotated[int, typer.Option(help="Selects the validation documents.")] = 1234,
 ) -> None:
-    """Tokenise text into the indexed format that runs read; resumable."""
+    """Tokenize text into the indexed format for training; resumable."""
     from megagrow.data.prepare import prepare as prepare_corpus
 
     prepare_corpus(
@@ -112,19 +137,24 @@ def prepare_instructions(
     files: Annotated[
         list[Path],
         typer.Argument(
-            help="Alpaca's format: JSON lists, or .jsonl, of instruction, input, output.",
+            help="Alpaca format: JSON lists or .jsonl of instruction, input, output.",
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder of the prepared instructions.")],
-    tokenizer: Annotated[str, typer.Option(help="The model's tokenizer.")],
+    output: Annotated[Path, typer.Option(help="Folder for the prepared instructions.")],
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer of the model.")],
     sequence_length: Annotated[
-        int, typer.Option(min=2, help="Of the run: whole examples are packed into it.")
+        int,
+        typer.Option(
+            min=2, help="Sequence length of the run; complete examples are packed into it."
+        ),
     ],
-    validation_fraction: Annotated[float, typer.Option(help="Share of the examples.")] = 0.01,
-    seed: Annotated[int, typer.Option(help="Decides which examples are validation.")] = 1234,
+    validation_fraction: Annotated[
+        float, typer.Option(help="Fraction of the examples used for validation.")
+    ] = 0.01,
+    seed: Annotated[int, typer.Option(help="Selects the validation examples.")] = 1234,
 ) -> None:
-    """Tokenise instructions for runs with objective: sft, with a mask that says what is answer."""
+    """Tokenize instructions for supervised fine-tuning, with a loss mask of the answers."""
     from megagrow.data.sft_prepare import prepare_sft
 
     prepare_sft(files, output, tokenizer, sequence_length, validation_fraction, seed)
@@ -132,41 +162,39 @@ def prepare_instructions(
 
 @app.command()
 def grow(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="A checkpoint, a run directory (its newest), or a Hugging Face folder.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Argument(help="The checkpoint or folder to write.", show_default=False)
-    ],
-    to: Annotated[str, typer.Option(help="The target: a model, its file, or a run file.")],
+    source: AnySource,
+    out: OutputPath,
+    to: Annotated[str, typer.Option(help="Target: a published model, a model file or a run file.")],
     stage: Annotated[
-        int | None, typer.Option(help="Of the run file; default: the one after the source's.")
+        int | None,
+        typer.Option(help="Stage of the run file; default: the stage after SOURCE's."),
     ] = None,
-    operator: Annotated[list[str] | None, typer.Option(help="Given once for each axis.")] = None,
+    operator: Annotated[
+        list[str] | None, typer.Option(help="Growth operator; once per axis.")
+    ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="growth.KEY=VALUE", help="An option of it.")
+        list[str] | None,
+        typer.Option("--set", metavar="growth.KEY=VALUE", help="Override a growth option."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of random numbers; default: the run's.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of random entries; default: the run's.")
+    ] = None,
     form: Annotated[
         str | None, typer.Option("--format", help="checkpoint or huggingface; default: SOURCE's.")
     ] = None,
-    zero_stage: Annotated[int | None, typer.Option(min=0, max=3, help="Default: SOURCE's.")] = None,
-    dp: Annotated[int | None, typer.Option(min=1, help="Data-parallel ranks.")] = None,
-    tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks.")] = None,
-    weight_decay_on: Annotated[str | None, typer.Option(help="all or matrices.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Hugging Face: float32, float16, bfloat16.")
-    ] = "float32",
-    shard_size: Annotated[str, typer.Option(help="Hugging Face: size of a file.")] = "5GB",
-    memory: Annotated[str, typer.Option(help="What may be held in memory.")] = "1GiB",
-    text: Annotated[Path | None, typer.Option(help="Tell the losses on this text.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="The tokenizer for it.")] = None,
+    zero_stage: ZeroStage = None,
+    dp: DataParallel = None,
+    tp: TensorParallel = None,
+    weight_decay_on: WeightDecayOn = None,
+    dtype: Dtype = "float32",
+    shard_size: ShardSize = "5GB",
+    memory: Memory = "1GiB",
+    text: Annotated[
+        Path | None, typer.Option(help="Report the loss on this text before and after.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer for --text.")] = None,
 ) -> None:
-    """Grow a checkpoint file to file, or write it in another layout; no GPU, bounded memory."""
+    """Grow a checkpoint from file to file; no GPU, bounded memory."""
     from megagrow.offline.grow import grow_files
     from megagrow.offline.request import Request
 
@@ -195,29 +223,29 @@ def grow(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.", show_default=False)],
-    output: Annotated[Path, typer.Option(help="Folder of the page, the tables and the plots.")],
+    output: Annotated[Path, typer.Option(help="Folder for the page, the tables and the plots.")],
     against: Annotated[
-        str | None, typer.Option(help="`paper`: the paper's results beside the runs.")
+        str | None, typer.Option(help="`paper`: add the results of the paper.")
     ] = None,
 ) -> None:
-    """Compare grown runs with runs from scratch: losses, FLOPs, measured speedup, as one page."""
+    """Compare grown runs with runs from scratch on one page: losses, FLOPs, measured speedup."""
     from megagrow.analysis.report import write_report
 
     if against not in (None, "paper"):
-        raise ConfigError(f"--against {against}: give `paper`, or leave it out")
+        raise ConfigError(f"--against {against}: not known; use `paper` or omit the option")
     write_report(runs, output, Console(), against_paper=against == "paper")
 
 
 @config_app.command("show")
 def config_show(run_file: RunFile, overrides: Overrides = None) -> None:
-    """Print a run file with all its parts and defaults resolved."""
+    """Print a run file with all includes and defaults resolved."""
     from megagrow.config.load import load_run, to_yaml
 
     print(to_yaml(load_run(run_file, overrides or ())), end="")
 
 
 def main() -> None:
-    """Entry point. An InputError is one line on the first rank of each host, exit code 2."""
+    """Run the command line; a user error is one line per host with exit code 2."""
     try:
         app()
     except InputError as error:
@@ -244,10 +272,10 @@ def _report_once(text: str) -> None:
 
 
 def _report(text: str, is_reporter: bool) -> None:
-    """Print an error line, or wait for the rank that prints it."""
+    """Print a message, or give the reporting rank time to print it."""
     from megagrow.parallel.launch import launcher_kills_all_ranks
 
     if is_reporter:
         print(text, file=sys.stderr, flush=True)
     elif launcher_kills_all_ranks():
-        time.sleep(REPORT_SECONDS)
+        time.sleep(REPORTER_GRACE_SECONDS)

@@ -1,53 +1,49 @@
-"""The command line about checkpoints: megagrow checkpoint ls | verify | show | prune."""
+"""`megagrow checkpoint`: list, verify, show and prune checkpoints."""
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megagrow.common.tables import print_lines, print_table, table_console
 from megagrow.errors import ResourceError
 
-checkpoint_app = typer.Typer(help="Look after checkpoints.", no_args_is_help=True)
+checkpoint_app = typer.Typer(help="Manage checkpoints.", no_args_is_help=True)
 
-PIPED_WIDTH = 200
-"""Columns of what goes into a file or a pipe, which has no width of its own."""
+COLUMNS = ("step", "stage", "tokens", "size", "layout", "protected", "state")
 
-Run = Annotated[
+RunDirectory = Annotated[
     Path,
-    typer.Argument(help="A run directory, or a folder of checkpoints.", show_default=False),
+    typer.Argument(help="Run directory, or folder of checkpoints.", show_default=False),
 ]
 
 
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
-
-
 @checkpoint_app.command("ls")
-def list_all(run: Run) -> None:
-    """List a run's checkpoints; sizes are compared, `verify` reads every byte."""
+def list_all(run: RunDirectory) -> None:
+    """List a run's checkpoints. Only file sizes are compared; `verify` reads every byte."""
     from megagrow.checkpoint.files import list_checkpoints, step_of, unfinished
     from megagrow.checkpoint.listing import folder_of, glance, layout_text
     from megagrow.common.sizes import format_bytes
 
     folder = folder_of(run)
-    table = Table("step", "stage", "tokens", "size", "layout", "protected", "state")
+    rows: list[Sequence[str]] = []
     for path in list_checkpoints(folder):
         seen = glance(path)
-        place, layout, protected = ("?", "?"), "?", ""
+        position, layout, protected = ("?", "?"), "?", ""
         if seen.manifest is not None:
             counters = seen.manifest.run.get("counters", {})
-            place = str(seen.manifest.run.get("stage")), f"{counters.get('tokens', 0):,}"
-            layout, protected = layout_text(seen.manifest), escape(seen.manifest.protected or "")
-        state = escape((seen.problem or "whole").replace(f"{path}/", "").replace(f"{path}: ", ""))
+            position = str(seen.manifest.run.get("stage")), f"{counters.get('tokens', 0):,}"
+            layout, protected = layout_text(seen.manifest), seen.manifest.protected or ""
+        state = (seen.problem or "valid").replace(f"{path}/", "").replace(f"{path}: ", "")
         size = format_bytes(seen.size)
-        table.add_row(str(step_of(path)), *place, size, layout, protected, state)
+        rows.append((str(step_of(path)), *position, size, layout, protected, state))
     for path in unfinished(folder):
-        table.add_row(path.stem.removeprefix("step-").lstrip("0"), *[""] * 5, "unfinished")
-    _console().print(table)
+        step = path.stem.removeprefix("step-").lstrip("0")
+        rows.append((step, *[""] * 5, "unfinished"))
+    print_table(table_console(), COLUMNS, rows)
 
 
 @checkpoint_app.command()
@@ -56,15 +52,14 @@ def verify(
         list[Path], typer.Argument(help="Checkpoints or run directories.", show_default=False)
     ],
 ) -> None:
-    """Read every byte of checkpoints; exit code 1 if anything is not as it was written."""
+    """Read every byte of checkpoints; exit code 1 if any file differs from its checksum."""
     from megagrow.checkpoint.listing import checkpoints_at, problems_of
 
-    console, damaged = _console(), False
-    for path in [found for given in paths for found in checkpoints_at(given)]:
-        problems = problems_of(path)
+    damaged = False
+    for checkpoint in [checkpoint for path in paths for checkpoint in checkpoints_at(path)]:
+        problems = problems_of(checkpoint)
         damaged |= bool(problems)
-        for problem in problems or [f"{path}: whole"]:
-            console.print(problem, markup=False, soft_wrap=True)
+        print_lines(table_console(), problems or [f"{checkpoint}: valid"])
     if damaged:
         raise typer.Exit(1)
 
@@ -72,10 +67,13 @@ def verify(
 @checkpoint_app.command()
 def show(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint, or a run for its newest.", show_default=False)
+        Path,
+        typer.Argument(
+            help="Checkpoint, or run directory (newest checkpoint).", show_default=False
+        ),
     ],
 ) -> None:
-    """Show what a checkpoint is: model, layout, counters, growths, versions, files."""
+    """Show the model, layout, counters, growths, versions and files of a checkpoint."""
     from megagrow.checkpoint.listing import checkpoints_at, summary
 
     table = Table.grid(padding=(0, 2))
@@ -83,25 +81,30 @@ def show(
         rows = value.items() if isinstance(value, dict) else [("", value)]
         for number, (key, item) in enumerate(rows):
             table.add_row(topic if number == 0 else "", escape(str(key)), escape(str(item)))
-    _console().print(table)
+    table_console().print(table)
 
 
 @checkpoint_app.command()
 def prune(
-    run: Run,
-    keep_last: Annotated[int, typer.Option(min=1, help="So many of the newest whole ones stay.")],
+    run: RunDirectory,
+    keep_last: Annotated[
+        int, typer.Option(min=1, help="Number of most recent valid checkpoints to keep.")
+    ],
     keep_every: Annotated[
-        int | None, typer.Option(min=1, help="Those whose step is a multiple stay.")
+        int | None, typer.Option(min=1, help="Also keep steps that are a multiple of this.")
     ] = None,
-    protected: Annotated[bool, typer.Option("--protected", help="Protected ones go too.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    protected: Annotated[
+        bool, typer.Option("--protected", help="Remove protected checkpoints too.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list the checkpoints to remove.")
+    ] = False,
 ) -> None:
-    """Remove old checkpoints. The newest ones that stay are read whole first."""
+    """Remove old checkpoints. The newest ones to keep are verified first."""
     from megagrow.checkpoint.listing import folder_of
     from megagrow.checkpoint.manifest import verify_checkpoint
     from megagrow.checkpoint.retention import Retention, remove_checkpoint, superfluous
 
-    console = _console()
     retention = Retention(keep_last, keep_every, not protected)
     for path in superfluous(folder_of(run), retention, verify_checkpoint):
         if not dry_run:
@@ -110,4 +113,4 @@ def prune(
             except OSError as error:
                 raise ResourceError(f"{path}: cannot be removed ({error.strerror})") from error
         done = "would be removed" if dry_run else "removed"
-        console.print(f"{path}: {done}", markup=False, soft_wrap=True)
+        print_lines(table_console(), [f"{path}: {done}"])

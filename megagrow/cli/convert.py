@@ -1,56 +1,42 @@
-"""The command line's `megagrow convert`: a model in another layout, or in other tools' formats."""
+"""`megagrow convert`: change the layout of a checkpoint, import and export other formats."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-if TYPE_CHECKING:
-    from megagrow.offline.request import Request
-
-convert_app = typer.Typer(
-    help="Write a model in another layout or for other tools; no GPU, bounded memory.",
-    no_args_is_help=True,
+from megagrow.cli.options import (
+    AnySource,
+    CheckpointPath,
+    DataParallel,
+    Dtype,
+    Memory,
+    ModelOption,
+    NewDataParallel,
+    NewTensorParallel,
+    NewWeightDecayOn,
+    NewZeroStage,
+    OutputPath,
+    ShardSize,
+    TensorParallel,
+    WeightDecayOn,
+    ZeroStage,
+    conversion_request,
 )
 
-Out = Annotated[Path, typer.Argument(help="What to write.", show_default=False)]
-Checkpoint = Annotated[
-    Path,
-    typer.Argument(help="A checkpoint, or a run directory (its newest).", show_default=False),
-]
-ZeroStage = Annotated[int | None, typer.Option(min=0, max=3, help="Default: SOURCE's.")]
-DataParallel = Annotated[int | None, typer.Option("--dp", min=1, help="Data-parallel ranks.")]
-TensorParallel = Annotated[int | None, typer.Option("--tp", min=1, help="Tensor-parallel ranks.")]
-WeightDecayOn = Annotated[
-    str | None, typer.Option(help="all or matrices: the optimizer's groups. Default: SOURCE's.")
-]
-AnySource = Annotated[
-    Path,
-    typer.Argument(
-        help="A checkpoint, a run directory (its newest), or a Hugging Face folder.",
-        show_default=False,
-    ),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(help="The model: a file or a name. Needed where the files do not say it."),
-]
-NewZeroStage = Annotated[int, typer.Option(min=0, max=3, help="Of the checkpoint.")]
-NewDataParallel = Annotated[int, typer.Option("--dp", min=1, help="Data-parallel ranks.")]
-NewTensorParallel = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks.")]
-NewWeightDecayOn = Annotated[
-    str, typer.Option(help="all or matrices, as the run that goes on says.")
-]
-Memory = Annotated[str, typer.Option(help="What may be held in memory.")]
+convert_app = typer.Typer(
+    help="Convert checkpoints between layouts and formats; no GPU, bounded memory.",
+    no_args_is_help=True,
+)
 
 MEMORY = "512MiB"
 
 
 @convert_app.command()
 def reshard(
-    source: Checkpoint,
-    out: Out,
+    source: CheckpointPath,
+    out: OutputPath,
     zero_stage: ZeroStage = None,
     dp: DataParallel = None,
     tp: TensorParallel = None,
@@ -61,53 +47,53 @@ def reshard(
     from megagrow.offline.convert import reshard_files
 
     layout = {"zero_stage": zero_stage, "dp": dp, "tp": tp, "weight_decay_on": weight_decay_on}
-    reshard_files(request_of(source, out, "checkpoint", memory, **layout), Console())
+    reshard_files(conversion_request(source, out, "checkpoint", memory, **layout), Console())
 
 
 @convert_app.command("hf-export")
 def hf_export(
-    source: Checkpoint,
-    out: Out,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    shard_size: Annotated[str, typer.Option(help="Size of a file, at most.")] = "5GB",
+    source: CheckpointPath,
+    out: OutputPath,
+    dtype: Dtype = "float32",
+    shard_size: ShardSize = "5GB",
     tokenizer: Annotated[
         Path | None,
         typer.Option(
-            help="A SentencePiece .model, a tokenizer.json or a Hugging Face folder. Default: that "
-            "of SOURCE's run."
+            help="SentencePiece .model, tokenizer.json or Hugging Face folder. Default: the "
+            "tokenizer of SOURCE's run."
         ),
     ] = None,
     memory: Memory = MEMORY,
 ) -> None:
-    """Write a folder that Hugging Face's transformers loads: weights, configs, tokenizer."""
+    """Write a folder for Hugging Face transformers: weights, configs, tokenizer."""
     from megagrow.offline.convert import export_hugging_face
 
     form = {"dtype": dtype, "shard_size": shard_size}
-    request = request_of(source, out, "huggingface", memory, **form)
+    request = conversion_request(source, out, "huggingface", memory, **form)
     export_hugging_face(request, tokenizer, Console())
 
 
 @convert_app.command("hf-import")
 def hf_import(
     source: Annotated[
-        Path, typer.Argument(help="A Hugging Face folder of a Llama model.", show_default=False)
+        Path, typer.Argument(help="Hugging Face folder of a Llama model.", show_default=False)
     ],
-    out: Out,
+    out: OutputPath,
     zero_stage: ZeroStage = None,
     dp: DataParallel = None,
     tp: TensorParallel = None,
     weight_decay_on: WeightDecayOn = None,
     memory: Memory = MEMORY,
 ) -> None:
-    """Write a checkpoint with the weights of a Hugging Face folder, its moments zero, step 0."""
+    """Write a checkpoint of a Hugging Face folder's weights: step 0, optimizer moments zero."""
     from megagrow.offline.convert import import_hugging_face
 
     layout = {"zero_stage": zero_stage, "dp": dp, "tp": tp, "weight_decay_on": weight_decay_on}
-    import_hugging_face(request_of(source, out, "checkpoint", memory, **layout), Console())
+    import_hugging_face(conversion_request(source, out, "checkpoint", memory, **layout), Console())
 
 
 @convert_app.command("universal-export")
-def universal_export(source: AnySource, out: Out) -> None:
+def universal_export(source: AnySource, out: OutputPath) -> None:
     """Write a DeepSpeed Universal Checkpoint: weights, Adam's moments and step."""
     from megagrow.offline.convert import export_universal
 
@@ -119,36 +105,36 @@ def universal_import(
     source: Annotated[
         Path,
         typer.Argument(
-            help="The folder with latest_universal, or that of one step.", show_default=False
+            help="Folder with latest_universal, or the folder of one step.", show_default=False
         ),
     ],
-    out: Out,
-    model: Model = None,
+    out: OutputPath,
+    model: ModelOption = None,
     zero_stage: NewZeroStage = 1,
     dp: NewDataParallel = 1,
     tp: NewTensorParallel = 1,
     weight_decay_on: NewWeightDecayOn = "all",
     memory: Memory = MEMORY,
 ) -> None:
-    """Make a checkpoint of a DeepSpeed Universal Checkpoint."""
+    """Write a checkpoint from a DeepSpeed Universal Checkpoint."""
     from megagrow.offline.convert import import_universal
 
     layout = {"zero_stage": zero_stage, "dp": dp, "tp": tp, "weight_decay_on": weight_decay_on}
-    request = request_of(source, out, "checkpoint", memory, to=model, **layout)
+    request = conversion_request(source, out, "checkpoint", memory, to=model, **layout)
     import_universal(request, Console())
 
 
 @convert_app.command("megatron-export")
 def megatron_export(
     source: AnySource,
-    out: Out,
+    out: OutputPath,
     tp: NewTensorParallel = 1,
     make_vocab_size_divisible_by: Annotated[
-        int, typer.Option(min=1, help="Pads the vocabulary, times --tp, as in Megatron-LM.")
+        int, typer.Option(min=1, help="Pad the vocabulary to a multiple of this times --tp.")
     ] = 128,
-    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16.")] = "float32",
+    dtype: Dtype = "float32",
 ) -> None:
-    """Write the weights for Megatron-LM (--ckpt-format torch, names of its core)."""
+    """Write the weights for Megatron-LM (--ckpt-format torch, names of Megatron core)."""
     from megagrow.offline.convert import export_megatron
 
     export_megatron(
@@ -166,28 +152,21 @@ def megatron_import(
     source: Annotated[
         Path,
         typer.Argument(
-            help="The folder with latest_checkpointed_iteration.txt, or that of one iteration.",
+            help="Folder with latest_checkpointed_iteration.txt, or the folder of one iteration.",
             show_default=False,
         ),
     ],
-    out: Out,
-    model: Model = None,
+    out: OutputPath,
+    model: ModelOption = None,
     zero_stage: NewZeroStage = 1,
     dp: NewDataParallel = 1,
     tp: NewTensorParallel = 1,
     weight_decay_on: NewWeightDecayOn = "all",
     memory: Memory = MEMORY,
 ) -> None:
-    """Make a checkpoint of Megatron-LM's weights (torch format, names of its core or older)."""
+    """Write a checkpoint from Megatron-LM weights (torch format, core or legacy names)."""
     from megagrow.offline.convert import import_megatron
 
     layout = {"zero_stage": zero_stage, "dp": dp, "tp": tp, "weight_decay_on": weight_decay_on}
-    request = request_of(source, out, "checkpoint", memory, to=model, **layout)
+    request = conversion_request(source, out, "checkpoint", memory, to=model, **layout)
     import_megatron(request, Console())
-
-
-def request_of(source: Path, out: Path, form: str, memory: str, **options: Any) -> "Request":
-    """What a command asks for."""
-    from megagrow.offline.request import Request
-
-    return Request(source=source, out=out, form=form, memory=memory, **options)

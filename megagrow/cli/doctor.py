@@ -1,33 +1,34 @@
-"""The command line's `megagrow doctor`: this machine, or with --cluster the ranks of a job."""
+"""`megagrow doctor`: check this machine, or with --cluster all ranks of a job."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megagrow.common.tables import Overrides, table_console
+from megagrow.cli.options import Overrides
+from megagrow.common.tables import table_console
 from megagrow.errors import ConfigError, ResourceError
 
 WAIT_SECONDS = 60.0
-"""How long ranks wait for each other, by default: imports from a shared disk take a while."""
+"""Default timeout of ranks that wait for each other; imports from a shared disk are slow."""
 
 
 def doctor(
     run_file: Annotated[
-        Path | None, typer.Option("--run", help="A run file: what its stages would take.")
+        Path | None, typer.Option("--run", help="Run file: show the backends of its stages.")
     ] = None,
     overrides: Overrides = None,
     cluster: Annotated[
-        bool, typer.Option("--cluster", help="Look at all ranks; start it as a run is started.")
+        bool, typer.Option("--cluster", help="Check all ranks; launch it like a training run.")
     ] = False,
     output_dir: Annotated[
-        Path | None, typer.Option(help="With --cluster: a folder that all hosts must share.")
+        Path | None, typer.Option(help="With --cluster: folder that all hosts must share.")
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(min=0.1, help="With --cluster: seconds of a wait; default: 60.")
+        float | None, typer.Option(min=0.1, help="With --cluster: timeout in s; default: 60.")
     ] = None,
 ) -> None:
-    """Say what this machine has, which kernels it can run, and what `auto` takes."""
+    """Show the devices and packages of this machine and the kernel backends that `auto` selects."""
     from megagrow.config.load import load_run
 
     if run_file is None and overrides:
@@ -38,7 +39,7 @@ def doctor(
         _examine_cluster(folder, timeout or WAIT_SECONDS)
         return
     if output_dir is not None or timeout is not None:
-        raise ConfigError("--output-dir and --timeout go with --cluster")
+        raise ConfigError("--output-dir and --timeout need --cluster")
     import torch
 
     from megagrow.doctor.local import print_local_report
@@ -48,10 +49,9 @@ def doctor(
 
 
 def _examine_cluster(folder: Path | None, seconds: float) -> None:
-    """Print the report on rank 0; raise ConfigError on all ranks if there are problems."""
+    """Print the report of all ranks on rank 0; raise ResourceError on all if a problem is found."""
     from megagrow.doctor.cluster import examine_cluster
-    from megagrow.doctor.diagnostics import find_problems
-    from megagrow.doctor.tables import print_cluster_report
+    from megagrow.doctor.diagnostics import find_problems, print_cluster_report
     from megagrow.parallel.launch import read_launch
 
     launch = read_launch()

@@ -1,46 +1,44 @@
-"""The command line's `megagrow eval`: a checkpoint on lm-eval's tasks."""
+"""`megagrow eval`: evaluate a checkpoint on lm-eval tasks."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from megagrow.cli.options import AnySource
 from megagrow.common.log_setup import configure_logging
+from megagrow.common.tables import print_lines, print_table, table_console
 from megagrow.errors import ConfigError
+
+COLUMNS = ("task", "metric", "value", "standard error")
 
 
 def evaluate(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            help="A checkpoint, a run directory (its newest), or a Hugging Face folder.",
-            show_default=False,
-        ),
-    ],
+    checkpoint: AnySource,
     tasks: Annotated[
-        str, typer.Option(help="Of lm-eval, with commas; gstack stands for the paper's eight.")
+        str,
+        typer.Option(help="Comma-separated lm-eval tasks; gstack: the paper's eight tasks."),
     ] = "gstack",
     data_dir: Annotated[
-        Path | None, typer.Option(help="Local files of the tasks; default: the hub.")
+        Path | None, typer.Option(help="Folder of local task data; default: Hugging Face Hub.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a pass.")] = 16,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.")] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file of the results.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
     keep: Annotated[
-        bool, typer.Option(help="Also in the directory of the checkpoint's run, for its report.")
+        bool, typer.Option(help="Also store the results in the run directory, for its report.")
     ] = True,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Default: that of the checkpoint's run.")
+        str | None, typer.Option(help="Tokenizer. Default: the tokenizer of the run.")
     ] = None,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
     dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16; default: the latter on GPUs.")
+        str | None, typer.Option(help="float32 or bfloat16. Default: bfloat16 on GPUs.")
     ] = None,
 ) -> None:
-    """Evaluate a checkpoint on lm-eval's tasks; alone or under torchrun."""
+    """Evaluate a checkpoint on lm-eval tasks, in one process or under torchrun."""
     from megagrow.evaluation.evaluator import need_lm_eval
 
     need_lm_eval()
@@ -56,8 +54,8 @@ def evaluate(
     launch = read_launch()
     configure_logging(rank=launch.rank, world_size=launch.world_size)
     if not names:
-        raise ConfigError("--tasks: names none")
-    found = evaluate_checkpoint(
+        raise ConfigError("--tasks: empty; list at least one task")
+    record = evaluate_checkpoint(
         checkpoint,
         names,
         topology,
@@ -67,37 +65,36 @@ def evaluate(
         tokenizer=tokenizer,
         dtype=dtype,
     )
-    run = find_run(Path(found["checkpoint"])) if keep else None
+    run = find_run(Path(record["checkpoint"])) if keep else None
     if topology.rank == 0:
-        Console().print(_table(found))
-    run_on_all_ranks(partial(_write, found, output, run, topology.rank == 0))
+        print_table(
+            table_console(),
+            COLUMNS,
+            _rows(record),
+            title=record["checkpoint"],
+            right_aligned=COLUMNS[2:],
+        )
+    run_on_all_ranks(partial(_write, record, output, run, topology.rank == 0))
     leave_process_group()
 
 
-def _write(found: dict[str, Any], output: Path | None, run: Path | None, first: bool) -> None:
-    """On the first rank, the JSON file that was asked for and that in the run's directory."""
+def _write(record: dict[str, Any], output: Path | None, run: Path | None, first: bool) -> None:
+    """Write the results on rank 0: to the output file and to the run directory."""
     from megagrow.evaluation.results_store import store_results, write_results
     from megagrow.evaluation.runner import average
 
     if first and output is not None:
-        write_results(output, found)
+        write_results(output, record)
     if first and run is not None:
-        path = store_results(found, run, average)
-        Console().print(f"kept for the run's report: {path}", soft_wrap=True)
+        stored = store_results(record, run, average)
+        print_lines(table_console(), [f"results stored for the report of the run: {stored}"])
 
 
-def _table(found: dict[str, Any]) -> Table:
-    table = Table(title=found["checkpoint"])
-    for column in ("task", "metric"):
-        table.add_column(column)
-    for column in ("value", "standard error"):
-        table.add_column(column, justify="right")
-    for task, metrics in found["results"].items():
+def _rows(record: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    for task, metrics in record["results"].items():
         for metric, value in metrics.items():
             if not metric.endswith("_stderr"):
                 error = metrics.get(f"{metric}_stderr")
-                shown = "" if error is None else f"{error:.4f}"
-                table.add_row(task, metric, f"{value:.4f}", shown)
-    if found["average"] is not None:
-        table.add_row("average", "acc_norm or acc", f"{found['average']:.4f}", "")
-    return table
+                yield task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}"
+    if record["average"] is not None:
+        yield "average", "acc_norm or acc", f"{record['average']:.4f}", ""

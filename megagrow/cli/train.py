@@ -1,11 +1,12 @@
-"""`megagrow train`: train a run, or dry-run one of its ranks."""
+"""`megagrow train`: a training run, or a dry run of one rank."""
 
 from typing import Annotated
 
 import typer
 
+from megagrow.cli.options import Overrides, RunFile
 from megagrow.common.log_setup import LogLevel
-from megagrow.common.tables import Overrides, RunFile, table_console
+from megagrow.common.tables import table_console
 from megagrow.errors import ConfigError
 
 
@@ -14,13 +15,13 @@ def train(
     overrides: Overrides = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Build one rank and report its work; train nothing."),
+        typer.Option("--dry-run", help="Build one rank, print its work, start nothing."),
     ] = False,
     world: Annotated[
-        int | None, typer.Option(min=1, help="With --dry-run: ranks of the run; default: 1.")
+        int | None, typer.Option(min=1, help="With --dry-run: number of ranks; default: 1.")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=0, help="With --dry-run: the rank to build; default: 0.")
+        int | None, typer.Option(min=0, help="With --dry-run: rank to build; default: 0.")
     ] = None,
     stop_code: Annotated[
         int, typer.Option(min=0, max=125, help="Exit code after a stop by a signal.")
@@ -30,7 +31,7 @@ def train(
         typer.Option(help="Lowest severity printed by rank 0; other ranks print warnings."),
     ] = LogLevel.INFO,
 ) -> None:
-    """Train a run with its growths; resumes from its newest checkpoint."""
+    """Train a run, growth included; resumes from its newest checkpoint."""
     from megagrow.config.load import load_run
 
     if dry_run:
@@ -45,9 +46,7 @@ def train(
             raise ConfigError(f"the run would not start: {problems}, see above")
         return
     if world is not None or rank is not None:
-        raise ConfigError(
-            "--world and --rank need --dry-run: a real run gets its ranks from the launcher"
-        )
+        raise ConfigError("--world and --rank need --dry-run; the launcher sets them in a real run")
     from megagrow.run import train as train_run
 
     if train_run(load_run(run_file, overrides or ()), log_level) is not None:

@@ -1,1 +1,1 @@
-"""Helpers without knowledge of models or training: files, sizes, checksums, progress."""
+"""Helpers without knowledge of models or training: files, formatting, checksums, progress."""

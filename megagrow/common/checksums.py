@@ -1,69 +1,104 @@
-"""Checksums of files: xxh3 of 64 bits (https://xxhash.com), which keeps up with any disk.
+"""Sizes and checksums of files, as manifests list them.
 
-They find what a disk, a cable or a copy has done to a file. They are no protection against someone
-who changes file and checksum together.
+Checkpoints use 64-bit xxh3 (https://xxhash.com), which is faster than any disk; prepared corpora
+use 256-bit BLAKE2b. A checksum detects damage by a disk, a cable or a copy. It is no protection
+against someone who changes both the file and its checksum.
 """
 
+import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
-import torch
 import xxhash
 
-from megagrow.common.file_io import raw_bytes, read_bytes
 from megagrow.errors import CheckpointError, InputError
 
 READ_BYTES = 2**22
-"""What is read, and held, at once."""
+"""Buffer size of a read."""
+
+Algorithm = Literal["xxh3_64", "blake2b"]
+
+_HASHES: dict[Algorithm, Callable[[], Any]] = {
+    "xxh3_64": xxhash.xxh3_64,
+    "blake2b": partial(hashlib.blake2b, digest_size=32),
+}
+
+_SIZE_KEYS: dict[Algorithm, str] = {"xxh3_64": "bytes", "blake2b": "size"}
+"""Key of the file size in a manifest with this algorithm; the checksum's key is the algorithm."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a manifest knows of a file."""
+    """Size and checksum of one file."""
 
-    bytes: int
-    xxh3_64: str
-    """Of all bytes of the file, as 16 hexadecimal digits."""
+    size: int
+    """Bytes."""
+    checksum: str
+    """Checksum of the file's bytes, hexadecimal."""
+    algorithm: Algorithm = "xxh3_64"
+
+    @classmethod
+    def of(cls, path: Path, algorithm: Algorithm) -> "FileRecord":
+        """Return the record of a file on the disk. Raises OSError."""
+        with path.open("rb", buffering=0) as file:
+            size, checksum = _hash(file, algorithm)
+        return cls(size, checksum, algorithm)
+
+    @classmethod
+    def from_json(cls, values: Any, algorithm: Algorithm = "xxh3_64") -> "FileRecord":
+        """Return the record that `to_json` serialized. Raises ValueError."""
+        size_key = _SIZE_KEYS[algorithm]
+        if not isinstance(values, dict) or values.keys() != {size_key, algorithm}:
+            raise ValueError(f"a file record has the keys {size_key} and {algorithm}")
+        size, checksum = values[size_key], values[algorithm]
+        if type(size) is not int or not isinstance(checksum, str):
+            raise ValueError(f"{size_key} must be an integer and {algorithm} a string")
+        return cls(size, checksum, algorithm)
+
+    def to_json(self) -> dict[str, int | str]:
+        """Return the entry of a manifest: {"bytes", "xxh3_64"} or {"size", "blake2b"}."""
+        return {_SIZE_KEYS[self.algorithm]: self.size, self.algorithm: self.checksum}
 
 
 Files = dict[str, FileRecord]
-"""The files of a checkpoint by their names."""
+"""File name -> record."""
 
 
 def text_checksum(text: str) -> str:
-    """The checksum of a text as a file of UTF-8 would have it."""
+    """Return the xxh3 checksum of a text in UTF-8."""
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 
 def check_size(path: Path, record: FileRecord) -> None:
-    """InputError if a file is not there, or of another size."""
+    """Raise CheckpointError if a file is missing or has another size."""
     if not path.is_file():
         raise CheckpointError(f"{path.parent}: {path.name} is missing; use another checkpoint")
-    found = path.stat().st_size
-    if found != record.bytes:
+    size = path.stat().st_size
+    if size != record.size:
         raise CheckpointError(
-            f"{path}: truncated or damaged, {found} bytes instead of {record.bytes}"
+            f"{path}: truncated or damaged, {size} bytes instead of {record.size}"
         )
 
 
 def check_file(path: Path, record: FileRecord) -> None:
-    """Reads a whole file. InputError if a byte of it is not as it was written."""
+    """Read a file completely; raise CheckpointError if its size or checksum differs."""
     check_size(path, record)
-    checksum = xxhash.xxh3_64()
-    buffer = torch.empty(min(record.bytes, READ_BYTES), dtype=torch.uint8)
-    for first in range(0, record.bytes, READ_BYTES):
-        part = buffer[: min(READ_BYTES, record.bytes - first)]
-        read_bytes(path, part, first)
-        checksum.update(raw_bytes(part))
-    if checksum.hexdigest() != record.xxh3_64:
+    try:
+        checksum = FileRecord.of(path, record.algorithm).checksum
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if checksum != record.checksum:
         raise CheckpointError(
-            f"{path}: damaged, its checksum is {checksum.hexdigest()} instead of {record.xxh3_64}"
+            f"{path}: damaged, its checksum is {checksum} instead of {record.checksum}"
         )
 
 
 def problem_of(path: Path, record: FileRecord) -> str | None:
-    """What `check_file` finds wrong with a file, if anything."""
+    """Return the message of the error that `check_file` raises, None if the file is valid."""
     try:
         check_file(path, record)
     except InputError as error:
@@ -71,11 +106,21 @@ def problem_of(path: Path, record: FileRecord) -> str | None:
     return None
 
 
-def forget(path: Path) -> None:
-    """Asks the system to read a file from the disk the next time, not from memory."""
+def drop_from_cache(path: Path) -> None:
+    """Drop a file from the page cache, so that the next read comes from the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
+
+
+def _hash(file: Any, algorithm: Algorithm) -> tuple[int, str]:
+    """Return the size and the checksum of an open file."""
+    checksum, size = _HASHES[algorithm](), 0
+    buffer = memoryview(bytearray(READ_BYTES))
+    while count := file.readinto(buffer):
+        checksum.update(buffer[:count])
+        size += count
+    return size, checksum.hexdigest()

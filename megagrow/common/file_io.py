@@ -1,4 +1,4 @@
-"""Read, write and sync bytes of files."""
+"""Reading and writing byte ranges of files."""
 
 import os
 from pathlib import Path
@@ -9,17 +9,12 @@ from torch import Tensor
 from megagrow.errors import CheckpointError
 
 
-def sync(path: Path) -> None:
-    """Waits until a file, or a directory's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read_bytes(path: Path, into: Tensor, offset: int) -> None:
-    """Fills a 1-D uint8 tensor from the file. InputError if the file ends before or fails."""
+    """Fill a 1-D uint8 tensor from the bytes of a file that start at `offset`.
+
+    Raises:
+        CheckpointError: the file is too short or cannot be read.
+    """
     view = raw_bytes(into)
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -38,12 +33,12 @@ def read_bytes(path: Path, into: Tensor, offset: int) -> None:
 
 
 def write_bytes(descriptor: int, data: memoryview, offset: int) -> None:
-    """Writes all of `data` at a byte of an open file. OSError if it cannot."""
+    """Write all of `data` at a byte offset of an open file. Raises OSError."""
     while data:
         count = os.pwrite(descriptor, data, offset)
         data, offset = data[count:], offset + count
 
 
 def raw_bytes(values: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, not copied."""
+    """Return the bytes of a contiguous tensor without a copy."""
     return values.flatten().view(torch.uint8).numpy().data

@@ -1,8 +1,7 @@
-"""What a GPU has, by its datasheet: what it computes, its memory, and its power.
+"""GPU data sheets: compute throughput, memory and power.
 
-docs/guides/planning.md says for each figure where it was read, and which of them no source could
-be found
-for. Links, and what else only a predicted step needs, stand in planning/cluster.py.
+docs/guides/planning.md lists the source of each figure and the figures without a source. Link
+bandwidths and other inputs of the step-time model are in planning/cluster.py.
 """
 
 from dataclasses import dataclass
@@ -12,17 +11,17 @@ from megagrow.errors import ConfigError
 
 @dataclass(frozen=True)
 class Gpu:
-    """One card."""
+    """Data sheet of one GPU."""
 
     name: str
-    """Words that are all in the name of its device, as `torch.cuda.get_device_name` gives it."""
+    """Words that the device name of `torch.cuda.get_device_name` must all contain."""
     peak_flops: float
-    """Dense bf16 FLOP/s: of what a datasheet gives with sparsity, one half."""
+    """Dense bf16 FLOP/s: half of a data-sheet figure with sparsity."""
     memory: int | None
-    """Bytes, None where it is not known. GB are taken as 1000s: what is between them and the card's
-    own count goes to the driver and to what the allocator cannot use."""
+    """Bytes, None if unknown. A GB counts as 10^9 bytes: the difference to the card's own count
+    goes to the driver and to memory that the allocator cannot use."""
     watts: float | None
-    """At most (thermal design power), None where it is not known."""
+    """Thermal design power, None if unknown."""
 
 
 def _card(name: str, tflops: float, gigabytes: int | None, watts: float | None) -> Gpu:
@@ -51,16 +50,17 @@ GPUS = (
     _card("GB200", 2500, None, None),
     _card("B200", 2250, 180, 1000),
 )
-"""Cards of NVIDIA, TFLOP/s, GB and watts. A plain name is the SXM card; A100 and A800 are those of
-80 GB. A superchip comes with several memories, and its watts are for its CPU too: GH200 and GB200
-have neither here."""
+"""NVIDIA GPUs: dense bf16 TFLOP/s, GB, watts.
+
+A name without a form factor is the SXM card; A100 and A800 are the 80 GB versions. GH200 and GB200
+have no memory size, as there are several, and no power, as theirs includes the CPU."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of one device, by its name in `torch.cuda.get_device_name`: of the first
-    row of `GPUS` all of whose words are in it.
+    """Return the dense bf16 FLOP/s of a device, None if unknown or a slice of a device (MIG).
 
-    None where it is not known, so also for a slice of a device (MIG).
+    `device_name` is the result of `torch.cuda.get_device_name`. The first row of `GPUS` whose words
+    are all in it applies.
     """
     words = set(device_name.upper().replace("-", " ").split())
     if "MIG" in words:
@@ -68,15 +68,15 @@ def peak_flops(device_name: str) -> float | None:
     return next((gpu.peak_flops for gpu in GPUS if words.issuperset(gpu.name.split())), None)
 
 
-__all__ = ["Gpu", "find_gpu"]
-
-
 def find_gpu(name: str, option: str = "--gpu") -> Gpu:
-    """A card by its name: `h100`, `H100-NVL`, `"a100"`. InputError, which names the option, for one
-    that is not known."""
+    """Return a GPU by its name: `h100`, `H100-NVL`.
+
+    Raises:
+        ConfigError: the name is not known; the message names `option`.
+    """
     known = {gpu.name: gpu for gpu in GPUS}
     key = " ".join(name.upper().replace("-", " ").split())
     if key not in known:
         names = ", ".join(row.lower().replace(" ", "-") for row in known)
-        raise ConfigError(f"{option} {name}: not known; known are {names}")
+        raise ConfigError(f"{option} {name}: not known; use one of {names}")
     return known[key]

@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a live bar on a terminal, now and then a line elsewhere."""
+"""Progress of a long operation: a live bar on a terminal, else a line every few seconds."""
 
 import time
 from typing import Self
@@ -10,12 +10,17 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class WorkProgress:
-    """Progress in megabytes, with the time that is left."""
+    """Progress in megabytes, with throughput and time left; a context manager.
 
-    def __init__(self, console: Console, what: str, total_bytes: int | None) -> None:
-        """`what` is what is being done; `total_bytes` is None if the size is not known."""
+    Args:
+        console: output.
+        label: name of the operation.
+        total_bytes: size of the work, None if unknown.
+    """
+
+    def __init__(self, console: Console, label: str, total_bytes: int | None) -> None:
         self._console = console
-        self._what = what
+        self._label = label
         self._total = total_bytes
         self._bytes = self._earlier = 0
         self._started = self._last_line = time.monotonic()
@@ -29,7 +34,7 @@ class WorkProgress:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task(what, total=total_bytes, status="")
+        self._task = self._bar.add_task(label, total=total_bytes, status="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -39,35 +44,36 @@ class WorkProgress:
         self._bar.stop()
 
     def resume(self, done_bytes: int) -> None:
-        """Count what was done in an earlier run, which says nothing of the speed."""
+        """Count work of an earlier process, which is excluded from the throughput."""
         self._earlier += done_bytes
         self.advance(done_bytes)
 
     def advance(self, done_bytes: int) -> None:
-        """Count more of the work."""
+        """Count finished work."""
         self._bytes += done_bytes
         self._bar.update(self._task, completed=self._bytes, status=self._status())
         now = time.monotonic()
         if not self._console.is_terminal and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self._console.print(f"{self._what} {self._status()}{self._left()}", highlight=False)
+            self._console.print(f"{self._label} {self._status()}{self._left()}", highlight=False)
 
-    def _speed(self) -> float:
-        """Bytes per second."""
+    def _throughput(self) -> float:
+        """Return bytes per second."""
         return (self._bytes - self._earlier) / max(time.monotonic() - self._started, 1e-9)
 
     def _status(self) -> str:
         total = f"/{self._total / 1e6:,.1f}" if self._total else ""
-        return f"{self._bytes / 1e6:,.1f}{total} MB{self._also()}, {self._speed() / 1e6:.1f} MB/s"
+        speed = f"{self._throughput() / 1e6:.1f} MB/s"
+        return f"{self._bytes / 1e6:,.1f}{total} MB{self._extra()}, {speed}"
 
-    def _also(self) -> str:
-        """What else is counted."""
+    def _extra(self) -> str:
+        """Return the text of further counters."""
         return ""
 
     def _left(self) -> str:
-        if not self._total or not self._speed():
+        if not self._total or not self._throughput():
             return ""
-        return f", {max(self._total - self._bytes, 0) / self._speed():.0f} s left"
+        return f", {max(self._total - self._bytes, 0) / self._throughput():.0f} s left"
 
 
 class TokenizingProgress(WorkProgress):
@@ -78,12 +84,14 @@ class TokenizingProgress(WorkProgress):
         super().__init__(console, "tokenising", total_bytes)
 
     def resume(self, done_bytes: int, tokens: int = 0) -> None:
+        """Count work of an earlier process, which is excluded from the throughput."""
         self._tokens += tokens
         super().resume(done_bytes)
 
     def advance(self, done_bytes: int, tokens: int = 0) -> None:
+        """Count finished work."""
         self._tokens += tokens
         super().advance(done_bytes)
 
-    def _also(self) -> str:
+    def _extra(self) -> str:
         return f", {self._tokens / 1e6:,.2f}M tokens"

@@ -1,11 +1,14 @@
-"""Names of files that stand in other files: they may not lead out of the folder of that file."""
+"""Validation of file names from untrusted files: they must not lead out of a folder."""
 
 LONGEST_NAME = 255
-"""Bytes, on every file system that is in use."""
+"""Bytes; the limit of common file systems."""
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether it can only be a file directly in a folder: no path, no `..`, nothing invisible."""
+    """Return True if a value can only name a file directly in a folder.
+
+    Paths, `..` and unprintable characters are rejected.
+    """
     return (
         isinstance(name, str)
         and name.isprintable()
@@ -16,5 +19,5 @@ def is_plain_name(name: object) -> bool:
 
 
 def is_inner_path(path: object) -> bool:
-    """Whether it can only be a file in a folder or in folders below it."""
+    """Return True if a value can only name a file in a folder or in its subfolders."""
     return isinstance(path, str) and all(map(is_plain_name, path.split("/")))

@@ -1,9 +1,9 @@
-"""Numbers written for people: `2M`, `1.5B`, `10K` and back."""
+"""Counts, byte sizes and durations as readable text, such as `2M`, `1.5 GiB`, `1h06m`."""
 
 import re
 from decimal import Decimal
 
-UNITS = {"T": 10**12, "B": 10**9, "M": 10**6, "K": 10**3}
+COUNT_UNITS = {"T": 10**12, "B": 10**9, "M": 10**6, "K": 10**3}
 BYTE_UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 BYTE_UNITS |= {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
 _COUNT = re.compile(r"(\d+(?:_\d+)*(?:\.\d+)?(?:[eE]\+?\d{1,2})?)\s*([KMBT]?)", re.IGNORECASE)
@@ -11,16 +11,20 @@ _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?", re.IGNORECASE)
 _EXAMPLES = "such as 2048, 2M or 1.5B"
 
 LARGEST_COUNT = 10**27
-"""More FLOPs than there will be. Decimal is exact up to here, and products of counts still fit
-into a float."""
+"""Above any FLOP budget. Decimal is exact up to here (28 digits), and products of two counts still
+fit into a float."""
 
 
 def parse_count(value: object) -> int:
-    """The whole number, 0 or more, that `value` says.
+    """Return the integer that a number or a text such as `1.5B` specifies.
 
-    An int, a float that is whole, or text: digits with `_` between them, a fraction, an exponent,
-    and one of the suffixes K (1e3), M (1e6), B (1e9), T (1e12), in either case. Raises ValueError
-    for anything else, a result that is not whole included.
+    Args:
+        value: an int, an integral float, or text: digits with optional `_` between them, a
+            fraction, an exponent and one of the suffixes K (1e3), M (1e6), B (1e9), T (1e12), in
+            either case.
+
+    Raises:
+        ValueError: anything else, including negative and non-integral numbers.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"should be a whole number {_EXAMPLES}")
@@ -28,7 +32,7 @@ def parse_count(value: object) -> int:
     if match is None:
         raise ValueError(f"should be a whole number of 0 or more, {_EXAMPLES}")
     digits, suffix = match.groups()
-    count = Decimal(digits.replace("_", "")) * UNITS.get(suffix.upper(), 1)
+    count = Decimal(digits.replace("_", "")) * COUNT_UNITS.get(suffix.upper(), 1)
     if count > LARGEST_COUNT:
         raise ValueError(f"is more than {LARGEST_COUNT:.0e}")
     if count % 1:
@@ -37,29 +41,38 @@ def parse_count(value: object) -> int:
 
 
 def format_count(count: int) -> str:
-    """`count` with the largest suffix that needs at most two decimals, else in plain digits.
+    """Return `count` with the largest suffix that needs at most two decimals, else plain digits.
 
-    Exact: `parse_count` gives back the same number.
+    Exact: `parse_count` returns the same number.
     """
-    for suffix, unit in UNITS.items():
+    for suffix, unit in COUNT_UNITS.items():
         if count >= unit and count % (unit // 100) == 0:
             return f"{(Decimal(count) / unit).normalize():f}{suffix}"
     return str(count)
 
 
 def format_large(count: int) -> str:
-    """`count` as digits and an exponent, `1.2e21`, where that is short; else in plain digits.
+    """Return `count` as `1.2e21` if that has at most 16 digits, else as plain digits.
 
-    Exact: `parse_count` gives back the same number, even if a float is made of it in between.
+    Exact: `parse_count` returns the same number, also after a conversion to float.
     """
     digits, _, exponent = f"{Decimal(count).normalize():e}".partition("e")
     return str(count) if len(digits) > 16 else f"{digits}e{int(exponent)}"
 
 
-def parse_bytes(text: str) -> int:
-    """The number of bytes that `1GiB`, `512 MiB`, `1.5GB` or plain digits say.
+def format_short(number: float) -> str:
+    """Return a rounded number: `950` -> `950`, `12345` -> `12.3k`, `3.2e6` -> `3.2M`."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{letter}"
+    return f"{number:.0f}"
 
-    KiB, MiB, GiB and TiB count in 1024s; KB, MB, GB and TB in 1000s. Raises ValueError.
+
+def parse_bytes(text: str) -> int:
+    """Return the number of bytes that `1GiB`, `512 MiB`, `1.5GB` or plain digits specify.
+
+    KiB, MiB, GiB and TiB are powers of 1024; KB, MB, GB and TB are powers of 1000. Raises
+    ValueError.
     """
     match = _BYTES.fullmatch(text.strip())
     units = {name.lower(): size for name, size in BYTE_UNITS.items()}
@@ -69,8 +82,26 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(count: int) -> str:
-    """`count` bytes for people, rounded: `64 MiB`, `1.5 GiB`."""
+    """Return a rounded number of bytes with its unit: `64 MiB`, `1.5 GiB`."""
     for name in ("TiB", "GiB", "MiB", "KiB"):
         if count >= BYTE_UNITS[name]:
             return f"{Decimal(f'{count / BYTE_UNITS[name]:.1f}').normalize():f} {name}"
     return f"{count} B"
+
+
+def format_in(count: float, unit: str, decimals: int) -> str:
+    """Return a number of bytes in a unit of `BYTE_UNITS`, without the unit: `1,234.5`."""
+    return f"{count / BYTE_UNITS[unit]:,.{decimals}f}"
+
+
+def format_duration(seconds: float | None) -> str:
+    """Return `75` as `1m15s`, `4000` as `1h06m`, from one day on `2d03h`; None as `-`."""
+    if seconds is None:
+        return "-"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24}d{hours % 24:02}h"
+    if hours:
+        return f"{hours}h{minute:02}m"
+    return f"{minute}m{second:02}s" if minute else f"{second}s"

@@ -1,22 +1,60 @@
-"""What several commands of the command line share: arguments, and where their tables go."""
+"""Console tables and Markdown tables."""
 
 import sys
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Iterable, Sequence
 
-import typer
+from rich import box
 from rich.console import Console
-
-RunFile = Annotated[Path, typer.Argument(help="The run file (YAML).", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key: --set optimizer.lr=1e-3."),
-]
+from rich.table import Table
+from rich.text import Text
 
 PIPED_WIDTH = 200
-"""Columns of a table that goes into a file or a pipe, which has no width of its own."""
+"""Console columns when the output is a file or a pipe, which has no width."""
 
 
 def table_console() -> Console:
-    """Where tables are printed."""
-    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    """Return the console for tables on standard output."""
+    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+
+
+def print_table(
+    console: Console,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    title: str | None = None,
+    right_aligned: Sequence[str] = (),
+) -> None:
+    """Print a table of plain text: with borders on a terminal, else as Markdown.
+
+    `right_aligned` lists the names of the columns of numbers.
+    """
+    style = box.ROUNDED if console.is_terminal else box.MARKDOWN
+    heading = None if title is None else Text(title, style="table.title")
+    table = Table(title=heading, title_justify="left", box=style)
+    for column in columns:
+        table.add_column(Text(column), justify="right" if column in right_aligned else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def print_lines(console: Console, lines: Iterable[str]) -> None:
+    """Print lines verbatim: no markup, no wrapping."""
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def markdown_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, right_aligned: Sequence[str] = ()
+) -> str:
+    """Return a Markdown table; the cells must not contain `|` or line breaks."""
+    rule = ["---:" if column in right_aligned else "---" for column in columns]
+    lines = [columns, rule, *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def escape_markdown(text: str) -> str:
+    """Return text on one line that cannot end a table cell or begin an HTML tag."""
+    joined = " ".join(text.split())
+    return joined.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")

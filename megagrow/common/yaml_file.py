@@ -1,7 +1,7 @@
-"""Reads one YAML file that somebody else may have written: only plain values, and not too many.
+"""Parsing of untrusted YAML: plain values only, with limits on number, depth and length.
 
-PyYAML's safe loader runs no code of the file. But a few lines of it can stand for more values than
-there is memory (aliases of aliases, "billion laughs"), or for a number that takes minutes to read.
+PyYAML's safe loader executes no code of the file. But a few lines can expand to more values than
+fit into memory (aliases of aliases, "billion laughs") or to a number that takes minutes to parse.
 """
 
 from pathlib import Path
@@ -12,18 +12,19 @@ import yaml
 from megagrow.errors import ConfigError
 
 FILE_BYTES = 1_000_000
+"""Maximum size of a file."""
 VALUES = 100_000
-"""In a file, with every alias counted as often as what it stands for."""
+"""Maximum number of values in a file; an alias counts as its expansion."""
 DEPTH = 50
-"""Of mappings and lists within each other."""
+"""Maximum nesting of mappings and lists."""
 NUMBER_LENGTH = 64
-"""Characters of a number."""
+"""Maximum characters of a number."""
 
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with limits; it would also let the last of two equal keys win."""
+    """PyYAML's safe loader with limits; duplicate keys are rejected."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -31,26 +32,26 @@ class _Loader(yaml.SafeLoader):
         self._values: dict[yaml.Node, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """The node of the next value. The count of it is kept for the aliases that repeat it."""
+        """Return the node of the next value; its number of values is stored for its aliases."""
         self._depth += 1
         event = self.peek_event()
         mark, tag = event.start_mark, getattr(event, "tag", None)
         if tag is not None:
-            raise _refused(f"a tag, {tag}; write the plain value", mark)
+            raise _refused(f"a tag, {tag}; use a plain value", mark)
         if self._depth > DEPTH:
-            raise _refused(f"more than {DEPTH} mappings and lists within each other", mark)
+            raise _refused(f"more than {DEPTH} nested mappings and lists", mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         if node is not None and node not in self._values:
             if isinstance(node, yaml.CollectionNode) and node.end_mark is None:
-                raise _refused("an alias stands within what it stands for", mark)
+                raise _refused("an alias refers to a value that contains it", mark)
             self._values[node] = 1 + sum(self._values[part] for part in _parts(node))
         if node is not None and self._values[node] > VALUES:
-            raise _refused(f"stands for more than {VALUES} values", mark)
+            raise _refused(f"expands to more than {VALUES} values", mark)
         return node
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
-        """A text, a number, true, false or null."""
+        """Return the node of a string, a number, true, false or null."""
         node = super().compose_scalar_node(anchor)
         if node.tag in _NUMBERS and len(node.value) > NUMBER_LENGTH:
             raise _refused(f"a number of {len(node.value)} characters", node.start_mark)
@@ -61,35 +62,37 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """A mapping; two equal keys are refused."""
+        """Return the node of a mapping; duplicate keys are rejected."""
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise _refused(f"'{key.value}' stands here twice", key.start_mark)
+                raise _refused(f"duplicate key '{key.value}'", key.start_mark)
             seen.add(key.value)
         return node
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping that the file holds. Raises InputError, naming the line, if it holds none."""
+    """Return the mapping in a YAML file. Raises ConfigError with the path and line."""
     try:
         with path.open("rb") as file:
             raw = file.read(FILE_BYTES + 1)
         if len(raw) > FILE_BYTES:
-            raise ConfigError(f"{path}: more than {FILE_BYTES} bytes; not a run file")
+            raise ConfigError(
+                f"{path}: larger than the limit of {FILE_BYTES} bytes; not a run file"
+            )
         value = parse_yaml(raw.decode("utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a UTF-8 text file (byte {error.start})") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: should hold a mapping of keys to values")
+        raise ConfigError(f"{path}: must contain a mapping of keys to values")
     return value
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """The value of one YAML text. Raises InputError naming `origin` and the line."""
+    """Return the value of one YAML text. Raises ConfigError with `origin` and the line."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -103,7 +106,7 @@ def parse_yaml(text: str, origin: str) -> Any:
 
 
 def _parts(node: yaml.Node) -> list[yaml.Node]:
-    """The nodes directly below one."""
+    """Return the direct children of a node."""
     if isinstance(node, yaml.MappingNode):
         return [part for pair in node.value for part in pair]
     return node.value if isinstance(node, yaml.SequenceNode) else []

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megagrow.config.schema import CorpusConfig, DataConfig
+from megagrow.config.schema import BatchConfig, CorpusConfig, DataConfig
 from megagrow.data.indexed import IndexedCorpus
 from megagrow.data.manifest import CorpusManifest
 from megagrow.data.stream import NO_LABEL, Tokens, TokenStream
@@ -54,6 +54,18 @@ def sequences_of(
     first = dp_rank * micro_batch_size
     starts = range(first, global_batch_size, per_step)
     return [list(range(start, start + micro_batch_size)) for start in starts]
+
+
+def read_micro_batches(
+    reader: "BatchReader", position: int, batch: BatchConfig, dp_rank: int, dp_size: int
+) -> list["Batch"]:
+    """Read this rank's micro-batches of the global batch that starts at a stream position.
+
+    Raises:
+        DataError: the stream cannot be read.
+    """
+    sizes = batch.global_batch_size, batch.micro_batch_size
+    return [reader.read(position, indices) for indices in sequences_of(*sizes, dp_rank, dp_size)]
 
 
 class BatchReader:

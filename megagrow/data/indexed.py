@@ -11,7 +11,6 @@ So "document count" is the number of documents plus one. Source: Megatron-LM,
 megatron/core/datasets/indexed_dataset.py.
 """
 
-import os
 import shutil
 import struct
 from array import array
@@ -21,6 +20,7 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
+from megagrow.common.atomic_files import partial_path, publish
 from megagrow.errors import DataError, InputError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -166,7 +166,7 @@ class IndexedWriter:
         self.dtype = np.dtype(dtype)
         self._lengths = array("i")
         self._paths = [with_suffix(prefix, suffix) for suffix in (".bin", ".idx")]
-        self._partial = [with_suffix(path, f".{os.getpid()}.partial") for path in self._paths]
+        self._partial = [partial_path(path) for path in self._paths]
         self._bin: BinaryIO = self._partial[0].open("wb")
 
     def __enter__(self) -> Self:
@@ -194,11 +194,9 @@ class IndexedWriter:
         """Write the index, sync both files and rename them."""
         with self._partial[1].open("wb") as idx:
             self._write_index(idx)
-            _flush(idx)
-        _flush(self._bin)
         self._bin.close()
         for partial, path in zip(self._partial, self._paths, strict=True):
-            os.replace(partial, path)
+            publish(partial, path)
 
     def _write_index(self, idx: BinaryIO) -> None:
         lengths = np.frombuffer(self._lengths, dtype="<i4")
@@ -208,8 +206,3 @@ class IndexedWriter:
         idx.write(lengths.data)
         idx.write((ends - lengths.astype(np.int64) * self.dtype.itemsize).data)
         idx.write(np.arange(count + 1, dtype=np.int64).data)
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -1,12 +1,13 @@
-"""Manifest of a prepared corpus (manifest.json): sources, contents, checksums."""
+"""manifest.json of a prepared corpus: sources, contents, file sizes and checksums."""
 
-import hashlib
-import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
 
+from megagrow.common.atomic_files import write_text
+from megagrow.common.checksums import FileRecord, Files
 from megagrow.common.json_text import parse_json
 from megagrow.common.safe_paths import is_inner_path
 from megagrow.errors import DataError
@@ -26,21 +27,16 @@ class Split(BaseModel):
     max_token_id: int
 
 
-class CorpusFile(BaseModel):
-    """What a file has to be."""
+def _record_of(value: Any) -> FileRecord:
+    return value if isinstance(value, FileRecord) else FileRecord.from_json(value, "blake2b")
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    size: int
-    """In bytes."""
-    blake2b: str
-    """Hexadecimal, of 32 bytes."""
+_Record = Annotated[FileRecord, PlainValidator(_record_of), PlainSerializer(FileRecord.to_json)]
 
-    @classmethod
-    def of(cls, path: Path) -> Self:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32))
-        return cls(size=path.stat().st_size, blake2b=digest.hexdigest())
+
+def corpus_files(folder: Path, paths: Iterable[Path]) -> Files:
+    """Return the records of the files of a corpus by their paths relative to its folder."""
+    return {str(path.relative_to(folder)): FileRecord.of(path, "blake2b") for path in paths}
 
 
 class CorpusManifest(BaseModel):
@@ -61,7 +57,7 @@ class CorpusManifest(BaseModel):
     """Row length into which examples are packed; instruction corpora only."""
     splits: dict[str, Split]
     """Contents by prefix name: train, validation."""
-    files: dict[str, CorpusFile]
+    files: dict[str, _Record]
     """Files by path relative to the manifest's folder."""
 
     @classmethod
@@ -88,10 +84,8 @@ class CorpusManifest(BaseModel):
         return manifest
 
     def write(self, folder: Path) -> None:
-        """Write manifest.json, whole or not at all."""
-        partial = folder / f"{NAME}.{os.getpid()}.partial"
-        partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder / NAME)
+        """Write manifest.json atomically."""
+        write_text(folder / NAME, self.model_dump_json(indent=2) + "\n")
 
     def is_complete(self, folder: Path) -> bool:
         """Return True if all files exist with the recorded sizes (for checksums see `verify`)."""
@@ -108,6 +102,6 @@ def verify(output: Path) -> CorpusManifest:
         path = output / name
         if not path.is_file():
             raise DataError(f"{path}: missing; prepare the corpus again")
-        if CorpusFile.of(path) != record:
+        if FileRecord.of(path, "blake2b") != record:
             raise DataError(f"{path}: checksum mismatch; prepare the corpus again")
     return manifest

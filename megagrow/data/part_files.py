@@ -5,7 +5,6 @@ valid and can be reused by any later preparation; parts with other names are sta
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
+from megagrow.common.atomic_files import write_text
 from megagrow.data.documents import Document, read_documents
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
 from megagrow.data.manifest import Split
@@ -158,6 +158,4 @@ def _batches(documents: Iterable[Document]) -> Iterator[_Batch]:
 
 
 def _write_json(path: Path, part: PartFile) -> None:
-    partial_path = with_suffix(path, f".{os.getpid()}.partial")
-    partial_path.write_text(part.model_dump_json(), encoding="utf-8")
-    os.replace(partial_path, path)
+    write_text(path, part.model_dump_json())

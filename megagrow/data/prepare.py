@@ -17,7 +17,7 @@ from rich.console import Console
 from megagrow.common.progress import TokenizingProgress
 from megagrow.data.documents import read_documents
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
-from megagrow.data.manifest import NAME, CorpusFile, CorpusManifest, Split
+from megagrow.data.manifest import NAME, CorpusManifest, Split, corpus_files
 from megagrow.data.part_files import (
     SPLITS,
     TRAIN,
@@ -251,5 +251,5 @@ def _describe(
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         splits=splits,
-        files={str(path.relative_to(output)): CorpusFile.of(path) for path in (*corpora, *saved)},
+        files=corpus_files(output, (*corpora, *saved)),
     )

@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
-from megagrow.data.manifest import NAME, CorpusFile, CorpusManifest, Split
+from megagrow.data.manifest import NAME, CorpusManifest, Split, corpus_files
 from megagrow.data.part_files import SPLITS, TRAIN, Options, fingerprint
 from megagrow.data.sft import TokenizedExample, mask_prefix, pack, read_examples, tokenize
 from megagrow.data.tokenizers import Tokenizer, load_tokenizer
@@ -181,5 +181,5 @@ def _describe(
         eos_id=tokenizer.eos_id,
         sequence_length=length,
         splits=splits,
-        files={str(path.relative_to(output)): CorpusFile.of(path) for path in (*corpora, *saved)},
+        files=corpus_files(output, (*corpora, *saved)),
     )

@@ -8,7 +8,6 @@ import hashlib
 import importlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 
 import sentencepiece
 
+from megagrow.common.atomic_files import atomic_file
 from megagrow.common.json_text import read_json
 from megagrow.errors import ConfigError, DataError, InputError, ResourceError
 
@@ -251,9 +251,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path)
     except RuntimeError as error:
         reason = str(error).strip().rsplit("] ", 1)[-1].replace("\n", " ")
         raise ConfigError(f"vocab_size {vocab_size} does not fit the corpus: {reason}") from error
-    partial = model_path.with_name(f"{model_path.name}.{os.getpid()}.partial")
-    partial.write_bytes(model.getvalue())
-    os.replace(partial, model_path)
+    with atomic_file(model_path) as partial:
+        partial.write_bytes(model.getvalue())
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
@@ -277,9 +276,8 @@ def _import(library: str) -> ModuleType:
 
 
 def _copy(source: Path, target: Path) -> Path:
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    shutil.copyfile(source, partial)
-    os.replace(partial, target)
+    with atomic_file(target) as partial:
+        shutil.copyfile(source, partial)
     return target
 
 

@@ -5,16 +5,17 @@ No training module is imported, so the report also works where a run cannot star
 
 import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megagrow.common.packages import package_version
+from megagrow.common.sizes import format_in
+from megagrow.common.tables import print_table
 from megagrow.config.schema import RunConfig
 from megagrow.model.backends import (
     OPERATIONS,
@@ -49,7 +50,9 @@ def environment_facts() -> dict[str, str]:
         "nccl": _nccl(),
     }
     packages = {"triton": "Triton", "flash-attn": "flash-attn", "deepspeed": "DeepSpeed"}
-    facts |= {name: _version(package) for package, name in packages.items()}
+    facts |= {
+        name: package_version(package) or "not installed" for package, name in packages.items()
+    }
     if torch.cuda.is_available():
         facts["kernels"] = _kernel_validation(machine_of(torch.device("cuda")))
     if machine_of(torch.device("cpu")).interpreter:
@@ -107,19 +110,13 @@ def print_local_report(run: RunConfig | None, device: torch.device, console: Con
 
 
 def _print_rows(console: Console, title: str, selected: str, rows: list[BackendRow]) -> None:
-    table = Table(
-        *("operation", "backend", "available", selected),
-        title=title,
-        title_justify="left",
-        box=box.ROUNDED if console.is_terminal else box.MARKDOWN,
-    )
-    previous = ""
+    cells, previous = [], ""
     for row in rows:
         operation = "" if row.operation == previous else row.operation
         available = f"no: {row.why_not}" if row.why_not else "yes"
-        table.add_row(*map(Text, (operation, row.backend, available, row.selected)))
+        cells.append((operation, row.backend, available, row.selected))
         previous = row.operation
-    console.print(table)
+    print_table(console, ("operation", "backend", "available", selected), cells, title=title)
 
 
 def _selected_when(
@@ -154,18 +151,11 @@ def _cuda() -> str:
 def _gpus() -> Iterator[str]:
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        gib = torch.cuda.get_device_properties(index).total_memory / 2**30
-        yield f"{torch.cuda.get_device_name(index)} (sm_{major}{minor}, {gib:.0f} GiB)"
+        gib = format_in(torch.cuda.get_device_properties(index).total_memory, "GiB", 0)
+        yield f"{torch.cuda.get_device_name(index)} (sm_{major}{minor}, {gib} GiB)"
 
 
 def _nccl() -> str:
     if not (dist.is_available() and dist.is_nccl_available()):
         return "not available in this build of torch"
     return ".".join(map(str, torch.cuda.nccl.version()))
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

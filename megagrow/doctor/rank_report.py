@@ -6,15 +6,15 @@ import socket
 import subprocess
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megagrow.common.packages import package_version
 from megagrow.parallel.launch import Launch, own_device, shared_variables
 
-PACKAGES = ("megagrow", "torch", "deepspeed", "triton", "numpy")
+COMPARED_PACKAGES = ("megagrow", "torch", "deepspeed", "triton", "numpy")
 
 MATMUL_SIZE = 8192
 """Rows and columns of the square matrices of the GPU benchmark."""
@@ -87,16 +87,9 @@ def collect_report(launch: Launch) -> RankReport:
 
 
 def _versions() -> dict[str, str]:
-    packages = {name: _version(name) for name in PACKAGES}
+    packages = {name: package_version(name) or "not installed" for name in COMPARED_PACKAGES}
     cuda = {"CUDA of torch": torch.version.cuda or "none"}
     return {"python": platform.python_version()} | packages | cuda | {"code": _code()}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _code() -> str:

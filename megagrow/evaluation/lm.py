@@ -15,9 +15,13 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megagrow.errors import ConfigError, InputError
-from megagrow.evaluation.generation import Generation, generate
 from megagrow.evaluation.likelihood import Pair, log_likelihoods
-from megagrow.evaluation.logprobs import ModelScorer, TokenScorer
+from megagrow.evaluation.logprobs import (
+    Generation,
+    ModelScorer,
+    TokenScorer,
+    generate_greedily,
+)
 from megagrow.evaluation.model import LoadedModel, load_model
 from megagrow.evaluation.tokenizer import EvalTokenizer
 from megagrow.parallel.agreement import run_on_all_ranks
@@ -27,8 +31,8 @@ from megagrow.parallel.process_groups import Topology, init_process_group, make_
 MAX_GENERATED_TOKENS = 256
 """Limit for tasks without `max_gen_toks`; lm-eval's default."""
 
-Request = TypeVar("Request")
-Answer = TypeVar("Answer")
+RequestT = TypeVar("RequestT")
+AnswerT = TypeVar("AnswerT")
 
 
 class LMAdapter(TemplateLM):  # type: ignore[misc]
@@ -102,7 +106,7 @@ class LMAdapter(TemplateLM):  # type: ignore[misc]
         order = sorted(texts, key=lambda text: -len(text.context))
         for first in range(0, len(order), self.batch_size):
             batch = order[first : first + self.batch_size]
-            generate(batch, self._scorer, self._tokenizer.eos_id, self._tokenizer.decode)
+            generate_greedily(batch, self._scorer, self._tokenizer.eos_id, self._tokenizer.decode)
         return [text.result or "" for text in texts]
 
     def _make_generation(self, context: str, options: dict[str, Any]) -> Generation:
@@ -122,8 +126,8 @@ class LMAdapter(TemplateLM):  # type: ignore[misc]
         return Generation(ids or [self.prefix_token_id], stop_strings, max_tokens)
 
     def _distribute(
-        self, requests: list[Request], answer: Callable[[list[Request]], list[Answer]]
-    ) -> list[Answer]:
+        self, requests: list[RequestT], answer: Callable[[list[RequestT]], list[AnswerT]]
+    ) -> list[AnswerT]:
         """Return the answers to all requests on all ranks; each is computed by one data-parallel
         rank."""
         dp, dp_rank = self._topology.dp, self._topology.dp_rank
@@ -137,8 +141,8 @@ class LMAdapter(TemplateLM):  # type: ignore[misc]
         return [one for part in parts for one in part]
 
     def _finish_after(
-        self, answer: Callable[[list[Request]], list[Answer]], requests: list[Request]
-    ) -> list[Answer]:
+        self, answer: Callable[[list[RequestT]], list[AnswerT]], requests: list[RequestT]
+    ) -> list[AnswerT]:
         """Return the answers after all ranks are done, also if this rank fails: under ZeRO-3 every
         rank takes part in every pass."""
         try:

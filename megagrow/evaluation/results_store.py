@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.files import checkpoint_name, list_checkpoints
+from megagrow.common.atomic_files import write_text
 from megagrow.common.json_text import finite, read_json
 from megagrow.errors import DataError, unwritable
 from megagrow.train.reporting.metrics import METRICS_FILE
@@ -61,14 +62,11 @@ def store_results(
 
 
 def write_results(path: Path, results: StoredResults) -> None:
-    """Write results as JSON atomically. Raises InputError if the file cannot be written."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    """Write results as JSON atomically. Raises ResourceError if the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(finite(results), indent=2, allow_nan=False) + "\n", "utf-8")
-        temporary.replace(path)
+        write_text(path, json.dumps(finite(results), indent=2, allow_nan=False) + "\n")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise unwritable(path, error) from error
 
 

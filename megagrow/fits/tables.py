@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from megagrow.fits.factor import PAPER_BEST, FactorFit
 from megagrow.fits.least_squares import Constant
@@ -13,12 +11,6 @@ from megagrow.fits.scaling import FlopSaving, PowerLaw
 from megagrow.fits.timing import PAPER, TimingFit
 
 UNKNOWN = "unknown: no degrees of freedom"
-
-
-def print_lines(console: Console, lines: Sequence[str]) -> None:
-    """Print lines without markup and without wrapping."""
-    for line in lines:
-        console.print(Text(line), soft_wrap=True)
 
 
 def parabola_table(parabolas: Sequence[Parabola], choice: str) -> Table:

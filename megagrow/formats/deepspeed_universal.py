@@ -17,7 +17,7 @@ import torch
 
 from megagrow.checkpoint.source import PlacedSource, Source
 from megagrow.checkpoint.tensor_file import DTYPES, Stored, read_elements
-from megagrow.common.file_io import sync
+from megagrow.common.atomic_files import write_synced
 from megagrow.common.json_text import parse_json
 from megagrow.common.safe_paths import is_plain_name
 from megagrow.config.includes import checked_model
@@ -45,14 +45,14 @@ ABOUT_FILE = "megagrow.json"
 _UNREAD = ("deepspeed.",)
 """Modules of objects that are skipped: loss scalers in the optimizer state."""
 
-Places = Mapping[tuple[str, StateKind], tuple[Path, Stored]]
+TensorFiles = Mapping[tuple[str, StateKind], tuple[Path, Stored]]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class UniversalSource(PlacedSource):
     """Universal Checkpoint, read as a layout of one rank."""
 
-    table: Places
+    table: TensorFiles
 
     def place(self, rank: int, name: str, kind: StateKind) -> tuple[Path, Stored]:
         return self.table[name, kind]
@@ -208,18 +208,13 @@ def write_universal(source: Source, out: Path, step: int, advance: Callable[[int
         "run": source.run,
         "environment": source.environment,
     }
-    _write_text(folder / ABOUT_FILE, json.dumps(about, indent=1) + "\n")
-    _write_text(out / LATEST_FILE, folder.name)
+    write_synced(folder / ABOUT_FILE, json.dumps(about, indent=1) + "\n")
+    write_synced(out / LATEST_FILE, folder.name)
 
 
 def _write(path: Path, value: Any, advance: Callable[[int], None]) -> None:
     write_torch_file(path, value, advance)
     check_torch_file(path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    sync(path)
 
 
 def _parameter(source: Source, spec: ParamSpec, kind: StateKind) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megagrow.checkpoint.source import Source
 from megagrow.checkpoint.tensor_file import DTYPES
-from megagrow.common.file_io import sync
+from megagrow.common.atomic_files import write_synced
 from megagrow.formats.megatron import LATEST_FILE, RANK_FILE
 from megagrow.formats.megatron_args import args_of
 from megagrow.formats.megatron_layout import Fused, fused_tensors, padded_vocabulary
@@ -53,9 +53,7 @@ class MegatronTarget:
             folder.mkdir(parents=True)
             write_torch_file(folder / RANK_FILE, self._file(rank, iteration), advance)
             check_torch_file(folder / RANK_FILE)
-        latest = out / LATEST_FILE
-        latest.write_text(str(iteration), encoding="utf-8")
-        sync(latest)
+        write_synced(out / LATEST_FILE, str(iteration))
 
     def _file(self, rank: int, iteration: int) -> dict[str, Any]:
         model = {

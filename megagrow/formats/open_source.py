@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.discovery import newest_whole
+from megagrow.checkpoint.discovery import newest_valid
 from megagrow.checkpoint.files import list_checkpoints
 from megagrow.checkpoint.manifest import MANIFEST_FILE, verify_checkpoint
 from megagrow.checkpoint.source import Source, open_checkpoint
@@ -43,7 +43,7 @@ def find_source(path: Path) -> Path:
         return path
     for folder in (path / "checkpoints", path):
         if list_checkpoints(folder):
-            newest = newest_whole(folder)
+            newest = newest_valid(folder)
             assert newest is not None
             return newest[0]
     raise CheckpointError(

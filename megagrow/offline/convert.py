@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from megagrow.checkpoint.source import Source
-from megagrow.common.atomic_folder import new_folder
+from megagrow.common.atomic_files import atomic_folder
 from megagrow.common.progress import WorkProgress
 from megagrow.config.includes import load_model
 from megagrow.config.schema import ModelConfig
@@ -175,7 +175,7 @@ def _export(
     console: Console,
 ) -> None:
     with (
-        new_folder(out, size + ROOM) as folder,
+        atomic_folder(out, size + ROOM) as folder,
         WorkProgress(console, "writing", size) as progress,
     ):
         write(folder, progress.advance)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from megagrow.checkpoint.manifest import Manifest, describe_layout
+from megagrow.common.atomic_files import staging_folder
 from megagrow.common.progress import WorkProgress
 from megagrow.common.sizes import format_bytes
 from megagrow.errors import ConfigError, ResourceError
@@ -48,7 +49,7 @@ def write_goal(
     at_once = _elements_at_once(goal, request.memory_bytes)
     target = _target(request, goal, beside)
     command = _command(request, goal, target)
-    folder = request.out.with_name(f"{request.out.name}.tmp")
+    folder = staging_folder(request.out)
     if _was_finished(request.out, command):
         console.print(f"{request.out}: is finished", highlight=False)
         return
@@ -150,7 +151,7 @@ def _was_finished(out: Path, command: dict[str, Any]) -> bool:
     if not out.exists():
         return False
     if not (out / JOURNAL_FILE).is_file():
-        raise ConfigError(f"{out}: is there already; remove it or write elsewhere")
+        raise ConfigError(f"{out}: already exists; remove it or choose another path")
     with Journal(out, command):
         (out / JOURNAL_FILE).unlink()
     return True

@@ -13,8 +13,8 @@ from megagrow.checkpoint.files import shard_name
 from megagrow.checkpoint.manifest import MANIFEST_FILE, Manifest, manifest_document
 from megagrow.checkpoint.shards import Places, ShardTensor, shard_tensors, units
 from megagrow.checkpoint.tensor_file import Planned, Stored, planned
+from megagrow.common.atomic_files import sync, write_synced
 from megagrow.common.checksums import FileRecord, Files
-from megagrow.common.file_io import sync
 from megagrow.config.schema import ModelConfig
 from megagrow.formats.hugging_face import INDEX_FILE, index_of, planned_files, single_rank_layout
 from megagrow.reshard.layout import Layout
@@ -67,9 +67,7 @@ class Target:
             shutil.copyfile(origin, folder / name)
             sync(folder / name)
         for name, value in self.documents(files).items():
-            path = folder / name
-            path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-            sync(path)
+            write_synced(folder / name, json.dumps(value, indent=1) + "\n")
         sync(folder)
 
 

@@ -12,9 +12,9 @@ import torch
 import xxhash
 
 from megagrow.checkpoint.tensor_file import DTYPES, Planned
-from megagrow.common.checksums import READ_BYTES, FileRecord, Files, forget
-from megagrow.common.disk_space import check_room
-from megagrow.common.file_io import raw_bytes, read_bytes, sync, write_bytes
+from megagrow.common.atomic_files import check_room, publish, sync
+from megagrow.common.checksums import READ_BYTES, FileRecord, Files, drop_from_cache
+from megagrow.common.file_io import raw_bytes, read_bytes, write_bytes
 from megagrow.common.progress import WorkProgress
 from megagrow.errors import ResourceError
 from megagrow.offline.journal import JOURNAL_FILE, Journal
@@ -59,8 +59,7 @@ class Writing:
 
     def finish(self, final: Path) -> None:
         """Gives the folder its name."""
-        self.folder.rename(final)
-        sync(final.parent)
+        publish(self.folder, final)
         (final / JOURNAL_FILE).unlink()
         sync(final)
 
@@ -116,7 +115,7 @@ def verify_files(
     """What a manifest has to know of the target's files. `written` has the CRC-32 of each piece;
     `advance` is told of bytes that were read. InputError for what is not as it was written."""
     for name in target.sizes:
-        forget(folder / name)
+        drop_from_cache(folder / name)
     index = _Index(target)
     return {
         name: _verify_file(folder / name, file, index.of(name), target, written, advance)

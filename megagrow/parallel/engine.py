@@ -38,7 +38,7 @@ from megagrow.parallel.partitions import (
 )
 from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
-from megagrow.parallel.update_scaling import ScaledPart, UpdateFactors
+from megagrow.parallel.update_scaling import ScaledPart, UpdateScaler
 
 Storage = dict[str, dict[str, Tensor]]
 """Parameter -> state kind -> this rank's interval of the flattened slice, 1-D fp32. Parameters
@@ -79,7 +79,7 @@ class ZeroEngine:
             )
         self._adam = optimizer
         self._fragments = partial(fragments, self._engine, self.stage)
-        self._factors = UpdateFactors(optimizer)
+        self._factors = UpdateScaler(optimizer)
         self._create_moments()
         if self.stage in (1, 2) and not (low_precision or settings.parallel.offload_optimizer):
             reuse_flat_gradients(self._engine.optimizer)

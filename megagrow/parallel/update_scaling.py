@@ -27,7 +27,7 @@ class ScaledPart:
     """(n,), bool; None if all entries are old."""
 
 
-class UpdateFactors:
+class UpdateScaler:
     """Factors on the updates of all new and of all old entries of an optimizer.
 
     While a factor differs from 1, a step needs memory for a copy of the tensors it updates at a

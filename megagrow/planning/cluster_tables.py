@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from megagrow.common.sizes import format_in, format_short
 from megagrow.planning.layouts import USABLE, FittingLayout
 from megagrow.planning.prediction import RunPrediction, StagePrediction
 from megagrow.planning.step_time import StepTime
-from megagrow.train.reporting.console import short
 
 PARTS = {
     "matrix products": "matmul",
@@ -26,7 +26,7 @@ def prediction_rows(prediction: RunPrediction) -> Mapping[str, Sequence[str]]:
         "micro batches a step": [_micro(stage.step) for stage in stages],
         "a step, s": [f"{stage.step.seconds:.3f}" for stage in stages],
         "tokens/s per GPU": [f"{stage.step.tokens_per_gpu:,.0f}" for stage in stages],
-        "tokens/s of all": [short(stage.tokens_per_second) for stage in stages],
+        "tokens/s of all": [format_short(stage.tokens_per_second) for stage in stages],
         "MFU": [f"{stage.step.mfu:.1%}" for stage in stages],
         "days": [f"{stage.seconds / 86400:.2f}" for stage in stages],
     }
@@ -84,7 +84,7 @@ def _layout_cells(each: FittingLayout) -> list[str]:
     return [
         f"{step.tokens_per_gpu:,.0f}",
         f"{step.mfu:.1%}",
-        f"{each.bytes_per_gpu / 1e9:.1f}",
+        format_in(each.bytes_per_gpu, "GB", 1),
         f"{step.seconds:.3f}",
     ]
 

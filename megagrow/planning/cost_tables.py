@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from megagrow.common.sizes import format_short
 from megagrow.config.flops import (
     flops_per_token,
     norm_parameters,
@@ -11,7 +12,6 @@ from megagrow.config.growth_guidelines import SPEEDUPS
 from megagrow.config.schema import ModelConfig
 from megagrow.model.layers.table import EMBEDDING, HEAD, block_counts
 from megagrow.planning.costs import KG_CO2_PER_KWH, PUE, Cost, RunCosts
-from megagrow.train.reporting.console import short
 
 
 def cost_columns(costs: RunCosts) -> list[str]:
@@ -30,7 +30,7 @@ def cost_rows(costs: RunCosts) -> Mapping[str, Sequence[str]]:
         *(costs.scratch or ()),
     ]
     tellers: dict[str, Callable[[Cost], str | None]] = {
-        "tokens": lambda cost: short(cost.tokens),
+        "tokens": lambda cost: format_short(cost.tokens),
         "tokens per second": lambda cost: f"{cost.tokens_per_second:,.0f}",
         "days": lambda cost: f"{cost.days:,.2f}",
         "GPU-hours": lambda cost: f"{cost.gpu_hours:,.1f}",

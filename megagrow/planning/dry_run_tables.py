@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from megagrow.common.sizes import format_in
+from megagrow.common.tables import print_lines, print_table
 from megagrow.planning.dry_run import RankGrowth, RankStage, Rehearsal
 from megagrow.planning.tables import memory_rows
 from megagrow.reshard.traffic import Volume
@@ -27,15 +27,14 @@ def show_rehearsal(rehearsal: Rehearsal, console: Console) -> None:
         layout = stage.memory.layout
         place = f"DP rank {rank // layout.tp} of {layout.dp}, TP rank {rank % layout.tp} of "
         title = f"Stage {index}: ZeRO-{layout.zero_stage}, {place}{layout.tp}"
-        _print(console, title, PARAMETER_COLUMNS, _parameter_rows(stage))
-        _print(console, "Memory, GiB", ("", f"stage {index}"), _memory_rows(stage))
-        _print(console, "Communication", TRAFFIC_COLUMNS, _traffic_rows(stage))
+        print_table(console, PARAMETER_COLUMNS, _parameter_rows(stage), title=title)
+        columns = ("", f"stage {index}")
+        print_table(console, columns, _memory_rows(stage), title="Memory, GiB")
+        print_table(console, TRAFFIC_COLUMNS, _traffic_rows(stage), title="Communication")
     if rehearsal.growths:
-        _print(console, "Growths", GROWTH_COLUMNS, map(_growth_row, rehearsal.growths))
-    for note in rehearsal.notes:
-        console.print(Text(f"Note: {note}"), soft_wrap=True)
-    for problem in rehearsal.problems:
-        console.print(Text(f"Problem: {problem}"), soft_wrap=True)
+        print_table(console, GROWTH_COLUMNS, map(_growth_row, rehearsal.growths), title="Growths")
+    print_lines(console, (f"Note: {note}" for note in rehearsal.notes))
+    print_lines(console, (f"Problem: {problem}" for problem in rehearsal.problems))
 
 
 def _parameter_rows(stage: RankStage) -> Iterable[Sequence[str]]:
@@ -49,7 +48,7 @@ def _memory_rows(stage: RankStage) -> Iterable[Sequence[str]]:
         "built here: forward weights": stage.weights_bytes,
         "built here: fp32 masters and moments": stage.state_bytes,
     }
-    yield from ((what, f"{size / 2**30:.3f}") for what, size in built.items())
+    yield from ((what, format_in(size, "GiB", 3)) for what, size in built.items())
     for part, cells in memory_rows([stage.memory]).items():
         yield f"planned: {part}", cells[0]
 
@@ -83,14 +82,4 @@ def _peers(peers: dict[int, int]) -> str:
 
 
 def _mb(size: int) -> str:
-    return f"{size / 1e6:,.3f}"
-
-
-def _print(
-    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
-) -> None:
-    style = box.ROUNDED if console.is_terminal else box.MARKDOWN
-    table = Table(*columns, title=title, title_justify="left", box=style)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
+    return format_in(size, "MB", 3)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from megagrow.common.sizes import format_in
 from megagrow.planning.memory import StageMemory
 
 
@@ -64,4 +65,4 @@ def remedies(memory: StageMemory) -> Iterator[str]:
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{format_in(size, 'GB', 1)} GB"

@@ -11,7 +11,7 @@ from megagrow.planning.cluster import Cluster, ClusterFile, make_cluster
 from megagrow.planning.step_time import StepTime, step_time
 from megagrow.planning.step_workload import Shape, StepWorkload
 
-Role = Literal["set", "held out", "fresh"]
+RowUse = Literal["set", "held out", "fresh"]
 """A row that constants were set from; one that no constant was set from, but which was looked at
 before they were fixed; one whose prediction was looked at only afterwards."""
 
@@ -29,7 +29,7 @@ class Published:
     cluster: Cluster
     tokens_per_gpu: float
     """Per second, as published."""
-    role: Role
+    role: RowUse
 
     @property
     def predicted(self) -> StepTime:

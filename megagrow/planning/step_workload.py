@@ -11,7 +11,7 @@ from megagrow.model.layers.base import READS_RESIDUAL, LayerType
 from megagrow.model.layers.mlp import MLP
 from megagrow.model.layers.table import HEAD
 
-Attention = Literal["flash1", "flash2", "flash3"]
+AttentionKernel = Literal["flash1", "flash2", "flash3"]
 
 Stack = Literal["eager", "fused", "compiled"]
 """Implementation of memory-bound operations: single PyTorch calls, fused kernels launched from
@@ -107,7 +107,7 @@ class StepWorkload:
     recomputed: float = 0.0
     """Recomputed share of the layers' forward pass: 1 with full activation checkpointing."""
     sequence_parallel: bool = False
-    attention: Attention = "flash2"
+    attention: AttentionKernel = "flash2"
     stack: Stack = "fused"
     overlap: bool = True
     """True if gradient reduction and weight gathering overlap with computation."""

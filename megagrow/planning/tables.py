@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from megagrow.common.sizes import format_in, format_short
+from megagrow.common.tables import print_lines, print_table
 from megagrow.config.growth_guidelines import SPEEDUPS
 from megagrow.config.schema import StageConfig
 from megagrow.growth.validation import candidates
@@ -22,7 +22,6 @@ from megagrow.planning.costs import RunCosts
 from megagrow.planning.memory import StageMemory
 from megagrow.planning.planner import GrowthPlan, RunPlan, StagePlan
 from megagrow.planning.request import Answer
-from megagrow.train.reporting.console import short
 
 Rows = Mapping[str, Sequence[str]]
 """What is told -> one cell for each stage, or each growth."""
@@ -34,12 +33,11 @@ def show_answer(answer: Answer, console: Console) -> None:
     stages = [f"stage {index}" for index in range(len(answer.plan.stages))]
     if answer.prediction is not None:
         _print(console, "On the cluster", stages, prediction_rows(answer.prediction))
-        for line in prediction_lines(answer.prediction):
-            console.print(Text(line), soft_wrap=True)
+        print_lines(console, prediction_lines(answer.prediction))
     for stage, layouts in zip(stages, answer.layouts, strict=False):
         _print(console, f"Layouts of {stage}", LAYOUT_COLUMNS, layout_rows(layouts))
     if answer.layouts:
-        console.print(Text(layout_line(answer.layouts)), soft_wrap=True)
+        print_lines(console, [layout_line(answer.layouts)])
 
 
 def show_plan(plan: RunPlan, console: Console, costs: RunCosts | None = None) -> None:
@@ -60,8 +58,7 @@ def show_plan(plan: RunPlan, console: Console, costs: RunCosts | None = None) ->
     if costs is not None:
         _print(console, "Costs", cost_columns(costs), cost_rows(costs))
     told = [] if costs is None else list(cost_lines(costs))
-    for line in [*told, *closing_lines(plan)]:
-        console.print(Text(line), soft_wrap=True)
+    print_lines(console, [*told, *closing_lines(plan)])
 
 
 def stage_rows(stages: Sequence[StagePlan]) -> Rows:
@@ -149,7 +146,7 @@ def _saving_lines(plan: RunPlan) -> Iterator[str]:
         )
         return
     scratch, target = plan.saving.scratch_flops, plan.stages[-1]
-    at = [short(flops / (6 * target.parameters)) for flops in scratch]
+    at = [format_short(flops / (6 * target.parameters)) for flops in scratch]
     growth = target.growth
     factor = f"{growth.factor:.2f}" if growth else ""
     yield (
@@ -162,16 +159,9 @@ def _saving_lines(plan: RunPlan) -> Iterator[str]:
 
 
 def _print(console: Console, title: str, columns: Sequence[str], rows: Rows) -> None:
-    table = Table(
-        title if not console.is_terminal else "",
-        *columns,
-        title=title if console.is_terminal else None,
-        title_justify="left",
-        box=box.ROUNDED if console.is_terminal else box.MARKDOWN,
-    )
-    for told, cells in rows.items():
-        table.add_row(told, *cells)
-    console.print(table)
+    above, corner = (title, "") if console.is_terminal else (None, title)
+    cells = ((name, *values) for name, values in rows.items())
+    print_table(console, (corner, *columns), cells, title=above)
 
 
 def _range(pair: tuple[float, float]) -> str:
@@ -193,7 +183,7 @@ def _given(stage: StageConfig) -> str:
     if stage.tokens_auto:
         return " (auto)"
     if stage.at_tokens is not None:
-        return f" (at_tokens {short(stage.at_tokens)})"
+        return f" (at_tokens {format_short(stage.at_tokens)})"
     return f" (at_flops {stage.at_flops:.3g})" if stage.at_flops is not None else ""
 
 
@@ -208,9 +198,9 @@ def _layout(memory: StageMemory) -> str:
 
 
 def _advice(growth: GrowthPlan) -> str:
-    advised = short(growth.advised_tokens)
+    advised = format_short(growth.advised_tokens)
     return f"{advised}, beyond its fit: {growth.outside_fit}" if growth.outside_fit else advised
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.3f}"
+    return format_in(size, "GiB", 3)

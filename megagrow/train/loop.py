@@ -12,16 +12,15 @@ import torch.distributed as dist
 from megagrow.config.flops import flops_per_token, paper_flops_per_token
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import stage_steps, step_tokens
-from megagrow.data.batches import Batch, BatchReader, sequences_of
+from megagrow.data.batches import Batch, BatchReader, read_micro_batches
 from megagrow.errors import InputError
 from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.growth_event.new_entries import update_factors
-from megagrow.train.reporting.memory import peak_memory
 from megagrow.train.reporting.metrics import StepMetrics
 from megagrow.train.schedule import rate_at
 from megagrow.train.stage import Stage, masks_now
-from megagrow.train.step import train_step
+from megagrow.train.step import peak_memory, train_step
 from megagrow.train.train_state import RunState
 
 
@@ -54,7 +53,7 @@ class StageEnd:
     state: RunState
 
 
-Event = StepDone | Stopped | StageEnd
+LoopEvent = StepDone | Stopped | StageEnd
 
 
 class Background(Protocol):
@@ -85,7 +84,7 @@ def advance(
     reader: BatchReader,
     stop: StopSignal,
     hooks: StepHooks = StepHooks(),
-) -> Event:
+) -> LoopEvent:
     """Train the next step of a stage, unless all are done or a signal arrived. Collective.
 
     An InputError of a single rank (a damaged corpus, or an error of `hooks.check`) is raised on all
@@ -141,14 +140,11 @@ def _next_batches(
 
     One all-reduce carries all flags, so that the usual step needs no further collective.
     """
-    batch = stage.config.batch
-    mine = sequences_of(
-        batch.global_batch_size, batch.micro_batch_size, stage.topology.dp_rank, stage.topology.dp
-    )
+    grid = stage.topology.dp_rank, stage.topology.dp
     batches, problem = [], None
     try:
         hooks.check()
-        batches = [reader.read(state.position, indices) for indices in mine]
+        batches = read_micro_batches(reader, state.position, stage.config.batch, *grid)
     except InputError as error:
         problem = error
     background = hooks.background

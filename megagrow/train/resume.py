@@ -5,32 +5,26 @@ it resumes from the same checkpoint, sees the same steps fail and rewinds again,
 results.
 """
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from megagrow.checkpoint.discovery import FoundCheckpoint, valid_checkpoints
 from megagrow.checkpoint.files import list_checkpoints, step_of
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import Manifest, read_manifest, verify_checkpoint
+from megagrow.common.atomic_files import staging_folder
 from megagrow.config.schema import ModelConfig, RunConfig
-from megagrow.errors import CheckpointError, Diverged, InputError
+from megagrow.errors import CheckpointError, Diverged
 from megagrow.parallel.agreement import run_on_rank_zero
 from megagrow.train.growth_event.run_growths import as_grown
 from megagrow.train.init_from import fill_beginning, open_beginning
 from megagrow.train.stage import Stage, build_stage
 from megagrow.train.train_state import RunState
 
-logger = logging.getLogger(__name__)
-
-Found = tuple[Path, Manifest]
-"""A checkpoint and its manifest."""
-
 
 def begin(
-    run: RunConfig, found: Found | None, device: torch.device
+    run: RunConfig, found: FoundCheckpoint | None, device: torch.device
 ) -> tuple[RunConfig, Stage, RunState]:
     """Build the stage and state of a checkpoint, or of the start of the run. Collective.
 
@@ -55,7 +49,7 @@ def begin(
 
 def rewind_target(
     run: RunConfig, directory: Path, state: RunState, reason: str
-) -> tuple[Found | None, RunState]:
+) -> tuple[FoundCheckpoint | None, RunState]:
     """Select the checkpoint to rewind to; returns it with the state after the rewind. Collective.
 
     The data between the checkpoint and `state` is skipped. The target is the newest good
@@ -77,33 +71,24 @@ def rewind_target(
     return found, after
 
 
-def _newest_good(directory: Path, limit: int) -> Found | None:
+def _newest_good(directory: Path, limit: int) -> FoundCheckpoint | None:
     """Return the newest valid checkpoint up to step `limit` that was not saved during an
-    instability, else the closest match; None without a valid one."""
-    candidates: list[tuple[bool, int, Path]] = []
-    for path in list_checkpoints(directory):
-        with _skip_damaged():
-            state = RunState.from_json(read_manifest(path).run)
-            good = state.counters.step <= limit and not state.guard.troubled
-            candidates.append((good, state.counters.step, path))
-    for _, _, path in sorted(candidates, reverse=True):
-        with _skip_damaged():
-            return path, verify_checkpoint(path)
-    return None
+    instability, else the newest valid one; None without a valid one."""
 
+    def rank(path: Path) -> tuple[bool, int]:
+        state = RunState.from_json(read_manifest(path).run)
+        good = state.counters.step <= limit and not state.guard.troubled
+        return good, state.counters.step
 
-@contextmanager
-def _skip_damaged() -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        logger.warning("skipped a damaged checkpoint: %s", error)
+    ranked = valid_checkpoints(list_checkpoints(directory), rank)
+    newest_first = [path for path, _ in sorted(ranked, key=lambda item: item[1], reverse=True)]
+    return next(valid_checkpoints(newest_first, verify_checkpoint), None)
 
 
 def _drop_later(directory: Path, target: RunState) -> None:
     for path in list_checkpoints(directory):
         if step_of(path) > target.counters.step:
-            path.rename(path.with_suffix(".tmp"))
+            path.rename(staging_folder(path))
 
 
 def _check_same_model(run: RunConfig, state: RunState, path: Path, manifest: Manifest) -> None:

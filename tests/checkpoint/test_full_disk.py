@@ -23,7 +23,7 @@ STAGES = {
     "begin": "remove_unfinished",
     "shard": "write_shard",
     "manifest": "write_manifest",
-    "sync": "sync",
+    "publish": "publish",
 }
 """What fails, by the name that save.py calls it."""
 
@@ -113,7 +113,7 @@ def test_a_disk_that_is_really_full(small_disk, looks):
     assert found[0] == found[1]
     first, second, loaded = found[0]
     assert first == "saved" and loaded
-    told = "KiB of room, " if looks else "No space left on device"
+    told = "KiB free, " if looks else "No space left on device"
     assert told in second and "\n" not in second
     assert second.endswith(f"the last good one is {small_disk / checkpoint_name(1)}")
     assert [path.name for path in small_disk.iterdir()] == [checkpoint_name(1)]

@@ -163,10 +163,10 @@ def test_an_index_cannot_name_files_elsewhere(folder: Path, name: object) -> Non
     ("text", "said"),
     [
         ("[" * 100_000, "not JSON"),
-        ('{"vocab_size": 1, "vocab_size": 2}', "stands twice"),
-        ('{"rope_theta": NaN}', "NaN is no number"),
+        ('{"vocab_size": 1, "vocab_size": 2}', "duplicate key"),
+        ('{"rope_theta": NaN}', "NaN is not a JSON number"),
         ('{"rope_scaling": [1]}', "rope_scaling should be a mapping"),
-        ("[]", "should hold a JSON object"),
+        ("[]", "must contain a JSON object"),
     ],
 )
 def test_a_config_that_is_none(folder: Path, text: str, said: str) -> None:

@@ -1,4 +1,4 @@
-"""megagrow checkpoint: what it says of whole and of damaged checkpoints, and what it removes."""
+"""`megagrow checkpoint` with valid and damaged checkpoints."""
 
 import json
 import os
@@ -24,9 +24,9 @@ STEPS = (9, 10, 20, 100)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with four checkpoints; that of step 10 is protected."""
-    run, layout = tmp_path_factory.mktemp("whole") / "run", layout_of(MODEL, 1, 2, 1)
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory with four checkpoints; the one of step 10 is protected."""
+    run, layout = tmp_path_factory.mktemp("original") / "run", layout_of(MODEL, 1, 2, 1)
     for step in STEPS:
         path = run / "checkpoints" / checkpoint_name(step)
         write_checkpoint(path, MODEL, layout, random_state(layout.plan))
@@ -36,9 +36,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(whole: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
-    return shutil.copytree(whole, tmp_path / "run")
+def run(original: Path, tmp_path: Path) -> Path:
+    """Copy of the run directory."""
+    return shutil.copytree(original, tmp_path / "run")
 
 
 def at(run: Path, step: int) -> Path:
@@ -50,39 +50,41 @@ def call(*words: object) -> Result:
 
 
 def rows(result: Result) -> list[list[str]]:
-    """The cells of a table; what is too long for its cell goes on below."""
+    """Return the cells of a Markdown table; a long cell continues on the next line."""
     found: list[list[str]] = []
     for line in result.output.splitlines():
-        cells = [cell.strip() for cell in line.strip("\u2502").split("\u2502")]
-        if line.startswith("\u2502") and cells[0]:
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if line.startswith("|") and cells[0]:
             found.append(cells)
-        elif line.startswith("\u2502"):
+        elif line.startswith("|"):
             found[-1] = [f"{a} {b}".strip() for a, b in zip(found[-1], cells, strict=True)]
-    return found
+    return found[2:]
 
 
-def test_ls_says_what_there_is_and_what_is_wrong(run):
+def test_ls_lists_valid_damaged_and_unfinished_checkpoints(run):
     truncate(at(run, 20))
     (at(run, 100) / "manifest.json").write_text("{")
     at(run, 120).with_suffix(".tmp").mkdir()
-    found = rows(call("ls", run))
-    size = sum(record.bytes for record in read_manifest(at(run, 9)).files.values())
-    told = ["0", "640", format_bytes(size), "ZeRO 1, dp 2, tp 1"]
-    assert [row[0] for row in found] == ["9", "10", "20", "100", "120"]
-    assert found[0] == ["9", *told, "", "whole"]
-    assert found[1] == ["10", *told, "before growth", "whole"]
-    assert found[2][:-1] == ["20", *told, ""] and f"{SHARD}: truncated or damaged" in found[2][-1]
-    assert found[3][1:4] == ["?", "?", "0 B"] and "manifest.json: damaged" in found[3][-1]
-    assert found[4][-1] == "unfinished"
+    table = rows(call("ls", run))
+    size = sum(record.size for record in read_manifest(at(run, 9)).files.values())
+    position = ["0", "640", format_bytes(size), "ZeRO 1, dp 2, tp 1"]
+    assert [row[0] for row in table] == ["9", "10", "20", "100", "120"]
+    assert table[0] == ["9", *position, "", "valid"]
+    assert table[1] == ["10", *position, "before growth", "valid"]
+    assert (
+        table[2][:-1] == ["20", *position, ""] and f"{SHARD}: truncated or damaged" in table[2][-1]
+    )
+    assert table[3][1:4] == ["?", "?", "0 B"] and "manifest.json: damaged" in table[3][-1]
+    assert table[4][-1] == "unfinished"
 
 
 def test_verify_reads_every_byte(run):
     result = call("verify", run)
-    assert (result.exit_code, result.output.count(": whole\n")) == (0, len(STEPS))
+    assert (result.exit_code, result.output.count(": valid\n")) == (0, len(STEPS))
     flip(at(run, 10))
     (at(run, 20) / SHARD).unlink()
     result = call("verify", run)
-    assert result.exit_code == 1 and result.output.count(": whole\n") == 2
+    assert result.exit_code == 1 and result.output.count(": valid\n") == 2
     assert f"{at(run, 10) / SHARD}: damaged, its checksum is " in result.output
     assert f"{at(run, 20)}: {SHARD} is missing" in result.output
     assert call("verify", at(run, 9), at(run, 100)).exit_code == 0
@@ -97,7 +99,7 @@ def test_verify_names_every_damaged_file(run):
     assert "rank-00000.safetensors: truncated or damaged, 10 bytes instead of" in output
 
 
-def test_show_says_what_a_checkpoint_is(run):
+def test_show(run):
     output = call("show", run).output
     assert str(at(run, 100)) in output
     for topic in ("num_hidden_layers", "ZeRO 1, dp 2, tp 1", "adam_step", "stage_step", "640"):
@@ -116,7 +118,7 @@ PRUNED = {
 
 
 @pytest.mark.parametrize("name", PRUNED)
-def test_prune_removes_what_need_not_be_kept(run, name):
+def test_prune(run, name):
     options, kept = PRUNED[name]
     gone = [step for step in STEPS if step not in kept]
     would = call("prune", run, *options, "--dry-run").output
@@ -127,7 +129,7 @@ def test_prune_removes_what_need_not_be_kept(run, name):
     assert sorted((run / "checkpoints").iterdir()) == [at(run, step) for step in kept]
 
 
-def test_prune_never_removes_the_newest_whole_one_nor_what_is_being_written(run):
+def test_prune_keeps_the_newest_valid_checkpoint_and_an_unfinished_save(run):
     flip(at(run, 100))  # its size is right
     writing = at(run, 120).with_suffix(".tmp")
     writing.mkdir()
@@ -136,7 +138,7 @@ def test_prune_never_removes_the_newest_whole_one_nor_what_is_being_written(run)
     for step in (20, 100):
         truncate(at(run, step))
     call("prune", run, "--keep-last", 1, "--protected")
-    assert at(run, 20).is_dir(), "where none is whole, none is removed"
+    assert at(run, 20).is_dir(), "nothing is removed if no checkpoint is valid"
 
 
 @pytest.mark.parametrize("words", [["ls"], ["verify"], ["prune", "--keep-last", "1"]])

@@ -1,4 +1,4 @@
-"""The commands for other programs' checkpoints, as they are typed."""
+"""`megagrow convert` for checkpoints of other programs."""
 
 import pytest
 import yaml
@@ -23,12 +23,12 @@ def convert(*arguments: object) -> str:
 
 
 @pytest.mark.parametrize("program", ["universal", "megatron"])
-def test_there_and_back(tmp_path, program):
+def test_export_and_import(tmp_path, program):
     state = random_state(parameter_plan(MODEL, 1))
     write_checkpoint(tmp_path / "in", MODEL, LAYOUT, state)
     options = ("--tp", 2, "--make-vocab-size-divisible-by", 8) if program == "megatron" else ()
-    told = convert(f"{program}-export", tmp_path / "in", tmp_path / "out", *options)
-    assert "written and checked" in " ".join(told.split())
+    output = convert(f"{program}-export", tmp_path / "in", tmp_path / "out", *options)
+    assert "written and checked" in " ".join(output.split())
     (tmp_path / "m.yaml").write_text(yaml.safe_dump(MODEL.model_dump()))
     back = tmp_path / "back"
     layout = ("--zero-stage", 3, "--dp", 2, "--tp", 2, "--model", tmp_path / "m.yaml")
@@ -40,7 +40,7 @@ def test_there_and_back(tmp_path, program):
     assert not differences(shards(back), expected_shards(LAYOUT, state))
 
 
-def test_what_is_wrong_is_named(tmp_path):
+def test_missing_sources_are_reported(tmp_path):
     for command in ("universal-import", "megatron-import"):
         with pytest.raises(InputError, match=r"nothing: has n"):
             convert(command, tmp_path / "nothing", tmp_path / "out")

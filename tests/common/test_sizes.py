@@ -1,14 +1,18 @@
-"""Counts as people write them."""
+"""Parsing and formatting of counts, bytes and durations."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megagrow.common.sizes import (
-    UNITS,
+    BYTE_UNITS,
+    COUNT_UNITS,
     format_bytes,
     format_count,
+    format_duration,
+    format_in,
     format_large,
+    format_short,
     parse_bytes,
     parse_count,
 )
@@ -36,14 +40,14 @@ from megagrow.common.sizes import (
         ("4.35K", 4350),
     ],
 )
-def test_what_is_accepted(written: object, count: int) -> None:
+def test_accepted_counts(written: object, count: int) -> None:
     got = parse_count(written)
     assert got == count
     assert type(got) is int
 
 
 @pytest.mark.parametrize("written", ["1.5", "0.0001K", 2.5, "1.0005K"])
-def test_a_fraction_is_refused(written: object) -> None:
+def test_fractions_are_refused(written: object) -> None:
     with pytest.raises(ValueError, match="not a whole number"):
         parse_count(written)
 
@@ -71,7 +75,7 @@ def test_a_fraction_is_refused(written: object) -> None:
         float("inf"),
     ],
 )
-def test_nonsense_is_refused(written: object) -> None:
+def test_other_values_are_refused(written: object) -> None:
     with pytest.raises(ValueError, match="should be a whole number"):
         parse_count(written)
 
@@ -81,10 +85,10 @@ def test_formatting_is_exact(count: int) -> None:
     assert parse_count(format_count(count)) == count
 
 
-@given(st.integers(1, 99_999), st.sampled_from(sorted(UNITS)))
+@given(st.integers(1, 99_999), st.sampled_from(sorted(COUNT_UNITS)))
 def test_two_decimals_are_read_exactly(hundredths: int, suffix: str) -> None:
     written = f"{hundredths // 100}.{hundredths % 100:02d}{suffix}"
-    assert parse_count(written) == hundredths * UNITS[suffix] // 100
+    assert parse_count(written) == hundredths * COUNT_UNITS[suffix] // 100
 
 
 @pytest.mark.parametrize(
@@ -101,12 +105,12 @@ def test_two_decimals_are_read_exactly(hundredths: int, suffix: str) -> None:
         (3 * 10**15, "3000T"),
     ],
 )
-def test_how_counts_are_shown(count: int, text: str) -> None:
+def test_format_count(count: int, text: str) -> None:
     assert format_count(count) == text
 
 
 @given(st.integers(1, 10**25))
-def test_large_numbers_are_exact_even_by_way_of_a_float(count: int) -> None:
+def test_large_numbers_are_exact_after_conversion_to_float(count: int) -> None:
     text = format_large(count)
     assert parse_count(text) == count
     if "e" in text:
@@ -122,7 +126,7 @@ def test_large_numbers_are_exact_even_by_way_of_a_float(count: int) -> None:
         (123_456_789_012_345_678, "123456789012345678"),
     ],
 )
-def test_how_large_numbers_are_shown(count: int, text: str) -> None:
+def test_format_large(count: int, text: str) -> None:
     assert format_large(count) == text
 
 
@@ -138,17 +142,46 @@ def test_how_large_numbers_are_shown(count: int, text: str) -> None:
         ("4096", 4096),
     ],
 )
-def test_bytes_are_read(written: str, count: int) -> None:
+def test_parse_bytes(written: str, count: int) -> None:
     assert parse_bytes(written) == count
 
 
 @pytest.mark.parametrize("written", ["", "much", "-1GiB", "1 GiB 2", "1G", "1iB", "GiB"])
-def test_what_is_no_number_of_bytes(written: str) -> None:
+def test_invalid_numbers_of_bytes_are_refused(written: str) -> None:
     with pytest.raises(ValueError, match="such as 1GiB"):
         parse_bytes(written)
 
 
-def test_bytes_are_written_for_people() -> None:
+def test_format_bytes() -> None:
     counts = (0, 1023, 2**20, 3 * 2**29, 10 * 2**30, 2**40 + 1)
-    said = ["0 B", "1023 B", "1 MiB", "1.5 GiB", "10 GiB", "1 TiB"]
-    assert [format_bytes(count) for count in counts] == said
+    texts = ["0 B", "1023 B", "1 MiB", "1.5 GiB", "10 GiB", "1 TiB"]
+    assert [format_bytes(count) for count in counts] == texts
+
+
+@pytest.mark.parametrize("unit", BYTE_UNITS)
+def test_format_in(unit: str) -> None:
+    assert format_in(1234.56 * BYTE_UNITS[unit], unit, 1) == "1,234.6"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "-"),
+        (0, "0s"),
+        (75, "1m15s"),
+        (59.7, "1m00s"),
+        (4000, "1h06m"),
+        (11520, "3h12m"),
+        (184800, "2d03h"),
+    ],
+)
+def test_format_duration(seconds: float | None, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(950, "950"), (12345, "12.3k"), (3.2e6, "3.2M"), (1.5e9, "1.5B"), (2e12, "2.0T")],
+)
+def test_format_short(number: float, text: str) -> None:
+    assert format_short(number) == text

@@ -116,7 +116,7 @@ def test_a_vocabulary_without_its_unknown_token_is_named(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ("[]", "should hold a JSON object"),
+        ("[]", "must contain a JSON object"),
         ("{", "not JSON"),
         ('{"eos_token": 3}', "'eos_token' should be the text of a token"),
         ('{"eos_token": {"lstrip": false}}', "'eos_token' should be the text of a token"),

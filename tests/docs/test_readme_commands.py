@@ -92,11 +92,11 @@ def trained(output: str) -> None:
 
 def listed(output: str) -> None:
     steps = [int(path.name.removeprefix("step-")) for path in checkpoints()]
-    assert steps == [4, 8] and output.count("whole") == 2
+    assert steps == [4, 8] and output.count("valid") == 2
 
 
 def verified(output: str) -> None:
-    assert output == "".join(f"{path}: whole\n" for path in checkpoints())
+    assert output == "".join(f"{path}: valid\n" for path in checkpoints())
 
 
 def described(output: str) -> None:

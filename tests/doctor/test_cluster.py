@@ -193,7 +193,7 @@ def test_two_hosts_that_disagree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     job = doctor(tmp_path, 2, "--output-dir", str(tmp_path / "shared"), hook=disagree)
     assert job.codes == [2, 2]
     problems = [line for line in job.out[0].splitlines() if line.startswith("Problem: ")]
-    packages = doctor_report.PACKAGES
+    packages = doctor_report.COMPARED_PACKAGES
     assert [line.split(" is ")[0].split(" are ")[0] for line in problems] == [
         *(f"Problem: host1: version of {name}" for name in packages),
         "Problem: host1: variable NCCL_DEBUG",

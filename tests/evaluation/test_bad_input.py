@@ -50,7 +50,7 @@ CASES = {
         "step-5 --data-dir data --tasks piqa,nope",
         "task nope cannot be read from local files; available: gstack, lambada_openai,",
     ),
-    "no task": (1, "step-5 --data-dir data --tasks ,", "--tasks: names none"),
+    "no task": (1, "step-5 --data-dir data --tasks ,", "--tasks: empty"),
     "no data folder": (2, "step-5 --data-dir nowhere --tasks piqa", "nowhere: no such directory"),
     "no data file": (
         2,

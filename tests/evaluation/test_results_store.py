@@ -113,7 +113,7 @@ def test_run_is_found_only_for_its_own_checkpoints(case, tmp_path: Path) -> None
     ("text", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "should hold a JSON object"),
+        ("[]", "must contain a JSON object"),
         ("{}", "not in the format of megagrow eval"),
         (json.dumps(results("a", 0.5, results={"a": 3})), "not in the format of megagrow eval"),
         (json.dumps(results("a", 0.5, tokens="70")), "not in the format of megagrow eval"),

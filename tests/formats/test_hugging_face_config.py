@@ -105,5 +105,5 @@ def test_generation_config_keeps_its_origin_and_takes_the_tokenizers_ids():
 
 def test_json_that_is_no_object_is_named(tmp_path):
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(InputError, match=r"config.json: should hold a JSON object"):
+    with pytest.raises(InputError, match=r"config.json: must contain a JSON object"):
         read_json(tmp_path / "config.json")

@@ -301,6 +301,6 @@ def test_what_can_not_be_written_is_said_before_anything_is(tmp_path):
     with pytest.raises(InputError, match=r"--dtype int8"):
         give_out(tmp_path / "in", tmp_path / "out", tp=1, dtype="int8")
     (tmp_path / "out").mkdir()
-    with pytest.raises(InputError, match=r"out: is there already"):
+    with pytest.raises(InputError, match=r"out: already exists"):
         give_out(tmp_path / "in", tmp_path / "out", tp=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]

@@ -90,7 +90,7 @@ def test_requests_that_can_not_be_met(path, tmp_path, name):
         ("hidden_sise: 3", "model.yaml: unknown key 'hidden_sise'; did you mean 'hidden_size'?"),
         ("num_hidden_layers: 3", "model.yaml: 'hidden_size': Field required"),
         ("base: llama-9b", "'llama-9b': model/llama-9b.yaml not found; did you mean"),
-        ("- 3", "model.yaml: should hold a mapping"),
+        ("- 3", "model.yaml: must contain a mapping"),
     ],
 )
 def test_model_files_that_hold_no_model(path, tmp_path, text, said):
@@ -162,7 +162,7 @@ def test_the_command_line_says_one_line_and_leaves_with_2(
 
 def test_what_is_at_the_place_of_the_output_is_left_alone(path, tmp_path):
     request: dict[str, Any] = {"source": path, "to": model_file(tmp_path / "model.yaml", DEEP)}
-    with pytest.raises(InputError, match="in: is there already; remove it or write elsewhere"):
+    with pytest.raises(InputError, match="in: already exists; remove it or choose another path"):
         grow(out=path, **request)
     (tmp_path / "out.tmp").mkdir()
     (tmp_path / "out.tmp" / "precious").write_text("!")
@@ -177,7 +177,7 @@ def test_a_full_disk_loses_nothing(path, tmp_path, monkeypatch):
     with small_disk(tmp_path / "disk", 256 * 2**10) as disk:
         request: dict[str, Any] = {"source": path, "out": disk / "out", "to": to}
         (disk / "big").write_bytes(bytes(200 * 2**10))
-        with pytest.raises(InputError, match=r"of room, .* KiB are needed; free the disk"):
+        with pytest.raises(InputError, match=r"free, .* KiB required; free the disk"):
             grow(**request)
         # Somebody else fills the disk when the work has begun.
         monkeypatch.setattr("megagrow.offline.grow.check_space", lambda *_: None)
@@ -242,5 +242,5 @@ def test_the_same_command_ends_what_only_lacks_its_end(path, tmp_path, monkeypat
     assert (tmp_path / "out" / "journal.jsonl").is_file()
     assert "is finished" in grow(**request)
     assert not (tmp_path / "out" / "journal.jsonl").exists()
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         grow(**request)

@@ -75,7 +75,7 @@ def test_memory_stays_in_the_budget_and_a_killed_growth_goes_on(tmp_path):
     plan = parameter_plan(model, 1)
     state = random_state(plan)
     path = write_checkpoint(tmp_path / "in", model, layout_of(model, 1, 2, 1), state)
-    assert sum(record.bytes for record in read_manifest(path).files.values()) > 8 * BUDGET
+    assert sum(record.size for record in read_manifest(path).files.values()) > 8 * BUDGET
     to = model_file(tmp_path / "m.yaml", {**SIZES, "num_hidden_layers": 2 * LAYERS})
     out = tmp_path / "out"
     journal = tmp_path / "out.tmp" / JOURNAL_FILE

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megagrow.parallel.sharding import parameter_plan
-from megagrow.parallel.update_scaling import ScaledPart, UpdateFactors
+from megagrow.parallel.update_scaling import ScaledPart, UpdateScaler
 from tests.helpers.hugging_face import tokens
 from tests.helpers.parallel.engines import CONFIG, Built, Case, Plain, Weights, build, difference
 from tests.helpers.parallel.scales import SCALES
@@ -135,7 +135,7 @@ def test_the_forward_weights_are_those_after_the_factors(found, case):
 def test_nothing_is_copied_while_both_factors_are_one():
     weight = torch.nn.Parameter(torch.ones(4))
     adam = torch.optim.AdamW([weight], lr=0.1)
-    factors, copied = UpdateFactors(adam), []
+    factors, copied = UpdateScaler(adam), []
     values = weight.data
     factors.register([(weight, ScaledPart(values, None))])
     adam.register_step_pre_hook(lambda *_: copied.append(len(factors._before)))
@@ -149,7 +149,7 @@ def test_nothing_is_copied_while_both_factors_are_one():
 def test_padding_beside_the_parts_is_updated_as_ever():
     flat = torch.nn.Parameter(torch.ones(6))
     adam = torch.optim.AdamW([flat], lr=0.1, weight_decay=0.0)
-    factors = UpdateFactors(adam)
+    factors = UpdateScaler(adam)
     factors.register([(flat, ScaledPart(flat.data[1:4], torch.tensor([True, False, False])))])
     factors.set(0.5, 0.0)
     flat.grad = torch.ones(6)

@@ -119,7 +119,7 @@ def test_where_no_mfu_was_known_flops_are_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("request_", "said"),
     [
-        ({"gpu": "h1000"}, "--gpu h1000: not known; known are h100-pcie, h100-nvl, h100, "),
+        ({"gpu": "h1000"}, "--gpu h1000: not known; use one of h100-pcie, h100-nvl, h100, "),
         ({"mfu": 0.4}, "name it with --gpu"),
         ({"gpu": "h100", "mfu": 40.0}, "--mfu 40.0: should be more than 0 and at most 1"),
         ({"gpu": "h100", "mfu": 0.4, "measured": Path("x")}, "give one of them"),

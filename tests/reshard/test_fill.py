@@ -10,9 +10,8 @@ import megagrow.reshard.fill
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import Fill, GrowthMap
 from megagrow.parallel.engine import Storage
-from megagrow.parallel.initialize import initial_rows
 from megagrow.parallel.sharding import STATE_KINDS
-from megagrow.reshard.fill import fill_initial, fill_new
+from megagrow.reshard.fill import fill_initial, fill_new, initial_rows
 from megagrow.reshard.layout import Layout
 from tests.helpers.hugging_face import tiny
 from tests.helpers.reshard.definition import State, empty_storage, filled, same, storage_of

@@ -7,7 +7,6 @@ The meaning of a key is the docstring below its field in megagrow/config/. It is
 source, because pydantic would parse field descriptions in every process of a run.
 """
 
-import argparse
 import ast
 import inspect
 import sys
@@ -28,6 +27,7 @@ from megagrow.common.sizes import format_count, parse_count  # noqa: E402
 from megagrow.config.overrides import BUILT_ON, DEFAULTS, HARDWARE, PARTS, section_in  # noqa: E402
 from megagrow.config.schema import RunConfig, StageConfig  # noqa: E402
 from megagrow.config.sections import Section  # noqa: E402
+from tools.docs.generated_page import write_or_check  # noqa: E402
 
 PAGE = ROOT / "docs/reference/configuration.md"
 BEGIN, END = "<!-- keys: tools/docs/config_reference.py -->", "<!-- end of the keys -->"
@@ -269,20 +269,7 @@ def with_keys(page: str) -> str:
 
 def main() -> int:
     """Write or check the page and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--check", action="store_true")
-    page = PAGE.read_text(encoding="utf-8")
-    current = with_keys(page)
-    if parser.parse_args().check:
-        if page == current:
-            return 0
-        print(
-            "docs/reference/configuration.md is out of date; "
-            "run: python tools/docs/config_reference.py"
-        )
-        return 1
-    PAGE.write_text(current, encoding="utf-8")
-    return 0
+    return write_or_check(PAGE, with_keys, "tools/docs/config_reference.py")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ python tools/docs/scaling_table.py          update the page
 python tools/docs/scaling_table.py --check  exit with code 1 if the page is out of date
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -15,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from megagrow.planning.published import Published, published_rows, published_sources  # noqa: E402
+from tools.docs.generated_page import write_or_check  # noqa: E402
 
 PAGE = ROOT / "docs/results/scaling.md"
 BEGIN, END = "<!-- tables: tools/docs/scaling_table.py -->", "<!-- end of the tables -->"
@@ -125,20 +125,7 @@ def _row(row: Published) -> str:
 
 def main() -> int:
     """Write or check the page and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--check", action="store_true")
-    page = PAGE.read_text(encoding="utf-8")
-    current = with_tables(page)
-    if parser.parse_args().check:
-        if page == current:
-            return 0
-        print(
-            "docs/results/scaling.md is out of date; run: python tools/docs/scaling_table.py",
-            file=sys.stderr,
-        )
-        return 1
-    PAGE.write_text(current, encoding="utf-8")
-    return 0
+    return write_or_check(PAGE, with_tables, "tools/docs/scaling_table.py")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from megagrow.config.flops import flops_per_token, paper_flops_per_token
 from megagrow.config.schema import StageConfig
 from megagrow.config.stage_length import step_tokens
-from megagrow.data.batches import Batch, BatchReader, sequences_of
+from megagrow.data.batches import Batch, BatchReader, read_micro_batches
 from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.parallel.process_groups import Topology
 
@@ -30,12 +30,10 @@ class Feed(NamedTuple):
         """
         self.before_step()
         position = self.position + step * step_tokens(stage, self.length)
-        return run_on_all_ranks(partial(self._read, position, stage, topology))
-
-    def _read(self, position: int, stage: StageConfig, topology: Topology) -> list[Batch]:
-        sizes = stage.batch.global_batch_size, stage.batch.micro_batch_size
-        mine = sequences_of(*sizes, topology.dp_rank, topology.dp)
-        return [self.reader.read(position, indices) for indices in mine]
+        grid = topology.dp_rank, topology.dp
+        return run_on_all_ranks(
+            partial(read_micro_batches, self.reader, position, stage.batch, *grid)
+        )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from megagrow.common.sizes import format_duration, format_short
+
 logger = logging.getLogger(__name__)
 
 WINDOW_SECONDS = 60.0
@@ -118,27 +120,6 @@ class LiveLine:
         self._progress.stop()
 
 
-def duration(seconds: float | None) -> str:
-    """`75` -> `1m15s`, `4000` -> `1h06m`, from a day on `2d03h`; None -> `-`."""
-    if seconds is None:
-        return "-"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24}d{hours % 24:02}h"
-    if hours:
-        return f"{hours}h{minute:02}m"
-    return f"{minute}m{second:02}s" if minute else f"{second}s"
-
-
-def short(number: float) -> str:
-    """`950` -> `950`, `12345` -> `12.3k`, `3.2e6` -> `3.2M`."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}{letter}"
-    return f"{number:.0f}"
-
-
 def scientific(number: float) -> str:
     """`0.00012` -> `1.2e-4`."""
     mantissa, exponent = f"{number:.1e}".split("e")
@@ -154,9 +135,9 @@ def _fields(status: Status, seconds_left: float | None) -> dict[str, str]:
         "loss": f"loss {status.loss:.3f}",
         "grad norm": f"grad norm {norm}",
         "lr": f"lr {scientific(status.lr)}",
-        "throughput": f"{short(status.tokens_per_second)} tok/s",
+        "throughput": f"{format_short(status.tokens_per_second)} tok/s",
         "MFU": f"MFU {'-' if status.mfu is None else f'{status.mfu:.1%}'}",
-        "ETA": f"ETA {duration(seconds_left)}",
+        "ETA": f"ETA {format_duration(seconds_left)}",
     }
 
 

@@ -6,12 +6,12 @@ after its checkpoint, so the file equals that of an undisturbed run.
 """
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megagrow.common.atomic_files import atomic_file
 from megagrow.common.json_text import finite, parse_json
 from megagrow.config.flops import parameters
 from megagrow.config.schema import RunConfig
@@ -238,13 +238,9 @@ def _line(record: Record) -> str:
 
 
 def _rewrite(path: Path, records: Iterable[Record]) -> None:
-    """Replace the file atomically: a kill leaves either the old or the new one."""
-    new = path.with_suffix(".tmp")
+    """Replace the file atomically."""
     try:
-        with new.open("w", encoding="ascii") as file:
+        with atomic_file(path) as partial, partial.open("w", encoding="ascii") as file:
             file.writelines(map(_line, records))
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
     except OSError as error:
         raise unwritable(path, error) from error

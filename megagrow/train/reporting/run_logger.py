@@ -11,6 +11,7 @@ import torch
 
 from megagrow.common.gpu_specs import peak_flops
 from megagrow.common.log_setup import ConsoleHandler
+from megagrow.common.sizes import format_duration, format_short
 from megagrow.config.flops import parameters
 from megagrow.config.load import to_yaml
 from megagrow.config.schema import ModelConfig, RunConfig
@@ -19,7 +20,7 @@ from megagrow.errors import InputError, unwritable
 from megagrow.train.growth_event.event import GrowthReport
 from megagrow.train.growth_event.function_check import Change
 from megagrow.train.loop import StepDone
-from megagrow.train.reporting.console import LiveLine, Status, duration, short
+from megagrow.train.reporting.console import LiveLine, Status
 from megagrow.train.reporting.metrics import MetricsLog, start_fields, train_fields
 from megagrow.train.run_position import run_steps
 from megagrow.train.train_state import RunState
@@ -93,7 +94,7 @@ class RunLogger:
         name, step = self._run.name, state.counters.step
         if checkpoint is None:
             self._write(lambda log: log.truncate_after(-1))
-            sizes = " -> ".join(short(parameters(s.model)) for s in self._run.stages)
+            sizes = " -> ".join(format_short(parameters(s.model)) for s in self._run.stages)
             self._log(f"run {name} | start | {run_steps(self._run)} steps | {sizes} parameters")
         else:
             stage, rewinds = state.stage, state.counters.rewinds
@@ -191,9 +192,9 @@ class RunLogger:
         old, new = (self._run.stages[i].model for i in (state.stage - 1, state.stage))
         self._log(
             f"step {state.counters.step} | growth {fields['operator']} | {_shape(old)} -> "
-            f"{_shape(new)} | {short(parameters(old))} -> {short(parameters(new))} parameters | "
-            f"fixed-batch loss {before:.3f} -> {after:.3f} | {report.seconds:.1f} s | "
-            f"{short(report.bytes_between_ranks)}B between ranks"
+            f"{_shape(new)} | {format_short(parameters(old))} -> {format_short(parameters(new))} "
+            f"parameters | fixed-batch loss {before:.3f} -> {after:.3f} | {report.seconds:.1f} s | "
+            f"{format_short(report.bytes_between_ranks)}B between ranks"
         )
 
     def end(self, state: RunState, stopped: str | None) -> None:
@@ -204,7 +205,7 @@ class RunLogger:
         resume = "" if stopped is None else " | rerun the same command to resume"
         self._log(
             f"run {self._run.name} | {how} | {counters.step} steps | {counters.tokens} tokens | "
-            f"{duration(counters.elapsed_seconds)}{resume}"
+            f"{format_duration(counters.elapsed_seconds)}{resume}"
         )
 
     def _log(self, line: str, level: int = logging.INFO) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from megagrow.common.log_setup import configure_logging
-from megagrow.train.reporting.console import Eta, LiveLine, Status, duration, scientific, short
+from megagrow.train.reporting.console import Eta, LiveLine, Status, scientific
 
 logger = logging.getLogger("megagrow.test")
 
@@ -153,30 +153,6 @@ def test_nothing_is_shown_where_it_is_not_enabled() -> None:
     with LiveLine(10, 10.0, Console(file=out, width=100), enabled=False) as line:
         line.update(status(10))
     assert out.getvalue() == ""
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (None, "-"),
-        (0, "0s"),
-        (75, "1m15s"),
-        (59.7, "1m00s"),
-        (4000, "1h06m"),
-        (11520, "3h12m"),
-        (184800, "2d03h"),
-    ],
-)
-def test_duration(seconds: float | None, text: str) -> None:
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [(950, "950"), (12345, "12.3k"), (3.2e6, "3.2M"), (1.5e9, "1.5B"), (2e12, "2.0T")],
-)
-def test_short(number: float, text: str) -> None:
-    assert short(number) == text
 
 
 @pytest.mark.parametrize(

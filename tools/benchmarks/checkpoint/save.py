@@ -20,10 +20,11 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from megagrow.checkpoint import shard_file
+from megagrow.checkpoint import shards
 from megagrow.checkpoint.async_saver import Saved, Saver
 from megagrow.checkpoint.manifest import Manifest, describe_layout
 from megagrow.checkpoint.retention import Retention, prune_checkpoints
+from megagrow.common.tables import markdown_table
 from megagrow.config.schema import RunConfig
 from megagrow.data.batches import Batch
 from megagrow.parallel.launch import read_launch
@@ -71,7 +72,7 @@ def main(
         name, _, path = case.partition(":")
         measure(name, path, output)
         return
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    rows: list[list[str]] = []
     for world in ranks or (2, 4):
         for name in size or SIZES:
             with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -84,9 +85,9 @@ def main(
                 words = [sys.executable, *launcher, __file__, "--case", f"{name}:{place}"]
                 subprocess.run([*words, "--output", str(Path(place, "out.json"))], check=True)
                 values = json.loads(Path(place, "out.json").read_text(encoding="utf-8"))
-            lines.append(f"| {' | '.join(cell.format(**values) for cell in COLUMNS.values())} |")
-            output.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    Console().print(Markdown("\n".join(lines)))
+            rows.append([cell.format(**values) for cell in COLUMNS.values()])
+            output.write_text(markdown_table([*COLUMNS], rows) + "\n", encoding="utf-8")
+    Console().print(Markdown(markdown_table([*COLUMNS], rows)))
 
 
 def measure(name: str, folder: str, output: Path) -> None:
@@ -105,7 +106,7 @@ def measure(name: str, folder: str, output: Path) -> None:
     synchronous, no_checksum = [], []
     for number in range(0, 2 * REPEATS, 2):
         synchronous.append(_save_synchronously(saver, stage, number))
-        with mock.patch.object(shard_file.xxhash, "xxh3_64", _NoHash):
+        with mock.patch.object(shards.xxhash, "xxh3_64", _NoHash):
             no_checksum.append(_save_synchronously(saver, stage, number + 1))
     busy: list[float] = []
     numbers = range(2 * REPEATS, 3 * REPEATS)
@@ -122,7 +123,7 @@ def measure(name: str, folder: str, output: Path) -> None:
     highest = torch.tensor(list(values.values()), dtype=torch.float64)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     values = dict(zip(values, highest.tolist(), strict=True))
-    total = sum(record.bytes for record in synchronous[0].manifest.files.values())
+    total = sum(record.size for record in synchronous[0].manifest.files.values())
     if dist.get_rank() == 0:
         values |= {"size": name, "ranks": world, "mib": total / 2**20}
         output.write_text(json.dumps(values), encoding="utf-8")

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markdown import Markdown
 
+from megagrow.common.tables import markdown_table
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.operators import growth_map
@@ -210,31 +211,36 @@ def plan_seconds(
 
 def markdown(results: dict[str, Any]) -> str:
     """Return all results as two Markdown tables."""
-    lines = [
-        "| target | ranks | ZeRO | live s | build s | move s | memcpy s | live / memcpy "
-        "| gather s | sent MiB | gather sent MiB | peak MiB / rank | gather peak MiB / rank |",
-        "|---" * 13 + "|",
-    ]
+    columns = (
+        *("target", "ranks", "ZeRO", "live s", "build s", "move s", "memcpy s", "live / memcpy"),
+        *("gather s", "sent MiB", "gather sent MiB", "peak MiB / rank", "gather peak MiB / rank"),
+    )
+    rows: list[tuple[str, ...]] = []
     for case in results["growth"]:
-        seconds, sent, peak = (
+        gather, sent, peak = (
             case.get(f"gather_{key}") for key in ("seconds", "bytes_between_ranks", "peak_bytes")
         )
-        lines.append(
-            f"| {case['size']} | {case['ranks']} | {case['zero']} | {case['seconds']:.2f} "
-            f"| {case['build_seconds']:.2f} | {case['move_seconds']:.2f} "
-            f"| {case['limit_seconds']:.2f} | {case['seconds'] / case['limit_seconds']:.1f} "
-            f"| {'-' if seconds is None else f'{seconds:.2f}'} "
-            f"| {_mib(case['bytes_between_ranks'])} | {_mib(sent)} "
-            f"| {_mib(case['peak_bytes'])} | {_mib(peak)} |"
+        seconds, limit = case["seconds"], case["limit_seconds"]
+        rows.append(
+            (
+                *(str(case["size"]), str(case["ranks"]), str(case["zero"]), f"{seconds:.2f}"),
+                *(f"{case['build_seconds']:.2f}", f"{case['move_seconds']:.2f}", f"{limit:.2f}"),
+                *(f"{seconds / limit:.1f}", "-" if gather is None else f"{gather:.2f}"),
+                *(_mib(case["bytes_between_ranks"]), _mib(sent)),
+                *(_mib(case["peak_bytes"]), _mib(peak)),
+            )
         )
-    lines += ["", "Planning llama-7b on one rank of 512 (ZeRO stage, DP, TP):", ""]
-    lines += ["| growth | before | after | s | peak MiB | copies and transfers |", "|---" * 6 + "|"]
-    for plan in results["planning"]:
-        lines.append(
-            f"| {plan['growth']} | {plan['before']} | {plan['after']} | {plan['seconds']:.2f} "
-            f"| {_mib(plan['peak_bytes'])} | {plan['transfers']} |"
+    planned = [
+        (
+            *(str(plan["growth"]), str(plan["before"]), str(plan["after"])),
+            *(f"{plan['seconds']:.2f}", _mib(plan["peak_bytes"]), str(plan["transfers"])),
         )
-    return "\n".join(lines) + "\n"
+        for plan in results["planning"]
+    ]
+    lines = [markdown_table(columns, rows), ""]
+    lines += ["Planning llama-7b on one rank of 512 (ZeRO stage, DP, TP):", ""]
+    heading = ("growth", "before", "after", "s", "peak MiB", "copies and transfers")
+    return "\n".join([*lines, markdown_table(heading, planned)]) + "\n"
 
 
 def draw(cases: list[dict[str, Any]], path: Path) -> None:

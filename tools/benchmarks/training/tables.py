@@ -3,6 +3,7 @@
 import statistics
 from typing import Any
 
+from megagrow.common.tables import markdown_table
 from tools.benchmarks.training.turns import Configuration
 
 OURS = "ours"
@@ -62,11 +63,11 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _training_table(rows: list[dict[str, Any]]) -> list[str]:
     """Return the speedups of ours over the configurations with the same number of ranks."""
-    lines = [
-        "| configuration | ranks | tokens/s | speedup of ours, wall | speedup of ours, CPU time "
-        "| time to first step, s |",
-        "|---" * 6 + "|",
-    ]
+    columns = (
+        *("configuration", "ranks", "tokens/s", "speedup of ours, wall"),
+        *("speedup of ours, CPU time", "time to first step, s"),
+    )
+    table: list[tuple[str, ...]] = []
     names = {row["configuration"] for row in rows}
     for row in rows:
         own = OURS if row["ranks"] == 1 else f"{OURS}: {row['ranks']} ranks"
@@ -74,40 +75,36 @@ def _training_table(rows: list[dict[str, Any]]) -> list[str]:
         ratios = ["-", "-"]
         if own in names:
             ratios = [f"{ratio(rows, own, name, clock):.3f}" for clock in ("wall", "cpu")]
-        lines.append(
-            f"| {name} | {row['ranks']} | {1 / statistics.median(row['wall']):,.0f} "
-            f"| {ratios[0]} | {ratios[1]} | {row['start_seconds']:.1f} |"
-        )
-    return lines
+        throughput = f"{1 / statistics.median(row['wall']):,.0f}"
+        table.append((name, str(row["ranks"]), throughput, *ratios, f"{row['start_seconds']:.1f}"))
+    return [markdown_table(columns, table)]
 
 
 def _parts_table(row: dict[str, Any]) -> list[str]:
     step = sum(row["parts"].values())
-    lines = [
-        f"| part of a step, median of {row['configuration']!r} | ms | share |",
-        "|---|---|---|",
+    columns = (f"part of a step, median of {row['configuration']!r}", "ms", "share")
+    table = [
+        (name, f"{1000 * seconds:.2f}", f"{100 * seconds / step:.2f}%")
+        for name, seconds in row["parts"].items()
     ]
-    for name, seconds in row["parts"].items():
-        lines.append(f"| {name} | {1000 * seconds:.2f} | {100 * seconds / step:.2f}% |")
-    return [*lines, f"| total | {1000 * step:.1f} | 100% |"]
+    return [markdown_table(columns, [*table, ("total", f"{1000 * step:.1f}", "100%")])]
 
 
 def _prepare_table(results: dict[str, Any]) -> list[str]:
     if "methods" not in results:
         return [f"prepare: not installed: {', '.join(results['not_installed'])}"]
     size = results["bytes"] / 1e6
-    lines = [
-        f"{size:.1f} MB of JSON lines on {results['cores']} cores:",
-        "",
-        "| tokenizer | method | MB/s | tokens | speedup of prepare, wall | CPU time |",
-        "|---|---|---|---|---|---|",
-    ]
+    heading = f"{size:.1f} MB of JSON lines on {results['cores']} cores:"
+    columns = ("tokenizer", "method", "MB/s", "tokens", "speedup of prepare, wall", "CPU time")
+    table = []
     own = {row["tokenizer"]: row for row in results["methods"] if "prepare" in row["method"]}
     for row in results["methods"]:
         ours = own[row["tokenizer"]]
-        lines.append(
-            f"| {row['tokenizer']} | {row['method']} | {size / row['seconds']:.2f} "
-            f"| {row['tokens']:,} | {row['seconds'] / ours['seconds']:.2f} "
-            f"| {row['cpu_seconds'] / ours['cpu_seconds']:.2f} |"
+        table.append(
+            (
+                *(row["tokenizer"], row["method"], f"{size / row['seconds']:.2f}"),
+                *(f"{row['tokens']:,}", f"{row['seconds'] / ours['seconds']:.2f}"),
+                f"{row['cpu_seconds'] / ours['cpu_seconds']:.2f}",
+            )
         )
-    return lines
+    return [heading, "", markdown_table(columns, table)]

@@ -1,0 +1,79 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from megagrow.offline.request import Request
+
+RunFile = Annotated[Path, typer.Argument(help="Run file (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set optimizer.lr=1e-3."),
+]
+CheckpointPath = Annotated[
+    Path,
+    typer.Argument(
+        help="Checkpoint, or run directory (newest checkpoint).",
+        show_default=False,
+    ),
+]
+AnySource = Annotated[
+    Path,
+    typer.Argument(
+        help="Checkpoint, run directory (newest checkpoint), or Hugging Face folder.",
+        show_default=False,
+    ),
+]
+OutputPath = Annotated[
+    Path, typer.Argument(help="Checkpoint or folder to write.", show_default=False)
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="Model file or published name. Required if the files do not define it."
+    ),
+]
+
+_DP = typer.Option("--dp", min=1, help="Data-parallel ranks.")
+_TP = typer.Option("--tp", min=1, help="Tensor-parallel ranks.")
+# Layout of a target whose source has a layout: SOURCE's is the default.
+ZeroStage = Annotated[
+    int | None,
+    typer.Option("--zero-stage", min=0, max=3, help="ZeRO stage. Default: SOURCE's."),
+]
+DataParallel = Annotated[int | None, _DP]
+TensorParallel = Annotated[int | None, _TP]
+WeightDecayOn = Annotated[
+    str | None,
+    typer.Option("--weight-decay-on", help="Optimizer groups: all or matrices. Default: SOURCE's."),
+]
+# Layout of a target whose source has none.
+NewZeroStage = Annotated[int, typer.Option("--zero-stage", min=0, max=3, help="ZeRO stage.")]
+NewDataParallel = Annotated[int, _DP]
+NewTensorParallel = Annotated[int, _TP]
+NewWeightDecayOn = Annotated[
+    str,
+    typer.Option(
+        "--weight-decay-on",
+        help="Optimizer groups: all or matrices, as in the run that resumes from it.",
+    ),
+]
+Dtype = Annotated[
+    str, typer.Option("--dtype", help="Dtype of exported weights: float32, float16 or bfloat16.")
+]
+ShardSize = Annotated[
+    str, typer.Option("--shard-size", help="Maximum size of a Hugging Face file.")
+]
+Memory = Annotated[str, typer.Option("--memory", help="Memory limit for tensors.")]
+
+
+def conversion_request(
+    source: Path, out: Path, form: str, memory: str, **options: Any
+) -> "Request":
+    """Return the request for a file-to-file conversion."""
+    from megagrow.offline.request import Request
+
+    return Request(source=source, out=out, form=form, memory=memory, **options)
