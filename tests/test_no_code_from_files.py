@@ -3,7 +3,8 @@
 import ast
 
 import pytest
-from tests.helpers.architecture import PRODUCT, dotted, hold, imports, name_of, tree_of
+
+from tests.test_architecture import PRODUCT, dotted, hold, imports, name_of, tree_of
 
 FORBIDDEN = {
     **dict.fromkeys(("eval", "exec", "compile", "__import__"), "runs a text as code"),

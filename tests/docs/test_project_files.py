@@ -9,15 +9,15 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-from tests.helpers.architecture import (
+
+from megagrow import __version__
+from tests.test_architecture import (
     FILE_LINES,
     FUNCTION_LINES,
     KERNEL_FILE_LINES,
     KERNEL_FUNCTION_LINES,
     ORDER,
 )
-
-from megagrow import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
