@@ -1,4 +1,4 @@
-"""A rehearsed rank as its user sees it: tables, and what would keep the run from starting."""
+"""Tables of a dry run, and problems that prevent the run from starting."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megagrow.planning.dry_run import RankGrowth, RankStage, Rehearsal
+from megagrow.planning.dry_run import DryRun, RankGrowth, RankStage
 from megagrow.planning.tables import memory_rows
 from megagrow.reshard.traffic import Volume
 
@@ -16,25 +16,25 @@ TRAFFIC_COLUMNS = ("sent in a step", "by", "among ranks", "tensors, MB", "this r
 GROWTH_COLUMNS = ("growth", "operator", "sends, MB", "to", "receives, MB", "from", "keeps, MB")
 
 PEERS_NAMED = 6
-"""So many peers of a growth are named, the others counted."""
+"""Peers of a growth listed by rank; the others are counted."""
 
 
-def show_rehearsal(rehearsal: Rehearsal, console: Console) -> None:
-    """Prints what was built; where the output is no terminal as plain Markdown tables."""
-    run, rank = rehearsal.run, rehearsal.rank
-    console.print(Text(f"{run.name}: rank {rank} of {rehearsal.world_size}, nothing is started"))
-    for index, stage in enumerate(rehearsal.stages):
+def print_dry_run(result: DryRun, console: Console) -> None:
+    """Print a dry run; as plain Markdown tables if the output is not a terminal."""
+    run, rank = result.run, result.rank
+    console.print(Text(f"{run.name}: dry run of rank {rank} of {result.world_size}"))
+    for index, stage in enumerate(result.stages):
         layout = stage.memory.layout
         place = f"DP rank {rank // layout.tp} of {layout.dp}, TP rank {rank % layout.tp} of "
         title = f"Stage {index}: ZeRO-{layout.zero_stage}, {place}{layout.tp}"
         _print(console, title, PARAMETER_COLUMNS, _parameter_rows(stage))
         _print(console, "Memory, GiB", ("", f"stage {index}"), _memory_rows(stage))
         _print(console, "Communication", TRAFFIC_COLUMNS, _traffic_rows(stage))
-    if rehearsal.growths:
-        _print(console, "Growths", GROWTH_COLUMNS, map(_growth_row, rehearsal.growths))
-    for note in rehearsal.notes:
+    if result.growths:
+        _print(console, "Growths", GROWTH_COLUMNS, map(_growth_row, result.growths))
+    for note in result.notes:
         console.print(Text(f"Note: {note}"), soft_wrap=True)
-    for problem in rehearsal.problems:
+    for problem in result.problems:
         console.print(Text(f"Problem: {problem}"), soft_wrap=True)
 
 
@@ -49,7 +49,7 @@ def _memory_rows(stage: RankStage) -> Iterable[Sequence[str]]:
         "built here: forward weights": stage.weights_bytes,
         "built here: fp32 masters and moments": stage.state_bytes,
     }
-    yield from ((what, f"{size / 2**30:.3f}") for what, size in built.items())
+    yield from ((label, f"{size / 2**30:.3f}") for label, size in built.items())
     for part, cells in memory_rows([stage.memory]).items():
         yield f"planned: {part}", cells[0]
 
