@@ -19,7 +19,7 @@ from megagrow.checkpoint.manifest import Manifest
 from megagrow.checkpoint.save import Save
 from megagrow.checkpoint.shards import own_tensors
 from megagrow.common.checksums import Files
-from megagrow.parallel.engine import Storage
+from megagrow.parallel.sharding import Storage
 from megagrow.reshard.layout import Layout
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from megagrow.checkpoint.tensor_file import Planned, Stored, planned
 from megagrow.common.checksums import FileRecord
 from megagrow.common.file_io import raw_bytes, write_bytes
-from megagrow.parallel.engine import Storage
-from megagrow.parallel.sharding import STATE_KINDS, StateKind
+from megagrow.parallel.sharding import STATE_KINDS, StateKind, Storage
 from megagrow.reshard.layout import Layout
 
 

@@ -10,9 +10,10 @@ from megagrow.growth.mask_schedule import stage_masks
 from megagrow.model.backends import uses_bf16
 from megagrow.model.masks import Masks
 from megagrow.model.ops import Ops
-from megagrow.parallel.engine import Storage, ZeroEngine
+from megagrow.parallel.engine import ZeroEngine
 from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.process_groups import Topology, destroy_topology, make_topology
+from megagrow.parallel.sharding import Storage
 from megagrow.parallel.tensor_parallel import rank_masks
 from megagrow.reshard.layout import Layout
 from megagrow.train.growth_event.new_entries import fresh_masks, has_per_entry_lr

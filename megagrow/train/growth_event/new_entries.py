@@ -10,7 +10,7 @@ from torch import Tensor
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import RunConfig
 from megagrow.growth.map import Fresh
-from megagrow.parallel.engine import Storage
+from megagrow.parallel.sharding import Storage
 from megagrow.reshard.copy_ops import block_view
 from megagrow.reshard.layout import Block, Layout
 from megagrow.train.schedule import new_entries_of, new_entries_rate, rate_at
