@@ -21,7 +21,7 @@ from megagrow.reshard.copy_plan import Copy, copies_to
 from megagrow.reshard.layout import Block, Layout
 
 _NAMED = 3
-"""Number of damaged files of one checkpoint that are named; the others are counted."""
+"""Number of damaged files of a checkpoint that are listed; the others are counted."""
 
 
 def newest_checkpoint(directory: Path) -> tuple[Path, Manifest] | None:
