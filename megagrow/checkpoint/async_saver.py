@@ -1,7 +1,8 @@
 """Background checkpoint saves, one at a time.
 
-The state is copied to a snapshot buffer, which stalls training briefly; a thread then writes the
-rank's file. No collective runs in the thread: `begin` and `finish` are called by all ranks.
+The state is copied to host memory, then a thread of each rank writes, hashes and syncs its copy.
+The thread does not communicate. When the training loop's per-step vote shows that all ranks are
+done, they meet briefly to publish the checkpoint.
 """
 
 import time

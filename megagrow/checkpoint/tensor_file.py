@@ -1,7 +1,9 @@
 """Read and write safetensors files in pieces, without full tensors in memory.
 
-The safetensors library maps files, whose pages count as resident memory, and writes only complete
-tensors. Headers are validated completely before any use, as files are untrusted input.
+Format: a little-endian u64, the length of the header; the header, JSON with dtype, shape and
+offsets of each tensor, padded with spaces to a multiple of 8; the contiguous tensors. Written files
+are byte-identical to those of safetensors' `save_file`. Files are read by `pread` and never mapped,
+because pages of a mapped file count as resident memory.
 """
 
 import json

@@ -22,7 +22,7 @@ from megagrow.train.source_state import STILL_MASKED, still_masked
 logger = logging.getLogger(__name__)
 
 _FREE = ("initializer_range", "max_position_embeddings")
-"""Fields of a model on which no weight depends."""
+"""Model fields that do not affect the weights."""
 
 
 def open_beginning(run: RunConfig) -> Source | None:

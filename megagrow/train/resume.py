@@ -26,7 +26,7 @@ from megagrow.train.train_state import RunState
 logger = logging.getLogger(__name__)
 
 Found = tuple[Path, Manifest]
-"""A checkpoint and its manifest."""
+"""Checkpoint and its manifest."""
 
 
 def begin(

@@ -49,15 +49,15 @@ from megagrow.train.schedule import learning_rate
 from megagrow.train.step import model_inputs
 
 BETAS, CLIP = (0.9, 0.95), 1.0
-"""Of AdamW, and the global norm of gradients: the authors' recipe."""
+"""AdamW settings and gradient clipping of the authors' recipe."""
 
 
 def learn_growth(
     run: RunConfig, index: int, source: ShardedState, device: torch.device, feed: Feed
 ) -> tuple[GrowthMap, GrowthCost]:
-    """The map by which stage `index` comes out of the source, trained; all ranks together.
+    """Train and return the growth map of stage `index`. Collective.
 
-    InputError if the stream can not be read.
+    Raises DataError if the stream cannot be read.
     """
     stage = run.stages[index]
     assert stage.growth is not None
@@ -150,7 +150,7 @@ def _spent(run: RunConfig, index: int, learned: LigoParameters, losses: list[flo
 
 
 class Formed(nn.Module):
-    """A part of a model that has no weights of its own: `form` makes them for every call."""
+    """Module without its own weights: `form` produces them for every call."""
 
     def __init__(self, part: nn.Module, form: Callable[[], Mapping[str, Tensor]]) -> None:
         super().__init__()
@@ -166,12 +166,12 @@ class Formed(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Forming:
-    """What the target's weights are made of, and how they are spread."""
+    """Composition of the target's weights, and their sharding."""
 
     learned: LigoParameters
     source: ShardedState
     settings: EngineSettings
-    """Of the target."""
+    """Model config of the target."""
     topology: Topology
     dtype: torch.dtype
     """Dtype of forward and backward; weights are computed in that of the learnable parameters."""
@@ -200,7 +200,7 @@ class Forming:
 
 
 def formed_model(forming: Forming) -> LlamaForCausalLM:
-    """This rank's share of the target, without weights."""
+    """Return this rank's part of the target, without weights."""
     settings, topology = forming.settings, forming.topology
     # Parts are recomputed as a whole, so nothing within them is.
     parallel = settings.parallel.model_copy(update={"activation_checkpointing": "none"})
