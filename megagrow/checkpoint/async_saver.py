@@ -175,7 +175,7 @@ class Snapshot:
 
     def _make(self, elements: int) -> None:
         pinned = self._device.type == "cuda"
-        # Only what was written to is really there.
+        # Memory is allocated by the first write to it.
         self._buffer = torch.empty(elements, dtype=torch.float32, pin_memory=pinned).zero_()
 
     def _wait(self) -> None:

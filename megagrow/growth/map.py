@@ -73,7 +73,7 @@ class Gather:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A term that mixes whole source parameters of one shape (rows, cols).
+    """Term that combines full source parameters of one shape (rows, cols).
 
     `left` is (target rows, rows), `right` (target cols, cols), both fp64; None: the identity.
     `gain` names a source vector (cols,) whose weights, to the power of `gain_power`, scale the
@@ -106,11 +106,11 @@ class Fill:
     alone. `std` is ((old rows: old, new columns), (new rows: old, new columns)); an axis without
     a mask is all old. `constant` goes to the new rows.
 
-    Along the columns the normals can be made to vanish on what the source computes: `centre`,
+    Along the columns the normals can be made to vanish on the source's activations: `centre`,
     (cols,) int64, labels columns whose normals are to sum to zero in each row; `basis`, (cols, k)
     with orthonormal columns, spans directions that are taken out of each row.
 
-    A fill of zeros says that what no term covers is meant to be zero.
+    A fill of zeros declares that entries without a term are zero.
     """
 
     stream: str

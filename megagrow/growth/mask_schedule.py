@@ -36,7 +36,7 @@ def ramp_tokens(run: RunConfig, index: int) -> int:
 def stage_masks(run: RunConfig, index: int, tokens: int) -> Masks | None:
     """The masks when stage `index` has had so many tokens; None where nothing is masked.
 
-    They hold for the whole axes, on the CPU; `parallel.masks.rank_masks` gives a rank its part.
+    They cover the full axes, on the CPU; `parallel.tensor_parallel.rank_masks` slices them by rank.
     """
     length = ramp_tokens(run, index)
     if tokens >= length:

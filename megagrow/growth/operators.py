@@ -26,8 +26,8 @@ class Operator:
     state: StatePolicy = "transport"
     """Default optimizer-state policy."""
     follows: bool = False
-    """Whether by default every parameter's hyper-parameters are scaled so that the grown model
-    follows the source exactly."""
+    """True if by default hyper-parameters are scaled so that the grown model follows the
+    trajectory of its source."""
     masked: bool = False
     """True if masks ramp in the new parts during training."""
     learned: bool = False
@@ -84,8 +84,8 @@ def operators_of(options: GrowthConfig) -> list[Operator]:
 
 
 def state_policy(options: GrowthConfig) -> StatePolicy:
-    """What becomes of Adam's moments: what the run file says, else what the operators say, the one
-    that keeps least winning."""
+    """Return the optimizer-state policy: that of the run file, else that of the operators; with
+    two operators the one that keeps less."""
     if options.optimizer_state is not None:
         return options.optimizer_state
     wanted = {operator.state for operator in operators_of(options)}

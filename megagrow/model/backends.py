@@ -1,9 +1,9 @@
 """Which backend computes each operation of a stage: a pure function of config, work and machine.
 
-What `auto` takes is what is known to be right, and of that the fastest. On a CPU, and for fp32,
+`auto` selects the fastest validated backend. On a CPU, and for fp32,
 these are torch's own operations. On GPUs on which the kernels were checked (`machine.CHECKED`) they
 are Triton's, which read and write each number once; in attention too where documents are packed,
-since torch's own computes what no query may see. Without documents torch's attention is taken, by
+since torch's own also computes masked positions. Without documents torch's attention is used, by
 way of cuDNN on Hopper and newer: the fastest that is published there, and no measurement of ours
 says otherwise so far.
 """

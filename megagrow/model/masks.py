@@ -1,7 +1,8 @@
 """Masks that let the new parts of a grown model in, little by little.
 
 MSG (Yao et al. 2024, "Masked Structural Growth"), and G_random of Du et al. 2024 (appendix A.5).
-What is new stands behind factors c that rise from 0 to 1. At 0 the model computes what the smaller
+New parts are multiplied by factors c that rise from 0 to 1. At 0 the model computes what the
+smaller
 one computed, whatever the new numbers are; where all are 1 there are no masks any more. Old entries
 of an axis come first and new ones behind them, new layers stand on top of the old ones.
 
@@ -58,7 +59,7 @@ def masks_at(
 ) -> Masks | None:
     """The masks of a model that grew from a smaller one `tokens` ago; None once all are 1.
 
-    All rise linearly. New layers do so over the whole of `ramp_tokens`. The axes of the width share
+    All rise linearly, new layers over the full `ramp_tokens`. The axes of the width share
     it evenly, one after the other: the feed-forward, the residual stream, the heads.
     """
     new_layers = target.num_hidden_layers - source.num_hidden_layers

@@ -38,8 +38,8 @@ _BY_SPEED = [
 
 @dataclass(frozen=True)
 class LossOps:
-    """The pieces of a cross-entropy of which each rank computes what its rows of the vocabulary
-    give: N tokens, V rows (kernels/megagrow_kernels/reference.py says what they are)."""
+    """Partial operations of a cross-entropy, computed by each rank from its rows of the
+    vocabulary: N tokens, V rows (defined in kernels/megagrow_kernels/reference.py)."""
 
     statistics: Callable[[Tensor, Tensor, int, int], Tensor]
     """(logits (N, V), labels (N,), first, real) -> (3, N), partial statistics of this rank's

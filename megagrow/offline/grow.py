@@ -1,7 +1,7 @@
 """A growth from files to files, on one machine, in bounded memory: `megagrow grow`.
 
 Needs no process group and no DeepSpeed. What it has done it keeps in a journal, so that the same
-command goes on where another was killed; the result appears when all of it is checked on the disk.
+command resumes where another was killed; the result is published once it is verified on disk.
 """
 
 from pathlib import Path

@@ -5,8 +5,8 @@ that step, so that the first of W warm-up steps trains at lr / W (never at 0) an
 lr. Decay looks at the step's beginning, so that it starts from lr and reaches min_lr at the
 horizon: all steps that begin there or later use min_lr.
 
-At a growth `rewarm` starts the schedule again; `continue` and `by_size` go on with it, as if all
-had been one stage. All three count the tokens that stages train on, not what a growth consumes.
+At a growth `rewarm` restarts the schedule; `continue` and `by_size` continue it, as if all stages
+were one. All three count the tokens that stages train on, not those that a growth consumes.
 """
 
 import math
@@ -102,9 +102,9 @@ def rate_at(run: RunConfig, stage_index: int, stage_tokens: int) -> float:
 
     The stage's own schedule holds, warm-up included, counted from the schedule's origin (see
     `origin_stage`), with the rates of `stage_optimizer`; the default horizon is the end of the
-    whole run. So a stage that continues with the settings of the one before goes on as if there
+    entire run. So a stage that continues with the settings of the one before proceeds as if there
     were one stage. `warmup_steps` are steps of the stage at the origin: a larger batch after the
-    growth does not lengthen the warm-up that lies behind.
+    growth does not extend a completed warm-up.
     """
     stage, length = run.stages[stage_index], run.data.sequence_length
     origin = origin_stage(run, stage_index)

@@ -5,7 +5,7 @@ rises to 7e-5 and falls along a cosine to 7e-6, gradients clipped to norm 1. Wei
 out: it would pull B, A and D to zero, and a good growth is no small one. The source is frozen.
 
 What is trained is small, equal on all ranks, and gone when the growth is done. A job that dies here
-goes on from the checkpoint before the growth, to the same result.
+resumes from the checkpoint before the growth, with the same result.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -178,7 +178,7 @@ class Forming:
 
     @cached_property
     def plan(self) -> dict[str, ParamSpec]:
-        """Of the target."""
+        """Plan of the target's parameters."""
         return parameter_plan(self.settings.model, self.topology.tp)
 
     def weights(self, names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -193,7 +193,7 @@ class Forming:
         for called, spec, recipe, matrix in zip(names, specs, recipes, mixed, strict=True):
             weight = grown_slice(spec, recipe, matrix, tp, tp_rank)
             if spec.tp_dim is None and weight.requires_grad:
-                # All tensor-parallel ranks find its whole gradient, which is to count once.
+                # All tensor-parallel ranks compute its full gradient, which must count once.
                 weight.register_hook(lambda grad: grad / tp)
             found[called] = weight.to(self.dtype)
         return found
@@ -202,7 +202,7 @@ class Forming:
 def formed_model(forming: Forming) -> LlamaForCausalLM:
     """Return this rank's part of the target, without weights."""
     settings, topology = forming.settings, forming.topology
-    # Parts are recomputed as a whole, so nothing within them is.
+    # Parts are recomputed entirely, so nothing within them is.
     parallel = settings.parallel.model_copy(update={"activation_checkpointing": "none"})
     plan = forming.plan
     model = build_model(plan, replace(settings, parallel=parallel), topology, forming.dtype)

@@ -28,7 +28,7 @@ def stage_scales(run: RunConfig, index: int) -> dict[str, ParamScale]:
     """Factors on the hyper-parameters of a stage's parameters, of all growths that led to it.
 
     A growth that is to follow its source exactly sets them, and later ones pass them on: a
-    parameter keeps those of what it is made of.
+    parameter keeps those of its sources.
     """
     scales: dict[str, ParamScale] = {}
     for later in range(1, index + 1):
