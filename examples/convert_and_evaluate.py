@@ -36,10 +36,10 @@ def main() -> None:
 
     text = folder / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
-    tokens = AutoTokenizer.from_pretrained(exported)(
+    tokens = AutoTokenizer.from_pretrained(exported, trust_remote_code=False)(
         TEXT, add_special_tokens=False, return_tensors="pt"
     )
-    model = AutoModelForCausalLM.from_pretrained(exported)
+    model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False)
     with torch.no_grad():
         theirs = model(tokens.input_ids, labels=tokens.input_ids).loss.item()
     ours = mg.text_loss(run, text, folder / "corpus" / "tokenizer.model")

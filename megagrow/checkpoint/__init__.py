@@ -1,1 +1,1 @@
-"""What survives: sharded checkpoints that are whole or absent, readable from any layout."""
+"""Native sharded checkpoints: atomic, checksummed, loadable under any layout."""

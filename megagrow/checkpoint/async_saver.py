@@ -1,8 +1,8 @@
-"""Saves that go on in the background while the training goes on: one at a time.
+"""Background checkpoint saves, one at a time.
 
 The state is copied to host memory, then a thread of each rank writes, hashes and syncs its copy.
-The thread talks to no other rank. When it is done on all of them, which the training loop finds
-out with a vote that it takes anyway, they meet for a moment to give the checkpoint its name.
+The thread does not communicate. When the training loop's per-step vote shows that all ranks are
+done, they meet briefly to publish the checkpoint.
 """
 
 import time
@@ -19,24 +19,24 @@ from megagrow.checkpoint.manifest import Manifest
 from megagrow.checkpoint.save import Save
 from megagrow.checkpoint.shards import own_tensors
 from megagrow.common.checksums import Files
-from megagrow.parallel.engine import Storage
+from megagrow.parallel.sharding import Storage
 from megagrow.reshard.layout import Layout
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is whole on the disk."""
+    """Completed checkpoint."""
 
     path: Path
     manifest: Manifest
     stall_seconds: float
-    """How long the training stood still for it."""
+    """Seconds that training was stalled."""
     seconds: float
-    """From the beginning of the save until the checkpoint had its name."""
+    """Seconds from the start of the save until the checkpoint had its final name."""
 
 
 class Saver:
-    """The saves of a run. `begin` and `finish` are called by all ranks together."""
+    """Saves of a run. `begin` and `finish` are collective."""
 
     def __init__(self, directory: Path, device: torch.device) -> None:
         self._directory = directory
@@ -46,8 +46,11 @@ class Saver:
     def begin(
         self, step: int, layout: Layout, storage: Storage, manifest: Manifest, background: bool
     ) -> None:
-        """Begins a save, in the background or not; `finish` has to have been called for the one
-        before. `manifest` names no files yet. InputError on all ranks if there is no room."""
+        """Begin a save, in the background or not. Collective.
+
+        Requires `finish` of the previous save. `manifest` lists no files yet. Raises ResourceError
+        on all ranks if there is not enough disk space.
+        """
         assert self._current is None
         begun = time.perf_counter()
         save = Save(self._directory, step)
@@ -63,18 +66,21 @@ class Saver:
         self._current = _Current(save, manifest, writing, begun, time.perf_counter() - begun)
 
     def prepare(self, layout: Layout, storage: Storage) -> None:
-        """Makes the memory for the copies of this state, beside what else goes on; of this rank."""
+        """Allocate the snapshot memory for this state in the background; local to the rank."""
         tensors = own_tensors(layout, storage, dist.get_rank())
         self._snapshot.reserve(sum(tensor.numel() for tensor in tensors.values()))
 
     @property
     def writing(self) -> bool:
-        """Whether this rank is still writing."""
+        """Return True while this rank is writing."""
         return self._current is not None and self._current.writing.is_alive()
 
     def finish(self) -> Saved | None:
-        """Waits for the save that has begun, if any, and makes a checkpoint of it. InputError on
-        all ranks if any of them could not write; the checkpoints before it stay as they are."""
+        """Wait for the current save, if any, and publish its checkpoint. Collective.
+
+        Raises InputError on all ranks if any of them failed to write; earlier checkpoints are
+        unchanged.
+        """
         current, self._current = self._current, None
         if current is None:
             return None
@@ -90,13 +96,13 @@ class Saver:
         return Saved(current.save.final, made[0], current.stall + now - begun, now - current.begun)
 
     def release(self) -> None:
-        """Gives the copy's memory back; no save may have begun."""
+        """Release the snapshot memory; no save may be in progress."""
         assert self._current is None
         self._snapshot.release()
 
 
 class _Writing(Thread):
-    """The writing of one rank, as a thread; what goes wrong is kept until it is asked for."""
+    """Writer thread of one rank; its error is kept until the result is requested."""
 
     def __init__(self, write: Callable[[], Files]) -> None:
         super().__init__(name="checkpoint", daemon=True)
@@ -111,7 +117,7 @@ class _Writing(Thread):
             self._error = error
 
     def result(self) -> Files:
-        """What was written, when it is; raises what kept it from being written."""
+        """Return the record of the written file once done; raises the writer's error."""
         if self.is_alive():
             self.join()
         if self._error is not None:
@@ -129,7 +135,7 @@ class _Current:
 
 
 class Snapshot:
-    """One buffer, which serves every copy; pinned beside a GPU."""
+    """Buffer for snapshots, reused by every copy; pinned if there is a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -137,14 +143,17 @@ class Snapshot:
         self._making: Thread | None = None
 
     def reserve(self, elements: int) -> None:
-        """Makes a buffer for so many numbers, in a thread: to get memory from the system takes
-        several times as long as to copy something into it, and nobody has to wait for that."""
+        """Allocate a buffer of this many elements in a thread.
+
+        Allocating memory takes several times as long as copying into it, and nothing needs to wait
+        for it.
+        """
         self._wait()
         self._making = Thread(target=self._make, args=(elements,), name="snapshot", daemon=True)
         self._making.start()
 
     def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies 1-D fp32 tensors and waits for the copies, which are valid until the next call."""
+        """Copy 1-D fp32 tensors; the copies are valid until the next call."""
         self._wait()
         elements = sum(tensor.numel() for tensor in tensors.values())
         if self._buffer.numel() < elements:
@@ -160,13 +169,13 @@ class Snapshot:
         return copies
 
     def release(self) -> None:
-        """Gives the buffer back; the copies must not be in use."""
+        """Release the buffer; the copies must not be in use."""
         self._wait()
         self._buffer = torch.empty(0)
 
     def _make(self, elements: int) -> None:
         pinned = self._device.type == "cuda"
-        # Only what was written to is really there.
+        # Memory is allocated by the first write to it.
         self._buffer = torch.empty(elements, dtype=torch.float32, pin_memory=pinned).zero_()
 
     def _wait(self) -> None:

@@ -1,4 +1,4 @@
-"""The files of checkpoints: names, listing, and making sure that they are on the disk."""
+"""Names and listing of checkpoint folders and files."""
 
 import re
 from pathlib import Path
@@ -7,17 +7,17 @@ _NAME = re.compile(r"step-(\d{9,})")
 
 
 def checkpoint_name(step: int) -> str:
-    """The directory of the checkpoint after `step` steps of the run."""
+    """Return the folder name of the checkpoint after `step` steps of the run."""
     return f"step-{step:09d}"
 
 
 def shard_name(rank: int) -> str:
-    """The file of one rank."""
+    """Return the file name of one rank."""
     return f"rank-{rank:05d}.safetensors"
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """All finished checkpoints under a directory, oldest first; those still being written not."""
+    """Return all finished checkpoints in a folder, oldest first, without unfinished ones."""
     if not directory.is_dir():
         return []
     found = (path for path in directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
@@ -25,10 +25,10 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def unfinished(directory: Path) -> list[Path]:
-    """What is still being written under a directory, or was left there by a crash."""
+    """Return unfinished checkpoint folders: being written, or left by a crash."""
     return sorted(directory.glob("step-*.tmp"))
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number of steps after which a checkpoint was saved."""
+    """Return the step of a checkpoint."""
     return int(checkpoint.name.removeprefix("step-"))

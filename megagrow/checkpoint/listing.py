@@ -1,4 +1,4 @@
-"""Checkpoints as people ask about them: which there are, what each is, and whether it is whole."""
+"""List, describe and verify checkpoints."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,24 +17,26 @@ from megagrow.errors import CheckpointError, InputError
 
 @dataclass(frozen=True)
 class Glance:
-    """A checkpoint at first sight; its files' sizes were compared, but they were not read."""
+    """Summary of a checkpoint; file sizes are checked, contents are not read."""
 
     path: Path
     manifest: Manifest | None
-    """None if it cannot be read."""
+    """Manifest, or None if it cannot be read."""
     problem: str | None
-    """What is wrong with the checkpoint, if anything is."""
+    """Problem of the checkpoint, or None."""
 
     @property
     def size(self) -> int:
-        """Bytes of its tensors, as its manifest says; 0 without one."""
+        """Bytes of its tensors according to the manifest; 0 without one."""
         files = self.manifest.files if self.manifest is not None else {}
         return sum(record.size for record in files.values())
 
 
 def folder_of(path: Path) -> Path:
-    """Where the checkpoints of a run are; a run may be given by that folder too. InputError if
-    there are none."""
+    """Return the checkpoint folder of a run directory, or the folder itself.
+
+    Raises CheckpointError if there are no checkpoints.
+    """
     for folder in (path / "checkpoints", path):
         if list_checkpoints(folder) or unfinished(folder):
             return folder
@@ -42,14 +44,14 @@ def folder_of(path: Path) -> Path:
 
 
 def checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoint that a path is, or all those of the run that it is, oldest first."""
+    """Return the checkpoint at a path, or all checkpoints of a run, oldest first."""
     if (path / MANIFEST_FILE).exists() or not path.is_dir():
         return [path]
     return list_checkpoints(folder_of(path))
 
 
 def glance(path: Path) -> Glance:
-    """Looks at a checkpoint without reading its tensors."""
+    """Summarize a checkpoint without reading its tensors."""
     manifest = None
     try:
         manifest = parse_manifest(path)
@@ -59,7 +61,7 @@ def glance(path: Path) -> Glance:
 
 
 def problems_of(path: Path) -> list[str]:
-    """Reads every byte of a checkpoint and says all that is wrong."""
+    """Read every byte of a checkpoint and yield all problems."""
     try:
         manifest = parse_manifest(path)
     except InputError as error:
@@ -69,13 +71,14 @@ def problems_of(path: Path) -> list[str]:
 
 
 def layout_text(manifest: Manifest) -> str:
-    """`ZeRO 1, dp 8, tp 2`."""
+    """Return the layout as text, such as `ZeRO 1, dp 8, tp 2`."""
     zero_stage, dp, tp = (manifest.layout[key] for key in ("zero_stage", "dp", "tp"))
     return f"ZeRO {zero_stage}, dp {dp}, tp {tp}"
 
 
 def summary(path: Path) -> dict[str, Any]:
-    """What a checkpoint is, by topics, each a text or a mapping. InputError if it is damaged."""
+    """Describe a checkpoint by topic, each a text or a mapping. Raises CheckpointError if
+    damaged."""
     manifest = parse_manifest(path)
     run = manifest.run
     return {
@@ -97,7 +100,7 @@ def summary(path: Path) -> dict[str, Any]:
 
 
 def _growths(run: dict[str, Any]) -> dict[str, str]:
-    """Each growth of a run's history: its operators, and where the new layers came from."""
+    """Return each growth of a run: its operators and the source layer of each new layer."""
     layers = run.get("provenance", [])
     operators = [*run.get("operators", []), *([] for _ in layers)]
     return {

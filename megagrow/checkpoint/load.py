@@ -15,13 +15,13 @@ from megagrow.common.checksums import problem_of
 from megagrow.errors import CheckpointError
 from megagrow.growth.map import identity_map
 from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
-from megagrow.parallel.engine import Storage
+from megagrow.parallel.sharding import Storage
 from megagrow.reshard.copy_ops import block_view, take, write_rows
 from megagrow.reshard.copy_plan import Copy, copies_to
 from megagrow.reshard.layout import Block, Layout
 
 _NAMED = 3
-"""Number of damaged files of one checkpoint that are named; the others are counted."""
+"""Number of damaged files of a checkpoint that are listed; the others are counted."""
 
 
 def newest_checkpoint(directory: Path) -> tuple[Path, Manifest] | None:

@@ -1,9 +1,8 @@
-"""A checkpoint's manifest: what the checkpoint is, and which files make it whole.
+"""Manifest of a checkpoint (manifest.json): its contents and files.
 
-A checkpoint is a directory `step-N` with one safetensors file per rank and `manifest.json`. It is
-written as `step-N.tmp` and renamed at the end, so that a directory with the right name is whole
-unless its files were damaged afterwards. The manifest has size and checksum of every file, and its
-own checksum.
+A folder is a checkpoint only if the manifest is valid and every file it lists has the recorded
+size. The manifest is written last. Its own checksum detects damage, and all values are validated
+before use, because a manifest is untrusted input.
 """
 
 import json
@@ -22,39 +21,39 @@ from megagrow.reshard.layout import Layout
 MANIFEST_FILE = "manifest.json"
 FORMAT = 2
 BEFORE_GROWTH = "before growth"
-"""Why a checkpoint is protected: its stage ends with it, and the next one begins by a growth."""
+"""Reason of protection: the checkpoint ends a stage that is followed by a growth."""
 
 MOST_RANKS = 2**17
-"""Of a layout, along each of its axes: more than any cluster has."""
+"""Maximum ranks along each axis of a layout."""
 
 MOST_ELEMENTS = 2**60
-"""Of a parameter."""
+"""Maximum number of elements of a parameter."""
 
 _NOT_READ = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
-"""What comes of a damaged file."""
+"""Exceptions raised while parsing a damaged file."""
 
 _SHARD = re.compile(r"rank-\d{5,}\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything of a checkpoint but its tensors; all fields are plain JSON values but `files`."""
+    """Contents of a checkpoint other than tensors; all fields but `files` are plain JSON values."""
 
     model: dict[str, Any]
     layout: dict[str, Any]
-    """zero_stage, dp, tp, and groups: the optimizer's groups of parameter names."""
+    """Keys zero_stage, dp, tp, and groups: the optimizer's groups of parameter names."""
     adam_step: int
     run: dict[str, Any]
-    """Where the run stands, and the provenance of its layers; see `train/state.py`."""
+    """Position of the run and provenance of its layers; see `train/train_state.py`."""
     environment: dict[str, Any]
-    """The resolved config, versions of the packages, and the state of the repository."""
+    """Resolved config, package versions, and repository state."""
     files: Files
     protected: str | None = None
-    """Why the run keeps it for ever, if it does."""
+    """Reason why the checkpoint is never pruned, or None."""
     format: int = FORMAT
 
     def read_layout(self) -> Layout:
-        """The layout in which the files are written."""
+        """Layout of the files."""
         model = ModelConfig(**self.model)
         groups = tuple(tuple(group) for group in self.layout["groups"])
         zero_stage, dp, tp = (self.layout[key] for key in ("zero_stage", "dp", "tp"))
@@ -62,13 +61,13 @@ class Manifest:
 
 
 def describe_layout(layout: Layout) -> dict[str, Any]:
-    """The layout as the manifest keeps it."""
+    """Return the layout in the manifest's format."""
     names = ("zero_stage", "dp", "tp", "groups")
     return {name: getattr(layout, name) for name in names}
 
 
 def manifest_document(manifest: Manifest) -> dict[str, Any]:
-    """What stands in manifest.json: all fields, and `checksum`, which is that of the others."""
+    """Return the content of manifest.json: all fields, and `checksum` over the others."""
     files = {name: record.to_json() for name, record in manifest.files.items()}
     values = json.loads(json.dumps(asdict(replace(manifest, files={})) | {"files": files}))
     return values | {"checksum": _checksum(values)}
@@ -80,8 +79,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def parse_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint; its files are not looked at. InputError if it is damaged, or
-    names a file that is not one of a rank in its own directory."""
+    """Read a manifest without checking its files.
+
+    Raises CheckpointError if it is damaged or lists a file that is not a rank's file in its folder.
+    """
     path = directory / MANIFEST_FILE
     if not path.is_file():
         raise CheckpointError(f"{directory}: not a checkpoint, it has no {MANIFEST_FILE}")
@@ -92,7 +93,7 @@ def parse_manifest(directory: Path) -> Manifest:
                 f"{path}: written in format {values['format']}, this version reads {FORMAT}"
             )
         if values.pop("checksum") != _checksum(values):
-            raise ValueError("its checksum is another one")
+            raise ValueError("checksum mismatch")
         files = {name: FileRecord.from_json(record) for name, record in values["files"].items()}
         manifest = Manifest(**values | {"files": files})
         _check_kinds(manifest)
@@ -101,13 +102,17 @@ def parse_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{path}: damaged ({error}); use another checkpoint") from error
     for name in files:
         if not _SHARD.fullmatch(name):
-            raise CheckpointError(f"{path}: names {name!r}, which is no rank's file; do not use it")
+            raise CheckpointError(
+                f"{path}: names {name!r}, which is not a rank's file; do not use it"
+            )
     return manifest
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint whose files are there in their sizes; what is in them is not
-    read. InputError says what is wrong with a checkpoint that is not whole."""
+    """Read a manifest and check that its files exist with the recorded sizes.
+
+    Raises CheckpointError for an incomplete checkpoint. File contents are not read.
+    """
     manifest = parse_manifest(directory)
     for name, record in manifest.files.items():
         check_size(directory / name, record)
@@ -115,8 +120,10 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def verify_checkpoint(directory: Path) -> Manifest:
-    """The manifest of a checkpoint of which every byte was read. InputError for the first one that
-    is not as it was written."""
+    """Read a manifest and verify every byte of its files.
+
+    Raises CheckpointError for the first mismatch.
+    """
     manifest = parse_manifest(directory)
     for name, record in manifest.files.items():
         check_file(directory / name, record)
@@ -128,7 +135,7 @@ def _checksum(values: dict[str, Any]) -> str:
 
 
 def _check_kinds(manifest: Manifest) -> None:
-    """ValueError if a field that is shown or read by its parts has no such parts."""
+    """Raise ValueError if a field lacks parts that are displayed or read."""
     run, lists = manifest.run, ("provenance", "operators")
     kinds: list[tuple[object, Any]] = [
         *((value, dict) for value in (manifest.model, manifest.layout, run)),
@@ -143,11 +150,11 @@ def _check_kinds(manifest: Manifest) -> None:
     ]
     for value, kind in kinds:
         if not isinstance(value, kind):
-            raise ValueError(f"{value!r:.60} stands in a wrong place")
+            raise ValueError(f"{value!r:.60} is in the wrong place")
 
 
 def _check_layout(manifest: Manifest) -> None:
-    """ValueError if the layout is none of the model; the checksum tells only of accidents."""
+    """Raise ValueError if the layout does not fit the model; checksums detect only accidents."""
     zero_stage, *grid = (manifest.layout[key] for key in ("zero_stage", "dp", "tp"))
     sizes = all(type(size) is int and 0 < size <= MOST_RANKS for size in grid)
     if type(zero_stage) is not int or zero_stage not in range(4) or not sizes:

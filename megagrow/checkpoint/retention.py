@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps, and how the others go."""
+"""Retention policy of checkpoints, and their removal."""
 
 import shutil
 from collections.abc import Callable
@@ -14,23 +14,23 @@ from megagrow.errors import InputError
 
 @dataclass(frozen=True)
 class Retention:
-    """What is kept for good: the newest whole ones, and these."""
+    """Retention policy: the most recent valid checkpoints, and these."""
 
     keep_last: int
-    """How many of the newest; damaged ones do not count."""
+    """Number of most recent valid checkpoints to keep."""
     keep_every: int | None = None
-    """Those whose step is a multiple of it."""
+    """Keep checkpoints whose step is a multiple of this number."""
     protected: bool = True
-    """Those that say of themselves that they are protected."""
+    """Keep checkpoints marked as protected."""
 
 
 def superfluous(
     directory: Path, retention: Retention, read: Callable[[Path], Manifest] = read_manifest
 ) -> list[Path]:
-    """The checkpoints that need not be kept, oldest first; `read` says which ones are whole.
+    """Return the checkpoints that the policy does not keep, oldest first.
 
-    None that is newer than the newest whole ones: what is damaged there was not looked into yet.
-    None at all if none is whole.
+    `read` raises for invalid checkpoints. Checkpoints newer than the most recent valid ones are
+    never included, as their damage has not been examined; nothing is included if none is valid.
     """
     found = list_checkpoints(directory)
     last: list[Path] = []
@@ -42,22 +42,21 @@ def superfluous(
 
 
 def prune_checkpoints(directory: Path, retention: Retention) -> None:
-    """Removes what need not be kept, and what crashes left; called by rank 0."""
+    """Remove checkpoints outside the policy, and leftovers of crashes; called by rank 0."""
     for path in superfluous(directory, retention):
         remove_checkpoint(path)
     remove_unfinished(directory)
 
 
 def remove_checkpoint(path: Path) -> None:
-    """First it is no checkpoint any more, then it is gone: a crash in between leaves no half of
-    one."""
+    """Remove a checkpoint: rename it first, so that a crash leaves no partial checkpoint."""
     doomed = staging_folder(path)
     path.rename(doomed)
     _remove(doomed)
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Removes what was left by saves that came to no end. No save may be in progress."""
+    """Remove leftovers of unfinished saves. No save may be in progress."""
     for path in unfinished(directory):
         _remove(path)
 
@@ -76,7 +75,8 @@ def _is_whole(path: Path, read: Callable[[Path], Manifest]) -> bool:
 
 
 def _is_kept(path: Path, retention: Retention) -> bool:
-    """Whether one is kept for ever; a damaged one only if it still says that it is protected."""
+    """Return True if a checkpoint is protected; for a damaged one, only if its manifest still
+    says so."""
     try:
         protected = parse_manifest(path).protected is not None
     except InputError:

@@ -1,4 +1,5 @@
-"""Saving: every rank writes what it holds; the checkpoint appears when all of it is on the disk."""
+"""Save a checkpoint: every rank writes its shard, and the folder is renamed when all are on
+disk."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,37 +22,41 @@ from megagrow.parallel.agreement import run_on_all_ranks
 
 @dataclass(frozen=True)
 class Save:
-    """The three parts of a save. `begin` and `publish` are called by all ranks together and raise
-    one InputError on all; `write` talks to no other rank and may run in a thread."""
+    """Steps of a save.
+
+    `begin` and `publish` are collective and raise the same error on all ranks; `write` does not
+    communicate and may run in a thread.
+    """
 
     directory: Path
     step: int
 
     @property
     def final(self) -> Path:
-        """The checkpoint."""
+        """Path of the checkpoint."""
         return self.directory / checkpoint_name(self.step)
 
     @property
     def partial(self) -> Path:
-        """The directory that it is written in."""
+        """Folder in which it is written."""
         return staging_folder(self.final)
 
     def begin(self, tensors: dict[str, Tensor]) -> None:
-        """Makes the directory, once it is known that the disk has room for what all ranks write."""
+        """Create the folder after checking the disk space for all ranks. Collective."""
         with self._named():
             needed = total_bytes(tensors)
             run_on_all_ranks(lambda: self._begin(needed) if dist.get_rank() == 0 else None)
 
     def write(self, tensors: dict[str, Tensor]) -> Files:
-        """Writes this rank's file and waits until it is on the disk. OSError if it cannot be."""
+        """Write and sync this rank's file. Raises OSError on failure."""
         if not tensors:
             return {}
         name = shard_name(dist.get_rank())
         return {name: write_shard(self.partial / name, tensors)}
 
     def publish(self, written: Callable[[], Files], manifest: Callable[[Files], Manifest]) -> None:
-        """Makes a checkpoint of what all ranks have written; `written` gives this rank's part."""
+        """Publish the checkpoint written by all ranks; `written` describes this rank's file.
+        Collective."""
         with self._named():
             parts: list[Files] = [{}] * dist.get_world_size()
             dist.all_gather_object(parts, run_on_all_ranks(written))
@@ -69,7 +74,8 @@ class Save:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Says what was not saved, and what is there instead; leaves nothing half written."""
+        """Convert errors to one that names the failed and the last valid checkpoint; remove
+        partial files."""
         try:
             yield
         except InputError as error:
@@ -83,7 +89,7 @@ class Save:
 
 
 def total_bytes(tensors: dict[str, Tensor]) -> int:
-    """What all ranks together write; all ranks call this."""
+    """Return the bytes written by all ranks. Collective."""
     sizes = [0] * dist.get_world_size()
     dist.all_gather_object(sizes, planned_shard(tensors).size if tensors else 0)
     return sum(sizes)

@@ -1,4 +1,4 @@
-"""What stands in the files of a layout, one file per rank, and where."""
+"""Contents of shard files: the tensors of each rank's file and their positions."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -13,13 +13,12 @@ from torch import Tensor
 from megagrow.checkpoint.tensor_file import Planned, Stored, planned
 from megagrow.common.checksums import FileRecord
 from megagrow.common.file_io import raw_bytes, write_bytes
-from megagrow.parallel.engine import Storage
-from megagrow.parallel.sharding import STATE_KINDS, StateKind
+from megagrow.parallel.sharding import STATE_KINDS, StateKind, Storage
 from megagrow.reshard.layout import Layout
 
 
 class ShardTensor(NamedTuple):
-    """One state of one parameter, as far as one rank holds it: a tensor of a rank's file."""
+    """One state of one parameter on one rank: a tensor of the rank's file."""
 
     rank: int
     name: str
@@ -27,13 +26,13 @@ class ShardTensor(NamedTuple):
 
     @property
     def tensor(self) -> str:
-        """Its name in the file."""
+        """Name in the file."""
         return f"{self.name}.{self.kind}"
 
 
 def units(layout: Layout) -> Iterator[ShardTensor]:
-    """All tensors of all files: those of one parameter after the other, so that what is read of
-    the source for one rank can serve the next one."""
+    """Yield all tensors of all files, grouped by parameter so that data read for one rank can
+    serve the next."""
     for name in layout.plan:
         for kind in STATE_KINDS:
             for rank in range(layout.dp * layout.tp):
@@ -42,12 +41,12 @@ def units(layout: Layout) -> Iterator[ShardTensor]:
 
 
 def holds(layout: Layout, name: str, rank: int) -> bool:
-    """Whether a parameter stands in the file of a rank."""
+    """Return True if a parameter is in the file of a rank."""
     return layout.writes(name, rank) and bool(layout.interval(name, rank // layout.tp))
 
 
 def shard_tensors(layout: Layout, rank: int) -> dict[str, Stored]:
-    """The tensors of a rank's file: fp32, flat."""
+    """Return the tensors of a rank's file: fp32, flat."""
     return {
         f"{name}.{kind}": Stored("F32", (len(layout.interval(name, rank // layout.tp)),))
         for name in layout.plan
@@ -57,17 +56,17 @@ def shard_tensors(layout: Layout, rank: int) -> dict[str, Stored]:
 
 
 class Places:
-    """Where each tensor begins in its file: one number each, for there may be half a million."""
+    """Start offsets of all tensors, one integer each, as there may be half a million."""
 
     def __init__(self, layout: Layout, tensors: Callable[[int], Mapping[str, Stored]]) -> None:
-        """`tensors` gives what a rank's file holds, by the names in the file."""
+        """Read the offsets; `tensors` returns the tensors of a rank's file by name."""
         self._index = {name: index for index, name in enumerate(layout.plan)}
         # One rank after the other: a manifest may promise more of them than there is memory for,
         # but not more files than there are.
         self._begins = [self._of_rank(tensors(rank)) for rank in range(layout.dp * layout.tp)]
 
     def begin(self, rank: int, name: str, kind: StateKind) -> int:
-        """The first byte."""
+        """Return the first byte of a tensor."""
         return int(self._begins[rank][self._index[name], STATE_KINDS.index(kind)])
 
     def _of_rank(self, found: Mapping[str, Stored]) -> np.ndarray:
@@ -80,11 +79,11 @@ class Places:
 
 
 _WRITE_BYTES = 2**20
-"""What is hashed and written at once: it is still in the processor's cache the second time."""
+"""Bytes hashed and written at a time, so that the second access hits the cache."""
 
 
 def own_tensors(layout: Layout, storage: Storage, rank: int) -> dict[str, Tensor]:
-    """What a rank writes of what it holds: 1-D fp32, not copied, by their names in the file."""
+    """Return the tensors that a rank writes: 1-D fp32 views, by name in the file."""
     return {
         f"{name}.{kind}": tensor
         for name, kinds in storage.items()
@@ -94,12 +93,12 @@ def own_tensors(layout: Layout, storage: Storage, rank: int) -> dict[str, Tensor
 
 
 def planned_shard(tensors: Mapping[str, Tensor]) -> Planned:
-    """The safetensors file of these tensors, all fp32."""
+    """Plan the safetensors file of these fp32 tensors."""
     return planned({name: Stored("F32", tuple(tensor.shape)) for name, tensor in tensors.items()})
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Writes a safetensors file and waits until it is on the disk. OSError if it cannot be."""
+    """Write and sync a safetensors file. Raises OSError on failure."""
     file, checksum, offset = planned_shard(tensors), xxhash.xxh3_64(), 0
     descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
     try:

@@ -1,6 +1,6 @@
-"""Where the numbers of a growth between files come from: any rectangle of any tensor, by `pread`.
+"""Sources of weights on disk: any rectangle of any tensor, read by `pread`.
 
-Whatever the files' layout, the reader sees whole logical tensors, and holds what it asked for.
+Mapped pages count as resident memory; `pread` into buffers keeps memory bounded.
 """
 
 from abc import ABC, abstractmethod
@@ -22,35 +22,36 @@ from megagrow.parallel.sharding import STATE_KINDS, StateKind
 from megagrow.reshard.layout import Block, Layout
 
 _ELEMENTS_AT_ONCE = 2**20
-"""Of the rows that are read at once where only some of their columns are wanted."""
+"""Elements read at a time where only some columns of rows are needed."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Source(ABC):
-    """A model on the disk, and its optimizer's state where that was kept."""
+    """Model on disk, with its optimizer state if present."""
 
     path: Path
     model: ModelConfig
     layout: Layout
     files: tuple[Path, ...]
-    """All files that it consists of."""
+    """All files of the source."""
     kinds: tuple[StateKind, ...] = STATE_KINDS
     adam_step: int = 0
     run: dict[str, Any] | None = None
-    """Where its run stood; None if it comes from no run."""
+    """Position of its run; None if it belongs to no run."""
     environment: dict[str, Any] = field(default_factory=dict)
 
     @abstractmethod
     def read(self, name: str, kind: StateKind, block: Block) -> Tensor:
-        """A rectangle of a logical tensor: (rows, columns) fp32. InputError if a file is cut."""
+        """Read a rectangle of a logical tensor: (rows, columns) fp32. Raises CheckpointError if
+        truncated."""
 
 
 class PlacedSource(Source):
-    """A source in whose files all that a rank holds of a tensor stands in one place."""
+    """Source in whose files each rank's part of a tensor is contiguous."""
 
     @abstractmethod
     def place(self, rank: int, name: str, kind: StateKind) -> tuple[Path, Stored]:
-        """The file, and the place in it, of what a rank of the layout holds."""
+        """Return the file and location of a rank's part of a tensor."""
 
     def read(self, name: str, kind: StateKind, block: Block) -> Tensor:
         values = torch.empty(len(block.rows), len(block.cols))
@@ -61,14 +62,14 @@ class PlacedSource(Source):
 
 
 def inside(values: Tensor, block: Block, part: Block) -> Tensor:
-    """The part of a block within the block's values: a view."""
+    """Return a view of a sub-block within the values of a block."""
     rows, cols = part.shifted(-block.rows.start, -block.cols.start)
     return values[rows.start : rows.stop, cols.start : cols.stop]
 
 
 def read_rows(path: Path, stored: Stored, offset: int, stride: int, into: Tensor) -> None:
-    """Fills (rows, columns) with the elements of a stored tensor from `offset` on, whose rows are
-    `stride` elements apart."""
+    """Fill (rows, columns) with elements of a stored tensor, from `offset` with row stride
+    `stride`."""
     at_once = max(1, _ELEMENTS_AT_ONCE // stride)
     for first in range(0, len(into), at_once):
         rows = into[first : first + at_once]
@@ -80,7 +81,7 @@ def read_rows(path: Path, stored: Stored, offset: int, stride: int, into: Tensor
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CheckpointSource(PlacedSource):
-    """A checkpoint of megagrow, in the layout in which it was written."""
+    """Native checkpoint in its stored layout."""
 
     places: Places
 
@@ -91,7 +92,8 @@ class CheckpointSource(PlacedSource):
 
 
 def open_checkpoint(path: Path) -> CheckpointSource:
-    """A checkpoint directory. InputError if it is not whole, its files' headers included."""
+    """Open a checkpoint. Raises CheckpointError if it is incomplete, including its files'
+    headers."""
     manifest = read_manifest(path)
     layout = manifest.read_layout()
     places = Places(layout, lambda rank: _checked_header(path, layout, rank, manifest.files))
@@ -113,11 +115,13 @@ def _checked_header(path: Path, layout: Layout, rank: int, files: Files) -> dict
         return {}
     name = shard_name(rank)
     if name not in files:
-        raise CheckpointError(f"{path}: its manifest names no {name}; use another checkpoint")
+        raise CheckpointError(f"{path}: its manifest does not list {name}; use another checkpoint")
     found = read_header(path / name)
     for tensor, stored in wanted.items():
         if tensor not in found:
-            raise CheckpointError(f"{path / name}: holds no {tensor}; use another checkpoint")
+            raise CheckpointError(
+                f"{path / name}: does not contain {tensor}; use another checkpoint"
+            )
         if found[tensor][:2] != stored[:2]:
             raise CheckpointError(
                 f"{path / name}: {tensor} is {found[tensor].dtype} {list(found[tensor].shape)}, "

@@ -1,9 +1,9 @@
-"""Safetensors files read and written in pieces: at no time is a whole tensor in memory.
+"""Read and write safetensors files in pieces, without full tensors in memory.
 
-The format: a little-endian u64, the length of the header; the header, JSON with type, shape and
-place of each tensor, filled up with spaces to a multiple of 8; the tensors, end to end. What is
-written here is byte for byte what safetensors' own `save_file` writes of the same tensors.
-Files are read by `pread` and never mapped: pages of a mapped file count as resident memory.
+Format: a little-endian u64, the length of the header; the header, JSON with dtype, shape and
+offsets of each tensor, padded with spaces to a multiple of 8; the contiguous tensors. Written files
+are byte-identical to those of safetensors' `save_file`. Files are read by `pread` and never mapped,
+because pages of a mapped file count as resident memory.
 """
 
 import json
@@ -24,17 +24,17 @@ from megagrow.common.json_text import parse_json
 from megagrow.errors import CheckpointError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The types that weights may have, by their names in the format."""
+"""Supported dtypes by their names in the format."""
 
 _HEADER_LIMIT = 100_000_000
-"""Bytes; safetensors itself refuses a longer header."""
+"""Maximum header bytes, as in the safetensors library."""
 
 _MOST_AXES = 16
-"""Of a tensor; the product of more could take long."""
+"""Maximum dimensions of a tensor."""
 
 
 class Stored(NamedTuple):
-    """Type and shape of a tensor in a file, and the byte of the file at which it begins."""
+    """Dtype, shape and start offset of a tensor in a file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Planned:
-    """A file that is still to be written: its header, and where everything will be."""
+    """File to be written: header and tensor positions."""
 
     header: bytes
     tensors: dict[str, Stored]
@@ -59,7 +59,7 @@ class Planned:
 
 
 def planned(tensors: Mapping[str, Stored], metadata: dict[str, str] | None = None) -> Planned:
-    """The file of these tensors, whose `begin` is not looked at; all of one type."""
+    """Plan a file of tensors of one dtype; their `begin` is ignored."""
     names = sorted(tensors)
     entries: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
     begins, offset = {}, 0
@@ -80,8 +80,11 @@ def planned(tensors: Mapping[str, Stored], metadata: dict[str, str] | None = Non
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """All tensors of a file, those of types that are not read included. InputError if it is no
-    safetensors file, or not a whole one: the tensors must lie end to end and fill it."""
+    """Read all tensor entries of a file, including unsupported dtypes.
+
+    Raises CheckpointError if it is not a complete safetensors file: tensors must be contiguous and
+    fill it.
+    """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -91,26 +94,27 @@ def read_header(path: Path) -> dict[str, Stored]:
             text = file.read(length)
             entries = parse_json(text) if text.startswith(b"{") else None
         if not isinstance(entries, dict):
-            raise ValueError("its header is no JSON object")
+            raise ValueError("its header is not a JSON object")
         if not _is_metadata(entries.pop("__metadata__", {})):
-            raise ValueError("its metadata are not texts by their names")
+            raise ValueError("its metadata is not a mapping of strings")
         placed = {intern(name): _stored(name, entry) for name, entry in entries.items()}
         _check_end_to_end(placed, size - 8 - length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, struct.error) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+        raise CheckpointError(f"{path}: not a complete safetensors file ({error})") from error
     return {name: s._replace(begin=s.begin + 8 + length) for name, (s, _) in placed.items()}
 
 
 def _stored(name: str, entry: Any) -> tuple[Stored, int]:
-    """One entry of a header, its `begin` counted from the end of the header, and where it ends."""
+    """Parse a header entry; return it with its end. Offsets are relative to the end of the
+    header."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise ValueError(f"{name[:100]!r} has no type, shape and place")
+        raise ValueError(f"{name[:100]!r} has no dtype, shape and offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     whole = [_are_counts(shape, _MOST_AXES), _are_counts(offsets, 2), isinstance(dtype, str)]
     if not all(whole) or len(offsets) < 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{name[:100]!r} is of no possible type, shape or place")
+        raise ValueError(f"{name[:100]!r} has an invalid dtype, shape or offset")
     found, held = Stored(dtype, tuple(shape), offsets[0]), offsets[1] - offsets[0]
     if dtype in DTYPES and found.nbytes != held:
         raise ValueError(f"{name[:100]!r}: a tensor of shape {shape} in {held} bytes")
@@ -122,7 +126,7 @@ def _is_metadata(found: Any) -> bool:
 
 
 def _are_counts(values: Any, most: int) -> bool:
-    """Whether it is a list of at most so many whole numbers, 0 or more, of 64 bits."""
+    """Return True for a list of at most this many non-negative 64-bit integers."""
     return (
         isinstance(values, list)
         and len(values) <= most
@@ -131,11 +135,11 @@ def _are_counts(values: Any, most: int) -> bool:
 
 
 def _check_end_to_end(placed: Mapping[str, tuple[Stored, int]], size: int) -> None:
-    """ValueError if tensors overlap, leave a hole, or do not end where the file ends."""
+    """Raise ValueError if tensors overlap, leave gaps, or do not fill the file."""
     end = 0
     for begin, stop, name in sorted((s.begin, stop, name) for name, (s, stop) in placed.items()):
         if begin != end:
-            relation = "overlaps another" if begin < end else "does not begin where another ends"
+            relation = "overlaps another" if begin < end else "does not start where another ends"
             raise ValueError(f"{name[:100]!r} {relation}")
         end = stop
     if end != size:
@@ -143,7 +147,7 @@ def _check_end_to_end(placed: Mapping[str, tuple[Stored, int]], size: int) -> No
 
 
 def read_elements(path: Path, stored: Stored, elements: range) -> Tensor:
-    """Consecutive elements of a tensor in a file: 1-D, in the file's type."""
+    """Read consecutive elements of a tensor: 1-D, in the file's dtype."""
     size = stored.item_bytes
     raw = torch.empty(len(elements) * size, dtype=torch.uint8)
     read_bytes(path, raw, stored.begin + elements.start * size)

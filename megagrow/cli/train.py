@@ -35,12 +35,12 @@ def train(
     from megagrow.config.load import load_run
 
     if dry_run:
-        from megagrow.planning.dry_run import rehearse
-        from megagrow.planning.dry_run_tables import show_rehearsal
+        from megagrow.planning.dry_run import dry_run as build_dry_run
+        from megagrow.planning.dry_run_tables import print_dry_run
 
-        rehearsal = rehearse(load_run(run_file, overrides or ()), world or 1, rank or 0)
-        show_rehearsal(rehearsal, table_console())
-        count = len(rehearsal.problems)
+        result = build_dry_run(load_run(run_file, overrides or ()), world or 1, rank or 0)
+        print_dry_run(result, table_console())
+        count = len(result.problems)
         if count:
             problems = "1 problem" if count == 1 else f"{count} problems"
             raise ConfigError(f"the run would not start: {problems}, see above")

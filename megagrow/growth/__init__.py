@@ -1,1 +1,1 @@
-"""How a model becomes a larger one: pure functions from two configs to a GrowthMap."""
+"""Growth operators: pure functions from two model configs to a GrowthMap."""

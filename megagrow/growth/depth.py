@@ -13,19 +13,19 @@ from megagrow.config.schema import ModelConfig
 
 @dataclass(frozen=True)
 class Layer:
-    """Where one layer of the target comes from."""
+    """Source of one layer of the target."""
 
     source: int | None
-    """None: it begins with initial weights."""
+    """Source layer; None for initial weights."""
     silent: bool = False
-    """Whether o_proj and down_proj are zero, so that the layer adds nothing yet."""
+    """True if o_proj and down_proj are zero, so that the layer adds nothing."""
     fresh: bool = False
-    """Whether it is a copy of a layer that goes on elsewhere."""
+    """True for a copy of a layer that also exists elsewhere."""
 
 
 @dataclass(frozen=True)
 class Depth:
-    """All layers of the target, and whether the model still computes the same."""
+    """All layers of the target, and whether the function is preserved."""
 
     layers: tuple[Layer, ...]
     exact: bool
@@ -35,7 +35,7 @@ DepthOperator = Callable[[ModelConfig, ModelConfig, GrowthConfig], Depth]
 
 
 def copied_layers(layers: list[int], silent: bool = False) -> tuple[Layer, ...]:
-    """A layer for each entry of the list; after its first occurrence a layer is a fresh copy."""
+    """Build the layers of a list; repeated source layers are marked as copies."""
     return tuple(
         Layer(layer, silent and layer in layers[:index], layer in layers[:index])
         for index, layer in enumerate(layers)
@@ -43,17 +43,18 @@ def copied_layers(layers: list[int], silent: bool = False) -> tuple[Layer, ...]:
 
 
 def same_depth(source: ModelConfig) -> Depth:
-    """Every layer as it is."""
+    """Return the identity in depth."""
     return Depth(copied_layers(list(range(source.num_hidden_layers))), exact=True)
 
 
 def stacked_layers(source_layers: int, target_layers: int) -> list[int]:
-    """Gstack: the whole stack repeated, [0..l-1] x g."""
+    """Return Gstack's list: the full stack repeated, [0..l-1] x g."""
     return [layer % source_layers for layer in range(target_layers)]
 
 
 def interpolated_layers(source_layers: int, target_layers: int) -> list[int]:
-    """Every layer repeated in its place: 0 0 1 1 2 2 (the paper's appendix H)."""
+    """Return the interpolation list, each layer repeated in place: 0 0 1 1 2 2 (paper, appendix
+    H)."""
     return [layer * source_layers // target_layers for layer in range(target_layers)]
 
 
@@ -61,12 +62,14 @@ PARTIAL_STACKS = (
     *("123456x4", "12-3456x5-56", "12-345x7-6", "123-456x7"),
     *("1234-56x10", "12-34x10-56", "1-234x7-56", "123x7-456"),
 )
-"""The paper's Table 5, 6 to 24 layers, as it prints them; the best first."""
+"""Partial stacks of the paper's Table 5, 6 to 24 layers, best first."""
 
 
 def listed_layers(text: str) -> list[int] | None:
-    """A list in the paper's notation, whose layers count from 1: `12-345x7-6` is layers 1 2, then
-    3 4 5 seven times, then 6. None if the text is not of that form."""
+    """Parse a list in the paper's notation, with layers counted from 1.
+
+    `12-345x7-6` is layers 1 2, then 3 4 5 seven times, then 6.
+    """
     found: list[int] = []
     for part in text.split("-"):
         match = re.fullmatch(r"([1-9]+)(?:x([1-9]\d*))?", part)
@@ -77,7 +80,7 @@ def listed_layers(text: str) -> list[int] | None:
 
 
 def chosen_layers(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> list[int]:
-    """The list that the options name, by default the whole stack repeated."""
+    """Return the list selected by the options; default: the full stack repeated."""
     old, new = source.num_hidden_layers, target.num_hidden_layers
     match options.layer_map:
         case list():

@@ -67,7 +67,7 @@ def isometric_map(growth: GrowthSpec, generator: np.random.Generator) -> GrowthM
 
 @dataclass(frozen=True, eq=False)
 class _Lifts:
-    """Matrices shared by all terms, because they may be large."""
+    """Matrices shared by all terms, since they may be large."""
 
     q: np.ndarray
     weight: np.ndarray

@@ -26,7 +26,7 @@ class Lift:
     random_out: bool = False
     """True if weights that produce entries without a source are random; otherwise they are zero."""
     random_in: bool = False
-    """The same for weights that consume entries without a source."""
+    """Same for weights that consume entries without a source."""
     lawful: bool = True
     """True if gradients scale by the law of the lift; otherwise moments move unscaled."""
 

@@ -1,15 +1,15 @@
-"""GrowthMap: what every parameter of the target model is made of. Pure data, no communication.
+"""GrowthMap: composition of every parameter of the target model. Pure data, no communication.
 
 A parameter of the target is the sum of its *terms*, which read the source, and of its *fills*,
 which do not. A gather reads one source tensor,
 
     target[i, j] = rows.scale[i] * cols.scale[j] * source[rows.index[i], cols.index[j]],
 
-a dense term mixes whole tensors,
+a dense term is a linear map of full tensors,
 
     target = sum over k of alpha[k] * left @ (source_k * gain) @ right^T.
 
-Adam's exp_avg has terms of its own, and exp_avg_sq those with every factor squared: if weights are
+Adam's exp_avg has separate terms, and exp_avg_sq those with every factor squared: if weights are
 lifted as P_out W P_in^+, gradients are as (P_out^+)^T g P_in^T.
 """
 
@@ -22,15 +22,15 @@ from megagrow.parallel.engine_config import ParamScale as ParamScale
 from megagrow.parallel.sharding import STATE_KINDS, StateKind
 
 Indices = range | np.ndarray
-"""Positions along one axis: a `range` where they are consecutive, else int64 (n,)."""
+"""Positions along one axis: a `range` if they are consecutive, else int64 (n,)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """How one axis of the target is made of an axis of the source.
+    """Mapping from an axis of the source to an axis of the target.
 
-    `index` is (n_target,) int64, -1 where nothing comes from the source; None: the same axis.
-    `scale` is (n_target,) fp64; None: ones.
+    `index` is (n_target,) int64, -1 for entries without a source; None: the same axis. `scale` is
+    (n_target,) fp64; None: ones.
     """
 
     index: np.ndarray | None = None
@@ -38,25 +38,25 @@ class Axis:
 
     @property
     def unchanged(self) -> bool:
-        """Whether this axis is taken as it is."""
+        """Return True if the axis is unchanged."""
         return self.index is None and self.scale is None
 
     def source(self, target: range) -> Indices:
-        """The source positions of a run of target positions."""
+        """Return the source positions of a range of target positions."""
         return target if self.index is None else self.index[target.start : target.stop]
 
     def squared(self) -> "Axis":
-        """The same with its scale squared."""
+        """Return the axis with its scale squared."""
         return self if self.scale is None else Axis(self.index, self.scale**2)
 
 
 SAME = Axis()
-"""The axis that is taken as it is."""
+"""Identity axis."""
 
 
 @dataclass(frozen=True)
 class Gather:
-    """A term that picks, repeats and scales rows and columns of one source parameter."""
+    """Term that selects, repeats and scales rows and columns of one source parameter."""
 
     source: str
     rows: Axis = SAME
@@ -67,13 +67,13 @@ class Gather:
         return (self.source,)
 
     def squared(self) -> "Gather":
-        """The term of exp_avg_sq, if this is that of exp_avg."""
+        """Return the term of exp_avg_sq that corresponds to this term of exp_avg."""
         return Gather(self.source, self.rows.squared(), self.cols.squared())
 
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A term that mixes whole source parameters of one shape (rows, cols).
+    """Term that combines full source parameters of one shape (rows, cols).
 
     `left` is (target rows, rows), `right` (target cols, cols), both fp64; None: the identity.
     `gain` names a source vector (cols,) whose weights, to the power of `gain_power`, scale the
@@ -106,11 +106,11 @@ class Fill:
     alone. `std` is ((old rows: old, new columns), (new rows: old, new columns)); an axis without
     a mask is all old. `constant` goes to the new rows.
 
-    Along the columns the normals can be made to vanish on what the source computes: `centre`,
+    Along the columns the normals can be made to vanish on the source's activations: `centre`,
     (cols,) int64, labels columns whose normals are to sum to zero in each row; `basis`, (cols, k)
     with orthonormal columns, spans directions that are taken out of each row.
 
-    A fill of zeros says that what no term covers is meant to be zero.
+    A fill of zeros declares that entries without a term are zero.
     """
 
     stream: str
@@ -140,32 +140,32 @@ class Fresh:
 
 @dataclass(frozen=True)
 class GrowthMap:
-    """What every parameter of the target is made of, and how the optimizer's state follows."""
+    """Composition of every parameter of the target, and of its optimizer state."""
 
     weights: Mapping[str, tuple[Term, ...]]
     moments: Mapping[str, tuple[Term, ...]]
-    """For exp_avg, and squared for exp_avg_sq; without a term they start at zero."""
+    """Terms of exp_avg, and squared of exp_avg_sq; without a term they start at zero."""
     fills: Mapping[str, tuple[Fill, ...]] = field(default_factory=dict)
-    """Added to the weights; what no term covers needs one."""
+    """Fills added to the weights; required for entries without a term."""
     kinds: tuple[StateKind, ...] = STATE_KINDS
-    """The kinds of state that move; the others start at zero."""
+    """State kinds that are transferred; the others start at zero."""
     preserves_function: bool = False
-    """Whether the target computes exactly what the source computed."""
+    """True if the target computes exactly the function of the source."""
     provenance: tuple[int, ...] = ()
     """For each target layer the source layer that it came from, -1 for none; kept in every
     checkpoint. Empty where nothing grew."""
     fresh: Mapping[str, Fresh] = field(default_factory=dict)
     """Which entries are new; a parameter without an entry is old."""
     scales: Mapping[str, ParamScale] = field(default_factory=dict)
-    """Factors for exact continuation, where the operator has them; 1 without an entry."""
+    """Factors for exact continuation; 1 without an entry."""
 
     @property
     def keeps_step(self) -> bool:
-        """Whether Adam's step count goes on: it belongs to the moments."""
+        """Return True if Adam's step count is kept, i.e. if moments are transferred."""
         return len(self.kinds) > 1
 
     def terms(self, name: str, kind: StateKind) -> tuple[Term, ...]:
-        """The terms of one kind of state of a target parameter."""
+        """Return the terms of one state kind of a target parameter."""
         if kind not in self.kinds:
             return ()
         if kind == "fp32":
@@ -174,15 +174,15 @@ class GrowthMap:
         return tuple(term.squared() for term in found) if kind == "exp_avg_sq" else found
 
     def adds(self, name: str) -> bool:
-        """Whether the terms of a parameter's weights are added to numbers that are there."""
+        """Return True if the terms of a parameter's weights are added to fills."""
         return any(not fill.is_zero for fill in self.fills.get(name, ()))
 
     def with_kinds(self, *kinds: StateKind) -> "GrowthMap":
-        """The same map for some kinds of state only."""
+        """Return the map restricted to some state kinds."""
         return replace(self, kinds=kinds)
 
 
 def identity_map(names: "Mapping[str, object] | list[str]") -> GrowthMap:
-    """The map that changes nothing: with it a growth is a plain reshard."""
+    """Return the identity map: with it a growth is a plain reshard."""
     terms: dict[str, tuple[Term, ...]] = {name: (Gather(name),) for name in names}
     return GrowthMap(terms, terms, preserves_function=True)

@@ -1,4 +1,4 @@
-"""Refuses a growth map that does not fit its two models, before anything is moved."""
+"""Validate a growth map against its two models before anything is transferred."""
 
 from collections.abc import Mapping
 

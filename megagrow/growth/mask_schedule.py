@@ -10,11 +10,11 @@ from megagrow.growth.operators import operators_of
 from megagrow.model.masks import Masks, masks_at, wider_axes
 
 GROW_STEPS = 5000
-"""Steps of one ramp by default: `grow_step` of the paper's code (tongxuluo/prts, msg.py)."""
+"""Default steps of one ramp: `grow_step` of the paper's code (tongxuluo/prts, msg.py)."""
 
 
 def is_masked(options: GrowthConfig) -> bool:
-    """Whether masks let the new parts of the grown model in."""
+    """Return True if new parts of the grown model are masked."""
     return any(operator.masked for operator in operators_of(options))
 
 
@@ -36,7 +36,7 @@ def ramp_tokens(run: RunConfig, index: int) -> int:
 def stage_masks(run: RunConfig, index: int, tokens: int) -> Masks | None:
     """The masks when stage `index` has had so many tokens; None where nothing is masked.
 
-    They hold for the whole axes, on the CPU; `parallel.masks.rank_masks` gives a rank its part.
+    They cover the full axes, on the CPU; `parallel.tensor_parallel.rank_masks` slices them by rank.
     """
     length = ramp_tokens(run, index)
     if tokens >= length:
@@ -45,7 +45,7 @@ def stage_masks(run: RunConfig, index: int, tokens: int) -> Masks | None:
 
 
 def ramp_problems(run: RunConfig) -> list[str]:
-    """What is wrong with the ramps of a run, each in one text that says what to do."""
+    """Return the problems of a run's ramps, each with its fix."""
     found = []
     for index, stage in enumerate(run.stages):
         at, growth = f"stages.{index}", stage.growth

@@ -1,4 +1,4 @@
-"""The table of operators: a name in a run file, what makes its map, and what is known of it."""
+"""Table of operators: name in a run file, map builder, and properties."""
 
 import hashlib
 from dataclasses import dataclass
@@ -20,20 +20,20 @@ class Operator:
     """One operator: it grows either the depth or the width."""
 
     source: str
-    """Who published it."""
+    """Publication."""
     deeper: DepthOperator | None = None
     wider: WidthOperator | None = None
     state: StatePolicy = "transport"
-    """What becomes of Adam's moments by default."""
+    """Default optimizer-state policy."""
     follows: bool = False
-    """Whether by default every parameter's hyper-parameters are scaled so that the grown model
-    follows the source exactly."""
+    """True if by default hyper-parameters are scaled so that the grown model follows the
+    trajectory of its source."""
     masked: bool = False
-    """Whether masks in the running model let its new parts in."""
+    """True if masks ramp in the new parts during training."""
     learned: bool = False
-    """Whether the map is trained before it is applied (LiGO)."""
+    """True if the map is trained before it is applied (LiGO)."""
     rewarms: bool = False
-    """Whether new entries have a learning rate of their own by default."""
+    """True if new entries have a separate learning rate by default."""
 
 
 OPERATORS: dict[OperatorName, Operator] = {
@@ -79,13 +79,13 @@ OPERATORS: dict[OperatorName, Operator] = {
 
 
 def operators_of(options: GrowthConfig) -> list[Operator]:
-    """The operators of a growth event."""
+    """Return the operators of a growth event."""
     return [OPERATORS[name] for name in options.operator]
 
 
 def state_policy(options: GrowthConfig) -> StatePolicy:
-    """What becomes of Adam's moments: what the run file says, else what the operators say, the one
-    that keeps least winning."""
+    """Return the optimizer-state policy: that of the run file, else that of the operators; with
+    two operators the one that keeps less."""
     if options.optimizer_state is not None:
         return options.optimizer_state
     wanted = {operator.state for operator in operators_of(options)}
@@ -100,21 +100,21 @@ def state_policy(options: GrowthConfig) -> StatePolicy:
 
 
 def follows_exactly(options: GrowthConfig) -> bool:
-    """Whether hyper-parameters are scaled for exact continuation."""
+    """Return True if hyper-parameters are scaled for exact continuation."""
     if options.exact_continuation is not None:
         return options.exact_continuation
     return any(operator.follows for operator in operators_of(options))
 
 
 def is_learned(options: GrowthConfig) -> bool:
-    """Whether the map is trained before it is applied."""
+    """Return True if the map is trained before it is applied."""
     return any(operator.learned for operator in operators_of(options))
 
 
 def resolve_operators(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, stream: str
 ) -> GrowthSpec:
-    """How depth and width grow, by the operators that the run file names."""
+    """Resolve the operators of a run file to the growth in depth and width."""
     chosen = operators_of(options)
     found_depth, found_width = same_depth(source), same_width(source)
     for operator in chosen:
@@ -139,6 +139,6 @@ def growth_map(
 
 
 def generator_of(stream: str) -> np.random.Generator:
-    """The generator of what an operator draws when its map is made; equal on all ranks."""
+    """Return the generator of an operator's random draws; equal on all ranks."""
     digest = hashlib.blake2b(f"{stream}/operator".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))

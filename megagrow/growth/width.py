@@ -40,7 +40,7 @@ class Width:
     scaled_eps: bool = True
     """True if rms_norm_eps follows the gain."""
     literal_zero: bool = False
-    """The paper's [[W, A], [0, C]] in every matrix, independent of its axis roles."""
+    """True for the paper's [[W, A], [0, C]] in every matrix, independent of axis roles."""
     block_diagonal: bool = False
     """Each copy of an output reads only its copy of the inputs (Staged Training)."""
     next_layer: bool = False

@@ -1,1 +1,1 @@
-"""What is trained, as one device sees it. Nothing here knows of other ranks."""
+"""Single-device model. Nothing here depends on other ranks."""

@@ -1,9 +1,9 @@
 """Which backend computes each operation of a stage: a pure function of config, work and machine.
 
-What `auto` takes is what is known to be right, and of that the fastest. On a CPU, and for fp32,
+`auto` selects the fastest validated backend. On a CPU, and for fp32,
 these are torch's own operations. On GPUs on which the kernels were checked (`machine.CHECKED`) they
 are Triton's, which read and write each number once; in attention too where documents are packed,
-since torch's own computes what no query may see. Without documents torch's attention is taken, by
+since torch's own also computes masked positions. Without documents torch's attention is used, by
 way of cuDNN on Hopper and newer: the fastest that is published there, and no measurement of ours
 says otherwise so far.
 """
@@ -24,10 +24,11 @@ OPERATIONS = {
     "pointwise": ("triton", "torch"),
     "loss": ("triton", "torch"),
 }
-"""The backends of each operation, as `kernels` in a run file names both."""
+"""Backends of each operation, with the names used by `kernels` in a run file."""
 
 LEAST_CAPABILITY = 80
-"""Of a GPU, for Triton's kernels and for flash-attn: Ampere, the first that multiplies bf16."""
+"""Minimum compute capability for the Triton kernels and flash-attn: Ampere, the first with bf16
+matrix products."""
 
 LARGEST_HEAD = 256
 """Both attentions take a head_dim that is a multiple of 8 up to it."""
@@ -35,18 +36,18 @@ LARGEST_HEAD = 256
 
 @dataclass(frozen=True)
 class KernelWorkload:
-    """What a stage asks of its backends."""
+    """Requirements of a stage on its backends."""
 
     dtype: torch.dtype
-    """Of the forward and backward pass: fp32 or bf16."""
+    """Dtype of the forward and backward pass: fp32 or bf16."""
     head_dim: int
     packed: bool
-    """Whether tokens see their own document only."""
+    """True if attention is limited to documents."""
 
 
 @dataclass(frozen=True)
 class Backends:
-    """What computes each operation."""
+    """Backend of each operation."""
 
     attention: str
     norm: str
@@ -55,12 +56,12 @@ class Backends:
 
 
 def uses_bf16(run: RunConfig, device: torch.device) -> bool:
-    """Whether the forward and backward pass run in bf16."""
+    """Return True if the forward and backward pass run in bf16."""
     return run.precision == "bf16" or (run.precision == "auto" and device.type == "cuda")
 
 
 def work_of(run: RunConfig, index: int, device: torch.device) -> KernelWorkload:
-    """What a stage of a run asks of its backends on a device."""
+    """Return the requirements of a run's stage on the backends of a device."""
     dtype = torch.bfloat16 if uses_bf16(run, device) else torch.float32
     return KernelWorkload(dtype, run.stages[index].model.head_dim, run.data.reset_attention_mask)
 
@@ -68,9 +69,10 @@ def work_of(run: RunConfig, index: int, device: torch.device) -> KernelWorkload:
 def choose(
     config: KernelsConfig, machine: Machine, work: KernelWorkload, at: str = "kernels"
 ) -> Backends:
-    """The backends of a stage. `at` is where its config stands in the run file.
+    """Return the backends of a stage.
 
-    Raises InputError, naming each key, where what it names cannot run on the machine.
+    `at` is the position of its config in the run file, for errors. Raises an error that lists all
+    unavailable backends.
     """
     if found := list(problems(config, machine, work, at)):
         raise ResourceError("; ".join(found))
@@ -80,7 +82,7 @@ def choose(
 def backend_of(
     operation: str, config: KernelsConfig, machine: Machine, work: KernelWorkload
 ) -> str:
-    """The one that a config names for an operation, or what `auto` takes."""
+    """Return the backend that a config names for an operation, or the choice of `auto`."""
     asked: str = getattr(config, operation)
     return automatic(operation, machine, work) if asked == "auto" else asked
 
@@ -88,7 +90,7 @@ def backend_of(
 def problems(
     config: KernelsConfig, machine: Machine, work: KernelWorkload, at: str
 ) -> Iterator[str]:
-    """All that a config asks for and a machine cannot do, each in one text."""
+    """Return all requested backends that the machine cannot run, with reasons."""
     for operation in OPERATIONS:
         backend = getattr(config, operation)
         if backend != "auto" and (why := obstacle(operation, backend, machine, work)):
@@ -97,7 +99,7 @@ def problems(
 
 
 def automatic(operation: str, machine: Machine, work: KernelWorkload) -> str:
-    """What `auto` takes for an operation: the first that can run of those that may be fastest."""
+    """Return the choice of `auto`: the first available of the potentially fastest backends."""
     on_gpu = machine.device == "cuda" and work.dtype != torch.float32
     order = ["triton"] if on_gpu and machine.checked else []
     if operation == "attention":

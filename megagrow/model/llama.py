@@ -24,7 +24,7 @@ from megagrow.model.rope import rotary_tables
 
 
 class DecoderLayer(nn.Module):
-    """Blocks of one layer, each behind its norm and added to the residual stream."""
+    """Blocks of one layer; each reads its norm's output and adds to the residual stream."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What this machine has for the model's operations, found out once and passed on as a value."""
+"""Capabilities of the machine for the model's operations, detected once and passed as a value."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,24 +12,24 @@ CHECKED: frozenset[int] = frozenset()
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides which backends can run on a device."""
+    """Properties that determine the available backends of a device."""
 
     device: str
     """`cuda`, or `cpu`."""
     capability: int = 0
-    """Of a GPU: 80, 90, 100; 0 of a CPU."""
+    """Compute capability of a GPU: 80, 90, 100; 0 for a CPU."""
     triton: bool = False
-    """Whether Triton is installed."""
+    """True if Triton is installed."""
     checked: bool = False
-    """Whether Triton's kernels are known to compute rightly on such a GPU."""
+    """True if the Triton kernels are validated on this GPU type."""
     interpreter: bool = False
-    """Whether Triton's kernels are interpreted: TRITON_INTERPRET=1 was set before the start."""
+    """True if Triton kernels are interpreted: TRITON_INTERPRET=1 was set before the start."""
     flash_attn: bool = False
-    """Whether flash-attn is installed."""
+    """True if flash-attn is installed."""
 
 
 def machine_of(device: torch.device) -> Machine:
-    """What stands behind a device of this process."""
+    """Detect the capabilities of a device of this process."""
     capability = 0
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

@@ -1,7 +1,8 @@
 """Masks that let the new parts of a grown model in, little by little.
 
 MSG (Yao et al. 2024, "Masked Structural Growth"), and G_random of Du et al. 2024 (appendix A.5).
-What is new stands behind factors c that rise from 0 to 1. At 0 the model computes what the smaller
+New parts are multiplied by factors c that rise from 0 to 1. At 0 the model computes what the
+smaller
 one computed, whatever the new numbers are; where all are 1 there are no masks any more. Old entries
 of an axis come first and new ones behind them, new layers stand on top of the old ones.
 
@@ -21,34 +22,34 @@ _AXES = {
     "residual": "hidden_size",
     "groups": "num_key_value_heads",
 }
-"""The masks of the width, in the order in which MSG lets the axes grow, and their sizes' names."""
+"""Width masks, in the order in which MSG grows the axes, and the config fields of their sizes."""
 
 
 @dataclass(frozen=True, eq=False)
 class Masks:
-    """Factors from 0 to 1 on what a model computes; absent where all of them are 1.
+    """Growth masks: factors from 0 to 1 in the model; None where all are 1.
 
-    Tensors are fp32 until the model takes their copies in the type of its hidden states.
+    Tensors are fp32; the model uses copies in the dtype of its hidden states.
     """
 
     layers: tuple[float, ...] = ()
-    """For each layer: on both outputs that it adds to the residual stream."""
+    """Per layer: factor on both outputs added to the residual stream."""
     residual: Tensor | None = None
-    """(D,): on the embedding and on what layers add; weighs the mean square of the norms."""
+    """(D,): factor on the embedding and layer outputs; weights the mean square of the norms."""
     groups: Tensor | None = None
-    """(G,): on keys, values and the queries that read them, and so on what attention gives."""
+    """(G,): factor on keys, values and their queries, and thus on the attention output."""
     ffn: Tensor | None = None
     """(F,): on the activations of the feed-forward."""
 
     def gate(self, layer: int) -> Tensor | float | None:
-        """The factor on the two outputs that a layer adds to the residual stream."""
+        """Return the factor on the two outputs that a layer adds to the residual stream."""
         coefficient = self.layers[layer] if self.layers else 1.0
         if coefficient == 1.0:
             return self.residual
         return coefficient if self.residual is None else coefficient * self.residual
 
     def to(self, place: torch.device | torch.dtype) -> "Masks":
-        """The same masks on another device or in another type."""
+        """Return the masks on another device or in another dtype."""
         tensors = {name: getattr(self, name) for name in _AXES}
         return replace(self, **{name: t.to(place) for name, t in tensors.items() if t is not None})
 
@@ -58,7 +59,7 @@ def masks_at(
 ) -> Masks | None:
     """The masks of a model that grew from a smaller one `tokens` ago; None once all are 1.
 
-    All rise linearly. New layers do so over the whole of `ramp_tokens`. The axes of the width share
+    All rise linearly, new layers over the full `ramp_tokens`. The axes of the width share
     it evenly, one after the other: the feed-forward, the residual stream, the heads.
     """
     new_layers = target.num_hidden_layers - source.num_hidden_layers
@@ -77,7 +78,7 @@ def masks_at(
 
 
 def wider_axes(source: ModelConfig, target: ModelConfig) -> list[str]:
-    """The axes that grow in width, by their masks' names, in the order in which they are let in."""
+    """Return the axes that grow in width, by mask name, in ramp order."""
     return [name for name, size in _AXES.items() if getattr(source, size) < getattr(target, size)]
 
 
@@ -87,7 +88,7 @@ def masked(x: Tensor, mask: Tensor | float | None) -> Tensor:
 
 
 def masked_groups(x_BSHK: Tensor, mask_G: Tensor | None) -> Tensor:
-    """Heads times the factor of their group: x is (B, S, H, K), H a multiple of G."""
+    """Return heads (B, S, H, K) times the factor of their group; H is a multiple of G."""
     if mask_G is None:
         return x_BSHK
     mask_H = mask_G.repeat_interleave(x_BSHK.shape[2] // len(mask_G))

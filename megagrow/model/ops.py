@@ -38,13 +38,14 @@ _BY_SPEED = [
 
 @dataclass(frozen=True)
 class LossOps:
-    """The pieces of a cross-entropy of which each rank computes what its rows of the vocabulary
-    give: N tokens, V rows (kernels/megagrow_kernels/reference.py says what they are)."""
+    """Partial operations of a cross-entropy, computed by each rank from its rows of the
+    vocabulary: N tokens, V rows (defined in kernels/megagrow_kernels/reference.py)."""
 
     statistics: Callable[[Tensor, Tensor, int, int], Tensor]
-    """(logits (N, V), labels (N,), first, real): (3, N), what this rank's rows say."""
+    """(logits (N, V), labels (N,), first, real) -> (3, N), partial statistics of this rank's
+    rows."""
     combine: Callable[[Tensor], Tensor]
-    """((P, 3, N) of P ranks): (3, N), what all rows say."""
+    """((P, 3, N) of P ranks) -> (3, N), statistics of all rows."""
     gradient: Callable[..., Tensor]
     """(logits, labels, maximum, total, scale, z_scale, first, real): that of the logits, maybe in
     their own memory."""
@@ -55,7 +56,7 @@ class LossOps:
 
 @dataclass(frozen=True)
 class Ops:
-    """The operations of a model, each by the backend that was chosen for it."""
+    """Operations of a model, each by its selected backend."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     """(x (..., D), weight (D,), eps): the norm over the last dimension."""
@@ -76,7 +77,7 @@ class Ops:
     attention: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
     """(q (B, S, H, K), k (B, S, G, K), v, sight): causal attention within documents."""
     loss: LossOps
-    """Of the cross-entropy."""
+    """Operations of the cross-entropy."""
 
 
 def make_ops(backends: Backends, machine: Machine, work: KernelWorkload) -> Ops:
@@ -139,7 +140,7 @@ TORCH_LOSS = LossOps(
     reference.vocab_gradient,
     chunks=64,  # copies in fp32: up to seven times a chunk of bf16
 )
-"""By torch, in every precision; the logits stay as they are."""
+"""torch implementation for every precision; keeps the logits."""
 
 
 PLAIN = Ops(
@@ -152,7 +153,7 @@ PLAIN = Ops(
     attention=sdpa,
     loss=TORCH_LOSS,
 )
-"""All by torch: what every machine can do, in every precision."""
+"""torch implementation of all operations, available on every machine in every precision."""
 
 
 def _with_sdpa(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
@@ -182,7 +183,7 @@ TRITON_CHUNKS = 10
 
 
 def triton_loss() -> LossOps:
-    """By Triton's kernels: the logits are read twice, then overwritten with their gradient."""
+    """Triton implementation: logits are read twice, then overwritten with their gradient."""
     from megagrow_kernels import cross_entropy as kernels
 
     def gradient(logits: Tensor, *rest: Any) -> Tensor:

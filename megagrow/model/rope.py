@@ -17,7 +17,7 @@ from megagrow.model.ops import rope_tables
 
 
 def rotary_tables(config: ModelConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of a model's rotations at positions (B, S): fp32, each (B, S, 1, K)."""
+    """Return cosines and sines at positions (B, S): fp32, each (B, S, 1, K)."""
     cos, sin = rope_tables(position_ids, frequencies(config, position_ids))
     scaling = config.rope_scaling
     if scaling is None or scaling.rope_type != "yarn":
@@ -89,7 +89,7 @@ def _yarn(theta: float, exponents: Tensor, head_dim: int, scaling: RopeScaling) 
 
 
 def _yarn_gain(scaling: RopeScaling) -> float:
-    """The factor on both tables, which makes attention sharper over longer sequences."""
+    """Return the factor on both tables, which sharpens attention over longer sequences."""
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     factor, over, under = scaling.factor, scaling.mscale, scaling.mscale_all_dim

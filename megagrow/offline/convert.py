@@ -1,6 +1,6 @@
-"""A model in another layout, as a Hugging Face folder, or out of one: `megagrow convert`.
+"""Conversion of models: to another layout, to and from other formats (`megagrow convert`).
 
-Each is a growth between files by which nothing grows: streamed, journalled and read back.
+Each conversion is the identity growth map on the code of offline growth, in bounded memory.
 """
 
 import logging
@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 
 
 def reshard_files(request: Request, console: Console) -> None:
-    """Writes a checkpoint in another layout. InputError if the source is none."""
+    """Write a checkpoint in another layout. Raises CheckpointError if the source is not a
+    checkpoint."""
     goal = _goal(request)
     if form_of(goal.source) != "checkpoint":
         raise CheckpointError(
@@ -53,8 +54,10 @@ def reshard_files(request: Request, console: Console) -> None:
 
 
 def import_hugging_face(request: Request, console: Console) -> None:
-    """Writes the weights of a Hugging Face folder as a checkpoint of step 0, its moments zero.
-    InputError if the source is none."""
+    """Write the weights of a Hugging Face folder as a checkpoint of step 0 with zero moments.
+
+    Raises CheckpointError if the source is not a Hugging Face folder.
+    """
     goal = _goal(request)
     if form_of(goal.source) != "huggingface":
         raise CheckpointError(f"{request.source}: no Hugging Face folder, it has no {CONFIG_FILE}")
@@ -101,7 +104,7 @@ def _tokenizer(given: Path | None, source: Source) -> TokenizerFiles:
 
 
 def named_tokenizer(source: Source) -> Path | None:
-    """The tokenizer that the source's run names, or else the folder from which it was imported."""
+    """Return the tokenizer of the source's run, or the folder from which it was imported."""
     of_run = _told(source, "config", "data", "tokenizer")
     if isinstance(of_run, str):
         return Path(of_run)
@@ -110,7 +113,7 @@ def named_tokenizer(source: Source) -> Path | None:
 
 
 def _told(source: Source, *keys: str) -> Any:
-    """A value of the source's environment; None where it has no such place."""
+    """Return a value of the source's environment, or None if absent."""
     value: Any = source.environment
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
@@ -118,22 +121,24 @@ def _told(source: Source, *keys: str) -> Any:
 
 
 ROOM = 2**20
-"""Bytes on the disk for what is no tensor."""
+"""Disk space reserved for files other than tensors, in bytes."""
 
 
 def import_universal(request: Request, console: Console) -> None:
-    """Makes a checkpoint of a Universal Checkpoint: weights, moments and Adam's step. `to` names
-    the model where the files do not say it."""
+    """Convert a Universal Checkpoint: weights, moments and Adam's step.
+
+    `to` names the model if the files do not record it.
+    """
     _import(open_universal, request, console)
 
 
 def import_megatron(request: Request, console: Console) -> None:
-    """Makes a checkpoint of Megatron-LM's weights; the optimizer begins anew. `to` as above."""
+    """Convert Megatron-LM weights; the optimizer state is reinitialized. `to` as above."""
     _import(open_megatron, request, console)
 
 
 def export_universal(path: Path, out: Path, console: Console) -> None:
-    """Writes a checkpoint, or a Hugging Face model, as a Universal Checkpoint."""
+    """Write a checkpoint or a Hugging Face model as a Universal Checkpoint."""
     source = _open(path)
     step = state_of(source).counters.step
 
@@ -146,7 +151,7 @@ def export_universal(path: Path, out: Path, console: Console) -> None:
 def export_megatron(
     path: Path, out: Path, *, tp: int, divisible_by: int, dtype: str, console: Console
 ) -> None:
-    """Writes the weights of a checkpoint, or of a Hugging Face model, for Megatron-LM."""
+    """Write the weights of a checkpoint or a Hugging Face model for Megatron-LM."""
     request = Request(source=path, out=out, dtype=dtype)
     request.check()
     source = _open(path)

@@ -1,7 +1,7 @@
 """A growth from files to files, on one machine, in bounded memory: `megagrow grow`.
 
 Needs no process group and no DeepSpeed. What it has done it keeps in a journal, so that the same
-command goes on where another was killed; the result appears when all of it is checked on the disk.
+command resumes where another was killed; the result is published once it is verified on disk.
 """
 
 from pathlib import Path
@@ -28,14 +28,14 @@ from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.apply import Application
 
 _FIXED_BYTES = 12 * 2**20
-"""Buffers that do not grow with the model."""
+"""Bytes of buffers independent of the model's size."""
 
 _BYTES_PER_ELEMENT = 48
-"""What is held for each element of a piece at the worst: copies of it in fp64 (dense terms)."""
+"""Bytes held per element of a piece in the worst case: fp64 copies (dense terms)."""
 
 
 def grow_files(request: Request, console: Console) -> None:
-    """Grows what the request names, or goes on with it. InputError for all that is wrong."""
+    """Grow the source of a request, or resume. Raises InputError for invalid requests."""
     request.check()
     source = open_source(request.source)
     write_goal(request, decide(request, source), console)
@@ -44,8 +44,11 @@ def grow_files(request: Request, console: Console) -> None:
 def write_goal(
     request: Request, goal: ConversionPlan, console: Console, beside: Beside | None = None
 ) -> None:
-    """Writes what was decided, or goes on with it. `beside` is for a Hugging Face folder; without
-    it there is a config.json alone."""
+    """Write a planned target, or resume.
+
+    `beside` lists additional files of a Hugging Face folder; without it only config.json is
+    written.
+    """
     at_once = _elements_at_once(goal, request.memory_bytes)
     target = _target(request, goal, beside)
     command = _command(request, goal, target)
@@ -113,14 +116,14 @@ def _target(request: Request, goal: ConversionPlan, beside: Beside | None) -> Ta
 
 
 def _environment(goal: ConversionPlan) -> dict[str, Any]:
-    """That of the source, and what was done here."""
+    """Return the source's environment extended by this growth."""
     if goal.options is None:
         return goal.source.environment
     return goal.source.environment | {"growth": _told(goal)}
 
 
 def _told(goal: ConversionPlan) -> dict[str, Any]:
-    """What the manifest keeps of a growth, until the model is trained on."""
+    """Return the manifest's record of a growth, kept until the model is trained."""
     return {
         "source": str(goal.source.path.resolve()),
         "source_model": goal.source.model.model_dump(),
@@ -131,7 +134,7 @@ def _told(goal: ConversionPlan) -> dict[str, Any]:
 
 
 def _command(request: Request, goal: ConversionPlan, target: Target) -> dict[str, Any]:
-    """All that decides what is written; the budget does not."""
+    """Return all inputs that determine the output; the memory budget does not."""
     files = [
         [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in goal.source.files
     ]
@@ -146,8 +149,10 @@ def _command(request: Request, goal: ConversionPlan, target: Target) -> dict[str
 
 
 def _was_finished(out: Path, command: dict[str, Any]) -> bool:
-    """Whether the same command was stopped when all was done but its last file still there.
-    InputError if what is there is something else."""
+    """Return True if the same command was interrupted with only its journal left to remove.
+
+    Raises CheckpointError if the output is anything else.
+    """
     if not out.exists():
         return False
     if not (out / JOURNAL_FILE).is_file():
@@ -158,7 +163,7 @@ def _was_finished(out: Path, command: dict[str, Any]) -> bool:
 
 
 def _elements_at_once(goal: ConversionPlan, memory: int) -> int:
-    """How many elements a piece may have. InputError if not even one row fits."""
+    """Return the maximum elements of a piece. Raises ResourceError if not even one row fits."""
     specs = [*parameter_plan(goal.model, 1).values(), *goal.source.layout.plan.values()]
     widest = max(spec.cols for spec in specs)
     fixed = _FIXED_BYTES + _map_bytes(goal, widest)
@@ -172,8 +177,8 @@ def _elements_at_once(goal: ConversionPlan, memory: int) -> int:
 
 
 def _map_bytes(goal: ConversionPlan, widest: int) -> int:
-    """Bytes of the matrices of the map, of the squares of one term's, and of rows that are
-    projected together."""
+    """Return the bytes of the map's matrices, of the squares of one term's, and of projected
+    rows."""
     growth = goal.growth
     terms = [
         term for table in (growth.weights, growth.moments) for t in table.values() for term in t
@@ -201,7 +206,8 @@ def _text_tokens(request: Request, goal: ConversionPlan) -> list[Any]:
 
 
 def _compare(goal: ConversionPlan, before: float, after: float, console: Console) -> None:
-    """Tells both losses. InputError if they differ where the growth keeps the function."""
+    """Print both losses. Raises an error if they differ although the growth preserves the
+    function."""
     console.print(f"loss on the text: source {before:.6f}, target {after:.6f}", highlight=False)
     tolerance = 1e-3 if goal.options is None else goal.options.tolerance
     if goal.growth.preserves_function and abs(after - before) > tolerance:

@@ -1,8 +1,7 @@
-"""What a growth between files has done so far, so that the same command can go on after a crash.
+"""Journal of an offline growth, so that the same command can resume after a crash.
 
-journal.jsonl stands beside the files that are written. Its first line is the command; every other
-one is [piece, checksum]: the data of that piece is on the disk. A line that a crash has cut counts
-for nothing.
+The first line records the command; each further line records a piece and its checksum. A line is
+written only after its data is synced. A lock keeps other processes out.
 """
 
 import fcntl
@@ -19,21 +18,23 @@ from megagrow.errors import CheckpointError, ConfigError, InputError, ResourceEr
 JOURNAL_FILE = "journal.jsonl"
 
 _BYTES_AT_ONCE, _SECONDS_AT_ONCE = 2**26, 5.0
-"""After so many bytes, or so much time, what was written is made sure of."""
+"""Data is synced after this many bytes, or this much time."""
 
 _LINES: tuple[list[type], ...] = ([int, int], [int, type(None)])
-"""What the lines after the first one hold."""
+"""Types of the entries of a piece's line."""
 
 
 class Journal:
-    """A journal that this process alone writes; a context manager.
+    """Journal owned by this process; a context manager that holds the lock.
 
-    `done` has the checksum of every finished piece, by its number in the target's order.
+    `done` maps the index of each finished piece, in the target's order, to its checksum.
     """
 
     def __init__(self, folder: Path, command: dict[str, Any]) -> None:
-        """Begins a journal, or goes on with that of the same command. InputError if the folder is
-        that of another command, or of one that still runs."""
+        """Start or resume a journal.
+
+        Raises an error if the folder belongs to another command or to a running process.
+        """
         self._path = folder / JOURNAL_FILE
         self._folder = folder
         self.done: dict[int, int] = {}
@@ -59,7 +60,7 @@ class Journal:
         self._file.close()
 
     def add(self, piece: int, checksum: int, path: Path, nbytes: int) -> None:
-        """A piece was written to a file; from time to time all of them are made sure of."""
+        """Record a written piece; data is synced from time to time."""
         self._waiting[piece] = checksum
         self._dirty.add(path)
         self._bytes += nbytes
@@ -68,7 +69,7 @@ class Journal:
             self.commit()
 
     def commit(self) -> None:
-        """Waits until all data is on the disk, and only then writes down that it is."""
+        """Sync all data, then record the pieces."""
         for path in self._dirty:
             descriptor = os.open(path, os.O_RDONLY)
             try:
@@ -81,7 +82,7 @@ class Journal:
         self._committed = time.monotonic()
 
     def void(self, piece: int) -> None:
-        """A piece turned out not to be on the disk as it was written: it has to be made again."""
+        """Record that a piece is damaged on disk and must be written again."""
         self._append([[piece, None]])
         del self.done[piece]
 
@@ -123,7 +124,8 @@ class Journal:
                 self.done[piece] = checksum
 
     def _read(self, lines: list[bytes]) -> tuple[dict[str, Any], list[tuple[int, int | None]]]:
-        """The command, and each piece with its checksum. InputError if a line is damaged."""
+        """Read the command, and each piece with its checksum. Raises CheckpointError for damaged
+        lines."""
         try:
             command, *pieces = map(parse_json, lines)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a growth between files is to be: everything that is decided before a number is read."""
+"""Plan of an offline growth or conversion, made before any tensor is read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -35,45 +35,45 @@ DEFAULT_SEED = 1234
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """The model that the source is to become, and how."""
+    """Target model of a source, and the growth that leads to it."""
 
     source: Source
     model: ModelConfig
     options: GrowthConfig | None
-    """None where nothing grows: the same model, in other files."""
+    """None for conversions: the same model in other files."""
     stream: str
-    """Names the random numbers, as in the running job of the same seed and stage."""
+    """Random stream, equal to that of a training job with the same seed and stage."""
     run: RunConfig | None = None
     stage: int | None = None
 
     @property
     def before(self) -> str:
-        """What the source's model is called where the user reads of it."""
+        """Name of the source's model in messages."""
         return "source.model" if self.stage is None else f"stages.{self.stage - 1}.model"
 
     @property
     def here(self) -> str:
-        """What the target is called."""
+        """Name of the target in messages."""
         return "target" if self.stage is None else f"stages.{self.stage}"
 
     @property
     def operators(self) -> str:
-        """All operators, for people."""
+        """Operators in human-readable form."""
         return "none" if self.options is None else "+".join(self.options.operator)
 
     @property
     def is_masked(self) -> bool:
-        """Whether its new parts stand behind masks, which begin at 0."""
+        """True if new parts are masked, with masks that start at 0."""
         return self.options is not None and is_masked(self.options)
 
     @property
     def masks(self) -> Masks | None:
-        """The masks with which the target begins."""
+        """Masks at the start of the target."""
         return masks_at(self.source.model, self.model, 0, 1) if self.is_masked else None
 
     @cached_property
     def growth(self) -> GrowthMap:
-        """The map; checked."""
+        """Validated growth map."""
         if self.options is None:
             growth = identity_map(list(parameter_plan(self.model, tp=1)))
         else:
@@ -84,8 +84,8 @@ class ConversionPlan:
         return growth
 
     def state(self) -> RunState:
-        """Where a run stands that goes on from here: at the beginning of the stage that begins
-        with this growth, with the source's counters."""
+        """State of a run that resumes from the target: start of the grown stage, with the
+        source's counters."""
         state = state_of(self.source)
         if self.options is None:
             return state
@@ -102,7 +102,8 @@ class ConversionPlan:
 
 
 def decide(request: Request, source: Source) -> ConversionPlan:
-    """The goal of a request. InputError, in one line, for all that keeps it from being reached."""
+    """Return the plan of a request. Raises a one-line InputError for everything that prevents
+    it."""
     goal = _goal(request, source)
     form = request.form or form_of(source)
     problems = []
@@ -124,7 +125,7 @@ def decide(request: Request, source: Source) -> ConversionPlan:
 
 
 def form_of(source: Source) -> str:
-    """What kind of files a source is."""
+    """Return the format of a source."""
     return "huggingface" if source.run is None else "checkpoint"
 
 
@@ -188,7 +189,7 @@ def _goal_of_run(request: Request, path: Path, source: Source, stage: int) -> Co
 
 
 def growth_options(request: Request) -> GrowthConfig:
-    """The options that stand on the command line alone."""
+    """Return the growth options given on the command line only."""
     tree: dict[str, Any] = {"growth": {}}
     for text in _growth_only(request):
         tree = apply_override(tree, text)
@@ -201,7 +202,7 @@ def growth_options(request: Request) -> GrowthConfig:
 
 
 def _growth_only(request: Request) -> list[str]:
-    """All overrides, those that `--operator` stands for included."""
+    """Return all overrides, including those equivalent to `--operator`."""
     for text in request.overrides:
         if not text.strip().startswith("growth."):
             raise ConfigError(f"--set {text}: only growth.KEY=VALUE can be set here")
@@ -210,7 +211,7 @@ def _growth_only(request: Request) -> list[str]:
 
 
 def target_layout(request: Request, goal: ConversionPlan) -> Layout:
-    """How the target is laid out; groups as the engine makes them. InputError if it can not be."""
+    """Return the layout of the target with the engine's groups. Raises ConfigError if invalid."""
     zero_stage, dp, tp = goal.source.layout.zero_stage, goal.source.layout.dp, goal.source.layout.tp
     decay = _decay(goal.source.layout)
     if goal.run is not None and goal.stage is not None:
@@ -230,7 +231,7 @@ def target_layout(request: Request, goal: ConversionPlan) -> Layout:
 
 
 def _scales(goal: ConversionPlan) -> Mapping[str, ParamScale]:
-    """By which the engine tells groups apart."""
+    """Return the key by which the engine separates groups."""
     if goal.run is not None and goal.stage is not None:
         return stage_scales(goal.run, goal.stage)
     follows = goal.options is not None and follows_exactly(goal.options)
@@ -238,6 +239,6 @@ def _scales(goal: ConversionPlan) -> Mapping[str, ParamScale]:
 
 
 def _decay(layout: Layout) -> str:
-    """Whether norms have optimizer groups of their own."""
+    """Return True if norms have separate optimizer groups."""
     mixed = any(len({layout.plan[n].is_vector for n in group}) == 2 for group in layout.groups)
     return "all" if mixed else "matrices"

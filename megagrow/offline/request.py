@@ -1,4 +1,4 @@
-"""What the user of `megagrow grow` asks for, as it was written."""
+"""Request of an offline growth or conversion, as given by the user."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,37 +10,37 @@ from megagrow.formats.hugging_face_config import DTYPE_NAMES
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user asks for. None stands for what the source, or the run's stage, has."""
+    """Options of the command. None means the value of the source or of the run's stage."""
 
     source: Path
-    """A checkpoint, a run directory, or a Hugging Face folder."""
+    """Source: checkpoint, run directory, or Hugging Face folder."""
     out: Path
     to: str | None = None
-    """The target: a model file or its name, or a run file. None is the source's own model."""
+    """Target: model file or name, or run file. None is the source's own model."""
     stage: int | None = None
-    """Of the run file: the stage that begins with this growth."""
+    """Stage of the run file that starts with this growth."""
     operators: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
-    """`growth.KEY=VALUE`."""
+    """Overrides of the form `growth.KEY=VALUE`."""
     seed: int | None = None
     form: str | None = None
-    """`checkpoint` or `huggingface`."""
+    """Output format: `checkpoint` or `huggingface`."""
     zero_stage: int | None = None
     dp: int | None = None
     tp: int | None = None
     weight_decay_on: str | None = None
-    """`all` or `matrices`."""
+    """Weight decay on `all` or `matrices`."""
     dtype: str = "float32"
-    """Of a Hugging Face folder's weights."""
+    """Dtype of a Hugging Face folder's weights."""
     shard_size: str = "5GB"
-    """Of a Hugging Face folder's files, at most."""
+    """Maximum size of a Hugging Face folder's files."""
     memory: str = "1GiB"
-    """What the work may take beyond the program itself."""
+    """Memory budget in addition to the program itself."""
     text: Path | None = None
     tokenizer: str | None = None
 
     def check(self) -> None:
-        """InputError, naming the option, if one has a value that it can not have."""
+        """Raise ConfigError, naming the option, for invalid values."""
         _bytes("--memory", self.memory)
         _bytes("--shard-size", self.shard_size)
         for option, value, allowed in (
@@ -61,7 +61,7 @@ class Request:
 
     @property
     def stored_dtype(self) -> str:
-        """The type's name in safetensors' format."""
+        """Name of the dtype in safetensors' format."""
         return next(short for short, name in DTYPE_NAMES.items() if name == self.dtype)
 
 

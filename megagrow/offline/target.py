@@ -1,4 +1,4 @@
-"""What a growth between files is to write: which tensor at which place of which file."""
+"""Targets of offline growth: tensors and their positions in the output files."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from megagrow.reshard.layout import Layout
 
 @dataclass(frozen=True)
 class TargetPiece:
-    """A unit of the target and its place."""
+    """Shard tensor of the target and its position."""
 
     unit: ShardTensor
     file: str
@@ -31,26 +31,26 @@ class TargetPiece:
 
 @dataclass(frozen=True)
 class Target:
-    """The files that are to be, and what stands beside them."""
+    """Output files and additional documents."""
 
     layout: Layout
     pieces: Callable[[], Iterator[TargetPiece]]
-    """In a fixed order."""
+    """Pieces in a fixed order."""
     headers: Callable[[], Iterator[tuple[str, Planned]]]
     sizes: dict[str, int]
-    """Bytes of every file of tensors."""
+    """Bytes of each tensor file."""
     documents: Callable[[Files], dict[str, dict[str, Any]]]
-    """JSON files, written last, when the checksums of the files of tensors are known."""
+    """JSON files, written last, when the checksums of tensor files are known."""
     copies: Mapping[str, Path] = field(default_factory=dict)
-    """Files that stand beside them, and what each is a copy of."""
+    """Additional files and their sources."""
 
     @property
     def described(self) -> dict[str, dict[str, Any]]:
-        """The documents but for the checksums, before anything is written."""
+        """Return the documents without checksums, before anything is written."""
         return self.documents({name: FileRecord(size, "") for name, size in self.sizes.items()})
 
     def write_headers(self, folder: Path) -> None:
-        """Makes every file, its header and its size; what is in it already stays."""
+        """Create every file with its header and size; existing contents are kept."""
         for name, file in self.headers():
             descriptor = os.open(folder / name, os.O_CREAT | os.O_WRONLY, 0o644)
             try:
@@ -62,7 +62,7 @@ class Target:
         sync(folder)
 
     def write_documents(self, folder: Path, files: Files) -> None:
-        """Writes what stands beside the tensors and waits until it is on the disk."""
+        """Write and sync documents and additional files."""
         for name, origin in self.copies.items():
             shutil.copyfile(origin, folder / name)
             sync(folder / name)
@@ -73,14 +73,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Beside:
-    """What stands beside the weights of a Hugging Face folder."""
+    """Additional files of a Hugging Face folder."""
 
     documents: Mapping[str, dict[str, Any]]
     copies: Mapping[str, Path] = field(default_factory=dict)
 
 
 def checkpoint_target(layout: Layout, manifest: Callable[[Files], Manifest]) -> Target:
-    """A checkpoint in some layout; `manifest` makes its manifest from the records of the files."""
+    """Return a checkpoint target; `manifest` builds its manifest from file records."""
     sizes: dict[str, int] = {}
 
     def headers() -> Iterator[tuple[str, Planned]]:
@@ -109,7 +109,7 @@ def checkpoint_target(layout: Layout, manifest: Callable[[Files], Manifest]) -> 
 
 
 def hugging_face_target(model: ModelConfig, dtype: str, most_bytes: int, beside: Beside) -> Target:
-    """A Hugging Face folder: the weights in files of at most `most_bytes`, and what is beside."""
+    """Return a Hugging Face target with weight files of at most `most_bytes`."""
     layout = single_rank_layout(model)
     files = planned_files(layout, dtype, most_bytes)
     documents = dict(beside.documents)

@@ -1,4 +1,4 @@
-"""The loss of a model on the disk on a given text, with one of its layers in memory at a time."""
+"""Loss of a model on disk on a given text, with one layer in memory at a time."""
 
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,11 @@ from megagrow.model.masks import Masks
 from megagrow.reshard.layout import Block
 
 SEQUENCE_LENGTH = 512
-"""Tokens; the text is cut into sequences of at most so many."""
+"""Maximum tokens per sequence."""
 
 
 def text_tokens(text: Path, tokenizer: str, models: tuple[ModelConfig, ...]) -> list[Tensor]:
-    """The text as sequences of token ids, each (1, S) int64, fit for all the models."""
+    """Return the text as sequences of token ids, each (1, S) int64, valid for all models."""
     from megagrow.data.tokenizers import check_tokenizer, load_tokenizer
 
     try:
@@ -42,7 +42,7 @@ def text_tokens(text: Path, tokenizer: str, models: tuple[ModelConfig, ...]) -> 
 
 
 def text_memory(model: ModelConfig, sequences: list[Tensor]) -> int:
-    """Bytes that `text_loss` holds at a time: a layer or an embedding, and what it computes."""
+    """Return the peak bytes of `text_loss`: a layer or an embedding, and its activations."""
     tokens = max(sequence.shape[1] for sequence in sequences)
     width, ffn = model.hidden_size, model.intermediate_size
     heads = (model.num_attention_heads + model.num_key_value_heads) * model.head_dim
@@ -52,7 +52,7 @@ def text_memory(model: ModelConfig, sequences: list[Tensor]) -> int:
 
 
 def check_text_memory(model: ModelConfig, sequences: list[Tensor], memory: int) -> None:
-    """InputError if the loss does not fit in `memory` bytes."""
+    """Raise ResourceError if the loss does not fit in `memory` bytes."""
     needed = text_memory(model, sequences)
     if needed > memory:
         raise ConfigError(
@@ -62,8 +62,10 @@ def check_text_memory(model: ModelConfig, sequences: list[Tensor], memory: int) 
 
 
 def text_loss(source: Source, sequences: list[Tensor], masks: Masks | None = None) -> float:
-    """Mean loss per predicted token, in nats; fp32, on the CPU. `masks` stand before parts that
-    are still to be let in."""
+    """Return the mean loss per predicted token in nats; fp32, on the CPU.
+
+    `masks` are the growth masks of parts that are still ramping.
+    """
     with torch.device("meta"):
         model = LlamaForCausalLM(source.model)
     _hold_while_used(model, source)

@@ -1,4 +1,4 @@
-"""Writes a target piece by piece, checks what is on the disk, and gives it its name."""
+"""Write a target piece by piece, verify it on disk, and publish it."""
 
 import os
 import zlib
@@ -23,21 +23,22 @@ from megagrow.parallel.sharding import StateKind
 from megagrow.reshard.layout import Block, Layout
 
 Make = Callable[[str, StateKind, Block], torch.Tensor]
-"""Gives any rectangle of the target: (name, kind, block) -> (rows, columns) fp32."""
+"""Function that returns any rectangle of the target: (name, kind, block) -> (rows, columns)
+fp32."""
 
 
 @dataclass(frozen=True)
 class Writing:
-    """The work on one target in a folder."""
+    """Writer of one target in a folder."""
 
     folder: Path
     target: Target
     make: Make
     at_once: int
-    """Elements of a piece that are made at once."""
+    """Maximum elements of a piece."""
 
     def write(self, journal: Journal, progress: WorkProgress) -> None:
-        """Writes all pieces that the journal does not know of."""
+        """Write all pieces that are not in the journal."""
         self.target.write_headers(self.folder)
         for number, piece in enumerate(self.target.pieces()):
             if number in journal.done:
@@ -48,8 +49,7 @@ class Writing:
         journal.commit()
 
     def verify(self, journal: Journal, progress: WorkProgress) -> None:
-        """Compares everything on the disk with what was written, and then writes what stands
-        beside the tensors, with the checksums of the files that were read."""
+        """Verify everything on disk, then write the documents with the verified checksums."""
         try:
             files = verify_files(self.folder, self.target, journal.done, progress.advance)
         except DamagedPiece as error:
@@ -58,13 +58,13 @@ class Writing:
         self.target.write_documents(self.folder, files)
 
     def finish(self, final: Path) -> None:
-        """Gives the folder its name."""
+        """Rename the folder to its final name."""
         publish(self.folder, final)
         (final / JOURNAL_FILE).unlink()
         sync(final)
 
     def _write(self, piece: TargetPiece, path: Path, progress: WorkProgress) -> int:
-        """Writes one piece and returns its checksum."""
+        """Write one piece and return its checksum."""
         layout, unit, checksum = self.target.layout, piece.unit, 0
         offset, end = piece.stored.begin, piece.stored.begin + piece.stored.nbytes
         descriptor = os.open(path, os.O_WRONLY)
@@ -85,7 +85,7 @@ class Writing:
 
 
 def check_space(folder: Path, target: Target, begun: Path) -> None:
-    """InputError if the disk of a folder has no room for what is not there yet."""
+    """Raise ResourceError if the disk lacks space for the remaining files."""
     there = 0
     if begun.is_dir():
         there = sum(path.stat().st_blocks * 512 for path in begun.iterdir())
@@ -93,8 +93,10 @@ def check_space(folder: Path, target: Target, begun: Path) -> None:
 
 
 def _blocks(layout: Layout, name: str, rank: int, at_once: int) -> Iterator[Block]:
-    """What a rank holds, in the order of its storage, in rectangles of some rows; as many as would
-    make `at_once` elements if they were whole, for their sources may be."""
+    """Yield a rank's part of a tensor in storage order, as rectangles of rows.
+
+    The number of rows is chosen as if rows were complete, because their sources may be.
+    """
     step = max(1, at_once // layout.plan[name].cols)
     for block in layout.blocks(name, rank):
         for first in range(block.rows.start, block.rows.stop, step):
@@ -102,7 +104,7 @@ def _blocks(layout: Layout, name: str, rank: int, at_once: int) -> Iterator[Bloc
 
 
 class DamagedPiece(ResourceError):
-    """A piece, by its number in the target's order, is not on the disk as it was written."""
+    """Error: a piece on disk differs from the written data."""
 
     def __init__(self, piece: int, text: str) -> None:
         super().__init__(text)
@@ -112,8 +114,11 @@ class DamagedPiece(ResourceError):
 def verify_files(
     folder: Path, target: Target, written: Mapping[int, int], advance: Callable[[int], None]
 ) -> Files:
-    """What a manifest has to know of the target's files. `written` has the CRC-32 of each piece;
-    `advance` is told of bytes that were read. InputError for what is not as it was written."""
+    """Return the file records for the manifest.
+
+    `written` contains the CRC-32 of each piece; `advance` is called with the bytes read. Raises an
+    error for mismatches.
+    """
     for name in target.sizes:
         drop_from_cache(folder / name)
     index = _Index(target)
@@ -124,8 +129,7 @@ def verify_files(
 
 
 class _Index:
-    """Which pieces a file has, in the order in which they stand there; there may be half a million
-    of them."""
+    """Pieces of each file in file order; there may be half a million."""
 
     def __init__(self, target: Target) -> None:
         self._numbers = {name: number for number, name in enumerate(target.sizes)}
@@ -138,7 +142,7 @@ class _Index:
         self._table = table[self._order]
 
     def of(self, name: str) -> Iterator[tuple[int, int, int]]:
-        """(number of the piece, first byte, bytes) of each piece of a file."""
+        """Yield (piece index, first byte, bytes) of each piece of a file."""
         number = self._numbers[name]
         first, last = np.searchsorted(self._table[:, 0], (number, number + 1))
         for at in range(first, last):
@@ -157,7 +161,7 @@ def _verify_file(
     buffer = torch.empty(READ_BYTES, dtype=torch.uint8)
 
     def read(begin: int, size: int) -> int:
-        """Takes the next bytes of the file in; returns their CRC-32."""
+        """Hash the next bytes of the file and return their CRC-32."""
         checksum = 0
         for first in range(0, size, READ_BYTES):
             part = buffer[: min(READ_BYTES, size - first)]

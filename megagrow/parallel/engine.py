@@ -37,12 +37,8 @@ from megagrow.parallel.partitions import (
     unlink_zero3,
 )
 from megagrow.parallel.process_groups import Topology
-from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
+from megagrow.parallel.sharding import STATE_KINDS, Storage, parameter_plan
 from megagrow.parallel.update_scaling import ScaledPart, UpdateScaler
-
-Storage = dict[str, dict[str, Tensor]]
-"""Parameter -> state kind -> this rank's interval of the flattened slice, 1-D fp32. Parameters
-without elements on this rank are absent."""
 
 
 class ZeroEngine:

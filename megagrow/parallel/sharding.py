@@ -5,16 +5,23 @@ plan.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from megagrow.config.schema import ModelConfig
 from megagrow.model.layers.base import VOCAB, WRITES_RESIDUAL, AxisRole
 from megagrow.model.layers.table import ModelParameter, model_parameters
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 StateKind = Literal["fp32", "exp_avg", "exp_avg_sq"]
 """States kept of every parameter: fp32 master weight, Adam's first and second moment."""
 
 STATE_KINDS: tuple[StateKind, ...] = get_args(StateKind)
+
+Storage = dict[str, dict[str, "Tensor"]]
+"""Parameter -> state kind -> this rank's interval of the flattened slice, 1-D fp32. Parameters
+without elements on this rank are absent."""
 
 
 @dataclass(frozen=True)

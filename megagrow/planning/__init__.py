@@ -1,1 +1,1 @@
-"""What a run is going to be before it starts: FLOPs, memory, traffic, time, cost."""
+"""Plan of a run before it starts: FLOPs, memory, traffic, time, cost."""

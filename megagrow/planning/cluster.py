@@ -1,4 +1,4 @@
-"""A cluster by the figures of its datasheets: cards, links within a node, network between them."""
+"""Clusters described by datasheet figures: GPUs, links within a node, network between nodes."""
 
 import re
 from dataclasses import dataclass
@@ -12,25 +12,25 @@ from megagrow.config.sections import Count, Section
 from megagrow.errors import ConfigError
 
 MOST_GPUS = 1024
-"""To which the model of a step is meant to hold."""
+"""Maximum number of GPUs for which the step model is intended."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a step's time follows from, besides the FLOP/s."""
+    """Datasheet figures, in addition to FLOP/s, that determine the time of a step."""
 
     family: str
-    """Which of the measured shares hold for it (`step_rates`)."""
+    """Key of the measured efficiencies in `step_rates`."""
     processors: int
     """Streaming multiprocessors."""
     hbm: float
-    """Bytes per second of its memory."""
+    """Memory bandwidth in bytes per second."""
     nvlink: float
-    """Bytes per second to the other cards of its node, in one direction."""
+    """Bytes per second to the other cards of the node, in one direction."""
     nic: float
-    """Bytes per second to other nodes, in one direction, that are usual for each card."""
+    """Typical bytes per second and card to other nodes, in one direction."""
     nvswitch: bool = True
-    """Whether all of `nvlink` reaches any card of the node; without, each pair has its share."""
+    """True if the full `nvlink` bandwidth reaches any card of the node; else split by pair."""
 
 
 CARDS = {
@@ -43,11 +43,11 @@ CARDS = {
 """SXM cards, NVIDIA's datasheets; networks as in DGX: 8 x 200 Gb/s with A100, 8 x 400 with H100."""
 
 POWER_EXPONENT = 0.5
-"""Speed over power where power is what limits a card: power goes with the clock times the square of
-the voltage, and the voltage falls with the clock as far as it can."""
+"""Exponent of speed over power for a power-limited card: power is proportional to the clock times
+the square of the voltage, and the voltage falls with the clock within limits."""
 
 LATENCY = 5e-6
-"""Seconds from card to card through the network, for one hop of a collective (InfiniBand)."""
+"""Seconds per hop of a collective through the network (InfiniBand)."""
 
 
 @dataclass(frozen=True)
@@ -60,45 +60,45 @@ class Cluster:
     nodes: int
     latency: float = LATENCY
     power_share: float = 1.0
-    """Of the FLOP/s that power allows at its TDP: 1, or less where it is limited."""
+    """FLOP/s relative to full TDP: 1, or less if the power is limited."""
 
     @property
     def gpus(self) -> int:
-        """The ranks of a run that has all of it."""
+        """Total number of GPUs."""
         return self.gpus_per_node * self.nodes
 
 
 class ClusterFile(Section):
-    """A cluster as a YAML file gives it; what is left out is as in `CARDS`."""
+    """Cluster definition in a YAML file; omitted figures are those of `CARDS`."""
 
     gpu: str
     gpus_per_node: Count = 8
     nodes: Count = 1
     nvlink_gb_per_second: float | None = Field(default=None, gt=0)
-    """Of one card, in one direction."""
+    """NVLink bandwidth of one card in one direction."""
     network_gb_per_second: float | None = Field(default=None, gt=0)
-    """Of one card, in one direction: 50 for 400 Gb/s each."""
+    """Network bandwidth of one card in one direction: 50 for 400 Gb/s."""
     memory_gb_per_second: float | None = Field(default=None, gt=0)
-    """Of the card's own memory."""
+    """Memory bandwidth of one card."""
     nvswitch: bool = True
-    """Nodes of four H100 or H200 have none: each pair of cards has a third of the links."""
+    """False for nodes of four H100 or H200, where each pair of cards has a third of the links."""
     watts: float | None = Field(default=None, gt=0)
-    """To which the power of a card is limited."""
+    """Power limit of a card."""
     latency_us: float | None = Field(default=None, gt=0)
-    """Of one hop through the network."""
+    """Latency of one network hop."""
 
 
 def find_cluster(text: str) -> Cluster:
-    """A cluster from `GPU:GPUS_PER_NODExNODES`, such as `h100:8x64`, or from a YAML file.
+    """Return the cluster of `GPU:GPUS_PER_NODExNODES`, such as `h100:8x64`, or of a YAML file.
 
-    InputError for what is neither, for cards without figures here, and for more than `MOST_GPUS`.
+    Raises ConfigError for other text, unknown cards and more than `MOST_GPUS` GPUs.
     """
     if Path(text).suffix in (".yaml", ".yml"):
         return _from_file(Path(text))
     match = re.fullmatch(r"([A-Za-z][\w -]*):(\d{1,6})x(\d{1,6})", text)
     if match is None:
         raise ConfigError(
-            f"--cluster {text}: give GPU:GPUS_PER_NODExNODES, such as h100:8x64, or a YAML file"
+            f"--cluster {text}: use GPU:GPUS_PER_NODExNODES, such as h100:8x64, or a YAML file"
         )
     sizes = int(match[2]), int(match[3])
     if not all(sizes):
@@ -117,26 +117,25 @@ def _from_file(path: Path) -> Cluster:
 
 
 def make_cluster(text: str, given: ClusterFile) -> Cluster:
-    """The cluster of these figures; `text` is what errors call it. InputError as `find_cluster`."""
+    """Return the cluster of these figures; errors refer to it as `text`, as in `find_cluster`."""
     gpu = find_gpu(given.gpu, "--cluster")
     if gpu.name not in CARDS:
         names = ", ".join(name.lower() for name in CARDS)
         raise ConfigError(
-            f"--cluster {text}: no figures of a {gpu.name.lower()} beyond its FLOP/s; there are "
-            f"for {names}"
+            f"--cluster {text}: no bandwidth figures for {gpu.name.lower()}; available are {names}"
         )
     if given.gpus_per_node * given.nodes > MOST_GPUS:
         raise ConfigError(
-            f"--cluster {text}: {given.gpus_per_node * given.nodes:,} GPUs; the model of a step is "
-            f"meant for at most {MOST_GPUS:,}"
+            f"--cluster {text}: {given.gpus_per_node * given.nodes:,} GPUs; the step model is "
+            f"intended for at most {MOST_GPUS:,}"
         )
-    usual = CARDS[gpu.name]
+    default = CARDS[gpu.name]
     card = Card(
-        usual.family,
-        usual.processors,
-        _bytes(given.memory_gb_per_second, usual.hbm),
-        _bytes(given.nvlink_gb_per_second, usual.nvlink),
-        _bytes(given.network_gb_per_second, usual.nic),
+        default.family,
+        default.processors,
+        _bytes(given.memory_gb_per_second, default.hbm),
+        _bytes(given.nvlink_gb_per_second, default.nvlink),
+        _bytes(given.network_gb_per_second, default.nic),
         given.nvswitch,
     )
     latency = LATENCY if given.latency_us is None else given.latency_us * 1e-6
@@ -146,5 +145,5 @@ def make_cluster(text: str, given: ClusterFile) -> Cluster:
     return Cluster(gpu, card, given.gpus_per_node, given.nodes, latency, share)
 
 
-def _bytes(gigabytes: float | None, usual: float) -> float:
-    return usual if gigabytes is None else gigabytes * 1e9
+def _bytes(gigabytes: float | None, default: float) -> float:
+    return default if gigabytes is None else gigabytes * 1e9

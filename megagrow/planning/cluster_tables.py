@@ -1,4 +1,4 @@
-"""A predicted run as its user sees it: times, where a step goes, and the layouts that would fit."""
+"""Tables of a predicted run: times, parts of a step, and layouts that fit."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -13,14 +13,14 @@ PARTS = {
     "norms, activations, loss (memory-bound)": "memory_bound",
     "tensor-parallel collectives": "tensor_parallel",
     "ZeRO, exposed": "zero_exposed",
-    "ZeRO, what the hidden part costs": "hidden_cost",
+    "ZeRO, cost of the overlapped part": "hidden_cost",
     "optimizer": "optimizer",
 }
-"""What is told -> the field of `StepTime`; together they are the step."""
+"""Row label -> field of `StepTime`; the fields add up to the step."""
 
 
 def prediction_rows(prediction: RunPrediction) -> Mapping[str, Sequence[str]]:
-    """A cell for each stage."""
+    """Return table rows with one cell per stage."""
     stages = prediction.stages
     rows = {
         "micro batches a step": [_micro(stage.step) for stage in stages],
@@ -30,12 +30,12 @@ def prediction_rows(prediction: RunPrediction) -> Mapping[str, Sequence[str]]:
         "MFU": [f"{stage.step.mfu:.1%}" for stage in stages],
         "days": [f"{stage.seconds / 86400:.2f}" for stage in stages],
     }
-    for told, field in PARTS.items():
+    for label, field in PARTS.items():
         cells = [_part(stage.step, getattr(stage.step, field)) for stage in stages]
         if any(getattr(stage.step, field) for stage in stages):
-            rows[f"... {told}, ms"] = cells
+            rows[f"... {label}, ms"] = cells
     if any(stage.step.zero_hidden for stage in stages):
-        rows["ZeRO beside computation (no part of the sum), ms"] = [
+        rows["ZeRO overlapped with computation (not in the sum), ms"] = [
             f"{stage.step.zero_hidden * 1000:.1f}" for stage in stages
         ]
     if any(stage.growth_seconds for stage in stages):
@@ -44,13 +44,13 @@ def prediction_rows(prediction: RunPrediction) -> Mapping[str, Sequence[str]]:
 
 
 def prediction_lines(prediction: RunPrediction) -> Iterator[str]:
-    """What the figures are for, and what they are worth."""
+    """Yield the cluster figures and a reference to the accuracy of the predictions."""
     cluster, card = prediction.cluster, prediction.cluster.card
     yield (
         f"Predicted for {cluster.nodes:,} x {cluster.gpus_per_node} {cluster.gpu.name}: "
         f"{card.hbm / 1e9:,.0f} GB/s of memory, {card.nvlink / 1e9:,.0f} GB/s to other cards of "
-        f"the node, {card.nic / 1e9:,.0f} GB/s to other nodes, each card and direction. What that "
-        "is worth: docs/results/scaling.md."
+        f"the node, {card.nic / 1e9:,.0f} GB/s to other nodes, each card and direction. Accuracy: "
+        "docs/results/scaling.md."
     )
 
 
@@ -58,16 +58,16 @@ LAYOUT_COLUMNS = ("tokens/s per GPU", "MFU", "memory, GB", "step, s")
 
 
 def layout_rows(layouts: Sequence[FittingLayout]) -> Mapping[str, Sequence[str]]:
-    """A row for each layout, fastest first, with a cell for each of `LAYOUT_COLUMNS`."""
+    """Return one row per layout, fastest first, with the cells of `LAYOUT_COLUMNS`."""
     return {_layout(each): _layout_cells(each) for each in layouts}
 
 
 def layout_line(layouts: Sequence[Sequence[FittingLayout]]) -> str:
-    """What was left out."""
+    """Return a line that states the search space of the layouts."""
     shown = max(len(each) for each in layouts)
     return (
-        f"The {shown} fastest layouts that plan with at most {USABLE:.0%} of the memory; tensor "
-        "parallelism within a node, with sequence parallelism; the global batch as it is."
+        f"The {shown} fastest layouts that use at most {USABLE:.0%} of the memory; tensor "
+        "parallelism within a node, with sequence parallelism; global batch unchanged."
     )
 
 

@@ -1,4 +1,4 @@
-"""The costs of a run as its user sees them, and the factors that they were computed with."""
+"""Tables of costs and of FLOPs by part, with the factors used."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -15,21 +15,21 @@ from megagrow.planning.costs import KG_CO2_PER_KWH, PUE, Cost, RunCosts
 
 
 def cost_columns(costs: RunCosts) -> list[str]:
-    """Of the table: stages, all of them where there are several, and the last model from scratch
-    at either end of the paper's speedups."""
+    """Return the columns: stages, their total if there are several, and the last model from
+    scratch at both ends of the paper's speedups."""
     stages = [f"stage {index}" for index in range(len(costs.stages))]
     scratch = [f"scratch at +{speedup:.0%}" for speedup in SPEEDUPS] if costs.scratch else []
-    return stages + ["in all"] * (len(stages) > 1) + scratch
+    return stages + ["total"] * (len(stages) > 1) + scratch
 
 
 def cost_rows(costs: RunCosts) -> Mapping[str, Sequence[str]]:
-    """A cell for each of `cost_columns`; what no factor is known for is left out."""
+    """Return rows with the cells of `cost_columns`, without rows whose factor is unknown."""
     shown = [
         *costs.stages,
         *([costs.total] if len(costs.stages) > 1 else []),
         *(costs.scratch or ()),
     ]
-    tellers: dict[str, Callable[[Cost], str | None]] = {
+    formats: dict[str, Callable[[Cost], str | None]] = {
         "tokens": lambda cost: format_short(cost.tokens),
         "tokens per second": lambda cost: f"{cost.tokens_per_second:,.0f}",
         "days": lambda cost: f"{cost.days:,.2f}",
@@ -38,30 +38,30 @@ def cost_rows(costs: RunCosts) -> Mapping[str, Sequence[str]]:
         "CO2, kg": lambda cost: None if cost.co2_kg is None else f"{cost.co2_kg:,.1f}",
         "price": lambda cost: None if cost.price is None else f"{cost.price:,.2f}",
     }
-    told = {name: [tell(cost) for cost in shown] for name, tell in tellers.items()}
-    return {name: [cell or "" for cell in cells] for name, cells in told.items() if all(cells)}
+    rows = {name: [text(cost) for cost in shown] for name, text in formats.items()}
+    return {name: [cell or "" for cell in cells] for name, cells in rows.items() if all(cells)}
 
 
 def cost_lines(costs: RunCosts) -> Iterator[str]:
-    """What the figures rest on."""
+    """Yield the assumptions behind the figures."""
     factors = costs.factors
     yield (
         f"Pace: {costs.pace.flops_per_second:.3e} FLOP/s of all ranks: {costs.pace.source}. "
-        "Growths, checkpoints and validation come on top."
+        "Growths, checkpoints and validation are not included."
     )
     if factors.watts is None:
-        yield "Energy: unknown; give the power of a GPU with --watts."
+        yield "Energy: unknown; pass the power of a GPU with --watts."
         return
     pue = " (assumed)" if factors.pue == PUE else ""
     co2 = " (assumed: the world's average of 2023)" if factors.co2 == KG_CO2_PER_KWH else ""
     yield (
-        f"Energy: {factors.watts:,.0f} W per GPU all the time, without its host, times a PUE of "
+        f"Energy: {factors.watts:,.0f} W per GPU at all times, without its host, times a PUE of "
         f"{factors.pue:g}{pue}; {factors.co2:g} kg of CO2 per kWh{co2}."
     )
 
 
 FlopsParts = Mapping[str, tuple[int, int]]
-"""Part -> training FLOPs per token: really done, and by the paper's account."""
+"""Part -> training FLOPs per token: computed, and by the paper's account."""
 
 
 def flops_parts(model: ModelConfig, sequence_length: int) -> FlopsParts:
@@ -92,10 +92,9 @@ def _add(parts: dict[str, tuple[int, int]], label: str, computed: int, papers: i
 
 
 def flops_rows(models: Sequence[ModelConfig], sequence_length: int) -> Mapping[str, Sequence[str]]:
-    """Part -> for each model FLOPs per token that are really done, their share of all, and what the
-    paper's account says."""
-    found = [flops_parts(model, sequence_length) for model in models]
-    return {part: [_cell(parts, part) for parts in found] for part in found[0]}
+    """Return, by part and model, computed FLOPs per token, their share, and the paper's account."""
+    by_model = [flops_parts(model, sequence_length) for model in models]
+    return {part: [_cell(parts, part) for parts in by_model] for part in by_model[0]}
 
 
 def _cell(parts: FlopsParts, part: str) -> str:

@@ -1,7 +1,7 @@
-"""What a run takes: time, GPU-hours, energy, CO2 and money, by a pace and by stated factors.
+"""Costs of a run: time, GPU-hours, energy, CO2 and price, from a throughput and stated factors.
 
-Counted are the tokens that are trained. Growths, checkpoints, validation and what a crash undoes
-come on top.
+Only trained tokens are counted. Growths, checkpoints, validation and steps lost in crashes are not
+included.
 """
 
 from dataclasses import dataclass
@@ -13,30 +13,31 @@ from megagrow.planning.planner import RunPlan
 from megagrow.planning.throughput import Pace
 
 PUE = 1.2
-"""Assumed: energy of the data centre over that of its computers. Large operators report averages of
-1.08 to 1.18, all data centres have 1.54 to 1.59 (docs/guides/planning.md, with the sources)."""
+"""Assumed power usage effectiveness: energy of the data center over that of its computers. Large
+operators report averages of 1.08 to 1.18, all data centers 1.54 to 1.59 (sources in
+docs/guides/planning.md)."""
 
 KG_CO2_PER_KWH = 0.48
-"""Assumed: the world's average of 2023, of all greenhouse gases as CO2, over the life of fuel and
-plant (Ember, Global Electricity Review 2024: 480 g). CO2 of power stations alone was 0.445 in 2024
-(IEA, https://www.iea.org/reports/electricity-2025/emissions; more in docs/guides/planning.md)."""
+"""Assumed: world average of 2023, all greenhouse gases as CO2 over the life cycle of fuel and plant
+(Ember, Global Electricity Review 2024: 480 g). CO2 of power stations alone was 0.445 in 2024 (IEA,
+https://www.iea.org/reports/electricity-2025/emissions; see docs/guides/planning.md)."""
 
 
 @dataclass(frozen=True)
 class CostFactors:
-    """By which hours become energy, CO2 and money."""
+    """Factors that convert hours to energy, CO2 and price."""
 
     watts: float | None = None
-    """Of one GPU, all the time; None where it is not known."""
+    """Average power of one GPU; None if unknown."""
     pue: float = PUE
     co2: float = KG_CO2_PER_KWH
     price: float | None = None
-    """Of a GPU-hour, in any currency."""
+    """Price of a GPU-hour, in any currency."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one stage, or of several."""
+    """Costs of one or several stages."""
 
     tokens: float
     seconds: float
@@ -56,21 +57,21 @@ class Cost:
 
 @dataclass(frozen=True)
 class RunCosts:
-    """Of a run, and beside it of its last model from scratch."""
+    """Costs of a run, and of its last model trained from scratch."""
 
     pace: Pace
     factors: CostFactors
     stages: tuple[Cost, ...]
     total: Cost
     scratch: tuple[Cost, Cost] | None
-    """To the same loss by the lower and the upper speedup that the paper measured; None where it
-    has no figure (`planner.Saving`)."""
+    """Costs to the same loss at the paper's lower and upper speedup; None without a published
+    figure (`planner.PlannedSaving`)."""
 
 
 def make_factors(
     gpu: Gpu | None, watts: float | None, pue: float, co2: float, price: float | None
 ) -> CostFactors:
-    """The factors, with the GPU's own watts where none are given. InputError for what cannot be."""
+    """Return the factors; `watts` defaults to the GPU's. Raises ConfigError for invalid values."""
     given = {"--watts": watts, "--price": price, "--co2": co2}
     for option, value in given.items():
         if value is not None and not 0 <= value < float("inf"):
@@ -82,7 +83,7 @@ def make_factors(
 
 
 def run_costs(plan: RunPlan, pace: Pace, factors: CostFactors) -> RunCosts:
-    """The costs of a plan at a pace of all its ranks."""
+    """Return the costs of a plan at a throughput of all its ranks."""
 
     def cost(tokens: float, flops: float) -> Cost:
         return _cost(tokens, flops / pace.flops_per_second, plan.world_size, factors)

@@ -1,8 +1,7 @@
-"""One rank of a big cluster, built on this machine before there is one: `train --dry-run`.
+"""Dry run of one rank of a cluster on the local machine: `train --dry-run`.
 
-The rank's share of each stage's model is built by the code that trains it, without memory; who
-holds what, and what goes where in a growth, is what the run computes itself when it starts.
-Nothing is sent: the other ranks are numbers.
+The rank's part of each stage's model is built by the training code on the meta device. Layouts and
+growth transfers are computed by the code that the run executes. Nothing is communicated.
 """
 
 import os
@@ -35,105 +34,107 @@ _LAYER = re.compile(r"\.layers\.\d+\.")
 
 
 @dataclass(frozen=True)
-class Held:
-    """Parameters of one name in all layers, and what the rank has of them."""
+class ParameterShare:
+    """Parameters of one name over all layers, and the rank's share of them."""
 
     name: str
-    """With `*` for the number of the layer."""
+    """Name with `*` in place of the layer index."""
     shape: tuple[int, ...]
-    """Of one of them, after tensor parallelism."""
+    """Shape of one parameter after tensor-parallel slicing."""
     count: int
     held: int
-    """Elements of their optimizer state on this rank, all together."""
+    """Total elements of their optimizer state on this rank."""
 
 
 @dataclass(frozen=True)
 class RankStage:
-    """One stage as the rank has it."""
+    """Share of one rank in a stage."""
 
-    parameters: tuple[Held, ...]
+    parameters: tuple[ParameterShare, ...]
     weights_bytes: int
-    """Forward weights that were built: under ZeRO-3 the rank's part of them."""
+    """Bytes of forward weights; under ZeRO-3 of the rank's partition."""
     memory: StageMemory
-    """The planner's account, of the rank that holds most."""
+    """Planned memory of the rank with the largest share."""
     traffic: tuple[Traffic, ...]
 
     @property
     def held(self) -> int:
-        """Elements of the optimizer's state."""
+        """Elements of the optimizer state."""
         return sum(each.held for each in self.parameters)
 
     @property
     def state_bytes(self) -> int:
-        """fp32 masters and both moments."""
+        """Bytes of fp32 master weights and both moments."""
         return STATE_BYTES * self.held
 
 
 @dataclass(frozen=True)
 class RankGrowth:
-    """One way in which a stage may come out of the one before."""
+    """Growth of a stage by one candidate operator."""
 
     stage: int
-    """The stage that begins with it."""
+    """Index of the grown stage."""
     operators: tuple[str, ...]
     volume: Volume | None
-    """None where the map is learned: before that nobody knows what it takes."""
+    """None if the map is learned, so its traffic is unknown."""
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """A rank of a run."""
+class DryRun:
+    """Result of a dry run of one rank."""
 
     run: RunConfig
     world_size: int
     rank: int
     problems: tuple[str, ...]
-    """All that would keep the run from starting."""
+    """Problems that prevent the run from starting."""
     notes: tuple[str, ...]
     stages: tuple[RankStage, ...]
-    """Empty where the run does not fit the ranks."""
+    """Empty if the run is not valid on this number of ranks."""
     growths: tuple[RankGrowth, ...]
 
 
-def rehearse(run: RunConfig, world_size: int, rank: int = 0) -> Rehearsal:
-    """Builds `rank` of a run on `world_size` ranks. InputError for a rank that there is not.
+def dry_run(run: RunConfig, world_size: int, rank: int = 0) -> DryRun:
+    """Build `rank` of a run on `world_size` ranks. Raises ConfigError for an invalid rank.
 
-    `precision: auto` is taken as bf16, as on a GPU.
+    `precision: auto` is planned as bf16, as on a GPU.
     """
     if not 0 <= rank < world_size:
-        raise ConfigError(f"--rank {rank}: a world of {world_size} has ranks 0 to {world_size - 1}")
-    wrong = [*growth_problems(run), *world_problems(run, world_size)]
+        raise ConfigError(
+            f"--rank {rank}: a world size of {world_size} has ranks 0 to {world_size - 1}"
+        )
+    invalid = [*growth_problems(run), *world_problems(run, world_size)]
     notes: list[str] = []
-    problems = [*wrong, *input_problems(run), *_surroundings(run, notes), *_evaluation(run, notes)]
+    problems = [*invalid, *input_problems(run), *_folders(run, notes), *_evaluation(run, notes)]
     stages: tuple[RankStage, ...] = ()
     growths: tuple[RankGrowth, ...] = ()
-    if not wrong:
+    if not invalid:
         stages = tuple(_stage(run, index, world_size, rank) for index in range(len(run.stages)))
         growths = tuple(_growths(run, world_size, rank))
-    return Rehearsal(run, world_size, rank, tuple(problems), tuple(notes), stages, growths)
+    return DryRun(run, world_size, rank, tuple(problems), tuple(notes), stages, growths)
 
 
-def _surroundings(run: RunConfig, notes: list[str]) -> Iterator[str]:
-    """What is wrong with the folders of the run; and what is worth a note."""
+def _folders(run: RunConfig, notes: list[str]) -> Iterator[str]:
+    """Yield problems of the run's source and output directory; append notes."""
     try:
         source = check_beginning(run)
         if source is not None:
             notes.append(f"weights initialized from {source.path}")
     except (InputError, OSError) as error:
         yield str(error)
-    there = _nearest(run.output_dir)
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        yield f"output_dir = {run.output_dir}: {there} is no directory that can be written to"
+    parent = _nearest(run.output_dir)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        yield f"output_dir = {run.output_dir}: {parent} is not a writable directory"
     saved = list_checkpoints(run.output_dir / "checkpoints")
     if saved:
-        notes.append(f"there is a checkpoint: the run would go on from {saved[-1]}")
+        notes.append(f"the run would resume from its checkpoint {saved[-1]}")
     if run.precision == "auto":
-        notes.append("precision auto is taken as bf16, as on a GPU")
-    notes.append("which kernels can run is seen on the machines alone: megagrow doctor --run")
+        notes.append("precision auto is planned as bf16, as on a GPU")
+    notes.append("kernel backends can be checked only on the training hosts: megagrow doctor --run")
 
 
 def _evaluation(run: RunConfig, notes: list[str]) -> Iterator[str]:
-    """What is missing for the evaluations of the run, short of loading their tasks."""
+    """Yield missing requirements of the run's evaluations, without loading their tasks."""
     if run.evaluation is None:
         return
     try:
@@ -143,11 +144,11 @@ def _evaluation(run: RunConfig, notes: list[str]) -> Iterator[str]:
     folder = run.evaluation.data_dir
     if folder is not None and not folder.is_dir():
         yield f"evaluation.data_dir = {folder}: no such directory"
-    notes.append("the tasks of the evaluation are loaded, and checked, when the run starts")
+    notes.append("evaluation tasks are loaded and checked when the run starts")
 
 
 def _nearest(path: Path) -> Path:
-    """The path, or the first one above it that is there."""
+    """Return the path or its closest existing parent."""
     return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
 
 
@@ -162,15 +163,15 @@ def _stage(run: RunConfig, index: int, world_size: int, rank: int) -> RankStage:
     low = bf16 and layout.zero_stage > 0
     dtype = torch.bfloat16 if low else torch.float32
     model = build_model(layout.plan, settings, topology, dtype)
-    found: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    shares: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     weights = 0
     for name, parameter in model.named_parameters():
         held = len(layout.interval(name, topology.dp_rank))
         numel = held if layout.zero_stage == 3 else parameter.numel()
         weights += numel * parameter.element_size()
         key = (_LAYER.sub(".layers.*.", name), tuple(parameter.shape))
-        found.setdefault(key, []).append(held)
-    parameters = tuple(Held(*key, len(each), sum(each)) for key, each in found.items())
+        shares.setdefault(key, []).append(held)
+    parameters = tuple(ParameterShare(*key, len(each), sum(each)) for key, each in shares.items())
     memory = StageMemory(config, layout, run.data.sequence_length, bf16)
     return RankStage(parameters, weights, memory, tuple(step_traffic(memory)))
 

@@ -1,4 +1,4 @@
-"""A rehearsed rank as its user sees it: tables, and what would keep the run from starting."""
+"""Tables of a dry run, and problems that prevent the run from starting."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,7 +7,7 @@ from rich.text import Text
 
 from megagrow.common.sizes import format_in
 from megagrow.common.tables import print_lines, print_table
-from megagrow.planning.dry_run import RankGrowth, RankStage, Rehearsal
+from megagrow.planning.dry_run import DryRun, RankGrowth, RankStage
 from megagrow.planning.tables import memory_rows
 from megagrow.reshard.traffic import Volume
 
@@ -16,14 +16,14 @@ TRAFFIC_COLUMNS = ("sent in a step", "by", "among ranks", "tensors, MB", "this r
 GROWTH_COLUMNS = ("growth", "operator", "sends, MB", "to", "receives, MB", "from", "keeps, MB")
 
 PEERS_NAMED = 6
-"""So many peers of a growth are named, the others counted."""
+"""Peers of a growth listed by rank; the others are counted."""
 
 
-def show_rehearsal(rehearsal: Rehearsal, console: Console) -> None:
-    """Prints what was built; where the output is no terminal as plain Markdown tables."""
-    run, rank = rehearsal.run, rehearsal.rank
-    console.print(Text(f"{run.name}: rank {rank} of {rehearsal.world_size}, nothing is started"))
-    for index, stage in enumerate(rehearsal.stages):
+def print_dry_run(result: DryRun, console: Console) -> None:
+    """Print a dry run; as plain Markdown tables if the output is not a terminal."""
+    run, rank = result.run, result.rank
+    console.print(Text(f"{run.name}: dry run of rank {rank} of {result.world_size}"))
+    for index, stage in enumerate(result.stages):
         layout = stage.memory.layout
         place = f"DP rank {rank // layout.tp} of {layout.dp}, TP rank {rank % layout.tp} of "
         title = f"Stage {index}: ZeRO-{layout.zero_stage}, {place}{layout.tp}"
@@ -31,10 +31,10 @@ def show_rehearsal(rehearsal: Rehearsal, console: Console) -> None:
         columns = ("", f"stage {index}")
         print_table(console, columns, _memory_rows(stage), title="Memory, GiB")
         print_table(console, TRAFFIC_COLUMNS, _traffic_rows(stage), title="Communication")
-    if rehearsal.growths:
-        print_table(console, GROWTH_COLUMNS, map(_growth_row, rehearsal.growths), title="Growths")
-    print_lines(console, (f"Note: {note}" for note in rehearsal.notes))
-    print_lines(console, (f"Problem: {problem}" for problem in rehearsal.problems))
+    if result.growths:
+        print_table(console, GROWTH_COLUMNS, map(_growth_row, result.growths), title="Growths")
+    print_lines(console, (f"Note: {note}" for note in result.notes))
+    print_lines(console, (f"Problem: {problem}" for problem in result.problems))
 
 
 def _parameter_rows(stage: RankStage) -> Iterable[Sequence[str]]:
@@ -48,7 +48,7 @@ def _memory_rows(stage: RankStage) -> Iterable[Sequence[str]]:
         "built here: forward weights": stage.weights_bytes,
         "built here: fp32 masters and moments": stage.state_bytes,
     }
-    yield from ((what, format_in(size, "GiB", 3)) for what, size in built.items())
+    yield from ((label, format_in(size, "GiB", 3)) for label, size in built.items())
     for part, cells in memory_rows([stage.memory]).items():
         yield f"planned: {part}", cells[0]
 

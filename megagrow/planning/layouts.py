@@ -1,4 +1,4 @@
-"""Which layouts of a stage fit a cluster, and which is the fastest of them by the step's model."""
+"""Search for the fastest layouts of a stage that fit a cluster, by the step model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from megagrow.planning.prediction import stage_work
 from megagrow.planning.step_time import StepTime, step_time
 
 USABLE = 0.92
-"""Of a card's memory, what a layout may plan with: the rest is the driver's, NCCL's, and lost
-between the allocator's blocks (`docs/guides/planning.md`: 5 of 80 GB before a tensor is there)."""
+"""Fraction of a card's memory available to a layout; the rest is used by the driver, NCCL and
+allocator fragmentation (docs/guides/planning.md: 5 of 80 GB before the first tensor)."""
 
 MOST_SEQUENCES = 64
-"""Of a micro batch: more make no product faster."""
+"""Maximum sequences per micro-batch; more do not speed up matrix products."""
 
 
 @dataclass(frozen=True)
 class FittingLayout:
-    """A stage with a layout that fits."""
+    """Stage with a layout that fits."""
 
     stage: StageConfig
     step: StepTime
@@ -33,10 +33,10 @@ class FittingLayout:
 def fitting_layouts(
     run: RunConfig, index: int, cluster: Cluster, capacity: int, most: int = 12
 ) -> list[FittingLayout]:
-    """The fastest layouts of stage `index` that hold no more than `USABLE` of `capacity` bytes.
+    """Return the fastest layouts of stage `index` that use at most `USABLE` of `capacity` bytes.
 
-    Tensor parallelism stays within a node, with sequence parallelism; the global batch stays as it
-    is. InputError where nothing fits.
+    Tensor parallelism stays within a node, with sequence parallelism; the global batch is
+    unchanged. Raises ConfigError if no layout fits.
     """
     length = run.data.sequence_length
     tried = [
@@ -44,7 +44,7 @@ def fitting_layouts(
         for stage in _candidates(run, index, cluster)
     ]
     tried.sort(key=lambda pair: pair[0].seconds)
-    found: list[FittingLayout] = []
+    fitting: list[FittingLayout] = []
     too_many: dict[tuple[int, int, str], int] = {}
     for step, stage in tried:
         parallel, sequences = stage.parallel, stage.batch.micro_batch_size
@@ -59,20 +59,20 @@ def fitting_layouts(
         if held > USABLE * capacity:
             too_many[kind] = sequences
             continue
-        found.append(FittingLayout(stage, step, held))
-        if len(found) == most:
+        fitting.append(FittingLayout(stage, step, held))
+        if len(fitting) == most:
             break
-    if not found:
+    if not fitting:
         raise ConfigError(
             f"--layouts: no layout of stages.{index} fits {cluster.gpus:,} GPUs of "
             f"{capacity / 1e9:.0f} GB with a global batch of "
             f"{run.stages[index].batch.global_batch_size} sequences"
         )
-    return found
+    return fitting
 
 
 def _candidates(run: RunConfig, index: int, cluster: Cluster) -> Iterator[StageConfig]:
-    """Each layout by which the stage could start on the cluster."""
+    """Yield the stage with each layout that is valid on the cluster."""
     stage = run.stages[index]
     tensor = [size for size in _powers(cluster.gpus_per_node) if cluster.gpus % size == 0]
     for tp, zero, checkpointing, sequences in product(

@@ -1,8 +1,8 @@
-"""What a rank of a stage holds, before there is one: from the layout, and estimates beside it.
+"""Memory of a rank of a stage, from the layout and estimates.
 
-State and weights follow from the layout that the stage will have. Gradients are what DeepSpeed 0.19
-allocates, by its code. Activations and logits are what autograd keeps (`activations`). A step has
-two moments that can be its highest: `at_loss` and `at_end`.
+State and weights follow from the layout of the stage. Gradients are the allocations of DeepSpeed
+0.19, from its code. Activations and logits are the tensors kept by autograd (`activations`). The
+peak of a step is reached at the loss (`at_loss`) or at its end (`at_end`).
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ STATE_BYTES = 4 * len(STATE_KINDS)
 """Bytes of the fp32 states of a parameter element."""
 
 LIVE_PARAMETERS = 1_000_000_000
-"""Elements that ZeRO-3 keeps gathered at most (DeepSpeed's stage3_max_live_parameters)."""
+"""Maximum elements that ZeRO-3 keeps gathered (DeepSpeed's stage3_max_live_parameters)."""
 
 STAGE_0_BUCKET = 500_000_000
-"""Elements that DeepSpeed without ZeRO reduces at once (its MEMORY_OPT_ALLREDUCE_SIZE)."""
+"""Elements per all-reduce of DeepSpeed without ZeRO (its MEMORY_OPT_ALLREDUCE_SIZE)."""
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """What a rank of a stage holds, in bytes: that rank which holds most of each part."""
+    """Memory of a stage in bytes, for the rank with the largest share of each part."""
 
     stage: StageConfig
     layout: Layout
@@ -37,15 +37,15 @@ class StageMemory:
 
     @property
     def state(self) -> int:
-        """fp32 master weights and Adam's two moments."""
+        """Bytes of fp32 master weights and Adam's two moments."""
         return STATE_BYTES * self._most
 
     @property
     def weights(self) -> int:
-        """Weights of the forward pass, where they are not the masters themselves.
+        """Bytes of forward weights, if they are not the master weights themselves.
 
-        ZeRO 0 has none in fp32, and in bf16 those that autocast makes; ZeRO 3 has none in fp32
-        either, unless the masters lie on the CPU (`parallel.empty_engine`).
+        ZeRO 0 has none in fp32, and autocast copies in bf16; ZeRO 3 has none in fp32 either, unless
+        the master weights are on the CPU (`parallel.engine_build`).
         """
         if self._masters_compute:
             return 0
@@ -53,15 +53,15 @@ class StageMemory:
 
     @property
     def gathered(self) -> int:
-        """Weights that ZeRO-3 has gathered from the other ranks, at most."""
-        alone = self.layout.dp == 1  # what it holds is whole already, and not copied
+        """Maximum bytes of weights gathered by ZeRO-3 from other ranks."""
+        alone = self.layout.dp == 1  # parameters are complete and not copied
         if self._zero < 3 or alone:
             return 0
         return self._width * min(self._slice, LIVE_PARAMETERS)
 
     @property
     def gradients(self) -> int:
-        """Gradients when the backward pass ends, the fp32 sum of bf16 ones included."""
+        """Bytes of gradients at the end of the backward pass, fp32 sums of bf16 ones included."""
         if self._zero < 2:
             summed = 4 * self._slice if self._zero == 1 and self.bf16 else 0
             return self._grad_width * self._slice + summed
@@ -69,17 +69,20 @@ class StageMemory:
 
     @property
     def buckets(self) -> int:
-        """What gradients are reduced in: a flat copy of as many as are reduced at once, and from
-        ZeRO 2 on also the bucket that they are collected in. Gloo, which ranks without a GPU use,
-        scatters by way of one more copy (ZeRO 3)."""
+        """Bytes of reduction buffers.
+
+        These are a flat copy of the gradients reduced at a time and, from ZeRO 2 on, the bucket in
+        which they are collected. Gloo, used without a GPU, needs one more copy for the
+        reduce-scatter of ZeRO 3.
+        """
         if self._zero == 0:
             return 4 * min(self._slice, STAGE_0_BUCKET)
         return (1, 2, 3 if self.on_cpu else 2)[self._zero - 1] * self._bucket
 
     @property
     def gradients_kept(self) -> int:
-        """Gradients, and their bucket, that are there while a micro batch goes forward: what is
-        allocated for good, and the sum over the micro batches before it."""
+        """Bytes of gradients and buckets that exist during the forward pass of a micro-batch:
+        permanent allocations, and the sum over earlier micro-batches."""
         if self._zero == 3:
             return self.gradients + self._bucket
         if self._zero == 1 and self.bf16:
@@ -91,41 +94,43 @@ class StageMemory:
 
     @property
     def activations(self) -> int:
-        """What all layers keep for the backward pass, nothing computed twice."""
+        """Bytes kept by all layers for the backward pass without activation checkpointing."""
         return self._parts.all_layers
 
     @property
     def activations_checkpointed(self) -> int:
-        """The same with `activation_checkpointing: full`: each layer's input."""
+        """Bytes kept with `activation_checkpointing: full`: each layer's input."""
         return self._parts.inputs_only
 
     @property
     def activations_used(self) -> int:
-        """What is kept by the stage's settings."""
+        """Bytes kept with the stage's settings."""
         return self._parts.used
 
     @property
     def logits(self) -> int:
-        """Head and loss: logits and what the loss computes of them at once, or with
-        `linear_cross_entropy` a chunk of that, and the gradients that are made with it."""
+        """Bytes of head and loss: logits and temporaries of the loss, or with
+        `linear_cross_entropy` one chunk of them and the gradients."""
         return self._parts.logits
 
     @property
     def at_loss(self) -> int:
-        """All of it where the loss is computed: activations are most then."""
+        """Total bytes when the loss is computed, when activations peak."""
         kept = self.state + self.weights + self.gathered + self.gradients_kept
         return kept + self.activations_used + self.logits
 
     @property
     def at_end(self) -> int:
-        """All of it where the backward pass ends: gradients are reduced, and of the activations
-        those of the first layer are left; ZeRO 3 has let go of what it had gathered. Or, if that is
-        more, where the weights are updated: ZeRO 1 and 2 make one flat gradient of this rank's
-        part."""
+        """Total bytes at the end of the backward pass or at the update, whichever is larger.
+
+        At the end of the backward pass gradients are reduced, the activations of the first layer
+        remain, and ZeRO 3 has released gathered weights. At the update, ZeRO 1 and 2 flatten the
+        gradient of this rank's shard.
+        """
         gradients = self.gradients
         at_once = self._width * self._slice <= self._bucket
         if self._zero == 2 and at_once and not self._accumulates:
-            gradients = 0  # all of them are still in the bucket
+            gradients = 0  # all are still in the bucket
         reduction = gradients + self.buckets + self._parts.first_layer
         if self._zero == 1 or gradients == 0:
             reduction += self._flat_kept
@@ -134,12 +139,12 @@ class StageMemory:
 
     @property
     def training(self) -> int:
-        """The most that a step holds at once."""
+        """Peak bytes of a step."""
         return max(self.at_loss, self.at_end)
 
     def share(self, rank: int) -> int:
-        """What `rank` holds of the stage before its first step: state, forward weights, and the
-        gradients that DeepSpeed allocates at once."""
+        """Return the bytes of `rank` before the first step: state, forward weights, and gradients
+        that DeepSpeed allocates at construction."""
         held = self.held(rank)
         weights, gradients = self._width * self._slice, 0
         if self._zero == 0:
@@ -151,12 +156,12 @@ class StageMemory:
         return STATE_BYTES * held + weights + gradients
 
     def held(self, rank: int) -> int:
-        """Elements of the optimizer's state on a rank, padding left out."""
+        """Return the elements of optimizer state on a rank, without padding."""
         return self._held[rank // self.layout.tp]
 
     @cached_property
     def _held(self) -> list[int]:
-        """Elements on each data-parallel rank; tensor-parallel ranks hold equally many."""
+        """Elements on each data-parallel rank; equal on all tensor-parallel ranks."""
         return [
             sum(len(self.layout.interval(name, dp_rank)) for name in self.layout.plan)
             for dp_rank in range(self.layout.dp)
@@ -177,24 +182,24 @@ class StageMemory:
 
     @property
     def _masters_compute(self) -> bool:
-        """Whether the optimizer's fp32 weights are those of the forward pass at once."""
+        """True if the optimizer's fp32 weights are also the forward weights."""
         one_tensor = self._zero == 3 and not self.stage.parallel.offload_optimizer
         return not self.bf16 and (self._zero == 0 or one_tensor)
 
     @property
     def _flat_kept(self) -> int:
-        """The sums of gradients that are kept from step to step (`parallel.flat_gradients`)."""
+        """Bytes of flat gradients kept between steps (`gradients.reuse_flat_gradients`)."""
         summed = self._zero in (1, 2) and not self.bf16 and self.on_cpu
         return 4 * self._most if summed and not self.stage.parallel.offload_optimizer else 0
 
     @property
     def _width(self) -> int:
-        """Bytes of a number in the forward pass."""
+        """Bytes per element in the forward pass."""
         return 2 if self.bf16 else 4
 
     @property
     def _grad_width(self) -> int:
-        """Bytes of a gradient as autograd makes it; under autocast (ZeRO 0) weights are fp32."""
+        """Bytes per gradient element of autograd; under autocast (ZeRO 0) weights are fp32."""
         return 4 if self._zero == 0 else self._width
 
     @property
@@ -214,20 +219,24 @@ class StageMemory:
 def stage_memory(
     stage: StageConfig, world_size: int, sequence_length: int, bf16: bool, on_cpu: bool = False
 ) -> StageMemory:
-    """The memory of a stage on so many ranks, which its settings must fit; `on_cpu` ranks have no
-    GPU."""
+    """Return the memory of a stage on `world_size` ranks, which must be valid for its settings.
+
+    `on_cpu`: ranks without a GPU.
+    """
     parallel = stage.parallel
     tp = parallel.tensor_model_parallel_size
     plan = parameter_plan(stage.model, tp)
-    # The scales of an exact continuation split groups: shares differ by a few elements of padding.
+    # Scales of an exact continuation split groups; shards then differ by a few padding elements.
     groups = tuple(group.names for group in parameter_groups(plan, stage.optimizer, {}))
     layout = Layout(plan, groups, parallel.zero_stage, world_size // tp, tp)
     return StageMemory(stage, layout, sequence_length, bf16, on_cpu)
 
 
 def growth_peak(source: StageMemory, target: StageMemory) -> int:
-    """Bytes of the rank that holds most while a growth goes on: its part of the source's state, its
-    share of the target, and one bucket. Dense operators hold one parameter more."""
+    """Return the peak bytes of a growth over ranks: source shard, target shard and one bucket.
+
+    Dense operators hold one more parameter.
+    """
     world = target.layout.dp * target.layout.tp
     shares = (STATE_BYTES * source.held(rank) + target.share(rank) for rank in range(world))
     return max(shares) + BUCKET_BYTES

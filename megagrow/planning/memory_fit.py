@@ -1,4 +1,4 @@
-"""Whether a run's stages and growths fit into the memory of a GPU, and what to try if not."""
+"""Check that stages and growths fit into GPU memory, with suggested remedies."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,33 +9,33 @@ from megagrow.planning.memory import StageMemory
 def memory_warnings(
     memories: Sequence[StageMemory], growths: Sequence[int | None], capacity: int
 ) -> Iterator[str]:
-    """One for each stage, and for each growth, that takes more than `capacity` bytes.
+    """Yield a warning for each stage and each growth that needs more than `capacity` bytes.
 
-    `growths` are the peaks of the growths by which the stages begin.
+    `growths` are the peak bytes of the growth at the start of each stage.
     """
     for index, (memory, growth) in enumerate(zip(memories, growths, strict=True)):
         needed = on_gpu(memory)
         if needed > capacity:
             part, size = largest_part(memory)
             yield (
-                f"stages.{index} does not fit: {_gb(needed)} of {_gb(capacity)} per GPU; most of "
-                f"it are {part}, {_gb(size)}; try {', '.join(remedies(memory))}"
+                f"stages.{index} does not fit: {_gb(needed)} of {_gb(capacity)} per GPU; largest "
+                f"part: {part}, {_gb(size)}; try {', '.join(remedies(memory))}"
             )
         if growth is not None and growth > capacity:
             yield (
-                f"stages.{index}: the growth by which it begins does not fit: {_gb(growth)} of "
+                f"stages.{index}: the growth at its start does not fit: {_gb(growth)} of "
                 f"{_gb(capacity)} per GPU; try more ranks, or `megagrow grow` from file to file"
             )
 
 
 def on_gpu(memory: StageMemory) -> int:
-    """Bytes of a step on the GPU: an offloaded optimizer keeps its state on the CPU."""
+    """Return the bytes of a step on the GPU, without the state of an offloaded optimizer."""
     offloaded = memory.stage.parallel.offload_optimizer
     return memory.training - (memory.state if offloaded else 0)
 
 
 def largest_part(memory: StageMemory) -> tuple[str, int]:
-    """What takes most in that moment of a step that is the higher one, and its bytes."""
+    """Return the largest part at the peak of a step, and its bytes."""
     parts = {"forward weights": memory.weights}
     if not memory.stage.parallel.offload_optimizer:
         parts["fp32 masters and moments"] = memory.state
@@ -50,7 +50,7 @@ def largest_part(memory: StageMemory) -> tuple[str, int]:
 
 
 def remedies(memory: StageMemory) -> Iterator[str]:
-    """What the stage does not do yet of all that would take less, by what its highest moment is."""
+    """Yield unused settings that reduce the peak of the stage."""
     stage, layout = memory.stage, memory.layout
     if memory.at_loss >= memory.at_end:
         if stage.parallel.activation_checkpointing != "full":

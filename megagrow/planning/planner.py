@@ -1,4 +1,4 @@
-"""What a run is going to be: sizes, steps, FLOPs, memory and growths, before it is started."""
+"""Plan of a run before it starts: sizes, steps, FLOPs, memory and growths."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,27 +34,27 @@ from megagrow.train.schedule import stage_optimizer
 
 @dataclass(frozen=True)
 class GrowthPlan:
-    """The growth by which a stage begins."""
+    """Plan of the growth at the start of a stage."""
 
     options: GrowthConfig
     factor: float
-    """Parameters outside the embeddings, after over before: the paper's g."""
+    """Ratio of non-embedding parameters, after over before: the paper's g."""
     state: str
-    """What becomes of Adam's moments."""
+    """Optimizer-state policy."""
     layers: tuple[int, ...]
-    """For each layer the one that it comes from, -1 for none."""
+    """Source layer of each layer, -1 for none."""
     connection_rate: float
     advised_tokens: float
-    """What equation 2 of the paper advises to train before it."""
+    """Tokens that equation 2 of the paper recommends before the growth."""
     outside_fit: str | None
-    """Why that is an extrapolation, if it is."""
+    """Reason if that is an extrapolation, else None."""
     peak_bytes: int
-    """Of the rank that holds most while it goes on."""
+    """Peak bytes of the growth on the rank with the largest share."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage. Tokens are those of whole steps."""
+    """Plan of one stage. Tokens are those of complete steps."""
 
     config: StageConfig
     parameters: int
@@ -63,39 +63,39 @@ class StagePlan:
     steps: int
     step_tokens: int
     flops: int
-    """By the paper's account, 6 x parameters x tokens."""
+    """FLOPs by the paper's account, 6 x parameters x tokens."""
     flops_true: int
     optimizer: OptimizerConfig
-    """With the rates that really hold."""
+    """Optimizer settings with the effective learning rates."""
     memory: StageMemory
     growth: GrowthPlan | None
 
 
 @dataclass(frozen=True)
 class PlannedSaving:
-    """What the run saves against its last model from scratch, if the paper's figures hold for it.
+    """Expected saving compared with the last model from scratch, by the paper's figures.
 
-    Each pair goes with the lower and the upper end of `guidelines.SPEEDUPS`.
+    Each pair corresponds to the lower and upper end of `growth_guidelines.SPEEDUPS`.
     """
 
     scratch_flops: tuple[float, float]
-    """What training from scratch to the same loss takes."""
+    """FLOPs of training from scratch to the same loss."""
     speedup: tuple[float, float]
-    """That over all FLOPs of this run, its bases charged in full, - 1."""
+    """`scratch_flops` over all FLOPs of this run, bases charged in full, - 1."""
     saved: tuple[float, float]
-    """The share of the FLOPs from scratch that is not spent."""
+    """Fraction of `scratch_flops` that is saved."""
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A whole run on `world_size` ranks."""
+    """Plan of a run on `world_size` ranks."""
 
     run: RunConfig
     world_size: int
     bf16: bool
     stages: tuple[StagePlan, ...]
     saving: PlannedSaving | None
-    """None where the paper has no figure: for anything but one growth by stacking."""
+    """None if the paper has no figure, i.e. for anything but one growth by stacking."""
     warnings: tuple[str, ...]
 
     @property
@@ -105,13 +105,13 @@ class RunPlan:
 
 
 def plan_run(run: RunConfig, world_size: int, gpu_memory: int | None = None) -> RunPlan:
-    """The plan of a run on so many ranks, which warns of what `gpu_memory` bytes do not hold.
+    """Return the plan of a run on `world_size` ranks, with warnings if it exceeds `gpu_memory`.
 
-    `precision: auto` is taken as bf16, as on a GPU. Raises InputError, in one line, where the run
-    could not start.
+    `gpu_memory` is in bytes. `precision: auto` is planned as bf16, as on a GPU. Raises ConfigError
+    if the run could not start.
     """
     if world_size < 1:
-        raise ConfigError(f"--world {world_size}: give the number of ranks, 1 or more")
+        raise ConfigError(f"--world {world_size}: use 1 or more ranks")
     problems = growth_problems(run) or world_problems(run, world_size)
     if problems:
         raise ConfigError("; ".join(problems))
@@ -165,8 +165,11 @@ def _growth(run: RunConfig, index: int, memories: list[StageMemory]) -> GrowthPl
 
 
 def _saving(stages: tuple[StagePlan, ...]) -> PlannedSaving | None:
-    """The paper counts d tokens of the base as d / g of the target; here the base is charged with
-    all that it costs, embeddings included, so the speedup comes out lower."""
+    """Return the expected saving.
+
+    The paper counts d tokens of the base as d / g of the target; here the base is charged in full,
+    embeddings included, so the speedup is lower.
+    """
     if len(stages) != 2 or not _is_gstack(stages[1]):
         return None
     base, target = stages
@@ -198,20 +201,20 @@ def _warnings(stages: tuple[StagePlan, ...]) -> Iterator[str]:
 
 
 def _growth_warnings(index: int, base: StagePlan, growth: GrowthPlan) -> Iterator[str]:
-    if growth.outside_fit and not base.config.tokens_auto:  # of which timing_warnings tells
+    if growth.outside_fit and not base.config.tokens_auto:  # auto: see timing_warnings
         yield (
-            f"stages.{index}: what equation 2 advises for this growth lies beyond the range that "
-            f"it was fitted in: {growth.outside_fit}"
+            f"stages.{index}: equation 2 is outside its fitted range for this growth: "
+            f"{growth.outside_fit}"
         )
     layers = base.config.model.num_hidden_layers
     if layers < LEAST_LAYERS:
         yield (
-            f"stages.{index - 1}.model.num_hidden_layers = {layers}: a base of one layer was worse "
-            "than none in the paper (section 4.2)"
+            f"stages.{index - 1}.model.num_hidden_layers = {layers}: in the paper a base of one "
+            "layer was worse than no base (section 4.2)"
         )
     if growth.factor > MOST_FACTOR:
         yield (
-            f"stages.{index}: the growth factor is {growth.factor:.1f}; the paper advises 2 to "
+            f"stages.{index}: the growth factor is {growth.factor:.1f}; the paper recommends 2 to "
             f"{MOST_FACTOR}"
         )
 
@@ -220,7 +223,7 @@ def _batch_warnings(index: int, stage: StagePlan) -> Iterator[str]:
     best = best_batch(stage.non_embedding, stage.tokens)
     if stage.step_tokens > LARGE_BATCH * best:
         yield (
-            f"stages.{index}.batch: {stage.step_tokens:,} tokens a step are "
-            f"{stage.step_tokens / best:.1f} times the best batch for so small a budget, "
+            f"stages.{index}.batch: {stage.step_tokens:,} tokens per step are "
+            f"{stage.step_tokens / best:.1f} times the best batch for this budget, "
             f"{best:,.0f} tokens by the fit of DeepSeek LLM (arXiv 2401.02954)"
         )

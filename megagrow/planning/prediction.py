@@ -1,4 +1,4 @@
-"""A run on a cluster: what the model of a step says of each of its stages, and of its growths."""
+"""Predicted time of a run's stages and growths on a cluster, by the step model."""
 
 from dataclasses import dataclass
 
@@ -16,27 +16,27 @@ from megagrow.planning.traffic import data_group
 
 @dataclass(frozen=True)
 class StagePrediction:
-    """One stage."""
+    """Predicted times of one stage."""
 
     step: StepTime
     steps: int
     growth_seconds: float | None
-    """Of the growth by which it begins."""
+    """Seconds of the growth at its start."""
 
     @property
     def seconds(self) -> float:
-        """All steps, and the growth before them."""
+        """Seconds of all steps and of the growth before them."""
         return self.steps * self.step.seconds + (self.growth_seconds or 0.0)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all GPUs, while it trains."""
+        """Tokens per second of all GPUs during training."""
         return self.step.work.step_tokens / self.step.seconds
 
 
 @dataclass(frozen=True)
 class RunPrediction:
-    """A whole run that has all of a cluster."""
+    """Predicted times of a run on all GPUs of a cluster."""
 
     cluster: Cluster
     stages: tuple[StagePrediction, ...]
@@ -47,12 +47,12 @@ class RunPrediction:
 
 
 def predict_run(plan: RunPlan, cluster: Cluster) -> RunPrediction:
-    """The prediction for a plan on as many ranks as the cluster has GPUs.
+    """Return the prediction for a plan on as many ranks as the cluster has GPUs.
 
-    InputError for what the model of a step does not know: fp32, and an optimizer on the CPU.
+    Raises ConfigError for settings outside the step model: fp32 and an offloaded optimizer.
     """
     if not plan.bf16:
-        raise ConfigError("--cluster: predictions are for bf16; this run has precision: fp32")
+        raise ConfigError("--cluster: predicts bf16 only, this run has precision: fp32")
     length = plan.run.data.sequence_length
     return RunPrediction(
         cluster, tuple(_stage(stage, cluster, length, i) for i, stage in enumerate(plan.stages))
@@ -60,7 +60,7 @@ def predict_run(plan: RunPlan, cluster: Cluster) -> RunPrediction:
 
 
 def predicted_pace(plan: RunPlan, prediction: RunPrediction) -> Pace:
-    """One pace for the whole run: its true FLOPs over the predicted time, growths included."""
+    """Return the mean throughput of the run: its true FLOPs over the predicted time."""
     flops = sum(stage.flops_true for stage in plan.stages)
     return Pace(
         flops / prediction.seconds,
@@ -69,15 +69,15 @@ def predicted_pace(plan: RunPlan, prediction: RunPrediction) -> Pace:
 
 
 def stage_work(stage: StageConfig, cluster: Cluster, sequence_length: int) -> StepWorkload:
-    """What one GPU of the cluster does in a step of this stage."""
+    """Return the workload of one GPU of the cluster in a step of this stage."""
     return work_of(stage, cluster.gpus, sequence_length, cluster.card.family == "hopper")
 
 
 def _stage(stage: StagePlan, cluster: Cluster, sequence_length: int, index: int) -> StagePrediction:
     if stage.config.parallel.offload_optimizer:
         raise ConfigError(
-            f"--cluster: stages.{index}.parallel.offload_optimizer: what goes over PCIe is not "
-            "predicted; leave it out, or leave --cluster out"
+            f"--cluster: stages.{index}.parallel.offload_optimizer: PCIe traffic is not predicted; "
+            "leave it out, or leave --cluster out"
         )
     work = stage_work(stage.config, cluster, sequence_length)
     growth = None if stage.growth is None else growth_seconds(work, cluster)
@@ -85,11 +85,11 @@ def _stage(stage: StagePlan, cluster: Cluster, sequence_length: int, index: int)
 
 
 def growth_seconds(work: StepWorkload, cluster: Cluster) -> float:
-    """Seconds of a live growth into the model of `work`.
+    """Return the seconds of a live growth into the model of `work`.
 
-    Every GPU receives its share of the state, 12 bytes a parameter, at worst all of it from other
-    nodes; then the weights of the forward pass are gathered, where each rank has all of them. No
-    checkpoint is counted that is written before it.
+    Every GPU receives its shard of the state, 12 bytes per parameter, at worst entirely from other
+    nodes; then the forward weights are gathered if each rank holds all of them. The checkpoint
+    before the growth is not included.
     """
     held = work.rank_parameters / (work.dp if work.zero_stage else 1)
     card = cluster.card

@@ -1,4 +1,4 @@
-"""Throughputs that others published, and what the model of a step gives for the same runs."""
+"""Published throughputs and the step model's predictions for the same runs."""
 
 import json
 from collections.abc import Iterator
@@ -12,15 +12,15 @@ from megagrow.planning.step_time import StepTime, step_time
 from megagrow.planning.step_workload import Shape, StepWorkload
 
 RowUse = Literal["set", "held out", "fresh"]
-"""A row that constants were set from; one that no constant was set from, but which was looked at
-before they were fixed; one whose prediction was looked at only afterwards."""
+"""`set`: constants were set from the row; `held out`: not used for constants, but seen before they
+were fixed; `fresh`: predicted only afterwards."""
 
 ROWS = Path(__file__).with_name("published_throughputs.json")
 
 
 @dataclass(frozen=True)
 class Published:
-    """One published row."""
+    """Published throughput of one run."""
 
     source: str
     address: str
@@ -28,7 +28,7 @@ class Published:
     work: StepWorkload
     cluster: Cluster
     tokens_per_gpu: float
-    """Per second, as published."""
+    """Published tokens per second and GPU."""
     role: RowUse
 
     @property
@@ -37,19 +37,19 @@ class Published:
 
     @property
     def error(self) -> float:
-        """Predicted tokens per second over published ones, - 1."""
+        """Predicted over published tokens per second, - 1."""
         return self.predicted.tokens_per_gpu / self.tokens_per_gpu - 1
 
 
 @cache
 def published_rows() -> tuple[Published, ...]:
-    """All rows that were tried, in the order of their sources."""
+    """Return all rows in the order of their sources."""
     data = json.loads(ROWS.read_text(encoding="utf-8"))
     return tuple(row for source in data["sources"] for row in _rows(source, data["models"]))
 
 
 def published_sources() -> list[dict[str, Any]]:
-    """Name, address and note of each source."""
+    """Return name, address and note of each source."""
     data = json.loads(ROWS.read_text(encoding="utf-8"))
     return [{key: each[key] for key in ("name", "address", "note")} for each in data["sources"]]
 

@@ -1,4 +1,4 @@
-"""What `megagrow plan` is asked: on how many ranks, which GPUs, how fast, and at what price."""
+"""Options and result of `megagrow plan`: ranks, GPUs, throughput and price."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from megagrow.planning.throughput import pace_of
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """The options of the command, as they were given."""
+    """Options of the command."""
 
     world: int | None = None
-    """Default: all GPUs of the cluster, or 1."""
+    """Number of ranks; default: all GPUs of the cluster, or 1."""
     gpu: str | None = None
     gpu_memory: str | None = None
     mfu: float | None = None
@@ -36,21 +36,21 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the command shows."""
+    """Result of the command."""
 
     plan: RunPlan
     costs: RunCosts | None
-    """Where the request says how fast it goes."""
+    """None if the request determines no throughput."""
     prediction: RunPrediction | None = None
-    """With `--cluster`."""
+    """Set with `--cluster`."""
     layouts: tuple[Sequence[FittingLayout], ...] = ()
-    """Of each stage, with `--layouts`."""
+    """Layouts of each stage, with `--layouts`."""
 
 
 def answer(run: RunConfig, request: PlanRequest) -> Answer:
-    """The plan, its costs, and what a cluster makes of it.
+    """Return the plan, its costs, and its prediction on a cluster.
 
-    InputError for a run that could not start, and for options that make no sense together.
+    Raises ConfigError for a run that could not start and for incompatible options.
     """
     cluster = _cluster(request)
     world = request.world
@@ -63,7 +63,7 @@ def answer(run: RunConfig, request: PlanRequest) -> Answer:
     layouts: tuple[Sequence[FittingLayout], ...] = ()
     if request.layouts and cluster is not None:
         if capacity is None:
-            raise ConfigError("--layouts: give the memory of a GPU with --gpu-memory")
+            raise ConfigError("--layouts: pass the memory of a GPU with --gpu-memory")
         layouts = tuple(
             fitting_layouts(run, index, cluster, capacity) for index in range(len(run.stages))
         )
@@ -84,7 +84,7 @@ def _costs(
     for option, value in (("--watts", request.watts), ("--price", request.price)):
         if value is not None:
             raise ConfigError(
-                f"{option} needs --mfu, --measured or --cluster, which say how long it takes"
+                f"{option} requires --mfu, --measured or --cluster, which determine the time"
             )
     return None
 
@@ -92,21 +92,21 @@ def _costs(
 def _cluster(request: PlanRequest) -> Cluster | None:
     if request.cluster is None:
         if request.layouts:
-            raise ConfigError("--layouts needs --cluster, such as h100:8x8")
+            raise ConfigError("--layouts requires --cluster, such as h100:8x8")
         return None
     if request.gpu is not None:
-        raise ConfigError("--cluster names the GPU itself: leave --gpu out")
+        raise ConfigError("--cluster includes the GPU: leave --gpu out")
     cluster = find_cluster(request.cluster)
     if request.world is not None and request.world != cluster.gpus:
         raise ConfigError(
-            f"--cluster {request.cluster} has {cluster.gpus:,} GPUs, and a run has all of them: "
+            f"--cluster {request.cluster} has {cluster.gpus:,} GPUs, and a run uses all of them: "
             f"leave --world {request.world} out"
         )
     return cluster
 
 
 def _capacity(request: PlanRequest, gpu: Gpu | None) -> int | None:
-    """Bytes of one GPU, if they are known."""
+    """Return the bytes of one GPU, or None if unknown."""
     if request.gpu_memory is None:
         return None if gpu is None else gpu.memory
     try:

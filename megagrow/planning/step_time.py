@@ -1,4 +1,4 @@
-"""How long a step takes, by part: what is computed, what is moved, what is sent and not hidden."""
+"""Time of a step by part: computation, memory traffic, exposed communication."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -23,12 +23,12 @@ from megagrow.planning.step_workload import Stack, StepWorkload
 from megagrow.planning.traffic import data_group, tensor_group
 
 WIDTH = 2
-"""Bytes of a bf16 number."""
+"""Bytes of a bf16 element."""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Seconds of all layers, forward and backward (what is computed again included)."""
+    """Seconds of all layers, forward and backward, recomputation included."""
 
     forward: float
     backward: float
@@ -40,23 +40,23 @@ class Passes:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step of one GPU; the parts that are named here add up to `seconds`."""
+    """Seconds of one step of one GPU; all parts but `zero_hidden` add up to `seconds`."""
 
     work: StepWorkload
     cluster: Cluster
     matmul: float
     attention: float
     memory_bound: float
-    """Norms, rotary positions, activations, residuals, the loss."""
+    """Norms, rotary embeddings, activations, residuals, the loss."""
     tensor_parallel: float
-    """Collectives between tensor-parallel ranks, which wait for them."""
+    """Blocking collectives between tensor-parallel ranks."""
     zero_exposed: float
-    """Gathering weights and reducing gradients, as far as nothing is computed meanwhile."""
+    """Weight gathering and gradient reduction that do not overlap with computation."""
     hidden_cost: float
-    """By how much what is hidden slows down what is computed."""
+    """Slowdown of computation by overlapped communication."""
     optimizer: float
     zero_hidden: float
-    """The rest of gathering and reducing; it is no part of the sum."""
+    """Overlapped weight gathering and gradient reduction; not part of the sum."""
 
     @property
     def seconds(self) -> float:
@@ -70,12 +70,12 @@ class StepTime:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation: what `config.flops` counts, over the dense bf16 peak."""
+        """Model FLOPs utilization: FLOPs of `config.flops` over the dense bf16 peak."""
         return self.tokens_per_gpu * self.work.shape.flops_per_token / self.cluster.gpu.peak_flops
 
 
 def step_time(work: StepWorkload, cluster: Cluster) -> StepTime:
-    """The time of a step of `work` on as many GPUs of the cluster as it has ranks."""
+    """Return the time of a step of `work` on as many GPUs of the cluster as it has ranks."""
     matmul, attention = _matmul(work, cluster), _attention(work, cluster)
     memory = _memory_bound(work, cluster)
     head, loss = _head(work, cluster)
@@ -101,21 +101,21 @@ def step_time(work: StepWorkload, cluster: Cluster) -> StepTime:
 
 
 def matmul_seconds(cluster: Cluster, stack: Stack, rows: int, columns: int, inner: int) -> float:
-    """Seconds of one bf16 product (rows x inner) (inner x columns).
+    """Return the seconds of one bf16 product (rows x inner) (inner x columns).
 
-    The result is cut into tiles; a multiprocessor computes one at a time, all of them in waves, of
-    which the last one is not full.
+    The result is split into tiles, one per multiprocessor at a time, computed in waves; the last
+    wave is partially filled.
     """
     card = cluster.card
     share = MATMUL_SHARE[card.family] * BUSY_SHARE[card.family, stack] * cluster.power_share
     tiles = ceil(rows / TILE[0]) * ceil(columns / TILE[1])
     waves = ceil(tiles / card.processors)
-    of_a_wave = 2 * TILE[0] * TILE[1] * (inner + TILE_START) * card.processors
-    return waves * of_a_wave / (cluster.gpu.peak_flops * share)
+    wave_flops = 2 * TILE[0] * TILE[1] * (inner + TILE_START) * card.processors
+    return waves * wave_flops / (cluster.gpu.peak_flops * share)
 
 
 def _matmul(work: StepWorkload, cluster: Cluster) -> Passes:
-    """All products of all layers: forward, by input, by weight."""
+    """Return the time of all products of all layers: forward, input and weight gradients."""
     tokens, forward, backward = work.micro_tokens, 0.0, 0.0
     for columns, inner in work.shape.products(work.tp):
         forward += matmul_seconds(cluster, work.stack, tokens, columns, inner)
@@ -135,7 +135,7 @@ def _attention(work: StepWorkload, cluster: Cluster) -> Passes:
 
 
 def _memory_bound(work: StepWorkload, cluster: Cluster) -> Passes:
-    """Two norms with their residuals, rotary positions, and the activation, of each layer."""
+    """Return the time of norms with residuals, rotary embeddings and activations of all layers."""
     shape = work.shape
     residual = 16 * shape.hidden / (work.tp if work.sequence_parallel else 1)
     rotary = 4 * (shape.heads + shape.kv_heads) * shape.head_dim / work.tp
@@ -149,7 +149,7 @@ def _memory_bound(work: StepWorkload, cluster: Cluster) -> Passes:
 
 
 def _head(work: StepWorkload, cluster: Cluster) -> tuple[float, float]:
-    """The head's three products, and the loss."""
+    """Return the time of the head's three products and of the loss."""
     columns, tokens = work.shape.vocabulary // work.tp, work.micro_tokens
     sizes = (
         (tokens, columns, work.shape.hidden),
@@ -163,14 +163,17 @@ def _head(work: StepWorkload, cluster: Cluster) -> tuple[float, float]:
 
 
 def _tensor_parallel(work: StepWorkload, cluster: Cluster) -> Passes:
-    """Two all-reduces of a layer each way, or with sequence parallelism as many gathers and
-    scatters, and one gather more for each product by weight that kept its input in parts."""
+    """Return the time of tensor-parallel collectives.
+
+    Two all-reduces per layer in each pass; with sequence parallelism as many all-gathers and
+    reduce-scatters, and one more all-gather per weight gradient whose input is sharded.
+    """
     group = tensor_group(cluster, work.tp)
-    whole = WIDTH * work.micro_tokens * work.shape.hidden
-    forward = 2 * group.all_reduce(whole)
-    again = 2 * group.one_way(whole) if work.sequence_parallel else 0.0
+    size = WIDTH * work.micro_tokens * work.shape.hidden
+    forward = 2 * group.all_reduce(size)
+    again = 2 * group.one_way(size) if work.sequence_parallel else 0.0
     passes = _with_recomputation(work, forward, forward + again)
-    ends = group.all_reduce(whole)  # the embedding forward, the head's input backward
+    ends = group.all_reduce(size)  # the embedding forward, the head's input backward
     return Passes(passes.forward + ends, passes.backward + ends)
 
 
@@ -180,11 +183,11 @@ def _with_recomputation(work: StepWorkload, forward: float, backward: float) -> 
 
 
 def _zero(work: StepWorkload, cluster: Cluster, micro: Passes) -> tuple[float, float]:
-    """Seconds of a step in which data-parallel ranks communicate: exposed, and hidden.
+    """Return the seconds per step of data-parallel communication: exposed, and overlapped.
 
-    ZeRO 3 gathers each layer's weights for either pass and scatters its gradients, in every micro
-    batch; ZeRO 2 scatters in every micro batch, ZeRO 1 once, and both gather the weights after
-    the step, or beside the next one. ZeRO 0 sums once.
+    ZeRO 3 gathers each layer's weights for both passes and reduce-scatters its gradients in every
+    micro-batch; ZeRO 2 reduces in every micro-batch, ZeRO 1 once, and both gather the weights after
+    the step or during the next one. ZeRO 0 reduces once.
     """
     group = data_group(cluster, work.dp, work.tp)
     parameters, times = work.rank_parameters, work.accumulation

@@ -1,4 +1,4 @@
-"""The plan of a run as its user sees it: tables, what may be saved, and warnings."""
+"""Tables of a run's plan, its expected saving, and warnings."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -24,11 +24,11 @@ from megagrow.planning.planner import GrowthPlan, RunPlan, StagePlan
 from megagrow.planning.request import Answer
 
 Rows = Mapping[str, Sequence[str]]
-"""What is told -> one cell for each stage, or each growth."""
+"""Row label -> one cell per stage or growth."""
 
 
 def show_answer(answer: Answer, console: Console) -> None:
-    """Prints all that `megagrow plan` was asked."""
+    """Print the result of `megagrow plan`."""
     show_plan(answer.plan, console, answer.costs)
     stages = [f"stage {index}" for index in range(len(answer.plan.stages))]
     if answer.prediction is not None:
@@ -41,7 +41,7 @@ def show_answer(answer: Answer, console: Console) -> None:
 
 
 def show_plan(plan: RunPlan, console: Console, costs: RunCosts | None = None) -> None:
-    """Prints a plan; where the output is no terminal as plain Markdown tables."""
+    """Print a plan; as plain Markdown tables if the output is not a terminal."""
     stages = [f"stage {index}" for index in range(len(plan.stages))]
     console.print(Text(f"{plan.run.name} on {_ranks(plan.world_size)}"))
     _print(console, "Stages", stages, stage_rows(plan.stages))
@@ -57,21 +57,21 @@ def show_plan(plan: RunPlan, console: Console, costs: RunCosts | None = None) ->
         _print(console, "Growths", [name for name, _ in grown], rows)
     if costs is not None:
         _print(console, "Costs", cost_columns(costs), cost_rows(costs))
-    told = [] if costs is None else list(cost_lines(costs))
-    print_lines(console, [*told, *closing_lines(plan)])
+    assumptions = [] if costs is None else list(cost_lines(costs))
+    print_lines(console, [*assumptions, *closing_lines(plan)])
 
 
 def stage_rows(stages: Sequence[StagePlan]) -> Rows:
-    """Sizes, lengths, rates, FLOPs and layouts."""
+    """Return rows of sizes, lengths, learning rates, FLOPs and layouts."""
     return {
         "model": [_model(stage.config) for stage in stages],
         "parameters": [f"{stage.parameters:,}" for stage in stages],
-        "outside the embeddings": [f"{stage.non_embedding:,}" for stage in stages],
+        "non-embedding parameters": [f"{stage.non_embedding:,}" for stage in stages],
         "tokens": [f"{stage.tokens:,}{_given(stage.config)}" for stage in stages],
-        "tokens a step": [f"{stage.step_tokens:,}" for stage in stages],
+        "tokens per step": [f"{stage.step_tokens:,}" for stage in stages],
         "steps": [f"{stage.steps:,}" for stage in stages],
         "FLOPs (6 x parameters x tokens)": [f"{stage.flops:.3e}" for stage in stages],
-        "FLOPs, true (attention in, embedding out)": [
+        "FLOPs, true (with attention, without embedding)": [
             f"{stage.flops_true:.3e}" for stage in stages
         ],
         "learning rate": [_rate(stage) for stage in stages],
@@ -80,31 +80,31 @@ def stage_rows(stages: Sequence[StagePlan]) -> Rows:
 
 
 def memory_rows(memories: Sequence[StageMemory]) -> Rows:
-    """Memory by part, and the two moments of a step that can be its highest."""
+    """Return rows of memory by part, and of both candidates for the peak of a step."""
     parts = {
         "fp32 masters and moments": [memory.state for memory in memories],
         "forward weights": [memory.weights for memory in memories],
         "weights gathered, at most": [memory.gathered for memory in memories],
         "gradients": [memory.gradients for memory in memories],
-        "buckets that reduce them": [memory.buckets for memory in memories],
+        "reduction buckets": [memory.buckets for memory in memories],
         "activations": [memory.activations for memory in memories],
         "... with full checkpointing": [memory.activations_checkpointed for memory in memories],
         "head and loss": [memory.logits for memory in memories],
-        "all at the loss": [memory.at_loss for memory in memories],
-        "all at the end of a backward pass": [memory.at_end for memory in memories],
-        "the larger of the two": [memory.training for memory in memories],
+        "total at the loss": [memory.at_loss for memory in memories],
+        "total at the end of the backward pass": [memory.at_end for memory in memories],
+        "peak": [memory.training for memory in memories],
     }
     rows = {part: [_gib(size) for size in held] for part, held in parts.items() if any(held)}
     kernels = [memory.stage.kernels for memory in memories]
-    asked = [memory.stage.parallel.activation_checkpointing for memory in memories]
+    settings = [memory.stage.parallel.activation_checkpointing for memory in memories]
     return rows | {
-        "activation_checkpointing": [str(setting) for setting in asked],
+        "activation_checkpointing": [str(setting) for setting in settings],
         "logits in chunks": ["yes" if each.linear_cross_entropy else "no" for each in kernels],
     }
 
 
 def growth_rows(growths: Sequence[GrowthPlan]) -> Rows:
-    """What each growth does, and what it holds in memory."""
+    """Return rows of each growth's properties and peak memory."""
     return {
         "operator": [
             " or ".join(" + ".join(each.operator) for each in candidates(growth.options))
@@ -114,25 +114,25 @@ def growth_rows(growths: Sequence[GrowthPlan]) -> Rows:
         "connection rate Rc": [f"{growth.connection_rate:.1%}" for growth in growths],
         "Adam's moments": [growth.state for growth in growths],
         "learning rate": [growth.options.lr_schedule for growth in growths],
-        "base tokens that equation 2 advises": [_advice(growth) for growth in growths],
+        "base tokens recommended by equation 2": [_advice(growth) for growth in growths],
         "peak memory per rank, GiB": [_gib(growth.peak_bytes) for growth in growths],
     }
 
 
 def closing_lines(plan: RunPlan) -> list[str]:
-    """The sum, the saving that the paper's figures promise, and the warnings."""
+    """Return the totals, the expected saving by the paper's figures, and the warnings."""
     last = len(plan.stages) - 1
     tokens = sum(stage.tokens for stage in plan.stages)
-    lines = [f"In all {tokens:,} tokens and {plan.flops:.3e} FLOPs (6 x parameters x tokens)."]
+    lines = [f"Total: {tokens:,} tokens and {plan.flops:.3e} FLOPs (6 x parameters x tokens)."]
     if last:
         before = sum(stage.flops for stage in plan.stages[:last])
         lines.append(
-            f"What comes before stage {last} is charged in full: {before:.3e} FLOPs, "
-            f"{before / plan.flops:.1%} of them."
+            f"The stages before stage {last} are charged in full: {before:.3e} FLOPs, "
+            f"{before / plan.flops:.1%} of the total."
         )
         lines += _saving_lines(plan)
     if plan.run.precision == "auto":
-        lines.append("Memory is counted for bf16, as precision auto is on a GPU.")
+        lines.append("Memory is planned for bf16, the value of precision auto on a GPU.")
     return [*lines, *(f"Warning: {text}" for text in plan.warnings)]
 
 
@@ -141,8 +141,8 @@ def _saving_lines(plan: RunPlan) -> Iterator[str]:
     measured = f"The paper measured speedups of {low:.0%} to {high:.0%}"
     if plan.saving is None:
         yield (
-            f"Saving: unknown. {measured} for one growth by stacking; it has no such figures for "
-            "the growths of this run."
+            f"Saving: unknown. {measured} for one growth by stacking, but has no figures for the "
+            "growths of this run."
         )
         return
     scratch, target = plan.saving.scratch_flops, plan.stages[-1]
@@ -150,17 +150,17 @@ def _saving_lines(plan: RunPlan) -> Iterator[str]:
     growth = target.growth
     factor = f"{growth.factor:.2f}" if growth else ""
     yield (
-        f"Saving, by the paper's measurement and not ours: {measured} by Gstack at g = 4 (this "
-        f"run: g = {factor}), with d tokens of the base counted as d / g. If they hold here, its "
+        f"Expected saving (by the paper, not measured here): {measured} by Gstack at g = 4 (this "
+        f"run: g = {factor}), with d tokens of the base counted as d / g. If they hold here, the "
         f"last model from scratch needs {scratch[0]:.3e} to {scratch[1]:.3e} FLOPs ({at[0]} to "
         f"{at[1]} tokens) for the same loss, and this run saves {_range(plan.saving.saved)} of "
-        f"them: a speedup of {_range(plan.saving.speedup)}, the base charged in full."
+        f"them: a speedup of {_range(plan.saving.speedup)} with the base charged in full."
     )
 
 
 def _print(console: Console, title: str, columns: Sequence[str], rows: Rows) -> None:
     above, corner = (title, "") if console.is_terminal else (None, title)
-    cells = ((name, *values) for name, values in rows.items())
+    cells = ((label, *values) for label, values in rows.items())
     print_table(console, (corner, *columns), cells, title=above)
 
 
@@ -179,7 +179,7 @@ def _model(stage: StageConfig) -> str:
 
 
 def _given(stage: StageConfig) -> str:
-    """How the run file gives the length, where it is not in tokens."""
+    """Return the run file's stage length if it is not given in tokens."""
     if stage.tokens_auto:
         return " (auto)"
     if stage.at_tokens is not None:
@@ -199,7 +199,7 @@ def _layout(memory: StageMemory) -> str:
 
 def _advice(growth: GrowthPlan) -> str:
     advised = format_short(growth.advised_tokens)
-    return f"{advised}, beyond its fit: {growth.outside_fit}" if growth.outside_fit else advised
+    return f"{advised}, outside its fit: {growth.outside_fit}" if growth.outside_fit else advised
 
 
 def _gib(size: int) -> str:

@@ -1,4 +1,4 @@
-"""How fast a run computes: by a given utilisation, or as another run was measured."""
+"""Throughput of a run: from a given utilization, or measured in another run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,23 +12,23 @@ from megagrow.train.reporting.writers import Record
 
 @dataclass(frozen=True)
 class Pace:
-    """What all ranks together compute."""
+    """Throughput of all ranks."""
 
     flops_per_second: float
     """True FLOPs (`config.flops.flops_per_token`)."""
     source: str
-    """Where it comes from, for people."""
+    """Human-readable origin of the value."""
 
 
 def pace_of(mfu: float | None, measured: Path | None, gpu: Gpu | None, world: int) -> Pace | None:
-    """The pace by `--mfu` or by `--measured`; None where neither is given.
+    """Return the throughput by `--mfu` or `--measured`; None if neither is given.
 
-    The utilisation of the measured run is taken over; where that run knew none (on a CPU, or on a
-    card without a datasheet here), its FLOP/s are taken as they are, as those of as many ranks.
-    InputError where the options do not go together.
+    The measured run's utilization is used; if it recorded none (on a CPU, or on a card without a
+    datasheet entry), its FLOP/s are used for the same number of ranks. Raises ConfigError for
+    incompatible options.
     """
     if mfu is not None and measured is not None:
-        raise ConfigError("--mfu and --measured each say how fast it goes: give one of them")
+        raise ConfigError("--mfu and --measured both set the throughput: use one of them")
     if measured is not None:
         return _measured(measured, gpu, world)
     if mfu is None:
@@ -37,7 +37,7 @@ def pace_of(mfu: float | None, measured: Path | None, gpu: Gpu | None, world: in
         raise ConfigError(f"--mfu {mfu}: should be more than 0 and at most 1, such as 0.4")
     if gpu is None:
         raise ConfigError(
-            "--mfu is a share of what a GPU computes: name it with --gpu, such as h100"
+            "--mfu is a fraction of a GPU's peak FLOP/s: name the GPU with --gpu, such as h100"
         )
     return Pace(mfu * gpu.peak_flops * world, f"MFU {mfu:.1%} as given")
 
@@ -54,13 +54,13 @@ def _measured(directory: Path, gpu: Gpu | None, world: int) -> Pace:
     share = "" if gpu is None else f" (MFU {rate / (gpu.peak_flops * world):.1%})"
     return Pace(
         rate,
-        f"the median of {len(rates)} steps of {directory}, taken as what as many ranks do{share}",
+        f"the median of {len(rates)} steps of {directory}, assuming as many ranks{share}",
     )
 
 
 def _steps(directory: Path) -> list[Record]:
-    """Of each train record the MFU, the tokens per second as `pace`, and FLOPs and tokens since the
-    record before it in its stage. The first of a stage is left out: compilers and caches."""
+    """Return MFU, tokens per second (`pace`), and FLOPs and tokens since the previous record of the
+    stage, for each train record but the first of a stage (compilation, cold caches)."""
     path = directory / METRICS_FILE
     before: Record | None = None
     steps = []
@@ -71,7 +71,7 @@ def _steps(directory: Path) -> list[Record]:
             steps += _between(before, record)
         before = record
     if not steps:
-        raise DataError(f"{path}: no stage has two train records, which tell a run's pace")
+        raise DataError(f"{path}: no stage has two train records, which the throughput requires")
     return steps
 
 

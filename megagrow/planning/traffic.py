@@ -1,7 +1,7 @@
-"""What a rank of a stage sends in a training step, by what it is sent for.
+"""Communication of a rank in a training step by purpose, and the time of collectives.
 
-It follows the code of the model's regions (`parallel.layers`) and that of DeepSpeed 0.19, as
-tests/planning/test_traffic.py has seen them on gloo ranks. Scalars (norms, losses) are left out.
+It follows the model's collectives (`parallel.tensor_parallel`) and those of DeepSpeed 0.19, as
+observed on gloo ranks in tests/planning/test_traffic.py. Scalars (norms, losses) are excluded.
 """
 
 from collections.abc import Iterator
@@ -24,24 +24,24 @@ PERSISTENT = 100_000
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind, for one purpose, in one step."""
+    """Collectives of one kind and purpose in one step."""
 
     purpose: str
     kind: CollectiveKind
     ranks: int
-    """Of the group that takes part."""
+    """Size of the process group."""
     payload: int
-    """Bytes of the whole tensors: what is reduced, gathered, or scattered."""
+    """Bytes of the full tensors that are reduced, gathered or scattered."""
 
     @property
     def sent(self) -> int:
-        """Bytes that each rank of a ring sends (Patarasuk and Yuan 2009)."""
+        """Bytes sent by each rank of a ring (Patarasuk and Yuan 2009)."""
         times = 2 if self.kind == "all-reduce" else 1
         return times * self.payload * (self.ranks - 1) // self.ranks
 
 
 def step_traffic(memory: StageMemory) -> list[Traffic]:
-    """All that one step of a stage sends, over its micro batches; empty on one rank."""
+    """Return the collectives of one step over all micro-batches; empty on one rank."""
     return [*_tensor_parallel(memory), *_data_parallel(memory)]
 
 
@@ -56,7 +56,7 @@ def _tensor_parallel(memory: StageMemory) -> Iterator[Traffic]:
     if ranks == 1:
         return
     parallel, model = stage.parallel, stage.model
-    # Under autocast (ZeRO 0) some of it is bf16: this is the most that it can be.
+    # Under autocast (ZeRO 0) some of it is bf16: this is an upper bound.
     width = 2 if memory.bf16 and parallel.zero_stage > 0 else 4
     tokens = stage.batch.micro_batch_size * memory.sequence_length
     micro, blocks = _micro_batches(memory), block_counts(model).total()
@@ -79,12 +79,12 @@ def _data_parallel(memory: StageMemory) -> Iterator[Traffic]:
         return
     micro, width = _micro_batches(memory), 2 if memory.bf16 else 4
     sizes = {name: spec.slice_numel(layout.tp) for name, spec in layout.plan.items()}
-    whole = sum(sizes.values())
+    total = sum(sizes.values())
     if layout.zero_stage == 0:
-        yield Traffic("gradients", "all-reduce", ranks, 4 * whole)
+        yield Traffic("gradients", "all-reduce", ranks, 4 * total)
     elif layout.zero_stage < 3:
         times = micro if layout.zero_stage == 2 else 1
-        yield Traffic("gradients", "all-reduce", ranks, times * width * whole)
+        yield Traffic("gradients", "all-reduce", ranks, times * width * total)
         groups = [sum(sizes[name] for name in group) for group in layout.groups]
         padded = sum(pad(size, 2 * ranks) for size in groups)
         yield Traffic("updated weights", "all-gather", ranks, width * padded)
@@ -98,7 +98,7 @@ def _data_parallel(memory: StageMemory) -> Iterator[Traffic]:
 
 @dataclass(frozen=True)
 class CommGroup:
-    """Ranks that communicate: `size` of them, `local` of which share a node."""
+    """Process group of `size` ranks, `local` of which share a node."""
 
     cluster: Cluster
     size: int
@@ -108,34 +108,34 @@ class CommGroup:
     def nodes(self) -> int:
         return self.size // self.local
 
-    def one_way(self, whole: float) -> float:
-        """Seconds of an all-gather to `whole` bytes on each rank, or of a reduce-scatter of them.
+    def one_way(self, size: float) -> float:
+        """Return the seconds of an all-gather to, or reduce-scatter of, `size` bytes per rank.
 
-        All bytes but a rank's own come in over NVLink. A node has to get what lies on other nodes,
-        once, over the network cards of its ranks of this group. Both go on at the same time, so the
-        slower link decides.
+        A rank receives all bytes but its own over NVLink. A node receives the bytes of other nodes
+        once, over the network cards of its ranks in the group. Both overlap, so the slower link
+        determines the time.
         """
         if self.size == 1:
             return 0.0
         card = self.cluster.card
         links = 1.0 if card.nvswitch else (self.local - 1) / max(1, self.cluster.gpus_per_node - 1)
-        inner = whole * (self.size - 1) / self.size
-        outer = whole * (self.nodes - 1) / self.nodes / (self.local * card.nic * NIC_SHARE)
+        inner = size * (self.size - 1) / self.size
+        outer = size * (self.nodes - 1) / self.nodes / (self.local * card.nic * NIC_SHARE)
         seconds = COLLECTIVE_SECONDS + self.cluster.latency * (self.nodes - 1)
         if self.local > 1:
             outer = max(outer, inner / (card.nvlink * NVLINK_SHARE * links))
         return seconds + outer
 
-    def all_reduce(self, whole: float) -> float:
-        """Seconds until each rank has the sum of `whole` bytes: scattered, then gathered."""
-        return 2 * self.one_way(whole)
+    def all_reduce(self, size: float) -> float:
+        """Return the seconds of an all-reduce of `size` bytes: reduce-scatter and all-gather."""
+        return 2 * self.one_way(size)
 
 
 def tensor_group(cluster: Cluster, tp: int) -> CommGroup:
-    """Tensor-parallel ranks: neighbours, in one node as far as they fit."""
+    """Return the group of tensor-parallel ranks: neighbors, within one node where they fit."""
     return CommGroup(cluster, tp, min(tp, cluster.gpus_per_node))
 
 
 def data_group(cluster: Cluster, dp: int, tp: int) -> CommGroup:
-    """Data-parallel ranks: every tp-th one."""
+    """Return the group of data-parallel ranks: every tp-th rank."""
     return CommGroup(cluster, dp, min(dp, max(1, cluster.gpus_per_node // tp)))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from megagrow.growth.map import Axis, Indices
-from megagrow.parallel.engine import Storage
+from megagrow.parallel.sharding import Storage
 from megagrow.reshard.copy_plan import Copy
 from megagrow.reshard.index_ranges import as_array, bounds, moved, pick
 from megagrow.reshard.layout import Block, Layout

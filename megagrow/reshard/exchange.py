@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.growth.map import GrowthMap
-from megagrow.parallel.engine import Storage
+from megagrow.parallel.sharding import Storage
 from megagrow.reshard.copy_ops import collect, deliver, move_within
 from megagrow.reshard.layout import Layout
 from megagrow.reshard.transfers import RankPlan, Transfer, TransferChunk, plan_rank, rounds

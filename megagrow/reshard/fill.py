@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from megagrow.growth.map import Fill, GrowthMap
-from megagrow.parallel.engine import Storage
-from megagrow.parallel.sharding import ParamSpec, StateKind
+from megagrow.parallel.sharding import ParamSpec, StateKind, Storage
 from megagrow.reshard.copy_ops import ELEMENTS_AT_ONCE, block_view
 from megagrow.reshard.index_ranges import overlap
 from megagrow.reshard.layout import Block, Layout

@@ -1,4 +1,4 @@
-"""What a run reads: the training stream, the validation stream, and the checks before the start."""
+"""Data of a run: training stream, validation stream, and checks before the start."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from megagrow.errors import DataError, InputError
 
 @dataclass(frozen=True)
 class Inputs:
-    """Readers that all stages share; the stream does not change at a growth."""
+    """Readers shared by all stages; the stream does not change at a growth."""
 
     train: BatchReader
     validation: BatchReader | None
     validation_sequences: int
     fixed: BatchReader
-    """Its first sequences are the fixed batch on which a growth is judged."""
+    """Reader whose first sequences form the fixed batch for evaluating growths."""
 
 
 def open_inputs(run: RunConfig) -> Inputs:
-    """Opens and checks the corpora and the tokenizer. InputError names the file at fault."""
+    """Open and validate corpora and tokenizer. Raises DataError naming the file."""
     data, length = run.data, run.data.sequence_length
     vocab_size = run.stages[0].model.vocab_size
     if data.tokenizer is not None:
@@ -44,7 +44,7 @@ def open_inputs(run: RunConfig) -> Inputs:
 
 
 def input_problems(run: RunConfig) -> list[str]:
-    """All that `open_inputs` would refuse, one corpus after the other; empty if it would not."""
+    """Return all errors that `open_inputs` would raise, one per corpus."""
     data, found = run.data, []
     checks: list[Callable[[], object]] = []
     if data.tokenizer is not None:
@@ -72,7 +72,7 @@ def _problem(check: Callable[[], object]) -> list[str]:
 def _reader(
     run: RunConfig, stream: TokenStream, corpora: Sequence[CorpusConfig], shuffle: bool
 ) -> BatchReader:
-    """A reader of a stream that was opened so, with the stream of its masks if the run has one."""
+    """Return a reader of an opened stream, with its mask stream if the run has masks."""
     length, vocab_size = run.data.sequence_length, run.stages[0].model.vocab_size
     mask = open_mask(stream, corpora, run.seed, length, shuffle) if run.objective == "sft" else None
     return BatchReader(stream, run.data, vocab_size, mask)

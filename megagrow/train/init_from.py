@@ -14,7 +14,7 @@ from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.errors import ConfigError
 from megagrow.formats.open_source import find_source, open_found
 from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
-from megagrow.parallel.engine import Storage
+from megagrow.parallel.sharding import Storage
 from megagrow.reshard.fill import fill_initial, fill_read
 from megagrow.reshard.layout import Layout
 from megagrow.train.source_state import STILL_MASKED, still_masked
@@ -22,7 +22,7 @@ from megagrow.train.source_state import STILL_MASKED, still_masked
 logger = logging.getLogger(__name__)
 
 _FREE = ("initializer_range", "max_position_embeddings")
-"""Fields of a model on which no weight depends."""
+"""Model fields that do not affect the weights."""
 
 
 def open_beginning(run: RunConfig) -> Source | None:

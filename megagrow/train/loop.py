@@ -26,7 +26,7 @@ from megagrow.train.train_state import RunState
 
 @dataclass(frozen=True)
 class StepDone:
-    """A step was trained; the flags name the actions that are due after it."""
+    """Event: a step was trained; the flags name the actions due after it."""
 
     state: RunState
     """State after the step."""
@@ -40,7 +40,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Stopped:
-    """A signal requested a stop; `state` is the one after the last completed step."""
+    """Event: a signal requested a stop; `state` is the one after the last completed step."""
 
     state: RunState
     reason: str
@@ -48,7 +48,7 @@ class Stopped:
 
 @dataclass(frozen=True)
 class StageEnd:
-    """All steps of the stage are done."""
+    """Event: all steps of the stage are done."""
 
     state: RunState
 

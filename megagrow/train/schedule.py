@@ -5,8 +5,8 @@ that step, so that the first of W warm-up steps trains at lr / W (never at 0) an
 lr. Decay looks at the step's beginning, so that it starts from lr and reaches min_lr at the
 horizon: all steps that begin there or later use min_lr.
 
-At a growth `rewarm` starts the schedule again; `continue` and `by_size` go on with it, as if all
-had been one stage. All three count the tokens that stages train on, not what a growth consumes.
+At a growth `rewarm` restarts the schedule; `continue` and `by_size` continue it, as if all stages
+were one. All three count the tokens that stages train on, not those that a growth consumes.
 """
 
 import math
@@ -31,11 +31,11 @@ def learning_rate(
     horizon: int,
     warmup_step: int | None = None,
 ) -> float:
-    """The rate of the step that begins at `tokens`, counted from the schedule's origin.
+    """Return the learning rate of the step that starts at `tokens` from the schedule's origin.
 
-    `horizon` is the number of tokens, from the same origin, at which the schedule ends where it
-    does not say so itself. `warmup_step` is the size of the steps that `warmup_steps` counts, by
-    default `tokens_per_step`. Where warm-up and decay overlap the smaller rate holds.
+    `horizon` is the number of tokens, from the same origin, at which the schedule ends unless it
+    specifies its own end. `warmup_step` is the step size for `warmup_steps`, by default
+    `tokens_per_step`. Where warm-up and decay overlap, the smaller rate applies.
     """
     warmup = warmup_length(schedule, warmup_step or tokens_per_step)
     end = schedule.horizon_tokens or horizon
@@ -46,14 +46,14 @@ def learning_rate(
 
 
 def warmup_length(schedule: ScheduleConfig, tokens_per_step: int) -> int:
-    """Tokens of warm-up; 0 is none."""
+    """Return the tokens of warm-up; 0 without warm-up."""
     if schedule.warmup_steps is not None:
         return schedule.warmup_steps * tokens_per_step
     return schedule.warmup_tokens or 0
 
 
 def _decayed(schedule: ScheduleConfig, tokens: int, warmup: int, end: int) -> float:
-    """How much of the way from lr to min_lr lies behind: 0 before the decay, 1 after it."""
+    """Return the progress from lr to min_lr: 0 before the decay, 1 after it."""
     if schedule.type == "constant":
         return 0.0
     start = warmup
@@ -68,9 +68,10 @@ def _decayed(schedule: ScheduleConfig, tokens: int, warmup: int, end: int) -> fl
 
 
 def origin_stage(run: RunConfig, stage_index: int) -> int:
-    """The stage at whose start the schedule of stage `stage_index` has its origin.
+    """Return the stage at whose start the schedule of stage `stage_index` has its origin.
 
-    Its own where its growth says `lr_schedule: rewarm`, else that of the stage before it.
+    This is the stage itself if its growth sets `lr_schedule: rewarm`, else the origin of the
+    previous stage.
     """
     growth = run.stages[stage_index].growth
     if stage_index > 0 and growth is not None and growth.lr_schedule != "rewarm":
@@ -79,12 +80,11 @@ def origin_stage(run: RunConfig, stage_index: int) -> int:
 
 
 def stage_optimizer(run: RunConfig, stage_index: int) -> OptimizerConfig:
-    """The optimizer settings of a stage, with the `lr` and `min_lr` that really hold.
+    """Return the optimizer settings of a stage with the effective `lr` and `min_lr`.
 
-    Its own, unless its growth says `lr_schedule: by_size`: then both rates are those of the stage
-    before it, times the ratio of the rates at which the paper trained models of the two sizes. The
-    stage's own rates have no meaning there; `config/checks.py` refuses any but those of the stage
-    before.
+    With `lr_schedule: by_size` both rates are those of the previous stage, times the ratio of the
+    rates at which the paper trained models of the two sizes. The stage's own rates are then unused;
+    `config/validation.py` refuses values other than those of the previous stage.
     """
     stage = run.stages[stage_index]
     if stage_index == 0 or stage.growth is None or stage.growth.lr_schedule != "by_size":
@@ -102,9 +102,9 @@ def rate_at(run: RunConfig, stage_index: int, stage_tokens: int) -> float:
 
     The stage's own schedule holds, warm-up included, counted from the schedule's origin (see
     `origin_stage`), with the rates of `stage_optimizer`; the default horizon is the end of the
-    whole run. So a stage that continues with the settings of the one before goes on as if there
+    entire run. So a stage that continues with the settings of the one before proceeds as if there
     were one stage. `warmup_steps` are steps of the stage at the origin: a larger batch after the
-    growth does not lengthen the warm-up that lies behind.
+    growth does not extend a completed warm-up.
     """
     stage, length = run.stages[stage_index], run.data.sequence_length
     origin = origin_stage(run, stage_index)
@@ -119,7 +119,7 @@ def rate_at(run: RunConfig, stage_index: int, stage_tokens: int) -> float:
 
 
 def new_entries_of(growth: GrowthConfig) -> NewEntriesConfig | None:
-    """The schedule of new entries, if a growth gives them one: by the run file or its operator."""
+    """Return the schedule of new entries, from the run file or the operator, or None."""
     by_operator = any(operator.rewarms for operator in operators_of(growth))
     return growth.new_entries or (NewEntriesConfig() if by_operator else None)
 

@@ -13,11 +13,11 @@ STILL_MASKED = (
     "parts of it still stand behind masks, without which it is another model; train it until they "
     "are let in"
 )
-"""What is said of a source that can not leave its run."""
+"""Error text for a masked source that cannot be used outside its run."""
 
 
 def state_of(source: Source) -> RunState:
-    """Where the source's run stood; at the beginning if it comes from no run."""
+    """Return the run state of a source; the initial state if it belongs to no run."""
     if source.run is None:
         return RunState()
     try:
@@ -28,7 +28,7 @@ def state_of(source: Source) -> RunState:
 
 
 def still_masked(source: Source) -> bool:
-    """Whether parts of the source still stand behind masks, which are part of its run."""
+    """Return True if growth masks of the source are still ramping; masks belong to its run."""
     if "growth" in source.environment:  # grown from files, and not trained since
         return source.environment["growth"]["masks"] is not None
     state, stages = state_of(source), source.environment.get("config", {}).get("stages", [])

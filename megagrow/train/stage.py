@@ -1,4 +1,4 @@
-"""A stage made real: its engine on this rank, its topology, and the layout of its state."""
+"""Built stage: engine on this rank, topology, and layout of its state."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,10 @@ from megagrow.growth.mask_schedule import stage_masks
 from megagrow.model.backends import uses_bf16
 from megagrow.model.masks import Masks
 from megagrow.model.ops import Ops
-from megagrow.parallel.engine import Storage, ZeroEngine
+from megagrow.parallel.engine import ZeroEngine
 from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.process_groups import Topology, destroy_topology, make_topology
+from megagrow.parallel.sharding import Storage
 from megagrow.parallel.tensor_parallel import rank_masks
 from megagrow.reshard.layout import Layout
 from megagrow.train.growth_event.new_entries import fresh_masks, has_per_entry_lr
@@ -30,22 +31,23 @@ class Stage:
     engine: ZeroEngine
     layout: Layout
     answers_only: bool = False
-    """The loss is the mean over the labels that count, not over all positions."""
+    """True if the loss is the mean over labels rather than over all positions."""
 
     @property
     def ops(self) -> Ops:
-        """The operations of its model."""
+        """Operations of the model."""
         return self.engine.settings.ops
 
     def release(self) -> Storage:
-        """Destroys engine and groups; returns this rank's state, all that is left in memory."""
+        """Destroy engine and process groups; return this rank's state, the only memory that
+        remains."""
         storage = self.engine.release()
         destroy_topology(self.topology)
         return storage
 
 
 def build_stage(run: RunConfig, index: int, device: torch.device) -> Stage:
-    """An empty engine for a stage of the run; its state is still to be written. Collective."""
+    """Build an empty engine for a stage; its state must be written afterwards. Collective."""
     config = run.stages[index]
     parallel = config.parallel
     topology = make_topology(parallel.tensor_model_parallel_size, device)
@@ -83,7 +85,7 @@ def masks_now(run: RunConfig, stage: Stage, stage_step: int) -> Masks | None:
 
 
 def check_layout(layout: Layout, engine: ZeroEngine, rank: int) -> None:
-    """Compares our arithmetic with DeepSpeed's own bookkeeping; a difference is a bug."""
+    """Compare the layout with DeepSpeed's bookkeeping; a difference is a bug."""
     dp_rank = rank // layout.tp
     ours = {name: layout.interval(name, dp_rank) for name in layout.plan}
     ours = {name: interval for name, interval in ours.items() if interval}

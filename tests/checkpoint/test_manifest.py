@@ -76,7 +76,7 @@ def test_files_are_checked_by_their_sizes_and_by_every_byte(tmp_path):
 def test_files_outside_of_the_checkpoint_are_not_touched(tmp_path, name):
     make = manifest_of(layout_of(MODEL, 0, 1, 1))
     write_manifest(tmp_path, make({name: FileRecord(0, xxh3_64_hexdigest(b""))}))
-    with pytest.raises(InputError, match="which is no rank's file") as error:
+    with pytest.raises(InputError, match="which is not a rank's file") as error:
         read_manifest(tmp_path)
     assert repr(name) in str(error.value) and "\n" not in str(error.value)
 

@@ -60,7 +60,9 @@ def test_a_shard_without_one_of_its_tensors_is_damage(path):
     save_file(found, file)
     manifest = parse_manifest(path)
     write_manifest(path, replace(manifest, files=manifest.files | {file.name: record_of(file)}))
-    with pytest.raises(InputError, match=r"rank-00001.*holds no model.norm.weight.exp_avg;"):
+    with pytest.raises(
+        InputError, match=r"rank-00001.*does not contain model.norm.weight.exp_avg;"
+    ):
         open_checkpoint(path)
 
 

@@ -81,7 +81,7 @@ DAMAGES = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_files_are_named(tmp_path, name):
     (tmp_path / "file").write_bytes(DAMAGES[name])
-    with pytest.raises(InputError, match="file: not a whole safetensors file"):
+    with pytest.raises(InputError, match="file: not a complete safetensors file"):
         read_header(tmp_path / "file")
 
 

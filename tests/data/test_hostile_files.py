@@ -93,7 +93,7 @@ def test_a_line_of_json_that_is_too_deep_is_named(tmp_path: Path) -> None:
     unit = SourceUnit("jsonl", (str(path),), 0, path.stat().st_size, path.stat().st_size, "")
     documents = read_documents(unit, "text")
     assert next(documents).text == "a"
-    with pytest.raises(InputError, match=r"x\.jsonl: line 2: lists or objects too deep"):
+    with pytest.raises(InputError, match=r"x\.jsonl: line 2: lists or objects are nested too deep"):
         next(documents)
 
 

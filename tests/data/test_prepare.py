@@ -128,7 +128,7 @@ def test_a_large_vocabulary_is_stored_in_32_bits(source, tmp_path, model_path, m
         ('{"text": "only one"}\n', {}, "leaves none for validation"),
         ('{"text": "only one"}\n', {"validation_fraction": 0.999999}, "leaves none for train"),
         ('{"text": "x"}\n', {"validation_fraction": 1.0}, r"1\.0 is not in \[0, 1\)"),
-        ('{"text": "x"}\n', {"workers": 0}, "workers 0"),
+        ('{"text": "x"}\n', {"workers": 0}, "workers = 0"),
         ('{"text": "x"}\n', {"vocab_size": 599}, "tokenizer has 600 tokens"),
         ('{"text": "x"}\n', {"text_key": "body"}, "line 1: no text under the key 'body'"),
     ],

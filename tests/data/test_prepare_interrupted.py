@@ -118,7 +118,7 @@ def test_ctrl_c_leaves_no_process_and_keeps_what_is_done(tmp_path, texts, model_
     os.killpg(running.pid, signal.SIGINT)
     said, _ = running.communicate(timeout=30)
     assert running.returncode == 130, said
-    assert "the same command goes on" in said and "Traceback" not in said
+    assert "rerun the same command to resume" in said and "Traceback" not in said
     _wait_for_the_end_of_group(running.pid)
     kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.json")}
     assert kept and not (output / "manifest.json").exists()

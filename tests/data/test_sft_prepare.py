@@ -100,7 +100,7 @@ def test_long_answers_are_cut_and_long_prompts_left_out(tmp_path):
     rows = manifest.splits["train"].tokens // length
     labels = read(tmp_path, range(rows), length).labels
     assert (labels != -100).sum() == sum(min(s, length) - p for p, s in sizes if p < length)
-    with pytest.raises(InputError, match=r"fits into 3 tokens \(12 do not\)"):
+    with pytest.raises(InputError, match=r"shorter than 3 tokens \(12 dropped\)"):
         prepare(tmp_path, 12, 3)
 
 

@@ -97,7 +97,7 @@ def test_long_texts_in_pieces_give_the_same_tokens(model_path, sample_texts, mon
     monkeypatch.setattr(ours, "PIECE_LENGTH", 1 << 40)
     whole = tokenizer.encode_batch([text, "x", text])
     monkeypatch.setattr(ours, "PIECE_LENGTH", 100)
-    assert len(tokenizer._cut(text)) > 100
+    assert len(tokenizer._split(text)) > 100
     assert tokenizer.encode_batch([text, "x", text]) == whole
 
 
@@ -114,7 +114,7 @@ def test_a_model_that_adds_spaces_is_not_cut(tmp_path, sample_texts):
     )
     tokenizer = load_tokenizer(tmp_path / "llama.model")
     text = "some line\n" * 20_000
-    assert tokenizer._cut(text) == [text]
+    assert tokenizer._split(text) == [text]
     assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
 
 

@@ -140,7 +140,7 @@ def test_without_lm_eval(folder, tmp_path) -> None:
 
 
 RUNS = {
-    "no tokenizer": (["data.tokenizer=null"], "evaluation turns texts into tokens: set data.token"),
+    "no tokenizer": (["data.tokenizer=null"], "evaluation needs a tokenizer; set data.token"),
     "an unknown key": (["evaluation.step=2"], "unknown key 'evaluation.step'; "),
     "no tasks": (["evaluation.tasks=[]"], "'evaluation.tasks' = []"),
     "no data folder": (["evaluation.data_dir=nowhere"], "nowhere: no such directory"),

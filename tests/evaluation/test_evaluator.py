@@ -142,7 +142,7 @@ def test_results_are_printed_on_one_line(case) -> None:
     for step, _, results, average in evaluations(run)[:3]:
         accuracy = f"{results['lambada_openai']['acc']:.4g}"
         assert (
-            f"step {step}: evaluation: average {average:.3f}, lambada_openai acc {accuracy}"
+            f"step {step} | evaluation | average {average:.3f} | lambada_openai acc {accuracy}"
             in output
         )
 

@@ -36,7 +36,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.mark.slow
 def test_train_and_grow(trained: tuple[Path, str]) -> None:
-    losses = [float(text) for text in re.findall(r"\| validation loss (\S+)", trained[1])]
+    printed = re.findall(r"(?m)^step +\d+ \| validation loss (\S+)", trained[1])
+    losses = [float(text) for text in printed]
     assert len(losses) == 3  # after steps 16, 20 and 32
     assert losses[0] > losses[-1] and losses[-1] < 4.5
     before, after = map(float, re.findall(r"growth \| loss (\S+) -> (\S+)", trained[1])[0])

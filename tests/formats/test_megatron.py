@@ -269,12 +269,10 @@ def test_files_that_do_not_hold_the_model_are_named(tmp_path):
         open_megatron(folder, model)
     folder = write_old(tmp_path / "b", state)
     with pytest.raises(
-        InputError, match=r"linear_fc1.weight has shape \[48, 32\], this model requires \[40, 32\]"
+        InputError, match=r"fc1.weight has shape \[48, 32\], .* requires \[40, 32\]"
     ):
         open_megatron(folder, model.model_copy(update={"intermediate_size": 40}))
-    with pytest.raises(
-        InputError, match=r"contains decoder.layers.1.*which this Llama does not have"
-    ):
+    with pytest.raises(InputError, match=r"contains decoder.layers.1.* does not have"):
         open_megatron(folder, model.model_copy(update={"num_hidden_layers": 1}))
     with pytest.raises(InputError, match=r"does not contain decoder.layers.2"):
         open_megatron(folder, model.model_copy(update={"num_hidden_layers": 3}))
@@ -294,9 +292,7 @@ def test_files_that_do_not_hold_the_model_are_named(tmp_path):
 
 def test_what_can_not_be_written_is_said_before_anything_is(tmp_path):
     write(tmp_path / "in", "gqa")
-    with pytest.raises(
-        InputError, match=r"--tp 4: num_key_value_heads = 2 is not divisible by TP 4"
-    ):
+    with pytest.raises(InputError, match=r"--tp 4: num_key_value_heads = 2 is not divisible"):
         give_out(tmp_path / "in", tmp_path / "out", tp=4)
     with pytest.raises(InputError, match=r"--dtype int8"):
         give_out(tmp_path / "in", tmp_path / "out", tp=1, dtype="int8")

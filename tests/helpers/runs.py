@@ -9,8 +9,7 @@ import torch.distributed as dist
 
 from megagrow.config.schema import RunConfig
 from megagrow.data.indexed import IndexedWriter
-from megagrow.parallel.engine import Storage
-from megagrow.parallel.sharding import STATE_KINDS, ParamSpec
+from megagrow.parallel.sharding import STATE_KINDS, ParamSpec, Storage
 from megagrow.reshard.fill import fill_initial
 from megagrow.reshard.layout import Layout
 from megagrow.train.data_setup import open_inputs

@@ -64,7 +64,7 @@ def test_a_cluster_from_a_file(tmp_path: Path) -> None:
         ("h100:0x4", "at least one node"),
         ("h100:8x129", "1,032 GPUs"),
         ("z9000:8x8", "--cluster z9000: not known"),
-        ("l4:8x8", "no figures of a l4 beyond its FLOP/s"),
+        ("l4:8x8", "no bandwidth figures for l4"),
         ("nowhere.yaml", "No such file"),
     ],
 )

@@ -61,7 +61,7 @@ def test_scratch_stands_beside_grown() -> None:
         assert found.tokens == pytest.approx(counted * speedup)
         assert found.tokens_per_second == pytest.approx(0.5 * 989e12 * 8 / true_flops(24))
     columns, rows = cost_columns(costs), cost_rows(costs)
-    assert columns == ["stage 0", "stage 1", "in all", "scratch at +41%", "scratch at +55%"]
+    assert columns == ["stage 0", "stage 1", "total", "scratch at +41%", "scratch at +55%"]
     assert "price" not in rows and all(len(cells) == 5 for cells in rows.values())
 
 
@@ -78,7 +78,7 @@ def test_factors_that_are_given_hold() -> None:
 def test_energy_is_not_made_up() -> None:
     costs = costs_of(gpu="gb200", mfu=0.4)
     assert costs.total.kwh is None and "energy, kWh" not in cost_rows(costs)
-    assert "Energy: unknown; give the power of a GPU with --watts." in cost_lines(costs)
+    assert "Energy: unknown; pass the power of a GPU with --watts." in cost_lines(costs)
 
 
 def measured_run(directory: Path, seconds: list[float], peak: float | None) -> Path:
@@ -113,19 +113,19 @@ def test_where_no_mfu_was_known_flops_are_taken(tmp_path: Path) -> None:
     pace = pace_of(None, directory, None, 4)
     assert pace is not None
     assert pace.flops_per_second == pytest.approx(12e9)
-    assert "as what as many ranks do" in pace.source
+    assert "assuming as many ranks" in pace.source
 
 
 @pytest.mark.parametrize(
     ("request_", "said"),
     [
         ({"gpu": "h1000"}, "--gpu h1000: not known; use one of h100-pcie, h100-nvl, h100, "),
-        ({"mfu": 0.4}, "name it with --gpu"),
+        ({"mfu": 0.4}, "name the GPU with --gpu"),
         ({"gpu": "h100", "mfu": 40.0}, "--mfu 40.0: should be more than 0 and at most 1"),
-        ({"gpu": "h100", "mfu": 0.4, "measured": Path("x")}, "give one of them"),
+        ({"gpu": "h100", "mfu": 0.4, "measured": Path("x")}, "use one of them"),
         ({"measured": Path("nowhere")}, "nowhere/metrics.jsonl: no such file"),
-        ({"gpu": "h100", "watts": 300.0}, "--watts needs --mfu, --measured or --cluster"),
-        ({"gpu": "h100", "price": 2.0}, "--price needs --mfu, --measured or --cluster"),
+        ({"gpu": "h100", "watts": 300.0}, "--watts requires --mfu, --measured or --cluster"),
+        ({"gpu": "h100", "price": 2.0}, "--price requires --mfu, --measured or --cluster"),
         ({"gpu": "h100", "mfu": 0.4, "pue": 0.9}, "--pue 0.9: should be 1 or more"),
         ({"gpu": "h100", "mfu": 0.4, "price": float("nan")}, "--price nan: should be"),
         ({"gpu_memory": "much"}, "--gpu-memory much: should be a number of bytes"),

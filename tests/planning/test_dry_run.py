@@ -15,7 +15,7 @@ from megagrow.cli.app import app
 from megagrow.config.load import load_run
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
-from megagrow.planning.dry_run import rehearse
+from megagrow.planning.dry_run import dry_run as run_dry
 from megagrow.reshard.exchange import TransferStats
 from megagrow.reshard.fill import fill_initial
 from megagrow.train.stage import Stage, build_stage
@@ -93,22 +93,22 @@ def test_what_is_built_and_moved_is_what_real_ranks_build_and_move(
 ) -> None:
     run = grown_run(tmp_path, name)
     real = run_ranks(4, grow_and_tell, run)
-    told = [rehearse(run, 4, rank) for rank in range(4)]
-    for rehearsal, (*stages, moved, _, _) in zip(told, real, strict=True):
-        assert rehearsal.problems == ()
-        for stage, (shapes, state, weights) in zip(rehearsal.stages, stages, strict=True):
+    told = [run_dry(run, 4, rank) for rank in range(4)]
+    for result, (*stages, moved, _, _) in zip(told, real, strict=True):
+        assert result.problems == ()
+        for stage, (shapes, state, weights) in zip(result.stages, stages, strict=True):
             assert {each.name: each.shape for each in stage.parameters} == one_layer(shapes)
             assert sum(each.count for each in stage.parameters) == len(shapes)
             assert (stage.held, stage.state_bytes) == (state, 12 * state)
             if stage.memory.layout.zero_stage < 3:
                 assert stage.weights_bytes == 4 * weights
-        (growth,) = rehearsal.growths
+        (growth,) = result.growths
         assert growth.volume is not None
         assert (growth.volume.bytes_sent, growth.volume.kept) == (
             moved.bytes_sent,
             moved.bytes_local,
         )
-    volumes = [rehearsal.growths[0].volume for rehearsal in told]
+    volumes = [result.growths[0].volume for result in told]
     assert sum(volume.bytes_sent for volume in volumes) == real[0][3] > 0
     assert sum(volume.kept for volume in volumes) == real[0][4]
     for rank, volume in enumerate(volumes):
@@ -160,10 +160,10 @@ def test_a_rank_of_512_on_a_7b_model_takes_seconds(tmp_path: Path) -> None:
     assert ["model.layers.*.mlp.gate_proj.weight", "1376 x 4096", "32", f"{held:,}"] in cells
     # The moments are reset: a rank's own part of the weights is all that it needs.
     (growth,) = [row for row in cells if row[:2] == ["0 -> 1", "direct_depth"]]
-    rehearsal = rehearse(load_run(path), 512, 511)
-    volume = rehearsal.growths[0].volume
+    result = run_dry(load_run(path), 512, 511)
+    volume = result.growths[0].volume
     assert volume is not None and growth[-1] == f"{volume.kept / 1e6:,.3f}"
-    assert volume.kept == 4 * sum(each.held for each in rehearsal.stages[1].parameters)
+    assert volume.kept == 4 * sum(each.held for each in result.stages[1].parameters)
 
 
 def test_problems_are_told_together(tmp_path: Path) -> None:
@@ -191,20 +191,22 @@ def test_problems_are_told_together(tmp_path: Path) -> None:
 def test_missing_tasks_and_a_checkpoint_that_is_there(tmp_path: Path) -> None:
     tasks = {"data_dir": tmp_path / "tasks"}
     run = make_run(tmp_path, [{"tokens": STEP_TOKENS}], evaluation=tasks)
-    told = rehearse(run, 4, 3)
+    told = run_dry(run, 4, 3)
     assert told.problems == (f"evaluation.data_dir = {tmp_path}/tasks: no such directory",)
-    assert any("loaded, and checked, when the run starts" in note for note in told.notes)
+    assert any("loaded and checked when the run starts" in note for note in told.notes)
     checkpoint = run.output_dir / "checkpoints" / "step-000000007"
     checkpoint.mkdir(parents=True)
     (checkpoint / MANIFEST_FILE).write_text("{}")
-    assert f"the run would go on from {checkpoint}" in "; ".join(rehearse(run, 4, 3).notes)
+    assert f"the run would resume from its checkpoint {checkpoint}" in "; ".join(
+        run_dry(run, 4, 3).notes
+    )
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run.yaml", make_run(tmp_path, [{"tokens": STEP_TOKENS}]))
     assert dry_run(path, "--world", 2, "--rank", 2) == (
         2,
-        "\nerror: --rank 2: a world of 2 has ranks 0 to 1",
+        "\nerror: --rank 2: a world size of 2 has ranks 0 to 1",
     )
     result = CliRunner().invoke(app, ["train", str(path), "--world", "2"])
     assert isinstance(result.exception, InputError) and "need --dry-run" in str(result.exception)

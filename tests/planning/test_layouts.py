@@ -104,7 +104,7 @@ def test_the_fastest_is_the_fastest_of_all_that_fit() -> None:
     [
         ((), {"cluster": "h100:8x8", "gpu": "h100"}, "leave --gpu out"),
         ((), {"cluster": "h100:8x8", "world": 8}, "leave --world 8 out"),
-        ((), {"layouts": True}, "--layouts needs --cluster"),
+        ((), {"layouts": True}, "--layouts requires --cluster"),
         ((), {"world": 0}, "--world 0"),
         ((), {"cluster": "h100:8x100"}, "global_batch_size = 1024 is not divisible"),
         (("precision=fp32",), {"cluster": "h100:8x1"}, "precision: fp32"),

@@ -32,7 +32,7 @@ def test_activations_that_do_not_fit() -> None:
     found = memory()
     needed, kept = found.training / 1e9, found.activations / 1e9
     assert said(found, 40 * 10**9) == [
-        f"stages.0 does not fit: {needed:.1f} GB of 40.0 GB per GPU; most of it are activations, "
+        f"stages.0 does not fit: {needed:.1f} GB of 40.0 GB per GPU; largest part: activations, "
         f"{kept:.1f} GB; try activation_checkpointing: full, a smaller micro_batch_size, "
         "kernels.linear_cross_entropy, zero_stage: 2 or higher, a larger "
         "tensor_model_parallel_size"
@@ -58,7 +58,7 @@ SAVING = (
 )  # fmt: skip
 def test_only_what_helps_is_advised(more: Any, world: int, part: str, tried: str) -> None:
     (text,) = said(memory(*SAVING, *more, world=world), 10**9)
-    assert f"most of it are {part}, " in text and text.endswith(f"; try {tried}")
+    assert f"largest part: {part}, " in text and text.endswith(f"; try {tried}")
 
 
 def test_an_offloaded_state_is_not_on_the_gpu() -> None:
@@ -69,4 +69,4 @@ def test_an_offloaded_state_is_not_on_the_gpu() -> None:
 def test_a_growth_that_does_not_fit() -> None:
     found = memory()
     (text,) = said(found, 80 * 10**9, growth=81 * 10**9)
-    assert text.startswith("stages.0: the growth by which it begins does not fit: 81.0 GB of 80.0")
+    assert text.startswith("stages.0: the growth at its start does not fit: 81.0 GB of 80.0")

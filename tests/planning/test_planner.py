@@ -67,10 +67,10 @@ def test_the_saving_charges_the_base_in_full() -> None:
 
 def test_whose_figures_these_are_is_said() -> None:
     said = " ".join(closing_lines(paper_plan()))
-    assert "by the paper's measurement and not ours" in said
+    assert "by the paper, not measured here" in said
     assert "41% to 55% by Gstack at g = 4 (this run: g = 4.00)" in said
-    assert "a speedup of 40.0% to 53.9%, the base charged in full" in said
-    assert "2.637e+19 FLOPs, 3.2% of them" in said
+    assert "a speedup of 40.0% to 53.9% with the base charged in full" in said
+    assert "2.637e+19 FLOPs, 3.2% of the total" in said
     assert "Warning" not in said
 
 
@@ -103,7 +103,7 @@ def test_a_run_from_scratch_promises_nothing() -> None:
 
 def large_batch(times: str) -> str:
     return (
-        f"stages.0.batch: 2,097,152 tokens a step are {times} times the best batch for so small a "
+        f"stages.0.batch: 2,097,152 tokens per step are {times} times the best batch for this "
         "budget, N tokens by the fit of DeepSeek LLM (arXiv 2401.02954)"
     )
 
@@ -115,20 +115,20 @@ def large_batch(times: str) -> str:
             ("stages.0.model.num_hidden_layers=1",),
             [  # C = 6 x 51.4M x 10B = 3.08e18, whose best batch is 326K tokens
                 large_batch("6.4"),
-                "stages.0.model.num_hidden_layers = 1: a base of one layer was worse than none in "
-                "the paper (section 4.2)",
-                "stages.1: the growth factor is 24.0; the paper advises 2 to 4",
+                "stages.0.model.num_hidden_layers = 1: in the paper a base of one layer was "
+                "worse than no base (section 4.2)",
+                "stages.1: the growth factor is 24.0; the paper recommends 2 to 4",
             ],
         ),
         (
             ("stages.0.model.num_hidden_layers=4", "stages.0.batch.global_batch_size=512"),
-            ["stages.1: the growth factor is 6.0; the paper advises 2 to 4"],
+            ["stages.1: the growth factor is 6.0; the paper recommends 2 to 4"],
         ),
         (
             ("stages.0.tokens=auto", "stages.1.tokens=1T"),
             [  # log10 d = 8.0001 + 163.27 / 21.869 - 5.74 = 9.7259; C = 9.84e18: 476K tokens
-                "stages.0.tokens = auto: equation 2 gave N tokens, but beyond the range that it "
-                "was fitted in: C = 6ND = 7.4e+21 (fitted: up to 1.2e+21)",
+                "stages.0.tokens = auto: equation 2 gives N tokens, outside the range of its fit: "
+                "C = 6ND = 7.4e+21 (fitted: up to 1.2e+21)",
                 large_batch("4.4"),
             ],
         ),
@@ -136,14 +136,14 @@ def large_batch(times: str) -> str:
 )
 def test_warnings(overrides: tuple[str, ...], said: list[str]) -> None:
     found = paper_plan(*overrides).warnings
-    assert [re.sub(r"(gave|budget,) [\d,]+", r"\1 N", text) for text in found] == said
+    assert [re.sub(r"(gives|budget,) [\d,]+", r"\1 N", text) for text in found] == said
 
 
 def test_every_growth_beyond_the_fit_is_warned_of() -> None:
     """6 x 1,233,225,728 x 1T FLOPs, whether or not the base's tokens were left to equation 2."""
-    beyond = "beyond the range that it was fitted in: C = 6ND = 7.4e+21 (fitted: up to 1.2e+21)"
+    beyond = "C = 6ND = 7.4e+21 (fitted: up to 1.2e+21)"
     given = paper_plan("stages.1.tokens=1T").warnings
-    assert given == (f"stages.1: what equation 2 advises for this growth lies {beyond}",)
+    assert given == (f"stages.1: equation 2 is outside its fitted range for this growth: {beyond}",)
     auto = paper_plan("stages.0.tokens=auto", "stages.1.tokens=1T").warnings
     assert [beyond in text for text in auto] == [True, False]
 
@@ -173,10 +173,7 @@ def test_what_is_shown() -> None:
     plan = paper_plan("stages.0.tokens=null", "stages.0.at_tokens=10B")
     plain, framed = shown(plan, terminal=False), shown(plan, terminal=True)
     assert "gstack-1.1b on 8 ranks" in plain
-    assert (
-        "| tokens                                    | 10,001,317,888 (at_tokens 10.0B) | 97,5"
-        in plain
-    )
+    assert re.search(r"\| tokens +\| 10,001,317,888 \(at_tokens 10\.0B\) \| 97,5", plain)
     assert "| connection rate Rc                  | 87.0%        |" in plain
     assert "ZeRO-1, DP 8 x TP 1" in plain
     assert plain.isascii() and not framed.isascii()
@@ -190,7 +187,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--world", "0"], "--world 0: give the number of ranks, 1 or more"),
+        (["--world", "0"], "--world 0: use 1 or more ranks"),
         (
             ["--world", "3"],
             "stages.0.batch.global_batch_size = 1024 is not divisible by micro_batch_size x data "
@@ -200,7 +197,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
             ["--set", "stages.1.model.num_hidden_layers=25"],
             "stages.1.model.num_hidden_layers = 25 is not divisible",
         ),
-        (["--set", "stages.1.at_tokens=1"], "'stages.1.tokens' and 'stages.1.at_tokens' each say"),
+        (["--set", "stages.1.at_tokens=1"], "'stages.1.tokens' and 'stages.1.at_tokens' each set"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -240,5 +237,5 @@ def test_the_command_tells_costs_and_what_does_not_fit(
 
 
 def test_problems_of_a_growth_are_refused() -> None:
-    with pytest.raises(InputError, match="names layer 7"):
+    with pytest.raises(InputError, match="contains layer 7"):
         paper_plan(f"stages.1.growth.layer_map={[7] * 24}")

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 import megagrow.reshard.fill
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import Fill, GrowthMap
-from megagrow.parallel.engine import Storage
-from megagrow.parallel.sharding import STATE_KINDS
+from megagrow.parallel.sharding import STATE_KINDS, Storage
 from megagrow.reshard.fill import fill_initial, fill_new, initial_rows
 from megagrow.reshard.layout import Layout
 from tests.helpers.hugging_face import tiny

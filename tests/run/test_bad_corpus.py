@@ -57,7 +57,7 @@ CORPORA: dict[str, tuple[Callable[[Path], object], str]] = {
     "bin one byte less": (cut(".bin", lambda size: size - 1), ".bin: truncated: "),
     "bin missing": (lambda prefix: prefix.with_suffix(".bin").unlink(), ".bin: No such file"),
     "idx empty": (cut(".idx", lambda size: 0), ".idx: the file is empty"),
-    "idx half a header": (cut(".idx", lambda size: 17), ".idx: broken index: 17 bytes are less"),
+    "idx half a header": (cut(".idx", lambda size: 17), ".idx: broken index: 17 bytes, smaller"),
     "idx header only": (cut(".idx", lambda size: 34), ".idx: broken index: it has 34 bytes"),
     "idx half": (cut(".idx", lambda size: size // 2), ".idx: broken index: it has "),
     "idx one byte less": (cut(".idx", lambda size: size - 1), ".idx: broken index: it has "),

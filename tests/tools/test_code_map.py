@@ -60,7 +60,7 @@ def test_first_sentence(text: str, sentence: str) -> None:
 
 
 def test_directives_of_a_scheduler_are_no_description() -> None:
-    assert code_map.description("launchers/slurm.sh").startswith("SLURM")
+    assert code_map.description("launchers/slurm.sh").startswith("Train under SLURM")
 
 
 def test_a_page_without_markers_is_refused() -> None:

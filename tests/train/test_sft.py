@@ -203,5 +203,5 @@ def test_what_can_not_be_tuned_is_refused_in_one_line(tmp_path):
 
 def test_a_corpus_without_a_mask_is_refused(tmp_path):
     run = make_run(tmp_path, [{"tokens": 64}], objective="sft")
-    with pytest.raises(InputError, match=r"train\.mask\.bin: no such file; objective: sft needs"):
+    with pytest.raises(InputError, match=r"train\.mask\.bin: no such file; objective: sft"):
         open_inputs(run)

@@ -28,7 +28,7 @@ divides by sqrt(2 num_hidden_layers), as in Megatron-LM."""
 
 @dataclass(frozen=True)
 class ActivationAxis:
-    """A vector of activations that flows through the model, and the config fields of its size."""
+    """Vector of activations that passes between blocks, and the config fields of its size."""
 
     name: str
     sizes: tuple[str, ...]
@@ -38,7 +38,7 @@ class ActivationAxis:
     block: str | None = None
     """Field with the number of entries that LiGO mixes as one; None: every entry is mixed alone."""
     sliced: bool = True
-    """Whether tensor parallelism slices the axis."""
+    """True if tensor parallelism slices the axis."""
 
     def size(self, config: ModelConfig) -> int:
         """Return the number of entries in a model."""
@@ -115,7 +115,7 @@ class ParameterDeclaration:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Settings of a stage that decide the activation bytes of a layer."""
+    """Settings of a stage that determine the activation bytes of a layer."""
 
     tokens: int
     """Tokens of the micro-batch."""
@@ -136,9 +136,9 @@ def no_score_flops(config: ModelConfig, sequence_length: int) -> int:
 
 @dataclass(frozen=True)
 class LayerType:
-    """Everything the other packages need to know about one type of block.
+    """Properties of one type of block used by the other packages.
 
-    A block reads the output of a norm and adds its own output to the residual stream. Tensor
+    A block reads the output of a norm and adds its output to the residual stream. Tensor
     parallelism slices the axes that are `sliced`, and needs one collective before and one after the
     block. Growth lifts the axes of the parameters.
     """

@@ -1,1 +1,1 @@
-"""Everything that happens between two stages."""
+"""Growth events: all actions between two stages."""

@@ -1,4 +1,4 @@
-"""What a growth event reads and uses up by itself, where it trains to find out how to grow."""
+"""Data and cost accounting of growth events that train (LiGO, operator search)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from megagrow.parallel.process_groups import Topology
 
 
 class Feed(NamedTuple):
-    """The run's stream, from the token on that comes next."""
+    """Training stream of the run from its current position."""
 
     reader: BatchReader
     position: int
     length: int
-    """Of a sequence."""
+    """Tokens per sequence."""
     before_step: Callable[[], None] = lambda: None
     """Called on all ranks before each step: it may end the growth by an exception."""
 
@@ -38,16 +38,16 @@ class Feed(NamedTuple):
 
 @dataclass(frozen=True)
 class GrowthCost:
-    """What a growth used up by training."""
+    """Cost of a growth that trains."""
 
     tokens: int = 0
-    """Of the stream, which goes on behind them."""
+    """Tokens consumed from the stream."""
     flops: float = 0.0
-    """By the paper's account."""
+    """FLOPs by the paper's account."""
     flops_true: float = 0.0
-    """With attention, and with what it takes to make learned weights."""
+    """FLOPs with attention, and with the formation of learned weights."""
     losses: tuple[float, ...] = ()
-    """Of each step of a learned growth the mean over its tokens, in nats, before the update."""
+    """Mean loss per token in nats of each step of a learned growth, before the update."""
 
     def plus(self, other: "GrowthCost") -> "GrowthCost":
         """Both together; the losses are those of the first."""
@@ -60,7 +60,7 @@ class GrowthCost:
 
 
 def spent_on_steps(stage: StageConfig, length: int, steps: int) -> GrowthCost:
-    """The FLOPs of some steps of a stage whose tokens are trained on again later."""
+    """Return the FLOPs of steps whose tokens are trained on again later."""
     tokens = steps * step_tokens(stage, length)
     return GrowthCost(
         flops=paper_flops_per_token(stage.model) * tokens,

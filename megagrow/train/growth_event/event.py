@@ -1,4 +1,4 @@
-"""The growth event: one stage's state becomes the next one's, rank to rank, in the running job."""
+"""Growth event: transfer of one stage's state to the next between ranks of the running job."""
 
 import math
 import time
@@ -29,11 +29,11 @@ from megagrow.train.step import peak_memory, train_step
 
 @dataclass(frozen=True)
 class GrowthReport:
-    """What a growth was and what it cost, over all ranks."""
+    """Description and cost of a growth over all ranks."""
 
     operator: tuple[str, ...]
     layers: tuple[int, ...]
-    """For each layer the one that it came from, -1 for none."""
+    """Source layer of each layer, -1 for none."""
     connection_rate: float
     optimizer_state: str
     preserves_function: bool
@@ -47,7 +47,7 @@ class GrowthReport:
 
 @dataclass(frozen=True)
 class FinishedStage:
-    """What is left of a stage that has ended: its state, where it lies, and nothing else."""
+    """State of a finished stage and its layout."""
 
     index: int
     state: ShardedState
@@ -56,7 +56,7 @@ class FinishedStage:
 
 
 def end_stage(stage: Stage) -> FinishedStage:
-    """Destroys a stage's engine and keeps its state; all ranks together."""
+    """Destroy a stage's engine and keep its state. Collective."""
     step = stage.engine.adam_step
     return FinishedStage(
         stage.index, ShardedState(stage.layout, stage.release()), step, stage.topology.device
@@ -64,8 +64,8 @@ def end_stage(stage: Stage) -> FinishedStage:
 
 
 def grow(run: RunConfig, ended: FinishedStage, feed: Feed) -> tuple[Stage, GrowthReport]:
-    """The next stage, holding the grown state, out of one that has ended and stays as it is; all
-    ranks together. What has to be learned or measured for it is read from `feed`."""
+    """Build the next stage with the grown state of a finished one, which is unchanged.
+    Collective."""
     begin = time.perf_counter()
     options = run.stages[ended.index + 1].growth
     assert options is not None
@@ -80,7 +80,7 @@ def grow(run: RunConfig, ended: FinishedStage, feed: Feed) -> tuple[Stage, Growt
 def _map_of(
     run: RunConfig, ended: FinishedStage, options: GrowthConfig, feed: Feed
 ) -> tuple[GrowthMap, GrowthCost]:
-    """The map, and what it took to find it: nothing, if it is not learned."""
+    """Return the growth map and its cost, which is zero unless it is learned."""
     if is_learned(options):
         return learn_growth(run, ended.index + 1, ended.state, ended.device, feed)
     return stage_growth(run, ended.index + 1), GrowthCost()

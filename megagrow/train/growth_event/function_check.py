@@ -1,4 +1,4 @@
-"""How much a growth has changed what the model computes, seen on one sequence."""
+"""Change of the model's function by a growth, measured on one sequence."""
 
 from typing import NamedTuple
 
@@ -12,11 +12,11 @@ from megagrow.train.stage import Stage
 from megagrow.train.step import model_inputs
 
 POSITIONS = 256
-"""Positions that are compared: the whole vocabulary at each of them is kept, on every rank."""
+"""Positions compared; full-vocabulary logits of each are kept on every rank."""
 
 
 class Change(NamedTuple):
-    """What became of the prediction at a growth."""
+    """Change of the prediction at a growth."""
 
     kl: float
     """Mean over positions of KL(source || grown), in nats."""
@@ -39,7 +39,7 @@ def predictions(stage: Stage, reader: BatchReader, masks: Masks | None) -> Tenso
 
 
 def change(before: Tensor, after: Tensor) -> Change:
-    """The difference of two predictions; tokens that the source did not know are left out."""
+    """Return the difference of two predictions, excluding tokens unknown to the source."""
     after = after[:, : before.shape[1]]
     source, grown = (x.double().log_softmax(1) for x in (before, after))
     kl = (source.exp() * (source - grown)).sum(1).mean()

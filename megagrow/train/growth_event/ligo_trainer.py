@@ -5,7 +5,7 @@ rises to 7e-5 and falls along a cosine to 7e-6, gradients clipped to norm 1. Wei
 out: it would pull B, A and D to zero, and a good growth is no small one. The source is frozen.
 
 What is trained is small, equal on all ranks, and gone when the growth is done. A job that dies here
-goes on from the checkpoint before the growth, to the same result.
+resumes from the checkpoint before the growth, with the same result.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,15 +49,15 @@ from megagrow.train.schedule import learning_rate
 from megagrow.train.step import model_inputs
 
 BETAS, CLIP = (0.9, 0.95), 1.0
-"""Of AdamW, and the global norm of gradients: the authors' recipe."""
+"""AdamW settings and gradient clipping of the authors' recipe."""
 
 
 def learn_growth(
     run: RunConfig, index: int, source: ShardedState, device: torch.device, feed: Feed
 ) -> tuple[GrowthMap, GrowthCost]:
-    """The map by which stage `index` comes out of the source, trained; all ranks together.
+    """Train and return the growth map of stage `index`. Collective.
 
-    InputError if the stream can not be read.
+    Raises DataError if the stream cannot be read.
     """
     stage = run.stages[index]
     assert stage.growth is not None
@@ -150,7 +150,7 @@ def _spent(run: RunConfig, index: int, learned: LigoParameters, losses: list[flo
 
 
 class Formed(nn.Module):
-    """A part of a model that has no weights of its own: `form` makes them for every call."""
+    """Module without its own weights: `form` produces them for every call."""
 
     def __init__(self, part: nn.Module, form: Callable[[], Mapping[str, Tensor]]) -> None:
         super().__init__()
@@ -166,19 +166,19 @@ class Formed(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Forming:
-    """What the target's weights are made of, and how they are spread."""
+    """Composition of the target's weights, and their sharding."""
 
     learned: LigoParameters
     source: ShardedState
     settings: EngineSettings
-    """Of the target."""
+    """Model config of the target."""
     topology: Topology
     dtype: torch.dtype
     """Dtype of forward and backward; weights are computed in that of the learnable parameters."""
 
     @cached_property
     def plan(self) -> dict[str, ParamSpec]:
-        """Of the target."""
+        """Plan of the target's parameters."""
         return parameter_plan(self.settings.model, self.topology.tp)
 
     def weights(self, names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -193,16 +193,16 @@ class Forming:
         for called, spec, recipe, matrix in zip(names, specs, recipes, mixed, strict=True):
             weight = grown_slice(spec, recipe, matrix, tp, tp_rank)
             if spec.tp_dim is None and weight.requires_grad:
-                # All tensor-parallel ranks find its whole gradient, which is to count once.
+                # All tensor-parallel ranks compute its full gradient, which must count once.
                 weight.register_hook(lambda grad: grad / tp)
             found[called] = weight.to(self.dtype)
         return found
 
 
 def formed_model(forming: Forming) -> LlamaForCausalLM:
-    """This rank's share of the target, without weights."""
+    """Return this rank's part of the target, without weights."""
     settings, topology = forming.settings, forming.topology
-    # Parts are recomputed as a whole, so nothing within them is.
+    # Parts are recomputed entirely, so nothing within them is.
     parallel = settings.parallel.model_copy(update={"activation_checkpointing": "none"})
     plan = forming.plan
     model = build_model(plan, replace(settings, parallel=parallel), topology, forming.dtype)

@@ -1,4 +1,4 @@
-"""New and old entries of a grown model: which they are, and at what rate each of them trains."""
+"""New and old entries of a grown model, and their learning rates."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -10,14 +10,14 @@ from torch import Tensor
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import RunConfig
 from megagrow.growth.map import Fresh
-from megagrow.parallel.engine import Storage
+from megagrow.parallel.sharding import Storage
 from megagrow.reshard.copy_ops import block_view
 from megagrow.reshard.layout import Block, Layout
 from megagrow.train.schedule import new_entries_of, new_entries_rate, rate_at
 
 
 class UpdateFactors(NamedTuple):
-    """Factors on what a step changes of new and of old entries."""
+    """Factors on the updates of new and of old entries."""
 
     new: float = 1.0
     old: float = 1.0
@@ -40,7 +40,7 @@ def update_factors(run: RunConfig, stage_index: int, stage_tokens: int) -> Updat
 
 
 def has_per_entry_lr(growth: GrowthConfig | None) -> bool:
-    """Whether a growth ever treats new and old entries differently while the stage is trained."""
+    """Return True if new and old entries are treated differently at any time of the stage."""
     return growth is not None and bool(new_entries_of(growth) or growth.freeze_tokens)
 
 
@@ -66,7 +66,7 @@ def fresh_masks(
 
 
 def _new_in(fresh: Fresh, block: Block) -> np.ndarray:
-    """(rows, cols) of a block: new are all, or what lies in a new row or in a new column."""
+    """Return the mask (rows, cols) of a block: True in new rows and new columns."""
     new = np.full((len(block.rows), len(block.cols)), fresh.whole)
     if fresh.rows is not None:
         new |= fresh.rows[block.rows.start : block.rows.stop, None]

@@ -1,4 +1,4 @@
-"""The growths of a run, and what they leave behind for training: pure functions of its config."""
+"""Growths of a run and their effect on training: pure functions of its config."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ from megagrow.train.train_state import RunState
 
 
 def stage_growth(run: RunConfig, index: int) -> GrowthMap:
-    """The map by which stage `index` of a run comes out of the one before; checked."""
+    """Return the validated growth map of stage `index`."""
     source, stage = run.stages[index - 1], run.stages[index]
     if stage.growth is None:
         raise AssertionError(f"stage {index} has no growth")
@@ -28,7 +28,7 @@ def stage_scales(run: RunConfig, index: int) -> dict[str, ParamScale]:
     """Factors on the hyper-parameters of a stage's parameters, of all growths that led to it.
 
     A growth that is to follow its source exactly sets them, and later ones pass them on: a
-    parameter keeps those of what it is made of.
+    parameter keeps those of its sources.
     """
     scales: dict[str, ParamScale] = {}
     for later in range(1, index + 1):
@@ -41,7 +41,7 @@ def stage_scales(run: RunConfig, index: int) -> dict[str, ParamScale]:
 
 
 def stage_layout(run: RunConfig, index: int, world_size: int) -> Layout:
-    """The layout that a stage's state has on so many ranks, which its settings must fit."""
+    """Return the layout of a stage's state on `world_size` ranks, which must be valid."""
     stage = run.stages[index]
     tp = stage.parallel.tensor_model_parallel_size
     plan = parameter_plan(stage.model, tp)
@@ -63,7 +63,7 @@ def _passed_on(
 
 
 def with_operators(run: RunConfig, index: int, names: tuple[str, ...]) -> RunConfig:
-    """The run with these operators in the place of what stage `index` says of them."""
+    """Return the run with these operators for the growth of stage `index`."""
     stage = run.stages[index]
     assert stage.growth is not None
     growth = stage.growth.model_copy(update={"operator": list(names), "probe": None})

@@ -53,8 +53,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "other json": (lambda path: (path / "manifest.json").write_text("[1, 2]"), "damaged"),
     "field missing": (lambda path: (path / "manifest.json").write_text("{}"), "damaged"),
     "other format": (rewrite(format=1), "written in format 1, this version reads 2"),
-    "changed manifest": (rewrite(adam_step=12), "its checksum is another one"),
-    "file elsewhere": (escape, "names '../x', which is no rank's file"),
+    "changed manifest": (rewrite(adam_step=12), "checksum mismatch"),
+    "file elsewhere": (escape, "names '../x', which is not a rank's file"),
 }
 """What happens to a checkpoint, and what is said of it."""
 

@@ -11,8 +11,7 @@ from megagrow.checkpoint.save import Save
 from megagrow.checkpoint.shards import own_tensors
 from megagrow.common.checksums import Files
 from megagrow.config.schema import ModelConfig
-from megagrow.parallel.engine import Storage
-from megagrow.parallel.sharding import parameter_plan
+from megagrow.parallel.sharding import Storage, parameter_plan
 from megagrow.reshard.layout import Layout
 from tests.helpers.hugging_face import tiny
 from tests.helpers.reshard.definition import random_state, storage_of

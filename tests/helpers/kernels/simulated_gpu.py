@@ -26,7 +26,7 @@ from megagrow.model.backends import Backends, KernelWorkload
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.machine import Machine
 from megagrow.model.ops import make_ops
-from megagrow_kernels.compiling import watched
+from megagrow_kernels.compiling import record_compilations
 from megagrow_kernels.cross_entropy import vocab_gradient_, vocab_statistics
 
 CUDA = torch.device("cuda", 0)
@@ -117,7 +117,7 @@ def main() -> None:
     """Run the steps and print the kernels."""
     settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     driver.set_active(Driver())
-    with simulated_gpu(settings["programs"]), watched() as kernels:
+    with simulated_gpu(settings["programs"]), record_compilations() as kernels:
         for stage in settings["stages"]:
             step(StageConfig.model_validate(stage), settings["sequence"])
     print(json.dumps([[kernel.name, kernel.hash, kernel.cached] for kernel in kernels]))

@@ -13,8 +13,7 @@ from torch.nn.functional import pad
 
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap
 from megagrow.model.layers.base import VOCAB
-from megagrow.parallel.engine import Storage
-from megagrow.parallel.sharding import STATE_KINDS, ParamSpec
+from megagrow.parallel.sharding import STATE_KINDS, ParamSpec, Storage
 from megagrow.reshard.fill import normal
 from megagrow.reshard.layout import Layout
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from megagrow.checkpoint.load import load_storage, newest_checkpoint
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.growth.map import Fresh
-from megagrow.parallel.engine import Storage
-from megagrow.parallel.sharding import STATE_KINDS
+from megagrow.parallel.sharding import STATE_KINDS, Storage
 from megagrow.reshard.layout import Layout
 from megagrow.train.data_setup import open_inputs
 from megagrow.train.fault_tolerance.signals import StopSignal

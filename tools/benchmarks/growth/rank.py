@@ -23,10 +23,9 @@ import torch.distributed as dist
 
 import megagrow.train.growth_event.event as growing
 from megagrow.config.schema import RunConfig
-from megagrow.parallel.engine import Storage
 from megagrow.parallel.launch import read_launch
 from megagrow.parallel.process_groups import init_process_group, leave_process_group
-from megagrow.parallel.sharding import STATE_KINDS
+from megagrow.parallel.sharding import STATE_KINDS, Storage
 from megagrow.reshard.layout import Layout
 from megagrow.train.growth_event.run_growths import stage_growth
 from megagrow.train.stage import Stage, build_stage
