@@ -15,10 +15,10 @@ from megagrow.errors import ConfigError
 
 logger = logging.getLogger("megagrow.config")
 
-Section = tuple[str, ...]
+SectionPath = tuple[str, ...]
 """Keys that lead to a section of a run file, without `stages` and list indices."""
 
-RENAMED_KEYS: dict[Section, dict[str, str]] = {
+RENAMED_KEYS: dict[SectionPath, dict[str, str]] = {
     (): {"stage": "objective"},
     ("growth",): {
         "literal": "paper_exact",
@@ -32,7 +32,7 @@ RENAMED_KEYS: dict[Section, dict[str, str]] = {
 }
 """Old name -> current name of the keys of each section."""
 
-RENAMED_VALUES: dict[Section, dict[str, str]] = {
+RENAMED_VALUES: dict[SectionPath, dict[str, str]] = {
     ("growth", "optimizer_state"): {
         "keep_v": "keep_second_moment",
         "probe_v": "estimate_second_moment",
@@ -40,7 +40,7 @@ RENAMED_VALUES: dict[Section, dict[str, str]] = {
 }
 """Old value -> current value of a key."""
 
-STAGES: Section = ("stages",)
+STAGES: SectionPath = ("stages",)
 """Section of a stage; of its keys only those of `growth` are renamed, found at `("growth",)`."""
 
 
@@ -61,27 +61,27 @@ def rename_override(names: list[str], value: Any, origin: str) -> tuple[list[str
         ConfigError: the value is a mapping in which a key is present under both names.
     """
     current: list[str] = []
-    section: Section = ()
+    section: SectionPath = ()
     for name in names:
         current.append(_current_key(name, section, warn=True))
         section = _inner(section, current[-1])
     return current, _renamed(value, section, origin, f"{'.'.join(current)}.", warn=True)
 
 
-def rename_recorded(values: Mapping[str, Any], section: Section = ()) -> dict[str, Any]:
+def rename_recorded(values: Mapping[str, Any], section: SectionPath = ()) -> dict[str, Any]:
     """Return a recorded configuration, or one `section` of it, under the current names."""
     renamed: dict[str, Any] = _renamed(values, section, "recorded configuration", "", warn=False)
     return renamed
 
 
-def _inner(section: Section, name: str) -> Section:
+def _inner(section: SectionPath, name: str) -> SectionPath:
     """Return the section that the key or list index `name` of `section` leads to."""
     if section == STAGES:
         return STAGES if name.isdecimal() else (name,)
     return (*section, name)
 
 
-def _renamed(value: Any, section: Section, origin: str, prefix: str, *, warn: bool) -> Any:
+def _renamed(value: Any, section: SectionPath, origin: str, prefix: str, *, warn: bool) -> Any:
     """Return a copy of `value`, found at `section`, under the current names."""
     if isinstance(value, Mapping):
         out = {}
@@ -106,7 +106,7 @@ def _renamed(value: Any, section: Section, origin: str, prefix: str, *, warn: bo
     return current
 
 
-def _current_key(key: Any, section: Section, *, warn: bool) -> Any:
+def _current_key(key: Any, section: SectionPath, *, warn: bool) -> Any:
     current = RENAMED_KEYS.get(section, {}).get(key)
     if current is None:
         return key

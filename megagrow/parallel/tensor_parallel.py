@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megagrow.model.layers.modules import Block, RMSNorm
+from megagrow.model.layers.modules import LayerModule, RMSNorm
 from megagrow.model.layers.table import EMBEDDING
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.masks import Masks
@@ -65,7 +65,7 @@ def parallelize(
     if sequence_parallel:
         pre, post = collectives.gather_from_sequence, collectives.scatter_to_sequence
     for block in model.modules():
-        if isinstance(block, Block):
+        if isinstance(block, LayerModule):
             block.pre_collective = Region(pre, topology.tp_group)
             block.post_collective = Region(post, topology.tp_group)
     spec = plan[EMBEDDING.name]

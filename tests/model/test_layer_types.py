@@ -24,7 +24,7 @@ from megagrow.model.layers.base import (
     LayerType,
     ParameterDeclaration,
 )
-from megagrow.model.layers.modules import Block, Context
+from megagrow.model.layers.modules import Context, LayerModule
 from megagrow.model.layers.table import BlockDeclaration
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.parallel.sharding import parameter_plan
@@ -42,7 +42,7 @@ PARAMETERS = (
 )
 
 
-class Scaled(Block):
+class Scaled(LayerModule):
     """out_proj(scale * tanh(in_proj(x)))."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -17,7 +17,7 @@ from megagrow.model.layers.base import (
 )
 
 if TYPE_CHECKING:
-    from megagrow.model.layers.modules import Block
+    from megagrow.model.layers.modules import LayerModule
 
 _QUERIES = ("num_attention_heads", "head_dim")
 _KEYS = ("num_key_value_heads", "head_dim")
@@ -68,7 +68,7 @@ def _activation_bytes(config: ModelConfig, batch: MicroBatch) -> int:
     return operands + batch.tokens * batch.sequence_length * (4 * queries + batch.tp)
 
 
-def _build(config: ModelConfig) -> "Block":
+def _build(config: ModelConfig) -> "LayerModule":
     from megagrow.model.layers.modules import Attention
 
     return Attention(config)

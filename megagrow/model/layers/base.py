@@ -152,7 +152,7 @@ class LayerType:
     """Bytes that the backward pass keeps of a micro-batch, without the input of the block. The
     tensor-parallel ranks share them equally."""
     build: "Callable[[ModelConfig], nn.Module]"
-    """Return the module, a `megagrow.model.layers.modules.Block`."""
+    """Return the module, a `megagrow.model.layers.modules.LayerModule`."""
     score_label: str = ""
     """Name of the products between activations in tables of FLOPs."""
     score_flops: Callable[[ModelConfig, int], int] = no_score_flops

@@ -13,7 +13,7 @@ from megagrow.model.layers.base import (
 )
 
 if TYPE_CHECKING:
-    from megagrow.model.layers.modules import Block
+    from megagrow.model.layers.modules import LayerModule
 
 FFN = ActivationAxis("ffn", ("intermediate_size",), "intermediate_size")
 
@@ -33,7 +33,7 @@ def _activation_bytes(config: ModelConfig, batch: MicroBatch) -> int:
     return 4 * FFN.size(config) * batch.tokens * batch.width
 
 
-def _build(config: ModelConfig) -> "Block":
+def _build(config: ModelConfig) -> "LayerModule":
     from megagrow.model.layers.modules import MLP
 
     return MLP(config)

@@ -62,7 +62,7 @@ class RMSNorm(nn.Module):
         return context.ops.add_rms_norm(x_BSD, delta_BSD, weight, self.eps)
 
 
-class Block(nn.Module):
+class LayerModule(nn.Module):
     """Base class of the blocks of a decoder layer: forward(x_BSD, context) -> x_BSD."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Block(nn.Module):
         self.post_collective: nn.Module = nn.Identity()
 
 
-class Attention(Block):
+class Attention(LayerModule):
     """Causal self-attention. The number of local heads follows from the projections."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -101,7 +101,7 @@ class Attention(Block):
         return masked_groups(x.unflatten(-1, (-1, self.head_dim)), mask_G)
 
 
-class MLP(Block):
+class MLP(LayerModule):
     """SwiGLU feed-forward block."""
 
     def __init__(self, config: ModelConfig) -> None:
