@@ -202,7 +202,7 @@ def test_a_byte_that_changes_on_the_disk_is_noticed_and_made_again(path, tmp_pat
             file.write_bytes(data)
 
     with monkeypatch.context() as patch:
-        patch.setattr("megagrow.offline.writer.forget", flip)
+        patch.setattr("megagrow.offline.writer.drop_from_cache", flip)
         with pytest.raises(InputError, match=r"is not on the disk as it was written; give the sam"):
             grow(out=tmp_path / "out", **request)
     assert not (tmp_path / "out").exists()
