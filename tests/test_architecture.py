@@ -16,8 +16,6 @@ import pytest
 
 from tests.helpers.source_tree import (
     ROOT,
-    Function,
-    docstrings,
     dotted,
     files,
     functions,
@@ -25,10 +23,8 @@ from tests.helpers.source_tree import (
     module_of,
     name_of,
     names,
-    public,
     tree_of,
     types_of,
-    unannotated,
     within,
 )
 
@@ -44,12 +40,6 @@ FUNCTION_LINES, KERNEL_FUNCTION_LINES = 60, 120
 MEDIAN_FUNCTION, MOST_FUNCTIONS, MOST_SHARE = 12, 40, 0.9
 LINE_WIDTH = 100
 SMALL_MODULE, MOST_MODULES, MOST_MODULES_OF_A_FOLDER = 60, 214, 20
-
-DOCSTRING_RULE_FOLDERS: tuple[str, ...] = (
-    *("megagrow/cli", "megagrow/common"),
-    *("tests/cli", "tests/common", "tests/doctor", "tests/fuzz"),
-)
-"""Folders in which the rule on the first word of docstrings already holds."""
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("code", "megagrow/formats/torch_file.py: imports pickle.UnpicklingError"): (
@@ -71,7 +61,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("small", "megagrow/cli/train.py: imported by megagrow.cli.app only"): (
         "the command line has one file per command group"
     ),
-    ("small", "megagrow/train/reporting/environment.py: imported by megagrow.run only"): (
+    ("small", "megagrow/train/reporting/run_logger.py: imported by megagrow.run only"): (
         "the provenance record of a run does not depend on the logger that writes it"
     ),
 }
@@ -287,29 +277,3 @@ def test_number_of_modules() -> None:
 
 def test_tools_contains_folders_only() -> None:
     hold("tools", [name_of(path) for path in (ROOT / "tools").glob("*.py")])
-
-
-FIRST_WORD = re.compile(r"(?:What|Whether|Who|How|Of|Where)\b")
-
-
-@pytest.mark.parametrize("folder", DOCSTRING_RULE_FOLDERS)
-def test_docstrings_begin_with_a_verb_or_a_noun(folder: str) -> None:
-    found = [
-        f"{name_of(path)}:{line}: {text.splitlines()[0]}"
-        for path in files(folder)
-        for line, text in docstrings(path)
-        if FIRST_WORD.match(text.strip())
-    ]
-    hold("docstring", found)
-
-
-def test_public_names_have_docstrings_and_annotations() -> None:
-    found = []
-    for path in PRODUCT:
-        for node, is_method in public(path):
-            name = f"{name_of(path)}: {node.name}"
-            if not is_method and not ast.get_docstring(node):
-                found.append(f"{name} has no docstring")
-            if isinstance(node, Function) and (missing := unannotated(node)):
-                found.append(f"{name} has no annotation for {', '.join(missing)}")
-    hold("public", found)

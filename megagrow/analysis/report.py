@@ -1,15 +1,18 @@
 """Report on finished runs: comparison, tables, plots and the HTML page."""
 
+import base64
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from megagrow.analysis.compare import PLOT, closing_lines, compare_runs, load_runs
-from megagrow.analysis.curves import RunCurves
+from megagrow.analysis.curves import SMOOTHING, RunCurves
+from megagrow.analysis.flop_accounting import ACCOUNTS
 from megagrow.analysis.paper import compare_with_paper, read_paper
-from megagrow.analysis.report_page import Plot, render_page
 from megagrow.analysis.report_plots import (
     plot_costs,
     plot_run_metrics,
@@ -18,6 +21,7 @@ from megagrow.analysis.report_plots import (
     plot_spikes,
 )
 from megagrow.analysis.report_tables import (
+    Table,
     as_markdown,
     growth_table,
     run_table,
@@ -25,10 +29,25 @@ from megagrow.analysis.report_tables import (
     speedup_table,
 )
 from megagrow.analysis.seeds import Matchup, group_runs, match_groups
+from megagrow.analysis.speedup_curve import LEVELS, START_SHARE
 from megagrow.common.tables import print_lines
 
 PAGE, MARKDOWN = "report.html", "report.md"
 TITLE = "Growth compared with training from scratch"
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """PNG of the report with title and caption."""
+
+    path: Path
+    title: str
+    caption: str
+
+    @property
+    def base64(self) -> str:
+        """File contents in base64, for a data URI."""
+        return base64.b64encode(self.path.read_bytes()).decode("ascii")
 
 
 def write_report(
@@ -116,3 +135,46 @@ def _plots(curves: Sequence[RunCurves], matchups: Sequence[Matchup], output: Pat
 def _save_plot(figure: Figure, path: Path, title: str, caption: str) -> Plot:
     figure.savefig(path)
     return Plot(path, title, caption)
+
+
+TEMPLATE = "report.html"
+
+
+METHOD = (
+    "Speedup: sp = FLOPs from scratch / FLOPs grown - 1 at the same loss (arXiv 2405.15319, "
+    "equation 48). The fraction of FLOPs saved is 1 - 1 / (1 + sp): an sp of 54.6% saves 35.3%.",
+    "A run reaches a loss at the end of the last segment of its curve above that loss. Between two "
+    "measurements the loss is interpolated linearly in log FLOPs. A dip before the loss spike of a "
+    "growth does not count.",
+    "Runs are compared by validation loss, without smoothing, if all of them have it. Otherwise "
+    "they are compared by training loss, where each point is the mean over the last "
+    f"{SMOOTHING:.0%} of the run's tokens, never across a growth.",
+    f"sp is measured at up to {LEVELS} evenly spaced losses, from the highest one that all runs "
+    f"have after the first {START_SHARE:.0%} of their FLOPs to the worst of their final losses.",
+    "Runs whose configurations differ only in seed, name and directory are one setting. Every "
+    "grown run is compared with every run from scratch; reported are the mean sp over these pairs, "
+    "its range (the band) and its sample standard deviation. Pairs share runs, so the deviation "
+    "describes the variation between seeds and is not a standard error.",
+    f"FLOPs are counted by three accounts. {ACCOUNTS['flops']}: 6 times all parameters of the "
+    "current model, for every token; used by all plots that name no other account. "
+    f"{ACCOUNTS['flops_charged']}: a token of the base costs its fraction, 1 / g, of the target's "
+    "non-embedding parameters. "
+    f"{ACCOUNTS['flops_true']}: FLOPs of all matrix products.",
+    "Spike: smoothed training loss just before a growth, the highest loss after it until recovery "
+    "to that value, and the tokens until recovery.",
+)
+
+
+def render_page(
+    title: str, tables: Sequence[Table], findings: Sequence[str], plots: Sequence[Plot]
+) -> str:
+    """Return the HTML page: first table, findings, other tables, plots, method.
+
+    All text is escaped. The page loads no external resources.
+    """
+    environment = Environment(
+        loader=PackageLoader("megagrow.analysis"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template(TEMPLATE).render(
+        title=title, tables=tables, findings=findings, plots=plots, method=METHOD
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from megagrow.checkpoint.files import checkpoint_name, list_checkpoints, shard_name
+from megagrow.checkpoint.discovery import checkpoint_name, list_checkpoints, shard_name
 from megagrow.checkpoint.manifest import Manifest, write_manifest
 from megagrow.checkpoint.retention import remove_unfinished
 from megagrow.checkpoint.shards import planned_shard, write_shard

@@ -53,7 +53,7 @@ def timing(sources: Sources, output: Output, budgets: Budgets = None) -> None:
 @fit_app.command()
 def factor(sources: Sources, output: Output, budgets: Budgets = None) -> None:
     """Fit the growth factor: the g of the lowest loss at equal FLOPs."""
-    from megagrow.fits.factor import PAPER_BEST, factor_parabolas, fit_factor
+    from megagrow.fits.parabola import PAPER_BEST, factor_parabolas, fit_factor
     from megagrow.fits.plots import plot_factor
     from megagrow.fits.tables import factor_table
 

@@ -1,1 +1,1 @@
-"""How state moves: who holds what (layout), what goes where (plan), and the moving (exchange)."""
+"""State movement: layouts (who holds which part), plans (which part goes where), the exchange."""

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import torch
 
-from megagrow.checkpoint.discovery import FoundCheckpoint, valid_checkpoints
-from megagrow.checkpoint.files import list_checkpoints, step_of
+from megagrow.checkpoint.discovery import (
+    FoundCheckpoint,
+    list_checkpoints,
+    step_of,
+    valid_checkpoints,
+)
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import Manifest, read_manifest, verify_checkpoint
 from megagrow.common.atomic_files import staging_folder

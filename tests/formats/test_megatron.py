@@ -25,13 +25,12 @@ from tests.helpers.hugging_face import tiny
 from tests.helpers.reshard.definition import State, random_state
 from tests.helpers.reshard.models import layout_of
 
-MODELS = {
+MODELS = {  # vocabulary 101
     "mha": tiny(),
     "gqa": tiny(num_key_value_heads=2),
     "tied": tiny(num_key_value_heads=2, tie_word_embeddings=True),
     "head_dim": tiny(head_dim=12, num_key_value_heads=2),
 }
-"""The vocabulary is 101 in all of them."""
 
 
 def expected(model: ModelConfig, state: State, tp: int, rank: int, multiple: int) -> dict:
@@ -46,8 +45,7 @@ def expected(model: ModelConfig, state: State, tp: int, rank: int, multiple: int
         rows = list(table)
         while len(rows) % (multiple * tp):
             rows.append(torch.zeros(model.hidden_size))
-        share = len(rows) // tp
-        return torch.stack(rows[rank * share : (rank + 1) * share])
+        return torch.stack(rows).chunk(tp)[rank]
 
     found["embedding.word_embeddings.weight"] = padded(weight("model.embed_tokens"))
     for layer in range(model.num_hidden_layers):

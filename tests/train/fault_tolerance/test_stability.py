@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megagrow.config.sections import GuardsConfig, LossSpikeConfig
-from megagrow.train.fault_tolerance.stability import Guard
+from megagrow.train.train_state import Guard
 
 SPIKE = GuardsConfig(loss_spike=LossSpikeConfig(window=4, zscore=3, patience=2))
 CALM = (2.0, 2.1, 2.0, 2.1)
