@@ -30,8 +30,7 @@ from megagrow.train.growth_event.function_check import Change, change, predictio
 from megagrow.train.growth_event.operator_search import grow_best
 from megagrow.train.kernel_warmup import WarmUp, check_kernels
 from megagrow.train.loop import StageEnd, StepDone, StepHooks, Stopped, advance
-from megagrow.train.reporting.environment import describe_environment
-from megagrow.train.reporting.run_logger import RunLogger
+from megagrow.train.reporting.run_logger import RunLogger, describe_environment
 from megagrow.train.resume import begin, rewind_target
 from megagrow.train.stage import Stage, masks_now
 from megagrow.train.step import mean_loss

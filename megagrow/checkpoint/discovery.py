@@ -1,10 +1,10 @@
 """Find the newest valid checkpoint; damaged ones are skipped with a warning."""
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
-from megagrow.checkpoint.files import list_checkpoints
 from megagrow.checkpoint.manifest import Manifest, verify_checkpoint
 from megagrow.errors import CheckpointError, InputError
 
@@ -40,3 +40,34 @@ def first_whole(
     if problems:
         raise CheckpointError(f"no valid checkpoint under {directory}: {problems[0]}")
     return None
+
+
+_NAME = re.compile(r"step-(\d{9,})")
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of the checkpoint after `step` steps of the run."""
+    return f"step-{step:09d}"
+
+
+def shard_name(rank: int) -> str:
+    """Return the file name of one rank."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Return all finished checkpoints in a folder, oldest first, without unfinished ones."""
+    if not directory.is_dir():
+        return []
+    found = (path for path in directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=step_of)
+
+
+def unfinished(directory: Path) -> list[Path]:
+    """Return unfinished checkpoint folders: being written, or left by a crash."""
+    return sorted(directory.glob("step-*.tmp"))
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step of a checkpoint."""
+    return int(checkpoint.name.removeprefix("step-"))

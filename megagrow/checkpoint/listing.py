@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.files import list_checkpoints, unfinished
+from megagrow.checkpoint.discovery import list_checkpoints, unfinished
 from megagrow.checkpoint.manifest import (
     MANIFEST_FILE,
     Manifest,

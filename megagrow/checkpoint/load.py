@@ -8,8 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from megagrow.checkpoint.discovery import first_whole
-from megagrow.checkpoint.files import list_checkpoints, shard_name
+from megagrow.checkpoint.discovery import first_whole, list_checkpoints, shard_name
 from megagrow.checkpoint.manifest import Manifest, parse_manifest
 from megagrow.common.checksums import problem_of
 from megagrow.errors import CheckpointError

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagrow.checkpoint.files import list_checkpoints, step_of, unfinished
+from megagrow.checkpoint.discovery import list_checkpoints, step_of, unfinished
 from megagrow.checkpoint.manifest import Manifest, parse_manifest, read_manifest
 from megagrow.errors import InputError
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from megagrow.checkpoint.files import checkpoint_name, list_checkpoints, shard_name
+from megagrow.checkpoint.discovery import checkpoint_name, list_checkpoints, shard_name
 from megagrow.checkpoint.manifest import Manifest, write_manifest
 from megagrow.checkpoint.retention import remove_unfinished
 from megagrow.checkpoint.shards import planned_shard, write_shard
+from megagrow.common.atomic_folder import check_room
 from megagrow.common.checksums import Files
-from megagrow.common.disk_space import check_room
 from megagrow.common.file_io import sync
 from megagrow.errors import InputError, ResourceError
 from megagrow.parallel.agreement import run_on_all_ranks

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.files import shard_name
+from megagrow.checkpoint.discovery import shard_name
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.shards import Places, shard_tensors
 from megagrow.checkpoint.tensor_file import Stored, read_elements, read_header

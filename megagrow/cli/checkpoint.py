@@ -29,7 +29,7 @@ def _console() -> Console:
 @checkpoint_app.command("ls")
 def list_all(run: Run) -> None:
     """List a run's checkpoints; sizes are compared, `verify` reads every byte."""
-    from megagrow.checkpoint.files import list_checkpoints, step_of, unfinished
+    from megagrow.checkpoint.discovery import list_checkpoints, step_of, unfinished
     from megagrow.checkpoint.listing import folder_of, glance, layout_text
     from megagrow.common.sizes import format_bytes
 

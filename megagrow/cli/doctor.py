@@ -50,8 +50,7 @@ def doctor(
 def _examine_cluster(folder: Path | None, seconds: float) -> None:
     """Print the report on rank 0; raise ConfigError on all ranks if there are problems."""
     from megagrow.doctor.cluster import examine_cluster
-    from megagrow.doctor.diagnostics import find_problems
-    from megagrow.doctor.tables import print_cluster_report
+    from megagrow.doctor.diagnostics import find_problems, print_cluster_report
     from megagrow.parallel.launch import read_launch
 
     launch = read_launch()

@@ -59,7 +59,7 @@ def timing(sources: Sources, output: Output, budgets: Budgets = None) -> None:
 @fit_app.command()
 def factor(sources: Sources, output: Output, budgets: Budgets = None) -> None:
     """How much to grow by: the growth factor g of the least loss at equal FLOPs."""
-    from megagrow.fits.factor import PAPER_BEST, factor_parabolas, fit_factor
+    from megagrow.fits.parabola import PAPER_BEST, factor_parabolas, fit_factor
     from megagrow.fits.plots import plot_factor
     from megagrow.fits.tables import factor_table, parabola_table, print_lines, refusals
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megagrow.common.disk_space import check_room
 from megagrow.common.file_io import sync
-from megagrow.errors import ConfigError, unwritable
+from megagrow.common.sizes import format_bytes
+from megagrow.errors import ConfigError, ResourceError, unwritable
 
 
 @contextmanager
@@ -36,3 +36,15 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
         sync(out.parent)
     except OSError as error:
         raise unwritable(out, error) from error
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """InputError if the disk of a folder, which need not be there yet, has less than `needed`
+    bytes of room."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise ResourceError(
+            f"{folder}: has {format_bytes(free)} of room, {format_bytes(needed)} are needed; free "
+            "the disk or write elsewhere"
+        )

@@ -1,4 +1,4 @@
-"""Names of files that stand in other files: they may not lead out of the folder of that file."""
+"""Checks that names from untrusted files stay inside their folder."""
 
 LONGEST_NAME = 255
 """Bytes, on every file system that is in use."""

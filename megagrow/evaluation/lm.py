@@ -15,9 +15,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megagrow.errors import ConfigError, InputError
-from megagrow.evaluation.generation import Generation, generate
 from megagrow.evaluation.likelihood import Pair, log_likelihoods
-from megagrow.evaluation.logprobs import ModelScorer, TokenScorer
+from megagrow.evaluation.logprobs import Generation, ModelScorer, TokenScorer, generate
 from megagrow.evaluation.model import LoadedModel, load_model
 from megagrow.evaluation.tokenizer import EvalTokenizer
 from megagrow.parallel.agreement import run_on_all_ranks

@@ -13,14 +13,14 @@ from torch import Tensor
 from megagrow.config.schema import RunConfig
 from megagrow.config.sections import EvaluationConfig
 from megagrow.evaluation.lm import LMAdapter
-from megagrow.evaluation.logprobs import ModelScorer
-from megagrow.evaluation.preflight import check_tasks
+from megagrow.evaluation.logprobs import ModelScorer, TokenQuery
 from megagrow.evaluation.runner import Results, evaluate
 from megagrow.evaluation.tasks import load_tasks
 from megagrow.evaluation.tokenizer import CachedTokenizer, EvalTokenizer, open_tokenizer
 from megagrow.model.llama import HeadLoss
 from megagrow.model.masks import Masks
 from megagrow.parallel.agreement import run_on_all_ranks
+from megagrow.parallel.process_groups import destroy_topology, make_topology
 from megagrow.train.stage import Stage
 
 
@@ -104,3 +104,44 @@ class OnlineEvaluation:
 
 def _open_tokenizer(run: RunConfig) -> EvalTokenizer:
     return CachedTokenizer(open_tokenizer(str(run.data.tokenizer), run.stages[0].model.vocab_size))
+
+
+class StubScorer:
+    """`TokenScorer` without a model: every token has probability 1, every text ends at once."""
+
+    def __init__(self, eos_id: int) -> None:
+        self._eos_id = eos_id
+
+    def greedy_tokens(self, sequences: list[list[int]]) -> list[int]:
+        """Return the end-of-document token for each sequence."""
+        return [self._eos_id] * len(sequences)
+
+    def scores(
+        self, sequences: list[list[int]], query: TokenQuery
+    ) -> tuple[list[float], list[bool]]:
+        """Return zeros, and True for each token."""
+        count = len(query.labels)
+        return [0.0] * count, [True] * count
+
+    def finish(self) -> None:
+        """Do nothing: there are no passes."""
+
+
+def check_tasks(
+    tasks: Any,
+    config: EvaluationConfig,
+    tokenizer: EvalTokenizer,
+    max_length: int,
+    device: torch.device,
+) -> None:
+    """Run all requests of the tasks on every rank. Collective.
+
+    `max_length` is the shortest context length, in tokens, of the run's models. Raises InputError
+    if a task contains a request that cannot be answered.
+    """
+    topology = make_topology(dist.get_world_size(), device)  # one data-parallel rank: no sharing
+    model = LMAdapter(
+        StubScorer(tokenizer.eos_id), tokenizer, topology, max_length, config.batch_size
+    )
+    run_on_all_ranks(lambda: evaluate(model, tasks, config.limit))
+    destroy_topology(topology)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.files import checkpoint_name, list_checkpoints
+from megagrow.checkpoint.discovery import checkpoint_name, list_checkpoints
 from megagrow.common.json_text import finite, read_json
 from megagrow.errors import DataError, unwritable
 from megagrow.train.reporting.metrics import METRICS_FILE

@@ -10,9 +10,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, Percen
 
 from megagrow.analysis.plots import GREY, PLOT_STYLES, PlotStyle
 from megagrow.fits.data import IsoPoint, ScalingPoint
-from megagrow.fits.factor import PAPER_BEST, FactorFit
 from megagrow.fits.least_squares import Numbers
-from megagrow.fits.parabola import Parabola
+from megagrow.fits.parabola import PAPER_BEST, FactorFit, Parabola
 from megagrow.fits.scaling import FlopSaving, PowerLaw, saving_at
 from megagrow.fits.timing import TimingFit
 

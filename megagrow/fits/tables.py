@@ -6,9 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megagrow.fits.factor import PAPER_BEST, FactorFit
 from megagrow.fits.least_squares import Constant
-from megagrow.fits.parabola import Parabola, accepted
+from megagrow.fits.parabola import PAPER_BEST, FactorFit, Parabola, accepted
 from megagrow.fits.scaling import FlopSaving, PowerLaw
 from megagrow.fits.timing import PAPER, TimingFit
 

@@ -8,8 +8,9 @@ supported.
 
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,26 @@ from torch import Tensor
 
 from megagrow.checkpoint.source import Source, inside, read_rows
 from megagrow.checkpoint.tensor_file import DTYPES, Stored
+from megagrow.common.file_io import sync
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.formats.hugging_face import single_rank_layout
-from megagrow.formats.megatron_args import model_of
-from megagrow.formats.megatron_layout import TensorPart, check_tp, current_name, fused_tensors
-from megagrow.formats.torch_file import read_torch_file
+from megagrow.formats.megatron_args import args_of, model_of
+from megagrow.formats.megatron_layout import (
+    Fused,
+    TensorPart,
+    check_tp,
+    current_name,
+    fused_tensors,
+    padded_vocabulary,
+)
+from megagrow.formats.open_source import ELEMENTS_AT_ONCE, row_pieces
+from megagrow.formats.torch_file import (
+    Streamed,
+    check_torch_file,
+    read_torch_file,
+    write_torch_file,
+)
 from megagrow.parallel.sharding import StateKind
 from megagrow.reshard.layout import Block
 
@@ -179,3 +194,68 @@ def _vocabulary(model: ModelConfig, tp: int, path: Path, tensors: dict[str, Stor
             f"{path}: {EMBEDDING} has {rows} rows, fewer than the {model.vocab_size} tokens"
         )
     return rows
+
+
+VERSION = 3.0
+"""Megatron-LM's checkpoint_version."""
+
+
+class MegatronTarget:
+    """Megatron-LM checkpoint to be written from a source's weights."""
+
+    def __init__(self, source: Source, tp: int, divisible_by: int, dtype: str) -> None:
+        """Plan the export.
+
+        Args:
+            source: weights to export.
+            tp: tensor-parallel size.
+            divisible_by: --make-vocab-size-divisible-by.
+            dtype: safetensors dtype name, e.g. `BF16`.
+        """
+        self._source = source
+        self._tp = tp
+        self._dtype = dtype
+        self._vocabulary = padded_vocabulary(source.model, tp, divisible_by)
+        self._args = args_of(source.model, tp, divisible_by, self._vocabulary)
+
+    @property
+    def nbytes(self) -> int:
+        """Total bytes of the tensors."""
+        tensors = (fused for rank in range(self._tp) for fused in self._tensors(rank))
+        elements = sum(fused.shape[0] * fused.cols for fused in tensors)
+        return elements * DTYPES[self._dtype].itemsize
+
+    def write(self, out: Path, iteration: int, advance: Callable[[int], None]) -> None:
+        """Write the folder; `advance` is called with the bytes of tensors written."""
+        for rank in range(self._tp):
+            folder = out / f"iter_{iteration:07d}" / f"mp_rank_{rank:02d}"
+            folder.mkdir(parents=True)
+            write_torch_file(folder / RANK_FILE, self._file(rank, iteration), advance)
+            check_torch_file(folder / RANK_FILE)
+        latest = out / LATEST_FILE
+        latest.write_text(str(iteration), encoding="utf-8")
+        sync(latest)
+
+    def _file(self, rank: int, iteration: int) -> dict[str, Any]:
+        model = {
+            fused.name: Streamed(self._dtype, fused.shape, partial(self._pieces, fused))
+            for fused in self._tensors(rank)
+        }
+        return {
+            "args": self._args,
+            "checkpoint_version": VERSION,
+            "iteration": iteration,
+            "model": model,
+        }
+
+    def _tensors(self, rank: int) -> Iterator[Fused]:
+        return fused_tensors(self._source.model, self._tp, rank, self._vocabulary)
+
+    def _pieces(self, fused: Fused) -> Iterator[Tensor]:
+        row = 0
+        for part in fused.parts:
+            yield from row_pieces(self._source, part.name, "fp32", part.block)
+            row = part.row + len(part.block.rows)
+        at_once = max(1, ELEMENTS_AT_ONCE // fused.cols)
+        for first in range(row, fused.shape[0], at_once):  # vocabulary padding
+            yield torch.zeros(min(at_once, fused.shape[0] - first), fused.cols)

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.discovery import newest_whole
-from megagrow.checkpoint.files import list_checkpoints
+from megagrow.checkpoint.discovery import list_checkpoints, newest_whole
 from megagrow.checkpoint.manifest import MANIFEST_FILE, verify_checkpoint
 from megagrow.checkpoint.source import Source, open_checkpoint
 from megagrow.errors import CheckpointError

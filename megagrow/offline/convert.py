@@ -29,8 +29,7 @@ from megagrow.formats.hugging_face_tokenizer import (
     is_tokenizer,
     tokenizer_files,
 )
-from megagrow.formats.megatron import open_megatron
-from megagrow.formats.megatron_export import MegatronTarget
+from megagrow.formats.megatron import MegatronTarget, open_megatron
 from megagrow.formats.megatron_layout import check_tp
 from megagrow.formats.open_source import open_source
 from megagrow.offline.grow import write_goal

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.files import shard_name
+from megagrow.checkpoint.discovery import shard_name
 from megagrow.checkpoint.manifest import MANIFEST_FILE, Manifest, manifest_document
 from megagrow.checkpoint.shards import Places, ShardTensor, shard_tensors, units
 from megagrow.checkpoint.tensor_file import Planned, Stored, planned

@@ -12,8 +12,8 @@ import torch
 import xxhash
 
 from megagrow.checkpoint.tensor_file import DTYPES, Planned
+from megagrow.common.atomic_folder import check_room
 from megagrow.common.checksums import READ_BYTES, FileRecord, Files, forget
-from megagrow.common.disk_space import check_room
 from megagrow.common.file_io import raw_bytes, read_bytes, sync, write_bytes
 from megagrow.common.progress import WorkProgress
 from megagrow.errors import ResourceError

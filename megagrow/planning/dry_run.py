@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megagrow.checkpoint.files import list_checkpoints
+from megagrow.checkpoint.discovery import list_checkpoints
 from megagrow.config.schema import RunConfig
 from megagrow.config.validation import world_problems
 from megagrow.errors import ConfigError, InputError

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from megagrow.config.schema import StageConfig
 from megagrow.errors import ConfigError
 from megagrow.planning.cluster import Cluster
+from megagrow.planning.costs import Pace
 from megagrow.planning.memory import STATE_BYTES
 from megagrow.planning.planner import RunPlan, StagePlan
 from megagrow.planning.step_rates import GROWTH_SECONDS, HBM_SHARE, NIC_SHARE, NVLINK_SHARE
 from megagrow.planning.step_time import WIDTH, StepTime, step_time
 from megagrow.planning.step_workload import StepWorkload, work_of
-from megagrow.planning.throughput import Pace
 from megagrow.planning.traffic import data_group
 
 

@@ -9,11 +9,10 @@ from megagrow.common.sizes import parse_bytes
 from megagrow.config.schema import RunConfig
 from megagrow.errors import ConfigError
 from megagrow.planning.cluster import Cluster, find_cluster
-from megagrow.planning.costs import KG_CO2_PER_KWH, PUE, RunCosts, make_factors, run_costs
+from megagrow.planning.costs import KG_CO2_PER_KWH, PUE, RunCosts, make_factors, pace_of, run_costs
 from megagrow.planning.layouts import FittingLayout, fitting_layouts
 from megagrow.planning.planner import RunPlan, plan_run
 from megagrow.planning.prediction import RunPrediction, predict_run, predicted_pace
-from megagrow.planning.throughput import pace_of
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from megagrow.checkpoint.manifest import BEFORE_GROWTH, Manifest, describe_layou
 from megagrow.checkpoint.retention import Retention, prune_checkpoints
 from megagrow.checkpoint.save import total_bytes
 from megagrow.checkpoint.shards import own_tensors
-from megagrow.common.disk_space import check_room
+from megagrow.common.atomic_folder import check_room
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import stage_steps
 from megagrow.errors import InputError

@@ -17,11 +17,10 @@ from megagrow.errors import InputError
 from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.growth_event.new_entries import update_factors
-from megagrow.train.reporting.memory import peak_memory
 from megagrow.train.reporting.metrics import StepMetrics
 from megagrow.train.schedule import rate_at
 from megagrow.train.stage import Stage, masks_now
-from megagrow.train.step import train_step
+from megagrow.train.step import peak_memory, train_step
 from megagrow.train.train_state import RunState
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megagrow.checkpoint.files import list_checkpoints, step_of
+from megagrow.checkpoint.discovery import list_checkpoints, step_of
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import Manifest, read_manifest, verify_checkpoint
 from megagrow.config.schema import ModelConfig, RunConfig

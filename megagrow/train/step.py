@@ -1,5 +1,6 @@
 """One training step, and the loss of a batch without an update."""
 
+import resource
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -110,3 +111,10 @@ def _summed_loss(stage: Stage, batch: Batch, masks: Masks | None) -> torch.Tenso
         )
         return stage.engine.forward(*inputs, head)
     return cross_entropy(stage.engine.forward(*inputs), labels, vocab, stage.topology, ops.loss)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the highest use since the process started, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

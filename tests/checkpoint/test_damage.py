@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.checkpoint.files import checkpoint_name, list_checkpoints
+from megagrow.checkpoint.discovery import checkpoint_name, list_checkpoints
 from megagrow.checkpoint.load import load_storage, newest_checkpoint
 from megagrow.errors import InputError
 from tests.helpers.checkpoint.damage import DAMAGES, SHARD, STEPS, damaged, flip, truncate

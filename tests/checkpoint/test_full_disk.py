@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from megagrow.checkpoint import save
-from megagrow.checkpoint.files import checkpoint_name, list_checkpoints
+from megagrow.checkpoint.discovery import checkpoint_name, list_checkpoints
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import read_manifest, verify_checkpoint
 from megagrow.errors import InputError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.checkpoint.files import checkpoint_name, list_checkpoints
+from megagrow.checkpoint.discovery import checkpoint_name, list_checkpoints
 from megagrow.checkpoint.manifest import BEFORE_GROWTH, read_manifest, write_manifest
 from megagrow.checkpoint.retention import Retention, prune_checkpoints
 from tests.helpers.checkpoint.damage import DAMAGES, STEPS, damaged, truncate

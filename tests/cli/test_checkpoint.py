@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from megagrow.checkpoint.files import checkpoint_name
+from megagrow.checkpoint.discovery import checkpoint_name
 from megagrow.checkpoint.manifest import BEFORE_GROWTH, read_manifest, write_manifest
 from megagrow.cli.app import app
 from megagrow.common.sizes import format_bytes

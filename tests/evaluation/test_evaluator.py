@@ -11,8 +11,7 @@ import torch
 
 from megagrow.config.schema import RunConfig
 from megagrow.evaluation.lm import LMAdapter, MegagrowLM
-from megagrow.evaluation.online import OnlineEvaluation
-from megagrow.evaluation.preflight import StubScorer
+from megagrow.evaluation.online import OnlineEvaluation, StubScorer
 from megagrow.evaluation.runner import evaluate
 from megagrow.evaluation.tasks import load_tasks
 from megagrow.reshard.fill import fill_initial

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from megagrow.cli.app import app
 from megagrow.errors import InputError
-from megagrow.fits.factor import factor_parabolas, fit_factor
+from megagrow.fits.parabola import factor_parabolas, fit_factor
 from tests.helpers.fits.synthetic import ISO_HEADER, factor_points, write_csv
 
 

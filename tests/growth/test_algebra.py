@@ -13,8 +13,8 @@ from megagrow.config.schema import ModelConfig, OptimizerConfig
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Term
 from megagrow.growth.operators import OPERATORS, growth_map
 from megagrow.parallel.engine_config import ParamScale, parameter_groups
-from megagrow.parallel.initialize import normal
 from megagrow.parallel.sharding import parameter_plan
+from megagrow.reshard.fill import normal
 from tests.helpers.growth.cases import CHANGES, Case, case, cases, sources, times
 from tests.helpers.growth.computing import random_moments
 from tools.docs.operators.dense_growth import State, filled, grown

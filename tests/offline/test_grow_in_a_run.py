@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.checkpoint.files import checkpoint_name
+from megagrow.checkpoint.discovery import checkpoint_name
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.config.schema import RunConfig
 from tests.helpers.checkpoint.written import differences, shards

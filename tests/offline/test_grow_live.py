@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megagrow.checkpoint.files import shard_name
+from megagrow.checkpoint.discovery import shard_name
 from megagrow.config.growth import GrowthConfig
 from megagrow.growth.operators import growth_map
 from megagrow.parallel.sharding import STATE_KINDS, parameter_plan

@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrow.parallel.initialize import initial_rows, normal
 from megagrow.parallel.sharding import parameter_plan
-from megagrow.reshard.fill import fill_initial
+from megagrow.reshard.fill import fill_initial, initial_rows, normal
 from tests.helpers.hugging_face import tiny
 from tests.helpers.reshard.definition import same, storage_of
 from tests.helpers.reshard.models import layouts, models

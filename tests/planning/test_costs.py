@@ -9,9 +9,8 @@ from megagrow.config.load import load_run
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
 from megagrow.planning.cost_tables import cost_columns, cost_lines, cost_rows
-from megagrow.planning.costs import RunCosts
+from megagrow.planning.costs import RunCosts, pace_of
 from megagrow.planning.request import PlanRequest, answer
-from megagrow.planning.throughput import pace_of
 from megagrow.train.reporting.metrics import Counters, MetricsLog, StepMetrics, train_fields
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 import megagrow.reshard.fill
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import Fill, GrowthMap
-from megagrow.parallel.initialize import initial_rows
 from megagrow.parallel.sharding import STATE_KINDS, Storage
-from megagrow.reshard.fill import fill_initial, fill_new
+from megagrow.reshard.fill import fill_initial, fill_new, initial_rows
 from megagrow.reshard.layout import Layout
 from tests.helpers.hugging_face import tiny
 from tests.helpers.reshard.definition import State, empty_storage, filled, same, storage_of

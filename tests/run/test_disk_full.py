@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megagrow.checkpoint.files import list_checkpoints
+from megagrow.checkpoint.discovery import list_checkpoints
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.save import Save
 from megagrow.config.schema import RunConfig

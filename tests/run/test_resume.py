@@ -15,7 +15,7 @@ import megagrow.run
 import megagrow.train.checkpointer
 import megagrow.train.growth_event.event as growth_event
 import megagrow.train.loop
-from megagrow.checkpoint.files import list_checkpoints, step_of
+from megagrow.checkpoint.discovery import list_checkpoints, step_of
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.save import Save
 from megagrow.config.schema import RunConfig

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megagrow.checkpoint.files import checkpoint_name
+from megagrow.checkpoint.discovery import checkpoint_name
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.config.load import load_run
 from megagrow.config.schema import RunConfig

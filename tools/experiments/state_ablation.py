@@ -26,7 +26,7 @@ import torch
 from megagrow.analysis.ablation import Study, Variant, as_json, markdown, plot
 from megagrow.analysis.curves import load_run as read_curves
 from megagrow.analysis.growth_transient import GrowthTransient, read_transient
-from megagrow.checkpoint.files import checkpoint_name
+from megagrow.checkpoint.discovery import checkpoint_name
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.common.sizes import parse_count

@@ -1,6 +1,8 @@
 """Growth event: transfer of one stage's state to the next between ranks of the running job."""
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -10,17 +12,19 @@ import torch.distributed as dist
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.growth_guidelines import connection_rate
 from megagrow.config.schema import RunConfig
+from megagrow.data.batches import Batch
+from megagrow.errors import ConfigError
 from megagrow.growth.map import GrowthMap
 from megagrow.growth.operators import is_learned, state_policy
+from megagrow.model.masks import Masks
 from megagrow.reshard.dense import exchange_dense
 from megagrow.reshard.exchange import ShardedState, TransferStats, exchange
 from megagrow.reshard.fill import fill_new
 from megagrow.train.growth_event.cost import Feed, GrowthCost, spent_on_steps
 from megagrow.train.growth_event.ligo_trainer import learn_growth
 from megagrow.train.growth_event.run_growths import stage_growth
-from megagrow.train.growth_event.second_moment import measure_second_moment
-from megagrow.train.reporting.memory import peak_memory
 from megagrow.train.stage import Stage, build_stage, masks_now
+from megagrow.train.step import peak_memory, train_step
 
 
 @dataclass(frozen=True)
@@ -137,3 +141,31 @@ def _report(
         int(peak),
         spent,
     )
+
+
+def measure_second_moment(
+    stage: Stage, steps: Sequence[Sequence[Batch]], masks: Masks | None
+) -> None:
+    """Sets exp_avg_sq to the mean of g^2 over some steps' batches; all ranks together.
+
+    The engine must hold its weights, and moments of zero. Each of `steps` is what `train_step`
+    takes: this rank's micro batches of one step; `masks` are those of the stage's first step. The
+    gradients are those that Adam is given, reduced and clipped; later steps weigh more, as in
+    Adam's own mean, whose bias is taken out (v = sum of (1 - b) b^(n-k) g_k^2 over k / (1 - b^n),
+    b = beta2). Gradients that are not finite are passed over. Weights and Adam's step stay as they
+    are, exp_avg is zero. InputError if no gradient is finite.
+    """
+    engine = stage.engine
+    adam_step = engine.adam_step
+    engine.set_update_factors()
+    norms = [train_step(stage, batches, lr=0.0, masks=masks)[1] for batches in steps]
+    finite = sum(map(math.isfinite, norms))
+    if not finite:
+        raise ConfigError(
+            f"growth of stage {stage.index}: no gradient of its estimate_second_moment is finite"
+        )
+    bias = 1.0 - stage.config.optimizer.betas[1] ** finite
+    for kinds in engine.storage().values():
+        kinds["exp_avg"].zero_()
+        kinds["exp_avg_sq"].div_(bias)
+    engine.ready(adam_step)

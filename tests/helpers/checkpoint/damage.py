@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from megagrow.checkpoint.files import checkpoint_name
+from megagrow.checkpoint.discovery import checkpoint_name
 from megagrow.checkpoint.manifest import read_manifest, write_manifest
 from megagrow.common.checksums import FileRecord
 

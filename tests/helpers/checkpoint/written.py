@@ -8,7 +8,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
-from megagrow.checkpoint.files import shard_name
+from megagrow.checkpoint.discovery import shard_name
 from megagrow.checkpoint.manifest import Manifest, describe_layout, read_manifest, write_manifest
 from megagrow.common.checksums import FileRecord
 from megagrow.config.schema import ModelConfig

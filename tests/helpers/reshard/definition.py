@@ -13,8 +13,8 @@ from torch.nn.functional import pad
 
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap
 from megagrow.model.layers.base import VOCAB
-from megagrow.parallel.initialize import normal
 from megagrow.parallel.sharding import STATE_KINDS, ParamSpec, Storage
+from megagrow.reshard.fill import normal
 from megagrow.reshard.layout import Layout
 
 State = dict[str, dict[str, Tensor]]

@@ -12,7 +12,7 @@ from megagrow.config.schema import RunConfig
 from megagrow.data.batches import Batch, sequences_of
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.train.data_setup import Inputs, open_inputs
-from megagrow.train.growth_event.second_moment import measure_second_moment
+from megagrow.train.growth_event.event import measure_second_moment
 from megagrow.train.stage import Stage
 from tests.helpers.runs import STEP_TOKENS, full_tensors, make_run
 from tests.helpers.spawn import run_ranks

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap
-from megagrow.parallel.initialize import normal
 from megagrow.parallel.sharding import STATE_KINDS, ParamSpec, parameter_plan
+from megagrow.reshard.fill import normal
 
 State = dict[str, dict[str, Tensor]]
 """Parameter -> kind of state -> full logical tensor (rows, cols)."""
