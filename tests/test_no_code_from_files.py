@@ -26,7 +26,7 @@ def argument(call: ast.Call, name: str) -> object:
 
 
 def unsafe(call: ast.Call) -> str | None:
-    """What is wrong with a call, if files could run code through it."""
+    """Return the fault of a call, if files could run code through it."""
     name = dotted(call.func)
     if name == "torch.load" and argument(call, "weights_only") is not True:
         return "unpickles; pass weights_only=True"

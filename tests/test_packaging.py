@@ -1,4 +1,4 @@
-"""What is installed, and that our folder kernels/ never passes for the published package `kernels`.
+"""Installed files, and a check that kernels/ is not taken for the published package `kernels`.
 
 A folder without __init__.py can still be found as a namespace package, which has no file and gives
 way to any regular package of that name, wherever on the path it stands. So ours is harmless if
@@ -31,7 +31,7 @@ print(json.dumps(found and found.origin))
 
 
 def python(*arguments: str, cwd: Path = ROOT, path: tuple[Path, ...] = ()) -> str:
-    """What a fresh interpreter prints, with `path` as its PYTHONPATH."""
+    """Return the output of a fresh interpreter, with `path` as its PYTHONPATH."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)

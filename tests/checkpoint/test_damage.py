@@ -68,7 +68,7 @@ def test_damaged_ones_are_named_and_the_one_before_is_taken(good, tmp_path):
 
 
 def load_later(folder: Path) -> str:
-    """What is said of a shard that is damaged between the search and the loading."""
+    """Message about a shard that is damaged between the search and the loading."""
     path, manifest = newest_checkpoint(folder)
     (path / SHARD).write_bytes(b"\xff" * manifest.files[SHARD].size)
     try:

@@ -25,7 +25,7 @@ STAGES = {
     "manifest": "write_manifest",
     "publish": "publish",
 }
-"""What fails, by the name that save.py calls it."""
+"""The failing operation, by the name that save.py calls it."""
 
 
 def no_space(*args: object) -> None:

@@ -1,7 +1,6 @@
-"""What is saved is loaded to the bit, into the same layout and into any other."""
+"""Saved state is loaded bit for bit, into the same layout and into any other."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -96,7 +95,7 @@ def test_the_manifest_says_all_the_rest(saved, name):
     found = json.loads((path / "manifest.json").read_text())
     assert found["run"] == RUN and found["environment"] == ENVIRONMENT
     assert found["adam_step"] == 11 and found["model"] == MODEL.model_dump()
-    files = {file.name: asdict(record_of(file)) for file in path.glob("*.safetensors")}
+    files = {file.name: record_of(file).to_json() for file in path.glob("*.safetensors")}
     assert found["files"] == files and files
     assert {file.name for file in path.iterdir()} == {"manifest.json", *files}
 

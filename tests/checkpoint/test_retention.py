@@ -1,4 +1,4 @@
-"""What a run keeps: the newest whole ones, those at every so many steps, and protected ones."""
+"""Retention: a run keeps the newest valid checkpoints, those at an interval, and protected ones."""
 
 import shutil
 from dataclasses import replace

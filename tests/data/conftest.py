@@ -14,7 +14,7 @@ from megagrow.data.tokenizers import train_sentencepiece
 
 
 class MemoryCorpus:
-    """What a stream needs of an IndexedCorpus, without files."""
+    """The part of IndexedCorpus that a stream needs, without files."""
 
     def __init__(self, tokens: np.ndarray, starts: list[int], prefix: Path) -> None:
         self.tokens = tokens

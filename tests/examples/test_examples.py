@@ -14,7 +14,7 @@ SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 LINES = 60
 """An example has fewer."""
 TOKENS = 16 * 1024
-"""Of each stage: 16 steps."""
+"""Budget of each stage: 16 steps."""
 
 
 def execute(script: str, *arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""How growths compose, what their random numbers depend on, and what they keep count of."""
+"""Composition of growths, the inputs of their random numbers, and their counters."""
 
 from typing import Any
 

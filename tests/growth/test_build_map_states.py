@@ -1,4 +1,4 @@
-"""What each policy makes of Adam's moments, for every operator."""
+"""Adam's moments under each policy, for every operator."""
 
 from typing import get_args
 

@@ -41,7 +41,7 @@ def of_layers(weights: Tensors, layers: list[int]) -> Tensors:
 
 
 def assert_source_without(found: Case, layers: list[int]) -> None:
-    """Of the target only those layers are run."""
+    """Run only those layers of the target."""
     weights, ids = random_weights(found.source), random_ids(found.source)
     part = of_layers(grown_weights(found, weights), layers)
     old, new = (logits(found.source, w, ids) for w in (weights, part))

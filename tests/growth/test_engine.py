@@ -1,4 +1,4 @@
-"""What a live growth leaves in the engine: nothing shared, zeros in padding, and all is trained."""
+"""The engine after a live growth: nothing shared, zeros in padding, and all is trained."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,10 +36,10 @@ LARGE = SMALL | {
 
 @dataclass(frozen=True)
 class Left:
-    """What one rank saw."""
+    """Observations of one rank."""
 
     tied: bool
-    """Whether the head is the embedding, one tensor."""
+    """True if the head and the embedding are one tensor."""
     types: set[torch.dtype]
     shared_bytes: int
     padding: list[float]
@@ -91,7 +91,7 @@ def shared_bytes(storage: Any) -> int:
 
 
 def pads(stage: Stage) -> list[torch.Tensor]:
-    """What this rank stores of the rows beyond the vocabulary, of each kind of state."""
+    """Values that this rank stores of the rows beyond the vocabulary, of each kind of state."""
     layout, rank = stage.layout, stage.topology.rank
     spec = layout.plan["model.embed_tokens.weight"]
     interval = layout.interval(spec.name, rank // layout.tp)
@@ -107,7 +107,7 @@ def largest(tensors: list[torch.Tensor]) -> float:
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
 def left(request, tmp_path_factory) -> list[Left]:
-    """Of a run that grows in depth and width at once under ZeRO-2 and tensor parallelism."""
+    """Losses and states of a run that grows in both directions under ZeRO-2 with two ranks each."""
     parallel = {"zero_stage": 2, "tensor_model_parallel_size": 2}
     growth = {"operator": ["direct_depth", "direct_width"], "optimizer_state": "transport"}
     stages = [

@@ -62,13 +62,13 @@ def test_the_chain_rule(name: OperatorName, data: st.DataObject) -> None:
 
 
 def moved(found: Case, tensors: Tensors, kind: str) -> Tensors:
-    """What a growth makes of some state of the source."""
+    """Return the grown form of a state of the source."""
     state = {name: {kind: tensor} for name, tensor in tensors.items()}
     return {name: k[kind] for name, k in grown(state, found.growth, found.target, (kind,)).items()}
 
 
 def reached(found: Case) -> Tensors:
-    """Where moments come from the source; elsewhere they begin at zero."""
+    """Mask of moments that come from the source; the others begin at zero."""
     ones = {name: torch.ones_like(w) for name, w in random_weights(found.source).items()}
     return {name: made != 0 for name, made in moved(found, ones, "exp_avg").items()}
 
@@ -87,7 +87,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def worst_moment(found: Case) -> float:
-    """How far the map's moments are from those that the grown model would have gathered."""
+    """Return the distance of the map's moments from those that the grown model would have."""
     before = random_weights(found.source)
     old = accumulated(found.source, before, found.source)
     new = accumulated(found.target, grown_weights(found, before), found.source)
@@ -187,7 +187,7 @@ def test_copied_queries_stay_with_the_copies_of_their_group() -> None:
 def test_moments_move_linearly_and_second_ones_by_squares(
     name: OperatorName, data: st.DataObject, factor: float
 ) -> None:
-    """Where each number has one origin, exp_avg_sq stays the square of exp_avg if it was."""
+    """If each number has one origin, exp_avg_sq stays the square of exp_avg if it was."""
     found = data.draw(cases(name, optimizer_state="transport"))
     gain = random_weights(found.source)
     one, other = (random_weights(found.source, seed) for seed in (1, 2))

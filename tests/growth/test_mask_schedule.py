@@ -1,4 +1,4 @@
-"""How long masks rise, what is refused, and that a masked growth begins at its source."""
+"""Duration of the mask ramp, refused settings, and the start of a masked growth at its source."""
 
 from pathlib import Path
 from typing import Any

@@ -37,7 +37,7 @@ from tools.docs.operators.reference_training import (
 
 TOLERANCE = 1e-10
 FAILS = 1e-2
-"""What a wrong operator has to exceed, so that the tolerance proves something."""
+"""Bound that a wrong operator has to exceed, so that the tolerance proves something."""
 
 BITWISE: tuple[OperatorName, ...] = ("zero_depth", "learn_depth", "llama_pro")
 WIDE = tuple(name for name in EXACT if OPERATORS[name].wider and not OPERATORS[name].learned)

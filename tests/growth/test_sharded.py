@@ -79,7 +79,7 @@ def in_fp32(config: ModelConfig) -> State:
 
 
 def begun(found: Case) -> State:
-    """What a target holds before anything comes from the source: its fills."""
+    """State of a target before anything comes from the source: its fills."""
     out = {}
     for name, spec in parameter_plan(found.target, tp=1).items():
         zeros = torch.zeros(spec.rows, spec.cols)
@@ -89,7 +89,7 @@ def begun(found: Case) -> State:
 
 
 def carry_out(copy: Copy, theirs: State, mine: State) -> None:
-    """What a copy says, done with indices of logical tensors."""
+    """Result of a copy, computed with indices of logical tensors."""
     positions = (
         torch.from_numpy(np.asarray(taken)) + held_from.start
         for taken, held_from in zip((copy.take_rows, copy.take_cols), copy.source, strict=True)

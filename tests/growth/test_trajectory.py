@@ -61,8 +61,10 @@ def test_no_factors_where_a_growth_can_not_be_followed() -> None:
 
 
 def separation(found: Case) -> float:
-    """How far the two halves of a doubled model are apart after some steps of training: how much a
-    matrix changes if its copies, which stand side by side, are exchanged."""
+    """Return the distance between the halves of a doubled model after some steps of training.
+
+    It is the change of a matrix if its neighbouring copies are exchanged.
+    """
     new = grown(trained_source(found.source), found.growth, found.target)
     step = BEFORE if found.growth.keeps_step else 0
     after = trained(found.target, new, random_batches(found.source, AFTER, seed=1000), step)

@@ -22,12 +22,12 @@ from tests.helpers.spawn import free_port, rank_environment
 _FORK = multiprocessing.get_context("fork")
 
 Hook = Callable[[int, pytest.MonkeyPatch], None]
-"""What a rank does to itself before it starts: hook(rank, patch)."""
+"""Patch of a rank, applied before it starts: hook(rank, patch)."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """How a job ended, by rank."""
+    """Result of a job, by rank."""
 
     codes: list[int]
     out: list[str]

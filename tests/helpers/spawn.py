@@ -82,7 +82,7 @@ def _collect(ranks: list, results: Any, deadline: float) -> list:
 
 
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
-    """What a launcher tells a rank of one machine."""
+    """Return the environment that a launcher sets for a rank of one machine."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -1,4 +1,4 @@
-"""How far everything new is let in, as a function of tokens alone."""
+"""Strength of all new parts as a function of tokens alone."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from tests.helpers.model.grown_pairs import grown_pair, model_config
 
 
 def factors(masks: Masks | None, source: ModelConfig, target: ModelConfig) -> list[float]:
-    """How far layers, feed-forward, residual stream and heads are let in."""
+    """Return the strengths of layers, feed-forward, residual stream and heads."""
     if masks is None:
         return [1.0] * 4
     pairs = (

@@ -39,7 +39,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def outcome(call: Callable[..., Tensor | tuple], *inputs: Tensor) -> list[Tensor]:
-    """What an op gives, and the gradients of its inputs for drawn gradients of its outputs."""
+    """Return the output of an op, and its input gradients for drawn output gradients."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     found = call(*leaves)
     found = found if isinstance(found, tuple) else (found,)

@@ -23,7 +23,7 @@ from tests.helpers.train.file_growths import base, model_file
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 16 * 2**20
 PROGRAM = 300 * 2**20
-"""What a process may take besides the budget: Python, torch, and the rest of the imports."""
+"""Memory that a process may use besides the budget: Python, torch, and the rest of the imports."""
 LAYERS = 5
 SIZES = {
     "hidden_size": 384,

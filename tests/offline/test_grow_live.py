@@ -37,7 +37,7 @@ def layouts_of(name: str) -> tuple[tuple, tuple]:
 
 
 def live(state: State) -> dict[str, dict[str, torch.Tensor]]:
-    """What this rank would save after each growth."""
+    """Return the state that this rank would save after each growth."""
     rank, found = dist.get_rank(), {}
     for name, (changes, options) in GROWTHS.items():
         before, after = layouts_of(name)

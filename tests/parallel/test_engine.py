@@ -27,14 +27,14 @@ STEPS, LIMIT = 3, 0.01
 
 @dataclass
 class Found:
-    """What one engine did, seen from one rank."""
+    """Results of one engine, seen from one rank."""
 
     dtypes: set[torch.dtype]
     written: bool
-    """Whether the state was as it had been written, after `ready`."""
+    """True if the state was as it had been written, after `ready`."""
     adam_steps: tuple[int, int]
     forward: list[float]
-    """How far logits were from those of one bf16 model with the masters: before and after."""
+    """Distance of the logits from those of one bf16 model with the masters: before and after."""
     losses: list[float]
     norms: list[float]
     first_update: float
@@ -194,7 +194,7 @@ def test_gradients_are_clipped_to_the_limit(found, case):
 
 
 def other_layouts(folder: Path) -> list[str]:
-    """What is said where our arithmetic is not DeepSpeed's."""
+    """Message if our arithmetic is not DeepSpeed's."""
     run = make_run(folder, [{"tokens": 64, "parallel": {"zero_stage": 3}}])
     stage = build_stage(run, 0, torch.device("cpu"))
     ours, said = stage.layout, []

@@ -23,7 +23,7 @@ BF16 += [Case(1, 2, offload=True, bf16=True)]
 
 @dataclass
 class Trained:
-    """What an engine did, seen from one rank."""
+    """Results of an engine, seen from one rank."""
 
     norms: list[float]
     weights: Weights
@@ -94,7 +94,7 @@ def test_the_norm_is_weighted_in_bf16_too(found, plain, case):
 
 
 def test_every_factor_matters(plain):
-    """What the comparison would not see without: each kind of factor, and the clip."""
+    """The factors that the comparison needs: each kind of factor, and the clip."""
     for field in ("lr", "weight_decay", "eps", "norm"):
         without = {
             name: ParamScale(**{**vars(scale), field: 1.0}) for name, scale in SCALES.items()

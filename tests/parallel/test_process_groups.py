@@ -50,7 +50,7 @@ def test_half_a_launch_is_refused_and_what_is_missing_named(launcher, missing):
 
 
 def grid(tp: int) -> tuple:
-    """Where this rank stands, and who is in its two groups."""
+    """Coordinates of this rank, and the members of its two groups."""
     topology = make_topology(tp, torch.device("cpu"))
     groups = [
         dist.get_process_group_ranks(group) for group in (topology.tp_group, topology.dp_group)
@@ -74,7 +74,7 @@ def grid(tp: int) -> tuple:
 
 
 def failing(ranks: list[int], kind: type[Exception]) -> str:
-    """What `run_on_all_ranks` raises where some ranks fail; their texts differ."""
+    """Return the error that `run_on_all_ranks` raises where some ranks fail; their texts differ."""
 
     def action() -> int:
         if dist.get_rank() in ranks:

@@ -73,7 +73,7 @@ def train(case: Case) -> Found:
 
 
 def refreshed(built: Built) -> bool:
-    """Whether passing the weights on to the forward pass once more changes nothing."""
+    """Return True if passing the weights on to the forward pass once more changes nothing."""
     ids, _ = tokens(CONFIG, 1, 8)
     logits = []
     built.engine.train(False)

@@ -57,7 +57,7 @@ def grown_run(tmp: Path, name: str) -> RunConfig:
 
 
 def seen(stage: Stage) -> tuple[dict[str, tuple[int, ...]], int, int]:
-    """Of a real engine: shapes, elements of the state, elements of the forward weights."""
+    """Return, of a real engine, shapes, elements of the state, elements of the forward weights."""
     named = dict(stage.engine._engine.module.named_parameters())
     shapes = {name: tuple(getattr(each, "ds_shape", each.shape)) for name, each in named.items()}
     state = sum(tensors["exp_avg"].numel() for tensors in stage.engine.storage().values())

@@ -1,4 +1,4 @@
-"""What a rank holds, by hand, and activations as torch's autograd really keeps them."""
+"""Memory of a rank, by hand, and activations as torch's autograd really keeps them."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,7 @@ LENGTH = 32
 LAYER = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64 + 2 * 64
 PARAMETERS = 2 * 100 * 64 + 64 + 2 * LAYER
 SLICE = 2 * 50 * 64 + 64 + 2 * (LAYER // 2 + 64)
-"""Of two tensor-parallel ranks: norms are whole, everything else is split."""
+"""Fractions for two tensor-parallel ranks: norms are replicated, everything else is split."""
 
 
 def memory(

@@ -1,4 +1,4 @@
-"""What does not fit is said with the stage, what takes most of it, and what to try."""
+"""Messages about insufficient memory name the stage, the largest part and the remedies."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def memory(*overrides: str, world: int = 8) -> StageMemory:
-    """Of the paper's 1.1B from scratch."""
+    """Plan of the paper's 1.1B from scratch."""
     run = load_run(CONFIGS / "scratch-1.1b.yaml", overrides)
     return stage_memory(run.stages[0], world, run.data.sequence_length, bf16=True)
 

@@ -45,7 +45,7 @@ def test_the_errors_are_as_stated(
 
 
 def test_rows_of_no_constant_are_met_on_all_sizes_and_counts() -> None:
-    """Of each of these groups alone at least six, and on each card."""
+    """Minimum count: of each of these groups alone at least six, and on each card."""
     held = [row for row in published_rows() if row.role != "set" and abs(row.error) <= 0.15]
     billions = [row.work.shape.parameters / 1e9 for row in held]
     for least, most in ((0.1, 1), (1, 3), (6, 10), (10, 40), (60, 80)):

@@ -1,4 +1,4 @@
-"""What a training step sends, against the collectives that real ranks call."""
+"""Traffic of a training step, against the collectives that real ranks call."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -77,7 +77,7 @@ def count_a_step(run: RunConfig) -> tuple[Counter, list[Traffic]]:
 
 
 LARGE = MODEL | {"vocab_size": 4000}
-"""Of which ZeRO-3 lets go the embedding and the head after use."""
+"""Bytes of which ZeRO-3 frees the embedding and the head after use."""
 
 CASES = {
     "zero-0-tp": (MODEL, parallel_of(0, 2), "fp32"),

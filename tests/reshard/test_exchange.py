@@ -60,7 +60,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Run:
-    """What one exchange did on one rank."""
+    """Result of one exchange on one rank."""
 
     right: bool
     moved: TransferStats
@@ -189,7 +189,7 @@ def test_no_rank_has_more_than_a_bucket_in_flight(runs, name):
 
 
 def weights_only() -> tuple[bool, bool]:
-    """Whether the weights arrived, and whether the moments stayed as they were."""
+    """True if the weights arrived, and whether the moments stayed as they were."""
     case = cases()["zero 2, tp 2 to zero 3, tp 4, deep"]
     growth = case.growth.with_kinds("fp32")
     rank = dist.get_rank()

@@ -21,7 +21,7 @@ thorough = settings(max_examples=40, deadline=None, suppress_health_check=[Healt
 
 
 def made_by(growth: GrowthMap, layout: Layout, rank: int, at_once: int) -> Storage:
-    """What a rank holds after a fill in pieces of this many elements, projected 4 rows at once."""
+    """State of a rank after a fill in pieces of this many elements, projected 4 rows at once."""
     storage = empty_storage(layout, rank, 0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(megagrow.reshard.fill, "ELEMENTS_AT_ONCE", at_once)
@@ -31,7 +31,7 @@ def made_by(growth: GrowthMap, layout: Layout, rank: int, at_once: int) -> Stora
 
 
 def whole(growth: GrowthMap, config: ModelConfig) -> State:
-    """What one rank alone holds, all rows being drawn at once; the moments zero."""
+    """State of one rank alone, all rows being drawn at once; the moments zero."""
     alone = layout_of(config, 0, 1, 1)
     storage = made_by(growth, alone, 0, 10**6)
     return {

@@ -1,4 +1,4 @@
-"""Who holds what, by arithmetic on ranges, against the same cut made of tensors."""
+"""Ownership by arithmetic on ranges, against the same cut made of tensors."""
 
 import torch
 from hypothesis import given, settings

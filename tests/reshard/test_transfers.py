@@ -1,4 +1,4 @@
-"""What ranks send each other: cut alike at both ends, complete, and no element twice."""
+"""Messages between ranks: cut alike at both ends, complete, and no element twice."""
 
 import pytest
 import torch

@@ -32,7 +32,7 @@ def shared_memory_in_use() -> tuple[int, int]:
 
 
 def carried() -> tuple[bool, bool, tuple[int, int], tuple[int, int]]:
-    """Whether the ranks found each other, whether all arrived; use of memory during and after."""
+    """Return if the ranks found each other, whether all arrived; use of memory during and after."""
     rank, right = dist.get_rank(), True
     carrier = SharedMemory(max(sum(sizes(rank, step)) for step in range(4)))
     for step in range(6):

@@ -66,7 +66,7 @@ CORPORA: dict[str, tuple[Callable[[Path], object], str]] = {
     "idx counts": (scribble(18), ".idx: broken index: it has "),
     "idx lengths": (scribble(34), ".idx: broken index: a sequence does not end where"),
 }
-"""What happens to a corpus, and what is said of it."""
+"""Damage to a corpus, with the expected message."""
 
 
 @pytest.mark.parametrize("name", CORPORA)
@@ -118,7 +118,7 @@ LATE = 4 * STEP_TOKENS + 3 * 16 + 7
 
 
 def said_of_999(corpus: Path) -> str:
-    """How the line about such a token begins."""
+    """Start of the message about such a token."""
     return f"rank 1: {corpus}.bin: token id 999 at token "
 
 

@@ -13,7 +13,7 @@ def documents(name: str) -> list[dict]:
 
 
 def check_pod(pod: dict, container: str) -> dict:
-    """What both kinds of pod need; returns the container."""
+    """Check the needs of both kinds of pod; returns the container."""
     (found,) = pod["containers"]
     assert found["name"] == container
     assert {mount["name"] for mount in found["volumeMounts"]} == {v["name"] for v in pod["volumes"]}

@@ -146,7 +146,7 @@ def wait_for_lines(path: Path, lines: list[str]) -> None:
 
 @pytest.mark.dist
 def test_a_stop_ends_with_the_code_that_was_asked_for(tmp_path: Path) -> None:
-    """What the launchers stand on: a run that a signal stopped differs from one that is done."""
+    """The basis of the launchers: a run that a signal stopped differs from one that is done."""
     run = make_run(tmp_path, [{"tokens": 400 * STEP_TOKENS}])
     path = write_run(tmp_path / "run.yaml", run)
     words = ["train", str(path), "--stop-code", "75"]

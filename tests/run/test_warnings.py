@@ -1,4 +1,4 @@
-"""What a run warns of before it trains."""
+"""Warnings of a run before it trains."""
 
 from pathlib import Path
 

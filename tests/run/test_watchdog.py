@@ -34,7 +34,7 @@ def small_run(folder: Path, hang_timeout: float) -> RunConfig:
 
 
 def in_step(victim: int, does: Callable[[], object]) -> Hook:
-    """What one rank does to itself in the middle of a step."""
+    """Fault of one rank in the middle of a step."""
 
     def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
         train_step, steps = megagrow.train.loop.train_step, []
@@ -51,7 +51,7 @@ def in_step(victim: int, does: Callable[[], object]) -> Hook:
 
 
 def while_reading(victim: int, does: Callable[[], object]) -> Hook:
-    """What one rank does to itself when it reads a batch."""
+    """Fault of one rank when it reads a batch."""
 
     def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
         read = BatchReader.read
@@ -77,7 +77,7 @@ def send_self(number: signal.Signals) -> Callable[[], None]:
 def ended(
     folder: Path, hook: Hook, victim: int, hang_timeout: float = 60
 ) -> tuple[Finished, float]:
-    """How a job with one bad rank ends, and in how many seconds from its start."""
+    """Exit of a job with one bad rank, and its number of seconds from its start."""
     begin = time.monotonic()
     job = train(write_run(folder / "run.yaml", small_run(folder, hang_timeout)), WORLD, hook)
     for rank, process in enumerate(job.ranks):

@@ -10,7 +10,7 @@ from tools.benchmarks.checkpoint.convert_memory import measure, random_model, wr
 
 BUDGET = 16 * 2**20
 PROGRAM = 300 * 2**20
-"""What a process may take besides the budget: Python, torch, and the rest of the imports."""
+"""Memory that a process may use besides the budget: Python, torch, and the rest of the imports."""
 MODEL = ModelConfig(
     num_hidden_layers=3,
     hidden_size=384,

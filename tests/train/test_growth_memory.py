@@ -51,7 +51,7 @@ class Measured:
     peak: int
     """The peak of the whole growth."""
     left: int
-    """What was held after it."""
+    """Bytes held after it."""
     source: Layout
     target: Layout
 
@@ -64,12 +64,12 @@ def kib_of(field: str) -> int:
 
 
 def state_bytes(layout: Layout, rank: int) -> int:
-    """What a rank holds of the fp32 weights and of Adam's two moments."""
+    """Bytes that a rank holds of the fp32 weights and of Adam's two moments."""
     return 12 * sum(len(layout.interval(name, rank // layout.tp)) for name in layout.plan)
 
 
 def share_bytes(layout: Layout, rank: int) -> int:
-    """What a rank holds of a model under ZeRO 1, 2 or 3: state, and fp32 forward weights.
+    """Bytes that a rank holds of a model under ZeRO 1, 2 or 3: state, and fp32 forward weights.
 
     Under ZeRO-3 these are the optimizer's own, and DeepSpeed allocates a buffer for its part of
     the gradients at once; under ZeRO-1 and ZeRO-2 gradients take memory only while a step lasts.
@@ -81,7 +81,7 @@ def share_bytes(layout: Layout, rank: int) -> int:
 
 
 def whole_state_bytes(layout: Layout) -> int:
-    """What one rank would hold if it gathered all fp32 weights and moments."""
+    """Bytes that one rank would hold if it gathered all fp32 weights and moments."""
     return 12 * sum(spec.rows * spec.cols for spec in layout.plan.values())
 
 

@@ -53,7 +53,7 @@ def begins(folder: Path, state: State, kinds: tuple[str, ...]) -> None:
 
 
 def refusals(folder: Path) -> list[str]:
-    """What is said of beginnings that can not be."""
+    """Messages about impossible values of init_from."""
     said = []
     for path, changes in (
         (folder / "none", {}),

@@ -1,4 +1,4 @@
-"""What `plan` says that a rank holds, against the memory that training really takes."""
+"""Memory per rank as `plan` predicts it, against the measured memory of training."""
 
 import ctypes
 import gc

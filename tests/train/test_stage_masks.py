@@ -90,7 +90,7 @@ def test_bf16_follows_fp32(folder, reference):
 
 
 def parts_of(run: RunConfig) -> dict[str, Any]:
-    """What this rank is told to mask, late in the ramp."""
+    """Return the masks of this rank, late in the ramp."""
     stage = build_stage(run, 1, torch.device("cpu"))
     masks, gone = masks_now(run, stage, 4), masks_now(run, stage, 24)
     stage.release()

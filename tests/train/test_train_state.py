@@ -1,4 +1,4 @@
-"""Where a run stands when growths themselves use tokens and FLOPs."""
+"""State of a run whose growths use tokens and FLOPs."""
 
 import json
 from dataclasses import replace

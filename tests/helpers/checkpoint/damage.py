@@ -56,7 +56,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "changed manifest": (rewrite(adam_step=12), "checksum mismatch"),
     "file elsewhere": (escape, "names '../x', which is not a rank's file"),
 }
-"""What happens to a checkpoint, and what is said of it."""
+"""Damage to a checkpoint, with the expected message."""
 
 
 def damaged(good: Path, folder: Path, damage: Callable, steps: tuple[int, ...]) -> Path:

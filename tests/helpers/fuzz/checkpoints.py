@@ -54,7 +54,7 @@ def _header_files(draw: st.DrawFn) -> bytes:
 
 
 def _load_header(folder: Path, raw: bytes) -> None:
-    """What is accepted here the format's own library accepts too, and sees the same in it."""
+    """If a file is accepted here, the format's own library accepts too, and sees the same in it."""
     path = folder / "file.safetensors"
     path.write_bytes(raw)
     found = read_header(path)

@@ -1,4 +1,4 @@
-"""What a fuzzer makes of something valid: bits flipped, numbers changed, keys gone, types wrong."""
+"""Mutations of valid input: bits flipped, numbers changed, keys gone, types wrong."""
 
 import json
 import struct
@@ -55,7 +55,7 @@ wild: st.SearchStrategy[Any] = st.one_of(
 
 
 def paths(tree: Any, above: Path_ = ()) -> Iterator[Path_]:
-    """Where something stands in a tree; the root itself comes first."""
+    """Return the paths of the values in a tree; the root itself comes first."""
     yield above
     if isinstance(tree, dict | list):
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
@@ -63,7 +63,7 @@ def paths(tree: Any, above: Path_ = ()) -> Iterator[Path_]:
 
 
 def at(tree: Any, path: Path_) -> Any:
-    """What stands there."""
+    """Return the value at a path."""
     for key in path:
         tree = tree[key]
     return tree

@@ -27,7 +27,7 @@ class Target:
 
 @dataclass
 class Outcome:
-    """What came of all inputs of a target."""
+    """Outcomes of all inputs of a target."""
 
     inputs: int = 0
     loads: int = 0

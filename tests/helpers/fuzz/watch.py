@@ -20,11 +20,11 @@ RUNS_CODE = {
 """Audit events that no loader of a file has a reason for."""
 
 MEMORY_BYTES = 2**30
-"""What a loader may ask for beyond what the process has."""
+"""Memory that a loader may request beyond what the process has."""
 
 
 class Watch:
-    """What was seen while it was listening."""
+    """Events recorded while it was active."""
 
     def __init__(self) -> None:
         self.seen: list[str] | None = None

@@ -166,5 +166,5 @@ def cases(draw: st.DrawFn, *operators: OperatorName, source: Any = None, **optio
 
 
 def covers_all_operators() -> bool:
-    """Whether every operator of the table can be drawn."""
+    """Return True if every operator of the table can be drawn."""
     return _DRAWS.keys() == OPERATORS.keys()

@@ -1,4 +1,4 @@
-"""What a Llama with masks computes, written down once more: fp64, no module, no shared code.
+"""Independent implementation of a Llama with masks: fp64, no module, no shared code.
 
 The paper's equations (Du et al. 2024, A.5) and MSG's norm, as they stand there. Heads are looped
 over, the rotation is a product of complex numbers.
@@ -15,7 +15,7 @@ from megagrow.config.schema import ModelConfig
 
 @dataclass(frozen=True)
 class Coefficients:
-    """How far the new parts are let in, from 0 to 1."""
+    """Strength of the new parts, from 0 to 1."""
 
     depth: float = 1.0
     ffn: float = 1.0

@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive at once while something is computed."""
+"""Peak of the bytes of live tensors during a computation."""
 
 import weakref
 from typing import Any

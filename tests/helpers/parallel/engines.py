@@ -32,7 +32,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """How an engine is spread."""
+    """Parallel layout of an engine."""
 
     zero: int
     tp: int
@@ -151,7 +151,7 @@ class Plain:
         )
 
     def gradients(self, seed: int = 0) -> Weights:
-        """Of the mean cross-entropy on the batch of a seed, not clipped; by parameter."""
+        """Return the unclipped gradients of the mean cross-entropy on the batch of a seed."""
         ids, labels = tokens(self._config, BATCH, LENGTH, seed)
         self._model.zero_grad()
         logits = self._model(ids, torch.arange(LENGTH).expand_as(ids))

@@ -41,7 +41,7 @@ def numbered(plan: dict[str, ParamSpec]) -> dict[str, Tensor]:
 
 
 def held(layout: Layout, whole: dict[str, Tensor], rank: int, fill: float = 0) -> dict[str, Tensor]:
-    """What a rank stores: 1-D tensors by name, `fill` standing where the vocabulary is padded."""
+    """Storage of a rank: 1-D tensors by name, `fill` standing where the vocabulary is padded."""
     dp_rank, tp_rank = divmod(rank, layout.tp)
     slices = {
         name: _slice(layout.plan[name], tensor, layout.tp, tp_rank, fill)
@@ -81,7 +81,7 @@ def empty_storage(layout: Layout, rank: int, value: float = torch.nan) -> Storag
 
 
 def same(one: Storage, other: Storage) -> bool:
-    """Whether two storages hold the same bits."""
+    """Return True if two storages hold the same bits."""
     return one.keys() == other.keys() and all(
         torch.equal(kinds[kind], other[name][kind])
         for name, kinds in one.items()

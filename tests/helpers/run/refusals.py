@@ -24,12 +24,12 @@ def assert_refused(done: Finished) -> str:
 def refused(
     folder: Path, words: Iterable[str], world: int = WORLD, hook: Hook | None = None
 ) -> str:
-    """What `megagrow WORDS` says; its output goes to `folder`."""
+    """Return the output of `megagrow WORDS`; its output goes to `folder`."""
     return assert_refused(Job(folder, world, words, hook).finish(SECONDS))
 
 
 def refused_run(path: Path, *overrides: str, world: int = WORLD, hook: Hook | None = None) -> str:
-    """What `megagrow train` says of a run file, with overrides given by --set."""
+    """Return the output of `megagrow train` on a run file, with overrides given by --set."""
     return refused(path.with_suffix(".output"), _words(path, overrides), world, hook)
 
 

@@ -65,7 +65,7 @@ def train_and_save(
 
 
 def load(folder: Path, config: ModelConfig, stage: int) -> tuple[Whole, set[float], int]:
-    """What an engine has that loads a Universal Checkpoint, and its count of steps."""
+    """State of an engine that loads a Universal Checkpoint, and its count of steps."""
     engine = engine_of(config, stage, universal=True)
     path, _ = engine.load_checkpoint(str(folder))
     assert path is not None

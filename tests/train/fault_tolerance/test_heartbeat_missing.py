@@ -1,4 +1,4 @@
-"""Who is missing, in words: ranks on one host, and hosts where there are several."""
+"""Names of missing ranks: ranks on one host, and hosts where there are several."""
 
 import pytest
 

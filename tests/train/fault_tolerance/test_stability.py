@@ -1,4 +1,4 @@
-"""What the guards make of one step after the other."""
+"""The guards' decisions, step by step."""
 
 import math
 

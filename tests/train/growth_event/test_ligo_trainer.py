@@ -103,7 +103,7 @@ def worst_weight(forming: Forming) -> float:
 
 
 def all_gradients(layouts: list[Layouts]) -> list[tuple[float, list[Tensor], float]]:
-    """Of each case, and of each of these layouts: loss, gradients, and `worst_weight`."""
+    """Compare, for each case and each of these layouts: loss, gradients, and `worst_weight`."""
     out = []
     for name, tied in CASES:
         for one in layouts:
@@ -149,7 +149,7 @@ def test_gradients_are_those_of_autograd_on_whole_tensors(world):
 
 
 def most_alive(layouts: Layouts) -> tuple[int, int]:
-    """How often weights are formed for a step, and how many other ones are in memory then."""
+    """Return how often weights are formed for a step, and how many others are in memory then."""
     forming = forming_of(disturbed(learned_of("both", tied=False)), layouts)
     seen: list[StorageWeakRef] = []
     counts = []

@@ -10,7 +10,7 @@ from tests.helpers.train.schedules import BY_SIZE, DEEP, STEP, make_run, stage
 
 
 def rates(kind: str, steps: int, peak: float = 1.5, warmup: int = 4) -> list[float]:
-    """Of the new entries in every step after a growth at half of the schedule."""
+    """Learning rate of the new entries in every step after a growth at half of the schedule."""
     own = {"peak_factor": peak, "warmup_steps": warmup}
     growth = {"lr_schedule": "continue", "new_entries": own}
     schedule = {"type": kind}

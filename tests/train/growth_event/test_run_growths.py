@@ -103,7 +103,7 @@ def runs(folder: Path, parallel: dict, before: dict | None = None) -> tuple[RunC
 
 
 def losses_and_norms(run: RunConfig) -> tuple[list[float], list[int]]:
-    """Of every step; and Adam's steps: before the growth, after it, at the end."""
+    """Values of every step; and Adam's steps: before the growth, after it, at the end."""
     current = start(run)
     losses, state = losses_of(run, current, RunState())
     steps = [current.engine.adam_step]

@@ -20,7 +20,7 @@ from tests.helpers.train.starting import start
 
 STEPS, ADAM_STEP, BETA2, LIMIT = 3, 7, 0.9, 0.5
 SEQUENCES = 4
-"""Of a step, in micro batches of one."""
+"""Second moment of a step, in micro batches of one."""
 
 LAYOUTS = [
     {"zero_stage": zero, "tensor_model_parallel_size": tp} for zero in range(4) for tp in (1, 2)
