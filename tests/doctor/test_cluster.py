@@ -181,7 +181,7 @@ def disagree(rank: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(socket, "gethostname", lambda: f"host{rank}")
     if rank == 1:
         patch.setenv("NCCL_DEBUG", "INFO")
-        patch.setattr(doctor_report, "_version", lambda package: f"{package}-of-host1")
+        patch.setattr(doctor_report, "package_version", lambda package: f"{package}-of-host1")
         original = Rendezvous.clock_offset
         patch.setattr(Rendezvous, "clock_offset", lambda self: original(self) + 7)
         sys.argv[-1] += "-of-host1"
