@@ -99,7 +99,7 @@ def whole_checkpoints(run: RunConfig) -> list[int]:
 
 @pytest.mark.parametrize(
     ("left", "culprit"),
-    [(ROOM, "/checkpoints: has "), (0, " cannot be written (No space")],
+    [(ROOM, "/checkpoints: not enough disk space: "), (0, " cannot be written (No space")],
     ids=["save", "metrics"],
 )
 def test_a_disk_that_fills_up(tmp_path, disk, undisturbed, left, culprit):
@@ -151,7 +151,7 @@ def test_a_disk_without_room_for_one_checkpoint_is_told_at_once(tmp_path, disk):
         done.out[0].index(text) for text in ("no room for a single checkpoint", "step 2 |")
     )
     assert warning < first
-    assert f"{run.output_dir}/checkpoints: has " in done.out[0]
+    assert f"{run.output_dir}/checkpoints: not enough disk space: " in done.out[0]
 
 
 def test_a_file_that_one_rank_may_not_write(tmp_path, undisturbed):

@@ -35,6 +35,6 @@ def test_rank_0_warns_once_that_equation_2_is_used_beyond_its_fit(tmp_path: Path
     job.wait_for(lambda: metrics.exists() and '"train"' in metrics.read_text())
     job.kill()
     said, other = ((tmp_path / "output" / f"{rank}.out").read_text() for rank in range(2))
-    assert said.count("warning: stages.0.tokens = auto: equation 2 gave ") == 1
+    assert said.count("warning: stages.0.tokens = auto: equation 2 gives ") == 1
     assert "outside the range of its fit: N = 3.1" in said
     assert "warning" not in other
