@@ -1,6 +1,5 @@
 """Checkpoints in the public API: grow, reshard, convert to and from Hugging Face, text loss."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -9,8 +8,6 @@ from megagrow.api.runs import AnyPath, make_console
 
 if TYPE_CHECKING:
     from megagrow.offline.request import Request
-
-_logger = logging.getLogger(__name__)
 
 
 class LayoutOptions(TypedDict, total=False):

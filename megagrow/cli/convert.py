@@ -22,7 +22,6 @@ from megagrow.cli.options import (
     TensorParallel,
     WeightDecayOn,
     ZeroStage,
-    conversion_request,
 )
 
 convert_app = typer.Typer(
@@ -44,10 +43,18 @@ def reshard(
     memory: Memory = MEMORY,
 ) -> None:
     """Write a checkpoint in another layout, optimizer state included."""
-    from megagrow.offline.convert import reshard_files
+    from megagrow.api import reshard as reshard_checkpoint
 
-    layout = {"zero_stage": zero_stage, "dp": dp, "tp": tp, "weight_decay_on": weight_decay_on}
-    reshard_files(conversion_request(source, out, "checkpoint", memory, **layout), Console())
+    reshard_checkpoint(
+        source,
+        out,
+        zero_stage=zero_stage,
+        dp=dp,
+        tp=tp,
+        weight_decay_on=weight_decay_on,
+        memory=memory,
+        verbose=True,
+    )
 
 
 @convert_app.command("hf-export")
@@ -66,11 +73,17 @@ def hf_export(
     memory: Memory = MEMORY,
 ) -> None:
     """Write a folder for Hugging Face transformers: weights, configs, tokenizer."""
-    from megagrow.offline.convert import export_hugging_face
+    from megagrow.api import export_hugging_face
 
-    form = {"dtype": dtype, "shard_size": shard_size}
-    request = conversion_request(source, out, "huggingface", memory, **form)
-    export_hugging_face(request, tokenizer, Console())
+    export_hugging_face(
+        source,
+        out,
+        dtype=dtype,
+        shard_size=shard_size,
+        tokenizer=tokenizer,
+        memory=memory,
+        verbose=True,
+    )
 
 
 @convert_app.command("hf-import")
@@ -86,10 +99,18 @@ def hf_import(
     memory: Memory = MEMORY,
 ) -> None:
     """Write a checkpoint of a Hugging Face folder's weights: step 0, optimizer moments zero."""
-    from megagrow.offline.convert import import_hugging_face
+    from megagrow.api import import_hugging_face
 
-    layout = {"zero_stage": zero_stage, "dp": dp, "tp": tp, "weight_decay_on": weight_decay_on}
-    import_hugging_face(conversion_request(source, out, "checkpoint", memory, **layout), Console())
+    import_hugging_face(
+        source,
+        out,
+        zero_stage=zero_stage,
+        dp=dp,
+        tp=tp,
+        weight_decay_on=weight_decay_on,
+        memory=memory,
+        verbose=True,
+    )
 
 
 @convert_app.command("universal-export")
@@ -118,9 +139,19 @@ def universal_import(
 ) -> None:
     """Write a checkpoint from a DeepSpeed Universal Checkpoint."""
     from megagrow.offline.convert import import_universal
+    from megagrow.offline.request import Request
 
-    layout = {"zero_stage": zero_stage, "dp": dp, "tp": tp, "weight_decay_on": weight_decay_on}
-    request = conversion_request(source, out, "checkpoint", memory, to=model, **layout)
+    request = Request(
+        source=source,
+        out=out,
+        form="checkpoint",
+        to=model,
+        zero_stage=zero_stage,
+        dp=dp,
+        tp=tp,
+        weight_decay_on=weight_decay_on,
+        memory=memory,
+    )
     import_universal(request, Console())
 
 
@@ -166,7 +197,17 @@ def megatron_import(
 ) -> None:
     """Write a checkpoint from Megatron-LM weights (torch format, core or legacy names)."""
     from megagrow.offline.convert import import_megatron
+    from megagrow.offline.request import Request
 
-    layout = {"zero_stage": zero_stage, "dp": dp, "tp": tp, "weight_decay_on": weight_decay_on}
-    request = conversion_request(source, out, "checkpoint", memory, to=model, **layout)
+    request = Request(
+        source=source,
+        out=out,
+        form="checkpoint",
+        to=model,
+        zero_stage=zero_stage,
+        dp=dp,
+        tp=tp,
+        weight_decay_on=weight_decay_on,
+        memory=memory,
+    )
     import_megatron(request, Console())

@@ -1,12 +1,9 @@
 """Arguments and options that several commands share."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from megagrow.offline.request import Request
 
 RunFile = Annotated[Path, typer.Argument(help="Run file (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -68,12 +65,3 @@ ShardSize = Annotated[
     str, typer.Option("--shard-size", help="Maximum size of a Hugging Face file.")
 ]
 Memory = Annotated[str, typer.Option("--memory", help="Memory limit for tensors.")]
-
-
-def conversion_request(
-    source: Path, out: Path, form: str, memory: str, **options: Any
-) -> "Request":
-    """Return the request for a file-to-file conversion."""
-    from megagrow.offline.request import Request
-
-    return Request(source=source, out=out, form=form, memory=memory, **options)
