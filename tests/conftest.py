@@ -3,8 +3,10 @@
 Tests marked `gpu` start processes of their own, to which they give the GPUs back.
 """
 
+import logging
 import os
 import signal
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -33,6 +35,15 @@ def gpu_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in _HIDDEN} | {
         name: _BEFORE[name] for name in _HIDDEN if name in _BEFORE
     }
+
+
+@pytest.fixture
+def restored_logging() -> Iterator[None]:
+    """Leave the `megagrow` logger as other tests expect it."""
+    root = logging.getLogger("megagrow")
+    before = root.handlers, root.level, root.propagate
+    yield
+    root.handlers, root.level, root.propagate = before
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,6 @@
 
 import errno
 import logging
-from collections.abc import Iterator
 from io import StringIO
 
 import pytest
@@ -10,16 +9,9 @@ from rich.console import Console
 
 from megagrow.common.log_setup import LogLevel, configure_logging
 
+pytestmark = pytest.mark.usefixtures("restored_logging")
+
 logger = logging.getLogger("megagrow.test")
-
-
-@pytest.fixture(autouse=True)
-def restored_logging() -> Iterator[None]:
-    """Leave the `megagrow` logger as other tests expect it."""
-    root = logging.getLogger("megagrow")
-    before = root.handlers, root.level, root.propagate
-    yield
-    root.handlers, root.level, root.propagate = before
 
 
 def lines(rank: int, world_size: int, level: str = LogLevel.INFO) -> list[str]:

@@ -11,9 +11,8 @@ from megagrow.config.load import load_run, to_yaml
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import stage_tokens
 from megagrow.errors import InputError
-from tests.config.conftest import ONE_STAGE, SECOND_STAGE
+from tests.config.conftest import ONE_STAGE
 
-TWO = ONE_STAGE + SECOND_STAGE
 STEP = 8 * 32
 
 

@@ -86,7 +86,7 @@ def test_files_are_those_of_the_definition(folder, state):
 
 
 class Fragment:
-    """The attributes that DeepSpeed sets on a parameter held whole by one data-parallel rank."""
+    """Attributes that DeepSpeed sets on a parameter of a single data-parallel rank."""
 
     def __init__(self, numel: int) -> None:
         self.lp_fragment_address = SimpleNamespace(start=0, numel=numel)

@@ -16,7 +16,7 @@ from megagrow.formats.hugging_face_config import model_of
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Block
 from tests.helpers.checkpoint.written import write_checkpoint, write_config
-from tests.helpers.hugging_face import hugging_face, state_of, tiny, tokens
+from tests.helpers.hugging_face import OLD, hugging_face, state_of, tiny, tokens
 from tests.helpers.reshard.models import layout_of
 from tests.helpers.train.file_growths import grow, model_file
 
@@ -82,17 +82,6 @@ def test_a_folder_of_theirs_becomes_a_checkpoint(tmp_path, dtype):
     assert file.name == "model.safetensors"
     stored = load_file(file)["model.layers.0.self_attn.k_proj.weight"]
     assert torch.equal(stored, found["model.layers.0.self_attn.k_proj.weight"].bfloat16())
-
-
-OLD = {
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "vocab_size": 101,
-    "rope_theta": 123.0,
-    "model_type": "llama",
-}
 
 
 def test_a_config_of_transformers_4_is_read_with_its_defaults():

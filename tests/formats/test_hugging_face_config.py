@@ -7,18 +7,9 @@ from transformers import LlamaConfig
 
 from megagrow.errors import InputError
 from megagrow.formats.hugging_face_config import config_of, generation_of, model_of, read_json
-from tests.helpers.hugging_face import LLAMA3, YARN, tiny
+from tests.helpers.hugging_face import LLAMA3, OLD, YARN, tiny
 
-OLD = {
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "vocab_size": 101,
-    "rope_theta": 123.0,
-    "model_type": "llama",
-    "max_position_embeddings": 256,
-}
+WITH_POSITIONS = OLD | {"max_position_embeddings": 256}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 OPEN = {key: value for key, value in YARN.items() if key != "original_max_position_embeddings"}
 
@@ -38,14 +29,14 @@ OPEN = {key: value for key, value in YARN.items() if key != "original_max_positi
     ],
 )
 def test_both_forms_are_read_as_transformers_reads_them(written, theta, scaling):
-    model = model_of(OLD | written, "x")
+    model = model_of(WITH_POSITIONS | written, "x")
     assert model.rope_theta == theta
     found = None if model.rope_scaling is None else model.rope_scaling.given()
     if scaling and "original" in scaling:
         assert found["original_max_position_embeddings"] == scaling["original"]
     else:
         assert found == scaling
-    theirs = LlamaConfig(**deepcopy(OLD | written))  # it changes what it is given
+    theirs = LlamaConfig(**deepcopy(WITH_POSITIONS | written))  # it changes what it is given
     theirs.standardize_rope_params()  # as the model does
     given = {"rope_type": "default"} if found is None else found
     rope = {k: v for k, v in theirs.rope_parameters.items() if v is not None and k != "type"}
@@ -76,7 +67,7 @@ def test_both_forms_are_read_as_transformers_reads_them(written, theta, scaling)
 )
 def test_positions_that_are_not_known_are_refused(changes, said):
     with pytest.raises(InputError, match=r"^x: ") as error:
-        model_of(OLD | changes, "x")
+        model_of(WITH_POSITIONS | changes, "x")
     assert said in str(error.value) and "\n" not in str(error.value)
 
 

@@ -71,6 +71,17 @@ def state_of(model: torch.nn.Module, plan: dict) -> State:
     return state
 
 
+OLD = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 101,
+    "rope_theta": 123.0,
+    "model_type": "llama",
+}
+"""config.json of a Llama as transformers 4 writes it, without the fields that have defaults."""
+
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,

@@ -8,7 +8,7 @@ import pytest
 
 import megagrow.train.growth_event.ligo_trainer
 from megagrow.config.schema import RunConfig
-from tests.helpers.jobs import records, train, write_run
+from tests.helpers.jobs import Hook, records, train, write_run
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -28,7 +28,7 @@ def learned_run(folder: Path) -> RunConfig:
     return make_run(folder, [{"tokens": BEFORE * STEP_TOKENS, "parallel": parallel}, later])
 
 
-def end_of(run: RunConfig, hook=None) -> list[int]:
+def end_of(run: RunConfig, hook: Hook | None = None) -> list[int]:
     run.output_dir.parent.mkdir(exist_ok=True)
     job = train(write_run(run.output_dir.with_suffix(".yaml"), run), 2, hook)
     return job.finish().codes
@@ -40,16 +40,21 @@ def history(run: RunConfig) -> tuple[list, list]:
     return steps, growths
 
 
-def killed_while_it_learns(rank: int, patch: pytest.MonkeyPatch) -> None:
-    step, steps = megagrow.train.growth_event.ligo_trainer.summed_gradients, []
+def signalled_while_it_learns(number: signal.Signals, ranks: tuple[int, ...]) -> Hook:
+    """Send a signal to these ranks in the middle of the learning."""
 
-    def watched(*arguments):
-        steps.append(step(*arguments))
-        if len(steps) == LEARN // 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return steps[-1]
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        step, steps = megagrow.train.growth_event.ligo_trainer.summed_gradients, []
 
-    patch.setattr(megagrow.train.growth_event.ligo_trainer, "summed_gradients", watched)
+        def watched(*arguments):
+            steps.append(step(*arguments))
+            if len(steps) == LEARN // 2 and rank in ranks:
+                os.kill(os.getpid(), number)
+            return steps[-1]
+
+        patch.setattr(megagrow.train.growth_event.ligo_trainer, "summed_gradients", watched)
+
+    return hook
 
 
 def test_a_learned_growth_is_charged_and_survives_a_kill(tmp_path):
@@ -63,29 +68,18 @@ def test_a_learned_growth_is_charged_and_survives_a_kill(tmp_path):
     assert flops > steps[BEFORE - 1][2] and flops_true > steps[BEFORE - 1][3]
 
     killed = undisturbed.model_copy(update={"output_dir": tmp_path / "again" / "run"})
-    assert end_of(killed, killed_while_it_learns) == [-signal.SIGKILL] * 2
+    kill = signalled_while_it_learns(signal.SIGKILL, (0, 1))
+    assert end_of(killed, kill) == [-signal.SIGKILL] * 2
     assert len(history(killed)[0]) == BEFORE and not history(killed)[1]
     assert end_of(killed) == [0, 0]
     assert history(killed) == history(undisturbed)
-
-
-def stopped_while_it_learns(rank: int, patch: pytest.MonkeyPatch) -> None:
-    step, steps = megagrow.train.growth_event.ligo_trainer.summed_gradients, []
-
-    def watched(*arguments):
-        steps.append(step(*arguments))
-        if len(steps) == LEARN // 2 and rank == 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return steps[-1]
-
-    patch.setattr(megagrow.train.growth_event.ligo_trainer, "summed_gradients", watched)
 
 
 def test_a_stop_in_a_learned_growth_leaves_without_the_growth(tmp_path):
     undisturbed = learned_run(tmp_path)
     assert end_of(undisturbed) == [0, 0]
     stopped = undisturbed.model_copy(update={"output_dir": tmp_path / "again" / "run"})
-    assert end_of(stopped, stopped_while_it_learns) == [0, 0]
+    assert end_of(stopped, signalled_while_it_learns(signal.SIGUSR1, (1,))) == [0, 0]
     assert records(stopped, "end", ["step"]) == [(BEFORE,)]
     assert len(history(stopped)[0]) == BEFORE and not history(stopped)[1]
     assert end_of(stopped) == [0, 0]

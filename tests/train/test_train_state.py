@@ -10,16 +10,7 @@ from megagrow.config.schema import RunConfig
 from megagrow.train.reporting.metrics import Counters, StepMetrics
 from megagrow.train.run_position import Position, locate, run_steps, run_tokens
 from megagrow.train.train_state import RunState
-from tests.helpers.train.schedules import tokens_at
-
-LENGTH = 8
-MODEL = {
-    "num_hidden_layers": 1,
-    "hidden_size": 8,
-    "num_attention_heads": 2,
-    "intermediate_size": 8,
-    "vocab_size": 16,
-}
+from tests.helpers.train.schedules import LENGTH, MODEL, tokens_at
 
 
 def run_of(parts: list[tuple[int, int]]) -> RunConfig:

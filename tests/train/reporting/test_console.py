@@ -1,5 +1,4 @@
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from io import StringIO
 
@@ -11,16 +10,9 @@ from rich.console import Console
 from megagrow.common.log_setup import configure_logging
 from megagrow.train.reporting.console import Eta, LiveLine, Status, scientific
 
+pytestmark = pytest.mark.usefixtures("restored_logging")
+
 logger = logging.getLogger("megagrow.test")
-
-
-@pytest.fixture(autouse=True)
-def restored_logging() -> Iterator[None]:
-    """Leave the `megagrow` logger as other tests expect it."""
-    root = logging.getLogger("megagrow")
-    before = root.handlers, root.level, root.propagate
-    yield
-    root.handlers, root.level, root.propagate = before
 
 
 def status(step: int, flops: float = 0.0, mfu: float | None = 0.4) -> Status:
