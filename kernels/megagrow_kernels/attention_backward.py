@@ -226,8 +226,8 @@ def _keys_kernel(
     dk_ND = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
     dv_ND = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
 
-    # Queries: the keys' own tokens, then full blocks up to `whole`, then the remainder up to
-    # `last`.
+    # Queries: first the keys' own tokens and the remainder from `tail` to `last`, both in parts of
+    # EDGE_M; then the full blocks between them.
     last = end
     if WINDOWED:
         last = tl.minimum(end, first + BLOCK_N - 1 + window)

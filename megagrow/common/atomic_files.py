@@ -1,6 +1,7 @@
 """Atomic creation of files and folders: write under a temporary name, fsync, rename.
 
-A crash or a kill leaves either the old version or the new one under the final name.
+A crash or a kill leaves either the old version or the new one under the final name. A folder that
+replaces another one takes two renames: between them, both have temporary names.
 """
 
 import os

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # for runs as a script
 
 from megagrow_kernels.calls import launches  # noqa: E402
-from megagrow_kernels.compiling import (  # noqa: E402  # noqa: E402
+from megagrow_kernels.compiling import (  # noqa: E402
     SHARED_LIMIT,
     TENSOR_CORES,
     CompiledKernel,

@@ -52,7 +52,7 @@ def finish(job: Job) -> Finished:
 
 
 def last_checkpoint(run: RunConfig) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Its tensors, to the bit, and its manifest without what tells the time (so its checksum)."""
+    """Return the last checkpoint's shards, and its manifest without times and checksum."""
     folder = run.output_dir / "checkpoints" / f"step-{STEPS:09d}"
     shards = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     manifest = json.loads((folder / "manifest.json").read_text())
