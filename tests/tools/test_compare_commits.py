@@ -60,7 +60,7 @@ def test_equal_data_is_equal_and_counted(tmp_path: Path) -> None:
     ],
     ids=["times and paths", "a save that ends later", "an alias", "the environment"],
 )
-def test_other_things_are_ignored(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_ignored_differences(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert compare(tmp_path, **changes).difference is None
 
 
@@ -108,7 +108,7 @@ def test_a_missing_file_and_an_empty_folder_are_differences(tmp_path: Path) -> N
     assert "no data" in str(compare_folders(*empty).difference)
 
 
-def test_nested_values_are_flattened_without_their_types_being_lost() -> None:
+def test_flattening_keeps_the_types_of_nested_values() -> None:
     flat = flatten({"a": [1, {"seconds": 2.0, "b": True}], "c": 1.0}, "")
     assert flat == {"a length": 2, "a[0]": 1, "a[1].b": True, "c": 1.0}
     assert [type(value) for value in flat.values()] == [int, int, bool, float]

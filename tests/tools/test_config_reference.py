@@ -48,7 +48,7 @@ def test_the_page_is_current() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_key_is_there_with_a_meaning() -> None:
+def test_every_key_has_a_row_with_a_meaning() -> None:
     at_the_top = {path for path in keys_of(StageConfig) if path.split(".")[0] in DEFAULTS}
     in_a_stage = {f"stages.N.{path}" for path in at_the_top}
     run = {path for path in keys_of(RunConfig) if path not in in_a_stage or path.count(".") == 2}
@@ -58,7 +58,7 @@ def test_every_key_is_there_with_a_meaning() -> None:
     assert short == []
 
 
-def test_links_between_sections_lead_somewhere() -> None:
+def test_links_between_sections_are_valid() -> None:
     headings = re.findall(r"^##+ `([\w.]+)`$", PAGE, flags=re.MULTILINE)
     anchors = {heading.replace(".", "").lower() for heading in headings}
     links = set(re.findall(r"\]\(#(\w+)\)", PAGE))
@@ -90,14 +90,14 @@ def run_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_defaults_are_those_that_a_run_gets(run_file: Path) -> None:
+def test_the_defaults_are_those_of_a_loaded_run(run_file: Path) -> None:
     plain = load_run(run_file)
     absent = {"data.tokenizer", "model.rope_scaling", "stages.N.growth", "evaluation"}
     absent |= {"guards.loss_spike", "stages.N.growth.new_entries", "stages.N.growth.probe"}
     absent |= {"data.validation", *BUILT_ON}
     written = {path: default[1:-1] for path, (_, default, _) in ROWS.items() if default[0] == "`"}
-    given = {path: text for path, text in written.items() if path not in absent}
-    assert len(given) > 60
-    for path, text in given.items():
+    defaults = {path: text for path, text in written.items() if path not in absent}
+    assert len(defaults) > 60
+    for path, text in defaults.items():
         place = path.replace("stages.N", "stages.1").replace(".N.", ".0.")
         assert load_run(run_file, [f"{place}={text}"]) == plain, path

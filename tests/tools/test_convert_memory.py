@@ -1,4 +1,4 @@
-"""Conversions stay in memory however large the model is, and give its bits back."""
+"""Conversions stay within the memory budget and preserve all bits."""
 
 import pytest
 import torch
@@ -25,17 +25,17 @@ def test_import_reshard_and_export_stay_in_the_budget(tmp_path):
     write_model(MODEL, tmp_path / "model", 16 * 10**6)
     files = sorted((tmp_path / "model").glob("*.safetensors"))
     assert sum(path.stat().st_size for path in files) > 3 * BUDGET and len(files) > 3
-    found = list(measure(tmp_path, str(BUDGET)))
-    assert [one.command for one in found] == ["hf-import", "reshard", "hf-export"]
-    for one in found:
-        assert 100 * 2**20 < one.peak_bytes < BUDGET + PROGRAM, one
-    (made,) = (tmp_path / "out").glob("*.safetensors")
-    written = load_file(made)
+    costs = list(measure(tmp_path, str(BUDGET)))
+    assert [cost.command for cost in costs] == ["hf-import", "reshard", "hf-export"]
+    for cost in costs:
+        assert 100 * 2**20 < cost.peak_bytes < BUDGET + PROGRAM, cost
+    (exported,) = (tmp_path / "out").glob("*.safetensors")
+    written = load_file(exported)
     for path in files:
         for name, tensor in load_file(path).items():
             assert torch.equal(written.pop(name), tensor), name
     assert not written
 
 
-def test_the_size_asked_for_is_met():
+def test_the_model_has_the_requested_size():
     assert 4 * parameters(random_model(3)) == pytest.approx(3e9, rel=0.05)

@@ -1,4 +1,4 @@
-"""Benchmark checkpoint saves: training stall of synchronous and of background saves.
+"""Benchmark checkpoint saves: training stall of blocking and of background saves.
 
     python tools/benchmarks/checkpoint/save.py --output bench_save.md
 
@@ -46,12 +46,12 @@ COLUMNS = {
     "ranks": "{ranks}",
     "MiB": "{mib:.0f}",
     "step s": "{step:.2f}",
-    "synchronous: stall s": "{synchronous:.2f}",
-    "without checksums s": "{no_checksum:.2f}",
+    "blocking: stall s": "{blocking:.2f}",
+    "blocking, no checksums: stall s": "{no_checksum:.2f}",
     "background: stall s": "{stall:.2f}",
-    "longest stall s": "{longest:.2f}",
-    "time to disk s": "{seconds:.2f}",
-    "step during save s": "{busy:.2f}",
+    "background: longest stall s": "{longest:.2f}",
+    "background: until on disk s": "{seconds:.2f}",
+    "background: step s meanwhile": "{busy:.2f}",
 }
 
 
@@ -64,7 +64,7 @@ def main(
 ) -> None:
     """Measure saves of a training run under ZeRO 2 on the CPU.
 
-    One run saves the same state several times synchronously, with and without checksums, and
+    One run saves the same state several times while training waits, with and without checksums, and
     several times in the background. The fastest save of each kind counts. All files are synced to
     disk.
     """
@@ -103,17 +103,17 @@ def measure(name: str, folder: str, output: Path) -> None:
     saver = Saver(Path(folder, "checkpoints"), device)
     saver.prepare(stage.layout, stage.engine.storage())
     steps = [_step(run, stage) for _ in range(4)]
-    synchronous, no_checksum = [], []
+    blocking, no_checksum = [], []
     for number in range(0, 2 * REPEATS, 2):
-        synchronous.append(_save_synchronously(saver, stage, number))
+        blocking.append(_save_blocking(saver, stage, number))
         with mock.patch.object(shards.xxhash, "xxh3_64", _NoHash):
-            no_checksum.append(_save_synchronously(saver, stage, number + 1))
+            no_checksum.append(_save_blocking(saver, stage, number + 1))
     busy: list[float] = []
     numbers = range(2 * REPEATS, 3 * REPEATS)
     background = [_save_in_background(saver, run, stage, number, busy) for number in numbers]
     values: dict[str, Any] = {
         "step": min(steps),
-        "synchronous": min(saved.stall_seconds for saved in synchronous),
+        "blocking": min(saved.stall_seconds for saved in blocking),
         "no_checksum": min(saved.stall_seconds for saved in no_checksum),
         "stall": min(saved.stall_seconds for saved in background),
         "longest": max(saved.stall_seconds for saved in background),
@@ -123,7 +123,7 @@ def measure(name: str, folder: str, output: Path) -> None:
     highest = torch.tensor(list(values.values()), dtype=torch.float64)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     values = dict(zip(values, highest.tolist(), strict=True))
-    total = sum(record.size for record in synchronous[0].manifest.files.values())
+    total = sum(record.size for record in blocking[0].manifest.files.values())
     if dist.get_rank() == 0:
         values |= {"size": name, "ranks": world, "mib": total / 2**20}
         output.write_text(json.dumps(values), encoding="utf-8")
@@ -176,7 +176,7 @@ class _NoHash:
         return ""
 
 
-def _save_synchronously(saver: Saver, stage: Stage, number: int) -> Saved:
+def _save_blocking(saver: Saver, stage: Stage, number: int) -> Saved:
     """Save while the training waits."""
     _begin(saver, stage, number, background=False)
     return _finish(saver)

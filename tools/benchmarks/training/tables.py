@@ -82,7 +82,7 @@ def _training_table(rows: list[dict[str, Any]]) -> list[str]:
 
 def _parts_table(row: dict[str, Any]) -> list[str]:
     step = sum(row["parts"].values())
-    columns = (f"part of a step, median of {row['configuration']!r}", "ms", "share")
+    columns = (f"part of a step, median of *{row['configuration']}*", "ms", "share")
     table = [
         (name, f"{1000 * seconds:.2f}", f"{100 * seconds / step:.2f}%")
         for name, seconds in row["parts"].items()
