@@ -13,6 +13,7 @@ from typing import Any
 
 from megagrow.common.atomic_files import write_synced
 from megagrow.common.checksums import FileRecord, Files, check_file, check_size, text_checksum
+from megagrow.common.json_text import FILE_BYTES, parse_json, read_limited
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.parallel.sharding import parameter_plan
@@ -87,7 +88,7 @@ def parse_manifest(directory: Path) -> Manifest:
     if not path.is_file():
         raise CheckpointError(f"{directory}: not a checkpoint, it has no {MANIFEST_FILE}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_limited(path, FILE_BYTES, CheckpointError))
         if values.get("format", FORMAT) != FORMAT:
             raise CheckpointError(
                 f"{path}: written in format {values['format']}, this version reads {FORMAT}"

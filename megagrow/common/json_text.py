@@ -33,14 +33,19 @@ def parse_json(raw: bytes) -> Any:
     return value
 
 
+def read_limited(path: Path, limit: int, error_class: type[InputError]) -> bytes:
+    """Return the content of a file. Raises `error_class` if it is larger than `limit` bytes."""
+    with path.open("rb") as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise error_class(f"{path}: larger than the limit of {limit} bytes")
+    return raw
+
+
 def read_json(path: Path, error_class: type[InputError] = DataError) -> dict[str, Any]:
     """Return the object in a JSON file. Raises `error_class` with the path if there is none."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(FILE_BYTES + 1)
-        if len(raw) > FILE_BYTES:
-            raise error_class(f"{path}: larger than the limit of {FILE_BYTES} bytes")
-        value = parse_json(raw)
+        value = parse_json(read_limited(path, FILE_BYTES, error_class))
     except OSError as error:
         raise error_class(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:

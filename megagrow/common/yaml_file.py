@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from megagrow.common.json_text import read_limited
 from megagrow.errors import ConfigError
 
 FILE_BYTES = 1_000_000
@@ -75,12 +76,7 @@ class _Loader(yaml.SafeLoader):
 def read_mapping(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file. Raises ConfigError with the path and line."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(FILE_BYTES + 1)
-        if len(raw) > FILE_BYTES:
-            raise ConfigError(
-                f"{path}: larger than the limit of {FILE_BYTES} bytes; not a run file"
-            )
+        raw = read_limited(path, FILE_BYTES, ConfigError)
         value = parse_yaml(raw.decode("utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error

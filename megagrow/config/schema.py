@@ -68,7 +68,7 @@ class DataConfig(Section):
     """Corpora of the validation loss; empty disables it."""
     tokenizer: Path | None = None
     """A SentencePiece .model file, a tokenizer.json, or a Hugging Face folder. It is checked
-    against the model's vocabulary, stored with the checkpoints, and required by `evaluation`."""
+    against the model's vocabulary and required by `evaluation`. Checkpoints record its path."""
     sequence_length: Count
     """Tokens per sequence."""
     reset_position_ids: bool = False
@@ -90,7 +90,7 @@ class RunConfig(Section):
     checkpoint there."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute precision; `auto` is bf16 on a GPU and fp32 on a CPU. Master weights and moments are
-    always fp32."""
+    always fp32. With `zero_stage: 0`, bf16 is an autocast of fp32 weights."""
     init_from: Path | None = None
     """Checkpoint, run directory or Hugging Face folder with the initial weights of the first stage;
     null initializes randomly. Ignored when resuming."""

@@ -16,7 +16,7 @@ from megagrow.checkpoint.manifest import (
     write_manifest,
 )
 from megagrow.common.checksums import FileRecord
-from megagrow.errors import InputError
+from megagrow.errors import CheckpointError, InputError
 from tests.helpers.checkpoint.saving import MODEL, manifest_of
 from tests.helpers.checkpoint.written import record_of
 from tests.helpers.reshard.models import layout_of, layouts, models
@@ -105,4 +105,21 @@ def test_a_layout_that_is_none_is_refused(tmp_path, name):
     layout = describe_layout(layout_of(MODEL, 0, 1, 1)) | LAYOUTS[name]
     written(tmp_path, layout=layout)
     with pytest.raises(InputError, match=r"manifest.json: damaged \("):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"adam_step"', '"adam_step": 1, "adam_step"'),
+        ('"protected": null', '"protected": NaN'),
+        ('"protected": null', '"protected": 1e999'),
+    ],
+)
+def test_a_manifest_that_is_not_strict_json_is_rejected(tmp_path, old, new):
+    path = written(tmp_path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(CheckpointError, match="damaged"):
         read_manifest(tmp_path)
