@@ -144,7 +144,7 @@ RUN: dict[str, Callable[[str], None]] = {
     ),
     "megagrow config show RUN.yaml": shown,
     "megagrow plan RUN.yaml --world 4 --gpu h100 --mfu 0.4": planned,
-    "megagrow plan RUN.yaml --cluster h100:1x4 --layouts": planned,
+    "megagrow plan RUN.yaml --cluster h100:4x1 --layouts": planned,
     "megagrow doctor --run RUN.yaml": examined,
     "megagrow train --dry-run --world 4 RUN.yaml": rehearsed,
     "megagrow train RUN.yaml": trained,
