@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from pydantic.fields import FieldInfo  # noqa: E402
 
 from megagrow.common.sizes import format_count, parse_count  # noqa: E402
+from megagrow.common.tables import markdown_table  # noqa: E402
 from megagrow.config.overrides import BUILT_ON, DEFAULTS, HARDWARE, PARTS, section_in  # noqa: E402
 from megagrow.config.schema import RunConfig, StageConfig  # noqa: E402
 from megagrow.config.sections import Section  # noqa: E402
@@ -244,11 +245,11 @@ def _lines(table: SectionTable) -> Iterator[str]:
     yield ""
     for text in filter(None, (*table.text.split("\n\n"), " ".join(_other_places(table.path)))):
         yield from (*textwrap.wrap(text, 100, break_on_hyphens=False, break_long_words=False), "")
-    yield "| key | type | default | meaning |"
-    yield "|---|---|---|---|"
-    for key in table.keys:
-        cells = (f"`{key.path}`", key.type, key.default, key.meaning.replace("|", "\\|"))
-        yield f"| {' | '.join(cells)} |"
+    rows = [
+        (f"`{key.path}`", key.type, key.default, key.meaning.replace("|", "\\|"))
+        for key in table.keys
+    ]
+    yield markdown_table(("key", "type", "default", "meaning"), rows)
 
 
 def _other_places(path: str) -> Iterator[str]:

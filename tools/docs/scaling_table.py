@@ -13,6 +13,7 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from megagrow.common.tables import markdown_table  # noqa: E402
 from megagrow.planning.published import Published, published_rows, published_sources  # noqa: E402
 from tools.docs.generated_page import write_or_check  # noqa: E402
 
@@ -25,7 +26,7 @@ GOAL = 0.15
 def tables() -> str:
     """Return all tables as Markdown."""
     rows = published_rows()
-    return "\n".join([*_summary(rows), "", *_sources(rows)])
+    return "\n".join([_summary(rows), "", *_sources(rows)])
 
 
 def with_tables(page: str) -> str:
@@ -55,23 +56,29 @@ def _mfu(row: Published) -> float:
     return row.tokens_per_gpu * row.work.shape.flops_per_token / row.cluster.gpu.peak_flops
 
 
-def _summary(rows: Sequence[Published]) -> Iterator[str]:
-    yield (
-        "| rows | count | within 15% | within 10% | median error | largest error | GPUs "
-        "| parameters | constant MFU: within 15% |"
-    )
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for role in ROLES:
-        yield _summary_row(role, [row for row in rows if row.role == role])
+SUMMARY_COLUMNS = (
+    *("rows", "count", "within 15%", "within 10%", "median error", "largest error", "GPUs"),
+    *("parameters", "constant MFU: within 15%"),
+)
+
+SOURCE_COLUMNS = (
+    *("model", "sequence length", "GPUs", "TP", "ZeRO", "micro-batches", "checkpointing"),
+    *("published, tokens/s", "predicted, tokens/s", "error", "row"),
+)
+
+
+def _summary(rows: Sequence[Published]) -> str:
+    cells = [_summary_row(role, [row for row in rows if row.role == role]) for role in ROLES]
     for source, group in groupby(rows, lambda row: row.source):
-        yield _summary_row(source, [row for row in group if row.role != "set"])
+        cells.append(_summary_row(source, [row for row in group if row.role != "set"]))
+    return markdown_table(SUMMARY_COLUMNS, cells)
 
 
-def _summary_row(name: str, rows: Sequence[Published]) -> str:
+def _summary_row(name: str, rows: Sequence[Published]) -> list[str]:
     errors = [abs(row.error) for row in rows]
     gpus = [row.work.gpus for row in rows]
     sizes = [row.work.shape.parameters for row in rows]
-    cells = [
+    return [
         name,
         f"{len(rows)}",
         f"{within(rows, GOAL)}",
@@ -82,7 +89,6 @@ def _summary_row(name: str, rows: Sequence[Published]) -> str:
         _range(f"{min(sizes) / 1e9:.1f}B", f"{max(sizes) / 1e9:.1f}B"),
         f"{one_mfu_within(rows, GOAL)}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _range(low: str, high: str) -> str:
@@ -96,18 +102,13 @@ def _sources(rows: Sequence[Published]) -> Iterator[str]:
         yield ""
         yield f"<{sources[source]['address']}>: {sources[source]['note']}."
         yield ""
-        yield (
-            "| model | sequence length | GPUs | TP | ZeRO | micro-batches | checkpointing "
-            "| published, tokens/s | predicted, tokens/s | error | row |"
-        )
-        yield "|---|---|---|---|---|---|---|---|---|---|---|"
-        yield from (_row(row) for row in group)
+        yield markdown_table(SOURCE_COLUMNS, map(_row, group))
         yield ""
 
 
-def _row(row: Published) -> str:
+def _row(row: Published) -> list[str]:
     work, error = row.work, f"{row.error:+.1%}"
-    cells = [
+    return [
         row.model,
         f"{work.shape.sequence}",
         f"{work.gpus}",
@@ -120,7 +121,6 @@ def _row(row: Published) -> str:
         error if abs(row.error) <= GOAL else f"**{error}**",
         row.role,
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> int:

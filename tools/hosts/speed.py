@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megagrow.common.tables import markdown_table
 from tools.faults.run import LENGTH, MODEL
 from tools.hosts.job import BATCH, HostJob, records, run_of
 from tools.hosts.namespaces import Host, Hosts
@@ -66,20 +67,30 @@ class NetworkSpeed:
     """Bytes that a host sends during the run."""
 
 
+COLUMNS = (
+    *("network", "round trip", "one stream", "ZeRO", "step, 4 layers", "step, 8 layers"),
+    *("growth", "sent"),
+)
+
+
 def measure(folder: Path, corpus: Path) -> None:
     """Measure all networks and print the table."""
-    print(
-        "| network | round trip | one stream | ZeRO | step, 4 layers | step, 8 layers | growth "
-        "| sent |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    rows = []
     for rate, round_trip, zero_stage in NETWORKS:
         speed = on_network(folder, corpus, rate, round_trip, zero_stage)
         network = f"{rate or 'unlimited'}, + {round_trip * 1e3:.0f} ms"
-        measured = f"{speed.round_trip * 1e3:.2f} ms | {speed.rate * 8e-6:.0f} Mbit/s"
-        small, large = (f"{seconds:.2f} s" for seconds in speed.steps)
-        times = f"{small} | {large} | {speed.growth:.2f} s | {speed.sent * 1e-6:.0f} MB"
-        print(f"| {network} | {measured} | {zero_stage} | {times} |", flush=True)
+        row = [
+            network,
+            f"{speed.round_trip * 1e3:.2f} ms",
+            f"{speed.rate * 8e-6:.0f} Mbit/s",
+            str(zero_stage),
+            *(f"{seconds:.2f} s" for seconds in speed.steps),
+            f"{speed.growth:.2f} s",
+            f"{speed.sent * 1e-6:.0f} MB",
+        ]
+        print(*row, sep=", ", flush=True)
+        rows.append(row)
+    print(markdown_table(COLUMNS, rows))
     moved = speed.growth_bytes * 1e-6
     print(f"\nThe growth transfers {moved:.1f} MB. Sent: by each host, during the run.")
 
