@@ -21,12 +21,15 @@ MODEL = ModelConfig(
 
 
 @pytest.mark.slow
-def test_import_reshard_and_export_stay_in_the_budget(tmp_path):
+def test_all_conversions_stay_in_the_budget(tmp_path):
     write_model(MODEL, tmp_path / "model", 16 * 10**6)
     files = sorted((tmp_path / "model").glob("*.safetensors"))
     assert sum(path.stat().st_size for path in files) > 3 * BUDGET and len(files) > 3
     costs = list(measure(tmp_path, str(BUDGET)))
-    assert [cost.command for cost in costs] == ["hf-import", "reshard", "hf-export"]
+    assert [cost.command for cost in costs] == [
+        *("hf-import", "reshard", "megatron-export", "megatron-import"),
+        *("universal-export", "universal-import", "hf-export"),
+    ]
     for cost in costs:
         assert 100 * 2**20 < cost.peak_bytes < BUDGET + PROGRAM, cost
     (exported,) = (tmp_path / "out").glob("*.safetensors")

@@ -1,4 +1,4 @@
-"""Measure memory and time of `megagrow convert` on a random model: import, reshard, export.
+"""Measure memory and time of `megagrow convert` on a random model, for every format.
 
     python tools/benchmarks/checkpoint/convert_memory.py FOLDER [--gigabytes 3] [--memory 512MiB]
 
@@ -21,6 +21,7 @@ import torch
 
 from megagrow.common.file_io import raw_bytes
 from megagrow.common.sizes import format_bytes
+from megagrow.common.tables import markdown_table
 from megagrow.config.flops import parameters
 from megagrow.config.schema import ModelConfig
 from megagrow.formats.hugging_face import INDEX_FILE, index_of, planned_files, single_rank_layout
@@ -86,18 +87,24 @@ def write_model(model: ModelConfig, folder: Path, file_bytes: int) -> None:
 
 
 def measure(folder: Path, memory: str) -> Iterator[CommandCost]:
-    """Import FOLDER/model, reshard the result and export it; yield the cost of each command.
+    """Convert FOLDER/model through every format to FOLDER/out; yield the cost of each command.
 
-    Intermediate checkpoints are removed after use. Raises CalledProcessError if a command fails.
+    Each command reads the result of the one before, which is removed afterwards. Raises
+    CalledProcessError if a command fails.
     """
-    model, first, second, out = (str(folder / name) for name in ("model", "1", "2", "out"))
     steps = [
-        ("hf-import", model, first, "--zero-stage", "3", "--dp", "4"),
-        ("reshard", first, second, "--zero-stage", "1", "--dp", "2", "--tp", "2"),
-        ("hf-export", second, out, "--shard-size", "1GB"),
+        ("hf-import", "--zero-stage", "3", "--dp", "4", "--memory", memory),
+        ("reshard", "--zero-stage", "1", "--dp", "2", "--tp", "2", "--memory", memory),
+        ("megatron-export", "--tp", "2"),
+        ("megatron-import",),
+        ("universal-export",),
+        ("universal-import",),
+        ("hf-export", "--shard-size", "1GB", "--memory", memory),
     ]
-    for command, source, target, *options in steps:
-        words = ["convert", command, source, target, *options, "--memory", memory]
+    model = source = str(folder / "model")
+    for command, *options in steps:
+        target = str(folder / ("out" if command == steps[-1][0] else command))
+        words = ["convert", command, source, target, *options]
         begin = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", _RUN, *words], check=True, stdout=subprocess.PIPE, text=True
@@ -106,11 +113,12 @@ def measure(folder: Path, memory: str) -> Iterator[CommandCost]:
         peak = int(done.stdout.split()[-1]) * 1024
         if source != model:
             shutil.rmtree(source)
+        source = target
         yield CommandCost(command, peak, seconds)
 
 
 def main() -> None:
-    """Measure and print one line per command."""
+    """Measure all commands and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=3.0)
@@ -120,9 +128,11 @@ def main() -> None:
     try:
         write_model(model, folder / "model", 10**9)
         print(f"weights: {format_bytes(4 * parameters(model))}, --memory {arguments.memory}")
-        for cost in measure(folder, arguments.memory):
-            peak = format_bytes(cost.peak_bytes)
-            print(f"{cost.command:9} {peak:>10} peak resident, {cost.seconds:.0f} s")
+        rows = [
+            (f"`{cost.command}`", format_bytes(cost.peak_bytes), f"{cost.seconds:.0f} s")
+            for cost in measure(folder, arguments.memory)
+        ]
+        print(markdown_table(("command", "peak resident memory", "time"), rows))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
