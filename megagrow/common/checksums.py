@@ -1,7 +1,7 @@
-"""Sizes and checksums of files, as manifests list them.
+"""Sizes and checksums of files in the format of manifests.
 
 Checkpoints use 64-bit xxh3 (https://xxhash.com), which is faster than any disk; prepared corpora
-use 256-bit BLAKE2b. A checksum detects damage by a disk, a cable or a copy. It is no protection
+use 256-bit BLAKE2b. Checksums detect damage by disks, cables and copies. They do not protect
 against someone who changes both the file and its checksum.
 """
 

@@ -18,8 +18,8 @@ class Gpu:
     peak_flops: float
     """Dense bf16 FLOP/s: half of a data-sheet figure with sparsity."""
     memory: int | None
-    """Bytes, None if unknown. A GB counts as 10^9 bytes: the difference to the card's own count
-    goes to the driver and to memory that the allocator cannot use."""
+    """Bytes, None if unknown. A GB counts as 10^9 bytes: the rest of the card's capacity is
+    reserved for the driver and for memory that the allocator cannot use."""
     watts: float | None
     """Thermal design power, None if unknown."""
 
@@ -53,14 +53,14 @@ GPUS = (
 """NVIDIA GPUs: dense bf16 TFLOP/s, GB, watts.
 
 A name without a form factor is the SXM card; A100 and A800 are the 80 GB versions. GH200 and GB200
-have no memory size, as there are several, and no power, as theirs includes the CPU."""
+have no memory size, because several versions exist, and no power, because it includes the CPU."""
 
 
 def peak_flops(device_name: str) -> float | None:
     """Return the dense bf16 FLOP/s of a device, None if unknown or a slice of a device (MIG).
 
-    `device_name` is the result of `torch.cuda.get_device_name`. The first row of `GPUS` whose words
-    are all in it applies.
+    `device_name` is the result of `torch.cuda.get_device_name`. It matches the first row of `GPUS`
+    whose words it all contains.
     """
     words = set(device_name.upper().replace("-", " ").split())
     if "MIG" in words:
@@ -72,7 +72,7 @@ def find_gpu(name: str, option: str = "--gpu") -> Gpu:
     """Return a GPU by its name: `h100`, `H100-NVL`.
 
     Raises:
-        ConfigError: the name is not known; the message names `option`.
+        ConfigError: unknown name; the message includes `option` and the known names.
     """
     known = {gpu.name: gpu for gpu in GPUS}
     key = " ".join(name.upper().replace("-", " ").split())

@@ -1,7 +1,7 @@
 """Console output of the `megagrow` loggers: `TIME | [rank N |] [warning:] MESSAGE` on stdout.
 
 Modules log through `logging.getLogger(__name__)`. Only the `megagrow` logger is configured here;
-the loggers of DeepSpeed and other libraries are left alone.
+the loggers of DeepSpeed and other libraries are unchanged.
 """
 
 import logging

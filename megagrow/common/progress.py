@@ -44,7 +44,7 @@ class WorkProgress:
         self._bar.stop()
 
     def resume(self, done_bytes: int) -> None:
-        """Count work of an earlier process, which is excluded from the throughput."""
+        """Count work of an earlier process; it is excluded from the throughput."""
         self._earlier += done_bytes
         self.advance(done_bytes)
 
@@ -84,7 +84,7 @@ class TokenizingProgress(WorkProgress):
         super().__init__(console, "tokenising", total_bytes)
 
     def resume(self, done_bytes: int, tokens: int = 0) -> None:
-        """Count work of an earlier process, which is excluded from the throughput."""
+        """Count work of an earlier process; it is excluded from the throughput."""
         self._tokens += tokens
         super().resume(done_bytes)
 

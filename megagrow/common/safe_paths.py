@@ -1,4 +1,4 @@
-"""Validation of file names from untrusted files: they must not lead out of a folder."""
+"""Validation of file names from untrusted files: they must not refer to files outside a folder."""
 
 LONGEST_NAME = 255
 """Bytes; the limit of common file systems."""

@@ -11,8 +11,8 @@ _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?", re.IGNORECASE)
 _EXAMPLES = "such as 2048, 2M or 1.5B"
 
 LARGEST_COUNT = 10**27
-"""Above any FLOP budget. Decimal is exact up to here (28 digits), and products of two counts still
-fit into a float."""
+"""Maximum of `parse_count`, above any FLOP budget. Decimal is exact up to here (28 digits), and the
+product of two counts fits into a float."""
 
 
 def parse_count(value: object) -> int:

@@ -1,7 +1,8 @@
 """Parsing of untrusted YAML: plain values only, with limits on number, depth and length.
 
-PyYAML's safe loader executes no code of the file. But a few lines can expand to more values than
-fit into memory (aliases of aliases, "billion laughs") or to a number that takes minutes to parse.
+PyYAML's safe loader executes no code from the file. However, a few lines can expand to more values
+than fit into memory (aliases of aliases, "billion laughs") or hold a number that takes minutes to
+parse.
 """
 
 from pathlib import Path
@@ -33,7 +34,7 @@ class _Loader(yaml.SafeLoader):
         self._values: dict[yaml.Node, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Return the node of the next value; its number of values is stored for its aliases."""
+        """Return the node of the next value; stores its number of values, to count its aliases."""
         self._depth += 1
         event = self.peek_event()
         mark, tag = event.start_mark, getattr(event, "tag", None)

@@ -22,8 +22,8 @@ from megagrow.model.backends import (
     KernelWorkload,
     automatic,
     backend_of,
+    kernel_workload,
     obstacle,
-    work_of,
 )
 from megagrow.model.machine import Machine, machine_of
 
@@ -77,7 +77,7 @@ def default_rows(machine: Machine) -> list[BackendRow]:
 
 def stage_rows(run: RunConfig, index: int, device: torch.device) -> list[BackendRow]:
     """Return the backends for a stage of a run, whose config may select backends by name."""
-    machine, work = machine_of(device), work_of(run, index, device)
+    machine, work = machine_of(device), kernel_workload(run, index, device)
     config, rows = run.stages[index].kernels, []
     for operation, backends in OPERATIONS.items():
         setting = getattr(config, operation)
@@ -102,7 +102,7 @@ def print_local_report(run: RunConfig | None, device: torch.device, console: Con
         _print_rows(console, str(device), selected, default_rows(machine_of(device)))
         return
     for index, stage in enumerate(run.stages):
-        work = work_of(run, index, device)
+        work = kernel_workload(run, index, device)
         packed = "packed documents" if work.packed else "full sequences"
         dtype = str(work.dtype).removeprefix("torch.")
         title = f"stage {index} on {device}: {dtype}, head_dim {stage.model.head_dim}, {packed}"

@@ -1,8 +1,8 @@
 """Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU; no bias, no dropout.
 
 Parameter names and shapes are those of Hugging Face's LlamaForCausalLM. The model is written for
-one device. Tensor parallelism needs a collective at every Identity called `pre_collective` or
-`post_collective`; `parallel/tensor_parallel.py` puts it there.
+one device. Tensor parallelism replaces every Identity named `pre_collective` or `post_collective`
+by a collective (`parallel/tensor_parallel.py`).
 
 Shapes: B batch, S sequence, D hidden size, V vocabulary.
 """
@@ -24,7 +24,7 @@ from megagrow.model.rope import rotary_tables
 
 
 class DecoderLayer(nn.Module):
-    """Blocks of one layer; each reads its norm's output and adds to the residual stream."""
+    """Blocks of one layer; each reads its norm's output and adds its own to the residual stream."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -95,12 +95,12 @@ class LlamaModel(nn.Module):
 
 
 HeadLoss = Callable[[Tensor, Tensor], Tensor]
-"""Replacement of the logits: a function of the hidden states (B, S, D) and of the head's weight,
-the local rows of the vocabulary (V, D)."""
+"""Loss computed in place of the logits, from the hidden states (B, S, D) and the head's weight, the
+local rows of the vocabulary (V, D)."""
 
 
 class Head(nn.Linear):
-    """Hidden states to logits or to a loss. Under ZeRO-3 the weight is available only in here."""
+    """Hidden states to logits or to a loss. ZeRO 3 gathers the weight only in `forward`."""
 
     def forward(self, x_BSD: Tensor, loss: HeadLoss | None = None) -> Tensor:
         return F.linear(x_BSD, self.weight) if loss is None else loss(x_BSD, self.weight)

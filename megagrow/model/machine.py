@@ -6,30 +6,30 @@ from importlib.util import find_spec
 import torch
 
 CHECKED: frozenset[int] = frozenset()
-"""Compute capabilities of GPUs on which all tests of the kernels have passed, by
-`tools/gpu/gpu_check.py`: so far they have run in Triton's interpreter alone."""
+"""Compute capabilities of the GPUs on which `tools/gpu/gpu_check.py` has passed. Empty: so far the
+kernel tests have run only in Triton's interpreter."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Properties that determine the available backends of a device."""
+    """Properties of a device that determine its available backends."""
 
     device: str
-    """`cuda`, or `cpu`."""
+    """`cuda` or `cpu`."""
     capability: int = 0
-    """Compute capability of a GPU: 80, 90, 100; 0 for a CPU."""
+    """Compute capability of a GPU, such as 80, 90 or 100; 0 for a CPU."""
     triton: bool = False
     """True if Triton is installed."""
     checked: bool = False
     """True if the Triton kernels are validated on this GPU type."""
     interpreter: bool = False
-    """True if Triton kernels are interpreted: TRITON_INTERPRET=1 was set before the start."""
+    """True if Triton kernels run in its interpreter (TRITON_INTERPRET=1 before the start)."""
     flash_attn: bool = False
     """True if flash-attn is installed."""
 
 
 def machine_of(device: torch.device) -> Machine:
-    """Detect the capabilities of a device of this process."""
+    """Return the capabilities of a device of this process."""
     capability = 0
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -40,12 +40,12 @@ def machine_of(device: torch.device) -> Machine:
         capability,
         triton,
         checked=capability in CHECKED,
-        interpreter=triton and _interprets(),
+        interpreter=triton and _interpreter_enabled(),
         flash_attn=find_spec("flash_attn") is not None,
     )
 
 
-def _interprets() -> bool:
+def _interpreter_enabled() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)

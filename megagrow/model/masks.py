@@ -1,10 +1,9 @@
-"""Masks that let the new parts of a grown model in, little by little.
+"""Growth masks: factors that ramp in the new parts of a grown model.
 
-MSG (Yao et al. 2024, "Masked Structural Growth"), and G_random of Du et al. 2024 (appendix A.5).
-New parts are multiplied by factors c that rise from 0 to 1. At 0 the model computes what the
-smaller
-one computed, whatever the new numbers are; where all are 1 there are no masks any more. Old entries
-of an axis come first and new ones behind them, new layers stand on top of the old ones.
+MSG (Yao et al. 2024, "Masked Structural Growth") and G_random of Du et al. 2024 (appendix A.5)
+multiply new parts by factors c that rise from 0 to 1. At c = 0 the model computes the same function
+as the smaller model, for any values of the new parameters. Once all factors are 1, the masks are
+removed. New entries of an axis follow the old ones, and new layers follow the old layers.
 
 Shapes: B batch, S sequence, D hidden size, F feed-forward width, G key/value heads.
 """
@@ -22,12 +21,12 @@ _AXES = {
     "residual": "hidden_size",
     "groups": "num_key_value_heads",
 }
-"""Width masks, in the order in which MSG grows the axes, and the config fields of their sizes."""
+"""Width masks in MSG's growth order, and the config fields of their sizes."""
 
 
 @dataclass(frozen=True, eq=False)
 class Masks:
-    """Growth masks: factors from 0 to 1 in the model; None where all are 1.
+    """Factors from 0 to 1 of each masked axis; None if all are 1.
 
     Tensors are fp32; the model uses copies in the dtype of its hidden states.
     """
@@ -39,7 +38,7 @@ class Masks:
     groups: Tensor | None = None
     """(G,): factor on keys, values and their queries, and thus on the attention output."""
     ffn: Tensor | None = None
-    """(F,): on the activations of the feed-forward."""
+    """(F,): factor on the feed-forward activations."""
 
     def gate(self, layer: int) -> Tensor | float | None:
         """Return the factor on the two outputs that a layer adds to the residual stream."""
@@ -57,10 +56,11 @@ class Masks:
 def masks_at(
     source: ModelConfig, target: ModelConfig, tokens: int, ramp_tokens: int
 ) -> Masks | None:
-    """The masks of a model that grew from a smaller one `tokens` ago; None once all are 1.
+    """Return the masks of a model that grew `tokens` tokens ago; None once all factors are 1.
 
-    All rise linearly, new layers over the full `ramp_tokens`. The axes of the width share
-    it evenly, one after the other: the feed-forward, the residual stream, the heads.
+    All factors rise linearly. The factors of new layers rise over `ramp_tokens`. The grown width
+    axes rise one after the other, each over an equal part of it: feed-forward, residual stream,
+    heads.
     """
     new_layers = target.num_hidden_layers - source.num_hidden_layers
     axes = wider_axes(source, target)
@@ -83,12 +83,12 @@ def wider_axes(source: ModelConfig, target: ModelConfig) -> list[str]:
 
 
 def masked(x: Tensor, mask: Tensor | float | None) -> Tensor:
-    """x times a factor, or times one for each entry of its last dimension; None changes nothing."""
+    """Return x times a factor or a vector of factors of its last dimension; x if mask is None."""
     return x if mask is None else x * mask
 
 
 def masked_groups(x_BSHK: Tensor, mask_G: Tensor | None) -> Tensor:
-    """Return heads (B, S, H, K) times the factor of their group; H is a multiple of G."""
+    """Return heads (B, S, H, K) times the factors (G,) of their groups; H is a multiple of G."""
     if mask_G is None:
         return x_BSHK
     mask_H = mask_G.repeat_interleave(x_BSHK.shape[2] // len(mask_G))
@@ -96,11 +96,13 @@ def masked_groups(x_BSHK: Tensor, mask_G: Tensor | None) -> Tensor:
 
 
 def masked_rms_norm(ops: Ops, x: Tensor, weight: Tensor, eps: float, mask: Tensor | None) -> Tensor:
-    """RMSNorm whose mean square is weighted by the mask, times the mask; x (..., D), mask (D,).
+    """Return the masked RMSNorm of x: the mask weights the mean square and scales the output.
 
-    With c the mask: c x / sqrt(sum(c x^2) / sum(c) + eps) * weight (MSG's norm, without a mean).
-    It is the plain norm of x sqrt(c D / sum(c)) with the gain that undoes what is not c. At c = 0
-    it is the norm of the smaller model, with its gain and its eps; at c = 1 the plain one.
+    x is (..., D), weight and mask are (D,). With c the mask, the result is
+    c x / sqrt(sum(c x^2) / sum(c) + eps) * weight, MSG's norm without mean subtraction. It is
+    computed as the plain norm of x sqrt(c D / sum(c)) with the gain weight sqrt(c sum(c) / D). If c
+    is 0 for all new entries, it equals the smaller model's norm, including its gain and eps; if c
+    is 1, the plain norm.
     """
     if mask is None:
         return ops.rms_norm(x, weight, eps)

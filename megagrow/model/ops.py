@@ -1,7 +1,6 @@
-"""The only door to the kernels: the model's fused operations as one value, chosen for a stage.
+"""Fused operations of the model, with the selected backend of each; the only importer of kernels.
 
-Kernels in Triton, and flash-attn, are imported where they are chosen and nowhere else: a machine
-that has neither can do all that torch does.
+Triton kernels and flash-attn are imported only when selected, so neither is required.
 
 Shapes: B batch, S sequence, H query heads, G key/value heads, K head dimension, D hidden size,
 F feed-forward width.
@@ -27,10 +26,10 @@ __all__ = ["PLAIN", "TORCH_LOSS", "LossOps", "Ops", "attention_mask", "make_ops"
 __all__ += ["TRITON_CHUNKS", "rope_tables", "sdpa", "triton_loss"]
 
 CUDNN_FIRST = 90
-"""From this compute capability on, cuDNN's attention is 1.7 to 2.3 times as fast as the one that
-torch would take."""
+"""Minimum compute capability to prefer cuDNN's attention: it is 1.7 to 2.3 times as fast as the
+default choice of torch."""
 
-_BY_SPEED = [
+_SDPA_PRIORITY = [
     *(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION),
     *(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
 ]
@@ -38,52 +37,53 @@ _BY_SPEED = [
 
 @dataclass(frozen=True)
 class LossOps:
-    """Partial operations of a cross-entropy, computed by each rank from its rows of the
-    vocabulary: N tokens, V rows (defined in kernels/megagrow_kernels/reference.py)."""
+    """Operations of a vocabulary-parallel cross-entropy: N tokens, V vocabulary rows of this rank.
+
+    kernels/megagrow_kernels/reference.py defines them.
+    """
 
     statistics: Callable[[Tensor, Tensor, int, int], Tensor]
-    """(logits (N, V), labels (N,), first, real) -> (3, N), partial statistics of this rank's
-    rows."""
+    """(logits (N, V), labels (N,), first, real) -> (3, N), statistics of this rank's rows."""
     combine: Callable[[Tensor], Tensor]
-    """((P, 3, N) of P ranks) -> (3, N), statistics of all rows."""
+    """(statistics (P, 3, N) of P ranks) -> (3, N), statistics of all rows."""
     gradient: Callable[..., Tensor]
-    """(logits, labels, maximum, total, scale, z_scale, first, real): that of the logits, maybe in
-    their own memory."""
+    """(logits, labels, maximum, total, scale, z_scale, first, real) -> (N, V), gradient of the
+    logits; may overwrite the logits."""
     chunks: int
-    """Into so many the tokens are cut where head and loss are one: then all that a chunk needs is
-    less than an eighth of the logits."""
+    """Number of token chunks of a fused head and loss. A chunk then needs less than an eighth of
+    the memory of all logits."""
 
 
 @dataclass(frozen=True)
 class Ops:
-    """Operations of a model, each by its selected backend."""
+    """Operations of a model, each implemented by its selected backend."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    """(x (..., D), weight (D,), eps): the norm over the last dimension."""
+    """(x (..., D), weight (D,), eps) -> (..., D), RMSNorm over the last dimension."""
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] | None
-    """(x, residual, weight, eps): the norm of x + residual, and that sum; None where there is no
-    backend that does both at once."""
+    """(x, residual, weight, eps) -> (norm of x + residual, x + residual); None if the backend does
+    not fuse them."""
     rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    """(q (B, S, H, K), k (B, S, G, K), cos (B, S, 1, K), sin): both turned."""
+    """(q (B, S, H, K), k (B, S, G, K), cos (B, S, 1, K), sin) -> (q, k), rotated."""
     swiglu: Callable[[Tensor, Tensor], Tensor]
-    """(gate (..., F), up): silu(gate) * up."""
+    """(gate (..., F), up (..., F)) -> silu(gate) * up."""
     pack: Callable[[Tensor], Any]
-    """(document_ids (B, S), on the CPU): what `attention_mask` takes of them, still on the CPU; it
-    has a
-    method `to`, as a tensor has."""
+    """(document_ids (B, S) on the CPU) -> input of `attention_mask`, on the CPU, with a method
+    `to(device)`."""
     attention_mask: Callable[[Any, Tensor], Any]
-    """(what `pack` gave, or None where attention does not stop at documents; position_ids (B, S)),
-    on the device, once in a forward pass: what each query may see, for `attention`."""
+    """(result of `pack`, or None if attention crosses document boundaries; position_ids (B, S)) ->
+    mask argument of `attention`. Called once per forward pass, with inputs on the device."""
     attention: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-    """(q (B, S, H, K), k (B, S, G, K), v, sight): causal attention within documents."""
+    """(q (B, S, H, K), k (B, S, G, K), v (B, S, G, K), attention_mask) -> (B, S, H, K), causal
+    attention within documents."""
     loss: LossOps
     """Operations of the cross-entropy."""
 
 
 def make_ops(backends: Backends, machine: Machine, work: KernelWorkload) -> Ops:
-    """The operations of a stage, by backends that `backends.choose` finds possible.
+    """Return the operations of a stage for backends returned by `backends.choose`.
 
-    Raises InputError where flash-attn is installed but cannot be imported.
+    Raises ResourceError if flash-attn is installed but cannot be imported.
     """
     ops = PLAIN
     if backends.norm == "triton":
@@ -96,14 +96,14 @@ def make_ops(backends: Backends, machine: Machine, work: KernelWorkload) -> Ops:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, by torch: x (..., D), weight (D,)."""
+    """Return torch's RMSNorm over the last dimension: x (..., D), weight (D,)."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Causal attention, by torch: q (B, S, H, K), k and v (B, S, G, K), H a multiple of G.
+    """Return torch's attention: q (B, S, H, K), k and v (B, S, G, K), H a multiple of G.
 
-    `mask` is None for plain causal order, or the (B, 1, S, S) booleans of `attention_mask`.
+    `mask` is None for causal attention, or the (B, 1, S, S) bool result of `attention_mask`.
     """
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -114,7 +114,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _sdpa_cudnn_first(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    with sdpa_kernel(_BY_SPEED, set_priority=True):
+    with sdpa_kernel(_SDPA_PRIORITY, set_priority=True):
         return sdpa(q, k, v, mask)
 
 
@@ -122,7 +122,7 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
     return reference.apply_rope(q, cos, sin), reference.apply_rope(k, cos, sin)
 
 
-def _as_it_is(document_ids: Tensor) -> Tensor:
+def _identity_pack(document_ids: Tensor) -> Tensor:
     return document_ids
 
 
@@ -130,7 +130,7 @@ def _dense_mask(document_ids: Tensor | None, position_ids: Tensor) -> Tensor | N
     return None if document_ids is None else attention_mask(document_ids)
 
 
-def _unchanged(documents: Any, position_ids: Tensor) -> Any:
+def _identity_mask(documents: Any, position_ids: Tensor) -> Any:
     return documents
 
 
@@ -138,9 +138,9 @@ TORCH_LOSS = LossOps(
     reference.vocab_statistics,
     reference.combine_statistics,
     reference.vocab_gradient,
-    chunks=64,  # copies in fp32: up to seven times a chunk of bf16
+    chunks=64,  # fp32 copies take up to 7 times the bytes of a bf16 chunk
 )
-"""torch implementation for every precision; keeps the logits."""
+"""torch implementation for every precision; does not overwrite the logits."""
 
 
 PLAIN = Ops(
@@ -148,12 +148,12 @@ PLAIN = Ops(
     add_rms_norm=None,
     rope=_rope,
     swiglu=reference.swiglu,
-    pack=_as_it_is,
+    pack=_identity_pack,
     attention_mask=_dense_mask,
     attention=sdpa,
     loss=TORCH_LOSS,
 )
-"""torch implementation of all operations, available on every machine in every precision."""
+"""torch implementation of all operations, for every device and precision."""
 
 
 def _with_sdpa(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
@@ -162,7 +162,7 @@ def _with_sdpa(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
 
 
 def _with_reference(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
-    return replace(ops, attention_mask=_unchanged, attention=reference.attention)
+    return replace(ops, attention_mask=_identity_mask, attention=reference.attention)
 
 
 def _with_triton_norm(ops: Ops) -> Ops:
@@ -179,11 +179,11 @@ def _with_triton_pointwise(ops: Ops) -> Ops:
 
 
 TRITON_CHUNKS = 10
-"""`LossOps.chunks` by Triton, whose kernels take no memory besides the logits."""
+"""`LossOps.chunks` of the Triton kernels, which need no memory in addition to the logits."""
 
 
 def triton_loss() -> LossOps:
-    """Triton implementation: logits are read twice, then overwritten with their gradient."""
+    """Return the Triton loss: it reads the logits twice and overwrites them with their gradient."""
     from megagrow_kernels import cross_entropy as kernels
 
     def gradient(logits: Tensor, *rest: Any) -> Tensor:
@@ -198,13 +198,15 @@ def _with_triton_attention(ops: Ops, machine: Machine, work: KernelWorkload) -> 
     from megagrow_kernels.packing import pack
 
     @cache
-    def whole_rows(batch: int, sequence: int, device: torch.device) -> Any:
+    def one_document_per_row(batch: int, sequence: int, device: torch.device) -> Any:
         return pack(None, batch, sequence).to(device)
 
     def attention_mask(packing: Any, position_ids: Tensor) -> Any:
-        return whole_rows(*position_ids.shape, position_ids.device) if packing is None else packing
+        if packing is not None:
+            return packing
+        return one_document_per_row(*position_ids.shape, position_ids.device)
 
-    return _with_packed(ops, attention, attention_mask, work)
+    return _with_packed_attention(ops, attention, attention_mask, work)
 
 
 def _with_flash_attn(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
@@ -222,27 +224,27 @@ def _with_flash_attn(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
         out = flash_attn.flash_attn_varlen_func(*tokens, ends, ends, longest, longest, **options)
         return out.unflatten(0, q.shape[:2])
 
-    return _with_packed(ops, attend, _unchanged, work)
+    return _with_packed_attention(ops, attend, _identity_mask, work)
 
 
-def _with_packed(
+def _with_packed_attention(
     ops: Ops,
     attend: Callable[..., Tensor],
     attention_mask: Callable[[Any, Tensor], Any],
     work: KernelWorkload,
 ) -> Ops:
-    """With an attention that takes documents as a `Packing`."""
+    """Return ops with an attention that takes document boundaries as a `Packing`."""
     from megagrow_kernels.packing import pack
 
     return replace(
         ops,
         pack=lambda document_ids: pack(document_ids, *document_ids.shape),
         attention_mask=attention_mask,
-        attention=partial(_in_type, attend, work.dtype),
+        attention=partial(_attention_in_dtype, attend, work.dtype),
     )
 
 
-def _in_type(
+def _attention_in_dtype(
     attend: Callable[..., Tensor],
     dtype: torch.dtype,
     q: Tensor,
@@ -250,7 +252,7 @@ def _in_type(
     v: Tensor,
     attention_mask: Any,
 ) -> Tensor:
-    """Attention in the type of the stage: under autocast, masks may have made it a wider one."""
+    """Return attention in the stage's dtype: under autocast, growth masks can widen its inputs."""
     return attend(q.to(dtype), k.to(dtype), v.to(dtype), attention_mask)
 
 

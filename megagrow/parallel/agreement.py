@@ -1,7 +1,7 @@
 """Errors and decisions shared by all ranks.
 
-Without these, a rank that fails alone (disk full, damaged file) would leave the others waiting in
-their next collective.
+Without these functions, if one rank failed alone (disk full, damaged file), the others would hang
+in their next collective.
 """
 
 from collections.abc import Callable

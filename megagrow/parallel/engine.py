@@ -48,9 +48,9 @@ class ZeroEngine:
         self.settings = settings
         self.topology = topology
         self.plan = parameter_plan(settings.model, topology.tp)
-        self.stage = settings.parallel.zero_stage
+        self.zero_stage = settings.parallel.zero_stage
         # ZeRO 0 keeps no fp32 master weights: there, bf16 is an autocast of fp32.
-        self._autocast = settings.bf16 and self.stage == 0
+        self._autocast = settings.bf16 and self.zero_stage == 0
         low_precision = settings.bf16 and not self._autocast
         dtype = torch.bfloat16 if low_precision else torch.float32
         self._groups = parameter_groups(self.plan, settings.optimizer, settings.scales)
@@ -58,10 +58,10 @@ class ZeroEngine:
         config = deepspeed_config(settings, topology, self.plan)
         model = build_model(self.plan, settings, topology, dtype)
         flats: list[Tensor] = []
-        if self.stage in (1, 2):
+        if self.zero_stage in (1, 2):
             flats = materialize_flat(model, self.groups, topology)
         else:
-            partition = partition_zero3(config, topology, dtype) if self.stage == 3 else None
+            partition = partition_zero3(config, topology, dtype) if self.zero_stage == 3 else None
             with no_weight_broadcast():
                 materialize(model, topology.device, partition)
         optimizer = _adamw(model, self._groups, settings.optimizer)
@@ -74,14 +74,14 @@ class ZeroEngine:
                 dist_init_required=False,
             )
         self._adam = optimizer
-        self._fragments = partial(fragments, self._engine, self.stage)
+        self._fragments = partial(fragments, self._engine, self.zero_stage)
         self._factors = UpdateScaler(optimizer)
         self._create_moments()
-        if self.stage in (1, 2) and not (low_precision or settings.parallel.offload_optimizer):
+        if self.zero_stage in (1, 2) and not (low_precision or settings.parallel.offload_optimizer):
             reuse_flat_gradients(self._engine.optimizer)
-        if self.stage > 0:
+        if self.zero_stage > 0:
             weights = [group.scale.norm for group in self._groups]
-            set_norm_weights(self._engine.optimizer, self.stage, weights)
+            set_norm_weights(self._engine.optimizer, self.zero_stage, weights)
 
     def forward(self, *inputs: Any) -> Tensor:
         """Return logits (B, S, V/tp) for (input_ids, position_ids, documents, rank masks).
@@ -100,21 +100,21 @@ class ZeroEngine:
         """Finish a micro-batch; update the weights after the last one of a step.
 
         Returns None between micro-batches, else the global L2 gradient norm before clipping,
-        weighted by the parameters' scales. If it is not finite (on all ranks alike), the state is
-        unchanged and the gradients are dropped.
+        weighted by the parameters' scales. If the norm is not finite, which all ranks see
+        alike, the state is unchanged and the gradients are dropped.
         """
         boundary = self._engine.is_gradient_accumulation_boundary()
         norm = None
         if boundary:
             for values, group in zip(self._adam.param_groups, self._groups, strict=True):
                 values |= group.hyper_parameters(self.settings.optimizer, lr)
-            if self.stage == 0:
+            if self.zero_stage == 0:
                 norm = self._clip_stage0()
         self._engine.step()
-        if boundary and self.stage > 0:
+        if boundary and self.zero_stage > 0:
             norm = self._engine.get_global_grad_norm()
             if not math.isfinite(norm):
-                forget_gradients(self._engine.optimizer, self.stage)
+                forget_gradients(self._engine.optimizer, self.zero_stage)
         return None if norm is None else float(norm)
 
     def train(self, mode: bool = True) -> None:
@@ -136,7 +136,7 @@ class ZeroEngine:
         return out
 
     def intervals(self) -> dict[str, range]:
-        """Return this rank's interval of each parameter's flattened slice, as DeepSpeed has it."""
+        """Return this rank's interval of each parameter's flattened slice, read from DeepSpeed."""
         held = (fragment for fragment in self._fragments() if fragment.numel > 0)
         return {f.name: range(f.start, f.start + f.numel) for f in held}
 
@@ -170,13 +170,13 @@ class ZeroEngine:
         """Set Adam's step and refresh the forward weights; call after writing the storage."""
         for state in self._adam.state.values():
             state["step"].fill_(adam_step)
-        refresh(self._engine.optimizer, self.stage, self.topology)
+        refresh(self._engine.optimizer, self.zero_stage, self.topology)
 
     def release(self) -> Storage:
-        """Destroy the engine and return its state, the only memory that remains of it."""
+        """Destroy the engine and return its state; all other memory is freed."""
         storage = self.storage()
         self._engine.destroy()
-        if self.stage == 3:
+        if self.zero_stage == 3:
             unlink_zero3(self._engine)
         del self._engine, self._adam, self._fragments, self._factors
         gc.collect()

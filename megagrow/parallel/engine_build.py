@@ -47,7 +47,7 @@ def no_weight_broadcast() -> Iterator[None]:
 def _flat_groups(flats: list[Tensor]) -> Iterator[None]:
     """Make DeepSpeed use the given flat groups of ZeRO 1 and 2.
 
-    By default it flattens into copies, which holds the weights twice while the engine is built.
+    By default DeepSpeed flattens into copies, so two copies of the weights exist during the build.
     """
     original, waiting = stage_1_and_2._flatten_dense_tensors, list(flats)
 
@@ -82,8 +82,8 @@ def _empty_partitions(device: torch.device) -> Iterator[None]:
 def _shared_fp32_weights() -> Iterator[None]:
     """Share fp32 weights between forward pass and optimizer under ZeRO 3.
 
-    DeepSpeed intends this, but compares a device with a device name (0.19.8), which are never
-    equal, and copies. An offloaded optimizer has separate weights in any case.
+    DeepSpeed is meant to share them, but 0.19.8 compares a device with a device name, which are
+    never equal, and copies. An offloaded optimizer has separate weights in any case.
     """
     zero3 = stage3.DeepSpeedZeroOptimizer_Stage3
     original = zero3._create_fp32_partitions

@@ -12,8 +12,11 @@ from megagrow.parallel.sharding import ParamSpec
 
 @dataclass(frozen=True)
 class ParamScale:
-    """Factors on one parameter's hyper-parameters that keep a grown model on the trajectory of
-    its source (docs/reference/operators.md: lr / k_in, weight decay * k_in, eps / k_out)."""
+    """Factors on one parameter's hyper-parameters after a growth.
+
+    They keep a grown model on the trajectory of its source: lr / k_in, weight decay * k_in,
+    eps / k_out (docs/reference/operators.md).
+    """
 
     lr: float = 1.0
     weight_decay: float = 1.0
@@ -104,7 +107,7 @@ def deepspeed_config(
         "stage": stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        # ZeRO 1 and 2 reduce all gradients on all ranks in either case; without it, in place.
+        # ZeRO 1 and 2 reduce all gradients on all ranks with either setting; False is in place.
         "reduce_scatter": stage == 3,
         "stage3_prefetch_bucket_size": min(bucket, 50_000_000),
     }
@@ -119,7 +122,7 @@ def deepspeed_config(
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        # DeepSpeed's CPU Adam must be compiled on the host; torch's is vectorized as well.
+        # DeepSpeed's CPU Adam must be compiled on the host; torch's is also vectorized.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }

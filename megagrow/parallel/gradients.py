@@ -4,8 +4,8 @@ norm^2 = sum over groups of weight * |g|^2, reported and used for clipping. With
 k_out / k_in a grown model's norm equals that of its source (docs/reference/operators.md). A
 parameter replicated on all tensor-parallel ranks is counted once.
 
-DeepSpeed's optimizers have no such weights. They are added per instance, at the one method between
-its gradients and its global norm.
+DeepSpeed's optimizers have no such weights. `set_norm_weights` adds them per instance, by replacing
+the one method that turns gradients into norms.
 
 `reuse_flat_gradients` makes ZeRO 1 and 2 accumulate gradients directly in flat tensors.
 """
@@ -104,7 +104,7 @@ def clip_replicated_gradients(
 def reuse_flat_gradients(optimizer: Any) -> None:
     """Accumulate gradients in flat tensors; for a new, not offloaded ZeRO 1 or 2 optimizer.
 
-    On a CPU the flat tensors are reused in every step: new memory costs more than a sum there.
+    On a CPU the flat tensors are reused in every step, because new memory costs more than a sum.
     """
     optimizer._use_compact_grad_partition_buffer = lambda group: True
     if optimizer.single_partition_of_fp32_groups[0].device.type != "cpu":

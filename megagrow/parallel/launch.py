@@ -69,10 +69,11 @@ def choose_accelerator() -> None:
 def tune_process() -> None:
     """Request huge pages and freeze imported objects; call once, before any large tensor exists.
 
-    On CPUs most of a growth's time is the first touch of new memory. torch requests huge pages
-    (2 MiB instead of 4 KiB, 512 times fewer faults) only if the variable is set before its first
-    large tensor. Objects created by imports are never garbage: without them a collection takes
-    milliseconds. torch imports its compiler, half of all objects, only in the first step.
+    On CPUs, a growth spends most of its time on the first access to new memory. torch requests huge
+    pages (2 MiB instead of 4 KiB, 512 times fewer faults) only if the variable is set before its
+    first large tensor. Imported objects are never garbage: a collection without them takes only
+    milliseconds. torch would import its compiler, half of all objects, only in the first step, so
+    it is imported here.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     importlib.import_module("torch._dynamo")
@@ -82,9 +83,10 @@ def tune_process() -> None:
 
 
 def export_launch(launch: Launch) -> None:
-    """Set LOCAL_RANK, which DeepSpeed reads even without a launcher, and the other two with it.
+    """Set LOCAL_RANK, RANK and WORLD_SIZE unless set; DeepSpeed reads LOCAL_RANK in any case.
 
-    `read_launch` rejects a subset, so that a second run in the same process would fail.
+    All three are set because `read_launch` rejects a subset, so a second run in the same process
+    would fail.
     """
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))
     os.environ.setdefault("RANK", str(launch.rank))
@@ -115,7 +117,7 @@ def rendezvous_store(launch: Launch, timeout: timedelta) -> Any:
 def open_store(launch: Launch, timeout: timedelta) -> Any:
     """Open the rendezvous store without waiting for other ranks.
 
-    Only its host, rank 0 or torchrun, must respond; raises RuntimeError after `timeout`.
+    Only the store's host (rank 0 or torchrun) must respond; raises RuntimeError after `timeout`.
     """
     if launch.world_size == 1:
         return dist.HashStore()  # type: ignore[attr-defined]

@@ -21,8 +21,11 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class VocabLoss:
-    """Per-token loss and its gradient, computed from a rank's rows of the vocabulary:
-    -log softmax(logits)[label] + z_loss * logsumexp(logits)^2."""
+    """Per-token loss and its gradient, computed from a rank's rows of the vocabulary.
+
+    The loss is -log softmax(logits)[label] + z_loss * logsumexp(logits)^2. `z_loss` is not yet
+    exposed as a config key: training always uses 0.
+    """
 
     first: int
     real: int
@@ -32,12 +35,13 @@ class VocabLoss:
     z_loss: float
 
     def statistics(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return (3, N) fp32 over the full vocabulary: maximum, sum of exp(logit - maximum),
-        logit of the label. Collective over the tensor-parallel group.
+        """Return the softmax statistics over the full vocabulary: (3, N) fp32. Collective.
 
-        All-reduces would need two dependent rounds, maxima before sums. Gathering three numbers
-        per token and rank costs no more than one of them, and every rank combines the same
-        numbers in the same order: the result is bit-identical on all ranks and reproducible.
+        The rows are the maximum, the sum of exp(logit - maximum) and the logit of the label. The
+        collective runs over the tensor-parallel group. All-reduces would need two dependent rounds,
+        maxima before sums. Gathering three numbers per token and rank costs no more than one of
+        them. Every rank combines the same numbers in the same order, so the result is reproducible
+        and bit-identical on all ranks.
         """
         triple = self.ops.statistics(logits, labels, self.first, self.real)
         if self.group.size() == 1:
@@ -98,7 +102,8 @@ def cross_entropy(
 
     logits is (B, S, V/tp), this rank's rows of the padded vocabulary; padding is excluded. labels
     is (B, S) int64; positions labeled IGNORED contribute 0. z_loss is the coefficient of the
-    squared log of the softmax denominator, added per position (Chowdhery et al. 2022, section 5).
+    squared log of the softmax denominator, added per position (Chowdhery et al. 2022, section 5);
+    it is not yet exposed as a config key.
     With in-place ops, backward overwrites the logits.
     """
     loss = vocab_loss(logits.shape[-1], vocab_size, topology, ops, z_loss)
@@ -135,7 +140,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         of_hidden, of_weight = ctx.gradients
-        del ctx.gradients  # autograd copies what somebody else still holds
+        del ctx.gradients  # autograd copies gradients that are referenced elsewhere
         return of_hidden.mul_(grad), of_weight.mul_(grad), None, None, None
 
 
@@ -169,7 +174,7 @@ def _chunk(
     part: slice,
     gradients: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """Return the losses (n,) of a chunk; write its gradient of hidden and add that of weight."""
+    """Return the losses (n,) of a chunk; write the gradient of hidden, add to that of weight."""
     logits = hidden @ weight.t()
     statistics = loss.statistics(logits, labels)
     if gradients is not None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 StateKind = Literal["fp32", "exp_avg", "exp_avg_sq"]
-"""States kept of every parameter: fp32 master weight, Adam's first and second moment."""
+"""States of every parameter: fp32 master weight, Adam's first and second moment."""
 
 STATE_KINDS: tuple[StateKind, ...] = get_args(StateKind)
 
@@ -30,7 +30,7 @@ class ParamSpec:
 
     A vector is a matrix of one column without a column role, so all code handles matrices only.
     `padded_rows` is `rows` rounded up for tensor parallelism: the extra rows of the vocabulary
-    exist on ranks only, hold zeros, and belong to no logical tensor.
+    exist only on ranks, are zero, and are not part of the logical tensor.
     """
 
     name: str
@@ -62,7 +62,7 @@ class ParamSpec:
 
     @property
     def tp_dim(self) -> int | None:
-        """Return the dimension sliced by tensor parallelism; None if every rank holds it all."""
+        """Return the dimension sliced by tensor parallelism; None if every rank holds all of it."""
         if self.row_role.axis.sliced:
             return 0
         return 1 if self.col_role is not None and self.col_role.axis.sliced else None

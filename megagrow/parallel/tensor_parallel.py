@@ -26,7 +26,7 @@ Collective = Callable[[Tensor, ProcessGroup], Tensor]
 
 
 class Region(nn.Module):
-    """Boundary between the replicated (or sequence-split) and the tensor-parallel part."""
+    """Collective between replicated (or sequence-split) and tensor-parallel activations."""
 
     def __init__(self, collective: Collective, group: ProcessGroup) -> None:
         super().__init__()

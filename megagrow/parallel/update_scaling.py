@@ -30,8 +30,8 @@ class ScaledPart:
 class UpdateScaler:
     """Factors on the updates of all new and of all old entries of an optimizer.
 
-    While a factor differs from 1, a step needs memory for a copy of the tensors it updates at a
-    time (under ZeRO 1 and 2 one group of this rank's shard); otherwise there is no cost.
+    While a factor differs from 1, a step needs memory for a copy of the tensors that are updated
+    together (under ZeRO 1 and 2, one group of this rank's shard). Otherwise there is no cost.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:

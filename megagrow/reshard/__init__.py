@@ -1,1 +1,1 @@
-"""State movement: layouts (who holds which part), plans (which part goes where), the exchange."""
+"""Resharding of model state: layouts, copy plans and the exchange between ranks."""

@@ -1,7 +1,7 @@
-"""Evaluate a growth map for any rectangle of a target parameter.
+"""Evaluation of a growth map for any rectangle of a target parameter. Pure.
 
-Pure: `read(name, kind, block)` returns rectangles of the source, (rows, columns) fp32. A read
-requests at most `at_once` elements, or one row, or as many full rows as are produced.
+`read(name, kind, block)` returns rectangles of the source, (rows, columns) fp32. A read requests at
+most `at_once` elements, or one row, or the number of full rows being produced.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,12 +24,12 @@ _IN_CACHE = 2**18
 """Elements indexed, scaled or drawn per step; few enough to stay in cache."""
 
 _BRIDGED = 2**14
-"""Largest gap, in elements, that is read along with the wanted elements on both sides."""
+"""Maximum gap in elements between wanted elements that are read in one request, gap included."""
 
 
 @dataclass(frozen=True, eq=False)
 class Application:
-    """A growth map bound to a source."""
+    """Growth map bound to a source."""
 
     read: Read
     source: dict[str, ParamSpec]

@@ -18,9 +18,9 @@ from megagrow.reshard.layout import Block, Layout
 class Copy:
     """Copy of source elements (rows x cols) of one rank to target elements of another.
 
-    Positions refer to the logical tensors. `source` is the block read on the source rank;
-    `take_rows` and `take_cols` index its rows and columns, relative to its corner, which are
-    written to `target_rows` and `target_cols` in order, with repetition.
+    Positions refer to the logical tensors. `source` is the block read on the source rank.
+    `take_rows` and `take_cols` index its rows and columns relative to its first element; indices
+    may repeat. The selected elements are written to `target_rows` and `target_cols` in order.
     """
 
     name: str
@@ -71,8 +71,8 @@ def copies_from(
 ) -> Iterator[Copy]:
     """Yield all copies of one state kind that read source blocks of `rank`.
 
-    For each target rank these are the copies that `copies_to` of that rank reads from `rank`, in
-    the same order. The cost is proportional to the copies and to the ranks that hold part of
+    For each target rank, these are the copies from `rank` in `copies_to` of the target rank, in the
+    same order. The cost is proportional to the number of copies and of ranks that hold part of
     their targets.
     """
     for name, term, adds in gathers(growth, target, kind):

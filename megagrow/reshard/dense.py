@@ -1,10 +1,10 @@
-"""Reshard of dense terms: target parameters that are linear maps of full source matrices.
+"""Resharding of dense terms: target parameters that are linear maps of full source matrices.
 
 A target element needs full rows and columns of its sources. The weighted sum of a term's sources
-commutes with sharding, so only that sum is gathered, one matrix at a time; each rank then computes
-its own blocks in fp64. All layouts agree up to the fp32 rounding of the sum.
+commutes with sharding, so only that sum is gathered, one matrix at a time. Each rank then computes
+its own blocks in fp64. Results of different layouts differ only in the fp32 rounding of the sum.
 
-`mixtures` is the differentiable form used to train learned growth: forward and backward are one
+`mixtures` is the differentiable form used to train learned growth. Forward and backward take one
 all-reduce each.
 """
 
@@ -30,7 +30,7 @@ _ELEMENTS_AT_ONCE = BUCKET_BYTES // 8 // 4
 def exchange_dense(source: ShardedState, growth: GrowthMap, target: ShardedState) -> TransferStats:
     """Add the dense terms to this rank's target storage. Collective.
 
-    Call after `exchange`, on storage that is zero where no other term writes. In addition to
+    Call after `exchange`, on storage that is zero except where other terms write. In addition to
     source and target, a rank holds one full parameter and one bucket.
     """
     sent = rounds = 0
@@ -158,7 +158,7 @@ Names = Sequence[Sequence[str]]
 
 
 def mixtures(factors: Tensor, names: Names, source: ShardedState) -> list[Tensor]:
-    """Return, for each row of names, the sum over j of factors[row, j] * weights(names[row][j]).
+    """Return the sum over j of factors[row, j] * weights(names[row][j]) for each row of names.
 
     `factors` is (rows, sources); all names of a row have one shape. The mixtures are full logical
     tensors (rows, cols) in the dtype of `factors`, views of one buffer, equal on all ranks.

@@ -1,4 +1,4 @@
-"""Live reshard between ranks, bucket by bucket."""
+"""Live resharding between ranks, one bucket at a time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,8 +62,9 @@ def exchange(
 ) -> TransferStats:
     """Fill this rank's target storage from all ranks' source storage. Collective.
 
-    A rank never holds more than its source, its target and one bucket. No element is sent to a
-    rank that already has it, or twice. Dense terms are excluded (see `dense.py`).
+    A rank never holds more than its source, its target and one bucket. An element is sent to a rank
+    at most once, and not at all if the rank already has it. Dense terms are excluded (see
+    `dense.py`).
     """
     plan = plan_rank(dist.get_rank(), source.layout, growth, target.layout)
     for copy in plan.local:
@@ -89,8 +90,9 @@ def exchange(
 def _limits(plan: RankPlan, elements: int) -> tuple[list[int], list[int]]:
     """Return the per-peer limits of elements sent and received in one round.
 
-    Both ends of a pair split their transfers by the same limit, hence into the same rounds. Each
-    rank divides `elements` among the peers it sends to, and as many among those it receives from.
+    Both ranks of a pair split their transfers by the same limit and therefore into the same rounds.
+    Each rank divides `elements` among the peers it sends to, and the same number among the peers it
+    receives from.
     """
     counts = torch.tensor([len(plan.outgoing), len(plan.incoming)], device=group_device())
     everyone = [torch.empty_like(counts) for _ in range(dist.get_world_size())]

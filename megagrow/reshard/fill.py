@@ -1,8 +1,8 @@
-"""Write values that no other rank provides: random draws, or values read from files.
+"""Initialization of values that no other rank provides: random draws, or values read from files.
 
 Each rank produces only its own rows. Element i of a drawn tensor is a pure function of the stream
-and of i: a counter-based generator gives any range of it without drawing the rest. All layouts
-therefore hold the same bits.
+and of i: a counter-based generator returns any range without drawing the rest. The values are
+therefore bit-identical in all layouts.
 """
 
 import hashlib
@@ -83,7 +83,7 @@ def drawn_rows(fills: Sequence[Fill], spec: ParamSpec, rows: range) -> Tensor:
 
 @dataclass(frozen=True)
 class _Drawing:
-    """A fill of one parameter."""
+    """Fill of one parameter."""
 
     fill: Fill
     spec: ParamSpec
@@ -133,9 +133,9 @@ def _mask(mask: np.ndarray | None, size: int) -> Tensor:
 
 
 def initial_rows(spec: ParamSpec, seed: int, rows: range) -> Tensor:
-    """Rows of a parameter at the start of training: (len(rows), spec.cols), fp32, on the CPU.
+    """Return initial rows of a parameter: (len(rows), spec.cols) fp32, on the CPU.
 
-    Norm gains are 1; all else is normal with mean 0 and the standard deviation of the plan.
+    Norm gains are 1. All other parameters are normal with mean 0 and the plan's standard deviation.
     """
     if spec.init_std == 0:
         return torch.ones(len(rows), spec.cols)
@@ -144,14 +144,15 @@ def initial_rows(spec: ParamSpec, seed: int, rows: range) -> Tensor:
 
 
 def normal(stream: str, first: int, count: int) -> Tensor:
-    """Elements first..first+count of the named stream of standard normals, fp32.
+    """Return elements first..first+count of a named stream of standard normals: (count,) fp32.
 
-    Philox (Salmon et al. 2011) counted from the stream's start, mapped by the normal quantile.
+    Philox (Salmon et al. 2011) with the position in the stream as counter, mapped by the normal
+    quantile function.
     """
     key = int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=16).digest(), "little")
-    # One step of the counter gives four 64-bit numbers.
+    # Philox generates four 64-bit numbers per counter value.
     generator = np.random.Philox(key=key, counter=first // 4)
-    # 52 bits and a half fill fp64's 53: never rounded up to 1, whose quantile is infinite.
+    # 52 bits plus one half use all 53 bits of fp64: no rounding to 1, whose quantile is infinite.
     bits = generator.random_raw(first % 4 + count)[first % 4 :] >> np.uint64(12)
     uniform = torch.from_numpy((bits.astype(np.float64) + 0.5) * 2.0**-52)
     return torch.special.ndtri(uniform).float()

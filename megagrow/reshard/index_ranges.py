@@ -1,6 +1,6 @@
 """Positions along one axis: a `range` if they are consecutive, else an int64 array.
 
-Ranges keep a plan small and its copies plain views, so every function returns one where possible.
+Ranges keep plans small and make copies plain views, so every function returns a range if possible.
 """
 
 import numpy as np
@@ -46,7 +46,7 @@ def bounds(positions: Indices) -> range:
 
 
 def pick(positions: Indices, places: Indices) -> Indices:
-    """Return the positions at indices `places` of the list."""
+    """Return the elements of `positions` at the indices `places`."""
     if isinstance(positions, range):
         if isinstance(places, range):
             return positions[places.start : places.stop]
@@ -65,7 +65,7 @@ def moved(positions: Indices, by: int) -> Indices:
 def select(wanted: Indices, held: Indices) -> tuple[Indices, Indices]:
     """Intersect wanted and held positions: return their indices in `held` and in `wanted`.
 
-    `wanted` may be unordered, repeat positions and contain -1 for none; `held` is ascending.
+    `wanted` may be unordered, repeat positions and contain -1 (no source); `held` is ascending.
     """
     if isinstance(held, range):
         if isinstance(wanted, range):

@@ -1,4 +1,4 @@
-"""Layout: which rank holds which range of which parameter. Pure arithmetic, no tensors.
+"""Layout of a sharded state: the range of each parameter on each rank. Pure arithmetic, no tensors.
 
 ZeRO assigns each rank one contiguous interval of a parameter's flattened tensor-parallel slice. An
 interval of a row-major matrix is at most three blocks (the end of a row, full rows, the start of a
@@ -97,7 +97,7 @@ class Layout:
     def holders(self, name: str, wanted: Block, near: int) -> Iterator[tuple[int, Block]]:
         """Yield (rank, part) of a logical block: disjoint parts that cover it.
 
-        For replicated values, `near` reads from itself if it can, else from the replica that
+        For replicated values, `near` reads from itself if it holds them, else from the replica that
         serves it, chosen to balance the load.
         """
         for tp_rank in range(self.tp):

@@ -1,4 +1,4 @@
-"""Bytes that a growth moves, computed from the plan of one rank before any tensor exists."""
+"""Traffic of a growth in bytes, computed from one rank's plan before any tensor exists."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
 """Transfers between two ranks: each element is sent once, regardless of how often it is used.
 
-Stacking reads the same layer several times, a width copy the same rows and columns; the elements
-are sent once and repeated at the destination.
+Stacking reads the same layer several times, and a width copy reads the same rows and columns. The
+elements are sent once and repeated at the destination.
 """
 
 from collections.abc import Iterable, Iterator
@@ -57,9 +57,9 @@ class TransferChunk:
 
 
 def pack(copies: Iterable[Copy]) -> list[Transfer]:
-    """Combine the copies of one pair of ranks into transfers that share no element.
+    """Combine the copies of one pair of ranks into disjoint transfers.
 
-    Both ends of the pair list the same copies and therefore build the same transfers.
+    Both ranks of the pair pass the same copies and therefore build the same transfers.
     """
     by_source: dict[tuple[StateKind, str], list[Transfer]] = {}
     for copy in copies:
@@ -130,7 +130,7 @@ def rounds(transfers: Iterable[Transfer], limit: int) -> Iterator[list[TransferC
 
 
 def _subtract(patch: _Patch, other: _Patch) -> Iterator[_Patch]:
-    """Yield the parts of a patch that are not in another."""
+    """Yield the parts of a patch that are outside another patch."""
     shared_rows, shared_cols = common(patch[0], other[0]), common(patch[1], other[1])
     if not len(shared_rows) or not len(shared_cols):
         yield patch

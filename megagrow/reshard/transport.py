@@ -24,10 +24,10 @@ class Transport(Protocol):
     """Rounds held in memory at once."""
 
     def buffers(self, sizes: list[int]) -> list[Tensor]:
-        """Return empty send buffers of these sizes in elements, one per rank."""
+        """Return uninitialized send buffers of these sizes in elements, one per rank."""
 
     def all_to_all(self, sizes: list[int]) -> list[Tensor]:
-        """Send the buffers; return received ones of these sizes, valid until the next call."""
+        """Send the buffers; return the received ones of these sizes, valid until the next call."""
 
 
 class Network:
@@ -52,14 +52,14 @@ class Network:
 class SharedMemory:
     """Shared memory of each rank, mapped by all ranks of the host.
 
-    It is anonymous (memfd), so a killed rank leaves nothing behind. It holds two rounds: while a
-    rank fills one, the others may still read the previous one, so one barrier per round suffices.
+    It is anonymous (memfd), so a killed rank leaves no files behind. It holds two rounds: while a
+    rank writes one, the others can still read the previous one. One barrier per round is enough.
     """
 
     num_buffers = 2
 
     def __init__(self, largest: int) -> None:
-        """Map the memory of all ranks; `largest` is the most elements this rank sends per round."""
+        """Map the memory of all ranks; this rank sends at most `largest` elements per round."""
         self._rank, self._world, self._largest = dist.get_rank(), dist.get_world_size(), largest
         self._rounds = 0
         own = os.memfd_create("megagrow")

@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 
 from megagrow.config.schema import RunConfig, StageConfig
-from megagrow.model.backends import Backends, choose, work_of
+from megagrow.model.backends import Backends, choose, kernel_workload
 from megagrow.model.machine import machine_of
 from megagrow.model.ops import Ops, make_ops
 from megagrow.parallel.sharding import pad, real_rows
@@ -109,7 +109,7 @@ class WarmUp:
         self.stop()
         if self._first_here and self._device.type == "cuda" and index + 1 < len(run.stages):
             machine = machine_of(self._device)
-            work = work_of(run, index + 1, self._device)
+            work = kernel_workload(run, index + 1, self._device)
             following = run.stages[index + 1]
             backends = choose(following.kernels, machine, work)
             calls = stage_kernels(following, run.data.sequence_length, work.dtype, backends)
@@ -164,7 +164,7 @@ class WarmUp:
 
 def stage_ops(run: RunConfig, index: int, device: torch.device) -> Ops:
     """Return the operations of one stage. Raises ResourceError if one cannot run here."""
-    machine, work = machine_of(device), work_of(run, index, device)
+    machine, work = machine_of(device), kernel_workload(run, index, device)
     backends = choose(run.stages[index].kernels, machine, work, f"stages.{index}.kernels")
     return make_ops(backends, machine, work)
 

@@ -78,12 +78,12 @@ REFUSED = [
     ("triton", CPU, FP32, "TRITON_INTERPRET=1"),
     ("triton", MAC, FP32, "Triton is not installed"),
     ("triton", INTERPRETER, PACKED, "interpreter computes bf16 wrongly; set precision to fp32"),
-    ("triton", VOLTA, PACKED, "needs a GPU from sm_80 on, and this one is sm_70"),
+    ("triton", VOLTA, PACKED, "needs a GPU of sm_80 or newer; this one is sm_70"),
     ("triton", HOPPER, ODD, "a head_dim that is a multiple of 8 up to 256, not 66"),
     ("flash_attn", HOPPER, PACKED, "flash-attn is not installed"),
     ("flash_attn", Machine("cpu", flash_attn=True), PACKED, "flash-attn needs a GPU"),
-    ("flash_attn", VOLTA, PACKED, "needs a GPU from sm_80 on"),
-    ("flash_attn", WITH_FLASH, FP32, "bf16 and fp16 alone, and the stage in fp32"),
+    ("flash_attn", VOLTA, PACKED, "needs a GPU of sm_80 or newer"),
+    ("flash_attn", WITH_FLASH, FP32, "only bf16 and fp16, but the stage computes in fp32"),
     ("flash_attn", WITH_FLASH, ODD, "multiple of 8 up to 256, not 66"),
     ("flash_attn", WITH_FLASH, KernelWorkload(torch.bfloat16, 264, False), "up to 256, not 264"),
 ]
@@ -95,12 +95,12 @@ def test_what_cannot_run_is_refused_by_its_key(backend, machine, work, why) -> N
         choose(KernelsConfig(attention=backend), machine, work, "stages.1.kernels")
     said = str(caught.value)
     assert said.startswith(f"stages.1.kernels.attention = {backend}: ") and why in said
-    assert said.endswith("; auto would take sdpa") or work.packed
+    assert said.endswith("; auto selects sdpa") or work.packed
 
 
 @pytest.mark.parametrize("operation", ["norm", "pointwise", "loss"])
 def test_other_operations_are_refused_by_their_keys(operation: str) -> None:
-    with pytest.raises(InputError, match=rf"^kernels\.{operation} = triton: .* would take torch$"):
+    with pytest.raises(InputError, match=rf"^kernels\.{operation} = triton: .* selects torch$"):
         choose(KernelsConfig(**{operation: "triton"}), CPU, FP32)
     assert obstacle(operation, "triton", HOPPER, ODD) is None, "only attention looks at head_dim"
 

@@ -24,7 +24,7 @@ from megagrow.model.layers.mlp import MLP
 
 
 class BlockDeclaration(NamedTuple):
-    """A block of a decoder layer behind its norm."""
+    """A block of a decoder layer and the norm that precedes it."""
 
     norm: str
     name: str
