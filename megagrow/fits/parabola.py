@@ -1,8 +1,8 @@
 """Best positive choice at equal cost: vertex of a parabola over its log10.
 
-For each size N and budget C (IsoFLOP), loss = p0 + p1 x + p2 x^2 is fitted by least squares, with x
-= log10 of the choice (base tokens d or growth factor g). The best x is -p1 / (2 p2) (Du et al.
-2024, section 4.2). Its standard error follows from the delta method, with one pooled variance of
+For each size N and budget C (IsoFLOP), loss = p0 + p1 x + p2 x^2 is fitted by least squares. x is
+log10 of the choice (base tokens d or growth factor g). The best x is -p1 / (2 p2) (Du et al. 2024,
+section 4.2). Its standard error follows from the delta method, with one pooled variance of
 the losses: a single parabola has too few points to estimate its own.
 
 A law for the best choices is fitted by weighted least squares. The weight of a vertex is the
