@@ -84,8 +84,10 @@ def read_transient(
 
 
 def tokens_to_reach(curve: Sequence[CurvePoint], loss: float) -> float | None:
-    """Return the tokens after which a curve stays at or below `loss`: 0 if it is never above, None
-    if it ends above."""
+    """Return the tokens after which a curve stays at or below `loss`.
+
+    Return 0 if the curve is never above `loss`, and None if it ends above it.
+    """
     above = [index for index, (_, value) in enumerate(curve) if value > loss]
     if not above:
         return 0.0
