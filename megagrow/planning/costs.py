@@ -165,8 +165,11 @@ def _measured(directory: Path, gpu: Gpu | None, world: int) -> Pace:
 
 
 def _steps(directory: Path) -> list[Record]:
-    """Return MFU, tokens per second (`pace`), and FLOPs and tokens since the previous record of the
-    stage, for each train record but the first of a stage (compilation, cold caches)."""
+    """Return one record per train record, except the first of a stage (compilation, cold caches).
+
+    A returned record has `mfu`, `pace` in tokens per second, and `tokens` and `flops_true` since
+    the previous record of the stage.
+    """
     path = directory / METRICS_FILE
     before: Record | None = None
     steps = []
