@@ -100,8 +100,7 @@ class ModelScorer:
 
     @torch.no_grad()
     def _run(self, ids: Tensor, query: TokenQuery) -> tuple[Tensor, Tensor]:
-        """Return the scores (N,) fp32 of the queried tokens and the most likely token (P,) int64 of
-        each position."""
+        """Return the queried tokens' scores (N,) fp32 and the most likely tokens (P,) int64."""
         results: list[tuple[Tensor, Tensor]] = []
 
         def score(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -149,7 +148,7 @@ class ModelScorer:
         return torch.stack(parts)
 
     def _pad(self, sequences: list[list[int]]) -> Tensor:
-        """Right-pad to (B, S) int64; under causal attention no token sees the padding."""
+        """Right-pad to (B, S) int64; causal attention excludes the padding."""
         length = max(map(len, sequences))
         rows = [sequence + [0] * (length - len(sequence)) for sequence in sequences]
         return torch.tensor(rows, device=self._topology.device)
