@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 ROUNDS = 4
-"""Maximum number of pairwise rounds: one partner that is not slow is sufficient."""
+"""Maximum number of pairwise rounds; a host needs only one partner that is not slow."""
 
 REPEATS = 3
-"""Number of measurements, of which the fastest counts: interference only slows them down."""
+"""Number of measurements; the fastest is used because interference only adds time."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def round_robin_pairs(count: int, rounds: int) -> list[dict[int, int]]:
     """Return rounds of pairs of `count` hosts (circle method), each as a map host -> partner.
 
     In each round a host has a new partner, or none. There are at most `rounds` rounds, and no more
-    than needed for every pair to meet.
+    than needed to cover every pair.
     """
     circle = list(range(count + count % 2))  # an odd count is padded with a host that is dropped
     result = []
