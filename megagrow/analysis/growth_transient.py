@@ -14,8 +14,10 @@ CurvePoint = tuple[float, float]
 """Tokens since the growth and loss in nats per token."""
 
 STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t, two-sided 95%, for 1, 2, ... degrees of freedom; the last value is an upper bound
-for more."""
+"""Student's t, two-sided 95%, for 1, 2, ... degrees of freedom.
+
+The last value is an upper bound for more degrees of freedom.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,10 @@ class Speeds:
     all_to_all: dict[int, float]
     """By size: rate at which each rank sends to the others."""
     hosts: tuple[float, ...]
-    """By round: rate at which this rank sent to its partner while receiving as much. Rounds without
-    a partner are omitted."""
+    """By round: rate at which this rank sent to its partner while receiving as much.
+
+    Rounds without a partner are omitted.
+    """
 
 
 def sizes_for(device: torch.device) -> tuple[int, ...]:

@@ -50,8 +50,10 @@ class Parabola:
     centre: float
     """Mean x of the points."""
     spread: tuple[float, float, float] | None
-    """Variance of the slope at the centre, its covariance with p2 and variance of p2, for losses
-    with error variance 1; None without coefficients."""
+    """Variance of the slope at the centre, its covariance with p2, and the variance of p2.
+
+    They are for losses with error variance 1. None without coefficients.
+    """
 
     def loss_at(self, choice: Numbers) -> Numbers:
         """Evaluate the parabola at choices (n,); `coefficients` must not be None."""

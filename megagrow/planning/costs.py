@@ -77,8 +77,10 @@ class RunCosts:
     stages: tuple[Cost, ...]
     total: Cost
     scratch: tuple[Cost, Cost] | None
-    """Costs to the same loss at the paper's lower and upper speedup; None without a published
-    figure (`planner.PlannedSaving`)."""
+    """Costs to the same loss at the paper's lower and upper speedup.
+
+    None without a published figure (`planner.PlannedSaving`).
+    """
 
 
 def make_factors(
