@@ -122,7 +122,7 @@ def _parabola(
     choices = [point.choice for point in points]
     low, high = min(choices), max(choices)
     centre = float(_logs(points).mean())
-    plain = Parabola(
+    unfitted = Parabola(
         parameters=points[0].parameters,
         flops=points[0].flops,
         points=len(points),
@@ -135,11 +135,11 @@ def _parabola(
         spread=None,
     )
     if fit is None:
-        return plain
+        return unfitted
     level, slope, p2 = (float(value) for value in fit.values)
     covariance = fit.unit_covariance
     fitted = replace(
-        plain,
+        unfitted,
         coefficients=(level - slope * centre + p2 * centre**2, slope - 2 * p2 * centre, p2),
         spread=(float(covariance[1, 1]), float(covariance[1, 2]), float(covariance[2, 2])),
     )

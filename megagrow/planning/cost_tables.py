@@ -57,7 +57,7 @@ def cost_lines(costs: RunCosts) -> Iterator[str]:
     pue = " (assumed)" if factors.pue == PUE else ""
     co2 = " (assumed: the world's average of 2023)" if factors.co2 == KG_CO2_PER_KWH else ""
     yield (
-        f"Energy: {factors.watts:,.0f} W per GPU at all times, without its host, times a PUE of "
+        f"Energy: {factors.watts:,.0f} W per GPU throughout, hosts excluded, times a PUE of "
         f"{factors.pue:g}{pue}; {factors.co2:g} kg of CO2 per kWh{co2}."
     )
 
@@ -88,9 +88,9 @@ def flops_parts(model: ModelConfig, sequence_length: int) -> FlopsParts:
     }
 
 
-def _add(parts: dict[str, tuple[int, int]], label: str, computed: int, papers: int) -> None:
+def _add(parts: dict[str, tuple[int, int]], label: str, computed: int, paper: int) -> None:
     before = parts.get(label, (0, 0))
-    parts[label] = (before[0] + computed, before[1] + papers)
+    parts[label] = (before[0] + computed, before[1] + paper)
 
 
 def flops_rows(models: Sequence[ModelConfig], sequence_length: int) -> Mapping[str, Sequence[str]]:
@@ -100,5 +100,5 @@ def flops_rows(models: Sequence[ModelConfig], sequence_length: int) -> Mapping[s
 
 
 def _cell(parts: FlopsParts, part: str) -> str:
-    done, papers = parts[part]
-    return f"{done:.3e} ({done / parts['all'][0]:.1%}) / {papers:.3e}"
+    done, paper = parts[part]
+    return f"{done:.3e} ({done / parts['all'][0]:.1%}) / {paper:.3e}"

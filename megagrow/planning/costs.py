@@ -93,8 +93,8 @@ def make_factors(
             raise ConfigError(f"{option} {value}: should be a number of 0 or more")
     if not 1 <= pue < float("inf"):
         raise ConfigError(f"--pue {pue}: should be 1 or more")
-    own = None if gpu is None else gpu.watts
-    return CostFactors(own if watts is None else watts, pue, co2, price)
+    gpu_watts = None if gpu is None else gpu.watts
+    return CostFactors(gpu_watts if watts is None else watts, pue, co2, price)
 
 
 def run_costs(plan: RunPlan, pace: Pace, factors: CostFactors) -> RunCosts:
