@@ -54,7 +54,7 @@ class Study:
     scores: Mapping[str, Mapping[Variant, tuple[float, ...]]]
     """Additional quantities, measured on saved models."""
     scratch: Mapping[str, tuple[float, ...]]
-    """Quantities of the large model trained from scratch on equal FLOPs."""
+    """Quantities of the large model trained from scratch with equal FLOPs."""
 
     @property
     def quantities(self) -> list[str]:
@@ -73,8 +73,11 @@ class Study:
 
 
 def markdown(study: Study, reference: Variant) -> str:
-    """Return the tables: values, differences to `reference`, and differences to the reference's
-    policy under each of the other schedules."""
+    """Return the tables as Markdown.
+
+    They contain the values, the differences to `reference`, and the differences to the policy of
+    `reference` under each of the other schedules.
+    """
     tables = [_values(study), *_differences(study, reference, list(study.runs))]
     for schedule in dict.fromkeys(variant.schedule for variant in study.runs):
         other = Variant(reference.policy, schedule)
@@ -148,11 +151,12 @@ def as_json(study: Study) -> str:
 
 
 def plot(study: Study, reference: Variant, path: Path) -> None:
-    """Write a PNG of the validation loss after the growth: one panel per schedule, and a last panel
-    with the difference of each variant to `reference`.
+    """Write a PNG of the validation loss after the growth.
 
-    Bands are one standard deviation over the seeds; in the last panel, of the paired differences.
-    Policies differ in colour (Okabe and Ito) and marker, schedules in line style.
+    There is one panel per schedule, and a last panel with the difference of each variant to
+    `reference`. Bands are one standard deviation over the seeds; in the last panel, of the
+    paired differences. Policies differ in colour (Okabe and Ito) and marker, schedules in line
+    style.
     """
     schedules = list(dict.fromkeys(variant.schedule for variant in study.runs))
     figure = Figure(figsize=(13, 5), dpi=80, layout="constrained")

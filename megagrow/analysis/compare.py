@@ -100,8 +100,8 @@ def _compare_with_scratch(grown: RunCurves, runs: Sequence[RunCurves]) -> Compar
     if candidates:
         return compare_pair(grown, min(candidates, key=lambda run: run.seed != grown.seed))
     raise DataError(
-        f"{grown.name}: no run from scratch with the same {size:,} parameters is among the runs; "
-        "pass one to compare it with"
+        f"{grown.name}: no run from scratch with the same {size:,} parameters to compare it with; "
+        "add one"
     )
 
 

@@ -97,8 +97,10 @@ class RunCurves:
         return self.has_full_cost and not self.growths
 
     def charged_flops(self, tokens: Sequence[int]) -> tuple[float, ...] | None:
-        """Return the cumulative FLOPs by the paper's charge (see `flop_accounting`) at token counts
-        of the run, or None if the run has no config.yaml."""
+        """Return the cumulative FLOPs, by the paper's charge, at token counts of the run.
+
+        See `flop_accounting`. Return None if the run has no config.yaml.
+        """
         if self.setting is None:
             return None
         starts = (0, *(growth.tokens for growth in self.growths))

@@ -14,8 +14,10 @@ CurvePoint = tuple[float, float]
 """Tokens since the growth and loss in nats per token."""
 
 STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t, two-sided 95%, for 1, 2, ... degrees of freedom; the last value is an upper bound
-for more."""
+"""Student's t, two-sided 95%, for 1, 2, ... degrees of freedom.
+
+The last value is an upper bound for more degrees of freedom.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +86,10 @@ def read_transient(
 
 
 def tokens_to_reach(curve: Sequence[CurvePoint], loss: float) -> float | None:
-    """Return the tokens after which a curve stays at or below `loss`: 0 if it is never above, None
-    if it ends above."""
+    """Return the tokens after which a curve stays at or below `loss`.
+
+    Return 0 if the curve is never above `loss`, and None if it ends above it.
+    """
     above = [index for index, (_, value) in enumerate(curve) if value > loss]
     if not above:
         return 0.0

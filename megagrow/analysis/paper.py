@@ -130,7 +130,7 @@ def _run_row(group: SeedGroup, columns: Sequence[str], speedup: str) -> list[str
 
 
 def _mean_score(runs: Sequence[RunCurves], column: str) -> str:
-    """Format the mean of a column over the runs that measured it last; `-` if none did."""
+    """Format the mean of a column in the last evaluations of the runs; `-` if none has it."""
     values = [_score_value(run, column) for run in runs]
     return _mean([value for value in values if value is not None])
 

@@ -35,7 +35,7 @@ PLOT_STYLES = (
     PlotStyle("#000000", (0, (2, 3)), "X"),
 )
 START_SHARE = 0.06
-"""Fraction of each run's tokens whose steep initial losses do not extend the loss axis."""
+"""Initial fraction of each run's tokens whose steep losses do not extend the loss axis."""
 MAX_MARKERS = 16
 GREY = "#555555"
 
@@ -103,7 +103,7 @@ def plot_style(index: int) -> PlotStyle:
 
 
 def label_text(name: str) -> str:
-    """Return a run's name as a label: $ is escaped, and a leading _ does not hide the legend."""
+    """Return a run's name as a label; matplotlib omits labels with a leading _ from legends."""
     plain = name.replace("$", r"\$")
     return f" {plain}" if plain.startswith("_") else plain
 

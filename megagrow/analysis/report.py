@@ -55,8 +55,8 @@ def write_report(
 ) -> None:
     """Write a report on finished runs into `output`.
 
-    Written are report.html (self-contained), report.md with the same tables, the plots as PNGs, and
-    the files of `compare_runs`, which also prints its table. `against_paper` adds a table that
+    The files are report.html (self-contained), report.md with the same tables, the plots as PNGs,
+    and those of `compare_runs`, which also prints its table. `against_paper` adds a table that
     compares the runs with the paper's results.
 
     Raises InputError if a run is missing or unfinished, no run grew, or a grown run has no
@@ -152,9 +152,9 @@ METHOD = (
     f"sp is measured at up to {LEVELS} evenly spaced losses, from the highest one that all runs "
     f"have after the first {START_SHARE:.0%} of their FLOPs to the worst of their final losses.",
     "Runs whose configurations differ only in seed, name and directory are one setting. Every "
-    "grown run is compared with every run from scratch; reported are the mean sp over these pairs, "
-    "its range (the band) and its sample standard deviation. Pairs share runs, so the deviation "
-    "describes the variation between seeds and is not a standard error.",
+    "grown run is compared with every run from scratch; the report shows the mean sp over these "
+    "pairs, its range (the band) and its sample standard deviation. Pairs share runs, so the "
+    "deviation describes the variation between seeds and is not a standard error.",
     f"FLOPs are counted by three accounts. {ACCOUNTS['flops']}: 6 times all parameters of the "
     "current model, for every token; used by all plots that name no other account. "
     f"{ACCOUNTS['flops_charged']}: a token of the base costs its fraction, 1 / g, of the target's "

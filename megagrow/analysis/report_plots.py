@@ -27,8 +27,10 @@ GIB = 2.0**30
 
 
 def plot_costs(runs: Sequence[RunCurves]) -> Figure:
-    """Plot the loss against seconds, true FLOPs and, if all runs have a config.yaml, FLOPs by the
-    paper's charge."""
+    """Plot the loss against seconds, true FLOPs and FLOPs by the paper's charge.
+
+    The paper's charge is omitted unless all runs have a config.yaml.
+    """
     accounts = [account for account in ACCOUNTS if account != "flops"]
     if not all(run.setting for run in runs):
         accounts.remove("flops_charged")

@@ -101,8 +101,8 @@ def _counterpart(grown: SeedGroup, groups: Sequence[SeedGroup]) -> SeedGroup:
         if group.runs[0].from_scratch and group.runs[0].parameters[-1] == size:
             return group
     raise DataError(
-        f"{grown.runs[0].name}: no run from scratch with the same {size:,} parameters is among the "
-        "runs; pass one to compare it with"
+        f"{grown.runs[0].name}: no run from scratch with the same {size:,} parameters to compare "
+        "it with; add one"
     )
 
 

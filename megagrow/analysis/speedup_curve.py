@@ -1,9 +1,9 @@
 """Speedup of growth at all losses of the curves, and its spread over seeds.
 
-At each of a series of loss levels that all runs reach, sp and the saved fraction of FLOPs are
-measured as in `speedup`. Every grown run is compared with every run from scratch. Reported are the
-mean over these pairs, their range and their sample standard deviation. Pairs share runs, so the
-deviation describes the variation between seeds and is not a standard error.
+sp and the saved fraction of FLOPs are measured as in `speedup`, at a series of losses that all runs
+reach. Every grown run is compared with every run from scratch. The report shows the mean over these
+pairs, their range and their sample standard deviation. Pairs share runs, so the deviation describes
+the variation between seeds and is not a standard error.
 """
 
 from collections.abc import Sequence
@@ -80,8 +80,11 @@ def speedup_curve_levels(
 
 
 def shared_losses(curves: Sequence[LossCurve], count: int) -> list[float]:
-    """Return evenly spaced losses, from the highest that all curves have after their first
-    `START_SHARE` of FLOPs to the worst final one."""
+    """Return evenly spaced losses that all curves reach, from the highest to the lowest.
+
+    The highest is the lowest maximum of a curve after its first `START_SHARE` of FLOPs, the lowest
+    is the worst final loss.
+    """
     low = max(curve.loss[-1] for curve in curves)
     high = min(_highest_after_start(curve) for curve in curves)
     if high <= low or count < 2:

@@ -88,7 +88,7 @@ def plan(
     co2: Annotated[float, typer.Option(help="CO2 emissions, kg per kWh.")] = 0.48,
     price: Annotated[float | None, typer.Option(help="Price of one GPU-hour.")] = None,
 ) -> None:
-    """Print the plan of a run: sizes, FLOPs, memory per rank, costs; starts nothing."""
+    """Print the plan of a run without starting it: sizes, FLOPs, memory per rank, costs."""
     from megagrow.config.load import load_run
     from megagrow.planning.request import PlanRequest, answer
     from megagrow.planning.tables import show_answer
@@ -122,7 +122,7 @@ def prepare(
         int | None, typer.Option(help="Number of processes; default: all cores.")
     ] = None,
     text_key: Annotated[str, typer.Option(help="JSON key or Parquet column of the text.")] = "text",
-    seed: Annotated[int, typer.Option(help="Selects the validation documents.")] = 1234,
+    seed: Annotated[int, typer.Option(help="Seed that selects the validation documents.")] = 1234,
 ) -> None:
     """Tokenize text into the indexed format for training; resumable."""
     from megagrow.data.prepare import prepare as prepare_corpus
@@ -152,7 +152,7 @@ def prepare_instructions(
     validation_fraction: Annotated[
         float, typer.Option(help="Fraction of the examples used for validation.")
     ] = 0.01,
-    seed: Annotated[int, typer.Option(help="Selects the validation examples.")] = 1234,
+    seed: Annotated[int, typer.Option(help="Seed that selects the validation examples.")] = 1234,
 ) -> None:
     """Tokenize instructions for supervised fine-tuning, with a loss mask of the answers."""
     from megagrow.data.sft_prepare import prepare_sft
@@ -245,7 +245,7 @@ def config_show(run_file: RunFile, overrides: Overrides = None) -> None:
 
 
 def main() -> None:
-    """Run the command line; a user error is one line per host with exit code 2."""
+    """Run the command line; print a user error once per host, on one line, with exit code 2."""
     try:
         app()
     except InputError as error:
@@ -272,7 +272,7 @@ def _report_once(text: str) -> None:
 
 
 def _report(text: str, is_reporter: bool) -> None:
-    """Print a message, or give the reporting rank time to print it."""
+    """Print a message on the reporting rank; on other ranks, wait until it is printed."""
     from megagrow.parallel.launch import launcher_kills_all_ranks
 
     if is_reporter:

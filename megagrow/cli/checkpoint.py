@@ -31,14 +31,14 @@ def list_all(run: RunDirectory) -> None:
     folder = folder_of(run)
     rows: list[Sequence[str]] = []
     for path in list_checkpoints(folder):
-        seen = glance(path)
+        entry = glance(path)
         position, layout, protected = ("?", "?"), "?", ""
-        if seen.manifest is not None:
-            counters = seen.manifest.run.get("counters", {})
-            position = str(seen.manifest.run.get("stage")), f"{counters.get('tokens', 0):,}"
-            layout, protected = layout_text(seen.manifest), seen.manifest.protected or ""
-        state = (seen.problem or "valid").replace(f"{path}/", "").replace(f"{path}: ", "")
-        size = format_bytes(seen.size)
+        if entry.manifest is not None:
+            counters = entry.manifest.run.get("counters", {})
+            position = str(entry.manifest.run.get("stage")), f"{counters.get('tokens', 0):,}"
+            layout, protected = layout_text(entry.manifest), entry.manifest.protected or ""
+        state = (entry.problem or "valid").replace(f"{path}/", "").replace(f"{path}: ", "")
+        size = format_bytes(entry.size)
         rows.append((str(step_of(path)), *position, size, layout, protected, state))
     for path in unfinished(folder):
         step = path.stem.removeprefix("step-").lstrip("0")

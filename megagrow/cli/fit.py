@@ -109,10 +109,7 @@ def scaling(
 def _iso_data(
     sources: Sequence[Path], budgets: str | None, choice: Literal["base_tokens", "factor"]
 ) -> "Data[IsoPoint]":
-    """Read the points of runs compared at equal FLOPs from a CSV file or run directories.
-
-    Prints the notes on them.
-    """
+    """Read the points of runs at equal FLOPs from a CSV file or run directories; print notes."""
     from megagrow.fits.data import find_csv, parse_budgets, read_iso_csv
     from megagrow.fits.runs import iso_points
 

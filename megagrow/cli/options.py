@@ -36,7 +36,7 @@ ModelOption = Annotated[
 
 _DP = typer.Option("--dp", min=1, help="Data-parallel ranks.")
 _TP = typer.Option("--tp", min=1, help="Tensor-parallel ranks.")
-# Layout of a target whose source has a layout: SOURCE's is the default.
+# Layout options for a source that has a layout, which is the default.
 ZeroStage = Annotated[
     int | None,
     typer.Option("--zero-stage", min=0, max=3, help="ZeRO stage. Default: SOURCE's."),
@@ -47,7 +47,7 @@ WeightDecayOn = Annotated[
     str | None,
     typer.Option("--weight-decay-on", help="Optimizer groups: all or matrices. Default: SOURCE's."),
 ]
-# Layout of a target whose source has none.
+# Layout options for a source without a layout.
 NewZeroStage = Annotated[int, typer.Option("--zero-stage", min=0, max=3, help="ZeRO stage.")]
 NewDataParallel = Annotated[int, _DP]
 NewTensorParallel = Annotated[int, _TP]

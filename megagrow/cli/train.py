@@ -15,7 +15,7 @@ def train(
     overrides: Overrides = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Build one rank, print its work, start nothing."),
+        typer.Option("--dry-run", help="Build one rank and print its plan; train nothing."),
     ] = False,
     world: Annotated[
         int | None, typer.Option(min=1, help="With --dry-run: number of ranks; default: 1.")

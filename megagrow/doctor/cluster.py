@@ -103,7 +103,7 @@ def _abort_after(seconds: float, launch: Launch) -> Iterator[None]:
 
 
 def _abort(launch: Launch, seconds: float) -> None:
-    """End the process with exit code 2, whatever its main thread waits for."""
+    """End the process with exit code 2, also if its main thread is blocked."""
     if launch.local_rank == 0:
         print(
             f"error: the ranks did not communicate over NCCL within {seconds:.0f} s; set "

@@ -53,8 +53,10 @@ class ClusterReport:
         return hosts
 
     def host_speeds(self) -> dict[str, float]:
-        """Return for each host the bytes per second of a rank with its fastest partner (median over
-        ranks); empty for a single host."""
+        """Return the network bandwidth of each host in bytes per second; empty for a single host.
+
+        It is the median over the host's ranks of the speed with the fastest partner.
+        """
         best = {
             host: [max(self.speeds[rank].hosts) for rank in ranks if self.speeds[rank].hosts]
             for host, ranks in self.hosts.items()

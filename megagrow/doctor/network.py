@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 ROUNDS = 4
-"""Maximum number of pairwise rounds: one partner that is not slow is sufficient."""
+"""Maximum number of pairwise rounds; a host needs only one partner that is not slow."""
 
 REPEATS = 3
-"""Number of measurements, of which the fastest counts: interference only slows them down."""
+"""Number of measurements; the fastest is used because interference only adds time."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ class Speeds:
     all_to_all: dict[int, float]
     """By size: rate at which each rank sends to the others."""
     hosts: tuple[float, ...]
-    """By round: rate at which this rank sent to its partner while receiving as much. Rounds without
-    a partner are omitted."""
+    """By round: rate at which this rank sent to its partner while receiving as much.
+
+    Rounds without a partner are omitted.
+    """
 
 
 def sizes_for(device: torch.device) -> tuple[int, ...]:
@@ -60,7 +62,7 @@ def round_robin_pairs(count: int, rounds: int) -> list[dict[int, int]]:
     """Return rounds of pairs of `count` hosts (circle method), each as a map host -> partner.
 
     In each round a host has a new partner, or none. There are at most `rounds` rounds, and no more
-    than needed for every pair to meet.
+    than needed to cover every pair.
     """
     circle = list(range(count + count % 2))  # an odd count is padded with a host that is dropped
     result = []

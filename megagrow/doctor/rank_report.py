@@ -93,7 +93,7 @@ def _versions() -> dict[str, str]:
 
 
 def _code() -> str:
-    """Return a digest of megagrow's source files: checkouts of one version may differ."""
+    """Return a digest of megagrow's source files; equal versions may have different code."""
     root, digest = Path(__file__).parents[1], hashlib.blake2b(digest_size=6)
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode())

@@ -49,7 +49,7 @@ class Rendezvous:
         """
         try:
             values = self._exchange(phase, value)
-        except RuntimeError as error:  # raised by torch if the store no longer answers
+        except RuntimeError as error:  # raised by torch if the store no longer responds
             raise self._missing(
                 f"rank 0 at {first_host()} was lost ({phase}): {_first_line(error)}"
             ) from error
@@ -63,8 +63,11 @@ class Rendezvous:
         return values
 
     def _missing(self, text: str) -> RankMissing:
-        """Build the error. It is reported by the first rank of each host, and by the first present
-        rank in case rank 0 is missing."""
+        """Build the error.
+
+        The first rank of each host reports it, and also the first present rank in case rank 0 is
+        missing.
+        """
         first = min(self._present, default=1)
         return RankMissing(text, self.launch.local_rank == 0 or self.launch.rank == first)
 

@@ -70,7 +70,7 @@ class LMAdapter(TemplateLM):  # type: ignore[misc]
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Call lm-eval's method without its progress bar, which ends before the first pass."""
+        """Call lm-eval's method without its progress bar, which completes before the first pass."""
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return answers
 
@@ -128,8 +128,10 @@ class LMAdapter(TemplateLM):  # type: ignore[misc]
     def _distribute(
         self, requests: list[RequestT], answer: Callable[[list[RequestT]], list[AnswerT]]
     ) -> list[AnswerT]:
-        """Return the answers to all requests on all ranks; each is computed by one data-parallel
-        rank."""
+        """Return the answers to all requests on all ranks.
+
+        Each answer is computed by one data-parallel rank.
+        """
         dp, dp_rank = self._topology.dp, self._topology.dp_rank
         bounds = [len(requests) * part // dp for part in range(dp + 1)]
         part = requests[bounds[dp_rank] : bounds[dp_rank + 1]]
@@ -143,8 +145,10 @@ class LMAdapter(TemplateLM):  # type: ignore[misc]
     def _finish_after(
         self, answer: Callable[[list[RequestT]], list[AnswerT]], requests: list[RequestT]
     ) -> list[AnswerT]:
-        """Return the answers after all ranks are done, also if this rank fails: under ZeRO-3 every
-        rank takes part in every pass."""
+        """Return the answers after all ranks are done, also if this rank fails.
+
+        Under ZeRO-3 every rank takes part in every pass.
+        """
         try:
             answers = answer(requests)
         except InputError:
@@ -162,12 +166,12 @@ def wrap_model(loaded: LoadedModel, topology: Topology, batch_size: int) -> LMAd
 
 @register_model("megagrow")
 class MegagrowLM(LMAdapter):
-    """Model of a checkpoint in any layout, of a run directory (newest checkpoint) or of a Hugging
-    Face folder, opened by path.
+    """Model opened by path.
 
-    Raises InputError as `load_model`, and if `batch_size` is not a positive integer. `device` is
-    ignored, because lm-eval's command line always passes the first GPU: each rank uses its own GPU,
-    or the CPU if there is none.
+    The path is a checkpoint in any layout, a run directory (newest checkpoint) or a Hugging Face
+    folder. Raises InputError as `load_model`, and if `batch_size` is not a positive integer.
+    `device` is ignored, because lm-eval's command line always passes the first GPU: each rank uses
+    its own GPU, or the CPU if there is none.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Documents of the `gstack` tasks from local files, with the columns that lm-eval's tasks read.
 
-Besides .jsonl and .parquet, the files in which the data sets were published are read: LogiQA's text
-with eight lines per question, and WikiText's concatenated articles. They are converted to the hub's
+The formats are .jsonl, .parquet and the published form of two data sets: LogiQA's text with eight
+lines per question, and WikiText's concatenated articles. The latter two are converted to the hub's
 documents by the rules of the original conversion scripts: lm_eval/datasets/
 {logiqa/logiqa,wikitext/wikitext}.py of https://github.com/EleutherAI/lm-evaluation-harness at
 1241d1c7 and 24444126. The hub's EleutherAI/wikitext_document_level was derived from the second.
@@ -95,14 +95,19 @@ def _logiqa(path: Path) -> Iterator[Doc]:
 
 
 def _spaced(text: str) -> str:
-    """Add a space after every full stop, also within numbers and before other spaces, and strip the
-    ends, as the conversion script's `normalize` does."""
+    """Add a space after every full stop, and strip both ends.
+
+    As in the conversion script's `normalize`, a space is also added within numbers and before other
+    spaces.
+    """
     return text.replace(".", ". ").strip()
 
 
 def _wikitext(path: Path) -> Iterator[Doc]:
-    """Yield the articles; the line break before a title and blank lines before the first title
-    belong to no article."""
+    """Yield the articles.
+
+    The line break before a title and blank lines before the first title belong to no article.
+    """
     lines: list[str] = []
     for line in path.read_text(encoding="utf-8").split("\n"):
         if _TITLE.fullmatch(line.strip()):

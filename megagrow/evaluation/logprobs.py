@@ -62,8 +62,11 @@ class TokenScorer(Protocol):
     def scores(
         self, sequences: list[list[int]], query: TokenQuery
     ) -> tuple[list[float], list[bool]]:
-        """Return for each of the N queried tokens its log-probability in nats (fp32) and whether it
-        is the most likely token."""
+        """Return two lists with one entry per queried token (N).
+
+        These are the log-probabilities in nats (fp32), and True for tokens that are the most likely
+        ones at their position.
+        """
 
     def finish(self) -> None:
         """Return when all ranks have called it, see `ForwardModel.finish`."""
@@ -89,8 +92,11 @@ class ModelScorer:
     def scores(
         self, sequences: list[list[int]], query: TokenQuery
     ) -> tuple[list[float], list[bool]]:
-        """Return for each of the N queried tokens its log-probability in nats (fp32) and whether it
-        is the most likely token."""
+        """Return two lists with one entry per queried token (N).
+
+        These are the log-probabilities in nats (fp32), and True for tokens that are the most likely
+        ones at their position.
+        """
         scores, best = self._run(self._pad(sequences), query)
         return scores.tolist(), (best[query.owners] == query.labels).tolist()
 
@@ -100,8 +106,7 @@ class ModelScorer:
 
     @torch.no_grad()
     def _run(self, ids: Tensor, query: TokenQuery) -> tuple[Tensor, Tensor]:
-        """Return the scores (N,) fp32 of the queried tokens and the most likely token (P,) int64 of
-        each position."""
+        """Return the queried tokens' scores (N,) fp32 and the most likely tokens (P,) int64."""
         results: list[tuple[Tensor, Tensor]] = []
 
         def score(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -123,8 +128,10 @@ class ModelScorer:
     def _score_logits(
         self, logits: Tensor, owners: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the scores (N,) fp32 of the labels and the most likely tokens (P,) int64, for
-        logits (P, V/tp)."""
+        """Return the labels' scores (N,) fp32 and the most likely tokens (P,) int64.
+
+        `logits` is (P, V/tp).
+        """
         tp, tp_rank = self._topology.tp, self._topology.tp_rank
         first = tp_rank * logits.shape[1]
         real = real_rows(self._model.vocab_size, logits.shape[1], tp_rank)
@@ -149,7 +156,7 @@ class ModelScorer:
         return torch.stack(parts)
 
     def _pad(self, sequences: list[list[int]]) -> Tensor:
-        """Right-pad to (B, S) int64; under causal attention no token sees the padding."""
+        """Right-pad to (B, S) int64; causal attention excludes the padding."""
         length = max(map(len, sequences))
         rows = [sequence + [0] * (length - len(sequence)) for sequence in sequences]
         return torch.tensor(rows, device=self._topology.device)

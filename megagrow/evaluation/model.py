@@ -56,9 +56,9 @@ class LoadedModel:
 def load_model(
     path: Path, topology: Topology, tokenizer: str | None = None, dtype: str | None = None
 ) -> LoadedModel:
-    """Load the model at `path`: a checkpoint, a run directory (its newest checkpoint) or a Hugging
-    Face folder. Collective.
+    """Load the model at `path`. Collective.
 
+    `path` is a checkpoint, a run directory (its newest checkpoint) or a Hugging Face folder.
     `dtype` is `float32` or `bfloat16`; the default is float32 on a CPU and bfloat16 on a GPU.
     Raises InputError if the source is damaged, has no tokenizer or has growth masks that are still
     ramping, and if the tensor-parallel size does not divide the model.

@@ -26,8 +26,10 @@ from megagrow.train.stage import Stage
 
 @dataclass(frozen=True)
 class StageModel:
-    """Engine of a stage, in evaluation mode, with its current masks; a `ForwardModel` of
-    `logprobs.ModelScorer`."""
+    """Engine of a stage in evaluation mode, with its current masks.
+
+    A `ForwardModel` of `logprobs.ModelScorer`.
+    """
 
     stage: Stage
     masks: Masks | None
@@ -42,8 +44,10 @@ class StageModel:
         self._forward(ids, head)
 
     def finish(self) -> None:
-        """Run dummy passes while other ranks run passes: under ZeRO-3 every rank takes part in the
-        all-gather of weights."""
+        """Run dummy passes while other ranks run passes.
+
+        Under ZeRO-3 every rank takes part in the all-gather of weights.
+        """
         while self._any_rank_working(False):
             dummy = torch.zeros(1, 1, dtype=torch.int64, device=self.stage.topology.device)
             self._forward(dummy, _empty_head)

@@ -63,7 +63,8 @@ def evaluate_checkpoint(
 ) -> Results:
     """Evaluate a checkpoint, a run's newest or a Hugging Face folder on tasks. Collective.
 
-    Returns the results together with `checkpoint`, `limit`, and the position of its run.
+    Return the results with `checkpoint`, `limit`, and the step, tokens, FLOPs and elapsed seconds
+    of its run.
     """
     tasks = run_on_all_ranks(lambda: load_tasks(names, data_dir))
     loaded = load_model(checkpoint, topology, tokenizer, dtype)

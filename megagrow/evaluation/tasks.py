@@ -49,7 +49,7 @@ def load_tasks(names: tuple[str, ...], data_dir: Path | None) -> Tasks:
     Raises InputError if a name is unknown, if data is missing in `data_dir` or cannot be downloaded
     from the hub, and if a task is unsupported.
     """
-    # They warn about own task definitions and about each failed download attempt.
+    # These loggers warn about own task definitions and each failed download attempt.
     for logger in ("lm_eval", "huggingface_hub"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     members = tuple(dict.fromkeys(task for name in names for task in _members(name)))
@@ -98,6 +98,6 @@ def _from_files(names: tuple[str, ...], data_dir: Path) -> Any:
 
 
 def _splits(docs: list[Doc]) -> Callable[..., dict[str, Dataset]]:
-    """Return a function that lm-eval calls for a task's splits: the same documents in each."""
+    """Return a function that lm-eval calls for the splits; each has all documents."""
     dataset = Dataset.from_list(docs)
     return lambda **_: dict.fromkeys(("train", "validation", "test"), dataset)

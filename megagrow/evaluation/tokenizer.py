@@ -1,8 +1,8 @@
 """Tokenizers used as by lm-eval's Hugging Face model, so that both score the same tokens.
 
-In training, text that looks like a special token is encoded as text. Here it becomes the special
-token, and a tokenizer that starts texts with a special token does so: published results are
-measured this way.
+In training, text that looks like a special token is encoded as text. Here it is encoded as the
+special token, and the special token that some tokenizers put at the start of a text is kept:
+published results are measured this way.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Best positive choice at equal cost: vertex of a parabola over its log10.
 
-For each size N and budget C (IsoFLOP), loss = p0 + p1 x + p2 x^2 is fitted by least squares, with x
-= log10 of the choice (base tokens d or growth factor g). The best x is -p1 / (2 p2) (Du et al.
-2024, section 4.2). Its standard error follows from the delta method, with one pooled variance of
+For each size N and budget C (IsoFLOP), loss = p0 + p1 x + p2 x^2 is fitted by least squares. x is
+log10 of the choice (base tokens d or growth factor g). The best x is -p1 / (2 p2) (Du et al. 2024,
+section 4.2). Its standard error follows from the delta method, with one pooled variance of
 the losses: a single parabola has too few points to estimate its own.
 
 A law for the best choices is fitted by weighted least squares. The weight of a vertex is the
@@ -50,8 +50,10 @@ class Parabola:
     centre: float
     """Mean x of the points."""
     spread: tuple[float, float, float] | None
-    """Variance of the slope at the centre, its covariance with p2 and variance of p2, for losses
-    with error variance 1; None without coefficients."""
+    """Variance of the slope at the centre, its covariance with p2, and the variance of p2.
+
+    They are for losses with error variance 1. None without coefficients.
+    """
 
     def loss_at(self, choice: Numbers) -> Numbers:
         """Evaluate the parabola at choices (n,); `coefficients` must not be None."""
@@ -120,7 +122,7 @@ def _parabola(
     choices = [point.choice for point in points]
     low, high = min(choices), max(choices)
     centre = float(_logs(points).mean())
-    plain = Parabola(
+    unfitted = Parabola(
         parameters=points[0].parameters,
         flops=points[0].flops,
         points=len(points),
@@ -133,11 +135,11 @@ def _parabola(
         spread=None,
     )
     if fit is None:
-        return plain
+        return unfitted
     level, slope, p2 = (float(value) for value in fit.values)
     covariance = fit.unit_covariance
     fitted = replace(
-        plain,
+        unfitted,
         coefficients=(level - slope * centre + p2 * centre**2, slope - 2 * p2 * centre, p2),
         spread=(float(covariance[1, 1]), float(covariance[1, 2]), float(covariance[2, 2])),
     )

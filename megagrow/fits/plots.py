@@ -61,7 +61,7 @@ def plot_scaling(
     savings: Sequence[FlopSaving],
     path: Path,
 ) -> None:
-    """Write the losses with the laws of scratch and grown, and the saving against C, with bands."""
+    """Write a plot of the losses with both fitted laws, and one of the saving against C."""
     figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     farthest = max([saving.flops for saving in savings] + [law.flops[1] for law in laws])
@@ -86,8 +86,10 @@ def plot_scaling(
 def _parabola_panels(
     points: Sequence[IsoPoint], parabolas: Sequence[Parabola], choice: str
 ) -> tuple[Figure, Axes]:
-    """Return a figure with one panel of parabolas per size, and the axes of its last panel, with
-    the best choices against the budget."""
+    """Return a figure with one panel of parabolas per size, and the axes of its last panel.
+
+    The last panel shows the best choices against the budget.
+    """
     sizes = _sizes(parabolas)
     columns = 2 if len(sizes) == 3 else min(COLUMNS, len(sizes) + 1)
     rows = -(-(len(sizes) + 1) // columns)

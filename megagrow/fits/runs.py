@@ -61,11 +61,11 @@ def iso_points(
 
 
 def scaling_points(directories: Sequence[Path]) -> Data[ScalingPoint]:
-    """Return the final loss of each run: validation loss if all runs have it, else smoothed
-    training loss.
+    """Return the final loss of each run.
 
-    FLOPs are the total of all stages, base included. Raises InputError if a directory contains no
-    finished run, or a run without its model's full cost.
+    It is the validation loss if all runs have one, else the smoothed training loss. FLOPs are the
+    total of all stages, base included. Raises InputError if a directory contains no finished run,
+    or a run without its model's full cost.
     """
     runs = [_load_complete(directory) for directory in directories]
     validated = all(run.validation.loss for run in runs)

@@ -81,7 +81,7 @@ class FlopSaving:
     loss: float
     """Loss of the grown law at C, in nats per token."""
     scratch_flops: float | None
-    """FLOPs from scratch to that loss; None if the floor of the scratch law is higher."""
+    """FLOPs from scratch to the same loss; None if the floor of the scratch law is higher."""
     saving: float | None
     low: float | None
     """Lower end of the 95% interval; None if unknown."""
@@ -193,8 +193,10 @@ def _exp(exponent: float) -> float:
 
 
 def _start(z: Numbers, losses: Numbers, floor: bool) -> Numbers:
-    """Return the initial theta: a log-log line for each floor of `FLOORS`, the best one by squared
-    residuals."""
+    """Return the initial theta: the log-log line with the smallest squared residuals.
+
+    One line is fitted for each floor of `FLOORS`.
+    """
     best: tuple[float, Numbers] | None = None
     design = np.stack([np.ones_like(z), z], axis=1)
     for e in FLOORS * losses.min() if floor else (0.0,):

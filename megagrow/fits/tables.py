@@ -77,7 +77,7 @@ def saving_table(savings: Sequence[FlopSaving]) -> Table:
     for saving in savings:
         head = f"{saving.flops:.4g}", f"{saving.loss:.4f}"
         if saving.saving is None or saving.scratch_flops is None:
-            table.add_row(*head, "never: the floor is higher", "-", "-", _extrapolation(saving))
+            table.add_row(*head, "never: its floor is higher", "-", "-", _extrapolation(saving))
             continue
         band = "unknown" if saving.low is None else f"{saving.low:+.1%} to {saving.high:+.1%}"
         cells = f"{saving.scratch_flops:.4g}", f"{saving.saving:+.1%}", band

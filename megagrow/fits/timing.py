@@ -31,8 +31,10 @@ class TimingFit:
     b: Constant
     c: Constant
     residual: float | None
-    """Standard deviation of log10 d about the fit for a vertex of mean weight; None without degrees
-    of freedom."""
+    """Standard deviation of log10 d about the fit for a vertex of mean weight.
+
+    None without degrees of freedom.
+    """
 
     def growth_tokens(self, parameters: float, flops: float) -> float:
         """Return d, in tokens, for N non-embedding parameters and a budget of C FLOPs."""

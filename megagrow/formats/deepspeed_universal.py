@@ -178,7 +178,7 @@ def _number(path: Path, value: Any) -> int:
 
 
 DEEPSPEED_VERSION = "0.19.8"
-"""DeepSpeed release of this format; its loader refuses files without a version."""
+"""DeepSpeed release of this format; its loader rejects files without a version."""
 
 
 def universal_bytes(source: Source) -> int:
@@ -199,7 +199,7 @@ def write_universal(source: Source, out: Path, step: int, advance: Callable[[int
             _write(parameter / f"{kind}.pt", _parameter(source, spec, kind), advance)
         _write(parameter / STEP_FILE, _step(source), advance)
     _write(folder / PARAMETERS / OPTIMIZER_FILE, _optimizer(source), advance)
-    # DeepSpeed reads the first of them under ZeRO 1 and 2, the second under ZeRO 3.
+    # DeepSpeed reads the file without prefix under ZeRO 1 and 2, the other under ZeRO 3.
     for prefix in ("", "zero_pp_rank_0_"):
         name = f"{prefix}mp_rank_00_model_states.pt"
         _write(folder / name, _engine_state(source, step), advance)
@@ -235,7 +235,7 @@ def _step(source: Source) -> Streamed:
 
 
 def _optimizer(source: Source) -> dict[str, Any]:
-    # As many groups as the loading job can have; ZeRO 3 reads the inner ones.
+    # One group per parameter: the loading job has no more. ZeRO 3 reads the inner groups.
     groups: list[dict[str, Any]] = [{"params": []} for _ in source.layout.plan]
     inner = {"state": {0: {"step": _step(source)}}, "param_groups": groups}
     return {

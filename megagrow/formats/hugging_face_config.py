@@ -1,8 +1,8 @@
 """Conversion between Hugging Face's config.json, generation_config.json and ModelConfig.
 
 Both forms of rotary embeddings are supported: `rope_parameters` of transformers 5, `rope_theta` and
-`rope_scaling` of transformers 4. No code of a folder is ever executed: keys that name code are
-dropped.
+`rope_scaling` of transformers 4. Keys that name code are dropped, so no code of a folder is ever
+executed.
 """
 
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ _ONLY: dict[str, Any] = {
 }
 """Keys with a single supported value."""
 
-_OF_CODE = ("auto_map", "trust_remote_code")
+_CODE_KEYS = ("auto_map", "trust_remote_code")
 """Keys that make transformers load Python files of the folder."""
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -91,8 +91,11 @@ def _rope_of(
 
 
 def config_of(model: ModelConfig, dtype: str, like: dict[str, Any]) -> dict[str, Any]:
-    """Return the config.json of a model with weights of `dtype`; other keys are those of `like`,
-    the config.json of its origin. transformers 5 reads rope_parameters, 4 the other rope keys."""
+    """Return the config.json of a model with weights of `dtype`.
+
+    Other keys are copied from `like`, the config.json of the model's origin. transformers 5 reads
+    rope_parameters, transformers 4 reads rope_theta and rope_scaling.
+    """
     values = model.model_dump()
     scaling = None if model.rope_scaling is None else model.rope_scaling.given()
     values["rope_scaling"] = scaling
@@ -108,7 +111,7 @@ def config_of(model: ModelConfig, dtype: str, like: dict[str, Any]) -> dict[str,
 
 def without_code(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config without the keys that make transformers load Python files."""
-    return {key: value for key, value in config.items() if key not in _OF_CODE}
+    return {key: value for key, value in config.items() if key not in _CODE_KEYS}
 
 
 def origin_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:

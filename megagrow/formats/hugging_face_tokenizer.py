@@ -82,8 +82,8 @@ def _of_sentencepiece(path: Path, vocab_size: int) -> TokenizerFiles:
     _check_size(path, own, vocab_size)
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     special = {name: _id(getattr(model, f"{name}_id")()) for name in ("unk", "bos", "eos", "pad")}
-    made = _rebuilt(model, special)
-    _check_same_ids(path, model, made)
+    converted = _rebuilt(model, special)
+    _check_same_ids(path, model, converted)
     settings = {
         "tokenizer_class": _ANY_CLASS,
         "clean_up_tokenization_spaces": False,
@@ -92,7 +92,7 @@ def _of_sentencepiece(path: Path, vocab_size: int) -> TokenizerFiles:
             for name, number in special.items()
         },
     }
-    documents = {JSON_FILE: json.loads(made.to_str()), SETTINGS_FILE: settings}
+    documents = {JSON_FILE: json.loads(converted.to_str()), SETTINGS_FILE: settings}
     ids = {"bos_token_id": special["bos"], "eos_token_id": own.eos_id}
     return TokenizerFiles(documents, {SENTENCEPIECE_FILE: path}, ids)
 
@@ -102,7 +102,7 @@ def _rebuilt(model: Any, special: Mapping[str, int | None]) -> Any:
     pieces = [model.id_to_piece(number) for number in range(model.vocab_size())]
     prefix = model.encode("a", out_type=str)[0].startswith(_SPACE)
     bytes_too = any(model.is_byte(number) for number in range(len(pieces)))
-    made = tokenizers.Tokenizer(
+    converted = tokenizers.Tokenizer(
         models.BPE(
             vocab={piece: number for number, piece in enumerate(pieces)},
             merges=_merges(model, pieces),
@@ -113,14 +113,14 @@ def _rebuilt(model: Any, special: Mapping[str, int | None]) -> Any:
     )
     space = normalizers.Replace(" ", _SPACE)
     first = normalizers.Prepend(_SPACE)
-    made.normalizer = normalizers.Sequence([first, space] if prefix else [space])
+    converted.normalizer = normalizers.Sequence([first, space] if prefix else [space])
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    converted.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     added = sorted({number for number in special.values() if number is not None})
-    made.add_special_tokens(
+    converted.add_special_tokens(
         [tokenizers.AddedToken(pieces[number], normalized=False) for number in added]
     )
-    return made
+    return converted
 
 
 def _merges(model: Any, pieces: list[str]) -> list[tuple[str, str]]:
@@ -142,20 +142,20 @@ def _merges(model: Any, pieces: list[str]) -> list[tuple[str, str]]:
     return [(left, right) for _, _, left, right in sorted(pairs)]
 
 
-def _check_same_ids(path: Path, model: Any, made: Any) -> None:
+def _check_same_ids(path: Path, model: Any, converted: Any) -> None:
     """Raise DataError if the converted tokenizer gives different ids.
 
     A SentencePiece model may do more than merge pairs, which its file does not expose.
     """
-    ids, made.encode_special_tokens = range(model.vocab_size()), True
-    spelled = [model.decode(list(ids[i : i + _PIECES])) for i in ids[::_PIECES]]
-    for text in (*_PROBES, *spelled):
-        if made.encode(text, add_special_tokens=False).ids != model.encode(text):
+    ids, converted.encode_special_tokens = range(model.vocab_size()), True
+    vocabulary_texts = [model.decode(list(ids[i : i + _PIECES])) for i in ids[::_PIECES]]
+    for text in (*_PROBES, *vocabulary_texts):
+        if converted.encode(text, add_special_tokens=False).ids != model.encode(text):
             raise DataError(
                 f"{path}: not a plain byte-pair encoding, transformers would give different ids "
                 f"for {text[:20]!r}; convert it to a tokenizer.json and pass its folder"
             )
-    made.encode_special_tokens = False
+    converted.encode_special_tokens = False
 
 
 def _of_folder(folder: Path, vocab_size: int) -> TokenizerFiles:

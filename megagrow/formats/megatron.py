@@ -165,7 +165,10 @@ def _flat(tree: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Store
 def _locations(
     model: ModelConfig, tp: int, rank: int, path: Path, tensors: dict[str, Stored]
 ) -> Iterator[tuple[str, PartLocation]]:
-    """Yield the tensor parts of a rank's file, after checking that it is complete and exact."""
+    """Yield the tensor parts of a rank's file.
+
+    Raises CheckpointError unless the file contains exactly the tensors of the model.
+    """
     vocabulary = _vocabulary(model, tp, path, tensors)
     wanted = {fused.name: fused for fused in fused_tensors(model, tp, rank, vocabulary)}
     if unknown := sorted(tensors.keys() - wanted.keys()):

@@ -2,9 +2,10 @@
 
 Each fused tensor is a vertical stack of parts of logical tensors. `linear_qkv` of a tensor-parallel
 rank contains, for each key-value head, its query heads, its key head and its value head;
-`linear_fc1` contains the rank's slices of gate and up. The vocabulary is padded with zeros to
-make_vocab_size_divisible_by.
-(megatron/core/transformer/attention.py, megatron/core/transformer/mlp.py.)
+`linear_fc1` contains the rank's slices of gate and up. The vocabulary is padded with zeros to a
+multiple of make_vocab_size_divisible_by times the tensor-parallel size.
+
+Sources: megatron/core/transformer/attention.py and megatron/core/transformer/mlp.py.
 """
 
 import re

@@ -1,9 +1,9 @@
 """torch.save files, read safely and without loading tensors, and written in a stream.
 
 Reading uses torch.load with `weights_only`, so a file cannot run code. The file is mapped, without
-touching its pages, to locate each tensor; values are then read by `pread`, because pages of a
-mapped file count as resident memory. Writing produces files that torch.load reads, one piece of a
-tensor at a time.
+reading the pages of tensors, to locate each tensor; values are then read by `pread`, because pages
+of a mapped file count as resident memory. Writing produces files that torch.load reads, one piece
+of a tensor at a time.
 """
 
 import os
@@ -73,7 +73,7 @@ def read_torch_file(path: Path, unread: tuple[str, ...] = ()) -> Any:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except _DAMAGE as error:
-        # torch wraps the cause in advice on loading trusted files.
+        # torch's own message is advice on loading trusted files, its context is the cause.
         cause = repr(error.__context__ or error).splitlines()[0]
         raise CheckpointError(f"{path}: refused, it is damaged ({cause})") from error
 

@@ -1,8 +1,8 @@
 """Activation memory of a micro-batch on one rank, and memory of head and loss.
 
-It counts the tensors that autograd keeps between the operations of the model, each once. The bytes
-of a block are part of the declaration of its layer type. Not counted: temporaries within one
-operation, document masks, and growth masks.
+Each tensor that autograd keeps between operations of the model is counted once. Layer types declare
+the bytes of their blocks (`activation_bytes`). Temporaries within one operation, document masks and
+growth masks are not counted.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from megagrow.reshard.layout import Layout
 class Activations:
     """Bytes of one micro-batch on the tensor-parallel rank with the largest share.
 
-    `auto` is treated as torch's operations: attention that keeps no S x S matrix, and norms that
-    keep their input on a GPU, and one more tensor on a CPU.
+    `auto` is counted as torch's operations: attention keeps no S x S matrix, and a norm keeps its
+    input on a GPU, and one more tensor on a CPU.
     """
 
     stage: StageConfig
@@ -35,12 +35,12 @@ class Activations:
         counts = block_counts(self.stage.model).items()
         norms = sum(count for _, count in counts) * self._norm
         blocks = sum(count * self._block(block) for block, count in counts)
-        return norms + blocks // self.layout.tp + self._ends
+        return norms + blocks // self.layout.tp + self._outside_layers
 
     @property
     def inputs_only(self) -> int:
         """Return the bytes with `activation_checkpointing: full`: the input of each layer."""
-        return self.stage.model.num_hidden_layers * self._residual + self._ends
+        return self.stage.model.num_hidden_layers * self._residual + self._outside_layers
 
     @property
     def used(self) -> int:
@@ -48,7 +48,7 @@ class Activations:
 
         `selective` saves the S x S tensors of attention.
         """
-        return self.inputs_only if self._recompute == "full" else self.all_layers
+        return self.inputs_only if self._checkpointing == "full" else self.all_layers
 
     @property
     def first_layer(self) -> int:
@@ -56,24 +56,24 @@ class Activations:
 
         These are the kept or recomputed activations of that layer, and its input.
         """
-        return self._first_layer + (self._residual if self._recompute == "full" else 0)
+        return self._first_layer + (self._residual if self._checkpointing == "full" else 0)
 
     @property
     def logits(self) -> int:
-        """Return the peak of head and loss together."""
+        """Return the peak bytes of the head and the loss together."""
         spec = self.layout.plan[EMBEDDING.name]
         rows = spec.padded_rows // self.layout.tp
         kernels = self.stage.kernels
         if not kernels.linear_cross_entropy:
-            return self._tokens * rows * self._each_logit
+            return self._tokens * rows * self._bytes_per_logit
         hidden = self.stage.model.hidden_size
         chunks = TRITON_CHUNKS if kernels.loss == "triton" else TORCH_LOSS.chunks
-        chunk = chunk_size(self._tokens, chunks) * rows * self._each_logit
+        chunk = chunk_size(self._tokens, chunks) * rows * self._bytes_per_logit
         weight = 4 if self.layout.zero_stage == 0 else self._width
         return chunk + self._tokens * hidden * self._width + rows * hidden * weight
 
     @property
-    def _each_logit(self) -> int:
+    def _bytes_per_logit(self) -> int:
         """Return the bytes per logit.
 
         Torch adds an fp32 copy and one fp32 tensor of exponentials or gradients. fp32 logits are
@@ -86,7 +86,7 @@ class Activations:
         return self._width + (8 if copied else 4)
 
     @property
-    def _recompute(self) -> str:
+    def _checkpointing(self) -> str:
         return self.stage.parallel.activation_checkpointing
 
     @property
@@ -106,7 +106,7 @@ class Activations:
         return self._tokens * self.stage.model.hidden_size * self._width // split
 
     @property
-    def _normed(self) -> int:
+    def _norm_input(self) -> int:
         """Return the bytes kept of the input of a norm.
 
         A norm that is not fused (torch on a CPU) also keeps the input divided by its root mean
@@ -116,9 +116,9 @@ class Activations:
         return 2 * self._residual if composed else self._residual
 
     @property
-    def _ends(self) -> int:
+    def _outside_layers(self) -> int:
         """Return the bytes outside the layers: the final norm and the input of the head."""
-        return self._normed + self._tokens * self.stage.model.hidden_size * self._width
+        return self._norm_input + self._tokens * self.stage.model.hidden_size * self._width
 
     @property
     def _first_layer(self) -> int:
@@ -129,7 +129,7 @@ class Activations:
     @property
     def _norm(self) -> int:
         """Bytes of a norm and of its output, which every tensor-parallel rank holds in full."""
-        return self._normed + self.stage.model.hidden_size * self._tokens * self._width
+        return self._norm_input + self.stage.model.hidden_size * self._tokens * self._width
 
     def _block(self, block: BlockDeclaration) -> int:
         """Return the bytes of a block, which the tensor-parallel ranks share."""
@@ -139,6 +139,6 @@ class Activations:
             width=self._width,
             tp=self.layout.tp,
             attention=self.stage.kernels.attention,
-            checkpointing=self._recompute,
+            checkpointing=self._checkpointing,
         )
         return block.type.activation_bytes(self.stage.model, batch)

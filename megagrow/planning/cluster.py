@@ -30,7 +30,7 @@ class Card:
     nic: float
     """Typical bytes per second and card to other nodes, in one direction."""
     nvswitch: bool = True
-    """True if the full `nvlink` bandwidth reaches any card of the node; else split by pair."""
+    """True if any pair of cards has the full `nvlink` bandwidth; else each pair has a share."""
 
 
 CARDS = {
@@ -43,8 +43,8 @@ CARDS = {
 """SXM cards, NVIDIA's datasheets; networks as in DGX: 8 x 200 Gb/s with A100, 8 x 400 with H100."""
 
 POWER_EXPONENT = 0.5
-"""Exponent of speed over power for a power-limited card: power is proportional to the clock times
-the square of the voltage, and the voltage falls with the clock within limits."""
+"""Exponent of speed as a function of power for a power-limited card. Power is proportional to
+the clock times the square of the voltage, and the voltage falls with the clock within limits."""
 
 LATENCY = 5e-6
 """Seconds per hop of a collective through the network (InfiniBand)."""
@@ -52,7 +52,7 @@ LATENCY = 5e-6
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal nodes of equal cards."""
+    """Identical nodes with identical cards."""
 
     gpu: Gpu
     card: Card

@@ -23,10 +23,10 @@ def prediction_rows(prediction: RunPrediction) -> Mapping[str, Sequence[str]]:
     """Return table rows with one cell per stage."""
     stages = prediction.stages
     rows = {
-        "micro batches a step": [_micro(stage.step) for stage in stages],
-        "a step, s": [f"{stage.step.seconds:.3f}" for stage in stages],
+        "micro-batches per step": [_micro(stage.step) for stage in stages],
+        "step, s": [f"{stage.step.seconds:.3f}" for stage in stages],
         "tokens/s per GPU": [f"{stage.step.tokens_per_gpu:,.0f}" for stage in stages],
-        "tokens/s of all": [format_short(stage.tokens_per_second) for stage in stages],
+        "tokens/s, all GPUs": [format_short(stage.tokens_per_second) for stage in stages],
         "MFU": [f"{stage.step.mfu:.1%}" for stage in stages],
         "days": [f"{stage.seconds / 86400:.2f}" for stage in stages],
     }
@@ -39,7 +39,7 @@ def prediction_rows(prediction: RunPrediction) -> Mapping[str, Sequence[str]]:
             f"{stage.step.zero_hidden * 1000:.1f}" for stage in stages
         ]
     if any(stage.growth_seconds for stage in stages):
-        rows["the growth before it, s"] = [_growth(stage) for stage in stages]
+        rows["growth before the stage, s"] = [_growth(stage) for stage in stages]
     return rows
 
 
@@ -49,7 +49,7 @@ def prediction_lines(prediction: RunPrediction) -> Iterator[str]:
     yield (
         f"Predicted for {cluster.nodes:,} x {cluster.gpus_per_node} {cluster.gpu.name}: "
         f"{card.hbm / 1e9:,.0f} GB/s of memory, {card.nvlink / 1e9:,.0f} GB/s to other cards of "
-        f"the node, {card.nic / 1e9:,.0f} GB/s to other nodes, each card and direction. Accuracy: "
+        f"the node, {card.nic / 1e9:,.0f} GB/s to other nodes, per card and direction. Accuracy: "
         "docs/results/scaling.md."
     )
 
@@ -76,7 +76,7 @@ def _layout(each: FittingLayout) -> str:
     tp = parallel.tensor_model_parallel_size
     name = f"ZeRO-{parallel.zero_stage}, DP {each.step.work.dp} x TP {tp}"
     kept = "full checkpointing" if parallel.activation_checkpointing == "full" else "none"
-    return f"{name}, {kept}, micro batch {each.step.work.micro_batch}"
+    return f"{name}, {kept}, micro-batch {each.step.work.micro_batch}"
 
 
 def _layout_cells(each: FittingLayout) -> list[str]:

@@ -15,8 +15,10 @@ from megagrow.planning.costs import KG_CO2_PER_KWH, PUE, Cost, RunCosts
 
 
 def cost_columns(costs: RunCosts) -> list[str]:
-    """Return the columns: stages, their total if there are several, and the last model from
-    scratch at both ends of the paper's speedups."""
+    """Return the column names: stages, their total if there are several, and training from scratch.
+
+    The last model from scratch has two columns, for both ends of the paper's speedups.
+    """
     stages = [f"stage {index}" for index in range(len(costs.stages))]
     scratch = [f"scratch at +{speedup:.0%}" for speedup in SPEEDUPS] if costs.scratch else []
     return stages + ["total"] * (len(stages) > 1) + scratch
@@ -55,7 +57,7 @@ def cost_lines(costs: RunCosts) -> Iterator[str]:
     pue = " (assumed)" if factors.pue == PUE else ""
     co2 = " (assumed: the world's average of 2023)" if factors.co2 == KG_CO2_PER_KWH else ""
     yield (
-        f"Energy: {factors.watts:,.0f} W per GPU at all times, without its host, times a PUE of "
+        f"Energy: {factors.watts:,.0f} W per GPU throughout, hosts excluded, times a PUE of "
         f"{factors.pue:g}{pue}; {factors.co2:g} kg of CO2 per kWh{co2}."
     )
 
@@ -65,11 +67,11 @@ FlopsParts = Mapping[str, tuple[int, int]]
 
 
 def flops_parts(model: ModelConfig, sequence_length: int) -> FlopsParts:
-    """Return the FLOPs of all parts of a model, and of "all" of them.
+    """Return the FLOPs of each part of a model, and their total as "all".
 
     The computed FLOPs are those of matrix products (`config.flops.flops_per_token`); an embedding
-    lookup takes none. The paper's account takes 6 per parameter and none for attention scores. A
-    tied table is one parameter there and is listed with the head.
+    lookup has none. The paper's account counts 6 per parameter and none for attention scores. It
+    counts a tied embedding table once; the table is listed as the head.
     """
     parts: dict[str, tuple[int, int]] = {}
     for block, count in block_counts(model).items():
@@ -86,9 +88,9 @@ def flops_parts(model: ModelConfig, sequence_length: int) -> FlopsParts:
     }
 
 
-def _add(parts: dict[str, tuple[int, int]], label: str, computed: int, papers: int) -> None:
+def _add(parts: dict[str, tuple[int, int]], label: str, computed: int, paper: int) -> None:
     before = parts.get(label, (0, 0))
-    parts[label] = (before[0] + computed, before[1] + papers)
+    parts[label] = (before[0] + computed, before[1] + paper)
 
 
 def flops_rows(models: Sequence[ModelConfig], sequence_length: int) -> Mapping[str, Sequence[str]]:
@@ -98,5 +100,5 @@ def flops_rows(models: Sequence[ModelConfig], sequence_length: int) -> Mapping[s
 
 
 def _cell(parts: FlopsParts, part: str) -> str:
-    done, papers = parts[part]
-    return f"{done:.3e} ({done / parts['all'][0]:.1%}) / {papers:.3e}"
+    done, paper = parts[part]
+    return f"{done:.3e} ({done / parts['all'][0]:.1%}) / {paper:.3e}"

@@ -77,8 +77,10 @@ class RunCosts:
     stages: tuple[Cost, ...]
     total: Cost
     scratch: tuple[Cost, Cost] | None
-    """Costs to the same loss at the paper's lower and upper speedup; None without a published
-    figure (`planner.PlannedSaving`)."""
+    """Costs to the same loss at the paper's lower and upper speedup.
+
+    None without a published figure (`planner.PlannedSaving`).
+    """
 
 
 def make_factors(
@@ -91,8 +93,8 @@ def make_factors(
             raise ConfigError(f"{option} {value}: should be a number of 0 or more")
     if not 1 <= pue < float("inf"):
         raise ConfigError(f"--pue {pue}: should be 1 or more")
-    own = None if gpu is None else gpu.watts
-    return CostFactors(own if watts is None else watts, pue, co2, price)
+    gpu_watts = None if gpu is None else gpu.watts
+    return CostFactors(gpu_watts if watts is None else watts, pue, co2, price)
 
 
 def run_costs(plan: RunPlan, pace: Pace, factors: CostFactors) -> RunCosts:
@@ -165,8 +167,11 @@ def _measured(directory: Path, gpu: Gpu | None, world: int) -> Pace:
 
 
 def _steps(directory: Path) -> list[Record]:
-    """Return MFU, tokens per second (`pace`), and FLOPs and tokens since the previous record of the
-    stage, for each train record but the first of a stage (compilation, cold caches)."""
+    """Return one record per train record, except the first of a stage (compilation, cold caches).
+
+    A returned record has `mfu`, `pace` in tokens per second, and `tokens` and `flops_true` since
+    the previous record of the stage.
+    """
     path = directory / METRICS_FILE
     before: Record | None = None
     steps = []

@@ -76,7 +76,7 @@ class RankGrowth:
     """Index of the grown stage."""
     operators: tuple[str, ...]
     volume: Volume | None
-    """None if the map is learned, so its traffic is unknown."""
+    """None for a learned operator: its traffic is unknown before training."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _folders(run: RunConfig, notes: list[str]) -> Iterator[str]:
             notes.append(f"weights initialized from {source.path}")
     except (InputError, OSError) as error:
         yield str(error)
-    parent = _nearest(run.output_dir)
+    parent = _nearest_existing(run.output_dir)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         yield f"output_dir = {run.output_dir}: {parent} is not a writable directory"
     saved = list_checkpoints(run.output_dir / "checkpoints")
@@ -147,7 +147,7 @@ def _evaluation(run: RunConfig, notes: list[str]) -> Iterator[str]:
     notes.append("evaluation tasks are loaded and checked when the run starts")
 
 
-def _nearest(path: Path) -> Path:
+def _nearest_existing(path: Path) -> Path:
     """Return the path or its closest existing parent."""
     return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
 

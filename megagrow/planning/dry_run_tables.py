@@ -11,12 +11,12 @@ from megagrow.planning.dry_run import DryRun, RankGrowth, RankStage
 from megagrow.planning.tables import memory_rows
 from megagrow.reshard.traffic import Volume
 
-PARAMETER_COLUMNS = ("parameter", "shape here", "of them", "elements held")
-TRAFFIC_COLUMNS = ("sent in a step", "by", "among ranks", "tensors, MB", "this rank sends, MB")
+PARAMETER_COLUMNS = ("parameter", "local shape", "count", "elements held")
+TRAFFIC_COLUMNS = ("sent per step", "collective", "ranks", "tensors, MB", "sent by this rank, MB")
 GROWTH_COLUMNS = ("growth", "operator", "sends, MB", "to", "receives, MB", "from", "keeps, MB")
 
 PEERS_NAMED = 6
-"""Peers of a growth listed by rank; the others are counted."""
+"""Maximum number of peers listed by rank; further ones are only counted."""
 
 
 def print_dry_run(result: DryRun, console: Console) -> None:
@@ -63,15 +63,15 @@ def _growth_row(growth: RankGrowth) -> Sequence[str]:
     name = (f"{growth.stage - 1} -> {growth.stage}", " + ".join(growth.operators))
     volume = growth.volume
     if volume is None:
-        return *name, "learned first", "", "", "", ""
+        return *name, "unknown before learning", "", "", "", ""
     received = sum(volume.received.values())
     return (
-        *(*name, _mb(volume.bytes_sent), _to(volume)),
+        *(*name, _mb(volume.bytes_sent), _receivers(volume)),
         *(_mb(received), _peers(volume.received), _mb(volume.kept)),
     )
 
 
-def _to(volume: Volume) -> str:
+def _receivers(volume: Volume) -> str:
     return "all (mixed matrices)" if volume.reduced else _peers(volume.sent)
 
 

@@ -44,8 +44,8 @@ class StageMemory:
     def weights(self) -> int:
         """Bytes of forward weights, if they are not the master weights themselves.
 
-        ZeRO 0 has none in fp32, and autocast copies in bf16; ZeRO 3 has none in fp32 either, unless
-        the master weights are on the CPU (`parallel.engine_build`).
+        ZeRO 0 has none in fp32, and the copies of autocast in bf16. ZeRO 3 has none in fp32 either,
+        unless the master weights are on the CPU (`parallel.engine_build`).
         """
         if self._masters_compute:
             return 0
@@ -81,8 +81,10 @@ class StageMemory:
 
     @property
     def gradients_kept(self) -> int:
-        """Bytes of gradients and buckets that exist during the forward pass of a micro-batch:
-        permanent allocations, and the sum over earlier micro-batches."""
+        """Bytes of gradients and buckets that exist during the forward pass of a micro-batch.
+
+        These are permanent allocations and the sum over earlier micro-batches.
+        """
         if self._zero == 3:
             return self.gradients + self._bucket
         if self._zero == 1 and self.bf16:
@@ -109,8 +111,10 @@ class StageMemory:
 
     @property
     def logits(self) -> int:
-        """Bytes of head and loss: logits and temporaries of the loss, or with
-        `linear_cross_entropy` one chunk of them and the gradients."""
+        """Bytes of head and loss: logits and temporaries of the loss.
+
+        With `linear_cross_entropy`, one chunk of them and the gradients.
+        """
         return self._parts.logits
 
     @property
@@ -143,8 +147,11 @@ class StageMemory:
         return max(self.at_loss, self.at_end)
 
     def share(self, rank: int) -> int:
-        """Return the bytes of `rank` before the first step: state, forward weights, and gradients
-        that DeepSpeed allocates at construction."""
+        """Return the bytes of `rank` before the first step.
+
+        These are state, forward weights, and the gradients that DeepSpeed allocates at
+        construction.
+        """
         held = self.held(rank)
         weights, gradients = self._width * self._slice, 0
         if self._zero == 0:
@@ -235,7 +242,7 @@ def stage_memory(
 def growth_peak(source: StageMemory, target: StageMemory) -> int:
     """Return the peak bytes of a growth over ranks: source shard, target shard and one bucket.
 
-    Dense operators hold one more parameter.
+    The additional parameter that dense operators hold is not included.
     """
     world = target.layout.dp * target.layout.tp
     shares = (STATE_BYTES * source.held(rank) + target.share(rank) for rank in range(world))

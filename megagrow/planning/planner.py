@@ -47,7 +47,7 @@ class GrowthPlan:
     advised_tokens: float
     """Tokens that equation 2 of the paper recommends before the growth."""
     outside_fit: str | None
-    """Reason if that is an extrapolation, else None."""
+    """Reason why `advised_tokens` is an extrapolation, or None if it is not."""
     peak_bytes: int
     """Peak bytes of the growth on the rank with the largest share."""
 

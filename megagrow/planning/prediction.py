@@ -10,7 +10,7 @@ from megagrow.planning.memory import STATE_BYTES
 from megagrow.planning.planner import RunPlan, StagePlan
 from megagrow.planning.step_rates import GROWTH_SECONDS, HBM_SHARE, NIC_SHARE, NVLINK_SHARE
 from megagrow.planning.step_time import WIDTH, StepTime, step_time
-from megagrow.planning.step_workload import StepWorkload, work_of
+from megagrow.planning.step_workload import StepWorkload, step_workload
 from megagrow.planning.traffic import data_group
 
 
@@ -64,13 +64,13 @@ def predicted_pace(plan: RunPlan, prediction: RunPrediction) -> Pace:
     flops = sum(stage.flops_true for stage in plan.stages)
     return Pace(
         flops / prediction.seconds,
-        "as predicted for the cluster, one mean for all stages (docs/results/scaling.md)",
+        "predicted for the cluster, mean over all stages (docs/results/scaling.md)",
     )
 
 
 def stage_work(stage: StageConfig, cluster: Cluster, sequence_length: int) -> StepWorkload:
     """Return the workload of one GPU of the cluster in a step of this stage."""
-    return work_of(stage, cluster.gpus, sequence_length, cluster.card.family == "hopper")
+    return step_workload(stage, cluster.gpus, sequence_length, cluster.card.family == "hopper")
 
 
 def _stage(stage: StagePlan, cluster: Cluster, sequence_length: int, index: int) -> StagePrediction:

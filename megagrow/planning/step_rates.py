@@ -39,7 +39,7 @@ ATTENTION_SHARE = {
 """Fraction of the dense bf16 peak reached by attention, counting products of unmasked positions,
 forward and backward. `flash2`: 160 of 312 on A100 (Dao, arXiv 2307.08691, figures 4 to 6), 290 to
 335 of 989 on H100; `flash3`: 440 to 600 (Shah et al., arXiv 2407.08608, figures 5 and 6; cuDNN's
-attention is of that class, and megagrow's is assumed to be). `flash1`, the 2022 Triton kernel, is
+attention is as fast, and megagrow's is assumed to be). `flash1`, the 2022 Triton kernel, is
 set from two rows of 65,536 tokens."""
 
 HEAD_64 = 0.85

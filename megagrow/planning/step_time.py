@@ -165,8 +165,9 @@ def _head(work: StepWorkload, cluster: Cluster) -> tuple[float, float]:
 def _tensor_parallel(work: StepWorkload, cluster: Cluster) -> Passes:
     """Return the time of tensor-parallel collectives.
 
-    Two all-reduces per layer in each pass; with sequence parallelism as many all-gathers and
-    reduce-scatters, and one more all-gather per weight gradient whose input is sharded.
+    There are two all-reduces per layer in each pass. With sequence parallelism each is an
+    all-gather and a reduce-scatter, and each weight gradient whose input is sharded needs one more
+    all-gather.
     """
     group = tensor_group(cluster, work.tp)
     size = WIDTH * work.micro_tokens * work.shape.hidden

@@ -149,13 +149,14 @@ def shape_of(model: ModelConfig, sequence_length: int) -> Shape:
     )
 
 
-def work_of(
+def step_workload(
     stage: StageConfig, world_size: int, sequence_length: int, hopper: bool
 ) -> StepWorkload:
-    """Return a step of a stage on `world_size` GPUs, which its settings must fit.
+    """Return the workload of one GPU in a step of a stage on `world_size` GPUs.
 
-    As in DeepSpeed by default, gradient reduction overlaps the backward pass under ZeRO 3 only.
-    `selective` checkpointing recomputes nothing with attention that keeps no S x S matrix.
+    The stage's settings must be valid for `world_size`. As in DeepSpeed by default,
+    gradient reduction overlaps the backward pass under ZeRO 3 only. `selective` checkpointing
+    recomputes nothing, because attention keeps no S x S matrix.
     """
     parallel, batch = stage.parallel, stage.batch
     tp, zero = parallel.tensor_model_parallel_size, parallel.zero_stage

@@ -1,6 +1,6 @@
 """Communication of a rank in a training step by purpose, and the time of collectives.
 
-It follows the model's collectives (`parallel.tensor_parallel`) and those of DeepSpeed 0.19, as
+The collectives are those of the model (`parallel.tensor_parallel`) and of DeepSpeed 0.19, as
 observed on gloo ranks in tests/planning/test_traffic.py. Scalars (norms, losses) are excluded.
 """
 
@@ -56,7 +56,7 @@ def _tensor_parallel(memory: StageMemory) -> Iterator[Traffic]:
     if ranks == 1:
         return
     parallel, model = stage.parallel, stage.model
-    # Under autocast (ZeRO 0) some of it is bf16: this is an upper bound.
+    # Under autocast (ZeRO 0) some tensors are bf16, so fp32 is an upper bound.
     width = 2 if memory.bf16 and parallel.zero_stage > 0 else 4
     tokens = stage.batch.micro_batch_size * memory.sequence_length
     micro, blocks = _micro_batches(memory), block_counts(model).total()
@@ -66,7 +66,7 @@ def _tensor_parallel(memory: StageMemory) -> Iterator[Traffic]:
         yield Traffic("activations and their gradients", "all-gather", ranks, regions)
         yield Traffic("activations and their gradients", "reduce-scatter", ranks, regions)
         gains = micro * norm_parameters(model) * width
-        yield Traffic("gradients of the norms' gains", "all-reduce", ranks, gains)
+        yield Traffic("gradients of norm weights", "all-reduce", ranks, gains)
     else:
         yield Traffic("activations and their gradients", "all-reduce", ranks, regions)
     statistics = micro * 3 * 4 * tokens * ranks

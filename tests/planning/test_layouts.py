@@ -135,4 +135,4 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     total = prediction.stages[1].step.seconds * 1000
     assert sum(map(float, parts)) == pytest.approx(total, rel=1e-3)
     assert printed.count("Layouts of stage") == 2
-    assert "TP 1, none, micro batch" in printed
+    assert "TP 1, none, micro-batch" in printed

@@ -97,7 +97,7 @@ def test_the_bytes_are_those_of_a_real_step(tmp_path: Path, name: str) -> None:
     for found, told in run_ranks(4, count_a_step, run):
         planned: Counter = Counter()
         for each in told:
-            in_tp = any(word in each.purpose for word in ("activations", "loss", "gains"))
+            in_tp = any(word in each.purpose for word in ("activations", "loss", "norm"))
             # gloo has no reduce-scatter of its own: the model's is an all-reduce on CPUs.
             kind = "all-reduce" if in_tp and each.kind == "reduce-scatter" else each.kind
             planned["tp" if in_tp else "dp", kind] += each.payload
