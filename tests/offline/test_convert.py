@@ -199,7 +199,9 @@ def test_the_wrong_kind_of_source_is_named(tmp_path):
     hugging_face(config).save_pretrained(tmp_path / "hf")
     state = state_of(hugging_face(config), parameter_plan(config, 1))
     path = write_checkpoint(tmp_path / "in", config, layout_of(config, 0, 1, 1), state)
-    with pytest.raises(InputError, match="a Hugging Face folder: use megagrow convert hf-import"):
+    with pytest.raises(
+        InputError, match="is a Hugging Face folder; use megagrow convert hf-import"
+    ):
         convert(reshard_files, tmp_path / "hf", tmp_path / "out")
     with pytest.raises(InputError, match=r"not a Hugging Face folder, it has no config.json"):
         convert(import_hugging_face, path, tmp_path / "out")

@@ -121,7 +121,7 @@ def test_runs_that_do_not_begin_where_the_source_stands(path, tmp_path):
         grow(stage=2, **request)
     other = make_run(tmp_path, [{"model": BASE | ANY | LOW_EPS, "tokens": 640}, deep])
     write_run(tmp_path / "run.yaml", other)
-    with pytest.raises(InputError, match=r"hidden_size is 16, stage 0 of .* says 24"):
+    with pytest.raises(InputError, match=r"hidden_size is 16, stage 0 of .* has 24"):
         grow(**request)
 
 
