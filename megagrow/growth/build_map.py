@@ -222,7 +222,7 @@ def _fresh(growth: GrowthSpec, spec: ParamSpec, layer: Layer | None) -> Fresh:
 
 
 def _param_scales(growth: GrowthSpec) -> dict[str, ParamScale]:
-    """Return k_in and k_out of every parameter if the growth is even copies in width only.
+    """Return k_in and k_out of every parameter if the growth makes even copies in width only.
 
     With them the grown model follows the source exactly (docs/reference/operators.md). Otherwise
     the result is empty.

@@ -1,4 +1,4 @@
-"""Depthwise growth: operators choose for every new layer the layer that it comes from.
+"""Depth growth: operators choose the source layer of every target layer.
 
 Du et al. 2024, "Stacking Your Transformers", section 3.1 and appendix A.3 to A.6.
 """
@@ -25,7 +25,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Depth:
-    """All layers of the target, and whether the function is preserved."""
+    """All layers of the target; `exact` is True if the function is preserved."""
 
     layers: tuple[Layer, ...]
     exact: bool
@@ -95,19 +95,21 @@ def chosen_layers(source: ModelConfig, target: ModelConfig, options: GrowthConfi
 
 
 def direct_depth(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
-    """The paper's G_direct in depth (Gstack): target layer i is a copy of source layer layers[i].
+    """Return the paper's G_direct in depth (Gstack): target layer i copies source layer layers[i].
 
-    Embedding, final norm and head are copied once. The grown model does not compute the same
-    function (the loss jumps, and recovers).
+    Embedding, final norm and head are copied once. The grown model does not preserve the function:
+    the loss jumps, then recovers.
     """
     layers = chosen_layers(source, target, options)
     return Depth(copied_layers(layers), layers == list(range(source.num_hidden_layers)))
 
 
 def zero_depth(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
-    """The paper's G_zero in depth: new layers stand behind the one that they copy, and their last
-    projections are zero. Exact to the bit. With `new_layer_init: random` they have initial
-    weights."""
+    """Return the paper's G_zero in depth. Exact to the bit.
+
+    New layers follow the layer that they copy, and their last projections are zero. With
+    `new_layer_init: random` their other weights are initial weights.
+    """
     listed = options.layer_map is not None
     old, new = source.num_hidden_layers, target.num_hidden_layers
     layers = chosen_layers(source, target, options) if listed else interpolated_layers(old, new)
@@ -115,8 +117,10 @@ def zero_depth(source: ModelConfig, target: ModelConfig, options: GrowthConfig) 
 
 
 def _silenced(source: ModelConfig, layers: list[int], options: GrowthConfig) -> Depth:
-    """All but the first of each layer are silent. Exact if the first ones are all the layers of
-    the source, in their order."""
+    """Return layers of which all but the first copy of each source layer are silent.
+
+    Exact if the first copies are all layers of the source in order.
+    """
     found = copied_layers(layers, silent=True)
     if options.new_layer_init == "random":
         found = tuple(Layer(None, True, True) if layer.fresh else layer for layer in found)
@@ -125,15 +129,17 @@ def _silenced(source: ModelConfig, layers: list[int], options: GrowthConfig) -> 
 
 
 def random_depth(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
-    """The paper's G_random in depth (MSG): new layers with initial weights on top, behind masks in
-    the running model that rise from 0 to 1. Exact at mask 0."""
+    """Return the paper's G_random in depth (MSG): new layers with initial weights on top.
+
+    They are masked in the running model; masks ramp from 0 to 1. Exact at mask 0.
+    """
     old, new = source.num_hidden_layers, target.num_hidden_layers
     kept = copied_layers(list(range(old)))
     return Depth((*kept, *(Layer(None, fresh=True) for _ in range(new - old))), exact=True)
 
 
 def solar(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
-    """SOLAR's depth up-scaling (Kim et al. 2023): layers 0..n-m-1, then m..n-1. Not exact."""
+    """Return SOLAR's growth (Kim et al. 2023): layers 0..n-m-1, then m..n-1. Not exact."""
     old, new = source.num_hidden_layers, target.num_hidden_layers
     left_out = old - new // 2
     layers = [*range(old - left_out), *range(left_out, old)]
@@ -141,8 +147,10 @@ def solar(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> De
 
 
 def llama_pro(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
-    """LLaMA-Pro (Wu et al. 2024): behind every l / (L - l) layers a silent copy of the last of
-    them. Exact to the bit."""
+    """Return LLaMA-Pro's growth (Wu et al. 2024). Exact to the bit.
+
+    Every l / (L - l) layers are followed by a silent copy of the last of them.
+    """
     old, new = source.num_hidden_layers, target.num_hidden_layers
     every = old // (new - old)
     layers = [i for layer in range(old) for i in [layer] * (1 + ((layer + 1) % every == 0))]
@@ -150,22 +158,30 @@ def llama_pro(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -
 
 
 def mslt(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
-    """MSLT (Yang et al. 2020): the top layers once more on top. Not exact. Set freeze_tokens, as it
-    trains the new layers alone at first."""
+    """Return MSLT's growth (Yang et al. 2020): the top layers are repeated on top. Not exact.
+
+    Set freeze_tokens, because MSLT at first trains only the new layers.
+    """
     old, new = source.num_hidden_layers, target.num_hidden_layers
     return Depth(copied_layers([*range(old), *range(2 * old - new, old)]), exact=False)
 
 
 def midas(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
-    """MIDAS (Saunshi et al. 2024): of blocks of L - l layers the middle one twice. Not exact."""
+    """Return MIDAS' growth (Saunshi et al. 2024). Not exact.
+
+    The source is divided into blocks of L - l layers, and the middle block is repeated.
+    """
     old, size = source.num_hidden_layers, target.num_hidden_layers - source.num_hidden_layers
     end = -(-(old // size) // 2) * size
     return Depth(copied_layers([*range(end), *range(end - size, old)]), exact=False)
 
 
 def lidas(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
-    """LIDAS (arXiv 2512.08819): as MIDAS, but inserted between the layers are the last half of the
-    block below and the first half of the block above. Not exact."""
+    """Return LIDAS' growth (arXiv 2512.08819). Not exact.
+
+    As MIDAS, but the inserted layers are the second half of the block below and the first half of
+    the block above.
+    """
     old, size = source.num_hidden_layers, target.num_hidden_layers - source.num_hidden_layers
     middle = -(-(old // size) // 2) * size
     inserted = range(middle - size // 2, middle - size // 2 + size)

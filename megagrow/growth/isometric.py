@@ -1,7 +1,7 @@
 """Isometric growth of the residual stream: x' = Q x with Q^T Q = I (docs/reference/operators.md).
 Exact.
 
-Any new width, no copies and no dead coordinates: every coordinate of the new stream mixes all old
+It supports any new width, without copies or dead coordinates: every new coordinate mixes all old
 ones. The gains of the norms do not commute with Q and are folded into the matrices that read them,
 which requires an untied head.
 """
@@ -25,8 +25,8 @@ def orthonormal(size: int, grown: int, generator: np.random.Generator) -> np.nda
 def isometric_map(growth: GrowthSpec, generator: np.random.Generator) -> GrowthMap:
     """Return the map of a growth of any depth whose residual stream is rotated by a random Q.
 
-    Moments follow the same lift: m exactly on the range of Q, v as if the mixed entries were
-    uncorrelated. Gains of norms are folded away and restart at 1.
+    Moments follow the same lift: m is exact on the range of Q, v assumes uncorrelated entries.
+    Gains of norms are folded away and restart at 1.
     """
     q = orthonormal(growth.source.hidden_size, growth.target.hidden_size, generator)
     scale = (growth.source.hidden_size / growth.target.hidden_size) ** 0.5

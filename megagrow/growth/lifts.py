@@ -28,7 +28,7 @@ class Lift:
     random_in: bool = False
     """Same for weights that consume entries without a source."""
     lawful: bool = True
-    """True if gradients scale by the law of the lift; otherwise moments move unscaled."""
+    """True if gradients scale with the lift; otherwise moments are copied unscaled."""
 
     @property
     def grown_size(self) -> int:

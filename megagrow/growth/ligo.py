@@ -92,7 +92,7 @@ class LigoParameters:
 
 
 def _block(axis: ActivationAxis, growth: GrowthSpec) -> int:
-    """Return the number of entries of an axis that are mixed as one."""
+    """Return the number of entries of an axis that are mixed as a unit."""
     return 1 if axis.block is None else int(getattr(growth.source, axis.block))
 
 

@@ -9,8 +9,8 @@ a dense term is a linear map of full tensors,
 
     target = sum over k of alpha[k] * left @ (source_k * gain) @ right^T.
 
-Adam's exp_avg has separate terms, and exp_avg_sq those with every factor squared: if weights are
-lifted as P_out W P_in^+, gradients are as (P_out^+)^T g P_in^T.
+Adam's exp_avg has separate terms, and exp_avg_sq those with every factor squared: if weights
+are lifted to P_out W P_in^+, gradients become (P_out^+)^T g P_in^T.
 """
 
 from collections.abc import Mapping
@@ -77,7 +77,7 @@ class Dense:
 
     `left` is (target rows, rows), `right` (target cols, cols), both fp64; None: the identity.
     `gain` names a source vector (cols,) whose weights, to the power of `gain_power`, scale the
-    columns first: a norm folded into them. Where the gain is 0 so is the factor.
+    columns first: a norm folded into them. Where the gain is 0, the factor is 0.
     """
 
     sources: tuple[str, ...]
@@ -88,8 +88,11 @@ class Dense:
     gain_power: int = 1
 
     def squared(self) -> "Dense":
-        """The term of exp_avg_sq: exact where rows of `left` and `right` have one entry each, else
-        as if the mixed entries were uncorrelated."""
+        """Return the term of exp_avg_sq.
+
+        Exact where rows of `left` and `right` have one entry each; otherwise mixed entries are
+        assumed to be uncorrelated.
+        """
         alphas = tuple(alpha**2 for alpha in self.alphas)
         left, right = (None if m is None else m**2 for m in (self.left, self.right))
         return Dense(self.sources, alphas, left, right, self.gain, 2 * self.gain_power)
@@ -100,15 +103,15 @@ Term = Gather | Dense
 
 @dataclass(frozen=True, eq=False)
 class Fill:
-    """Numbers that come from no source: a constant, and normals of mean 0.
+    """Values without a source: a constant, and normals of mean 0.
 
     Element (i, j) of the normals depends on `stream` (which holds the seed) and on i * cols + j
     alone. `std` is ((old rows: old, new columns), (new rows: old, new columns)); an axis without
     a mask is all old. `constant` goes to the new rows.
 
     Along the columns the normals can be made to vanish on the source's activations: `centre`,
-    (cols,) int64, labels columns whose normals are to sum to zero in each row; `basis`, (cols, k)
-    with orthonormal columns, spans directions that are taken out of each row.
+    (cols,) int64, labels groups of columns whose normals sum to zero in each row; `basis`,
+    (cols, k) with orthonormal columns, spans directions that are projected out of each row.
 
     A fill of zeros declares that entries without a term are zero.
     """
@@ -128,9 +131,9 @@ class Fill:
 
 @dataclass(frozen=True, eq=False)
 class Fresh:
-    """Which entries of a parameter are new: all of them, or those of the marked rows and columns.
+    """New entries of a parameter: all of them, or those of the marked rows and columns.
 
-    Of several copies of a number the first is old and the others are new. Masks are booleans.
+    The first of several copies of an entry is old, the others are new. Masks are booleans.
     """
 
     whole: bool = False
@@ -152,12 +155,12 @@ class GrowthMap:
     preserves_function: bool = False
     """True if the target computes exactly the function of the source."""
     provenance: tuple[int, ...] = ()
-    """For each target layer the source layer that it came from, -1 for none; kept in every
-    checkpoint. Empty where nothing grew."""
+    """Source layer of each target layer, -1 for none; recorded in every checkpoint. Empty if
+    nothing grew."""
     fresh: Mapping[str, Fresh] = field(default_factory=dict)
-    """Which entries are new; a parameter without an entry is old."""
+    """New entries by parameter; a parameter that is not listed is old."""
     scales: Mapping[str, ParamScale] = field(default_factory=dict)
-    """Factors for exact continuation; 1 without an entry."""
+    """Factors for exact continuation by parameter; 1 for a parameter that is not listed."""
 
     @property
     def keeps_step(self) -> bool:

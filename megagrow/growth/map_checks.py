@@ -11,11 +11,14 @@ Plan = Mapping[str, ParamSpec]
 
 
 def check_map(growth: GrowthMap, source: Plan, target: Plan) -> None:
-    """ValueError, naming the parameter, if one is left out or covered twice, if a source does not
-    exist, or if shapes do not fit."""
+    """Raise ValueError, naming the parameter, for an invalid growth map.
+
+    A map is invalid if it omits a parameter or covers one twice, if a source does not exist, or if
+    shapes do not fit.
+    """
     for name, spec in target.items():
         if name not in growth.weights:
-            raise ValueError(f"the growth map says nothing of {name}")
+            raise ValueError(f"the growth map omits {name}")
         for term in (*growth.weights[name], *growth.moments.get(name, ())):
             _check_term(spec, term, source)
         _check_cover(spec, growth.weights[name], bool(growth.fills.get(name)))
@@ -26,13 +29,13 @@ def check_map(growth: GrowthMap, source: Plan, target: Plan) -> None:
                     raise ValueError(f"{name}: a fill for {len(mask)} entries of an axis of {size}")
     for table in (growth.weights, growth.moments, growth.fills):
         if unknown := sorted(table.keys() - target.keys()):
-            raise ValueError(f"the growth map makes {unknown[0]}, which the target does not have")
+            raise ValueError(f"the growth map defines {unknown[0]}, which the target does not have")
 
 
 def _check_term(spec: ParamSpec, term: Term, source: Plan) -> None:
     for origin in (*term.sources, *_gain(term)):
         if origin not in source:
-            raise ValueError(f"{spec.name} is to come from {origin}, which does not exist")
+            raise ValueError(f"{spec.name}: its source {origin} does not exist")
     first = source[term.sources[0]]
     if isinstance(term, Gather):
         _check_axis(spec.name, "rows", term.rows, first.rows, spec.rows)
@@ -40,7 +43,9 @@ def _check_term(spec: ParamSpec, term: Term, source: Plan) -> None:
         return
     for origin in term.sources:
         if (source[origin].rows, source[origin].cols) != (first.rows, first.cols):
-            raise ValueError(f"{spec.name} mixes {term.sources[0]} and {origin} of other shape")
+            raise ValueError(
+                f"{spec.name} mixes {term.sources[0]} and {origin}, whose shapes differ"
+            )
     if len(term.alphas) != len(term.sources):
         raise ValueError(f"{spec.name}: {len(term.alphas)} factors for {len(term.sources)} sources")
     _check_matrix(spec.name, "rows", term.left, first.rows, spec.rows)
@@ -54,22 +59,22 @@ def _gain(term: Term) -> tuple[str, ...]:
     return (term.gain,) if isinstance(term, Dense) and term.gain is not None else ()
 
 
-def _check_axis(name: str, what: str, axis: Axis, size: int, grown: int) -> None:
+def _check_axis(name: str, unit: str, axis: Axis, size: int, grown: int) -> None:
     if axis.index is None:
         if size != grown:
-            raise ValueError(f"{name}: {size} {what} are to become {grown} without being told how")
+            raise ValueError(f"{name}: {size} {unit} become {grown}, but the axis has no index")
     elif len(axis.index) != grown:
-        raise ValueError(f"{name} has {grown} {what}, the growth map speaks of {len(axis.index)}")
+        raise ValueError(f"{name} has {grown} {unit}, the growth map has {len(axis.index)}")
     elif not (axis.index < size).all() or not (axis.index >= -1).all():
-        raise ValueError(f"{name}: the growth map reads {what} outside of the source's {size}")
+        raise ValueError(f"{name}: the growth map reads {unit} outside of the source's {size}")
     if axis.scale is not None and len(axis.scale) != grown:
-        raise ValueError(f"{name} has {grown} {what}, but {len(axis.scale)} scales")
+        raise ValueError(f"{name} has {grown} {unit}, but {len(axis.scale)} scales")
 
 
-def _check_matrix(name: str, what: str, matrix: np.ndarray | None, size: int, grown: int) -> None:
+def _check_matrix(name: str, unit: str, matrix: np.ndarray | None, size: int, grown: int) -> None:
     shape = (size, size) if matrix is None else matrix.shape
     if shape != (grown, size):
-        raise ValueError(f"{name}: a matrix {shape} for {size} {what} that become {grown}")
+        raise ValueError(f"{name}: a matrix {shape} for {size} {unit} that become {grown}")
 
 
 def _check_cover(spec: ParamSpec, terms: tuple[Term, ...], filled: bool) -> None:
@@ -77,8 +82,8 @@ def _check_cover(spec: ParamSpec, terms: tuple[Term, ...], filled: bool) -> None
     covered = sum(_covered(spec, term) for term in terms)
     if covered < spec.rows * spec.cols and not filled:
         raise ValueError(
-            f"the growth map leaves out a part of {spec.name}: {covered} of "
-            f"{spec.rows * spec.cols} entries come from the source and nothing fills the rest"
+            f"the growth map covers only a part of {spec.name}: {covered} of "
+            f"{spec.rows * spec.cols} entries come from the source, and the rest has no fill"
         )
 
 
@@ -96,7 +101,7 @@ def _covered(spec: ParamSpec, term: Term) -> int:
 
 
 def _masks(spec: ParamSpec, term: Term) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows and which columns of the target a term covers."""
+    """Return boolean masks of the target's rows and columns that a term covers."""
     axes = (term.rows, term.cols) if isinstance(term, Gather) else (Axis(), Axis())
     found = [
         np.ones(size, bool) if axis.index is None else axis.index >= 0

@@ -1,6 +1,6 @@
-"""Over how many tokens the masks of `random_depth` and `random_width` rise, and where they stand.
+"""Schedule of the growth masks of `random_depth` and `random_width`.
 
-Nothing of it is stored: the masks follow from the run and from a position in it.
+Masks are not stored: they are a function of the run and a position in it.
 """
 
 from megagrow.config.growth import GrowthConfig
@@ -19,9 +19,9 @@ def is_masked(options: GrowthConfig) -> bool:
 
 
 def ramp_tokens(run: RunConfig, index: int) -> int:
-    """Tokens of stage `index` until all its masks are 1; 0 where it has none.
+    """Return the tokens of stage `index` until all its masks are 1; 0 if it has none.
 
-    By default 5000 steps for each of the ramps that follow each other, but not beyond the stage.
+    Default: 5000 steps for each consecutive ramp, at most the length of the stage.
     """
     stage = run.stages[index]
     if index == 0 or stage.growth is None or not is_masked(stage.growth):
@@ -34,7 +34,7 @@ def ramp_tokens(run: RunConfig, index: int) -> int:
 
 
 def stage_masks(run: RunConfig, index: int, tokens: int) -> Masks | None:
-    """The masks when stage `index` has had so many tokens; None where nothing is masked.
+    """Return the masks after `tokens` tokens of stage `index`; None if nothing is masked.
 
     They cover the full axes, on the CPU; `parallel.tensor_parallel.rank_masks` slices them by rank.
     """
@@ -53,7 +53,7 @@ def ramp_problems(run: RunConfig) -> list[str]:
             continue
         if not is_masked(growth):
             names = " with ".join(growth.operator)
-            found.append(f"{at}.growth.ramp_tokens: {names} has no masks to raise; leave it out")
+            found.append(f"{at}.growth.ramp_tokens: {names} has no masks; remove it")
         elif growth.ramp_tokens > (tokens := stage_tokens(stage, run.data.sequence_length)):
             found.append(
                 f"{at}.growth.ramp_tokens = {growth.ramp_tokens} is more than the {tokens} tokens "

@@ -84,8 +84,10 @@ def operators_of(options: GrowthConfig) -> list[Operator]:
 
 
 def state_policy(options: GrowthConfig) -> StatePolicy:
-    """Return the optimizer-state policy: that of the run file, else that of the operators; with
-    two operators the one that keeps less."""
+    """Return the optimizer-state policy: that of the run file, else the default of the operators.
+
+    With two operators it is the policy that keeps less.
+    """
     if options.optimizer_state is not None:
         return options.optimizer_state
     wanted = {operator.state for operator in operators_of(options)}
@@ -130,8 +132,11 @@ def resolve_operators(
 def growth_map(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, stream: str = ""
 ) -> GrowthMap:
-    """The map from a source to a target model. `stream` names its random numbers (run seed and
-    stage). The configs must have passed `growth.check.growth_problems`."""
+    """Return the map from a source to a target model.
+
+    `stream` names its random stream (run seed and stage). The configs must have passed
+    `growth.validation.growth_problems`.
+    """
     parts = resolve_operators(source, target, options, stream)
     if "isometric" in options.operator:
         return isometric_map(parts, generator_of(stream))

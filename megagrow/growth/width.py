@@ -99,8 +99,8 @@ def direct_width(
     """Return the paper's G_direct in width: copies, whose consumers share the weights.
 
     Exact if the residual stream grows by an integer factor. In interleaved order no data moves
-    between tensor-parallel ranks. The literal form scales the gains by sqrt(d / D) (eq. 8), which
-    does not preserve the function.
+    between tensor-parallel ranks. With `paper_exact` the gains are scaled by sqrt(d / D) (eq. 8),
+    which does not preserve the function.
     """
 
     def make(size: int, grown: int) -> Lift:
@@ -122,8 +122,8 @@ def zero_width(
     """Return the paper's G_zero in width, for any size; exact with the gain and eps rule.
 
     New residual entries are zero and their consumers are random. New neurons and heads are random
-    and their consumers are zero. The literal form has zeros at the bottom left of every matrix
-    instead (appendix A.4), which leaves new neurons without a gradient, and keeps eps.
+    and their consumers are zero. With `paper_exact` every matrix instead has zeros at the bottom
+    left (appendix A.4), which leaves new neurons without a gradient, and eps does not change.
     """
     residual = partial(padded, random_out=False, random_in=True)
     inner = partial(padded, random_out=True, random_in=False)

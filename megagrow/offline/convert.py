@@ -1,6 +1,6 @@
-"""Conversion of models: to another layout, to and from other formats (`megagrow convert`).
+"""Convert models to another layout and to or from other formats (`megagrow convert`).
 
-Each conversion is the identity growth map on the code of offline growth, in bounded memory.
+Each conversion applies the identity growth map with the code of offline growth, in bounded memory.
 """
 
 import logging
@@ -32,24 +32,26 @@ from megagrow.formats.hugging_face_tokenizer import (
 from megagrow.formats.megatron import MegatronTarget, open_megatron
 from megagrow.formats.megatron_layout import check_tp
 from megagrow.formats.open_source import open_source
-from megagrow.offline.grow import write_goal
-from megagrow.offline.plan import ConversionPlan, decide, form_of
+from megagrow.offline.grow import write_plan
+from megagrow.offline.plan import ConversionPlan, form_of, make_plan
 from megagrow.offline.request import Request
-from megagrow.offline.target import Beside
+from megagrow.offline.target import ExtraFiles
 from megagrow.train.source_state import STILL_MASKED, state_of, still_masked
 
 logger = logging.getLogger(__name__)
 
 
 def reshard_files(request: Request, console: Console) -> None:
-    """Write a checkpoint in another layout. Raises CheckpointError if the source is not a
-    checkpoint."""
-    goal = _goal(request)
-    if form_of(goal.source) != "checkpoint":
+    """Write a checkpoint in another layout.
+
+    Raises CheckpointError if the source is not a checkpoint.
+    """
+    plan = _plan(request)
+    if form_of(plan.source) != "checkpoint":
         raise CheckpointError(
-            f"{request.source}: a Hugging Face folder: use megagrow convert hf-import"
+            f"{request.source}: is a Hugging Face folder; use megagrow convert hf-import"
         )
-    write_goal(request, goal, console)
+    write_plan(request, plan, console)
 
 
 def import_hugging_face(request: Request, console: Console) -> None:
@@ -57,38 +59,42 @@ def import_hugging_face(request: Request, console: Console) -> None:
 
     Raises CheckpointError if the source is not a Hugging Face folder.
     """
-    goal = _goal(request)
-    if form_of(goal.source) != "huggingface":
-        raise CheckpointError(f"{request.source}: no Hugging Face folder, it has no {CONFIG_FILE}")
-    write_goal(request, goal, console)
+    plan = _plan(request)
+    if form_of(plan.source) != "huggingface":
+        raise CheckpointError(
+            f"{request.source}: not a Hugging Face folder, it has no {CONFIG_FILE}"
+        )
+    write_plan(request, plan, console)
 
 
 def export_hugging_face(request: Request, tokenizer: Path | None, console: Console) -> None:
-    """Writes the weights as a folder that AutoModelForCausalLM and AutoTokenizer load.
+    """Write the weights as a folder that AutoModelForCausalLM and AutoTokenizer load.
 
-    The tokenizer is the one given, that of the source's run, or that of the folder from which the
-    source was imported; without any a line says that there is none.
+    The tokenizer is `tokenizer`, else that of the source's run, else that of the folder from which
+    the source was imported. Logs a warning if there is none.
     """
+    plan = _plan(request)
+    files = _tokenizer(tokenizer, plan.source)
+    write_plan(request, plan, console, _extra_files(request, plan, files))
 
-    goal = _goal(request)
-    files = _tokenizer(tokenizer, goal.source)
-    write_goal(request, goal, console, _beside(request, goal, files))
 
-
-def _goal(request: Request) -> ConversionPlan:
+def _plan(request: Request) -> ConversionPlan:
     request.check()
     source = open_source(request.source)
-    return decide(request, source)
+    return make_plan(request, source)
 
 
-def _beside(request: Request, goal: ConversionPlan, files: TokenizerFiles) -> Beside:
-    # Where nothing is known of special tokens LlamaConfig would take ids 1 and 2 for them.
-    like = _told(goal.source, ORIGIN_KEY, "config") or {"bos_token_id": None, "eos_token_id": None}
-    documents = {
-        CONFIG_FILE: config_of(goal.model, request.stored_dtype, {**like, **files.ids}),
-        GENERATION_FILE: generation_of(_told(goal.source, ORIGIN_KEY), files.ids),
+def _extra_files(request: Request, plan: ConversionPlan, files: TokenizerFiles) -> ExtraFiles:
+    # Without special token ids in the config, LlamaConfig uses 1 and 2 by default.
+    like = _environment_value(plan.source, ORIGIN_KEY, "config") or {
+        "bos_token_id": None,
+        "eos_token_id": None,
     }
-    return Beside({**documents, **files.documents}, files.copies)
+    documents = {
+        CONFIG_FILE: config_of(plan.model, request.stored_dtype, {**like, **files.ids}),
+        GENERATION_FILE: generation_of(_environment_value(plan.source, ORIGIN_KEY), files.ids),
+    }
+    return ExtraFiles({**documents, **files.documents}, files.copies)
 
 
 def _tokenizer(given: Path | None, source: Source) -> TokenizerFiles:
@@ -97,21 +103,21 @@ def _tokenizer(given: Path | None, source: Source) -> TokenizerFiles:
     named = named_tokenizer(source)
     if named is not None and is_tokenizer(named):
         return tokenizer_files(named, source.model.vocab_size)
-    why = "its run names none" if named is None else f"{named}, its run's, is not here"
-    logger.warning("without a tokenizer: %s; --tokenizer PATH adds one", why)
+    reason = "its run has none" if named is None else f"{named}, its run's, does not exist"
+    logger.warning("exported without a tokenizer: %s; add one with --tokenizer PATH", reason)
     return TokenizerFiles()
 
 
 def named_tokenizer(source: Source) -> Path | None:
     """Return the tokenizer of the source's run, or the folder from which it was imported."""
-    of_run = _told(source, "config", "data", "tokenizer")
+    of_run = _environment_value(source, "config", "data", "tokenizer")
     if isinstance(of_run, str):
         return Path(of_run)
-    folder = _told(source, ORIGIN_KEY, "folder")
+    folder = _environment_value(source, ORIGIN_KEY, "folder")
     return Path(folder) if isinstance(folder, str) and is_tokenizer(Path(folder)) else None
 
 
-def _told(source: Source, *keys: str) -> Any:
+def _environment_value(source: Source, *keys: str) -> Any:
     """Return a value of the source's environment, or None if absent."""
     value: Any = source.environment
     for key in keys:
@@ -132,7 +138,10 @@ def import_universal(request: Request, console: Console) -> None:
 
 
 def import_megatron(request: Request, console: Console) -> None:
-    """Convert Megatron-LM weights; the optimizer state is reinitialized. `to` as above."""
+    """Convert Megatron-LM weights; the optimizer state is reinitialized.
+
+    `to` names the model if the files do not record it.
+    """
     _import(open_megatron, request, console)
 
 
@@ -192,4 +201,4 @@ def _import(
     model = None if request.to is None else load_model(request.to)
     source = opened(request.source, model)
     request.check()
-    write_goal(request, ConversionPlan(source, source.model, None, ""), console)
+    write_plan(request, ConversionPlan(source, source.model, None, ""), console)

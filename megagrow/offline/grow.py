@@ -1,7 +1,7 @@
-"""A growth from files to files, on one machine, in bounded memory: `megagrow grow`.
+"""Grow a model from files to files, on one machine, in bounded memory: `megagrow grow`.
 
-Needs no process group and no DeepSpeed. What it has done it keeps in a journal, so that the same
-command resumes where another was killed; the result is published once it is verified on disk.
+Needs no process group and no DeepSpeed. A journal records the finished pieces, so that the same
+command resumes after a crash. The result is published after it is verified on disk.
 """
 
 from pathlib import Path
@@ -19,9 +19,9 @@ from megagrow.formats.hugging_face_config import CONFIG_FILE, ORIGIN_KEY, config
 from megagrow.formats.open_source import open_found, open_source
 from megagrow.growth.map import Dense
 from megagrow.offline.journal import JOURNAL_FILE, Journal
-from megagrow.offline.plan import ConversionPlan, decide, form_of, target_layout
+from megagrow.offline.plan import ConversionPlan, form_of, make_plan, target_layout
 from megagrow.offline.request import Request
-from megagrow.offline.target import Beside, Target, checkpoint_target, hugging_face_target
+from megagrow.offline.target import ExtraFiles, Target, checkpoint_target, hugging_face_target
 from megagrow.offline.text_loss import check_text_memory, text_loss, text_tokens
 from megagrow.offline.writer import Writing, check_space
 from megagrow.parallel.sharding import parameter_plan
@@ -38,108 +38,111 @@ def grow_files(request: Request, console: Console) -> None:
     """Grow the source of a request, or resume. Raises InputError for invalid requests."""
     request.check()
     source = open_source(request.source)
-    write_goal(request, decide(request, source), console)
+    write_plan(request, make_plan(request, source), console)
 
 
-def write_goal(
-    request: Request, goal: ConversionPlan, console: Console, beside: Beside | None = None
+def write_plan(
+    request: Request, plan: ConversionPlan, console: Console, extra_files: ExtraFiles | None = None
 ) -> None:
     """Write a planned target, or resume.
 
-    `beside` lists additional files of a Hugging Face folder; without it only config.json is
+    `extra_files` are additional files of a Hugging Face folder; without them only config.json is
     written.
     """
-    at_once = _elements_at_once(goal, request.memory_bytes)
-    target = _target(request, goal, beside)
-    command = _command(request, goal, target)
+    at_once = _elements_at_once(plan, request.memory_bytes)
+    target = _target(request, plan, extra_files)
+    command = _command(request, plan, target)
     folder = staging_folder(request.out)
     if _was_finished(request.out, command):
-        console.print(f"{request.out}: is finished", highlight=False)
+        console.print(f"{request.out}: already finished", highlight=False)
         return
-    texts = _text_tokens(request, goal)
-    console.print(Text(_story(goal, request.out)))
-    source_loss = text_loss(goal.source, texts) if texts else None
+    texts = _text_tokens(request, plan)
+    console.print(Text(_summary(plan, request.out)))
+    source_loss = text_loss(plan.source, texts) if texts else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_space(folder.parent, target, folder)
         with Journal(folder, command) as journal:
-            work = _work(folder, target, goal, at_once)
-            _do(work, journal, "copying" if goal.options is None else "growing", console)
+            work = _writing(folder, target, plan, at_once)
+            _run(work, journal, "copying" if plan.options is None else "growing", console)
             if source_loss is not None:
-                target_loss = text_loss(open_found(folder), texts, goal.masks)
-                _compare(goal, source_loss, target_loss, console)
+                target_loss = text_loss(open_found(folder), texts, plan.masks)
+                _compare(plan, source_loss, target_loss, console)
             work.finish(request.out)
     except OSError as error:
         raise ResourceError(
             f"{request.out}: cannot be written ({error.strerror}); free the disk or the path, and "
-            "give the same command again"
+            "rerun the same command"
         ) from error
     console.print(f"{request.out}: written and checked", highlight=False)
 
 
-def _work(folder: Path, target: Target, goal: ConversionPlan, at_once: int) -> Writing:
+def _writing(folder: Path, target: Target, plan: ConversionPlan, at_once: int) -> Writing:
     application = Application(
-        goal.source.read, goal.source.layout.plan, goal.growth, target.layout.plan, at_once
+        plan.source.read, plan.source.layout.plan, plan.growth, target.layout.plan, at_once
     )
     return Writing(folder, target, application.block, at_once)
 
 
-def _do(work: Writing, journal: Journal, doing: str, console: Console) -> None:
+def _run(work: Writing, journal: Journal, label: str, console: Console) -> None:
     total = sum(work.target.sizes.values())
-    with WorkProgress(console, doing, total) as progress:
+    with WorkProgress(console, label, total) as progress:
         work.write(journal, progress)
     with WorkProgress(console, "checking", total) as progress:
         work.verify(journal, progress)
 
 
-def _target(request: Request, goal: ConversionPlan, beside: Beside | None) -> Target:
-    if (request.form or form_of(goal.source)) == "checkpoint":
-        layout = target_layout(request, goal)
+def _target(request: Request, plan: ConversionPlan, extra_files: ExtraFiles | None) -> Target:
+    if (request.form or form_of(plan.source)) == "checkpoint":
+        layout = target_layout(request, plan)
         return checkpoint_target(
             layout,
             lambda files: Manifest(
-                goal.model.model_dump(),
+                plan.model.model_dump(),
                 describe_layout(layout),
-                goal.source.adam_step if goal.growth.keeps_step else 0,
-                goal.state().as_json(),
-                _environment(goal),
+                plan.source.adam_step if plan.growth.keeps_step else 0,
+                plan.state().as_json(),
+                _environment(plan),
                 files,
             ),
         )
     options = (request.zero_stage, request.dp, request.tp, request.weight_decay_on)
     if any(option is not None for option in options):
-        raise ConfigError("a Hugging Face folder has no layout: leave out --zero-stage, --dp, --tp")
-    if beside is None:
-        like = goal.source.environment.get(ORIGIN_KEY, {}).get("config", {})
-        beside = Beside({CONFIG_FILE: config_of(goal.model, request.stored_dtype, like)})
-    return hugging_face_target(goal.model, request.stored_dtype, request.shard_bytes, beside)
+        raise ConfigError(
+            "a Hugging Face folder has no layout; remove --zero-stage, --dp, --tp and "
+            "--weight-decay-on"
+        )
+    if extra_files is None:
+        like = plan.source.environment.get(ORIGIN_KEY, {}).get("config", {})
+        extra_files = ExtraFiles({CONFIG_FILE: config_of(plan.model, request.stored_dtype, like)})
+    return hugging_face_target(plan.model, request.stored_dtype, request.shard_bytes, extra_files)
 
 
-def _environment(goal: ConversionPlan) -> dict[str, Any]:
+def _environment(plan: ConversionPlan) -> dict[str, Any]:
     """Return the source's environment extended by this growth."""
-    if goal.options is None:
-        return goal.source.environment
-    return goal.source.environment | {"growth": _told(goal)}
+    if plan.options is None:
+        return plan.source.environment
+    return plan.source.environment | {"growth": _growth_record(plan)}
 
 
-def _told(goal: ConversionPlan) -> dict[str, Any]:
+def _growth_record(plan: ConversionPlan) -> dict[str, Any]:
     """Return the manifest's record of a growth, kept until the model is trained."""
     return {
-        "source": str(goal.source.path.resolve()),
-        "source_model": goal.source.model.model_dump(),
-        "options": None if goal.options is None else goal.options.model_dump(mode="json"),
-        "stream": goal.stream,
-        "masks": 0.0 if goal.is_masked else None,
+        "source": str(plan.source.path.resolve()),
+        "source_model": plan.source.model.model_dump(),
+        "options": None if plan.options is None else plan.options.model_dump(mode="json"),
+        "stream": plan.stream,
+        "masks": 0.0 if plan.is_masked else None,
     }
 
 
-def _command(request: Request, goal: ConversionPlan, target: Target) -> dict[str, Any]:
+def _command(request: Request, plan: ConversionPlan, target: Target) -> dict[str, Any]:
     """Return all inputs that determine the output; the memory budget does not."""
     files = [
-        [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in goal.source.files
+        [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in plan.source.files
     ]
     return {
-        "growth": _told(goal),
+        "growth": _growth_record(plan),
         "files of the source": files,
         "target": target.described,
         "copies": {name: str(path.resolve()) for name, path in target.copies.items()},
@@ -151,7 +154,7 @@ def _command(request: Request, goal: ConversionPlan, target: Target) -> dict[str
 def _was_finished(out: Path, command: dict[str, Any]) -> bool:
     """Return True if the same command was interrupted with only its journal left to remove.
 
-    Raises CheckpointError if the output is anything else.
+    Raises an InputError if the output exists for any other reason.
     """
     if not out.exists():
         return False
@@ -162,11 +165,11 @@ def _was_finished(out: Path, command: dict[str, Any]) -> bool:
     return True
 
 
-def _elements_at_once(goal: ConversionPlan, memory: int) -> int:
-    """Return the maximum elements of a piece. Raises ResourceError if not even one row fits."""
-    specs = [*parameter_plan(goal.model, 1).values(), *goal.source.layout.plan.values()]
+def _elements_at_once(plan: ConversionPlan, memory: int) -> int:
+    """Return the maximum elements of a piece. Raises ConfigError if not even one row fits."""
+    specs = [*parameter_plan(plan.model, 1).values(), *plan.source.layout.plan.values()]
     widest = max(spec.cols for spec in specs)
-    fixed = _FIXED_BYTES + _map_bytes(goal, widest)
+    fixed = _FIXED_BYTES + _map_bytes(plan, widest)
     needed = fixed + widest * _BYTES_PER_ELEMENT
     if memory < needed:
         raise ConfigError(
@@ -176,10 +179,9 @@ def _elements_at_once(goal: ConversionPlan, memory: int) -> int:
     return (memory - fixed) // _BYTES_PER_ELEMENT
 
 
-def _map_bytes(goal: ConversionPlan, widest: int) -> int:
-    """Return the bytes of the map's matrices, of the squares of one term's, and of projected
-    rows."""
-    growth = goal.growth
+def _map_bytes(plan: ConversionPlan, widest: int) -> int:
+    """Return the bytes of the map: its matrices, their squares in one term, and projected rows."""
+    growth = plan.growth
     terms = [
         term for table in (growth.weights, growth.moments) for t in table.values() for term in t
     ]
@@ -191,37 +193,39 @@ def _map_bytes(goal: ConversionPlan, widest: int) -> int:
     return sum(matrices.values()) + 2 * max(matrices.values(), default=0) + projected
 
 
-def _text_tokens(request: Request, goal: ConversionPlan) -> list[Any]:
+def _text_tokens(request: Request, plan: ConversionPlan) -> list[Any]:
     if request.text is None:
         if request.tokenizer is not None:
-            raise ConfigError("--tokenizer goes with --text")
+            raise ConfigError("--tokenizer requires --text")
         return []
     if request.tokenizer is None:
-        raise ConfigError("--text needs --tokenizer, with which the model was trained")
-    models = goal.source.model, goal.model
+        raise ConfigError("--text requires --tokenizer: the one that the model was trained with")
+    models = plan.source.model, plan.model
     texts = text_tokens(request.text, request.tokenizer, models)
     for model in models:
         check_text_memory(model, texts, request.memory_bytes)
     return texts
 
 
-def _compare(goal: ConversionPlan, before: float, after: float, console: Console) -> None:
-    """Print both losses. Raises an error if they differ although the growth preserves the
-    function."""
+def _compare(plan: ConversionPlan, before: float, after: float, console: Console) -> None:
+    """Print both losses.
+
+    Raises ConfigError if they differ although the growth preserves the function.
+    """
     console.print(f"loss on the text: source {before:.6f}, target {after:.6f}", highlight=False)
-    tolerance = 1e-3 if goal.options is None else goal.options.tolerance
-    if goal.growth.preserves_function and abs(after - before) > tolerance:
+    tolerance = 1e-3 if plan.options is None else plan.options.tolerance
+    if plan.growth.preserves_function and abs(after - before) > tolerance:
         raise ConfigError(
-            f"{goal.operators} should keep the function, but the loss on the text went from "
-            f"{before:.6f} to {after:.6f}"
+            f"{plan.operators} must preserve the function, but the loss on the text changed "
+            f"from {before:.6f} to {after:.6f}"
         )
 
 
-def _story(goal: ConversionPlan, out: Path) -> str:
-    state, source = goal.state(), goal.source
-    kept = "keeps the function" if goal.growth.preserves_function else "changes the function"
-    masks = "; its new parts stand behind masks that begin at 0" if goal.is_masked else ""
+def _summary(plan: ConversionPlan, out: Path) -> str:
+    state, source = plan.state(), plan.source
+    kept = "preserves the function" if plan.growth.preserves_function else "changes the function"
+    masks = "; growth masks start at 0" if plan.is_masked else ""
     return (
         f"{source.path} (step {state.counters.step}, {state.counters.tokens} tokens) -> {out}: "
-        f"operators {goal.operators}, {kept}, stage {state.stage}{masks}"
+        f"operators {plan.operators}, {kept}, stage {state.stage}{masks}"
     )

@@ -44,7 +44,7 @@ class Journal:
         self._committed = time.monotonic()
         self._begun = any(path.name != JOURNAL_FILE for path in folder.iterdir())
         if self._begun and not self._path.is_file():
-            raise self._in_the_way()
+            raise self._foreign_folder()
         self._file = self._path.open("a+b")
         try:
             self._lock()
@@ -95,10 +95,10 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ResourceError(f"{self._folder}: another process is writing it") from error
+            raise ResourceError(f"{self._folder}: another process is writing to it") from error
 
-    def _in_the_way(self) -> InputError:
-        return ConfigError(f"{self._folder}: is in the way and no growth's; remove it")
+    def _foreign_folder(self) -> InputError:
+        return ConfigError(f"{self._folder}: exists but is not an unfinished growth; remove it")
 
     def _begin(self, command: dict[str, Any]) -> None:
         self._file.seek(0)
@@ -107,15 +107,15 @@ class Journal:
         self._file.truncate(len(whole))
         if not whole:
             if self._begun:
-                raise self._in_the_way()
+                raise self._foreign_folder()
             self._append([command])
             return
         before, pieces = self._read(whole.splitlines())
         if before != json.loads(json.dumps(command)):
             differs = sorted(key for key in before | command if before.get(key) != command.get(key))
             raise ConfigError(
-                f"{self._folder}: was begun by another command (other {', '.join(differs)}); "
-                "give that one again, or remove the folder"
+                f"{self._folder}: was started by another command (other {', '.join(differs)}); "
+                "rerun that command, or remove the folder"
             )
         for piece, checksum in pieces:
             if checksum is None:
@@ -137,7 +137,7 @@ class Journal:
             for line in pieces
         )
         if wrong:
-            raise CheckpointError(f"{self._path}: no journal of a growth; remove {self._folder}")
+            raise CheckpointError(f"{self._path}: not a journal of a growth; remove {self._folder}")
         return _current_names(command), [(piece, checksum) for piece, checksum in pieces]
 
 

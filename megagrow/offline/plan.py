@@ -84,13 +84,15 @@ class ConversionPlan:
         return growth
 
     def state(self) -> RunState:
-        """State of a run that resumes from the target: start of the grown stage, with the
-        source's counters."""
+        """Return the state of a run that resumes from the target.
+
+        This is the start of the grown stage, with the source's counters.
+        """
         state = state_of(self.source)
         if self.options is None:
             return state
         stage = state.stage if self.stage is None else self.stage - 1
-        # Of growths that were done elsewhere nothing is known; their places are kept.
+        # Earlier growths outside of a run are unknown; each has an empty entry.
         unknown = ((),) * stage
         state = replace(
             state,
@@ -101,27 +103,26 @@ class ConversionPlan:
         return state.after_growth(self.growth.provenance, tuple(self.options.operator))
 
 
-def decide(request: Request, source: Source) -> ConversionPlan:
-    """Return the plan of a request. Raises a one-line InputError for everything that prevents
-    it."""
-    goal = _goal(request, source)
+def make_plan(request: Request, source: Source) -> ConversionPlan:
+    """Return the plan of a request. Raises an InputError that lists all problems on one line."""
+    plan = _unchecked_plan(request, source)
     form = request.form or form_of(source)
     problems = []
-    if goal.options is not None:
-        event = Event(source.model, goal.model, goal.options, goal.before, goal.here)
+    if plan.options is not None:
+        event = Event(source.model, plan.model, plan.options, plan.before, plan.here)
         problems = event_problems(event)
-        problems = problems or _needs_training(goal.options, source)
-    if goal.is_masked and form == "huggingface":
+        problems = problems or _needs_training(plan.options, source)
+    if plan.is_masked and form == "huggingface":
         problems.append(
-            f"{goal.operators} lets new parts in through masks, which a Hugging Face model does "
-            "not have: write a checkpoint"
+            f"{plan.operators} uses growth masks, which a Hugging Face model does not support; "
+            "write a checkpoint"
         )
-    leaves_its_run = goal.options is not None or form == "huggingface"
+    leaves_its_run = plan.options is not None or form == "huggingface"
     if leaves_its_run and still_masked(source):
         problems.append(f"{source.path}: {STILL_MASKED}")
     if problems:
         raise ConfigError("; ".join(problems))
-    return goal
+    return plan
 
 
 def form_of(source: Source) -> str:
@@ -130,28 +131,28 @@ def form_of(source: Source) -> str:
 
 
 def _needs_training(options: GrowthConfig, source: Source) -> list[str]:
-    live = "grow in the running job (megagrow train)"
+    live = "grow during training (megagrow train)"
     if any(operator.learned for operator in operators_of(options)):
-        return [f"{'+'.join(options.operator)} is trained before it is applied: {live}"]
+        return [f"{'+'.join(options.operator)} is trained before it is applied; {live}"]
     if options.probe is not None:
-        return [f"growth.probe tries operators by training them: {live}, or name one operator"]
+        return [f"growth.probe trains each operator; {live}, or name one operator"]
     if state_policy(options) == "estimate_second_moment" and "exp_avg_sq" in source.kinds:
         return [
-            f"growth.optimizer_state = estimate_second_moment measures on batches: {live}, or "
-            "set it to asymmetric"
+            f"growth.optimizer_state = estimate_second_moment requires training batches; "
+            f"{live}, or set it to asymmetric"
         ]
     return []
 
 
-def _goal(request: Request, source: Source) -> ConversionPlan:
+def _unchecked_plan(request: Request, source: Source) -> ConversionPlan:
     if request.to is None:
         return ConversionPlan(source, source.model, None, "")
     stage = state_of(source).stage + 1
     if is_run_file(request.to):
         stage = stage if request.stage is None else request.stage
-        return _goal_of_run(request, Path(request.to), source, stage)
+        return _plan_of_run(request, Path(request.to), source, stage)
     if request.stage is not None:
-        raise ConfigError(f"--stage goes with a run file, {request.to} is a model")
+        raise ConfigError(f"--stage requires a run file, but {request.to} is a model")
     model = load_model(request.to)
     if model == source.model and not request.operators and not request.overrides:
         return ConversionPlan(source, model, None, "")
@@ -161,7 +162,7 @@ def _goal(request: Request, source: Source) -> ConversionPlan:
     return ConversionPlan(source, model, growth_options(request), f"{seed}/stage-{stage}")
 
 
-def _goal_of_run(request: Request, path: Path, source: Source, stage: int) -> ConversionPlan:
+def _plan_of_run(request: Request, path: Path, source: Source, stage: int) -> ConversionPlan:
     overrides = [f"stages.{stage}.{text}" for text in _growth_only(request)]
     if request.seed is not None:
         overrides.append(f"seed={request.seed}")
@@ -181,7 +182,7 @@ def _goal_of_run(request: Request, path: Path, source: Source, stage: int) -> Co
     for key, value in before.items():
         if found[key] != value and key != "initializer_range":
             raise CheckpointError(
-                f"{source.path}: {key} is {found[key]}, stage {stage - 1} of {path} says {value}"
+                f"{source.path}: {key} is {found[key]}, stage {stage - 1} of {path} has {value}"
             )
     model = run.stages[stage].model
     options = run.stages[stage].growth
@@ -210,32 +211,32 @@ def _growth_only(request: Request) -> list[str]:
     return [*names, *request.overrides]
 
 
-def target_layout(request: Request, goal: ConversionPlan) -> Layout:
+def target_layout(request: Request, plan: ConversionPlan) -> Layout:
     """Return the layout of the target with the engine's groups. Raises ConfigError if invalid."""
-    zero_stage, dp, tp = goal.source.layout.zero_stage, goal.source.layout.dp, goal.source.layout.tp
-    decay = _decay(goal.source.layout)
-    if goal.run is not None and goal.stage is not None:
-        stage = goal.run.stages[goal.stage]
+    zero_stage, dp, tp = plan.source.layout.zero_stage, plan.source.layout.dp, plan.source.layout.tp
+    decay = _decay(plan.source.layout)
+    if plan.run is not None and plan.stage is not None:
+        stage = plan.run.stages[plan.stage]
         zero_stage, tp = stage.parallel.zero_stage, stage.parallel.tensor_model_parallel_size
         decay = stage.optimizer.weight_decay_on
     zero_stage = zero_stage if request.zero_stage is None else request.zero_stage
     dp, tp, decay = request.dp or dp, request.tp or tp, request.weight_decay_on or decay
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(goal.model, name) % tp:
-            size = getattr(goal.model, name)
+        if getattr(plan.model, name) % tp:
+            size = getattr(plan.model, name)
             raise ConfigError(f"--tp {tp} does not divide {name} = {size} of the target")
-    plan = parameter_plan(goal.model, tp)
+    parameters = parameter_plan(plan.model, tp)
     optimizer = OptimizerConfig.model_validate({"lr": 1.0, "weight_decay_on": decay})
-    groups = parameter_groups(plan, optimizer, _scales(goal))
-    return Layout(plan, tuple(group.names for group in groups), zero_stage, dp, tp)
+    groups = parameter_groups(parameters, optimizer, _scales(plan))
+    return Layout(parameters, tuple(group.names for group in groups), zero_stage, dp, tp)
 
 
-def _scales(goal: ConversionPlan) -> Mapping[str, ParamScale]:
+def _scales(plan: ConversionPlan) -> Mapping[str, ParamScale]:
     """Return the key by which the engine separates groups."""
-    if goal.run is not None and goal.stage is not None:
-        return stage_scales(goal.run, goal.stage)
-    follows = goal.options is not None and follows_exactly(goal.options)
-    return goal.growth.scales if follows else {}
+    if plan.run is not None and plan.stage is not None:
+        return stage_scales(plan.run, plan.stage)
+    follows = plan.options is not None and follows_exactly(plan.options)
+    return plan.growth.scales if follows else {}
 
 
 def _decay(layout: Layout) -> str:

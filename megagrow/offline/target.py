@@ -72,7 +72,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Beside:
+class ExtraFiles:
     """Additional files of a Hugging Face folder."""
 
     documents: Mapping[str, dict[str, Any]]
@@ -108,11 +108,13 @@ def checkpoint_target(layout: Layout, manifest: Callable[[Files], Manifest]) -> 
     return Target(layout, pieces, headers, sizes, documents)
 
 
-def hugging_face_target(model: ModelConfig, dtype: str, most_bytes: int, beside: Beside) -> Target:
+def hugging_face_target(
+    model: ModelConfig, dtype: str, most_bytes: int, extra_files: ExtraFiles
+) -> Target:
     """Return a Hugging Face target with weight files of at most `most_bytes`."""
     layout = single_rank_layout(model)
     files = planned_files(layout, dtype, most_bytes)
-    documents = dict(beside.documents)
+    documents = dict(extra_files.documents)
     if len(files) > 1:
         documents[INDEX_FILE] = index_of(files)
     found = {
@@ -124,4 +126,4 @@ def hugging_face_target(model: ModelConfig, dtype: str, most_bytes: int, beside:
 
     sizes = {name: plan.size for name, plan in files.items()}
     headers = partial(iter, files.items())
-    return Target(layout, pieces, headers, sizes, lambda _: documents, beside.copies)
+    return Target(layout, pieces, headers, sizes, lambda _: documents, extra_files.copies)

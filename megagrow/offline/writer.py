@@ -171,16 +171,16 @@ def _verify_file(
             advance(len(part))
         return checksum
 
-    again = "give the same command again to write it anew, and have a look at the disk"
+    fix = "rerun the same command to write it again, and check the disk"
     if read(0, len(file.header)) != zlib.crc32(file.header):
-        raise ResourceError(f"{path}: its header is not on the disk as it was written; {again}")
+        raise ResourceError(f"{path}: the header on disk differs from the written one; {fix}")
     end = len(file.header)
     for number, begin, size in pieces:
         assert begin == end, "the pieces of a file fill it without a gap"
         end += size
         if read(begin, size) != written[number]:
             piece = next(islice(target.pieces(), number, None))
-            text = f"{path}: {piece.unit.tensor} is not on the disk as it was written; {again}"
+            text = f"{path}: {piece.unit.tensor} on disk differs from the written data; {fix}"
             raise DamagedPiece(number, text)
     assert end == file.size
     return FileRecord(end, whole.hexdigest())

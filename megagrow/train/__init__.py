@@ -1,1 +1,1 @@
-"""One step, then many: schedules, counters, metrics, and the loop that yields events."""
+"""Training: steps, the loop that yields events, schedules, counters and metrics."""

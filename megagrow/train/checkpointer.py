@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Save the states of a run; the `loop.Background` of its training. A context manager.
+    """Checkpoint writer of a run, as `loop.Background` of its training. A context manager.
 
     If an InputError leaves the context, a running save is completed first. All methods except
     `busy` are collective. Methods that return a state add the time for which saves blocked training
@@ -68,8 +68,10 @@ class Checkpointer:
                 self._saver.finish()
 
     def prepare(self, stage: Stage) -> None:
-        """Allocate the buffers of a stage. Warns now if the disk has no room for one checkpoint,
-        which would end the run at its next save."""
+        """Allocate the buffers of a stage.
+
+        Warns if the disk has no space for one checkpoint: the run would fail at its next save.
+        """
         storage = stage.engine.storage()
         if self._run.checkpoint.background:
             self._saver.prepare(stage.layout, storage)
@@ -78,7 +80,7 @@ class Checkpointer:
             try:
                 check_room(self.directory, needed)
             except InputError as error:
-                logger.warning("no room for a single checkpoint: %s", error)
+                logger.warning("not enough disk space for one checkpoint: %s", error)
 
     def save(self, stage: Stage, state: RunState, *, wait: bool = False) -> RunState:
         """Save a state, in the background unless it is the last of its stage or `wait` is set.
@@ -108,7 +110,7 @@ class Checkpointer:
         return self._saver.writing
 
     def idle_everywhere(self) -> None:
-        """Publish the saved files as a checkpoint; no rank is writing."""
+        """Wait for this rank's save, publish the checkpoint and prune old ones."""
         saved = self._saver.finish()
         if saved is None:
             return
@@ -131,7 +133,7 @@ class Checkpointer:
         return self.account(state)
 
     def release(self) -> None:
-        """Free the host copy that background saves are written from."""
+        """Free the host memory that background saves are written from."""
         self._saver.release()
 
     def _prune(self) -> None:

@@ -34,7 +34,7 @@ def open_beginning(run: RunConfig) -> Source | None:
     path = run.init_from
     if path is None:
         return None
-    # Only rank 0 reads every byte to verify the checksums.
+    # Only rank 0 verifies the checksums, which reads every byte.
     folder = run_on_rank_zero(lambda: find_source(path))
     source = run_on_all_ranks(lambda: _opened(path, folder, run.stages[0].model))
     logger.info("weights initialized from %s", source.path)

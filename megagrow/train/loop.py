@@ -1,4 +1,4 @@
-"""One iteration of the training loop: train a step and return an event, to which run.py reacts."""
+"""One iteration of the training loop: train a step and return an event for run.py to handle."""
 
 import math
 import time
@@ -40,7 +40,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Stopped:
-    """Event: a signal requested a stop; `state` is the one after the last completed step."""
+    """Event: a signal requested a stop; `state` is the state after the last completed step."""
 
     state: RunState
     reason: str
@@ -192,7 +192,7 @@ def _measured_step(
 
 
 def _broadcast(value: float, device: torch.device) -> float:
-    """Return rank 0's value on all ranks: decisions must not depend on the last bit."""
+    """Return rank 0's value on all ranks, since rounding differences must not split decisions."""
     shared = torch.tensor([value], dtype=torch.float64, device=device)
     dist.broadcast(shared, src=0)
     return shared.item()

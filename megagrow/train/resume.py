@@ -1,7 +1,7 @@
 """Start of a run: initial weights, a checkpoint, or the target of a rewind.
 
 A rewind is a resume within the running job. It is not written to disk: a run that is killed after
-it resumes from the same checkpoint, sees the same steps fail and rewinds again, with bit-identical
+it resumes from the same checkpoint, fails at the same steps and rewinds again, with bit-identical
 results.
 """
 
@@ -57,8 +57,9 @@ def rewind_target(
     """Select the checkpoint to rewind to; returns it with the state after the rewind. Collective.
 
     The data between the checkpoint and `state` is skipped. The target is the newest good
-    checkpoint; if no step succeeded since the last rewind, the one before its target. None is the
-    initial state. Later checkpoints are renamed to .tmp. Raises Diverged if no rewinds are left.
+    checkpoint; if no step succeeded since the last rewind, the one before its target. None means
+    the initial state. Later checkpoints are renamed to .tmp. Raises Diverged if no rewinds are
+    left.
     """
     stuck = state.counters.step - max(state.guard.skipped, state.guard.high)
     limit = stuck - 1 if stuck == state.guard.rewound_to else stuck

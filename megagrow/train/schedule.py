@@ -1,12 +1,12 @@
 """The learning rate as a pure function of tokens.
 
-Convention: the value at `tokens` is used by the step that begins there. Warm-up looks at the end of
-that step, so that the first of W warm-up steps trains at lr / W (never at 0) and the last one at
-lr. Decay looks at the step's beginning, so that it starts from lr and reaches min_lr at the
-horizon: all steps that begin there or later use min_lr.
+Convention: the value at `tokens` is used by the step that begins there. Warm-up is evaluated at the
+end of that step: the first of W warm-up steps trains at lr / W (never at 0), the last one at lr.
+Decay is evaluated at the start of the step: it begins at lr and reaches min_lr at the horizon. All
+steps that begin there or later use min_lr.
 
 At a growth `rewarm` restarts the schedule; `continue` and `by_size` continue it, as if all stages
-were one. All three count the tokens that stages train on, not those that a growth consumes.
+were one. All three count the tokens trained in stages, without those read by growths.
 """
 
 import math
@@ -20,7 +20,7 @@ from megagrow.growth.operators import operators_of
 from megagrow.train.run_position import tokens_between
 
 WSD_DECAY = 0.1
-"""Share of the horizon that WSD decays over by default (MiniCPM, arXiv 2404.06395, section 4)."""
+"""Default fraction of the horizon for WSD's decay (MiniCPM, arXiv 2404.06395, section 4)."""
 
 
 def learning_rate(
@@ -98,11 +98,11 @@ def stage_optimizer(run: RunConfig, stage_index: int) -> OptimizerConfig:
 
 
 def rate_at(run: RunConfig, stage_index: int, stage_tokens: int) -> float:
-    """The rate of the step that begins `stage_tokens` tokens into stage `stage_index`.
+    """Return the learning rate of the step that begins `stage_tokens` into stage `stage_index`.
 
-    The stage's own schedule holds, warm-up included, counted from the schedule's origin (see
-    `origin_stage`), with the rates of `stage_optimizer`; the default horizon is the end of the
-    entire run. So a stage that continues with the settings of the one before proceeds as if there
+    Uses the stage's own schedule, warm-up included, counted from the schedule's origin (see
+    `origin_stage`), with the rates of `stage_optimizer`. The default horizon is the end of the
+    run. A stage that continues with the settings of the previous stage therefore behaves as if both
     were one stage. `warmup_steps` are steps of the stage at the origin: a larger batch after the
     growth does not extend a completed warm-up.
     """
@@ -125,16 +125,16 @@ def new_entries_of(growth: GrowthConfig) -> NewEntriesConfig | None:
 
 
 def new_entries_rate(run: RunConfig, stage_index: int, stage_tokens: int) -> float:
-    """The rate of new entries in the step that begins `stage_tokens` tokens into a grown stage.
+    """Return the rate of new entries in the step `stage_tokens` tokens into a grown stage.
 
-    From the rate at the growth it rises along a line to `peak` times that in `warmup_steps`, then
-    it falls along a cosine to min_lr at the end of the schedule (SPARKLING, arXiv 2602.02472,
-    section 4.2). Warm-up and decay look at a step as those of `learning_rate` do.
+    The rate rises linearly from the rate at the growth to `peak_factor` times that rate in
+    `warmup_steps`. It then follows a cosine to min_lr at the end of the schedule (SPARKLING, arXiv
+    2602.02472, section 4.2). Warm-up and decay are evaluated as in `learning_rate`.
     """
     stage = run.stages[stage_index]
     new = None if stage.growth is None else new_entries_of(stage.growth)
     if new is None:
-        raise AssertionError(f"stage {stage_index} gives new entries no rate of their own")
+        raise AssertionError(f"stage {stage_index} has no separate learning rate for new entries")
     at_growth = rate_at(run, stage_index, 0)
     per_step = step_tokens(stage, run.data.sequence_length)
     warmup = new.warmup_steps * per_step

@@ -10,8 +10,8 @@ from megagrow.train.growth_event.run_growths import as_grown
 from megagrow.train.train_state import RunState
 
 STILL_MASKED = (
-    "parts of it still stand behind masks, without which it is another model; train it until they "
-    "are let in"
+    "growth masks are still ramping, and the model is not the same without them; train until they "
+    "reach 1"
 )
 """Error text for a masked source that cannot be used outside its run."""
 
@@ -24,7 +24,7 @@ def state_of(source: Source) -> RunState:
         return RunState.from_json(source.run)
     except (KeyError, TypeError) as error:
         path = source.path / MANIFEST_FILE
-        raise CheckpointError(f"{path}: does not say where its run stood ({error})") from error
+        raise CheckpointError(f"{path}: the position of its run is unreadable ({error})") from error
 
 
 def still_masked(source: Source) -> bool:

@@ -39,8 +39,7 @@ class Stage:
         return self.engine.settings.ops
 
     def release(self) -> Storage:
-        """Destroy engine and process groups; return this rank's state, the only memory that
-        remains."""
+        """Destroy engine and process groups; return this rank's state, whose memory is kept."""
         storage = self.engine.release()
         destroy_topology(self.topology)
         return storage
@@ -77,8 +76,10 @@ def build_stage(run: RunConfig, index: int, device: torch.device) -> Stage:
 
 
 def masks_now(run: RunConfig, stage: Stage, stage_step: int) -> Masks | None:
-    """This rank's masks when `stage_step` steps of the stage are done; None where nothing is
-    masked. The next step is trained with them, and a loss measured now sees the same model."""
+    """Return this rank's masks after `stage_step` steps of the stage; None if nothing is masked.
+
+    The next step trains with these masks, and validation after those steps uses them too.
+    """
     tokens = stage_step * step_tokens(stage.config, run.data.sequence_length)
     masks = stage_masks(run, stage.index, tokens)
     return None if masks is None else rank_masks(masks, stage.topology)
@@ -93,6 +94,6 @@ def check_layout(layout: Layout, engine: ZeroEngine, rank: int) -> None:
     for name in ours.keys() | theirs.keys():
         if ours.get(name) != theirs.get(name):
             raise AssertionError(
-                f"rank {rank}: {name} should be held as {ours.get(name)} of its slice, "
+                f"rank {rank}: the layout assigns {ours.get(name)} of the slice of {name}, but "
                 f"DeepSpeed holds {theirs.get(name)}"
             )

@@ -45,7 +45,7 @@ def train_step(
         total += loss.detach() / len(batches)
     dist.all_reduce(total, group=stage.topology.dp_group)
     if norm is None:
-        raise AssertionError("the engine did not update the weights at the last micro batch")
+        raise AssertionError("the engine did not update the weights at the last micro-batch")
     return total.item() / stage.topology.dp, norm
 
 
@@ -64,7 +64,7 @@ def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | 
         for index in range(-(-sequences // (micro * dp))):
             first = (index * dp + stage.topology.dp_rank) * micro
             indices = list(range(first, first + micro))
-            # Only the rank that reads a damaged corpus sees it, and all ranks must stop.
+            # Only the rank that reads a damaged corpus detects it, and all ranks must stop.
             within = [min(index, sequences - 1) for index in indices]
             batch = run_on_all_ranks(partial(reader.read, 0, within))
             beyond = torch.tensor([index >= sequences for index in indices])
@@ -79,8 +79,10 @@ def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | 
 def model_inputs(
     batch: Batch, ops: Ops, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Return the model's inputs on its device: token ids, positions and documents, which are packed
-    on the CPU."""
+    """Return the model's inputs on its device: token ids, positions and packed documents.
+
+    Documents are packed on the CPU.
+    """
     documents = None if batch.document_ids is None else ops.pack(batch.document_ids).to(device)
     return batch.input_ids.to(device), batch.position_ids.to(device), documents
 
@@ -116,7 +118,7 @@ def _summed_loss(stage: Stage, batch: Batch, masks: Masks | None) -> torch.Tenso
 def peak_memory(device: torch.device) -> int:
     """Return the highest memory use of this rank since the process started, in bytes.
 
-    On a GPU that of the allocator, on a CPU that of the process.
+    On a GPU the memory of the allocator, on a CPU that of the process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -27,7 +27,7 @@ class Guard:
 
     @property
     def troubled(self) -> bool:
-        """True if the last step was skipped or a spike, so its state is no rewind target."""
+        """True if the last step was skipped or a spike; its state is not a rewind target."""
         return self.skipped > 0 or self.high > 0
 
     def after_step(self, guards: GuardsConfig, loss: float, skipped: bool) -> "Guard":

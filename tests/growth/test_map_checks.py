@@ -65,16 +65,16 @@ def dense(**changes: Any) -> Dense:
 
 
 REFUSED: dict[str, tuple[GrowthMap, str]] = {
-    "left out": (without(GATE), f"the growth map says nothing of {GATE}"),
+    "left out": (without(GATE), f"the growth map omits {GATE}"),
     "a part left out": (
         with_terms(rows(0, 1, 2, -1, -1, 5)),
-        f"the growth map leaves out a part of {GATE}: 64 of 96 entries come from the source and "
-        "nothing fills the rest",
+        f"the growth map covers only a part of {GATE}: 64 of 96 entries come from the source and "
+        "the rest has no fill",
     ),
     "all left out": (
         with_terms(),
-        f"the growth map leaves out a part of {GATE}: 0 of 96 entries come from the source and "
-        "nothing fills the rest",
+        f"the growth map covers only a part of {GATE}: 0 of 96 entries come from the source and "
+        "the rest has no fill",
     ),
     "covered twice": (
         with_terms(rows(0, 1, 2, 3, -1, -1), rows(-1, -1, -1, 0, 4, 5)),
@@ -86,31 +86,31 @@ REFUSED: dict[str, tuple[GrowthMap, str]] = {
     ),
     "unknown source": (
         with_terms(Gather("model.layers.2.mlp.gate_proj.weight", cols=COLS)),
-        f"{GATE} is to come from model.layers.2.mlp.gate_proj.weight, which does not exist",
+        f"{GATE}: its source model.layers.2.mlp.gate_proj.weight does not exist",
     ),
     "unknown source of moments": (
         with_terms(Gather("nothing", cols=COLS), moments=True),
-        f"{GATE} is to come from nothing, which does not exist",
+        f"{GATE}: its source nothing does not exist",
     ),
     "unknown target": (
         replace(RIGHT, weights={**RIGHT.weights, "lm_tail": (Gather(GATE),)}),
-        "the growth map makes lm_tail, which the target does not have",
+        "the growth map defines lm_tail, which the target does not have",
     ),
     "unknown target of moments": (
         replace(RIGHT, moments={**RIGHT.moments, "lm_tail": (Gather(GATE),)}),
-        "the growth map makes lm_tail, which the target does not have",
+        "the growth map defines lm_tail, which the target does not have",
     ),
     "unknown target of a fill": (
         replace(RIGHT, fills={"lm_tail": (Fill("x"),)}),
-        "the growth map makes lm_tail, which the target does not have",
+        "the growth map defines lm_tail, which the target does not have",
     ),
     "size untold": (
         with_terms(Gather(GATE)),
-        f"{GATE}: 8 columns are to become 16 without being told how",
+        f"{GATE}: 8 columns become 16, but the axis has no index",
     ),
     "rows of another number": (
         with_terms(rows(0, 1, 2)),
-        f"{GATE} has 6 rows, the growth map speaks of 3",
+        f"{GATE} has 6 rows, the growth map has 3",
     ),
     "row beyond": (
         with_terms(rows(0, 1, 2, 3, 4, 6)),
@@ -130,7 +130,7 @@ REFUSED: dict[str, tuple[GrowthMap, str]] = {
     ),
     "mixed shapes": (
         with_terms(dense(sources=(GATE, NORM))),
-        f"{GATE} mixes {GATE} and {NORM} of other shape",
+        f"{GATE} mixes {GATE} and {NORM}, whose shapes differ",
     ),
     "factors": (with_terms(dense(alphas=(1.0,))), f"{GATE}: 1 factors for 2 sources"),
     "matrix": (
@@ -147,7 +147,7 @@ REFUSED: dict[str, tuple[GrowthMap, str]] = {
     ),
     "unknown gain": (
         with_terms(dense(gain="model.layers.7.input_layernorm.weight")),
-        f"{GATE} is to come from model.layers.7.input_layernorm.weight, which does not exist",
+        f"{GATE}: its source model.layers.7.input_layernorm.weight does not exist",
     ),
     "gain of another size": (
         with_terms(dense(gain="lm_head.weight")),

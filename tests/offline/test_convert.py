@@ -76,7 +76,7 @@ def test_there_and_back_from_a_checkpoint_with_a_padded_vocabulary(tmp_path, nam
     state = state_of(theirs, parameter_plan(config, 1))
     write_checkpoint(tmp_path / "in", config, layout, state)
     said = export(tmp_path / "in", tmp_path / "hf", shard_size="20KB")
-    assert "without a tokenizer: its run names none; --tokenizer PATH adds one" in said
+    assert "without a tokenizer: its run has none; add one with --tokenizer PATH" in said
     loaded = load(tmp_path / "hf")
     ids, _ = tokens(config, 2, 24)
     assert (logits(loaded, ids) - logits(theirs, ids)).abs().max() < EXACT
@@ -185,7 +185,7 @@ def test_the_tokenizer_of_the_run_goes_with_it(tmp_path, tokenizer):
 def test_a_tokenizer_that_is_gone_is_told_and_one_given_taken(tmp_path, tokenizer):
     path = of_run(tmp_path, tmp_path / "gone.model")
     said = export(path, tmp_path / "out")
-    assert f"without a tokenizer: {tmp_path / 'gone.model'}, its run's, is not here" in said
+    assert f"without a tokenizer: {tmp_path / 'gone.model'}, its run's, does not exist" in said
     assert not (tmp_path / "out" / "tokenizer.json").exists()
     export(path, tmp_path / "with", tokenizer=tokenizer)
     assert AutoTokenizer.from_pretrained(tmp_path / "with").eos_token_id == 2
@@ -199,9 +199,11 @@ def test_the_wrong_kind_of_source_is_named(tmp_path):
     hugging_face(config).save_pretrained(tmp_path / "hf")
     state = state_of(hugging_face(config), parameter_plan(config, 1))
     path = write_checkpoint(tmp_path / "in", config, layout_of(config, 0, 1, 1), state)
-    with pytest.raises(InputError, match="a Hugging Face folder: use megagrow convert hf-import"):
+    with pytest.raises(
+        InputError, match="is a Hugging Face folder; use megagrow convert hf-import"
+    ):
         convert(reshard_files, tmp_path / "hf", tmp_path / "out")
-    with pytest.raises(InputError, match=r"no Hugging Face folder, it has no config.json"):
+    with pytest.raises(InputError, match=r"not a Hugging Face folder, it has no config.json"):
         convert(import_hugging_face, path, tmp_path / "out")
     with pytest.raises(InputError, match=r"--tp 3 does not divide num_attention_heads = 4"):
         convert(reshard_files, path, tmp_path / "out", tp=3)

@@ -59,7 +59,7 @@ def test_files_hold_what_the_map_says(tmp_path, name):
         weight_decay_on=after[3],
         memory=SMALLEST if name != "isometric" else "12.2MiB",
     )
-    exact = "keeps the function" if growth.preserves_function else "changes the function"
+    exact = "preserves the function" if growth.preserves_function else "changes the function"
     assert exact in said and "5, 640 tokens" in said
     tolerance = 1e-6 if name == "isometric" else 0.0
     if tolerance:
@@ -116,10 +116,10 @@ def test_a_model_behind_masks_grows_no_further_until_it_is_trained(tmp_path):
     deep = model_file(tmp_path / "deep.yaml", {"num_hidden_layers": 4})
     grow(source=path, out=tmp_path / "random", to=deep, operators=("random_depth",))
     deeper = model_file(tmp_path / "deeper.yaml", {"num_hidden_layers": 8})
-    with pytest.raises(InputError, match="parts of it still stand behind masks"):
+    with pytest.raises(InputError, match="growth masks are still ramping"):
         grow(source=tmp_path / "random", out=tmp_path / "out", to=deeper)
     request = conversion(tmp_path, tmp_path / "random")
-    with pytest.raises(InputError, match="parts of it still stand behind masks"):
+    with pytest.raises(InputError, match="growth masks are still ramping"):
         grow(out=tmp_path / "out", form="huggingface", **request)
     grow(out=tmp_path / "out", dp=2, **request)
     told = read_manifest(tmp_path / "out").environment["growth"]
@@ -151,7 +151,7 @@ def test_masks_of_a_run_are_known_from_its_position(tmp_path, step, masked, depr
     write_manifest(path, replace(manifest, run=position, environment=environment))
     request = conversion(tmp_path, path, out=tmp_path / "out", form="huggingface")
     if masked:
-        with pytest.raises(InputError, match="parts of it still stand behind masks"):
+        with pytest.raises(InputError, match="growth masks are still ramping"):
             grow(**request)
     else:
         grow(**request)

@@ -42,17 +42,17 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "probe": (
         DEEP,
         {"overrides": ('growth.probe={operators: ["solar", "mslt"]}',)},
-        "growth.probe tries operators by training them",
+        "growth.probe trains each operator",
     ),
     "estimate_second_moment": (
         DEEP,
         {"overrides": ("growth.optimizer_state=estimate_second_moment",)},
-        "measures on batches",
+        "requires training batches",
     ),
     "masks": (
         ANY,
         {"operators": ("random_width",), "form": "huggingface"},
-        "random_width lets new parts in through masks, which a Hugging Face model does not have",
+        "random_width uses growth masks, which a Hugging Face model does not support",
     ),
     "unknown option": (
         DEEP,
@@ -62,15 +62,15 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "wrong option": (DEEP, {"overrides": ("growth.noise=-1",)}, "growth.noise: Input should be"),
     "other key": (DEEP, {"overrides": ("seed=3",)}, "--set seed=3: only growth.KEY=VALUE can"),
     "no operator": (DEEP, {"operators": ("stack",)}, "growth.operator.0: Input should be"),
-    "stage": (DEEP, {"stage": 1}, "--stage goes with a run file"),
+    "stage": (DEEP, {"stage": 1}, "--stage requires a run file"),
     "tp": (WIDE, {"operators": ("direct_width",), "tp": 3}, "--tp 3 does not divide num_attention"),
     "layout": (DEEP, {"form": "huggingface", "dp": 2}, "a Hugging Face folder has no layout"),
     "format": (DEEP, {"form": "megatron"}, "--format megatron: should be one of checkpoint, hugg"),
     "dtype": (DEEP, {"dtype": "int8"}, "--dtype int8: should be one of float32, float16, bfloat16"),
     "memory": (DEEP, {"memory": "lots"}, "--memory lots: should be a number of bytes such as 1GiB"),
     "one row": (DEEP, {"memory": "1MiB"}, "--memory 1 MiB is too small for one row of this model"),
-    "text": (DEEP, {"text": Path("x")}, "--text needs --tokenizer"),
-    "tokenizer": (DEEP, {"tokenizer": "x"}, "--tokenizer goes with --text"),
+    "text": (DEEP, {"text": Path("x")}, "--text requires --tokenizer"),
+    "tokenizer": (DEEP, {"tokenizer": "x"}, "--tokenizer requires --text"),
 }
 
 
@@ -121,7 +121,7 @@ def test_runs_that_do_not_begin_where_the_source_stands(path, tmp_path):
         grow(stage=2, **request)
     other = make_run(tmp_path, [{"model": BASE | ANY | LOW_EPS, "tokens": 640}, deep])
     write_run(tmp_path / "run.yaml", other)
-    with pytest.raises(InputError, match=r"hidden_size is 16, stage 0 of .* says 24"):
+    with pytest.raises(InputError, match=r"hidden_size is 16, stage 0 of .* has 24"):
         grow(**request)
 
 
@@ -166,7 +166,9 @@ def test_what_is_at_the_place_of_the_output_is_left_alone(path, tmp_path):
         grow(out=path, **request)
     (tmp_path / "out.tmp").mkdir()
     (tmp_path / "out.tmp" / "precious").write_text("!")
-    with pytest.raises(InputError, match=r"out\.tmp: is in the way and no growth's; remove it"):
+    with pytest.raises(
+        InputError, match=r"out\.tmp: exists but is not an unfinished growth; remove it"
+    ):
         grow(out=tmp_path / "out", **request)
     assert (tmp_path / "out.tmp" / "precious").read_text() == "!"
 
@@ -181,7 +183,7 @@ def test_a_full_disk_loses_nothing(path, tmp_path, monkeypatch):
             grow(**request)
         # Somebody else fills the disk when the work has begun.
         monkeypatch.setattr("megagrow.offline.grow.check_space", lambda *_: None)
-        with pytest.raises(InputError, match=r"No space left on device.*give the same command aga"):
+        with pytest.raises(InputError, match=r"No space left on device.*rerun the same command"):
             grow(**request)
         assert not (disk / "out").exists() and (disk / "out.tmp").is_dir()
         (disk / "big").unlink()
@@ -203,7 +205,7 @@ def test_a_byte_that_changes_on_the_disk_is_noticed_and_made_again(path, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr("megagrow.offline.writer.drop_from_cache", flip)
-        with pytest.raises(InputError, match=r"is not on the disk as it was written; give the sam"):
+        with pytest.raises(InputError, match=r"differs from the written data; rerun the same"):
             grow(out=tmp_path / "out", **request)
     assert not (tmp_path / "out").exists()
     grow(out=tmp_path / "out", **request)
@@ -218,13 +220,13 @@ def test_another_command_does_not_go_on(path, tmp_path, monkeypatch):
         with pytest.raises(InputError, match="stop"):
             grow(to=first, **request)
     other = model_file(tmp_path / "b.yaml", {"num_hidden_layers": 6})
-    with pytest.raises(InputError, match="begun by another command"):
+    with pytest.raises(InputError, match="started by another command"):
         grow(to=other, **request)
     assert "written and checked" in grow(to=first, memory="64MiB", **request)
     # Killed when only the journal was still to go: the same command ends that.
     journal = json.dumps({"another": "command"}) + "\n"
     (tmp_path / "out" / "journal.jsonl").write_text(journal)
-    with pytest.raises(InputError, match="begun by another command"):
+    with pytest.raises(InputError, match="started by another command"):
         grow(to=first, **request)
 
 
@@ -240,7 +242,7 @@ def test_the_same_command_ends_what_only_lacks_its_end(path, tmp_path, monkeypat
         with pytest.raises(InputError, match="stop"):
             grow(**request)
     assert (tmp_path / "out" / "journal.jsonl").is_file()
-    assert "is finished" in grow(**request)
+    assert "already finished" in grow(**request)
     assert not (tmp_path / "out" / "journal.jsonl").exists()
     with pytest.raises(InputError, match="already exists"):
         grow(**request)

@@ -43,7 +43,7 @@ def test_the_same_command_goes_on(folder):
 
 
 def test_another_command_is_refused(folder):
-    with pytest.raises(InputError, match=r"begun by another command \(other to\)"):
+    with pytest.raises(InputError, match=r"started by another command \(other to\)"):
         Journal(folder, COMMAND | {"to": [1, 3]})
     with pytest.raises(InputError, match=r"\(other new, to\)"):
         Journal(folder, {"from": "a", "new": 1})
@@ -52,7 +52,7 @@ def test_another_command_is_refused(folder):
 def test_a_command_that_still_runs_is_left_alone(folder):
     with (
         Journal(folder, COMMAND),
-        pytest.raises(InputError, match="another process is writing it"),
+        pytest.raises(InputError, match="another process is writing to it"),
     ):
         Journal(folder, COMMAND)
 

@@ -148,7 +148,7 @@ def test_a_disk_without_room_for_one_checkpoint_is_told_at_once(tmp_path, disk):
     done = Job(tmp_path / "said", 2, ["train", str(write_run(tmp_path / "run.yaml", run))]).finish()
     assert done.codes == [2, 2]
     warning, first = (
-        done.out[0].index(text) for text in ("no room for a single checkpoint", "step 2 |")
+        done.out[0].index(text) for text in ("not enough disk space for one checkpoint", "step 2 |")
     )
     assert warning < first
     assert f"{run.output_dir}/checkpoints: not enough disk space: " in done.out[0]

@@ -96,7 +96,7 @@ def test_what_can_not_be_a_beginning_is_named(folder):
     for said in run_ranks(2, refusals, folder):
         assert said[0] == f"{folder / 'none'}: no such directory"
         assert "num_hidden_layers is 2, but 3 in stages.0.model; make them equal" in said[1]
-        assert "still stand behind masks" in said[2]
+        assert "growth masks are still ramping" in said[2]
 
 
 def losses(run: RunConfig) -> list[tuple[Any, ...]]:

@@ -1,7 +1,7 @@
 """Heartbeat server on rank 0: each rank's current phase and a shared abort code.
 
 The other ranks use short TCP connections, because heartbeats are needed while collectives hang.
-(torch's own TCPStore prints pages of stack trace when its host is gone.)
+(torch's own TCPStore prints long stack traces when its host is lost.)
 """
 
 import json

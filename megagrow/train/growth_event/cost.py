@@ -21,12 +21,12 @@ class Feed(NamedTuple):
     length: int
     """Tokens per sequence."""
     before_step: Callable[[], None] = lambda: None
-    """Called on all ranks before each step: it may end the growth by an exception."""
+    """Called on all ranks before each step; may abort the growth by an exception."""
 
     def batches(self, step: int, stage: StageConfig, topology: Topology) -> list[Batch]:
-        """This rank's micro batches of a step to come, 0 being the next; all ranks together.
+        """Read this rank's micro-batches of a future step; 0 is the next one. Collective.
 
-        InputError on all ranks if the stream can not be read on one.
+        Raises InputError on all ranks if one of them cannot read the stream.
         """
         self.before_step()
         position = self.position + step * step_tokens(stage, self.length)
@@ -43,14 +43,14 @@ class GrowthCost:
     tokens: int = 0
     """Tokens consumed from the stream."""
     flops: float = 0.0
-    """FLOPs by the paper's account."""
+    """FLOPs by the paper's formula."""
     flops_true: float = 0.0
-    """FLOPs with attention, and with the formation of learned weights."""
+    """FLOPs with attention, and with the computation of learned weights."""
     losses: tuple[float, ...] = ()
     """Mean loss per token in nats of each step of a learned growth, before the update."""
 
     def plus(self, other: "GrowthCost") -> "GrowthCost":
-        """Both together; the losses are those of the first."""
+        """Return the sum of both costs, with the losses of this one."""
         return GrowthCost(
             self.tokens + other.tokens,
             self.flops + other.flops,

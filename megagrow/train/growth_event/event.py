@@ -41,7 +41,7 @@ class GrowthReport:
     bytes_within_ranks: int
     seconds: float
     peak_memory_bytes: int
-    """Highest of all ranks."""
+    """Maximum over all ranks."""
     spent: GrowthCost
 
 
@@ -64,8 +64,10 @@ def end_stage(stage: Stage) -> FinishedStage:
 
 
 def grow(run: RunConfig, ended: FinishedStage, feed: Feed) -> tuple[Stage, GrowthReport]:
-    """Build the next stage with the grown state of a finished one, which is unchanged.
-    Collective."""
+    """Build the next stage with the grown state of a finished one. Collective.
+
+    The state of the finished stage is unchanged.
+    """
     begin = time.perf_counter()
     options = run.stages[ended.index + 1].growth
     assert options is not None
@@ -94,8 +96,11 @@ def _move(
     target: Stage,
     feed: Feed,
 ) -> tuple[list[TransferStats], GrowthCost]:
-    """Fills the target. If exp_avg_sq of new entries is measured, weights move before the moments,
-    which then take the place of what was measured for old entries."""
+    """Fill the target's state and return the transfer statistics and the cost.
+
+    If exp_avg_sq of new entries is measured, weights are transferred first. The moments of old
+    entries are transferred after the measurement and overwrite its values.
+    """
     side = ShardedState(target.layout, target.engine.storage())
     step = ended.adam_step if growth.keeps_step else 0
     if state_policy(options) != "estimate_second_moment":
@@ -149,15 +154,15 @@ def measure_second_moment(
     """Estimate Adam's second moment: set exp_avg_sq to the mean of g^2 over some steps' batches.
 
     With exp_avg_sq at zero the first updates of new entries would be too large where beta2 is near
-    1 (docs/reference/operators.md). Policy `estimate_second_moment` estimates it by steps that
-    change no weight. All ranks call this together.
+    1 (docs/reference/operators.md). Policy `estimate_second_moment` estimates it by steps that do
+    not change the weights. Collective.
 
-    The engine must hold its weights, and moments of zero. Each of `steps` is what `train_step`
-    takes: this rank's micro batches of one step; `masks` are those of the stage's first step. The
-    gradients are those that Adam is given, reduced and clipped; later steps weigh more, as in
-    Adam's own mean, whose bias is taken out (v = sum of (1 - b) b^(n-k) g_k^2 over k / (1 - b^n),
-    b = beta2). Gradients that are not finite are passed over. Weights and Adam's step stay as they
-    are, exp_avg is zero. InputError if no gradient is finite.
+    The engine must hold its weights, and moments of zero. Each of `steps` contains this rank's
+    micro-batches of one step, as for `train_step`; `masks` are those of the stage's first step. The
+    gradients are Adam's input, reduced and clipped. Later steps have a larger weight, as in Adam's
+    running mean, and the bias is corrected: v = sum over k of (1 - b) b^(n-k) g_k^2 / (1 - b^n),
+    with b = beta2. Non-finite gradients are skipped. Weights and Adam's step do not change;
+    exp_avg is zero. Raises InputError if no gradient is finite.
     """
     engine = stage.engine
     adam_step = engine.adam_step
@@ -166,7 +171,7 @@ def measure_second_moment(
     finite = sum(map(math.isfinite, norms))
     if not finite:
         raise ConfigError(
-            f"growth of stage {stage.index}: no gradient of its estimate_second_moment is finite"
+            f"growth of stage {stage.index}: estimate_second_moment found no finite gradient"
         )
     bias = 1.0 - stage.config.optimizer.betas[1] ** finite
     for kinds in engine.storage().values():

@@ -25,8 +25,10 @@ class Change(NamedTuple):
 
 
 def predictions(stage: Stage, reader: BatchReader, masks: Masks | None) -> Tensor:
-    """Logits (positions, vocab) fp32 on the CPU, for the first sequence of a stream; the same on
-    all ranks, which call this together. `masks` are this rank's."""
+    """Return the logits of the first sequence of a stream: (positions, vocab) fp32 on the CPU.
+
+    The result is the same on all ranks. `masks` are this rank's. Collective.
+    """
     batch, topology = reader.read(0, [0]), stage.topology
     stage.engine.train(False)
     with torch.no_grad():

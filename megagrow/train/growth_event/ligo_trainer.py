@@ -1,11 +1,11 @@
-"""Trains a learned growth (LiGO) on the tokens that come next in the stream.
+"""Train a learned growth (LiGO) on the next tokens of the stream.
 
-As the authors of Du et al. 2024 do: some steps of the target's batch with AdamW, at a rate that
-rises to 7e-5 and falls along a cosine to 7e-6, gradients clipped to norm 1. Weight decay is left
-out: it would pull B, A and D to zero, and a good growth is no small one. The source is frozen.
+The recipe is that of Du et al. 2024: some steps with the target's batch size and AdamW, a learning
+rate that rises to 7e-5 and follows a cosine to 7e-6, and gradients clipped to norm 1. There is no
+weight decay, because it would pull B, A and D to zero. The source is frozen.
 
-What is trained is small, equal on all ranks, and gone when the growth is done. A job that dies here
-resumes from the checkpoint before the growth, with the same result.
+The learnable parameters are small, equal on all ranks, and freed after the growth. A job that is
+killed here resumes from the checkpoint before the growth, with the same result.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -97,10 +97,10 @@ def summed_gradients(
     batches: Sequence[Batch],
     topology: Topology,
 ) -> float:
-    """Forward and backward over this rank's micro batches; all ranks together.
+    """Run forward and backward over this rank's micro-batches. Collective.
 
-    Leaves in the learnable parameters the gradient of the global batch's mean loss, the same on all
-    ranks, and returns that loss.
+    Returns the global batch's mean loss and sets `grad` of the learnable parameters to its
+    gradient, the same on all ranks.
     """
     total = torch.zeros((), device=topology.device)
     vocab = learned.growth.target.vocab_size
@@ -119,8 +119,10 @@ def summed_gradients(
 
 
 def _sum_over_ranks(gradients: list[Tensor | None]) -> None:
-    """Every rank's gradients are its part: of its data, of its slices, and of the shards that it
-    holds of the source."""
+    """Sum the gradients over all ranks.
+
+    A rank's gradient covers its data, its slices of the target and its shards of the source.
+    """
     present = [gradient for gradient in gradients if gradient is not None]
     flat = torch.cat([gradient.flatten() for gradient in present])
     dist.all_reduce(flat)
@@ -135,8 +137,11 @@ def _rate(learn: LearnConfig, step: int) -> float:
 
 
 def _spent(run: RunConfig, index: int, learned: LigoParameters, losses: list[float]) -> GrowthCost:
-    """Weights are made once per micro batch of the global batch, and three times as much is done
-    as forward alone; what is done twice to save memory is not counted, as everywhere."""
+    """Return the cost of the training.
+
+    Weights are formed once per micro-batch of the global batch; forward and backward take three
+    times the FLOPs of forward. Activation checkpointing is not counted.
+    """
     stage, length = run.stages[index], run.data.sequence_length
     tokens = len(losses) * step_tokens(stage, length)
     times = len(losses) * stage.batch.global_batch_size // stage.batch.micro_batch_size
@@ -182,8 +187,10 @@ class Forming:
         return parameter_plan(self.settings.model, self.topology.tp)
 
     def weights(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        """This rank's slices of some of the target's parameters, in the type that is computed in:
-        `names` are the logical ones by what they are to be called here. Collective."""
+        """Return this rank's slices of some of the target's parameters, in `dtype`. Collective.
+
+        `names` maps the keys of the result to logical parameter names.
+        """
         tp, tp_rank = self.topology.tp, self.topology.tp_rank
         specs = [self.plan[name] for name in names.values()]
         recipes = [self.learned.recipe(spec) for spec in specs]
@@ -202,7 +209,7 @@ class Forming:
 def formed_model(forming: Forming) -> LlamaForCausalLM:
     """Return this rank's part of the target, without weights."""
     settings, topology = forming.settings, forming.topology
-    # Parts are recomputed entirely, so nothing within them is.
+    # Each part is checkpointed as a unit, so no activation checkpointing within it.
     parallel = settings.parallel.model_copy(update={"activation_checkpointing": "none"})
     plan = forming.plan
     model = build_model(plan, replace(settings, parallel=parallel), topology, forming.dtype)

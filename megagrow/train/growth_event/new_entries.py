@@ -24,17 +24,17 @@ class UpdateFactors(NamedTuple):
 
 
 def update_factors(run: RunConfig, stage_index: int, stage_tokens: int) -> UpdateFactors:
-    """The factors of the step that begins `stage_tokens` tokens into a stage of the run.
+    """Return the factors of the step that begins `stage_tokens` tokens into a stage.
 
-    Old entries do not change until `freeze_tokens`. New ones train at a rate of their own, if the
-    growth gives them one: the factor is that rate over the rate of the step.
+    Old entries do not change until `freeze_tokens`. If the growth defines a separate learning rate
+    of new entries, their factor is that rate over the rate of the step.
     """
     growth = run.stages[stage_index].growth
     if growth is None:
         return UpdateFactors()
     old = 0.0 if stage_tokens < (growth.freeze_tokens or 0) else 1.0
     rate = rate_at(run, stage_index, stage_tokens)
-    if new_entries_of(growth) is None or rate == 0:  # at 0 nothing changes whatever the factor
+    if new_entries_of(growth) is None or rate == 0:  # no ratio at rate 0
         return UpdateFactors(old=old)
     return UpdateFactors(new_entries_rate(run, stage_index, stage_tokens) / rate, old)
 
@@ -47,10 +47,10 @@ def has_per_entry_lr(growth: GrowthConfig | None) -> bool:
 def fresh_masks(
     fresh: Mapping[str, Fresh], layout: Layout, rank: int, storage: Storage
 ) -> dict[str, Tensor]:
-    """Which of the entries that a rank holds are new: by parameter (n,) bool, in the order and on
-    the device of its storage. A parameter of which it holds no new entry is absent.
+    """Return masks of the new entries that a rank holds, by parameter: (n,) bool.
 
-    Padding of the vocabulary is old: it belongs to no logical tensor.
+    A mask has the order and the device of the rank's storage. Parameters without new entries on the
+    rank are absent. Padding of the vocabulary is old: it belongs to no logical tensor.
     """
     masks = {}
     for name, kinds in storage.items():

@@ -3,7 +3,7 @@
 The loss after a few steps predicts the training of a grown model better than the loss at the growth
 ("landscape-aware growing", Karp et al. 2024, arXiv 2406.02469). Each candidate is grown from the
 same state and trained on the same tokens; the best one is then grown again and trained as usual.
-The cost of the candidates is charged to the run.
+The run's counters include the cost of the candidates.
 """
 
 import logging

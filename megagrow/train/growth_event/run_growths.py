@@ -25,10 +25,10 @@ def stage_growth(run: RunConfig, index: int) -> GrowthMap:
 
 
 def stage_scales(run: RunConfig, index: int) -> dict[str, ParamScale]:
-    """Factors on the hyper-parameters of a stage's parameters, of all growths that led to it.
+    """Return the factors on the hyper-parameters of a stage's parameters.
 
-    A growth that is to follow its source exactly sets them, and later ones pass them on: a
-    parameter keeps those of its sources.
+    They are set by growths with exact continuation and inherited by later stages: a parameter keeps
+    the factors of its source.
     """
     scales: dict[str, ParamScale] = {}
     for later in range(1, index + 1):
@@ -73,8 +73,11 @@ def with_operators(run: RunConfig, index: int, names: tuple[str, ...]) -> RunCon
 
 
 def as_grown(run: RunConfig, state: RunState) -> RunConfig:
-    """The run with the operators by which it has grown so far. InputError if the run file names
-    others: masks and hyper-parameters of the stage would silently be those of another growth."""
+    """Return the run with the operators of its past growths.
+
+    Raises InputError if the run file has other operators: masks and hyper-parameters of the stage
+    would silently be those of another growth.
+    """
     for index, names in enumerate(state.operators, start=1):
         growth = run.stages[index].growth
         if not names or growth is None:
@@ -82,8 +85,8 @@ def as_grown(run: RunConfig, state: RunState) -> RunConfig:
         allowed = ["+".join(chosen.operator) for chosen in candidates(growth)]
         if "+".join(names) not in allowed:
             raise ConfigError(
-                f"stages.{index}.growth names {' or '.join(allowed)}, but the run has grown by "
-                f"{'+'.join(names)}: set it back, or start in another output_dir"
+                f"stages.{index}.growth names {' or '.join(allowed)}, but the run has grown with "
+                f"{'+'.join(names)}; restore it, or use another output_dir"
             )
         run = with_operators(run, index, names)
     return run

@@ -151,7 +151,7 @@ def _fit(fields: dict[str, str], width: int) -> str:
 
 
 def _progress(console: Console, enabled: bool) -> Progress:
-    """Build the live line; the bar fills the room that the fields leave."""
+    """Build the live line; the bar fills the remaining width."""
     bar = Column(ratio=1, min_width=BAR_WIDTH)
     return Progress(
         BarColumn(bar_width=None, table_column=bar),

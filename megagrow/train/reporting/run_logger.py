@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 class RunLogger:
     """Write metrics and log lines on rank 0; do nothing on the other ranks.
 
-    Only rank 0 sees a full disk. It keeps the error until `check` raises it, at a point where all
-    ranks exchange errors.
+    Only rank 0 detects a full disk. It stores the error until `check` raises it, at a point where
+    all ranks exchange errors.
 
     Args:
         run: the run.
@@ -185,7 +185,7 @@ class RunLogger:
         after: float,
         difference: Change,
     ) -> None:
-        """Record a growth; `state` is the one after it."""
+        """Record a growth; `state` is the state after it."""
         fields: dict[str, Any] = {"stage": state.stage, "loss_before": before}
         fields |= {"loss_after": after, "kl": difference.kl, "logits_difference": difference.logits}
         fields |= {n: getattr(report, n) for n in report.__dataclass_fields__ if n != "spent"}

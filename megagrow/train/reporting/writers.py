@@ -114,7 +114,7 @@ class WandbTracker:
         )
 
     def truncate_after(self, step: int) -> None:
-        """Do nothing: W&B cannot delete, and ignores steps that it has already seen."""
+        """Do nothing: W&B cannot delete, and ignores steps that it has already received."""
 
     def write(self, record: Record) -> None:
         self._run.log(_scalars(record), step=record["step"])
