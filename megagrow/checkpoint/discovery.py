@@ -2,9 +2,8 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from megagrow.checkpoint.manifest import Manifest, verify_checkpoint
 from megagrow.errors import CheckpointError, InputError
@@ -13,8 +12,6 @@ logger = logging.getLogger(__name__)
 
 FoundCheckpoint = tuple[Path, Manifest]
 """A checkpoint and its manifest."""
-
-Content = TypeVar("Content")
 
 
 def newest_valid(directory: Path) -> FoundCheckpoint | None:
@@ -37,31 +34,15 @@ def last_valid(
     `level` is the severity at which skipped checkpoints are logged.
     """
     problems: list[str] = []
-    newest = next(valid_checkpoints(reversed(paths), verify, problems, level), None)
-    if newest is None and problems:
-        raise CheckpointError(f"no valid checkpoint under {directory}: {problems[0]}")
-    return newest
-
-
-def valid_checkpoints(
-    paths: Iterable[Path],
-    read: Callable[[Path], Content],
-    problems: list[str] | None = None,
-    level: int = logging.WARNING,
-) -> Iterator[tuple[Path, Content]]:
-    """Yield the checkpoints that `read` accepts; log the others at `level` and skip them.
-
-    `problems` collects the messages of the errors.
-    """
-    for path in paths:
+    for path in reversed(paths):
         try:
-            content = read(path)
+            return path, verify(path)
         except InputError as error:
             logger.log(level, "skipped a damaged checkpoint: %s", error)
-            if problems is not None:
-                problems.append(str(error))
-        else:
-            yield path, content
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError(f"no valid checkpoint under {directory}: {problems[0]}")
+    return None
 
 
 _NAME = re.compile(r"step-(\d{9,})")

@@ -74,7 +74,7 @@ class Save:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Convert errors to one that names the failed and the last valid checkpoint; remove
+        """Convert errors to one that names the failed and the newest checkpoint; remove
         partial files."""
         try:
             yield
@@ -82,7 +82,7 @@ class Save:
             if dist.get_rank() == 0:
                 shutil.rmtree(self.partial, ignore_errors=True)
             before = list_checkpoints(self.directory)
-            rest = f"the last good one is {before[-1]}" if before else "there is none before it"
+            rest = f"the newest one is {before[-1]}" if before else "there is none before it"
             raise ResourceError(
                 f"checkpoint {self.final} was not saved: {error}; {rest}"
             ) from error

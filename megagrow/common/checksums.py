@@ -7,6 +7,7 @@ against someone who changes both the file and its checksum.
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -75,9 +76,15 @@ def text_checksum(text: str) -> str:
 
 def check_size(path: Path, record: FileRecord) -> None:
     """Raise CheckpointError if a file is missing or has another size."""
-    if not path.is_file():
+    try:
+        info = path.stat()
+    except FileNotFoundError:
+        info = None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if info is None or not stat.S_ISREG(info.st_mode):
         raise CheckpointError(f"{path.parent}: {path.name} is missing; use another checkpoint")
-    size = path.stat().st_size
+    size = info.st_size
     if size != record.size:
         raise CheckpointError(
             f"{path}: truncated or damaged, {size} bytes instead of {record.size}"

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from megagrow.config.model import ModelConfig
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage import StageConfig
+from megagrow.model.layers.table import indivisible_sizes
 
 
 def problems(run: RunConfig) -> list[str]:
@@ -74,10 +75,8 @@ def _evaluation(run: RunConfig) -> Iterator[str]:
 def _parallel(stage: StageConfig, sequence_length: int, at: str) -> Iterator[str]:
     tensor = stage.parallel.tensor_model_parallel_size
     key = f"{at}.parallel.tensor_model_parallel_size = {tensor}"
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        size = getattr(stage.model, name)
-        if size % tensor:
-            yield f"{at}.model.{name} = {size} is not divisible by {key}; use a divisor of {size}"
+    for name, size in indivisible_sizes(stage.model, tensor):
+        yield f"{at}.model.{name} = {size} is not divisible by {key}; use a divisor of {size}"
     if stage.parallel.sequence_parallel and sequence_length % tensor:
         yield (
             f"data.sequence_length = {sequence_length} is not divisible by {key}, which "

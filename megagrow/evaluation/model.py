@@ -14,6 +14,7 @@ from megagrow.errors import CheckpointError, ConfigError, DataError
 from megagrow.evaluation.tokenizer import EvalTokenizer, open_tokenizer
 from megagrow.formats.open_source import find_source, open_found
 from megagrow.model.backends import KernelWorkload, choose
+from megagrow.model.layers.table import indivisible_sizes
 from megagrow.model.llama import HeadLoss, LlamaForCausalLM
 from megagrow.model.machine import machine_of
 from megagrow.model.ops import Ops, make_ops
@@ -120,7 +121,5 @@ def _open_tokenizer(source: Source, override: str | None) -> EvalTokenizer:
 
 
 def _check_divides(model: ModelConfig, tp: int) -> None:
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        size = getattr(model, name)
-        if size % tp != 0:
-            raise ConfigError(f"--tp {tp} does not divide the model's {name} = {size}")
+    for name, size in indivisible_sizes(model, tp):
+        raise ConfigError(f"--tp {tp} does not divide the model's {name} = {size}")

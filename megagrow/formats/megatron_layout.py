@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import ConfigError
-from megagrow.model.layers.table import EMBEDDING, FINAL_NORM, HEAD
+from megagrow.model.layers.table import EMBEDDING, FINAL_NORM, HEAD, indivisible_sizes
 from megagrow.parallel.sharding import ParamSpec, pad, parameter_plan
 from megagrow.reshard.layout import Block
 
@@ -61,10 +61,8 @@ def current_name(name: str) -> str:
 
 def check_tp(model: ModelConfig, tp: int, origin: str) -> None:
     """Raise ConfigError, with `origin`, if `tp` does not divide the sizes of a model."""
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(model, name) % tp:
-            size = getattr(model, name)
-            raise ConfigError(f"{origin}: {name} = {size} is not divisible by TP {tp}")
+    for name, size in indivisible_sizes(model, tp):
+        raise ConfigError(f"{origin}: {name} = {size} is not divisible by TP {tp}")
 
 
 def padded_vocabulary(model: ModelConfig, tp: int, divisible_by: int) -> int:

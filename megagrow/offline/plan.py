@@ -21,6 +21,7 @@ from megagrow.growth.map_checks import check_map
 from megagrow.growth.mask_schedule import is_masked
 from megagrow.growth.operators import follows_exactly, growth_map, operators_of, state_policy
 from megagrow.growth.validation import event_problems
+from megagrow.model.layers.table import indivisible_sizes
 from megagrow.model.masks import Masks, masks_at
 from megagrow.offline.request import Request
 from megagrow.parallel.engine_config import ParamScale, parameter_groups
@@ -221,10 +222,8 @@ def target_layout(request: Request, plan: ConversionPlan) -> Layout:
         decay = stage.optimizer.weight_decay_on
     zero_stage = zero_stage if request.zero_stage is None else request.zero_stage
     dp, tp, decay = request.dp or dp, request.tp or tp, request.weight_decay_on or decay
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(plan.model, name) % tp:
-            size = getattr(plan.model, name)
-            raise ConfigError(f"--tp {tp} does not divide {name} = {size} of the target")
+    for name, size in indivisible_sizes(plan.model, tp):
+        raise ConfigError(f"--tp {tp} does not divide {name} = {size} of the target")
     parameters = parameter_plan(plan.model, tp)
     optimizer = OptimizerConfig.model_validate({"lr": 1.0, "weight_decay_on": decay})
     groups = parameter_groups(parameters, optimizer, _scales(plan))

@@ -9,12 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megagrow.checkpoint.discovery import (
-    FoundCheckpoint,
-    list_checkpoints,
-    step_of,
-    valid_checkpoints,
-)
+from megagrow.checkpoint.discovery import FoundCheckpoint, last_valid, list_checkpoints, step_of
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import Manifest, read_manifest, verify_checkpoint
 from megagrow.common.atomic_files import staging_folder
@@ -78,16 +73,21 @@ def rewind_target(
 
 def _newest_good(directory: Path, limit: int) -> FoundCheckpoint | None:
     """Return the newest valid checkpoint up to step `limit` that was not saved during an
-    instability, else the newest valid one; None without a valid one."""
+    instability, else the newest valid one; None if there are no checkpoints.
 
-    def rank(path: Path) -> tuple[bool, int]:
-        state = RunState.from_json(read_manifest(path).run)
+    Raises CheckpointError if all are damaged: a run never restarts from scratch over them.
+    """
+
+    def preference(path: Path) -> tuple[bool, int]:
+        try:
+            state = RunState.from_json(read_manifest(path).run)
+        except CheckpointError:  # `last_valid` reports it
+            return False, -1
         good = state.counters.step <= limit and not state.guard.troubled
         return good, state.counters.step
 
-    ranked = valid_checkpoints(list_checkpoints(directory), rank)
-    newest_first = [path for path, _ in sorted(ranked, key=lambda item: item[1], reverse=True)]
-    return next(valid_checkpoints(newest_first, verify_checkpoint), None)
+    paths = sorted(list_checkpoints(directory), key=preference)
+    return last_valid(directory, paths, verify_checkpoint)
 
 
 def _drop_later(directory: Path, target: RunState) -> None:

@@ -87,7 +87,7 @@ class RunState:
     @property
     def position(self) -> int:
         """Position of the next batch in the stream. Learning rate and masks depend on
-        `counters.tokens` instead."""
+        `stage` and `stage_step` instead."""
         return self.counters.tokens + self.skipped_tokens
 
     def after_step(self, measure: StepMetrics) -> "RunState":
@@ -121,7 +121,7 @@ class RunState:
         """Return the state at the start of the next stage.
 
         A growth that trains or measures is charged with the `tokens` that it read from the training
-        stream, starting at `counters.tokens`, and with its FLOPs by both formulas. The next stage
+        stream, starting at `position`, and with its FLOPs by both formulas. The next stage
         begins at the following token. Tokens that several candidates read count once, their FLOPs
         each time.
         """

@@ -66,7 +66,7 @@ def test_a_failure_on_one_rank_is_the_same_error_on_all(tmp_path):
         message = found[0][what]
         assert message.startswith(f"checkpoint {folder / checkpoint_name(2)} was not saved: rank ")
         assert "No space left on device" in message and "\n" not in message
-        assert message.endswith(f"the last good one is {folder / checkpoint_name(1)}")
+        assert message.endswith(f"the newest one is {folder / checkpoint_name(1)}")
         assert found[0][f"after {what}"] == [checkpoint_name(1)], "nothing half written is left"
     for path in list_checkpoints(folder):
         read_manifest(path)
@@ -115,7 +115,7 @@ def test_a_disk_that_is_really_full(small_disk, looks):
     assert first == "saved" and loaded
     told = "KiB free, " if looks else "No space left on device"
     assert told in second and "\n" not in second
-    assert second.endswith(f"the last good one is {small_disk / checkpoint_name(1)}")
+    assert second.endswith(f"the newest one is {small_disk / checkpoint_name(1)}")
     assert [path.name for path in small_disk.iterdir()] == [checkpoint_name(1)]
 
 

@@ -136,7 +136,7 @@ def test_a_write_that_fails_while_the_training_goes_on(tmp_path, undisturbed):
     path = write_run(tmp_path / "run.yaml", run)
     said = refused_run(path, hook=limited_while_writing)
     assert "step-000000008 was not saved: rank 1: " in said and "File too large" in said
-    assert said.endswith(f"the last good one is {run.output_dir}/checkpoints/step-000000004")
+    assert said.endswith(f"the newest one is {run.output_dir}/checkpoints/step-000000004")
     assert whole_checkpoints(run) == [4]
     completed_run(path)
     assert losses(run) == undisturbed
@@ -164,9 +164,7 @@ def test_a_file_that_one_rank_may_not_write(tmp_path, undisturbed):
     said = refused_run(path, hook=after_first_save(limit, on_rank=1))
     assert "step-000000012 was not saved: rank 1: " in said
     assert "rank-00001.safetensors" in said and "File too large" in said
-    assert said.endswith(
-        "the last good one is " + str(run.output_dir / "checkpoints/step-000000006")
-    )
+    assert said.endswith("the newest one is " + str(run.output_dir / "checkpoints/step-000000006"))
     assert whole_checkpoints(run) == [6]
     completed_run(path)
     assert losses(run) == undisturbed

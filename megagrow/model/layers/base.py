@@ -141,6 +141,11 @@ class LayerType:
     A block reads the output of a norm and adds its output to the residual stream. Tensor
     parallelism slices the axes that are `sliced`, and needs one collective before and one after the
     block. Growth lifts the axes of the parameters.
+
+    Limits of a declaration: parameters are matrices and vectors; new entries of a vector start at
+    1 when the model grows; the gradient of a parameter without a sliced axis is not summed over
+    tensor-parallel ranks; a block does not communicate between ranks itself, and sees documents
+    only through the attention mask of its `Context`.
     """
 
     name: str

@@ -60,6 +60,20 @@ def norm_gain(name: str, tied: bool = False) -> ParameterDeclaration:
     return ParameterDeclaration(name, role, None, "ones")
 
 
+def indivisible_sizes(config: ModelConfig, tp: int) -> Iterator[tuple[str, int]]:
+    """Yield (field, value) of the sizes that a tensor-parallel size must divide but does not.
+
+    Each rank holds complete units of every sliced axis of a block. The vocabulary is padded.
+    """
+    declared = [each for block in block_counts(config) for each in block.type.parameters(config)]
+    roles = [role for each in declared for role in (each.row_role, each.col_role)]
+    fields = (role.axis.sizes[0] for role in roles if role is not None and role.axis.sliced)
+    for field in dict.fromkeys(fields):
+        value = getattr(config, field)
+        if value % tp:
+            yield field, value
+
+
 def activation_axes(config: ModelConfig) -> dict[str, ActivationAxis]:
     """Return the axes of a model by name. Growth draws random numbers in this order."""
     declared = [each for block in block_counts(config) for each in block.type.parameters(config)]

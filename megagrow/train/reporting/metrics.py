@@ -62,12 +62,11 @@ class Counters:
     lost_seconds: float = 0.0
     """Part of `elapsed_seconds` spent on growth and checkpoints."""
     growth_tokens: int = 0
-    """Part of `tokens` read by growths that train or measure (LiGO, probing); belongs to no
-    stage."""
+    """Part of `tokens` read by growths that train (LiGO); belongs to no stage."""
     growth_flops: float = 0.0
-    """Part of `flops` spent on `growth_tokens`."""
+    """Part of `flops` spent on growths, including operator search and probes."""
     growth_flops_true: float = 0.0
-    """Part of `flops_true` spent on `growth_tokens`."""
+    """Part of `flops_true` spent on growths, including operator search and probes."""
     skipped_steps: int = 0
     """Part of `step` that was skipped because loss or gradient were not finite."""
     rewinds: int = 0
