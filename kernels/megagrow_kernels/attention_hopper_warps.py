@@ -58,7 +58,7 @@ def place_in_round(number):
 
 @gluon.jit
 def items_of_program(items):
-    """Return how many of `items` (a query tile of one head each) this program processes."""
+    """Return the number of `items` (a query tile of one head each) that this program processes."""
     rounds = items // gl.num_programs(0)
     left = items % gl.num_programs(0)
     return gl.where(place_in_round(rounds) < left, rounds + 1, rounds)

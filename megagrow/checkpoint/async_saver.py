@@ -2,7 +2,7 @@
 
 The state is copied to host memory, then a thread of each rank writes, hashes and syncs its copy.
 The thread does not communicate. When the training loop's per-step vote shows that all ranks are
-done, they meet briefly to publish the checkpoint.
+done, they publish the checkpoint together.
 """
 
 import time
@@ -32,7 +32,7 @@ class Saved:
     stall_seconds: float
     """Seconds that training was stalled."""
     seconds: float
-    """Seconds from the start of the save until the checkpoint had its final name."""
+    """Seconds from the start of the save until the checkpoint was published."""
 
 
 class Saver:
@@ -145,8 +145,8 @@ class Snapshot:
     def reserve(self, elements: int) -> None:
         """Allocate a buffer of this many elements in a thread.
 
-        Allocating memory takes several times as long as copying into it, and nothing needs to wait
-        for it.
+        Allocating memory takes several times as long as copying into it, so it runs in parallel to
+        training.
         """
         self._wait()
         self._making = Thread(target=self._make, args=(elements,), name="snapshot", daemon=True)
@@ -175,7 +175,7 @@ class Snapshot:
 
     def _make(self, elements: int) -> None:
         pinned = self._device.type == "cuda"
-        # Memory is allocated by the first write to it.
+        # The first write allocates the memory.
         self._buffer = torch.empty(elements, dtype=torch.float32, pin_memory=pinned).zero_()
 
     def _wait(self) -> None:

@@ -104,7 +104,7 @@ def parse_manifest(directory: Path) -> Manifest:
     for name in files:
         if not _SHARD.fullmatch(name):
             raise CheckpointError(
-                f"{path}: names {name!r}, which is not a rank's file; do not use it"
+                f"{path}: names {name!r}, which is not a rank's file; use another checkpoint"
             )
     return manifest
 
@@ -136,7 +136,7 @@ def _checksum(values: dict[str, Any]) -> str:
 
 
 def _check_kinds(manifest: Manifest) -> None:
-    """Raise ValueError if a field lacks parts that are displayed or read."""
+    """Raise ValueError if a required part of a field is missing or has the wrong type."""
     run, lists = manifest.run, ("provenance", "operators")
     kinds: list[tuple[object, Any]] = [
         *((value, dict) for value in (manifest.model, manifest.layout, run)),
@@ -151,7 +151,7 @@ def _check_kinds(manifest: Manifest) -> None:
     ]
     for value, kind in kinds:
         if not isinstance(value, kind):
-            raise ValueError(f"{value!r:.60} is in the wrong place")
+            raise ValueError(f"{value!r:.60} has the wrong type or position")
 
 
 def _check_layout(manifest: Manifest) -> None:

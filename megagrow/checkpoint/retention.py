@@ -14,7 +14,7 @@ from megagrow.errors import InputError
 
 @dataclass(frozen=True)
 class Retention:
-    """Retention policy: the most recent valid checkpoints, and these."""
+    """Retention policy: the most recent valid checkpoints, and those below."""
 
     keep_last: int
     """Number of most recent valid checkpoints to keep."""
@@ -62,7 +62,7 @@ def remove_unfinished(directory: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    with suppress(FileNotFoundError):  # someone at the command line removes the same
+    with suppress(FileNotFoundError):  # another process removes the same checkpoint
         shutil.rmtree(path)
 
 
@@ -75,8 +75,10 @@ def _is_whole(path: Path, read: Callable[[Path], Manifest]) -> bool:
 
 
 def _is_kept(path: Path, retention: Retention) -> bool:
-    """Return True if a checkpoint is protected; for a damaged one, only if its manifest still
-    says so."""
+    """Return True if the policy keeps a checkpoint regardless of its age.
+
+    A damaged one is kept only if its manifest is readable and marks it as protected.
+    """
     try:
         protected = parse_manifest(path).protected is not None
     except InputError:

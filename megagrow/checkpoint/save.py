@@ -1,5 +1,4 @@
-"""Save a checkpoint: every rank writes its shard, and the folder is renamed when all are on
-disk."""
+"""Save a checkpoint: every rank writes its shard, then the folder is renamed."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from megagrow.parallel.agreement import run_on_all_ranks
 
 @dataclass(frozen=True)
 class Save:
-    """Steps of a save.
+    """One save, in three steps.
 
     `begin` and `publish` are collective and raise the same error on all ranks; `write` does not
     communicate and may run in a thread.

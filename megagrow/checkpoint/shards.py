@@ -61,7 +61,7 @@ class Places:
     def __init__(self, layout: Layout, tensors: Callable[[int], Mapping[str, Stored]]) -> None:
         """Read the offsets; `tensors` returns the tensors of a rank's file by name."""
         self._index = {name: index for index, name in enumerate(layout.plan)}
-        # One rank after the other: a manifest may promise more of them than there is memory for,
+        # One rank after the other: a manifest may list more tensors than fit in memory,
         # but not more files than there are.
         self._begins = [self._of_rank(tensors(rank)) for rank in range(layout.dp * layout.tp)]
 

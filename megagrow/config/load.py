@@ -58,7 +58,7 @@ def recorded_run(values: Mapping[str, Any]) -> RunConfig:
     """Return the run whose dump is recorded in a checkpoint, by this or an earlier version.
 
     Raises:
-        ValidationError: `values` is no dump of a run.
+        ValidationError: `values` is not a dump of a run.
     """
     return RunConfig.model_validate(rename_recorded(values))
 

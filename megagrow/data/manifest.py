@@ -61,7 +61,7 @@ class CorpusManifest(BaseModel):
     """Files by path relative to the manifest's folder."""
 
     @classmethod
-    def beside(cls, prefix: Path) -> Self | None:
+    def next_to(cls, prefix: Path) -> Self | None:
         """Read the manifest in the folder of a corpus.
 
         Returns None if it is absent or written by another program. Raises DataError if damaged.
@@ -94,10 +94,10 @@ class CorpusManifest(BaseModel):
 
 
 def verify(output: Path) -> CorpusManifest:
-    """Verify the checksums of a prepared corpus; DataError names the first mismatch."""
-    manifest = CorpusManifest.beside(output / NAME)
+    """Verify the checksums of a prepared corpus. Raises DataError for the first mismatch."""
+    manifest = CorpusManifest.next_to(output / NAME)
     if manifest is None:
-        raise DataError(f"{output}: no {NAME}; not a folder that `megagrow prepare` has completed")
+        raise DataError(f"{output}: no {NAME}; `megagrow prepare` has not completed this folder")
     for name, record in manifest.files.items():
         path = output / name
         if not path.is_file():

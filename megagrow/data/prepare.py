@@ -78,7 +78,7 @@ def prepare(
     with _disk_errors(output):
         units = find_units(sources)
         wanted = fingerprint(units, options, _identity(tokenizer, vocab_size))
-        finished = CorpusManifest.beside(output / NAME)
+        finished = CorpusManifest.next_to(output / NAME)
         folder = output / "parts"
         if finished and finished.fingerprint == wanted and finished.is_complete(output):
             shutil.rmtree(folder, ignore_errors=True)  # left by an interruption just before removal

@@ -81,7 +81,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; name a file of instructions") from error
+        raise DataError(f"{path}: {error.strerror}; give a file of instructions") from error
     if path.suffix == ".jsonl":
         for number, line in enumerate(raw.split(b"\n"), start=1):
             if line.strip():
@@ -148,7 +148,7 @@ def _opened(corpus: IndexedCorpus, length: int) -> IndexedCorpus:
             f"{prefix}.bin: the mask has {mask.num_tokens} tokens, the corpus has "
             f"{corpus.num_tokens}; prepare it again"
         )
-    manifest = CorpusManifest.beside(corpus.prefix)
+    manifest = CorpusManifest.next_to(corpus.prefix)
     packed = manifest.sequence_length if manifest else None
     if packed not in (None, length):
         raise ConfigError(

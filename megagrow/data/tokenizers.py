@@ -1,7 +1,6 @@
 """Tokenizers: SentencePiece models and Hugging Face tokenizers (extra `hf`).
 
-None adds special tokens or parses them from text: a document that contains "</s>" does not end
-there.
+No tokenizer adds special tokens or parses them from text: "</s>" in a document does not end it.
 """
 
 import hashlib
@@ -174,7 +173,7 @@ class JsonTokenizer:
             token = read_json(self._config).get("eos_token") or ""
             name = token.get("content") if isinstance(token, dict) else token
             if not isinstance(name, str):
-                raise DataError(f"{self._config}: 'eos_token' should be the text of a token")
+                raise DataError(f"{self._config}: 'eos_token' must be the text of a token")
             names = (name,)
         candidates = map(self._tokenizer.token_to_id, names)
         ids: list[int] = [token_id for token_id in candidates if token_id is not None]
@@ -271,7 +270,7 @@ def _import(library: str) -> ModuleType:
         return importlib.import_module(library)
     except ImportError as error:
         raise ResourceError(
-            f"this tokenizer needs the {library} library: pip install megagrow[hf]"
+            f"this tokenizer requires the {library} library: pip install megagrow[hf]"
         ) from error
 
 

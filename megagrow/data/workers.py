@@ -1,4 +1,4 @@
-"""Run tasks in worker processes with progress messages; clean on Ctrl-C, never hanging."""
+"""Run tasks in worker processes with progress messages; handles Ctrl-C and killed workers."""
 
 import multiprocessing
 import queue

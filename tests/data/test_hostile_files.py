@@ -77,14 +77,14 @@ def test_manifests_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> Non
     for changes in ({"files": {name: {"size": 1, "blake2b": ""}}}, {"tokenizer": name}):
         (tmp_path / "manifest.json").write_text(corpus_manifest(**changes))
         with pytest.raises(InputError, match="which is not in its folder"):
-            CorpusManifest.beside(tmp_path / "train")
+            CorpusManifest.next_to(tmp_path / "train")
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"format": 1, "format": 2}', "\x00", "[NaN]"])
 def test_manifests_that_cannot_be_read_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(InputError, match=r"manifest\.json: damaged"):
-        CorpusManifest.beside(tmp_path / "train")
+        CorpusManifest.next_to(tmp_path / "train")
 
 
 def test_a_line_of_json_that_is_too_deep_is_named(tmp_path: Path) -> None:
@@ -118,9 +118,9 @@ def test_a_vocabulary_without_its_unknown_token_is_named(tmp_path: Path) -> None
     [
         ("[]", "must contain a JSON object"),
         ("{", "not JSON"),
-        ('{"eos_token": 3}', "'eos_token' should be the text of a token"),
-        ('{"eos_token": {"lstrip": false}}', "'eos_token' should be the text of a token"),
-        ('{"eos_token": ["</s>"]}', "'eos_token' should be the text of a token"),
+        ('{"eos_token": 3}', "'eos_token' must be the text of a token"),
+        ('{"eos_token": {"lstrip": false}}', "'eos_token' must be the text of a token"),
+        ('{"eos_token": ["</s>"]}', "'eos_token' must be the text of a token"),
     ],
 )
 def test_a_damaged_configuration_beside_a_tokenizer(tmp_path: Path, config: str, said: str) -> None:

@@ -31,7 +31,7 @@ def _bytes(folder):
 
 def _documents(output, split):
     """The texts of a split, taken apart at the EOS tokens."""
-    manifest = CorpusManifest.beside(output / split)
+    manifest = CorpusManifest.next_to(output / split)
     tokenizer = load_tokenizer(output / manifest.tokenizer)
     corpus = IndexedCorpus(output / split)
     starts = corpus.document_starts(0, corpus.num_tokens).tolist()

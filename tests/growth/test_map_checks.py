@@ -68,12 +68,12 @@ REFUSED: dict[str, tuple[GrowthMap, str]] = {
     "left out": (without(GATE), f"the growth map omits {GATE}"),
     "a part left out": (
         with_terms(rows(0, 1, 2, -1, -1, 5)),
-        f"the growth map covers only a part of {GATE}: 64 of 96 entries come from the source and "
+        f"the growth map covers only a part of {GATE}: 64 of 96 entries come from the source, and "
         "the rest has no fill",
     ),
     "all left out": (
         with_terms(),
-        f"the growth map covers only a part of {GATE}: 0 of 96 entries come from the source and "
+        f"the growth map covers only a part of {GATE}: 0 of 96 entries come from the source, and "
         "the rest has no fill",
     ),
     "covered twice": (

@@ -77,7 +77,7 @@ def test_a_first_line_that_a_crash_has_cut_is_written_anew(tmp_path):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "data").write_bytes(b"precious")
-    with pytest.raises(InputError, match="in the way and no growth's; remove it"):
+    with pytest.raises(InputError, match="exists but is not an unfinished growth; remove it"):
         Journal(tmp_path, COMMAND)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
