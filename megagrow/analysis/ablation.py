@@ -155,7 +155,7 @@ def plot(study: Study, reference: Variant, path: Path) -> None:
 
     There is one panel per schedule, and a last panel with the difference of each variant to
     `reference`. Bands are one standard deviation over the seeds; in the last panel, of the
-    paired differences. Policies differ in colour (Okabe and Ito) and marker, schedules in line
+    paired differences. Policies differ in color (Okabe and Ito) and marker, schedules in line
     style.
     """
     schedules = list(dict.fromkeys(variant.schedule for variant in study.runs))
@@ -218,8 +218,8 @@ def _band(axes: Axes, curves: Sequence[Sequence[CurvePoint]], style: PlotStyle, 
     spreads = [spread(losses) for losses in zip(*([p[1] for p in c] for c in curves), strict=True)]
     means = [point.mean for point in spreads if point is not None]
     deviations = [point.deviation for point in spreads if point is not None]
-    colour, line, marker = style
-    axes.plot(x, means, color=colour, ls=line, marker=marker, lw=1.6, ms=4, label=label)
+    color, line, marker = style
+    axes.plot(x, means, color=color, ls=line, marker=marker, lw=1.6, ms=4, label=label)
     low = [mean - deviation for mean, deviation in zip(means, deviations, strict=True)]
     high = [mean + deviation for mean, deviation in zip(means, deviations, strict=True)]
-    axes.fill_between(x, low, high, color=colour, alpha=0.08, lw=0)
+    axes.fill_between(x, low, high, color=color, alpha=0.08, lw=0)

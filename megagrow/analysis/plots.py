@@ -1,6 +1,6 @@
 """Plot of loss against FLOPs and tokens for several runs, and helpers for other plots.
 
-Colours are the colour-blind safe palette of Okabe and Ito. Line styles and markers also differ, so
+Colours are the color-blind safe palette of Okabe and Ito. Line styles and markers also differ, so
 plots are readable in black and white.
 """
 
@@ -20,7 +20,7 @@ from megagrow.analysis.speedup import Speedup
 class PlotStyle(NamedTuple):
     """Colour, line style and marker of one run."""
 
-    colour: str
+    color: str
     line: str | tuple[int, tuple[int, ...]]
     marker: str
 
@@ -116,12 +116,12 @@ def _draw_run(panel: Panel, run: RunCurves, style: PlotStyle) -> None:
         else {"linewidth": 1.8, "label": label_text(run.name)}
     )
     draw = panel.axes.plot
-    draw(panel.series_x(run, run.train), run.train.loss, color=style.colour, ls=style.line, **thin)
+    draw(panel.series_x(run, run.train), run.train.loss, color=style.color, ls=style.line, **thin)
     if validated:
         draw(
             panel.series_x(run, run.validation),
             run.validation.loss,
-            color=style.colour,
+            color=style.color,
             ls=style.line,
             lw=1.9,
             marker=style.marker,
@@ -143,8 +143,8 @@ def _draw_growths(panel: Panel, run: RunCurves, style: PlotStyle) -> None:
     for growth in run.growths:
         at = panel.growth_x(run, growth)
         before = _loss_before(series, growth.tokens)
-        panel.axes.axvline(at, color=style.colour, ls=":", lw=1.0)
-        panel.axes.plot(at, before, "o", ms=9, mfc="none", mec=style.colour, mew=1.5)
+        panel.axes.axvline(at, color=style.color, ls=":", lw=1.0)
+        panel.axes.plot(at, before, "o", ms=9, mfc="none", mec=style.color, mew=1.5)
         old, new = (_millions(run.parameters[growth.stage + shift]) for shift in (-1, 0))
         panel.axes.annotate(
             f"growth {old} \u2192 {new}",
@@ -155,7 +155,7 @@ def _draw_growths(panel: Panel, run: RunCurves, style: PlotStyle) -> None:
             rotation="vertical",
             va="top",
             fontsize=8,
-            color=style.colour,
+            color=style.color,
         )
 
 

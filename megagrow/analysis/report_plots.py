@@ -62,7 +62,7 @@ def plot_speedups(matchups: Sequence[Matchup], indices: Sequence[int]) -> Figure
         _line(right, losses, [level.saved for level in levels], index, name)
         if not matchup.single:
             low, high = ([bound(level.speedups) for level in levels] for bound in (min, max))
-            left.fill_between(losses, low, high, color=plot_style(index).colour, alpha=0.2, lw=0)
+            left.fill_between(losses, low, high, color=plot_style(index).color, alpha=0.2, lw=0)
     for axes, title in ((left, "Speedup sp at equal loss"), (right, "FLOPs saved at equal loss")):
         axes.axhline(0.0, color="black", lw=0.8)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -104,7 +104,7 @@ def plot_run_metrics(runs: Sequence[RunCurves]) -> Figure:
         ("memory_bytes", "Peak memory, rank 0", "GiB", GIB),
     ]
     if any(run.metrics.mfu.values for run in runs):
-        kinds.append(("mfu", "Utilisation (MFU)", "% of peak FLOP/s", 0.01))
+        kinds.append(("mfu", "Utilization (MFU)", "% of peak FLOP/s", 0.01))
     figure, panels = _figure(len(kinds))
     for axes, (name, title, unit, scale) in zip(panels, kinds, strict=True):
         for index, run in enumerate(runs):
@@ -130,7 +130,7 @@ def plot_scores(runs: Sequence[RunCurves]) -> Figure:
             points = [(at, average) for at, average in scores if average is not None]
             _line(axes, [at for at, _ in points], [y for _, y in points], index, run.name)
             for growth in run.growths:
-                axes.axvline(getattr(growth, x), color=plot_style(index).colour, ls=":", lw=1.0)
+                axes.axvline(getattr(growth, x), color=plot_style(index).color, ls=":", lw=1.0)
         axes.set_title(f"Average accuracy against {x.replace('flops', 'FLOPs')}", fontsize=10)
         axes.set_xlabel(unit)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -145,7 +145,7 @@ def _draw_metric(
 ) -> None:
     _line(axes, metric.tokens, [value / scale for value in metric.values], index, run.name)
     for growth in run.growths:
-        axes.axvline(growth.tokens, color=plot_style(index).colour, ls=":", lw=1.0)
+        axes.axvline(growth.tokens, color=plot_style(index).color, ls=":", lw=1.0)
 
 
 def _line(axes: Axes, x: Sequence[float], y: Sequence[float], index: int, label: str) -> None:
@@ -153,7 +153,7 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], index: int, label:
     axes.plot(
         x,
         y,
-        color=style.colour,
+        color=style.color,
         ls=style.line,
         lw=1.4,
         marker=style.marker,

@@ -83,7 +83,7 @@ def plan(
     ] = None,
     watts: Annotated[float | None, typer.Option(help="Power per GPU; default: its TDP.")] = None,
     pue: Annotated[
-        float, typer.Option(help="Energy of the data centre / energy of the computers.")
+        float, typer.Option(help="Energy of the data center / energy of the computers.")
     ] = 1.2,
     co2: Annotated[float, typer.Option(help="CO2 emissions, kg per kWh.")] = 0.48,
     price: Annotated[float | None, typer.Option(help="Price of one GPU-hour.")] = None,

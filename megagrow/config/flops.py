@@ -2,7 +2,7 @@
 
 Two accounts of training FLOPs exist. `paper_flops_per_token` is that of the papers on growth;
 speedups are measured by it. `flops_per_token` counts the matrix products that are computed; model
-FLOPs utilisation (MFU) is measured by it.
+FLOPs utilization (MFU) is measured by it.
 """
 
 from megagrow.config.schema import ModelConfig

@@ -47,10 +47,10 @@ class Parabola:
     """Standard error of log10 of `best`; None if refused, or without degrees of freedom."""
     refused: str | None
     """Reason why there is no best choice; None if there is one."""
-    centre: float
+    center: float
     """Mean x of the points."""
     spread: tuple[float, float, float] | None
-    """Variance of the slope at the centre, its covariance with p2, and the variance of p2.
+    """Variance of the slope at the center, its covariance with p2, and the variance of p2.
 
     They are for losses with error variance 1. None without coefficients.
     """
@@ -98,7 +98,7 @@ def fit_best(parabolas: Sequence[Parabola], design: Numbers) -> LinearFit:
 def _weight(parabola: Parabola, x: float) -> float:
     """Return the inverse variance of a vertex at `x`, up to a common factor."""
     assert parabola.spread is not None
-    shift = x - parabola.centre
+    shift = x - parabola.center
     slope_variance, covariance, curvature_variance = parabola.spread
     return 1.0 / (slope_variance / 4 + shift * covariance + shift**2 * curvature_variance)
 
@@ -121,7 +121,7 @@ def _parabola(
 ) -> Parabola:
     choices = [point.choice for point in points]
     low, high = min(choices), max(choices)
-    centre = float(_logs(points).mean())
+    center = float(_logs(points).mean())
     unfitted = Parabola(
         parameters=points[0].parameters,
         flops=points[0].flops,
@@ -131,7 +131,7 @@ def _parabola(
         best=None,
         standard_error=None,
         refused=f"{len(set(choices))} different {symbol}, a parabola needs 3",
-        centre=centre,
+        center=center,
         spread=None,
     )
     if fit is None:
@@ -140,12 +140,12 @@ def _parabola(
     covariance = fit.unit_covariance
     fitted = replace(
         unfitted,
-        coefficients=(level - slope * centre + p2 * centre**2, slope - 2 * p2 * centre, p2),
+        coefficients=(level - slope * center + p2 * center**2, slope - 2 * p2 * center, p2),
         spread=(float(covariance[1, 1]), float(covariance[1, 2]), float(covariance[2, 2])),
     )
     if p2 * math.log10(high / low) ** 2 <= FLAT * abs(level):
         return replace(fitted, refused="no minimum: the curvature is not positive")
-    best = centre - slope / (2 * p2)
+    best = center - slope / (2 * p2)
     if not math.log10(low) <= best <= math.log10(high):
         reason = f"minimum outside the tried range of {symbol}, {low:.3g} to {high:.3g}"
         return replace(fitted, refused=reason)

@@ -28,7 +28,7 @@ def plot_timing(
     for style, size in zip(_styles(), _sizes(parabolas), strict=False):
         flops = _log_grid([one.flops for one in parabolas])
         fitted = np.array([fit.growth_tokens(size, at) for at in flops])
-        last.plot(flops, fitted, color=style.colour, ls=style.line, lw=1.5)
+        last.plot(flops, fitted, color=style.color, ls=style.line, lw=1.5)
     last.set(ylabel="best d (tokens)", yscale="log")
     last.set_title("lines: log10 d = a log10 N + b / log10 C + c", fontsize=8, color=GREY)
     figure.savefig(path)
@@ -70,7 +70,7 @@ def plot_scaling(
         selected = [point for point in points if point.kind == law.kind]
         flops, losses = [point.flops for point in selected], [point.loss for point in selected]
         label = f"{law.kind}: runs"
-        left.plot(flops, losses, style.marker, color=style.colour, ms=5, mfc="none", label=label)
+        left.plot(flops, losses, style.marker, color=style.color, ms=5, mfc="none", label=label)
     left.set(xscale="log", xlabel="C, training FLOPs (base included)", ylabel=LOSS)
     left.set_title("thick: within the data; thin: extrapolated", fontsize=8, color=GREY)
     _draw_saving(right, laws, savings, farthest)
@@ -126,14 +126,14 @@ def _draw_parabola(
     choices, losses = [point.choice for point in selected], [point.loss for point in selected]
     refused = "" if parabola.refused is None else ", refused"
     label = f"{parabola.flops:.3g}{refused}"
-    axes.plot(choices, losses, style.marker, color=style.colour, ms=4, label=label)
+    axes.plot(choices, losses, style.marker, color=style.color, ms=4, label=label)
     if parabola.coefficients is None:
         return
     x = np.geomspace(*parabola.tried, 100)
-    axes.plot(x, parabola.loss_at(x), color=style.colour, ls=style.line, lw=1.3)
+    axes.plot(x, parabola.loss_at(x), color=style.color, ls=style.line, lw=1.3)
     if parabola.best is not None:
         lowest = parabola.loss_at(np.array([parabola.best]))
-        axes.plot(parabola.best, lowest, "o", ms=9, mfc="none", mec=style.colour, mew=1.5)
+        axes.plot(parabola.best, lowest, "o", ms=9, mfc="none", mec=style.color, mew=1.5)
 
 
 def _draw_best(axes: Axes, parabolas: Sequence[Parabola], style: PlotStyle) -> None:
@@ -145,7 +145,7 @@ def _draw_best(axes: Axes, parabolas: Sequence[Parabola], style: PlotStyle) -> N
         error = one.standard_error or 0.0
         bars = [[one.best - one.best / 10**error], [one.best * 10**error - one.best]]
         axes.errorbar(
-            one.flops, one.best, bars, fmt=style.marker, color=style.colour, ms=5, label=label
+            one.flops, one.best, bars, fmt=style.marker, color=style.color, ms=5, label=label
         )
         label = ""
 
@@ -154,11 +154,11 @@ def _draw_law(axes: Axes, law: PowerLaw, style: PlotStyle, farthest: float) -> N
     inside, beyond = np.geomspace(*law.flops, 100), np.geomspace(law.flops[1], farthest, 100)
     floor = f" + {law.e.value:.3g}" if len(law.theta) > 2 else ""
     label = f"{law.kind}: {law.a.value:.3g} C^{law.b.value:.3g}{floor}"
-    axes.plot(inside, law.loss(inside), color=style.colour, ls=style.line, lw=2.0, label=label)
-    axes.plot(beyond, law.loss(beyond), color=style.colour, ls=style.line, lw=0.9)
+    axes.plot(inside, law.loss(inside), color=style.color, ls=style.line, lw=2.0, label=label)
+    axes.plot(beyond, law.loss(beyond), color=style.color, ls=style.line, lw=0.9)
     for flops in (inside, beyond):
         if band := law.band(flops):
-            axes.fill_between(flops, *band, color=style.colour, alpha=0.15, lw=0)
+            axes.fill_between(flops, *band, color=style.color, alpha=0.15, lw=0)
 
 
 def _draw_saving(

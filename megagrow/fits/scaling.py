@@ -42,10 +42,10 @@ class PowerLaw:
     """Number of points."""
     flops: tuple[float, float]
     """Smallest and largest budget of the points."""
-    centre: float
+    center: float
     """Mean log C of the points; centring makes the errors of log a and b nearly independent."""
     theta: tuple[float, ...]
-    """log a at the centre, b, and e if it is fitted."""
+    """log a at the center, b, and e if it is fitted."""
     covariance: tuple[tuple[float, ...], ...] | None
     """Covariance of theta, (k, k); None without degrees of freedom."""
 
@@ -56,11 +56,11 @@ class PowerLaw:
 
     def loss(self, flops: Numbers) -> Numbers:
         """Return L (n,) at budgets (n,)."""
-        return _loss(np.array(self.theta), np.log(flops) - self.centre)
+        return _loss(np.array(self.theta), np.log(flops) - self.center)
 
     def gradient(self, flops: Numbers) -> Numbers:
         """Return the gradient of L with respect to theta, (n, k), at budgets (n,)."""
-        return _gradient(np.array(self.theta), np.log(flops) - self.centre)
+        return _gradient(np.array(self.theta), np.log(flops) - self.center)
 
     def band(self, flops: Numbers) -> tuple[Numbers, Numbers] | None:
         """Return the 95% band of the curve at budgets (n,), or None without degrees of freedom."""
@@ -114,7 +114,7 @@ def saving_at(scratch: PowerLaw, grown: PowerLaw, flops: float) -> FlopSaving:
     if above_floor <= 0:
         return FlopSaving(flops, loss, None, None, None, None, beyond_grown, None)
     log_a, b = scratch.theta[:2]
-    log_scratch = (math.log(above_floor) - log_a) / b + scratch.centre
+    log_scratch = (math.log(above_floor) - log_a) / b + scratch.center
     log_ratio = log_scratch - math.log(flops)
     beyond_scratch = _exp(log_scratch) / scratch.flops[1]
     head = flops, loss, _exp(log_scratch), _exp(log_ratio) - 1
@@ -162,7 +162,7 @@ def _fit(data: Data[ScalingPoint], kind: RunKind, floor: bool) -> PowerLaw:
         e=Constant(float(theta[2]) if floor else 0.0),
         points=len(points),
         flops=(min(point.flops for point in points), max(point.flops for point in points)),
-        centre=float(logs.mean()),
+        center=float(logs.mean()),
         theta=tuple(map(float, theta)),
         covariance=None,
     )
@@ -173,9 +173,9 @@ def _with_errors(law: PowerLaw, jacobian: Numbers, squares: float) -> PowerLaw:
     """Add the errors estimated from the residuals to a law."""
     covariance = np.linalg.inv(jacobian.T @ jacobian) * squares / law.dof
     to_origin = np.zeros(len(law.theta))
-    to_origin[:2] = 1.0, -law.centre
+    to_origin[:2] = 1.0, -law.center
     log_error = math.sqrt(float(to_origin @ covariance @ to_origin))
-    log_a = with_interval(law.theta[0] - law.theta[1] * law.centre, log_error, law.dof)
+    log_a = with_interval(law.theta[0] - law.theta[1] * law.center, log_error, law.dof)
     assert log_a.low is not None and log_a.high is not None
     errors = np.sqrt(np.diag(covariance))
     return replace(
@@ -210,7 +210,7 @@ def _start(z: Numbers, losses: Numbers, floor: bool) -> Numbers:
 
 
 def _loss(theta: Numbers, z: Numbers) -> Numbers:
-    """Return L (n,) at z = log C - centre (n,)."""
+    """Return L (n,) at z = log C - center (n,)."""
     return np.exp(theta[0] + theta[1] * z) + (theta[2] if len(theta) > 2 else 0.0)
 
 

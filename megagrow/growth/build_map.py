@@ -182,9 +182,9 @@ def _fills(growth: GrowthSpec, spec: ParamSpec, layer: Layer | None) -> tuple[Fi
         found.append(Fill(stream, quadrants, new_rows=row_lift.new, new_cols=col_lift.new))
     cancelling = growth.width.noise * std * keep
     if cancelling and cols.side == "consumes" and col_lift.occurrence.any():
-        centre = np.where(col_lift.new, -1 - np.arange(col_lift.grown_size), col_lift.index)
+        center = np.where(col_lift.new, -1 - np.arange(col_lift.grown_size), col_lift.index)
         noise = ((cancelling, 0.0), (cancelling, 0.0))
-        found.append(Fill(f"{stream}/split", noise, new_cols=col_lift.new, centre=centre))
+        found.append(Fill(f"{stream}/split", noise, new_cols=col_lift.new, center=center))
     if growth.options.mixing_noise:
         mixed = growth.options.mixing_noise * _mixing_std(growth.target, spec)
         found.append(Fill(f"{stream}/mixing", ((mixed, mixed), (mixed, mixed))))

@@ -109,7 +109,7 @@ class Fill:
     alone. `std` is ((old rows: old, new columns), (new rows: old, new columns)); an axis without
     a mask is all old. `constant` goes to the new rows.
 
-    Along the columns the normals can be made to vanish on the source's activations: `centre`,
+    Along the columns the normals can be made to vanish on the source's activations: `center`,
     (cols,) int64, labels groups of columns whose normals sum to zero in each row; `basis`,
     (cols, k) with orthonormal columns, spans directions that are projected out of each row.
 
@@ -121,7 +121,7 @@ class Fill:
     constant: float = 0.0
     new_rows: np.ndarray | None = None
     new_cols: np.ndarray | None = None
-    centre: np.ndarray | None = None
+    center: np.ndarray | None = None
     basis: np.ndarray | None = None
 
     @property

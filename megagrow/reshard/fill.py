@@ -116,9 +116,9 @@ class _Drawing:
         cols = self.spec.cols
         values = normal(self.fill.stream, rows.start * cols, len(rows) * cols)
         values = values.view(-1, cols).double()
-        if self.fill.centre is None:
+        if self.fill.center is None:
             return values
-        _, labels, counts = np.unique(self.fill.centre, return_inverse=True, return_counts=True)
+        _, labels, counts = np.unique(self.fill.center, return_inverse=True, return_counts=True)
         groups = torch.from_numpy(labels)
         means = torch.zeros(len(rows), len(counts), dtype=torch.float64)
         means.index_add_(1, groups, values).div_(torch.from_numpy(counts))

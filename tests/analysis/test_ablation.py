@@ -7,7 +7,7 @@ import pytest
 from megagrow.analysis.ablation import Study, Variant, as_json, markdown, plot
 from megagrow.analysis.growth_transient import GrowthTransient
 from megagrow.analysis.plots import PLOT_STYLES
-from tests.helpers.analysis.images import colours
+from tests.helpers.analysis.images import colors
 
 REWARM, CONTINUE = Variant("transport", "rewarm"), Variant("transport", "continue")
 RESET = Variant("reset", "continue")
@@ -77,10 +77,10 @@ def test_numbers_of_every_run_are_kept(study: Study) -> None:
     assert found["scratch"]["loss at the end"] == [2.7, 2.8, 2.9]
 
 
-def test_policies_differ_in_colour(study: Study, tmp_path: Path) -> None:
+def test_policies_differ_in_color(study: Study, tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
     plot(study, REWARM, path)
-    seen = colours(path)
-    assert {PLOT_STYLES[0].colour, PLOT_STYLES[1].colour} <= seen
-    assert PLOT_STYLES[2].colour not in seen
+    seen = colors(path)
+    assert {PLOT_STYLES[0].color, PLOT_STYLES[1].color} <= seen
+    assert PLOT_STYLES[2].color not in seen
     assert path.stat().st_size < 200_000

@@ -3,12 +3,10 @@ from pathlib import Path
 
 from megagrow.analysis.curves import load_run
 from megagrow.analysis.plots import PLOT_STYLES, plot_runs
-from tests.helpers.analysis.images import colours
+from tests.helpers.analysis.images import colors
 
 
-def test_every_run_is_drawn_in_its_own_colour(
-    make_run: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_every_run_is_drawn_in_its_own_color(make_run: Callable[..., Path], tmp_path: Path) -> None:
     runs = [
         load_run(make_run("grown", [(20, 1000), (30, 4000, 1e8)])),
         load_run(make_run("scratch", [(40, 4000)])),
@@ -16,12 +14,12 @@ def test_every_run_is_drawn_in_its_own_colour(
     for log_x in (False, True):
         path = tmp_path / f"{log_x}.png"
         plot_runs(runs, path, log_x=log_x)
-        seen = colours(path)
-        assert {PLOT_STYLES[0].colour, PLOT_STYLES[1].colour} <= seen
-        assert PLOT_STYLES[2].colour not in seen
+        seen = colors(path)
+        assert {PLOT_STYLES[0].color, PLOT_STYLES[1].color} <= seen
+        assert PLOT_STYLES[2].color not in seen
 
 
-def test_looks_differ_without_colour() -> None:
+def test_looks_differ_without_color() -> None:
     assert (
         len({style.line for style in PLOT_STYLES})
         == len({style.marker for style in PLOT_STYLES})

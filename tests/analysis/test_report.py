@@ -11,7 +11,7 @@ from rich.console import Console
 
 from megagrow.analysis.report import write_report
 from megagrow.errors import InputError
-from tests.helpers.analysis.images import colours
+from tests.helpers.analysis.images import colors
 from tests.helpers.analysis.records import append
 
 LARGE = 3_200_000
@@ -91,7 +91,7 @@ def test_run_table_is_first_and_contains_the_numbers(
     )
     assert rows["| sciq"] == "| sciq | acc | 0.7500 | 0.7500 |"
     for name in ("loss_vs_flops", "speedup", "loss_by_cost", "spikes", "gauges", "accuracy"):
-        seen = colours(tmp_path / f"out/{name}.png")
+        seen = colors(tmp_path / f"out/{name}.png")
         assert "#D55E00" in seen, name
 
 

@@ -14,7 +14,7 @@ from megagrow.errors import InputError
 from megagrow.fits.data import Data, IsoPoint
 from megagrow.fits.parabola import accepted
 from megagrow.fits.timing import TimingFit, fit_timing, timing_parabolas
-from tests.helpers.analysis.images import colours
+from tests.helpers.analysis.images import colors
 from tests.helpers.fits.synthetic import (
     BUDGETS,
     ISO_HEADER,
@@ -164,7 +164,7 @@ def test_from_a_csv_through_the_command_line(tmp_path: Path) -> None:
         assert document["paper"][name] == true
         assert document["fit"][name]["low"] <= true <= document["fit"][name]["high"]
     assert [p["points"] for p in document["parabolas"]] == [20] * 9
-    assert {"#D55E00", "#0072B2", "#009E73"} <= colours(tmp_path / "o" / "timing.png")
+    assert {"#D55E00", "#0072B2", "#009E73"} <= colors(tmp_path / "o" / "timing.png")
 
 
 def test_from_run_directories(grown_run: Callable[..., Path], tmp_path: Path) -> None:

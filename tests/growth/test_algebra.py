@@ -140,9 +140,9 @@ def test_any_rows_of_a_fill_can_be_made_alone(found: Case, data: st.DataObject) 
             whole = filled(fill, rows, cols)
             noise = normal(fill.stream, first * cols, cols).double()
             expected = noise.clone()
-            if fill.centre is not None:
-                for label in set(fill.centre.tolist()):
-                    same = torch.from_numpy(fill.centre == label)
+            if fill.center is not None:
+                for label in set(fill.center.tolist()):
+                    same = torch.from_numpy(fill.center == label)
                     expected[same] -= noise[same].mean()
             new_row = fill.new_rows is not None and bool(fill.new_rows[first])
             new_cols = np.zeros(cols, bool) if fill.new_cols is None else fill.new_cols

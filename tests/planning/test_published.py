@@ -57,7 +57,7 @@ def test_rows_of_no_constant_are_met_on_all_sizes_and_counts() -> None:
     assert {row.work.tp for row in held} == {1, 2, 4}
 
 
-def test_it_tells_more_than_one_utilisation_per_card() -> None:
+def test_it_tells_more_than_one_utilization_per_card() -> None:
     for role in ("held out", "fresh"):
         assert within(rows_of(role), 0.15) > 1.25 * one_mfu_within(rows_of(role), 0.15)
 

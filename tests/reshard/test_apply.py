@@ -130,7 +130,7 @@ def test_gathers_are_those_of_the_whole_tensor_to_the_bit(data, model, at_once):
 FILLS = {
     "quadrants": Fill("a", ((0.0, 1.0), (2.0, 3.0)), 0.0, np.arange(9) > 5, np.arange(12) > 7),
     "constant": Fill("b", constant=1.5, new_rows=np.arange(9) % 2 == 0),
-    "centre": Fill("c", ((1.0, 1.0), (1.0, 1.0)), centre=np.arange(12) % 5),
+    "center": Fill("c", ((1.0, 1.0), (1.0, 1.0)), center=np.arange(12) % 5),
     "basis": Fill("d", ((1.0, 1.0), (1.0, 1.0)), basis=np.linalg.qr(matrix(12, 4, 9))[0]),
 }
 

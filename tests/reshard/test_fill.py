@@ -64,9 +64,9 @@ def one_fill(fill: Fill, name: str = "model.layers.0.mlp.up_proj.weight") -> tor
     return whole(GrowthMap({}, {}, {name: (fill,)}), tiny())[name]["fp32"]
 
 
-def test_centred_normals_cancel_in_what_copies_compute():
-    centre = np.arange(32) % 8
-    values = one_fill(Fill("noise", ((1.0, 1.0), (1.0, 1.0)), centre=centre))
+def test_centered_normals_cancel_in_what_copies_compute():
+    center = np.arange(32) % 8
+    values = one_fill(Fill("noise", ((1.0, 1.0), (1.0, 1.0)), center=center))
     assert values.std() > 0.5
     assert values.view(-1, 4, 8).sum(1).abs().max() < 1e-5
 

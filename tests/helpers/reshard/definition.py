@@ -138,9 +138,9 @@ def mixed(state: State, term: Dense, kind: str) -> Tensor:
 def filled(fill: Fill, rows: int, cols: int) -> Tensor:
     """A fill, element by element: (rows, cols) fp64."""
     values = normal(fill.stream, 0, rows * cols).view(rows, cols).double()
-    if fill.centre is not None:
-        for label in set(fill.centre.tolist()):
-            same = torch.from_numpy(fill.centre == label)
+    if fill.center is not None:
+        for label in set(fill.center.tolist()):
+            same = torch.from_numpy(fill.center == label)
             values[:, same] -= values[:, same].mean(1, keepdim=True)
     if fill.basis is not None:
         basis = torch.from_numpy(fill.basis)

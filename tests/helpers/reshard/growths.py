@@ -106,13 +106,13 @@ def fills_of(draw: st.DrawFn, stream: str, spec: ParamSpec, projected: bool) -> 
         generator.random(size) < 0.5 if draw(st.booleans()) else None
         for size in (spec.rows, spec.cols)
     )
-    centre = basis = None
+    center = basis = None
     if projected and draw(st.booleans()):
-        centre = generator.integers(-1, 1 + spec.cols // 2, spec.cols)
+        center = generator.integers(-1, 1 + spec.cols // 2, spec.cols)
     if projected and draw(st.booleans()) and spec.cols > 1:
         basis = np.linalg.qr(generator.standard_normal((spec.cols, spec.cols // 2)))[0]
     constant = draw(st.sampled_from([0.0, 1.0, -2.5]))
-    return Fill(stream, quadrants, constant, new_rows, new_cols, centre, basis)
+    return Fill(stream, quadrants, constant, new_rows, new_cols, center, basis)
 
 
 def _origin(spec: ParamSpec, layers: list[int]) -> str:

@@ -254,7 +254,7 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
         (figure.add_subplot(122), ("peak_bytes", "gather_peak_bytes"), "peak GiB per rank", 2**30),
     ):
         for zero, dash in zip(sorted({case["zero"] for case in shown}), ("--", "-"), strict=False):
-            for key, colour in zip(keys, ("#D55E00", "#0072B2", "#555555"), strict=False):
+            for key, color in zip(keys, ("#D55E00", "#0072B2", "#555555"), strict=False):
                 points = [
                     (case["target_bytes"] / 2**30, case[key] / scale)
                     for case in shown
@@ -262,7 +262,7 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
                 ]
                 name = {"g": "gather on rank 0", "l": "memcpy"}.get(key[0], "live")
                 label = f"{name}, ZeRO-{zero}"
-                axes.plot(*zip(*points, strict=True), dash, color=colour, marker="o", label=label)
+                axes.plot(*zip(*points, strict=True), dash, color=color, marker="o", label=label)
         axes.set(xlabel="target parameters", ylabel=unit, xscale="log", yscale="log")
         axes.set_xticks(list(sizes), list(sizes.values()))
         axes.minorticks_off()

@@ -79,8 +79,8 @@ def filled(fill: Fill, rows: int, cols: int) -> Tensor:
     new_rows = _mask(fill.new_rows, rows)
     new_cols = _mask(fill.new_cols, cols)
     std = torch.tensor(fill.std, dtype=torch.float64)[new_rows[:, None].long(), new_cols.long()]
-    if fill.centre is not None:
-        labels = torch.from_numpy(fill.centre)
+    if fill.center is not None:
+        labels = torch.from_numpy(fill.center)
         same = (labels[:, None] == labels).double()
         noise = noise - noise @ (same / same.sum(0))
     if fill.basis is not None:
