@@ -120,7 +120,7 @@ def forever() -> None:
         (
             in_step(1, forever),
             1,
-            "all ranks respond, and all of them are blocked",
+            "all ranks respond but are blocked",
         ),
     ],
     ids=["frozen", "rank 0 frozen", "behind", "waiting for ever"],

@@ -119,7 +119,7 @@ class Watchdog:
         cause = (
             self._silent()
             or ranks_behind(self._heartbeats(), self._hosts)
-            or "all ranks respond, and all of them are blocked"
+            or "all ranks respond but are blocked"
         )
         if self._abort(HANG_CODE):
             print(
