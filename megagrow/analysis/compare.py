@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
-from megagrow.analysis.curves import RunCurves, load_run
+from megagrow.analysis.curves import RunCurves, load_curves
 from megagrow.analysis.plots import plot_runs
-from megagrow.analysis.seeds import group_runs, match_groups
+from megagrow.analysis.seeds import group_runs, match_groups, no_counterpart
 from megagrow.analysis.speedup import Speedup, measure_speedup
 from megagrow.analysis.speedup_curve import LossKind, loss_kind
 from megagrow.common.tables import markdown_table, print_lines, print_table
@@ -36,7 +36,7 @@ def load_runs(directories: Sequence[Path]) -> list[RunCurves]:
 
     Raises InputError if a run is missing or unfinished.
     """
-    return _with_unique_names(directories, [load_run(directory) for directory in directories])
+    return _with_unique_names(directories, [load_curves(directory) for directory in directories])
 
 
 def compare_runs(curves: Sequence[RunCurves], output: Path, console: Console) -> list[Comparison]:
@@ -99,10 +99,7 @@ def _compare_with_scratch(grown: RunCurves, runs: Sequence[RunCurves]) -> Compar
     candidates = [run for run in runs if run.from_scratch and run.parameters[-1] == size]
     if candidates:
         return compare_pair(grown, min(candidates, key=lambda run: run.seed != grown.seed))
-    raise DataError(
-        f"{grown.name}: no run from scratch with the same {size:,} parameters to compare it with; "
-        "add one"
-    )
+    raise no_counterpart(grown)
 
 
 def _with_unique_names(paths: Sequence[Path], runs: Sequence[RunCurves]) -> list[RunCurves]:

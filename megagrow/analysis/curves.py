@@ -115,7 +115,7 @@ class RunCurves:
         return None if flops is None else LossCurve(flops, series.loss)
 
 
-def load_run(directory: Path) -> RunCurves:
+def load_curves(directory: Path) -> RunCurves:
     """Load the finished run in `directory`.
 
     Raises InputError if there is no run, the run is unfinished or has no finite loss, or a record

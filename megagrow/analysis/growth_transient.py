@@ -6,18 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from scipy.stats import t as student_t
+
 from megagrow.analysis.curves import Growth, RunCurves
 from megagrow.errors import DataError
 from megagrow.train.reporting.writers import Record
 
 CurvePoint = tuple[float, float]
 """Tokens since the growth and loss in nats per token."""
-
-STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t, two-sided 95%, for 1, 2, ... degrees of freedom.
-
-The last value is an upper bound for more degrees of freedom.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +117,7 @@ class Spread:
         """Half-width of the mean's 95% confidence interval (Student's t); NaN for one value."""
         if self.count == 1:
             return math.nan
-        factor = STUDENT_95[min(self.count - 1, len(STUDENT_95)) - 1]
+        factor = float(student_t.ppf(0.975, self.count - 1))
         return factor * self.deviation / math.sqrt(self.count)
 
     @property

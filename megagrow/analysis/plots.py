@@ -34,7 +34,7 @@ PLOT_STYLES = (
     PlotStyle("#56B4E9", (0, (8, 3)), "P"),
     PlotStyle("#000000", (0, (2, 3)), "X"),
 )
-START_SHARE = 0.06
+STEEP_SHARE = 0.06
 """Initial fraction of each run's tokens whose steep losses do not extend the loss axis."""
 MAX_MARKERS = 16
 GREY = "#555555"
@@ -145,7 +145,7 @@ def _draw_growths(panel: Panel, run: RunCurves, style: PlotStyle) -> None:
         before = _loss_before(series, growth.tokens)
         panel.axes.axvline(at, color=style.color, ls=":", lw=1.0)
         panel.axes.plot(at, before, "o", ms=9, mfc="none", mec=style.color, mew=1.5)
-        old, new = (_millions(run.parameters[growth.stage + shift]) for shift in (-1, 0))
+        old, new = (_format_parameters(run.parameters[growth.stage + shift]) for shift in (-1, 0))
         panel.axes.annotate(
             f"growth {old} \u2192 {new}",
             (at, 0.99),
@@ -205,11 +205,11 @@ def _loss_range(runs: Sequence[RunCurves]) -> tuple[float, float]:
         for run in runs
         for series in (run.train, run.validation)
         for tokens, loss in zip(series.tokens, series.loss, strict=True)
-        if tokens >= START_SHARE * run.tokens
+        if tokens >= STEEP_SHARE * run.tokens
     ]
     margin = 0.04 * (max(losses) - min(losses)) or 0.1
     return min(losses) - 2 * margin, max(losses) + margin
 
 
-def _millions(parameters: int) -> str:
+def _format_parameters(parameters: int) -> str:
     return f"{parameters / 1e6:.3g}M" if parameters < 1e9 else f"{parameters / 1e9:.3g}B"

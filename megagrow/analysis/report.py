@@ -143,9 +143,9 @@ TEMPLATE = "report.html"
 METHOD = (
     "Speedup: sp = FLOPs from scratch / FLOPs grown - 1 at the same loss (arXiv 2405.15319, "
     "equation 48). The fraction of FLOPs saved is 1 - 1 / (1 + sp): an sp of 54.6% saves 35.3%.",
-    "A run reaches a loss at the end of the last segment of its curve above that loss. Between two "
-    "measurements the loss is interpolated linearly in log FLOPs. A dip before the loss spike of a "
-    "growth does not count.",
+    "A run reaches a loss at the point from which its curve stays at or below that loss. Between "
+    "two measurements the loss is interpolated linearly in log FLOPs. A dip before the loss spike "
+    "of a growth does not count.",
     "Runs are compared by validation loss, without smoothing, if all of them have it. Otherwise "
     "they are compared by training loss, where each point is the mean over the last "
     f"{SMOOTHING:.0%} of the run's tokens, never across a growth.",

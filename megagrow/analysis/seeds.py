@@ -100,9 +100,14 @@ def _counterpart(grown: SeedGroup, groups: Sequence[SeedGroup]) -> SeedGroup:
     for group in groups:
         if group.runs[0].from_scratch and group.runs[0].parameters[-1] == size:
             return group
-    raise DataError(
-        f"{grown.runs[0].name}: no run from scratch with the same {size:,} parameters to compare "
-        "it with; add one"
+    raise no_counterpart(grown.runs[0])
+
+
+def no_counterpart(grown: RunCurves) -> DataError:
+    """Return the error for a grown run without a from-scratch run of its final size."""
+    return DataError(
+        f"{grown.name}: no run from scratch with the same {grown.parameters[-1]:,} parameters to "
+        "compare it with; add one"
     )
 
 

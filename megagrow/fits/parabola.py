@@ -130,7 +130,7 @@ def _parabola(
         coefficients=None,
         best=None,
         standard_error=None,
-        refused=f"{len(set(choices))} different {symbol}, a parabola needs 3",
+        refused=f"only {len(set(choices))} distinct values of {symbol}, at least 3 are required",
         center=center,
         spread=None,
     )

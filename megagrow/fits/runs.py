@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from megagrow.analysis.curves import RunCurves, load_run
+from megagrow.analysis.curves import RunCurves, load_curves
 from megagrow.config.flops import non_embedding_parameters
-from megagrow.config.load import load_run as load_run_file
+from megagrow.config.load import load_run
 from megagrow.errors import DataError
 from megagrow.fits.data import Data, IsoPoint, ScalingPoint
 
@@ -87,7 +87,7 @@ def _source_name(directories: Sequence[Path]) -> str:
 
 
 def _load_complete(directory: Path) -> RunCurves:
-    run = load_run(directory)
+    run = load_curves(directory)
     if not run.has_full_cost:
         raise DataError(
             f"{directory}: the run starts from a model (init_from) or fine-tunes one "
@@ -107,7 +107,7 @@ def _load_grown(directory: Path, choice: Choice) -> _Grown | None:
     path = directory / "config.yaml"
     if not path.is_file():
         raise DataError(f"{path}: no such file; it is needed for the model sizes")
-    small, large = (non_embedding_parameters(s.model) for s in load_run_file(path).stages)
+    small, large = (non_embedding_parameters(s.model) for s in load_run(path).stages)
     value = curves.growths[0].tokens if choice == "base_tokens" else round(large / small, 2)
     return _Grown(directory, curves, large, value)
 

@@ -26,7 +26,7 @@ from megagrow.fits.least_squares import (
 FLOORS = np.concatenate([[0.0], 1.0 - np.geomspace(1.0, 1e-3, 60)[1:]])
 """Initial values of e to try, as fractions of the lowest loss."""
 MAX_EXPONENT = -1e-6
-"""Largest b of a law that counts as decreasing."""
+"""Largest exponent b that is accepted as decreasing."""
 
 
 @dataclass(frozen=True, slots=True)

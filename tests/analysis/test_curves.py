@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.analysis.curves import load_run, smooth
+from megagrow.analysis.curves import load_curves, smooth
 from megagrow.errors import InputError
 
 TOKENS = 1000
@@ -16,7 +16,7 @@ def record(tokens: int, loss: float, stage: int = 0) -> dict[str, float]:
 
 
 def test_run_is_read_back(make_run: Callable[..., Path]) -> None:
-    run = load_run(make_run("grown", [(20, 1000), (30, 4000, 1e8)]))
+    run = load_curves(make_run("grown", [(20, 1000), (30, 4000, 1e8)]))
     spent = 6.0 * TOKENS * (20 * 1000 + 30 * 4000)
     assert (run.name, run.seed, run.parameters) == ("grown", 1, (1000, 4000))
     assert (run.tokens, run.flops) == (50 * TOKENS, pytest.approx(spent))
@@ -45,12 +45,12 @@ def test_smoothing_never_crosses_a_growth() -> None:
 
 def test_missing_run_raises(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere/metrics\.jsonl: no such file"):
-        load_run(tmp_path / "nowhere")
+        load_curves(tmp_path / "nowhere")
 
 
 def test_unfinished_run_raises(make_run: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match="half: the run is not finished"):
-        load_run(make_run("half", [(10, 1000)], end=False))
+        load_curves(make_run("half", [(10, 1000)], end=False))
 
 
 def test_interrupted_run_raises(make_run: Callable[..., Path]) -> None:
@@ -58,10 +58,10 @@ def test_interrupted_run_raises(make_run: Callable[..., Path]) -> None:
     path = make_run("stopped", [(10, 1000)]) / "metrics.jsonl"
     path.write_text(path.read_text().replace('"run_steps": 10', '"run_steps": 20'))
     with pytest.raises(InputError, match="stopped: the run is not finished"):
-        load_run(path.parent)
+        load_curves(path.parent)
 
 
 def test_diverged_run_raises_with_its_step(make_run: Callable[..., Path]) -> None:
     directory = make_run("hot", [(10, 1000)], noise=float("nan"))
     with pytest.raises(InputError, match="train loss at step 1 is not finite"):
-        load_run(directory)
+        load_curves(directory)

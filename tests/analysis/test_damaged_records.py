@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.analysis.curves import load_run
+from megagrow.analysis.curves import load_curves
 from megagrow.errors import InputError
 from megagrow.train.reporting.metrics import METRICS_FILE
 from tests.helpers.written_runs import Stage, write_run
@@ -23,7 +23,7 @@ from tests.helpers.written_runs import Stage, write_run
 )
 def test_malformed_record_raises(tmp_path: Path, kind: str, changes: dict) -> None:
     folder = write_run(tmp_path / "run", [Stage(20, 100)])
-    assert load_run(folder).name == "run"
+    assert load_curves(folder).name == "run"
     path = folder / METRICS_FILE
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for record in (r for r in records if r["kind"] == kind):
@@ -32,4 +32,4 @@ def test_malformed_record_raises(tmp_path: Path, kind: str, changes: dict) -> No
             del record[name]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     with pytest.raises(InputError, match=r"metrics\.jsonl: a record is malformed"):
-        load_run(folder)
+        load_curves(folder)

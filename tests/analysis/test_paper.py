@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megagrow.analysis.curves import load_run
+from megagrow.analysis.curves import load_curves
 from megagrow.analysis.paper import compare_with_paper, paper_markdown, read_paper
 from megagrow.analysis.report import write_report
 from megagrow.analysis.seeds import group_runs, match_groups
@@ -73,7 +73,7 @@ def test_run_is_compared_with_the_row_of_its_operator(make_run: Callable[..., Pa
         grown_by("solar", make_run("other", [(50, 800_000), (88, LARGE, 0.5e12)])),
         grown_by("none", make_run("scratch", [(100, LARGE)])),
     ]
-    matchups = match_groups(group_runs([load_run(run) for run in runs]))
+    matchups = match_groups(group_runs([load_curves(run) for run in runs]))
     table = compare_with_paper(matchups, PAPER)
     names = ["stacked", "paper: G_direct up (G_stack)", "other", "scratch", "paper: scratch"]
     assert [row[0] for row in table.rows] == names

@@ -1,15 +1,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from megagrow.analysis.curves import load_run
+from megagrow.analysis.curves import load_curves
 from megagrow.analysis.plots import PLOT_STYLES, plot_runs
 from tests.helpers.analysis.images import colors
 
 
 def test_every_run_is_drawn_in_its_own_color(make_run: Callable[..., Path], tmp_path: Path) -> None:
     runs = [
-        load_run(make_run("grown", [(20, 1000), (30, 4000, 1e8)])),
-        load_run(make_run("scratch", [(40, 4000)])),
+        load_curves(make_run("grown", [(20, 1000), (30, 4000, 1e8)])),
+        load_curves(make_run("scratch", [(40, 4000)])),
     ]
     for log_x in (False, True):
         path = tmp_path / f"{log_x}.png"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.analysis.curves import Growth, RunCurves, Series, load_run
+from megagrow.analysis.curves import Growth, RunCurves, Series, load_curves
 from megagrow.analysis.flop_accounting import cumulative_flops, make_setting
 from megagrow.analysis.growth_transient import spikes
 from megagrow.analysis.report_plots import plot_scores
@@ -46,10 +46,10 @@ def test_setting_differs_by_all_but_seed_and_name(tmp_path: Path) -> None:
 
 def test_run_with_its_config_has_all_accounts(make_run: Callable[..., Path]) -> None:
     folder = make_run("grown", [(20, 1000), (30, 4000, 1e8)])
-    assert load_run(folder).charged_flops((10,)) is None
+    assert load_curves(folder).charged_flops((10,)) is None
     config = load_config(ROOT / "configs/demo/gstack.yaml")
     (folder / "config.yaml").write_text(to_yaml(config))
-    run = load_run(folder)
+    run = load_curves(folder)
     base, target = make_setting(config).charges
     assert run.charged_flops((20_000, 50_000)) == pytest.approx(
         (20e3 * base, 20e3 * base + 30e3 * target)
@@ -62,7 +62,7 @@ def test_metrics_and_scores_are_read(make_run: Callable[..., Path]) -> None:
     folder = make_run("run", [(20, 1000)])
     found = {"sciq": {"acc": 0.75, "acc_stderr": None}, "wikitext": {"word_perplexity": 20.5}}
     append(folder, kind="evaluation", results=found, average=0.75)
-    run = load_run(folder)
+    run = load_curves(folder)
     assert run.metrics.grad_norm.values == (1.0,) * 20
     assert set(run.metrics.tokens_per_second.values) == {2000.0}
     assert run.metrics.memory_bytes.tokens[-1] == 20_000
@@ -75,7 +75,7 @@ def test_metrics_and_scores_are_read(make_run: Callable[..., Path]) -> None:
 def test_accuracies_are_drawn_against_all_costs(make_run: Callable[..., Path]) -> None:
     folder = make_run("run", [(20, 1000)])
     append(folder, kind="evaluation", results={}, average=0.75)
-    lines = [axes.lines[0] for axes in plot_scores([load_run(folder)]).axes]
+    lines = [axes.lines[0] for axes in plot_scores([load_curves(folder)]).axes]
     assert [list(line.get_xdata()) for line in lines] == [[20_000], [20 * 6e6], [10.0]]
     assert {tuple(line.get_ydata()) for line in lines} == {(0.75,)}
 
@@ -92,7 +92,7 @@ def test_malformed_scores_raise(make_run: Callable[..., Path]) -> None:
     folder = make_run("run", [(20, 1000)])
     append(folder, kind="evaluation", results=[0.5])
     with pytest.raises(InputError, match="a record is malformed"):
-        load_run(folder)
+        load_curves(folder)
 
 
 def grown_with(loss: tuple[float, ...], run: RunCurves) -> RunCurves:
@@ -106,7 +106,7 @@ def grown_with(loss: tuple[float, ...], run: RunCurves) -> RunCurves:
 
 
 def test_spike_is_measured_until_recovery(make_run: Callable[..., Path]) -> None:
-    run = load_run(make_run("run", [(20, 1000)]))
+    run = load_curves(make_run("run", [(20, 1000)]))
     (spike,) = spikes(grown_with((4.0, 3.0, 5.0, 4.5, 3.5, 2.9, 6.0), run))
     assert (spike.before, spike.peak, spike.recovery_tokens) == (3.0, 5.0, 40)
     (never,) = spikes(grown_with((4.0, 3.0, 5.0, 3.1), run))

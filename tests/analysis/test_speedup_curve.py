@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.analysis.curves import RunCurves, load_run
+from megagrow.analysis.curves import RunCurves, load_curves
 from megagrow.analysis.seeds import group_runs, match_groups
 from megagrow.analysis.speedup import LossCurve
 from megagrow.analysis.speedup_curve import Level, shared_losses, speedup_curve_levels
@@ -60,7 +60,7 @@ def test_levels_exclude_the_steep_start() -> None:
 def runs_of(make_run: Callable[..., Path], *names: str) -> dict[str, RunCurves]:
     grown, scratch = [(20, 1000), (40, 4000, 1e8)], [(45, 4000)]
     return {
-        name: load_run(make_run(name, grown if name.startswith("grown") else scratch))
+        name: load_curves(make_run(name, grown if name.startswith("grown") else scratch))
         for name in names
     }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megagrow.analysis.curves import load_run
+from megagrow.analysis.curves import load_curves
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
 from megagrow.evaluation.results_store import find_run, run_counters, store_results
@@ -50,7 +50,7 @@ def test_results_of_checkpoints_are_scores_of_the_run(case, tmp_path) -> None:
     assert str(folder / "evaluations" / "step-000000004.json") in said
     (at,) = [r for r in read_metrics(folder / "metrics.jsonl")
              if r["kind"] == "train" and r["step"] == 2]  # fmt: skip
-    first, last = load_run(folder).scores
+    first, last = load_curves(folder).scores
     assert (first.step, first.tokens, first.flops) == (2, at["tokens"], at["flops"])
     assert first.seconds == at["elapsed_seconds"]
     assert (last.step, last.tokens, last.average) == (4, 4 * STEP_TOKENS, None)
@@ -125,5 +125,5 @@ def test_damaged_result_file_raises(case, text: str, message: str) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
     with pytest.raises(InputError, match=f"step-000000009.json: {message}"):
-        load_run(run.output_dir)
+        load_curves(run.output_dir)
     path.unlink()

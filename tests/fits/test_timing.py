@@ -108,7 +108,7 @@ def test_parabolas_without_a_best_choice_are_refused() -> None:
     assert [one.refused for one in parabolas[:3]] == [
         "minimum outside the tried range of d, 1e+09 to 3.16e+09",
         "no minimum: the curvature is not positive",
-        "1 different d, a parabola needs 3",
+        "only 1 distinct values of d, at least 3 are required",
     ]
     assert len(accepted(parabolas)) == 6
     assert values(fit_timing("made", parabolas)) == pytest.approx(PAPER, rel=1e-6)

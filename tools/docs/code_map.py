@@ -34,7 +34,7 @@ WITHOUT_COMMENT = {
     "SECURITY.md": "Handling of untrusted files, and how to report a vulnerability.",
     "megagrow/analysis/templates/report.html": "Page template of `megagrow report`.",
     "megagrow/py.typed": "Marker of PEP 561: the package has type annotations.",
-    "configs/hardware": "Profiles, GPUS-MODEL: ZeRO stage, TP, recomputation, micro batch.",
+    "configs/hardware": "Profiles by GPU and size: layout, activation checkpointing, micro-batch.",
     "kernels/megagrow_kernels/tiles": "One table of tile sizes per kernel, as JSON.",
 }
 """Descriptions of files and folders that cannot hold a comment."""

@@ -24,7 +24,7 @@ from typing import IO
 import torch
 
 from megagrow.analysis.ablation import Study, Variant, as_json, markdown, plot
-from megagrow.analysis.curves import load_run as read_curves
+from megagrow.analysis.curves import load_curves
 from megagrow.analysis.growth_transient import GrowthTransient, read_transient
 from megagrow.checkpoint.discovery import checkpoint_name
 from megagrow.checkpoint.load import load_storage
@@ -199,7 +199,7 @@ def lock(log: IO[str], directory: Path) -> None:
 def is_finished(directory: Path, segment: RunSegment) -> bool:
     """Return True if a run has all steps of its last segment."""
     try:
-        curves = read_curves(directory)
+        curves = load_curves(directory)
     except InputError:
         return False
     return curves.tokens >= segment.step * STEP_TOKENS
@@ -242,7 +242,7 @@ def read_study(ablation: StateAblation, seeds: Sequence[int], scored: bool) -> S
         return read_transient([*base, *grown], CLOSE_STEPS * STEP_TOKENS, str(path))
 
     runs = {variant: tuple(read(variant, seed) for seed in seeds) for variant in VARIANTS}
-    curves = [read_curves(ablation.directory("scratch", seed)) for seed in seeds]
+    curves = [load_curves(ablation.directory("scratch", seed)) for seed in seeds]
     scores: dict[str, dict[Variant, tuple[float, ...]]] = {}
     scratch = {"loss at the end": tuple(run.validation.loss[-1] for run in curves)}
     if scored:

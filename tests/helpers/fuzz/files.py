@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from megagrow.analysis.curves import load_run
+from megagrow.analysis.curves import load_curves
 from megagrow.data.indexed import IndexedCorpus
 from megagrow.data.manifest import FORMAT, NAME, CorpusManifest, verify
 from megagrow.errors import InputError
@@ -133,7 +133,7 @@ def _load_metrics(folder: Path, raw: bytes) -> None:
     kept = read_metrics(path)
     assert kept[-1]["step"] == 2 and kept[:-1] == [r for r in records if r in kept[:-1]]
     path.write_bytes(raw)
-    load_run(folder)
+    load_curves(folder)
 
 
 def _written_lines(value: Any) -> bytes:
