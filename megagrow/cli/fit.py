@@ -10,7 +10,7 @@ import typer
 
 from megagrow.common.atomic_files import write_text
 from megagrow.common.json_text import finite
-from megagrow.common.tables import print_lines, table_console
+from megagrow.common.tables import print_lines, print_table, table_console
 from megagrow.errors import ConfigError, unwritable
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def timing(sources: Sources, output: Output, budgets: Budgets = None) -> None:
     parabolas = timing_parabolas(data)
     _print_parabolas(parabolas, "d (tokens)")
     fit = fit_timing(data.source, parabolas)
-    table_console().print(timing_table(fit))
+    print_table(table_console(), *timing_table(fit))
     plot = _write_iso(output, "timing", data, parabolas, {"fit": asdict(fit), "paper": PAPER})
     plot_timing(data.points, parabolas, fit, plot)
     print_lines(table_console(), [f"Plot: {plot}"])
@@ -61,7 +61,7 @@ def factor(sources: Sources, output: Output, budgets: Budgets = None) -> None:
     parabolas = factor_parabolas(data)
     _print_parabolas(parabolas, "g")
     fit = fit_factor(data, parabolas)
-    table_console().print(factor_table(fit))
+    print_table(table_console(), *factor_table(fit))
     plot = _write_iso(output, "factor", data, parabolas, {"fit": asdict(fit), "paper": PAPER_BEST})
     plot_factor(data.points, parabolas, fit, plot)
     print_lines(table_console(), [f"Plot: {plot}"])
@@ -97,8 +97,8 @@ def scaling(
     flops = parse_budgets(budgets) if budgets else default_budgets(laws)
     savings = [saving_at(*laws, budget) for budget in flops]
     lines = scaling_lines(laws, savings)
-    console.print(scaling_table(laws))
-    console.print(saving_table(savings))
+    print_table(console, *scaling_table(laws))
+    print_table(console, *saving_table(savings))
     print_lines(console, lines)
     results = {"laws": [asdict(law) for law in laws], "savings": [asdict(one) for one in savings]}
     plot = _write(output, "scaling", results | {"notes": (*data.notes, *lines)})
@@ -131,7 +131,7 @@ def _print_parabolas(parabolas: "Sequence[Parabola]", quantity: str) -> None:
     from megagrow.fits.tables import parabola_table, refusals
 
     console = table_console()
-    console.print(parabola_table(parabolas, quantity))
+    print_table(console, *parabola_table(parabolas, quantity))
     print_lines(console, refusals(parabolas))
 
 

@@ -2,30 +2,33 @@
 
 from collections.abc import Sequence
 
-from rich.table import Table
-
 from megagrow.fits.least_squares import Constant
 from megagrow.fits.parabola import PAPER_BEST, FactorFit, Parabola, accepted
 from megagrow.fits.scaling import FlopSaving, PowerLaw
 from megagrow.fits.timing import PAPER, TimingFit
 
+Columns = tuple[str, ...]
+Rows = list[tuple[str, ...]]
+"""Cells of a table for `common.tables.print_table`."""
+
 UNKNOWN = "unknown: no degrees of freedom"
 
 
-def parabola_table(parabolas: Sequence[Parabola], choice: str) -> Table:
+def parabola_table(parabolas: Sequence[Parabola], choice: str) -> tuple[Columns, Rows]:
     """Return a table of the best choice at each size and budget.
 
     `choice` is the column's name with its unit in brackets, such as `d (tokens)`.
     """
-    table = Table("N", "C (FLOPs)", "points", f"best {choice}", "-/+ 1 standard error")
+    columns = ("N", "C (FLOPs)", "points", f"best {choice}", "-/+ 1 standard error")
+    rows: Rows = []
     for parabola in parabolas:
         head = f"{parabola.parameters:.4g}", f"{parabola.flops:.4g}", str(parabola.points)
         if parabola.best is None:
-            table.add_row(*head, "-", f"refused: {parabola.refused}")
+            rows.append((*head, "-", f"refused: {parabola.refused}"))
         else:
             error = _error_text(parabola.best, parabola.standard_error)
-            table.add_row(*head, f"{parabola.best:.4g}", error)
-    return table
+            rows.append((*head, f"{parabola.best:.4g}", error))
+    return columns, rows
 
 
 def _error_text(best: float, error: float | None) -> str:
@@ -42,47 +45,50 @@ def refusals(parabolas: Sequence[Parabola]) -> list[str]:
     return [f"{refused} of {len(parabolas)} parabolas refused and excluded from the fit."]
 
 
-def timing_table(fit: TimingFit) -> Table:
+def timing_table(fit: TimingFit) -> tuple[Columns, Rows]:
     """Return a table of the constants of log10 d = a log10 N + b / log10 C + c and the paper's."""
-    table = Table("log10 d = a log10 N + b / log10 C + c", "fit", "95% interval", "paper")
+    columns = ("log10 d = a log10 N + b / log10 C + c", "fit", "95% interval", "paper")
+    rows: Rows = []
     for name, constant in (("a", fit.a), ("b", fit.b), ("c", fit.c)):
-        table.add_row(name, f"{constant.value:.4g}", interval_text(constant), f"{PAPER[name]:g}")
-    return table
+        rows.append((name, f"{constant.value:.4g}", interval_text(constant), f"{PAPER[name]:g}"))
+    return columns, rows
 
 
-def factor_table(fit: FactorFit) -> Table:
+def factor_table(fit: FactorFit) -> tuple[Columns, Rows]:
     """Return a table of the recommended growth factor and the paper's."""
-    table = Table("", "fit", "95% interval", "nearest tried", "paper")
+    columns = ("", "fit", "95% interval", "nearest tried", "paper")
+    rows: Rows = []
     interval = "unknown" if fit.low is None else f"{fit.low:.3g} to {fit.high:.3g}"
     paper = "{:g} to {:g}".format(*PAPER_BEST)
-    table.add_row("best g", f"{fit.factor:.3g}", interval, f"{fit.nearest_tried:g}", paper)
-    return table
+    rows.append(("best g", f"{fit.factor:.3g}", interval, f"{fit.nearest_tried:g}", paper))
+    return columns, rows
 
 
-def scaling_table(laws: Sequence[PowerLaw]) -> Table:
+def scaling_table(laws: Sequence[PowerLaw]) -> tuple[Columns, Rows]:
     """Return a table of the constants of L = a C^b + e."""
-    table = Table("L = a C^b + e", "a", "b", "e (nats)", "points", "C of the points")
+    columns = ("L = a C^b + e", "a", "b", "e (nats)", "points", "C of the points")
+    rows: Rows = []
     for law in laws:
         constants = (f"{c.value:.4g} ({interval_text(c)})" for c in (law.a, law.b))
         floor = f"{law.e.value:.4g} ({interval_text(law.e)})" if len(law.theta) > 2 else "0, fixed"
         low, high = law.flops
-        table.add_row(law.kind, *constants, floor, str(law.points), f"{low:.3g} to {high:.3g}")
-    return table
+        rows.append((law.kind, *constants, floor, str(law.points), f"{low:.3g} to {high:.3g}"))
+    return columns, rows
 
 
-def saving_table(savings: Sequence[FlopSaving]) -> Table:
+def saving_table(savings: Sequence[FlopSaving]) -> tuple[Columns, Rows]:
     """Return a table of the saving of growth at each budget."""
     columns = ("C (FLOPs, grown)", "loss", "scratch FLOPs", "saving", "95% band", "extrapolation")
-    table = Table(*columns)
+    rows: Rows = []
     for saving in savings:
         head = f"{saving.flops:.4g}", f"{saving.loss:.4f}"
         if saving.saving is None or saving.scratch_flops is None:
-            table.add_row(*head, "never: its floor is higher", "-", "-", _extrapolation(saving))
+            rows.append((*head, "never: its floor is higher", "-", "-", _extrapolation(saving)))
             continue
         band = "unknown" if saving.low is None else f"{saving.low:+.1%} to {saving.high:+.1%}"
         cells = f"{saving.scratch_flops:.4g}", f"{saving.saving:+.1%}", band
-        table.add_row(*head, *cells, _extrapolation(saving))
-    return table
+        rows.append((*head, *cells, _extrapolation(saving)))
+    return columns, rows
 
 
 def _extrapolation(saving: FlopSaving) -> str:
