@@ -152,6 +152,7 @@ def _step_hooks(job: Job, long: bool) -> StepHooks:
     return StepHooks(
         check=job.run_logger.check,
         beat=partial(job.watchdog.beat, long=long),
+        beat_long=partial(job.watchdog.beat, long=True),
         background=job.checkpointer,
     )
 

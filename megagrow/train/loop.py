@@ -14,7 +14,7 @@ from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import stage_steps, step_tokens
 from megagrow.data.batches import Batch, BatchReader, read_micro_batches
 from megagrow.errors import InputError
-from megagrow.parallel.agreement import run_on_all_ranks
+from megagrow.parallel.agreement import any_across_ranks, run_on_all_ranks
 from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.growth_event.new_entries import update_factors
 from megagrow.train.reporting.metrics import StepMetrics
@@ -36,6 +36,9 @@ class StepDone:
     evaluate: bool = False
     rewind: str | None = None
     """Reason to rewind to a checkpoint, or None."""
+
+
+REMOTE_SIGNAL = "a signal on another rank"
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class StepHooks:
     """Raises an InputError of this rank that all ranks must see."""
     beat: Callable[[str], None] = lambda phase: None
     """Receives the name of each phase of the step as it begins."""
+    beat_long: Callable[[str], None] = lambda phase: None
+    """The same, for a phase that may take long."""
     background: Background | None = None
 
 
@@ -87,16 +92,21 @@ def advance(
 ) -> LoopEvent:
     """Train the next step of a stage, unless all are done or a signal arrived. Collective.
 
+    A signal during the last step of a stage stops the run before the growth.
+
     An InputError of a single rank (a damaged corpus, or an error of `hooks.check`) is raised on all
     ranks with the same class.
     """
     steps = stage_steps(stage.config, run.data.sequence_length)
     if state.stage_step >= steps:  # greater if the run was shortened after its checkpoint
+        grows = stage.index + 1 < len(run.stages)
+        if grows and any_across_ranks(stop.received is not None, stage.topology.device):
+            return Stopped(state, stop.received or REMOTE_SIGNAL)
         return StageEnd(state)
     hooks.beat(f"reading the batch of step {state.counters.step + 1}")
     batches = _next_batches(stage, state, reader, stop, hooks)
     if batches is None:
-        return Stopped(state, stop.received or "a signal on another rank")
+        return Stopped(state, stop.received or REMOTE_SIGNAL)
     hooks.beat(f"step {state.counters.step + 1}")
     measure = _measured_step(run, stage, state, batches)
     state = state.after_step(measure).guarded(run.guards, measure)
@@ -155,6 +165,7 @@ def _next_batches(
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
     failed, stopped, busy_somewhere = vote.tolist()
     if background is not None and not busy_somewhere:
+        hooks.beat_long(f"publishing the checkpoint before step {state.counters.step + 1}")
         background.idle_everywhere()
     if failed:
         run_on_all_ranks(lambda: _raise_if(problem))

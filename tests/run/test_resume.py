@@ -236,24 +236,30 @@ def test_a_finished_run_says_so_and_does_nothing(undisturbed: RunConfig) -> None
 
 
 @pytest.mark.parametrize(
-    "signals",
-    [[signal.SIGTERM], [signal.SIGUSR1], [signal.SIGINT, signal.SIGTERM, signal.SIGTERM]],
-    ids=["SIGTERM", "SIGUSR1", "Ctrl-C under a launcher"],
+    ("step", "signals"),
+    [
+        (8, [signal.SIGTERM]),
+        (8, [signal.SIGUSR1]),
+        (8, [signal.SIGINT, signal.SIGTERM, signal.SIGTERM]),
+        (BASE_STEPS, [signal.SIGTERM]),
+    ],
+    ids=["SIGTERM", "SIGUSR1", "Ctrl-C under a launcher", "in the last step before a growth"],
 )
 def test_stopped_by_a_signal(
-    tmp_path: Path, undisturbed: RunConfig, signals: list[signal.Signals]
+    tmp_path: Path, undisturbed: RunConfig, step: int, signals: list[signal.Signals]
 ) -> None:
     run, reached = grown_run(tmp_path), tmp_path / "reached"
-    job = start(run, slowed_after(7, reached))
+    job = start(run, slowed_after(step - 1, reached))
     job.wait_for(reached.exists)
     for number in signals:
         job.signal(number)
         time.sleep(0.02)
     done = finish(job)
     name = signals[0].name
-    assert f"run test | stopped by {name} | 8 steps | " in done.out[0]
-    assert records(run, "end", ["step", "stopped"]) == [(8, name)]
-    assert list_checkpoints(run.output_dir / "checkpoints")[-1].name == "step-000000008"
+    assert f"run test | stopped by {name} | {step} steps | " in done.out[0]
+    assert records(run, "end", ["step", "stopped"]) == [(step, name)]
+    assert records(run, "growth", ["step"]) == []
+    assert step_of(list_checkpoints(run.output_dir / "checkpoints")[-1]) == step
     finish(start(run))
-    assert records(run, "start", ["step"]) == [(0,), (8,)]
+    assert records(run, "start", ["step"]) == [(0,), (step,)]
     assert_same(run, undisturbed)
