@@ -92,7 +92,7 @@ def test_both_losses_are_told(tmp_path, text, tokenizer, monkeypatch):
     # An exact operator that is not exact leaves nothing behind that looks like a checkpoint.
     losses = iter((1.0, 1.1))
     monkeypatch.setattr("megagrow.offline.grow.text_loss", lambda *_: next(losses))
-    with pytest.raises(InputError, match=r"zero_depth should keep .* from 1.000000 to 1.100000"):
+    with pytest.raises(InputError, match=r"zero_depth must preserve .* from 1.000000 to 1.100000"):
         grow(out=tmp_path / "wrong", **request)
     assert not (tmp_path / "wrong").exists()
 
