@@ -4,12 +4,16 @@ from pathlib import Path
 
 
 class InputError(Exception):
-    """Base of all errors that the user can fix. Exit code 2 on all ranks.
+    """Base of all errors that the user can fix.
 
-    The subclass states which input must change. The message is one line that names the key, file
-    or rank and the fix; the command line prints it without a traceback. It may contain names from
-    untrusted files: characters that a terminal would interpret are escaped.
+    `code` is the exit code of all ranks. A subclass takes the message as its only argument, so that
+    `parallel.agreement` can raise it on the other ranks. The subclass states which input must
+    change. The message is one line that names the key, file or rank and the fix; the command line
+    prints it without a traceback. It may contain names from untrusted files: characters that a
+    terminal would interpret are escaped.
     """
+
+    code = 2
 
     def __init__(self, message: str) -> None:
         shown = (char if char.isprintable() else repr(char)[1:-1] for char in message)

@@ -8,7 +8,12 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from megagrow.checkpoint.discovery import last_valid, list_checkpoints, shard_name
+from megagrow.checkpoint.discovery import (
+    FoundCheckpoint,
+    last_valid,
+    list_checkpoints,
+    shard_name,
+)
 from megagrow.checkpoint.manifest import Manifest, parse_manifest
 from megagrow.common.checksums import problem_of
 from megagrow.errors import CheckpointError
@@ -23,7 +28,7 @@ _NAMED = 3
 """Number of damaged files of a checkpoint that are listed; the others are counted."""
 
 
-def newest_checkpoint(directory: Path) -> tuple[Path, Manifest] | None:
+def newest_valid_on_all_ranks(directory: Path) -> FoundCheckpoint | None:
     """Return the newest valid checkpoint, the same on all ranks; None if there is none. Collective.
 
     "Newest" means most steps, not a time. Each rank verifies its share of the files. Damaged

@@ -250,7 +250,7 @@ def main() -> None:
         app()
     except InputError as error:
         _report_once(f"error: {error}")
-        sys.exit(2)
+        sys.exit(error.code)
     except PeerLost as error:
         _report(f"error: {error}", error.is_reporter)
         sys.exit(error.code)

@@ -22,7 +22,7 @@ from megagrow.doctor.network import Speeds, measure_speeds, sizes_for
 from megagrow.doctor.rank_report import RankReport, collect_report
 from megagrow.doctor.rendezvous import Rendezvous
 from megagrow.doctor.shared_folder import check_folder
-from megagrow.errors import ResourceError
+from megagrow.errors import InputError, ResourceError
 from megagrow.parallel.launch import Launch, own_device
 from megagrow.parallel.process_groups import join_ranks
 
@@ -111,7 +111,7 @@ def _abort(launch: Launch, seconds: float) -> None:
             file=sys.stderr,
             flush=True,
         )
-    os._exit(2)
+    os._exit(InputError.code)
 
 
 def _speeds_from_json(values: dict[str, Any]) -> Speeds:

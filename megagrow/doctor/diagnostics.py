@@ -208,7 +208,7 @@ def _host_rows(cluster: ClusterReport) -> Iterable[Sequence[str]]:
             f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0]),
             f"{len(reports)} x {', '.join(devices)}",
             f"{1000 * clock:+.1f}",
-            f"{network[host] / 1e9:.2f}" if host in network else "",
+            f"{network[host] / 1e9:.3g}" if host in network else "",
             f"{min(gpu.teraflops for gpu in gpus):.0f}" if gpus else "",
             format_in(min(gpu.free for gpu in gpus), "GiB", 0) if gpus else "",
         )
@@ -219,4 +219,4 @@ def _speed_rows(cluster: ClusterReport) -> Iterable[Sequence[str]]:
     for size in cluster.speeds[0].all_reduce:
         all_reduce = median(speeds.all_reduce[size] for speeds in cluster.speeds)
         all_to_all = median(speeds.all_to_all[size] for speeds in cluster.speeds)
-        yield f"{size / 2**20:g}", f"{all_reduce / 1e9:.2f}", f"{all_to_all / 1e9:.2f}"
+        yield f"{size / 2**20:g}", f"{all_reduce / 1e9:.3g}", f"{all_to_all / 1e9:.3g}"

@@ -18,7 +18,7 @@ def main() -> None:
         cli_evaluate()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.code)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,19 @@ from megagrow.fits.scaling import FlopSaving, PowerLaw
 from megagrow.fits.timing import PAPER, TimingFit
 
 Columns = tuple[str, ...]
-Rows = list[tuple[str, ...]]
+FitRows = list[tuple[str, ...]]
 """Cells of a table for `common.tables.print_table`."""
 
 UNKNOWN = "unknown: no degrees of freedom"
 
 
-def parabola_table(parabolas: Sequence[Parabola], choice: str) -> tuple[Columns, Rows]:
+def parabola_table(parabolas: Sequence[Parabola], choice: str) -> tuple[Columns, FitRows]:
     """Return a table of the best choice at each size and budget.
 
     `choice` is the column's name with its unit in brackets, such as `d (tokens)`.
     """
     columns = ("N", "C (FLOPs)", "points", f"best {choice}", "-/+ 1 standard error")
-    rows: Rows = []
+    rows: FitRows = []
     for parabola in parabolas:
         head = f"{parabola.parameters:.4g}", f"{parabola.flops:.4g}", str(parabola.points)
         if parabola.best is None:
@@ -45,29 +45,29 @@ def refusals(parabolas: Sequence[Parabola]) -> list[str]:
     return [f"{refused} of {len(parabolas)} parabolas refused and excluded from the fit."]
 
 
-def timing_table(fit: TimingFit) -> tuple[Columns, Rows]:
+def timing_table(fit: TimingFit) -> tuple[Columns, FitRows]:
     """Return a table of the constants of log10 d = a log10 N + b / log10 C + c and the paper's."""
     columns = ("log10 d = a log10 N + b / log10 C + c", "fit", "95% interval", "paper")
-    rows: Rows = []
+    rows: FitRows = []
     for name, constant in (("a", fit.a), ("b", fit.b), ("c", fit.c)):
         rows.append((name, f"{constant.value:.4g}", interval_text(constant), f"{PAPER[name]:g}"))
     return columns, rows
 
 
-def factor_table(fit: FactorFit) -> tuple[Columns, Rows]:
+def factor_table(fit: FactorFit) -> tuple[Columns, FitRows]:
     """Return a table of the recommended growth factor and the paper's."""
     columns = ("", "fit", "95% interval", "nearest tried", "paper")
-    rows: Rows = []
+    rows: FitRows = []
     interval = "unknown" if fit.low is None else f"{fit.low:.3g} to {fit.high:.3g}"
     paper = "{:g} to {:g}".format(*PAPER_BEST)
     rows.append(("best g", f"{fit.factor:.3g}", interval, f"{fit.nearest_tried:g}", paper))
     return columns, rows
 
 
-def scaling_table(laws: Sequence[PowerLaw]) -> tuple[Columns, Rows]:
+def scaling_table(laws: Sequence[PowerLaw]) -> tuple[Columns, FitRows]:
     """Return a table of the constants of L = a C^b + e."""
     columns = ("L = a C^b + e", "a", "b", "e (nats)", "points", "C of the points")
-    rows: Rows = []
+    rows: FitRows = []
     for law in laws:
         constants = (f"{c.value:.4g} ({interval_text(c)})" for c in (law.a, law.b))
         floor = f"{law.e.value:.4g} ({interval_text(law.e)})" if len(law.theta) > 2 else "0, fixed"
@@ -76,10 +76,10 @@ def scaling_table(laws: Sequence[PowerLaw]) -> tuple[Columns, Rows]:
     return columns, rows
 
 
-def saving_table(savings: Sequence[FlopSaving]) -> tuple[Columns, Rows]:
+def saving_table(savings: Sequence[FlopSaving]) -> tuple[Columns, FitRows]:
     """Return a table of the saving of growth at each budget."""
     columns = ("C (FLOPs, grown)", "loss", "scratch FLOPs", "saving", "95% band", "extrapolation")
-    rows: Rows = []
+    rows: FitRows = []
     for saving in savings:
         head = f"{saving.flops:.4g}", f"{saving.loss:.4f}"
         if saving.saving is None or saving.scratch_flops is None:

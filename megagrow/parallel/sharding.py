@@ -62,7 +62,10 @@ class ParamSpec:
 
     @property
     def tp_dim(self) -> int | None:
-        """Return the dimension sliced by tensor parallelism; None if every rank holds all of it."""
+        """Return the dimension sliced by tensor parallelism; None if every rank holds all of it.
+
+        0 is a column-parallel layer of Megatron-LM (slices of the outputs), 1 a row-parallel one.
+        """
         if self.row_role.axis.sliced:
             return 0
         return 1 if self.col_role is not None and self.col_role.axis.sliced else None

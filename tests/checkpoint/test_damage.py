@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megagrow.checkpoint.discovery import checkpoint_name, list_checkpoints
-from megagrow.checkpoint.load import load_storage, newest_checkpoint
+from megagrow.checkpoint.load import load_storage, newest_valid_on_all_ranks
 from megagrow.errors import InputError
 from tests.helpers.checkpoint.damage import DAMAGES, SHARD, STEPS, damaged, flip, truncate
 from tests.helpers.checkpoint.saving import MODEL, save_random
@@ -38,7 +38,7 @@ def search(folders: list[Path]) -> list[tuple[str, list[str]]]:
     for folder in folders:
         with captured_logs() as messages:
             try:
-                found = newest_checkpoint(folder)
+                found = newest_valid_on_all_ranks(folder)
                 out.append((found[0].name if found else "none", messages))
             except InputError as error:
                 out.append((str(error), messages))
@@ -69,7 +69,7 @@ def test_damaged_ones_are_named_and_the_one_before_is_taken(good, tmp_path):
 
 def load_later(folder: Path) -> str:
     """Message about a shard that is damaged between the search and the loading."""
-    path, manifest = newest_checkpoint(folder)
+    path, manifest = newest_valid_on_all_ranks(folder)
     (path / SHARD).write_bytes(b"\xff" * manifest.files[SHARD].size)
     try:
         whole = layout_of(MODEL, 0, 1, 1)

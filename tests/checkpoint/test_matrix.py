@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megagrow.checkpoint.load import load_storage, newest_checkpoint
+from megagrow.checkpoint.load import load_storage, newest_valid_on_all_ranks
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.config.schema import RunConfig
 from megagrow.reshard.fill import fill_initial
@@ -111,7 +111,7 @@ def resumed_by_engines(
     out = []
     for source, target in pairs:
         run = run_of(folder, target)
-        found = newest_checkpoint(folder / name_of(source))
+        found = newest_valid_on_all_ranks(folder / name_of(source))
         assert found is not None
         path, manifest = found
         stage = build_stage(run, 0, torch.device("cpu"))

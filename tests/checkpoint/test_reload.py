@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from megagrow.checkpoint.load import load_storage, newest_checkpoint
+from megagrow.checkpoint.load import load_storage, newest_valid_on_all_ranks
 from megagrow.checkpoint.manifest import describe_layout
 from megagrow.parallel.sharding import STATE_KINDS
 from megagrow.train.stage import build_stage
@@ -47,7 +47,7 @@ def save_and_load_all(folder: Path) -> list[str]:
     for step, (before, saved) in enumerate(LAYOUTS.items()):
         save_random(folder / before, step, saved)
         with captured_logs() as messages:
-            path, manifest = newest_checkpoint(folder / before)
+            path, manifest = newest_valid_on_all_ranks(folder / before)
         wrong += messages
         assert manifest.read_layout() == saved
         state = random_state(saved.plan, seed=step)
@@ -104,7 +104,7 @@ def on_fewer_ranks(folder: Path) -> list[bool]:
     """Loads what four ranks saved into the layouts of one."""
     out = []
     for step, name in enumerate(LAYOUTS):
-        path, manifest = newest_checkpoint(folder / name)
+        path, manifest = newest_valid_on_all_ranks(folder / name)
         layout = layout_of(MODEL, step % 4, 1, 1)
         mine = empty_storage(layout, 0)
         load_storage(path, manifest, layout, mine)
@@ -135,7 +135,7 @@ def through_engines(folder: Path) -> list[tuple[bool, int]]:
                     storage[name][kind].copy_(values)
             built.engine.ready(adam_step=5)
         else:
-            path, manifest = newest_checkpoint(folder / "engines")
+            path, manifest = newest_valid_on_all_ranks(folder / "engines")
             load_storage(path, manifest, layout, storage)
             built.engine.ready(manifest.adam_step)
         tensors = full_tensors(layout, built.engine.storage())

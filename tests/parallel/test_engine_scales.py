@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.checkpoint.load import load_storage, newest_checkpoint
+from megagrow.checkpoint.load import load_storage, newest_valid_on_all_ranks
 from megagrow.parallel.engine_config import ParamScale, parameter_groups
 from tests.helpers.checkpoint.saving import manifest_of, save_checkpoint
 from tests.helpers.parallel.engines import CONFIG, LR, OPTIMIZER, Built, Case, Plain, Weights, build
@@ -138,7 +138,7 @@ def reloaded(folder: Path) -> dict[Case, Trained]:
         save_checkpoint(where, index, first.layout, first.engine.storage(), make)
         first.release()
         built = build(case, SCALES)
-        path, manifest = newest_checkpoint(where)
+        path, manifest = newest_valid_on_all_ranks(where)
         load_storage(path, manifest, built.layout, built.engine.storage())
         built.engine.ready(manifest.adam_step)
         norms = [built.train_step(seed=seed) for seed in range(STEPS // 2, STEPS)]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megagrow.checkpoint.load import load_storage, newest_checkpoint
+from megagrow.checkpoint.load import load_storage, newest_valid_on_all_ranks
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.growth.map import Fresh
 from megagrow.parallel.sharding import STATE_KINDS, Storage
@@ -252,7 +252,7 @@ def interrupted(folder: Path) -> tuple[dict, dict]:
     save_checkpoint(folder / "c", 1, stage.layout, stage.engine.storage(), make)
     stage.release()
     stage = build_stage(run, 1, torch.device("cpu"))
-    path, manifest = newest_checkpoint(folder / "c")
+    path, manifest = newest_valid_on_all_ranks(folder / "c")
     load_storage(path, manifest, stage.layout, stage.engine.storage())
     stage.engine.ready(manifest.adam_step)
     losses_of(run, stage, event.state)
