@@ -65,9 +65,8 @@ def indivisible_sizes(config: ModelConfig, tp: int) -> Iterator[tuple[str, int]]
 
     Each rank holds complete units of every sliced axis of a block. The vocabulary is padded.
     """
-    declared = [each for block in block_counts(config) for each in block.type.parameters(config)]
-    roles = [role for each in declared for role in (each.row_role, each.col_role)]
-    fields = (role.axis.sizes[0] for role in roles if role is not None and role.axis.sliced)
+    axes = activation_axes(config).values()
+    fields = (axis.sizes[0] for axis in axes if axis.sliced and axis != VOCAB)
     for field in dict.fromkeys(fields):
         value = getattr(config, field)
         if value % tp:
