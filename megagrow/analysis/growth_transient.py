@@ -103,6 +103,11 @@ def loss_at(curve: Sequence[CurvePoint], tokens: float) -> float:
     raise ValueError(f"{tokens} tokens are outside the curve, {curve[0][0]} to {curve[-1][0]}")
 
 
+def t_quantile(dof: int) -> float:
+    """Return the half-width of a two-sided 95% interval in standard errors."""
+    return float(student_t.ppf(0.975, dof))
+
+
 @dataclass(frozen=True, slots=True)
 class Spread:
     """Mean and standard deviation of one quantity over several seeds."""
@@ -117,7 +122,7 @@ class Spread:
         """Half-width of the mean's 95% confidence interval (Student's t); NaN for one value."""
         if self.count == 1:
             return math.nan
-        factor = float(student_t.ppf(0.975, self.count - 1))
+        factor = t_quantile(self.count - 1)
         return factor * self.deviation / math.sqrt(self.count)
 
     @property

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import lstsq
-from scipy.stats import t as student_t
+
+from megagrow.analysis.growth_transient import t_quantile
 
 Numbers = NDArray[np.float64]
-
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +76,3 @@ def with_interval(value: float, error: float, dof: int) -> Constant:
     """Return `value` with the 95% interval of Student's t for `dof` degrees of freedom."""
     half_width = error * t_quantile(dof)
     return Constant(value, error, value - half_width, value + half_width)
-
-
-def t_quantile(dof: int) -> float:
-    """Return the half-width of a two-sided 95% interval in standard errors."""
-    return float(student_t.ppf(0.5 + CONFIDENCE / 2, dof))

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import least_squares
 
+from megagrow.analysis.growth_transient import t_quantile
 from megagrow.errors import DataError
 from megagrow.fits.data import Data, RunKind, ScalingPoint
 from megagrow.fits.least_squares import (
     Constant,
     Numbers,
     fit_linear,
-    t_quantile,
     with_interval,
 )
 
