@@ -10,5 +10,6 @@ them into rows; `sft_prepare.py` writes them together with a loss mask.
 Training: `indexed.py` maps a tokenized corpus into memory; `blend.py` shuffles its blocks and
 mixes several corpora by weight, without a table of the corpus's size; `stream.py` combines them
 into the endless token stream of the run; `batches.py` cuts the stream into the batches of a rank.
-The only state is the position in the stream, an integer.
+The only state is the position in the stream, an integer. `corpus_identity.py` identifies a corpus
+by its contents.
 """

@@ -1,0 +1,90 @@
+"""Identity of a corpus: digests of its tokens and of its tokenizer, independent of its path."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megagrow.data.indexed import with_suffix
+from megagrow.data.manifest import CorpusManifest
+from megagrow.errors import DataError
+
+BLOCK_BYTES = 1 << 16
+BLOCKS = 64
+"""Blocks per file that `_sampled` reads: 4 MiB."""
+SUFFIXES = (".bin", ".idx", ".mask.bin", ".mask.idx")
+
+
+@dataclass(frozen=True)
+class CorpusIdentity:
+    """Identity of a corpus; equal for a moved or copied corpus."""
+
+    content: str
+    """Digest of tokens, document boundaries and masks, `checksum:HEX` or `sampled:HEX`."""
+    tokenizer: str | None
+    """Checksum of the tokenizer, None if unknown."""
+
+
+def corpus_identity(prefix: Path) -> CorpusIdentity:
+    """Return the identity of the corpus PREFIX.bin and PREFIX.idx, reading at most 16 MiB.
+
+    With a manifest, `content` is a digest of the recorded checksums; the files are checked for
+    their sizes only. A corpus of another program has no manifest: `content` is then a digest of
+    the sizes of the files and of BLOCKS blocks of each, evenly spread from its start to its end,
+    so a change between these blocks that keeps the size is not detected.
+
+    Raises DataError if a file is missing or its size differs from the manifest.
+    """
+    manifest = CorpusManifest.next_to(prefix)
+    if manifest is None or prefix.name not in manifest.splits:
+        return CorpusIdentity(f"sampled:{_digest(_sampled(prefix))}", None)
+    recorded = _recorded(prefix, manifest)
+    return CorpusIdentity(f"checksum:{_digest(recorded)}", manifest.tokenizer_checksum)
+
+
+def _recorded(prefix: Path, manifest: CorpusManifest) -> Iterator[bytes]:
+    """Yield the recorded sizes and checksums of the files."""
+    for suffix in SUFFIXES:
+        path = with_suffix(prefix, suffix)
+        record = manifest.files.get(path.name)
+        if record is None:
+            continue
+        size = _size_of(path)
+        if size != record.size:
+            raise DataError(
+                f"{path}: {size} bytes, its manifest records {record.size}; copy the corpus again "
+                "with its manifest.json, or prepare it again"
+            )
+        yield f"{suffix} {size} {record.checksum}".encode()
+
+
+def _sampled(prefix: Path) -> Iterator[bytes]:
+    """Yield sizes and blocks of the files."""
+    for suffix in SUFFIXES:
+        path = with_suffix(prefix, suffix)
+        if suffix.startswith(".mask") and not path.is_file():
+            continue
+        size = _size_of(path)
+        yield f"{suffix} {size}".encode()
+        last = max(size - BLOCK_BYTES, 0)
+        try:
+            with path.open("rb", buffering=0) as file:
+                for start in sorted({last * block // (BLOCKS - 1) for block in range(BLOCKS)}):
+                    file.seek(start)
+                    yield file.read(BLOCK_BYTES)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _digest(parts: Iterator[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
