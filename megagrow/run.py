@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from megagrow.checkpoint.load import newest_valid_on_all_ranks
+from megagrow.common.directory_lock import lock_directory
 from megagrow.common.log_setup import LogLevel, configure_logging
 from megagrow.config.growth_guidelines import timing_warnings
 from megagrow.config.schema import RunConfig
@@ -21,7 +22,6 @@ from megagrow.parallel.launch import Launch, first_host, read_launch
 from megagrow.parallel.process_groups import init_process_group, leave_process_group
 from megagrow.train.checkpointer import Checkpointer
 from megagrow.train.data_setup import Inputs, open_inputs
-from megagrow.train.fault_tolerance.run_lock import lock_directory
 from megagrow.train.fault_tolerance.signals import StopRequested, StopSignal
 from megagrow.train.fault_tolerance.watchdog import Watchdog, start_watchdog
 from megagrow.train.growth_event.cost import Feed

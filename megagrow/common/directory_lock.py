@@ -1,4 +1,4 @@
-"""Lock of a run's directory: two processes must not write the same run."""
+"""Lock of a directory: two processes must not write the same run or the same corpus."""
 
 import errno
 import fcntl
@@ -38,10 +38,23 @@ class DirectoryLock:
     system supports locks.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Acquire the lock, waiting up to PATIENCE. Raises ResourceError if it stays taken."""
+    def __init__(
+        self,
+        directory: Path,
+        use: str = "trains this run",
+        option: str = "output_dir",
+        temporary: bool = False,
+    ) -> None:
+        """Acquire the lock, waiting up to PATIENCE. Raises ResourceError if it stays taken.
+
+        Args:
+            use: activity of the owner, for messages.
+            option: option that sets the directory, for messages.
+            temporary: remove the file `lock` on release.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / NAME
+        self._use, self._option, self._temporary = use, option, temporary
         self._file: IO[str] = self._path.open("a+", encoding="utf-8")
         try:
             self._acquire()
@@ -53,6 +66,8 @@ class DirectoryLock:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._temporary:
+            self._path.unlink(missing_ok=True)
         self._file.close()
 
     def _acquire(self) -> None:
@@ -61,12 +76,13 @@ class DirectoryLock:
             owner = self._owner()
             if time.monotonic() > until:
                 raise ResourceError(
-                    f"{self._path.parent}: {owner} trains this run; wait until it has ended, or "
-                    f"choose another output_dir. If that host is gone for good, remove {self._path}"
+                    f"{self._path.parent}: {owner} {self._use}; wait until it has ended, or "
+                    f"choose another {self._option}. If that host is gone for good, remove "
+                    f"{self._path}"
                 )
             if not logged:
                 logger.info(
-                    "%s: %s still trains this run; waiting for it to end", self._path.parent, owner
+                    "%s: %s still %s; waiting for it to end", self._path.parent, owner, self._use
                 )
                 logged = True
             time.sleep(POLL)
@@ -85,7 +101,19 @@ class DirectoryLock:
                 self._path.parent,
                 error.strerror,
             )
-        return True
+        return self._is_current() or self._try()
+
+    def _is_current(self) -> bool:
+        """Return True if the locked file still has its name; if the previous owner removed it,
+        open its successor and return False."""
+        try:
+            if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+                return True
+        except FileNotFoundError:
+            pass
+        self._file.close()
+        self._file = self._path.open("a+", encoding="utf-8")
+        return False
 
     def _owner(self) -> str:
         """Return the owner's process and host, as recorded in the lock file."""

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from megagrow.common import directory_lock
+from megagrow.common.directory_lock import NAME, DirectoryLock
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
-from megagrow.train.fault_tolerance import run_lock as directory_lock
-from megagrow.train.fault_tolerance.run_lock import NAME, DirectoryLock
 from tests.helpers.jobs import Job, records, train, write_run
 from tests.helpers.logs import captured_logs
 from tests.helpers.runs import STEP_TOKENS, make_run
@@ -72,6 +72,26 @@ def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
         assert (tmp_path / NAME).read_text().startswith(f"process {os.getpid()} on ")
 
 
+def test_a_temporary_lock_is_removed_and_passed_on(tmp_path: Path) -> None:
+    """The second owner has waited on a file that the first one removes."""
+    context = multiprocessing.get_context("fork")
+    holds, may_end = context.Event(), context.Event()
+    process = context.Process(target=hold_until, args=(tmp_path, holds, may_end))
+    process.start()
+    assert holds.wait(30)
+    with captured_logs() as messages, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(directory_lock.time, "sleep", lambda _: may_end.set())
+        with DirectoryLock(tmp_path, "writes here", "--output", temporary=True):
+            owner = (tmp_path / NAME).read_text()
+    process.join()
+    assert messages == [
+        f"{tmp_path}: process {process.pid} on {socket.gethostname()} still writes here; waiting "
+        "for it to end"
+    ]
+    assert owner.startswith(f"process {os.getpid()} on ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_system_without_locks_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +120,12 @@ def start_endless(folder: Path) -> Job:
 
 def at_once(rank: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(directory_lock, "PATIENCE", 0.0)
+
+
+def hold_until(directory: Path, holds: Any, may_end: Any) -> None:
+    with DirectoryLock(directory, temporary=True):
+        holds.set()
+        may_end.wait(30)
 
 
 def hold(directory: Path, holds: Any) -> None:
