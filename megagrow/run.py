@@ -198,7 +198,7 @@ def _forget_evaluations(job: Job, step: int) -> None:
 def _validate(job: Job, stage: Stage, state: RunState) -> None:
     if job.inputs.validation is not None:
         job.watchdog.beat(f"the validation after step {state.counters.step}", long=True)
-        masks = masks_now(job.run, stage, state.stage_step)
+        masks = masks_now(job.run, stage, state.stage_tokens)
         loss = mean_loss(stage, job.inputs.validation, job.inputs.validation_sequences, masks)
         job.run_logger.validation(state, loss)
 
@@ -209,7 +209,7 @@ def _evaluate(job: Job, stage: Stage, state: RunState) -> None:
         job.watchdog.beat(f"the evaluation on {task} after step {step}", long=True)
 
     if job.evaluation is not None:
-        masks = masks_now(job.run, stage, state.stage_step)
+        masks = masks_now(job.run, stage, state.stage_tokens)
         job.run_logger.evaluation(state, job.evaluation(stage, masks, beat))
 
 
@@ -222,15 +222,15 @@ def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState
     """Grow the model into the next stage and verify operators that preserve the function."""
     fixed = job.inputs.fixed
 
-    def loss_of(run: RunConfig, stage: Stage, steps: int) -> float:
+    def loss_of(run: RunConfig, stage: Stage, stage_tokens: int) -> float:
         sequences = run.stages[state.stage].batch.global_batch_size
-        return mean_loss(stage, fixed, sequences, masks_now(run, stage, steps))
+        return mean_loss(stage, fixed, sequences, masks_now(run, stage, stage_tokens))
 
     clock = time.perf_counter()
     job.watchdog.beat(f"the growth after step {state.counters.step}", long=True)
     job.warm_up.report()
-    losses = [loss_of(job.run, stage, state.stage_step)]
-    before = predictions(stage, fixed, masks_now(job.run, stage, state.stage_step))
+    losses = [loss_of(job.run, stage, state.stage_tokens)]
+    before = predictions(stage, fixed, masks_now(job.run, stage, state.stage_tokens))
     length, before_step = job.run.data.sequence_length, partial(_before_growth_step, job, state)
     feed = Feed(job.inputs.train, state.position, length, before_step)
     run, stage, report, search_cost = grow_best(job.run, end_stage(stage), feed, loss_of)

@@ -91,7 +91,7 @@ def summary(path: Path) -> dict[str, Any]:
             for number, names in enumerate(manifest.layout["groups"])
             if names
         },
-        "place": {"stage": run.get("stage"), "stage_step": run.get("stage_step")},
+        "place": {key: run[key] for key in ("stage", "stage_tokens", "stage_step") if key in run},
         "counters": run.get("counters", {}) | {"adam_step": manifest.adam_step},
         "growths": _growths(run) or "none",
         "versions": manifest.environment.get("packages", {}),

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,8 @@ from megagrow.parallel.sharding import parameter_plan
 from megagrow.parallel.tensor_parallel import parallelize
 from megagrow.reshard.fill import fill_read
 from megagrow.reshard.layout import Layout
-from megagrow.train.source_state import still_masked
+from megagrow.train.source_state import state_of, still_masked
+from megagrow.train.train_state import RunState
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -39,7 +39,7 @@ class LoadedModel:
     tokenizer: EvalTokenizer
     path: Path
     """Source: a checkpoint or a Hugging Face folder."""
-    run: dict[str, Any] | None
+    run: RunState | None
     """State of the run that saved it; None if the source belongs to no run."""
 
     @property
@@ -78,7 +78,8 @@ def _load(path: Path, topology: Topology, tokenizer: str | None, dtype: str | No
     _check_divides(source.model, topology.tp)
     texts = _open_tokenizer(source, tokenizer)
     model = build_model(source, topology, _dtype(dtype, topology.device))
-    return LoadedModel(model, texts, source.path, source.run)
+    run = None if source.run is None else state_of(source)
+    return LoadedModel(model, texts, source.path, run)
 
 
 def build_model(source: Source, topology: Topology, dtype: torch.dtype) -> LlamaForCausalLM:

@@ -22,15 +22,14 @@ StoredResults = dict[str, Any]
 """{"checkpoint", "step", "tokens", "flops", "elapsed_seconds", "limit", "results", "average"}."""
 
 
-def run_counters(run: dict[str, Any] | None) -> dict[str, Any]:
+def run_counters(state: RunState | None) -> dict[str, Any]:
     """Return the step, tokens, FLOPs and elapsed seconds at which a checkpoint was saved.
 
-    `run` is the run state in the checkpoint. The result is empty if it is None. Raises InputError
-    if the run state is damaged.
+    `state` is its run state; without one the result is empty.
     """
-    if run is None:
+    if state is None:
         return {}
-    counters = RunState.from_json(run).counters
+    counters = state.counters
     return {
         name: getattr(counters, name) for name in ("step", "tokens", "flops", "elapsed_seconds")
     }

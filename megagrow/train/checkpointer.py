@@ -16,7 +16,6 @@ from megagrow.checkpoint.save import total_bytes
 from megagrow.checkpoint.shards import own_tensors
 from megagrow.common.atomic_files import check_room
 from megagrow.config.schema import RunConfig
-from megagrow.config.stage_length import stage_steps
 from megagrow.errors import InputError
 from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.train.reporting.run_logger import RunLogger
@@ -89,7 +88,7 @@ class Checkpointer:
         """
         state = self.finish(state)
         options = self._run.checkpoint
-        ended = state.stage_step >= stage_steps(stage.config, self._run.data.sequence_length)
+        ended = state.stage_tokens >= stage.config.tokens
         grows = ended and stage.index + 1 < len(self._run.stages)
         wait = wait or ended or not options.background
         manifest = Manifest(
@@ -119,7 +118,7 @@ class Checkpointer:
         pruning = time.perf_counter() - begin
         stall, seconds = saved.stall_seconds + pruning, saved.seconds + pruning
         self._stalled += stall
-        at = RunState.from_json(saved.manifest.run)
+        at = RunState.from_json(saved.manifest.run, self._environment)
         self._run_logger.checkpoint(at, saved.path, stall, seconds)
 
     def account(self, state: RunState) -> RunState:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megagrow.config.flops import flops_per_token, paper_flops_per_token
 from megagrow.config.schema import RunConfig
-from megagrow.config.stage_length import stage_steps, step_tokens
+from megagrow.config.stage_length import step_tokens
 from megagrow.data.batches import Batch, BatchReader, read_micro_batches
 from megagrow.errors import InputError
 from megagrow.parallel.agreement import any_across_ranks, run_on_all_ranks
@@ -97,8 +97,7 @@ def advance(
     An InputError of a single rank (a damaged corpus, or an error of `hooks.check`) is raised on all
     ranks with the same class.
     """
-    steps = stage_steps(stage.config, run.data.sequence_length)
-    if state.stage_step >= steps:  # greater if the run was shortened after its checkpoint
+    if state.stage_tokens >= stage.config.tokens:
         grows = stage.index + 1 < len(run.stages)
         if grows and any_across_ranks(stop.received is not None, stage.topology.device):
             return Stopped(state, stop.received or REMOTE_SIGNAL)
@@ -110,7 +109,7 @@ def advance(
     hooks.beat(f"step {state.counters.step + 1}")
     measure = _measured_step(run, stage, state, batches)
     state = state.after_step(measure).guarded(run.guards, measure)
-    last = state.stage_step == steps
+    last = state.stage_tokens >= stage.config.tokens
     good = not state.guard.troubled  # otherwise not a rewind target
     return StepDone(
         state,
@@ -128,14 +127,13 @@ def _evaluates(run: RunConfig, state: RunState, last: bool) -> bool:
 
 
 def train_at(
-    run: RunConfig, stage: Stage, stage_step: int, batches: list[Batch]
+    run: RunConfig, stage: Stage, stage_tokens: int, batches: list[Batch]
 ) -> tuple[float, float, float]:
-    """Train the step after `stage_step` steps of the stage, with the learning rate, masks and
+    """Train the step after `stage_tokens` tokens of the stage, with the learning rate, masks and
     update factors of that position. Returns loss, gradient norm and learning rate."""
-    position = stage_step * step_tokens(stage.config, run.data.sequence_length)
-    lr = rate_at(run, stage.index, position)
-    stage.engine.set_update_factors(*update_factors(run, stage.index, position))
-    loss, norm = train_step(stage, batches, lr, masks_now(run, stage, stage_step))
+    lr = rate_at(run, stage.index, stage_tokens)
+    stage.engine.set_update_factors(*update_factors(run, stage.index, stage_tokens))
+    loss, norm = train_step(stage, batches, lr, masks_now(run, stage, stage_tokens))
     return loss, norm, lr
 
 
@@ -183,7 +181,7 @@ def _measured_step(
     begin = time.perf_counter()
     length = run.data.sequence_length
     tokens = step_tokens(stage.config, length)
-    loss, norm, lr = train_at(run, stage, state.stage_step, batches)
+    loss, norm, lr = train_at(run, stage, state.stage_tokens, batches)
     if run.guards.loss_spike is not None:
         loss = _broadcast(loss, stage.topology.device)
     model = stage.config.model

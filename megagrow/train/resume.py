@@ -18,6 +18,7 @@ from megagrow.errors import CheckpointError, Diverged
 from megagrow.parallel.agreement import run_on_rank_zero
 from megagrow.train.growth_event.run_growths import as_grown
 from megagrow.train.init_from import fill_beginning, open_beginning
+from megagrow.train.source_state import state_of_checkpoint
 from megagrow.train.stage import Stage, build_stage
 from megagrow.train.train_state import RunState
 
@@ -37,7 +38,7 @@ def begin(
         stage.engine.ready(fill_beginning(source, stage.layout, rank, storage, run.seed))
         return run, stage, RunState()
     path, manifest = found
-    state = RunState.from_json(manifest.run)
+    state = state_of_checkpoint(manifest)
     _check_same_model(run, state, path, manifest)
     run = as_grown(run, state)
     stage = build_stage(run, state.stage, device)
@@ -59,7 +60,7 @@ def rewind_target(
     stuck = state.counters.step - max(state.guard.skipped, state.guard.high)
     limit = stuck - 1 if stuck == state.guard.rewound_to else stuck
     found = run_on_rank_zero(lambda: _newest_good(directory, limit))
-    target = RunState() if found is None else RunState.from_json(found[1].run)
+    target = RunState() if found is None else state_of_checkpoint(found[1])
     after = state.rewound_to(target)
     if after.guard.rewinds > run.guards.max_rewinds:
         raise Diverged(
@@ -80,7 +81,7 @@ def _newest_good(directory: Path, limit: int) -> FoundCheckpoint | None:
 
     def preference(path: Path) -> tuple[bool, int]:
         try:
-            state = RunState.from_json(read_manifest(path).run)
+            state = state_of_checkpoint(read_manifest(path))
         except CheckpointError:  # `last_valid` reports it
             return False, -1
         good = state.counters.step <= limit and not state.guard.troubled

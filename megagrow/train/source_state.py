@@ -1,10 +1,8 @@
 """Run state recorded with a source of weights."""
 
-from megagrow.checkpoint.manifest import MANIFEST_FILE
+from megagrow.checkpoint.manifest import Manifest
 from megagrow.checkpoint.source import Source
 from megagrow.config.load import recorded_run
-from megagrow.config.stage_length import step_tokens
-from megagrow.errors import CheckpointError
 from megagrow.growth.mask_schedule import stage_masks
 from megagrow.train.growth_event.run_growths import as_grown
 from megagrow.train.train_state import RunState
@@ -16,15 +14,16 @@ STILL_MASKED = (
 """Error text for a masked source that cannot be used outside its run."""
 
 
+def state_of_checkpoint(manifest: Manifest) -> RunState:
+    """Return the run state of a checkpoint. Raises CheckpointError if it is invalid."""
+    return RunState.from_json(manifest.run, manifest.environment)
+
+
 def state_of(source: Source) -> RunState:
     """Return the run state of a source; the initial state if it belongs to no run."""
     if source.run is None:
         return RunState()
-    try:
-        return RunState.from_json(source.run)
-    except (KeyError, TypeError) as error:
-        path = source.path / MANIFEST_FILE
-        raise CheckpointError(f"{path}: the position of its run is unreadable ({error})") from error
+    return RunState.from_json(source.run, source.environment)
 
 
 def still_masked(source: Source) -> bool:
@@ -35,5 +34,4 @@ def still_masked(source: Source) -> bool:
     if not stages or stages[state.stage]["growth"] is None:
         return False
     run = as_grown(recorded_run(source.environment["config"]), state)
-    tokens = state.stage_step * step_tokens(run.stages[state.stage], run.data.sequence_length)
-    return stage_masks(run, state.stage, tokens) is not None
+    return stage_masks(run, state.stage, state.stage_tokens) is not None

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 
 from megagrow.config.schema import RunConfig, StageConfig
-from megagrow.config.stage_length import step_tokens
 from megagrow.growth.mask_schedule import stage_masks
 from megagrow.model.backends import uses_bf16
 from megagrow.model.masks import Masks
@@ -75,13 +74,12 @@ def build_stage(run: RunConfig, index: int, device: torch.device) -> Stage:
     return Stage(index, config, topology, engine, layout, answers_only=run.objective == "sft")
 
 
-def masks_now(run: RunConfig, stage: Stage, stage_step: int) -> Masks | None:
-    """Return this rank's masks after `stage_step` steps of the stage; None if nothing is masked.
+def masks_now(run: RunConfig, stage: Stage, stage_tokens: int) -> Masks | None:
+    """Return this rank's masks after `stage_tokens` tokens of the stage; None if nothing is masked.
 
-    The next step trains with these masks, and validation after those steps uses them too.
+    The next step trains with these masks, and validation after those tokens uses them too.
     """
-    tokens = stage_step * step_tokens(stage.config, run.data.sequence_length)
-    masks = stage_masks(run, stage.index, tokens)
+    masks = stage_masks(run, stage.index, stage_tokens)
     return None if masks is None else rank_masks(masks, stage.topology)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -69,13 +70,16 @@ class Guard:
 class RunState:
     """Position of a run; together with the tensors it determines every later step.
 
-    The next step is step `stage_step` of stage `stage`; its batch begins at token `position` of the
-    training stream. `counters.tokens` is the number of tokens of all steps plus `growth_tokens`.
+    The next step begins after `stage_tokens` tokens of stage `stage`; its batch begins at token
+    `position` of the training stream. `counters.tokens` is the number of tokens of all steps plus
+    `growth_tokens`. The position in a stage is counted in tokens, so that it stays valid if the run
+    resumes with another batch size.
     """
 
     counters: Counters = field(default_factory=Counters)
     stage: int = 0
-    stage_step: int = 0
+    stage_tokens: int = 0
+    """Tokens trained in the stage."""
     provenance: tuple[tuple[int, ...], ...] = ()
     """For each past growth: the source layer of each new layer."""
     operators: tuple[tuple[str, ...], ...] = ()
@@ -87,13 +91,13 @@ class RunState:
     @property
     def position(self) -> int:
         """Position of the next batch in the stream. Learning rate and masks depend on
-        `stage` and `stage_step` instead."""
+        `stage` and `stage_tokens` instead."""
         return self.counters.tokens + self.skipped_tokens
 
     def after_step(self, measure: StepMetrics) -> "RunState":
         """Return the state after a step."""
         counters = self.counters.after_step(measure)
-        return replace(self, counters=counters, stage_step=self.stage_step + 1)
+        return replace(self, counters=counters, stage_tokens=self.stage_tokens + measure.tokens)
 
     def guarded(self, guards: GuardsConfig, measure: StepMetrics) -> "RunState":
         """Return the state after the stability guards have evaluated a step."""
@@ -129,7 +133,7 @@ class RunState:
             self,
             counters=self.counters.after_growth(tokens, flops, flops_true),
             stage=self.stage + 1,
-            stage_step=0,
+            stage_tokens=0,
             provenance=(*self.provenance, layers),
             operators=(*self.operators, operators),
             guard=self.guard.after_growth(),
@@ -144,8 +148,12 @@ class RunState:
         return asdict(self)
 
     @staticmethod
-    def from_json(values: dict[str, Any]) -> "RunState":
-        """Return the state that `as_json` wrote. Raises CheckpointError for invalid values."""
+    def from_json(values: Mapping[str, Any], environment: Mapping[str, Any]) -> "RunState":
+        """Return the state that `as_json` wrote, now or in an earlier version.
+
+        `environment` is that of the checkpoint; earlier versions counted the steps of a stage, and
+        its configuration has their size. Raises CheckpointError for invalid values.
+        """
         try:
             counters = Counters(**values["counters"])
             guard = Guard.from_json(values.get("guard", {}))
@@ -154,9 +162,10 @@ class RunState:
                 name: tuple(tuple(found) for found in values.get(name, ()))
                 for name in ("provenance", "operators")
             }
-            whole = [values["stage"], values["stage_step"], counters.step, counters.tokens, skipped]
+            stage, tokens = values["stage"], _stage_tokens(values, environment)
+            whole = [stage, tokens, counters.step, counters.tokens, skipped]
             sums = [value for value in asdict(counters).values() if type(value) in (int, float)]
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"the run state in the checkpoint is incomplete ({error})"
             ) from error
@@ -165,8 +174,18 @@ class RunState:
             raise CheckpointError(
                 "the run state in the checkpoint is invalid: its counters are not numbers"
             )
-        stage, step = values["stage"], values["stage_step"]
-        return RunState(counters, stage, step, **lists, skipped_tokens=skipped, guard=guard)
+        return RunState(counters, stage, tokens, **lists, skipped_tokens=skipped, guard=guard)
+
+
+def _stage_tokens(values: Mapping[str, Any], environment: Mapping[str, Any]) -> Any:
+    """Return the tokens trained in the stage, computed from its steps for an earlier version."""
+    if "stage_tokens" in values:
+        return values["stage_tokens"]
+    if values["stage_step"] == 0:
+        return 0
+    config = environment["config"]
+    batch = config["stages"][values["stage"]]["batch"]["global_batch_size"]
+    return values["stage_step"] * batch * config["data"]["sequence_length"]
 
 
 def _is_high(spike: LossSpikeConfig, losses: tuple[float, ...], loss: float) -> bool:

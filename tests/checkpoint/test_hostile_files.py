@@ -99,7 +99,7 @@ def test_a_model_that_fits_nowhere(checkpoint: Path, vocab_size: int) -> None:
     [
         {"stage": -1},
         {"stage": "0"},
-        {"stage_step": None},
+        {"stage_tokens": None},
         {"provenance": 3},
         {"provenance": [3]},
         {"counters": []},
@@ -110,9 +110,9 @@ def test_a_model_that_fits_nowhere(checkpoint: Path, vocab_size: int) -> None:
     ],
 )
 def test_a_run_that_stands_nowhere(changes: dict) -> None:
-    RunState.from_json(RUN)
+    RunState.from_json(RUN, {})
     with pytest.raises(InputError, match="run state in the checkpoint is"):
-        RunState.from_json(RUN | changes)
+        RunState.from_json(RUN | changes, {})
 
 
 @pytest.mark.parametrize(

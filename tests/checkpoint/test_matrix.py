@@ -117,7 +117,7 @@ def resumed_by_engines(
         stage = build_stage(run, 0, torch.device("cpu"))
         load_storage(path, manifest, stage.layout, stage.engine.storage())
         stage.engine.ready(manifest.adam_step)
-        out.append(train(run, stage, RunState.from_json(manifest.run), STEPS)[0])
+        out.append(train(run, stage, RunState.from_json(manifest.run, {}), STEPS)[0])
         stage.release()
     return out
 

@@ -102,7 +102,7 @@ def test_verify_names_every_damaged_file(run):
 def test_show(run):
     output = call("show", run).output
     assert str(at(run, 100)) in output
-    for topic in ("num_hidden_layers", "ZeRO 1, dp 2, tp 1", "adam_step", "stage_step", "640"):
+    for topic in ("num_hidden_layers", "ZeRO 1, dp 2, tp 1", "adam_step", "stage_tokens", "640"):
         assert topic in output
     record = json.loads((at(run, 10) / "manifest.json").read_text())["files"][SHARD]
     output = call("show", at(run, 10)).output

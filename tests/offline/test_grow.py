@@ -75,7 +75,7 @@ def test_files_hold_what_the_map_says(tmp_path, name):
     assert manifest.read_layout() == layout
     assert manifest.adam_step == (11 if growth.keeps_step else 0)
     assert manifest.run["counters"].items() >= RUN["counters"].items()
-    assert (manifest.run["stage"], manifest.run["stage_step"]) == (1, 0)
+    assert (manifest.run["stage"], manifest.run["stage_tokens"]) == (1, 0)
     assert manifest.run["provenance"] == [list(growth.provenance)]
     assert manifest.run["operators"] == [GrowthConfig(**options).operator]
     assert manifest.environment["git_commit"] == "abc"
@@ -147,7 +147,11 @@ def test_masks_of_a_run_are_known_from_its_position(tmp_path, step, masked, depr
     manifest = read_manifest(path)
     config = run.model_dump(mode="json")
     environment = {"config": under_deprecated_names(config) if deprecated else config}
-    position = RUN | {"stage": 1, "stage_step": step, "provenance": [[0, 1, -1, -1]]}
+    position = RUN | {
+        "stage": 1,
+        "stage_tokens": step * STEP_TOKENS,
+        "provenance": [[0, 1, -1, -1]],
+    }
     write_manifest(path, replace(manifest, run=position, environment=environment))
     request = conversion(tmp_path, path, out=tmp_path / "out", form="huggingface")
     if masked:
@@ -172,6 +176,6 @@ def test_a_hugging_face_model_can_begin_any_stage_of_a_run(tmp_path):
     request = {"source": tmp_path / "theirs", "to": str(run), "form": "checkpoint"}
     grow(out=tmp_path / "out", stage=2, **request)
     found = read_manifest(tmp_path / "out").run
-    assert (found["stage"], found["stage_step"], found["counters"]["tokens"]) == (2, 0, 0)
+    assert (found["stage"], found["stage_tokens"], found["counters"]["tokens"]) == (2, 0, 0)
     assert found["provenance"] == [[], [0, 0, 1, 1]]
     assert found["operators"] == [[], ["zero_depth"]]

@@ -41,7 +41,7 @@ def killed_two_steps_after_the_growth(rank: int, patch: pytest.MonkeyPatch) -> N
     def watched(*arguments):
         event = advance(*arguments)
         saved.append(event)
-        if event.state.stage == 1 and event.state.stage_step == 3:
+        if event.state.stage == 1 and event.state.stage_tokens == 3 * STEP_TOKENS:
             os.kill(os.getpid(), signal.SIGKILL)
         return event
 

@@ -3,14 +3,16 @@
 import json
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megagrow.config.schema import RunConfig
+from megagrow.errors import CheckpointError
 from megagrow.train.reporting.metrics import Counters, StepMetrics
-from megagrow.train.run_position import Position, locate, run_steps, run_tokens
+from megagrow.train.run_position import run_tokens, steps_left
 from megagrow.train.train_state import RunState
-from tests.helpers.train.schedules import LENGTH, MODEL, tokens_at
+from tests.helpers.train.schedules import LENGTH, MODEL, locate, tokens_at
 
 
 def run_of(parts: list[tuple[int, int]]) -> RunConfig:
@@ -50,7 +52,7 @@ def test_a_growth_that_uses_nothing_changes_place_alone() -> None:
     before = a_step(RunState(), 4)
     after = before.after_growth((0, 0))
     grown = {"provenance": ((0, 0),), "operators": ((),)}
-    assert after == replace(before, stage=1, stage_step=0, **grown)
+    assert after == replace(before, stage=1, stage_tokens=0, **grown)
 
 
 def test_a_growth_is_charged_and_the_stream_goes_on_behind_it() -> None:
@@ -66,7 +68,7 @@ def test_a_growth_is_charged_and_the_stream_goes_on_behind_it() -> None:
         growth_flops=10.0,
         growth_flops_true=11.0,
     )
-    assert (after.stage, after.stage_step, after.provenance) == (1, 0, ((0,),))
+    assert (after.stage, after.stage_tokens, after.provenance) == (1, 0, ((0,),))
 
 
 part = st.tuples(st.integers(1, 4), st.integers(1, 4))
@@ -84,24 +86,26 @@ def test_state_and_config_agree_on_where_a_run_stands(
             state, spent = state.after_growth((0,), tokens=used), spent + used
         for _ in range(steps):
             step = state.counters.step
-            assert locate(run, step) == Position(state.stage, state.stage_step)
+            done = state.stage_tokens // (batch * LENGTH)
+            assert locate(run, step) == (state.stage, done)
+            assert step + steps_left(run, state.stage, state.stage_tokens) == steps_left(run)
             assert state.counters.tokens == tokens_at(run, step) + spent
             state = a_step(state, batch)
-    assert state.counters.step == run_steps(run)
+    assert state.counters.step == steps_left(run)
     assert state.counters.tokens - state.counters.growth_tokens == run_tokens(run)
     assert state.counters.growth_tokens == spent
 
 
 def test_a_state_survives_its_manifest() -> None:
     state = a_step(RunState(), 4).after_growth((0, 1), tokens=5, flops=1.5, flops_true=2.5)
-    assert RunState.from_json(json.loads(json.dumps(state.as_json()))) == state
+    assert RunState.from_json(json.loads(json.dumps(state.as_json())), {}) == state
 
 
 def test_a_manifest_that_knows_of_no_growth_tokens_is_read() -> None:
     values = RunState().as_json()
     for key in ("growth_tokens", "growth_flops", "growth_flops_true"):
         del values["counters"][key]
-    assert RunState.from_json(values) == RunState()
+    assert RunState.from_json(values, {}) == RunState()
 
 
 def test_a_rewind_changes_place_but_reads_on() -> None:
@@ -109,12 +113,12 @@ def test_a_rewind_changes_place_but_reads_on() -> None:
     failed = a_step(a_step(saved, 4), 4)
     back = failed.rewound_to(saved)
     assert back.counters == replace(saved.counters, rewinds=1)
-    assert (back.stage, back.stage_step) == (saved.stage, saved.stage_step)
+    assert (back.stage, back.stage_tokens) == (saved.stage, saved.stage_tokens)
     assert back.position == failed.position == 3 * 4 * LENGTH
     assert back.skipped_tokens == 2 * 4 * LENGTH
     again = a_step(back, 4).rewound_to(saved)
     assert (again.position, again.counters.rewinds) == (4 * 4 * LENGTH, 2)
-    assert RunState.from_json(json.loads(json.dumps(again.as_json()))) == again
+    assert RunState.from_json(json.loads(json.dumps(again.as_json())), {}) == again
 
 
 def test_a_manifest_that_knows_of_no_guards_is_read() -> None:
@@ -123,4 +127,22 @@ def test_a_manifest_that_knows_of_no_guards_is_read() -> None:
         del values[key]
     for key in ("rewinds", "skipped_steps"):
         del values["counters"][key]
-    assert RunState.from_json(values) == RunState()
+    assert RunState.from_json(values, {}) == RunState()
+
+
+def test_a_state_that_counts_steps_is_read_in_tokens() -> None:
+    run, values = run_of([(2, 3), (5, 4)]), RunState(stage=1).as_json()
+    del values["stage_tokens"]
+    environment = {"config": run.model_dump(mode="json")}
+    state = RunState.from_json(values | {"stage_step": 3}, environment)
+    assert (state.stage, state.stage_tokens) == (1, 3 * 4 * LENGTH)
+    assert RunState.from_json(values | {"stage_step": 0}, {}).stage_tokens == 0
+    with pytest.raises(CheckpointError, match="incomplete"):
+        RunState.from_json(values | {"stage_step": 3}, {})
+
+
+def test_a_stage_ends_by_its_tokens_after_a_change_of_the_batch() -> None:
+    half = RunState(stage_tokens=10 * 4 * LENGTH)
+    run, larger = run_of([(20, 4)]), run_of([(10, 8)])
+    assert [steps_left(one, 0, half.stage_tokens) for one in (run, larger)] == [10, 5]
+    assert steps_left(larger, 0, 80 * LENGTH) == steps_left(larger, 0, 90 * LENGTH) == 0

@@ -215,7 +215,7 @@ def live_difference(run: RunConfig) -> LiveDifference:
     state, inputs = RunState(), open_inputs(run)
     while isinstance(event := advance(run, stage, state, inputs.train, StopSignal()), StepDone):
         state = event.state
-    before = predictions(stage, inputs.fixed, masks_now(run, stage, state.stage_step))
+    before = predictions(stage, inputs.fixed, masks_now(run, stage, state.stage_tokens))
     feed = Feed(inputs.train, state.counters.tokens, run.data.sequence_length)
     stage, _ = grow(run, end_stage(stage), feed)
     difference = change(before, predictions(stage, inputs.fixed, masks_now(run, stage, 0)))

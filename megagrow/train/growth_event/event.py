@@ -111,7 +111,7 @@ def _move(
     target.engine.ready(step)
     steps = range(options.second_moment_batches)
     batches = [feed.batches(index, target.config, target.topology) for index in steps]
-    measure_second_moment(target, batches, masks_now(run, target, stage_step=0))
+    measure_second_moment(target, batches, masks_now(run, target, stage_tokens=0))
     moved.append(_moved(ended.state, growth.with_kinds("exp_avg", "exp_avg_sq"), side))
     return moved, spent_on_steps(target.config, feed.length, len(steps))
 

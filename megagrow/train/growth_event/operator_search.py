@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 
 from megagrow.config.schema import RunConfig
+from megagrow.config.stage_length import step_tokens
 from megagrow.errors import ConfigError
 from megagrow.train.growth_event.cost import Feed, GrowthCost, spent_on_steps
 from megagrow.train.growth_event.event import FinishedStage, GrowthReport, grow
@@ -33,7 +34,7 @@ def grow_best(
         run: the run.
         ended: the finished stage.
         feed: the training stream.
-        loss_of: loss of a candidate after a number of steps.
+        loss_of: loss of a candidate after a number of tokens of its stage.
 
     Returns:
         The run with the chosen operator, the new stage, its report and the cost of the search.
@@ -64,8 +65,10 @@ def _tried(
 ) -> float:
     """Return the loss of a candidate after some steps, and release it."""
     stage, _ = grow(run, ended, feed)
+    per_step = step_tokens(stage.config, feed.length)
     for step in range(steps):
-        train_at(run, stage, step, feed.batches(step, stage.config, stage.topology))
-    loss = loss_of(run, stage, steps)
+        batches = feed.batches(step, stage.config, stage.topology)
+        train_at(run, stage, step * per_step, batches)
+    loss = loss_of(run, stage, steps * per_step)
     stage.release()
     return loss if math.isfinite(loss) else math.inf

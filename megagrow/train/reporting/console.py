@@ -74,7 +74,7 @@ class LiveLine:
     """Progress display; a context manager that restores the terminal even after an error.
 
     Args:
-        total_steps: steps of the run.
+        total_steps: steps of the run from its start.
         total_flops: FLOPs of the run (`flops.run_flops`), for the ETA.
         console: the console that the log records are printed to.
         enabled: False on all ranks but 0: nothing is shown.
@@ -100,6 +100,11 @@ class LiveLine:
         self._next_line = clock()
         self._progress = _progress(console, enabled and console.is_terminal)
         self._task = self._progress.add_task("starting", total=total_steps)
+
+    def plan(self, total_steps: int) -> None:
+        """Set the step at which the run ends; it depends on the checkpoint that it resumes from."""
+        self._total_steps = total_steps
+        self._progress.update(self._task, total=total_steps)
 
     def update(self, status: Status) -> None:
         """Show the state after a step."""

@@ -17,7 +17,7 @@ from megagrow.config.flops import parameters
 from megagrow.config.schema import RunConfig
 from megagrow.errors import DataError, unwritable
 from megagrow.train.reporting.writers import Record, TensorBoardTracker, Tracker, WandbTracker
-from megagrow.train.run_position import run_steps, run_tokens
+from megagrow.train.run_position import run_tokens
 
 METRICS_FILE = "metrics.jsonl"
 RecordKind = Literal[
@@ -121,13 +121,13 @@ def train_fields(measure: StepMetrics, peak_flops: float | None) -> Record:
     }
 
 
-def start_fields(run: RunConfig) -> Record:
-    """Return the fields of a start record: the planned run."""
+def start_fields(run: RunConfig, run_steps: int) -> Record:
+    """Return the fields of a start record: the planned run, which ends after `run_steps` steps."""
     return {
         "name": run.name,
         "seed": run.seed,
         "parameters": [parameters(stage.model) for stage in run.stages],
-        "run_steps": run_steps(run),
+        "run_steps": run_steps,
         "run_tokens": run_tokens(run),
     }
 

@@ -25,7 +25,7 @@ from megagrow.train.growth_event.function_check import Change
 from megagrow.train.loop import StepDone
 from megagrow.train.reporting.console import LiveLine, Status
 from megagrow.train.reporting.metrics import MetricsLog, start_fields, train_fields
-from megagrow.train.run_position import run_steps
+from megagrow.train.run_position import steps_left
 from megagrow.train.train_state import RunState
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class RunLogger:
         self._enabled = rank == 0
         self._stack = ExitStack()
         self._console = console
-        self._live = LiveLine(run_steps(run), run_flops(run), console.console, self._enabled)
+        self._live = LiveLine(steps_left(run), run_flops(run), console.console, self._enabled)
         self._metrics: MetricsLog | None = None
         self._problem: InputError | None = None
         peak = run.logging.peak_flops or _device_peak()
@@ -95,15 +95,17 @@ class RunLogger:
     def start(self, state: RunState, checkpoint: Path | None) -> None:
         """Record the start of the run, or its resumption from a checkpoint."""
         name, step = self._run.name, state.counters.step
+        last = step + steps_left(self._run, state.stage, state.stage_tokens)
+        self._live.plan(last)
         if checkpoint is None:
             self._write(lambda log: log.truncate_after(-1))
             sizes = " -> ".join(format_short(parameters(s.model)) for s in self._run.stages)
-            self._log(f"run {name} | start | {run_steps(self._run)} steps | {sizes} parameters")
+            self._log(f"run {name} | start | {last} steps | {sizes} parameters")
         else:
             stage, rewinds = state.stage, state.counters.rewinds
             self._write(lambda log: log.truncate_after(step, stage, rewinds))
             self._log(f"run {name} | resume | step {step} | {checkpoint}")
-        self._write(lambda log: log.write("start", state.counters, **start_fields(self._run)))
+        self._write(lambda log: log.write("start", state.counters, **start_fields(self._run, last)))
 
     def step(self, event: StepDone) -> None:
         """Record a training step at `logging.interval`, and before other records of the step."""

@@ -17,7 +17,7 @@ from tests.helpers.hugging_face import tiny
 from tests.helpers.reshard.definition import random_state, storage_of
 
 MODEL = tiny(num_key_value_heads=4, tie_word_embeddings=True)
-RUN = {"stage": 1, "stage_step": 3, "provenance": [[0, 1]], "counters": {"tokens": 2**40 + 1}}
+RUN = {"stage": 1, "stage_tokens": 192, "provenance": [[0, 1]], "counters": {"tokens": 2**40 + 1}}
 ENVIRONMENT = {"versions": {"torch": "2"}, "config": {"name": "a run"}}
 
 

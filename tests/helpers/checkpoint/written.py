@@ -17,7 +17,7 @@ from tests.helpers.reshard.definition import State, storage_of
 
 RUN = {
     "stage": 0,
-    "stage_step": 5,
+    "stage_tokens": 320,
     "provenance": [],
     "counters": {"step": 5, "tokens": 640, "flops": 2.5, "flops_true": 3.5},
 }

@@ -91,7 +91,7 @@ def _load_manifest(folder: Path, raw: bytes) -> None:
     layout_text(read_manifest(folder))
     source = open_checkpoint(folder)
     assert source.run is not None
-    assert RunState.from_json(source.run).stage >= 0
+    assert RunState.from_json(source.run, source.environment).stage >= 0
     assert {path.parent for path in source.files} <= {folder}
     _read_all(source)
 

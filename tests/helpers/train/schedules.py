@@ -1,10 +1,10 @@
 """Runs whose stages have schedules, for tests of the learning rate."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from megagrow.config.schema import RunConfig
-from megagrow.config.stage_length import step_tokens
-from megagrow.train.run_position import locate, tokens_between
+from megagrow.config.stage_length import stage_steps, step_tokens
+from megagrow.train.run_position import steps_left, tokens_between
 
 LENGTH, BATCH = 8, 4
 STEP = LENGTH * BATCH
@@ -36,6 +36,25 @@ def make_run(*stages: dict[str, Any]) -> RunConfig:
 
 BY_SIZE = {"lr_schedule": "by_size"}
 DEEP = {"model": MODEL | {"num_hidden_layers": 4}}
+
+
+class Position(NamedTuple):
+    """A stage, counted from 0, and the number of its steps done."""
+
+    stage: int
+    step: int
+
+
+def locate(run: RunConfig, step: int) -> Position:
+    """Return the position after `step` steps; the end of a stage is the start of the next one."""
+    assert 0 <= step <= steps_left(run)
+    last = len(run.stages) - 1
+    for index, one in enumerate(run.stages):
+        steps = stage_steps(one, run.data.sequence_length)
+        if step < steps or index == last:
+            return Position(index, step)
+        step -= steps
+    raise AssertionError
 
 
 def tokens_at(run: RunConfig, step: int) -> int:

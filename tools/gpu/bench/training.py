@@ -27,6 +27,7 @@ from megagrow.common.gpu_specs import peak_flops  # noqa: E402
 from megagrow.config.flops import flops_per_token  # noqa: E402
 from megagrow.config.load import load_run  # noqa: E402
 from megagrow.config.schema import RunConfig  # noqa: E402
+from megagrow.config.stage_length import step_tokens  # noqa: E402
 from megagrow.data.batches import Batch  # noqa: E402
 from megagrow.parallel.launch import read_launch  # noqa: E402
 from megagrow.parallel.process_groups import init_process_group, leave_process_group  # noqa: E402
@@ -129,10 +130,11 @@ def measure_training(run: RunConfig, device: torch.device) -> dict[str, Any]:
     try:
         initialize(stage)
         batches = list(random_batches(run))
+        per_step = step_tokens(stage.config, run.data.sequence_length)
         seconds, losses = [], []
         for step in range(WARM_STEPS + STEPS):
             begin = time.perf_counter()
-            losses.append(train_at(run, stage, step, batches)[0])  # waits for the GPU
+            losses.append(train_at(run, stage, step * per_step, batches)[0])  # waits for the GPU
             seconds.append(time.perf_counter() - begin)
     finally:
         stage.release()
