@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 
-from megagrow.checkpoint.load import newest_valid_on_all_ranks
 from megagrow.common.directory_lock import lock_directory
 from megagrow.common.log_setup import LogLevel, configure_logging
 from megagrow.config.growth_guidelines import timing_warnings
@@ -160,7 +159,7 @@ def _step_hooks(job: Job, long: bool) -> StepHooks:
 def _begin(job: Job) -> tuple[Job, Stage, RunState]:
     """Load the newest valid checkpoint, or build the initial state."""
     job.watchdog.beat("the start of the run", long=True)
-    found = newest_valid_on_all_ranks(job.checkpointer.directory)
+    found = job.checkpointer.newest()
     run, stage, state = begin(job.run, found, job.device)
     job.run_logger.start(state, None if found is None else found[0])
     _forget_evaluations(job, -1 if found is None else state.counters.step)

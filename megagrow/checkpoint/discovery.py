@@ -45,7 +45,8 @@ def last_valid(
     return None
 
 
-_NAME = re.compile(r"step-(\d{9,})")
+_NAME = re.compile(r"step-(\d{9,})", re.ASCII)
+_UNFINISHED = re.compile(r"step-\d{9,}(\.(old|removed))?(\.\d+)?\.tmp", re.ASCII)
 
 
 def checkpoint_name(step: int) -> str:
@@ -67,8 +68,10 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def unfinished(directory: Path) -> list[Path]:
-    """Return unfinished checkpoint folders: being written, or left by a crash."""
-    return sorted(directory.glob("step-*.tmp"))
+    """Return unfinished checkpoint folders: being written or removed, or left by a crash."""
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if _UNFINISHED.fullmatch(path.name))
 
 
 def step_of(checkpoint: Path) -> int:

@@ -33,7 +33,12 @@ MOST_ELEMENTS = 2**60
 _NOT_READ = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 """Exceptions raised while parsing a damaged file."""
 
-_SHARD = re.compile(r"rank-\d{5,}\.safetensors", re.ASCII)
+SHARD_NAME = re.compile(r"rank-\d{5,}\.safetensors", re.ASCII)
+"""File name of a rank."""
+
+
+class OtherFormat(CheckpointError):
+    """Checkpoint of another version of the format."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +90,12 @@ def parse_manifest(directory: Path) -> Manifest:
     Raises CheckpointError if it is damaged or lists a file that is not a rank's file in its folder.
     """
     path = directory / MANIFEST_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{directory}: not a checkpoint, it has no {MANIFEST_FILE}")
     try:
+        if not path.is_file():
+            raise CheckpointError(f"{directory}: not a checkpoint, it has no {MANIFEST_FILE}")
         values = parse_json(read_limited(path, FILE_BYTES, CheckpointError))
         if values.get("format", FORMAT) != FORMAT:
-            raise CheckpointError(
+            raise OtherFormat(
                 f"{path}: written in format {values['format']}, this version reads {FORMAT}"
             )
         if values.pop("checksum") != _checksum(values):
@@ -102,7 +107,7 @@ def parse_manifest(directory: Path) -> Manifest:
     except _NOT_READ as error:
         raise CheckpointError(f"{path}: damaged ({error}); use another checkpoint") from error
     for name in files:
-        if not _SHARD.fullmatch(name):
+        if not SHARD_NAME.fullmatch(name):
             raise CheckpointError(
                 f"{path}: names {name!r}, which is not a rank's file; use another checkpoint"
             )

@@ -1,14 +1,12 @@
-"""Retention policy of checkpoints, and their removal."""
+"""Retention policy of checkpoints."""
 
-import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagrow.checkpoint.discovery import list_checkpoints, step_of, unfinished
+from megagrow.checkpoint.discovery import list_checkpoints, step_of
 from megagrow.checkpoint.manifest import Manifest, parse_manifest, read_manifest
-from megagrow.common.atomic_files import staging_folder
+from megagrow.checkpoint.removal import remove_unfinished, try_to_remove, warn_kept
 from megagrow.errors import InputError
 
 
@@ -42,28 +40,16 @@ def superfluous(
 
 
 def prune_checkpoints(directory: Path, retention: Retention) -> None:
-    """Remove checkpoints outside the policy, and leftovers of crashes; called by rank 0."""
-    for path in superfluous(directory, retention):
-        remove_checkpoint(path)
-    remove_unfinished(directory)
+    """Remove checkpoints outside the policy, and leftovers of crashes; called by rank 0.
 
-
-def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint: rename it first, so that a crash leaves no partial checkpoint."""
-    doomed = staging_folder(path)
-    path.rename(doomed)
-    _remove(doomed)
-
-
-def remove_unfinished(directory: Path) -> None:
-    """Remove leftovers of unfinished saves. No save may be in progress."""
-    for path in unfinished(directory):
-        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    with suppress(FileNotFoundError):  # another process removes the same checkpoint
-        shutil.rmtree(path)
+    What cannot be removed is logged once and tried again by the next call.
+    """
+    try:
+        for path in superfluous(directory, retention):
+            try_to_remove(path)
+        remove_unfinished(directory)
+    except (OSError, InputError) as error:
+        warn_kept(directory, error)
 
 
 def _is_whole(path: Path, read: Callable[[Path], Manifest]) -> bool:

@@ -1,9 +1,8 @@
 """Save a checkpoint: every rank writes its shard, then the folder is renamed."""
 
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,15 +10,21 @@ from torch import Tensor
 
 from megagrow.checkpoint.discovery import checkpoint_name, list_checkpoints, shard_name
 from megagrow.checkpoint.manifest import Manifest, write_manifest
-from megagrow.checkpoint.retention import remove_unfinished
+from megagrow.checkpoint.removal import publish_checkpoint, remove_unfinished
 from megagrow.checkpoint.shards import planned_shard, write_shard
-from megagrow.common.atomic_files import check_room, publish, staging_folder
+from megagrow.common.atomic_files import (
+    check_room,
+    free_staging,
+    make_folder,
+    remove,
+    staging_folder,
+)
 from megagrow.common.checksums import Files
 from megagrow.errors import InputError, ResourceError
-from megagrow.parallel.agreement import run_on_all_ranks
+from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
 
 
-@dataclass(frozen=True)
+@dataclass
 class Save:
     """One save, in three steps.
 
@@ -29,22 +34,22 @@ class Save:
 
     directory: Path
     step: int
+    partial: Path = field(init=False)
+    """Folder in which it is written; another name if `begin` finds it occupied."""
+
+    def __post_init__(self) -> None:
+        self.partial = staging_folder(self.final)
 
     @property
     def final(self) -> Path:
         """Path of the checkpoint."""
         return self.directory / checkpoint_name(self.step)
 
-    @property
-    def partial(self) -> Path:
-        """Folder in which it is written."""
-        return staging_folder(self.final)
-
     def begin(self, tensors: dict[str, Tensor]) -> None:
         """Create the folder after checking the disk space for all ranks. Collective."""
         with self._named():
             needed = total_bytes(tensors)
-            run_on_all_ranks(lambda: self._begin(needed) if dist.get_rank() == 0 else None)
+            self.partial = run_on_rank_zero(lambda: self._begin(needed))
 
     def write(self, tensors: dict[str, Tensor]) -> Files:
         """Write and sync this rank's file. Raises OSError on failure."""
@@ -62,14 +67,17 @@ class Save:
             made = manifest({name: record for part in parts for name, record in part.items()})
             run_on_all_ranks(lambda: self._finish(made) if dist.get_rank() == 0 else None)
 
-    def _begin(self, needed: int) -> None:
+    def _begin(self, needed: int) -> Path:
+        make_folder(self.directory)
         remove_unfinished(self.directory)
-        self.partial.mkdir(parents=True)
+        self.partial = free_staging(self.final)
+        self.partial.mkdir()
         check_room(self.directory, needed)
+        return self.partial
 
     def _finish(self, manifest: Manifest) -> None:
         write_manifest(self.partial, manifest)
-        publish(self.partial, self.final)  # replaces a damaged one, or one from before a rewind
+        publish_checkpoint(self.partial, self.final)
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -79,7 +87,8 @@ class Save:
             yield
         except InputError as error:
             if dist.get_rank() == 0:
-                shutil.rmtree(self.partial, ignore_errors=True)
+                with suppress(OSError):
+                    remove(self.partial)
             before = list_checkpoints(self.directory)
             rest = f"the newest one is {before[-1]}" if before else "there is none before it"
             raise ResourceError(

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megagrow.common.tables import print_lines, print_table, table_console
-from megagrow.errors import ResourceError
+from megagrow.errors import CheckpointError, ResourceError
 
 checkpoint_app = typer.Typer(help="Manage checkpoints.", no_args_is_help=True)
 
@@ -103,14 +103,18 @@ def prune(
     """Remove old checkpoints. The newest ones to keep are verified first."""
     from megagrow.checkpoint.listing import folder_of
     from megagrow.checkpoint.manifest import verify_checkpoint
-    from megagrow.checkpoint.retention import Retention, remove_checkpoint, superfluous
+    from megagrow.checkpoint.removal import remove_checkpoint
+    from megagrow.checkpoint.retention import Retention, superfluous
 
-    retention = Retention(keep_last, keep_every, not protected)
+    retention, failed = Retention(keep_last, keep_every, not protected), 0
     for path in superfluous(folder_of(run), retention, verify_checkpoint):
+        done = "would be removed" if dry_run else "removed"
         if not dry_run:
             try:
                 remove_checkpoint(path)
-            except OSError as error:
-                raise ResourceError(f"{path}: cannot be removed ({error.strerror})") from error
-        done = "would be removed" if dry_run else "removed"
+            except (OSError, CheckpointError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                done, failed = f"cannot be removed ({reason})", failed + 1
         print_lines(table_console(), [f"{path}: {done}"])
+    if failed:
+        raise ResourceError(f"{failed} checkpoints cannot be removed, see above")

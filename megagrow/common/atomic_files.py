@@ -1,26 +1,51 @@
 """Atomic creation of files and folders: write under a temporary name, fsync, rename.
 
 A crash or a kill leaves either the old version or the new one under the final name. A folder that
-replaces another one takes two renames: between them, both have temporary names.
+replaces another one takes two renames: between them, the old version is `replaced_path` and the new
+one still has its temporary name. Symbolic links are replaced or removed, never followed.
 """
 
+import errno
+import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
+from typing import IO
 
+from megagrow.common.log_setup import warn_once
 from megagrow.common.sizes import format_bytes
 from megagrow.errors import ConfigError, ResourceError, unwritable
 
+logger = logging.getLogger(__name__)
+
+_REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF)
+"""Errors of file systems that cannot sync a directory."""
+
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the entries of a directory, are on the disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the entries of a directory, are on the disk (fsync).
+
+    A file system that cannot sync directories causes one warning. Raises OSError, with the path.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (error.errno in _REFUSED and path.is_dir()):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        warn_once(
+            logger,
+            "sync",
+            f"{path}: the file system does not sync directories ({error.strerror}); after a power "
+            "failure, new files may be missing",
+        )
 
 
 def partial_path(path: Path) -> Path:
@@ -31,20 +56,53 @@ def partial_path(path: Path) -> Path:
 def publish(partial: Path, path: Path) -> None:
     """Sync a file or a folder, rename it from `partial` to `path`, and sync the parent directory.
 
-    An existing file or folder is replaced. The files in a folder must already be synced.
+    An existing file, folder or link is replaced. The files in a folder must already be synced.
     """
-    is_folder = partial.is_dir()
-    if is_folder:
+    if partial.is_dir():
         for folder in (path for path in partial.rglob("*") if path.is_dir()):
             sync(folder)
     sync(partial)
-    replaced = path.with_name(f"{path.name}.old.tmp")
-    if is_folder and path.is_dir():
+    replaced = replaced_path(path) if partial.is_dir() and os.path.lexists(path) else None
+    if replaced is not None:
+        if os.path.lexists(replaced):  # left by a crash after the second rename
+            replaced.rename(free_staging(path, ".removed"))
         path.rename(replaced)
     partial.replace(path)
     sync(path.parent)
-    if is_folder:
-        shutil.rmtree(replaced, ignore_errors=True)
+    if replaced is not None:
+        with suppress(OSError):
+            discard(replaced, path)
+
+
+def replaced_path(path: Path) -> Path:
+    """Return the name of a folder between the two renames that replace it: `NAME.old.tmp`."""
+    return path.with_name(f"{path.name}.old.tmp")
+
+
+def discard(path: Path, name: Path) -> None:
+    """Remove a file, folder or link after renaming it to `NAME.removed.tmp`. Raises OSError."""
+    doomed = free_staging(name, ".removed")
+    path.rename(doomed)
+    remove(doomed)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder or a link, but not the link's target. Raises OSError.
+
+    It may be missing: another process may remove the same path.
+    """
+    with suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def free_staging(path: Path, suffix: str = "") -> Path:
+    """Return the first unused temporary name: `NAME.tmp`, `NAME.1.tmp`, `NAME.2.tmp` ..."""
+    numbers = chain([""], (f".{number}" for number in count(1)))
+    names = (path.with_name(f"{path.name}{suffix}{number}.tmp") for number in numbers)
+    return next(name for name in names if not os.path.lexists(name))
 
 
 @contextmanager
@@ -55,6 +113,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         OSError: the file cannot be written or renamed.
     """
     partial = partial_path(path)
+    partial.unlink(missing_ok=True)  # left by a killed process with the same id, or a link
     try:
         yield partial
         publish(partial, path)
@@ -67,6 +126,40 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically. Raises OSError."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def open_in_place(path: Path) -> IO[str]:
+    """Open a UTF-8 text file for reading and appending; create it if it is missing.
+
+    Raises ResourceError for a link or anything else that is not a regular file, and OSError.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    irregular = f"{path}: must be a regular file, not a link, a folder or a device; remove it"
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise ResourceError(irregular) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ResourceError(irregular)
+    return os.fdopen(descriptor, "a+", encoding="utf-8")
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents, unless it exists; it may be a link to a folder.
+
+    Raises ResourceError for a link without target and for a file, and OSError.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        if path.is_symlink():
+            cause = f"is a link to {os.readlink(path)}, which is not a folder; create that folder"
+        else:
+            cause = "is not a folder; remove it"
+        raise ResourceError(f"{path}: {cause}, or choose another path") from error
 
 
 def write_synced(path: Path, text: str) -> None:

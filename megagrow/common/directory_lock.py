@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO
 
+from megagrow.common.atomic_files import make_folder, open_in_place
 from megagrow.errors import ResourceError
 
 logger = logging.getLogger(__name__)
@@ -52,10 +53,10 @@ class DirectoryLock:
             option: option that sets the directory, for messages.
             temporary: remove the file `lock` on release.
         """
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         self._path = directory / NAME
         self._use, self._option, self._temporary = use, option, temporary
-        self._file: IO[str] = self._path.open("a+", encoding="utf-8")
+        self._file: IO[str] = open_in_place(self._path)
         try:
             self._acquire()
         except BaseException:
@@ -112,7 +113,7 @@ class DirectoryLock:
         except FileNotFoundError:
             pass
         self._file.close()
-        self._file = self._path.open("a+", encoding="utf-8")
+        self._file = open_in_place(self._path)
         return False
 
     def _owner(self) -> str:

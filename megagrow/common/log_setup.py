@@ -83,3 +83,14 @@ def configure_logging(
     root.setLevel(lowest)
     root.propagate = False  # a library that configures the root logger would print records twice
     return handler
+
+
+def warn_once(logger: logging.Logger, key: str, message: str) -> None:
+    """Log a warning, but only the first one of this process with the same key."""
+    if key not in _warned:
+        _warned.add(key)
+        logger.warning("%s", message)
+
+
+_warned: set[str] = set()
+"""Keys of the warnings that `warn_once` has logged."""

@@ -37,9 +37,12 @@ def run_counters(state: RunState | None) -> dict[str, Any]:
 
 def find_run(checkpoint: Path) -> Path | None:
     """Return the run directory that contains the checkpoint, or None if there is none."""
-    folder = checkpoint.resolve().parent
-    is_listed = checkpoint.resolve() in list_checkpoints(folder)
-    return folder.parent if is_listed and (folder.parent / METRICS_FILE).is_file() else None
+    # The folder of checkpoints may be a link; then only the path as given leads to the run.
+    for path in (checkpoint.absolute(), checkpoint.resolve()):
+        run = path.parent.parent
+        if path in list_checkpoints(path.parent) and (run / METRICS_FILE).is_file():
+            return run
+    return None
 
 
 def store_results(

@@ -10,14 +10,17 @@ from typing import Any, Self
 import torch
 
 from megagrow.checkpoint.async_saver import Saver
+from megagrow.checkpoint.discovery import FoundCheckpoint
+from megagrow.checkpoint.load import newest_valid_on_all_ranks
 from megagrow.checkpoint.manifest import BEFORE_GROWTH, Manifest, describe_layout
+from megagrow.checkpoint.removal import finish_replacements
 from megagrow.checkpoint.retention import Retention, prune_checkpoints
 from megagrow.checkpoint.save import total_bytes
 from megagrow.checkpoint.shards import own_tensors
 from megagrow.common.atomic_files import check_room
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
-from megagrow.parallel.agreement import run_on_all_ranks
+from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
 from megagrow.train.reporting.run_logger import RunLogger
 from megagrow.train.stage import Stage
 from megagrow.train.train_state import RunState
@@ -65,6 +68,15 @@ class Checkpointer:
         if isinstance(error, InputError):  # raised on all ranks
             with suppress(InputError):
                 self._saver.finish()
+
+    def newest(self) -> FoundCheckpoint | None:
+        """Return the newest valid checkpoint, None if there is none; call before any save.
+
+        A replacement that a crash interrupted is completed first. Raises CheckpointError if all
+        checkpoints are damaged.
+        """
+        run_on_rank_zero(lambda: finish_replacements(self.directory))
+        return newest_valid_on_all_ranks(self.directory)
 
     def prepare(self, stage: Stage) -> None:
         """Allocate the buffers of a stage.

@@ -12,7 +12,7 @@ import torch
 from megagrow.checkpoint.discovery import FoundCheckpoint, last_valid, list_checkpoints, step_of
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import Manifest, read_manifest, verify_checkpoint
-from megagrow.common.atomic_files import staging_folder
+from megagrow.checkpoint.removal import hide_checkpoint
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.errors import CheckpointError, Diverged
 from megagrow.parallel.agreement import run_on_rank_zero
@@ -94,7 +94,7 @@ def _newest_good(directory: Path, limit: int) -> FoundCheckpoint | None:
 def _drop_later(directory: Path, target: RunState) -> None:
     for path in list_checkpoints(directory):
         if step_of(path) > target.counters.step:
-            path.rename(staging_folder(path))
+            hide_checkpoint(path)
 
 
 def _check_same_model(run: RunConfig, state: RunState, path: Path, manifest: Manifest) -> None:

@@ -20,8 +20,11 @@ from tests.helpers.runs import STEP_TOKENS, make_run
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, list[str]]:
-    """A run of four steps, and the arguments of its evaluation."""
-    folder = tmp_path_factory.mktemp("kept")
+    """A run of four steps with its checkpoints on another disk, and the arguments of its
+    evaluation."""
+    folder, disk = tmp_path_factory.mktemp("kept"), tmp_path_factory.mktemp("disk")
+    (folder / "run").mkdir()
+    (folder / "run" / "checkpoints").symlink_to(disk)
     data, tokenizer = write_data(folder)
     stage = {"model": SMALL, "tokens": 4 * STEP_TOKENS}
     run = make_run(folder, [stage], checkpoint={"interval": 2, "keep_last": 4})

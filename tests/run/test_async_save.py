@@ -1,5 +1,7 @@
 """Saving goes on beside the training, one save at a time, and changes nothing of it."""
 
+import errno
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from megagrow.config.schema import RunConfig
 from megagrow.train.loop import StepDone
 from megagrow.train.reporting.metrics import read_metrics
 from megagrow.train.reporting.run_logger import RunLogger
+from megagrow.train.train_state import RunState
 from tests.helpers.jobs import Hook, records, train, write_run
 from tests.helpers.runs import STEP_TOKENS, make_run
 
@@ -98,3 +101,50 @@ def test_the_time_that_the_training_stood_still_is_recorded(tmp_path):
     lost = log[-1]["lost_seconds"]
     stalls = [record["stall_seconds"] for record in log if record["kind"] == "checkpoint"]
     assert log[-1]["kind"] == "end" and lost == pytest.approx(sum(stalls))
+
+
+def obstacles(run: RunConfig) -> Hook:
+    """After the first save, old checkpoints appear that cannot be removed; step 3 is busy once."""
+    folder, busy = run.output_dir / "checkpoints", []
+
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        record, rmtree = RunLogger.checkpoint, shutil.rmtree
+
+        def saved(self: RunLogger, state: RunState, *args: Any) -> None:
+            record(self, state, *args)
+            if rank == 0 and state.counters.step == 3:
+                (folder / "step-000000001").mkdir()
+                (folder / "step-000000001" / "notes").touch()
+                (folder / "step-000000002").symlink_to(run.output_dir.parent)
+
+        def removing(path: Path, *args: Any, **options: Any) -> None:
+            if "step-000000003" in str(path) and not busy:
+                busy.append(path)
+                raise OSError(errno.EBUSY, "Device or resource busy")
+            rmtree(path, *args, **options)
+
+        patch.setattr(RunLogger, "checkpoint", saved)
+        patch.setattr(shutil, "rmtree", removing)
+
+    return hook
+
+
+def test_old_checkpoints_that_cannot_be_removed_end_no_run(tmp_path):
+    real = tmp_path / "real"
+    (real / "disk").mkdir(parents=True)
+    (real / "checkpoints").symlink_to(real / "disk")
+    (tmp_path / "run").symlink_to(real)
+    run = make_run(
+        tmp_path,
+        [{"tokens": 8 * STEP_TOKENS}],
+        checkpoint={"interval": 3, "keep_last": 1},
+    )
+    done = train(write_run(tmp_path / "run.yaml", run), 2, obstacles(run)).finish()
+    assert done.codes == [0, 0], done.err
+    warnings = [line for line in done.out[0].splitlines() if "cannot be removed" in line]
+    assert ["step-000000001" in line for line in warnings] == [True, False]
+    assert "step-000000003" in warnings[1]
+    assert [step for (step,) in records(run, "checkpoint", ["step"])] == [3, 6, 8]
+    names = sorted(path.name for path in (real / "disk").iterdir())
+    assert names == ["step-000000001", "step-000000008"] and real.exists()
+    assert {"config.yaml", "metrics.jsonl"} <= {path.name for path in real.iterdir()}

@@ -146,6 +146,8 @@ class MetricsLog:
         directory.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             _rewrite(self.path, read_metrics(self.path))
+        else:
+            self.path.unlink(missing_ok=True)  # a link without target
         self._trackers: list[Tracker] = []
         if wandb_project is not None:
             self._trackers.append(WandbTracker(directory, wandb_project, run_name))

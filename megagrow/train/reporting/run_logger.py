@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megagrow.common.atomic_files import write_text
 from megagrow.common.gpu_specs import peak_flops
 from megagrow.common.log_setup import ConsoleHandler
 from megagrow.common.packages import package_version
@@ -71,7 +72,7 @@ class RunLogger:
             run.output_dir.mkdir(parents=True, exist_ok=True)
             (run.output_dir / "config.yaml").write_text(to_yaml(run), encoding="utf-8")
             environment = json.dumps(self._environment, indent=1)
-            (run.output_dir / "environment.json").write_text(environment, encoding="utf-8")
+            write_text(run.output_dir / "environment.json", environment)
             self._metrics = self._stack.enter_context(
                 MetricsLog(
                     run.output_dir, run.logging.tensorboard, run.logging.wandb_project, run.name

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from megagrow.common.atomic_files import write_text
 from megagrow.errors import ResourceError, unwritable
 
 Record = dict[str, Any]
@@ -104,7 +105,7 @@ class WandbTracker:
             ) from error
         kept = directory / "wandb.id"
         if not kept.exists():
-            kept.write_text(uuid.uuid4().hex, encoding="ascii")
+            write_text(kept, uuid.uuid4().hex)
         self._run = wandb.init(
             project=project,
             name=name,
