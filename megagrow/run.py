@@ -20,7 +20,7 @@ from megagrow.parallel.agreement import any_across_ranks, run_on_all_ranks
 from megagrow.parallel.launch import Launch, first_host, read_launch
 from megagrow.parallel.process_groups import init_process_group, leave_process_group
 from megagrow.train.checkpointer import Checkpointer
-from megagrow.train.data_setup import Inputs, open_inputs
+from megagrow.train.data_setup import Inputs, open_inputs_on_all_ranks
 from megagrow.train.fault_tolerance.signals import StopRequested, StopSignal
 from megagrow.train.fault_tolerance.watchdog import Watchdog, start_watchdog
 from megagrow.train.growth_event.cost import Feed
@@ -66,7 +66,7 @@ def train(run: RunConfig, log_level: str = LogLevel.INFO) -> str | None:
         raise ConfigError("; ".join(problems))
     device = init_process_group(launch)
     run_on_all_ranks(lambda: check_kernels(run, device))
-    inputs = run_on_all_ranks(lambda: open_inputs(run))
+    inputs = open_inputs_on_all_ranks(run, launch.local_rank)
     evaluation = open_evaluation(run, device)
     environment = describe_environment(run)
     run_logger = RunLogger(run, launch.rank, launch.world_size, environment, console)
@@ -103,7 +103,9 @@ def train(run: RunConfig, log_level: str = LogLevel.INFO) -> str | None:
 def _train(job: Job) -> str | None:
     initial = job
     if job.launch.rank == 0:
-        for warning in timing_warnings(job.run):
+        for corpus in job.inputs.epochs:
+            logger.info("%s", corpus.line())
+        for warning in (*timing_warnings(job.run), *job.inputs.warnings):
             logger.warning("%s", warning)
     job, stage, state = _begin(job)
     saved, warm = state.counters.step, None

@@ -1,7 +1,7 @@
 """Identity of a corpus: digests of its tokens and of its tokenizer, independent of its path."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +9,11 @@ from megagrow.data.indexed import with_suffix
 from megagrow.data.manifest import CorpusManifest
 from megagrow.errors import DataError
 
-BLOCK_BYTES = 1 << 16
+BLOCK_BYTES = 1 << 14
 BLOCKS = 64
-"""Blocks per file that `_sampled` reads: 4 MiB."""
+"""Blocks per file that `_sampled` reads: 1 MiB."""
+OWNERS_NAMED = 3
+"""Maximum number of corpora named in a warning."""
 SUFFIXES = (".bin", ".idx", ".mask.bin", ".mask.idx")
 
 
@@ -26,7 +28,7 @@ class CorpusIdentity:
 
 
 def corpus_identity(prefix: Path) -> CorpusIdentity:
-    """Return the identity of the corpus PREFIX.bin and PREFIX.idx, reading at most 16 MiB.
+    """Return the identity of the corpus PREFIX.bin and PREFIX.idx, reading at most 4 MiB.
 
     With a manifest, `content` is a digest of the recorded checksums; the files are checked for
     their sizes only. A corpus of another program has no manifest: `content` is then a digest of
@@ -35,11 +37,43 @@ def corpus_identity(prefix: Path) -> CorpusIdentity:
 
     Raises DataError if a file is missing or its size differs from the manifest.
     """
-    manifest = CorpusManifest.next_to(prefix)
-    if manifest is None or prefix.name not in manifest.splits:
+    manifest = CorpusManifest.describing(prefix)
+    if manifest is None:
         return CorpusIdentity(f"sampled:{_digest(_sampled(prefix))}", None)
     recorded = _recorded(prefix, manifest)
     return CorpusIdentity(f"checksum:{_digest(recorded)}", manifest.tokenizer_checksum)
+
+
+def require_one_tokenizer(checksums: Mapping[str, str | None]) -> None:
+    """Raise DataError if two known checksums of tokenizers differ.
+
+    `checksums` are keyed by their owners as named in the message: prefixes of corpora,
+    `data.tokenizer = FILE`, a checkpoint. None is an unknown tokenizer.
+    """
+    known = {owner: checksum for owner, checksum in checksums.items() if checksum is not None}
+    first = next(iter(known), "")
+    for owner, checksum in known.items():
+        if checksum != known[first]:
+            raise DataError(
+                f"{owner}: another tokenizer (checksum {checksum[:12]}) than {first} "
+                f"({known[first][:12]}); the ids of one have other meanings in the other: prepare "
+                "all corpora with one tokenizer and set data.tokenizer to it (a corpus has its "
+                "tokenizer in its folder)"
+            )
+
+
+def unknown_tokenizer_warning(checksums: Mapping[str, str | None]) -> str | None:
+    """Return a warning that names the owners of unknown tokenizers, if there is a second owner."""
+    unknown = [owner for owner, checksum in checksums.items() if checksum is None]
+    if not unknown or len(checksums) == 1:
+        return None
+    named = ", ".join(unknown[:OWNERS_NAMED])
+    more = len(unknown) - OWNERS_NAMED
+    return (
+        f"{named}{f' and {more} more' if more > 0 else ''}: no tokenizer is recorded (no "
+        "manifest.json of megagrow prepare), so it cannot be compared with the other corpora's and "
+        "data.tokenizer"
+    )
 
 
 def _recorded(prefix: Path, manifest: CorpusManifest) -> Iterator[bytes]:

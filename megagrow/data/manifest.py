@@ -83,6 +83,16 @@ class CorpusManifest(BaseModel):
                 raise DataError(f"{path}: refers to {name[:100]!r}, which is not in its folder")
         return manifest
 
+    @classmethod
+    def describing(cls, prefix: Path) -> Self | None:
+        """Read the manifest that describes the corpus at `prefix`.
+
+        Returns None if there is none, or if it describes other corpora in the folder only. Raises
+        DataError if damaged.
+        """
+        manifest = cls.next_to(prefix)
+        return manifest if manifest is not None and prefix.name in manifest.splits else None
+
     def write(self, folder: Path) -> None:
         """Write manifest.json atomically."""
         write_text(folder / NAME, self.model_dump_json(indent=2) + "\n")

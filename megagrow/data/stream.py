@@ -74,6 +74,12 @@ class TokenStream:
             ends.append(self._blend.slot_of(index, turns) * self._block_size + rest)
         return min(ends)
 
+    def tokens_read(self, corpus: int, position: int) -> int:
+        """Return the number of tokens before `position` that belong to a corpus."""
+        slot, within_slot = divmod(position, self._block_size)
+        current = within_slot if self._blend.corpus_of(slot) == corpus else 0
+        return self._blend.count(corpus, slot) * self._block_size + current
+
     def locate(self, position: int) -> StreamLocation:
         """Return the location in the files of the token at a position of the stream."""
         slot, within_slot = divmod(position, self._block_size)

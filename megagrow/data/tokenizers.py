@@ -68,14 +68,16 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     return SentencePieceTokenizer(path) if path.suffix == ".model" else JsonTokenizer(path)
 
 
-def check_tokenizer(name: str | Path, vocab_size: int) -> None:
-    """Raise DataError if a tokenizer has more than `vocab_size` tokens."""
-    own = load_tokenizer(name).vocab_size
+def check_tokenizer(name: str | Path, vocab_size: int) -> Tokenizer:
+    """Load a tokenizer; raise DataError if it has more than `vocab_size` tokens."""
+    tokenizer = load_tokenizer(name)
+    own = tokenizer.vocab_size
     if own > vocab_size:
         raise DataError(
             f"{name}: the tokenizer has {own} tokens, more than the model's vocab_size "
             f"{vocab_size}; set vocab_size to at least {own}"
         )
+    return tokenizer
 
 
 class SentencePieceTokenizer:

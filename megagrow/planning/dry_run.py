@@ -26,7 +26,7 @@ from megagrow.parallel.process_groups import Topology
 from megagrow.planning.memory import STATE_BYTES, StageMemory
 from megagrow.planning.traffic import Traffic, step_traffic
 from megagrow.reshard.traffic import Volume, rank_volume
-from megagrow.train.data_setup import input_problems
+from megagrow.train.data_setup import check_inputs
 from megagrow.train.growth_event.run_growths import stage_growth, stage_layout, with_operators
 from megagrow.train.init_from import check_beginning
 
@@ -105,7 +105,8 @@ def dry_run(run: RunConfig, world_size: int, rank: int = 0) -> DryRun:
         )
     invalid = [*growth_problems(run), *world_problems(run, world_size)]
     notes: list[str] = []
-    problems = [*invalid, *input_problems(run), *_folders(run, notes), *_evaluation(run, notes)]
+    problems = [*invalid, *check_inputs(run, notes), *_folders(run, notes)]
+    problems += _evaluation(run, notes)
     stages: tuple[RankStage, ...] = ()
     growths: tuple[RankGrowth, ...] = ()
     if not invalid:

@@ -7,7 +7,8 @@ from pathlib import Path
 from megagrow.common.gpu_specs import Gpu, find_gpu
 from megagrow.common.sizes import parse_bytes
 from megagrow.config.schema import RunConfig
-from megagrow.errors import ConfigError
+from megagrow.data.epochs import epoch_lines
+from megagrow.errors import ConfigError, InputError
 from megagrow.planning.cluster import Cluster, find_cluster
 from megagrow.planning.costs import KG_CO2_PER_KWH, PUE, RunCosts, make_factors, pace_of, run_costs
 from megagrow.planning.layouts import FittingLayout, fitting_layouts
@@ -44,6 +45,8 @@ class Answer:
     """Set with `--cluster`."""
     layouts: tuple[Sequence[FittingLayout], ...] = ()
     """Layouts of each stage, with `--layouts`."""
+    data: tuple[str, ...] = ()
+    """Lines on the epochs of the training corpora."""
 
 
 def answer(run: RunConfig, request: PlanRequest) -> Answer:
@@ -68,7 +71,15 @@ def answer(run: RunConfig, request: PlanRequest) -> Answer:
         )
     plan = plan_run(run, world, capacity)
     prediction = None if cluster is None else predict_run(plan, cluster)
-    return Answer(plan, _costs(request, plan, gpu, prediction), prediction, layouts)
+    return Answer(plan, _costs(request, plan, gpu, prediction), prediction, layouts, _data(run))
+
+
+def _data(run: RunConfig) -> tuple[str, ...]:
+    """Return the lines on epochs; a plan may precede the preparation of the corpora."""
+    try:
+        return tuple(epoch_lines(run))
+    except InputError as error:
+        return (f"Epochs of the corpora: unknown, {error}",)
 
 
 def _costs(

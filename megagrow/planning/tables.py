@@ -38,6 +38,7 @@ def show_answer(answer: Answer, console: Console) -> None:
         _print(console, f"Layouts of {stage}", LAYOUT_COLUMNS, layout_rows(layouts))
     if answer.layouts:
         print_lines(console, [layout_line(answer.layouts)])
+    print_lines(console, answer.data)
 
 
 def show_plan(plan: RunPlan, console: Console, costs: RunCosts | None = None) -> None:

@@ -4,12 +4,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch.distributed as dist
+
 from megagrow.config.schema import CorpusConfig, RunConfig
 from megagrow.data.batches import BatchReader, open_stream
+from megagrow.data.corpus_identity import (
+    CorpusIdentity,
+    corpus_identity,
+    require_one_tokenizer,
+    unknown_tokenizer_warning,
+)
+from megagrow.data.epochs import CorpusEpochs, epoch_warnings, stream_epochs
+from megagrow.data.manifest import CorpusManifest
 from megagrow.data.sft import open_mask
 from megagrow.data.stream import TokenStream
 from megagrow.data.tokenizers import check_tokenizer
 from megagrow.errors import DataError, InputError
+from megagrow.parallel.agreement import run_on_all_ranks
 
 
 @dataclass(frozen=True)
@@ -21,18 +32,23 @@ class Inputs:
     validation_sequences: int
     fixed: BatchReader
     """Reader whose first sequences form the fixed batch for evaluating growths."""
+    epochs: tuple[CorpusEpochs, ...]
+    """Epochs of each training corpus over the run."""
+    warnings: tuple[str, ...]
 
 
 def open_inputs(run: RunConfig) -> Inputs:
     """Open and validate corpora and tokenizer. Raises DataError naming the file."""
     data, length = run.data, run.data.sequence_length
-    vocab_size = run.stages[0].model.vocab_size
-    if data.tokenizer is not None:
-        check_tokenizer(data.tokenizer, vocab_size)
+    tokenizers = tokenizer_checksums(run)
+    require_one_tokenizer(tokenizers)
     stream = open_stream(data.train, run.seed, length)
     train = _reader(run, stream, data.train, shuffle=True)
+    epochs = stream_epochs(run, stream)
+    unknown = unknown_tokenizer_warning(tokenizers)
+    warnings = (*filter(None, (unknown,)), *epoch_warnings(run, epochs))
     if not data.validation:
-        return Inputs(train, None, 0, train)
+        return Inputs(train, None, 0, train, epochs, warnings)
     stream = open_stream(data.validation, run.seed, length, shuffle=False)
     sequences = min(-(-run.validation.tokens // length), stream.epoch_tokens // length)
     if sequences == 0:
@@ -40,20 +56,72 @@ def open_inputs(run: RunConfig) -> Inputs:
             f"data.validation holds {stream.epoch_tokens} tokens, less than a sequence of {length}"
         )
     validation = _reader(run, stream, data.validation, shuffle=False)
-    return Inputs(train, validation, sequences, validation)
+    return Inputs(train, validation, sequences, validation, epochs, warnings)
 
 
-def input_problems(run: RunConfig) -> list[str]:
-    """Return all errors that `open_inputs` would raise, one per corpus."""
-    data, found = run.data, []
+def open_inputs_on_all_ranks(run: RunConfig, local_rank: int) -> Inputs:
+    """Open the inputs on every rank. Collective.
+
+    Raises DataError on all ranks if one of them cannot open its files, or if the corpora of two
+    hosts differ.
+    """
+    inputs = run_on_all_ranks(lambda: open_inputs(run))
+    first_on_host = local_rank == 0
+    own = run_on_all_ranks(lambda: corpus_identities(run) if first_on_host else None)
+    gathered: list[dict[str, CorpusIdentity] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    reference = gathered[0] or {}
+    for rank, identities in enumerate(gathered):
+        for path, identity in (identities or {}).items():
+            if identity != reference[path]:
+                raise DataError(
+                    f"{path}: the corpus of rank {rank} differs from that of rank 0; copy the same "
+                    "files to all hosts"
+                )
+    return inputs
+
+
+def corpus_identities(run: RunConfig) -> dict[str, CorpusIdentity]:
+    """Return the identities of all corpora by path. Raises DataError for a damaged corpus."""
+    return {
+        str(corpus.path): corpus_identity(corpus.path)
+        for corpus in (*run.data.train, *run.data.validation)
+    }
+
+
+def tokenizer_checksums(run: RunConfig) -> dict[str, str | None]:
+    """Return the checksums of the tokenizers of all corpora and of `data.tokenizer` by owner.
+
+    Raises DataError if a manifest is damaged, or if `data.tokenizer` is invalid or has more tokens
+    than the model.
+    """
+    checksums: dict[str, str | None] = {}
+    for corpus in (*run.data.train, *run.data.validation):
+        manifest = CorpusManifest.describing(corpus.path)
+        checksums[str(corpus.path)] = None if manifest is None else manifest.tokenizer_checksum
+    if run.data.tokenizer is not None:
+        tokenizer = check_tokenizer(run.data.tokenizer, run.stages[0].model.vocab_size)
+        checksums[f"data.tokenizer = {run.data.tokenizer}"] = tokenizer.checksum
+    return checksums
+
+
+def check_inputs(run: RunConfig, notes: list[str]) -> list[str]:
+    """Return all errors of `open_inputs`: one per corpus, and one of the tokenizers.
+
+    Without errors, appends epochs and warnings to `notes`.
+    """
+    data = run.data
     checks: list[Callable[[], object]] = []
-    if data.tokenizer is not None:
-        checks.append(partial(check_tokenizer, data.tokenizer, run.stages[0].model.vocab_size))
     for shuffle, corpora in ((True, data.train), (False, data.validation)):
         checks += [partial(_open_alone, run, corpus, shuffle) for corpus in corpora]
-    for check in checks:
-        found += _problem(check)
-    return found or _problem(partial(open_inputs, run))
+    checks.append(lambda: require_one_tokenizer(tokenizer_checksums(run)))
+    found = [problem for check in checks for problem in _problem(check)]
+    return list(dict.fromkeys(found)) or _problem(partial(_note, run, notes))
+
+
+def _note(run: RunConfig, notes: list[str]) -> None:
+    inputs = open_inputs(run)
+    notes += [*(each.line() for each in inputs.epochs), *inputs.warnings]
 
 
 def _open_alone(run: RunConfig, corpus: CorpusConfig, shuffle: bool) -> BatchReader:

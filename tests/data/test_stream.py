@@ -56,6 +56,9 @@ def test_equals_its_definition(memory_corpora, sizes, block, seed, shuffle, star
     weights = [1.0 + i for i in range(len(sizes))]
     stream = TokenStream(memory_corpora(sizes), weights, seed, block, shuffle)
     places = _slow_stream(sizes, weights, seed, block, shuffle, start + count)
+    assert [stream.tokens_read(i, start) for i in range(len(sizes))] == [
+        sum(corpus == i for corpus, _ in places[:start]) for i in range(len(sizes))
+    ]
     tokens = stream.read(start, count)
     assert tokens.inputs.tolist() == [1000 * c + o for c, o in places[start:]]
     labels = [1000 * c + o + 1 if o + 1 < sizes[c] else NO_LABEL for c, o in places[start:]]

@@ -65,14 +65,14 @@ def without(first: int, last: int) -> Hook:
             beyond = position >= (first - 1) * STEP_TOKENS and self is not fixed.get("validation")
             return read(self, position + beyond * (last - first + 1) * STEP_TOKENS, indices)
 
-        opened, fixed = megagrow.run.open_inputs, {}
+        opened, fixed = megagrow.run.open_inputs_on_all_ranks, {}
 
-        def opening(run: RunConfig) -> Any:
-            inputs = opened(run)
+        def opening(run: RunConfig, local_rank: int) -> Any:
+            inputs = opened(run, local_rank)
             fixed["validation"] = inputs.validation
             return inputs
 
-        patch.setattr(megagrow.run, "open_inputs", opening)
+        patch.setattr(megagrow.run, "open_inputs_on_all_ranks", opening)
         patch.setattr(BatchReader, "read", reading)
 
     return hook
