@@ -2,6 +2,19 @@
 
 from pathlib import Path
 
+MESSAGE_LENGTH = 4000
+"""Maximum characters of a message; the middle of a longer one is omitted."""
+
+
+def printable(text: str) -> str:
+    """Return text with the characters that a terminal or a log would interpret escaped.
+
+    These are control characters, line breaks, bidirectional overrides and lone surrogates: `\\x1b`.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
 
 class InputError(Exception):
     """Base of all errors that the user can fix.
@@ -16,8 +29,11 @@ class InputError(Exception):
     code = 2
 
     def __init__(self, message: str) -> None:
-        shown = (char if char.isprintable() else repr(char)[1:-1] for char in message)
-        super().__init__("".join(shown))
+        shown = printable(message)
+        if len(shown) > MESSAGE_LENGTH:
+            half = MESSAGE_LENGTH // 2 - 5
+            shown = f"{shown[:half]} [...] {shown[-half:]}"
+        super().__init__(shown)
 
 
 class ConfigError(InputError):
@@ -39,10 +55,13 @@ class ResourceError(InputError):
 class RunError(Exception):
     """A run that cannot continue although its input is valid (docs/guides/fault-tolerance.md).
 
-    The message is one line, as for `InputError`; `code` is the exit code.
+    The message is one line, escaped as for `InputError`; `code` is the exit code.
     """
 
     code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class Diverged(RunError):

@@ -14,7 +14,7 @@ from megagrow.analysis.plots import plot_runs
 from megagrow.analysis.seeds import group_runs, match_groups, no_counterpart
 from megagrow.analysis.speedup import Speedup, measure_speedup
 from megagrow.analysis.speedup_curve import LossKind, loss_kind
-from megagrow.common.tables import markdown_table, print_lines, print_table
+from megagrow.common.tables import escape_markdown, markdown_table, print_lines, print_table
 from megagrow.errors import DataError
 
 PLOT = "loss_vs_flops.png"
@@ -139,8 +139,12 @@ def _table(runs: Sequence[RunCurves]) -> tuple[list[str], list[list[str]]]:
 
 
 def _markdown(runs: Sequence[RunCurves], closing: Sequence[str]) -> str:
-    lines = ["# Growth compared with training from scratch", "", markdown_table(*_table(runs))]
-    return "\n".join([*lines, "", *(f"- {line}" for line in closing), "", f"![loss]({PLOT})", ""])
+    columns, rows = _table(runs)
+    cells = [[*map(escape_markdown, row)] for row in rows]
+    lines = ["# Growth compared with training from scratch", ""]
+    lines += [markdown_table([*map(escape_markdown, columns)], cells), ""]
+    lines += [f"- {escape_markdown(line)}" for line in closing]
+    return "\n".join([*lines, "", f"![loss]({PLOT})", ""])
 
 
 def _json(runs: Sequence[RunCurves], comparisons: Sequence[Comparison]) -> str:

@@ -15,6 +15,7 @@ from matplotlib.ticker import EngFormatter, NullFormatter
 
 from megagrow.analysis.curves import SMOOTHING, Growth, RunCurves, Series
 from megagrow.analysis.speedup import Speedup
+from megagrow.errors import printable
 
 
 class PlotStyle(NamedTuple):
@@ -37,6 +38,8 @@ PLOT_STYLES = (
 STEEP_SHARE = 0.06
 """Initial fraction of each run's tokens whose steep losses do not extend the loss axis."""
 MAX_MARKERS = 16
+LABEL_LENGTH = 60
+"""Maximum characters of a legend entry."""
 GREY = "#555555"
 
 
@@ -103,8 +106,14 @@ def plot_style(index: int) -> PlotStyle:
 
 
 def label_text(name: str) -> str:
-    """Return a run's name as a label; matplotlib omits labels with a leading _ from legends."""
-    plain = name.replace("$", r"\$")
+    """Return a run's name as a label; matplotlib omits labels with a leading _ from legends.
+
+    A long name is truncated, because a figure is as wide as its legend.
+    """
+    shown = printable(name)
+    if len(shown) > LABEL_LENGTH:
+        shown = f"{shown[: LABEL_LENGTH - 3]}..."
+    plain = shown.replace("$", r"\$")
     return f" {plain}" if plain.startswith("_") else plain
 
 

@@ -31,6 +31,7 @@ from megagrow.analysis.report_tables import (
 from megagrow.analysis.seeds import Matchup, group_runs, match_groups
 from megagrow.analysis.speedup_curve import LEVELS, START_SHARE
 from megagrow.common.tables import print_lines
+from megagrow.errors import printable
 
 PAGE, MARKDOWN = "report.html", "report.md"
 TITLE = "Growth compared with training from scratch"
@@ -170,10 +171,13 @@ def render_page(
 ) -> str:
     """Return the HTML page: first table, findings, other tables, plots, method.
 
-    All text is escaped. The page loads no external resources.
+    All text is printable and escaped. The page loads no external resources.
     """
     environment = Environment(
-        loader=PackageLoader("megagrow.analysis"), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("megagrow.analysis"),
+        autoescape=True,
+        finalize=lambda value: printable(value) if isinstance(value, str) else value,
+        undefined=StrictUndefined,
     )
     return environment.get_template(TEMPLATE).render(
         title=title, tables=tables, findings=findings, plots=plots, method=METHOD

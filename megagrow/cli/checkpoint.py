@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from megagrow.common.tables import print_lines, print_table, table_console
+from megagrow.common.tables import print_facts, print_lines, print_table, table_console
 from megagrow.errors import CheckpointError, ResourceError
 
 checkpoint_app = typer.Typer(help="Manage checkpoints.", no_args_is_help=True)
@@ -76,12 +74,12 @@ def show(
     """Show the model, layout, counters, growths, versions and files of a checkpoint."""
     from megagrow.checkpoint.listing import checkpoints_at, summary
 
-    table = Table.grid(padding=(0, 2))
+    facts = []
     for topic, value in summary(checkpoints_at(checkpoint)[-1]).items():
         rows = value.items() if isinstance(value, dict) else [("", value)]
         for number, (key, item) in enumerate(rows):
-            table.add_row(topic if number == 0 else "", escape(str(key)), escape(str(item)))
-    table_console().print(table)
+            facts.append((topic if number == 0 else "", str(key), str(item)))
+    print_facts(table_console(), facts)
 
 
 @checkpoint_app.command()

@@ -10,6 +10,8 @@ from enum import StrEnum
 from rich.console import Console
 from rich.text import Text
 
+from megagrow.errors import printable
+
 _ROOT = "megagrow"
 _TIME = "%Y-%m-%d %H:%M:%S"
 
@@ -52,7 +54,8 @@ class _Formatter(logging.Formatter):
         super().__init__(f"%(asctime)s | {where}%(message)s", _TIME)
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """Prefix the message with its severity from WARNING upwards."""
+        """Escape the message and prefix it with its severity from WARNING upwards."""
+        record.message = printable(record.message)
         if record.levelno >= logging.WARNING:
             record.message = f"{record.levelname.lower()}: {record.message}"
         return super().formatMessage(record)

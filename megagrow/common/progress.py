@@ -6,6 +6,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from megagrow.common.tables import print_lines
+
 SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -55,7 +57,7 @@ class WorkProgress:
         now = time.monotonic()
         if not self._console.is_terminal and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self._console.print(f"{self._label} {self._status()}{self._left()}", highlight=False)
+            print_lines(self._console, [f"{self._label} {self._status()}{self._left()}"])
 
     def _throughput(self) -> float:
         """Return bytes per second."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megagrow.common.progress import TokenizingProgress
+from megagrow.common.tables import print_lines
 from megagrow.data.documents import read_documents
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
 from megagrow.data.manifest import NAME, CorpusManifest, Split, corpus_files
@@ -82,7 +83,7 @@ def prepare(
         folder = output / "parts"
         if finished and finished.fingerprint == wanted and finished.is_complete(output):
             shutil.rmtree(folder, ignore_errors=True)  # left by an interruption just before removal
-            console.print(f"{output}: complete and unchanged, nothing to do", soft_wrap=True)
+            print_lines(console, [f"{output}: complete and unchanged, nothing to do"])
             return finished
         folder.mkdir(parents=True, exist_ok=True)
         if tokenizer == TRAIN_TOKENIZER:
@@ -100,7 +101,7 @@ def prepare(
         shutil.rmtree(folder)
     for name, split in splits.items():
         text = f"{output / name}: {split.documents:,} documents, {split.tokens:,} tokens"
-        console.print(text, soft_wrap=True, highlight=False)
+        print_lines(console, [text])
     return manifest
 
 
@@ -148,7 +149,8 @@ def _train_tokenizer(
         raise DataError("the sources contain no document with text")
     megabytes = sum(map(len, sample)) / 1e6
     with console.status("training the tokenizer"):
-        console.print(f"training a tokenizer of {size:,} tokens on {megabytes:.1f} MB of text")
+        text = f"training a tokenizer of {size:,} tokens on {megabytes:.1f} MB of text"
+        print_lines(console, [text])
         train_sentencepiece(sample, size, path)
 
 
@@ -185,7 +187,8 @@ def _tokenize(
             for done in run_tasks(start, pending, workers):
                 progress.advance(done.bytes, done.tokens)
         except KeyboardInterrupt:
-            console.print("interrupted; rerun the same command to resume from the finished parts")
+            text = "interrupted; rerun the same command to resume from the finished parts"
+            print_lines(console, [text])
             raise
 
 

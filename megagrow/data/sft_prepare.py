@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from megagrow.common.tables import print_lines
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
 from megagrow.data.manifest import NAME, CorpusManifest, Split, corpus_files
 from megagrow.data.part_files import SPLITS, TRAIN, Options, fingerprint
@@ -71,12 +72,11 @@ def prepare_sft(
     except OSError as error:
         raise ResourceError(f"{error.filename or output}: {error.strerror or error}") from error
     if collected.truncated or collected.dropped:
-        console.print(
+        text = (
             f"longer than {sequence_length} tokens: {collected.truncated} answers truncated, "
-            f"{collected.dropped} examples dropped because their prompt alone does not fit",
-            soft_wrap=True,
-            highlight=False,
+            f"{collected.dropped} examples dropped because their prompt alone does not fit"
         )
+        print_lines(console, [text])
     return manifest
 
 
@@ -138,13 +138,12 @@ def _write(
     total = len(rows) * length
     filled = sum(len(example.ids) for example in examples)
     answers = filled - sum(example.prompt for example in examples)
-    console.print(
+    text = (
         f"{prefix}: {len(examples):,} examples in {len(rows):,} rows of {length} tokens, "
         f"{total:,} in total; {answers / total:.1%} of the tokens are answer, "
-        f"{1 - filled / total:.1%} padding",
-        soft_wrap=True,
-        highlight=False,
+        f"{1 - filled / total:.1%} padding"
     )
+    print_lines(console, [text])
     largest = max(tokenizer.eos_id, *(max(example.ids) for example in examples))
     return Split(documents=len(examples), tokens=total, max_token_id=largest)
 

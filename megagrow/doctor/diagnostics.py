@@ -7,7 +7,6 @@ from statistics import median
 from typing import TypeVar
 
 from rich.console import Console
-from rich.text import Text
 
 from megagrow.common.sizes import format_in
 from megagrow.common.tables import print_lines, print_table
@@ -189,7 +188,7 @@ def print_cluster_report(cluster: ClusterReport, problems: Sequence[str], consol
     """Print the tables, as Markdown unless the output is a terminal, and one line per problem."""
     versions = ", ".join(f"{name} {value}" for name, value in cluster.reports[0].versions.items())
     world = len(cluster.reports)
-    console.print(Text(f"{world} ranks on {len(cluster.hosts)} hosts. Rank 0 has {versions}"))
+    print_lines(console, [f"{world} ranks on {len(cluster.hosts)} hosts. Rank 0 has {versions}"])
     print_table(console, HOST_COLUMNS, _host_rows(cluster))
     if cluster.speeds:
         print_table(console, SPEED_COLUMNS, _speed_rows(cluster))

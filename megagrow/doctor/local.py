@@ -10,12 +10,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from megagrow.common.packages import package_version
 from megagrow.common.sizes import format_in
-from megagrow.common.tables import print_table
+from megagrow.common.tables import print_facts, print_table
 from megagrow.config.schema import RunConfig
 from megagrow.model.backends import (
     OPERATIONS,
@@ -93,10 +91,7 @@ def stage_rows(run: RunConfig, index: int, device: torch.device) -> list[Backend
 
 def print_local_report(run: RunConfig | None, device: torch.device, console: Console) -> None:
     """Print the facts of this machine and the backends, for each stage of a run or in general."""
-    table = Table.grid(padding=(0, 2))
-    for name, fact in environment_facts().items():
-        table.add_row(Text(name), Text(fact))
-    console.print(table)
+    print_facts(console, environment_facts().items())
     if run is None:
         selected = f"selected by auto (head_dim {DEFAULT_HEAD_DIM})"
         _print_rows(console, str(device), selected, default_rows(machine_of(device)))

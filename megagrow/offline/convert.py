@@ -13,6 +13,7 @@ from rich.console import Console
 from megagrow.checkpoint.source import Source
 from megagrow.common.atomic_files import atomic_folder
 from megagrow.common.progress import WorkProgress
+from megagrow.common.tables import print_lines
 from megagrow.config.includes import load_model
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
@@ -192,7 +193,7 @@ def _export(
         WorkProgress(console, "writing", size) as progress,
     ):
         write(folder, progress.advance)
-    console.print(f"{source.path} -> {out}: written and checked", highlight=False)
+    print_lines(console, [f"{source.path} -> {out}: written and checked"])
 
 
 def _import(

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
 from megagrow.checkpoint.manifest import Manifest, describe_layout
 from megagrow.common.atomic_files import staging_folder
 from megagrow.common.progress import WorkProgress
 from megagrow.common.sizes import format_bytes
+from megagrow.common.tables import print_lines
 from megagrow.errors import ConfigError, ResourceError
 from megagrow.formats.hugging_face_config import CONFIG_FILE, ORIGIN_KEY, config_of
 from megagrow.formats.open_source import open_found, open_source
@@ -54,10 +54,10 @@ def write_plan(
     command = _command(request, plan, target)
     folder = staging_folder(request.out)
     if _was_finished(request.out, command):
-        console.print(f"{request.out}: already finished", highlight=False)
+        print_lines(console, [f"{request.out}: already finished"])
         return
     texts = _text_tokens(request, plan)
-    console.print(Text(_summary(plan, request.out)))
+    print_lines(console, [_summary(plan, request.out)])
     source_loss = text_loss(plan.source, texts) if texts else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def write_plan(
             f"{request.out}: cannot be written ({error.strerror}); free the disk or the path, and "
             "rerun the same command"
         ) from error
-    console.print(f"{request.out}: written and checked", highlight=False)
+    print_lines(console, [f"{request.out}: written and checked"])
 
 
 def _writing(folder: Path, target: Target, plan: ConversionPlan, at_once: int) -> Writing:
@@ -212,7 +212,7 @@ def _compare(plan: ConversionPlan, before: float, after: float, console: Console
 
     Raises ConfigError if they differ although the growth preserves the function.
     """
-    console.print(f"loss on the text: source {before:.6f}, target {after:.6f}", highlight=False)
+    print_lines(console, [f"loss on the text: source {before:.6f}, target {after:.6f}"])
     tolerance = 1e-3 if plan.options is None else plan.options.tolerance
     if plan.growth.preserves_function and abs(after - before) > tolerance:
         raise ConfigError(

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
-from rich.text import Text
 
 from megagrow.common.sizes import format_in
 from megagrow.common.tables import print_lines, print_table
@@ -22,7 +21,7 @@ PEERS_NAMED = 6
 def print_dry_run(result: DryRun, console: Console) -> None:
     """Print a dry run; as plain Markdown tables if the output is not a terminal."""
     run, rank = result.run, result.rank
-    console.print(Text(f"{run.name}: dry run of rank {rank} of {result.world_size}"))
+    print_lines(console, [f"{run.name}: dry run of rank {rank} of {result.world_size}"])
     for index, stage in enumerate(result.stages):
         layout = stage.memory.layout
         place = f"DP rank {rank // layout.tp} of {layout.dp}, TP rank {rank % layout.tp} of "

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
-from rich.text import Text
 
 from megagrow.common.sizes import format_in, format_short
 from megagrow.common.tables import print_lines, print_table
@@ -44,7 +43,7 @@ def show_answer(answer: Answer, console: Console) -> None:
 def show_plan(plan: RunPlan, console: Console, costs: RunCosts | None = None) -> None:
     """Print a plan; as plain Markdown tables if the output is not a terminal."""
     stages = [f"stage {index}" for index in range(len(plan.stages))]
-    console.print(Text(f"{plan.run.name} on {_ranks(plan.world_size)}"))
+    print_lines(console, [f"{plan.run.name} on {_ranks(plan.world_size)}"])
     _print(console, "Stages", stages, stage_rows(plan.stages))
     length = plan.run.data.sequence_length
     flops = flops_rows([stage.config.model for stage in plan.stages], length)

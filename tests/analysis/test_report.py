@@ -1,12 +1,13 @@
 """Report of a few runs: contents of the page, the Markdown file and the plots."""
 
+import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
-from io import StringIO
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 from rich.console import Console
 
 from megagrow.analysis.report import write_report
@@ -17,7 +18,7 @@ from tests.helpers.analysis.records import append
 LARGE = 3_200_000
 SCRATCH = [(100, LARGE)]
 GROWN = [(50, 800_000), (88, LARGE, 0.75e12)]
-EVIL = '<script src="http://evil.example/x.js"></script>|$a^^_b$'
+EVIL = '<script src="http://evil.example/x.js"></script>[/b]|$a^^_b$\x1b[2J' + "x" * 300
 
 
 class Page(HTMLParser):
@@ -37,7 +38,7 @@ class Page(HTMLParser):
 
 
 def report(runs: list[Path], output: Path) -> Page:
-    write_report(runs, output, Console(file=StringIO(), width=200))
+    write_report(runs, output, Console(width=900))
     return Page((output / "report.html").read_text(encoding="utf-8"))
 
 
@@ -49,12 +50,12 @@ def renamed(run: Path, name: str, seed: int = 1) -> Path:
 
 
 def test_page_is_self_contained_and_escapes_names(
-    make_run: Callable[..., Path], tmp_path: Path
+    make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evil = '"' + EVIL.replace('"', '\\"') + '"'
-    runs = [renamed(make_run("grown", GROWN), evil), make_run("scratch", SCRATCH)]
+    runs = [renamed(make_run("grown", GROWN), json.dumps(EVIL)), make_run("scratch", SCRATCH)]
     page = report(runs, tmp_path / "out")
-    assert EVIL in page.text
+    assert EVIL.replace("\x1b", r"\x1b") in page.text
+    assert EVIL.replace("\x1b", r"\x1b") in capsys.readouterr().out
     assert "script" not in {tag for tag, _ in page.tags}
     for tag, attributes in page.tags:
         for name in ("src", "href", "srcset", "action", "data"):
@@ -65,9 +66,12 @@ def test_page_is_self_contained_and_escapes_names(
     assert all(len(image["alt"] or "") > 30 for image in images)
     style = (tmp_path / "out/report.html").read_text().split("</style>")[0]
     assert "url(" not in style and "@import" not in style
-    markdown = (tmp_path / "out/report.md").read_text()
-    assert "<script" not in markdown and "&lt;script" in markdown
-    assert "&lt;/script>\\|$a^^_b$ |" in markdown
+    for name in ("report.md", "comparison.md"):
+        markdown = (tmp_path / "out" / name).read_text()
+        assert "<script" not in markdown and "&lt;script" in markdown
+        assert r"&lt;/script>[/b]\|$a^^_b$\x1b[2Jxx" in markdown
+    plot = imread(tmp_path / "out/loss_vs_flops.png")
+    assert plot.shape[1] < 4000
 
 
 def test_run_table_is_first_and_contains_the_numbers(

@@ -1,11 +1,19 @@
 """Tables on terminals, in pipes and as Markdown."""
 
+import ast
 import io
 
 import pytest
 from rich.console import Console
 
-from megagrow.common.tables import escape_markdown, markdown_table, print_table
+from megagrow.common.tables import (
+    escape_markdown,
+    markdown_table,
+    print_facts,
+    print_lines,
+    print_table,
+)
+from tests.helpers.source_tree import dotted, files, imports, name_of, tree_of
 
 COLUMNS, ROWS = ("name", "[b]"), [("[x]", "1"), ("long", "22")]
 
@@ -19,6 +27,17 @@ def printed(terminal: bool, **options: object) -> str:
 def test_pipe_shows_markdown_without_markup():
     lines = [line.strip() for line in printed(False, title="T").splitlines()]
     assert lines[0] == "T" and "| name | [b] |" in lines and "| [x]  | 1   |" in lines
+
+
+def test_text_from_files_neither_styles_nor_moves_the_cursor():
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, color_system="standard")
+    foreign = "x[/b][red]\x1b[2J\n\u202e"
+    print_lines(console, [foreign])
+    print_facts(console, [("name", foreign)])
+    print_table(console, [foreign], [[foreign]], title=foreign)
+    out = console.file.getvalue()
+    assert out.count(r"x[/b][red]\x1b[2J\n\u202e") == 5
+    assert "\x1b[2J" not in out and "\u202e" not in out
 
 
 def test_terminal_shows_borders():
@@ -42,3 +61,19 @@ def test_markdown_table():
 @pytest.mark.parametrize(("text", "escaped"), [("a | b", "a \\| b"), ("a\n<b>&", "a &lt;b>&amp;")])
 def test_escape_markdown(text, escaped):
     assert escape_markdown(text) == escaped
+
+
+def test_no_other_module_prints_unescaped_text():
+    """A name from a file could contain markup, which raises an error, or control characters."""
+    doors = ("megagrow/common/tables.py", "megagrow/common/log_setup.py")
+    rich = ("rich.print", "rich.markup.escape", "rich.table.Table", "rich.text.Text")
+    found = []
+    for path in (path for path in files("megagrow") if name_of(path) not in doors):
+        found += [f"{name_of(path)}: imports {name}" for name in imports(path) if name in rich]
+        calls = (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call))
+        found += [
+            f"{name_of(path)}:{call.lineno}: {dotted(call.func)}"
+            for call in calls
+            if dotted(call.func).endswith("onsole.print")
+        ]
+    assert found == []

@@ -9,7 +9,7 @@ from megagrow.common.json_text import parse_json, read_json
 from megagrow.common.safe_paths import is_inner_path, is_plain_name
 from megagrow.common.yaml_file import DEPTH, FILE_BYTES, VALUES, parse_yaml, read_mapping
 from megagrow.config.load import load_run
-from megagrow.errors import InputError
+from megagrow.errors import Diverged, InputError
 
 
 def laughs(levels: int, share: str) -> str:
@@ -150,3 +150,10 @@ def test_names_of_files_stay_in_their_folder(name: object, plain: bool, inner: b
 def test_a_message_does_nothing_to_a_terminal() -> None:
     error = InputError("step-\x1b[2J\r\u202e\ud800: caf\u00e9\nexit 0")
     assert str(error) == "step-\\x1b[2J\\r\\u202e\\ud800: caf\u00e9\\nexit 0"
+    assert str(Diverged("x\x1b[2J")) == "x\\x1b[2J"
+
+
+def test_a_long_message_keeps_its_ends() -> None:
+    message = str(InputError("run.yaml" + "x" * 100_000 + "; remove it"))
+    assert len(message) <= 4000
+    assert message.startswith("run.yaml") and message.endswith("; remove it") and "[...]" in message

@@ -65,20 +65,21 @@ def test_two_workers_give_the_same_bytes(source, tmp_path):
 
 
 def test_a_complete_corpus_is_left_alone_until_something_changes(source, texts, tmp_path):
-    first = _prepare(source, tmp_path / "out")
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    out = tmp_path / "x[" / "b]\x1b[2J"
+    first = _prepare(source, out)
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     console = Console(file=io.StringIO(), width=500)
     options = {"vocab_size": 500, "validation_fraction": 0.1, "workers": 2}
-    again = prepare([str(source)], tmp_path / "out", "train", **options, console=console)
+    again = prepare([str(source)], out, "train", **options, console=console)
     assert again == first
-    assert "complete and unchanged" in console.file.getvalue()
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
+    assert r"/x[/b]\x1b[2J: complete and unchanged" in console.file.getvalue()
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
     with source.open("a") as file:
         file.write(json.dumps({"text": "one more"}) + "\n")
-    changed = _prepare(source, tmp_path / "out")
+    changed = _prepare(source, out)
     assert sum(split.documents for split in changed.splits.values()) == len(texts) + 1
-    (tmp_path / "out" / "train.bin").unlink()
-    assert _prepare(source, tmp_path / "out") == changed == verify(tmp_path / "out")
+    (out / "train.bin").unlink()
+    assert _prepare(source, out) == changed == verify(out)
 
 
 def test_the_split_goes_by_content_not_by_place(source, texts, tmp_path, model_path):
