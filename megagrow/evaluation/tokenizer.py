@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from megagrow.data.tokenizers import check_tokenizer
+from megagrow.data.hugging_face_tokenizers import encode_completely
+from megagrow.data.tokenizers import check_tokenizer, load_tokenizer
 from megagrow.formats.hugging_face_tokenizer import TokenizerFiles, tokenizer_files
 
 
@@ -67,10 +68,20 @@ def open_tokenizer(name: str, vocab_size: int) -> EvalTokenizer:
     """
     check_tokenizer(name, vocab_size)
     if not Path(name).is_file():
-        return EvalTokenizer(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+        return _opened(name, name)
     with TemporaryDirectory() as folder:
         _write(tokenizer_files(Path(name), vocab_size), Path(folder))
-        return EvalTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        return _opened(folder, name)
+
+
+def _opened(folder: str, name: str) -> EvalTokenizer:
+    """Open a folder with the EOS token of the tokenizer `name`."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.is_fast:
+        encode_completely(tokenizer.backend_tokenizer)
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(load_tokenizer(name).eos_id)
+    return EvalTokenizer(tokenizer)
 
 
 def _write(files: TokenizerFiles, folder: Path) -> None:

@@ -16,7 +16,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 
 from megagrow.common.json_text import read_json
-from megagrow.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, Tokenizer
+from megagrow.data.hugging_face_tokenizers import JsonTokenizer
+from megagrow.data.tokenizers import SentencePieceTokenizer, Tokenizer
 from megagrow.errors import DataError
 from megagrow.formats.hugging_face_config import without_code
 

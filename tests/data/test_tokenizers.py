@@ -1,15 +1,18 @@
 """Tokenizers: text comes back as it was, documents cannot end themselves, mistakes are named."""
 
 import json
+import shutil
 
 import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megagrow.data import hugging_face_tokenizers
 from megagrow.data import tokenizers as ours
 from megagrow.data.tokenizers import check_tokenizer, load_tokenizer, train_sentencepiece
 from megagrow.errors import InputError
+from megagrow.evaluation.tokenizer import open_tokenizer
 
 HARD = [
     "",
@@ -136,22 +139,88 @@ def test_a_vocabulary_larger_than_the_models_is_refused(model_path):
         check_tokenizer(model_path, 599)
 
 
-def test_tokenizers_without_eos_are_refused(tmp_path, sample_texts, json_folder):
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter("\n".join(sample_texts).split("\n")),
-        model_prefix=str(tmp_path / "none"),
-        vocab_size=300,
-        eos_id=-1,
-        hard_vocab_limit=False,
-        minloglevel=2,
+def _without_eos(kind, folder, sample_texts, json_folder):
+    """Write a tokenizer that does not declare an EOS token and return its file or folder."""
+    if kind == "model":
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter("\n".join(sample_texts).split("\n")),
+            model_prefix=str(folder / "none"),
+            vocab_size=300,
+            eos_id=-1,
+            user_defined_symbols=["<|fin|>"],
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        return folder / "none.model"
+    (folder / "tokenizer.json").write_bytes((json_folder / "tokenizer.json").read_bytes())
+    return folder if kind == "folder" else folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("kind", ["model", "json", "folder"])
+def test_eos_is_found_in_the_files_next_to_the_tokenizer(tmp_path, sample_texts, json_folder, kind):
+    (tmp_path / "in").mkdir()
+    path = _without_eos(kind, tmp_path / "in", sample_texts, json_folder)
+    if kind == "folder":
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        (tmp_path / "in" / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="the tokenizer has no EOS token"):
+        load_tokenizer(path)
+    number = 2 if kind == "model" else 0
+    for name, content in [
+        ("config.json", {"eos_token_id": number}),
+        ("generation_config.json", {"eos_token_id": [number, 7]}),
+        ("special_tokens_map.json", {"eos_token": {"content": "<|fin|>"}}),
+        ("tokenizer_config.json", {"eos_token": "<|fin|>"}),
+    ]:
+        (tmp_path / "in" / name).write_text(json.dumps(content))
+        tokenizer = load_tokenizer(path)
+        assert tokenizer.eos_id == number
+        (tmp_path / name).mkdir()
+        main = tokenizer.save(tmp_path / name)[0]
+        again = load_tokenizer(main.parent if kind == "folder" else main)
+        assert (again.checksum, again.eos_id) == (tokenizer.checksum, number)
+        (tmp_path / "in" / name).unlink()
+
+
+@pytest.mark.parametrize("value", ["<|none|>", 10**6, -1, True, [], {"id": 0}])
+def test_a_wrong_eos_in_a_file_is_named(tmp_path, sample_texts, json_folder, value):
+    path = _without_eos("json", tmp_path, sample_texts, json_folder)
+    name = "special_tokens_map" if isinstance(value, str) else "generation_config"
+    key = "eos_token" if isinstance(value, str) else "eos_token_id"
+    (tmp_path / f"{name}.json").write_text(json.dumps({key: value}))
+    with pytest.raises(InputError, match="no EOS token" if value == [] else f"{name}.json: "):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("kind", ["json", "folder", "evaluation"])
+def test_documents_are_encoded_completely(tmp_path, json_folder, sample_texts, kind):
+    """Truncation, padding, BPE dropout and templates in tokenizer.json change no token."""
+    library = pytest.importorskip("tokenizers")
+    shutil.copytree(json_folder, tmp_path / "in")
+    path = tmp_path / "in" / "tokenizer.json"
+    changed = library.Tokenizer.from_file(str(path))
+    expected = changed.encode(sample_texts[0]).ids
+    changed.enable_truncation(512)
+    changed.enable_padding(length=700, pad_id=0, pad_token="<|fin|>")
+    changed.model.dropout = 0.5
+    if kind != "evaluation":  # which adds the tokens of a template
+        changed.post_processor = library.processors.TemplateProcessing(
+            single="<|fin|> $A <|fin|>", special_tokens=[("<|fin|>", 0)]
+        )
+    changed.save(str(path))
+    if kind == "evaluation":
+        assert open_tokenizer(str(tmp_path / "in"), 500).encode(sample_texts[0]) == expected
+        return
+    tokenizer = load_tokenizer(path if kind == "json" else path.parent)
+    main = tokenizer.save(tmp_path)[0]
+    again = load_tokenizer(main if kind == "json" else main.parent)
+    assert again.checksum == tokenizer.checksum
+    for loaded in (tokenizer, again):
+        assert loaded.encode_batch([sample_texts[0], "a"])[0] == expected
+    saved = library.Tokenizer.from_file(
+        str(tmp_path / ("" if kind == "json" else "tokenizer") / "tokenizer.json")
     )
-    with pytest.raises(InputError, match=r"none\.model: the tokenizer has no EOS"):
-        load_tokenizer(tmp_path / "none.model")
-    (tmp_path / "tokenizer.json").write_bytes((json_folder / "tokenizer.json").read_bytes())
-    with pytest.raises(InputError, match="has no EOS"):
-        load_tokenizer(tmp_path / "tokenizer.json")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|fin|>"}))
-    assert load_tokenizer(tmp_path / "tokenizer.json").eos_id == 0
+    assert saved.encode(sample_texts[0], add_special_tokens=False).ids == expected
 
 
 @pytest.mark.parametrize("name", ["missing.model", "missing.json", "missing-folder"])
@@ -172,7 +241,7 @@ def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
     def refuse(name, *arguments):
         raise ImportError(name)
 
-    monkeypatch.setattr(ours.importlib, "import_module", refuse)
+    monkeypatch.setattr(hugging_face_tokenizers.importlib, "import_module", refuse)
     with pytest.raises(InputError, match=r"pip install megagrow\[hf\]"):
         load_tokenizer(str(tmp_path))
 
