@@ -110,9 +110,12 @@ def train(run: "RunConfig") -> str | None:
         InputError: The run, its data or its checkpoints are invalid.
         RunError: The run diverged or lost a rank.
     """
+    from megagrow.common.lasting_output import lasting_output, log_file
+    from megagrow.parallel.launch import read_launch
     from megagrow.run import train as train_run
 
-    return train_run(run)
+    with lasting_output(log_file(run.output_dir, read_launch().rank)):
+        return train_run(run)
 
 
 def read_metrics(run_dir: AnyPath) -> list[dict[str, Any]]:

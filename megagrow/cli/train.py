@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from megagrow.cli.options import Overrides, RunFile
+from megagrow.common.lasting_output import log_file, make_output_last
 from megagrow.common.log_setup import LogLevel
 from megagrow.common.tables import table_console
 from megagrow.errors import ConfigError
@@ -33,6 +34,7 @@ def train(
 ) -> None:
     """Train a run, growth included; resumes from its newest checkpoint."""
     from megagrow.config.load import load_run
+    from megagrow.parallel.launch import read_launch
 
     if dry_run:
         from megagrow.planning.dry_run import dry_run as build_dry_run
@@ -47,7 +49,9 @@ def train(
         return
     if world is not None or rank is not None:
         raise ConfigError("--world and --rank need --dry-run; the launcher sets them in a real run")
-    from megagrow.run import train as train_run
+    run = load_run(run_file, overrides or ())
+    make_output_last(log_file(run.output_dir, read_launch().rank))
+    from megagrow.run import train as train_run  # its libraries keep references to the streams
 
-    if train_run(load_run(run_file, overrides or ()), log_level) is not None:
+    if train_run(run, log_level) is not None:
         raise typer.Exit(stop_code)

@@ -5,6 +5,7 @@ the loggers of DeepSpeed and other libraries are unchanged.
 """
 
 import logging
+from contextlib import suppress
 from enum import StrEnum
 
 from rich.console import Console
@@ -28,22 +29,18 @@ class LogLevel(StrEnum):
 class ConsoleHandler(logging.Handler):
     """Print records through a rich console, above its live display if one is active.
 
-    A failed write (a full disk) must not raise on one rank alone. The first failure is kept in
-    `problem` and later records are dropped; the caller raises it where all ranks synchronize.
+    A record that cannot be printed is dropped: a lost reader must not end a run
+    (`lasting_output` redirects the standard streams before that).
     """
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self.console = console
-        self.problem: OSError | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record as one line."""
-        if self.problem is None:
-            try:
-                self.console.print(Text(self.format(record)), soft_wrap=True)
-            except OSError as error:
-                self.problem = error
+        with suppress(OSError):
+            self.console.print(Text(self.format(record)), soft_wrap=True)
 
 
 class _Formatter(logging.Formatter):

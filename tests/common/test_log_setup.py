@@ -59,13 +59,14 @@ def test_other_loggers_are_left_alone() -> None:
     assert ([*root.handlers], root.level, [*library.handlers], library.level) == before
 
 
-def test_a_failed_write_is_kept_and_does_not_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_does_not_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     handler = configure_logging(console=Console(file=StringIO()))
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(handler.console, "print", full)
-    logger.info("lost")
-    logger.info("lost, too")
-    assert handler.problem is not None and handler.problem.errno == errno.ENOSPC
+    with monkeypatch.context() as patch:
+        patch.setattr(handler.console, "print", full)
+        logger.info("lost")
+    logger.info("printed")
+    assert handler.console.file.getvalue().endswith(" | printed\n")

@@ -1,27 +1,30 @@
 """A disk that fills up while a run saves: one line, the last checkpoint whole, and the same end."""
 
-import errno
+import logging
 import os
 import resource
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from megagrow.checkpoint.discovery import list_checkpoints
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.save import Save
 from megagrow.config.schema import RunConfig
+from megagrow.train.loop import StepDone
 from megagrow.train.reporting.run_logger import RunLogger
 from tests.helpers.disks import small_disk
-from tests.helpers.jobs import Hook, Job, records, write_run
+from tests.helpers.jobs import Hook, Job, records, train, write_run
 from tests.helpers.run.refusals import completed_run, refused_run
 from tests.helpers.runs import STEP_TOKENS, make_run
 
 pytestmark = pytest.mark.dist
+
+logger = logging.getLogger("megagrow.test")
 
 DISK = 4 << 20
 ROOM = 100 << 10
@@ -170,16 +173,37 @@ def test_a_file_that_one_rank_may_not_write(tmp_path, undisturbed):
     assert losses(run) == undisturbed
 
 
-def test_a_log_on_a_full_disk(tmp_path, undisturbed):
-    run = run_on(tmp_path, tmp_path)
-    path = write_run(tmp_path / "run.yaml", run)
+def test_a_reader_of_the_log_that_ends(tmp_path, undisturbed):
+    """All ranks, and a thread, write to a pipe whose reader has ended."""
+    run, (read, write) = run_on(tmp_path, tmp_path), os.pipe()
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        os.close(read)
+        for descriptor in (1, 2):
+            os.dup2(write, descriptor)
+        os.close(write)
+        step = RunLogger.step
 
-    hook = after_first_save(lambda: pytest.MonkeyPatch().setattr(Console, "print", full))
-    said = refused_run(path, hook=hook)
-    assert said.startswith("rank 0: standard output: cannot be written (No space left on device)")
-    assert whole_checkpoints(run) == [6]
-    completed_run(path)
-    assert losses(run) == undisturbed
+        def warning(self: RunLogger, event: StepDone) -> None:
+            step(self, event)
+            if event.state.counters.step > 4:
+                thread = threading.Thread(target=logger.warning, args=("rank %d", rank))
+                thread.start()
+                thread.join()
+                print("a library", file=sys.stderr)
+
+        patch.setattr(RunLogger, "step", warning)
+
+    job = train(write_run(tmp_path / "run.yaml", run), 2, hook)
+    os.close(write)
+    with os.fdopen(read) as reader:
+        assert any(" | start | " in line for line in reader)
+    assert job.finish().codes == [0, 0]
+    assert losses(run) == undisturbed and whole_checkpoints(run) == [6, 12]
+    first = (run.output_dir / "train.log").read_text()
+    other = (run.output_dir / "train-rank-00001.log").read_text()
+    assert " failed (Broken pipe); it continues here\n" in first
+    assert "| rank 0 | run test | done | 12 steps" in first
+    for rank, text in enumerate((first, other)):
+        assert text.count(f"| rank {rank} | warning: rank {rank}\n") == 8
+        assert text.count("a library\n") == 8

@@ -5,7 +5,7 @@ import logging
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,6 @@ class RunLogger:
         self._environment = environment
         self._enabled = rank == 0
         self._stack = ExitStack()
-        self._console = console
         self._live = LiveLine(steps_left(run), run_flops(run), console.console, self._enabled)
         self._metrics: MetricsLog | None = None
         self._problem: InputError | None = None
@@ -81,9 +80,7 @@ class RunLogger:
             self._stack.enter_context(self._live)
 
     def check(self) -> None:
-        """Raise the first error that occurred on rank 0 while writing metrics or log lines."""
-        if self._problem is None and self._enabled and self._console.problem is not None:
-            self._problem = _unwritable(self._console.problem)
+        """Raise the first error that occurred on rank 0 while writing metrics."""
         if self._problem is not None:
             raise self._problem
 
@@ -129,7 +126,8 @@ class RunLogger:
                 flops=counters.flops_true - counters.growth_flops_true,
                 mfu=fields["mfu"],
             )
-            self._attempt(lambda: self._live.update(status))
+            with suppress(OSError):  # the terminal is gone
+                self._live.update(status)
 
     def validation(self, state: RunState, loss: float) -> None:
         """Record a validation loss."""
@@ -229,12 +227,8 @@ class RunLogger:
                 action()
             except InputError as error:
                 self._problem = error
-            except OSError as error:  # stdout may be a file on a full disk
-                self._problem = _unwritable(error)
-
-
-def _unwritable(error: OSError) -> InputError:
-    return unwritable(Path(error.filename or "standard output"), error)
+            except OSError as error:
+                self._problem = unwritable(Path(error.filename or self._run.output_dir), error)
 
 
 def _evaluation_fields(results: dict[str, Any]) -> Iterator[str]:
