@@ -35,6 +35,7 @@ def grow(
     form: str | None = None,
     dtype: str = "float32",
     shard_size: str = "5GB",
+    tokenizer: AnyPath | None = None,
     memory: str = "1GiB",
     verbose: bool = False,
     **layout: Unpack[LayoutOptions],
@@ -56,6 +57,7 @@ def grow(
         form: `checkpoint` or `huggingface`. Default: that of the source.
         dtype: `float32`, `float16` or `bfloat16`; weights of a Hugging Face folder.
         shard_size: Largest file of a Hugging Face folder, such as `5GB`.
+        tokenizer: Tokenizer of a Hugging Face folder. Default: as in `export_hugging_face`.
         memory: Memory budget in addition to the process itself, such as `1GiB`.
         verbose: Print progress.
         **layout: Layout of a written checkpoint. Default: that of the source or of the stage.
@@ -78,6 +80,7 @@ def grow(
         seed=seed,
         dtype=dtype,
         shard_size=shard_size,
+        tokenizer=None if tokenizer is None else str(tokenizer),
         **layout,
     )
     grow_files(request, make_console(verbose))
@@ -126,7 +129,8 @@ def export_hugging_face(
         dtype: `float32`, `float16` or `bfloat16`.
         shard_size: Largest weight file, such as `5GB`.
         tokenizer: SentencePiece model, tokenizer.json or Hugging Face folder. Default: that of
-            the source's run; if it has none, no tokenizer is written.
+            the source's run, of its corpora, or of the folder from which the model was imported;
+            without any, no tokenizer is written.
         memory: Memory budget in addition to the process itself, such as `1GiB`.
         verbose: Print progress.
 
@@ -136,8 +140,16 @@ def export_hugging_face(
     """
     from megagrow.offline.convert import export_hugging_face as export
 
-    request = _request(source, out, "huggingface", memory, dtype=dtype, shard_size=shard_size)
-    export(request, None if tokenizer is None else Path(tokenizer), make_console(verbose))
+    request = _request(
+        source,
+        out,
+        "huggingface",
+        memory,
+        dtype=dtype,
+        shard_size=shard_size,
+        tokenizer=None if tokenizer is None else str(tokenizer),
+    )
+    export(request, make_console(verbose))
 
 
 def import_hugging_face(

@@ -39,6 +39,8 @@ class Source(ABC):
     run: dict[str, Any] | None = None
     """Position of its run; None if it belongs to no run."""
     environment: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    """One line for each content of the files that is read differently or not at all."""
 
     @abstractmethod
     def read(self, name: str, kind: StateKind, block: Block) -> Tensor:

@@ -192,7 +192,9 @@ def grow(
     text: Annotated[
         Path | None, typer.Option(help="Report the loss on this text before and after.")
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer for --text.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer for --text and for a Hugging Face folder.")
+    ] = None,
 ) -> None:
     """Grow a checkpoint from file to file; no GPU, bounded memory."""
     from megagrow.offline.grow import grow_files

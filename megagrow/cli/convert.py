@@ -67,7 +67,7 @@ def hf_export(
         Path | None,
         typer.Option(
             help="SentencePiece .model, tokenizer.json or Hugging Face folder. Default: the "
-            "tokenizer of SOURCE's run."
+            "tokenizer of SOURCE's run, corpora or original Hugging Face folder."
         ),
     ] = None,
     memory: Memory = MEMORY,

@@ -22,6 +22,12 @@ _YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim
 """Optional keys of yarn."""
 
 
+def rope_keys(rope_type: str) -> frozenset[str]:
+    """Return all keys that a type of `ROPE_TYPES` reads."""
+    optional = _YARN if rope_type == "yarn" else ()
+    return frozenset(("rope_type", "factor", *_REQUIRED[rope_type], *optional))
+
+
 class RopeScaling(Section):
     """Scaling of rotary positions beyond the length of the first training, in the format of Hugging
     Face's `rope_scaling`. `model/rope.py` defines each type; keys of another type are errors."""
@@ -54,12 +60,10 @@ class RopeScaling(Section):
 
     @model_validator(mode="after")
     def _fits_its_type(self) -> Self:
-        required = _REQUIRED[self.rope_type]
-        optional = _YARN if self.rope_type == "yarn" else ()
-        present = self.given().keys() - {"rope_type", "factor"}
-        if missing := [key for key in required if key not in present]:
+        present = self.given().keys()
+        if missing := [key for key in _REQUIRED[self.rope_type] if key not in present]:
             raise ValueError(f"rope_type {self.rope_type} requires {', '.join(missing)}")
-        if other := sorted(present - {*required, *optional}):
+        if other := sorted(present - rope_keys(self.rope_type)):
             raise ValueError(f"rope_type {self.rope_type} has no {', '.join(other)}; remove it")
         if self.rope_type == "llama3" and not self._is_ordered():
             raise ValueError(

@@ -17,7 +17,7 @@ from megagrow.model.layers.table import indivisible_sizes
 from megagrow.model.llama import HeadLoss, LlamaForCausalLM
 from megagrow.model.machine import machine_of
 from megagrow.model.ops import Ops, make_ops
-from megagrow.offline.convert import named_tokenizer
+from megagrow.offline.hugging_face_files import named_tokenizer
 from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
 from megagrow.parallel.materialize import materialize
 from megagrow.parallel.process_groups import Topology

@@ -88,4 +88,5 @@ def _write(files: TokenizerFiles, folder: Path) -> None:
     for name, document in files.documents.items():
         (folder / name).write_text(json.dumps(document), encoding="utf-8")
     for name, path in files.copies.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / name)

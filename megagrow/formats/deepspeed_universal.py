@@ -23,7 +23,7 @@ from megagrow.common.safe_paths import is_plain_name
 from megagrow.config.includes import checked_model
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
-from megagrow.formats.hugging_face import single_rank_layout
+from megagrow.formats.hugging_face import POSITION_TABLE, equal_tensors, single_rank_layout
 from megagrow.formats.open_source import row_pieces
 from megagrow.formats.torch_file import (
     Streamed,
@@ -32,8 +32,9 @@ from megagrow.formats.torch_file import (
     write_torch_file,
 )
 from megagrow.model.layers.base import VOCAB
+from megagrow.model.layers.table import EMBEDDING, HEAD
 from megagrow.parallel.sharding import STATE_KINDS, ParamSpec, StateKind
-from megagrow.reshard.layout import Block
+from megagrow.reshard.layout import Block, Layout
 
 LATEST_FILE = "latest_universal"
 PARAMETERS = "zero"
@@ -82,6 +83,7 @@ def open_universal(path: Path, model: ModelConfig | None) -> UniversalSource:
         for name, spec in layout.plan.items()
         for kind in kinds
     }
+    _check_all_read(folder / PARAMETERS, layout, table)
     return UniversalSource(
         path=folder,
         model=model,
@@ -121,6 +123,37 @@ def _about(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); remove it and pass --model") from error
     return about
+
+
+_STATE_FILES = {*(f"{kind}.pt" for kind in STATE_KINDS), STEP_FILE}
+
+
+def _check_all_read(folder: Path, layout: Layout, table: TensorFiles) -> None:
+    """Raise CheckpointError if the folder contains a parameter or a state that is not read."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir() or POSITION_TABLE.fullmatch(path.name):
+            continue
+        if path.name not in layout.plan:
+            _check_tied_head(path, layout.plan[EMBEDDING.name], table[EMBEDDING.name, "fp32"])
+        if unread := sorted({file.name for file in path.glob("*.pt")} - _STATE_FILES):
+            raise CheckpointError(
+                f"{path}: contains {unread[0]}, a state that is not read; supported are "
+                f"{', '.join(sorted(_STATE_FILES))}"
+            )
+
+
+def _check_tied_head(path: Path, spec: ParamSpec, embedding: tuple[Path, Stored]) -> None:
+    """Raise CheckpointError unless a parameter without a place in the model repeats the embedding.
+
+    DeepSpeed's converter adds the tied head of a model with the values of the 16-bit weights.
+    """
+    if path.name == HEAD.name:
+        head = _place(path / "fp32.pt", spec)
+        if any(equal_tensors(embedding, head, dtype) for dtype in DTYPES.values()):
+            return
+    raise CheckpointError(
+        f"{path}: a parameter that this model does not have; only complete models can be read"
+    )
 
 
 def _kinds(folder: Path, names: list[str]) -> tuple[StateKind, ...]:

@@ -1,24 +1,19 @@
-"""Conversion between Hugging Face's config.json, generation_config.json and ModelConfig.
+"""Conversion between Hugging Face's config.json and ModelConfig.
 
 Both forms of rotary embeddings are supported: `rope_parameters` of transformers 5, `rope_theta` and
-`rope_scaling` of transformers 4. Keys that name code are dropped, so no code of a folder is ever
-executed.
+`rope_scaling` of transformers 4. The reference is the Llama of transformers: a key with an effect
+that ModelConfig cannot express is refused, a RoPE key without effect there is ignored. Keys that
+name code are dropped, so no code of a folder is ever executed.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from megagrow.common.json_text import read_json
 from megagrow.config.includes import checked_model
-from megagrow.config.model import ROPE_TYPES
+from megagrow.config.model import ROPE_TYPES, rope_keys
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
-GENERATION_FILE = "generation_config.json"
-ORIGIN_KEY = "hugging_face"
-"""Key of a source's environment that stores the configs of its Hugging Face folder."""
 
 _DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": None,
@@ -31,18 +26,44 @@ _DEFAULTS: dict[str, Any] = {
 """LlamaConfig's defaults of keys that may be absent in config.json."""
 
 _KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-_ONLY: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", "swish"),
+    "is_causal": (True,),
 }
-"""Keys with a single supported value."""
+"""Keys with a fixed set of supported values, the exported one first."""
 
-_CODE_KEYS = ("auto_map", "trust_remote_code")
-"""Keys that make transformers load Python files of the folder."""
+_OFF = (
+    *("attention_bias", "mlp_bias", "bias", "use_bias", "qkv_bias", "use_attention_bias"),
+    *("lm_head_bias", "qk_norm", "use_qk_norm", "qk_layernorm", "use_parallel_residual"),
+    *("clip_qkv", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"),
+    *("attention_multiplier", "attn_temperature_tuning", "attention_chunk_size", "alibi"),
+    *("use_bidirectional_attention", "no_rope_layers", "no_rope_layer_interval"),
+    *("rope_interleave", "rope_interleaved", "kv_lora_rank", "q_lora_rank"),
+    *("num_kv_shared_layers", "kv_sharing_modes", "num_local_experts", "num_experts"),
+    *("n_routed_experts", "moe_num_experts", "num_nextn_predict_layers", "num_mtp_layers"),
+    *("scale_embedding", "scale_depth", "dim_model_base", "add_cross_attention"),
+    *("is_encoder_decoder", "pruned_heads", "per_layer_config", "quantization_config"),
+    "transformers_weights",
+)
+"""Keys of Llama and its variants that change the function or the tensors unless they are null,
+false, zero or empty. `pretraining_tp` is not among them: it splits the same matrix products."""
+
+_ONE = (
+    *("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "scale_emb"),
+    *("embedding_multiplier", "residual_multiplier", "rotary_pct", "partial_rotary_factor"),
+)
+"""Factors of Llama variants, without effect if they are null or 1."""
+
+_DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop")
+
+_CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code")
+"""Keys that make transformers run Python files of a folder or of a repository."""
 
 _ORIGINAL = "original_max_position_embeddings"
+
+_NOT_EXPORTED = ("layer_types", "sliding_window", "partial_rotary_factor", _ORIGINAL)
+"""Keys without effect on the imported model that could contradict the exported one."""
 
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Hugging Face's dtype names by safetensors' dtype names."""
@@ -50,44 +71,94 @@ DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 def model_of(config: dict[str, Any], origin: str) -> ModelConfig:
     """Convert a config.json. Raises CheckpointError, with `origin`, for unsupported models."""
-    for key, only in _ONLY.items():
-        if config.get(key, only) != only:
-            raise CheckpointError(f"{origin}: {key} = {config[key]!r}, only {only!r} is supported")
+    for key, supported in _unsupported(config):
+        value = f"{config[key]!r:.200}"
+        raise CheckpointError(f"{origin}: {key} = {value}, only {supported} is supported")
     values = {key: config.get(key, default) for key, default in _DEFAULTS.items()}
     values |= {key: config[key] for key in (*_KEYS, "vocab_size") if key in config}
     values = {key: value for key, value in values.items() if value is not None}
     return checked_model(values | _rope_of(config, values, origin), origin)
 
 
+def _unsupported(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the keys with an effect that ModelConfig cannot express, and the supported value."""
+    found = [
+        (key, repr(values[0]))
+        for key, values in _ONLY.items()
+        if key in config and config[key] not in values
+    ]
+    found += [(key, "False") for key in _OFF if config.get(key)]
+    found += [(key, "1.0") for key in _ONE if config.get(key) not in (None, 1)]
+    types = config.get("layer_types") or []
+    if not isinstance(types, list) or any(name != "full_attention" for name in types):
+        found.append(("layer_types", "'full_attention'"))
+    if config.get("sliding_window") and config.get("use_sliding_window") is not False:
+        found.append(("sliding_window", "null"))
+    return found
+
+
 def _rope_of(
     config: dict[str, Any], values: dict[str, Any], origin: str
 ) -> dict[str, float | dict[str, Any] | None]:
-    """Return rope_theta and rope_scaling.
+    """Return rope_theta and rope_scaling, as transformers 5 reads them.
 
-    As in transformers 5, rope_scaling takes precedence over rope_parameters, and keys inside them
-    over keys at the top level.
+    rope_scaling takes precedence over rope_parameters, and keys inside them over keys at the top
+    level, except original_max_position_embeddings.
     """
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"{origin}: rope_scaling should be a mapping, it is {rope!r}")
-    rope = {key: value for key, value in rope.items() if value is not None}
-    theta = rope.pop("rope_theta", config.get("rope_theta", 10_000.0))
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
-    part = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
-    if part != 1.0:
+    rope, kind = _rope_section(config, origin)
+    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+    part = rope.get("partial_rotary_factor")
+    if part not in (None, 1):
         raise CheckpointError(f"{origin}: partial_rotary_factor = {part}, only 1.0 is supported")
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
-    if kind not in ROPE_TYPES:
-        known = ", ".join(["default", *ROPE_TYPES])
-        raise CheckpointError(f"{origin}: rope_type {kind!r} is not one of {known}")
+    scaling = {key: rope[key] for key in sorted(rope_keys(kind)) if rope.get(key) is not None}
+    most = values.get("max_position_embeddings")
     if kind in ("llama3", "yarn"):
-        outer = config.get(_ORIGINAL)
-        inner = rope.setdefault(_ORIGINAL, outer or values.get("max_position_embeddings"))
-        if outer not in (None, inner):
-            raise CheckpointError(f"{origin}: {_ORIGINAL} is {outer} and {inner}; keep one")
-    return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **rope}}
+        scaling[_ORIGINAL] = config.get(_ORIGINAL) or scaling.get(_ORIGINAL, most)
+    if kind == "yarn" and rope.get("factor", 1) is None:
+        sizes = most, scaling[_ORIGINAL]
+        scaling["factor"] = (
+            most / sizes[1] if all(type(n) is int and n > 0 for n in sizes) else None
+        )
+    if kind == "yarn" and "truncate" in rope:
+        scaling["truncate"] = bool(rope["truncate"])
+    return {"rope_theta": theta, "rope_scaling": scaling | {"rope_type": kind}}
+
+
+def _rope_section(config: dict[str, Any], origin: str) -> tuple[dict[str, Any], str]:
+    """Return the mapping of RoPE keys and its type."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{origin}: rope_scaling should be a mapping, it is {rope!r:.200}")
+    if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
+        raise CheckpointError(
+            f"{origin}: RoPE settings of a layer type ({nested[0]}) are not supported; only one "
+            "setting for all layers is"
+        )
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", *ROPE_TYPES):
+        known = ", ".join(["default", *ROPE_TYPES])
+        raise CheckpointError(f"{origin}: rope_type {kind!r:.200} is not one of {known}")
+    return rope, kind
+
+
+def config_warnings(config: dict[str, Any], origin: str) -> list[str]:
+    """Return a line for every kind of key of a supported config.json that is not followed."""
+    rope, kind = _rope_section(config, origin)
+    read = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    read |= rope_keys(kind) if kind in ROPE_TYPES else set()
+    ignored = sorted(key for key, value in rope.items() if key not in read and value is not None)
+    lines = []
+    if ignored:
+        names = ", ".join(ignored)
+        lines.append(f"{origin}: rope_type {kind} has no {names}; ignored, as in transformers")
+    lines += [
+        f"{origin}: {key} = {config[key]}, but megagrow trains without dropout"
+        for key in _DROPOUTS
+        if config.get(key)
+    ]
+    return lines + code_warnings(config, origin)
 
 
 def config_of(model: ModelConfig, dtype: str, like: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +170,10 @@ def config_of(model: ModelConfig, dtype: str, like: dict[str, Any]) -> dict[str,
     values = model.model_dump()
     scaling = None if model.rope_scaling is None else model.rope_scaling.given()
     values["rope_scaling"] = scaling
-    config = {**without_code(like), **_ONLY, **values, "architectures": ["LlamaForCausalLM"]}
+    config = {key: value for key, value in without_code(like).items() if key not in _NOT_EXPORTED}
+    config |= {key: _ONLY[key][0] for key in ("model_type", "hidden_act")}
+    config |= {"attention_bias": False, "mlp_bias": False, "architectures": ["LlamaForCausalLM"]}
+    config |= values
     config["rope_parameters"] = {
         "rope_type": "default",
         "rope_theta": model.rope_theta,
@@ -109,20 +183,33 @@ def config_of(model: ModelConfig, dtype: str, like: dict[str, Any]) -> dict[str,
     return config
 
 
-def without_code(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config without the keys that make transformers load Python files."""
-    return {key: value for key, value in config.items() if key not in _CODE_KEYS}
+def without_code(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON document without the keys, at any depth, that make transformers run code."""
+    return {key: _plain(value) for key, value in document.items() if not _runs_code(key, value)}
 
 
-def origin_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the entry of a model's environment that records its Hugging Face folder."""
-    path = folder / GENERATION_FILE
-    generation = read_json(path, CheckpointError) if path.is_file() else None
-    origin = {"folder": str(folder.resolve()), "config": without_code(config)}
-    return {ORIGIN_KEY: origin | {"generation_config": generation}}
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return without_code(value)
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-def generation_of(origin: dict[str, Any] | None, ids: Mapping[str, int | None]) -> dict[str, Any]:
-    """Return the generation_config.json of a model: that of its origin with a tokenizer's ids."""
-    before = (origin or {}).get("generation_config")
-    return {**(before or {}), **ids}
+def _runs_code(key: str, value: Any) -> bool:
+    """Return True for code keys, and for an attention implementation that names a repository."""
+    return key in _CODE_KEYS or (key.endswith("_implementation") and "/" in str(value))
+
+
+def code_warnings(document: dict[str, Any], origin: str) -> list[str]:
+    """Return a line that names the keys dropped by `without_code`, or none."""
+    names = sorted(set(_code_keys(document)))
+    reason = "it makes transformers run code"
+    return [f"{origin}: {', '.join(names)} is dropped: {reason}"] if names else []
+
+
+def _code_keys(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [key for item in value for key in _code_keys(item)]
+    if not isinstance(value, dict):
+        return []
+    here = [key for key, inner in value.items() if _runs_code(key, inner)]
+    return here + [key for inner in value.values() for key in _code_keys(inner)]

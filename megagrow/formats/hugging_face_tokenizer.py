@@ -19,15 +19,19 @@ from megagrow.common.json_text import read_json
 from megagrow.data.hugging_face_tokenizers import JsonTokenizer
 from megagrow.data.tokenizers import SentencePieceTokenizer, Tokenizer
 from megagrow.errors import DataError
-from megagrow.formats.hugging_face_config import without_code
+from megagrow.formats.hugging_face_config import code_warnings, without_code
+from megagrow.formats.hugging_face_origin import (
+    CHAT_TEMPLATE_FILE,
+    CHAT_TEMPLATE_FOLDER,
+    TOKENIZER_SETTINGS_FILE,
+)
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
-SETTINGS_FILE = "tokenizer_config.json"
 _TABLES = (
     *(JSON_FILE, SENTENCEPIECE_FILE, "vocab.json", "merges.txt", "vocab.txt"),
     *("special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json"),
+    *(CHAT_TEMPLATE_FILE, "chat_template.json"),
 )
 """Tokenizer files that contain only data."""
 
@@ -53,6 +57,15 @@ class TokenizerFiles:
     copies: Mapping[str, Path] = field(default_factory=dict)
     ids: Mapping[str, int | None] = field(default_factory=dict)
     """Keys bos_token_id and eos_token_id."""
+    warnings: tuple[str, ...] = ()
+    """One line for each content that is left out."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Return True if the files contain a chat template."""
+        folder = f"{CHAT_TEMPLATE_FOLDER}/"
+        files = any(name == CHAT_TEMPLATE_FILE or name.startswith(folder) for name in self.copies)
+        return files or bool(self.documents.get(TOKENIZER_SETTINGS_FILE, {}).get("chat_template"))
 
 
 def is_tokenizer(path: Path) -> bool:
@@ -93,7 +106,7 @@ def _of_sentencepiece(path: Path, vocab_size: int) -> TokenizerFiles:
             for name, number in special.items()
         },
     }
-    documents = {JSON_FILE: json.loads(converted.to_str()), SETTINGS_FILE: settings}
+    documents = {JSON_FILE: json.loads(converted.to_str()), TOKENIZER_SETTINGS_FILE: settings}
     ids = {"bos_token_id": special["bos"], "eos_token_id": own.eos_id}
     return TokenizerFiles(documents, {SENTENCEPIECE_FILE: path}, ids)
 
@@ -161,22 +174,29 @@ def _check_same_ids(path: Path, model: Any, converted: Any) -> None:
 
 def _of_folder(folder: Path, vocab_size: int) -> TokenizerFiles:
     copies = {name: folder / name for name in _TABLES if (folder / name).is_file()}
-    settings = folder / SETTINGS_FILE
-    if SENTENCEPIECE_FILE in copies and JSON_FILE not in copies and not settings.is_file():
+    path = folder / TOKENIZER_SETTINGS_FILE
+    if SENTENCEPIECE_FILE in copies and JSON_FILE not in copies and not path.is_file():
         return _of_sentencepiece(copies[SENTENCEPIECE_FILE], vocab_size)
-    documents = {SETTINGS_FILE: without_code(read_json(settings))} if settings.is_file() else {}
+    templates = sorted((folder / CHAT_TEMPLATE_FOLDER).glob("*.jinja"))
+    copies |= {f"{CHAT_TEMPLATE_FOLDER}/{file.name}": file for file in templates}
+    settings = read_json(path) if path.is_file() else None
     own: Tokenizer | None = None
     if JSON_FILE in copies:
         own = JsonTokenizer(copies[JSON_FILE])
-        # Without a class, transformers uses LlamaTokenizer for a Llama model.
-        plain = {"tokenizer_class": _ANY_CLASS, "eos_token": own.decode([own.eos_id])}
-        documents.setdefault(SETTINGS_FILE, plain)
     elif SENTENCEPIECE_FILE in copies:
         own = SentencePieceTokenizer(copies[SENTENCEPIECE_FILE])
-    if own is None:
-        return TokenizerFiles(documents, copies)
-    _check_size(folder, own, vocab_size)
-    return TokenizerFiles(documents, copies, {"eos_token_id": own.eos_id})
+    documents = {}
+    if settings is not None:
+        documents[TOKENIZER_SETTINGS_FILE] = without_code(settings)
+    elif JSON_FILE in copies and own is not None:
+        # Without a class, transformers uses LlamaTokenizer for a Llama model.
+        plain = {"tokenizer_class": _ANY_CLASS, "eos_token": own.decode([own.eos_id])}
+        documents[TOKENIZER_SETTINGS_FILE] = plain
+    ids = {}
+    if own is not None:
+        _check_size(folder, own, vocab_size)
+        ids["eos_token_id"] = own.eos_id
+    return TokenizerFiles(documents, copies, ids, tuple(code_warnings(settings or {}, str(path))))
 
 
 def _check_size(path: Path, tokenizer: Tokenizer, vocab_size: int) -> None:

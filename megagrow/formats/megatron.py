@@ -23,7 +23,7 @@ from megagrow.common.atomic_files import write_synced
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.formats.hugging_face import single_rank_layout
-from megagrow.formats.megatron_args import args_of, model_of
+from megagrow.formats.megatron_args import args_of, args_warnings, check_model, model_of
 from megagrow.formats.megatron_layout import (
     Fused,
     TensorPart,
@@ -50,6 +50,14 @@ _UNREAD = ("megatron.", "numpy.")
 """Modules of objects that are skipped: enumerations in the arguments, numpy's random state."""
 
 _NO_WEIGHTS = re.compile(r".*(\._extra_state|\.inv_freq)")
+"""State of Transformer Engine's fp8 and position tables, which are computed from the arguments."""
+
+_TRAINING = (
+    *("optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state", "rerun_state_machine"),
+    *("random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state"),
+    "rng_tracker_states",
+)
+"""Entries of a file that only the job that wrote it needs."""
 
 _OLDEST_VERSION = 2.0
 """Oldest supported layout version: before it, query, key and value were not interleaved by head."""
@@ -81,23 +89,31 @@ def open_megatron(path: Path, model: ModelConfig | None) -> MegatronSource:
     """Open the folder of one iteration, or a folder with a file that names the latest iteration.
 
     `model` is required if the checkpoint's arguments do not determine it. Raises CheckpointError
-    for models other than plain Llama, pipeline-parallel files and files of another model.
+    for models other than plain Llama, pipeline-parallel files, files of another model, and files
+    with tensors that the model does not have.
     """
     files = _rank_files(_iteration(path))
     ranks = [_read_rank(file) for file in files]
+    args = ranks[0].args
     if model is None:
-        model = model_of(ranks[0].args, str(files[0]))
+        model = model_of(args, str(files[0]))
+    elif args is not None:
+        check_model(args, model, str(files[0]))
     check_tp(model, len(files), str(files[0].parent.parent))
     table: dict[str, list[PartLocation]] = {}
     for rank, file in enumerate(files):
         for name, location in _locations(model, len(files), rank, file, ranks[rank].tensors):
             table.setdefault(name, []).append(location)
+    warnings = args_warnings(args, str(files[0]))
+    if any(rank.has_optimizer for rank in ranks):
+        warnings.append(f"{files[0]}: its optimizer state is not read; the moments are zero")
     return MegatronSource(
         path=files[0].parent.parent,
         model=model,
         layout=single_rank_layout(model),
         files=files,
         kinds=("fp32",),
+        warnings=tuple(warnings),
         table=table,
     )
 
@@ -107,6 +123,7 @@ class _Rank:
     args: Namespace | None
     tensors: dict[str, Stored]
     """Tensors by current names."""
+    has_optimizer: bool
 
 
 def _iteration(path: Path) -> Path:
@@ -146,20 +163,40 @@ def _read_rank(path: Path) -> _Rank:
             f"{path}: checkpoint_version {version} is not supported; requires {_OLDEST_VERSION} or "
             "newer"
         )
+    others = {key: value for key, value in content.items() if key not in ("model", *_TRAINING)}
+    if unread := sorted(str(key) for key, value in others.items() if _holds_tensor(value)):
+        raise CheckpointError(
+            f"{path}: {unread[0][:200]!r} contains tensors that are not read; only a model without "
+            "virtual pipeline stages is supported"
+        )
+    tensors: dict[str, Stored] = {}
+    for old, stored in _flat(content["model"], path):
+        name = current_name(old)
+        if name in tensors:
+            raise CheckpointError(f"{path}: contains {name} twice, under two names")
+        tensors[name] = stored
     args = content.get("args")
-    flat = _flat(content["model"])
-    tensors = {
-        current_name(name): stored for name, stored in flat if not _NO_WEIGHTS.fullmatch(name)
-    }
-    return _Rank(args if isinstance(args, Namespace) else None, tensors)
+    return _Rank(args if isinstance(args, Namespace) else None, tensors, "optimizer" in content)
 
 
-def _flat(tree: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Stored]]:
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_tensor, value.values()))
+    return isinstance(value, Stored) or (isinstance(value, list) and any(map(_holds_tensor, value)))
+
+
+def _flat(tree: Mapping[Any, Any], path: Path, above: str = "") -> Iterator[tuple[str, Stored]]:
+    """Yield the tensors of a model by name. Raises CheckpointError for any other value."""
     for key, value in tree.items():
+        name = f"{above}{key}"
+        if _NO_WEIGHTS.fullmatch(name):
+            continue
         if isinstance(value, dict):
-            yield from _flat(value, f"{above}{key}.")
+            yield from _flat(value, path, f"{name}.")
         elif isinstance(value, Stored):
-            yield f"{above}{key}", value
+            yield name, value
+        else:
+            raise CheckpointError(f"{path}: {name[:200]} is of {type(value)}, not a tensor")
 
 
 def _locations(

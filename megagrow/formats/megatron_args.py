@@ -30,13 +30,22 @@ _ONLY: dict[str, Any] = {
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "rotary_seq_len_interpolation_factor": None,
-    "qk_layernorm": False,
-    "apply_layernorm_1p": False,
-    "num_experts": None,
-    "multi_latent_attention": False,
     "pipeline_model_parallel_size": 1,
+    "softmax_type": "vanilla",
 }
-"""Arguments with a single supported value."""
+"""Arguments with a single supported value, which is written to exported files."""
+
+_OFF = (
+    *("num_experts", "num_moe_experts", "qk_layernorm", "qk_l2_norm", "apply_layernorm_1p"),
+    *("layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm"),
+    *("multi_latent_attention", "experimental_attention_variant", "linear_attention_type"),
+    *("attention_output_gate", "head_wise_attn_gate", "softmax_scale", "window_size"),
+    *("no_rope_freq", "rotary_base_per_layer", "glu_linear_offset", "squared_relu", "quick_geglu"),
+    *("activation_func_clamp_value", "use_mup", "mtp_num_layers", "mtp_hybrid_override_pattern"),
+    *("hybrid_layer_pattern", "hybrid_override_pattern", "heterogeneous_layers_config_path"),
+    *("enable_hyper_connections", "retro_add_retriever", "virtual_pipeline_model_parallel_size"),
+)
+"""Arguments that change the function or the tensors unless they are absent, None, False or zero."""
 
 _ROPE_SCALING: dict[str, Any] = {
     "rope_type": "llama3",
@@ -51,34 +60,75 @@ _ROPE_FACTOR = 8.0
 """Default factor of use_rope_scaling."""
 
 
+_FREE = ("initializer_range", "max_position_embeddings")
+"""Model fields that do not affect the weights."""
+
+_DROPOUTS = ("hidden_dropout", "attention_dropout")
+
+
 def model_of(args: Namespace | None, origin: str) -> ModelConfig:
     """Convert the arguments. Raises CheckpointError, with `origin`, for unsupported models."""
     if args is None:
         raise CheckpointError(f"{origin}: has no model arguments; pass the model with --model")
-    values_of = dict(vars(args))
-    if values_of.get("use_rotary_position_embeddings"):  # older name
-        values_of["position_embedding_type"] = "rope"
-    for key, only in _ONLY.items():
-        if values_of.get(key, only) not in (only, None):
-            raise CheckpointError(
-                f"{origin}: {key} = {values_of[key]!r}, only {only!r} is supported"
-            )
-    values_of.setdefault("norm_epsilon", values_of.get("layernorm_epsilon"))
-    if not values_of.get("group_query_attention"):
-        values_of["num_query_groups"] = values_of.get("num_attention_heads")
-    if values_of.get("vocab_size") is None:
+    values = _model_values(args, origin)
+    if "vocab_size" not in values:
         raise CheckpointError(
             f"{origin}: its arguments lack vocab_size, they only have the padded one; pass the "
             "model with --model"
         )
+    return checked_model(values, origin)
+
+
+def check_model(args: Namespace, model: ModelConfig, origin: str) -> None:
+    """Raise CheckpointError, with `origin`, if the arguments are of another model."""
+    given = model.model_dump()
+    if model.rope_scaling is not None:
+        given["rope_scaling"] = model.rope_scaling.given()
+    for key, value in _model_values(args, origin).items():
+        if given[key] != value and key not in _FREE:
+            raise CheckpointError(
+                f"{origin}: its arguments have {key} = {value}, the model given with --model has "
+                f"{given[key]}"
+            )
+
+
+def args_warnings(args: Namespace | None, origin: str) -> list[str]:
+    """Return a line for every argument that affects training and is not followed."""
+    values = {} if args is None else vars(args)
+    return [
+        f"{origin}: {key} = {values[key]!r:.200}, but megagrow trains without dropout"
+        for key in _DROPOUTS
+        if values.get(key)
+    ]
+
+
+def _model_values(args: Namespace, origin: str) -> dict[str, Any]:
+    """Return the fields of ModelConfig that the arguments determine.
+
+    Raises CheckpointError for arguments with an effect that ModelConfig cannot express.
+    """
+    values_of = dict(vars(args))
+    if values_of.get("use_rotary_position_embeddings"):  # older name
+        values_of["position_embedding_type"] = "rope"
+    wrong = {
+        key: only for key, only in _ONLY.items() if values_of.get(key, only) not in (only, None)
+    }
+    wrong |= {key: None for key in _OFF if values_of.get(key)}
+    for key, only in wrong.items():
+        value = f"{values_of[key]!r:.200}"
+        raise CheckpointError(f"{origin}: {key} = {value}, only {only!r} is supported")
+    values_of.setdefault("norm_epsilon", values_of.get("layernorm_epsilon"))
+    if not values_of.get("group_query_attention"):
+        values_of["num_query_groups"] = values_of.get("num_attention_heads")
     values = {
         ours: values_of[key] for key, ours in _NAMES.items() if values_of.get(key) is not None
     }
     values["tie_word_embeddings"] = not values_of.get("untie_embeddings_and_output_weights", False)
+    values["rope_scaling"] = None
     if values_of.get("use_rope_scaling"):
         factor = values_of.get("rope_scaling_factor", _ROPE_FACTOR)
         values["rope_scaling"] = _ROPE_SCALING | {"factor": factor}
-    return checked_model(values, origin)
+    return values
 
 
 def args_of(model: ModelConfig, tp: int, divisible_by: int, padded_vocab: int) -> Namespace:

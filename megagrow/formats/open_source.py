@@ -1,5 +1,6 @@
 """Open the source of an offline growth or conversion: a checkpoint or a Hugging Face folder."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,14 +16,24 @@ from megagrow.formats.hugging_face_config import CONFIG_FILE
 from megagrow.parallel.sharding import StateKind
 from megagrow.reshard.layout import Block
 
+logger = logging.getLogger(__name__)
+
 
 def open_source(path: Path) -> Source:
-    """Open a checkpoint, the newest valid one of a run, or a Hugging Face folder.
+    """Open a checkpoint, the newest valid one of a run, or a Hugging Face folder; log its warnings.
 
     A checkpoint is read once to verify its checksums. Raises CheckpointError if it is damaged or
     the path is none of these.
     """
-    return open_found(find_source(path))
+    source = open_found(find_source(path))
+    log_warnings(source)
+    return source
+
+
+def log_warnings(source: Source) -> None:
+    """Log the warnings of a source."""
+    for line in source.warnings:
+        logger.warning("%s", line)
 
 
 def open_found(folder: Path) -> Source:

@@ -3,10 +3,8 @@
 Each conversion applies the identity growth map with the code of offline growth, in bounded memory.
 """
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -18,28 +16,14 @@ from megagrow.config.includes import load_model
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.formats.deepspeed_universal import open_universal, universal_bytes, write_universal
-from megagrow.formats.hugging_face_config import (
-    CONFIG_FILE,
-    GENERATION_FILE,
-    ORIGIN_KEY,
-    config_of,
-    generation_of,
-)
-from megagrow.formats.hugging_face_tokenizer import (
-    TokenizerFiles,
-    is_tokenizer,
-    tokenizer_files,
-)
+from megagrow.formats.hugging_face_config import CONFIG_FILE
 from megagrow.formats.megatron import MegatronTarget, open_megatron
 from megagrow.formats.megatron_layout import check_tp
-from megagrow.formats.open_source import open_source
+from megagrow.formats.open_source import log_warnings, open_source
 from megagrow.offline.grow import write_plan
 from megagrow.offline.plan import ConversionPlan, form_of, make_plan
 from megagrow.offline.request import Request
-from megagrow.offline.target import ExtraFiles
 from megagrow.train.source_state import STILL_MASKED, state_of, still_masked
-
-logger = logging.getLogger(__name__)
 
 
 def reshard_files(request: Request, console: Console) -> None:
@@ -68,62 +52,19 @@ def import_hugging_face(request: Request, console: Console) -> None:
     write_plan(request, plan, console)
 
 
-def export_hugging_face(request: Request, tokenizer: Path | None, console: Console) -> None:
+def export_hugging_face(request: Request, console: Console) -> None:
     """Write the weights as a folder that AutoModelForCausalLM and AutoTokenizer load.
 
-    The tokenizer is `tokenizer`, else that of the source's run, else that of the folder from which
-    the source was imported. Logs a warning if there is none.
+    The tokenizer is that of the request, or the one that the source names. Logs a warning if there
+    is none.
     """
-    plan = _plan(request)
-    files = _tokenizer(tokenizer, plan.source)
-    write_plan(request, plan, console, _extra_files(request, plan, files))
+    write_plan(request, _plan(request), console)
 
 
 def _plan(request: Request) -> ConversionPlan:
     request.check()
     source = open_source(request.source)
     return make_plan(request, source)
-
-
-def _extra_files(request: Request, plan: ConversionPlan, files: TokenizerFiles) -> ExtraFiles:
-    # Without special token ids in the config, LlamaConfig uses 1 and 2 by default.
-    like = _environment_value(plan.source, ORIGIN_KEY, "config") or {
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    documents = {
-        CONFIG_FILE: config_of(plan.model, request.stored_dtype, {**like, **files.ids}),
-        GENERATION_FILE: generation_of(_environment_value(plan.source, ORIGIN_KEY), files.ids),
-    }
-    return ExtraFiles({**documents, **files.documents}, files.copies)
-
-
-def _tokenizer(given: Path | None, source: Source) -> TokenizerFiles:
-    if given is not None:
-        return tokenizer_files(given, source.model.vocab_size)
-    named = named_tokenizer(source)
-    if named is not None and is_tokenizer(named):
-        return tokenizer_files(named, source.model.vocab_size)
-    reason = "its run has none" if named is None else f"{named}, its run's, does not exist"
-    logger.warning("exported without a tokenizer: %s; add one with --tokenizer PATH", reason)
-    return TokenizerFiles()
-
-
-def named_tokenizer(source: Source) -> Path | None:
-    """Return the tokenizer of the source's run, or the folder from which it was imported."""
-    of_run = _environment_value(source, "config", "data", "tokenizer")
-    if isinstance(of_run, str):
-        return Path(of_run)
-    folder = _environment_value(source, ORIGIN_KEY, "folder")
-    return Path(folder) if isinstance(folder, str) and is_tokenizer(Path(folder)) else None
-
-
-def _environment_value(source: Source, *keys: str) -> Any:
-    """Return a value of the source's environment, or None if absent."""
-    value: Any = source.environment
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 ROOM = 2**20
@@ -201,5 +142,6 @@ def _import(
 ) -> None:
     model = None if request.to is None else load_model(request.to)
     source = opened(request.source, model)
+    log_warnings(source)
     request.check()
     write_plan(request, ConversionPlan(source, source.model, None, ""), console)

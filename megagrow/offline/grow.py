@@ -15,13 +15,13 @@ from megagrow.common.progress import WorkProgress
 from megagrow.common.sizes import format_bytes
 from megagrow.common.tables import print_lines
 from megagrow.errors import ConfigError, ResourceError
-from megagrow.formats.hugging_face_config import CONFIG_FILE, ORIGIN_KEY, config_of
 from megagrow.formats.open_source import open_found, open_source
 from megagrow.growth.map import Dense
+from megagrow.offline.hugging_face_files import hugging_face_files
 from megagrow.offline.journal import JOURNAL_FILE, Journal
 from megagrow.offline.plan import ConversionPlan, form_of, make_plan, target_layout
 from megagrow.offline.request import Request
-from megagrow.offline.target import ExtraFiles, Target, checkpoint_target, hugging_face_target
+from megagrow.offline.target import Target, checkpoint_target, hugging_face_target
 from megagrow.offline.text_loss import check_text_memory, text_loss, text_tokens
 from megagrow.offline.writer import Writing, check_space
 from megagrow.parallel.sharding import parameter_plan
@@ -41,16 +41,10 @@ def grow_files(request: Request, console: Console) -> None:
     write_plan(request, make_plan(request, source), console)
 
 
-def write_plan(
-    request: Request, plan: ConversionPlan, console: Console, extra_files: ExtraFiles | None = None
-) -> None:
-    """Write a planned target, or resume.
-
-    `extra_files` are additional files of a Hugging Face folder; without them only config.json is
-    written.
-    """
+def write_plan(request: Request, plan: ConversionPlan, console: Console) -> None:
+    """Write a planned target, or resume."""
     at_once = _elements_at_once(plan, request.memory_bytes)
-    target = _target(request, plan, extra_files)
+    target = _target(request, plan)
     command = _command(request, plan, target)
     folder = staging_folder(request.out)
     if _was_finished(request.out, command):
@@ -92,8 +86,8 @@ def _run(work: Writing, journal: Journal, label: str, console: Console) -> None:
         work.verify(journal, progress)
 
 
-def _target(request: Request, plan: ConversionPlan, extra_files: ExtraFiles | None) -> Target:
-    if (request.form or form_of(plan.source)) == "checkpoint":
+def _target(request: Request, plan: ConversionPlan) -> Target:
+    if _form(request, plan) == "checkpoint":
         layout = target_layout(request, plan)
         return checkpoint_target(
             layout,
@@ -112,10 +106,14 @@ def _target(request: Request, plan: ConversionPlan, extra_files: ExtraFiles | No
             "a Hugging Face folder has no layout; remove --zero-stage, --dp, --tp and "
             "--weight-decay-on"
         )
-    if extra_files is None:
-        like = plan.source.environment.get(ORIGIN_KEY, {}).get("config", {})
-        extra_files = ExtraFiles({CONFIG_FILE: config_of(plan.model, request.stored_dtype, like)})
+    extra_files = hugging_face_files(
+        plan.source, plan.model, request.stored_dtype, request.tokenizer
+    )
     return hugging_face_target(plan.model, request.stored_dtype, request.shard_bytes, extra_files)
+
+
+def _form(request: Request, plan: ConversionPlan) -> str:
+    return request.form or form_of(plan.source)
 
 
 def _environment(plan: ConversionPlan) -> dict[str, Any]:
@@ -195,8 +193,8 @@ def _map_bytes(plan: ConversionPlan, widest: int) -> int:
 
 def _text_tokens(request: Request, plan: ConversionPlan) -> list[Any]:
     if request.text is None:
-        if request.tokenizer is not None:
-            raise ConfigError("--tokenizer requires --text")
+        if request.tokenizer is not None and _form(request, plan) == "checkpoint":
+            raise ConfigError("--tokenizer requires --text or --format huggingface")
         return []
     if request.tokenizer is None:
         raise ConfigError("--text requires --tokenizer: the one that the model was trained with")

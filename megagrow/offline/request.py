@@ -37,7 +37,9 @@ class Request:
     memory: str = "1GiB"
     """Memory budget in addition to the program itself."""
     text: Path | None = None
+    """Text on which the loss is reported."""
     tokenizer: str | None = None
+    """Tokenizer of `text`, and of a written Hugging Face folder."""
 
     def check(self) -> None:
         """Raise ConfigError, naming the option, for invalid values."""

@@ -19,6 +19,9 @@ from megagrow.config.schema import ModelConfig
 from megagrow.formats.hugging_face import INDEX_FILE, index_of, planned_files, single_rank_layout
 from megagrow.reshard.layout import Layout
 
+Documents = dict[str, dict[str, Any] | str]
+"""JSON objects and texts by file name."""
+
 
 @dataclass(frozen=True)
 class TargetPiece:
@@ -39,13 +42,13 @@ class Target:
     headers: Callable[[], Iterator[tuple[str, Planned]]]
     sizes: dict[str, int]
     """Bytes of each tensor file."""
-    documents: Callable[[Files], dict[str, dict[str, Any]]]
-    """JSON files, written last, when the checksums of tensor files are known."""
+    documents: Callable[[Files], Documents]
+    """Files written last, when the checksums of tensor files are known."""
     copies: Mapping[str, Path] = field(default_factory=dict)
-    """Additional files and their sources."""
+    """Additional files, also in subfolders, and their sources."""
 
     @property
-    def described(self) -> dict[str, dict[str, Any]]:
+    def described(self) -> Documents:
         """Return the documents without checksums, before anything is written."""
         return self.documents({name: FileRecord(size, "") for name, size in self.sizes.items()})
 
@@ -64,10 +67,14 @@ class Target:
     def write_documents(self, folder: Path, files: Files) -> None:
         """Write and sync documents and additional files."""
         for name, origin in self.copies.items():
-            shutil.copyfile(origin, folder / name)
-            sync(folder / name)
+            path = folder / name
+            path.parent.mkdir(exist_ok=True)
+            shutil.copyfile(origin, path)
+            sync(path)
+            sync(path.parent)
         for name, value in self.documents(files).items():
-            write_synced(folder / name, json.dumps(value, indent=1) + "\n")
+            text = value if isinstance(value, str) else json.dumps(value, indent=1) + "\n"
+            write_synced(folder / name, text)
         sync(folder)
 
 
@@ -75,7 +82,7 @@ class Target:
 class ExtraFiles:
     """Additional files of a Hugging Face folder."""
 
-    documents: Mapping[str, dict[str, Any]]
+    documents: Mapping[str, dict[str, Any] | str]
     copies: Mapping[str, Path] = field(default_factory=dict)
 
 
@@ -102,7 +109,7 @@ def checkpoint_target(layout: Layout, manifest: Callable[[Files], Manifest]) -> 
             stored = Stored("F32", shape, places.begin(*unit))
             yield TargetPiece(unit, shard_name(unit.rank), stored)
 
-    def documents(files: Files) -> dict[str, dict[str, Any]]:
+    def documents(files: Files) -> Documents:
         return {MANIFEST_FILE: manifest_document(manifest(files))}
 
     return Target(layout, pieces, headers, sizes, documents)

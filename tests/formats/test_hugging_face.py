@@ -1,6 +1,7 @@
 """Models go to Hugging Face's folders and come from them; transformers computes the same logits."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from megagrow.checkpoint.source import open_checkpoint
 from megagrow.errors import InputError
-from megagrow.formats.hugging_face import open_hugging_face
+from megagrow.formats.hugging_face import INDEX_FILE, open_hugging_face
 from megagrow.formats.hugging_face_config import model_of
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Block
@@ -119,6 +120,80 @@ def rewrite(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
     found = load_file(file)
     del found[name]
     save_file(found | ({} if tensor is None else {name: tensor}), file)
+
+
+def whole(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], **config: Any) -> Any:
+    """Put a tiny model into one file of a folder, changed; returns our source of it."""
+    hugging_face(tiny(**config)).save_pretrained(folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+    return open_hugging_face(folder)
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEADS = {
+    "differs": lambda held: held.update({HEAD: held[EMBEDDING].flip(0)}),
+    "repeats": lambda held: held.update({HEAD: held[EMBEDDING].clone()}),
+    "alone": lambda held: held.update({HEAD: held.pop(EMBEDDING)}),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_beside_a_tied_embedding_is_what_transformers_loads(tmp_path, name):
+    source = whole(tmp_path, HEADS[name], tie_word_embeddings=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert source.model.tie_word_embeddings == (name != "differs")
+    assert any("tie_word_embeddings = true, but" in line for line in source.warnings) == (
+        name == "differs"
+    )
+    wanted = {EMBEDDING: theirs.get_input_embeddings(), HEAD: theirs.get_output_embeddings()}
+    for parameter, module in wanted.items():
+        spec = source.layout.plan.get(parameter, source.layout.plan[EMBEDDING])
+        block = Block(range(spec.rows), range(spec.cols))
+        assert torch.equal(source.read(spec.name, "fp32", block), module.weight)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.2.mlp.up_proj.weight",
+        "model.layers.0.self_attn.q_proj.lora_A.default.weight",
+        "model.layers.0.mlp.up_proj.weight_scale",
+        "score.weight",
+    ],
+)
+def test_a_tensor_that_would_not_be_read_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match=rf"model.safetensors: contains {name}, which the Llama"):
+        whole(tmp_path, lambda held: held.update({name: torch.ones(2)}))
+
+
+def test_position_tables_of_old_versions_are_no_weights(tmp_path):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    assert whole(tmp_path, lambda held: held.update({name: torch.ones(4)})).warnings == ()
+
+
+def test_a_stale_index_beside_a_whole_file_is_ignored_as_in_transformers(folder, tmp_path):
+    hugging_face(tiny(), seed=7).save_pretrained(tmp_path / "new")
+    (tmp_path / "new" / "model.safetensors").rename(folder / "model.safetensors")
+    source, theirs = open_hugging_face(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert source.files == (folder / "model.safetensors",)
+    assert source.warnings == (f"{folder / INDEX_FILE} is ignored: model.safetensors exists",)
+    block = Block(range(101), range(32))
+    assert torch.equal(source.read(HEAD, "fp32", block), theirs.lm_head.weight)
+
+
+def test_what_would_change_the_weights_is_refused(folder):
+    first, second, *_ = sorted(folder.glob("model-*.safetensors"))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: tensor}, second)
+    with pytest.raises(InputError, match=rf"{second.name}: contains {name}, as does {first.name}"):
+        open_hugging_face(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"adapter_config.json: transformers would add this"):
+        open_hugging_face(folder)
 
 
 def test_a_folder_that_does_not_hold_its_model_is_named(folder):

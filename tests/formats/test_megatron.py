@@ -266,6 +266,9 @@ def test_files_that_do_not_hold_the_model_are_named(tmp_path):
     with pytest.raises(InputError, match=r"mp_rank_00.*checkpoint_version 1.0 is not supported"):
         open_megatron(folder, model)
     folder = write_old(tmp_path / "b", state)
+    with pytest.raises(InputError, match=r"arguments have intermediate_size = 48, .* has 40"):
+        open_megatron(folder, model.model_copy(update={"intermediate_size": 40}))
+    folder = write_old(tmp_path / "b", state, args=None)
     with pytest.raises(
         InputError, match=r"fc1.weight has shape \[48, 32\], .* requires \[40, 32\]"
     ):

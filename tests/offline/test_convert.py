@@ -42,10 +42,9 @@ EXACT = 1e-5
 def convert(how: Any, source: Path, out: Path, form: str = "checkpoint", **options: Any) -> str:
     """Run a conversion; returns its output and log messages."""
     output = io.StringIO()
-    tokenizer = (options.pop("tokenizer", None),) if how is export_hugging_face else ()
     request = Request(source=source, out=out, form=form, memory="20MiB", **options)
     with captured_logs() as messages:
-        how(request, *tokenizer, Console(file=output, width=300))
+        how(request, Console(file=output, width=300))
     return "\n".join([*messages, output.getvalue()])
 
 
@@ -76,7 +75,7 @@ def test_there_and_back_from_a_checkpoint_with_a_padded_vocabulary(tmp_path, nam
     state = state_of(theirs, parameter_plan(config, 1))
     write_checkpoint(tmp_path / "in", config, layout, state)
     said = export(tmp_path / "in", tmp_path / "hf", shard_size="20KB")
-    assert "without a tokenizer: its run has none; add one with --tokenizer PATH" in said
+    assert "without a tokenizer: the source names none; add one with --tokenizer PATH" in said
     loaded = load(tmp_path / "hf")
     ids, _ = tokens(config, 2, 24)
     assert (logits(loaded, ids) - logits(theirs, ids)).abs().max() < EXACT
@@ -185,12 +184,13 @@ def test_the_tokenizer_of_the_run_goes_with_it(tmp_path, tokenizer):
 def test_a_tokenizer_that_is_gone_is_told_and_one_given_taken(tmp_path, tokenizer):
     path = of_run(tmp_path, tmp_path / "gone.model")
     said = export(path, tmp_path / "out")
-    assert f"without a tokenizer: {tmp_path / 'gone.model'}, its run's, does not exist" in said
+    gone = tmp_path / "gone.model"
+    assert f"without a tokenizer: {gone}, named by the source, does not exist" in said
     assert not (tmp_path / "out" / "tokenizer.json").exists()
-    export(path, tmp_path / "with", tokenizer=tokenizer)
+    export(path, tmp_path / "with", tokenizer=str(tokenizer))
     assert AutoTokenizer.from_pretrained(tmp_path / "with").eos_token_id == 2
     with pytest.raises(InputError, match=r"none: no tokenizer"):
-        export(path, tmp_path / "not", tokenizer=tmp_path / "none")
+        export(path, tmp_path / "not", tokenizer=str(tmp_path / "none"))
     assert not (tmp_path / "not").exists()
 
 

@@ -39,8 +39,14 @@ def write_source(folder: Path) -> tuple[Path, Path]:
 
 def theirs(folder: Path, checkpoint: Path, tokenizer: Path) -> HFLM:
     """Build lm-eval's Hugging Face model of the exported checkpoint."""
-    request = Request(source=checkpoint, out=folder / "out", form="huggingface", memory="512MiB")
-    export_hugging_face(request, tokenizer, Console(quiet=True))
+    request = Request(
+        source=checkpoint,
+        out=folder / "out",
+        form="huggingface",
+        memory="512MiB",
+        tokenizer=str(tokenizer),
+    )
+    export_hugging_face(request, Console(quiet=True))
     return HFLM(
         pretrained=AutoModelForCausalLM.from_pretrained(folder / "out"),
         tokenizer=AutoTokenizer.from_pretrained(folder / "out"),

@@ -9,7 +9,6 @@ import yaml
 from rich.console import Console
 
 from megagrow.config.schema import ModelConfig
-from megagrow.offline.convert import export_hugging_face
 from megagrow.offline.grow import grow_files
 from megagrow.offline.request import Request
 
@@ -96,7 +95,6 @@ def grow(**request: Any) -> str:
 def convert(how: Any, source: Path, out: Path, form: str = "checkpoint", **options: Any) -> str:
     """Carries out a conversion; returns what was said."""
     said = io.StringIO()
-    tokenizer = (options.pop("tokenizer", None),) if how is export_hugging_face else ()
     request = Request(source=source, out=out, form=form, memory="20MiB", **options)
-    how(request, *tokenizer, Console(file=said, width=300))
+    how(request, Console(file=said, width=300))
     return said.getvalue()

@@ -28,8 +28,14 @@ def exported(checkpoint: Path, tokenizer: Path, batch_size: int) -> HFLM:
     """Export a checkpoint and load it as lm-eval's Hugging Face model."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        request = Request(source=checkpoint, out=out, form="huggingface", memory="2GiB")
-        export_hugging_face(request, tokenizer, Console(quiet=True))
+        request = Request(
+            source=checkpoint,
+            out=out,
+            form="huggingface",
+            memory="2GiB",
+            tokenizer=str(tokenizer),
+        )
+        export_hugging_face(request, Console(quiet=True))
         model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=False)
         texts = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
     return HFLM(pretrained=model, tokenizer=texts, batch_size=batch_size)
