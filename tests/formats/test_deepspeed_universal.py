@@ -157,6 +157,34 @@ def test_files_that_do_not_hold_the_model_are_named(folder):
             open_universal(folder, None)
 
 
+def test_a_parameter_or_state_that_would_not_be_read_is_refused(folder):
+    save(folder / "zero" / NORM / "max_exp_avg_sq.pt", {"param": torch.ones(32)})
+    with pytest.raises(InputError, match=r"norm.weight: contains max_exp_avg_sq.pt, a state that"):
+        open_universal(folder, None)
+    (folder / "zero" / NORM / "max_exp_avg_sq.pt").unlink()
+    (folder / "zero" / "model.layers.0.self_attn.q_proj.bias").mkdir()
+    with pytest.raises(InputError, match=r"q_proj.bias: a parameter that this model does not have"):
+        open_universal(folder, None)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "other"])
+def test_the_head_that_deepspeed_adds_to_a_tied_model_has_to_be_its_embedding(tmp_path, name):
+    model = MODEL.model_copy(update={"tie_word_embeddings": True})
+    state = random_state(parameter_plan(model, 1))
+    write_checkpoint(tmp_path / "in", model, layout_of(model, 1, 1, 1), state)
+    export_universal(tmp_path / "in", tmp_path / "out", quiet())
+    embedding = state["model.embed_tokens.weight"]["fp32"]
+    heads = {"fp32": embedding, "bf16": embedding.bfloat16().float(), "other": embedding.flip(0)}
+    head = tmp_path / "out" / STEP / "zero" / "lm_head.weight"
+    head.mkdir()
+    save(head / "fp32.pt", {"param": heads[name]})
+    if name == "other":
+        with pytest.raises(InputError, match=r"lm_head.weight: a parameter that this model does"):
+            open_universal(tmp_path / "out", None)
+    else:
+        assert open_universal(tmp_path / "out", None).model == model
+
+
 def test_moments_and_steps_belong_together(folder):
     path = folder / "zero" / NORM
     save(path / "step.pt", torch.tensor(12.0))

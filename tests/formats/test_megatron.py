@@ -217,7 +217,9 @@ def test_names_of_the_older_generation_are_read(tmp_path):
     (tmp_path / "m.yaml").write_text(yaml.safe_dump(MODELS["gqa"].model_dump()))
     assert_weights(take_in(tmp_path / "in", tmp_path / "out", str(tmp_path / "m.yaml")), state)
     write_old(tmp_path / "known", state, args=argparse.Namespace(**ARGS, vocab_size=101))
-    assert open_megatron(tmp_path / "known", None).model == MODELS["gqa"]
+    source = open_megatron(tmp_path / "known", None)
+    assert source.model == MODELS["gqa"] and len(source.warnings) == 1
+    assert source.warnings[0].endswith("its optimizer state is not read; the moments are zero")
 
 
 @pytest.mark.parametrize(
@@ -230,6 +232,9 @@ def test_names_of_the_older_generation_are_read(tmp_path):
         ({"rotary_percent": 0.5}, "rotary_percent = 0.5"),
         ({"num_attention_heads": 3}, "not divisible"),
         ({"num_layers": None}, "'num_hidden_layers'"),
+        ({"qk_layernorm": True}, "qk_layernorm = True, only None"),
+        ({"softmax_type": "off-by-one"}, "softmax_type = 'off-by-one'"),
+        ({"window_size": (128, 0)}, "window_size = (128, 0)"),
     ],
 )
 def test_models_that_are_no_plain_llama_are_refused(changes, said):
@@ -289,6 +294,25 @@ def test_files_that_do_not_hold_the_model_are_named(tmp_path):
         open_megatron(folder, model)
     with pytest.raises(InputError, match=r"has no mp_rank_00/model_optim_rng.pt"):
         open_megatron(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model1": {"x": torch.ones(2)}}, "'model1' contains tensors that are not read"),
+        ({"ema": [{"x": torch.ones(2)}]}, "'ema' contains tensors that are not read"),
+        ({"model": {"x": [torch.ones(2)]}}, "x is of <class 'list'>, not a tensor"),
+        ({"model": {"a.input_norm.weight": torch.ones(2), "a.input_layernorm.weight":
+          torch.ones(2)}}, "twice, under two names"),
+        ({"args": argparse.Namespace(**ARGS | {"norm_epsilon": 1e-6})}, "rms_norm_eps = 1e-06"),
+    ],
+)  # fmt: skip
+def test_what_would_not_be_read_is_refused(tmp_path, changes, said):
+    state = random_state(parameter_plan(MODELS["gqa"], 1))
+    folder = write_old(tmp_path, state, **changes)
+    with pytest.raises(InputError, match=r"mp_rank_00.model_optim_rng.pt: ") as error:
+        open_megatron(folder, MODELS["gqa"])
+    assert said in str(error.value)
 
 
 def test_what_can_not_be_written_is_said_before_anything_is(tmp_path):

@@ -1,5 +1,7 @@
 """Hugging Face's Llama as the measure of ours: same weights in, logits and gradients out."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +10,8 @@ from transformers import LlamaConfig
 from transformers import LlamaForCausalLM as HuggingFaceLlama
 
 from megagrow.config.schema import ModelConfig
+from megagrow.data.tokenizers import train_sentencepiece
+from megagrow.formats.hugging_face_tokenizer import tokenizer_files
 from tests.helpers.reshard.definition import State, random_state
 
 TINY = {
@@ -69,6 +73,32 @@ def state_of(model: torch.nn.Module, plan: dict) -> State:
     for name, spec in plan.items():
         state[name]["fp32"] = found[name].view(spec.rows, spec.cols).clone()
     return state
+
+
+def chat_folder(folder: Path) -> Path:
+    """A folder with all files of a chat model (vocabulary 301), and keys that name code."""
+    hugging_face(tiny(vocab_size=301)).save_pretrained(folder)
+    model = folder / "tokenizer.model"
+    train_sentencepiece(["a small model grows into a large one\n" * 20], 280, model)
+    settings = tokenizer_files(model, 301).documents
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 0}
+    changes = {
+        "config.json": ids
+        | {"auto_map": {"AutoConfig": "evil.Evil"}, "custom_pipelines": {"x": {"impl": "e.E"}}},
+        "generation_config.json": ids
+        | {"do_sample": True, "temperature": 0.5, "custom_generate": "someone/code"},
+        "tokenizer.json": settings["tokenizer.json"],
+        "tokenizer_config.json": settings["tokenizer_config.json"]
+        | {"chat_template": "{{ messages }}", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}},
+    }
+    for name, values in changes.items():
+        path = folder / name
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps(before | values))
+    (folder / "README.md").write_text("---\nlicense: other\n---\n# A model \u4f60\n")
+    (folder / "LICENSE").write_text("Terms")
+    (folder / "evil.py").write_text("raise SystemExit")
+    return folder
 
 
 OLD = {

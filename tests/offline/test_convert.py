@@ -3,7 +3,6 @@
 import io
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megagrow.checkpoint.manifest import read_manifest, write_manifest
+from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.source import open_checkpoint
 from megagrow.data.tokenizers import load_tokenizer, train_sentencepiece
 from megagrow.errors import InputError
@@ -20,7 +19,13 @@ from megagrow.formats.hugging_face import open_hugging_face
 from megagrow.offline.convert import export_hugging_face, import_hugging_face, reshard_files
 from megagrow.offline.request import Request
 from megagrow.parallel.sharding import parameter_plan
-from tests.helpers.checkpoint.written import differences, expected_shards, shards, write_checkpoint
+from tests.helpers.checkpoint.written import (
+    differences,
+    expected_shards,
+    set_environment,
+    shards,
+    write_checkpoint,
+)
 from tests.helpers.hugging_face import LLAMA3, hugging_face, state_of, tiny, tokens
 from tests.helpers.logs import captured_logs
 from tests.helpers.reshard.models import layout_of
@@ -164,7 +169,7 @@ def of_run(folder: Path, tokenizer: Path | None) -> Path:
     state = state_of(hugging_face(config), parameter_plan(config, 1))
     path = write_checkpoint(folder / "in", config, layout_of(config, 1, 1, 1), state)
     told = {"config": {"data": {"tokenizer": str(tokenizer)}}}
-    write_manifest(path, replace(read_manifest(path), environment=told))
+    set_environment(path, told)
     return path
 
 

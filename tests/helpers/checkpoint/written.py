@@ -1,6 +1,7 @@
 """Checkpoints and Hugging Face folders of known numbers, written without a process group."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ def write_checkpoint(path: Path, model: ModelConfig, layout: Layout, state: Stat
     manifest = Manifest(model.model_dump(), layout_values, 11, RUN, environment, files)
     write_manifest(path, manifest)
     return path
+
+
+def set_environment(path: Path, environment: dict[str, Any]) -> None:
+    """Replace the environment in a checkpoint's manifest."""
+    write_manifest(path, replace(read_manifest(path), environment=environment))
 
 
 def record_of(path: Path) -> FileRecord:
