@@ -12,7 +12,7 @@ from pathlib import Path
 from megagrow.checkpoint.source import Source
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.errors import ConfigError
-from megagrow.formats.open_source import find_source, open_found
+from megagrow.formats.open_source import find_source, log_warnings, open_found
 from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
 from megagrow.parallel.sharding import Storage
 from megagrow.reshard.fill import fill_initial, fill_read
@@ -37,6 +37,7 @@ def open_beginning(run: RunConfig) -> Source | None:
     # Only rank 0 verifies the checksums, which reads every byte.
     folder = run_on_rank_zero(lambda: find_source(path))
     source = run_on_all_ranks(lambda: _opened(path, folder, run.stages[0].model))
+    run_on_rank_zero(lambda: log_warnings(source))
     logger.info("weights initialized from %s", source.path)
     return replace(source, kinds=("fp32",), adam_step=0) if run.objective == "sft" else source
 
@@ -46,7 +47,9 @@ def check_beginning(run: RunConfig) -> Source | None:
     `open_beginning`."""
     if run.init_from is None:
         return None
-    return _opened(run.init_from, find_source(run.init_from), run.stages[0].model)
+    source = _opened(run.init_from, find_source(run.init_from), run.stages[0].model)
+    log_warnings(source)
+    return source
 
 
 def fill_beginning(
