@@ -15,12 +15,12 @@ from megagrow.checkpoint.source import Source, open_checkpoint
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
 from megagrow.formats.megatron import open_megatron
-from megagrow.formats.megatron_args import args_of, model_of
 from megagrow.offline.convert import export_megatron, import_megatron
 from megagrow.offline.request import Request
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Block
 from tests.helpers.checkpoint.written import RUN, write_checkpoint
+from tests.helpers.formats.megatron_args import ARGS
 from tests.helpers.hugging_face import tiny
 from tests.helpers.reshard.definition import State, random_state
 from tests.helpers.reshard.models import layout_of
@@ -163,23 +163,6 @@ OLD = {
     "mlp.linear_fc1.weight": "mlp.dense_h_to_4h.weight",
     "mlp.linear_fc2.weight": "mlp.dense_4h_to_h.weight",
 }
-ARGS = {
-    "num_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "group_query_attention": True,
-    "num_query_groups": 2,
-    "ffn_hidden_size": 48,
-    "max_position_embeddings": 64,
-    "rotary_base": 5000,
-    "norm_epsilon": 1e-3,
-    "untie_embeddings_and_output_weights": True,
-    "padded_vocab_size": 128,
-    "swiglu": True,
-    "normalization": "RMSNorm",
-    "add_bias_linear": False,
-    "use_rotary_position_embeddings": True,
-}
 
 
 def write_old(folder: Path, state: State, **changes: Any) -> Path:
@@ -220,48 +203,6 @@ def test_names_of_the_older_generation_are_read(tmp_path):
     source = open_megatron(tmp_path / "known", None)
     assert source.model == MODELS["gqa"] and len(source.warnings) == 1
     assert source.warnings[0].endswith("its optimizer state is not read; the moments are zero")
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"swiglu": False}, "swiglu = False, only True is supported"),
-        ({"normalization": "LayerNorm"}, "normalization = 'LayerNorm'"),
-        ({"use_rotary_position_embeddings": False, "position_embedding_type": "none"}, "'none'"),
-        ({"num_experts": 8}, "num_experts = 8"),
-        ({"rotary_percent": 0.5}, "rotary_percent = 0.5"),
-        ({"num_attention_heads": 3}, "not divisible"),
-        ({"num_layers": None}, "'num_hidden_layers'"),
-        ({"qk_layernorm": True}, "qk_layernorm = True, only None"),
-        ({"softmax_type": "off-by-one"}, "softmax_type = 'off-by-one'"),
-        ({"window_size": (128, 0)}, "window_size = (128, 0)"),
-    ],
-)
-def test_models_that_are_no_plain_llama_are_refused(changes, said):
-    args = argparse.Namespace(**ARGS | {"vocab_size": 101} | changes)
-    with pytest.raises(InputError, match=r"^x: ") as error:
-        model_of(args, "x")
-    assert said in str(error.value)
-
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-
-def test_rope_scaling_is_kept_where_both_have_it():
-    model = tiny(rope_scaling=LLAMA3)
-    args = args_of(model, 1, 8, 104)
-    assert args.use_rope_scaling and args.rope_scaling_factor == 4.0
-    assert model_of(args, "x") == model
-    for other in (LLAMA3 | {"high_freq_factor": 8.0}, {"rope_type": "linear", "factor": 2.0}):
-        with pytest.raises(InputError, match=r"rope_scaling .*: Megatron-LM supports only"):
-            args_of(tiny(rope_scaling=other), 1, 8, 104)
-    assert not args_of(tiny(), 1, 8, 104).use_rope_scaling
 
 
 def test_files_that_do_not_hold_the_model_are_named(tmp_path):
