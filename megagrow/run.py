@@ -2,11 +2,13 @@
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
+from megagrow.checkpoint.discovery import FoundCheckpoint
 from megagrow.common.directory_lock import lock_directory
 from megagrow.common.log_setup import LogLevel, configure_logging
 from megagrow.config.growth_guidelines import timing_warnings
@@ -16,10 +18,11 @@ from megagrow.errors import ConfigError
 from megagrow.evaluation.evaluator import Evaluation, open_evaluation
 from megagrow.evaluation.results_store import remove_stored_after
 from megagrow.growth.validation import growth_problems
-from megagrow.parallel.agreement import any_across_ranks, run_on_all_ranks
+from megagrow.parallel.agreement import any_across_ranks, run_on_all_ranks, run_on_rank_zero
 from megagrow.parallel.launch import Launch, first_host, read_launch
 from megagrow.parallel.process_groups import init_process_group, leave_process_group
 from megagrow.train.checkpointer import Checkpointer
+from megagrow.train.config_changes import data_contents
 from megagrow.train.data_setup import Inputs, open_inputs_on_all_ranks
 from megagrow.train.fault_tolerance.signals import StopRequested, StopSignal
 from megagrow.train.fault_tolerance.watchdog import Watchdog, start_watchdog
@@ -29,8 +32,9 @@ from megagrow.train.growth_event.function_check import Change, change, predictio
 from megagrow.train.growth_event.operator_search import grow_best
 from megagrow.train.kernel_warmup import WarmUp, check_kernels
 from megagrow.train.loop import StageEnd, StepDone, StepHooks, Stopped, advance
-from megagrow.train.reporting.run_logger import RunLogger, describe_environment
-from megagrow.train.resume import begin, rewind_target
+from megagrow.train.reporting.run_files import describe_environment
+from megagrow.train.reporting.run_logger import RunLogger
+from megagrow.train.resume import Beginning, begin, rewind_target
 from megagrow.train.stage import Stage, masks_now
 from megagrow.train.step import mean_loss
 from megagrow.train.train_state import RunState
@@ -52,10 +56,19 @@ class Job:
     watchdog: Watchdog
     stop: StopSignal
     warm_up: WarmUp
+    begin: Callable[[RunConfig, FoundCheckpoint | None], Beginning]
+    """`resume.begin` of this run."""
 
 
-def train(run: RunConfig, log_level: str = LogLevel.INFO) -> str | None:
+def train(
+    run: RunConfig, log_level: str = LogLevel.INFO, allowed: Sequence[str] = ()
+) -> str | None:
     """Train a run to its end, from its newest checkpoint if it has one. Collective.
+
+    Args:
+        run: the run.
+        log_level: lowest severity printed by rank 0.
+        allowed: keys whose changes may contradict the checkpoint (`--allow-change`).
 
     Returns the name of the signal that stopped it early, or None.
     """
@@ -68,7 +81,8 @@ def train(run: RunConfig, log_level: str = LogLevel.INFO) -> str | None:
     run_on_all_ranks(lambda: check_kernels(run, device))
     inputs = open_inputs_on_all_ranks(run, launch.local_rank)
     evaluation = open_evaluation(run, device)
-    environment = describe_environment(run)
+    contents = run_on_rank_zero(lambda: data_contents(run))
+    environment = describe_environment(run) | {"contents": contents.model_dump()}
     run_logger = RunLogger(run, launch.rank, launch.world_size, environment, console)
     lock = run_on_all_ranks(lambda: lock_directory(run.output_dir, launch.rank))
     watchdog = start_watchdog(launch, first_host(), run.guards.hang_timeout)
@@ -87,6 +101,7 @@ def train(run: RunConfig, log_level: str = LogLevel.INFO) -> str | None:
             watchdog=watchdog,
             stop=stop,
             warm_up=warm_up,
+            begin=partial(begin, device=device, contents=contents, allowed=allowed),
         )
         try:
             with checkpointer:
@@ -162,8 +177,8 @@ def _begin(job: Job) -> tuple[Job, Stage, RunState]:
     """Load the newest valid checkpoint, or build the initial state."""
     job.watchdog.beat("the start of the run", long=True)
     found = job.checkpointer.newest()
-    run, stage, state = begin(job.run, found, job.device)
-    job.run_logger.start(state, None if found is None else found[0])
+    run, stage, state, changes = job.begin(job.run, found)
+    job.run_logger.start(state, None if found is None else found[0], changes)
     _forget_evaluations(job, -1 if found is None else state.counters.step)
     return replace(job, run=run), stage, state
 
@@ -182,10 +197,10 @@ def _rewind(job: Job, stage: Stage, failed: RunState, reason: str) -> tuple[Job,
     found, state = rewind_target(job.run, job.checkpointer.directory, failed, reason)
     job.checkpointer.release()
     stage.release()
-    run, stage, _ = begin(job.run, found, job.device)
+    run, stage, _, changes = job.begin(job.run, found)
     _prepare(replace(job, run=run), stage)
     state = state.add_lost_time(time.perf_counter() - clock)
-    job.run_logger.rewind(failed, state, None if found is None else found[0], reason)
+    job.run_logger.rewind(failed, state, None if found is None else found[0], reason, changes)
     _forget_evaluations(job, state.counters.step)
     return replace(job, run=run), stage, state
 

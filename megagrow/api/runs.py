@@ -94,7 +94,7 @@ def load_run(path: AnyPath, overrides: Sequence[str] = ()) -> "RunConfig":
     return load(Path(path), overrides)
 
 
-def train(run: "RunConfig") -> str | None:
+def train(run: "RunConfig", *, allow_changes: Sequence[str] = ()) -> str | None:
     """Train a run to its end, growth events included. Collective.
 
     Resumes from the newest valid checkpoint in `run.output_dir`. Call it outside of an initialized
@@ -102,6 +102,7 @@ def train(run: "RunConfig") -> str | None:
 
     Args:
         run: Configuration from `load_run`.
+        allow_changes: Keys whose values may contradict the checkpoint (docs/guides/checkpoints.md).
 
     Returns:
         The name of the signal that stopped the run after a checkpoint, or None if it completed.
@@ -115,7 +116,7 @@ def train(run: "RunConfig") -> str | None:
     from megagrow.run import train as train_run
 
     with lasting_output(log_file(run.output_dir, read_launch().rank)):
-        return train_run(run)
+        return train_run(run, allowed=allow_changes)
 
 
 def read_metrics(run_dir: AnyPath) -> list[dict[str, Any]]:
@@ -126,7 +127,8 @@ def read_metrics(run_dir: AnyPath) -> list[dict[str, Any]]:
 
     Returns:
         One dict per line of metrics.jsonl, in order. `kind` is start, train, validation,
-        evaluation, growth, checkpoint, rewind or end. Losses are in nats per token, times in
+        evaluation, growth, checkpoint, rewind,
+        config_change or end. Losses are in nats per token, times in
         seconds, memory in bytes (docs/reference/file-formats.md).
 
     Raises:

@@ -24,6 +24,14 @@ def train(
     rank: Annotated[
         int | None, typer.Option(min=0, help="With --dry-run: rank to build; default: 0.")
     ] = None,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="Resume although KEY, or a key below it, contradicts the checkpoint; repeatable; "
+            "`all` allows every key.",
+        ),
+    ] = None,
     stop_code: Annotated[
         int, typer.Option(min=0, max=125, help="Exit code after a stop by a signal.")
     ] = 0,
@@ -40,7 +48,9 @@ def train(
         from megagrow.planning.dry_run import dry_run as build_dry_run
         from megagrow.planning.dry_run_tables import print_dry_run
 
-        result = build_dry_run(load_run(run_file, overrides or ()), world or 1, rank or 0)
+        result = build_dry_run(
+            load_run(run_file, overrides or ()), world or 1, rank or 0, allow_change or ()
+        )
         print_dry_run(result, table_console())
         count = len(result.problems)
         if count:
@@ -53,5 +63,5 @@ def train(
     make_output_last(log_file(run.output_dir, read_launch().rank))
     from megagrow.run import train as train_run  # its libraries keep references to the streams
 
-    if train_run(run, log_level) is not None:
+    if train_run(run, log_level, allow_change or ()) is not None:
         raise typer.Exit(stop_code)

@@ -1,5 +1,6 @@
 """Plan of an offline growth or conversion, made before any tensor is read."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,9 +28,12 @@ from megagrow.offline.request import Request
 from megagrow.parallel.engine_config import ParamScale, parameter_groups
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Layout
+from megagrow.train.config_changes import changes_since
 from megagrow.train.growth_event.run_growths import as_grown, stage_scales
 from megagrow.train.source_state import STILL_MASKED, state_of, still_masked
 from megagrow.train.train_state import RunState
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_SEED = 1234
 
@@ -178,6 +182,7 @@ def _plan_of_run(request: Request, path: Path, source: Source, stage: int) -> Co
             f"{source.path} is of stage {state_of(source).stage}; the growth to stage {stage} of "
             f"{path} begins at stage {stage - 1}"
         )
+    _warn_of_changes(run, source)
     run = as_grown(run, state_of(source))
     before, found = run.stages[stage - 1].model.model_dump(), source.model.model_dump()
     for key, value in before.items():
@@ -188,6 +193,15 @@ def _plan_of_run(request: Request, path: Path, source: Source, stage: int) -> Co
     model = run.stages[stage].model
     options = run.stages[stage].growth
     return ConversionPlan(source, model, options, f"{run.seed}/stage-{stage}", run, stage)
+
+
+def _warn_of_changes(run: RunConfig, source: Source) -> None:
+    """Log the changes of the run since the source was saved; a resume refuses contradictions."""
+    if source.run is not None:
+        state = state_of(source)
+        for change in changes_since(run, None, state, source.model, source.environment):
+            if change.matters:
+                logger.warning("config | %s", change)
 
 
 def growth_options(request: Request) -> GrowthConfig:

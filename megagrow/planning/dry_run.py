@@ -6,7 +6,7 @@ growth transfers are computed by the code that the run executes. Nothing is comm
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from megagrow.checkpoint.discovery import list_checkpoints
+from megagrow.checkpoint.manifest import read_manifest
+from megagrow.config.resume_rules import ConfigChange
 from megagrow.config.schema import RunConfig
 from megagrow.config.validation import world_problems
 from megagrow.errors import ConfigError, InputError
@@ -26,6 +28,13 @@ from megagrow.parallel.process_groups import Topology
 from megagrow.planning.memory import STATE_BYTES, StageMemory
 from megagrow.planning.traffic import Traffic, step_traffic
 from megagrow.reshard.traffic import Volume, rank_volume
+from megagrow.train.config_changes import (
+    Contents,
+    changes_since_source,
+    check_changes,
+    checkpoint_changes,
+    data_contents,
+)
 from megagrow.train.data_setup import check_inputs
 from megagrow.train.growth_event.run_growths import stage_growth, stage_layout, with_operators
 from megagrow.train.init_from import check_beginning
@@ -94,10 +103,10 @@ class DryRun:
     growths: tuple[RankGrowth, ...]
 
 
-def dry_run(run: RunConfig, world_size: int, rank: int = 0) -> DryRun:
+def dry_run(run: RunConfig, world_size: int, rank: int = 0, allowed: Sequence[str] = ()) -> DryRun:
     """Build `rank` of a run on `world_size` ranks. Raises ConfigError for an invalid rank.
 
-    `precision: auto` is planned as bf16, as on a GPU.
+    `precision: auto` is planned as bf16, as on a GPU. `allowed` are the keys of `--allow-change`.
     """
     if not 0 <= rank < world_size:
         raise ConfigError(
@@ -105,8 +114,8 @@ def dry_run(run: RunConfig, world_size: int, rank: int = 0) -> DryRun:
         )
     invalid = [*growth_problems(run), *world_problems(run, world_size)]
     notes: list[str] = []
-    problems = [*invalid, *check_inputs(run, notes), *_folders(run, notes)]
-    problems += _evaluation(run, notes)
+    problems = [*invalid, *check_inputs(run, notes), *_evaluation(run, notes)]
+    problems += _folders(run, None if problems else data_contents(run), allowed, notes)
     stages: tuple[RankStage, ...] = ()
     growths: tuple[RankGrowth, ...] = ()
     if not invalid:
@@ -115,20 +124,27 @@ def dry_run(run: RunConfig, world_size: int, rank: int = 0) -> DryRun:
     return DryRun(run, world_size, rank, tuple(problems), tuple(notes), stages, growths)
 
 
-def _folders(run: RunConfig, notes: list[str]) -> Iterator[str]:
+def _folders(
+    run: RunConfig, contents: Contents | None, allowed: Sequence[str], notes: list[str]
+) -> Iterator[str]:
     """Yield problems of the run's source and output directory; append notes."""
-    try:
-        source = check_beginning(run)
-        if source is not None:
-            notes.append(f"weights initialized from {source.path}")
-    except (InputError, OSError) as error:
-        yield str(error)
     parent = _nearest_existing(run.output_dir)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         yield f"output_dir = {run.output_dir}: {parent} is not a writable directory"
-    saved = list_checkpoints(run.output_dir / "checkpoints")
-    if saved:
-        notes.append(f"the run would resume from its checkpoint {saved[-1]}")
+    try:
+        saved = list_checkpoints(run.output_dir / "checkpoints")
+        source = None if saved else check_beginning(run)
+        changes: list[ConfigChange] = []
+        if saved:
+            notes.append(f"the run would resume from its checkpoint {saved[-1]}")
+            changes = checkpoint_changes(run, contents, read_manifest(saved[-1]))
+        elif source is not None:
+            notes.append(f"weights initialized from {source.path}")
+            changes = changes_since_source(run, contents, source)
+        notes.extend(f"config {change}" for change in changes)
+        check_changes(changes, allowed, str(saved[-1] if saved else run.init_from))
+    except (InputError, OSError) as error:
+        yield str(error)
     if run.precision == "auto":
         notes.append("precision auto is planned as bf16, as on a GPU")
     notes.append("kernel backends can be checked only on the training hosts: megagrow doctor --run")

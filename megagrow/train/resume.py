@@ -5,17 +5,26 @@ it resumes from the same checkpoint, fails at the same steps and rewinds again, 
 results.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from megagrow.checkpoint.discovery import FoundCheckpoint, last_valid, list_checkpoints, step_of
 from megagrow.checkpoint.load import load_storage
-from megagrow.checkpoint.manifest import Manifest, read_manifest, verify_checkpoint
+from megagrow.checkpoint.manifest import read_manifest, verify_checkpoint
 from megagrow.checkpoint.removal import hide_checkpoint
-from megagrow.config.schema import ModelConfig, RunConfig
+from megagrow.config.resume_rules import ConfigChange
+from megagrow.config.schema import RunConfig
 from megagrow.errors import CheckpointError, Diverged
 from megagrow.parallel.agreement import run_on_rank_zero
+from megagrow.train.config_changes import (
+    Contents,
+    changes_since_source,
+    check_changes,
+    checkpoint_changes,
+)
 from megagrow.train.growth_event.run_growths import as_grown
 from megagrow.train.init_from import fill_beginning, open_beginning
 from megagrow.train.source_state import state_of_checkpoint
@@ -23,28 +32,53 @@ from megagrow.train.stage import Stage, build_stage
 from megagrow.train.train_state import RunState
 
 
+class Beginning(NamedTuple):
+    """Start of a run, or of its continuation."""
+
+    run: RunConfig
+    """The run with the operators that earlier growths chose."""
+    stage: Stage
+    state: RunState
+    changes: list[ConfigChange]
+    """Changes of the run since the checkpoint or the source was saved."""
+
+
 def begin(
-    run: RunConfig, found: FoundCheckpoint | None, device: torch.device
-) -> tuple[RunConfig, Stage, RunState]:
+    run: RunConfig,
+    found: FoundCheckpoint | None,
+    device: torch.device,
+    contents: Contents,
+    allowed: Sequence[str] = (),
+) -> Beginning:
     """Build the stage and state of a checkpoint, or of the start of the run. Collective.
 
-    The returned run has the operators that earlier growths chose. Raises CheckpointError if the
-    checkpoint belongs to another model.
+    Args:
+        run: the run.
+        found: the checkpoint; None starts with new weights or those of `init_from`.
+        device: device of this rank.
+        contents: identities of the run's corpora and tokenizer.
+        allowed: keys whose changes may contradict the checkpoint (`--allow-change`).
+
+    Raises CheckpointError if the checkpoint belongs to another model, ConfigError if the run
+    contradicts its configuration.
     """
     if found is None:
         source = open_beginning(run)
+        changes = [] if source is None else changes_since_source(run, contents, source)
+        check_changes(changes, allowed, f"init_from = {run.init_from}")
         stage = build_stage(run, 0, device)
         rank, storage = stage.topology.rank, stage.engine.storage()
         stage.engine.ready(fill_beginning(source, stage.layout, rank, storage, run.seed))
-        return run, stage, RunState()
+        return Beginning(run, stage, RunState(), changes)
     path, manifest = found
     state = state_of_checkpoint(manifest)
-    _check_same_model(run, state, path, manifest)
+    changes = checkpoint_changes(run, contents, manifest)
+    check_changes(changes, allowed, str(path))
     run = as_grown(run, state)
     stage = build_stage(run, state.stage, device)
     load_storage(path, manifest, stage.layout, stage.engine.storage())
     stage.engine.ready(manifest.adam_step)
-    return run, stage, state
+    return Beginning(run, stage, state, changes)
 
 
 def rewind_target(
@@ -95,18 +129,3 @@ def _drop_later(directory: Path, target: RunState) -> None:
     for path in list_checkpoints(directory):
         if step_of(path) > target.counters.step:
             hide_checkpoint(path)
-
-
-def _check_same_model(run: RunConfig, state: RunState, path: Path, manifest: Manifest) -> None:
-    where, stages = f"{path.parent}: its newest checkpoint", run.stages
-    if state.stage >= len(stages):
-        raise CheckpointError(
-            f"{where} is of stage {state.stage}, the run has {len(stages)} stages"
-        )
-    model = stages[state.stage].model.model_dump()
-    for key, value in ModelConfig(**manifest.model).model_dump().items():
-        if model.get(key) != value:
-            raise CheckpointError(
-                f"{where} is of another model: {key} is {value}, stage {state.stage} of the run "
-                f"has {model.get(key)}; set another output_dir or the same model"
-            )

@@ -42,8 +42,8 @@ def train_stage(run: RunConfig, index: int, steps: int, sequences: int) -> list[
     stage.engine.ready(0)
     inputs, stop, out = open_inputs(run), StopSignal(), []
     state = RunState(stage=index)
-    for step in range(steps):
-        masks = masks_now(run, stage, step)
+    for _ in range(steps):
+        masks = masks_now(run, stage, state.stage_tokens)
         out.append(mean_loss(stage, inputs.fixed, sequences, masks))
         event = advance(run, stage, state, inputs.train, stop)
         assert isinstance(event, StepDone)

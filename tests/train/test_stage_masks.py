@@ -92,7 +92,7 @@ def test_bf16_follows_fp32(folder, reference):
 def parts_of(run: RunConfig) -> dict[str, Any]:
     """Return the masks of this rank, late in the ramp."""
     stage = build_stage(run, 1, torch.device("cpu"))
-    masks, gone = masks_now(run, stage, 4), masks_now(run, stage, 24)
+    masks, gone = (masks_now(run, stage, steps * STEP_TOKENS) for steps in (4, 24))
     stage.release()
     assert masks is not None and gone is None
     return dataclasses.asdict(masks)

@@ -1,4 +1,4 @@
-"""Write the tables of docs/reference/configuration.md: all keys of a run file.
+"""Write the tables of docs/reference/configuration.md: all keys, and their effect on a resume.
 
     python tools/docs/config_reference.py          update the page
     python tools/docs/config_reference.py --check  exit with code 1 if the page is out of date
@@ -26,12 +26,15 @@ from pydantic.fields import FieldInfo  # noqa: E402
 from megagrow.common.sizes import format_count, parse_count  # noqa: E402
 from megagrow.common.tables import markdown_table  # noqa: E402
 from megagrow.config.overrides import BUILT_ON, DEFAULTS, HARDWARE, PARTS, section_in  # noqa: E402
+from megagrow.config.resume_rules import EFFECTS  # noqa: E402
 from megagrow.config.schema import RunConfig, StageConfig  # noqa: E402
 from megagrow.config.sections import Section  # noqa: E402
 from tools.docs.generated_page import write_or_check  # noqa: E402
 
 PAGE = ROOT / "docs/reference/configuration.md"
 BEGIN, END = "<!-- keys: tools/docs/config_reference.py -->", "<!-- end of the keys -->"
+CHANGES = "<!-- changes on resume: tools/docs/config_reference.py -->"
+END_CHANGES = "<!-- end of the changes on resume -->"
 
 DERIVED = {"stages": "one stage with the keys above", "tokens": "from other keys"}
 DERIVED |= dict.fromkeys(("model", "batch", "optimizer"), "required, here or in each stage")
@@ -262,15 +265,24 @@ def _other_places(path: str) -> Iterator[str]:
         yield "A profile of the hardware may set it."
 
 
-def with_keys(page: str) -> str:
+def changes_text() -> str:
+    """Return the table of the effects of changed keys as Markdown."""
+    rows = [(f"`{key}`", str(effect)) for effect, keys in EFFECTS.items() for key in keys]
+    return markdown_table(("key", "effect"), rows)
+
+
+def with_tables(page: str) -> str:
     """Return the page with up-to-date tables."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{keys_text()}\n\n{END}{rest.split(END)[1]}"
+    blocks = (BEGIN, keys_text(), END), (CHANGES, changes_text(), END_CHANGES)
+    for begin, text, end in blocks:
+        before, rest = page.split(begin)
+        page = f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
+    return page
 
 
 def main() -> int:
     """Write or check the page and return the exit code."""
-    return write_or_check(PAGE, with_keys, "tools/docs/config_reference.py")
+    return write_or_check(PAGE, with_tables, "tools/docs/config_reference.py")
 
 
 if __name__ == "__main__":

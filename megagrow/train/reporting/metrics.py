@@ -21,7 +21,15 @@ from megagrow.train.run_position import run_tokens
 
 METRICS_FILE = "metrics.jsonl"
 RecordKind = Literal[
-    "start", "train", "validation", "evaluation", "growth", "checkpoint", "rewind", "end"
+    "start",
+    "config_change",
+    "train",
+    "validation",
+    "evaluation",
+    "growth",
+    "checkpoint",
+    "rewind",
+    "end",
 ]
 
 
@@ -230,6 +238,8 @@ def _parse(line: bytes) -> Record | None:
 def _later(record: Record, step: int, stage: int | None, rewinds: int) -> bool:
     if record["kind"] == "start":
         return False
+    if record["kind"] == "config_change" and record["step"] == step:
+        return True  # written again if the run still differs from the checkpoint
     grown = stage is not None and record.get("stage", stage) > stage
     return bool(grown or record["step"] > step or record.get("rewinds", 0) > rewinds)
 

@@ -1,23 +1,18 @@
 """Run logger of rank 0: metrics, resolved config, live line and one log line per event."""
 
-import json
 import logging
-import platform
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megagrow.common.atomic_files import write_text
 from megagrow.common.gpu_specs import peak_flops
 from megagrow.common.log_setup import ConsoleHandler
-from megagrow.common.packages import package_version
 from megagrow.common.sizes import format_duration, format_short
 from megagrow.config.flops import parameters
-from megagrow.config.load import to_yaml
+from megagrow.config.resume_rules import ConfigChange
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.config.stage_length import run_flops
 from megagrow.errors import InputError, unwritable
@@ -26,6 +21,7 @@ from megagrow.train.growth_event.function_check import Change
 from megagrow.train.loop import StepDone
 from megagrow.train.reporting.console import LiveLine, Status
 from megagrow.train.reporting.metrics import MetricsLog, start_fields, train_fields
+from megagrow.train.reporting.run_files import write_run_files
 from megagrow.train.run_position import steps_left
 from megagrow.train.train_state import RunState
 
@@ -69,9 +65,6 @@ class RunLogger:
         if self._enabled:
             run = self._run
             run.output_dir.mkdir(parents=True, exist_ok=True)
-            (run.output_dir / "config.yaml").write_text(to_yaml(run), encoding="utf-8")
-            environment = json.dumps(self._environment, indent=1)
-            write_text(run.output_dir / "environment.json", environment)
             self._metrics = self._stack.enter_context(
                 MetricsLog(
                     run.output_dir, run.logging.tensorboard, run.logging.wandb_project, run.name
@@ -90,8 +83,15 @@ class RunLogger:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def start(self, state: RunState, checkpoint: Path | None) -> None:
-        """Record the start of the run, or its resumption from a checkpoint."""
+    def start(
+        self, state: RunState, checkpoint: Path | None, changes: Sequence[ConfigChange]
+    ) -> None:
+        """Record the start of the run, or its resumption from a checkpoint.
+
+        `changes` are those of the run since the checkpoint or the source of its weights. If the run
+        differs from config.yaml, the file is kept as config-0001.yaml, config-0002.yaml ...
+        """
+        self._attempt(lambda: write_run_files(self._run, self._environment))
         name, step = self._run.name, state.counters.step
         last = step + steps_left(self._run, state.stage, state.stage_tokens)
         self._live.plan(last)
@@ -104,6 +104,7 @@ class RunLogger:
             self._write(lambda log: log.truncate_after(step, stage, rewinds))
             self._log(f"run {name} | resume | step {step} | {checkpoint}")
         self._write(lambda log: log.write("start", state.counters, **start_fields(self._run, last)))
+        self._changes(state, changes)
 
     def step(self, event: StepDone) -> None:
         """Record a training step at `logging.interval`, and before other records of the step."""
@@ -157,7 +158,14 @@ class RunLogger:
         times = f"saved in {seconds:.1f} s | stall {stall:.1f} s"
         self._log(f"step {state.counters.step} | checkpoint {path} | {times}")
 
-    def rewind(self, failed: RunState, state: RunState, path: Path | None, reason: str) -> None:
+    def rewind(
+        self,
+        failed: RunState,
+        state: RunState,
+        path: Path | None,
+        reason: str,
+        changes: Sequence[ConfigChange],
+    ) -> None:
         """Record a rewind from `failed` to the checkpoint at `path`, or to the initial state."""
         counters = state.counters
         last = failed.counters.rewinds
@@ -177,6 +185,7 @@ class RunLogger:
             f"{fields['skipped_to']} skipped",
             logging.WARNING,
         )
+        self._changes(state, changes)
 
     def growth(
         self,
@@ -211,6 +220,13 @@ class RunLogger:
             f"run {self._run.name} | {how} | {counters.step} steps | {counters.tokens} tokens | "
             f"{format_duration(counters.elapsed_seconds)}{resume}"
         )
+
+    def _changes(self, state: RunState, changes: Sequence[ConfigChange]) -> None:
+        """Log all changes of the configuration, and record those that affect the result."""
+        for change in changes:
+            self._log(f"config | {change}", logging.WARNING if change.matters else logging.INFO)
+        if recorded := [change.as_json() for change in changes if change.matters]:
+            self._write(lambda log: log.write("config_change", state.counters, changes=recorded))
 
     def _log(self, line: str, level: int = logging.INFO) -> None:
         if self._enabled:
@@ -247,25 +263,3 @@ def _shape(model: ModelConfig) -> str:
 
 def _device_peak() -> float | None:
     return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-
-
-PACKAGES = ("megagrow", "torch", "deepspeed", "triton", "numpy", "safetensors", "sentencepiece")
-
-
-def describe_environment(run: RunConfig) -> dict[str, Any]:
-    """Return the environment as JSON values; unknown values are None."""
-    return {
-        "config": run.model_dump(mode="json"),
-        "python": platform.python_version(),
-        "packages": {name: package_version(name) for name in PACKAGES},
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_changes": _git("status", "--porcelain"),
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -1,0 +1,250 @@
+"""Effect of changing each key of a run between a checkpoint and the run that resumes from it.
+
+Keys have the format of `--set`, with N for an index in a list. The contents of a corpus and of the
+tokenizer are compared under keys of their own, so a moved file is no change.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class Effect(StrEnum):
+    """Effect of a changed key on a resumed run."""
+
+    NONE = "none"
+    """Losses and weights are bit-identical."""
+    ROUNDING = "rounding only"
+    """Losses and weights are equal up to floating-point rounding."""
+    FROM_NOW_ON = "from now on"
+    """The later part of the run differs; announced, and recorded in metrics.jsonl."""
+    CONTRADICTION = "contradiction"
+    """The checkpoint would not belong to the run; refused unless the user allows the key."""
+    FIXED = "fixed"
+    """The checkpoint does not fit; always refused."""
+
+
+EFFECTS: dict[Effect, tuple[str, ...]] = {
+    Effect.NONE: (
+        "name",
+        "output_dir",
+        "data.train.N.path",
+        "data.validation.N.path",
+        "data.tokenizer",
+        "stages.N.at_tokens",
+        "stages.N.at_flops",
+        "stages.N.growth.tolerance",
+        "checkpoint.interval",
+        "checkpoint.keep_last",
+        "checkpoint.keep_every",
+        "checkpoint.keep_before_growth",
+        "checkpoint.background",
+        "validation.interval",
+        "evaluation.interval",
+        "evaluation.data_dir",
+        "evaluation.batch_size",
+        "guards.hang_timeout",
+        "logging.interval",
+        "logging.tensorboard",
+        "logging.wandb_project",
+        "logging.peak_flops",
+    ),
+    Effect.ROUNDING: (
+        "stages.N.parallel.tensor_model_parallel_size",
+        "stages.N.parallel.sequence_parallel",
+        "stages.N.parallel.zero_stage",
+        "stages.N.parallel.offload_optimizer",
+        "stages.N.parallel.activation_checkpointing",
+        "stages.N.kernels.attention",
+        "stages.N.kernels.norm",
+        "stages.N.kernels.pointwise",
+        "stages.N.kernels.loss",
+        "stages.N.kernels.linear_cross_entropy",
+        "stages.N.batch.micro_batch_size",
+    ),
+    Effect.FROM_NOW_ON: (
+        "precision",
+        "stages.N",
+        "stages.N.tokens",
+        "stages.N.batch.global_batch_size",
+        "stages.N.optimizer.lr",
+        "stages.N.optimizer.min_lr",
+        "stages.N.optimizer.betas",
+        "stages.N.optimizer.eps",
+        "stages.N.optimizer.weight_decay",
+        "stages.N.optimizer.weight_decay_on",
+        "stages.N.optimizer.gradient_clipping",
+        "stages.N.schedule.type",
+        "stages.N.schedule.warmup_steps",
+        "stages.N.schedule.warmup_tokens",
+        "stages.N.schedule.horizon_tokens",
+        "stages.N.schedule.decay_tokens",
+        "stages.N.growth.lr_schedule",
+        "stages.N.growth.new_entries",
+        "stages.N.growth.new_entries.peak_factor",
+        "stages.N.growth.new_entries.warmup_steps",
+        "stages.N.growth.freeze_tokens",
+        "data.validation.N",
+        "data.validation.N.contents",
+        "data.validation.N.weight",
+        "validation.tokens",
+        "evaluation",
+        "evaluation.tasks",
+        "evaluation.limit",
+        "guards.max_skipped_steps",
+        "guards.max_rewinds",
+        "guards.loss_spike",
+        "guards.loss_spike.window",
+        "guards.loss_spike.zscore",
+        "guards.loss_spike.patience",
+    ),
+    Effect.CONTRADICTION: (
+        "seed",
+        "init_from",
+        "objective",
+        "data.train.N",
+        "data.train.N.contents",
+        "data.train.N.weight",
+        "data.tokenizer_contents",
+        "data.sequence_length",
+        "data.reset_position_ids",
+        "data.reset_attention_mask",
+        "stages.N.model.max_position_embeddings",
+        "stages.N.model.initializer_range",
+        "stages.N.model.rms_norm_eps",
+        "stages.N.model.rope_theta",
+        "stages.N.model.rope_scaling",
+        "stages.N.model.rope_scaling.rope_type",
+        "stages.N.model.rope_scaling.factor",
+        "stages.N.model.rope_scaling.original_max_position_embeddings",
+        "stages.N.model.rope_scaling.low_freq_factor",
+        "stages.N.model.rope_scaling.high_freq_factor",
+        "stages.N.model.rope_scaling.attention_factor",
+        "stages.N.model.rope_scaling.beta_fast",
+        "stages.N.model.rope_scaling.beta_slow",
+        "stages.N.model.rope_scaling.mscale",
+        "stages.N.model.rope_scaling.mscale_all_dim",
+        "stages.N.model.rope_scaling.truncate",
+        "stages.N.growth",
+        "stages.N.growth.operator",
+        "stages.N.growth.layer_map",
+        "stages.N.growth.new_layer_init",
+        "stages.N.growth.copy_order",
+        "stages.N.growth.copy_split",
+        "stages.N.growth.paper_exact",
+        "stages.N.growth.noise",
+        "stages.N.growth.mixing_noise",
+        "stages.N.growth.optimizer_state",
+        "stages.N.growth.second_moment_batches",
+        "stages.N.growth.exact_continuation",
+        "stages.N.growth.ramp_tokens",
+        "stages.N.growth.learn.steps",
+        "stages.N.growth.learn.lr",
+        "stages.N.growth.learn.min_lr",
+        "stages.N.growth.learn.warmup_steps",
+        "stages.N.growth.probe",
+        "stages.N.growth.probe.operators",
+        "stages.N.growth.probe.steps",
+    ),
+    Effect.FIXED: (
+        "stages.N.model.num_hidden_layers",
+        "stages.N.model.hidden_size",
+        "stages.N.model.num_attention_heads",
+        "stages.N.model.num_key_value_heads",
+        "stages.N.model.head_dim",
+        "stages.N.model.intermediate_size",
+        "stages.N.model.vocab_size",
+        "stages.N.model.tie_word_embeddings",
+    ),
+}
+"""Keys by the effect of a change in the stage of the checkpoint, see `effect_of`.
+
+A section that may be null, and an entry of a list, is a key itself: it can be added or removed.
+"""
+
+_EFFECT_OF = {key: effect for effect, keys in EFFECTS.items() for key in keys}
+
+ABSENT = "absent"
+"""Value of a key of a section or a list entry that does not exist."""
+
+
+@dataclass(frozen=True)
+class ConfigChange:
+    """A key with different values in a checkpoint and in the run that resumes from it."""
+
+    key: str
+    old: Any
+    new: Any
+    effect: Effect
+
+    @property
+    def matters(self) -> bool:
+        """True if the later part of the run differs by more than rounding."""
+        return self.effect not in (Effect.NONE, Effect.ROUNDING)
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_shown(self.old)} -> {_shown(self.new)} ({self.effect})"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return JSON values for metrics.jsonl."""
+        return {"key": self.key, "old": self.old, "new": self.new, "effect": str(self.effect)}
+
+
+def effect_of(key: str, stage: int) -> Effect:
+    """Return the effect of changing a key in a run that resumes in stage `stage`.
+
+    The values of a finished stage cannot be changed from now on, and those of a later stage
+    contradict nothing. Raises KeyError for a key without a class.
+    """
+    effect = _EFFECT_OF[re.sub(r"\.\d+(?=\.|$)", ".N", key)]
+    if effect in (Effect.NONE, Effect.ROUNDING) or not key.startswith("stages."):
+        return effect
+    index = int(key.split(".")[1])
+    if index > stage:
+        return Effect.FROM_NOW_ON
+    return Effect.CONTRADICTION if index < stage and effect is Effect.FROM_NOW_ON else effect
+
+
+def config_changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], stage: int
+) -> list[ConfigChange]:
+    """Return the differing keys of two dumps of runs, in the order of `new`.
+
+    Dumps are nested mappings of JSON values. Keys below an added or removed section or list entry
+    are not listed, except those that the other dump has at the same place.
+    """
+    return [
+        ConfigChange(key, before, after, effect_of(key, stage))
+        for key, before, after in _differing(old, new)
+    ]
+
+
+def _differing(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """Return key, old and new value of each difference."""
+    sides = [_entries(side) for side in (old, new)]
+    if None in sides:
+        return [] if old == new else [(key, old, new)]
+    before, after = (side or {} for side in sides)
+    found = []
+    for name in {**after, **before}:
+        place = f"{key}.{name}" if key else name
+        found += _differing(before.get(name, ABSENT), after.get(name, ABSENT), place)
+    return found
+
+
+def _entries(value: Any) -> Mapping[str, Any] | None:
+    """Return the keys of a section or the entries of a list of sections; None for other values."""
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
+        return {str(index): each for index, each in enumerate(value)}
+    return None
+
+
+def _shown(value: Any) -> str:
+    """Return a value in short form: sections are only named."""
+    if _entries(value):
+        return "present"
+    return "null" if value is None else str(value)

@@ -1,0 +1,255 @@
+"""Comparison of a run with the configuration recorded in the checkpoint it resumes from.
+
+The classes of the keys are those of `config/resume_rules.py`. Lengths that a key gives in steps or
+by default are compared in tokens, so that a new batch size does not shift them without notice.
+"""
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megagrow.checkpoint.manifest import Manifest
+from megagrow.checkpoint.source import Source
+from megagrow.config.deprecated import rename_recorded
+from megagrow.config.load import recorded_run
+from megagrow.config.resume_rules import ABSENT, ConfigChange, Effect, config_changes
+from megagrow.config.schema import GrowthConfig, ModelConfig, RunConfig
+from megagrow.config.sections import Section
+from megagrow.config.stage_length import step_tokens
+from megagrow.data.corpus_identity import corpus_identity
+from megagrow.data.tokenizers import load_tokenizer
+from megagrow.errors import CheckpointError, ConfigError
+from megagrow.growth.mask_schedule import ramp_tokens
+from megagrow.train.schedule import new_entries_of, origin_stage, warmup_length
+from megagrow.train.source_state import state_of, state_of_checkpoint
+from megagrow.train.train_state import RunState
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER = "data.tokenizer_contents"
+
+ALL = "all"
+"""Value of `--allow-change` that allows every key."""
+
+
+class Contents(Section):
+    """Identities of a run's data, recorded in checkpoints as `environment.contents`."""
+
+    train: list[str]
+    validation: list[str]
+    tokenizer: str | None
+    """Checksum; None if neither the run nor its corpora name a tokenizer."""
+
+
+def data_contents(run: RunConfig) -> Contents:
+    """Return the identities of a run's corpora and tokenizer. Raises DataError."""
+    train, validation = (
+        [corpus_identity(corpus.path) for corpus in corpora]
+        for corpora in (run.data.train, run.data.validation)
+    )
+    named = run.data.tokenizer
+    known = [each.tokenizer for each in (*train, *validation) if each.tokenizer]
+    tokenizer = known[0] if known else load_tokenizer(str(named)).checksum if named else None
+    return Contents(
+        train=[each.content for each in train],
+        validation=[each.content for each in validation],
+        tokenizer=tokenizer,
+    )
+
+
+def changes_since(
+    run: RunConfig,
+    contents: Contents | None,
+    state: RunState,
+    model: ModelConfig,
+    environment: Mapping[str, Any],
+) -> list[ConfigChange]:
+    """Return the changes of a run since a checkpoint was saved.
+
+    Args:
+        run: the run that resumes.
+        contents: its `data_contents`; None compares no contents.
+        state: position of the checkpoint.
+        model: model of the checkpoint.
+        environment: environment recorded in the checkpoint.
+
+    Raises CheckpointError if the recorded configuration is damaged.
+    """
+    if state.stage >= len(run.stages):
+        return [ConfigChange(f"stages.{state.stage}", "present", ABSENT, Effect.FIXED)]
+    new = run.model_dump(mode="json")
+    recorded, then = _recorded(environment)
+    old = copy.deepcopy(new) if recorded is None else recorded.model_dump(mode="json")
+    _add_growth_of_files(old, new, state.stage, environment.get("growth"))
+    old["stages"][state.stage]["model"] = model.model_dump(mode="json")
+    if contents is not None:
+        _add_contents(old, new, then, contents)
+    for side in (old, new):
+        side["init_from"] = side["init_from"] and str(Path(side["init_from"]).resolve())
+    changes = config_changes(old, new, state.stage)
+    if recorded is not None and state.stage < len(recorded.stages):
+        changes += _shifted_lengths(recorded, run, state.stage, changes)
+    tokens = f"stages.{state.stage}.tokens"
+    if run.stages[state.stage].tokens < state.stage_tokens:
+        changes = [
+            replace(c, effect=Effect.CONTRADICTION) if c.key == tokens else c for c in changes
+        ]
+    return changes
+
+
+def checkpoint_changes(
+    run: RunConfig, contents: Contents | None, manifest: Manifest
+) -> list[ConfigChange]:
+    """Return the changes of a run since a checkpoint with this manifest was saved."""
+    state, model = state_of_checkpoint(manifest), ModelConfig(**manifest.model)
+    return changes_since(run, contents, state, model, manifest.environment)
+
+
+def changes_since_source(
+    run: RunConfig, contents: Contents | None, source: Source
+) -> list[ConfigChange]:
+    """Return the changes between the run that saved the source of `init_from` and the new run.
+
+    The new run may differ in everything but the tokenizer. Its first stage is compared with the
+    stage in which the source was saved.
+    """
+    recorded, then = _recorded(source.environment)
+    if recorded is None:
+        return []
+    old, new = (each.model_dump(mode="json") for each in (recorded, run))
+    stage = min(state_of(source).stage, len(old["stages"]) - 1)
+    old["stages"], new["stages"] = old["stages"][stage : stage + 1], new["stages"][:1]
+    if contents is not None:
+        _add_contents(old, new, then, contents)
+    changes = config_changes(old, new, stage=0)
+    return [
+        replace(change, effect=Effect.FROM_NOW_ON)
+        if change.effect is Effect.CONTRADICTION and change.key != TOKENIZER
+        else change
+        for change in changes
+        if change.key not in ("name", "output_dir", "init_from")
+    ]
+
+
+def check_changes(changes: Sequence[ConfigChange], allowed: Sequence[str], checkpoint: str) -> None:
+    """Raise an InputError for changes that are neither compatible nor allowed.
+
+    Args:
+        changes: from `changes_since`.
+        allowed: keys or sections of `--allow-change`, or `all`.
+        checkpoint: the checkpoint or source, for the message.
+    """
+    fixed = [change for change in changes if change.effect is Effect.FIXED]
+    if fixed:
+        raise CheckpointError(
+            f"{checkpoint}: is of another model than the run: {_listed(fixed)}; set the model of "
+            "the checkpoint or another output_dir"
+        )
+    refused = [
+        change
+        for change in changes
+        if change.effect is Effect.CONTRADICTION and not _is_allowed(change.key, allowed)
+    ]
+    if refused:
+        keys = " ".join(f"--allow-change {change.key}" for change in refused)
+        raise ConfigError(
+            f"{checkpoint}: the run contradicts the configuration that it was saved with: "
+            f"{_listed(refused)}; restore the old value, set another output_dir, or force it with "
+            f"{keys}"
+        )
+
+
+def _recorded(environment: Mapping[str, Any]) -> tuple[RunConfig | None, Contents | None]:
+    """Return the run and the contents recorded in a checkpoint; None for what it does not have.
+
+    Checkpoints converted from other formats record no run, those of earlier versions no contents.
+    """
+    config, contents = environment.get("config"), environment.get("contents")
+    try:
+        run = None if config is None else recorded_run(config)
+        known = None if contents is None else Contents.model_validate(contents)
+    except ValidationError as error:
+        logger.warning(
+            "the configuration in the checkpoint is unreadable, only its model is compared: %s",
+            error.errors()[0]["msg"],
+        )
+        return None, None
+    if run is None or known is None:
+        return run, None
+    sizes = len(known.train), len(known.validation)
+    if sizes != (len(run.data.train), len(run.data.validation)):
+        raise CheckpointError("the contents recorded in the checkpoint do not match its run")
+    return run, known
+
+
+def _add_growth_of_files(
+    old: dict[str, Any], new: dict[str, Any], stage: int, growth: Mapping[str, Any] | None
+) -> None:
+    """Add the growth of a checkpoint that `megagrow grow` wrote, whose run had other plans."""
+    known = len(old["stages"])
+    old["stages"] += copy.deepcopy(new["stages"][known : stage + 1])
+    if growth is None or growth.get("options") is None:
+        return
+    try:
+        old["stages"][stage]["growth"] = GrowthConfig.model_validate(
+            rename_recorded(growth["options"], ("growth",))
+        ).model_dump(mode="json")
+        old["seed"] = int(growth["stream"].partition("/")[0])
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"the growth recorded in the checkpoint is invalid ({error})"
+        ) from error
+
+
+def _add_contents(
+    old: dict[str, Any], new: dict[str, Any], recorded: Contents | None, now: Contents
+) -> None:
+    """Add the contents of corpora and tokenizer; paths stand for contents that are not recorded."""
+    for name in ("train", "validation"):
+        for side, known in ((old, recorded), (new, now if recorded else None)):
+            for index, corpus in enumerate(side["data"][name]):
+                corpus["contents"] = getattr(known, name)[index] if known else corpus["path"]
+    tokenizers = (recorded or now).tokenizer, now.tokenizer
+    if None not in tokenizers:
+        for side, tokenizer in zip((old, new), tokenizers, strict=True):
+            side["data"]["tokenizer_contents"] = tokenizer
+
+
+def _shifted_lengths(
+    old: RunConfig, new: RunConfig, stage: int, changes: Sequence[ConfigChange]
+) -> list[ConfigChange]:
+    """Return the lengths of a stage that differ in tokens although their own keys are unchanged."""
+    lengths = zip(_lengths(old, stage).items(), _lengths(new, stage).values(), strict=True)
+    found = []
+    for (key, before), after in lengths:
+        place = f"stages.{stage}.{key}"
+        own = any(change.key.startswith(place.removesuffix("_tokens")) for change in changes)
+        if before != after and not own:
+            values = f"{before} tokens", f"{after} tokens"
+            found.append(ConfigChange(place, *values, Effect.CONTRADICTION))
+    return found
+
+
+def _lengths(run: RunConfig, stage: int) -> dict[str, int]:
+    """Return the lengths of a stage that other keys determine, in tokens, by their keys."""
+    config, length = run.stages[stage], run.data.sequence_length
+    origin = step_tokens(run.stages[origin_stage(run, stage)], length)
+    new = None if config.growth is None else new_entries_of(config.growth)
+    return {
+        "schedule.warmup_tokens": warmup_length(config.schedule, origin),
+        "growth.new_entries": new.warmup_steps * step_tokens(config, length) if new else 0,
+        "growth.ramp_tokens": ramp_tokens(run, stage),
+    }
+
+
+def _listed(changes: Sequence[ConfigChange]) -> str:
+    return ", ".join(f"{change.key}: {change.old} -> {change.new}" for change in changes)
+
+
+def _is_allowed(key: str, allowed: Sequence[str]) -> bool:
+    return any(each in (ALL, key) or key.startswith(f"{each}.") for each in allowed)

@@ -1,0 +1,58 @@
+"""Files in a run's directory that describe the run: config.yaml and environment.json."""
+
+import itertools
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from megagrow.common.atomic_files import write_text
+from megagrow.common.packages import package_version
+from megagrow.config.load import to_yaml
+from megagrow.config.schema import RunConfig
+
+CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
+
+PACKAGES = ("megagrow", "torch", "deepspeed", "triton", "numpy", "safetensors", "sentencepiece")
+
+
+def write_run_files(run: RunConfig, environment: dict[str, Any]) -> None:
+    """Write config.yaml and environment.json atomically. Raises OSError.
+
+    A config.yaml of another configuration is kept as config-0001.yaml, config-0002.yaml and so on,
+    oldest first.
+    """
+    path, text = run.output_dir / CONFIG_FILE, to_yaml(run)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        if path.exists():
+            path.rename(_unused_name(run.output_dir))
+        write_text(path, text)
+    write_text(run.output_dir / ENVIRONMENT_FILE, json.dumps(environment, indent=1))
+
+
+def _unused_name(directory: Path) -> Path:
+    """Return the first free name for an earlier configuration."""
+    names = (directory / f"config-{number:04d}.yaml" for number in itertools.count(1))
+    return next(path for path in names if not os.path.lexists(path))
+
+
+def describe_environment(run: RunConfig) -> dict[str, Any]:
+    """Return the environment as JSON values; unknown values are None."""
+    return {
+        "config": run.model_dump(mode="json"),
+        "python": platform.python_version(),
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changes": _git("status", "--porcelain"),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

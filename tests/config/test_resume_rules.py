@@ -1,0 +1,84 @@
+"""Every key has a class for resumes, and differences of two configurations are found by key."""
+
+from typing import Any
+
+import pytest
+
+from megagrow.config.resume_rules import ABSENT, EFFECTS, Effect, config_changes, effect_of
+from megagrow.config.schema import RunConfig
+from megagrow.config.sections import Section
+from tests.tools.test_config_reference import inner
+
+CONTENTS = {"data.train.N.contents", "data.validation.N.contents", "data.tokenizer_contents"}
+"""Compared in addition to the keys of a run file."""
+CLASSIFIED = [key for keys in EFFECTS.values() for key in keys]
+
+
+def comparable(section: type[Section], path: str = "") -> set[str]:
+    """Return the paths at which two dumps of a section can differ."""
+    found: set[str] = set()
+    for name, field in section.model_fields.items():
+        if field.exclude:
+            continue
+        place = f"{path}{name}"
+        sections = list(inner(field.annotation))
+        for kind, is_list in sections:
+            found |= {f"{place}.N"} if is_list else set()
+            found |= comparable(kind, f"{place}.{'N.' if is_list else ''}")
+        if not sections or field.default is None:
+            found.add(place)
+    return found
+
+
+def test_every_key_is_classified_once() -> None:
+    assert len(CLASSIFIED) == len(set(CLASSIFIED)) > 100
+    assert set(CLASSIFIED) == comparable(RunConfig) | CONTENTS
+
+
+@pytest.mark.parametrize(
+    ("key", "stage", "effect"),
+    [
+        ("checkpoint.interval", 0, Effect.NONE),
+        ("stages.1.parallel.zero_stage", 1, Effect.ROUNDING),
+        ("stages.0.parallel.zero_stage", 1, Effect.ROUNDING),
+        ("stages.1.optimizer.lr", 1, Effect.FROM_NOW_ON),
+        ("stages.0.optimizer.lr", 1, Effect.CONTRADICTION),
+        ("stages.12.growth.operator", 3, Effect.FROM_NOW_ON),
+        ("stages.1.growth.operator", 1, Effect.CONTRADICTION),
+        ("stages.1.model.hidden_size", 0, Effect.FROM_NOW_ON),
+        ("stages.1.model.hidden_size", 1, Effect.FIXED),
+        ("data.train.10.weight", 0, Effect.CONTRADICTION),
+        ("seed", 5, Effect.CONTRADICTION),
+    ],
+)
+def test_the_effect_depends_on_the_stage(key: str, stage: int, effect: Effect) -> None:
+    assert effect_of(key, stage) is effect
+
+
+def test_a_key_without_a_class_is_an_error() -> None:
+    with pytest.raises(KeyError, match=r"optimizer\.momentum"):
+        config_changes({"optimizer": {"momentum": 0}}, {"optimizer": {"momentum": 1}}, 0)
+
+
+def test_differences_are_listed_by_key() -> None:
+    old: dict[str, Any] = {
+        "seed": 1,
+        "evaluation": None,
+        "data": {"train": [{"path": "a"}], "validation": []},
+        "stages": [{"tokens": 5, "optimizer": {"betas": [0.9, 0.95]}}, {"tokens": 1}],
+    }
+    new = {
+        "seed": 1,
+        "evaluation": {"tasks": ["gstack"]},
+        "data": {"train": [{"path": "b"}, {"path": "c"}], "validation": []},
+        "stages": [{"tokens": 5, "optimizer": {"betas": [0.9, 0.99]}}],
+    }
+    found = {change.key: (change.old, change.new) for change in config_changes(old, new, 0)}
+    assert found == {
+        "evaluation": (None, {"tasks": ["gstack"]}),
+        "data.train.0.path": ("a", "b"),
+        "data.train.1": (ABSENT, {"path": "c"}),
+        "stages.0.optimizer.betas": ([0.9, 0.95], [0.9, 0.99]),
+        "stages.1": ({"tokens": 1}, ABSENT),
+    }
+    assert config_changes(old, old, 0) == []
