@@ -93,7 +93,7 @@ class RunConfig(Section):
     always fp32. With `zero_stage: 0`, bf16 is an autocast of fp32 weights."""
     init_from: Path | None = None
     """Checkpoint, run directory or Hugging Face folder with the initial weights of the first stage;
-    null initializes randomly. Ignored when resuming."""
+    null initializes randomly. Not read when resuming."""
     objective: Literal["pretrain", "sft"] = "pretrain"
     """`sft` is instruction tuning on data from `megagrow prepare-sft`: the loss is the mean over
     the answer tokens of a global batch, and the optimizer state is always reinitialized."""

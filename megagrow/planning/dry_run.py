@@ -115,7 +115,8 @@ def dry_run(run: RunConfig, world_size: int, rank: int = 0, allowed: Sequence[st
     invalid = [*growth_problems(run), *world_problems(run, world_size)]
     notes: list[str] = []
     problems = [*invalid, *check_inputs(run, notes), *_evaluation(run, notes)]
-    problems += _folders(run, None if problems else data_contents(run), allowed, notes)
+    problems += _start(run, None if problems else data_contents(run), allowed, notes)
+    problems += _output_dir(run)
     stages: tuple[RankStage, ...] = ()
     growths: tuple[RankGrowth, ...] = ()
     if not invalid:
@@ -124,13 +125,10 @@ def dry_run(run: RunConfig, world_size: int, rank: int = 0, allowed: Sequence[st
     return DryRun(run, world_size, rank, tuple(problems), tuple(notes), stages, growths)
 
 
-def _folders(
+def _start(
     run: RunConfig, contents: Contents | None, allowed: Sequence[str], notes: list[str]
 ) -> Iterator[str]:
-    """Yield problems of the run's source and output directory; append notes."""
-    parent = _nearest_existing(run.output_dir)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        yield f"output_dir = {run.output_dir}: {parent} is not a writable directory"
+    """Yield problems of the checkpoint or the source that the run starts from; append notes."""
     try:
         saved = list_checkpoints(run.output_dir / "checkpoints")
         source = None if saved else check_beginning(run)
@@ -148,6 +146,13 @@ def _folders(
     if run.precision == "auto":
         notes.append("precision auto is planned as bf16, as on a GPU")
     notes.append("kernel backends can be checked only on the training hosts: megagrow doctor --run")
+
+
+def _output_dir(run: RunConfig) -> Iterator[str]:
+    """Yield the problem of an output directory that cannot be written."""
+    parent = _nearest_existing(run.output_dir)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        yield f"output_dir = {run.output_dir}: {parent} is not a writable directory"
 
 
 def _evaluation(run: RunConfig, notes: list[str]) -> Iterator[str]:

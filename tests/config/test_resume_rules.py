@@ -7,7 +7,7 @@ import pytest
 from megagrow.config.resume_rules import ABSENT, EFFECTS, Effect, config_changes, effect_of
 from megagrow.config.schema import RunConfig
 from megagrow.config.sections import Section
-from tests.tools.test_config_reference import inner
+from tests.helpers.config_keys import sections_in
 
 CONTENTS = {"data.train.N.contents", "data.validation.N.contents", "data.tokenizer_contents"}
 """Compared in addition to the keys of a run file."""
@@ -21,7 +21,7 @@ def comparable(section: type[Section], path: str = "") -> set[str]:
         if field.exclude:
             continue
         place = f"{path}{name}"
-        sections = list(inner(field.annotation))
+        sections = list(sections_in(field.annotation))
         for kind, is_list in sections:
             found |= {f"{place}.N"} if is_list else set()
             found |= comparable(kind, f"{place}.{'N.' if is_list else ''}")

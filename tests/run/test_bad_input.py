@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megagrow.checkpoint.discovery import checkpoint_name
 from megagrow.config.schema import RunConfig
 from tests.helpers.checkpoint.damage import flip
 from tests.helpers.jobs import records, write_run
@@ -103,13 +104,17 @@ def again(finished, tmp_path) -> tuple[Path, Path]:
 def test_checkpoints_of_another_model(again, key, was):
     path, folder = again
     said = refused_run(path, f"stages.0.model.{key}={2 * was}")
-    assert said.startswith(f"{folder}: its newest checkpoint is of another model: {key} is {was}, ")
+    assert said.startswith(f"{folder / checkpoint_name(6)}: is of another model than the run: ")
+    assert f"stages.0.model.{key}: {was} -> {2 * was}" in said
 
 
-def test_a_run_made_shorter_than_its_checkpoint_is_over(again):
-    path, _ = again
-    done = completed_run(path, f"stages.0.tokens={STEP_TOKENS}")
-    assert "| done | 6 steps" in done.out[0]
+def test_a_run_made_shorter_than_its_checkpoint_is_refused(again):
+    path, folder = again
+    written = (folder.parent / "config.yaml").read_bytes()
+    said = refused_run(path, f"stages.0.tokens={STEP_TOKENS}", "seed=7")
+    assert "seed: 1234 -> 7, stages.0.tokens: 384 -> 64; restore the old value" in said
+    assert said.endswith("--allow-change seed --allow-change stages.0.tokens")
+    assert (folder.parent / "config.yaml").read_bytes() == written
 
 
 def break_shard(checkpoint: Path) -> None:

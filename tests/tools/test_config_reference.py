@@ -5,8 +5,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
 
 import pytest
 import yaml
@@ -15,6 +13,7 @@ from megagrow.config.load import load_run
 from megagrow.config.overrides import BUILT_ON, DEFAULTS
 from megagrow.config.schema import RunConfig, StageConfig
 from megagrow.config.sections import Section
+from tests.helpers.config_keys import sections_in
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools/docs/config_reference.py"
@@ -31,16 +30,8 @@ def keys_of(section: type[Section], path: str = "") -> Iterator[str]:
         if field.exclude:
             continue
         yield f"{path}{name}"
-        for kind, is_list in inner(field.annotation):
+        for kind, is_list in sections_in(field.annotation):
             yield from keys_of(kind, f"{path}{name}.{'N.' if is_list else ''}")
-
-
-def inner(annotation: Any, is_list: bool = False) -> Iterator[tuple[type[Section], bool]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        yield annotation, is_list
-    elif get_origin(annotation) in (list, Union, UnionType):
-        for part in get_args(annotation):
-            yield from inner(part, is_list or get_origin(annotation) is list)
 
 
 def test_the_page_is_current() -> None:

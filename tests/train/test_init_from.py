@@ -15,7 +15,7 @@ from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
 from megagrow.train.init_from import fill_beginning, open_beginning
 from tests.helpers.checkpoint.written import differences, shards, write_checkpoint
 from tests.helpers.hugging_face import hugging_face, state_of
-from tests.helpers.jobs import records, train, write_run
+from tests.helpers.jobs import Job, records, train, write_run
 from tests.helpers.logs import captured_logs
 from tests.helpers.reshard.definition import State, empty_storage, same, storage_of
 from tests.helpers.reshard.models import layout_of
@@ -116,11 +116,15 @@ def test_a_run_begins_where_it_is_told(folder):
     ends = [run.output_dir / "checkpoints" / checkpoint_name(2) for run in runs.values()]
     assert differences(*map(shards, ends)) == []
     assert read_manifest(ends[0]).adam_step == 2
-    # With a checkpoint of its own a run does not look at init_from again.
     gone = run_from(folder, folder / "gone", "named")
-    assert train(write_run(folder / "gone.yaml", gone), 2).finish().codes == [0, 0]
+    arguments = ["train", str(write_run(folder / "gone.yaml", gone)), "--allow-change", "init_from"]
+    # With a checkpoint of its own a run does not read init_from again.
+    assert Job(folder / "gone", 2, arguments).finish().codes == [0, 0]
+    (change,) = records(gone, "config_change", ("step", "changes"))
+    assert (change[0], [each["key"] for each in change[1]]) == (2, ["init_from"])
     other = run_from(folder, ends[0], "other")
     ended = train(write_run(folder / "other.yaml", other), 2).finish()
     assert ended.codes == [0, 0]
     assert f"weights initialized from {ends[0]}" in ended.out[0]
+    assert "config | " not in ended.out[0], "only names differ from the run of the source"
     assert losses(other)[0][2] < losses(runs["named"])[0][2]

@@ -1,0 +1,206 @@
+"""A run that resumes with another configuration: differences found, refused, allowed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagrow.config.load import load_run
+from megagrow.config.resume_rules import Effect
+from megagrow.config.schema import RunConfig
+from megagrow.errors import CheckpointError, ConfigError, InputError
+from megagrow.train.config_changes import (
+    Contents,
+    changes_since,
+    check_changes,
+    data_contents,
+)
+from megagrow.train.train_state import RunState
+from tests.helpers.jobs import write_run
+from tests.helpers.runs import MODEL, STEP_TOKENS, make_run, write_corpus
+
+GROWTH = {"operator": "random_depth", "lr_schedule": "continue"}
+DEEP = MODEL | {"num_hidden_layers": 4}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunConfig:
+    """A run of two stages, ten steps each."""
+    stages = [{"tokens": 10 * STEP_TOKENS}] * 2
+    return make_run(tmp_path, [stages[0], stages[1] | {"model": DEEP, "growth": GROWTH}])
+
+
+def changed(run: RunConfig, *overrides: str) -> RunConfig:
+    """Return the run loaded from its file with overrides."""
+    return load_run(write_run(run.output_dir.with_suffix(".yaml"), run), overrides)
+
+
+def since(
+    then: RunConfig,
+    now: RunConfig,
+    state: RunState,
+    environment: Mapping[str, Any] | None = None,
+    contents: Contents | None = None,
+) -> dict[str, Effect]:
+    """Return the changed keys with their effects."""
+    if environment is None:
+        environment = {"config": then.model_dump(mode="json")}
+    model = then.stages[min(state.stage, len(then.stages) - 1)].model
+    found = changes_since(now, contents, state, model, environment)
+    return {change.key: change.effect for change in found}
+
+
+MIDDLE = RunState(stage=0, stage_tokens=5 * STEP_TOKENS)
+GROWN = RunState(stage=1, stage_tokens=5 * STEP_TOKENS)
+
+
+def test_an_unchanged_run_has_no_changes(run: RunConfig) -> None:
+    for state in (RunState(), MIDDLE, GROWN):
+        assert since(run, changed(run), state) == {}
+
+
+@pytest.mark.parametrize(
+    ("state", "override", "effect"),
+    [
+        (MIDDLE, "checkpoint.interval=7", Effect.NONE),
+        (MIDDLE, "stages.0.parallel.zero_stage=3", Effect.ROUNDING),
+        (MIDDLE, "stages.0.optimizer.betas=[0.9, 0.99]", Effect.FROM_NOW_ON),
+        (MIDDLE, "stages.0.tokens=1280", Effect.FROM_NOW_ON),
+        (MIDDLE, "stages.0.tokens=256", Effect.CONTRADICTION),
+        (GROWN, "stages.0.tokens=1280", Effect.CONTRADICTION),
+        (MIDDLE, "stages.1.growth.copy_order=tiled", Effect.FROM_NOW_ON),
+        (GROWN, "stages.1.growth.copy_order=tiled", Effect.CONTRADICTION),
+        (MIDDLE, "seed=7", Effect.CONTRADICTION),
+        (MIDDLE, "data.sequence_length=8", Effect.CONTRADICTION),
+        (MIDDLE, "stages.0.model.rope_theta=5e5", Effect.CONTRADICTION),
+        (MIDDLE, "stages.0.model.vocab_size=128", Effect.FIXED),
+    ],
+)
+def test_each_class(run: RunConfig, state: RunState, override: str, effect: Effect) -> None:
+    key = override.partition("=")[0]
+    assert since(run, changed(run, override), state)[key] is effect
+
+
+@pytest.mark.parametrize("fixed", ["", "stages.0.schedule.warmup_steps=null"])
+def test_a_batch_does_not_stretch_a_warm_up_in_steps(run: RunConfig, fixed: str) -> None:
+    tokens = "stages.0.schedule.warmup_tokens=192"  # the three steps of `make_run`
+    larger = changed(run, "stages.0.batch.global_batch_size=8", *([fixed, tokens] if fixed else []))
+    found = since(run, larger, MIDDLE)
+    assert found.pop("stages.0.batch.global_batch_size") is Effect.FROM_NOW_ON
+    steps, tokens = "stages.0.schedule.warmup_steps", "stages.0.schedule.warmup_tokens"
+    implied = {tokens: Effect.CONTRADICTION}
+    assert found == ({steps: Effect.FROM_NOW_ON, tokens: Effect.FROM_NOW_ON} if fixed else implied)
+
+
+def test_a_longer_stage_does_not_stretch_its_masks(run: RunConfig) -> None:
+    longer = changed(run, "stages.1.tokens=1280")
+    key = "stages.1.growth.ramp_tokens"  # by default the length of this stage
+    assert since(run, longer, GROWN)[key] is Effect.CONTRADICTION
+    kept = changed(run, "stages.1.tokens=1280", f"{key}=640")
+    found = changes_since(
+        kept, None, GROWN, run.stages[1].model, {"config": run.model_dump(mode="json")}
+    )
+    assert [str(change) for change in found if change.key == key] == [
+        f"{key}: null -> 640 (contradiction)"
+    ]
+
+
+def test_contradictions_name_key_values_and_flag(run: RunConfig) -> None:
+    now = changed(run, "seed=7", "stages.0.optimizer.lr=0.5")
+    environment = {"config": run.model_dump(mode="json")}
+    found = changes_since(now, None, MIDDLE, run.stages[0].model, environment)
+    with pytest.raises(ConfigError, match=r"step-4: .* seed: 1234 -> 7; .* --allow-change seed$"):
+        check_changes(found, [], "step-4")
+    for allowed in ("seed", "all"):
+        check_changes(found, [allowed], "step-4")
+    with pytest.raises(ConfigError, match="seed"):
+        check_changes(found, ["see", "seed.x"], "step-4")
+
+
+def test_a_section_allows_its_keys_and_nothing_allows_another_model(run: RunConfig) -> None:
+    now = changed(run, "data.reset_attention_mask=true", "data.reset_position_ids=true")
+    environment = {"config": run.model_dump(mode="json")}
+    found = changes_since(now, None, MIDDLE, run.stages[0].model, environment)
+    check_changes(found, ["data"], "step-4")
+    wider = changed(run, "stages.0.model.vocab_size=128", "stages.1.model.vocab_size=128")
+    found = changes_since(wider, None, MIDDLE, run.stages[0].model, environment)
+    with pytest.raises(CheckpointError, match=r"another model .*vocab_size: 101 -> 128"):
+        check_changes(found, ["all"], "step-4")
+
+
+def test_a_checkpoint_of_a_removed_stage_is_refused(run: RunConfig) -> None:
+    single = run.model_copy(update={"stages": run.stages[:1]})
+    assert since(run, single, GROWN) == {"stages.1": Effect.FIXED}
+    assert since(run, single, MIDDLE) == {"stages.1": Effect.FROM_NOW_ON}
+
+
+def test_corpora_are_compared_by_their_contents(run: RunConfig, tmp_path: Path) -> None:
+    before = data_contents(run)
+    recorded = {"config": run.model_dump(mode="json"), "contents": before.model_dump()}
+    for end in (".bin", ".idx"):
+        (tmp_path / f"train{end}").rename(tmp_path / f"moved{end}")
+    moved = changed(run, f"data.train.0.path={tmp_path / 'moved'}")
+    assert since(run, moved, MIDDLE, recorded, data_contents(moved)) == {
+        "data.train.0.path": Effect.NONE
+    }
+    write_corpus(tmp_path / "train", seed=5)
+    assert since(run, run, MIDDLE, recorded, data_contents(run)) == {
+        "data.train.0.contents": Effect.CONTRADICTION
+    }
+    earlier = {"config": recorded["config"]}  # no contents recorded: the path stands for them
+    assert since(run, moved, MIDDLE, earlier, data_contents(moved)) == {
+        "data.train.0.path": Effect.NONE,
+        "data.train.0.contents": Effect.CONTRADICTION,
+    }
+
+
+def test_tokenizers_are_compared_where_both_are_known(run: RunConfig) -> None:
+    contents = data_contents(run)
+    assert contents.tokenizer is None
+    recorded: dict[str, Any] = {"config": run.model_dump(mode="json")}
+    for old, new, expected in (("a", "b", True), ("a", "a", False), (None, "b", False)):
+        recorded["contents"] = contents.model_copy(update={"tokenizer": old}).model_dump()
+        now = contents.model_copy(update={"tokenizer": new})
+        found = since(run, run, MIDDLE, recorded, now)
+        assert found == ({"data.tokenizer_contents": Effect.CONTRADICTION} if expected else {})
+
+
+def test_a_checkpoint_without_a_configuration_is_compared_by_its_model(run: RunConfig) -> None:
+    assert since(run, changed(run, "seed=7"), MIDDLE, {}) == {}
+    wider = changed(run, "stages.0.model.vocab_size=128", "stages.1.model.vocab_size=128")
+    assert since(run, wider, MIDDLE, {}) == {"stages.0.model.vocab_size": Effect.FIXED}
+
+
+def test_a_growth_between_files_is_compared_with_the_run(run: RunConfig) -> None:
+    base = run.model_copy(update={"stages": run.stages[:1]})
+    options = run.stages[1].growth
+    assert options is not None
+    growth = {"options": options.model_dump(mode="json"), "stream": "1234/stage-1"}
+    environment = {"config": base.model_dump(mode="json"), "growth": growth}
+    start = RunState(stage=1)
+    assert since(run, run, start, environment) == {}
+    growth["stream"] = "7/stage-1"
+    growth["options"] = options.model_copy(update={"copy_order": "tiled"}).model_dump(mode="json")
+    assert since(run, run, start, environment) == {
+        "seed": Effect.CONTRADICTION,
+        "stages.1.growth.copy_order": Effect.CONTRADICTION,
+    }
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"growth": {"options": {"operator": 3}, "stream": "1/stage-1"}},
+        {"growth": {"options": {}, "stream": "x"}},
+        {"contents": {"train": [], "validation": [], "tokenizer": None}},
+        {"contents": {"train": 3}},
+        {"config": {"stages": 3}},
+    ],
+)
+def test_damaged_records_raise_no_traceback(run: RunConfig, environment: dict[str, Any]) -> None:
+    recorded = {"config": run.model_dump(mode="json")} | environment
+    try:
+        since(run, run, GROWN, recorded, data_contents(run))
+    except InputError as error:
+        assert "recorded in the checkpoint" in str(error)
