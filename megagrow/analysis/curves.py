@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
+
+from pydantic import BaseModel, Field, ValidationError
 
 from megagrow.analysis.flop_accounting import Account, Setting, cumulative_flops, read_setting
 from megagrow.analysis.run_metrics import RunMetrics, Score, read_run_metrics, read_scores
 from megagrow.analysis.speedup import LossCurve
+from megagrow.common.number_ranges import Tally, as_amount, as_value, problems_of_values
 from megagrow.errors import DataError
 from megagrow.evaluation.results_store import read_stored, stored_files
 from megagrow.train.reporting.metrics import METRICS_FILE, read_metrics
@@ -124,20 +127,27 @@ def load_curves(directory: Path) -> RunCurves:
     path = directory / METRICS_FILE
     try:
         return _curves(directory, path, read_metrics(path))
+    except ValidationError as error:
+        problem = problems_of_values(error)
+        raise DataError(f"{path}: a record is malformed ({problem})") from error
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: a record is malformed ({error!r})") from error
 
 
 def _curves(directory: Path, path: Path, records: list[Record]) -> RunCurves:
-    start = _last(records, "start")
-    end = _last(records, "end")
-    if start is None or end is None or end["step"] < start["run_steps"]:
-        raise DataError(f"{directory}: the run is not finished; resume it until it ends")
+    first, end = _last(records, "start"), _last(records, "end")
+    if first is None or end is None:
+        raise _unfinished(directory)
+    start = _Start.model_validate(first)
+    if end["step"] < start.run_steps:
+        raise _unfinished(directory)
     _check_losses(path, records)
+    _check_costs(records)
+    _check_stages(_of_kind(records, "growth"), len(start.parameters))
     return RunCurves(
-        name=start["name"],
-        seed=start["seed"],
-        parameters=tuple(start["parameters"]),
+        name=start.name,
+        seed=start.seed,
+        parameters=start.parameters,
         tokens=end["tokens"],
         flops=end["flops"],
         flops_true=end["flops_true"],
@@ -151,7 +161,7 @@ def _curves(directory: Path, path: Path, records: list[Record]) -> RunCurves:
                 record["flops"],
                 record["flops_true"],
                 record["elapsed_seconds"],
-                record.get("operator"),
+                _text(record.get("operator")),
             )
             for record in _of_kind(records, "growth")
         ),
@@ -159,6 +169,38 @@ def _curves(directory: Path, path: Path, records: list[Record]) -> RunCurves:
         scores=read_scores(_of_kind(records, "evaluation"), _stored_results(directory)),
         setting=read_setting(directory),
     )
+
+
+class _Start(BaseModel):
+    """Fields of a start record."""
+
+    name: str
+    seed: int
+    parameters: tuple[Tally, ...] = Field(min_length=1)
+    run_steps: Tally
+
+
+def _unfinished(directory: Path) -> DataError:
+    return DataError(f"{directory}: the run is not finished; resume it until it ends")
+
+
+def _check_costs(records: Sequence[Record]) -> None:
+    """Raise ValueError unless all costs are in range and never decrease, and the end has some."""
+    costs = ("tokens", "flops", "flops_true", "elapsed_seconds")
+    measured = [r for r in records if r["kind"] in ("train", "validation", "growth", "end")]
+    for cost in costs:
+        values = [as_amount(record[cost]) for record in measured]
+        if any(later < sooner for sooner, later in pairwise(values)):
+            raise ValueError(f"{cost} decreases")
+        if any(0 < value < 1 for value in values if cost != "elapsed_seconds") or not values[-1]:
+            raise ValueError(f"{cost} = {min(values)}")
+
+
+def _check_stages(growths: Sequence[Record], stages: int) -> None:
+    """Raise ValueError unless each growth starts another of the stages, in order."""
+    starts = [growth["stage"] for growth in growths]
+    if starts != sorted(set(starts)) or any(not 0 < stage < stages for stage in starts):
+        raise ValueError(f"growths into the stages {starts!r:.60} of {stages}")
 
 
 def _stored_results(directory: Path) -> list[Record]:
@@ -189,8 +231,14 @@ def _series(records: Sequence[Record], losses: Sequence[float] | None = None) ->
         flops=tuple(float(record["flops"]) for record in records),
         flops_true=tuple(float(record["flops_true"]) for record in records),
         seconds=tuple(float(record["elapsed_seconds"]) for record in records),
-        loss=tuple(losses if losses is not None else (float(r["loss"]) for r in records)),
+        loss=tuple(losses if losses is not None else (r["loss"] for r in records)),
     )
+
+
+def _text(value: object) -> str | None:
+    if not isinstance(value, str | None):
+        raise TypeError(f"{value!r:.60} is not a text")
+    return value
 
 
 def _of_kind(records: Sequence[Record], kind: str) -> list[Record]:
@@ -216,3 +264,4 @@ def _check_losses(path: Path, records: Sequence[Record]) -> None:
                 f"{path}: the {record['kind']} loss at step {record['step']} is not finite; "
                 "the run diverged, lower its learning rate"
             )
+        as_value(record["loss"])

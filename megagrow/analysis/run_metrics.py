@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megagrow.common.number_ranges import as_amount, as_tally, as_value
 from megagrow.train.reporting.writers import Record
 
 
@@ -64,10 +65,10 @@ def read_scores(evaluations: Sequence[Record], stored: Sequence[Record] = ()) ->
 
 def _score(record: Record) -> Score:
     return Score(
-        step=record["step"],
-        tokens=record["tokens"],
-        flops=float(record["flops"]),
-        seconds=float(record["elapsed_seconds"]),
+        step=as_tally(record["step"]),
+        tokens=as_tally(record["tokens"]),
+        flops=as_amount(record["flops"]),
+        seconds=as_amount(record["elapsed_seconds"]),
         average=_number(record.get("average")),
         results={task: _numbers(values) for task, values in _mapping(record["results"]).items()},
     )
@@ -77,7 +78,7 @@ def _metric_series(records: Sequence[Record], name: str) -> MetricSeries:
     present = [record for record in records if record.get(name) is not None]
     return MetricSeries(
         tuple(record["tokens"] for record in present),
-        tuple(float(record[name]) for record in present),
+        tuple(as_value(record[name]) for record in present),
     )
 
 
@@ -93,4 +94,4 @@ def _mapping(value: object) -> dict[str, object]:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    return as_value(value) if isinstance(value, int | float) else None

@@ -73,7 +73,7 @@ def speedup_curve_levels(
     for loss in shared_losses([*scratch, *grown], count):
         scratch_flops = [flops_to_reach(curve, loss) for curve in scratch]
         grown_flops = [flops_to_reach(curve, loss) for curve in grown]
-        ratios = [s / g for s in scratch_flops for g in grown_flops if s is not None and g]
+        ratios = [s / g for s in scratch_flops for g in grown_flops if s and g]
         if len(ratios) == len(scratch) * len(grown):
             levels.append(Level(loss, tuple(ratio - 1.0 for ratio in ratios)))
     return levels

@@ -14,6 +14,7 @@ from typing import Any
 from megagrow.common.atomic_files import write_synced
 from megagrow.common.checksums import FileRecord, Files, check_file, check_size, text_checksum
 from megagrow.common.json_text import FILE_BYTES, parse_json, read_limited
+from megagrow.common.number_ranges import as_tally
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.parallel.sharding import parameter_plan
@@ -147,13 +148,13 @@ def _check_kinds(manifest: Manifest) -> None:
         *((value, dict) for value in (manifest.model, manifest.layout, run)),
         *((value, dict) for value in (manifest.environment, run.get("counters", {}))),
         (manifest.environment.get("packages", {}), dict),
-        (manifest.adam_step, int),
         (manifest.protected or "", str),
         *((run.get(name, []), list) for name in lists),
         *((inner, list) for name in lists for inner in run.get(name, [])),
         *((name, str) for names in run.get("operators", []) for name in names),
         *((size, int | float) for size in run.get("counters", {}).values()),
     ]
+    as_tally(manifest.adam_step)
     for value, kind in kinds:
         if not isinstance(value, kind):
             raise ValueError(f"{value!r:.60} has the wrong type or position")

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import xxhash
 
+from megagrow.common.number_ranges import MOST
 from megagrow.errors import CheckpointError, InputError
 
 READ_BYTES = 2**22
@@ -56,8 +57,8 @@ class FileRecord:
         if not isinstance(values, dict) or values.keys() != {size_key, algorithm}:
             raise ValueError(f"a file record has the keys {size_key} and {algorithm}")
         size, checksum = values[size_key], values[algorithm]
-        if type(size) is not int or not isinstance(checksum, str):
-            raise ValueError(f"{size_key} must be an integer and {algorithm} a string")
+        if type(size) is not int or not 0 <= size <= MOST or not isinstance(checksum, str):
+            raise ValueError(f"{size_key} must be an integer from 0 and {algorithm} a string")
         return cls(size, checksum, algorithm)
 
     def to_json(self) -> dict[str, int | str]:

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -10,11 +10,15 @@ from typing import BinaryIO
 import pyarrow
 import pyarrow.parquet
 
+from megagrow.common.json_text import limited_lines, read_limited
 from megagrow.data.sources import SourceUnit, open_hub
 from megagrow.errors import DataError
 
 ROWS = 256
 """Rows of a parquet file held in memory at a time."""
+
+DOCUMENT_BYTES = 1_000_000_000
+"""Maximum size of a text file, of a JSON line after decompression, and of `ROWS` parquet rows."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def read_documents(unit: SourceUnit, text_key: str) -> Iterator[Document]:
 def _read_texts(unit: SourceUnit) -> Iterator[Document]:
     errors = "replace" if unit.kind == "lossy text" else "strict"
     for path in unit.files:
-        content = Path(path).read_bytes()
+        content = read_limited(Path(path), DOCUMENT_BYTES, DataError)
         try:
             yield Document(content.decode("utf-8-sig", errors), len(content))
         except UnicodeDecodeError as error:
@@ -64,7 +68,7 @@ def _read_json_lines(unit: SourceUnit, text_key: str) -> Iterator[Document]:
         if unit.start:
             file.readline()
         position, number = file.tell(), 0
-        while position < unit.stop and (line := file.readline()):
+        while position < unit.stop and (line := file.readline(DOCUMENT_BYTES + 1)):
             position += len(line)
             number += 1
             try:
@@ -80,7 +84,7 @@ def _read_compressed(unit: SourceUnit, text_key: str) -> Iterator[Document]:
     number, consumed = 0, 0
     with open(path, "rb") as raw:
         try:
-            for line in _decompress(raw, path):
+            for line in limited_lines(_decompress(raw, path), DOCUMENT_BYTES):
                 number += 1
                 before, consumed = consumed, raw.tell()
                 yield Document(_text_of_line(line, text_key), consumed - before)
@@ -90,8 +94,8 @@ def _read_compressed(unit: SourceUnit, text_key: str) -> Iterator[Document]:
             raise DataError(f"{path}: damaged after line {number}: {error}") from error
 
 
-def _decompress(raw: BinaryIO, path: str) -> Iterable[bytes]:
-    """Yield the lines of a .gz or .zst file with any number of members or frames."""
+def _decompress(raw: BinaryIO, path: str) -> BinaryIO:
+    """Open a .gz or .zst file with any number of members or frames."""
     codec = "gzip" if path.endswith(".gz") else "zstd"
     return io.BufferedReader(pyarrow.CompressedInputStream(raw, codec))
 
@@ -105,12 +109,20 @@ def _read_parquet(unit: SourceUnit, text_key: str) -> Iterator[Document]:
             groups = range(unit.start, unit.stop)
             rows = sum(file.metadata.row_group(group).num_rows for group in groups)
             batches = file.iter_batches(ROWS, row_groups=list(groups), columns=[text_key])
-            texts = (text for batch in batches for text in batch.column(0).to_pylist())
+            texts = (text for batch in batches for text in _column(batch, path))
             for number, text in enumerate(texts, start=1):
                 where = f"{path}: row {number} from row group {unit.start}"
                 yield Document(_checked(text, text_key, where), unit.size // rows)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged parquet file: {error}") from error
+
+
+def _column(batch: pyarrow.RecordBatch, path: str) -> list[object]:
+    """Return the values of the only column of a batch; a dictionary can repeat large ones."""
+    if batch.nbytes > DOCUMENT_BYTES:
+        raise DataError(f"{path}: {len(batch)} rows contain {batch.nbytes} bytes, too many")
+    values: list[object] = batch.column(0).to_pylist()
+    return values
 
 
 def _read_hub(unit: SourceUnit, text_key: str) -> Iterator[Document]:
@@ -128,6 +140,8 @@ def _read_hub(unit: SourceUnit, text_key: str) -> Iterator[Document]:
 
 def _text_of_line(line: bytes, text_key: str) -> str:
     """Return the text of a JSON line, "" for a blank one; raises ValueError with the problem."""
+    if len(line) > DOCUMENT_BYTES:
+        raise ValueError(f"longer than the limit of {DOCUMENT_BYTES} bytes")
     try:
         content = line.decode("utf-8").strip()
     except UnicodeDecodeError as error:

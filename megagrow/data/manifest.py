@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, Val
 
 from megagrow.common.atomic_files import write_text
 from megagrow.common.checksums import FileRecord, Files
-from megagrow.common.json_text import parse_json
+from megagrow.common.json_text import FILE_BYTES, parse_json, read_limited
 from megagrow.common.safe_paths import is_inner_path
 from megagrow.errors import DataError
 
@@ -70,7 +70,7 @@ class CorpusManifest(BaseModel):
         if not path.is_file():
             return None
         try:
-            content = parse_json(path.read_bytes())
+            content = parse_json(read_limited(path, FILE_BYTES, DataError))
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 return None
             manifest = cls.model_validate(content)

@@ -15,11 +15,13 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from megagrow.common.atomic_files import write_text
+from megagrow.common.json_text import FILE_BYTES, read_limited
 from megagrow.data.documents import Document, read_documents
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
 from megagrow.data.manifest import Split
 from megagrow.data.sources import SourceUnit
 from megagrow.data.tokenizers import Tokenizer, load_tokenizer
+from megagrow.errors import DataError
 
 TRAIN, VALIDATION = SPLITS = ("train", "validation")
 BATCH_BYTES = 1 << 20
@@ -76,7 +78,7 @@ def finished_part(folder: Path, name: str, vocab_size: int) -> PartFile | None:
     """Return the part of this name, or None if it is absent or incomplete."""
     path = folder / f"{name}.json"
     try:
-        part = PartFile.model_validate_json(path.read_bytes())
+        part = PartFile.model_validate_json(read_limited(path, FILE_BYTES, DataError))
         sizes = {s: with_suffix(folder / name, f".{s}.bin").stat().st_size for s in SPLITS}
     except (FileNotFoundError, ValidationError):
         return None

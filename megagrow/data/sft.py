@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagrow.common.json_text import parse_json
+from megagrow.common.json_text import limited_lines, parse_json, read_limited
 from megagrow.config.schema import CorpusConfig
 from megagrow.data.indexed import IndexedCorpus, with_suffix
 from megagrow.data.manifest import CorpusManifest
@@ -33,6 +33,9 @@ WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
+
+LIST_BYTES = 1_000_000_000
+"""Maximum size of a JSON list, or of a line of a .jsonl file."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,12 @@ def tokenize(tokenizer: Tokenizer, example: Example) -> TokenizedExample:
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield every record with its location for error messages."""
     try:
-        raw = path.read_bytes()
+        if path.suffix == ".jsonl":
+            yield from _lines(path)
+            return
+        raw = read_limited(path, LIST_BYTES, DataError)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; give a file of instructions") from error
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(raw.split(b"\n"), start=1):
-            if line.strip():
-                yield f"{path}: line {number}", _parsed(line, f"{path}: line {number}")
-        return
     records = _parsed(raw, str(path))
     if not isinstance(records, list):
         raise DataError(
@@ -95,9 +96,19 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
     yield from ((f"{path}: record {number}", item) for number, item in enumerate(records, start=1))
 
 
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        try:
+            for number, line in enumerate(limited_lines(file, LIST_BYTES), start=1):
+                if line.strip():
+                    yield f"{path}: line {number}", _parsed(line, f"{path}: line {number}")
+        except ValueError as error:
+            raise DataError(f"{path}: {error}") from error
+
+
 def _parsed(raw: bytes, where: str) -> Any:
     try:
-        return parse_json(raw)
+        return parse_json(raw, most_values=len(raw))
     except ValueError as error:
         raise DataError(f"{where}: not JSON ({error})") from error
 

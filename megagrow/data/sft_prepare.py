@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +156,12 @@ def _remove(prefix: Path) -> None:
 
 
 def _digests(sources: Sequence[Path]) -> list[str]:
-    return [hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for path in sources]
+    digests = []
+    for path in sources:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16))
+        digests.append(digest.hexdigest())
+    return digests
 
 
 def _describe(

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megagrow.common.json_text import FILE_BYTES, parse_json, read_limited
 from megagrow.errors import DataError
 
 Doc = dict[str, Any]
@@ -25,6 +26,9 @@ _TITLE = re.compile(r"= (?!=).*(?<!=) =")
 """Title line of a WikiText article, without surrounding blanks; section titles have more = signs.
 Two formulas of the test set also match. They start an article on the hub as well, which therefore
 has 62 articles."""
+
+_ROWS = 256
+"""Rows of a parquet file converted at a time."""
 
 _LOGIQA_LINES = 8
 """Lines per question: empty line, letter of the answer, passage, question, four options."""
@@ -38,7 +42,7 @@ def read_documents(task: str, folder: Path) -> list[Doc]:
     path, read = _find_file(task, folder)
     try:
         docs = list(read(path))
-    except (UnicodeDecodeError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError) as error:
         reason = str(error).split("\n")[0]
         raise DataError(f"{path}: not valid data of task {task}: {reason}") from error
     if not docs:
@@ -63,11 +67,9 @@ def _find_file(task: str, folder: Path) -> tuple[Path, Callable[[Path], Iterator
 
 
 def _jsonl(path: Path) -> Iterator[Doc]:
-    import json
-
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
-            doc = json.loads(line)
+            doc = parse_json(line.encode())
             if not isinstance(doc, dict):
                 raise ValueError(f"line {number} is not a JSON object")
             yield doc
@@ -76,11 +78,21 @@ def _jsonl(path: Path) -> Iterator[Doc]:
 def _parquet(path: Path) -> Iterator[Doc]:
     import pyarrow.parquet
 
-    yield from pyarrow.parquet.read_table(path).to_pylist()
+    size = 0
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(_ROWS):
+            size += batch.nbytes
+            if size > FILE_BYTES:
+                raise ValueError(f"more than {FILE_BYTES} bytes of data")
+            yield from batch.to_pylist()
+
+
+def _text(path: Path) -> str:
+    return read_limited(path, FILE_BYTES, DataError).decode("utf-8").replace("\r\n", "\n")
 
 
 def _logiqa(path: Path) -> Iterator[Doc]:
-    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    lines = _text(path).rstrip("\n").split("\n")
     for first in range(0, len(lines), _LOGIQA_LINES):
         part = lines[first : first + _LOGIQA_LINES]
         if len(part) < _LOGIQA_LINES or part[0].strip() or part[1].strip() not in tuple("abcd"):
@@ -109,7 +121,7 @@ def _wikitext(path: Path) -> Iterator[Doc]:
     The line break before a title and blank lines before the first title belong to no article.
     """
     lines: list[str] = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in _text(path).split("\n"):
         if _TITLE.fullmatch(line.strip()):
             yield from _page(lines)
             lines = []

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from megagrow.checkpoint.discovery import checkpoint_name, list_checkpoints
 from megagrow.common.atomic_files import write_text
 from megagrow.common.json_text import finite, read_json
+from megagrow.common.number_ranges import Amount, Tally, problems_of_values
 from megagrow.errors import DataError, unwritable
 from megagrow.train.reporting.metrics import METRICS_FILE
 from megagrow.train.train_state import RunState
@@ -88,15 +91,24 @@ def remove_stored_after(run: Path, step: int) -> None:
             path.unlink()
 
 
+class _Stored(BaseModel):
+    """Values of a result file that are read again."""
+
+    step: Tally
+    tokens: Tally
+    flops: Amount
+    elapsed_seconds: Amount
+    results: dict[str, dict[str, Any]]
+
+
 def read_stored(path: Path) -> StoredResults:
     """Read a result file. Raises InputError, with the path, if it has another format."""
     stored = read_json(path)
-    counts = [type(stored.get(key)) is int for key in ("step", "tokens")]
-    numbers = [isinstance(stored.get(key), int | float) for key in ("flops", "elapsed_seconds")]
-    results = stored.get("results")
-    valid = isinstance(results, dict) and all(isinstance(one, dict) for one in results.values())
-    if not (all(counts) and all(numbers) and valid):
+    try:
+        _Stored.model_validate(stored)
+    except ValidationError as error:
         raise DataError(
-            f"{path}: not in the format of megagrow eval; evaluate again or remove the file"
-        )
+            f"{path}: not in the format of megagrow eval ({problems_of_values(error)}); evaluate "
+            "again or remove the file"
+        ) from error
     return stored

@@ -18,8 +18,8 @@ import torch
 from megagrow.checkpoint.source import PlacedSource, Source
 from megagrow.checkpoint.tensor_file import DTYPES, Stored, read_elements
 from megagrow.common.atomic_files import write_synced
-from megagrow.common.json_text import parse_json
-from megagrow.common.safe_paths import is_plain_name
+from megagrow.common.json_text import FILE_BYTES, parse_json, read_limited
+from megagrow.common.safe_paths import read_name
 from megagrow.config.includes import checked_model
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
@@ -103,8 +103,8 @@ def _step_folder(path: Path) -> Path:
     latest = path / LATEST_FILE
     if not latest.is_file():
         raise CheckpointError(f"{path}: has neither {PARAMETERS}/ nor {LATEST_FILE}")
-    name = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if not is_plain_name(name) or not (path / name / PARAMETERS).is_dir():
+    name = read_name(latest)
+    if not (path / name / PARAMETERS).is_dir():
         raise CheckpointError(
             f"{latest}: names {name!r}, which is not a Universal Checkpoint in its folder"
         )
@@ -116,7 +116,7 @@ def _about(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_limited(path, FILE_BYTES, CheckpointError))
         about = {key: content[key] for key in ("model", "run", "environment")}
         if not isinstance(about["run"], dict | None) or not isinstance(about["environment"], dict):
             raise TypeError("run or environment is not an object")

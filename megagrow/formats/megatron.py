@@ -20,6 +20,7 @@ from torch import Tensor
 from megagrow.checkpoint.source import Source, inside, read_rows
 from megagrow.checkpoint.tensor_file import DTYPES, Stored
 from megagrow.common.atomic_files import write_synced
+from megagrow.common.safe_paths import read_name
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.formats.hugging_face import single_rank_layout
@@ -130,9 +131,9 @@ def _iteration(path: Path) -> Path:
     latest = path / LATEST_FILE
     if not latest.is_file():
         return path
-    iteration = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if iteration != "release" and not iteration.isdecimal():
-        raise CheckpointError(f"{latest}: {iteration!r} is not an iteration number")
+    iteration = read_name(latest)
+    if iteration != "release" and not (iteration.isdecimal() and len(iteration) < 20):
+        raise CheckpointError(f"{latest}: {iteration!r:.100} is not an iteration number")
     return path / (iteration if iteration == "release" else f"iter_{int(iteration):07d}")
 
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-from megagrow.common.json_text import parse_json
+from megagrow.common.json_text import FILE_BYTES, parse_json, read_limited
 from megagrow.config.deprecated import rename_recorded
 from megagrow.errors import CheckpointError, ConfigError, InputError, ResourceError
 
@@ -101,8 +101,7 @@ class Journal:
         return ConfigError(f"{self._folder}: exists but is not an unfinished growth; remove it")
 
     def _begin(self, command: dict[str, Any]) -> None:
-        self._file.seek(0)
-        text = self._file.read()
+        text = read_limited(self._path, FILE_BYTES, CheckpointError)
         whole = text[: text.rfind(b"\n") + 1]
         self._file.truncate(len(whole))
         if not whole:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagrow.checkpoint.source import Source
+from megagrow.common.json_text import FILE_BYTES, read_limited
 from megagrow.common.sizes import format_bytes
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import ConfigError, DataError
@@ -26,7 +27,7 @@ def text_tokens(text: Path, tokenizer: str, models: tuple[ModelConfig, ...]) -> 
     from megagrow.data.tokenizers import check_tokenizer, load_tokenizer
 
     try:
-        written = text.read_text(encoding="utf-8")
+        written = read_limited(text, FILE_BYTES, DataError).decode("utf-8")
     except OSError as error:
         raise DataError(f"{text}: {error.strerror}") from error
     except UnicodeDecodeError as error:

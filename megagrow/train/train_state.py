@@ -4,26 +4,33 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+
+from megagrow.common.number_ranges import MOST, Tally, Value, as_tally, problems_of_values
 from megagrow.config.sections import GuardsConfig, LossSpikeConfig
 from megagrow.errors import CheckpointError
 from megagrow.train.reporting.metrics import Counters, StepMetrics
 
+_IndexOrNone = Annotated[int, Field(strict=True, ge=-1, le=MOST)]
+"""Integer from 0, or -1 for none."""
 
+
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Guard:
     """Instabilities of the last steps, and the rewinds that they caused."""
 
-    skipped: int = 0
+    skipped: Tally = 0
     """Consecutive skipped steps up to now: loss or gradient were not finite."""
-    high: int = 0
+    high: Tally = 0
     """Consecutive steps up to now whose loss was a spike."""
-    losses: tuple[float, ...] = ()
+    losses: tuple[Value, ...] = ()
     """Last losses, in nats, from which a spike is detected; empty without `guards.loss_spike`."""
-    rewinds: int = 0
+    rewinds: Tally = 0
     """Consecutive rewinds to the same checkpoint or earlier ones."""
-    rewound_to: int = -1
+    rewound_to: _IndexOrNone = -1
     """Step of the checkpoint of the last rewind; -1 if there was none."""
 
     @property
@@ -60,12 +67,8 @@ class Guard:
             return f"{self.high} consecutive steps with a loss spike"
         return None
 
-    @staticmethod
-    def from_json(values: dict[str, Any]) -> "Guard":
-        """Return the guard that `asdict` turned into `values`."""
-        return Guard(**values | {"losses": tuple(values.get("losses", ()))})
 
-
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class RunState:
     """Position of a run; together with the tensors it determines every later step.
@@ -77,14 +80,14 @@ class RunState:
     """
 
     counters: Counters = field(default_factory=Counters)
-    stage: int = 0
-    stage_tokens: int = 0
+    stage: Tally = 0
+    stage_tokens: Tally = 0
     """Tokens trained in the stage."""
-    provenance: tuple[tuple[int, ...], ...] = ()
+    provenance: tuple[tuple[_IndexOrNone, ...], ...] = ()
     """For each past growth: the source layer of each new layer."""
     operators: tuple[tuple[str, ...], ...] = ()
     """For each past growth: its operators, which a probe chooses during the run."""
-    skipped_tokens: int = 0
+    skipped_tokens: Tally = 0
     """Tokens of the stream that rewinds have skipped without training on them."""
     guard: Guard = field(default_factory=Guard)
 
@@ -152,29 +155,33 @@ class RunState:
         """Return the state that `as_json` wrote, now or in an earlier version.
 
         `environment` is that of the checkpoint; earlier versions counted the steps of a stage, and
-        its configuration has their size. Raises CheckpointError for invalid values.
+        its configuration has their size. Raises CheckpointError for values that are missing, of
+        another type, or out of the range of any run.
         """
+        optional = ("provenance", "operators", "skipped_tokens", "guard")
         try:
-            counters = Counters(**values["counters"])
-            guard = Guard.from_json(values.get("guard", {}))
-            skipped = values.get("skipped_tokens", 0)
-            lists = {
-                name: tuple(tuple(found) for found in values.get(name, ()))
-                for name in ("provenance", "operators")
-            }
-            stage, tokens = values["stage"], _stage_tokens(values, environment)
-            whole = [stage, tokens, counters.step, counters.tokens, skipped]
-            sums = [value for value in asdict(counters).values() if type(value) in (int, float)]
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            known = {name: values[name] for name in ("counters", "stage")}
+            known |= {name: values[name] for name in optional if name in values}
+            state = _STATE.validate_python(
+                known | {"stage_tokens": _stage_tokens(values, environment)}
+            )
+        except ValidationError as error:
+            raise CheckpointError(
+                f"the run state in the checkpoint is invalid: {problems_of_values(error)}"
+            ) from error
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the run state in the checkpoint is incomplete ({error})"
             ) from error
-        wrong = [value for value in whole if type(value) is not int or value < 0]
-        if wrong or len(sums) < len(asdict(counters)):
+        if state.stage_tokens > state.counters.tokens - state.counters.growth_tokens:
             raise CheckpointError(
-                "the run state in the checkpoint is invalid: its counters are not numbers"
+                f"the run state in the checkpoint is invalid: {state.stage_tokens} tokens of stage "
+                f"{state.stage} are more than the {state.counters.tokens} tokens of the run"
             )
-        return RunState(counters, stage, tokens, **lists, skipped_tokens=skipped, guard=guard)
+        return state
+
+
+_STATE: TypeAdapter[RunState] = TypeAdapter(RunState)
 
 
 def _stage_tokens(values: Mapping[str, Any], environment: Mapping[str, Any]) -> Any:
@@ -185,7 +192,8 @@ def _stage_tokens(values: Mapping[str, Any], environment: Mapping[str, Any]) -> 
         return 0
     config = environment["config"]
     batch = config["stages"][values["stage"]]["batch"]["global_batch_size"]
-    return values["stage_step"] * batch * config["data"]["sequence_length"]
+    sizes = (values["stage_step"], batch, config["data"]["sequence_length"])
+    return math.prod(map(as_tally, sizes))
 
 
 def _is_high(spike: LossSpikeConfig, losses: tuple[float, ...], loss: float) -> bool:

@@ -1,6 +1,8 @@
 """Checkpoints, journals and folders of Hugging Face that somebody else has made."""
 
 import json
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +13,16 @@ from safetensors.torch import load_file, save_file
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import read_manifest, write_manifest
 from megagrow.checkpoint.source import open_checkpoint
+from megagrow.config.load import load_run
+from megagrow.data.manifest import CorpusManifest
 from megagrow.errors import InputError
+from megagrow.evaluation.results_store import read_stored
+from megagrow.formats.deepspeed_universal import open_universal
 from megagrow.formats.hugging_face import open_hugging_face
 from megagrow.formats.hugging_face_config import config_of
+from megagrow.formats.megatron import open_megatron
 from megagrow.offline.journal import JOURNAL_FILE, Journal
+from megagrow.train.reporting.metrics import read_metrics
 from megagrow.train.train_state import RunState
 from tests.helpers.checkpoint.saving import MODEL
 from tests.helpers.checkpoint.written import RUN, record_of, write_checkpoint
@@ -107,6 +115,19 @@ def test_a_model_that_fits_nowhere(checkpoint: Path, vocab_size: int) -> None:
         {"counters": {"tokens": -1}},
         {"counters": {"flops": "many"}},
         {"counters": {"what": 1}},
+        {"counters": {"step": 10**19}},
+        {"counters": {"flops": 1e50}},
+        {"counters": {"elapsed_seconds": -1.0}},
+        {"counters": {"step": True}},
+        {"counters": {"tokens": 10, "growth_tokens": 5}, "stage_tokens": 6},
+        {"stage": 2**70},
+        {"stage_tokens": 641},
+        {"skipped_tokens": -1},
+        {"provenance": [[2**64]]},
+        {"operators": [[3]]},
+        {"guard": {"losses": ["x"]}},
+        {"guard": {"rewound_to": -2}},
+        {"guard": {"unknown": 1}},
     ],
 )
 def test_a_run_that_stands_nowhere(changes: dict) -> None:
@@ -173,3 +194,31 @@ def test_a_config_that_is_none(folder: Path, text: str, said: str) -> None:
     (folder / "config.json").write_text(text)
     with pytest.raises(InputError, match=rf"config\.json: .*{said}"):
         open_hugging_face(folder)
+
+
+GIGABYTES = {
+    "manifest.json": lambda path: read_manifest(path.parent),
+    "metrics.jsonl": read_metrics,
+    "step-000000001.json": read_stored,
+    "journal.jsonl": lambda path: Journal(path.parent, {"to": 1}),
+    "megagrow.json": lambda path: open_universal(path.parent, None),
+    "config.json": lambda path: open_hugging_face(path.parent),
+    "latest_universal": lambda path: open_universal(path.parent, None),
+    "latest_checkpointed_iteration.txt": lambda path: open_megatron(path.parent, None),
+    "run.yaml": load_run,
+    "train/manifest.json": lambda path: CorpusManifest.next_to(path),
+}
+
+
+@pytest.mark.parametrize("name", GIGABYTES)
+def test_files_of_many_gigabytes_are_not_read(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name != "latest_universal":
+        (tmp_path / "zero").mkdir()
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    os.truncate(path, 10**11)
+    begin = time.perf_counter()
+    with pytest.raises(InputError, match=rf"{name}.* limit of \d+ bytes"):
+        GIGABYTES[name](path)
+    assert time.perf_counter() - begin < 10

@@ -117,7 +117,9 @@ def run_file_text() -> str:
         (b'["\\ud800"]', "surrogates not allowed"),
         (b'["\\udc00 \\uD83D"]', "surrogates not allowed"),
         (b"\xff\xfe[\x00]\x00", "can't decode byte 0xff"),
-        (b"[" + b"9" * 5000 + b"]", "4300 digits"),
+        (b"[" + b"9" * 5000 + b"]", "a number of 5000 digits"),
+        (b'{"a": -' + b"9" * 40 + b"}", "a number of 41 digits"),
+        (b"[" + b"[]," * 1_000_000 + b"1]", "more than 2000000 values"),
     ],
 )
 def test_json(tmp_path: Path, text: bytes, message: str) -> None:

@@ -1,16 +1,19 @@
 """Corpora and tokenizers that somebody else has made, to do harm or by mistake."""
 
+import gzip
 import json
 import struct
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
+from megagrow.data import documents, sft
 from megagrow.data.documents import read_documents
 from megagrow.data.indexed import SPOT_CHECKS, IndexedCorpus, IndexedWriter
 from megagrow.data.manifest import CorpusManifest
-from megagrow.data.sources import SourceUnit
+from megagrow.data.sources import SourceUnit, find_units
 from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
 
@@ -95,6 +98,42 @@ def test_a_line_of_json_that_is_too_deep_is_named(tmp_path: Path) -> None:
     assert next(documents).text == "a"
     with pytest.raises(InputError, match=r"x\.jsonl: line 2: lists or objects are nested too deep"):
         next(documents)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.txt"])
+def test_a_document_beyond_the_limit_is_not_read(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compressed line expands to 1000 times its bytes."""
+    monkeypatch.setattr(documents, "DOCUMENT_BYTES", 100_000)
+    path = tmp_path / name
+    line = json.dumps({"text": "a" * 10**7}).encode() + b"\n"
+    path.write_bytes(gzip.compress(line) if name.endswith("gz") else line)
+    unit, *_ = find_units([str(path)])
+    with pytest.raises(InputError, match=rf"{name}: .*limit of 100000 bytes"):
+        next(read_documents(unit, "text"))
+
+
+def test_a_parquet_dictionary_cannot_multiply_a_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "DOCUMENT_BYTES", 100_000)
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 1000] * 256}), path)
+    assert path.stat().st_size < 5000
+    (unit,) = find_units([str(path)])
+    with pytest.raises(InputError, match=r"x\.parquet: 256 rows contain 25\d+ bytes, too many"):
+        next(read_documents(unit, "text"))
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_instructions_beyond_the_limit_are_not_read(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sft, "LIST_BYTES", 1000)
+    (tmp_path / name).write_bytes(b"[" + b" " * 5000 + b"]")
+    with pytest.raises(InputError, match=rf"{name}: .*limit of 1000 bytes"):
+        next(sft.read_examples(tmp_path / name))
 
 
 def word_level(**changes: object) -> dict[str, object]:

@@ -231,7 +231,7 @@ def test_files_that_do_not_hold_the_model_are_named(tmp_path):
     with pytest.raises(InputError, match=r"mp_rank_00_001: .*pipeline-parallel"):
         open_megatron(folder, model)
     (folder / "latest_checkpointed_iteration.txt").write_text("../../etc")
-    with pytest.raises(InputError, match=r"is not an iteration number"):
+    with pytest.raises(InputError, match=r"is not the name of a folder next to it"):
         open_megatron(folder, model)
     with pytest.raises(InputError, match=r"has no mp_rank_00/model_optim_rng.pt"):
         open_megatron(tmp_path, model)

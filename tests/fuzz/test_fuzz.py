@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from megagrow.errors import InputError
 from tests.helpers.fuzz.mutations import CANARY
 from tests.helpers.fuzz.running import Outcome, Target, run
 from tests.helpers.fuzz.targets import TARGETS
@@ -33,13 +32,6 @@ def _found(tmp_path: Path, action) -> Outcome:
     return run(Target("bad", st.just(b"x"), lambda folder, _: action(folder)), 1, 0, tmp_path)
 
 
-def _raises(error: Exception):
-    def load(_: Path) -> None:
-        raise error
-
-    return load
-
-
 @pytest.mark.parametrize(
     ("action", "said"),
     [
@@ -47,7 +39,6 @@ def _raises(error: Exception):
         (lambda _: bytearray(2**31), "MemoryError"),
         (lambda _: subprocess.run(["true"], check=True), "subprocess.Popen"),
         (lambda folder: (folder / CANARY).exists() or (folder / CANARY).write_text(""), "opened"),
-        (_raises(InputError("x" * 6000)), "no line to read"),
     ],
 )
 def test_what_must_not_happen_is_seen(tmp_path: Path, action, said: str) -> None:

@@ -131,7 +131,8 @@ def test_a_manifest_that_knows_of_no_guards_is_read() -> None:
 
 
 def test_a_state_that_counts_steps_is_read_in_tokens() -> None:
-    run, values = run_of([(2, 3), (5, 4)]), RunState(stage=1).as_json()
+    run = run_of([(2, 3), (5, 4)])
+    values = RunState(Counters(tokens=1000), stage=1).as_json()
     del values["stage_tokens"]
     environment = {"config": run.model_dump(mode="json")}
     state = RunState.from_json(values | {"stage_step": 3}, environment)

@@ -11,8 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ConfigDict, with_config
+
 from megagrow.common.atomic_files import atomic_file
-from megagrow.common.json_text import finite, parse_json
+from megagrow.common.json_text import finite, limited_lines, parse_json
+from megagrow.common.number_ranges import Amount, Tally, as_amount, as_tally
 from megagrow.config.flops import parameters
 from megagrow.config.schema import RunConfig
 from megagrow.errors import DataError, unwritable
@@ -57,27 +60,28 @@ class StepMetrics:
     """True if loss or gradient were not finite, so nothing was updated."""
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, slots=True)
 class Counters:
     """Totals of a run since its first token, over all stages. Saved in checkpoints."""
 
-    step: int = 0
-    tokens: int = 0
-    flops: float = 0.0
-    flops_true: float = 0.0
-    elapsed_seconds: float = 0.0
+    step: Tally = 0
+    tokens: Tally = 0
+    flops: Amount = 0.0
+    flops_true: Amount = 0.0
+    elapsed_seconds: Amount = 0.0
     """Steps, growth and checkpoints; without validation, evaluation and work undone by a crash."""
-    lost_seconds: float = 0.0
+    lost_seconds: Amount = 0.0
     """Part of `elapsed_seconds` spent on growth and checkpoints."""
-    growth_tokens: int = 0
+    growth_tokens: Tally = 0
     """Part of `tokens` read by growths that train (LiGO); belongs to no stage."""
-    growth_flops: float = 0.0
+    growth_flops: Amount = 0.0
     """Part of `flops` spent on growths, including operator search and probes."""
-    growth_flops_true: float = 0.0
+    growth_flops_true: Amount = 0.0
     """Part of `flops_true` spent on growths, including operator search and probes."""
-    skipped_steps: int = 0
+    skipped_steps: Tally = 0
     """Part of `step` that was skipped because loss or gradient were not finite."""
-    rewinds: int = 0
+    rewinds: Tally = 0
     """Number of rewinds. Undone steps count in no other field."""
 
     def after_step(self, measure: StepMetrics) -> "Counters":
@@ -206,33 +210,38 @@ def read_metrics(path: Path) -> list[Record]:
     """Return the records of a metrics.jsonl, without an incomplete last line.
 
     Raises DataError for a missing file and for any other line that is not a record, with its
-    number.
+    number. The file is read line by line.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; give the directory of a run that was started")
-    *lines, tail = path.read_bytes().split(b"\n")
     records = []
-    for number, line in enumerate(lines, start=1):
-        record = _parse(line)
-        if record is None:
-            raise DataError(f"{path} line {number}: not a metrics record; repair or remove it")
-        records.append(record)
-    last = _parse(tail)
-    return records if last is None else [*records, last]
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(limited_lines(file), start=1):
+                record = _parse(line)
+                if record is not None:
+                    records.append(record)
+                elif line.endswith(b"\n"):
+                    raise DataError(
+                        f"{path} line {number}: not a metrics record; repair or remove it"
+                    )
+    except ValueError as error:
+        raise DataError(f"{path} {error}; repair or remove it") from error
+    return records
 
 
 def _parse(line: bytes) -> Record | None:
+    """Return the record of a line; None if it is not one or its counters are out of range."""
     try:
         record = parse_json(line)
+        if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+            return None
+        for count in (record.get("step"), record.get("tokens"), record.get("stage", 0)):
+            as_tally(count)
+        as_amount(record.get("flops"))
     except ValueError:
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-        return None
-    counts = [record.get("step"), record.get("tokens"), record.get("stage", 0)]
-    numbers = all(type(count) is int for count in counts) and isinstance(
-        record.get("flops"), int | float
-    )
-    return record if numbers else None
+    return record
 
 
 def _later(record: Record, step: int, stage: int | None, rewinds: int) -> bool:

@@ -2,12 +2,24 @@
 
 import json
 import struct
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
+from rich.console import Console
 
-from megagrow.analysis.curves import load_curves
+from megagrow.analysis.curves import RunCurves, Series, load_curves
+from megagrow.analysis.report_tables import (
+    as_markdown,
+    growth_table,
+    run_table,
+    score_table,
+    speedup_table,
+)
+from megagrow.analysis.seeds import Matchup, SeedGroup
+from megagrow.common.tables import print_lines
 from megagrow.data.indexed import IndexedCorpus
 from megagrow.data.manifest import FORMAT, NAME, CorpusManifest, verify
 from megagrow.errors import InputError
@@ -34,12 +46,16 @@ COUNTERS = {
     "elapsed_seconds": 1.0,
     "stage": 0,
 }
+LATER = COUNTERS | {"step": 2, "tokens": 128, "flops": 7.5, "flops_true": 8.5, "stage": 1}
 RECORDS = [
-    {"kind": "start", **COUNTERS, "name": "x", "seed": 1, "parameters": [10], "run_steps": 1},
-    {"kind": "train", **COUNTERS, "loss": 4.0},
+    {"kind": "start", **COUNTERS, "name": "x", "seed": 1, "parameters": [10, 20], "run_steps": 1},
+    {"kind": "train", **COUNTERS, "loss": 4.0, "grad_norm": 1.0},
     {"kind": "validation", **COUNTERS, "loss": 4.0},
-    {"kind": "growth", **COUNTERS, "layers": [0, -1]},
-    {"kind": "end", **COUNTERS},
+    {"kind": "growth", **(COUNTERS | {"stage": 1}), "layers": [0, -1], "operator": "zero_depth"},
+    {"kind": "train", **LATER, "loss": 3.0, "grad_norm": 1.0},
+    {"kind": "validation", **LATER, "loss": 3.0},
+    {"kind": "evaluation", **LATER, "results": {"sciq": {"acc": 0.5}}, "average": 0.5},
+    {"kind": "end", **LATER},
 ]
 CORPUS_MANIFEST = {
     "format": FORMAT,
@@ -133,7 +149,15 @@ def _load_metrics(folder: Path, raw: bytes) -> None:
     kept = read_metrics(path)
     assert kept[-1]["step"] == 2 and kept[:-1] == [r for r in records if r in kept[:-1]]
     path.write_bytes(raw)
-    load_curves(folder)
+    _report_on(load_curves(folder))
+
+
+def _report_on(run: RunCurves) -> None:
+    """Every number that was accepted can be compared, averaged and printed."""
+    other = replace(run, growths=(), validation=Series((64,), (9.0,), (9.0,), (1.0,), (5.0,)))
+    matchup = Matchup(SeedGroup((run,)), SeedGroup((other, replace(other, train=run.train))))
+    tables = [run_table([run]), growth_table([run]), score_table([run]), speedup_table([matchup])]
+    print_lines(Console(file=StringIO(), width=9000), map(as_markdown, tables))
 
 
 def _written_lines(value: Any) -> bytes:
