@@ -177,7 +177,8 @@ def _begin(job: Job) -> tuple[Job, Stage, RunState]:
     """Load the newest valid checkpoint, or build the initial state."""
     job.watchdog.beat("the start of the run", long=True)
     found = job.checkpointer.newest()
-    run, stage, state, changes = job.begin(job.run, found)
+    run, stage, state, changes, environment = job.begin(job.run, found)
+    job.checkpointer.inherit(environment)
     job.run_logger.start(state, None if found is None else found[0], changes)
     _forget_evaluations(job, -1 if found is None else state.counters.step)
     return replace(job, run=run), stage, state
@@ -197,7 +198,7 @@ def _rewind(job: Job, stage: Stage, failed: RunState, reason: str) -> tuple[Job,
     found, state = rewind_target(job.run, job.checkpointer.directory, failed, reason)
     job.checkpointer.release()
     stage.release()
-    run, stage, _, changes = job.begin(job.run, found)
+    run, stage, _, changes, _ = job.begin(job.run, found)
     _prepare(replace(job, run=run), stage)
     state = state.add_lost_time(time.perf_counter() - clock)
     job.run_logger.rewind(failed, state, None if found is None else found[0], reason, changes)

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ from megagrow.checkpoint.shards import own_tensors
 from megagrow.common.atomic_files import check_room
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
+from megagrow.formats.hugging_face_origin import ORIGIN_KEY
 from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
 from megagrow.train.reporting.run_logger import RunLogger
 from megagrow.train.stage import Stage
@@ -32,8 +34,8 @@ class Checkpointer:
     """Checkpoint writer of a run, as `loop.Background` of its training. A context manager.
 
     If an InputError leaves the context, a running save is completed first. All methods except
-    `busy` are collective. Methods that return a state add the time for which saves blocked training
-    to its counters.
+    `busy` and `inherit` are collective. Methods that return a state add the time for which saves
+    blocked training to its counters.
     """
 
     def __init__(
@@ -77,6 +79,14 @@ class Checkpointer:
         """
         run_on_rank_zero(lambda: finish_replacements(self.directory))
         return newest_valid_on_all_ranks(self.directory)
+
+    def inherit(self, environment: Mapping[str, Any]) -> None:
+        """Record the Hugging Face origin of the weights that the run starts from.
+
+        `environment` is that of the checkpoint or model before. Exports need its files.
+        """
+        if ORIGIN_KEY in environment:
+            self._environment = self._environment | {ORIGIN_KEY: environment[ORIGIN_KEY]}
 
     def prepare(self, stage: Stage) -> None:
         """Allocate the buffers of a stage.

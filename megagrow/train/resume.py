@@ -7,7 +7,7 @@ results.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,6 +41,8 @@ class Beginning(NamedTuple):
     state: RunState
     changes: list[ConfigChange]
     """Changes of the run since the checkpoint or the source was saved."""
+    environment: dict[str, Any]
+    """Environment recorded in the checkpoint or the source; empty for new weights."""
 
 
 def begin(
@@ -69,7 +71,8 @@ def begin(
         stage = build_stage(run, 0, device)
         rank, storage = stage.topology.rank, stage.engine.storage()
         stage.engine.ready(fill_beginning(source, stage.layout, rank, storage, run.seed))
-        return Beginning(run, stage, RunState(), changes)
+        environment = {} if source is None else source.environment
+        return Beginning(run, stage, RunState(), changes, environment)
     path, manifest = found
     state = state_of_checkpoint(manifest)
     changes = checkpoint_changes(run, contents, manifest)
@@ -78,7 +81,7 @@ def begin(
     stage = build_stage(run, state.stage, device)
     load_storage(path, manifest, stage.layout, stage.engine.storage())
     stage.engine.ready(manifest.adam_step)
-    return Beginning(run, stage, state, changes)
+    return Beginning(run, stage, state, changes, manifest.environment)
 
 
 def rewind_target(

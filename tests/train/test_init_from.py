@@ -10,6 +10,7 @@ from megagrow.checkpoint.discovery import checkpoint_name
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
+from megagrow.formats.hugging_face_origin import HuggingFaceOrigin
 from megagrow.offline.convert import import_hugging_face
 from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
 from megagrow.train.init_from import fill_beginning, open_beginning
@@ -72,6 +73,7 @@ def folder(tmp_path) -> Path:
     make_run(tmp_path, [{"tokens": STEP_TOKENS}])
     theirs = hugging_face(run_from(tmp_path, None).stages[0].model)
     theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    (tmp_path / "hf" / "README.md").write_text("# Card")
     return tmp_path
 
 
@@ -128,3 +130,6 @@ def test_a_run_begins_where_it_is_told(folder):
     assert f"weights initialized from {ends[0]}" in ended.out[0]
     assert "config | " not in ended.out[0], "only names differ from the run of the source"
     assert losses(other)[0][2] < losses(runs["named"])[0][2]
+    for at in (*ends, other.output_dir / "checkpoints" / checkpoint_name(2)):
+        origin = HuggingFaceOrigin.recorded(read_manifest(at).environment)
+        assert (origin.folder, origin.texts) == (str(folder / "hf"), {"README.md": "# Card"})
