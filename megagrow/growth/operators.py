@@ -34,44 +34,87 @@ class Operator:
     """True if the map is trained before it is applied (LiGO)."""
     rewarms: bool = False
     """True if new entries have a separate learning rate by default."""
+    keys: tuple[str, ...] = ()
+    """Keys of the growth section that only some operators use, and this one does."""
 
+
+_COPIES = ("copy_order", "copy_split")
+_DIRECT_WIDTH = (*_COPIES, "paper_exact", "noise")
 
 OPERATORS: dict[OperatorName, Operator] = {
     "direct_depth": Operator(
         "Gstack: Du et al. 2024; StackingBERT: Gong et al. 2019",
         depth.direct_depth,
         state="asymmetric",  # docs/results/optimizer-states.md
+        keys=("layer_map",),
     ),
-    "direct_width": Operator("Du et al. 2024; Net2Net, bert2BERT", wider=width.direct_width),
+    "direct_width": Operator(
+        "Du et al. 2024; Net2Net, bert2BERT", wider=width.direct_width, keys=_DIRECT_WIDTH
+    ),
     "learn_depth": Operator(
-        "LiGO: Wang et al. 2023", depth.zero_depth, state="reset", learned=True
+        "LiGO: Wang et al. 2023",
+        depth.zero_depth,
+        state="reset",
+        learned=True,
+        keys=("layer_map", "learn"),
     ),
     "learn_width": Operator(
-        "LiGO: Wang et al. 2023", wider=width.direct_width, state="reset", learned=True
+        "LiGO: Wang et al. 2023",
+        wider=width.direct_width,
+        state="reset",
+        learned=True,
+        keys=(*_COPIES, "learn"),
     ),
-    "zero_depth": Operator("Du et al. 2024; LEMON: Wang et al. 2024", depth.zero_depth),
-    "zero_width": Operator("Du et al. 2024; Gesmundo and Maile 2023", wider=width.zero_width),
+    "zero_depth": Operator(
+        "Du et al. 2024; LEMON: Wang et al. 2024",
+        depth.zero_depth,
+        keys=("layer_map", "new_layer_init"),
+    ),
+    "zero_width": Operator(
+        "Du et al. 2024; Gesmundo and Maile 2023", wider=width.zero_width, keys=("paper_exact",)
+    ),
     "random_depth": Operator(
-        "Du et al. 2024; MSG: Yao et al. 2024", depth.random_depth, masked=True
+        "Du et al. 2024; MSG: Yao et al. 2024",
+        depth.random_depth,
+        masked=True,
+        keys=("ramp_tokens",),
     ),
     "random_width": Operator(
-        "Du et al. 2024; MSG: Yao et al. 2024", wider=width.random_width, masked=True
+        "Du et al. 2024; MSG: Yao et al. 2024",
+        wider=width.random_width,
+        masked=True,
+        keys=("ramp_tokens",),
     ),
-    "net2net_width": Operator("Net2Net: Chen et al. 2016", wider=width.net2net_width),
-    "staged_width": Operator("Staged Training: Shen et al. 2022", wider=width.staged_width),
+    "net2net_width": Operator(
+        "Net2Net: Chen et al. 2016", wider=width.net2net_width, keys=("noise",)
+    ),
+    "staged_width": Operator(
+        "Staged Training: Shen et al. 2022", wider=width.staged_width, keys=_DIRECT_WIDTH
+    ),
     "bert2bert_fpi": Operator("bert2BERT: Chen et al. 2022", wider=width.bert2bert_fpi),
     "bert2bert_aki": Operator("bert2BERT: Chen et al. 2022", wider=width.bert2bert_aki),
-    "lemon": Operator("LEMON: Wang et al. 2024", wider=width.lemon),
-    "hypercloning": Operator("HyperCloning: Samragh et al. 2024", wider=width.hypercloning),
-    "mup_copy": Operator("muP upscaling: arXiv 2602.10545", wider=width.direct_width, follows=True),
+    "lemon": Operator("LEMON: Wang et al. 2024", wider=width.lemon, keys=("noise",)),
+    "hypercloning": Operator(
+        "HyperCloning: Samragh et al. 2024", wider=width.hypercloning, keys=("noise",)
+    ),
+    "mup_copy": Operator(
+        "muP upscaling: arXiv 2602.10545",
+        wider=width.direct_width,
+        follows=True,
+        keys=_DIRECT_WIDTH,
+    ),
     "sparkling": Operator(
-        "SPARKLING: arXiv 2602.02472", wider=width.sparkling, state="asymmetric", rewarms=True
+        "SPARKLING: arXiv 2602.02472",
+        wider=width.sparkling,
+        state="asymmetric",
+        rewarms=True,
+        keys=("new_layer_init",),
     ),
     "isometric": Operator("after SliceGPT: Ashkboos et al. 2024", wider=width.isometric),
     "head_dim": Operator("Gesmundo and Maile 2023, under RoPE", wider=width.head_dim),
     "vocabulary": Operator("field practice", wider=width.vocabulary),
     "solar": Operator("SOLAR: Kim et al. 2023", depth.solar, state="asymmetric"),
-    "llama_pro": Operator("LLaMA-Pro: Wu et al. 2024", depth.llama_pro),
+    "llama_pro": Operator("LLaMA-Pro: Wu et al. 2024", depth.llama_pro, keys=("new_layer_init",)),
     "mslt": Operator("MSLT: Yang et al. 2020", depth.mslt, state="asymmetric"),
     "midas": Operator("MIDAS: Saunshi et al. 2024", depth.midas, state="asymmetric"),
     "lidas": Operator("LIDAS: arXiv 2512.08819", depth.lidas, state="asymmetric"),

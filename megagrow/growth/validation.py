@@ -38,6 +38,7 @@ def growth_problems(run: RunConfig) -> list[str]:
             source, target = run.stages[index - 1].model, run.stages[index].model
             before, here = f"stages.{index - 1}.model", f"stages.{index}"
             problems += [*_probe(options, here), *_new_entries(options, here)]
+            problems += unused_keys(options, f"{here}.growth")
             for chosen in candidates(options):
                 problems += event_problems(Event(source, target, chosen, before, here))
             problems += learning_problems(source, target, options, f"{here}.growth")
@@ -60,6 +61,27 @@ def _probe(options: GrowthConfig, here: str) -> Iterator[str]:
     for name in options.probe.operators:
         if OPERATORS[name].learned:
             yield f"{here}.growth.probe: {name} is learned and cannot be probed; remove it"
+
+
+def unused_keys(options: GrowthConfig, at: str) -> Iterator[str]:
+    """Yield a problem for each key that is set and that no operator of the growth uses."""
+    chosen = [name for candidate in candidates(options) for name in candidate.operator]
+    used = {key for name in chosen for key in OPERATORS[name].keys}
+    for key in sorted({key for operator in OPERATORS.values() for key in operator.keys} - used):
+        value = getattr(options, key)
+        if value != GrowthConfig.model_fields[key].default:
+            users = [name for name, operator in OPERATORS.items() if key in operator.keys]
+            yield (
+                f"{at}.{key} is set, but {' and '.join(chosen)} does not use it; remove it, or use "
+                f"one of {', '.join(users)}"
+            )
+    policies = {state_policy(candidate) for candidate in candidates(options)}
+    batches = GrowthConfig.model_fields["second_moment_batches"].default
+    if options.second_moment_batches != batches and "estimate_second_moment" not in policies:
+        yield (
+            f"{at}.second_moment_batches is set, but optimizer_state is {', '.join(policies)}; "
+            "remove it, or set optimizer_state to estimate_second_moment"
+        )
 
 
 def _new_entries(options: GrowthConfig, here: str) -> Iterator[str]:
@@ -164,14 +186,8 @@ def learning_problems(
             yield f"{at}.operator: {name} needs a target with more layers; remove {name}"
         if OPERATORS[name].wider and not _wider(source, target):
             yield f"{at}.operator: {name} needs a wider target; remove {name}"
-    for key, is_set in (
-        ("paper_exact", options.paper_exact),
-        ("new_layer_init", options.new_layer_init == "random"),
-        ("noise", options.noise),
-        ("mixing_noise", options.mixing_noise),
-    ):
-        if is_set:
-            yield f"{at}.{key} is not supported by learned operators; remove it"
+    if options.mixing_noise:
+        yield f"{at}.mixing_noise is not supported by learned operators; remove it"
     if state_policy(options) in ("asymmetric", "estimate_second_moment"):
         yield (
             f"{at}.optimizer_state = {options.optimizer_state}: learned operators mix old and new "

@@ -21,7 +21,7 @@ from megagrow.growth.map import GrowthMap, identity_map
 from megagrow.growth.map_checks import check_map
 from megagrow.growth.mask_schedule import is_masked
 from megagrow.growth.operators import follows_exactly, growth_map, operators_of, state_policy
-from megagrow.growth.validation import event_problems
+from megagrow.growth.validation import event_problems, unused_keys
 from megagrow.model.layers.table import indivisible_sizes
 from megagrow.model.masks import Masks, masks_at
 from megagrow.offline.request import Request
@@ -115,7 +115,7 @@ def make_plan(request: Request, source: Source) -> ConversionPlan:
     problems = []
     if plan.options is not None:
         event = Event(source.model, plan.model, plan.options, plan.before, plan.here)
-        problems = event_problems(event)
+        problems = [*unused_keys(plan.options, f"{plan.here}.growth")] or event_problems(event)
         problems = problems or _needs_training(plan.options, source)
     if plan.is_masked and form == "huggingface":
         problems.append(

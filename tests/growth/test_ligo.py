@@ -183,13 +183,6 @@ def test_flops_of_making_weights():
     [
         ({"operator": "learn_depth"}, {}, "operator: learn_depth needs a target with more layers"),
         ({"operator": "learn_width"}, {}, "operator: learn_width needs a wider target"),
-        ({"paper_exact": True}, None, "paper_exact is not supported by learned operators"),
-        (
-            {"new_layer_init": "random"},
-            None,
-            "new_layer_init is not supported by learned operators",
-        ),
-        ({"noise": 0.5}, None, "noise is not supported by learned operators"),
         ({"mixing_noise": 0.2}, None, "mixing_noise is not supported by learned operators"),
         (
             {"optimizer_state": "estimate_second_moment"},

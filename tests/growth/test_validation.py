@@ -1,13 +1,20 @@
 """Errors for invalid growths of a run; valid ones have none."""
 
+import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megagrow.config.schema import RunConfig
-from megagrow.growth.validation import growth_problems
+from megagrow.config.growth import OperatorName
+from megagrow.config.schema import GrowthConfig, RunConfig
+from megagrow.growth.operators import OPERATORS, growth_map
+from megagrow.growth.validation import growth_problems, unused_keys
 from tests.helpers.growth.cases import Sizes, widened
 from tests.helpers.growth.events import DEPTH, DOUBLE, LISTED, SOURCE, B, H, layers, problems
+
+ROOT = Path(__file__).resolve().parents[2]
 
 RIGHT: list[tuple[Sizes, dict[str, Any]]] = [
     (layers(8), {}),
@@ -168,3 +175,80 @@ def test_all_growths_of_a_run_are_looked_at() -> None:
 
 def test_a_missing_growth_is_for_the_checks_of_the_config() -> None:
     assert growth_problems(run((layers(8), None))) == []
+
+
+SET = {
+    "layer_map": [0, 1, 1, 2, 2, 3],
+    "new_layer_init": "random",
+    "copy_order": "tiled",
+    "copy_split": "uneven",
+    "paper_exact": True,
+    "noise": 0.5,
+}
+"""Values of the keys that shape the map of a growth, other than their defaults."""
+
+TARGETS: dict[str, Sizes] = {
+    "isometric": {"hidden_size": 20},
+    "head_dim": {"head_dim": 8},
+    "vocabulary": {"vocab_size": 65},
+}
+
+
+def map_of(name: OperatorName, **options: Any) -> bytes:
+    growth = GrowthConfig(operator=[name], **options)
+    sizes = TARGETS.get(name, DOUBLE if OPERATORS[name].wider else layers(6))
+    found = growth_map(SOURCE, SOURCE.model_copy(update=sizes), growth, "7/stage-1")
+    return pickle.dumps((found.weights, found.moments, found.fills, found.fresh))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_operator_declares_the_keys_that_change_its_map(name: OperatorName) -> None:
+    plain, operator = map_of(name), OPERATORS[name]
+    changing = {key for key, value in SET.items() if map_of(name, **{key: value}) != plain}
+    declared = set(operator.keys) & SET.keys()
+    assert declared <= changing if operator.learned else declared == changing
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"operator": "solar", "layer_map": "stack"}, "layer_map is set, but solar does not use"),
+        ({"operator": "net2net_width", "copy_split": "uneven"}, "copy_split"),
+        ({"operator": "net2net_width", "paper_exact": True}, "paper_exact"),
+        ({"operator": "direct_depth", "noise": 0.1}, "noise is set, but direct_depth does not"),
+        ({"operator": "midas", "new_layer_init": "random"}, "new_layer_init"),
+        ({"operator": "learn_depth", "paper_exact": True}, "paper_exact"),
+        ({"operator": "direct_depth", "ramp_tokens": 100}, "use one of random_depth, random_width"),
+        ({"operator": "direct_depth", "learn": {"steps": 5}}, "one of learn_depth, learn_width"),
+        ({"operator": "direct_depth", "second_moment_batches": 5}, "is asymmetric; remove it"),
+        ({"probe": {"operators": ["midas", "solar"]}, "copy_order": "tiled"}, "midas and solar"),
+    ],
+)
+def test_a_key_that_no_operator_uses_is_refused(options: dict[str, Any], problem: str) -> None:
+    (found,) = unused_keys(GrowthConfig(**options), "stages.1.growth")
+    assert found.startswith("stages.1.growth.") and problem in found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"operator": ["direct_depth", "lemon"], "noise": 0.1, "layer_map": "stack"},
+        {"probe": {"operators": ["midas", "zero_depth"]}, "new_layer_init": "random"},
+        {"operator": "solar", "copy_order": "interleaved", "second_moment_batches": 8},
+        {"optimizer_state": "estimate_second_moment", "second_moment_batches": 5},
+    ],
+)
+def test_a_key_that_one_operator_uses_is_accepted(options: dict[str, Any]) -> None:
+    assert [*unused_keys(GrowthConfig(**options), "stages.1.growth")] == []
+
+
+def test_the_guide_lists_the_operators_of_each_key() -> None:
+    guide = (ROOT / "docs/guides/growth.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (`\w+`(?:, `\w+`)*) \|$", guide, re.MULTILINE)
+    listed = {
+        key: set(re.findall(r"`(\w+)`", names))
+        for keys, names in rows
+        for key in re.findall(r"`(\w+)`", keys)
+    }
+    used = {key: {n for n, op in OPERATORS.items() if key in op.keys} for key in listed}
+    assert listed == used and listed.keys() >= {*SET, "ramp_tokens", "learn"}
