@@ -4,6 +4,7 @@ Texts are encoded as by lm-eval's Hugging Face model. Data-parallel ranks share 
 call and exchange the answers inside it, so each rank runs lm-eval as a single process.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,22 +15,25 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megagrow.errors import ConfigError, InputError
-from megagrow.evaluation.likelihood import Pair, log_likelihoods
-from megagrow.evaluation.logprobs import (
-    Generation,
-    ModelScorer,
-    TokenScorer,
-    generate_greedily,
+from megagrow.errors import ConfigError, DataError, InputError
+from megagrow.evaluation.generation import Generation, StopString, TokenSampler, generate
+from megagrow.evaluation.generation_options import (
+    GenerationDefaults,
+    GenerationOptions,
+    read_options,
 )
+from megagrow.evaluation.likelihood import Pair, log_likelihoods
+from megagrow.evaluation.logprobs import ModelScorer, TokenScorer
 from megagrow.evaluation.model import LoadedModel, load_model
 from megagrow.evaluation.tokenizer import EvalTokenizer
 from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.parallel.launch import own_device, read_launch
 from megagrow.parallel.process_groups import Topology, init_process_group, make_topology
 
-MAX_GENERATED_TOKENS = 256
-"""Limit for tasks without `max_gen_toks`; lm-eval's default."""
+logger = logging.getLogger(__name__)
+
+SEED = 1234
+"""Default seed of sampled texts; lm-eval's default."""
 
 RequestT = TypeVar("RequestT")
 AnswerT = TypeVar("AnswerT")
@@ -45,6 +49,8 @@ class LMAdapter(TemplateLM):  # type: ignore[misc]
         topology: Topology,
         max_length: int,
         batch_size: int,
+        defaults: GenerationDefaults | None = None,
+        seed: int = SEED,
     ) -> None:
         super().__init__()
         self._scorer = scorer
@@ -53,6 +59,9 @@ class LMAdapter(TemplateLM):  # type: ignore[misc]
         self._device = topology.device
         self.max_length = max_length
         self.batch_size = batch_size
+        self._defaults = defaults or GenerationDefaults()
+        self._seed = seed
+        self._warned: set[str] = set()
 
     @property
     def eot_token_id(self) -> int:
@@ -70,7 +79,13 @@ class LMAdapter(TemplateLM):  # type: ignore[misc]
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Call lm-eval's method without its progress bar, which completes before the first pass."""
+        """Call lm-eval's method without its progress bar, which completes before the first pass.
+
+        Raises DataError if a context or a continuation has no tokens.
+        """
+        for context, continuation in (request.args for request in requests):
+            if not context and not self.tok_encode(continuation, add_special_tokens=False):
+                raise _no_tokens(context, continuation)
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return answers
 
@@ -80,11 +95,20 @@ class LMAdapter(TemplateLM):  # type: ignore[misc]
         return self._distribute([request.args[0] for request in requests], self._score_rolling)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        return self._distribute([request.args for request in requests], self._generate)
+        """Return the generated texts.
+
+        Options have the meaning they have for lm-eval's Hugging Face model. Raises ConfigError for
+        options that are not supported or do not fit the context length.
+        """
+        arguments = [(number, *request.args) for number, request in enumerate(requests)]
+        return self._distribute(arguments, self._generate)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
+        for texts, context, continuation in requests:
+            if not context or not continuation:
+                raise _no_tokens(*texts)
         return self._distribute([(context, rest) for _, context, rest in requests], self._score)
 
     def _score(self, pairs: list[Pair]) -> list[tuple[float, bool]]:
@@ -101,29 +125,49 @@ class LMAdapter(TemplateLM):  # type: ignore[misc]
         )
         return [make_disjoint_window(window) for window in windows]
 
-    def _generate(self, requests: list[tuple[str, dict[str, Any]]]) -> list[str]:
-        texts = [self._make_generation(context, options) for context, options in requests]
-        order = sorted(texts, key=lambda text: -len(text.context))
+    def _generate(self, requests: list[tuple[int, str, dict[str, Any]]]) -> list[str]:
+        texts = [self._make_generation(*request) for request in requests]
+        eos_ids = self._defaults.eos_ids | {self._tokenizer.eos_id}
+        order = sorted(texts, key=lambda text: -len(text.prompt))
         for first in range(0, len(order), self.batch_size):
             batch = order[first : first + self.batch_size]
-            generate_greedily(batch, self._scorer, self._tokenizer.eos_id, self._tokenizer.decode)
-        return [text.result or "" for text in texts]
+            generate(batch, self._scorer, self._tokenizer, eos_ids)
+        return [text.text(self._tokenizer) for text in texts]
 
-    def _make_generation(self, context: str, options: dict[str, Any]) -> Generation:
-        if options.get("do_sample") or options.get("temperature"):
+    def _make_generation(self, number: int, context: str, given: dict[str, Any]) -> Generation:
+        eos = self._tokenizer.decode([self._tokenizer.eos_id], special=True)
+        options = read_options(given, eos, self._defaults)
+        self._warn(options.warnings)
+        if options.max_tokens >= self.max_length:
             raise ConfigError(
-                "this task samples its answers, but only greedy decoding is supported"
-            )
-        until = options.get("until") or []
-        max_tokens = int(options.get("max_gen_toks", MAX_GENERATED_TOKENS))
-        if max_tokens >= self.max_length:
-            raise ConfigError(
-                f"max_gen_toks = {max_tokens} is not less than the context length "
+                f"max_gen_toks = {options.max_tokens} is not less than the context length "
                 f"{self.max_length} of the model; set a smaller max_gen_toks"
             )
-        ids = self.tok_encode(context)[-(self.max_length - max_tokens) :]
-        stop_strings = tuple([until] if isinstance(until, str) else until)
-        return Generation(ids or [self.prefix_token_id], stop_strings, max_tokens)
+        ids = self.tok_encode(context)[-(self.max_length - options.max_tokens) :]
+        prompt = ids or [self.prefix_token_id]
+        sampler = None
+        if options.sampling.reads_logits:
+            sampler = TokenSampler(options.sampling, (self._seed, number))
+        stops = tuple(StopString.of(stop, self._tokenizer) for stop in options.stop_strings)
+        return Generation(prompt, self._new_tokens(options, len(prompt)), stops, sampler)
+
+    def _new_tokens(self, options: GenerationOptions, prompt: int) -> int:
+        """Return the maximum number of generated tokens after a prompt of `prompt` tokens."""
+        if options.max_length is None:
+            return options.max_tokens
+        if not prompt < options.max_length <= self.max_length:
+            raise ConfigError(
+                f"max_length = {options.max_length} for a prompt of {prompt} tokens and a context "
+                f"length of {self.max_length}: must be more than the prompt and at most the context"
+            )
+        return options.max_length - prompt
+
+    def _warn(self, warnings: tuple[str, ...]) -> None:
+        """Log each warning once, on rank 0."""
+        for warning in warnings:
+            if self._topology.rank == 0 and warning not in self._warned:
+                self._warned.add(warning)
+                logger.warning("generation: %s", warning)
 
     def _distribute(
         self, requests: list[RequestT], answer: Callable[[list[RequestT]], list[AnswerT]]
@@ -158,10 +202,19 @@ class LMAdapter(TemplateLM):  # type: ignore[misc]
         return answers
 
 
+def _no_tokens(context: str, continuation: str) -> DataError:
+    """Return the error of a log-likelihood request that is not a next-token prediction."""
+    return DataError(
+        f"the log-likelihood of {continuation[:40]!r} after {context[-40:]!r} has no tokens "
+        "to predict or none to predict them from; remove the empty text from the task"
+    )
+
+
 def wrap_model(loaded: LoadedModel, topology: Topology, batch_size: int) -> LMAdapter:
     """Build the lm-eval adapter of a loaded model."""
     length = loaded.model.config.max_position_embeddings
-    return LMAdapter(ModelScorer(loaded, topology), loaded.tokenizer, topology, length, batch_size)
+    scorer = ModelScorer(loaded, topology)
+    return LMAdapter(scorer, loaded.tokenizer, topology, length, batch_size, loaded.generation)
 
 
 @register_model("megagrow")
@@ -183,14 +236,19 @@ class MegagrowLM(LMAdapter):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
+        seed: int = SEED,
     ) -> None:
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError(f"batch_size = {batch_size} is not a positive number of sequences")
+        if not isinstance(seed, int) or seed < 0:
+            raise ConfigError(f"seed = {seed!r}: must be an integer of at least 0")
         topology = init_topology(tp)
         loaded = load_model(Path(checkpoint), topology, tokenizer, dtype)
         length = loaded.model.config.max_position_embeddings
         scorer = ModelScorer(loaded, topology)
-        super().__init__(scorer, loaded.tokenizer, topology, length, int(batch_size))
+        super().__init__(
+            scorer, loaded.tokenizer, topology, length, int(batch_size), loaded.generation, seed
+        )
 
 
 def init_topology(tp: int) -> Topology:

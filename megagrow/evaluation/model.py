@@ -10,9 +10,13 @@ from megagrow.checkpoint.source import Source
 from megagrow.config.schema import ModelConfig
 from megagrow.config.stage import KernelsConfig
 from megagrow.errors import CheckpointError, ConfigError, DataError
+from megagrow.evaluation.forward_model import positions_of
+from megagrow.evaluation.generation_options import GenerationDefaults
 from megagrow.evaluation.tokenizer import EvalTokenizer, open_tokenizer
+from megagrow.formats.hugging_face_origin import HuggingFaceOrigin
 from megagrow.formats.open_source import find_source, open_found
 from megagrow.model.backends import KernelWorkload, choose
+from megagrow.model.decoding import DecodingCache
 from megagrow.model.layers.table import indivisible_sizes
 from megagrow.model.llama import HeadLoss, LlamaForCausalLM
 from megagrow.model.machine import machine_of
@@ -33,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Model and tokenizer; a `ForwardModel` of `logprobs.ModelScorer`."""
+    """Model and tokenizer; a `ForwardModel`."""
 
     model: LlamaForCausalLM
     tokenizer: EvalTokenizer
@@ -41,14 +45,15 @@ class LoadedModel:
     """Source: a checkpoint or a Hugging Face folder."""
     run: RunState | None
     """State of the run that saved it; None if the source belongs to no run."""
+    generation: GenerationDefaults
 
     @property
-    def vocab_size(self) -> int:
-        return self.model.config.vocab_size
+    def config(self) -> ModelConfig:
+        return self.model.config
 
-    def forward_head(self, ids: Tensor, head: HeadLoss) -> None:
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        self.model(ids, positions, None, None, head)
+    def forward_head(self, ids: Tensor, head: HeadLoss, cache: DecodingCache | None = None) -> None:
+        positions = positions_of(ids, ids.shape[1], cache)
+        self.model(ids, positions, None, None, head, cache)
 
     def finish(self) -> None:
         """Do nothing: no pass waits for another data-parallel rank."""
@@ -79,7 +84,16 @@ def _load(path: Path, topology: Topology, tokenizer: str | None, dtype: str | No
     texts = _open_tokenizer(source, tokenizer)
     model = build_model(source, topology, _dtype(dtype, topology.device))
     run = None if source.run is None else state_of(source)
-    return LoadedModel(model, texts, source.path, run)
+    return LoadedModel(model, texts, source.path, run, generation_defaults(source))
+
+
+def generation_defaults(source: Source) -> GenerationDefaults:
+    """Return the generation settings of the Hugging Face folder that the model is or comes from."""
+    origin = HuggingFaceOrigin.recorded(source.environment)
+    if origin.generation_config is not None:
+        return GenerationDefaults.of(origin.generation_config)
+    # As in transformers, only the token ids of config.json are generation settings.
+    return GenerationDefaults.of({"eos_token_id": (origin.config or {}).get("eos_token_id")})
 
 
 def build_model(source: Source, topology: Topology, dtype: torch.dtype) -> LlamaForCausalLM:

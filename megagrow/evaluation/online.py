@@ -1,6 +1,6 @@
 """Evaluation of the model in training, in place: no weight is moved or copied."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,13 +10,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagrow.config.schema import RunConfig
+from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.config.sections import EvaluationConfig
+from megagrow.evaluation.decoder import TokenChoice, TokenDecoder
+from megagrow.evaluation.forward_model import positions_of
 from megagrow.evaluation.lm import LMAdapter
 from megagrow.evaluation.logprobs import ModelScorer, TokenQuery
 from megagrow.evaluation.runner import Results, evaluate
 from megagrow.evaluation.tasks import load_tasks
 from megagrow.evaluation.tokenizer import CachedTokenizer, EvalTokenizer, open_tokenizer
+from megagrow.model.decoding import DecodingCache
 from megagrow.model.llama import HeadLoss
 from megagrow.model.masks import Masks
 from megagrow.parallel.agreement import run_on_all_ranks
@@ -28,20 +31,20 @@ from megagrow.train.stage import Stage
 class StageModel:
     """Engine of a stage in evaluation mode, with its current masks.
 
-    A `ForwardModel` of `logprobs.ModelScorer`.
+    A `ForwardModel`.
     """
 
     stage: Stage
     masks: Masks | None
 
     @property
-    def vocab_size(self) -> int:
-        return self.stage.config.model.vocab_size
+    def config(self) -> ModelConfig:
+        return self.stage.config.model
 
-    def forward_head(self, ids: Tensor, head: HeadLoss) -> None:
+    def forward_head(self, ids: Tensor, head: HeadLoss, cache: DecodingCache | None = None) -> None:
         """Run one pass; under ZeRO-3 the other data-parallel ranks run one at the same time."""
         self._any_rank_working(True)
-        self._forward(ids, head)
+        self._forward(ids, head, cache)
 
     def finish(self) -> None:
         """Run dummy passes while other ranks run passes.
@@ -52,12 +55,12 @@ class StageModel:
             dummy = torch.zeros(1, 1, dtype=torch.int64, device=self.stage.topology.device)
             self._forward(dummy, _empty_head)
 
-    def _forward(self, ids: Tensor, head: HeadLoss) -> None:
-        parallel = self.stage.config.parallel
+    def _forward(self, ids: Tensor, head: HeadLoss, cache: DecodingCache | None = None) -> None:
+        parallel, columns = self.stage.config.parallel, ids.shape[1]
         if parallel.sequence_parallel:  # needs a length divisible by the tensor-parallel size
             ids = F.pad(ids, (0, -ids.shape[1] % parallel.tensor_model_parallel_size))
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        self.stage.engine.forward(ids, positions, None, self.masks, head)
+        positions = positions_of(ids, columns, cache)
+        self.stage.engine.forward(ids, positions, None, self.masks, head, cache)
 
     def _any_rank_working(self, working: bool) -> bool:
         """Return True if a rank runs a pass in which this rank has to take part."""
@@ -111,14 +114,24 @@ def _open_tokenizer(run: RunConfig) -> EvalTokenizer:
 
 
 class StubScorer:
-    """`TokenScorer` without a model: every token has probability 1, every text ends at once."""
+    """`TokenScorer` without a model: every token has probability 1, every text ends at once.
+
+    It is its own `TokenDecoder`.
+    """
 
     def __init__(self, eos_id: int) -> None:
         self._eos_id = eos_id
 
-    def greedy_tokens(self, sequences: list[list[int]]) -> list[int]:
-        """Return the end-of-document token for each sequence."""
-        return [self._eos_id] * len(sequences)
+    def decode(self, prompts: list[list[int]]) -> TokenDecoder:
+        """Return the decoder of all texts."""
+        return self
+
+    def next_tokens(self, choices: Sequence[TokenChoice | None]) -> list[int]:
+        """Return the end-of-text token for each text."""
+        return [self._eos_id] * len(choices)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Do nothing: there is no state."""
 
     def scores(
         self, sequences: list[list[int]], query: TokenQuery

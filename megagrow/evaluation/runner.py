@@ -10,6 +10,7 @@ from typing import Any
 import lm_eval.api.task
 from lm_eval.evaluator import evaluate as run_lm_eval
 
+from megagrow.errors import InputError
 from megagrow.evaluation.lm import LMAdapter, wrap_model
 from megagrow.evaluation.model import load_model
 from megagrow.evaluation.results_store import run_counters
@@ -38,16 +39,25 @@ def evaluate(
     results = {}
     for name, task in tasks.items():
         begin(name)
+        report = _report(model, name, task, limit)
+        results[name] = _plain(report["results"][name], report["n-samples"][name]["effective"])
+    return {"results": results, "average": average(results)}
+
+
+def _report(model: LMAdapter, name: str, task: Any, limit: int | None) -> dict[str, Any]:
+    """Return lm-eval's results of one task; an InputError names the task."""
+    try:
         with _without_bars():
-            report = run_lm_eval(
+            results: dict[str, Any] = run_lm_eval(
                 lm=model,
                 task_dict={"tasks": {name: task}, "groups": {}, "group_map": {}},
                 limit=limit,
                 bootstrap_iters=0,  # bootstrapping forks processes
                 log_samples=False,
             )
-        results[name] = _plain(report["results"][name], report["n-samples"][name]["effective"])
-    return {"results": results, "average": average(results)}
+    except InputError as error:
+        raise type(error)(f"task {name}: {error}") from error
+    return results
 
 
 def evaluate_checkpoint(

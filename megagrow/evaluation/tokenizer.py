@@ -41,9 +41,9 @@ class EvalTokenizer:
         options = {} if special is None else {"add_special_tokens": special}
         return list(self.tokenizer.encode(text, verbose=False, **options))
 
-    def decode(self, ids: list[int]) -> str:
-        """Return the text without special tokens."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+    def decode(self, ids: list[int], special: bool = False) -> str:
+        """Return the text; `special` includes special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=not special))
 
 
 class CachedTokenizer(EvalTokenizer):

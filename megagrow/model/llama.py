@@ -7,7 +7,8 @@ by a collective (`parallel/tensor_parallel.py`).
 Shapes: B batch, S sequence, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megagrow.config.schema import ModelConfig
+from megagrow.model.decoding import DecodingCache
+from megagrow.model.layers.decoding import DecodingState
 from megagrow.model.layers.modules import Context, RMSNorm
 from megagrow.model.layers.table import decoder_blocks
 from megagrow.model.masks import Masks, masked
@@ -35,7 +38,11 @@ class DecoderLayer(nn.Module):
         self.blocks = [(norm, name) for norm, name, _ in blocks]
 
     def forward(
-        self, x_BSD: Tensor, context: Context, gate: Tensor | float | None = None
+        self,
+        x_BSD: Tensor,
+        context: Context,
+        gate: Tensor | float | None = None,
+        states: Mapping[str, DecodingState] | None = None,
     ) -> Tensor:
         delta_BSD: Tensor | None = None
         for norm, name in self.blocks:
@@ -45,7 +52,8 @@ class DecoderLayer(nn.Module):
             else:
                 x_BSD = x_BSD if delta_BSD is None else x_BSD + delta_BSD
                 norm_BSD = normalize(x_BSD, context)
-            delta_BSD = masked(block(norm_BSD, context), gate)
+            own = context if states is None else replace(context, state=states.get(name))
+            delta_BSD = masked(block(norm_BSD, own), gate)
         assert delta_BSD is not None
         return x_BSD + delta_BSD
 
@@ -71,24 +79,33 @@ class LlamaModel(nn.Module):
         position_ids: Tensor,
         documents: Any = None,
         masks: Masks | None = None,
+        cache: DecodingCache | None = None,
     ) -> Tensor:
         x_BSD = self.post_collective(self.embed_tokens(input_ids))
         masks = Masks() if masks is None else masks.to(x_BSD.dtype)
         x_BSD = masked(x_BSD, masks.residual)
-        context = self._context(position_ids, documents, masks, x_BSD.dtype)
+        context = self._context(position_ids, documents, masks, x_BSD.dtype, cache)
         for index, layer in enumerate(self.layers):
             gate = masks.gate(index)
             if self.recompute == "full" and torch.is_grad_enabled():
                 x_BSD = checkpoint(layer, x_BSD, context, gate, use_reentrant=True)
             else:
-                x_BSD = layer(x_BSD, context, gate)
+                x_BSD = layer(x_BSD, context, gate, None if cache is None else cache.layers[index])
         return self.norm(x_BSD, context)
 
     def _context(
-        self, positions: Tensor, documents: Any, masks: Masks, dtype: torch.dtype
+        self,
+        positions: Tensor,
+        documents: Any,
+        masks: Masks,
+        dtype: torch.dtype,
+        cache: DecodingCache | None,
     ) -> Context:
         cos, sin = rotary_tables(self.config, positions)
-        attention_mask = self.ops.attention_mask(documents, positions)
+        if cache is not None and cache.sequences.stored > 0:
+            attention_mask = cache.sequences.visible(positions)
+        else:
+            attention_mask = self.ops.attention_mask(documents, positions)
         return Context(
             self.ops, cos.to(dtype), sin.to(dtype), attention_mask, masks, self.recompute
         )
@@ -109,10 +126,11 @@ class Head(nn.Linear):
 class LlamaForCausalLM(nn.Module):
     """Token ids to logits, or to a loss.
 
-    forward(input_ids, position_ids, documents, masks, loss): the first two are (B, S) int64.
+    forward(input_ids, position_ids, documents, masks, loss, cache): the first two are (B, S) int64.
     `documents` is the output of `ops.pack`, None if attention crosses document boundaries. `masks`
-    is None unless growth masks are ramping. Returns logits (B, S, V) with V the local rows of the
-    vocabulary, or the value of `loss` on the hidden states and the head.
+    is None unless growth masks are ramping. With `cache`, the inputs continue its sequences and
+    `documents` is None. Returns logits (B, S, V) with V the local rows of the vocabulary, or the
+    value of `loss` on the hidden states and the head.
     """
 
     def __init__(self, config: ModelConfig, recompute: str = "none", ops: Ops = PLAIN) -> None:
@@ -132,6 +150,8 @@ class LlamaForCausalLM(nn.Module):
         documents: Any = None,
         masks: Masks | None = None,
         loss: HeadLoss | None = None,
+        cache: DecodingCache | None = None,
     ) -> Tensor:
-        x_BSD = self.pre_collective(self.model(input_ids, position_ids, documents, masks))
+        x_BSD = self.model(input_ids, position_ids, documents, masks, cache)
+        x_BSD = self.pre_collective(x_BSD)
         return self.lm_head(x_BSD, loss)

@@ -11,12 +11,14 @@ import torch
 
 from megagrow.config.schema import RunConfig
 from megagrow.evaluation.lm import LMAdapter, MegagrowLM
-from megagrow.evaluation.online import OnlineEvaluation, StubScorer
+from megagrow.evaluation.logprobs import ModelScorer
+from megagrow.evaluation.online import OnlineEvaluation, StageModel, StubScorer
 from megagrow.evaluation.runner import evaluate
 from megagrow.evaluation.tasks import load_tasks
+from megagrow.model.masks import Masks
 from megagrow.reshard.fill import fill_initial
 from megagrow.train.reporting.run_logger import RunLogger
-from megagrow.train.stage import build_stage, masks_now
+from megagrow.train.stage import Stage, build_stage, masks_now
 from tests.helpers.evaluation.small import BATCH, DOCUMENTS, SMALL, TASKS, evaluated_run, write_data
 from tests.helpers.jobs import Finished, Hook, records, train, write_run
 from tests.helpers.runs import STEP_TOKENS, grow_live
@@ -163,10 +165,32 @@ def while_masked(run: RunConfig) -> list[dict[str, Any]]:
     stage.engine.ready(0)
     begun: list[str] = []
     found = [evaluation(stage, None, begun.append)]
+    check_decoding(stage, None)
     stage, _ = grow_live(run, stage)
-    found += [evaluation(stage, masks, begun.append) for masks in (masks_now(run, stage, 0), None)]
+    ramping = [masks_now(run, stage, step) for step in (0, 4)]
+    found += [evaluation(stage, masks, begun.append) for masks in (ramping[0], None)]
+    check_decoding(stage, ramping[1])
     assert begun == 3 * TASKS and stage.engine._engine.training
     return [one["results"] for one in found]
+
+
+@torch.no_grad()
+def check_decoding(stage: Stage, masks: Masks | None) -> None:
+    """Check that cached decoding gives the tokens of passes over the complete texts.
+
+    Under ZeRO-3 the data-parallel ranks decode different numbers of tokens.
+    """
+    stage.engine.train(False)
+    model = StageModel(stage, masks)
+    scorer = ModelScorer(model, stage.topology)
+    texts = [[5, 6, 7, 8, 9], [10, 11]] if stage.topology.dp_rank == 0 else [[12]]
+    cached = scorer.decode(texts)
+    for _ in range(6 if stage.topology.dp_rank == 0 else 4):
+        expected = scorer.decode(texts).next_tokens([None] * len(texts))
+        assert cached.next_tokens([None] * len(texts)) == expected
+        texts = [[*text, token] for text, token in zip(texts, expected, strict=True)]
+    model.finish()
+    stage.engine.train()
 
 
 def test_masked_model_is_evaluated_with_its_masks(data, tmp_path) -> None:

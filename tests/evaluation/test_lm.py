@@ -16,23 +16,26 @@ pytestmark = [
     pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the data sets in {DATA}"),
 ]
 
-GENERATION = {"until": ["e"], "max_gen_toks": 12, "do_sample": False}
+GREEDY = {"until": ["e"], "max_gen_toks": 12, "do_sample": False}
+SAMPLED = {"max_gen_toks": 12, "temperature": 1.0, "top_k": 0}
 CONTEXTS = ["He said that", "A much longer context, which stands beside it in the batch", "x"]
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    """Checkpoint, tokenizer, and the answers of lm-eval's Hugging Face model."""
+    """Checkpoint, tokenizer, the answers of lm-eval's Hugging Face model, and samples of ours."""
     folder = tmp_path_factory.mktemp("evaluation")
     source = write_source(folder)
     model = theirs(folder, *source)
     expected = {**answers(model), "choices": model.loglikelihood(choice_requests())}
-    return source, expected, figures(model), model
+    texts = [model.generate_until([each])[0] for each in generation_requests(GREEDY)]
+    assert any(texts) and not any("e" in text for text in texts)
+    return source, expected, figures(model), texts, []
 
 
-def generation_requests() -> list[Instance]:
+def generation_requests(options: dict) -> list[Instance]:
     return [
-        Instance("generate_until", {}, (context, GENERATION), number)
+        Instance("generate_until", {}, (context, options), number)
         for number, context in enumerate(CONTEXTS)
     ]
 
@@ -50,14 +53,18 @@ def rank(source: tuple, tp: int) -> tuple:
     return (
         {**answers(model), "choices": chosen},
         figures(model),
-        model.generate_until(generation_requests()),
+        model.generate_until(generation_requests(GREEDY)),
+        model.generate_until(generation_requests(SAMPLED)),
     )
 
 
 @pytest.mark.parametrize(("world", "tp"), [(1, 1), (2, 2), (2, 1)])
 def test_answers_and_metrics_equal_those_of_lm_eval(case, world, tp):
-    source, expected, metrics, _ = case
-    for found, own_metrics, _ in run_ranks(world, rank, source, tp):
+    source, expected, metrics, texts, samples = case
+    for found, own_metrics, written, sampled in run_ranks(world, rank, source, tp):
+        assert written == texts
+        samples.append(sampled)
+        assert sampled == samples[0], "samples depend on the layout"
         for task, values in expected.items():
             assert len(found[task]) == len(values) > 0
             for one, other in zip(found[task], values, strict=True):
@@ -67,11 +74,3 @@ def test_answers_and_metrics_equal_those_of_lm_eval(case, world, tp):
                 assert one == pytest.approx(other, abs=1e-4, rel=1e-6)
         for task, values in metrics.items():
             assert own_metrics[task] == pytest.approx(values, rel=1e-6)
-
-
-def test_generation_is_greedy_and_stops(case):
-    source, *_, model = case
-    (_, _, written), *_ = run_ranks(1, rank, source, 1)
-    expected = [model.generate_until([request])[0] for request in generation_requests()]
-    assert written == expected and any(written)
-    assert not any("e" in text for text in written)

@@ -17,6 +17,7 @@ from megagrow.model.layers.base import (
 )
 
 if TYPE_CHECKING:
+    from megagrow.model.layers.decoding import DecodedSequences, DecodingState
     from megagrow.model.layers.modules import LayerModule
 
 _QUERIES = ("num_attention_heads", "head_dim")
@@ -74,6 +75,12 @@ def _build(config: ModelConfig) -> "LayerModule":
     return Attention(config)
 
 
+def _decoding_state(sequences: "DecodedSequences") -> "DecodingState":
+    from megagrow.model.layers.decoding import KeyValueState
+
+    return KeyValueState(sequences)
+
+
 ATTENTION = LayerType(
     "full_attention",
     label="attention's projections",
@@ -82,4 +89,5 @@ ATTENTION = LayerType(
     build=_build,
     score_label="attention itself",
     score_flops=_score_flops,
+    decoding_state=_decoding_state,
 )

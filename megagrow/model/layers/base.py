@@ -14,6 +14,8 @@ from megagrow.config.schema import ModelConfig
 if TYPE_CHECKING:
     from torch import nn
 
+    from megagrow.model.layers.decoding import DecodedSequences, DecodingState
+
 AxisSide = Literal["produces", "consumes", "gain", "tied gain"]
 """Effect of a parameter on an activation axis.
 
@@ -162,6 +164,9 @@ class LayerType:
     """Name of the products between activations in tables of FLOPs."""
     score_flops: Callable[[ModelConfig, int], int] = no_score_flops
     """(config, sequence length): training FLOPs per token of products between activations."""
+    decoding_state: "Callable[[DecodedSequences], DecodingState] | None" = None
+    """Return the empty state of a block for incremental decoding; None if the output at a position
+    depends on the input at this position only."""
 
     def numel(self, config: ModelConfig) -> int:
         """Return the number of elements of all parameters."""

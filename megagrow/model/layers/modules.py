@@ -16,22 +16,26 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megagrow.config.schema import ModelConfig
+from megagrow.model.layers.decoding import DecodingState, KeyValueState
 from megagrow.model.masks import Masks, masked, masked_groups, masked_rms_norm
 from megagrow.model.ops import Ops
 
 
 @dataclass(frozen=True)
 class Context:
-    """Inputs of every layer besides the hidden states, computed once per forward pass."""
+    """Inputs of a block besides the hidden states, computed once per forward pass."""
 
     ops: Ops
     cos: Tensor
     sin: Tensor
     attention_mask: Any
-    """Attention mask in the format `ops.attention` expects."""
+    """Attention mask in the format `ops.attention` expects; the mask of `DecodedSequences.visible`
+    if earlier passes stored a state."""
     masks: Masks
     recompute: str
     """Activation checkpointing: `none`, `selective` (the attention core) or `full` (the layer)."""
+    state: DecodingState | None = None
+    """State of the block in incremental decoding; None outside of it and for a type without one."""
 
     @property
     def adds_in_norm(self) -> bool:
@@ -94,6 +98,9 @@ class Attention(LayerModule):
         attend = ops.attention
         if context.recompute == "selective" and torch.is_grad_enabled():
             attend = partial(checkpoint, ops.attention, use_reentrant=False)
+        if context.state is not None:
+            assert isinstance(context.state, KeyValueState)
+            attend = partial(context.state.attend, ops.attention)
         out_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.attention_mask)
         return self.post_collective(self.o_proj(out_BSHK.flatten(2)))
 

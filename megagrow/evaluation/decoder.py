@@ -1,0 +1,78 @@
+"""Next tokens of a batch of texts, one forward pass per token, with a key/value cache."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megagrow.evaluation.forward_model import ForwardModel, VocabShard
+from megagrow.model.decoding import DecodingCache
+from megagrow.parallel.process_groups import Topology
+
+TokenChoice = Callable[[Tensor], int]
+"""Choice of the next token id of a text from its logits (V,): fp32 on the CPU. All tensor-parallel
+ranks call it with the same values and must get the same result."""
+
+
+class TokenDecoder(Protocol):
+    """Interface of `Decoder`."""
+
+    def next_tokens(self, choices: Sequence[TokenChoice | None]) -> list[int]:
+        """Choose the next token of each text and append it; None chooses the most likely one."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all other texts; `rows` are ascending indices."""
+
+
+class Decoder:
+    """Texts of a batch while they are generated.
+
+    The first pass reads the prompts, later passes read the last token of each text. Methods are
+    collective over the tensor-parallel group. The caller limits the lengths of texts to the context
+    length of the model.
+    """
+
+    def __init__(
+        self, model: ForwardModel, topology: Topology, prompts: Sequence[Sequence[int]]
+    ) -> None:
+        self._model = model
+        self._vocabulary = VocabShard(model.config.vocab_size, topology)
+        self._cache = DecodingCache(model.config, topology.device)
+        self._unread = [list(prompt) for prompt in prompts]
+
+    @torch.no_grad()
+    def next_tokens(self, choices: Sequence[TokenChoice | None]) -> list[int]:
+        """Choose the next token of each text and append it; None chooses the most likely one."""
+        ids = self._cache.begin(self._unread)
+        rows = torch.arange(len(ids), device=ids.device)
+        last = torch.tensor([len(tokens) - 1 for tokens in self._unread], device=ids.device)
+        tokens: list[int] = []
+
+        def choose(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
+            logits = F.linear(hidden_BSD[rows, last], weight_VD)
+            tokens.extend(self._choose(logits, choices))
+            return logits.new_zeros(())
+
+        self._model.forward_head(ids, choose, self._cache)
+        self._cache.end()
+        self._unread = [[token] for token in tokens]
+        return tokens
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all other texts; `rows` are ascending indices."""
+        self._cache.keep(rows)
+        self._unread = [self._unread[row] for row in rows]
+
+    def _choose(self, logits: Tensor, choices: Sequence[TokenChoice | None]) -> list[int]:
+        """Return one token per row of logits (B, V/tp)."""
+        tokens: list[int] = self._vocabulary.most_likely(logits).tolist()
+        chosen = [row for row, choice in enumerate(choices) if choice is not None]
+        if chosen:
+            gathered = self._vocabulary.gather(logits[chosen]).cpu()
+            for row, values in zip(chosen, gathered, strict=True):
+                choice = choices[row]
+                assert choice is not None
+                tokens[row] = choice(values)
+        return tokens
