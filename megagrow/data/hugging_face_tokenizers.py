@@ -32,6 +32,7 @@ class JsonTokenizer:
         except Exception as error:  # the library raises plain Exception
             raise DataError(f"{path}: not a tokenizer.json: {error}") from error
         self._is_changed = encode_completely(self._tokenizer)
+        self.supports_windows = _supports_windows(self._tokenizer)
         self._tokenizer.encode_special_tokens = True
         self._path = path
         self.vocab_size = _size_of(self._tokenizer)
@@ -78,8 +79,10 @@ class TransformersTokenizer:
         except Exception as error:  # damaged files raise arbitrary exceptions
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise DataError(f"{name}: no tokenizer found: {reason}") from error
+        self.supports_windows = False
         if self._tokenizer.is_fast:
             encode_completely(self._tokenizer.backend_tokenizer)
+            self.supports_windows = _supports_windows(self._tokenizer.backend_tokenizer)
         self.vocab_size = _size_of(self._tokenizer)
         if self._tokenizer.eos_token_id is None:
             eos = self._declared_eos(Path(name))
@@ -125,6 +128,10 @@ def encode_completely(tokenizer: Any) -> bool:
     if dropout:
         tokenizer.model.dropout = None
     return is_changed
+
+
+def _supports_windows(tokenizer: Any) -> bool:
+    return type(tokenizer.model).__name__ != "Unigram"
 
 
 def _size_of(tokenizer: Any) -> int:

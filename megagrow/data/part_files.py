@@ -18,6 +18,7 @@ from megagrow.common.atomic_files import write_text
 from megagrow.common.json_text import FILE_BYTES, read_limited
 from megagrow.data.documents import Document, read_documents
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
+from megagrow.data.long_documents import LONG, encode_document
 from megagrow.data.manifest import Split
 from megagrow.data.sources import SourceUnit
 from megagrow.data.tokenizers import Tokenizer, load_tokenizer
@@ -117,11 +118,11 @@ def make_part(
         }
         for batch in _batches(read_documents(unit, options.text_key)):
             before = sum(split.tokens for split in splits.values())
-            for text, ids in zip(batch.texts, tokenizer.encode_batch(batch.texts), strict=True):
+            for text, ids in zip(batch.texts, _encode(tokenizer, batch.texts), strict=True):
                 name = options.split_of(text)
-                document = [*ids, tokenizer.eos_id]
-                writers[name].add_document(np.array(document))
-                splits[name] = add(splits[name], 1, len(document), max(document))
+                document = np.append(ids, tokenizer.eos_id)
+                writers[name].add_document(document)
+                splits[name] = add(splits[name], 1, len(document), int(document.max()))
             tokens = sum(split.tokens for split in splits.values()) - before
             done += batch.size
             yield Progress(batch.size, tokens)
@@ -146,17 +147,30 @@ class _Batch:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[_Batch]:
+    """Yield batches of about BATCH_BYTES characters; a long document is a batch by itself."""
     texts: list[str] = []
     size = length = 0
     for document in documents:
+        if texts and len(document.text) >= LONG:
+            yield _Batch(texts, size)
+            texts, size, length = [], 0, 0
         texts.append(document.text)
         size += document.size
         length += len(document.text)
-        if length >= BATCH_BYTES:
+        if length >= BATCH_BYTES or len(document.text) >= LONG:
             yield _Batch(texts, size)
             texts, size, length = [], 0, 0
     if texts:
         yield _Batch(texts, size)
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> Iterator[np.ndarray]:
+    """Yield the tokens of the documents of a batch, int32."""
+    if len(texts) == 1:
+        yield encode_document(tokenizer, texts[0])
+        return
+    for ids in tokenizer.encode_batch(texts):
+        yield np.array(ids, dtype=np.int32)
 
 
 def _write_json(path: Path, part: PartFile) -> None:

@@ -33,6 +33,9 @@ class Tokenizer(Protocol):
     """Token that ends a document."""
     checksum: str
     """Hexadecimal identity of the tokenizer."""
+    supports_windows: bool
+    """True if `encode_document` may encode a long text in windows; False for Unigram models, where
+    the choice between segmentations of equal score depends on rounding over the complete text."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each text, without special tokens."""
@@ -79,7 +82,8 @@ class SentencePieceTokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = self._processor.vocab_size()
-            self._is_splittable = self._check_splittable()
+            self.supports_windows = self._is_byte_pair_encoding()
+            self._is_splittable = self.supports_windows and self._check_splittable()
         except (RuntimeError, ValueError) as error:  # ValueError: a token that is not UTF-8.
             raise DataError(f"{path}: not a SentencePiece model") from error
         self._path = path
@@ -129,7 +133,14 @@ class SentencePieceTokenizer:
         encode, size = self._processor.encode, range(self.vocab_size)
         if any("\n" in piece for piece in self._processor.id_to_piece(list(size))):
             return False
+        if self.decode(encode("a\n\na")) != "a\n\na":  # newlines are normalized to spaces
+            return False
         return bool(encode(" a \n a ") == encode(" a \n") + encode(" a "))
+
+    def _is_byte_pair_encoding(self) -> bool:
+        """Return True if the scores are ranks of merges; those of other models are logarithms."""
+        scores = map(self._processor.get_score, range(self.vocab_size))
+        return all(score.is_integer() for score in scores)
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path) -> None:
