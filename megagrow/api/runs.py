@@ -127,7 +127,7 @@ def read_metrics(run_dir: AnyPath) -> list[dict[str, Any]]:
 
     Returns:
         One dict per line of metrics.jsonl, in order. `kind` is start, train, validation,
-        evaluation, growth, checkpoint, rewind,
+        evaluation, growth, checkpoint, rewind, lost,
         config_change or end. Losses are in nats per token, times in
         seconds, memory in bytes (docs/reference/file-formats.md).
 

@@ -122,6 +122,7 @@ class Checkpointer:
             files={},
             protected=BEFORE_GROWTH if grows and options.keep_before_growth else None,
         )
+        self._run_logger.sync()
         storage, step = stage.engine.storage(), state.counters.step
         self._saver.begin(step, stage.layout, storage, manifest, background=not wait)
         return self.finish(state) if wait else state

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, with_config
 
-from megagrow.common.atomic_files import atomic_file
+from megagrow.common.atomic_files import atomic_file, sync
 from megagrow.common.json_text import finite, limited_lines, parse_json
 from megagrow.common.number_ranges import Amount, Tally, as_amount, as_tally
 from megagrow.config.flops import parameters
@@ -32,6 +32,7 @@ RecordKind = Literal[
     "growth",
     "checkpoint",
     "rewind",
+    "lost",
     "end",
 ]
 
@@ -141,6 +142,7 @@ def start_fields(run: RunConfig, run_steps: int) -> Record:
         "parameters": [parameters(stage.model) for stage in run.stages],
         "run_steps": run_steps,
         "run_tokens": run_tokens(run),
+        "logging_interval": run.logging.interval,
     }
 
 
@@ -177,8 +179,16 @@ class MetricsLog:
         for tracker in self._trackers:
             tracker.write(record)
 
-    def truncate_after(self, step: int, stage: int | None = None, rewinds: int = 0) -> None:
-        """Remove the records after a checkpoint; `start` records stay.
+    def sync(self) -> None:
+        """Wait until all records are on the disk (fsync), before a checkpoint of their steps is."""
+        if self.path.exists():
+            try:
+                sync(self.path)
+            except OSError as error:
+                raise unwritable(self.path, error) from error
+
+    def truncate_after(self, step: int, stage: int | None = None, rewinds: int = 0) -> list[Record]:
+        """Remove the records after a checkpoint; `start` records stay. Returns those that are kept.
 
         Args:
             step: steps of the checkpoint; -1 removes everything.
@@ -187,12 +197,14 @@ class MetricsLog:
             rewinds: rewinds of the checkpoint, which separate the records before and after a
                 rewind.
         """
+        kept: list[Record] = []
         if self.path.exists():
             known = read_metrics(self.path)
             kept = [record for record in known if not _later(record, step, stage, rewinds)]
             _rewrite(self.path, kept)
         for tracker in self._trackers:
-            tracker.truncate_after(step)
+            tracker.truncate_after(step, kept)
+        return kept
 
     def close(self) -> None:
         """Close the files of TensorBoard and W&B; metrics.jsonl is complete after each write."""

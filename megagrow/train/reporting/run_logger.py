@@ -20,8 +20,10 @@ from megagrow.train.growth_event.event import GrowthReport
 from megagrow.train.growth_event.function_check import Change
 from megagrow.train.loop import StepDone
 from megagrow.train.reporting.console import LiveLine, Status
-from megagrow.train.reporting.metrics import MetricsLog, start_fields, train_fields
+from megagrow.train.reporting.lost_records import ranges_text, steps_without_record
+from megagrow.train.reporting.metrics import Counters, MetricsLog, start_fields, train_fields
 from megagrow.train.reporting.run_files import write_run_files
+from megagrow.train.reporting.writers import Record
 from megagrow.train.run_position import steps_left
 from megagrow.train.train_state import RunState
 
@@ -101,10 +103,28 @@ class RunLogger:
             self._log(f"run {name} | start | {last} steps | {sizes} parameters")
         else:
             stage, rewinds = state.stage, state.counters.rewinds
-            self._write(lambda log: log.truncate_after(step, stage, rewinds))
             self._log(f"run {name} | resume | step {step} | {checkpoint}")
+            self._write(
+                lambda log: self._report_lost(
+                    log, log.truncate_after(step, stage, rewinds), state.counters
+                )
+            )
         self._write(lambda log: log.write("start", state.counters, **start_fields(self._run, last)))
         self._changes(state, changes)
+
+    def sync(self) -> None:
+        """Sync the records written so far; call before saving a checkpoint of their steps."""
+        self._write(lambda log: log.sync())
+
+    def _report_lost(self, log: MetricsLog, kept: list[Record], counters: Counters) -> None:
+        """Log and record the steps before a resume that have no train record."""
+        lost = steps_without_record(kept, counters.step, self._run.logging.interval)
+        if lost:
+            self._log(
+                f"{log.path}: no record of step {ranges_text(lost)}; curves have a gap there",
+                logging.WARNING,
+            )
+            log.write("lost", counters, steps=lost)
 
     def step(self, event: StepDone) -> None:
         """Record a training step at `logging.interval`, and before other records of the step."""
@@ -232,12 +252,12 @@ class RunLogger:
         if self._enabled:
             logger.log(level, "%s", line)
 
-    def _write(self, action: Callable[[MetricsLog], None]) -> None:
+    def _write(self, action: Callable[[MetricsLog], object]) -> None:
         log = self._metrics
         if log is not None:
             self._attempt(lambda: action(log))
 
-    def _attempt(self, action: Callable[[], None]) -> None:
+    def _attempt(self, action: Callable[[], object]) -> None:
         if self._enabled and self._problem is None:
             try:
                 action()

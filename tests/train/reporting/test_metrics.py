@@ -1,6 +1,8 @@
 import json
 import math
+import os
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,6 +123,17 @@ def test_growth_at_the_checkpoints_own_step_is_undone(tmp_path: Path) -> None:
     assert [record["kind"] for record in read_metrics(log.path)] == ["start", "start"]
 
 
+def test_records_are_synced_before_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, synced = open_log(tmp_path), []
+    log.sync()
+    train(log, Counters(), 2)
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    log.sync()
+    assert synced == [log.path.stat().st_ino]
+
+
 def test_cut_last_line_is_passed_over(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     train(log, Counters(), 2)
@@ -182,19 +195,66 @@ def test_an_evaluation_is_written_and_shown_by_task_and_metric(tmp_path: Path) -
     assert "evaluation/average" in events.Tags()["scalars"]
 
 
-def test_tensorboard_forgets_what_a_resume_takes_back(tmp_path: Path) -> None:
+def shown(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """Step and value of every event that TensorBoard shows, by scalar."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with MetricsLog(tmp_path, True, None, "run") as log:
-        kept = train(log, Counters(), 2)
-        log.write("train", kept.after_step(measure(9, loss=99.0)), **train_fields(measure(9), None))
-    with MetricsLog(tmp_path, True, None, "run") as log:
-        log.truncate_after(2)
-        train(log, kept, 4)
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    seen = {event.step: event.value for event in events.Scalars("train/loss")}
-    assert seen == pytest.approx({step: 5.0 - (step - 1) / 7 for step in (1, 2, 3, 4)})
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
-    assert events.Scalars("validation/loss")[0].value == pytest.approx(4.0 - 3 / 9)
+    events = accumulator.EventAccumulator(str(directory / "tensorboard")).Reload()
+    tags = events.Tags()["scalars"]
+    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    return {tag: values for tag, values in found.items() if values}
+
+
+def numbers(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """The same of metrics.jsonl."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for record in read_metrics(directory / "metrics.jsonl"):
+        for key, value in record.items():
+            if key not in ("kind", "step") and isinstance(value, int | float):
+                found.setdefault(f"{record['kind']}/{key}", []).append(
+                    (record["step"], float(value))
+                )
+    return found
+
+
+def assert_shown(directory: Path) -> None:
+    """TensorBoard shows the records of metrics.jsonl, in order."""
+    found, right = shown(directory), numbers(directory)
+    assert found.keys() == right.keys()
+    for tag, events in right.items():
+        assert [step for step, _ in found[tag]] == [step for step, _ in events], tag
+        values = [value for _, value in events]
+        assert [value for _, value in found[tag]] == pytest.approx(values), tag
+
+
+def undone(log: MetricsLog, counters: Counters, step: int, stage: int = 0) -> None:
+    """Records that do not stay."""
+    train(log, counters, step, stage)
+    log.write("evaluation", counters, stage=stage + 1, average=99.0)
+
+
+@pytest.mark.parametrize("clock", [0, -86400 * 365], ids=["clock", "clock set back"])
+@pytest.mark.parametrize("restarts", [False, True], ids=["rewind", "resume"])
+def test_tensorboard_shows_what_metrics_have(
+    tmp_path: Path, restarts: bool, clock: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = MetricsLog(tmp_path, True, None, "run")
+    log.truncate_after(-1)
+    kept = train(log, Counters(), 3)
+    log.write("checkpoint", kept, stage=0)
+    undone(log, kept, 7)
+    now = time.time() + clock
+    monkeypatch.setattr(time, "time", lambda: now)
+    if restarts:
+        log = MetricsLog(tmp_path, True, None, "run")
+    log.truncate_after(3, stage=0)
+    again = train(log, kept, 5)
+    assert_shown(tmp_path)
+    undone(log, again, 9)
+    log.truncate_after(5, stage=0)
+    log.truncate_after(3, stage=0)
+    train(log, kept, 6)
+    assert_shown(tmp_path)
+    assert [step for step, _ in shown(tmp_path)["train/loss"]] == [1, 2, 3, 4, 5, 6]
 
 
 def test_wandb_run_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
