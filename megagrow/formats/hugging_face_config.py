@@ -60,6 +60,9 @@ _DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop")
 _CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code")
 """Keys that make transformers run Python files of a folder or of a repository."""
 
+_MOST_LEVELS = 100
+"""Maximum nesting of a JSON document that is kept."""
+
 _ORIGINAL = "original_max_position_embeddings"
 
 _NOT_EXPORTED = ("layer_types", "sliding_window", "partial_rotary_factor", _ORIGINAL)
@@ -199,8 +202,20 @@ def _runs_code(key: str, value: Any) -> bool:
     return key in _CODE_KEYS or (key.endswith("_implementation") and "/" in str(value))
 
 
+def check_nesting(document: Any, origin: str) -> None:
+    """Raise CheckpointError, with `origin`, for a document too deep to be copied recursively."""
+    level = [document]
+    for _ in range(_MOST_LEVELS):
+        inner = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+        if not level:
+            return
+    raise CheckpointError(f"{origin}: lists or objects nested in more than {_MOST_LEVELS} levels")
+
+
 def code_warnings(document: dict[str, Any], origin: str) -> list[str]:
     """Return a line that names the keys dropped by `without_code`, or none."""
+    check_nesting(document, origin)
     names = sorted(set(_code_keys(document)))
     reason = "it makes transformers run code"
     return [f"{origin}: {', '.join(names)} is dropped: {reason}"] if names else []

@@ -14,6 +14,7 @@ from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError, DataError
 from megagrow.formats.hugging_face_config import (
     CONFIG_FILE,
+    check_nesting,
     code_warnings,
     config_of,
     config_warnings,
@@ -51,9 +52,13 @@ class HuggingFaceOrigin:
 
     @classmethod
     def recorded(cls, environment: Mapping[str, Any]) -> "HuggingFaceOrigin":
-        """Return the origin in a source's environment; unusable parts are absent."""
+        """Return the origin in a source's environment; unusable parts are absent.
+
+        Raises CheckpointError if it is nested too deeply.
+        """
         entry = environment.get(ORIGIN_KEY)
         entry = entry if isinstance(entry, dict) else {}
+        check_nesting(entry, f"record of the Hugging Face folder {entry.get('folder')!r:.200}")
 
         def part(name: str, kind: Any) -> Any:
             value = entry.get(name)
@@ -151,7 +156,20 @@ def read_chat_template(folder: Path) -> Any:
         only_main = main.is_file() and len(templates) == 1
         return templates[0]["template"] if only_main else templates
     settings = folder / TOKENIZER_SETTINGS_FILE
-    return read_json(settings).get("chat_template") if settings.is_file() else None
+    return _template_in(settings) if settings.is_file() else None
+
+
+def _template_in(settings: Path) -> Any:
+    """Return the template of a tokenizer_config.json: a text, or named texts; None without one."""
+    found = read_json(settings).get("chat_template")
+    named = found if isinstance(found, list) else [{"name": "", "template": found or ""}]
+    texts = [text for item in named if isinstance(item, dict) for text in item.values()]
+    plain = all(isinstance(item, dict) and item.keys() == {"name", "template"} for item in named)
+    if not plain or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{settings}: its chat_template is neither a text nor named texts")
+    if sum(map(len, texts)) > _TEXT_BYTES:
+        raise DataError(f"{settings}: its chat_template is larger than {_TEXT_BYTES} bytes")
+    return found or None
 
 
 def _read_text(path: Path) -> str:

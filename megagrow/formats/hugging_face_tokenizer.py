@@ -180,6 +180,7 @@ def _of_folder(folder: Path, vocab_size: int) -> TokenizerFiles:
     templates = sorted((folder / CHAT_TEMPLATE_FOLDER).glob("*.jinja"))
     copies |= {f"{CHAT_TEMPLATE_FOLDER}/{file.name}": file for file in templates}
     settings = read_json(path) if path.is_file() else None
+    warnings = code_warnings(settings or {}, str(path))
     own: Tokenizer | None = None
     if JSON_FILE in copies:
         own = JsonTokenizer(copies[JSON_FILE])
@@ -196,7 +197,7 @@ def _of_folder(folder: Path, vocab_size: int) -> TokenizerFiles:
     if own is not None:
         _check_size(folder, own, vocab_size)
         ids["eos_token_id"] = own.eos_id
-    return TokenizerFiles(documents, copies, ids, tuple(code_warnings(settings or {}, str(path))))
+    return TokenizerFiles(documents, copies, ids, tuple(warnings))
 
 
 def _check_size(path: Path, tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -81,8 +81,12 @@ def _of_run(environment: dict[str, Any]) -> list[Path]:
     if not isinstance(data, dict):
         return []
     paths = [Path(data["tokenizer"])] if isinstance(data.get("tokenizer"), str) else []
-    for corpus in data.get("train") or []:
-        prefix = Path(corpus["path"])
+    corpora = data.get("train")
+    for corpus in corpora if isinstance(corpora, list) else []:
+        path = corpus.get("path") if isinstance(corpus, dict) else None
+        if not isinstance(path, str):
+            continue
+        prefix = Path(path)
         try:
             manifest = CorpusManifest.next_to(prefix)
         except DataError as error:

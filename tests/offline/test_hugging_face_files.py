@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.data.prepare import prepare
 from megagrow.data.tokenizers import load_tokenizer, train_sentencepiece
+from megagrow.errors import InputError
 from megagrow.formats.hugging_face import open_hugging_face
+from megagrow.formats.hugging_face_config import code_warnings
 from megagrow.formats.hugging_face_origin import HuggingFaceOrigin, read_chat_template
 from megagrow.offline.convert import export_hugging_face, import_hugging_face
 from megagrow.offline.hugging_face_files import hugging_face_files
@@ -166,6 +168,10 @@ def test_what_cannot_be_kept_is_told(tmp_path):
         "tokenizer_config.json: not JSON (Expecting property name enclosed in double quotes: "
         "line 1 column 2 (char 1))",
     ]
+    for template in (3, {"a": "b"}, [{"name": "x", "template": 1}], "x" * 300_000):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        with pytest.raises(InputError, match=r"tokenizer_config.json: its chat_template is"):
+            read_chat_template(tmp_path)
     with captured_logs() as messages:
         files = hugging_face_files(source, source.model, "F32", None)
     assert (
@@ -178,3 +184,11 @@ def test_a_record_cannot_name_other_files():
     entry = {"texts": {"../x": "a", "README.md": 3, "LICENSE": "b"}, "config": [1], "folder": {}}
     assert HuggingFaceOrigin.recorded({"hugging_face": entry}).texts == {"LICENSE": "b"}
     assert HuggingFaceOrigin.recorded({"hugging_face": [1]}) == HuggingFaceOrigin()
+    deep: list[Any] = []
+    for _ in range(500):
+        deep = [deep]
+    for document in ({"config": {"x": deep}}, {"chat_template": deep}):
+        with pytest.raises(InputError, match="nested in more than 100 levels"):
+            HuggingFaceOrigin.recorded({"hugging_face": document})
+    with pytest.raises(InputError, match=r"x: .*nested in more than 100 levels"):
+        code_warnings({"x": deep}, "x")
