@@ -79,7 +79,7 @@ def train(
         raise ConfigError("; ".join(problems))
     device = init_process_group(launch)
     run_on_all_ranks(lambda: check_kernels(run, device))
-    inputs = open_inputs_on_all_ranks(run, launch.local_rank)
+    inputs = open_inputs_on_all_ranks(run)
     evaluation = open_evaluation(run, device)
     contents = run_on_rank_zero(lambda: data_contents(run))
     environment = describe_environment(run) | {"contents": contents.model_dump()}

@@ -23,6 +23,7 @@ def prepare(
     validation_fraction: float = 0.01,
     workers: int | None = None,
     seed: int = 1234,
+    overwrite: bool = False,
     verbose: bool = False,
 ) -> "CorpusManifest":
     """Tokenize text into the indexed corpora OUTPUT/train and OUTPUT/validation.
@@ -37,12 +38,14 @@ def prepare(
         validation_fraction: Share of the documents in [0, 1); 0 writes no validation corpus.
         workers: Processes. Default: one per core.
         seed: Selects the validation documents.
+        overwrite: Replace another corpus in `output`.
         verbose: Print progress.
 
     Returns:
         The manifest of the corpus, with documents and tokens of each split.
 
     Raises:
+        ConfigError: `output` holds another corpus and `overwrite` is not set.
         DataError: A source, the tokenizer or an option is invalid, or a split is empty.
     """
     from megagrow.data.prepare import prepare as prepare_corpus
@@ -55,6 +58,7 @@ def prepare(
         validation_fraction=validation_fraction,
         workers=workers,
         seed=seed,
+        overwrite=overwrite,
         console=make_console(verbose),
     )
 

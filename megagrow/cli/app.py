@@ -26,7 +26,7 @@ from megagrow.cli.options import (
     WeightDecayOn,
     ZeroStage,
 )
-from megagrow.cli.train import train
+from megagrow.cli.train import prepare, prepare_instructions, train
 from megagrow.common.log_setup import configure_logging
 from megagrow.common.tables import table_console
 from megagrow.errors import ConfigError, InputError, PeerLost, RunError
@@ -39,6 +39,8 @@ app.add_typer(convert_app, name="convert")
 app.add_typer(fit_app, name="fit")
 app.command("eval")(evaluate)
 app.command("train")(train)
+app.command("prepare")(prepare)
+app.command("prepare-sft")(prepare_instructions)
 app.command("doctor")(doctor)
 
 REPORTER_GRACE_SECONDS = 20.0
@@ -98,66 +100,6 @@ def plan(
     )
     answered = answer(load_run(run_file, overrides or ()), request)
     show_answer(answered, table_console())
-
-
-@app.command()
-def prepare(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            help="Files or folders (text, .jsonl[.gz|.zst], .parquet), hf:NAME[:CONFIG[:SPLIT]], "
-            "or python-stdlib.",
-            show_default=False,
-        ),
-    ],
-    output: Annotated[Path, typer.Option(help="Folder for the prepared corpus.")],
-    tokenizer: Annotated[
-        str, typer.Option(help="`train`, or a SentencePiece model, or a Hugging Face tokenizer.")
-    ],
-    vocab_size: Annotated[int | None, typer.Option(help="Size of a trained vocabulary.")] = None,
-    validation_fraction: Annotated[
-        float, typer.Option(help="Fraction of the documents used for validation.")
-    ] = 0.01,
-    workers: Annotated[
-        int | None, typer.Option(help="Number of processes; default: all cores.")
-    ] = None,
-    text_key: Annotated[str, typer.Option(help="JSON key or Parquet column of the text.")] = "text",
-    seed: Annotated[int, typer.Option(help="Seed that selects the validation documents.")] = 1234,
-) -> None:
-    """Tokenize text into the indexed format for training; resumable."""
-    from megagrow.data.prepare import prepare as prepare_corpus
-
-    prepare_corpus(
-        sources, output, tokenizer, vocab_size, validation_fraction, workers, text_key, seed
-    )
-
-
-@app.command("prepare-sft")
-def prepare_instructions(
-    files: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Alpaca format: JSON lists or .jsonl of instruction, input, output.",
-            show_default=False,
-        ),
-    ],
-    output: Annotated[Path, typer.Option(help="Folder for the prepared instructions.")],
-    tokenizer: Annotated[str, typer.Option(help="Tokenizer of the model.")],
-    sequence_length: Annotated[
-        int,
-        typer.Option(
-            min=2, help="Sequence length of the run; complete examples are packed into it."
-        ),
-    ],
-    validation_fraction: Annotated[
-        float, typer.Option(help="Fraction of the examples used for validation.")
-    ] = 0.01,
-    seed: Annotated[int, typer.Option(help="Seed that selects the validation examples.")] = 1234,
-) -> None:
-    """Tokenize instructions for supervised fine-tuning, with a loss mask of the answers."""
-    from megagrow.data.sft_prepare import prepare_sft
-
-    prepare_sft(files, output, tokenizer, sequence_length, validation_fraction, seed)
 
 
 @app.command()

@@ -1,5 +1,6 @@
-"""`megagrow train`: a training run, or a dry run of one rank."""
+"""`megagrow train`, and the preparation of its data: `megagrow prepare`, `megagrow prepare-sft`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +10,10 @@ from megagrow.common.lasting_output import log_file, make_output_last
 from megagrow.common.log_setup import LogLevel
 from megagrow.common.tables import table_console
 from megagrow.errors import ConfigError
+
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace another corpus in the output folder.")
+]
 
 
 def train(
@@ -65,3 +70,79 @@ def train(
 
     if train_run(run, log_level, allow_change or ()) is not None:
         raise typer.Exit(stop_code)
+
+
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files or folders (text, .jsonl[.gz|.zst], .parquet), hf:NAME[:CONFIG[:SPLIT]], "
+            "or python-stdlib.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the prepared corpus.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="`train`, or a SentencePiece model, or a Hugging Face tokenizer.")
+    ],
+    vocab_size: Annotated[int | None, typer.Option(help="Size of a trained vocabulary.")] = None,
+    validation_fraction: Annotated[
+        float, typer.Option(help="Fraction of the documents used for validation.")
+    ] = 0.01,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of processes; default: all cores.")
+    ] = None,
+    text_key: Annotated[str, typer.Option(help="JSON key or Parquet column of the text.")] = "text",
+    seed: Annotated[int, typer.Option(help="Seed that selects the validation documents.")] = 1234,
+    overwrite: Overwrite = False,
+) -> None:
+    """Tokenize text into the indexed format for training; resumable."""
+    from megagrow.data.prepare import prepare as prepare_corpus
+
+    prepare_corpus(
+        sources,
+        output,
+        tokenizer,
+        vocab_size,
+        validation_fraction,
+        workers,
+        text_key,
+        seed,
+        overwrite=overwrite,
+    )
+
+
+def prepare_instructions(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Alpaca format: JSON lists or .jsonl of instruction, input, output.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the prepared instructions.")],
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer of the model.")],
+    sequence_length: Annotated[
+        int,
+        typer.Option(
+            min=2, help="Sequence length of the run; complete examples are packed into it."
+        ),
+    ],
+    validation_fraction: Annotated[
+        float, typer.Option(help="Fraction of the examples used for validation.")
+    ] = 0.01,
+    seed: Annotated[int, typer.Option(help="Seed that selects the validation examples.")] = 1234,
+    overwrite: Overwrite = False,
+) -> None:
+    """Tokenize instructions for supervised fine-tuning, with a loss mask of the answers."""
+    from megagrow.data.sft_prepare import prepare_sft
+
+    prepare_sft(
+        files,
+        output,
+        tokenizer,
+        sequence_length,
+        validation_fraction,
+        seed,
+        overwrite=overwrite,
+    )

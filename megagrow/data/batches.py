@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,9 +33,21 @@ def open_stream(
     corpora: Sequence[CorpusConfig], seed: int, block_size: int, shuffle: bool = True
 ) -> TokenStream:
     """Open and blend the corpora of a run. Raises DataError if one of them is damaged."""
-    opened = [IndexedCorpus(corpus.path) for corpus in corpora]
+    opened = [open_corpus(corpus.path) for corpus in corpora]
     weights = [corpus.weight for corpus in corpora]
     return TokenStream(opened, weights, seed, block_size, shuffle)
+
+
+def open_corpus(prefix: Path) -> IndexedCorpus:
+    """Open a corpus. Raises DataError if it is damaged or is not the one its manifest describes."""
+    corpus, manifest = IndexedCorpus(prefix), CorpusManifest.describing(prefix)
+    split = manifest.splits[prefix.name] if manifest else None
+    if split is not None and split.tokens != corpus.num_tokens:
+        raise DataError(
+            f"{prefix}.bin: {corpus.num_tokens} tokens, its manifest.json records {split.tokens}; "
+            "copy both again, or prepare the corpus again"
+        )
+    return corpus
 
 
 def sequences_of(

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagrow.data.indexed import with_suffix
+from megagrow.data.indexed import CorpusFile, with_suffix
 from megagrow.data.manifest import CorpusManifest
 from megagrow.errors import DataError
 
@@ -14,7 +14,7 @@ BLOCKS = 64
 """Blocks per file that `_sampled` reads: 1 MiB."""
 OWNERS_NAMED = 3
 """Maximum number of corpora named in a warning."""
-SUFFIXES = (".bin", ".idx", ".mask.bin", ".mask.idx")
+SUFFIXES = (".idx", ".bin", ".mask.idx", ".mask.bin")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _recorded(prefix: Path, manifest: CorpusManifest) -> Iterator[bytes]:
         record = manifest.files.get(path.name)
         if record is None:
             continue
-        size = _size_of(path)
+        size = CorpusFile(path).size
         if size != record.size:
             raise DataError(
                 f"{path}: {size} bytes, its manifest records {record.size}; copy the corpus again "
@@ -98,23 +98,11 @@ def _sampled(prefix: Path) -> Iterator[bytes]:
         path = with_suffix(prefix, suffix)
         if suffix.startswith(".mask") and not path.is_file():
             continue
-        size = _size_of(path)
-        yield f"{suffix} {size}".encode()
-        last = max(size - BLOCK_BYTES, 0)
-        try:
-            with path.open("rb", buffering=0) as file:
-                for start in sorted({last * block // (BLOCKS - 1) for block in range(BLOCKS)}):
-                    file.seek(start)
-                    yield file.read(BLOCK_BYTES)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _size_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        file = CorpusFile(path)
+        yield f"{suffix} {file.size}".encode()
+        last = max(file.size - BLOCK_BYTES, 0)
+        for start in sorted({last * block // (BLOCKS - 1) for block in range(BLOCKS)}):
+            yield file.read(start, min(BLOCK_BYTES, file.size))
 
 
 def _digest(parts: Iterator[bytes]) -> str:

@@ -11,12 +11,14 @@ So "document count" is the number of documents plus one. Source: Megatron-LM,
 megatron/core/datasets/indexed_dataset.py.
 """
 
+import os
 import shutil
+import stat
 import struct
+import weakref
 from array import array
-from bisect import bisect_left
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, Self, overload
 
 import numpy as np
 
@@ -30,6 +32,10 @@ DTYPE_OF_CODE = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: 
 CODE_OF_DTYPE = {np.dtype(name): code for code, name in DTYPE_OF_CODE.items()}
 
 COPY_BYTES = 1 << 24
+SEARCH_BLOCK = 512
+"""Elements that a search reads at once."""
+PROBES_KEPT = 4096
+"""Elements that searches keep in memory: the first ones probed, which every search needs."""
 SPOT_CHECKS = 1024
 """Sequences whose pointers are checked on opening: all or, in large corpora, a sample."""
 
@@ -44,24 +50,121 @@ def smallest_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
+class CorpusFile:
+    """File of a corpus, open until the object is deleted.
+
+    A file that is later renamed to its path does not replace it. Unlike a memory map, whose reader
+    is killed by SIGBUS, a file that is truncated or cannot be read raises DataError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a required, non-empty file. Raises DataError."""
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(
+                f"{path}: {error.strerror}; a corpus is PREFIX.bin and PREFIX.idx"
+            ) from error
+        weakref.finalize(self, os.close, self._descriptor)
+        info = os.fstat(self._descriptor)
+        if not stat.S_ISREG(info.st_mode):
+            raise DataError(f"{path}: not a file; a corpus is PREFIX.bin and PREFIX.idx")
+        if info.st_size == 0:
+            raise DataError(f"{path}: the file is empty; prepare or copy it again")
+        self.size = info.st_size
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from an offset. Raises DataError."""
+        try:
+            raw = os.pread(self._descriptor, size, offset)
+            while len(raw) < size:  # one read returns at most 2 GiB
+                more = os.pread(self._descriptor, size - len(raw), offset + len(raw))
+                if not more:
+                    raise DataError(
+                        f"{self.path}: truncated while in use, it had {self.size} bytes and ends "
+                        f"before byte {offset + size}; copy it again and resume the run"
+                    )
+                raw += more
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
+        return raw
+
+
+class FileArray:
+    """One-dimensional array in a file; elements and slices are read when indexed."""
+
+    def __init__(self, file: CorpusFile, dtype: np.dtype, offset: int, size: int) -> None:
+        self.dtype = dtype
+        self._file, self._offset, self._size = file, offset, size
+        self._probed: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> np.ndarray: ...
+
+    def __getitem__(self, index: int | slice) -> int | np.ndarray:
+        """Return an element, or a contiguous slice as a read-only array. Raises DataError."""
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(self._size)
+            return self._read(start, max(stop - start, 0))
+        return int(self._read(index % self._size, 1)[0])
+
+    def first_from(self, value: int, start: int = 0) -> int:
+        """Return the index of the first element >= `value` of the ascending elements from `start`.
+
+        The size of the array if there is none; any index from `start` if they do not ascend.
+        """
+        low, high = start, self._size
+        if start:  # the next one searched for is usually close
+            high = min(start + SEARCH_BLOCK, high)
+            if self[high - 1] < value:
+                low, high = high, self._size
+        while high - low > SEARCH_BLOCK:
+            middle = (low + high) // 2
+            if (element := self._probed.get(middle)) is None:
+                element = self[middle]
+                if len(self._probed) < PROBES_KEPT:
+                    self._probed[middle] = element
+            if element < value:
+                low = middle + 1
+            else:
+                high = middle
+        return low + int(np.searchsorted(self[low:high], value))
+
+    def _read(self, start: int, count: int) -> np.ndarray:
+        size = self.dtype.itemsize
+        return np.frombuffer(
+            self._file.read(self._offset + start * size, count * size), dtype=self.dtype
+        )
+
+
 class IndexedCorpus:
-    """Memory-mapped tokenized corpus, validated on opening without a full scan.
+    """Tokenized corpus, validated on opening without a full scan.
 
     `tokens` is PREFIX.bin, one-dimensional, of the file's dtype. Raises DataError if a file is
-    missing, empty, truncated or contradicts the other.
+    missing, empty, truncated or contradicts the other; also when it is read.
     """
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
         self._idx_path = with_suffix(prefix, ".idx")
         self._bin_path = with_suffix(prefix, ".bin")
-        idx_size, bin_size = _size_of(self._idx_path), _size_of(self._bin_path)
-        dtype, sequences, entries = self._read_header(idx_size)
-        self._lengths, self._pointers, self._documents = self._map_index(sequences, entries)
+        idx, tokens = CorpusFile(self._idx_path), CorpusFile(self._bin_path)
+        dtype, sequences, entries = self._read_header(idx)
+        ends = np.cumsum([HEADER.size, 4 * sequences, 8 * sequences]).tolist()
+        self._lengths = FileArray(idx, np.dtype("<i4"), ends[0], sequences)
+        self._pointers = FileArray(idx, np.dtype("<i8"), ends[1], sequences)
+        self._documents = FileArray(idx, np.dtype("<i8"), ends[2], entries)
         self._itemsize = dtype.itemsize
-        self._check_ends(bin_size)
+        self._check_ends(tokens.size)
         self._check_pointers()
-        self.tokens = np.memmap(self._bin_path, dtype=dtype, mode="r")
+        self.tokens = FileArray(tokens, dtype, 0, tokens.size // dtype.itemsize)
 
     @property
     def num_tokens(self) -> int:
@@ -73,53 +176,40 @@ class IndexedCorpus:
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Return the offsets in [start, stop), in tokens, of document starts: int64, ascending."""
-        # bisect rather than np.searchsorted, which copies the array because its offset in the
-        # file is not a multiple of 8 bytes.
-        first = bisect_left(self._pointers, start * self._itemsize)
-        last = bisect_left(self._pointers, stop * self._itemsize)
-        low, high = bisect_left(self._documents, first), bisect_left(self._documents, last)
-        rows = self._documents[low:high]
+        first = self._pointers.first_from(start * self._itemsize)
+        last = self._pointers.first_from(stop * self._itemsize, first)
+        low = self._documents.first_from(first)
+        rows = self._documents[low : self._documents.first_from(last, low)]
         if np.any((rows < first) | (rows >= last)):
             raise self._broken("its document indices are not in ascending order")
-        starts: np.ndarray = self._pointers[rows] // self._itemsize
+        starts: np.ndarray = self._pointers[first:last][rows - first] // self._itemsize
         if np.any((starts < start) | (starts >= stop)):
             raise self._broken("its sequence pointers are not in ascending order")
         return starts
 
-    def _read_header(self, idx_size: int) -> tuple[np.dtype, int, int]:
+    def _read_header(self, idx: CorpusFile) -> tuple[np.dtype, int, int]:
         """Return the dtype, the number of sequences and the number of document indices."""
-        if idx_size < HEADER.size:
-            raise self._broken(f"{idx_size} bytes, smaller than its header")
-        with self._idx_path.open("rb") as file:
-            magic, version, code, sequences, entries = HEADER.unpack(file.read(HEADER.size))
+        if idx.size < HEADER.size:
+            raise self._broken(f"{idx.size} bytes, smaller than its header")
+        magic, version, code, sequences, entries = HEADER.unpack(idx.read(0, HEADER.size))
         if magic != MAGIC or version != VERSION:
             raise self._broken("it is not a Megatron-LM index of version 1")
         dtype = np.dtype(DTYPE_OF_CODE.get(code, "<f8"))
         if dtype.kind == "f":
             raise self._broken(f"dtype code {code} is not an integer type")
         expected = HEADER.size + 12 * sequences + 8 * entries
-        if idx_size != expected:
-            raise self._broken(f"it has {idx_size} bytes, its header requires {expected}")
+        if idx.size != expected:
+            raise self._broken(f"it has {idx.size} bytes, its header requires {expected}")
         if sequences == 0 or entries < 2:
             raise DataError(f"{self._idx_path}: the corpus is empty; prepare it again from text")
         return dtype, sequences, entries
-
-    def _map_index(self, sequences: int, entries: int) -> tuple[np.ndarray, ...]:
-        """Map lengths int32, pointers int64 and document indices int64."""
-        raw = np.memmap(self._idx_path, dtype=np.uint8, mode="r").view(np.ndarray)
-        ends = np.cumsum([HEADER.size, 4 * sequences, 8 * sequences, 8 * entries]).tolist()
-        names = ("<i4", "<i8", "<i8")
-        return tuple(
-            raw[start:stop].view(name)
-            for start, stop, name in zip(ends[:-1], ends[1:], names, strict=True)
-        )
 
     def _check_ends(self, bin_size: int) -> None:
         if self._pointers[0] != 0:
             raise self._broken("its first sequence does not start at byte 0")
         if self._documents[0] != 0 or self._documents[-1] != len(self._lengths):
             raise self._broken("its documents do not cover its sequences")
-        expected = int(self._pointers[-1]) + int(self._lengths[-1]) * self._itemsize
+        expected = self._pointers[-1] + self._lengths[-1] * self._itemsize
         if bin_size < expected:
             raise DataError(
                 f"{self._bin_path}: truncated: {bin_size} bytes of {expected}; copy it again"
@@ -130,30 +220,19 @@ class IndexedCorpus:
     def _check_pointers(self) -> None:
         """Check that each sequence ends where the next starts and that documents ascend."""
         last = len(self._lengths) - 1
-        rows = np.unique(np.linspace(0, last, SPOT_CHECKS).astype(np.int64))
-        rows = rows[rows < last]
-        ends = self._pointers[rows] + self._lengths[rows].astype(np.int64) * self._itemsize
-        if np.any(self._lengths[rows] < 0) or np.any(ends != self._pointers[rows + 1]):
-            raise self._broken("a sequence does not end where the next one starts")
-        rows = np.linspace(0, len(self._documents) - 1, SPOT_CHECKS).astype(np.int64)
-        if np.any(np.diff(self._documents[rows]) < 0):
+        for row in np.unique(np.linspace(0, last, SPOT_CHECKS).astype(np.int64)).tolist():
+            if row == last:
+                break
+            start, end = self._pointers[row : row + 2].tolist()
+            length = self._lengths[row]
+            if length < 0 or start + length * self._itemsize != end:
+                raise self._broken("a sequence does not end where the next one starts")
+        rows = np.linspace(0, len(self._documents) - 1, SPOT_CHECKS).astype(np.int64).tolist()
+        if np.any(np.diff([self._documents[row] for row in rows]) < 0):
             raise self._broken("its document indices are not in ascending order")
 
     def _broken(self, reason: str) -> InputError:
         return DataError(f"{self._idx_path}: broken index: {reason}; prepare or copy it again")
-
-
-def _size_of(path: Path) -> int:
-    """Return the size in bytes of a required, non-empty file."""
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise DataError(
-            f"{path}: {error.strerror}; a corpus is PREFIX.bin and PREFIX.idx"
-        ) from error
-    if size == 0:
-        raise DataError(f"{path}: the file is empty; prepare or copy it again")
-    return size
 
 
 class IndexedWriter:

@@ -6,19 +6,18 @@ of workers or on interruptions: rerunning the command resumes from the existing 
 """
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
+from megagrow.common.atomic_files import remove
 from megagrow.common.progress import TokenizingProgress
 from megagrow.common.tables import print_lines
 from megagrow.data.documents import read_documents
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
-from megagrow.data.manifest import NAME, CorpusManifest, Split, corpus_files
+from megagrow.data.manifest import CorpusManifest, Split, corpus_files
 from megagrow.data.part_files import (
     SPLITS,
     TRAIN,
@@ -32,6 +31,13 @@ from megagrow.data.part_files import (
     part_name,
     start_tokenizing,
 )
+from megagrow.data.publication import (
+    disk_errors,
+    finished_corpus,
+    open_output,
+    publish_corpus,
+    stage_corpus,
+)
 from megagrow.data.sources import SourceUnit, find_units
 from megagrow.data.tokenizers import (
     Tokenizer,
@@ -40,7 +46,7 @@ from megagrow.data.tokenizers import (
     train_sentencepiece,
 )
 from megagrow.data.workers import TaskFunction, run_tasks
-from megagrow.errors import ConfigError, DataError, ResourceError
+from megagrow.errors import ConfigError, DataError
 
 TRAIN_TOKENIZER = "train"
 DEFAULT_VOCAB_SIZE = 32_000
@@ -60,6 +66,7 @@ def prepare(
     text_key: str = "text",
     seed: int = 1234,
     console: Console | None = None,
+    overwrite: bool = False,
 ) -> CorpusManifest:
     """Tokenize sources (see `sources.py`) into OUTPUT/train and OUTPUT/validation.
 
@@ -70,22 +77,24 @@ def prepare(
             `load_tokenizer`, with at most `vocab_size` tokens.
         validation_fraction: fraction of documents in the validation corpus; 0 writes none.
         workers: number of processes; default: one per core.
+        overwrite: replace another corpus in the folder, which is refused otherwise.
 
     Raises InputError. Ctrl-C keeps the finished parts.
     """
     _check_options(sources, output, validation_fraction, workers)
     console = console or Console()
     options = Options(text_key, validation_fraction, seed)
-    with _disk_errors(output):
+    with disk_errors(output):
         units = find_units(sources)
         wanted = fingerprint(units, options, _identity(tokenizer, vocab_size))
-        finished = CorpusManifest.next_to(output / NAME)
+    with disk_errors(output), open_output(output):
+        finished = finished_corpus(output, wanted, overwrite)
         folder = output / "parts"
-        if finished and finished.fingerprint == wanted and finished.is_complete(output):
-            shutil.rmtree(folder, ignore_errors=True)  # left by an interruption just before removal
+        if finished is not None:
+            remove(folder)  # left by an interruption just before removal
             print_lines(console, [f"{output}: complete and unchanged, nothing to do"])
             return finished
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         if tokenizer == TRAIN_TOKENIZER:
             tokenizer = str(folder / f"{wanted}.model")
             _train_tokenizer(Path(tokenizer), units, options, vocab_size, console)
@@ -95,13 +104,18 @@ def prepare(
         start = partial(start_tokenizing, options, tokenizer, folder)
         by_name = dict(zip(names, units, strict=True))
         _tokenize(folder, by_name, start, loaded.vocab_size, workers, console)
-        splits = _merge(folder, names, output, options, loaded.vocab_size)
-        manifest = _describe(wanted, sources, output, splits, loaded)
-        manifest.write(output)
-        shutil.rmtree(folder)
-    for name, split in splits.items():
-        text = f"{output / name}: {split.documents:,} documents, {split.tokens:,} tokens"
-        print_lines(console, [text])
+        staged = stage_corpus(output)
+        splits = _merge(folder, names, staged, options, loaded.vocab_size)
+        manifest = _describe(wanted, sources, staged, splits, loaded)
+        publish_corpus(output, manifest)
+        remove(folder)
+    print_lines(
+        console,
+        (
+            f"{output / name}: {split.documents:,} documents, {split.tokens:,} tokens"
+            for name, split in splits.items()
+        ),
+    )
     return manifest
 
 
@@ -117,15 +131,6 @@ def _check_options(
     for source in sources:
         if Path(source).is_dir() and output.resolve().is_relative_to(Path(source).resolve()):
             raise ConfigError(f"{output}: is inside the source {source}; choose another output")
-
-
-@contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
-    """Convert OSError (disk full, missing permission) to a user-facing error."""
-    try:
-        yield
-    except OSError as error:
-        raise ResourceError(f"{error.filename or output}: {error.strerror or error}") from error
 
 
 def _identity(tokenizer: str, vocab_size: int | None) -> str:
@@ -201,18 +206,13 @@ def _merge(
     assert len(parts) == len(names), "a part is missing after all parts were built"
     totals = {split: _total(split, parts) for split in SPLITS}
     _check_totals(totals, options.validation_fraction)
-    # From here on the old manifest no longer describes the files.
-    (output / NAME).unlink(missing_ok=True)
-    for split in SPLITS:
-        if totals[split].documents == 0:
-            for suffix in (".bin", ".idx"):
-                with_suffix(output / split, suffix).unlink(missing_ok=True)
-            continue
+    filled = {split: total for split, total in totals.items() if total.documents}
+    for split in filled:
         with IndexedWriter(output / split, smallest_dtype(vocab_size)) as writer:
             for name in names:
                 writer.append(with_suffix(folder / name, f".{split}"))
             writer.finalize()
-    return {split: total for split, total in totals.items() if total.documents}
+    return filled
 
 
 def _total(split: str, parts: list[PartFile]) -> Split:

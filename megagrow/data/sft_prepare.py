@@ -17,11 +17,18 @@ from rich.console import Console
 
 from megagrow.common.tables import print_lines
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
-from megagrow.data.manifest import NAME, CorpusManifest, Split, corpus_files
+from megagrow.data.manifest import CorpusManifest, Split, corpus_files
 from megagrow.data.part_files import SPLITS, TRAIN, Options, fingerprint
+from megagrow.data.publication import (
+    disk_errors,
+    finished_corpus,
+    open_output,
+    publish_corpus,
+    stage_corpus,
+)
 from megagrow.data.sft import TokenizedExample, mask_prefix, pack, read_examples, tokenize
 from megagrow.data.tokenizers import Tokenizer, load_tokenizer
-from megagrow.errors import ConfigError, DataError, ResourceError
+from megagrow.errors import ConfigError, DataError
 
 SUFFIXES = (".bin", ".idx")
 
@@ -45,12 +52,14 @@ def prepare_sft(
     validation_fraction: float = 0.01,
     seed: int = 1234,
     console: Console | None = None,
+    overwrite: bool = False,
 ) -> CorpusManifest:
     """Tokenize instructions (see `sft.py`) into OUTPUT/train and OUTPUT/validation with masks.
 
     Rows have `sequence_length` tokens. `tokenizer` is an argument of `load_tokenizer`. The answer
     of an example that is too long is truncated; an example whose prompt alone fills the row is
-    dropped. The split of an example depends on its text only. Prints a summary. Raises InputError.
+    dropped. The split of an example depends on its text only. Another corpus in the folder is
+    replaced only if `overwrite` is set. Prints a summary. Raises InputError.
     """
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"validation_fraction {validation_fraction} is not in [0, 1)")
@@ -58,20 +67,19 @@ def prepare_sft(
     options = Options("", validation_fraction, seed)
     collected = _collect(sources, loaded, sequence_length, options)
     _check_collected(collected, validation_fraction, sequence_length)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / NAME).unlink(missing_ok=True)  # it describes the files that are now replaced
-        splits = {}
+    identity = fingerprint(_digests(sources), options, loaded.checksum, sequence_length)
+    with disk_errors(output), open_output(output):
+        finished = finished_corpus(output, identity, overwrite)
+        if finished is not None:
+            print_lines(console, [f"{output}: complete and unchanged, nothing to do"])
+            return finished
+        staged, splits = stage_corpus(output), {}
         for name, examples in collected.splits.items():
             if examples:
-                splits[name] = _write(output / name, examples, sequence_length, loaded, console)
-            else:
-                _remove(output / name)
-        identity = (_digests(sources), options, loaded.checksum, sequence_length)
-        manifest = _describe(identity, sources, output, splits, loaded, sequence_length)
-        manifest.write(output)
-    except OSError as error:
-        raise ResourceError(f"{error.filename or output}: {error.strerror or error}") from error
+                splits[name], summary = _write(staged / name, examples, sequence_length, loaded)
+                print_lines(console, [f"{output / name}: {summary}"])
+        manifest = _describe(identity, sources, staged, splits, loaded, sequence_length)
+        publish_corpus(output, manifest)
     if collected.truncated or collected.dropped:
         text = (
             f"longer than {sequence_length} tokens: {collected.truncated} answers truncated, "
@@ -113,13 +121,9 @@ def _check_collected(collected: _Collected, validation_fraction: float, length: 
 
 
 def _write(
-    prefix: Path,
-    examples: list[TokenizedExample],
-    length: int,
-    tokenizer: Tokenizer,
-    console: Console,
-) -> Split:
-    """Write tokens and mask of a split, row by row, and return its contents."""
+    prefix: Path, examples: list[TokenizedExample], length: int, tokenizer: Tokenizer
+) -> tuple[Split, str]:
+    """Write tokens and mask of a split, row by row; returns its contents and a summary."""
     rows = pack([len(example.ids) for example in examples], length)
     dtype = smallest_dtype(tokenizer.vocab_size)
     with (
@@ -139,20 +143,13 @@ def _write(
     total = len(rows) * length
     filled = sum(len(example.ids) for example in examples)
     answers = filled - sum(example.prompt for example in examples)
-    text = (
-        f"{prefix}: {len(examples):,} examples in {len(rows):,} rows of {length} tokens, "
+    summary = (
+        f"{len(examples):,} examples in {len(rows):,} rows of {length} tokens, "
         f"{total:,} in total; {answers / total:.1%} of the tokens are answer, "
         f"{1 - filled / total:.1%} padding"
     )
-    print_lines(console, [text])
     largest = max(tokenizer.eos_id, *(max(example.ids) for example in examples))
-    return Split(documents=len(examples), tokens=total, max_token_id=largest)
-
-
-def _remove(prefix: Path) -> None:
-    for corpus in (prefix, mask_prefix(prefix)):
-        for suffix in SUFFIXES:
-            with_suffix(corpus, suffix).unlink(missing_ok=True)
+    return Split(documents=len(examples), tokens=total, max_token_id=largest), summary
 
 
 def _digests(sources: Sequence[Path]) -> list[str]:
@@ -165,7 +162,7 @@ def _digests(sources: Sequence[Path]) -> list[str]:
 
 
 def _describe(
-    identity: tuple[object, ...],
+    identity: str,
     sources: Sequence[Path],
     output: Path,
     splits: dict[str, Split],
@@ -178,7 +175,7 @@ def _describe(
     corpora = [with_suffix(prefix, suffix) for prefix in prefixes for suffix in SUFFIXES]
     main = saved[0] if saved[0].parent == output else saved[0].parent
     return CorpusManifest(
-        fingerprint=fingerprint(*identity),
+        fingerprint=identity,
         sources=[os.fspath(path) for path in sources],
         tokenizer=str(main.relative_to(output)),
         tokenizer_checksum=tokenizer.checksum,

@@ -1,8 +1,10 @@
 """Run tasks in worker processes with progress messages; handles Ctrl-C and killed workers."""
 
 import multiprocessing
+import os
 import queue
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -105,11 +107,10 @@ def _serve(
     results: "Queue[Message | Exception | None]",
 ) -> None:
     """Main function of a worker process."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         work = start()
-        while parent.is_alive() and (task := todo.get()) is not None:
+        while (task := todo.get()) is not None:
             for message in work(task):
                 results.put(message)
         results.put(None)
@@ -118,3 +119,11 @@ def _serve(
     except Exception as error:
         # As text, since not every exception can be pickled.
         results.put(RuntimeError("".join(traceback.format_exception(error))))
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has ended, for example by SIGKILL."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

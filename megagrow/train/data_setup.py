@@ -1,6 +1,6 @@
 """Data of a run: training stream, validation stream, and checks before the start."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,6 @@ from megagrow.data.corpus_identity import (
     unknown_tokenizer_warning,
 )
 from megagrow.data.epochs import CorpusEpochs, epoch_warnings, stream_epochs
-from megagrow.data.manifest import CorpusManifest
 from megagrow.data.sft import open_mask
 from megagrow.data.stream import TokenStream
 from megagrow.data.tokenizers import check_tokenizer
@@ -23,7 +22,7 @@ from megagrow.errors import DataError, InputError
 from megagrow.parallel.agreement import run_on_all_ranks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
     """Readers shared by all stages; the stream does not change at a growth."""
 
@@ -32,6 +31,8 @@ class Inputs:
     validation_sequences: int
     fixed: BatchReader
     """Reader whose first sequences form the fixed batch for evaluating growths."""
+    identities: dict[str, CorpusIdentity]
+    """Identities of all corpora by path."""
     epochs: tuple[CorpusEpochs, ...]
     """Epochs of each training corpus over the run."""
     warnings: tuple[str, ...]
@@ -39,41 +40,53 @@ class Inputs:
 
 def open_inputs(run: RunConfig) -> Inputs:
     """Open and validate corpora and tokenizer. Raises DataError naming the file."""
-    data, length = run.data, run.data.sequence_length
-    tokenizers = tokenizer_checksums(run)
+    identities = corpus_identities(run)
+    tokenizers = tokenizer_checksums(run, identities)
     require_one_tokenizer(tokenizers)
-    stream = open_stream(data.train, run.seed, length)
-    train = _reader(run, stream, data.train, shuffle=True)
+    stream = open_stream(run.data.train, run.seed, run.data.sequence_length)
+    train = _reader(run, stream, run.data.train, shuffle=True)
+    validation, sequences = _open_validation(run)
+    if corpus_identities(run) != identities:
+        raise DataError("a corpus was replaced while it was opened; start the run again")
     epochs = stream_epochs(run, stream)
     unknown = unknown_tokenizer_warning(tokenizers)
-    warnings = (*filter(None, (unknown,)), *epoch_warnings(run, epochs))
+    return Inputs(
+        train=train,
+        validation=validation,
+        validation_sequences=sequences,
+        fixed=validation or train,
+        identities=identities,
+        epochs=epochs,
+        warnings=(*filter(None, (unknown,)), *epoch_warnings(run, epochs)),
+    )
+
+
+def _open_validation(run: RunConfig) -> tuple[BatchReader | None, int]:
+    """Return the validation reader and the number of sequences it reads."""
+    data, length = run.data, run.data.sequence_length
     if not data.validation:
-        return Inputs(train, None, 0, train, epochs, warnings)
+        return None, 0
     stream = open_stream(data.validation, run.seed, length, shuffle=False)
     sequences = min(-(-run.validation.tokens // length), stream.epoch_tokens // length)
     if sequences == 0:
         raise DataError(
             f"data.validation holds {stream.epoch_tokens} tokens, less than a sequence of {length}"
         )
-    validation = _reader(run, stream, data.validation, shuffle=False)
-    return Inputs(train, validation, sequences, validation, epochs, warnings)
+    return _reader(run, stream, data.validation, shuffle=False), sequences
 
 
-def open_inputs_on_all_ranks(run: RunConfig, local_rank: int) -> Inputs:
+def open_inputs_on_all_ranks(run: RunConfig) -> Inputs:
     """Open the inputs on every rank. Collective.
 
     Raises DataError on all ranks if one of them cannot open its files, or if the corpora of two
-    hosts differ.
+    ranks differ.
     """
     inputs = run_on_all_ranks(lambda: open_inputs(run))
-    first_on_host = local_rank == 0
-    own = run_on_all_ranks(lambda: corpus_identities(run) if first_on_host else None)
-    gathered: list[dict[str, CorpusIdentity] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    reference = gathered[0] or {}
+    gathered: list[dict[str, CorpusIdentity]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(gathered, inputs.identities)
     for rank, identities in enumerate(gathered):
-        for path, identity in (identities or {}).items():
-            if identity != reference[path]:
+        for path, identity in identities.items():
+            if identity != gathered[0][path]:
                 raise DataError(
                     f"{path}: the corpus of rank {rank} differs from that of rank 0; copy the same "
                     "files to all hosts"
@@ -89,16 +102,14 @@ def corpus_identities(run: RunConfig) -> dict[str, CorpusIdentity]:
     }
 
 
-def tokenizer_checksums(run: RunConfig) -> dict[str, str | None]:
+def tokenizer_checksums(
+    run: RunConfig, identities: Mapping[str, CorpusIdentity]
+) -> dict[str, str | None]:
     """Return the checksums of the tokenizers of all corpora and of `data.tokenizer` by owner.
 
-    Raises DataError if a manifest is damaged, or if `data.tokenizer` is invalid or has more tokens
-    than the model.
+    Raises DataError if `data.tokenizer` is invalid or has more tokens than the model.
     """
-    checksums: dict[str, str | None] = {}
-    for corpus in (*run.data.train, *run.data.validation):
-        manifest = CorpusManifest.describing(corpus.path)
-        checksums[str(corpus.path)] = None if manifest is None else manifest.tokenizer_checksum
+    checksums = {path: identity.tokenizer for path, identity in identities.items()}
     if run.data.tokenizer is not None:
         tokenizer = check_tokenizer(run.data.tokenizer, run.stages[0].model.vocab_size)
         checksums[f"data.tokenizer = {run.data.tokenizer}"] = tokenizer.checksum
@@ -106,7 +117,7 @@ def tokenizer_checksums(run: RunConfig) -> dict[str, str | None]:
 
 
 def check_inputs(run: RunConfig, notes: list[str]) -> list[str]:
-    """Return all errors of `open_inputs`: one per corpus, and one of the tokenizers.
+    """Return all errors of `open_inputs`: one per corpus, and one of `data.tokenizer`.
 
     Without errors, appends epochs and warnings to `notes`.
     """
@@ -114,9 +125,10 @@ def check_inputs(run: RunConfig, notes: list[str]) -> list[str]:
     checks: list[Callable[[], object]] = []
     for shuffle, corpora in ((True, data.train), (False, data.validation)):
         checks += [partial(_open_alone, run, corpus, shuffle) for corpus in corpora]
-    checks.append(lambda: require_one_tokenizer(tokenizer_checksums(run)))
+    if data.tokenizer is not None:
+        checks.append(partial(check_tokenizer, data.tokenizer, run.stages[0].model.vocab_size))
     found = [problem for check in checks for problem in _problem(check)]
-    return list(dict.fromkeys(found)) or _problem(partial(_note, run, notes))
+    return found or _problem(partial(_note, run, notes))
 
 
 def _note(run: RunConfig, notes: list[str]) -> None:
@@ -125,6 +137,7 @@ def _note(run: RunConfig, notes: list[str]) -> None:
 
 
 def _open_alone(run: RunConfig, corpus: CorpusConfig, shuffle: bool) -> BatchReader:
+    corpus_identity(corpus.path)
     stream = open_stream([corpus], run.seed, run.data.sequence_length, shuffle)
     return _reader(run, stream, [corpus], shuffle)
 

@@ -129,12 +129,18 @@ def test_the_largest_id_that_prepare_noted_is_checked_at_opening(tmp_path, index
         "vocab_size": 50,
         "eos_id": 2,
         "splits": {"train": split},
-        "files": {},
+        "files": {
+            "train.bin": {"size": 4, "blake2b": "0" * 64},
+            "train.idx": {"size": 62, "blake2b": "0" * 64},
+        },
     }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     BatchReader(stream, _config(4), vocab_size=50)
     with pytest.raises(InputError, match=f"{tmp_path}/train: contains token ids up to 49"):
         BatchReader(stream, _config(4), vocab_size=49)
+    indexed_files(tmp_path / "train", [[1, 2, 3]], [0, 1])
+    with pytest.raises(InputError, match=r"train\.bin: 3 tokens, its manifest\.json records 2"):
+        open_stream([CorpusConfig(path=tmp_path / "train")], 0, 4)
     (tmp_path / "manifest.json").write_text('{"format": "megagrow corpus 1"}')
     with pytest.raises(InputError, match=r"manifest\.json: damaged"):
         BatchReader(stream, _config(4), vocab_size=50)

@@ -77,10 +77,58 @@ def corpus_manifest(**changes: object) -> str:
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "..", "x\0y"])
 def test_manifests_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> None:
-    for changes in ({"files": {name: {"size": 1, "blake2b": ""}}}, {"tokenizer": name}):
+    for changes in ({"files": {name: {"size": 1, "blake2b": "0" * 64}}}, {"tokenizer": name}):
         (tmp_path / "manifest.json").write_text(corpus_manifest(**changes))
         with pytest.raises(InputError, match="which is not in its folder"):
             CorpusManifest.next_to(tmp_path / "train")
+
+
+def of_splits(**changes: object) -> dict[str, object]:
+    """Changes of a consistent manifest of 10 documents and 50 tokens of two bytes."""
+    split = {"documents": 10, "tokens": 50, "max_token_id": 49} | changes
+    files = {"train.bin": 100, "train.idx": 34 + 20 * 10 + 8}
+    records = {name: {"size": size, "blake2b": "0" * 64} for name, size in files.items()}
+    return {"splits": {"train": split}, "files": records}
+
+
+def test_a_consistent_manifest_is_read(tmp_path: Path) -> None:
+    for changes in (of_splits(), of_splits(documents=7) | {"sequence_length": 10}):
+        (tmp_path / "manifest.json").write_text(corpus_manifest(**changes))
+        found = CorpusManifest.describing(tmp_path / "train")
+        assert found is not None and found.splits["train"].tokens == 50
+
+
+ABSURD: list[tuple[dict[str, object], str]] = [
+    *((of_splits(tokens=value), r"splits\.train") for value in (-1, 0, 49, 51, 10**30, "50", 50.0)),
+    *((of_splits(documents=value), r"splits\.train") for value in (-1, 0, 9, 11, 2**63, True)),
+    *((of_splits(max_token_id=value), "max_token_id") for value in (-1, -2, 50, 2**31)),
+    *((of_splits(documents=value) | {"sequence_length": 5}, "documents") for value in (0, 11)),
+    *(({"sequence_length": value}, "sequence_length") for value in (0, -5, 2**63, "1")),
+    *(({"vocab_size": value}, "vocab_size") for value in (0, -1, 2**31 + 1, 1e9)),
+    *(({"eos_id": value}, "eos_id") for value in (-1, 50, 2**40)),
+    (of_splits(max_token_id=70_000) | {"vocab_size": 80_000}, "50 tokens are not 100 bytes"),
+    ({"files": {"x": {"size": -1, "blake2b": "0" * 64}}}, r"files\.x: size must be"),
+    ({"files": {"x": {"size": 2**63, "blake2b": "0" * 64}}}, r"files\.x"),
+    ({"files": {"x": {"size": 1, "blake2b": "0" * 9}}}, r"files\.x: blake2b must be 64"),
+    (of_splits() | {"files": {}}, r"files lacks train\.bin"),
+]
+"""Changes to a manifest, with the place that the message names."""
+
+
+@pytest.mark.parametrize(("changes", "place"), ABSURD)
+def test_absurd_numbers_of_a_manifest_are_refused(
+    tmp_path: Path, changes: dict[str, object], place: str
+) -> None:
+    (tmp_path / "manifest.json").write_text(corpus_manifest(**changes))
+    with pytest.raises(InputError, match=rf"manifest\.json: damaged \(.*{place}"):
+        CorpusManifest.next_to(tmp_path / "train")
+
+
+def test_a_manifest_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "manifest.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(InputError, match=r"manifest\.json: larger than the limit"):
+        CorpusManifest.next_to(tmp_path / "train")
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"format": 1, "format": 2}', "\x00", "[NaN]"])

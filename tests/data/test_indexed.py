@@ -1,5 +1,6 @@
 """The indexed format, against readers and writers made of struct alone, and damaged in all ways."""
 
+import os
 import struct
 import tempfile
 import tracemalloc
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagrow.data.indexed import HEADER, IndexedCorpus, IndexedWriter, smallest_dtype
+from megagrow.data.stream import TokenStream
 from megagrow.errors import InputError
 
 SEQUENCES = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]]
@@ -29,7 +31,7 @@ def prefix(tmp_path, indexed_files):
 def test_reads_what_another_program_wrote(tmp_path, indexed_files, code, letter):
     indexed_files(tmp_path / "c", SEQUENCES, DOCUMENTS, code, letter)
     corpus = IndexedCorpus(tmp_path / "c")
-    assert corpus.tokens.tolist() == list(range(5, 15))
+    assert corpus.tokens[:].tolist() == list(range(5, 15))
     assert corpus.num_tokens == 10 and corpus.num_documents == 3
     assert corpus.document_starts(0, 10).tolist() == [0, 4, 6]
 
@@ -139,6 +141,24 @@ def test_every_truncation_of_the_idx_is_refused(prefix):
         assert "broken index" in _refused(prefix, ".idx")
     path.write_bytes(content + b"\0")
     assert "broken index" in _refused(prefix, ".idx")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_file_truncated_while_in_use_is_named(prefix, suffix):
+    """A memory map would end the process with SIGBUS."""
+    corpus = IndexedCorpus(prefix)
+    os.truncate(prefix.with_name(prefix.name + suffix), 0)
+    with pytest.raises(InputError, match=f"{suffix}: truncated while in use, it had"):
+        TokenStream([corpus], [1.0], 0, 4).read(0, 8)
+
+
+def test_a_replaced_corpus_is_read_as_it_was_opened(prefix, indexed_files):
+    corpus = IndexedCorpus(prefix)
+    for suffix in (".bin", ".idx"):
+        prefix.with_name(prefix.name + suffix).unlink()
+    indexed_files(prefix, [[1, 2, 3]], [0, 1])
+    assert corpus.tokens[:].tolist() == list(range(5, 15))
+    assert corpus.document_starts(0, 10).tolist() == [0, 4, 6]
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,26 @@
 
 import io
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 from rich.console import Console
 
+from megagrow.common import directory_lock
+from megagrow.common.directory_lock import DirectoryLock
 from megagrow.data import prepare as module
-from megagrow.data import sources
-from megagrow.data.manifest import verify
+from megagrow.data import publication, sources
+from megagrow.data.manifest import CorpusManifest, verify
 from megagrow.data.prepare import prepare
+from megagrow.data.tokenizers import load_tokenizer, train_sentencepiece
+from megagrow.errors import InputError
 
 
 def _prepare(source, output, **options):
@@ -123,12 +130,156 @@ def test_ctrl_c_leaves_no_process_and_keeps_what_is_done(tmp_path, texts, model_
     kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.json")}
     assert kept and not (output / "manifest.json").exists()
     monkeypatch.setattr(sources, "SMALLEST_UNIT", 200_000)
-    monkeypatch.setattr(module.shutil, "rmtree", lambda folder: None)
+    monkeypatch.setattr(module, "remove", lambda folder: None)
     options = {"tokenizer": str(model_path), "validation_fraction": 0.01, "vocab_size": None}
     _prepare(source, output, **options)
     assert all(path.stat().st_mtime_ns == made for path, made in kept.items())
     assert len(list(parts.glob("*.json"))) == len(sources.find_units([str(source)])) > len(kept)
     assert verify(output).splits["train"].documents > 50 * len(texts)
+
+
+@pytest.fixture
+def two_corpora(tmp_path, model_path):
+    """The preparations of two corpora with different tokenizers: functions of the folder."""
+    texts = [f"{number} times {number * number}" for number in range(40)]
+    other = tmp_path / "other.model"
+    train_sentencepiece(["a b c d e " * 9, *texts], 280, other)
+
+    def preparation(name, tokenizer, count, fraction):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:count]))
+
+        def run(output):
+            options = {"tokenizer": str(tokenizer), "vocab_size": None, "overwrite": True}
+            return _prepare(path, output, **options, validation_fraction=fraction)
+
+        return run
+
+    return preparation("old", model_path, 40, 0.3), preparation("new", other, 30, 0.0)
+
+
+def _killed_at(event, prepared):
+    """Run `prepared` in a process that ends by itself at its event-th change of the disk after all
+    documents are tokenized; False if it comes to its end before."""
+    child = os.fork()
+    if child:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, 9)
+        return code == 9
+    left, merge = iter(range(event)), module._merge
+
+    def counting(call):
+        def counted(*arguments, **options):
+            if next(left, None) is None:
+                os._exit(9)
+            return call(*arguments, **options)
+
+        return counted
+
+    def merged(*arguments):
+        for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
+            setattr(os, name, counting(getattr(os, name)))
+        return merge(*arguments)
+
+    try:
+        module._merge = merged
+        prepared()
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+def test_a_kill_at_any_point_leaves_the_old_corpus_or_the_new_one(tmp_path, two_corpora, replaces):
+    old, new = two_corpora
+    before = old(tmp_path / "old") if replaces else None
+    after = new(tmp_path / "new")
+    seen, event = Counter(), 0
+    killed = True
+    while killed:
+        event += 1
+        output = tmp_path / f"out{event}"
+        if replaces:
+            shutil.copytree(tmp_path / "old", output)
+        killed = _killed_at(event, lambda output=output: new(output))
+        try:
+            found = CorpusManifest.next_to(output / "train")
+        except InputError as error:
+            assert "its replacement was interrupted" in str(error)
+            seen["refused"] += 1
+        else:
+            assert found in (before, after)
+            seen["old" if found == before else "new"] += 1
+            if found is None:
+                assert not list(output.glob("train.*"))
+            else:
+                assert verify(output) == found
+                tokenizer = load_tokenizer(output / found.tokenizer)
+                assert tokenizer.checksum == found.tokenizer_checksum
+        if event % 4 == 0 or not killed:
+            assert new(output) == after
+            assert _bytes(output) == _bytes(tmp_path / "new")
+        shutil.rmtree(output)
+    assert min(seen[name] for name in ("old", "refused", "new")) > 4, seen
+
+
+def test_an_interrupted_publication_is_completed_first(tmp_path, two_corpora, monkeypatch):
+    """Also by a preparation that is then refused."""
+    old, new = two_corpora
+    old(tmp_path / "out")
+    monkeypatch.setattr(publication, "_complete", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        new(tmp_path / "out")
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="its replacement was interrupted"):
+        verify(tmp_path / "out")
+    with pytest.raises(InputError, match="already exists, prepared from other sources"):
+        _prepare(tmp_path / "old.jsonl", tmp_path / "out")
+    new(tmp_path / "new")
+    assert verify(tmp_path / "out") == verify(tmp_path / "new")
+    assert not (tmp_path / "out" / "validation.bin").exists()
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path, two_corpora):
+    _, new = two_corpora
+    output = tmp_path / "out"
+    (output / "staged").mkdir(parents=True)
+    for name in ("train.bin.17.partial", "staged/train.bin", "lock"):
+        (output / name).write_bytes(bytes(100))
+    new(output)
+    new(tmp_path / "new")
+    assert _bytes(output) == _bytes(tmp_path / "new")
+
+
+def test_a_second_preparation_of_a_folder_is_refused(tmp_path, two_corpora, monkeypatch):
+    _, new = two_corpora
+    context = multiprocessing.get_context("fork")
+    holds = context.Event()
+
+    def hold():
+        with DirectoryLock(tmp_path / "out"):
+            holds.set()
+            signal.pause()
+
+    process = context.Process(target=hold)
+    process.start()
+    assert holds.wait(30)
+    monkeypatch.setattr(directory_lock, "PATIENCE", 0.0)
+    with pytest.raises(InputError, match=f"out: process {process.pid} on .* prepares this corpus"):
+        new(tmp_path / "out")
+    process.kill()
+    process.join()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lock"]
+    assert new(tmp_path / "out") == verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["train.bin", "validation.idx", "manifest.json"])
+def test_files_of_other_programs_are_not_overwritten(tmp_path, two_corpora, source, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("{}")
+    with pytest.raises(InputError, match=f"{name}: already exists, not written by megagrow prep"):
+        _prepare(source, tmp_path / "out")
+    assert two_corpora[1](tmp_path / "out") == verify(tmp_path / "out")
 
 
 def _wait_for_the_end_of_group(group):

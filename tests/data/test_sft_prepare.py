@@ -102,6 +102,14 @@ def test_long_answers_are_cut_and_long_prompts_left_out(tmp_path):
     assert (labels != -100).sum() == sum(min(s, length) - p for p, s in sizes if p < length)
     with pytest.raises(InputError, match=r"shorter than 3 tokens \(12 dropped\)"):
         prepare(tmp_path, 12, 3)
+    again, said = prepare(tmp_path, 12, length, validation_fraction=0)
+    assert again == manifest and "corpus: complete and unchanged, nothing to do" in said
+    with pytest.raises(InputError, match=r"corpus: already exists, .* pass --overwrite to replace"):
+        prepare(tmp_path, 12, length, validation_fraction=0.3)
+    assert verify(tmp_path / "corpus") == manifest
+    changed, said = prepare(tmp_path, 12, length, validation_fraction=0.3, overwrite=True)
+    assert verify(tmp_path / "corpus") == changed and set(changed.splits) == {"train", "validation"}
+    assert f"{tmp_path / 'corpus' / 'train'}: " in said
 
 
 def test_the_command_prepares_both_splits_the_same_way_each_time(tmp_path, monkeypatch, capsys):

@@ -5,14 +5,14 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megagrow.config.schema import RunConfig
-from megagrow.data.batches import open_stream
+from megagrow.data.batches import Batch, BatchReader, open_stream
 from tests.helpers.jobs import Finished, Job, records, write_run
 from tests.helpers.run.refusals import SECONDS, WORLD, assert_refused, refused_run, tiny_run
 from tests.helpers.runs import STEP_TOKENS
@@ -128,6 +128,26 @@ def test_a_wrong_token_that_one_rank_reads_late(tmp_path):
     said = refused_run(write_run(tmp_path / "run.yaml", run))
     assert said.startswith(said_of_999(tmp_path / "train"))
     assert records(run, "train", ["step"]) == [(1,), (2,), (3,), (4,)]
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_corpus_truncated_while_it_is_read(tmp_path, suffix):
+    """A memory map would end the ranks with SIGBUS, without a message."""
+    run, file = tiny_run(tmp_path), (tmp_path / "train").with_suffix(suffix)
+
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        read = BatchReader.read
+
+        def reading(self: BatchReader, position: int, indices: Sequence[int]) -> Batch:
+            if position == 3 * STEP_TOKENS and rank == 1:
+                os.truncate(file, 0)
+            return read(self, position, indices)
+
+        patch.setattr(BatchReader, "read", reading)
+
+    said = refused_run(write_run(tmp_path / "run.yaml", run), hook=hook)
+    assert f"{file}: truncated while in use, it had " in said
+    assert records(run, "train", ["step"]) == [(1,), (2,), (3,)]
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])

@@ -67,8 +67,8 @@ def without(first: int, last: int) -> Hook:
 
         opened, fixed = megagrow.run.open_inputs_on_all_ranks, {}
 
-        def opening(run: RunConfig, local_rank: int) -> Any:
-            inputs = opened(run, local_rank)
+        def opening(run: RunConfig) -> Any:
+            inputs = opened(run)
             fixed["validation"] = inputs.validation
             return inputs
 

@@ -109,18 +109,18 @@ def test_hosts_with_different_corpora_are_refused(
 
     def gather(of_third: Callable[[Any], Any]) -> Callable[[list[Any], Any], None]:
         def fill(gathered: list[Any], own: Any) -> None:
-            gathered[:] = [own, None, own | {path: of_third(own[path])}]
+            gathered[:] = [own, own, own | {path: of_third(own[path])}]
 
         return fill
 
     monkeypatch.setattr(data_setup, "run_on_all_ranks", lambda action: action())
     monkeypatch.setattr(data_setup.dist, "get_world_size", lambda: 3)
     monkeypatch.setattr(data_setup.dist, "all_gather_object", gather(lambda own: own))
-    assert data_setup.open_inputs_on_all_ranks(made, 0).train is not None
+    assert data_setup.open_inputs_on_all_ranks(made).train is not None
     other = gather(lambda own: replace(own, content="sampled:0"))
     monkeypatch.setattr(data_setup.dist, "all_gather_object", other)
     with pytest.raises(InputError, match=rf"{path}: the corpus of rank 2 differs from that of"):
-        data_setup.open_inputs_on_all_ranks(made, 0)
+        data_setup.open_inputs_on_all_ranks(made)
 
 
 def test_epochs_are_told_by_plan_and_dry_run_and_at_the_start(tmp_path: Path) -> None:
