@@ -217,8 +217,8 @@ def code_warnings(document: dict[str, Any], origin: str) -> list[str]:
     """Return a line that names the keys dropped by `without_code`, or none."""
     check_nesting(document, origin)
     names = sorted(set(_code_keys(document)))
-    reason = "it makes transformers run code"
-    return [f"{origin}: {', '.join(names)} is dropped: {reason}"] if names else []
+    text = f"{origin}: dropped keys that make transformers run code: {', '.join(names)}"
+    return [text] if names else []
 
 
 def _code_keys(value: Any) -> list[str]:

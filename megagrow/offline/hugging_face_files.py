@@ -98,5 +98,7 @@ def _of_run(environment: dict[str, Any]) -> list[Path]:
 
 
 def _of_folder(environment: dict[str, Any]) -> list[Path]:
+    """Return the folder from which the model was imported, unless it has no tokenizer."""
     folder = HuggingFaceOrigin.recorded(environment).folder
-    return [Path(folder)] if folder is not None and is_tokenizer(Path(folder)) else []
+    path = None if folder is None else Path(folder)
+    return [path] if path is not None and (is_tokenizer(path) or not path.exists()) else []
