@@ -212,7 +212,7 @@ def test_log_likelihoods_are_those_of_lm_eval() -> None:
 
 @pytest.mark.parametrize("pair", EMPTY)
 def test_texts_without_tokens_to_predict_are_refused(pair: tuple[str, str]) -> None:
-    """Formerly the answer was the log-probability of a token of the context."""
+    """Any answer would be the log-probability of a token of the context."""
     asked = requests("loglikelihood", pair)
     with pytest.raises(DataError, match="has no tokens to predict"):
         ours().loglikelihood(asked)
