@@ -137,7 +137,20 @@ def read_manifest(path: Path) -> Flat:
     values = json.loads(path.read_text(encoding="utf-8"))
     if "adam_step" not in values:
         return {}
+    if "stage_step" in values["run"]:
+        values["run"]["stage_tokens"] = _stage_tokens(values)
+        del values["run"]["stage_step"]
     return flatten({field: values.get(field) for field in MANIFEST_FIELDS}, "")
+
+
+def _stage_tokens(values: dict[str, Any]) -> int:
+    """Return the tokens of the current stage; earlier versions recorded its steps."""
+    run = values["run"]
+    if run["stage_step"] == 0:
+        return 0
+    config = values["environment"]["config"]
+    batch = config["stages"][run["stage"]]["batch"]["global_batch_size"]
+    return int(run["stage_step"] * batch * config["data"]["sequence_length"])
 
 
 def read_json(path: Path) -> Flat:
