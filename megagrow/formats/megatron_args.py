@@ -30,15 +30,20 @@ _ONLY: dict[str, Any] = {
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "rotary_seq_len_interpolation_factor": None,
+    "qk_layernorm": False,
+    "apply_layernorm_1p": False,
+    "multi_latent_attention": False,
     "pipeline_model_parallel_size": 1,
-    "softmax_type": "vanilla",
 }
 """Arguments with a single supported value, which is written to exported files."""
 
+_ONLY_READ: dict[str, Any] = {"softmax_type": "vanilla"}
+"""Arguments with a single supported value that exported files do not need."""
+
 _OFF = (
-    *("num_experts", "num_moe_experts", "qk_layernorm", "qk_l2_norm", "apply_layernorm_1p"),
+    *("num_experts", "num_moe_experts", "qk_l2_norm"),
     *("layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm"),
-    *("multi_latent_attention", "experimental_attention_variant", "linear_attention_type"),
+    *("experimental_attention_variant", "linear_attention_type"),
     *("attention_output_gate", "head_wise_attn_gate", "softmax_scale", "window_size"),
     *("no_rope_freq", "rotary_base_per_layer", "glu_linear_offset", "squared_relu", "quick_geglu"),
     *("activation_func_clamp_value", "use_mup", "mtp_num_layers", "mtp_hybrid_override_pattern"),
@@ -111,7 +116,9 @@ def _model_values(args: Namespace, origin: str) -> dict[str, Any]:
     if values_of.get("use_rotary_position_embeddings"):  # older name
         values_of["position_embedding_type"] = "rope"
     wrong = {
-        key: only for key, only in _ONLY.items() if values_of.get(key, only) not in (only, None)
+        key: only
+        for key, only in (_ONLY | _ONLY_READ).items()
+        if values_of.get(key, only) not in (only, None)
     }
     wrong |= {key: None for key in _OFF if values_of.get(key)}
     for key, only in wrong.items():

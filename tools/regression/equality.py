@@ -24,6 +24,9 @@ IGNORED_FIELDS = frozenset(
 )
 """Fields of records and manifests that depend on the clock, the machine or the file names."""
 
+IGNORED_KINDS = frozenset({"config_change"})
+"""Kinds of records that describe the configuration."""
+
 MANIFEST_FIELDS = ("adam_step", "model", "layout", "run", "protected", "format")
 """Fields of a checkpoint's manifest that are compared."""
 
@@ -127,6 +130,8 @@ def read_metrics(path: Path) -> Flat:
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         kind = record["kind"]
+        if kind in IGNORED_KINDS:
+            continue
         flat |= flatten(record, f"{kind} {numbers[kind]} (step {record['step']})")
         numbers[kind] += 1
     return flat
