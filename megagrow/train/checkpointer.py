@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 
 from megagrow.checkpoint.async_saver import Saver
-from megagrow.checkpoint.discovery import FoundCheckpoint
+from megagrow.checkpoint.discovery import FoundCheckpoint, step_of
 from megagrow.checkpoint.load import newest_valid_on_all_ranks
 from megagrow.checkpoint.manifest import BEFORE_GROWTH, Manifest, describe_layout
 from megagrow.checkpoint.removal import finish_replacements
@@ -52,6 +52,8 @@ class Checkpointer:
         self._run_logger = run_logger
         self._saver = Saver(self.directory, device)
         self._stalled = 0.0
+        self.last_step = 0
+        """Step of the newest checkpoint, which may still be written; 0 if there is none."""
 
     @property
     def directory(self) -> Path:
@@ -78,7 +80,13 @@ class Checkpointer:
         checkpoints are damaged.
         """
         run_on_rank_zero(lambda: finish_replacements(self.directory))
-        return newest_valid_on_all_ranks(self.directory)
+        found = newest_valid_on_all_ranks(self.directory)
+        self.rewound_to(found)
+        return found
+
+    def rewound_to(self, found: FoundCheckpoint | None) -> None:
+        """Record the checkpoint from which training continues."""
+        self.last_step = 0 if found is None else step_of(found[0])
 
     def inherit(self, environment: Mapping[str, Any]) -> None:
         """Record the Hugging Face origin of the weights that the run starts from.
@@ -125,6 +133,7 @@ class Checkpointer:
         self._run_logger.sync()
         storage, step = stage.engine.storage(), state.counters.step
         self._saver.begin(step, stage.layout, storage, manifest, background=not wait)
+        self.last_step = step
         return self.finish(state) if wait else state
 
     def busy(self) -> bool:

@@ -99,6 +99,11 @@ def rewind_target(
     found = run_on_rank_zero(lambda: _newest_good(directory, limit))
     target = RunState() if found is None else state_of_checkpoint(found[1])
     after = state.rewound_to(target)
+    if found is not None and target.counters.step >= state.counters.step:
+        raise Diverged(
+            f"step {state.counters.step}: {reason}, and there is no checkpoint of an earlier step; "
+            f"to restart from the initial state, move {found[0]} elsewhere"
+        )
     if after.guard.rewinds > run.guards.max_rewinds:
         raise Diverged(
             f"step {state.counters.step}: {reason}, after {state.guard.rewinds} rewinds of "

@@ -23,7 +23,8 @@ class Guard:
     """Instabilities of the last steps, and the rewinds that they caused."""
 
     skipped: Tally = 0
-    """Consecutive skipped steps up to now: loss or gradient were not finite."""
+    """Consecutive steps up to now that were skipped, because loss or gradient were not finite, or
+    whose result cannot be used."""
     high: Tally = 0
     """Consecutive steps up to now whose loss was a spike."""
     losses: tuple[Value, ...] = ()
@@ -106,6 +107,10 @@ class RunState:
         """Return the state after the stability guards have evaluated a step."""
         guard = self.guard.after_step(guards, measure.loss, measure.skipped)
         return replace(self, guard=guard)
+
+    def unstable(self) -> "RunState":
+        """Return the state with its last step counted as unstable: its result cannot be used."""
+        return replace(self, guard=replace(self.guard, skipped=self.guard.skipped + 1))
 
     def rewound_to(self, earlier: "RunState") -> "RunState":
         """Return the state after a rewind to `earlier`; the next batch stays the same."""

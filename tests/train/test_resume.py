@@ -7,21 +7,27 @@ import pytest
 from megagrow.checkpoint.discovery import checkpoint_name
 from megagrow.checkpoint.manifest import MANIFEST_FILE
 from megagrow.config.schema import RunConfig
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, Diverged
+from megagrow.train.reporting.metrics import Counters
 from megagrow.train.resume import rewind_target
 from megagrow.train.train_state import RunState
+from tests.helpers.checkpoint.saving import MODEL
+from tests.helpers.checkpoint.written import write_checkpoint
+from tests.helpers.reshard.definition import random_state
+from tests.helpers.reshard.models import layout_of
 from tests.helpers.runs import make_run
 from tests.helpers.spawn import run_ranks
 
 pytestmark = pytest.mark.dist
 
 STAGES = [{"tokens": 640}]
+INITIAL = RunState()
 
 
-def rewind(run: RunConfig, directory: Path) -> str:
+def rewind(run: RunConfig, directory: Path, state: RunState = INITIAL) -> str:
     try:
-        found, state = rewind_target(run, directory, RunState(), "a test")
-    except CheckpointError as error:
+        found, state = rewind_target(run, directory, state, "a test")
+    except (CheckpointError, Diverged) as error:
         return str(error)
     return f"{found} {state.counters.step}"
 
@@ -41,3 +47,17 @@ def test_a_rewind_over_damaged_checkpoints_fails_on_all_ranks_and_keeps_them(tmp
     for message in run_ranks(2, rewind, run, directory):
         assert message.startswith(f"no valid checkpoint under {directory}: ")
     assert sorted(directory.iterdir()) == folders
+
+
+def test_a_rewind_from_a_checkpoint_to_itself_ends_the_run(tmp_path):
+    run, layout = make_run(tmp_path, STAGES), layout_of(MODEL, 1, 1, 1)
+    path = tmp_path / "checkpoints" / checkpoint_name(5)
+    write_checkpoint(path, MODEL, layout, random_state(layout.plan))
+    (message,) = run_ranks(
+        1, rewind, run, path.parent, RunState(Counters(step=5, tokens=640)).unstable()
+    )
+    assert message == (
+        "step 5: a test, and there is no checkpoint of an earlier step; to restart from the "
+        f"initial state, move {path} elsewhere"
+    )
+    assert path.exists()

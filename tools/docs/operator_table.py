@@ -36,9 +36,9 @@ from megagrow.train.data_setup import open_inputs  # noqa: E402
 from megagrow.train.fault_tolerance.signals import StopSignal  # noqa: E402
 from megagrow.train.growth_event.cost import Feed  # noqa: E402
 from megagrow.train.growth_event.event import end_stage, grow  # noqa: E402
-from megagrow.train.growth_event.function_check import change, predictions  # noqa: E402
 from megagrow.train.loop import StepDone, advance  # noqa: E402
 from megagrow.train.stage import build_stage, masks_now  # noqa: E402
+from megagrow.train.state_check import change, predictions  # noqa: E402
 from megagrow.train.train_state import RunState  # noqa: E402
 from tools.docs.operators.cases import GrowthCase  # noqa: E402
 from tools.docs.operators.catalogue import CATALOGUE  # noqa: E402

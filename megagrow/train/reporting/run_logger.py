@@ -17,7 +17,6 @@ from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.config.stage_length import run_flops
 from megagrow.errors import InputError, unwritable
 from megagrow.train.growth_event.event import GrowthReport
-from megagrow.train.growth_event.function_check import Change
 from megagrow.train.loop import StepDone
 from megagrow.train.reporting.console import LiveLine, Status
 from megagrow.train.reporting.lost_records import ranges_text, steps_without_record
@@ -25,6 +24,7 @@ from megagrow.train.reporting.metrics import Counters, MetricsLog, start_fields,
 from megagrow.train.reporting.run_files import write_run_files
 from megagrow.train.reporting.writers import Record
 from megagrow.train.run_position import steps_left
+from megagrow.train.state_check import Change
 from megagrow.train.train_state import RunState
 
 logger = logging.getLogger(__name__)
