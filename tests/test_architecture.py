@@ -42,9 +42,6 @@ LINE_WIDTH = 100
 SMALL_MODULE, MOST_MODULES, MOST_MODULES_OF_A_FOLDER = 60, 235, 20
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
-    ("code", "megagrow/formats/torch_file.py: imports pickle.UnpicklingError"): (
-        "torch.load(weights_only=True) raises it for a file that would run code"
-    ),
     ("code", "megagrow/formats/torch_file.py: imports pickle"): (
         "it writes files for torch.load in other programs and reads none"
     ),

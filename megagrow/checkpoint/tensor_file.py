@@ -29,7 +29,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _HEADER_LIMIT = 100_000_000
 """Maximum header bytes, as in the safetensors library."""
 
-_MOST_AXES = 16
+MOST_AXES = 16
 """Maximum dimensions of a tensor."""
 
 
@@ -112,7 +112,7 @@ def _stored(name: str, entry: Any) -> tuple[Stored, int]:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"{name[:100]!r} has no dtype, shape and offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    whole = [_are_counts(shape, _MOST_AXES), _are_counts(offsets, 2), isinstance(dtype, str)]
+    whole = [_are_counts(shape, MOST_AXES), _are_counts(offsets, 2), isinstance(dtype, str)]
     if not all(whole) or len(offsets) < 2 or offsets[0] > offsets[1]:
         raise ValueError(f"{name[:100]!r} has an invalid dtype, shape or offset")
     found, held = Stored(dtype, tuple(shape), offsets[0]), offsets[1] - offsets[0]

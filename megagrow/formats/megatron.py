@@ -28,7 +28,7 @@ from megagrow.formats.megatron_args import args_of, args_warnings, check_model, 
 from megagrow.formats.megatron_layout import (
     Fused,
     TensorPart,
-    check_tp,
+    check_fits,
     current_name,
     fused_tensors,
     padded_vocabulary,
@@ -100,7 +100,7 @@ def open_megatron(path: Path, model: ModelConfig | None) -> MegatronSource:
         model = model_of(args, str(files[0]))
     elif args is not None:
         check_model(args, model, str(files[0]))
-    check_tp(model, len(files), str(files[0].parent.parent))
+    check_fits(model, [rank.tensors for rank in ranks], str(files[0].parent.parent))
     table: dict[str, list[PartLocation]] = {}
     for rank, file in enumerate(files):
         for name, location in _locations(model, len(files), rank, file, ranks[rank].tensors):
@@ -159,7 +159,7 @@ def _read_rank(path: Path) -> _Rank:
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise CheckpointError(f"{path}: has no 'model'")
     version = content.get("checkpoint_version", 0)
-    if not isinstance(version, int | float) or version < _OLDEST_VERSION:
+    if not isinstance(version, int | float) or not version >= _OLDEST_VERSION:
         raise CheckpointError(
             f"{path}: checkpoint_version {version} is not supported; requires {_OLDEST_VERSION} or "
             "newer"
@@ -229,7 +229,7 @@ def _locations(
 
 def _vocabulary(model: ModelConfig, tp: int, path: Path, tensors: dict[str, Stored]) -> int:
     """Return the rows of all ranks' embeddings, padding included."""
-    rows = tensors[EMBEDDING].shape[0] * tp if EMBEDDING in tensors else 0
+    rows = sum(tensors[EMBEDDING].shape[:1]) * tp if EMBEDDING in tensors else 0
     if rows < model.vocab_size:
         raise CheckpointError(
             f"{path}: {EMBEDDING} has {rows} rows, fewer than the {model.vocab_size} tokens"

@@ -9,11 +9,13 @@ Sources: megatron/core/transformer/attention.py and megatron/core/transformer/ml
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from typing import NamedTuple
 
+from megagrow.checkpoint.tensor_file import DTYPES, Stored
 from megagrow.config.schema import ModelConfig
-from megagrow.errors import ConfigError
+from megagrow.errors import CheckpointError, ConfigError
 from megagrow.model.layers.table import EMBEDDING, FINAL_NORM, HEAD, indivisible_sizes
 from megagrow.parallel.sharding import ParamSpec, pad, parameter_plan
 from megagrow.reshard.layout import Block
@@ -59,10 +61,28 @@ def current_name(name: str) -> str:
     return name
 
 
+_FEW_GROUPS = 100_000
+
+
 def check_tp(model: ModelConfig, tp: int, origin: str) -> None:
     """Raise ConfigError, with `origin`, if `tp` does not divide the sizes of a model."""
     for name, size in indivisible_sizes(model, tp):
         raise ConfigError(f"{origin}: {name} = {size} is not divisible by TP {tp}")
+
+
+def check_fits(model: ModelConfig, ranks: Sequence[Mapping[str, Stored]], origin: str) -> None:
+    """Raise an InputError, with `origin`, if the tensors of all ranks cannot contain a model.
+
+    A layout has a part per key-value group; without this check, a model of more groups than the
+    files have numbers would exhaust the memory before its first missing tensor is found.
+    """
+    check_tp(model, len(ranks), origin)
+    found = sum(prod(t.shape) for tensors in ranks for t in tensors.values() if t.dtype in DTYPES)
+    groups = model.num_hidden_layers * model.num_key_value_heads
+    if groups > max(found, _FEW_GROUPS):
+        raise CheckpointError(
+            f"{origin}: contains {found} numbers, the model has {groups} key-value groups"
+        )
 
 
 def padded_vocabulary(model: ModelConfig, tp: int, divisible_by: int) -> int:

@@ -1,56 +1,47 @@
 """torch.save files, read safely and without loading tensors, and written in a stream.
 
-Reading uses torch.load with `weights_only`, so a file cannot run code. The file is mapped, without
-reading the pages of tensors, to locate each tensor; values are then read by `pread`, because pages
-of a mapped file count as resident memory. Writing produces files that torch.load reads, one piece
-of a tensor at a time.
+Reading interprets the file's pickle as data (`torch_pickle`), so a file cannot run code, and finds
+each tensor in the archive; values are then read by `pread`. Writing produces files that torch.load
+reads, one piece of a tensor at a time.
 """
 
+import io
 import os
 import pickle
 import struct
-from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from math import prod
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, BinaryIO
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo, is_zipfile
 
 import torch
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from megagrow.checkpoint.tensor_file import DTYPES, Stored
+from megagrow.checkpoint.tensor_file import DTYPES
 from megagrow.common.file_io import raw_bytes
 from megagrow.errors import CheckpointError, ResourceError
+from megagrow.formats.torch_pickle import RefusedNames, StorageRecord, read_pickle
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+READ_BYTES = 32_000_000
+"""Maximum size of the pickle, and of the archive's directory."""
 
 _DAMAGE = (
-    *(UnpicklingError, BadZipFile, struct.error, EOFError, RuntimeError, ValueError, TypeError),
-    *(LookupError, ArithmeticError, AttributeError, AssertionError, MemoryError),
+    *(BadZipFile, struct.error, EOFError, RuntimeError, ValueError, TypeError, LookupError),
+    *(AttributeError, NotImplementedError, RecursionError),
 )
-"""Exceptions of torch.load for damaged files and disallowed content."""
-
-
-class Unread:
-    """Placeholder for an object of another program's class, which is not imported."""
-
-    def __init__(self, *_: object) -> None: ...
-
-    def __setstate__(self, _: object) -> None: ...
+"""Exceptions for damaged archives and pickles."""
 
 
 def read_torch_file(path: Path, unread: tuple[str, ...] = ()) -> Any:
     """Return a file's content with a `Stored` for each tensor: values, dicts, lists, Namespaces.
 
     Objects of classes whose full names start with one of `unread` become `Unread`. Raises
-    CheckpointError if the file cannot be read, or refers to any class or function other than
-    argparse.Namespace.
+    CheckpointError if the file cannot be read, or refers to other classes or functions than those
+    of tensors and plain values.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
@@ -59,71 +50,71 @@ def read_torch_file(path: Path, unread: tuple[str, ...] = ()) -> Any:
             f"{path}: not a complete torch.save file (format of torch 1.6 or newer)"
         )
     try:
-        _check_records(path)
-        with safe_globals([Namespace]):
-            foreign = get_unsafe_globals_in_checkpoint(path)
-        if refused := sorted(name for name in foreign if not name.startswith(unread)):
-            raise CheckpointError(
-                f"{path}: refused, it refers to {', '.join(refused)}, which could run code; only "
-                "tensors and plain values are supported"
-            )
-        with safe_globals([Namespace, *((Unread, name) for name in foreign)]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return _placed(loaded, _file_shift(loaded))
+        with _LimitedFile(path) as file, ZipFile(file) as archive:
+            folder, records = _records(archive, file)
+            pickled = archive.read(records[f"{folder}/data.pkl"])
+
+            def record_of(key: str) -> StorageRecord:
+                record = records[f"{folder}/data/{key}"]
+                return StorageRecord(_data_offset(file, record), record.file_size)
+
+            return read_pickle(pickled, unread, record_of)
+    except RefusedNames as error:
+        raise CheckpointError(
+            f"{path}: refused, it refers to {error}, which could run code; only tensors and plain "
+            "values are supported"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except _DAMAGE as error:
-        # torch's own message is advice on loading trusted files, its context is the cause.
-        cause = repr(error.__context__ or error).splitlines()[0]
-        raise CheckpointError(f"{path}: refused, it is damaged ({cause})") from error
+        raise CheckpointError(f"{path}: refused, it is damaged ({error!r:.200})") from error
 
 
-def _check_records(path: Path) -> None:
-    """Check that tensors are stored uncompressed and little-endian."""
-    with ZipFile(path) as archive:
-        for record in archive.infolist():
-            if record.compress_type != ZIP_STORED:
-                raise ValueError(f"{record.filename} is compressed")
-            if record.filename.endswith("/byteorder") and archive.read(record) != b"little":
-                raise ValueError("its tensors are big-endian")
+class _LimitedFile(io.FileIO):
+    """File whose single reads are limited: zipfile reads the directory of an archive at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read at most `size` bytes. Raises ValueError beyond the limit."""
+        if size is None or size < 0:
+            size = os.fstat(self.fileno()).st_size - self.tell()
+        if size > READ_BYTES:
+            raise ValueError(f"its directory is larger than {READ_BYTES} bytes")
+        return super().read(size) or b""
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
+def _records(archive: ZipFile, file: BinaryIO | io.FileIO) -> tuple[str, dict[str, ZipInfo]]:
+    """Return the folder in the archive and its records by name.
+
+    Raises ValueError unless all are stored uncompressed and little-endian within the file, and the
+    pickle is below the limit.
+    """
+    records = {record.filename: record for record in archive.infolist()}
+    pickles = [name for name in records if name.endswith("/data.pkl")]
+    if len(pickles) != 1 or len(records) != len(archive.infolist()):
+        raise ValueError("not one data.pkl, or several records of one name")
+    folder = pickles[0].removesuffix("/data.pkl")
+    size = os.fstat(file.fileno()).st_size
+    for record in records.values():
+        if record.compress_type != ZIP_STORED:
+            raise ValueError(f"{record.filename} is compressed")
+        if record.file_size != record.compress_size or record.file_size > size:
+            raise ValueError(f"{record.filename} has {record.file_size} bytes in a file of {size}")
+    if records[pickles[0]].file_size > READ_BYTES:
+        raise ValueError(f"its pickle is larger than {READ_BYTES} bytes")
+    order = records.get(f"{folder}/byteorder")
+    if order is not None and (order.file_size > 100 or archive.read(order) != b"little"):
+        raise ValueError("its tensors are big-endian")
+    return folder, records
 
 
-def _file_shift(loaded: Any) -> int:
-    """Return the difference between file offset and address of mapped tensors."""
-    addresses = (tensor.data_ptr() for tensor in _tensors(loaded) if tensor.numel())
-    address = next(addresses, None)
-    if address is None:
-        return 0
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
-        span, _, offset, *_ = line.split()
-        start, stop = (int(text, 16) for text in span.split("-"))
-        if start <= address < stop:
-            return int(offset, 16) - start
-    raise ValueError("a tensor is not stored in the file")
-
-
-def _placed(value: Any, shift: int) -> Any:
-    if isinstance(value, Tensor):
-        dtype = NAMES.get(value.dtype, str(value.dtype))
-        if not value.is_contiguous():
-            dtype += ", not contiguous"
-        return Stored(dtype, tuple(value.shape), value.data_ptr() + shift if value.numel() else 0)
-    if isinstance(value, dict):
-        return {key: _placed(item, shift) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_placed(item, shift) for item in value]
-    return value
+def _data_offset(file: io.FileIO, record: ZipInfo) -> int:
+    """Return the offset of a record's data, from its local header."""
+    file.seek(record.header_offset)
+    signature, name, extra = struct.unpack("<4s22xHH", file.read(_LOCAL_HEADER))
+    offset = record.header_offset + _LOCAL_HEADER + name + extra
+    if signature != b"PK\3\4" or offset + record.file_size > os.fstat(file.fileno()).st_size:
+        raise ValueError(f"{record.filename} is outside the file")
+    return int(offset)
 
 
 _STORAGES = {"F32": torch.FloatStorage, "F16": torch.HalfStorage, "BF16": torch.BFloat16Storage}

@@ -2,10 +2,14 @@
 
 import json
 import struct
+from argparse import Namespace
 from functools import cache
+from io import BytesIO
+from math import prod
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
+from zipfile import ZipFile, ZipInfo
 
 import torch
 from hypothesis import strategies as st
@@ -15,15 +19,17 @@ from safetensors.torch import save_file
 from megagrow.checkpoint.listing import layout_text, summary
 from megagrow.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megagrow.checkpoint.source import Source, open_checkpoint
-from megagrow.checkpoint.tensor_file import DTYPES, read_elements, read_header
+from megagrow.checkpoint.tensor_file import DTYPES, Stored, read_elements, read_header
 from megagrow.common.checksums import text_checksum
 from megagrow.config.schema import ModelConfig
 from megagrow.formats.hugging_face import open_hugging_face
 from megagrow.formats.hugging_face_config import config_of
+from megagrow.formats.megatron import RANK_FILE, MegatronTarget, open_megatron
+from megagrow.formats.torch_file import read_torch_file
 from megagrow.reshard.layout import Block
 from megagrow.train.train_state import RunState
 from tests.helpers.checkpoint.written import write_checkpoint
-from tests.helpers.fuzz.mutations import damaged, mutated_bytes
+from tests.helpers.fuzz.mutations import damaged, mutated_bytes, mutated_tree
 from tests.helpers.fuzz.running import Target
 from tests.helpers.reshard.definition import random_state
 from tests.helpers.reshard.models import layout_of
@@ -148,8 +154,61 @@ def _load_hugging_face(folder: Path, given: tuple[bytes, bytes]) -> None:
     _read_all(source)
 
 
+SAVED = {"param": torch.arange(8.0).view(2, 4), "args": Namespace(a=[1, 2.5, None]), "b": {"c": -1}}
+
+
+@cache
+def _torch_file() -> dict[str, bytes]:
+    """The records of a file of torch.save, the pickle first."""
+    saved = BytesIO()
+    torch.save(SAVED, saved)
+    with ZipFile(saved) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def _load_torch_file(folder: Path, raw: bytes) -> None:
+    """A changed pickle in an archive that fits to it; its tensors lie in the file."""
+    path = folder / "x.pt"
+    first, *records = _torch_file()
+    with ZipFile(path, "w") as archive:
+        archive.writestr(ZipInfo(first), raw)
+        for name in records:
+            archive.writestr(ZipInfo(name), _torch_file()[name])
+    found = read_torch_file(path)
+    for stored in found.values() if isinstance(found, dict) else ():
+        if isinstance(stored, Stored) and stored.dtype in DTYPES:
+            read_elements(path, stored, range(prod(stored.shape)))
+
+
+@cache
+def _megatron() -> dict[str, Any]:
+    """The content of a Megatron-LM file, with its arguments as a dict."""
+    source, folder = open_checkpoint(_checkpoint()), Path(mkdtemp())
+    MegatronTarget(source, 1, 1, "F32").write(folder, 5, lambda _: None)
+    (path,) = folder.rglob(RANK_FILE)
+    with torch.serialization.safe_globals([Namespace]):
+        content = torch.load(path, weights_only=True)
+    return content | {"args": vars(content["args"])}
+
+
+def _load_megatron(folder: Path, tree: Any) -> None:
+    if isinstance(tree, dict) and isinstance(tree.get("args"), dict):
+        args = Namespace()
+        vars(args).update({str(key): item for key, item in tree["args"].items()})
+        tree = tree | {"args": args}
+    (folder / "mp_rank_00").mkdir(exist_ok=True)
+    torch.save(tree, folder / "mp_rank_00" / RANK_FILE)
+    _read_all(open_megatron(folder, None))
+
+
 TARGETS = [
     Target("safetensors header", _header_files(), _load_header),
+    Target(
+        "torch.save",
+        st.deferred(lambda: mutated_bytes(next(iter(_torch_file().values())))),
+        _load_torch_file,
+    ),
+    Target("megatron", st.deferred(lambda: mutated_tree(_megatron())), _load_megatron),
     Target("checkpoint manifest", st.deferred(lambda: damaged(_manifest())), _load_manifest),
     Target(
         "config.json, index.json",
