@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 from megagrow.analysis.flop_accounting import Account, Setting, cumulative_flops, read_setting
 from megagrow.analysis.run_metrics import RunMetrics, Score, read_run_metrics, read_scores
 from megagrow.analysis.speedup import LossCurve
-from megagrow.common.number_ranges import Tally, as_amount, as_value, problems_of_values
+from megagrow.common.untrusted_values import Tally, as_amount, as_value, problems_of_values
 from megagrow.errors import DataError
 from megagrow.evaluation.results_store import read_stored, stored_files
 from megagrow.train.reporting.metrics import METRICS_FILE, read_metrics

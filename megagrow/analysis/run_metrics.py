@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megagrow.common.number_ranges import as_amount, as_tally, as_value
+from megagrow.common.untrusted_values import as_amount, as_tally, as_value
 from megagrow.train.reporting.writers import Record
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from megagrow.common.atomic_files import write_synced
 from megagrow.common.checksums import FileRecord, Files, check_file, check_size, text_checksum
 from megagrow.common.json_text import FILE_BYTES, parse_json, read_limited
-from megagrow.common.number_ranges import as_tally
+from megagrow.common.untrusted_values import as_tally
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.parallel.sharding import parameter_plan

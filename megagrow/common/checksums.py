@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import xxhash
 
-from megagrow.common.number_ranges import MOST
+from megagrow.common.untrusted_values import MOST
 from megagrow.errors import CheckpointError, InputError
 
 READ_BYTES = 2**22

@@ -18,8 +18,7 @@ from pydantic import (
 from megagrow.common.atomic_files import write_text
 from megagrow.common.checksums import FileRecord, Files
 from megagrow.common.json_text import FILE_BYTES, parse_json, read_limited
-from megagrow.common.number_ranges import Tally
-from megagrow.common.safe_paths import is_inner_path
+from megagrow.common.untrusted_values import Tally, is_inner_path
 from megagrow.data.indexed import HEADER
 from megagrow.errors import DataError, InputError
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from megagrow.checkpoint.discovery import checkpoint_name, list_checkpoints
 from megagrow.common.atomic_files import write_text
 from megagrow.common.json_text import finite, read_json
-from megagrow.common.number_ranges import Amount, Tally, problems_of_values
+from megagrow.common.untrusted_values import Amount, Tally, problems_of_values
 from megagrow.errors import DataError, unwritable
 from megagrow.train.reporting.metrics import METRICS_FILE
 from megagrow.train.train_state import RunState

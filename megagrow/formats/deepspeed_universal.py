@@ -19,7 +19,7 @@ from megagrow.checkpoint.source import PlacedSource, Source
 from megagrow.checkpoint.tensor_file import DTYPES, Stored, read_elements
 from megagrow.common.atomic_files import write_synced
 from megagrow.common.json_text import FILE_BYTES, parse_json, read_limited
-from megagrow.common.safe_paths import read_name
+from megagrow.common.untrusted_values import read_name
 from megagrow.config.includes import checked_model
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError

@@ -23,7 +23,7 @@ from megagrow.checkpoint.tensor_file import (
     read_header,
 )
 from megagrow.common.json_text import read_json
-from megagrow.common.safe_paths import is_plain_name
+from megagrow.common.untrusted_values import is_plain_name
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.formats.hugging_face_config import CONFIG_FILE, model_of

@@ -20,7 +20,7 @@ from torch import Tensor
 from megagrow.checkpoint.source import Source, inside, read_rows
 from megagrow.checkpoint.tensor_file import DTYPES, Stored
 from megagrow.common.atomic_files import write_synced
-from megagrow.common.safe_paths import read_name
+from megagrow.common.untrusted_values import read_name
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.formats.hugging_face import single_rank_layout

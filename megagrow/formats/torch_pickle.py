@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megagrow.checkpoint.tensor_file import DTYPES, MOST_AXES, Stored
-from megagrow.common.number_ranges import as_tally
+from megagrow.common.untrusted_values import as_tally
 
 MOST_OPCODES = 1_000_000
 """Maximum length of a pickle, in opcodes. A tensor takes about 25."""

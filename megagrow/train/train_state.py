@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
-from megagrow.common.number_ranges import MOST, Tally, Value, as_tally, problems_of_values
+from megagrow.common.untrusted_values import MOST, Tally, Value, as_tally, problems_of_values
 from megagrow.config.sections import GuardsConfig, LossSpikeConfig
 from megagrow.errors import CheckpointError
 from megagrow.train.reporting.metrics import Counters, StepMetrics

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megagrow.common.json_text import parse_json, read_json
-from megagrow.common.safe_paths import is_inner_path, is_plain_name
+from megagrow.common.untrusted_values import is_inner_path, is_plain_name
 from megagrow.common.yaml_file import DEPTH, FILE_BYTES, VALUES, parse_yaml, read_mapping
 from megagrow.config.load import load_run
 from megagrow.errors import Diverged, InputError

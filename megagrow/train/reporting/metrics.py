@@ -15,7 +15,7 @@ from pydantic import ConfigDict, with_config
 
 from megagrow.common.atomic_files import atomic_file, sync
 from megagrow.common.json_text import finite, limited_lines, parse_json
-from megagrow.common.number_ranges import Amount, Tally, as_amount, as_tally
+from megagrow.common.untrusted_values import Amount, Tally, as_amount, as_tally
 from megagrow.config.flops import parameters
 from megagrow.config.schema import RunConfig
 from megagrow.errors import DataError, unwritable
