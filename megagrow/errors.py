@@ -1,5 +1,6 @@
 """User-facing errors, printed on one line, and errors that end a run; with their exit codes."""
 
+import errno
 from pathlib import Path
 
 MESSAGE_LENGTH = 4000
@@ -89,8 +90,14 @@ class PeerLost(RunError):
         self.is_reporter = is_reporter
 
 
+_FIXES = (
+    ((errno.ENOSPC, errno.EDQUOT), "free disk space"),
+    ((errno.EACCES, errno.EPERM, errno.EROFS), "fix the permissions"),
+    ((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
+)
+
+
 def unwritable(path: Path, error: OSError) -> ResourceError:
-    """Return the error for a file that cannot be written."""
-    return ResourceError(
-        f"{path}: cannot be written ({error.strerror}); free disk space or fix the permissions"
-    )
+    """Return the error for a file that cannot be written, with the fix for its cause if known."""
+    fixes = [fix for codes, fix in _FIXES if error.errno in codes]
+    return ResourceError("; ".join([f"{path}: cannot be written ({error.strerror})", *fixes]))

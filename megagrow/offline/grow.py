@@ -14,7 +14,7 @@ from megagrow.common.atomic_files import staging_folder
 from megagrow.common.progress import WorkProgress
 from megagrow.common.sizes import format_bytes
 from megagrow.common.tables import print_lines
-from megagrow.errors import ConfigError, ResourceError
+from megagrow.errors import ConfigError, ResourceError, unwritable
 from megagrow.formats.open_source import open_found, open_source
 from megagrow.growth.map import Dense
 from megagrow.offline.hugging_face_files import hugging_face_files
@@ -64,10 +64,8 @@ def write_plan(request: Request, plan: ConversionPlan, console: Console) -> None
                 _compare(plan, source_loss, target_loss, console)
             work.finish(request.out)
     except OSError as error:
-        raise ResourceError(
-            f"{request.out}: cannot be written ({error.strerror}); free the disk or the path, and "
-            "rerun the same command"
-        ) from error
+        problem = unwritable(request.out, error)
+        raise ResourceError(f"{problem}; then rerun the same command") from error
     print_lines(console, [f"{request.out}: written and checked"])
 
 

@@ -1,5 +1,9 @@
 """Exit code and output of the command line for each class of error."""
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
 import megagrow.cli.app
@@ -11,6 +15,7 @@ from megagrow.errors import (
     InputError,
     ResourceError,
     RunError,
+    unwritable,
 )
 
 
@@ -35,7 +40,23 @@ def test_an_error_is_one_line_and_its_exit_code(
         raise error("some.key = 3 is too large; use 2")
 
     monkeypatch.setattr(megagrow.cli.app, "app", failing)
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL")
     with pytest.raises(SystemExit) as end:
         megagrow.cli.app.main()
     assert end.value.code == code
     assert capsys.readouterr() == ("", "error: some.key = 3 is too large; use 2\n")
+    assert os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR", "torch prints no stack traces"
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, " (No space left on device); free disk space"),
+        (errno.EROFS, " (Read-only file system); fix the permissions"),
+        (errno.EMFILE, " (Too many open files); raise the limit of open files (ulimit -n)"),
+        (errno.EIO, " (Input/output error)"),
+    ],
+)
+def test_the_fix_of_a_failed_write_fits_its_cause(number: int, words: str) -> None:
+    error = unwritable(Path("metrics.jsonl"), OSError(number, os.strerror(number)))
+    assert str(error) == f"metrics.jsonl: cannot be written{words}"
