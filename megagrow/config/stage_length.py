@@ -4,7 +4,7 @@ A step is one optimizer step: global_batch_size x sequence_length tokens. A stag
 rounded up to complete steps, so no step belongs to two stages.
 
 A stage sets one of the three keys; `tokens` may be `auto`. Loading a run file resolves it into a
-number of tokens.
+number of tokens. Tokens that a growth itself reads (`Counters.growth_tokens`) belong to no stage.
 """
 
 from collections.abc import Sequence
@@ -39,6 +39,23 @@ def stage_steps(stage: StageConfig, sequence_length: int) -> int:
 def stage_tokens(stage: StageConfig, sequence_length: int) -> int:
     """Return the tokens trained in `stage`: its `tokens`, rounded up to complete steps."""
     return stage_steps(stage, sequence_length) * step_tokens(stage, sequence_length)
+
+
+def steps_left(run: RunConfig, stage: int = 0, tokens: int = 0) -> int:
+    """Return the optimizer steps of a run that follow after `tokens` tokens of stage `stage`."""
+    length, current = run.data.sequence_length, run.stages[stage]
+    in_stage = -(-max(0, current.tokens - tokens) // step_tokens(current, length))
+    return in_stage + sum(stage_steps(later, length) for later in run.stages[stage + 1 :])
+
+
+def tokens_between(run: RunConfig, first: int, last: int) -> int:
+    """Return the tokens of the stages from `first` to `last`, exclusive."""
+    return sum(stage_tokens(s, run.data.sequence_length) for s in run.stages[first:last])
+
+
+def run_tokens(run: RunConfig) -> int:
+    """Return the tokens of a run."""
+    return tokens_between(run, 0, len(run.stages))
 
 
 def run_flops(run: RunConfig) -> int:

@@ -15,9 +15,8 @@ from megagrow.config.flops import parameters
 from megagrow.config.growth import GrowthConfig, NewEntriesConfig
 from megagrow.config.growth_guidelines import rate_for_size
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
-from megagrow.config.stage_length import step_tokens
+from megagrow.config.stage_length import step_tokens, tokens_between
 from megagrow.growth.operators import operators_of
-from megagrow.train.run_position import tokens_between
 
 WSD_DECAY = 0.1
 """Default fraction of the horizon for WSD's decay (MiniCPM, arXiv 2404.06395, section 4)."""

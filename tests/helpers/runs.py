@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megagrow.config.schema import RunConfig
+from megagrow.config.stage_length import tokens_between
 from megagrow.data.indexed import IndexedWriter
 from megagrow.parallel.sharding import STATE_KINDS, ParamSpec, Storage
 from megagrow.reshard.fill import fill_initial
@@ -17,7 +18,6 @@ from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.growth_event.cost import Feed
 from megagrow.train.growth_event.event import GrowthReport, end_stage, grow
 from megagrow.train.loop import StepDone, advance
-from megagrow.train.run_position import tokens_between
 from megagrow.train.stage import Stage, build_stage, masks_now
 from megagrow.train.step import mean_loss
 from megagrow.train.train_state import RunState

@@ -8,9 +8,14 @@ from hypothesis import strategies as st
 from megagrow.config.flops import parameters
 from megagrow.config.growth_guidelines import rate_for_size
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
-from megagrow.config.stage_length import stage_steps, stage_tokens, step_tokens
+from megagrow.config.stage_length import (
+    run_tokens,
+    stage_steps,
+    stage_tokens,
+    step_tokens,
+    steps_left,
+)
 from megagrow.config.validation import problems
-from megagrow.train.run_position import run_tokens, steps_left
 from megagrow.train.schedule import learning_rate, origin_stage, rate_at, stage_optimizer
 from tests.helpers.train.schedules import (
     BATCH,

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagrow.config.schema import RunConfig
+from megagrow.config.stage_length import run_tokens, steps_left
 from megagrow.errors import CheckpointError
 from megagrow.train.reporting.metrics import Counters, StepMetrics
-from megagrow.train.run_position import run_tokens, steps_left
 from megagrow.train.train_state import RunState
 from tests.helpers.train.schedules import LENGTH, MODEL, locate, tokens_at
 

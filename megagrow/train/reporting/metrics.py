@@ -18,9 +18,9 @@ from megagrow.common.json_text import finite, limited_lines, parse_json
 from megagrow.common.untrusted_values import Amount, Tally, as_amount, as_tally
 from megagrow.config.flops import parameters
 from megagrow.config.schema import RunConfig
+from megagrow.config.stage_length import run_tokens
 from megagrow.errors import DataError, unwritable
 from megagrow.train.reporting.writers import Record, TensorBoardTracker, Tracker, WandbTracker
-from megagrow.train.run_position import run_tokens
 
 METRICS_FILE = "metrics.jsonl"
 RecordKind = Literal[

@@ -14,7 +14,7 @@ from megagrow.common.sizes import format_duration, format_short
 from megagrow.config.flops import parameters
 from megagrow.config.resume_rules import ConfigChange
 from megagrow.config.schema import ModelConfig, RunConfig
-from megagrow.config.stage_length import run_flops
+from megagrow.config.stage_length import run_flops, steps_left
 from megagrow.errors import InputError, unwritable
 from megagrow.train.growth_event.event import GrowthReport
 from megagrow.train.loop import StepDone
@@ -23,7 +23,6 @@ from megagrow.train.reporting.lost_records import ranges_text, steps_without_rec
 from megagrow.train.reporting.metrics import Counters, MetricsLog, start_fields, train_fields
 from megagrow.train.reporting.run_files import write_run_files
 from megagrow.train.reporting.writers import Record
-from megagrow.train.run_position import steps_left
 from megagrow.train.state_check import Change
 from megagrow.train.train_state import RunState
 

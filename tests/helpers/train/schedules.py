@@ -3,8 +3,7 @@
 from typing import Any, NamedTuple
 
 from megagrow.config.schema import RunConfig
-from megagrow.config.stage_length import stage_steps, step_tokens
-from megagrow.train.run_position import steps_left, tokens_between
+from megagrow.config.stage_length import stage_steps, step_tokens, steps_left, tokens_between
 
 LENGTH, BATCH = 8, 4
 STEP = LENGTH * BATCH
