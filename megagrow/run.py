@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from megagrow.checkpoint.discovery import FoundCheckpoint
-from megagrow.common.directory_lock import lock_directory
+from megagrow.common.directory_lock import PATIENCE, lock_directory
 from megagrow.common.log_setup import LogLevel, configure_logging
 from megagrow.config.growth_guidelines import timing_warnings
 from megagrow.config.schema import RunConfig
@@ -19,13 +19,13 @@ from megagrow.evaluation.evaluator import Evaluation, open_evaluation
 from megagrow.evaluation.results_store import remove_stored_after
 from megagrow.growth.validation import growth_problems
 from megagrow.parallel.agreement import any_across_ranks, run_on_all_ranks, run_on_rank_zero
-from megagrow.parallel.launch import Launch, first_host, read_launch
-from megagrow.parallel.process_groups import init_process_group, leave_process_group
+from megagrow.parallel.launch import Launch, read_launch
+from megagrow.parallel.process_groups import leave_process_group
 from megagrow.train.checkpointer import Checkpointer
 from megagrow.train.config_changes import data_contents
 from megagrow.train.data_setup import Inputs, open_inputs_on_all_ranks
 from megagrow.train.fault_tolerance.signals import StopRequested, StopSignal
-from megagrow.train.fault_tolerance.watchdog import Watchdog, start_watchdog
+from megagrow.train.fault_tolerance.watchdog import Watchdog, watched_ranks
 from megagrow.train.growth_event.cost import Feed
 from megagrow.train.growth_event.event import end_stage
 from megagrow.train.growth_event.operator_search import grow_best
@@ -85,43 +85,44 @@ def train(
     problems = growth_problems(run) or world_problems(run, launch.world_size)
     if problems:
         raise ConfigError("; ".join(problems))
-    device = init_process_group(launch)
-    run_on_all_ranks(lambda: check_kernels(run, device))
-    inputs = open_inputs_on_all_ranks(run)
-    evaluation = open_evaluation(run, device)
-    contents = run_on_rank_zero(lambda: data_contents(run))
-    environment = describe_environment(run) | {"contents": contents.model_dump()}
-    run_logger = RunLogger(run, launch.rank, launch.world_size, environment, console)
-    lock = run_on_all_ranks(lambda: lock_directory(run.output_dir, launch.rank))
-    watchdog = start_watchdog(launch, first_host(), run.guards.hang_timeout)
-    warm_up = WarmUp(device, launch.local_rank)
-    with lock, run_logger, watchdog, warm_up, StopSignal() as stop:
-        run_on_all_ranks(run_logger.open)
-        checkpointer = Checkpointer(run, launch.rank, device, environment, run_logger)
-        job = Job(
-            run=run,
-            configured=run,
-            launch=launch,
-            device=device,
-            inputs=inputs,
-            evaluation=evaluation,
-            run_logger=run_logger,
-            checkpointer=checkpointer,
-            watchdog=watchdog,
-            stop=stop,
-            warm_up=warm_up,
-            begin=partial(begin, device=device, contents=contents, allowed=allowed),
-        )
-        try:
-            with checkpointer:
-                stopped = _train(job)
-        except RuntimeError:  # torch.distributed raises it for every backend
-            watchdog.raise_if_peer_lost()
-            raise
-        run_on_all_ranks(run_logger.check)
-        watchdog.beat("leaving", long=True)
-        leave_process_group()
-    return stopped
+    with watched_ranks(launch, run.guards.hang_timeout) as (device, watchdog):
+        watchdog.beat("opening the data", long=True)
+        run_on_all_ranks(lambda: check_kernels(run, device))
+        inputs = open_inputs_on_all_ranks(run)
+        evaluation = open_evaluation(run, device)
+        contents = run_on_rank_zero(lambda: data_contents(run))
+        environment = describe_environment(run) | {"contents": contents.model_dump()}
+        run_logger = RunLogger(run, launch.rank, launch.world_size, environment, console)
+        watchdog.beat("locking the run directory", long=True, at_least=2 * PATIENCE)
+        lock = run_on_all_ranks(lambda: lock_directory(run.output_dir, launch.rank))
+        warm_up = WarmUp(device, launch.local_rank)
+        with lock, run_logger, warm_up, StopSignal() as stop:
+            run_on_all_ranks(run_logger.open)
+            checkpointer = Checkpointer(run, launch.rank, device, environment, run_logger)
+            job = Job(
+                run=run,
+                configured=run,
+                launch=launch,
+                device=device,
+                inputs=inputs,
+                evaluation=evaluation,
+                run_logger=run_logger,
+                checkpointer=checkpointer,
+                watchdog=watchdog,
+                stop=stop,
+                warm_up=warm_up,
+                begin=partial(begin, device=device, contents=contents, allowed=allowed),
+            )
+            try:
+                with checkpointer:
+                    stopped = _train(job)
+                run_on_all_ranks(run_logger.check)
+                watchdog.beat("leaving", long=True)
+                leave_process_group()
+            except RuntimeError:  # torch.distributed raises it for every backend
+                watchdog.raise_if_peer_lost()  # before another start can lock the directory
+                raise
+        return stopped
 
 
 def _train(job: Job) -> str | None:

@@ -15,6 +15,7 @@ _HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS
 _HIDDEN |= {"TRITON_INTERPRET": "1"}
 _BEFORE = dict(os.environ)
 os.environ.update(_HIDDEN)
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line
 
 if find_spec("triton") is not None:
     from tests.helpers.interpreter import remember_builtins

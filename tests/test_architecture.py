@@ -56,6 +56,12 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
         "the layer types declare the sizes that tensor parallelism slices, and import "
         "config.schema only"
     ),
+    ("environment", "megagrow/cli/app.py: os.environ"): (
+        "torch reads its log level on import, and parallel/launch.py imports torch"
+    ),
+    ("environment", "megagrow/cli/app.py: os.environ.setdefault"): (
+        "torch reads its log level on import, and parallel/launch.py imports torch"
+    ),
     ("environment", "tools/benchmarks/training/turns.py: os.environ"): (
         "it is the launcher: it sets the environment of the ranks it starts"
     ),

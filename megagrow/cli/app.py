@@ -1,5 +1,6 @@
 """Assembly of the `megagrow` command line and its entry point."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -190,6 +191,8 @@ def config_show(run_file: RunFile, overrides: Overrides = None) -> None:
 
 def main() -> None:
     """Run the command line; print a user error once per host, on one line, with exit code 2."""
+    # torch reads it on import: without it, it prints a C++ stack trace if rank 0 is lost.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         app()
     except InputError as error:

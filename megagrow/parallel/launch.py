@@ -7,15 +7,18 @@ import atexit
 import gc
 import importlib
 import os
+import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from megagrow.errors import ConfigError
+from megagrow.errors import ConfigError, PeerLost, ResourceError
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ def launcher_kills_all_ranks() -> bool:
     """Return True if the launcher ends all ranks when one fails, as torchrun and deepspeed do."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
 
+
+CONNECT_SECONDS = 3.0
+"""Timeout of one attempt to connect to the rendezvous store."""
 
 SHARED_VARIABLES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "TRITON_", "DS_", "CUBLAS_", "OMP_")
 """Prefixes of environment variables that affect computation and communication."""
@@ -105,6 +111,47 @@ def first_host() -> str:
     return os.environ.get("MASTER_ADDR", "localhost")
 
 
+def listen_address(launch: Launch) -> str:
+    """Return the IP address of rank 0 at which the other ranks reach it; call on rank 0.
+
+    It is the loopback address if all ranks share a host, else an address of MASTER_ADDR, else that
+    of the interface of the default route. "" (all interfaces) if there is none.
+    """
+    ranks_here = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
+    if ranks_here == str(launch.world_size):
+        return "127.0.0.1"
+    try:
+        entries = socket.getaddrinfo(first_host(), None, type=socket.SOCK_STREAM)
+    except OSError:
+        entries = []
+    own = [str(entry[4][0]) for entry in entries if _is_own(str(entry[4][0]))]
+    if own and (first_host() == "localhost" or first_host() in own):
+        return own[0]
+    # Some systems resolve their own host name to the loopback address.
+    routable = [address for address in own if not ip_address(address).is_loopback]
+    return routable[0] if routable else _default_route_address()
+
+
+def _is_own(address: str) -> bool:
+    """Return True if an IP address belongs to an interface of this host."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+        return True
+
+
+def _default_route_address() -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # reserved for documentation; nothing is sent
+        except OSError:
+            return ""
+        return str(probe.getsockname()[0])
+
+
 def rendezvous_store(launch: Launch, timeout: timedelta) -> Any:
     """Return the rendezvous store once all ranks have joined."""
     if launch.world_size == 1:
@@ -134,6 +181,71 @@ def open_store(launch: Launch, timeout: timedelta) -> Any:
         wait_for_workers=False,
     )
     return _store_of_this_start(store)
+
+
+def join_store(launch: Launch, timeout: timedelta) -> Any:
+    """Open the rendezvous store, waiting up to `timeout` for its host.
+
+    Raises PeerLost if the host does not respond, ResourceError if rank 0 cannot listen.
+    """
+    where = f"{first_host()}:{os.environ.get('MASTER_PORT')}"
+    try:
+        if launch.rank > 0:
+            _wait_for_port(timeout)
+        return open_store(launch, timeout)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        if launch.rank == 0:
+            raise ResourceError(
+                f"rank 0 cannot open the rendezvous store at {where} ({reason}); set MASTER_PORT "
+                "to a free port"
+            ) from error
+        raise PeerLost(
+            f"rank 0 did not open the rendezvous store at {where} within "
+            f"{timeout.total_seconds():.0f} s, or was lost ({reason})",
+            is_reporter=launch.local_rank == 0 or launch.rank == 1,
+        ) from error
+
+
+def _wait_for_port(timeout: timedelta) -> None:
+    """Wait for the port of the store; at a timeout torch would print stack traces."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            address = (first_host(), int(os.environ.get("MASTER_PORT", 0)))
+            socket.create_connection(address, CONNECT_SECONDS).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(CONNECT_SECONDS / 10)
+
+
+def wait_for_ranks(launch: Launch, store: Any, timeout: timedelta) -> None:
+    """Wait until all ranks have opened the store. Collective.
+
+    Raises PeerLost with the ranks that have not after `timeout`.
+    """
+    if launch.world_size == 1:
+        return
+    keys = [f"joined/{rank}" for rank in range(launch.world_size)]
+    store.set(keys[launch.rank], "")
+    try:
+        if launch.rank == 0:
+            store.wait(keys, timeout)
+            store.set("joined/all", "")
+        else:
+            store.wait(["joined/all"], timeout)
+    except dist.DistStoreError as error:
+        joined = [store.check([key]) for key in keys]
+        missing = [str(rank) for rank, present in enumerate(joined) if not present]
+        raise PeerLost(
+            f"{'rank' if len(missing) == 1 else 'ranks'} {', '.join(missing[:8])}"
+            f"{' and others' if len(missing) > 8 else ''} did not join within "
+            f"{timeout.total_seconds():.0f} s; {sum(joined)} of {launch.world_size} ranks have "
+            "joined",
+            is_reporter=launch.rank == joined.index(True),
+        ) from error
 
 
 def _store_of_this_start(store: Any) -> Any:

@@ -19,12 +19,21 @@ from megagrow.parallel.launch import (
     tune_process,
 )
 
+TIMEOUT = timedelta(minutes=30)
 
-def init_process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> torch.device:
-    """Join all ranks (NCCL on GPUs, gloo on CPUs) and return this rank's device. Collective."""
+
+def init_process_group(
+    launch: Launch, timeout: timedelta = TIMEOUT, store: Any = None
+) -> torch.device:
+    """Join all ranks (NCCL on GPUs, gloo on CPUs) and return this rank's device. Collective.
+
+    Args:
+        timeout: limit of a collective, also in the process groups of `make_topology`.
+        store: the rendezvous store; opened here if None.
+    """
     tune_process()
     export_launch(launch)
-    return join_ranks(launch, rendezvous_store(launch, timeout), timeout)
+    return join_ranks(launch, store or rendezvous_store(launch, timeout), timeout)
 
 
 def join_ranks(launch: Launch, store: Any, timeout: timedelta) -> torch.device:
@@ -94,8 +103,11 @@ def make_topology(tp: int, device: torch.device) -> Topology:
     """Create the grid for a tensor-parallel size. Collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
     dp = world // tp
-    tp_groups = [dist.new_group([d * tp + t for t in range(tp)]) for d in range(dp)]
-    dp_groups = [dist.new_group([d * tp + t for d in range(dp)]) for t in range(tp)]
+    # By default a new group has torch's timeout, not that of the default process group.
+    assert dist.group.WORLD is not None
+    timeout = dist.group.WORLD._get_backend(device).options._timeout
+    tp_groups = [dist.new_group([d * tp + t for t in range(tp)], timeout) for d in range(dp)]
+    dp_groups = [dist.new_group([d * tp + t for d in range(dp)], timeout) for t in range(tp)]
     return Topology(rank, dp, tp, dp_groups[rank % tp], tp_groups[rank // tp], device)
 
 

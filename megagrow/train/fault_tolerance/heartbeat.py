@@ -1,21 +1,12 @@
-"""Heartbeat server on rank 0: each rank's current phase and a shared abort code.
+"""Heartbeats of all ranks on rank 0: current phase, connection state and a shared abort code."""
 
-The other ranks use short TCP connections, because heartbeats are needed while collectives hang.
-(torch's own TCPStore prints long stack traces when its host is lost.)
-"""
-
-import json
-import secrets
-import socket
-import socketserver
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-ANSWER_SECONDS = 3.0
-"""Timeout of a request; a rank 0 that does not answer within it counts as frozen."""
+NAMED_RANKS = 8
+"""Number of ranks named in a message."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +18,56 @@ class RankHeartbeat:
     phase: str
     age: float
     """Seconds since the heartbeat."""
+    host: str = ""
+    exited: float | None = None
+    """Seconds since the rank's process has exited; None while it is connected."""
+
+
+@dataclass(frozen=True)
+class MissingRanks:
+    """Descriptions of ranks that may be the cause of a hang; "" if there are none."""
+
+    lost: str
+    """Ranks that have exited, or else ranks without a recent heartbeat."""
+    behind: str
+    """Ranks that have entered fewer phases than others."""
+    unknown: str
+    """Ranks that never connected."""
 
 
 class HeartbeatServer:
-    """Heartbeats of all ranks, kept on rank 0. Thread-safe."""
+    """State of all ranks, kept on rank 0. Thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        world_size: number of ranks.
+        host: host name of rank 0.
+    """
+
+    def __init__(self, world_size: int, host: str = "") -> None:
+        self._world_size = world_size
         self._lock = threading.Lock()
         self._reports: dict[int, tuple[float, int, str]] = {}
+        self._hosts = {0: host}
+        self._exits: dict[int, float] = {}
+        self._left: set[int] = set()
         self._code = 0
+
+    def connect(self, rank: int, host: str) -> None:
+        """Record that a rank is connected, or connected again."""
+        with self._lock:
+            self._hosts[rank] = host
+            self._exits.pop(rank, None)
+            self._reports.setdefault(rank, (time.monotonic(), 0, "startup"))
+
+    def disconnect(self, rank: int) -> None:
+        """Record that a rank's connection was closed by the exit of its process."""
+        with self._lock:
+            self._exits.setdefault(rank, time.monotonic())
+
+    def leave(self, rank: int) -> None:
+        """Record that a rank is about to exit as planned, or after an error of all ranks."""
+        with self._lock:
+            self._left.add(rank)
 
     def report(self, rank: int, phases: int, phase: str) -> int:
         """Store a rank's heartbeat. Returns the exit code with which all ranks abort, or 0."""
@@ -43,146 +75,103 @@ class HeartbeatServer:
             self._reports[rank] = (time.monotonic(), phases, phase)
             return self._code
 
+    def abort(self, code: int) -> bool:
+        """Request all ranks to exit with `code`. Returns True for the first caller only."""
+        with self._lock:
+            first, self._code = not self._code, self._code or code
+            return first
+
+    def exited(self, seconds: float) -> str:
+        """Describe the ranks that exited unexpectedly, at least `seconds` ago; "" if none did."""
+        beats = self.heartbeats()
+        with self._lock:
+            planned = {*self._left}
+        unplanned = {rank: beats[rank] for rank in beats if rank not in planned}
+        return _exited(unplanned, seconds)
+
+    def missing(self, seconds: float) -> MissingRanks:
+        """Describe the ranks that may be the cause of a hang or of a failed collective.
+
+        Args:
+            seconds: age from which a rank counts as unresponsive.
+        """
+        beats = self.heartbeats()
+        lost = _exited(beats, 0.0) or silent_ranks(beats, seconds)
+        unknown = _names([rank for rank in range(self._world_size) if rank not in beats])
+        state = f"no heartbeat connection with {unknown}" if unknown else ""
+        return MissingRanks(lost, ranks_behind(beats), state)
+
     def heartbeats(self) -> dict[int, RankHeartbeat]:
         """Return the last heartbeat of each rank."""
         with self._lock:
             now = time.monotonic()
             return {
-                rank: RankHeartbeat(phases, phase, now - then)
+                rank: RankHeartbeat(
+                    phases,
+                    phase,
+                    now - then,
+                    self._hosts.get(rank, ""),
+                    now - self._exits[rank] if rank in self._exits else None,
+                )
                 for rank, (then, phases, phase) in sorted(self._reports.items())
             }
 
-    def abort(self, code: int) -> bool:
-        """Ask all ranks to exit with `code`. Returns True for the first caller only."""
-        with self._lock:
-            first, self._code = not self._code, self._code or code
-            return first
+
+Heartbeats = Mapping[int, RankHeartbeat]
 
 
-class HeartbeatEndpoint:
-    """TCP endpoint of a heartbeat server, on a free port of this host."""
-
-    def __init__(self, server: HeartbeatServer) -> None:
-        self.token = secrets.token_hex(8)
-        """Secret of this run; requests without it are ignored."""
-        token = self.token
-
-        class Handler(socketserver.StreamRequestHandler):
-            timeout = ANSWER_SECONDS
-
-            def handle(self) -> None:
-                secret, name, *arguments = json.loads(self.rfile.readline(65536))
-                if secret == token:
-                    self.wfile.write(json.dumps(_answer(server, name, arguments)).encode() + b"\n")
-
-        class Server(socketserver.ThreadingTCPServer):
-            daemon_threads, request_queue_size = True, 1024
-
-            def handle_error(self, *_: Any) -> None:
-                """Ignore clients that disconnect."""
-
-        self._server = Server(("", 0), Handler)
-        self.port: int = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True).start()
-
-    def close(self) -> None:
-        """Stop answering."""
-        self._server.shutdown()
-        self._server.server_close()
-
-
-@dataclass(frozen=True)
-class HeartbeatClient:
-    """Access of another rank to rank 0's heartbeat server. Raises OSError without an answer."""
-
-    host: str
-    port: int
-    token: str
-
-    def report(self, rank: int, phases: int, phase: str) -> int:
-        """Store a rank's heartbeat, as `HeartbeatServer.report`."""
-        return int(self._request("report", rank, phases, phase))
-
-    def heartbeats(self) -> dict[int, RankHeartbeat]:
-        """Return the last heartbeat of each rank."""
-        answer = self._request("heartbeats")
-        return {int(rank): RankHeartbeat(**heartbeat) for rank, heartbeat in answer.items()}
-
-    def abort(self, code: int) -> bool:
-        """Ask all ranks to exit with `code`, as `HeartbeatServer.abort`."""
-        return bool(self._request("abort", code))
-
-    def _request(self, *request: Any) -> Any:
-        with socket.create_connection((self.host, self.port), ANSWER_SECONDS) as connection:
-            connection.sendall(json.dumps([self.token, *request]).encode() + b"\n")
-            answer = connection.makefile("rb").readline()
-        if not answer:
-            raise OSError("no answer")
-        return json.loads(answer)
-
-
-def _answer(server: HeartbeatServer, name: str, arguments: list[Any]) -> Any:
-    if name == "report":
-        return server.report(*arguments)
-    if name == "abort":
-        return server.abort(*arguments)
-    return {rank: asdict(heartbeat) for rank, heartbeat in server.heartbeats().items()}
-
-
-def silent_ranks(
-    heartbeats: dict[int, RankHeartbeat] | None, hosts: Sequence[str], rank: int, seconds: float
-) -> str:
+def silent_ranks(heartbeats: Heartbeats, seconds: float) -> str:
     """Describe the ranks without a heartbeat for `seconds`; "" if there are none.
 
     A host none of whose ranks responds is named instead of its ranks.
-
-    Args:
-        heartbeats: None if rank 0 does not answer.
-        hosts: host of each rank; empty if all ranks share one.
-        rank: the rank that asks.
-        seconds: age from which a rank counts as unresponsive.
     """
-    several = len(set(hosts)) > 1
-    if heartbeats is None:
-        silence = f"{_name(0, hosts)} does not answer"
-        if several and hosts[rank] != hosts[0]:
-            silence += f": frozen or dead, or {hosts[0]} or {hosts[rank]} is off the network"
-        return silence
-    silent = {rank: heartbeat for rank, heartbeat in heartbeats.items() if heartbeat.age > seconds}
-    lost = [host for host in dict.fromkeys(hosts) if several and _ranks(host, hosts) <= {*silent}]
-    lost_hosts = [_lost_host(host, hosts, silent) for host in lost]
-    rest = {rank: silent[rank] for rank in silent if not lost or hosts[rank] not in lost}
-    return "; ".join([*lost_hosts, *_described(rest, hosts, "is unresponsive")])
+    silent = {rank: beat for rank, beat in heartbeats.items() if beat.age > seconds}
+    by_host: dict[str, list[int]] = {}
+    for rank, beat in heartbeats.items():
+        by_host.setdefault(beat.host, []).append(rank)
+    lost = [host for host, ranks in by_host.items() if len(by_host) > 1 and {*ranks} <= {*silent}]
+    hosts = [_lost_host(host, {rank: silent[rank] for rank in by_host[host]}) for host in lost]
+    rest = {rank: beat for rank, beat in silent.items() if beat.host not in lost}
+    return "; ".join([*hosts, *_described(rest, heartbeats, "is unresponsive")])
 
 
-def ranks_behind(heartbeats: dict[int, RankHeartbeat] | None, hosts: Sequence[str]) -> str:
+def ranks_behind(heartbeats: Heartbeats) -> str:
     """Describe the ranks that have entered fewer phases than others; "" if there are none."""
-    known = heartbeats or {}
-    furthest = max((heartbeat.phases for heartbeat in known.values()), default=0)
-    behind = {rank: known[rank] for rank in known if known[rank].phases < furthest}
-    return "; ".join(_described(behind, hosts, "is alive but behind"))
+    furthest = max((beat.phases for beat in heartbeats.values()), default=0)
+    behind = {rank: beat for rank, beat in heartbeats.items() if beat.phases < furthest}
+    return "; ".join(_described(behind, heartbeats, "is alive but behind"))
 
 
-def _described(heartbeats: dict[int, RankHeartbeat], hosts: Sequence[str], state: str) -> list[str]:
-    return [
-        f"{_name(rank, hosts)} {state} (last heartbeat: {heartbeat.phase})"
-        for rank, heartbeat in heartbeats.items()
+def _exited(heartbeats: Heartbeats, seconds: float) -> str:
+    exited = {
+        rank: beat
+        for rank, beat in heartbeats.items()
+        if beat.exited is not None and beat.exited >= seconds
+    }
+    return "; ".join(_described(exited, heartbeats, "exited or was killed"))
+
+
+def _described(some: Heartbeats, heartbeats: Heartbeats, state: str) -> list[str]:
+    several = len({beat.host for beat in heartbeats.values()}) > 1
+    named = [
+        f"rank {rank}{f' on {beat.host}' if several else ''} {state} (last heartbeat: {beat.phase})"
+        for rank, beat in [*some.items()][:NAMED_RANKS]
     ]
+    rest = len(some) - len(named)
+    return [*named, f"and {rest} more"] if rest else named
 
 
-def _name(rank: int, hosts: Sequence[str]) -> str:
-    return f"rank {rank} on {hosts[rank]}" if len(set(hosts)) > 1 else f"rank {rank}"
-
-
-def _ranks(host: str, hosts: Sequence[str]) -> set[int]:
-    return {rank for rank, name in enumerate(hosts) if name == host}
-
-
-def _lost_host(host: str, hosts: Sequence[str], silent: dict[int, RankHeartbeat]) -> str:
-    ranks = sorted(_ranks(host, hosts))
-    last = min((silent[rank] for rank in ranks), key=lambda heartbeat: heartbeat.age)
-    names = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+def _lost_host(host: str, silent: Heartbeats) -> str:
+    last = min(silent.values(), key=lambda heartbeat: heartbeat.age)
     return (
-        f"host {host} ({names}) is unresponsive: down or off the network "
+        f"host {host} ({_names([*silent])}) is unresponsive: down or off the network "
         f"(last heartbeat: {last.phase})"
     )
+
+
+def _names(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    listed = ", ".join(map(str, ranks[:NAMED_RANKS]))
+    rest = len(ranks) - NAMED_RANKS
+    return f"ranks {listed}" + (f" and {rest} more" if rest > 0 else "") if ranks else ""

@@ -2,21 +2,31 @@
 
 import pytest
 
-from megagrow.train.fault_tolerance.heartbeat import RankHeartbeat, ranks_behind, silent_ranks
+from megagrow.train.fault_tolerance.heartbeat import (
+    HeartbeatServer,
+    RankHeartbeat,
+    ranks_behind,
+    silent_ranks,
+)
+from megagrow.train.fault_tolerance.heartbeat_client import HeartbeatClient
+from megagrow.train.fault_tolerance.heartbeat_endpoint import HeartbeatAddress
 
 SECONDS = 2.0
 HOSTS = ("a", "a", "b", "b", "c")
 
 
-def signs(*silent: int, behind: tuple[int, ...] = ()) -> dict[int, RankHeartbeat]:
+def signs(
+    *silent: int, behind: tuple[int, ...] = (), hosts: tuple[str, ...] = HOSTS
+) -> dict[int, RankHeartbeat]:
     """Those of five ranks, of which some were last heard of some time ago, in other steps."""
     return {
         rank: RankHeartbeat(
             phases=3 if rank in behind else 4,
             phase=f"step {rank}",
             age=10.0 - rank if rank in silent else 0.5,
+            host=host,
         )
-        for rank in range(len(HOSTS))
+        for rank, host in enumerate(hosts)
     }
 
 
@@ -41,29 +51,40 @@ def signs(*silent: int, behind: tuple[int, ...] = ()) -> dict[int, RankHeartbeat
     ],
 )
 def test_a_host_is_named_if_none_of_its_ranks_is_heard(silent: tuple[int, ...], words: str) -> None:
-    assert silent_ranks(signs(*silent), HOSTS, 0, SECONDS) == words
+    assert silent_ranks(signs(*silent), SECONDS) == words
 
 
-@pytest.mark.parametrize("hosts", [(), ("a",) * 5])
-def test_on_one_host_ranks_are_named(hosts: tuple[str, ...]) -> None:
-    assert silent_ranks(signs(2, 3), hosts, 0, SECONDS) == (
+def test_on_one_host_ranks_are_named() -> None:
+    assert silent_ranks(signs(2, 3, hosts=("a",) * 5), SECONDS) == (
         "rank 2 is unresponsive (last heartbeat: step 2); "
         "rank 3 is unresponsive (last heartbeat: step 3)"
     )
-    silent = "rank 0 does not answer"
-    assert silent_ranks(None, hosts, 4, SECONDS) == silent
+
+
+def test_of_many_ranks_some_are_named() -> None:
+    server = HeartbeatServer(1024, "a")
+    for rank in range(600):
+        server.connect(rank, "a")
+        server.disconnect(rank)
+    lost, unknown = server.missing(SECONDS).lost, server.missing(SECONDS).unknown
+    assert lost.startswith("rank 0 exited or was killed (last heartbeat: startup); rank 1 exited")
+    assert lost.endswith("rank 7 exited or was killed (last heartbeat: startup); and 592 more")
+    assert unknown.endswith("with ranks 600, 601, 602, 603, 604, 605, 606, 607 and 416 more")
 
 
 def test_a_rank_without_an_answer_may_be_off_the_network_itself() -> None:
-    said = "rank 0 on a does not answer"
-    assert silent_ranks(None, HOSTS, 1, SECONDS) == said
-    assert silent_ranks(None, HOSTS, 3, SECONDS) == (
-        f"{said}: frozen or dead, or a or b is off the network"
-    )
+    address = HeartbeatAddress((), 0, "", "a")
+    for host, words in (
+        ("a", "rank 0 does not answer"),
+        ("b", "rank 0 on a does not answer: frozen or dead, or a or b is off the network"),
+    ):
+        client = HeartbeatClient(address, 3, host)
+        client._answered = 0.0
+        assert client.missing(SECONDS).lost == words
 
 
 def test_who_is_behind() -> None:
-    assert ranks_behind(signs(behind=(4,)), HOSTS) == (
+    assert ranks_behind(signs(behind=(4,))) == (
         "rank 4 on c is alive but behind (last heartbeat: step 4)"
     )
-    assert ranks_behind(signs(), HOSTS) == ranks_behind(None, HOSTS) == ""
+    assert ranks_behind(signs()) == ranks_behind({}) == ""
