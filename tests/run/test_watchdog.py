@@ -14,6 +14,8 @@ from megagrow.config.schema import RunConfig
 from megagrow.data.batches import BatchReader
 from tests.helpers.jobs import Finished, Hook, train, write_run
 from tests.helpers.runs import STEP_TOKENS, make_run
+from tools.faults.kill_points import run_point
+from tools.faults.run import write_corpus
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -140,8 +142,8 @@ def test_a_rank_that_does_not_get_on(tmp_path: Path, hook: Hook, victim: int, me
 @pytest.mark.parametrize(
     ("victim", "message"),
     [
-        (1, "rank 1 is unresponsive (last heartbeat: step 5)"),
-        (0, "rank 0 does not answer"),
+        (1, "rank 1 exited or was killed (last heartbeat: step 5)"),
+        (0, "rank 0 exited or was killed"),
     ],
 )
 def test_a_rank_that_is_killed(tmp_path: Path, victim: int, message: str) -> None:
@@ -164,5 +166,25 @@ def test_a_rank_that_fails(tmp_path: Path) -> None:
     assert "RuntimeError: a bug" in done.err[2]
     assert sorted(done.err[:2]) == [
         "",
-        "error: rank 2 is unresponsive (last heartbeat: step 5); aborting all ranks\n",
+        "error: rank 2 exited or was killed (last heartbeat: step 5); aborting all ranks\n",
     ]
+
+
+@pytest.mark.parametrize(
+    ("point", "victim", "number", "words"),
+    [
+        ("data set-up", 1, signal.SIGSTOP, "rank 1 is unresponsive (last heartbeat: opening"),
+        ("waiting for the lock", 1, signal.SIGKILL, "rank 1 exited or was killed (last heartbeat:"),
+        ("process groups of the growth", 1, signal.SIGKILL, "rank 1 exited or was killed (last "),
+        ("last barrier", 0, signal.SIGKILL, "error: rank 0 exited or was killed; aborting"),
+    ],
+)
+def test_a_rank_is_lost_outside_of_steps(
+    tmp_path: Path, point: str, victim: int, number: int, words: str
+) -> None:
+    """All points: tools/faults/kill_points.py."""
+    write_corpus(tmp_path / "train")
+    (tmp_path / "job").mkdir()
+    result = run_point(tmp_path / "job", point, 2, victim, number, hang_timeout=1.0)
+    assert result.problem == "", result
+    assert len(result.lines) == 1 and words in result.lines[0]

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,18 +99,25 @@ def run_of(corpus: Path, output: Path, ranks: int) -> dict[str, Any]:
 def import_all() -> None:
     """Import all modules before ranks are forked; ranks use CPUs, one thread each."""
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as the command line
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  (DeepSpeed imports it late)
 
     import megagrow.run  # noqa: F401
 
 
-def start_ranks(run_file: Path, ranks: int) -> list[Any]:
-    """Start `megagrow train RUN_FILE` on local ranks with the launcher variables."""
+def start_ranks(
+    run_file: Path, ranks: int, hook: Callable[[int], None] = lambda rank: None
+) -> list[Any]:
+    """Start `megagrow train RUN_FILE` on local ranks with the launcher variables.
+
+    Each rank calls `hook` with its number before it starts.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     processes = [
-        _FORK.Process(target=_run_rank, args=(rank, ranks, port, run_file)) for rank in range(ranks)
+        _FORK.Process(target=_run_rank, args=(rank, ranks, port, run_file, hook))
+        for rank in range(ranks)
     ]
     for process in processes:
         process.start()
@@ -121,7 +129,9 @@ def log_of(output: Path, rank: int) -> Path:
     return output.with_suffix(f".{rank}.log")
 
 
-def _run_rank(rank: int, ranks: int, port: int, run_file: Path) -> None:
+def _run_rank(
+    rank: int, ranks: int, port: int, run_file: Path, hook: Callable[[int], None]
+) -> None:
     gc.freeze()  # a garbage collection would copy all shared pages
     with log_of(run_file, rank).open("ab") as log:
         os.dup2(log.fileno(), 1)
@@ -130,6 +140,7 @@ def _run_rank(rank: int, ranks: int, port: int, run_file: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.argv = ["megagrow", "train", str(run_file)]
+    hook(rank)
     from megagrow.cli.app import main
 
     main()
