@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from megagrow.common.packages import package_version
 from megagrow.common.sizes import format_in
 from megagrow.common.tables import print_facts, print_table
 from megagrow.config.schema import RunConfig
@@ -24,6 +23,7 @@ from megagrow.model.backends import (
     obstacle,
 )
 from megagrow.model.machine import Machine, machine_of
+from megagrow.train.reporting.run_files import package_version
 
 DEFAULT_HEAD_DIM = 128
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from megagrow.common.packages import package_version
 from megagrow.parallel.launch import Launch, own_device, shared_variables
+from megagrow.train.reporting.run_files import package_version
 
 COMPARED_PACKAGES = ("megagrow", "torch", "deepspeed", "triton", "numpy")
 

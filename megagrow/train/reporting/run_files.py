@@ -5,11 +5,11 @@ import json
 import os
 import platform
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from megagrow.common.atomic_files import write_text
-from megagrow.common.packages import package_version
 from megagrow.config.load import to_yaml
 from megagrow.config.schema import RunConfig
 
@@ -48,6 +48,14 @@ def describe_environment(run: RunConfig) -> dict[str, Any]:
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changes": _git("status", "--porcelain"),
     }
+
+
+def package_version(package: str) -> str | None:
+    """Return the version of an installed package, None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str | None:
