@@ -23,6 +23,17 @@ stay in cache: 40% faster on source code, almost 4x on one text of 20 MB."""
 MAX_LINE = 4096
 """Maximum line length in characters for tokenizer training; longer lines are split."""
 
+FOLDER_FILES = ("tokenizer.json", "tokenizer.model")
+
+PROBE = """The quick brown fox jumps over 13 lazy dogs; it doesn't pay $1,234.56 (or 7%) for them.
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)  # raises ZeroDivisionError
+Internationalization, photosynthesis, unbelievable misunderstandings: https://example.org/a?b=c_d
+Der Zug f\u00e4hrt \u00fcber die Br\u00fccke. \u2211x\u00b2 \u2264 1
+\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440! \u4f60\u597d\uff0c\u4e16\u754c\u3002
+\u3053\u3093\u306b\u3061\u306f \u0645\u0631\u062d\u0628\u0627"""
+"""Text that different tokenizers encode differently."""
+
 
 class Tokenizer(Protocol):
     """Tokenizer interface used by megagrow."""
@@ -58,6 +69,24 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     if not path.is_file():
         raise DataError(f"{path}: no such tokenizer file")
     return SentencePieceTokenizer(path) if path.suffix == ".model" else JsonTokenizer(path)
+
+
+def tokenizers_at(path: Path) -> Iterator[Tokenizer]:
+    """Yield the tokenizers that a path contains: a file's, or those of the files of a folder.
+
+    The same tokenizer in two formats has two checksums. Raises DataError if it is invalid.
+    """
+    if path.is_dir():
+        files = (path / name for name in FOLDER_FILES)
+        yield from (load_tokenizer(file) for file in files if file.is_file())
+    yield load_tokenizer(path)
+
+
+def gives_same_ids(first: Tokenizer, second: Tokenizer) -> bool:
+    """Return True if two tokenizers are equal, or encode a probe of many kinds of text equally."""
+    if first.checksum == second.checksum:
+        return True
+    return first.encode_batch([PROBE]) == second.encode_batch([PROBE])
 
 
 def check_tokenizer(name: str | Path, vocab_size: int) -> Tokenizer:

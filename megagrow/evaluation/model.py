@@ -21,7 +21,7 @@ from megagrow.model.layers.table import indivisible_sizes
 from megagrow.model.llama import HeadLoss, LlamaForCausalLM
 from megagrow.model.machine import machine_of
 from megagrow.model.ops import Ops, make_ops
-from megagrow.offline.hugging_face_files import named_tokenizer
+from megagrow.offline.hugging_face_files import named_tokenizer, warn_of_other_tokenizer
 from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
 from megagrow.parallel.materialize import materialize
 from megagrow.parallel.process_groups import Topology
@@ -81,7 +81,7 @@ def _load(path: Path, topology: Topology, tokenizer: str | None, dtype: str | No
             "model; evaluate a later checkpoint"
         )
     _check_divides(source.model, topology.tp)
-    texts = _open_tokenizer(source, tokenizer)
+    texts = _open_tokenizer(source, tokenizer, warns=topology.rank == 0)
     model = build_model(source, topology, _dtype(dtype, topology.device))
     run = None if source.run is None else state_of(source)
     return LoadedModel(model, texts, source.path, run, generation_defaults(source))
@@ -126,13 +126,16 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def _open_tokenizer(source: Source, override: str | None) -> EvalTokenizer:
+def _open_tokenizer(source: Source, override: str | None, warns: bool) -> EvalTokenizer:
     name = override or named_tokenizer(source)
     if name is None:
         raise DataError(f"{source.path}: the source names no tokenizer; pass one with --tokenizer")
     if override is None and not Path(name).exists():
         raise DataError(f"{name}: the tokenizer of the run does not exist; pass --tokenizer")
-    return open_tokenizer(str(name), source.model.vocab_size)
+    opened = open_tokenizer(str(name), source.model.vocab_size)
+    if override is not None and warns:
+        warn_of_other_tokenizer(source, Path(override))
+    return opened
 
 
 def _check_divides(model: ModelConfig, tp: int) -> None:

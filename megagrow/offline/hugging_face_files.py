@@ -7,7 +7,8 @@ from typing import Any
 from megagrow.checkpoint.source import Source
 from megagrow.config.schema import ModelConfig
 from megagrow.data.manifest import CorpusManifest
-from megagrow.errors import DataError
+from megagrow.data.tokenizers import tokenizers_at
+from megagrow.errors import DataError, InputError
 from megagrow.formats.hugging_face_origin import TOKENIZER_SETTINGS_FILE, HuggingFaceOrigin
 from megagrow.formats.hugging_face_tokenizer import TokenizerFiles, is_tokenizer, tokenizer_files
 from megagrow.offline.target import ExtraFiles
@@ -32,11 +33,12 @@ def hugging_face_files(
         DataError: the given tokenizer cannot be read or does not fit the model.
     """
     origin = HuggingFaceOrigin.recorded(source.environment)
-    path = named_tokenizer(source) if tokenizer is None else Path(tokenizer)
     if tokenizer is None:
-        files = _named_files(path, model.vocab_size)
+        path, files = _named_files(source, model.vocab_size)
     else:
-        files = tokenizer_files(Path(tokenizer), model.vocab_size)
+        path = Path(tokenizer)
+        files = tokenizer_files(path, model.vocab_size)
+        warn_of_other_tokenizer(source, path)
     for line in files.warnings:
         logger.warning("%s", line)
     folders = () if path is None else (str(path.resolve()), str(path.resolve().parent))
@@ -50,18 +52,21 @@ def hugging_face_files(
     return ExtraFiles({**origin.texts, **configs, **documents}, files.copies)
 
 
-def _named_files(path: Path | None, vocab_size: int) -> TokenizerFiles:
-    if path is None:
-        reason = "the source names none"
-    elif not is_tokenizer(path):
-        reason = f"{path}, named by the source, does not exist"
-    else:
-        try:
-            return tokenizer_files(path, vocab_size)
-        except DataError as error:
-            reason = str(error)
+def _named_files(source: Source, vocab_size: int) -> tuple[Path | None, TokenizerFiles]:
+    """Return the tokenizer that the source names and its files; logs a warning without one."""
+    path = None
+    try:
+        path = named_tokenizer(source)
+        if path is None:
+            reason = "the source names none"
+        elif not is_tokenizer(path):
+            reason = f"{path}, named by the source, does not exist"
+        else:
+            return path, tokenizer_files(path, vocab_size)
+    except InputError as error:
+        reason = str(error)
     logger.warning("written without a tokenizer: %s; add one with --tokenizer PATH", reason)
-    return TokenizerFiles()
+    return path, TokenizerFiles()
 
 
 def named_tokenizer(source: Source) -> Path | None:
@@ -69,10 +74,45 @@ def named_tokenizer(source: Source) -> Path | None:
 
     It is the first existing one of: the run's `data.tokenizer`, the tokenizers of its training
     corpora, the folder from which the model was imported. If none exists, it is the first one
-    named.
+    named. Raises DataError if none of them is the one with which the model was trained.
     """
     named = [*_of_run(source.environment), *_of_folder(source.environment)]
-    return next((path for path in named if is_tokenizer(path)), named[0] if named else None)
+    existing = [path for path in named if is_tokenizer(path)]
+    trained_with = recorded_tokenizer(source.environment)
+    if not existing or trained_with is None:
+        return next(iter([*existing, *named]), None)
+    for path in existing:
+        if has_checksum(path, trained_with):
+            return path
+    raise DataError(
+        f"{existing[0]}: another tokenizer than the one {source.path} was trained with (checksum "
+        f"{trained_with[:12]}); it has changed since, pass the original with --tokenizer"
+    )
+
+
+def warn_of_other_tokenizer(source: Source, path: Path) -> None:
+    """Log a warning if a tokenizer given by the user is not the one of the source's run."""
+    trained_with = recorded_tokenizer(source.environment)
+    if trained_with is not None and not has_checksum(path, trained_with):
+        logger.warning(
+            "%s: not the tokenizer file with which %s was trained (checksum %s); the results are "
+            "wrong unless it is the same tokenizer in another format",
+            path,
+            source.path,
+            trained_with[:12],
+        )
+
+
+def recorded_tokenizer(environment: dict[str, Any]) -> str | None:
+    """Return the checksum of the tokenizer with which a checkpoint was trained, if recorded."""
+    contents = environment.get("contents")
+    checksum = contents.get("tokenizer") if isinstance(contents, dict) else None
+    return checksum if isinstance(checksum, str) else None
+
+
+def has_checksum(path: Path, checksum: str) -> bool:
+    """Return True if one of the tokenizers at a path has a checksum. Raises InputError."""
+    return any(tokenizer.checksum == checksum for tokenizer in tokenizers_at(path))
 
 
 def _of_run(environment: dict[str, Any]) -> list[Path]:

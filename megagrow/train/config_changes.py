@@ -22,8 +22,11 @@ from megagrow.config.schema import GrowthConfig, ModelConfig, RunConfig
 from megagrow.config.sections import Section
 from megagrow.config.stage_length import step_tokens
 from megagrow.data.corpus_identity import corpus_identity
-from megagrow.data.tokenizers import load_tokenizer
+from megagrow.data.manifest import CorpusManifest
+from megagrow.data.tokenizers import gives_same_ids, load_tokenizer, tokenizers_at
 from megagrow.errors import CheckpointError, ConfigError
+from megagrow.formats.hugging_face_origin import HuggingFaceOrigin
+from megagrow.formats.hugging_face_tokenizer import is_tokenizer
 from megagrow.growth.mask_schedule import ramp_tokens
 from megagrow.train.schedule import new_entries_of, origin_stage, warmup_length
 from megagrow.train.source_state import state_of, state_of_checkpoint
@@ -120,7 +123,7 @@ def changes_since_source(
     """
     recorded, then = _recorded(source.environment)
     if recorded is None:
-        return []
+        return _change_of_folder_tokenizer(run, source)
     old, new = (each.model_dump(mode="json") for each in (recorded, run))
     stage = min(state_of(source).stage, len(old["stages"]) - 1)
     old["stages"], new["stages"] = old["stages"][stage : stage + 1], new["stages"][:1]
@@ -134,6 +137,32 @@ def changes_since_source(
         for change in changes
         if change.key not in ("name", "output_dir", "init_from")
     ]
+
+
+def _change_of_folder_tokenizer(run: RunConfig, source: Source) -> list[ConfigChange]:
+    """Compare the tokenizer in the Hugging Face folder of a source with that of the run.
+
+    Another format of the same tokenizer is no change.
+    """
+    folder, own = HuggingFaceOrigin.recorded(source.environment).folder, _tokenizer_file(run)
+    if folder is None or own is None or not is_tokenizer(Path(folder)):
+        return []
+    here, there = load_tokenizer(own), list(tokenizers_at(Path(folder)))
+    if any(gives_same_ids(each, here) for each in there):
+        return []
+    values = f"{folder} ({there[0].checksum[:12]})", f"{own} ({here.checksum[:12]})"
+    return [ConfigChange(TOKENIZER, *values, Effect.CONTRADICTION)]
+
+
+def _tokenizer_file(run: RunConfig) -> Path | None:
+    """Return the tokenizer of a run: `data.tokenizer`, or the copy in the folder of a corpus."""
+    if run.data.tokenizer is not None:
+        return run.data.tokenizer
+    for corpus in run.data.train:
+        manifest = CorpusManifest.describing(corpus.path)
+        if manifest is not None:
+            return corpus.path.parent / manifest.tokenizer
+    return None
 
 
 def check_changes(changes: Sequence[ConfigChange], allowed: Sequence[str], checkpoint: str) -> None:

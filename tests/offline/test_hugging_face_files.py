@@ -135,6 +135,16 @@ def test_the_tokenizer_of_a_corpus_is_that_of_its_run(tmp_path):
         load_tokenizer(tmp_path / "t.model"),
     )
     assert [theirs("a model")["input_ids"]] == ours.encode_batch(["a model"])
+    for checksum, lines in ((ours.checksum, 0), ("0" * 32, 1)):
+        contents = {"train": ["x"], "validation": [], "tokenizer": checksum}
+        set_environment(tmp_path / "in", {"config": {"data": data}, "contents": contents})
+        out, given = tmp_path / f"out{lines}", tmp_path / f"given{lines}"
+        said = convert(export_hugging_face, tmp_path / "in", out)
+        assert len(said) == lines and (out / "tokenizer.json").is_file() == (not lines)
+        told = convert(export_hugging_face, tmp_path / "in", given, tokenizer=tmp_path / "t.model")
+        assert len(told) == lines and (given / "tokenizer.json").is_file()
+    assert f"{tmp_path / 'corpus' / 'tokenizer.model'}: another tokenizer than the one " in said[0]
+    assert told[0].startswith(f"{tmp_path / 't.model'}: not the tokenizer file with which ")
 
 
 @pytest.mark.parametrize(

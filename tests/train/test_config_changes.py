@@ -1,18 +1,24 @@
 """A run that resumes with another configuration: differences found, refused, allowed."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megagrow.config.load import load_run
-from megagrow.config.resume_rules import Effect
+from megagrow.config.resume_rules import ConfigChange, Effect
 from megagrow.config.schema import RunConfig
+from megagrow.data.tokenizers import train_sentencepiece
 from megagrow.errors import CheckpointError, ConfigError, InputError
+from megagrow.formats.hugging_face_origin import ORIGIN_KEY
+from megagrow.formats.hugging_face_tokenizer import tokenizer_files
 from megagrow.train.config_changes import (
     Contents,
     changes_since,
+    changes_since_source,
     check_changes,
     data_contents,
 )
@@ -164,6 +170,28 @@ def test_tokenizers_are_compared_where_both_are_known(run: RunConfig) -> None:
         now = contents.model_copy(update={"tokenizer": new})
         found = since(run, run, MIDDLE, recorded, now)
         assert found == ({"data.tokenizer_contents": Effect.CONTRADICTION} if expected else {})
+
+
+def test_the_tokenizer_of_a_folder_is_compared_by_its_ids(run: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    texts = ["quick brown foxes jump over lazy dogs " * 50, "sphinx of black quartz vows it " * 50]
+    for name, text in zip(("own", "other"), texts, strict=True):
+        train_sentencepiece([text], 290, tmp_path / f"{name}.model")
+    folder.mkdir()
+    source: Any = SimpleNamespace(environment={ORIGIN_KEY: {"folder": str(folder)}})
+
+    def found(name: str) -> list[ConfigChange]:
+        return changes_since_source(changed(run, f"data.tokenizer={tmp_path / name}"), None, source)
+
+    assert found("own.model") == [], "a folder without a tokenizer"
+    for file, document in tokenizer_files(tmp_path / "own.model", 300).documents.items():
+        (folder / file).write_text(json.dumps(document))
+    assert found("own.model") == [], "the same tokenizer in another format"
+    assert changes_since_source(run, None, source) == [], "the run's tokenizer is not known"
+    (change,) = found("other.model")
+    with pytest.raises(InputError, match=rf"{folder} \(\w{{12}}\) -> {tmp_path}/other.model \("):
+        check_changes([change], (), f"init_from = {folder}")
+    check_changes([change], ["data.tokenizer_contents"], f"init_from = {folder}")
 
 
 def test_a_checkpoint_without_a_configuration_is_compared_by_its_model(run: RunConfig) -> None:
