@@ -175,31 +175,25 @@ def evaluate(
     Raises:
         DataError: lm-eval, a task, its data or the tokenizer is missing, or `tp` does not fit.
         CheckpointError: The checkpoint is damaged.
+        RunError: Another rank has exited.
     """
     from megagrow.evaluation.evaluator import need_lm_eval
 
     need_lm_eval()
-    import torch.distributed as dist
-
-    from megagrow.evaluation.lm import init_topology
+    from megagrow.evaluation.lm import watched_topology
     from megagrow.evaluation.runner import evaluate_checkpoint
-    from megagrow.parallel.process_groups import leave_process_group
 
-    creates_group = not dist.is_initialized()
-    topology = init_topology(tp)
-    results = evaluate_checkpoint(
-        Path(checkpoint),
-        tuple(tasks),
-        topology,
-        data_dir=None if data_dir is None else Path(data_dir),
-        batch_size=batch_size,
-        limit=limit,
-        tokenizer=tokenizer,
-        dtype=dtype,
-    )
-    if creates_group:
-        leave_process_group()
-    return results
+    with watched_topology(tp) as topology:
+        return evaluate_checkpoint(
+            Path(checkpoint),
+            tuple(tasks),
+            topology,
+            data_dir=None if data_dir is None else Path(data_dir),
+            batch_size=batch_size,
+            limit=limit,
+            tokenizer=tokenizer,
+            dtype=dtype,
+        )
 
 
 def make_console(verbose: bool) -> "Console":

@@ -42,40 +42,38 @@ def evaluate(
     from megagrow.evaluation.evaluator import need_lm_eval
 
     need_lm_eval()
-    from megagrow.evaluation.lm import init_topology
+    from megagrow.evaluation.lm import watched_topology
     from megagrow.evaluation.results_store import find_run
     from megagrow.evaluation.runner import evaluate_checkpoint
     from megagrow.parallel.agreement import run_on_all_ranks
     from megagrow.parallel.launch import read_launch
-    from megagrow.parallel.process_groups import leave_process_group
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-    topology = init_topology(tp)
     launch = read_launch()
     configure_logging(rank=launch.rank, world_size=launch.world_size)
     if not names:
         raise ConfigError("--tasks: empty; list at least one task")
-    record = evaluate_checkpoint(
-        checkpoint,
-        names,
-        topology,
-        data_dir=data_dir,
-        batch_size=batch_size,
-        limit=limit,
-        tokenizer=tokenizer,
-        dtype=dtype,
-    )
-    run = find_run(Path(record["checkpoint"])) if keep else None
-    if topology.rank == 0:
-        print_table(
-            table_console(),
-            COLUMNS,
-            _rows(record),
-            title=record["checkpoint"],
-            right_aligned=COLUMNS[2:],
+    with watched_topology(tp) as topology:
+        record = evaluate_checkpoint(
+            checkpoint,
+            names,
+            topology,
+            data_dir=data_dir,
+            batch_size=batch_size,
+            limit=limit,
+            tokenizer=tokenizer,
+            dtype=dtype,
         )
-    run_on_all_ranks(partial(_write, record, output, run, topology.rank == 0))
-    leave_process_group()
+        run = find_run(Path(record["checkpoint"])) if keep else None
+        if topology.rank == 0:
+            print_table(
+                table_console(),
+                COLUMNS,
+                _rows(record),
+                title=record["checkpoint"],
+                right_aligned=COLUMNS[2:],
+            )
+        run_on_all_ranks(partial(_write, record, output, run, topology.rank == 0))
 
 
 def _write(record: dict[str, Any], output: Path | None, run: Path | None, first: bool) -> None:

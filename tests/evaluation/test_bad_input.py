@@ -1,6 +1,7 @@
 """Inputs that cannot be evaluated: every rank exits with code 2, and one error line is printed."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import pytest
 
 import megagrow.evaluation.online
 import megagrow.evaluation.tasks
+from megagrow.evaluation import runner
 from megagrow.parallel.sharding import parameter_plan
 from tests.helpers.checkpoint.written import write_checkpoint
 from tests.helpers.evaluation.small import evaluated_run, write_data
 from tests.helpers.hugging_face import hugging_face, state_of, tiny
-from tests.helpers.jobs import write_run
+from tests.helpers.jobs import Job, write_run
 from tests.helpers.reshard.models import layout_of
 from tests.helpers.run.refusals import refused, refused_run
 
@@ -165,3 +167,16 @@ def test_a_run_that_needs_lm_eval_does_not_start(folder, tmp_path) -> None:
     run = evaluated_run(tmp_path, folder / "data", folder / "tokenizer.model")
     assert refused_run(write_run(tmp_path / "run.yaml", run), hook=without_lm_eval) == NEEDED
     assert not run.output_dir.exists()
+
+
+def test_a_killed_rank_is_named(folder, tmp_path, monkeypatch) -> None:
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        if rank == 1:
+            patch.setattr(runner, "evaluate_checkpoint", lambda *_, **__: signal.raise_signal(9))
+
+    monkeypatch.chdir(folder)
+    words = "eval step-5 --data-dir data --tasks piqa --tokenizer tokenizer.model"
+    done = Job(tmp_path, 2, words.split(), hook).finish()
+    assert done.codes == [5, -signal.SIGKILL], done.err
+    assert done.err[0].startswith("error: rank 1 exited or was killed (last heartbeat: ")
+    assert done.err[0].count("\n") == 1

@@ -29,7 +29,6 @@ import typer
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 from megagrow.common.directory_lock import DirectoryLock  # noqa: E402
-from megagrow.train.fault_tolerance.watchdog import LONG  # noqa: E402
 from tools.faults.run import (  # noqa: E402
     import_all,
     log_of,
@@ -41,6 +40,8 @@ from tools.faults.run import (  # noqa: E402
 
 LIMIT = 9.0
 """Seconds until all other ranks must have exited, after the fault or the limit of the phase."""
+LONG_PHASE = 6
+"""Factor on hang_timeout in most phases."""
 JOIN_SECONDS = 4.0
 """Time for all ranks to join, where one does not."""
 START_LIMIT = 90.0
@@ -161,7 +162,7 @@ def run_point(
         processes = start_ranks(path, ranks, hook)
         peers = [process for rank, process in enumerate(processes) if rank != victim]
         _wait(lambda: marker.exists() or _ended(processes), START_LIMIT)
-        _wait(lambda: _ended(peers), LIMIT + LONG * hang_timeout * frozen)
+        _wait(lambda: _ended(peers), LIMIT + LONG_PHASE * hang_timeout * frozen)
     seconds = time.time() - float(read_text(marker) or "nan")
     codes = tuple(process.exitcode for process in peers)
     for process in processes:
