@@ -68,9 +68,6 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("environment", "tools/faults/run.py: os.environ"): (
         "it is the launcher: it sets the environment of the ranks it forks"
     ),
-    ("small", "megagrow/cli/train.py: imported by megagrow.cli.app only"): (
-        "the command line has one file per command group"
-    ),
     ("small", "megagrow/train/reporting/run_logger.py: imported by megagrow.run only"): (
         "the provenance record of a run does not depend on the logger that writes it"
     ),

@@ -11,6 +11,7 @@ So "document count" is the number of documents plus one. Source: Megatron-LM,
 megatron/core/datasets/indexed_dataset.py.
 """
 
+import errno
 import os
 import shutil
 import stat
@@ -63,9 +64,10 @@ class CorpusFile:
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(
-                f"{path}: {error.strerror}; a corpus is PREFIX.bin and PREFIX.idx"
-            ) from error
+            hint = "a corpus is PREFIX.bin and PREFIX.idx"
+            if error.errno == errno.EMFILE:
+                hint = "every corpus keeps its files open; raise the limit with ulimit -n"
+            raise DataError(f"{path}: {error.strerror}; {hint}") from error
         weakref.finalize(self, os.close, self._descriptor)
         info = os.fstat(self._descriptor)
         if not stat.S_ISREG(info.st_mode):

@@ -3,7 +3,10 @@
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +60,38 @@ def test_leaving_early_ends_all_processes():
     assert multiprocessing.active_children() != []
     messages.close()
     assert multiprocessing.active_children() == []
+
+
+def _start_sleeping(folder):
+    def work(task: int) -> Iterator[int]:
+        (folder / f"{os.getpid()}").touch()
+        time.sleep(600)
+        yield task
+
+    return work
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    def run() -> None:
+        list(run_tasks(partial(_start_sleeping, tmp_path), [1, 2], 2))
+
+    parent = multiprocessing.get_context("fork").Process(target=run)
+    parent.start()
+    deadline = time.monotonic() + 60
+    while len(workers := [int(path.name) for path in tmp_path.iterdir()]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    parent.kill()
+    parent.join()
+    while any(_runs(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _runs(process: int) -> bool:
+    """Orphans whose end nobody has waited for are zombies."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"

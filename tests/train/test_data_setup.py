@@ -101,6 +101,21 @@ def test_an_unknown_tokenizer_is_accepted_with_one_warning(tmp_path: Path) -> No
     assert open_inputs(run_of(tmp_path, train=made[1:2])).warnings == ()
 
 
+def test_a_corpus_replaced_while_it_is_opened_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its manifest is read before the replacement, its files after it."""
+    run, opened = run_of(tmp_path, train=corpora(tmp_path, a="1" * 32)), data_setup.open_stream
+
+    def opening(*arguments: Any, **options: Any) -> Any:
+        corpora(tmp_path, a="2" * 32)
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(data_setup, "open_stream", opening)
+    with pytest.raises(InputError, match="was replaced while it was opened; start the run again"):
+        open_inputs(run)
+
+
 def test_hosts_with_different_corpora_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
