@@ -6,7 +6,7 @@ done, they publish the checkpoint together.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megagrow.checkpoint.listing import problems_of
 from megagrow.checkpoint.manifest import Manifest
 from megagrow.checkpoint.save import Save
 from megagrow.checkpoint.shards import own_tensors
@@ -33,6 +34,8 @@ class Saved:
     """Seconds that training was stalled."""
     seconds: float
     """Seconds from the start of the save until the checkpoint was published."""
+    verified: dict[Path, str | None]
+    """First problem of each checkpoint that was verified during the save, None if it is valid."""
 
 
 class Saver:
@@ -44,12 +47,19 @@ class Saver:
         self._current: _Current | None = None
 
     def begin(
-        self, step: int, layout: Layout, storage: Storage, manifest: Manifest, background: bool
+        self,
+        step: int,
+        layout: Layout,
+        storage: Storage,
+        manifest: Manifest,
+        background: bool,
+        verify: Sequence[Path] = (),
     ) -> None:
         """Begin a save, in the background or not. Collective.
 
-        Requires `finish` of the previous save. `manifest` lists no files yet. Raises ResourceError
-        on all ranks if there is not enough disk space.
+        Requires `finish` of the previous save. `manifest` lists no files yet. The checkpoints
+        `verify` are read completely meanwhile, by each rank a share of the files. Raises
+        ResourceError on all ranks if there is not enough disk space.
         """
         assert self._current is None
         begun = time.perf_counter()
@@ -58,7 +68,8 @@ class Saver:
         save.begin(tensors)
         if background:
             tensors = self._snapshot.take(tensors)
-        writing = _Writing(lambda: save.write(tensors))
+        share = slice(dist.get_rank(), None, dist.get_world_size())
+        writing = _Writing(lambda: _Written.of(save, tensors, verify, share))
         if background:
             writing.start()
         else:
@@ -91,9 +102,21 @@ class Saver:
             made.append(replace(current.manifest, files=files))
             return made[0]
 
-        current.save.publish(current.writing.result, manifest)
+        current.save.publish(lambda: current.writing.result().files, manifest)
+        everywhere: list[dict[Path, str | None]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everywhere, current.writing.result().verified)
+        verified = {
+            path: next((found[path] for found in everywhere if found[path] is not None), None)
+            for path in everywhere[0]
+        }
         now = time.perf_counter()
-        return Saved(current.save.final, made[0], current.stall + now - begun, now - current.begun)
+        return Saved(
+            current.save.final,
+            made[0],
+            current.stall + now - begun,
+            now - current.begun,
+            verified,
+        )
 
     def release(self) -> None:
         """Release the snapshot memory; no save may be in progress."""
@@ -101,28 +124,45 @@ class Saver:
         self._snapshot.release()
 
 
+@dataclass(frozen=True)
+class _Written:
+    """Result of the writer of one rank."""
+
+    files: Files
+    """Record of the rank's file, empty if it has none."""
+    verified: dict[Path, str | None]
+    """First problem in the rank's share of each verified checkpoint."""
+
+    @classmethod
+    def of(
+        cls, save: Save, tensors: dict[str, Tensor], verify: Sequence[Path], share: slice
+    ) -> "_Written":
+        files = save.write(tensors)
+        return cls(files, {path: next(iter(problems_of(path, share)), None) for path in verify})
+
+
 class _Writing(Thread):
     """Writer thread of one rank; its error is kept until the result is requested."""
 
-    def __init__(self, write: Callable[[], Files]) -> None:
+    def __init__(self, write: Callable[[], _Written]) -> None:
         super().__init__(name="checkpoint", daemon=True)
         self._write = write
-        self._files: Files = {}
+        self._written = _Written({}, {})
         self._error: Exception | None = None
 
     def run(self) -> None:
         try:
-            self._files = self._write()
+            self._written = self._write()
         except Exception as error:
             self._error = error
 
-    def result(self) -> Files:
-        """Return the record of the written file once done; raises the writer's error."""
+    def result(self) -> _Written:
+        """Return the result once done; raises the writer's error."""
         if self.is_alive():
             self.join()
         if self._error is not None:
             raise self._error
-        return self._files
+        return self._written
 
 
 @dataclass(frozen=True)

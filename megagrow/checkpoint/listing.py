@@ -60,13 +60,17 @@ def glance(path: Path) -> Glance:
         return Glance(path, manifest, str(error))
 
 
-def problems_of(path: Path) -> list[str]:
-    """Read every byte of a checkpoint and yield all problems."""
+def problems_of(path: Path, share: slice = slice(None)) -> list[str]:
+    """Read every byte of a checkpoint and return all problems.
+
+    `share` selects files, in the order of the manifest.
+    """
     try:
         manifest = parse_manifest(path)
     except InputError as error:
         return [str(error)]
-    found = (problem_of(path / name, record) for name, record in manifest.files.items())
+    files = list(manifest.files.items())[share]
+    found = (problem_of(path / name, record) for name, record in files)
     return [problem for problem in found if problem is not None]
 
 

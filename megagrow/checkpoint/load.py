@@ -1,6 +1,7 @@
 """Load the newest valid checkpoint into any layout; each rank reads only its own ranges."""
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,22 @@ _NAMED = 3
 """Number of damaged files of a checkpoint that are listed; the others are counted."""
 
 
-def newest_valid_on_all_ranks(directory: Path) -> FoundCheckpoint | None:
+def newest_valid_on_all_ranks(
+    directory: Path, paths: Callable[[], list[Path]] | None = None
+) -> FoundCheckpoint | None:
     """Return the newest valid checkpoint, the same on all ranks; None if there is none. Collective.
 
     "Newest" means most steps, not a time. Each rank verifies its share of the files. Damaged
     checkpoints are skipped with a warning on rank 0. Raises CheckpointError if all are damaged.
+
+    Args:
+        directory: folder of the checkpoints.
+        paths: returns the checkpoints, the preferred one last; called on rank 0.
     """
-    paths = run_on_rank_zero(lambda: list_checkpoints(directory))
+    found = run_on_rank_zero(paths or (lambda: list_checkpoints(directory)))
     # All ranks find the same damage.
     level = logging.WARNING if dist.get_rank() == 0 else logging.DEBUG
-    return last_valid(directory, paths, _verify_together, level)
+    return last_valid(directory, found, _verify_together, level)
 
 
 def _verify_together(path: Path) -> Manifest:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagrow.checkpoint.discovery import list_checkpoints, step_of
-from megagrow.checkpoint.manifest import Manifest, parse_manifest, read_manifest
+from megagrow.checkpoint.manifest import parse_manifest, read_manifest
 from megagrow.checkpoint.removal import remove_unfinished, try_to_remove, warn_kept
 from megagrow.errors import InputError
 
@@ -23,38 +23,80 @@ class Retention:
 
 
 def superfluous(
-    directory: Path, retention: Retention, read: Callable[[Path], Manifest] = read_manifest
+    directory: Path, retention: Retention, is_valid: Callable[[Path], bool | None]
 ) -> list[Path]:
     """Return the checkpoints that the policy does not keep, oldest first.
 
-    `read` raises for invalid checkpoints. Checkpoints newer than the most recent valid ones are
-    never included, as their damage has not been examined; nothing is included if none is valid.
+    `is_valid` returns True for a valid checkpoint, False for a damaged one, and None for one that
+    was not verified. Only valid ones count for `keep_last`; as long as there are fewer, only older
+    damaged ones are superfluous. Checkpoints newer than the valid ones are never included, as their
+    damage has not been examined.
     """
     found = list_checkpoints(directory)
     last: list[Path] = []
     for path in reversed(found):
-        if len(last) < retention.keep_last and _is_whole(path, read):
+        if len(last) < retention.keep_last and is_valid(path):
             last.append(path)
     older = found[: found.index(last[-1])] if last else []
+    if len(last) < retention.keep_last:
+        older = [path for path in older if is_valid(path) is False]
     return [path for path in older if not _is_kept(path, retention)]
 
 
-def prune_checkpoints(directory: Path, retention: Retention) -> None:
+def prune_checkpoints(
+    directory: Path, retention: Retention, is_valid: Callable[[Path], bool | None]
+) -> None:
     """Remove checkpoints outside the policy, and leftovers of crashes; called by rank 0.
 
-    What cannot be removed is logged once and tried again by the next call.
+    What cannot be removed is logged once and tried again by the next call. `is_valid` is that of
+    `superfluous`.
     """
     try:
-        for path in superfluous(directory, retention):
+        for path in superfluous(directory, retention, is_valid):
             try_to_remove(path)
         remove_unfinished(directory)
     except (OSError, InputError) as error:
         warn_kept(directory, error)
 
 
-def _is_whole(path: Path, read: Callable[[Path], Manifest]) -> bool:
+class Pruner:
+    """Retention of the checkpoints of a running job, on rank 0.
+
+    A checkpoint counts for `keep_last` once every byte of it was read: when the run resumed from
+    it, or after it was written. The oldest one that counts is read again during each save, before
+    an older one is removed. All this is distributed over the ranks and runs in the background.
+    """
+
+    def __init__(self, directory: Path, retention: Retention) -> None:
+        self._directory, self._retention = directory, retention
+        self._results: dict[Path, bool] = {}
+
+    def record(self, path: Path, valid: bool) -> None:
+        """Record the result of a verification."""
+        self._results[path] = valid
+
+    def due(self, step: int) -> list[Path]:
+        """Return the checkpoints to be verified while that of `step` is written."""
+        others = [
+            path
+            for path in reversed(list_checkpoints(self._directory))
+            if step_of(path) != step and self._results.get(path) is not False
+        ]
+        counted = others[: self._retention.keep_last - 1]
+        return sorted({*(p for p in counted if p not in self._results), *counted[-1:]})
+
+    def prune(self) -> None:
+        """Remove checkpoints outside the policy, as `prune_checkpoints`."""
+        prune_checkpoints(self._directory, self._retention, self._is_valid)
+
+    def _is_valid(self, path: Path) -> bool | None:
+        return has_right_sizes(path) if self._results.get(path) else self._results.get(path)
+
+
+def has_right_sizes(path: Path) -> bool:
+    """Return True if a checkpoint's manifest is valid and its files have the recorded sizes."""
     try:
-        read(path)
+        read_manifest(path)
     except InputError:
         return False
     return True
@@ -72,4 +114,4 @@ def _is_kept(path: Path, retention: Retention) -> bool:
     if protected and retention.protected:
         return True
     every = retention.keep_every
-    return every is not None and step_of(path) % every == 0 and _is_whole(path, read_manifest)
+    return every is not None and step_of(path) % every == 0 and has_right_sizes(path)

@@ -1,5 +1,6 @@
 """Save a checkpoint: every rank writes its shard, then the folder is renamed."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,9 +20,11 @@ from megagrow.common.atomic_files import (
     remove,
     staging_folder,
 )
-from megagrow.common.checksums import Files
-from megagrow.errors import InputError, ResourceError
+from megagrow.common.checksums import Files, problem_on_disk
+from megagrow.errors import CheckpointError, InputError, ResourceError
 from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -52,11 +55,23 @@ class Save:
             self.partial = run_on_rank_zero(lambda: self._begin(needed))
 
     def write(self, tensors: dict[str, Tensor]) -> Files:
-        """Write and sync this rank's file. Raises OSError on failure."""
+        """Write and sync this rank's file, and read it back from the disk.
+
+        A file that differs is written again once. Raises CheckpointError if it differs again,
+        OSError if it cannot be written.
+        """
         if not tensors:
             return {}
-        name = shard_name(dist.get_rank())
-        return {name: write_shard(self.partial / name, tensors)}
+        path = self.partial / shard_name(dist.get_rank())
+        record = write_shard(path, tensors)
+        problem = problem_on_disk(path, record)
+        if problem is not None:
+            logger.warning("%s; writing it again", problem)
+            record = write_shard(path, tensors)
+            problem = problem_on_disk(path, record)
+        if problem is not None:
+            raise CheckpointError(f"{problem}, twice after it was written; check the disk")
+        return {path.name: record}
 
     def publish(self, written: Callable[[], Files], manifest: Callable[[Files], Manifest]) -> None:
         """Publish the checkpoint written by all ranks; `written` describes this rank's file.

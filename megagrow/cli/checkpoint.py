@@ -1,6 +1,7 @@
 """`megagrow checkpoint`: list, verify, show and prune checkpoints."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -99,13 +100,12 @@ def prune(
     ] = False,
 ) -> None:
     """Remove old checkpoints. The newest ones to keep are verified first."""
-    from megagrow.checkpoint.listing import folder_of
-    from megagrow.checkpoint.manifest import verify_checkpoint
+    from megagrow.checkpoint.listing import folder_of, problems_of
     from megagrow.checkpoint.removal import remove_checkpoint
     from megagrow.checkpoint.retention import Retention, superfluous
 
     retention, failed = Retention(keep_last, keep_every, not protected), 0
-    for path in superfluous(folder_of(run), retention, verify_checkpoint):
+    for path in superfluous(folder_of(run), retention, cache(lambda path: not problems_of(path))):
         done = "would be removed" if dry_run else "removed"
         if not dry_run:
             try:

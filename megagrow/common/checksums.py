@@ -9,6 +9,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,6 +113,13 @@ def problem_of(path: Path, record: FileRecord) -> str | None:
     except InputError as error:
         return str(error)
     return None
+
+
+def problem_on_disk(path: Path, record: FileRecord) -> str | None:
+    """Return `problem_of` a file, read from the disk instead of the page cache if possible."""
+    with suppress(OSError):
+        drop_from_cache(path)
+    return problem_of(path, record)
 
 
 def drop_from_cache(path: Path) -> None:

@@ -10,19 +10,19 @@ from typing import Any, Self
 
 import torch
 
-from megagrow.checkpoint.async_saver import Saver
+from megagrow.checkpoint.async_saver import Saved, Saver
 from megagrow.checkpoint.discovery import FoundCheckpoint, step_of
 from megagrow.checkpoint.load import newest_valid_on_all_ranks
 from megagrow.checkpoint.manifest import BEFORE_GROWTH, Manifest, describe_layout
 from megagrow.checkpoint.removal import finish_replacements
-from megagrow.checkpoint.retention import Retention, prune_checkpoints
+from megagrow.checkpoint.retention import Pruner, Retention
 from megagrow.checkpoint.save import total_bytes
 from megagrow.checkpoint.shards import own_tensors
 from megagrow.common.atomic_files import check_room
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
 from megagrow.formats.hugging_face_origin import ORIGIN_KEY
-from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
+from megagrow.parallel.agreement import run_on_rank_zero
 from megagrow.train.reporting.run_logger import RunLogger
 from megagrow.train.stage import Stage
 from megagrow.train.train_state import RunState
@@ -51,6 +51,9 @@ class Checkpointer:
         self._environment = environment
         self._run_logger = run_logger
         self._saver = Saver(self.directory, device)
+        # `keep_before_growth` applies when a checkpoint is saved; protected ones stay.
+        options = run.checkpoint
+        self._pruner = Pruner(self.directory, Retention(options.keep_last, options.keep_every))
         self._stalled = 0.0
         self.last_step = 0
         """Step of the newest checkpoint, which may still be written; 0 if there is none."""
@@ -87,6 +90,8 @@ class Checkpointer:
     def rewound_to(self, found: FoundCheckpoint | None) -> None:
         """Record the checkpoint from which training continues."""
         self.last_step = 0 if found is None else step_of(found[0])
+        if found is not None:
+            self._pruner.record(found[0], True)
 
     def inherit(self, environment: Mapping[str, Any]) -> None:
         """Record the Hugging Face origin of the weights that the run starts from.
@@ -132,7 +137,8 @@ class Checkpointer:
         )
         self._run_logger.sync()
         storage, step = stage.engine.storage(), state.counters.step
-        self._saver.begin(step, stage.layout, storage, manifest, background=not wait)
+        due = run_on_rank_zero(lambda: self._pruner.due(step))
+        self._saver.begin(step, stage.layout, storage, manifest, not wait, due)
         self.last_step = step
         return self.finish(state) if wait else state
 
@@ -146,7 +152,8 @@ class Checkpointer:
         if saved is None:
             return
         begin = time.perf_counter()
-        run_on_all_ranks(lambda: self._prune() if self._rank == 0 else None)
+        if self._rank == 0:
+            self._prune(saved)
         pruning = time.perf_counter() - begin
         stall, seconds = saved.stall_seconds + pruning, saved.seconds + pruning
         self._stalled += stall
@@ -167,7 +174,10 @@ class Checkpointer:
         """Free the host memory that background saves are written from."""
         self._saver.release()
 
-    def _prune(self) -> None:
-        options = self._run.checkpoint
-        # `keep_before_growth` applies when a checkpoint is saved; protected ones stay.
-        prune_checkpoints(self.directory, Retention(options.keep_last, options.keep_every))
+    def _prune(self, saved: Saved) -> None:
+        for path, problem in saved.verified.items():
+            self._pruner.record(path, problem is None)
+            if problem is not None:
+                logger.warning("%s; the checkpoint does not count for keep_last", problem)
+        self._pruner.record(saved.path, True)
+        self._pruner.prune()

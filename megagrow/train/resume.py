@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megagrow.checkpoint.discovery import FoundCheckpoint, last_valid, list_checkpoints, step_of
-from megagrow.checkpoint.load import load_storage
-from megagrow.checkpoint.manifest import read_manifest, verify_checkpoint
+from megagrow.checkpoint.discovery import FoundCheckpoint, list_checkpoints, step_of
+from megagrow.checkpoint.load import load_storage, newest_valid_on_all_ranks
+from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.removal import hide_checkpoint
 from megagrow.config.resume_rules import ConfigChange
 from megagrow.config.schema import RunConfig
@@ -96,7 +96,7 @@ def rewind_target(
     """
     stuck = state.counters.step - max(state.guard.skipped, state.guard.high)
     limit = stuck - 1 if stuck == state.guard.rewound_to else stuck
-    found = run_on_rank_zero(lambda: _newest_good(directory, limit))
+    found = _newest_good(directory, limit)
     target = RunState() if found is None else state_of_checkpoint(found[1])
     after = state.rewound_to(target)
     if found is not None and target.counters.step >= state.counters.step:
@@ -116,7 +116,7 @@ def rewind_target(
 
 def _newest_good(directory: Path, limit: int) -> FoundCheckpoint | None:
     """Return the newest valid checkpoint up to step `limit` that was not saved during an
-    instability, else the newest valid one; None if there are no checkpoints.
+    instability, else the newest valid one; None if there are no checkpoints. Collective.
 
     Raises CheckpointError if all are damaged: a run never restarts from scratch over them.
     """
@@ -129,8 +129,9 @@ def _newest_good(directory: Path, limit: int) -> FoundCheckpoint | None:
         good = state.counters.step <= limit and not state.guard.troubled
         return good, state.counters.step
 
-    paths = sorted(list_checkpoints(directory), key=preference)
-    return last_valid(directory, paths, verify_checkpoint)
+    return newest_valid_on_all_ranks(
+        directory, lambda: sorted(list_checkpoints(directory), key=preference)
+    )
 
 
 def _drop_later(directory: Path, target: RunState) -> None:

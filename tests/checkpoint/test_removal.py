@@ -17,7 +17,7 @@ from megagrow.checkpoint.removal import (
     publish_checkpoint,
     remove_unfinished,
 )
-from megagrow.checkpoint.retention import Retention, prune_checkpoints
+from megagrow.checkpoint.retention import Retention, has_right_sizes, prune_checkpoints
 from megagrow.checkpoint.save import Save
 from megagrow.errors import CheckpointError
 from tests.helpers.checkpoint.damage import DAMAGES, STEPS, truncate
@@ -57,7 +57,7 @@ def moved_and_linked(path: Path) -> None:
 
 def test_a_link_is_removed_and_its_target_is_kept(folder: Path) -> None:
     moved_and_linked(folder / checkpoint_name(9))
-    prune_checkpoints(folder, Retention(2))
+    prune_checkpoints(folder, Retention(2), has_right_sizes)
     assert names(folder) == [*map(checkpoint_name, (10, 100))]
     read_manifest(folder.parent / "elsewhere")
 
@@ -75,7 +75,7 @@ def test_what_is_not_a_checkpoint_of_this_version_is_kept(folder: Path, kind: st
     FOREIGN[kind](folder / checkpoint_name(9))
     with captured_logs() as messages:
         for _ in range(2):
-            prune_checkpoints(folder, Retention(1))
+            prune_checkpoints(folder, Retention(1), has_right_sizes)
     assert names(folder) == [*map(checkpoint_name, (9, 100))]
     (line,) = messages
     assert line.startswith(f"checkpoint {folder / checkpoint_name(9)} cannot be removed (")
@@ -94,11 +94,11 @@ def test_a_busy_checkpoint_is_removed_later(
         with monkeypatch.context() as patch:
             patch.setattr(place, call, busy)
             for _ in range(2):
-                prune_checkpoints(folder, Retention(2))
+                prune_checkpoints(folder, Retention(2), has_right_sizes)
             assert [path.name for path in list_checkpoints(folder)][-2:] == [
                 *map(checkpoint_name, (10, 100))
             ]
-        prune_checkpoints(folder, Retention(2))
+        prune_checkpoints(folder, Retention(2), has_right_sizes)
     assert names(folder) == [*map(checkpoint_name, (10, 100))]
     (line,) = messages
     assert "(Device or resource busy)" in line

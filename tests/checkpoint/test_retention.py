@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.checkpoint.discovery import checkpoint_name, list_checkpoints
+from megagrow.checkpoint.discovery import checkpoint_name, list_checkpoints, step_of
+from megagrow.checkpoint.listing import problems_of
 from megagrow.checkpoint.manifest import BEFORE_GROWTH, read_manifest, write_manifest
-from megagrow.checkpoint.retention import Retention, prune_checkpoints
-from tests.helpers.checkpoint.damage import DAMAGES, STEPS, damaged, truncate
+from megagrow.checkpoint.retention import Pruner, Retention, has_right_sizes, prune_checkpoints
+from tests.helpers.checkpoint.damage import DAMAGES, STEPS, damaged, flip, truncate
 from tests.helpers.checkpoint.saving import MODEL
 from tests.helpers.checkpoint.written import write_checkpoint
 from tests.helpers.reshard.definition import random_state
@@ -42,7 +43,7 @@ def left(folder: Path) -> list[int]:
 )
 def test_pruning_keeps_the_newest(good, tmp_path, keep, steps):
     shutil.copytree(good, tmp_path / "c")
-    prune_checkpoints(tmp_path / "c", Retention(keep))
+    prune_checkpoints(tmp_path / "c", Retention(keep), has_right_sizes)
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
         *map(checkpoint_name, steps)
     ]
@@ -55,19 +56,19 @@ def test_a_crash_while_pruning_does_not_stop_the_next_one(good, tmp_path):
     shutil.copytree(good, folder)
     half = (folder / checkpoint_name(9)).rename(folder / f"{checkpoint_name(9)}.tmp")
     (half / "manifest.json").unlink()
-    prune_checkpoints(folder, Retention(2))
+    prune_checkpoints(folder, Retention(2), has_right_sizes)
     assert sorted(path.name for path in folder.iterdir()) == [*map(checkpoint_name, (10, 100))]
 
 
 def test_old_damaged_ones_go_too(good, tmp_path):
     folder = damaged(good, tmp_path / "c", DAMAGES["no manifest"][0], (9,))
-    prune_checkpoints(folder, Retention(2))
+    prune_checkpoints(folder, Retention(2), has_right_sizes)
     assert [path.name for path in list_checkpoints(folder)] == [*map(checkpoint_name, (10, 100))]
 
 
 def test_where_none_is_whole_none_is_removed(good, tmp_path):
     folder = damaged(good, tmp_path / "c", truncate, STEPS)
-    prune_checkpoints(folder, Retention(1))
+    prune_checkpoints(folder, Retention(1), has_right_sizes)
     assert [path.name for path in list_checkpoints(folder)] == [*map(checkpoint_name, STEPS)]
 
 
@@ -77,7 +78,7 @@ def test_where_none_is_whole_none_is_removed(good, tmp_path):
 def test_pruning_does_not_count_damaged_ones(good, tmp_path, name):
     # Step 100 was passed over, the run went on from 9 and has just saved 10.
     folder = damaged(good, tmp_path / "c", DAMAGES[name][0], (100,))
-    prune_checkpoints(folder, Retention(1))
+    prune_checkpoints(folder, Retention(1), has_right_sizes)
     kept = list_checkpoints(folder)
     assert kept[0].name == checkpoint_name(10)
     read_manifest(kept[0])
@@ -89,13 +90,13 @@ def test_pruning_does_not_count_damaged_ones(good, tmp_path, name):
 def test_those_at_every_so_many_steps_stay(good, tmp_path, every, steps):
     shutil.copytree(good, tmp_path / "c")
     for _ in range(2):
-        prune_checkpoints(tmp_path / "c", Retention(1, keep_every=every))
+        prune_checkpoints(tmp_path / "c", Retention(1, keep_every=every), has_right_sizes)
         assert left(tmp_path / "c") == list(steps)
 
 
 def test_a_damaged_one_is_not_kept_for_its_step(good, tmp_path):
     folder = damaged(good, tmp_path / "c", truncate, (9,))
-    prune_checkpoints(folder, Retention(1, keep_every=9))
+    prune_checkpoints(folder, Retention(1, keep_every=9), has_right_sizes)
     assert left(folder) == [100]
 
 
@@ -103,12 +104,12 @@ def test_protected_ones_stay(good, tmp_path):
     folder = tmp_path / "c"
     shutil.copytree(good, folder)
     protect(folder, 9)
-    prune_checkpoints(folder, Retention(1))
+    prune_checkpoints(folder, Retention(1), has_right_sizes)
     assert left(folder) == [9, 100]
     truncate(folder / checkpoint_name(9))
-    prune_checkpoints(folder, Retention(1))
+    prune_checkpoints(folder, Retention(1), has_right_sizes)
     assert left(folder) == [9, 100], "what may have been the only copy is not removed by a run"
-    prune_checkpoints(folder, Retention(1, protected=False))
+    prune_checkpoints(folder, Retention(1, protected=False), has_right_sizes)
     assert left(folder) == [100]
 
 
@@ -116,5 +117,62 @@ def test_protected_ones_do_not_count_as_the_newest(good, tmp_path):
     folder = tmp_path / "c"
     shutil.copytree(good, folder)
     protect(folder, 10)
-    prune_checkpoints(folder, Retention(2))
+    prune_checkpoints(folder, Retention(2), has_right_sizes)
+    assert left(folder) == [10, 100]
+
+
+def pruner(folder: Path, keep: int, **results: bool) -> Pruner:
+    """A pruner that knows the results of some verifications, by step."""
+    made = Pruner(folder, Retention(keep))
+    for step, valid in results.items():
+        made.record(folder / checkpoint_name(int(step[1:])), valid)
+    return made
+
+
+def saved(folder: Path, made: Pruner, step: int) -> list[int]:
+    """A save of another checkpoint: returns the steps that are verified meanwhile."""
+    due = made.due(step)
+    valid = next(path for path in list_checkpoints(folder) if not problems_of(path))
+    shutil.copytree(valid, folder / checkpoint_name(step))
+    for path in due:
+        made.record(path, not problems_of(path))
+    made.record(folder / checkpoint_name(step), True)
+    made.prune()
+    return [step_of(path) for path in due]
+
+
+def test_a_flipped_bit_pushes_out_no_good_checkpoint(good, tmp_path):
+    folder = damaged(good, tmp_path / "resumed", flip, (100,))
+    made = pruner(folder, 2, s10=True)  # the run resumed from step 10
+    assert saved(folder, made, 101) == [100]
+    assert left(folder) == [10, 100, 101]
+    assert saved(folder, made, 102) == [101]
+    assert left(folder) == [101, 102]
+
+
+def test_damage_after_the_first_verification_is_found(good, tmp_path):
+    folder = damaged(good, tmp_path / "c", flip, (100,))
+    made = pruner(folder, 2, s9=True, s10=True, s100=True)
+    assert saved(folder, made, 101) == [100]
+    assert left(folder) == [10, 100, 101]
+
+
+def test_each_checkpoint_that_counts_is_verified(good, tmp_path):
+    folder = tmp_path / "c"
+    shutil.copytree(good, folder)
+    made = pruner(folder, 3, s100=True)
+    assert saved(folder, made, 101) == [10], "not verified, and the oldest that counts"
+    assert left(folder) == [10, 100, 101]
+    assert saved(folder, made, 102) == [100]
+    made.record(folder / checkpoint_name(101), False)
+    assert saved(folder, made, 103) == [100]
+    assert left(folder) == [100, 101, 102, 103]
+    assert saved(folder, pruner(folder, 1), 104) == [] and left(folder) == [104]
+
+
+def test_until_enough_are_verified_only_damaged_ones_are_removed(good, tmp_path):
+    folder = tmp_path / "c"
+    shutil.copytree(good, folder)
+    made = pruner(folder, 3, s9=False, s100=True)
+    made.prune()
     assert left(folder) == [10, 100]

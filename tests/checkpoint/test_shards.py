@@ -4,10 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import megagrow.checkpoint.save
 from megagrow.checkpoint.async_saver import Snapshot
+from megagrow.checkpoint.save import Save
 from megagrow.checkpoint.shards import own_tensors, planned_shard, write_shard
+from megagrow.errors import CheckpointError
 from tests.helpers.checkpoint.saving import MODEL
 from tests.helpers.checkpoint.written import record_of
+from tests.helpers.logs import captured_logs
 from tests.helpers.reshard.definition import random_state, storage_of
 from tests.helpers.reshard.models import layout_of
 
@@ -64,3 +68,32 @@ def test_a_snapshot_stays_while_the_state_moves_on(reserved):
     snapshot.release()
     larger = second | {"more": torch.ones(5)}
     assert all(torch.equal(t, larger[name]) for name, t in snapshot.take(larger).items())
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_file_that_reads_back_differently_is_written_again_once(tmp_path, monkeypatch, times):
+    save = Save(tmp_path, 7)
+    save.partial.mkdir()
+    written = []
+
+    def writing(path, tensors):
+        record = write_shard(path, tensors)
+        written.append(path)
+        if len(written) <= times:
+            content = bytearray(path.read_bytes())
+            content[-9] ^= 4
+            path.write_bytes(content)
+        return record
+
+    monkeypatch.setattr(megagrow.checkpoint.save, "write_shard", writing)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    with captured_logs() as messages:
+        if times == 2:
+            with pytest.raises(CheckpointError, match="twice after it was written; check the disk"):
+                save.write(tensors_of(0))
+        else:
+            path = save.partial / "rank-00001.safetensors"
+            assert save.write(tensors_of(0)) == {path.name: record_of(path)}
+    assert len(written) == 2
+    (line,) = messages
+    assert "rank-00001.safetensors: damaged" in line and line.endswith("; writing it again")

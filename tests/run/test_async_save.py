@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from megagrow.checkpoint.discovery import list_checkpoints, step_of
 from megagrow.checkpoint.save import Save
 from megagrow.config.schema import RunConfig
 from megagrow.train.loop import StepDone
 from megagrow.train.reporting.metrics import read_metrics
 from megagrow.train.reporting.run_logger import RunLogger
 from megagrow.train.train_state import RunState
+from tests.helpers.checkpoint.damage import flip
 from tests.helpers.jobs import Hook, records, train, write_run
 from tests.helpers.runs import STEP_TOKENS, make_run
 
@@ -148,3 +150,30 @@ def test_old_checkpoints_that_cannot_be_removed_end_no_run(tmp_path):
     names = sorted(path.name for path in (real / "disk").iterdir())
     assert names == ["step-000000001", "step-000000008"] and real.exists()
     assert {"config.yaml", "metrics.jsonl"} <= {path.name for path in real.iterdir()}
+
+
+def test_a_checkpoint_that_was_damaged_meanwhile_does_not_count(tmp_path):
+    """A bit of step 6 flips before the save of step 9, which then keeps step 3."""
+    seen = tmp_path / "seen"
+    run = make_run(tmp_path, [{"tokens": 12 * STEP_TOKENS}], checkpoint={"interval": 3})
+    folder = run.output_dir / "checkpoints"
+
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        record = RunLogger.checkpoint
+
+        def saved(self: RunLogger, state: RunState, *args: Any) -> None:
+            record(self, state, *args)
+            if rank == 0:
+                with seen.open("a") as file:
+                    file.write(" ".join(str(step_of(p)) for p in list_checkpoints(folder)) + "\n")
+                if state.counters.step == 6:
+                    flip(folder / "step-000000006")
+
+        patch.setattr(RunLogger, "checkpoint", saved)
+
+    done = train(write_run(tmp_path / "run.yaml", run), 2, hook).finish()
+    assert done.codes == [0, 0], done.err
+    assert seen.read_text().splitlines() == ["3", "3 6", "3 6 9", "9 12"]
+    (line,) = [line for line in done.out[0].splitlines() if "keep_last" in line]
+    assert "step-000000006/rank-00001.safetensors: damaged, its checksum is " in line
+    assert line.endswith("; the checkpoint does not count for keep_last")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+import megagrow.checkpoint.retention
 import megagrow.run
-import megagrow.train.checkpointer
 import megagrow.train.growth_event.event as growth_event
 import megagrow.train.loop
 from megagrow.checkpoint.discovery import list_checkpoints, step_of
@@ -161,7 +161,7 @@ WORST = [
     # what is held, where, how many ranks come to it, the step from which the next start goes on
     ("a shard is missing, the training goes on", Save, "write", 2, 0),
     ("all shards there, not yet renamed", Save, "_finish", 1, 0),
-    ("renamed, not yet recorded", megagrow.train.checkpointer, "prune_checkpoints", 1, 3),
+    ("renamed, not yet recorded", megagrow.checkpoint.retention, "prune_checkpoints", 1, 3),
     ("an old checkpoint is being removed", shutil, "rmtree", 1, 9),
     ("the last shard before the growth is missing", Save, "write", 2, 9),
     ("the growth begins", megagrow.run, "grow_best", 1, BASE_STEPS),

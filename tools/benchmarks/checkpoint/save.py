@@ -23,7 +23,7 @@ from rich.markdown import Markdown
 from megagrow.checkpoint import shards
 from megagrow.checkpoint.async_saver import Saved, Saver
 from megagrow.checkpoint.manifest import Manifest, describe_layout
-from megagrow.checkpoint.retention import Retention, prune_checkpoints
+from megagrow.checkpoint.retention import Retention, has_right_sizes, prune_checkpoints
 from megagrow.common.tables import markdown_table
 from megagrow.config.schema import RunConfig
 from megagrow.data.batches import Batch
@@ -161,7 +161,7 @@ def _finish(saver: Saver) -> Saved:
     saved = saver.finish()
     assert saved is not None
     if dist.get_rank() == 0:
-        prune_checkpoints(saved.path.parent, Retention(1))
+        prune_checkpoints(saved.path.parent, Retention(1), has_right_sizes)
     dist.barrier()
     return saved
 
