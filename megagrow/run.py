@@ -131,9 +131,7 @@ def _train(job: Job) -> str | None:
             logger.info("%s", corpus.line())
         for warning in (*timing_warnings(job.run), *job.inputs.warnings):
             logger.warning("%s", warning)
-    job, stage, state = _begin(job)
-    warm = None
-    _prepare(job, stage)
+    (job, stage, state), warm = _begin(job), None
     try:
         while True:
             # The first step of an engine may have to compile kernels.
@@ -179,14 +177,21 @@ def _step_hooks(job: Job, long: bool) -> StepHooks:
 
 
 def _begin(job: Job) -> tuple[Job, Stage, RunState]:
-    """Load the newest valid checkpoint, or build the initial state."""
+    """Load the newest valid checkpoint, or build the initial state.
+
+    Rewinds if the state cannot be used, as earlier versions may have saved it.
+    """
     job.watchdog.beat("the start of the run", long=True)
     found = job.checkpointer.newest()
     run, stage, state, changes, environment = job.begin(job.run, found)
     job.checkpointer.inherit(environment)
     job.run_logger.start(state, None if found is None else found[0], changes)
-    _forget_evaluations(job, -1 if found is None else state.counters.step)
-    return replace(job, run=run), stage, state
+    step = -1 if found is None else state.counters.step
+    run_on_rank_zero(lambda: remove_stored_after(run.output_dir, step))
+    job = replace(job, run=run)
+    _prepare(job, stage)
+    reason = None if found is None else unfit_reason(run, stage, state, job.inputs.fixed)
+    return (job, stage, state) if reason is None else _rewind(job, stage, state.unstable(), reason)
 
 
 def _prepare(job: Job, stage: Stage) -> None:
@@ -210,14 +215,9 @@ def _rewind(job: Job, stage: Stage, failed: RunState, reason: str) -> tuple[Job,
     _prepare(replace(job, run=run), stage)
     state = state.add_lost_time(time.perf_counter() - clock)
     job.run_logger.rewind(failed, state, None if found is None else found[0], reason, changes)
-    _forget_evaluations(job, state.counters.step)
+    step = state.counters.step
+    run_on_rank_zero(lambda: remove_stored_after(run.output_dir, step))
     return replace(job, run=run), stage, state
-
-
-def _forget_evaluations(job: Job, step: int) -> None:
-    """Delete the results of `megagrow eval` for later checkpoints, which the run will overwrite."""
-    first = job.launch.rank == 0
-    run_on_all_ranks(lambda: remove_stored_after(job.run.output_dir, step) if first else None)
 
 
 def _validate(job: Job, stage: Stage, state: RunState) -> None:

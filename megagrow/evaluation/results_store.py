@@ -5,6 +5,7 @@ run, it contains the run's step, tokens, FLOPs and elapsed seconds at the checkp
 """
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from megagrow.common.untrusted_values import Amount, Tally, problems_of_values
 from megagrow.errors import DataError, unwritable
 from megagrow.train.reporting.metrics import METRICS_FILE
 from megagrow.train.train_state import RunState
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "evaluations"
 
@@ -83,12 +86,19 @@ def stored_files(run: Path) -> list[Path]:
 def remove_stored_after(run: Path, step: int) -> None:
     """Remove the results of checkpoints later than `step`; of all checkpoints if `step` is -1.
 
-    Called when a run resumes from `step` or restarts; its records are truncated the same way.
-    Raises OSError if a file cannot be removed.
+    Called when a run resumes from `step` or restarts; its records are truncated the same way. A
+    file that cannot be removed is logged.
     """
     for path in stored_files(run):
         if step < 0 or path.stem > checkpoint_name(step):
-            path.unlink()
+            try:
+                path.unlink()
+            except OSError as error:
+                logger.warning(
+                    "%s: cannot be removed (%s), but its checkpoint was undone; remove it",
+                    path,
+                    error.strerror,
+                )
 
 
 class _Stored(BaseModel):

@@ -10,11 +10,17 @@ import pytest
 from megagrow.analysis.curves import load_curves
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
-from megagrow.evaluation.results_store import find_run, run_counters, store_results
+from megagrow.evaluation.results_store import (
+    find_run,
+    remove_stored_after,
+    run_counters,
+    store_results,
+)
 from megagrow.evaluation.runner import average
 from megagrow.train.reporting.metrics import read_metrics
 from tests.helpers.evaluation.small import SMALL, write_data
 from tests.helpers.jobs import Job, train, write_run
+from tests.helpers.logs import captured_logs
 from tests.helpers.runs import STEP_TOKENS, make_run
 
 
@@ -84,6 +90,16 @@ def test_results_of_one_checkpoint_are_merged(tmp_path: Path) -> None:
     endless = results("wikitext", 0.0, results={"wikitext": {"word_perplexity": float("inf")}})
     store_results(endless, tmp_path, average)
     assert json.loads(path.read_text())["results"] == {"wikitext": {"word_perplexity": None}}
+
+
+def test_results_that_cannot_be_removed_are_named(tmp_path: Path) -> None:
+    (tmp_path / "evaluations" / "step-000000005.json").mkdir(parents=True)
+    stored = store_results(results("piqa", 0.5, step=7), tmp_path, average)
+    with captured_logs() as messages:
+        remove_stored_after(tmp_path, 4)
+    (line,) = messages
+    assert "step-000000005.json: cannot be removed (Is a directory)" in line
+    assert not stored.exists()
 
 
 @pytest.mark.dist

@@ -148,6 +148,17 @@ def test_a_broken_model_is_not_saved_when_the_run_is_stopped(tmp_path: Path) -> 
     ]
 
 
+def test_a_broken_checkpoint_without_an_earlier_one_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [{"tokens": BEFORE * STEP_TOKENS}])
+    path = write_run(tmp_path / "run.yaml", run)
+    assert train(path, 2, spoiled(math.nan, unchecked)).finish().codes == [0, 0]
+    longer = make_run(tmp_path, [{"tokens": 2 * BEFORE * STEP_TOKENS}])
+    done = train(write_run(path, longer), 2).finish()
+    assert done.codes == [3, 3], done.err
+    assert done.err[0].startswith(f"error: step {BEFORE}: fp32 of ")
+    assert "and there is no checkpoint of an earlier step" in done.err[0]
+
+
 def assert_finite(run: RunConfig, *steps: int) -> None:
     """All tensors of these checkpoints are finite."""
     for step in steps:
