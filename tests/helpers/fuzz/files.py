@@ -112,7 +112,7 @@ def _load_corpus(folder: Path, given: tuple[bytes, bytes]) -> None:
     for suffix, raw in zip((".idx", ".bin"), given, strict=True):
         (folder / f"corpus{suffix}").write_bytes(raw)
     corpus = IndexedCorpus(folder / "corpus")
-    assert corpus.tokens.tobytes() == given[1]
+    assert corpus.tokens[:].tobytes() == given[1]
     starts = corpus.document_starts(0, corpus.num_tokens).tolist()
     assert starts == sorted(starts) and all(0 <= s < corpus.num_tokens for s in starts)
     sequences, entries = struct.unpack_from("<QQ", given[0], 18)
