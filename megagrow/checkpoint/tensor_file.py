@@ -29,6 +29,9 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _HEADER_LIMIT = 100_000_000
 """Maximum header bytes, as in the safetensors library."""
 
+MOST_TENSORS = 300_000
+"""Maximum number of tensors of a file; a rank of 10,000 layers has 270,000."""
+
 MOST_AXES = 16
 """Maximum dimensions of a tensor."""
 
@@ -92,7 +95,9 @@ def read_header(path: Path) -> dict[str, Stored]:
             if length > min(size - 8, _HEADER_LIMIT):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             text = file.read(length)
-            entries = parse_json(text) if text.startswith(b"{") else None
+            if (count := text.count(b'"data_offsets"')) > MOST_TENSORS:
+                raise ValueError(f"{count} tensors, more than the limit of {MOST_TENSORS}")
+            entries = parse_json(text, 8 * MOST_TENSORS) if text.startswith(b"{") else None
         if not isinstance(entries, dict):
             raise ValueError("its header is not a JSON object")
         if not _is_metadata(entries.pop("__metadata__", {})):

@@ -30,7 +30,7 @@ from megagrow.cli.options import (
 from megagrow.cli.train import prepare, prepare_instructions, train
 from megagrow.common.log_setup import configure_logging
 from megagrow.common.tables import table_console
-from megagrow.errors import ConfigError, InputError, PeerLost, RunError
+from megagrow.errors import ConfigError, InputError, PeerLost, ResourceError, RunError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 config_app = typer.Typer(help="Inspect run files.", no_args_is_help=True)
@@ -190,7 +190,11 @@ def config_show(run_file: RunFile, overrides: Overrides = None) -> None:
 
 
 def main() -> None:
-    """Run the command line; print a user error once per host, on one line, with exit code 2."""
+    """Run the command line; print a user error once per host, on one line, with exit code 2.
+
+    A file that cannot be accessed (permissions, a name that is too long) is a user error wherever
+    it is found.
+    """
     # torch reads it on import: without it, it prints a C++ stack trace if rank 0 is lost.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
@@ -204,6 +208,11 @@ def main() -> None:
     except RunError as error:
         _report_once(f"error: {error}")
         sys.exit(error.code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _report_once(f"error: {ResourceError(f'{error.filename}: {error.strerror}')}")
+        sys.exit(ResourceError.code)
     except KeyboardInterrupt:
         sys.exit(130)
 

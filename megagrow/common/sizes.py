@@ -15,6 +15,10 @@ LARGEST_COUNT = 10**27
 product of two counts fits into a float."""
 
 
+LARGEST_BYTES = 10**18
+"""Maximum of `parse_bytes`."""
+
+
 def parse_count(value: object) -> int:
     """Return the integer that a number or a text such as `1.5B` specifies.
 
@@ -72,13 +76,16 @@ def parse_bytes(text: str) -> int:
     """Return the number of bytes that `1GiB`, `512 MiB`, `1.5GB` or plain digits specify.
 
     KiB, MiB, GiB and TiB are powers of 1024; KB, MB, GB and TB are powers of 1000. Raises
-    ValueError.
+    ValueError, also for more than `LARGEST_BYTES`.
     """
     match = _BYTES.fullmatch(text.strip())
     units = {name.lower(): size for name, size in BYTE_UNITS.items()}
     if match is None or (match[2] or "B").lower() not in units:
         raise ValueError("should be a number of bytes such as 1GiB, 512MiB or 5GB")
-    return int(Decimal(match[1]) * units[(match[2] or "B").lower()])
+    count = Decimal(match[1]) * units[(match[2] or "B").lower()]
+    if count > LARGEST_BYTES:
+        raise ValueError(f"is more than {LARGEST_BYTES:.0e} bytes")
+    return int(count)
 
 
 def format_bytes(count: int) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from megagrow.common.json_text import read_limited
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, ConfigError
 
 LONGEST_NAME = 255
 """Bytes; the limit of common file systems."""
@@ -83,6 +83,12 @@ def as_amount(value: Any) -> float:
 def as_value(value: Any) -> float:
     """Return a value that is a `Value`. Raises ValueError."""
     return _VALUE.validate_python(value)
+
+
+def check_option(name: str, value: int | None, lowest: int, highest: int) -> None:
+    """Raise ConfigError if an option is set to a number outside its range."""
+    if value is not None and not lowest <= value <= highest:
+        raise ConfigError(f"{name} = {value}; use a number from {lowest} to {highest}")
 
 
 def problems_of_values(error: ValidationError) -> str:

@@ -13,10 +13,10 @@ import yaml
 from megagrow.common.json_text import read_limited
 from megagrow.errors import ConfigError
 
-FILE_BYTES = 1_000_000
+FILE_BYTES = 500_000
 """Maximum size of a file."""
-VALUES = 100_000
-"""Maximum number of values in a file; an alias counts as its expansion."""
+VALUES = 50_000
+"""Maximum number of values in a file, about 300 stages; an alias counts as its expansion."""
 DEPTH = 50
 """Maximum nesting of mappings and lists."""
 NUMBER_LENGTH = 64

@@ -27,6 +27,9 @@ from megagrow.errors import ConfigError
 
 Tree = dict[str, Any]
 
+MOST_LEVELS = 10
+"""Maximum length of a chain of included files."""
+
 LONGEST_NAME = 200
 """Maximum characters of a section name; file names have at most 255 bytes."""
 
@@ -97,11 +100,17 @@ def named_section(
     name = str(value["base"])
     if name in via:
         raise ConfigError(f"{where} includes itself: {' -> '.join([*via, name])}")
+    _check_depth(where, len(via))
     file = find_file(name, section, folders, where)
     part = read_mapping(file)
     refuse_unknown_part_keys(part, section, str(file))
     base = named_section(part, section, folders, where, (*via, name))
     return merge(base, {key: item for key, item in value.items() if key != "base"})
+
+
+def _check_depth(where: str, depth: int) -> None:
+    if depth > MOST_LEVELS:
+        raise ConfigError(f"{where} is included through more than {MOST_LEVELS} files; merge some")
 
 
 def find_file(name: str, section: str, folders: Sequence[Path], where: str) -> Path:
@@ -145,6 +154,7 @@ def read_run(path: Path, via: tuple[Path, ...] = ()) -> Tree:
         if file in (via := (*via, path.resolve())):
             trail = " -> ".join(item.stem for item in (*via, file))
             raise ConfigError(f"{origin}: 'base' includes itself: {trail}")
+        _check_depth(f"{origin}: 'base'", len(via))
         under = read_run(file, via)
     if "hardware" in own:
         under = with_hardware({**under, "hardware": own["hardware"]}, folders, origin)

@@ -13,7 +13,13 @@ from pydantic import ValidationError
 from megagrow.common.sizes import format_count, format_large
 from megagrow.config.deprecated import rename_recorded
 from megagrow.config.includes import expand, merge, read_run, search_path, with_hardware
-from megagrow.config.overrides import DEFAULTS, apply_override, refuse_unknown_keys
+from megagrow.config.overrides import (
+    DEFAULTS,
+    MOST_PROBLEMS,
+    apply_override,
+    first_problems,
+    refuse_unknown_keys,
+)
 from megagrow.config.schema import RunConfig, StageConfig
 from megagrow.config.stage_length import LENGTHS, lengths_in, settled, unsettled
 from megagrow.config.validation import problems
@@ -47,7 +53,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as error:
         raise ConfigError(f"{origin}: {'; '.join(_explained(error, tree))}") from error
     if texts := problems(run):
-        raise ConfigError(f"{origin}: {'; '.join(texts)}")
+        raise ConfigError(f"{origin}: {'; '.join(first_problems(texts))}")
     try:
         return settled(run)
     except ValueError as error:
@@ -91,11 +97,12 @@ def _refuse_two_lengths(stage: dict[str, Any], place: str, origin: str) -> None:
 
 def _explained(error: ValidationError, tree: dict[str, Any]) -> list[str]:
     """Return one text per pydantic error, with the key's path in the user's file."""
-    return list(dict.fromkeys(_texts(error, tree)))
+    return first_problems(dict.fromkeys(_texts(error, tree)))
 
 
 def _texts(error: ValidationError, tree: dict[str, Any]) -> Iterator[str]:
-    for detail in error.errors():
+    # One value can cause several errors that have the same text.
+    for detail in error.errors()[: 10 * MOST_PROBLEMS]:
         path = ".".join(map(str, _written_at(detail["loc"], tree)))
         if detail["type"] == "default_factory_not_called":
             continue  # depends on a key that is reported itself

@@ -1,8 +1,9 @@
 """Command-line overrides `--set path.to.key=value`, and errors for unknown keys."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
+from itertools import islice
 from typing import Any, get_args
 
 from megagrow.common.yaml_file import parse_yaml
@@ -164,8 +165,19 @@ def run_keys() -> Keys:
     return {**_keys_of(RunConfig), **{key: stage[key] for key in DEFAULTS}}
 
 
+MOST_PROBLEMS = 20
+"""Maximum number of problems in one message; hints take time that is proportional to their
+number."""
+
+
+def first_problems(texts: Iterable[str]) -> list[str]:
+    """Return the first problems, and a note if there are more."""
+    first = list(islice(texts, MOST_PROBLEMS + 1))
+    return first if len(first) <= MOST_PROBLEMS else [*first[:-1], "and more"]
+
+
 def _refuse(unknown: Iterator[tuple[str, str]], origin: str) -> None:
-    if problems := [f"unknown key '{path}'; {hint}" for path, hint in unknown]:
+    if problems := first_problems(f"unknown key '{path}'; {hint}" for path, hint in unknown):
         raise ConfigError(f"{origin}: {'; '.join(problems)}")
 
 

@@ -5,10 +5,9 @@ section are validated by its class, constraints between sections and with the nu
 `validation.py`. The sections of a run and of a stage can be imported from here.
 """
 
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.model import ModelConfig
@@ -16,6 +15,7 @@ from megagrow.config.sections import (
     CheckpointConfig,
     Count,
     EvaluationConfig,
+    FilePath,
     GuardsConfig,
     LoggingConfig,
     Section,
@@ -53,7 +53,7 @@ __all__ = [
 class CorpusConfig(Section):
     """One tokenized corpus of a blend."""
 
-    path: Path
+    path: FilePath
     """Path of the .bin and .idx files, without extension."""
     weight: float = Field(default=1.0, gt=0)
     """Sampling weight in the blend, relative to the other corpora."""
@@ -66,7 +66,7 @@ class DataConfig(Section):
     """Training corpora; more than one are blended."""
     validation: list[CorpusConfig] = Field(default=[])
     """Corpora of the validation loss; empty disables it."""
-    tokenizer: Path | None = None
+    tokenizer: FilePath | None = None
     """A SentencePiece .model file, a tokenizer.json, or a Hugging Face folder. It is checked
     against the model's vocabulary and required by `evaluation`. Checkpoints record its path."""
     sequence_length: Count
@@ -77,21 +77,33 @@ class DataConfig(Section):
     """Restrict attention to the token's own document (name from Megatron-LM)."""
 
 
+def _printable(name: str) -> str:
+    if not name.isprintable():
+        raise ValueError("contains a line break or another control character")
+    return name
+
+
+def _in_64_bits(seed: int) -> int:
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError("does not fit into 64 bits")
+    return seed
+
+
 class RunConfig(Section):
     """A run. Keys of a stage except `growth` may also be set at the top of the file, as defaults of
     all stages."""
 
-    name: str
-    """Name of the run in its output, in reports and in trackers."""
-    seed: int = 1234
+    name: Annotated[str, Field(max_length=200), AfterValidator(_printable)]
+    """Name of the run in its output, in reports and in trackers; printable."""
+    seed: Annotated[int, AfterValidator(_in_64_bits)] = 1234
     """Seed of the initial weights, the data order, and the random numbers of growth."""
-    output_dir: Path
+    output_dir: FilePath
     """Directory of the run: configuration, metrics, checkpoints. A run resumes from its latest
     checkpoint there."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute precision; `auto` is bf16 on a GPU and fp32 on a CPU. Master weights and moments are
     always fp32. With `zero_stage: 0`, bf16 is an autocast of fp32 weights."""
-    init_from: Path | None = None
+    init_from: FilePath | None = None
     """Checkpoint, run directory or Hugging Face folder with the initial weights of the first stage;
     null initializes randomly. Not read when resuming."""
     objective: Literal["pretrain", "sft"] = "pretrain"

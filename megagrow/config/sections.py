@@ -1,14 +1,37 @@
 """Base class of all sections of a run file, and the sections that a run has once."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from megagrow.common.sizes import parse_count
+from megagrow.common.untrusted_values import LONGEST_NAME
+
+LONGEST_PATH = 4095
+"""Bytes; Linux's PATH_MAX without the final zero."""
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 """Positive integer, optionally with a suffix or an exponent: `2048`, `2M`, `10B`."""
+
+
+def _usable(path: Path) -> Path:
+    """Raise ValueError for a path that no file can have."""
+    text = str(path)
+    if not text.isprintable():
+        raise ValueError("contains a control character")
+    longest = max(len(os.fsencode(part)) for part in path.parts or ("",))
+    if longest > LONGEST_NAME or len(os.fsencode(text)) > LONGEST_PATH:
+        raise ValueError(
+            f"is longer than the file system allows: {LONGEST_NAME} bytes for a name, "
+            f"{LONGEST_PATH} for a path"
+        )
+    return path
+
+
+FilePath = Annotated[Path, AfterValidator(_usable)]
+"""Path of a file or folder, printable and of a length that Linux supports."""
 
 
 class Section(BaseModel):
@@ -54,7 +77,7 @@ class EvaluationConfig(Section):
     """Steps between evaluations."""
     tasks: list[str] = Field(default=["gstack"], min_length=1)
     """Names of lm-eval tasks; `gstack` is the group of the paper's eight tasks."""
-    data_dir: Path | None = None
+    data_dir: FilePath | None = None
     """Directory with local files of the tasks. By default, they are downloaded from the Hugging
     Face Hub."""
     limit: Count | None = None

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from megagrow.common.atomic_files import write_text
 from megagrow.common.json_text import FILE_BYTES, read_limited
+from megagrow.common.untrusted_values import check_option
 from megagrow.data.documents import Document, read_documents
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
 from megagrow.data.long_documents import LONG, encode_document
@@ -36,6 +37,9 @@ class Options:
     text_key: str
     validation_fraction: float
     seed: int
+
+    def __post_init__(self) -> None:
+        check_option("seed", self.seed, -(2**63), 2**63 - 1)
 
     def split_of(self, text: str) -> str:
         """Return the split of a document, a function of its content: duplicates stay together."""

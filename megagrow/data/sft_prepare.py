@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from megagrow.common.tables import print_lines
+from megagrow.common.untrusted_values import check_option
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
 from megagrow.data.manifest import CorpusManifest, Split, corpus_files
 from megagrow.data.part_files import SPLITS, TRAIN, Options, fingerprint
@@ -61,6 +62,7 @@ def prepare_sft(
     dropped. The split of an example depends on its text only. Another corpus in the folder is
     replaced only if `overwrite` is set. Prints a summary. Raises InputError.
     """
+    check_option("sequence_length", sequence_length, 2, 2**24)
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"validation_fraction {validation_fraction} is not in [0, 1)")
     console, loaded = console or Console(), load_tokenizer(tokenizer)

@@ -12,7 +12,8 @@ from typing import Protocol
 import sentencepiece
 
 from megagrow.common.atomic_files import atomic_file
-from megagrow.data.hugging_face_tokenizers import JsonTokenizer, TransformersTokenizer
+from megagrow.common.untrusted_values import check_option
+from megagrow.data.hugging_face_tokenizers import MOST_IDS, JsonTokenizer, TransformersTokenizer
 from megagrow.data.tokenizer_files import checksum_of, copy_file, find_eos, no_eos
 from megagrow.errors import ConfigError, DataError
 
@@ -178,6 +179,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path)
     Unknown characters fall back to bytes, digits are single tokens, spaces and newlines are
     preserved; ids as in Llama: unk 0, bos 1, eos 2. Equal texts produce equal files.
     """
+    check_option("vocab_size", vocab_size, 1, MOST_IDS)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import read_manifest, write_manifest
 from megagrow.checkpoint.source import open_checkpoint
+from megagrow.checkpoint.tensor_file import read_header
 from megagrow.config.load import load_run
 from megagrow.data.manifest import CorpusManifest
 from megagrow.errors import InputError
@@ -222,3 +224,14 @@ def test_files_of_many_gigabytes_are_not_read(tmp_path: Path, name: str) -> None
     with pytest.raises(InputError, match=rf"{name}.* limit of \d+ bytes"):
         GIGABYTES[name](path)
     assert time.perf_counter() - begin < 10
+
+
+def test_a_header_of_a_million_tensors_is_not_parsed(tmp_path: Path) -> None:
+    entry = b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},'
+    header = b"{" + b"".join(entry % number for number in range(10**6))
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    begin = time.perf_counter()
+    with pytest.raises(InputError, match=r"x\.safetensors: .*1000000 tensors, more than the limit"):
+        read_header(path)
+    assert time.perf_counter() - begin < 5

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,33 @@ def test_an_error_is_one_line_and_its_exit_code(
 def test_the_fix_of_a_failed_write_fits_its_cause(number: int, words: str) -> None:
     error = unwritable(Path("metrics.jsonl"), OSError(number, os.strerror(number)))
     assert str(error) == f"metrics.jsonl: cannot be written{words}"
+
+
+LONG = "x" * 400
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["report", LONG, "--output", "out"],
+        ["checkpoint", "ls", LONG],
+        ["checkpoint", "verify", "/".join(["d"] * 2500)],
+        ["convert", "reshard", LONG, "out"],
+        ["convert", "megatron-import", LONG, "out"],
+        ["convert", "universal-import", LONG, "out"],
+        ["plan", LONG],
+        ["prepare", LONG, "--output", "out", "--tokenizer", "train"],
+        ["prepare", "/etc/hostname", "--output", "out", "--tokenizer", f"{LONG}.json"],
+    ],
+)
+def test_a_name_that_no_file_can_have_is_one_line(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`Path.is_file` raises OSError for it."""
+    monkeypatch.setattr(sys, "argv", ["megagrow", *arguments])
+    with pytest.raises(SystemExit) as end:
+        megagrow.cli.app.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert "File name too long" in said

@@ -185,3 +185,9 @@ def test_format_duration(seconds: float | None, text: str) -> None:
 )
 def test_format_short(number: float, text: str) -> None:
     assert format_short(number) == text
+
+
+@pytest.mark.parametrize("written", ["9" * 5000, "9" * 5000 + "GiB", "1000001TB"])
+def test_more_bytes_than_any_machine_has_are_refused(written: str) -> None:
+    with pytest.raises(ValueError, match=r"is more than 1e\+18 bytes"):
+        parse_bytes(written)

@@ -58,6 +58,55 @@ def test_yaml(tmp_path: Path, name: str) -> None:
     assert time.perf_counter() - begin < 10
 
 
+MANY = {
+    "unknown keys": "model: {" + ", ".join(f"k{n}: 1" for n in range(1500)) + "}",
+    "unknown keys at the top": "".join(f"k{n}: 1\n" for n in range(1500)),
+    "stages": "stages: [" + "{tokens: 1}," * 1000 + "]",
+    "a list of the wrong type": "stages: [" + "{tokens: []}," * 1000 + "]",
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_the_first_of_many_problems_are_listed(tmp_path: Path, name: str) -> None:
+    """A hint for each of 50,000 unknown keys took minutes."""
+    (tmp_path / "run.yaml").write_text(MANY[name])
+    begin = time.perf_counter()
+    with pytest.raises(InputError, match=r"run\.yaml: .*; and more$") as caught:
+        load_run(tmp_path / "run.yaml")
+    assert len(str(caught.value)) <= 4000
+    assert time.perf_counter() - begin < 20
+
+
+@pytest.mark.parametrize("key", ["base", "model"])
+def test_a_long_chain_of_files_is_refused(tmp_path: Path, key: str) -> None:
+    (tmp_path / "model").mkdir()
+    folder = tmp_path / "model" if key == "model" else tmp_path
+    for number in range(200):
+        (folder / f"f{number}.yaml").write_text(f"base: f{number + 1}\n")
+    (tmp_path / "run.yaml").write_text(f"{key}: f0\n")
+    with pytest.raises(InputError, match="through more than 10 files"):
+        load_run(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"output_dir={'x' * 300}", "is longer than the file system allows: 255 bytes"),
+        (f"data.train.0.path={'a/' * 2500}x", "is longer than the file system allows"),
+        ('init_from="a\\tb"', "contains a control character"),
+        ('name="a\\nb"', "contains a line break"),
+        (f"name={'x' * 201}", "at most 200 characters"),
+        (f"seed={2**63}", "does not fit into 64 bits"),
+    ],
+)
+def test_names_and_seeds_that_cannot_be_used(
+    run_file_text: str, tmp_path: Path, override: str, message: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(run_file_text)
+    with pytest.raises(InputError, match=message):
+        load_run(tmp_path / "run.yaml", [override])
+
+
 def test_a_file_that_is_no_run_file_is_not_read_whole(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"/dev/zero: larger than the limit of {FILE_BYTES} bytes"):
         read_mapping(Path("/dev/zero"))
