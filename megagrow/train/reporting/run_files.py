@@ -26,7 +26,7 @@ def write_run_files(run: RunConfig, environment: dict[str, Any]) -> None:
     oldest first.
     """
     path, text = run.output_dir / CONFIG_FILE, to_yaml(run)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    if not path.is_file() or path.read_bytes() != text.encode():
         if path.exists():
             path.rename(_unused_name(run.output_dir))
         write_text(path, text)

@@ -6,7 +6,9 @@ import pytest
 from rich.console import Console
 
 from megagrow.common.log_setup import ConsoleHandler
+from megagrow.config.load import load_run
 from megagrow.train.reporting.metrics import METRICS_FILE, Counters, read_metrics
+from megagrow.train.reporting.run_files import CONFIG_FILE, write_run_files
 from megagrow.train.reporting.run_logger import RunLogger
 from megagrow.train.train_state import RunState
 from tests.helpers.logs import captured_logs
@@ -41,3 +43,16 @@ def test_lost_records_are_reported_once(tmp_path: Path, deleted: bool) -> None:
     assert [(record["step"], record["steps"]) for record in found] == [
         (40, [[10, 40] if deleted else [20, 30]])
     ]
+
+
+def test_earlier_configurations_are_kept(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [{"tokens": STEP_TOKENS}])
+    run.output_dir.mkdir()
+    first, second = (run.model_copy(update={"seed": seed}) for seed in (1, 2))
+    (run.output_dir / CONFIG_FILE).write_bytes(b"\xff\x00")  # unreadable
+    for each in (first, first, second, first):
+        write_run_files(each, {})
+    kept = [path.name for path in sorted(run.output_dir.glob("config*.yaml"))]
+    assert kept == ["config-0001.yaml", "config-0002.yaml", "config-0003.yaml", CONFIG_FILE]
+    found = [load_run(run.output_dir / name).seed for name in kept[1:]]
+    assert found == [1, 2, 1]
