@@ -195,6 +195,8 @@ def _stage_tokens(values: Mapping[str, Any], environment: Mapping[str, Any]) -> 
         return values["stage_tokens"]
     if values["stage_step"] == 0:
         return 0
+    if values["stage"] == 0:  # exact even if the batch size has changed
+        return values["counters"]["tokens"]
     config = environment["config"]
     batch = config["stages"][values["stage"]]["batch"]["global_batch_size"]
     sizes = (values["stage_step"], batch, config["data"]["sequence_length"])

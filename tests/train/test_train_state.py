@@ -135,6 +135,8 @@ def test_a_state_that_counts_steps_is_read_in_tokens() -> None:
     values = RunState(Counters(tokens=1000), stage=1).as_json()
     del values["stage_tokens"]
     environment = {"config": run.model_dump(mode="json")}
+    first = values | {"stage": 0, "stage_step": 999}  # with several batch sizes
+    assert RunState.from_json(first, environment).stage_tokens == 1000
     state = RunState.from_json(values | {"stage_step": 3}, environment)
     assert (state.stage, state.stage_tokens) == (1, 3 * 4 * LENGTH)
     assert RunState.from_json(values | {"stage_step": 0}, {}).stage_tokens == 0
