@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megagrow.checkpoint.discovery import list_checkpoints
+from megagrow.checkpoint.discovery import last_valid, list_checkpoints
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.config.resume_rules import ConfigChange
 from megagrow.config.schema import RunConfig
@@ -130,17 +130,20 @@ def _start(
 ) -> Iterator[str]:
     """Yield problems of the checkpoint or the source that the run starts from; append notes."""
     try:
-        saved = list_checkpoints(run.output_dir / "checkpoints")
+        folder = run.output_dir / "checkpoints"
+        saved = last_valid(folder, list_checkpoints(folder), read_manifest)
         source = None if saved else check_beginning(run)
         changes: list[ConfigChange] = []
-        if saved:
-            notes.append(f"the run would resume from its checkpoint {saved[-1]}")
-            changes = checkpoint_changes(run, contents, read_manifest(saved[-1]))
+        if saved is not None:
+            path, manifest = saved
+            notes.append(f"the run would resume from its checkpoint {path}")
+            changes = checkpoint_changes(run, contents, manifest)
         elif source is not None:
             notes.append(f"weights initialized from {source.path}")
             changes = changes_since_source(run, contents, source)
         notes.extend(f"config {change}" for change in changes)
-        check_changes(changes, allowed, str(saved[-1] if saved else run.init_from))
+        origin = f"init_from = {run.init_from}" if saved is None else str(saved[0])
+        check_changes(changes, allowed, origin)
     except (InputError, OSError) as error:
         yield str(error)
     if run.precision == "auto":

@@ -10,16 +10,21 @@ import torch
 from typer.testing import CliRunner
 
 import megagrow.train.growth_event.event
+from megagrow.checkpoint.discovery import checkpoint_name
 from megagrow.checkpoint.manifest import MANIFEST_FILE
 from megagrow.cli.app import app
 from megagrow.config.load import load_run
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
+from megagrow.parallel.sharding import parameter_plan
 from megagrow.planning.dry_run import dry_run as run_dry
 from megagrow.reshard.exchange import TransferStats
 from megagrow.reshard.fill import fill_initial
 from megagrow.train.stage import Stage, build_stage
+from tests.helpers.checkpoint.written import write_checkpoint
+from tests.helpers.hugging_face import hugging_face, state_of
 from tests.helpers.jobs import write_run
+from tests.helpers.reshard.models import layout_of
 from tests.helpers.runs import MODEL, STEP_TOKENS, grow_live, make_run, parallel_of
 from tests.helpers.spawn import run_ranks
 
@@ -194,12 +199,16 @@ def test_missing_tasks_and_a_checkpoint_that_is_there(tmp_path: Path) -> None:
     told = run_dry(run, 4, 3)
     assert told.problems == (f"evaluation.data_dir = {tmp_path}/tasks: no such directory",)
     assert any("loaded and checked when the run starts" in note for note in told.notes)
-    checkpoint = run.output_dir / "checkpoints" / "step-000000007"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / MANIFEST_FILE).write_text("{}")
-    assert f"the run would resume from its checkpoint {checkpoint}" in "; ".join(
-        run_dry(run, 4, 3).notes
-    )
+    good, damaged = (run.output_dir / "checkpoints" / checkpoint_name(step) for step in (3, 7))
+    damaged.mkdir(parents=True)
+    (damaged / MANIFEST_FILE).write_text("{}")
+    assert "no valid checkpoint under" in run_dry(run, 4, 3).problems[-1]
+    model = run.stages[0].model
+    state = state_of(hugging_face(model), parameter_plan(model, 1))
+    write_checkpoint(good, model, layout_of(model, 1, 1, 1), state)
+    told = run_dry(run, 4, 3)
+    assert f"the run would resume from its checkpoint {good}" in told.notes
+    assert len(told.problems) == 1
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
