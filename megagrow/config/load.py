@@ -3,6 +3,7 @@
 Relative paths in a run file are relative to the current directory.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from megagrow.config.overrides import (
 from megagrow.config.schema import RunConfig, StageConfig
 from megagrow.config.stage_length import LENGTHS, lengths_in, settled, unsettled
 from megagrow.config.validation import problems
-from megagrow.errors import ConfigError
+from megagrow.errors import ConfigError, printable
+
+logger = logging.getLogger(__name__)
 
 KeyPath = tuple[int | str, ...]
 
@@ -61,12 +64,28 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def recorded_run(values: Mapping[str, Any]) -> RunConfig:
-    """Return the run whose dump is recorded in a checkpoint, by this or an earlier version.
+    """Return the run whose dump is recorded in a checkpoint, by this or another version.
+
+    Keys that this version does not have are left out, with a warning.
 
     Raises:
         ValidationError: `values` is not a dump of a run.
     """
-    return RunConfig.model_validate(rename_recorded(values))
+    tree = rename_recorded(values)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        places = [each["loc"] for each in error.errors() if each["type"] == "extra_forbidden"]
+        if not places:
+            raise
+    for *sections, key in places:
+        section: Any = tree
+        for each in sections:
+            section = section[each]
+        del section[key]
+    keys = ", ".join(".".join(map(str, place)) for place in places)
+    logger.warning("recorded by another version, ignored: %s", printable(keys))
+    return RunConfig.model_validate(tree)
 
 
 def _with_stages(tree: dict[str, Any], origin: str) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """Run state recorded with a source of weights."""
 
+from pydantic import ValidationError
+
 from megagrow.checkpoint.manifest import Manifest
 from megagrow.checkpoint.source import Source
 from megagrow.config.load import recorded_run
+from megagrow.errors import CheckpointError
 from megagrow.growth.mask_schedule import stage_masks
 from megagrow.train.growth_event.run_growths import as_grown
 from megagrow.train.train_state import RunState
@@ -28,10 +31,18 @@ def state_of(source: Source) -> RunState:
 
 def still_masked(source: Source) -> bool:
     """Return True if growth masks of the source are still ramping; masks belong to its run."""
-    if "growth" in source.environment:  # grown from files, and not trained since
-        return source.environment["growth"]["masks"] is not None
-    state, stages = state_of(source), source.environment.get("config", {}).get("stages", [])
-    if not stages or stages[state.stage]["growth"] is None:
-        return False
-    run = as_grown(recorded_run(source.environment["config"]), state)
+    state = state_of(source)
+    try:
+        if "growth" in source.environment:  # grown from files, and not trained since
+            return source.environment["growth"]["masks"] is not None
+        config = source.environment.get("config", {})
+        stages = config.get("stages", [])
+        if not stages or stages[state.stage]["growth"] is None:
+            return False
+        run = as_grown(recorded_run(config), state)
+    except (AttributeError, IndexError, KeyError, TypeError, ValidationError) as error:
+        raise CheckpointError(
+            f"{source.path}: the configuration recorded in it is unreadable, and with it whether "
+            "its growth masks are still ramping; use another checkpoint"
+        ) from error
     return stage_masks(run, state.stage, state.stage_tokens) is not None
