@@ -14,6 +14,7 @@ from megagrow.common.log_setup import LogLevel, configure_logging
 from megagrow.config.growth_guidelines import timing_warnings
 from megagrow.config.schema import RunConfig
 from megagrow.config.validation import world_problems
+from megagrow.data.corpus_identity import data_contents
 from megagrow.errors import ConfigError
 from megagrow.evaluation.evaluator import Evaluation, open_evaluation
 from megagrow.evaluation.results_store import remove_stored_after
@@ -22,7 +23,6 @@ from megagrow.parallel.agreement import any_across_ranks, run_on_all_ranks, run_
 from megagrow.parallel.launch import Launch, read_launch
 from megagrow.parallel.process_groups import leave_process_group
 from megagrow.train.checkpointer import Checkpointer
-from megagrow.train.config_changes import data_contents
 from megagrow.train.data_setup import Inputs, open_inputs_on_all_ranks
 from megagrow.train.fault_tolerance.signals import StopRequested, StopSignal
 from megagrow.train.fault_tolerance.watchdog import Watchdog, watched_ranks

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from megagrow.errors import printable
+
 
 class Effect(StrEnum):
     """Effect of a changed key on a resumed run."""
@@ -23,7 +25,7 @@ class Effect(StrEnum):
     CONTRADICTION = "contradiction"
     """The checkpoint would not belong to the run; refused unless the user allows the key."""
     FIXED = "fixed"
-    """The checkpoint does not fit; always refused."""
+    """The checkpoint is of another model or growth; always refused."""
 
 
 EFFECTS: dict[Effect, tuple[str, ...]] = {
@@ -128,7 +130,6 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "stages.N.model.rope_scaling.mscale_all_dim",
         "stages.N.model.rope_scaling.truncate",
         "stages.N.growth",
-        "stages.N.growth.operator",
         "stages.N.growth.layer_map",
         "stages.N.growth.new_layer_init",
         "stages.N.growth.copy_order",
@@ -157,6 +158,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "stages.N.model.intermediate_size",
         "stages.N.model.vocab_size",
         "stages.N.model.tie_word_embeddings",
+        "stages.N.growth.operator",
     ),
 }
 """Keys by the effect of a change in the stage of the checkpoint, see `effect_of`.
@@ -185,7 +187,12 @@ class ConfigChange:
         return self.effect not in (Effect.NONE, Effect.ROUNDING)
 
     def __str__(self) -> str:
-        return f"{self.key}: {_shown(self.old)} -> {_shown(self.new)} ({self.effect})"
+        return f"{self.difference} ({self.effect})"
+
+    @property
+    def difference(self) -> str:
+        """Key and both values, on one line."""
+        return f"{self.key}: {_shown(self.old)} -> {_shown(self.new)}"
 
     def as_json(self) -> dict[str, Any]:
         """Return JSON values for metrics.jsonl."""
@@ -244,7 +251,9 @@ def _entries(value: Any) -> Mapping[str, Any] | None:
 
 
 def _shown(value: Any) -> str:
-    """Return a value in short form: sections are only named."""
+    """Return a value in short form: of a corpus its path; other sections are only named."""
+    if isinstance(value, Mapping) and "path" in value:
+        value = value["path"]
     if _entries(value):
         return "present"
-    return "null" if value is None else str(value)
+    return "null" if value is None else printable(str(value))

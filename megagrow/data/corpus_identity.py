@@ -5,8 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megagrow.config.schema import RunConfig
+from megagrow.config.sections import Section
 from megagrow.data.indexed import CorpusFile, with_suffix
 from megagrow.data.manifest import CorpusManifest
+from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import DataError
 
 BLOCK_BYTES = 1 << 14
@@ -42,6 +45,31 @@ def corpus_identity(prefix: Path) -> CorpusIdentity:
         return CorpusIdentity(f"sampled:{_digest(_sampled(prefix))}", None)
     recorded = _recorded(prefix, manifest)
     return CorpusIdentity(f"checksum:{_digest(recorded)}", manifest.tokenizer_checksum)
+
+
+class Contents(Section):
+    """Identities of a run's data, recorded in checkpoints as `environment.contents`."""
+
+    train: list[str]
+    validation: list[str]
+    tokenizer: str | None
+    """Checksum; None if neither the run nor its corpora name a tokenizer."""
+
+
+def data_contents(run: RunConfig) -> Contents:
+    """Return the identities of a run's corpora and tokenizer. Raises DataError."""
+    train, validation = (
+        [corpus_identity(corpus.path) for corpus in corpora]
+        for corpora in (run.data.train, run.data.validation)
+    )
+    named = run.data.tokenizer
+    known = [each.tokenizer for each in (*train, *validation) if each.tokenizer]
+    tokenizer = known[0] if known else load_tokenizer(str(named)).checksum if named else None
+    return Contents(
+        train=[each.content for each in train],
+        validation=[each.content for each in validation],
+        tokenizer=tokenizer,
+    )
 
 
 def require_one_tokenizer(checksums: Mapping[str, str | None]) -> None:

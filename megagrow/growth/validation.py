@@ -66,8 +66,7 @@ def _probe(options: GrowthConfig, here: str) -> Iterator[str]:
 def unused_keys(options: GrowthConfig, at: str) -> Iterator[str]:
     """Yield a problem for each key that is set and that no operator of the growth uses."""
     chosen = [name for candidate in candidates(options) for name in candidate.operator]
-    used = {key for name in chosen for key in OPERATORS[name].keys}
-    for key in sorted({key for operator in OPERATORS.values() for key in operator.keys} - used):
+    for key in sorted(keys_without_use(options)):
         value = getattr(options, key)
         if value != GrowthConfig.model_fields[key].default:
             users = [name for name, operator in OPERATORS.items() if key in operator.keys]
@@ -82,6 +81,13 @@ def unused_keys(options: GrowthConfig, at: str) -> Iterator[str]:
             f"{at}.second_moment_batches is set, but optimizer_state is {', '.join(policies)}; "
             "remove it, or set optimizer_state to estimate_second_moment"
         )
+
+
+def keys_without_use(options: GrowthConfig) -> set[str]:
+    """Return the keys that some operators use, but none of this growth."""
+    chosen = [name for candidate in candidates(options) for name in candidate.operator]
+    used = {key for name in chosen for key in OPERATORS[name].keys}
+    return {key for operator in OPERATORS.values() for key in operator.keys} - used
 
 
 def _new_entries(options: GrowthConfig, here: str) -> Iterator[str]:

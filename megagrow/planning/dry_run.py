@@ -18,6 +18,7 @@ from megagrow.checkpoint.manifest import read_manifest
 from megagrow.config.resume_rules import ConfigChange
 from megagrow.config.schema import RunConfig
 from megagrow.config.validation import world_problems
+from megagrow.data.corpus_identity import Contents, data_contents
 from megagrow.errors import ConfigError, InputError
 from megagrow.evaluation.evaluator import need_lm_eval
 from megagrow.growth.operators import is_learned
@@ -29,11 +30,9 @@ from megagrow.planning.memory import STATE_BYTES, StageMemory
 from megagrow.planning.traffic import Traffic, step_traffic
 from megagrow.reshard.traffic import Volume, rank_volume
 from megagrow.train.config_changes import (
-    Contents,
     changes_since_source,
     check_changes,
     checkpoint_changes,
-    data_contents,
 )
 from megagrow.train.data_setup import check_inputs
 from megagrow.train.growth_event.run_growths import stage_growth, stage_layout, with_operators

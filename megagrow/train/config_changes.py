@@ -6,7 +6,7 @@ by default are compared in tokens, so that a new batch size does not shift them 
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,19 @@ from pydantic import ValidationError
 
 from megagrow.checkpoint.manifest import Manifest
 from megagrow.checkpoint.source import Source
+from megagrow.common.untrusted_values import problems_of_values
 from megagrow.config.deprecated import rename_recorded
 from megagrow.config.load import recorded_run
 from megagrow.config.resume_rules import ABSENT, ConfigChange, Effect, config_changes
 from megagrow.config.schema import GrowthConfig, ModelConfig, RunConfig
-from megagrow.config.sections import Section
-from megagrow.config.stage_length import step_tokens
-from megagrow.data.corpus_identity import corpus_identity
+from megagrow.data.corpus_identity import Contents
 from megagrow.data.manifest import CorpusManifest
 from megagrow.data.tokenizers import gives_same_ids, load_tokenizer, tokenizers_at
-from megagrow.errors import CheckpointError, ConfigError
+from megagrow.errors import CheckpointError, ConfigError, printable
 from megagrow.formats.hugging_face_origin import HuggingFaceOrigin
 from megagrow.formats.hugging_face_tokenizer import is_tokenizer
-from megagrow.growth.mask_schedule import ramp_tokens
-from megagrow.train.schedule import new_entries_of, origin_stage, warmup_length
+from megagrow.train.growth_event.run_growths import as_grown, keys_without_effect
+from megagrow.train.schedule import derived_lengths
 from megagrow.train.source_state import state_of, state_of_checkpoint
 from megagrow.train.train_state import RunState
 
@@ -38,31 +37,6 @@ TOKENIZER = "data.tokenizer_contents"
 
 ALL = "all"
 """Value of `--allow-change` that allows every key."""
-
-
-class Contents(Section):
-    """Identities of a run's data, recorded in checkpoints as `environment.contents`."""
-
-    train: list[str]
-    validation: list[str]
-    tokenizer: str | None
-    """Checksum; None if neither the run nor its corpora name a tokenizer."""
-
-
-def data_contents(run: RunConfig) -> Contents:
-    """Return the identities of a run's corpora and tokenizer. Raises DataError."""
-    train, validation = (
-        [corpus_identity(corpus.path) for corpus in corpora]
-        for corpora in (run.data.train, run.data.validation)
-    )
-    named = run.data.tokenizer
-    known = [each.tokenizer for each in (*train, *validation) if each.tokenizer]
-    tokenizer = known[0] if known else load_tokenizer(str(named)).checksum if named else None
-    return Contents(
-        train=[each.content for each in train],
-        validation=[each.content for each in validation],
-        tokenizer=tokenizer,
-    )
 
 
 def changes_since(
@@ -93,10 +67,14 @@ def changes_since(
     if contents is not None:
         _add_contents(old, new, then, contents)
     for side in (old, new):
-        side["init_from"] = side["init_from"] and str(Path(side["init_from"]).resolve())
+        side["init_from"] = side["init_from"] and _absolute(side["init_from"])
     changes = config_changes(old, new, state.stage)
-    if recorded is not None and state.stage < len(recorded.stages):
-        changes += _shifted_lengths(recorded, run, state.stage, changes)
+    if recorded is not None:
+        before, after = (_with_past_operators(each, state) for each in (recorded, run))
+        equal = {*keys_without_effect(recorded, run, state), *_equal_lengths(before, after, state)}
+        changes = [replace(c, effect=Effect.NONE) if _is_in(c.key, equal) else c for c in changes]
+        if state.stage < len(recorded.stages):
+            changes += _shifted_lengths(before, after, state.stage, changes)
     tokens = f"stages.{state.stage}.tokens"
     if run.stages[state.stage].tokens < state.stage_tokens:
         changes = [
@@ -127,6 +105,7 @@ def changes_since_source(
     old, new = (each.model_dump(mode="json") for each in (recorded, run))
     stage = min(state_of(source).stage, len(old["stages"]) - 1)
     old["stages"], new["stages"] = old["stages"][stage : stage + 1], new["stages"][:1]
+    old["stages"][0]["model"] = source.model.model_dump(mode="json")  # may be grown since
     if contents is not None:
         _add_contents(old, new, then, contents)
     changes = config_changes(old, new, stage=0)
@@ -176,13 +155,13 @@ def check_changes(changes: Sequence[ConfigChange], allowed: Sequence[str], check
     fixed = [change for change in changes if change.effect is Effect.FIXED]
     if fixed:
         raise CheckpointError(
-            f"{checkpoint}: is of another model than the run: {_listed(fixed)}; set the model of "
-            "the checkpoint or another output_dir"
+            f"{checkpoint}: does not fit the run: {_listed(fixed)}; restore the old value, or set "
+            "another output_dir"
         )
     refused = [
         change
         for change in changes
-        if change.effect is Effect.CONTRADICTION and not _is_allowed(change.key, allowed)
+        if change.effect is Effect.CONTRADICTION and not _is_in(change.key, allowed)
     ]
     if refused:
         keys = " ".join(f"--allow-change {change.key}" for change in refused)
@@ -201,15 +180,20 @@ def _recorded(environment: Mapping[str, Any]) -> tuple[RunConfig | None, Content
     config, contents = environment.get("config"), environment.get("contents")
     try:
         run = None if config is None else recorded_run(config)
-        known = None if contents is None else Contents.model_validate(contents)
     except ValidationError as error:
         logger.warning(
             "the configuration in the checkpoint is unreadable, only its model is compared: %s",
-            error.errors()[0]["msg"],
+            printable(problems_of_values(error)),
         )
         return None, None
-    if run is None or known is None:
+    if run is None or contents is None:
         return run, None
+    try:
+        known = Contents.model_validate(contents)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"the contents recorded in the checkpoint are invalid: {problems_of_values(error)}"
+        ) from error
     sizes = len(known.train), len(known.validation)
     if sizes != (len(run.data.train), len(run.data.validation)):
         raise CheckpointError("the contents recorded in the checkpoint do not match its run")
@@ -222,17 +206,20 @@ def _add_growth_of_files(
     """Add the growth of a checkpoint that `megagrow grow` wrote, whose run had other plans."""
     known = len(old["stages"])
     old["stages"] += copy.deepcopy(new["stages"][known : stage + 1])
-    if growth is None or growth.get("options") is None:
-        return
     try:
+        if growth is None or growth.get("options") is None:
+            return
         old["stages"][stage]["growth"] = GrowthConfig.model_validate(
             rename_recorded(growth["options"], ("growth",))
         ).model_dump(mode="json")
-        old["seed"] = int(growth["stream"].partition("/")[0])
+        seed = int(growth["stream"].partition("/")[0])
     except (KeyError, ValueError, AttributeError, TypeError) as error:
+        problem = problems_of_values(error) if isinstance(error, ValidationError) else error
         raise CheckpointError(
-            f"the growth recorded in the checkpoint is invalid ({error})"
+            f"the growth recorded in the checkpoint is invalid ({problem})"
         ) from error
+    if seed != new["seed"]:  # otherwise the seed of the source's run is compared
+        old["seed"] = seed
 
 
 def _add_contents(
@@ -242,7 +229,8 @@ def _add_contents(
     for name in ("train", "validation"):
         for side, known in ((old, recorded), (new, now if recorded else None)):
             for index, corpus in enumerate(side["data"][name]):
-                corpus["contents"] = getattr(known, name)[index] if known else corpus["path"]
+                path = _absolute(corpus["path"])
+                corpus["contents"] = getattr(known, name)[index] if known else path
     tokenizers = (recorded or now).tokenizer, now.tokenizer
     if None not in tokenizers:
         for side, tokenizer in zip((old, new), tokenizers, strict=True):
@@ -253,7 +241,9 @@ def _shifted_lengths(
     old: RunConfig, new: RunConfig, stage: int, changes: Sequence[ConfigChange]
 ) -> list[ConfigChange]:
     """Return the lengths of a stage that differ in tokens although their own keys are unchanged."""
-    lengths = zip(_lengths(old, stage).items(), _lengths(new, stage).values(), strict=True)
+    lengths = zip(
+        derived_lengths(old, stage).items(), derived_lengths(new, stage).values(), strict=True
+    )
     found = []
     for (key, before), after in lengths:
         place = f"stages.{stage}.{key}"
@@ -264,21 +254,36 @@ def _shifted_lengths(
     return found
 
 
-def _lengths(run: RunConfig, stage: int) -> dict[str, int]:
-    """Return the lengths of a stage that other keys determine, in tokens, by their keys."""
-    config, length = run.stages[stage], run.data.sequence_length
-    origin = step_tokens(run.stages[origin_stage(run, stage)], length)
-    new = None if config.growth is None else new_entries_of(config.growth)
-    return {
-        "schedule.warmup_tokens": warmup_length(config.schedule, origin),
-        "growth.new_entries": new.warmup_steps * step_tokens(config, length) if new else 0,
-        "growth.ramp_tokens": ramp_tokens(run, stage),
-    }
+def _with_past_operators(run: RunConfig, state: RunState) -> RunConfig:
+    """Return the run with the operators that probes have chosen; others are found as changes."""
+    known = state.operators[: len(run.stages) - 1]
+    try:
+        return as_grown(run, replace(state, operators=known))
+    except ConfigError:
+        return run
+
+
+def _equal_lengths(old: RunConfig, new: RunConfig, state: RunState) -> Iterator[str]:
+    """Yield the keys of lengths that are equal in tokens, in the stages up to the current one."""
+    for index in range(min(state.stage + 1, len(old.stages), len(new.stages))):
+        before, after = derived_lengths(old, index), derived_lengths(new, index)
+        if before["schedule.warmup_tokens"] == after["schedule.warmup_tokens"]:
+            yield from (f"stages.{index}.schedule.warmup_{unit}" for unit in ("steps", "tokens"))
+        if before["growth.ramp_tokens"] == after["growth.ramp_tokens"]:
+            yield f"stages.{index}.growth.ramp_tokens"
 
 
 def _listed(changes: Sequence[ConfigChange]) -> str:
-    return ", ".join(f"{change.key}: {change.old} -> {change.new}" for change in changes)
+    return ", ".join(change.difference for change in changes)
 
 
-def _is_allowed(key: str, allowed: Sequence[str]) -> bool:
-    return any(each in (ALL, key) or key.startswith(f"{each}.") for each in allowed)
+def _is_in(key: str, sections: Collection[str]) -> bool:
+    """Return True if `sections` has the key, a section of it, or `all`."""
+    return any(each in (ALL, key) or key.startswith(f"{each}.") for each in sections)
+
+
+def _absolute(path: str) -> str:
+    try:
+        return str(Path(path).resolve())
+    except (OSError, ValueError):  # a recorded path may be anything
+        return path

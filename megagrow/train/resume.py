@@ -17,10 +17,10 @@ from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.removal import hide_checkpoint
 from megagrow.config.resume_rules import ConfigChange
 from megagrow.config.schema import RunConfig
+from megagrow.data.corpus_identity import Contents
 from megagrow.errors import CheckpointError, Diverged
 from megagrow.parallel.agreement import run_on_rank_zero
 from megagrow.train.config_changes import (
-    Contents,
     changes_since_source,
     check_changes,
     checkpoint_changes,

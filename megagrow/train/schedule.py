@@ -16,6 +16,7 @@ from megagrow.config.growth import GrowthConfig, NewEntriesConfig
 from megagrow.config.growth_guidelines import rate_for_size
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
 from megagrow.config.stage_length import step_tokens, tokens_between
+from megagrow.growth.mask_schedule import ramp_tokens
 from megagrow.growth.operators import operators_of
 
 WSD_DECAY = 0.1
@@ -121,6 +122,18 @@ def new_entries_of(growth: GrowthConfig) -> NewEntriesConfig | None:
     """Return the schedule of new entries, from the run file or the operator, or None."""
     by_operator = any(operator.rewarms for operator in operators_of(growth))
     return growth.new_entries or (NewEntriesConfig() if by_operator else None)
+
+
+def derived_lengths(run: RunConfig, stage: int) -> dict[str, int]:
+    """Return the lengths of a stage that other keys determine, in tokens, by their keys."""
+    config, length = run.stages[stage], run.data.sequence_length
+    origin = step_tokens(run.stages[origin_stage(run, stage)], length)
+    new = None if config.growth is None else new_entries_of(config.growth)
+    return {
+        "schedule.warmup_tokens": warmup_length(config.schedule, origin),
+        "growth.new_entries": new.warmup_steps * step_tokens(config, length) if new else 0,
+        "growth.ramp_tokens": ramp_tokens(run, stage),
+    }
 
 
 def new_entries_rate(run: RunConfig, stage_index: int, stage_tokens: int) -> float:

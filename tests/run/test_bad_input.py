@@ -104,7 +104,7 @@ def again(finished, tmp_path) -> tuple[Path, Path]:
 def test_checkpoints_of_another_model(again, key, was):
     path, folder = again
     said = refused_run(path, f"stages.0.model.{key}={2 * was}")
-    assert said.startswith(f"{folder / checkpoint_name(6)}: is of another model than the run: ")
+    assert said.startswith(f"{folder / checkpoint_name(6)}: does not fit the run: ")
     assert f"stages.0.model.{key}: {was} -> {2 * was}" in said
 
 

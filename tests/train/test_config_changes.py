@@ -2,28 +2,34 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from megagrow.checkpoint.source import Source
 from megagrow.config.load import load_run
 from megagrow.config.resume_rules import ConfigChange, Effect
 from megagrow.config.schema import RunConfig
+from megagrow.data.corpus_identity import Contents, data_contents
 from megagrow.data.tokenizers import train_sentencepiece
 from megagrow.errors import CheckpointError, ConfigError, InputError
 from megagrow.formats.hugging_face_origin import ORIGIN_KEY
 from megagrow.formats.hugging_face_tokenizer import tokenizer_files
+from megagrow.parallel.sharding import StateKind
+from megagrow.reshard.layout import Block
 from megagrow.train.config_changes import (
-    Contents,
     changes_since,
     changes_since_source,
     check_changes,
-    data_contents,
 )
 from megagrow.train.train_state import RunState
 from tests.helpers.jobs import write_run
+from tests.helpers.logs import captured_logs
+from tests.helpers.reshard.models import layout_of
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run, write_corpus
 
 GROWTH = {"operator": "random_depth", "lr_schedule": "continue"}
@@ -76,7 +82,10 @@ def test_an_unchanged_run_has_no_changes(run: RunConfig) -> None:
         (MIDDLE, "stages.0.tokens=256", Effect.CONTRADICTION),
         (GROWN, "stages.0.tokens=1280", Effect.CONTRADICTION),
         (MIDDLE, "stages.1.growth.copy_order=tiled", Effect.FROM_NOW_ON),
-        (GROWN, "stages.1.growth.copy_order=tiled", Effect.CONTRADICTION),
+        (GROWN, "stages.1.growth.optimizer_state=reset", Effect.CONTRADICTION),
+        (GROWN, "stages.1.growth.copy_order=tiled", Effect.NONE),  # random_depth has no use of it
+        (MIDDLE, "stages.1.growth.operator=direct_depth", Effect.FROM_NOW_ON),
+        (GROWN, "stages.1.growth.operator=direct_depth", Effect.FIXED),
         (MIDDLE, "seed=7", Effect.CONTRADICTION),
         (MIDDLE, "data.sequence_length=8", Effect.CONTRADICTION),
         (MIDDLE, "stages.0.model.rope_theta=5e5", Effect.CONTRADICTION),
@@ -96,7 +105,7 @@ def test_a_batch_does_not_stretch_a_warm_up_in_steps(run: RunConfig, fixed: str)
     assert found.pop("stages.0.batch.global_batch_size") is Effect.FROM_NOW_ON
     steps, tokens = "stages.0.schedule.warmup_steps", "stages.0.schedule.warmup_tokens"
     implied = {tokens: Effect.CONTRADICTION}
-    assert found == ({steps: Effect.FROM_NOW_ON, tokens: Effect.FROM_NOW_ON} if fixed else implied)
+    assert found == ({steps: Effect.NONE, tokens: Effect.NONE} if fixed else implied)
 
 
 def test_a_longer_stage_does_not_stretch_its_masks(run: RunConfig) -> None:
@@ -107,9 +116,7 @@ def test_a_longer_stage_does_not_stretch_its_masks(run: RunConfig) -> None:
     found = changes_since(
         kept, None, GROWN, run.stages[1].model, {"config": run.model_dump(mode="json")}
     )
-    assert [str(change) for change in found if change.key == key] == [
-        f"{key}: null -> 640 (contradiction)"
-    ]
+    assert [str(change) for change in found if change.key == key] == [f"{key}: null -> 640 (none)"]
 
 
 def test_contradictions_name_key_values_and_flag(run: RunConfig) -> None:
@@ -131,7 +138,7 @@ def test_a_section_allows_its_keys_and_nothing_allows_another_model(run: RunConf
     check_changes(found, ["data"], "step-4")
     wider = changed(run, "stages.0.model.vocab_size=128", "stages.1.model.vocab_size=128")
     found = changes_since(wider, None, MIDDLE, run.stages[0].model, environment)
-    with pytest.raises(CheckpointError, match=r"another model .*vocab_size: 101 -> 128"):
+    with pytest.raises(CheckpointError, match=r"does not fit the run: .*vocab_size: 101 -> 128"):
         check_changes(found, ["all"], "step-4")
 
 
@@ -141,7 +148,9 @@ def test_a_checkpoint_of_a_removed_stage_is_refused(run: RunConfig) -> None:
     assert since(run, single, MIDDLE) == {"stages.1": Effect.FROM_NOW_ON}
 
 
-def test_corpora_are_compared_by_their_contents(run: RunConfig, tmp_path: Path) -> None:
+def test_corpora_are_compared_by_their_contents(
+    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = data_contents(run)
     recorded = {"config": run.model_dump(mode="json"), "contents": before.model_dump()}
     for end in (".bin", ".idx"):
@@ -154,11 +163,17 @@ def test_corpora_are_compared_by_their_contents(run: RunConfig, tmp_path: Path) 
     assert since(run, run, MIDDLE, recorded, data_contents(run)) == {
         "data.train.0.contents": Effect.CONTRADICTION
     }
-    earlier = {"config": recorded["config"]}  # no contents recorded: the path stands for them
+    config = recorded["config"]
+    earlier = {"config": config}  # no contents recorded: the path stands for them
     assert since(run, moved, MIDDLE, earlier, data_contents(moved)) == {
         "data.train.0.path": Effect.NONE,
         "data.train.0.contents": Effect.CONTRADICTION,
     }
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "validation"):
+        config["data"][name][0]["path"] = name
+    found = since(run, run, MIDDLE, earlier, data_contents(run))
+    assert set(found.values()) == {Effect.NONE}, "a relative path is the same path"
 
 
 def test_tokenizers_are_compared_where_both_are_known(run: RunConfig) -> None:
@@ -214,6 +229,54 @@ def test_a_growth_between_files_is_compared_with_the_run(run: RunConfig) -> None
         "seed": Effect.CONTRADICTION,
         "stages.1.growth.copy_order": Effect.CONTRADICTION,
     }
+    growth["options"] = options.model_dump(mode="json")
+    seeded = run.model_copy(update={"seed": 7})  # the seed of the growth, not of the base
+    assert since(run, seeded, start, environment) == {"seed": Effect.CONTRADICTION}
+
+
+class Recorded(Source):
+    """A source without tensors."""
+
+    def read(self, name: str, kind: StateKind, block: Block) -> torch.Tensor:
+        raise AssertionError(name)
+
+
+def test_a_grown_source_is_compared_by_its_own_model(run: RunConfig) -> None:
+    base, model = run.model_copy(update={"stages": run.stages[:1]}), run.stages[1].model
+    source = Recorded(
+        path=Path("grown"),
+        model=model,
+        layout=layout_of(model, 1, 1, 1),
+        files=(),
+        run=RunState(stage=1).as_json(),
+        environment={"config": base.model_dump(mode="json")},
+    )
+    first = run.stages[0].model_copy(update={"model": model})
+    grown = run.model_copy(update={"stages": [first], "init_from": Path("grown"), "seed": 7})
+    changes = changes_since_source(grown, None, source)
+    assert [str(each) for each in changes] == ["seed: 1234 -> 7 (from now on)"]
+    check_changes(changes, [], "grown")
+
+
+def test_a_probe_may_be_replaced_by_the_operator_it_chose(run: RunConfig) -> None:
+    probe = "stages.1.growth.probe={operators: [random_depth, zero_depth]}"
+    state, at = replace(GROWN, operators=(("random_depth",),)), "stages.1.growth"
+    probed = changed(run, f"{at}.operator=direct_depth", probe)
+    both = {f"{at}.operator": Effect.NONE, f"{at}.probe": Effect.NONE}
+    assert since(probed, run, state) == since(run, probed, state) == both
+    other = changed(run, f"{at}.operator=zero_depth")
+    assert since(probed, other, state)[f"{at}.operator"] is Effect.FIXED
+    longer = changed(probed, "stages.1.tokens=1280")  # the chosen operator has masks
+    assert since(probed, longer, state)[f"{at}.ramp_tokens"] is Effect.CONTRADICTION
+
+
+def test_keys_of_another_version_are_not_compared(run: RunConfig) -> None:
+    config = run.model_dump(mode="json") | {"later": 1}
+    config["stages"][1]["optimizer"]["later"] = {"x": 1}
+    with captured_logs() as messages:
+        found = since(run, changed(run, "seed=7"), MIDDLE, {"config": config})
+    assert found == {"seed": Effect.CONTRADICTION}
+    assert messages == ["recorded by another version, ignored: stages.1.optimizer.later, later"]
 
 
 @pytest.mark.parametrize(
@@ -221,6 +284,8 @@ def test_a_growth_between_files_is_compared_with_the_run(run: RunConfig) -> None
     [
         {"growth": {"options": {"operator": 3}, "stream": "1/stage-1"}},
         {"growth": {"options": {}, "stream": "x"}},
+        {"growth": 5},
+        {"contents": {"train": ["x"], "validation": ["x\ny"], "tokenizer": None}},
         {"contents": {"train": [], "validation": [], "tokenizer": None}},
         {"contents": {"train": 3}},
         {"config": {"stages": 3}},
@@ -232,3 +297,4 @@ def test_damaged_records_raise_no_traceback(run: RunConfig, environment: dict[st
         since(run, run, GROWN, recorded, data_contents(run))
     except InputError as error:
         assert "recorded in the checkpoint" in str(error)
+        assert "pydantic" not in str(error)

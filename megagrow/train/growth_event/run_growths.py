@@ -1,13 +1,13 @@
 """Growths of a run and their effect on training: pure functions of its config."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from megagrow.config.schema import RunConfig
 from megagrow.errors import ConfigError
 from megagrow.growth.map import GrowthMap
 from megagrow.growth.map_checks import check_map
 from megagrow.growth.operators import follows_exactly, growth_map
-from megagrow.growth.validation import candidates
+from megagrow.growth.validation import candidates, keys_without_use
 from megagrow.parallel.engine_config import UNSCALED, ParamScale, parameter_groups
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Layout
@@ -90,3 +90,21 @@ def as_grown(run: RunConfig, state: RunState) -> RunConfig:
             )
         run = with_operators(run, index, names)
     return run
+
+
+def keys_without_effect(old: RunConfig, new: RunConfig, state: RunState) -> Iterator[str]:
+    """Yield the keys of past growths that two runs may set differently without an effect.
+
+    These are keys that no operator of either growth uses, and `operator` and `probe` if one run has
+    the probe and the other one the operator that it chose.
+    """
+    for index, (before, after) in enumerate(zip(old.stages, new.stages, strict=False)):
+        sides = [stage.growth for stage in (before, after) if stage.growth is not None]
+        if index > state.stage or len(sides) < 2:
+            continue
+        at = f"stages.{index}.growth"
+        yield from (f"{at}.{key}" for key in set.intersection(*map(keys_without_use, sides)))
+        names = state.operators[index - 1] if 0 < index <= len(state.operators) else ()
+        known = all(list(names) in [c.operator for c in candidates(side)] for side in sides)
+        if known and len([side for side in sides if side.probe is not None]) == 1:
+            yield from (f"{at}.operator", f"{at}.probe")
