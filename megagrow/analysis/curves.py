@@ -167,8 +167,21 @@ def _curves(directory: Path, path: Path, records: list[Record]) -> RunCurves:
         ),
         metrics=read_run_metrics(_train_records(records)),
         scores=read_scores(_of_kind(records, "evaluation"), _stored_results(directory)),
-        setting=read_setting(directory),
+        setting=read_setting(directory, _changes(records)),
     )
+
+
+def _changes(records: Sequence[Record]) -> list[list[object]]:
+    """Return step, key and old value of each change of the configuration during the run.
+
+    Those at step 0 are the differences from the source of `init_from`.
+    """
+    return [
+        [record["step"], change["key"], change["old"]]
+        for record in _of_kind(records, "config_change")
+        for change in record["changes"]
+        if record["step"]
+    ]
 
 
 class _Start(BaseModel):
@@ -185,9 +198,13 @@ def _unfinished(directory: Path) -> DataError:
 
 
 def _check_costs(records: Sequence[Record]) -> None:
-    """Raise ValueError unless all costs are in range and never decrease, and the end has some."""
+    """Raise ValueError unless all costs are in range and never decrease, and the end has some.
+
+    The end of an interrupted part includes the time of its last save, which the next part does not.
+    """
     costs = ("tokens", "flops", "flops_true", "elapsed_seconds")
-    measured = [r for r in records if r["kind"] in ("train", "validation", "growth", "end")]
+    measured = [r for r in records if r["kind"] in ("train", "validation", "growth")]
+    measured += _of_kind(records, "end")[-1:]
     for cost in costs:
         values = [as_amount(record[cost]) for record in measured]
         if any(later < sooner for sooner, later in pairwise(values)):

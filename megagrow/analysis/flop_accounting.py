@@ -12,6 +12,7 @@ accounts agree; otherwise this one is lower, because embeddings do not grow by g
 (`config.flops.flops_per_token`), stored in the run's records.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,28 +36,32 @@ class Setting:
     """Properties of a run derived from its config.yaml."""
 
     config_key: str
-    """Config as JSON without seed, name and directory: equal for runs that differ only in these."""
+    """Config as JSON without seed, name and directory, and its changes during the run: equal for
+    runs that differ only in these."""
     charges: tuple[float, ...]
     """FLOPs per token of each stage, by the paper's charge."""
     has_full_cost: bool
     """True if the run pretrains from initial weights, so its records contain the full cost."""
 
 
-def read_setting(directory: Path) -> Setting | None:
+def read_setting(directory: Path, changes: Sequence[object] = ()) -> Setting | None:
     """Read the setting of the run in `directory`; return None if it has no config.yaml.
+
+    `changes` are those of its configuration at resumes, as JSON values.
 
     Raises InputError if config.yaml is not a valid run file.
     """
     path = directory / CONFIG_FILE
-    return make_setting(load_run(path)) if path.is_file() else None
+    return make_setting(load_run(path), changes) if path.is_file() else None
 
 
-def make_setting(run: RunConfig) -> Setting:
-    """Derive the setting from a run's config."""
+def make_setting(run: RunConfig, changes: Sequence[object] = ()) -> Setting:
+    """Derive the setting from a run's config and its changes during the run."""
     target = run.stages[-1].model
     per_parameter = paper_flops_per_token(target) / non_embedding_parameters(target)
     return Setting(
-        config_key=run.model_dump_json(exclude={"seed", "name", "output_dir"}),
+        config_key=run.model_dump_json(exclude={"seed", "name", "output_dir"})
+        + json.dumps(changes),
         charges=tuple(per_parameter * non_embedding_parameters(s.model) for s in run.stages),
         has_full_cost=run.objective == "pretrain" and run.init_from is None,
     )

@@ -73,8 +73,8 @@ class Matchup:
 def group_runs(runs: Sequence[RunCurves]) -> list[SeedGroup]:
     """Group runs by setting, in order of appearance; a run that repeats a seed starts a new group.
 
-    Settings are compared by config.yaml without seed, name and directory. Runs without config.yaml
-    are compared by sizes, tokens and growths.
+    Settings are compared by config.yaml without seed, name and directory, and by its changes during
+    the run. Runs without config.yaml are compared by sizes, tokens and growths.
     """
     groups: list[list[RunCurves]] = []
     for run in runs:

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 from megagrow.analysis.curves import load_curves, smooth
 from megagrow.errors import InputError
 
+SPENT = ("tokens", "flops", "flops_true")
 TOKENS = 1000
 """Tokens per step of the test runs."""
 
@@ -59,6 +61,25 @@ def test_interrupted_run_raises(make_run: Callable[..., Path]) -> None:
     path.write_text(path.read_text().replace('"run_steps": 10', '"run_steps": 20'))
     with pytest.raises(InputError, match="stopped: the run is not finished"):
         load_curves(path.parent)
+
+
+def test_a_resumed_run_is_read_with_its_changes(grown_run: Callable[..., Path]) -> None:
+    """The `end` of the first part counts the time of its save, which the second part does not."""
+    plain, resumed = (grown_run(name, (1, 2), 20, 1.0) for name in ("plain", "resumed"))
+    path = resumed / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if '"step": 5,' in line)
+    end = json.loads(lines[-1]) | {key: json.loads(lines[at])[key] for key in SPENT}
+    change = {"key": "stages.0.optimizer.lr", "old": 0.1, "new": 0.2, "effect": "from now on"}
+    for step, equal in ((0, True), (5, False)):
+        added = end | {"kind": "config_change", "step": step, "changes": [change]}
+        stopped = end | {"step": 5, "elapsed_seconds": 1e3}
+        extra = [json.dumps(record) + "\n" for record in (stopped, added)]
+        path.write_text("".join([*lines[: at + 1], *extra, *lines[at + 1 :]]))
+        first, second = load_curves(plain), load_curves(resumed)
+        assert first.train.loss and len(first.train.loss) == len(second.train.loss)
+        assert first.setting is not None and second.setting is not None
+        assert (first.setting.config_key == second.setting.config_key) is equal
 
 
 def test_diverged_run_raises_with_its_step(make_run: Callable[..., Path]) -> None:
