@@ -51,8 +51,6 @@ class HeartbeatClient:
 
     def abort(self, code: int) -> bool:
         """Request all ranks to exit with `code`, as `HeartbeatServer.abort`."""
-        if self._timed_out:  # the heartbeats keep trying; an exit must not wait for them
-            raise OSError("rank 0 does not answer")
         return bool(self._request("abort", code))
 
     def close(self, announce: bool = True) -> None:
@@ -79,11 +77,9 @@ class HeartbeatClient:
     def missing(self, seconds: float) -> MissingRanks:
         """Describe the ranks that may be the cause of a hang, as `HeartbeatServer.missing`."""
         try:
-            if not self._timed_out:
-                return MissingRanks(**self._request("missing", seconds))
+            return MissingRanks(**self._request("missing", seconds))
         except OSError:
-            pass
-        exited, answered = self.exited(0.0), self._answered
+            exited, answered = self.exited(0.0), self._answered
         if self._over:
             return MissingRanks(f"{self._rank_zero()} has exited", "", "")
         if answered is None:
@@ -103,6 +99,8 @@ class HeartbeatClient:
         with self._lock:
             if self._over:
                 raise OSError("the heartbeat server is closed")
+            if self._timed_out and request[0] in ("abort", "missing"):  # an exit must not wait
+                raise TimeoutError("rank 0 does not answer")
             link = self._link or self._connect()
             self._number += 1
             try:
@@ -128,10 +126,8 @@ class HeartbeatClient:
                 failure = error
                 continue
             try:
-                token, challenge = (
-                    self._address.token,
-                    json.loads(self._read_line(link, _deadline())),
-                )
+                challenge = json.loads(self._read_line(link, _deadline()))
+                token = self._address.token
                 proof = challenge_response(token, challenge, self._rank, self._host)
                 _send(link, [self._rank, self._host, proof])
             except (OSError, ValueError) as error:
