@@ -11,6 +11,25 @@ from megagrow.common.log_setup import LogLevel
 from megagrow.common.tables import table_console
 from megagrow.errors import ConfigError
 
+Include = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Read only these files of a folder; repeatable."),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Skip these files and folders; repeatable."),
+]
+Filters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--filter",
+        metavar="CONDITION",
+        help="Read only records with KEY=VALUE or KEY!=VALUE; `a.b` is nested; repeatable.",
+    ),
+]
+SkipInvalid = Annotated[
+    bool, typer.Option("--skip-invalid", help="Skip and count records without a valid text.")
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace another corpus in the output folder.")
 ]
@@ -76,8 +95,8 @@ def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Files or folders (text, .jsonl[.gz|.zst], .parquet), hf:NAME[:CONFIG[:SPLIT]], "
-            "or python-stdlib.",
+            help="Files or folders (text, JSON, JSON lines, Parquet; .gz, .zst, .bz2, .xz), "
+            "hf:NAME[:CONFIG[:SPLIT]], or python-stdlib.",
             show_default=False,
         ),
     ],
@@ -92,9 +111,15 @@ def prepare(
     workers: Annotated[
         int | None, typer.Option(help="Number of processes; default: all cores.")
     ] = None,
-    text_key: Annotated[str, typer.Option(help="JSON key or Parquet column of the text.")] = "text",
+    text_key: Annotated[
+        str, typer.Option(help="JSON key or column of the text; `a.b` is nested.")
+    ] = "text",
     seed: Annotated[int, typer.Option(help="Seed that selects the validation documents.")] = 1234,
     overwrite: Overwrite = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    filters: Filters = None,
+    skip_invalid: SkipInvalid = False,
 ) -> None:
     """Tokenize text into the indexed format for training; resumable."""
     from megagrow.data.prepare import prepare as prepare_corpus
@@ -109,6 +134,10 @@ def prepare(
         text_key,
         seed,
         overwrite=overwrite,
+        include=include or (),
+        exclude=exclude or (),
+        filters=filters or (),
+        skip_invalid=skip_invalid,
     )
 
 

@@ -25,7 +25,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(raw: bytes, most_values: int = MOST_VALUES) -> Any:
-    """Return the value of one JSON text in UTF-8.
+    """Return the value of one JSON text in UTF-8, with or without a byte order mark.
 
     `most_values` limits its commas and brackets, which bound its values.
 
@@ -36,7 +36,7 @@ def parse_json(raw: bytes, most_values: int = MOST_VALUES) -> Any:
     """
     if sum(map(raw.count, (b",", b"[", b"{"))) > most_values:
         raise ValueError(f"more than {most_values} values")
-    text = raw.decode("utf-8")
+    text = raw.decode("utf-8-sig")
     try:
         value = json.loads(
             text,

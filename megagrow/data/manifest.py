@@ -77,6 +77,8 @@ class CorpusManifest(BaseModel):
     """Row length into which examples are packed; instruction corpora only."""
     splits: dict[str, Split]
     """Contents by prefix name: train, validation."""
+    skipped: dict[str, Tally] = {}
+    """Number of documents of the sources that are not in the corpus, by reason."""
     files: dict[str, _Record]
     """Files by path relative to the manifest's folder."""
 

@@ -6,7 +6,7 @@ of workers or on interruptions: rerunning the command resumes from the existing 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,16 +15,13 @@ from rich.console import Console
 from megagrow.common.atomic_files import remove
 from megagrow.common.progress import TokenizingProgress
 from megagrow.common.tables import print_lines
-from megagrow.data.documents import read_documents
-from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
-from megagrow.data.manifest import CorpusManifest, Split, corpus_files
+from megagrow.data.indexed import with_suffix
+from megagrow.data.manifest import CorpusManifest, corpus_files
 from megagrow.data.part_files import (
     SPLITS,
     TRAIN,
     Options,
-    PartFile,
     Progress,
-    add,
     discard_stale,
     fingerprint,
     finished_part,
@@ -32,13 +29,17 @@ from megagrow.data.part_files import (
     start_tokenizing,
 )
 from megagrow.data.publication import (
+    MergedParts,
     disk_errors,
     finished_corpus,
+    merge_parts,
     open_output,
     publish_corpus,
     stage_corpus,
 )
-from megagrow.data.sources import SourceUnit, find_units
+from megagrow.data.sources.documents import Filter, RecordOptions, read_documents
+from megagrow.data.sources.folders import Selection, Skipped
+from megagrow.data.sources.units import SourceUnit, find_sources
 from megagrow.data.tokenizers import (
     Tokenizer,
     check_tokenizer,
@@ -46,7 +47,7 @@ from megagrow.data.tokenizers import (
     train_sentencepiece,
 )
 from megagrow.data.workers import TaskFunction, run_tasks
-from megagrow.errors import ConfigError, DataError
+from megagrow.errors import ConfigError, DataError, printable
 
 TRAIN_TOKENIZER = "train"
 DEFAULT_VOCAB_SIZE = 32_000
@@ -54,6 +55,8 @@ SAMPLE_BYTES_PER_TOKEN = 4096
 """Bytes of training text per token of the vocabulary: 131 MB for 32,000 tokens."""
 SAMPLE_UNITS = 256
 """The sample is taken from the starts of at least this many units, spread over the corpus."""
+LISTED = 10
+"""Skipped files listed for each reason."""
 
 
 def prepare(
@@ -67,25 +70,38 @@ def prepare(
     seed: int = 1234,
     console: Console | None = None,
     overwrite: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    filters: Sequence[str] = (),
+    skip_invalid: bool = False,
 ) -> CorpusManifest:
-    """Tokenize sources (see `sources.py`) into OUTPUT/train and OUTPUT/validation.
+    """Tokenize sources into OUTPUT/train and OUTPUT/validation.
 
     Args:
         sources: files, folders, `python-stdlib` or `hf:NAME`.
         output: folder of the corpus.
         tokenizer: `train` (SentencePiece with `vocab_size` tokens) or an argument of
             `load_tokenizer`, with at most `vocab_size` tokens.
-        validation_fraction: fraction of documents in the validation corpus; 0 writes none.
+        validation_fraction: fraction of documents in the validation corpus; 0 writes none. If no
+            document or every one is selected, the last tokens are the validation corpus.
         workers: number of processes; default: one per core.
+        text_key: JSON key or column of the text; with dots, of a nested value.
         overwrite: replace another corpus in the folder, which is refused otherwise.
+        include: patterns of the files of a folder to read, see `Selection`; default: all.
+        exclude: patterns of the files of a folder to skip.
+        filters: conditions on records, KEY=VALUE or KEY!=VALUE, that all must hold.
+        skip_invalid: skip records without a valid text, which are refused otherwise.
 
     Raises InputError. Ctrl-C keeps the finished parts.
     """
     _check_options(sources, output, validation_fraction, workers)
     console = console or Console()
-    options = Options(text_key, validation_fraction, seed)
+    records = RecordOptions(text_key, tuple(map(Filter.parse, filters)), skip_invalid)
+    options = Options(validation_fraction, seed, records)
+    chosen = Selection(tuple(include), tuple(exclude)) if include or exclude else None
     with disk_errors(output):
-        units = find_units(sources)
+        found = find_sources(sources, text_key, chosen)
+        units = found.units
         wanted = fingerprint(units, options, _identity(tokenizer, vocab_size))
     with disk_errors(output), open_output(output):
         finished = finished_corpus(output, wanted, overwrite)
@@ -94,6 +110,7 @@ def prepare(
             remove(folder)  # left by an interruption just before removal
             print_lines(console, [f"{output}: complete and unchanged, nothing to do"])
             return finished
+        print_lines(console, _skipped_files(found.skipped))
         folder.mkdir(exist_ok=True)
         if tokenizer == TRAIN_TOKENIZER:
             tokenizer = str(folder / f"{wanted}.model")
@@ -105,17 +122,11 @@ def prepare(
         by_name = dict(zip(names, units, strict=True))
         _tokenize(folder, by_name, start, loaded.vocab_size, workers, console)
         staged = stage_corpus(output)
-        splits = _merge(folder, names, staged, options, loaded.vocab_size)
-        manifest = _describe(wanted, sources, staged, splits, loaded)
+        merged = merge_parts(folder, names, staged, options, loaded.vocab_size)
+        manifest = _describe(wanted, sources, staged, merged, loaded)
         publish_corpus(output, manifest)
         remove(folder)
-    print_lines(
-        console,
-        (
-            f"{output / name}: {split.documents:,} documents, {split.tokens:,} tokens"
-            for name, split in splits.items()
-        ),
-    )
+    print_lines(console, _summary(output, merged))
     return manifest
 
 
@@ -149,7 +160,8 @@ def _train_tokenizer(
     if path.is_file():
         return
     size = vocab_size or DEFAULT_VOCAB_SIZE
-    sample = list(_sample(units, options, size * SAMPLE_BYTES_PER_TOKEN))
+    limit = size * SAMPLE_BYTES_PER_TOKEN
+    sample = list(_sample(units, options, limit)) or list(_sample(units, options, limit, SPLITS))
     if not sample:
         raise DataError("the sources contain no document with text")
     megabytes = sum(map(len, sample)) / 1e6
@@ -159,13 +171,15 @@ def _train_tokenizer(
         train_sentencepiece(sample, size, path)
 
 
-def _sample(units: list[SourceUnit], options: Options, limit: int) -> Iterator[str]:
-    """Yield about `limit` characters of training documents from across the corpus."""
+def _sample(
+    units: list[SourceUnit], options: Options, limit: int, splits: Sequence[str] = (TRAIN,)
+) -> Iterator[str]:
+    """Yield about `limit` characters of the documents of `splits` from across the corpus."""
     chosen = units[:: max(1, len(units) // SAMPLE_UNITS)]
     for unit in chosen:
         room = limit // len(chosen)
-        for document in read_documents(unit, options.text_key):
-            if options.split_of(document.text) == TRAIN:
+        for document in read_documents(unit, options.records):
+            if options.split_of(document.text) in splits:
                 yield document.text[:room]
                 room -= len(document.text)
             if room <= 0:
@@ -197,62 +211,48 @@ def _tokenize(
             raise
 
 
-def _merge(
-    folder: Path, names: list[str], output: Path, options: Options, vocab_size: int
-) -> dict[str, Split]:
-    """Merge the parts into the corpora, in the order of the names, and return their contents."""
-    finished = {name: finished_part(folder, name, vocab_size) for name in names}
-    parts = [part for part in map(finished.get, names) if part is not None]
-    assert len(parts) == len(names), "a part is missing after all parts were built"
-    totals = {split: _total(split, parts) for split in SPLITS}
-    _check_totals(totals, options.validation_fraction)
-    filled = {split: total for split, total in totals.items() if total.documents}
-    for split in filled:
-        with IndexedWriter(output / split, smallest_dtype(vocab_size)) as writer:
-            for name in names:
-                writer.append(with_suffix(folder / name, f".{split}"))
-            writer.finalize()
-    return filled
-
-
-def _total(split: str, parts: list[PartFile]) -> Split:
-    total = Split(documents=0, tokens=0, max_token_id=-1)
-    for part in parts:
-        more = part.splits[split]
-        total = add(total, more.documents, more.tokens, more.max_token_id)
-    return total
-
-
-def _check_totals(totals: dict[str, Split], validation_fraction: float) -> None:
-    documents = sum(total.documents for total in totals.values())
-    if documents == 0:
-        raise DataError("the sources contain no document with text")
-    for name, total in totals.items():
-        if total.documents == 0 and (name == TRAIN or validation_fraction > 0):
-            raise ConfigError(
-                f"validation_fraction = {validation_fraction} of {documents} documents leaves none "
-                f"for {name}; change it, or split the text into more documents"
-            )
-
-
 def _describe(
     wanted: str,
     sources: list[str],
     output: Path,
-    splits: dict[str, Split],
+    merged: MergedParts,
     tokenizer: Tokenizer,
 ) -> CorpusManifest:
     """Save the tokenizer with the corpus and return the manifest."""
     saved = tokenizer.save(output)
-    corpora = [with_suffix(output / split, end) for split in splits for end in (".bin", ".idx")]
+    corpora = [
+        with_suffix(output / split, end) for split in merged.splits for end in (".bin", ".idx")
+    ]
     main = saved[0] if saved[0].parent == output else saved[0].parent
     return CorpusManifest(
         fingerprint=wanted,
-        sources=sources,
+        sources=[printable(source) for source in sources],
         tokenizer=str(main.relative_to(output)),
         tokenizer_checksum=tokenizer.checksum,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
-        splits=splits,
+        splits=merged.splits,
+        skipped=merged.skipped,
         files=corpus_files(output, (*corpora, *saved)),
     )
+
+
+def _skipped_files(skipped: list[Skipped]) -> Iterator[str]:
+    """Yield a line for each reason for which files of the sources are skipped."""
+    names: dict[str, list[str]] = {}
+    for item in skipped:
+        names.setdefault(item.reason, []).append(item.path)
+    for reason, paths in names.items():
+        more = f" and {len(paths) - LISTED:,} more" if len(paths) > LISTED else ""
+        yield f"skipped {len(paths):,}: {reason}: {', '.join(paths[:LISTED])}{more}"
+
+
+def _summary(output: Path, merged: MergedParts) -> Iterator[str]:
+    """Yield the contents of the corpora and the number of skipped documents."""
+    if merged.skipped:
+        counts = (f"{count:,} {reason}" for reason, count in sorted(merged.skipped.items()))
+        yield f"skipped documents: {', '.join(counts)}"
+    if merged.is_divided:
+        yield "too few documents for the validation fraction: the last tokens are the validation"
+    for name, split in merged.splits.items():
+        yield f"{output / name}: {split.documents:,} documents, {split.tokens:,} tokens"

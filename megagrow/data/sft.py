@@ -1,9 +1,9 @@
 """Instruction data: Alpaca records as token ids with a mask of the answer tokens.
 
-A file contains a JSON list of {"instruction", "input", "output"}, or (NAME.jsonl) one such object
-per line; "input" may be empty or absent, other keys are ignored. Template and masking rule are
-those of Stanford Alpaca (Taori et al. 2023, train.py): prompt and answer are tokenized as one text,
-and its first n tokens are prompt, where n is the token count of the prompt alone.
+A file contains a JSON list of {"instruction", "input", "output"}, or (NAME.jsonl, NAME.ndjson) one
+such object per line; "input" may be empty or absent, other keys are ignored. Template and masking
+rule are those of Stanford Alpaca (Taori et al. 2023, train.py): prompt and answer are tokenized as
+one text, and its first n tokens are prompt, where n is the token count of the prompt alone.
 
 A mask is a corpus of 0 and 1 in the files PREFIX.mask.bin and PREFIX.mask.idx, with the same
 documents as the corpus; 1 marks answer tokens.
@@ -82,7 +82,7 @@ def tokenize(tokenizer: Tokenizer, example: Example) -> TokenizedExample:
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield every record with its location for error messages."""
     try:
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() in (".jsonl", ".ndjson"):
             yield from _lines(path)
             return
         raw = read_limited(path, LIST_BYTES, DataError)

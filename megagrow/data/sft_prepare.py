@@ -29,7 +29,7 @@ from megagrow.data.publication import (
 )
 from megagrow.data.sft import TokenizedExample, mask_prefix, pack, read_examples, tokenize
 from megagrow.data.tokenizers import Tokenizer, load_tokenizer
-from megagrow.errors import ConfigError, DataError
+from megagrow.errors import ConfigError, DataError, printable
 
 SUFFIXES = (".bin", ".idx")
 
@@ -66,7 +66,7 @@ def prepare_sft(
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"validation_fraction {validation_fraction} is not in [0, 1)")
     console, loaded = console or Console(), load_tokenizer(tokenizer)
-    options = Options("", validation_fraction, seed)
+    options = Options(validation_fraction, seed)
     collected = _collect(sources, loaded, sequence_length, options)
     _check_collected(collected, validation_fraction, sequence_length)
     identity = fingerprint(_digests(sources), options, loaded.checksum, sequence_length)
@@ -178,7 +178,7 @@ def _describe(
     main = saved[0] if saved[0].parent == output else saved[0].parent
     return CorpusManifest(
         fingerprint=identity,
-        sources=[os.fspath(path) for path in sources],
+        sources=[printable(os.fspath(path)) for path in sources],
         tokenizer=str(main.relative_to(output)),
         tokenizer_checksum=tokenizer.checksum,
         vocab_size=tokenizer.vocab_size,

@@ -13,8 +13,15 @@ import sentencepiece
 
 from megagrow.common.atomic_files import atomic_file
 from megagrow.common.untrusted_values import check_option
-from megagrow.data.hugging_face_tokenizers import MOST_IDS, JsonTokenizer, TransformersTokenizer
-from megagrow.data.tokenizer_files import checksum_of, copy_file, find_eos, no_eos
+from megagrow.data.hugging_face_tokenizers import (
+    MOST_IDS,
+    JsonTokenizer,
+    TransformersTokenizer,
+    checksum_of,
+    copy_file,
+    find_eos,
+    no_eos,
+)
 from megagrow.errors import ConfigError, DataError
 
 PIECE_LENGTH = 2048

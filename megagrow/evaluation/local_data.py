@@ -88,7 +88,7 @@ def _parquet(path: Path) -> Iterator[Doc]:
 
 
 def _text(path: Path) -> str:
-    return read_limited(path, FILE_BYTES, DataError).decode("utf-8").replace("\r\n", "\n")
+    return read_limited(path, FILE_BYTES, DataError).decode("utf-8-sig").replace("\r\n", "\n")
 
 
 def _logiqa(path: Path) -> Iterator[Doc]:

@@ -27,7 +27,7 @@ def text_tokens(text: Path, tokenizer: str, models: tuple[ModelConfig, ...]) -> 
     from megagrow.data.tokenizers import check_tokenizer, load_tokenizer
 
     try:
-        written = read_limited(text, FILE_BYTES, DataError).decode("utf-8")
+        written = read_limited(text, FILE_BYTES, DataError).decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"{text}: {error.strerror}") from error
     except UnicodeDecodeError as error:

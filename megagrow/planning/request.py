@@ -7,7 +7,7 @@ from pathlib import Path
 from megagrow.common.gpu_specs import Gpu, find_gpu
 from megagrow.common.sizes import parse_bytes
 from megagrow.config.schema import RunConfig
-from megagrow.data.epochs import epoch_lines
+from megagrow.data.batches import epoch_lines
 from megagrow.errors import ConfigError, InputError
 from megagrow.planning.cluster import Cluster, find_cluster
 from megagrow.planning.costs import KG_CO2_PER_KWH, PUE, RunCosts, make_factors, pace_of, run_costs

@@ -7,14 +7,19 @@ from functools import partial
 import torch.distributed as dist
 
 from megagrow.config.schema import CorpusConfig, RunConfig
-from megagrow.data.batches import BatchReader, open_stream
+from megagrow.data.batches import (
+    BatchReader,
+    CorpusEpochs,
+    epoch_warnings,
+    open_stream,
+    stream_epochs,
+)
 from megagrow.data.corpus_identity import (
     CorpusIdentity,
     corpus_identity,
     require_one_tokenizer,
     unknown_tokenizer_warning,
 )
-from megagrow.data.epochs import CorpusEpochs, epoch_warnings, stream_epochs
 from megagrow.data.sft import open_mask
 from megagrow.data.stream import TokenStream
 from megagrow.data.tokenizers import check_tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megagrow.data import sources
+from megagrow.data.sources import units
 from megagrow.data.tokenizers import train_sentencepiece
 
 
@@ -99,6 +99,13 @@ def source(tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) ->
     """The documents as JSON lines, in about twenty units."""
     path = tmp_path / "source.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    monkeypatch.setattr(sources, "SMALLEST_UNIT", path.stat().st_size // 20)
-    monkeypatch.setattr(sources, "UNITS", 1 << 40)
+    monkeypatch.setattr(units, "SMALLEST_UNIT", path.stat().st_size // 20)
+    monkeypatch.setattr(units, "UNITS", 1 << 40)
     return path
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units of 2000 bytes."""
+    monkeypatch.setattr(units, "SMALLEST_UNIT", 2000)
+    monkeypatch.setattr(units, "UNITS", 1 << 40)

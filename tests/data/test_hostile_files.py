@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from megagrow.data import documents, sft
-from megagrow.data.documents import read_documents
+from megagrow.data import sft
 from megagrow.data.indexed import SPOT_CHECKS, IndexedCorpus, IndexedWriter
 from megagrow.data.manifest import CorpusManifest
-from megagrow.data.sources import SourceUnit, find_units
+from megagrow.data.sources import records
+from megagrow.data.sources.documents import RecordOptions, read_documents
+from megagrow.data.sources.units import SourceUnit, find_sources
 from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
 
@@ -141,8 +142,10 @@ def test_manifests_that_cannot_be_read_are_named(tmp_path: Path, text: str) -> N
 def test_a_line_of_json_that_is_too_deep_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a"}\n' + "[" * 100_000 + "\n")
-    unit = SourceUnit("jsonl", (str(path),), 0, path.stat().st_size, path.stat().st_size, "")
-    documents = read_documents(unit, "text")
+    unit = SourceUnit(
+        "json lines", "", (str(path),), 0, path.stat().st_size, path.stat().st_size, ""
+    )
+    documents = read_documents(unit, RecordOptions())
     assert next(documents).text == "a"
     with pytest.raises(InputError, match=r"x\.jsonl: line 2: lists or objects are nested too deep"):
         next(documents)
@@ -153,25 +156,25 @@ def test_a_document_beyond_the_limit_is_not_read(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A compressed line expands to 1000 times its bytes."""
-    monkeypatch.setattr(documents, "DOCUMENT_BYTES", 100_000)
+    monkeypatch.setattr(records, "DOCUMENT_BYTES", 100_000)
     path = tmp_path / name
     line = json.dumps({"text": "a" * 10**7}).encode() + b"\n"
     path.write_bytes(gzip.compress(line) if name.endswith("gz") else line)
-    unit, *_ = find_units([str(path)])
+    unit, *_ = find_sources([str(path)]).units
     with pytest.raises(InputError, match=rf"{name}: .*limit of 100000 bytes"):
-        next(read_documents(unit, "text"))
+        next(read_documents(unit, RecordOptions()))
 
 
 def test_a_parquet_dictionary_cannot_multiply_a_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "DOCUMENT_BYTES", 100_000)
+    monkeypatch.setattr(records, "DOCUMENT_BYTES", 100_000)
     path = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 1000] * 256}), path)
     assert path.stat().st_size < 5000
-    (unit,) = find_units([str(path)])
+    (unit,) = find_sources([str(path)]).units
     with pytest.raises(InputError, match=r"x\.parquet: 256 rows contain 25\d+ bytes, too many"):
-        next(read_documents(unit, "text"))
+        next(read_documents(unit, RecordOptions()))
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl"])

@@ -11,7 +11,9 @@ from rich.console import Console
 
 from megagrow.data.indexed import IndexedCorpus, IndexedWriter
 from megagrow.data.manifest import CorpusManifest, verify
+from megagrow.data.part_files import Options
 from megagrow.data.prepare import prepare
+from megagrow.data.sources import units
 from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
 
@@ -118,7 +120,7 @@ def test_no_validation_when_none_is_asked_for(source, texts, tmp_path, model_pat
 def test_a_large_vocabulary_is_stored_in_32_bits(source, tmp_path, model_path, monkeypatch):
     options = {"tokenizer": str(model_path), "vocab_size": None}
     _prepare(source, tmp_path / "small", **options)
-    for user in ("prepare", "part_files"):
+    for user in ("part_files", "publication"):
         monkeypatch.setattr(f"megagrow.data.{user}.smallest_dtype", lambda _: np.dtype("<i4"))
     _prepare(source, tmp_path / "large", **options)
     small, large = (IndexedCorpus(tmp_path / name / "train") for name in ("small", "large"))
@@ -131,12 +133,14 @@ def test_a_large_vocabulary_is_stored_in_32_bits(source, tmp_path, model_path, m
     [
         ("", {}, "no document with text"),
         ("\n\n", {}, "no document with text"),
-        ('{"text": "only one"}\n', {}, "leaves none for validation"),
-        ('{"text": "only one"}\n', {"validation_fraction": 0.999999}, "leaves none for train"),
+        ('{"text": ""}\n{"text": null}\n', {"skip_invalid": True}, "1 empty, 1 null text"),
+        ('{"text": "x"}\n', {"filters": ["id=1"]}, "line 1: no key 'id', its keys are 'text'"),
+        ('{"text": "x"}\n', {"filters": ["id"]}, "--filter id: not of the form"),
+        ('{"text": "x"}\n', {"include": ["*"]}, "no source is a folder"),
         ('{"text": "x"}\n', {"validation_fraction": 1.0}, r"1\.0 is not in \[0, 1\)"),
         ('{"text": "x"}\n', {"workers": 0}, "workers = 0"),
         ('{"text": "x"}\n', {"vocab_size": 599}, "tokenizer has 600 tokens"),
-        ('{"text": "x"}\n', {"text_key": "body"}, "line 1: no text under the key 'body'"),
+        ('{"text": "x"}\n', {"text_key": "body"}, "line 1: no key 'body', its keys are 'text'"),
     ],
 )
 def test_bad_input_is_refused(tmp_path, model_path, content, options, reason):
@@ -147,6 +151,76 @@ def test_bad_input_is_refused(tmp_path, model_path, content, options, reason):
         _prepare(source, tmp_path / "out", **given)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.01, 0.3, 0.999999])
+@pytest.mark.parametrize("count", [1, 7])
+def test_too_few_documents_are_divided_by_tokens(
+    tmp_path, sample_texts, model_path, fraction, count, monkeypatch
+):
+    """Train and validation are the tokens of the documents, cut at the wanted fraction."""
+    monkeypatch.setattr(
+        Options, "split_of", lambda self, text: "train" if count == 1 else "validation"
+    )
+    (tmp_path / "in").mkdir()
+    for number in range(count):
+        (tmp_path / "in" / f"{number}.txt").write_text(sample_texts[number])
+    options = {"tokenizer": str(model_path), "vocab_size": None, "validation_fraction": fraction}
+    monkeypatch.setattr(units, "SMALLEST_UNIT", 20_000)
+    console = Console(file=io.StringIO(), width=500)
+    manifest = prepare(
+        [str(tmp_path / "in")], tmp_path / "out", console=console, workers=1, **options
+    )
+    assert "the last tokens are the validation" in console.file.getvalue()
+    train, validation = (IndexedCorpus(tmp_path / "out" / split) for split in manifest.splits)
+    tokenizer = load_tokenizer(model_path)
+    encoded = tokenizer.encode_batch(sample_texts[:count])
+    expected = [token for ids in encoded for token in [*ids, tokenizer.eos_id]]
+    assert [*train.tokens[:].tolist(), *validation.tokens[:].tolist()] == expected
+    wanted = min(max(round(fraction * len(expected)), 1), len(expected) - 1)
+    assert validation.num_tokens == wanted
+    starts = np.cumsum([0, *(len(ids) + 1 for ids in encoded[:-1])])
+    cut = len(expected) - wanted
+    assert train.document_starts(0, cut).tolist() == starts[starts < cut].tolist()
+    found = validation.document_starts(0, wanted) + cut
+    assert found.tolist() == sorted({cut, *starts[starts >= cut].tolist()})
+    for name, corpus in (("train", train), ("validation", validation)):
+        assert manifest.splits[name].documents == corpus.num_documents
+        assert manifest.splits[name].max_token_id == max(corpus.tokens[:])
+    assert verify(tmp_path / "out") == manifest
+
+
+def test_options_of_the_sources_are_part_of_the_corpus(tmp_path, model_path):
+    """Another filter gives another corpus; what is left out is counted and recorded."""
+    (tmp_path / "in").mkdir()
+    records = [{"text": f"document {n}", "kind": "ab"[n % 2]} for n in range(40)]
+    records += [{"text": None, "kind": "b"}, {"kind": "b"}, {"text": "", "kind": "b"}]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "in" / "a.jsonl").write_text(lines + "{\n")
+    (tmp_path / "in" / "b[red].jsonl").write_text(lines)
+    (tmp_path / "in" / "README.md").write_text("# not data")
+    options = {"tokenizer": str(model_path), "vocab_size": None, "validation_fraction": 0}
+    console = Console(file=io.StringIO(), width=500)
+    chosen = {"filters": ["kind!=a"], "skip_invalid": True}
+    manifest = prepare(
+        [str(tmp_path / "in")], tmp_path / "out", console=console, **options, **chosen
+    )
+    assert manifest.skipped == {
+        "empty": 2,
+        "filtered": 40,
+        "no key 'text'": 2,
+        "not JSON": 1,
+        "null text": 2,
+    }
+    shown = console.file.getvalue()
+    assert "skipped documents: 2 empty, 40 filtered, 2 no key 'text', 1 not JSON, 2 null" in shown
+    assert "skipped 1: not data, in a folder with data files" in shown and "README.md" in shown
+    assert manifest.splits["train"].documents == 40 and manifest == verify(tmp_path / "out")
+    for other in ({**chosen, "filters": ["kind!=c"]}, {**chosen, "exclude": ["a.jsonl"]}):
+        with pytest.raises(
+            InputError, match="already exists, prepared from other sources, options"
+        ):
+            _prepare(tmp_path / "in", tmp_path / "out", **options, **other)
 
 
 def test_a_tokenizer_cannot_be_trained_on_nothing(tmp_path):
@@ -164,7 +238,7 @@ def test_an_error_of_a_worker_process_is_one_line(source, tmp_path, model_path):
     with source.open("a") as file:
         file.write('{"text": 5}\n')
     options = {"tokenizer": str(model_path), "vocab_size": None}
-    with pytest.raises(InputError, match=r"source\.jsonl: line 304: no text"):
+    with pytest.raises(InputError, match=r"source\.jsonl: line 304: the value under 'text'"):
         _prepare(source, tmp_path / "out", **options, workers=2)
 
 

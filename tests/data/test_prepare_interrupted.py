@@ -17,9 +17,10 @@ from rich.console import Console
 from megagrow.common import directory_lock
 from megagrow.common.directory_lock import DirectoryLock
 from megagrow.data import prepare as module
-from megagrow.data import publication, sources
+from megagrow.data import publication
 from megagrow.data.manifest import CorpusManifest, verify
 from megagrow.data.prepare import prepare
+from megagrow.data.sources import units
 from megagrow.data.tokenizers import load_tokenizer, train_sentencepiece
 from megagrow.errors import InputError
 
@@ -37,7 +38,7 @@ def _bytes(folder):
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(source, tmp_path, monkeypatch):
     _prepare(source, tmp_path / "whole")
-    all_units = sources.find_units([str(source)])
+    all_units = units.find_sources([str(source)]).units
     run_tasks, seen = module.run_tasks, []
 
     def interrupted(start, tasks, workers):
@@ -74,14 +75,14 @@ def test_parts_of_other_options_are_discarded(source, tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["bin", "json"])
 def test_a_damaged_part_is_made_again(source, tmp_path, monkeypatch, damage):
     _prepare(source, tmp_path / "whole")
-    monkeypatch.setattr(module, "_merge", _interrupt)
+    monkeypatch.setattr(module, "merge_parts", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         _prepare(source, tmp_path / "out")
     monkeypatch.undo()
     path = sorted((tmp_path / "out" / "parts").glob(f"*.{damage}"))[0]
     path.write_bytes(path.read_bytes()[:-1])
-    monkeypatch.setattr(sources, "SMALLEST_UNIT", source.stat().st_size // 20)
-    monkeypatch.setattr(sources, "UNITS", 1 << 40)
+    monkeypatch.setattr(units, "SMALLEST_UNIT", source.stat().st_size // 20)
+    monkeypatch.setattr(units, "UNITS", 1 << 40)
     _prepare(source, tmp_path / "out")
     assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
 
@@ -93,10 +94,10 @@ def _interrupt(*arguments):
 SCRIPT = """
 import sys
 from pathlib import Path
-from megagrow.data import sources
+from megagrow.data.sources import units
 from megagrow.data.prepare import prepare
 if __name__ == "__main__":
-    sources.SMALLEST_UNIT = 200_000
+    units.SMALLEST_UNIT = 200_000
     try:
         prepare([sys.argv[1]], Path(sys.argv[2]), sys.argv[3], workers=2)
     except KeyboardInterrupt:
@@ -129,12 +130,14 @@ def test_ctrl_c_leaves_no_process_and_keeps_what_is_done(tmp_path, texts, model_
     _wait_for_the_end_of_group(running.pid)
     kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.json")}
     assert kept and not (output / "manifest.json").exists()
-    monkeypatch.setattr(sources, "SMALLEST_UNIT", 200_000)
+    monkeypatch.setattr(units, "SMALLEST_UNIT", 200_000)
     monkeypatch.setattr(module, "remove", lambda folder: None)
     options = {"tokenizer": str(model_path), "validation_fraction": 0.01, "vocab_size": None}
     _prepare(source, output, **options)
     assert all(path.stat().st_mtime_ns == made for path, made in kept.items())
-    assert len(list(parts.glob("*.json"))) == len(sources.find_units([str(source)])) > len(kept)
+    assert (
+        len(list(parts.glob("*.json"))) == len(units.find_sources([str(source)]).units) > len(kept)
+    )
     assert verify(output).splits["train"].documents > 50 * len(texts)
 
 
@@ -166,7 +169,7 @@ def _killed_at(event, prepared):
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert code in (0, 9)
         return code == 9
-    left, merge = iter(range(event)), module._merge
+    left, merge = iter(range(event)), module.merge_parts
 
     def counting(call):
         def counted(*arguments, **options):
@@ -182,7 +185,7 @@ def _killed_at(event, prepared):
         return merge(*arguments)
 
     try:
-        module._merge = merged
+        module.merge_parts = merged
         prepared()
     except BaseException:
         os._exit(1)

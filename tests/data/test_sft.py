@@ -25,10 +25,13 @@ def test_the_template_is_that_of_stanford_alpaca():
     )
 
 
-@pytest.mark.parametrize("name", ["all.json", "all.jsonl"])
-def test_a_list_and_lines_hold_the_same_examples(tmp_path, name):
+@pytest.mark.parametrize("name", ["all.json", "all.jsonl", "all.NDJSON"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_a_list_and_lines_hold_the_same_examples(tmp_path, name, bom):
     made = [*records(5), {"instruction": "Go.", "output": "", "text": "not looked at"}]
-    found = list(read_examples(write_alpaca(tmp_path / name, made)))
+    path = write_alpaca(tmp_path / name, made)
+    path.write_bytes(bom + path.read_bytes())
+    found = list(read_examples(path))
     assert found == [Example(prompt_of(r["instruction"], r.get("input", "")), r["output"])
                      for r in made]  # fmt: skip
 

@@ -1,165 +1,162 @@
 """Sources: found, cut and read the same way each time, whatever their format."""
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from backports import zstd
 
-from megagrow.data import sources
-from megagrow.data.documents import read_documents
-from megagrow.data.sources import find_units
-from megagrow.errors import InputError
+from megagrow.data.sources import units
+from megagrow.data.sources.documents import Filter, RecordOptions, read_documents
+from megagrow.data.sources.units import find_sources
+from tests.helpers.sources import TEXTS, json_lines, read_texts, refusal_of
 
-TEXTS = [f"text number {i}: \u00e9\u4f60 " + "x" * (i % 50) for i in range(500)]
-
-
-def _lines(texts, key="text"):
-    return "".join(json.dumps({"id": 1, key: text}) + "\n" for text in texts).encode()
+BOM = b"\xef\xbb\xbf"
 
 
-def _zstd(content):
-    sink = pyarrow.BufferOutputStream()
-    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
-        stream.write(content)
-    return sink.getvalue().to_pybytes()
+def _long_window(content):
+    """Compress like `zstd --long=31`, whose window exceeds the default limit of decompressors."""
+    parameter = zstd.CompressionParameter
+    options = {parameter.window_log: 31, parameter.enable_long_distance_matching: 1}
+    compressor = zstd.ZstdCompressor(options=options)
+    return compressor.compress(content) + compressor.flush()
 
 
-def _read(names, key="text"):
-    return [
-        doc.text for unit in find_units(list(map(str, names))) for doc in read_documents(unit, key)
-    ]
-
-
-def _refusal(names, key="text"):
-    with pytest.raises(InputError) as caught:
-        _read(names, key)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-@pytest.fixture
-def small_units(monkeypatch):
-    monkeypatch.setattr(sources, "SMALLEST_UNIT", 2000)
-    monkeypatch.setattr(sources, "UNITS", 1 << 40)
+COMPRESSORS = {
+    ".gz": gzip.compress,
+    ".zst": zstd.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".ZST": _long_window,
+}
 
 
 def test_json_lines_in_any_ranges(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(_lines(TEXTS[:40]).rstrip(b"\n"))
-    monkeypatch.setattr(sources, "UNITS", 1 << 40)
+    path.write_bytes(json_lines(TEXTS[:40]).rstrip(b"\n"))
+    monkeypatch.setattr(units, "UNITS", 1 << 40)
     for size in (*range(1, 40, 3), 97, 1000, 5000):
-        monkeypatch.setattr(sources, "SMALLEST_UNIT", size)
-        assert _read([path]) == TEXTS[:40]
-        assert len(find_units([str(path)])) == -(-path.stat().st_size // size)
+        monkeypatch.setattr(units, "SMALLEST_UNIT", size)
+        assert read_texts([path]) == TEXTS[:40]
+        assert len(find_sources([str(path)]).units) == -(-path.stat().st_size // size)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
-def test_compressed_json_lines_of_several_members(tmp_path, name):
-    compress = gzip.compress if name.endswith("gz") else _zstd
-    path = tmp_path / name
-    path.write_bytes(compress(_lines(TEXTS[:200])) + compress(_lines(TEXTS[200:])))
-    assert _read([path]) == TEXTS
-    (unit,) = find_units([str(path)])
-    assert sum(doc.size for doc in read_documents(unit, "text")) == path.stat().st_size
-    path.write_bytes(path.read_bytes()[:-20])
-    assert f"{path}: damaged after line" in _refusal([path])
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_compressed_json_lines_of_several_members(tmp_path, suffix):
+    compress = COMPRESSORS[suffix]
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(
+        compress(json_lines(TEXTS[:200])) + bytes(512) + compress(json_lines(TEXTS[200:]))
+    )
+    assert read_texts([path]) == TEXTS
+    (unit,) = find_sources([str(path)]).units
+    sizes = [doc.size for doc in read_documents(unit, RecordOptions())]
+    assert path.stat().st_size - 512 <= sum(sizes) <= path.stat().st_size
+    content = path.read_bytes()
+    path.write_bytes(content + bytes(3))
+    assert read_texts([path]) == TEXTS
+    for damaged in (content[:-20], content + b"garbage"):
+        path.write_bytes(damaged)
+        assert "damaged" in refusal_of([path])
+
+
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a", "a.JSON", "a.json", "a.ndjson", "b.JsonL", "part-0"]
+)
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".bz2", ".xz"])
+@pytest.mark.parametrize("bom", [b"", BOM])
+def test_names_and_compressions(tmp_path, name, suffix, bom):
+    """The content decides on the compression and the layout, the extension on text or JSON."""
+    compress = COMPRESSORS.get(suffix, bytes)
+    path = tmp_path / (name + suffix)
+    is_text = name in ("a.txt", "a")
+    contents = {
+        "lines": b"\r\n \n".join(json_lines(TEXTS[:9]).split(b"\n")),
+        "list": json.dumps([{"text": text} for text in TEXTS[:9]], indent=1).encode(),
+        "objects": b"".join(json.dumps({"text": text}, indent=1).encode() for text in TEXTS[:9]),
+    }
+    if is_text:
+        contents = {"text": b"one\r\ntext {}\n"}
+    elif not name.lower().endswith(".json"):
+        del contents["objects"]
+        if name == "part-0":
+            del contents["list"]
+    for content in contents.values():
+        path.write_bytes(compress(bom + content))
+        assert read_texts([path]) == (["one\r\ntext {}\n"] if is_text else TEXTS[:9])
+        path.write_bytes(bom + content)  # decompressed by a browser
+        assert read_texts([path]) == (["one\r\ntext {}\n"] if is_text else TEXTS[:9])
 
 
 def test_parquet_in_ranges_of_row_groups(tmp_path, small_units):
     path = tmp_path / "a.parquet"
-    table = pyarrow.table({"body": TEXTS, "n": list(range(500))})
+    nested = [{"name": f"n{i % 3}"} for i in range(500)]
+    table = pyarrow.table({"body": TEXTS, "n": list(range(500)), "meta": nested})
     pyarrow.parquet.write_table(table, path, row_group_size=30)
-    assert _read([path], "body") == TEXTS
-    assert 1 < len(find_units([str(path)])) < 17
-    assert f"{path}: no column 'text'" in _refusal([path])
-    assert "row 1 from row group 0: no text under 'n'" in _refusal([path], "n")
+    assert read_texts([path], "body") == TEXTS
+    assert read_texts([path], "meta.name") == [row["name"] for row in nested]
+    assert 1 < len(find_sources([str(path)]).units) < 17
+    assert f"{path}: no column 'text'; its columns are body, n, meta" in refusal_of([path])
+    assert f"{path}: row 1: the value under 'n' is of type int" in refusal_of([path], "n")
+    renamed = tmp_path / "renamed"
+    renamed.write_bytes(path.read_bytes())
+    assert read_texts([renamed], "body") == TEXTS
     path.write_bytes(path.read_bytes()[:-50])
-    assert f"{path}: not a parquet file" in _refusal([path])
+    assert f"{path}: not a parquet file" in refusal_of([path])
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    assert "a compressed Parquet file; decompress it" in refusal_of([path])
 
 
 def test_a_dataset_of_hugging_face_in_shards(tmp_path):
     for shard in range(3):
-        (tmp_path / f"train-{shard}.jsonl").write_bytes(_lines(TEXTS[shard * 5 : shard * 5 + 5]))
-    units = find_units([f"hf:{tmp_path}"])
-    assert len(units) == 3
-    assert _read([f"hf:{tmp_path}"]) == TEXTS[:15]
-    assert _read([f"hf:{tmp_path}:default:train"]) == TEXTS[:15]
-    assert "no text under 'body'" in _refusal([f"hf:{tmp_path}"], "body")
-    assert "cannot open this dataset" in _refusal([f"hf:{tmp_path}::none"])
-    assert "cannot open this dataset" in _refusal([f"hf:{tmp_path}/missing"])
-
-
-def test_folders_are_walked_in_order_and_by_name(tmp_path, small_units):
-    (tmp_path / "b" / "c").mkdir(parents=True)
-    (tmp_path / "b" / "c" / "1.txt").write_text("first\r\n", newline="")
-    (tmp_path / "b" / "d.jsonl").write_bytes(_lines(["second", "", "third"]) + b"\n")
-    (tmp_path / "e.md").write_text("fourth", encoding="utf-8-sig")
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "z.py").write_text("fifth")
-    (tmp_path / ".git").mkdir()
-    (tmp_path / ".git" / "x").write_bytes(b"\xff")
-    assert _read([tmp_path]) == ["first\r\n", "second", "third", "fourth", "fifth"]
-    assert _read([tmp_path / "z.py", tmp_path / "b"]) == ["fifth", "first\r\n", "second", "third"]
+        content = zstd.compress(json_lines(TEXTS[shard * 5 : shard * 5 + 5]))
+        (tmp_path / f"train-{shard}.jsonl.zst").write_bytes(content)
+    assert len(find_sources([f"hf:{tmp_path}"]).units) == 3
+    assert read_texts([f"hf:{tmp_path}"]) == TEXTS[:15]
+    assert read_texts([f"hf:{tmp_path}:default:train"]) == TEXTS[:15]
+    assert read_texts([f"hf:{tmp_path}"], filters=(Filter.parse("id!=1"),)) == []
+    assert "no key 'body'" in refusal_of([f"hf:{tmp_path}"], "body")
+    assert "cannot open this dataset" in refusal_of([f"hf:{tmp_path}::none"])
+    assert "cannot open this dataset" in refusal_of([f"hf:{tmp_path}/missing"])
 
 
 def test_small_texts_share_units(tmp_path, small_units):
     for i in range(100):
         (tmp_path / f"{i:03}.txt").write_text("y" * 100)
-    units = find_units([str(tmp_path)])
-    assert [len(unit.files) for unit in units] == [20] * 5
-    assert sum(unit.size for unit in units) == 10_000
+    found = find_sources([str(tmp_path)]).units
+    assert [len(unit.files) for unit in found] == [20] * 5
+    assert sum(unit.size for unit in found) == 10_000
 
 
 def test_a_changed_file_changes_its_unit_only(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(_lines(TEXTS[:3]))
-    (tmp_path / "b.jsonl").write_bytes(_lines(TEXTS[3:6]))
-    before = find_units([str(tmp_path)])
-    assert before == find_units([str(tmp_path)])
-    (tmp_path / "b.jsonl").write_bytes(_lines(TEXTS[3:7]))
-    after = find_units([str(tmp_path)])
+    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS[:3]))
+    (tmp_path / "b.jsonl").write_bytes(json_lines(TEXTS[3:6]))
+    before = find_sources([str(tmp_path)]).units
+    assert before == find_sources([str(tmp_path)]).units
+    (tmp_path / "b.jsonl").write_bytes(json_lines(TEXTS[3:7]))
+    after = find_sources([str(tmp_path)]).units
     assert after[0] == before[0] and after[1] != before[1]
 
 
 def test_the_standard_library_is_there():
-    units = find_units(["python-stdlib"])
-    files = [file for unit in units for file in unit.files]
-    assert sum(unit.size for unit in units) > 10e6
-    assert len(units) > 2 and all(file.endswith(".py") for file in files)
+    found = find_sources(["python-stdlib"]).units
+    files = [file for unit in found for file in unit.files]
+    assert sum(unit.size for unit in found) > 10e6
+    assert len(found) > 2 and all(file.endswith(".py") for file in files)
     assert not any("site-packages" in file or "dist-packages" in file for file in files)
     assert files == sorted(files, key=lambda file: Path(file).parts)
-    text = next(doc.text for doc in read_documents(units[0], "text") if "import" in doc.text)
+    text = next(
+        doc.text for doc in read_documents(found[0], RecordOptions()) if "import" in doc.text
+    )
     assert "def " in text
 
 
 def test_missing_sources_are_named(tmp_path):
-    assert f"{tmp_path}/no: no such file or folder" in _refusal([tmp_path / "no"])
+    assert f"{tmp_path}/no: no such file or folder" in refusal_of([tmp_path / "no"])
     (tmp_path / "empty").mkdir()
-    assert "no files in this folder" in _refusal([tmp_path / "empty"])
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b'{"body": "x"}', "no text under the key 'text'"),
-        (b'{"text": 5}', "no text under the key 'text'"),
-        (b'["text"]', "no text under the key 'text'"),
-        (b'{"text": "x"', "not JSON"),
-        (b'{"text": "\xff"}', "not UTF-8"),
-        (b'{"text": "\\ud800"}', "surrogate"),
-    ],
-)
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_bad_lines_are_named_by_number(tmp_path, small_units, line, reason, suffix):
-    path = tmp_path / f"bad.jsonl{suffix}"
-    content = _lines(TEXTS[:100]) + b"\n" + line + b"\n" + _lines(TEXTS[:5])
-    path.write_bytes(gzip.compress(content) if suffix else content)
-    message = _refusal([path])
-    assert f"{path}: line 102: " in message and reason in message
-
-
-def test_text_that_is_not_utf8_is_named(tmp_path):
-    (tmp_path / "bad.txt").write_bytes(b"good \xff")
-    assert f"{tmp_path}/bad.txt: not UTF-8 at byte 5" in _refusal([tmp_path])
+    assert "no files to read in this folder" in refusal_of([tmp_path / "empty"])

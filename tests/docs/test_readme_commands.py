@@ -186,7 +186,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         text = text.replace(f"tokens: {tokens}\n", "tokens: 8K\n")
     Path("RUN.yaml").write_text(text)
     stdlib = {"stdlib": str(tmp_path / "stdlib")}
-    monkeypatch.setattr("megagrow.data.sources.sysconfig.get_paths", lambda: stdlib)
+    monkeypatch.setattr("megagrow.data.sources.units.sysconfig.get_paths", lambda: stdlib)
     return tmp_path
 
 

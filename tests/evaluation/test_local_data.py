@@ -65,7 +65,7 @@ def test_wikitext_before_the_first_title_is_an_article(tmp_path):
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_other_tasks_are_read_from_their_folder(tmp_path, form):
     path = tmp_path / "piqa" / f"validation.{form}"
-    write(path, json.dumps(DOC) + "\n")
+    write(path, "\ufeff" + json.dumps(DOC) + "\n")
     if form == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([DOC]), path)
     assert read_documents("piqa", tmp_path) == [DOC]

@@ -32,9 +32,9 @@ def records(count: int) -> list[dict[str, str]]:
 
 
 def write_alpaca(path: Path, made: list[Any]) -> Path:
-    """The records as one JSON list, or one per line of a .jsonl."""
+    """The records as one JSON list, or one per line of a file that is not .json."""
     lines = [json.dumps(record) for record in made]
-    text = "\n".join(lines) if path.suffix == ".jsonl" else f"[{', '.join(lines)}]"
+    text = "\n".join(lines) if path.suffix != ".json" else f"[{', '.join(lines)}]"
     path.write_text(text, encoding="utf-8")
     return path
 

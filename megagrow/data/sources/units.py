@@ -1,8 +1,7 @@
 """Text sources, split into units that workers read in parallel.
 
-A source is a file, a folder (walked in sorted order, hidden names skipped), `python-stdlib` (the
-interpreter's own sources), or `hf:NAME[:CONFIG[:SPLIT]]` (a Hugging Face dataset, streamed). The
-file name determines the format: .jsonl, .jsonl.gz, .jsonl.zst, .parquet; any other is one text.
+A source is a file, a folder (see `folders.py`), `python-stdlib` (the interpreter's own sources), or
+`hf:NAME[:CONFIG[:SPLIT]]` (a Hugging Face dataset, streamed).
 """
 
 import os
@@ -12,38 +11,38 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import pyarrow
 import pyarrow.parquet
 
-from megagrow.errors import DataError
+from megagrow.data.sources.file_types import Compression, FileLayout, FileType, detect
+from megagrow.data.sources.folders import Selection, Skipped, choose_files, list_files
+from megagrow.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
 STDLIB = "python-stdlib"
 HUB = "hf:"
-COMPRESSED = (".jsonl.gz", ".jsonl.zst")
 
 SMALLEST_UNIT, LARGEST_UNIT = 4 << 20, 256 << 20
 UNITS = 2048
 """Target number of units; the unit size in bytes is the input size over UNITS, within the limits.
 Enough units for workers to finish together, few enough to keep part files manageable."""
 
-SourceKind = Literal["text", "lossy text", "jsonl", "compressed jsonl", "parquet", "hub"]
-
 
 @dataclass(frozen=True)
 class SourceUnit:
     """Input that one worker reads at a time, with a fixed order of documents."""
 
-    kind: SourceKind
+    layout: FileLayout
+    compression: Compression
     files: tuple[str, ...]
     """Paths, or the name of a dataset on the Hub."""
     start: int
-    """First byte (jsonl), row group (parquet) or shard (hub); a line belongs to the unit in which
-    it starts."""
+    """First byte (uncompressed JSON lines), row group (Parquet) or shard (Hub); a line belongs to
+    the unit in which it starts."""
     stop: int
     size: int
     """Bytes of input, for the progress bar; 0 if unknown."""
@@ -52,20 +51,41 @@ class SourceUnit:
 
 
 @dataclass(frozen=True)
+class FoundSources:
+    """All units of the sources in corpus order, and the files of folders that are not read."""
+
+    units: list[SourceUnit]
+    skipped: list[Skipped]
+
+
+@dataclass(frozen=True)
 class _File:
     path: str
-    kind: SourceKind
+    layout: FileLayout
+    compression: Compression
     size: int
     state: str
 
 
-def find_units(sources: list[str]) -> list[SourceUnit]:
-    """Return all units of the sources in corpus order. Raises DataError for a missing source."""
-    parts = [_find_hub(source) if source.startswith(HUB) else _find(source) for source in sources]
+def find_sources(
+    sources: list[str], text_key: str = "text", selection: Selection | None = None
+) -> FoundSources:
+    """Find the files of all sources. Raises DataError for a missing, damaged or binary one."""
+    if selection is not None and not any(Path(source).is_dir() for source in sources):
+        raise ConfigError("--include and --exclude apply to folders, and no source is a folder")
+    skipped: list[Skipped] = []
+    parts: list[list[_File] | list[SourceUnit]] = []
+    for source in sources:
+        if source.startswith(HUB):
+            parts.append(_find_hub(source))
+        elif Path(source).is_dir():
+            parts.append(_find_folder(source, selection or Selection(), text_key, skipped))
+        else:
+            parts.append(_find(source))
     files = [item for part in parts for item in part if isinstance(item, _File)]
     total = sum(file.size for file in files)
     unit_size = min(max(SMALLEST_UNIT, total // UNITS), LARGEST_UNIT)
-    return [unit for part in parts for unit in _cut(part, unit_size)]
+    return FoundSources([unit for part in parts for unit in _cut(part, unit_size)], skipped)
 
 
 @lru_cache(maxsize=1)
@@ -86,57 +106,54 @@ def open_hub(source: str) -> tuple["IterableDataset", str]:
 
 
 def _find(source: str) -> list[_File]:
-    """Return the files of a local source."""
+    """Return the files of a local source that is not a folder."""
     if source == STDLIB:
-        return [_describe(path, "lossy text") for path in _walk_stdlib()]
+        return [_describe(path, FileType("lossy text")) for path in _walk_stdlib()]
     path = Path(source)
-    if path.is_dir():
-        files = [_describe(file, _kind_of(file)) for file in _walk(path)]
-        if not files:
-            raise DataError(f"{source}: no files in this folder")
-        return files
     if not path.is_file():
         raise DataError(f"{source}: no such file or folder; write hf:NAME for a dataset on the Hub")
-    return [_describe(path, _kind_of(path))]
+    kind = detect(path)
+    if kind.problem:
+        raise DataError(f"{source}: {kind.problem}")
+    return [_describe(path, kind)]
+
+
+def _find_folder(
+    source: str, selection: Selection, text_key: str, skipped: list[Skipped]
+) -> list[_File]:
+    """Return the files of a folder to read; adds the others to `skipped`."""
+    files: list[_File] = []
+    before = len(skipped)
+    for item in choose_files(Path(source), selection, text_key):
+        if isinstance(item, Skipped):
+            skipped.append(item)
+        else:
+            files.append(_describe(*item))
+    if not files:
+        reasons = [f"{item.path}: {item.reason}" for item in skipped[before:]]
+        listed = f"; skipped {len(reasons)}, such as {reasons[0]}" if reasons else ""
+        raise DataError(f"{source}: no files to read in this folder{listed}")
+    return files
 
 
 def _find_hub(source: str) -> list[SourceUnit]:
     dataset, state = open_hub(source)
     shards = range(dataset.num_shards)
-    return [SourceUnit("hub", (source,), shard, shard + 1, 0, state) for shard in shards]
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yield all files under a folder in an order independent of the file system."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path)
-        elif path.is_file():
-            yield path
+    return [SourceUnit("hub", "", (source,), shard, shard + 1, 0, state) for shard in shards]
 
 
 def _walk_stdlib() -> Iterator[Path]:
     installed = {"site-packages", "dist-packages"}
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in _walk(root):
-        if path.suffix == ".py" and not installed & set(path.relative_to(root).parts):
+    for path in list_files(root, Selection(exclude=tuple(installed))):
+        if isinstance(path, Path) and path.suffix == ".py":
             yield path
 
 
-def _kind_of(path: Path) -> SourceKind:
-    if path.name.endswith(".jsonl"):
-        return "jsonl"
-    if path.name.endswith(COMPRESSED):
-        return "compressed jsonl"
-    return "parquet" if path.suffix == ".parquet" else "text"
-
-
-def _describe(path: Path, kind: SourceKind) -> _File:
+def _describe(path: Path, kind: FileType) -> _File:
     status = path.stat()
     size, state = status.st_size, f"{status.st_size} {status.st_mtime_ns}"
-    return _File(os.path.abspath(path), kind, size, state)
+    return _File(os.path.abspath(path), kind.layout, kind.compression, size, state)
 
 
 def _cut(items: list[_File] | list[SourceUnit], unit_size: int) -> Iterator[SourceUnit]:
@@ -144,8 +161,8 @@ def _cut(items: list[_File] | list[SourceUnit], unit_size: int) -> Iterator[Sour
     group: list[_File] = []
     room = unit_size
     for item in items:
-        is_text = isinstance(item, _File) and item.kind in ("text", "lossy text")
-        if group and (not is_text or room <= 0):
+        is_text = isinstance(item, _File) and item.layout in ("text", "lossy text")
+        if group and (not is_text or room <= 0 or item.compression != group[0].compression):
             yield _join(group)
             group, room = [], unit_size
         if isinstance(item, SourceUnit):
@@ -162,25 +179,32 @@ def _cut(items: list[_File] | list[SourceUnit], unit_size: int) -> Iterator[Sour
 def _join(files: list[_File]) -> SourceUnit:
     paths = tuple(file.path for file in files)
     state = " ".join(file.state for file in files)
-    return SourceUnit(files[0].kind, paths, 0, 0, sum(file.size for file in files), state)
+    size = sum(file.size for file in files)
+    return SourceUnit(files[0].layout, files[0].compression, paths, 0, 0, size, state)
 
 
 def _ranges(file: _File, unit_size: int) -> Iterator[SourceUnit]:
-    if file.kind == "compressed jsonl":
-        bounds = [(0, file.size, file.size)]
-    elif file.kind == "parquet":
+    if file.layout == "parquet":
         bounds = _row_groups(file.path, unit_size)
-    else:
+    elif file.layout == "json lines" and not file.compression:
         cuts = [*range(0, file.size, unit_size), file.size]
         bounds = [(start, stop, stop - start) for start, stop in pairwise(cuts)]
+    else:
+        bounds = [(0, file.size, file.size)]
     for start, stop, size in bounds:
-        yield SourceUnit(file.kind, (file.path,), start, stop, size, file.state)
+        yield SourceUnit(file.layout, file.compression, (file.path,), start, stop, size, file.state)
+
+
+def open_parquet(path: str) -> pyarrow.parquet.ParquetFile:
+    """Open a Parquet file with a name of any bytes. Raises OSError and ArrowException."""
+    return pyarrow.parquet.ParquetFile(pyarrow.OSFile(os.fsencode(path)))
 
 
 def _row_groups(path: str, unit_size: int) -> list[tuple[int, int, int]]:
     """Return ranges of row groups of at least `unit_size` bytes: (first, last + 1, bytes)."""
     try:
-        metadata = pyarrow.parquet.read_metadata(path)
+        with open_parquet(path) as file:
+            metadata = file.metadata
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a parquet file: {error}") from error
     bounds, start, size = [], 0, 0
