@@ -17,7 +17,10 @@ from tests.helpers.spawn import free_port
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-OUR_LINES = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| (rank 0 \| )?(run test|step \d) \| .*")
+OUR_LINES = re.compile(
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| (rank 0 \| )?"
+    r"((run test|step \d|corpus \S+) \| .*|warning: .* no tokenizer is recorded .*)"
+)
 LATE_RANK_0 = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(4)\n"
 
 
