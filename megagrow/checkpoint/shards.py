@@ -10,9 +10,8 @@ import numpy as np
 import xxhash
 from torch import Tensor
 
-from megagrow.checkpoint.tensor_file import Planned, Stored, planned
+from megagrow.checkpoint.tensor_file import Planned, Stored, planned, raw_bytes, write_bytes
 from megagrow.common.checksums import FileRecord
-from megagrow.common.file_io import raw_bytes, write_bytes
 from megagrow.parallel.sharding import STATE_KINDS, StateKind, Storage
 from megagrow.reshard.layout import Layout
 

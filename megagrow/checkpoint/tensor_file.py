@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megagrow.common.file_io import read_bytes
 from megagrow.common.json_text import parse_json
 from megagrow.errors import CheckpointError
 
@@ -157,3 +156,38 @@ def read_elements(path: Path, stored: Stored, elements: range) -> Tensor:
     raw = torch.empty(len(elements) * size, dtype=torch.uint8)
     read_bytes(path, raw, stored.begin + elements.start * size)
     return raw.view(DTYPES[stored.dtype])
+
+
+def read_bytes(path: Path, into: Tensor, offset: int) -> None:
+    """Fill a 1-D uint8 tensor from the bytes of a file that start at `offset`.
+
+    Raises:
+        CheckpointError: the file is too short or cannot be read.
+    """
+    view = raw_bytes(into)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            while view:
+                count = os.preadv(descriptor, [view], offset)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{path}: ends before byte {offset + len(view)}; truncated"
+                    )
+                view, offset = view[count:], offset + count
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def write_bytes(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at a byte offset of an open file. Raises OSError."""
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def raw_bytes(values: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor without a copy."""
+    return values.flatten().view(torch.uint8).numpy().data

@@ -7,7 +7,8 @@ import hashlib
 import importlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,9 @@ from megagrow.errors import DataError, InputError, ResourceError
 
 MOST_IDS = 2**24
 """Maximum vocabulary size."""
+
+TOKENIZER_BYTES = 200_000_000
+"""Maximum size of a file of a tokenizer."""
 
 TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 """Files with the text of the EOS token, `eos_token`, in the order in which they are read."""
@@ -44,10 +48,8 @@ class JsonTokenizer:
 
     def __init__(self, path: Path) -> None:
         library = _import("tokenizers")
-        try:
+        with _library_errors(f"{path}: not a tokenizer.json"):
             self._tokenizer = library.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(f"{path}: not a tokenizer.json: {error}") from error
         self._is_changed = encode_completely(self._tokenizer)
         self.supports_windows = _supports_windows(self._tokenizer)
         self._tokenizer.encode_special_tokens = True
@@ -66,10 +68,12 @@ class JsonTokenizer:
         # One text at a time: larger batches start the library's threads in every worker process.
         # encode_batch_fast skips the offsets of tokens, which takes two thirds of the time.
         encode = partial(self._tokenizer.encode_batch_fast, add_special_tokens=False)
-        try:
+        # It fails for example if the vocabulary lacks its unknown token.
+        with _library_errors(f"{self._path}: cannot encode a text"):
             return [encode([text])[0].ids for text in texts]
-        except Exception as error:  # as above; e.g. a vocabulary without its unknown token
-            raise DataError(f"{self._path}: cannot encode a text: {error}") from error
+
+    def normalize(self, text: str) -> str:
+        return _normalized(self._tokenizer, text)
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
@@ -90,12 +94,9 @@ class TransformersTokenizer:
 
     def __init__(self, name: str) -> None:
         library = _import("transformers")
-        try:
+        with _library_errors(f"{name}: no tokenizer found"):
             # Never run code shipped with a tokenizer.
             self._tokenizer = library.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except Exception as error:  # damaged files raise arbitrary exceptions
-            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-            raise DataError(f"{name}: no tokenizer found: {reason}") from error
         self.supports_windows = False
         if self._tokenizer.is_fast:
             encode_completely(self._tokenizer.backend_tokenizer)
@@ -111,6 +112,10 @@ class TransformersTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self._encode(text) for text in texts]
+
+    def normalize(self, text: str) -> str:
+        is_fast = self._tokenizer.is_fast
+        return _normalized(self._tokenizer.backend_tokenizer, text) if is_fast else text
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
@@ -198,6 +203,24 @@ def encode_completely(tokenizer: Any) -> bool:
 
 def _supports_windows(tokenizer: Any) -> bool:
     return type(tokenizer.model).__name__ != "Unigram"
+
+
+def _normalized(tokenizer: Any, text: str) -> str:
+    normalizer = tokenizer.normalizer
+    return text if normalizer is None else str(normalizer.normalize_str(text))
+
+
+@contextmanager
+def _library_errors(problem: str) -> Iterator[None]:
+    """Convert exceptions of the libraries to DataError: damaged files raise arbitrary ones, also
+    panics of Rust code, which are no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise DataError(f"{problem}: {reason}") from error
 
 
 def _size_of(tokenizer: Any) -> int:

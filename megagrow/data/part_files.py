@@ -137,7 +137,7 @@ def start_tokenizing(
     options: Options, tokenizer: str, folder: Path
 ) -> Callable[[SourceUnit], Iterator[Progress]]:
     """Load the tokenizer and return a function that builds a unit's part and yields progress."""
-    return partial(make_part, options, load_tokenizer(tokenizer), folder)
+    return partial(make_part, options, load_tokenizer(tokenizer, is_tried=True), folder)
 
 
 def make_part(

@@ -37,15 +37,11 @@ from megagrow.data.publication import (
     publish_corpus,
     stage_corpus,
 )
+from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
 from megagrow.data.sources.documents import Filter, RecordOptions, read_documents
 from megagrow.data.sources.folders import Selection, Skipped
 from megagrow.data.sources.units import SourceUnit, find_sources
-from megagrow.data.tokenizers import (
-    Tokenizer,
-    check_tokenizer,
-    load_tokenizer,
-    train_sentencepiece,
-)
+from megagrow.data.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from megagrow.data.workers import TaskFunction, run_tasks
 from megagrow.errors import ConfigError, DataError, printable
 
@@ -112,10 +108,11 @@ def prepare(
             return finished
         print_lines(console, _skipped_files(found.skipped))
         folder.mkdir(exist_ok=True)
-        if tokenizer == TRAIN_TOKENIZER:
+        is_own = tokenizer == TRAIN_TOKENIZER
+        if is_own:
             tokenizer = str(folder / f"{wanted}.model")
             _train_tokenizer(Path(tokenizer), units, options, vocab_size, console)
-        loaded = load_tokenizer(tokenizer)
+        loaded = load_tokenizer(tokenizer, is_tried=is_own)
         names = [part_name(unit, options, loaded) for unit in units]
         discard_stale(folder, [*names, wanted])
         start = partial(start_tokenizing, options, tokenizer, folder)

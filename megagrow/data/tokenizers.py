@@ -3,35 +3,35 @@
 No tokenizer adds special tokens or parses them from text: "</s>" in a document does not end it.
 """
 
-import io
-from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+import hashlib
+import json
+import re
+import string
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
-import sentencepiece
-
-from megagrow.common.atomic_files import atomic_file
-from megagrow.common.untrusted_values import check_option
 from megagrow.data.hugging_face_tokenizers import (
-    MOST_IDS,
+    TOKENIZER_BYTES,
     JsonTokenizer,
     TransformersTokenizer,
-    checksum_of,
-    copy_file,
-    find_eos,
-    no_eos,
 )
-from megagrow.errors import ConfigError, DataError
+from megagrow.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from megagrow.data.workers import run_limited
+from megagrow.errors import DataError
 
-PIECE_LENGTH = 2048
-"""Characters, rounded up to a line end, passed to SentencePiece at a time so that its tables
-stay in cache: 40% faster on source code, almost 4x on one text of 20 MB."""
+TRIAL_BYTES, TRIAL_SECONDS = 4 * 2**30, 120
+"""Memory and CPU time of the trial of a tokenizer; large ones take 1 GB and 10 s."""
 
-MAX_LINE = 4096
-"""Maximum line length in characters for tokenizer training; longer lines are split."""
+MOST_EXPANSION = 100
+"""Maximum characters or tokens per character of a text. Unicode normalization makes 18."""
 
 FOLDER_FILES = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+"""Endings of the files that a tokenizer is loaded from."""
 
 PROBE = """The quick brown fox jumps over 13 lazy dogs; it doesn't pay $1,234.56 (or 7%) for them.
 def mean(values: list[float]) -> float:
@@ -59,6 +59,9 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each text, without special tokens."""
 
+    def normalize(self, text: str) -> str:
+        """Return the text that is split into tokens."""
+
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids."""
 
@@ -66,17 +69,91 @@ class Tokenizer(Protocol):
         """Write the files needed to load the tokenizer and return them, the main file first."""
 
 
-def load_tokenizer(name: str | Path) -> Tokenizer:
+def load_tokenizer(name: str | Path, is_tried: bool = False) -> Tokenizer:
     """Load a SentencePiece .model, a tokenizer.json, or a folder or name known to transformers.
 
-    Raises DataError if it is missing, invalid, or has no EOS token.
+    A tokenizer is first loaded and tried in a process with limited memory and time, because the
+    libraries have no limits, unless another process of the same command has done so (`is_tried`).
+    Raises DataError if it is missing, invalid, beyond a limit, or has no EOS token.
     """
     path = Path(name)
-    if path.suffix not in (".model", ".json"):
-        return TransformersTokenizer(str(name))
-    if not path.is_file():
+    is_file = path.suffix in (".model", ".json")
+    if is_file and not path.is_file():
         raise DataError(f"{path}: no such tokenizer file")
+    if not is_tried and (problem := _problem_of(_trial_of(str(name)))):
+        raise DataError(f"{name}: the tokenizer {problem}; it is damaged or malicious")
+    if not is_file:
+        return TransformersTokenizer(str(name))
     return SentencePieceTokenizer(path) if path.suffix == ".model" else JsonTokenizer(path)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Tokenizer to be tried; equal contents are tried once per process."""
+
+    name: str = field(compare=False)
+    files: tuple[tuple[str, str], ...]
+    """Names and digests of the files; empty for a name on the Hub."""
+
+
+def _trial_of(name: str) -> _Trial:
+    """Read the files of a tokenizer. Raises DataError for one larger than any tokenizer's."""
+    path = Path(name)
+    found = [path] if path.is_file() else path.glob("*") if path.is_dir() else []
+    files = sorted(file for file in found if file.suffix in TOKENIZER_SUFFIXES and file.is_file())
+    digests = []
+    for file in files:
+        if file.stat().st_size > TOKENIZER_BYTES:
+            raise DataError(f"{file}: larger than the limit of {TOKENIZER_BYTES} bytes")
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "blake2b").hexdigest()
+        digests.append((path.suffix if file == path else file.name, digest))
+    return _Trial(name, tuple(digests) or ((name, ""),))
+
+
+@lru_cache(maxsize=64)
+def _problem_of(trial: _Trial) -> str:
+    """Return the problem that `try_tokenizer` finds in a limited process.
+
+    Of a folder, the file that transformers reads is tried, without importing transformers. Raises
+    InputError if the tokenizer cannot be loaded.
+    """
+    name, files = trial.name, [file for file, _ in trial.files if file in FOLDER_FILES]
+    if not files:
+        return run_limited(try_tokenizer, name, TRIAL_BYTES, TRIAL_SECONDS)
+    with suppress(DataError):  # transformers may accept it, for example with another EOS token
+        return run_limited(try_tokenizer, str(Path(name, files[0])), TRIAL_BYTES, TRIAL_SECONDS)
+    return ""
+
+
+def try_tokenizer(name: str) -> str:
+    """Load a tokenizer, encode probes and decode its vocabulary; return a problem or "".
+
+    The probes contain all strings that the file's normalizer replaces, and long runs of one
+    character, for which the time of some models is quadratic.
+    """
+    tokenizer = load_tokenizer(name, is_tried=True)
+    probes = (PROBE, string.printable, "a" * 10_000, " " * 10_000, *_patterns(Path(name)))
+    for text in probes:
+        with suppress(DataError):  # of a text that it cannot encode
+            count = max(len(tokenizer.normalize(text)), *map(len, tokenizer.encode_batch([text])))
+            if count > MOST_EXPANSION * (len(text) + 10):
+                return f"expands a text of {len(text)} characters to {count} characters or tokens"
+    for first in range(0, tokenizer.vocab_size, 1000):
+        tokenizer.decode(list(range(first, min(first + 1000, tokenizer.vocab_size))))
+    return ""
+
+
+_STRINGS = re.compile(rb'"(?:String|prepend|content)"\s*:\s*("(?:[^"\\]|\\.){1,99}")')
+"""Values of these keys in a tokenizer.json."""
+
+
+def _patterns(path: Path) -> Iterator[str]:
+    """Yield the strings that a tokenizer.json replaces, splits at or adds as tokens, joined."""
+    if path.suffix == ".json":
+        strings = [json.loads(text) for text in _STRINGS.findall(path.read_bytes())]
+        for first in range(0, len(strings), 1000):
+            yield " ".join(strings[first : first + 1000])
 
 
 def tokenizers_at(path: Path) -> Iterator[Tokenizer]:
@@ -107,116 +184,3 @@ def check_tokenizer(name: str | Path, vocab_size: int) -> Tokenizer:
             f"{vocab_size}; set vocab_size to at least {own}"
         )
     return tokenizer
-
-
-class SentencePieceTokenizer:
-    """SentencePiece model. Decoding restores the text except for U+2581, its whitespace symbol."""
-
-    def __init__(self, path: Path) -> None:
-        model = path.read_bytes()
-        if not model:
-            raise DataError(f"{path}: not a SentencePiece model, the file is empty")
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-            self.vocab_size = self._processor.vocab_size()
-            self.supports_windows = self._is_byte_pair_encoding()
-            self._is_splittable = self.supports_windows and self._check_splittable()
-        except (RuntimeError, ValueError) as error:  # ValueError: a token that is not UTF-8.
-            raise DataError(f"{path}: not a SentencePiece model") from error
-        self._path = path
-        self.eos_id, self._eos_files = self._find_eos()
-        declared = [str(self.eos_id).encode()] if self._processor.eos_id() < 0 else []
-        self.checksum = checksum_of(model, *declared)
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        pieces = [self._split(text) for text in texts]
-        flat = list(chain.from_iterable(pieces))
-        encoded = iter(self._processor.encode(flat, out_type=int, num_threads=1))
-        return [list(chain.from_iterable(islice(encoded, len(parts)))) for parts in pieces]
-
-    def decode(self, ids: list[int]) -> str:
-        return str(self._processor.decode(ids))
-
-    def save(self, folder: Path) -> list[Path]:
-        model = copy_file(self._path, folder / "tokenizer.model")
-        return [model, *(copy_file(path, folder / path.name) for path in self._eos_files)]
-
-    def _find_eos(self) -> tuple[int, tuple[Path, ...]]:
-        """Return the model's EOS token, or that of the files next to it, and these files."""
-        if (own := self._processor.eos_id()) >= 0:
-            return own, ()
-        eos = find_eos(self._path, self._id_of, self.vocab_size)
-        if eos is None:
-            raise no_eos(self._path)
-        return eos.token_id, eos.files
-
-    def _id_of(self, piece: str) -> int | None:
-        number = self._processor.piece_to_id(piece)
-        return number if self._processor.id_to_piece(number) == piece else None
-
-    def _split(self, text: str) -> list[str]:
-        """Split at newlines if encoding the pieces separately yields the same tokens."""
-        if len(text) <= PIECE_LENGTH or not self._is_splittable:
-            return [text]
-        pieces, start = [], 0
-        while start < len(text):
-            stop = text.find("\n", start + PIECE_LENGTH) + 1 or len(text)
-            pieces.append(text[start:stop])
-            start = stop
-        return pieces
-
-    def _check_splittable(self) -> bool:
-        """Return True if no token spans a newline and text ends are left unchanged."""
-        encode, size = self._processor.encode, range(self.vocab_size)
-        if any("\n" in piece for piece in self._processor.id_to_piece(list(size))):
-            return False
-        if self.decode(encode("a\n\na")) != "a\n\na":  # newlines are normalized to spaces
-            return False
-        return bool(encode(" a \n a ") == encode(" a \n") + encode(" a "))
-
-    def _is_byte_pair_encoding(self) -> bool:
-        """Return True if the scores are ranks of merges; those of other models are logarithms."""
-        scores = map(self._processor.get_score, range(self.vocab_size))
-        return all(score.is_integer() for score in scores)
-
-
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path) -> None:
-    """Train a byte-pair encoding on texts and write it atomically to `model_path`.
-
-    Unknown characters fall back to bytes, digits are single tokens, spaces and newlines are
-    preserved; ids as in Llama: unk 0, bos 1, eos 2. Equal texts produce equal files.
-    """
-    check_option("vocab_size", vocab_size, 1, MOST_IDS)
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            character_coverage=0.99995,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            add_dummy_prefix=False,
-            max_sentence_length=4 * MAX_LINE,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            num_threads=1,  # stored in the model, so it affects the checksum
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        reason = str(error).strip().rsplit("] ", 1)[-1].replace("\n", " ")
-        raise ConfigError(f"vocab_size {vocab_size} does not fit the corpus: {reason}") from error
-    with atomic_file(model_path) as partial:
-        partial.write_bytes(model.getvalue())
-
-
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        for line in text.split("\n"):
-            yield from (line[i : i + MAX_LINE] for i in range(0, len(line), MAX_LINE))

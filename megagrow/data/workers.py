@@ -1,9 +1,17 @@
-"""Run tasks in worker processes with progress messages; handles Ctrl-C and killed workers."""
+"""Worker processes: tasks with progress messages, and calls with limits of memory and time.
 
+Ctrl-C and killed workers are handled.
+"""
+
+import importlib
+import json
 import multiprocessing
 import os
 import queue
+import resource
 import signal
+import subprocess
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from typing import TypeVar
 
+from megagrow.common.sizes import format_bytes
 from megagrow.errors import InputError, ResourceError
 
 Task = TypeVar("Task")
@@ -119,6 +128,79 @@ def _serve(
     except Exception as error:
         # As text, since not every exception can be pickled.
         results.put(RuntimeError("".join(traceback.format_exception(error))))
+
+
+def run_limited(function: Callable[[str], str], text: str, memory: int, seconds: int) -> str:
+    """Call a module's function in a new process with limited resources.
+
+    Args:
+        function: called with `text`; returns a problem or "". Its InputErrors are raised here,
+            other exceptions except MemoryError are ignored.
+        memory: bytes that it may allocate after its module is imported.
+        seconds: CPU time.
+
+    Returns the problem, also a limit that ended the process. Raises ResourceError if the process
+    cannot be started.
+    """
+    arguments = (function.__module__, function.__name__, text, str(memory), str(seconds))
+    # -P: a module in the current folder must not replace one of the child's.
+    command = [sys.executable, "-P", "-c", _CALL, json.dumps(sys.path), *arguments]
+    most, nothing = 20 * seconds, subprocess.DEVNULL
+    try:
+        done = subprocess.run(
+            command, stdin=nothing, capture_output=True, timeout=most, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"takes more than {most} s"
+    except OSError as error:
+        raise ResourceError(f"no process can be started ({error.strerror})") from error
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        return f"takes more than {seconds} s of CPU time"
+    if done.returncode < 0 or done.returncode == _OUT_OF_MEMORY:
+        return f"takes more than {format_bytes(memory)} of memory"
+    if done.returncode == _PROBLEM:
+        return done.stdout.decode().splitlines()[-1]
+    if done.returncode == _INPUT_ERROR:
+        kind, _, message = done.stdout.decode().splitlines()[-1].partition(": ")
+        raise _KINDS[kind](message)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").splitlines() or [f"code {done.returncode}"]
+        raise ResourceError(f"a process that was started for a check failed: {lines[-1]}")
+    return ""
+
+
+_CALL = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from megagrow.data.workers import call_limited
+call_limited(*sys.argv[2:])
+"""
+
+_OUT_OF_MEMORY, _PROBLEM, _INPUT_ERROR = 3, 4, 5
+"""Exit codes."""
+
+_KINDS = {kind.__name__: kind for kind in InputError.__subclasses__()}
+
+
+def call_limited(module: str, name: str, text: str, memory: str, seconds: str) -> None:
+    """Call a function in this process within limits; the other side of `run_limited`."""
+    function = getattr(importlib.import_module(module), name)
+    with open("/proc/self/statm", encoding="ascii") as file:
+        mapped = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + int(memory),) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        problem = function(text)
+    except InputError as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        os._exit(_INPUT_ERROR)
+    except MemoryError:
+        os._exit(_OUT_OF_MEMORY)
+    except BaseException:  # also a panic of a Rust library, which occurs again in the caller
+        os._exit(0)
+    print(problem, flush=True)
+    os._exit(_PROBLEM if problem else 0)
 
 
 def _end_with_parent() -> None:

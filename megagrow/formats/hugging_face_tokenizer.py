@@ -16,8 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 
 from megagrow.common.json_text import read_json
-from megagrow.data.hugging_face_tokenizers import JsonTokenizer
-from megagrow.data.tokenizers import SentencePieceTokenizer, Tokenizer
+from megagrow.data.tokenizers import Tokenizer, load_tokenizer
 from megagrow.errors import DataError
 from megagrow.formats.hugging_face_config import code_warnings, without_code
 from megagrow.formats.hugging_face_origin import (
@@ -92,7 +91,7 @@ def tokenizer_files(path: Path, vocab_size: int) -> TokenizerFiles:
 
 
 def _of_sentencepiece(path: Path, vocab_size: int) -> TokenizerFiles:
-    own = SentencePieceTokenizer(path)
+    own = load_tokenizer(path)
     _check_size(path, own, vocab_size)
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     special = {name: _id(getattr(model, f"{name}_id")()) for name in ("unk", "bos", "eos", "pad")}
@@ -183,9 +182,9 @@ def _of_folder(folder: Path, vocab_size: int) -> TokenizerFiles:
     warnings = code_warnings(settings or {}, str(path))
     own: Tokenizer | None = None
     if JSON_FILE in copies:
-        own = JsonTokenizer(copies[JSON_FILE])
+        own = load_tokenizer(copies[JSON_FILE])
     elif SENTENCEPIECE_FILE in copies:
-        own = SentencePieceTokenizer(copies[SENTENCEPIECE_FILE])
+        own = load_tokenizer(copies[SENTENCEPIECE_FILE])
     documents = {}
     if settings is not None:
         documents[TOKENIZER_SETTINGS_FILE] = without_code(settings)

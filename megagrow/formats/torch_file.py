@@ -21,8 +21,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo, is_zipfile
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.tensor_file import DTYPES
-from megagrow.common.file_io import raw_bytes
+from megagrow.checkpoint.tensor_file import DTYPES, raw_bytes
 from megagrow.errors import CheckpointError, ResourceError
 from megagrow.formats.torch_pickle import RefusedNames, StorageRecord, read_pickle
 

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 import xxhash
 
-from megagrow.checkpoint.tensor_file import DTYPES, Planned
+from megagrow.checkpoint.tensor_file import DTYPES, Planned, raw_bytes, read_bytes, write_bytes
 from megagrow.common.atomic_files import check_room, publish, sync
 from megagrow.common.checksums import READ_BYTES, FileRecord, Files, drop_from_cache
-from megagrow.common.file_io import raw_bytes, read_bytes, write_bytes
 from megagrow.common.progress import WorkProgress
 from megagrow.errors import ResourceError
 from megagrow.offline.journal import JOURNAL_FILE, Journal

@@ -27,7 +27,7 @@ from megagrow.train.config_changes import (
 )
 from megagrow.train.growth_event.run_growths import as_grown
 from megagrow.train.init_from import fill_beginning, open_beginning
-from megagrow.train.source_state import state_of_checkpoint
+from megagrow.train.source_state import state_of_checkpoint, state_of_found
 from megagrow.train.stage import Stage, build_stage
 from megagrow.train.train_state import RunState
 
@@ -74,7 +74,7 @@ def begin(
         environment = {} if source is None else source.environment
         return Beginning(run, stage, RunState(), changes, environment)
     path, manifest = found
-    state = state_of_checkpoint(manifest)
+    state = state_of_found(found)
     changes = checkpoint_changes(run, contents, manifest)
     check_changes(changes, allowed, str(path))
     run = as_grown(run, state)

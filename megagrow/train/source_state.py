@@ -2,6 +2,7 @@
 
 from pydantic import ValidationError
 
+from megagrow.checkpoint.discovery import FoundCheckpoint, step_of
 from megagrow.checkpoint.manifest import Manifest
 from megagrow.checkpoint.source import Source
 from megagrow.config.load import recorded_run
@@ -20,6 +21,21 @@ STILL_MASKED = (
 def state_of_checkpoint(manifest: Manifest) -> RunState:
     """Return the run state of a checkpoint. Raises CheckpointError if it is invalid."""
     return RunState.from_json(manifest.run, manifest.environment)
+
+
+def state_of_found(found: FoundCheckpoint) -> RunState:
+    """Return the run state of a checkpoint that a run resumes from.
+
+    Raises CheckpointError if it is invalid or records another step than the name of its folder.
+    """
+    path, manifest = found
+    state = state_of_checkpoint(manifest)
+    if step_of(path) != state.counters.step:
+        raise CheckpointError(
+            f"{path}: records step {state.counters.step}, but is named by step {step_of(path)}; "
+            "restore its name or remove it"
+        )
+    return state
 
 
 def state_of(source: Source) -> RunState:

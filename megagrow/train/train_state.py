@@ -178,11 +178,14 @@ class RunState:
             raise CheckpointError(
                 f"the run state in the checkpoint is incomplete ({error})"
             ) from error
-        if state.stage_tokens > state.counters.tokens - state.counters.growth_tokens:
+        counters, prefix = state.counters, "the run state in the checkpoint is invalid"
+        if state.stage_tokens > counters.tokens - counters.growth_tokens:
             raise CheckpointError(
-                f"the run state in the checkpoint is invalid: {state.stage_tokens} tokens of stage "
-                f"{state.stage} are more than the {state.counters.tokens} tokens of the run"
+                f"{prefix}: {state.stage_tokens} tokens of stage {state.stage} are more than the "
+                f"{counters.tokens} tokens of the run"
             )
+        if counters.step > counters.tokens:
+            raise CheckpointError(f"{prefix}: {counters.step} steps, {counters.tokens} tokens")
         return state
 
 

@@ -25,6 +25,7 @@ from megagrow.formats.hugging_face_config import config_of
 from megagrow.formats.megatron import open_megatron
 from megagrow.offline.journal import JOURNAL_FILE, Journal
 from megagrow.train.reporting.metrics import read_metrics
+from megagrow.train.source_state import state_of_found
 from megagrow.train.train_state import RunState
 from tests.helpers.checkpoint.saving import MODEL
 from tests.helpers.checkpoint.written import RUN, record_of, write_checkpoint
@@ -122,6 +123,7 @@ def test_a_model_that_fits_nowhere(checkpoint: Path, vocab_size: int) -> None:
         {"counters": {"elapsed_seconds": -1.0}},
         {"counters": {"step": True}},
         {"counters": {"tokens": 10, "growth_tokens": 5}, "stage_tokens": 6},
+        {"counters": {"step": 5, "tokens": 4}},
         {"stage": 2**70},
         {"stage_tokens": 641},
         {"skipped_tokens": -1},
@@ -235,3 +237,12 @@ def test_a_header_of_a_million_tensors_is_not_parsed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"x\.safetensors: .*1000000 tensors, more than the limit"):
         read_header(path)
     assert time.perf_counter() - begin < 5
+
+
+@pytest.mark.parametrize("step", [4, 600])
+def test_a_step_other_than_that_of_its_folder(checkpoint: Path, step: int) -> None:
+    manifest = read_manifest(checkpoint)
+    assert state_of_found((checkpoint, manifest)).counters.step == 5
+    run = manifest.run | {"counters": manifest.run["counters"] | {"step": step}}
+    with pytest.raises(InputError, match=rf"records step {step}, but is named by step 5"):
+        state_of_found((checkpoint, replace(manifest, run=run)))

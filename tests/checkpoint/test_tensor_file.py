@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megagrow.checkpoint.tensor_file import Stored, planned, read_elements, read_header
-from megagrow.common.file_io import raw_bytes
+from megagrow.checkpoint.tensor_file import Stored, planned, raw_bytes, read_elements, read_header
 from megagrow.errors import InputError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

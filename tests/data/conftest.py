@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
 from megagrow.data.sources import units
-from megagrow.data.tokenizers import train_sentencepiece
 
 
 class MemoryCorpus:

@@ -1,4 +1,4 @@
-"""Corpora and tokenizers that somebody else has made, to do harm or by mistake."""
+"""Corpora that somebody else has made, to do harm or by mistake."""
 
 import gzip
 import json
@@ -15,7 +15,6 @@ from megagrow.data.manifest import CorpusManifest
 from megagrow.data.sources import records
 from megagrow.data.sources.documents import RecordOptions, read_documents
 from megagrow.data.sources.units import SourceUnit, find_sources
-from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
 
 SEQUENCES = 5 * SPOT_CHECKS
@@ -185,65 +184,3 @@ def test_instructions_beyond_the_limit_are_not_read(
     (tmp_path / name).write_bytes(b"[" + b" " * 5000 + b"]")
     with pytest.raises(InputError, match=rf"{name}: .*limit of 1000 bytes"):
         next(sft.read_examples(tmp_path / name))
-
-
-def word_level(**changes: object) -> dict[str, object]:
-    model = {"type": "WordLevel", "vocab": {"</s>": 0, "a": 1, "<unk>": 2}, "unk_token": "<unk>"}
-    nothing = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
-    whole = {"version": "1.0", "added_tokens": [], "model": model | changes}
-    return whole | dict.fromkeys(nothing)
-
-
-def test_a_vocabulary_without_its_unknown_token_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(word_level(vocab={"</s>": 0, "a": 1})))
-    tokenizer = load_tokenizer(path)
-    assert tokenizer.encode_batch(["a"]) == [[1]]
-    with pytest.raises(InputError, match=r"tokenizer\.json: cannot encode a text"):
-        tokenizer.encode_batch(["b"])
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ("[]", "must contain a JSON object"),
-        ("{", "not JSON"),
-        ('{"eos_token": 3}', "'eos_token' must be the text of a token"),
-        ('{"eos_token": {"lstrip": false}}', "'eos_token' must be the text of a token"),
-        ('{"eos_token": ["</s>"]}', "'eos_token' must be the text of a token"),
-    ],
-)
-def test_a_damaged_configuration_beside_a_tokenizer(tmp_path: Path, config: str, said: str) -> None:
-    (tmp_path / "tokenizer.json").write_text(json.dumps(word_level()))
-    (tmp_path / "tokenizer_config.json").write_text(config)
-    with pytest.raises(InputError, match=rf"tokenizer_config\.json: .*{said}"):
-        load_tokenizer(tmp_path / "tokenizer.json")
-
-
-def test_code_beside_a_tokenizer_is_not_run(tmp_path: Path) -> None:
-    """The library would ask on the terminal whether it may, and wait for an answer."""
-    pytest.importorskip("transformers")
-    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    config = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"no tokenizer found: .*contains custom code"):
-        load_tokenizer(tmp_path)
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"model": 3}', '{"tokenizer_class": 5}'])
-def test_a_damaged_folder_of_theirs_is_named(tmp_path: Path, content: str) -> None:
-    pytest.importorskip("transformers")
-    folder = tmp_path / "theirs"
-    folder.mkdir()
-    (folder / "tokenizer.json").write_text(content)
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(InputError, match=r"theirs: no tokenizer found: ."):
-        load_tokenizer(folder)
-
-
-def test_an_id_that_would_fill_the_memory_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(word_level(vocab={"</s>": 0, "a": 2**31, "<unk>": 2})))
-    with pytest.raises(InputError, match=r"tokenizer\.json: a token has the id 2147483648"):
-        load_tokenizer(path)

@@ -20,8 +20,9 @@ from megagrow.data import prepare as module
 from megagrow.data import publication
 from megagrow.data.manifest import CorpusManifest, verify
 from megagrow.data.prepare import prepare
+from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
 from megagrow.data.sources import units
-from megagrow.data.tokenizers import load_tokenizer, train_sentencepiece
+from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
 
 

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagrow.data import hugging_face_tokenizers
-from megagrow.data import tokenizers as ours
-from megagrow.data.tokenizers import check_tokenizer, load_tokenizer, train_sentencepiece
+from megagrow.data import sentencepiece_tokenizer as ours
+from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
+from megagrow.data.tokenizers import check_tokenizer, load_tokenizer
 from megagrow.errors import InputError
 from megagrow.evaluation.tokenizer import open_tokenizer
 
@@ -243,7 +244,7 @@ def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hugging_face_tokenizers.importlib, "import_module", refuse)
     with pytest.raises(InputError, match=r"pip install megagrow\[hf\]"):
-        load_tokenizer(str(tmp_path))
+        load_tokenizer(str(tmp_path), is_tried=True)
 
 
 @pytest.mark.parametrize("size", [100, 100_000])

@@ -17,7 +17,7 @@ pytest.importorskip(
 
 from lm_eval.models.huggingface import HFLM
 
-from megagrow.data.tokenizers import train_sentencepiece
+from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
 from megagrow.errors import ConfigError, DataError
 from megagrow.evaluation.generation import Sampling, TokenSampler
 from megagrow.evaluation.generation_options import GenerationDefaults

@@ -11,7 +11,8 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from megagrow.data.tokenizers import load_tokenizer, train_sentencepiece
+from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
+from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
 from megagrow.formats.hugging_face_tokenizer import tokenizer_files
 from tests.helpers.hugging_face import hugging_face, tiny

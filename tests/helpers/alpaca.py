@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 
 from megagrow.data.manifest import CorpusManifest
+from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
 from megagrow.data.sft import WITH_INPUT, WITHOUT_INPUT
 from megagrow.data.sft_prepare import prepare_sft
-from megagrow.data.tokenizers import train_sentencepiece
 
 VOCAB = 420
 """Most of the template's words are one token each."""

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from transformers import LlamaForCausalLM as HuggingFaceLlama
 
 from megagrow.config.schema import ModelConfig
-from megagrow.data.tokenizers import train_sentencepiece
+from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
 from megagrow.formats.hugging_face_tokenizer import tokenizer_files
 from tests.helpers.reshard.definition import State, random_state
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.source import open_checkpoint
-from megagrow.data.tokenizers import load_tokenizer, train_sentencepiece
+from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
+from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
 from megagrow.formats.hugging_face import open_hugging_face
 from megagrow.offline.convert import export_hugging_face, import_hugging_face, reshard_files

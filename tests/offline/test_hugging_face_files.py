@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.data.prepare import prepare
-from megagrow.data.tokenizers import load_tokenizer, train_sentencepiece
+from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
+from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
 from megagrow.formats.hugging_face import open_hugging_face
 from megagrow.formats.hugging_face_config import code_warnings

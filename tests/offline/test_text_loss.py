@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from megagrow.checkpoint.source import open_checkpoint
 from megagrow.config.schema import ModelConfig
-from megagrow.data.tokenizers import train_sentencepiece
+from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
 from megagrow.errors import InputError
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.offline.text_loss import text_loss, text_memory, text_tokens

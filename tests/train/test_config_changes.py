@@ -15,7 +15,7 @@ from megagrow.config.load import load_run
 from megagrow.config.resume_rules import ConfigChange, Effect
 from megagrow.config.schema import RunConfig
 from megagrow.data.corpus_identity import Contents, data_contents
-from megagrow.data.tokenizers import train_sentencepiece
+from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
 from megagrow.errors import CheckpointError, ConfigError, InputError
 from megagrow.formats.hugging_face_origin import ORIGIN_KEY
 from megagrow.formats.hugging_face_tokenizer import tokenizer_files

@@ -8,7 +8,7 @@ from lm_eval.models.huggingface import HFLM
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megagrow.data.tokenizers import train_sentencepiece
+from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
 from megagrow.evaluation.lm import LMAdapter, MegagrowLM
 from megagrow.evaluation.runner import evaluate
 from megagrow.evaluation.tasks import load_tasks

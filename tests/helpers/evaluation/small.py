@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 from megagrow.config.schema import RunConfig
-from megagrow.data.tokenizers import train_sentencepiece
+from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run, parallel_of
 
 SMALL = MODEL | {"vocab_size": 301}

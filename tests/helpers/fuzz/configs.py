@@ -10,7 +10,8 @@ import yaml
 from hypothesis import strategies as st
 
 from megagrow.config.load import load_run, to_yaml
-from megagrow.data.tokenizers import load_tokenizer, train_sentencepiece
+from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
+from megagrow.data.tokenizers import load_tokenizer
 from megagrow.growth.validation import growth_problems
 from tests.helpers.fuzz.mutations import TEXTS, at, damaged, mutated_bytes, paths, wild
 from tests.helpers.fuzz.running import Target
@@ -101,7 +102,7 @@ def _load_tokenizer(folder: Path, given: tuple[bytes, bytes]) -> None:
     path = folder / "tokenizer.json"
     for file, raw in zip((path, folder / "tokenizer_config.json"), given, strict=True):
         file.write_bytes(raw)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, is_tried=True)
     assert 0 <= tokenizer.eos_id < tokenizer.vocab_size
     for ids in tokenizer.encode_batch(["a b c", ""]):
         assert all(0 <= token < tokenizer.vocab_size for token in ids)
@@ -118,7 +119,7 @@ def _sentencepiece() -> bytes:
 def _load_sentencepiece(folder: Path, raw: bytes) -> None:
     path = folder / "tokenizer.model"
     path.write_bytes(raw)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, is_tried=True)
     assert 0 <= tokenizer.eos_id < tokenizer.vocab_size
     for ids in tokenizer.encode_batch(["one two\n three", ""]):
         assert all(0 <= token < tokenizer.vocab_size for token in ids)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from megagrow.common.file_io import raw_bytes
+from megagrow.checkpoint.tensor_file import raw_bytes
 from megagrow.common.sizes import format_bytes
 from megagrow.common.tables import markdown_table
 from megagrow.config.flops import parameters
