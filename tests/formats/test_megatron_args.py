@@ -20,7 +20,7 @@ from tests.helpers.hugging_face import tiny
         ({"rotary_percent": 0.5}, "rotary_percent = 0.5"),
         ({"num_attention_heads": 3}, "not divisible"),
         ({"num_layers": None}, "'num_hidden_layers'"),
-        ({"qk_layernorm": True}, "qk_layernorm = True, only None"),
+        ({"qk_layernorm": True}, "qk_layernorm = True, only False"),
         ({"softmax_type": "off-by-one"}, "softmax_type = 'off-by-one'"),
         ({"window_size": (128, 0)}, "window_size = (128, 0)"),
     ],

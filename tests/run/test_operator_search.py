@@ -101,4 +101,6 @@ def test_another_operator_than_the_run_has_grown_by_is_refused(undisturbed):
         "stages.1.growth.probe=null",
         "stages.1.growth.operator=llama_pro",
     )
-    assert "--allow-change stages.1.growth.operator --allow-change stages.1.growth.probe" in said
+    assert (
+        "does not fit the run: stages.1.growth.operator: ['direct_depth'] -> ['llama_pro']" in said
+    )
