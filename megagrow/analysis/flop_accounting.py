@@ -21,8 +21,8 @@ from typing import Literal
 from megagrow.config.flops import non_embedding_parameters, paper_flops_per_token
 from megagrow.config.load import load_run
 from megagrow.config.schema import RunConfig
+from megagrow.train.reporting.run_files import CONFIG_FILE
 
-CONFIG_FILE = "config.yaml"
 Account = Literal["flops", "flops_true", "flops_charged"]
 ACCOUNTS: dict[Account, str] = {
     "flops": "6 N per token, base in full",

@@ -16,7 +16,7 @@ from megagrow.common.checksums import FileRecord, Files, check_file, check_size,
 from megagrow.common.json_text import FILE_BYTES, parse_json, read_limited
 from megagrow.common.untrusted_values import as_tally
 from megagrow.config.schema import ModelConfig
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, InputError
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Layout
 
@@ -124,6 +124,15 @@ def read_manifest(directory: Path) -> Manifest:
     for name, record in manifest.files.items():
         check_size(directory / name, record)
     return manifest
+
+
+def has_right_sizes(directory: Path) -> bool:
+    """Return True if `read_manifest` accepts a checkpoint."""
+    try:
+        read_manifest(directory)
+    except InputError:
+        return False
+    return True
 
 
 def verify_checkpoint(directory: Path) -> Manifest:

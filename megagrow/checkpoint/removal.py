@@ -16,11 +16,12 @@ from megagrow.checkpoint.manifest import (
     MANIFEST_FILE,
     SHARD_NAME,
     OtherFormat,
+    has_right_sizes,
     parse_manifest,
-    read_manifest,
 )
 from megagrow.common.atomic_files import (
     discard,
+    first_free,
     free_staging,
     make_folder,
     publish,
@@ -92,8 +93,7 @@ def publish_checkpoint(partial: Path, final: Path) -> None:
     try:
         _check_own(final)
     except CheckpointError as error:
-        names = (final.with_name(f"{final.name}.kept.{number}") for number in count(1))
-        kept = next(name for name in names if not os.path.lexists(name))
+        kept = first_free(final.with_name(f"{final.name}.kept.{number}") for number in count(1))
         logger.warning("%s; renamed it to %s", error, kept.name)
         final.rename(kept)
     publish(partial, final)
@@ -112,7 +112,7 @@ def finish_replacements(directory: Path) -> None:
         final = old.with_name(old.name.partition(".")[0])
         if old == replaced_path(final) and not os.path.lexists(final):
             written = re.compile(rf"{final.name}(\.\d+)?\.tmp")
-            new = [p for p in leftovers if written.fullmatch(p.name) and _is_complete(p)]
+            new = [p for p in leftovers if written.fullmatch(p.name) and has_right_sizes(p)]
             (new[0] if new else old).rename(final)
 
 
@@ -147,11 +147,3 @@ def _check_own(path: Path) -> None:
         raise
     except CheckpointError:  # damaged or incomplete
         pass
-
-
-def _is_complete(path: Path) -> bool:
-    try:
-        read_manifest(path)
-    except InputError:
-        return False
-    return True

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagrow.checkpoint.discovery import list_checkpoints, step_of
-from megagrow.checkpoint.manifest import parse_manifest, read_manifest
+from megagrow.checkpoint.manifest import has_right_sizes, parse_manifest
 from megagrow.checkpoint.removal import remove_unfinished, try_to_remove, warn_kept
 from megagrow.errors import InputError
 
@@ -91,15 +91,6 @@ class Pruner:
 
     def _is_valid(self, path: Path) -> bool | None:
         return has_right_sizes(path) if self._results.get(path) else self._results.get(path)
-
-
-def has_right_sizes(path: Path) -> bool:
-    """Return True if a checkpoint's manifest is valid and its files have the recorded sizes."""
-    try:
-        read_manifest(path)
-    except InputError:
-        return False
-    return True
 
 
 def _is_kept(path: Path, retention: Retention) -> bool:

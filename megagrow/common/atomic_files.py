@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
@@ -101,8 +101,12 @@ def remove(path: Path) -> None:
 def free_staging(path: Path, suffix: str = "") -> Path:
     """Return the first unused temporary name: `NAME.tmp`, `NAME.1.tmp`, `NAME.2.tmp` ..."""
     numbers = chain([""], (f".{number}" for number in count(1)))
-    names = (path.with_name(f"{path.name}{suffix}{number}.tmp") for number in numbers)
-    return next(name for name in names if not os.path.lexists(name))
+    return first_free(path.with_name(f"{path.name}{suffix}{number}.tmp") for number in numbers)
+
+
+def first_free(paths: Iterable[Path]) -> Path:
+    """Return the first path at which there is no file, folder or link."""
+    return next(path for path in paths if not os.path.lexists(path))
 
 
 @contextmanager

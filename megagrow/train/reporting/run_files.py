@@ -2,14 +2,13 @@
 
 import itertools
 import json
-import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megagrow.common.atomic_files import write_text
+from megagrow.common.atomic_files import first_free, write_text
 from megagrow.config.load import to_yaml
 from megagrow.config.schema import RunConfig
 
@@ -28,15 +27,10 @@ def write_run_files(run: RunConfig, environment: dict[str, Any]) -> None:
     path, text = run.output_dir / CONFIG_FILE, to_yaml(run)
     if not path.is_file() or path.read_bytes() != text.encode():
         if path.exists():
-            path.rename(_unused_name(run.output_dir))
+            earlier = (path.with_name(f"config-{number:04d}.yaml") for number in itertools.count(1))
+            path.rename(first_free(earlier))
         write_text(path, text)
     write_text(run.output_dir / ENVIRONMENT_FILE, json.dumps(environment, indent=1))
-
-
-def _unused_name(directory: Path) -> Path:
-    """Return the first free name for an earlier configuration."""
-    names = (directory / f"config-{number:04d}.yaml" for number in itertools.count(1))
-    return next(path for path in names if not os.path.lexists(path))
 
 
 def describe_environment(run: RunConfig) -> dict[str, Any]:
