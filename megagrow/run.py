@@ -14,7 +14,6 @@ from megagrow.common.log_setup import LogLevel, configure_logging
 from megagrow.config.growth_guidelines import timing_warnings
 from megagrow.config.schema import RunConfig
 from megagrow.config.validation import world_problems
-from megagrow.data.corpus_identity import data_contents
 from megagrow.errors import ConfigError
 from megagrow.evaluation.evaluator import Evaluation, open_evaluation
 from megagrow.evaluation.results_store import remove_stored_after
@@ -90,8 +89,7 @@ def train(
         run_on_all_ranks(lambda: check_kernels(run, device))
         inputs = open_inputs_on_all_ranks(run)
         evaluation = open_evaluation(run, device)
-        contents = run_on_rank_zero(lambda: data_contents(run))
-        environment = describe_environment(run) | {"contents": contents.model_dump()}
+        environment = describe_environment(run) | {"contents": inputs.contents.model_dump()}
         run_logger = RunLogger(run, launch.rank, launch.world_size, environment, console)
         watchdog.beat("locking the run directory", long=True, at_least=2 * PATIENCE)
         lock = run_on_all_ranks(lambda: lock_directory(run.output_dir, launch.rank))
@@ -111,7 +109,7 @@ def train(
                 watchdog=watchdog,
                 stop=stop,
                 warm_up=warm_up,
-                begin=partial(begin, device=device, contents=contents, allowed=allowed),
+                begin=partial(begin, device=device, contents=inputs.contents, allowed=allowed),
             )
             try:
                 with checkpointer:

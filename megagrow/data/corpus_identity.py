@@ -5,11 +5,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagrow.config.schema import RunConfig
+from megagrow.config.schema import DataConfig
 from megagrow.config.sections import Section
 from megagrow.data.indexed import CorpusFile, with_suffix
 from megagrow.data.manifest import CorpusManifest
-from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import DataError
 
 BLOCK_BYTES = 1 << 14
@@ -56,30 +55,28 @@ class Contents(Section):
     """Checksum; None if neither the run nor its corpora name a tokenizer."""
 
 
-def data_contents(run: RunConfig) -> Contents:
-    """Return the identities of a run's corpora and tokenizer. Raises DataError."""
+def data_contents(
+    data: DataConfig, identities: Mapping[str, CorpusIdentity], tokenizer: str | None
+) -> Contents:
+    """Return the contents of a run from the identities of its corpora by path and its tokenizer."""
     train, validation = (
-        [corpus_identity(corpus.path) for corpus in corpora]
-        for corpora in (run.data.train, run.data.validation)
+        [identities[str(corpus.path)].content for corpus in corpora]
+        for corpora in (data.train, data.validation)
     )
-    named = run.data.tokenizer
-    known = [each.tokenizer for each in (*train, *validation) if each.tokenizer]
-    tokenizer = known[0] if known else load_tokenizer(str(named)).checksum if named else None
-    return Contents(
-        train=[each.content for each in train],
-        validation=[each.content for each in validation],
-        tokenizer=tokenizer,
-    )
+    return Contents(train=train, validation=validation, tokenizer=tokenizer)
 
 
-def require_one_tokenizer(checksums: Mapping[str, str | None]) -> None:
-    """Raise DataError if two known checksums of tokenizers differ.
+def one_tokenizer(checksums: Mapping[str, str | None]) -> str | None:
+    """Return the checksum of the tokenizer of a run, None if it is unknown.
 
-    `checksums` are keyed by their owners as named in the message: prefixes of corpora,
-    `data.tokenizer = FILE`, a checkpoint. None is an unknown tokenizer.
+    `checksums` are keyed by their owners as named in messages: prefixes of corpora,
+    `data.tokenizer = FILE`, a checkpoint. None is an unknown tokenizer. Raises DataError if two
+    known checksums differ.
     """
     known = {owner: checksum for owner, checksum in checksums.items() if checksum is not None}
-    first = next(iter(known), "")
+    first = next(iter(known), None)
+    if first is None:
+        return None
     for owner, checksum in known.items():
         if checksum != known[first]:
             raise DataError(
@@ -88,6 +85,7 @@ def require_one_tokenizer(checksums: Mapping[str, str | None]) -> None:
                 "all corpora with one tokenizer and set data.tokenizer to it (a corpus has its "
                 "tokenizer in its folder)"
             )
+    return known[first]
 
 
 def unknown_tokenizer_warning(checksums: Mapping[str, str | None]) -> str | None:

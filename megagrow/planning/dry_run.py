@@ -18,7 +18,7 @@ from megagrow.checkpoint.manifest import read_manifest
 from megagrow.config.resume_rules import ConfigChange
 from megagrow.config.schema import RunConfig
 from megagrow.config.validation import world_problems
-from megagrow.data.corpus_identity import Contents, data_contents
+from megagrow.data.corpus_identity import Contents
 from megagrow.errors import ConfigError, InputError
 from megagrow.evaluation.evaluator import need_lm_eval
 from megagrow.growth.operators import is_learned
@@ -34,7 +34,7 @@ from megagrow.train.config_changes import (
     check_changes,
     checkpoint_changes,
 )
-from megagrow.train.data_setup import check_inputs
+from megagrow.train.data_setup import open_or_list_problems
 from megagrow.train.growth_event.run_growths import stage_growth, stage_layout, with_operators
 from megagrow.train.init_from import check_beginning
 
@@ -113,8 +113,11 @@ def dry_run(run: RunConfig, world_size: int, rank: int = 0, allowed: Sequence[st
         )
     invalid = [*growth_problems(run), *world_problems(run, world_size)]
     notes: list[str] = []
-    problems = [*invalid, *check_inputs(run, notes), *_evaluation(run, notes)]
-    problems += _start(run, None if problems else data_contents(run), allowed, notes)
+    inputs, unread = open_or_list_problems(run)
+    if inputs is not None:
+        notes += [*(each.line() for each in inputs.epochs), *inputs.warnings]
+    problems = [*invalid, *unread, *_evaluation(run, notes)]
+    problems += _start(run, None if inputs is None else inputs.contents, allowed, notes)
     problems += _output_dir(run)
     stages: tuple[RankStage, ...] = ()
     growths: tuple[RankGrowth, ...] = ()

@@ -15,9 +15,11 @@ from megagrow.data.batches import (
     stream_epochs,
 )
 from megagrow.data.corpus_identity import (
+    Contents,
     CorpusIdentity,
     corpus_identity,
-    require_one_tokenizer,
+    data_contents,
+    one_tokenizer,
     unknown_tokenizer_warning,
 )
 from megagrow.data.sft import open_mask
@@ -38,6 +40,7 @@ class Inputs:
     """Reader whose first sequences form the fixed batch for evaluating growths."""
     identities: dict[str, CorpusIdentity]
     """Identities of all corpora by path."""
+    contents: Contents
     epochs: tuple[CorpusEpochs, ...]
     """Epochs of each training corpus over the run."""
     warnings: tuple[str, ...]
@@ -47,7 +50,7 @@ def open_inputs(run: RunConfig) -> Inputs:
     """Open and validate corpora and tokenizer. Raises DataError naming the file."""
     identities = corpus_identities(run)
     tokenizers = tokenizer_checksums(run, identities)
-    require_one_tokenizer(tokenizers)
+    tokenizer = one_tokenizer(tokenizers)
     stream = open_stream(run.data.train, run.seed, run.data.sequence_length)
     train = _reader(run, stream, run.data.train, shuffle=True)
     validation, sequences = _open_validation(run)
@@ -61,6 +64,7 @@ def open_inputs(run: RunConfig) -> Inputs:
         validation_sequences=sequences,
         fixed=validation or train,
         identities=identities,
+        contents=data_contents(run.data, identities, tokenizer),
         epochs=epochs,
         warnings=(*filter(None, (unknown,)), *epoch_warnings(run, epochs)),
     )
@@ -121,10 +125,10 @@ def tokenizer_checksums(
     return checksums
 
 
-def check_inputs(run: RunConfig, notes: list[str]) -> list[str]:
-    """Return all errors of `open_inputs`: one per corpus, and one of `data.tokenizer`.
+def open_or_list_problems(run: RunConfig) -> tuple[Inputs | None, list[str]]:
+    """Return the inputs, or None and all their problems.
 
-    Without errors, appends epochs and warnings to `notes`.
+    Problems are the errors of each corpus and of `data.tokenizer`, or the one of `open_inputs`.
     """
     data = run.data
     checks: list[Callable[[], object]] = []
@@ -133,12 +137,12 @@ def check_inputs(run: RunConfig, notes: list[str]) -> list[str]:
     if data.tokenizer is not None:
         checks.append(partial(check_tokenizer, data.tokenizer, run.stages[0].model.vocab_size))
     found = [problem for check in checks for problem in _problem(check)]
-    return found or _problem(partial(_note, run, notes))
-
-
-def _note(run: RunConfig, notes: list[str]) -> None:
-    inputs = open_inputs(run)
-    notes += [*(each.line() for each in inputs.epochs), *inputs.warnings]
+    if found:
+        return None, found
+    try:
+        return open_inputs(run), []
+    except (InputError, OSError) as error:
+        return None, [str(error)]
 
 
 def _open_alone(run: RunConfig, corpus: CorpusConfig, shuffle: bool) -> BatchReader:

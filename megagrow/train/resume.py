@@ -5,7 +5,8 @@ it resumes from the same checkpoint, fails at the same steps and rewinds again, 
 results.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,22 +67,36 @@ def begin(
     """
     if found is None:
         source = open_beginning(run)
-        changes = [] if source is None else changes_since_source(run, contents, source)
-        check_changes(changes, allowed, f"init_from = {run.init_from}")
+        changes, environment = [], dict[str, Any]()
+        if source is not None:
+            environment = source.environment
+            find = partial(changes_since_source, run, contents, source)
+            changes = _checked(find, allowed, f"init_from = {run.init_from}")
         stage = build_stage(run, 0, device)
         rank, storage = stage.topology.rank, stage.engine.storage()
         stage.engine.ready(fill_beginning(source, stage.layout, rank, storage, run.seed))
-        environment = {} if source is None else source.environment
         return Beginning(run, stage, RunState(), changes, environment)
     path, manifest = found
     state = state_of_found(found)
-    changes = checkpoint_changes(run, contents, manifest)
-    check_changes(changes, allowed, str(path))
+    changes = _checked(partial(checkpoint_changes, run, contents, manifest), allowed, str(path))
     run = as_grown(run, state)
     stage = build_stage(run, state.stage, device)
     load_storage(path, manifest, stage.layout, stage.engine.storage())
     stage.engine.ready(manifest.adam_step)
     return Beginning(run, stage, state, changes, manifest.environment)
+
+
+def _checked(
+    find: Callable[[], list[ConfigChange]], allowed: Sequence[str], origin: str
+) -> list[ConfigChange]:
+    """Return the changes that `find` returns on rank 0, checked by `check_changes`. Collective."""
+
+    def found() -> list[ConfigChange]:
+        changes = find()
+        check_changes(changes, allowed, origin)
+        return changes
+
+    return run_on_rank_zero(found)
 
 
 def rewind_target(

@@ -14,7 +14,7 @@ from megagrow.checkpoint.source import Source
 from megagrow.config.load import load_run
 from megagrow.config.resume_rules import ConfigChange, Effect
 from megagrow.config.schema import RunConfig
-from megagrow.data.corpus_identity import Contents, data_contents
+from megagrow.data.corpus_identity import Contents
 from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
 from megagrow.errors import CheckpointError, ConfigError, InputError
 from megagrow.formats.hugging_face_origin import ORIGIN_KEY
@@ -26,6 +26,7 @@ from megagrow.train.config_changes import (
     changes_since_source,
     check_changes,
 )
+from megagrow.train.data_setup import open_inputs
 from megagrow.train.train_state import RunState
 from tests.helpers.jobs import write_run
 from tests.helpers.logs import captured_logs
@@ -151,33 +152,33 @@ def test_a_checkpoint_of_a_removed_stage_is_refused(run: RunConfig) -> None:
 def test_corpora_are_compared_by_their_contents(
     run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = data_contents(run)
+    before = open_inputs(run).contents
     recorded = {"config": run.model_dump(mode="json"), "contents": before.model_dump()}
     for end in (".bin", ".idx"):
         (tmp_path / f"train{end}").rename(tmp_path / f"moved{end}")
     moved = changed(run, f"data.train.0.path={tmp_path / 'moved'}")
-    assert since(run, moved, MIDDLE, recorded, data_contents(moved)) == {
+    assert since(run, moved, MIDDLE, recorded, open_inputs(moved).contents) == {
         "data.train.0.path": Effect.NONE
     }
     write_corpus(tmp_path / "train", seed=5)
-    assert since(run, run, MIDDLE, recorded, data_contents(run)) == {
+    assert since(run, run, MIDDLE, recorded, open_inputs(run).contents) == {
         "data.train.0.contents": Effect.CONTRADICTION
     }
     config = recorded["config"]
-    earlier = {"config": config}  # no contents recorded: the path stands for them
-    assert since(run, moved, MIDDLE, earlier, data_contents(moved)) == {
+    earlier = {"config": config}  # without recorded contents, paths are compared
+    assert since(run, moved, MIDDLE, earlier, open_inputs(moved).contents) == {
         "data.train.0.path": Effect.NONE,
         "data.train.0.contents": Effect.CONTRADICTION,
     }
     monkeypatch.chdir(tmp_path)
     for name in ("train", "validation"):
         config["data"][name][0]["path"] = name
-    found = since(run, run, MIDDLE, earlier, data_contents(run))
+    found = since(run, run, MIDDLE, earlier, open_inputs(run).contents)
     assert set(found.values()) == {Effect.NONE}, "a relative path is the same path"
 
 
 def test_tokenizers_are_compared_where_both_are_known(run: RunConfig) -> None:
-    contents = data_contents(run)
+    contents = open_inputs(run).contents
     assert contents.tokenizer is None
     recorded: dict[str, Any] = {"config": run.model_dump(mode="json")}
     for old, new, expected in (("a", "b", True), ("a", "a", False), (None, "b", False)):
@@ -294,7 +295,7 @@ def test_keys_of_another_version_are_not_compared(run: RunConfig) -> None:
 def test_damaged_records_raise_no_traceback(run: RunConfig, environment: dict[str, Any]) -> None:
     recorded = {"config": run.model_dump(mode="json")} | environment
     try:
-        since(run, run, GROWN, recorded, data_contents(run))
+        since(run, run, GROWN, recorded, open_inputs(run).contents)
     except InputError as error:
         assert "recorded in the checkpoint" in str(error)
         assert "pydantic" not in str(error)

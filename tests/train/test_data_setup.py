@@ -1,4 +1,4 @@
-"""Corpora of a run have one tokenizer and are the same on all hosts; their epochs are told."""
+"""Tokenizers, identities on all hosts, and epochs of the corpora of a run."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -138,7 +138,7 @@ def test_hosts_with_different_corpora_are_refused(
         data_setup.open_inputs_on_all_ranks(made)
 
 
-def test_epochs_are_told_by_plan_and_dry_run_and_at_the_start(tmp_path: Path) -> None:
+def test_epochs_in_plan_dry_run_and_at_the_start(tmp_path: Path) -> None:
     small, large = tmp_path / "small", tmp_path / "large"
     for prefix, documents in ((small, 3), (large, 60)):
         write_corpus(prefix, documents=documents)
