@@ -1,9 +1,10 @@
 """Data pipeline, from raw text to batches as a pure function of a position in tokens.
 
 Preparation (`megagrow prepare`): `sources/` splits text into units of work and reads a unit's
-documents; `tokenizers.py` trains or loads a tokenizer; `part_files.py` tokenizes a unit into a part
-file, in the worker processes of `workers.py`; `publication.py` merges the parts and replaces the
-files of a previous corpus; `manifest.py` describes the result, with checksums.
+documents; `tokenizers.py` trains or loads a tokenizer; `document_encoding.py` applies it to
+documents of any length; `part_files.py` tokenizes a unit into a part file, in the worker processes
+of `workers.py`, and merges the parts; `publication.py` replaces the files of a previous corpus;
+`manifest.py` describes the result, with checksums.
 Instructions (`megagrow prepare-sft`): `sft.py` converts records to prompts and answers and packs
 them into rows; `sft_prepare.py` writes them together with a loss mask.
 

@@ -172,8 +172,8 @@ def _outside(ids: np.ndarray, vocab_size: int) -> np.ndarray:
 
 def _check_manifest(corpus: IndexedCorpus, vocab_size: int) -> None:
     """Check the largest token id in the manifest; corpora of other programs have no manifest."""
-    manifest = CorpusManifest.next_to(corpus.prefix)
-    split = manifest.splits.get(corpus.prefix.name) if manifest else None
+    manifest = CorpusManifest.describing(corpus.prefix)
+    split = manifest.splits[corpus.prefix.name] if manifest else None
     if split is not None and split.max_token_id >= vocab_size:
         raise DataError(
             f"{corpus.prefix}: contains token ids up to {split.max_token_id}, but the model's "

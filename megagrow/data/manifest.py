@@ -116,13 +116,13 @@ class CorpusManifest(BaseModel):
             )
 
     @classmethod
-    def next_to(cls, prefix: Path) -> Self | None:
-        """Read the manifest in the folder of a corpus.
+    def read(cls, folder: Path) -> Self | None:
+        """Read the manifest in the folder of corpora.
 
         Returns None if it is absent or written by another program. Raises DataError if it is
         damaged, or if the corpus is being replaced.
         """
-        path = prefix.parent / NAME
+        path = folder / NAME
         content = _content(path)
         if content.get("format") == REPLACING:
             raise DataError(
@@ -142,8 +142,17 @@ class CorpusManifest(BaseModel):
         Returns None if there is none, or if it describes other corpora in the folder only. Raises
         DataError if damaged.
         """
-        manifest = cls.next_to(prefix)
+        manifest = cls.read(prefix.parent)
         return manifest if manifest is not None and prefix.name in manifest.splits else None
+
+    @classmethod
+    def tokenizer_of(cls, prefix: Path) -> Path | None:
+        """Return the path of the tokenizer of the corpus at `prefix`, None if it is not recorded.
+
+        Raises DataError if the manifest is damaged.
+        """
+        manifest = cls.describing(prefix)
+        return None if manifest is None else prefix.parent / manifest.tokenizer
 
     def write(self, folder: Path) -> None:
         """Write manifest.json atomically."""
@@ -217,7 +226,7 @@ def _check_names(path: Path, names: Iterable[str]) -> None:
 
 def verify(output: Path) -> CorpusManifest:
     """Verify the checksums of a prepared corpus. Raises DataError for the first mismatch."""
-    manifest = CorpusManifest.next_to(output / NAME)
+    manifest = CorpusManifest.read(output)
     if manifest is None:
         raise DataError(f"{output}: no {NAME}; `megagrow prepare` has not completed this folder")
     for name, record in manifest.files.items():

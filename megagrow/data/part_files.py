@@ -1,28 +1,16 @@
-"""Part files: the tokens of one unit, kept until the corpus is complete.
+"""Part files: the tokens of one unit, made by workers and merged into the corpus.
 
 A part is named by a fingerprint of its unit and all other inputs, so an existing part is always
 valid and can be reused by any later preparation; parts with other names are stale.
-
-Long documents are encoded in bounded memory. Consecutive windows of the text overlap. The overlap
-is also encoded by itself, and the tokens on which all three encodings agree locate a seam: the
-tokens before it are taken from the left window, those after it from the right one. At both ends of
-the overlap some tokens differ, because a window cuts a word or starts with the space that a
-tokenizer adds; the seam keeps a distance from them.
-
-The result is exact for byte-pair encoding: a sequence of tokens is the encoding of its text if each
-pair of adjacent tokens is that of its own, and every pair occurs in one of the windows. A window
-starts at the start of a line, a word or a number, so a pre-tokenizer splits the rest of the text as
-in the complete document. Where the encodings do not agree, the window is enlarged, if necessary to
-the complete document.
 """
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +19,8 @@ from pydantic import BaseModel, ValidationError
 from megagrow.common.atomic_files import write_text
 from megagrow.common.json_text import FILE_BYTES, read_limited
 from megagrow.common.untrusted_values import check_option
-from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
+from megagrow.data.document_encoding import encode_document, is_long
+from megagrow.data.indexed import IndexedCorpus, IndexedWriter, smallest_dtype, with_suffix
 from megagrow.data.manifest import Split
 from megagrow.data.sources.documents import Document, RecordOptions, read_documents
 from megagrow.data.sources.units import SourceUnit
@@ -41,24 +30,6 @@ from megagrow.errors import DataError
 TRAIN, VALIDATION = SPLITS = ("train", "validation")
 BATCH_BYTES = 1 << 20
 """Characters of input tokenized at a time."""
-
-
-WINDOW = 1 << 16
-"""Characters encoded at a time; the fastest size for tokenizers without a pre-tokenizer."""
-
-OVERLAP = 1 << 12
-"""Characters that consecutive windows share, at least half of them."""
-
-MARGIN = 8
-"""Tokens before and after a seam on which the encodings must agree."""
-
-LONG = 1 << 18
-"""Length in characters from which a document is encoded in windows."""
-
-_LINE = re.compile(r"(?<=\n)(?=\S)")
-_WORD = re.compile(
-    r"(?<=\s)(?=\S)|(?<=\w)(?=[^\w\s])|(?<=[^\w\s])(?=\w)|(?<=\d)(?=[^\W\d])|(?<=[^\W\d])(?=\d)"
-)
 
 
 @dataclass(frozen=True)
@@ -92,6 +63,17 @@ class PartFile(BaseModel):
     @property
     def tokens(self) -> int:
         return sum(split.tokens for split in self.splits.values())
+
+
+@dataclass(frozen=True)
+class MergedParts:
+    """Contents of the corpora that are merged from parts."""
+
+    splits: dict[str, Split]
+    skipped: dict[str, int]
+    """Number of documents that are not in the corpora, by reason."""
+    is_divided: bool
+    """True if validation consists of the last tokens instead of selected documents."""
 
 
 @dataclass(frozen=True)
@@ -190,13 +172,13 @@ def _batches(documents: Iterable[Document]) -> Iterator[_Batch]:
     texts: list[str] = []
     size = length = 0
     for document in documents:
-        if texts and len(document.text) >= LONG:
+        if texts and is_long(document.text):
             yield _Batch(texts, size)
             texts, size, length = [], 0, 0
         texts.append(document.text)
         size += document.size
         length += len(document.text)
-        if length >= BATCH_BYTES or len(document.text) >= LONG:
+        if length >= BATCH_BYTES or is_long(document.text):
             yield _Batch(texts, size)
             texts, size, length = [], 0, 0
     if texts:
@@ -212,67 +194,88 @@ def _encode_batch(tokenizer: Tokenizer, texts: list[str]) -> Iterator[np.ndarray
         yield np.array(ids, dtype=np.int32)
 
 
-def encode_document(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Return the tokens of a document, int32 [length], equal to those of `encode_batch`.
+def merge_parts(
+    folder: Path, names: list[str], output: Path, options: Options, vocab_size: int
+) -> MergedParts:
+    """Merge the parts of these names, in their order, into OUTPUT/train and OUTPUT/validation.
 
-    A document shorter than LONG, or any with a tokenizer that does not support windows, is encoded
-    at once.
+    If a validation corpus is wanted and the selection of documents leaves one of the corpora
+    empty, validation is the last `validation_fraction` of the tokens, at least one, and train the
+    rest; a document may be divided. Raises DataError if there is no document.
     """
-    if len(text) < LONG or not tokenizer.supports_windows:
-        return _encode(tokenizer, text)
-    return _encode_in_windows(tokenizer, text)
+    finished = {name: finished_part(folder, name, vocab_size) for name in names}
+    parts = {name: part for name, part in finished.items() if part is not None}
+    assert len(parts) == len(finished), "a part is missing after all parts were built"
+    skipped: Counter[str] = Counter()
+    for name in names:
+        skipped.update(parts[name].skipped)
+    totals = {split: _total([parts[name].splits[split] for name in names]) for split in SPLITS}
+    filled = {split: total for split, total in totals.items() if total.documents}
+    if not filled:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+        listed = f"; skipped documents: {reasons}" if reasons else ""
+        raise DataError(f"the sources contain no document with text{listed}")
+    is_divided = options.validation_fraction > 0 and len(filled) == 1
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(IndexedWriter(output / split, smallest_dtype(vocab_size)))
+            for split in (SPLITS if is_divided else filled)
+        }
+        if is_divided:
+            (given,) = filled
+            prefixes = [with_suffix(folder / name, f".{given}") for name in names]
+            sizes = [parts[name].splits[given] for name in names]
+            filled = _divide(prefixes, sizes, options.validation_fraction, writers)
+        else:
+            for split, writer in writers.items():
+                for name in names:
+                    writer.append(with_suffix(folder / name, f".{split}"))
+        for writer in writers.values():
+            writer.finalize()
+    return MergedParts(filled, dict(skipped), is_divided)
 
 
-def _encode_in_windows(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    parts: list[np.ndarray] = []
-    # `tokens` are those of the window [start, stop); the first `done` of them are in `parts`.
-    start, stop = 0, min(WINDOW, len(text))
-    tokens, done = _encode(tokenizer, text[:stop]), 0
-    while stop < len(text):
-        left = _window_start(text, start, stop)
-        if left is not None:
-            right = min(left + WINDOW, len(text))
-            following = _encode(tokenizer, text[left:right])
-            shared = _encode(tokenizer, text[left:stop])
-            seam = _seam(tokens, shared, following)
-            kept = 0 if seam is None else len(tokens) - len(shared) + seam
-            if seam is not None and kept >= done:
-                parts.append(tokens[done:kept])
-                start, stop, tokens, done = left, right, following, seam
-                continue
-        stop = min(start + 2 * (stop - start), len(text))
-        larger = _encode(tokenizer, text[start:stop])
-        if not np.array_equal(larger[: done + MARGIN], tokens[: done + MARGIN]):
-            return _encode(tokenizer, text)
-        tokens = larger
-    return np.concatenate([*parts, tokens[done:]])
+def _divide(
+    prefixes: list[Path],
+    sizes: list[Split],
+    fraction: float,
+    writers: dict[str, IndexedWriter],
+) -> dict[str, Split]:
+    """Write the last `fraction` of the tokens of parts to validation and the others to train."""
+    total = _total(sizes).tokens
+    if total < 2:
+        raise DataError(f"the sources contain {total} token; train and validation need at least 2")
+    cut = total - min(max(round(fraction * total), 1), total - 1)
+    splits = {name: Split(documents=0, tokens=0, max_token_id=-1) for name in SPLITS}
+    offset = 0
+    for prefix, size in zip(prefixes, sizes, strict=True):
+        end = offset + size.tokens
+        if end <= cut or offset >= cut:
+            name = TRAIN if end <= cut else VALIDATION
+            writers[name].append(prefix)
+            splits[name] = _total([splits[name], size])
+        else:
+            for name, tokens in _divided_documents(prefix, cut - offset):
+                writers[name].add_document(tokens)
+                splits[name] = add(splits[name], 1, len(tokens), int(tokens.max()))
+        offset = end
+    return splits
 
 
-def _window_start(text: str, start: int, stop: int) -> int | None:
-    """Return the start of the window after [start, stop), or None if there is no suitable one."""
-    first = max(stop - OVERLAP, start + 1)
-    last = stop - OVERLAP // 2
-    found = _LINE.search(text, first, last) or _WORD.search(text, first, last)
-    return found.start() if found else None
+def _divided_documents(prefix: Path, cut: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the documents of a part before and after a token, with the names of their splits."""
+    corpus = IndexedCorpus(prefix)
+    bounds = [*corpus.document_starts(0, corpus.num_tokens).tolist(), corpus.num_tokens]
+    for start, stop in pairwise(bounds):
+        tokens = corpus.tokens[start:stop]
+        middle = min(max(cut - start, 0), stop - start)
+        for name, part in ((TRAIN, tokens[:middle]), (VALIDATION, tokens[middle:])):
+            if len(part):
+                yield name, part
 
 
-def _seam(tokens: np.ndarray, shared: np.ndarray, following: np.ndarray) -> int | None:
-    """Return the index in `shared` at which to change from `tokens` to `following`, or None.
-
-    `shared` is the encoding of the end of the one's text and of the start of the other's.
-    """
-    common = min(len(tokens), len(shared))
-    first = len(shared) - _common(tokens[::-1][:common], shared[::-1][:common]) + MARGIN
-    common = min(len(following), len(shared))
-    last = _common(following[:common], shared[:common]) - MARGIN
-    return (first + last) // 2 if first <= last else None
-
-
-def _common(left: np.ndarray, right: np.ndarray) -> int:
-    """Return the length of the common prefix of two arrays of equal length."""
-    different = np.flatnonzero(left != right)
-    return int(different[0]) if len(different) else len(left)
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    return np.asarray(tokenizer.encode_batch([text])[0], dtype=np.int32)
+def _total(splits: Iterable[Split]) -> Split:
+    total = Split(documents=0, tokens=0, max_token_id=-1)
+    for split in splits:
+        total = add(total, split.documents, split.tokens, split.max_token_id)
+    return total

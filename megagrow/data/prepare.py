@@ -20,19 +20,19 @@ from megagrow.data.manifest import CorpusManifest, corpus_files
 from megagrow.data.part_files import (
     SPLITS,
     TRAIN,
+    MergedParts,
     Options,
     Progress,
     discard_stale,
     fingerprint,
     finished_part,
+    merge_parts,
     part_name,
     start_tokenizing,
 )
 from megagrow.data.publication import (
-    MergedParts,
     disk_errors,
     finished_corpus,
-    merge_parts,
     open_output,
     publish_corpus,
     stage_corpus,

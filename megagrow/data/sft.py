@@ -159,7 +159,7 @@ def _opened(corpus: IndexedCorpus, length: int) -> IndexedCorpus:
             f"{prefix}.bin: the mask has {mask.num_tokens} tokens, the corpus has "
             f"{corpus.num_tokens}; prepare it again"
         )
-    manifest = CorpusManifest.next_to(corpus.prefix)
+    manifest = CorpusManifest.read(corpus.prefix.parent)
     packed = manifest.sequence_length if manifest else None
     if packed not in (None, length):
         raise ConfigError(

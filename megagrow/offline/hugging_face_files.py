@@ -126,14 +126,12 @@ def _of_run(environment: dict[str, Any]) -> list[Path]:
         path = corpus.get("path") if isinstance(corpus, dict) else None
         if not isinstance(path, str):
             continue
-        prefix = Path(path)
         try:
-            manifest = CorpusManifest.next_to(prefix)
+            own = CorpusManifest.tokenizer_of(Path(path))
         except DataError as error:
             logger.warning("the tokenizer of a corpus is not used: %s", error)
             continue
-        if manifest is not None:
-            paths.append(prefix.parent / manifest.tokenizer)
+        paths += [] if own is None else [own]
     return paths
 
 

@@ -135,13 +135,8 @@ def _change_of_folder_tokenizer(run: RunConfig, source: Source) -> list[ConfigCh
 
 def _tokenizer_file(run: RunConfig) -> Path | None:
     """Return the tokenizer of a run: `data.tokenizer`, or the copy in the folder of a corpus."""
-    if run.data.tokenizer is not None:
-        return run.data.tokenizer
-    for corpus in run.data.train:
-        manifest = CorpusManifest.describing(corpus.path)
-        if manifest is not None:
-            return corpus.path.parent / manifest.tokenizer
-    return None
+    of_corpora = (CorpusManifest.tokenizer_of(corpus.path) for corpus in run.data.train)
+    return run.data.tokenizer or next(filter(None, of_corpora), None)
 
 
 def check_changes(changes: Sequence[ConfigChange], allowed: Sequence[str], checkpoint: str) -> None:

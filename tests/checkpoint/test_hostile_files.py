@@ -210,7 +210,7 @@ GIGABYTES = {
     "latest_universal": lambda path: open_universal(path.parent, None),
     "latest_checkpointed_iteration.txt": lambda path: open_megatron(path.parent, None),
     "run.yaml": load_run,
-    "train/manifest.json": lambda path: CorpusManifest.next_to(path),
+    "train/manifest.json": lambda path: CorpusManifest.read(path.parent),
 }
 
 

@@ -80,7 +80,7 @@ def test_manifests_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> Non
     for changes in ({"files": {name: {"size": 1, "blake2b": "0" * 64}}}, {"tokenizer": name}):
         (tmp_path / "manifest.json").write_text(corpus_manifest(**changes))
         with pytest.raises(InputError, match="which is not in its folder"):
-            CorpusManifest.next_to(tmp_path / "train")
+            CorpusManifest.read(tmp_path)
 
 
 def of_splits(**changes: object) -> dict[str, object]:
@@ -121,21 +121,21 @@ def test_absurd_numbers_of_a_manifest_are_refused(
 ) -> None:
     (tmp_path / "manifest.json").write_text(corpus_manifest(**changes))
     with pytest.raises(InputError, match=rf"manifest\.json: damaged \(.*{place}"):
-        CorpusManifest.next_to(tmp_path / "train")
+        CorpusManifest.read(tmp_path)
 
 
 def test_a_manifest_of_gigabytes_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "manifest.json").open("wb") as file:
         file.truncate(2**40)
     with pytest.raises(InputError, match=r"manifest\.json: larger than the limit"):
-        CorpusManifest.next_to(tmp_path / "train")
+        CorpusManifest.read(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"format": 1, "format": 2}', "\x00", "[NaN]"])
 def test_manifests_that_cannot_be_read_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(InputError, match=r"manifest\.json: damaged"):
-        CorpusManifest.next_to(tmp_path / "train")
+        CorpusManifest.read(tmp_path)
 
 
 def test_a_line_of_json_that_is_too_deep_is_named(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 
-from megagrow.data import part_files
-from megagrow.data.part_files import encode_document
+from megagrow.data import document_encoding
+from megagrow.data.document_encoding import encode_document
 from megagrow.data.tokenizers import load_tokenizer
 
 GPT4 = (
@@ -103,7 +103,7 @@ def _piece(random_: random.Random, text: str) -> str:
 def test_windows_give_the_tokens_of_the_complete_document(tokenizer, sample_texts, monkeypatch):
     source = "\n".join(sample_texts)
     for name, value in (("WINDOW", 2048), ("OVERLAP", 512), ("LONG", 0)):
-        monkeypatch.setattr(part_files, name, value)
+        monkeypatch.setattr(document_encoding, name, value)
     random_ = random.Random(1)
     for _ in range(6):
         text = "".join(_piece(random_, source) for _ in range(random_.randrange(20, 40)))
@@ -113,9 +113,9 @@ def test_windows_give_the_tokens_of_the_complete_document(tokenizer, sample_text
 
 def test_memory_is_bounded_by_the_window(tokenizer, sample_texts, monkeypatch, request):
     """No call encodes more than a window, except with a Unigram model."""
-    monkeypatch.setattr(part_files, "WINDOW", 1 << 13)
-    monkeypatch.setattr(part_files, "OVERLAP", 1 << 10)
-    monkeypatch.setattr(part_files, "LONG", 1 << 15)
+    monkeypatch.setattr(document_encoding, "WINDOW", 1 << 13)
+    monkeypatch.setattr(document_encoding, "OVERLAP", 1 << 10)
+    monkeypatch.setattr(document_encoding, "LONG", 1 << 15)
     text, lengths = "\n".join(sample_texts)[:100_000], []
     encode = tokenizer.encode_batch
 
@@ -134,7 +134,7 @@ def test_memory_is_bounded_by_the_window(tokenizer, sample_texts, monkeypatch, r
 
 def test_windows_that_end_in_long_words(tokenizer, monkeypatch):
     for name, value in (("WINDOW", 2048), ("OVERLAP", 512), ("LONG", 0)):
-        monkeypatch.setattr(part_files, name, value)
+        monkeypatch.setattr(document_encoding, name, value)
     numbers = ("word " * 20 + "0001110" * 60) * 30
     runs = ["ab" * 5000, "7" * 10_001, " " * 10_001, "\n" * 10_001, "ab" * 3000 + " x" * 3000]
     for text in (numbers, *runs):

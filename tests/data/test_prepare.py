@@ -33,7 +33,7 @@ def _bytes(folder):
 
 def _documents(output, split):
     """The texts of a split, taken apart at the EOS tokens."""
-    manifest = CorpusManifest.next_to(output / split)
+    manifest = CorpusManifest.read(output)
     tokenizer = load_tokenizer(output / manifest.tokenizer)
     corpus = IndexedCorpus(output / split)
     starts = corpus.document_starts(0, corpus.num_tokens).tolist()
@@ -120,8 +120,7 @@ def test_no_validation_when_none_is_asked_for(source, texts, tmp_path, model_pat
 def test_a_large_vocabulary_is_stored_in_32_bits(source, tmp_path, model_path, monkeypatch):
     options = {"tokenizer": str(model_path), "vocab_size": None}
     _prepare(source, tmp_path / "small", **options)
-    for user in ("part_files", "publication"):
-        monkeypatch.setattr(f"megagrow.data.{user}.smallest_dtype", lambda _: np.dtype("<i4"))
+    monkeypatch.setattr("megagrow.data.part_files.smallest_dtype", lambda _: np.dtype("<i4"))
     _prepare(source, tmp_path / "large", **options)
     small, large = (IndexedCorpus(tmp_path / name / "train") for name in ("small", "large"))
     assert (small.tokens.dtype, large.tokens.dtype) == (np.uint16, np.int32)

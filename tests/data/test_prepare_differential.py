@@ -20,7 +20,7 @@ import tokenizers
 from backports import zstd
 from rich.console import Console
 
-from megagrow.data import part_files
+from megagrow.data import document_encoding
 from megagrow.data.indexed import IndexedCorpus
 from megagrow.data.prepare import prepare
 from megagrow.data.sources import records, units
@@ -168,9 +168,9 @@ def test_documents_and_tokens_are_those_of_a_plain_reading(
         (units, "SMALLEST_UNIT", random_.choice([2000, 1 << 20])),
         (units, "UNITS", 1 << 40),
         (records, "CHUNK", random_.choice([50, 1 << 20])),
-        (part_files, "LONG", random_.choice([600, 1 << 18])),
-        (part_files, "WINDOW", 400),
-        (part_files, "OVERLAP", 100),
+        (document_encoding, "LONG", random_.choice([600, 1 << 18])),
+        (document_encoding, "WINDOW", 400),
+        (document_encoding, "OVERLAP", 100),
     ]:
         monkeypatch.setattr(module, name, value)
     filtered = random_.random() < 0.5

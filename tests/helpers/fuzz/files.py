@@ -124,7 +124,7 @@ def _load_corpus(folder: Path, given: tuple[bytes, bytes]) -> None:
 def _load_corpus_manifest(folder: Path, raw: bytes) -> None:
     (folder / NAME).write_bytes(raw)
     (folder / "train.bin").write_bytes(BIN)
-    found = CorpusManifest.next_to(folder / "train")
+    found = CorpusManifest.read(folder)
     if found is None:
         return
     found.is_complete(folder)
