@@ -21,11 +21,7 @@ from megagrow.formats.hugging_face_origin import ORIGIN_KEY
 from megagrow.formats.hugging_face_tokenizer import tokenizer_files
 from megagrow.parallel.sharding import StateKind
 from megagrow.reshard.layout import Block
-from megagrow.train.config_changes import (
-    changes_since,
-    changes_since_source,
-    check_changes,
-)
+from megagrow.train.config_changes import changes_since, changes_since_source, check_changes
 from megagrow.train.data_setup import open_inputs
 from megagrow.train.train_state import RunState
 from tests.helpers.jobs import write_run
