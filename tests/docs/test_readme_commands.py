@@ -10,6 +10,7 @@ import shutil
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -186,7 +187,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         text = text.replace(f"tokens: {tokens}\n", "tokens: 8K\n")
     Path("RUN.yaml").write_text(text)
     stdlib = {"stdlib": str(tmp_path / "stdlib")}
-    monkeypatch.setattr("megagrow.data.sources.units.sysconfig.get_paths", lambda: stdlib)
+    paths = SimpleNamespace(get_paths=lambda: stdlib)
+    monkeypatch.setattr("megagrow.data.sources.units.sysconfig", paths)
     return tmp_path
 
 
