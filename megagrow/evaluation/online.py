@@ -23,7 +23,7 @@ from megagrow.model.decoding import DecodingCache
 from megagrow.model.llama import HeadLoss
 from megagrow.model.masks import Masks
 from megagrow.parallel.agreement import run_on_all_ranks
-from megagrow.parallel.process_groups import destroy_topology, make_topology
+from megagrow.parallel.process_groups import make_topology
 from megagrow.train.stage import Stage
 
 
@@ -161,4 +161,3 @@ def check_tasks(
         StubScorer(tokenizer.eos_id), tokenizer, topology, max_length, config.batch_size
     )
     run_on_all_ranks(lambda: evaluate(model, tasks, config.limit))
-    destroy_topology(topology)

@@ -1,4 +1,4 @@
-"""Ranks, process groups and devices. Passed as a value, never kept in a global.
+"""Ranks, process groups and devices. A topology is passed as a value, never kept in a global.
 
 world = data parallel x tensor parallel, and tensor-parallel ranks are neighbors:
 rank = dp_rank * tp + tp_rank.
@@ -7,6 +7,7 @@ rank = dp_rank * tp + tp_rank.
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ def init_process_group(
     """Join all ranks (NCCL on GPUs, gloo on CPUs) and return this rank's device. Collective.
 
     Args:
-        timeout: limit of a collective, also in the process groups of `make_topology`.
+        timeout: limit of a collective, also in the process groups of topologies.
         store: the rendezvous store; opened here if None.
     """
     tune_process()
@@ -49,7 +50,7 @@ def join_ranks(launch: Launch, store: Any, timeout: timedelta) -> torch.device:
 
 
 def leave_process_group() -> None:
-    """Destroy the default process group after a barrier. Collective."""
+    """Destroy all process groups after a barrier. Collective."""
     dist.barrier()
     dist.destroy_process_group()
 
@@ -99,19 +100,36 @@ class Topology:
         return self.dp_group
 
 
+_GROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[range, dist.ProcessGroup]] = WeakKeyDictionary()
+"""Process groups of topologies by their ranks, for each default process group."""
+
+
 def make_topology(tp: int, device: torch.device) -> Topology:
-    """Create the grid for a tensor-parallel size. Collective."""
+    """Return the grid for a tensor-parallel size. Collective.
+
+    A rank creates only the groups to which it belongs, at most two. Groups are reused: all ranks
+    are the default process group, and later topologies of the same size create none. They exist
+    until the default process group is destroyed. Until then torch would give a new group the name
+    of a destroyed one with the same ranks, under which the store still has the addresses of that
+    group, so creating it would hang.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
-    dp = world // tp
-    # By default a new group has torch's timeout, not that of the default process group.
-    assert dist.group.WORLD is not None
-    timeout = dist.group.WORLD._get_backend(device).options._timeout
-    tp_groups = [dist.new_group([d * tp + t for t in range(tp)], timeout) for d in range(dp)]
-    dp_groups = [dist.new_group([d * tp + t for d in range(dp)], timeout) for t in range(tp)]
-    return Topology(rank, dp, tp, dp_groups[rank % tp], tp_groups[rank // tp], device)
+    first = rank - rank % tp
+    tp_group = _group(range(first, first + tp), device)
+    dp_group = _group(range(rank % tp, world, tp), device)
+    return Topology(rank, world // tp, tp, dp_group, tp_group, device)
 
 
-def destroy_topology(topology: Topology) -> None:
-    """Destroy the two process groups of a grid."""
-    dist.destroy_process_group(topology.tp_group)
-    dist.destroy_process_group(topology.dp_group)
+def _group(ranks: range, device: torch.device) -> dist.ProcessGroup:
+    """Return the process group of some ranks. Collective over these ranks."""
+    default = dist.group.WORLD
+    assert default is not None
+    if len(ranks) == default.size():
+        return default
+    groups = _GROUPS.setdefault(default, {})
+    if ranks not in groups:
+        # By default a new group has torch's timeout, not that of the default process group.
+        options = default._get_backend(device).options
+        timeout = options._timeout if options else TIMEOUT  # the fake backend has no options
+        groups[ranks] = dist.new_group([*ranks], timeout, use_local_synchronization=True)
+    return groups[ranks]

@@ -11,7 +11,7 @@ from megagrow.model.masks import Masks
 from megagrow.model.ops import Ops
 from megagrow.parallel.engine import ZeroEngine
 from megagrow.parallel.engine_config import EngineSettings
-from megagrow.parallel.process_groups import Topology, destroy_topology, make_topology
+from megagrow.parallel.process_groups import Topology, make_topology
 from megagrow.parallel.sharding import Storage
 from megagrow.parallel.tensor_parallel import rank_masks
 from megagrow.reshard.layout import Layout
@@ -38,10 +38,8 @@ class Stage:
         return self.engine.settings.ops
 
     def release(self) -> Storage:
-        """Destroy engine and process groups; return this rank's state, whose memory is kept."""
-        storage = self.engine.release()
-        destroy_topology(self.topology)
-        return storage
+        """Destroy the engine; return this rank's state, whose memory is kept."""
+        return self.engine.release()
 
 
 def build_stage(run: RunConfig, index: int, device: torch.device) -> Stage:

@@ -15,7 +15,7 @@ from megagrow.config.schema import BatchConfig, ModelConfig, OptimizerConfig, Pa
 from megagrow.parallel.engine import ZeroEngine
 from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.loss import cross_entropy
-from megagrow.parallel.process_groups import Topology, destroy_topology, make_topology
+from megagrow.parallel.process_groups import Topology, make_topology
 from megagrow.reshard.layout import Layout
 from tests.helpers.hugging_face import hugging_face, outcome, tiny, tokens
 from tests.helpers.reshard.definition import held
@@ -103,7 +103,6 @@ def compare(config: ModelConfig, measure: Measure, case: tuple) -> dict[str, Any
     }
     extra = padding(layout, storage, topology.rank)
     engine.release()
-    destroy_topology(topology)
     out = {"logits": (whole[..., : config.vocab_size] - measure.logits[mine]).abs().max().item()}
     return out | {"gradients": difference, "padding": extra, "norm": norm}
 

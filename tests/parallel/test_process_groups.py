@@ -1,10 +1,13 @@
 """Ranks in a grid, what the launcher says, and errors that all ranks raise together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megagrow.errors import (
     CheckpointError,
@@ -15,7 +18,7 @@ from megagrow.errors import (
 )
 from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
 from megagrow.parallel.launch import Launch, read_launch
-from megagrow.parallel.process_groups import destroy_topology, make_topology
+from megagrow.parallel.process_groups import TIMEOUT, make_topology
 from tests.helpers.spawn import run_ranks
 
 LAUNCH = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -49,6 +52,10 @@ def test_half_a_launch_is_refused_and_what_is_missing_named(launcher, missing):
         read_launch()
 
 
+def options_of(group: Any) -> Any:
+    return group._get_backend(torch.device("cpu")).options
+
+
 def grid(tp: int) -> tuple:
     """Coordinates of this rank, and the members of its two groups."""
     topology = make_topology(tp, torch.device("cpu"))
@@ -69,8 +76,38 @@ def grid(tp: int) -> tuple:
         topology.get_data_parallel_group() is topology.dp_group,
         topology.get_model_parallel_group() is topology.tp_group,
     )
-    destroy_topology(topology)
     return where, mpu, groups, sums
+
+
+@pytest.fixture
+def new_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
+    """Rank 83 of 1,024 ranks without peers; the members and timeouts of the groups it creates."""
+    dist.init_process_group("fake", store=FakeStore(), rank=83, world_size=1024)
+    created, original = [], dist.new_group
+
+    def new_group(ranks: list[int], timeout: timedelta, **options: Any) -> Any:
+        created.append((ranks, timeout, options))
+        return original(ranks, timeout, **options)
+
+    monkeypatch.setattr(dist, "new_group", new_group)
+    yield created
+    dist.destroy_process_group()
+
+
+def test_a_rank_creates_each_of_its_groups_once(new_groups: list[tuple]) -> None:
+    cpu = torch.device("cpu")
+    first = make_topology(1, cpu)
+    own = ([83], TIMEOUT, {"use_local_synchronization": True})
+    assert new_groups == [own]
+    assert first.dp_group is dist.group.WORLD
+    eight = make_topology(8, cpu)
+    assert [ranks for ranks, *_ in new_groups[1:]] == [[*range(80, 88)], [*range(3, 1024, 8)]]
+    assert (eight.tp_group.rank(), eight.dp_group.rank()) == (3, 10)
+    for tp, before in ((1, first), (8, eight)):  # a rewind and another growth
+        again = make_topology(tp, cpu)
+        assert (again.tp_group, again.dp_group) == (before.tp_group, before.dp_group)
+    assert make_topology(1024, cpu).tp_group is dist.group.WORLD
+    assert len(new_groups) == 3
 
 
 def failing(ranks: list[int], kind: type[Exception]) -> str:
@@ -118,7 +155,11 @@ def test_all_ranks_raise_the_class_of_the_failing_rank() -> None:
 
 
 def everything() -> tuple:
+    options_of(dist.group.WORLD)._timeout = timedelta(minutes=7)
     grids = [grid(tp) for tp in (1, 2, 4)]
+    two = make_topology(2, torch.device("cpu"))
+    for group in (two.tp_group, two.dp_group):
+        assert options_of(group)._timeout == timedelta(minutes=7)
     errors = [
         failing(ranks, kind)
         for kind in (InputError, OSError)

@@ -175,7 +175,7 @@ def test_a_rank_that_fails(tmp_path: Path) -> None:
     [
         ("data set-up", 1, signal.SIGSTOP, "rank 1 is unresponsive (last heartbeat: opening"),
         ("waiting for the lock", 1, signal.SIGKILL, "rank 1 exited or was killed (last heartbeat:"),
-        ("process groups of the growth", 1, signal.SIGKILL, "rank 1 exited or was killed (last "),
+        ("engine of the growth", 1, signal.SIGKILL, "rank 1 exited or was killed (last "),
         ("last barrier", 0, signal.SIGKILL, "error: rank 0 exited or was killed; aborting"),
     ],
 )

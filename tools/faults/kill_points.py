@@ -78,15 +78,14 @@ POINTS = {
     "waiting for the lock": Point("megagrow.run", "lock_directory", delay=1.0, lock_is_held=True),
     "first files": Point("megagrow.run", "Checkpointer"),
     "start of the run": Point("megagrow.run", "begin"),
-    # With tensor-parallel size 1, a stage of N ranks has N + 1 process groups.
-    "process groups of the first stage": Point(DIST_MODULE, "dist.new_group", 2),
+    "process groups of the first stage": Point(DIST_MODULE, "dist.new_group"),
     "warm-up": Point("megagrow.run", "_prepare"),
     "first step": Point("megagrow.train.loop", "train_step"),
     "step": Point("megagrow.train.loop", "train_step", 5),
     "validation": Point("megagrow.run", "_validate"),
     "save": Point("megagrow.run", "_save"),
     "growth": Point("megagrow.run", "grow_best"),
-    "process groups of the growth": Point(DIST_MODULE, "dist.new_group", -2),
+    "engine of the growth": Point("megagrow.train.growth_event.event", "build_stage"),
     "last save": Point("megagrow.run", "_save", 7),
     "last barrier": Point(DIST_MODULE, "dist.barrier"),
 }
@@ -105,10 +104,10 @@ class Result:
     problem: str
 
 
-def arm(point: Point, ranks: int, fault: Callable[[], None]) -> None:
+def arm(point: Point, fault: Callable[[], None]) -> None:
     """Call `fault` in this process when the point is reached."""
     module: Any = importlib.import_module(point.module)
-    calls, call = [0], point.call if point.call > 0 else ranks + 1 - point.call
+    calls = [0]
     owner, name = module, point.function
     if point.function.startswith("dist."):  # only this module's calls, not those of DeepSpeed
         owner, name = SimpleNamespace(**vars(module.dist)), point.function.removeprefix("dist.")
@@ -117,9 +116,9 @@ def arm(point: Point, ranks: int, fault: Callable[[], None]) -> None:
 
     def patched(*arguments: Any, **options: Any) -> Any:
         calls[0] += 1
-        if calls[0] == call and point.delay:
+        if calls[0] == point.call and point.delay:
             threading.Timer(point.delay, fault).start()
-        elif calls[0] == call:
+        elif calls[0] == point.call:
             fault()
         return original(*arguments, **options)
 
@@ -156,7 +155,7 @@ def run_point(
         watchdog: Any = importlib.import_module(WATCHDOG)
         watchdog.JOIN_SECONDS = watchdog.JOIN_SECONDS if point.joins else JOIN_SECONDS
         if rank == victim:
-            arm(point, ranks, partial(lose, number, marker))
+            arm(point, partial(lose, number, marker))
 
     with DirectoryLock(output) if point.lock_is_held else nullcontext():
         processes = start_ranks(path, ranks, hook)

@@ -39,7 +39,7 @@ from megagrow.model.llama import LlamaForCausalLM
 from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.loss import cross_entropy
 from megagrow.parallel.materialize import build_model
-from megagrow.parallel.process_groups import Topology, destroy_topology, make_topology
+from megagrow.parallel.process_groups import Topology, make_topology
 from megagrow.parallel.sharding import ParamSpec, parameter_plan
 from megagrow.reshard.dense import mixtures
 from megagrow.reshard.exchange import ShardedState
@@ -87,7 +87,6 @@ def learn_growth(
             group["lr"] = _rate(stage.growth.learn, step)
         if norm.isfinite():  # the same on all ranks; else the step is skipped
             adam.step()
-    destroy_topology(topology)
     return learned_map(learned), _spent(run, index, learned, losses)
 
 

@@ -18,7 +18,7 @@ from megagrow.growth.map import Dense, GrowthMap
 from megagrow.growth.operators import resolve_operators
 from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.loss import IGNORED
-from megagrow.parallel.process_groups import destroy_topology, make_topology
+from megagrow.parallel.process_groups import make_topology
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.exchange import ShardedState
 from megagrow.train.data_setup import open_inputs
@@ -109,7 +109,6 @@ def all_gradients(layouts: list[Layouts]) -> list[tuple[float, list[Tensor], flo
         for one in layouts:
             forming = forming_of(disturbed(learned_of(name, tied, torch.float64)), one)
             out.append((*gradients_of(forming), worst_weight(forming)))
-            destroy_topology(forming.topology)
     return out
 
 

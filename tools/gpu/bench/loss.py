@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megagrow.model.ops import triton_loss
 from megagrow.parallel.loss import cross_entropy, linear_cross_entropy
-from megagrow.parallel.process_groups import Topology, destroy_topology, make_topology
+from megagrow.parallel.process_groups import Topology, make_topology
 from megagrow_kernels.cross_entropy import vocab_gradient_, vocab_statistics
 from tools.gpu.bench import baselines
 from tools.gpu.bench.case import OURS, BenchmarkCase, DeviceSetup, Record, Result
@@ -75,11 +75,9 @@ def extra_bytes(call: Callable[[], Result], leaves: tuple[Tensor, ...], setup: D
 def single_rank(setup: DeviceSetup) -> Iterator[Topology]:
     """Create a process group of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    topology = make_topology(1, setup.device)
     try:
-        yield topology
+        yield make_topology(1, setup.device)
     finally:
-        destroy_topology(topology)
         dist.destroy_process_group()
 
 
