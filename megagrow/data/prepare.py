@@ -40,7 +40,7 @@ from megagrow.data.publication import (
 from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
 from megagrow.data.sources.documents import Filter, RecordOptions, read_documents
 from megagrow.data.sources.folders import Selection, Skipped
-from megagrow.data.sources.units import SourceUnit, find_sources
+from megagrow.data.sources.units import TEXT_KEY, SourceUnit, find_sources
 from megagrow.data.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from megagrow.data.workers import TaskFunction, run_tasks
 from megagrow.errors import ConfigError, DataError, printable
@@ -62,7 +62,7 @@ def prepare(
     vocab_size: int | None = None,
     validation_fraction: float = 0.01,
     workers: int | None = None,
-    text_key: str = "text",
+    text_key: str = TEXT_KEY,
     seed: int = 1234,
     console: Console | None = None,
     overwrite: bool = False,

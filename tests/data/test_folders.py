@@ -123,3 +123,27 @@ def test_patterns_select_files(tmp_path, include, exclude, expected):
         return
     assert read_texts([tmp_path], selection=selection) == expected.split()
     assert "no source is a folder" in refusal_of([tmp_path / "a/x.txt"], selection=selection)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a.jl", "a.JSONLINES", "a.jsonl.gzip", "a.jsonl-00000-of-00010", "a.jsonl-00001.gz"),
+        *("a.jsonl.1", "a.ndjson.bak", "a.ndjson~", "part-00000", "part-00000.c000", "a.txt"),
+    ],
+)
+def test_json_lines_are_found_under_any_name(tmp_path, name):
+    texts, content = ["first", "second"], json_lines(["first", "second"])
+    content = gzip.compress(content) if name.endswith(("gzip", "gz")) else content
+    (tmp_path / name).write_bytes(content)
+    assert read_texts([tmp_path / name]) == read_texts([tmp_path]) == texts
+
+
+def test_other_text_is_not_taken_for_json(tmp_path):
+    for name, text in (("a.txt", '{"a": 1}\n'), ("b.py", '{\n"a": 1}'), ("c.md", "{}\n{a}")):
+        (tmp_path / name).write_text(text)
+    assert len(read_texts([tmp_path])) == 3
+    assert "the sources are text files, which have no keys" in refusal_of([tmp_path], key="body")
+    (tmp_path / "table.csv").write_text("text\nhello")
+    assert skipped_files(tmp_path) == {"table.csv": "a table; convert it to JSON lines or Parquet"}
+    assert "a table" in refusal_of([tmp_path / "table.csv"])

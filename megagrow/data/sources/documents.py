@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from megagrow.data.sources.file_types import TEXT_LAYOUTS
 from megagrow.data.sources.records import (
     InvalidRecord,
     location,
     read_content,
     read_records,
 )
-from megagrow.data.sources.units import SourceUnit
+from megagrow.data.sources.units import TEXT_KEY, SourceUnit
 from megagrow.errors import ConfigError, DataError
 
 MOST_KEYS = 10
@@ -58,7 +59,7 @@ class Filter:
 class RecordOptions:
     """Selection of records and of their texts. A key with dots also names nested values."""
 
-    text_key: str = "text"
+    text_key: str = TEXT_KEY
     filters: tuple[Filter, ...] = ()
     """A record must fulfil all of them."""
     skip_invalid: bool = False
@@ -79,7 +80,7 @@ def read_documents(
     record has no valid text (unless they are skipped), or if the file is damaged.
     """
     skipped = Counter() if skipped is None else skipped
-    read = _read_texts if unit.layout in ("text", "lossy text") else _read_records
+    read = _read_texts if unit.layout in TEXT_LAYOUTS else _read_records
     for document in read(unit, options, skipped):
         if document.text:
             yield document

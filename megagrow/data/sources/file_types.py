@@ -27,6 +27,9 @@ FileLayout = Literal[
 """`json values`: one or more objects that span lines. `lossy text`: invalid UTF-8 is replaced.
 `hub`: a dataset of the Hugging Face Hub."""
 
+TEXT_LAYOUTS = ("text", "lossy text")
+"""Layouts without records: a file is one document."""
+
 Compression = Literal["", "gzip", "zstd", "bzip2", "xz"]
 
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError, zstd.ZstdError)
@@ -41,8 +44,11 @@ MAGIC: tuple[tuple[re.Pattern[bytes], Compression], ...] = (
 )
 """First bytes of compressed files."""
 
-COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd", ".bz2", ".xz")
-JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+COMPRESSED_SUFFIXES = (".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz")
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson", ".jsonlines", ".jl")
+TABLE_SUFFIXES = (".csv", ".tsv")
+NUMBERING = re.compile(r"([-.]\d+(-of-\d+)?|\.bak|~)+$")
+"""End of the names of shards, parts and backups, after the extension."""
 HEAD_BYTES = 1 << 16
 FIRST_BYTES = 1 << 24
 """Bytes of a .json file from which its layout is detected: lines, or objects that span lines."""
@@ -156,9 +162,10 @@ def _compression(head: bytes) -> Compression:
 
 
 def _suffix(name: str) -> str:
-    path = PurePath(name.lower())
+    """Return the extension of a name in lower case, without compression and numbering."""
+    path = PurePath(NUMBERING.sub("", name.lower()) or name)
     if path.suffix in COMPRESSED_SUFFIXES:
-        path = path.with_suffix("")
+        path = PurePath(NUMBERING.sub("", path.stem) or path.stem)
     return path.suffix
 
 
@@ -168,23 +175,32 @@ def _type_of(head: bytes, stream: BinaryIO, compression: Compression, suffix: st
         problem = "a compressed Parquet file; decompress it" if compression else ""
         return FileType("parquet", compression, suffix, problem)
     problem = _problem(head)
+    if suffix in TABLE_SUFFIXES:
+        return FileType(
+            "text", compression, suffix, problem or "a table; convert it to JSON lines or Parquet"
+        )
     content = head.removeprefix(codecs.BOM_UTF8).lstrip()
     if suffix in JSON_SUFFIXES and content.startswith(b"["):
         return FileType("json array", compression, suffix, problem)
-    if suffix in (".json", "") and content.startswith(b"{"):
+    layout: FileLayout = "json lines" if suffix in JSON_SUFFIXES else "text"
+    keys = None
+    if content.startswith(b"{") and (layout == "text" or suffix == ".json"):
         content += stream.read(FIRST_BYTES)
-        first = _object(content.split(b"\n", 1)[0])
-        if suffix == "" and first is not None:
-            return FileType("json lines", compression, suffix, problem)
+        first, second = (_object(line) for line in _first_lines(content))
+        only = _object(content)
         if suffix == ".json":
-            only = _object(content)
             keys = None if only is None else tuple(only)
             is_lines = only is None and first is not None
-            layout: FileLayout = "json lines" if is_lines else "json values"
-            return FileType(layout, compression, suffix, problem, keys)
-    return FileType(
-        "json lines" if suffix in JSON_SUFFIXES else "text", compression, suffix, problem
-    )
+            layout = "json lines" if is_lines else "json values"
+        elif first is not None and (second is not None or suffix == ""):
+            layout = "json lines"
+    return FileType(layout, compression, suffix, problem, keys)
+
+
+def _first_lines(content: bytes) -> tuple[bytes, bytes]:
+    """Return the first two lines that are not empty, b"" for those that do not exist."""
+    first, _, rest = content.partition(b"\n")
+    return first, rest.lstrip().partition(b"\n")[0]
 
 
 def _object(content: bytes) -> dict[str, Any] | None:

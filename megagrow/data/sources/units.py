@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING
 import pyarrow
 import pyarrow.parquet
 
-from megagrow.data.sources.file_types import Compression, FileLayout, FileType, detect
+from megagrow.data.sources.file_types import (
+    TEXT_LAYOUTS,
+    Compression,
+    FileLayout,
+    FileType,
+    detect,
+)
 from megagrow.data.sources.folders import Selection, Skipped, choose_files, list_files
 from megagrow.errors import ConfigError, DataError
 
@@ -25,6 +31,8 @@ if TYPE_CHECKING:
 
 STDLIB = "python-stdlib"
 HUB = "hf:"
+TEXT_KEY = "text"
+"""Key of the text of a record by default."""
 
 SMALLEST_UNIT, LARGEST_UNIT = 4 << 20, 256 << 20
 UNITS = 2048
@@ -68,11 +76,20 @@ class _File:
 
 
 def find_sources(
-    sources: list[str], text_key: str = "text", selection: Selection | None = None
+    sources: list[str], text_key: str = TEXT_KEY, selection: Selection | None = None
 ) -> FoundSources:
     """Find the files of all sources. Raises DataError for a missing, damaged or binary one."""
     if selection is not None and not any(Path(source).is_dir() for source in sources):
         raise ConfigError("--include and --exclude apply to folders, and no source is a folder")
+    found = _find_all(sources, text_key, selection)
+    if text_key != TEXT_KEY and all(unit.layout in TEXT_LAYOUTS for unit in found.units):
+        raise ConfigError(
+            f"--text-key {text_key}: the sources are text files, which have no keys; leave it out"
+        )
+    return found
+
+
+def _find_all(sources: list[str], text_key: str, selection: Selection | None) -> FoundSources:
     skipped: list[Skipped] = []
     parts: list[list[_File] | list[SourceUnit]] = []
     for source in sources:
@@ -161,7 +178,7 @@ def _cut(items: list[_File] | list[SourceUnit], unit_size: int) -> Iterator[Sour
     group: list[_File] = []
     room = unit_size
     for item in items:
-        is_text = isinstance(item, _File) and item.layout in ("text", "lossy text")
+        is_text = isinstance(item, _File) and item.layout in TEXT_LAYOUTS
         if group and (not is_text or room <= 0 or item.compression != group[0].compression):
             yield _join(group)
             group, room = [], unit_size
