@@ -2,14 +2,15 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megagrow.config.schema import DataConfig
 from megagrow.config.sections import Section
 from megagrow.data.indexed import CorpusFile, with_suffix
 from megagrow.data.manifest import CorpusManifest
-from megagrow.errors import DataError
+from megagrow.data.tokenizers import gives_same_ids, load_tokenizer
+from megagrow.errors import DataError, InputError
 
 BLOCK_BYTES = 1 << 14
 BLOCKS = 64
@@ -20,13 +21,21 @@ SUFFIXES = (".idx", ".bin", ".mask.idx", ".mask.bin")
 
 
 @dataclass(frozen=True)
+class UsedTokenizer:
+    """Tokenizer of a corpus or of a run; equal for a moved or copied one."""
+
+    checksum: str
+    path: Path = field(compare=False)
+
+
+@dataclass(frozen=True)
 class CorpusIdentity:
     """Identity of a corpus; equal for a moved or copied corpus."""
 
     content: str
     """Digest of tokens, document boundaries and masks, `checksum:HEX` or `sampled:HEX`."""
-    tokenizer: str | None
-    """Checksum of the tokenizer, None if unknown."""
+    tokenizer: UsedTokenizer | None
+    """None if unknown."""
 
 
 def corpus_identity(prefix: Path) -> CorpusIdentity:
@@ -43,7 +52,8 @@ def corpus_identity(prefix: Path) -> CorpusIdentity:
     if manifest is None:
         return CorpusIdentity(f"sampled:{_digest(_sampled(prefix))}", None)
     recorded = _recorded(prefix, manifest)
-    return CorpusIdentity(f"checksum:{_digest(recorded)}", manifest.tokenizer_checksum)
+    tokenizer = UsedTokenizer(manifest.tokenizer_checksum, prefix.parent / manifest.tokenizer)
+    return CorpusIdentity(f"checksum:{_digest(recorded)}", tokenizer)
 
 
 class Contents(Section):
@@ -66,32 +76,42 @@ def data_contents(
     return Contents(train=train, validation=validation, tokenizer=tokenizer)
 
 
-def one_tokenizer(checksums: Mapping[str, str | None]) -> str | None:
+def one_tokenizer(used: Mapping[str, UsedTokenizer | None]) -> str | None:
     """Return the checksum of the tokenizer of a run, None if it is unknown.
 
-    `checksums` are keyed by their owners as named in messages: prefixes of corpora,
-    `data.tokenizer = FILE`, a checkpoint. None is an unknown tokenizer. Raises DataError if two
-    known checksums differ.
+    `used` are the tokenizers by owner as named in messages: prefixes of corpora, `data.tokenizer =
+    FILE`. None is an unknown tokenizer. Raises DataError if two of them give different ids; those
+    with different checksums are loaded and compared.
     """
-    known = {owner: checksum for owner, checksum in checksums.items() if checksum is not None}
-    first = next(iter(known), None)
-    if first is None:
+    known = {owner: tokenizer for owner, tokenizer in used.items() if tokenizer is not None}
+    if not known:
         return None
-    for owner, checksum in known.items():
-        if checksum != known[first]:
+    first, reference = next(iter(known.items()))
+    accepted = {reference}
+    for owner, tokenizer in known.items():
+        if tokenizer not in accepted and not _give_same_ids(tokenizer, reference):
             raise DataError(
-                f"{owner}: another tokenizer (checksum {checksum[:12]}) than {first} "
-                f"({known[first][:12]}); the ids of one have other meanings in the other: prepare "
-                "all corpora with one tokenizer and set data.tokenizer to it (a corpus has its "
-                "tokenizer in its folder)"
+                f"{owner}: another tokenizer (checksum {tokenizer.checksum[:12]}) than {first} "
+                f"({reference.checksum[:12]}); the ids of one have other meanings in the other: "
+                "prepare all corpora with one tokenizer and set data.tokenizer to it (a corpus has "
+                "its tokenizer in its folder)"
             )
-    return known[first]
+        accepted.add(tokenizer)
+    return reference.checksum
 
 
-def unknown_tokenizer_warning(checksums: Mapping[str, str | None]) -> str | None:
+def _give_same_ids(one: UsedTokenizer, other: UsedTokenizer) -> bool:
+    """Return True if both tokenizers can be loaded and give the same ids."""
+    try:
+        return gives_same_ids(load_tokenizer(one.path), load_tokenizer(other.path))
+    except InputError:
+        return False
+
+
+def unknown_tokenizer_warning(used: Mapping[str, UsedTokenizer | None]) -> str | None:
     """Return a warning that names the owners of unknown tokenizers, if there is a second owner."""
-    unknown = [owner for owner, checksum in checksums.items() if checksum is None]
-    if not unknown or len(checksums) == 1:
+    unknown = [owner for owner, tokenizer in used.items() if tokenizer is None]
+    if not unknown or len(used) == 1:
         return None
     named = ", ".join(unknown[:OWNERS_NAMED])
     more = len(unknown) - OWNERS_NAMED

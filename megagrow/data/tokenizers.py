@@ -33,6 +33,9 @@ FOLDER_FILES = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 """Endings of the files that a tokenizer is loaded from."""
 
+_IDS = 1000
+"""Ids or strings tried at a time."""
+
 PROBE = """The quick brown fox jumps over 13 lazy dogs; it doesn't pay $1,234.56 (or 7%) for them.
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)  # raises ZeroDivisionError
@@ -139,8 +142,8 @@ def try_tokenizer(name: str) -> str:
             count = max(len(tokenizer.normalize(text)), *map(len, tokenizer.encode_batch([text])))
             if count > MOST_EXPANSION * (len(text) + 10):
                 return f"expands a text of {len(text)} characters to {count} characters or tokens"
-    for first in range(0, tokenizer.vocab_size, 1000):
-        tokenizer.decode(list(range(first, min(first + 1000, tokenizer.vocab_size))))
+    for first in range(0, tokenizer.vocab_size, _IDS):
+        tokenizer.decode([*range(first, min(first + _IDS, tokenizer.vocab_size))])
     return ""
 
 
@@ -152,8 +155,8 @@ def _patterns(path: Path) -> Iterator[str]:
     """Yield the strings that a tokenizer.json replaces, splits at or adds as tokens, joined."""
     if path.suffix == ".json":
         strings = [json.loads(text) for text in _STRINGS.findall(path.read_bytes())]
-        for first in range(0, len(strings), 1000):
-            yield " ".join(strings[first : first + 1000])
+        for first in range(0, len(strings), _IDS):
+            yield " ".join(strings[first : first + _IDS])
 
 
 def tokenizers_at(path: Path) -> Iterator[Tokenizer]:
@@ -168,10 +171,20 @@ def tokenizers_at(path: Path) -> Iterator[Tokenizer]:
 
 
 def gives_same_ids(first: Tokenizer, second: Tokenizer) -> bool:
-    """Return True if two tokenizers are equal, or encode a probe of many kinds of text equally."""
+    """Return True if two tokenizers are equal, or encode a probe and a vocabulary equally.
+
+    The same tokenizer in another format, or saved by another version of its library, has another
+    checksum.
+    """
     if first.checksum == second.checksum:
         return True
-    return first.encode_batch([PROBE]) == second.encode_batch([PROBE])
+    if (first.vocab_size, first.eos_id) != (second.vocab_size, second.eos_id):
+        return False
+    starts = range(0, first.vocab_size, _IDS)
+    pieces = (first.decode([*range(at, min(at + _IDS, first.vocab_size))]) for at in starts)
+    return all(
+        first.encode_batch([text]) == second.encode_batch([text]) for text in (PROBE, *pieces)
+    )
 
 
 def check_tokenizer(name: str | Path, vocab_size: int) -> Tokenizer:

@@ -17,6 +17,7 @@ from megagrow.data.batches import (
 from megagrow.data.corpus_identity import (
     Contents,
     CorpusIdentity,
+    UsedTokenizer,
     corpus_identity,
     data_contents,
     one_tokenizer,
@@ -49,7 +50,7 @@ class Inputs:
 def open_inputs(run: RunConfig) -> Inputs:
     """Open and validate corpora and tokenizer. Raises DataError naming the file."""
     identities = corpus_identities(run)
-    tokenizers = tokenizer_checksums(run, identities)
+    tokenizers = used_tokenizers(run, identities)
     tokenizer = one_tokenizer(tokenizers)
     stream = open_stream(run.data.train, run.seed, run.data.sequence_length)
     train = _reader(run, stream, run.data.train, shuffle=True)
@@ -111,18 +112,18 @@ def corpus_identities(run: RunConfig) -> dict[str, CorpusIdentity]:
     }
 
 
-def tokenizer_checksums(
+def used_tokenizers(
     run: RunConfig, identities: Mapping[str, CorpusIdentity]
-) -> dict[str, str | None]:
-    """Return the checksums of the tokenizers of all corpora and of `data.tokenizer` by owner.
+) -> dict[str, UsedTokenizer | None]:
+    """Return the tokenizers of all corpora and `data.tokenizer` by owner.
 
     Raises DataError if `data.tokenizer` is invalid or has more tokens than the model.
     """
-    checksums = {path: identity.tokenizer for path, identity in identities.items()}
-    if run.data.tokenizer is not None:
-        tokenizer = check_tokenizer(run.data.tokenizer, run.stages[0].model.vocab_size)
-        checksums[f"data.tokenizer = {run.data.tokenizer}"] = tokenizer.checksum
-    return checksums
+    used, own = {path: each.tokenizer for path, each in identities.items()}, run.data.tokenizer
+    if own is not None:
+        checksum = check_tokenizer(own, run.stages[0].model.vocab_size).checksum
+        used[f"data.tokenizer = {own}"] = UsedTokenizer(checksum, own)
+    return used
 
 
 def open_or_list_problems(run: RunConfig) -> tuple[Inputs | None, list[str]]:

@@ -52,7 +52,7 @@ def test_a_foreign_corpus_is_identified_by_sizes_and_samples(tmp_path, monkeypat
 def test_a_prepared_corpus_is_identified_by_its_recorded_checksums(tmp_path):
     manifest, _ = prepare(tmp_path, 30, 160, validation_fraction=0.3)
     first = corpus_identity(tmp_path / "corpus" / "train")
-    assert first.tokenizer == manifest.tokenizer_checksum
+    assert first.tokenizer.checksum == manifest.tokenizer_checksum
     assert corpus_identity(tmp_path / "corpus" / "validation").content != first.content
     (tmp_path / "corpus").rename(tmp_path / "moved")
     assert corpus_identity(tmp_path / "moved" / "train") == first

@@ -1,5 +1,7 @@
 """Tokenizers, identities on all hosts, and epochs of the corpora of a run."""
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +13,14 @@ from megagrow.common.sizes import format_short
 from megagrow.config.schema import RunConfig
 from megagrow.data.indexed import IndexedCorpus
 from megagrow.data.manifest import CorpusManifest, Split, corpus_files
-from megagrow.data.tokenizers import load_tokenizer
+from megagrow.data.tokenizers import gives_same_ids, load_tokenizer
 from megagrow.errors import InputError
+from megagrow.formats.hugging_face_tokenizer import tokenizer_files
 from megagrow.planning.dry_run import dry_run
 from megagrow.planning.request import PlanRequest, answer
 from megagrow.train import data_setup
 from megagrow.train.data_setup import open_inputs
-from tests.helpers.alpaca import tokenizer
+from tests.helpers.alpaca import VOCAB, tokenizer
 from tests.helpers.runs import STEP_TOKENS, make_run, write_corpus
 
 
@@ -90,6 +93,28 @@ def test_data_tokenizer_must_be_that_of_the_corpora(tmp_path: Path) -> None:
     assert problems(run(a)) == problems(run(foreign)) == ()
     (told,) = problems(run(b))
     assert told.startswith(f"data.tokenizer = {path}: another tokenizer (checksum {own[:12]}) than")
+
+
+def test_other_forms_of_one_tokenizer_are_accepted(tmp_path: Path) -> None:
+    """A checksum is that of a file's content; the ids decide."""
+    path = tokenizer(tmp_path)
+    made = tokenizer_files(path, vocab_size=VOCAB).documents
+    (tmp_path / "json").mkdir()
+    for name, document in made.items():
+        (tmp_path / "json" / name).write_text(json.dumps(document))
+    own, other = (load_tokenizer(each) for each in (path, tmp_path / "json/tokenizer.json"))
+    assert own.checksum != other.checksum and gives_same_ids(own, other)
+    (corpus,) = corpora(tmp_path, a=own.checksum)
+    shutil.copy(path, tmp_path / "a" / "tokenizer.model")
+    run = run_of(tmp_path, train=[corpus], tokenizer=tmp_path / "json/tokenizer.json")
+    values = run.model_dump()
+    values["stages"][0]["model"] |= {"vocab_size": VOCAB}
+    assert problems(RunConfig.model_validate(values)) == ()
+    assert open_inputs(RunConfig.model_validate(values)).contents.tokenizer == own.checksum
+    changed = made["tokenizer.json"] | {"normalizer": {"type": "Lowercase"}}
+    (tmp_path / "json/tokenizer.json").write_text(json.dumps(changed))
+    (told,) = problems(RunConfig.model_validate(values))
+    assert "another tokenizer" in told
 
 
 def test_an_unknown_tokenizer_is_accepted_with_one_warning(tmp_path: Path) -> None:
