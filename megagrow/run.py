@@ -28,7 +28,8 @@ from megagrow.train.fault_tolerance.watchdog import Watchdog, watched_ranks
 from megagrow.train.growth_event.cost import Feed
 from megagrow.train.growth_event.event import end_stage
 from megagrow.train.growth_event.operator_search import grow_best
-from megagrow.train.kernel_warmup import WarmUp, check_kernels
+from megagrow.train.kernel_selection import check_kernels
+from megagrow.train.kernel_warmup import WarmUp
 from megagrow.train.loop import StageEnd, StepDone, StepHooks, Stopped, advance
 from megagrow.train.reporting.run_files import describe_environment
 from megagrow.train.reporting.run_logger import RunLogger
@@ -86,14 +87,14 @@ def train(
         raise ConfigError("; ".join(problems))
     with watched_ranks(launch, run.guards.hang_timeout) as (device, watchdog):
         watchdog.beat("opening the data", long=True)
-        run_on_all_ranks(lambda: check_kernels(run, device))
+        checks = check_kernels(run, device, launch)
         inputs = open_inputs_on_all_ranks(run)
         evaluation = open_evaluation(run, device)
         environment = describe_environment(run) | {"contents": inputs.contents.model_dump()}
         run_logger = RunLogger(run, launch.rank, launch.world_size, environment, console)
         watchdog.beat("locking the run directory", long=True, at_least=2 * PATIENCE)
         lock = run_on_all_ranks(lambda: lock_directory(run.output_dir, launch.rank))
-        warm_up = WarmUp(device, launch.local_rank)
+        warm_up = WarmUp(device, launch.local_rank, checks)
         with lock, run_logger, warm_up, StopSignal() as stop:
             run_on_all_ranks(run_logger.open)
             checkpointer = Checkpointer(run, launch.rank, device, environment, run_logger)
@@ -109,7 +110,9 @@ def train(
                 watchdog=watchdog,
                 stop=stop,
                 warm_up=warm_up,
-                begin=partial(begin, device=device, contents=inputs.contents, allowed=allowed),
+                begin=partial(
+                    begin, device=device, contents=inputs.contents, allowed=allowed, checks=checks
+                ),
             )
             try:
                 with checkpointer:

@@ -42,9 +42,9 @@ def _add_rms_norm(device: torch.device, rows: int, width: int, dtype: str) -> La
 
 
 def _norm(device: torch.device, rows: int, width: int, dtype: str, residual: bool) -> Launches:
-    x, dy = (_draw(device, dtype, rows, width) for _ in range(2))
-    other = _draw(device, dtype, rows, width) if residual else None
-    weight = _draw(device, dtype, width)
+    x, dy = (draw(device, dtype, rows, width) for _ in range(2))
+    other = draw(device, dtype, rows, width) if residual else None
+    weight = draw(device, dtype, width)
     _, total, inverse_rms = norm.rms_norm_forward(x, other, weight, EPS)
     normed = x if total is None else total
 
@@ -68,9 +68,9 @@ def _rope(
     dtype: str,
     table_dtype: str,
 ) -> Launches:
-    q = _draw(device, dtype, batch, sequence, heads, head_dim)
-    k = _draw(device, dtype, batch, sequence, groups, head_dim)
-    cos, sin = (_draw(device, table_dtype, batch, sequence, 1, head_dim) for _ in range(2))
+    q = draw(device, dtype, batch, sequence, heads, head_dim)
+    k = draw(device, dtype, batch, sequence, groups, head_dim)
+    cos, sin = (draw(device, table_dtype, batch, sequence, 1, head_dim) for _ in range(2))
 
     def forward_backward() -> object:
         return rotary.rope_forward(q, k, cos, sin), rotary.rope_backward(q, k, cos, sin)
@@ -79,7 +79,7 @@ def _rope(
 
 
 def _swiglu(device: torch.device, rows: int, width: int, dtype: str) -> Launches:
-    gate, up, dout = (_draw(device, dtype, rows, width) for _ in range(3))
+    gate, up, dout = (draw(device, dtype, rows, width) for _ in range(3))
 
     def forward_backward() -> object:
         return gated.swiglu_forward(gate, up), gated.swiglu_backward(dout, gate, up)
@@ -97,8 +97,8 @@ def _attention(
     dtype: str,
     window: int | None = None,
 ) -> Launches:
-    q = _draw(device, dtype, batch, sequence, heads, head_dim)
-    k, v = (_draw(device, dtype, batch, sequence, groups, head_dim) for _ in range(2))
+    q = draw(device, dtype, batch, sequence, heads, head_dim)
+    k, v = (draw(device, dtype, batch, sequence, groups, head_dim) for _ in range(2))
     packing = pack(None, batch, sequence).to(device)
     scale = head_dim**-0.5
 
@@ -121,7 +121,7 @@ def _attention(
 def _cross_entropy(
     device: torch.device, rows: int, width: int, real: int, ranks: int, dtype: str
 ) -> Launches:
-    logits = _draw(device, dtype, rows, width)
+    logits = draw(device, dtype, rows, width)
     labels = torch.zeros(rows, dtype=torch.int64, device=device)
     maximum, total, scale, z_scale = (torch.ones(rows, device=device) for _ in range(4))
     triples = torch.ones(max(ranks, 2), 3, rows, device=device)
@@ -133,7 +133,8 @@ def _cross_entropy(
     }
 
 
-def _draw(device: torch.device, dtype: str, *shape: int) -> Tensor:
+def draw(device: torch.device, dtype: str, *shape: int) -> Tensor:
+    """Return normally distributed numbers; an uninitialized tensor on the meta device."""
     torch_dtype = getattr(torch, dtype)
     if device.type == "meta":
         return torch.empty(shape, dtype=torch_dtype, device=device)

@@ -1,10 +1,11 @@
 """Report of the local machine and of the kernel backends selected on it: `megagrow doctor`.
 
-No training module is imported, so the report also works where a run cannot start.
+No training engine is imported, so the report also works where a run cannot start.
 """
 
 import platform
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ from megagrow.model.backends import (
     obstacle,
 )
 from megagrow.model.machine import Machine, machine_of
+from megagrow.train.kernel_calls import Checks
+from megagrow.train.kernel_selection import check_host, stage_machine
 from megagrow.train.reporting.run_files import package_version
 
 DEFAULT_HEAD_DIM = 128
@@ -52,14 +55,19 @@ def environment_facts() -> dict[str, str]:
         name: package_version(package) or "not installed" for package, name in packages.items()
     }
     if torch.cuda.is_available():
-        facts["kernels"] = _kernel_validation(machine_of(torch.device("cuda")))
+        facts["kernels"] = "Triton kernels are checked at the start of a run, and now with --run"
     if machine_of(torch.device("cpu")).interpreter:
         facts["Triton"] += ", interpreted (TRITON_INTERPRET=1): for tests, very slow"
     return facts
 
 
 def default_rows(machine: Machine) -> list[BackendRow]:
-    """Return the backends of a device at its default precision and when `auto` selects each."""
+    """Return the backends of a device at its default precision and when `auto` selects each.
+
+    On a GPU, the rows assume that the Triton kernels pass the self-check of a run.
+    """
+    if machine.device == "cuda":
+        machine = replace(machine, checks=dict.fromkeys(OPERATIONS))
     dtype = torch.bfloat16 if machine.device == "cuda" else torch.float32
     cases = {
         "": KernelWorkload(dtype, DEFAULT_HEAD_DIM, packed=False),
@@ -73,9 +81,11 @@ def default_rows(machine: Machine) -> list[BackendRow]:
     ]
 
 
-def stage_rows(run: RunConfig, index: int, device: torch.device) -> list[BackendRow]:
+def stage_rows(
+    run: RunConfig, index: int, device: torch.device, checks: Checks
+) -> list[BackendRow]:
     """Return the backends for a stage of a run, whose config may select backends by name."""
-    machine, work = machine_of(device), kernel_workload(run, index, device)
+    machine, work = stage_machine(run, index, device, checks), kernel_workload(run, index, device)
     config, rows = run.stages[index].kernels, []
     for operation, backends in OPERATIONS.items():
         setting = getattr(config, operation)
@@ -90,18 +100,22 @@ def stage_rows(run: RunConfig, index: int, device: torch.device) -> list[Backend
 
 
 def print_local_report(run: RunConfig | None, device: torch.device, console: Console) -> None:
-    """Print the facts of this machine and the backends, for each stage of a run or in general."""
+    """Print the facts of this machine and the backends, for each stage of a run or in general.
+
+    On a GPU, the Triton kernels of a run are checked first.
+    """
     print_facts(console, environment_facts().items())
     if run is None:
         selected = f"selected by auto (head_dim {DEFAULT_HEAD_DIM})"
         _print_rows(console, str(device), selected, default_rows(machine_of(device)))
         return
+    checks = check_host(run, device)
     for index, stage in enumerate(run.stages):
         work = kernel_workload(run, index, device)
         packed = "packed documents" if work.packed else "full sequences"
         dtype = str(work.dtype).removeprefix("torch.")
         title = f"stage {index} on {device}: {dtype}, head_dim {stage.model.head_dim}, {packed}"
-        _print_rows(console, title, "selected", stage_rows(run, index, device))
+        _print_rows(console, title, "selected", stage_rows(run, index, device, checks))
 
 
 def _print_rows(console: Console, title: str, selected: str, rows: list[BackendRow]) -> None:
@@ -128,15 +142,6 @@ def _selected_when(
 
 def _why_not(operation: str, backend: str, machine: Machine, work: KernelWorkload) -> str:
     return obstacle(operation, backend, machine, work) or ""
-
-
-def _kernel_validation(machine: Machine) -> str:
-    if machine.checked:
-        return f"validated on sm_{machine.capability}"
-    return (
-        f"not validated on sm_{machine.capability}: auto skips the Triton kernels, which can be "
-        "selected by name; tools/gpu/gpu_check.py validates them"
-    )
 
 
 def _cuda() -> str:

@@ -1,10 +1,11 @@
 """Backend selection for each operation of a stage: a pure function of config, workload and machine.
 
-`auto` selects the fastest validated backend:
+`auto` selects the fastest backend that is known to be correct:
 
 - CPU, or fp32 on any device: torch.
-- GPU with validated kernels (`machine.CHECKED`): Triton, which reads and writes each element once.
-- Attention with packed documents: Triton if validated, else flash-attn if available, else torch.
+- GPU: Triton, which reads and writes each element once, if the self-check of the stage's kernels
+  passes on it (`train/kernel_selection.py`); else torch.
+- Attention with packed documents: Triton if it passes, else flash-attn if available, else torch.
   torch's attention also computes masked positions.
 - Attention without packed documents: torch, with cuDNN on Hopper and newer. It has the best
   published throughput there; it is not yet measured here.
@@ -103,7 +104,7 @@ def problems(
 def automatic(operation: str, machine: Machine, work: KernelWorkload) -> str:
     """Return the choice of `auto`: the first available backend, in order of expected speed."""
     on_gpu = machine.device == "cuda" and work.dtype != torch.float32
-    order = ["triton"] if on_gpu and machine.checked else []
+    order = ["triton"] if on_gpu and operation in machine.checks else []
     if operation == "attention":
         order = [*order, "flash_attn", "sdpa"] if on_gpu and work.packed else ["sdpa"]
     else:
@@ -114,13 +115,13 @@ def automatic(operation: str, machine: Machine, work: KernelWorkload) -> str:
 def obstacle(operation: str, backend: str, machine: Machine, work: KernelWorkload) -> str | None:
     """Return the reason why a backend cannot run an operation on a machine; None if it can."""
     if backend == "triton":
-        return _triton_obstacle(operation == "attention", machine, work)
+        return _triton_obstacle(operation, machine, work)
     if backend == "flash_attn":
         return _flash_attn_obstacle(machine, work)
     return None
 
 
-def _triton_obstacle(attention: bool, machine: Machine, work: KernelWorkload) -> str | None:
+def _triton_obstacle(operation: str, machine: Machine, work: KernelWorkload) -> str | None:
     if not machine.triton:
         return "Triton is not installed"
     if machine.device == "cpu" and not machine.interpreter:
@@ -130,7 +131,8 @@ def _triton_obstacle(attention: bool, machine: Machine, work: KernelWorkload) ->
         )
     if machine.device == "cpu" and work.dtype == torch.bfloat16:
         return "Triton's interpreter computes bf16 wrongly; set precision to fp32"
-    return _capability_obstacle(machine) or (_head_dim_obstacle(work) if attention else None)
+    head_dim = _head_dim_obstacle(work) if operation == "attention" else None
+    return _capability_obstacle(machine) or head_dim or machine.checks.get(operation)
 
 
 def _flash_attn_obstacle(machine: Machine, work: KernelWorkload) -> str | None:

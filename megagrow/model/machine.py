@@ -1,13 +1,10 @@
 """Capabilities of the machine for the model's operations, detected once and passed as a value."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 import torch
-
-CHECKED: frozenset[int] = frozenset()
-"""Compute capabilities of the GPUs on which `tools/gpu/gpu_check.py` has passed. Empty: so far the
-kernel tests have run only in Triton's interpreter."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +17,9 @@ class Machine:
     """Compute capability of a GPU, such as 80, 90 or 100; 0 for a CPU."""
     triton: bool = False
     """True if Triton is installed."""
-    checked: bool = False
-    """True if the Triton kernels are validated on this GPU type."""
+    checks: Mapping[str, str | None] = field(default_factory=dict, hash=False)
+    """Result of the self-check of the Triton kernels of a stage, by operation: None if they passed,
+    else the reason why not. An operation is missing if its kernels were not checked."""
     interpreter: bool = False
     """True if Triton kernels run in its interpreter (TRITON_INTERPRET=1 before the start)."""
     flash_attn: bool = False
@@ -39,7 +37,6 @@ def machine_of(device: torch.device) -> Machine:
         device.type,
         capability,
         triton,
-        checked=capability in CHECKED,
         interpreter=triton and _interpreter_enabled(),
         flash_attn=find_spec("flash_attn") is not None,
     )

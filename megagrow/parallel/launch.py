@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,12 @@ def shared_variables() -> dict[str, str]:
     names += [name for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE") if name in os.environ]
     own = {name for name in names if name in OWN_VARIABLES or name.endswith("_IFNAME")}
     return {name: os.environ[name] for name in sorted({*names} - own)}
+
+
+def cache_folder() -> Path:
+    """Return the folder of files that are valid for all runs of a user; it may be missing."""
+    default = Path.home() / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or default) / "megagrow"
 
 
 def choose_accelerator() -> None:

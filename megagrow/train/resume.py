@@ -28,6 +28,7 @@ from megagrow.train.config_changes import (
 )
 from megagrow.train.growth_event.run_growths import as_grown
 from megagrow.train.init_from import fill_beginning, open_beginning
+from megagrow.train.kernel_calls import NO_CHECKS, Checks
 from megagrow.train.source_state import state_of_checkpoint, state_of_found
 from megagrow.train.stage import Stage, build_stage
 from megagrow.train.train_state import RunState
@@ -52,6 +53,7 @@ def begin(
     device: torch.device,
     contents: Contents,
     allowed: Sequence[str] = (),
+    checks: Checks = NO_CHECKS,
 ) -> Beginning:
     """Build the stage and state of a checkpoint, or of the start of the run. Collective.
 
@@ -61,6 +63,7 @@ def begin(
         device: device of this rank.
         contents: identities of the run's corpora and tokenizer.
         allowed: keys whose changes may contradict the checkpoint (`--allow-change`).
+        checks: result of `check_kernels`.
 
     Raises CheckpointError if the checkpoint belongs to another model, ConfigError if the run
     contradicts its configuration.
@@ -72,7 +75,7 @@ def begin(
             environment = source.environment
             find = partial(changes_since_source, run, contents, source)
             changes = _checked(find, allowed, f"init_from = {run.init_from}")
-        stage = build_stage(run, 0, device)
+        stage = build_stage(run, 0, device, checks)
         rank, storage = stage.topology.rank, stage.engine.storage()
         stage.engine.ready(fill_beginning(source, stage.layout, rank, storage, run.seed))
         return Beginning(run, stage, RunState(), changes, environment)
@@ -80,7 +83,7 @@ def begin(
     state = state_of_found(found)
     changes = _checked(partial(checkpoint_changes, run, contents, manifest), allowed, str(path))
     run = as_grown(run, state)
-    stage = build_stage(run, state.stage, device)
+    stage = build_stage(run, state.stage, device, checks)
     load_storage(path, manifest, stage.layout, stage.engine.storage())
     stage.engine.ready(manifest.adam_step)
     return Beginning(run, stage, state, changes, manifest.environment)

@@ -1,6 +1,6 @@
 """Built stage: engine on this rank, topology, and layout of its state."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,7 +17,8 @@ from megagrow.parallel.tensor_parallel import rank_masks
 from megagrow.reshard.layout import Layout
 from megagrow.train.growth_event.new_entries import fresh_masks, has_per_entry_lr
 from megagrow.train.growth_event.run_growths import stage_growth, stage_scales
-from megagrow.train.kernel_warmup import stage_ops
+from megagrow.train.kernel_calls import NO_CHECKS, Checks
+from megagrow.train.kernel_selection import stage_ops
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Stage:
     layout: Layout
     answers_only: bool = False
     """True if the loss is the mean over labels rather than over all positions."""
+    checks: Checks = field(default_factory=dict)
+    """Self-check of the Triton kernels of all stages."""
 
     @property
     def ops(self) -> Ops:
@@ -42,8 +45,13 @@ class Stage:
         return self.engine.release()
 
 
-def build_stage(run: RunConfig, index: int, device: torch.device) -> Stage:
-    """Build an empty engine for a stage; its state must be written afterwards. Collective."""
+def build_stage(
+    run: RunConfig, index: int, device: torch.device, checks: Checks = NO_CHECKS
+) -> Stage:
+    """Build an empty engine for a stage; its state must be written afterwards. Collective.
+
+    `checks` is the result of `check_kernels`; without it, `auto` selects no Triton kernel.
+    """
     config = run.stages[index]
     parallel = config.parallel
     topology = make_topology(parallel.tensor_model_parallel_size, device)
@@ -55,7 +63,7 @@ def build_stage(run: RunConfig, index: int, device: torch.device) -> Stage:
         optimizer=config.optimizer,
         bf16=bf16,
         scales=stage_scales(run, index),
-        ops=stage_ops(run, index, device),
+        ops=stage_ops(run, index, device, checks),
     )
     engine = ZeroEngine(settings, topology)
     layout = Layout(
@@ -69,7 +77,8 @@ def build_stage(run: RunConfig, index: int, device: torch.device) -> Stage:
     if has_per_entry_lr(config.growth):
         fresh = stage_growth(run, index).fresh
         engine.mark_new(fresh_masks(fresh, layout, topology.rank, engine.storage()))
-    return Stage(index, config, topology, engine, layout, answers_only=run.objective == "sft")
+    answers_only = run.objective == "sft"
+    return Stage(index, config, topology, engine, layout, answers_only, checks)
 
 
 def masks_now(run: RunConfig, stage: Stage, stage_tokens: int) -> Masks | None:

@@ -11,10 +11,11 @@ from megagrow.cli.app import app
 from megagrow.doctor.local import BackendRow, default_rows, environment_facts, stage_rows
 from megagrow.errors import InputError
 from megagrow.model.machine import Machine
+from megagrow.train.kernel_calls import NO_CHECKS
 from tests.helpers.jobs import write_run
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
 
-HOPPER = Machine("cuda", 90, triton=True, checked=True)
+HOPPER = Machine("cuda", 90, triton=True)
 CPU = Machine("cpu", triton=True)
 
 
@@ -63,11 +64,11 @@ def test_stages_of_a_run(tmp_path: Path) -> None:
     kernels = {"attention": "flash_attn", "norm": "triton"}
     run = make_run(tmp_path, [{"tokens": STEP_TOKENS}, grown | {"kernels": kernels}])
     cpu = torch.device("cpu")
-    assert selected(stage_rows(run, 0, cpu)) == {
+    assert selected(stage_rows(run, 0, cpu, NO_CHECKS)) == {
         "attention": {"sdpa": "yes (auto)"},
         **{key: {"torch": "yes (auto)"} for key in ("norm", "pointwise", "loss")},
     }
-    found = selected(stage_rows(run, 1, cpu))
+    found = selected(stage_rows(run, 1, cpu, NO_CHECKS))
     assert found["attention"] == {"flash_attn": "not available: the run cannot start"}
     assert found["norm"] == {"triton": "yes (triton)"}, "the tests run in the interpreter"
 

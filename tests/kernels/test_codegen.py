@@ -11,7 +11,7 @@ import torch
 
 from megagrow.config.load import load_run
 from megagrow.model.backends import Backends
-from megagrow.train.kernel_warmup import stage_kernels
+from megagrow.train.kernel_calls import stage_kernels
 from megagrow_kernels.compiling import SHARED_LIMIT
 from tools.gpu.kernel_cases import KERNELS, OPS, cases, override_tiles, unused_rows
 from tools.gpu.kernel_code import (

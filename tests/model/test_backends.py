@@ -10,14 +10,16 @@ from megagrow.errors import InputError
 from megagrow.model.backends import OPERATIONS, Backends, KernelWorkload, choose, obstacle
 from megagrow.model.machine import Machine
 
+PASSED = dict.fromkeys(OPERATIONS)
+"""The self-check of all kernels."""
 CPU = Machine("cpu", triton=True)
 INTERPRETER = Machine("cpu", triton=True, interpreter=True)
 MAC = Machine("cpu")
 VOLTA = Machine("cuda", 70, triton=True, flash_attn=True)
-AMPERE = Machine("cuda", 80, triton=True, checked=True)
-HOPPER = Machine("cuda", 90, triton=True, checked=True)
+AMPERE = Machine("cuda", 80, triton=True, checks=PASSED)
+HOPPER = Machine("cuda", 90, triton=True, checks=PASSED)
 UNCHECKED = Machine("cuda", 90, triton=True)
-WITH_FLASH = Machine("cuda", 90, triton=True, checked=True, flash_attn=True)
+WITH_FLASH = Machine("cuda", 90, triton=True, checks=PASSED, flash_attn=True)
 NO_TRITON = Machine("cuda", 90)
 
 FP32 = KernelWorkload(torch.float32, 128, packed=False)

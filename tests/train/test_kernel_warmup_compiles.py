@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+import megagrow.train.kernel_selection as selection
 import megagrow.train.kernel_warmup as module
 from megagrow.config.schema import StageConfig
 from megagrow.model.backends import Backends
 from megagrow.model.machine import Machine
-from megagrow.train.kernel_warmup import KernelCall, WarmUp, stage_kernels
+from megagrow.train.kernel_calls import NO_CHECKS, KernelCall, stage_kernels
+from megagrow.train.kernel_selection import check_host
+from megagrow.train.kernel_warmup import WarmUp
 from tests.helpers.logs import captured_logs
 from tests.helpers.runs import make_run
 
@@ -72,7 +75,7 @@ def test_a_real_step_finds_all_its_kernels_compiled(cache: Path, tmp_path: Path)
             StageConfig.model_validate(stage), SEQUENCE, torch.bfloat16, TRITON
         )
     ]
-    with captured_logs() as said, WarmUp(GPU, 0) as warm_up:
+    with captured_logs() as said, WarmUp(GPU, 0, NO_CHECKS) as warm_up:
         warm_up.start(tuple(dict.fromkeys(calls)), 90)
         warm_up.wait()
         warm_up.report()
@@ -97,7 +100,7 @@ def test_a_real_step_finds_all_its_kernels_compiled(cache: Path, tmp_path: Path)
 def test_compiling_once_more_adds_nothing(cache: Path):
     found = []
     for _ in range(2):
-        with WarmUp(GPU, 0) as warm_up:
+        with WarmUp(GPU, 0, NO_CHECKS) as warm_up:
             warm_up.start(SMALL, 90)
             warm_up.wait()
         found.append(files(cache))
@@ -107,7 +110,7 @@ def test_compiling_once_more_adds_nothing(cache: Path):
 
 def test_each_architecture_has_kernels_of_its_own(cache: Path):
     before = files(cache)
-    with WarmUp(GPU, 0) as warm_up:
+    with WarmUp(GPU, 0, NO_CHECKS) as warm_up:
         warm_up.start(SMALL, 80)
         warm_up.wait()
     new = [path for path in files(cache) - before if path.suffix == ".ptx"]
@@ -119,7 +122,7 @@ def test_what_cannot_be_compiled_is_warned_of_and_the_rest_compiled(cache: Path)
     wrong = KernelCall("swiglu", (("rows", 16), ("width", 64), ("dtype", "int8")))
     other = KernelCall("swiglu", (("rows", 16), ("width", 64), ("dtype", "float16")))
     before = files(cache)
-    with captured_logs() as said, WarmUp(GPU, 0) as warm_up:
+    with captured_logs() as said, WarmUp(GPU, 0, NO_CHECKS) as warm_up:
         warm_up.start((wrong, other), 90)
         warm_up.wait()
         warm_up.report()
@@ -130,7 +133,7 @@ def test_what_cannot_be_compiled_is_warned_of_and_the_rest_compiled(cache: Path)
 
 
 def test_a_compiler_at_work_is_told_of_and_ended(cache: Path):
-    with captured_logs() as said, WarmUp(GPU, 0) as warm_up:
+    with captured_logs() as said, WarmUp(GPU, 0, NO_CHECKS) as warm_up:
         warm_up.start(SMALL, 90)
         process = warm_up._process
         warm_up.report()
@@ -140,7 +143,7 @@ def test_a_compiler_at_work_is_told_of_and_ended(cache: Path):
 
 def test_a_process_that_cannot_be_started_is_warned_of(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module.sys, "executable", "/nowhere/python")
-    with captured_logs() as said, WarmUp(GPU, 0) as warm_up:
+    with captured_logs() as said, WarmUp(GPU, 0, NO_CHECKS) as warm_up:
         warm_up.start(SMALL, 90)
         warm_up.report()
     [line] = said
@@ -155,14 +158,16 @@ class Started:
         stages[1]["growth"] = {"operator": "direct_depth"}
         self.run = make_run(tmp_path, stages)
         self.given: list[tuple[tuple[KernelCall, ...], int]] = []
-        machine = Machine("cuda", 90, triton=True, checked=True)
-        patch.setattr(module, "machine_of", lambda device: machine)
+        machine = Machine("cuda", 90, triton=True)
+        patch.setattr(selection, "machine_of", lambda device: machine)
+        patch.setattr(selection, "check_calls", lambda calls, *_: dict.fromkeys(calls))
+        self.checks = check_host(self.run, GPU)
         patch.setattr(WarmUp, "start", lambda _, calls, to: self.given.append((calls, to)))
 
 
 def test_the_next_stage_is_prepared(tmp_path, monkeypatch):
     started = Started(tmp_path, monkeypatch, attention="triton")
-    WarmUp(GPU, 0).prepare(started.run, 0)
+    WarmUp(GPU, 0, started.checks).prepare(started.run, 0)
     [(calls, capability)] = started.given
     assert capability == 90
     assert calls == stage_kernels(started.run.stages[1], 16, torch.bfloat16, TRITON)
@@ -173,12 +178,12 @@ def test_the_next_stage_is_prepared(tmp_path, monkeypatch):
 )
 def test_nothing_is_compiled_without_need(tmp_path, monkeypatch, device, local_rank, index):
     started = Started(tmp_path, monkeypatch)
-    WarmUp(torch.device(device), local_rank).prepare(started.run, index)
+    WarmUp(torch.device(device), local_rank, started.checks).prepare(started.run, index)
     assert started.given == []
 
 
 def test_nothing_is_compiled_where_no_backend_is_triton(tmp_path, monkeypatch):
     backends = {"attention": "sdpa", "norm": "torch", "pointwise": "torch", "loss": "torch"}
     started = Started(tmp_path, monkeypatch, **backends)
-    WarmUp(GPU, 0).prepare(started.run, 0)
+    WarmUp(GPU, 0, started.checks).prepare(started.run, 0)
     assert started.given == []

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
@@ -23,6 +23,7 @@ from megagrow.reshard.fill import fill_new
 from megagrow.train.growth_event.cost import Feed, GrowthCost, spent_on_steps
 from megagrow.train.growth_event.ligo_trainer import learn_growth
 from megagrow.train.growth_event.run_growths import stage_growth
+from megagrow.train.kernel_calls import Checks
 from megagrow.train.stage import Stage, build_stage, masks_now
 from megagrow.train.step import peak_memory, train_step
 
@@ -53,14 +54,14 @@ class FinishedStage:
     state: ShardedState
     adam_step: int
     device: torch.device
+    checks: Checks = field(default_factory=dict)
 
 
 def end_stage(stage: Stage) -> FinishedStage:
     """Destroy a stage's engine and keep its state. Collective."""
     step = stage.engine.adam_step
-    return FinishedStage(
-        stage.index, ShardedState(stage.layout, stage.release()), step, stage.topology.device
-    )
+    state = ShardedState(stage.layout, stage.release())
+    return FinishedStage(stage.index, state, step, stage.topology.device, stage.checks)
 
 
 def grow(run: RunConfig, ended: FinishedStage, feed: Feed) -> tuple[Stage, GrowthReport]:
@@ -72,7 +73,7 @@ def grow(run: RunConfig, ended: FinishedStage, feed: Feed) -> tuple[Stage, Growt
     options = run.stages[ended.index + 1].growth
     assert options is not None
     growth, spent = _map_of(run, ended, options, feed)
-    target = build_stage(run, ended.index + 1, ended.device)
+    target = build_stage(run, ended.index + 1, ended.device, ended.checks)
     fill_new(growth, target.layout, target.topology.rank, target.engine.storage())
     moved, measuring = _move(run, ended, options, growth, target, feed)
     spent = spent.plus(measuring)
@@ -84,7 +85,8 @@ def _map_of(
 ) -> tuple[GrowthMap, GrowthCost]:
     """Return the growth map and its cost, which is zero unless it is learned."""
     if is_learned(options):
-        return learn_growth(run, ended.index + 1, ended.state, ended.device, feed)
+        target = (run, ended.index + 1)
+        return learn_growth(*target, ended.state, ended.device, feed, ended.checks)
     return stage_growth(run, ended.index + 1), GrowthCost()
 
 

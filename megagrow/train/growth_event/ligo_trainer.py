@@ -44,7 +44,8 @@ from megagrow.parallel.sharding import ParamSpec, parameter_plan
 from megagrow.reshard.dense import mixtures
 from megagrow.reshard.exchange import ShardedState
 from megagrow.train.growth_event.cost import Feed, GrowthCost
-from megagrow.train.kernel_warmup import stage_ops
+from megagrow.train.kernel_calls import NO_CHECKS, Checks
+from megagrow.train.kernel_selection import stage_ops
 from megagrow.train.schedule import learning_rate
 from megagrow.train.step import model_inputs
 
@@ -53,7 +54,12 @@ BETAS, CLIP = (0.9, 0.95), 1.0
 
 
 def learn_growth(
-    run: RunConfig, index: int, source: ShardedState, device: torch.device, feed: Feed
+    run: RunConfig,
+    index: int,
+    source: ShardedState,
+    device: torch.device,
+    feed: Feed,
+    checks: Checks = NO_CHECKS,
 ) -> tuple[GrowthMap, GrowthCost]:
     """Train and return the growth map of stage `index`. Collective.
 
@@ -72,7 +78,7 @@ def learn_growth(
         batch=stage.batch,
         optimizer=stage.optimizer,
         bf16=bf16,
-        ops=stage_ops(run, index, device),
+        ops=stage_ops(run, index, device, checks),
     )
     learned = initial(parts, device)
     dtype = torch.bfloat16 if bf16 else torch.float32

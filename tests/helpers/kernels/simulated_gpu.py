@@ -93,7 +93,7 @@ def step(stage: StageConfig, sequence: int) -> None:
         stage.parallel.zero_stage < 1,
     )
     backends = Backends(attention="triton", norm="triton", pointwise="triton", loss="triton")
-    machine = Machine("cuda", 90, triton=True, checked=True)
+    machine = Machine("cuda", 90, triton=True)
     ops = make_ops(backends, machine, KernelWorkload(torch.bfloat16, model.head_dim, packed=True))
     llama = LlamaForCausalLM(model, ops=ops)
     llama = llama if autocast else llama.bfloat16()

@@ -1,5 +1,5 @@
-"""Which kernels a stage launches. That a real step launches these and no others is shown in
-test_warm_up.py."""
+"""Kernel calls of a stage. That a real step launches these and no others is shown in
+test_kernel_warmup_compiles.py."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from megagrow.config.load import load_run
 from megagrow.config.schema import StageConfig
 from megagrow.model.backends import Backends
-from megagrow.train.kernel_warmup import KernelCall, stage_kernels
+from megagrow.train.kernel_calls import KernelCall, stage_kernels
 
 TRITON = Backends(attention="triton", norm="triton", pointwise="triton", loss="triton")
 NONE = Backends(attention="sdpa", norm="torch", pointwise="torch", loss="torch")

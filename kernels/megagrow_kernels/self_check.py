@@ -1,0 +1,302 @@
+"""Check kernels against their eager references on the device that will run them.
+
+    python -m megagrow_kernels.self_check cuda:0 90 < calls.json
+
+The arguments are the device and its compute capability. calls.json is a list of pairs
+[op, arguments] as `calls.launches` takes them. The kernels are first compiled in parallel
+processes. Each call then runs once, forward and backward, with random inputs; the reference runs in
+fp64 on the same device. Widths, heads and dtypes are those of the call; the number of tokens is
+limited. stdout has a JSON object once the device works, then one per call, in order: the worst
+result of the call, or the error that it raised. After an error of the device, which would repeat in
+all later calls, the exit code is DEVICE_LOST.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megagrow_kernels import reference
+from megagrow_kernels.attention import attention
+from megagrow_kernels.calls import draw
+from megagrow_kernels.cross_entropy import combine_statistics, vocab_gradient_, vocab_statistics
+from megagrow_kernels.packing import TILE, pack
+from megagrow_kernels.rms_norm import add_rms_norm, rms_norm
+from megagrow_kernels.rope import rope
+from megagrow_kernels.swiglu import swiglu
+from megagrow_kernels.warm_up import warm_up_in_parallel
+
+EPS = 1e-5
+
+TOLERANCE = {torch.float32: 3e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""Largest relative error of a segment, by dtype of the result: about 8 units in the last place of
+the 16-bit dtypes. Rounding of inputs and probabilities accounts for 1 to 3 of them."""
+
+SEGMENT = 16
+"""Consecutive elements whose error is compared with their own size, so that an error in a few rows
+or columns is not hidden by the others."""
+
+FLOOR = 1e-3
+"""Smallest size of a segment, as a share of the root mean square of its tensor."""
+
+FLOORS = {("attention", "gradient of q"): 1.0, ("attention", "gradient of k"): 1e-2}
+"""`FLOOR` of results with rows in which terms cancel, such as the only key of a document: there the
+rounding of the forward output alone exceeds 10% of the gradient of q. Its other rows are of similar
+size; those of k get smaller towards the end of a document, by a factor of 50 in the check."""
+
+MOST_ELEMENTS = 2**23
+"""Elements of a matrix of tokens, which limits the tokens of row-wise ops and of the loss."""
+
+MOST_SCORES, MOST_TOKENS = 2**26, 1024
+"""Attention scores of the reference, and tokens of a row."""
+
+DEVICE_LOST = 3
+"""Exit code if the device failed in the last printed call; another process can check the rest."""
+
+Function = Callable[..., Any]
+Results = dict[str, Tensor]
+
+
+class Comparison(NamedTuple):
+    """Largest error of one result of a kernel."""
+
+    tensor: str
+    error: float
+    """Largest relative error of a segment; NaN or infinity if the kernel returned such values."""
+    tolerance: float
+
+
+def compare(op: str, device: torch.device, arguments: Mapping[str, Any]) -> list[Comparison]:
+    """Run one call and its reference; return the error of each output and gradient."""
+    torch.manual_seed(0)
+    actual, exact = _OPS[op](device, **arguments)
+    return [
+        Comparison(name, segment_error(x, exact[name], FLOORS.get((op, name), FLOOR)), tolerance)
+        for name, x in actual.items()
+        for tolerance in [TOLERANCE[x.dtype]]
+    ]
+
+
+def segment_error(actual: Tensor, exact: Tensor, floor: float = FLOOR) -> float:
+    """Return the largest relative error of a segment of the last dimension; exact is fp64."""
+    size = min(SEGMENT, exact.shape[-1])
+    error, own = (_segment_rms(x, size) for x in (actual.double() - exact, exact))
+    least = floor * exact.square().mean().sqrt() + torch.finfo(torch.float64).tiny
+    return float((error / torch.maximum(own, least)).max())  # NaN if any error is NaN
+
+
+def _segment_rms(x: Tensor, size: int) -> Tensor:
+    """Return the root mean square of each segment; the last one overlaps if x has a remainder."""
+    squares = x.square()
+    last = squares[..., -size:].mean(-1, keepdim=True)
+    return torch.cat((squares.unfold(-1, size, size).mean(-1), last), -1).sqrt()
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    """Fill uninitialized memory with NaN, so that elements which a kernel does not write show."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _differentiable(
+    kernel: Function, eager: Function, outputs: Sequence[str], **inputs: Tensor
+) -> tuple[Results, Results]:
+    """Return the outputs and the input gradients of a kernel, and those of its reference."""
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    with _poisoned():
+        found = _as_tuple(kernel(*leaves))
+        upstream = [torch.randn_like(y) for y in found]
+        gradients = torch.autograd.grad(found, leaves, upstream)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    expected = _as_tuple(eager(*wide))
+    exact = torch.autograd.grad(expected, wide, [x.double() for x in upstream])
+    names = [*outputs, *(f"gradient of {name}" for name in inputs)]
+    actual = [x.detach() for x in (*found, *gradients)]
+    return (
+        dict(zip(names, actual, strict=True)),
+        dict(zip(names, [x.detach() for x in (*expected, *exact)], strict=True)),
+    )
+
+
+def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _rms_norm(device: torch.device, rows: int, width: int, dtype: str) -> tuple[Results, Results]:
+    x, weight = draw(device, dtype, _limited(rows, width), width), draw(device, dtype, width)
+    kernel, eager = partial(rms_norm, eps=EPS), partial(reference.rms_norm, eps=EPS)
+    return _differentiable(kernel, eager, ["norm"], x=x, weight=weight)
+
+
+def _add_rms_norm(
+    device: torch.device, rows: int, width: int, dtype: str
+) -> tuple[Results, Results]:
+    x, residual = (draw(device, dtype, _limited(rows, width), width) for _ in range(2))
+    weight = draw(device, dtype, width)
+    kernel, eager = partial(add_rms_norm, eps=EPS), partial(reference.add_rms_norm, eps=EPS)
+    inputs = {"x": x, "residual": residual, "weight": weight}
+    return _differentiable(kernel, eager, ["norm", "sum"], **inputs)
+
+
+def _rope(
+    device: torch.device,
+    batch: int,
+    sequence: int,
+    heads: int,
+    groups: int,
+    head_dim: int,
+    dtype: str,
+    table_dtype: str,
+) -> tuple[Results, Results]:
+    batch = min(batch, 2)
+    sequence = _limited(sequence, batch * heads * head_dim)
+    q = draw(device, dtype, batch, sequence, heads, head_dim)
+    k = draw(device, dtype, batch, sequence, groups, head_dim)
+    positions = torch.arange(sequence, device=device).expand(batch, -1)
+    frequencies = 1e4 ** -torch.linspace(0, 1, head_dim // 2, device=device)
+    tables = reference.rope_tables(positions, frequencies)
+    cos, sin = (table.to(getattr(torch, table_dtype)) for table in tables)
+
+    def eager(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        return tuple(reference.apply_rope(x, cos.double(), sin.double()) for x in (q, k))
+
+    kernel = partial(rope, cos=cos, sin=sin)
+    return _differentiable(kernel, eager, ["rotated q", "rotated k"], q=q, k=k)
+
+
+def _swiglu(device: torch.device, rows: int, width: int, dtype: str) -> tuple[Results, Results]:
+    gate, up = (draw(device, dtype, _limited(rows, width), width) for _ in range(2))
+    return _differentiable(swiglu, reference.swiglu, ["output"], gate=gate, up=up)
+
+
+def _attention(
+    device: torch.device,
+    batch: int,
+    sequence: int,
+    heads: int,
+    groups: int,
+    head_dim: int,
+    dtype: str,
+    window: int | None = None,
+) -> tuple[Results, Results]:
+    """Compare a row that is one document, and a row of documents of 1, TILE - 1 and more tokens."""
+    limit = math.isqrt(MOST_SCORES // (2 * heads)) // TILE * TILE
+    sequence = min(sequence, MOST_TOKENS, max(limit, TILE))
+    positions = torch.arange(sequence)
+    ids = torch.stack((torch.zeros_like(positions), _document_ids(positions)))
+    inputs = {
+        name: draw(device, dtype, 2, sequence, count, head_dim)
+        for name, count in (("q", heads), ("k", groups), ("v", groups))
+    }
+    packing, ids = pack(ids, *ids.shape).to(device), ids.to(device)
+    kernel = partial(attention, packing=packing, window=window)
+    eager = partial(reference.attention, document_ids=ids, window=window)
+    return _differentiable(kernel, eager, ["output"], **inputs)
+
+
+def _document_ids(positions: Tensor) -> Tensor:
+    starts = (1, TILE, 2 * TILE + TILE // 2)
+    return sum(((positions >= start).long() for start in starts), torch.zeros_like(positions))
+
+
+def _cross_entropy(
+    device: torch.device, rows: int, width: int, real: int, ranks: int, dtype: str
+) -> tuple[Results, Results]:
+    """Compare the statistics, their combination over ranks, and the gradient in place."""
+    rows, first = _limited(rows, width), width  # as on the second rank
+    logits = draw(device, dtype, rows, width)
+    labels = torch.randint(3 * width, (rows,), device=device)
+    labels[0] = -100
+    scale = torch.rand(rows, device=device) * (labels >= 0)
+    triples = torch.rand(max(ranks, 2), 3, rows, device=device)
+
+    def results(
+        x: Tensor, triples: Tensor, statistics: Function, combine: Function, gradient: Function
+    ) -> Results:
+        found, combined = statistics(x, labels, first, real), combine(triples)
+        of_logits = gradient(x, labels, found[0], found[1], scale, 0.1 * scale, first, real)
+        return {"statistics": found, "combined statistics": combined, "gradient": of_logits}
+
+    exact = results(
+        logits.double(),
+        triples.double(),
+        reference.vocab_statistics,
+        reference.combine_statistics,
+        reference.vocab_gradient,
+    )
+    with _poisoned():
+        actual = results(logits, triples, vocab_statistics, combine_statistics, _gradient_in_place)
+    return actual, exact
+
+
+def _gradient_in_place(logits: Tensor, *rest: Any) -> Tensor:
+    vocab_gradient_(logits, *rest)
+    return logits
+
+
+def _limited(rows: int, width: int) -> int:
+    return max(1, min(rows, MOST_ELEMENTS // width))
+
+
+_OPS: dict[str, Callable[..., tuple[Results, Results]]] = {
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "rope": _rope,
+    "swiglu": _swiglu,
+    "attention": _attention,
+    "cross_entropy": _cross_entropy,
+}
+
+
+def check(op: str, device: torch.device, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the worst comparison of a call as JSON values, or the error that it raised."""
+    try:
+        worst = max(compare(op, device, arguments), key=_badness)
+    except Exception as error:  # compilers and drivers have no common class
+        text = str(error).strip().splitlines() or [""]
+        return {"problem": f"{type(error).__name__}: {text[0]}"}
+    finite = worst.error if math.isfinite(worst.error) else None
+    return {"tensor": worst.tensor, "error": finite, "tolerance": worst.tolerance}
+
+
+def _badness(comparison: Comparison) -> float:
+    error = comparison.error
+    return error / comparison.tolerance if math.isfinite(error) else math.inf
+
+
+def main() -> None:
+    """Read calls from stdin, compile their kernels, check them, and print a line for each."""
+    device, capability = torch.device(sys.argv[1]), int(sys.argv[2])
+    calls = json.load(sys.stdin)
+    if device.type == "cuda":
+        warm_up_in_parallel(calls, capability, len(os.sched_getaffinity(0)))
+    torch.zeros(1, device=device).sum().item()
+    print(json.dumps({"device": str(device)}), flush=True)
+    for op, arguments in calls:
+        print(json.dumps(check(op, device, arguments)), flush=True)
+        if device.type == "cuda" and not _usable(device):
+            sys.exit(DEVICE_LOST)
+
+
+def _usable(device: torch.device) -> bool:
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()
