@@ -44,11 +44,14 @@ def newest_valid_on_all_ranks(
     found = run_on_rank_zero(paths or (lambda: list_checkpoints(directory)))
     # All ranks find the same damage.
     level = logging.WARNING if dist.get_rank() == 0 else logging.DEBUG
-    return last_valid(directory, found, _verify_together, level)
+    return last_valid(directory, found, verify_on_all_ranks, level)
 
 
-def _verify_together(path: Path) -> Manifest:
-    """Return rank 0's manifest after all files are verified, file i by rank i mod world size."""
+def verify_on_all_ranks(path: Path) -> Manifest:
+    """Return rank 0's manifest after all files are verified, file i by rank i mod world size.
+
+    Collective. Raises CheckpointError on all ranks with the damaged files.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     manifest = run_on_rank_zero(lambda: parse_manifest(path))
     mine = list(manifest.files.items())[rank::world]

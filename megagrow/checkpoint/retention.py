@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 from megagrow.checkpoint.discovery import list_checkpoints, step_of
 from megagrow.checkpoint.manifest import has_right_sizes, parse_manifest
@@ -70,6 +71,7 @@ class Pruner:
     def __init__(self, directory: Path, retention: Retention) -> None:
         self._directory, self._retention = directory, retention
         self._results: dict[Path, bool] = {}
+        self._removing: Thread | None = None
 
     def record(self, path: Path, valid: bool) -> None:
         """Record the result of a verification."""
@@ -85,8 +87,22 @@ class Pruner:
         counted = others[: self._retention.keep_last - 1]
         return sorted({*(p for p in counted if p not in self._results), *counted[-1:]})
 
-    def prune(self) -> None:
-        """Remove checkpoints outside the policy, as `prune_checkpoints`."""
+    def start(self) -> None:
+        """Remove checkpoints outside the policy, as `prune_checkpoints`, in the background.
+
+        A checkpoint has one file per rank, and the other ranks would wait for their removal.
+        """
+        self.wait()
+        self._removing = Thread(target=self._prune, name="pruning", daemon=True)
+        self._removing.start()
+
+    def wait(self) -> None:
+        """Wait for the removal; required before any other access to the directory."""
+        if self._removing is not None:
+            self._removing.join()
+            self._removing = None
+
+    def _prune(self) -> None:
         prune_checkpoints(self._directory, self._retention, self._is_valid)
 
     def _is_valid(self, path: Path) -> bool | None:

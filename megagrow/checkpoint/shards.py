@@ -55,20 +55,35 @@ def shard_tensors(layout: Layout, rank: int) -> dict[str, Stored]:
 
 
 class Places:
-    """Start offsets of all tensors, one integer each, as there may be half a million."""
+    """Start offsets of tensors, one integer each, as there may be half a million.
+
+    Args:
+        layout: layout of the files.
+        tensors: returns the tensors of a rank's file by name; called once per rank.
+    """
 
     def __init__(self, layout: Layout, tensors: Callable[[int], Mapping[str, Stored]]) -> None:
-        """Read the offsets; `tensors` returns the tensors of a rank's file by name."""
+        self._ranks, self._tensors = layout.dp * layout.tp, tensors
         self._index = {name: index for index, name in enumerate(layout.plan)}
+        self._begins: dict[int, np.ndarray] = {}
+
+    def read_all(self) -> None:
+        """Read the offsets of all ranks, instead of when they are needed."""
         # One rank after the other: a manifest may list more tensors than fit in memory,
         # but not more files than there are.
-        self._begins = [self._of_rank(tensors(rank)) for rank in range(layout.dp * layout.tp)]
+        for rank in range(self._ranks):
+            self._of_rank(rank)
 
     def begin(self, rank: int, name: str, kind: StateKind) -> int:
         """Return the first byte of a tensor."""
-        return int(self._begins[rank][self._index[name], STATE_KINDS.index(kind)])
+        return int(self._of_rank(rank)[self._index[name], STATE_KINDS.index(kind)])
 
-    def _of_rank(self, found: Mapping[str, Stored]) -> np.ndarray:
+    def _of_rank(self, rank: int) -> np.ndarray:
+        if rank not in self._begins:
+            self._begins[rank] = self._offsets(self._tensors(rank))
+        return self._begins[rank]
+
+    def _offsets(self, found: Mapping[str, Stored]) -> np.ndarray:
         begins = np.full((len(self._index), len(STATE_KINDS)), -1, np.int64)
         for name, index in self._index.items():
             for which, kind in enumerate(STATE_KINDS):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint.discovery import shard_name
-from megagrow.checkpoint.manifest import read_manifest
+from megagrow.checkpoint.manifest import parse_manifest, read_manifest
 from megagrow.checkpoint.shards import Places, shard_tensors
 from megagrow.checkpoint.tensor_file import Stored, read_elements, read_header
 from megagrow.common.checksums import Files
@@ -93,12 +93,18 @@ class CheckpointSource(PlacedSource):
         return self.path / shard_name(rank), stored
 
 
-def open_checkpoint(path: Path) -> CheckpointSource:
+def open_checkpoint(path: Path, verified: bool = False) -> CheckpointSource:
     """Open a checkpoint. Raises CheckpointError if it is incomplete, including its files'
-    headers."""
-    manifest = read_manifest(path)
+    headers.
+
+    `verified`: its files have been verified. Only the manifest is opened then, and the header of a
+    file is read with its first tensor: a rank needs few of the files.
+    """
+    manifest = parse_manifest(path) if verified else read_manifest(path)
     layout = manifest.read_layout()
     places = Places(layout, lambda rank: _checked_header(path, layout, rank, manifest.files))
+    if not verified:
+        places.read_all()
     return CheckpointSource(
         path=path,
         model=ModelConfig(**manifest.model),

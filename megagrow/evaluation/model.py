@@ -14,7 +14,7 @@ from megagrow.evaluation.forward_model import positions_of
 from megagrow.evaluation.generation_options import GenerationDefaults
 from megagrow.evaluation.tokenizer import EvalTokenizer, open_tokenizer
 from megagrow.formats.hugging_face_origin import HuggingFaceOrigin
-from megagrow.formats.open_source import find_source, open_found
+from megagrow.formats.open_source import find_source_on_all_ranks, open_found
 from megagrow.model.backends import KernelWorkload, choose
 from megagrow.model.decoding import DecodingCache
 from megagrow.model.layers.table import indivisible_sizes
@@ -22,7 +22,7 @@ from megagrow.model.llama import HeadLoss, LlamaForCausalLM
 from megagrow.model.machine import machine_of
 from megagrow.model.ops import Ops, make_ops
 from megagrow.offline.hugging_face_files import named_tokenizer, warn_of_other_tokenizer
-from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
+from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.parallel.materialize import materialize
 from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.sharding import parameter_plan
@@ -69,7 +69,7 @@ def load_model(
     Raises InputError if the source is damaged, has no tokenizer or has growth masks that are still
     ramping, and if the tensor-parallel size does not divide the model.
     """
-    source_path = run_on_rank_zero(lambda: find_source(path))
+    source_path = find_source_on_all_ranks(path)
     return run_on_all_ranks(lambda: _load(source_path, topology, tokenizer, dtype))
 
 

@@ -102,6 +102,7 @@ def checkpoint_target(layout: Layout, manifest: Callable[[Files], Manifest]) -> 
         return file.tensors
 
     places = Places(layout, tensors_of)
+    places.read_all()
 
     def pieces() -> Iterator[TargetPiece]:
         for unit in units(layout):

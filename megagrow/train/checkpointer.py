@@ -1,7 +1,6 @@
 """Checkpoints of a run: asynchronous saves during training, and retention."""
 
 import logging
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -75,6 +74,8 @@ class Checkpointer:
         if isinstance(error, InputError):  # raised on all ranks
             with suppress(InputError):
                 self._saver.finish()
+        if error is None or isinstance(error, InputError):
+            self._pruner.wait()
 
     def newest(self) -> FoundCheckpoint | None:
         """Return the newest valid checkpoint, None if there is none; call before any save.
@@ -140,25 +141,24 @@ class Checkpointer:
         due = run_on_rank_zero(lambda: self._pruner.due(step))
         self._saver.begin(step, stage.layout, storage, manifest, not wait, due)
         self.last_step = step
-        return self.finish(state) if wait else state
+        if wait:
+            self.idle_everywhere()
+        return self.account(state)
 
     def busy(self) -> bool:
         """Return True while this rank is writing."""
         return self._saver.writing
 
     def idle_everywhere(self) -> None:
-        """Wait for this rank's save, publish the checkpoint and prune old ones."""
+        """Wait for this rank's save, publish the checkpoint and start to prune old ones."""
         saved = self._saver.finish()
         if saved is None:
             return
-        begin = time.perf_counter()
         if self._rank == 0:
             self._prune(saved)
-        pruning = time.perf_counter() - begin
-        stall, seconds = saved.stall_seconds + pruning, saved.seconds + pruning
-        self._stalled += stall
+        self._stalled += saved.stall_seconds
         at = RunState.from_json(saved.manifest.run, self._environment)
-        self._run_logger.checkpoint(at, saved.path, stall, seconds)
+        self._run_logger.checkpoint(at, saved.path, saved.stall_seconds, saved.seconds)
 
     def account(self, state: RunState) -> RunState:
         """Add the time for which saves blocked training since the last call."""
@@ -166,8 +166,9 @@ class Checkpointer:
         return state.add_lost_time(stalled) if stalled else state
 
     def finish(self, state: RunState) -> RunState:
-        """Wait for the running save, if any."""
+        """Wait for the running save, if any, and for the removal of old checkpoints."""
         self.idle_everywhere()
+        self._pruner.wait()
         return self.account(state)
 
     def release(self) -> None:
@@ -180,4 +181,4 @@ class Checkpointer:
             if problem is not None:
                 logger.warning("%s; the checkpoint does not count for keep_last", problem)
         self._pruner.record(saved.path, True)
-        self._pruner.prune()
+        self._pruner.start()

@@ -12,7 +12,12 @@ from pathlib import Path
 from megagrow.checkpoint.source import Source
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.errors import ConfigError
-from megagrow.formats.open_source import find_source, log_warnings, open_found
+from megagrow.formats.open_source import (
+    find_source,
+    find_source_on_all_ranks,
+    log_warnings,
+    open_found,
+)
 from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
 from megagrow.parallel.sharding import Storage
 from megagrow.reshard.fill import fill_initial, fill_read
@@ -34,8 +39,7 @@ def open_beginning(run: RunConfig) -> Source | None:
     path = run.init_from
     if path is None:
         return None
-    # Only rank 0 verifies the checksums, which reads every byte.
-    folder = run_on_rank_zero(lambda: find_source(path))
+    folder = find_source_on_all_ranks(path)
     source = run_on_all_ranks(lambda: _opened(path, folder, run.stages[0].model))
     run_on_rank_zero(lambda: log_warnings(source))
     logger.info("weights initialized from %s", source.path)

@@ -14,7 +14,7 @@ import torch
 
 from megagrow.checkpoint.discovery import FoundCheckpoint, list_checkpoints, step_of
 from megagrow.checkpoint.load import load_storage, newest_valid_on_all_ranks
-from megagrow.checkpoint.manifest import read_manifest
+from megagrow.checkpoint.manifest import parse_manifest
 from megagrow.checkpoint.removal import hide_checkpoint
 from megagrow.config.resume_rules import ConfigChange
 from megagrow.config.schema import RunConfig
@@ -141,7 +141,7 @@ def _newest_good(directory: Path, limit: int) -> FoundCheckpoint | None:
 
     def preference(path: Path) -> tuple[bool, int]:
         try:
-            state = state_of_checkpoint(read_manifest(path))
+            state = state_of_checkpoint(parse_manifest(path))
         except CheckpointError:  # `last_valid` reports it
             return False, -1
         good = state.counters.step <= limit and not state.guard.troubled

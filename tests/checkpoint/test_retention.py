@@ -137,7 +137,8 @@ def saved(folder: Path, made: Pruner, step: int) -> list[int]:
     for path in due:
         made.record(path, not problems_of(path))
     made.record(folder / checkpoint_name(step), True)
-    made.prune()
+    made.start()
+    made.wait()
     return [step_of(path) for path in due]
 
 
@@ -174,5 +175,6 @@ def test_until_enough_are_verified_only_damaged_ones_are_removed(good, tmp_path)
     folder = tmp_path / "c"
     shutil.copytree(good, folder)
     made = pruner(folder, 3, s9=False, s100=True)
-    made.prune()
+    made.start()
+    made.wait()
     assert left(folder) == [10, 100]

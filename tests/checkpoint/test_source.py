@@ -11,16 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from megagrow.checkpoint import manifest as manifest_module
+from megagrow.checkpoint import source as module
+from megagrow.checkpoint.discovery import shard_name
 from megagrow.checkpoint.manifest import parse_manifest, write_manifest
 from megagrow.checkpoint.source import open_checkpoint
+from megagrow.checkpoint.tensor_file import read_header
 from megagrow.errors import InputError
-from megagrow.formats.open_source import open_source
+from megagrow.formats.open_source import open_found, open_source
 from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
+from megagrow.reshard.fill import fill_read
 from megagrow.reshard.layout import Block
 from tests.helpers.checkpoint.saving import MODEL
 from tests.helpers.checkpoint.written import RUN, record_of, write_checkpoint
 from tests.helpers.logs import captured_logs
-from tests.helpers.reshard.definition import random_state
+from tests.helpers.reshard.definition import empty_storage, random_state, same, storage_of
 from tests.helpers.reshard.models import layout_of, layouts, models
 
 LAYOUT = layout_of(MODEL, 1, 2, 1)
@@ -71,6 +76,24 @@ def test_a_shard_of_another_layout_is_damage(path):
     write_manifest(path, replace(manifest, layout=manifest.layout | {"zero_stage": 3}))
     with pytest.raises(InputError, match=r"safetensors: .* is F32 \[\d+\], not F32 \[\d+\]"):
         open_checkpoint(path)
+
+
+def test_a_rank_opens_only_the_files_that_it_reads(tmp_path: Path) -> None:
+    """Neither sizes nor headers of the other files of a verified checkpoint of 64 ranks."""
+    wide = layout_of(MODEL, 2, 64, 1)
+    state = random_state(wide.plan)
+    path = write_checkpoint(tmp_path / "in", MODEL, wide, state)
+    assert len(parse_manifest(path).files) == 64
+    opened, sized = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "read_header", lambda file: opened.append(file) or read_header(file))
+        patch.setattr(manifest_module, "check_size", lambda file, record: sized.append(file))
+        for rank in (0, 5):
+            source, storage = open_found(path), empty_storage(wide, rank, 0.0)
+            fill_read(wide, rank, storage, STATE_KINDS, source.read)
+            assert same(storage, storage_of(wide, state, rank))
+            assert opened == [path / shard_name(rank)] and not sized
+            opened.clear()
 
 
 def test_a_checkpoint_with_a_flipped_bit_is_no_source(path):

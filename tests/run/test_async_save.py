@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megagrow.checkpoint.discovery import list_checkpoints, step_of
+from megagrow.checkpoint.retention import Pruner
 from megagrow.checkpoint.save import Save
 from megagrow.config.schema import RunConfig
 from megagrow.train.loop import StepDone
@@ -155,25 +156,24 @@ def test_old_checkpoints_that_cannot_be_removed_end_no_run(tmp_path):
 def test_a_checkpoint_that_was_damaged_meanwhile_does_not_count(tmp_path):
     """A bit of step 6 flips before the save of step 9, which then keeps step 3."""
     seen = tmp_path / "seen"
+    listed = Pruner.due
     run = make_run(tmp_path, [{"tokens": 12 * STEP_TOKENS}], checkpoint={"interval": 3})
     folder = run.output_dir / "checkpoints"
 
     def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
-        record = RunLogger.checkpoint
+        def due(self: Pruner, step: int) -> list[Path]:
+            with seen.open("a") as file:
+                file.write(" ".join(str(step_of(p)) for p in list_checkpoints(folder)) + "\n")
+            if step == 9:
+                flip(folder / "step-000000006")
+            return listed(self, step)
 
-        def saved(self: RunLogger, state: RunState, *args: Any) -> None:
-            record(self, state, *args)
-            if rank == 0:
-                with seen.open("a") as file:
-                    file.write(" ".join(str(step_of(p)) for p in list_checkpoints(folder)) + "\n")
-                if state.counters.step == 6:
-                    flip(folder / "step-000000006")
-
-        patch.setattr(RunLogger, "checkpoint", saved)
+        patch.setattr(Pruner, "due", due)
 
     done = train(write_run(tmp_path / "run.yaml", run), 2, hook).finish()
     assert done.codes == [0, 0], done.err
-    assert seen.read_text().splitlines() == ["3", "3 6", "3 6 9", "9 12"]
+    assert seen.read_text().splitlines() == ["", "3", "3 6", "3 6 9"]
+    assert [step_of(path) for path in list_checkpoints(folder)] == [9, 12]
     (line,) = [line for line in done.out[0].splitlines() if "keep_last" in line]
     assert "step-000000006/rank-00001.safetensors: damaged, its checksum is " in line
     assert line.endswith("; the checkpoint does not count for keep_last")

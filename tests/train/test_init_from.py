@@ -6,19 +6,22 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megagrow.checkpoint.discovery import checkpoint_name
+from megagrow.checkpoint import load
+from megagrow.checkpoint.discovery import checkpoint_name, shard_name
 from megagrow.checkpoint.manifest import read_manifest
+from megagrow.common.checksums import FileRecord, problem_of
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
 from megagrow.formats.hugging_face_origin import HuggingFaceOrigin
 from megagrow.offline.convert import import_hugging_face
 from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
 from megagrow.train.init_from import fill_beginning, open_beginning
+from tests.helpers.checkpoint.damage import flip
 from tests.helpers.checkpoint.written import differences, shards, write_checkpoint
 from tests.helpers.hugging_face import hugging_face, state_of
 from tests.helpers.jobs import Job, records, train, write_run
 from tests.helpers.logs import captured_logs
-from tests.helpers.reshard.definition import State, empty_storage, same, storage_of
+from tests.helpers.reshard.definition import State, empty_storage, random_state, same, storage_of
 from tests.helpers.reshard.models import layout_of
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
 from tests.helpers.spawn import run_ranks
@@ -42,8 +45,19 @@ def begins(folder: Path, state: State, kinds: tuple[str, ...]) -> None:
         for name, held in state.items()
     }
     run = run_from(folder.parent, folder)
-    with captured_logs() as messages:
+    read: list[str] = []
+
+    def noted(path: Path, record: FileRecord) -> str | None:
+        read.append(path.name)
+        return problem_of(path, record)
+
+    with pytest.MonkeyPatch.context() as patch, captured_logs() as messages:
+        patch.setattr(load, "problem_of", noted)
         source = open_beginning(run)
+    saved = source is not None and len(source.files) == 3
+    assert read == ([shard_name(rank)] if saved and rank < 3 else []), (
+        "each rank verifies its share"
+    )
     assert source is not None and messages == [f"weights initialized from {source.path}"]
     for spread in LAYOUTS:
         layout = layout_of(run.stages[0].model, *spread)
@@ -60,6 +74,7 @@ def refusals(folder: Path) -> list[str]:
         (folder / "none", {}),
         (folder / "hf", {"model": MODEL | {"num_hidden_layers": 3}}),
         (folder / "masked", {"model": MODEL | {"num_hidden_layers": 4}}),
+        (folder / "damaged", {}),
     ):
         with pytest.raises(InputError) as error:
             open_beginning(run_from(folder, path, **changes))
@@ -95,10 +110,14 @@ def test_what_can_not_be_a_beginning_is_named(folder):
         operators=("random_depth",),
         overrides=("growth.ramp_tokens=100",),
     )
+    model = run_from(folder, None).stages[0].model
+    layout = layout_of(model, 1, 2, 1)
+    flip(write_checkpoint(folder / "damaged", model, layout, random_state(layout.plan)))
     for said in run_ranks(2, refusals, folder):
         assert said[0] == f"{folder / 'none'}: no such directory"
         assert "num_hidden_layers is 2, but 3 in stages.0.model; make them equal" in said[1]
         assert "growth masks are still ramping" in said[2]
+        assert "damaged/rank-00001.safetensors: damaged, its checksum is" in said[3]
 
 
 def losses(run: RunConfig) -> list[tuple[Any, ...]]:
