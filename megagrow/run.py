@@ -43,6 +43,7 @@ from megagrow.train.state_check import (
     unfit_reason,
 )
 from megagrow.train.step import mean_loss
+from megagrow.train.step_feed import StepFeed
 from megagrow.train.train_state import RunState
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class Job:
     launch: Launch
     device: torch.device
     inputs: Inputs
+    feed: StepFeed
     evaluation: Evaluation | None
     run_logger: RunLogger
     checkpointer: Checkpointer
@@ -95,7 +97,7 @@ def train(
         watchdog.beat("locking the run directory", long=True, at_least=2 * PATIENCE)
         lock = run_on_all_ranks(lambda: lock_directory(run.output_dir, launch.rank))
         warm_up = WarmUp(device, launch.local_rank, checks)
-        with lock, run_logger, warm_up, StopSignal() as stop:
+        with lock, run_logger, warm_up, StepFeed(inputs.train) as feed, StopSignal() as stop:
             run_on_all_ranks(run_logger.open)
             checkpointer = Checkpointer(run, launch.rank, device, environment, run_logger)
             job = Job(
@@ -104,6 +106,7 @@ def train(
                 launch=launch,
                 device=device,
                 inputs=inputs,
+                feed=feed,
                 evaluation=evaluation,
                 run_logger=run_logger,
                 checkpointer=checkpointer,
@@ -137,7 +140,7 @@ def _train(job: Job) -> str | None:
         while True:
             # The first step of an engine may have to compile kernels.
             hooks = _step_hooks(job, long=stage is not warm)
-            event = advance(job.run, stage, state, job.inputs.train, job.stop, hooks)
+            event = advance(job.run, stage, state, job.feed, job.stop, hooks)
             state, warm = job.checkpointer.account(event.state), stage
             match event:
                 case StepDone():
@@ -216,8 +219,7 @@ def _rewind(job: Job, stage: Stage, failed: RunState, reason: str) -> tuple[Job,
     _prepare(replace(job, run=run), stage)
     state = state.add_lost_time(time.perf_counter() - clock)
     job.run_logger.rewind(failed, state, None if found is None else found[0], reason, changes)
-    step = state.counters.step
-    run_on_rank_zero(lambda: remove_stored_after(run.output_dir, step))
+    run_on_rank_zero(partial(remove_stored_after, run.output_dir, state.counters.step))
     return replace(job, run=run), stage, state
 
 
@@ -231,8 +233,7 @@ def _validate(job: Job, stage: Stage, state: RunState) -> None:
 
 def _evaluate(job: Job, stage: Stage, state: RunState) -> None:
     def beat(task: str) -> None:
-        step = state.counters.step
-        job.watchdog.beat(f"the evaluation on {task} after step {step}", long=True)
+        job.watchdog.beat(f"the evaluation on {task} after step {state.counters.step}", long=True)
 
     if job.evaluation is not None:
         masks = masks_now(job.run, stage, state.stage_tokens)
@@ -270,8 +271,8 @@ def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState
     job.warm_up.report()
     losses = [loss_of(job.run, stage, state.stage_tokens)]
     before = predictions(stage, fixed, masks_now(job.run, stage, state.stage_tokens))
-    length, before_step = job.run.data.sequence_length, partial(_before_growth_step, job, state)
-    feed = Feed(job.inputs.train, state.position, length, before_step)
+    before_step = partial(_before_growth_step, job, state)
+    feed = Feed(job.feed, state.position, job.run.data.sequence_length, before_step)
     run, stage, report, search_cost = grow_best(job.run, end_stage(stage), feed, loss_of)
     losses.append(loss_of(run, stage, 0))
     difference = change(before, predictions(stage, fixed, masks_now(run, stage, 0)))

@@ -6,6 +6,7 @@ a tile. All document-dependent values are read from these lists, so kernels need
 work on pairs of documents, and handle an unpacked batch as one document per row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,14 +42,17 @@ class Packing:
         for tensor in (self.cu_seqlens, self.query_tiles, self.key_tiles):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
-    def to(self, device: torch.device | str) -> "Packing":
-        """Return a copy on a device."""
-        moved = (
-            x.to(device, non_blocking=True)
-            for x in (self.cu_seqlens, self.query_tiles, self.key_tiles)
-        )
-        cu_seqlens, query_tiles, key_tiles = moved
-        return replace(self, cu_seqlens=cu_seqlens, query_tiles=query_tiles, key_tiles=key_tiles)
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Packing":
+        """Return a copy on a device; non-blocking as torch.Tensor.to."""
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Packing":
+        """Return a copy in pinned memory."""
+        return self._map(lambda x: x.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Packing":
+        names = ("cu_seqlens", "query_tiles", "key_tiles")
+        return replace(self, **{name: function(getattr(self, name)) for name in names})
 
 
 def pack(document_ids: Tensor | None, batch: int, sequence: int) -> Packing:

@@ -6,7 +6,7 @@ done, they publish the checkpoint together.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -19,6 +19,7 @@ from megagrow.checkpoint.listing import problems_of
 from megagrow.checkpoint.manifest import Manifest
 from megagrow.checkpoint.save import Save
 from megagrow.checkpoint.shards import own_tensors
+from megagrow.common.background import BackgroundCall
 from megagrow.common.checksums import Files
 from megagrow.parallel.sharding import Storage
 from megagrow.reshard.layout import Layout
@@ -69,7 +70,9 @@ class Saver:
         if background:
             tensors = self._snapshot.take(tensors)
         share = slice(dist.get_rank(), None, dist.get_world_size())
-        writing = _Writing(lambda: _Written.of(save, tensors, verify, share))
+        writing = BackgroundCall(
+            lambda: _Written.of(save, tensors, verify, share), name="checkpoint"
+        )
         if background:
             writing.start()
         else:
@@ -141,35 +144,11 @@ class _Written:
         return cls(files, {path: next(iter(problems_of(path, share)), None) for path in verify})
 
 
-class _Writing(Thread):
-    """Writer thread of one rank; its error is kept until the result is requested."""
-
-    def __init__(self, write: Callable[[], _Written]) -> None:
-        super().__init__(name="checkpoint", daemon=True)
-        self._write = write
-        self._written = _Written({}, {})
-        self._error: Exception | None = None
-
-    def run(self) -> None:
-        try:
-            self._written = self._write()
-        except Exception as error:
-            self._error = error
-
-    def result(self) -> _Written:
-        """Return the result once done; raises the writer's error."""
-        if self.is_alive():
-            self.join()
-        if self._error is not None:
-            raise self._error
-        return self._written
-
-
 @dataclass(frozen=True)
 class _Current:
     save: Save
     manifest: Manifest
-    writing: _Writing
+    writing: BackgroundCall[_Written]
     begun: float
     stall: float
 

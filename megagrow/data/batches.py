@@ -3,9 +3,10 @@
 And epochs: the number of times that a run reads each corpus.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,20 @@ class Batch:
     document_ids: torch.Tensor | None
     """Index of each token's document within its sequence, [sequences, length]; attention is limited
     to the token's document. None if `reset_attention_mask` is not set."""
+    documents: Any = None
+    """`document_ids` in the format of the attention backend; None before `packed`."""
+
+    def packed(self, pack: Callable[[torch.Tensor], Any]) -> "Batch":
+        """Return the batch with `documents`, the result of `pack` for its `document_ids`."""
+        if self.document_ids is None or self.documents is not None:
+            return self
+        return replace(self, documents=pack(self.document_ids))
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch with the model's inputs in pinned memory, for non-blocking copies."""
+        names = ("input_ids", "labels", "position_ids", "documents")
+        inputs = {name: getattr(self, name) for name in names}
+        return replace(self, **{k: x.pin_memory() for k, x in inputs.items() if x is not None})
 
 
 def open_stream(

@@ -68,8 +68,8 @@ class Ops:
     swiglu: Callable[[Tensor, Tensor], Tensor]
     """(gate (..., F), up (..., F)) -> silu(gate) * up."""
     pack: Callable[[Tensor], Any]
-    """(document_ids (B, S) on the CPU) -> input of `attention_mask`, on the CPU, with a method
-    `to(device)`."""
+    """(document_ids (B, S) on the CPU) -> input of `attention_mask`, on the CPU, with the methods
+    `to` and `pin_memory` of a tensor."""
     attention_mask: Callable[[Any, Tensor], Any]
     """(result of `pack`, or None if attention crosses document boundaries; position_ids (B, S)) ->
     mask argument of `attention`. Called once per forward pass, with inputs on the device."""

@@ -4,7 +4,7 @@ Without these functions, if one rank failed alone (disk full, damaged file), the
 in their next collective.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,9 +31,32 @@ class _Failure:
 
 def any_across_ranks(flag: bool, device: torch.device) -> bool:
     """Return True if `flag` is set on at least one rank. Collective."""
-    vote = torch.tensor([float(flag)], device=device)
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return vote.item() > 0
+    return any_flags_across_ranks([flag], device)[0]
+
+
+def any_flags_across_ranks(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Return for each flag whether it is set on at least one rank. Collective."""
+    return share_values_and_flags(torch.empty(0, dtype=torch.float64, device=device), flags)[1]
+
+
+def share_values_and_flags(
+    values: torch.Tensor, flags: Sequence[bool]
+) -> tuple[list[float], list[bool]]:
+    """Return rank 0's values, and for each flag whether it is set on at least one rank. Collective.
+
+    One all-reduce, and one synchronization with the device.
+
+    Args:
+        values: (n,) fp64, on the device of this rank.
+        flags: as many on every rank.
+    """
+    # Adding zeros to rank 0's values is exact. `full` writes a flag to a GPU without a copy.
+    own = values if dist.get_rank() == 0 else torch.zeros_like(values)
+    votes = [values.new_full((1,), float(flag)) for flag in flags]
+    shared = torch.cat([own, *votes])
+    dist.all_reduce(shared)
+    numbers = shared.tolist()
+    return numbers[: len(values)], [count > 0 for count in numbers[len(values) :]]
 
 
 def run_on_rank_zero(action: Callable[[], T]) -> T:

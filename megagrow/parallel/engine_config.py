@@ -125,4 +125,6 @@ def deepspeed_config(
         # DeepSpeed's CPU Adam must be compiled on the host; torch's is also vectorized.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
+        # The timer waits for the GPU twice per micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }

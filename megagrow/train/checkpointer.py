@@ -120,7 +120,8 @@ class Checkpointer:
     def save(self, stage: Stage, state: RunState, *, wait: bool = False) -> RunState:
         """Save a state, in the background unless it is the last of its stage or `wait` is set.
 
-        Waits for the previous save first. Raises InputError as `Saver` does.
+        Waits for the previous save first. Raises InputError as `Saver` does, and if the metrics up
+        to this state cannot be written.
         """
         state = self.finish(state)
         options = self._run.checkpoint
@@ -138,7 +139,7 @@ class Checkpointer:
         )
         self._run_logger.sync()
         storage, step = stage.engine.storage(), state.counters.step
-        due = run_on_rank_zero(lambda: self._pruner.due(step))
+        due = run_on_rank_zero(lambda: self._due(step))
         self._saver.begin(step, stage.layout, storage, manifest, not wait, due)
         self.last_step = step
         if wait:
@@ -174,6 +175,10 @@ class Checkpointer:
     def release(self) -> None:
         """Free the host memory that background saves are written from."""
         self._saver.release()
+
+    def _due(self, step: int) -> list[Path]:
+        self._run_logger.check()
+        return self._pruner.due(step)
 
     def _prune(self, saved: Saved) -> None:
         for path, problem in saved.verified.items():

@@ -3,24 +3,30 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from megagrow.config.flops import flops_per_token, paper_flops_per_token
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import step_tokens
-from megagrow.data.batches import Batch, BatchReader, read_micro_batches
+from megagrow.data.batches import Batch
 from megagrow.errors import InputError
-from megagrow.parallel.agreement import any_across_ranks, run_on_all_ranks
+from megagrow.parallel.agreement import (
+    any_across_ranks,
+    any_flags_across_ranks,
+    run_on_all_ranks,
+    share_values_and_flags,
+)
 from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.growth_event.new_entries import update_factors
 from megagrow.train.reporting.metrics import StepMetrics
 from megagrow.train.schedule import rate_at
 from megagrow.train.stage import Stage, masks_now
 from megagrow.train.step import peak_memory, train_step
+from megagrow.train.step_feed import Agreement, StepFeed, StepPart, Vote
 from megagrow.train.train_state import RunState
 
 
@@ -86,7 +92,7 @@ def advance(
     run: RunConfig,
     stage: Stage,
     state: RunState,
-    reader: BatchReader,
+    feed: StepFeed,
     stop: StopSignal,
     hooks: StepHooks = StepHooks(),
 ) -> LoopEvent:
@@ -94,24 +100,31 @@ def advance(
 
     A signal during the last step of a stage stops the run before the growth.
 
-    An InputError of a single rank (a damaged corpus, or an error of `hooks.check`) is raised on all
-    ranks with the same class.
+    An error of a single rank in reading the step (a damaged corpus) or of `hooks.check` is raised
+    on all ranks with the same class.
     """
     if state.stage_tokens >= stage.config.tokens:
         grows = stage.index + 1 < len(run.stages)
         if grows and any_across_ranks(stop.received is not None, stage.topology.device):
             return Stopped(state, stop.received or REMOTE_SIGNAL)
         return StageEnd(state)
-    hooks.beat(f"reading the batch of step {state.counters.step + 1}")
-    batches = _next_batches(stage, state, reader, stop, hooks)
-    if batches is None:
+    begin = time.perf_counter()
+    number = state.counters.step + 1
+    agreement = _agreement(stage, state, feed, stop, hooks)
+    waited = time.perf_counter() - begin
+    if hooks.background is not None and not agreement.busy:
+        hooks.beat_long(f"publishing the checkpoint before step {number}")
+        hooks.background.idle_everywhere()
+    if agreement.failed:
+        run_on_all_ranks(agreement.vote.raise_problem)
+    if agreement.stopped:
         return Stopped(state, stop.received or REMOTE_SIGNAL)
-    hooks.beat(f"step {state.counters.step + 1}")
-    measure = _measured_step(run, stage, state, batches)
+    measure = _measured_step(run, stage, state, feed, partial(_vote, feed, stop, hooks), hooks)
+    measure = replace(measure, seconds=measure.seconds + waited)
     state = state.after_step(measure).guarded(run.guards, measure)
     last = state.stage_tokens >= stage.config.tokens
     good = not state.guard.troubled  # otherwise not a rewind target
-    return StepDone(
+    event = StepDone(
         state,
         measure,
         validate=last or state.counters.step % run.validation.interval == 0,
@@ -119,6 +132,9 @@ def advance(
         save=last or (good and state.counters.step % run.checkpoint.interval == 0),
         rewind=state.guard.reason_to_rewind(run.guards),
     )
+    if event.validate or event.evaluate or event.save or event.rewind:
+        feed.agreement = None  # a signal may arrive meanwhile
+    return event
 
 
 def _evaluates(run: RunConfig, state: RunState, last: bool) -> bool:
@@ -128,63 +144,72 @@ def _evaluates(run: RunConfig, state: RunState, last: bool) -> bool:
 
 def train_at(
     run: RunConfig, stage: Stage, stage_tokens: int, batches: list[Batch]
-) -> tuple[float, float, float]:
+) -> tuple[torch.Tensor, float]:
     """Train the step after `stage_tokens` tokens of the stage, with the learning rate, masks and
-    update factors of that position. Returns loss, gradient norm and learning rate."""
+    update factors of that position. Returns the result of `train_step` and the learning rate."""
     lr = rate_at(run, stage.index, stage_tokens)
     stage.engine.set_update_factors(*update_factors(run, stage.index, stage_tokens))
-    loss, norm = train_step(stage, batches, lr, masks_now(run, stage, stage_tokens))
-    return loss, norm, lr
+    return train_step(stage, batches, lr, masks_now(run, stage, stage_tokens)), lr
 
 
-def _next_batches(
-    stage: Stage,
-    state: RunState,
-    reader: BatchReader,
-    stop: StopSignal,
-    hooks: StepHooks,
-) -> list[Batch] | None:
-    """Read this rank's micro-batches of the next step; None if any rank received a signal.
+def _agreement(
+    stage: Stage, state: RunState, feed: StepFeed, stop: StopSignal, hooks: StepHooks
+) -> Agreement:
+    """Return the votes on the next step: those of the end of the previous step, or new ones."""
+    part, number = _part(stage, state.position), state.counters.step + 1
+    if feed.agreement is not None and feed.agreement.vote.part == part:
+        return feed.agreement
+    vote = _vote(feed, stop, hooks, part, number)
+    hooks.beat(f"agreeing on step {number}")
+    return Agreement(vote, *any_flags_across_ranks(vote.flags, part.device))
 
-    One all-reduce carries all flags, so that the usual step needs no further collective.
-    """
-    grid = stage.topology.dp_rank, stage.topology.dp
-    batches, problem = [], None
+
+def _part(stage: Stage, position: int) -> StepPart:
+    return StepPart.of(position, stage.config.batch, stage.topology, stage.ops)
+
+
+def _vote(feed: StepFeed, stop: StopSignal, hooks: StepHooks, part: StepPart, number: int) -> Vote:
+    """Return the vote of this rank on a step; waits until its micro-batches are read."""
+    hooks.beat(f"reading the batch of step {number}")
+    problem = None
     try:
         hooks.check()
-        batches = read_micro_batches(reader, state.position, stage.config.batch, *grid)
-    except InputError as error:
+        feed.read(part)
+    except (InputError, OSError) as error:
         problem = error
-    background = hooks.background
-    busy = background is not None and background.busy()
-    hooks.beat(f"agreeing on step {state.counters.step + 1}")
-    flags = [float(problem is not None), float(stop.received is not None), float(busy)]
-    vote = torch.tensor(flags, device=stage.topology.device)
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    failed, stopped, busy_somewhere = vote.tolist()
-    if background is not None and not busy_somewhere:
-        hooks.beat_long(f"publishing the checkpoint before step {state.counters.step + 1}")
-        background.idle_everywhere()
-    if failed:
-        run_on_all_ranks(lambda: _raise_if(problem))
-    return None if stopped else batches
-
-
-def _raise_if(problem: InputError | None) -> None:
-    if problem is not None:
-        raise problem
+    busy = hooks.background is not None and hooks.background.busy()
+    return Vote(part, problem, stop.received is not None, busy)
 
 
 def _measured_step(
-    run: RunConfig, stage: Stage, state: RunState, batches: list[Batch]
+    run: RunConfig,
+    stage: Stage,
+    state: RunState,
+    feed: StepFeed,
+    vote: Callable[[StepPart, int], Vote],
+    hooks: StepHooks,
 ) -> StepMetrics:
-    begin = time.perf_counter()
-    length = run.data.sequence_length
+    """Train a step that the ranks have agreed on, and vote on the next one of the stage.
+
+    All that the host must know of the step arrives in one collective at its end, with the votes on
+    the next one: the only point at which it waits for the device.
+    """
+    begin, number = time.perf_counter(), state.counters.step + 1
+    hooks.beat(f"step {number}")
+    length, model = run.data.sequence_length, stage.config.model
     tokens = step_tokens(stage.config, length)
-    loss, norm, lr = train_at(run, stage, state.stage_tokens, batches)
-    if run.guards.loss_spike is not None:
-        loss = _broadcast(loss, stage.topology.device)
-    model = stage.config.model
+    last = state.stage_tokens + tokens >= stage.config.tokens
+    batches, following = (
+        feed.read(_part(stage, state.position)),
+        _part(stage, state.position + tokens),
+    )
+    if not last:
+        feed.prefetch(following)
+    result, lr = train_at(run, stage, state.stage_tokens, batches)
+    own = Vote(following) if last else vote(following, number + 1)
+    hooks.beat(f"completing step {number}")
+    (loss, norm), flags = share_values_and_flags(result, own.flags)
+    feed.agreement = None if last else Agreement(own, *flags)
     return StepMetrics(
         stage=stage.index,
         loss=loss,
@@ -198,10 +223,3 @@ def _measured_step(
         position=state.position,
         skipped=not math.isfinite(norm),
     )
-
-
-def _broadcast(value: float, device: torch.device) -> float:
-    """Return rank 0's value on all ranks, since rounding differences must not split decisions."""
-    shared = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.broadcast(shared, src=0)
-    return shared.item()

@@ -18,7 +18,7 @@ from megagrow.train.stage import Stage
 
 def train_step(
     stage: Stage, batches: Sequence[Batch], lr: float, masks: Masks | None
-) -> tuple[float, float]:
+) -> torch.Tensor:
     """Run forward and backward over this rank's micro-batches, and one optimizer step. Collective.
 
     Args:
@@ -28,17 +28,19 @@ def train_step(
         masks: this rank's growth masks while they are ramping, else None.
 
     Returns:
-        The loss (mean over the global batch's tokens, in nats) and the gradient norm before
-        clipping. If the loss or a gradient is not finite on any rank, the norm is not finite on all
-        ranks and nothing is updated. A position without a next token (the last of a corpus) counts
-        as a loss of zero, so that every layout divides by the same number. With `answers_only` the
-        mean is over the unmasked labels of the global batch; without any, loss and gradient are 0.
+        (2,) fp64 on the device, to which the host has not synchronized: the loss (mean over the
+        global batch's tokens, in nats) and the gradient norm before clipping. If the loss or a
+        gradient is not finite on any rank, the norm is not finite on all ranks and nothing is
+        updated. A position without a next token (the last of a corpus) counts as a loss of zero,
+        so that every layout divides by the same number. With `answers_only` the mean is over the
+        unmasked labels of the global batch; without any, loss and gradient are 0.
     """
     total = torch.zeros((), device=stage.topology.device)
     norm = None
     positions = _counted(stage, batches) if stage.answers_only else None
     for batch in batches:
-        loss = _summed_loss(stage, batch, masks) / (positions or batch.labels.numel())
+        counted = batch.labels.numel() if positions is None else positions
+        loss = _summed_loss(stage, batch, masks) / counted
         # A loss that is not finite makes the factor NaN, and with it the gradient norm.
         stage.engine.backward(loss * (1 + 0 * loss.detach()))
         norm = stage.engine.step(lr)
@@ -46,7 +48,8 @@ def train_step(
     dist.all_reduce(total, group=stage.topology.dp_group)
     if norm is None:
         raise AssertionError("the engine did not update the weights at the last micro-batch")
-    return total.item() / stage.topology.dp, norm
+    loss = total.double() / stage.topology.dp
+    return torch.stack((loss, torch.as_tensor(norm, dtype=loss.dtype, device=loss.device)))
 
 
 def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | None) -> float:
@@ -81,28 +84,32 @@ def model_inputs(
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Return the model's inputs on its device: token ids, positions and packed documents.
 
-    Documents are packed on the CPU.
+    Documents are packed on the CPU. Pinned inputs are copied without waiting for the device.
     """
-    documents = None if batch.document_ids is None else ops.pack(batch.document_ids).to(device)
-    return batch.input_ids.to(device), batch.position_ids.to(device), documents
+    documents = batch.packed(ops.pack).documents
+    return (
+        batch.input_ids.to(device, non_blocking=True),
+        batch.position_ids.to(device, non_blocking=True),
+        None if documents is None else documents.to(device, non_blocking=True),
+    )
 
 
-def _counted(stage: Stage, batches: Sequence[Batch]) -> float:
+def _counted(stage: Stage, batches: Sequence[Batch]) -> torch.Tensor:
     """Return the unmasked labels of the global batch, per micro-batch of all ranks. Collective.
 
     Their number differs between micro-batches. The engine averages over micro-batches and ranks;
     sums divided by this number average to the mean over all unmasked labels.
     """
     count = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-    total = torch.tensor(count, device=stage.topology.device)
+    total = torch.full((), count, dtype=torch.float64, device=stage.topology.device)
     dist.all_reduce(total, group=stage.topology.dp_group)
-    return max(total.item(), 1) / (len(batches) * stage.topology.dp)
+    return (total.clamp(min=1) / (len(batches) * stage.topology.dp)).float()
 
 
 def _summed_loss(stage: Stage, batch: Batch, masks: Masks | None) -> torch.Tensor:
     device, ops = stage.topology.device, stage.ops
     inputs = (*model_inputs(batch, ops, device), masks)
-    labels, vocab = batch.labels.to(device), stage.config.model.vocab_size
+    labels, vocab = batch.labels.to(device, non_blocking=True), stage.config.model.vocab_size
     if stage.config.kernels.linear_cross_entropy:
         head = partial(
             linear_cross_entropy,

@@ -20,6 +20,7 @@ from megagrow.train.data_setup import open_inputs
 from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.stage import Stage, build_stage
+from megagrow.train.step_feed import StepFeed
 from megagrow.train.train_state import RunState
 from tests.helpers.checkpoint.saving import manifest_of, save_checkpoint
 from tests.helpers.checkpoint.written import write_checkpoint
@@ -78,9 +79,9 @@ def train(
     run: RunConfig, stage: Stage, state: RunState, until: int
 ) -> tuple[list[float], RunState]:
     """Trains up to a step: the losses, and the state then."""
-    inputs, stop, losses = open_inputs(run), StopSignal(), []
+    feed, stop, losses = StepFeed(open_inputs(run).train), StopSignal(), []
     while state.counters.step < until:
-        event = advance(run, stage, state, inputs.train, stop)
+        event = advance(run, stage, state, feed, stop)
         assert isinstance(event, StepDone)
         losses.append(event.measure.loss)
         state = event.state

@@ -15,6 +15,7 @@ from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.growth_event.run_growths import stage_growth
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.stage import Stage, build_stage
+from megagrow.train.step_feed import StepFeed
 from megagrow.train.train_state import RunState
 from tests.helpers.runs import MODEL, STEP_TOKENS, full_tensors, grow_live, make_run
 from tests.helpers.spawn import run_ranks
@@ -51,8 +52,8 @@ class Left:
 
 
 def trained_to_its_end(run: RunConfig, stage: Stage, state: RunState) -> RunState:
-    inputs, stop = open_inputs(run), StopSignal()
-    while isinstance(event := advance(run, stage, state, inputs.train, stop), StepDone):
+    feed, stop = StepFeed(open_inputs(run).train), StopSignal()
+    while isinstance(event := advance(run, stage, state, feed, stop), StepDone):
         state = event.state
     return state
 

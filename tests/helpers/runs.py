@@ -20,6 +20,7 @@ from megagrow.train.growth_event.event import GrowthReport, end_stage, grow
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.stage import Stage, build_stage, masks_now
 from megagrow.train.step import mean_loss
+from megagrow.train.step_feed import StepFeed
 from megagrow.train.train_state import RunState
 
 MODEL = {
@@ -41,11 +42,12 @@ def train_stage(run: RunConfig, index: int, steps: int, sequences: int) -> list[
     fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)
     stage.engine.ready(0)
     inputs, stop, out = open_inputs(run), StopSignal(), []
+    feed = StepFeed(inputs.train)
     state = RunState(stage=index)
     for _ in range(steps):
         masks = masks_now(run, stage, state.stage_tokens)
         out.append(mean_loss(stage, inputs.fixed, sequences, masks))
-        event = advance(run, stage, state, inputs.train, stop)
+        event = advance(run, stage, state, feed, stop)
         assert isinstance(event, StepDone)
         out += [event.measure.loss, event.measure.grad_norm]
         state = event.state
@@ -151,5 +153,5 @@ def _numbered_slices(spec: ParamSpec, tp: int) -> list[torch.Tensor]:
 def grow_live(run: RunConfig, stage: Stage) -> tuple[Stage, GrowthReport]:
     """The next stage of a run, grown at the point of its stream where the base has ended."""
     length = run.data.sequence_length
-    feed = Feed(open_inputs(run).train, tokens_between(run, 0, stage.index + 1), length)
+    feed = Feed(StepFeed(open_inputs(run).train), tokens_between(run, 0, stage.index + 1), length)
     return grow(run, end_stage(stage), feed)

@@ -18,11 +18,12 @@ from megagrow.train.data_setup import open_inputs
 from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.stage import build_stage
+from megagrow.train.step_feed import StepFeed
 from megagrow.train.train_state import RunState
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run, parallel_of
 from tests.helpers.spawn import run_ranks
 
-SCALARS = 12
+SCALARS = 40
 """Bytes up to which a collective is about norms, losses and flags."""
 
 KINDS = {
@@ -56,8 +57,8 @@ def count_a_step(run: RunConfig) -> tuple[Counter, list[Traffic]]:
     stage = build_stage(run, 0, torch.device("cpu"))
     fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), 1)
     stage.engine.ready(0)
-    inputs, stop, found = open_inputs(run), StopSignal(), Counter()
-    step = partial(advance, run, stage, reader=inputs.train, stop=stop)
+    feed, stop, found = StepFeed(open_inputs(run).train), StopSignal(), Counter()
+    step = partial(advance, run, stage, feed=feed, stop=stop)
     event = step(state=RunState(stage=0))
     assert isinstance(event, StepDone)
 

@@ -19,8 +19,6 @@ from megagrow.checkpoint.discovery import list_checkpoints
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.config.schema import RunConfig
 from megagrow.growth.map import GrowthMap
-from megagrow.train.loop import StepDone
-from megagrow.train.reporting.run_logger import RunLogger
 from megagrow.train.stage import Stage
 from tests.helpers.checkpoint.written import shards
 from tests.helpers.jobs import Hook, records, train, write_run
@@ -128,14 +126,15 @@ def test_a_broken_checkpoint_before_a_growth_is_no_dead_end(tmp_path: Path) -> N
 
 def stopped(rank: int, patch: pytest.MonkeyPatch) -> None:
     """A signal arrives in the step in which the model breaks."""
-    step = RunLogger.step
+    train_step, steps = megagrow.train.loop.train_step, []
 
-    def stopping(self: RunLogger, event: StepDone) -> None:
-        step(self, event)
-        if rank == 0 and event.state.counters.step == BEFORE:
+    def stopping(*arguments: Any) -> Any:
+        steps.append(None)
+        if rank == 0 and len(steps) == BEFORE:
             signal.raise_signal(signal.SIGTERM)
+        return train_step(*arguments)
 
-    patch.setattr(RunLogger, "step", stopping)
+    patch.setattr(megagrow.train.loop, "train_step", stopping)
 
 
 def test_a_broken_model_is_not_saved_when_the_run_is_stopped(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import megagrow.train.step
 from megagrow.config.schema import RunConfig
 from megagrow.data.batches import Batch, BatchReader
 from megagrow.train.reporting.run_logger import RunLogger
+from megagrow.train.train_state import RunState
 from tests.helpers.jobs import Hook, records
 from tests.helpers.run.grown_runs import (
     BASE_STEPS,
@@ -36,12 +37,12 @@ def spoilt(*steps: int) -> Hook:
     positions = {(step - 1) * STEP_TOKENS for step in steps}
 
     def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
-        read, loss_of = BatchReader.read, megagrow.train.step._summed_loss
+        advance, loss_of = megagrow.run.advance, megagrow.train.step._summed_loss
         last = [0]
 
-        def reading(self: BatchReader, position: int, indices: Any) -> Batch:
-            last[0] = position
-            return read(self, position, indices)
+        def stepping(run: RunConfig, stage: Any, state: RunState, *arguments: Any) -> Any:
+            last[0] = state.position
+            return advance(run, stage, state, *arguments)
 
         def spoiling(*arguments: Any) -> Any:
             loss = loss_of(*arguments)
@@ -49,7 +50,7 @@ def spoilt(*steps: int) -> Hook:
                 loss.register_hook(lambda gradient: gradient * math.nan)
             return loss
 
-        patch.setattr(BatchReader, "read", reading)
+        patch.setattr(megagrow.run, "advance", stepping)
         patch.setattr(megagrow.train.step, "_summed_loss", spoiling)
 
     return hook

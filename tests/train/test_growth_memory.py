@@ -18,6 +18,7 @@ from megagrow.train.data_setup import open_inputs
 from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.stage import Stage, build_stage
+from megagrow.train.step_feed import StepFeed
 from megagrow.train.train_state import RunState
 from tests.helpers.runs import MODEL, STEP_TOKENS, grow_live, make_run
 from tests.helpers.spawn import run_ranks
@@ -90,8 +91,8 @@ def begin(run: RunConfig) -> Stage:
     stage = build_stage(run, 0, torch.device("cpu"))
     fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)
     stage.engine.ready(0)
-    state, inputs, stop = RunState(), open_inputs(run), StopSignal()
-    while isinstance(event := advance(run, stage, state, inputs.train, stop), StepDone):
+    state, feed, stop = RunState(), StepFeed(open_inputs(run).train), StopSignal()
+    while isinstance(event := advance(run, stage, state, feed, stop), StepDone):
         state = event.state
     return stage
 

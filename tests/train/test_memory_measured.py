@@ -15,6 +15,7 @@ from megagrow.train.data_setup import open_inputs
 from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.stage import build_stage
+from megagrow.train.step_feed import StepFeed
 from megagrow.train.train_state import RunState
 from tests.helpers.runs import MODEL, make_run
 from tests.helpers.spawn import run_ranks
@@ -69,9 +70,9 @@ def train(run: RunConfig) -> None:
     stage = build_stage(run, 0, torch.device("cpu"))
     fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)
     stage.engine.ready(0)
-    state, inputs, stop = RunState(), open_inputs(run), StopSignal()
+    state, feed, stop = RunState(), StepFeed(open_inputs(run).train), StopSignal()
     for _ in range(STEPS):
-        event = advance(run, stage, state, inputs.train, stop)
+        event = advance(run, stage, state, feed, stop)
         assert isinstance(event, StepDone)
         state = event.state
     stage.release()

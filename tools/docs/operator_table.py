@@ -39,6 +39,7 @@ from megagrow.train.growth_event.event import end_stage, grow  # noqa: E402
 from megagrow.train.loop import StepDone, advance  # noqa: E402
 from megagrow.train.stage import build_stage, masks_now  # noqa: E402
 from megagrow.train.state_check import change, predictions  # noqa: E402
+from megagrow.train.step_feed import StepFeed  # noqa: E402
 from megagrow.train.train_state import RunState  # noqa: E402
 from tools.docs.operators.cases import GrowthCase  # noqa: E402
 from tools.docs.operators.catalogue import CATALOGUE  # noqa: E402
@@ -213,10 +214,11 @@ def live_difference(run: RunConfig) -> LiveDifference:
     fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)
     stage.engine.ready(0)
     state, inputs = RunState(), open_inputs(run)
-    while isinstance(event := advance(run, stage, state, inputs.train, StopSignal()), StepDone):
+    steps = StepFeed(inputs.train)
+    while isinstance(event := advance(run, stage, state, steps, StopSignal()), StepDone):
         state = event.state
     before = predictions(stage, inputs.fixed, masks_now(run, stage, state.stage_tokens))
-    feed = Feed(inputs.train, state.counters.tokens, run.data.sequence_length)
+    feed = Feed(steps, state.counters.tokens, run.data.sequence_length)
     stage, _ = grow(run, end_stage(stage), feed)
     difference = change(before, predictions(stage, inputs.fixed, masks_now(run, stage, 0)))
     stage.release()

@@ -1,4 +1,6 @@
-"""Graceful stop: SIGTERM, SIGINT and SIGUSR1 end the run after the current step.
+"""Graceful stop: SIGTERM, SIGINT and SIGUSR1 end the run after the current step or the next one.
+
+The ranks vote on the next step once a rank has started all work of the current one.
 
 SLURM sends SIGUSR1 shortly before a job's time limit (`--signal=USR1@120`).
 """

@@ -8,32 +8,39 @@ from typing import NamedTuple
 from megagrow.config.flops import flops_per_token, paper_flops_per_token
 from megagrow.config.schema import StageConfig
 from megagrow.config.stage_length import step_tokens
-from megagrow.data.batches import Batch, BatchReader, read_micro_batches
+from megagrow.data.batches import Batch
+from megagrow.model.ops import Ops
 from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.parallel.process_groups import Topology
+from megagrow.train.step_feed import StepFeed, StepPart
 
 
 class Feed(NamedTuple):
     """Training stream of the run from its current position."""
 
-    reader: BatchReader
+    reader: StepFeed
     position: int
     length: int
     """Tokens per sequence."""
     before_step: Callable[[], None] = lambda: None
     """Called on all ranks before each step; may abort the growth by an exception."""
 
-    def batches(self, step: int, stage: StageConfig, topology: Topology) -> list[Batch]:
+    def batches(self, step: int, stage: StageConfig, topology: Topology, ops: Ops) -> list[Batch]:
         """Read this rank's micro-batches of a future step; 0 is the next one. Collective.
 
-        Raises InputError on all ranks if one of them cannot read the stream.
+        The following step is prefetched. Raises InputError on all ranks if one of them cannot read
+        the stream.
         """
         self.before_step()
-        position = self.position + step * step_tokens(stage, self.length)
-        grid = topology.dp_rank, topology.dp
-        return run_on_all_ranks(
-            partial(read_micro_batches, self.reader, position, stage.batch, *grid)
+        this, following = (
+            StepPart.of(
+                self.position + number * step_tokens(stage, self.length), stage.batch, topology, ops
+            )
+            for number in (step, step + 1)
         )
+        batches = run_on_all_ranks(partial(self.reader.read, this))
+        self.reader.prefetch(following)
+        return batches
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Growth event: transfer of one stage's state to the next between ranks of the running job."""
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -112,7 +111,7 @@ def _move(
     moved = [_moved(ended.state, growth.with_kinds("fp32"), side)]
     target.engine.ready(step)
     steps = range(options.second_moment_batches)
-    batches = [feed.batches(index, target.config, target.topology) for index in steps]
+    batches = [feed.batches(n, target.config, target.topology, target.ops) for n in steps]
     measure_second_moment(target, batches, masks_now(run, target, stage_tokens=0))
     moved.append(_moved(ended.state, growth.with_kinds("exp_avg", "exp_avg_sq"), side))
     return moved, spent_on_steps(target.config, feed.length, len(steps))
@@ -170,7 +169,7 @@ def measure_second_moment(
     adam_step = engine.adam_step
     engine.set_update_factors()
     norms = [train_step(stage, batches, lr=0.0, masks=masks)[1] for batches in steps]
-    finite = sum(map(math.isfinite, norms))
+    finite = int(torch.stack(norms).isfinite().sum())
     if not finite:
         raise ConfigError(
             f"growth of stage {stage.index}: estimate_second_moment found no finite gradient"

@@ -86,7 +86,7 @@ def learn_growth(
     adam = torch.optim.AdamW(learned.tensors(), betas=BETAS, weight_decay=0.0)
     losses = []
     for step in range(stage.growth.learn.steps):
-        batches = feed.batches(step, stage, topology)
+        batches = feed.batches(step, stage, topology, settings.ops)
         losses.append(summed_gradients(model, learned, batches, topology))
         norm = nn.utils.clip_grad_norm_(learned.tensors(), CLIP)
         for group in adam.param_groups:
@@ -113,7 +113,7 @@ def summed_gradients(
         tensor.grad = None
     for batch in batches:
         logits = model(*model_inputs(batch, model.ops, topology.device))
-        labels = batch.labels.to(topology.device)
+        labels = batch.labels.to(topology.device, non_blocking=True)
         loss = cross_entropy(logits, labels, vocab, topology, model.ops.loss)
         loss = loss / (batch.labels.numel() * len(batches) * topology.dp)
         loss.backward()

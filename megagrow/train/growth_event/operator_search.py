@@ -67,7 +67,7 @@ def _tried(
     stage, _ = grow(run, ended, feed)
     per_step = step_tokens(stage.config, feed.length)
     for step in range(steps):
-        batches = feed.batches(step, stage.config, stage.topology)
+        batches = feed.batches(step, stage.config, stage.topology, stage.ops)
         train_at(run, stage, step * per_step, batches)
     loss = loss_of(run, stage, steps * per_step)
     stage.release()

@@ -8,6 +8,7 @@ from megagrow.train.data_setup import open_inputs
 from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.stage import Stage, build_stage
+from megagrow.train.step_feed import StepFeed
 from megagrow.train.train_state import RunState
 
 
@@ -20,8 +21,8 @@ def start(run: RunConfig) -> Stage:
 
 def losses_of(run: RunConfig, stage: Stage, state: RunState) -> tuple[list[float], RunState]:
     """Trains a stage to its end: of each step the loss, then the gradient norm."""
-    inputs, stop, losses = open_inputs(run), StopSignal(), []
-    while isinstance(event := advance(run, stage, state, inputs.train, stop), StepDone):
+    feed, stop, losses = StepFeed(open_inputs(run).train), StopSignal(), []
+    while isinstance(event := advance(run, stage, state, feed, stop), StepDone):
         losses += [event.measure.loss, event.measure.grad_norm]
         state = event.state
     return losses, state

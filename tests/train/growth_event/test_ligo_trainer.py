@@ -29,6 +29,7 @@ from megagrow.train.growth_event.ligo_trainer import (
     learn_growth,
     summed_gradients,
 )
+from megagrow.train.step_feed import StepFeed
 from tests.helpers.growth.ligo import by_formula, disturbed, learned_of, outputs, state_of
 from tests.helpers.reshard.definition import storage_of
 from tests.helpers.reshard.models import layout_of
@@ -199,7 +200,7 @@ def learn(run: RunConfig) -> tuple[GrowthMap, GrowthCost]:
     tp, zero = first.parallel.tensor_model_parallel_size, first.parallel.zero_stage
     layout = layout_of(first.model, zero, dist.get_world_size() // tp, tp)
     side = ShardedState(layout, storage_of(layout, state_of(first.model), dist.get_rank()))
-    feed = Feed(open_inputs(run).train, 2 * STEP_TOKENS, run.data.sequence_length)
+    feed = Feed(StepFeed(open_inputs(run).train), 2 * STEP_TOKENS, run.data.sequence_length)
     return learn_growth(run, 1, side, CPU, feed)
 
 

@@ -20,6 +20,7 @@ from megagrow.train.growth_event.new_entries import UpdateFactors, fresh_masks, 
 from megagrow.train.growth_event.run_growths import stage_growth
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.stage import Stage, build_stage
+from megagrow.train.step_feed import StepFeed
 from megagrow.train.train_state import RunState
 from tests.helpers.checkpoint.saving import manifest_of, save_checkpoint
 from tests.helpers.reshard.definition import empty_storage, held
@@ -204,8 +205,8 @@ def moved(run: RunConfig) -> list[tuple[bool, bool]]:
     fresh = stage_growth(run, 1).fresh
     whole = layout_of(stage.config.model, 0, 1, 1)
     new = fresh_masks(fresh, whole, 0, whole_storage(whole))
-    inputs, out, before = open_inputs(run), [], weights_of(stage)
-    while isinstance(event := advance(run, stage, state, inputs.train, StopSignal()), StepDone):
+    feed, out, before = StepFeed(open_inputs(run).train), [], weights_of(stage)
+    while isinstance(event := advance(run, stage, state, feed, StopSignal()), StepDone):
         state, after = event.state, weights_of(stage)
         changed = {name: (after[name] != before[name]).flatten() for name in after}
         old = [c[~new[n]] if n in new else c for n, c in changed.items()]
@@ -247,7 +248,7 @@ def interrupted(folder: Path) -> tuple[dict, dict]:
     through = weights_of(stage)
     stage.release()
     stage, state = grown(run)
-    event = advance(run, stage, state, open_inputs(run).train, StopSignal())
+    event = advance(run, stage, state, StepFeed(open_inputs(run).train), StopSignal())
     make = manifest_of(stage.layout, stage.engine.adam_step, stage.config.model)
     save_checkpoint(folder / "c", 1, stage.layout, stage.engine.storage(), make)
     stage.release()

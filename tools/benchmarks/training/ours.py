@@ -92,12 +92,12 @@ class PartTimer:
 
 def time_parts(timer: PartTimer) -> None:
     """Wrap the parts of a step of a run; to be called before the run starts."""
-    from megagrow.data.batches import BatchReader
     from megagrow.parallel.engine import ZeroEngine
     from megagrow.train import loop
     from megagrow.train.reporting.run_logger import RunLogger
+    from megagrow.train.step_feed import StepFeed
 
-    timer.wrap(BatchReader, "read", "reading batches")
+    timer.wrap(StepFeed, "read", "waiting for batches")
     timer.wrap(ZeroEngine, "forward", "forward")
     timer.wrap(ZeroEngine, "backward", "backward")
     timer.wrap(ZeroEngine, "step", "DeepSpeed step without AdamW")

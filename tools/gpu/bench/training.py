@@ -134,7 +134,8 @@ def measure_training(run: RunConfig, device: torch.device) -> dict[str, Any]:
         seconds, losses = [], []
         for step in range(WARM_STEPS + STEPS):
             begin = time.perf_counter()
-            losses.append(train_at(run, stage, step * per_step, batches)[0])  # waits for the GPU
+            result, _ = train_at(run, stage, step * per_step, batches)
+            losses.append(result[0].item())  # waits for the GPU
             seconds.append(time.perf_counter() - begin)
     finally:
         stage.release()
