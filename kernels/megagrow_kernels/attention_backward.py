@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megagrow_kernels import attention_blocks as blocks
 from megagrow_kernels.attention_blocks import (
+    key_range,
     load_edge,
     load_whole,
     place,
@@ -29,7 +30,6 @@ from megagrow_kernels.attention_blocks import (
     store_edge,
 )
 from megagrow_kernels.launching import architecture, launch
-from megagrow_kernels.packing import TILE
 from megagrow_kernels.tiles import select
 
 DELTA_ELEMENTS = 8192
@@ -125,10 +125,8 @@ def _queries_kernel(
     delta_M = tl.load(delta + row, mask=queries < end, other=0.0)
     dq_MD = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
 
-    low = start
-    if WINDOWED:
-        low = start + tl.maximum(first - window + 1 - start, 0) // BLOCK_N * BLOCK_N
-    for at in range(low, first, BLOCK_N):
+    low, edge = key_range(first, start, window, BLOCK_N, WINDOWED)
+    for at in range(low, edge, BLOCK_N):
         k_ND = load_whole(k_rows, k, at, group, k_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
         v_ND = load_whole(v_rows, v, at, group, v_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
         seen = True
@@ -136,7 +134,7 @@ def _queries_kernel(
             keys = at + tl.arange(0, BLOCK_N)
             seen = sees(queries[:, None], keys[None, :], window, False, True)
         dq_MD = _queries_step(q_MD, do_MD, k_ND, v_ND, lse_M, delta_M, scale, seen, dq_MD, WINDOWED)
-    for at in tl.range(first, tl.minimum(first + BLOCK_M, end), EDGE_N, num_stages=2):
+    for at in tl.range(edge, tl.minimum(first + BLOCK_M, end), EDGE_N, num_stages=2):
         k_ND = load_edge(k, at, end, k_stride, EDGE_N, COLUMNS, HEAD_DIM)
         v_ND = load_edge(v, at, end, v_stride, EDGE_N, COLUMNS, HEAD_DIM)
         keys = at + tl.arange(0, EDGE_N)
@@ -227,14 +225,16 @@ def _keys_kernel(
     dv_ND = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
 
     # Queries: first the keys' own tokens and the remainder from `tail` to `last`, both in parts of
-    # EDGE_M; then the full blocks between them.
+    # EDGE_M; then the full blocks between them. A part must not reach from the keys' own tokens
+    # into a full block.
+    tl.static_assert(BLOCK_N % EDGE_M == 0, "EDGE_M must divide BLOCK_N")
     last = end
     if WINDOWED:
         last = tl.minimum(end, first + BLOCK_N - 1 + window)
     after = first + BLOCK_N
-    whole = first + (last - first) // BLOCK_M * BLOCK_M
+    blocks_between = tl.maximum(last - after, 0) // BLOCK_M
+    tail = after + blocks_between * BLOCK_M
     in_band = tl.cdiv(tl.minimum(after, last) - first, EDGE_M)
-    tail = tl.maximum(whole, after)
     edges = in_band + tl.cdiv(tl.maximum(last - tail, 0), EDGE_M)
     for step in tl.range(0, edges * GROUP, num_stages=1):
         part = step % edges
@@ -252,7 +252,6 @@ def _keys_kernel(
         dk_ND, dv_ND = _keys_step(
             k_ND, v_ND, q_MD, do_MD, lse_M, delta_M, scale, seen, dk_ND, dv_ND, True, DK, DV
         )
-    blocks_between = tl.maximum(whole - after, 0) // BLOCK_M
     for step in range(0, blocks_between * GROUP):
         at = after + step % blocks_between * BLOCK_M
         head = group * GROUP + step // blocks_between
@@ -368,13 +367,13 @@ def _launch_products(
     parts = [{}] if by_queries else [{"DK": True, "DV": True}]
     if tile.pop("SEPARATE", 0):
         parts = [{"DK": True, "DV": False}, {"DK": False, "DV": True}]
-    heads, count, tokens = gradients[0].shape[2], len(tiles), q.shape[0]
+    heads, tokens = gradients[0].shape[2], q.shape[0]
     at_once = blocks.concurrent_heads(streams[0], k.shape[1], heads)
     for part in parts:
         launch(
             kernel,
-            (count * (TILE // tile[resident]) * heads,),
-            *(*inputs, *rows, *saved, *gradients, tiles, count, heads),
+            blocks.grid(tiles, heads, tile[resident]),
+            *(*inputs, *rows, *saved, *gradients, tiles, len(tiles), heads),
             *(at_once, tokens, min(window or 0, tokens), scale * blocks.LOG2_E, scale),
             *(x.stride(dim) for x in inputs for dim in (0, 1)),
             GROUP=q.shape[1] // k.shape[1],

@@ -46,6 +46,20 @@ def place(tiles, count, heads, at_once, BLOCK: tl.constexpr, LAST_FIRST: tl.cons
 
 
 @triton.jit
+def key_range(first, start, window, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr):
+    """Return the range (low, edge) of full key blocks visible to the queries from `first`.
+
+    Blocks start at multiples of BLOCK_N from `start`, the first token of the document. The keys
+    from `edge` on need the causal mask; `edge` is before `first` unless BLOCK_N divides the block
+    of queries.
+    """
+    low = start
+    if WINDOWED:
+        low = start + tl.maximum(first - window + 1 - start, 0) // BLOCK_N * BLOCK_N
+    return low, start + (first - start) // BLOCK_N * BLOCK_N
+
+
+@triton.jit
 def pointers(base, at, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Return pointers (ROWS, COLUMNS) to the rows from `at` of a matrix of row stride `stride`."""
     corner = base + tl.cast(at, tl.int64) * stride
@@ -149,6 +163,16 @@ def make_descriptor(
 def padded_columns(head_dim: int) -> int:
     """Return the columns of a block: a power of two of at least 16, as matrix instructions need."""
     return max(16, triton.next_power_of_2(head_dim))
+
+
+def grid(tiles: Tensor, heads: int, block: int) -> tuple[int]:
+    """Return the launch grid for `place`: one program per block of each tile and head.
+
+    Raises ValueError unless block divides TILE.
+    """
+    if TILE % block:
+        raise ValueError(f"attention block of {block} tokens does not divide a tile of {TILE}")
+    return (len(tiles) * (TILE // block) * heads,)
 
 
 def concurrent_heads(stream: Tensor, groups: int, heads: int) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megagrow_kernels import attention_blocks as blocks
 from megagrow_kernels.attention_blocks import (
+    key_range,
     load_edge,
     load_whole,
     place,
@@ -22,7 +23,6 @@ from megagrow_kernels.attention_blocks import (
 )
 from megagrow_kernels.attention_hopper import attention_hopper_forward, fits
 from megagrow_kernels.launching import architecture, launch
-from megagrow_kernels.packing import TILE
 from megagrow_kernels.tiles import select
 
 
@@ -94,10 +94,8 @@ def _forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
 
-    low = start
-    if WINDOWED:
-        low = start + tl.maximum(first - window + 1 - start, 0) // BLOCK_N * BLOCK_N
-    for at in range(low, first, BLOCK_N):
+    low, edge = key_range(first, start, window, BLOCK_N, WINDOWED)
+    for at in range(low, edge, BLOCK_N):
         k_ND = load_whole(k_rows, k, at, group, k_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
         seen = True
         if WINDOWED:
@@ -106,7 +104,7 @@ def _forward_kernel(
         weights, maximum, shrink = _weigh(q_MD, k_ND, scale, seen, maximum, WINDOWED)
         v_ND = load_whole(v_rows, v, at, group, v_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
         acc, total = _add(weights, v_ND, shrink, acc, total)
-    for at in tl.range(first, tl.minimum(first + BLOCK_M, end), EDGE_N, num_stages=2):
+    for at in tl.range(edge, tl.minimum(first + BLOCK_M, end), EDGE_N, num_stages=2):
         k_ND = load_edge(k, at, end, k_stride, EDGE_N, COLUMNS, HEAD_DIM)
         keys = at + tl.arange(0, EDGE_N)
         seen = sees(queries[:, None], keys[None, :], window, True, WINDOWED)
@@ -149,13 +147,12 @@ def attention_forward(
         blocks.make_descriptor(x, tile["BLOCK_N"], columns, tile["DESCRIPTORS"])
         for x in (k_TGD, v_TGD)
     ]
-    count = len(query_tiles)
     launch(
         _forward_kernel,
-        (count * (TILE // tile["BLOCK_M"]) * heads,),
+        blocks.grid(query_tiles, heads, tile["BLOCK_M"]),
         *(q_THD, k_TGD, v_TGD, *rows, out, logsumexp, query_tiles),
         *(
-            count,
+            len(query_tiles),
             heads,
             blocks.concurrent_heads(k_TGD, groups, heads),
             tokens,

@@ -5,12 +5,15 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.errors import InterpreterError
 
-from megagrow_kernels import attention_backward, attention_forward, reference
+from megagrow_kernels import reference
 from megagrow_kernels.attention import attention
+from megagrow_kernels.launching import INTERPRETER
 from megagrow_kernels.packing import Packing, pack
 from tests.helpers.kernels.accuracy import check, close, draw, with_gradients
 from tests.helpers.kernels.documents import Rows, ids_of, ranges_of
+from tools.gpu.kernel_cases import override_tiles
 
 HALF, SINGLE = torch.float16, torch.float32
 
@@ -64,25 +67,20 @@ def test_accuracy(case, dtype):
     check(kernel, eager, inputs_of(rows, *sizes), dtype, least=20.0 if alone else 0.0)
 
 
-@pytest.mark.parametrize("descriptors", [0, 1])
-@pytest.mark.parametrize("long, short", [(64, 32), (32, 32)])
-@pytest.mark.parametrize("window", [None, 40])
-def test_other_blocks(monkeypatch, long, short, descriptors, window):
-    """Blocks smaller than a tile, and full blocks before them; the frozen tiles use one block."""
-
-    def select(op: str, architecture: int, **features: int) -> dict[str, int]:
-        if op == "attention_keys":
-            blocks = {"BLOCK_N": long, "BLOCK_M": short, "EDGE_M": short // 2}
-            return blocks | {"DESCRIPTORS": descriptors, "SEPARATE": 1 - descriptors}
-        blocks = {"BLOCK_M": long, "BLOCK_N": short, "EDGE_N": short // 2}
-        return blocks | {"DESCRIPTORS": descriptors}
-
-    monkeypatch.setattr(attention_forward, "select", select)
-    monkeypatch.setattr(attention_backward, "select", select)
-    rows = ((150, 20),)
-    kernel = partial(attention, packing=packing_of(rows), window=window)
-    eager = partial(reference.attention, document_ids=ids_of(rows), window=window)
-    check(kernel, eager, inputs_of(rows, 2, 1, 24), SINGLE)
+@pytest.mark.parametrize(
+    ("table", "tiles", "message"),
+    [
+        ("attention_forward", {"BLOCK_M": 256, "BLOCK_N": 16, "EDGE_N": 16}, "block of 256 tokens"),
+        ("attention_keys", {"BLOCK_M": 32, "BLOCK_N": 16, "EDGE_M": 32}, "EDGE_M must divide"),
+    ],
+)
+def test_tiles_that_would_give_wrong_results_are_refused(table, tiles, message):
+    q = draw(1, 40, 1, 16).requires_grad_()
+    with (
+        override_tiles(INTERPRETER, {table: tiles | {"DESCRIPTORS": 0}}),
+        pytest.raises((ValueError, InterpreterError), match=message),
+    ):
+        attention(q, q, q, pack(None, 1, 40)).sum().backward()
 
 
 @pytest.mark.parametrize("window", [None, 50])

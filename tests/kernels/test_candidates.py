@@ -1,0 +1,99 @@
+"""Tests of all tile candidates of the tuner, in Triton's interpreter: each computes the result."""
+
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+
+from megagrow_kernels import reference
+from megagrow_kernels.attention import attention
+from megagrow_kernels.launching import INTERPRETER
+from megagrow_kernels.packing import TILE, pack
+from megagrow_kernels.rms_norm import rms_norm
+from megagrow_kernels.rope import rope
+from megagrow_kernels.swiglu import swiglu
+from tests.helpers.kernels.accuracy import check, draw
+from tests.helpers.kernels.documents import ids_of
+from tools.gpu.kernel_candidates import Tiles, candidates
+from tools.gpu.kernel_cases import HEAD_DIMS, OPS, override_tiles
+
+FEATURES = {"width": 2048, "bytes": 2}
+FIXED = {"num_warps": 1, "num_stages": 1, "STAGES": 1}
+"""Options without effect in the interpreter."""
+RUNS = 16
+"""Sets of attention tiles that are run."""
+
+
+def distinct(table: str) -> list[Tiles]:
+    """Return the candidates of a table for all head dimensions that differ in the interpreter."""
+    listed = {
+        str(tiles): tiles
+        for head_dim in HEAD_DIMS
+        for use in candidates(table, FEATURES | {"head_dim": head_dim}, 90)
+        for tiles in [use | {name: FIXED[name] for name in FIXED.keys() & use.keys()}]
+    }
+    return list(listed.values())
+
+
+def together(op: str, runs: int | None = None) -> Iterator[dict[str, Tiles]]:
+    """Yield tiles of all tables of an op, so that each candidate is used, or `runs` of them."""
+    shuffled = {}
+    for table in OPS[op].tables:
+        tiles = distinct(table)
+        random.Random(0).shuffle(tiles)
+        shuffled[table] = tiles
+    for index in range(runs or max(map(len, shuffled.values()))):
+        yield {table: tiles[index % len(tiles)] for table, tiles in shuffled.items()}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+def test_attention():
+    """The document starts at an odd token and ends in the second block of its second tile."""
+    rows = ((1, TILE + 20),)
+    ids = ids_of(rows)
+    packing = pack(ids, *ids.shape)
+    inputs = [draw(*ids.shape, heads, 8, seed=seed) for seed, heads in enumerate((2, 1, 1))]
+    sizes = set()
+    for index, tiles in enumerate(together("attention", RUNS)):
+        window = (None, None, 70)[index % 3]
+        kernel = partial(attention, packing=packing, window=window)
+        eager = partial(reference.attention, document_ids=ids, window=window)
+        with override_tiles(INTERPRETER, tiles):
+            check(kernel, eager, inputs, torch.float32)
+        sizes |= {(name, use["BLOCK_M"], use["BLOCK_N"]) for name, use in tiles.items()}
+    every = {
+        (table, use["BLOCK_M"], use["BLOCK_N"])
+        for table in OPS["attention"].tables
+        for use in distinct(table)
+    }
+    assert sizes == every
+
+
+def norm_check() -> None:
+    inputs = [draw(67, 24), draw(24, seed=1)]
+    check(partial(rms_norm, eps=1e-5), partial(reference.rms_norm, eps=1e-5), inputs, torch.float32)
+
+
+def rope_check() -> None:
+    cos, sin = reference.rope_tables(torch.arange(19)[None], torch.linspace(1, 0.1, 4))
+
+    def eager(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return reference.apply_rope(q, cos, sin), reference.apply_rope(k, cos, sin)
+
+    inputs = [draw(1, 19, 5, 8), draw(1, 19, 1, 8, seed=1)]
+    check(partial(rope, cos=cos, sin=sin), eager, inputs, torch.float32)
+
+
+def swiglu_check() -> None:
+    check(swiglu, reference.swiglu, [draw(3, 1707), draw(3, 1707, seed=1)], torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("op", "run"), [("rms_norm", norm_check), ("rope", rope_check), ("swiglu", swiglu_check)]
+)
+def test_rowwise(op: str, run: Callable[[], None]):
+    for tiles in together(op):
+        with override_tiles(INTERPRETER, tiles):
+            run()
