@@ -1,9 +1,10 @@
 """`megagrow checkpoint`: list, verify, show and prune checkpoints."""
 
+import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -79,8 +80,13 @@ def show(
     for topic, value in summary(checkpoints_at(checkpoint)[-1]).items():
         rows = value.items() if isinstance(value, dict) else [("", value)]
         for number, (key, item) in enumerate(rows):
-            facts.append((topic if number == 0 else "", str(key), str(item)))
+            facts.append((topic if number == 0 else "", str(key), _shown(item)))
     print_facts(table_console(), facts)
+
+
+def _shown(value: Any) -> str:
+    """Return a value as in a run file."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 @checkpoint_app.command()

@@ -66,8 +66,10 @@ def train(
 ) -> None:
     """Train a run, growth included; resumes from its newest checkpoint."""
     from megagrow.config.load import load_run
+    from megagrow.config.resume_rules import check_allowed
     from megagrow.parallel.launch import read_launch
 
+    check_allowed(allow_change or ())
     if dry_run:
         from megagrow.planning.dry_run import dry_run as build_dry_run
         from megagrow.planning.dry_run_tables import print_dry_run
@@ -104,7 +106,9 @@ def prepare(
     tokenizer: Annotated[
         str, typer.Option(help="`train`, or a SentencePiece model, or a Hugging Face tokenizer.")
     ],
-    vocab_size: Annotated[int | None, typer.Option(help="Size of a trained vocabulary.")] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="Size of a trained vocabulary.")
+    ] = None,
     validation_fraction: Annotated[
         float, typer.Option(help="Fraction of the documents used for validation.")
     ] = 0.01,

@@ -55,8 +55,13 @@ def outside_fit(target_parameters: float, target_tokens: float) -> str | None:
 
 
 def timing_warnings(run: RunConfig) -> list[str]:
-    """Return a warning for each stage with `tokens: auto` outside the range of equation 2's fit."""
-    warnings = []
+    """Return warnings about `tokens: auto` outside the range of equation 2's fit, and about growths
+    that change nothing."""
+    warnings = [
+        f"stages.{index}: the model is that of the previous stage, so its growth adds no parameter"
+        for index in range(1, len(run.stages))
+        if run.stages[index].model == run.stages[index - 1].model
+    ]
     for index, stage in enumerate(run.stages):
         if stage.tokens_auto:
             after = run.stages[index + 1]

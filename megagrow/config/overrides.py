@@ -57,7 +57,7 @@ def refuse_no_effect(tree: dict[str, Any], names: list[str], origin: str) -> Non
     if names[0] in LENGTHS:
         paths = [[key] for key in LENGTHS]
     if all(any(_holds(stage, path) for path in paths) for stage in stages):
-        places = f"stages.0.{'.'.join(names)} to stages.{len(stages) - 1}.{'.'.join(names)}"
+        places = " or ".join(f"stages.{index}.{'.'.join(names)}" for index in range(len(stages)))
         raise ConfigError(f"{origin}: has no effect, all stages set their own; set {places}")
 
 

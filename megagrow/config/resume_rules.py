@@ -5,12 +5,13 @@ tokenizer are compared under keys of their own, so a moved file is no change.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any
 
-from megagrow.errors import printable
+from megagrow.errors import ConfigError, printable
 
 
 class Effect(StrEnum):
@@ -199,19 +200,39 @@ class ConfigChange:
         return {"key": self.key, "old": self.old, "new": self.new, "effect": str(self.effect)}
 
 
+ALL = "all"
+"""Value of `--allow-change` that allows every key."""
+
+
+def check_allowed(keys: Iterable[str]) -> None:
+    """Raise ConfigError for a value of `--allow-change` other than a key, a section and `all`."""
+    for key in keys:
+        pattern = _pattern(key)
+        known = (name == pattern or name.startswith(f"{pattern}.") for name in _EFFECT_OF)
+        if key != ALL and not any(known):
+            near = get_close_matches(pattern, _EFFECT_OF, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"--allow-change {printable(key)}: no such key{hint}")
+
+
 def effect_of(key: str, stage: int) -> Effect:
     """Return the effect of changing a key in a run that resumes in stage `stage`.
 
     The values of a finished stage cannot be changed from now on, and those of a later stage
     contradict nothing. Raises KeyError for a key without a class.
     """
-    effect = _EFFECT_OF[re.sub(r"\.\d+(?=\.|$)", ".N", key)]
+    effect = _EFFECT_OF[_pattern(key)]
     if effect in (Effect.NONE, Effect.ROUNDING) or not key.startswith("stages."):
         return effect
     index = int(key.split(".")[1])
     if index > stage:
         return Effect.FROM_NOW_ON
     return Effect.CONTRADICTION if index < stage and effect is Effect.FROM_NOW_ON else effect
+
+
+def _pattern(key: str) -> str:
+    """Return a key with N in place of the indices of stages and corpora."""
+    return re.sub(r"\.\d+(?=\.|$)", ".N", key)
 
 
 def config_changes(

@@ -95,7 +95,8 @@ class RunPlan:
     bf16: bool
     stages: tuple[StagePlan, ...]
     saving: PlannedSaving | None
-    """None if the paper has no figure, i.e. for anything but one growth by stacking."""
+    """None if the paper has no figure, i.e. for anything but one growth by stacking to a larger
+    model."""
     warnings: tuple[str, ...]
 
     @property
@@ -173,6 +174,8 @@ def _saving(stages: tuple[StagePlan, ...]) -> PlannedSaving | None:
     if len(stages) != 2 or not _is_gstack(stages[1]):
         return None
     base, target = stages
+    if target.non_embedding <= base.non_embedding:
+        return None
     as_target = base.tokens * base.non_embedding / target.non_embedding
     counted = target.flops * (1 + as_target / target.tokens)
     spent = base.flops + target.flops

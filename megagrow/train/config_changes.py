@@ -18,7 +18,7 @@ from megagrow.checkpoint.source import Source
 from megagrow.common.untrusted_values import problems_of_values
 from megagrow.config.deprecated import rename_recorded
 from megagrow.config.load import recorded_run
-from megagrow.config.resume_rules import ABSENT, ConfigChange, Effect, config_changes
+from megagrow.config.resume_rules import ABSENT, ALL, ConfigChange, Effect, config_changes
 from megagrow.config.schema import GrowthConfig, ModelConfig, RunConfig
 from megagrow.data.corpus_identity import Contents
 from megagrow.data.manifest import CorpusManifest
@@ -34,9 +34,6 @@ from megagrow.train.train_state import RunState
 logger = logging.getLogger(__name__)
 
 TOKENIZER = "data.tokenizer_contents"
-
-ALL = "all"
-"""Value of `--allow-change` that allows every key."""
 
 
 def changes_since(

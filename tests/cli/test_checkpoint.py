@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,7 @@ def test_verify_names_every_damaged_file(run):
 def test_show(run):
     output = call("show", run).output
     assert str(at(run, 100)) in output
+    assert re.search(r"rope_scaling +null *\n", output), "values as in a run file"
     for topic in ("num_hidden_layers", "ZeRO 1, dp 2, tp 1", "adam_step", "stage_tokens", "640"):
         assert topic in output
     record = json.loads((at(run, 10) / "manifest.json").read_text())["files"][SHARD]

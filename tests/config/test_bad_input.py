@@ -101,7 +101,7 @@ def test_an_override_that_would_do_nothing(load_two) -> None:
         load_two("tokens=1M")
     assert str(caught.value) == (
         "--set tokens=1M: has no effect, all stages set their own; "
-        "set stages.0.tokens to stages.1.tokens"
+        "set stages.0.tokens or stages.1.tokens"
     )
 
 

@@ -80,7 +80,7 @@ def test_a_profile_of_the_command_line_wins_in_every_stage(load_two, write_part)
         ("base: first\nhardware: rates\n", "rates.yaml: unknown key 'optimizer'"),
         (
             "base: two\ntokens: 1K\n",
-            "run.yaml: tokens: has no effect, all stages set their own; set stages.0.tokens to "
+            "run.yaml: tokens: has no effect, all stages set their own; set stages.0.tokens or "
             "stages.1.tokens",
         ),
     ],

@@ -4,9 +4,17 @@ from typing import Any
 
 import pytest
 
-from megagrow.config.resume_rules import ABSENT, EFFECTS, Effect, config_changes, effect_of
+from megagrow.config.resume_rules import (
+    ABSENT,
+    EFFECTS,
+    Effect,
+    check_allowed,
+    config_changes,
+    effect_of,
+)
 from megagrow.config.schema import RunConfig
 from megagrow.config.sections import Section
+from megagrow.errors import ConfigError
 from tests.helpers.config_keys import sections_in
 
 CONTENTS = {"data.train.N.contents", "data.validation.N.contents", "data.tokenizer_contents"}
@@ -83,3 +91,11 @@ def test_differences_are_listed_by_key() -> None:
         "stages.1": ({"tokens": 1}, ABSENT),
     }
     assert config_changes(old, old, 0) == []
+
+
+def test_only_keys_and_sections_can_be_allowed() -> None:
+    check_allowed(["all", "seed", "stages.1.optimizer", "stages.0.optimizer.lr", "data.train.0"])
+    for key, hint in (("sed", "; did you mean 'seed'?"), ("nonsense.key", ""), ("seed.x", "")):
+        with pytest.raises(ConfigError, match=rf"--allow-change {key}: no such key") as caught:
+            check_allowed([key])
+        assert hint in str(caught.value)

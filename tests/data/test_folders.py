@@ -93,9 +93,7 @@ def test_a_dataset_is_read_without_its_documentation(tmp_path):
     only = tmp_path / "only"
     only.mkdir()
     (only / "a.json").write_text('{"content": "x"}')
-    assert "no files to read in this folder; skipped 1, such as a.json: a JSON" in refusal_of(
-        [only]
-    )
+    assert "no files to read in this folder; skipped 1: a JSON object without" in refusal_of([only])
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_json_lists_are_read_in_chunks(tmp_path, monkeypatch):
 
 
 BAD_LINES = {
-    b'{"body": "x", "id": 1}': "no key 'text', its keys are 'body', 'id'; set --text-key",
+    b'{"body": "x", "id": 1}': "no key 'text', its keys are 'body', 'id'; correct --text-key",
     b'{"text": null}': "the text under 'text' is null",
     b'{"text": 5}': "the value under 'text' is of type int, not a string",
     b'["text"]': "not a JSON object",
@@ -107,6 +107,7 @@ RECORDS = [
         (["meta.n!=1", "a.b=x"], "2"),
         (["a.b=1"], "3"),
         (["meta.n=true"], ""),
+        (["meta.set=None"], ""),
     ],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])

@@ -65,6 +65,12 @@ def test_the_saving_charges_the_base_in_full() -> None:
     assert saving.saved == pytest.approx((1 - 1 / 1.400, 1 - 1 / 1.539), abs=5e-4)
 
 
+def test_a_growth_to_the_same_size_has_no_saving_and_a_warning() -> None:
+    plan = paper_plan("stages.0.model=llama-1.1b")
+    assert plan.saving is None
+    assert any("stages.1: the model is that of the previous stage" in w for w in plan.warnings)
+
+
 def test_whose_figures_these_are_is_said() -> None:
     said = " ".join(closing_lines(paper_plan()))
     assert "by the paper, not measured here" in said

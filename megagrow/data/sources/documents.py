@@ -163,7 +163,7 @@ def _lookup(record: dict[str, Any], key: str, option: str) -> Any:
     if node is _MISSING:
         names = ", ".join(map(repr, list(record)[:MOST_KEYS])) or "none"
         raise InvalidRecord(
-            f"no key {key!r}", f"no key {key!r}, its keys are {names}; set {option}"
+            f"no key {key!r}", f"no key {key!r}, its keys are {names}; correct {option}"
         )
     return node
 
@@ -174,5 +174,6 @@ def _is_equal(found: Any, wanted: str) -> bool:
     try:
         value = json.loads(wanted)
     except ValueError:
-        return str(found) == wanted
+        # Dates; Python's spellings of true, false and null are not JSON.
+        return not isinstance(found, bool | None) and str(found) == wanted
     return isinstance(found, bool) == isinstance(value, bool) and bool(found == value)

@@ -6,6 +6,7 @@ A source is a file, a folder (see `folders.py`), `python-stdlib` (the interprete
 
 import os
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -147,8 +148,8 @@ def _find_folder(
         else:
             files.append(_describe(*item))
     if not files:
-        reasons = [f"{item.path}: {item.reason}" for item in skipped[before:]]
-        listed = f"; skipped {len(reasons)}, such as {reasons[0]}" if reasons else ""
+        counts = Counter(item.reason for item in skipped[before:]).most_common(3)
+        listed = "".join(f"; skipped {count}: {reason}" for reason, count in counts)
         raise DataError(f"{source}: no files to read in this folder{listed}")
     return files
 
