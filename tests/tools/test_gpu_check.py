@@ -1,19 +1,14 @@
-"""Tests of tools/gpu/gpu_check.py without a GPU: arithmetic, goals, tables and cut parts.
+"""Benchmarks and tables of tools/gpu/gpu_check.py without a GPU: arithmetic, goals, results.
 
 Its benchmarks run once, with tiny shapes, in Triton's interpreter.
 """
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from megagrow_kernels import reference
-from tools.gpu import check_tests as gpu_check_tests
-from tools.gpu import gpu_check
 from tools.gpu.bench.attention import SHAPES, document_ids
 from tools.gpu.bench.case import OURS, BenchmarkCase, DeviceSetup, measure
 from tools.gpu.bench.goals import GOALS, NOT_MEASURED, BenchmarkResults, goal_rows
@@ -29,13 +24,7 @@ from tools.gpu.bench.work import (
     seen_pairs,
 )
 from tools.gpu.check_parts import (
-    CheckPart,
-    Command,
     PartResult,
-    TimeBudget,
-    install_instructions,
-    missing_packages,
-    run_part,
 )
 from tools.gpu.check_tables import failures, report, table
 
@@ -158,94 +147,6 @@ def test_tables():
     assert "cut after 60 s" in text
     assert "attention forward c flex: no backward on a CPU" in text
     assert "not compared: liger" in text
-
-
-def test_a_part_gets_what_earlier_ones_leave():
-    now = [100.0]
-    parts = [
-        CheckPart(name, seconds, []) for name, seconds in (("a", 10.0), ("b", 20.0), ("c", 5.0))
-    ]
-    budget = TimeBudget(parts, clock=lambda: now[0])
-    assert budget.left("a") == 10
-    now[0] = 103.0
-    assert (budget.left("b"), budget.total) == (27, 35)
-    now[0] = 131.0
-    assert (budget.left("b"), budget.left("c")) == (0, 4)
-
-
-def test_the_parts_take_less_than_nine_minutes(tmp_path: Path):
-    parts = [gpu_check.make_part(name, tmp_path, smoke=False) for name in gpu_check.SHARES]
-    assert TimeBudget(parts).total <= 530
-    for part in parts:
-        for command in part.commands:
-            assert Path(command.arguments[0]).is_file()
-
-
-def test_parts_that_end_fail_and_overrun(tmp_path: Path):
-    def of(*programs: str) -> CheckPart:
-        return CheckPart(
-            "part", 0, [Command(["-c", program], {"GREETING": "hello"}) for program in programs]
-        )
-
-    good = run_part(of("import os; print(os.environ['GREETING'])"), 60, tmp_path)
-    assert good.good and (tmp_path / "part.log").read_text() == "hello\n"
-    assert (
-        run_part(of("pass", "import sys; sys.exit(7)"), 60, tmp_path).result
-        == "failed (exit code 7)"
-    )
-    child = "import subprocess; subprocess.run(['sleep', '60'])"
-    cut = run_part(of(child), 1.0, tmp_path)
-    assert cut.result == "cut after 1 s" and cut.seconds < 10 and not cut.good
-
-
-def test_records_of_a_part_that_was_cut(tmp_path: Path):
-    (tmp_path / "rows.jsonl").write_text('{"kind": "a"}\n{"kind": "b"}\n{"ki')
-    actual = gpu_check.read_records([PartResult("rows", 1.0, "cut after 1 s")], tmp_path)
-    assert actual == [{"part": "rows", "kind": "a"}, {"part": "rows", "kind": "b"}]
-
-
-def test_what_is_missing_is_named():
-    assert missing_packages() == []
-    missing = missing_packages(lambda module: module not in ("deepspeed", "yaml", "datasets"))
-    assert missing == ["deepspeed", "pyyaml"]
-    assert "pip wheel --no-deps --wheel-dir wheels deepspeed pyyaml" in install_instructions(
-        missing
-    )
-
-
-def test_without_a_gpu_it_exits_with_2(tmp_path: Path):
-    command = [sys.executable, "tools/gpu/gpu_check.py", "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=gpu_check.ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "gpu_check needs a GPU" in done.stderr
-
-
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, capsys):
-    (tmp_path / "thesis.txt").touch()
-    with pytest.raises(SystemExit) as stopped:
-        gpu_check.prepare_output(tmp_path)
-    assert stopped.value.code == 2 and (tmp_path / "thesis.txt").exists()
-    gpu_check.prepare_output(tmp_path / "new")
-    gpu_check.prepare_output(tmp_path / "new")
-    assert "not a result of gpu_check" in capsys.readouterr().err
-
-
-def test_the_gpu_tests_are_found():
-    tests = gpu_check.ROOT / "tests"
-    actual = gpu_check_tests.files_with_gpu_tests(tests)
-    assert {tests / "kernels" / "test_gpu.py", tests / "run" / "test_gpu.py"} <= set(actual)
-    assert tests / "test_architecture.py" not in actual
-
-
-def test_counts_of_tests(tmp_path: Path):
-    report = tmp_path / "a.xml"
-    report.write_text(
-        '<testsuites><testsuite><testcase classname="t" name="good"/><testcase classname="t" '
-        'name="bad"><failure/></testcase><testcase name="not"><skipped/></testcase></testsuite>'
-        "</testsuites>"
-    )
-    actual = gpu_check_tests.count_results([report])
-    assert actual == {"passed": 1, "failed": ["t::bad"], "skipped": 1}
 
 
 def test_the_stall_of_a_growth():

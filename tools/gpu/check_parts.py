@@ -5,6 +5,8 @@ affects its part.
 """
 
 import importlib.util
+import json
+import math
 import os
 import re
 import signal
@@ -15,6 +17,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,7 +74,7 @@ class PartResult:
     name: str
     seconds: float
     result: str
-    """`done`, `failed (exit code N)`, or `cut after N s`."""
+    """`done`, `failed (exit code N)`, `cut after N s`, or `not started`."""
 
     @property
     def good(self) -> bool:
@@ -79,16 +82,22 @@ class PartResult:
 
 
 class TimeBudget:
-    """Time budget: each part has a deadline, the sum of all shares up to its own."""
+    """Time budget: each part has a deadline, the sum of all shares up to its own.
+
+    `limit` is the latest deadline in seconds.
+    """
 
     def __init__(
-        self, parts: Iterable[CheckPart], clock: Callable[[], float] = time.monotonic
+        self,
+        parts: Iterable[CheckPart],
+        limit: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ends: dict[str, float] = {}
         end = 0.0
         for part in parts:
             end += part.seconds
-            self._ends[part.name] = end
+            self._ends[part.name] = min(end, limit)
         self._clock, self._begin = clock, clock()
 
     @property
@@ -132,6 +141,12 @@ def run_part(part: CheckPart, limit: float, output: Path) -> PartResult:
     if result == "done" and codes:
         result = f"failed (exit code {', '.join(map(str, sorted(codes)))})"
     return PartResult(part.name, time.monotonic() - begin, result)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a JSON Lines file without its incomplete last line, if any."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def missing_packages(has_module: Callable[[str], bool] | None = None) -> list[str]:

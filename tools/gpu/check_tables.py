@@ -1,5 +1,6 @@
 """Tables at the end of a GPU check: records in, lines of text out. Pure functions."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -49,13 +50,19 @@ def part_rows(outcomes: Iterable[PartResult], results: BenchmarkResults) -> Iter
     """Yield the result of each part, with test counts or measured ceilings."""
     for outcome in outcomes:
         words = [outcome.result]
-        for tests in results.of("tests", part=outcome.name):
-            counts = (tests["passed"], len(tests["failed"]), tests["skipped"])
-            words.append("{} passed, {} failed, {} skipped".format(*counts))
+        tests = Counter(test_outcomes(results.of("test", part=outcome.name)).values())
+        if tests:
+            kinds = ("passed", "failed", "skipped")
+            words.append(", ".join(f"{tests[kind]} {kind}" for kind in kinds))
         if results.of("ceiling", part=outcome.name):
             rates = (results.ceiling(name, outcome.name) / 1e12 for name in ("matmul", "copy"))
             words.append("matmul {:.0f} TFLOP/s, copy {:.2f} TB/s".format(*rates))
         yield outcome.name, f"{outcome.seconds:.0f}", "; ".join(words)
+
+
+def test_outcomes(records: Iterable[Record]) -> dict[str, str]:
+    """Return the last outcome of each test, by node id."""
+    return {record["name"]: record["outcome"] for record in records if record["kind"] == "test"}
 
 
 def kernel_rows(results: BenchmarkResults) -> Iterator[TableRow]:
@@ -116,7 +123,7 @@ def growth_rows(results: BenchmarkResults) -> Iterator[TableRow]:
 
 def problems(results: BenchmarkResults) -> list[str]:
     """Return one line per failed test, failed measurement, and library that is not installed."""
-    lines = [f"failed test: {n}" for tests in results.of("tests") for n in tests["failed"]]
+    lines = [f"failed test: {name}" for name in _failed_tests(results)]
     for record in results.records:
         if "problem" in record:
             names = ("op", "way", "case", "model", "by", "backend")
@@ -139,4 +146,9 @@ def failures(results: BenchmarkResults) -> list[Record]:
         if record.get("by", OURS) == OURS
         and not record.get("problem", "OutOfMemoryError").startswith("OutOfMemoryError")
     ]
-    return failed + [r for r in results.of("tests") if r["failed"]]
+    return failed + [{"failed test": name} for name in _failed_tests(results)]
+
+
+def _failed_tests(results: BenchmarkResults) -> list[str]:
+    outcomes = test_outcomes(results.of("test"))
+    return [name for name, outcome in outcomes.items() if outcome == "failed"]

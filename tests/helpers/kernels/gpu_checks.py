@@ -1,11 +1,14 @@
 """Kernel checks for a GPU, each in a separate process.
 
     python -m tests.helpers.kernels.gpu_checks attention
+    python -m tests.helpers.kernels.gpu_checks calls
 
+The second form prints the calls of the large checks as JSON, for `megagrow_kernels.warm_up`.
 `test_gpu.py` starts them, since test processes see no GPU. On a CPU the same checks run in Triton's
 interpreter, in fp32, with smaller shapes.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -59,23 +62,66 @@ class KernelDevice:
             check(self.run(kernel), self.run(eager), inputs, dtype)
 
 
+def row_cases(setup: KernelDevice) -> list[tuple[int, int]]:
+    """Return rows and widths."""
+    large = setup.of(16384)
+    return [(1, 8), (setup.of(199), 760), (setup.of(2048), 4096), (7, large)]
+
+
+def rope_cases(setup: KernelDevice) -> list[tuple[int, int, int, int]]:
+    """Return tokens, query heads, key heads and head dimensions."""
+    return [(setup.of(199), 6, 2, 64), (setup.of(2048), 32, 8, 128)]
+
+
+def attention_cases(
+    setup: KernelDevice,
+) -> list[tuple[tuple[int, ...], tuple[int, int, int], dict[str, Any]]]:
+    """Return document lengths, (query heads, key/value heads, head dimension), and options."""
+    long = setup.of(1024)
+    return [
+        ((1,), (1, 1, 64), {}),
+        ((199,), (4, 1, 64), {}),
+        ((long, 1, 127, long), (8, 1, 128), {}),
+        ((2 * long,), (4, 2, 128), {"window": setup.of(300)}),
+        ((setup.of(1023),), (4, 4, 80), {}),
+        ((130, 70), (2, 1, 96), {"scale": 0.2}),
+        ((128, 129), (2, 1, 256), {}),
+    ]
+
+
+def loss_cases(setup: KernelDevice) -> list[tuple[int, int]]:
+    """Return tokens and vocabulary rows."""
+    return [(1, 5), (setup.of(199), 1001), (setup.of(256), setup.of(131072))]
+
+
+def calls(setup: KernelDevice) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the kernel calls of the checks, as `megagrow_kernels.calls.launches` takes them."""
+    for dtype in (str(dtype).removeprefix("torch.") for dtype in setup.dtypes):
+        for lengths, (heads, groups, head_dim), options in attention_cases(setup):
+            sizes = {"batch": 1, "sequence": sum(lengths), "heads": heads, "groups": groups}
+            window = options.get("window")
+            yield "attention", sizes | {"head_dim": head_dim, "dtype": dtype, "window": window}
+        for op in ("rms_norm", "add_rms_norm", "swiglu"):
+            for count, width in row_cases(setup):
+                yield op, {"rows": count, "width": width, "dtype": dtype}
+        for sequence, heads, groups, head_dim in rope_cases(setup):
+            sizes = {"batch": 2, "sequence": sequence, "heads": heads, "groups": groups}
+            yield "rope", sizes | {"head_dim": head_dim, "dtype": dtype, "table_dtype": "float32"}
+        for tokens, width in loss_cases(setup):
+            real = width - width // 7
+            sizes = {"rows": tokens, "width": width, "real": real, "ranks": 1}
+            yield "cross_entropy", sizes | {"dtype": dtype}
+
+
 def rows(setup: KernelDevice) -> None:
     """Check RMSNorm with and without the addition, RoPE and SwiGLU."""
-    for count, width in [
-        (1, 8),
-        (setup.of(199), 760),
-        (setup.of(2048), 4096),
-        (7, setup.of(16384)),
-    ]:
+    for count, width in row_cases(setup):
         x, more, weight = draw(count, width), draw(count, width, seed=1), draw(width, seed=2)
         norm, both = partial(rms_norm, eps=EPS), partial(add_rms_norm, eps=EPS)
         setup.check_accuracy(norm, partial(reference.rms_norm, eps=EPS), [x, weight])
         setup.check_accuracy(both, partial(reference.add_rms_norm, eps=EPS), [x, more, weight])
         setup.check_accuracy(swiglu, reference.swiglu, [x, more])
-    for sequence, heads, groups, head_dim in [
-        (setup.of(199), 6, 2, 64),
-        (setup.of(2048), 32, 8, 128),
-    ]:
+    for sequence, heads, groups, head_dim in rope_cases(setup):
         q, k = draw(2, sequence, heads, head_dim), draw(2, sequence, groups, head_dim, seed=1)
         positions = torch.arange(sequence, device=setup.device).expand(2, -1)
         angles = 1e4 ** -torch.linspace(0, 1, head_dim // 2, device=setup.device)
@@ -87,16 +133,7 @@ def rows(setup: KernelDevice) -> None:
 
 def attention_of_documents(setup: KernelDevice) -> None:
     """Check all head dimensions and groupings, documents of one and of many tokens, and windows."""
-    long = setup.of(1024)
-    for lengths, (heads, groups, head_dim), options in [
-        ((1,), (1, 1, 64), {}),
-        ((199,), (4, 1, 64), {}),
-        ((long, 1, 127, long), (8, 1, 128), {}),
-        ((2 * long,), (4, 2, 128), {"window": setup.of(300)}),
-        ((setup.of(1023),), (4, 4, 80), {}),
-        ((130, 70), (2, 1, 96), {"scale": 0.2}),
-        ((128, 129), (2, 1, 256), {}),
-    ]:
+    for lengths, (heads, groups, head_dim), options in attention_cases(setup):
         ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
         packing = pack(ids, *ids.shape).to(setup.device)
         inputs = [
@@ -113,7 +150,7 @@ def attention_of_documents(setup: KernelDevice) -> None:
 
 def cross_entropy(setup: KernelDevice) -> None:
     """Check statistics and gradient; the last columns are padding."""
-    for tokens, width in [(1, 5), (setup.of(199), 1001), (setup.of(256), setup.of(131072))]:
+    for tokens, width in loss_cases(setup):
         real, first = width - width // 7, 11
         labels = torch.randint(first + real, (tokens,), generator=torch.Generator().manual_seed(0))
         labels[0] = -100
@@ -242,4 +279,7 @@ CHECKS: dict[str, Callable[[KernelDevice], None]] = {
 
 
 if __name__ == "__main__":
-    CHECKS[sys.argv[1]](KernelDevice("cuda", 1))
+    if sys.argv[1] == "calls":
+        print(json.dumps(list(calls(KernelDevice("cuda", 1)))))
+    else:
+        CHECKS[sys.argv[1]](KernelDevice("cuda", 1))
