@@ -59,6 +59,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "stages.N.parallel.sequence_parallel",
         "stages.N.parallel.zero_stage",
         "stages.N.parallel.offload_optimizer",
+        "stages.N.parallel.communication_data_type",
         "stages.N.parallel.activation_checkpointing",
         "stages.N.kernels.attention",
         "stages.N.kernels.norm",

@@ -25,6 +25,9 @@ class ParallelConfig(Section):
     offload_optimizer: bool = False
     """Keep fp32 weights and moments in CPU memory and update them there; requires `zero_stage` 1 or
     higher."""
+    communication_data_type: Literal["fp32", "bf16"] = "fp32"
+    """Data type in which gradients are summed over the data-parallel ranks. `bf16` halves the
+    bytes and rounds every partial sum."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: `selective` the attention core, `full` entire
     layers."""

@@ -7,9 +7,9 @@ from megagrow.parallel.launch import choose_accelerator
 
 choose_accelerator()
 import deepspeed  # noqa: E402
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
-from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: E402
+from deepspeed.runtime import engine as deepspeed_engine  # noqa: E402
 from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: E402
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # noqa: E402
 
 # DeepSpeed 0.19 still calls collectives under names that torch 2.13 deprecates.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -19,4 +19,10 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "OVERFLOW" not in record
 # and most of a minute on every new machine.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-__all__ = ["BF16_Optimizer", "combine_grad_norm_groups", "deepspeed", "stage3", "stage_1_and_2"]
+__all__ = [
+    "DeepSpeedZeroOptimizer",
+    "deepspeed",
+    "deepspeed_engine",
+    "stage3",
+    "stage_1_and_2",
+]

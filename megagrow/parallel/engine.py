@@ -6,7 +6,6 @@ written weights to the forward weights.
 """
 
 import gc
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -23,14 +22,9 @@ from megagrow.parallel.engine_config import (
     deepspeed_config,
     parameter_groups,
 )
-from megagrow.parallel.gradients import (
-    clip_replicated_gradients,
-    reuse_flat_gradients,
-    set_norm_weights,
-)
+from megagrow.parallel.gradients import clip_replicated_gradients, set_norm_weights
 from megagrow.parallel.materialize import build_model, materialize, materialize_flat, zeros_like
 from megagrow.parallel.partitions import (
-    forget_gradients,
     fragments,
     partition_zero3,
     refresh,
@@ -77,8 +71,6 @@ class ZeroEngine:
         self._fragments = partial(fragments, self._engine, self.zero_stage)
         self._factors = UpdateScaler(optimizer)
         self._create_moments()
-        if self.zero_stage in (1, 2) and not (low_precision or settings.parallel.offload_optimizer):
-            reuse_flat_gradients(self._engine.optimizer)
         if self.zero_stage > 0:
             weights = [group.scale.norm for group in self._groups]
             set_norm_weights(self._engine.optimizer, self.zero_stage, weights)
@@ -96,12 +88,13 @@ class ZeroEngine:
         """Accumulate the gradient of one micro-batch; micro-batches are averaged."""
         self._engine.backward(loss)
 
-    def step(self, lr: float) -> float | None:
+    def step(self, lr: float) -> Tensor | None:
         """Finish a micro-batch; update the weights after the last one of a step.
 
         Returns None between micro-batches, else the global L2 gradient norm before clipping,
-        weighted by the parameters' scales. If the norm is not finite, which all ranks see
-        alike, the state is unchanged and the gradients are dropped.
+        weighted by the parameters' scales: a scalar on the device, not yet read under ZeRO 1 and
+        2. If the norm is not finite, which all ranks see alike, the state is unchanged and the
+        gradients are dropped.
         """
         boundary = self._engine.is_gradient_accumulation_boundary()
         norm = None
@@ -112,10 +105,8 @@ class ZeroEngine:
                 norm = self._clip_stage0()
         self._engine.step()
         if boundary and self.zero_stage > 0:
-            norm = self._engine.get_global_grad_norm()
-            if not math.isfinite(norm):
-                forget_gradients(self._engine.optimizer, self.zero_stage)
-        return None if norm is None else float(norm)
+            norm = torch.as_tensor(self._engine.get_global_grad_norm())
+        return norm
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation mode, as nn.Module.train."""
@@ -170,7 +161,7 @@ class ZeroEngine:
         """Set Adam's step and refresh the forward weights; call after writing the storage."""
         for state in self._adam.state.values():
             state["step"].fill_(adam_step)
-        refresh(self._engine.optimizer, self.zero_stage, self.topology)
+        refresh(self._engine.optimizer, self.zero_stage)
 
     def release(self) -> Storage:
         """Destroy the engine and return its state; all other memory is freed."""

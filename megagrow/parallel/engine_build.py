@@ -1,6 +1,6 @@
 """Build DeepSpeed engines with zero weights, without touching memory for them.
 
-The state is written afterwards. Each context replaces one function of DeepSpeed or torch.
+The state is written afterwards. Each context replaces one function or class of DeepSpeed or torch.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagrow.parallel.deepspeed_import import deepspeed, stage3, stage_1_and_2
+from megagrow.parallel.deepspeed_import import deepspeed, deepspeed_engine, stage3, stage_1_and_2
+from megagrow.parallel.flat_optimizer import FlatOptimizer
 from megagrow.parallel.materialize import zeros
 
 
@@ -18,6 +19,7 @@ from megagrow.parallel.materialize import zeros
 def built_empty(flats: list[Tensor], device: torch.device) -> Iterator[None]:
     """Context for `deepspeed.initialize`. `flats` are the flat groups of ZeRO 1 and 2, in order."""
     with (
+        _replaced(deepspeed_engine, "DeepSpeedZeroOptimizer", FlatOptimizer),
         _flat_groups(flats),
         _empty_partitions(device),
         _shared_fp32_weights(),

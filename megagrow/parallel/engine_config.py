@@ -90,10 +90,24 @@ def parameter_groups(
     return tuple(ParamGroup(tuple(names), *kind) for kind, names in members.items())
 
 
-def reduce_bucket(plan: dict[str, ParamSpec], tp: int) -> int:
-    """Return DeepSpeed's bucket size in elements: the model's slice, at most 200M."""
-    slice_numel = sum(spec.slice_numel(tp) for spec in plan.values())
-    return min(slice_numel + slice_numel % 2, 200_000_000)  # larger buckets are not faster
+GATHER_BYTES = 64 * 2**20
+"""Bytes of forward weights that ZeRO 1 and 2 gather at a time on CPUs: gloo gathers into a copy."""
+
+
+def reduce_bucket(plan: dict[str, ParamSpec], tp: int, zero_stage: int) -> int:
+    """Return `bucket_elements` of a model's slice."""
+    return bucket_elements(sum(spec.slice_numel(tp) for spec in plan.values()), zero_stage)
+
+
+def bucket_elements(slice_numel: int, zero_stage: int) -> int:
+    """Return the elements of gradients that are reduced at a time.
+
+    ZeRO 1 and 2: an eighth of the model's slice, at most 25M, so that the reduction overlaps the
+    backward pass. ZeRO 3: the slice, at most 50M. Larger buckets are not faster.
+    """
+    if zero_stage == 3:
+        return min(slice_numel + slice_numel % 2, 50_000_000)
+    return min(-(-slice_numel // 8), 25_000_000)
 
 
 def deepspeed_config(
@@ -101,14 +115,11 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """Return DeepSpeed's configuration; `plan` is the model's `parameter_plan`."""
     batch = settings.batch
-    bucket = reduce_bucket(plan, topology.tp)
     stage = settings.parallel.zero_stage
+    bucket = reduce_bucket(plan, topology.tp, stage)
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-        # ZeRO 1 and 2 reduce all gradients on all ranks with either setting; False is in place.
-        "reduce_scatter": stage == 3,
         "stage3_prefetch_bucket_size": min(bucket, 50_000_000),
     }
     if settings.parallel.offload_optimizer:
@@ -119,7 +130,9 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_clipping": settings.optimizer.gradient_clipping if stage > 0 else 0.0,
         "bf16": {"enabled": settings.bf16 and stage > 0, "check_grad_overflow": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": settings.parallel.communication_data_type,
+        # fp32 would select DeepSpeed's BF16_Optimizer under ZeRO 1; `FlatGradients` sums in fp32.
+        "data_types": {} if stage in (1, 2) else {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         # DeepSpeed's CPU Adam must be compiled on the host; torch's is also vectorized.

@@ -11,11 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megagrow.parallel.deepspeed_import import BF16_Optimizer, deepspeed
+from megagrow.parallel.deepspeed_import import deepspeed
 from megagrow.parallel.process_groups import Topology
-
-GATHER_BYTES = 64 * 2**20
-"""Bytes of forward weights gathered at a time during a refresh."""
 
 
 @dataclass(frozen=True)
@@ -86,41 +83,13 @@ def partition_zero3(
     return partition
 
 
-def refresh(optimizer: Any, zero_stage: int, topology: Topology) -> None:
+def refresh(optimizer: Any, zero_stage: int) -> None:
     """Copy the fp32 weights to the forward weights of all ranks. Collective."""
     if zero_stage == 3:
         for sub_group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
     elif zero_stage > 0:
-        _refresh_flat(optimizer, topology)
-
-
-def _refresh_flat(optimizer: Any, topology: Topology) -> None:
-    """Refresh flat groups in pieces, since gloo gathers into a second copy."""
-    if isinstance(optimizer, BF16_Optimizer):  # DeepSpeed's choice for ZeRO 1 in bf16
-        masters, shares = optimizer.fp32_groups_flat_partition, optimizer.bf16_partitioned_groups
-    else:
-        masters = optimizer.single_partition_of_fp32_groups
-        shares = optimizer.parallel_partitioned_bit16_groups
-    for parts, master in zip(shares, masters, strict=True):
-        # The flat tensor of a one-parameter group is the parameter itself, tracked by autograd.
-        parts = [part.data for part in parts]
-        mine = parts[topology.dp_rank]
-        mine.copy_(master.data)
-        piece = max(1, GATHER_BYTES // (topology.dp * mine.element_size()))
-        for start in range(0, mine.numel(), piece):
-            pieces = [part[start : start + piece] for part in parts]
-            dist.all_gather(pieces, pieces[topology.dp_rank], group=topology.dp_group)
-
-
-def forget_gradients(optimizer: Any, zero_stage: int) -> None:
-    """Drop accumulated gradients; call after a step skipped due to a non-finite gradient.
-
-    With an offloaded bf16 optimizer under ZeRO 1 and 2, DeepSpeed (0.19.8) reuses its accumulation
-    tensor, so a NaN would persist in all later steps.
-    """
-    if zero_stage in (1, 2) and not isinstance(optimizer, BF16_Optimizer):
-        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+        optimizer.refresh()
 
 
 def unlink_zero3(engine: Any) -> None:

@@ -1,15 +1,16 @@
 """Memory of a rank of a stage, from the layout and estimates.
 
-State and weights follow from the layout of the stage. Gradients are the allocations of DeepSpeed
-0.19, from its code. Activations and logits are the tensors kept by autograd (`activations`). The
-peak of a step is reached at the loss (`at_loss`) or at its end (`at_end`).
+State and weights follow from the layout of the stage. Gradients are the allocations of
+`parallel.flat_gradients` under ZeRO 1 and 2, else those of DeepSpeed 0.19, from its code.
+Activations and logits are the tensors kept by autograd (`activations`). The peak of a step is
+reached at the loss (`at_loss`) or at its end (`at_end`).
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 
 from megagrow.config.schema import StageConfig
-from megagrow.parallel.engine_config import parameter_groups, reduce_bucket
+from megagrow.parallel.engine_config import GATHER_BYTES, parameter_groups, reduce_bucket
 from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
 from megagrow.planning.activations import Activations
 from megagrow.reshard.exchange import BUCKET_BYTES
@@ -61,38 +62,32 @@ class StageMemory:
 
     @property
     def gradients(self) -> int:
-        """Bytes of gradients at the end of the backward pass, fp32 sums of bf16 ones included."""
-        if self._zero < 2:
-            summed = 4 * self._slice if self._zero == 1 and self.bf16 else 0
-            return self._grad_width * self._slice + summed
-        return 4 * self._most
+        """Bytes of the fp32 gradients: of the slice, or from ZeRO 2 on of this rank's share."""
+        return 4 * (self._slice if self._zero < 2 else self._most)
 
     @property
     def buckets(self) -> int:
-        """Bytes of reduction buffers.
+        """Bytes of buffers while gradients are reduced.
 
-        These are a flat copy of the gradients reduced at a time and, from ZeRO 2 on, the bucket in
-        which they are collected. Gloo, used without a GPU, needs one more copy for the
-        reduce-scatter of ZeRO 3.
+        ZeRO 0 and 3 copy the gradients reduced at a time, once more for another data type; ZeRO 3
+        collects them in a bucket before, and gloo, used without a GPU, copies them once more. ZeRO
+        1 and 2 hold the gradient of one parameter as autograd returns it, and staging buckets.
         """
+        copies = 2 if self._communicated != self._grad_width else 1
         if self._zero == 0:
-            return 4 * min(self._slice, STAGE_0_BUCKET)
-        return (1, 2, 3 if self.on_cpu else 2)[self._zero - 1] * self._bucket
+            return self._communicated * copies * min(self._slice, STAGE_0_BUCKET)
+        if self._zero == 3:
+            copies += 1 if self.on_cpu else 0
+            return (self._width + self._communicated * copies) * self._bucket
+        largest = max(spec.slice_numel(self.layout.tp) for spec in self.layout.plan.values())
+        return self._width * largest + self._staged
 
     @property
     def gradients_kept(self) -> int:
-        """Bytes of gradients and buckets that exist during the forward pass of a micro-batch.
-
-        These are permanent allocations and the sum over earlier micro-batches.
-        """
-        if self._zero == 3:
-            return self.gradients + self._bucket
-        if self._zero == 1 and self.bf16:
-            return 4 * self._slice
-        if self._zero == 2 and self._accumulates:
-            return 4 * self._most
-        summed = 4 * self._slice if self._zero < 2 and self._accumulates else 0
-        return summed + self._flat_kept
+        """Bytes of gradients and buckets that exist during the forward pass of a micro-batch."""
+        if self._zero == 0:
+            return self.gradients if self._accumulates else 0
+        return self.gradients + (self._width * self._bucket if self._zero == 3 else self._staged)
 
     @property
     def activations(self) -> int:
@@ -128,18 +123,14 @@ class StageMemory:
         """Total bytes at the end of the backward pass or at the update, whichever is larger.
 
         At the end of the backward pass gradients are reduced, the activations of the first layer
-        remain, and ZeRO 3 has released gathered weights. At the update, ZeRO 1 and 2 flatten the
-        gradient of this rank's shard.
+        remain, and ZeRO 3 has released gathered weights. After the update, ZeRO 1 and 2 gather the
+        forward weights, which takes a copy without a GPU.
         """
-        gradients = self.gradients
-        at_once = self._width * self._slice <= self._bucket
-        if self._zero == 2 and at_once and not self._accumulates:
-            gradients = 0  # all are still in the bucket
-        reduction = gradients + self.buckets + self._parts.first_layer
-        if self._zero == 1 or gradients == 0:
-            reduction += self._flat_kept
-        flattened = 4 * self._most if self._zero in (1, 2) else 0
-        return self.state + self.weights + max(reduction, self.gradients + flattened)
+        gathered = 0
+        if self._zero in (1, 2) and self.on_cpu and self.layout.dp > 1:
+            gathered = min(GATHER_BYTES, self._width * self._slice)
+        reduction = self.buckets + self._parts.first_layer
+        return self.state + self.weights + self.gradients + max(reduction, gathered)
 
     @property
     def training(self) -> int:
@@ -149,15 +140,12 @@ class StageMemory:
     def share(self, rank: int) -> int:
         """Return the bytes of `rank` before the first step.
 
-        These are state, forward weights, and the gradients that DeepSpeed allocates at
-        construction.
+        These are state, forward weights, and the gradients that ZeRO 3 allocates at construction.
         """
         held = self.held(rank)
         weights, gradients = self._width * self._slice, 0
         if self._zero == 0:
             weights = 0
-        elif self._zero == 1 and self.bf16:
-            gradients = 4 * self._slice
         elif self._zero == 3:
             weights, gradients = 0 if self._masters_compute else self._width * held, 4 * held
         return STATE_BYTES * held + weights + gradients
@@ -194,12 +182,6 @@ class StageMemory:
         return not self.bf16 and (self._zero == 0 or one_tensor)
 
     @property
-    def _flat_kept(self) -> int:
-        """Bytes of flat gradients kept between steps (`gradients.reuse_flat_gradients`)."""
-        summed = self._zero in (1, 2) and not self.bf16 and self.on_cpu
-        return 4 * self._most if summed and not self.stage.parallel.offload_optimizer else 0
-
-    @property
     def _width(self) -> int:
         """Bytes per element in the forward pass."""
         return 2 if self.bf16 else 4
@@ -210,8 +192,20 @@ class StageMemory:
         return 4 if self._zero == 0 else self._width
 
     @property
+    def _communicated(self) -> int:
+        """Bytes per gradient element in communication."""
+        return 2 if self.stage.parallel.communication_data_type == "bf16" else 4
+
+    @property
     def _bucket(self) -> int:
-        return self._width * reduce_bucket(self.layout.plan, self.layout.tp)
+        """Elements of gradients reduced at a time."""
+        return reduce_bucket(self.layout.plan, self.layout.tp, self._zero)
+
+    @property
+    def _staged(self) -> int:
+        """Bytes of the two staging buckets of ZeRO 1 and 2 (`parallel.bucket_reduction`)."""
+        staged = self.layout.dp > 1 and (self._zero == 2 or self._communicated == 2)
+        return 2 * self._communicated * self._bucket if staged else 0
 
     @property
     def _accumulates(self) -> bool:

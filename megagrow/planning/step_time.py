@@ -187,8 +187,8 @@ def _zero(work: StepWorkload, cluster: Cluster, micro: Passes) -> tuple[float, f
     """Return the seconds per step of data-parallel communication: exposed, and overlapped.
 
     ZeRO 3 gathers each layer's weights for both passes and reduce-scatters its gradients in every
-    micro-batch; ZeRO 2 reduces in every micro-batch, ZeRO 1 once, and both gather the weights after
-    the step or during the next one. ZeRO 0 reduces once.
+    micro-batch; ZeRO 2 reduces in every micro-batch, ZeRO 1 once, in the last one, and both gather
+    the weights after the step or during the next one. ZeRO 0 reduces once.
     """
     group = data_group(cluster, work.dp, work.tp)
     parameters, times = work.rank_parameters, work.accumulation
@@ -200,10 +200,14 @@ def _zero(work: StepWorkload, cluster: Cluster, micro: Passes) -> tuple[float, f
         exposed = max(first, gather - micro.forward) + max(last, gather + reduce - micro.backward)
         return times * exposed, times * (2 * gather + reduce - exposed)
     gather = group.one_way(WIDTH * parameters) if work.zero_stage else 0.0
-    reduce = group.one_way(work.gradient_bytes * parameters) * (1 if work.zero_stage else 2)
+    pieces = work.gradient_buckets if work.zero_stage else 1
+    reduce = pieces * group.one_way(work.gradient_bytes * parameters / pieces)
+    reduce *= 1 if work.zero_stage else 2
     reduced = times if work.zero_stage == 2 else 1
-    gathered = min(gather, micro.forward) if work.overlap else 0.0
-    hidden = gathered + reduced * (min(reduce, micro.backward) if work.overlap else 0.0)
+    gathered = min(gather, micro.forward) if work.overlap_param_gather else 0.0
+    hidden = gathered
+    if work.overlap_grad_reduce:
+        hidden += reduced * min(reduce, micro.backward)
     return gather + reduced * reduce - hidden, hidden
 
 

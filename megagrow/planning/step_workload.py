@@ -10,6 +10,7 @@ from megagrow.model.layers.attention import ATTENTION
 from megagrow.model.layers.base import READS_RESIDUAL, LayerType
 from megagrow.model.layers.mlp import MLP
 from megagrow.model.layers.table import HEAD
+from megagrow.parallel.engine_config import bucket_elements
 
 AttentionKernel = Literal["flash1", "flash2", "flash3"]
 
@@ -109,10 +110,14 @@ class StepWorkload:
     sequence_parallel: bool = False
     attention: AttentionKernel = "flash2"
     stack: Stack = "fused"
-    overlap: bool = True
-    """True if gradient reduction and weight gathering overlap with computation."""
+    overlap_grad_reduce: bool = True
+    """True if gradients are reduced during the backward pass."""
+    overlap_param_gather: bool = True
+    """True if weights are gathered during the forward pass."""
     gradient_bytes: int = 2
     """Bytes of a gradient element in communication."""
+    gradient_buckets: int = 1
+    """Collectives into which ZeRO 1 and 2 divide a reduction of all gradients."""
 
     @property
     def gpus(self) -> int:
@@ -154,15 +159,18 @@ def step_workload(
 ) -> StepWorkload:
     """Return the workload of one GPU in a step of a stage on `world_size` GPUs.
 
-    The stage's settings must be valid for `world_size`. As in DeepSpeed by default,
-    gradient reduction overlaps the backward pass under ZeRO 3 only. `selective` checkpointing
-    recomputes nothing, because attention keeps no S x S matrix.
+    The stage's settings must be valid for `world_size`. Gradient reduction overlaps the backward
+    pass except under ZeRO 0, as in `parallel.flat_gradients` and DeepSpeed's ZeRO 3; ZeRO 1 and 2
+    gather the weights at the end of the step. `selective` checkpointing recomputes nothing,
+    because attention keeps no S x S matrix.
     """
     parallel, batch = stage.parallel, stage.batch
     tp, zero = parallel.tensor_model_parallel_size, parallel.zero_stage
     dp = world_size // tp
+    shape = shape_of(stage.model, sequence_length)
+    bucket = bucket_elements(shape.parameters // tp, zero)
     return StepWorkload(
-        shape=shape_of(stage.model, sequence_length),
+        shape=shape,
         dp=dp,
         tp=tp,
         zero_stage=zero,
@@ -171,6 +179,8 @@ def step_workload(
         recomputed=1.0 if parallel.activation_checkpointing == "full" else 0.0,
         sequence_parallel=parallel.sequence_parallel,
         attention="flash3" if hopper else "flash2",
-        overlap=zero == 3,
-        gradient_bytes=4 if zero == 0 else 2,
+        overlap_grad_reduce=zero > 0,
+        overlap_param_gather=zero == 3,
+        gradient_bytes=2 if parallel.communication_data_type == "bf16" else 4,
+        gradient_buckets=-(-shape.parameters // (tp * bucket)),
     )

@@ -1,7 +1,9 @@
 """Communication of a rank in a training step by purpose, and the time of collectives.
 
-The collectives are those of the model (`parallel.tensor_parallel`) and of DeepSpeed 0.19, as
-observed on gloo ranks in tests/planning/test_traffic.py. Scalars (norms, losses) are excluded.
+The collectives are those of the model (`parallel.tensor_parallel`), of `parallel.flat_optimizer`
+under ZeRO 1 and 2 and of DeepSpeed 0.19 otherwise, as observed on gloo ranks in
+tests/planning/test_traffic.py. Reduces to the owners of all partitions are a reduce-scatter.
+Scalars (norms, losses) are excluded.
 """
 
 from collections.abc import Iterator
@@ -78,20 +80,21 @@ def _data_parallel(memory: StageMemory) -> Iterator[Traffic]:
     if ranks == 1:
         return
     micro, width = _micro_batches(memory), 2 if memory.bf16 else 4
+    summed = 2 if memory.stage.parallel.communication_data_type == "bf16" else 4
     sizes = {name: spec.slice_numel(layout.tp) for name, spec in layout.plan.items()}
     total = sum(sizes.values())
     if layout.zero_stage == 0:
-        yield Traffic("gradients", "all-reduce", ranks, 4 * total)
+        yield Traffic("gradients", "all-reduce", ranks, summed * total)
     elif layout.zero_stage < 3:
         times = micro if layout.zero_stage == 2 else 1
-        yield Traffic("gradients", "all-reduce", ranks, times * width * total)
+        yield Traffic("gradients", "reduce-scatter", ranks, times * summed * total)
         groups = [sum(sizes[name] for name in group) for group in layout.groups]
         padded = sum(pad(size, 2 * ranks) for size in groups)
         yield Traffic("updated weights", "all-gather", ranks, width * padded)
     else:
         padded_sizes = [pad(size, ranks) for size in sizes.values()]
         large = sum(pad(size, ranks) for size in sizes.values() if size > PERSISTENT)
-        yield Traffic("gradients", "reduce-scatter", ranks, micro * width * sum(padded_sizes))
+        yield Traffic("gradients", "reduce-scatter", ranks, micro * summed * sum(padded_sizes))
         gathered = (2 * micro - 1) * large + sum(padded_sizes)
         yield Traffic("weights, at most", "all-gather", ranks, width * gathered)
 

@@ -49,7 +49,7 @@ def train_step(
     if norm is None:
         raise AssertionError("the engine did not update the weights at the last micro-batch")
     loss = total.double() / stage.topology.dp
-    return torch.stack((loss, torch.as_tensor(norm, dtype=loss.dtype, device=loss.device)))
+    return torch.stack((loss, norm.to(loss)))
 
 
 def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | None) -> float:

@@ -127,7 +127,7 @@ def step(stage: Stage) -> tuple[float, float]:
     loss = cross_entropy(forward(stage, ids), labels, CONFIG.vocab_size, topology)
     loss = loss / labels.numel()
     stage.engine.backward(loss)
-    norm = stage.engine.step(lr=3e-3)
+    norm = stage.engine.step(lr=3e-3).item()
     total = loss.detach() / topology.dp
     dist.all_reduce(total, group=topology.dp_group)
     return total.item(), norm

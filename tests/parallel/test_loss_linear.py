@@ -211,7 +211,7 @@ def train(built: Built, loss_of: Loss) -> tuple[list[float], list[float], Weight
             built.engine.backward(loss / LENGTH)
             norm = built.engine.step(LR)
             losses.append(loss.item())
-        norms.append(norm)
+        norms.append(norm.item())
     built.engine.train(False)
     with torch.no_grad():
         losses.append(loss_of(built, ids[:1], labels[:1]).item())

@@ -90,7 +90,7 @@ def compare(config: ModelConfig, measure: Measure, case: tuple) -> dict[str, Any
     ids, labels = measure.ids[mine], measure.labels[mine]
     logits = engine.forward(ids, torch.arange(8).expand_as(ids), None)
     engine.backward(cross_entropy(logits, labels, config.vocab_size, topology) / labels.numel())
-    norm = engine.step(lr=1e-3)
+    norm = engine.step(lr=1e-3).item()
     parts = [torch.empty_like(logits) for _ in range(topology.tp)]
     dist.all_gather(parts, logits.detach(), group=topology.tp_group)
     whole = torch.cat(parts, dim=-1)

@@ -66,7 +66,7 @@ def spoilt_step(built: Built, rank: int, what: float) -> float:
         built.engine.backward(loss)
         norm = built.engine.step(LR)
     assert norm is not None
-    return norm
+    return norm.item()
 
 
 def skip(case: Case, scaled: bool) -> tuple[list[float], bool, bool]:

@@ -154,10 +154,8 @@ def test_checkpointing_computes_a_forward_pass_more() -> None:
 def test_what_zero_costs() -> None:
     """All exposed where nothing overlaps; ZeRO 1 reduces once a step, ZeRO 2 in each micro batch,
     ZeRO 0 sums (twice the bytes), and holds all of Adam's state."""
-    times = {
-        zero: seconds(replace(WORK, zero_stage=zero, overlap=False, accumulation=4))
-        for zero in (0, 1, 2)
-    }
+    exposed = replace(WORK, overlap_grad_reduce=False, overlap_param_gather=False, accumulation=4)
+    times = {zero: seconds(replace(exposed, zero_stage=zero)) for zero in (0, 1, 2)}
     group = data_group(cluster(), 64, 1)
     once = group.one_way(2 * SEVEN.parameters)
     assert times[0].zero_exposed == pytest.approx(2 * once)

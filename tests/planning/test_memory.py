@@ -26,6 +26,7 @@ MODEL = {
 LENGTH = 32
 LAYER = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64 + 2 * 64
 PARAMETERS = 2 * 100 * 64 + 64 + 2 * LAYER
+LARGEST = 100 * 64
 SLICE = 2 * 50 * 64 + 64 + 2 * (LAYER // 2 + 64)
 """Fractions for two tensor-parallel ranks: norms are replicated, everything else is split."""
 
@@ -62,11 +63,11 @@ def parts(found: StageMemory) -> tuple[int, int, int, int, int]:
     [
         (0, True, 12.0, 2.0, 0.0, 4.0, 4.0),
         (0, False, 12.0, 0.0, 0.0, 4.0, 4.0),
-        (1, True, 3.0, 2.0, 0.0, 6.0, 2.0),
-        (1, False, 3.0, 4.0, 0.0, 4.0, 4.0),
-        (2, True, 3.0, 2.0, 0.0, 1.0, 4.0),
-        (2, False, 3.0, 4.0, 0.0, 1.0, 8.0),
-        (3, True, 3.0, 0.5, 2.0, 1.0, 4.0),
+        (1, True, 3.0, 2.0, 0.0, 4.0, 0.0),
+        (1, False, 3.0, 4.0, 0.0, 4.0, 0.0),
+        (2, True, 3.0, 2.0, 0.0, 1.0, 1.0),
+        (2, False, 3.0, 4.0, 0.0, 1.0, 1.0),
+        (3, True, 3.0, 0.5, 2.0, 1.0, 10.0),
         (3, False, 3.0, 0.0, 4.0, 1.0, 8.0),
     ],
 )
@@ -79,10 +80,17 @@ def test_bytes_of_each_parameter_on_four_ranks(
     gradients: float,
     buckets: float,
 ) -> None:
-    """All sizes here are multiples of 4: ranks hold equally many."""
+    """Sizes are multiples of 4: ranks hold equally many. ZeRO 1 and 2 hold one gradient more."""
     found = memory(zero, bf16=bf16)
     expected = [PARAMETERS * each for each in (state, weights, gathered, gradients, buckets)]
+    expected[4] += (2 if bf16 else 4) * LARGEST * (zero in (1, 2))
     assert list(parts(found)) == expected
+
+
+def test_sums_in_bf16_are_half_as_large_but_copies() -> None:
+    staged = PARAMETERS // 2 + 2 * LARGEST  # two buckets of an eighth
+    for zero, expected in enumerate((4 * PARAMETERS, staged, staged, 4 * PARAMETERS)):
+        assert memory(zero, communication_data_type="bf16").buckets == expected
 
 
 @pytest.mark.parametrize(
@@ -90,8 +98,8 @@ def test_bytes_of_each_parameter_on_four_ranks(
     [
         (0, True, 0.0, 4.0),
         (1, True, 4.0, 4.0),
-        (1, False, 0.0, 4.0),
-        (2, True, 0.0, 1.0),
+        (1, False, 4.0, 4.0),
+        (2, True, 2.0, 2.0),
         (3, True, 3.0, 3.0),
         (3, False, 5.0, 5.0),
     ],
@@ -119,7 +127,7 @@ def test_masters_on_the_cpu_are_not_the_weights_that_compute() -> None:
 
 def test_tensor_parallel_ranks_hold_a_slice() -> None:
     found = memory(2, tensor_model_parallel_size=2)
-    assert parts(found) == (6 * SLICE, 2 * SLICE, 0, 2 * SLICE, 4 * SLICE)
+    assert parts(found) == (6 * SLICE, 2 * SLICE, 0, 2 * SLICE, SLICE + 2 * LARGEST // 2)
 
 
 def test_the_rank_that_holds_most_counts() -> None:
@@ -163,24 +171,23 @@ def test_what_is_configured_is_what_counts() -> None:
 
 
 def test_a_step_is_highest_at_the_loss_or_at_the_end() -> None:
-    """ZeRO 1 in bf16: bytes per parameter 3 of state, 2 of weights, 4 that sum up gradients; at the
-    end 2 more of gradients, 2 of the bucket, and one layer."""
+    """ZeRO 1 in bf16: bytes per parameter 3 of state, 2 of weights, 4 of gradients; at the end one
+    gradient of autograd, and one layer."""
     layer = TOKENS * (2 * (4 * 64 + PER_TOKEN) + 4 * 4)
     found = memory(1)
     assert found.at_loss == 9 * PARAMETERS + found.activations + found.logits
-    assert found.at_end == 13 * PARAMETERS + layer
+    assert found.at_end == 9 * PARAMETERS + 2 * LARGEST + layer
     assert found.training == max(found.at_loss, found.at_end)
     full = memory(1, activation_checkpointing="full")
     assert full.at_loss == 9 * PARAMETERS + full.activations_checkpointed + full.logits
-    assert full.at_end == 13 * PARAMETERS + layer + TOKENS * 2 * 64
-    # One rank under ZeRO 1: of 4 bytes each state (3), weights, gradients and their bucket.
+    assert full.at_end == 9 * PARAMETERS + 2 * LARGEST + layer + TOKENS * 2 * 64
+    # One rank under ZeRO 1: of 4 bytes each state (3), weights and gradients.
     alone = memory(1, world=1, bf16=False)
     layer = TOKENS * (4 * (4 * 64 + PER_TOKEN) + 4 * 4)
-    assert alone.at_end == 24 * PARAMETERS + layer
-    # Under ZeRO 2 gradients leave the bucket at the end, unless they are summed up before.
-    split = [memory(2, sequences=n).at_end for n in (8, 16)]
+    assert alone.at_end == 20 * PARAMETERS + 4 * LARGEST + layer
+    # ZeRO 2: state (3), weights (2), a quarter of the gradients, and two staging buckets.
     layer = TOKENS * (2 * (4 * 64 + PER_TOKEN) + 4 * 4)
-    assert split == [9 * PARAMETERS + layer, 10 * PARAMETERS + layer]
+    assert memory(2).at_end == 7 * PARAMETERS + 2 * LARGEST + layer
 
 
 @pytest.mark.parametrize(("tp", "rows"), [(1, 101), (2, 51)])
@@ -269,7 +276,7 @@ def test_activations_on_a_cpu(attention: str) -> None:
     ("zero", "bf16", "each"),
     [
         (0, True, 12.0),
-        (1, True, 9.0),
+        (1, True, 5.0),
         (1, False, 7.0),
         (2, True, 5.0),
         (3, True, 4.5),

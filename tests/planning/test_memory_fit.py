@@ -50,7 +50,7 @@ SAVING = (
     ("more", "world", "part", "tried"),
     [
         (
-            (), 8, "gradients and their buckets",
+            (), 8, "gradients",
             "zero_stage: 2 or higher, a larger tensor_model_parallel_size",
         ),
         (("parallel.zero_stage=3",), 1, "fp32 masters and moments", "more ranks"),

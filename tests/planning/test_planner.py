@@ -48,8 +48,8 @@ def test_the_papers_growth() -> None:
     assert growth.state == "reset"
     assert growth.advised_tokens == pytest.approx(12.2e9, rel=0.01)
     assert growth.outside_fit is None
-    # In GiB: an eighth of 12 bytes of both, 2 + 4 bytes of the target, 64 MiB.
-    expected = (12 * (BASE + TARGET) / 8 + 6 * TARGET) / 2**30 + 1 / 16
+    # In GiB: an eighth of 12 bytes of both, 2 bytes of the target, 64 MiB.
+    expected = (12 * (BASE + TARGET) / 8 + 2 * TARGET) / 2**30 + 1 / 16
     assert growth.peak_bytes / 2**30 == pytest.approx(expected, rel=1e-6)
 
 

@@ -30,6 +30,7 @@ KINDS = {
     "all_reduce": "all-reduce",
     "all_gather": "all-gather",
     "all_gather_into_tensor": "all-gather",
+    "reduce": "reduce-scatter",
     "reduce_scatter_tensor": "reduce-scatter",
 }
 
@@ -67,6 +68,7 @@ def count_a_step(run: RunConfig) -> tuple[Counter, list[Traffic]]:
             found["tp" if group is stage.topology.tp_group else "dp", kind] += size
 
     watch(dist, "all_reduce", seen)
+    watch(dist, "reduce", seen)
     watch(dist, "all_gather", seen)
     watch(dist, "all_gather_into_tensor", seen)
     watch(deepspeed_comm.cdb, "all_gather_into_tensor", seen)

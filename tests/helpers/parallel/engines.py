@@ -40,6 +40,7 @@ class Case:
     bf16: bool = False
     sequence_parallel: bool = False
     recompute: str = "none"
+    communication: str = "fp32"
 
 
 @dataclass
@@ -76,7 +77,7 @@ class Built:
             self.engine.backward(loss)
             norm = self.engine.step(lr)
         assert norm is not None
-        return norm
+        return norm.item()
 
     def release(self) -> None:
         """Frees the engine."""
@@ -99,6 +100,7 @@ def build(
             offload_optimizer=case.offload,
             sequence_parallel=case.sequence_parallel,
             activation_checkpointing=case.recompute,
+            communication_data_type=case.communication,
         ),
         BatchConfig(global_batch_size=BATCH, micro_batch_size=1),
         optimizer,
