@@ -260,8 +260,8 @@ def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState
 
     Rewinds instead if the model cannot be grown.
     """
-    fixed, sequences = job.inputs.fixed, stage.config.batch.global_batch_size
-    loss_of = partial(fixed_loss, fixed=fixed, sequences=sequences)
+    fixed = job.inputs.fixed
+    loss_of = partial(fixed_loss, fixed=fixed)
     clock = time.perf_counter()
     job.watchdog.beat(f"the growth after step {state.counters.step}", long=True)
     reason = unfit_reason(job.run, stage, state, fixed)
@@ -285,9 +285,8 @@ def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState
         flops_true=cost.flops_true,
     ).add_lost_time(time.perf_counter() - clock)
     job.run_logger.growth(state, report, losses[0], losses[1], difference)
-    growth = stage.config.growth
-    if growth is not None and report.preserves_function:
-        check_preserved(growth, state.counters.step, losses, difference, job.device)
+    if report.preserves_function:
+        check_preserved(run, stage, state.counters.step, losses, difference)
     job = replace(job, run=run)
     _prepare(job, stage)
     return job, stage, state

@@ -127,5 +127,6 @@ class GrowthConfig(Section):
     """`learn_*`: training of the operator."""
     probe: ProbeConfig | None = None
     """Operator search over several operators; replaces `operator`."""
-    tolerance: float = Field(default=1e-3, gt=0)
-    """Maximum change of the loss on a fixed batch at a growth that preserves the function."""
+    tolerance: float | None = Field(default=None, gt=0)
+    """Maximum change of the loss on a fixed batch, and of the KL divergence, at a growth that
+    preserves the function, in nats; null derives it from the precision."""

@@ -124,7 +124,8 @@ class BatchReader:
     ) -> None:
         self._stream = stream
         self._mask = mask
-        self._length = data_config.sequence_length
+        self.length = data_config.sequence_length
+        """Tokens of a sequence."""
         self._reset_positions = data_config.reset_position_ids
         self._reset_attention = data_config.reset_attention_mask
         self._vocab_size = vocab_size
@@ -133,7 +134,7 @@ class BatchReader:
 
     def read(self, position: int, sequence_indices: Sequence[int]) -> Batch:
         """Read the given sequences of the global batch that starts at `position`."""
-        rows = [self._read_row(position + j * self._length) for j in sequence_indices]
+        rows = [self._read_row(position + j * self.length) for j in sequence_indices]
         boundaries = np.stack([row.boundaries for row in rows])
         return Batch(
             input_ids=torch.from_numpy(np.stack([row.inputs for row in rows])),
@@ -145,7 +146,7 @@ class BatchReader:
         )
 
     def _read_row(self, position: int) -> Tokens:
-        row = self._stream.read(position, self._length)
+        row = self._stream.read(position, self.length)
         bad_inputs = _outside(row.inputs, self._vocab_size)
         # A label is the next token of the file, which is an input of another sequence.
         bad_labels = _outside(row.labels, self._vocab_size) & (row.labels != NO_LABEL)
@@ -154,7 +155,7 @@ class BatchReader:
         if np.any(bad_labels):
             self._raise_bad_id(position, int(np.argmax(bad_labels)), row.labels, 1)
         if self._mask is not None:
-            counted = self._mask.read(position, self._length).labels == 1
+            counted = self._mask.read(position, self.length).labels == 1
             row.labels[~counted] = NO_LABEL
         return row
 
@@ -168,7 +169,7 @@ class BatchReader:
 
     def _position_ids(self, boundaries: np.ndarray) -> np.ndarray:
         """Return position ids, int64 [sequences, length], from bool [sequences, length]."""
-        positions = np.broadcast_to(np.arange(self._length), boundaries.shape)
+        positions = np.broadcast_to(np.arange(self.length), boundaries.shape)
         if not self._reset_positions:
             return positions.copy()
         starts = np.where(boundaries, positions, 0)

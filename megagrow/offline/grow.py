@@ -32,6 +32,8 @@ _FIXED_BYTES = 12 * 2**20
 
 _BYTES_PER_ELEMENT = 48
 """Bytes held per element of a piece in the worst case: fp64 copies (dense terms)."""
+TEXT_TOLERANCE = 1e-3
+"""Maximum change of the loss on a text, in nats, by an operator that preserves the function."""
 
 
 def grow_files(request: Request, console: Console) -> None:
@@ -209,7 +211,8 @@ def _compare(plan: ConversionPlan, before: float, after: float, console: Console
     Raises ConfigError if they differ although the growth preserves the function.
     """
     print_lines(console, [f"loss on the text: source {before:.6f}, target {after:.6f}"])
-    tolerance = 1e-3 if plan.options is None else plan.options.tolerance
+    tolerance = None if plan.options is None else plan.options.tolerance
+    tolerance = TEXT_TOLERANCE if tolerance is None else tolerance
     if plan.growth.preserves_function and abs(after - before) > tolerance:
         raise ConfigError(
             f"{plan.operators} must preserve the function, but the loss on the text changed "

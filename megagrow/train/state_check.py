@@ -2,24 +2,31 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import RunConfig
 from megagrow.data.batches import BatchReader
 from megagrow.errors import ConfigError
+from megagrow.model.backends import uses_bf16
 from megagrow.model.masks import Masks
-from megagrow.parallel.agreement import any_across_ranks
+from megagrow.parallel.agreement import any_across_ranks, run_on_all_ranks
 from megagrow.train.stage import Stage, masks_now
 from megagrow.train.step import mean_loss, model_inputs
 from megagrow.train.train_state import RunState
 
 POSITIONS = 256
 """Positions compared; full-vocabulary logits of each are kept on every rank."""
+LEAST_TOKENS = 512
+"""Minimum number of tokens of the fixed batch: on fewer tokens rounding errors hardly average out,
+and the tolerance would have to be so large that it hides a wrong growth."""
+ROUNDING = {True: 2.0**-5, False: 2.0**-16}
+"""Standard deviation of the rounding error of a logit relative to the spread of the logits; key:
+True for bf16 (8 units of roundoff), False for fp32 (256 units)."""
 
 
 def unfit_reason(run: RunConfig, stage: Stage, state: RunState, fixed: BatchReader) -> str | None:
@@ -33,21 +40,25 @@ def unfit_reason(run: RunConfig, stage: Stage, state: RunState, fixed: BatchRead
     if name is not None:
         return f"{name} is not finite"
     if state.stage_tokens >= stage.config.tokens and stage.index + 1 < len(run.stages):
-        sequences = stage.config.batch.global_batch_size
-        loss = fixed_loss(run, stage, state.stage_tokens, fixed, sequences)
+        loss = fixed_loss(run, stage, state.stage_tokens, fixed)
         if any_across_ranks(not math.isfinite(loss), stage.topology.device):
             return "the loss before the growth is not finite"
     return None
 
 
-def fixed_loss(
-    run: RunConfig, stage: Stage, stage_tokens: int, fixed: BatchReader, sequences: int
-) -> float:
-    """Return the mean loss on the first sequences of a stream, in nats. Collective.
+def fixed_loss(run: RunConfig, stage: Stage, stage_tokens: int, fixed: BatchReader) -> float:
+    """Return the mean loss on the fixed batch, in nats. Collective.
 
     `stage_tokens` are the tokens of the stage so far, which determine the masks.
     """
+    sequences = fixed_tokens(run) // run.data.sequence_length
     return mean_loss(stage, fixed, sequences, masks_now(run, stage, stage_tokens))
+
+
+def fixed_tokens(run: RunConfig) -> int:
+    """Return the number of tokens of the fixed batch, the same for all growths of a run."""
+    length = run.data.sequence_length
+    return length * max(run.stages[0].batch.global_batch_size, -(-LEAST_TOKENS // length))
 
 
 def non_finite(stage: Stage) -> str | None:
@@ -84,18 +95,23 @@ class Change(NamedTuple):
     """Mean over positions of KL(source || grown), in nats."""
     logits: float
     """Largest absolute difference of a logit."""
+    spread: float
+    """Standard deviation over the vocabulary of the source's logits, root mean square over
+    positions."""
 
 
 def predictions(stage: Stage, reader: BatchReader, masks: Masks | None) -> Tensor:
-    """Return the logits of the first sequence of a stream: (positions, vocab) fp32 on the CPU.
+    """Return the logits of the first sequences of a stream: (positions, vocab) fp32 on the CPU.
 
     The result is the same on all ranks. `masks` are this rank's. Collective.
     """
-    batch, topology = reader.read(0, [0]), stage.topology
+    topology = stage.topology
+    sequences = list(range(-(-POSITIONS // reader.length)))
+    batch = run_on_all_ranks(partial(reader.read, 0, sequences))
     stage.engine.train(False)
     with torch.no_grad():
         inputs = model_inputs(batch, stage.ops, topology.device)
-        logits = stage.engine.forward(*inputs, masks)[0, -POSITIONS:].float()
+        logits = stage.engine.forward(*inputs, masks).flatten(0, 1)[-POSITIONS:].float()
     stage.engine.train()
     parts = [torch.empty_like(logits) for _ in range(topology.tp)]
     dist.all_gather(parts, logits.contiguous(), group=topology.tp_group)
@@ -107,28 +123,57 @@ def change(before: Tensor, after: Tensor) -> Change:
     after = after[:, : before.shape[1]]
     source, grown = (x.double().log_softmax(1) for x in (before, after))
     kl = (source.exp() * (source - grown)).sum(1).mean()
-    return Change(float(kl), float((before - after).abs().max()))
+    spread = before.double().var(1, correction=0).mean().sqrt()
+    return Change(float(kl), float((before - after).abs().max()), float(spread))
+
+
+class Tolerance(NamedTuple):
+    """Largest changes, in nats, that rounding explains at a growth that preserves the function."""
+
+    loss: float
+    kl: float
+
+
+def rounding_tolerance(spread: float, loss: float, tokens: int, bf16: bool) -> Tolerance:
+    """Return the tolerance of a precision; derivation in docs/reference/operators.md.
+
+    Args:
+        spread: `Change.spread`.
+        loss: loss before the growth.
+        tokens: number of tokens that it is the mean of.
+        bf16: True for bf16, False for fp32.
+    """
+    error = ROUNDING[bf16] * spread
+    sum_error = 2.0**-20 * abs(loss)
+    return Tolerance(4 * error / tokens**0.5 + error**2 / 2 + sum_error, error**2)
 
 
 def check_preserved(
-    growth: GrowthConfig, step: int, losses: Sequence[float], change: Change, device: torch.device
+    run: RunConfig, stage: Stage, step: int, losses: Sequence[float], change: Change
 ) -> None:
     """Raise ConfigError if an operator that should preserve the function changed it. Collective.
 
     Args:
-        growth: the growth.
+        run: the run.
+        stage: the grown stage.
         step: step of the run.
-        losses: losses on a fixed batch before and after the growth.
+        losses: losses on the fixed batch before and after the growth.
         change: change of the prediction.
-        device: device of this rank.
     """
-    before, after = losses
-    moved = max(abs(after - before), change.kl)
-    if any_across_ranks(not moved <= growth.tolerance, device):
+    growth, (before, after) = stage.config.growth, losses
+    assert growth is not None
+    bf16, tokens = uses_bf16(run, stage.topology.device), fixed_tokens(run)
+    allowed = rounding_tolerance(change.spread, before, tokens, bf16)
+    basis = f"the rounding of {'bf16' if bf16 else 'fp32'} explains on {tokens} tokens"
+    if growth.tolerance is not None:
+        allowed = Tolerance(growth.tolerance, growth.tolerance)
+        basis = f"growth.tolerance = {growth.tolerance} allows"
+    preserved = abs(after - before) <= allowed.loss and change.kl <= allowed.kl
+    if any_across_ranks(not preserved, stage.topology.device):
         raise ConfigError(
             f"the growth at step {step} by {' with '.join(growth.operator)} should preserve the "
             f"function, but the loss on a fixed batch changed from {before:.6f} to {after:.6f} (KL "
-            f"{change.kl:.2e}), more than growth.tolerance = {growth.tolerance}; no step was taken "
-            "and the checkpoint before the growth is intact: raise the tolerance if the precision "
-            "explains the difference, otherwise report a bug"
+            f"{change.kl:.2e}), more than {basis} ({allowed.loss:.2e}, KL {allowed.kl:.2e}); no "
+            "step was taken and the checkpoint before the growth is intact: set growth.tolerance "
+            "if the precision explains the difference, otherwise report a bug"
         )
