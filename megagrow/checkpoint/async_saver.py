@@ -1,15 +1,14 @@
 """Background checkpoint saves, one at a time.
 
-The state is copied to host memory, then a thread of each rank writes, hashes and syncs its copy.
-The thread does not communicate. When the training loop's per-step vote shows that all ranks are
-done, they publish the checkpoint together.
+A thread of each rank copies the state to host memory (`snapshot.py`), then writes, hashes and syncs
+its copy. The thread does not communicate. When the training loop's per-step vote shows that all
+ranks are done, they publish the checkpoint together.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -19,6 +18,7 @@ from megagrow.checkpoint.listing import problems_of
 from megagrow.checkpoint.manifest import Manifest
 from megagrow.checkpoint.save import Save
 from megagrow.checkpoint.shards import own_tensors
+from megagrow.checkpoint.snapshot import Snapshot
 from megagrow.common.background import BackgroundCall
 from megagrow.common.checksums import Files
 from megagrow.parallel.sharding import Storage
@@ -40,12 +40,16 @@ class Saved:
 
 
 class Saver:
-    """Saves of a run. `begin` and `finish` are collective."""
+    """Saves of a run. `begin` and `finish` are collective.
+
+    After `begin` of a background save, `wait_for_copy` must be called before the state changes.
+    """
 
     def __init__(self, directory: Path, device: torch.device) -> None:
         self._directory = directory
         self._snapshot = Snapshot(device)
         self._current: _Current | None = None
+        self._stall = 0.0
 
     def begin(
         self,
@@ -67,22 +71,31 @@ class Saver:
         save = Save(self._directory, step)
         tensors = own_tensors(layout, storage, dist.get_rank())
         save.begin(tensors)
-        if background:
-            tensors = self._snapshot.take(tensors)
         share = slice(dist.get_rank(), None, dist.get_world_size())
-        writing = BackgroundCall(
-            lambda: _Written.of(save, tensors, verify, share), name="checkpoint"
-        )
+
+        def write() -> _Written:
+            copies = self._snapshot.copy(tensors) if background else tensors
+            return _Written.of(save, copies, verify, share)
+
+        writing = BackgroundCall(write, name="checkpoint")
         if background:
+            self._snapshot.begin()
             writing.start()
         else:
             writing.run()
-        self._current = _Current(save, manifest, writing, begun, time.perf_counter() - begun)
+        self._current = _Current(save, manifest, writing, begun)
+        self._stall = time.perf_counter() - begun
 
     def prepare(self, layout: Layout, storage: Storage) -> None:
-        """Allocate the snapshot memory for this state in the background; local to the rank."""
+        """Allocate the snapshot memory of this state in the background; local to the rank."""
         tensors = own_tensors(layout, storage, dist.get_rank())
         self._snapshot.reserve(sum(tensor.numel() for tensor in tensors.values()))
+
+    def wait_for_copy(self) -> None:
+        """Wait until the state may change; local to the rank."""
+        begun = time.perf_counter()
+        self._snapshot.wait()
+        self._stall += time.perf_counter() - begun
 
     @property
     def writing(self) -> bool:
@@ -116,7 +129,7 @@ class Saver:
         return Saved(
             current.save.final,
             made[0],
-            current.stall + now - begun,
+            self._stall + now - begun,
             now - current.begun,
             verified,
         )
@@ -150,54 +163,3 @@ class _Current:
     manifest: Manifest
     writing: BackgroundCall[_Written]
     begun: float
-    stall: float
-
-
-class Snapshot:
-    """Buffer for snapshots, reused by every copy; pinned if there is a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._buffer = torch.empty(0)
-        self._making: Thread | None = None
-
-    def reserve(self, elements: int) -> None:
-        """Allocate a buffer of this many elements in a thread.
-
-        Allocating memory takes several times as long as copying into it, so it runs in parallel to
-        training.
-        """
-        self._wait()
-        self._making = Thread(target=self._make, args=(elements,), name="snapshot", daemon=True)
-        self._making.start()
-
-    def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy 1-D fp32 tensors; the copies are valid until the next call."""
-        self._wait()
-        elements = sum(tensor.numel() for tensor in tensors.values())
-        if self._buffer.numel() < elements:
-            self.release()
-            self._make(elements)
-        copies, begin = {}, 0
-        for name, tensor in tensors.items():
-            copies[name] = self._buffer[begin : begin + tensor.numel()]
-            copies[name].copy_(tensor, non_blocking=True)
-            begin += tensor.numel()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return copies
-
-    def release(self) -> None:
-        """Release the buffer; the copies must not be in use."""
-        self._wait()
-        self._buffer = torch.empty(0)
-
-    def _make(self, elements: int) -> None:
-        pinned = self._device.type == "cuda"
-        # The first write allocates the memory.
-        self._buffer = torch.empty(elements, dtype=torch.float32, pin_memory=pinned).zero_()
-
-    def _wait(self) -> None:
-        if self._making is not None:
-            self._making.join()
-            self._making = None

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 
 from megagrow.checkpoint.discovery import list_checkpoints, step_of
 from megagrow.checkpoint.manifest import has_right_sizes, parse_manifest
 from megagrow.checkpoint.removal import remove_unfinished, try_to_remove, warn_kept
+from megagrow.common.background import BackgroundCall
 from megagrow.errors import InputError
 
 
@@ -71,7 +71,7 @@ class Pruner:
     def __init__(self, directory: Path, retention: Retention) -> None:
         self._directory, self._retention = directory, retention
         self._results: dict[Path, bool] = {}
-        self._removing: Thread | None = None
+        self._removing: BackgroundCall[None] | None = None
 
     def record(self, path: Path, valid: bool) -> None:
         """Record the result of a verification."""
@@ -93,14 +93,14 @@ class Pruner:
         A checkpoint has one file per rank, and the other ranks would wait for their removal.
         """
         self.wait()
-        self._removing = Thread(target=self._prune, name="pruning", daemon=True)
+        self._removing = BackgroundCall(self._prune, name="pruning")
         self._removing.start()
 
     def wait(self) -> None:
         """Wait for the removal; required before any other access to the directory."""
         if self._removing is not None:
-            self._removing.join()
-            self._removing = None
+            removing, self._removing = self._removing, None
+            removing.result()
 
     def _prune(self) -> None:
         prune_checkpoints(self._directory, self._retention, self._is_valid)

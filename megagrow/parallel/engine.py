@@ -6,7 +6,7 @@ written weights to the forward weights.
 """
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -107,6 +107,10 @@ class ZeroEngine:
         if boundary and self.zero_stage > 0:
             norm = torch.as_tensor(self._engine.get_global_grad_norm())
         return norm
+
+    def before_update(self, action: Callable[[], None]) -> None:
+        """Call `action` before each update, the only change of the state of a ready engine."""
+        self._adam.register_step_pre_hook(lambda *_: action())
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation mode, as nn.Module.train."""

@@ -110,6 +110,7 @@ class Checkpointer:
         storage = stage.engine.storage()
         if self._run.checkpoint.background:
             self._saver.prepare(stage.layout, storage)
+            stage.engine.before_update(self._saver.wait_for_copy)
         needed = total_bytes(own_tensors(stage.layout, storage, self._rank))
         if self._rank == 0:
             try:

@@ -5,7 +5,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import megagrow.checkpoint.save
-from megagrow.checkpoint.async_saver import Snapshot
 from megagrow.checkpoint.save import Save
 from megagrow.checkpoint.shards import own_tensors, planned_shard, write_shard
 from megagrow.errors import CheckpointError
@@ -49,25 +48,6 @@ def test_a_disk_that_refuses_is_named_with_the_file(tmp_path):
     with pytest.raises(OSError, match=r"Is a directory: '.*file'"):
         (tmp_path / "file").mkdir()
         write_shard(tmp_path / "file", tensors_of(0))
-
-
-@pytest.mark.parametrize("reserved", [0, 10**6], ids=["too little", "enough"])
-def test_a_snapshot_stays_while_the_state_moves_on(reserved):
-    snapshot = Snapshot(torch.device("cpu"))
-    snapshot.reserve(elements=reserved)
-    first, second = tensors_of(0, seed=1), tensors_of(0, seed=2)
-    taken = snapshot.take(first)
-    place = taken["model.norm.weight.fp32"].data_ptr()
-    for name, tensor in first.items():
-        kept = tensor.clone()
-        tensor.zero_()
-        assert torch.equal(taken[name], kept) and taken[name].data_ptr() != tensor.data_ptr()
-    again = snapshot.take(second)
-    assert again["model.norm.weight.fp32"].data_ptr() == place, "one buffer serves every save"
-    assert all(torch.equal(again[name], tensor) for name, tensor in second.items())
-    snapshot.release()
-    larger = second | {"more": torch.ones(5)}
-    assert all(torch.equal(t, larger[name]) for name, t in snapshot.take(larger).items())
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -11,6 +11,7 @@ from torch import Tensor
 from megagrow.config.schema import ModelConfig
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.parallel.loss import cross_entropy
+from megagrow.parallel.sharding import Storage
 from megagrow.reshard.fill import fill_initial
 from megagrow.reshard.layout import Layout
 from megagrow.train.stage import Stage, build_stage, check_layout
@@ -40,6 +41,8 @@ class Found:
     first_update: float
     """Norm of the first clipped gradient."""
     weights: State
+    unchanged: dict[int, bool]
+    """For each step, True if the state was that of the step before when the update began."""
 
 
 def train(folder: Path, zero: int, tp: int, precision: str) -> Found:
@@ -58,7 +61,14 @@ def train(folder: Path, zero: int, tp: int, precision: str) -> Found:
     fill_initial(stage.layout, rank, storage, seed=1)
     stage.engine.ready(adam_step=0)
     forward, losses, norms = [distance(stage)], [], []
+    kept, unchanged = clones(storage), dict[int, bool]()
+
+    def update() -> None:  # more than once a step under ZeRO 3
+        unchanged.setdefault(len(losses), same(storage, kept))
+
+    stage.engine.before_update(update)
     for _ in range(STEPS):
+        kept = clones(storage)
         loss, norm = step(stage)
         losses.append(loss)
         norms.append(norm)
@@ -68,7 +78,11 @@ def train(folder: Path, zero: int, tp: int, precision: str) -> Found:
     dtypes = {v.dtype for kinds in stage.engine.storage().values() for v in kinds.values()}
     counts, weights = (steps, stage.engine.adam_step), state_of(stage)
     stage.release()
-    return Found(dtypes, written, counts, forward, losses, norms, first, weights)
+    return Found(dtypes, written, counts, forward, losses, norms, first, weights, unchanged)
+
+
+def clones(storage: Storage) -> Storage:
+    return {name: {kind: v.clone() for kind, v in kinds.items()} for name, kinds in storage.items()}
 
 
 def write_random(stage: Stage) -> bool:
@@ -180,6 +194,7 @@ def test_it_learns_alike_on_all_ranks_and_in_every_layout(found, case):
     for rank in found:
         assert rank[case].losses == first.losses and rank[case].norms == first.norms
         assert same(rank[case].weights, first.weights)
+        assert rank[case].unchanged == dict.fromkeys(range(STEPS), True), "a copy may be under way"
     assert first.losses == sorted(first.losses, reverse=True)
     assert first.losses[0] - first.losses[-1] > 0.05
     assert first.losses == pytest.approx(reference.losses, rel=close)

@@ -11,6 +11,7 @@ import pytest
 from megagrow.checkpoint.discovery import list_checkpoints, step_of
 from megagrow.checkpoint.retention import Pruner
 from megagrow.checkpoint.save import Save
+from megagrow.checkpoint.snapshot import Snapshot
 from megagrow.config.schema import RunConfig
 from megagrow.train.loop import StepDone
 from megagrow.train.reporting.metrics import read_metrics
@@ -40,10 +41,25 @@ def completed(run: RunConfig, hook: Hook | None = None) -> list[dict[str, Any]]:
 
 
 def held_until(step: int) -> Hook:
-    """Rank 1 does not write the first checkpoint before it has trained some more steps."""
+    """Rank 1 does not write the first checkpoint before it has trained some more steps.
+
+    No rank copies its state before the next update waits for the copy.
+    """
 
     def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
         write, record, reached = Save.write, RunLogger.step, threading.Event()
+        copy, wait, waits = Snapshot.copy, Snapshot.wait, threading.Event()
+
+        def late(self: Snapshot, tensors: Any) -> Any:
+            if not waits.wait(timeout=30):
+                raise OSError("the update did not wait for the copy")
+            return copy(self, tensors)
+
+        def waiting(self: Snapshot) -> None:
+            if not self._copied.is_set():
+                waits.set()
+            wait(self)
+            waits.clear()
 
         def held(self: Save, tensors: Any) -> Any:
             if rank == 1 and self.step == 3 and not reached.wait(timeout=30):
@@ -55,6 +71,8 @@ def held_until(step: int) -> Hook:
             if event.state.counters.step == step:
                 reached.set()
 
+        patch.setattr(Snapshot, "copy", late)
+        patch.setattr(Snapshot, "wait", waiting)
         patch.setattr(Save, "write", held)
         patch.setattr(RunLogger, "step", step_done)
 

@@ -12,7 +12,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,6 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from megagrow.checkpoint import shards
 from megagrow.checkpoint.async_saver import Saved, Saver
 from megagrow.checkpoint.manifest import Manifest, describe_layout
 from megagrow.checkpoint.retention import Retention, has_right_sizes, prune_checkpoints
@@ -35,8 +33,9 @@ from megagrow.train.stage import Stage, build_stage
 SIZES: dict[str, dict[str, int]] = {
     "46M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 12},
     "168M": {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 12},
+    "421M": {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 32},
 }
-REPEATS = 4
+REPEATS = 3
 """Number of saves of each kind."""
 LENGTH = 64
 """Tokens per sequence; each rank trains one sequence per step."""
@@ -47,9 +46,10 @@ COLUMNS = {
     "MiB": "{mib:.0f}",
     "step s": "{step:.2f}",
     "blocking: stall s": "{blocking:.2f}",
-    "blocking, no checksums: stall s": "{no_checksum:.2f}",
-    "background: stall s": "{stall:.2f}",
-    "background: longest stall s": "{longest:.2f}",
+    "copy first: stall s": "{copied:.3f}",
+    "background: stall s": "{stall:.3f}",
+    "background: longest stall s": "{longest:.3f}",
+    "blocking / background": "{ratio:.0f}",
     "background: until on disk s": "{seconds:.2f}",
     "background: step s meanwhile": "{busy:.2f}",
 }
@@ -58,22 +58,23 @@ COLUMNS = {
 def main(
     output: Annotated[Path, typer.Option(help="The Markdown file.")] = Path("bench_save.md"),
     size: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(SIZES)}.")] = None,
-    ranks: Annotated[list[int] | None, typer.Option(help="Repeatable. Default: 2 and 4.")] = None,
+    ranks: Annotated[list[int] | None, typer.Option(help="Repeatable. Default: 1 and 2.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Folder on the disk to measure.")] = None,
     case: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure saves of a training run under ZeRO 2 on the CPU.
 
-    One run saves the same state several times while training waits, with and without checksums, and
-    several times in the background. The fastest save of each kind counts. All files are synced to
-    disk.
+    One run saves its state several times while training waits, several times in the background
+    after a copy of the state (`copy first`), and several times in the background with the copy made
+    during the next step. The save with the shortest stall of each kind counts. All files are synced
+    to disk and read back.
     """
     if case is not None:
         name, _, path = case.partition(":")
         measure(name, path, output)
         return
     rows: list[list[str]] = []
-    for world in ranks or (2, 4):
+    for world in ranks or (1, 2):
         for name in size or SIZES:
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 launcher = (
@@ -102,19 +103,18 @@ def measure(name: str, folder: str, output: Path) -> None:
     stage.engine.ready(adam_step=0)
     saver = Saver(Path(folder, "checkpoints"), device)
     saver.prepare(stage.layout, stage.engine.storage())
-    steps = [_step(run, stage) for _ in range(4)]
-    blocking, no_checksum = [], []
-    for number in range(0, 2 * REPEATS, 2):
-        blocking.append(_save_blocking(saver, stage, number))
-        with mock.patch.object(shards.xxhash, "xxh3_64", _NoHash):
-            no_checksum.append(_save_blocking(saver, stage, number + 1))
+    stage.engine.before_update(saver.wait_for_copy)
+    steps = [_step(run, stage) for _ in range(3)]
+    blocking, copied, background = list[Saved](), list[Saved](), list[Saved]()
     busy: list[float] = []
-    numbers = range(2 * REPEATS, 3 * REPEATS)
-    background = [_save_in_background(saver, run, stage, number, busy) for number in numbers]
+    for number in range(0, 3 * REPEATS, 3):
+        blocking.append(_save_blocking(saver, stage, number))
+        copied.append(_save_in_background(saver, run, stage, number + 1, [], copy_first=True))
+        background.append(_save_in_background(saver, run, stage, number + 2, busy))
     values: dict[str, Any] = {
         "step": min(steps),
         "blocking": min(saved.stall_seconds for saved in blocking),
-        "no_checksum": min(saved.stall_seconds for saved in no_checksum),
+        "copied": min(saved.stall_seconds for saved in copied),
         "stall": min(saved.stall_seconds for saved in background),
         "longest": max(saved.stall_seconds for saved in background),
         "seconds": min(saved.seconds for saved in background),
@@ -126,6 +126,7 @@ def measure(name: str, folder: str, output: Path) -> None:
     total = sum(record.size for record in blocking[0].manifest.files.values())
     if dist.get_rank() == 0:
         values |= {"size": name, "ranks": world, "mib": total / 2**20}
+        values["ratio"] = values["blocking"] / values["stall"]
         output.write_text(json.dumps(values), encoding="utf-8")
     stage.release()
     leave_process_group()
@@ -166,16 +167,6 @@ def _finish(saver: Saver) -> Saved:
     return saved
 
 
-class _NoHash:
-    """Stand-in for xxh3 that computes no checksum."""
-
-    def update(self, data: memoryview) -> None:
-        """Ignore the data."""
-
-    def hexdigest(self) -> str:
-        return ""
-
-
 def _save_blocking(saver: Saver, stage: Stage, number: int) -> Saved:
     """Save while the training waits."""
     _begin(saver, stage, number, background=False)
@@ -183,10 +174,17 @@ def _save_blocking(saver: Saver, stage: Stage, number: int) -> Saved:
 
 
 def _save_in_background(
-    saver: Saver, run: RunConfig, stage: Stage, number: int, busy: list[float]
+    saver: Saver,
+    run: RunConfig,
+    stage: Stage,
+    number: int,
+    busy: list[float],
+    copy_first: bool = False,
 ) -> Saved:
     """Save in the background; append the seconds of the steps trained meanwhile to `busy`."""
     _begin(saver, stage, number, background=True)
+    if copy_first:
+        saver.wait_for_copy()
     writing = torch.ones(1)
     while writing:
         busy.append(_step(run, stage))
