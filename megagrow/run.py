@@ -189,7 +189,7 @@ def _begin(job: Job) -> tuple[Job, Stage, RunState]:
     found = job.checkpointer.newest()
     run, stage, state, changes, environment = job.begin(job.run, found)
     job.checkpointer.inherit(environment)
-    job.run_logger.start(state, None if found is None else found[0], changes)
+    job.run_logger.start(run, state, None if found is None else found[0], changes)
     step = -1 if found is None else state.counters.step
     run_on_rank_zero(lambda: remove_stored_after(run.output_dir, step))
     job = replace(job, run=run)
@@ -247,7 +247,7 @@ def _save(
     job.watchdog.beat(f"saving the checkpoint of step {state.counters.step}", long=True)
     reason = unfit_reason(job.run, stage, state, job.inputs.fixed)
     if reason is None:
-        return job, stage, job.checkpointer.save(stage, state, wait=stopped)
+        return job, stage, job.checkpointer.save(stage, state, stopped=stopped)
     if not stopped:
         return _rewind(job, stage, state.unstable(), reason)
     if job.launch.rank == 0:

@@ -57,6 +57,8 @@ class Manifest:
     files: Files
     protected: str | None = None
     """Reason why the checkpoint is never pruned, or None."""
+    scheduled: bool = True
+    """False if only a stop of the run caused the save; a rewind prefers other checkpoints."""
     format: int = FORMAT
 
     def read_layout(self) -> Layout:
@@ -158,6 +160,7 @@ def _check_kinds(manifest: Manifest) -> None:
         *((value, dict) for value in (manifest.environment, run.get("counters", {}))),
         (manifest.environment.get("packages", {}), dict),
         (manifest.protected or "", str),
+        (manifest.scheduled, bool),
         *((run.get(name, []), list) for name in lists),
         *((inner, list) for name in lists for inner in run.get(name, [])),
         *((name, str) for names in run.get("operators", []) for name in names),

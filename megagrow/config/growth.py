@@ -122,7 +122,7 @@ class GrowthConfig(Section):
     """Tokens after the growth during which old entries are frozen."""
     ramp_tokens: Count | None = None
     """`random_*`: tokens over which the masks of new parts rise from 0 to 1, one width axis after
-    the other. Default: 5000 steps per axis, at most the length of the stage."""
+    the other. Default: 5000 steps per axis, at most `tokens` of the stage."""
     learn: LearnConfig = LearnConfig()
     """`learn_*`: training of the operator."""
     probe: ProbeConfig | None = None

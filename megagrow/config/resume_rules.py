@@ -22,7 +22,8 @@ class Effect(StrEnum):
     ROUNDING = "rounding only"
     """Losses and weights are equal up to floating-point rounding."""
     FROM_NOW_ON = "from now on"
-    """The later part of the run differs; announced, and recorded in metrics.jsonl."""
+    """The later part of the run differs; announced, and recorded in metrics.jsonl. Retention and
+    interval of checkpoints have an effect only if the run rewinds: they determine its target."""
     CONTRADICTION = "contradiction"
     """The checkpoint would not belong to the run; refused unless the user allows the key."""
     FIXED = "fixed"
@@ -39,10 +40,6 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "stages.N.at_tokens",
         "stages.N.at_flops",
         "stages.N.growth.tolerance",
-        "checkpoint.interval",
-        "checkpoint.keep_last",
-        "checkpoint.keep_every",
-        "checkpoint.keep_before_growth",
         "checkpoint.background",
         "validation.interval",
         "evaluation.interval",
@@ -97,6 +94,10 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "evaluation",
         "evaluation.tasks",
         "evaluation.limit",
+        "checkpoint.interval",
+        "checkpoint.keep_last",
+        "checkpoint.keep_every",
+        "checkpoint.keep_before_growth",
         "guards.max_skipped_steps",
         "guards.max_rewinds",
         "guards.loss_spike",

@@ -43,7 +43,10 @@ class Section(BaseModel):
 
 
 class CheckpointConfig(Section):
-    """Checkpoint interval and retention. The end of each stage and of the run is always saved."""
+    """Checkpoint interval and retention. The end of each stage and of the run is always saved.
+
+    They affect the result only if the run rewinds: they determine its target.
+    """
 
     interval: Count = 1000
     """Steps between checkpoints."""

@@ -113,6 +113,9 @@ class StageConfig(Section):
     tokens_auto: bool = Field(default=False, exclude=True)
     """True if the run file has `tokens: auto`; not a key. `stage_length.py` computes `tokens` from
     equation 2 of the paper and the next stage."""
+    exact_tokens: int | None = Field(default=None, exclude=True)
+    """Tokens of a stage that has begun, in complete steps of the batches it is trained with; null:
+    `tokens`, rounded up to complete steps. Not a key; `stage_length.settled` computes it."""
     growth: GrowthConfig | None = None
     """Growth from the previous stage's model. Not allowed in the first stage, required in all
     others."""

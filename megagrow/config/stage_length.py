@@ -5,6 +5,9 @@ rounded up to complete steps, so no step belongs to two stages.
 
 A stage sets one of the three keys; `tokens` may be `auto`. Loading a run file resolves it into a
 number of tokens. Tokens that a growth itself reads (`Counters.growth_tokens`) belong to no stage.
+
+A batch size may change while a run is stopped. The lengths of a resumed run are therefore those of
+the tokens that its stages were trained for, see `settled`.
 """
 
 from collections.abc import Sequence
@@ -31,20 +34,22 @@ def step_tokens(stage: StageConfig, sequence_length: int) -> int:
     return stage.batch.global_batch_size * sequence_length
 
 
-def stage_steps(stage: StageConfig, sequence_length: int) -> int:
-    """Return the number of optimizer steps of `stage`."""
-    return -(-stage.tokens // step_tokens(stage, sequence_length))
+def stage_steps(stage: StageConfig, sequence_length: int, done: int = 0) -> int:
+    """Return the number of optimizer steps of `stage` after its first `done` tokens."""
+    return -(-max(0, stage.tokens - done) // step_tokens(stage, sequence_length))
 
 
 def stage_tokens(stage: StageConfig, sequence_length: int) -> int:
     """Return the tokens trained in `stage`: its `tokens`, rounded up to complete steps."""
+    if stage.exact_tokens is not None:
+        return stage.exact_tokens
     return stage_steps(stage, sequence_length) * step_tokens(stage, sequence_length)
 
 
 def steps_left(run: RunConfig, stage: int = 0, tokens: int = 0) -> int:
     """Return the optimizer steps of a run that follow after `tokens` tokens of stage `stage`."""
-    length, current = run.data.sequence_length, run.stages[stage]
-    in_stage = -(-max(0, current.tokens - tokens) // step_tokens(current, length))
+    length = run.data.sequence_length
+    in_stage = stage_steps(run.stages[stage], length, tokens)
     return in_stage + sum(stage_steps(later, length) for later in run.stages[stage + 1 :])
 
 
@@ -78,32 +83,53 @@ def unsettled(stage: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": _UNSETTLED, **written} if lengths_in(written) else written
 
 
-def settled(run: RunConfig) -> RunConfig:
+def settled(
+    run: RunConfig, stage: int = 0, tokens: int = 0, finished: Sequence[int] = ()
+) -> RunConfig:
     """Return the run with `tokens` computed from `at_tokens`, `at_flops` and `auto`.
 
     `at_tokens` and `at_flops` are cumulative from the first token of the run, over the complete
     steps of the previous stages. FLOPs are 6 x parameters x tokens, without the cost of growth
     events.
 
+    A run that has begun is given with its position. The result has the `exact_tokens` of the
+    stages up to the current one, whose remaining steps begin at the position.
+
+    Args:
+        run: the run.
+        stage: the current stage; `tokens` of the stages before it is not computed again.
+        tokens: tokens trained in the current stage.
+        finished: tokens trained in each stage before it; empty if unknown, which means their
+            `tokens`.
+
     Raises:
         ValueError: a stage would have no tokens, or `auto` is undefined; the message names the key.
     """
-    stages = list(run.stages)
+    stages, length = list(run.stages), run.data.sequence_length
     for index in reversed(range(len(stages))):  # auto depends on the following stage
         if stages[index].tokens_auto:
             stages[index] = _with_tokens(stages[index], _auto_tokens(stages, index))
-    tokens = flops = 0
-    for index, stage in enumerate(stages):
-        left = _tokens_left(stage, f"stages.{index}", tokens, flops)
-        stages[index] = stage = _with_tokens(stage, left)
-        trained = stage_tokens(stage, run.data.sequence_length)
-        tokens += trained
-        flops += trained * paper_flops_per_token(stage.model)
+    total = flops = 0
+    for index, each in enumerate(stages):
+        if index >= stage:
+            each = _with_tokens(each, _tokens_left(each, f"stages.{index}", total, flops))
+        if index < len(finished):
+            each = _exactly(each, finished[index])
+        elif index == stage and tokens > 0:
+            left = stage_steps(each, length, tokens) * step_tokens(each, length)
+            each = _exactly(each, tokens + left)
+        stages[index], trained = each, stage_tokens(each, length)
+        total += trained
+        flops += trained * paper_flops_per_token(each.model)
     return run.model_copy(update={"stages": stages})
 
 
 def _with_tokens(stage: StageConfig, tokens: int) -> StageConfig:
     return stage if stage.tokens == tokens else stage.model_copy(update={"tokens": tokens})
+
+
+def _exactly(stage: StageConfig, tokens: int) -> StageConfig:
+    return stage.model_copy(update={"exact_tokens": tokens})
 
 
 def _auto_tokens(stages: Sequence[StageConfig], index: int) -> int:

@@ -5,7 +5,7 @@ Masks are not stored: they are a function of the run and a position in it.
 
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import RunConfig
-from megagrow.config.stage_length import stage_steps, stage_tokens, step_tokens
+from megagrow.config.stage_length import step_tokens
 from megagrow.growth.operators import operators_of
 from megagrow.model.masks import Masks, masks_at, wider_axes
 
@@ -21,16 +21,17 @@ def is_masked(options: GrowthConfig) -> bool:
 def ramp_tokens(run: RunConfig, index: int) -> int:
     """Return the tokens of stage `index` until all its masks are 1; 0 if it has none.
 
-    Default: 5000 steps for each consecutive ramp, at most the length of the stage.
+    Default: 5000 steps for each consecutive ramp. A ramp is at most `tokens` of the stage, not
+    rounded up to complete steps: the stage ends there if its batch size changes.
     """
     stage = run.stages[index]
     if index == 0 or stage.growth is None or not is_masked(stage.growth):
         return 0
-    if stage.growth.ramp_tokens is not None:
-        return stage.growth.ramp_tokens
-    ramps = max(1, len(wider_axes(run.stages[index - 1].model, stage.model)))
-    length = run.data.sequence_length
-    return min(ramps * GROW_STEPS, stage_steps(stage, length)) * step_tokens(stage, length)
+    ramp = stage.growth.ramp_tokens
+    if ramp is None:
+        ramps = max(1, len(wider_axes(run.stages[index - 1].model, stage.model)))
+        ramp = ramps * GROW_STEPS * step_tokens(stage, run.data.sequence_length)
+    return min(ramp, stage.tokens)
 
 
 def stage_masks(run: RunConfig, index: int, tokens: int) -> Masks | None:
@@ -51,10 +52,10 @@ def ramp_problems(run: RunConfig) -> list[str]:
         at, growth = f"stages.{index}", stage.growth
         if growth is None or growth.ramp_tokens is None:
             continue
-        if growth.ramp_tokens > (tokens := stage_tokens(stage, run.data.sequence_length)):
+        if growth.ramp_tokens > stage.tokens:
             found.append(
-                f"{at}.growth.ramp_tokens = {growth.ramp_tokens} is more than the {tokens} tokens "
-                f"of {at}: parts of the model would still be masked when the stage ends; lower it, "
-                "or train the stage for longer"
+                f"{at}.growth.ramp_tokens = {growth.ramp_tokens} is more than the {stage.tokens} "
+                f"tokens of {at}: parts of the model would still be masked when the stage ends; "
+                "lower it, or train the stage for longer"
             )
     return found

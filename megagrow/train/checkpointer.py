@@ -118,9 +118,10 @@ class Checkpointer:
             except InputError as error:
                 logger.warning("not enough disk space for one checkpoint: %s", error)
 
-    def save(self, stage: Stage, state: RunState, *, wait: bool = False) -> RunState:
-        """Save a state, in the background unless it is the last of its stage or `wait` is set.
+    def save(self, stage: Stage, state: RunState, *, stopped: bool = False) -> RunState:
+        """Save a state, in the background unless it is the last of its stage.
 
+        `stopped` marks a save that only a stop of the run caused; it is not in the background.
         Waits for the previous save first. Raises InputError as `Saver` does, and if the metrics up
         to this state cannot be written.
         """
@@ -128,7 +129,7 @@ class Checkpointer:
         options = self._run.checkpoint
         ended = state.stage_tokens >= stage.config.tokens
         grows = ended and stage.index + 1 < len(self._run.stages)
-        wait = wait or ended or not options.background
+        wait = stopped or ended or not options.background
         manifest = Manifest(
             stage.config.model.model_dump(),
             describe_layout(stage.layout),
@@ -137,6 +138,7 @@ class Checkpointer:
             self._environment,
             files={},
             protected=BEFORE_GROWTH if grows and options.keep_before_growth else None,
+            scheduled=not stopped,
         )
         self._run_logger.sync()
         storage, step = stage.engine.storage(), state.counters.step

@@ -7,6 +7,7 @@ by default are compared in tokens, so that a new batch size does not shift them 
 import copy
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from megagrow.data.tokenizers import gives_same_ids, load_tokenizer, tokenizers_
 from megagrow.errors import CheckpointError, ConfigError, printable
 from megagrow.formats.hugging_face_origin import HuggingFaceOrigin
 from megagrow.formats.hugging_face_tokenizer import is_tokenizer
-from megagrow.train.growth_event.run_growths import as_grown, keys_without_effect
+from megagrow.train.growth_event.run_growths import as_grown, as_trained, keys_without_effect
 from megagrow.train.schedule import derived_lengths
 from megagrow.train.source_state import state_of, state_of_checkpoint
 from megagrow.train.train_state import RunState
@@ -52,12 +53,16 @@ def changes_since(
         model: model of the checkpoint.
         environment: environment recorded in the checkpoint.
 
-    Raises CheckpointError if the recorded configuration is damaged.
+    Raises CheckpointError if the recorded configuration is damaged, ConfigError as `as_trained`.
     """
     if state.stage >= len(run.stages):
         return [ConfigChange(f"stages.{state.stage}", "present", ABSENT, Effect.FIXED)]
-    new = run.model_dump(mode="json")
     recorded, then = _recorded(environment)
+    run = as_trained(run, state)
+    if recorded is not None:
+        with suppress(ConfigError):
+            recorded = as_trained(recorded, state)
+    new = run.model_dump(mode="json")
     old = copy.deepcopy(new) if recorded is None else recorded.model_dump(mode="json")
     _add_growth_of_files(old, new, state.stage, environment.get("growth"))
     old["stages"][state.stage]["model"] = model.model_dump(mode="json")

@@ -109,8 +109,9 @@ def rewind_target(
 
     The data between the checkpoint and `state` is skipped. The target is the newest good
     checkpoint; if no step succeeded since the last rewind, the one before its target. None means
-    the initial state. Later checkpoints are renamed to .tmp. Raises Diverged if no rewinds are
-    left.
+    the initial state. Checkpoints that only a stop of the run caused are used if there is no other
+    good one, so that a run that was stopped and resumed has the targets of an undisturbed one.
+    Later checkpoints are renamed to .tmp. Raises Diverged if no rewinds are left.
     """
     stuck = state.counters.step - max(state.guard.skipped, state.guard.high)
     limit = stuck - 1 if stuck == state.guard.rewound_to else stuck
@@ -134,18 +135,20 @@ def rewind_target(
 
 def _newest_good(directory: Path, limit: int) -> FoundCheckpoint | None:
     """Return the newest valid checkpoint up to step `limit` that was not saved during an
-    instability, else the newest valid one; None if there are no checkpoints. Collective.
+    instability, preferably a scheduled one, else the newest valid one; None if there are no
+    checkpoints. Collective.
 
     Raises CheckpointError if all are damaged: a run never restarts from scratch over them.
     """
 
-    def preference(path: Path) -> tuple[bool, int]:
+    def preference(path: Path) -> tuple[bool, bool, int]:
         try:
-            state = state_of_checkpoint(parse_manifest(path))
+            manifest = parse_manifest(path)
+            state = state_of_checkpoint(manifest)
         except CheckpointError:  # `last_valid` reports it
-            return False, -1
+            return False, False, -1
         good = state.counters.step <= limit and not state.guard.troubled
-        return good, state.counters.step
+        return good, good and manifest.scheduled, state.counters.step
 
     return newest_valid_on_all_ranks(
         directory, lambda: sorted(list_checkpoints(directory), key=preference)

@@ -84,6 +84,9 @@ class RunState:
     stage: Tally = 0
     stage_tokens: Tally = 0
     """Tokens trained in the stage."""
+    finished_tokens: tuple[Tally, ...] = ()
+    """Tokens trained in each finished stage, without those read by growths. Empty if unknown: a
+    model grown outside of a run, or several growths recorded by an earlier version."""
     provenance: tuple[tuple[_IndexOrNone, ...], ...] = ()
     """For each past growth: the source layer of each new layer."""
     operators: tuple[tuple[str, ...], ...] = ()
@@ -142,10 +145,15 @@ class RunState:
             counters=self.counters.after_growth(tokens, flops, flops_true),
             stage=self.stage + 1,
             stage_tokens=0,
+            finished_tokens=self._with_finished_stage(),
             provenance=(*self.provenance, layers),
             operators=(*self.operators, operators),
             guard=self.guard.after_growth(),
         )
+
+    def _with_finished_stage(self) -> tuple[int, ...]:
+        known = self.stage_tokens > 0 and len(self.finished_tokens) == self.stage
+        return (*self.finished_tokens, self.stage_tokens) if known else ()
 
     def add_lost_time(self, seconds: float) -> "RunState":
         """Return the state after `seconds` of growth or checkpointing."""
@@ -163,7 +171,7 @@ class RunState:
         its configuration has their size. Raises CheckpointError for values that are missing, of
         another type, or out of the range of any run.
         """
-        optional = ("provenance", "operators", "skipped_tokens", "guard")
+        optional = ("finished_tokens", "provenance", "operators", "skipped_tokens", "guard")
         try:
             known = {name: values[name] for name in ("counters", "stage")}
             known |= {name: values[name] for name in optional if name in values}
@@ -179,13 +187,22 @@ class RunState:
                 f"the run state in the checkpoint is incomplete ({error})"
             ) from error
         counters, prefix = state.counters, "the run state in the checkpoint is invalid"
-        if state.stage_tokens > counters.tokens - counters.growth_tokens:
+        earlier = counters.tokens - counters.growth_tokens - state.stage_tokens
+        if earlier < 0:
             raise CheckpointError(
                 f"{prefix}: {state.stage_tokens} tokens of stage {state.stage} are more than the "
                 f"{counters.tokens} tokens of the run"
             )
         if counters.step > counters.tokens:
             raise CheckpointError(f"{prefix}: {counters.step} steps, {counters.tokens} tokens")
+        finished = state.finished_tokens
+        if finished and (len(finished) != state.stage or sum(finished) > earlier):
+            raise CheckpointError(
+                f"{prefix}: {earlier} tokens before stage {state.stage}, but {len(finished)} "
+                f"finished stages with {sum(finished)} tokens"
+            )
+        if "finished_tokens" not in values and state.stage == 1 and earlier > 0:
+            return replace(state, finished_tokens=(earlier,))
         return state
 
 

@@ -46,7 +46,8 @@ def test_every_key_is_classified_once() -> None:
 @pytest.mark.parametrize(
     ("key", "stage", "effect"),
     [
-        ("checkpoint.interval", 0, Effect.NONE),
+        ("checkpoint.interval", 0, Effect.FROM_NOW_ON),
+        ("checkpoint.background", 0, Effect.NONE),
         ("stages.1.parallel.zero_stage", 1, Effect.ROUNDING),
         ("stages.0.parallel.zero_stage", 1, Effect.ROUNDING),
         ("stages.1.optimizer.lr", 1, Effect.FROM_NOW_ON),

@@ -9,7 +9,7 @@ from megagrow.config.flops import non_embedding_parameters, paper_flops_per_toke
 from megagrow.config.growth_guidelines import growth_tokens, timing_warnings
 from megagrow.config.load import load_run, to_yaml
 from megagrow.config.schema import RunConfig
-from megagrow.config.stage_length import stage_tokens
+from megagrow.config.stage_length import run_tokens, settled, stage_tokens
 from megagrow.errors import InputError
 from tests.config.conftest import ONE_STAGE
 
@@ -61,6 +61,28 @@ def test_flops_as_people_write_them(load, written: object) -> None:
     per_token = paper_flops_per_token(run.stages[0].model)
     assert run.stages[0].at_flops == 10**20
     assert length(run) == [-(-(10**20) // per_token)]
+
+
+def test_a_run_that_has_begun_ends_at_the_tokens_of_its_budget(load_two) -> None:
+    """Stage 0 trained one step of 256 tokens, then steps of 640 up to 1536 instead of 1280."""
+    budget = {"tokens": "1K", "at_tokens": "null"}
+    keys = [f"stages.0.{key}={value}" for key, value in budget.items()]
+    batch = "stages.0.batch.global_batch_size=20"
+    run = load_two(*keys, batch, "stages.1.tokens=null", "stages.1.at_tokens=5K")
+    assert [stage_tokens(run.stages[0], 32), length(run)[1]] == [1280, 5000 - 1280]
+    begun = settled(run, 0, 256)
+    assert [stage_tokens(begun.stages[0], 32), length(begun)[1]] == [1536, 5000 - 1536]
+    assert settled(begun, 0, 256 + 640) == begun, "the same after each step"
+    grown = settled(run, 1, 3 * 256, (1536,))
+    assert [length(grown), run_tokens(grown)] == [length(begun), run_tokens(begun)]
+    assert settled(run, 1, 0) == run, "the planned lengths if the trained ones are unknown"
+    assert to_yaml(grown) == to_yaml(begun)
+    with pytest.raises(ValueError, match=r"at_tokens = 5000 leaves no tokens .* 5100 tokens"):
+        settled(run, 1, 0, (5100,))
+    flops = [paper_flops_per_token(stage.model) for stage in run.stages]
+    mark = 1536 * flops[0] + 10 * STEP * flops[1]
+    by_flops = load_two(*keys, batch, "stages.1.tokens=null", f"stages.1.at_flops={mark}")
+    assert length(settled(by_flops, 1, 0, (1536,))) == [1000, 10 * STEP]
 
 
 def large(tokens: str = "100B") -> list[str]:

@@ -38,7 +38,7 @@ def test_by_default_a_ramp_is_5000_steps_and_ends_with_the_stage(tmp_path):
     one_axis = MODEL | {"intermediate_size": 70}
     assert ramp_tokens(a_run(tmp_path, one_axis, "random_width"), 1) == ramp
     assert ramp_tokens(a_run(tmp_path, BOTH, "random_width", "random_depth"), 1) == 3 * ramp
-    assert ramp_tokens(a_run(tmp_path, DEEP, "random_depth", tokens=1000), 1) == 1024
+    assert ramp_tokens(a_run(tmp_path, DEEP, "random_depth", tokens=1000), 1) == 1000
     assert ramp_tokens(a_run(tmp_path, DEEP, "random_depth", ramp_tokens=999), 1) == 999
 
 
@@ -61,11 +61,18 @@ def test_a_ramp_must_end_within_its_stage(tmp_path):
     def problems(*operators: str, **options: Any) -> list[str]:
         return ramp_problems(a_run(tmp_path, DEEP, *operators, tokens=500, **options))
 
-    trained = 8 * STEP_TOKENS
-    assert problems("random_depth", ramp_tokens=trained) == []
+    assert problems("random_depth", ramp_tokens=500) == []
     assert problems("random_depth") == []
-    (longer,) = problems("random_depth", ramp_tokens=trained + 1)
-    assert "stages.1.growth.ramp_tokens = 513 is more than the 512 tokens of stages.1" in longer
+    (longer,) = problems("random_depth", ramp_tokens=501)
+    assert "stages.1.growth.ramp_tokens = 501 is more than the 500 tokens of stages.1" in longer
+
+
+@pytest.mark.parametrize("ramp", [{}, {"ramp_tokens": 500}])
+def test_masks_are_gone_at_the_end_of_a_stage_whose_batch_changes(tmp_path, ramp):
+    run = a_run(tmp_path, DEEP, "random_depth", tokens=500, **ramp)
+    before, after = stage_masks(run, 1, 499), stage_masks(run, 1, 500)
+    assert before is not None
+    assert after is None, "the last step may end before the 512 tokens of complete steps"
 
 
 def as_state(model: LlamaForCausalLM) -> dict[str, dict[str, torch.Tensor]]:

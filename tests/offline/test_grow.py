@@ -104,9 +104,10 @@ def test_a_model_that_does_not_grow_only_changes_its_layout(tmp_path):
     old, new = read_manifest(path), read_manifest(tmp_path / "out")
     counters = new.run["counters"]
     assert counters.items() >= RUN["counters"].items()
-    later = {name: new.run[name] for name in ("skipped_tokens", "guard")}
+    later = {name: new.run[name] for name in ("skipped_tokens", "guard", "finished_tokens")}
     assert new.run == RUN | {"counters": counters, "operators": []} | later
     assert later["skipped_tokens"] == 0 and later["guard"]["rewinds"] == 0
+    assert later["finished_tokens"] == []
     assert (new.adam_step, new.environment) == (11, old.environment)
 
 

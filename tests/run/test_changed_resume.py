@@ -14,9 +14,13 @@ from megagrow.checkpoint.discovery import list_checkpoints
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.config.load import load_run
 from megagrow.config.schema import RunConfig
+from megagrow.config.stage_length import settled
 from megagrow.errors import ConfigError
+from megagrow.growth.mask_schedule import stage_masks
 from megagrow.run import train
+from megagrow.train import loop
 from megagrow.train.reporting.run_logger import RunLogger
+from megagrow.train.schedule import learning_rate
 from tests.helpers.jobs import records, write_run
 from tests.helpers.runs import MODEL, make_run
 from tests.helpers.spawn import run_ranks
@@ -26,13 +30,13 @@ pytestmark = pytest.mark.dist
 CASES, LENGTH = 5, 16
 FREE = {
     "name": ["another"],
-    "checkpoint.interval": [2, 5],
-    "checkpoint.keep_last": [1, 4],
     "checkpoint.background": [True, False],
     "validation.interval": [2, 7],
     "logging.interval": [2, 3],
     "guards.hang_timeout": [50, "null"],
 }
+OF_REWINDS = {"checkpoint.interval": [2, 5], "checkpoint.keep_last": [1, 4]}
+"""Keys that are recorded, because they affect a rewind; these runs have none."""
 CONTRADICTORY = {
     "seed": [7],
     "data.sequence_length": [8],
@@ -73,16 +77,28 @@ def random_run(folder: Path, chosen: random.Random) -> RunConfig:
 
 
 def stopped_at(run: RunConfig, step: int) -> bool:
-    """Train until a signal in `step`; return True if the signal stopped the run."""
-    record = RunLogger.step
+    """Train until a signal in `step`; return True if the signal stopped the run.
+
+    The signal arrives before the vote on the next step, or after the last step of a stage.
+    """
+    record, vote, sent = RunLogger.step, loop._vote, []
+
+    def send(now: bool) -> None:
+        if now and not sent:
+            sent.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def recording(self: RunLogger, event: Any) -> None:
         record(self, event)
-        if event.state.counters.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+        send(event.state.counters.step == step)
+
+    def voting(*arguments: Any) -> Any:
+        send(arguments[-1] == step + 1)
+        return vote(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunLogger, "step", recording)
+        patch.setattr(loop, "_vote", voting)
         return train(run) is not None
 
 
@@ -116,15 +132,18 @@ def check_case(folder: Path, seed: int) -> None:
             dist.destroy_process_group()
         assert key in str(error.value), (seed, key)
     assert (parts.output_dir / "config.yaml").read_bytes() == before
-    keys = chosen.sample(sorted(FREE), 4)
-    free = with_changes(parts, {key: chosen.choice(FREE[key]) for key in keys})
+    values = FREE | OF_REWINDS
+    keys = chosen.sample(sorted(values), 4)
+    free = with_changes(parts, {key: chosen.choice(values[key]) for key in keys})
     for end in (".bin", ".idx"):
         shutil.copy(folder / f"train{end}", folder / f"moved{end}")
     train(with_changes(free, {"data.train.0.path": folder / "moved", "logging.interval": 1}))
     found = last_state(parts)
     assert found == expected, (seed, keys)
     assert len(list(parts.output_dir.glob("config-*.yaml"))) == 1
-    assert records(parts, "config_change", ["step"]) == []
+    recorded = records(parts, "config_change", ["changes"])
+    found_keys = {change["key"] for (changes,) in recorded for change in changes}
+    assert found_keys == {*keys} & {*OF_REWINDS}
 
 
 def check_batches(folder: Path) -> None:
@@ -145,9 +164,46 @@ def check_batches(folder: Path) -> None:
         assert (step, changes) == (10, [change])
 
 
+def check_budgets(folder: Path) -> None:
+    """A new batch size within a stage shifts neither budget, rates nor masks after a growth.
+
+    Planned: 10 steps of 64 tokens in stage 0, which end at 640, and 11 in stage 1.
+    """
+    growth = {"operator": "random_depth", "lr_schedule": "continue"}
+    schedule = {"schedule": {"warmup_tokens": 64}}
+    later = {"model": MODEL | {"num_hidden_layers": 4}, "growth": growth, "at_tokens": 1300}
+    stages = [{"tokens": 600, **schedule}, {"tokens": 660, **later, **schedule}]
+    for stage, stop, batch, ends in (
+        (0, 1, 36, [64 + 576, 640 + 11 * 64]),
+        (0, 3, 5, [192 + 6 * 80, 672 + 10 * 64]),
+        (1, 11, 5, [640, 640 + 64 + 8 * 80]),
+    ):
+        run = make_run(folder, stages, output_dir=folder / f"budget-{stage}-{batch}")
+        assert stopped_at(run, stop)
+        saved = [read_manifest(path) for path in list_checkpoints(run.output_dir / "checkpoints")]
+        assert [each.scheduled for each in saved] == [True] * stage + [False]
+        changed = with_changes(run, {f"stages.{stage}.batch.global_batch_size": batch})
+        train(changed)
+        ((changes,),) = records(run, "config_change", ["changes"])
+        keys = [f"stages.{stage}.batch.global_batch_size"]
+        keys += [] if ends[0] == 640 else ["stages.1.tokens"]
+        assert [change["key"] for change in changes] == keys
+        steps = records(run, "train", ("step", "stage", "tokens", "lr"))
+        assert [max(end for _, at, end, _ in steps if at == index) for index in (0, 1)] == ends
+        begin = 0
+        for step, _, end, lr in steps:
+            horizon = 1344 if step <= stop else ends[1]
+            settings = run.stages[0].schedule, run.stages[0].optimizer
+            assert lr == learning_rate(*settings, begin, end - begin, horizon), (batch, step)
+            begin = end
+        trained = ends[1] - ends[0]
+        assert stage_masks(settled(changed, 1, trained, ends[:1]), 1, trained) is None
+
+
 def check_all(folder: Path) -> None:
     dist.destroy_process_group()  # `train` makes its own
     check_batches(folder)
+    check_budgets(folder)
     for seed in range(CASES):
         check_case(folder / str(seed), seed)
 

@@ -72,7 +72,8 @@ def test_an_unchanged_run_has_no_changes(run: RunConfig) -> None:
 @pytest.mark.parametrize(
     ("state", "override", "effect"),
     [
-        (MIDDLE, "checkpoint.interval=7", Effect.NONE),
+        (MIDDLE, "logging.interval=7", Effect.NONE),
+        (MIDDLE, "checkpoint.interval=7", Effect.FROM_NOW_ON),
         (MIDDLE, "stages.0.parallel.zero_stage=3", Effect.ROUNDING),
         (MIDDLE, "stages.0.optimizer.betas=[0.9, 0.99]", Effect.FROM_NOW_ON),
         (MIDDLE, "stages.0.tokens=1280", Effect.FROM_NOW_ON),

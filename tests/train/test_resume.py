@@ -1,21 +1,22 @@
 """The target of a rewind, among damaged checkpoints."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megagrow.checkpoint.discovery import checkpoint_name
-from megagrow.checkpoint.manifest import MANIFEST_FILE
+from megagrow.checkpoint.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from megagrow.config.schema import RunConfig
 from megagrow.errors import CheckpointError, Diverged
 from megagrow.train.reporting.metrics import Counters
 from megagrow.train.resume import rewind_target
-from megagrow.train.train_state import RunState
+from megagrow.train.train_state import Guard, RunState
 from tests.helpers.checkpoint.saving import MODEL
 from tests.helpers.checkpoint.written import write_checkpoint
 from tests.helpers.reshard.definition import random_state
 from tests.helpers.reshard.models import layout_of
-from tests.helpers.runs import make_run
+from tests.helpers.runs import STEP_TOKENS, make_run
 from tests.helpers.spawn import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -61,3 +62,20 @@ def test_a_rewind_from_a_checkpoint_to_itself_ends_the_run(tmp_path):
         f"initial state, move {path} elsewhere"
     )
     assert path.exists()
+
+
+@pytest.mark.parametrize(("stopped", "target"), [((8,), 6), ((6, 8), 3), ((3, 6, 8), 8)])
+def test_a_rewind_prefers_scheduled_checkpoints(tmp_path, stopped, target):
+    run, layout = make_run(tmp_path, STAGES), layout_of(MODEL, 1, 1, 1)
+    directory = tmp_path / "checkpoints"
+    for step in (3, 6, 8):
+        path = directory / checkpoint_name(step)
+        write_checkpoint(path, MODEL, layout, random_state(layout.plan))
+        manifest = read_manifest(path)
+        position = RunState(Counters(step=step, tokens=step * STEP_TOKENS)).as_json()
+        changes = {"run": position, "scheduled": step not in stopped}
+        write_manifest(path, replace(manifest, **changes))
+    failed = RunState(Counters(step=11, tokens=11 * STEP_TOKENS), guard=Guard(skipped=3))
+    (message,) = run_ranks(1, rewind, run, directory, failed)
+    assert message.endswith(f" {target}")
+    assert checkpoint_name(target) in message

@@ -10,13 +10,20 @@ from megagrow.config.growth_guidelines import rate_for_size
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
 from megagrow.config.stage_length import (
     run_tokens,
+    settled,
     stage_steps,
     stage_tokens,
     step_tokens,
     steps_left,
 )
 from megagrow.config.validation import problems
-from megagrow.train.schedule import learning_rate, origin_stage, rate_at, stage_optimizer
+from megagrow.train.schedule import (
+    learning_rate,
+    new_entries_rate,
+    origin_stage,
+    rate_at,
+    stage_optimizer,
+)
 from tests.helpers.train.schedules import (
     BATCH,
     BY_SIZE,
@@ -200,6 +207,27 @@ def test_tokens_are_counted_right_where_the_batch_changes(parts: list[tuple[int,
     assert [stage_tokens(one, LENGTH) for one in run.stages] == [
         -(-tokens // size) * size * STEP for tokens, size in parts
     ]
+
+
+@pytest.mark.parametrize("new_entries", [False, True])
+def test_a_rate_depends_on_the_tokens_trained_before_a_growth(new_entries: bool) -> None:
+    """A batch of 9 after the first of 10 steps ends stage 0 at the same tokens: rates are equal."""
+    growth: dict[str, Any] = {"lr_schedule": "continue"}
+    if new_entries:
+        growth["new_entries"] = {"warmup_steps": 2}
+    begin = {"schedule": {"type": "cosine", "warmup_tokens": STEP}}
+    run, other = (
+        make_run(stage(10, **begin, **batch), stage(10, growth, **begin))
+        for batch in (batch_of(1), batch_of(9))
+    )
+    rate = new_entries_rate if new_entries else rate_at
+    expected = [rate(run, 1, step * STEP) for step in range(11)]
+    assert [rate(other, 1, step * STEP) for step in range(11)] != expected, "18 planned steps"
+    known = settled(other, 1, 3 * STEP, (10 * STEP,))
+    assert [rate(known, 1, step * STEP) for step in range(11)] == expected
+    begun = settled(other, 0, STEP)
+    assert rate_at(begun, 0, STEP) == rate_at(run, 0, STEP), "the horizons are equal"
+    assert rate(begun, 1, 0) == expected[0]
 
 
 SIZES = (2 * 128 + 8 + 464, 2 * 128 + 8 + 4 * 464)

@@ -28,7 +28,8 @@ def masked_run(
     folder: Path, precision: str = "fp32", ramp: int = RAMP, **parallel: Any
 ) -> RunConfig:
     growth = {"operator": ["random_depth", "random_width"], "ramp_tokens": ramp * STEP_TOKENS}
-    grown = {"model": GROWN, "tokens": STEPS * STEP_TOKENS, "growth": growth, "parallel": parallel}
+    tokens = max(ramp, STEPS) * STEP_TOKENS
+    grown = {"model": GROWN, "tokens": tokens, "growth": growth, "parallel": parallel}
     return make_run(folder, [{"tokens": STEP_TOKENS}, grown], precision=precision)
 
 

@@ -51,7 +51,7 @@ def a_step(state: RunState, batch: int) -> RunState:
 def test_a_growth_that_uses_nothing_changes_place_alone() -> None:
     before = a_step(RunState(), 4)
     after = before.after_growth((0, 0))
-    grown = {"provenance": ((0, 0),), "operators": ((),)}
+    grown = {"provenance": ((0, 0),), "operators": ((),), "finished_tokens": (4 * LENGTH,)}
     assert after == replace(before, stage=1, stage_tokens=0, **grown)
 
 
@@ -90,6 +90,7 @@ def test_state_and_config_agree_on_where_a_run_stands(
             assert locate(run, step) == (state.stage, done)
             assert step + steps_left(run, state.stage, state.stage_tokens) == steps_left(run)
             assert state.counters.tokens == tokens_at(run, step) + spent
+            assert sum(state.finished_tokens) == tokens_at(run, step) - state.stage_tokens
             state = a_step(state, batch)
     assert state.counters.step == steps_left(run)
     assert state.counters.tokens - state.counters.growth_tokens == run_tokens(run)
@@ -99,6 +100,23 @@ def test_state_and_config_agree_on_where_a_run_stands(
 def test_a_state_survives_its_manifest() -> None:
     state = a_step(RunState(), 4).after_growth((0, 1), tokens=5, flops=1.5, flops_true=2.5)
     assert RunState.from_json(json.loads(json.dumps(state.as_json())), {}) == state
+
+
+def test_tokens_of_finished_stages_are_recorded_and_derived() -> None:
+    first = a_step(a_step(RunState(), 4), 3).after_growth((0,), tokens=50)
+    second = a_step(first, 2).after_growth((0,))
+    assert first.finished_tokens == (7 * LENGTH,)
+    assert second.finished_tokens == (7 * LENGTH, 2 * LENGTH)
+
+    def read_without(state: RunState) -> tuple[int, ...]:
+        values = state.as_json()
+        del values["finished_tokens"]
+        return RunState.from_json(values, {}).finished_tokens
+
+    assert read_without(a_step(first, 2)) == (7 * LENGTH,)
+    assert read_without(second) == ()
+    outside = RunState(stage=1)  # a model grown without a run
+    assert read_without(outside) == a_step(outside, 2).after_growth((0,)).finished_tokens == ()
 
 
 def test_a_manifest_that_knows_of_no_growth_tokens_is_read() -> None:

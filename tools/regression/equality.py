@@ -145,6 +145,7 @@ def read_manifest(path: Path) -> Flat:
     if "stage_step" in values["run"]:
         values["run"]["stage_tokens"] = _stage_tokens(values)
         del values["run"]["stage_step"]
+    values["run"].pop("finished_tokens", None)  # not recorded by earlier versions
     return flatten({field: values.get(field) for field in MANIFEST_FIELDS}, "")
 
 

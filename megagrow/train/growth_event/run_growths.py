@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from megagrow.config.schema import RunConfig
+from megagrow.config.stage_length import settled
 from megagrow.errors import ConfigError
 from megagrow.growth.map import GrowthMap
 from megagrow.growth.map_checks import check_map
@@ -73,7 +74,7 @@ def with_operators(run: RunConfig, index: int, names: tuple[str, ...]) -> RunCon
 
 
 def as_grown(run: RunConfig, state: RunState) -> RunConfig:
-    """Return the run with the operators of its past growths.
+    """Return the run with the operators of its past growths and the lengths of `as_trained`.
 
     Raises InputError if the run file has other operators: masks and hyper-parameters of the stage
     would silently be those of another growth.
@@ -89,7 +90,18 @@ def as_grown(run: RunConfig, state: RunState) -> RunConfig:
                 f"{'+'.join(names)}; restore it, or use another output_dir"
             )
         run = with_operators(run, index, names)
-    return run
+    return as_trained(run, state)
+
+
+def as_trained(run: RunConfig, state: RunState) -> RunConfig:
+    """Return the run with the lengths of its stages that follow from the tokens trained so far.
+
+    Raises InputError if they leave no tokens for a stage with `at_tokens` or `at_flops`.
+    """
+    try:
+        return settled(run, state.stage, state.stage_tokens, state.finished_tokens)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def keys_without_effect(old: RunConfig, new: RunConfig, state: RunState) -> Iterator[str]:

@@ -101,9 +101,9 @@ class LiveLine:
         self._progress = _progress(console, enabled and console.is_terminal)
         self._task = self._progress.add_task("starting", total=total_steps)
 
-    def plan(self, total_steps: int) -> None:
-        """Set the step at which the run ends; it depends on the checkpoint that it resumes from."""
-        self._total_steps = total_steps
+    def plan(self, total_steps: int, total_flops: float) -> None:
+        """Set the totals of the run; they depend on the checkpoint that it resumes from."""
+        self._total_steps, self._eta = total_steps, Eta(total_flops)
         self._progress.update(self._task, total=total_steps)
 
     def update(self, status: Status) -> None:

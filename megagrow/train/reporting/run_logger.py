@@ -85,17 +85,22 @@ class RunLogger:
         self._stack.close()
 
     def start(
-        self, state: RunState, checkpoint: Path | None, changes: Sequence[ConfigChange]
+        self,
+        run: RunConfig,
+        state: RunState,
+        checkpoint: Path | None,
+        changes: Sequence[ConfigChange],
     ) -> None:
         """Record the start of the run, or its resumption from a checkpoint.
 
-        `changes` are those of the run since the checkpoint or the source of its weights. If the run
-        differs from config.yaml, the file is kept as config-0001.yaml, config-0002.yaml ...
+        `run` has the operators and lengths of its past (`Beginning.run`). `changes` are those since
+        the checkpoint or the source of its weights. If the configuration differs from config.yaml,
+        the file is kept as config-0001.yaml, config-0002.yaml ...
         """
         self._attempt(lambda: write_run_files(self._run, self._environment))
         name, step = self._run.name, state.counters.step
-        last = step + steps_left(self._run, state.stage, state.stage_tokens)
-        self._live.plan(last)
+        last = step + steps_left(run, state.stage, state.stage_tokens)
+        self._live.plan(last, run_flops(run))
         if checkpoint is None:
             self._write(lambda log: log.truncate_after(-1))
             sizes = " -> ".join(format_short(parameters(s.model)) for s in self._run.stages)
@@ -108,7 +113,7 @@ class RunLogger:
                     log, log.truncate_after(step, stage, rewinds), state.counters
                 )
             )
-        self._write(lambda log: log.write("start", state.counters, **start_fields(self._run, last)))
+        self._write(lambda log: log.write("start", state.counters, **start_fields(run, last)))
         self._changes(state, changes)
 
     def sync(self) -> None:

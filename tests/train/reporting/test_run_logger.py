@@ -26,7 +26,7 @@ def test_lost_records_are_reported_once(tmp_path: Path, deleted: bool) -> None:
         with RunLogger(run, 0, 1, {}, ConsoleHandler(Console())) as log:
             log.open()
             with captured_logs() as messages:
-                log.start(state, tmp_path if step else None, [])
+                log.start(run, state, tmp_path if step else None, [])
             for number in range(step, step + 40, 10):
                 log._metrics.write("train", Counters(step=number + 10), stage=0)
             log.sync()
