@@ -92,9 +92,9 @@ class ZeroEngine:
         """Finish a micro-batch; update the weights after the last one of a step.
 
         Returns None between micro-batches, else the global L2 gradient norm before clipping,
-        weighted by the parameters' scales: a scalar on the device, not yet read under ZeRO 1 and
-        2. If the norm is not finite, which all ranks see alike, the state is unchanged and the
-        gradients are dropped.
+        weighted by the parameters' scales: a scalar on the device, which only ZeRO 3 has read. If
+        the norm is not finite, which all ranks see alike, the state is unchanged and the gradients
+        are dropped.
         """
         boundary = self._engine.is_gradient_accumulation_boundary()
         norm = None
@@ -182,9 +182,8 @@ class ZeroEngine:
         groups = [([named[name] for name in g.names], g.scale.norm) for g in self._groups]
         limit = self.settings.optimizer.gradient_clipping
         norm = clip_replicated_gradients(groups, limit, self.topology)
-        if not norm.isfinite():
-            for parameter in named.values():  # AdamW skips parameters without a gradient
-                parameter.grad = None
+        adam: Any = self._adam  # the protocol of torch.amp.GradScaler: AdamW skips the step
+        adam.found_inf = norm.isfinite().logical_not().float()
         return norm
 
     def _create_moments(self) -> None:
