@@ -57,6 +57,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "stages.N.parallel.zero_stage",
         "stages.N.parallel.offload_optimizer",
         "stages.N.parallel.communication_data_type",
+        "stages.N.parallel.zero_hpz_partition_size",
         "stages.N.parallel.activation_checkpointing",
         "stages.N.kernels.attention",
         "stages.N.kernels.norm",

@@ -28,6 +28,10 @@ class ParallelConfig(Section):
     communication_data_type: Literal["fp32", "bf16"] = "fp32"
     """Data type in which gradients are summed over the data-parallel ranks. `bf16` halves the
     bytes and rounds every partial sum."""
+    zero_hpz_partition_size: Count = 1
+    """Ranks over which ZeRO 3 shards a second copy of the forward weights between the first forward
+    pass of a step and the update (hpZ of ZeRO++): all other passes gather from these ranks only. A
+    divisor of the data-parallel size, at most the ranks of a host; 1 disables it."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: `selective` the attention core, `full` entire
     layers."""

@@ -87,6 +87,11 @@ def _parallel(stage: StageConfig, sequence_length: int, at: str) -> Iterator[str
             f"{at}.parallel.offload_optimizer needs a sharded optimizer state, but zero_stage = 0; "
             f"set {at}.parallel.zero_stage to 1, 2 or 3"
         )
+    if stage.parallel.zero_hpz_partition_size > 1 and stage.parallel.zero_stage < 3:
+        yield (
+            f"{at}.parallel.zero_hpz_partition_size needs sharded weights, but zero_stage = "
+            f"{stage.parallel.zero_stage}; set {at}.parallel.zero_stage to 3"
+        )
 
 
 def _batch_and_schedule(stage: StageConfig, at: str) -> Iterator[str]:
@@ -145,6 +150,11 @@ def _world(stage: StageConfig, world_size: int, at: str) -> Iterator[str]:
         )
         return
     data, batch = world_size // tensor, stage.batch
+    if data % stage.parallel.zero_hpz_partition_size:
+        yield (
+            f"data parallel {data} is not divisible by {at}.parallel.zero_hpz_partition_size = "
+            f"{stage.parallel.zero_hpz_partition_size}; use a divisor of {data}"
+        )
     micro_total = batch.micro_batch_size * data
     if batch.global_batch_size % micro_total:
         yield (

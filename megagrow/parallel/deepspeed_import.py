@@ -10,6 +10,7 @@ import deepspeed  # noqa: E402
 from deepspeed.runtime import engine as deepspeed_engine  # noqa: E402
 from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # noqa: E402
+from deepspeed.utils import groups as deepspeed_groups  # noqa: E402
 
 # DeepSpeed 0.19 still calls collectives under names that torch 2.13 deprecates.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -23,6 +24,7 @@ __all__ = [
     "DeepSpeedZeroOptimizer",
     "deepspeed",
     "deepspeed_engine",
+    "deepspeed_groups",
     "stage3",
     "stage_1_and_2",
 ]

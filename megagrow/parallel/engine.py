@@ -25,8 +25,8 @@ from megagrow.parallel.engine_config import (
 from megagrow.parallel.gradients import clip_replicated_gradients, set_norm_weights
 from megagrow.parallel.materialize import build_model, materialize, materialize_flat, zeros_like
 from megagrow.parallel.partitions import (
+    Zero3Partitioner,
     fragments,
-    partition_zero3,
     refresh,
     unlink_zero3,
 )
@@ -52,14 +52,16 @@ class ZeroEngine:
         config = deepspeed_config(settings, topology, self.plan)
         model = build_model(self.plan, settings, topology, dtype)
         flats: list[Tensor] = []
+        partition: Zero3Partitioner | None = None
         if self.zero_stage in (1, 2):
             flats = materialize_flat(model, self.groups, topology)
         else:
-            partition = partition_zero3(config, topology, dtype) if self.zero_stage == 3 else None
+            partition = Zero3Partitioner(config, topology, dtype) if self.zero_stage == 3 else None
             with no_weight_broadcast():
                 materialize(model, topology.device, partition)
         optimizer = _adamw(model, self._groups, settings.optimizer)
-        with built_empty(flats, topology.device):
+        secondary = None if partition is None else partition.secondary
+        with built_empty(flats, topology.device, secondary):
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
@@ -67,6 +69,8 @@ class ZeroEngine:
                 mpu=topology,
                 dist_init_required=False,
             )
+        if partition is not None:
+            partition.finish(self._engine.optimizer)
         self._adam = optimizer
         self._fragments = partial(fragments, self._engine, self.zero_stage)
         self._factors = UpdateScaler(optimizer)

@@ -4,22 +4,38 @@ The state is written afterwards. Each context replaces one function or class of 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megagrow.parallel.deepspeed_import import deepspeed, deepspeed_engine, stage3, stage_1_and_2
+from megagrow.parallel.deepspeed_import import (
+    deepspeed,
+    deepspeed_engine,
+    deepspeed_groups,
+    stage3,
+    stage_1_and_2,
+)
 from megagrow.parallel.flat_optimizer import FlatOptimizer
 from megagrow.parallel.materialize import zeros
 
 
 @contextmanager
-def built_empty(flats: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Context for `deepspeed.initialize`. `flats` are the flat groups of ZeRO 1 and 2, in order."""
+def built_empty(
+    flats: list[Tensor], device: torch.device, secondary: dist.ProcessGroup | None
+) -> Iterator[None]:
+    """Context for `deepspeed.initialize`.
+
+    Args:
+        flats: the flat groups of ZeRO 1 and 2, in order.
+        device: device of this rank.
+        secondary: ranks that shard a second copy of the forward weights under ZeRO 3.
+    """
     with (
-        _replaced(deepspeed_engine, "DeepSpeedZeroOptimizer", FlatOptimizer),
+        replaced(deepspeed_engine, "DeepSpeedZeroOptimizer", FlatOptimizer),
+        secondary_group(secondary),
         _flat_groups(flats),
         _empty_partitions(device),
         _shared_fp32_weights(),
@@ -27,6 +43,15 @@ def built_empty(flats: list[Tensor], device: torch.device) -> Iterator[None]:
         no_weight_broadcast(),
     ):
         yield
+
+
+def secondary_group(group: dist.ProcessGroup | None) -> AbstractContextManager[None]:
+    """Give DeepSpeed the group of hpZ.
+
+    DeepSpeed has one for the process, of consecutive ranks: with tensor parallelism they hold
+    different slices.
+    """
+    return replaced(deepspeed_groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP", group)
 
 
 @contextmanager
@@ -41,7 +66,7 @@ def no_weight_broadcast() -> Iterator[None]:
         pass
 
     comm = deepspeed.comm
-    with _replaced(comm, "broadcast", nothing), _replaced(comm, "all_gather_into_tensor", nothing):
+    with replaced(comm, "broadcast", nothing), replaced(comm, "all_gather_into_tensor", nothing):
         yield
 
 
@@ -56,7 +81,7 @@ def _flat_groups(flats: list[Tensor]) -> Iterator[None]:
     def flatten(tensors: list[Tensor]) -> Tensor:
         return waiting.pop(0) if waiting else original(tensors)
 
-    with _replaced(stage_1_and_2, "_flatten_dense_tensors", flatten):
+    with replaced(stage_1_and_2, "_flatten_dense_tensors", flatten):
         yield
 
 
@@ -76,7 +101,7 @@ def _empty_partitions(device: torch.device) -> Iterator[None]:
             torch.utils.swap_tensors(partition, part)
         return flat
 
-    with _replaced(stage3, "defragment", flat_zeros):
+    with replaced(stage3, "defragment", flat_zeros):
         yield
 
 
@@ -95,7 +120,7 @@ def _shared_fp32_weights() -> Iterator[None]:
             optimizer.device = torch.device(optimizer.device)
         original(optimizer)
 
-    with _replaced(zero3, "_create_fp32_partitions", create):
+    with replaced(zero3, "_create_fp32_partitions", create):
         yield
 
 
@@ -108,12 +133,13 @@ def _mapped_zeros() -> Iterator[None]:
         flat = len(size) == 1 and isinstance(size[0], int) and options.keys() == {"dtype", "device"}
         return zeros(size[0], **options) if flat else original(*size, **options)
 
-    with _replaced(torch, "zeros", flat_zeros):
+    with replaced(torch, "zeros", flat_zeros):
         yield
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
+    """Replace an attribute of a module or object."""
     original = getattr(owner, name)
     setattr(owner, name, stand_in)
     try:

@@ -120,6 +120,7 @@ def deepspeed_config(
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": bucket,
+        "zero_hpz_partition_size": settings.parallel.zero_hpz_partition_size,
         "stage3_prefetch_bucket_size": min(bucket, 50_000_000),
     }
     if settings.parallel.offload_optimizer:

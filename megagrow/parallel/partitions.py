@@ -3,7 +3,7 @@
 The only module that depends on DeepSpeed's internal layout of partitions.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagrow.parallel.deepspeed_import import deepspeed
-from megagrow.parallel.process_groups import Topology
+from megagrow.parallel.engine_build import secondary_group
+from megagrow.parallel.process_groups import Topology, data_parallel_subgroup
 
 
 @dataclass(frozen=True)
@@ -62,25 +63,41 @@ def _zero3_fragment(name: str, parameter: Any, optimizer: Any) -> Fragment:
     return Fragment(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
 
 
-def partition_zero3(
-    config: dict[str, Any], topology: Topology, dtype: torch.dtype
-) -> Callable[[nn.Module], None]:
-    """Return a function that partitions a module's weights over the data-parallel ranks.
+class Zero3Partitioner:
+    """Partition the weights of modules over the data-parallel ranks.
 
-    The partitions have no memory until `engine_build.built_empty` allocates it.
+    The partitions have no memory until `engine_build.built_empty` allocates it. `secondary` is the
+    group of hpZ, None without it.
     """
 
-    def partition(module: nn.Module) -> None:
-        deepspeed.zero.Init(
-            module=module,
-            data_parallel_group=topology.dp_group,
-            mpu=topology,
-            remote_device="meta",
-            dtype=dtype,
-            config_dict_or_path=config,
-        )
+    def __init__(self, config: dict[str, Any], topology: Topology, dtype: torch.dtype) -> None:
+        self._config = config
+        self._topology = topology
+        self._dtype = dtype
+        self._contexts: list[Any] = []
+        size = config["zero_optimization"]["zero_hpz_partition_size"]
+        self.secondary = data_parallel_subgroup(topology, size) if size > 1 else None
 
-    return partition
+    def __call__(self, module: nn.Module) -> None:
+        """Partition a module's weights."""
+        with secondary_group(self.secondary):
+            context = deepspeed.zero.Init(
+                module=module,
+                data_parallel_group=self._topology.dp_group,
+                mpu=self._topology,
+                remote_device="meta",
+                dtype=self._dtype,
+                config_dict_or_path=self._config,
+                zero_param_parallel_group=self.secondary,
+            )
+        self._contexts.append(context)
+
+    def finish(self, optimizer: Any) -> None:
+        """Let DeepSpeed allocate second copies, which it has put on the meta device; once."""
+        if self.secondary is not None:
+            optimizer.invalidate_secondary_tensor()
+            for context in self._contexts:
+                context.remote_device = self._topology.device
 
 
 def refresh(optimizer: Any, zero_stage: int) -> None:

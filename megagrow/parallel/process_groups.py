@@ -120,6 +120,15 @@ def make_topology(tp: int, device: torch.device) -> Topology:
     return Topology(rank, world // tp, tp, dp_group, tp_group, device)
 
 
+def data_parallel_subgroup(topology: Topology, size: int) -> dist.ProcessGroup:
+    """Return the group of this rank among `size` consecutive data-parallel ranks. Collective.
+
+    It has equal tensor-parallel ranks, and is reused as in `make_topology`.
+    """
+    first = topology.dp_rank // size * size * topology.tp + topology.tp_rank
+    return _group(range(first, first + size * topology.tp, topology.tp), topology.device)
+
+
 def _group(ranks: range, device: torch.device) -> dist.ProcessGroup:
     """Return the process group of some ranks. Collective over these ranks."""
     default = dist.group.WORLD

@@ -43,14 +43,17 @@ class StageMemory:
 
     @property
     def weights(self) -> int:
-        """Bytes of forward weights, if they are not the master weights themselves.
+        """Bytes of forward weights, if they are not the master weights themselves; with hpZ two
+        copies.
 
         ZeRO 0 has none in fp32, and the copies of autocast in bf16. ZeRO 3 has none in fp32 either,
         unless the master weights are on the CPU (`parallel.engine_build`).
         """
+        size = self.stage.parallel.zero_hpz_partition_size
+        secondary = self._width * self._slice // size if size > 1 else 0
         if self._masters_compute:
-            return 0
-        return self._width * (self._most if self._zero == 3 else self._slice)
+            return secondary
+        return self._width * (self._most if self._zero == 3 else self._slice) + secondary
 
     @property
     def gathered(self) -> int:

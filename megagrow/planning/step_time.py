@@ -187,18 +187,13 @@ def _zero(work: StepWorkload, cluster: Cluster, micro: Passes) -> tuple[float, f
     """Return the seconds per step of data-parallel communication: exposed, and overlapped.
 
     ZeRO 3 gathers each layer's weights for both passes and reduce-scatters its gradients in every
-    micro-batch; ZeRO 2 reduces in every micro-batch, ZeRO 1 once, in the last one, and both gather
+    micro-batch. ZeRO 2 reduces in every micro-batch, ZeRO 1 once, in the last one, and both gather
     the weights after the step or during the next one. ZeRO 0 reduces once.
     """
     group = data_group(cluster, work.dp, work.tp)
     parameters, times = work.rank_parameters, work.accumulation
     if work.zero_stage == 3:
-        pieces = work.shape.layers + 2
-        gather = pieces * group.one_way(WIDTH * parameters / pieces)
-        reduce = pieces * group.one_way(work.gradient_bytes * parameters / pieces)
-        first, last = gather / pieces, reduce / pieces
-        exposed = max(first, gather - micro.forward) + max(last, gather + reduce - micro.backward)
-        return times * exposed, times * (2 * gather + reduce - exposed)
+        return _zero3(work, cluster, micro)
     gather = group.one_way(WIDTH * parameters) if work.zero_stage else 0.0
     pieces = work.gradient_buckets if work.zero_stage else 1
     reduce = pieces * group.one_way(work.gradient_bytes * parameters / pieces)
@@ -209,6 +204,24 @@ def _zero(work: StepWorkload, cluster: Cluster, micro: Passes) -> tuple[float, f
     if work.overlap_grad_reduce:
         hidden += reduced * min(reduce, micro.backward)
     return gather + reduced * reduce - hidden, hidden
+
+
+def _zero3(work: StepWorkload, cluster: Cluster, micro: Passes) -> tuple[float, float]:
+    """Return the exposed and the overlapped seconds of ZeRO 3; one collective per layer.
+
+    With hpZ only the first forward pass gathers from all data-parallel ranks.
+    """
+    group = data_group(cluster, work.dp, work.tp)
+    near = data_group(cluster, work.hpz, work.tp) if work.hpz > 1 else group
+    parameters, times, pieces = work.rank_parameters, work.accumulation, work.shape.layers + 2
+    first = pieces * group.one_way(WIDTH * parameters / pieces)
+    again = pieces * near.one_way(WIDTH * parameters / pieces)
+    reduce = pieces * group.one_way(work.gradient_bytes * parameters / pieces)
+    exposed = times * max(reduce / pieces, again + reduce - micro.backward)
+    for gather, passes in ((first, 1), (again, times - 1)):
+        exposed += passes * max(gather / pieces, gather - micro.forward)
+    total = first + (2 * times - 1) * again + times * reduce
+    return exposed, total - exposed
 
 
 def _optimizer(work: StepWorkload, cluster: Cluster) -> float:

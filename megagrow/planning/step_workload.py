@@ -114,6 +114,8 @@ class StepWorkload:
     """True if gradients are reduced during the backward pass."""
     overlap_param_gather: bool = True
     """True if weights are gathered during the forward pass."""
+    hpz: int = 1
+    """Ranks from which ZeRO 3 gathers weights after the first forward pass of a step; 1: all."""
     gradient_bytes: int = 2
     """Bytes of a gradient element in communication."""
     gradient_buckets: int = 1
@@ -181,6 +183,7 @@ def step_workload(
         attention="flash3" if hopper else "flash2",
         overlap_grad_reduce=zero > 0,
         overlap_param_gather=zero == 3,
+        hpz=parallel.zero_hpz_partition_size,
         gradient_bytes=2 if parallel.communication_data_type == "bf16" else 4,
         gradient_buckets=-(-shape.parameters // (tp * bucket)),
     )

@@ -95,8 +95,12 @@ def _data_parallel(memory: StageMemory) -> Iterator[Traffic]:
         padded_sizes = [pad(size, ranks) for size in sizes.values()]
         large = sum(pad(size, ranks) for size in sizes.values() if size > PERSISTENT)
         yield Traffic("gradients", "reduce-scatter", ranks, micro * summed * sum(padded_sizes))
-        gathered = (2 * micro - 1) * large + sum(padded_sizes)
-        yield Traffic("weights, at most", "all-gather", ranks, width * gathered)
+        # All passes of a step but the first gather from the ranks of hpZ, if there are any.
+        again, near = (2 * micro - 1) * large, memory.stage.parallel.zero_hpz_partition_size
+        first = sum(padded_sizes) + (again if near == 1 else 0)
+        yield Traffic("weights, at most", "all-gather", ranks, width * first)
+        if near > 1:
+            yield Traffic("weights, second copy, at most", "all-gather", near, width * again)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,13 @@ def test_what_is_right(changes: tuple[dict, ...]) -> None:
             ],
         ),
         (
+            {"parallel": {"zero_stage": 2, "zero_hpz_partition_size": 2}},
+            [
+                "stages.0.parallel.zero_hpz_partition_size needs sharded weights, but "
+                "zero_stage = 2; set stages.0.parallel.zero_stage to 3"
+            ],
+        ),
+        (
             {"parallel": {"tensor_model_parallel_size": 3}},
             [not_divisible("num_key_value_heads", 2, 3)],
         ),
@@ -179,6 +186,11 @@ def test_worlds_that_do_not_fit() -> None:
         "micro_batch_size x data parallel = 2 x 3; use a multiple of 6",
         "world size 3 is not divisible by stages.1.parallel.tensor_model_parallel_size = 2; "
         "use a divisor of 3",
+    ]
+    hybrid = run({"parallel": {"zero_stage": 3, "zero_hpz_partition_size": 4}})
+    assert world_problems(hybrid, 2) == [
+        "data parallel 2 is not divisible by stages.0.parallel.zero_hpz_partition_size = 4; "
+        "use a divisor of 2"
     ]
     assert world_problems(config, 16) == [
         "stages.0.batch.global_batch_size = 8 is not divisible by "

@@ -178,6 +178,17 @@ def test_zero_3_hides_what_the_network_can_carry() -> None:
     assert (alone.zero_exposed, alone.zero_hidden) == (0.0, 0.0)
 
 
+def test_hybrid_sharding_gathers_from_other_hosts_once_per_step() -> None:
+    slow = cluster()
+    slow = replace(slow, card=replace(slow.card, nic=5e9))
+    work = replace(WORK, accumulation=8)
+    plain, hybrid = (step_time(replace(work, hpz=size), slow) for size in (1, 8))
+    gathers = [data_group(slow, size, 1).one_way(2 * SEVEN.parameters) for size in (64, 8)]
+    total = [time.zero_exposed + time.zero_hidden for time in (plain, hybrid)]
+    assert total[0] - total[1] == pytest.approx(15 * (gathers[0] - gathers[1]), rel=0.02)
+    assert hybrid.seconds < plain.seconds
+
+
 def test_what_tensor_parallelism_costs() -> None:
     """Two all-reduces of a layer each way, and one at either end; none is hidden."""
     work = replace(WORK, dp=16, tp=4)

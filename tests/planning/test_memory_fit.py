@@ -70,3 +70,10 @@ def test_a_growth_that_does_not_fit() -> None:
     found = memory()
     (text,) = said(found, 80 * 10**9, growth=81 * 10**9)
     assert text.startswith("stages.0: the growth at its start does not fit: 81.0 GB of 80.0")
+
+
+def test_hybrid_sharding_holds_a_second_copy_over_fewer_ranks() -> None:
+    parameters = memory("parallel.zero_stage=0").gradients // 4
+    plain = memory("parallel.zero_stage=3")
+    hybrid = memory("parallel.zero_stage=3", "parallel.zero_hpz_partition_size=4")
+    assert hybrid.weights - plain.weights == 2 * parameters // 4
