@@ -33,8 +33,8 @@ class ParallelConfig(Section):
     pass of a step and the update (hpZ of ZeRO++): all other passes gather from these ranks only. A
     divisor of the data-parallel size, at most the ranks of a host; 1 disables it."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in the backward pass: `selective` the attention core, `full` entire
-    layers."""
+    """Activations recomputed in the backward pass: `selective` the outputs of norms and the product
+    of SwiGLU, which repeats no matrix product; `full` entire layers."""
 
 
 class KernelsConfig(Section):

@@ -8,7 +8,9 @@ Shapes: B batch, S sequence, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +21,22 @@ from torch.utils.checkpoint import checkpoint
 from megagrow.config.schema import ModelConfig
 from megagrow.model.decoding import DecodingCache
 from megagrow.model.layers.decoding import DecodingState
-from megagrow.model.layers.modules import Context, RMSNorm
+from megagrow.model.layers.modules import Context, LayerModule, RMSNorm
+from megagrow.model.layers.recompute import Recomputed
 from megagrow.model.layers.table import decoder_blocks
 from megagrow.model.masks import Masks, masked
 from megagrow.model.ops import PLAIN, Ops
 from megagrow.model.rope import rotary_tables
+
+
+def _block_input(normalize: RMSNorm, block: LayerModule, context: Context, x_BSD: Tensor) -> Tensor:
+    """Return the input of a block from the residual stream.
+
+    Called in the backward pass, so without module hooks: those of ZeRO 3 would count it as another
+    forward pass. The gain is there, because ZeRO 3 keeps vectors gathered until the update.
+    """
+    norm_BSD = normalize.forward(x_BSD, context)
+    return block.pre_collective.forward(norm_BSD)
 
 
 class DecoderLayer(nn.Module):
@@ -53,7 +66,10 @@ class DecoderLayer(nn.Module):
                 x_BSD = x_BSD if delta_BSD is None else x_BSD + delta_BSD
                 norm_BSD = normalize(x_BSD, context)
             own = context if states is None else replace(context, state=states.get(name))
-            delta_BSD = masked(block(norm_BSD, own), gate)
+            input_BSD = block.pre_collective(norm_BSD)
+            again = Recomputed(partial(_block_input, normalize, block, context), x_BSD)
+            with again.reads(input_BSD) if context.selective else nullcontext():
+                delta_BSD = masked(block(input_BSD, own), gate)
         assert delta_BSD is not None
         return x_BSD + delta_BSD
 

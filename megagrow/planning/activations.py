@@ -29,26 +29,18 @@ class Activations:
     bf16: bool
     on_cpu: bool
 
-    @property
-    def all_layers(self) -> int:
-        """Return the bytes of all layers without activation checkpointing."""
-        counts = block_counts(self.stage.model).items()
-        norms = sum(count for _, count in counts) * self._norm
-        blocks = sum(count * self._block(block) for block, count in counts)
-        return norms + blocks // self.layout.tp + self._outside_layers
+    def at_loss(self, checkpointing: str) -> int:
+        """Return the bytes at the loss for a value of `activation_checkpointing`.
 
-    @property
-    def inputs_only(self) -> int:
-        """Return the bytes with `activation_checkpointing: full`: the input of each layer."""
-        return self.stage.model.num_hidden_layers * self._residual + self._outside_layers
-
-    @property
-    def used(self) -> int:
-        """Return the bytes at the loss for the stage's settings.
-
-        `selective` saves the S x S tensors of attention.
+        `full` keeps the input of each layer. `selective` keeps neither the outputs of norms nor
+        the product of SwiGLU.
         """
-        return self.inputs_only if self._checkpointing == "full" else self.all_layers
+        if checkpointing == "full":
+            return self.stage.model.num_hidden_layers * self._residual + self._outside_layers
+        counts = block_counts(self.stage.model).items()
+        norms = sum(count for _, count in counts) * self._norm(checkpointing)
+        blocks = sum(count * self._block(block, checkpointing) for block, count in counts)
+        return norms + blocks // self.layout.tp + self._outside_layers
 
     @property
     def first_layer(self) -> int:
@@ -56,7 +48,11 @@ class Activations:
 
         These are the kept or recomputed activations of that layer, and its input.
         """
-        return self._first_layer + (self._residual if self._checkpointing == "full" else 0)
+        checkpointing = self.stage.parallel.activation_checkpointing
+        blocks = decoder_blocks(self.stage.model, 0)
+        split = sum(self._block(block, checkpointing) for block in blocks)
+        layer = len(blocks) * self._norm(checkpointing) + split // self.layout.tp
+        return layer + (self._residual if checkpointing == "full" else 0)
 
     @property
     def logits(self) -> int:
@@ -84,10 +80,6 @@ class Activations:
         spec = self.layout.plan[EMBEDDING.name]
         copied = self.bf16 or spec.padded_rows > spec.rows
         return self._width + (8 if copied else 4)
-
-    @property
-    def _checkpointing(self) -> str:
-        return self.stage.parallel.activation_checkpointing
 
     @property
     def _width(self) -> int:
@@ -120,18 +112,13 @@ class Activations:
         """Return the bytes outside the layers: the final norm and the input of the head."""
         return self._norm_input + self._tokens * self.stage.model.hidden_size * self._width
 
-    @property
-    def _first_layer(self) -> int:
-        blocks = decoder_blocks(self.stage.model, 0)
-        split = sum(self._block(block) for block in blocks)
-        return len(blocks) * self._norm + split // self.layout.tp
-
-    @property
-    def _norm(self) -> int:
-        """Bytes of a norm and of its output, which every tensor-parallel rank holds in full."""
+    def _norm(self, checkpointing: str) -> int:
+        """Return the bytes of a norm, and of its output, which every rank holds in full."""
+        if checkpointing == "selective":
+            return self._norm_input
         return self._norm_input + self.stage.model.hidden_size * self._tokens * self._width
 
-    def _block(self, block: BlockDeclaration) -> int:
+    def _block(self, block: BlockDeclaration, checkpointing: str) -> int:
         """Return the bytes of a block, which the tensor-parallel ranks share."""
         batch = MicroBatch(
             tokens=self._tokens,
@@ -139,6 +126,6 @@ class Activations:
             width=self._width,
             tp=self.layout.tp,
             attention=self.stage.kernels.attention,
-            checkpointing=self._checkpointing,
+            checkpointing=checkpointing,
         )
         return block.type.activation_bytes(self.stage.model, batch)

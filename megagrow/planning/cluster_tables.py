@@ -75,8 +75,9 @@ def _layout(each: FittingLayout) -> str:
     parallel = each.stage.parallel
     tp = parallel.tensor_model_parallel_size
     name = f"ZeRO-{parallel.zero_stage}, DP {each.step.work.dp} x TP {tp}"
-    kept = "full checkpointing" if parallel.activation_checkpointing == "full" else "none"
-    return f"{name}, {kept}, micro-batch {each.step.work.micro_batch}"
+    setting = parallel.activation_checkpointing
+    checkpointing = setting if setting == "none" else f"{setting} checkpointing"
+    return f"{name}, {checkpointing}, micro-batch {each.step.work.micro_batch}"
 
 
 def _layout_cells(each: FittingLayout) -> list[str]:

@@ -76,7 +76,7 @@ def _candidates(run: RunConfig, index: int, cluster: Cluster) -> Iterator[StageC
     stage = run.stages[index]
     tensor = [size for size in _powers(cluster.gpus_per_node) if cluster.gpus % size == 0]
     for tp, zero, checkpointing, sequences in product(
-        tensor, range(4), ("none", "full"), _powers(MOST_SEQUENCES)
+        tensor, range(4), ("none", "selective", "full"), _powers(MOST_SEQUENCES)
     ):
         layout = {
             "tensor_model_parallel_size": tp,

@@ -92,20 +92,9 @@ class StageMemory:
             return self.gradients if self._accumulates else 0
         return self.gradients + (self._width * self._bucket if self._zero == 3 else self._staged)
 
-    @property
-    def activations(self) -> int:
-        """Bytes kept by all layers for the backward pass without activation checkpointing."""
-        return self._parts.all_layers
-
-    @property
-    def activations_checkpointed(self) -> int:
-        """Bytes kept with `activation_checkpointing: full`: each layer's input."""
-        return self._parts.inputs_only
-
-    @property
-    def activations_used(self) -> int:
-        """Bytes kept with the stage's settings."""
-        return self._parts.used
+    def activations(self, checkpointing: str | None = None) -> int:
+        """Return the bytes kept for the backward pass, by default with the stage's settings."""
+        return self._parts.at_loss(checkpointing or self.stage.parallel.activation_checkpointing)
 
     @property
     def logits(self) -> int:
@@ -119,7 +108,7 @@ class StageMemory:
     def at_loss(self) -> int:
         """Total bytes when the loss is computed, when activations peak."""
         kept = self.state + self.weights + self.gathered + self.gradients_kept
-        return kept + self.activations_used + self.logits
+        return kept + self.activations() + self.logits
 
     @property
     def at_end(self) -> int:

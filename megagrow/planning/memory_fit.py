@@ -41,7 +41,7 @@ def largest_part(memory: StageMemory) -> tuple[str, int]:
         parts["fp32 masters and moments"] = memory.state
     if memory.at_loss >= memory.at_end:
         parts["gathered weights"] = memory.gathered
-        parts["activations"] = memory.activations_used
+        parts["activations"] = memory.activations()
         parts["logits"] = memory.logits
         parts["gradients"] = memory.gradients_kept
     else:
@@ -53,8 +53,9 @@ def remedies(memory: StageMemory) -> Iterator[str]:
     """Yield unused settings that reduce the peak of the stage."""
     stage, layout = memory.stage, memory.layout
     if memory.at_loss >= memory.at_end:
-        if stage.parallel.activation_checkpointing != "full":
-            yield "activation_checkpointing: full"
+        stronger = {"none": "selective or full", "selective": "full"}
+        if better := stronger.get(stage.parallel.activation_checkpointing):
+            yield f"activation_checkpointing: {better}"
         if stage.batch.micro_batch_size > 1:
             yield "a smaller micro_batch_size"
         if not stage.kernels.linear_cross_entropy:

@@ -135,13 +135,18 @@ def _attention(work: StepWorkload, cluster: Cluster) -> Passes:
 
 
 def _memory_bound(work: StepWorkload, cluster: Cluster) -> Passes:
-    """Return the time of norms with residuals, rotary embeddings and activations of all layers."""
+    """Return the time of norms with residuals, rotary embeddings and activations of all layers.
+
+    Recomputation repeats the norms without residuals, which move half the bytes.
+    """
     shape = work.shape
     residual = 16 * shape.hidden / (work.tp if work.sequence_parallel else 1)
     rotary = 4 * (shape.heads + shape.kv_heads) * shape.head_dim / work.tp
     activation = WIDTH * shape.intermediate / work.tp
     forward = residual + rotary + shape.mlp_matrices * activation
     backward = residual + rotary + (2 * shape.mlp_matrices - 1) * activation
+    if work.recomputes_rows:
+        backward += residual / 2 + shape.mlp_matrices * activation
     seconds = (
         work.micro_tokens * (EAGER_TRAFFIC if work.stack == "eager" else 1) / _bandwidth(cluster)
     )

@@ -107,6 +107,8 @@ class StepWorkload:
     accumulation: int
     recomputed: float = 0.0
     """Recomputed share of the layers' forward pass: 1 with full activation checkpointing."""
+    recomputes_rows: bool = False
+    """True if norms and activations are recomputed: selective activation checkpointing."""
     sequence_parallel: bool = False
     attention: AttentionKernel = "flash2"
     stack: Stack = "fused"
@@ -163,8 +165,7 @@ def step_workload(
 
     The stage's settings must be valid for `world_size`. Gradient reduction overlaps the backward
     pass except under ZeRO 0, as in `parallel.flat_gradients` and DeepSpeed's ZeRO 3; ZeRO 1 and 2
-    gather the weights at the end of the step. `selective` checkpointing recomputes nothing,
-    because attention keeps no S x S matrix.
+    gather the weights at the end of the step.
     """
     parallel, batch = stage.parallel, stage.batch
     tp, zero = parallel.tensor_model_parallel_size, parallel.zero_stage
@@ -179,6 +180,7 @@ def step_workload(
         micro_batch=batch.micro_batch_size,
         accumulation=batch.global_batch_size // (batch.micro_batch_size * dp),
         recomputed=1.0 if parallel.activation_checkpointing == "full" else 0.0,
+        recomputes_rows=parallel.activation_checkpointing == "selective",
         sequence_parallel=parallel.sequence_parallel,
         attention="flash3" if hopper else "flash2",
         overlap_grad_reduce=zero > 0,

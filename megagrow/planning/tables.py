@@ -87,8 +87,11 @@ def memory_rows(memories: Sequence[StageMemory]) -> Rows:
         "weights gathered, at most": [memory.gathered for memory in memories],
         "gradients": [memory.gradients for memory in memories],
         "reduction buckets": [memory.buckets for memory in memories],
-        "activations": [memory.activations for memory in memories],
-        "... with full checkpointing": [memory.activations_checkpointed for memory in memories],
+        "activations": [memory.activations("none") for memory in memories],
+        "... with selective checkpointing": [
+            memory.activations("selective") for memory in memories
+        ],
+        "... with full checkpointing": [memory.activations("full") for memory in memories],
         "head and loss": [memory.logits for memory in memories],
         "total at the loss": [memory.at_loss for memory in memories],
         "total at the end of the backward pass": [memory.at_end for memory in memories],

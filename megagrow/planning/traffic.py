@@ -63,9 +63,13 @@ def _tensor_parallel(memory: StageMemory) -> Iterator[Traffic]:
     tokens = stage.batch.micro_batch_size * memory.sequence_length
     micro, blocks = _micro_batches(memory), block_counts(model).total()
     again = blocks if parallel.activation_checkpointing == "full" else 0
-    regions = micro * (2 * blocks + again + 2) * tokens * model.hidden_size * width
+    region = micro * tokens * model.hidden_size * width
+    regions = (2 * blocks + again + 2) * region
     if parallel.sequence_parallel:
-        yield Traffic("activations and their gradients", "all-gather", ranks, regions)
+        # `selective` gathers the input of each block again.
+        inputs = blocks if parallel.activation_checkpointing == "selective" else 0
+        gathered = regions + inputs * region
+        yield Traffic("activations and their gradients", "all-gather", ranks, gathered)
         yield Traffic("activations and their gradients", "reduce-scatter", ranks, regions)
         gains = micro * norm_parameters(model) * width
         yield Traffic("gradients of norm weights", "all-reduce", ranks, gains)

@@ -116,7 +116,7 @@ def test_activation_bytes_follow() -> None:
                 "optimizer": {"lr": 1.0},
             }
         )
-        return stage_memory(stage, 1, 16, bf16=True).activations
+        return stage_memory(stage, 1, 16, bf16=True).activations()
 
     wider = SMALL.model_copy(update={"intermediate_size": 2 * SMALL.intermediate_size})
     added = 2 * (2 * SMALL.intermediate_size * 2 * 16 * 2)

@@ -1,7 +1,10 @@
 """The model of one device is Hugging Face's Llama, to the last gradient."""
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megagrow.model.llama import LlamaForCausalLM
 from tests.helpers.hugging_face import hugging_face, outcome, tiny, tokens
@@ -18,6 +21,20 @@ def ours(theirs, config, recompute: str = "none") -> LlamaForCausalLM:
 
 def positions(batch: int, length: int) -> torch.Tensor:
     return torch.arange(length).expand(batch, length)
+
+
+class CountCalls(TorchDispatchMode):
+    """Count the operations within the context by name; attention is `attention`."""
+
+    def __init__(self, calls: Counter) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        is_attention = "scaled_dot_product" in name and "backward" not in name
+        self.calls["attention" if is_attention else name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def gradients(model, ids, labels, documents=None) -> tuple[torch.Tensor, dict]:
@@ -80,22 +97,20 @@ def test_recomputation_changes_no_bit(recompute, packed):
         assert torch.equal(found[name], gradient), name
 
 
-def test_recomputation_computes_attention_again(monkeypatch):
+def test_selective_recomputation_repeats_no_product():
+    """It repeats two norms of each of two layers, and SwiGLU."""
     config = tiny()
     theirs = hugging_face(config)
     ids, labels = tokens(config, 1, 4)
-    calls = {}
+    counts = {}
     for recompute in ("none", "selective", "full"):
-        model, seen = ours(theirs, config, recompute), []
-        attend = torch.nn.functional.scaled_dot_product_attention
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                torch.nn.functional,
-                "scaled_dot_product_attention",
-                lambda *args, seen=seen, attend=attend, **kwargs: (
-                    seen.append(1) or attend(*args, **kwargs)
-                ),
-            )
+        model, calls = ours(theirs, config, recompute), Counter()
+        with CountCalls(calls):
             gradients(model, ids, labels)
-        calls[recompute] = len(seen)
-    assert calls == {"none": 2, "selective": 4, "full": 4}
+        counts[recompute] = calls
+    products = {name: calls["mm"] for name, calls in counts.items()}
+    assert products["none"] == products["selective"] < products["full"]
+    attention = {name: calls["attention"] for name, calls in counts.items()}
+    assert attention == {"none": 2, "selective": 2, "full": 4}
+    again = counts["selective"] - counts["none"]
+    assert again["silu"] == 2 and again["rsqrt"] == 4

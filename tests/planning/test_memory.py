@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megagrow.config.schema import StageConfig
 from megagrow.model.backends import Backends, KernelWorkload
@@ -158,16 +161,16 @@ PER_TOKEN = (4 + 2) * 2 * 16 + 4 * 96
 def test_activations_by_hand(parallel: dict[str, Any], layer: int, residual: int) -> None:
     found = memory(1, **parallel)
     ends = residual + 2 * 64
-    assert found.activations == TOKENS * (2 * layer + ends)
-    assert found.activations_checkpointed == TOKENS * (2 * residual + ends)
+    assert found.activations("none") == TOKENS * (2 * layer + ends)
+    outputs = 2 * 2 * (2 * 64) + 2 * 2 * (2 * 96) // parallel.get("tensor_model_parallel_size", 1)
+    assert found.activations("selective") == found.activations("none") - TOKENS * outputs
+    assert found.activations("full") == TOKENS * (2 * residual + ends)
 
 
 def test_what_is_configured_is_what_counts() -> None:
-    plain, full, selective = (
-        memory(1, activation_checkpointing=how) for how in ("none", "full", "selective")
-    )
-    assert plain.activations_used == selective.activations_used == plain.activations
-    assert full.activations_used == full.activations_checkpointed < full.activations
+    for setting in ("none", "selective", "full"):
+        found = memory(1, activation_checkpointing=setting)
+        assert found.activations() == found.activations(setting)
 
 
 def test_a_step_is_highest_at_the_loss_or_at_the_end() -> None:
@@ -175,11 +178,11 @@ def test_a_step_is_highest_at_the_loss_or_at_the_end() -> None:
     gradient of autograd, and one layer."""
     layer = TOKENS * (2 * (4 * 64 + PER_TOKEN) + 4 * 4)
     found = memory(1)
-    assert found.at_loss == 9 * PARAMETERS + found.activations + found.logits
+    assert found.at_loss == 9 * PARAMETERS + found.activations() + found.logits
     assert found.at_end == 9 * PARAMETERS + 2 * LARGEST + layer
     assert found.training == max(found.at_loss, found.at_end)
     full = memory(1, activation_checkpointing="full")
-    assert full.at_loss == 9 * PARAMETERS + full.activations_checkpointed + full.logits
+    assert full.at_loss == 9 * PARAMETERS + full.activations() + full.logits
     assert full.at_end == 9 * PARAMETERS + 2 * LARGEST + layer + TOKENS * 2 * 64
     # One rank under ZeRO 1: of 4 bytes each state (3), weights and gradients.
     alone = memory(1, world=1, bf16=False)
@@ -229,47 +232,77 @@ class FusedNorm(torch.autograd.Function):
         raise NotImplementedError
 
 
+class Storages(TorchDispatchMode):
+    """Memory of the results of all operations within the context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._seen[StorageWeakRef(storage)] = storage.nbytes()
+        return outputs
+
+    def alive(self, outside: set[StorageWeakRef]) -> int:
+        """Return the bytes that are still in use, without some storages."""
+        alive = {storage for storage in self._seen if not storage.expired()}
+        return sum(self._seen[storage] for storage in alive - outside)
+
+
 def kept_by_autograd(model: LlamaForCausalLM) -> int:
-    """Bytes that the backward pass of a micro batch needs, weights aside."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    seen: dict[int, Tensor] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            seen[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    ids = torch.zeros(2, LENGTH, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(ids, torch.arange(LENGTH).expand(2, LENGTH))
-    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+    """Return the bytes kept for the backward pass of a micro-batch, without weights and logits."""
+    ids, positions = (
+        torch.zeros(2, LENGTH, dtype=torch.long),
+        torch.arange(LENGTH).expand(2, LENGTH),
+    )
+    with Storages() as storages:
+        logits = model(ids, positions)
+    outside = {
+        StorageWeakRef(x.untyped_storage()) for x in (*model.parameters(), ids, positions, logits)
+    }
+    return storages.alive(outside)
 
 
+TABLES = 2 * TOKENS * 16
+"""Elements of the rotary tables, which the model keeps and the plan does not count."""
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_activations_are_what_autograd_keeps(bf16: bool) -> None:
-    found = memory(1, world=1, bf16=bf16, model={"num_key_value_heads": 4})
-    model = LlamaForCausalLM(found.stage.model, ops=replace(PLAIN, rms_norm=FusedNorm.apply))
-    model.to(torch.bfloat16 if bf16 else torch.float32)
-    # Beside what is counted: token ids, and one table of cosines and one of sines.
-    beside = 8 * TOKENS + 2 * TOKENS * 16 * (2 if bf16 else 4)
-    assert kept_by_autograd(model) == pytest.approx(found.activations + beside, rel=1e-3)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "reference"])
-def test_activations_on_a_cpu(attention: str) -> None:
-    """Norms are composed of operations there; by the reference so is attention."""
+def test_activations_are_what_autograd_keeps(bf16: bool, checkpointing: str) -> None:
     heads = {"num_key_value_heads": 4}
+    found = memory(1, world=1, bf16=bf16, model=heads, activation_checkpointing=checkpointing)
+    ops = replace(PLAIN, rms_norm=FusedNorm.apply)
+    model = LlamaForCausalLM(found.stage.model, checkpointing, ops)
+    model.to(torch.bfloat16 if bf16 else torch.float32)
+    tables = TABLES * (2 if bf16 else 4)
+    assert kept_by_autograd(model) == found.activations() + tables
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+def test_activations_on_a_cpu(attention: str, checkpointing: str) -> None:
+    """Norms are composed of operations there; by the reference so is attention."""
     found = memory(
-        1, world=1, bf16=False, model=heads, kernels={"attention": attention}, on_cpu=True
+        1,
+        world=1,
+        bf16=False,
+        model={"num_key_value_heads": 4},
+        kernels={"attention": attention},
+        on_cpu=True,
+        activation_checkpointing=checkpointing,
     )
     backends = Backends(attention=attention, norm="torch", pointwise="torch", loss="torch")
     work = KernelWorkload(torch.float32, 16, packed=False)
-    model = LlamaForCausalLM(
-        found.stage.model, ops=make_ops(backends, machine_of(torch.device("cpu")), work)
-    )
-    # And the inverse of each norm's root mean square, 5 of them.
-    beside = 8 * TOKENS + 2 * TOKENS * 16 * 4 + 5 * 4 * TOKENS
-    assert kept_by_autograd(model) == pytest.approx(found.activations + beside, rel=1e-3)
+    ops = make_ops(backends, machine_of(torch.device("cpu")), work)
+    model = LlamaForCausalLM(found.stage.model, checkpointing, ops)
+    # The tables, and the inverse of each norm's root mean square, 5 of them.
+    uncounted = TABLES * 4 + 5 * 4 * TOKENS
+    assert kept_by_autograd(model) == found.activations() + uncounted
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,12 @@ def test_what_fits_is_not_spoken_of() -> None:
 
 def test_activations_that_do_not_fit() -> None:
     found = memory()
-    needed, kept = found.training / 1e9, found.activations / 1e9
+    needed, kept = found.training / 1e9, found.activations() / 1e9
     assert said(found, 40 * 10**9) == [
         f"stages.0 does not fit: {needed:.1f} GB of 40.0 GB per GPU; largest part: activations, "
-        f"{kept:.1f} GB; try activation_checkpointing: full, a smaller micro_batch_size, "
-        "kernels.linear_cross_entropy, zero_stage: 2 or higher, a larger "
-        "tensor_model_parallel_size"
+        f"{kept:.1f} GB; try activation_checkpointing: selective or full, "
+        "a smaller micro_batch_size, kernels.linear_cross_entropy, zero_stage: 2 or higher, "
+        "a larger tensor_model_parallel_size"
     ]
 
 

@@ -86,7 +86,7 @@ LARGE = MODEL | {"vocab_size": 4000}
 
 CASES = {
     "zero-0-tp": (MODEL, parallel_of(0, 2), "fp32"),
-    "zero-1": (MODEL, parallel_of(1, 1), "bf16"),
+    "zero-1-selective": (MODEL, parallel_of(1, 2, True, "selective"), "bf16"),
     "zero-2-tp-sequence": (MODEL, parallel_of(2, 2, True, "full"), "bf16"),
     "zero-3": (LARGE, parallel_of(3, 1), "bf16"),
     "zero-3-hpz": (LARGE, parallel_of(3, 1) | {"zero_hpz_partition_size": 2}, "bf16"),

@@ -55,16 +55,13 @@ def _score_flops(config: ModelConfig, sequence_length: int) -> int:
 def _activation_bytes(config: ModelConfig, batch: MicroBatch) -> int:
     """Return the bytes of q, k, v, the output and an fp32 normalizer per query.
 
-    The reference backend keeps the fp32 matrix of probabilities, repeated k and v, and the mask;
-    with `selective` checkpointing it keeps only q, k, v and the output.
+    The reference backend keeps the fp32 matrix of probabilities, repeated k and v, and the mask.
     """
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     per_head = batch.tokens * config.head_dim
     projections = 2 * (queries + keys) * per_head * batch.width
     if batch.attention != "reference":
         return projections + 4 * queries * batch.tokens
-    if batch.checkpointing == "selective":
-        return projections
     operands = queries * per_head * (3 * 4 + batch.width)
     return operands + batch.tokens * batch.sequence_length * (4 * queries + batch.tp)
 

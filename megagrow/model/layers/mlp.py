@@ -29,8 +29,9 @@ def _parameters(config: ModelConfig) -> tuple[ParameterDeclaration, ...]:
 
 
 def _activation_bytes(config: ModelConfig, batch: MicroBatch) -> int:
-    """Return the bytes of gate, silu(gate), up and their product."""
-    return 4 * FFN.size(config) * batch.tokens * batch.width
+    """Return the bytes of gate, silu(gate), up and their product; `selective` keeps gate and up."""
+    kept = 2 if batch.checkpointing == "selective" else 4
+    return kept * FFN.size(config) * batch.tokens * batch.width
 
 
 def _build(config: ModelConfig) -> "LayerModule":

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megagrow.config.schema import ModelConfig
 from megagrow.model.layers.decoding import DecodingState, KeyValueState
+from megagrow.model.layers.recompute import Recomputed
 from megagrow.model.masks import Masks, masked, masked_groups, masked_rms_norm
 from megagrow.model.ops import Ops
 
@@ -33,7 +33,7 @@ class Context:
     if earlier passes stored a state."""
     masks: Masks
     recompute: str
-    """Activation checkpointing: `none`, `selective` (the attention core) or `full` (the layer)."""
+    """Activation checkpointing: `none`, `selective` (norms and SwiGLU) or `full` (the layer)."""
     state: DecodingState | None = None
     """State of the block in incremental decoding; None outside of it and for a type without one."""
 
@@ -41,6 +41,11 @@ class Context:
     def adds_in_norm(self) -> bool:
         """Return True if a norm also performs the preceding addition; masked models never do."""
         return self.ops.add_rms_norm is not None and self.masks.residual is None
+
+    @property
+    def selective(self) -> bool:
+        """Return True if norms and SwiGLU are recomputed in the backward pass."""
+        return self.recompute == "selective" and torch.is_grad_enabled()
 
 
 class RMSNorm(nn.Module):
@@ -67,7 +72,10 @@ class RMSNorm(nn.Module):
 
 
 class LayerModule(nn.Module):
-    """Base class of the blocks of a decoder layer: forward(x_BSD, context) -> x_BSD."""
+    """Base class of the blocks of a decoder layer: forward(x_BSD, context) -> x_BSD.
+
+    The input is the output of `pre_collective`, which the decoder layer calls.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,14 +98,11 @@ class Attention(LayerModule):
         self.o_proj = nn.Linear(q_width, width, bias=False)
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
-        x_BSD = self.pre_collective(x_BSD)
         ops, groups = context.ops, context.masks.groups
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q_BSHK, k_BSGK, v_BSGK = (self._heads(project(x_BSD), groups) for project in projections)
         q_BSHK, k_BSGK = ops.rope(q_BSHK, k_BSGK, context.cos, context.sin)
         attend = ops.attention
-        if context.recompute == "selective" and torch.is_grad_enabled():
-            attend = partial(checkpoint, ops.attention, use_reentrant=False)
         if context.state is not None:
             assert isinstance(context.state, KeyValueState)
             attend = partial(context.state.attend, ops.attention)
@@ -118,6 +123,15 @@ class MLP(LayerModule):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
-        x_BSD = self.pre_collective(x_BSD)
-        hidden_BSF = context.ops.swiglu(self.gate_proj(x_BSD), self.up_proj(x_BSD))
-        return self.post_collective(self.down_proj(masked(hidden_BSF, context.masks.ffn)))
+        gate_BSF, up_BSF = self.gate_proj(x_BSD), self.up_proj(x_BSD)
+        if context.selective:
+            hidden = Recomputed(partial(self._hidden, context), gate_BSF, up_BSF)
+            hidden_BSF = hidden.run()
+            with hidden.reads(hidden_BSF):
+                out_BSD = self.down_proj(hidden_BSF)
+        else:
+            out_BSD = self.down_proj(self._hidden(context, gate_BSF, up_BSF))
+        return self.post_collective(out_BSD)
+
+    def _hidden(self, context: Context, gate_BSF: Tensor, up_BSF: Tensor) -> Tensor:
+        return masked(context.ops.swiglu(gate_BSF, up_BSF), context.masks.ffn)
