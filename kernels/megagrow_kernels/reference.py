@@ -86,14 +86,26 @@ def attention(
     q is (B, S, H, D), k and v are (B, S, G, D) with H a multiple of G; the result is (B, S, H, D).
     scale defaults to 1 / sqrt(D).
     """
-    repeats = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
+    weights_BHSS = attention_weights(q, k, document_ids, scale, window)
+    v_BSHD = widened(v.repeat_interleave(q.shape[2] // v.shape[2], dim=2))
+    return (weights_BHSS @ v_BSHD.transpose(1, 2)).transpose(1, 2).to(q.dtype)
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    document_ids: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Return the weights of `attention`, (B, H, S, S) in the accumulation dtype."""
     if document_ids is None:
         document_ids = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
-    q_BHSD, k_BHSD, v_BHSD = (widened(x).transpose(1, 2) for x in (q, k, v))
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    q_BHSD, k_BHSD = (widened(x).transpose(1, 2) for x in (q, k))
     scores = q_BHSD @ k_BHSD.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores.masked_fill(~attention_mask(document_ids, window), float("-inf"))
-    return (scores.softmax(-1) @ v_BHSD).transpose(1, 2).to(q.dtype)
+    return scores.softmax(-1)
 
 
 def vocab_statistics(logits: Tensor, labels: Tensor, first: int, real: int) -> Tensor:

@@ -15,8 +15,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megagrow_kernels import reference
+from megagrow_kernels.accuracy import TOLERANCE, attention_terms, poisoned, segment_error
 from megagrow_kernels.attention import attention
 from megagrow_kernels.calls import draw
 from megagrow_kernels.cross_entropy import combine_statistics, vocab_gradient_, vocab_statistics
@@ -34,22 +34,6 @@ from megagrow_kernels.swiglu import swiglu
 from megagrow_kernels.warm_up import warm_up_in_parallel
 
 EPS = 1e-5
-
-TOLERANCE = {torch.float32: 3e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-"""Largest relative error of a segment, by dtype of the result: about 8 units in the last place of
-the 16-bit dtypes. Rounding of inputs and probabilities accounts for 1 to 3 of them."""
-
-SEGMENT = 16
-"""Consecutive elements whose error is compared with their own size, so that an error in a few rows
-or columns is not hidden by the others."""
-
-FLOOR = 1e-3
-"""Smallest size of a segment, as a share of the root mean square of its tensor."""
-
-FLOORS = {("attention", "gradient of q"): 1.0, ("attention", "gradient of k"): 1e-2}
-"""`FLOOR` of results with rows in which terms cancel, such as the only key of a document: there the
-rounding of the forward output alone exceeds 10% of the gradient of q. Its other rows are of similar
-size; those of k get smaller towards the end of a document, by a factor of 50 in the check."""
 
 MOST_ELEMENTS = 2**23
 """Elements of a matrix of tokens, which limits the tokens of row-wise ops and of the loss."""
@@ -62,6 +46,8 @@ DEVICE_LOST = 3
 
 Function = Callable[..., Any]
 Results = dict[str, Tensor]
+Outcome = tuple[Results, Results, Results]
+"""Results of a kernel, exact results, and the terms of those in which terms cancel."""
 
 
 class Comparison(NamedTuple):
@@ -76,57 +62,40 @@ class Comparison(NamedTuple):
 def compare(op: str, device: torch.device, arguments: Mapping[str, Any]) -> list[Comparison]:
     """Run one call and its reference; return the error of each output and gradient."""
     torch.manual_seed(0)
-    actual, exact = _OPS[op](device, **arguments)
+    actual, exact, terms = _OPS[op](device, **arguments)
     return [
-        Comparison(name, segment_error(x, exact[name], FLOORS.get((op, name), FLOOR)), tolerance)
+        Comparison(name, segment_error(x, exact[name], terms.get(name)), TOLERANCE[x.dtype])
         for name, x in actual.items()
-        for tolerance in [TOLERANCE[x.dtype]]
     ]
 
 
-def segment_error(actual: Tensor, exact: Tensor, floor: float = FLOOR) -> float:
-    """Return the largest relative error of a segment of the last dimension; exact is fp64."""
-    size = min(SEGMENT, exact.shape[-1])
-    error, own = (_segment_rms(x, size) for x in (actual.double() - exact, exact))
-    least = floor * exact.square().mean().sqrt() + torch.finfo(torch.float64).tiny
-    return float((error / torch.maximum(own, least)).max())  # NaN if any error is NaN
-
-
-def _segment_rms(x: Tensor, size: int) -> Tensor:
-    """Return the root mean square of each segment; the last one overlaps if x has a remainder."""
-    squares = x.square()
-    last = squares[..., -size:].mean(-1, keepdim=True)
-    return torch.cat((squares.unfold(-1, size, size).mean(-1), last), -1).sqrt()
-
-
-@contextmanager
-def _poisoned() -> Iterator[None]:
-    """Fill uninitialized memory with NaN, so that elements which a kernel does not write show."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
 def _differentiable(
-    kernel: Function, eager: Function, outputs: Sequence[str], **inputs: Tensor
-) -> tuple[Results, Results]:
-    """Return the outputs and the input gradients of a kernel, and those of its reference."""
+    kernel: Function,
+    eager: Function,
+    outputs: Sequence[str],
+    terms: Function | None = None,
+    **inputs: Tensor,
+) -> Outcome:
+    """Return the outputs and the input gradients of a kernel, and those of its reference.
+
+    terms(*inputs, *output gradients), in fp64, returns the terms of the input gradients.
+    """
     leaves = [x.requires_grad_() for x in inputs.values()]
-    with _poisoned():
+    with poisoned():
         found = _as_tuple(kernel(*leaves))
         upstream = [torch.randn_like(y) for y in found]
         gradients = torch.autograd.grad(found, leaves, upstream)
     wide = [x.detach().double().requires_grad_() for x in leaves]
     expected = _as_tuple(eager(*wide))
-    exact = torch.autograd.grad(expected, wide, [x.double() for x in upstream])
-    names = [*outputs, *(f"gradient of {name}" for name in inputs)]
-    actual = [x.detach() for x in (*found, *gradients)]
+    wide_upstream = [x.double() for x in upstream]
+    exact = torch.autograd.grad(expected, wide, wide_upstream)
+    of_inputs = [f"gradient of {name}" for name in inputs]
+    names = [*outputs, *of_inputs]
+    sizes = () if terms is None else terms(*(x.detach() for x in wide), *wide_upstream)
     return (
-        dict(zip(names, actual, strict=True)),
+        dict(zip(names, [x.detach() for x in (*found, *gradients)], strict=True)),
         dict(zip(names, [x.detach() for x in (*expected, *exact)], strict=True)),
+        dict(zip(of_inputs, sizes, strict=terms is not None)),
     )
 
 
@@ -134,15 +103,13 @@ def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _rms_norm(device: torch.device, rows: int, width: int, dtype: str) -> tuple[Results, Results]:
+def _rms_norm(device: torch.device, rows: int, width: int, dtype: str) -> Outcome:
     x, weight = draw(device, dtype, _limited(rows, width), width), draw(device, dtype, width)
     kernel, eager = partial(rms_norm, eps=EPS), partial(reference.rms_norm, eps=EPS)
     return _differentiable(kernel, eager, ["norm"], x=x, weight=weight)
 
 
-def _add_rms_norm(
-    device: torch.device, rows: int, width: int, dtype: str
-) -> tuple[Results, Results]:
+def _add_rms_norm(device: torch.device, rows: int, width: int, dtype: str) -> Outcome:
     x, residual = (draw(device, dtype, _limited(rows, width), width) for _ in range(2))
     weight = draw(device, dtype, width)
     kernel, eager = partial(add_rms_norm, eps=EPS), partial(reference.add_rms_norm, eps=EPS)
@@ -159,7 +126,7 @@ def _rope(
     head_dim: int,
     dtype: str,
     table_dtype: str,
-) -> tuple[Results, Results]:
+) -> Outcome:
     batch = min(batch, 2)
     sequence = _limited(sequence, batch * heads * head_dim)
     q = draw(device, dtype, batch, sequence, heads, head_dim)
@@ -176,7 +143,7 @@ def _rope(
     return _differentiable(kernel, eager, ["rotated q", "rotated k"], q=q, k=k)
 
 
-def _swiglu(device: torch.device, rows: int, width: int, dtype: str) -> tuple[Results, Results]:
+def _swiglu(device: torch.device, rows: int, width: int, dtype: str) -> Outcome:
     gate, up = (draw(device, dtype, _limited(rows, width), width) for _ in range(2))
     return _differentiable(swiglu, reference.swiglu, ["output"], gate=gate, up=up)
 
@@ -190,7 +157,7 @@ def _attention(
     head_dim: int,
     dtype: str,
     window: int | None = None,
-) -> tuple[Results, Results]:
+) -> Outcome:
     """Compare a row that is one document, and a row of documents of 1, TILE - 1 and more tokens."""
     limit = math.isqrt(MOST_SCORES // (2 * heads)) // TILE * TILE
     sequence = min(sequence, MOST_TOKENS, max(limit, TILE))
@@ -203,7 +170,8 @@ def _attention(
     packing, ids = pack(ids, *ids.shape).to(device), ids.to(device)
     kernel = partial(attention, packing=packing, window=window)
     eager = partial(reference.attention, document_ids=ids, window=window)
-    return _differentiable(kernel, eager, ["output"], **inputs)
+    terms = partial(attention_terms, document_ids=ids, window=window)
+    return _differentiable(kernel, eager, ["output"], terms, **inputs)
 
 
 def _document_ids(positions: Tensor) -> Tensor:
@@ -213,7 +181,7 @@ def _document_ids(positions: Tensor) -> Tensor:
 
 def _cross_entropy(
     device: torch.device, rows: int, width: int, real: int, ranks: int, dtype: str
-) -> tuple[Results, Results]:
+) -> Outcome:
     """Compare the statistics, their combination over ranks, and the gradient in place."""
     rows, first = _limited(rows, width), width  # as on the second rank
     logits = draw(device, dtype, rows, width)
@@ -236,9 +204,9 @@ def _cross_entropy(
         reference.combine_statistics,
         reference.vocab_gradient,
     )
-    with _poisoned():
+    with poisoned():
         actual = results(logits, triples, vocab_statistics, combine_statistics, _gradient_in_place)
-    return actual, exact
+    return actual, exact, {}
 
 
 def _gradient_in_place(logits: Tensor, *rest: Any) -> Tensor:
@@ -250,7 +218,7 @@ def _limited(rows: int, width: int) -> int:
     return max(1, min(rows, MOST_ELEMENTS // width))
 
 
-_OPS: dict[str, Callable[..., tuple[Results, Results]]] = {
+_OPS: dict[str, Callable[..., Outcome]] = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "rope": _rope,
@@ -269,6 +237,12 @@ def check(op: str, device: torch.device, arguments: Mapping[str, Any]) -> dict[s
         return {"problem": f"{type(error).__name__}: {text[0]}"}
     finite = worst.error if math.isfinite(worst.error) else None
     return {"tensor": worst.tensor, "error": finite, "tolerance": worst.tolerance}
+
+
+def is_correct(result: Mapping[str, Any]) -> bool:
+    """Return True if a result of `check` is within its tolerance."""
+    error = result.get("error")
+    return error is not None and error <= result["tolerance"]
 
 
 def _badness(comparison: Comparison) -> float:

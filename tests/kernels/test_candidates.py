@@ -1,19 +1,18 @@
 """Tests of all tile candidates of the tuner, in Triton's interpreter: each computes the result."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
-from megagrow_kernels import reference
+from megagrow_kernels import reference, self_check
+from megagrow_kernels.accuracy import attention_terms
 from megagrow_kernels.attention import attention
 from megagrow_kernels.launching import INTERPRETER
 from megagrow_kernels.packing import TILE, pack
-from megagrow_kernels.rms_norm import rms_norm
-from megagrow_kernels.rope import rope
-from megagrow_kernels.swiglu import swiglu
 from tests.helpers.kernels.accuracy import check, draw
 from tests.helpers.kernels.documents import ids_of
 from tools.gpu.kernel_candidates import Tiles, candidates
@@ -60,8 +59,9 @@ def test_attention():
         window = (None, None, 70)[index % 3]
         kernel = partial(attention, packing=packing, window=window)
         eager = partial(reference.attention, document_ids=ids, window=window)
+        terms = partial(attention_terms, document_ids=ids, window=window)
         with override_tiles(INTERPRETER, tiles):
-            check(kernel, eager, inputs, torch.float32)
+            check(kernel, eager, inputs, torch.float32, terms)
         sizes |= {(name, use["BLOCK_M"], use["BLOCK_N"]) for name, use in tiles.items()}
     every = {
         (table, use["BLOCK_M"], use["BLOCK_N"])
@@ -71,29 +71,18 @@ def test_attention():
     assert sizes == every
 
 
-def norm_check() -> None:
-    inputs = [draw(67, 24), draw(24, seed=1)]
-    check(partial(rms_norm, eps=1e-5), partial(reference.rms_norm, eps=1e-5), inputs, torch.float32)
+ROWWISE: dict[str, dict[str, Any]] = {
+    "rms_norm": {"rows": 67, "width": 24},
+    "rope": {"batch": 1, "sequence": 19, "heads": 5, "groups": 1, "head_dim": 8}
+    | {"table_dtype": "float32"},
+    "swiglu": {"rows": 3, "width": 1707},
+    "cross_entropy": {"rows": 5, "width": 1300, "real": 1290, "ranks": 2},
+}
 
 
-def rope_check() -> None:
-    cos, sin = reference.rope_tables(torch.arange(19)[None], torch.linspace(1, 0.1, 4))
-
-    def eager(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return reference.apply_rope(q, cos, sin), reference.apply_rope(k, cos, sin)
-
-    inputs = [draw(1, 19, 5, 8), draw(1, 19, 1, 8, seed=1)]
-    check(partial(rope, cos=cos, sin=sin), eager, inputs, torch.float32)
-
-
-def swiglu_check() -> None:
-    check(swiglu, reference.swiglu, [draw(3, 1707), draw(3, 1707, seed=1)], torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("op", "run"), [("rms_norm", norm_check), ("rope", rope_check), ("swiglu", swiglu_check)]
-)
-def test_rowwise(op: str, run: Callable[[], None]):
+@pytest.mark.parametrize("op", ROWWISE)
+def test_rowwise(op: str):
     for tiles in together(op):
         with override_tiles(INTERPRETER, tiles):
-            run()
+            result = self_check.check(op, torch.device("cpu"), ROWWISE[op] | {"dtype": "float32"})
+        assert self_check.is_correct(result), (tiles, result)

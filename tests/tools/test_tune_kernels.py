@@ -152,6 +152,37 @@ def in_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuner, "architecture", lambda device: 0)
 
 
+def test_wrong_candidates_are_recorded_and_not_timed(in_interpreter):
+    arguments = {"batch": 1, "sequence": 20, "heads": 1, "groups": 1, "head_dim": 8}
+    case = KernelCase("attention", {}, arguments | {"dtype": "float32"}, {})
+    right = {"BLOCK_M": 16, "BLOCK_N": 16, "EDGE_N": 16, "DESCRIPTORS": 0}
+    listed = [right, right | {"BLOCK_M": 256}, right | {"EDGE_N": 24}]
+    kept, wrong = tuner.compare_tiles(case, "attention_forward", listed, torch.device("cpu"))
+    assert kept == [right]
+    assert [record["tiles"] for record in wrong] == listed[1:]
+    assert "divide a tile" in wrong[0]["result"]["problem"] and "problem" in wrong[1]["result"]
+    records = [json.dumps(record) for record in wrong]
+    assert all("attention_forward" in text for text in records)
+
+
+def test_a_candidate_that_forgets_rows_is_wrong(in_interpreter, monkeypatch):
+    from megagrow_kernels import attention
+
+    forward = attention.attention_forward
+
+    def broken(*given):
+        out, logsumexp = forward(*given)
+        out[:, -1] = 0
+        return out, logsumexp
+
+    monkeypatch.setattr(attention, "attention_forward", broken)
+    arguments = {"batch": 1, "sequence": 20, "heads": 1, "groups": 1, "head_dim": 8}
+    case = KernelCase("attention", {}, arguments | {"dtype": "float32"}, {})
+    tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "EDGE_N": 16, "DESCRIPTORS": 0}
+    kept, wrong = tuner.compare_tiles(case, "attention_forward", [tiles], torch.device("cpu"))
+    assert kept == [] and wrong[0]["result"]["tensor"] == "output"
+
+
 def test_the_fastest_is_measured_and_written(in_interpreter):
     case = KernelCase("swiglu", {"bytes": 4}, {"rows": 3, "width": 50, "dtype": "float32"}, {})
     tried = candidates("swiglu", case.features, 90)[:6]

@@ -3,18 +3,20 @@
     python tools/gpu/tune_kernels.py [--op attention] [--limit 40] [--folder DIR]
 
 For each op, and each combination of its table features (in bf16), candidates are first compiled
-without the GPU. Those that spill or exceed the shared memory are dropped. The others are timed on
-random inputs: median GPU time with a cold L2 cache, excluding host time. The fastest becomes a row
-of tiles/OP.json for this GPU's architecture. Commit the files, then run `python
-tools/gpu/kernel_code.py`.
+without the GPU. Those that spill or exceed the shared memory are dropped. The others are compared
+with the reference on the GPU; those that compute wrong results are dropped, printed, and recorded
+in `wrong_candidates.jsonl` in the folder. The rest is timed on random inputs: median GPU time with
+a cold L2 cache, excluding host time. The fastest becomes a row of tiles/OP.json for this GPU's
+architecture. Commit the tables, then run `python tools/gpu/kernel_code.py`.
 """
 
 import argparse
 import datetime
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -23,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # for runs as a script
 
 from megagrow_kernels.calls import launches  # noqa: E402
 from megagrow_kernels.launching import architecture  # noqa: E402
+from megagrow_kernels.self_check import check, is_correct  # noqa: E402
 from megagrow_kernels.tiles import Row, rows, rows_for  # noqa: E402
 from tools.gpu.kernel_candidates import (  # noqa: E402
     TABLE_FEATURES,
@@ -39,6 +42,7 @@ from tools.gpu.kernel_code import CompileJob, CompileResult, inspect  # noqa: E4
 FOLDER = ROOT / "kernels" / "megagrow_kernels" / "tiles"
 BYTES = 2
 """Bytes per element in training; rows for fp32 are not tuned."""
+WRONG = "wrong_candidates.jsonl"
 PROCESSES = 8
 """Concurrent compiler processes."""
 
@@ -68,6 +72,22 @@ def valid_tiles(outcomes: Iterable[CompileResult]) -> list[Tiles]:
         if not outcome.problems()
         for tiles in outcome.job.tiles.values()
     ]
+
+
+def compare_tiles(
+    case: KernelCase, table: str, candidate_tiles: Sequence[Tiles], device: torch.device
+) -> tuple[list[Tiles], list[dict[str, Any]]]:
+    """Return the candidates that compute the result of the reference, and records of the others."""
+    right, wrong = [], []
+    for tiles in candidate_tiles:
+        with override_tiles(architecture(device), {table: tiles}):
+            result = check(case.op, device, case.arguments)
+        if is_correct(result):
+            right.append(tiles)
+        else:
+            call = {"op": case.op, "arguments": case.arguments, "table": table, "tiles": tiles}
+            wrong.append(call | {"result": result})
+    return right, wrong
 
 
 def fastest(
@@ -112,9 +132,9 @@ def merged_table(table: str, capability: int, measured: Sequence[Row]) -> str:
 
 
 def tune(
-    op: str, table: str, timer: CallTimer, device: torch.device, limit: int | None
+    op: str, table: str, timer: CallTimer, device: torch.device, limit: int | None, folder: Path
 ) -> list[Row]:
-    """Measure one table and print the results."""
+    """Measure one table, print the results and record wrong candidates."""
     capability, name = architecture(device), torch.cuda.get_device_name(device)
     measured: dict[str, Row] = {}
     for case in training_cases(op, capability):
@@ -126,9 +146,17 @@ def tune(
             CompileJob(capability, op, case.arguments, tiles={table: tiles})
             for tiles in tile_candidates
         ]
-        valid = valid_tiles(inspect(jobs, PROCESSES))
+        compiled = valid_tiles(inspect(jobs, PROCESSES))
+        valid, wrong = compare_tiles(case, table, compiled, device)
+        with (folder / WRONG).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in wrong)
+        for record in wrong:
+            print(f"{table} {features}: {record['tiles']} is wrong: {record['result']}")
         if not valid:
-            print(f"{table} {features}: none of {len(jobs)} candidates compiles without problems")
+            print(
+                f"{table} {features}: of {len(jobs)} candidates {len(compiled)} compile without "
+                "problems, and none of them is correct"
+            )
             continue
         tiles, seconds = fastest(case, table, valid, timer, device)
         measured[str(features)] = measured_row(table, case, capability, tiles, seconds, name)
@@ -153,7 +181,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     for op in options.op or (op for op in OPS if op != "add_rms_norm"):
         for table in OPS[op].tables:
-            measured = tune(op, table, timer, device, options.limit)
+            measured = tune(op, table, timer, device, options.limit, options.folder)
             text = merged_table(table, architecture(device), measured)
             (options.folder / f"{table}.json").write_text(text, encoding="utf-8")
 
