@@ -31,7 +31,7 @@ from tests.helpers.source_tree import (
 ORDER = (
     *("errors", "common", "config", "model", "parallel", "data", "growth", "reshard"),
     *("checkpoint", "formats", "train", "offline", "evaluation", "analysis", "fits"),
-    *("planning", "doctor", "run", "api", "cli"),
+    *("simulation", "planning", "doctor", "run", "api", "cli"),
 )
 """Folders and files of megagrow/; each may import only the ones before it."""
 
@@ -39,7 +39,7 @@ FILE_LINES, KERNEL_FILE_LINES = 300, 400
 FUNCTION_LINES, KERNEL_FUNCTION_LINES = 60, 120
 MEDIAN_FUNCTION, MOST_FUNCTIONS, MOST_SHARE = 12, 40, 0.9
 LINE_WIDTH = 100
-SMALL_MODULE, MOST_MODULES, MOST_MODULES_OF_A_FOLDER = 60, 245, 20
+SMALL_MODULE, MOST_MODULES, MOST_MODULES_OF_A_FOLDER = 60, 255, 20
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("code", "megagrow/formats/torch_file.py: imports pickle"): (

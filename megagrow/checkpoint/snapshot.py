@@ -34,20 +34,24 @@ class HostMemory:
         # The first write allocates the memory.
         self.values = zeros(elements, torch.float32, "cpu").zero_()
         """(elements,) fp32."""
+        self._device = device
         self._pinned = False
-        if device.type == "cuda" and elements > 0:
+        if device.type != "cpu" and elements > 0:
             self._pin()
 
     def free(self) -> None:
         """Return the memory to the system; `values` must not be used any more."""
         if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.values.data_ptr())
+            self._cudart().cudaHostUnregister(self.values.data_ptr())
         self._pinned = False
         self.values = torch.empty(0)
 
+    def _cudart(self) -> Any:
+        return torch.get_device_module(self._device).cudart()
+
     def _pin(self) -> None:
         address, size = self.values.data_ptr(), self.values.nbytes
-        error = int(torch.cuda.cudart().cudaHostRegister(address, size, _PORTABLE))
+        error = int(self._cudart().cudaHostRegister(address, size, _PORTABLE))
         self._pinned = error == 0
         if error:
             logger.warning(
@@ -86,8 +90,9 @@ class Snapshot:
     def begin(self) -> None:
         """Announce a copy of the state as it is now."""
         self._copied.clear()
-        if self._device.type == "cuda":
-            self._ready = torch.cuda.current_stream(self._device).record_event()
+        if self._device.type != "cpu":
+            gpu = torch.get_device_module(self._device)
+            self._ready = gpu.current_stream(self._device).record_event()
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy 1-D fp32 tensors; the copies are valid until the next call."""
@@ -113,13 +118,14 @@ class Snapshot:
         self._memory.free()
 
     def _copy(self, tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> None:
-        if self._device.type != "cuda":
+        if self._device.type == "cpu":
             for name, tensor in tensors.items():
                 copies[name].copy_(tensor)
             return
-        stream = torch.cuda.Stream(self._device)
+        gpu = torch.get_device_module(self._device)
+        stream = gpu.Stream(self._device)
         stream.wait_event(self._ready)
-        with torch.cuda.stream(stream):
+        with gpu.stream(stream):
             for name, tensor in tensors.items():
                 copies[name].copy_(tensor, non_blocking=True)
         stream.synchronize()

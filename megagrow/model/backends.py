@@ -60,7 +60,7 @@ class Backends:
 
 def uses_bf16(run: RunConfig, device: torch.device) -> bool:
     """Return True if the forward and backward pass run in bf16."""
-    return run.precision == "bf16" or (run.precision == "auto" and device.type == "cuda")
+    return run.precision == "bf16" or (run.precision == "auto" and device.type != "cpu")
 
 
 def kernel_workload(run: RunConfig, index: int, device: torch.device) -> KernelWorkload:

@@ -29,12 +29,12 @@ class Machine:
 def machine_of(device: torch.device) -> Machine:
     """Return the capabilities of a device of this process."""
     capability = 0
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
+    if device.type != "cpu":
+        major, minor = torch.get_device_module(device).get_device_capability(device)
         capability = 10 * major + minor
     triton = find_spec("triton") is not None
     return Machine(
-        device.type,
+        "cpu" if device.type == "cpu" else "cuda",
         capability,
         triton,
         interpreter=triton and _interpreter_enabled(),

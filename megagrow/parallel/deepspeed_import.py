@@ -7,6 +7,7 @@ from megagrow.parallel.launch import choose_accelerator
 
 choose_accelerator()
 import deepspeed  # noqa: E402
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
 from deepspeed.runtime import engine as deepspeed_engine  # noqa: E402
 from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # noqa: E402
@@ -21,6 +22,7 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "OVERFLOW" not in record
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 __all__ = [
+    "CPU_Accelerator",
     "DeepSpeedZeroOptimizer",
     "deepspeed",
     "deepspeed_engine",

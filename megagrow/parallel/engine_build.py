@@ -97,7 +97,7 @@ def _empty_partitions(device: torch.device) -> Iterator[None]:
         sizes = [partition.numel() for partition in partitions]
         flat = zeros(sum(sizes), partitions[0].dtype, device)
         for partition, part in zip(partitions, flat.split(sizes), strict=True):
-            part.__dict__.update(partition.__dict__)
+            part.__dict__.update(partition.__dict__ | part.__dict__)
             torch.utils.swap_tensors(partition, part)
         return flat
 

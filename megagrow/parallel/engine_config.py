@@ -124,7 +124,7 @@ def deepspeed_config(
         "stage3_prefetch_bucket_size": min(bucket, 50_000_000),
     }
     if settings.parallel.offload_optimizer:
-        pinned = topology.device.type == "cuda"
+        pinned = topology.device.type != "cpu"
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
     return {
         "train_batch_size": batch.global_batch_size,

@@ -67,7 +67,7 @@ def _flat_group(parameters: list[nn.Parameter], topology: Topology) -> Tensor:
 def _give_memory(parameter: nn.Parameter, memory: Tensor) -> None:
     """Give a parameter its memory, keeping the object identity (tied weights, attributes)."""
     real = nn.Parameter(memory)
-    real.__dict__.update(parameter.__dict__)
+    real.__dict__.update(parameter.__dict__ | real.__dict__)
     torch.utils.swap_tensors(parameter, real)
 
 

@@ -98,7 +98,10 @@ def _limits(plan: RankPlan, elements: int) -> tuple[list[int], list[int]]:
     everyone = [torch.empty_like(counts) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, counts)
     senders, receivers = (max(1, count) for count in counts.tolist())
-    others = [(max(1, sends), max(1, receives)) for sends, receives in map(Tensor.tolist, everyone)]
+    others = [
+        (max(1, sends), max(1, receives))
+        for sends, receives in (each.tolist() for each in everyone)
+    ]
     to_peer = [max(1, elements // max(senders, receives)) for _, receives in others]
     from_peer = [max(1, elements // max(receivers, sends)) for sends, _ in others]
     return to_peer, from_peer

@@ -103,7 +103,8 @@ class SharedMemory:
 
 def group_device() -> torch.device:
     """Return the device of tensors that the process group can send."""
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    gpu = None if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
+    return gpu or torch.device("cpu")
 
 
 def on_one_host() -> bool:

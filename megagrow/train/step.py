@@ -127,6 +127,6 @@ def peak_memory(device: torch.device) -> int:
 
     On a GPU the memory of the allocator, on a CPU that of the process.
     """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return torch.get_device_module(device).max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

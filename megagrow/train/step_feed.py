@@ -40,9 +40,10 @@ class StepPart:
         """Read the micro-batches; their tensors are pinned if the device is a GPU."""
         micro_batches = read_micro_batches(reader, self.position, self.batch, self.dp_rank, self.dp)
         packed = [batch.packed(self.pack) for batch in micro_batches]
-        if self.device.type != "cuda":
+        if self.device.type == "cpu":
             return packed
-        torch.cuda.set_device(self.device)  # of this thread; pinned memory belongs to its context
+        # Of this thread; pinned memory belongs to its context.
+        torch.get_device_module(self.device).set_device(self.device)
         return [batch.pin_memory() for batch in packed]
 
 

@@ -1,0 +1,72 @@
+"""Categories of device memory, from the tensors of an engine and from where memory is allocated."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from megagrow.parallel.engine import ZeroEngine
+from megagrow.parallel.sharding import STATE_KINDS
+from megagrow.simulation.memory import Allocation, MemoryLog
+
+CATEGORIES = (
+    *("weights", "master weights", "moments", "gradients", "buckets", "activations", "logits"),
+    "other",
+)
+
+_LOSS = ("megagrow/parallel/loss.py", "megagrow_kernels/cross_entropy.py")
+_REDUCTION = (
+    *("deepspeed/", "megagrow/parallel/gradients", "megagrow/parallel/bucket_reduction"),
+    *("megagrow/parallel/flat_gradients", "megagrow/parallel/flat_optimizer"),
+)
+
+
+def label_state(memory: MemoryLog, engine: ZeroEngine) -> None:
+    """Label weights, optimizer state and the gradients of a new engine."""
+    module = engine._engine.module
+    for allocation in memory.live():
+        if _in_reduction(allocation) and not allocation.category:
+            allocation.category = "gradients"  # buffers of the optimizer
+    memory.label((parameter.data for parameter in module.parameters()), "weights")
+    partitions = [getattr(each, "ds_tensor", None) for each in module.parameters()]
+    memory.label((part for part in partitions if part is not None), "weights")
+    for kinds in engine.storage().values():
+        names = ("master weights", "moments", "moments")
+        for kind, name in zip(STATE_KINDS, names, strict=True):
+            memory.label([kinds[kind]], name)
+    for parameter in module.parameters():
+        parameter.register_hook(lambda gradient: memory.label([gradient], "gradients"))
+
+
+@contextmanager
+def phases(memory: MemoryLog, engine: ZeroEngine) -> Iterator[None]:
+    """Context in which the calls of an engine are the phases `forward`, `backward` and `step`."""
+
+    def in_phase(name: str) -> Callable[..., Any]:
+        call = getattr(engine, name)
+
+        def run(*args: Any) -> Any:
+            memory.enter(name)
+            return call(*args)
+
+        return run
+
+    with ExitStack() as stack:
+        for name in ("forward", "backward", "step"):
+            stack.enter_context(patch.object(engine, name, in_phase(name)))
+        yield
+
+
+def category_of(allocation: Allocation) -> str:
+    """Return the category of an allocation."""
+    if allocation.category:
+        return allocation.category
+    if allocation.site.file in _LOSS or allocation.site.function == "Head.forward":
+        return "logits"
+    if _in_reduction(allocation):
+        return "buckets"
+    return "activations" if allocation.phase in ("forward", "backward") else "other"
+
+
+def _in_reduction(allocation: Allocation) -> bool:
+    return allocation.site.file.startswith(_REDUCTION)

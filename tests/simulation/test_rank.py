@@ -1,0 +1,151 @@
+"""Simulated ranks: nothing mixes host and device, and the host rarely waits for the device."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  (slow; DeepSpeed imports it late)
+import pytest
+import torch
+
+from megagrow.config.schema import RunConfig
+from megagrow.planning.memory import stage_memory
+from megagrow.planning.traffic import step_traffic
+from megagrow.simulation.isolated import isolated
+from megagrow.simulation.rank import EVERYTHING, simulate_rank
+from megagrow.simulation.report import StageReport
+from tests.helpers.runs import MODEL, make_run, parallel_of
+
+TRITON = dict.fromkeys(("attention", "norm", "pointwise", "loss"), "triton")
+CHUNKS = {"linear_cross_entropy": True, "loss": "triton"}  # 10 chunks; torch has 64
+SMALL = MODEL | {"num_hidden_layers": 1, "vocab_size": 1000, "hidden_size": 64}
+LARGE = SMALL | {"num_hidden_layers": 2}
+WORLD, RANK, LENGTH = 8, 3, 32
+
+
+@dataclass(frozen=True)
+class Case:
+    parallel: dict[str, Any]
+    precision: str
+    kernels: dict[str, Any] = field(default_factory=dict)
+    operator: str = "direct_depth"
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, tmp: Path) -> RunConfig:
+        tp = self.parallel["tensor_model_parallel_size"]
+        stage = {
+            "tokens": 10 * 16 * LENGTH,
+            "parallel": self.parallel,
+            "kernels": self.kernels,
+            "batch": {"global_batch_size": 2 * WORLD // tp, "micro_batch_size": 1},
+        }
+        grown = LARGE | self.model
+        stages = [
+            stage | {"model": SMALL},
+            stage | {"model": grown, "growth": {"operator": self.operator}},
+        ]
+        packed = {"reset_attention_mask": self.kernels.get("attention") == "flash_attn"}
+        data = {"train": [{"path": tmp / "train"}], "sequence_length": LENGTH}
+        return make_run(tmp, stages, precision=self.precision, data=data | packed)
+
+
+OFFLOAD = {"offload_optimizer": True}
+CASES = {
+    "zero-0": Case(parallel_of(0, 2, True, "full"), "bf16", TRITON),
+    "zero-1": Case(parallel_of(1, 2), "bf16", CHUNKS),
+    "zero-1-fp32": Case(parallel_of(1, 1), "fp32", operator="random_depth"),
+    "zero-2": Case(parallel_of(2, 2, True, "selective"), "bf16", TRITON),
+    "zero-3": Case(parallel_of(3, 1), "bf16", {"attention": "flash_attn"} | CHUNKS),
+    "zero-3-fp32": Case(parallel_of(3, 2, True, "full"), "fp32", TRITON),
+    "zero-2-offload": Case(parallel_of(2, 1) | OFFLOAD, "bf16"),
+}
+"""Every ZeRO stage, precision, kernel backend and layout of tensor parallelism."""
+
+AGREEMENT = {"megagrow/parallel/agreement.py (share_values_and_flags)": 1}
+ZERO3 = AGREEMENT | {
+    "deepspeed/runtime/zero/stage3.py "
+    "(DeepSpeedZeroOptimizer_Stage3.independent_gradient_partition_epilogue)": 2,
+    "deepspeed/runtime/zero/partition_parameters.py (Init._allgather_params_coalesced)": 1,
+    "deepspeed/runtime/utils.py (is_invalid_grad_norm)": 1,
+}
+WAITS: dict[str, dict[str, int]] = {
+    "zero-0": AGREEMENT | {"megagrow/parallel/engine.py (ZeroEngine._clip_stage0)": 1},
+    "zero-1": AGREEMENT,
+    "zero-1-fp32": AGREEMENT,
+    "zero-2": AGREEMENT,
+    "zero-3": ZERO3,
+    "zero-3-fp32": ZERO3,
+    # The host updates the weights: it reads gradients, their norm and the clipping factor.
+    "zero-2-offload": AGREEMENT | {"megagrow/parallel/flat_optimizer.py (FlatOptimizer.step)": 4},
+}
+"""Waits of the host in one step of two micro-batches, at most: the end of the step in which the
+ranks agree on the next one, and under ZeRO 3 those of DeepSpeed."""
+
+PAGEABLE = "DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct"
+"""Only function that copies from pageable memory in a step: scalars, under ZeRO 3."""
+
+KINDS = {
+    "allreduce_": "all-reduce",
+    "allgather_": "all-gather",
+    "_allgather_base_": "all-gather",
+    "reduce_": "reduce-scatter",  # each part of a bucket to its rank
+    "reduce_scatter_": "reduce-scatter",
+    "_reduce_scatter_base_": "reduce-scatter",
+}
+SCALARS = 256
+"""Bytes of norms, losses and flags in a step, which are not planned."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_rank_builds_loads_trains_validates_saves_and_grows(tmp_path: Path, name: str) -> None:
+    run = CASES[name].run(tmp_path)
+    reports = isolated(simulate_rank, run, WORLD, RANK, EVERYTHING)
+    assert len(reports) == 2
+    for index, report in enumerate(reports):
+        check_waits(name, report)
+        check_memory(report, first=index == 0)
+        check_traffic(run, index, report)
+
+
+def check_waits(name: str, report: StageReport) -> None:
+    found: Counter[str] = Counter()
+    for wait, count in report.waits.items():
+        if wait.section == "step":
+            found[f"{wait.site.file} ({wait.site.function})"] += count
+    allowed = WAITS[name]
+    over = [place for place, count in found.items() if count > allowed.get(place, 0)]
+    lines = [f"{count} x {wait.operation} at {wait.site}" for wait, count in report.waits.items()]
+    assert not over, "\n".join(["the host waits in a step:", *over, "of all waits:", *lines])
+    pageable = [x.site for x in report.copies if x.section == "step" and not x.pinned]
+    assert [str(site) for site in pageable if site.function != PAGEABLE] == []
+
+
+def check_memory(report: StageReport, first: bool) -> None:
+    begin = {"build", "load"} if first else {"growth"}
+    steps = {"first step", "forward", "backward", "step"}
+    assert report.peaks.keys() == begin | steps | {"validation", "save"}
+    for phase, peak in report.peaks.items():
+        assert peak.size == sum(peak.categories.values()), phase
+    assert report.training_peak.categories["weights"] >= 0
+    assert report.peaks["backward"].size > report.peaks["save"].size
+
+
+def check_traffic(run: RunConfig, index: int, report: StageReport) -> None:
+    """Compare the collectives of a step with those of the plan."""
+    stage, bf16 = run.stages[index], run.precision == "bf16"
+    memory = stage_memory(stage, WORLD, LENGTH, bf16)
+    planned: Counter[tuple[int, str]] = Counter()
+    for each in step_traffic(memory):
+        planned[each.ranks, each.kind] += each.payload
+    found: Counter[tuple[int, str]] = Counter()
+    for key, traffic in report.collectives.items():
+        if key.section == "step":
+            found[key.ranks, KINDS[key.kind]] += traffic.payload
+            if KINDS[key.kind] == "reduce-scatter" and key.ranks == report.dp:
+                assert key.dtype == torch.float32  # gradients, also those of bf16 weights
+    exact = stage.parallel.zero_stage in (1, 2) and not stage.parallel.offload_optimizer
+    for key in found.keys() | planned.keys():
+        # Under ZeRO 0 and 3 the plan is an upper bound.
+        least = planned[key] if exact else 0
+        assert least <= found[key] <= planned[key] + SCALARS, key
