@@ -1,7 +1,7 @@
 """Causal attention within packed documents, with grouped key/value heads, as a PyTorch op.
 
 `megagrow::attention` and `megagrow::attention_backward` are opaque to torch.compile. They are named
-ops, so a selective activation checkpointing policy can keep their outputs.
+ops, so a selective activation checkpointing policy can keep their outputs (`dispatch.py`).
 """
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megagrow_kernels.attention_backward import attention_backward
 from megagrow_kernels.attention_forward import attention_forward
+from megagrow_kernels.dispatch import differentiable
 from megagrow_kernels.launching import FLOATS
 from megagrow_kernels.packing import Packing
 
@@ -37,8 +38,7 @@ def attention(
     return out
 
 
-@torch.library.custom_op("megagrow::attention", mutates_args=())
-def _attention(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -50,35 +50,36 @@ def _attention(
     return attention_forward(q, k, v, query_tiles, scale, window)
 
 
-@_attention.register_fake
-def _(q, k, v, query_tiles, key_tiles, scale, window):
-    tokens = q.shape[0] * q.shape[1]
-    return q.new_empty(q.shape), q.new_empty((q.shape[2], tokens), dtype=torch.float32)
-
-
-_attention_backward = torch.library.custom_op(
+_op = torch.library.custom_op("megagrow::attention", _forward, mutates_args=())
+_backward_op = torch.library.custom_op(
     "megagrow::attention_backward", attention_backward, mutates_args=()
 )
 
 
-@_attention_backward.register_fake
-def _(grad, q, k, v, out, logsumexp, query_tiles, key_tiles, scale, window):
+@_op.register_fake
+def _fake(q, k, v, query_tiles, key_tiles, scale, window):
+    tokens = q.shape[0] * q.shape[1]
+    return q.new_empty(q.shape), q.new_empty((q.shape[2], tokens), dtype=torch.float32)
+
+
+@_backward_op.register_fake
+def _backward_fake(grad, q, k, v, out, logsumexp, query_tiles, key_tiles, scale, window):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _save(ctx, inputs, output):
     q, k, v, query_tiles, key_tiles, ctx.scale, ctx.window = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zero gradient for logsumexp
     ctx.save_for_backward(q, k, v, *output, query_tiles, key_tiles)
 
 
-def _gradients(ctx, grad, _):
-    saved = ctx.saved_tensors
-    gradients = _attention_backward(grad, *saved, ctx.scale, ctx.window)
+def _gradients(backward, ctx, grad, _):
+    gradients = backward(grad, *ctx.saved_tensors, ctx.scale, ctx.window)
     return *gradients, None, None, None, None
 
 
-_attention.register_autograd(_gradients, setup_context=_save)
+_attention = differentiable(_op, _backward_op, (_forward, attention_backward), _save, _gradients)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> None:

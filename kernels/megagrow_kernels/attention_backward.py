@@ -29,7 +29,7 @@ from megagrow_kernels.attention_blocks import (
     sees,
     store_edge,
 )
-from megagrow_kernels.launching import architecture, launch
+from megagrow_kernels.launching import architecture, blocks_of, launch
 from megagrow_kernels.tiles import select
 
 DELTA_ELEMENTS = 8192
@@ -329,7 +329,7 @@ def _delta(out: Tensor, grad: Tensor) -> Tensor:
     delta = torch.empty(heads, tokens, dtype=torch.float32, device=out.device)
     launch(
         _delta_kernel,
-        (triton.cdiv(tokens, rows), heads),
+        (blocks_of(tokens, rows), heads),
         *(out, grad, delta, tokens, *out.stride()[:2], *grad.stride()[:2]),
         HEAD_DIM=head_dim,
         COLUMNS=columns,
@@ -365,7 +365,8 @@ def _launch_products(
         blocks.make_descriptor(x, tile[streamed], columns, tile["DESCRIPTORS"]) for x in streams
     ]
     parts = [{}] if by_queries else [{"DK": True, "DV": True}]
-    if tile.pop("SEPARATE", 0):
+    if tile.get("SEPARATE"):
+        tile = {name: value for name, value in tile.items() if name != "SEPARATE"}
         parts = [{"DK": True, "DV": False}, {"DK": False, "DV": True}]
     heads, tokens = gradients[0].shape[2], q.shape[0]
     at_once = blocks.concurrent_heads(streams[0], k.shape[1], heads)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from megagrow_kernels.launching import power_of_2
 from megagrow_kernels.packing import TILE
 
 LOG2_E = 1.4426950408889634
@@ -141,9 +142,9 @@ def flat(x: Tensor) -> Tensor:
     satisfies this, a copy otherwise.
     """
     tokens = x.flatten(0, 1)
-    strides = [stride * x.element_size() for stride in tokens.stride()[:-1]]
-    aligned = all(offset % 16 == 0 for offset in (*strides, tokens.data_ptr()))
-    if aligned and tokens.stride(-1) == 1:
+    token, head, element = tokens.stride()
+    size = x.element_size()
+    if element == 1 and (token * size | head * size | tokens.data_ptr()) % 16 == 0:
         return tokens
     return tokens.clone(memory_format=torch.contiguous_format)
 
@@ -162,7 +163,7 @@ def make_descriptor(
 
 def padded_columns(head_dim: int) -> int:
     """Return the columns of a block: a power of two of at least 16, as matrix instructions need."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, power_of_2(head_dim))
 
 
 def grid(tiles: Tensor, heads: int, block: int) -> tuple[int]:

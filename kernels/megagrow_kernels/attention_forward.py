@@ -133,14 +133,15 @@ def attention_forward(
     q_THD, k_TGD, v_TGD = (blocks.flat(x) for x in (q, k, v))
     tokens, groups = k_TGD.shape[:2]
     logsumexp = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
+    capability = architecture(q.device)
     tile = select(
         "attention_forward",
-        architecture(q.device),
+        capability,
         head_dim=head_dim,
         bytes=q.element_size(),
-        hopper=fits(architecture(q.device), head_dim, q.dtype),
+        hopper=fits(capability, head_dim, q.dtype),
     )
-    if tile.pop("GENERATION", 1) == 2:
+    if tile.get("GENERATION", 1) == 2:
         return attention_hopper_forward(q, k, v, query_tiles, scale, window, tile["STAGES"])
     columns = blocks.padded_columns(head_dim)
     rows = [

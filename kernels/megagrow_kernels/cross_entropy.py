@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megagrow_kernels.launching import FLOATS, architecture, launch, programs
+from megagrow_kernels.dispatch import without_gradient
+from megagrow_kernels.launching import FLOATS, architecture, blocks_of, launch, programs
 from megagrow_kernels.tiles import select
 
 FILL = 4
@@ -118,10 +119,10 @@ def vocab_statistics_forward(logits: Tensor, labels: Tensor, first: int, real: i
     rows, width = logits.shape
     tiles = select("vocab_statistics", architecture(logits.device), width=width)
     tile = tiles["LANES"] * tiles["VECTOR"]
-    steps = max(1, triton.cdiv(real, tile))
-    parallel = triton.cdiv(FILL * programs(logits.device), max(rows, 1))
-    span = tile * triton.cdiv(steps, min(steps, parallel))
-    parts = triton.cdiv(steps * tile, span)
+    steps = max(1, blocks_of(real, tile))
+    parallel = blocks_of(FILL * programs(logits.device), max(rows, 1))
+    span = tile * blocks_of(steps, min(steps, parallel))
+    parts = blocks_of(steps * tile, span)
     triples = logits.new_empty((parts, 3, rows), dtype=torch.float32)
     if rows > 0:
         launch(
@@ -139,7 +140,7 @@ def combine_statistics_forward(triples: Tensor) -> Tensor:
     tiles = select("combine_statistics", architecture(triples.device))
     out = triples.new_empty((3, rows))
     if rows > 0:
-        grid = (triton.cdiv(rows, tiles["BLOCK"]),)
+        grid = (blocks_of(rows, tiles["BLOCK"]),)
         launch(_combine_kernel, grid, triples, out, rows, parts, **tiles)
     return out
 
@@ -161,36 +162,40 @@ def vocab_gradient_backward(
     if rows > 0:
         launch(
             _gradient_kernel,
-            (rows, triton.cdiv(width, tiles["BLOCK"])),
+            (rows, blocks_of(width, tiles["BLOCK"])),
             *(logits, labels, maximum, total, scale, z_scale),
             *(logits.stride(0), first, width, real),
             **tiles,
         )
 
 
-_statistics = torch.library.custom_op(
+_statistics_op = torch.library.custom_op(
     "megagrow::vocab_statistics", vocab_statistics_forward, mutates_args=()
 )
 
 
-@_statistics.register_fake
+@_statistics_op.register_fake
 def _(logits: Tensor, labels: Tensor, first: int, real: int) -> Tensor:
     return logits.new_empty((3, logits.shape[0]), dtype=torch.float32)
 
 
-_combine = torch.library.custom_op(
+_combine_op = torch.library.custom_op(
     "megagrow::combine_statistics", combine_statistics_forward, mutates_args=()
 )
 
 
-@_combine.register_fake
+@_combine_op.register_fake
 def _(triples: Tensor) -> Tensor:
     return triples.new_empty(triples.shape[1:])
 
 
-_gradient = torch.library.custom_op(
+_gradient_op = torch.library.custom_op(
     "megagrow::vocab_gradient", vocab_gradient_backward, mutates_args=("logits",)
 )
+
+_statistics = without_gradient(_statistics_op, vocab_statistics_forward)
+_combine = without_gradient(_combine_op, combine_statistics_forward)
+_gradient = without_gradient(_gradient_op, vocab_gradient_backward, mutates_first=True)
 
 
 def vocab_statistics(logits: Tensor, labels: Tensor, first: int, real: int) -> Tensor:

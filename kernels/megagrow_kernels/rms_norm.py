@@ -13,6 +13,7 @@ together with dw are read a second time, from a cache. A second kernel sums the 
 order. Shapes: D width, ... any leading dimensions.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megagrow_kernels.launching import FLOATS, architecture, check_floats, launch, programs
+from megagrow_kernels.dispatch import differentiable
+from megagrow_kernels.launching import (
+    FLOATS,
+    architecture,
+    blocks_of,
+    check_floats,
+    launch,
+    power_of_2,
+    programs,
+)
 from megagrow_kernels.tiles import select
 
 PROGRAMS_EACH = 2
@@ -139,13 +149,18 @@ def rms_norm_forward(
     _check(x, residual, weight)
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
-    y, inverse_rms = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    total = None if residual is None else x.new_empty(x.shape)
+    y, inverse_rms = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    total = None if residual is None else torch.empty_like(x)
     width, rows = x.shape[-1], inverse_rms.numel()
-    tile = _tile("rms_norm", x)
-    grid = (triton.cdiv(rows, tile["ROWS"]),)
-    out = (y, total, inverse_rms)
-    launch(_forward_kernel, grid, x, residual, weight.contiguous(), *out, rows, eps, width, **tile)
+    tile, block = _tile("rms_norm", x)
+    out, sizes = (y, total, inverse_rms), (rows, eps, width)
+    launch(
+        _forward_kernel,
+        (blocks_of(rows, tile["ROWS"]),),
+        *(x, residual, weight.contiguous(), *out, *sizes),
+        BLOCK=block,
+        **tile,
+    )
     return out
 
 
@@ -162,42 +177,41 @@ def rms_norm_backward(
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
     width, rows = x.shape[-1], inverse_rms.numel()
-    tile = _tile("rms_norm_backward", x)
-    shares = min(PROGRAMS_EACH * programs(x.device), triton.cdiv(rows, tile["ROWS"]))
-    dx, dw = x.new_empty(x.shape), weight.new_empty(width)
+    tile, block = _tile("rms_norm_backward", x)
+    shares = min(PROGRAMS_EACH * programs(x.device), blocks_of(rows, tile["ROWS"]))
+    dx, dw = torch.empty_like(x), torch.empty_like(weight)
     partials = x.new_empty((shares, width), dtype=torch.float32)
     inputs = (dy, dtotal, x, weight, inverse_rms)
-    launch(_backward_kernel, (shares,), *inputs, dx, partials, rows, width, **tile)
+    sizes = (rows, width)
+    launch(_backward_kernel, (shares,), *inputs, dx, partials, *sizes, BLOCK=block, **tile)
     tile = select("rms_norm_weight", architecture(x.device), width=width)
-    grid = (triton.cdiv(width, tile["COLUMNS"]),)
+    grid = (blocks_of(width, tile["COLUMNS"]),)
     launch(_weight_kernel, grid, partials, dw, shares, width, **tile)
     return dx, dw
 
 
 def _check(x: Tensor, other: Tensor | None, weight: Tensor) -> None:
     check_floats("rms_norm", x=x, other=other)
-    shapes = [tuple(t.shape) for t in (x, other, weight) if t is not None]
-    if shapes[-1] != shapes[0][-1:] or shapes[-2] != shapes[0]:
+    if weight.shape != x.shape[-1:] or (other is not None and other.shape != x.shape):
+        shapes = [tuple(t.shape) for t in (x, other, weight) if t is not None]
         raise ValueError(f"rms_norm requires inputs (..., D) and a weight (D,), got {shapes}")
     if weight.dtype not in FLOATS:
         raise ValueError(f"rms_norm requires a bf16, fp16 or fp32 weight, got {weight.dtype}")
 
 
-def _tile(op: str, x: Tensor) -> dict[str, int]:
-    """Return the launch configuration; BLOCK, the width rounded to a power of 2, holds a row."""
+def _tile(op: str, x: Tensor) -> tuple[Mapping[str, int], int]:
+    """Return the launch configuration and the width rounded to a power of 2, which holds a row."""
     width = x.shape[-1]
     use = select(op, architecture(x.device), width=width, bytes=x.element_size())
-    return use | {"BLOCK": triton.next_power_of_2(width)}
+    return use, power_of_2(width)
 
 
-@torch.library.custom_op("megagrow::rms_norm", mutates_args=())
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, _, inverse_rms = rms_norm_forward(x, None, weight, eps)
     return y, inverse_rms
 
 
-@torch.library.custom_op("megagrow::add_rms_norm", mutates_args=())
-def _add_rms_norm(
+def _add_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, total, inverse_rms = rms_norm_forward(x, residual, weight, eps)
@@ -205,17 +219,19 @@ def _add_rms_norm(
     return y, total, inverse_rms
 
 
-_rms_norm_backward = torch.library.custom_op(
+_op = torch.library.custom_op("megagrow::rms_norm", _norm, mutates_args=())
+_add_op = torch.library.custom_op("megagrow::add_rms_norm", _add_norm, mutates_args=())
+_backward_op = torch.library.custom_op(
     "megagrow::rms_norm_backward", rms_norm_backward, mutates_args=()
 )
 
 
-@_rms_norm.register_fake
+@_op.register_fake
 def _fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@_add_rms_norm.register_fake
+@_add_op.register_fake
 def _add_fake(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,7 +239,7 @@ def _add_fake(
     return y, x.new_empty(x.shape), inverse_rms
 
 
-@_rms_norm_backward.register_fake
+@_backward_op.register_fake
 def _backward_fake(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, inverse_rms: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -236,30 +252,33 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zero gradient for inverse_rms
 
 
-def _gradients(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
-    return *_rms_norm_backward(dy, None, *ctx.saved_tensors), None
+def _gradients(backward: Any, ctx: Any, dy: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
+    return *backward(dy, None, *ctx.saved_tensors), None
 
 
 def _add_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     total, inverse_rms = output[1:]
     ctx.save_for_backward(total, inputs[2], inverse_rms)
     ctx.mark_non_differentiable(inverse_rms)
-    ctx.set_materialize_grads(False)  # no zero gradient for an unused sum
+    ctx.set_materialize_grads(False)  # nor for an unused sum
 
 
 def _add_gradients(
-    ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: None
+    backward: Any, ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
     if dy is None:
         return dtotal, dtotal, None, None
-    dx, dw = _rms_norm_backward(dy, dtotal, *ctx.saved_tensors)
+    dx, dw = backward(dy, dtotal, *ctx.saved_tensors)
     return dx, dx, dw, None
 
 
-_rms_norm.register_autograd(_gradients, setup_context=_save)
-_add_rms_norm.register_autograd(_add_gradients, setup_context=_add_save)
+_rms_norm = differentiable(_op, _backward_op, (_norm, rms_norm_backward), _save, _gradients)
+_add_rms_norm = differentiable(
+    _add_op, _backward_op, (_add_norm, rms_norm_backward), _add_save, _add_gradients
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megagrow_kernels.launching import architecture, check_floats, launch
+from megagrow_kernels.dispatch import differentiable
+from megagrow_kernels.launching import architecture, blocks_of, check_floats, launch, power_of_2
 from megagrow_kernels.tiles import select
 
 
@@ -101,17 +102,18 @@ def rope_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
 
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     _check(q, k, cos, sin)
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    # A one-row table is shared by all rows of the batch: its batch stride is 0.
-    cos, sin = (table.expand(q.shape[0], -1, -1, -1) for table in (cos, sin))
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    k = k if k.stride(-1) == 1 else k.contiguous()
+    batch, length, _, width = q.shape
+    if cos.shape[0] != batch:  # one row, shared by all rows of the batch: its stride becomes 0
+        cos, sin = (table.expand(batch, -1, -1, -1) for table in (cos, sin))
     if cos.stride() != sin.stride() or cos.stride(-1) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
-    batch, length, _, width = q.shape
     tile = select("rope", architecture(q.device), head_dim=width)
     out = q.new_empty(q.shape), k.new_empty(k.shape)
     strides = (*q.stride()[:3], *k.stride()[:3], *cos.stride()[:2])
-    sizes = (q.shape[2], k.shape[2], width // 2, triton.next_power_of_2(width // 2))
-    grid = (triton.cdiv(length, tile["TOKENS"]), batch)
+    sizes = (q.shape[2], k.shape[2], width // 2, power_of_2(width // 2))
+    grid = (blocks_of(length, tile["TOKENS"]), batch)
     launch(_rope_kernel, grid, q, k, cos, sin, *out, length, *strides, inverse, *sizes, **tile)
     return out
 
@@ -120,9 +122,9 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     check_floats("rope", q=q, k=k)
     check_floats("rope", cos=cos, sin=sin)
     batch, length, _, width = q.shape
-    tables = [(rows, length, 1, width) for rows in (1, batch)]
+    rows, *table = cos.shape
     same = k.shape[:2] == q.shape[:2] and k.shape[3] == width and cos.shape == sin.shape
-    if not same or width % 2 or tuple(cos.shape) not in tables:
+    if not same or width % 2 or table != [length, 1, width] or rows not in (1, batch):
         shapes = [tuple(x.shape) for x in (q, k, cos, sin)]
         raise ValueError(
             "rope requires q (B, S, H, D), k (B, S, G, D), tables (B or 1, S, 1, D), D even, "
@@ -130,8 +132,8 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
 
 
-_rope = torch.library.custom_op("megagrow::rope", rope_forward, mutates_args=())
-_rope_backward = torch.library.custom_op("megagrow::rope_backward", rope_backward, mutates_args=())
+_op = torch.library.custom_op("megagrow::rope", rope_forward, mutates_args=())
+_backward_op = torch.library.custom_op("megagrow::rope_backward", rope_backward, mutates_args=())
 
 
 def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,13 +144,15 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> N
     ctx.save_for_backward(*inputs[2:])
 
 
-def _gradients(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    return *_rope_backward(dq, dk, *ctx.saved_tensors), None, None
+def _gradients(
+    backward: Any, ctx: Any, dq: Tensor, dk: Tensor
+) -> tuple[Tensor, Tensor, None, None]:
+    return *backward(dq, dk, *ctx.saved_tensors), None, None
 
 
-_rope.register_fake(_fake)
-_rope_backward.register_fake(_fake)
-_rope.register_autograd(_gradients, setup_context=_save)
+_op.register_fake(_fake)
+_backward_op.register_fake(_fake)
+_rope = differentiable(_op, _backward_op, (rope_forward, rope_backward), _save, _gradients)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megagrow_kernels.launching import architecture, check_floats, launch
+from megagrow_kernels.dispatch import differentiable
+from megagrow_kernels.launching import architecture, blocks_of, check_floats, launch
 from megagrow_kernels.tiles import select
 
 # Triton recompiles a kernel for a `count` that is not divisible by 16, since 16-byte loads depend
@@ -46,23 +47,26 @@ def _backward_kernel(dout, gate, up, dgate, dup, count, BLOCK: tl.constexpr):
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up; see `swiglu`."""
     _check(gate=gate, up=up)
-    out = gate.new_empty(gate.shape)
-    _launch(_forward_kernel, gate.contiguous(), up.contiguous(), out)
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    _launch(_forward_kernel, gate, up, out)
     return out
 
 
 def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of gate and up, given that of the output, all (..., F) of one dtype."""
     _check(dout=dout, gate=gate, up=up)
-    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
-    _launch(_backward_kernel, dout.contiguous(), gate.contiguous(), up.contiguous(), dgate, dup)
+    dout, gate, up = dout.contiguous(), gate.contiguous(), up.contiguous()
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    _launch(_backward_kernel, dout, gate, up, dgate, dup)
     return dgate, dup
 
 
 def _check(**tensors: Tensor) -> None:
     check_floats("swiglu", **tensors)
-    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-    if len(set(shapes.values())) > 1:
+    first, *others = tensors.values()
+    if any(x.shape != first.shape for x in others):
+        shapes = {name: tuple(x.shape) for name, x in tensors.items()}
         raise ValueError(f"swiglu requires tensors of one shape, got {shapes}")
 
 
@@ -70,21 +74,21 @@ def _launch(kernel: Any, *tensors: Tensor) -> None:
     first = tensors[0]
     tile = select("swiglu", architecture(first.device), bytes=first.element_size())
     count = first.numel()
-    launch(kernel, (triton.cdiv(count, tile["BLOCK"]),), *tensors, count, **tile)
+    launch(kernel, (blocks_of(count, tile["BLOCK"]),), *tensors, count, **tile)
 
 
-_swiglu = torch.library.custom_op("megagrow::swiglu", swiglu_forward, mutates_args=())
-_swiglu_backward = torch.library.custom_op(
+_op = torch.library.custom_op("megagrow::swiglu", swiglu_forward, mutates_args=())
+_backward_op = torch.library.custom_op(
     "megagrow::swiglu_backward", swiglu_backward, mutates_args=()
 )
 
 
-@_swiglu.register_fake
+@_op.register_fake
 def _fake(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@_swiglu_backward.register_fake
+@_backward_op.register_fake
 def _backward_fake(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
@@ -93,11 +97,11 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
-    return _swiglu_backward(dout, *ctx.saved_tensors)
+def _gradients(backward: Any, ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
+    return backward(dout, *ctx.saved_tensors)
 
 
-_swiglu.register_autograd(_gradients, setup_context=_save)
+_swiglu = differentiable(_op, _backward_op, (swiglu_forward, swiglu_backward), _save, _gradients)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -8,20 +8,24 @@ and no run pauses to autotune.
 """
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib import resources
+from types import MappingProxyType
 from typing import Any
 
 Row = dict[str, Any]
 
 
-def select(op: str, architecture: int, **features: int | bool | str) -> dict[str, int]:
-    """Return the launch configuration of an op's kernel for features such as head_dim=128.
+@cache
+def select(op: str, architecture: int, **features: int | bool | str) -> Mapping[str, int]:
+    """Return the launch configuration of an op's kernel for features such as head_dim=128. Cached.
 
     Uses the rows of the newest listed architecture that is not newer than `architecture`, and the
     first of them that matches. Raises LookupError, naming op and features, if no row matches.
     """
-    return dict(row(op, architecture, **features)["use"])
+    return MappingProxyType(row(op, architecture, **features)["use"])
 
 
 def row(op: str, architecture: int, **features: int | bool | str) -> Row:
@@ -46,3 +50,19 @@ def rows(op: str) -> dict[int, list[Row]]:
     """Read the table of an op, compute capability to rows. Cached."""
     text = resources.files("megagrow_kernels").joinpath("tiles", f"{op}.json").read_text("utf-8")
     return {int(architecture): rows for architecture, rows in json.loads(text).items()}
+
+
+@contextmanager
+def override(architecture: int, tables: Mapping[str, list[Row]]) -> Iterator[None]:
+    """Replace the rows of an architecture in some tables within the context."""
+    saved = {op: dict(rows(op)) for op in tables}
+    try:
+        for op, replacement in tables.items():
+            rows(op)[architecture] = replacement
+        select.cache_clear()
+        yield
+    finally:
+        for op, original in saved.items():
+            rows(op).clear()
+            rows(op).update(original)
+        select.cache_clear()

@@ -113,7 +113,6 @@ def test_it_is_taken_where_it_fits_and_a_row_asks_for_it(
     assert all("GENERATION" not in row["use"] for rows in table.values() for row in rows)
     use = {"GENERATION": 2, "STAGES": 3}
     row = {"when": {"hopper": True}, "up_to": {}, "use": use, "measured": None}
-    monkeypatch.setitem(table, 90, [row, *table[90]])
     monkeypatch.setattr(attention_forward, "architecture", lambda device: architecture)
     selected = []
     monkeypatch.setattr(attention_forward, "launch", lambda *_, **__: selected.append(1))
@@ -121,7 +120,9 @@ def test_it_is_taken_where_it_fits_and_a_row_asks_for_it(
         attention_forward, "attention_hopper_forward", lambda *args: selected.append(args[-1] - 1)
     )
     q = torch.empty(1, 4, 1, width, dtype=dtype)
-    attention_forward.attention_forward(q, q, q, torch.zeros(2, 3, dtype=torch.int32), 0.1, None)
+    arguments = (q, q, q, torch.zeros(2, 3, dtype=torch.int32), 0.1, None)
+    with tiles.override(90, {"attention_forward": [row, *table[90]]}):
+        attention_forward.attention_forward(*arguments)
     assert selected == [expected]
 
 

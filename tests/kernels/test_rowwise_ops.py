@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from megagrow_kernels import reference
@@ -76,3 +78,46 @@ def test_bf16_is_refused_in_the_interpreter(name):
     call, inputs = CALLS[name]
     with pytest.raises(RuntimeError, match="bf16"):
         call(*(x.bfloat16() for x in inputs))
+
+
+class Recorder(TorchDispatchMode):
+    """Record the names of the ops of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "megagrow":
+            self.names.append(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_modes_see_a_named_op_and_eager_calls_do_without(name, monkeypatch):
+    """Both give the same bits. Selective activation checkpointing needs the names."""
+    call, inputs = CALLS[name]
+    with Recorder() as recorder:
+        named = with_gradients(call, inputs, torch.float32)
+    backward = f"{name.removeprefix('add_')}_backward"
+    assert recorder.names == [name, backward]
+    monkeypatch.setattr(torch._ops.OpOverload, "__call__", None)  # no registered op is called
+    eager = with_gradients(call, inputs, torch.float32)
+    assert all(map(torch.equal, named, eager))
+
+
+def test_fake_and_meta_tensors_launch_nothing(monkeypatch):
+    monkeypatch.setattr("megagrow_kernels.swiglu.launch", None)
+    gate = torch.empty(5, 24, device="meta", requires_grad=True)
+    swiglu(gate, gate).sum().backward()
+    with FakeTensorMode() as mode:
+        gate = torch.empty(5, 24, requires_grad=True)
+    swiglu(gate, gate).sum().backward()  # outside of the mode
+    assert gate.grad.fake_mode is mode
+
+
+def test_second_derivatives_are_refused():
+    gate = ROWS[0].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(swiglu(gate, gate).sum(), gate, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"megagrow\.swiglu_backward"):
+        gradient.sum().backward()

@@ -1,6 +1,6 @@
 """The next stage's kernels are compiled beside the training: they are those that it launches then.
 
-No GPU is needed: a step of the model on a simulated one (tests/helpers/kernels/simulated_gpu.py)
+No GPU is needed: a step of the model on a simulated one (tests/helpers/kernels/simulated_step.py)
 requests its kernels from Triton, and each of them is in the cache that the warm-up filled.
 """
 
@@ -85,8 +85,7 @@ def test_a_real_step_finds_all_its_kernels_compiled(cache: Path, tmp_path: Path)
     # Another card of the same architecture: it has fewer multiprocessors than is assumed.
     told = {"stages": STAGES, "sequence": SEQUENCE, "programs": 108}
     settings.write_text(json.dumps(told), encoding="utf-8")
-    script = ROOT / "tests" / "helpers" / "kernels" / "simulated_gpu.py"
-    command = [sys.executable, str(script), str(settings)]
+    command = [sys.executable, "-m", "tests.helpers.kernels.simulated_step", str(settings)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     launched = json.loads(done.stdout)

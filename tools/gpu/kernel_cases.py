@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from megagrow_kernels.tiles import Row, row, rows, rows_for
+from megagrow_kernels.tiles import Row, override, row, rows_for
 
 Features = dict[str, Any]
 
@@ -150,15 +150,9 @@ def unused_rows(architecture: int) -> list[tuple[str, Row]]:
 @contextmanager
 def override_tiles(architecture: int, tiles: Mapping[str, dict[str, int]]) -> Iterator[None]:
     """Temporarily replace tables by one row for an architecture, which matches everything."""
-    saved = {table: dict(rows(table)) for table in tiles}
-    try:
-        for table, use in tiles.items():
-            rows(table)[architecture] = [{"when": {}, "up_to": {}, "use": use, "measured": None}]
+    every: Row = {"when": {}, "up_to": {}, "measured": None}
+    with override(architecture, {table: [every | {"use": use}] for table, use in tiles.items()}):
         yield
-    finally:
-        for table, original in saved.items():
-            rows(table).clear()
-            rows(table).update(original)
 
 
 def _in_order(values: set[Any]) -> list[Any]:
