@@ -15,6 +15,7 @@ from torch import Tensor
 from megagrow.config.schema import ModelConfig
 from megagrow.model.decoding import DecodingCache
 from megagrow.model.llama import HeadLoss
+from megagrow.parallel.collectives import gather
 from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.sharding import real_rows
 
@@ -98,6 +99,4 @@ class VocabShard:
 
     def _all_gather(self, values: Tensor) -> Tensor:
         """Stack the values of all tensor-parallel ranks to (tp, ...)."""
-        parts = [torch.empty_like(values) for _ in range(self.topology.tp)]
-        dist.all_gather(parts, values.contiguous(), group=self.topology.tp_group)
-        return torch.stack(parts)
+        return gather(values, self.topology.tp_group)

@@ -14,6 +14,13 @@ from torch import Tensor
 ProcessGroup = dist.ProcessGroup
 
 
+def gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the tensors of all ranks of a group, stacked along a new first dimension."""
+    out = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out.view(group.size(), *x.shape)
+
+
 def _all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
     x = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, group=group)
@@ -21,19 +28,20 @@ def _all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _gather_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
-    parts = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())
-    ]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts, dim=1)
+    return gather(x, group).transpose(0, 1).flatten(1, 2)  # a view for a single sequence
 
 
 def _reduce_scatter_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
-    if x.device.type == "cpu":  # gloo has no reduce-scatter: all-reduce and keep this rank's part
+    if x.device.type == "cpu":  # gloo's reduce-scatter is not faster than its all-reduce
         return _all_reduce(x, group).chunk(group.size(), dim=1)[group.rank()].contiguous()
-    parts = [part.contiguous() for part in x.chunk(group.size(), dim=1)]
-    out = torch.empty_like(parts[0])
-    dist.reduce_scatter(out, parts, group=group)
+    return _reduce_scatter_tensor(x, group)
+
+
+def _reduce_scatter_tensor(x: Tensor, group: ProcessGroup) -> Tensor:
+    parts = x.unflatten(1, (group.size(), -1)).transpose(0, 1)
+    out = x.new_empty(parts.shape[1:])
+    # Contiguous is a view for a single sequence.
+    dist.reduce_scatter_tensor(out, parts.contiguous().flatten(0, 1), group=group)
     return out
 
 
@@ -47,6 +55,7 @@ class _CopyForwardReduceBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # Not in place: autograd may pass the same gradient to other functions.
         return _all_reduce(grad, ctx.group), None
 
 
@@ -55,7 +64,11 @@ class _ReduceForwardCopyBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        return _all_reduce(x, group)
+        if (x.is_leaf and ctx.needs_input_grad[0]) or x._is_view() or not x.is_contiguous():
+            return _all_reduce(x, group)  # autograd or NCCL does not permit to overwrite it
+        ctx.mark_dirty(x)
+        dist.all_reduce(x, group=group)
+        return x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -94,7 +107,11 @@ def copy_to_tensor_parallel(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def reduce_from_tensor_parallel(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Return the sum of x over the group; the gradient is unchanged."""
+    """Return the sum of x over the group; the gradient is unchanged.
+
+    x is overwritten where autograd permits it. Outputs of matrix products, which are not needed in
+    the backward pass, always permit it.
+    """
     return _ReduceForwardCopyBackward.apply(x, group)
 
 

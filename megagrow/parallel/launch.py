@@ -79,8 +79,21 @@ def choose_accelerator() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def use_expandable_segments() -> None:
+    """Let torch's GPU allocator use expandable segments, unless the user has configured it.
+
+    Memory of one size can then be reused for another, as when a growth replaces all tensors. torch
+    reads the variable when it first allocates on a GPU.
+    """
+    if torch.cuda.is_available() and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+
+
 def tune_process() -> None:
-    """Request huge pages and freeze imported objects; call once, before any large tensor exists.
+    """Set up memory and garbage collection; call once, before any large tensor exists.
 
     On CPUs, a growth spends most of its time on the first access to new memory. torch requests huge
     pages (2 MiB instead of 4 KiB, 512 times fewer faults) only if the variable is set before its
@@ -89,6 +102,7 @@ def tune_process() -> None:
     it is imported here.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    use_expandable_segments()
     importlib.import_module("torch._dynamo")
     gc.collect()
     gc.freeze()

@@ -15,6 +15,7 @@ from megagrow.errors import ConfigError
 from megagrow.model.backends import uses_bf16
 from megagrow.model.masks import Masks
 from megagrow.parallel.agreement import any_across_ranks, run_on_all_ranks
+from megagrow.parallel.collectives import gather
 from megagrow.train.stage import Stage, masks_now
 from megagrow.train.step import mean_loss, model_inputs
 from megagrow.train.train_state import RunState
@@ -113,9 +114,8 @@ def predictions(stage: Stage, reader: BatchReader, masks: Masks | None) -> Tenso
         inputs = model_inputs(batch, stage.ops, topology.device)
         logits = stage.engine.forward(*inputs, masks).flatten(0, 1)[-POSITIONS:].float()
     stage.engine.train()
-    parts = [torch.empty_like(logits) for _ in range(topology.tp)]
-    dist.all_gather(parts, logits.contiguous(), group=topology.tp_group)
-    return torch.cat(parts, dim=1)[:, : stage.config.model.vocab_size].cpu()
+    gathered = gather(logits, topology.tp_group).transpose(0, 1).flatten(1)
+    return gathered[:, : stage.config.model.vocab_size].cpu()
 
 
 def change(before: Tensor, after: Tensor) -> Change:

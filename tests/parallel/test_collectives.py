@@ -24,9 +24,20 @@ def apply_all(tp: int, inputs: dict, weights: dict) -> dict[str, tuple]:
     for name, of_rank in inputs.items():
         # Not contiguous, as transposed activations are.
         x = of_rank[topology.tp_rank].transpose(0, 2).clone().transpose(0, 2).requires_grad_()
-        y = getattr(collectives, name)(x, topology.tp_group)
-        gradient = torch.autograd.grad((y * weights[name][topology.tp_rank]).sum(), x)[0]
-        out[name] = y.detach(), gradient
+        before = x.detach().clone()
+        # A contiguous intermediate result, as the output of a matrix product, may be overwritten.
+        for given in (x, 1 * x.contiguous()):
+            y = getattr(collectives, name)(given, topology.tp_group)
+            gradient = torch.autograd.grad((y * weights[name][topology.tp_rank]).sum(), x)[0]
+            results = y.detach(), gradient
+            assert all(map(torch.equal, results, out.setdefault(name, results)))
+        assert torch.equal(x, before)
+        overwritten = y.data_ptr() == given.data_ptr()
+        assert overwritten or not name.startswith("reduce_from"), name
+    # The same with NCCL's collective.
+    x = inputs["scatter_to_sequence"][topology.tp_rank]
+    scattered = collectives._reduce_scatter_tensor(x, topology.tp_group)
+    assert torch.equal(scattered, out["scatter_to_sequence"][0])
     return out
 
 

@@ -1,5 +1,6 @@
 """Ranks in a grid, what the launcher says, and errors that all ranks raise together."""
 
+import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -16,6 +17,7 @@ from megagrow.errors import (
     InputError,
     ResourceError,
 )
+from megagrow.parallel import launch
 from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
 from megagrow.parallel.launch import Launch, read_launch
 from megagrow.parallel.process_groups import TIMEOUT, make_topology
@@ -50,6 +52,28 @@ def test_half_a_launch_is_refused_and_what_is_missing_named(launcher, missing):
     launcher(**{name: value for name, value in LAUNCH.items() if name != missing})
     with pytest.raises(InputError, match=f"but not {missing}; set all three$"):
         read_launch()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "configured", "expected"),
+    [
+        (True, {}, "expandable_segments:True"),
+        (True, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        (True, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, None),
+        (False, {}, None),
+    ],
+)
+def test_the_gpu_allocator_is_configured_unless_the_user_did(
+    monkeypatch, gpu, configured, expected
+):
+    for name in launch.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in configured.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    launch.use_expandable_segments()
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected
+    os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
 
 
 def options_of(group: Any) -> Any:
