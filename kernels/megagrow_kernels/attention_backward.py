@@ -125,7 +125,7 @@ def _queries_kernel(
     delta_M = tl.load(delta + row, mask=queries < end, other=0.0)
     dq_MD = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
 
-    low, edge = key_range(first, start, window, BLOCK_N, WINDOWED)
+    low, edge = key_range(first, start, window, BLOCK_M, BLOCK_N, WINDOWED)
     for at in range(low, edge, BLOCK_N):
         k_ND = load_whole(k_rows, k, at, group, k_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
         v_ND = load_whole(v_rows, v, at, group, v_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)

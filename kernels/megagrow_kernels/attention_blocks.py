@@ -47,17 +47,21 @@ def place(tiles, count, heads, at_once, BLOCK: tl.constexpr, LAST_FIRST: tl.cons
 
 
 @triton.jit
-def key_range(first, start, window, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr):
+def key_range(
+    first, start, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr
+):
     """Return the range (low, edge) of full key blocks visible to the queries from `first`.
 
     Blocks start at multiples of BLOCK_N from `start`, the first token of the document. The keys
-    from `edge` on need the causal mask; `edge` is before `first` unless BLOCK_N divides the block
-    of queries.
+    from `edge` on need the causal mask; `edge` is before `first` unless BLOCK_N divides BLOCK_M.
     """
     low = start
     if WINDOWED:
         low = start + tl.maximum(first - window + 1 - start, 0) // BLOCK_N * BLOCK_N
-    return low, start + (first - start) // BLOCK_N * BLOCK_N
+    edge = first  # the same value, without a register of its own
+    if BLOCK_M % BLOCK_N != 0:
+        edge = start + (first - start) // BLOCK_N * BLOCK_N
+    return low, edge
 
 
 @triton.jit

@@ -94,7 +94,7 @@ def _forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
 
-    low, edge = key_range(first, start, window, BLOCK_N, WINDOWED)
+    low, edge = key_range(first, start, window, BLOCK_M, BLOCK_N, WINDOWED)
     for at in range(low, edge, BLOCK_N):
         k_ND = load_whole(k_rows, k, at, group, k_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
         seen = True

@@ -1,20 +1,10 @@
-"""Memory of a rank, by hand, and activations as torch's autograd really keeps them."""
+"""Memory of a rank, by hand."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megagrow.config.schema import StageConfig
-from megagrow.model.backends import Backends, KernelWorkload
-from megagrow.model.llama import LlamaForCausalLM
-from megagrow.model.machine import machine_of
-from megagrow.model.ops import PLAIN, make_ops
 from megagrow.planning.memory import StageMemory, growth_peak, stage_memory
 from megagrow.reshard.exchange import BUCKET_BYTES
 
@@ -217,92 +207,6 @@ def test_logits_in_chunks(zero: int, loss: str, chunk: int, each: int, weight: i
     kernels = {"linear_cross_entropy": True, "loss": loss}
     found = memory(zero, kernels=kernels)
     assert found.logits == chunk * 100 * each + 64 * 64 * 2 + 100 * 64 * weight
-
-
-class FusedNorm(torch.autograd.Function):
-    """Keeps what the fused norm of a GPU keeps: its input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        raise NotImplementedError
-
-
-class Storages(TorchDispatchMode):
-    """Memory of the results of all operations within the context."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: dict[StorageWeakRef, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self._seen[StorageWeakRef(storage)] = storage.nbytes()
-        return outputs
-
-    def alive(self, outside: set[StorageWeakRef]) -> int:
-        """Return the bytes that are still in use, without some storages."""
-        alive = {storage for storage in self._seen if not storage.expired()}
-        return sum(self._seen[storage] for storage in alive - outside)
-
-
-def kept_by_autograd(model: LlamaForCausalLM) -> int:
-    """Return the bytes kept for the backward pass of a micro-batch, without weights and logits."""
-    ids, positions = (
-        torch.zeros(2, LENGTH, dtype=torch.long),
-        torch.arange(LENGTH).expand(2, LENGTH),
-    )
-    with Storages() as storages:
-        logits = model(ids, positions)
-    outside = {
-        StorageWeakRef(x.untyped_storage()) for x in (*model.parameters(), ids, positions, logits)
-    }
-    return storages.alive(outside)
-
-
-TABLES = 2 * TOKENS * 16
-"""Elements of the rotary tables, which the model keeps and the plan does not count."""
-
-
-@pytest.mark.parametrize("checkpointing", ["none", "selective"])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_activations_are_what_autograd_keeps(bf16: bool, checkpointing: str) -> None:
-    heads = {"num_key_value_heads": 4}
-    found = memory(1, world=1, bf16=bf16, model=heads, activation_checkpointing=checkpointing)
-    ops = replace(PLAIN, rms_norm=FusedNorm.apply)
-    model = LlamaForCausalLM(found.stage.model, checkpointing, ops)
-    model.to(torch.bfloat16 if bf16 else torch.float32)
-    tables = TABLES * (2 if bf16 else 4)
-    assert kept_by_autograd(model) == found.activations() + tables
-
-
-@pytest.mark.parametrize("checkpointing", ["none", "selective"])
-@pytest.mark.parametrize("attention", ["sdpa", "reference"])
-def test_activations_on_a_cpu(attention: str, checkpointing: str) -> None:
-    """Norms are composed of operations there; by the reference so is attention."""
-    found = memory(
-        1,
-        world=1,
-        bf16=False,
-        model={"num_key_value_heads": 4},
-        kernels={"attention": attention},
-        on_cpu=True,
-        activation_checkpointing=checkpointing,
-    )
-    backends = Backends(attention=attention, norm="torch", pointwise="torch", loss="torch")
-    work = KernelWorkload(torch.float32, 16, packed=False)
-    ops = make_ops(backends, machine_of(torch.device("cpu")), work)
-    model = LlamaForCausalLM(found.stage.model, checkpointing, ops)
-    # The tables, and the inverse of each norm's root mean square, 5 of them.
-    uncounted = TABLES * 4 + 5 * 4 * TOKENS
-    assert kept_by_autograd(model) == found.activations() + uncounted
 
 
 @pytest.mark.parametrize(

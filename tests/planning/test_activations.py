@@ -1,0 +1,119 @@
+"""Planned activation memory, compared with the memory that a real forward pass keeps."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megagrow.config.schema import StageConfig
+from megagrow.model.backends import Backends, KernelWorkload
+from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.machine import machine_of
+from megagrow.model.ops import PLAIN, make_ops
+from megagrow.planning.memory import stage_memory
+
+MODEL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 100,
+}
+LENGTH = 32
+TOKENS = 2 * LENGTH
+CHECKPOINTING = ("none", "selective")
+
+
+def stage_of(checkpointing: str, attention: str = "auto") -> StageConfig:
+    return StageConfig.model_validate(
+        {
+            "model": MODEL,
+            "tokens": 1,
+            "parallel": {"activation_checkpointing": checkpointing},
+            "batch": {"global_batch_size": 2, "micro_batch_size": 2},
+            "optimizer": {"lr": 1.0},
+            "kernels": {"attention": attention},
+        }
+    )
+
+
+class FusedNorm(torch.autograd.Function):
+    """Keeps what the fused norm of a GPU keeps: its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise NotImplementedError
+
+
+class Storages(TorchDispatchMode):
+    """Memory of the results of all operations within the context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._seen[StorageWeakRef(storage)] = storage.nbytes()
+        return outputs
+
+    def alive(self, outside: set[StorageWeakRef]) -> int:
+        """Return the bytes that are still in use, without some storages."""
+        alive = {storage for storage in self._seen if not storage.expired()}
+        return sum(self._seen[storage] for storage in alive - outside)
+
+
+def kept_by_autograd(model: LlamaForCausalLM) -> int:
+    """Return the bytes kept for the backward pass of a micro-batch, without weights and logits."""
+    ids, positions = (
+        torch.zeros(2, LENGTH, dtype=torch.long),
+        torch.arange(LENGTH).expand(2, LENGTH),
+    )
+    with Storages() as storages:
+        logits = model(ids, positions)
+    outside = {
+        StorageWeakRef(x.untyped_storage()) for x in (*model.parameters(), ids, positions, logits)
+    }
+    return storages.alive(outside)
+
+
+TABLES = 2 * TOKENS * 16
+"""Elements of the rotary tables, which the model keeps and the plan does not count."""
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_activations_on_a_gpu(bf16: bool, checkpointing: str) -> None:
+    stage = stage_of(checkpointing)
+    planned = stage_memory(stage, 1, LENGTH, bf16).activations()
+    model = LlamaForCausalLM(stage.model, checkpointing, replace(PLAIN, rms_norm=FusedNorm.apply))
+    model.to(torch.bfloat16 if bf16 else torch.float32)
+    assert kept_by_autograd(model) == planned + TABLES * (2 if bf16 else 4)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+def test_activations_on_a_cpu(attention: str, checkpointing: str) -> None:
+    """Norms are composed of operations there; by the reference so is attention."""
+    stage = stage_of(checkpointing, attention)
+    planned = stage_memory(stage, 1, LENGTH, False, on_cpu=True).activations()
+    backends = Backends(attention=attention, norm="torch", pointwise="torch", loss="torch")
+    work = KernelWorkload(torch.float32, 16, packed=False)
+    ops = make_ops(backends, machine_of(torch.device("cpu")), work)
+    model = LlamaForCausalLM(stage.model, checkpointing, ops)
+    # And the inverse of each norm's root mean square, 5 of them.
+    assert kept_by_autograd(model) == planned + TABLES * 4 + 5 * 4 * TOKENS
