@@ -10,8 +10,7 @@ interpreter, in fp32, with smaller shapes.
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -28,40 +27,9 @@ from megagrow_kernels.rms_norm import add_rms_norm, rms_norm
 from megagrow_kernels.rope import rope
 from megagrow_kernels.swiglu import swiglu
 from tests.helpers.kernels.accuracy import check, close, draw
+from tests.helpers.kernels.kernel_device import Function, KernelDevice
 
 EPS = 1e-5
-Function = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class KernelDevice:
-    """Device of the checks, and the divisor of large shapes on it."""
-
-    device: str
-    scale: int
-
-    @property
-    def dtypes(self) -> Sequence[torch.dtype]:
-        both = (torch.float16, torch.bfloat16)
-        return torch.float32, *(() if self.device == "cpu" else both)
-
-    def of(self, size: int) -> int:
-        """Return a large size, scaled down for the device."""
-        return max(1, size // self.scale)
-
-    def run(self, function: Function) -> Function:
-        """Return the function wrapped to run on this device, with inputs and results on the CPU."""
-
-        def call(*inputs: Tensor) -> Any:
-            outputs = function(*(x.to(self.device) for x in inputs))
-            return outputs.cpu() if isinstance(outputs, Tensor) else tuple(y.cpu() for y in outputs)
-
-        return call
-
-    def check_accuracy(self, kernel: Function, eager: Function, inputs: Sequence[Tensor]) -> None:
-        """Check outputs and gradients of a kernel against fp64, in every precision."""
-        for dtype in self.dtypes:
-            check(self.run(kernel), self.run(eager), inputs, dtype)
 
 
 def row_cases(setup: KernelDevice) -> list[tuple[int, int]]:
