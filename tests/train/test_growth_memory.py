@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import megagrow.train.growth_event.event
 from megagrow.config.schema import RunConfig
@@ -16,6 +17,7 @@ from megagrow.reshard.fill import fill_initial
 from megagrow.reshard.layout import Layout
 from megagrow.train.data_setup import open_inputs
 from megagrow.train.fault_tolerance.signals import StopSignal
+from megagrow.train.growth_event.event import end_stage
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.stage import Stage, build_stage
 from megagrow.train.step_feed import StepFeed
@@ -126,6 +128,51 @@ def stages(zero: int, tp: int, models: tuple[dict, dict]) -> list[dict]:
         {"model": model, "tokens": 2 * STEP_TOKENS, "parallel": parallel, **growth}
         for model, growth in zip(models, ({}, {"growth": TRANSPORT}), strict=True)
     ]
+
+
+SMALL = 64
+"""Bytes of a few scalars, such as a loss that gloo's thread has not released yet."""
+
+
+def storages() -> dict[int, int]:
+    """Bytes of the memory of all tensors of real numbers by address; batches are integers."""
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if isinstance(found, Tensor)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    real = [tensor for tensor in tensors if tensor.is_floating_point() and not tensor.is_meta]
+    held = [tensor.untyped_storage() for tensor in real]
+    return {storage.data_ptr(): storage.nbytes() for storage in held if storage.nbytes() > SMALL}
+
+
+def outlasting(runs: dict[str, RunConfig]) -> dict[str, tuple[int, int]]:
+    """Count the tensor memories besides the state while a stage is trained, and after its end."""
+    found = {}
+    for name, run in runs.items():
+        before = storages().keys()
+        stage = begin(run)
+        trained = storages()
+        ended = end_stage(stage)
+        state = [t for kinds in ended.state.storage.values() for t in kinds.values()]
+        kept = {tensor.untyped_storage().data_ptr() for tensor in state}
+        assert kept <= trained.keys()
+        extra = [trained.keys() - before - kept, storages().keys() - before - kept]
+        found[name] = (len(extra[0]), len(extra[1]))
+    return found
+
+
+@pytest.mark.dist
+def test_a_finished_stage_holds_its_state_only(tmp_path: Path) -> None:
+    """No gradients, forward weights or flat buffers while the next engine is built."""
+    runs = {
+        f"ZeRO {zero} {precision}": make_run(
+            tmp_path, stages(zero, 1, (MODEL, MODEL)), precision=precision
+        )
+        for zero in range(4)
+        for precision in ("fp32", "bf16")
+    }
+    for found in run_ranks(2, outlasting, runs):
+        assert {name: after for name, (_, after) in found.items()} == dict.fromkeys(runs, 0)
+        assert all(trained > 0 for name, (trained, _) in found.items() if "ZeRO 0" not in name)
 
 
 @pytest.mark.dist
