@@ -7,6 +7,7 @@ import atexit
 import gc
 import importlib
 import os
+import resource
 import socket
 import time
 from dataclasses import dataclass
@@ -207,8 +208,10 @@ def open_store(launch: Launch, timeout: timedelta) -> Any:
 def join_store(launch: Launch, timeout: timedelta) -> Any:
     """Open the rendezvous store, waiting up to `timeout` for its host.
 
-    Raises PeerLost if the host does not respond, ResourceError if rank 0 cannot listen.
+    Also raises the limit of open files. Raises PeerLost if the host does not respond, ResourceError
+    if rank 0 cannot listen.
     """
+    _raise_file_limit()
     where = f"{first_host()}:{os.environ.get('MASTER_PORT')}"
     try:
         if launch.rank > 0:
@@ -226,6 +229,22 @@ def join_store(launch: Launch, timeout: timedelta) -> Any:
             f"{timeout.total_seconds():.0f} s, or was lost ({reason})",
             is_reporter=launch.local_rank == 0 or launch.rank == 1,
         ) from error
+
+
+MOST_FILES = 65536
+"""Highest limit of open files that a rank sets."""
+
+
+def _raise_file_limit() -> None:
+    """Raise the soft limit of open files to the hard limit, at most to MOST_FILES.
+
+    Rank 0 has two connections with every rank, to the store and to the heartbeat server; a login
+    shell usually allows 1,024 open files.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _wait_for_port(timeout: timedelta) -> None:

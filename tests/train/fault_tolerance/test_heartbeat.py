@@ -2,15 +2,18 @@
 
 import errno
 import json
+import os
 import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
+from megagrow.parallel.launch import Launch, join_store
 from megagrow.train.fault_tolerance import heartbeat_client, heartbeat_endpoint
 from megagrow.train.fault_tolerance.heartbeat import HeartbeatServer
 from megagrow.train.fault_tolerance.heartbeat_client import HeartbeatClient
@@ -21,6 +24,7 @@ from megagrow.train.fault_tolerance.heartbeat_endpoint import (
     challenge_response,
 )
 from tests.helpers.logs import captured_logs
+from tests.helpers.spawn import run_ranks
 
 WORLD = 3
 IDLE = 1100
@@ -267,3 +271,24 @@ def test_without_file_descriptors_open_connections_are_served(
         "the heartbeat server failed on a connection (OSError: [Errno 24] Too many open files); "
         "training continues"
     ]
+
+
+def heartbeats_with_few_files(ranks: int) -> int:
+    """Count the ranks whose heartbeats arrive where a process may open few files at first."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + ranks, hard))
+    join_store(Launch(0, 1, 0), timedelta(seconds=1))
+    server = HeartbeatServer(ranks, "host")
+    endpoint = HeartbeatEndpoint(server, ranks, "127.0.0.1")
+    clients = [client_of(endpoint, rank) for rank in range(1, ranks)]
+    for rank, client in enumerate(clients, 1):
+        client.report(rank, 1, "step 1")
+    return len(server.heartbeats())
+
+
+@pytest.mark.dist
+def test_the_connections_of_many_ranks_do_not_end_at_the_limit_of_open_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(heartbeat_endpoint, "BATCH_SECONDS", 0.001)
+    assert run_ranks(1, heartbeats_with_few_files, 80) == [79]
