@@ -87,7 +87,8 @@ def train(
     problems = growth_problems(run) or world_problems(run, launch.world_size)
     if problems:
         raise ConfigError("; ".join(problems))
-    with watched_ranks(launch, run.guards.hang_timeout) as (device, watchdog):
+    ranks = watched_ranks(launch, run.guards.hang_timeout, run.deterministic_mode)
+    with ranks as (device, watchdog):
         watchdog.beat("opening the data", long=True)
         checks = check_kernels(run, device, launch)
         inputs = open_inputs_on_all_ranks(run)

@@ -52,6 +52,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "logging.peak_flops",
     ),
     Effect.ROUNDING: (
+        "deterministic_mode",
         "stages.N.parallel.tensor_model_parallel_size",
         "stages.N.parallel.sequence_parallel",
         "stages.N.parallel.zero_stage",

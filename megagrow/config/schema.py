@@ -103,6 +103,9 @@ class RunConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute precision; `auto` is bf16 on a GPU and fp32 on a CPU. Master weights and moments are
     always fp32. With `zero_stage: 0`, bf16 is an autocast of fp32 weights."""
+    deterministic_mode: bool = False
+    """Compute the same bits in every run on the same GPUs and layout, with slower kernels (name
+    from Megatron-LM). CPUs always do (docs/guides/kernels.md#determinism)."""
     init_from: FilePath | None = None
     """Checkpoint, run directory or Hugging Face folder with the initial weights of the first stage;
     null initializes randomly. Not read when resuming."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from megagrow.common.sizes import format_in
-from megagrow.common.tables import print_facts, print_table
+from megagrow.common.tables import print_facts, print_lines, print_table
 from megagrow.config.schema import RunConfig
 from megagrow.model.backends import (
     OPERATIONS,
@@ -25,7 +25,7 @@ from megagrow.model.backends import (
 )
 from megagrow.model.machine import Machine, machine_of
 from megagrow.train.kernel_calls import Checks
-from megagrow.train.kernel_selection import check_host, stage_machine
+from megagrow.train.kernel_selection import check_host, determinism_problems, stage_machine
 from megagrow.train.reporting.run_files import package_version
 
 DEFAULT_HEAD_DIM = 128
@@ -109,6 +109,8 @@ def print_local_report(run: RunConfig | None, device: torch.device, console: Con
         selected = f"selected by auto (head_dim {DEFAULT_HEAD_DIM})"
         _print_rows(console, str(device), selected, default_rows(machine_of(device)))
         return
+    problems = determinism_problems(run, device)
+    print_lines(console, (f"Problem: {problem}" for problem in problems))
     checks = check_host(run, device)
     for index, stage in enumerate(run.stages):
         work = kernel_workload(run, index, device)

@@ -33,6 +33,9 @@ LEAST_CAPABILITY = 80
 """Minimum compute capability of the Triton kernels and of flash-attn: Ampere, the first with bf16
 matrix products."""
 
+DETERMINISTIC_FLASH = (2, 4, 1)
+"""Oldest flash-attn with a deterministic backward pass."""
+
 LARGEST_HEAD = 256
 """Maximum head_dim of Triton's attention and flash-attn; it must also be a multiple of 8."""
 
@@ -46,6 +49,8 @@ class KernelWorkload:
     head_dim: int
     packed: bool
     """True if attention is restricted to documents (`data.reset_attention_mask`)."""
+    deterministic: bool = False
+    """True if backward passes must sum in a fixed order (`deterministic_mode`)."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ def uses_bf16(run: RunConfig, device: torch.device) -> bool:
 def kernel_workload(run: RunConfig, index: int, device: torch.device) -> KernelWorkload:
     """Return the workload of stage `index` of a run on a device."""
     dtype = torch.bfloat16 if uses_bf16(run, device) else torch.float32
-    return KernelWorkload(dtype, run.stages[index].model.head_dim, run.data.reset_attention_mask)
+    head_dim, packed = run.stages[index].model.head_dim, run.data.reset_attention_mask
+    return KernelWorkload(dtype, head_dim, packed, run.deterministic_mode)
 
 
 def choose(
@@ -140,6 +146,8 @@ def _flash_attn_obstacle(machine: Machine, work: KernelWorkload) -> str | None:
         return "flash-attn is not installed (the extra `flash`)"
     if machine.device == "cpu":
         return "flash-attn needs a GPU"
+    if work.deterministic and machine.flash_attn_version < DETERMINISTIC_FLASH:
+        return "deterministic_mode needs flash-attn 2.4.1 or newer"
     if work.dtype == torch.float32:
         return "flash-attn supports only bf16 and fp16, but the stage computes in fp32"
     return _capability_obstacle(machine) or _head_dim_obstacle(work)

@@ -1,7 +1,9 @@
 """Capabilities of the machine for the model's operations, detected once and passed as a value."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
@@ -24,6 +26,8 @@ class Machine:
     """True if Triton kernels run in its interpreter (TRITON_INTERPRET=1 before the start)."""
     flash_attn: bool = False
     """True if flash-attn is installed."""
+    flash_attn_version: tuple[int, ...] = ()
+    """Its version, without suffixes; empty if unknown."""
 
 
 def machine_of(device: torch.device) -> Machine:
@@ -39,7 +43,16 @@ def machine_of(device: torch.device) -> Machine:
         triton,
         interpreter=triton and _interpreter_enabled(),
         flash_attn=find_spec("flash_attn") is not None,
+        flash_attn_version=_flash_attn_version(),
     )
+
+
+def _flash_attn_version() -> tuple[int, ...]:
+    try:
+        numbers = re.match(r"\d+(\.\d+)*", version("flash-attn"))
+    except PackageNotFoundError:
+        return ()
+    return () if numbers is None else tuple(map(int, numbers[0].split(".")))
 
 
 def _interpreter_enabled() -> bool:

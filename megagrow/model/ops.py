@@ -157,7 +157,8 @@ PLAIN = Ops(
 
 
 def _with_sdpa(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
-    cudnn = machine.capability >= CUDNN_FIRST
+    # cuDNN's backward pass is not deterministic; the other backends follow torch's global setting.
+    cudnn = machine.capability >= CUDNN_FIRST and not work.deterministic
     return replace(ops, attention=_sdpa_cudnn_first if cudnn else sdpa)
 
 
@@ -216,7 +217,7 @@ def _with_flash_attn(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
         raise ResourceError(f"flash-attn is installed but cannot be imported: {error}") from error
 
     def attend(q: Tensor, k: Tensor, v: Tensor, packing: Any) -> Tensor:
-        options = {"causal": True, "deterministic": True}
+        options = {"causal": True, "deterministic": work.deterministic}
         if packing is None:
             return flash_attn.flash_attn_func(q, k, v, **options)
         ends, longest = packing.cu_seqlens, packing.longest

@@ -10,6 +10,8 @@ import os
 import resource
 import socket
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from ipaddress import ip_address
@@ -67,6 +69,23 @@ def shared_variables() -> dict[str, str]:
     names += [name for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE") if name in os.environ]
     own = {name for name in names if name in OWN_VARIABLES or name.endswith("_IFNAME")}
     return {name: os.environ[name] for name in sorted({*names} - own)}
+
+
+@contextmanager
+def default_variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set the environment variables that are not set, in a context."""
+    added = [name for name in values if name not in os.environ]
+    os.environ.update({name: values[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+def variable(name: str) -> str | None:
+    """Return the value of an environment variable, None if it is not set."""
+    return os.environ.get(name)
 
 
 def cache_folder() -> Path:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megagrow.config.schema import RunConfig
+from megagrow.errors import ConfigError
 from megagrow.model.backends import (
     OPERATIONS,
     Backends,
@@ -26,6 +27,7 @@ from megagrow.model.backends import (
 from megagrow.model.machine import Machine, machine_of
 from megagrow.model.ops import Ops, make_ops
 from megagrow.parallel.agreement import run_on_all_ranks
+from megagrow.parallel.determinism import deterministic_conflicts
 from megagrow.parallel.launch import Launch
 from megagrow.train.kernel_calls import NO_CHECKS, OPERATION_OF, Checks, KernelCall, stage_kernels
 from megagrow.train.kernel_check import check_calls
@@ -46,7 +48,8 @@ def check_kernels(run: RunConfig, device: torch.device, launch: Launch) -> Check
 
     The first rank of each host checks its GPU. A kernel that fails on one host is used on none.
     Warns on rank 0 if `auto` cannot use a kernel. Raises ResourceError on all ranks if an operation
-    of any stage cannot run. Returns the results, equal on all ranks; empty on CPUs.
+    of any stage cannot run, and ConfigError if the environment contradicts `deterministic_mode`.
+    Returns the results, equal on all ranks; empty on CPUs.
     """
     checks = NO_CHECKS
     if device.type == "cuda":
@@ -57,9 +60,21 @@ def check_kernels(run: RunConfig, device: torch.device, launch: Launch) -> Check
         if launch.rank == 0:
             for warning in fallback_warnings(run, device, checks):
                 logger.warning("%s", warning)
-    stages = range(len(run.stages))
-    run_on_all_ranks(lambda: [stage_ops(run, index, device, checks) for index in stages])
+    run_on_all_ranks(lambda: _check_stages(run, device, checks))
     return checks
+
+
+def _check_stages(run: RunConfig, device: torch.device, checks: Checks) -> None:
+    if conflicts := determinism_problems(run, device):
+        raise ConfigError("; ".join(conflicts))
+    for index in range(len(run.stages)):
+        stage_ops(run, index, device, checks)
+
+
+def determinism_problems(run: RunConfig, device: torch.device) -> list[str]:
+    """Return the reasons why the environment prevents deterministic results that a run requires."""
+    required = run.deterministic_mode and device.type == "cuda"
+    return deterministic_conflicts() if required else []
 
 
 def check_host(run: RunConfig, device: torch.device) -> Checks:

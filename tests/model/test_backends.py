@@ -7,7 +7,14 @@ import torch
 
 from megagrow.config.stage import KernelsConfig
 from megagrow.errors import InputError
-from megagrow.model.backends import OPERATIONS, Backends, KernelWorkload, choose, obstacle
+from megagrow.model.backends import (
+    OPERATIONS,
+    Backends,
+    KernelWorkload,
+    automatic,
+    choose,
+    obstacle,
+)
 from megagrow.model.machine import Machine
 
 PASSED = dict.fromkeys(OPERATIONS)
@@ -76,6 +83,17 @@ def test_what_is_named_is_taken(machine: Machine) -> None:
     assert choose(KernelsConfig(norm="triton"), INTERPRETER, FP32).loss == "torch"
 
 
+OLD_FLASH = Machine("cuda", 90, flash_attn=True, flash_attn_version=(2, 4))
+NEW_FLASH = replace(OLD_FLASH, flash_attn_version=(2, 4, 1))
+
+
+def test_auto_avoids_an_old_flash_attn_only_where_results_must_be_deterministic() -> None:
+    exact = replace(PACKED, deterministic=True)
+    assert automatic("attention", OLD_FLASH, PACKED) == "flash_attn"
+    assert automatic("attention", OLD_FLASH, exact) == "sdpa"
+    assert automatic("attention", NEW_FLASH, exact) == "flash_attn"
+
+
 REFUSED = [
     ("triton", CPU, FP32, "TRITON_INTERPRET=1"),
     ("triton", MAC, FP32, "Triton is not installed"),
@@ -88,6 +106,7 @@ REFUSED = [
     ("flash_attn", WITH_FLASH, FP32, "only bf16 and fp16, but the stage computes in fp32"),
     ("flash_attn", WITH_FLASH, ODD, "multiple of 8 up to 256, not 66"),
     ("flash_attn", WITH_FLASH, KernelWorkload(torch.bfloat16, 264, False), "up to 256, not 264"),
+    ("flash_attn", OLD_FLASH, replace(BF16, deterministic=True), "needs flash-attn 2.4.1"),
 ]
 
 

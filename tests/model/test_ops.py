@@ -16,7 +16,7 @@ from megagrow.model.backends import Backends, KernelWorkload
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.machine import Machine, machine_of
 from megagrow.model.masks import Masks
-from megagrow.model.ops import PLAIN, Ops, attention_mask, make_ops
+from megagrow.model.ops import PLAIN, Ops, attention_mask, make_ops, sdpa
 from megagrow_kernels import reference
 from tests.helpers.hugging_face import tiny, tokens
 
@@ -54,21 +54,21 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.fixture
-def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     """A stand-in that computes by the reference, after flash-attn's own signatures; the calls."""
     calls = []
 
     def whole(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False):
-        assert causal and deterministic and q.dtype == torch.bfloat16
-        calls.append("flash_attn_func")
+        assert causal and q.dtype == torch.bfloat16
+        calls.append(("flash_attn_func", deterministic))
         return reference.attention(q, k, v)
 
     def packed(q, k, v, cu_q, cu_k, longest_q, longest_k, causal=False, deterministic=False):
-        assert causal and deterministic and q.dtype == torch.bfloat16
+        assert causal and q.dtype == torch.bfloat16
         lengths = cu_q.diff()
         assert torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32 and cu_q[-1] == len(q)
         assert longest_q == longest_k == lengths.max()
-        calls.append("flash_attn_varlen_func")
+        calls.append(("flash_attn_varlen_func", deterministic))
         ids = torch.repeat_interleave(lengths)[None]
         return reference.attention(q[None], k[None], v[None], ids)[0]
 
@@ -90,8 +90,12 @@ def test_attention(backend: str, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-def test_attention_by_flash_attn(flash_attn: list[str], packed: bool) -> None:
-    work, documents = KernelWorkload(torch.bfloat16, 16, packed), DOCUMENTS if packed else None
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_attention_by_flash_attn(
+    flash_attn: list[tuple[str, bool]], packed: bool, deterministic: bool
+) -> None:
+    work = KernelWorkload(torch.bfloat16, 16, packed, deterministic)
+    documents = DOCUMENTS if packed else None
     ops = ops_by(work, attention="flash_attn")
     inputs = draw(2, 12, 4, 16), draw(2, 12, 2, 16, seed=1), draw(2, 12, 2, 16, seed=2)
     attention_mask = ops.attention_mask(
@@ -104,7 +108,8 @@ def test_attention_by_flash_attn(flash_attn: list[str], packed: bool) -> None:
 
     for one, other in zip(found, outcome(expected, *inputs), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
-    assert flash_attn == ["flash_attn_varlen_func" if packed else "flash_attn_func"]
+    name = "flash_attn_varlen_func" if packed else "flash_attn_func"
+    assert flash_attn == [(name, deterministic)]
 
 
 def test_flash_attn_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +124,13 @@ def test_the_order_of_torchs_own_attentions_changes_nothing_else() -> None:
     q, k, v = draw(2, 12, 4, 16), draw(2, 12, 2, 16, seed=1), draw(2, 12, 2, 16, seed=2)
     for mask in (None, attention_mask(DOCUMENTS)):
         assert torch.equal(ops.attention(q, k, v, mask), PLAIN.attention(q, k, v, mask))
+
+
+def test_cudnn_is_not_used_where_results_must_be_deterministic() -> None:
+    hopper = Machine("cuda", 90)
+    work = KernelWorkload(torch.bfloat16, 16, False)
+    fast, exact = (ops_by(w, hopper) for w in (work, replace(work, deterministic=True)))
+    assert fast.attention is not sdpa and exact.attention is sdpa
 
 
 def test_norms_by_triton() -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from megagrow.errors import HANG_CODE, InputError, PeerLost, RunError
+from megagrow.parallel.determinism import deterministic_algorithms
 from megagrow.parallel.launch import Launch, first_host, join_store, wait_for_ranks
 from megagrow.parallel.process_groups import TIMEOUT, init_process_group
 from megagrow.train.fault_tolerance.heartbeat import HeartbeatServer
@@ -220,7 +221,9 @@ class Watchdog:
 
 
 @contextmanager
-def watched_ranks(launch: Launch, timeout: float | None) -> Iterator[tuple[torch.device, Watchdog]]:
+def watched_ranks(
+    launch: Launch, timeout: float | None, deterministic: bool = False
+) -> Iterator[tuple[torch.device, Watchdog]]:
     """Join all ranks; a context with the device of this rank and its running watchdog. Collective.
 
     The process group must be destroyed within the context. Raises PeerLost if a rank does not join.
@@ -228,10 +231,12 @@ def watched_ranks(launch: Launch, timeout: float | None) -> Iterator[tuple[torch
     Args:
         launch: this rank.
         timeout: seconds allowed for a phase; None for no limit.
+        deterministic: use deterministic algorithms in the context.
     """
     limit = timedelta(seconds=JOIN_SECONDS)
     store = join_store(launch, limit)
-    with start_watchdog(launch, store, timeout) as watchdog:
+    watchdog = start_watchdog(launch, store, timeout)
+    with deterministic_algorithms(deterministic), watchdog:
         wait_for_ranks(launch, store, limit)
         watchdog.beat("creating the process group", long=True)
         device = init_process_group(launch, collective_timeout(timeout), store)
