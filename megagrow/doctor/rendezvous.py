@@ -10,7 +10,8 @@ from datetime import timedelta
 from typing import Any
 
 from megagrow.errors import PeerLost
-from megagrow.parallel.launch import Launch, first_host, open_store
+from megagrow.parallel.launch import Launch, first_host
+from megagrow.parallel.rendezvous import open_store
 
 GRACE_SECONDS = 5.0
 """Additional time for which other ranks wait for rank 0, which waits for all of them."""

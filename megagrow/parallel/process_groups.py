@@ -16,9 +16,9 @@ from megagrow.parallel.launch import (
     Launch,
     export_launch,
     own_device,
-    rendezvous_store,
     tune_process,
 )
+from megagrow.parallel.rendezvous import rendezvous_store
 
 TIMEOUT = timedelta(minutes=30)
 

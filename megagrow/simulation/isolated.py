@@ -1,7 +1,6 @@
 """Run simulations in a process of their own."""
 
 import gc
-import importlib
 import multiprocessing
 import traceback
 from collections.abc import Callable
@@ -13,6 +12,13 @@ import torch
 
 from megagrow.errors import InputError
 
+MODULES = (
+    "megagrow.simulation.rank",
+    "torch._dynamo",  # by the first step
+    "deepspeed.runtime.zero.muon.original_muon",  # by DeepSpeed's optimizers
+)
+"""Modules that the server imports for all simulations."""
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -20,13 +26,15 @@ Result = TypeVar("Result")
 def isolated(
     function: Callable[Arguments, Result], *args: Arguments.args, **options: Arguments.kwargs
 ) -> Result:
-    """Call a function in a forked process and return its result, or raise its error.
+    """Call a function in a new process and return its result, or raise its error.
 
-    The device type of a simulation cannot be removed from a process. A fork has all modules
-    imported, which takes most of the time otherwise.
+    The device type of a simulation cannot be removed from a process, and autograd takes a new one
+    only before its first backward pass. The process is therefore a fork of a server that has
+    imported the modules, which takes most of the time otherwise, and has done nothing else. The
+    function must be importable.
     """
-    importlib.import_module("torch._dynamo")  # by the first step; here once for all simulations
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(MODULES))
     with ProcessPoolExecutor(1, context, initializer=_begin) as pool:
         return pool.submit(_call, partial(function, *args, **options)).result()
 

@@ -35,7 +35,7 @@ def test_the_run_file_of_the_readme_loads(tmp_path: Path) -> None:
 
 def test_the_overrides_of_the_readme_work() -> None:
     overrides = set(re.findall(r"`--set ([\w.]+=[\w.-]+)`", README)) - {"path.to.key=value"}
-    assert len(overrides) == 6
+    assert len(overrides) == 5
     for override in overrides:
         name = "scratch-1.1b" if override.startswith("model=") else "gstack-1.1b"
         load_run(ROOT / "configs" / f"{name}.yaml", [override])

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  (slow; DeepSpeed imports it late)
 import pytest
 import torch
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from megagrow.parallel.launch import Launch, join_store
+from megagrow.parallel.launch import Launch
+from megagrow.parallel.rendezvous import join_store
 from megagrow.train.fault_tolerance import heartbeat_client, heartbeat_endpoint
 from megagrow.train.fault_tolerance.heartbeat import HeartbeatServer
 from megagrow.train.fault_tolerance.heartbeat_client import HeartbeatClient

@@ -13,7 +13,8 @@ import torch.distributed as dist
 import megagrow.parallel.launch
 import megagrow.train.fault_tolerance.watchdog as module
 from megagrow.errors import ConfigError, PeerLost
-from megagrow.parallel.launch import Launch, listen_address, wait_for_ranks
+from megagrow.parallel.launch import Launch, listen_address
+from megagrow.parallel.rendezvous import wait_for_ranks
 from megagrow.train.fault_tolerance import heartbeat_endpoint
 from megagrow.train.fault_tolerance.heartbeat import HeartbeatServer
 from megagrow.train.fault_tolerance.watchdog import Watchdog, collective_timeout, start_watchdog
