@@ -17,7 +17,7 @@ from megagrow.evaluation.runner import evaluate
 from megagrow.evaluation.tasks import load_tasks
 from megagrow.model.masks import Masks
 from megagrow.reshard.fill import fill_initial
-from megagrow.train.reporting.run_logger import RunLogger
+from megagrow.train import loop
 from megagrow.train.stage import Stage, build_stage, masks_now
 from tests.helpers.evaluation.small import BATCH, DOCUMENTS, SMALL, TASKS, evaluated_run, write_data
 from tests.helpers.jobs import Finished, Hook, records, train, write_run
@@ -56,17 +56,17 @@ def answers_into(folder: Path) -> Hook:
 
 
 def stopped_after(step: int) -> Hook:
-    """Send SIGTERM to both ranks after a step."""
+    """Send a signal in a step, before the vote on the next one."""
 
     def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
-        record = RunLogger.step
+        vote = loop._vote
 
-        def stopping(self: RunLogger, event: Any) -> None:
-            record(self, event)
-            if event.state.counters.step == step:
+        def voting(*arguments: Any) -> Any:
+            if arguments[-1] == step + 1:
                 os.kill(os.getpid(), signal.SIGTERM)
+            return vote(*arguments)
 
-        patch.setattr(RunLogger, "step", stopping)
+        patch.setattr(loop, "_vote", voting)
 
     return hook
 
