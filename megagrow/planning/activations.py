@@ -126,6 +126,7 @@ class Activations:
             width=self._width,
             tp=self.layout.tp,
             attention=self.stage.kernels.attention,
+            pointwise=self.stage.kernels.pointwise,
             checkpointing=checkpointing,
         )
         return block.type.activation_bytes(self.stage.model, batch)

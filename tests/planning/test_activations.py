@@ -30,7 +30,7 @@ TOKENS = 2 * LENGTH
 CHECKPOINTING = ("none", "selective")
 
 
-def stage_of(checkpointing: str, attention: str = "auto") -> StageConfig:
+def stage_of(checkpointing: str, attention: str = "auto", pointwise: str = "auto") -> StageConfig:
     return StageConfig.model_validate(
         {
             "model": MODEL,
@@ -38,7 +38,7 @@ def stage_of(checkpointing: str, attention: str = "auto") -> StageConfig:
             "parallel": {"activation_checkpointing": checkpointing},
             "batch": {"global_batch_size": 2, "micro_batch_size": 2},
             "optimizer": {"lr": 1.0},
-            "kernels": {"attention": attention},
+            "kernels": {"attention": attention, "pointwise": pointwise},
         }
     )
 
@@ -50,6 +50,19 @@ class FusedNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise NotImplementedError
+
+
+class FusedSwiglu(torch.autograd.Function):
+    """Keeps what Triton's SwiGLU keeps: its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.nn.functional.silu(gate) * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -97,10 +110,14 @@ TABLES = 2 * TOKENS * 16
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("bf16", [False, True])
-def test_activations_on_a_gpu(bf16: bool, checkpointing: str) -> None:
-    stage = stage_of(checkpointing)
+@pytest.mark.parametrize("pointwise", ["torch", "triton"])
+def test_activations_on_a_gpu(pointwise: str, bf16: bool, checkpointing: str) -> None:
+    stage = stage_of(checkpointing, pointwise=pointwise)
     planned = stage_memory(stage, 1, LENGTH, bf16).activations()
-    model = LlamaForCausalLM(stage.model, checkpointing, replace(PLAIN, rms_norm=FusedNorm.apply))
+    ops = replace(PLAIN, rms_norm=FusedNorm.apply)
+    if pointwise == "triton":
+        ops = replace(ops, swiglu=FusedSwiglu.apply)
+    model = LlamaForCausalLM(stage.model, checkpointing, ops)
     model.to(torch.bfloat16 if bf16 else torch.float32)
     assert kept_by_autograd(model) == planned + TABLES * (2 if bf16 else 4)
 

@@ -127,6 +127,8 @@ class MicroBatch:
     tp: int
     attention: str
     """Attention backend; see `kernels.attention`."""
+    pointwise: str
+    """Backend of SwiGLU; see `kernels.pointwise`."""
     checkpointing: str
     """Value of `activation_checkpointing`."""
 

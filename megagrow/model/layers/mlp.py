@@ -29,8 +29,13 @@ def _parameters(config: ModelConfig) -> tuple[ParameterDeclaration, ...]:
 
 
 def _activation_bytes(config: ModelConfig, batch: MicroBatch) -> int:
-    """Return the bytes of gate, silu(gate), up and their product; `selective` keeps gate and up."""
-    kept = 2 if batch.checkpointing == "selective" else 4
+    """Return the bytes of gate, up, silu(gate) and the product.
+
+    Triton's SwiGLU does not keep silu(gate); `selective` keeps gate and up only.
+    """
+    kept = 3 if batch.pointwise == "triton" else 4
+    if batch.checkpointing == "selective":
+        kept = 2
     return kept * FFN.size(config) * batch.tokens * batch.width
 
 
