@@ -15,9 +15,10 @@ CATEGORIES = (
 )
 
 _LOSS = ("megagrow/parallel/loss.py", "megagrow_kernels/cross_entropy.py")
+_FLAT_GRADIENTS = "megagrow/parallel/flat_gradients.py"
 _REDUCTION = (
     *("deepspeed/", "megagrow/parallel/gradients", "megagrow/parallel/bucket_reduction"),
-    *("megagrow/parallel/flat_gradients", "megagrow/parallel/flat_optimizer"),
+    *(_FLAT_GRADIENTS, "megagrow/parallel/flat_optimizer"),
 )
 
 
@@ -63,6 +64,8 @@ def category_of(allocation: Allocation) -> str:
         return allocation.category
     if allocation.site.file in _LOSS or allocation.site.function == "Head.forward":
         return "logits"
+    if allocation.site.file == _FLAT_GRADIENTS:
+        return "gradients"
     if _in_reduction(allocation):
         return "buckets"
     return "activations" if allocation.phase in ("forward", "backward") else "other"

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 _HERE = str(Path(__file__).parent)
 _PACKAGES = ("megagrow", "megagrow_kernels", "deepspeed")
+_ALLOCATORS = ("zeros", "zeros_like")
+"""Functions of megagrow/parallel/materialize.py that allocate for their callers."""
 
 
 class Site(NamedTuple):
@@ -51,6 +53,7 @@ def _name_of(code: CodeType) -> str | None:
     if code not in _NAMES:
         path = Path(code.co_filename)
         start = next((i for i, part in enumerate(path.parts) if part in _PACKAGES), None)
-        inside = start is not None and not code.co_filename.startswith(_HERE)
+        helper = path.name == "materialize.py" and code.co_name in _ALLOCATORS
+        inside = start is not None and not helper and not code.co_filename.startswith(_HERE)
         _NAMES[code] = "/".join(path.parts[start:]) if inside else None
     return _NAMES[code]
