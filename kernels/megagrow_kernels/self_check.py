@@ -25,15 +25,13 @@ from torch import Tensor
 from megagrow_kernels import reference
 from megagrow_kernels.accuracy import TOLERANCE, attention_terms, poisoned, segment_error
 from megagrow_kernels.attention import attention
-from megagrow_kernels.calls import draw
+from megagrow_kernels.calls import EPS, draw
 from megagrow_kernels.cross_entropy import combine_statistics, vocab_gradient_, vocab_statistics
 from megagrow_kernels.packing import TILE, pack
 from megagrow_kernels.rms_norm import add_rms_norm, rms_norm
 from megagrow_kernels.rope import rope
 from megagrow_kernels.swiglu import swiglu
 from megagrow_kernels.warm_up import warm_up_in_parallel
-
-EPS = 1e-5
 
 MOST_ELEMENTS = 2**23
 """Elements of a matrix of tokens, which limits the tokens of row-wise ops and of the loss."""

@@ -45,19 +45,23 @@ def changed(run: RunConfig, *overrides: str) -> RunConfig:
     return load_run(write_run(run.output_dir.with_suffix(".yaml"), run), overrides)
 
 
-def since(
+def since(*arguments: Any) -> dict[str, Effect]:
+    """Return the changed keys of `changes_between` with their effects."""
+    return {change.key: change.effect for change in changes_between(*arguments)}
+
+
+def changes_between(
     then: RunConfig,
     now: RunConfig,
     state: RunState,
     environment: Mapping[str, Any] | None = None,
     contents: Contents | None = None,
-) -> dict[str, Effect]:
-    """Return the changed keys with their effects."""
+) -> list[ConfigChange]:
+    """Return the changes since a checkpoint of `then`, which by default records its config."""
     if environment is None:
         environment = {"config": then.model_dump(mode="json")}
     model = then.stages[min(state.stage, len(then.stages) - 1)].model
-    found = changes_since(now, contents, state, model, environment)
-    return {change.key: change.effect for change in found}
+    return changes_since(now, contents, state, model, environment)
 
 
 MIDDLE = RunState(stage=0, stage_tokens=5 * STEP_TOKENS)
@@ -111,16 +115,13 @@ def test_a_longer_stage_does_not_stretch_its_masks(run: RunConfig) -> None:
     key = "stages.1.growth.ramp_tokens"  # by default the length of this stage
     assert since(run, longer, GROWN)[key] is Effect.CONTRADICTION
     kept = changed(run, "stages.1.tokens=1280", f"{key}=640")
-    found = changes_since(
-        kept, None, GROWN, run.stages[1].model, {"config": run.model_dump(mode="json")}
-    )
+    found = changes_between(run, kept, GROWN)
     assert [str(change) for change in found if change.key == key] == [f"{key}: null -> 640 (none)"]
 
 
 def test_contradictions_name_key_values_and_flag(run: RunConfig) -> None:
     now = changed(run, "seed=7", "stages.0.optimizer.lr=0.5")
-    environment = {"config": run.model_dump(mode="json")}
-    found = changes_since(now, None, MIDDLE, run.stages[0].model, environment)
+    found = changes_between(run, now, MIDDLE)
     with pytest.raises(ConfigError, match=r"step-4: .* seed: 1234 -> 7; .* --allow-change seed$"):
         check_changes(found, [], "step-4")
     for allowed in ("seed", "all"):
@@ -131,11 +132,10 @@ def test_contradictions_name_key_values_and_flag(run: RunConfig) -> None:
 
 def test_a_section_allows_its_keys_and_nothing_allows_another_model(run: RunConfig) -> None:
     now = changed(run, "data.reset_attention_mask=true", "data.reset_position_ids=true")
-    environment = {"config": run.model_dump(mode="json")}
-    found = changes_since(now, None, MIDDLE, run.stages[0].model, environment)
+    found = changes_between(run, now, MIDDLE)
     check_changes(found, ["data"], "step-4")
     wider = changed(run, "stages.0.model.vocab_size=128", "stages.1.model.vocab_size=128")
-    found = changes_since(wider, None, MIDDLE, run.stages[0].model, environment)
+    found = changes_between(run, wider, MIDDLE)
     with pytest.raises(CheckpointError, match=r"does not fit the run: .*vocab_size: 101 -> 128"):
         check_changes(found, ["all"], "step-4")
 
