@@ -61,7 +61,7 @@ def _replacements(recorder: Recorder) -> Iterator[tuple[Any, str, Any]]:
     # Fused on a GPU, with fewer saved tensors; other devices get the composite operations.
     yield F, "rms_norm", _FusedRMSNorm.apply
     yield F, "scaled_dot_product_attention", _fused_attention
-    # Objects travel as tensors whose sizes depend on values. Here a rank hears itself only.
+    # Objects are sent as tensors whose sizes depend on values. A rank receives only its own.
     yield dist, "all_gather_object", _all_gather_object
     yield dist, "broadcast_object_list", lambda *args, **options: None
     # ZeRO 3 compares the order of its modules with rank 0, which is not simulated.

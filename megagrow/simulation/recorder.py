@@ -1,7 +1,7 @@
 """Dispatch mode of a simulation: records the work of the device that costs time or memory.
 
-It stands above FakeTensorMode and answers what a tensor without data cannot: reads of values by
-the host and collectives.
+It is entered after FakeTensorMode, and handles the operations that need data: reads of values by
+the host, and collectives.
 """
 
 from collections import Counter
