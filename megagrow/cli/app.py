@@ -21,6 +21,7 @@ from megagrow.cli.options import (
     Memory,
     OutputPath,
     Overrides,
+    RunDirectories,
     RunFile,
     ShardSize,
     TensorParallel,
@@ -93,14 +94,15 @@ def plan(
 ) -> None:
     """Print the plan of a run without starting it: sizes, FLOPs, memory per rank, costs."""
     from megagrow.config.load import load_run
+
+    run = load_run(run_file, overrides or ())
     from megagrow.planning.request import PlanRequest, answer
     from megagrow.planning.tables import show_answer
 
     request = PlanRequest(
         world, gpu, gpu_memory, mfu, measured, watts, pue, co2, price, cluster, layouts
     )
-    answered = answer(load_run(run_file, overrides or ()), request)
-    show_answer(answered, table_console())
+    show_answer(answer(run, request), table_console())
 
 
 @app.command()
@@ -167,7 +169,7 @@ def grow(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories.", show_default=False)],
+    runs: RunDirectories,
     output: Annotated[Path, typer.Option(help="Folder for the page, the tables and the plots.")],
     against: Annotated[
         str | None, typer.Option(help="`paper`: add the results of the paper.")

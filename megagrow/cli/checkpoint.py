@@ -8,17 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+from megagrow.cli.options import CheckpointPath, RunDirectory, existing_paths
 from megagrow.common.tables import print_facts, print_lines, print_table, table_console
 from megagrow.errors import CheckpointError, ResourceError
 
 checkpoint_app = typer.Typer(help="Manage checkpoints.", no_args_is_help=True)
 
 COLUMNS = ("step", "stage", "tokens", "size", "layout", "protected", "state")
-
-RunDirectory = Annotated[
-    Path,
-    typer.Argument(help="Run directory, or folder of checkpoints.", show_default=False),
-]
 
 
 @checkpoint_app.command("ls")
@@ -49,7 +45,10 @@ def list_all(run: RunDirectory) -> None:
 @checkpoint_app.command()
 def verify(
     paths: Annotated[
-        list[Path], typer.Argument(help="Checkpoints or run directories.", show_default=False)
+        list[Path],
+        typer.Argument(
+            help="Checkpoints or run directories.", show_default=False, callback=existing_paths
+        ),
     ],
 ) -> None:
     """Read every byte of checkpoints; exit code 1 if any file differs from its checksum."""
@@ -66,12 +65,7 @@ def verify(
 
 @checkpoint_app.command()
 def show(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            help="Checkpoint, or run directory (newest checkpoint).", show_default=False
-        ),
-    ],
+    checkpoint: CheckpointPath,
 ) -> None:
     """Show the model, layout, counters, growths, versions and files of a checkpoint."""
     from megagrow.checkpoint.listing import checkpoints_at, summary

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from megagrow.cli.options import existing_paths
 from megagrow.common.atomic_files import write_text
 from megagrow.common.json_text import finite
 from megagrow.common.tables import print_lines, print_table, table_console
@@ -24,7 +25,11 @@ fit_app = typer.Typer(
 
 Sources = Annotated[
     list[Path],
-    typer.Argument(help="Directories of finished runs, or one CSV file.", show_default=False),
+    typer.Argument(
+        help="Directories of finished runs, or one CSV file.",
+        show_default=False,
+        callback=existing_paths,
+    ),
 ]
 Output = Annotated[Path, typer.Option(help="Folder for the JSON file and the plot.")]
 Budgets = Annotated[

@@ -5,6 +5,24 @@ from typing import Annotated
 
 import typer
 
+from megagrow.errors import CheckpointError, DataError
+
+
+def _existing_folder(path: Path) -> Path:
+    """Return the path, checked before a command imports torch."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory")
+    return path
+
+
+def existing_paths(paths: list[Path]) -> list[Path]:
+    """Return the paths, checked before a command imports torch."""
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"{path}: no such file or directory")
+    return paths
+
+
 RunFile = Annotated[Path, typer.Argument(help="Run file (YAML).", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -15,6 +33,7 @@ CheckpointPath = Annotated[
     typer.Argument(
         help="Checkpoint, or run directory (newest checkpoint).",
         show_default=False,
+        callback=_existing_folder,
     ),
 ]
 AnySource = Annotated[
@@ -22,7 +41,20 @@ AnySource = Annotated[
     typer.Argument(
         help="Checkpoint, run directory (newest checkpoint), or Hugging Face folder.",
         show_default=False,
+        callback=_existing_folder,
     ),
+]
+RunDirectory = Annotated[
+    Path,
+    typer.Argument(
+        help="Run directory, or folder of checkpoints.",
+        show_default=False,
+        callback=_existing_folder,
+    ),
+]
+RunDirectories = Annotated[
+    list[Path],
+    typer.Argument(help="Run directories.", show_default=False, callback=existing_paths),
 ]
 OutputPath = Annotated[
     Path, typer.Argument(help="Checkpoint or folder to write.", show_default=False)

@@ -70,22 +70,20 @@ def train(
     from megagrow.parallel.launch import read_launch
 
     check_allowed(allow_change or ())
+    if not dry_run and (world is not None or rank is not None):
+        raise ConfigError("--world and --rank need --dry-run; the launcher sets them in a real run")
+    run = load_run(run_file, overrides or ())
     if dry_run:
         from megagrow.planning.dry_run import dry_run as build_dry_run
         from megagrow.planning.dry_run_tables import print_dry_run
 
-        result = build_dry_run(
-            load_run(run_file, overrides or ()), world or 1, rank or 0, allow_change or ()
-        )
+        result = build_dry_run(run, world or 1, rank or 0, allow_change or ())
         print_dry_run(result, table_console())
         count = len(result.problems)
         if count:
             problems = "1 problem" if count == 1 else f"{count} problems"
             raise ConfigError(f"the run would not start: {problems}, see above")
         return
-    if world is not None or rank is not None:
-        raise ConfigError("--world and --rank need --dry-run; the launcher sets them in a real run")
-    run = load_run(run_file, overrides or ())
     make_output_last(log_file(run.output_dir, read_launch().rank))
     from megagrow.run import train as train_run  # its libraries keep references to the streams
 

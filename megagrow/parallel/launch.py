@@ -1,6 +1,7 @@
 """Launcher environment: ranks, devices, addresses and process settings.
 
-Only this module reads and sets environment variables.
+Only this module reads and sets environment variables. It imports torch where a device is needed, so
+that the command line reports errors without it.
 """
 
 import atexit
@@ -13,10 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from megagrow.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def cache_folder() -> Path:
 
 def choose_accelerator() -> None:
     """Set DeepSpeed's accelerator, which it reads on import and warns about if unset."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_gpu() else "cpu")
 
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -99,7 +102,7 @@ def use_expandable_segments() -> None:
     Memory of one size can then be reused for another, as when a growth replaces all tensors. torch
     reads the variable when it first allocates on a GPU.
     """
-    if torch.cuda.is_available() and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+    if _has_gpu() and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
@@ -131,11 +134,17 @@ def export_launch(launch: Launch) -> None:
     os.environ.setdefault("WORLD_SIZE", str(launch.world_size))
 
 
-def own_device(launch: Launch) -> torch.device:
+def own_device(launch: Launch) -> "torch.device":
     """Return the device of a rank: its local GPU if there are GPUs, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", launch.local_rank)
-    return torch.device("cpu")
+    import torch
+
+    return torch.device("cuda", launch.local_rank) if _has_gpu() else torch.device("cpu")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def first_host() -> str:
