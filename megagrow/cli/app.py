@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from megagrow import __version__
 from megagrow.cli.checkpoint import checkpoint_app
 from megagrow.cli.convert import convert_app
 from megagrow.cli.doctor import doctor
@@ -20,27 +21,25 @@ from megagrow.cli.options import (
     Dtype,
     Memory,
     OutputPath,
-    Overrides,
     RunDirectories,
-    RunFile,
     ShardSize,
     TensorParallel,
     WeightDecayOn,
     ZeroStage,
 )
+from megagrow.cli.run_files import config_app, plan
 from megagrow.cli.train import prepare, prepare_instructions, train
 from megagrow.common.log_setup import configure_logging
-from megagrow.common.tables import table_console
 from megagrow.errors import ConfigError, InputError, PeerLost, ResourceError, RunError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
-config_app = typer.Typer(help="Inspect run files.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(convert_app, name="convert")
 app.add_typer(fit_app, name="fit")
 app.command("eval")(evaluate)
 app.command("train")(train)
+app.command("plan")(plan)
 app.command("prepare")(prepare)
 app.command("prepare-sft")(prepare_instructions)
 app.command("doctor")(doctor)
@@ -52,57 +51,22 @@ Some launchers kill all ranks when one exits. The delay lets the reporting rank 
 first; the launcher ends this rank when the reporting rank exits."""
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"megagrow {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def megagrow(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+    ] = False,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Pretrain a language model by growing it."""
     # The deepspeed launcher passes --local_rank; LOCAL_RANK has the same value.
     configure_logging()
-
-
-@app.command()
-def plan(
-    run_file: RunFile,
-    overrides: Overrides = None,
-    world: Annotated[
-        int | None, typer.Option(help="Number of ranks; default: 1, or those of --cluster.")
-    ] = None,
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            help="Predict the speed on a cluster: h100:8x64 (8 per node, 64 nodes) or a YAML file."
-        ),
-    ] = None,
-    layouts: Annotated[
-        bool, typer.Option("--layouts", help="List the fastest layouts that fit the cluster.")
-    ] = False,
-    gpu: Annotated[str | None, typer.Option(help="GPU of each rank: h100, h200, a100 ...")] = None,
-    gpu_memory: Annotated[
-        str | None, typer.Option(help="Memory per GPU, such as 80GB; default: the GPU's.")
-    ] = None,
-    mfu: Annotated[float | None, typer.Option(help="Model FLOP utilization, such as 0.4.")] = None,
-    measured: Annotated[
-        Path | None, typer.Option(metavar="RUN_DIR", help="Use the measured throughput of a run.")
-    ] = None,
-    watts: Annotated[float | None, typer.Option(help="Power per GPU; default: its TDP.")] = None,
-    pue: Annotated[
-        float, typer.Option(help="Energy of the data center / energy of the computers.")
-    ] = 1.2,
-    co2: Annotated[float, typer.Option(help="CO2 emissions, kg per kWh.")] = 0.48,
-    price: Annotated[float | None, typer.Option(help="Price of one GPU-hour.")] = None,
-) -> None:
-    """Print the plan of a run without starting it: sizes, FLOPs, memory per rank, costs."""
-    from megagrow.config.load import load_run
-
-    run = load_run(run_file, overrides or ())
-    from megagrow.planning.request import PlanRequest, answer
-    from megagrow.planning.tables import show_answer
-
-    request = PlanRequest(
-        world, gpu, gpu_memory, mfu, measured, watts, pue, co2, price, cluster, layouts
-    )
-    show_answer(answer(run, request), table_console())
 
 
 @app.command()
@@ -181,14 +145,6 @@ def report(
     if against not in (None, "paper"):
         raise ConfigError(f"--against {against}: not known; use `paper` or omit the option")
     write_report(runs, output, Console(), against_paper=against == "paper")
-
-
-@config_app.command("show")
-def config_show(run_file: RunFile, overrides: Overrides = None) -> None:
-    """Print a run file with all includes and defaults resolved."""
-    from megagrow.config.load import load_run, to_yaml
-
-    print(to_yaml(load_run(run_file, overrides or ())), end="")
 
 
 def main() -> None:

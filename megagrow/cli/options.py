@@ -23,7 +23,9 @@ def existing_paths(paths: list[Path]) -> list[Path]:
     return paths
 
 
-RunFile = Annotated[Path, typer.Argument(help="Run file (YAML).", show_default=False)]
+RunFile = Annotated[
+    Path, typer.Argument(help="Run file (YAML), or a name of `config ls`.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set optimizer.lr=1e-3."),

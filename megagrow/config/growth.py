@@ -81,9 +81,10 @@ class ProbeConfig(Section):
 class GrowthConfig(Section):
     """Growth of the previous stage's model into this stage's model."""
 
-    operator: Annotated[list[OperatorName], BeforeValidator(_as_list)] = Field(
-        default=["direct_depth"], min_length=1
-    )
+    operator: Annotated[
+        list[OperatorName],
+        BeforeValidator(_as_list, json_schema_input_type=OperatorName | list[OperatorName]),
+    ] = Field(default=["direct_depth"], min_length=1)
     """One operator, or several that grow different axes in one event. With `probe`, set
     `probe.operators` instead."""
     layer_map: list[Annotated[int, Field(ge=0)]] | str | None = None

@@ -135,6 +135,29 @@ def find_file(name: str, section: str, folders: Sequence[Path], where: str) -> P
     raise ConfigError(f"{where} = '{name}': {sought} not found; {hint}")
 
 
+def find_run_file(path: Path) -> Path:
+    """Return `path` if it exists or has an extension, else the run file of that name.
+
+    It is searched in the search path of the current directory: `gstack-1.1b`, `demo/gstack`.
+
+    Raises:
+        ConfigError: no folder has it; the message names the closest one.
+    """
+    if path.exists() or path.suffix in (".yaml", ".yml"):
+        return path
+    return find_file(str(path), "", search_path(Path("run.yaml")), "run file")
+
+
+def files_in(section: str) -> dict[str, Path]:
+    """Return the files of configs/SECTION/ in the search path of the current directory, by name.
+
+    Of several files of one name, the nearest is returned, as `find_file` does.
+    """
+    folders = search_path(Path("run.yaml"))
+    inside = [folder / section for folder in folders if folder.name == "configs"]
+    return {file.stem: file for folder in reversed(inside) for file in folder.glob("*.yaml")}
+
+
 def read_run(path: Path, via: tuple[Path, ...] = ()) -> Tree:
     """Return the content of a run file, merged over its base, with named sections expanded.
 

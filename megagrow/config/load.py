@@ -13,7 +13,14 @@ from pydantic import ValidationError
 
 from megagrow.common.sizes import format_count, format_large
 from megagrow.config.deprecated import rename_recorded
-from megagrow.config.includes import expand, merge, read_run, search_path, with_hardware
+from megagrow.config.includes import (
+    expand,
+    find_run_file,
+    merge,
+    read_run,
+    search_path,
+    with_hardware,
+)
 from megagrow.config.overrides import (
     DEFAULTS,
     MOST_PROBLEMS,
@@ -34,6 +41,7 @@ KeyPath = tuple[int | str, ...]
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the validated run in the YAML file at `path`, with `--set` overrides applied in order.
 
+    `path` may be the name of a file in the search path, such as `gstack-1.1b`.
     A section may be the name of a file, `model: llama-1.1b`, or have one as `base: llama-1.1b`; see
     `includes.search_path`. `model`, `tokens` (or `at_tokens`, `at_flops`), `parallel`, `kernels`,
     `batch`, `optimizer` and `schedule` at the top are defaults of all stages: a stage's own keys
@@ -44,6 +52,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the run file is invalid; the message is one line with all problems.
     """
+    path = find_run_file(path)
     origin = str(path)
     folders = search_path(path)
     tree = read_run(path)

@@ -12,7 +12,11 @@ from megagrow.common.untrusted_values import LONGEST_NAME
 LONGEST_PATH = 4095
 """Bytes; Linux's PATH_MAX without the final zero."""
 
-Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
+_COUNT_TEXT = r"^\s*[0-9][0-9_]*(\.[0-9]+)?([eE]\+?[0-9]+)?\s*[kKmMbBtT]?\s*$"
+_CountInput = int | float | Annotated[str, Field(pattern=_COUNT_TEXT)]
+Count = Annotated[
+    int, BeforeValidator(parse_count, json_schema_input_type=_CountInput), Field(gt=0)
+]
 """Positive integer, optionally with a suffix or an exponent: `2048`, `2M`, `10B`."""
 
 

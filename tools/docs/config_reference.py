@@ -3,17 +3,14 @@
     python tools/docs/config_reference.py          update the page
     python tools/docs/config_reference.py --check  exit with code 1 if the page is out of date
 
-The meaning of a key is the docstring below its field in megagrow/config/. It is read from the
-source, because pydantic would parse field descriptions in every process of a run.
+The meaning of a key is the docstring below its field in megagrow/config/.
 """
 
-import ast
 import inspect
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -25,6 +22,7 @@ from pydantic.fields import FieldInfo  # noqa: E402
 
 from megagrow.common.sizes import format_count, parse_count  # noqa: E402
 from megagrow.common.tables import markdown_table  # noqa: E402
+from megagrow.config.json_schema import docstrings  # noqa: E402
 from megagrow.config.overrides import BUILT_ON, DEFAULTS, HARDWARE, PARTS, section_in  # noqa: E402
 from megagrow.config.resume_rules import EFFECTS  # noqa: E402
 from megagrow.config.schema import RunConfig, StageConfig  # noqa: E402
@@ -136,19 +134,6 @@ def docstring(section: type[Section]) -> str:
 def _first_sentence(section: type[Section]) -> str:
     sentence, stop, _ = docstring(section).partition("\n")[0].partition(". ")
     return sentence + stop.strip()
-
-
-def docstrings(section: type[Section]) -> dict[str, str]:
-    """Return the docstrings of the fields of a section, each on one line."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
-    assert isinstance(tree, ast.ClassDef)
-    texts = {}
-    for field, below in pairwise(tree.body):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            text = below.value if isinstance(below, ast.Expr) else None
-            if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                texts[field.target.id] = " ".join(text.value.split())
-    return texts
 
 
 def _type(field: FieldInfo, place: str) -> str:

@@ -1,0 +1,101 @@
+"""Commands about run files: `megagrow plan` and `megagrow config`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megagrow.cli.options import Overrides, RunFile
+from megagrow.common.tables import print_table, table_console
+
+config_app = typer.Typer(help="Inspect run files.", no_args_is_help=True)
+
+SECTIONS = {
+    "recipe": "",
+    "demo": "demo",
+    "model": "model",
+    "data": "data",
+    "hardware": "hardware",
+    "operator": "operators",
+}
+"""Kind of a file -> its folder in configs/."""
+
+
+def plan(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    world: Annotated[
+        int | None, typer.Option(help="Number of ranks; default: 1, or those of --cluster.")
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="Predict the speed on a cluster: h100:8x64 (8 per node, 64 nodes) or a YAML file."
+        ),
+    ] = None,
+    layouts: Annotated[
+        bool, typer.Option("--layouts", help="List the fastest layouts that fit the cluster.")
+    ] = False,
+    gpu: Annotated[str | None, typer.Option(help="GPU of each rank: h100, h200, a100 ...")] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Memory per GPU, such as 80GB; default: the GPU's.")
+    ] = None,
+    mfu: Annotated[float | None, typer.Option(help="Model FLOP utilization, such as 0.4.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(metavar="RUN_DIR", help="Use the measured throughput of a run.")
+    ] = None,
+    watts: Annotated[float | None, typer.Option(help="Power per GPU; default: its TDP.")] = None,
+    pue: Annotated[
+        float, typer.Option(help="Energy of the data center / energy of the computers.")
+    ] = 1.2,
+    co2: Annotated[float, typer.Option(help="CO2 emissions, kg per kWh.")] = 0.48,
+    price: Annotated[float | None, typer.Option(help="Price of one GPU-hour.")] = None,
+) -> None:
+    """Print the plan of a run without starting it: sizes, FLOPs, memory per rank, costs."""
+    from megagrow.config.load import load_run
+
+    run = load_run(run_file, overrides or ())
+    from megagrow.planning.request import PlanRequest, answer
+    from megagrow.planning.tables import show_answer
+
+    request = PlanRequest(
+        world, gpu, gpu_memory, mfu, measured, watts, pue, co2, price, cluster, layouts
+    )
+    show_answer(answer(run, request), table_console())
+
+
+@config_app.command()
+def show(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Print a run file with all includes and defaults resolved."""
+    from megagrow.config.load import load_run, to_yaml
+
+    print(to_yaml(load_run(run_file, overrides or ())), end="")
+
+
+@config_app.command("ls")
+def list_files() -> None:
+    """List the run files, models, data sets and hardware profiles that are found by name."""
+    from megagrow.config.includes import files_in
+
+    rows = [
+        (kind, f"demo/{name}" if kind == "demo" else name, _first_comment(file))
+        for kind, section in SECTIONS.items()
+        for name, file in sorted(files_in(section).items())
+    ]
+    print_table(table_console(), ("kind", "name", "content"), rows)
+
+
+@config_app.command()
+def schema() -> None:
+    """Print the JSON Schema of run files, for completion and error marks in editors."""
+    from megagrow.config.json_schema import run_schema
+
+    print(json.dumps(run_schema(), indent=2))
+
+
+def _first_comment(file: Path) -> str:
+    """Return the text of a file's first comment, "" without one."""
+    with file.open(encoding="utf-8") as lines:
+        comments = (line[1:].strip() for line in lines if line.startswith("# "))
+        return next(comments, "")
