@@ -180,7 +180,7 @@ def evaluate(
     from megagrow.evaluation.evaluator import need_lm_eval
 
     need_lm_eval()
-    from megagrow.evaluation.lm import watched_topology
+    from megagrow.evaluation.launched import watched_topology
     from megagrow.evaluation.runner import evaluate_checkpoint
 
     with watched_topology(tp) as topology:

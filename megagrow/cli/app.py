@@ -15,6 +15,7 @@ from megagrow.cli.convert import convert_app
 from megagrow.cli.doctor import doctor
 from megagrow.cli.evaluate import evaluate
 from megagrow.cli.fit import fit_app
+from megagrow.cli.generate import generate
 from megagrow.cli.options import (
     AnySource,
     DataParallel,
@@ -38,6 +39,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(convert_app, name="convert")
 app.add_typer(fit_app, name="fit")
 app.command("eval")(evaluate)
+app.command("generate")(generate)
 app.command("train")(train)
 app.command("plan")(plan)
 app.command("prepare")(prepare)

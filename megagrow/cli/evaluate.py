@@ -42,7 +42,7 @@ def evaluate(
     from megagrow.evaluation.evaluator import need_lm_eval
 
     need_lm_eval()
-    from megagrow.evaluation.lm import watched_topology
+    from megagrow.evaluation.launched import watched_topology
     from megagrow.evaluation.results_store import find_run
     from megagrow.evaluation.runner import evaluate_checkpoint
     from megagrow.parallel.agreement import run_on_all_ranks

@@ -1,10 +1,10 @@
-"""Generated texts: sampling, stop strings, and the loop over a batch.
+"""Generated texts: settings of a model, sampling, stop strings, and the loop over a batch.
 
 Filters of the distribution are those of transformers. Each sampled text has its own generator of
 random numbers: it depends on neither the batch nor the number of ranks, up to rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -28,6 +29,38 @@ from megagrow.evaluation.tokenizer import EvalTokenizer
 STOP_LOOKBACK = 2
 """Tokens searched for a stop string in addition to the number of its own tokens, as in lm-eval: the
 model may generate the string as other tokens than the tokenizer encodes it."""
+
+
+_OF_REQUESTS = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "use_cache", "max_length"),
+    *("max_new_tokens", "cache_implementation", "transformers_version", "_from_model_config"),
+    *("output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate"),
+)
+"""Keys of a generation_config.json that requests override or that do not change the tokens."""
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """Generation settings of a model, from its generation_config.json."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of requests that do not set them."""
+    eos_ids: frozenset[int] = frozenset()
+    """Tokens that end a text in addition to the tokenizer's."""
+
+    @classmethod
+    def of(cls, generation: Mapping[str, Any]) -> "GenerationDefaults":
+        """Read the content of a generation_config.json; keys unknown to transformers are ignored.
+
+        An option that is not supported is refused by `generation_options.read_options`.
+        """
+        ids = generation.get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        known = vars(GenerationConfig()).keys() - {*_OF_REQUESTS}
+        return cls(
+            {key: value for key, value in generation.items() if key in known},
+            frozenset(each for each in ids if isinstance(each, int)),
+        )
 
 
 @dataclass(frozen=True)
@@ -144,14 +177,19 @@ def generate(
     scorer: TokenScorer,
     tokenizer: EvalTokenizer,
     eos_ids: frozenset[int],
+    after_token: Callable[[], None] = lambda: None,
 ) -> None:
-    """Complete the texts of a batch. Collective over the tensor-parallel group."""
+    """Complete the texts of a batch. Collective over the tensor-parallel group.
+
+    `after_token` is called when each active text has a new token.
+    """
     active = list(batch)
     decoder = scorer.decode([text.prompt for text in active])
     while active:
         tokens = decoder.next_tokens([text.choice() for text in active])
         for text, token in zip(active, tokens, strict=True):
             text.tokens.append(token)
+        after_token()
         rows = [row for row, text in enumerate(active) if not text.ends(eos_ids, tokenizer)]
         if 0 < len(rows) < len(active):
             decoder.keep(rows)

@@ -5,14 +5,13 @@ An option that is not supported is refused, unless its value has no effect.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-from transformers import GenerationConfig
 
 from megagrow.errors import ConfigError
-from megagrow.evaluation.generation import Sampling
+from megagrow.evaluation.generation import GenerationDefaults, Sampling
 
 DEFAULT_MAX_TOKENS = 256
 """Maximum number of generated tokens of tasks without one; lm-eval's default."""
@@ -38,13 +37,6 @@ _BEAM_OPTIONS = ("early_stopping", "length_penalty")
 _SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 """Options that only sampling reads."""
 
-_OF_REQUESTS = (
-    *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "use_cache", "max_length"),
-    *("max_new_tokens", "cache_implementation", "transformers_version", "_from_model_config"),
-    *("output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate"),
-)
-"""Keys of a generation_config.json that requests override or that do not change the tokens."""
-
 
 class _Range(NamedTuple):
     holds: Callable[[float], bool]
@@ -59,30 +51,6 @@ _RANGES = {
     "min_p": _Range(lambda value: 0 <= value <= 1, "a number from 0 to 1"),
     "repetition_penalty": _Range(lambda value: value > 0, "a number above 0"),
 }
-
-
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """Generation settings of a model, from its generation_config.json."""
-
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Options of requests that do not set them."""
-    eos_ids: frozenset[int] = frozenset()
-    """Tokens that end a text in addition to the tokenizer's."""
-
-    @classmethod
-    def of(cls, generation: Mapping[str, Any]) -> "GenerationDefaults":
-        """Read the content of a generation_config.json; keys unknown to transformers are ignored.
-
-        An option that is not supported is refused by `read_options`.
-        """
-        ids = generation.get("eos_token_id")
-        ids = ids if isinstance(ids, list) else [ids]
-        known = vars(GenerationConfig()).keys() - {*_OF_REQUESTS}
-        return cls(
-            {key: value for key, value in generation.items() if key in known},
-            frozenset(each for each in ids if isinstance(each, int)),
-        )
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ call and exchange the answers inside it, so each rank runs lm-eval as a single p
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,25 +16,21 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megagrow.errors import ConfigError, DataError, InputError
-from megagrow.evaluation.generation import Generation, StopString, TokenSampler, generate
-from megagrow.evaluation.generation_options import (
+from megagrow.evaluation.generation import (
+    Generation,
     GenerationDefaults,
-    GenerationOptions,
-    read_options,
+    StopString,
+    TokenSampler,
+    generate,
 )
+from megagrow.evaluation.generation_options import GenerationOptions, read_options
+from megagrow.evaluation.launched import init_topology
 from megagrow.evaluation.likelihood import Pair, log_likelihoods
 from megagrow.evaluation.logprobs import ModelScorer, TokenScorer
 from megagrow.evaluation.model import LoadedModel, load_model
 from megagrow.evaluation.tokenizer import EvalTokenizer
 from megagrow.parallel.agreement import run_on_all_ranks
-from megagrow.parallel.launch import Launch, own_device, read_launch
-from megagrow.parallel.process_groups import (
-    Topology,
-    init_process_group,
-    leave_process_group,
-    make_topology,
-)
-from megagrow.train.fault_tolerance.watchdog import watched_ranks
+from megagrow.parallel.process_groups import Topology
 
 logger = logging.getLogger(__name__)
 
@@ -256,37 +251,3 @@ class MegagrowLM(LMAdapter):
         super().__init__(
             scorer, loaded.tokenizer, topology, length, int(batch_size), loaded.generation, seed
         )
-
-
-def init_topology(tp: int) -> Topology:
-    """Initialize the process groups of all launched ranks with `tp` tensor-parallel ranks.
-
-    Raises InputError if `tp` does not divide the world size.
-    """
-    launch = _launch_of(tp)
-    if dist.is_initialized():
-        return make_topology(tp, own_device(launch))
-    return make_topology(tp, init_process_group(launch))
-
-
-@contextmanager
-def watched_topology(tp: int) -> Iterator[Topology]:
-    """`init_topology` as a context that destroys the process groups it initialized.
-
-    Within it, PeerLost is raised or the process ends with its exit code if another rank exits.
-    """
-    launch = _launch_of(tp)
-    if dist.is_initialized():
-        yield init_topology(tp)
-        return
-    with watched_ranks(launch, timeout=None) as (device, watchdog):
-        watchdog.beat("evaluating")
-        yield make_topology(tp, device)
-        leave_process_group()
-
-
-def _launch_of(tp: int) -> Launch:
-    launch = read_launch()
-    if launch.world_size % tp != 0:
-        raise ConfigError(f"--tp {tp} does not divide the world size {launch.world_size}")
-    return launch

@@ -11,7 +11,7 @@ from megagrow.config.schema import ModelConfig
 from megagrow.config.stage import KernelsConfig
 from megagrow.errors import CheckpointError, ConfigError, DataError
 from megagrow.evaluation.forward_model import positions_of
-from megagrow.evaluation.generation_options import GenerationDefaults
+from megagrow.evaluation.generation import GenerationDefaults
 from megagrow.evaluation.tokenizer import EvalTokenizer, open_tokenizer
 from megagrow.formats.hugging_face_origin import HuggingFaceOrigin
 from megagrow.formats.open_source import find_source_on_all_ranks, open_found

@@ -19,8 +19,7 @@ from lm_eval.models.huggingface import HFLM
 
 from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
 from megagrow.errors import ConfigError, DataError
-from megagrow.evaluation.generation import Sampling, TokenSampler
-from megagrow.evaluation.generation_options import GenerationDefaults
+from megagrow.evaluation.generation import GenerationDefaults, Sampling, TokenSampler
 from megagrow.evaluation.lm import LMAdapter
 from megagrow.evaluation.logprobs import ModelScorer
 from megagrow.evaluation.model import LoadedModel, generation_defaults
