@@ -252,9 +252,8 @@ def _keys_kernel(
         dk_ND, dv_ND = _keys_step(
             k_ND, v_ND, q_MD, do_MD, lse_M, delta_M, scale, seen, dk_ND, dv_ND, True, DK, DV
         )
-    for step in range(0, blocks_between * GROUP):
-        at = after + step % blocks_between * BLOCK_M
-        head = group * GROUP + step // blocks_between
+    at, head = after, group * GROUP
+    for _ in range(0, blocks_between * GROUP):
         wide = tl.cast(head, tl.int64)
         q_MD = load_whole(
             q_rows,
@@ -287,6 +286,9 @@ def _keys_kernel(
         dk_ND, dv_ND = _keys_step(
             k_ND, v_ND, q_MD, do_MD, lse_M, delta_M, scale, seen, dk_ND, dv_ND, WINDOWED, DK, DV
         )
+        head += at + BLOCK_M == tail
+        at = tl.where(at + BLOCK_M == tail, after, at + BLOCK_M)
+    first = at - BLOCK_N  # the same value, but the loops keep no registers for the rows stored
     stride = groups * HEAD_DIM
     if DK:
         store_edge(dk + wide_group * HEAD_DIM, dk_ND * unscaled, first, end, stride, HEAD_DIM)

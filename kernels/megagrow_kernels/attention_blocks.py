@@ -131,11 +131,11 @@ def sees(queries, keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
     WINDOWED disable a condition that always holds.
     """
     if CAUSAL and WINDOWED:
-        seen = (keys <= queries) & (queries - keys < window)
+        seen = (keys <= queries) & (keys > queries - window)
     elif CAUSAL:
         seen = keys <= queries
     else:
-        seen = queries - keys < window
+        seen = keys > queries - window
     return seen
 
 

@@ -1,7 +1,7 @@
 """Tests of machine code compiled without a GPU.
 
-Covers all kernels of two shipped models on an H100, and matrix products on other architectures.
-`tools/gpu/kernel_code.py` inspects every row of every table.
+Covers all kernels of two shipped models on an H100, and attention of other sizes and architectures.
+`tools/gpu/triton_versions.py` inspects every row of every table on several versions of Triton.
 """
 
 from dataclasses import replace
@@ -40,8 +40,13 @@ def shipped(model: str) -> list[CompileJob]:
 
 
 ELSEWHERE = [
-    CompileJob(architecture, "attention", HEADS | {"head_dim": 128, "window": window})
-    for architecture, window in ((80, None), (90, 512), (100, None))
+    CompileJob(architecture, "attention", HEADS | {"head_dim": head_dim, "window": window})
+    for architecture, head_dim, window in (
+        (80, 128, None),
+        (90, 80, 512),  # these two need almost all registers
+        (90, 256, None),
+        (100, 128, None),
+    )
 ]
 JOBS = {str(job): job for job in [*(job for m in MODELS for job in shipped(m)), *ELSEWHERE]}
 
@@ -63,7 +68,7 @@ def test_attention_multiplies_on_tensor_cores(outcomes):
     for outcome in outcomes.values():
         if outcome.job.op == "attention":
             products = [code.name for code in outcome.codes if code.matrix_products]
-            assert len(products) == 3, outcome.job
+            assert len(set(products)) == 3, outcome.job
             used = {name for code in outcome.codes for name, n in code.tensor_cores.items() if n}
             assert (
                 used
