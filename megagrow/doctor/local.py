@@ -16,6 +16,7 @@ from megagrow.common.sizes import format_in
 from megagrow.common.tables import print_facts, print_lines, print_table
 from megagrow.config.schema import RunConfig
 from megagrow.model.backends import (
+    CHECKED_CODE,
     OPERATIONS,
     KernelWorkload,
     automatic,
@@ -55,10 +56,20 @@ def environment_facts() -> dict[str, str]:
         name: package_version(package) or "not installed" for package, name in packages.items()
     }
     if torch.cuda.is_available():
-        facts["kernels"] = "Triton kernels are checked at the start of a run, and now with --run"
+        capability = machine_of(torch.device("cuda")).capability
+        facts["kernels"] = kernel_checks(capability, facts["Triton"])
     if machine_of(torch.device("cpu")).interpreter:
         facts["Triton"] += ", interpreted (TRITON_INTERPRET=1): for tests, very slow"
     return facts
+
+
+def kernel_checks(capability: int, triton: str) -> str:
+    """Return which checks of the Triton kernels cover a GPU and a version of Triton."""
+    checked = "checked" if capability in CHECKED_CODE.get(triton, ()) else "not checked"
+    return (
+        f"code {checked} for sm_{capability} with Triton {triton} (checked versions: "
+        f"{', '.join(CHECKED_CODE)}); results are checked at the start of a run, and now with --run"
+    )
 
 
 def default_rows(machine: Machine) -> list[BackendRow]:

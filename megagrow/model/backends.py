@@ -33,6 +33,11 @@ LEAST_CAPABILITY = 80
 """Minimum compute capability of the Triton kernels and of flash-attn: Ampere, the first with bf16
 matrix products."""
 
+CHECKED_CODE: dict[str, tuple[int, ...]] = {"3.6.0": (), "3.7.1": (90,), "3.9.0": (90,)}
+"""Compute capabilities for which the machine code of all Triton kernels has no problems, by version
+of Triton: the oldest supported, that of torch's CUDA build, the newest. The check is
+`tools/gpu/triton_versions.py`."""
+
 DETERMINISTIC_FLASH = (2, 4, 1)
 """Oldest flash-attn with a deterministic backward pass."""
 

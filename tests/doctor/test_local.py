@@ -8,7 +8,13 @@ import torch
 from typer.testing import CliRunner
 
 from megagrow.cli.app import app
-from megagrow.doctor.local import BackendRow, default_rows, environment_facts, stage_rows
+from megagrow.doctor.local import (
+    BackendRow,
+    default_rows,
+    environment_facts,
+    kernel_checks,
+    stage_rows,
+)
 from megagrow.errors import InputError
 from megagrow.model.machine import Machine
 from megagrow.train.kernel_calls import NO_CHECKS
@@ -90,3 +96,11 @@ def test_environment_facts() -> None:
     assert facts["torch"].startswith(torch.__version__)
     assert list(facts)[-3:] == ["Triton", "flash-attn", "DeepSpeed"]
     assert facts["flash-attn"] == "not installed"
+
+
+def test_checked_pairs_of_gpu_and_triton() -> None:
+    assert kernel_checks(90, "3.7.1").startswith("code checked for sm_90 with Triton 3.7.1 (")
+    for capability, triton in ((89, "3.7.1"), (90, "3.8.0"), (90, "not installed")):
+        text = kernel_checks(capability, triton)
+        assert text.startswith(f"code not checked for sm_{capability} with Triton {triton} (")
+        assert "checked versions: 3.6.0, 3.7.1, 3.9.0" in text

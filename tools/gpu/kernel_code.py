@@ -136,13 +136,18 @@ def table_jobs(architectures: Iterable[int], ops: Iterable[str] | None = None) -
     ]
 
 
-def inspect(jobs: Iterable[CompileJob], processes: int = PROCESSES) -> Iterator[CompileResult]:
-    """Compile all jobs and inspect their code; yield the results in the order of the jobs."""
+def inspect(
+    jobs: Iterable[CompileJob], processes: int = PROCESSES, triton: Path | None = None
+) -> Iterator[CompileResult]:
+    """Compile all jobs and inspect their code; yield the results in the order of the jobs.
+
+    `triton` is a folder with another version of Triton than the installed one.
+    """
     workers: list[_Worker] = []
     local = threading.local()
 
     def begin() -> None:
-        local.worker = _Worker()
+        local.worker = _Worker(triton)
         workers.append(local.worker)
 
     try:
@@ -156,12 +161,13 @@ def inspect(jobs: Iterable[CompileJob], processes: int = PROCESSES) -> Iterator[
 class _Worker:
     """A process that compiles one job at a time; restarted if a job kills it."""
 
-    def __init__(self) -> None:
+    def __init__(self, triton: Path | None = None) -> None:
+        self._triton = triton
         self._process: subprocess.Popen[str] | None = None
 
     def do(self, job: CompileJob) -> CompileResult:
         if self._process is None:
-            self._process = _start()
+            self._process = _start(self._triton)
         process, begin = self._process, time.perf_counter()
         assert process.stdin is not None and process.stdout is not None
         task = [job.architecture, job.op, dict(job.arguments), dict(job.tiles)]
@@ -185,10 +191,13 @@ class _Worker:
             self._process = None
 
 
-def _start() -> subprocess.Popen[str]:
+def _start(triton: Path | None) -> subprocess.Popen[str]:
     """Start a worker process, which does not use Triton's interpreter."""
+    environment = ["env", "-u", "TRITON_INTERPRET"]
+    if triton is not None:
+        environment.append(f"PYTHONPATH={triton}")
     return subprocess.Popen(
-        ["env", "-u", "TRITON_INTERPRET", sys.executable, __file__, WORKER],
+        [*environment, sys.executable, __file__, WORKER],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
