@@ -23,7 +23,13 @@ from megagrow.parallel.engine_config import (
     parameter_groups,
 )
 from megagrow.parallel.gradients import clip_replicated_gradients, set_norm_weights
-from megagrow.parallel.materialize import build_model, materialize, materialize_flat, zeros_like
+from megagrow.parallel.materialize import (
+    FlatWeights,
+    build_model,
+    materialize,
+    materialize_flat,
+    zeros_like,
+)
 from megagrow.parallel.partitions import (
     Zero3Partitioner,
     fragments,
@@ -51,17 +57,17 @@ class ZeroEngine:
         self.groups = tuple(group.names for group in self._groups)
         config = deepspeed_config(settings, topology, self.plan)
         model = build_model(self.plan, settings, topology, dtype)
-        flats: list[Tensor] = []
+        weights = FlatWeights([], shared=False)
         partition: Zero3Partitioner | None = None
         if self.zero_stage in (1, 2):
-            flats = materialize_flat(model, self.groups, topology)
+            weights = materialize_flat(model, self.groups, topology)
         else:
             partition = Zero3Partitioner(config, topology, dtype) if self.zero_stage == 3 else None
             with no_weight_broadcast():
                 materialize(model, topology.device, partition)
         optimizer = _adamw(model, self._groups, settings.optimizer)
         secondary = None if partition is None else partition.secondary
-        with built_empty(flats, topology.device, secondary):
+        with built_empty(weights.flats, topology.device, secondary):
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
@@ -76,8 +82,10 @@ class ZeroEngine:
         self._factors = UpdateScaler(optimizer)
         self._create_moments()
         if self.zero_stage > 0:
-            weights = [group.scale.norm for group in self._groups]
-            set_norm_weights(self._engine.optimizer, self.zero_stage, weights)
+            norms = [group.scale.norm for group in self._groups]
+            set_norm_weights(self._engine.optimizer, self.zero_stage, norms)
+        if weights.shared:
+            self._engine.optimizer.shared_weights = True
 
     def forward(self, *inputs: Any) -> Tensor:
         """Return logits (B, S, V/tp) for (input_ids, position_ids, documents, rank masks).

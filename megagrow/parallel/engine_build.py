@@ -19,7 +19,7 @@ from megagrow.parallel.deepspeed_import import (
     stage_1_and_2,
 )
 from megagrow.parallel.flat_optimizer import FlatOptimizer
-from megagrow.parallel.materialize import zeros
+from megagrow.parallel.materialize import zeros, zeros_like
 
 
 @contextmanager
@@ -37,6 +37,7 @@ def built_empty(
         replaced(deepspeed_engine, "DeepSpeedZeroOptimizer", FlatOptimizer),
         secondary_group(secondary),
         _flat_groups(flats),
+        _untouched_masters(flats),
         _empty_partitions(device),
         _shared_fp32_weights(),
         _mapped_zeros(),
@@ -82,6 +83,22 @@ def _flat_groups(flats: list[Tensor]) -> Iterator[None]:
         return waiting.pop(0) if waiting else original(tensors)
 
     with replaced(stage_1_and_2, "_flatten_dense_tensors", flatten):
+        yield
+
+
+@contextmanager
+def _untouched_masters(flats: list[Tensor]) -> Iterator[None]:
+    """Make the fp32 weights of ZeRO 1 and 2, clones of parts of the flat groups, mapped zeros.
+
+    A copy of the zeros would touch the memory of both.
+    """
+    original, storages = torch.Tensor.clone, {flat.untyped_storage()._cdata for flat in flats}
+
+    def clone(tensor: Tensor, **options: Any) -> Tensor:
+        part_of_flat = tensor.untyped_storage()._cdata in storages
+        return zeros_like(tensor) if part_of_flat else original(tensor, **options)
+
+    with replaced(torch.Tensor, "clone", clone):
         yield
 
 

@@ -20,10 +20,12 @@ from megagrow.parallel.flat_gradients import FlatGradients, ReductionSettings
 class FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed has no types
     """ZeRO 1 or 2; constructed by DeepSpeed's engine (`engine_build.built_empty`).
 
-    `norm_weights` are the weights of the groups' squared norms in the global norm.
+    `norm_weights` are the weights of the groups' squared norms in the global norm. With
+    `shared_weights` the forward weights of all ranks are the same memory (`materialize_flat`).
     """
 
     norm_weights: Sequence[float]
+    shared_weights = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -84,11 +86,16 @@ class FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed 
         self.optimizer.found_inf = not_finite.to(self.device)
         self.optimizer.step()
         self._global_grad_norm = norm
-        self.refresh()
+        self._update_forward_weights()  # the norm's all-reduce ended all reads of shared weights
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the fp32 weights to the forward weights of all ranks. Collective."""
+        if self.shared_weights:
+            dist.barrier(self.dp_process_group)  # another rank may still read them
+        self._update_forward_weights()
+
+    def _update_forward_weights(self) -> None:
         rank = self.dp_process_group.rank()
         for index, master in enumerate(self.single_partition_of_fp32_groups):
             # The flat tensor of a one-parameter group is the parameter itself, tracked by autograd.
@@ -99,8 +106,11 @@ class FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed 
                 shares[rank].copy_(staged, non_blocking=True)
             else:
                 shares[rank].copy_(master)
-            flat = self.bit16_groups_flat[index].data
-            _gather(flat, shares, rank, self.dp_process_group)
+            if not self.shared_weights:
+                flat = self.bit16_groups_flat[index].data
+                _gather(flat, shares, rank, self.dp_process_group)
+        if self.shared_weights:
+            dist.barrier(self.dp_process_group)
 
     def _global_norm(self) -> Tensor:
         """Return the L2 norm of the summed gradient, with the groups' weights. Collective."""

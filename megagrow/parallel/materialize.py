@@ -3,6 +3,7 @@
 import mmap
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from megagrow.model.llama import LlamaForCausalLM
 from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.sharding import ParamSpec, pad
+from megagrow.parallel.shared_memory import on_one_host, shared_zeros
 from megagrow.parallel.tensor_parallel import parallelize
 
 
@@ -44,24 +46,44 @@ def materialize(
             partition(part)
 
 
+@dataclass(frozen=True)
+class FlatWeights:
+    """Forward weights of ZeRO 1 and 2: one flat tensor per optimizer group."""
+
+    flats: list[Tensor]
+    """(n,) each, padded to a multiple of two elements per data-parallel rank."""
+    shared: bool
+    """All data-parallel ranks map the same memory: a write of one rank changes all of them."""
+
+
 def materialize_flat(
     model: LlamaForCausalLM, groups: tuple[tuple[str, ...], ...], topology: Topology
-) -> list[Tensor]:
+) -> FlatWeights:
     """Zero-fill the weights as views of one flat tensor per optimizer group, for ZeRO 1 and 2.
 
-    Returns the flat tensors, each padded to a multiple of two elements per data-parallel rank.
+    The ranks of one host share them: an all-gather of equal weights is a copy of one's own share.
+    Collective.
     """
     named = dict(model.named_parameters())
-    return [_flat_group([named[name] for name in names], topology) for names in groups]
+    members = [[named[name] for name in names] for names in groups]
+    sizes = [pad(sum(p.numel() for p in group), 2 * topology.dp) for group in members]
+    dtype = next(iter(named.values())).dtype
+    shared = topology.dp > 1 and on_one_host()
+    if shared:
+        own = sum(sizes) * dtype.itemsize if topology.dp_rank == 0 else 0
+        (memory,) = shared_zeros(own, owners=[topology.tp_rank])
+        flats = list(memory.view(dtype).split(sizes))
+    else:
+        flats = [zeros(size, dtype, topology.device) for size in sizes]
+    for group, flat in zip(members, flats, strict=True):
+        _give_views(group, flat)
+    return FlatWeights(flats, shared)
 
 
-def _flat_group(parameters: list[nn.Parameter], topology: Topology) -> Tensor:
+def _give_views(parameters: list[nn.Parameter], flat: Tensor) -> None:
     sizes = [parameter.numel() for parameter in parameters]
-    padded = pad(sum(sizes), 2 * topology.dp)
-    flat = zeros(padded, parameters[0].dtype, topology.device)
     for parameter, part in zip(parameters, flat[: sum(sizes)].split(sizes), strict=True):
         _give_memory(parameter, part.view(parameter.shape))
-    return flat
 
 
 def _give_memory(parameter: nn.Parameter, memory: Tensor) -> None:

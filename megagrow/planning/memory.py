@@ -116,7 +116,7 @@ class StageMemory:
 
         At the end of the backward pass gradients are reduced, the activations of the first layer
         remain, and ZeRO 3 has released gathered weights. After the update, ZeRO 1 and 2 gather the
-        forward weights, which takes a copy without a GPU.
+        forward weights, which takes a copy on CPUs of several hosts.
         """
         gathered = 0
         if self._zero in (1, 2) and self.on_cpu and self.layout.dp > 1:

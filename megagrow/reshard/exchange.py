@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megagrow.growth.map import GrowthMap
 from megagrow.parallel.sharding import Storage
+from megagrow.parallel.shared_memory import on_one_host
 from megagrow.reshard.copy_ops import collect, deliver, move_within
 from megagrow.reshard.layout import Layout
 from megagrow.reshard.transfers import RankPlan, Transfer, TransferChunk, plan_rank, rounds
@@ -18,7 +19,6 @@ from megagrow.reshard.transport import (
     SharedMemory,
     Transport,
     group_device,
-    on_one_host,
 )
 
 _Round = tuple[Sequence[TransferChunk], ...]

@@ -1,20 +1,15 @@
 """Transports for reshard buffers: NCCL/gloo all-to-all, or shared memory on one host.
 
-gloo uses TCP even between processes of one host, several times slower than memory. CPU ranks of
-one host therefore write into memory that the other ranks map.
+CPU ranks of one host write into memory that the other ranks map (`parallel.shared_memory`).
 """
 
-import mmap
-import os
-from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_PID_NAMESPACE = Path("/proc/self/ns/pid")
+from megagrow.parallel.shared_memory import shared_zeros
 
 
 class Transport(Protocol):
@@ -52,8 +47,8 @@ class Network:
 class SharedMemory:
     """Shared memory of each rank, mapped by all ranks of the host.
 
-    It is anonymous (memfd), so a killed rank leaves no files behind. It holds two rounds: while a
-    rank writes one, the others can still read the previous one. One barrier per round is enough.
+    It holds two rounds: while a rank writes one, the others can still read the previous one. One
+    barrier per round is enough.
     """
 
     num_buffers = 2
@@ -62,15 +57,8 @@ class SharedMemory:
         """Map the memory of all ranks; this rank sends at most `largest` elements per round."""
         self._rank, self._world, self._largest = dist.get_rank(), dist.get_world_size(), largest
         self._rounds = 0
-        own = os.memfd_create("megagrow")
-        try:
-            os.ftruncate(own, self._table_bytes + 2 * 4 * largest)
-            handles: list[tuple[int, int]] = [(0, 0)] * self._world
-            dist.all_gather_object(handles, (os.getpid(), own))
-            self._memory = [_map(f"/proc/{process}/fd/{file}") for process, file in handles]
-            dist.barrier()  # no rank closes its file before all have opened it
-        finally:
-            os.close(own)
+        own_bytes = self._table_bytes + 2 * 4 * largest
+        self._memory = shared_zeros(own_bytes, range(self._world))
 
     @property
     def _table_bytes(self) -> int:
@@ -105,22 +93,3 @@ def group_device() -> torch.device:
     """Return the device of tensors that the process group can send."""
     gpu = None if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
     return gpu or torch.device("cpu")
-
-
-def on_one_host() -> bool:
-    """Return True if all ranks run on CPUs of one host and share a process namespace."""
-    host = None
-    if dist.get_backend() == "gloo" and _BOOT_ID.exists():
-        host = (_BOOT_ID.read_text(encoding="ascii"), _PID_NAMESPACE.stat().st_ino)
-    hosts = [host] * dist.get_world_size()
-    dist.all_gather_object(hosts, host)
-    return host is not None and all(other == host for other in hosts)
-
-
-def _map(path: str) -> Tensor:
-    """Map a file as a uint8 tensor; the mapping is released with the tensor."""
-    file = os.open(path, os.O_RDWR)
-    try:
-        return torch.frombuffer(mmap.mmap(file, 0), dtype=torch.uint8)
-    finally:
-        os.close(file)

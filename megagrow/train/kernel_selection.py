@@ -27,8 +27,8 @@ from megagrow.model.backends import (
 from megagrow.model.machine import Machine, machine_of
 from megagrow.model.ops import Ops, make_ops
 from megagrow.parallel.agreement import run_on_all_ranks
-from megagrow.parallel.determinism import deterministic_conflicts
 from megagrow.parallel.launch import Launch
+from megagrow.train.determinism import deterministic_conflicts
 from megagrow.train.kernel_calls import NO_CHECKS, OPERATION_OF, Checks, KernelCall, stage_kernels
 from megagrow.train.kernel_check import check_calls
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megagrow.reshard.transport import SharedMemory, on_one_host
+from megagrow.parallel.shared_memory import on_one_host
+from megagrow.reshard.transport import SharedMemory
 from tests.helpers.spawn import run_ranks
 
 WORLD = 3

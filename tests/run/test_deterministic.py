@@ -9,7 +9,7 @@ import torch
 
 import megagrow.train.loop
 from megagrow.errors import ConfigError
-from megagrow.parallel.determinism import VARIABLES, deterministic_algorithms
+from megagrow.train.determinism import VARIABLES, deterministic_algorithms
 from megagrow.train.kernel_calls import NO_CHECKS
 from megagrow.train.kernel_selection import _check_stages, determinism_problems
 from tests.helpers.jobs import Hook, records, train, write_run

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from megagrow.errors import HANG_CODE, InputError, PeerLost, RunError
-from megagrow.parallel.determinism import deterministic_algorithms
 from megagrow.parallel.launch import Launch, first_host
 from megagrow.parallel.process_groups import TIMEOUT, init_process_group
 from megagrow.parallel.rendezvous import join_store, wait_for_ranks
+from megagrow.train.determinism import deterministic_algorithms
 from megagrow.train.fault_tolerance.heartbeat import HeartbeatServer
 from megagrow.train.fault_tolerance.heartbeat_client import HeartbeatClient
 from megagrow.train.fault_tolerance.heartbeat_endpoint import (

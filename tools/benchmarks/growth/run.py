@@ -128,8 +128,8 @@ def make_case(
     model = SIZES[name] | {"num_attention_heads": 16, "vocab_size": 8192}
     small = model | {"num_hidden_layers": model["num_hidden_layers"] // 4}
     state, old_state = (12 * _parameters(shape) for shape in (model, small))
-    # fp32 forward weights and ZeRO-3's gradient buffer; ZeRO-2 replicates the weights.
-    forward = state * 2 // 3 if zero == 3 else world * state // 3
+    # fp32 forward weights, which ZeRO-2 shares on one host, and ZeRO-3's gradient buffer.
+    forward = state * 2 // 3 if zero == 3 else state // 3
     live = state + forward + max(old_state, state // 3)
     room -= world * PROCESS_BYTES
     if live > room:
