@@ -20,7 +20,7 @@ def test_files_and_profiles_that_it_names_are_there() -> None:
     assert len(files) > 6
     assert [name for name in files if not (ROOT / name).is_file()] == []
     there = {path.stem for path in (CONFIGS / "hardware").glob("*.yaml")}
-    profiles = set(re.findall(r"\b(?:\d+x)+h[12]00-[\d.]+b\b", TEXT))
+    profiles = set(re.findall(r"\b(?:\d+x)+h[12]00-[\d.]+[bm]\b", TEXT))
     assert {name for name in there if "h100" in name} == profiles
     assert {name.replace("h100", "h200") for name in profiles} | profiles == there
 
