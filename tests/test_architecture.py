@@ -68,6 +68,9 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("environment", "tools/faults/run.py: os.environ"): (
         "it is the launcher: it sets the environment of the ranks it forks"
     ),
+    ("small", "megagrow/simulation/isolated.py: imported by megagrow.planning.simulated only"): (
+        "it runs any function in a new process; tests of the recorder use it without a rank"
+    ),
     ("small", "megagrow/train/reporting/run_logger.py: imported by megagrow.run only"): (
         "the provenance record of a run does not depend on the logger that writes it"
     ),

@@ -29,7 +29,7 @@ from megagrow.simulation.categories import label_state, phases
 from megagrow.simulation.device import register
 from megagrow.simulation.patches import patched
 from megagrow.simulation.recorder import Recorder
-from megagrow.simulation.report import StageReport
+from megagrow.simulation.report import STEP, StageReport
 from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.growth_event.cost import Feed
 from megagrow.train.growth_event.event import end_stage, grow
@@ -53,11 +53,12 @@ class Actions:
     """Micro-batches per step, at most; later ones repeat the second."""
 
 
+TRAINING = Actions()
 EVERYTHING = Actions(load=True, validation=True, save=True, growth=True)
 
 
 def simulate_rank(
-    run: RunConfig, world_size: int, rank: int = 0, actions: Actions = Actions()
+    run: RunConfig, world_size: int, rank: int = 0, actions: Actions = TRAINING
 ) -> tuple[StageReport, ...]:
     """Simulate a rank of a run on `world_size` ranks; one report per stage.
 
@@ -70,7 +71,7 @@ def simulate_rank(
     dist.init_process_group(
         f"cpu:fake,{device.type}:fake", store=FakeStore(), rank=rank, world_size=world_size
     )
-    run = _shortened(run, world_size, actions.micro_batches)
+    run = shortened(run, world_size, actions.micro_batches)
     with patched(recorder), FakeTensorMode(allow_non_fake_inputs=True), recorder:
         return tuple(_simulate_stages(run, device, recorder, actions))
 
@@ -104,7 +105,7 @@ def _simulate_stage(
     label_state(recorder.memory, stage.engine)
     reader, state = _Reader(run), RunState(stage=stage.index)
     with StepFeed(reader) as feed, phases(recorder.memory, stage.engine):
-        for section in ("first step", "step"):
+        for section in ("first step", STEP):
             recorder.begin(section)
             event = advance(run, stage, state, feed, StopSignal())
             assert isinstance(event, StepDone)
@@ -182,7 +183,7 @@ class _Reader(BatchReader):
             return Batch(zeros, zeros.clone(), zeros.clone(), documents if self._packed else None)
 
 
-def _shortened(run: RunConfig, world_size: int, micro_batches: int) -> RunConfig:
+def shortened(run: RunConfig, world_size: int, micro_batches: int) -> RunConfig:
     """Return the run with at most this many micro-batches per step."""
     return run.model_copy(
         update={"stages": tuple(_short(each, world_size, micro_batches) for each in run.stages)}

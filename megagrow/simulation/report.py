@@ -1,5 +1,6 @@
 """Report of a simulated stage: waits of the host, copies, collectives and peaks of memory."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,6 +8,18 @@ from typing import NamedTuple
 import torch
 
 from megagrow.simulation.sites import Site
+
+STEP = "step"
+"""Section of the second step, the first in which nothing is created."""
+
+_OPERATIONS = {
+    "allreduce_": "all-reduce",
+    "allgather_": "all-gather",
+    "_allgather_base_": "all-gather",
+    "reduce_": "reduce-scatter",  # each part of a bucket to its rank
+    "reduce_scatter_": "reduce-scatter",
+    "_reduce_scatter_base_": "reduce-scatter",
+}
 
 
 class HostWait(NamedTuple):
@@ -39,6 +52,14 @@ class CollectiveCall(NamedTuple):
     stride: int
     """Difference of consecutive ranks of the group: 1 for tensor-parallel groups."""
 
+    @property
+    def operation(self) -> str:
+        """Collective in the terms of the plan, such as `all-reduce`.
+
+        Reduces to the owners of all partitions are a reduce-scatter.
+        """
+        return _OPERATIONS.get(self.kind, self.kind)
+
 
 class CallTotals(NamedTuple):
     """Number of collectives, and bytes of their full tensors."""
@@ -68,7 +89,30 @@ class StageReport:
     collectives: Mapping[CollectiveCall, CallTotals]
 
     @property
+    def peak_phase(self) -> str:
+        """Phase of a step with the highest memory use, the first one of several."""
+        return max(("forward", "backward", "step"), key=lambda phase: self.peaks[phase].size)
+
+    @property
     def training_peak(self) -> PhasePeak:
         """Highest memory use in the steps."""
-        steps = (self.peaks[phase] for phase in ("forward", "backward", "step"))
-        return max(steps, key=lambda peak: peak.size)
+        return self.peaks[self.peak_phase]
+
+    @property
+    def step_waits(self) -> int:
+        """Waits of the host in one step."""
+        return sum(count for wait, count in self.waits.items() if wait.section == STEP)
+
+    def step_copies(self, pinned: bool) -> int:
+        """Return the copies from host to device in one step."""
+        copies = self.copies.items()
+        return sum(count for copy, count in copies if (copy.section, copy.pinned) == (STEP, pinned))
+
+    @property
+    def step_traffic(self) -> Counter[tuple[str, int]]:
+        """Bytes of the full tensors of one step by operation and size of the group."""
+        found: Counter[tuple[str, int]] = Counter()
+        for key, totals in self.collectives.items():
+            if key.section == STEP:
+                found[key.operation, key.ranks] += totals.payload
+        return found

@@ -13,7 +13,7 @@ from megagrow.planning.memory import stage_memory
 from megagrow.planning.traffic import step_traffic
 from megagrow.simulation.isolated import isolated
 from megagrow.simulation.rank import EVERYTHING, simulate_rank
-from megagrow.simulation.report import StageReport
+from megagrow.simulation.report import STEP, StageReport
 from tests.helpers.runs import MODEL, make_run, parallel_of
 
 TRITON = dict.fromkeys(("attention", "norm", "pointwise", "loss"), "triton")
@@ -84,14 +84,6 @@ ranks agree on the next one, and under ZeRO 3 those of DeepSpeed."""
 PAGEABLE = "DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct"
 """Only function that copies from pageable memory in a step: scalars, under ZeRO 3."""
 
-KINDS = {
-    "allreduce_": "all-reduce",
-    "allgather_": "all-gather",
-    "_allgather_base_": "all-gather",
-    "reduce_": "reduce-scatter",  # each part of a bucket to its rank
-    "reduce_scatter_": "reduce-scatter",
-    "_reduce_scatter_base_": "reduce-scatter",
-}
 SCALARS = 256
 """Bytes of norms, losses and flags in a step, which are not planned."""
 
@@ -110,13 +102,13 @@ def test_a_rank_builds_loads_trains_validates_saves_and_grows(tmp_path: Path, na
 def check_waits(name: str, report: StageReport) -> None:
     found: Counter[str] = Counter()
     for wait, count in report.waits.items():
-        if wait.section == "step":
+        if wait.section == STEP:
             found[f"{wait.site.file} ({wait.site.function})"] += count
     allowed = WAITS[name]
     over = [place for place, count in found.items() if count > allowed.get(place, 0)]
     lines = [f"{count} x {wait.operation} at {wait.site}" for wait, count in report.waits.items()]
     assert not over, "\n".join(["the host waits in a step:", *over, "of all waits:", *lines])
-    pageable = [x.site for x in report.copies if x.section == "step" and not x.pinned]
+    pageable = [x.site for x in report.copies if x.section == STEP and not x.pinned]
     assert [str(site) for site in pageable if site.function != PAGEABLE] == []
 
 
@@ -134,15 +126,13 @@ def check_traffic(run: RunConfig, index: int, report: StageReport) -> None:
     """Compare the collectives of a step with those of the plan."""
     stage, bf16 = run.stages[index], run.precision == "bf16"
     memory = stage_memory(stage, WORLD, LENGTH, bf16)
-    planned: Counter[tuple[int, str]] = Counter()
+    planned: Counter[tuple[str, int]] = Counter()
     for each in step_traffic(memory):
-        planned[each.ranks, each.kind] += each.payload
-    found: Counter[tuple[int, str]] = Counter()
-    for key, traffic in report.collectives.items():
-        if key.section == "step":
-            found[key.ranks, KINDS[key.kind]] += traffic.payload
-            if KINDS[key.kind] == "reduce-scatter" and key.ranks == report.dp:
-                assert key.dtype == torch.float32  # gradients, also those of bf16 weights
+        planned[each.kind, each.ranks] += each.payload
+    found = report.step_traffic
+    for key in report.collectives:
+        if (key.section, key.operation, key.ranks) == (STEP, "reduce-scatter", report.dp):
+            assert key.dtype == torch.float32  # gradients, also those of bf16 weights
     exact = stage.parallel.zero_stage in (1, 2) and not stage.parallel.offload_optimizer
     for key in found.keys() | planned.keys():
         # Under ZeRO 0 and 3 the plan is an upper bound.
