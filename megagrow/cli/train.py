@@ -48,6 +48,10 @@ def train(
     rank: Annotated[
         int | None, typer.Option(min=0, help="With --dry-run: rank to build; default: 0.")
     ] = None,
+    simulate: Annotated[
+        bool,
+        typer.Option("--simulate", help="With --dry-run: also simulate the rank's steps on a GPU."),
+    ] = False,
     allow_change: Annotated[
         list[str] | None,
         typer.Option(
@@ -72,12 +76,14 @@ def train(
     check_allowed(allow_change or ())
     if not dry_run and (world is not None or rank is not None):
         raise ConfigError("--world and --rank need --dry-run; the launcher sets them in a real run")
+    if simulate and not dry_run:
+        raise ConfigError("--simulate needs --dry-run")
     run = load_run(run_file, overrides or ())
     if dry_run:
         from megagrow.planning.dry_run import dry_run as build_dry_run
         from megagrow.planning.dry_run_tables import print_dry_run
 
-        result = build_dry_run(run, world or 1, rank or 0, allow_change or ())
+        result = build_dry_run(run, world or 1, rank or 0, allow_change or (), simulate)
         print_dry_run(result, table_console())
         count = len(result.problems)
         if count:

@@ -27,6 +27,7 @@ from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.materialize import build_model
 from megagrow.parallel.process_groups import Topology
 from megagrow.planning.memory import STATE_BYTES, StageMemory
+from megagrow.planning.simulated import SimulatedStage, simulate_growing_run
 from megagrow.planning.traffic import Traffic, step_traffic
 from megagrow.reshard.traffic import Volume, rank_volume
 from megagrow.train.config_changes import (
@@ -100,12 +101,21 @@ class DryRun:
     stages: tuple[RankStage, ...]
     """Empty if the run is not valid on this number of ranks."""
     growths: tuple[RankGrowth, ...]
+    simulated: tuple[SimulatedStage, ...]
+    """Empty unless a simulation is requested and the run is valid."""
 
 
-def dry_run(run: RunConfig, world_size: int, rank: int = 0, allowed: Sequence[str] = ()) -> DryRun:
+def dry_run(
+    run: RunConfig,
+    world_size: int,
+    rank: int = 0,
+    allowed: Sequence[str] = (),
+    simulate: bool = False,
+) -> DryRun:
     """Build `rank` of a run on `world_size` ranks. Raises ConfigError for an invalid rank.
 
     `precision: auto` is planned as bf16, as on a GPU. `allowed` are the keys of `--allow-change`.
+    `simulate` also runs a step of each stage and each growth on a simulated GPU.
     """
     if not 0 <= rank < world_size:
         raise ConfigError(
@@ -124,7 +134,8 @@ def dry_run(run: RunConfig, world_size: int, rank: int = 0, allowed: Sequence[st
     if not invalid:
         stages = tuple(_stage(run, index, world_size, rank) for index in range(len(run.stages)))
         growths = tuple(_growths(run, world_size, rank))
-    return DryRun(run, world_size, rank, tuple(problems), tuple(notes), stages, growths)
+    simulated = simulate_growing_run(run, world_size, rank) if simulate and not invalid else ()
+    return DryRun(run, world_size, rank, tuple(problems), tuple(notes), stages, growths, simulated)
 
 
 def _start(

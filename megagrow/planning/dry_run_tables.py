@@ -1,18 +1,22 @@
 """Tables of a dry run, and problems that prevent the run from starting."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
 
 from megagrow.common.sizes import format_in
 from megagrow.common.tables import print_lines, print_table
 from megagrow.planning.dry_run import DryRun, RankGrowth, RankStage
+from megagrow.planning.simulated import TOLERANCE, SimulatedStage
 from megagrow.planning.tables import memory_rows
 from megagrow.reshard.traffic import Volume
+from megagrow.simulation.report import STEP
 
 PARAMETER_COLUMNS = ("parameter", "local shape", "count", "elements held")
 TRAFFIC_COLUMNS = ("sent per step", "collective", "ranks", "tensors, MB", "sent by this rank, MB")
 GROWTH_COLUMNS = ("growth", "operator", "sends, MB", "to", "receives, MB", "from", "keeps, MB")
+SIMULATION_COLUMNS = ("", "planned", "simulated")
+WAIT_COLUMNS = ("waits of the host", "operation", "place")
 
 PEERS_NAMED = 6
 """Maximum number of peers listed by rank; further ones are only counted."""
@@ -32,6 +36,11 @@ def print_dry_run(result: DryRun, console: Console) -> None:
         print_table(console, TRAFFIC_COLUMNS, _traffic_rows(stage), title="Communication")
     if result.growths:
         print_table(console, GROWTH_COLUMNS, map(_growth_row, result.growths), title="Growths")
+    for index, simulated in enumerate(result.simulated):
+        title = f"Stage {index}: simulated step of {simulated.micro_batches} micro-batches"
+        print_table(console, SIMULATION_COLUMNS, _simulation_rows(simulated), title=title)
+        print_table(console, WAIT_COLUMNS, _wait_rows(simulated), title="Waits in the step")
+    print_lines(console, _disagreements(result.simulated))
     print_lines(console, (f"Note: {note}" for note in result.notes))
     print_lines(console, (f"Problem: {problem}" for problem in result.problems))
 
@@ -47,7 +56,7 @@ def _memory_rows(stage: RankStage) -> Iterable[Sequence[str]]:
         "built here: forward weights": stage.weights_bytes,
         "built here: fp32 masters and moments": stage.state_bytes,
     }
-    yield from ((label, format_in(size, "GiB", 3)) for label, size in built.items())
+    yield from ((label, _gib(size)) for label, size in built.items())
     for part, cells in memory_rows([stage.memory]).items():
         yield f"planned: {part}", cells[0]
 
@@ -56,6 +65,33 @@ def _traffic_rows(stage: RankStage) -> Iterable[Sequence[str]]:
     for each in stage.traffic:
         yield each.purpose, each.kind, str(each.ranks), _mb(each.payload), _mb(each.sent)
     yield "all", "", "", "", _mb(sum(each.sent for each in stage.traffic))
+
+
+def _simulation_rows(stage: SimulatedStage) -> Iterator[Sequence[str]]:
+    for name, peak in stage.peaks.items():
+        yield (
+            f"peak memory of {name}, GiB",
+            *(_gib(size) for size in (peak.planned, peak.simulated)),
+        )
+    yield "waits of the host", "", str(stage.report.step_waits)
+    for (kind, ranks), sizes in stage.traffic.items():
+        yield f"{kind} of {ranks} ranks, MB", *map(_mb, sizes)
+
+
+def _wait_rows(stage: SimulatedStage) -> Iterator[Sequence[str]]:
+    for wait, count in stage.report.waits.items():
+        if wait.section == STEP:
+            yield str(count), wait.operation, str(wait.site)
+
+
+def _disagreements(stages: Sequence[SimulatedStage]) -> Iterator[str]:
+    for index, stage in enumerate(stages):
+        for name, peak in stage.peaks.items():
+            if not peak.agrees:
+                yield (
+                    f"Warning: stages.{index}: planned memory of {name} is {_gib(peak.planned)} "
+                    f"GiB, simulated {_gib(peak.simulated)} GiB, more than {TOLERANCE:.0%} apart"
+                )
 
 
 def _growth_row(growth: RankGrowth) -> Sequence[str]:
@@ -78,6 +114,10 @@ def _peers(peers: dict[int, int]) -> str:
     named = ", ".join(map(str, list(peers)[:PEERS_NAMED]))
     more = len(peers) - PEERS_NAMED
     return f"{named} and {more} more" if more > 0 else named or "none"
+
+
+def _gib(size: int) -> str:
+    return format_in(size, "GiB", 3)
 
 
 def _mb(size: int) -> str:

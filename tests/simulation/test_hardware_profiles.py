@@ -43,6 +43,6 @@ def test_name_comment_and_contents_of_a_profile_agree(profile: Profile) -> None:
 def test_planned_memory_is_that_of_a_simulated_step(name: str) -> None:
     profile = read_profile(name)
     run = profile.run(profile.model)
-    (stage,) = simulate_run(run, profile.world_size, Actions(micro_batches=1))
+    (stage,) = simulate_run(run, profile.world_size, actions=Actions(micro_batches=1))
     peak = stage.training
     assert peak.agrees, f"planned {peak.planned:,}, simulated {peak.simulated:,}"
