@@ -1,4 +1,4 @@
-"""DeepSpeed engine of a model, with access to this rank's shard of its state.
+"""Training engine of a model under any ZeRO stage, with access to this rank's shard of its state.
 
 An engine is built empty. Its state (fp32 weights, Adam's moments and step) is then written into
 the partitions in place: by initialization, from a checkpoint, or by a reshard. `ready` copies the
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megagrow.config.schema import OptimizerConfig
+from megagrow.model.llama import LlamaForCausalLM
 from megagrow.parallel.deepspeed_import import deepspeed
 from megagrow.parallel.engine_build import built_empty, no_weight_broadcast
 from megagrow.parallel.engine_config import (
@@ -22,7 +23,6 @@ from megagrow.parallel.engine_config import (
     deepspeed_config,
     parameter_groups,
 )
-from megagrow.parallel.gradients import clip_replicated_gradients, set_norm_weights
 from megagrow.parallel.materialize import (
     FlatWeights,
     build_model,
@@ -34,15 +34,17 @@ from megagrow.parallel.partitions import (
     Zero3Partitioner,
     fragments,
     refresh,
+    set_norm_weights,
     unlink_zero3,
 )
 from megagrow.parallel.process_groups import Topology
+from megagrow.parallel.replicated import ReplicatedEngine
 from megagrow.parallel.sharding import STATE_KINDS, Storage, parameter_plan
 from megagrow.parallel.update_scaling import ScaledPart, UpdateScaler
 
 
 class ZeroEngine:
-    """Model trained by DeepSpeed under ZeRO 0, 1, 2 or 3 and tensor parallelism."""
+    """Model trained under ZeRO 0, or by DeepSpeed under ZeRO 1, 2 or 3, with tensor parallelism."""
 
     def __init__(self, settings: EngineSettings, topology: Topology) -> None:
         self.settings = settings
@@ -55,37 +57,47 @@ class ZeroEngine:
         dtype = torch.bfloat16 if low_precision else torch.float32
         self._groups = parameter_groups(self.plan, settings.optimizer, settings.scales)
         self.groups = tuple(group.names for group in self._groups)
-        config = deepspeed_config(settings, topology, self.plan)
         model = build_model(self.plan, settings, topology, dtype)
+        self._engine: Any
+        if self.zero_stage == 0:
+            materialize(model, topology.device, partition=None)
+            self._adam = _adamw(model, self._groups, settings.optimizer)
+            self._engine = ReplicatedEngine(model, self._adam, self._groups, settings, topology)
+        else:
+            self._engine = self._partitioned(model, dtype)
+        self._fragments = partial(fragments, self._engine, self.zero_stage)
+        self._factors = UpdateScaler(self._adam)
+        self._create_moments()
+
+    def _partitioned(self, model: LlamaForCausalLM, dtype: torch.dtype) -> Any:
+        """Return DeepSpeed's engine of a model on the meta device."""
+        topology = self.topology
+        config = deepspeed_config(self.settings, topology, self.plan)
         weights = FlatWeights([], shared=False)
         partition: Zero3Partitioner | None = None
-        if self.zero_stage in (1, 2):
-            weights = materialize_flat(model, self.groups, topology)
-        else:
-            partition = Zero3Partitioner(config, topology, dtype) if self.zero_stage == 3 else None
+        if self.zero_stage == 3:
+            partition = Zero3Partitioner(config, topology, dtype)
             with no_weight_broadcast():
                 materialize(model, topology.device, partition)
-        optimizer = _adamw(model, self._groups, settings.optimizer)
+        else:
+            weights = materialize_flat(model, self.groups, topology)
+        self._adam = _adamw(model, self._groups, self.settings.optimizer)
         secondary = None if partition is None else partition.secondary
         with built_empty(weights.flats, topology.device, secondary):
-            self._engine, *_ = deepspeed.initialize(
+            engine, *_ = deepspeed.initialize(
                 model=model,
-                optimizer=optimizer,
+                optimizer=self._adam,
                 config=config,
                 mpu=topology,
                 dist_init_required=False,
             )
         if partition is not None:
-            partition.finish(self._engine.optimizer)
-        self._adam = optimizer
-        self._fragments = partial(fragments, self._engine, self.zero_stage)
-        self._factors = UpdateScaler(optimizer)
-        self._create_moments()
-        if self.zero_stage > 0:
-            norms = [group.scale.norm for group in self._groups]
-            set_norm_weights(self._engine.optimizer, self.zero_stage, norms)
+            partition.finish(engine.optimizer)
+        norms = [group.scale.norm for group in self._groups]
+        set_norm_weights(engine.optimizer, self.zero_stage, norms)
         if weights.shared:
-            self._engine.optimizer.shared_weights = True
+            engine.optimizer.shared_weights = True
+        return engine
 
     def forward(self, *inputs: Any) -> Tensor:
         """Return logits (B, S, V/tp) for (input_ids, position_ids, documents, rank masks).
@@ -109,16 +121,11 @@ class ZeroEngine:
         are dropped.
         """
         boundary = self._engine.is_gradient_accumulation_boundary()
-        norm = None
         if boundary:
             for values, group in zip(self._adam.param_groups, self._groups, strict=True):
                 values |= group.hyper_parameters(self.settings.optimizer, lr)
-            if self.zero_stage == 0:
-                norm = self._clip_stage0()
         self._engine.step()
-        if boundary and self.zero_stage > 0:
-            norm = torch.as_tensor(self._engine.get_global_grad_norm())
-        return norm
+        return torch.as_tensor(self._engine.get_global_grad_norm()) if boundary else None
 
     def before_update(self, action: Callable[[], None]) -> None:
         """Call `action` before each update, the only change of the state of a ready engine."""
@@ -188,15 +195,6 @@ class ZeroEngine:
         del self._engine, self._adam, self._fragments, self._factors
         gc.collect()
         return storage
-
-    def _clip_stage0(self) -> Tensor:
-        named = dict(self._engine.module.named_parameters())
-        groups = [([named[name] for name in g.names], g.scale.norm) for g in self._groups]
-        limit = self.settings.optimizer.gradient_clipping
-        norm = clip_replicated_gradients(groups, limit, self.topology)
-        adam: Any = self._adam  # the protocol of torch.amp.GradScaler: AdamW skips the step
-        adam.found_inf = norm.isfinite().logical_not().float()
-        return norm
 
     def _create_moments(self) -> None:
         # A fresh engine has no moments (DeepSpeed creates them in the first step).

@@ -113,7 +113,7 @@ def bucket_elements(slice_numel: int, zero_stage: int) -> int:
 def deepspeed_config(
     settings: EngineSettings, topology: Topology, plan: dict[str, ParamSpec]
 ) -> dict[str, Any]:
-    """Return DeepSpeed's configuration; `plan` is the model's `parameter_plan`."""
+    """Return DeepSpeed's configuration (ZeRO 1, 2, 3); `plan` is the model's `parameter_plan`."""
     batch = settings.batch
     stage = settings.parallel.zero_stage
     bucket = reduce_bucket(plan, topology.tp, stage)
@@ -129,8 +129,8 @@ def deepspeed_config(
     return {
         "train_batch_size": batch.global_batch_size,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
-        "gradient_clipping": settings.optimizer.gradient_clipping if stage > 0 else 0.0,
-        "bf16": {"enabled": settings.bf16 and stage > 0, "check_grad_overflow": True},
+        "gradient_clipping": settings.optimizer.gradient_clipping,
+        "bf16": {"enabled": settings.bf16, "check_grad_overflow": True},
         "communication_data_type": settings.parallel.communication_data_type,
         # fp32 would select DeepSpeed's BF16_Optimizer under ZeRO 1; `FlatGradients` sums in fp32.
         "data_types": {} if stage in (1, 2) else {"grad_accum_dtype": "fp32"},

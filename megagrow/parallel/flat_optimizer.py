@@ -15,6 +15,7 @@ from torch import Tensor
 from megagrow.parallel.deepspeed_import import DeepSpeedZeroOptimizer
 from megagrow.parallel.engine_config import GATHER_BYTES
 from megagrow.parallel.flat_gradients import FlatGradients, ReductionSettings
+from megagrow.parallel.update_scaling import clip_in_update, squared_norm
 
 
 class FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed has no types
@@ -65,25 +66,17 @@ class FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed 
     def step(self, closure: Any = None) -> None:
         """Update this rank's fp32 weights and gather the forward weights. Collective.
 
-        Clipping and averaging are a divisor of the gradient within the fused update, which changes
-        nothing if the norm is not finite. The norm of the averaged gradient, a tensor, is
-        `_global_grad_norm`.
+        The norm of the averaged gradient, a tensor, is `_global_grad_norm`.
         """
         ranks = self._gradients.ranks
         norm = self._global_norm() / ranks
-        divisor = norm.new_full((), ranks)
-        if self.clip_grad:
-            divisor = divisor * ((norm + 1e-6) / self.clip_grad).clamp(min=1.0)
-        not_finite = norm.isfinite().logical_not().float()
         masters = self.single_partition_of_fp32_groups
         for master, gradient in zip(masters, self._gradients.shares(), strict=True):
             if self.cpu_offload:
                 master.grad.copy_(gradient)
             else:
                 master.grad = gradient
-        # The protocol of torch.amp.GradScaler.
-        self.optimizer.grad_scale = divisor.to(self.device)
-        self.optimizer.found_inf = not_finite.to(self.device)
+        clip_in_update(self.optimizer, norm, ranks, self.clip_grad)
         self.optimizer.step()
         self._global_grad_norm = norm
         self._update_forward_weights()  # the norm's all-reduce ended all reads of shared weights
@@ -114,17 +107,8 @@ class FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed 
 
     def _global_norm(self) -> Tensor:
         """Return the L2 norm of the summed gradient, with the groups' weights. Collective."""
-        squares = []
-        for parts, weight in zip(self._gradients.parts(), self.norm_weights, strict=True):
-            counted = [
-                part
-                for parameter, part in parts
-                if self.model_parallel_rank == 0 or parameter.model_parallel
-            ]
-            if counted:
-                squares.append(weight * torch.nn.utils.get_total_norm(counted).square())
-        device = self.bit16_groups_flat[0].device
-        total = sum(squares, torch.zeros((), device=device))
+        groups = zip(self._gradients.parts(), self.norm_weights, strict=True)
+        total = squared_norm(groups, self.model_parallel_rank, self.bit16_groups_flat[0].device)
         dist.all_reduce(total)  # all ranks: data parallel x tensor parallel
         return total.sqrt()
 

@@ -3,7 +3,7 @@
 The only module that depends on DeepSpeed's internal layout of partitions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,22 @@ class Zero3Partitioner:
             optimizer.invalidate_secondary_tensor()
             for context in self._contexts:
                 context.remote_device = self._topology.device
+
+
+def set_norm_weights(optimizer: Any, zero_stage: int, weights: Sequence[float]) -> None:
+    """Set the group weights of the gradient norm of a ZeRO 1, 2 or 3 optimizer, in group order."""
+    if all(weight == 1 for weight in weights):
+        return
+    if zero_stage < 3:
+        optimizer.norm_weights = weights
+        return
+    norms = optimizer._get_norm_groups  # of sub-groups, the parts of a group updated in turn
+
+    def weighted() -> list[Any]:
+        group_of = optimizer.sub_group_to_group_id
+        return [norm * weights[group_of[index]] ** 0.5 for index, norm in enumerate(norms())]
+
+    optimizer._get_norm_groups = weighted
 
 
 def refresh(optimizer: Any, zero_stage: int) -> None:

@@ -1,4 +1,8 @@
-"""Per-entry factors on optimizer updates.
+"""Factors within an optimizer's update: clipping, averaging, and new and old entries.
+
+Clipping and averaging are one divisor of the gradient in torch's fused update. The global norm has
+a weight per optimizer group, norm^2 = sum over groups of weight * |g|^2: with the weights
+k_out / k_in a grown model's norm equals that of its source (docs/reference/operators.md).
 
 Old and new entries of a grown tensor share one flat tensor, one optimizer group and one step, so a
 separate learning rate is a factor on the update: w = before + factor * (w - before). AdamW's weight
@@ -9,12 +13,48 @@ torch's optimizer hooks around `step` apply it inside DeepSpeed's step, before t
 copied to the forward weights.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def squared_norm(
+    groups: Iterable[tuple[Sequence[tuple[Any, Tensor]], float]],
+    tp_rank: int,
+    device: torch.device,
+) -> Tensor:
+    """Return the squared L2 norm of ((parameter, gradient) pairs, weight) groups on this rank.
+
+    A parameter replicated on all tensor-parallel ranks counts on the first one only.
+    """
+    total = torch.zeros((), device=device)
+    for pairs, weight in groups:
+        mine = [
+            gradient for parameter, gradient in pairs if tp_rank == 0 or parameter.model_parallel
+        ]
+        if mine:
+            total += weight * torch.nn.utils.get_total_norm(mine).square()
+    return total
+
+
+def clip_in_update(
+    optimizer: torch.optim.Optimizer, norm: Tensor, ranks: int, limit: float
+) -> None:
+    """Clip and average in the next update, which changes nothing if the norm is not finite.
+
+    Gradients are sums over `ranks`; `norm` is that of their average. A `limit` of 0 disables
+    clipping. The host does not wait for the norm.
+    """
+    divisor = norm.new_full((), ranks)
+    if limit:
+        divisor = divisor * ((norm + 1e-6) / limit).clamp(min=1.0)
+    device = optimizer.param_groups[0]["params"][0].device
+    scaled: Any = optimizer  # the protocol of torch.amp.GradScaler
+    scaled.grad_scale = divisor.to(device)
+    scaled.found_inf = norm.isfinite().logical_not().float().to(device)
 
 
 @dataclass(frozen=True)

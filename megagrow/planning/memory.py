@@ -1,7 +1,8 @@
 """Memory of a rank of a stage, from the layout and estimates.
 
 State and weights follow from the layout of the stage. Gradients are the allocations of
-`parallel.flat_gradients` under ZeRO 1 and 2, else those of DeepSpeed 0.19, from its code.
+`parallel.replicated` under ZeRO 0 and `parallel.flat_gradients` under ZeRO 1 and 2, else those of
+DeepSpeed 0.19, from its code.
 Activations and logits are the tensors kept by autograd (`activations`). The peak of a step is
 reached at the loss (`at_loss`) or at its end (`at_end`).
 """
@@ -21,9 +22,6 @@ STATE_BYTES = 4 * len(STATE_KINDS)
 
 LIVE_PARAMETERS = 1_000_000_000
 """Maximum elements that ZeRO-3 keeps gathered (DeepSpeed's stage3_max_live_parameters)."""
-
-STAGE_0_BUCKET = 500_000_000
-"""Elements per all-reduce of DeepSpeed without ZeRO (its MEMORY_OPT_ALLREDUCE_SIZE)."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +70,16 @@ class StageMemory:
     def buckets(self) -> int:
         """Bytes of buffers while gradients are reduced.
 
-        ZeRO 0 and 3 copy the gradients reduced at a time, once more for another data type; ZeRO 3
-        collects them in a bucket before, and gloo, used without a GPU, copies them once more. ZeRO
-        1 and 2 hold the gradient of one parameter as autograd returns it, and staging buckets.
+        ZeRO 0 reduces in place, and copies the gradients for another data type. ZeRO 3 collects
+        those reduced at a time in a bucket and copies them, once more for another data type and
+        once more by gloo, used without a GPU. ZeRO 1 and 2 hold the gradient of one parameter as
+        autograd returns it, and staging buckets.
         """
-        copies = 2 if self._communicated != self._grad_width else 1
+        converts = self._communicated != self._grad_width
         if self._zero == 0:
-            return self._communicated * copies * min(self._slice, STAGE_0_BUCKET)
+            return self._communicated * self._slice if converts and self.layout.dp > 1 else 0
         if self._zero == 3:
-            copies += 1 if self.on_cpu else 0
+            copies = 1 + converts + self.on_cpu
             return (self._width + self._communicated * copies) * self._bucket
         largest = max(spec.slice_numel(self.layout.tp) for spec in self.layout.plan.values())
         return self._width * largest + self._staged

@@ -17,7 +17,7 @@ CATEGORIES = (
 _LOSS = ("megagrow/parallel/loss.py", "megagrow_kernels/cross_entropy.py")
 _FLAT_GRADIENTS = "megagrow/parallel/flat_gradients.py"
 _REDUCTION = (
-    *("deepspeed/", "megagrow/parallel/gradients", "megagrow/parallel/bucket_reduction"),
+    *("deepspeed/", "megagrow/parallel/replicated", "megagrow/parallel/bucket_reduction"),
     *(_FLAT_GRADIENTS, "megagrow/parallel/flat_optimizer"),
 )
 

@@ -25,10 +25,14 @@ CASES = {
     "ZeRO 1 bf16, bf16 sums": Case(1, 1, bf16=True, communication="bf16"),
     "ZeRO 2 bf16, bf16 sums": Case(2, 1, bf16=True, communication="bf16"),
     "ZeRO 3 bf16, bf16 sums": Case(3, 1, bf16=True, communication="bf16"),
+    "ZeRO 0 fp32": Case(0, 1),
     "ZeRO 0 fp32, bf16 sums": Case(0, 1, communication="bf16"),
 }
 OWN = [name for name in CASES if name[5] in "12"]
 """Cases of ZeRO 1 and 2."""
+REPLICATED = [name for name in CASES if name[5] == "0"]
+NORM = (torch.float32, 1)
+"""All-reduce of the gradient norm: dtype and elements."""
 
 
 @dataclass
@@ -39,9 +43,9 @@ class Found:
     reduced: list[tuple[torch.dtype, int]] = field(default_factory=list)
     """Reduce calls of the step: dtype and elements."""
     before_the_end: int = 0
-    """Reduce calls before the embedding's gradient, the last of a backward pass."""
-    all_reduced: int = 0
-    """Largest elements of an all-reduce."""
+    """Calls of both kinds before the embedding's gradient, the last of a backward pass."""
+    all_reduced: list[tuple[torch.dtype, int]] = field(default_factory=list)
+    """All-reduce calls of the step."""
     alive: int = 0
     """Most gradients in the dtype of the weights that existed at once."""
 
@@ -57,11 +61,11 @@ def recorded(found: Found, built: Built) -> Iterator[None]:
         return originals["reduce"](tensor, *args, **options)
 
     def all_reduce(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
-        found.all_reduced = max(found.all_reduced, tensor.numel())
+        found.all_reduced.append((tensor.dtype, tensor.numel()))
         return originals["all_reduce"](tensor, *args, **options)
 
     def last(_: torch.Tensor) -> None:
-        found.before_the_end = len(found.reduced)
+        found.before_the_end = len(found.reduced) + len(found.all_reduced)
         alive = sum(parameter.grad is not None for parameter in module.parameters())
         found.alive = max(found.alive, alive)
 
@@ -111,10 +115,12 @@ def difference(left: Weights, right: Weights) -> float:
 @pytest.mark.dist
 def test_bf16_gradients_are_the_same_in_every_layout(found, one_rank):
     for name, case in CASES.items():
+        if not case.bf16:
+            continue
         distance = difference(found[name].gradients, one_rank)
         if case.communication == "fp32":
             assert distance < 1e-6, (name, distance)
-        elif case.bf16:
+        else:
             assert 1e-4 < distance < 1e-2, (name, distance)
 
 
@@ -128,13 +134,35 @@ def test_gradients_are_reduced_once_in_buckets_during_the_backward_pass(found, n
     assert sum(elements for _, elements in seen.reduced) == total
     assert max(elements for _, elements in seen.reduced) < total / 2
     assert seen.before_the_end >= len(seen.reduced) / 3
-    assert seen.all_reduced == 1, "only the gradient norm is all-reduced"
+    assert seen.all_reduced == [NORM]
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("name", OWN)
 def test_no_gradient_outlives_its_layer(found, name):
     assert found[name].alive == 0
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", REPLICATED)
+def test_zero_0_reduces_each_gradient_during_the_backward_pass(found, name):
+    case, seen = CASES[name], found[name]
+    *sums, norm = seen.all_reduced
+    assert norm == NORM and not seen.reduced
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.communication]
+    sizes = [gradient.numel() for gradient in seen.gradients.values()]
+    assert {kind for kind, _ in sums} == {dtype}
+    assert sorted(size for _, size in sums) == sorted(sizes)
+    assert seen.before_the_end == len(sums) - 1, "all but the embedding's"
+
+
+def one_replica() -> Found:
+    return first_step(Case(0, 1))
+
+
+@pytest.mark.dist
+def test_one_rank_of_zero_0_reduces_nothing():
+    assert run_ranks(1, one_replica)[0].all_reduced == [NORM]
 
 
 def accumulated() -> tuple[list[tuple], list[tuple]]:

@@ -54,8 +54,8 @@ def parts(found: StageMemory) -> tuple[int, int, int, int, int]:
 @pytest.mark.parametrize(
     ("zero", "bf16", "state", "weights", "gathered", "gradients", "buckets"),
     [
-        (0, True, 12.0, 2.0, 0.0, 4.0, 4.0),
-        (0, False, 12.0, 0.0, 0.0, 4.0, 4.0),
+        (0, True, 12.0, 2.0, 0.0, 4.0, 0.0),
+        (0, False, 12.0, 0.0, 0.0, 4.0, 0.0),
         (1, True, 3.0, 2.0, 0.0, 4.0, 0.0),
         (1, False, 3.0, 4.0, 0.0, 4.0, 0.0),
         (2, True, 3.0, 2.0, 0.0, 1.0, 1.0),
@@ -82,7 +82,7 @@ def test_bytes_of_each_parameter_on_four_ranks(
 
 def test_sums_in_bf16_are_half_as_large_but_copies() -> None:
     staged = PARAMETERS // 2 + 2 * LARGEST  # two buckets of an eighth
-    for zero, expected in enumerate((4 * PARAMETERS, staged, staged, 4 * PARAMETERS)):
+    for zero, expected in enumerate((2 * PARAMETERS, staged, staged, 4 * PARAMETERS)):
         assert memory(zero, communication_data_type="bf16").buckets == expected
 
 

@@ -69,14 +69,18 @@ ZERO3 = AGREEMENT | {
     "deepspeed/runtime/utils.py (is_invalid_grad_norm)": 1,
 }
 WAITS: dict[str, dict[str, int]] = {
-    "zero-0": AGREEMENT | {"megagrow/parallel/engine.py (ZeroEngine._clip_stage0)": 1},
+    "zero-0": AGREEMENT,
     "zero-1": AGREEMENT,
     "zero-1-fp32": AGREEMENT,
     "zero-2": AGREEMENT,
     "zero-3": ZERO3,
     "zero-3-fp32": ZERO3,
     # The host updates the weights: it reads gradients, their norm and the clipping factor.
-    "zero-2-offload": AGREEMENT | {"megagrow/parallel/flat_optimizer.py (FlatOptimizer.step)": 4},
+    "zero-2-offload": AGREEMENT
+    | {
+        "megagrow/parallel/flat_optimizer.py (FlatOptimizer.step)": 2,
+        "megagrow/parallel/update_scaling.py (clip_in_update)": 2,
+    },
 }
 """Waits of the host in one step of two micro-batches, at most: the end of the step in which the
 ranks agree on the next one, and under ZeRO 3 those of DeepSpeed."""
