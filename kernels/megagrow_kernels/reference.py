@@ -153,12 +153,15 @@ def vocab_gradient(
     the logits.
     """
     lse = maximum + total.log()
-    # Not exp(logits - lse): rounding lse loses its smaller term.
-    gradient = (_real(logits, real) - maximum[:, None]).exp_().div_(total[:, None])
-    gradient.mul_((scale + 2 * z_scale * lse)[:, None])
+    columns = (x[:, None] for x in (maximum, total, scale + 2 * z_scale * lse))
+    gradient = torch.empty_like(logits, dtype=widened(logits[:0]).dtype)
+    for out, rows, most, sums, factor in zip(
+        *(x.split(_rows_at_once(logits)) for x in (gradient, logits, *columns)), strict=True
+    ):
+        # Not exp(logits - lse): rounding lse loses its smaller term.
+        torch.sub(_real(rows, real), most, out=out).exp_().div_(sums).mul_(factor)
     index, mine = _within(labels, first, real)
-    rows = torch.arange(len(labels), device=labels.device)
-    gradient[rows, index] -= scale * mine
+    gradient[torch.arange(len(labels), device=labels.device), index] -= scale * mine
     return gradient.to(logits.dtype)
 
 

@@ -19,10 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megagrow.errors import ResourceError
 from megagrow.model.backends import Backends, KernelWorkload
 from megagrow.model.machine import Machine
+from megagrow.model.own_gradients import rms_norm, rope
 from megagrow_kernels import reference
 from megagrow_kernels.reference import attention_mask, rope_tables
 
-__all__ = ["PLAIN", "TORCH_LOSS", "LossOps", "Ops", "attention_mask", "make_ops", "rms_norm"]
+__all__ = ["PLAIN", "TORCH_LOSS", "LossOps", "Ops", "attention_mask", "make_ops"]
 __all__ += ["TRITON_CHUNKS", "rope_tables", "sdpa", "triton_loss"]
 
 CUDNN_FIRST = 90
@@ -95,11 +96,6 @@ def make_ops(backends: Backends, machine: Machine, work: KernelWorkload) -> Ops:
     return _ATTENTION[backends.attention](ops, machine, work)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return torch's RMSNorm over the last dimension: x (..., D), weight (D,)."""
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
-
-
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Return torch's attention: q (B, S, H, K), k and v (B, S, G, K), H a multiple of G.
 
@@ -116,10 +112,6 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 def _sdpa_cudnn_first(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     with sdpa_kernel(_SDPA_PRIORITY, set_priority=True):
         return sdpa(q, k, v, mask)
-
-
-def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return reference.apply_rope(q, cos, sin), reference.apply_rope(k, cos, sin)
 
 
 def _identity_pack(document_ids: Tensor) -> Tensor:
@@ -146,7 +138,7 @@ TORCH_LOSS = LossOps(
 PLAIN = Ops(
     rms_norm=rms_norm,
     add_rms_norm=None,
-    rope=_rope,
+    rope=rope,
     swiglu=reference.swiglu,
     pack=_identity_pack,
     attention_mask=_dense_mask,

@@ -20,14 +20,13 @@ class Activations:
     """Bytes of one micro-batch on the tensor-parallel rank with the largest share.
 
     `auto` is counted as torch's operations: attention keeps no S x S matrix, and a norm keeps its
-    input on a GPU, and one more tensor on a CPU.
+    input.
     """
 
     stage: StageConfig
     layout: Layout
     sequence_length: int
     bf16: bool
-    on_cpu: bool
 
     def at_loss(self, checkpointing: str) -> int:
         """Return the bytes at the loss for a value of `activation_checkpointing`.
@@ -98,25 +97,15 @@ class Activations:
         return self._tokens * self.stage.model.hidden_size * self._width // split
 
     @property
-    def _norm_input(self) -> int:
-        """Return the bytes kept of the input of a norm.
-
-        A norm that is not fused (torch on a CPU) also keeps the input divided by its root mean
-        square.
-        """
-        composed = self.on_cpu and self.stage.kernels.norm != "triton"
-        return 2 * self._residual if composed else self._residual
-
-    @property
     def _outside_layers(self) -> int:
         """Return the bytes outside the layers: the final norm and the input of the head."""
-        return self._norm_input + self._tokens * self.stage.model.hidden_size * self._width
+        return self._residual + self._tokens * self.stage.model.hidden_size * self._width
 
     def _norm(self, checkpointing: str) -> int:
         """Return the bytes of a norm, and of its output, which every rank holds in full."""
         if checkpointing == "selective":
-            return self._norm_input
-        return self._norm_input + self.stage.model.hidden_size * self._tokens * self._width
+            return self._residual
+        return self._residual + self.stage.model.hidden_size * self._tokens * self._width
 
     def _block(self, block: BlockDeclaration, checkpointing: str) -> int:
         """Return the bytes of a block, which the tensor-parallel ranks share."""

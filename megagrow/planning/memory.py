@@ -205,7 +205,7 @@ class StageMemory:
 
     @cached_property
     def _parts(self) -> Activations:
-        return Activations(self.stage, self.layout, self.sequence_length, self.bf16, self.on_cpu)
+        return Activations(self.stage, self.layout, self.sequence_length, self.bf16)
 
 
 def stage_memory(
