@@ -1,10 +1,12 @@
 """Tokenization speed of `megagrow prepare` and of `datasets.map` with the same tokenizer.
 
 Each method runs in a separate process on the same number of cores, from a file of JSON lines to
-tokens on disk. The times exclude imports and include the worker processes of the method.
+tokens on disk. The times exclude imports and include the worker processes of the method. The
+tokenizer library alone, from texts to ids in memory, bounds the speed of all methods.
 """
 
 import json
+import multiprocessing
 import resource
 import shutil
 import statistics
@@ -21,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 ROUNDS = 3
+ENCODER = "encoder alone"
 
 
 def corpus_of(folder: Path, size: int, vocab_size: int) -> tuple[Path, Path]:
@@ -117,7 +120,37 @@ def by_sentencepiece(text: Path, tokenizer: Path, output: Path, cores: int) -> C
     return _mapped(text, output, cores, tokens_of)
 
 
+def by_library(text: Path, tokenizer: Path, output: Path, cores: int) -> Callable[[], int]:
+    """Encoder of `tokenizers` or SentencePiece alone, as `prepare` calls it."""
+    from megagrow.data.tokenizers import load_tokenizer
+
+    with text.open(encoding="ascii") as file:
+        texts = [json.loads(line)["text"] for line in file]
+    encode = load_tokenizer(str(tokenizer)).encode_batch
+
+    def encoded(worker: int) -> int:
+        return sum(len(ids) for ids in encode(texts[worker::cores]))
+
+    def run() -> int:
+        context = multiprocessing.get_context("fork")
+        counts = [context.SimpleQueue() for _ in range(cores)]
+
+        def work(worker: int) -> None:
+            counts[worker].put(encoded(worker))
+
+        processes = [context.Process(target=work, args=(worker,)) for worker in range(cores)]
+        for process in processes:
+            process.start()
+        total = sum(count.get() for count in counts)
+        for process in processes:
+            process.join()
+        return total
+
+    return run
+
+
 METHODS = {
+    ENCODER: by_library,
     "megagrow prepare": by_megagrow,
     "datasets.map, transformers": by_datasets,
     "datasets.map, sentencepiece": by_sentencepiece,

@@ -4,6 +4,7 @@ import statistics
 from typing import Any
 
 from megagrow.common.tables import markdown_table
+from tools.benchmarks.training.prepare import ENCODER
 from tools.benchmarks.training.turns import Configuration
 
 OURS = "ours"
@@ -96,15 +97,18 @@ def _prepare_table(results: dict[str, Any]) -> list[str]:
     size = results["bytes"] / 1e6
     heading = f"{size:.1f} MB of JSON lines on {results['cores']} cores:"
     columns = ("tokenizer", "method", "MB/s", "tokens", "speedup of prepare, wall", "CPU time")
+    columns += ("encoder's share of CPU time",)
     table = []
-    own = {row["tokenizer"]: row for row in results["methods"] if "prepare" in row["method"]}
+    by_name = {(row["tokenizer"], row["method"]): row for row in results["methods"]}
     for row in results["methods"]:
-        ours = own[row["tokenizer"]]
+        ours = by_name[row["tokenizer"], "megagrow prepare"]
+        encoder = by_name[row["tokenizer"], ENCODER]
         table.append(
             (
                 *(row["tokenizer"], row["method"], f"{size / row['seconds']:.2f}"),
                 *(f"{row['tokens']:,}", f"{row['seconds'] / ours['seconds']:.2f}"),
                 f"{row['cpu_seconds'] / ours['cpu_seconds']:.2f}",
+                f"{100 * encoder['cpu_seconds'] / row['cpu_seconds']:.0f}%",
             )
         )
     return [heading, "", markdown_table(columns, table)]
