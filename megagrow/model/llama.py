@@ -35,12 +35,16 @@ def _block_input(normalize: RMSNorm, block: LayerModule, context: Context, x_BSD
     Called in the backward pass, so without module hooks: those of ZeRO 3 would count it as another
     forward pass. The gain is there, because ZeRO 3 keeps vectors gathered until the update.
     """
-    norm_BSD = normalize.forward(x_BSD, context)
+    norm_BSD, _ = normalize.forward(x_BSD, context)
     return block.pre_collective.forward(norm_BSD)
 
 
 class DecoderLayer(nn.Module):
-    """Blocks of one layer; each reads its norm's output and adds its own to the residual stream."""
+    """Blocks of one layer. Each reads the norm of the residual stream and adds its output to it.
+
+    The addition is part of the next norm: forward(x, context, delta) starts with that of the last
+    block before it, and returns (x, delta) without that of its own last block.
+    """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -54,24 +58,20 @@ class DecoderLayer(nn.Module):
         self,
         x_BSD: Tensor,
         context: Context,
+        delta_BSD: Tensor | None = None,
         gate: Tensor | float | None = None,
         states: Mapping[str, DecodingState] | None = None,
-    ) -> Tensor:
-        delta_BSD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         for norm, name in self.blocks:
             normalize, block = getattr(self, norm), getattr(self, name)
-            if delta_BSD is not None and context.adds_in_norm:
-                norm_BSD, x_BSD = normalize(x_BSD, context, delta_BSD)
-            else:
-                x_BSD = x_BSD if delta_BSD is None else x_BSD + delta_BSD
-                norm_BSD = normalize(x_BSD, context)
+            norm_BSD, x_BSD = normalize(x_BSD, context, delta_BSD)
             own = context if states is None else replace(context, state=states.get(name))
             input_BSD = block.pre_collective(norm_BSD)
             again = Recomputed(partial(_block_input, normalize, block, context), x_BSD)
             with again.reads(input_BSD) if context.selective else nullcontext():
                 delta_BSD = masked(block(input_BSD, own), gate)
         assert delta_BSD is not None
-        return x_BSD + delta_BSD
+        return x_BSD, delta_BSD
 
 
 class LlamaModel(nn.Module):
@@ -101,13 +101,19 @@ class LlamaModel(nn.Module):
         masks = Masks() if masks is None else masks.to(x_BSD.dtype)
         x_BSD = masked(x_BSD, masks.residual)
         context = self._context(position_ids, documents, masks, x_BSD.dtype, cache)
+        delta_BSD: Tensor | None = None
         for index, layer in enumerate(self.layers):
             gate = masks.gate(index)
             if self.recompute == "full" and torch.is_grad_enabled():
-                x_BSD = checkpoint(layer, x_BSD, context, gate, use_reentrant=True)
+                # Add at once: the layer's inputs are kept.
+                x_BSD = x_BSD if delta_BSD is None else x_BSD + delta_BSD
+                inputs = (x_BSD, context, None, gate)
+                x_BSD, delta_BSD = checkpoint(layer, *inputs, use_reentrant=True)
             else:
-                x_BSD = layer(x_BSD, context, gate, None if cache is None else cache.layers[index])
-        return self.norm(x_BSD, context)
+                states = None if cache is None else cache.layers[index]
+                x_BSD, delta_BSD = layer(x_BSD, context, delta_BSD, gate, states)
+        norm_BSD, _ = self.norm(x_BSD, context, delta_BSD)
+        return norm_BSD
 
     def _context(
         self,

@@ -92,7 +92,7 @@ class ZeroEngine:
                 dist_init_required=False,
             )
         if partition is not None:
-            partition.finish(engine.optimizer)
+            partition.finish(engine)
         norms = [group.scale.norm for group in self._groups]
         set_norm_weights(engine.optimizer, self.zero_stage, norms)
         if weights.shared:

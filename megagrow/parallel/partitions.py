@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megagrow.model.layers.modules import LayerModule
 from megagrow.parallel.deepspeed_import import deepspeed
 from megagrow.parallel.engine_build import secondary_group
 from megagrow.parallel.process_groups import Topology, data_parallel_subgroup
@@ -92,10 +93,19 @@ class Zero3Partitioner:
             )
         self._contexts.append(context)
 
-    def finish(self, optimizer: Any) -> None:
-        """Let DeepSpeed allocate second copies, which it has put on the meta device; once."""
+    def finish(self, engine: Any) -> None:
+        """Complete a new engine; once.
+
+        A block's weights are gathered for the block instead of for the modules that own them, since
+        it reads several at a time. DeepSpeed allocates the second copies of hpZ, which it has put
+        on the meta device.
+        """
+        for block in engine.module.modules():
+            if isinstance(block, LayerModule):
+                for parameter in block.parameters():
+                    deepspeed.zero.register_external_parameter(block, parameter)
         if self.secondary is not None:
-            optimizer.invalidate_secondary_tensor()
+            engine.optimizer.invalidate_secondary_tensor()
             for context in self._contexts:
                 context.remote_device = self._topology.device
 

@@ -7,6 +7,7 @@ Activations and logits are the tensors kept by autograd (`activations`). The pea
 reached at the loss (`at_loss`) or at its end (`at_end`).
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -72,8 +73,9 @@ class StageMemory:
 
         ZeRO 0 reduces in place, and copies the gradients for another data type. ZeRO 3 collects
         those reduced at a time in a bucket and copies them, once more for another data type and
-        once more by gloo, used without a GPU. ZeRO 1 and 2 hold the gradient of one parameter as
-        autograd returns it, and staging buckets.
+        once more by gloo, used without a GPU. ZeRO 1 and 2 hold gradients as autograd returns
+        them, those of the matrices that read one norm together (`model.layers.linears`), and
+        staging buckets.
         """
         converts = self._communicated != self._grad_width
         if self._zero == 0:
@@ -81,8 +83,11 @@ class StageMemory:
         if self._zero == 3:
             copies = 1 + converts + self.on_cpu
             return (self._width + self._communicated * copies) * self._bucket
-        largest = max(spec.slice_numel(self.layout.tp) for spec in self.layout.plan.values())
-        return self._width * largest + self._staged
+        together: Counter[str] = Counter()
+        for name, spec in self.layout.plan.items():
+            if not spec.is_vector:
+                together[spec.norm or name] += spec.slice_numel(self.layout.tp)
+        return self._width * max(together.values()) + self._staged
 
     @property
     def gradients_kept(self) -> int:

@@ -202,6 +202,23 @@ def test_recomputation_by_triton_changes_no_bit() -> None:
         assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_norms_add_the_outputs_of_all_blocks(recompute: str) -> None:
+    """Two layers of two blocks; a recomputed layer keeps its input, which is added before."""
+    calls = []
+
+    def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        calls.append(total := x + delta)
+        return PLAIN.rms_norm(total, weight, eps), total
+
+    ops = replace(PLAIN, add_rms_norm=add_rms_norm)
+    expected = in_a_model(CONFIG, PLAIN, recompute, MASKS["layers"], None)
+    found = in_a_model(CONFIG, ops, recompute, MASKS["layers"], None)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    # Forward, and what the backward pass repeats.
+    assert len(calls) == {"none": 4, "selective": 4, "full": 3 + 2}[recompute]
+
+
 def test_fused_addition_is_the_plain_one_where_the_residual_is_masked() -> None:
     def never(*_: object) -> tuple[Tensor, Tensor]:
         raise AssertionError("the norm of a masked residual is no plain norm")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megagrow.config.schema import ModelConfig
 from megagrow.model.layers.decoding import DecodingState, KeyValueState
+from megagrow.model.layers.linears import apply_linears
 from megagrow.model.layers.recompute import Recomputed
 from megagrow.model.masks import Masks, masked, masked_groups, masked_rms_norm
 from megagrow.model.ops import Ops
@@ -38,11 +39,6 @@ class Context:
     """State of the block in incremental decoding; None outside of it and for a type without one."""
 
     @property
-    def adds_in_norm(self) -> bool:
-        """Return True if a norm also performs the preceding addition; masked models never do."""
-        return self.ops.add_rms_norm is not None and self.masks.residual is None
-
-    @property
     def selective(self) -> bool:
         """Return True if norms and SwiGLU are recomputed in the backward pass."""
         return self.recompute == "selective" and torch.is_grad_enabled()
@@ -59,22 +55,23 @@ class RMSNorm(nn.Module):
 
     def forward(
         self, x_BSD: Tensor, context: Context, delta_BSD: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the norm of x; with `delta`, the norm of x + delta and the sum, in one op."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return the norm of x + delta, and the sum; in one op if the backend has it."""
         weight = self.weight_collective(self.weight)
-        if delta_BSD is None:
-            mask = context.masks.residual
-            return masked_rms_norm(context.ops, x_BSD, weight, self.eps, mask)
-        assert context.ops.add_rms_norm is not None
-        # Under autocast the hidden states have a wider dtype than the outputs of layers.
-        delta_BSD = delta_BSD.to(x_BSD.dtype)
-        return context.ops.add_rms_norm(x_BSD, delta_BSD, weight, self.eps)
+        ops, mask = context.ops, context.masks.residual
+        if delta_BSD is not None:
+            if ops.add_rms_norm is not None and mask is None:
+                # Under autocast the hidden states have a wider dtype than the outputs of blocks.
+                return ops.add_rms_norm(x_BSD, delta_BSD.to(x_BSD.dtype), weight, self.eps)
+            x_BSD = x_BSD + delta_BSD
+        return masked_rms_norm(ops, x_BSD, weight, self.eps, mask), x_BSD
 
 
 class LayerModule(nn.Module):
     """Base class of the blocks of a decoder layer: forward(x_BSD, context) -> x_BSD.
 
-    The input is the output of `pre_collective`, which the decoder layer calls.
+    The input is the output of `pre_collective`, which the decoder layer calls. All weights are
+    complete during the forward and backward pass of the block, also under ZeRO 3.
     """
 
     def __init__(self) -> None:
@@ -99,15 +96,16 @@ class Attention(LayerModule):
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         ops, groups = context.ops, context.masks.groups
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q_BSHK, k_BSGK, v_BSGK = (self._heads(project(x_BSD), groups) for project in projections)
+        projected = apply_linears(x_BSD, self.q_proj, self.k_proj, self.v_proj)
+        q_BSHK, k_BSGK, v_BSGK = (self._heads(each, groups) for each in projected)
         q_BSHK, k_BSGK = ops.rope(q_BSHK, k_BSGK, context.cos, context.sin)
         attend = ops.attention
         if context.state is not None:
             assert isinstance(context.state, KeyValueState)
             attend = partial(context.state.attend, ops.attention)
         out_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.attention_mask)
-        return self.post_collective(self.o_proj(out_BSHK.flatten(2)))
+        (out_BSD,) = apply_linears(out_BSHK.flatten(2), self.o_proj)
+        return self.post_collective(out_BSD)
 
     def _heads(self, x: Tensor, mask_G: Tensor | None) -> Tensor:
         return masked_groups(x.unflatten(-1, (-1, self.head_dim)), mask_G)
@@ -123,14 +121,15 @@ class MLP(LayerModule):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
-        gate_BSF, up_BSF = self.gate_proj(x_BSD), self.up_proj(x_BSD)
+        gate_BSF, up_BSF = apply_linears(x_BSD, self.gate_proj, self.up_proj)
         if context.selective:
             hidden = Recomputed(partial(self._hidden, context), gate_BSF, up_BSF)
             hidden_BSF = hidden.run()
             with hidden.reads(hidden_BSF):
-                out_BSD = self.down_proj(hidden_BSF)
+                (out_BSD,) = apply_linears(hidden_BSF, self.down_proj)
         else:
-            out_BSD = self.down_proj(self._hidden(context, gate_BSF, up_BSF))
+            hidden_BSF = self._hidden(context, gate_BSF, up_BSF)
+            (out_BSD,) = apply_linears(hidden_BSF, self.down_proj)
         return self.post_collective(out_BSD)
 
     def _hidden(self, context: Context, gate_BSF: Tensor, up_BSF: Tensor) -> Tensor:
