@@ -15,6 +15,7 @@ from tools.gpu.kernel_candidates import (
     candidates,
     choose,
     format_table,
+    is_specialized,
     merge_rows,
     row_conditions,
 )
@@ -50,7 +51,7 @@ def test_candidates_are_what_rows_hold(op, architecture):
             assert 5 <= len(listed) <= 200
             assert len({str(tiles) for tiles in listed}) == len(listed)
             asked = taken["use"].keys() - {"num_stages", "SEPARATE"}
-            assert all(asked <= tiles.keys() for tiles in listed), table
+            assert all(asked <= tiles.keys() for tiles in listed if not is_specialized(tiles))
 
 
 def test_tiles_in_use_are_candidates():

@@ -29,7 +29,7 @@ TABLE_FEATURES = {
     "rms_norm_weight": ("width",),
     "rope": ("head_dim",),
     "swiglu": ("bytes",),
-    "attention_forward": ("head_dim", "bytes"),
+    "attention_forward": ("head_dim", "bytes", "hopper"),
     "attention_queries": ("head_dim", "bytes"),
     "attention_keys": ("head_dim", "bytes"),
     "vocab_statistics": ("width",),
@@ -38,14 +38,26 @@ TABLE_FEATURES = {
 }
 """Features that an op passes when it selects its tiles, by table."""
 
+SPECIALIZED = "hopper"
+"""Feature of calls that the warp-specialized attention supports. Only rows that require it may
+select that kernel."""
+
 
 def candidates(table: str, features: Features, architecture: int) -> list[Tiles]:
     """Return all plausible tiles: those with neither too little nor too much work per thread."""
     if table.startswith("attention"):
-        return list(_attention(table, features["head_dim"], architecture))
+        listed = list(_attention(table, features["head_dim"], architecture))
+        if table == "attention_forward" and features.get(SPECIALIZED, False):
+            listed += _grid(GENERATION=(2,), STAGES=(1, 2, 3, 4))
+        return listed
     if table.startswith("rms_norm"):
         return list(_norm(table, features["width"]))
     return list(_ROWWISE[table]())
+
+
+def is_specialized(tiles: Mapping[str, int]) -> bool:
+    """Return True for tiles of the warp-specialized attention forward."""
+    return tiles.get("GENERATION", 1) == 2
 
 
 def _grid(**choices: Sequence[int]) -> Iterator[Tiles]:
@@ -139,17 +151,18 @@ def merge_rows(names: Sequence[str], known: Sequence[Row], measured: Sequence[Ro
     return sorted([*measured, *remaining], key=bounds)
 
 
-def row_conditions(names: Sequence[str], features: Features, known: Sequence[Row]) -> Row:
-    """Return a row without tiles that matches these features.
+def row_conditions(
+    names: Sequence[str], features: Features, known: Sequence[Row], specialized: bool = False
+) -> Row:
+    """Return a row without tiles that matches these features; of `specialized` tiles only those.
 
     Features that some known row matches exactly go to `when`, the others become upper bounds in
     `up_to`.
     """
     exact = {name for row in known for name in row["when"]}
-    return {
-        "when": {name: features[name] for name in names if name in exact},
-        "up_to": {name: features[name] for name in names if name not in exact},
-    }
+    names = [name for name in names if name != SPECIALIZED or specialized]
+    when = {name: features[name] for name in names if name in exact or name == SPECIALIZED}
+    return {"when": when, "up_to": {name: features[name] for name in names if name not in when}}
 
 
 def format_table(table: Mapping[int, Sequence[Row]]) -> str:

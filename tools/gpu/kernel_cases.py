@@ -9,7 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from megagrow_kernels.attention_hopper import fits
 from megagrow_kernels.tiles import Row, override, row, rows_for
+from tools.gpu.kernel_candidates import SPECIALIZED, is_specialized
 
 Features = dict[str, Any]
 
@@ -27,6 +31,8 @@ class OpTables:
     """Typical values of the table features, and of other features that change the kernel."""
     arguments: Callable[[Features], dict[str, Any]]
     """Function from features to the arguments of a call."""
+    derived: Callable[[int, Features], Features] = lambda architecture, features: {}
+    """(architecture, features): features that follow from the others."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class KernelCase:
     @property
     def specialized(self) -> bool:
         """True if a row selects the warp-specialized kernel."""
-        return any(row["use"].get("GENERATION", 1) == 2 for row in self.rows.values())
+        return any(is_specialized(row["use"]) for row in self.rows.values())
 
 
 def _norm(features: Features) -> dict[str, Any]:
@@ -65,6 +71,11 @@ def _attention(features: Features) -> dict[str, Any]:
     return _heads(features) | {"window": features["window"]}
 
 
+def _generation(architecture: int, features: Features) -> Features:
+    dtype = getattr(torch, DTYPES[features["bytes"]])
+    return {SPECIALIZED: fits(architecture, features["head_dim"], dtype)}
+
+
 def _vocabulary(features: Features) -> dict[str, Any]:
     return _norm(features) | {"real": features["width"], "ranks": 1}
 
@@ -80,6 +91,7 @@ OPS = {
         ("attention_forward", "attention_queries", "attention_keys"),
         {"head_dim": HEAD_DIMS, "bytes": (2, 4), "window": (None, 512)},
         _attention,
+        _generation,
     ),
     "cross_entropy": OpTables(
         ("vocab_statistics", "combine_statistics", "vocab_gradient"),
@@ -95,7 +107,7 @@ KERNELS = {
     "rms_norm_weight": ("_weight_kernel",),
     "rope": ("_rope_kernel",),
     "swiglu": ("_forward_kernel", "_backward_kernel"),
-    "attention_forward": ("_forward_kernel",),
+    "attention_forward": ("_forward_kernel", "_kernel"),
     "attention_queries": ("_queries_kernel",),
     "attention_keys": ("_keys_kernel",),
     "vocab_statistics": ("_statistics_kernel",),
@@ -121,9 +133,11 @@ def cases(op: str, architecture: int) -> Iterator[KernelCase]:
     for table in spec.tables:
         for candidate in rows_for(table, architecture):
             for name, value in (candidate["when"] | candidate["up_to"]).items():
-                values[name].add(value)
+                if name in values:
+                    values[name].add(value)
     for combination in itertools.product(*(_in_order(options) for options in values.values())):
         features = dict(zip(values, combination, strict=True))
+        features |= spec.derived(architecture, features)
         try:
             selected = {table: row(table, architecture, **features) for table in spec.tables}
         except LookupError:

@@ -33,6 +33,7 @@ from tools.gpu.kernel_candidates import (  # noqa: E402
     candidates,
     choose,
     format_table,
+    is_specialized,
     merge_rows,
     row_conditions,
 )
@@ -117,10 +118,34 @@ def measured_row(
     table: str, case: KernelCase, capability: int, tiles: Tiles, seconds: float, device: str
 ) -> Row:
     """Return a table row with its measurement."""
-    row = row_conditions(TABLE_FEATURES[table], case.features, rows_for(table, capability))
+    known, special = rows_for(table, capability), is_specialized(tiles)
+    row = row_conditions(TABLE_FEATURES[table], case.features, known, special)
     day = datetime.date.today().isoformat()
     measured = {"device": device, "date": day, "microseconds": round(seconds * 1e6, 2)}
     return row | {"use": tiles, "measured": measured}
+
+
+def fastest_rows(
+    case: KernelCase,
+    table: str,
+    candidate_tiles: Sequence[Tiles],
+    timer: CallTimer,
+    device: torch.device,
+    name: str,
+) -> list[Row]:
+    """Return the row of the fastest candidate, on a device of this name.
+
+    If it is warp-specialized, the fastest of the others follows, for the calls that it does not
+    support.
+    """
+    measured: list[Row] = []
+    remaining = list(candidate_tiles)
+    while remaining:
+        tiles, seconds = fastest(case, table, remaining, timer, device)
+        measured.append(measured_row(table, case, architecture(device), tiles, seconds, name))
+        others = [each for each in remaining if not is_specialized(each)]
+        remaining = others if is_specialized(tiles) else []
+    return measured
 
 
 def merged_table(table: str, capability: int, measured: Sequence[Row]) -> str:
@@ -136,14 +161,14 @@ def tune(
 ) -> list[Row]:
     """Measure one table, print the results and record wrong candidates."""
     capability, name = architecture(device), torch.cuda.get_device_name(device)
-    measured: dict[str, Row] = {}
+    measured: dict[str, list[Row]] = {}
     for case in training_cases(op, capability):
         features = {name: case.features[name] for name in TABLE_FEATURES[table]}
         if str(features) in measured:
             continue
         tile_candidates = candidates(table, features, capability)[:limit]
         jobs = [
-            CompileJob(capability, op, case.arguments, tiles={table: tiles})
+            CompileJob(capability, op, case.arguments, is_specialized(tiles), {table: tiles})
             for tiles in tile_candidates
         ]
         compiled = valid_tiles(inspect(jobs, PROCESSES))
@@ -158,11 +183,11 @@ def tune(
                 "problems, and none of them is correct"
             )
             continue
-        tiles, seconds = fastest(case, table, valid, timer, device)
-        measured[str(features)] = measured_row(table, case, capability, tiles, seconds, name)
-        result = f"{len(valid)} of {len(jobs)} timed, {tiles}, {seconds * 1e6:.1f} us"
-        print(f"{table} {features}: {result}", flush=True)
-    return list(measured.values())
+        found = measured[str(features)] = fastest_rows(case, table, valid, timer, device, name)
+        results = (f"{row['use']}, {row['measured']['microseconds']} us" for row in found)
+        timed = f"{len(valid)} of {len(jobs)} timed"
+        print(f"{table} {features}: {timed}, {'; '.join(results)}", flush=True)
+    return [row for found in measured.values() for row in found]
 
 
 def main() -> None:

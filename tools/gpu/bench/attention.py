@@ -15,10 +15,13 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from megagrow_kernels import reference
 from megagrow_kernels.attention import attention
+from megagrow_kernels.attention_hopper import fits
+from megagrow_kernels.launching import architecture
 from megagrow_kernels.packing import pack
 from tools.gpu.bench import baselines
 from tools.gpu.bench.case import OURS, BenchmarkCase, DeviceSetup, Result
 from tools.gpu.bench.work import attention_work
+from tools.gpu.kernel_cases import override_tiles
 
 Implementations = dict[str, Callable[[], Result]]
 
@@ -89,6 +92,8 @@ def case(setup: DeviceSetup, shape: AttentionShape) -> BenchmarkCase:
     implementations: Implementations = {
         OURS: lambda: attention(q, k, v, packing, window=shape.window)
     }
+    if fits(architecture(setup.device), shape.head_dim, setup.dtype):
+        implementations |= _generations(implementations[OURS], architecture(setup.device))
     if shape.kind in ("dense", "mha"):
         implementations |= _dense(setup, q, k, v)
     if shape.kind in ("packed", "skewed"):
@@ -109,6 +114,20 @@ def case(setup: DeviceSetup, shape: AttentionShape) -> BenchmarkCase:
 def document_ids(lengths: Sequence[int]) -> Tensor:
     """Return the document index of each token, (S,)."""
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+
+def _generations(call: Callable[[], Result], capability: int) -> Implementations:
+    """Return attention with the warp-specialized forward, by its number of stages."""
+
+    def specialized(stages: int) -> Callable[[], Result]:
+        def run() -> Result:
+            use = {"GENERATION": 2, "STAGES": stages}
+            with override_tiles(capability, {"attention_forward": use}):
+                return call()
+
+        return run
+
+    return {f"warp-specialized, {stages} stages": specialized(stages) for stages in (1, 2)}
 
 
 def _dense(setup: DeviceSetup, q: Tensor, k: Tensor, v: Tensor) -> Implementations:
