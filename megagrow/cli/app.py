@@ -28,7 +28,7 @@ from megagrow.cli.options import (
     WeightDecayOn,
     ZeroStage,
 )
-from megagrow.cli.run_files import config_app, plan
+from megagrow.cli.run_files import config_app, init, plan
 from megagrow.cli.train import prepare, prepare_instructions, train
 from megagrow.common.log_setup import configure_logging
 from megagrow.errors import ConfigError, InputError, PeerLost, ResourceError, RunError
@@ -41,6 +41,7 @@ app.add_typer(fit_app, name="fit")
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("train")(train)
+app.command("init")(init)
 app.command("plan")(plan)
 app.command("prepare")(prepare)
 app.command("prepare-sft")(prepare_instructions)

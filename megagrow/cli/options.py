@@ -8,7 +8,7 @@ import typer
 from megagrow.errors import CheckpointError, DataError
 
 
-def _existing_folder(path: Path) -> Path:
+def existing_folder(path: Path) -> Path:
     """Return the path, checked before a command imports torch."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
@@ -35,7 +35,7 @@ CheckpointPath = Annotated[
     typer.Argument(
         help="Checkpoint, or run directory (newest checkpoint).",
         show_default=False,
-        callback=_existing_folder,
+        callback=existing_folder,
     ),
 ]
 AnySource = Annotated[
@@ -43,7 +43,7 @@ AnySource = Annotated[
     typer.Argument(
         help="Checkpoint, run directory (newest checkpoint), or Hugging Face folder.",
         show_default=False,
-        callback=_existing_folder,
+        callback=existing_folder,
     ),
 ]
 RunDirectory = Annotated[
@@ -51,7 +51,7 @@ RunDirectory = Annotated[
     typer.Argument(
         help="Run directory, or folder of checkpoints.",
         show_default=False,
-        callback=_existing_folder,
+        callback=existing_folder,
     ),
 ]
 RunDirectories = Annotated[

@@ -1,4 +1,4 @@
-"""Commands about run files: `megagrow plan` and `megagrow config`."""
+"""Commands about run files: `megagrow init`, `megagrow plan` and `megagrow config`."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
-from megagrow.cli.options import Overrides, RunFile
-from megagrow.common.tables import print_table, table_console
+from megagrow.cli.options import Overrides, RunFile, existing_folder
+from megagrow.common.sizes import parse_count
+from megagrow.common.tables import print_lines, print_table, table_console
+from megagrow.errors import ConfigError, DataError
 
 config_app = typer.Typer(help="Inspect run files.", no_args_is_help=True)
 
@@ -99,3 +101,50 @@ def _first_comment(file: Path) -> str:
     with file.open(encoding="utf-8") as lines:
         comments = (line[1:].strip() for line in lines if line.startswith("# "))
         return next(comments, "")
+
+
+def init(
+    corpus: Annotated[
+        Path,
+        typer.Argument(help="Folder written by `megagrow prepare`.", callback=existing_folder),
+    ],
+    size: Annotated[str, typer.Option(help="Parameters of the grown model: 10M, 1.1B.")],
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="Tokens of the run. Default: 20 per parameter, at most 4 epochs."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Run file to write.")] = Path("run.yaml"),
+) -> None:
+    """Write a commented run file that grows a model of a size on a corpus."""
+    from megagrow.common.atomic_files import write_text
+    from megagrow.config.load import load_run
+    from megagrow.config.run_file_template import PreparedCorpus, run_file
+    from megagrow.data.manifest import CorpusManifest
+
+    if output.exists():
+        raise ConfigError(f"{output} exists; remove it or give another file with --output")
+    manifest = CorpusManifest.read(corpus)
+    if manifest is None or "train" not in manifest.splits:
+        raise DataError(f"{corpus}: no corpus; give the --output folder of megagrow prepare")
+    validation = manifest.splits.get("validation")
+    prepared = PreparedCorpus(
+        corpus,
+        manifest.tokenizer,
+        manifest.vocab_size,
+        tokens=manifest.splits["train"].tokens,
+        validation_tokens=0 if validation is None else validation.tokens,
+    )
+    length = None if tokens is None else _count("--tokens", tokens)
+    write_text(output, run_file(prepared, _count("--size", size), length, output.stem))
+    load_run(output)
+    print_lines(
+        table_console(),
+        [f"{output} written. Next:", f"  megagrow plan {output}", f"  megagrow train {output}"],
+    )
+
+
+def _count(option: str, text: str) -> int:
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} {text}: {error}") from error
