@@ -72,17 +72,16 @@ class StageMemory:
         """Bytes of buffers while gradients are reduced.
 
         ZeRO 0 reduces in place, and copies the gradients for another data type. ZeRO 3 collects
-        those reduced at a time in a bucket and copies them, once more for another data type and
-        once more by gloo, used without a GPU. ZeRO 1 and 2 hold gradients as autograd returns
+        them in a bucket of that data type and copies the bucket, once more by gloo, used without
+        a GPU. ZeRO 1 and 2 hold gradients as autograd returns
         them, those of the matrices that read one norm together (`model.layers.linears`), and
         staging buckets.
         """
-        converts = self._communicated != self._grad_width
         if self._zero == 0:
+            converts = self._communicated < 4  # the weights are fp32, also under autocast
             return self._communicated * self._slice if converts and self.layout.dp > 1 else 0
         if self._zero == 3:
-            copies = 1 + converts + self.on_cpu
-            return (self._width + self._communicated * copies) * self._bucket
+            return self._communicated * (2 + self.on_cpu) * self._bucket
         together: Counter[str] = Counter()
         for name, spec in self.layout.plan.items():
             if not spec.is_vector:
@@ -94,7 +93,8 @@ class StageMemory:
         """Bytes of gradients and buckets that exist during the forward pass of a micro-batch."""
         if self._zero == 0:
             return self.gradients if self._accumulates else 0
-        return self.gradients + (self._width * self._bucket if self._zero == 3 else self._staged)
+        bucket = self._communicated * self._bucket if self._zero == 3 else self._staged
+        return self.gradients + bucket
 
     def activations(self, checkpointing: str | None = None) -> int:
         """Return the bytes kept for the backward pass, by default with the stage's settings."""
@@ -181,11 +181,6 @@ class StageMemory:
     def _width(self) -> int:
         """Bytes per element in the forward pass."""
         return 2 if self.bf16 else 4
-
-    @property
-    def _grad_width(self) -> int:
-        """Bytes per gradient element of autograd; under autocast (ZeRO 0) weights are fp32."""
-        return 4 if self._zero == 0 else self._width
 
     @property
     def _communicated(self) -> int:
