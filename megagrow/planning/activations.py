@@ -27,6 +27,7 @@ class Activations:
     layout: Layout
     sequence_length: int
     bf16: bool
+    on_cpu: bool
 
     def at_loss(self, checkpointing: str) -> int:
         """Return the bytes at the loss for a value of `activation_checkpointing`.
@@ -72,12 +73,16 @@ class Activations:
         """Return the bytes per logit.
 
         Torch adds an fp32 copy and one fp32 tensor of exponentials or gradients. fp32 logits are
-        copied only to remove padding.
+        copied only to remove padding. On a CPU the copy is made of a few rows at a time, except
+        to remove the padding of bf16 logits, and the gradient is converted back to bf16.
         """
         if self.stage.kernels.loss == "triton":
             return self._width
         spec = self.layout.plan[EMBEDDING.name]
-        copied = self.bf16 or spec.padded_rows > spec.rows
+        padded = spec.padded_rows > spec.rows
+        if self.on_cpu:
+            return 10 if self.bf16 and padded else 8
+        copied = self.bf16 or padded
         return self._width + (8 if copied else 4)
 
     @property

@@ -73,9 +73,8 @@ class StageMemory:
 
         ZeRO 0 reduces in place, and copies the gradients for another data type. ZeRO 3 collects
         them in a bucket of that data type and copies the bucket, once more by gloo, used without
-        a GPU. ZeRO 1 and 2 hold gradients as autograd returns
-        them, those of the matrices that read one norm together (`model.layers.linears`), and
-        staging buckets.
+        a GPU. ZeRO 1 and 2 hold gradients as autograd returns them, those of the matrices that
+        read one norm together (`model.layers.linears`), and staging buckets.
         """
         if self._zero == 0:
             converts = self._communicated < 4  # the weights are fp32, also under autocast
@@ -205,7 +204,7 @@ class StageMemory:
 
     @cached_property
     def _parts(self) -> Activations:
-        return Activations(self.stage, self.layout, self.sequence_length, self.bf16)
+        return Activations(self.stage, self.layout, self.sequence_length, self.bf16, self.on_cpu)
 
 
 def stage_memory(

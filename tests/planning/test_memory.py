@@ -193,6 +193,13 @@ def test_logits_are_those_of_the_padded_slice(tp: int, rows: int, bf16: bool) ->
     assert found.logits == TOKENS * rows * each
 
 
+@pytest.mark.parametrize(("tp", "bf16", "each"), [(1, False, 8), (1, True, 8), (2, True, 10)])
+def test_logits_on_a_cpu_are_widened_by_rows(tp: int, bf16: bool, each: int) -> None:
+    model = {"vocab_size": 101}
+    found = memory(1, bf16=bf16, on_cpu=True, model=model, tensor_model_parallel_size=tp)
+    assert found.logits == TOKENS * (51 if tp == 2 else 101) * each
+
+
 def test_logits_in_place_of_which_there_is_a_gradient() -> None:
     found = memory(1, kernels={"loss": "triton"})
     assert found.logits == TOKENS * 100 * 2
