@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -46,6 +46,9 @@ app.command("plan")(plan)
 app.command("prepare")(prepare)
 app.command("prepare-sft")(prepare_instructions)
 app.command("doctor")(doctor)
+
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+"""Base class of the errors of a command line, which typer does not export."""
 
 REPORTER_GRACE_SECONDS = 20.0
 """Delay before a failing rank that prints no message exits.
@@ -159,7 +162,10 @@ def main() -> None:
     # torch reads it on import: without it, it prints a C++ stack trace if rank 0 is lost.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        app()
+        sys.exit(app(prog_name="megagrow", standalone_mode=False))
+    except UsageError as error:
+        _report_usage(error)
+        sys.exit(InputError.code)
     except InputError as error:
         _report_once(f"error: {error}")
         sys.exit(error.code)
@@ -176,6 +182,13 @@ def main() -> None:
         sys.exit(ResourceError.code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _report_usage(error: Any) -> None:
+    """Report a wrong command line. A group without a command has printed its help."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    if message:
+        _report_once(f"error: {message}; see {error.ctx.command_path} --help")
 
 
 def _report_once(text: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megagrow.cli.options import CheckpointPath, RunDirectory, existing_paths
+from megagrow.cli.options import CheckpointPath, RunDirectory, count, existing_paths
 from megagrow.common.tables import print_facts, print_lines, print_table, table_console
 from megagrow.errors import CheckpointError, ResourceError
 
@@ -90,10 +90,11 @@ def prune(
         int, typer.Option(min=1, help="Number of most recent valid checkpoints to keep.")
     ],
     keep_every: Annotated[
-        int | None, typer.Option(min=1, help="Also keep steps that are a multiple of this.")
+        int | None,
+        typer.Option(parser=count, help="Also keep steps that are a multiple of this."),
     ] = None,
-    protected: Annotated[
-        bool, typer.Option("--protected", help="Remove protected checkpoints too.")
+    include_protected: Annotated[
+        bool, typer.Option("--include-protected", help="Remove protected checkpoints too.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list the checkpoints to remove.")
@@ -104,8 +105,11 @@ def prune(
     from megagrow.checkpoint.removal import remove_checkpoint
     from megagrow.checkpoint.retention import Retention, superfluous
 
-    retention, failed = Retention(keep_last, keep_every, not protected), 0
-    for path in superfluous(folder_of(run), retention, cache(lambda path: not problems_of(path))):
+    retention, failed = Retention(keep_last, keep_every, not include_protected), 0
+    paths = superfluous(folder_of(run), retention, cache(lambda path: not problems_of(path)))
+    if not paths:
+        print_lines(table_console(), ["nothing to remove"])
+    for path in paths:
         done = "would be removed" if dry_run else "removed"
         if not dry_run:
             try:

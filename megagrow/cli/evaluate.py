@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megagrow.cli.options import AnySource
+from megagrow.cli.options import AnySource, count
 from megagrow.common.log_setup import configure_logging
 from megagrow.common.tables import print_lines, print_table, table_console
 from megagrow.errors import ConfigError
@@ -25,7 +25,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder of local task data; default: Hugging Face Hub.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 16,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task.")] = None,
+    limit: Annotated[int | None, typer.Option(parser=count, help="Documents per task.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
     keep: Annotated[
         bool, typer.Option(help="Also store the results in the run directory, for its report.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megagrow.cli.options import AnySource
+from megagrow.cli.options import AnySource, count
 from megagrow.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ def generate(
     interactive: Annotated[
         bool, typer.Option("--interactive", help="Read prompts from the terminal; Ctrl-D ends.")
     ] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Generated tokens per prompt.")] = 128,
+    max_tokens: Annotated[
+        int, typer.Option(parser=count, help="Generated tokens per prompt.")
+    ] = 128,
     temperature: Annotated[
         float, typer.Option(min=0, help="Divisor of the logits; 0 takes the most likely token.")
     ] = 0.8,

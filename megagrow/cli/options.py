@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from megagrow.common.sizes import parse_count
 from megagrow.errors import CheckpointError, DataError
 
 
@@ -21,6 +22,17 @@ def existing_paths(paths: list[Path]) -> list[Path]:
         if not path.exists():
             raise DataError(f"{path}: no such file or directory")
     return paths
+
+
+def count(text: str) -> int:
+    """Return the number of 1 or more in a text such as `32k` or `2M`."""
+    try:
+        number = parse_count(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if number < 1:
+        raise typer.BadParameter("should be 1 or more")
+    return number
 
 
 RunFile = Annotated[

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from megagrow.cli.options import Overrides, RunFile, existing_folder
-from megagrow.common.sizes import parse_count
+from megagrow.cli.options import Overrides, RunFile, count, existing_folder
 from megagrow.common.tables import print_lines, print_table, table_console
 from megagrow.errors import ConfigError, DataError
 
@@ -108,10 +107,14 @@ def init(
         Path,
         typer.Argument(help="Folder written by `megagrow prepare`.", callback=existing_folder),
     ],
-    size: Annotated[str, typer.Option(help="Parameters of the grown model: 10M, 1.1B.")],
+    size: Annotated[
+        int, typer.Option(parser=count, help="Parameters of the grown model: 10M, 1.1B.")
+    ],
     tokens: Annotated[
-        str | None,
-        typer.Option(help="Tokens of the run. Default: 20 per parameter, at most 4 epochs."),
+        int | None,
+        typer.Option(
+            parser=count, help="Tokens of the run. Default: 20 per parameter, at most 4 epochs."
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Run file to write.")] = Path("run.yaml"),
 ) -> None:
@@ -134,17 +137,9 @@ def init(
         tokens=manifest.splits["train"].tokens,
         validation_tokens=0 if validation is None else validation.tokens,
     )
-    length = None if tokens is None else _count("--tokens", tokens)
-    write_text(output, run_file(prepared, _count("--size", size), length, output.stem))
+    write_text(output, run_file(prepared, size, tokens, output.stem))
     load_run(output)
     print_lines(
         table_console(),
         [f"{output} written. Next:", f"  megagrow plan {output}", f"  megagrow train {output}"],
     )
-
-
-def _count(option: str, text: str) -> int:
-    try:
-        return parse_count(text)
-    except ValueError as error:
-        raise ConfigError(f"{option} {text}: {error}") from error

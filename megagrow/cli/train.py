@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from megagrow.cli.options import Overrides, RunFile
+from megagrow.cli.options import Overrides, RunFile, count
 from megagrow.common.lasting_output import log_file, make_output_last
 from megagrow.common.log_setup import LogLevel
 from megagrow.common.tables import table_console
@@ -111,7 +111,7 @@ def prepare(
         str, typer.Option(help="`train`, or a SentencePiece model, or a Hugging Face tokenizer.")
     ],
     vocab_size: Annotated[
-        int | None, typer.Option(min=1, help="Size of a trained vocabulary.")
+        int | None, typer.Option(parser=count, help="Size of a trained vocabulary, such as 32k.")
     ] = None,
     validation_fraction: Annotated[
         float, typer.Option(help="Fraction of the documents used for validation.")
@@ -162,7 +162,7 @@ def prepare_instructions(
     sequence_length: Annotated[
         int,
         typer.Option(
-            min=2, help="Sequence length of the run; complete examples are packed into it."
+            parser=count, help="Sequence length of the run; complete examples are packed into it."
         ),
     ],
     validation_fraction: Annotated[

@@ -39,8 +39,19 @@ StatePolicy = Literal[
 ]
 
 
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+GSTACK = "gstack"
+"""Name of `direct_depth` in the paper's runs; accepted for it."""
+
+
+def _operators(value: object) -> object:
+    """Return a single operator as a list, and the paper's name under the operator's."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list):
+        return names
+    return ["direct_depth" if name == GSTACK else name for name in names]
+
+
+_NamedOperator = OperatorName | Literal["gstack"]
 
 
 class LearnConfig(Section):
@@ -83,10 +94,10 @@ class GrowthConfig(Section):
 
     operator: Annotated[
         list[OperatorName],
-        BeforeValidator(_as_list, json_schema_input_type=OperatorName | list[OperatorName]),
+        BeforeValidator(_operators, json_schema_input_type=_NamedOperator | list[_NamedOperator]),
     ] = Field(default=["direct_depth"], min_length=1)
-    """One operator, or several that grow different axes in one event. With `probe`, set
-    `probe.operators` instead."""
+    """One operator, or several that grow different axes in one event; `gstack` is `direct_depth`.
+    With `probe`, set `probe.operators` instead."""
     layer_map: list[Annotated[int, Field(ge=0)]] | str | None = None
     """Depth: source layer of each target layer, counted from 0, or a preset: `stack`,
     `interpolate`, or the paper's notation for partial stacking, such as `12-3456x5-56`."""

@@ -3,7 +3,9 @@
 Relative paths in a run file are relative to the current directory.
 """
 
+import difflib
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,9 @@ from megagrow.errors import ConfigError, printable
 logger = logging.getLogger(__name__)
 
 KeyPath = tuple[int | str, ...]
+
+FEW_VALUES = 6
+"""Number of allowed values that an error lists, instead of the closest one."""
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -137,10 +142,23 @@ def _texts(error: ValidationError, tree: dict[str, Any]) -> Iterator[str]:
         if detail["type"] == "missing":
             yield f"'{path}' is missing"
             continue
+        if detail["type"] == "literal_error" and isinstance(detail["input"], str):
+            yield f"'{path}' = {detail['input']!r}: {_closest(detail)}"
+            continue
         problem = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
         value = repr(detail["input"])
         shown = value if len(value) <= 60 else f"{value[:57]}..."
         yield f"'{path}' = {shown}: {problem[0].lower()}{problem[1:]}"
+
+
+def _closest(error: Mapping[str, Any]) -> str:
+    """Return the allowed values, or of many the one closest to the wrong one."""
+    allowed = error["ctx"]["expected"]
+    values = re.findall("'([^']*)'", allowed)
+    near = difflib.get_close_matches(error["input"], values, n=1)
+    if near and len(values) > FEW_VALUES:
+        return f"not known; did you mean '{near[0]}'?"
+    return f"should be {allowed}"
 
 
 def _written_at(place: KeyPath, tree: dict[str, Any]) -> KeyPath:

@@ -5,9 +5,10 @@ section are validated by its class, constraints between sections and with the nu
 `validation.py`. The sections of a run and of a stage can be imported from here.
 """
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.model import ModelConfig
@@ -50,21 +51,41 @@ __all__ = [
 ]
 
 
+def _prefix(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+
+
 class CorpusConfig(Section):
     """One tokenized corpus of a blend."""
 
-    path: FilePath
+    path: Annotated[FilePath, AfterValidator(_prefix)]
     """Path of the .bin and .idx files, without extension."""
     weight: float = Field(default=1.0, gt=0)
     """Sampling weight in the blend, relative to the other corpora."""
 
 
+def _corpora(value: object) -> object:
+    """Return a path, or a list with paths, in the format of a list of corpora."""
+    corpora = [value] if isinstance(value, str | Path) else value
+    if not isinstance(corpora, list):
+        return corpora
+    return [{"path": each} if isinstance(each, str | Path) else each for each in corpora]
+
+
+Corpora = Annotated[
+    list[CorpusConfig],
+    BeforeValidator(_corpora, json_schema_input_type=str | list[str | CorpusConfig]),
+]
+"""Corpora of a blend; a path stands for a corpus of weight 1."""
+
+
 class DataConfig(Section):
     """Training and validation data. Each token of a corpus is read once per epoch."""
 
-    train: list[CorpusConfig] = Field(min_length=1)
-    """Training corpora; more than one are blended."""
-    validation: list[CorpusConfig] = Field(default=[])
+    train: Corpora = Field(min_length=1)
+    """Training corpora; more than one are blended. A path, or a list of paths, is short for corpora
+    of weight 1."""
+    validation: Corpora = Field(default=[])
     """Corpora of the validation loss; empty disables it."""
     tokenizer: FilePath | None = None
     """A SentencePiece .model file, a tokenizer.json, or a Hugging Face folder. It is checked

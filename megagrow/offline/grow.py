@@ -222,9 +222,9 @@ def _compare(plan: ConversionPlan, before: float, after: float, console: Console
 
 def _summary(plan: ConversionPlan, out: Path) -> str:
     state, source = plan.state(), plan.source
+    written = f"{source.path} (step {state.counters.step}, {state.counters.tokens} tokens) -> {out}"
+    if plan.options is None:
+        return written
     kept = "preserves the function" if plan.growth.preserves_function else "changes the function"
     masks = "; growth masks start at 0" if plan.is_masked else ""
-    return (
-        f"{source.path} (step {state.counters.step}, {state.counters.tokens} tokens) -> {out}: "
-        f"operators {plan.operators}, {kept}, stage {state.stage}{masks}"
-    )
+    return f"{written}: operators {plan.operators}, {kept}, stage {state.stage}{masks}"

@@ -115,7 +115,7 @@ PRUNED = {
     "the newest": (["--keep-last", 1], [10, 100]),
     "two": (["--keep-last", 2], [10, 20, 100]),
     "every": (["--keep-last", 1, "--keep-every", 9], [9, 10, 100]),
-    "protected too": (["--keep-last", 1, "--protected"], [100]),
+    "protected too": (["--keep-last", 1, "--include-protected"], [100]),
 }
 
 
@@ -135,11 +135,11 @@ def test_prune_keeps_the_newest_valid_checkpoint_and_an_unfinished_save(run):
     flip(at(run, 100))  # its size is right
     writing = at(run, 120).with_suffix(".tmp")
     writing.mkdir()
-    call("prune", run, "--keep-last", 1, "--protected")
+    call("prune", run, "--keep-last", 1, "--include-protected")
     assert sorted((run / "checkpoints").iterdir()) == [at(run, 20), at(run, 100), writing]
     for step in (20, 100):
         truncate(at(run, step))
-    call("prune", run, "--keep-last", 1, "--protected")
+    call("prune", run, "--keep-last", 1, "--include-protected")
     assert at(run, 20).is_dir(), "nothing is removed if no checkpoint is valid"
 
 

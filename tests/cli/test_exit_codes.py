@@ -37,7 +37,7 @@ def test_an_error_is_one_line_and_its_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def failing() -> None:
+    def failing(**options: object) -> None:
         raise error("some.key = 3 is too large; use 2")
 
     monkeypatch.setattr(megagrow.cli.app, "app", failing)

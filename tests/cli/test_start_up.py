@@ -11,7 +11,15 @@ SLOW = ("torch", "scipy", "matplotlib", "transformers")
 """Packages whose import takes longer than the rest of such a command."""
 
 COMMANDS = {
-    "": "",
+    "": "Usage: megagrow",
+    "checkpoint": "Usage: megagrow checkpoint",
+    "trian": "error: No such command 'trian'. Did you mean 'train'?; see megagrow --help\n",
+    "plan": "error: Missing argument 'run_file'; see megagrow plan --help\n",
+    "plan --wrld 3 x": "error: No such option: --wrld (Possible options: --world); see megagrow",
+    "prepare x --output y --tokenizer train --vocab-size ten": (
+        "error: Invalid value for '--vocab-size': should be a whole number"
+    ),
+    "prepare x --output y --tokenizer train --vocab-size 32k": "error: x: no such file or folder",
     "config show none.yaml": "none.yaml: No such file",
     "plan none.yaml": "none.yaml: No such file",
     "train none.yaml": "none.yaml: No such file",

@@ -149,6 +149,13 @@ def test_wrong_values(refusal, override: str, message: str) -> None:
     assert refusal([override]) == f"run.yaml: {message}"
 
 
+def test_of_many_values_the_closest_is_named(load_two) -> None:
+    with pytest.raises(
+        InputError, match="= 'direct-depth': not known; did you mean 'direct_depth'"
+    ):
+        load_two("stages.1.growth.operator=direct-depth")
+
+
 def test_several_problems_stand_in_one_line(refusal) -> None:
     message = refusal(["optimizer.lr=-1", "parallel.zero_stage=4"])
     assert message.count(";") == 1

@@ -169,3 +169,16 @@ stages:
     first, second = load(text=text).stages
     assert (first.optimizer.lr, first.optimizer.eps) == (3e-3, 1e-6)
     assert (second.optimizer.lr, second.optimizer.eps) == (2e-3, 1e-6)
+
+
+@pytest.mark.parametrize("written", ["corpus", "corpus.bin", "[corpus]", "[{path: corpus.idx}]"])
+def test_corpora_are_given_as_paths(load, write_part, written: str) -> None:
+    write_part("model/small", PART + "vocab_size: 64\n")
+    text = NAMED.replace("[{path: corpus}]", written)
+    assert load(text=text).data == load(text=NAMED).data
+
+
+def test_gstack_is_direct_depth(load_two) -> None:
+    for override in ("gstack", "[gstack]"):
+        run = load_two(f"stages.1.growth.operator={override}")
+        assert run.stages[1].growth.operator == ["direct_depth"]

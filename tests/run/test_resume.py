@@ -231,6 +231,7 @@ def test_a_finished_run_says_so_and_does_nothing(undisturbed: RunConfig) -> None
     done = finish(start(undisturbed))
     assert f"run test | resume | step {STEPS} | {undisturbed.output_dir}" in done.out[0]
     assert f"run test | done | {STEPS} steps | {STEPS * STEP_TOKENS} tokens | " in done.out[0]
+    assert "run test | complete | nothing to train; increase tokens to continue" in done.out[0]
     assert "saved" not in done.out[0]
     assert (history(undisturbed), last_checkpoint(undisturbed)) == before
 

@@ -108,6 +108,8 @@ class RunLogger:
         else:
             stage, rewinds = state.stage, state.counters.rewinds
             self._log(f"run {name} | resume | step {step} | {checkpoint}")
+            if last == step:
+                self._log(f"run {name} | complete | nothing to train; increase tokens to continue")
             self._write(
                 lambda log: self._report_lost(
                     log, log.truncate_after(step, stage, rewinds), state.counters
