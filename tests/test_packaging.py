@@ -135,9 +135,7 @@ def test_the_wheel_holds_every_module_table_and_config(wheel: Path) -> None:
     for pattern in ("*.py", "tiles/*.json"):
         modules |= {p.relative_to(kernels).as_posix() for p in kernels.rglob(pattern)}
     share = f"megagrow-{__version__}.data/data/share/megagrow"
-    configs = {
-        f"{share}/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "configs").rglob("*.yaml")
-    }
+    configs = {f"{share}/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "configs").rglob("*.*")}
     assert "megagrow/py.typed" in modules
     assert modules | configs == {name for name in held if "dist-info/" not in name}
 

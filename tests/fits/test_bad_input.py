@@ -54,7 +54,7 @@ def test_invalid_sources_raise(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_text(TIMING, encoding="utf-8")
     out = ("--output", str(tmp_path))
-    assert "does not exist" in refusal("timing", str(tmp_path / "none"), *out)
+    assert "no such file or directory" in refusal("timing", str(tmp_path / "none"), *out)
     assert "is a file" in refusal("timing", str(path), str(tmp_path), *out)
     assert "metrics.jsonl" in refusal("timing", str(tmp_path), *out, "--budgets", "1e17")
     assert "'x' is not a positive number" in refusal(

@@ -151,5 +151,7 @@ def test_new_layers_are_trained_as_the_old_ones_are(left):
         for name, kinds in rank.trained.items():
             for kind in STATE_KINDS:
                 same = kinds[kind] == rank.after[name][kind]
-                # Rows of tokens that do not occur stand still but for the weight decay.
-                assert not same.all() if "embed" in name else not same.any(), (name, kind)
+                # Rows of tokens that do not occur stand still but for the weight decay. A moment of
+                # an entry may by chance be that of two steps before.
+                most = 1.0 if "embed" in name else 1e-3
+                assert not same.all() and same.float().mean() <= most, (name, kind)

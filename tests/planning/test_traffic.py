@@ -77,8 +77,9 @@ def count_a_step(run: RunConfig) -> tuple[Counter, list[Traffic]]:
     watch(dist, "reduce", seen)
     watch(dist, "all_gather", seen)
     watch(dist, "all_gather_into_tensor", seen)
-    watch(deepspeed_comm.cdb, "all_gather_into_tensor", seen)
-    watch(deepspeed_comm.cdb, "reduce_scatter_tensor", seen)
+    if stage.config.parallel.zero_stage > 0:  # DeepSpeed is initialized
+        watch(deepspeed_comm.cdb, "all_gather_into_tensor", seen)
+        watch(deepspeed_comm.cdb, "reduce_scatter_tensor", seen)
     step(state=event.state)
     bf16 = run.precision == "bf16"
     memory = StageMemory(stage.config, stage.layout, run.data.sequence_length, bf16)

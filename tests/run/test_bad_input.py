@@ -152,7 +152,7 @@ def test_all_checkpoints_are_damaged(again):
 COMMANDS = {
     "source": (["prepare", "{tmp}/none", "--tokenizer", "train"], "{tmp}/none: no such file"),
     "tokenizer": (["prepare", "{tmp}", "--tokenizer", "{tmp}/no.model"], "{tmp}/no.model: "),
-    "run": (["report", "{tmp}/none"], "{tmp}/none/metrics.jsonl: no such file"),
+    "run": (["report", "{tmp}/none"], "{tmp}/none: no such file or directory"),
     "run file": (["config", "show", "{tmp}/none.yaml"], "{tmp}/none.yaml: No such file"),
 }
 

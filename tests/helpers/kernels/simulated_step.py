@@ -39,7 +39,11 @@ def step(stage: StageConfig, sequence: int) -> None:
     ids = torch.zeros(batch, sequence, dtype=torch.int64)
     documents = ops.pack(torch.arange(sequence).expand(batch, -1) // 100)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        # Tensors report a CUDA device, and are dispatched as those of a CPU.
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", autocast)
         logits = llama(ids, torch.arange(sequence).expand(batch, -1), documents)
+        torch.set_autocast_enabled("cuda", False)
     gradient = loss_gradient(logits.detach().flatten(0, 1), ids.flatten(), model.vocab_size)
     logits.backward(gradient.view(logits.shape))
 
