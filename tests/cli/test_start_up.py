@@ -13,7 +13,7 @@ SLOW = ("torch", "scipy", "matplotlib", "transformers")
 COMMANDS = {
     "": "Usage: megagrow",
     "checkpoint": "Usage: megagrow checkpoint",
-    "trian": "error: No such command 'trian'. Did you mean 'train'?; see megagrow --help\n",
+    "tran": "error: No such command 'tran'. Did you mean 'train'?; see megagrow --help\n",
     "plan": "error: Missing argument 'run_file'; see megagrow plan --help\n",
     "plan --wrld 3 x": "error: No such option: --wrld (Possible options: --world); see megagrow",
     "prepare x --output y --tokenizer train --vocab-size ten": (
