@@ -162,7 +162,7 @@ def main() -> None:
     # torch reads it on import: without it, it prints a C++ stack trace if rank 0 is lost.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        sys.exit(app(prog_name="megagrow", standalone_mode=False))
+        sys.exit(app(prog_name="megagrow", standalone_mode=False) or 0)
     except UsageError as error:
         _report_usage(error)
         sys.exit(InputError.code)
