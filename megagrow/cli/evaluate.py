@@ -7,7 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from megagrow.cli.options import AnySource, count
+from megagrow.cli.options import (
+    AnySource,
+    ForwardDtype,
+    LaunchedTensorParallel,
+    RunTokenizer,
+    count,
+)
 from megagrow.common.log_setup import configure_logging
 from megagrow.common.tables import print_lines, print_table, table_console
 from megagrow.errors import ConfigError
@@ -30,13 +36,9 @@ def evaluate(
     keep: Annotated[
         bool, typer.Option(help="Also store the results in the run directory, for its report.")
     ] = True,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Tokenizer. Default: the tokenizer of the run.")
-    ] = None,
-    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16. Default: bfloat16 on GPUs.")
-    ] = None,
+    tokenizer: RunTokenizer = None,
+    tp: LaunchedTensorParallel = 1,
+    dtype: ForwardDtype = None,
 ) -> None:
     """Evaluate a checkpoint on lm-eval tasks, in one process or under torchrun."""
     from megagrow.evaluation.evaluator import need_lm_eval

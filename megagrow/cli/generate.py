@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megagrow.cli.options import AnySource, count
+from megagrow.cli.options import (
+    AnySource,
+    ForwardDtype,
+    LaunchedTensorParallel,
+    RunTokenizer,
+    count,
+)
 from megagrow.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -47,13 +53,9 @@ def generate(
         list[str] | None, typer.Option(help="String that ends a text; repeatable.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled tokens.")] = 1234,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Tokenizer. Default: the tokenizer of the run.")
-    ] = None,
-    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16. Default: bfloat16 on GPUs.")
-    ] = None,
+    tokenizer: RunTokenizer = None,
+    tp: LaunchedTensorParallel = 1,
+    dtype: ForwardDtype = None,
 ) -> None:
     """Continue prompts with a checkpoint of any layout, in one process or under torchrun."""
     given = [*(prompt or ()), *(_lines(prompts) if prompts is not None else ())]

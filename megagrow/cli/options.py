@@ -80,6 +80,17 @@ ModelOption = Annotated[
     ),
 ]
 
+# Options of commands that run a model on the launched ranks.
+RunTokenizer = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="Tokenizer. Default: the tokenizer of the run."),
+]
+LaunchedTensorParallel = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks.")]
+ForwardDtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32 or bfloat16. Default: bfloat16 on GPUs."),
+]
+
 _DP = typer.Option("--dp", min=1, help="Data-parallel ranks.")
 _TP = typer.Option("--tp", min=1, help="Tensor-parallel ranks.")
 # Layout options for a source that has a layout, which is the default.

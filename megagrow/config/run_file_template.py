@@ -177,7 +177,7 @@ schedule: {{type: cosine, warmup_steps: {warmup}}}
 checkpoint: {{interval: {interval}}}   # steps
 validation: {{interval: {interval}, tokens: {validation_tokens}}}
 
-# A key of a stage that stands above is the default of all stages.
+# Keys of a stage that are set above are defaults of all stages.
 stages:
   - model: &model
       num_hidden_layers: {base_layers}

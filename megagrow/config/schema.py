@@ -76,7 +76,7 @@ Corpora = Annotated[
     list[CorpusConfig],
     BeforeValidator(_corpora, json_schema_input_type=str | list[str | CorpusConfig]),
 ]
-"""Corpora of a blend; a path stands for a corpus of weight 1."""
+"""Corpora of a blend; a path is short for a corpus of weight 1."""
 
 
 class DataConfig(Section):

@@ -10,7 +10,6 @@ from megagrow.evaluation.generation import (
     GenerationDefaults,
     Sampling,
     StopString,
-    TokenSampler,
     generate,
 )
 from megagrow.evaluation.logprobs import TokenScorer
@@ -102,10 +101,8 @@ class Completer:
                 f"the prompt {prompt[:40]!r} has {len(ids)} tokens; the context length of the "
                 f"model is {self._context_length}; shorten the prompt"
             )
-        options, number = self._options, next(self._numbers)
-        sampler = None
-        if options.sampling.reads_logits:
-            sampler = TokenSampler(options.sampling, (options.seed, number))
+        options = self._options
+        sampler = options.sampling.sampler((options.seed, next(self._numbers)))
         stops = tuple(StopString.of(stop, self._tokenizer) for stop in options.stop_strings)
         return Generation(ids, min(options.max_tokens, space), stops, sampler)
 

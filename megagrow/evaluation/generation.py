@@ -83,6 +83,10 @@ class Sampling:
         """Return False if the most likely token is chosen."""
         return self.do_sample or self.repetition_penalty != 1.0
 
+    def sampler(self, seed: tuple[int, int]) -> "TokenSampler | None":
+        """Return the sampler of a text, None if the most likely tokens are chosen."""
+        return TokenSampler(self, seed) if self.reads_logits else None
+
     def processors(self) -> LogitsProcessorList:
         """Return transformers' filters in transformers' order."""
         out = LogitsProcessorList()

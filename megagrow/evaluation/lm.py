@@ -16,13 +16,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megagrow.errors import ConfigError, DataError, InputError
-from megagrow.evaluation.generation import (
-    Generation,
-    GenerationDefaults,
-    StopString,
-    TokenSampler,
-    generate,
-)
+from megagrow.evaluation.generation import Generation, GenerationDefaults, StopString, generate
 from megagrow.evaluation.generation_options import GenerationOptions, read_options
 from megagrow.evaluation.launched import init_topology
 from megagrow.evaluation.likelihood import Pair, log_likelihoods
@@ -147,9 +141,7 @@ class LMAdapter(TemplateLM):  # type: ignore[misc]
             )
         ids = self.tok_encode(context)[-(self.max_length - options.max_tokens) :]
         prompt = ids or [self.prefix_token_id]
-        sampler = None
-        if options.sampling.reads_logits:
-            sampler = TokenSampler(options.sampling, (self._seed, number))
+        sampler = options.sampling.sampler((self._seed, number))
         stops = tuple(StopString.of(stop, self._tokenizer) for stop in options.stop_strings)
         return Generation(prompt, self._new_tokens(options, len(prompt)), stops, sampler)
 
