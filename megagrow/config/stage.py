@@ -36,6 +36,11 @@ class ParallelConfig(Section):
     """Activations recomputed in the backward pass: `selective` the outputs of norms and the product
     of SwiGLU, which repeats no matrix product; `full` entire layers."""
 
+    @property
+    def communication_bytes(self) -> int:
+        """Bytes of a gradient element in `communication_data_type`."""
+        return 2 if self.communication_data_type == "bf16" else 4
+
 
 class KernelsConfig(Section):
     """Backend of each operation. `auto` is the fastest one that computes correctly on the device. A

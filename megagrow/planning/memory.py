@@ -183,8 +183,7 @@ class StageMemory:
 
     @property
     def _communicated(self) -> int:
-        """Bytes per gradient element in communication."""
-        return 2 if self.stage.parallel.communication_data_type == "bf16" else 4
+        return self.stage.parallel.communication_bytes
 
     @property
     def _bucket(self) -> int:

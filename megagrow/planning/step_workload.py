@@ -186,6 +186,6 @@ def step_workload(
         overlap_grad_reduce=zero > 0,
         overlap_param_gather=zero == 3,
         hpz=parallel.zero_hpz_partition_size,
-        gradient_bytes=2 if parallel.communication_data_type == "bf16" else 4,
+        gradient_bytes=parallel.communication_bytes,
         gradient_buckets=-(-shape.parameters // (tp * bucket)),
     )

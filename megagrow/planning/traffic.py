@@ -84,7 +84,7 @@ def _data_parallel(memory: StageMemory) -> Iterator[Traffic]:
     if ranks == 1:
         return
     micro, width = _micro_batches(memory), 2 if memory.bf16 else 4
-    summed = 2 if memory.stage.parallel.communication_data_type == "bf16" else 4
+    summed = memory.stage.parallel.communication_bytes
     sizes = {name: spec.slice_numel(layout.tp) for name, spec in layout.plan.items()}
     total = sum(sizes.values())
     if layout.zero_stage == 0:

@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
+import torch
 
-from megagrow.config.schema import StageConfig
+from megagrow.config.schema import ParallelConfig, StageConfig
+from megagrow.parallel.replicated import COMMUNICATION_DTYPES
 from megagrow.planning.memory import StageMemory, growth_peak, stage_memory
 from megagrow.reshard.exchange import BUCKET_BYTES
 
@@ -79,6 +81,12 @@ def test_bytes_of_each_parameter_on_four_ranks(
     expected = [PARAMETERS * each for each in (state, weights, gathered, gradients, buckets)]
     expected[4] += (2 if bf16 else 4) * LARGEST * (zero in (1, 2))
     assert list(parts(found)) == expected
+
+
+@pytest.mark.parametrize(("name", "dtype"), COMMUNICATION_DTYPES.items())
+def test_bytes_of_communication_are_those_of_its_dtype(name: str, dtype: torch.dtype) -> None:
+    parallel = ParallelConfig.model_validate({"communication_data_type": name})
+    assert parallel.communication_bytes == dtype.itemsize
 
 
 def test_sums_in_bf16_are_half_as_large_but_copies() -> None:
