@@ -203,9 +203,10 @@ def _report_once(text: str) -> None:
 
 def _report(text: str, is_reporter: bool) -> None:
     """Print a message on the reporting rank; on other ranks, wait until it is printed."""
-    from megagrow.parallel.launch import launcher_kills_all_ranks
+    from megagrow.parallel.launch import launcher_kills_all_ranks, record_failure
 
     if is_reporter:
         print(text, file=sys.stderr, flush=True)
+        record_failure(text)
     elif launcher_kills_all_ranks():
         time.sleep(REPORTER_GRACE_SECONDS)

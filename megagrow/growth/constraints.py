@@ -41,13 +41,13 @@ def rule_of(name: OperatorName) -> Rule:
     return _RULES.get(name, _any_width if OPERATORS[name].wider else _any_depth)
 
 
+def copies_listed_layers(options: GrowthConfig) -> bool:
+    """Return True if `layer_map` selects the layers, which may then be fewer than before."""
+    return "direct_depth" in options.operator and options.layer_map not in (None, "stack")
+
+
 def _any_depth(event: Event) -> Iterator[str]:
-    old, new = event.layers()
-    if new < old:
-        yield (
-            f"{event.here}.model.num_hidden_layers = {new} is below "
-            f"{event.before}.num_hidden_layers = {old}; use at least that"
-        )
+    yield from ()
 
 
 def _direct_depth(event: Event) -> Iterator[str]:
@@ -80,9 +80,7 @@ def _direct_depth(event: Event) -> Iterator[str]:
 
 
 def _zero_depth(event: Event) -> Iterator[str]:
-    problems = [*_any_depth(event)]
-    if event.options.layer_map is not None:
-        problems += _direct_depth(event)
+    problems = [*_direct_depth(event)] if event.options.layer_map is not None else []
     yield from problems
     if not problems:
         parts = resolve_operators(event.source, event.target, event.options, "")

@@ -21,6 +21,8 @@ class Operator:
 
     source: str
     """Publication."""
+    sizes: str
+    """Target sizes that it accepts, for the documentation; `growth.constraints` checks them."""
     deeper: DepthOperator | None = None
     wider: WidthOperator | None = None
     state: StatePolicy = "transport"
@@ -38,21 +40,31 @@ class Operator:
     """Keys of the growth section that only some operators use, and this one does."""
 
 
+_DEPTH, _WIDTH = "more layers", "larger widths"
+_HIDDEN = "larger widths, `hidden_size` by an integer factor"
+_FACTORS = "larger widths, each by an integer factor"
+_BLOCK = "n more layers, where n divides the number of layers"
+
 _COPIES = ("copy_order", "copy_split")
 _DIRECT_WIDTH = (*_COPIES, "paper_exact", "noise")
 
 OPERATORS: dict[OperatorName, Operator] = {
     "direct_depth": Operator(
         "Gstack: Du et al. 2024; StackingBERT: Gong et al. 2019",
+        "layers by an integer factor; any number with `layer_map`",
         depth.direct_depth,
         state="asymmetric",  # docs/results/optimizer-states.md
         keys=("layer_map",),
     ),
     "direct_width": Operator(
-        "Du et al. 2024; Net2Net, bert2BERT", wider=width.direct_width, keys=_DIRECT_WIDTH
+        "Du et al. 2024; Net2Net, bert2BERT",
+        _HIDDEN + "; any with `paper_exact`",
+        wider=width.direct_width,
+        keys=_DIRECT_WIDTH,
     ),
     "learn_depth": Operator(
         "LiGO: Wang et al. 2023",
+        _DEPTH,
         depth.zero_depth,
         state="reset",
         learned=True,
@@ -60,6 +72,7 @@ OPERATORS: dict[OperatorName, Operator] = {
     ),
     "learn_width": Operator(
         "LiGO: Wang et al. 2023",
+        _HIDDEN,
         wider=width.direct_width,
         state="reset",
         learned=True,
@@ -67,57 +80,90 @@ OPERATORS: dict[OperatorName, Operator] = {
     ),
     "zero_depth": Operator(
         "Du et al. 2024; LEMON: Wang et al. 2024",
+        _DEPTH,
         depth.zero_depth,
         keys=("layer_map", "new_layer_init"),
     ),
     "zero_width": Operator(
-        "Du et al. 2024; Gesmundo and Maile 2023", wider=width.zero_width, keys=("paper_exact",)
+        "Du et al. 2024; Gesmundo and Maile 2023",
+        _WIDTH,
+        wider=width.zero_width,
+        keys=("paper_exact",),
     ),
     "random_depth": Operator(
         "Du et al. 2024; MSG: Yao et al. 2024",
+        _DEPTH,
         depth.random_depth,
         masked=True,
         keys=("ramp_tokens",),
     ),
     "random_width": Operator(
         "Du et al. 2024; MSG: Yao et al. 2024",
+        _WIDTH,
         wider=width.random_width,
         masked=True,
         keys=("ramp_tokens",),
     ),
     "net2net_width": Operator(
-        "Net2Net: Chen et al. 2016", wider=width.net2net_width, keys=("noise",)
+        "Net2Net: Chen et al. 2016", _HIDDEN, wider=width.net2net_width, keys=("noise",)
     ),
     "staged_width": Operator(
-        "Staged Training: Shen et al. 2022", wider=width.staged_width, keys=_DIRECT_WIDTH
+        "Staged Training: Shen et al. 2022",
+        "all widths by a factor of 2",
+        wider=width.staged_width,
+        keys=_DIRECT_WIDTH,
     ),
-    "bert2bert_fpi": Operator("bert2BERT: Chen et al. 2022", wider=width.bert2bert_fpi),
-    "bert2bert_aki": Operator("bert2BERT: Chen et al. 2022", wider=width.bert2bert_aki),
-    "lemon": Operator("LEMON: Wang et al. 2024", wider=width.lemon, keys=("noise",)),
+    "bert2bert_fpi": Operator("bert2BERT: Chen et al. 2022", _WIDTH, wider=width.bert2bert_fpi),
+    "bert2bert_aki": Operator("bert2BERT: Chen et al. 2022", _WIDTH, wider=width.bert2bert_aki),
+    "lemon": Operator("LEMON: Wang et al. 2024", _WIDTH, wider=width.lemon, keys=("noise",)),
     "hypercloning": Operator(
-        "HyperCloning: Samragh et al. 2024", wider=width.hypercloning, keys=("noise",)
+        "HyperCloning: Samragh et al. 2024", _FACTORS, wider=width.hypercloning, keys=("noise",)
     ),
     "mup_copy": Operator(
         "muP upscaling: arXiv 2602.10545",
+        _FACTORS,
         wider=width.direct_width,
         follows=True,
         keys=_DIRECT_WIDTH,
     ),
     "sparkling": Operator(
         "SPARKLING: arXiv 2602.02472",
+        _WIDTH,
         wider=width.sparkling,
         state="asymmetric",
         rewarms=True,
         keys=("new_layer_init",),
     ),
-    "isometric": Operator("after SliceGPT: Ashkboos et al. 2024", wider=width.isometric),
-    "head_dim": Operator("Gesmundo and Maile 2023, under RoPE", wider=width.head_dim),
-    "vocabulary": Operator("field practice", wider=width.vocabulary),
-    "solar": Operator("SOLAR: Kim et al. 2023", depth.solar, state="asymmetric"),
-    "llama_pro": Operator("LLaMA-Pro: Wu et al. 2024", depth.llama_pro, keys=("new_layer_init",)),
-    "mslt": Operator("MSLT: Yang et al. 2020", depth.mslt, state="asymmetric"),
-    "midas": Operator("MIDAS: Saunshi et al. 2024", depth.midas, state="asymmetric"),
-    "lidas": Operator("LIDAS: arXiv 2512.08819", depth.lidas, state="asymmetric"),
+    "isometric": Operator(
+        "after SliceGPT: Ashkboos et al. 2024",
+        "larger `hidden_size`, with an untied head",
+        wider=width.isometric,
+    ),
+    "head_dim": Operator(
+        "Gesmundo and Maile 2023, under RoPE",
+        "larger `head_dim`, by an integer factor",
+        wider=width.head_dim,
+    ),
+    "vocabulary": Operator("field practice", "larger `vocab_size`", wider=width.vocabulary),
+    "solar": Operator(
+        "SOLAR: Kim et al. 2023",
+        "an even number of layers, at most twice as many",
+        depth.solar,
+        state="asymmetric",
+    ),
+    "llama_pro": Operator(
+        "LLaMA-Pro: Wu et al. 2024", _BLOCK, depth.llama_pro, keys=("new_layer_init",)
+    ),
+    "mslt": Operator(
+        "MSLT: Yang et al. 2020",
+        "more layers, at most twice as many",
+        depth.mslt,
+        state="asymmetric",
+    ),
+    "midas": Operator("MIDAS: Saunshi et al. 2024", _BLOCK, depth.midas, state="asymmetric"),
+    "lidas": Operator(
+        "LIDAS: arXiv 2512.08819", _BLOCK + " at least twice", depth.lidas, state="asymmetric"
+    ),
 }
 
 

@@ -1,10 +1,12 @@
 """Validation of growth sections. Problems are returned as one-line texts that contain the fix."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 from megagrow.config.growth import GrowthConfig, OperatorName
 from megagrow.config.schema import ModelConfig, RunConfig
-from megagrow.growth.constraints import WIDTHS, Event, rule_of
+from megagrow.growth.constraints import WIDTHS, Event, copies_listed_layers, rule_of
 from megagrow.growth.mask_schedule import ramp_problems
 from megagrow.growth.operators import (
     OPERATORS,
@@ -20,6 +22,9 @@ from megagrow.model.layers.table import activation_axes
 
 _FREE = ("initializer_range", "max_position_embeddings")
 """Model fields that any growth may change, because no weight depends on them."""
+
+_SIZES = ("num_hidden_layers", *WIDTHS, "head_dim", "vocab_size")
+"""Model fields that a growth may only increase."""
 
 _GROWS: dict[OperatorName, tuple[str, ...]] = {
     "head_dim": ("head_dim",),
@@ -138,22 +143,59 @@ def _combination(event: Event) -> Iterator[str]:
 
 
 def _sizes(event: Event) -> Iterator[str]:
+    changes = _changes(event)
+    sizes = _SIZES[1:] if copies_listed_layers(event.options) else _SIZES
+    smaller = {name: changes[name] for name in sizes if name in changes and _falls(changes[name])}
+    if smaller:
+        yield (
+            f"{event.here}.model reduces {_listed(smaller)}; growth cannot shrink a model, so use "
+            f"at least the sizes of {event.before}"
+        )
+    elif fixed := _ungrown(event):
+        fit = fitting_operators(event)
+        fix = f"set {event.here}.growth.operator to {fit}" if fit else "keep the previous values"
+        yield f"{event.here}.model changes {_listed(fixed)}, which {event.names} cannot grow; {fix}"
+
+
+def _changes(event: Event) -> dict[str, tuple[Any, Any]]:
+    """Return the old and the new value of each changed model field."""
+    models = (event.source, event.target)
+    values = {name: [getattr(model, name) for model in models] for name in ModelConfig.model_fields}
+    return {name: (old, new) for name, (old, new) in values.items() if old != new}
+
+
+def _ungrown(event: Event) -> dict[str, tuple[Any, Any]]:
+    """Return the changes that the operators of an event cannot make."""
     changeable = set(_FREE)
     for name in event.options.operator:
         fields = (*WIDTHS, "rms_norm_eps") if OPERATORS[name].wider else ("num_hidden_layers",)
         changeable |= set(_GROWS.get(name, fields))
-    for field in ModelConfig.model_fields:
-        old, new = getattr(event.source, field), getattr(event.target, field)
-        if old != new and field not in changeable:
-            yield (
-                f"{event.here}.model.{field} = {new} differs from {event.before}.{field} = {old}, "
-                f"which {event.names} cannot grow; make them equal"
-            )
-        elif field in (*WIDTHS, "head_dim", "vocab_size") and new < old:
-            yield (
-                f"{event.here}.model.{field} = {new} is below {event.before}.{field} = {old}; use "
-                "at least that"
-            )
+    return {name: change for name, change in _changes(event).items() if name not in changeable}
+
+
+def _falls(change: tuple[int, int]) -> bool:
+    old, new = change
+    return new < old
+
+
+def _listed(changes: dict[str, tuple[Any, Any]]) -> str:
+    return " and ".join(f"{name} from {old} to {new}" for name, (old, new) in changes.items())
+
+
+def fitting_operators(event: Event) -> str | None:
+    """Return operators that can grow the sizes of an event, as a run file names them, or None.
+
+    One operator if that is enough, else the operator of the event and one more.
+    """
+    chosen = event.options.operator
+    trials = [[name] for name in OPERATORS]
+    if len(chosen) == 1:
+        trials += [[*chosen, name] for name in OPERATORS]
+    for names in trials:
+        trial = replace(event, options=event.options.model_copy(update={"operator": names}))
+        if not (_ungrown(trial) or any(_combination(trial)) or any(_operators(trial))):
+            return f"[{', '.join(names)}]" if len(names) > 1 else names[0]
+    return None
 
 
 def _operators(event: Event) -> Iterator[str]:

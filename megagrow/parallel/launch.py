@@ -7,10 +7,12 @@ that the command line reports errors without it.
 import atexit
 import gc
 import importlib
+import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -47,6 +49,21 @@ def read_launch() -> Launch:
 def launcher_kills_all_ranks() -> bool:
     """Return True if the launcher ends all ranks when one fails, as torchrun and deepspeed do."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
+
+
+def record_failure(message: str) -> None:
+    """Write a message to torchrun's error file, if torchrun started this process.
+
+    torchrun ends with a traceback of its own. It then prints the message as the root cause, in the
+    last lines. The format is that of `torch.distributed.elastic.multiprocessing.errors`, which is
+    slow to import.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is not None:
+        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        content = {"message": {"message": message, "extraInfo": details}}
+        with suppress(OSError):  # the message has been printed
+            Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
 SHARED_VARIABLES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "TRITON_", "DS_", "CUBLAS_", "OMP_")

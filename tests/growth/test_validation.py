@@ -56,10 +56,18 @@ def test_what_is_right(target: Sizes, options: dict[str, Any]) -> None:
     assert problems(target, **options) == []
 
 
-def kept(field: str, new: object, old: object, names: str) -> str:
+KEPT = "keep the previous values"
+
+
+def ungrown(field: str, old: object, new: object, names: str, operator: str = "") -> str:
+    fix = f"set {H}.growth.operator to {operator}" if operator else KEPT
+    return f"{H}.model changes {field} from {old} to {new}, which {names} cannot grow; {fix}"
+
+
+def shrunk(changes: str) -> str:
     return (
-        f"{H}.model.{field} = {new} differs from {B}.{field} = {old}, which {names} cannot grow; "
-        "make them equal"
+        f"{H}.model reduces {changes}; growth cannot shrink a model, so use at least the sizes of "
+        f"{B}"
     )
 
 
@@ -97,40 +105,67 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
         [f"{H}.growth.mixing_noise is not supported by isometric; remove it"],
     ),
     # Sizes that an operator does not grow, or that shrink.
-    ({"hidden_size": 32}, {}, [kept("hidden_size", 32, 16, "direct_depth")]),
-    ({"vocab_size": 65}, {}, [kept("vocab_size", 65, 64, "direct_depth")]),
-    ({"rope_theta": 5.0}, {}, [kept("rope_theta", 5.0, 10000.0, "direct_depth")]),
+    ({"hidden_size": 32}, {}, [ungrown("hidden_size", 16, 32, "direct_depth", "direct_width")]),
+    (
+        {"hidden_size": 20} | layers(8),
+        {},
+        [ungrown("hidden_size", 16, 20, "direct_depth", "[direct_depth, zero_width]")],
+    ),
+    (
+        {"hidden_size": 32, "intermediate_size": 48} | layers(8),
+        {"operator": "learn_depth"},
+        [
+            ungrown(
+                "hidden_size from 16 to 32 and intermediate_size",
+                *(24, 48, "learn_depth", "[learn_depth, learn_width]"),
+            )
+        ],
+    ),
+    (
+        {"hidden_size": 32} | layers(6),
+        {"operator": "random_width"},
+        [ungrown("num_hidden_layers", 4, 6, "random_width", "[random_width, random_depth]")],
+    ),
+    ({"vocab_size": 65}, {}, [ungrown("vocab_size", 64, 65, "direct_depth", "vocabulary")]),
+    ({"rope_theta": 5.0}, {}, [ungrown("rope_theta", 10000.0, 5.0, "direct_depth")]),
     (
         {"tie_word_embeddings": True} | layers(8),
         {},
-        [kept("tie_word_embeddings", True, False, "direct_depth")],
+        [ungrown("tie_word_embeddings", False, True, "direct_depth")],
     ),
-    (layers(8), {"operator": "lemon"}, [kept("num_hidden_layers", 8, 4, "lemon")]),
+    (
+        layers(8),
+        {"operator": "lemon"},
+        [ungrown("num_hidden_layers", 4, 8, "lemon", "direct_depth")],
+    ),
     (
         DOUBLE | {"head_dim": 8},
         {"operator": ["zero_depth", "lemon"]},
-        [kept("head_dim", 8, 4, "zero_depth with lemon")],
+        [ungrown("head_dim", 4, 8, "zero_depth with lemon")],
     ),
     (
         {"intermediate_size": 48},
         {"operator": "isometric"},
-        [kept("intermediate_size", 48, 24, "isometric")],
+        [ungrown("intermediate_size", 24, 48, "isometric", "direct_width")],
     ),
-    ({"hidden_size": 32}, {"operator": "head_dim"}, [kept("hidden_size", 32, 16, "head_dim")]),
+    (
+        {"hidden_size": 32},
+        {"operator": "head_dim"},
+        [ungrown("hidden_size", 16, 32, "head_dim", "direct_width")],
+    ),
     (
         {"hidden_size": 8, "intermediate_size": 23},
         {"operator": "zero_width"},
-        [
-            f"{H}.model.hidden_size = 8 is below {B}.hidden_size = 16; use at least that",
-            f"{H}.model.intermediate_size = 23 is below {B}.intermediate_size = 24; use at least "
-            "that",
-        ],
+        [shrunk("hidden_size from 16 to 8 and intermediate_size from 24 to 23")],
     ),
-    (
-        {"vocab_size": 60},
-        {"operator": "vocabulary"},
-        [f"{H}.model.vocab_size = 60 is below {B}.vocab_size = 64; use at least that"],
-    ),
+    ({"hidden_size": 8} | layers(8), {}, [shrunk("hidden_size from 16 to 8")]),
+    ({"vocab_size": 60}, {"operator": "vocabulary"}, [shrunk("vocab_size from 64 to 60")]),
+    *[
+        (layers(3), {"operator": name}, [shrunk("num_hidden_layers from 4 to 3")])
+        for name, operator in OPERATORS.items()
+        if operator.deeper
+    ],
+    (layers(3), {"layer_map": "stack"}, [shrunk("num_hidden_layers from 4 to 3")]),
 ]
 
 
@@ -165,8 +200,8 @@ def test_all_growths_of_a_run_are_looked_at() -> None:
     assert growth_problems(wrong) == [
         f"{DEPTH} = 6 is not divisible by {B}.num_hidden_layers = 4; use a multiple or "
         f"set {LISTED}",
-        "stages.2.model.num_hidden_layers = 12 differs from stages.1.model.num_hidden_layers = 6, "
-        "which lemon cannot grow; make them equal",
+        "stages.2.model changes num_hidden_layers from 6 to 12, which lemon cannot grow; set "
+        "stages.2.growth.operator to direct_depth",
     ]
     before = wrong.model_dump()
     growth_problems(wrong)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from megagrow.growth.operators import OPERATORS
 from tests.helpers.growth.cases import Sizes
 from tests.helpers.growth.events import DEPTH, LISTED, B, layers, problems
 
@@ -21,11 +22,6 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
         layers(6),
         {},
         [f"{DEPTH} = 6 is not divisible by {B}.num_hidden_layers = 4; {FIX}"],
-    ),
-    (
-        layers(3),
-        {"layer_map": "stack"},
-        [f"{DEPTH} = 3 is not divisible by {B}.num_hidden_layers = 4; {FIX}"],
     ),
     (
         layers(8),
@@ -57,16 +53,6 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
         {"layer_map": "1234-5"},
         [f"{LISTED} contains layer 4, but {B} has layers 0 to 3"],
     ),
-    (
-        layers(3),
-        {"operator": "zero_depth"},
-        [f"{DEPTH} = 3 is below {B}.num_hidden_layers = 4; use at least that"],
-    ),
-    (
-        layers(3),
-        {"operator": "random_depth"},
-        [f"{DEPTH} = 3 is below {B}.num_hidden_layers = 4; use at least that"],
-    ),
     (layers(5), {"operator": "zero_depth", "layer_map": [0, 1, 2, 2, 1]}, [ORDERED]),
     (layers(5), {"operator": "zero_depth", "layer_map": [1, 0, 2, 3, 3]}, [ORDERED]),
     (
@@ -80,7 +66,7 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
             {"operator": "solar"},
             [f"{DEPTH} = {n}: solar needs an even number from 4 to 8"],
         )
-        for n in (5, 10, 2)
+        for n in (5, 10)
     ],
     *[
         (
@@ -122,3 +108,22 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
 @pytest.mark.parametrize(("target", "options", "message"), WRONG, ids=str)
 def test_what_is_wrong(target: Sizes, options: dict[str, Any], message: list[str]) -> None:
     assert problems(target, **options) == message
+
+
+SIZES = {
+    "layers by an integer factor; any number with `layer_map`": lambda n: n % 4 == 0,
+    "more layers": lambda n: True,
+    "an even number of layers, at most twice as many": lambda n: n % 2 == 0 and n <= 8,
+    "n more layers, where n divides the number of layers": lambda n: n - 4 in (1, 2, 4),
+    "n more layers, where n divides the number of layers at least twice": (
+        lambda n: n - 4 in (1, 2)
+    ),
+    "more layers, at most twice as many": lambda n: n <= 8,
+}
+"""Documented sizes of depth operators, as a condition on the target for a source of 4 layers."""
+
+
+@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if operator.deeper])
+def test_the_documented_sizes_are_those_that_are_accepted(name: str) -> None:
+    accepted = [n for n in range(5, 14) if not problems(layers(n), operator=name)]
+    assert accepted == [n for n in range(5, 14) if SIZES[OPERATORS[name].sizes](n)]

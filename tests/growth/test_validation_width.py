@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from megagrow.growth.operators import OPERATORS
 from tests.helpers.growth.cases import Sizes, widened
 from tests.helpers.growth.events import DOUBLE, SOURCE, B, H, layers, problems
 
@@ -15,6 +16,7 @@ def multiple(field: str, new: int, old: int, name: str, fix: str) -> str:
     )
 
 
+ONE_FIELD = ("isometric", "head_dim", "vocabulary")
 ANY_SIZE = "lemon and zero_width support any size"
 
 WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
@@ -106,3 +108,24 @@ def test_isometric_needs_an_untied_model() -> None:
     assert message == [
         f"{H}.model.tie_word_embeddings = true is not supported by isometric; grow an untied model"
     ]
+
+
+FACTORS = (widened(SOURCE, 24, 3, 36), widened(SOURCE, 32, 4, 25), DOUBLE)
+SIZES = {
+    "larger widths": (True, True, True),
+    "larger widths, `hidden_size` by an integer factor": (False, True, True),
+    "larger widths, each by an integer factor": (False, False, True),
+    "all widths by a factor of 2": (False, False, True),
+}
+"""Documented sizes of width operators; True for each of FACTORS that they include."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in OPERATORS if OPERATORS[name].wider and name not in ONE_FIELD],
+)
+def test_the_documented_sizes_are_those_that_are_accepted(name: str) -> None:
+    found = [problems(sizes, operator=name) for sizes in FACTORS]
+    # Operators that add zeros need another rms_norm_eps, which their message contains.
+    accepted = tuple(all("rms_norm_eps" in problem for problem in some) for some in found)
+    assert accepted == SIZES[OPERATORS[name].sizes.partition(";")[0]]

@@ -36,8 +36,16 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "target.model.num_hidden_layers = 5 is not divisible by source.model.num_hidden_layers = "
         "2; use a multiple or set target.growth.layer_map",
     ),
-    "another model": ({"rope_theta": 5.0}, {}, "target.model.rope_theta = 5.0 differs from"),
-    "smaller": ({"vocab_size": 5}, {"operators": ("vocabulary",)}, "vocab_size = 5 is below"),
+    "another model": (
+        {"rope_theta": 5.0},
+        {},
+        "target.model changes rope_theta from 10000.0 to 5.0, which direct_depth cannot",
+    ),
+    "smaller": (
+        {"vocab_size": 5},
+        {"operators": ("vocabulary",)},
+        "reduces vocab_size from 37 to 5; growth cannot shrink",
+    ),
     "learned": (DEEP, {"operators": ("learn_depth",)}, "learn_depth is trained before it is"),
     "probe": (
         DEEP,

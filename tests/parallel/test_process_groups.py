@@ -3,11 +3,13 @@
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megagrow.errors import (
@@ -45,6 +47,20 @@ def test_without_a_launcher_there_is_one_rank(launcher):
 def test_what_the_launcher_says_is_read(launcher):
     launcher(**LAUNCH)
     assert read_launch() == Launch(rank=3, world_size=8, local_rank=1)
+
+
+def test_torchrun_reads_the_message_of_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "error.json"
+    launch.record_failure("error: without torchrun")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    launch.record_failure("error: wrong key")
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(path))
+    text = str(ChildFailedError("megagrow", {0: failure}))
+    assert text.splitlines()[-2] == "  traceback : error: wrong key"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none" / "error.json"))
+    launch.record_failure("error: on a full disk")
 
 
 @pytest.mark.parametrize("missing", LAUNCH)

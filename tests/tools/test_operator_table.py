@@ -36,7 +36,7 @@ def test_a_new_table_keeps_the_rest_of_the_page() -> None:
 
 
 def test_a_stale_static_column_is_detected() -> None:
-    stale = TEXT.replace("Wang et al. 2023 | reset |", "Wang et al. 2023 | asymmetric |")
+    stale = TEXT.replace("more layers | reset |", "more layers | asymmetric |")
     assert stale != TEXT
     assert with_table(stale, kept_cells(stale)) == TEXT
 

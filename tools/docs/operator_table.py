@@ -1,7 +1,7 @@
 """Write the table of docs/reference/operators.md: properties and measurements of each operator.
 
     python tools/docs/operator_table.py           measure and write the table (minutes)
-    python tools/docs/operator_table.py --static  update operator, source, state and exactness only
+    python tools/docs/operator_table.py --static  update the columns that follow from the code
     python tools/docs/operator_table.py --check   exit with code 1 if one of those is out of date
 
 Each growth of tools/docs/operators/catalogue.py is measured twice. In one process in fp64: the
@@ -54,7 +54,7 @@ from tools.faults.run import write_corpus  # noqa: E402
 
 PAGE = ROOT / "docs/reference/operators.md"
 BEGIN, END = "<!-- table: written by tools/docs/operator_table.py -->\n", "<!-- end of table -->\n"
-STATIC = ("operator", "source", "default optimizer state", "exact")
+STATIC = ("operator", "source", "target sizes", "default optimizer state", "exact")
 MEASURED = (
     *("max logit difference, fp64", "after 15 AdamW steps"),
     *("live, fp32: KL", "live, fp32: max logit difference"),
@@ -124,11 +124,14 @@ def kept_cells(page: str) -> dict[str, Cells]:
 def static_cells(label: str, case: GrowthCase) -> Cells:
     """Return the cells that follow from the code alone."""
     operators = case.options.operator
-    source = OPERATORS[operators[0]].source if [label] == operators else "+".join(operators)
+    source, sizes = "+".join(operators), ""
+    if [label] == operators:
+        operator = OPERATORS[operators[0]]
+        source, sizes = operator.source, operator.sizes
     exact = "yes" if case.growth.preserves_function else "no"
     if case.growth.preserves_function and is_masked(case.options):
         exact = "at mask 0"
-    return f"`{label}`", source, state_policy(case.options), exact
+    return f"`{label}`", source, sizes, state_policy(case.options), exact
 
 
 def measured_cells() -> dict[str, Cells]:
