@@ -34,7 +34,7 @@ Sources = Annotated[
 Output = Annotated[Path, typer.Option(help="Folder for the JSON file and the plot.")]
 Budgets = Annotated[
     str | None,
-    typer.Option(metavar="C,C,...", help="FLOPs at which run directories are compared: 1e17,2e17."),
+    typer.Option(metavar="C,C,...", help="FLOPs at which runs are compared, such as 1e17,2e17."),
 ]
 
 

@@ -40,7 +40,9 @@ RunFile = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set optimizer.lr=1e-3."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key, such as parallel.zero_stage=3."
+    ),
 ]
 CheckpointPath = Annotated[
     Path,

@@ -32,17 +32,19 @@ def plan(
     cluster: Annotated[
         str | None,
         typer.Option(
-            help="Predict the speed on a cluster: h100:8x64 (8 per node, 64 nodes) or a YAML file."
+            help="Predict the speed on a cluster of GPUs x nodes, such as h100:4x1, or of a file."
         ),
     ] = None,
     layouts: Annotated[
         bool, typer.Option("--layouts", help="List the fastest layouts that fit the cluster.")
     ] = False,
-    gpu: Annotated[str | None, typer.Option(help="GPU of each rank: h100, h200, a100 ...")] = None,
+    gpu: Annotated[str | None, typer.Option(help="GPU of each rank, such as h100.")] = None,
     gpu_memory: Annotated[
         str | None, typer.Option(help="Memory per GPU, such as 80GB; default: the GPU's.")
     ] = None,
-    mfu: Annotated[float | None, typer.Option(help="Model FLOP utilization, such as 0.4.")] = None,
+    mfu: Annotated[
+        float | None, typer.Option(help="With --gpu: model FLOP utilization, such as 0.4.")
+    ] = None,
     measured: Annotated[
         Path | None, typer.Option(metavar="RUN_DIR", help="Use the measured throughput of a run.")
     ] = None,
@@ -108,7 +110,7 @@ def init(
         typer.Argument(help="Folder written by `megagrow prepare`.", callback=existing_folder),
     ],
     size: Annotated[
-        int, typer.Option(parser=count, help="Parameters of the grown model: 10M, 1.1B.")
+        int, typer.Option(parser=count, help="Parameters of the grown model, such as 10M.")
     ],
     tokens: Annotated[
         int | None,

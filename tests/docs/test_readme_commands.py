@@ -19,12 +19,12 @@ import yaml
 from megagrow.checkpoint.discovery import list_checkpoints
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.cli.app import app
-from megagrow.config.growth import GrowthConfig
 from megagrow.config.load import load_run
 from megagrow.config.schema import ModelConfig
 from megagrow.config.validation import world_problems
 from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
+from megagrow.growth.validation import growth_problems
 from megagrow.train.reporting.metrics import read_metrics
 from tests.helpers.checkpoint.written import write_checkpoint
 from tests.helpers.readme_commands import ROOT, commands, execute, of_megagrow
@@ -279,8 +279,16 @@ def test_profiles_of_the_commands_fit_their_ranks() -> None:
         assert world_problems(load_run(ROOT / name, [override]), 8 * int(nodes)) == [], name
 
 
-def test_the_growths_of_the_readme_are_valid() -> None:
+WIDER = ["num_attention_heads=8", "hidden_size=256", "intermediate_size=704"]
+
+
+def test_the_growths_of_the_readme_are_valid_for_its_run_file(checkout: Path) -> None:
     recipes = re.findall(r"^\| .* \| `(\{.*\})` \|$", README, flags=re.MULTILINE)
     assert len(recipes) > 5
+    shutil.copytree(ROOT / "configs/model", "configs/model", dirs_exist_ok=True)
     for recipe in recipes:
-        GrowthConfig.model_validate(yaml.safe_load(recipe))
+        model = "demo-2l" if recipe == "{operator: net2net_width}" else "demo-8l"
+        wider = [f"model.{size}" for size in WIDER] if "width" in recipe else []
+        changes = [f"growth={recipe}", f"model={model}", *wider]
+        run = load_run(Path("RUN.yaml"), [f"stages.1.{change}" for change in changes])
+        assert growth_problems(run) == [], recipe

@@ -26,7 +26,8 @@ NO_RUNS = {
     ),
     "width": (
         "stages.1.model.hidden_size=64",
-        "stages.1.model.hidden_size = 64 differs from stages.0.model.hidden_size = 32",
+        "stages.1.model changes hidden_size from 32 to 64, which direct_depth cannot grow; set "
+        "stages.1.growth.operator to [direct_depth, direct_width]",
     ),
     "layers": (
         "stages.1.model.num_hidden_layers=5",
