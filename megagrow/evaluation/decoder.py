@@ -31,7 +31,8 @@ class Decoder:
 
     The first pass reads the prompts, later passes read the last token of each text. Methods are
     collective over the tensor-parallel group. The caller limits the lengths of texts to the context
-    length of the model.
+    length of the model. The host waits for a GPU once per pass, or twice if only some texts have a
+    choice.
     """
 
     def __init__(
@@ -46,8 +47,7 @@ class Decoder:
     def next_tokens(self, choices: Sequence[TokenChoice | None]) -> list[int]:
         """Choose the next token of each text and append it; None chooses the most likely one."""
         ids = self._cache.begin(self._unread)
-        rows = torch.arange(len(ids), device=ids.device)
-        last = torch.tensor([len(tokens) - 1 for tokens in self._unread], device=ids.device)
+        rows, last = torch.arange(len(ids), device=ids.device), self._cache.sequences.last
         tokens: list[int] = []
 
         def choose(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -67,12 +67,18 @@ class Decoder:
 
     def _choose(self, logits: Tensor, choices: Sequence[TokenChoice | None]) -> list[int]:
         """Return one token per row of logits (B, V/tp)."""
-        tokens: list[int] = self._vocabulary.most_likely(logits).tolist()
-        chosen = [row for row, choice in enumerate(choices) if choice is not None]
-        if chosen:
-            gathered = self._vocabulary.gather(logits[chosen]).cpu()
-            for row, values in zip(chosen, gathered, strict=True):
-                choice = choices[row]
-                assert choice is not None
-                tokens[row] = choice(values)
+        chosen = {row: choice for row, choice in enumerate(choices) if choice is not None}
+        if not chosen:
+            return self._most_likely(logits)
+        if len(chosen) < len(choices):
+            tokens = self._most_likely(logits)
+            logits = logits[torch.tensor(list(chosen), device=logits.device)]
+        else:
+            tokens = [0] * len(choices)  # all are chosen: the host waits for the logits only
+        gathered = self._vocabulary.gather(logits).cpu()
+        for (row, choice), values in zip(chosen.items(), gathered, strict=True):
+            tokens[row] = choice(values)
         return tokens
+
+    def _most_likely(self, logits: Tensor) -> list[int]:
+        return self._vocabulary.most_likely(logits).tolist()

@@ -7,8 +7,6 @@ one-token choices costs one sequence, not one sequence per choice.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
-
 from megagrow.errors import DataError
 from megagrow.evaluation.logprobs import TokenQuery, TokenScorer
 
@@ -41,7 +39,7 @@ class PrefixGroup:
 
 
 def log_likelihoods(
-    pairs: list[Pair], scorer: TokenScorer, max_length: int, batch_size: int, device: torch.device
+    pairs: list[Pair], scorer: TokenScorer, max_length: int, batch_size: int
 ) -> list[tuple[float, bool]]:
     """Return for each continuation its log-likelihood in nats and whether it is the greedy one.
 
@@ -52,7 +50,7 @@ def log_likelihoods(
     groups = sorted(_group_by_prefix(pairs, max_length), key=lambda group: -len(group.tokens))
     for first in range(0, len(groups), batch_size):
         batch = groups[first : first + batch_size]
-        scores, greedy = scorer.scores([list(g.tokens) for g in batch], _make_query(batch, device))
+        scores, greedy = scorer.scores([list(g.tokens) for g in batch], _make_query(batch))
         for request, answer in _distribute(batch, scores, greedy):
             out[request] = answer
     return out
@@ -74,7 +72,7 @@ def _group_by_prefix(pairs: list[Pair], max_length: int) -> list[PrefixGroup]:
     return list(groups.values())
 
 
-def _make_query(batch: list[PrefixGroup], device: torch.device) -> TokenQuery:
+def _make_query(batch: list[PrefixGroup]) -> TokenQuery:
     rows: list[int] = []
     columns: list[int] = []
     owners: list[int] = []
@@ -86,9 +84,7 @@ def _make_query(batch: list[PrefixGroup], device: torch.device) -> TokenQuery:
         owners += range(first, first + group.num_scored - 1)
         owners += [first + group.num_scored - 1] * len(group.last_tokens)
         labels += group.labels + group.last_tokens
-    return TokenQuery(
-        *(torch.tensor(values, device=device) for values in (rows, columns, owners, labels))
-    )
+    return TokenQuery(rows, columns, owners, labels)
 
 
 def _distribute(

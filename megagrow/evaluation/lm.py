@@ -52,7 +52,6 @@ class LMAdapter(TemplateLM):  # type: ignore[misc]
         self._scorer = scorer
         self._tokenizer = tokenizer
         self._topology = topology
-        self._device = topology.device
         self.max_length = max_length
         self.batch_size = batch_size
         self._defaults = defaults or GenerationDefaults()
@@ -108,7 +107,7 @@ class LMAdapter(TemplateLM):  # type: ignore[misc]
         return self._distribute([(context, rest) for _, context, rest in requests], self._score)
 
     def _score(self, pairs: list[Pair]) -> list[tuple[float, bool]]:
-        return log_likelihoods(pairs, self._scorer, self.max_length, self.batch_size, self._device)
+        return log_likelihoods(pairs, self._scorer, self.max_length, self.batch_size)
 
     def _score_rolling(self, strings: list[str]) -> list[float]:
         windows = [self._windows(string) for string in strings]

@@ -4,6 +4,7 @@ They are computed from the hidden states of the queried positions: the head is a
 positions only, in chunks.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,16 +22,16 @@ POSITIONS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class TokenQuery:
-    """P positions of a batch and the N next tokens to score there, on the model's device."""
+    """P positions of a batch and the N next tokens to score there."""
 
-    rows: Tensor
-    """(P,) int64: indices of sequences in the batch."""
-    columns: Tensor
-    """(P,) int64: positions within the sequences."""
-    owners: Tensor
-    """(N,) int64, ascending: index into `rows` and `columns` of each token's position."""
-    labels: Tensor
-    """(N,) int64: token ids to score."""
+    rows: list[int]
+    """(P,): indices of sequences in the batch."""
+    columns: list[int]
+    """(P,): positions within the sequences."""
+    owners: list[int]
+    """(N,), ascending: index into `rows` and `columns` of each token's position."""
+    labels: list[int]
+    """(N,): token ids to score."""
 
 
 class TokenScorer(Protocol):
@@ -72,36 +73,40 @@ class ModelScorer:
         These are the log-probabilities in nats (fp32), and True for tokens that are the most likely
         ones at their position.
         """
-        scores, best = self._run(self._pad(sequences), query)
-        return scores.tolist(), (best[query.owners] == query.labels).tolist()
+        # Scores and flags in one tensor: the host waits for the device once.
+        scores, greedy = self._run(self._pad(sequences), query).tolist()
+        return scores, [flag == 1.0 for flag in greedy]
 
     def finish(self) -> None:
         """Return when all ranks have called it, see `ForwardModel.finish`."""
         self._model.finish()
 
     @torch.no_grad()
-    def _run(self, ids: Tensor, query: TokenQuery) -> tuple[Tensor, Tensor]:
-        """Return the queried tokens' scores (N,) fp32 and the most likely tokens (P,) int64."""
-        results: list[tuple[Tensor, Tensor]] = []
+    def _run(self, ids: Tensor, query: TokenQuery) -> Tensor:
+        """Return (2, N) fp32: the queried tokens' scores, and 1 for the most likely tokens."""
+        results: list[Tensor] = []
+        rows, columns = self._on_device([query.rows, query.columns])
+        queried = self._on_device([query.owners, query.labels])
 
         def score(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
-            picked_PD = hidden_BSD[query.rows, query.columns]
+            picked_PD = hidden_BSD[rows, columns]
             for first in range(0, len(picked_PD), POSITIONS_AT_ONCE):
                 part = picked_PD[first : first + POSITIONS_AT_ONCE]
-                stop = first + len(part)
-                bounds = torch.tensor([first, stop], device=ids.device)
-                begin, end = torch.searchsorted(query.owners, bounds).tolist()
+                begin, end = (bisect_left(query.owners, x) for x in (first, first + len(part)))
                 logits = F.linear(part, weight_VD)
-                owners, labels = query.owners[begin:end] - first, query.labels[begin:end]
-                results.append(self._vocabulary.score(logits, owners, labels))
+                owners, labels = queried[0, begin:end] - first, queried[1, begin:end]
+                scores, best = self._vocabulary.score(logits, owners, labels)
+                results.append(torch.stack([scores, (best[owners] == labels).float()]))
             return picked_PD.new_zeros(())
 
         self._model.forward_head(ids, score)
-        scores, best = zip(*results, strict=True)
-        return torch.cat(scores), torch.cat(best)
+        return torch.cat(results, dim=1)
 
     def _pad(self, sequences: list[list[int]]) -> Tensor:
         """Right-pad to (B, S) int64; causal attention excludes the padding."""
         length = max(map(len, sequences))
         rows = [sequence + [0] * (length - len(sequence)) for sequence in sequences]
+        return self._on_device(rows)
+
+    def _on_device(self, rows: list[list[int]]) -> Tensor:
         return torch.tensor(rows, device=self._topology.device)

@@ -1,79 +1,25 @@
 """Evaluation of the model in training, in place: no weight is moved or copied."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
 
-from megagrow.config.schema import ModelConfig, RunConfig
+from megagrow.config.schema import RunConfig
 from megagrow.config.sections import EvaluationConfig
 from megagrow.evaluation.decoder import TokenChoice, TokenDecoder
-from megagrow.evaluation.forward_model import positions_of
 from megagrow.evaluation.lm import LMAdapter
 from megagrow.evaluation.logprobs import ModelScorer, TokenQuery
 from megagrow.evaluation.runner import Results, evaluate
+from megagrow.evaluation.stage_model import StageModel
 from megagrow.evaluation.tasks import load_tasks
 from megagrow.evaluation.tokenizer import CachedTokenizer, EvalTokenizer, open_tokenizer
-from megagrow.model.decoding import DecodingCache
-from megagrow.model.llama import HeadLoss
 from megagrow.model.masks import Masks
 from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.parallel.process_groups import make_topology
 from megagrow.train.stage import Stage
-
-
-@dataclass(frozen=True)
-class StageModel:
-    """Engine of a stage in evaluation mode, with its current masks.
-
-    A `ForwardModel`.
-    """
-
-    stage: Stage
-    masks: Masks | None
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.stage.config.model
-
-    def forward_head(self, ids: Tensor, head: HeadLoss, cache: DecodingCache | None = None) -> None:
-        """Run one pass; under ZeRO-3 the other data-parallel ranks run one at the same time."""
-        self._any_rank_working(True)
-        self._forward(ids, head, cache)
-
-    def finish(self) -> None:
-        """Run dummy passes while other ranks run passes.
-
-        Under ZeRO-3 every rank takes part in the all-gather of weights.
-        """
-        while self._any_rank_working(False):
-            dummy = torch.zeros(1, 1, dtype=torch.int64, device=self.stage.topology.device)
-            self._forward(dummy, _empty_head)
-
-    def _forward(self, ids: Tensor, head: HeadLoss, cache: DecodingCache | None = None) -> None:
-        parallel, columns = self.stage.config.parallel, ids.shape[1]
-        if parallel.sequence_parallel:  # needs a length divisible by the tensor-parallel size
-            ids = F.pad(ids, (0, -ids.shape[1] % parallel.tensor_model_parallel_size))
-        positions = positions_of(ids, columns, cache)
-        self.stage.engine.forward(ids, positions, None, self.masks, head, cache)
-
-    def _any_rank_working(self, working: bool) -> bool:
-        """Return True if a rank runs a pass in which this rank has to take part."""
-        topology = self.stage.topology
-        if self.stage.config.parallel.zero_stage < 3:
-            return working
-        vote = torch.tensor([float(working)], device=topology.device)
-        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=topology.dp_group)
-        return vote.item() > 0
-
-
-def _empty_head(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
-    return hidden_BSD.new_zeros(())
 
 
 class OnlineEvaluation:

@@ -12,8 +12,9 @@ import torch
 from megagrow.config.schema import RunConfig
 from megagrow.evaluation.lm import LMAdapter, MegagrowLM
 from megagrow.evaluation.logprobs import ModelScorer
-from megagrow.evaluation.online import OnlineEvaluation, StageModel, StubScorer
+from megagrow.evaluation.online import OnlineEvaluation, StubScorer
 from megagrow.evaluation.runner import evaluate
+from megagrow.evaluation.stage_model import StageModel
 from megagrow.evaluation.tasks import load_tasks
 from megagrow.model.masks import Masks
 from megagrow.reshard.fill import fill_initial

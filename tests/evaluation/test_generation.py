@@ -229,6 +229,19 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch() -> None:
     assert len(set(ours().generate_until(repeated))) == 4, "repetitions are equal"
 
 
+def test_a_batch_may_mix_choices() -> None:
+    """Each text gets its own choice, of its own logits."""
+    prompts, least = [[5, 6], [7], [8, 9, 10]], lambda logits: int(logits.argmin())
+
+    def chosen(*choices: Any) -> list[int]:
+        return scorer.decode(prompts).next_tokens(choices)
+
+    scorer = ours()._scorer
+    most, fewest = chosen(None, None, None), chosen(least, least, least)
+    assert not {*most} & {*fewest}
+    assert chosen(least, None, least) == [fewest[0], most[1], fewest[2]]
+
+
 def test_samples_have_the_filtered_distribution() -> None:
     """Top-k keeps four tokens of five, top-p three of these."""
     probabilities = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])

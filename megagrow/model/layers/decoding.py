@@ -33,6 +33,8 @@ class DecodedSequences:
         self.counts: list[int] = []
         """Tokens of each sequence read by the current pass."""
         self._starts = torch.empty(0)
+        self.last = torch.empty(0)
+        """Column of the last new token of each sequence: (B,) int64."""
         self.places = (torch.empty(0), torch.empty(0))
         """Indices of the new tokens: sequence (B, 1) and position (B, columns), int64."""
 
@@ -50,7 +52,9 @@ class DecodedSequences:
         """Start a pass over `counts` new tokens; the first pass sets the number of sequences."""
         self.lengths = self.lengths or [0] * len(counts)
         self.counts = list(counts)
-        self._starts = torch.tensor(self.lengths, device=self._device)[:, None]
+        # One tensor: the host waits for each copy from its memory.
+        starts, sizes = torch.tensor([self.lengths, self.counts], device=self._device)
+        self._starts, self.last = starts[:, None], sizes - 1
         rows = torch.arange(len(counts), device=self._device)[:, None]
         self.places = (rows, self.positions(self.columns))
 
