@@ -1,30 +1,20 @@
-"""Run of one simulated rank: build, train, validate, save and grow each stage of a run."""
+"""Run of one simulated rank: build, train, evaluate, save and grow each stage of a run."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Self, cast
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
-from megagrow.checkpoint import load
-from megagrow.checkpoint.discovery import shard_name
-from megagrow.checkpoint.load import load_storage
-from megagrow.checkpoint.manifest import Manifest
-from megagrow.checkpoint.shards import own_tensors
-from megagrow.checkpoint.snapshot import Snapshot
 from megagrow.config.schema import RunConfig, StageConfig
 from megagrow.data.batches import Batch, BatchReader
+from megagrow.evaluation.stage_model import StageModel
 from megagrow.parallel.launch import Launch, export_launch
-from megagrow.reshard.layout import Layout
+from megagrow.simulation.actions import evaluate, load, save
 from megagrow.simulation.categories import label_state, phases
 from megagrow.simulation.device import register
 from megagrow.simulation.patches import patched
@@ -35,7 +25,7 @@ from megagrow.train.growth_event.cost import Feed
 from megagrow.train.growth_event.event import end_stage, grow
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.stage import Stage, build_stage, masks_now
-from megagrow.train.state_check import non_finite, predictions
+from megagrow.train.state_check import predictions
 from megagrow.train.step import mean_loss
 from megagrow.train.step_feed import StepFeed
 from megagrow.train.train_state import RunState
@@ -47,6 +37,7 @@ class Actions:
 
     load: bool = False
     validation: bool = False
+    evaluation: bool = False
     save: bool = False
     growth: bool = False
     micro_batches: int = 2
@@ -54,7 +45,7 @@ class Actions:
 
 
 TRAINING = Actions()
-EVERYTHING = Actions(load=True, validation=True, save=True, growth=True)
+EVERYTHING = Actions(load=True, validation=True, evaluation=True, save=True, growth=True)
 
 
 def simulate_rank(
@@ -65,15 +56,22 @@ def simulate_rank(
     Without `actions.growth` each stage is built from nothing. Call it in a process of its own
     (`isolated`): the device type of torch cannot be removed.
     """
+    run = shortened(run, world_size, actions.micro_batches)
+    with simulated_device(world_size, rank) as (device, recorder):
+        return tuple(_simulate_stages(run, device, recorder, actions))
+
+
+@contextmanager
+def simulated_device(world_size: int, rank: int) -> Iterator[tuple[torch.device, Recorder]]:
+    """Context in which this process is a rank with a simulated device; once per process."""
     recorder = Recorder()
     device = register(recorder.usage, recorder.wait)
     export_launch(Launch(rank, world_size, 0))
     dist.init_process_group(
         f"cpu:fake,{device.type}:fake", store=FakeStore(), rank=rank, world_size=world_size
     )
-    run = shortened(run, world_size, actions.micro_batches)
     with patched(recorder), FakeTensorMode(allow_non_fake_inputs=True), recorder:
-        return tuple(_simulate_stages(run, device, recorder, actions))
+        yield device, recorder
 
 
 def _simulate_stages(
@@ -92,7 +90,7 @@ def _simulate_stages(
             stage = build_stage(run, index, device)
             if actions.load:
                 recorder.begin("load")
-                _load(stage)
+                load(stage)
             stage.engine.ready(0)
         yield _simulate_stage(run, stage, recorder, actions)
         if not actions.growth:
@@ -115,57 +113,14 @@ def _simulate_stage(
         recorder.begin("validation")
         mean_loss(stage, reader, stage.config.batch.global_batch_size, masks)
         predictions(stage, reader, masks)
+    if actions.evaluation:
+        stage.engine.train(False)
+        evaluate(StageModel(stage, masks), stage.topology, recorder)
+        stage.engine.train()
     if actions.save:
         recorder.begin("save")
-        non_finite(stage)
-        own = own_tensors(stage.layout, stage.engine.storage(), stage.topology.rank)
-        snapshot = Snapshot(stage.topology.device)
-        snapshot.begin()
-        snapshot.copy(own)
+        save(stage)
     return recorder.report(stage.topology)
-
-
-def _load(stage: Stage) -> None:
-    """Fill the state from a checkpoint of zeros in the stage's own layout."""
-    layout = stage.layout
-    files = {
-        shard_name(rank): partial(_ZeroFile, layout, rank) for rank in range(layout.dp * layout.tp)
-    }
-    manifest = cast(Manifest, SimpleNamespace(read_layout=lambda: layout))
-    with patch.object(load, "safe_open", lambda path, framework: files[path.name]()):
-        load_storage(Path(), manifest, layout, stage.engine.storage())
-    stage.engine.ready(0)
-
-
-class _ZeroFile:
-    """Shard file of a rank, as safetensors opens it, with zeros."""
-
-    def __init__(self, layout: Layout, rank: int) -> None:
-        self._layout, self._rank = layout, rank
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def get_slice(self, name: str) -> Any:
-        held = len(self._layout.interval(name.rpartition(".")[0], self._rank // self._layout.tp))
-        return _ZeroSlice(held)
-
-
-class _ZeroSlice:
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def get_dtype(self) -> str:
-        return "F32"
-
-    def get_shape(self) -> list[int]:
-        return [self._size]
-
-    def __getitem__(self, part: slice) -> Tensor:
-        return torch.zeros(part.stop - part.start)
 
 
 class _Reader(BatchReader):

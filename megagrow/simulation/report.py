@@ -101,12 +101,20 @@ class StageReport:
     @property
     def step_waits(self) -> int:
         """Waits of the host in one step."""
-        return sum(count for wait, count in self.waits.items() if wait.section == STEP)
+        return sum(self.waits_in(STEP).values())
+
+    def waits_in(self, section: str) -> dict[HostWait, int]:
+        """Return the waits of the host in a section, with their numbers."""
+        return {wait: count for wait, count in self.waits.items() if wait.section == section}
 
     def step_copies(self, pinned: bool) -> int:
         """Return the copies from host to device in one step."""
+        return self.copies_in(STEP, pinned)
+
+    def copies_in(self, section: str, pinned: bool) -> int:
+        """Return the number of copies from host to device in a section."""
         copies = self.copies.items()
-        return sum(count for copy, count in copies if (copy.section, copy.pinned) == (STEP, pinned))
+        return sum(n for copy, n in copies if (copy.section, copy.pinned) == (section, pinned))
 
     @property
     def step_traffic(self) -> Counter[tuple[str, int]]:

@@ -11,6 +11,7 @@ import torch
 from megagrow.config.schema import RunConfig
 from megagrow.planning.memory import stage_memory
 from megagrow.planning.traffic import step_traffic
+from megagrow.simulation import actions
 from megagrow.simulation.isolated import isolated
 from megagrow.simulation.rank import EVERYTHING, simulate_rank
 from megagrow.simulation.report import STEP, StageReport
@@ -99,15 +100,15 @@ def test_a_rank_builds_loads_trains_validates_saves_and_grows(tmp_path: Path, na
     assert len(reports) == 2
     for index, report in enumerate(reports):
         check_waits(name, report)
+        check_evaluation(report, zero3=run.stages[index].parallel.zero_stage == 3)
         check_memory(report, first=index == 0)
         check_traffic(run, index, report)
 
 
 def check_waits(name: str, report: StageReport) -> None:
     found: Counter[str] = Counter()
-    for wait, count in report.waits.items():
-        if wait.section == STEP:
-            found[f"{wait.site.file} ({wait.site.function})"] += count
+    for wait, count in report.waits_in(STEP).items():
+        found[f"{wait.site.file} ({wait.site.function})"] += count
     allowed = WAITS[name]
     over = [place for place, count in found.items() if count > allowed.get(place, 0)]
     lines = [f"{count} x {wait.operation} at {wait.site}" for wait, count in report.waits.items()]
@@ -116,10 +117,25 @@ def check_waits(name: str, report: StageReport) -> None:
     assert [str(site) for site in pageable if site.function != PAGEABLE] == []
 
 
+def check_evaluation(report: StageReport, zero3: bool) -> None:
+    """The host reads one result per pass, and two over all batches of a validation.
+
+    Under ZeRO 3 it also reads the vote of all ranks on another pass.
+    """
+    assert sum(report.waits_in("validation").values()) == 2
+    for section in (actions.LIKELIHOOD, actions.PROMPT, *actions.TOKENS):
+        waits = report.waits_in(section)
+        assert sum(waits.values()) == 1 + zero3, [str(wait.site) for wait in waits]
+    assert sum(report.waits_in(actions.FINISH).values()) == zero3
+    # The token ids, the lengths of the texts, and in the end the index of the remaining one.
+    for section, copies in zip(actions.TOKENS, (2, 2, 3), strict=True):
+        assert report.copies_in(section, pinned=False) == copies + zero3, section
+
+
 def check_memory(report: StageReport, first: bool) -> None:
     begin = {"build", "load"} if first else {"growth"}
     steps = {"first step", "forward", "backward", "step"}
-    assert report.peaks.keys() == begin | steps | {"validation", "save"}
+    assert report.peaks.keys() == begin | steps | {"validation", "save", *actions.SECTIONS}
     for phase, peak in report.peaks.items():
         assert peak.size == sum(peak.categories.values()), phase
     assert report.training_peak.categories["weights"] >= 0
