@@ -10,11 +10,12 @@ from megagrow.parallel.sharding import STATE_KINDS
 from megagrow.simulation.memory import Allocation, MemoryLog
 
 CATEGORIES = (
-    *("weights", "master weights", "moments", "gradients", "buckets", "activations", "logits"),
-    "other",
+    *("weights", "gathered weights", "master weights", "moments", "gradients", "buckets"),
+    *("activations", "logits", "other"),
 )
 
-_LOSS = ("megagrow/parallel/loss.py", "megagrow_kernels/cross_entropy.py")
+_LOSS = "megagrow/parallel/loss.py"
+_PARAMETERS = "deepspeed/runtime/zero/partition_parameters.py"
 _FLAT_GRADIENTS = "megagrow/parallel/flat_gradients.py"
 _REDUCTION = (
     *("deepspeed/", "megagrow/parallel/replicated", "megagrow/parallel/bucket_reduction"),
@@ -25,9 +26,8 @@ _REDUCTION = (
 def label_state(memory: MemoryLog, engine: ZeroEngine) -> None:
     """Label weights, optimizer state and the gradients of a new engine."""
     module = engine._engine.module
-    for allocation in memory.live():
-        if _in_reduction(allocation) and not allocation.category:
-            allocation.category = "gradients"  # buffers of the optimizer
+    sums = getattr(engine._engine.optimizer, "grad_partitions_flat_buffer", None)  # of ZeRO 3
+    memory.label([] if sums is None else [sums], "gradients")
     memory.label((parameter.data for parameter in module.parameters()), "weights")
     partitions = [getattr(each, "ds_tensor", None) for each in module.parameters()]
     memory.label((part for part in partitions if part is not None), "weights")
@@ -62,14 +62,13 @@ def category_of(allocation: Allocation) -> str:
     """Return the category of an allocation."""
     if allocation.category:
         return allocation.category
-    if allocation.site.file in _LOSS or allocation.site.function == "Head.forward":
+    site = allocation.site
+    if _LOSS in (site.file, site.caller.split(":")[0]) or site.function == "Head.forward":
         return "logits"
-    if allocation.site.file == _FLAT_GRADIENTS:
+    if site.file == _PARAMETERS:
+        return "gathered weights"
+    if site.file == _FLAT_GRADIENTS:
         return "gradients"
-    if _in_reduction(allocation):
+    if site.file.startswith(_REDUCTION):
         return "buckets"
     return "activations" if allocation.phase in ("forward", "backward") else "other"
-
-
-def _in_reduction(allocation: Allocation) -> bool:
-    return allocation.site.file.startswith(_REDUCTION)

@@ -72,6 +72,11 @@ class MemoryLog:
             if entry is not None:
                 entry[1].category = category
 
+    def label_of(self, tensor: Tensor) -> str:
+        """Return the category that `label` has set for the storage of a tensor; empty if none."""
+        entry = self._live.get(tensor.untyped_storage()._cdata)
+        return "" if entry is None else entry[1].category
+
     def live(self, time: int | None = None) -> list[Allocation]:
         """Return the storages in use at a time, by default now."""
         if time is None:

@@ -113,6 +113,8 @@ class Recorder(TorchDispatchMode):
         if kwargs and kwargs.get("pin_memory"):
             mark_pinned(result)
         self.memory.track(result)
+        if func is _TO_COPY and self.memory.label_of(args[0]) == "master weights":
+            self.memory.label([result], "weights")  # the copies of autocast
         return result
 
     def _pass_values(self, func: Any, args: tuple[Any, ...], result: Any) -> None:

@@ -1,14 +1,21 @@
-"""Source lines that cause an event: the innermost frame of megagrow and of DeepSpeed."""
+"""Source lines that cause an event: the innermost frame of megagrow, its kernels and DeepSpeed."""
 
 import sys
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import NamedTuple
 
-_HERE = str(Path(__file__).parent)
+_HERE = Path(__file__).parent
 _PACKAGES = ("megagrow", "megagrow_kernels", "deepspeed")
-_ALLOCATORS = ("zeros", "zeros_like")
-"""Functions of megagrow/parallel/materialize.py that allocate for their callers."""
+_FOR_CALLERS = {
+    "megagrow/parallel/materialize.py": ("zeros", "zeros_like"),
+    "megagrow/parallel/engine_build.py": ("flat_zeros",),
+    "deepspeed/utils/nvtx.py": ("wrapped_fn",),
+    "deepspeed/runtime/zero/linear.py": ("forward", "backward", "zero3_linear_wrap"),
+}
+"""Functions that allocate for their callers, by file."""
 
 
 class Site(NamedTuple):
@@ -19,7 +26,7 @@ class Site(NamedTuple):
     line: int
     function: str
     caller: str = ""
-    """`FILE:LINE` in megagrow if the line itself is in DeepSpeed."""
+    """`FILE:LINE` in megagrow if the line itself is in DeepSpeed or in a kernel."""
 
     def __str__(self) -> str:
         end = f" < {self.caller}" if self.caller else ""
@@ -28,8 +35,6 @@ class Site(NamedTuple):
 
 NOWHERE = Site("", 0, "")
 """Site of an event outside of the packages."""
-
-_NAMES: dict[CodeType, str | None] = {}
 
 
 def current_site() -> Site:
@@ -42,18 +47,27 @@ def current_site() -> Site:
             line = frame.f_lineno
             if inner is None:
                 inner = Site(name, line, frame.f_code.co_qualname)
-            if not name.startswith("deepspeed"):
+            if name.startswith("megagrow/"):
                 return inner if inner.file == name else inner._replace(caller=f"{name}:{line}")
         frame = frame.f_back
     return inner or NOWHERE
 
 
+@cache
 def _name_of(code: CodeType) -> str | None:
     """Return the path of a code object's file from its package on; None outside of the packages."""
-    if code not in _NAMES:
-        path = Path(code.co_filename)
-        start = next((i for i, part in enumerate(path.parts) if part in _PACKAGES), None)
-        helper = path.name == "materialize.py" and code.co_name in _ALLOCATORS
-        inside = start is not None and not helper and not code.co_filename.startswith(_HERE)
-        _NAMES[code] = "/".join(path.parts[start:]) if inside else None
-    return _NAMES[code]
+    path = Path(code.co_filename)
+    if path.is_relative_to(_HERE):
+        return None
+    for root in _roots():
+        if path.is_relative_to(root):
+            name = path.relative_to(root.parent).as_posix()
+            return None if code.co_name in _FOR_CALLERS.get(name, ()) else name
+    return None
+
+
+@cache
+def _roots() -> tuple[Path, ...]:
+    """Return the folders of the packages."""
+    specs = [find_spec(name) for name in _PACKAGES]
+    return tuple(Path(spec.origin).parent for spec in specs if spec and spec.origin)
