@@ -33,8 +33,8 @@ def examples(command: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[str, s
     for name, inner in getattr(command, "commands", {}).items():
         yield from examples(inner, (*names, name))
     for option in command.params:
-        for value in re.findall(r"such as ([^ ;]*[^ ;.])", getattr(option, "help", None) or ""):
-            yield " ".join(names), option.opts[0], value
+        for value in re.findall(r"such as (\S+)", getattr(option, "help", None) or ""):
+            yield " ".join(names), option.opts[0], value.rstrip(".,;")
 
 
 EXAMPLES = list(examples(typer.main.get_command(app)))
