@@ -8,6 +8,8 @@ BYTE_UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 BYTE_UNITS |= {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
 _COUNT = re.compile(r"(\d+(?:_\d+)*(?:\.\d+)?(?:[eE]\+?\d{1,2})?)\s*([KMBT]?)", re.IGNORECASE)
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?", re.IGNORECASE)
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)")
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
 _EXAMPLES = "such as 2048, 2M or 1.5B"
 
 LARGEST_COUNT = 10**27
@@ -99,6 +101,14 @@ def format_bytes(count: int) -> str:
 def format_in(count: float, unit: str, decimals: int) -> str:
     """Return a number of bytes in a unit of `BYTE_UNITS`, without the unit: `1,234.5`."""
     return f"{count / BYTE_UNITS[unit]:,.{decimals}f}"
+
+
+def parse_seconds(text: str) -> float:
+    """Return the seconds that `90s`, `30min` or `1.5h` specify; raise ValueError for other text."""
+    match = _TIME.fullmatch(text.strip())
+    if match is None:
+        raise ValueError("should be a time such as 90s, 30min or 2h")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def format_duration(seconds: float | None) -> str:

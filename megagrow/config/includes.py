@@ -1,7 +1,6 @@
 """Files included by a run file: named sections, the base run file, the hardware profile.
 
-A named section is a file configs/<section>/NAME.yaml. A model can also be loaded by itself, by the
-path or the name of its file.
+A named section is a file configs/<section>/NAME.yaml.
 """
 
 import difflib
@@ -9,8 +8,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from megagrow.common.yaml_file import read_mapping
 from megagrow.config.deprecated import rename_deprecated
@@ -21,8 +18,7 @@ from megagrow.config.overrides import (
     refuse_unknown_keys,
     refuse_unknown_part_keys,
 )
-from megagrow.config.schema import ModelConfig
-from megagrow.config.validation import model_problems
+from megagrow.config.stage_length import LENGTHS, lengths_in
 from megagrow.errors import ConfigError
 
 Tree = dict[str, Any]
@@ -162,33 +158,60 @@ def read_run(path: Path, via: tuple[Path, ...] = ()) -> Tree:
     """Return the content of a run file, merged over its base, with named sections expanded.
 
     `base: gstack-1.1b` is found as gstack-1.1b.yaml in the search path. Mappings are merged key by
-    key; `stages`, and sections that are names, replace those of the base. The `hardware` profile is
-    merged over the base, and the file's own keys over both. `via` are the files included so far.
+    key; a list of `stages`, and sections that are names, replace those of the base. A mapping
+    `stages: {1: ...}` is merged into single stages. The `hardware` profile is merged over the base,
+    and the file's own keys over both. `via` are the files included so far.
 
     Raises:
         ConfigError: one of the files is invalid; the message is one line.
     """
     origin, folders = str(path), search_path(path)
-    own = rename_deprecated(read_mapping(path), origin)
-    refuse_unknown_keys(own, origin)
-    under: Tree = {}
-    if "base" in own:
-        file = find_file(str(own["base"]), "", folders, f"{origin}: 'base'")
+    content, under = read_mapping(path), Tree()
+    if "base" in content:
+        file = find_file(str(content["base"]), "", folders, f"{origin}: 'base'")
         if file in (via := (*via, path.resolve())):
             trail = " -> ".join(item.stem for item in (*via, file))
             raise ConfigError(f"{origin}: 'base' includes itself: {trail}")
         _check_depth(f"{origin}: 'base'", len(via))
         under = read_run(file, via)
+    changes_stages = isinstance(content.get("stages"), dict)
+    if changes_stages:
+        changes = _listed_changes(content["stages"], under.get("stages", []), origin)
+        content = content | {"stages": changes}
+    own = rename_deprecated(content, origin)
+    refuse_unknown_keys(own, origin)
     if "hardware" in own:
         under = with_hardware({**under, "hardware": own["hardware"]}, folders, origin)
-    named = {key for key in PARTS if isinstance(own.get(key), str) or "base" in _mapping(own, key)}
-    under = {key: value for key, value in under.items() if key not in named}
-    own = expand({key: own[key] for key in own if key not in ("base", "hardware")}, folders, origin)
-    merged = merge(under, own)
-    if "stages" not in own:
-        for names in _leaves({key: own[key] for key in DEFAULTS if key in own}):
+    own = {key: own[key] for key in own if key not in ("base", "hardware")}
+    expanded = expand(own, folders, origin)
+    if changes_stages:
+        pairs = zip(under.get("stages", []), own["stages"], expanded["stages"], strict=True)
+        expanded["stages"] = [_laid_over(*pair) for pair in pairs]
+    merged = _laid_over(under, own, expanded)
+    if changes_stages or "stages" not in own:
+        for names in _leaves({key: expanded[key] for key in DEFAULTS if key in own}):
             refuse_no_effect(merged, names, f"{origin}: {'.'.join(names)}")
     return merged
+
+
+def _listed_changes(changes: Tree, stages: list[Tree], origin: str) -> list[Any]:
+    """Return the mapping `stages: {1: ...}` of a run file as one change per stage of its base."""
+    known = [str(index) for index in range(len(stages))]
+    for index in changes:
+        if str(index) not in known:
+            listed = f"the base has {', '.join(known)}" if known else "no base has a list of stages"
+            raise ConfigError(f"{origin}: 'stages.{index}' does not exist; {listed}")
+    given = {str(index): change for index, change in changes.items()}
+    return [given.get(index, {}) for index in known]
+
+
+def _laid_over(under: Tree, own: Tree, expanded: Tree) -> Tree:
+    """Merge a tree over that of a base. `expanded` is `own` with its named sections, which replace
+    those of the base, as a length replaces a length of another key."""
+    replaced = set(LENGTHS) if lengths_in(own) else set()
+    replaced |= {key for key in PARTS if isinstance(own.get(key), str)}
+    replaced |= {key for key in PARTS if "base" in _mapping(own, key)}
+    return merge({key: value for key, value in under.items() if key not in replaced}, expanded)
 
 
 def with_hardware(tree: Tree, folders: Sequence[Path], origin: str) -> Tree:
@@ -220,49 +243,3 @@ def _leaves(tree: Tree, above: tuple[str, ...] = ()) -> Iterator[list[str]]:
             yield from _leaves(value, (*above, key))
         else:
             yield [*above, key]
-
-
-_OF_RUNS = {"name", "stages", "data", "output_dir"}
-"""Keys that only a run file has, not a model file."""
-
-
-def is_run_file(name: str) -> bool:
-    """Return True if `name` is the path of a run file, not of a model file or a model's name."""
-    path = Path(name)
-    return path.is_file() and bool(_OF_RUNS & read_mapping(path).keys())
-
-
-def load_model(name: str) -> ModelConfig:
-    """Return the model in the file at the path `name`, else the model of that name in the search
-    path of the current directory.
-
-    Raises:
-        ConfigError: the model is missing or invalid; the message is one line.
-    """
-    path = Path(name)
-    folders = search_path(path if path.is_file() else Path("run.yaml"))
-    if path.is_file():
-        tree = read_mapping(path)
-        refuse_unknown_part_keys(tree, "model", name)
-        tree = expand({"model": tree}, folders, name)["model"]
-    elif path.suffix == ".yaml":
-        raise ConfigError(f"{name}: no such file")
-    else:
-        tree = expand({"model": name}, folders, f"model {name}")["model"]
-    return checked_model(tree, name)
-
-
-def checked_model(values: dict[str, object], origin: str) -> ModelConfig:
-    """Return the model with these values; raise ConfigError, naming `origin`, if invalid."""
-    try:
-        model = ModelConfig.model_validate(values)
-    except ValidationError as error:
-        texts = [
-            f"'{'.'.join(map(str, detail['loc']))}': {detail['msg']}"
-            for detail in error.errors()
-            if detail["type"] != "default_factory_not_called"  # caused by another key's error
-        ]
-        raise ConfigError(f"{origin}: {'; '.join(texts)}") from error
-    if texts := list(model_problems(model, "model")):
-        raise ConfigError(f"{origin}: {'; '.join(texts)}")
-    return model

@@ -29,10 +29,20 @@ def run_schema() -> Schema:
     shared = {name: stage[name] for name in DEFAULTS}
     built_on = {name: {"type": "string", "description": text} for name, text in BUILT_ON.items()}
     schema["properties"] = built_on | schema["properties"] | shared
+    schema["properties"]["stages"] = _list_or_changes(schema["properties"]["stages"])
     for properties in (schema["properties"], stage):
         for name in PARTS & properties.keys():
             _allow_names(properties, name, definitions)
     return schema
+
+
+def _list_or_changes(stages: Schema) -> Schema:
+    """Let `stages` also be a mapping of indices to changes of a base's stages."""
+    single = {"^[0-9]+$": stages["items"]}
+    changes = {"type": "object", "patternProperties": single, "additionalProperties": False}
+    listed = {key: stages[key] for key in ("type", "items", "minItems")}
+    rest = {key: value for key, value in stages.items() if key not in listed}
+    return rest | {"anyOf": [listed, changes]}
 
 
 def _allow_names(properties: Schema, name: str, definitions: dict[str, Schema]) -> None:

@@ -111,8 +111,9 @@ PARTS = ("model", "data", "parallel", "batch", "optimizer", "schedule")
 BUILT_ON = {
     "base": (
         "Run file that this one extends, found as `NAME.yaml` in the search path of named "
-        "sections. Mappings are merged key by key; `stages`, and sections that are names, replace "
-        "those of the base."
+        "sections. Mappings are merged key by key; a list of `stages`, and sections that are "
+        "names, replace those of the base. `stages: {1: {tokens: 2M}}` changes single stages of "
+        "the base, counted from 0."
     ),
     "hardware": (
         "Hardware profile, `hardware/NAME.yaml`, which sets `parallel`, `kernels` and `batch` of "

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from megagrow.common.sizes import parse_count
+from megagrow.common.sizes import parse_count, parse_seconds
 from megagrow.common.untrusted_values import LONGEST_NAME
 
 LONGEST_PATH = 4095
@@ -18,6 +18,32 @@ Count = Annotated[
     int, BeforeValidator(parse_count, json_schema_input_type=_CountInput), Field(gt=0)
 ]
 """Positive integer, optionally with a suffix or an exponent: `2048`, `2M`, `10B`."""
+
+
+_TIME_TEXT = r"^\s*[0-9]+(\.[0-9]+)?\s*(s|min|h)\s*$"
+
+
+def _steps_or_time(value: object) -> object:
+    """Raise ValueError, with both spellings, for a value that is no `Interval`."""
+    text = str(value).strip()
+    if text.endswith("m"):
+        number = text.removesuffix("m").strip()
+        raise ValueError(f"is ambiguous; write {number}min for minutes or {number}M for millions")
+    try:
+        amount = parse_seconds(text) if text.endswith(("s", "min", "h")) else parse_count(value)
+    except ValueError as error:
+        raise ValueError(
+            "should be a number of steps such as 1000, or a time such as 90s, 30min or 2h"
+        ) from error
+    if amount == 0:
+        raise ValueError("should be above 0")
+    return value
+
+
+Interval = Annotated[
+    Count | Annotated[str, Field(pattern=_TIME_TEXT)], BeforeValidator(_steps_or_time)
+]
+"""Number of steps, or a time: `90s`, `30min`, `1.5h`."""
 
 
 def _usable(path: Path) -> Path:
@@ -52,8 +78,9 @@ class CheckpointConfig(Section):
     They affect the result only if the run rewinds: they determine its target.
     """
 
-    interval: Count = 1000
-    """Steps between checkpoints."""
+    interval: Interval = 1000
+    """Steps between checkpoints, or the time between them: `90s`, `30min` or `2h` of rank 0's
+    clock, rounded up to complete steps."""
     keep_last: Count = 2
     """Number of most recent valid checkpoints to keep."""
     keep_every: Count | None = None
@@ -63,6 +90,11 @@ class CheckpointConfig(Section):
     background: bool = True
     """Write checkpoints from a copy in host memory while training continues. The checkpoints at the
     end of a stage and of the run are written before training continues."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Time between checkpoints; None if `interval` is a number of steps."""
+        return parse_seconds(self.interval) if isinstance(self.interval, str) else None
 
 
 class ValidationConfig(Section):

@@ -10,7 +10,7 @@ from megagrow.model.layers.table import indivisible_sizes
 
 def problems(run: RunConfig) -> list[str]:
     """Return all problems of a run that do not depend on the number of ranks."""
-    texts = [*_instruction_tuning(run), *_evaluation(run)]
+    texts = [*_instruction_tuning(run), *_evaluation(run), *_checkpoint(run)]
     for index, stage in enumerate(run.stages):
         at = f"stages.{index}"
         texts += model_problems(stage.model, f"{at}.model")
@@ -114,6 +114,15 @@ def _sequence(model: ModelConfig, sequence_length: int, at: str) -> Iterator[str
             f"data.sequence_length = {sequence_length} is above "
             f"{at}.model.max_position_embeddings = {model.max_position_embeddings}; "
             "lower the one or raise the other"
+        )
+
+
+def _checkpoint(run: RunConfig) -> Iterator[str]:
+    if run.checkpoint.seconds is not None and run.checkpoint.keep_every is not None:
+        yield (
+            f"checkpoint.keep_every = {run.checkpoint.keep_every} keeps multiples of a number of "
+            f"steps, but checkpoint.interval = {run.checkpoint.interval} is a time; set "
+            "checkpoint.interval to a number of steps or remove checkpoint.keep_every"
         )
 
 

@@ -20,7 +20,7 @@ from megagrow.checkpoint.tensor_file import DTYPES, Stored, read_elements
 from megagrow.common.atomic_files import write_synced
 from megagrow.common.json_text import FILE_BYTES, parse_json, read_limited
 from megagrow.common.untrusted_values import read_name
-from megagrow.config.includes import checked_model
+from megagrow.config.model_file import checked_model
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.formats.hugging_face import POSITION_TABLE, equal_tensors, single_rank_layout

@@ -8,8 +8,8 @@ name code are dropped, so no code of a folder is ever executed.
 
 from typing import Any
 
-from megagrow.config.includes import checked_model
 from megagrow.config.model import ROPE_TYPES, rope_keys
+from megagrow.config.model_file import checked_model
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
 

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from typing import Any
 
-from megagrow.config.includes import checked_model
+from megagrow.config.model_file import checked_model
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
 

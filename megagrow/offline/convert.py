@@ -12,7 +12,7 @@ from megagrow.checkpoint.source import Source
 from megagrow.common.atomic_files import atomic_folder
 from megagrow.common.progress import WorkProgress
 from megagrow.common.tables import print_lines
-from megagrow.config.includes import load_model
+from megagrow.config.model_file import load_model
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.formats.deepspeed_universal import open_universal, universal_bytes, write_universal

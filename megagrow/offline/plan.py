@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from megagrow.checkpoint.source import Source
 from megagrow.config.growth import GrowthConfig
-from megagrow.config.includes import is_run_file, load_model
 from megagrow.config.load import load_run
+from megagrow.config.model_file import is_run_file, load_model
 from megagrow.config.overrides import apply_override, refuse_unknown_keys
 from megagrow.config.schema import ModelConfig, OptimizerConfig, RunConfig
 from megagrow.errors import CheckpointError, ConfigError

@@ -1,6 +1,7 @@
 """Checkpoints of a run: asynchronous saves during training, and retention."""
 
 import logging
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -33,8 +34,8 @@ class Checkpointer:
     """Checkpoint writer of a run, as `loop.Background` of its training. A context manager.
 
     If an InputError leaves the context, a running save is completed first. All methods except
-    `busy` and `inherit` are collective. Methods that return a state add the time for which saves
-    blocked training to its counters.
+    `busy`, `due` and `inherit` are collective. Methods that return a state add the time for which
+    saves blocked training to its counters.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Checkpointer:
         options = run.checkpoint
         self._pruner = Pruner(self.directory, Retention(options.keep_last, options.keep_every))
         self._stalled = 0.0
+        self._begun = time.monotonic()  # of the newest save, or of the part of the run before it
         self.last_step = 0
         """Step of the newest checkpoint, which may still be written; 0 if there is none."""
 
@@ -90,6 +92,7 @@ class Checkpointer:
 
     def rewound_to(self, found: FoundCheckpoint | None) -> None:
         """Record the checkpoint from which training continues."""
+        self._begun = time.monotonic()
         self.last_step = 0 if found is None else step_of(found[0])
         if found is not None:
             self._pruner.record(found[0], True)
@@ -144,7 +147,7 @@ class Checkpointer:
         storage, step = stage.engine.storage(), state.counters.step
         due = run_on_rank_zero(lambda: self._due(step))
         self._saver.begin(step, stage.layout, storage, manifest, not wait, due)
-        self.last_step = step
+        self.last_step, self._begun = step, time.monotonic()
         if wait:
             self.idle_everywhere()
         return self.account(state)
@@ -152,6 +155,12 @@ class Checkpointer:
     def busy(self) -> bool:
         """Return True while this rank is writing."""
         return self._saver.writing
+
+    def due(self) -> bool:
+        """Return True on rank 0 if the time between checkpoints is over."""
+        seconds = self._run.checkpoint.seconds
+        over = seconds is not None and time.monotonic() - self._begun >= seconds
+        return over and self._rank == 0
 
     def idle_everywhere(self) -> None:
         """Wait for this rank's save, publish the checkpoint and start to prune old ones."""

@@ -71,6 +71,9 @@ class Background(Protocol):
     def busy(self) -> bool:
         """Return True while this rank is still working."""
 
+    def due(self) -> bool:
+        """Return True on rank 0 if a checkpoint is due by its clock."""
+
     def idle_everywhere(self) -> None:
         """Finish the work; called on all ranks before the same step, when no rank is busy."""
 
@@ -129,12 +132,20 @@ def advance(
         measure,
         validate=last or state.counters.step % run.validation.interval == 0,
         evaluate=_evaluates(run, state, last),
-        save=last or (good and state.counters.step % run.checkpoint.interval == 0),
+        save=last or (good and _saves(run, state, feed.agreement)),
         rewind=state.guard.reason_to_rewind(run.guards),
     )
     if event.validate or event.evaluate or event.save or event.rewind:
         feed.agreement = None  # a signal may arrive meanwhile
     return event
+
+
+def _saves(run: RunConfig, state: RunState, agreement: Agreement | None) -> bool:
+    """Return True if a checkpoint is due after this step, by its number or by rank 0's clock."""
+    interval = run.checkpoint.interval
+    if isinstance(interval, int):
+        return state.counters.step % interval == 0
+    return agreement is not None and agreement.due
 
 
 def _evaluates(run: RunConfig, state: RunState, last: bool) -> bool:
@@ -177,8 +188,10 @@ def _vote(feed: StepFeed, stop: StopSignal, hooks: StepHooks, part: StepPart, nu
         feed.read(part)
     except (InputError, OSError) as error:
         problem = error
-    busy = hooks.background is not None and hooks.background.busy()
-    return Vote(part, problem, stop.received is not None, busy)
+    background = hooks.background
+    busy = background is not None and background.busy()
+    due = background is not None and background.due()
+    return Vote(part, problem, stop.received is not None, busy, due)
 
 
 def _measured_step(

@@ -58,11 +58,13 @@ class Vote:
     """The rank has received a signal."""
     busy: bool = False
     """The rank works in the background."""
+    due: bool = False
+    """The clock of rank 0 requests a checkpoint before the step; False on the other ranks."""
 
     @property
     def flags(self) -> list[bool]:
         """Flags that are combined over all ranks, in the order of the fields of `Agreement`."""
-        return [self.problem is not None, self.stopped, self.busy]
+        return [self.problem is not None, self.stopped, self.busy, self.due]
 
     def raise_problem(self) -> None:
         """Raise the rank's error, if any."""
@@ -79,6 +81,7 @@ class Agreement:
     failed: bool
     stopped: bool
     busy: bool
+    due: bool
 
 
 class StepFeed:

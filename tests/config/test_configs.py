@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megagrow.config import flops as parameters
-from megagrow.config.includes import load_model
 from megagrow.config.load import load_run, to_yaml
+from megagrow.config.model_file import load_model
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.operators import OPERATORS
 from megagrow.model.llama import LlamaForCausalLM

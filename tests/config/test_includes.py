@@ -1,7 +1,10 @@
 """Run files with a base and with hardware profiles."""
 
+import re
+
 import pytest
 
+from megagrow.errors import ConfigError
 from tests.config.conftest import ONE_STAGE, SECOND_STAGE
 
 OFFER = "parallel: {zero_stage: 2, activation_checkpointing: full}\nbatch: {micro_batch_size: 4}\n"
@@ -28,6 +31,40 @@ def test_stages_replace_those_of_the_base(load, write_part) -> None:
     run = load(text="base: first\nstages: [{tokens: 7K}]\n")
     assert [stage.tokens for stage in run.stages] == [7_000]
     assert run.stages[0].model.num_hidden_layers == 2
+
+
+def test_a_mapping_changes_single_stages_of_the_base(load, write_part) -> None:
+    write_part("first", ONE_STAGE + SECOND_STAGE)
+    base = load(text="base: first\n")
+    run = load(text="base: first\nstages: {1: {tokens: 7K, optimizer: {min_lr: 1e-5}}}\n")
+    assert run.stages[0] == base.stages[0] and run.stages[1].tokens == 7_000
+    assert run.stages[1].growth == base.stages[1].growth
+    assert run.stages[1].optimizer == base.stages[1].optimizer.model_copy(update={"min_lr": 1e-5})
+    write_part("second", "base: first\nstages: {0: {tokens: 3K}}\n")
+    both = load(text="base: second\nstages: {1: {at_tokens: 9K}}\n").stages
+    assert [(stage.tokens, stage.at_tokens) for stage in both] == [
+        (3_000, None),
+        (5_928, 9_000),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: first\nstages: {2: {}}\n", "'stages.2' does not exist; the base has 0, 1"),
+        ("base: first\nstages: {last: {}}\n", "'stages.last' does not exist; the base has 0, 1"),
+        ("base: first\nstages: {1: 5}\n", "'stages.1' is not a mapping"),
+        ("base: first\nstages: {1: {tokns: 5}}\n", "unknown key 'stages.1.tokns'"),
+        ("base: first\nseed: 1\nstages: {1: {model: none}}\n", "'stages.1.model' = 'none'"),
+        ("base: flat\nstages: {0: {}}\n", "'stages.0' does not exist; no base has a list of"),
+        (ONE_STAGE + "stages: {0: {}}\n", "'stages.0' does not exist; no base has a list of"),
+    ],
+)
+def test_a_mapping_of_stages_that_changes_nothing(load, write_part, text, message) -> None:
+    write_part("first", ONE_STAGE + SECOND_STAGE)
+    write_part("flat", ONE_STAGE)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(text=text)
 
 
 def test_a_section_by_name_replaces_that_of_the_base(load, write_part) -> None:

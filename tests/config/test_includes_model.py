@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.config.includes import is_run_file, load_model
+from megagrow.config.model_file import is_run_file, load_model
 from megagrow.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -3,7 +3,7 @@
 import pytest
 
 from megagrow.config.growth import GrowthConfig
-from megagrow.config.includes import checked_model
+from megagrow.config.model_file import checked_model
 from megagrow.errors import InputError
 from megagrow.growth.constraints import Event
 from megagrow.growth.validation import event_problems

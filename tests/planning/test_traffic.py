@@ -24,7 +24,7 @@ from megagrow.train.train_state import RunState
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run, parallel_of
 from tests.helpers.spawn import run_ranks
 
-SCALARS = 40
+SCALARS = 48
 """Bytes up to which a collective is about norms, losses and flags."""
 
 KINDS = {

@@ -6,8 +6,8 @@ from math import prod
 from pathlib import Path
 
 from megagrow.common.gpu_specs import find_gpu
-from megagrow.config.includes import load_model
 from megagrow.config.load import load_run
+from megagrow.config.model_file import load_model
 from megagrow.config.schema import RunConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
