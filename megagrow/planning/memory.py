@@ -46,7 +46,9 @@ class StageMemory:
         copies.
 
         ZeRO 0 has none in fp32, and the copies of autocast in bf16. ZeRO 3 has none in fp32 either,
-        unless the master weights are on the CPU (`parallel.engine_build`).
+        unless the master weights are on the CPU (`parallel.engine_build`). On CPUs of one host the
+        data-parallel ranks of ZeRO 1 and 2 map the same weights (`parallel.materialize`): they
+        count in the resident memory of each rank, but the host holds one copy per slice.
         """
         size = self.stage.parallel.zero_hpz_partition_size
         secondary = self._width * self._slice // size if size > 1 else 0
