@@ -152,21 +152,27 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Memory of flash, efficient and cuDNN attention: inputs, output and one fp32 per query."""
+    """Memory of flash, efficient and cuDNN attention: inputs, output and one fp32 per query.
+
+    A bool mask is converted to the dtype of the queries in each call, and kept.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        out, bias = torch.empty_like(q), () if mask is None else (mask.to(q.dtype),)
+        statistics = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, statistics, *bias)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None
 
 
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-    return _FusedAttention.apply(*(autocast.cast(x, NAME) for x in (q, k, v)))
+def _fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **_: Any
+) -> Tensor:
+    return _FusedAttention.apply(*(autocast.cast(x, NAME) for x in (q, k, v)), attn_mask)
 
 
 def _flash_attn() -> ModuleType:

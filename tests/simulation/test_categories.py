@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.simulation.isolated import isolated
-from megagrow.simulation.rank import Actions, simulate_rank
-from megagrow.simulation.report import StageReport
+from megagrow.planning.simulated import SimulatedStage, simulate_run
 from megagrow.simulation.sites import NOWHERE, Site, current_site
 from tests.helpers.runs import make_run, parallel_of
 
@@ -68,23 +66,30 @@ SCALARS = 8192
 """Bytes of norms, flags, counts and token ids, and of rounding each tensor up to 512 bytes."""
 
 
-def simulated(folder: Path, zero: int, precision: str = "bf16") -> StageReport:
+TRITON = dict.fromkeys(("attention", "norm", "pointwise", "loss"), "triton")
+
+
+def simulated(
+    folder: Path, zero: int, kernels: dict[str, str] | None = None, packed: bool = False
+) -> SimulatedStage:
     stage = {
         "model": MODEL,
         "tokens": 100 * 2 * DP * TOKENS,
         "parallel": parallel_of(zero, 1),
+        "kernels": kernels or {},
         "batch": {"global_batch_size": 2 * DP, "micro_batch_size": 1},
     }
     data = {"train": [{"path": folder / "train"}], "sequence_length": TOKENS}
-    run = make_run(folder, [stage], precision=precision, data=data)
-    (report,) = isolated(simulate_rank, run, DP, RANK, Actions())
-    return report
+    data["reset_attention_mask"] = packed
+    run = make_run(folder, [stage], precision="bf16", data=data)
+    (result,) = simulate_run(run, DP, RANK)
+    return result
 
 
 @pytest.mark.parametrize("zero", EXPECTED)
 def test_categories_at_the_loss(tmp_path: Path, zero: int) -> None:
     expected = EXPECTED[zero] | {"activations": ACTIVATIONS, "logits": LOGITS, "other": 0}
-    peak = simulated(tmp_path, zero).peaks["backward"]
+    peak = simulated(tmp_path, zero).report.peaks["backward"]
     assert peak.categories.keys() == expected.keys()
     for name, size in expected.items():
         assert 0 <= peak.categories[name] - size <= SCALARS, (name, size, peak.categories)
@@ -92,12 +97,30 @@ def test_categories_at_the_loss(tmp_path: Path, zero: int) -> None:
 
 def test_without_zero_the_weights_are_the_copies_of_autocast(tmp_path: Path) -> None:
     """Norms and the embedding are not operands of products."""
-    categories = simulated(tmp_path, 0).peaks["backward"].categories
+    categories = simulated(tmp_path, 0).report.peaks["backward"].categories
     assert categories["weights"] == 2 * (TABLE + LAYERS * LAYER)
     state = {name: categories[name] for name in ("master weights", "moments", "gradients")}
     for name, width in zip(state, (4, 8, 4), strict=True):
         assert 0 <= state[name] - width * PARAMETERS <= SCALARS * NORMS, name
     assert categories["gathered weights"] == 0
+
+
+@pytest.mark.parametrize(
+    ("kernels", "packed"), [(TRITON, True), (TRITON, False), ({"attention": "reference"}, True)]
+)
+def test_plan_of_other_backends(tmp_path: Path, kernels: dict[str, str], packed: bool) -> None:
+    assert simulated(tmp_path, 1, kernels, packed).training.agrees
+
+
+@pytest.mark.parametrize(("backend", "masks"), [("sdpa", LAYERS), ("flash_attn", 0)])
+def test_masks_of_documents(tmp_path: Path, backend: str, masks: int) -> None:
+    """torch's attention keeps a mask in bf16 in each layer; flash-attn has none."""
+    kernels = {"attention": backend}
+    plain, packed = (
+        simulated(tmp_path, 1, kernels, each).report.peaks["backward"].categories["activations"]
+        for each in (False, True)
+    )
+    assert packed - plain == masks * 2 * TOKENS * TOKENS
 
 
 def test_packages_are_found_by_their_folders(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megagrow.config.schema import RunConfig
+from megagrow.model.backends import OPERATIONS
 from megagrow.planning.memory import stage_memory
 from megagrow.planning.traffic import step_traffic
 from megagrow.simulation import actions
@@ -18,6 +19,7 @@ from megagrow.simulation.report import STEP, StageReport
 from tests.helpers.runs import MODEL, make_run, parallel_of
 
 TRITON = dict.fromkeys(("attention", "norm", "pointwise", "loss"), "triton")
+TORCH = {"attention": "sdpa"} | dict.fromkeys(("norm", "pointwise", "loss"), "torch")
 CHUNKS = {"linear_cross_entropy": True, "loss": "triton"}  # 10 chunks; torch has 64
 SMALL = MODEL | {"num_hidden_layers": 1, "vocab_size": 1000, "hidden_size": 64}
 LARGE = SMALL | {"num_hidden_layers": 2}
@@ -30,7 +32,8 @@ class Case:
     precision: str
     kernels: dict[str, Any] = field(default_factory=dict)
     operator: str = "direct_depth"
-    model: dict[str, Any] = field(default_factory=dict)
+    packed: bool = False
+    """Two documents per sequence."""
 
     def run(self, tmp: Path) -> RunConfig:
         tp = self.parallel["tensor_model_parallel_size"]
@@ -40,25 +43,29 @@ class Case:
             "kernels": self.kernels,
             "batch": {"global_batch_size": 2 * WORLD // tp, "micro_batch_size": 1},
         }
-        grown = LARGE | self.model
         stages = [
             stage | {"model": SMALL},
-            stage | {"model": grown, "growth": {"operator": self.operator}},
+            stage | {"model": LARGE, "growth": {"operator": self.operator}},
         ]
-        packed = {"reset_attention_mask": self.kernels.get("attention") == "flash_attn"}
-        data = {"train": [{"path": tmp / "train"}], "sequence_length": LENGTH}
-        return make_run(tmp, stages, precision=self.precision, data=data | packed)
+        data = {
+            "train": [{"path": tmp / "train"}],
+            "sequence_length": LENGTH,
+            "reset_attention_mask": self.packed,
+        }
+        return make_run(tmp, stages, precision=self.precision, data=data)
 
 
 OFFLOAD = {"offload_optimizer": True}
 CASES = {
     "zero-0": Case(parallel_of(0, 2, True, "full"), "bf16", TRITON),
-    "zero-1": Case(parallel_of(1, 2), "bf16", CHUNKS),
-    "zero-1-fp32": Case(parallel_of(1, 1), "fp32", operator="random_depth"),
-    "zero-2": Case(parallel_of(2, 2, True, "selective"), "bf16", TRITON),
-    "zero-3": Case(parallel_of(3, 1), "bf16", {"attention": "flash_attn"} | CHUNKS),
+    "zero-1": Case(parallel_of(1, 2), "bf16", {"attention": "flash_attn"} | CHUNKS),
+    "zero-1-fp32": Case(
+        parallel_of(1, 1), "fp32", {"attention": "reference"}, operator="random_depth", packed=True
+    ),
+    "zero-2": Case(parallel_of(2, 2, True, "selective"), "bf16", TRITON, packed=True),
+    "zero-3": Case(parallel_of(3, 1), "bf16", {"attention": "flash_attn"} | CHUNKS, packed=True),
     "zero-3-fp32": Case(parallel_of(3, 2, True, "full"), "fp32", TRITON),
-    "zero-2-offload": Case(parallel_of(2, 1) | OFFLOAD, "bf16"),
+    "zero-2-offload": Case(parallel_of(2, 1) | OFFLOAD, "bf16", TORCH, packed=True),
 }
 """Every ZeRO stage, precision, kernel backend and layout of tensor parallelism."""
 
@@ -91,6 +98,13 @@ PAGEABLE = "DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct"
 
 SCALARS = 256
 """Bytes of norms, losses and flags in a step, which are not planned."""
+
+
+def test_every_backend_is_simulated() -> None:
+    """Also those of kernels that are not installed (`simulation.patches`)."""
+    backends = {(name, backend) for name, known in OPERATIONS.items() for backend in known}
+    simulated = {choice for case in CASES.values() for choice in case.kernels.items()}
+    assert backends <= simulated
 
 
 @pytest.mark.parametrize("name", CASES)
