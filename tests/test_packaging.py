@@ -156,3 +156,42 @@ def test_the_wheel_names_the_command_and_the_extras(unpacked: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     extras = metadata.get_all("Provides-Extra")
     assert set(extras) == {"flash", "eval", "hf", "test", "dev", "wandb"}
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the programs of an environment in which pip has installed the wheel.
+
+    The dependencies are those of this environment.
+    """
+    environment = tmp_path_factory.mktemp("environment")
+    python("-m", "venv", "--without-pip", str(environment))
+    interpreter, packages = environment / "bin/python", sysconfig.get_path("purelib")
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(f"{packages}\n")
+    options = ("--quiet", "--no-deps", "--no-index", "--ignore-installed")
+    python("-m", "pip", "--python", str(interpreter), "install", *options, str(wheel))
+    return environment / "bin"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "output"),
+    [
+        (["--version"], f"megagrow {__version__}"),
+        (["config", "ls"], "gstack-1.1b"),
+        (["plan", "gstack-1.1b"], "gstack-1.1b on 1 rank"),
+        (["config", "show", "demo/gstack"], "name: demo-gstack"),
+    ],
+)
+def test_an_installed_wheel_finds_its_run_files_by_name_in_an_empty_folder(
+    installed: Path, tmp_path: Path, arguments: list[str], output: str
+) -> None:
+    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    command = [str(installed / "megagrow"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert output in done.stdout
+    code = "import megagrow; print(megagrow.__file__)"
+    where = [str(installed / "python"), "-c", code]
+    file = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert Path(file.stdout.strip()).is_relative_to(installed.parent)

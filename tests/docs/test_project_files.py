@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -61,6 +62,26 @@ def test_setup_installs_the_pinned_torch() -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert f"TORCH ?= torch=={constraints()['torch']}\n" in makefile
     assert "-c $(VENV)/constraints.txt" in makefile
+
+
+def test_the_image_installs_the_pinned_torch_from_files_that_exist() -> None:
+    """No test can build the image; these are the lines that other files can break."""
+    lines = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text()).splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    assert ["ARG", f'TORCH="torch=={constraints()["torch"]}"'] in steps
+    (base,) = [step[1] for step in steps if step[0] == "FROM"]
+    python = Version(base.removeprefix("python:").removesuffix("-slim"))
+    assert SpecifierSet(PROJECT["requires-python"]).contains(python)
+    copied = {name for key, rest in steps if key == "COPY" for name in rest.split()[:-1]}
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert copied == {line.removeprefix("!") for line in ignored if line.startswith("!")}
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    (extras,) = re.findall(r"'\.\[([a-z,]+)\]'", "\n".join(lines))
+    assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
+    keys = [key for key, _ in steps]
+    assert steps[keys.index("USER")][1] != "root" and keys.index("USER") > max(
+        index for index, key in enumerate(keys) if key in ("RUN", "COPY")
+    )
 
 
 def test_ci_runs_the_entry_point_on_every_supported_python() -> None:
