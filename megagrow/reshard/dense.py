@@ -19,9 +19,8 @@ from torch import Tensor
 from megagrow.growth.map import Dense, GrowthMap
 from megagrow.parallel.sharding import StateKind
 from megagrow.reshard.copy_ops import block_view
-from megagrow.reshard.exchange import BUCKET_BYTES, ShardedState, TransferStats
+from megagrow.reshard.exchange import BUCKET_BYTES, ShardedState, TransferStats, group_device
 from megagrow.reshard.layout import Block, Layout
-from megagrow.reshard.transport import group_device
 
 _ELEMENTS_AT_ONCE = BUCKET_BYTES // 8 // 4
 """Elements of one fp64 work matrix; up to four exist at a time."""

@@ -1,4 +1,8 @@
-"""Live resharding between ranks, one bucket at a time."""
+"""Live resharding between ranks.
+
+Ranks of one host read each other's shared memory. Between hosts and between GPUs, data is sent by
+all-to-all (NCCL or gloo), one bucket at a time.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,17 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.growth.map import GrowthMap
-from megagrow.parallel.sharding import Storage
-from megagrow.parallel.shared_memory import on_one_host
+from megagrow.parallel.sharding import STATE_KINDS, Storage
+from megagrow.parallel.shared_memory import on_one_host, shared_copies
 from megagrow.reshard.copy_ops import collect, deliver, move_within
 from megagrow.reshard.layout import Layout
 from megagrow.reshard.transfers import RankPlan, Transfer, TransferChunk, plan_rank, rounds
-from megagrow.reshard.transport import (
-    Network,
-    SharedMemory,
-    Transport,
-    group_device,
-)
 
 _Round = tuple[Sequence[TransferChunk], ...]
 """Chunks sent to, or received from, each rank in one round."""
@@ -63,28 +61,67 @@ def exchange(
     """Fill this rank's target storage from all ranks' source storage. Collective.
 
     A rank never holds more than its source, its target and one bucket. An element is sent to a rank
-    at most once, and not at all if the rank already has it. Dense terms are excluded (see
-    `dense.py`).
+    at most once, and not at all if the rank already has it. On one host, nothing is sent: if any
+    element has to change ranks, the source's storage moves to shared memory. Dense terms are
+    excluded (see `dense.py`).
     """
     plan = plan_rank(dist.get_rank(), source.layout, growth, target.layout)
-    for copy in plan.local:
-        move_within(copy, source.layout, source.storage, target.layout, target.storage)
-    shared = on_one_host()
-    buffers = SharedMemory.num_buffers if shared else Network.num_buffers
-    to_peer, from_peer = _limits(plan, bucket_bytes // 4 // 2 // buffers)
+    moves = _max_over_ranks(plan.numel_sent) > 0
+    shared = moves and on_one_host()
+    stored = {plan.rank: source.storage}
+    if shared:
+        stored = dict(enumerate(_share(source.layout, source.storage)))
+    for rank, storage in stored.items():
+        for copy in plan.copies.get(rank, ()):
+            move_within(copy, source.layout, storage, target.layout, target.storage)
+    rounds = _send(plan, source, target, bucket_bytes) if moves and not shared else 0
+    return TransferStats(4 * plan.numel_sent, 4 * plan.numel_local, rounds)
+
+
+def _share(layout: Layout, storage: Storage) -> list[Storage]:
+    """Move this rank's storage to shared memory; return that of every rank. Collective.
+
+    Requires `on_one_host`. One state kind at a time is copied, replaced in `storage`, and freed.
+    """
+    memory = shared_copies(_emptied(layout, storage), range(dist.get_world_size()))
+    all_ranks = [_storage(layout, rank, shared) for rank, shared in enumerate(memory)]
+    for name, kinds in storage.items():
+        kinds.update(all_ranks[dist.get_rank()][name])
+    return all_ranks
+
+
+def _emptied(layout: Layout, storage: Storage) -> Iterator[Tensor]:
+    """Yield the parts of a storage in the order of `_storage` and remove them."""
+    held = [storage[name] for name in layout.plan if name in storage]
+    for kind in STATE_KINDS:
+        for kinds in held:
+            yield kinds[kind]
+        for kinds in held:
+            del kinds[kind]  # frees the tensor of which they are views
+
+
+def _storage(layout: Layout, rank: int, memory: Tensor) -> Storage:
+    """Return a rank's storage as views of its memory, one state kind after the other."""
+    sizes = {name: len(layout.interval(name, rank // layout.tp)) for name in layout.plan}
+    sizes = {name: size for name, size in sizes.items() if size}
+    storage: Storage = {name: {} for name in sizes}
+    for kind, part in zip(STATE_KINDS, memory.view(torch.float32).chunk(3), strict=True):
+        for name, values in zip(sizes, part.split(list(sizes.values())), strict=True):
+            storage[name][kind] = values
+    return storage
+
+
+def _send(plan: RankPlan, source: ShardedState, target: ShardedState, bucket_bytes: int) -> int:
+    """Exchange the transfers of all ranks and return the number of rounds. Collective."""
+    to_peer, from_peer = _limits(plan, bucket_bytes // 4 // 2)
     send, receive = _rounds(plan.outgoing, to_peer), _rounds(plan.incoming, from_peer)
-    largest = max((sum(_sizes(buffers)) for buffers in send), default=0)
     count = _max_over_ranks(max(len(send), len(receive)))
-    if count > 0:
-        transport = SharedMemory(largest) if shared else Network(group_device())
-        empty: _Round = ((),) * dist.get_world_size()
-        for index in range(count):
-            to_send = send[index] if index < len(send) else empty
-            to_receive = receive[index] if index < len(receive) else empty
-            _one_round(transport, to_send, to_receive, source, target)
-    sent = sum(sum(_sizes(buffers)) for buffers in send)
-    local = sum(copy.shape[0] * copy.shape[1] for copy in plan.local)
-    return TransferStats(bytes_sent=4 * sent, bytes_local=4 * local, rounds=count)
+    empty: _Round = ((),) * dist.get_world_size()
+    for index in range(count):
+        to_send = send[index] if index < len(send) else empty
+        to_receive = receive[index] if index < len(receive) else empty
+        _one_round(to_send, to_receive, source, target)
+    return count
 
 
 def _limits(plan: RankPlan, elements: int) -> tuple[list[int], list[int]]:
@@ -113,13 +150,15 @@ def _rounds(transfers: dict[int, list[Transfer]], limits: list[int]) -> list[_Ro
     return list(zip_longest(*by_peer, fillvalue=()))
 
 
-def _one_round(
-    transport: Transport, send: _Round, receive: _Round, source: ShardedState, target: ShardedState
-) -> None:
-    for chunks, buffer in zip(send, transport.buffers(_sizes(send)), strict=True):
+def _one_round(send: _Round, receive: _Round, source: ShardedState, target: ShardedState) -> None:
+    sizes, coming = _sizes(send), _sizes(receive)
+    sent = torch.empty(sum(sizes), device=group_device())
+    for chunks, buffer in zip(send, sent.split(sizes), strict=True):
         for chunk, part in _parts(chunks, buffer):
             collect(chunk, part, source.layout, source.storage)
-    for chunks, buffer in zip(receive, transport.all_to_all(_sizes(receive)), strict=True):
+    received = torch.empty(sum(coming), device=group_device())
+    dist.all_to_all_single(received, sent, coming, sizes)
+    for chunks, buffer in zip(receive, received.split(coming), strict=True):
         for chunk, part in _parts(chunks, buffer):
             for use in chunk.uses():
                 deliver(use, part, target.layout, target.storage)
@@ -142,3 +181,9 @@ def _max_over_ranks(value: int) -> int:
     tensor = torch.tensor([value], device=group_device())
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)
+
+
+def group_device() -> torch.device:
+    """Return the device of tensors that the process group can send."""
+    gpu = None if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
+    return gpu or torch.device("cpu")

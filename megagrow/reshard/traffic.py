@@ -35,14 +35,13 @@ def rank_volume(rank: int, source: Layout, growth: GrowthMap, target: Layout) ->
     The cost is proportional to the rank's own copies, independent of the number of ranks.
     """
     plan = plan_rank(rank, source, growth, target)
-    kept = sum(copy.shape[0] * copy.shape[1] for copy in plan.local)
     return Volume(
         {peer: _bytes(transfers) for peer, transfers in sorted(plan.outgoing.items())},
         {peer: _bytes(transfers) for peer, transfers in sorted(plan.incoming.items())},
-        FP32_BYTES * kept,
+        FP32_BYTES * plan.numel_local,
         dense_bytes(source, growth, target),
     )
 
 
 def _bytes(transfers: list[Transfer]) -> int:
-    return FP32_BYTES * sum(len(item.rows) * len(item.cols) for item in transfers)
+    return FP32_BYTES * sum(transfer.numel for transfer in transfers)

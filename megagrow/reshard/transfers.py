@@ -6,6 +6,7 @@ elements are sent once and repeated at the destination.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from megagrow.growth.map import GrowthMap, Indices
 from megagrow.parallel.sharding import StateKind
@@ -31,6 +32,10 @@ class Transfer:
     rows: Indices
     cols: Indices
     uses: list[Copy] = field(default_factory=list)
+
+    @property
+    def numel(self) -> int:
+        return len(self.rows) * len(self.cols)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,30 +84,41 @@ def pack(copies: Iterable[Copy]) -> list[Transfer]:
 
 @dataclass(frozen=True, eq=False)
 class RankPlan:
-    """Local copies and transfers of one rank in a reshard."""
+    """Copies into one rank, and its transfers, in a reshard."""
 
-    local: list[Copy]
-    """Copies within the rank."""
+    rank: int
+    copies: dict[int, list[Copy]]
+    """Copies into this rank by source rank, itself included."""
     outgoing: dict[int, list[Transfer]]
     """Transfers by destination rank."""
-    incoming: dict[int, list[Transfer]]
-    """Transfers by source rank."""
+
+    @cached_property
+    def incoming(self) -> dict[int, list[Transfer]]:
+        """Transfers by source rank."""
+        return {peer: pack(copies) for peer, copies in self.copies.items() if peer != self.rank}
+
+    @property
+    def numel_sent(self) -> int:
+        """Elements sent to other ranks."""
+        return sum(transfer.numel for sent in self.outgoing.values() for transfer in sent)
+
+    @property
+    def numel_local(self) -> int:
+        """Elements copied within the rank."""
+        return sum(copy.shape[0] * copy.shape[1] for copy in self.copies.get(self.rank, ()))
 
 
 def plan_rank(rank: int, source: Layout, growth: GrowthMap, target: Layout) -> RankPlan:
     """Return the plan of `rank` in a reshard that fills the target of every rank."""
-    outgoing: dict[int, list[Copy]] = {}
-    incoming: dict[int, list[Copy]] = {rank: []}
+    into: dict[int, list[Copy]] = {}
+    out_of: dict[int, list[Copy]] = {}
     for kind in growth.kinds:
         for copy in copies_to(rank, source, growth, target, kind):
-            incoming.setdefault(copy.source_rank, []).append(copy)
+            into.setdefault(copy.source_rank, []).append(copy)
         for copy in copies_from(rank, source, growth, target, kind):
-            outgoing.setdefault(copy.target_rank, []).append(copy)
-    local = incoming.pop(rank)
-    outgoing.pop(rank, None)
-    return RankPlan(
-        local, *({p: pack(c) for p, c in side.items()} for side in (outgoing, incoming))
-    )
+            out_of.setdefault(copy.target_rank, []).append(copy)
+    out_of.pop(rank, None)
+    return RankPlan(rank, into, {peer: pack(copies) for peer, copies in out_of.items()})
 
 
 def rounds(transfers: Iterable[Transfer], limit: int) -> Iterator[list[TransferChunk]]:

@@ -64,7 +64,7 @@ def test_parcels_carried_round_by_round_fill_the_target(reshard, limit):
     for rank, plan in enumerate(found):
         mine = empty_storage(target, rank, 0.0)
         fill_new(growth, target, rank, mine)
-        for copy in plan.local:
+        for copy in plan.copies.get(plan.rank, ()):
             move_within(copy, source, theirs[rank], target, mine)
         for peer, parcels in plan.incoming.items():
             sent = list(rounds(found[peer].outgoing[rank], limit))

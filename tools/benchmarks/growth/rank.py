@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 import megagrow.train.growth_event.event as growing
 from megagrow.config.schema import RunConfig
-from megagrow.parallel.launch import read_launch
+from megagrow.parallel.launch import read_launch, tune_process
 from megagrow.parallel.process_groups import init_process_group, leave_process_group
 from megagrow.parallel.sharding import STATE_KINDS, Storage
 from megagrow.reshard.layout import Layout
@@ -39,6 +39,7 @@ NO_FEED: Any = None
 def main() -> None:
     """Measure each case of a JSON file and append its results to a JSON lines file."""
     cases, results = map(Path, sys.argv[1:])
+    tune_process()
     device = init_process_group(read_launch())
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_world_size()))
     for case in json.loads(cases.read_text(encoding="utf-8")):

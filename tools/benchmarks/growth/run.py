@@ -206,7 +206,7 @@ def plan_seconds(
     directions = (plan_of.outgoing, plan_of.incoming)
     transfers = sum(len(p) for direction in directions for p in direction.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return seconds, peak, len(plan_of.local) + transfers
+    return seconds, peak, len(plan_of.copies.get(rank, ())) + transfers
 
 
 def markdown(results: dict[str, Any]) -> str:
