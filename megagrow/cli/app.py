@@ -187,6 +187,7 @@ def main() -> None:
 def _report_usage(error: Any) -> None:
     """Report a wrong command line. A group without a command has printed its help."""
     message = " ".join(error.format_message().split()).rstrip(".")
+    message = message.replace("Value error, ", "").replace(": Input should", ": should")
     if message:
         _report_once(f"error: {message}; see {error.ctx.command_path} --help")
 

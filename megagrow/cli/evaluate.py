@@ -47,6 +47,7 @@ def evaluate(
     from megagrow.evaluation.launched import watched_topology
     from megagrow.evaluation.results_store import find_run
     from megagrow.evaluation.runner import evaluate_checkpoint
+    from megagrow.formats.open_source import require_source
     from megagrow.parallel.agreement import run_on_all_ranks
     from megagrow.parallel.launch import read_launch
 
@@ -55,6 +56,7 @@ def evaluate(
     configure_logging(rank=launch.rank, world_size=launch.world_size)
     if not names:
         raise ConfigError("--tasks: empty; list at least one task")
+    require_source(checkpoint)  # before tasks are downloaded
     with watched_topology(tp) as topology:
         record = evaluate_checkpoint(
             checkpoint,

@@ -120,7 +120,9 @@ def _iso_data(
 
     csv = find_csv(sources)
     if csv is None and budgets is None:
-        raise ConfigError("--budgets is missing: the FLOPs at which to compare the runs")
+        raise ConfigError(
+            "--budgets is missing: the FLOPs at which to compare the runs, such as 1e17,2e17"
+        )
     if csv is not None and budgets is not None:
         raise ConfigError(f"--budgets is for run directories: {csv} has its own column 'flops'")
     if budgets is not None:

@@ -82,8 +82,10 @@ def _complete(
     from megagrow.evaluation.launched import watched_topology
     from megagrow.evaluation.logprobs import ModelScorer
     from megagrow.evaluation.model import load_model
+    from megagrow.formats.open_source import require_source
     from megagrow.parallel.agreement import run_on_rank_zero
 
+    require_source(checkpoint)
     with watched_topology(tp) as topology:
         if topology.dp > 1:
             ranks = topology.dp * topology.tp

@@ -1,5 +1,6 @@
 """`megagrow train`, and the preparation of its data: `megagrow prepare`, `megagrow prepare-sft`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -85,16 +86,20 @@ def train(
 
         result = build_dry_run(run, world or 1, rank or 0, allow_change or (), simulate)
         print_dry_run(result, table_console())
-        count = len(result.problems)
-        if count:
-            problems = "1 problem" if count == 1 else f"{count} problems"
-            raise ConfigError(f"the run would not start: {problems}, see above")
+        _raise_problems(result.problems)
         return
     make_output_last(log_file(run.output_dir, read_launch().rank))
     from megagrow.run import train as train_run  # its libraries keep references to the streams
 
     if train_run(run, log_level, allow_change or ()) is not None:
         raise typer.Exit(stop_code)
+
+
+def _raise_problems(problems: Sequence[str]) -> None:
+    """Raise the problems that a dry run has printed; a single one is repeated."""
+    if problems:
+        found = problems[0] if len(problems) == 1 else f"{len(problems)} problems, see above"
+        raise ConfigError(f"the run would not start: {found}")
 
 
 def prepare(

@@ -95,7 +95,10 @@ def parse_yaml(text: str, origin: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{origin}{line}: {error.problem or error.context}") from error
+        problem = str(error.problem or error.context)
+        if problem == "found character '\\t' that cannot start any token":
+            problem = "contains a tab; indent with spaces"
+        raise ConfigError(f"{origin}{line}: {problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin}: {' '.join(str(error).split())}") from error
     except (ValueError, RecursionError) as error:

@@ -40,7 +40,8 @@ StatePolicy = Literal[
 
 
 GSTACK = "gstack"
-"""Name of `direct_depth` in the paper's runs; accepted for it."""
+GSTACK_OPERATOR: OperatorName = "direct_depth"
+"""Operator of Gstack, and its name in the paper's runs, which is accepted for it."""
 
 
 def _operators(value: object) -> object:
@@ -48,7 +49,7 @@ def _operators(value: object) -> object:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list):
         return names
-    return ["direct_depth" if name == GSTACK else name for name in names]
+    return [GSTACK_OPERATOR if name == GSTACK else name for name in names]
 
 
 _NamedOperator = OperatorName | Literal["gstack"]

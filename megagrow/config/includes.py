@@ -139,8 +139,15 @@ def find_run_file(path: Path) -> Path:
     Raises:
         ConfigError: no folder has it; the message names the closest one.
     """
-    if path.exists() or path.suffix in (".yaml", ".yml"):
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a directory; give a run file")
+    if path.exists():
         return path
+    if path.suffix in (".yaml", ".yml"):
+        files = {file.stem.lower(): file for file in path.parent.glob("*.y*ml")}
+        near = difflib.get_close_matches(path.stem.lower(), files, n=1)
+        hint = f"did you mean '{files[near[0]]}'?" if near else "see megagrow config ls"
+        raise ConfigError(f"{path}: no such file; {hint}")
     return find_file(str(path), "", search_path(Path("run.yaml")), "run file")
 
 

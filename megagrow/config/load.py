@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from megagrow.common.sizes import format_count, format_large
 from megagrow.config.deprecated import rename_recorded
+from megagrow.config.growth import GSTACK, GSTACK_OPERATOR
 from megagrow.config.includes import (
     expand,
     find_run_file,
@@ -146,6 +147,7 @@ def _texts(error: ValidationError, tree: dict[str, Any]) -> Iterator[str]:
             yield f"'{path}' = {detail['input']!r}: {_closest(detail)}"
             continue
         problem = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        problem = problem.partition(", unable to parse")[0]
         value = repr(detail["input"])
         shown = value if len(value) <= 60 else f"{value[:57]}..."
         yield f"'{path}' = {shown}: {problem[0].lower()}{problem[1:]}"
@@ -155,7 +157,8 @@ def _closest(error: Mapping[str, Any]) -> str:
     """Return the allowed values, or of many the one closest to the wrong one."""
     allowed = error["ctx"]["expected"]
     values = re.findall("'([^']*)'", allowed)
-    near = difflib.get_close_matches(error["input"], values, n=1)
+    aliases = [GSTACK] if GSTACK_OPERATOR in values else []
+    near = difflib.get_close_matches(error["input"], [*values, *aliases], n=1)
     if near and len(values) > FEW_VALUES:
         return f"not known; did you mean '{near[0]}'?"
     return f"should be {allowed}"

@@ -1,6 +1,7 @@
 """SentencePiece models: tokenizer and training."""
 
 import io
+import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -133,6 +134,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path)
         )
     except RuntimeError as error:
         reason = str(error).strip().rsplit("] ", 1)[-1].replace("\n", " ")
+        if limit := re.search(r"value <= (\d+)", reason):
+            reason = f"use at most {limit[1]}, or more text"
         raise ConfigError(f"vocab_size {vocab_size} does not fit the corpus: {reason}") from error
     with atomic_file(model_path) as partial:
         partial.write_bytes(model.getvalue())

@@ -66,6 +66,11 @@ def find_source_on_all_ranks(path: Path) -> Path:
     return _verified(found, verify_on_all_ranks, newest_valid_on_all_ranks)
 
 
+def require_source(path: Path) -> None:
+    """Raise CheckpointError if `find_source` would find none. No file is read."""
+    _candidates(path)
+
+
 def _verified(
     found: tuple[Path, list[Path]],
     verify: Callable[[Path], Manifest],

@@ -179,7 +179,8 @@ def _falls(change: tuple[int, int]) -> bool:
 
 
 def _listed(changes: dict[str, tuple[Any, Any]]) -> str:
-    return " and ".join(f"{name} from {old} to {new}" for name, (old, new) in changes.items())
+    *first, last = (f"{name} from {old} to {new}" for name, (old, new) in changes.items())
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def fitting_operators(event: Event) -> str | None:

@@ -154,7 +154,7 @@ COMMANDS = {
     "source": (["prepare", "{tmp}/none", "--tokenizer", "train"], "{tmp}/none: no such file"),
     "tokenizer": (["prepare", "{tmp}", "--tokenizer", "{tmp}/no.model"], "{tmp}/no.model: "),
     "run": (["report", "{tmp}/none"], "{tmp}/none: no such file or directory"),
-    "run file": (["config", "show", "{tmp}/none.yaml"], "{tmp}/none.yaml: No such file"),
+    "run file": (["config", "show", "{tmp}/none.yaml"], "{tmp}/none.yaml: no such file"),
 }
 
 
