@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from megagrow import __version__
 from megagrow.cli.checkpoint import checkpoint_app
@@ -31,6 +30,7 @@ from megagrow.cli.options import (
 from megagrow.cli.run_files import config_app, init, plan
 from megagrow.cli.train import prepare, prepare_instructions, train
 from megagrow.common.log_setup import configure_logging
+from megagrow.common.tables import table_console
 from megagrow.errors import ConfigError, InputError, PeerLost, ResourceError, RunError
 
 app = typer.Typer(no_args_is_help=True)
@@ -134,7 +134,7 @@ def grow(
         text=text,
         tokenizer=tokenizer,
     )
-    grow_files(request, Console())
+    grow_files(request, table_console())
 
 
 @app.command()
@@ -150,7 +150,7 @@ def report(
 
     if against not in (None, "paper"):
         raise ConfigError(f"--against {against}: not known; use `paper` or omit the option")
-    write_report(runs, output, Console(), against_paper=against == "paper")
+    write_report(runs, output, table_console(), against_paper=against == "paper")
 
 
 def main() -> None:

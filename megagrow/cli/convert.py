@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from megagrow.cli.options import (
     AnySource,
@@ -23,6 +22,7 @@ from megagrow.cli.options import (
     WeightDecayOn,
     ZeroStage,
 )
+from megagrow.common.tables import table_console
 
 convert_app = typer.Typer(
     help="Convert checkpoints between layouts and formats; no GPU, bounded memory.",
@@ -118,7 +118,7 @@ def universal_export(source: AnySource, out: OutputPath) -> None:
     """Write a DeepSpeed Universal Checkpoint: weights, Adam's moments and step."""
     from megagrow.offline.convert import export_universal
 
-    export_universal(source, out, Console())
+    export_universal(source, out, table_console())
 
 
 @convert_app.command("universal-import")
@@ -152,7 +152,7 @@ def universal_import(
         weight_decay_on=weight_decay_on,
         memory=memory,
     )
-    import_universal(request, Console())
+    import_universal(request, table_console())
 
 
 @convert_app.command("megatron-export")
@@ -174,7 +174,7 @@ def megatron_export(
         tp=tp,
         divisible_by=make_vocab_size_divisible_by,
         dtype=dtype,
-        console=Console(),
+        console=table_console(),
     )
 
 
@@ -210,4 +210,4 @@ def megatron_import(
         weight_decay_on=weight_decay_on,
         memory=memory,
     )
-    import_megatron(request, Console())
+    import_megatron(request, table_console())

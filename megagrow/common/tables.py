@@ -14,12 +14,12 @@ from rich.text import Text
 
 from megagrow.errors import printable
 
-PIPED_WIDTH = 200
-"""Console columns when the output is a file or a pipe, which has no width."""
+PIPED_WIDTH = 10_000
+"""Console columns when the output is a file or a pipe: no line is wrapped."""
 
 
 def table_console() -> Console:
-    """Return the console for tables on standard output."""
+    """Return the console for standard output."""
     return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
 
 

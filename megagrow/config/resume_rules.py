@@ -47,6 +47,8 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "evaluation.batch_size",
         "guards.hang_timeout",
         "logging.interval",
+        "logging.profile",
+        "logging.profile.steps",
         "logging.tensorboard",
         "logging.wandb_project",
         "logging.peak_flops",

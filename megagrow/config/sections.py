@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from megagrow.common.sizes import parse_count, parse_seconds
 from megagrow.common.untrusted_values import LONGEST_NAME
+
+MOST_PROFILED_STEPS = 100
+"""Maximum steps of a trace: a trace of more is too large to be viewed."""
 
 LONGEST_PATH = 4095
 """Bytes; Linux's PATH_MAX without the final zero."""
@@ -154,6 +157,30 @@ class GuardsConfig(Section):
     long."""
 
 
+class ProfileConfig(Section):
+    """Trace of training steps by torch's profiler on rank 0, written to profile/ in `output_dir`.
+    View it at https://ui.perfetto.dev or in chrome://tracing."""
+
+    steps: tuple[Count, Count]
+    """First and last step of the trace, such as `[10, 12]`. Profiled steps are slower."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        first, last = self.steps
+        if not first <= last < first + MOST_PROFILED_STEPS:
+            raise ValueError(
+                f"steps should be the first and the last of at most {MOST_PROFILED_STEPS} steps, "
+                "such as [10, 12]"
+            )
+        return self
+
+    @property
+    def range(self) -> range:
+        """The profiled steps."""
+        first, last = self.steps
+        return range(first, last + 1)
+
+
 class LoggingConfig(Section):
     """Outputs of metrics, in addition to metrics.jsonl, which is always written."""
 
@@ -165,3 +192,5 @@ class LoggingConfig(Section):
     """Weights & Biases project to log to; requires the extra `wandb`."""
     peak_flops: float | None = Field(default=None, gt=0)
     """Peak FLOP/s of one device, for the model FLOPs utilization (MFU). Known for common GPUs."""
+    profile: ProfileConfig | None = None
+    """Trace of some steps, `{steps: [10, 12]}`; null disables it."""

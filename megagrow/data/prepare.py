@@ -14,7 +14,7 @@ from rich.console import Console
 
 from megagrow.common.atomic_files import remove
 from megagrow.common.progress import TokenizingProgress
-from megagrow.common.tables import print_lines
+from megagrow.common.tables import print_lines, table_console
 from megagrow.data.indexed import with_suffix
 from megagrow.data.manifest import CorpusManifest, corpus_files
 from megagrow.data.part_files import (
@@ -91,7 +91,7 @@ def prepare(
     Raises InputError. Ctrl-C keeps the finished parts.
     """
     _check_options(sources, output, validation_fraction, workers)
-    console = console or Console()
+    console = console or table_console()
     records = RecordOptions(text_key, tuple(map(Filter.parse, filters)), skip_invalid)
     options = Options(validation_fraction, seed, records)
     chosen = Selection(tuple(include), tuple(exclude)) if include or exclude else None

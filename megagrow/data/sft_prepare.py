@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from megagrow.common.tables import print_lines
+from megagrow.common.tables import print_lines, table_console
 from megagrow.common.untrusted_values import check_option
 from megagrow.data.indexed import IndexedWriter, smallest_dtype, with_suffix
 from megagrow.data.manifest import CorpusManifest, Split, corpus_files
@@ -65,7 +65,7 @@ def prepare_sft(
     check_option("sequence_length", sequence_length, 2, 2**24)
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"validation_fraction {validation_fraction} is not in [0, 1)")
-    console, loaded = console or Console(), load_tokenizer(tokenizer)
+    console, loaded = console or table_console(), load_tokenizer(tokenizer)
     options = Options(validation_fraction, seed)
     collected = _collect(sources, loaded, sequence_length, options)
     _check_collected(collected, validation_fraction, sequence_length)

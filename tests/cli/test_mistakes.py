@@ -16,8 +16,8 @@ NO_START = "the run would not start: "
 
 MISTAKES = {
     # The command line.
-    "trian RUN.yaml": "No such command 'trian'. Did you mean 'train'?; see megagrow --help",
-    "config shwo": "No such command 'shwo'. Did you mean 'show'?; see megagrow config --help",
+    "tran RUN.yaml": "No such command 'tran'. Did you mean 'train'?; see megagrow --help",
+    "config sho": "No such command 'sho'. Did you mean 'show'?; see megagrow config --help",
     "train": "Missing argument 'run_file'; see megagrow train --help",
     "train RUN.yaml --dryrun": (
         "No such option: --dryrun (Possible options: --dry-run); see megagrow train --help"

@@ -12,6 +12,7 @@ from megagrow.common.tables import (
     print_facts,
     print_lines,
     print_table,
+    table_console,
 )
 from tests.helpers.source_tree import dotted, files, imports, name_of, tree_of
 
@@ -38,6 +39,28 @@ def test_text_from_files_neither_styles_nor_moves_the_cursor():
     out = console.file.getvalue()
     assert out.count(r"x[/b][red]\x1b[2J\n\u202e") == 5
     assert "\x1b[2J" not in out and "\u202e" not in out
+
+
+def test_no_line_of_a_pipe_is_wrapped(capsys):
+    print_table(table_console(), COLUMNS, [("word " * 100, "1")])
+    rows = capsys.readouterr().out.splitlines()
+    assert sum("word" in row for row in rows) == 1
+    print_lines(table_console(), ["word " * 100])
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_commands_print_to_one_kind_of_console():
+    """A console without a width wraps at 80 columns in a pipe; log lines are not wrapped."""
+    found = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in files("megagrow")
+        if name_of(path) not in ("megagrow/common/tables.py", "megagrow/common/log_setup.py")
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call)
+        and dotted(node.func) == "Console"
+        and not any(keyword.arg == "quiet" for keyword in node.keywords)
+    ]
+    assert found == []
 
 
 def test_terminal_shows_borders():

@@ -37,8 +37,8 @@ from megagrow.errors import InputError
         (
             "logging: {base: x, 3: y}",
             "run.yaml: unknown key 'logging.base'; allowed here: interval, tensorboard, "
-            "wandb_project, peak_flops; unknown key 'logging.3'; allowed here: interval, "
-            "tensorboard, wandb_project, peak_flops",
+            "wandb_project, peak_flops, profile; unknown key 'logging.3'; allowed here: interval, "
+            "tensorboard, wandb_project, peak_flops, profile",
         ),
     ],
 )

@@ -22,6 +22,7 @@ from megagrow.train.reporting.console import LiveLine, Status
 from megagrow.train.reporting.lost_records import ranges_text, steps_without_record
 from megagrow.train.reporting.metrics import Counters, MetricsLog, start_fields, train_fields
 from megagrow.train.reporting.run_files import write_run_files
+from megagrow.train.reporting.step_profiler import StepProfiler
 from megagrow.train.reporting.writers import Record
 from megagrow.train.state_check import Change
 from megagrow.train.train_state import RunState
@@ -58,6 +59,7 @@ class RunLogger:
         self._live = LiveLine(steps_left(run), run_flops(run), console.console, self._enabled)
         self._metrics: MetricsLog | None = None
         self._problem: InputError | None = None
+        self._profiler = StepProfiler(run, self._enabled)
         peak = run.logging.peak_flops or _device_peak()
         self._peak = peak * world_size if peak else None
 
@@ -72,6 +74,7 @@ class RunLogger:
                 )
             )
             self._stack.enter_context(self._live)
+            self._stack.callback(self._profiler.close)
 
     def check(self) -> None:
         """Raise the first error that occurred on rank 0 while writing metrics."""
@@ -116,6 +119,7 @@ class RunLogger:
                 )
             )
         self._write(lambda log: log.write("start", state.counters, **start_fields(run, last)))
+        self._profiler.completed(step)
         self._changes(state, changes)
 
     def sync(self) -> None:
@@ -135,6 +139,7 @@ class RunLogger:
     def step(self, event: StepDone) -> None:
         """Record a training step at `logging.interval`, and before other records of the step."""
         counters, measure = event.state.counters, event.measure
+        self._profiler.completed(counters.step)
         if measure.skipped:
             skipped = f"step {counters.step} | skipped | loss or gradient not finite"
             self._log(skipped, logging.WARNING)
