@@ -15,7 +15,7 @@ from megagrow.config.growth_guidelines import timing_warnings
 from megagrow.config.schema import RunConfig
 from megagrow.config.validation import world_problems
 from megagrow.errors import ConfigError
-from megagrow.evaluation.evaluator import Evaluation, open_evaluation
+from megagrow.evaluation.evaluator import Evaluator
 from megagrow.evaluation.results_store import remove_stored_after
 from megagrow.growth.validation import growth_problems
 from megagrow.parallel.agreement import any_across_ranks, run_on_all_ranks, run_on_rank_zero
@@ -42,7 +42,6 @@ from megagrow.train.state_check import (
     predictions,
     unfit_reason,
 )
-from megagrow.train.step import mean_loss
 from megagrow.train.step_feed import StepFeed
 from megagrow.train.train_state import RunState
 
@@ -60,7 +59,7 @@ class Job:
     device: torch.device
     inputs: Inputs
     feed: StepFeed
-    evaluation: Evaluation | None
+    evaluator: Evaluator
     run_logger: RunLogger
     checkpointer: Checkpointer
     watchdog: Watchdog
@@ -92,13 +91,14 @@ def train(
         watchdog.beat("opening the data", long=True)
         checks = check_kernels(run, device, launch)
         inputs = open_inputs_on_all_ranks(run)
-        evaluation = open_evaluation(run, device)
+        evaluator = Evaluator(run, inputs, device)
         environment = describe_environment(run) | {"contents": inputs.contents.model_dump()}
         run_logger = RunLogger(run, launch.rank, launch.world_size, environment, console)
         watchdog.beat("locking the run directory", long=True, at_least=2 * PATIENCE)
         lock = run_on_all_ranks(lambda: lock_directory(run.output_dir, launch.rank))
         warm_up = WarmUp(device, launch.local_rank, checks)
-        with lock, run_logger, warm_up, StepFeed(inputs.train) as feed, StopSignal() as stop:
+        stop_signal = StopSignal(announce=launch.rank == 0)
+        with lock, run_logger, warm_up, StepFeed(inputs.train) as feed, stop_signal as stop:
             run_on_all_ranks(run_logger.open)
             checkpointer = Checkpointer(run, launch.rank, device, environment, run_logger)
             job = Job(
@@ -108,7 +108,7 @@ def train(
                 device=device,
                 inputs=inputs,
                 feed=feed,
-                evaluation=evaluation,
+                evaluator=evaluator,
                 run_logger=run_logger,
                 checkpointer=checkpointer,
                 watchdog=watchdog,
@@ -150,9 +150,9 @@ def _train(job: Job) -> str | None:
                         job, stage, state = _rewind(job, stage, state, event.rewind)
                         continue
                     if event.validate:
-                        _validate(job, stage, state)
+                        job.evaluator.validate(job.run, stage, state, job.run_logger, job.watchdog)
                     if event.evaluate:
-                        _evaluate(job, stage, state)
+                        job.evaluator.evaluate(job.run, stage, state, job.run_logger, job.watchdog)
                     if event.save:
                         job, stage, state = _save(job, stage, state)
                 case StageEnd() if stage.index + 1 < len(job.run.stages):
@@ -222,23 +222,6 @@ def _rewind(job: Job, stage: Stage, failed: RunState, reason: str) -> tuple[Job,
     job.run_logger.rewind(failed, state, None if found is None else found[0], reason, changes)
     run_on_rank_zero(partial(remove_stored_after, run.output_dir, state.counters.step))
     return replace(job, run=run), stage, state
-
-
-def _validate(job: Job, stage: Stage, state: RunState) -> None:
-    if job.inputs.validation is not None:
-        job.watchdog.beat(f"the validation after step {state.counters.step}", long=True)
-        masks = masks_now(job.run, stage, state.stage_tokens)
-        loss = mean_loss(stage, job.inputs.validation, job.inputs.validation_sequences, masks)
-        job.run_logger.validation(state, loss)
-
-
-def _evaluate(job: Job, stage: Stage, state: RunState) -> None:
-    def beat(task: str) -> None:
-        job.watchdog.beat(f"the evaluation on {task} after step {state.counters.step}", long=True)
-
-    if job.evaluation is not None:
-        masks = masks_now(job.run, stage, state.stage_tokens)
-        job.run_logger.evaluation(state, job.evaluation(stage, masks, beat))
 
 
 def _save(

@@ -11,7 +11,7 @@ from megagrow.checkpoint.manifest import (
     parse_manifest,
     read_manifest,
 )
-from megagrow.common.checksums import problem_of
+from megagrow.common.checksums import problems_of_files
 from megagrow.errors import CheckpointError, InputError
 
 
@@ -70,8 +70,7 @@ def problems_of(path: Path, share: slice = slice(None)) -> list[str]:
     except InputError as error:
         return [str(error)]
     files = list(manifest.files.items())[share]
-    found = (problem_of(path / name, record) for name, record in files)
-    return [problem for problem in found if problem is not None]
+    return problems_of_files(path, files)
 
 
 def layout_text(manifest: Manifest) -> str:

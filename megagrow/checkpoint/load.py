@@ -16,7 +16,8 @@ from megagrow.checkpoint.discovery import (
     shard_name,
 )
 from megagrow.checkpoint.manifest import Manifest, parse_manifest
-from megagrow.common.checksums import problem_of
+from megagrow.common.checksums import problems_of_files
+from megagrow.common.progress import PhaseProgress
 from megagrow.errors import CheckpointError
 from megagrow.growth.map import identity_map
 from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
@@ -55,9 +56,8 @@ def verify_on_all_ranks(path: Path) -> Manifest:
     rank, world = dist.get_rank(), dist.get_world_size()
     manifest = run_on_rank_zero(lambda: parse_manifest(path))
     mine = list(manifest.files.items())[rank::world]
-    found = [problem_of(path / name, record) for name, record in mine]
     everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, [text for text in found if text is not None])
+    dist.all_gather_object(everyone, problems_of_files(path, mine))
     problems = [text for texts in everyone for text in texts]
     if problems:
         more = f"; and {len(problems) - _NAMED} more files" if len(problems) > _NAMED else ""
@@ -75,6 +75,7 @@ def load_storage(path: Path, manifest: Manifest, layout: Layout, storage: Storag
 
 
 def _load(path: Path, source: Layout, copies: list[Copy], layout: Layout, storage: Storage) -> None:
+    progress = PhaseProgress(f"loading {path}", len(copies), "blocks")
     with ExitStack() as files:
         opened: dict[int, Any] = {}
         for copy in copies:
@@ -83,6 +84,7 @@ def _load(path: Path, source: Layout, copies: list[Copy], layout: Layout, storag
                 if copy.source_rank not in opened:
                     opened[copy.source_rank] = files.enter_context(safe_open(shard, "pt"))
                 _load_copy(opened[copy.source_rank], copy, source, layout, storage)
+                progress.advance()
             except SafetensorError as error:
                 raise CheckpointError(f"{shard}: cannot be read ({error})") from error
 

@@ -1,16 +1,23 @@
 """`megagrow train`, and the preparation of its data: `megagrow prepare`, `megagrow prepare-sft`."""
 
+import logging
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megagrow.cli.options import Overrides, RunFile, count
 from megagrow.common.lasting_output import log_file, make_output_last
-from megagrow.common.log_setup import LogLevel
+from megagrow.common.log_setup import LogLevel, configure_logging
 from megagrow.common.tables import table_console
 from megagrow.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megagrow.config.schema import RunConfig
+
+logger = logging.getLogger(__name__)
 
 Include = Annotated[
     list[str] | None,
@@ -72,7 +79,6 @@ def train(
     """Train a run, growth included; resumes from its newest checkpoint."""
     from megagrow.config.load import load_run
     from megagrow.config.resume_rules import check_allowed
-    from megagrow.parallel.launch import read_launch
 
     check_allowed(allow_change or ())
     if not dry_run and (world is not None or rank is not None):
@@ -88,11 +94,21 @@ def train(
         print_dry_run(result, table_console())
         _raise_problems(result.problems)
         return
-    make_output_last(log_file(run.output_dir, read_launch().rank))
+    _open_log(run, log_level)
     from megagrow.run import train as train_run  # its libraries keep references to the streams
 
     if train_run(run, log_level, allow_change or ()) is not None:
         raise typer.Exit(stop_code)
+
+
+def _open_log(run: "RunConfig", log_level: str) -> None:
+    """Set up the output and print the first line, before the slow imports."""
+    from megagrow.parallel.launch import read_launch
+
+    launch = read_launch()
+    make_output_last(log_file(run.output_dir, launch.rank))
+    configure_logging(log_level, launch.rank, launch.world_size)
+    logger.info("run %s | megagrow %s | loading", run.name, version("megagrow"))
 
 
 def _raise_problems(problems: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ against someone who changes both the file and its checksum.
 import hashlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import xxhash
 
+from megagrow.common.progress import PhaseProgress
 from megagrow.common.untrusted_values import MOST
 from megagrow.errors import CheckpointError, InputError
 
@@ -113,6 +114,16 @@ def problem_of(path: Path, record: FileRecord) -> str | None:
     except InputError as error:
         return str(error)
     return None
+
+
+def problems_of_files(directory: Path, files: Sequence[tuple[str, FileRecord]]) -> list[str]:
+    """Return the problems of all files of a directory, given by name; logs its progress."""
+    progress, problems = PhaseProgress(f"verifying {directory}", len(files), "files"), []
+    for name, record in files:
+        problem = problem_of(directory / name, record)
+        problems += [] if problem is None else [problem]
+        progress.advance()
+    return problems
 
 
 def problem_on_disk(path: Path, record: FileRecord) -> str | None:

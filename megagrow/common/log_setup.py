@@ -14,7 +14,8 @@ from rich.text import Text
 from megagrow.errors import printable
 
 _ROOT = "megagrow"
-_TIME = "%Y-%m-%d %H:%M:%S"
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+"""Local time at the start of each line."""
 
 
 class LogLevel(StrEnum):
@@ -48,7 +49,7 @@ class _Formatter(logging.Formatter):
 
     def __init__(self, rank: int, world_size: int) -> None:
         where = f"rank {rank} | " if world_size > 1 else ""
-        super().__init__(f"%(asctime)s | {where}%(message)s", _TIME)
+        super().__init__(f"%(asctime)s | {where}%(message)s", TIME_FORMAT)
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Escape the message and prefix it with its severity from WARNING upwards."""

@@ -1,14 +1,45 @@
-"""Progress of a long operation: a live bar on a terminal, else a line every few seconds."""
+"""Progress of long operations: log lines of a run, or a live bar of a command on a terminal."""
 
+import logging
 import time
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from megagrow.common.sizes import format_duration
 from megagrow.common.tables import print_lines
 
 SECONDS_BETWEEN_LINES = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+class PhaseProgress:
+    """Log lines of a phase that may take long: `validation | 120 of 489 passes | 12s left`.
+
+    A phase shorter than `SECONDS_BETWEEN_LINES` logs nothing.
+
+    Args:
+        label: name of the phase.
+        total: number of its parts.
+        unit: plural of the parts.
+    """
+
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self._label, self._total, self._unit = label, total, unit
+        self._done = 0
+        self._started = self._last_line = time.monotonic()
+
+    def advance(self, parts: int = 1) -> None:
+        """Count finished parts."""
+        self._done += parts
+        now = time.monotonic()
+        if now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            left = (now - self._started) * (self._total - self._done) / self._done
+            count = f"{self._done} of {self._total} {self._unit}"
+            logger.info("%s | %s | %s left", self._label, count, format_duration(left))
 
 
 class WorkProgress:

@@ -19,6 +19,7 @@ from megagrow.config.sections import (
     FilePath,
     GuardsConfig,
     LoggingConfig,
+    SamplesConfig,
     Section,
     ValidationConfig,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "RunConfig",
+    "SamplesConfig",
     "ScheduleConfig",
     "StageConfig",
     "ValidationConfig",
@@ -89,7 +91,8 @@ class DataConfig(Section):
     """Corpora of the validation loss; empty disables it."""
     tokenizer: FilePath | None = None
     """A SentencePiece .model file, a tokenizer.json, or a Hugging Face folder. It is checked
-    against the model's vocabulary and required by `evaluation`. Checkpoints record its path."""
+    against the model's vocabulary and required by `evaluation` and `samples`. Checkpoints record
+    its path."""
     sequence_length: Count
     """Tokens per sequence."""
     reset_position_ids: bool = False
@@ -139,6 +142,8 @@ class RunConfig(Section):
     is the only stage."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
+    samples: SamplesConfig | None = None
+    """Texts generated after each validation; null disables them."""
     evaluation: EvaluationConfig | None = None
     """Evaluation on lm-eval tasks during training; null disables it."""
     guards: GuardsConfig = GuardsConfig()

@@ -128,6 +128,23 @@ class EvaluationConfig(Section):
     """Sequences per forward pass of each data-parallel rank."""
 
 
+class SamplesConfig(Section):
+    """Texts that the model generates after each validation, shown and recorded with it. Requires
+    `data.tokenizer`."""
+
+    prompts: FilePath | list[str] = Field(min_length=1)
+    """Texts to continue, or a text file with one on each line. A text may be empty."""
+    max_tokens: Count = 64
+    """Maximum number of generated tokens per prompt."""
+    temperature: float = Field(default=0.8, ge=0)
+    """Divisor of the logits; 0 takes the most likely token. The random numbers of a prompt are the
+    same at each validation."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample from the K most likely tokens; 0 samples from all."""
+    top_p: float = Field(default=1.0, ge=0, le=1)
+    """Sample from the most likely tokens that together have this probability."""
+
+
 class LossSpikeConfig(Section):
     """Detection of loss spikes: the loss exceeds the mean of the last `window` losses by `zscore`
     standard deviations in `patience` consecutive steps."""

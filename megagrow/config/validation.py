@@ -68,8 +68,9 @@ def _instruction_tuning(run: RunConfig) -> Iterator[str]:
 
 
 def _evaluation(run: RunConfig) -> Iterator[str]:
-    if run.evaluation is not None and run.data.tokenizer is None:
-        yield "evaluation needs a tokenizer; set data.tokenizer or remove evaluation"
+    for name in ("samples", "evaluation"):
+        if getattr(run, name) is not None and run.data.tokenizer is None:
+            yield f"{name} needs a tokenizer; set data.tokenizer or remove {name}"
 
 
 def _parallel(stage: StageConfig, sequence_length: int, at: str) -> Iterator[str]:

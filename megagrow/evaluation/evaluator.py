@@ -1,4 +1,4 @@
-"""Evaluation during training: entry point of the training run.
+"""Evaluation during training: validation loss, samples and lm-eval tasks.
 
 lm-eval is an optional dependency. It is imported only if the run file has an `evaluation` section.
 """
@@ -13,11 +13,58 @@ from megagrow.config.schema import RunConfig
 from megagrow.errors import ResourceError
 from megagrow.model.masks import Masks
 from megagrow.parallel.agreement import run_on_all_ranks
-from megagrow.train.stage import Stage
+from megagrow.train.data_setup import Inputs
+from megagrow.train.fault_tolerance.watchdog import Watchdog
+from megagrow.train.reporting.run_logger import RunLogger
+from megagrow.train.stage import Stage, masks_now
+from megagrow.train.step import mean_loss
+from megagrow.train.train_state import RunState
 
 Evaluation = Callable[[Stage, Masks | None, Callable[[str], None]], dict[str, Any]]
 """Collective function (stage, masks of this rank, callback that receives each task's name before
 the task starts) -> results, in the format of `runner.evaluate`."""
+
+
+class Evaluator:
+    """Evaluation of a run's model between steps; results go to the run logger.
+
+    The constructor is collective and raises InputError, before training starts, if a requirement of
+    the samples or of the evaluation is missing. All methods are collective.
+    """
+
+    def __init__(self, run: RunConfig, inputs: Inputs, device: torch.device) -> None:
+        self._inputs = inputs
+        self._tasks = open_evaluation(run, device)
+        self._samples: Callable[[Stage, Masks | None], list[dict[str, str]]] | None = None
+        if run.samples is not None:
+            from megagrow.evaluation.samples import TrainingSamples  # imports transformers
+
+            self._samples = TrainingSamples(run, run.samples)
+
+    def validate(
+        self, run: RunConfig, stage: Stage, state: RunState, log: RunLogger, watchdog: Watchdog
+    ) -> None:
+        """Compute the validation loss and generate the samples, as far as the run has them."""
+        step, masks = state.counters.step, masks_now(run, stage, state.stage_tokens)
+        reader, sequences = self._inputs.validation, self._inputs.validation_sequences
+        if reader is not None:
+            watchdog.beat(f"the validation after step {step}", long=True)
+            log.validation(state, mean_loss(stage, reader, sequences, masks))
+        if self._samples is not None:
+            watchdog.beat(f"the samples after step {step}", long=True)
+            log.samples(state, self._samples(stage, masks))
+
+    def evaluate(
+        self, run: RunConfig, stage: Stage, state: RunState, log: RunLogger, watchdog: Watchdog
+    ) -> None:
+        """Run the lm-eval tasks, if the run has them."""
+        step, masks = state.counters.step, masks_now(run, stage, state.stage_tokens)
+
+        def begin(task: str) -> None:
+            watchdog.beat(f"the evaluation on {task} after step {step}", long=True)
+
+        if self._tasks is not None:
+            log.evaluation(state, self._tasks(stage, masks, begin))
 
 
 def open_evaluation(run: RunConfig, device: torch.device) -> Evaluation | None:

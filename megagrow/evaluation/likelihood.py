@@ -7,6 +7,7 @@ one-token choices costs one sequence, not one sequence per choice.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from megagrow.common.progress import PhaseProgress
 from megagrow.errors import DataError
 from megagrow.evaluation.logprobs import TokenQuery, TokenScorer
 
@@ -48,11 +49,13 @@ def log_likelihoods(
     """
     out: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     groups = sorted(_group_by_prefix(pairs, max_length), key=lambda group: -len(group.tokens))
+    progress = PhaseProgress("evaluation", len(groups), "sequences")
     for first in range(0, len(groups), batch_size):
         batch = groups[first : first + batch_size]
         scores, greedy = scorer.scores([list(g.tokens) for g in batch], _make_query(batch))
         for request, answer in _distribute(batch, scores, greedy):
             out[request] = answer
+        progress.advance(len(batch))
     return out
 
 

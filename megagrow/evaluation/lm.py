@@ -15,6 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from megagrow.common.progress import PhaseProgress
 from megagrow.errors import ConfigError, DataError, InputError
 from megagrow.evaluation.generation import Generation, GenerationDefaults, StopString, generate
 from megagrow.evaluation.generation_options import GenerationOptions, read_options
@@ -124,9 +125,11 @@ class LMAdapter(TemplateLM):  # type: ignore[misc]
         texts = [self._make_generation(*request) for request in requests]
         eos_ids = self._defaults.eos_ids | {self._tokenizer.eos_id}
         order = sorted(texts, key=lambda text: -len(text.prompt))
+        progress = PhaseProgress("evaluation", len(texts), "texts")
         for first in range(0, len(order), self.batch_size):
             batch = order[first : first + self.batch_size]
             generate(batch, self._scorer, self._tokenizer, eos_ids)
+            progress.advance(len(batch))
         return [text.text(self._tokenizer) for text in texts]
 
     def _make_generation(self, number: int, context: str, given: dict[str, Any]) -> Generation:

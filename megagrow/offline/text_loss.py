@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megagrow.checkpoint.source import Source
 from megagrow.common.json_text import FILE_BYTES, read_limited
+from megagrow.common.progress import PhaseProgress
 from megagrow.common.sizes import format_bytes
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import ConfigError, DataError
@@ -71,12 +72,14 @@ def text_loss(source: Source, sequences: list[Tensor], masks: Masks | None = Non
         model = LlamaForCausalLM(source.model)
     _hold_while_used(model, source)
     total, count = 0.0, 0
+    progress = PhaseProgress("text loss", len(sequences), "sequences")
     with torch.no_grad():
         for ids in sequences:
             positions = torch.arange(ids.shape[1])[None]
             logits = model(ids, positions, None, masks)[0, :-1]
             total += float(F.cross_entropy(logits, ids[0, 1:], reduction="sum"))
             count += ids.shape[1] - 1
+            progress.advance()
     return total / count
 
 

@@ -5,6 +5,7 @@ it resumes from the same checkpoint, fails at the same steps and rewinds again, 
 results.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from megagrow.checkpoint.discovery import FoundCheckpoint, list_checkpoints, ste
 from megagrow.checkpoint.load import load_storage, newest_valid_on_all_ranks
 from megagrow.checkpoint.manifest import parse_manifest
 from megagrow.checkpoint.removal import hide_checkpoint
+from megagrow.common.sizes import format_bytes
 from megagrow.config.resume_rules import ConfigChange
 from megagrow.config.schema import RunConfig
 from megagrow.data.corpus_identity import Contents
@@ -32,6 +34,8 @@ from megagrow.train.kernel_calls import NO_CHECKS, Checks
 from megagrow.train.source_state import state_of_checkpoint, state_of_found
 from megagrow.train.stage import Stage, build_stage
 from megagrow.train.train_state import RunState
+
+logger = logging.getLogger(__name__)
 
 
 class Beginning(NamedTuple):
@@ -83,6 +87,8 @@ def begin(
     state = state_of_found(found)
     changes = _checked(partial(checkpoint_changes, run, contents, manifest), allowed, str(path))
     run = as_grown(run, state)
+    size = sum(record.size for record in manifest.files.values())
+    logger.info("loading %s | %s", path, format_bytes(size))
     stage = build_stage(run, state.stage, device, checks)
     load_storage(path, manifest, stage.layout, stage.engine.storage())
     stage.engine.ready(manifest.adam_step)

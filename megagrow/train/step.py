@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megagrow.common.progress import PhaseProgress
 from megagrow.data.batches import Batch, BatchReader
 from megagrow.model.masks import Masks
 from megagrow.model.ops import Ops
@@ -64,7 +65,9 @@ def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | 
     with torch.no_grad():
         # Every rank makes the same number of passes, because ZeRO-3 gathers weights in each of
         # them. Indices beyond the end repeat the last sequence and are not counted.
-        for index in range(-(-sequences // (micro * dp))):
+        passes = -(-sequences // (micro * dp))
+        progress = PhaseProgress("validation", passes, "passes")
+        for index in range(passes):
             first = (index * dp + stage.topology.dp_rank) * micro
             indices = list(range(first, first + micro))
             # Only the rank that reads a damaged corpus detects it, and all ranks must stop.
@@ -74,6 +77,7 @@ def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | 
             batch.labels[beyond] = IGNORED
             sums[0] += _summed_loss(stage, batch, masks)
             sums[1] += (batch.labels != IGNORED).sum()
+            progress.advance()
     stage.engine.train()
     dist.all_reduce(sums, group=stage.topology.dp_group)
     return (sums[0] / sums[1].clamp(min=1)).item()

@@ -5,10 +5,14 @@ The ranks vote on the next step once a rank has started all work of the current 
 SLURM sends SIGUSR1 shortly before a job's time limit (`--signal=USR1@120`).
 """
 
+import os
 import signal
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any
+
+from megagrow.common.log_setup import TIME_FORMAT
 
 SAME_REQUEST_SECONDS = 2.0
 """Signals within this time of the first one repeat the same request: Ctrl-C reaches a rank from the
@@ -26,8 +30,10 @@ class StopSignal:
     warning, and the SIGTERM at the time limit may arrive while a checkpoint is being written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, announce: bool = False) -> None:
+        """Write a line to stdout when a signal arrives if `announce` is set."""
         self.received: str | None = None
+        self._announce = announce
         self._since = 0.0
         self._before: dict[int, Any] = {}
 
@@ -43,6 +49,8 @@ class StopSignal:
         if self.received is None:
             self.received = signal.Signals(number).name
             self._since = time.monotonic()
+            if self._announce:
+                _acknowledge(self.received)
         elif signal.SIGUSR1.name in (self.received, signal.Signals(number).name):
             return
         elif time.monotonic() - self._since > SAME_REQUEST_SECONDS:
@@ -53,3 +61,12 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+
+
+def _acknowledge(name: str) -> None:
+    """Write a line directly: the handler may have interrupted a write to a buffered stream."""
+    text = f"{name} received | stopping after this step, with a checkpoint"
+    if name == signal.SIGINT.name:
+        text += " | press Ctrl-C again to stop at once"
+    with suppress(OSError):
+        os.write(1, f"{time.strftime(TIME_FORMAT)} | {text}\n".encode())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from megagrow.common.progress import PhaseProgress
 from megagrow.config.flops import flops_per_token, paper_flops_per_token
 from megagrow.config.growth import LearnConfig
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
@@ -85,6 +86,7 @@ def learn_growth(
     model = formed_model(Forming(learned, source, settings, topology, dtype))
     adam = torch.optim.AdamW(learned.tensors(), betas=BETAS, weight_decay=0.0)
     losses = []
+    progress = PhaseProgress("growth", stage.growth.learn.steps, "steps")
     for step in range(stage.growth.learn.steps):
         batches = feed.batches(step, stage, topology, settings.ops)
         losses.append(summed_gradients(model, learned, batches, topology))
@@ -93,6 +95,7 @@ def learn_growth(
             group["lr"] = _rate(stage.growth.learn, step)
         if norm.isfinite():  # the same on all ranks; else the step is skipped
             adam.step()
+        progress.advance()
     return learned_map(learned), _spent(run, index, learned, losses)
 
 

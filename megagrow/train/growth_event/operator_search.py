@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable
 
+from megagrow.common.progress import PhaseProgress
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import step_tokens
 from megagrow.errors import ConfigError
@@ -66,9 +67,12 @@ def _tried(
     """Return the loss of a candidate after some steps, and release it."""
     stage, _ = grow(run, ended, feed)
     per_step = step_tokens(stage.config, feed.length)
+    operators = "+".join(stage.config.growth.operator) if stage.config.growth else ""
+    progress = PhaseProgress(f"probe {operators}", steps, "steps")
     for step in range(steps):
         batches = feed.batches(step, stage.config, stage.topology, stage.ops)
         train_at(run, stage, step * per_step, batches)
+        progress.advance()
     loss = loss_of(run, stage, steps * per_step)
     stage.release()
     return loss if math.isfinite(loss) else math.inf

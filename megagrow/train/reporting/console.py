@@ -6,10 +6,12 @@ A field without a value shows `-`.
 """
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 WINDOW_SECONDS = 60.0
 """Window of the pace that the ETA assumes: long enough to be steady, short enough to follow a
 growth."""
+ESTIMATE_AFTER = 10.0
+"""Seconds of training after which the estimated end of the run is logged."""
 BAR_WIDTH = 4
 """Smallest width of the live line's progress bar, in characters."""
 DROPPED = ("stage", "grad norm", "lr")
@@ -98,6 +102,7 @@ class LiveLine:
         self._every = every_seconds
         self._clock = clock
         self._next_line = clock()
+        self._first_update: float | None = None
         self._progress = _progress(console, enabled and console.is_terminal)
         self._task = self._progress.add_task("starting", total=total_steps)
 
@@ -109,13 +114,25 @@ class LiveLine:
     def update(self, status: Status) -> None:
         """Show the state after a step."""
         now = self._clock()
-        fields = _fields(status, self._eta.seconds(now, status.flops))
+        left = self._eta.seconds(now, status.flops)
+        self._estimate_end(now, left)
+        fields = _fields(status, left)
         if self._console.is_terminal:
             text = _fit(fields, self._console.width - BAR_WIDTH - 1)
             self._progress.update(self._task, completed=status.step, description=text)
         elif self._enabled and (now >= self._next_line or status.step == self._total_steps):
             self._next_line = now + self._every
             logger.info(" | ".join(text for name, text in fields.items() if name != "stage"))
+
+    def _estimate_end(self, now: float, left: float | None) -> None:
+        """Log the estimated end once, when the pace is known."""
+        first = self._first_update = now if self._first_update is None else self._first_update
+        if self._enabled and left is not None and now - first >= ESTIMATE_AFTER:
+            self._first_update = math.inf
+            end = datetime.now().astimezone() + timedelta(seconds=left)
+            logger.info(
+                "estimated end %s | %s left", f"{end:%Y-%m-%d %H:%M}", format_duration(left)
+            )
 
     def __enter__(self) -> "LiveLine":
         self._progress.start()

@@ -28,6 +28,7 @@ RecordKind = Literal[
     "config_change",
     "train",
     "validation",
+    "samples",
     "evaluation",
     "growth",
     "checkpoint",

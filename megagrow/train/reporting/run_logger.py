@@ -1,7 +1,7 @@
 """Run logger of rank 0: metrics, resolved config, live line and one log line per event."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,22 @@ import torch
 
 from megagrow.common.gpu_specs import peak_flops
 from megagrow.common.log_setup import ConsoleHandler
-from megagrow.common.sizes import format_duration, format_short
-from megagrow.config.flops import parameters
 from megagrow.config.resume_rules import ConfigChange
-from megagrow.config.schema import ModelConfig, RunConfig
+from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import run_flops, steps_left
 from megagrow.errors import InputError, unwritable
+from megagrow.model.backends import uses_bf16
 from megagrow.train.growth_event.event import GrowthReport
 from megagrow.train.loop import StepDone
 from megagrow.train.reporting.console import LiveLine, Status
+from megagrow.train.reporting.log_lines import (
+    end_lines,
+    evaluation_line,
+    growth_line,
+    place_line,
+    sample_line,
+    start_line,
+)
 from megagrow.train.reporting.lost_records import ranges_text, steps_without_record
 from megagrow.train.reporting.metrics import Counters, MetricsLog, start_fields, train_fields
 from megagrow.train.reporting.run_files import write_run_files
@@ -62,6 +69,8 @@ class RunLogger:
         self._profiler = StepProfiler(run, self._enabled)
         peak = run.logging.peak_flops or _device_peak()
         self._peak = peak * world_size if peak else None
+        self._world_size = world_size
+        self._validation_loss: float | None = None
 
     def open(self) -> None:
         """Create the run's directory and its files. Raises InputError or OSError if that fails."""
@@ -106,8 +115,7 @@ class RunLogger:
         self._live.plan(last, run_flops(run))
         if checkpoint is None:
             self._write(lambda log: log.truncate_after(-1))
-            sizes = " -> ".join(format_short(parameters(s.model)) for s in self._run.stages)
-            self._log(f"run {name} | start | {last} steps | {sizes} parameters")
+            self._log(start_line(self._run, last))
         else:
             stage, rewinds = state.stage, state.counters.rewinds
             self._log(f"run {name} | resume | step {step} | {checkpoint}")
@@ -118,6 +126,7 @@ class RunLogger:
                     log, log.truncate_after(step, stage, rewinds), state.counters
                 )
             )
+        self._log(place_line(run, self._world_size, _device_name(), uses_bf16(run, _device())))
         self._write(lambda log: log.write("start", state.counters, **start_fields(run, last)))
         self._profiler.completed(step)
         self._changes(state, changes)
@@ -165,14 +174,21 @@ class RunLogger:
         """Record a validation loss."""
         fields = {"stage": state.stage, "loss": loss}
         self._write(lambda log: log.write("validation", state.counters, **fields))
+        self._validation_loss = loss
         self._log(f"step {state.counters.step} | validation loss {loss:.4f}")
+
+    def samples(self, state: RunState, samples: list[dict[str, str]]) -> None:
+        """Record generated texts: [{"prompt": text, "text": its continuation}]."""
+        fields = {"stage": state.stage, "samples": samples}
+        self._write(lambda log: log.write("samples", state.counters, **fields))
+        for sample in samples:
+            self._log(sample_line(state.counters.step, sample))
 
     def evaluation(self, state: RunState, results: dict[str, Any]) -> None:
         """Record an evaluation: {"results": {task: {metric: value}}, "average": mean or None}."""
         fields = {"stage": state.stage, **results}
         self._write(lambda log: log.write("evaluation", state.counters, **fields))
-        step = f"step {state.counters.step} | evaluation"
-        self._log(" | ".join([step, *_evaluation_fields(results)]))
+        self._log(evaluation_line(state.counters.step, results))
 
     def checkpoint(self, state: RunState, path: Path, stall: float, seconds: float) -> None:
         """Record a saved checkpoint.
@@ -233,24 +249,14 @@ class RunLogger:
         fields["operator"] = "+".join(report.operator)
         fields["learning_losses"] = report.spent.losses[:: max(1, len(report.spent.losses) - 1)]
         self._write(lambda log: log.write("growth", state.counters, **fields))
-        old, new = (self._run.stages[i].model for i in (state.stage - 1, state.stage))
-        self._log(
-            f"step {state.counters.step} | growth {fields['operator']} | {_shape(old)} -> "
-            f"{_shape(new)} | {format_short(parameters(old))} -> {format_short(parameters(new))} "
-            f"parameters | fixed-batch loss {before:.3f} -> {after:.3f} | {report.seconds:.1f} s | "
-            f"{format_short(report.bytes_between_ranks)}B between ranks"
-        )
+        self._log(growth_line(self._run, state.stage, state.counters.step, report, (before, after)))
 
     def end(self, state: RunState, stopped: str | None) -> None:
         """Record the end of the run; `stopped` is the signal that stopped it early, if any."""
         counters = state.counters
         self._write(lambda log: log.write("end", counters, stopped=stopped))
-        how = "done" if stopped is None else f"stopped by {stopped}"
-        resume = "" if stopped is None else " | rerun the same command to resume"
-        self._log(
-            f"run {self._run.name} | {how} | {counters.step} steps | {counters.tokens} tokens | "
-            f"{format_duration(counters.elapsed_seconds)}{resume}"
-        )
+        for line in end_lines(self._run, counters, stopped, self._validation_loss):
+            self._log(line)
 
     def _changes(self, state: RunState, changes: Sequence[ConfigChange]) -> None:
         """Log all changes of the configuration, and record those that affect the result."""
@@ -278,19 +284,13 @@ class RunLogger:
                 self._problem = unwritable(Path(error.filename or self._run.output_dir), error)
 
 
-def _evaluation_fields(results: dict[str, Any]) -> Iterator[str]:
-    """Yield the average, and for each task its accuracy or else its first metric."""
-    if results["average"] is not None:
-        yield f"average {results['average']:.3f}"
-    for task, metrics in results["results"].items():
-        names = [name for name in ("acc_norm", "acc", *metrics) if name in metrics]
-        yield from (f"{task} {name} {metrics[name]:.4g}" for name in names[:1])
-
-
-def _shape(model: ModelConfig) -> str:
-    """Return the paper's notation for a model's depth and width: `24L2048H`."""
-    return f"{model.num_hidden_layers}L{model.hidden_size}H"
-
-
 def _device_peak() -> float | None:
     return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU process"

@@ -1,0 +1,82 @@
+"""Texts that the model in training generates after each validation."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megagrow.config.schema import RunConfig, SamplesConfig
+from megagrow.errors import ConfigError, DataError
+from megagrow.evaluation.completion import Completer, CompletionOptions
+from megagrow.evaluation.generation import GenerationDefaults, Sampling
+from megagrow.evaluation.logprobs import ModelScorer
+from megagrow.evaluation.stage_model import StageModel
+from megagrow.evaluation.tokenizer import EvalTokenizer, open_tokenizer
+from megagrow.model.masks import Masks
+from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
+from megagrow.train.stage import Stage
+
+Sample = dict[str, str]
+"""{"prompt": text, "text": its continuation}."""
+
+
+def read_prompts(prompts: Path | list[str]) -> list[str]:
+    """Return the prompts of a run file, or the lines of their file without empty ones.
+
+    Raises DataError for a file without prompts.
+    """
+    if isinstance(prompts, list):
+        return prompts
+    try:
+        lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{prompts}: not UTF-8 text ({error.reason})") from error
+    except OSError as error:
+        raise DataError(f"{prompts}: {error.strerror}") from error
+    if not lines:
+        raise DataError(f"{prompts}: no prompts; write one on each line")
+    return lines
+
+
+class TrainingSamples:
+    """Completions of a run's prompts by the model in training, in place.
+
+    The constructor and the calls are collective. The constructor raises InputError if the tokenizer
+    or the prompts cannot be read, or if a prompt fills the context of a stage.
+    """
+
+    def __init__(self, run: RunConfig, config: SamplesConfig) -> None:
+        self._prompts = run_on_rank_zero(partial(read_prompts, config.prompts))
+        self._tokenizer = run_on_all_ranks(
+            partial(open_tokenizer, str(run.data.tokenizer), run.stages[0].model.vocab_size)
+        )
+        sampling = Sampling(config.temperature > 0, config.temperature, config.top_k, config.top_p)
+        self._options = CompletionOptions(config.max_tokens, sampling, seed=abs(run.seed))
+        shortest = min(stage.model.max_position_embeddings for stage in run.stages)
+        run_on_all_ranks(partial(_check_lengths, self._prompts, self._tokenizer, shortest))
+
+    @torch.no_grad()
+    def __call__(self, stage: Stage, masks: Masks | None) -> list[Sample]:
+        """Return a continuation of each prompt. All data-parallel ranks compute all of them."""
+        stage.engine.train(False)
+        scorer = ModelScorer(StageModel(stage, masks), stage.topology)
+        length = stage.config.model.max_position_embeddings
+        defaults = GenerationDefaults()
+        completer = Completer(scorer, self._tokenizer, defaults, length, self._options)
+        texts = completer.complete(self._prompts)
+        scorer.finish()
+        stage.engine.train()
+        return [
+            {"prompt": prompt, "text": text}
+            for prompt, text in zip(self._prompts, texts, strict=True)
+        ]
+
+
+def _check_lengths(prompts: list[str], tokenizer: EvalTokenizer, context_length: int) -> None:
+    for prompt in prompts:
+        count = len(tokenizer.encode(prompt))
+        if count >= context_length:
+            raise ConfigError(
+                f"samples.prompts: {prompt[:40]!r} has {count} tokens, but the shortest context "
+                f"length of a stage is {context_length}; shorten the prompt"
+            )

@@ -1,0 +1,94 @@
+"""Log lines of a run's events: fields separated by ` | `, without the time."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from megagrow.common.sizes import format_duration, format_short
+from megagrow.config.flops import parameters
+from megagrow.config.schema import ModelConfig, RunConfig
+from megagrow.config.stage import StageConfig
+from megagrow.errors import printable
+from megagrow.train.growth_event.event import GrowthReport
+from megagrow.train.reporting.metrics import Counters
+
+SAMPLE_CHARACTERS = 160
+"""Maximum length of a sample's prompt and text in the log; metrics.jsonl has all of them."""
+
+
+def start_line(run: RunConfig, last_step: int) -> str:
+    """Return the line of a new run: its steps, and the parameters of its stages."""
+    sizes = " -> ".join(format_short(parameters(stage.model)) for stage in run.stages)
+    return f"run {run.name} | start | {last_step} steps | {sizes} parameters"
+
+
+def place_line(run: RunConfig, world_size: int, device: str, bf16: bool) -> str:
+    """Return the line of the hardware, precision, layouts and directory of a run."""
+    layouts = (_layout(stage, world_size) for stage in run.stages)
+    return (
+        f"run {run.name} | {world_size} x {device} | {'bf16' if bf16 else 'fp32'} | "
+        f"{' -> '.join(layout for layout, _ in groupby(layouts))} | {run.output_dir}"
+    )
+
+
+def growth_line(
+    run: RunConfig, stage: int, step: int, report: GrowthReport, losses: tuple[float, float]
+) -> str:
+    """Return the line of a growth into `stage`; `losses` are those before and after it."""
+    old, new = (run.stages[index].model for index in (stage - 1, stage))
+    return (
+        f"step {step} | growth {'+'.join(report.operator)} | {_shape(old)} -> {_shape(new)} | "
+        f"{format_short(parameters(old))} -> {format_short(parameters(new))} parameters | "
+        f"fixed-batch loss {losses[0]:.3f} -> {losses[1]:.3f} | {report.seconds:.1f} s | "
+        f"{format_short(report.bytes_between_ranks)}B between ranks"
+    )
+
+
+def sample_line(step: int, sample: dict[str, str]) -> str:
+    """Return the line of a generated text, cut to `SAMPLE_CHARACTERS`."""
+    text = sample["prompt"] + sample["text"]
+    shown = printable(text[:SAMPLE_CHARACTERS]) + ("..." if len(text) > SAMPLE_CHARACTERS else "")
+    return f"step {step} | sample | {shown}"
+
+
+def evaluation_line(step: int, results: dict[str, Any]) -> str:
+    """Return the line of an evaluation: the average, and one metric of each task."""
+    return " | ".join([f"step {step} | evaluation", *_evaluation_fields(results)])
+
+
+def end_lines(
+    run: RunConfig, counters: Counters, stopped: str | None, validation_loss: float | None
+) -> Sequence[str]:
+    """Return the last lines of a run: its totals, and the commands that follow it."""
+    how = "done" if stopped is None else f"stopped by {stopped}"
+    fields = [f"run {run.name}", how, f"{counters.step} steps", f"{counters.tokens} tokens"]
+    fields.append(format_duration(counters.elapsed_seconds))
+    if validation_loss is not None:
+        fields.append(f"validation loss {validation_loss:.4f}")
+    if stopped is not None:
+        return [" | ".join([*fields, "rerun the same command to resume"])]
+    directory = shlex.quote(str(run.output_dir))
+    commands = [f"megagrow report {directory}"]
+    if run.data.tokenizer is not None:
+        commands.append(f"megagrow generate {directory} --interactive")
+    return [" | ".join(fields), " | ".join([f"run {run.name}", "next", *commands])]
+
+
+def _evaluation_fields(results: dict[str, Any]) -> Iterator[str]:
+    """Yield the average, and for each task its accuracy or else its first metric."""
+    if results["average"] is not None:
+        yield f"average {results['average']:.3f}"
+    for task, metrics in results["results"].items():
+        names = [name for name in ("acc_norm", "acc", *metrics) if name in metrics]
+        yield from (f"{task} {name} {metrics[name]:.4g}" for name in names[:1])
+
+
+def _layout(stage: StageConfig, world_size: int) -> str:
+    tp = stage.parallel.tensor_model_parallel_size
+    return f"ZeRO {stage.parallel.zero_stage}, dp {world_size // tp}, tp {tp}"
+
+
+def _shape(model: ModelConfig) -> str:
+    """Return the paper's notation for a model's depth and width: `24L2048H`."""
+    return f"{model.num_hidden_layers}L{model.hidden_size}H"
