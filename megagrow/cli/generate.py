@@ -61,6 +61,9 @@ def generate(
     given = [*(prompt or ()), *(_lines(prompts) if prompts is not None else ())]
     if interactive == bool(given):
         raise ConfigError("give either prompts (--prompt TEXT, --prompts FILE) or --interactive")
+    from megagrow.evaluation.evaluator import need_transformers
+
+    need_transformers()
     from megagrow.evaluation.completion import CompletionOptions
     from megagrow.evaluation.generation import Sampling
 

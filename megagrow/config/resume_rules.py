@@ -44,7 +44,6 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "validation.interval",
         "samples",
         "samples.prompts",
-        "samples.prompts.N",
         "samples.max_tokens",
         "samples.temperature",
         "samples.top_k",

@@ -37,7 +37,8 @@ class Evaluator:
         self._tasks = open_evaluation(run, device)
         self._samples: Callable[[Stage, Masks | None], list[dict[str, str]]] | None = None
         if run.samples is not None:
-            from megagrow.evaluation.samples import TrainingSamples  # imports transformers
+            run_on_all_ranks(need_transformers)
+            from megagrow.evaluation.samples import TrainingSamples
 
             self._samples = TrainingSamples(run, run.samples)
 
@@ -86,3 +87,9 @@ def need_lm_eval() -> None:
     """Raise InputError if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ResourceError("evaluation needs lm-eval: pip install megagrow[eval]")
+
+
+def need_transformers() -> None:
+    """Raise InputError if transformers is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ResourceError("generating text needs transformers: pip install megagrow[hf]")

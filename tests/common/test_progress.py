@@ -1,20 +1,28 @@
-"""Progress bar on a terminal, progress lines in a log."""
-
-import io
+"""Progress of a phase: log lines with the time left, none for short phases."""
 
 import pytest
-from rich.console import Console
 
 from megagrow.common import progress
+from megagrow.common.progress import SECONDS_BETWEEN_LINES, PhaseProgress
+from tests.helpers.logs import captured_logs
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_shows_megabytes_tokens_and_time_left(monkeypatch, terminal):
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
-    with progress.TokenizingProgress(console, 4_000_000) as shown:
-        shown.resume(1_000_000, 300_000)
-        shown.advance(1_000_000, 250_000)
-    output = console.file.getvalue()
-    assert "2.0/4.0 MB, 0.55M tokens" in output and "left" in output
-    assert terminal or output.count("\n") == 2
+def test_lines_appear_at_intervals_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 50.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with captured_logs() as lines:
+        phase = PhaseProgress("validation", 100, "passes")
+        for _ in range(20):
+            now += SECONDS_BETWEEN_LINES / 4
+            phase.advance(2)
+    assert len(lines) == 5
+    assert lines[0] == "validation | 8 of 100 passes | 58s left"
+    assert lines[-1] == "validation | 40 of 100 passes | 38s left"
+
+
+def test_short_phases_log_nothing() -> None:
+    with captured_logs() as lines:
+        phase = PhaseProgress("validation", 3, "passes")
+        for _ in range(3):
+            phase.advance()
+    assert lines == []

@@ -71,6 +71,7 @@ def run_file(tmp_path: Path) -> Path:
         "tokens": 1000,
         "model": model,
         "stages": [{}, {"growth": {"probe": probe, "new_entries": {}}}],
+        "samples": {"prompts": ["a"]},
         "evaluation": {},
         "guards": {"loss_spike": {}},
     }
@@ -83,7 +84,7 @@ def run_file(tmp_path: Path) -> Path:
 
 def test_the_defaults_are_those_of_a_loaded_run(run_file: Path) -> None:
     plain = load_run(run_file)
-    absent = {"data.tokenizer", "model.rope_scaling", "stages.N.growth", "evaluation"}
+    absent = {"data.tokenizer", "model.rope_scaling", "stages.N.growth", "evaluation", "samples"}
     absent |= {"guards.loss_spike", "stages.N.growth.new_entries", "stages.N.growth.probe"}
     absent |= {"data.validation", *BUILT_ON}
     written = {path: default[1:-1] for path, (_, default, _) in ROWS.items() if default[0] == "`"}

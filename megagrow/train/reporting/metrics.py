@@ -1,11 +1,12 @@
 """Metrics of a run: metrics.jsonl, and TensorBoard and W&B if configured.
 
 metrics.jsonl has one JSON object per line, written in one piece and flushed: `kind`, the counters
-(step, tokens, FLOPs ...), then the fields of the kind. A resumed run first removes the records
-after its checkpoint, so the file equals that of an undisturbed run.
+(step, tokens, FLOPs ...), `time`, then the fields of the kind. A resumed run first removes the
+records after its checkpoint, so the file equals that of an undisturbed run, except for times.
 """
 
 import json
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -171,7 +172,7 @@ class MetricsLog:
 
     def write(self, kind: RecordKind, counters: Counters, **fields: Any) -> None:
         """Append one record; non-finite numbers become null, because JSON has no NaN."""
-        record: Record = finite({"kind": kind, **asdict(counters), **fields})
+        record: Record = finite({"kind": kind, **asdict(counters), "time": time.time(), **fields})
         try:
             with self.path.open("a", encoding="ascii") as file:
                 file.write(_line(record))

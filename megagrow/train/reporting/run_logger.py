@@ -293,4 +293,4 @@ def _device() -> torch.device:
 
 
 def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU process"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -15,6 +15,9 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
+    def strftime(self, form: str) -> str:
+        return "2026-01-02 03:04:05"
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
@@ -64,3 +67,16 @@ def test_what_comes_after_a_warning_does_not_interrupt(clock: Clock, later: sign
         clock.now += SAME_REQUEST_SECONDS + 0.1
         signal.raise_signal(later)
         assert stop.received == "SIGUSR1"
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_signal_is_acknowledged_at_once(
+    clock: Clock, number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with StopSignal(announce=True):
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        (line,) = capfd.readouterr().out.splitlines()
+    expected = f"2026-01-02 03:04:05 | {number.name} received | stopping after this step"
+    assert line.startswith(expected)
+    assert ("Ctrl-C again" in line) == (number == signal.SIGINT)

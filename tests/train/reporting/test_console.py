@@ -83,6 +83,9 @@ def test_plain_lines_are_throttled_and_the_last_one_is_shown() -> None:
             line.update(status(step))
         logger.info("growth [1/1] done")
     lines = [text.split(" | ", 1)[1] for text in out.getvalue().splitlines()]
+    (end,) = [text for text in lines if text.startswith("estimated end")]
+    assert lines.index(end) == 2 and end.endswith(" | 2s left"), "once, after ten seconds"
+    lines.remove(end)
     assert [text.split(" | ")[0] for text in lines[:-1]] == [
         f"step {step}" for step in (1, 41, 81, 100)
     ]
