@@ -32,8 +32,8 @@ from megagrow_kernels.attention_blocks import (
 from megagrow_kernels.launching import architecture, blocks_of, launch
 from megagrow_kernels.tiles import select
 
-DELTA_ELEMENTS = 8192
-"""Elements per program of the delta kernel; more of them spill registers."""
+DELTA_ELEMENTS, DELTA_WARPS = 8192, 8
+"""Elements and warps per program of the delta kernel; more elements per warp spill registers."""
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -336,7 +336,7 @@ def _delta(out: Tensor, grad: Tensor) -> Tensor:
         HEAD_DIM=head_dim,
         COLUMNS=columns,
         ROWS=rows,
-        num_warps=4,
+        num_warps=DELTA_WARPS,
     )
     return delta
 
