@@ -1,7 +1,6 @@
 """`megagrow generate`: complete prompts with a checkpoint."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,7 @@ from megagrow.cli.options import (
     RunTokenizer,
     count,
 )
-from megagrow.errors import ConfigError, DataError
+from megagrow.errors import ConfigError
 
 if TYPE_CHECKING:
     from megagrow.evaluation.completion import CompletionOptions
@@ -26,7 +25,13 @@ def generate(
         list[str] | None, typer.Option(help="Text to continue; repeatable. May be empty.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text file with a prompt on each line.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text file with a prompt on each line.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
     interactive: Annotated[
         bool, typer.Option("--interactive", help="Read prompts from the terminal; Ctrl-D ends.")
@@ -58,15 +63,15 @@ def generate(
     dtype: ForwardDtype = None,
 ) -> None:
     """Continue prompts with a checkpoint of any layout, in one process or under torchrun."""
-    given = [*(prompt or ()), *(_lines(prompts) if prompts is not None else ())]
-    if interactive == bool(given):
+    if interactive == bool(prompt or prompts):
         raise ConfigError("give either prompts (--prompt TEXT, --prompts FILE) or --interactive")
     from megagrow.evaluation.evaluator import need_transformers
 
     need_transformers()
-    from megagrow.evaluation.completion import CompletionOptions
+    from megagrow.evaluation.completion import CompletionOptions, read_prompts
     from megagrow.evaluation.generation import Sampling
 
+    given = [*(prompt or ()), *(read_prompts(prompts) if prompts is not None else ())]
     sampling = Sampling(temperature > 0, temperature, top_k, top_p, min_p, repetition_penalty)
     options = CompletionOptions(max_tokens, sampling, tuple(stop or ()), seed)
     _complete(None if interactive else given, options, checkpoint, tokenizer, tp, dtype)
@@ -106,16 +111,6 @@ def _complete(
             else:
                 _write(completer.complete([prompt])[0], writes)
             _write("\n\n", writes)
-
-
-def _lines(file: Path) -> Iterator[str]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error.reason})") from error
-    if not text.strip():
-        raise DataError(f"{file}: no prompts; write one on each line")
-    return (line for line in text.splitlines() if line)
 
 
 def _ask() -> str | None:

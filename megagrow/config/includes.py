@@ -123,7 +123,8 @@ def find_file(name: str, section: str, folders: Sequence[Path], where: str) -> P
         file = folder / section / f"{name}.yaml"
         if file.is_file():
             return file
-    known = sorted({file.stem for folder in folders for file in (folder / section).glob("*.yaml")})
+    files = (file for folder in folders for file in (folder / section).glob("[!.]*.yaml"))
+    known = sorted({file.stem for file in files})
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     listed = f"known: {', '.join(known)}" if known else f"no {section}/ contains any file"
     hint = f"did you mean '{near[0]}'?" if near else listed

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 
 from megagrow.errors import DataError, printable
 from megagrow.evaluation.generation import (
@@ -110,3 +111,16 @@ class Completer:
 def visible(text: str) -> str:
     """Return generated text with the characters escaped that control a terminal."""
     return "".join(char if char in "\n\t" else printable(char) for char in text)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Return the lines of a text file, without empty ones. Raises DataError if there are none."""
+    try:
+        prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({error.reason})") from error
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from error
+    if not prompts:
+        raise DataError(f"{file}: no prompts; write one on each line")
+    return prompts

@@ -1,13 +1,12 @@
 """Texts that the model in training generates after each validation."""
 
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from megagrow.config.schema import RunConfig, SamplesConfig
-from megagrow.errors import ConfigError, DataError
-from megagrow.evaluation.completion import Completer, CompletionOptions
+from megagrow.errors import ConfigError
+from megagrow.evaluation.completion import Completer, CompletionOptions, read_prompts
 from megagrow.evaluation.generation import GenerationDefaults, Sampling
 from megagrow.evaluation.logprobs import ModelScorer
 from megagrow.evaluation.stage_model import StageModel
@@ -20,24 +19,6 @@ Sample = dict[str, str]
 """{"prompt": text, "text": its continuation}."""
 
 
-def read_prompts(prompts: Path | list[str]) -> list[str]:
-    """Return the prompts of a run file, or the lines of their file without empty ones.
-
-    Raises DataError for a file without prompts.
-    """
-    if isinstance(prompts, list):
-        return prompts
-    try:
-        lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{prompts}: not UTF-8 text ({error.reason})") from error
-    except OSError as error:
-        raise DataError(f"{prompts}: {error.strerror}") from error
-    if not lines:
-        raise DataError(f"{prompts}: no prompts; write one on each line")
-    return lines
-
-
 class TrainingSamples:
     """Completions of a run's prompts by the model in training, in place.
 
@@ -46,7 +27,10 @@ class TrainingSamples:
     """
 
     def __init__(self, run: RunConfig, config: SamplesConfig) -> None:
-        self._prompts = run_on_rank_zero(partial(read_prompts, config.prompts))
+        given = config.prompts
+        self._prompts = run_on_rank_zero(
+            lambda: given if isinstance(given, list) else read_prompts(given)
+        )
         self._tokenizer = run_on_all_ranks(
             partial(open_tokenizer, str(run.data.tokenizer), run.stages[0].model.vocab_size)
         )

@@ -7,7 +7,8 @@ import torch
 
 from megagrow.config.schema import RunConfig
 from megagrow.errors import ConfigError, DataError
-from megagrow.evaluation.samples import TrainingSamples, read_prompts
+from megagrow.evaluation.completion import read_prompts
+from megagrow.evaluation.samples import TrainingSamples
 from megagrow.reshard.fill import fill_initial
 from megagrow.train.stage import build_stage
 from tests.helpers.evaluation.small import evaluated_run, write_data
