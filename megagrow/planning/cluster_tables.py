@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from megagrow.common.sizes import format_in, format_short
-from megagrow.planning.layouts import USABLE, FittingLayout
+from megagrow.common.sizes import format_duration, format_in, format_short
+from megagrow.planning.layouts import FittingLayout
+from megagrow.planning.memory_fit import USABLE
 from megagrow.planning.prediction import RunPrediction, StagePrediction
 from megagrow.planning.step_time import StepTime
 
@@ -28,7 +29,7 @@ def prediction_rows(prediction: RunPrediction) -> Mapping[str, Sequence[str]]:
         "tokens/s per GPU": [f"{stage.step.tokens_per_gpu:,.0f}" for stage in stages],
         "tokens/s, all GPUs": [format_short(stage.tokens_per_second) for stage in stages],
         "MFU": [f"{stage.step.mfu:.1%}" for stage in stages],
-        "days": [f"{stage.seconds / 86400:.2f}" for stage in stages],
+        "time": [format_duration(stage.seconds) for stage in stages],
     }
     for label, field in PARTS.items():
         cells = [_part(stage.step, getattr(stage.step, field)) for stage in stages]
@@ -54,7 +55,7 @@ def prediction_lines(prediction: RunPrediction) -> Iterator[str]:
     )
 
 
-LAYOUT_COLUMNS = ("tokens/s per GPU", "MFU", "memory, GB", "step, s")
+LAYOUT_COLUMNS = ("tokens/s per GPU", "MFU", "memory, GiB", "step, s")
 
 
 def layout_rows(layouts: Sequence[FittingLayout]) -> Mapping[str, Sequence[str]]:
@@ -85,7 +86,7 @@ def _layout_cells(each: FittingLayout) -> list[str]:
     return [
         f"{step.tokens_per_gpu:,.0f}",
         f"{step.mfu:.1%}",
-        format_in(each.bytes_per_gpu, "GB", 1),
+        format_in(each.bytes_per_gpu, "GiB", 1),
         f"{step.seconds:.3f}",
     ]
 

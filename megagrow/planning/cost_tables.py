@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from megagrow.common.sizes import format_short
+from megagrow.common.sizes import format_duration, format_short
 from megagrow.config.flops import (
     flops_per_token,
     norm_parameters,
@@ -34,14 +34,26 @@ def cost_rows(costs: RunCosts) -> Mapping[str, Sequence[str]]:
     formats: dict[str, Callable[[Cost], str | None]] = {
         "tokens": lambda cost: format_short(cost.tokens),
         "tokens per second": lambda cost: f"{cost.tokens_per_second:,.0f}",
-        "days": lambda cost: f"{cost.days:,.2f}",
-        "GPU-hours": lambda cost: f"{cost.gpu_hours:,.1f}",
-        "energy, kWh": lambda cost: None if cost.kwh is None else f"{cost.kwh:,.1f}",
-        "CO2, kg": lambda cost: None if cost.co2_kg is None else f"{cost.co2_kg:,.1f}",
+        "time": lambda cost: format_duration(cost.seconds),
+        "GPU-hours": lambda cost: _amount(cost.gpu_hours),
+        "energy, kWh": lambda cost: None if cost.kwh is None else _amount(cost.kwh),
+        "CO2, kg": lambda cost: None if cost.co2_kg is None else _amount(cost.co2_kg),
         "price": lambda cost: None if cost.price is None else f"{cost.price:,.2f}",
     }
     rows = {name: [text(cost) for cost in shown] for name, text in formats.items()}
     return {name: [cell or "" for cell in cells] for name, cells in rows.items() if all(cells)}
+
+
+def cost_summary(costs: RunCosts) -> tuple[str, list[str]]:
+    """Return the time of a run, and its other costs as a list."""
+    total = costs.total
+    pace = f"{format_short(total.tokens_per_second)} tokens/s, {costs.pace.source}"
+    others = [f"{_amount(total.gpu_hours)} GPU-hours"]
+    if total.kwh is not None:
+        others.append(f"{_amount(total.kwh)} kWh")
+    if total.price is not None:
+        others.append(f"price {total.price:,.2f}")
+    return f"{format_duration(total.seconds)} ({pace})", others
 
 
 def cost_lines(costs: RunCosts) -> Iterator[str]:
@@ -60,6 +72,11 @@ def cost_lines(costs: RunCosts) -> Iterator[str]:
         f"Energy: {factors.watts:,.0f} W per GPU throughout, hosts excluded, times a PUE of "
         f"{factors.pue:g}{pue}; {factors.co2:g} kg of CO2 per kWh{co2}."
     )
+
+
+def _amount(value: float) -> str:
+    """Return a value with one decimal, or below 1 with two digits."""
+    return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
 
 
 FlopsParts = Mapping[str, tuple[int, int]]

@@ -63,10 +63,6 @@ class Cost:
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
 
-    @property
-    def days(self) -> float:
-        return self.seconds / 86400
-
 
 @dataclass(frozen=True)
 class RunCosts:

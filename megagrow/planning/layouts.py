@@ -9,13 +9,9 @@ from megagrow.config.validation import problems, world_problems
 from megagrow.errors import ConfigError
 from megagrow.planning.cluster import Cluster
 from megagrow.planning.memory import stage_memory
-from megagrow.planning.memory_fit import on_gpu
+from megagrow.planning.memory_fit import USABLE, on_gpu
 from megagrow.planning.prediction import stage_work
 from megagrow.planning.step_time import StepTime, step_time
-
-USABLE = 0.92
-"""Fraction of a card's memory available to a layout; the rest is used by the driver, NCCL and
-allocator fragmentation (docs/guides/planning.md: 5 of 80 GB before the first tensor)."""
 
 MOST_SEQUENCES = 64
 """Maximum sequences per micro-batch; more do not speed up matrix products."""

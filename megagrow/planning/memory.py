@@ -151,6 +151,11 @@ class StageMemory:
         """Return the elements of optimizer state on a rank, without padding."""
         return self._held[rank // self.layout.tp]
 
+    @property
+    def fullest_rank(self) -> int:
+        """First rank with the largest share of the optimizer state."""
+        return self._held.index(self._most) * self.layout.tp
+
     @cached_property
     def _held(self) -> list[int]:
         """Elements on each data-parallel rank; equal on all tensor-parallel ranks."""

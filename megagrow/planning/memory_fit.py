@@ -1,9 +1,38 @@
-"""Check that stages and growths fit into GPU memory, with suggested remedies."""
+"""Peak memory of a run, and remedies for stages and growths that do not fit into a GPU."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from megagrow.common.sizes import format_in
 from megagrow.planning.memory import StageMemory
+
+USABLE = 0.92
+"""Fraction of a card's memory available to a run; the rest is used by the driver, NCCL and
+allocator fragmentation (docs/guides/planning.md: 5 of 80 GB before the first tensor)."""
+
+
+@dataclass(frozen=True)
+class RunPeak:
+    """Peak memory of a run on one GPU."""
+
+    size: int
+    """Bytes."""
+    stage: int
+    rank: int | None
+    """First rank with the largest share; None if the growth at the start of the stage is the
+    peak."""
+
+
+def run_peak(memories: Sequence[StageMemory], growths: Sequence[int | None]) -> RunPeak:
+    """Return the largest peak of the stages and of the growths at their starts.
+
+    `growths` are as in `memory_warnings`.
+    """
+    peaks = [
+        RunPeak(on_gpu(memory), index, memory.fullest_rank) for index, memory in enumerate(memories)
+    ]
+    peaks += [RunPeak(size, index, None) for index, size in enumerate(growths) if size is not None]
+    return max(peaks, key=lambda peak: peak.size)
 
 
 def memory_warnings(
@@ -18,13 +47,13 @@ def memory_warnings(
         if needed > capacity:
             part, size = largest_part(memory)
             yield (
-                f"stages.{index} does not fit: {_gb(needed)} of {_gb(capacity)} per GPU; largest "
-                f"part: {part}, {_gb(size)}; try {', '.join(remedies(memory))}"
+                f"stages.{index} does not fit: {_of(needed, capacity)} per GPU; largest part: "
+                f"{part}, {_gib(size)} GiB; try {', '.join(remedies(memory))}"
             )
         if growth is not None and growth > capacity:
             yield (
-                f"stages.{index}: the growth at its start does not fit: {_gb(growth)} of "
-                f"{_gb(capacity)} per GPU; try more ranks, or `megagrow grow` from file to file"
+                f"stages.{index}: the growth at its start does not fit: {_of(growth, capacity)} "
+                "per GPU; try more ranks, or `megagrow grow` from file to file"
             )
 
 
@@ -65,5 +94,9 @@ def remedies(memory: StageMemory) -> Iterator[str]:
     yield "a larger tensor_model_parallel_size" if layout.dp > 1 else "more ranks"
 
 
-def _gb(size: int) -> str:
-    return f"{format_in(size, 'GB', 1)} GB"
+def _of(size: int, capacity: int) -> str:
+    return f"{_gib(size)} of {_gib(capacity)} GiB"
+
+
+def _gib(size: int) -> str:
+    return format_in(size, "GiB", 1)

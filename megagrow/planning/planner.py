@@ -28,7 +28,7 @@ from megagrow.errors import ConfigError
 from megagrow.growth.operators import resolve_operators, state_policy
 from megagrow.growth.validation import growth_problems
 from megagrow.planning.memory import StageMemory, growth_peak, stage_memory
-from megagrow.planning.memory_fit import memory_warnings
+from megagrow.planning.memory_fit import RunPeak, memory_warnings, run_peak
 from megagrow.train.schedule import stage_optimizer
 
 
@@ -94,6 +94,7 @@ class RunPlan:
     world_size: int
     bf16: bool
     stages: tuple[StagePlan, ...]
+    peak: RunPeak
     saving: PlannedSaving | None
     """None if the paper has no figure, i.e. for anything but one growth by stacking to a larger
     model."""
@@ -120,11 +121,12 @@ def plan_run(run: RunConfig, world_size: int, gpu_memory: int | None = None) -> 
     length = run.data.sequence_length
     memories = [stage_memory(stage, world_size, length, bf16) for stage in run.stages]
     stages = tuple(_stage(run, index, memories) for index in range(len(run.stages)))
+    growths = [stage.growth.peak_bytes if stage.growth else None for stage in stages]
     warnings = [*timing_warnings(run), *_warnings(stages)]
     if gpu_memory is not None:
-        peaks = [stage.growth.peak_bytes if stage.growth else None for stage in stages]
-        warnings += memory_warnings(memories, peaks, gpu_memory)
-    return RunPlan(run, world_size, bf16, stages, _saving(stages), tuple(warnings))
+        warnings += memory_warnings(memories, growths, gpu_memory)
+    peak = run_peak(memories, growths)
+    return RunPlan(run, world_size, bf16, stages, peak, _saving(stages), tuple(warnings))
 
 
 def _stage(run: RunConfig, index: int, memories: list[StageMemory]) -> StagePlan:

@@ -62,10 +62,7 @@ def predict_run(plan: RunPlan, cluster: Cluster) -> RunPrediction:
 def predicted_pace(plan: RunPlan, prediction: RunPrediction) -> Pace:
     """Return the mean throughput of the run: its true FLOPs over the predicted time."""
     flops = sum(stage.flops_true for stage in plan.stages)
-    return Pace(
-        flops / prediction.seconds,
-        "predicted for the cluster, mean over all stages (docs/results/scaling.md)",
-    )
+    return Pace(flops / prediction.seconds, "predicted for the cluster, mean over all stages")
 
 
 def stage_work(stage: StageConfig, cluster: Cluster, sequence_length: int) -> StepWorkload:

@@ -47,6 +47,13 @@ class Answer:
     """Layouts of each stage, with `--layouts`."""
     data: tuple[str, ...] = ()
     """Lines on the epochs of the training corpora."""
+    capacity: int | None = None
+    """Bytes of one GPU, or None if unknown."""
+
+    @property
+    def fits(self) -> bool | None:
+        """True if the peak of the run fits into a GPU; None if the GPU is unknown."""
+        return None if self.capacity is None else self.plan.peak.size <= self.capacity
 
 
 def answer(run: RunConfig, request: PlanRequest) -> Answer:
@@ -71,7 +78,9 @@ def answer(run: RunConfig, request: PlanRequest) -> Answer:
         )
     plan = plan_run(run, world, capacity)
     prediction = None if cluster is None else predict_run(plan, cluster)
-    return Answer(plan, _costs(request, plan, gpu, prediction), prediction, layouts, _data(run))
+    return Answer(
+        plan, _costs(request, plan, gpu, prediction), prediction, layouts, _data(run), capacity
+    )
 
 
 def _data(run: RunConfig) -> tuple[str, ...]:

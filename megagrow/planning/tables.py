@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 
-from megagrow.common.sizes import format_in, format_short
+from megagrow.common.sizes import format_bytes, format_in, format_short
 from megagrow.common.tables import print_lines, print_table
 from megagrow.config.growth_guidelines import SPEEDUPS
 from megagrow.config.schema import StageConfig
@@ -16,9 +16,16 @@ from megagrow.planning.cluster_tables import (
     prediction_lines,
     prediction_rows,
 )
-from megagrow.planning.cost_tables import cost_columns, cost_lines, cost_rows, flops_rows
+from megagrow.planning.cost_tables import (
+    cost_columns,
+    cost_lines,
+    cost_rows,
+    cost_summary,
+    flops_rows,
+)
 from megagrow.planning.costs import RunCosts
 from megagrow.planning.memory import StageMemory
+from megagrow.planning.memory_fit import USABLE
 from megagrow.planning.planner import GrowthPlan, RunPlan, StagePlan
 from megagrow.planning.request import Answer
 
@@ -27,8 +34,10 @@ Rows = Mapping[str, Sequence[str]]
 
 
 def show_answer(answer: Answer, console: Console) -> None:
-    """Print the result of `megagrow plan`."""
-    show_plan(answer.plan, console, answer.costs)
+    """Print the result of `megagrow plan`: the answer in three lines, then the details."""
+    title = f"{answer.plan.run.name} on {_ranks(answer.plan.world_size)}"
+    print_lines(console, [title, *answer_lines(answer), ""])
+    _show_plan(answer.plan, console, answer.costs)
     stages = [f"stage {index}" for index in range(len(answer.plan.stages))]
     if answer.prediction is not None:
         _print(console, "On the cluster", stages, prediction_rows(answer.prediction))
@@ -40,10 +49,36 @@ def show_answer(answer: Answer, console: Console) -> None:
     print_lines(console, answer.data)
 
 
-def show_plan(plan: RunPlan, console: Console, costs: RunCosts | None = None) -> None:
+def answer_lines(answer: Answer) -> tuple[str, str, str]:
+    """Return memory, time and cost of a run, each as one line."""
+    tokens = format_short(sum(stage.tokens for stage in answer.plan.stages))
+    amounts = [f"{tokens} tokens", f"{answer.plan.flops:.3g} FLOPs"]
+    time = "unknown; pass --cluster, or --gpu and --mfu"
+    if answer.costs is not None:
+        time, costs = cost_summary(answer.costs)
+        amounts = costs + amounts
+    return _memory_line(answer), f"time: {time}", f"cost: {', '.join(amounts)}"
+
+
+def _memory_line(answer: Answer) -> str:
+    peak, capacity = answer.plan.peak, answer.capacity
+    stage = f"stage {peak.stage}"
+    place = f"growth before {stage}" if peak.rank is None else f"{stage}, rank {peak.rank}"
+    if capacity is None:
+        size = format_bytes(peak.size)
+        return f"memory: {size} per rank ({place}); pass --gpu to compare it with a GPU"
+    line = f"{format_in(peak.size, 'GiB', 1)} of {format_in(capacity, 'GiB', 1)} GiB ({place})"
+    if not answer.fits:
+        return f"does not fit: {line}; remedies: see the warnings below"
+    if peak.size > USABLE * capacity:
+        reserved = f"{1 - USABLE:.0%} of the memory"
+        return f"fits barely: {line}; driver, NCCL and fragmentation take about {reserved}"
+    return f"fits: {line}"
+
+
+def _show_plan(plan: RunPlan, console: Console, costs: RunCosts | None) -> None:
     """Print a plan; as plain Markdown tables if the output is not a terminal."""
     stages = [f"stage {index}" for index in range(len(plan.stages))]
-    print_lines(console, [f"{plan.run.name} on {_ranks(plan.world_size)}"])
     _print(console, "Stages", stages, stage_rows(plan.stages))
     length = plan.run.data.sequence_length
     flops = flops_rows([stage.config.model for stage in plan.stages], length)
@@ -123,10 +158,9 @@ def growth_rows(growths: Sequence[GrowthPlan]) -> Rows:
 
 
 def closing_lines(plan: RunPlan) -> list[str]:
-    """Return the totals, the expected saving by the paper's figures, and the warnings."""
+    """Return the FLOPs of the bases, the expected saving by the paper, and the warnings."""
     last = len(plan.stages) - 1
-    tokens = sum(stage.tokens for stage in plan.stages)
-    lines = [f"Total: {tokens:,} tokens and {plan.flops:.3e} FLOPs (6 x parameters x tokens)."]
+    lines: list[str] = []
     if last:
         before = sum(stage.flops for stage in plan.stages[:last])
         lines.append(

@@ -30,10 +30,10 @@ def test_what_fits_is_not_spoken_of() -> None:
 
 def test_activations_that_do_not_fit() -> None:
     found = memory()
-    needed, kept = found.training / 1e9, found.activations() / 1e9
+    needed, kept = found.training / 2**30, found.activations() / 2**30
     assert said(found, 40 * 10**9) == [
-        f"stages.0 does not fit: {needed:.1f} GB of 40.0 GB per GPU; largest part: activations, "
-        f"{kept:.1f} GB; try activation_checkpointing: selective or full, "
+        f"stages.0 does not fit: {needed:.1f} of 37.3 GiB per GPU; largest part: activations, "
+        f"{kept:.1f} GiB; try activation_checkpointing: selective or full, "
         "a smaller micro_batch_size, kernels.linear_cross_entropy, zero_stage: 2 or higher, "
         "a larger tensor_model_parallel_size"
     ]
@@ -69,7 +69,7 @@ def test_an_offloaded_state_is_not_on_the_gpu() -> None:
 def test_a_growth_that_does_not_fit() -> None:
     found = memory()
     (text,) = said(found, 80 * 10**9, growth=81 * 10**9)
-    assert text.startswith("stages.0: the growth at its start does not fit: 81.0 GB of 80.0")
+    assert text.startswith("stages.0: the growth at its start does not fit: 75.4 of 74.5 GiB")
 
 
 def test_hybrid_sharding_holds_a_second_copy_over_fewer_ranks() -> None:

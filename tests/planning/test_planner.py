@@ -12,7 +12,13 @@ import megagrow.cli.app
 from megagrow.config.load import load_run
 from megagrow.errors import InputError
 from megagrow.planning.planner import RunPlan, plan_run
-from megagrow.planning.tables import closing_lines, growth_rows, memory_rows, show_plan
+from megagrow.planning.request import Answer
+from megagrow.planning.tables import (
+    closing_lines,
+    growth_rows,
+    memory_rows,
+    show_answer,
+)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BASE, TARGET = 439_379_968, 1_364_297_728
@@ -158,7 +164,7 @@ def test_what_does_not_fit_is_warned_of() -> None:
     run = load_run(CONFIGS / "gstack-1.1b.yaml")
     assert plan_run(run, 8, gpu_memory=80 * 10**9).warnings == ()
     (text,) = plan_run(run, 8, gpu_memory=40 * 10**9).warnings
-    assert text.startswith("stages.1 does not fit: 46.3 GB of 40.0 GB per GPU")
+    assert text.startswith("stages.1 does not fit: 43.1 of 37.3 GiB per GPU")
 
 
 def test_parts_that_no_stage_has_are_left_out() -> None:
@@ -171,7 +177,7 @@ def test_parts_that_no_stage_has_are_left_out() -> None:
 
 def shown(plan: RunPlan, terminal: bool) -> str:
     console = Console(width=160, force_terminal=terminal, record=True, file=io.StringIO())
-    show_plan(plan, console)
+    show_answer(Answer(plan, None), console)
     return console.export_text()
 
 
@@ -239,7 +245,7 @@ def test_the_command_tells_costs_and_what_does_not_fit(
     out = capsys.readouterr().out
     assert "| Costs " in out and "| GPU-hours " in out and "scratch at +41%" in out
     assert "| attention itself " in out
-    assert "Warning: stages.1 does not fit" in out and "of 20.0 GB per GPU" in out
+    assert "Warning: stages.1 does not fit" in out and "of 18.6 GiB per GPU" in out
 
 
 def test_problems_of_a_growth_are_refused() -> None:
