@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.discovery import list_checkpoints, unfinished
+from megagrow.checkpoint.discovery import list_checkpoints, step_of, unfinished
 from megagrow.checkpoint.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -73,40 +73,107 @@ def problems_of(path: Path, share: slice = slice(None)) -> list[str]:
     return problems_of_files(path, files)
 
 
-def layout_text(manifest: Manifest) -> str:
-    """Return the layout as text, such as `ZeRO 1, dp 8, tp 2`."""
-    zero_stage, dp, tp = (manifest.layout[key] for key in ("zero_stage", "dp", "tp"))
-    return f"ZeRO {zero_stage}, dp {dp}, tp {tp}"
+def layout_text(layout: dict[str, Any]) -> str:
+    """Return the layout of a manifest as text, such as `ZeRO 1, dp 8, tp 2`."""
+    return f"ZeRO {layout['zero_stage']}, dp {layout['dp']}, tp {layout['tp']}"
+
+
+def listed(folder: Path) -> list[dict[str, Any]]:
+    """Return an entry for each checkpoint of a folder, oldest first, and each unfinished one."""
+    entries = [_entry(path) for path in list_checkpoints(folder)]
+    for path in unfinished(folder):
+        step = int(path.name.removeprefix("step-").partition(".")[0])
+        entries.append(
+            {"path": str(path), "step": step, "state": "unfinished"} | dict.fromkeys(_OF_MANIFEST)
+        )
+    return entries
+
+
+_OF_MANIFEST = ("problem", "stage", "tokens", "bytes", "layout", "protected")
+"""Keys of an entry that are null without a manifest."""
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    """Return the entry of a checkpoint; values of an unreadable manifest are null."""
+    found = glance(path)
+    entry = {"path": str(path), "step": step_of(path)} | dict.fromkeys(_OF_MANIFEST)
+    entry |= {"state": "damaged" if found.problem else "valid", "problem": found.problem}
+    if found.manifest is not None:
+        run = found.manifest.run
+        entry |= {
+            "stage": run.get("stage"),
+            "tokens": run.get("counters", {}).get("tokens", 0),
+            "bytes": found.size,
+            "layout": _layout(found.manifest),
+            "protected": found.manifest.protected,
+        }
+    return entry
+
+
+def _layout(manifest: Manifest) -> dict[str, Any]:
+    return {key: manifest.layout[key] for key in ("zero_stage", "dp", "tp")}
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """Return the values of a checkpoint's manifest. Raises CheckpointError if it is damaged."""
+    manifest = parse_manifest(path)
+    run = manifest.run
+    return {
+        "path": str(path),
+        "protected": manifest.protected,
+        "model": manifest.model,
+        "layout": _layout(manifest),
+        "groups": manifest.layout["groups"],
+        "position": {
+            key: run[key] for key in ("stage", "stage_tokens", "stage_step") if key in run
+        },
+        "counters": run.get("counters", {}),
+        "adam_step": manifest.adam_step,
+        "growths": _growths(run),
+        "versions": manifest.environment.get("packages", {}),
+        "files": {name: record.to_json() for name, record in manifest.files.items()},
+    }
 
 
 def summary(path: Path) -> dict[str, Any]:
     """Describe a checkpoint by topic, each a text or a mapping. Raises CheckpointError if
     damaged."""
-    manifest = parse_manifest(path)
-    run = manifest.run
+    values = contents(path)
     return {
-        "checkpoint": str(path),
-        "protected": manifest.protected or "no",
-        "model": manifest.model,
-        "layout": layout_text(manifest),
+        "checkpoint": values["path"],
+        "protected": values["protected"] or "no",
+        "model": values["model"],
+        "layout": layout_text(values["layout"]),
         "groups": {
             f"group {number}": f"{len(names)} parameters, {names[0]} ... {names[-1]}"
-            for number, names in enumerate(manifest.layout["groups"])
+            for number, names in enumerate(values["groups"])
             if names
         },
-        "place": {key: run[key] for key in ("stage", "stage_tokens", "stage_step") if key in run},
-        "counters": run.get("counters", {}) | {"adam_step": manifest.adam_step},
-        "growths": _growths(run) or "none",
-        "versions": manifest.environment.get("packages", {}),
-        "files": {name: f"{r.size} bytes, {r.checksum}" for name, r in manifest.files.items()},
+        "place": values["position"],
+        "counters": values["counters"] | {"adam_step": values["adam_step"]},
+        "growths": {
+            f"growth {number}": _growth_text(growth)
+            for number, growth in enumerate(values["growths"], 1)
+        }
+        or "none",
+        "versions": values["versions"],
+        "files": {
+            name: f"{record['bytes']} bytes, {record['xxh3_64']}"
+            for name, record in values["files"].items()
+        },
     }
 
 
-def _growths(run: dict[str, Any]) -> dict[str, str]:
+def _growths(run: dict[str, Any]) -> list[dict[str, Any]]:
     """Return each growth of a run: its operators and the source layer of each new layer."""
     layers = run.get("provenance", [])
     operators = [*run.get("operators", []), *([] for _ in layers)]
-    return {
-        f"growth {number}": f"{' with '.join(names) or 'not known'}, layers from {list(origins)}"
-        for number, (origins, names) in enumerate(zip(layers, operators, strict=False), 1)
-    }
+    return [
+        {"operators": list(names), "layers": list(origins)}
+        for origins, names in zip(layers, operators, strict=False)
+    ]
+
+
+def _growth_text(growth: dict[str, Any]) -> str:
+    operators = " with ".join(growth["operators"]) or "not known"
+    return f"{operators}, layers from {growth['layers']}"

@@ -8,8 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from megagrow.cli.options import CheckpointPath, RunDirectory, count, existing_paths
-from megagrow.common.tables import print_facts, print_lines, print_table, table_console
+from megagrow.cli.options import CheckpointPath, JsonOutput, RunDirectory, count, existing_paths
+from megagrow.common.tables import (
+    print_facts,
+    print_json,
+    print_lines,
+    print_table,
+    stdout_to_stderr,
+    table_console,
+)
 from megagrow.errors import CheckpointError, ResourceError
 
 checkpoint_app = typer.Typer(help="Manage checkpoints.", no_args_is_help=True)
@@ -18,28 +25,30 @@ COLUMNS = ("step", "stage", "tokens", "size", "layout", "protected", "state")
 
 
 @checkpoint_app.command("ls")
-def list_all(run: RunDirectory) -> None:
+def list_all(run: RunDirectory, as_json: JsonOutput = False) -> None:
     """List a run's checkpoints. Only file sizes are compared; `verify` reads every byte."""
-    from megagrow.checkpoint.discovery import list_checkpoints, step_of, unfinished
-    from megagrow.checkpoint.listing import folder_of, glance, layout_text
+    from megagrow.checkpoint.listing import folder_of, listed
+
+    entries = listed(folder_of(run))
+    if as_json:
+        print_json({"checkpoints": entries})
+    else:
+        print_table(table_console(), COLUMNS, map(_row, entries))
+
+
+def _row(entry: dict[str, Any]) -> Sequence[str]:
+    """Return the cells of a checkpoint; its path is left out of its problem."""
+    from megagrow.checkpoint.listing import layout_text
     from megagrow.common.sizes import format_bytes
 
-    folder = folder_of(run)
-    rows: list[Sequence[str]] = []
-    for path in list_checkpoints(folder):
-        entry = glance(path)
-        position, layout, protected = ("?", "?"), "?", ""
-        if entry.manifest is not None:
-            counters = entry.manifest.run.get("counters", {})
-            position = str(entry.manifest.run.get("stage")), f"{counters.get('tokens', 0):,}"
-            layout, protected = layout_text(entry.manifest), entry.manifest.protected or ""
-        state = (entry.problem or "valid").replace(f"{path}/", "").replace(f"{path}: ", "")
-        size = format_bytes(entry.size)
-        rows.append((str(step_of(path)), *position, size, layout, protected, state))
-    for path in unfinished(folder):
-        step = path.stem.removeprefix("step-").lstrip("0")
-        rows.append((step, *[""] * 5, "unfinished"))
-    print_table(table_console(), COLUMNS, rows)
+    step, path, problem = str(entry["step"]), entry["path"], entry["problem"]
+    if entry["layout"] is None:
+        facts = ["" if problem is None else "?"] * 4
+    else:
+        size, layout = format_bytes(entry["bytes"]), layout_text(entry["layout"])
+        facts = [str(entry["stage"]), f"{entry['tokens']:,}", size, layout]
+    state = (problem or entry["state"]).replace(f"{path}/", "").replace(f"{path}: ", "")
+    return step, *facts, entry["protected"] or "", state
 
 
 @checkpoint_app.command()
@@ -50,28 +59,39 @@ def verify(
             help="Checkpoints or run directories.", show_default=False, callback=existing_paths
         ),
     ],
+    as_json: JsonOutput = False,
 ) -> None:
     """Read every byte of checkpoints; exit code 1 if any file differs from its checksum."""
     from megagrow.checkpoint.listing import checkpoints_at, problems_of
 
-    damaged = False
-    for checkpoint in [checkpoint for path in paths for checkpoint in checkpoints_at(path)]:
-        problems = problems_of(checkpoint)
-        damaged |= bool(problems)
-        print_lines(table_console(), problems or [f"{checkpoint}: valid"])
-    if damaged:
+    entries = []
+    with stdout_to_stderr(as_json):
+        for checkpoint in [checkpoint for path in paths for checkpoint in checkpoints_at(path)]:
+            problems = problems_of(checkpoint)
+            entries.append({"path": str(checkpoint), "problems": problems})
+            if not as_json:
+                print_lines(table_console(), problems or [f"{checkpoint}: valid"])
+    valid = not any(entry["problems"] for entry in entries)
+    if as_json:
+        print_json({"valid": valid, "checkpoints": entries})
+    if not valid:
         raise typer.Exit(1)
 
 
 @checkpoint_app.command()
 def show(
     checkpoint: CheckpointPath,
+    as_json: JsonOutput = False,
 ) -> None:
     """Show the model, layout, counters, growths, versions and files of a checkpoint."""
-    from megagrow.checkpoint.listing import checkpoints_at, summary
+    from megagrow.checkpoint.listing import checkpoints_at, contents, summary
 
+    path = checkpoints_at(checkpoint)[-1]
+    if as_json:
+        print_json(contents(path))
+        return
     facts = []
-    for topic, value in summary(checkpoints_at(checkpoint)[-1]).items():
+    for topic, value in summary(path).items():
         rows = value.items() if isinstance(value, dict) else [("", value)]
         for number, (key, item) in enumerate(rows):
             facts.append((topic if number == 0 else "", str(key), _shown(item)))

@@ -10,12 +10,19 @@ import typer
 from megagrow.cli.options import (
     AnySource,
     ForwardDtype,
+    JsonOutput,
     LaunchedTensorParallel,
     RunTokenizer,
     count,
 )
 from megagrow.common.log_setup import configure_logging
-from megagrow.common.tables import print_lines, print_table, table_console
+from megagrow.common.tables import (
+    print_json,
+    print_lines,
+    print_table,
+    stdout_to_stderr,
+    table_console,
+)
 from megagrow.errors import ConfigError
 
 COLUMNS = ("task", "metric", "value", "standard error")
@@ -39,6 +46,7 @@ def evaluate(
     tokenizer: RunTokenizer = None,
     tp: LaunchedTensorParallel = 1,
     dtype: ForwardDtype = None,
+    as_json: JsonOutput = False,
 ) -> None:
     """Evaluate a checkpoint on lm-eval tasks, in one process or under torchrun."""
     from megagrow.evaluation.evaluator import need_lm_eval
@@ -57,7 +65,7 @@ def evaluate(
     if not names:
         raise ConfigError("--tasks: empty; list at least one task")
     require_source(checkpoint)  # before tasks are downloaded
-    with watched_topology(tp) as topology:
+    with stdout_to_stderr(as_json) as stdout, watched_topology(tp) as topology:
         record = evaluate_checkpoint(
             checkpoint,
             names,
@@ -69,7 +77,9 @@ def evaluate(
             dtype=dtype,
         )
         run = find_run(Path(record["checkpoint"])) if keep else None
-        if topology.rank == 0:
+        if topology.rank == 0 and as_json:
+            print_json(record, stdout)
+        elif topology.rank == 0:
             print_table(
                 table_console(),
                 COLUMNS,

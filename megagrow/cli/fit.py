@@ -1,6 +1,5 @@
 """`megagrow fit`: fit growth guidelines to measured runs (docs/guides/fits.md)."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ import typer
 
 from megagrow.cli.options import existing_paths
 from megagrow.common.atomic_files import write_text
-from megagrow.common.json_text import finite
+from megagrow.common.json_text import format_json
 from megagrow.common.tables import print_lines, print_table, table_console
 from megagrow.errors import ConfigError, unwritable
 
@@ -158,7 +157,7 @@ def _write(output: Path, name: str, results: dict[str, Any]) -> Path:
     path = output / f"{name}.json"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(finite(results), indent=2, allow_nan=False) + "\n")
+        write_text(path, format_json(results))
     except OSError as error:
         raise unwritable(path, error) from error
     return path.with_suffix(".png")

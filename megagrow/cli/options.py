@@ -44,6 +44,9 @@ Overrides = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a key, such as parallel.zero_stage=3."
     ),
 ]
+JsonOutput = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document; log lines go to stderr.")
+]
 CheckpointPath = Annotated[
     Path,
     typer.Argument(

@@ -6,8 +6,14 @@ from typing import Annotated
 
 import typer
 
-from megagrow.cli.options import Overrides, RunFile, count, existing_folder
-from megagrow.common.tables import print_lines, print_table, table_console
+from megagrow.cli.options import JsonOutput, Overrides, RunFile, count, existing_folder
+from megagrow.common.tables import (
+    print_json,
+    print_lines,
+    print_table,
+    stdout_to_stderr,
+    table_console,
+)
 from megagrow.errors import ConfigError, DataError
 
 config_app = typer.Typer(help="Inspect run files.", no_args_is_help=True)
@@ -54,18 +60,24 @@ def plan(
     ] = 1.2,
     co2: Annotated[float, typer.Option(help="CO2 emissions, kg per kWh.")] = 0.48,
     price: Annotated[float | None, typer.Option(help="Price of one GPU-hour.")] = None,
+    as_json: JsonOutput = False,
 ) -> None:
     """Print the plan of a run without starting it: sizes, FLOPs, memory per rank, costs."""
     from megagrow.config.load import load_run
 
-    run = load_run(run_file, overrides or ())
-    from megagrow.planning.request import PlanRequest, answer
-    from megagrow.planning.tables import show_answer
+    with stdout_to_stderr(as_json) as stdout:
+        run = load_run(run_file, overrides or ())
+        from megagrow.planning.request import PlanRequest, answer, plan_document
+        from megagrow.planning.tables import show_answer
 
-    request = PlanRequest(
-        world, gpu, gpu_memory, mfu, measured, watts, pue, co2, price, cluster, layouts
-    )
-    show_answer(answer(run, request), table_console())
+        request = PlanRequest(
+            world, gpu, gpu_memory, mfu, measured, watts, pue, co2, price, cluster, layouts
+        )
+        found = answer(run, request)
+        if as_json:
+            print_json(plan_document(found), stdout)
+        else:
+            show_answer(found, table_console())
 
 
 @config_app.command()

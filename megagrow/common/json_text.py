@@ -1,4 +1,4 @@
-"""Strict parsing of untrusted JSON, and values that JSON can represent."""
+"""Strict JSON: parsing of untrusted texts, and formatting of values it can represent."""
 
 import json
 import math
@@ -96,6 +96,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def format_json(value: Any) -> str:
+    """Return a value as indented JSON with a final newline; NaN and infinities become null."""
+    return json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,18 +1,25 @@
-"""Console output and Markdown tables.
+"""Console output: tables, lines of text, and JSON documents.
 
 Commands print text through this module only: names from files contain no markup here, and control
 characters are escaped.
 """
 
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megagrow.common.json_text import format_json
 from megagrow.errors import printable
+
+STDOUT, STDERR = 1, 2
+"""File descriptors of the standard streams."""
 
 PIPED_WIDTH = 10_000
 """Console columns when the output is a file or a pipe: no line is wrapped."""
@@ -59,6 +66,39 @@ def print_lines(console: Console, lines: Iterable[str]) -> None:
     """Print each text on one line: no markup, no wrapping."""
     for line in lines:
         console.print(Text(printable(line)), soft_wrap=True)
+
+
+def print_json(document: Any, stream: TextIO | None = None) -> None:
+    """Print a document as JSON on `stream`, by default standard output."""
+    print(format_json(document), end="", flush=True, file=stream)
+
+
+@contextmanager
+def stdout_to_stderr(enabled: bool = True) -> Iterator[TextIO]:
+    """Redirect standard output to standard error and yield the original stream for a document.
+
+    Output of C++ libraries, such as gloo's connection messages, and of child processes is included.
+    """
+    stream = sys.stdout
+    if not enabled:
+        yield stream
+        return
+    with ExitStack() as stack:
+        if _descriptors() == (STDOUT, STDERR):
+            stream.flush()
+            stream = stack.enter_context(os.fdopen(os.dup(STDOUT), "w", encoding="utf-8"))
+            stack.callback(os.dup2, stream.fileno(), STDOUT)
+            os.dup2(STDERR, STDOUT)
+        stack.enter_context(redirect_stdout(sys.stderr))
+        yield stream
+
+
+def _descriptors() -> tuple[int, int] | None:
+    """Return the file descriptors of the standard streams; None if they have none."""
+    try:
+        return sys.stdout.fileno(), sys.stderr.fileno()
+    except (AttributeError, OSError):
+        return None
 
 
 def markdown_table(

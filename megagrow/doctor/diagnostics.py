@@ -2,9 +2,9 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -193,6 +193,19 @@ def print_cluster_report(cluster: ClusterReport, problems: Sequence[str], consol
     if cluster.speeds:
         print_table(console, SPEED_COLUMNS, _speed_rows(cluster))
     print_lines(console, (f"Problem: {problem}" for problem in problems))
+
+
+def cluster_document(cluster: ClusterReport, problems: Sequence[str]) -> dict[str, Any]:
+    """Return the results of all checks as JSON values; lists are indexed by rank."""
+    return {
+        "hosts": cluster.hosts,
+        "ranks": [report.to_json() for report in cluster.reports],
+        "clock_offsets": list(cluster.clocks),
+        "folder": cluster.folder,
+        "folder_views": [asdict(view) for view in cluster.views],
+        "network": [asdict(speeds) for speeds in cluster.speeds],
+        "problems": list(problems),
+    }
 
 
 def _host_rows(cluster: ClusterReport) -> Iterable[Sequence[str]]:

@@ -5,8 +5,8 @@ No training engine is imported, so the report also works where a run cannot star
 
 import platform
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -110,25 +110,68 @@ def stage_rows(
     return rows
 
 
-def print_local_report(run: RunConfig | None, device: torch.device, console: Console) -> None:
-    """Print the facts of this machine and the backends, for each stage of a run or in general.
+@dataclass(frozen=True)
+class LocalReport:
+    """Report of this machine, for a run or in general."""
 
-    On a GPU, the Triton kernels of a run are checked first.
-    """
-    print_facts(console, environment_facts().items())
+    run: RunConfig | None
+    device: torch.device
+    facts: dict[str, str]
+    problems: list[str]
+    """Settings of the run that the device cannot honor."""
+    rows: list[list[BackendRow]]
+    """Backends of each stage, or one list without a run."""
+
+
+def examine_machine(run: RunConfig | None, device: torch.device) -> LocalReport:
+    """Return the report. On a GPU, the Triton kernels of a run are checked first."""
+    facts = environment_facts()
     if run is None:
-        selected = f"selected by auto (head_dim {DEFAULT_HEAD_DIM})"
-        _print_rows(console, str(device), selected, default_rows(machine_of(device)))
-        return
-    problems = determinism_problems(run, device)
-    print_lines(console, (f"Problem: {problem}" for problem in problems))
-    checks = check_host(run, device)
-    for index, stage in enumerate(run.stages):
-        work = kernel_workload(run, index, device)
-        packed = "packed documents" if work.packed else "full sequences"
-        dtype = str(work.dtype).removeprefix("torch.")
-        title = f"stage {index} on {device}: {dtype}, head_dim {stage.model.head_dim}, {packed}"
-        _print_rows(console, title, "selected", stage_rows(run, index, device, checks))
+        return LocalReport(run, device, facts, [], [default_rows(machine_of(device))])
+    problems, checks = determinism_problems(run, device), check_host(run, device)
+    rows = [stage_rows(run, index, device, checks) for index in range(len(run.stages))]
+    return LocalReport(run, device, facts, problems, rows)
+
+
+def local_document(report: LocalReport) -> dict[str, Any]:
+    """Return the report as JSON values; `stage` is null without a run."""
+    return {
+        "device": str(report.device),
+        "environment": {
+            name.lower().replace("-", "_"): fact for name, fact in report.facts.items()
+        },
+        "problems": report.problems,
+        "backends": [
+            {
+                "stage": None if report.run is None else index,
+                "operation": row.operation,
+                "backend": row.backend,
+                "available": not row.why_not,
+                "reason": row.why_not or None,
+                "selected": row.selected or None,
+            }
+            for index, rows in enumerate(report.rows)
+            for row in rows
+        ],
+    }
+
+
+def print_local_report(report: LocalReport, console: Console) -> None:
+    """Print the facts of this machine and the backends."""
+    print_facts(console, report.facts.items())
+    print_lines(console, (f"Problem: {problem}" for problem in report.problems))
+    for index, rows in enumerate(report.rows):
+        title, selected = str(report.device), f"selected by auto (head_dim {DEFAULT_HEAD_DIM})"
+        if report.run is not None:
+            title, selected = _stage_title(report.run, index, report.device), "selected"
+        _print_rows(console, title, selected, rows)
+
+
+def _stage_title(run: RunConfig, index: int, device: torch.device) -> str:
+    work = kernel_workload(run, index, device)
+    packed = "packed documents" if work.packed else "full sequences"
+    dtype, head_dim = str(work.dtype).removeprefix("torch."), run.stages[index].model.head_dim
+    return f"stage {index} on {device}: {dtype}, head_dim {head_dim}, {packed}"
 
 
 def _print_rows(console: Console, title: str, selected: str, rows: list[BackendRow]) -> None:

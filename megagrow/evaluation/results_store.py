@@ -4,7 +4,6 @@ RUN/evaluations/step-N.json has the format of `--output`. Like the records of ev
 run, it contains the run's step, tokens, FLOPs and elapsed seconds at the checkpoint.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from megagrow.checkpoint.discovery import checkpoint_name, list_checkpoints
 from megagrow.common.atomic_files import write_text
-from megagrow.common.json_text import finite, read_json
+from megagrow.common.json_text import format_json, read_json
 from megagrow.common.untrusted_values import Amount, Tally, problems_of_values
 from megagrow.errors import DataError, unwritable
 from megagrow.train.reporting.metrics import METRICS_FILE
@@ -73,7 +72,7 @@ def write_results(path: Path, results: StoredResults) -> None:
     """Write results as JSON atomically. Raises ResourceError if the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(finite(results), indent=2, allow_nan=False) + "\n")
+        write_text(path, format_json(results))
     except OSError as error:
         raise unwritable(path, error) from error
 

@@ -130,6 +130,24 @@ class StageMemory:
         return self.state + self.weights + self.gradients + max(reduction, gathered)
 
     @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by part, and of both candidates for the peak of a step."""
+        return {
+            "state": self.state,
+            "weights": self.weights,
+            "gathered": self.gathered,
+            "gradients": self.gradients,
+            "buckets": self.buckets,
+            "activations": self.activations("none"),
+            "activations_selective": self.activations("selective"),
+            "activations_full": self.activations("full"),
+            "logits": self.logits,
+            "at_loss": self.at_loss,
+            "at_end": self.at_end,
+            "peak": self.training,
+        }
+
+    @property
     def training(self) -> int:
         """Peak bytes of a step."""
         return max(self.at_loss, self.at_end)

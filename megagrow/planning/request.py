@@ -1,19 +1,35 @@
-"""Options and result of `megagrow plan`: ranks, GPUs, throughput and price."""
+"""Options and result of `megagrow plan`: ranks, GPUs, throughput and price; its JSON document."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megagrow.common.gpu_specs import Gpu, find_gpu
 from megagrow.common.sizes import parse_bytes
 from megagrow.config.schema import RunConfig
 from megagrow.data.batches import epoch_lines
 from megagrow.errors import ConfigError, InputError
+from megagrow.growth.validation import candidates
 from megagrow.planning.cluster import Cluster, find_cluster
-from megagrow.planning.costs import KG_CO2_PER_KWH, PUE, RunCosts, make_factors, pace_of, run_costs
+from megagrow.planning.cluster_tables import PARTS
+from megagrow.planning.costs import (
+    KG_CO2_PER_KWH,
+    PUE,
+    Cost,
+    RunCosts,
+    make_factors,
+    pace_of,
+    run_costs,
+)
 from megagrow.planning.layouts import FittingLayout, fitting_layouts
-from megagrow.planning.planner import RunPlan, plan_run
-from megagrow.planning.prediction import RunPrediction, predict_run, predicted_pace
+from megagrow.planning.planner import GrowthPlan, RunPlan, plan_run
+from megagrow.planning.prediction import (
+    RunPrediction,
+    StagePrediction,
+    predict_run,
+    predicted_pace,
+)
 
 
 @dataclass(frozen=True)
@@ -132,3 +148,96 @@ def _capacity(request: PlanRequest, gpu: Gpu | None) -> int | None:
         return parse_bytes(request.gpu_memory)
     except ValueError as error:
         raise ConfigError(f"--gpu-memory {request.gpu_memory}: {error}") from error
+
+
+def plan_document(answer: Answer) -> dict[str, Any]:
+    """Return the result as JSON values; what the options do not determine is null."""
+    plan, costs = answer.plan, answer.costs
+    peak = {"bytes": plan.peak.size, "stage": plan.peak.stage, "rank": plan.peak.rank}
+    return {
+        "name": plan.run.name,
+        "world_size": plan.world_size,
+        "precision": "bf16" if plan.bf16 else "fp32",
+        "fits": answer.fits,
+        "capacity_bytes": answer.capacity,
+        "peak": peak,
+        "tokens": sum(stage.tokens for stage in plan.stages),
+        "flops": float(plan.flops),
+        "flops_true": float(sum(stage.flops_true for stage in plan.stages)),
+        "pace": None if costs is None else asdict(costs.pace),
+        "cost_factors": None if costs is None else asdict(costs.factors),
+        "cost": None if costs is None else _cost_values(costs.total),
+        "scratch_cost": [_cost_values(cost) for cost in (costs and costs.scratch) or ()],
+        "saving": None if plan.saving is None else asdict(plan.saving),
+        "stages": [_stage_values(answer, index) for index in range(len(plan.stages))],
+        "warnings": list(plan.warnings),
+        "data": list(answer.data),
+    }
+
+
+def _stage_values(answer: Answer, index: int) -> dict[str, Any]:
+    stage, layout = answer.plan.stages[index], answer.plan.stages[index].memory.layout
+    costs, prediction = answer.costs, answer.prediction
+    layouts = answer.layouts[index] if answer.layouts else ()
+    return {
+        "model": stage.config.model.model_dump(mode="json"),
+        "parameters": stage.parameters,
+        "non_embedding_parameters": stage.non_embedding,
+        "tokens": stage.tokens,
+        "steps": stage.steps,
+        "tokens_per_step": stage.step_tokens,
+        "flops": float(stage.flops),
+        "flops_true": float(stage.flops_true),
+        "lr": stage.optimizer.lr,
+        "min_lr": stage.optimizer.min_lr,
+        "layout": {"zero_stage": layout.zero_stage, "dp": layout.dp, "tp": layout.tp},
+        "memory_bytes": stage.memory.parts,
+        "growth": None if stage.growth is None else _growth_values(stage.growth),
+        "cost": None if costs is None else _cost_values(costs.stages[index]),
+        "prediction": None if prediction is None else _prediction_values(prediction.stages[index]),
+        "layouts": [_layout_values(each) for each in layouts],
+    }
+
+
+def _cost_values(cost: Cost) -> dict[str, Any]:
+    return asdict(cost) | {"tokens_per_second": cost.tokens_per_second}
+
+
+def _growth_values(growth: GrowthPlan) -> dict[str, Any]:
+    return {
+        "operators": [list(each.operator) for each in candidates(growth.options)],
+        "factor": growth.factor,
+        "connection_rate": growth.connection_rate,
+        "optimizer_state": growth.state,
+        "lr_schedule": growth.options.lr_schedule,
+        "advised_tokens": growth.advised_tokens,
+        "outside_fit": growth.outside_fit,
+        "peak_bytes": growth.peak_bytes,
+    }
+
+
+def _prediction_values(stage: StagePrediction) -> dict[str, Any]:
+    parts = {part: getattr(stage.step, part) for part in PARTS.values()}
+    return {
+        "seconds": stage.seconds,
+        "growth_seconds": stage.growth_seconds,
+        "step_seconds": stage.step.seconds,
+        "parts_seconds": parts | {"zero_hidden": stage.step.zero_hidden},
+        "tokens_per_second": stage.tokens_per_second,
+        "mfu": stage.step.mfu,
+    }
+
+
+def _layout_values(each: FittingLayout) -> dict[str, Any]:
+    parallel = each.stage.parallel
+    return {
+        "zero_stage": parallel.zero_stage,
+        "dp": each.step.work.dp,
+        "tp": parallel.tensor_model_parallel_size,
+        "activation_checkpointing": parallel.activation_checkpointing,
+        "micro_batch_size": each.step.work.micro_batch,
+        "tokens_per_second": each.step.tokens_per_gpu * each.step.work.gpus,
+        "mfu": each.step.mfu,
+        "step_seconds": each.step.seconds,
+        "memory_bytes": each.bytes_per_gpu,
+    }

@@ -33,6 +33,23 @@ Rows = Mapping[str, Sequence[str]]
 """Row label -> one cell per stage or growth."""
 
 
+MEMORY_LABELS = {
+    "state": "fp32 masters and moments",
+    "weights": "forward weights",
+    "gathered": "weights gathered, at most",
+    "gradients": "gradients",
+    "buckets": "reduction buckets",
+    "activations": "activations",
+    "activations_selective": "... with selective checkpointing",
+    "activations_full": "... with full checkpointing",
+    "logits": "head and loss",
+    "at_loss": "total at the loss",
+    "at_end": "total at the end of the backward pass",
+    "peak": "peak",
+}
+"""Key of `StageMemory.parts` -> row label."""
+
+
 def show_answer(answer: Answer, console: Console) -> None:
     """Print the result of `megagrow plan`: the answer in three lines, then the details."""
     title = f"{answer.plan.run.name} on {_ranks(answer.plan.world_size)}"
@@ -116,23 +133,9 @@ def stage_rows(stages: Sequence[StagePlan]) -> Rows:
 
 def memory_rows(memories: Sequence[StageMemory]) -> Rows:
     """Return rows of memory by part, and of both candidates for the peak of a step."""
-    parts = {
-        "fp32 masters and moments": [memory.state for memory in memories],
-        "forward weights": [memory.weights for memory in memories],
-        "weights gathered, at most": [memory.gathered for memory in memories],
-        "gradients": [memory.gradients for memory in memories],
-        "reduction buckets": [memory.buckets for memory in memories],
-        "activations": [memory.activations("none") for memory in memories],
-        "... with selective checkpointing": [
-            memory.activations("selective") for memory in memories
-        ],
-        "... with full checkpointing": [memory.activations("full") for memory in memories],
-        "head and loss": [memory.logits for memory in memories],
-        "total at the loss": [memory.at_loss for memory in memories],
-        "total at the end of the backward pass": [memory.at_end for memory in memories],
-        "peak": [memory.training for memory in memories],
-    }
-    rows = {part: [_gib(size) for size in held] for part, held in parts.items() if any(held)}
+    parts = [memory.parts for memory in memories]
+    held = {label: [sizes[part] for sizes in parts] for part, label in MEMORY_LABELS.items()}
+    rows = {label: [_gib(size) for size in sizes] for label, sizes in held.items() if any(sizes)}
     kernels = [memory.stage.kernels for memory in memories]
     settings = [memory.stage.parallel.activation_checkpointing for memory in memories]
     return rows | {

@@ -75,7 +75,7 @@ def test_ls_lists_valid_damaged_and_unfinished_checkpoints(run):
     assert (
         table[2][:-1] == ["20", *position, ""] and f"{SHARD}: truncated or damaged" in table[2][-1]
     )
-    assert table[3][1:4] == ["?", "?", "0 B"] and "manifest.json: damaged" in table[3][-1]
+    assert table[3][1:4] == ["?", "?", "?"] and "manifest.json: damaged" in table[3][-1]
     assert table[4][-1] == "unfinished"
 
 

@@ -2,6 +2,8 @@
 
 import ast
 import io
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -23,6 +25,25 @@ def printed(terminal: bool, **options: object) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=60, color_system=None)
     print_table(console, COLUMNS, ROWS, **options)
     return console.file.getvalue()
+
+
+def test_a_document_is_alone_on_stdout_whatever_else_writes_there() -> None:
+    program = """
+import os, subprocess, sys
+from megagrow.common.tables import print_json, stdout_to_stderr
+print("before")
+with stdout_to_stderr() as stdout:
+    print("python")
+    os.write(1, b"descriptor\\n")
+    subprocess.run([sys.executable, "-c", "print('child')"], check=True)
+    print_json({"loss": float("nan")}, stdout)
+print("after")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == 'before\n{\n  "loss": null\n}\nafter\n'
+    assert set(done.stderr.split()) == {"python", "descriptor", "child"}
 
 
 def test_pipe_shows_markdown_without_markup():

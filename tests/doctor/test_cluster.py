@@ -1,5 +1,6 @@
 """megagrow doctor --cluster: detection of problems, and timeouts of all waits."""
 
+import json
 import os
 import socket
 import sys
@@ -174,6 +175,19 @@ def test_four_healthy_ranks(tmp_path: Path) -> None:
     assert len(rows) == 1 and all(float(cell) > 0 for cell in rows[0])
     assert job.out[1:] == [""] * 3
     assert list(shared.iterdir()) == []
+
+
+@pytest.mark.dist
+def test_json_of_two_ranks_is_alone_on_stdout(tmp_path: Path) -> None:
+    shared = str(tmp_path / "shared")
+    job = doctor(tmp_path, 2, "--output-dir", shared, "--json")
+    assert job.codes == [0, 0] and job.out[1] == ""
+    found = json.loads(job.out[0])
+    assert [report["rank"] for report in found["ranks"]] == [0, 1]
+    assert found["hosts"] == {socket.gethostname(): [0, 1]}
+    assert (found["folder"], found["problems"]) == (shared, [])
+    for speeds in found["network"]:
+        assert len(speeds["all_reduce"]) == 3 and all(speeds["all_reduce"].values())
 
 
 def disagree(rank: int, patch: pytest.MonkeyPatch) -> None:

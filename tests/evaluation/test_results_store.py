@@ -1,6 +1,7 @@
 """Results of `megagrow eval` on a run's checkpoints appear in the run's report."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,21 @@ def test_results_of_checkpoints_are_scores_of_the_run(case, tmp_path) -> None:
         0 <= first.average == found["average"] <= 1
         and "word_perplexity" in last.results["wikitext"]
     )
+
+
+@pytest.mark.dist
+def test_json_is_alone_on_the_output_of_rank_0(case, tmp_path) -> None:
+    run, words = case
+    path, output = run.output_dir / "checkpoints" / "step-000000002", tmp_path / "found.json"
+    more = ["--tasks", "piqa", "--no-keep"]
+    done = Job(
+        tmp_path, 2, ["eval", str(path), *words, *more, "--output", str(output), "--json"]
+    ).finish()
+    assert done.codes == [0, 0] and done.out[1] == ""
+    assert json.loads(done.out[0]) == json.loads(output.read_text())
+    (table,) = evaluated(tmp_path, path, words, *more)
+    for metric, value in json.loads(done.out[0])["results"]["piqa"].items():
+        assert "stderr" in metric or re.search(rf"{metric} +\| +{value:.4f}", table)
 
 
 def results(task: str, accuracy: float, **changes: Any) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def _load_manifest(folder: Path, raw: bytes) -> None:
     (folder / MANIFEST_FILE).write_bytes(_resealed(raw))
     for _, shown in summary(folder).items():
         str(shown)
-    layout_text(read_manifest(folder))
+    layout_text(read_manifest(folder).layout)
     source = open_checkpoint(folder)
     assert source.run is not None
     assert RunState.from_json(source.run, source.environment).stage >= 0
