@@ -92,7 +92,8 @@ def train(
         checks = check_kernels(run, device, launch)
         inputs = open_inputs_on_all_ranks(run)
         evaluator = Evaluator(run, inputs, device)
-        environment = describe_environment(run) | {"contents": inputs.contents.model_dump()}
+        environment = describe_environment(run, device, launch.world_size)
+        environment["contents"] = inputs.contents.model_dump()
         run_logger = RunLogger(run, launch.rank, launch.world_size, environment, console)
         watchdog.beat("locking the run directory", long=True, at_least=2 * PATIENCE)
         lock = run_on_all_ranks(lambda: lock_directory(run.output_dir, launch.rank))

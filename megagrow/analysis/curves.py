@@ -2,15 +2,30 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError
 
 from megagrow.analysis.flop_accounting import Account, Setting, cumulative_flops, read_setting
-from megagrow.analysis.run_metrics import RunMetrics, Score, read_run_metrics, read_scores
+from megagrow.analysis.run_metrics import (
+    RunMetrics,
+    Samples,
+    Score,
+    read_run_metrics,
+    read_samples,
+    read_scores,
+)
+from megagrow.analysis.run_origin import RunOrigin, read_origin
+from megagrow.analysis.run_records import (
+    check_records,
+    last_of,
+    latest_record,
+    of_kind,
+    train_records,
+)
 from megagrow.analysis.speedup import LossCurve
-from megagrow.common.untrusted_values import Tally, as_amount, as_value, problems_of_values
+from megagrow.common.untrusted_values import Tally, problems_of_values
 from megagrow.errors import DataError
 from megagrow.evaluation.results_store import read_stored, stored_files
 from megagrow.train.reporting.metrics import METRICS_FILE, read_metrics
@@ -57,28 +72,38 @@ class Growth:
 
 @dataclass(frozen=True, slots=True)
 class RunCurves:
-    """Curves and measurements of a finished run."""
+    """Curves and measurements of a run up to its latest record."""
 
+    directory: Path
     name: str
     seed: int
     parameters: tuple[int, ...]
     """Number of parameters of each stage's model."""
+    step: int
+    planned_steps: int
+    finished: bool
+    """True if the run has ended after all planned steps."""
     tokens: int
     flops: float
-    """Total of all stages, 6 N per token."""
+    """Total so far, 6 N per token."""
     flops_true: float
-    """Total of all stages, attention included."""
+    """Total so far, attention included."""
     seconds: float
     """Time of steps, growths and checkpoints."""
     train: Series
     """Smoothed by `smooth`."""
+    train_unsmoothed: tuple[float, ...]
+    """Losses of the points of `train` without smoothing."""
     validation: Series
     growths: tuple[Growth, ...]
     metrics: RunMetrics
     scores: tuple[Score, ...]
     """Evaluations during the run and of its checkpoints; may be empty."""
+    samples: Samples | None
+    """Latest samples; None if there are none."""
     setting: Setting | None
     """None if the run directory has no config.yaml."""
+    origin: RunOrigin
 
     @property
     def has_full_cost(self) -> bool:
@@ -124,9 +149,20 @@ def load_curves(directory: Path) -> RunCurves:
     Raises InputError if there is no run, the run is unfinished or has no finite loss, or a record
     is malformed.
     """
+    run = load_any_curves(directory, read_metrics(directory / METRICS_FILE))
+    if not run.finished:
+        raise DataError(f"{directory}: the run is not finished; resume it until it ends")
+    return run
+
+
+def load_any_curves(directory: Path, records: Sequence[Record]) -> RunCurves:
+    """Return the curves of the run in `directory`, finished or not, from its records.
+
+    Raises InputError if a record is malformed or there is no finite loss.
+    """
     path = directory / METRICS_FILE
     try:
-        return _curves(directory, path, read_metrics(path))
+        return _curves(directory, path, records)
     except ValidationError as error:
         problem = problems_of_values(error)
         raise DataError(f"{path}: a record is malformed ({problem})") from error
@@ -134,40 +170,47 @@ def load_curves(directory: Path) -> RunCurves:
         raise DataError(f"{path}: a record is malformed ({error!r})") from error
 
 
-def _curves(directory: Path, path: Path, records: list[Record]) -> RunCurves:
-    first, end = _last(records, "start"), _last(records, "end")
-    if first is None or end is None:
-        raise _unfinished(directory)
+def _curves(directory: Path, path: Path, records: Sequence[Record]) -> RunCurves:
+    first = last_of(records, "start")
+    if first is None:
+        raise DataError(f"{path}: the start of the run is not recorded; wait for it")
     start = _Start.model_validate(first)
-    if end["step"] < start.run_steps:
-        raise _unfinished(directory)
-    _check_losses(path, records)
-    _check_costs(records)
-    _check_stages(_of_kind(records, "growth"), len(start.parameters))
+    check_records(path, records, len(start.parameters))
+    latest, trained = latest_record(records), train_records(records)
+    assert latest is not None
+    train = smooth(trained, latest["tokens"])
     return RunCurves(
+        directory=directory,
         name=start.name,
         seed=start.seed,
         parameters=start.parameters,
-        tokens=end["tokens"],
-        flops=end["flops"],
-        flops_true=end["flops_true"],
-        seconds=end["elapsed_seconds"],
-        train=smooth(_train_records(records), end["tokens"]),
-        validation=_series(_of_kind(records, "validation")),
-        growths=tuple(
-            Growth(
-                record["stage"],
-                record["tokens"],
-                record["flops"],
-                record["flops_true"],
-                record["elapsed_seconds"],
-                _text(record.get("operator")),
-            )
-            for record in _of_kind(records, "growth")
-        ),
-        metrics=read_run_metrics(_train_records(records)),
-        scores=read_scores(_of_kind(records, "evaluation"), _stored_results(directory)),
+        step=latest["step"],
+        planned_steps=start.run_steps,
+        finished=latest["kind"] == "end" and latest["step"] >= start.run_steps,
+        tokens=latest["tokens"],
+        flops=latest["flops"],
+        flops_true=latest["flops_true"],
+        seconds=latest["elapsed_seconds"],
+        train=train,
+        train_unsmoothed=tuple(record["loss"] for record in trained),
+        validation=_series(of_kind(records, "validation")),
+        growths=tuple(map(_growth, of_kind(records, "growth"))),
+        metrics=read_run_metrics(trained),
+        scores=read_scores(of_kind(records, "evaluation"), _stored_results(directory)),
+        samples=read_samples(last_of(records, "samples")),
         setting=read_setting(directory, _changes(records)),
+        origin=read_origin(directory),
+    )
+
+
+def _growth(record: Record) -> Growth:
+    return Growth(
+        record["stage"],
+        record["tokens"],
+        record["flops"],
+        record["flops_true"],
+        record["elapsed_seconds"],
+        _text(record.get("operator")),
     )
 
 
@@ -178,7 +221,7 @@ def _changes(records: Sequence[Record]) -> list[list[object]]:
     """
     return [
         [record["step"], change["key"], change["old"]]
-        for record in _of_kind(records, "config_change")
+        for record in of_kind(records, "config_change")
         for change in record["changes"]
         if record["step"]
     ]
@@ -191,33 +234,6 @@ class _Start(BaseModel):
     seed: int
     parameters: tuple[Tally, ...] = Field(min_length=1)
     run_steps: Tally
-
-
-def _unfinished(directory: Path) -> DataError:
-    return DataError(f"{directory}: the run is not finished; resume it until it ends")
-
-
-def _check_costs(records: Sequence[Record]) -> None:
-    """Raise ValueError unless all costs are in range and never decrease, and the end has some.
-
-    The end of an interrupted part includes the time of its last save, which the next part does not.
-    """
-    costs = ("tokens", "flops", "flops_true", "elapsed_seconds")
-    measured = [r for r in records if r["kind"] in ("train", "validation", "growth")]
-    measured += _of_kind(records, "end")[-1:]
-    for cost in costs:
-        values = [as_amount(record[cost]) for record in measured]
-        if any(later < sooner for sooner, later in pairwise(values)):
-            raise ValueError(f"{cost} decreases")
-        if any(0 < value < 1 for value in values if cost != "elapsed_seconds") or not values[-1]:
-            raise ValueError(f"{cost} = {min(values)}")
-
-
-def _check_stages(growths: Sequence[Record], stages: int) -> None:
-    """Raise ValueError unless each growth starts another of the stages, in order."""
-    starts = [growth["stage"] for growth in growths]
-    if starts != sorted(set(starts)) or any(not 0 < stage < stages for stage in starts):
-        raise ValueError(f"growths into the stages {starts!r:.60} of {stages}")
 
 
 def _stored_results(directory: Path) -> list[Record]:
@@ -256,29 +272,3 @@ def _text(value: object) -> str | None:
     if not isinstance(value, str | None):
         raise TypeError(f"{value!r:.60} is not a text")
     return value
-
-
-def _of_kind(records: Sequence[Record], kind: str) -> list[Record]:
-    return [record for record in records if record["kind"] == kind]
-
-
-def _train_records(records: Sequence[Record]) -> list[Record]:
-    """Return the records of steps that were not skipped."""
-    return [record for record in _of_kind(records, "train") if not record.get("skipped")]
-
-
-def _last(records: Sequence[Record], kind: str) -> Record | None:
-    return next((record for record in reversed(records) if record["kind"] == kind), None)
-
-
-def _check_losses(path: Path, records: Sequence[Record]) -> None:
-    steps = _train_records(records)
-    if not steps:
-        raise DataError(f"{path}: no training loss was recorded; lower logging.interval")
-    for record in steps + _of_kind(records, "validation"):
-        if record["loss"] is None:
-            raise DataError(
-                f"{path}: the {record['kind']} loss at step {record['step']} is not finite; "
-                "the run diverged, lower its learning rate"
-            )
-        as_value(record["loss"])

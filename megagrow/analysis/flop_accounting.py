@@ -42,6 +42,8 @@ class Setting:
     """FLOPs per token of each stage, by the paper's charge."""
     has_full_cost: bool
     """True if the run pretrains from initial weights, so its records contain the full cost."""
+    loss_data: str
+    """Validation corpora, tokenizer and length as JSON: losses of equal ones can be compared."""
 
 
 def read_setting(directory: Path, changes: Sequence[object] = ()) -> Setting | None:
@@ -64,6 +66,7 @@ def make_setting(run: RunConfig, changes: Sequence[object] = ()) -> Setting:
         + json.dumps(changes),
         charges=tuple(per_parameter * non_embedding_parameters(s.model) for s in run.stages),
         has_full_cost=run.objective == "pretrain" and run.init_from is None,
+        loss_data=run.data.model_dump_json(include={"validation", "tokenizer", "sequence_length"}),
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagrow.analysis.curves import RunCurves
-from megagrow.analysis.report_tables import Table, as_markdown
+from megagrow.analysis.report.tables import Table, as_markdown
 from megagrow.analysis.seeds import Matchup, SeedGroup
 
 RESULTS = Path(__file__).with_name("paper_results.json")

@@ -1,4 +1,4 @@
-"""Plot of loss against FLOPs and tokens for several runs, and helpers for other plots.
+"""Plot of loss against FLOPs, tokens and time for several runs, and helpers for other plots.
 
 Colours are the color-blind safe palette of Okabe and Ito. Line styles and markers also differ, so
 plots are readable in black and white.
@@ -11,10 +11,17 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    FuncFormatter,
+    MaxNLocator,
+    MultipleLocator,
+    NullFormatter,
+)
 
 from megagrow.analysis.curves import SMOOTHING, Growth, RunCurves, Series
 from megagrow.analysis.speedup import Speedup
+from megagrow.common.sizes import format_duration
 from megagrow.errors import printable
 
 
@@ -41,6 +48,20 @@ MAX_MARKERS = 16
 LABEL_LENGTH = 60
 """Maximum characters of a legend entry."""
 GREY = "#555555"
+MAX_POINTS = 800
+"""Maximum points of a drawn curve; of a longer one, evenly spaced points are drawn."""
+COST_LABELS = {
+    "flops": "training FLOPs (6 N per token, base included)",
+    "tokens": "tokens",
+    "seconds": "training time",
+}
+"""Axis labels of the costs."""
+TIME_STEPS = (
+    *(1, 2, 5, 10, 15, 20, 30, 60, 120, 300, 600, 900, 1200, 1800, 3600, 7200, 10800, 21600),
+    *(43200, 86400, 172800, 432000, 864000, 1728000, 4320000),
+)
+"""Seconds between ticks of a time axis."""
+MAX_TICKS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +92,24 @@ def plot_runs(
     Growths are marked by a ring on the curve and a dotted line, `speedup` by a segment between the
     two points of equal loss. `log_x` makes the x axes logarithmic.
     """
-    figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for panel in (Panel(left, "flops"), Panel(right, "tokens")):
-        draw_panel(panel, runs, log_x)
-    left.set(xlabel="training FLOPs (6 N per token, base included)", ylabel="loss (nats per token)")
-    right.set_xlabel("tokens")
+    figure = Figure(figsize=(14, 4.8), dpi=150, layout="constrained")
+    panels = list(figure.subplots(1, len(COST_LABELS), sharey=True))
+    for axes, (x, label) in zip(panels, COST_LABELS.items(), strict=True):
+        draw_panel(Panel(axes, x), runs, log_x)
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("loss (nats per token)")
     if speedup is not None:
-        _draw_speedup(left, speedup)
-    left.legend(frameon=False, loc="upper right")
-    trained = f"training loss, mean over the last {SMOOTHING:.0%} of the tokens"
-    note = f"thick: validation loss; thin: {trained}" if any(map(_validated, runs)) else trained
-    right.set_title(note, fontsize=8, color=GREY, loc="right")
+        draw_speedup(panels[0], speedup)
+    panels[0].legend(frameon=False, loc="upper right")
+    panels[-1].set_title(line_note(runs), fontsize=8, color=GREY, loc="right")
     figure.savefig(path)
+
+
+def line_note(runs: Sequence[RunCurves]) -> str:
+    """Return the meaning of the line widths and the smoothing."""
+    trained = f"training, mean of the last {SMOOTHING:.0%} of tokens; faint: each step"
+    validated = any(map(_validated, runs))
+    return f"thick: validation; thin: {trained}" if validated else f"thick: {trained}"
 
 
 def _validated(run: RunCurves) -> bool:
@@ -96,8 +122,7 @@ def draw_panel(panel: Panel, runs: Sequence[RunCurves], log_x: bool = False) -> 
         _draw_run(panel, run, plot_style(index))
     format_axes(panel.axes, log_x)
     panel.axes.set_ylim(*_loss_range(runs))
-    if panel.x == "tokens":
-        panel.axes.xaxis.set_major_formatter(token_format())
+    format_costs(panel.axes, panel.x)
 
 
 def plot_style(index: int) -> PlotStyle:
@@ -120,12 +145,14 @@ def label_text(name: str) -> str:
 def _draw_run(panel: Panel, run: RunCurves, style: PlotStyle) -> None:
     validated = _validated(run)
     thin = (
-        {"linewidth": 0.9, "alpha": 0.55}
+        {"linewidth": 0.9, "alpha": 0.7}
         if validated
         else {"linewidth": 1.8, "label": label_text(run.name)}
     )
     draw = panel.axes.plot
-    draw(panel.series_x(run, run.train), run.train.loss, color=style.color, ls=style.line, **thin)
+    x = panel.series_x(run, run.train)
+    draw(*thinned(x, run.train_unsmoothed), color=style.color, lw=0.6, alpha=0.22)
+    draw(*thinned(x, run.train.loss), color=style.color, ls=style.line, **thin)
     if validated:
         draw(
             panel.series_x(run, run.validation),
@@ -141,6 +168,13 @@ def _draw_run(panel: Panel, run: RunCurves, style: PlotStyle) -> None:
     _draw_growths(panel, run, style)
 
 
+def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
+    """Return at most about `MAX_POINTS` points of a curve, with the last one."""
+    step = -(-len(x) // MAX_POINTS) or 1
+    kept = slice((len(x) - 1) % step, None, step)
+    return x[kept], y[kept]
+
+
 def marker_slice(points: int) -> slice:
     """Return the indices of the points with a marker: evenly spaced, including the last."""
     step = -(-points // MAX_MARKERS)
@@ -154,16 +188,15 @@ def _draw_growths(panel: Panel, run: RunCurves, style: PlotStyle) -> None:
         before = _loss_before(series, growth.tokens)
         panel.axes.axvline(at, color=style.color, ls=":", lw=1.0)
         panel.axes.plot(at, before, "o", ms=9, mfc="none", mec=style.color, mew=1.5)
-        old, new = (_format_parameters(run.parameters[growth.stage + shift]) for shift in (-1, 0))
         panel.axes.annotate(
-            f"growth {old} \u2192 {new}",
-            (at, 0.99),
+            f"\u2192 {_format_parameters(run.parameters[growth.stage])}",
+            (at, 0.02),
             xycoords=("data", "axes fraction"),
             xytext=(2, 0),
             textcoords="offset points",
             rotation="vertical",
-            va="top",
-            fontsize=8,
+            va="bottom",
+            fontsize=7,
             color=style.color,
         )
 
@@ -174,7 +207,8 @@ def _loss_before(series: Series, tokens: int) -> float:
     return losses[-1] if losses else series.loss[0]
 
 
-def _draw_speedup(axes: Axes, speedup: Speedup) -> None:
+def draw_speedup(axes: Axes, speedup: Speedup) -> None:
+    """Connect the points of equal loss of a grown run and a run from scratch, against FLOPs."""
     axes.plot(
         (speedup.flops_grown, speedup.flops_scratch),
         (speedup.loss,) * 2,
@@ -198,6 +232,22 @@ def format_axes(axes: Axes, log_x: bool = False) -> None:
     axes.grid(color="#DDDDDD", lw=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def format_costs(axes: Axes, x: str) -> None:
+    """Set the ticks of an x axis of tokens, seconds or FLOPs."""
+    if x == "tokens":
+        axes.xaxis.set_major_formatter(token_format())
+    elif x == "seconds":
+        end = axes.get_xlim()[1]
+        step = next((step for step in TIME_STEPS if end < MAX_TICKS * step), None)
+        if step is not None and axes.get_xscale() == "linear":
+            axes.xaxis.set_major_locator(MultipleLocator(step))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: format_duration(at)))
+    else:
+        if axes.get_xscale() == "linear":
+            axes.xaxis.set_major_locator(MaxNLocator(MAX_TICKS))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:.3g}".replace("+", "")))
 
 
 def token_format() -> EngFormatter:

@@ -1,4 +1,4 @@
-"""Metrics of a run other than the loss: gradient norm, throughput, memory, MFU and accuracies."""
+"""Metrics of a run other than the loss: throughput, memory, accuracies and sampled texts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +40,27 @@ class Score:
     """Mean accuracy of the tasks; None if it was not recorded."""
     results: dict[str, dict[str, float]]
     """Task -> metric -> value; accuracies are fractions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Texts generated during a run."""
+
+    step: int
+    texts: tuple[tuple[str, str], ...]
+    """Prompt and continuation of each sample."""
+
+
+def read_samples(record: Record | None) -> Samples | None:
+    """Return the samples of a samples record, None without one.
+
+    Raises KeyError, TypeError or ValueError for a malformed record.
+    """
+    if record is None:
+        return None
+    samples = [_mapping(sample) for sample in record["samples"]]
+    texts = tuple((_as_text(sample["prompt"]), _as_text(sample["text"])) for sample in samples)
+    return Samples(as_tally(record["step"]), texts)
 
 
 def read_run_metrics(trained: Sequence[Record]) -> RunMetrics:
@@ -90,6 +111,12 @@ def _numbers(metrics: object) -> dict[str, float]:
 def _mapping(value: object) -> dict[str, object]:
     if not isinstance(value, dict):
         raise TypeError(f"{value!r} is not a mapping")
+    return value
+
+
+def _as_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.60} is not a text")
     return value
 
 

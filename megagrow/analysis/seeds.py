@@ -13,7 +13,6 @@ from megagrow.analysis.speedup_curve import (
     loss_kind,
     speedup_curve_levels,
 )
-from megagrow.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,25 +89,16 @@ def group_runs(runs: Sequence[RunCurves]) -> list[SeedGroup]:
 def match_groups(groups: Sequence[SeedGroup]) -> list[Matchup]:
     """Pair every grown group with the first group from scratch of the same final size.
 
-    Raises InputError if a group has no counterpart.
+    Groups without such a counterpart are left out.
     """
-    return [Matchup(group, _counterpart(group, groups)) for group in groups if group.runs[0].grown]
+    pairs = [(group, _counterpart(group, groups)) for group in groups if group.runs[0].grown]
+    return [Matchup(group, scratch) for group, scratch in pairs if scratch is not None]
 
 
-def _counterpart(grown: SeedGroup, groups: Sequence[SeedGroup]) -> SeedGroup:
+def _counterpart(grown: SeedGroup, groups: Sequence[SeedGroup]) -> SeedGroup | None:
     size = grown.runs[0].parameters[-1]
-    for group in groups:
-        if group.runs[0].from_scratch and group.runs[0].parameters[-1] == size:
-            return group
-    raise no_counterpart(grown.runs[0])
-
-
-def no_counterpart(grown: RunCurves) -> DataError:
-    """Return the error for a grown run without a from-scratch run of its final size."""
-    return DataError(
-        f"{grown.name}: no run from scratch with the same {grown.parameters[-1]:,} parameters to "
-        "compare it with; add one"
-    )
+    scratch = (group for group in groups if group.runs[0].from_scratch)
+    return next((group for group in scratch if group.runs[0].parameters[-1] == size), None)
 
 
 def _same_setting(one: RunCurves, other: RunCurves) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
-from megagrow.analysis.curves import RunCurves
+from megagrow.analysis.curves import RunCurves, Series
 from megagrow.analysis.flop_accounting import Account
 from megagrow.analysis.speedup import LossCurve, flops_to_reach
 
@@ -58,7 +58,12 @@ def loss_kind(runs: Sequence[RunCurves]) -> LossKind:
 
 def loss_curve(run: RunCurves, kind: LossKind, account: Account) -> LossCurve | None:
     """Return a run's loss against FLOPs by an account, or None if the account is unknown."""
-    return run.curve(run.validation if kind == "validation" else run.train, account)
+    return run.curve(loss_series(run, kind), account)
+
+
+def loss_series(run: RunCurves, kind: LossKind) -> Series:
+    """Return the validation losses or the smoothed training losses of a run."""
+    return run.validation if kind == "validation" else run.train
 
 
 def speedup_curve_levels(

@@ -21,17 +21,17 @@ from megagrow.cli.options import (
     Dtype,
     Memory,
     OutputPath,
-    RunDirectories,
     ShardSize,
     TensorParallel,
     WeightDecayOn,
     ZeroStage,
 )
+from megagrow.cli.report import report
 from megagrow.cli.run_files import config_app, init, plan
 from megagrow.cli.train import prepare, prepare_instructions, train
 from megagrow.common.log_setup import configure_logging
 from megagrow.common.tables import table_console
-from megagrow.errors import ConfigError, InputError, PeerLost, ResourceError, RunError
+from megagrow.errors import InputError, PeerLost, ResourceError, RunError
 
 app = typer.Typer(no_args_is_help=True)
 app.add_typer(config_app, name="config")
@@ -46,6 +46,7 @@ app.command("plan")(plan)
 app.command("prepare")(prepare)
 app.command("prepare-sft")(prepare_instructions)
 app.command("doctor")(doctor)
+app.command("report")(report)
 
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """Base class of the errors of a command line, which typer does not export."""
@@ -135,22 +136,6 @@ def grow(
         tokenizer=tokenizer,
     )
     grow_files(request, table_console())
-
-
-@app.command()
-def report(
-    runs: RunDirectories,
-    output: Annotated[Path, typer.Option(help="Folder for the page, the tables and the plots.")],
-    against: Annotated[
-        str | None, typer.Option(help="`paper`: add the results of the paper.")
-    ] = None,
-) -> None:
-    """Compare grown runs with runs from scratch on one page: losses, FLOPs, measured speedup."""
-    from megagrow.analysis.report import write_report
-
-    if against not in (None, "paper"):
-        raise ConfigError(f"--against {against}: not known; use `paper` or omit the option")
-    write_report(runs, output, table_console(), against_paper=against == "paper")
 
 
 def main() -> None:

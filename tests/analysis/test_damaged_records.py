@@ -35,11 +35,15 @@ from tests.helpers.written_runs import Stage, write_run
         ("end", {"tokens": 1}),
         ("end", {"elapsed_seconds": 0}),
         ("evaluation", {"results": {"sciq": {"acc": 1e60}}}),
+        ("samples", {"samples": [{"prompt": "a"}]}),
+        ("samples", {"samples": [{"prompt": "a", "text": None}]}),
+        ("samples", {"samples": 3}),
     ],
 )
 def test_malformed_record_raises(tmp_path: Path, kind: str, changes: dict) -> None:
     folder = write_run(tmp_path / "run", [Stage(20, 100), Stage(10, 200)])
     append(folder, kind="evaluation", results={"sciq": {"acc": 0.5}}, average=0.5)
+    append(folder, kind="samples", samples=[])
     assert load_curves(folder).name == "run"
     path = folder / METRICS_FILE
     records = [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,15 +1,13 @@
 """Published results: consistency of the numbers, and the generated document."""
 
 from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from megagrow.analysis.curves import load_curves
 from megagrow.analysis.paper import compare_with_paper, paper_markdown, read_paper
-from megagrow.analysis.report import write_report
+from megagrow.analysis.report.files import load_report, write_report
 from megagrow.analysis.seeds import group_runs, match_groups
 from megagrow.growth.operators import OPERATORS
 from tests.helpers.analysis.records import append
@@ -93,7 +91,7 @@ def test_report_compares_with_the_paper_if_requested(
 ) -> None:
     runs = [make_run("grown", [(50, 800_000), (88, LARGE, 0.75e12)])]
     runs += [make_run("scratch", [(100, LARGE)])]
-    write_report(runs, tmp_path / "out", Console(file=StringIO()), against_paper=True)
+    write_report(load_report(runs, against_paper=True), tmp_path / "out")
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "Comparison with the paper&#39;s operators" in page
     assert "the paper has no result for its operator (unknown)" in page

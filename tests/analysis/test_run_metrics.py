@@ -9,7 +9,7 @@ import pytest
 from megagrow.analysis.curves import Growth, RunCurves, Series, load_curves
 from megagrow.analysis.flop_accounting import cumulative_flops, make_setting
 from megagrow.analysis.growth_transient import spikes
-from megagrow.analysis.report_plots import plot_scores
+from megagrow.analysis.report.plots import plot_scores
 from megagrow.analysis.run_metrics import read_scores
 from megagrow.config.load import load_run as load_config
 from megagrow.config.load import to_yaml
@@ -75,8 +75,9 @@ def test_metrics_and_scores_are_read(make_run: Callable[..., Path]) -> None:
 def test_accuracies_are_drawn_against_all_costs(make_run: Callable[..., Path]) -> None:
     folder = make_run("run", [(20, 1000)])
     append(folder, kind="evaluation", results={}, average=0.75)
-    lines = [axes.lines[0] for axes in plot_scores([load_curves(folder)]).axes]
-    assert [list(line.get_xdata()) for line in lines] == [[20_000], [20 * 6e6], [10.0]]
+    panels = plot_scores([load_curves(folder)])
+    lines = [figure.axes[0].lines[0] for figure in panels.values()]
+    assert [list(line.get_xdata()) for line in lines] == [[20 * 6e6], [20_000], [10.0]]
     assert {tuple(line.get_ydata()) for line in lines} == {(0.75,)}
 
 
@@ -86,6 +87,16 @@ def test_stored_results_replace_the_record_of_their_step() -> None:
     stored = [{"step": at, "results": {}, "average": at / 5, **counters} for at in (3, 2)]
     found = read_scores(records, stored)
     assert [(score.step, score.average) for score in found] == [(1, 0.1), (2, 0.4), (3, 0.6)]
+
+
+def test_the_last_samples_are_read(make_run: Callable[..., Path]) -> None:
+    folder = make_run("run", [(20, 1000)])
+    assert load_curves(folder).samples is None
+    for text in ("early", "late"):
+        append(folder, kind="samples", samples=[{"prompt": "a", "text": text}])
+    samples = load_curves(folder).samples
+    assert samples is not None
+    assert (samples.step, samples.texts) == (20, (("a", "late"),))
 
 
 def test_malformed_scores_raise(make_run: Callable[..., Path]) -> None:

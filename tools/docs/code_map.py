@@ -32,7 +32,7 @@ WITHOUT_COMMENT = {
     "LICENSE": "Apache-2.0.",
     "README.md": "Overview, quick start and the most important commands.",
     "SECURITY.md": "Handling of untrusted files, and how to report a vulnerability.",
-    "megagrow/analysis/templates/report.html": "Page template of `megagrow report`.",
+    "megagrow/analysis/report/templates/report.html": "Page template of `megagrow report`.",
     "megagrow/py.typed": "Marker of PEP 561: the package has type annotations.",
     "configs/hardware": "Profiles by GPU and size: layout, activation checkpointing, micro-batch.",
     "kernels/megagrow_kernels/tiles": "One table of tile sizes per kernel, as JSON.",

@@ -4,9 +4,12 @@ import itertools
 import json
 import platform
 import subprocess
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megagrow.common.atomic_files import first_free, write_text
 from megagrow.config.load import to_yaml
@@ -33,10 +36,12 @@ def write_run_files(run: RunConfig, environment: dict[str, Any]) -> None:
     write_text(run.output_dir / ENVIRONMENT_FILE, json.dumps(environment, indent=1))
 
 
-def describe_environment(run: RunConfig) -> dict[str, Any]:
-    """Return the environment as JSON values; unknown values are None."""
+def describe_environment(run: RunConfig, device: torch.device, ranks: int) -> dict[str, Any]:
+    """Return the environment of a start of the run as JSON values; unknown values are None."""
     return {
         "config": run.model_dump(mode="json"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": {"device": _device_name(device), "ranks": ranks},
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in PACKAGES},
         "git_commit": _git("rev-parse", "HEAD"),
@@ -50,6 +55,18 @@ def package_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or the model of the CPU where Linux knows it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine()) or "CPU"
 
 
 def _git(*arguments: str) -> str | None:

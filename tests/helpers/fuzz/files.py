@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from megagrow.analysis.curves import RunCurves, Series, load_curves
-from megagrow.analysis.report_tables import (
+from megagrow.analysis.report.tables import (
     as_markdown,
     growth_table,
     run_table,
@@ -55,6 +55,7 @@ RECORDS = [
     {"kind": "train", **LATER, "loss": 3.0, "grad_norm": 1.0},
     {"kind": "validation", **LATER, "loss": 3.0},
     {"kind": "evaluation", **LATER, "results": {"sciq": {"acc": 0.5}}, "average": 0.5},
+    {"kind": "samples", **LATER, "samples": [{"prompt": "a", "text": "b"}]},
     {"kind": "end", **LATER},
 ]
 CORPUS_MANIFEST = {

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megagrow.analysis.curves import RunCurves
+from megagrow.analysis.equal_cost import COST_AXES, EqualCost
 from megagrow.analysis.flop_accounting import ACCOUNTS
 from megagrow.analysis.growth_transient import spikes
 from megagrow.analysis.seeds import Matchup
-from megagrow.analysis.speedup_curve import Level
+from megagrow.analysis.speedup_curve import Level, LossKind
+from megagrow.common.sizes import format_duration
 from megagrow.common.tables import escape_markdown, markdown_table
 
 
@@ -22,12 +24,36 @@ class Table:
 
 
 def run_table(runs: Sequence[RunCurves]) -> Table:
-    """Return a table with one row per run: size, cost and final losses."""
+    """Return a table with one row per run: size, cost and latest losses."""
     columns = (
-        *("run", "seed", "parameters", "tokens", "FLOPs (6 N)", "FLOPs (true)", "seconds"),
-        *("training loss", "validation loss", "accuracy"),
+        *("run", "seed", "parameters", "steps", "tokens", "FLOPs (6 N)", "FLOPs (true)"),
+        *("training time", "training loss", "validation loss", "accuracy"),
     )
     return Table("Runs", columns, [_run_cells(run) for run in runs])
+
+
+def origin_table(runs: Sequence[RunCurves]) -> Table:
+    """Return a table of the date of the last start, hardware and software of each run."""
+    rows = [[run.name, run.origin.date, run.origin.hardware, run.origin.software] for run in runs]
+    return Table("Date and hardware", ("run", "last start", "hardware", "software"), rows)
+
+
+def equal_cost_table(equal: Sequence[EqualCost], kind: LossKind) -> Table:
+    """Return a table of the losses at equal FLOPs, tokens and training time, best first."""
+    columns = ("equal", "at", "setting", f"{kind} loss", "above the best", "over seeds")
+    rows = [
+        [
+            COST_AXES[one.axis],
+            _cost(one),
+            group.name,
+            f"{group.mean:.4f}",
+            f"{group.mean - one.best.mean:+.4f}",
+            f"{min(group.losses):.4f} to {max(group.losses):.4f}" if group.losses[1:] else "-",
+        ]
+        for one in equal
+        for group in one.groups
+    ]
+    return Table("Loss at equal cost", columns, rows)
 
 
 def speedup_table(matchups: Sequence[Matchup]) -> Table:
@@ -48,7 +74,7 @@ def speedup_table(matchups: Sequence[Matchup]) -> Table:
 def growth_table(runs: Sequence[RunCurves]) -> Table:
     """Return a table of the loss spike of each growth and the tokens until recovery."""
     columns = (
-        *("run", "stage", "operator", "at tokens", "loss before", "peak loss", "spike"),
+        *("run", "stage", "operator", "at tokens", "of FLOPs", "loss before", "peak loss", "spike"),
         "tokens to recover",
     )
     rows = [
@@ -57,6 +83,7 @@ def growth_table(runs: Sequence[RunCurves]) -> Table:
             str(spike.growth.stage),
             spike.growth.operator or "-",
             f"{spike.growth.tokens:,}",
+            f"{spike.growth.flops / run.flops:.1%}",
             f"{spike.before:.4f}",
             f"{spike.peak:.4f}",
             f"{spike.peak - spike.before:+.4f}",
@@ -99,10 +126,11 @@ def _run_cells(run: RunCurves) -> list[str]:
         run.name,
         str(run.seed),
         " -> ".join(f"{count:,}" for count in run.parameters),
+        f"{run.step:,}" if run.finished else f"{run.step:,} of {run.planned_steps:,}",
         f"{run.tokens:,}",
         f"{run.flops:.3e}",
         f"{run.flops_true:.3e}",
-        f"{run.seconds:,.0f}",
+        format_duration(run.seconds),
         f"{run.train.loss[-1]:.4f}",
         f"{run.validation.loss[-1]:.4f}" if run.validation.loss else "-",
         f"{averages[-1]:.1%}" if averages else "-",
@@ -120,16 +148,18 @@ def _level_cells(level: Level) -> tuple[str, str, str, str]:
 def _notes(matchup: Matchup) -> list[str]:
     names = f"{matchup.grown.name} and {matchup.scratch.name}"
     notes = [f"{names}: compared by {matchup.kind} loss."]
-    if not matchup.levels["flops"]:
-        notes.append(
-            f"{names}: no {matchup.kind} loss is passed by both runs, so the speedup is undefined."
-        )
     if "flops_charged" not in matchup.levels:
         notes.append(
             f"{names}: a run directory has no config.yaml, so FLOPs by the paper's charge are "
             "unknown."
         )
     return notes
+
+
+def _cost(equal: EqualCost) -> str:
+    if equal.axis == "seconds":
+        return format_duration(equal.at)
+    return f"{equal.at:,.0f}" if equal.axis == "tokens" else f"{equal.at:.3e}"
 
 
 def _cell(value: float | None) -> str:
