@@ -130,7 +130,7 @@ def test_the_wheel_holds_every_module_table_and_config(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
     product, kernels = ROOT / "megagrow", ROOT / "kernels"
     modules = set[str]()
-    for pattern in ("*.py", "*.json", "*.html", "*.yaml", "py.typed"):
+    for pattern in ("*.py", "*.json", "*.html", "*.js", "*.yaml", "py.typed"):
         modules |= {p.relative_to(ROOT).as_posix() for p in product.rglob(pattern)}
     for pattern in ("*.py", "tiles/*.json"):
         modules |= {p.relative_to(kernels).as_posix() for p in kernels.rglob(pattern)}

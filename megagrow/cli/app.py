@@ -26,7 +26,7 @@ from megagrow.cli.options import (
     WeightDecayOn,
     ZeroStage,
 )
-from megagrow.cli.report import report
+from megagrow.cli.report import report, watch
 from megagrow.cli.run_files import config_app, init, plan
 from megagrow.cli.train import prepare, prepare_instructions, train
 from megagrow.common.log_setup import configure_logging
@@ -47,6 +47,7 @@ app.command("prepare")(prepare)
 app.command("prepare-sft")(prepare_instructions)
 app.command("doctor")(doctor)
 app.command("report")(report)
+app.command("watch")(watch)
 
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """Base class of the errors of a command line, which typer does not export."""

@@ -44,3 +44,20 @@ def report(
     else:
         print_report(content, table_console())
         print_lines(table_console(), [f"Page: {folder}/{PAGE}"])
+
+
+def watch(
+    runs: RunDirectories,
+    host: Annotated[
+        str, typer.Option(help="Address to serve; 0.0.0.0 makes the page readable by the network.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to serve; 0 takes a free one.")
+    ] = 8765,
+) -> None:
+    """Serve the report on runs as a page that follows them while they train."""
+    from megagrow.analysis.report.watch import LiveReport, WatchServer
+
+    server = WatchServer(host, port, LiveReport(runs))
+    print_lines(table_console(), [f"Serving {server.url} until Ctrl-C"])
+    server.serve()

@@ -32,7 +32,9 @@ WITHOUT_COMMENT = {
     "LICENSE": "Apache-2.0.",
     "README.md": "Overview, quick start and the most important commands.",
     "SECURITY.md": "Handling of untrusted files, and how to report a vulnerability.",
-    "megagrow/analysis/report/templates/report.html": "Page template of `megagrow report`.",
+    "megagrow/analysis/report/templates/content.html": "Template of the content of a report.",
+    "megagrow/analysis/report/templates/page.html": "Template of the page around the content.",
+    "megagrow/analysis/report/templates/problem.html": "Template of a page without a report.",
     "megagrow/py.typed": "Marker of PEP 561: the package has type annotations.",
     "configs/hardware": "Profiles by GPU and size: layout, activation checkpointing, micro-batch.",
     "kernels/megagrow_kernels/tiles": "One table of tile sizes per kernel, as JSON.",
@@ -134,8 +136,8 @@ def description(name: str) -> str:
     if path.suffix == ".py":
         return first_sentence(ast.get_docstring(ast.parse(text)) or "")
     body = (line for line in text.splitlines() if not line.startswith(("#!", "#SBATCH")))
-    comment = takewhile(lambda line: line[:1] == "#", body)
-    return first_sentence("\n".join(line[1:].strip() for line in comment))
+    comment = takewhile(lambda line: line.startswith(("#", "//")), body)
+    return first_sentence("\n".join(line.lstrip("#/").strip() for line in comment))
 
 
 def first_sentence(text: str) -> str:

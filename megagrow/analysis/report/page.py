@@ -51,18 +51,27 @@ class LegendEntry:
     """Value of stroke-dasharray."""
 
 
-def render_page(report: Report, sections: Sequence[PlotSection], live: bool = False) -> str:
-    """Return the HTML page of a report.
+def render_page(report: Report, sections: Sequence[PlotSection]) -> str:
+    """Return the self-contained HTML page of a report.
 
-    All text from the runs is printable and escaped. The page loads no external resources. With
-    `live`, it fetches its content again and again from the server of `watch`.
+    All text from the runs is printable and escaped. The page loads no external resources.
     """
-    content = render_content(report, sections)
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(title=report.title, content=content, theme=THEME, live=live)
-    )
+    return _page(report.title, render_content(report, sections), live=False)
+
+
+def live_page(content: str) -> str:
+    """Return the page of `watch`, whose script fetches the content again and again."""
+    return _page("megagrow watch", content, live=True)
+
+
+def _page(title: str, content: str, live: bool) -> str:
+    template = _environment().get_template("page.html")
+    return template.render(title=title, content=content, theme=THEME, live=live)
+
+
+def render_problem(message: str) -> str:
+    """Return the content of a page without a report: a message, escaped."""
+    return _environment().get_template("problem.html").render(message=message)
 
 
 def render_content(report: Report, sections: Sequence[PlotSection]) -> str:

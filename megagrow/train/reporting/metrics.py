@@ -232,7 +232,7 @@ def read_metrics(path: Path) -> list[Record]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(limited_lines(file), start=1):
-                record = _parse(line)
+                record = parse_record(line)
                 if record is not None:
                     records.append(record)
                 elif line.endswith(b"\n"):
@@ -244,7 +244,7 @@ def read_metrics(path: Path) -> list[Record]:
     return records
 
 
-def _parse(line: bytes) -> Record | None:
+def parse_record(line: bytes) -> Record | None:
     """Return the record of a line; None if it is not one or its counters are out of range."""
     try:
         record = parse_json(line)
