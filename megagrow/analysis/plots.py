@@ -151,7 +151,7 @@ def _draw_run(panel: Panel, run: RunCurves, style: PlotStyle) -> None:
     )
     draw = panel.axes.plot
     x = panel.series_x(run, run.train)
-    draw(*thinned(x, run.train_unsmoothed), color=style.color, lw=0.6, alpha=0.22)
+    draw(*thinned(x, run.train_unsmoothed), color=style.color, lw=0.6, alpha=0.3)
     draw(*thinned(x, run.train.loss), color=style.color, ls=style.line, **thin)
     if validated:
         draw(
@@ -188,14 +188,15 @@ def _draw_growths(panel: Panel, run: RunCurves, style: PlotStyle) -> None:
         before = _loss_before(series, growth.tokens)
         panel.axes.axvline(at, color=style.color, ls=":", lw=1.0)
         panel.axes.plot(at, before, "o", ms=9, mfc="none", mec=style.color, mew=1.5)
+        late = growth.tokens > run.tokens / 2  # the losses are above the label, or below it
         panel.axes.annotate(
             f"\u2192 {_format_parameters(run.parameters[growth.stage])}",
-            (at, 0.02),
+            (at, 0.98 if late else 0.02),
             xycoords=("data", "axes fraction"),
             xytext=(2, 0),
             textcoords="offset points",
             rotation="vertical",
-            va="bottom",
+            va="top" if late else "bottom",
             fontsize=7,
             color=style.color,
         )
