@@ -57,6 +57,8 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "logging.profile.steps",
         "logging.tensorboard",
         "logging.wandb_project",
+        "logging.wandb_group",
+        "logging.wandb_tags",
         "logging.peak_flops",
     ),
     Effect.ROUNDING: (

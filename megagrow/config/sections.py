@@ -207,6 +207,10 @@ class LoggingConfig(Section):
     """Write TensorBoard events to tensorboard/ in `output_dir`."""
     wandb_project: str | None = None
     """Weights & Biases project to log to; requires the extra `wandb`."""
+    wandb_group: str | None = None
+    """Group of the W&B run, such as the name of a sweep."""
+    wandb_tags: list[str] = []
+    """Tags of the W&B run."""
     peak_flops: float | None = Field(default=None, gt=0)
     """Peak FLOP/s of one device, for the model FLOPs utilization (MFU). Known for common GPUs."""
     profile: ProfileConfig | None = None

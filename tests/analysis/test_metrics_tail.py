@@ -41,7 +41,7 @@ def test_a_truncated_file_is_read_again(make_run: Callable[..., Path], in_place:
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(line for line in lines if json.loads(line)["step"] <= 12))
     else:
-        with MetricsLog(folder, False, None, "grown") as log:
+        with MetricsLog(folder) as log:
             log.truncate_after(12)
     assert tail.poll()
     assert [max(record["step"] for record in tail.records), tail.poll()] == [12, False]

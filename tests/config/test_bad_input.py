@@ -37,8 +37,9 @@ from megagrow.errors import InputError
         (
             "logging: {base: x, 3: y}",
             "run.yaml: unknown key 'logging.base'; allowed here: interval, tensorboard, "
-            "wandb_project, peak_flops, profile; unknown key 'logging.3'; allowed here: interval, "
-            "tensorboard, wandb_project, peak_flops, profile",
+            "wandb_project, wandb_group, wandb_tags, peak_flops, profile; unknown key "
+            "'logging.3'; allowed here: interval, tensorboard, wandb_project, wandb_group, "
+            "wandb_tags, peak_flops, profile",
         ),
     ],
 )

@@ -33,7 +33,7 @@ def write_run(
 ) -> Path:
     """A run's directory, written as training writes it: validation every 10 steps."""
     draw, counters = random.Random(directory.name), Counters()
-    with MetricsLog(directory, False, None, directory.name) as log:
+    with MetricsLog(directory) as log:
         total = sum(stage.steps for stage in stages)
         sizes = [stage.parameters for stage in stages]
         named = {"name": directory.name, "seed": 1, "parameters": sizes}

@@ -83,7 +83,7 @@ def test_energy_is_not_made_up() -> None:
 def measured_run(directory: Path, seconds: list[float], peak: float | None) -> Path:
     """A run of steps that took so long: 1000 tokens of 6e6 FLOPs each, in two stages."""
     counters = Counters()
-    with MetricsLog(directory, False, None, "measured") as log:
+    with MetricsLog(directory) as log:
         for index, taken in enumerate(seconds):
             seen = StepMetrics(
                 stage=index // 4, loss=1.0, lr=1e-3, grad_norm=1.0, tokens=1000, flops=5e9,

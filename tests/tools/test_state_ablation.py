@@ -80,7 +80,7 @@ def test_scratch_has_the_flops_of_base_and_grown_stage() -> None:
 
 def write_metrics(directory: Path, steps: int, run_steps: int) -> Path:
     """Write the metrics of a run with `run_steps` planned and `steps` finished steps."""
-    with MetricsLog(directory, False, None, "run") as log:
+    with MetricsLog(directory) as log:
         log.write("start", Counters(), name="run", seed=1, parameters=[1], run_steps=run_steps)
         costs = {"flops": 1.0, "flops_true": 1.0, "elapsed_seconds": 1.0}
         done = Counters(step=steps, tokens=steps * STEP_TOKENS, **costs)

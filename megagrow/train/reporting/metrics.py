@@ -7,7 +7,7 @@ records after its checkpoint, so the file equals that of an undisturbed run, exc
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from megagrow.config.flops import parameters
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import run_tokens
 from megagrow.errors import DataError, unwritable
-from megagrow.train.reporting.writers import Record, TensorBoardTracker, Tracker, WandbTracker
+from megagrow.train.reporting.writers import Record, Tracker
 
 METRICS_FILE = "metrics.jsonl"
 RecordKind = Literal[
@@ -152,23 +152,21 @@ class MetricsLog:
     """Writer of the records of one run, on rank 0.
 
     Opening it removes an incomplete last line, left by a killed run. Raises DataError if the file
-    is damaged, ResourceError if it cannot be written or wandb is not installed.
+    is damaged, ResourceError if it cannot be written.
     """
 
-    def __init__(
-        self, directory: Path, tensorboard: bool, wandb_project: str | None, run_name: str
-    ) -> None:
+    def __init__(self, directory: Path) -> None:
         self.path = directory / METRICS_FILE
         directory.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             _rewrite(self.path, read_metrics(self.path))
         else:
             self.path.unlink(missing_ok=True)  # a link without target
-        self._trackers: list[Tracker] = []
-        if wandb_project is not None:
-            self._trackers.append(WandbTracker(directory, wandb_project, run_name))
-        if tensorboard:
-            self._trackers.append(TensorBoardTracker(directory))
+        self._trackers: Sequence[Tracker] = ()
+
+    def attach(self, trackers: Sequence[Tracker]) -> None:
+        """Also write the records that follow to `trackers`, which are closed with this log."""
+        self._trackers = (*self._trackers, *trackers)
 
     def write(self, kind: RecordKind, counters: Counters, **fields: Any) -> None:
         """Append one record; non-finite numbers become null, because JSON has no NaN."""

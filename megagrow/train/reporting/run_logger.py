@@ -30,6 +30,7 @@ from megagrow.train.reporting.lost_records import ranges_text, steps_without_rec
 from megagrow.train.reporting.metrics import Counters, MetricsLog, start_fields, train_fields
 from megagrow.train.reporting.run_files import write_run_files
 from megagrow.train.reporting.step_profiler import StepProfiler
+from megagrow.train.reporting.trackers import open_trackers
 from megagrow.train.reporting.writers import Record
 from megagrow.train.state_check import Change
 from megagrow.train.train_state import RunState
@@ -77,11 +78,8 @@ class RunLogger:
         if self._enabled:
             run = self._run
             run.output_dir.mkdir(parents=True, exist_ok=True)
-            self._metrics = self._stack.enter_context(
-                MetricsLog(
-                    run.output_dir, run.logging.tensorboard, run.logging.wandb_project, run.name
-                )
-            )
+            self._metrics = self._stack.enter_context(MetricsLog(run.output_dir))
+            self._metrics.attach(open_trackers(run))
             self._stack.enter_context(self._live)
             self._stack.callback(self._profiler.close)
 

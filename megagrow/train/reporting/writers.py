@@ -1,19 +1,14 @@
-"""TensorBoard and Weights & Biases writers.
-
-Both show each number of a record as a curve `kind/field` over the step.
-"""
+"""Destinations of metrics records, the curves that they show, and the TensorBoard writer."""
 
 import os
 import re
 import socket
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from megagrow.common.atomic_files import write_text
-from megagrow.errors import ResourceError, unwritable
+from megagrow.errors import unwritable
 
 Record = dict[str, Any]
 
@@ -32,11 +27,30 @@ class Tracker(Protocol):
         """Flush buffered records."""
 
 
-def _scalars(record: Record) -> dict[str, float]:
-    """Return the numbers of a record by `kind/field` or `kind/field/field`, without the step,
-    which is the x axis."""
-    fields = {key: value for key, value in record.items() if key != "step"}
-    return dict(_numbers(record["kind"], fields))
+CURVES = {
+    "train": ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes"),
+    "validation": ("loss",),
+    "evaluation": ("results", "average"),
+    "growth": ("loss_before", "loss_after"),
+}
+"""Kind of a record -> fields that are shown as curves; metrics.jsonl has all fields."""
+
+
+def curves(record: Record) -> dict[str, float]:
+    """Return the numbers of a record that are shown, by `kind/field` or `kind/field/task/...`."""
+    kind = record["kind"]
+    fields = {key: record[key] for key in CURVES.get(kind, ()) if key in record}
+    return dict(_numbers(kind, fields))
+
+
+def texts(record: Record) -> dict[str, str]:
+    """Return the texts of a record that are shown: samples and growths."""
+    if record["kind"] == "samples":
+        samples = enumerate(record["samples"])
+        return {f"samples/{i}": sample["prompt"] + sample["text"] for i, sample in samples}
+    if record["kind"] == "growth":
+        return {"growth/operator": f"{record['operator']}, stage {record['stage']} begins"}
+    return {}
 
 
 def _numbers(place: str, value: Any) -> Iterator[tuple[str, float]]:
@@ -48,7 +62,7 @@ def _numbers(place: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 class TensorBoardTracker:
-    """Scalars in `directory`/tensorboard, one event per record.
+    """Curves and texts in `directory`/tensorboard, one event per record.
 
     TensorBoard's own writer is not used, because its thread cannot report a full disk. A file is
     created at the first record after a start, a resume or a rewind. It begins with an event that
@@ -78,9 +92,12 @@ class TensorBoardTracker:
             if purge is not None:
                 begin = SessionLog(status=SessionLog.START)
                 events.append(Event(step=purge, session_log=begin))
-                events += [_event(kept) for kept in self._kept if kept["step"] >= purge]
+                again = (_event(kept) for kept in self._kept if kept["step"] >= purge)
+                events += [event for event in again if event is not None]
             self._purge, self._kept = None, []
-        self._append(self._path, [*events, _event(record)])
+        if event := _event(record):
+            events.append(event)
+        self._append(self._path, events)
 
     def close(self) -> None:
         """Do nothing: the file is complete after each record."""
@@ -99,12 +116,33 @@ class TensorBoardTracker:
 
 
 def _event(record: Record) -> Any:
-    """Return the TensorBoard event of a record."""
+    """Return the TensorBoard event of a record, None if none of it is shown."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    values = [Summary.Value(tag=tag, simple_value=x) for tag, x in _scalars(record).items()]
-    return Event(step=record["step"], summary=Summary(value=values))
+    values = [Summary.Value(tag=tag, simple_value=x) for tag, x in curves(record).items()]
+    values += [_text_value(tag, text) for tag, text in texts(record).items()]
+    return Event(step=record["step"], summary=Summary(value=values)) if values else None
+
+
+def _text_value(tag: str, text: str) -> Any:
+    """Return a value of TensorBoard's text plugin.
+
+    The plugin renders Markdown: the text is indented as a code block, which is shown verbatim.
+    """
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+    from tensorboard.compat.proto.types_pb2 import DT_STRING
+
+    code = "".join(f"    {line}\n" for line in text.splitlines())
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+    plugin = SummaryMetadata.PluginData(plugin_name="text")
+    return Summary.Value(
+        tag=tag,
+        metadata=SummaryMetadata(plugin_data=plugin),
+        tensor=TensorProto(dtype=DT_STRING, string_val=[code.encode()], tensor_shape=shape),
+    )
 
 
 def _next_file(directory: Path) -> Path:
@@ -120,34 +158,3 @@ def _next_file(directory: Path) -> Path:
 
 
 _EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d{10})\.", re.ASCII)
-
-
-class WandbTracker:
-    """W&B run, continued after a resume; its id is stored next to metrics.jsonl."""
-
-    def __init__(self, directory: Path, project: str, name: str) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ResourceError(
-                "logging.wandb_project is set but wandb is missing: pip install 'megagrow[wandb]'"
-            ) from error
-        kept = directory / "wandb.id"
-        if not kept.exists():
-            write_text(kept, uuid.uuid4().hex)
-        self._run = wandb.init(
-            project=project,
-            name=name,
-            id=kept.read_text(encoding="ascii"),
-            resume="allow",
-            dir=str(directory),
-        )
-
-    def truncate_after(self, step: int, kept: list[Record]) -> None:
-        """Do nothing: W&B cannot delete, and ignores steps that it has already received."""
-
-    def write(self, record: Record) -> None:
-        self._run.log(_scalars(record), step=record["step"])
-
-    def close(self) -> None:
-        self._run.finish()

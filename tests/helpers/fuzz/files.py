@@ -143,7 +143,7 @@ def _load_metrics(folder: Path, raw: bytes) -> None:
     path = folder / METRICS_FILE
     path.write_bytes(raw)
     records = read_metrics(path)
-    with MetricsLog(folder, False, None, "fuzz") as log:
+    with MetricsLog(folder) as log:
         assert read_metrics(path) == records
         log.truncate_after(1, 0)
         log.write("train", Counters(step=2), stage=0, loss=3.0)

@@ -1,56 +1,20 @@
 import json
-import math
 import os
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagrow.errors import InputError
-from megagrow.train.reporting.metrics import (
-    Counters,
-    MetricsLog,
-    StepMetrics,
-    read_metrics,
-    train_fields,
-)
-
-
-def measure(step: int, stage: int = 0, **changes: Any) -> StepMetrics:
-    fields = {
-        "stage": stage,
-        "loss": 5.0 - step / 7,
-        "lr": 1e-3,
-        "grad_norm": 1.5,
-        "tokens": 64,
-        "flops": 6.4e3,
-        "flops_true": 8e3,
-        "seconds": 0.5,
-        "memory_bytes": 1 << 20,
-        "position": 64 * step,
-    }
-    return StepMetrics(**{**fields, **changes})
+from megagrow.train.reporting.metrics import Counters, MetricsLog, read_metrics, train_fields
+from tests.helpers.train.records import measure, train
 
 
 def open_log(directory: Path) -> MetricsLog:
-    return MetricsLog(directory, False, None, "run")
-
-
-def train(log: MetricsLog, counters: Counters, until: int, stage: int = 0) -> Counters:
-    """Steps up to `until`, a validation after every third."""
-    while counters.step < until:
-        seen = measure(counters.step, stage)
-        counters = counters.after_step(seen)
-        log.write("train", counters, **train_fields(seen, None))
-        if counters.step % 3 == 0:
-            log.write("validation", counters, stage=stage, loss=4.0 - counters.step / 9)
-    return counters
+    return MetricsLog(directory)
 
 
 def test_train_record_holds_what_is_promised(tmp_path: Path) -> None:
@@ -183,105 +147,3 @@ def test_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
     log.path.symlink_to("/dev/full")
     with pytest.raises(InputError, match="No space left on device"):
         log.write("start", Counters())
-
-
-def test_an_evaluation_is_written_and_shown_by_task_and_metric(tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    found = {"piqa": {"acc": 0.5}, "wikitext": {"word_perplexity": math.inf}}
-    with MetricsLog(tmp_path, True, None, "run") as log:
-        log.write("evaluation", Counters(step=3), stage=0, results=found, average=0.5)
-    (record,) = read_metrics(tmp_path / "metrics.jsonl")
-    assert record["results"] == {"piqa": {"acc": 0.5}, "wikitext": {"word_perplexity": None}}
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    (shown,) = events.Scalars("evaluation/results/piqa/acc")
-    assert (shown.step, shown.value) == (3, 0.5)
-    assert "evaluation/average" in events.Tags()["scalars"]
-
-
-def shown(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """Step and value of every event that TensorBoard shows, by scalar."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(directory / "tensorboard")).Reload()
-    tags = events.Tags()["scalars"]
-    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
-    return {tag: values for tag, values in found.items() if values}
-
-
-def numbers(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """The same of metrics.jsonl."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for record in read_metrics(directory / "metrics.jsonl"):
-        for key, value in record.items():
-            if key not in ("kind", "step") and isinstance(value, int | float):
-                found.setdefault(f"{record['kind']}/{key}", []).append(
-                    (record["step"], float(value))
-                )
-    return found
-
-
-def assert_shown(directory: Path) -> None:
-    """TensorBoard shows the records of metrics.jsonl, in order."""
-    found, right = shown(directory), numbers(directory)
-    assert found.keys() == right.keys()
-    for tag, events in right.items():
-        assert [step for step, _ in found[tag]] == [step for step, _ in events], tag
-        values = [value for _, value in events]
-        assert [value for _, value in found[tag]] == pytest.approx(values), tag
-
-
-def undone(log: MetricsLog, counters: Counters, step: int, stage: int = 0) -> None:
-    """Records that do not stay."""
-    train(log, counters, step, stage)
-    log.write("evaluation", counters, stage=stage + 1, average=99.0)
-
-
-@pytest.mark.parametrize("clock", [0, -86400 * 365], ids=["clock", "clock set back"])
-@pytest.mark.parametrize("restarts", [False, True], ids=["rewind", "resume"])
-def test_tensorboard_shows_what_metrics_have(
-    tmp_path: Path, restarts: bool, clock: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = MetricsLog(tmp_path, True, None, "run")
-    log.truncate_after(-1)
-    kept = train(log, Counters(), 3)
-    log.write("checkpoint", kept, stage=0)
-    undone(log, kept, 7)
-    now = time.time() + clock
-    monkeypatch.setattr(time, "time", lambda: now)
-    if restarts:
-        log = MetricsLog(tmp_path, True, None, "run")
-    log.truncate_after(3, stage=0)
-    again = train(log, kept, 5)
-    assert_shown(tmp_path)
-    undone(log, again, 9)
-    log.truncate_after(5, stage=0)
-    log.truncate_after(3, stage=0)
-    train(log, kept, 6)
-    assert_shown(tmp_path)
-    assert [step for step, _ in shown(tmp_path)["train/loss"]] == [1, 2, 3, 4, 5, 6]
-
-
-def test_wandb_run_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, shown = [], []
-    run = SimpleNamespace(
-        log=lambda scalars, step: shown.append((step, scalars)), finish=lambda: shown.append("end")
-    )
-    fake = SimpleNamespace(init=lambda **settings: asked.append(settings) or run)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    for _ in range(2):
-        with MetricsLog(tmp_path, False, "project", "run") as log:
-            log.write("validation", Counters(step=3), loss=2.5)
-    assert asked[0] == asked[1]
-    assert (asked[0]["project"], asked[0]["name"], asked[0]["resume"]) == (
-        "project",
-        "run",
-        "allow",
-    )
-    assert shown[0][0] == 3
-    assert shown[0][1]["validation/loss"] == 2.5
-    assert shown[1] == shown[3] == "end"
-
-
-def test_wandb_that_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match="wandb is missing: pip install"):
-        MetricsLog(tmp_path, False, "project", "run")
