@@ -30,7 +30,7 @@ from megagrow.cli.report import report, watch
 from megagrow.cli.run_files import config_app, init, plan
 from megagrow.cli.train import prepare, prepare_instructions, train
 from megagrow.common.log_setup import configure_logging
-from megagrow.common.tables import table_console
+from megagrow.common.tables import escape_unencodable, table_console
 from megagrow.errors import InputError, PeerLost, ResourceError, RunError
 
 app = typer.Typer(no_args_is_help=True)
@@ -145,6 +145,7 @@ def main() -> None:
     A file that cannot be accessed (permissions, a name that is too long) is a user error wherever
     it is found.
     """
+    escape_unencodable()
     # torch reads it on import: without it, it prints a C++ stack trace if rank 0 is lost.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:

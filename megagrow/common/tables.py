@@ -4,6 +4,7 @@ Commands print text through this module only: names from files contain no markup
 characters are escaped.
 """
 
+import io
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,15 @@ STDOUT, STDERR = 1, 2
 
 PIPED_WIDTH = 10_000
 """Console columns when the output is a file or a pipe: no line is wrapped."""
+
+
+def escape_unencodable() -> None:
+    """Let standard output escape characters that its encoding lacks, as standard error does.
+
+    Under a locale such as ISO-8859-1, a generated text would otherwise end the run.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def table_console() -> Console:

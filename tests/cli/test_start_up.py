@@ -1,6 +1,7 @@
 """Commands that end with an error before they need torch."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +66,16 @@ def test_errors_do_not_wait_for_imports(tmp_path: Path) -> None:
         assert code == 2, arguments
         assert COMMANDS[arguments] in message
         assert not imported, arguments
+
+
+def test_characters_that_the_output_cannot_encode_are_escaped(tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.yaml").write_text("# é日\nstages: []\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "megagrow", "config", "ls"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assert "é\\u65e5" in done.stdout.decode("latin-1")
