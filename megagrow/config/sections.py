@@ -67,6 +67,21 @@ FilePath = Annotated[Path, AfterValidator(_usable)]
 """Path of a file or folder, printable and of a length that Linux supports."""
 
 
+def _path_or_texts(value: object) -> object:
+    """Raise ValueError, with both spellings, for a value that is no `PathOrTexts`."""
+    if isinstance(value, str | Path) and str(value):
+        return _usable(Path(value))
+    if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+        return value
+    raise ValueError("should be a list of texts, or the path of a file with one on each line")
+
+
+PathOrTexts = Annotated[
+    Path | Annotated[list[str], Field(min_length=1)], BeforeValidator(_path_or_texts)
+]
+"""Texts, or the path of a file with one on each line."""
+
+
 class Section(BaseModel):
     """Section of a run file: frozen, and unknown keys are errors."""
 
@@ -132,7 +147,7 @@ class SamplesConfig(Section):
     """Texts that the model generates after each validation, shown and recorded with it. Requires
     `data.tokenizer`."""
 
-    prompts: FilePath | list[str] = Field(min_length=1)
+    prompts: PathOrTexts
     """Texts to continue, or a text file with one on each line. A text may be empty."""
     max_tokens: Count = 64
     """Maximum number of generated tokens per prompt."""
