@@ -125,7 +125,7 @@ def find_file(name: str, section: str, folders: Sequence[Path], where: str) -> P
             return file
     files = (file for folder in folders for file in (folder / section).glob("[!.]*.yaml"))
     known = sorted({file.stem for file in files})
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name.removesuffix(".yaml"), known, n=1, cutoff=0.5)
     listed = f"known: {', '.join(known)}" if known else f"no {section}/ contains any file"
     hint = f"did you mean '{near[0]}'?" if near else listed
     sought = Path(section, f"{name}.yaml")

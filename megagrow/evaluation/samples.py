@@ -27,17 +27,10 @@ class TrainingSamples:
     """
 
     def __init__(self, run: RunConfig, config: SamplesConfig) -> None:
-        given = config.prompts
-        self._prompts = run_on_rank_zero(
-            lambda: given if isinstance(given, list) else read_prompts(given)
-        )
-        self._tokenizer = run_on_all_ranks(
-            partial(open_tokenizer, str(run.data.tokenizer), run.stages[0].model.vocab_size)
-        )
+        self._prompts = run_on_rank_zero(partial(prompts_of, config))
+        self._tokenizer = run_on_all_ranks(partial(tokenizer_for, self._prompts, run))
         sampling = Sampling(config.temperature > 0, config.temperature, config.top_k, config.top_p)
         self._options = CompletionOptions(config.max_tokens, sampling, seed=abs(run.seed))
-        shortest = min(stage.model.max_position_embeddings for stage in run.stages)
-        run_on_all_ranks(partial(_check_lengths, self._prompts, self._tokenizer, shortest))
 
     @torch.no_grad()
     def __call__(self, stage: Stage, masks: Masks | None) -> list[Sample]:
@@ -56,11 +49,24 @@ class TrainingSamples:
         ]
 
 
-def _check_lengths(prompts: list[str], tokenizer: EvalTokenizer, context_length: int) -> None:
+def prompts_of(config: SamplesConfig) -> list[str]:
+    """Return the prompts of a run. Raises DataError if their file cannot be read."""
+    given = config.prompts
+    return given if isinstance(given, list) else read_prompts(given)
+
+
+def tokenizer_for(prompts: list[str], run: RunConfig) -> EvalTokenizer:
+    """Open the tokenizer of a run.
+
+    Raises InputError if it cannot be read, or if a prompt fills the context of a stage.
+    """
+    tokenizer = open_tokenizer(str(run.data.tokenizer), run.stages[0].model.vocab_size)
+    shortest = min(stage.model.max_position_embeddings for stage in run.stages)
     for prompt in prompts:
         count = len(tokenizer.encode(prompt))
-        if count >= context_length:
+        if count >= shortest:
             raise ConfigError(
                 f"samples.prompts: {prompt[:40]!r} has {count} tokens, but the shortest context "
-                f"length of a stage is {context_length}; shorten the prompt"
+                f"length of a stage is {shortest}; shorten the prompt"
             )
+    return tokenizer

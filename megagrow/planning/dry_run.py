@@ -20,7 +20,7 @@ from megagrow.config.schema import RunConfig
 from megagrow.config.validation import world_problems
 from megagrow.data.corpus_identity import Contents
 from megagrow.errors import ConfigError, InputError
-from megagrow.evaluation.evaluator import need_lm_eval
+from megagrow.evaluation.evaluator import need_lm_eval, need_transformers
 from megagrow.growth.operators import is_learned
 from megagrow.growth.validation import candidates, growth_problems
 from megagrow.parallel.engine_config import EngineSettings
@@ -128,7 +128,7 @@ def dry_run(
         notes += [*(each.line() for each in inputs.epochs), *inputs.warnings]
     problems = [*invalid, *unread, *_evaluation(run, notes)]
     problems += _start(run, None if inputs is None else inputs.contents, allowed, notes)
-    problems += _output_dir(run)
+    problems += [*_samples(run, inputs is not None), *_output_dir(run)]
     stages: tuple[RankStage, ...] = ()
     growths: tuple[RankGrowth, ...] = ()
     if not invalid:
@@ -183,6 +183,21 @@ def _evaluation(run: RunConfig, notes: list[str]) -> Iterator[str]:
     if folder is not None and not folder.is_dir():
         yield f"evaluation.data_dir = {folder}: no such directory"
     notes.append("evaluation tasks are loaded and checked when the run starts")
+
+
+def _samples(run: RunConfig, readable: bool) -> Iterator[str]:
+    """Yield the problem of the run's samples; `readable` states that its tokenizer can be read."""
+    if run.samples is None:
+        return
+    try:
+        need_transformers()
+        from megagrow.evaluation.samples import prompts_of, tokenizer_for
+
+        prompts = prompts_of(run.samples)
+        if readable:
+            tokenizer_for(prompts, run)
+    except InputError as error:
+        yield str(error)
 
 
 def _nearest_existing(path: Path) -> Path:

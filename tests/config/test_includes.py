@@ -108,6 +108,7 @@ def test_a_profile_of_the_command_line_wins_in_every_stage(load_two, write_part)
     ("text", "message"),
     [
         ("base: frist\n", "'base' = 'frist': frist.yaml not found; did you mean 'first'"),
+        ("base: first.yaml\n", "first.yaml.yaml not found; did you mean 'first'"),
         ("base: run\n", "'base' includes itself: run -> run"),
         ("base: round\n", "round.yaml: 'base' includes itself: run -> round -> run"),
         ("base: first\nhardwear: small\n", "unknown key 'hardwear'; did you mean 'hardware'"),

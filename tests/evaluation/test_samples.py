@@ -9,6 +9,7 @@ from megagrow.config.schema import RunConfig
 from megagrow.errors import ConfigError, DataError
 from megagrow.evaluation.completion import read_prompts
 from megagrow.evaluation.samples import TrainingSamples
+from megagrow.planning.dry_run import dry_run
 from megagrow.reshard.fill import fill_initial
 from megagrow.train.stage import build_stage
 from tests.helpers.evaluation.small import evaluated_run, write_data
@@ -115,6 +116,17 @@ def test_a_prompt_that_fills_the_context_is_refused(
     run = sampled_run(tmp_path, data, ["kino " * 200])
     for message in run_ranks(WORLD, opened, run):
         assert "shorten the prompt" in message and "'kino kino" in message
+
+
+def test_a_dry_run_reads_the_prompts(tmp_path: Path, data: tuple[Path, Path]) -> None:
+    file = tmp_path / "prompts.txt"
+    run = sampled_run(tmp_path, data, file)
+    assert dry_run(run, WORLD).problems == (f"{file}: No such file or directory",)
+    file.write_text("kino " * 200)
+    (problem,) = dry_run(run, WORLD).problems
+    assert "shorten the prompt" in problem
+    file.write_text("kino")
+    assert dry_run(run, WORLD).problems == ()
 
 
 def test_samples_need_a_tokenizer(tmp_path: Path, data: tuple[Path, Path]) -> None:
