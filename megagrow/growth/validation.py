@@ -153,7 +153,8 @@ def _sizes(event: Event) -> Iterator[str]:
         )
     elif fixed := _ungrown(event):
         fit = fitting_operators(event)
-        fix = f"set {event.here}.growth.operator to {fit}" if fit else "keep the previous values"
+        kept = f"use the values of {event.before}"
+        fix = f"set {event.here}.growth.operator to {fit}" if fit else kept
         yield f"{event.here}.model changes {_listed(fixed)}, which {event.names} cannot grow; {fix}"
 
 

@@ -56,7 +56,7 @@ def test_no_growth_changes_it(scaling):
     source, target = model(YARN), model(scaling, num_hidden_layers=4)
     (problem,) = event_problems(Event(source, target, options, "stages.0.model", "stages.1"))
     assert problem.startswith("stages.1.model changes rope_scaling from rope_type='yarn' ")
-    assert problem.endswith(", which zero_depth cannot grow; keep the previous values")
+    assert problem.endswith(", which zero_depth cannot grow; use the values of stages.0.model")
 
 
 def test_heads_of_yarn_do_not_grow():

@@ -165,7 +165,7 @@ def test_a_completion_ends_with_the_context(tokenizer: EvalTokenizer) -> None:
         "no prompt": ("", 1, "give either prompts (--prompt TEXT, --prompts FILE) or --inter"),
         "both": ("--prompt x --interactive", 1, "give either prompts"),
         "two replicas": ("--prompt x", 2, "generation is tensor parallel: use --tp 2 on 2 ranks"),
-        "no prompts file": ("--prompts none.txt", 1, "none.txt: No such file"),
+        "no prompts file": ("--prompts none.txt", 1, "file 'none.txt' does not exist"),
         "too long": (f"--prompt {'x' * 400}", 2, "the context length of the model is 64; shorten"),
     }.values(),
 )

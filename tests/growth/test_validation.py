@@ -56,7 +56,7 @@ def test_what_is_right(target: Sizes, options: dict[str, Any]) -> None:
     assert problems(target, **options) == []
 
 
-KEPT = "keep the previous values"
+KEPT = "use the values of stages.0.model"
 
 
 def ungrown(field: str, old: object, new: object, names: str, operator: str = "") -> str:

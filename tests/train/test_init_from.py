@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megagrow.checkpoint import load
 from megagrow.checkpoint.discovery import checkpoint_name, shard_name
 from megagrow.checkpoint.manifest import read_manifest
+from megagrow.common import checksums
 from megagrow.common.checksums import FileRecord, problem_of
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
@@ -52,7 +52,7 @@ def begins(folder: Path, state: State, kinds: tuple[str, ...]) -> None:
         return problem_of(path, record)
 
     with pytest.MonkeyPatch.context() as patch, captured_logs() as messages:
-        patch.setattr(load, "problem_of", noted)
+        patch.setattr(checksums, "problem_of", noted)
         source = open_beginning(run)
     saved = source is not None and len(source.files) == 3
     assert read == ([shard_name(rank)] if saved and rank < 3 else []), (

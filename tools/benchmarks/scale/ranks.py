@@ -35,6 +35,7 @@ from megagrow.checkpoint.manifest import (
     write_manifest,
 )
 from megagrow.checkpoint.shards import shard_tensors, write_shard
+from megagrow.common import checksums
 from megagrow.common.tables import markdown_table
 from megagrow.config.schema import ModelConfig, OptimizerConfig
 from megagrow.formats.open_source import open_found
@@ -78,14 +79,20 @@ def main(
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     rows = [_heartbeats(ranks)]
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    rows += _process_groups(ranks)
-    with tempfile.TemporaryDirectory() as folder:
-        rows += _resume(Path(folder), ranks)
-    dist.destroy_process_group()
+    with tempfile.TemporaryDirectory() as folder, _fake_group(ranks):
+        rows += [*_process_groups(ranks), *_resume(Path(folder), ranks)]
     table = markdown_table(COLUMNS, rows)
     output.write_text(table + "\n", encoding="utf-8")
     Console().print(Markdown(table))
+
+
+@contextmanager
+def _fake_group(ranks: int) -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _process_groups(ranks: int) -> Iterator[list[str]]:
@@ -113,7 +120,7 @@ def _resume(folder: Path, ranks: int) -> Iterator[list[str]]:
     def initialize() -> None:
         fill_read(layout, 0, storage, STATE_KINDS, open_found(path).read)
 
-    with _counted(load, "problem_of") as read:
+    with _counted(checksums, "problem_of") as read:
         action = partial(newest_valid_on_all_ranks, folder)
         yield _row("verify a checkpoint", read, action, f"{files}, {1000 * seconds:.0f} ms")
     with _counted(load, "safe_open") as read:
