@@ -1,6 +1,5 @@
 """List, describe and verify checkpoints."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,8 @@ from megagrow.checkpoint.manifest import (
     read_manifest,
 )
 from megagrow.common.checksums import problems_of_files
+from megagrow.config.stage import format_layout
 from megagrow.errors import CheckpointError, InputError
-
-
-@dataclass(frozen=True)
-class Glance:
-    """Summary of a checkpoint; file sizes are checked, contents are not read."""
-
-    path: Path
-    manifest: Manifest | None
-    """Manifest, or None if it cannot be read."""
-    problem: str | None
-    """Problem of the checkpoint, or None."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of its tensors according to the manifest; 0 without one."""
-        files = self.manifest.files if self.manifest is not None else {}
-        return sum(record.size for record in files.values())
 
 
 def folder_of(path: Path) -> Path:
@@ -50,16 +33,6 @@ def checkpoints_at(path: Path) -> list[Path]:
     return list_checkpoints(folder_of(path))
 
 
-def glance(path: Path) -> Glance:
-    """Summarize a checkpoint without reading its tensors."""
-    manifest = None
-    try:
-        manifest = parse_manifest(path)
-        return Glance(path, read_manifest(path), None)
-    except InputError as error:
-        return Glance(path, manifest, str(error))
-
-
 def problems_of(path: Path, share: slice = slice(None)) -> list[str]:
     """Read every byte of a checkpoint and return all problems.
 
@@ -73,13 +46,11 @@ def problems_of(path: Path, share: slice = slice(None)) -> list[str]:
     return problems_of_files(path, files)
 
 
-def layout_text(layout: dict[str, Any]) -> str:
-    """Return the layout of a manifest as text, such as `ZeRO 1, dp 8, tp 2`."""
-    return f"ZeRO {layout['zero_stage']}, dp {layout['dp']}, tp {layout['tp']}"
+def list_entries(folder: Path) -> list[dict[str, Any]]:
+    """Return an entry for each checkpoint of a folder, oldest first, then each unfinished one.
 
-
-def listed(folder: Path) -> list[dict[str, Any]]:
-    """Return an entry for each checkpoint of a folder, oldest first, and each unfinished one."""
+    File sizes are checked; tensors are not read.
+    """
     entries = [_entry(path) for path in list_checkpoints(folder)]
     for path in unfinished(folder):
         step = int(path.name.removeprefix("step-").partition(".")[0])
@@ -95,18 +66,20 @@ _OF_MANIFEST = ("problem", "stage", "tokens", "bytes", "layout", "protected")
 
 def _entry(path: Path) -> dict[str, Any]:
     """Return the entry of a checkpoint; values of an unreadable manifest are null."""
-    found = glance(path)
     entry = {"path": str(path), "step": step_of(path)} | dict.fromkeys(_OF_MANIFEST)
-    entry |= {"state": "damaged" if found.problem else "valid", "problem": found.problem}
-    if found.manifest is not None:
-        run = found.manifest.run
+    entry |= {"state": "valid"}
+    try:
+        manifest = parse_manifest(path)
         entry |= {
-            "stage": run.get("stage"),
-            "tokens": run.get("counters", {}).get("tokens", 0),
-            "bytes": found.size,
-            "layout": _layout(found.manifest),
-            "protected": found.manifest.protected,
+            "stage": manifest.run.get("stage"),
+            "tokens": manifest.run.get("counters", {}).get("tokens", 0),
+            "bytes": sum(record.size for record in manifest.files.values()),
+            "layout": _layout(manifest),
+            "protected": manifest.protected,
         }
+        read_manifest(path)
+    except InputError as error:
+        entry |= {"state": "damaged", "problem": str(error)}
     return entry
 
 
@@ -136,14 +109,13 @@ def contents(path: Path) -> dict[str, Any]:
 
 
 def summary(path: Path) -> dict[str, Any]:
-    """Describe a checkpoint by topic, each a text or a mapping. Raises CheckpointError if
-    damaged."""
+    """Describe a checkpoint: topic -> text or mapping. Raises CheckpointError if it is damaged."""
     values = contents(path)
     return {
         "checkpoint": values["path"],
         "protected": values["protected"] or "no",
         "model": values["model"],
-        "layout": layout_text(values["layout"]),
+        "layout": format_layout(**values["layout"]),
         "groups": {
             f"group {number}": f"{len(names)} parameters, {names[0]} ... {names[-1]}"
             for number, names in enumerate(values["groups"])
@@ -175,5 +147,5 @@ def _growths(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _growth_text(growth: dict[str, Any]) -> str:
-    operators = " with ".join(growth["operators"]) or "not known"
+    operators = " with ".join(growth["operators"]) or "unknown"
     return f"{operators}, layers from {growth['layers']}"

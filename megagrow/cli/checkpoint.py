@@ -27,9 +27,9 @@ COLUMNS = ("step", "stage", "tokens", "size", "layout", "protected", "state")
 @checkpoint_app.command("ls")
 def list_all(run: RunDirectory, as_json: JsonOutput = False) -> None:
     """List a run's checkpoints. Only file sizes are compared; `verify` reads every byte."""
-    from megagrow.checkpoint.listing import folder_of, listed
+    from megagrow.checkpoint.listing import folder_of, list_entries
 
-    entries = listed(folder_of(run))
+    entries = list_entries(folder_of(run))
     if as_json:
         print_json({"checkpoints": entries})
     else:
@@ -38,14 +38,14 @@ def list_all(run: RunDirectory, as_json: JsonOutput = False) -> None:
 
 def _row(entry: dict[str, Any]) -> Sequence[str]:
     """Return the cells of a checkpoint; its path is left out of its problem."""
-    from megagrow.checkpoint.listing import layout_text
     from megagrow.common.sizes import format_bytes
+    from megagrow.config.stage import format_layout
 
     step, path, problem = str(entry["step"]), entry["path"], entry["problem"]
     if entry["layout"] is None:
         facts = ["" if problem is None else "?"] * 4
     else:
-        size, layout = format_bytes(entry["bytes"]), layout_text(entry["layout"])
+        size, layout = format_bytes(entry["bytes"]), format_layout(**entry["layout"])
         facts = [str(entry["stage"]), f"{entry['tokens']:,}", size, layout]
     state = (problem or entry["state"]).replace(f"{path}/", "").replace(f"{path}: ", "")
     return step, *facts, entry["protected"] or "", state

@@ -11,6 +11,11 @@ from megagrow.config.sections import Count, Section
 RowBackend = Literal["auto", "triton", "torch"]
 
 
+def format_layout(zero_stage: int, dp: int, tp: int) -> str:
+    """Return the layout of a stage as text: `ZeRO 1, DP 8 x TP 2`."""
+    return f"ZeRO {zero_stage}, DP {dp} x TP {tp}"
+
+
 class ParallelConfig(Section):
     """Parallelism of a stage: world size = data parallel x tensor parallel."""
 

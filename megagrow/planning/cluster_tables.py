@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from megagrow.common.sizes import format_duration, format_in, format_short
+from megagrow.config.stage import format_layout
 from megagrow.planning.layouts import FittingLayout
 from megagrow.planning.memory_fit import USABLE
 from megagrow.planning.prediction import RunPrediction, StagePrediction
@@ -75,7 +76,7 @@ def layout_line(layouts: Sequence[Sequence[FittingLayout]]) -> str:
 def _layout(each: FittingLayout) -> str:
     parallel = each.stage.parallel
     tp = parallel.tensor_model_parallel_size
-    name = f"ZeRO-{parallel.zero_stage}, DP {each.step.work.dp} x TP {tp}"
+    name = format_layout(parallel.zero_stage, each.step.work.dp, tp)
     setting = parallel.activation_checkpointing
     checkpointing = setting if setting == "none" else f"{setting} checkpointing"
     return f"{name}, {checkpointing}, micro-batch {each.step.work.micro_batch}"

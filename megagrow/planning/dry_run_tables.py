@@ -29,7 +29,7 @@ def print_dry_run(result: DryRun, console: Console) -> None:
     for index, stage in enumerate(result.stages):
         layout = stage.memory.layout
         place = f"DP rank {rank // layout.tp} of {layout.dp}, TP rank {rank % layout.tp} of "
-        title = f"Stage {index}: ZeRO-{layout.zero_stage}, {place}{layout.tp}"
+        title = f"Stage {index}: ZeRO {layout.zero_stage}, {place}{layout.tp}"
         print_table(console, PARAMETER_COLUMNS, _parameter_rows(stage), title=title)
         columns = ("", f"stage {index}")
         print_table(console, columns, _memory_rows(stage), title="Memory, GiB")

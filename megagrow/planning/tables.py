@@ -8,6 +8,7 @@ from megagrow.common.sizes import format_bytes, format_in, format_short
 from megagrow.common.tables import print_lines, print_table
 from megagrow.config.growth_guidelines import SPEEDUPS
 from megagrow.config.schema import StageConfig
+from megagrow.config.stage import format_layout
 from megagrow.growth.validation import candidates
 from megagrow.planning.cluster_tables import (
     LAYOUT_COLUMNS,
@@ -234,7 +235,7 @@ def _rate(stage: StagePlan) -> str:
 
 def _layout(memory: StageMemory) -> str:
     layout = memory.layout
-    return f"ZeRO-{layout.zero_stage}, DP {layout.dp} x TP {layout.tp}"
+    return format_layout(layout.zero_stage, layout.dp, layout.tp)
 
 
 def _advice(growth: GrowthPlan) -> str:

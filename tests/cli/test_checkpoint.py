@@ -68,7 +68,7 @@ def test_ls_lists_valid_damaged_and_unfinished_checkpoints(run):
     at(run, 120).with_suffix(".tmp").mkdir()
     table = rows(call("ls", run))
     size = sum(record.size for record in read_manifest(at(run, 9)).files.values())
-    position = ["0", "640", format_bytes(size), "ZeRO 1, dp 2, tp 1"]
+    position = ["0", "640", format_bytes(size), "ZeRO 1, DP 2 x TP 1"]
     assert [row[0] for row in table] == ["9", "10", "20", "100", "120"]
     assert table[0] == ["9", *position, "", "valid"]
     assert table[1] == ["10", *position, "before growth", "valid"]
@@ -104,7 +104,7 @@ def test_show(run):
     output = call("show", run).output
     assert str(at(run, 100)) in output
     assert re.search(r"rope_scaling +null *\n", output), "values as in a run file"
-    for topic in ("num_hidden_layers", "ZeRO 1, dp 2, tp 1", "adam_step", "stage_tokens", "640"):
+    for topic in ("num_hidden_layers", "ZeRO 1, DP 2 x TP 1", "adam_step", "stage_tokens", "640"):
         assert topic in output
     record = json.loads((at(run, 10) / "manifest.json").read_text())["files"][SHARD]
     output = call("show", at(run, 10)).output

@@ -67,7 +67,7 @@ def shown(output: str) -> None:
 def planned(output: str, title: str = "my-run on 4 ranks") -> None:
     ranks = title.split()[-2]
     assert title in output and "direct_depth" in output
-    assert f"ZeRO-1, DP {ranks} x TP 1" in output
+    assert f"ZeRO 1, DP {ranks} x TP 1" in output
 
 
 def examined(output: str) -> None:
@@ -75,7 +75,7 @@ def examined(output: str) -> None:
 
 
 def rehearsed(output: str) -> None:
-    assert output.count("ZeRO-1, DP rank 0 of 4, TP rank 0 of 1") == 2
+    assert output.count("ZeRO 1, DP rank 0 of 4, TP rank 0 of 1") == 2
     assert "50,312" in output  # a quarter of the 201,248 parameters after the growth
 
 

@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from megagrow.common.sizes import format_in  # noqa: E402
 from megagrow.common.tables import markdown_table  # noqa: E402
+from megagrow.config.stage import format_layout  # noqa: E402
 from megagrow.planning.simulated import SimulatedStage, simulate_run  # noqa: E402
 from megagrow.simulation.categories import CATEGORIES  # noqa: E402
 from megagrow.simulation.rank import Actions  # noqa: E402
@@ -71,7 +72,7 @@ def _peak_row(profile: Profile, stage: SimulatedStage) -> list[str]:
         f"`{profile.name}`",
         profile.model,
         f"{profile.world_size}",
-        f"ZeRO {parallel.zero_stage}, DP {stage.report.dp} x TP {stage.report.tp}",
+        format_layout(parallel.zero_stage, stage.report.dp, stage.report.tp),
         parallel.activation_checkpointing,
         _gib(peak.planned),
         _gib(peak.simulated),

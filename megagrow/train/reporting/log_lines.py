@@ -8,7 +8,7 @@ from typing import Any
 from megagrow.common.sizes import format_duration, format_short
 from megagrow.config.flops import parameters
 from megagrow.config.schema import ModelConfig, RunConfig
-from megagrow.config.stage import StageConfig
+from megagrow.config.stage import StageConfig, format_layout
 from megagrow.errors import printable
 from megagrow.train.growth_event.event import GrowthReport
 from megagrow.train.reporting.metrics import Counters
@@ -23,8 +23,8 @@ def start_line(run: RunConfig, last_step: int) -> str:
     return f"run {run.name} | start | {last_step} steps | {sizes} parameters"
 
 
-def place_line(run: RunConfig, world_size: int, device: str, bf16: bool) -> str:
-    """Return the line of the hardware, precision, layouts and directory of a run."""
+def hardware_line(run: RunConfig, world_size: int, device: str, bf16: bool) -> str:
+    """Return the line of a run's hardware, precision, layout of each stage, and directory."""
     layouts = (_layout(stage, world_size) for stage in run.stages)
     return (
         f"run {run.name} | {world_size} x {device} | {'bf16' if bf16 else 'fp32'} | "
@@ -35,7 +35,7 @@ def place_line(run: RunConfig, world_size: int, device: str, bf16: bool) -> str:
 def growth_line(
     run: RunConfig, stage: int, step: int, report: GrowthReport, losses: tuple[float, float]
 ) -> str:
-    """Return the line of a growth into `stage`; `losses` are those before and after it."""
+    """Return the line of a growth into `stage`; `losses` are on one batch, before and after it."""
     old, new = (run.stages[index].model for index in (stage - 1, stage))
     return (
         f"step {step} | growth {'+'.join(report.operator)} | {_shape(old)} -> {_shape(new)} | "
@@ -60,9 +60,9 @@ def evaluation_line(step: int, results: dict[str, Any]) -> str:
 def end_lines(
     run: RunConfig, counters: Counters, stopped: str | None, validation_loss: float | None
 ) -> Sequence[str]:
-    """Return the last lines of a run: its totals, and the commands that follow it."""
-    how = "done" if stopped is None else f"stopped by {stopped}"
-    fields = [f"run {run.name}", how, f"{counters.step} steps", f"{counters.tokens} tokens"]
+    """Return the last lines of a run: its totals, and commands for the next steps."""
+    outcome = "done" if stopped is None else f"stopped by {stopped}"
+    fields = [f"run {run.name}", outcome, f"{counters.step} steps", f"{counters.tokens} tokens"]
     fields.append(format_duration(counters.elapsed_seconds))
     if validation_loss is not None:
         fields.append(f"validation loss {validation_loss:.4f}")
@@ -86,7 +86,7 @@ def _evaluation_fields(results: dict[str, Any]) -> Iterator[str]:
 
 def _layout(stage: StageConfig, world_size: int) -> str:
     tp = stage.parallel.tensor_model_parallel_size
-    return f"ZeRO {stage.parallel.zero_stage}, dp {world_size // tp}, tp {tp}"
+    return format_layout(stage.parallel.zero_stage, world_size // tp, tp)
 
 
 def _shape(model: ModelConfig) -> str:

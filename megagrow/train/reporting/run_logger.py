@@ -22,7 +22,7 @@ from megagrow.train.reporting.log_lines import (
     end_lines,
     evaluation_line,
     growth_line,
-    place_line,
+    hardware_line,
     sample_line,
     start_line,
 )
@@ -124,7 +124,8 @@ class RunLogger:
                     log, log.truncate_after(step, stage, rewinds), state.counters
                 )
             )
-        self._log(place_line(run, self._world_size, _device_name(), uses_bf16(run, _device())))
+        bf16 = uses_bf16(run, _device())
+        self._log(hardware_line(run, self._world_size, _gpu_name() or "CPU", bf16))
         self._write(lambda log: log.write("start", state.counters, **start_fields(run, last)))
         self._profiler.completed(step)
         self._changes(state, changes)
@@ -283,12 +284,13 @@ class RunLogger:
 
 
 def _device_peak() -> float | None:
-    return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    name = _gpu_name()
+    return None if name is None else peak_flops(name)
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+def _gpu_name() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

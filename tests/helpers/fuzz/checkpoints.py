@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megagrow.checkpoint.listing import layout_text, summary
-from megagrow.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from megagrow.checkpoint.listing import summary
+from megagrow.checkpoint.manifest import MANIFEST_FILE
 from megagrow.checkpoint.source import Source, open_checkpoint
 from megagrow.checkpoint.tensor_file import DTYPES, Stored, read_elements, read_header
 from megagrow.common.checksums import text_checksum
@@ -94,7 +94,6 @@ def _load_manifest(folder: Path, raw: bytes) -> None:
     (folder / MANIFEST_FILE).write_bytes(_resealed(raw))
     for _, shown in summary(folder).items():
         str(shown)
-    layout_text(read_manifest(folder).layout)
     source = open_checkpoint(folder)
     assert source.run is not None
     assert RunState.from_json(source.run, source.environment).stage >= 0
