@@ -67,17 +67,17 @@ def plan(
 
     with stdout_to_stderr(as_json) as stdout:
         run = load_run(run_file, overrides or ())
-        from megagrow.planning.request import PlanRequest, answer, plan_document
-        from megagrow.planning.tables import show_answer
+        from megagrow.planning.request import PlanRequest, plan_document, plan_request
+        from megagrow.planning.tables import print_plan
 
         request = PlanRequest(
             world, gpu, gpu_memory, mfu, measured, watts, pue, co2, price, cluster, layouts
         )
-        found = answer(run, request)
+        result = plan_request(run, request)
         if as_json:
-            print_json(plan_document(found), stdout)
+            print_json(plan_document(result), stdout)
         else:
-            show_answer(found, table_console())
+            print_plan(result, table_console())
 
 
 @config_app.command()

@@ -34,7 +34,7 @@ from megagrow.planning.prediction import (
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """Options of the command."""
+    """Options of `megagrow plan`."""
 
     world: int | None = None
     """Number of ranks; default: all GPUs of the cluster, or 1."""
@@ -51,8 +51,8 @@ class PlanRequest:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Result of the command."""
+class PlanResult:
+    """Result of `megagrow plan`."""
 
     plan: RunPlan
     costs: RunCosts | None
@@ -62,7 +62,7 @@ class Answer:
     layouts: tuple[Sequence[FittingLayout], ...] = ()
     """Layouts of each stage, with `--layouts`."""
     data: tuple[str, ...] = ()
-    """Lines on the epochs of the training corpora."""
+    """Epochs of each training corpus, one line each."""
     capacity: int | None = None
     """Bytes of one GPU, or None if unknown."""
 
@@ -72,7 +72,7 @@ class Answer:
         return None if self.capacity is None else self.plan.peak.size <= self.capacity
 
 
-def answer(run: RunConfig, request: PlanRequest) -> Answer:
+def plan_request(run: RunConfig, request: PlanRequest) -> PlanResult:
     """Return the plan, its costs, and its prediction on a cluster.
 
     Raises ConfigError for a run that could not start and for incompatible options.
@@ -94,13 +94,13 @@ def answer(run: RunConfig, request: PlanRequest) -> Answer:
         )
     plan = plan_run(run, world, capacity)
     prediction = None if cluster is None else predict_run(plan, cluster)
-    return Answer(
+    return PlanResult(
         plan, _costs(request, plan, gpu, prediction), prediction, layouts, _data(run), capacity
     )
 
 
 def _data(run: RunConfig) -> tuple[str, ...]:
-    """Return the lines on epochs; a plan may precede the preparation of the corpora."""
+    """Return the epochs of each corpus as lines; the corpora may not be prepared yet."""
     try:
         return tuple(epoch_lines(run))
     except InputError as error:
@@ -150,16 +150,16 @@ def _capacity(request: PlanRequest, gpu: Gpu | None) -> int | None:
         raise ConfigError(f"--gpu-memory {request.gpu_memory}: {error}") from error
 
 
-def plan_document(answer: Answer) -> dict[str, Any]:
-    """Return the result as JSON values; what the options do not determine is null."""
-    plan, costs = answer.plan, answer.costs
+def plan_document(result: PlanResult) -> dict[str, Any]:
+    """Return the result as JSON values; values that the options do not determine are None."""
+    plan, costs = result.plan, result.costs
     peak = {"bytes": plan.peak.size, "stage": plan.peak.stage, "rank": plan.peak.rank}
     return {
         "name": plan.run.name,
         "world_size": plan.world_size,
         "precision": "bf16" if plan.bf16 else "fp32",
-        "fits": answer.fits,
-        "capacity_bytes": answer.capacity,
+        "fits": result.fits,
+        "capacity_bytes": result.capacity,
         "peak": peak,
         "tokens": sum(stage.tokens for stage in plan.stages),
         "flops": float(plan.flops),
@@ -169,16 +169,16 @@ def plan_document(answer: Answer) -> dict[str, Any]:
         "cost": None if costs is None else _cost_values(costs.total),
         "scratch_cost": [_cost_values(cost) for cost in (costs and costs.scratch) or ()],
         "saving": None if plan.saving is None else asdict(plan.saving),
-        "stages": [_stage_values(answer, index) for index in range(len(plan.stages))],
+        "stages": [_stage_values(result, index) for index in range(len(plan.stages))],
         "warnings": list(plan.warnings),
-        "data": list(answer.data),
+        "data": list(result.data),
     }
 
 
-def _stage_values(answer: Answer, index: int) -> dict[str, Any]:
-    stage, layout = answer.plan.stages[index], answer.plan.stages[index].memory.layout
-    costs, prediction = answer.costs, answer.prediction
-    layouts = answer.layouts[index] if answer.layouts else ()
+def _stage_values(result: PlanResult, index: int) -> dict[str, Any]:
+    stage, layout = result.plan.stages[index], result.plan.stages[index].memory.layout
+    costs, prediction = result.costs, result.prediction
+    layouts = result.layouts[index] if result.layouts else ()
     return {
         "model": stage.config.model.model_dump(mode="json"),
         "parameters": stage.parameters,

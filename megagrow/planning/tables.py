@@ -28,7 +28,7 @@ from megagrow.planning.costs import RunCosts
 from megagrow.planning.memory import StageMemory
 from megagrow.planning.memory_fit import USABLE
 from megagrow.planning.planner import GrowthPlan, RunPlan, StagePlan
-from megagrow.planning.request import Answer
+from megagrow.planning.request import PlanResult
 
 Rows = Mapping[str, Sequence[str]]
 """Row label -> one cell per stage or growth."""
@@ -51,42 +51,42 @@ MEMORY_LABELS = {
 """Key of `StageMemory.parts` -> row label."""
 
 
-def show_answer(answer: Answer, console: Console) -> None:
-    """Print the result of `megagrow plan`: the answer in three lines, then the details."""
-    title = f"{answer.plan.run.name} on {_ranks(answer.plan.world_size)}"
-    print_lines(console, [title, *answer_lines(answer), ""])
-    _show_plan(answer.plan, console, answer.costs)
-    stages = [f"stage {index}" for index in range(len(answer.plan.stages))]
-    if answer.prediction is not None:
-        _print(console, "On the cluster", stages, prediction_rows(answer.prediction))
-        print_lines(console, prediction_lines(answer.prediction))
-    for stage, layouts in zip(stages, answer.layouts, strict=False):
+def print_plan(result: PlanResult, console: Console) -> None:
+    """Print the result of `megagrow plan`: three lines of summary, then the details."""
+    title = f"{result.plan.run.name} on {_ranks(result.plan.world_size)}"
+    print_lines(console, [title, *summary_lines(result), ""])
+    _print_details(result.plan, console, result.costs)
+    stages = [f"stage {index}" for index in range(len(result.plan.stages))]
+    if result.prediction is not None:
+        _print(console, "On the cluster", stages, prediction_rows(result.prediction))
+        print_lines(console, prediction_lines(result.prediction))
+    for stage, layouts in zip(stages, result.layouts, strict=False):
         _print(console, f"Layouts of {stage}", LAYOUT_COLUMNS, layout_rows(layouts))
-    if answer.layouts:
-        print_lines(console, [layout_line(answer.layouts)])
-    print_lines(console, answer.data)
+    if result.layouts:
+        print_lines(console, [layout_line(result.layouts)])
+    print_lines(console, result.data)
 
 
-def answer_lines(answer: Answer) -> tuple[str, str, str]:
+def summary_lines(result: PlanResult) -> tuple[str, str, str]:
     """Return memory, time and cost of a run, each as one line."""
-    tokens = format_short(sum(stage.tokens for stage in answer.plan.stages))
-    amounts = [f"{tokens} tokens", f"{answer.plan.flops:.3g} FLOPs"]
+    tokens = format_short(sum(stage.tokens for stage in result.plan.stages))
+    amounts = [f"{tokens} tokens", f"{result.plan.flops:.3g} FLOPs"]
     time = "unknown; pass --cluster, or --gpu and --mfu"
-    if answer.costs is not None:
-        time, costs = cost_summary(answer.costs)
+    if result.costs is not None:
+        time, costs = cost_summary(result.costs)
         amounts = costs + amounts
-    return _memory_line(answer), f"time: {time}", f"cost: {', '.join(amounts)}"
+    return _memory_line(result), f"time: {time}", f"cost: {', '.join(amounts)}"
 
 
-def _memory_line(answer: Answer) -> str:
-    peak, capacity = answer.plan.peak, answer.capacity
+def _memory_line(result: PlanResult) -> str:
+    peak, capacity = result.plan.peak, result.capacity
     stage = f"stage {peak.stage}"
     place = f"growth before {stage}" if peak.rank is None else f"{stage}, rank {peak.rank}"
     if capacity is None:
         size = format_bytes(peak.size)
         return f"memory: {size} per rank ({place}); pass --gpu to compare it with a GPU"
     line = f"{format_in(peak.size, 'GiB', 1)} of {format_in(capacity, 'GiB', 1)} GiB ({place})"
-    if not answer.fits:
+    if not result.fits:
         return f"does not fit: {line}; remedies: see the warnings below"
     if peak.size > USABLE * capacity:
         reserved = f"{1 - USABLE:.0%} of the memory"
@@ -94,7 +94,7 @@ def _memory_line(answer: Answer) -> str:
     return f"fits: {line}"
 
 
-def _show_plan(plan: RunPlan, console: Console, costs: RunCosts | None) -> None:
+def _print_details(plan: RunPlan, console: Console, costs: RunCosts | None) -> None:
     """Print a plan; as plain Markdown tables if the output is not a terminal."""
     stages = [f"stage {index}" for index in range(len(plan.stages))]
     _print(console, "Stages", stages, stage_rows(plan.stages))

@@ -7,7 +7,7 @@ import pytest
 
 from megagrow.config.load import load_run
 from megagrow.config.stage_length import stage_steps
-from megagrow.planning.request import PlanRequest, answer
+from megagrow.planning.request import PlanRequest, plan_request
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -33,7 +33,7 @@ def test_every_paper_run_is_in_the_table() -> None:
 def test_days_and_gpu_hours_are_those_of_the_planner(row: tuple[str, ...]) -> None:
     name, tokens, profile, days, hours = row
     run = load_run(CONFIGS / f"{name}.yaml", [f"hardware={profile}"])
-    costs = answer(run, PlanRequest(world=64, gpu="h100", mfu=0.4)).costs
+    costs = plan_request(run, PlanRequest(world=64, gpu="h100", mfu=0.4)).costs
     assert costs is not None
     assert tokens == " + ".join(f"{stage.tokens / 1e9:g}B" for stage in run.stages)
     assert (days, hours) == (f"{costs.total.seconds / 86400:.1f}", f"{costs.total.gpu_hours:,.0f}")

@@ -10,7 +10,7 @@ from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
 from megagrow.planning.cost_tables import cost_columns, cost_lines, cost_rows
 from megagrow.planning.costs import RunCosts, pace_of
-from megagrow.planning.request import PlanRequest, answer
+from megagrow.planning.request import PlanRequest, plan_request
 from megagrow.train.reporting.metrics import Counters, MetricsLog, StepMetrics, train_fields
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -23,7 +23,7 @@ def paper_run() -> RunConfig:
 
 def costs_of(**request: object) -> RunCosts:
     asked = PlanRequest(**{"world": 8, **request})  # type: ignore[arg-type]
-    costs = answer(paper_run(), asked).costs
+    costs = plan_request(paper_run(), asked).costs
     assert costs is not None
     return costs
 
@@ -132,7 +132,7 @@ def test_where_no_mfu_was_known_flops_are_taken(tmp_path: Path) -> None:
 )
 def test_bad_options_are_one_line(request_: dict[str, object], said: str) -> None:
     with pytest.raises(InputError) as caught:
-        answer(paper_run(), PlanRequest(**request_))  # type: ignore[arg-type]
+        plan_request(paper_run(), PlanRequest(**request_))  # type: ignore[arg-type]
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 

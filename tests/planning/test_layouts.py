@@ -16,7 +16,7 @@ from megagrow.planning.layouts import USABLE, fitting_layouts
 from megagrow.planning.memory import stage_memory
 from megagrow.planning.memory_fit import on_gpu
 from megagrow.planning.prediction import growth_seconds, predict_run, stage_work
-from megagrow.planning.request import Answer, PlanRequest, answer
+from megagrow.planning.request import PlanRequest, PlanResult, plan_request
 from megagrow.planning.step_rates import GROWTH_SECONDS, NIC_SHARE
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -27,8 +27,8 @@ def paper_run(*overrides: str) -> RunConfig:
     return load_run(RUN, overrides)
 
 
-def asked(*overrides: str, **request: object) -> Answer:
-    return answer(paper_run(*overrides), PlanRequest(**request))  # type: ignore[arg-type]
+def asked(*overrides: str, **request: object) -> PlanResult:
+    return plan_request(paper_run(*overrides), PlanRequest(**request))  # type: ignore[arg-type]
 
 
 def test_the_cluster_says_how_many_ranks_and_how_fast() -> None:

@@ -12,12 +12,12 @@ import megagrow.cli.app
 from megagrow.config.load import load_run
 from megagrow.errors import InputError
 from megagrow.planning.planner import RunPlan, plan_run
-from megagrow.planning.request import Answer
+from megagrow.planning.request import PlanResult
 from megagrow.planning.tables import (
     closing_lines,
     growth_rows,
     memory_rows,
-    show_answer,
+    print_plan,
 )
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -177,7 +177,7 @@ def test_parts_that_no_stage_has_are_left_out() -> None:
 
 def shown(plan: RunPlan, terminal: bool) -> str:
     console = Console(width=160, force_terminal=terminal, record=True, file=io.StringIO())
-    show_answer(Answer(plan, None), console)
+    print_plan(PlanResult(plan, None), console)
     return console.export_text()
 
 

@@ -17,7 +17,7 @@ from megagrow.data.tokenizers import gives_same_ids, load_tokenizer
 from megagrow.errors import InputError
 from megagrow.formats.hugging_face_tokenizer import tokenizer_files
 from megagrow.planning.dry_run import dry_run
-from megagrow.planning.request import PlanRequest, answer
+from megagrow.planning.request import PlanRequest, plan_request
 from megagrow.train import data_setup
 from megagrow.train.data_setup import open_inputs
 from tests.helpers.alpaca import VOCAB, tokenizer
@@ -182,8 +182,8 @@ def test_epochs_in_plan_dry_run_and_at_the_start(tmp_path: Path) -> None:
     warning = f"{small}: read for {epochs[0]:.1f} epochs; repeated tokens lose their value beyond"
     assert inputs.warnings[1].startswith(warning)
     assert [note for note in dry_run(run, 1).notes if note.startswith("corpus ")] == lines
-    planned = answer(run, PlanRequest(world=1)).data
+    planned = plan_request(run, PlanRequest(world=1)).data
     assert list(planned[:2]) == lines and planned[2].startswith(f"Warning: {warning}")
     small.with_suffix(".bin").unlink()
-    (planned,) = answer(run, PlanRequest(world=1)).data
+    (planned,) = plan_request(run, PlanRequest(world=1)).data
     assert planned.startswith(f"Epochs of the corpora: unknown, {small}.bin: No such file")

@@ -1,4 +1,4 @@
-"""The first lines of `megagrow plan`: whether the run fits and where, its time and its cost."""
+"""Summary of `megagrow plan`: memory, time and cost, one line each."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import pytest
 
 from megagrow.config.load import load_run
 from megagrow.planning.cost_tables import cost_rows
-from megagrow.planning.request import PlanRequest, answer
-from megagrow.planning.tables import answer_lines
+from megagrow.planning.request import PlanRequest, plan_request
+from megagrow.planning.tables import summary_lines
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -36,20 +36,22 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
         (PlanRequest(world=8), ("memory: 43.1 GiB per rank (stage 1, rank 0); pass --gpu to ",)),
     ],
 )
-def test_the_answer_is_in_the_first_lines(request_: PlanRequest, lines: tuple[str, ...]) -> None:
+def test_the_summary_states_memory_time_and_cost(
+    request_: PlanRequest, lines: tuple[str, ...]
+) -> None:
     run = load_run(CONFIGS / "gstack-1.1b.yaml")
-    found = answer_lines(answer(run, request_))
-    assert all(line.startswith(start) for line, start in zip(found, lines, strict=False))
+    shown = summary_lines(plan_request(run, request_))
+    assert all(line.startswith(start) for line, start in zip(shown, lines, strict=False))
 
 
 def test_a_small_run_takes_seconds_and_its_growth_the_most_memory() -> None:
     run = load_run(CONFIGS / "demo" / "gstack.yaml")
-    found = answer(run, PlanRequest(gpu="a100", mfu=0.0002))
-    memory, time, cost = answer_lines(found)
-    growth = found.plan.stages[1].growth
-    assert growth is not None and found.costs is not None
-    assert (found.plan.peak.rank, found.plan.peak.size) == (None, growth.peak_bytes)
+    result = plan_request(run, PlanRequest(gpu="a100", mfu=0.0002))
+    memory, time, cost = summary_lines(result)
+    growth = result.plan.stages[1].growth
+    assert growth is not None and result.costs is not None
+    assert (result.plan.peak.rank, result.plan.peak.size) == (None, growth.peak_bytes)
     assert memory.startswith("fits: 0.1 of 74.5 GiB (growth before stage 1)")
     assert time.startswith("time: 2m09s (") and cost.startswith("cost: 0.036 GPU-hours, ")
-    assert round(found.costs.total.seconds) == 129
-    assert cost_rows(found.costs)["time"][2] == "2m09s"
+    assert round(result.costs.total.seconds) == 129
+    assert cost_rows(result.costs)["time"][2] == "2m09s"
