@@ -1,5 +1,6 @@
 # Image with megagrow, for GPUs and CPUs. The host needs only NVIDIA's driver and container toolkit:
-# torch's package for Linux contains the CUDA libraries.
+# torch's package for Linux contains the CUDA libraries. Commands run as user 1000, who must be able to
+# write to the mounted folder.
 #   docker build --tag megagrow .
 #   docker run --rm --gpus all --shm-size 8g --volume "$PWD:/work" megagrow train RUN.yaml
 #   docker run --rm --gpus all --shm-size 8g --volume "$PWD:/work" --entrypoint torchrun \

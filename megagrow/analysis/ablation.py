@@ -17,7 +17,7 @@ from megagrow.analysis.growth_transient import (
     paired_spread,
     spread,
 )
-from megagrow.analysis.plots import GREY, PLOT_STYLES, PlotStyle
+from megagrow.analysis.plots import GREY, PLOT_STYLES, PlotStyle, set_grid
 from megagrow.common.tables import markdown_table
 
 
@@ -176,8 +176,7 @@ def plot(study: Study, reference: Variant, path: Path) -> None:
     difference_panel.set_title(f"difference to `{reference}`, paired by seed")
     for axes in panels:
         axes.set_xlabel("thousand tokens since the growth")
-        axes.grid(color="#DDDDDD", lw=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        set_grid(axes)
         axes.legend(frameon=False, fontsize=8, handlelength=4)
     figure.savefig(path)
 

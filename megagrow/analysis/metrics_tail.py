@@ -12,20 +12,20 @@ from megagrow.train.reporting.metrics import parse_record
 from megagrow.train.reporting.writers import Record
 
 MOST_RECORDS = 20_000
-"""Number of records from which neighboring train records are averaged."""
+"""Maximum number of records; above it, neighboring train records are averaged."""
 KINDS = ("start", "config_change", "train", "validation", "evaluation", "growth", "samples", "end")
 """Kinds of records that `curves` reads."""
 COSTS = ("step", "tokens", "flops", "flops_true", "elapsed_seconds")
 AVERAGED = ("loss", "grad_norm", "tokens_per_second", "mfu", "memory_bytes")
-"""Fields of a train record of which an average describes several steps."""
+"""Fields of a train record that are averaged over several steps."""
 
 
 class MetricsTail:
     """Records of one file for `curves.load_any_curves`.
 
     Each `poll` reads only the lines that were appended. A file that a resume or a rewind has
-    rewritten is read again from its start. Of long runs, neighboring train records of one stage
-    are averaged pair by pair, again whenever the number of records has doubled.
+    rewritten is read again from its start. In long runs, neighboring train records of one stage
+    are averaged in pairs, and again each time the number of records has doubled.
     """
 
     def __init__(self, path: Path, most_records: int = MOST_RECORDS) -> None:
@@ -61,7 +61,7 @@ class MetricsTail:
         return rewritten or self._lines > before
 
     def _continues(self, file: BinaryIO) -> bool:
-        """Return True if the file still contains the lines that were read, as far as is visible."""
+        """Return True if it is the same file and still contains the last line that was read."""
         if os.fstat(file.fileno()).st_ino != self._inode:
             return False
         file.seek(self._offset - len(self._last_line))
@@ -98,9 +98,9 @@ class MetricsTail:
 
 
 def average_pairs(records: Sequence[Record]) -> list[Record]:
-    """Return records in which two train records of one stage in a row are averaged into one.
+    """Return the records with each two consecutive train records of a stage averaged into one.
 
-    It has the costs of the second one. A pair without a number in a field has none either.
+    The average has the costs of the second record. A field is None if either record lacks it.
     """
     result: list[Record] = []
     open_pair = False

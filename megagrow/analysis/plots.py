@@ -1,6 +1,6 @@
 """Plot of loss against FLOPs, tokens and time for several runs, and helpers for other plots.
 
-Colours are the color-blind safe palette of Okabe and Ito. Line styles and markers also differ, so
+Colors are the color-blind safe palette of Okabe and Ito. Line styles and markers also differ, so
 plots are readable in black and white.
 """
 
@@ -26,7 +26,7 @@ from megagrow.errors import printable
 
 
 class PlotStyle(NamedTuple):
-    """Colour, line style and marker of one run."""
+    """Color, line style and marker of one run."""
 
     color: str
     line: str | tuple[int, tuple[int, ...]]
@@ -47,7 +47,7 @@ STEEP_SHARE = 0.06
 MAX_MARKERS = 16
 LABEL_LENGTH = 60
 """Maximum characters of a legend entry."""
-GREY = "#555555"
+GREY, GRID_GREY = "#555555", "#DDDDDD"
 MAX_POINTS = 800
 """Maximum points of a drawn curve; of a longer one, evenly spaced points are drawn."""
 COST_LABELS = {
@@ -106,7 +106,7 @@ def plot_runs(
 
 
 def line_note(runs: Sequence[RunCurves]) -> str:
-    """Return the meaning of the line widths and the smoothing."""
+    """Return a note on the line widths and the smoothing."""
     trained = f"training, mean of the last {SMOOTHING:.0%} of tokens; faint: each step"
     validated = any(map(_validated, runs))
     return f"thick: validation; thin: {trained}" if validated else f"thick: {trained}"
@@ -222,17 +222,22 @@ def draw_speedup(axes: Axes, speedup: Speedup) -> None:
     )
 
 
+def set_grid(axes: Axes) -> None:
+    """Set grid and spines in the common style of the report's plots."""
+    axes.grid(color=GRID_GREY, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def format_axes(axes: Axes, log_x: bool = False) -> None:
     """Set grid, spines and x axis in the common style of the report's plots."""
+    set_grid(axes)
     if log_x:
         axes.set_xscale("log")
         axes.set_xlim(left=axes.dataLim.x1 / 100)
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_xlim(left=0)
-    axes.grid(color="#DDDDDD", lw=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def format_costs(axes: Axes, x: str) -> None:

@@ -59,8 +59,8 @@ Some launchers kill all ranks when one exits. The delay lets the reporting rank 
 first; the launcher ends this rank when the reporting rank exits."""
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"megagrow {__version__}")
         raise typer.Exit
 
@@ -68,7 +68,10 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def megagrow(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:

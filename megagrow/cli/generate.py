@@ -28,7 +28,7 @@ def generate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Text file with a prompt on each line.",
+            help="Text file with one prompt per line.",
             exists=True,
             dir_okay=False,
         ),

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from megagrow.cli.options import RunDirectories
-from megagrow.common.tables import print_lines, table_console
+from megagrow.common.tables import print_json, print_lines, table_console
 from megagrow.errors import ConfigError
 
 
@@ -27,9 +27,9 @@ def report(
     """Report on one or more runs: losses, comparison at equal cost, measured speedup, samples."""
     if against not in (None, "paper"):
         raise ConfigError(f"--against {against}: not known; use `paper` or omit the option")
+    from megagrow.analysis.report.document import as_document
     from megagrow.analysis.report.files import (
         PAGE,
-        document_text,
         load_report,
         print_report,
         write_report,
@@ -40,7 +40,7 @@ def report(
     if folder is not None:
         write_report(content, folder)
     if as_json:
-        print(document_text(content), end="")
+        print_json(as_document(content))
     else:
         print_report(content, table_console())
         print_lines(table_console(), [f"Page: {folder}/{PAGE}"])

@@ -43,7 +43,7 @@ class PhaseProgress:
 
 
 class WorkProgress:
-    """Progress in megabytes, with throughput and time left; a context manager.
+    """Progress of a command in megabytes, with throughput and time left; a context manager.
 
     Args:
         console: output.
@@ -106,7 +106,8 @@ class WorkProgress:
     def _left(self) -> str:
         if not self._total or not self._throughput():
             return ""
-        return f", {max(self._total - self._bytes, 0) / self._throughput():.0f} s left"
+        seconds = max(self._total - self._bytes, 0) / self._throughput()
+        return f", {format_duration(seconds)} left"
 
 
 class TokenizingProgress(WorkProgress):
@@ -114,7 +115,7 @@ class TokenizingProgress(WorkProgress):
 
     def __init__(self, console: Console, total_bytes: int | None) -> None:
         self._tokens = 0
-        super().__init__(console, "tokenising", total_bytes)
+        super().__init__(console, "tokenizing", total_bytes)
 
     def resume(self, done_bytes: int, tokens: int = 0) -> None:
         """Count work of an earlier process; it is excluded from the throughput."""

@@ -73,13 +73,13 @@ def _path_or_texts(value: object) -> object:
         return _usable(Path(value))
     if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
         return value
-    raise ValueError("should be a list of texts, or the path of a file with one on each line")
+    raise ValueError("should be a list of texts, or the path of a file with one per line")
 
 
 PathOrTexts = Annotated[
     Path | Annotated[list[str], Field(min_length=1)], BeforeValidator(_path_or_texts)
 ]
-"""Texts, or the path of a file with one on each line."""
+"""Texts, or the path of a file with one per line."""
 
 
 class Section(BaseModel):
@@ -144,11 +144,12 @@ class EvaluationConfig(Section):
 
 
 class SamplesConfig(Section):
-    """Texts that the model generates after each validation, shown and recorded with it. Requires
-    `data.tokenizer`."""
+    """Texts that the model generates every `validation.interval` steps and at the end of each
+    stage. They are logged and recorded. Requires `data.tokenizer` and transformers
+    (`pip install megagrow[hf]`)."""
 
     prompts: PathOrTexts
-    """Texts to continue, or a text file with one on each line. A text may be empty."""
+    """Texts to continue, or a text file with one per line. A text may be empty."""
     max_tokens: Count = 64
     """Maximum number of generated tokens per prompt."""
     temperature: float = Field(default=0.8, ge=0)

@@ -118,7 +118,7 @@ class LocalReport:
     device: torch.device
     facts: dict[str, str]
     problems: list[str]
-    """Settings of the run that the device cannot honor."""
+    """Settings of the run that the device does not support."""
     rows: list[list[BackendRow]]
     """Backends of each stage, or one list without a run."""
 

@@ -17,7 +17,7 @@ from megagrow.evaluation.logprobs import TokenScorer
 from megagrow.evaluation.tokenizer import EvalTokenizer
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""End of the text of tokens that are the first bytes of a character."""
+"""Decoded text of an incomplete character, of which only the first bytes are generated."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Completer:
         return [visible(text.text(self._tokenizer)) for text in texts]
 
     def stream(self, prompt: str, write: Callable[[str], None]) -> None:
-        """Complete one prompt and call `write` with each further part of the completion.
+        """Complete one prompt and call `write` with each new part of the completion.
 
         Tokenizers with byte fallback may decode bytes that are no character differently when more
         bytes follow; the parts are then not exactly the text that `complete` returns.
@@ -109,7 +109,7 @@ class Completer:
 
 
 def visible(text: str) -> str:
-    """Return generated text with the characters escaped that control a terminal."""
+    """Return generated text with terminal control characters escaped."""
     return "".join(char if char in "\n\t" else printable(char) for char in text)
 
 
@@ -122,5 +122,5 @@ def read_prompts(file: Path) -> list[str]:
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}") from error
     if not prompts:
-        raise DataError(f"{file}: no prompts; write one on each line")
+        raise DataError(f"{file}: no prompts; write one per line")
     return prompts

@@ -45,7 +45,7 @@ class Evaluator:
     def validate(
         self, run: RunConfig, stage: Stage, state: RunState, log: RunLogger, watchdog: Watchdog
     ) -> None:
-        """Compute the validation loss and generate the samples, as far as the run has them."""
+        """Compute the validation loss and generate the samples, if the run has them."""
         step, masks = state.counters.step, masks_now(run, stage, state.stage_tokens)
         reader, sequences = self._inputs.validation, self._inputs.validation_sequences
         if reader is not None:

@@ -42,7 +42,7 @@ class PrefixGroup:
 def log_likelihoods(
     pairs: list[Pair], scorer: TokenScorer, max_length: int, batch_size: int
 ) -> list[tuple[float, bool]]:
-    """Return for each continuation its log-likelihood in nats and whether it is the greedy one.
+    """Return each continuation's log-likelihood in nats, and True if it is the greedy one.
 
     A sequence that is too long is truncated on the left: the model reads the last `max_length`
     tokens. Raises InputError if a continuation alone is longer than that.

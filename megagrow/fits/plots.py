@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, PercentFormatter
 
-from megagrow.analysis.plots import GREY, PLOT_STYLES, PlotStyle
+from megagrow.analysis.plots import GREY, PLOT_STYLES, PlotStyle, set_grid
 from megagrow.fits.data import IsoPoint, ScalingPoint
 from megagrow.fits.least_squares import Numbers
 from megagrow.fits.parabola import PAPER_BEST, FactorFit, Parabola
@@ -78,7 +78,7 @@ def plot_scaling(
     right.set_ylabel("saving: scratch FLOPs for the same loss / C - 1")
     right.yaxis.set_major_formatter(PercentFormatter(1.0))
     for axes in (left, right):
-        _format_axes(axes)
+        set_grid(axes)
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(path)
 
@@ -110,11 +110,11 @@ def _parabola_panels(
             frameon=False, fontsize=7, title="C (FLOPs)", title_fontsize=7, loc="upper center",
             ncols=LEGEND_COLUMNS,
         )  # fmt: skip
-        _format_axes(panel)
+        set_grid(panel)
         _draw_best(last, of_size, style)
     last.set(xscale="log", xlabel="C, budget (FLOPs)")
     last.legend(frameon=False, fontsize=8)
-    _format_axes(last)
+    set_grid(last)
     return figure, last
 
 
@@ -200,9 +200,3 @@ def _styles() -> list[PlotStyle]:
 def _log_grid(values: Sequence[float]) -> Numbers:
     """Return a log-spaced grid over the range of the values, extended by 10% on each side."""
     return np.geomspace(min(values) / 1.1, max(values) * 1.1, 50)
-
-
-def _format_axes(axes: Axes) -> None:
-    axes.grid(color="#DDDDDD", lw=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -125,7 +125,7 @@ def _cost(tokens: float, seconds: float, gpus: int, factors: CostFactors) -> Cos
 
 
 def pace_of(mfu: float | None, measured: Path | None, gpu: Gpu | None, world: int) -> Pace | None:
-    """Return the throughput by `--mfu` or `--measured`; None if neither is given.
+    """Return the throughput set by `--mfu` or `--measured`; None if neither is given.
 
     The measured run's utilization is used; if it recorded none (on a CPU, or on a card without a
     datasheet entry), its FLOP/s are used for the same number of ranks. Raises ConfigError for

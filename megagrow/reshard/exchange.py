@@ -31,9 +31,11 @@ class TransferStats:
     """Bytes moved by a reshard, as seen from one rank."""
 
     bytes_sent: int
+    """Bytes that other ranks receive from this one; on one host, they read them in place."""
     bytes_local: int
     """Bytes copied from this rank's source to this rank's target."""
     rounds: int
+    """All-to-all rounds; 0 on one host."""
 
     def plus(self, other: "TransferStats") -> "TransferStats":
         """Return the sum of two consecutive reshards."""
@@ -62,8 +64,8 @@ def exchange(
 
     A rank never holds more than its source, its target and one bucket. An element is sent to a rank
     at most once, and not at all if the rank already has it. On one host, nothing is sent: if any
-    element has to change ranks, the source's storage moves to shared memory. Dense terms are
-    excluded (see `dense.py`).
+    element changes ranks, every rank's source storage moves to shared memory, and each rank copies
+    from there. Dense terms are excluded (see `dense.py`).
     """
     plan = plan_rank(dist.get_rank(), source.layout, growth, target.layout)
     moves = _max_over_ranks(plan.numel_sent) > 0
@@ -74,38 +76,39 @@ def exchange(
     for rank, storage in stored.items():
         for copy in plan.copies.get(rank, ()):
             move_within(copy, source.layout, storage, target.layout, target.storage)
-    rounds = _send(plan, source, target, bucket_bytes) if moves and not shared else 0
-    return TransferStats(4 * plan.numel_sent, 4 * plan.numel_local, rounds)
+    count = _send(plan, source, target, bucket_bytes) if moves and not shared else 0
+    return TransferStats(4 * plan.numel_sent, 4 * plan.numel_local, count)
 
 
 def _share(layout: Layout, storage: Storage) -> list[Storage]:
-    """Move this rank's storage to shared memory; return that of every rank. Collective.
+    """Move each rank's storage to shared memory; return the storages of all ranks. Collective.
 
     Requires `on_one_host`. One state kind at a time is copied, replaced in `storage`, and freed.
     """
-    memory = shared_copies(_emptied(layout, storage), range(dist.get_world_size()))
+    memory = shared_copies(_drain(layout, storage), range(dist.get_world_size()))
     all_ranks = [_storage(layout, rank, shared) for rank, shared in enumerate(memory)]
     for name, kinds in storage.items():
         kinds.update(all_ranks[dist.get_rank()][name])
     return all_ranks
 
 
-def _emptied(layout: Layout, storage: Storage) -> Iterator[Tensor]:
-    """Yield the parts of a storage in the order of `_storage` and remove them."""
+def _drain(layout: Layout, storage: Storage) -> Iterator[Tensor]:
+    """Yield the tensors of a storage in the order of `_storage`; then free each state kind."""
     held = [storage[name] for name in layout.plan if name in storage]
     for kind in STATE_KINDS:
         for kinds in held:
             yield kinds[kind]
         for kinds in held:
-            del kinds[kind]  # frees the tensor of which they are views
+            del kinds[kind]  # frees the flat tensor that they are views of
 
 
 def _storage(layout: Layout, rank: int, memory: Tensor) -> Storage:
-    """Return a rank's storage as views of its memory, one state kind after the other."""
+    """Return a rank's storage as views of its memory, (bytes,) uint8, one state kind at a time."""
     sizes = {name: len(layout.interval(name, rank // layout.tp)) for name in layout.plan}
     sizes = {name: size for name, size in sizes.items() if size}
     storage: Storage = {name: {} for name in sizes}
-    for kind, part in zip(STATE_KINDS, memory.view(torch.float32).chunk(3), strict=True):
+    parts = memory.view(torch.float32).chunk(len(STATE_KINDS))
+    for kind, part in zip(STATE_KINDS, parts, strict=True):
         for name, values in zip(sizes, part.split(list(sizes.values())), strict=True):
             storage[name][kind] = values
     return storage

@@ -1,4 +1,4 @@
-"""Parts of a run that are simulated in addition to its steps: load, evaluate and save."""
+"""Simulated parts of a run other than its steps: load, evaluate and save."""
 
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from megagrow.train.state_check import non_finite
 LIKELIHOOD, PROMPT = "likelihood", "prompt"
 """Sections: a batch of continuations, and the first pass of a generation."""
 TOKENS = ("greedy token", "sampled token", "token after an end")
-"""Sections: later passes, of one token each; before the last one a text ends."""
+"""Sections: passes of one token per text; one of two texts ends before the last pass."""
 FINISH = "end of evaluation"
 SECTIONS = (LIKELIHOOD, PROMPT, *TOKENS, FINISH)
 
@@ -83,7 +83,7 @@ def load(stage: Stage) -> None:
 
 
 class _ZeroFile:
-    """Shard file of a rank, as safetensors opens it, with zeros."""
+    """Shard file of a rank that contains zeros, with the interface of `safetensors.safe_open`."""
 
     def __init__(self, layout: Layout, rank: int) -> None:
         self._layout, self._rank = layout, rank
@@ -100,6 +100,8 @@ class _ZeroFile:
 
 
 class _ZeroSlice:
+    """Tensor of a shard file: (size,) fp32 zeros, with the interface of safetensors' slices."""
+
     def __init__(self, size: int) -> None:
         self._size = size
 

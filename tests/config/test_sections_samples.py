@@ -8,7 +8,7 @@ from megagrow.config.load import load_run, to_yaml
 from megagrow.errors import ConfigError
 
 TOKENIZER = "data.tokenizer=tok.model"
-EITHER = "should be a list of texts, or the path of a file with one on each line"
+EITHER = "should be a list of texts, or the path of a file with one per line"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Conclusion of a report in sentences, and what the runs lack for a stronger one."""
+"""Conclusion of a report, and its limits, in sentences."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -19,7 +19,7 @@ def conclude(
 
 
 def missing(groups: Sequence[SeedGroup], matchups: Sequence[Matchup]) -> list[str]:
-    """Return what is unknown or unfair in the comparison, one sentence each."""
+    """Return the limits of the comparison, one sentence each: unknown results and unequal runs."""
     runs = [run for group in groups for run in group.runs]
     lines = [
         f"{run.name} is not finished: step {run.step:,} of {run.planned_steps:,}."
@@ -103,7 +103,7 @@ def _missing_speedups(groups: Sequence[SeedGroup], matchups: Sequence[Matchup]) 
     for matchup in matchups:
         if not _defined(matchup):
             yield (
-                f"No {matchup.kind} loss is passed by both {matchup.grown.name} and "
+                f"No {matchup.kind} loss is reached by both {matchup.grown.name} and "
                 f"{matchup.scratch.name}, so the speedup is undefined."
             )
 

@@ -1,4 +1,4 @@
-"""JSON document of a report, with the numbers of its page (docs/reference/file-formats.md)."""
+"""JSON document of a report, with the numbers of its page (docs/guides/reports.md)."""
 
 from dataclasses import asdict
 from typing import Any

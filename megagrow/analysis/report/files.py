@@ -1,6 +1,5 @@
-"""Write a report on runs into a folder, or print it as JSON."""
+"""Load the runs of a report; write it into a folder, or print it."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from megagrow.analysis.report.page import render_page
 from megagrow.analysis.report.plots import PlotSection, plot_sections
 from megagrow.analysis.report.svg import svg_text
 from megagrow.analysis.report.tables import as_markdown, origin_table, run_table
+from megagrow.common.json_text import format_json
 from megagrow.common.tables import escape_markdown, print_lines, print_table
 from megagrow.train.reporting.metrics import METRICS_FILE, read_metrics
 
@@ -29,11 +29,6 @@ def load_report(directories: Sequence[Path], against_paper: bool = False) -> Rep
     return Report(with_unique_names(runs), against_paper)
 
 
-def document_text(report: Report) -> str:
-    """Return the JSON document of a report as text."""
-    return json.dumps(as_document(report), indent=2) + "\n"
-
-
 def write_report(report: Report, output: Path) -> None:
     """Write a report into the folder `output`.
 
@@ -43,14 +38,14 @@ def write_report(report: Report, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     sections = list(plot_sections(report))
     (output / PAGE).write_text(render_page(report, sections), encoding="utf-8")
-    (output / DOCUMENT).write_text(document_text(report), encoding="utf-8")
+    (output / DOCUMENT).write_text(format_json(as_document(report)), encoding="utf-8")
     (output / MARKDOWN).write_text(_markdown(report), encoding="utf-8")
     plot_runs(report.runs, output / PLOT, report.speedup)
     _write_plots(sections, output)
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print the conclusion, what is missing, and a table of the runs."""
+    """Print the conclusion, its limits, and a table of the runs."""
     print_lines(console, [*report.conclusion, *report.missing])
     runs, origins = run_table(report.runs), origin_table(report.runs)
     heading, *rows = zip(runs.columns, *runs.rows, strict=True)

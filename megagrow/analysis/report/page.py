@@ -60,7 +60,7 @@ def render_page(report: Report, sections: Sequence[PlotSection]) -> str:
 
 
 def live_page(content: str) -> str:
-    """Return the page of `watch`, whose script fetches the content again and again."""
+    """Return the page of `megagrow watch`; its script refreshes the content periodically."""
     return _page("megagrow watch", content, live=True)
 
 

@@ -29,6 +29,7 @@ from megagrow.analysis.plots import (
     line_note,
     marker_slice,
     plot_style,
+    set_grid,
     thinned,
     token_format,
 )
@@ -234,8 +235,6 @@ def _panel(x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def _finish(axes: Axes, note: str = "") -> None:
-    """Set the common style of panels; `note` states in small print how the lines were made."""
-    axes.grid(color="#DDDDDD", lw=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    """Set the common style of panels; `note` in small print describes the lines."""
+    set_grid(axes)
     axes.set_title(note, fontsize=7, color=GREY, loc="right")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import matplotlib
 from matplotlib.figure import Figure
 
-from megagrow.analysis.plots import GREY, PLOT_STYLES
+from megagrow.analysis.plots import GREY, GRID_GREY, PLOT_STYLES
 
 
 class ThemeColor(NamedTuple):
@@ -21,7 +21,7 @@ class ThemeColor(NamedTuple):
 
 _DARK_STYLES = ("#F2894B", "#5BB8F0", "#2FCB9C", "#E9A6CD", "#F4BC45", "#9AD3F7", "#E8E6E3")
 THEME = (
-    ThemeColor("grid", "#DDDDDD", "#3A3F45"),
+    ThemeColor("grid", GRID_GREY, "#3A3F45"),
     ThemeColor("muted", GREY, "#A9AEB4"),
     ThemeColor("ink", "#000000", "#E8E6E3"),
     *(

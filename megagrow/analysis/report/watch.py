@@ -31,7 +31,7 @@ SECURITY_HEADERS = {
 
 
 class LiveReport:
-    """Content of the page of runs that train; safe to use in several threads.
+    """Content of the page of runs that train; thread-safe.
 
     Args:
         directories: run directories.
@@ -46,7 +46,7 @@ class LiveReport:
         self._version, self._content = 0, ""
 
     def content(self) -> tuple[str, str]:
-        """Return the version and the HTML fragment of the present records, or of their error."""
+        """Return the version and the HTML fragment of the current report, or of its error."""
         with self._lock:
             if time.monotonic() >= self._next:
                 self._update()
@@ -126,13 +126,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.NOT_FOUND, "text/plain", "not found")
 
     def _is_allowed(self) -> bool:
-        """Return False if a foreign name leads here (DNS rebinding by a web page)."""
+        """Return False for a foreign host name: DNS rebinding by a web page."""
         name = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
         return not self.server.is_local or _is_loopback(name.strip("[]"))
 
     def _answer(self, status: HTTPStatus, kind: str, text: str, **headers: str) -> None:
         body = text.encode("utf-8")
-        with suppress(ConnectionError):  # the browser has left
+        with suppress(ConnectionError):  # closed by the browser
             self.send_response(status)
             self.send_header("Content-Type", f"{kind}; charset=utf-8")
             if status is not HTTPStatus.NOT_MODIFIED:

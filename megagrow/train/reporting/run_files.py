@@ -58,7 +58,7 @@ def package_version(package: str) -> str | None:
 
 
 def _device_name(device: torch.device) -> str:
-    """Return the name of the GPU, or the model of the CPU where Linux knows it."""
+    """Return the name of the GPU, or of the CPU: its model on Linux, else its architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
