@@ -71,8 +71,8 @@ def equal_costs(groups: Sequence[SeedGroup]) -> list[EqualCost]:
     if len(groups) < 2:
         return []
     kind = compared_kind(groups)
-    found = (_at_equal_cost(groups, kind, axis) for axis in COST_AXES)
-    return [equal for equal in found if equal is not None]
+    compared = (_at_equal_cost(groups, kind, axis) for axis in COST_AXES)
+    return [equal for equal in compared if equal is not None]
 
 
 def compared_kind(groups: Sequence[SeedGroup]) -> LossKind:

@@ -177,9 +177,9 @@ def evaluate(
         CheckpointError: The checkpoint is damaged.
         RunError: Another rank has exited.
     """
-    from megagrow.evaluation.evaluator import need_lm_eval
+    from megagrow.evaluation.evaluator import require_lm_eval
 
-    need_lm_eval()
+    require_lm_eval()
     from megagrow.evaluation.launched import watched_topology
     from megagrow.evaluation.runner import evaluate_checkpoint
 

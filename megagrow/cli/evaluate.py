@@ -49,9 +49,9 @@ def evaluate(
     as_json: JsonOutput = False,
 ) -> None:
     """Evaluate a checkpoint on lm-eval tasks, in one process or under torchrun."""
-    from megagrow.evaluation.evaluator import need_lm_eval
+    from megagrow.evaluation.evaluator import require_lm_eval
 
-    need_lm_eval()
+    require_lm_eval()
     from megagrow.evaluation.launched import watched_topology
     from megagrow.evaluation.results_store import find_run
     from megagrow.evaluation.runner import evaluate_checkpoint

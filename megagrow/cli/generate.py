@@ -65,9 +65,9 @@ def generate(
     """Continue prompts with a checkpoint of any layout, in one process or under torchrun."""
     if interactive == bool(prompt or prompts):
         raise ConfigError("give either prompts (--prompt TEXT, --prompts FILE) or --interactive")
-    from megagrow.evaluation.evaluator import need_transformers
+    from megagrow.evaluation.evaluator import require_transformers
 
-    need_transformers()
+    require_transformers()
     from megagrow.evaluation.completion import CompletionOptions, read_prompts
     from megagrow.evaluation.generation import Sampling
 

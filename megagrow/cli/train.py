@@ -114,8 +114,8 @@ def _open_log(run: "RunConfig", log_level: str) -> None:
 def _raise_problems(problems: Sequence[str]) -> None:
     """Raise the problems that a dry run has printed; a single one is repeated."""
     if problems:
-        found = problems[0] if len(problems) == 1 else f"{len(problems)} problems, see above"
-        raise ConfigError(f"the run would not start: {found}")
+        summary = problems[0] if len(problems) == 1 else f"{len(problems)} problems, see above"
+        raise ConfigError(f"the run would not start: {summary}")
 
 
 def prepare(

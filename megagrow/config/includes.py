@@ -194,8 +194,8 @@ def read_run(path: Path, via: tuple[Path, ...] = ()) -> Tree:
     expanded = expand(own, folders, origin)
     if changes_stages:
         pairs = zip(under.get("stages", []), own["stages"], expanded["stages"], strict=True)
-        expanded["stages"] = [_laid_over(*pair) for pair in pairs]
-    merged = _laid_over(under, own, expanded)
+        expanded["stages"] = [_merge_over(*pair) for pair in pairs]
+    merged = _merge_over(under, own, expanded)
     if changes_stages or "stages" not in own:
         for names in _leaves({key: expanded[key] for key in DEFAULTS if key in own}):
             refuse_no_effect(merged, names, f"{origin}: {'.'.join(names)}")
@@ -213,7 +213,7 @@ def _listed_changes(changes: Tree, stages: list[Tree], origin: str) -> list[Any]
     return [given.get(index, {}) for index in known]
 
 
-def _laid_over(under: Tree, own: Tree, expanded: Tree) -> Tree:
+def _merge_over(under: Tree, own: Tree, expanded: Tree) -> Tree:
     """Merge a tree over that of a base. `expanded` is `own` with its named sections, which replace
     those of the base, as a length replaces a length of another key."""
     replaced = set(LENGTHS) if lengths_in(own) else set()

@@ -37,7 +37,7 @@ class Evaluator:
         self._tasks = open_evaluation(run, device)
         self._samples: Callable[[Stage, Masks | None], list[dict[str, str]]] | None = None
         if run.samples is not None:
-            run_on_all_ranks(need_transformers)
+            run_on_all_ranks(require_transformers)
             from megagrow.evaluation.samples import TrainingSamples
 
             self._samples = TrainingSamples(run, run.samples)
@@ -77,19 +77,19 @@ def open_evaluation(run: RunConfig, device: torch.device) -> Evaluation | None:
     """
     if run.evaluation is None:
         return None
-    run_on_all_ranks(need_lm_eval)
+    run_on_all_ranks(require_lm_eval)
     from megagrow.evaluation.online import OnlineEvaluation
 
     return OnlineEvaluation(run, run.evaluation, device)
 
 
-def need_lm_eval() -> None:
+def require_lm_eval() -> None:
     """Raise InputError if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ResourceError("evaluation needs lm-eval: pip install megagrow[eval]")
 
 
-def need_transformers() -> None:
+def require_transformers() -> None:
     """Raise InputError if transformers is not installed."""
     if importlib.util.find_spec("transformers") is None:
         raise ResourceError("generating text needs transformers: pip install megagrow[hf]")

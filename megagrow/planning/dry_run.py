@@ -20,7 +20,11 @@ from megagrow.config.schema import RunConfig
 from megagrow.config.validation import world_problems
 from megagrow.data.corpus_identity import Contents
 from megagrow.errors import ConfigError, InputError
+<<<<<<< HEAD
 from megagrow.evaluation.evaluator import need_lm_eval, need_transformers
+=======
+from megagrow.evaluation.evaluator import require_lm_eval
+>>>>>>> 758abe8 (evaluation, config, docs: name checks require_, and the field's terms)
 from megagrow.growth.operators import is_learned
 from megagrow.growth.validation import candidates, growth_problems
 from megagrow.parallel.engine_config import EngineSettings
@@ -176,7 +180,7 @@ def _evaluation(run: RunConfig, notes: list[str]) -> Iterator[str]:
     if run.evaluation is None:
         return
     try:
-        need_lm_eval()
+        require_lm_eval()
     except InputError as error:
         yield str(error)
     folder = run.evaluation.data_dir

@@ -42,7 +42,7 @@ GRIDS = {
 """(ZeRO stage, DP, TP) before and after."""
 
 SETTINGS = ((BUCKET_BYTES, False), (BUCKET_BYTES, True), (16 * 1024, True), (256, True))
-"""Bucket sizes, and whether data is sent or read from shared memory. The default size takes one
+"""Bucket sizes, for data that is sent and for data read from shared memory. The default size takes one
 round, the last holds less than a row for each peer."""
 
 

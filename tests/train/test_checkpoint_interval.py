@@ -28,7 +28,7 @@ def checkpointer(run: RunConfig, rank: int) -> Checkpointer:
 
 
 def steps_with_a_save(run: RunConfig) -> list[int]:
-    """Train with clocks that differ: rank 0's is one hour per step, rank 1's stands still."""
+    """Train with clocks that differ: rank 0's is one hour per step, rank 1's does not advance."""
     rank, clock = dist.get_rank(), [0.0]
     stage, state, saves = build_stage(run, 0, torch.device("cpu")), RunState(), []
     stage.engine.ready(0)
