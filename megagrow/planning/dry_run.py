@@ -20,11 +20,7 @@ from megagrow.config.schema import RunConfig
 from megagrow.config.validation import world_problems
 from megagrow.data.corpus_identity import Contents
 from megagrow.errors import ConfigError, InputError
-<<<<<<< HEAD
-from megagrow.evaluation.evaluator import need_lm_eval, need_transformers
-=======
-from megagrow.evaluation.evaluator import require_lm_eval
->>>>>>> 758abe8 (evaluation, config, docs: name checks require_, and the field's terms)
+from megagrow.evaluation.evaluator import require_lm_eval, require_transformers
 from megagrow.growth.operators import is_learned
 from megagrow.growth.validation import candidates, growth_problems
 from megagrow.parallel.engine_config import EngineSettings
@@ -194,7 +190,7 @@ def _samples(run: RunConfig, readable: bool) -> Iterator[str]:
     if run.samples is None:
         return
     try:
-        need_transformers()
+        require_transformers()
         from megagrow.evaluation.samples import prompts_of, tokenizer_for
 
         prompts = prompts_of(run.samples)
