@@ -73,7 +73,7 @@ def _entry(path: Path) -> dict[str, Any]:
         entry |= {
             "stage": manifest.run.get("stage"),
             "tokens": manifest.run.get("counters", {}).get("tokens", 0),
-            "bytes": sum(record.size for record in manifest.files.values()),
+            "bytes": manifest.size,
             "layout": _layout(manifest),
             "protected": manifest.protected,
         }

@@ -54,7 +54,7 @@ class Manifest:
     run: dict[str, Any]
     """Position of the run and provenance of its layers; see `train/train_state.py`."""
     environment: dict[str, Any]
-    """Resolved config, package versions, and repository state."""
+    """Resolved config, hardware, package versions, and repository state."""
     files: Files
     protected: str | None = None
     """Reason why the checkpoint is never pruned, or None."""
@@ -62,8 +62,13 @@ class Manifest:
     """False if only a stop of the run caused the save; a rewind prefers other checkpoints."""
     format: int = FORMAT
 
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(record.size for record in self.files.values())
+
     def read_layout(self) -> Layout:
-        """Layout of the files."""
+        """Return the layout of the files."""
         model = ModelConfig(**self.model)
         groups = tuple(tuple(group) for group in self.layout["groups"])
         zero_stage, dp, tp = (self.layout[key] for key in ("zero_stage", "dp", "tp"))

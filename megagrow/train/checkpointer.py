@@ -55,7 +55,8 @@ class Checkpointer:
         options = run.checkpoint
         self._pruner = Pruner(self.directory, Retention(options.keep_last, options.keep_every))
         self._stalled = 0.0
-        self._begun = time.monotonic()  # of the newest save, or of the part of the run before it
+        self._begun = time.monotonic()
+        """Start of the newest save; before the first one, start of training in this process."""
         self.last_step = 0
         """Step of the newest checkpoint, which may still be written; 0 if there is none."""
 
@@ -157,10 +158,10 @@ class Checkpointer:
         return self._saver.writing
 
     def due(self) -> bool:
-        """Return True on rank 0 if the time between checkpoints is over."""
+        """Return True on rank 0 if the time between checkpoints has passed."""
         seconds = self._run.checkpoint.seconds
-        over = seconds is not None and time.monotonic() - self._begun >= seconds
-        return over and self._rank == 0
+        passed = seconds is not None and time.monotonic() - self._begun >= seconds
+        return passed and self._rank == 0
 
     def idle_everywhere(self) -> None:
         """Wait for this rank's save, publish the checkpoint and start to prune old ones."""

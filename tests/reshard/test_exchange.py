@@ -42,8 +42,8 @@ GRIDS = {
 """(ZeRO stage, DP, TP) before and after."""
 
 SETTINGS = ((BUCKET_BYTES, False), (BUCKET_BYTES, True), (16 * 1024, True), (256, True))
-"""Bucket sizes, for data that is sent and for data read from shared memory. The default size takes one
-round, the last holds less than a row for each peer."""
+"""Bucket size, and True if data is sent instead of read from shared memory. The default size takes
+one round, the last holds less than a row for each peer."""
 
 
 @dataclass(frozen=True)

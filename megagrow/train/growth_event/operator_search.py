@@ -44,12 +44,12 @@ def grow_best(
     growth, spent = run.stages[index].growth, GrowthCost()
     if growth is not None and growth.probe is not None:
         losses: dict[str, float] = {}
+        steps = growth.probe.steps
         for name in growth.probe.operators:
             candidate = with_operators(run, index, (name,))
-            losses[name] = _tried(candidate, ended, feed, growth.probe.steps, loss_of)
-            steps = growth.probe.steps
+            losses[name] = _tried(candidate, ended, feed, steps, loss_of)
             logger.info("probe %s | loss %.4f after %d steps", name, losses[name], steps)
-            spent = spent.plus(spent_on_steps(run.stages[index], feed.length, growth.probe.steps))
+            spent = spent.plus(spent_on_steps(run.stages[index], feed.length, steps))
         best = min(losses, key=lambda name: losses[name])
         if not math.isfinite(losses[best]):
             raise ConfigError(f"stages.{index}.growth.probe: no candidate has a finite loss")
