@@ -123,8 +123,7 @@ def find_file(name: str, section: str, folders: Sequence[Path], where: str) -> P
         file = folder / section / f"{name}.yaml"
         if file.is_file():
             return file
-    files = (file for folder in folders for file in (folder / section).glob("[!.]*.yaml"))
-    known = sorted({file.stem for file in files})
+    known = sorted({file.stem for folder in folders for file in _named_files(folder / section)})
     near = difflib.get_close_matches(name.removesuffix(".yaml"), known, n=1, cutoff=0.5)
     listed = f"known: {', '.join(known)}" if known else f"no {section}/ contains any file"
     hint = f"did you mean '{near[0]}'?" if near else listed
@@ -159,7 +158,12 @@ def files_in(section: str) -> dict[str, Path]:
     """
     folders = search_path(Path("run.yaml"))
     inside = [folder / section for folder in folders if folder.name == "configs"]
-    return {file.stem: file for folder in reversed(inside) for file in folder.glob("*.yaml")}
+    return {file.stem: file for folder in reversed(inside) for file in _named_files(folder)}
+
+
+def _named_files(folder: Path) -> Iterator[Path]:
+    """Return the files of a folder that are found by name; editors leave hidden ones."""
+    return folder.glob("[!.]*.yaml")
 
 
 def read_run(path: Path, via: tuple[Path, ...] = ()) -> Tree:
@@ -174,14 +178,8 @@ def read_run(path: Path, via: tuple[Path, ...] = ()) -> Tree:
         ConfigError: one of the files is invalid; the message is one line.
     """
     origin, folders = str(path), search_path(path)
-    content, under = read_mapping(path), Tree()
-    if "base" in content:
-        file = find_file(str(content["base"]), "", folders, f"{origin}: 'base'")
-        if file in (via := (*via, path.resolve())):
-            trail = " -> ".join(item.stem for item in (*via, file))
-            raise ConfigError(f"{origin}: 'base' includes itself: {trail}")
-        _check_depth(f"{origin}: 'base'", len(via))
-        under = read_run(file, via)
+    content = read_mapping(path)
+    under = _read_base(str(content["base"]), path, via) if "base" in content else {}
     changes_stages = isinstance(content.get("stages"), dict)
     if changes_stages:
         changes = _listed_changes(content["stages"], under.get("stages", []), origin)
@@ -200,6 +198,17 @@ def read_run(path: Path, via: tuple[Path, ...] = ()) -> Tree:
         for names in _leaves({key: expanded[key] for key in DEFAULTS if key in own}):
             refuse_no_effect(merged, names, f"{origin}: {'.'.join(names)}")
     return merged
+
+
+def _read_base(name: str, path: Path, via: tuple[Path, ...]) -> Tree:
+    """Return the content of the base `name` of the run file `path`, as `read_run`."""
+    where = f"{path}: 'base'"
+    file = find_file(name, "", search_path(path), where)
+    if file in (via := (*via, path.resolve())):
+        trail = " -> ".join(item.stem for item in (*via, file))
+        raise ConfigError(f"{where} includes itself: {trail}")
+    _check_depth(where, len(via))
+    return read_run(file, via)
 
 
 def _listed_changes(changes: Tree, stages: list[Tree], origin: str) -> list[Any]:

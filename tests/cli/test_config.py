@@ -23,6 +23,15 @@ def test_every_shipped_file_is_listed_with_its_first_comment() -> None:
         assert any(name in line.split() and comment in line for line in listed.splitlines()), file
 
 
+def test_hidden_files_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "own.yaml").write_text("# my run\n", "utf-8")
+    (tmp_path / "configs" / ".#own.yaml").symlink_to("a-process-that-edits-it")
+    monkeypatch.chdir(tmp_path)
+    listed = ran("config", "ls").output
+    assert "my run" in listed and ".#own" not in listed
+
+
 @pytest.mark.parametrize("name", ["gstack-1.1b", "demo/gstack"])
 def test_a_run_file_is_found_by_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
