@@ -7,12 +7,14 @@ SLURM sends SIGUSR1 shortly before a job's time limit (`--signal=USR1@120`).
 
 import os
 import signal
+import sys
 import time
 from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 from megagrow.common.log_setup import TIME_FORMAT
+from megagrow.common.tables import STDOUT
 
 SAME_REQUEST_SECONDS = 2.0
 """Signals within this time of the first one repeat the same request: Ctrl-C reaches a rank from the
@@ -68,5 +70,8 @@ def _acknowledge(name: str) -> None:
     text = f"{name} received | stopping after this step, with a checkpoint"
     if name == signal.SIGINT.name:
         text += " | press Ctrl-C again to stop at once"
+    if sys.__stdout__ is None:  # closed at the start; a file of the run may have its descriptor
+        return
+    start = "\n" if os.isatty(STDOUT) else ""  # a terminal shows the live line or ^C before it
     with suppress(OSError):
-        os.write(1, f"{time.strftime(TIME_FORMAT)} | {text}\n".encode())
+        os.write(STDOUT, f"{start}{time.strftime(TIME_FORMAT)} | {text}\n".encode())

@@ -213,6 +213,7 @@ class RunLogger:
         changes: Sequence[ConfigChange],
     ) -> None:
         """Record a rewind from `failed` to the checkpoint at `path`, or to the initial state."""
+        self._profiler.close()  # its steps are consecutive
         counters = state.counters
         last = failed.counters.rewinds
         self._write(lambda log: log.truncate_after(counters.step, state.stage, last))

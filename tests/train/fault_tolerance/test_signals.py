@@ -1,11 +1,17 @@
 """Signals: the first one is noted, echoes of it are ignored, a later one interrupts."""
 
+import os
+import shlex
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import megagrow.train.fault_tolerance.signals
 from megagrow.train.fault_tolerance.signals import SAME_REQUEST_SECONDS, StopSignal
+from tests.helpers.source_tree import ROOT
 
 
 class Clock:
@@ -80,3 +86,32 @@ def test_a_signal_is_acknowledged_at_once(
     expected = f"2026-01-02 03:04:05 | {number.name} received | stopping after this step"
     assert line.startswith(expected)
     assert ("Ctrl-C again" in line) == (number == signal.SIGINT)
+
+
+def test_a_line_on_a_terminal_does_not_continue_the_live_line(clock: Clock) -> None:
+    terminal, stdout = os.openpty()
+    before = os.dup(1)
+    try:
+        os.dup2(stdout, 1)
+        with StopSignal(announce=True):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        os.dup2(before, 1)
+    shown = os.read(terminal, 200)
+    for descriptor in (before, stdout, terminal):
+        os.close(descriptor)
+    assert shown.startswith(b"\r\n2026-01-02 03:04:05 | SIGINT received")
+
+
+def test_a_file_that_has_the_descriptor_of_a_closed_stdout_is_unchanged(tmp_path: Path) -> None:
+    program = f"""
+import os, signal
+from megagrow.train.fault_tolerance.signals import StopSignal
+file = os.open({str(tmp_path / "metrics")!r}, os.O_CREAT | os.O_WRONLY)
+os.dup2(file, 1)
+with StopSignal(announce=True):
+    signal.raise_signal(signal.SIGINT)
+"""
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(program)} >&-"
+    subprocess.run(command, shell=True, cwd=ROOT, check=True)
+    assert (tmp_path / "metrics").read_text() == ""

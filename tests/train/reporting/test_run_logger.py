@@ -56,3 +56,17 @@ def test_earlier_configurations_are_kept(tmp_path: Path) -> None:
     assert kept == ["config-0001.yaml", "config-0002.yaml", "config-0003.yaml", CONFIG_FILE]
     found = [load_run(run.output_dir / name).seed for name in kept[1:]]
     assert found == [1, 2, 1]
+
+
+def test_a_rewind_ends_the_trace(tmp_path: Path) -> None:
+    profile = {"steps": [2, 9]}
+    run = make_run(tmp_path, [{"tokens": STEP_TOKENS}], logging={"profile": profile})
+    states = {step: RunState(counters=Counters(step=step)) for step in range(5)}
+    with RunLogger(run, 0, 1, {}, ConsoleHandler(Console())) as log:
+        log.open()
+        log.start(run, states[0], None, [])
+        for step in (1, 2, 3, 4):
+            log._profiler.completed(step)
+        log.rewind(states[4], states[1], None, "loss spike", [])
+        log._profiler.completed(2)
+    assert [path.name for path in (run.output_dir / "profile").iterdir()] == ["steps-2-4.json"]
