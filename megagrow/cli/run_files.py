@@ -1,6 +1,7 @@
 """Commands about run files: `megagrow init`, `megagrow plan` and `megagrow config`."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -153,7 +154,5 @@ def init(
     )
     write_text(output, run_file(prepared, size, tokens, output.stem))
     load_run(output)
-    print_lines(
-        table_console(),
-        [f"{output} written. Next:", f"  megagrow plan {output}", f"  megagrow train {output}"],
-    )
+    commands = [f"  megagrow {name} {shlex.quote(str(output))}" for name in ("plan", "train")]
+    print_lines(table_console(), [f"{output} written. Next:", *commands])

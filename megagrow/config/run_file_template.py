@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megagrow.common.sizes import format_count
 from megagrow.config.flops import non_embedding_parameters, parameters
 from megagrow.config.growth_guidelines import MOST_FACTOR, best_batch, rate_for_size
@@ -132,10 +134,11 @@ def _values(corpus: PreparedCorpus, point: StartingPoint, name: str) -> dict[str
     base = max(1, round(BASE_SHARE * steps))
     folder, validates = corpus.folder, corpus.validation_tokens > 0
     return {
-        "name": name,
-        "corpus": folder,
-        "tokenizer": folder / corpus.tokenizer,
-        "validation": f"[{{path: {folder / 'validation'}}}]" if validates else "[]",
+        "name": _scalar(name),
+        "output_dir": _scalar(f"runs/{name}"),
+        "train": _scalar(folder / "train"),
+        "tokenizer": _scalar(folder / corpus.tokenizer),
+        "validation": f"[{{path: {_scalar(folder / 'validation')}}}]" if validates else "[]",
         "corpus_tokens": f"{corpus.tokens:,}",
         "epochs": f"{steps * step / corpus.tokens:.2g}",
         "sequence_length": point.sequence_length,
@@ -155,15 +158,23 @@ def _values(corpus: PreparedCorpus, point: StartingPoint, name: str) -> dict[str
     }
 
 
+def _scalar(text: str | Path) -> str:
+    """Return a text as a YAML scalar, quoted if necessary."""
+    listed = yaml.safe_dump(
+        [str(text)], default_flow_style=True, allow_unicode=True, width=math.inf
+    )
+    return listed.strip().removeprefix("[").removesuffix("]")
+
+
 TEMPLATE = """\
 # {parameters} parameters, grown from {base_layers} to {num_hidden_layers} layers during the run.
 # Written by `megagrow init`; all keys: docs/reference/configuration.md.
 name: {name}
-output_dir: runs/{name}   # checkpoints, metrics.jsonl; the same command again resumes
+output_dir: {output_dir}   # checkpoints, metrics.jsonl; the same command again resumes
 
 data:
   # Prefixes of .bin and .idx files; several are blended: [{{path: A, weight: 2}}, {{path: B}}].
-  train: [{{path: {corpus}/train}}]   # {corpus_tokens} tokens; this run reads {epochs} epochs
+  train: [{{path: {train}}}]   # {corpus_tokens} tokens; this run reads {epochs} epochs
   validation: {validation}
   tokenizer: {tokenizer}
   sequence_length: {sequence_length}

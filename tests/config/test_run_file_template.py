@@ -1,5 +1,7 @@
 """`megagrow init` writes run files of any size that load, and refuses what cannot be."""
 
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,23 @@ def test_the_run_has_the_tokens(corpus: Path, tmp_path: Path) -> None:
     run = load_run(tmp_path / "run.yaml")
     assert run_tokens(run) == pytest.approx(2e6, rel=0.01)
     assert run.stages[0].tokens == pytest.approx(0.2 * 2e6, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["a b", "7", "null", "x: y", "a #b", "it's", "[b]", "&a", "x, }"])
+def test_names_that_yaml_would_interpret(
+    corpus: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, output = Path(name), Path(f"{name}.yaml")
+    shutil.copytree(corpus, folder)
+    done = init(folder, output, "--size", "1M")
+    run = load_run(output)
+    assert (run.name, run.output_dir) == (name, Path("runs", name))
+    assert (run.data.train[0].path, run.data.validation[0].path) == (
+        folder / "train",
+        folder / "validation",
+    )
+    assert shlex.split(done.output.splitlines()[-1]) == ["megagrow", "train", str(output)]
 
 
 @pytest.mark.parametrize(
