@@ -13,7 +13,7 @@ from megagrow.cli.options import (
     RunTokenizer,
     count,
 )
-from megagrow.errors import ConfigError
+from megagrow.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from megagrow.evaluation.completion import CompletionOptions
@@ -106,10 +106,15 @@ def _complete(
         asked = iter(lambda: run_on_rank_zero(_ask), None) if prompts is None else iter(prompts)
         for prompt in asked:
             _write(prompt, writes and prompts is not None)
-            if streams:
-                completer.stream(prompt, lambda part: _write(part, writes))
-            else:
-                _write(completer.complete([prompt])[0], writes)
+            try:
+                if streams:
+                    completer.stream(prompt, lambda part: _write(part, writes))
+                else:
+                    _write(completer.complete([prompt])[0], writes)
+            except DataError as error:  # the prompt fills the context, on all ranks
+                if prompts is not None:
+                    raise
+                _write(f"error: {error}", writes)
             _write("\n\n", writes)
 
 

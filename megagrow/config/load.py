@@ -148,6 +148,8 @@ def _texts(error: ValidationError, tree: dict[str, Any]) -> Iterator[str]:
             continue
         problem = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
         problem = problem.partition(", unable to parse")[0]
+        if detail["type"] == "model_type":  # pydantic's text names a class
+            problem = "should be a mapping of keys to values"
         value = repr(detail["input"])
         shown = value if len(value) <= 60 else f"{value[:57]}..."
         yield f"'{path}' = {shown}: {problem[0].lower()}{problem[1:]}"

@@ -68,6 +68,9 @@ MISTAKES = {
         "RUN.yaml: 'checkpoint.interval' = '5m': is ambiguous; write 5min for minutes or 5M for "
         "millions"
     ),
+    f"{DRY} logging.profile=[10,12]": (
+        "RUN.yaml: 'logging.profile' = [10, 12]: should be a mapping of keys to values"
+    ),
     f"{DRY} schedule.type=cosin": (
         "RUN.yaml: 'schedule.type' = 'cosin': should be 'cosine', 'linear', 'wsd' or 'constant'"
     ),

@@ -98,6 +98,20 @@ def test_prompts_are_read_from_the_terminal_until_its_end(source: tuple[Path, Pa
     ).replace("\n\n\n\n", "\n\n")
 
 
+@pytest.mark.dist
+def test_a_prompt_that_fills_the_context_does_not_end_the_session(
+    source: tuple[Path, Path],
+) -> None:
+    checkpoint, tokenizer = source
+    arguments = ["generate", str(checkpoint), "--tokenizer", str(tokenizer), "--interactive"]
+    both = CliRunner().invoke(app, arguments, input=f"{'kino ' * 200}\nab\n")
+    one = CliRunner().invoke(app, arguments, input="ab\n")
+    assert both.exit_code == 0
+    refused, answer = both.output.split("> ")[1:3]
+    assert refused.startswith("error: the prompt 'kino ") and "shorten the prompt" in refused
+    assert answer == one.output.split("> ")[1]
+
+
 class Script:
     """`TokenScorer` and `TokenDecoder` that generates given tokens."""
 
