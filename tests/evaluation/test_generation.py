@@ -251,3 +251,14 @@ def test_samples_have_the_filtered_distribution() -> None:
     kept = torch.tensor([0.0, 0.4, 0.0, 0.25, 0.2])
     assert torch.equal(found == 0, kept == 0)
     assert (found - kept / kept.sum()).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(True), Sampling(True, 0.8, top_k=2, top_p=0.9, min_p=0.1), Sampling(False, 1.0)],
+)
+def test_a_diverged_model_has_samples(sampling: Sampling, value: float) -> None:
+    sample = TokenSampler(sampling, (0, 0))
+    for logits in (torch.full((5,), value), torch.tensor([1.0, value, 2.0, 3.0, 0.0])):
+        assert 0 <= sample([1, 2], logits) < 5
