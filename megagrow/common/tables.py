@@ -8,6 +8,7 @@ import io
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any, TextIO
 
@@ -32,7 +33,8 @@ def escape_unencodable() -> None:
     Under a locale such as ISO-8859-1, a generated text would otherwise end the run.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        with suppress(OSError):  # the descriptor was a file and is now a pipe
+            sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def table_console() -> Console:
