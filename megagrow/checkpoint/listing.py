@@ -42,8 +42,7 @@ def problems_of(path: Path, share: slice = slice(None)) -> list[str]:
         manifest = parse_manifest(path)
     except InputError as error:
         return [str(error)]
-    files = list(manifest.files.items())[share]
-    return problems_of_files(path, files)
+    return list(problems_of_files(path, list(manifest.files.items())[share]))
 
 
 def list_entries(folder: Path) -> list[dict[str, Any]]:

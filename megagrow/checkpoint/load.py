@@ -57,7 +57,7 @@ def verify_on_all_ranks(path: Path) -> Manifest:
     manifest = run_on_rank_zero(lambda: parse_manifest(path))
     mine = list(manifest.files.items())[rank::world]
     everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, problems_of_files(path, mine))
+    dist.all_gather_object(everyone, list(problems_of_files(path, mine)))
     problems = [text for texts in everyone for text in texts]
     if problems:
         more = f"; and {len(problems) - _NAMED} more files" if len(problems) > _NAMED else ""

@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.common.atomic_files import write_synced
-from megagrow.common.checksums import FileRecord, Files, check_file, check_size, text_checksum
+from megagrow.common.checksums import (
+    FileRecord,
+    Files,
+    check_size,
+    problems_of_files,
+    text_checksum,
+)
 from megagrow.common.json_text import FILE_BYTES, parse_json, read_limited
-from megagrow.common.progress import PhaseProgress
 from megagrow.common.untrusted_values import as_tally
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError, InputError
@@ -149,10 +154,9 @@ def verify_checkpoint(directory: Path) -> Manifest:
     Raises CheckpointError for the first mismatch.
     """
     manifest = parse_manifest(directory)
-    progress = PhaseProgress(f"verifying {directory}", len(manifest.files), "files")
-    for name, record in manifest.files.items():
-        check_file(directory / name, record)
-        progress.advance()
+    problem = next(problems_of_files(directory, manifest.files.items()), None)
+    if problem is not None:
+        raise CheckpointError(problem)
     return manifest
 
 

@@ -8,7 +8,7 @@ against someone who changes both the file and its checksum.
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -116,14 +116,14 @@ def problem_of(path: Path, record: FileRecord) -> str | None:
     return None
 
 
-def problems_of_files(directory: Path, files: Sequence[tuple[str, FileRecord]]) -> list[str]:
-    """Return the problems of all files of a directory, given by name; logs its progress."""
-    progress, problems = PhaseProgress(f"verifying {directory}", len(files), "files"), []
+def problems_of_files(directory: Path, files: Collection[tuple[str, FileRecord]]) -> Iterator[str]:
+    """Yield the problems of the files of a directory, given by name; logs its progress."""
+    progress = PhaseProgress(f"verifying {directory}", len(files), "files")
     for name, record in files:
         problem = problem_of(directory / name, record)
-        problems += [] if problem is None else [problem]
+        if problem is not None:
+            yield problem
         progress.advance()
-    return problems
 
 
 def problem_on_disk(path: Path, record: FileRecord) -> str | None:
