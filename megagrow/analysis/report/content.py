@@ -1,11 +1,12 @@
 """Content of a report on runs: groups, comparisons, conclusion and tables."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
-from megagrow.analysis.curves import RunCurves
+from megagrow.analysis.curves import RunCurves, load_any_curves
 from megagrow.analysis.equal_cost import EqualCost, compared_kind, equal_costs
 from megagrow.analysis.paper import compare_with_paper, read_paper
 from megagrow.analysis.report.conclusion import conclude, missing
@@ -21,6 +22,7 @@ from megagrow.analysis.report.tables import (
 from megagrow.analysis.seeds import Matchup, SeedGroup, group_runs, match_groups
 from megagrow.analysis.speedup import Speedup, measure_speedup
 from megagrow.analysis.speedup_curve import loss_series
+from megagrow.train.reporting.writers import Record
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,18 @@ class Report:
         return [table for table in tables if table.rows]
 
 
-def with_unique_names(runs: Sequence[RunCurves]) -> list[RunCurves]:
+def make_report(
+    runs: Iterable[tuple[Path, Sequence[Record]]], against_paper: bool = False
+) -> Report:
+    """Return the report on runs, finished or not, from their directories and records.
+
+    Raises InputError if a run is damaged or has no training loss.
+    """
+    curves = [load_any_curves(directory, records) for directory, records in runs]
+    return Report(_with_unique_names(curves), against_paper)
+
+
+def _with_unique_names(runs: Sequence[RunCurves]) -> list[RunCurves]:
     """Append the directory to the names of runs of the same name."""
     counts = Counter(run.name for run in runs)
     return [

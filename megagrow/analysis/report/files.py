@@ -5,13 +5,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megagrow.analysis.curves import load_any_curves
 from megagrow.analysis.plots import plot_runs
-from megagrow.analysis.report.content import Report, with_unique_names
+from megagrow.analysis.report.content import Report, make_report
 from megagrow.analysis.report.document import as_document
 from megagrow.analysis.report.page import render_page
 from megagrow.analysis.report.plots import PlotSection, plot_sections
-from megagrow.analysis.report.svg import svg_text
 from megagrow.analysis.report.tables import as_markdown, origin_table, run_table
 from megagrow.common.json_text import format_json
 from megagrow.common.tables import escape_markdown, print_lines, print_table
@@ -25,8 +23,8 @@ def load_report(directories: Sequence[Path], against_paper: bool = False) -> Rep
 
     Raises InputError if a run is missing or damaged, or has no training loss.
     """
-    runs = [load_any_curves(path, read_metrics(path / METRICS_FILE)) for path in directories]
-    return Report(with_unique_names(runs), against_paper)
+    recorded = ((path, read_metrics(path / METRICS_FILE)) for path in directories)
+    return make_report(recorded, against_paper)
 
 
 def write_report(report: Report, output: Path) -> None:
@@ -55,8 +53,8 @@ def print_report(report: Report, console: Console) -> None:
 
 def _write_plots(sections: Sequence[PlotSection], output: Path) -> None:
     for section in sections:
-        for name, figure in section.panels.items():
-            (output / f"{name}.svg").write_text(svg_text(figure, name), encoding="utf-8")
+        for name, svg in section.svgs.items():
+            (output / f"{name}.svg").write_text(svg, encoding="utf-8")
 
 
 def _markdown(report: Report) -> str:

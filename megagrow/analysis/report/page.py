@@ -11,7 +11,7 @@ from megagrow.analysis.flop_accounting import ACCOUNTS
 from megagrow.analysis.plots import plot_style
 from megagrow.analysis.report.content import Report
 from megagrow.analysis.report.plots import PlotSection
-from megagrow.analysis.report.svg import THEME, inline_svg, svg_text
+from megagrow.analysis.report.svg import THEME, inline_svg
 from megagrow.analysis.speedup_curve import LEVELS, START_SHARE
 from megagrow.errors import printable
 
@@ -114,7 +114,7 @@ def _legend(report: Report) -> list[LegendEntry]:
 def _images(section: PlotSection) -> Iterator[str]:
     for name, figure in section.panels.items():
         label = f"{figure.axes[0].get_ylabel()} against {figure.axes[0].get_xlabel()}"
-        yield inline_svg(svg_text(figure, name), label)
+        yield inline_svg(section.svgs[name], label)
 
 
 def _lines(text: str) -> list[str]:

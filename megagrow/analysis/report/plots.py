@@ -6,6 +6,7 @@ the legend.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -34,6 +35,7 @@ from megagrow.analysis.plots import (
     token_format,
 )
 from megagrow.analysis.report.content import Report
+from megagrow.analysis.report.svg import svg_text
 from megagrow.analysis.run_metrics import MetricSeries
 from megagrow.analysis.seeds import Matchup
 
@@ -42,13 +44,18 @@ WIDTH, HEIGHT = 4.3, 3.1
 GIB = 2.0**30
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PlotSection:
     """Panels under one title: file name -> figure."""
 
     title: str
     caption: str
     panels: dict[str, Figure]
+
+    @cached_property
+    def svgs(self) -> dict[str, str]:
+        """Panels as SVG documents: file name -> text."""
+        return {name: svg_text(figure, name) for name, figure in self.panels.items()}
 
 
 def plot_sections(report: Report) -> Iterator[PlotSection]:

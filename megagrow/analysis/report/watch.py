@@ -11,9 +11,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from megagrow.analysis.curves import load_any_curves
 from megagrow.analysis.metrics_tail import MetricsTail
-from megagrow.analysis.report.content import Report, with_unique_names
+from megagrow.analysis.report.content import make_report
 from megagrow.analysis.report.page import live_page, render_content, render_problem
 from megagrow.analysis.report.plots import plot_sections
 from megagrow.errors import InputError, ResourceError
@@ -66,8 +65,7 @@ class LiveReport:
             self._content = content
 
     def _render(self) -> str:
-        runs = [load_any_curves(path, tail.records) for path, tail in self._tails.items()]
-        report = Report(with_unique_names(runs))
+        report = make_report((path, tail.records) for path, tail in self._tails.items())
         return render_content(report, list(plot_sections(report)))
 
 
