@@ -35,16 +35,7 @@ class OnlineEvaluation:
         length = min(stage.model.max_position_embeddings for stage in run.stages)
         check_tasks(self._tasks, config, self._tokenizer, length, device)
 
-    def __call__(
-        self, stage: Stage, masks: Masks | None, begin: Callable[[str], None]
-    ) -> dict[str, Any]:
-        stage.engine.train(False)
-        results = self._evaluate(stage, masks, begin)
-        stage.engine.train()
-        return results
-
-    @torch.no_grad()
-    def _evaluate(self, stage: Stage, masks: Masks | None, begin: Callable[[str], None]) -> Results:
+    def __call__(self, stage: Stage, masks: Masks | None, begin: Callable[[str], None]) -> Results:
         model = LMAdapter(
             ModelScorer(StageModel(stage, masks), stage.topology),
             self._tokenizer,
@@ -52,7 +43,8 @@ class OnlineEvaluation:
             stage.config.model.max_position_embeddings,
             self._config.batch_size,
         )
-        return evaluate(model, self._tasks, self._config.limit, begin)
+        with stage.evaluating():
+            return evaluate(model, self._tasks, self._config.limit, begin)
 
 
 def _open_tokenizer(run: RunConfig) -> EvalTokenizer:

@@ -2,8 +2,6 @@
 
 from functools import partial
 
-import torch
-
 from megagrow.config.schema import RunConfig, SamplesConfig
 from megagrow.errors import ConfigError
 from megagrow.evaluation.completion import Completer, CompletionOptions, read_prompts
@@ -32,17 +30,15 @@ class TrainingSamples:
         sampling = Sampling(config.temperature > 0, config.temperature, config.top_k, config.top_p)
         self._options = CompletionOptions(config.max_tokens, sampling, seed=abs(run.seed))
 
-    @torch.no_grad()
     def __call__(self, stage: Stage, masks: Masks | None) -> list[Sample]:
         """Return a continuation of each prompt. Each data-parallel rank computes all of them."""
-        stage.engine.train(False)
         scorer = ModelScorer(StageModel(stage, masks), stage.topology)
         length = stage.config.model.max_position_embeddings
         defaults = GenerationDefaults()
         completer = Completer(scorer, self._tokenizer, defaults, length, self._options)
-        texts = completer.complete(self._prompts)
-        scorer.finish()
-        stage.engine.train()
+        with stage.evaluating():
+            texts = completer.complete(self._prompts)
+            scorer.finish()
         return [
             {"prompt": prompt, "text": text}
             for prompt, text in zip(self._prompts, texts, strict=True)

@@ -114,9 +114,8 @@ def _simulate_stage(
         mean_loss(stage, reader, stage.config.batch.global_batch_size, masks)
         predictions(stage, reader, masks)
     if actions.evaluation:
-        stage.engine.train(False)
-        evaluate(StageModel(stage, masks), stage.topology, recorder)
-        stage.engine.train()
+        with stage.evaluating():
+            evaluate(StageModel(stage, masks), stage.topology, recorder)
     if actions.save:
         recorder.begin("save")
         save(stage)

@@ -1,5 +1,7 @@
 """Built stage: engine on this rank, topology, and layout of its state."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +41,16 @@ class Stage:
     def ops(self) -> Ops:
         """Operations of the model."""
         return self.engine.settings.ops
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Context of forward passes in evaluation mode, without gradients."""
+        self.engine.train(False)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.engine.train()
 
     def release(self) -> Storage:
         """Destroy the engine; return this rank's state, whose memory is kept."""

@@ -109,11 +109,9 @@ def predictions(stage: Stage, reader: BatchReader, masks: Masks | None) -> Tenso
     topology = stage.topology
     sequences = list(range(-(-POSITIONS // reader.length)))
     batch = run_on_all_ranks(partial(reader.read, 0, sequences))
-    stage.engine.train(False)
-    with torch.no_grad():
+    with stage.evaluating():
         inputs = model_inputs(batch, stage.ops, topology.device)
         logits = stage.engine.forward(*inputs, masks).flatten(0, 1)[-POSITIONS:].float()
-    stage.engine.train()
     gathered = gather(logits, topology.tp_group).transpose(0, 1).flatten(1)
     return gathered[:, : stage.config.model.vocab_size].cpu()
 

@@ -61,8 +61,7 @@ def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | 
     """
     micro, dp = stage.config.batch.micro_batch_size, stage.topology.dp
     sums = torch.zeros(2, dtype=torch.float64, device=stage.topology.device)
-    stage.engine.train(False)
-    with torch.no_grad():
+    with stage.evaluating():
         # Every rank makes the same number of passes, because ZeRO-3 gathers weights in each of
         # them. Indices beyond the end repeat the last sequence and are not counted.
         passes = -(-sequences // (micro * dp))
@@ -78,7 +77,6 @@ def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | 
             sums[0] += _summed_loss(stage, batch, masks)
             sums[1] += (batch.labels != IGNORED).sum()
             progress.advance()
-    stage.engine.train()
     dist.all_reduce(sums, group=stage.topology.dp_group)
     return (sums[0] / sums[1].clamp(min=1)).item()
 
