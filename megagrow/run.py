@@ -94,7 +94,7 @@ def train(
         evaluator = Evaluator(run, inputs, device)
         environment = describe_environment(run, device, launch.world_size)
         environment["contents"] = inputs.contents.model_dump()
-        run_logger = RunLogger(run, launch.rank, launch.world_size, environment, console)
+        run_logger = RunLogger(run, launch.rank, launch.world_size, environment, console, device)
         watchdog.beat("locking the run directory", long=True, at_least=2 * PATIENCE)
         lock = run_on_all_ranks(lambda: lock_directory(run.output_dir, launch.rank))
         warm_up = WarmUp(device, launch.local_rank, checks)

@@ -23,8 +23,9 @@ STEPS = 5
 
 
 def checkpointer(run: RunConfig, rank: int) -> Checkpointer:
-    logger = RunLogger(run, rank, 2, {}, configure_logging("WARNING", rank, 2))
-    return Checkpointer(run, rank, torch.device("cpu"), {}, logger)
+    device = torch.device("cpu")
+    logger = RunLogger(run, rank, 2, {}, configure_logging("WARNING", rank, 2), device)
+    return Checkpointer(run, rank, device, {}, logger)
 
 
 def steps_with_a_save(run: RunConfig) -> list[int]:

@@ -50,6 +50,7 @@ class RunLogger:
         world_size: number of ranks.
         environment: the content of environment.json.
         console: the handler of the log records; the live line shares its console.
+        device: this rank's device.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class RunLogger:
         world_size: int,
         environment: dict[str, Any],
         console: ConsoleHandler,
+        device: torch.device,
     ) -> None:
         self._run = run
         self._environment = environment
@@ -68,7 +70,8 @@ class RunLogger:
         self._metrics: MetricsLog | None = None
         self._problem: InputError | None = None
         self._profiler = StepProfiler(run, self._enabled)
-        peak = run.logging.peak_flops or _device_peak()
+        self._device = device
+        peak = run.logging.peak_flops or peak_flops(_name(device))
         self._peak = peak * world_size if peak else None
         self._world_size = world_size
         self._validation_loss: float | None = None
@@ -124,8 +127,8 @@ class RunLogger:
                     log, log.truncate_after(step, stage, rewinds), state.counters
                 )
             )
-        bf16 = uses_bf16(run, _device())
-        self._log(hardware_line(run, self._world_size, _gpu_name() or "CPU", bf16))
+        bf16 = uses_bf16(run, self._device)
+        self._log(hardware_line(run, self._world_size, _name(self._device), bf16))
         self._write(lambda log: log.write("start", state.counters, **start_fields(run, last)))
         self._profiler.completed(step)
         self._changes(state, changes)
@@ -284,14 +287,5 @@ class RunLogger:
                 self._problem = unwritable(Path(error.filename or self._run.output_dir), error)
 
 
-def _device_peak() -> float | None:
-    name = _gpu_name()
-    return None if name is None else peak_flops(name)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _gpu_name() -> str | None:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

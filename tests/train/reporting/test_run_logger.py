@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from megagrow.common.log_setup import ConsoleHandler
@@ -23,7 +24,7 @@ def test_lost_records_are_reported_once(tmp_path: Path, deleted: bool) -> None:
     def logged(step: int) -> list[str]:
         """Resume from `step`, write the records of 40 steps, and return the warnings."""
         state = RunState(counters=Counters(step=step, tokens=step * STEP_TOKENS))
-        with RunLogger(run, 0, 1, {}, ConsoleHandler(Console())) as log:
+        with RunLogger(run, 0, 1, {}, ConsoleHandler(Console()), torch.device("cpu")) as log:
             log.open()
             with captured_logs() as messages:
                 log.start(run, state, tmp_path if step else None, [])
@@ -62,7 +63,7 @@ def test_a_rewind_ends_the_trace(tmp_path: Path) -> None:
     profile = {"steps": [2, 9]}
     run = make_run(tmp_path, [{"tokens": STEP_TOKENS}], logging={"profile": profile})
     states = {step: RunState(counters=Counters(step=step)) for step in range(5)}
-    with RunLogger(run, 0, 1, {}, ConsoleHandler(Console())) as log:
+    with RunLogger(run, 0, 1, {}, ConsoleHandler(Console()), torch.device("cpu")) as log:
         log.open()
         log.start(run, states[0], None, [])
         for step in (1, 2, 3, 4):
