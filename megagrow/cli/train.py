@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megagrow import __version__
 from megagrow.cli.options import Overrides, RunFile, count
 from megagrow.common.lasting_output import log_file, make_output_last
 from megagrow.common.log_setup import LogLevel, configure_logging
@@ -108,7 +108,7 @@ def _open_log(run: "RunConfig", log_level: str) -> None:
     launch = read_launch()
     make_output_last(log_file(run.output_dir, launch.rank))
     configure_logging(log_level, launch.rank, launch.world_size)
-    logger.info("run %s | megagrow %s | loading", run.name, version("megagrow"))
+    logger.info("run %s | megagrow %s | loading", run.name, __version__)
 
 
 def _raise_problems(problems: Sequence[str]) -> None:

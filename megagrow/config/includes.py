@@ -179,7 +179,7 @@ def read_run(path: Path, via: tuple[Path, ...] = ()) -> Tree:
     """
     origin, folders = str(path), search_path(path)
     content = read_mapping(path)
-    under = _read_base(str(content["base"]), path, via) if "base" in content else {}
+    under = _read_base(str(content["base"]), path, folders, via) if "base" in content else {}
     changes_stages = isinstance(content.get("stages"), dict)
     if changes_stages:
         changes = _listed_changes(content["stages"], under.get("stages", []), origin)
@@ -200,10 +200,10 @@ def read_run(path: Path, via: tuple[Path, ...] = ()) -> Tree:
     return merged
 
 
-def _read_base(name: str, path: Path, via: tuple[Path, ...]) -> Tree:
+def _read_base(name: str, path: Path, folders: Sequence[Path], via: tuple[Path, ...]) -> Tree:
     """Return the content of the base `name` of the run file `path`, as `read_run`."""
     where = f"{path}: 'base'"
-    file = find_file(name, "", search_path(path), where)
+    file = find_file(name, "", folders, where)
     if file in (via := (*via, path.resolve())):
         trail = " -> ".join(item.stem for item in (*via, file))
         raise ConfigError(f"{where} includes itself: {trail}")

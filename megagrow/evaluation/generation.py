@@ -119,10 +119,11 @@ class TokenSampler:
         """Return the token that follows `ids`, for its logits (V,) fp32."""
         text: Any = torch.tensor([ids])  # transformers annotates LongTensor
         scores = self._processors(text, logits[None])
-        probabilities = scores.softmax(dim=-1)[0]
-        if not self._samples or probabilities.isnan().any():  # a diverged model has no distribution
-            return int(scores.argmax())
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        if self._samples:
+            probabilities = scores.softmax(dim=-1)[0]
+            if not probabilities.isnan().any():  # those of a diverged model are
+                return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        return int(scores.argmax())
 
 
 class StopString(NamedTuple):

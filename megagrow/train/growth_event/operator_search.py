@@ -47,7 +47,7 @@ def grow_best(
         steps = growth.probe.steps
         for name in growth.probe.operators:
             candidate = with_operators(run, index, (name,))
-            losses[name] = _tried(candidate, ended, feed, steps, loss_of)
+            losses[name] = _tried(name, candidate, ended, feed, steps, loss_of)
             logger.info("probe %s | loss %.4f after %d steps", name, losses[name], steps)
             spent = spent.plus(spent_on_steps(run.stages[index], feed.length, steps))
         best = min(losses, key=lambda name: losses[name])
@@ -58,6 +58,7 @@ def grow_best(
 
 
 def _tried(
+    name: str,
     run: RunConfig,
     ended: FinishedStage,
     feed: Feed,
@@ -67,8 +68,7 @@ def _tried(
     """Return the loss of a candidate after some steps, and release it."""
     stage, _ = grow(run, ended, feed)
     per_step = step_tokens(stage.config, feed.length)
-    operators = "+".join(stage.config.growth.operator) if stage.config.growth else ""
-    progress = PhaseProgress(f"probe {operators}", steps, "steps")
+    progress = PhaseProgress(f"probe {name}", steps, "steps")
     for step in range(steps):
         batches = feed.batches(step, stage.config, stage.topology, stage.ops)
         train_at(run, stage, step * per_step, batches)
