@@ -176,7 +176,7 @@ def test_an_error_prints_no_document() -> None:
 
 
 OPEN = {"model", "counters", "versions", "files", "environment", "position"}
-"""Keys whose values are documented on another page, or as a whole."""
+"""Keys whose values are documented on another page, or without their own keys."""
 
 
 def keys(value: Any) -> Iterator[str]:
