@@ -170,6 +170,7 @@ def print_local_report(report: LocalReport, console: Console) -> None:
 def _stage_title(run: RunConfig, index: int, device: torch.device) -> str:
     work = kernel_workload(run, index, device)
     packed = "packed documents" if work.packed else "full sequences"
+    packed += ", sliding window" if work.windowed else ""
     dtype, head_dim = str(work.dtype).removeprefix("torch."), run.stages[index].model.head_dim
     return f"stage {index} on {device}: {dtype}, head_dim {head_dim}, {packed}"
 

@@ -5,10 +5,10 @@
 - CPU, or fp32 on any device: torch.
 - GPU: Triton, which reads and writes each element once, if the self-check of the stage's kernels
   passes on it (`train/kernel_selection.py`); else torch.
-- Attention with packed documents: Triton if it passes, else flash-attn if available, else torch.
-  torch's attention also computes masked positions.
-- Attention without packed documents: torch, with cuDNN on Hopper and newer. It has the best
-  published throughput there; it is not yet measured here.
+- Attention with packed documents or a sliding window: Triton if it passes, else flash-attn if
+  available, else torch. torch's attention also computes masked positions.
+- Other attention: torch, with cuDNN on Hopper and newer. It has the best published throughput
+  there; it is not yet measured here.
 """
 
 from collections.abc import Iterator
@@ -41,6 +41,9 @@ of Triton: the oldest supported, that of torch's CUDA build, the newest. The che
 DETERMINISTIC_FLASH = (2, 4, 1)
 """Oldest flash-attn with a deterministic backward pass."""
 
+WINDOWED_FLASH = (2, 3)
+"""Oldest flash-attn with sliding windows."""
+
 LARGEST_HEAD = 256
 """Maximum head_dim of Triton's attention and flash-attn; it must also be a multiple of 8."""
 
@@ -56,6 +59,13 @@ class KernelWorkload:
     """True if attention is restricted to documents (`data.reset_attention_mask`)."""
     deterministic: bool = False
     """True if backward passes must sum in a fixed order (`deterministic_mode`)."""
+    windowed: bool = False
+    """True if a layer's attention has a sliding window."""
+
+    @property
+    def sparse(self) -> bool:
+        """True if attention skips earlier tokens, by documents or by a window."""
+        return self.packed or self.windowed
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,7 @@ def automatic(operation: str, machine: Machine, work: KernelWorkload) -> str:
     on_gpu = machine.device == "cuda" and work.dtype != torch.float32
     order = ["triton"] if on_gpu and operation in machine.checks else []
     if operation == "attention":
-        order = [*order, "flash_attn", "sdpa"] if on_gpu and work.packed else ["sdpa"]
+        order = [*order, "flash_attn", "sdpa"] if on_gpu and work.sparse else ["sdpa"]
     else:
         order.append("torch")
     return next(name for name in order if obstacle(operation, name, machine, work) is None)
@@ -153,6 +163,8 @@ def _flash_attn_obstacle(machine: Machine, work: KernelWorkload) -> str | None:
         return "flash-attn needs a GPU"
     if work.deterministic and machine.flash_attn_version < DETERMINISTIC_FLASH:
         return "deterministic_mode needs flash-attn 2.4.1 or newer"
+    if work.windowed and machine.flash_attn_version < WINDOWED_FLASH:
+        return "sliding windows need flash-attn 2.3 or newer"
     if work.dtype == torch.float32:
         return "flash-attn supports only bf16 and fp16, but the stage computes in fp32"
     return _capability_obstacle(machine) or _head_dim_obstacle(work)

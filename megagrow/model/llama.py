@@ -127,7 +127,7 @@ class LlamaModel(nn.Module):
         if cache is not None and cache.sequences.stored > 0:
             attention_mask = cache.sequences.visible(positions)
         else:
-            attention_mask = self.ops.attention_mask(documents, positions)
+            attention_mask = self.ops.attention_mask(documents, positions, None)
         return Context(
             self.ops, cos.to(dtype), sin.to(dtype), attention_mask, masks, self.recompute
         )

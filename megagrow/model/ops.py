@@ -9,7 +9,7 @@ F feed-forward width.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,12 +71,14 @@ class Ops:
     pack: Callable[[Tensor], Any]
     """(document_ids (B, S) on the CPU) -> input of `attention_mask`, on the CPU, with the methods
     `to` and `pin_memory` of a tensor."""
-    attention_mask: Callable[[Any, Tensor], Any]
-    """(result of `pack`, or None if attention crosses document boundaries; position_ids (B, S)) ->
-    mask argument of `attention`. Called once per forward pass, with inputs on the device."""
+    attention_mask: Callable[[Any, Tensor, int | None], Any]
+    """(result of `pack`, or None if attention crosses document boundaries; position_ids (B, S);
+    window) -> mask argument of `attention`. With a window of w tokens, a token attends to itself
+    and the w - 1 tokens before it. Called once per window and forward pass, with inputs on the
+    device."""
     attention: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
     """(q (B, S, H, K), k (B, S, G, K), v (B, S, G, K), attention_mask) -> (B, S, H, K), causal
-    attention within documents."""
+    attention within documents and the window."""
     loss: LossOps
     """Operations of the cross-entropy."""
 
@@ -118,12 +120,26 @@ def _identity_pack(document_ids: Tensor) -> Tensor:
     return document_ids
 
 
-def _dense_mask(document_ids: Tensor | None, position_ids: Tensor) -> Tensor | None:
-    return None if document_ids is None else attention_mask(document_ids)
+def _dense_mask(
+    document_ids: Tensor | None, position_ids: Tensor, window: int | None
+) -> Tensor | None:
+    if document_ids is None:
+        if window is None or window >= position_ids.shape[1]:
+            return None
+        document_ids = torch.zeros_like(position_ids[:1])  # one mask for all rows
+    return attention_mask(document_ids, window)
 
 
-def _identity_mask(documents: Any, position_ids: Tensor) -> Any:
-    return documents
+class MaskSpec(NamedTuple):
+    """Mask of a backend that needs no matrix of it."""
+
+    documents: Any
+    """Result of `Ops.pack`, or None."""
+    window: int | None
+
+
+def _mask_spec(documents: Any, position_ids: Tensor, window: int | None) -> MaskSpec:
+    return MaskSpec(documents, window)
 
 
 TORCH_LOSS = LossOps(
@@ -155,7 +171,10 @@ def _with_sdpa(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
 
 
 def _with_reference(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
-    return replace(ops, attention_mask=_identity_mask, attention=reference.attention)
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec) -> Tensor:
+        return reference.attention(q, k, v, mask.documents, window=mask.window)
+
+    return replace(ops, attention_mask=_mask_spec, attention=attend)
 
 
 def _with_triton_norm(ops: Ops) -> Ops:
@@ -194,12 +213,15 @@ def _with_triton_attention(ops: Ops, machine: Machine, work: KernelWorkload) -> 
     def one_document_per_row(batch: int, sequence: int, device: torch.device) -> Any:
         return pack(None, batch, sequence).to(device)
 
-    def attention_mask(packing: Any, position_ids: Tensor) -> Any:
-        if packing is not None:
-            return packing
-        return one_document_per_row(*position_ids.shape, position_ids.device)
+    def attention_mask(packing: Any, position_ids: Tensor, window: int | None) -> MaskSpec:
+        if packing is None:
+            packing = one_document_per_row(*position_ids.shape, position_ids.device)
+        return MaskSpec(packing, window)
 
-    return _with_packed_attention(ops, attention, attention_mask, work)
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec) -> Tensor:
+        return attention(q, k, v, mask.documents, window=mask.window)
+
+    return _with_packed_attention(ops, attend, attention_mask, work)
 
 
 def _with_flash_attn(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
@@ -208,8 +230,11 @@ def _with_flash_attn(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
     except ImportError as error:
         raise ResourceError(f"flash-attn is installed but cannot be imported: {error}") from error
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, packing: Any) -> Tensor:
-        options = {"causal": True, "deterministic": work.deterministic}
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec) -> Tensor:
+        packing, window = mask
+        options: dict[str, Any] = {"causal": True, "deterministic": work.deterministic}
+        if window is not None:
+            options["window_size"] = (window - 1, 0)  # tokens before and after the query
         if packing is None:
             return flash_attn.flash_attn_func(q, k, v, **options)
         ends, longest = packing.cu_seqlens, packing.longest
@@ -217,13 +242,13 @@ def _with_flash_attn(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
         out = flash_attn.flash_attn_varlen_func(*tokens, ends, ends, longest, longest, **options)
         return out.unflatten(0, q.shape[:2])
 
-    return _with_packed_attention(ops, attend, _identity_mask, work)
+    return _with_packed_attention(ops, attend, _mask_spec, work)
 
 
 def _with_packed_attention(
     ops: Ops,
     attend: Callable[..., Tensor],
-    attention_mask: Callable[[Any, Tensor], Any],
+    attention_mask: Callable[[Any, Tensor, int | None], MaskSpec],
     work: KernelWorkload,
 ) -> Ops:
     """Return ops with an attention that takes document boundaries as a `Packing`."""
@@ -243,7 +268,7 @@ def _attention_in_dtype(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    attention_mask: Any,
+    attention_mask: MaskSpec,
 ) -> Tensor:
     """Return attention in the stage's dtype: under autocast, growth masks can widen its inputs."""
     return attend(q.to(dtype), k.to(dtype), v.to(dtype), attention_mask)

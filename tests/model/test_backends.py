@@ -33,6 +33,7 @@ FP32 = KernelWorkload(torch.float32, 128, packed=False)
 FP32_PACKED = KernelWorkload(torch.float32, 128, packed=True)
 BF16 = KernelWorkload(torch.bfloat16, 128, packed=False)
 PACKED = KernelWorkload(torch.bfloat16, 128, packed=True)
+WINDOWED = replace(BF16, windowed=True)
 ODD = KernelWorkload(torch.bfloat16, 66, packed=True)
 """A head_dim that is no multiple of 8."""
 
@@ -57,6 +58,9 @@ def rows(attention: str) -> Backends:
         (AMPERE, FP32_PACKED, TORCH),
         (AMPERE, BF16, rows("sdpa")),
         (AMPERE, PACKED, rows("triton")),
+        (AMPERE, WINDOWED, rows("triton")),
+        (UNCHECKED, WINDOWED, TORCH),
+        (CPU, replace(FP32, windowed=True), TORCH),
         (HOPPER, BF16, rows("sdpa")),
         (HOPPER, PACKED, rows("triton")),
         (HOPPER, ODD, rows("sdpa")),
@@ -83,7 +87,8 @@ def test_what_is_named_is_taken(machine: Machine) -> None:
     assert choose(KernelsConfig(norm="triton"), INTERPRETER, FP32).loss == "torch"
 
 
-OLD_FLASH = Machine("cuda", 90, flash_attn=True, flash_attn_version=(2, 4))
+OLDEST_FLASH = Machine("cuda", 90, flash_attn=True, flash_attn_version=(2, 2, 9))
+OLD_FLASH = replace(OLDEST_FLASH, flash_attn_version=(2, 4))
 NEW_FLASH = replace(OLD_FLASH, flash_attn_version=(2, 4, 1))
 
 
@@ -92,6 +97,12 @@ def test_auto_avoids_an_old_flash_attn_only_where_results_must_be_deterministic(
     assert automatic("attention", OLD_FLASH, PACKED) == "flash_attn"
     assert automatic("attention", OLD_FLASH, exact) == "sdpa"
     assert automatic("attention", NEW_FLASH, exact) == "flash_attn"
+
+
+def test_auto_avoids_a_flash_attn_without_windows() -> None:
+    assert automatic("attention", OLDEST_FLASH, PACKED) == "flash_attn"
+    assert automatic("attention", OLDEST_FLASH, WINDOWED) == "sdpa"
+    assert automatic("attention", OLD_FLASH, WINDOWED) == "flash_attn"
 
 
 REFUSED = [
@@ -107,6 +118,7 @@ REFUSED = [
     ("flash_attn", WITH_FLASH, ODD, "multiple of 8 up to 256, not 66"),
     ("flash_attn", WITH_FLASH, KernelWorkload(torch.bfloat16, 264, False), "up to 256, not 264"),
     ("flash_attn", OLD_FLASH, replace(BF16, deterministic=True), "needs flash-attn 2.4.1"),
+    ("flash_attn", OLDEST_FLASH, WINDOWED, "sliding windows need flash-attn 2.3"),
 ]
 
 

@@ -58,19 +58,26 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     """A stand-in that computes by the reference, after flash-attn's own signatures; the calls."""
     calls = []
 
-    def whole(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False):
+    def window_of(window_size):
+        left, right = window_size
+        assert left == right == -1 or (left >= 0 and right == 0)
+        return None if left == -1 else left + 1
+
+    def whole(q, k, v, causal=False, window_size=(-1, -1), deterministic=False):
         assert causal and q.dtype == torch.bfloat16
         calls.append(("flash_attn_func", deterministic))
-        return reference.attention(q, k, v)
+        return reference.attention(q, k, v, window=window_of(window_size))
 
-    def packed(q, k, v, cu_q, cu_k, longest_q, longest_k, causal=False, deterministic=False):
-        assert causal and q.dtype == torch.bfloat16
+    def packed(q, k, v, cu_q, cu_k, longest_q, longest_k, window_size=(-1, -1), **options):
+        assert options.pop("causal") and q.dtype == torch.bfloat16
         lengths = cu_q.diff()
         assert torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32 and cu_q[-1] == len(q)
         assert longest_q == longest_k == lengths.max()
-        calls.append(("flash_attn_varlen_func", deterministic))
+        calls.append(("flash_attn_varlen_func", options.pop("deterministic")))
+        assert not options
         ids = torch.repeat_interleave(lengths)[None]
-        return reference.attention(q[None], k[None], v[None], ids)[0]
+        inputs = (x[None] for x in (q, k, v))
+        return reference.attention(*inputs, ids, window=window_of(window_size))[0]
 
     module = SimpleNamespace(flash_attn_func=whole, flash_attn_varlen_func=packed)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
@@ -83,28 +90,28 @@ def test_attention(backend: str, packed: bool) -> None:
     ops, documents = ops_by(attention=backend), DOCUMENTS if packed else None
     inputs = draw(2, 12, 4, 16), draw(2, 12, 2, 16, seed=1), draw(2, 12, 2, 16, seed=2)
     attention_mask = ops.attention_mask(
-        ops.pack(documents).to("cpu") if packed else None, DOCUMENTS
+        ops.pack(documents).to("cpu") if packed else None, DOCUMENTS, None
     )
     found = outcome(lambda q, k, v: ops.attention(q, k, v, attention_mask), *inputs)
     assert_same(found, outcome(lambda q, k, v: reference.attention(q, k, v, documents), *inputs))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("deterministic", "window"), [(False, None), (True, None), (False, 4)])
 def test_attention_by_flash_attn(
-    flash_attn: list[tuple[str, bool]], packed: bool, deterministic: bool
+    flash_attn: list[tuple[str, bool]], packed: bool, deterministic: bool, window: int | None
 ) -> None:
     work = KernelWorkload(torch.bfloat16, 16, packed, deterministic)
     documents = DOCUMENTS if packed else None
     ops = ops_by(work, attention="flash_attn")
     inputs = draw(2, 12, 4, 16), draw(2, 12, 2, 16, seed=1), draw(2, 12, 2, 16, seed=2)
     attention_mask = ops.attention_mask(
-        ops.pack(documents).to("cpu") if packed else None, DOCUMENTS
+        ops.pack(documents).to("cpu") if packed else None, DOCUMENTS, window
     )
     found = outcome(lambda q, k, v: ops.attention(q, k, v, attention_mask), *inputs)
 
     def expected(*inputs: Tensor) -> Tensor:
-        return reference.attention(*(x.bfloat16() for x in inputs), documents)
+        return reference.attention(*(x.bfloat16() for x in inputs), documents, window=window)
 
     for one, other in zip(found, outcome(expected, *inputs), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -75,10 +75,14 @@ class DecodedSequences:
         columns = torch.arange(width, device=self._device).clamp(max=self.columns - 1)
         return self._starts + columns
 
-    def visible(self, positions: Tensor) -> Tensor:
-        """Return which stored positions each query reads: (B, S, T) bool, for positions (B, S)."""
+    def visible(self, positions: Tensor, window: int | None = None) -> Tensor:
+        """Return which stored positions each query reads: (B, S, T) bool, for positions (B, S).
+
+        With a window of w tokens, a query reads itself and the w - 1 tokens before it.
+        """
         stored = torch.arange(self.stored + self.columns, device=self._device)
-        return stored <= positions[..., None]
+        causal = stored <= positions[..., None]
+        return causal if window is None else causal & (stored > positions[..., None] - window)
 
 
 class DecodingState(ABC):
