@@ -1,8 +1,8 @@
 """Eager references: each op in plain PyTorch, in the order of the published equations.
 
 Shapes: B batch, S sequence, H query heads, G key/value heads, D head dimension, F feed-forward
-width, N tokens, V vocabulary rows of this rank. Accumulation is in fp32, or in fp64 for fp64
-inputs.
+width, C channels, N tokens (in a scan: state size), V vocabulary rows of this rank. Accumulation is
+in fp32, or in fp64 for fp64 inputs.
 """
 
 import torch
@@ -106,6 +106,60 @@ def attention_weights(
     scores = q_BHSD @ k_BHSD.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores.masked_fill(~attention_mask(document_ids, window), float("-inf"))
     return scores.softmax(-1)
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None) -> Tensor:
+    """Return silu(conv(x) + bias), a causal convolution of each channel (Gu and Dao 2023).
+
+    x is (B, S, C), weight is (C, W), whose last tap multiplies the current token, and bias is (C,).
+    starts (B, S) is True at the first token of a document: taps do not reach before it, nor before
+    the first token of the row. The result has the dtype of x.
+    """
+    sequence, width = x.shape[1], weight.shape[1]
+    x_BSC, weight, total = widened(x), widened(weight), widened(bias)
+    documents_BS = None if starts is None else starts.cumsum(1)
+    for distance in range(min(width, sequence)):
+        tap = x_BSC[:, : sequence - distance]
+        if documents_BS is not None:
+            same = documents_BS[:, : sequence - distance] == documents_BS[:, distance:]
+            tap = tap.masked_fill(~same[:, :, None], 0)
+        tap = torch.nn.functional.pad(tap, (0, 0, distance, 0))
+        total = total + weight[:, width - 1 - distance] * tap
+    return torch.nn.functional.silu(total).to(x.dtype)
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    starts: Tensor | None = None,
+) -> Tensor:
+    """Return the selective state space model of Mamba (Gu and Dao 2023, equation 2, algorithm 2).
+
+    With delta = softplus(dt + dt_bias), the state of each channel is h_t = exp(delta_t A) h_(t-1) +
+    delta_t B_t x_t, and the output is y_t = <C_t, h_t> + D x_t. The state before the first token of
+    a row is 0, and so is that before the first token of a document, where starts is True.
+
+    x and dt are (B, S, C), A is (C, N) and negative, B and C are (B, S, N), D and dt_bias are (C,),
+    starts is (B, S). The result is (B, S, C) in the dtype of x.
+    """
+    x_BSC, B_BSN, C_BSN = widened(x), widened(B), widened(C)
+    delta = widened(dt) + widened(dt_bias)
+    delta = torch.logaddexp(delta, torch.zeros_like(delta))  # unlike softplus, exact everywhere
+    decay_BSCN = (delta[..., None] * widened(A)).exp()
+    if starts is not None:
+        decay_BSCN = decay_BSCN.masked_fill(starts[:, :, None, None], 0)
+    entering_BSCN = (delta * x_BSC)[..., None] * B_BSN[:, :, None]
+    state, outputs = torch.zeros_like(entering_BSCN[:, 0]), []
+    steps = (decay_BSCN, entering_BSCN, C_BSN)
+    for decay, entering, read in zip(*(step.unbind(1) for step in steps), strict=True):
+        state = decay * state + entering
+        outputs.append((state * read[:, None]).sum(-1))
+    return (torch.stack(outputs, dim=1) + widened(D) * x_BSC).to(x.dtype)
 
 
 def vocab_statistics(logits: Tensor, labels: Tensor, first: int, real: int) -> Tensor:

@@ -126,3 +126,62 @@ def test_vocab_statistics_of_all_ranks_make_the_cross_entropy():
     torch.testing.assert_close(total.log() + maximum - target, expected, **CLOSE)
     for part, first in zip(parts, (0, 4, 8), strict=True):
         assert (part[2][(labels < first) | (labels >= first + 4)] == 0).all()
+
+
+def starts_of(ids: torch.Tensor) -> torch.Tensor:
+    """Return True at the first token of each document but the first of a row."""
+    return ids.diff(dim=1, prepend=ids[:, :1]) != 0
+
+
+def test_causal_conv_is_a_convolution_of_each_document():
+    x, weight, bias = (draw(*shape).double() for shape in ((2, 12, 6), (6, 4), (6,)))
+    ids = documents()
+    packed = reference.causal_conv(x, weight, bias, starts_of(ids))
+    for row in range(2):
+        for document in ids[row].unique():
+            one = x[row, ids[row] == document]
+            expected = F.conv1d(one.T, weight[:, None], bias, padding=3, groups=6)
+            expected = F.silu(expected[:, : len(one)]).T
+            actual = packed[row, ids[row] == document]
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+            alone = reference.causal_conv(one[None], weight, bias)[0]
+            torch.testing.assert_close(alone, expected, rtol=1e-12, atol=1e-13)
+
+
+def scan_inputs(dt: torch.Tensor) -> list[torch.Tensor]:
+    """Return fp64 inputs of a scan of 12 tokens, 3 channels and states of 5 numbers."""
+    shapes = ((3, 5), (2, 12, 5), (2, 12, 5), (3,), (3,))
+    A, *others = (draw(*shape, seed=seed) for seed, shape in enumerate(shapes))
+    return [x.double() for x in (draw(2, 12, 3, seed=9), dt, -A.exp(), *others)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_selective_scan_is_the_product_with_a_triangular_matrix(packed):
+    """The matrix form of the recurrence: Dao and Gu 2024, equation 3."""
+    x, dt, A, B, C, D, dt_bias = inputs = scan_inputs(draw(2, 12, 3, seed=8))
+    ids = documents() if packed else None
+    actual = reference.selective_scan(*inputs, None if ids is None else starts_of(ids))
+    delta = F.softplus(dt + dt_bias)
+    total = delta.cumsum(1)
+    exponents = (total[:, :, None] - total[:, None])[..., None] * A
+    mask = reference.attention_mask(torch.zeros(2, 12) if ids is None else ids)[:, 0, :, :, None]
+    matrix = torch.einsum("btn,btscn,bsn->btsc", C, exponents.exp(), B) * mask
+    expected = torch.einsum("btsc,bsc->btc", matrix, delta * x) + D * x
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_selective_scan_of_extreme_steps():
+    """softplus is the identity far above 0, and the exponential far below."""
+    dt = torch.tensor([800.0, 30.0, -30.0, -600.0]).repeat(3).reshape(1, 12, 1).expand(2, 12, 3)
+    x, _, _, B, C, *skips = inputs = scan_inputs(dt.double().clone().requires_grad_())
+    dt = inputs[1]
+    for zero in skips:  # D and dt_bias
+        zero.zero_()
+    y = reference.selective_scan(*inputs, torch.ones(2, 12, dtype=torch.bool))
+    exact = torch.where(dt > 0, dt + dt.neg().exp(), dt.exp())
+    expected = (C * B).sum(-1, keepdim=True) * x * exact
+    torch.testing.assert_close(y, expected.detach(), rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(y.sum(), dt)
+    slope = torch.where(dt > 0, 1 / (1 + dt.neg().exp()), dt.exp())
+    expected = (C * B).sum(-1, keepdim=True) * x * slope
+    torch.testing.assert_close(gradient, expected.detach(), rtol=1e-12, atol=0)
