@@ -97,7 +97,7 @@ def _discretized(
 
 
 def _with_skip(y: Tensor, x: Tensor, D: Tensor) -> Tensor:
-    return torch.addcmul(y, _widened(x), _widened(D)).to(x.dtype)
+    return (y + _widened(D) * _widened(x)).to(x.dtype)
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class _BlockedScan:
         states[0] = state_RNC
         for index, block in enumerate(self.blocks):
             _, states_PRNC = self._fill(block, states[index])
-            _multiply(self.C_SRN[block][:, :, None], states_PRNC[1:], y_SRC[block][:, :, None])
+            _weighted_sum(self.C_SRN[block], states_PRNC[1:], out=y_SRC[block])
             states[index + 1] = states_PRNC[-1]
         return y_SRC.transpose(0, 1), states
 
@@ -185,9 +185,9 @@ class _BlockedScan:
             of_states = of_states_TRNC[: len(decays)]
             torch.mul(grad_SRC[block][:, :, None], self.C_SRN[block][..., None], out=of_states)
             self._propagate(of_states, entering_RNC)
-            _multiply(states_PRNC[1:], grad_SRC[block][..., None], of_C[block][..., None])
-            _multiply(of_states, self.drive_SRC[block][..., None], of_B[block][..., None])
-            _multiply(self.B_SRN[block][:, :, None], of_states, of_drive[block][:, :, None])
+            _weighted_sum(grad_SRC[block], states_PRNC[1:].mT, out=of_C[block])
+            _weighted_sum(self.drive_SRC[block], of_states.mT, out=of_B[block])
+            _weighted_sum(self.B_SRN[block], of_states, out=of_drive[block])
             entering_RNC.copy_(decays.mul_(of_states)[0])
             of_exponents = decays.mul_(states_PRNC[:-1])
             torch.sum(torch.mul(of_exponents, self.A_NC, out=of_states), 2, out=of_delta[block])
@@ -218,9 +218,10 @@ def _tokens_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1).contiguous()
 
 
-def _multiply(first: Tensor, second: Tensor, out: Tensor) -> None:
-    """Multiply matrices (P, R, ., .) into out."""
-    torch.bmm(first.flatten(0, 1), second.flatten(0, 1), out=out.flatten(0, 1))
+def _weighted_sum(weights: Tensor, rows: Tensor, out: Tensor) -> None:
+    """Sum the rows of matrices (P, R, K, .) with weights (P, R, K) into out (P, R, .)."""
+    weights, rows, out = (each.flatten(0, 1) for each in (weights, rows, out))
+    torch.bmm(weights[:, None], rows, out=out[:, None])
 
 
 class _CausalConv(torch.autograd.Function):
