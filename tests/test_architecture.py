@@ -39,7 +39,7 @@ FILE_LINES, KERNEL_FILE_LINES = 300, 400
 FUNCTION_LINES, KERNEL_FUNCTION_LINES = 60, 120
 MEDIAN_FUNCTION, MOST_FUNCTIONS, MOST_SHARE = 12, 40, 0.9
 LINE_WIDTH = 100
-SMALL_MODULE, MOST_MODULES, MOST_MODULES_OF_A_FOLDER = 60, 285, 20
+SMALL_MODULE, MOST_MODULES, MOST_MODULES_OF_A_FOLDER = 60, 288, 20
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("code", "megagrow/formats/torch_file.py: imports pickle"): (
@@ -135,7 +135,7 @@ def test_no_import_cycles() -> None:
 @pytest.mark.parametrize(
     ("package", "doors"),
     [
-        ("megagrow_kernels", ("megagrow/model/ops.py",)),
+        ("megagrow_kernels", ("megagrow/model/attention_ops.py", "megagrow/model/ops.py")),
         ("deepspeed", ("megagrow/parallel/deepspeed_import.py",)),
         ("tools", ()),
         ("tests", ()),

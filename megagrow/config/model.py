@@ -1,8 +1,9 @@
-"""Model section: sizes of a Llama model and its rotary position scaling."""
+"""Model section: family, layer types and sizes of a model, and its rotary position scaling."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from megagrow.config.sections import Count, Section
 
@@ -81,9 +82,56 @@ class RopeScaling(Section):
         return low is not None and high is not None and low < high
 
 
-class ModelConfig(Section):
-    """Llama model. Field names are those of Hugging Face's LlamaConfig."""
+ModelType = Literal["llama", "mistral", "qwen2", "qwen3", "olmo2", "samba"]
 
+LayerTypeName = Literal["full_attention", "sliding_attention", "mamba"]
+
+QKNorm = Literal["per_head", "full_width"]
+
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"attention_bias": True},
+    "qwen3": {"qk_norm": "per_head"},
+    "olmo2": {"qk_norm": "full_width", "norm_position": "post"},
+}
+"""Defaults of the feature keys by `model_type`, where they differ from those of `llama`."""
+
+FEATURE_KEYS = ("layer_types", "attention_bias", "qk_norm", "norm_position")
+"""Keys that select the blocks of a layer and their parameters."""
+
+MAMBA_KEYS = ("mamba_d_inner", "mamba_d_state", "mamba_d_conv", "mamba_dt_rank")
+
+
+def _of_family(key: str, otherwise: Any = None) -> Any:
+    """Return a field whose default depends on `model_type`."""
+    return Field(
+        default_factory=lambda seen: _FAMILIES.get(seen["model_type"], {}).get(key, otherwise)
+    )
+
+
+def _default_layer_types(seen: dict[str, Any]) -> list[LayerTypeName]:
+    attention: LayerTypeName = "sliding_attention" if seen["sliding_window"] else "full_attention"
+    return ["mamba", attention] if seen["model_type"] == "samba" else [attention]
+
+
+def _of_mamba(size: Callable[[int], int]) -> Any:
+    """Return a size of Mamba layers: by default `size(hidden_size)`, None without such layers."""
+    return Field(
+        default_factory=lambda seen: (
+            size(seen["hidden_size"]) if "mamba" in seen["layer_types"] else None
+        )
+    )
+
+
+class ModelConfig(Section):
+    """Model: embedding, decoder layers, final norm, head. A layer is a mixer of its type (attention
+    or Mamba) and a SwiGLU feed-forward block, each with an RMSNorm. Field names are those of
+    Hugging Face's configurations; `mamba_*` are those of Jamba."""
+
+    model_type: ModelType = "llama"
+    """Family: it selects the names of imports and exports, and the defaults of `layer_types`,
+    `attention_bias`, `qk_norm` and `norm_position`. Biases for `qwen2`, query and key norms for
+    `qwen3` and `olmo2`, norms after the blocks for `olmo2`, Mamba alternating with attention for
+    `samba`."""
     num_hidden_layers: Annotated[Count, Field(le=10_000)]
     """Number of layers. The limit bounds tables with one row per layer."""
     hidden_size: Count
@@ -97,6 +145,20 @@ class ModelConfig(Section):
         default_factory=lambda seen: seen["hidden_size"] // seen["num_attention_heads"]
     )
     """Width of a head, even. Default: `hidden_size` / `num_attention_heads`."""
+    sliding_window: Count | None = None
+    """Tokens that a query of a `sliding_attention` layer attends to: itself and those before it.
+    At most `max_position_embeddings`; null if no layer has this type."""
+    layer_types: list[LayerTypeName] = Field(default_factory=_default_layer_types, min_length=1)
+    """Types of the layers: one entry per layer, or a period that is repeated. Default:
+    `full_attention`, or `sliding_attention` if `sliding_window` is set; for `samba`, `mamba` before
+    each of them."""
+    attention_bias: bool = _of_family("attention_bias", False)
+    """Add biases to the query, key and value projections, as in Qwen2."""
+    qk_norm: QKNorm | None = _of_family("qk_norm")
+    """RMSNorm of queries and keys: `per_head` over each head (Qwen3), `full_width` over all heads
+    (OLMo 2); null for none."""
+    norm_position: Literal["pre", "post"] = _of_family("norm_position", "pre")
+    """`pre` normalizes the input of each block, `post` its output (OLMo 2)."""
     intermediate_size: Count
     """Width of the feed-forward network (SwiGLU: three matrices)."""
     vocab_size: Count
@@ -115,3 +177,41 @@ class ModelConfig(Section):
     initializer_range: float = Field(default=0.02, gt=0)
     """Standard deviation of initial weights. For o_proj and down_proj it is divided by
     sqrt(2 num_hidden_layers), as in Megatron-LM."""
+    mamba_d_inner: Count | None = _of_mamba(lambda width: 2 * width)
+    """Inner channels of Mamba layers. Default: 2 `hidden_size`, an expansion of 2; null without
+    Mamba layers, as are the other `mamba_*` keys."""
+    mamba_d_state: Count | None = _of_mamba(lambda width: 16)
+    """State entries per channel of Mamba layers. Default: 16."""
+    mamba_d_conv: Count | None = _of_mamba(lambda width: 4)
+    """Taps of the causal convolution of Mamba layers. Default: 4."""
+    mamba_dt_rank: Count | None = _of_mamba(lambda width: -(-width // 16))
+    """Rank of the step-size projection of Mamba layers. Default: `hidden_size` / 16, rounded up."""
+
+    @field_validator("layer_types")
+    @classmethod
+    def _shortest_period(
+        cls, names: list[LayerTypeName], info: ValidationInfo
+    ) -> list[LayerTypeName]:
+        """Return the shortest period, so that equal models are equal in their configuration."""
+        layers = info.data.get("num_hidden_layers")
+        if layers is None:
+            return list(names)
+        if layers % len(names):
+            raise ValueError(
+                f"has {len(names)} entries, which do not divide num_hidden_layers = {layers}; "
+                "list one type per layer or a period that fits"
+            )
+        sizes = (size for size in range(1, len(names) + 1) if len(names) % size == 0)
+        return next(
+            list(names[:size]) for size in sizes if names[:size] * (len(names) // size) == names
+        )
+
+    def layer_type(self, layer: int) -> LayerTypeName:
+        """Return the type of a layer."""
+        return self.layer_types[layer % len(self.layer_types)]
+
+    @property
+    def mamba_dynamics(self) -> int:
+        """Return the outputs of x_proj in Mamba layers: the low-rank step size, B and C."""
+        assert self.mamba_dt_rank is not None and self.mamba_d_state is not None
+        return self.mamba_dt_rank + 2 * self.mamba_d_state

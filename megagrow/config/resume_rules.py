@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any
 
+from megagrow.config.model import FEATURE_KEYS, MAMBA_KEYS
 from megagrow.errors import ConfigError, printable
 
 
@@ -74,6 +75,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "stages.N.kernels.norm",
         "stages.N.kernels.pointwise",
         "stages.N.kernels.loss",
+        "stages.N.kernels.scan",
         "stages.N.kernels.linear_cross_entropy",
         "stages.N.batch.micro_batch_size",
     ),
@@ -131,6 +133,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "stages.N.model.max_position_embeddings",
         "stages.N.model.initializer_range",
         "stages.N.model.rms_norm_eps",
+        "stages.N.model.sliding_window",
         "stages.N.model.rope_theta",
         "stages.N.model.rope_scaling",
         "stages.N.model.rope_scaling.rope_type",
@@ -165,7 +168,9 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "stages.N.growth.probe.steps",
     ),
     Effect.FIXED: (
+        "stages.N.model.model_type",
         "stages.N.model.num_hidden_layers",
+        *(f"stages.N.model.{key}" for key in (*FEATURE_KEYS, *MAMBA_KEYS)),
         "stages.N.model.hidden_size",
         "stages.N.model.num_attention_heads",
         "stages.N.model.num_key_value_heads",

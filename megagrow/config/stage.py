@@ -61,6 +61,8 @@ class KernelsConfig(Section):
     """Rotary positions and SwiGLU."""
     loss: RowBackend = "auto"
     """Cross-entropy, also over a vocabulary sharded across ranks."""
+    scan: RowBackend = "auto"
+    """Selective scan and causal convolution of Mamba layers."""
     linear_cross_entropy: bool = False
     """Compute head and loss in chunks of tokens, without the logits of all tokens in memory."""
 

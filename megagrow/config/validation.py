@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from megagrow.config.model import ModelConfig
+from megagrow.config.model import MAMBA_KEYS, ModelConfig
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage import StageConfig
 from megagrow.model.layers.table import indivisible_sizes
@@ -49,6 +49,30 @@ def model_problems(model: ModelConfig, at: str) -> Iterator[str]:
             f"{at}.num_attention_heads = {heads} is not divisible by "
             f"num_key_value_heads = {kv_heads}; use a divisor of {heads}"
         )
+    yield from _layer_type_problems(model, at)
+
+
+def _layer_type_problems(model: ModelConfig, at: str) -> Iterator[str]:
+    """Yield the problems of keys that only some layer types use."""
+    window, slides = model.sliding_window, "sliding_attention" in model.layer_types
+    if slides and window is None:
+        yield f"{at}.layer_types contains sliding_attention; set sliding_window to its tokens"
+    if window is not None and not slides:
+        yield (
+            f"{at}.sliding_window = {window}, but layer_types has no sliding_attention; remove it "
+            "or add layers of this type"
+        )
+    if window is not None and window > model.max_position_embeddings:
+        yield (
+            f"{at}.sliding_window = {window} exceeds max_position_embeddings = "
+            f"{model.max_position_embeddings}; use at most the context length"
+        )
+    for key in MAMBA_KEYS:
+        value, needed = getattr(model, key), "mamba" in model.layer_types
+        if value is None and needed:
+            yield f"{at}.{key} = null, but layer_types contains mamba; set it or remove the key"
+        if value is not None and not needed:
+            yield f"{at}.{key} = {value}, but layer_types has no mamba; remove it"
 
 
 def _instruction_tuning(run: RunConfig) -> Iterator[str]:

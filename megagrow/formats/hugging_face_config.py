@@ -8,7 +8,7 @@ name code are dropped, so no code of a folder is ever executed.
 
 from typing import Any
 
-from megagrow.config.model import ROPE_TYPES, rope_keys
+from megagrow.config.model import MAMBA_KEYS, ROPE_TYPES, rope_keys
 from megagrow.config.model_file import checked_model
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
@@ -67,6 +67,9 @@ _ORIGINAL = "original_max_position_embeddings"
 
 _NOT_EXPORTED = ("layer_types", "sliding_window", "partial_rotary_factor", _ORIGINAL)
 """Keys without effect on the imported model that could contradict the exported one."""
+
+_IMPLIED = {"model_type", "layer_types", "sliding_window", "qk_norm", "norm_position", *MAMBA_KEYS}
+"""Keys of ModelConfig that LlamaConfig does not have."""
 
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Hugging Face's dtype names by safetensors' dtype names."""
@@ -170,7 +173,7 @@ def config_of(model: ModelConfig, dtype: str, like: dict[str, Any]) -> dict[str,
     Other keys are copied from `like`, the config.json of the model's origin. transformers 5 reads
     rope_parameters, transformers 4 reads rope_theta and rope_scaling.
     """
-    values = model.model_dump()
+    values = model.model_dump(exclude=_IMPLIED)
     scaling = None if model.rope_scaling is None else model.rope_scaling.given()
     values["rope_scaling"] = scaling
     config = {key: value for key, value in without_code(like).items() if key not in _NOT_EXPORTED}

@@ -84,19 +84,26 @@ def _terms(
     rows, cols = spec.row_role, spec.col_role
     along = _axis(rows, width, moments), _axis(cols, width, moments)
     mixing = growth.options.mixing_noise
-    if mixing and not moments and not spec.is_vector:
+    if mixing and not moments and spec.is_growable_matrix:
         along = _times(along[0], spec.rows, 1 - mixing), along[1]
     if layer is None or layer.source is None:
         return (Gather(spec.name, *along),)
     here = Gather(spec.of_layer(layer.source), *along)
     row_lift = width.lifts[rows.axis.name]
     if width.next_layer and row_lift.fresh.any():
-        above = min(layer.source + 1, growth.source.num_hidden_layers - 1)
+        above = _next_of_type(growth.source, layer.source)
         there = replace(here, source=spec.of_layer(above))
         return _only(here, ~row_lift.fresh), _only(there, row_lift.fresh)
     if width.block_diagonal and not moments and cols is not None:
         return _diagonal(here, row_lift, width.lifts[cols.axis.name])
     return (here,)
+
+
+def _next_of_type(source: ModelConfig, layer: int) -> int:
+    """Return the next layer of the same type, or the layer itself if there is none."""
+    later = range(layer + 1, source.num_hidden_layers)
+    kind = source.layer_type(layer)
+    return next((index for index in later if source.layer_type(index) == kind), layer)
 
 
 def _axis(role: AxisRole | None, width: Width, moments: bool) -> Axis:
@@ -128,7 +135,7 @@ def _scale(side: AxisSide, lift: Lift, gain: float, moments: bool) -> np.ndarray
 
 
 def _nothing_from_source(spec: ParamSpec, layer: Layer, moments: bool) -> bool:
-    silenced = layer.silent and (moments or spec.writes_residual)
+    silenced = layer.silent and (moments or spec.silences)
     return layer.source is None or silenced
 
 
@@ -162,18 +169,18 @@ def _diagonal(term: Gather, rows: Lift, cols: Lift) -> tuple[Gather, ...]:
 
 def _fills(growth: GrowthSpec, spec: ParamSpec, layer: Layer | None) -> tuple[Fill, ...]:
     stream = f"{growth.stream}/{spec.name}"
-    if layer is not None and layer.silent and spec.writes_residual:
+    if layer is not None and layer.silent and spec.silences:
         return (Fill(stream),)
     rows, cols = spec.row_role, spec.col_role
     row_lift = growth.width.lifts[rows.axis.name]
     everything = layer is not None and layer.source is None
-    if spec.is_vector:
-        new_rows = np.ones(spec.rows, bool) if everything else row_lift.new
-        return (Fill(stream, constant=1.0, new_rows=new_rows),) if new_rows.any() else ()
-    std = spec.init_std
-    if everything:
+    std = spec.initial.scale
+    if everything and spec.initial.distribution == "normal":
         return (Fill(stream, std=((std, std), (std, std))),)
-    assert cols is not None
+    if everything or cols is None or not spec.is_growable_matrix:
+        new_rows = np.ones(spec.rows, bool) if everything else row_lift.new
+        fill = Fill(stream, initial=spec.initial, new_rows=new_rows)
+        return (fill,) if new_rows.any() else ()
     found = []
     keep = 1 - growth.options.mixing_noise
     col_lift = growth.width.lifts[cols.axis.name]

@@ -7,9 +7,7 @@ from megagrow.config.growth import GrowthConfig, OperatorName
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.depth import PARTIAL_STACKS, listed_layers
 from megagrow.growth.operators import OPERATORS, resolve_operators
-
-WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-"""Model fields that define the width."""
+from megagrow.model.layers.table import width_fields
 
 Rule = Callable[["Event"], Iterator[str]]
 
@@ -34,6 +32,22 @@ class Event:
     def layers(self) -> tuple[int, int]:
         """Return the layers of the source and of the target."""
         return self.source.num_hidden_layers, self.target.num_hidden_layers
+
+
+def preserved_types(event: Event) -> Iterator[str]:
+    """Require that every target layer copies a source layer of its own type."""
+    layers = resolve_operators(event.source, event.target, event.options, "").depth.layers
+    for index, layer in enumerate(layers):
+        if layer.source is None:
+            continue
+        old, new = event.source.layer_type(layer.source), event.target.layer_type(index)
+        if old != new:
+            yield (
+                f"{event.here}: {event.names} would copy layer {layer.source} of {event.before} "
+                f"({old}) to layer {index} ({new}); choose layers or "
+                f"{event.here}.model.layer_types that keep the type of every layer"
+            )
+            return
 
 
 def rule_of(name: OperatorName) -> Rule:
@@ -135,6 +149,20 @@ def _any_width(event: Event) -> Iterator[str]:
             f"{event.here}.model has {ratios[1]} query heads per key/value head, {event.before} "
             f"has {ratios[0]}; keep the ratio"
         )
+    elif event.source.qk_norm == "full_width":
+        yield from _evenly_copied_heads(event)
+
+
+def _evenly_copied_heads(event: Event) -> Iterator[str]:
+    """Require equally many copies of every head, which keep the mean square over all heads."""
+    lift = resolve_operators(event.source, event.target, event.options, "").width.lifts["query"]
+    if lift.new.any() or len(set(lift.copies.tolist())) > 1:
+        yield (
+            f"{event.here}.model.num_key_value_heads = {event.target.num_key_value_heads}: "
+            f"{event.names} changes the mean square of qk_norm = full_width; keep the heads, or "
+            f"copy all equally often, such as by direct_width to a multiple of "
+            f"{event.source.num_key_value_heads}"
+        )
 
 
 def _integer_residual_factor(event: Event) -> Iterator[str]:
@@ -145,7 +173,9 @@ def _integer_residual_factor(event: Event) -> Iterator[str]:
 
 def _integer_factors(event: Event) -> Iterator[str]:
     yield from _any_width(event)
-    yield from _multiples(event, WIDTHS, "lemon and zero_width support any size")
+    yield from _multiples(
+        event, width_fields(event.target), "lemon and zero_width support any size"
+    )
 
 
 def _multiples(event: Event, names: tuple[str, ...], fix: str) -> Iterator[str]:
@@ -160,7 +190,7 @@ def _multiples(event: Event, names: tuple[str, ...], fix: str) -> Iterator[str]:
 
 def _staged_width(event: Event) -> Iterator[str]:
     yield from _any_width(event)
-    for name in WIDTHS:
+    for name in width_fields(event.target):
         old, new = getattr(event.source, name), getattr(event.target, name)
         if new != 2 * old:
             yield (
@@ -174,10 +204,20 @@ def _isometric(event: Event) -> Iterator[str]:
             f"{event.here}.model.tie_word_embeddings = true is not supported by isometric; grow an "
             "untied model"
         )
+    if event.source.norm_position == "post":
+        yield (
+            f"{event.here}.model.norm_position = post is not supported by isometric, which rotates "
+            "the residual stream before the gains of the norms; use lemon or zero_width"
+        )
 
 
 def _head_dim(event: Event) -> Iterator[str]:
     yield from _multiples(event, ("head_dim",), "use a multiple")
+    if event.source.qk_norm is not None:
+        yield (
+            f"{event.here}.model.qk_norm = {event.source.qk_norm} is not supported by head_dim: "
+            "new entries of a head change its mean square; use another operator"
+        )
     scaling = event.source.rope_scaling
     if scaling is not None and scaling.rope_type == "yarn":
         yield (

@@ -6,6 +6,7 @@ Du et al. 2024, "Stacking Your Transformers", section 3.1 and appendix A.3 to A.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import ModelConfig
@@ -18,7 +19,8 @@ class Layer:
     source: int | None
     """Source layer; None for initial weights."""
     silent: bool = False
-    """True if o_proj and down_proj are zero, so that the layer adds nothing."""
+    """True if the last projections, or the gains of the norms that follow them, are zero, so that
+    the layer adds nothing."""
     fresh: bool = False
     """True for a copy of a layer that also exists elsewhere."""
 
@@ -52,10 +54,15 @@ def stacked_layers(source_layers: int, target_layers: int) -> list[int]:
     return [layer % source_layers for layer in range(target_layers)]
 
 
-def interpolated_layers(source_layers: int, target_layers: int) -> list[int]:
+def interpolated_layers(source: ModelConfig, target: ModelConfig) -> list[int]:
     """Return the interpolation list, each layer repeated in place: 0 0 1 1 2 2 (paper, appendix
-    H)."""
-    return [layer * source_layers // target_layers for layer in range(target_layers)]
+    H).
+
+    Layer types that repeat with a period are repeated as complete periods: 0 1 0 1 2 3 2 3.
+    """
+    size = len(source.layer_types) if source.layer_types == target.layer_types else 1
+    old, new = (model.num_hidden_layers // size for model in (source, target))
+    return [size * (index * old // new) + layer for index in range(new) for layer in range(size)]
 
 
 PARTIAL_STACKS = (
@@ -88,7 +95,7 @@ def chosen_layers(source: ModelConfig, target: ModelConfig, options: GrowthConfi
         case None | "stack":
             return stacked_layers(old, new)
         case "interpolate":
-            return interpolated_layers(old, new)
+            return interpolated_layers(source, target)
         case str():
             return listed_layers(options.layer_map) or []
     raise AssertionError(f"growth.layer_map = {options.layer_map}")
@@ -107,12 +114,13 @@ def direct_depth(source: ModelConfig, target: ModelConfig, options: GrowthConfig
 def zero_depth(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
     """Return the paper's G_zero in depth. Exact to the bit.
 
-    New layers follow the layer that they copy, and their last projections are zero. With
-    `new_layer_init: random` their other weights are initial weights.
+    New layers follow the layer that they copy, and their last projections are zero; with norms
+    after the blocks, the gains of these norms. With `new_layer_init: random` their other weights
+    are initial weights.
     """
     listed = options.layer_map is not None
-    old, new = source.num_hidden_layers, target.num_hidden_layers
-    layers = chosen_layers(source, target, options) if listed else interpolated_layers(old, new)
+    make = partial(chosen_layers, options=options) if listed else interpolated_layers
+    layers = make(source, target)
     return _silenced(source, layers, options)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from megagrow.growth.build_map import GrowthSpec, assemble, kinds_of, without_fresh
 from megagrow.growth.map import Dense, Fill, Fresh, Gather, GrowthMap, Term
-from megagrow.model.layers.base import READS_RESIDUAL, WRITES_RESIDUAL
+from megagrow.model.layers.base import ONES, READS_RESIDUAL, WRITES_RESIDUAL
 from megagrow.parallel.sharding import ParamSpec, in_layer, parameter_plan
 
 
@@ -40,7 +40,7 @@ def isometric_map(growth: GrowthSpec, generator: np.random.Generator) -> GrowthM
         fills[name] = base.fills.get(name, ())
         if spec.row_role.side in ("gain", "tied gain"):
             weights[name] = moments[name] = ()
-            fills[name] = (Fill(stream, constant=1.0, new_rows=np.ones(spec.rows, bool)),)
+            fills[name] = (Fill(stream, initial=ONES, new_rows=np.ones(spec.rows, bool)),)
         elif not base.weights[name]:
             weights[name] = moments[name] = ()
         else:
@@ -49,7 +49,7 @@ def isometric_map(growth: GrowthSpec, generator: np.random.Generator) -> GrowthM
             if not base.moments[name]:  # the layer is still silent
                 moments[name] = ()
             if spec.col_role == READS_RESIDUAL:
-                std = spec.init_std
+                std = spec.initial.scale
                 fills[name] = (Fill(stream, ((std, std), (std, std)), basis=q),)
     fresh = {name: Fresh(whole=found.whole) for name, found in base.fresh.items()}
     if growth.policy in ("asymmetric", "estimate_second_moment"):

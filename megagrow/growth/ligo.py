@@ -58,7 +58,7 @@ class LigoParameters:
 
     growth: GrowthSpec
     depth: dict[str, Tensor]
-    """Type of tensor, such as `q_proj` -> (target layers, source layers)."""
+    """Name within a layer -> (target layers, source layers). Only layers of one type are mixed."""
     produces: dict[str, Tensor]
     """Activation axis -> B, (new size, old size), in blocks of `ActivationAxis.block` entries."""
     consumes: dict[str, Tensor]
@@ -72,11 +72,12 @@ class LigoParameters:
         """Return the recipe of a parameter, differentiable in the learnable parameters."""
         cols = spec.col_role
         mixers = self._mixer(spec.row_role), None if cols is None else self._mixer(cols)
-        if spec.layer is None or spec.leaf not in self.depth:
+        if spec.layer is None or spec.name_in_layer not in self.depth:
             return Recipe((spec.name,), self.tensors()[0].new_ones(1), *mixers)
-        count = self.growth.source.num_hidden_layers
-        names = tuple(spec.of_layer(j) for j in range(count))
-        return Recipe(names, self.depth[spec.leaf][spec.layer], *mixers)
+        source, kind = self.growth.source, self.growth.target.layer_type(spec.layer)
+        mixed = [j for j in range(source.num_hidden_layers) if source.layer_type(j) == kind]
+        alphas = self.depth[spec.name_in_layer][spec.layer, mixed]
+        return Recipe(tuple(map(spec.of_layer, mixed)), alphas, *mixers)
 
     def _mixer(self, role: AxisRole) -> Mixer | None:
         axis, side = role
@@ -113,9 +114,9 @@ def initial(
     depth: dict[str, Tensor] = {}
     deeper = growth.depth.layers != same_depth(growth.source).layers
     for spec in parameter_plan(growth.target, tp=1).values():
-        if deeper and spec.layer is not None and spec.leaf not in depth:
+        if deeper and spec.layer is not None and spec.name_in_layer not in depth:
             size = growth.source.num_hidden_layers
-            depth[spec.leaf] = trained(_initial_depth(spec, growth.depth, size))
+            depth[spec.name_in_layer] = trained(_initial_depth(spec, growth.depth, size))
         for role in (spec.row_role, spec.col_role):
             if role is None or growth.width.lifts[role.axis.name].unchanged:
                 continue
@@ -131,7 +132,7 @@ def _initial_depth(spec: ParamSpec, depth: Depth, size: int) -> Tensor:
     """Return D: (target layers, source layers)."""
     matrix = torch.zeros(len(depth.layers), size)
     for row, layer in zip(matrix, depth.layers, strict=True):
-        if layer.source is not None and not (layer.silent and spec.writes_residual):
+        if layer.source is not None and not (layer.silent and spec.silences):
             row[layer.source] = 1.0
     return matrix
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from megagrow.model.layers.base import ZEROS, InitialValues
 from megagrow.parallel.engine_config import ParamScale as ParamScale
 from megagrow.parallel.sharding import STATE_KINDS, StateKind
 
@@ -103,11 +104,11 @@ Term = Gather | Dense
 
 @dataclass(frozen=True, eq=False)
 class Fill:
-    """Values without a source: a constant, and normals of mean 0.
+    """Values without a source: initial values of new rows, and normals of mean 0.
 
     Element (i, j) of the normals depends on `stream` (which holds the seed) and on i * cols + j
     alone. `std` is ((old rows: old, new columns), (new rows: old, new columns)); an axis without
-    a mask is all old. `constant` goes to the new rows.
+    a mask is all old. `initial` applies to complete new rows.
 
     Along the columns the normals can be made to vanish on the source's activations: `center`,
     (cols,) int64, labels groups of columns whose normals sum to zero in each row; `basis`,
@@ -118,7 +119,7 @@ class Fill:
 
     stream: str
     std: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 0.0), (0.0, 0.0))
-    constant: float = 0.0
+    initial: InitialValues = ZEROS
     new_rows: np.ndarray | None = None
     new_cols: np.ndarray | None = None
     center: np.ndarray | None = None
@@ -126,7 +127,7 @@ class Fill:
 
     @property
     def is_zero(self) -> bool:
-        return not np.any(self.std) and self.constant == 0.0
+        return not np.any(self.std) and self.initial == ZEROS
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,12 @@ from typing import Any
 
 from megagrow.config.growth import GrowthConfig, OperatorName
 from megagrow.config.schema import ModelConfig, RunConfig
-from megagrow.growth.constraints import WIDTHS, Event, copies_listed_layers, rule_of
+from megagrow.growth.constraints import (
+    Event,
+    copies_listed_layers,
+    preserved_types,
+    rule_of,
+)
 from megagrow.growth.mask_schedule import ramp_problems
 from megagrow.growth.operators import (
     OPERATORS,
@@ -17,14 +22,13 @@ from megagrow.growth.operators import (
     resolve_operators,
     state_policy,
 )
-from megagrow.model.layers.base import VOCAB
-from megagrow.model.layers.table import activation_axes
+from megagrow.model.layers.table import width_fields
 
 _FREE = ("initializer_range", "max_position_embeddings")
 """Model fields that any growth may change, because no weight depends on them."""
 
-_SIZES = ("num_hidden_layers", *WIDTHS, "head_dim", "vocab_size")
-"""Model fields that a growth may only increase."""
+_DEPTH = ("num_hidden_layers", "layer_types")
+"""Model fields that depth operators change."""
 
 _GROWS: dict[OperatorName, tuple[str, ...]] = {
     "head_dim": ("head_dim",),
@@ -106,8 +110,9 @@ def _new_entries(options: GrowthConfig, here: str) -> Iterator[str]:
 
 def event_problems(event: Event) -> list[str]:
     """Return all problems of one growth, of the first check that fails: combination of operators,
-    sizes, constraints of each operator, norms and optimizer states."""
-    for check in (_combination, _sizes, _operators, _norms_and_states):
+    layer types, sizes, constraints of each operator, copied layers, norms and optimizer states."""
+    checks = (_combination, _types, _sizes, _operators, preserved_types, _norms_and_states)
+    for check in checks:
         if problems := list(check(event)):
             return problems
     return []
@@ -142,9 +147,20 @@ def _combination(event: Event) -> Iterator[str]:
         yield f"{event.here}.growth.mixing_noise is not supported by isometric; remove it"
 
 
+def _types(event: Event) -> Iterator[str]:
+    old, new = (set(model.layer_types) for model in (event.source, event.target))
+    if old != new:
+        yield (
+            f"{event.here}.model has layers of {' and '.join(sorted(new))}, {event.before} of "
+            f"{' and '.join(sorted(old))}; growth keeps the type of every layer"
+        )
+
+
 def _sizes(event: Event) -> Iterator[str]:
     changes = _changes(event)
-    sizes = _SIZES[1:] if copies_listed_layers(event.options) else _SIZES
+    sizes = [*width_fields(event.target), "head_dim", "vocab_size"]
+    if not copies_listed_layers(event.options):
+        sizes.insert(0, "num_hidden_layers")
     smaller = {name: changes[name] for name in sizes if name in changes and _falls(changes[name])}
     if smaller:
         yield (
@@ -169,7 +185,8 @@ def _ungrown(event: Event) -> dict[str, tuple[Any, Any]]:
     """Return the changes that the operators of an event cannot make."""
     changeable = set(_FREE)
     for name in event.options.operator:
-        fields = (*WIDTHS, "rms_norm_eps") if OPERATORS[name].wider else ("num_hidden_layers",)
+        wider = OPERATORS[name].wider is not None
+        fields = (*width_fields(event.target), "rms_norm_eps") if wider else _DEPTH
         changeable |= set(_GROWS.get(name, fields))
     return {name: change for name, change in _changes(event).items() if name not in changeable}
 
@@ -256,6 +273,4 @@ def learning_problems(
 
 
 def _wider(source: ModelConfig, target: ModelConfig) -> bool:
-    axes = activation_axes(target).values()
-    fields = {axis.grown_by for axis in axes if axis != VOCAB}
-    return any(getattr(source, field) != getattr(target, field) for field in fields)
+    return any(getattr(source, field) != getattr(target, field) for field in width_fields(target))

@@ -62,13 +62,13 @@ def axis_lifts(
 
     Axes that are counted by one config field grow by one lift of its units. A group is one
     key/value head with its query heads and grows as a unit (docs/reference/operators.md). The
-    vocabulary does not grow.
+    vocabulary and axes without units do not grow.
     """
     lifts: dict[str, Lift] = {}
     units: dict[str, Lift] = {}
     for axis in activation_axes(target).values():
-        if axis == VOCAB:
-            lifts[axis.name] = unchanged(source.vocab_size)
+        if axis == VOCAB or axis.grown_by is None:
+            lifts[axis.name] = unchanged(axis.size(source))
             continue
         old, new = (getattr(model, axis.grown_by) for model in (source, target))
         if axis.grown_by not in units:

@@ -26,6 +26,7 @@ OPERATIONS = {
     "norm": ("triton", "torch"),
     "pointwise": ("triton", "torch"),
     "loss": ("triton", "torch"),
+    "scan": ("triton", "torch"),
 }
 """Backends of each operation, by the names of the `kernels` section of a run file."""
 
@@ -76,6 +77,7 @@ class Backends:
     norm: str
     pointwise: str
     loss: str
+    scan: str = "torch"
 
 
 def uses_bf16(run: RunConfig, device: torch.device) -> bool:
@@ -86,8 +88,9 @@ def uses_bf16(run: RunConfig, device: torch.device) -> bool:
 def kernel_workload(run: RunConfig, index: int, device: torch.device) -> KernelWorkload:
     """Return the workload of stage `index` of a run on a device."""
     dtype = torch.bfloat16 if uses_bf16(run, device) else torch.float32
-    head_dim, packed = run.stages[index].model.head_dim, run.data.reset_attention_mask
-    return KernelWorkload(dtype, head_dim, packed, run.deterministic_mode)
+    model, packed = run.stages[index].model, run.data.reset_attention_mask
+    windowed = model.sliding_window is not None
+    return KernelWorkload(dtype, model.head_dim, packed, run.deterministic_mode, windowed)
 
 
 def choose(

@@ -1,8 +1,9 @@
-"""Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU; no bias, no dropout.
+"""Decoder-only language model of typed layers: embedding, decoder layers, final norm, head.
 
-Parameter names and shapes are those of Hugging Face's LlamaForCausalLM. The model is written for
-one device. Tensor parallelism replaces every Identity named `pre_collective` or `post_collective`
-by a collective (`parallel/tensor_parallel.py`).
+The blocks of a layer follow from the configuration (`layers/table.py`). Parameter names and shapes
+are those of Hugging Face's models of the same family. The model is written for one device: tensor
+parallelism replaces every Identity named `pre_collective` or `post_collective` by a collective
+(`parallel/tensor_parallel.py`).
 
 Shapes: B batch, S sequence, D hidden size, V vocabulary.
 """
@@ -10,6 +11,7 @@ Shapes: B batch, S sequence, D hidden size, V vocabulary.
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache as cached
 from functools import partial
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from megagrow.config.schema import ModelConfig
 from megagrow.model.decoding import DecodingCache
 from megagrow.model.layers.decoding import DecodingState
-from megagrow.model.layers.modules import Context, LayerModule, RMSNorm
+from megagrow.model.layers.modules import Context, DocumentBounds, LayerModule, RMSNorm
 from megagrow.model.layers.recompute import Recomputed
 from megagrow.model.layers.table import decoder_blocks
 from megagrow.model.masks import Masks, masked
@@ -29,30 +31,22 @@ from megagrow.model.ops import PLAIN, Ops
 from megagrow.model.rope import rotary_tables
 
 
-def _block_input(normalize: RMSNorm, block: LayerModule, context: Context, x_BSD: Tensor) -> Tensor:
-    """Return the input of a block from the residual stream.
-
-    Called in the backward pass, so without module hooks: those of ZeRO 3 would count it as another
-    forward pass. The gain is there, because ZeRO 3 keeps vectors gathered until the update.
-    """
-    norm_BSD, _ = normalize.forward(x_BSD, context)
-    return block.pre_collective.forward(norm_BSD)
-
-
 class DecoderLayer(nn.Module):
-    """Blocks of one layer. Each reads the norm of the residual stream and adds its output to it.
+    """Blocks of one layer. Each reads the residual stream and adds its output to it.
 
-    The addition is part of the next norm: forward(x, context, delta) starts with that of the last
-    block before it, and returns (x, delta) without that of its own last block.
+    A norm precedes or follows each block (`norm_position`). forward(x, context, delta) starts with
+    the addition of the last output before it, which may be part of a norm, and returns (x, delta)
+    without the addition of its own last output.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         blocks = decoder_blocks(config, index)
-        for norm, name, layer_type in blocks:
-            self.add_module(norm, RMSNorm(config.hidden_size, config.rms_norm_eps))
-            self.add_module(name, layer_type.build(config))
-        self.blocks = [(norm, name) for norm, name, _ in blocks]
+        for block in blocks:
+            self.add_module(block.norm, RMSNorm(config.hidden_size, config.rms_norm_eps))
+            self.add_module(block.name, block.type.build(config))
+        self.blocks = [(block.norm, block.name) for block in blocks]
+        self.run_block = _norm_first if config.norm_position == "pre" else _norm_last
 
     def forward(
         self,
@@ -63,15 +57,53 @@ class DecoderLayer(nn.Module):
         states: Mapping[str, DecodingState] | None = None,
     ) -> tuple[Tensor, Tensor]:
         for norm, name in self.blocks:
-            normalize, block = getattr(self, norm), getattr(self, name)
-            norm_BSD, x_BSD = normalize(x_BSD, context, delta_BSD)
             own = context if states is None else replace(context, state=states.get(name))
-            input_BSD = block.pre_collective(norm_BSD)
-            again = Recomputed(partial(_block_input, normalize, block, context), x_BSD)
-            with again.reads(input_BSD) if context.selective else nullcontext():
-                delta_BSD = masked(block(input_BSD, own), gate)
+            modules = getattr(self, norm), getattr(self, name)
+            output_BSD, x_BSD = self.run_block(*modules, x_BSD, delta_BSD, own)
+            delta_BSD = masked(output_BSD, gate)
         assert delta_BSD is not None
         return x_BSD, delta_BSD
+
+
+def _norm_first(
+    normalize: RMSNorm,
+    block: LayerModule,
+    x_BSD: Tensor,
+    delta_BSD: Tensor | None,
+    context: Context,
+) -> tuple[Tensor, Tensor]:
+    """Return the block's output on the norm of x + delta, and that sum."""
+    norm_BSD, x_BSD = normalize(x_BSD, context, delta_BSD)
+    input_BSD = block.pre_collective(norm_BSD)
+    again = Recomputed(partial(_normalized_input, normalize, block, context), x_BSD)
+    with again.reads(input_BSD) if context.selective else nullcontext():
+        return block(input_BSD, context), x_BSD
+
+
+def _normalized_input(
+    normalize: RMSNorm, block: LayerModule, context: Context, x_BSD: Tensor
+) -> Tensor:
+    """Return the input of a block from the residual stream.
+
+    Called in the backward pass, so without module hooks: those of ZeRO 3 would count it as another
+    forward pass. The gain is there, because ZeRO 3 keeps vectors gathered until the update.
+    """
+    norm_BSD, _ = normalize.forward(x_BSD, context)
+    return block.pre_collective.forward(norm_BSD)
+
+
+def _norm_last(
+    normalize: RMSNorm,
+    block: LayerModule,
+    x_BSD: Tensor,
+    delta_BSD: Tensor | None,
+    context: Context,
+) -> tuple[Tensor, Tensor]:
+    """Return the norm of the block's output on x + delta, and that sum."""
+    if delta_BSD is not None:
+        x_BSD = x_BSD + delta_BSD
+    output_BSD = block(block.pre_collective(x_BSD), context)
+    return normalize(output_BSD, context)[0], x_BSD
 
 
 class LlamaModel(nn.Module):
@@ -124,13 +156,17 @@ class LlamaModel(nn.Module):
         cache: DecodingCache | None,
     ) -> Context:
         cos, sin = rotary_tables(self.config, positions)
-        if cache is not None and cache.sequences.stored > 0:
-            attention_mask = cache.sequences.visible(positions)
-        else:
-            attention_mask = self.ops.attention_mask(documents, positions, None)
-        return Context(
-            self.ops, cos.to(dtype), sin.to(dtype), attention_mask, masks, self.recompute
-        )
+
+        def attention_mask(window: int | None) -> Any:
+            if cache is not None and cache.sequences.stored > 0:
+                return cache.sequences.visible(positions, window)
+            return self.ops.attention_mask(documents, positions, window)
+
+        def starts() -> Tensor | None:
+            return self.ops.document_starts(documents, positions)
+
+        boundaries = DocumentBounds(cached(attention_mask), cached(starts))
+        return Context(self.ops, cos.to(dtype), sin.to(dtype), boundaries, masks, self.recompute)
 
 
 HeadLoss = Callable[[Tensor, Tensor], Tensor]

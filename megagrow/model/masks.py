@@ -5,7 +5,8 @@ multiply new parts by factors c that rise from 0 to 1. At c = 0 the model comput
 as the smaller model, for any values of the new parameters. Once all factors are 1, the masks are
 removed. New entries of an axis follow the old ones, and new layers follow the old layers.
 
-Shapes: B batch, S sequence, D hidden size, F feed-forward width, G key/value heads.
+Shapes: B batch, S sequence, D hidden size, F feed-forward width, G key/value heads,
+C channels of Mamba layers.
 """
 
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ _AXES = {
     "ffn": "intermediate_size",
     "residual": "hidden_size",
     "groups": "num_key_value_heads",
+    "inner": "mamba_d_inner",
 }
 """Width masks in MSG's growth order, and the config fields of their sizes."""
 
@@ -39,6 +41,8 @@ class Masks:
     """(G,): factor on keys, values and their queries, and thus on the attention output."""
     ffn: Tensor | None = None
     """(F,): factor on the feed-forward activations."""
+    inner: Tensor | None = None
+    """(C,): factor on the channels of Mamba layers after their convolution."""
 
     def gate(self, layer: int) -> Tensor | float | None:
         """Return the factor on the two outputs that a layer adds to the residual stream."""
@@ -60,7 +64,7 @@ def masks_at(
 
     All factors rise linearly. The factors of new layers rise over `ramp_tokens`. The grown width
     axes rise one after the other, each over an equal part of it: feed-forward, residual stream,
-    heads.
+    heads, Mamba channels.
     """
     new_layers = target.num_hidden_layers - source.num_hidden_layers
     axes = wider_axes(source, target)
@@ -79,7 +83,8 @@ def masks_at(
 
 def wider_axes(source: ModelConfig, target: ModelConfig) -> list[str]:
     """Return the axes that grow in width, by mask name, in ramp order."""
-    return [name for name, size in _AXES.items() if getattr(source, size) < getattr(target, size)]
+    sizes = ((name, getattr(source, size), getattr(target, size)) for name, size in _AXES.items())
+    return [name for name, old, new in sizes if old is not None and old < new]
 
 
 def masked(x: Tensor, mask: Tensor | float | None) -> Tensor:

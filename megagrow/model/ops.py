@@ -8,32 +8,20 @@ F feed-forward width.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megagrow.errors import ResourceError
+from megagrow.model.attention_ops import SDPA, attention_ops
 from megagrow.model.backends import Backends, KernelWorkload
 from megagrow.model.machine import Machine
 from megagrow.model.own_gradients import rms_norm, rope
+from megagrow.model.selective_scan import causal_conv, selective_scan
 from megagrow_kernels import reference
-from megagrow_kernels.reference import attention_mask, rope_tables
+from megagrow_kernels.reference import rope_tables
 
-__all__ = ["PLAIN", "TORCH_LOSS", "LossOps", "Ops", "attention_mask", "make_ops"]
-__all__ += ["TRITON_CHUNKS", "rope_tables", "sdpa", "triton_loss"]
-
-CUDNN_FIRST = 90
-"""Minimum compute capability to prefer cuDNN's attention: it is 1.7 to 2.3 times as fast as the
-default choice of torch."""
-
-_SDPA_PRIORITY = [
-    *(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION),
-    *(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
-]
+__all__ = ["PLAIN", "TORCH_LOSS", "TRITON_CHUNKS", "LossOps", "Ops", "make_ops"]
+__all__ += ["rope_tables", "triton_loss"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +67,15 @@ class Ops:
     attention: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
     """(q (B, S, H, K), k (B, S, G, K), v (B, S, G, K), attention_mask) -> (B, S, H, K), causal
     attention within documents and the window."""
+    document_starts: Callable[[Any, Tensor], Tensor | None]
+    """(result of `pack` or None, position_ids (B, S)) -> (B, S) bool, True at the first token of
+    each document; None for None."""
+    causal_conv: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    """(x (B, S, C), weight (C, W), bias (C,), starts (B, S) or None) -> (B, S, C), silu of a causal
+    depthwise convolution within documents."""
+    selective_scan: Callable[..., Tensor]
+    """(x (B, S, C), dt (B, S, C), A (C, N), B (B, S, N), C (B, S, N), D (C,), dt_bias (C,), starts
+    or None) -> (B, S, C), the recurrence of `reference.selective_scan` within documents."""
     loss: LossOps
     """Operations of the cross-entropy."""
 
@@ -95,51 +92,7 @@ def make_ops(backends: Backends, machine: Machine, work: KernelWorkload) -> Ops:
         ops = _with_triton_pointwise(ops)
     if backends.loss == "triton":
         ops = replace(ops, loss=triton_loss())
-    return _ATTENTION[backends.attention](ops, machine, work)
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Return torch's attention: q (B, S, H, K), k and v (B, S, G, K), H a multiple of G.
-
-    `mask` is None for causal attention, or the (B, 1, S, S) bool result of `attention_mask`.
-    """
-    grouped = q.shape[2] != k.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
-    )
-    return out.transpose(1, 2)
-
-
-def _sdpa_cudnn_first(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    with sdpa_kernel(_SDPA_PRIORITY, set_priority=True):
-        return sdpa(q, k, v, mask)
-
-
-def _identity_pack(document_ids: Tensor) -> Tensor:
-    return document_ids
-
-
-def _dense_mask(
-    document_ids: Tensor | None, position_ids: Tensor, window: int | None
-) -> Tensor | None:
-    if document_ids is None:
-        if window is None or window >= position_ids.shape[1]:
-            return None
-        document_ids = torch.zeros_like(position_ids[:1])  # one mask for all rows
-    return attention_mask(document_ids, window)
-
-
-class MaskSpec(NamedTuple):
-    """Mask of a backend that needs no matrix of it."""
-
-    documents: Any
-    """Result of `Ops.pack`, or None."""
-    window: int | None
-
-
-def _mask_spec(documents: Any, position_ids: Tensor, window: int | None) -> MaskSpec:
-    return MaskSpec(documents, window)
+    return replace(ops, **attention_ops(backends.attention, machine, work)._asdict())
 
 
 TORCH_LOSS = LossOps(
@@ -156,25 +109,12 @@ PLAIN = Ops(
     add_rms_norm=None,
     rope=rope,
     swiglu=reference.swiglu,
-    pack=_identity_pack,
-    attention_mask=_dense_mask,
-    attention=sdpa,
+    **SDPA._asdict(),
+    causal_conv=causal_conv,
+    selective_scan=selective_scan,
     loss=TORCH_LOSS,
 )
 """torch implementation of all operations, for every device and precision."""
-
-
-def _with_sdpa(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
-    # cuDNN's backward pass is not deterministic; the other backends follow torch's global setting.
-    cudnn = machine.capability >= CUDNN_FIRST and not work.deterministic
-    return replace(ops, attention=_sdpa_cudnn_first if cudnn else sdpa)
-
-
-def _with_reference(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec) -> Tensor:
-        return reference.attention(q, k, v, mask.documents, window=mask.window)
-
-    return replace(ops, attention_mask=_mask_spec, attention=attend)
 
 
 def _with_triton_norm(ops: Ops) -> Ops:
@@ -203,80 +143,3 @@ def triton_loss() -> LossOps:
         return logits
 
     return LossOps(kernels.vocab_statistics, kernels.combine_statistics, gradient, TRITON_CHUNKS)
-
-
-def _with_triton_attention(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
-    from megagrow_kernels.attention import attention
-    from megagrow_kernels.packing import pack
-
-    @cache
-    def one_document_per_row(batch: int, sequence: int, device: torch.device) -> Any:
-        return pack(None, batch, sequence).to(device)
-
-    def attention_mask(packing: Any, position_ids: Tensor, window: int | None) -> MaskSpec:
-        if packing is None:
-            packing = one_document_per_row(*position_ids.shape, position_ids.device)
-        return MaskSpec(packing, window)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec) -> Tensor:
-        return attention(q, k, v, mask.documents, window=mask.window)
-
-    return _with_packed_attention(ops, attend, attention_mask, work)
-
-
-def _with_flash_attn(ops: Ops, machine: Machine, work: KernelWorkload) -> Ops:
-    try:
-        import flash_attn
-    except ImportError as error:
-        raise ResourceError(f"flash-attn is installed but cannot be imported: {error}") from error
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec) -> Tensor:
-        packing, window = mask
-        options: dict[str, Any] = {"causal": True, "deterministic": work.deterministic}
-        if window is not None:
-            options["window_size"] = (window - 1, 0)  # tokens before and after the query
-        if packing is None:
-            return flash_attn.flash_attn_func(q, k, v, **options)
-        ends, longest = packing.cu_seqlens, packing.longest
-        tokens = (x.flatten(0, 1) for x in (q, k, v))
-        out = flash_attn.flash_attn_varlen_func(*tokens, ends, ends, longest, longest, **options)
-        return out.unflatten(0, q.shape[:2])
-
-    return _with_packed_attention(ops, attend, _mask_spec, work)
-
-
-def _with_packed_attention(
-    ops: Ops,
-    attend: Callable[..., Tensor],
-    attention_mask: Callable[[Any, Tensor, int | None], MaskSpec],
-    work: KernelWorkload,
-) -> Ops:
-    """Return ops with an attention that takes document boundaries as a `Packing`."""
-    from megagrow_kernels.packing import pack
-
-    return replace(
-        ops,
-        pack=lambda document_ids: pack(document_ids, *document_ids.shape),
-        attention_mask=attention_mask,
-        attention=partial(_attention_in_dtype, attend, work.dtype),
-    )
-
-
-def _attention_in_dtype(
-    attend: Callable[..., Tensor],
-    dtype: torch.dtype,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attention_mask: MaskSpec,
-) -> Tensor:
-    """Return attention in the stage's dtype: under autocast, growth masks can widen its inputs."""
-    return attend(q.to(dtype), k.to(dtype), v.to(dtype), attention_mask)
-
-
-_ATTENTION = {
-    "sdpa": _with_sdpa,
-    "reference": _with_reference,
-    "flash_attn": _with_flash_attn,
-    "triton": _with_triton_attention,
-}

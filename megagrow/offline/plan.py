@@ -253,6 +253,6 @@ def _scales(plan: ConversionPlan) -> Mapping[str, ParamScale]:
 
 
 def _decay(layout: Layout) -> str:
-    """Return True if norms have separate optimizer groups."""
-    mixed = any(len({layout.plan[n].is_vector for n in group}) == 2 for group in layout.groups)
+    """Return the parameters with weight decay, from the optimizer groups of a layout."""
+    mixed = any(len({layout.plan[n].decays for n in group}) == 2 for group in layout.groups)
     return "all" if mixed else "matrices"

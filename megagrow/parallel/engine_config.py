@@ -85,7 +85,7 @@ def parameter_groups(
     members: dict[tuple[bool, ParamScale], list[str]] = {}
     for decays in (True, False):
         for name, spec in plan.items():
-            if decays == (optimizer.weight_decay_on == "all" or not spec.is_vector):
+            if decays == (optimizer.weight_decay_on == "all" or spec.decays):
                 members.setdefault((decays, scales.get(name, UNSCALED)), []).append(name)
     return tuple(ParamGroup(tuple(names), *kind) for kind, names in members.items())
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from megagrow.config.schema import ModelConfig
-from megagrow.model.layers.base import VOCAB, WRITES_RESIDUAL, AxisRole
+from megagrow.model.layers.base import VOCAB, WRITES_RESIDUAL, AxisRole, InitialValues
 from megagrow.model.layers.table import ModelParameter, model_parameters
 
 if TYPE_CHECKING:
@@ -40,20 +40,28 @@ class ParamSpec:
     col_role: AxisRole | None
     padded_rows: int
     layer: int | None
-    init_std: float
-    """Standard deviation of the initial values; 0 represents the constant 1 of a norm's gain."""
+    initial: InitialValues
+    decays: bool
+    """True if weight decay of `matrices` includes the parameter."""
     norm: str | None = None
     """Gain of the norm whose output the parameter reads."""
+    silences: bool = False
+    """True if its block adds nothing to the residual stream while the parameter is zero."""
 
     @property
-    def leaf(self) -> str:
-        """Return the module name, such as `q_proj` of `model.layers.3.self_attn.q_proj.weight`."""
-        return self.name.removesuffix(".weight").rpartition(".")[2]
+    def name_in_layer(self) -> str:
+        """Return the name without the layer, such as `self_attn.q_proj.weight`."""
+        return self.name if self.layer is None else self.name.split(f".{self.layer}.", 1)[1]
 
     @property
     def is_vector(self) -> bool:
         """Return True for a vector."""
         return self.col_role is None
+
+    @property
+    def is_growable_matrix(self) -> bool:
+        """Return True for a matrix between two axes that can grow, not values of channels."""
+        return self.col_role is not None and self.col_role.axis.grown_by is not None
 
     @property
     def writes_residual(self) -> bool:
@@ -127,6 +135,8 @@ def _spec(parameter: ModelParameter, model: ModelConfig, tp: int) -> ParamSpec:
         col_role=declaration.col_role,
         padded_rows=pad(rows, tp) if declaration.row_role.axis == VOCAB else rows,
         layer=parameter.layer,
-        init_std=declaration.init_std(model),
+        initial=declaration.initial(model),
+        decays=declaration.is_product and not declaration.is_vector,
         norm=parameter.norm,
+        silences=parameter.silences,
     )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megagrow.model.layers.modules import LayerModule, RMSNorm
+from megagrow.model.layers.modules import LayerModule, PartialSum, RMSNorm, SharedWeight
 from megagrow.model.layers.table import EMBEDDING
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.masks import Masks
@@ -64,8 +64,9 @@ def parallelize(
     pre, post = collectives.copy_to_tensor_parallel, collectives.reduce_from_tensor_parallel
     if sequence_parallel:
         pre, post = collectives.gather_from_sequence, collectives.scatter_to_sequence
-    for block in model.modules():
+    for block in list(model.modules()):
         if isinstance(block, LayerModule):
+            _replace_placeholders(block, topology.tp_group)
             block.pre_collective = Region(pre, topology.tp_group)
             block.post_collective = Region(post, topology.tp_group)
     spec = plan[EMBEDDING.name]
@@ -82,6 +83,16 @@ def parallelize(
                 module.weight_collective = Region(
                     collectives.copy_to_tensor_parallel, topology.tp_group
                 )
+
+
+def _replace_placeholders(block: LayerModule, group: ProcessGroup) -> None:
+    """Replace the placeholders within a block by their collectives."""
+    for owner in block.modules():
+        for name, child in list(owner.named_children()):
+            if isinstance(child, PartialSum):
+                setattr(owner, name, Region(collectives.sum_of_partial, group))
+            elif isinstance(child, SharedWeight):
+                setattr(owner, name, Region(collectives.copy_to_tensor_parallel, group))
 
 
 def _slice_parameters(
@@ -102,7 +113,8 @@ def _slice_parameters(
 
 
 def rank_masks(masks: Masks, topology: Topology) -> Masks:
-    """Return this rank's masks on its device: ffn (F/tp,), groups (G/tp,), residual (D,).
+    """Return this rank's masks on its device: ffn (F/tp,), groups (G/tp,), inner (C/tp,), residual
+    (D,).
 
     They are sliced evenly by rank, like the activation axes in `parallel/sharding.py`.
     """
@@ -110,5 +122,5 @@ def rank_masks(masks: Masks, topology: Topology) -> Masks:
     def mine(mask: Tensor | None) -> Tensor | None:
         return None if mask is None else mask.chunk(topology.tp)[topology.tp_rank]
 
-    masks = replace(masks, groups=mine(masks.groups), ffn=mine(masks.ffn))
+    masks = replace(masks, groups=mine(masks.groups), ffn=mine(masks.ffn), inner=mine(masks.inner))
     return masks.to(topology.device)

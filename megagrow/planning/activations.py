@@ -121,6 +121,7 @@ class Activations:
             tp=self.layout.tp,
             attention=self.stage.kernels.attention,
             pointwise=self.stage.kernels.pointwise,
+            scan=self.stage.kernels.scan,
             checkpointing=checkpointing,
         )
         return block.type.activation_bytes(self.stage.model, batch)

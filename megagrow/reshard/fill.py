@@ -6,6 +6,7 @@ therefore bit-identical in all layouts.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megagrow.growth.map import Fill, GrowthMap
+from megagrow.model.layers.base import DT_RANGE, ZEROS, InitialValues
 from megagrow.parallel.sharding import ParamSpec, StateKind, Storage
 from megagrow.reshard.copy_ops import ELEMENTS_AT_ONCE, block_view
 from megagrow.reshard.index_ranges import overlap
@@ -96,7 +98,10 @@ class _Drawing:
             std = torch.tensor(self.fill.std, dtype=torch.float64)
             across = _mask(self.fill.new_cols, self.spec.cols)
             values = self._normals(rows).mul_(std[new[:, None], across])
-        return values.add_(self.fill.constant * new[:, None])
+        if self.fill.initial != ZEROS:
+            drawn = initial_values(self.fill.initial, self.fill.stream, rows, self.spec.cols)
+            values += drawn.double() * new[:, None]
+        return values
 
     def _normals(self, rows: range) -> Tensor:
         if self.fill.basis is None:
@@ -133,26 +138,42 @@ def _mask(mask: np.ndarray | None, size: int) -> Tensor:
 
 
 def initial_rows(spec: ParamSpec, seed: int, rows: range) -> Tensor:
-    """Return initial rows of a parameter: (len(rows), spec.cols) fp32, on the CPU.
+    """Return initial rows of a parameter: (len(rows), spec.cols) fp32, on the CPU."""
+    return initial_values(spec.initial, f"{seed}/{spec.name}", rows, spec.cols)
 
-    Norm gains are 1. All other parameters are normal with mean 0 and the plan's standard deviation.
-    """
-    if spec.init_std == 0:
-        return torch.ones(len(rows), spec.cols)
-    first, count = rows.start * spec.cols, len(rows) * spec.cols
-    return normal(f"{seed}/{spec.name}", first, count).mul_(spec.init_std).view(-1, spec.cols)
+
+def initial_values(initial: InitialValues, stream: str, rows: range, cols: int) -> Tensor:
+    """Return rows of initial values: (len(rows), cols) fp32. Draws are those of a named stream."""
+    first, count = rows.start * cols, len(rows) * cols
+    match initial.distribution:
+        case "constant":
+            values = torch.full((count,), initial.scale)
+        case "normal":
+            values = normal(stream, first, count).mul_(initial.scale)
+        case "uniform":
+            values = _uniform(stream, first, count).mul_(2).sub_(1).mul_(initial.scale).float()
+        case "log of column":
+            values = torch.arange(1, cols + 1).log().repeat(len(rows))
+        case "inverse softplus":
+            least, most = (math.log(bound) for bound in DT_RANGE)
+            dt = _uniform(stream, first, count).mul_(most - least).add_(least).exp_()
+            values = (dt + torch.log(-torch.expm1(-dt))).float()
+    return values.view(-1, cols)
 
 
 def normal(stream: str, first: int, count: int) -> Tensor:
-    """Return elements first..first+count of a named stream of standard normals: (count,) fp32.
+    """Return elements first..first+count of a named stream of standard normals: (count,) fp32."""
+    return torch.special.ndtri(_uniform(stream, first, count)).float()
 
-    Philox (Salmon et al. 2011) with the position in the stream as counter, mapped by the normal
-    quantile function.
+
+def _uniform(stream: str, first: int, count: int) -> Tensor:
+    """Return elements of a named stream of uniform numbers in (0, 1): (count,) fp64.
+
+    Philox (Salmon et al. 2011) with the position in the stream as counter.
     """
     key = int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=16).digest(), "little")
     # Philox generates four 64-bit numbers per counter value.
     generator = np.random.Philox(key=key, counter=first // 4)
     # 52 bits plus one half use all 53 bits of fp64: no rounding to 1, whose quantile is infinite.
     bits = generator.random_raw(first % 4 + count)[first % 4 :] >> np.uint64(12)
-    uniform = torch.from_numpy((bits.astype(np.float64) + 0.5) * 2.0**-52)
-    return torch.special.ndtri(uniform).float()
+    return torch.from_numpy((bits.astype(np.float64) + 0.5) * 2.0**-52)

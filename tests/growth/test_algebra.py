@@ -14,7 +14,7 @@ from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Term
 from megagrow.growth.operators import OPERATORS, growth_map
 from megagrow.parallel.engine_config import ParamScale, parameter_groups
 from megagrow.parallel.sharding import parameter_plan
-from megagrow.reshard.fill import normal
+from megagrow.reshard.fill import initial_values, normal
 from tests.helpers.growth.cases import CHANGES, Case, case, cases, sources, times
 from tests.helpers.growth.computing import random_moments
 from tools.docs.operators.dense_growth import State, filled, grown
@@ -147,7 +147,8 @@ def test_any_rows_of_a_fill_can_be_made_alone(found: Case, data: st.DataObject) 
             new_row = fill.new_rows is not None and bool(fill.new_rows[first])
             new_cols = np.zeros(cols, bool) if fill.new_cols is None else fill.new_cols
             std = torch.tensor([fill.std[new_row][int(new)] for new in new_cols])
-            expected = expected * std + fill.constant * new_row
+            initial = initial_values(fill.initial, fill.stream, range(first, first + 1), cols)[0]
+            expected = expected * std + initial.double() * new_row
             assert torch.allclose(whole[first], expected.double(), rtol=1e-6, atol=1e-12)
 
 

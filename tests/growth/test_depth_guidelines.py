@@ -11,6 +11,7 @@ from megagrow.config.flops import parameters
 from megagrow.config.growth_guidelines import RATES, connection_rate, rate_for_size
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.depth import interpolated_layers, stacked_layers
+from tests.helpers.hugging_face import tiny
 
 MODELS = Path(__file__).resolve().parents[2] / "configs" / "model"
 
@@ -44,7 +45,8 @@ def test_connection_rate_of_the_papers_table_5(
 
 def test_connection_rate_of_stacking_and_interpolation() -> None:
     assert 100 * connection_rate(stacked_layers(8, 24)) == pytest.approx(91.3, abs=0.05)
-    assert 100 * connection_rate(interpolated_layers(8, 24)) == pytest.approx(30.4, abs=0.05)
+    models = [tiny(num_hidden_layers=layers) for layers in (8, 24)]
+    assert 100 * connection_rate(interpolated_layers(*models)) == pytest.approx(30.4, abs=0.05)
 
 
 @pytest.mark.parametrize(

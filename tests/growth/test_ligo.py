@@ -119,7 +119,9 @@ def test_new_layers_begin_silent():
     copies = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1], [0, 1]])
     silent = torch.tensor([[1.0, 0], [0, 0], [0, 0], [0, 1], [0, 0]])
     for tensor, matrix in learned.depth.items():
-        expected = silent if tensor in ("o_proj", "down_proj") else copies
+        expected = (
+            silent if tensor in ("self_attn.o_proj.weight", "mlp.down_proj.weight") else copies
+        )
         assert torch.equal(matrix, expected), tensor
 
 

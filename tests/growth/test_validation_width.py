@@ -42,9 +42,9 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
             {"operator": name},
             [
                 multiple("hidden_size", 24, 16, name, ANY_SIZE),
-                multiple("intermediate_size", 25, 24, name, ANY_SIZE),
                 multiple("num_attention_heads", 6, 4, name, ANY_SIZE),
                 multiple("num_key_value_heads", 3, 2, name, ANY_SIZE),
+                multiple("intermediate_size", 25, 24, name, ANY_SIZE),
             ],
         )
         for name in ("hypercloning", "mup_copy")

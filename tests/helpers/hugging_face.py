@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
-from transformers import LlamaForCausalLM as HuggingFaceLlama
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from megagrow.config.model import MAMBA_KEYS
 from megagrow.config.schema import ModelConfig
 from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
 from megagrow.formats.hugging_face_tokenizer import tokenizer_files
@@ -32,21 +32,28 @@ def tiny(**changes: Any) -> ModelConfig:
     return ModelConfig(**TINY | changes)
 
 
-def hugging_face(config: ModelConfig, seed: int = 0) -> HuggingFaceLlama:
+FEATURES = {"layer_types", "attention_bias", "qk_norm", "norm_position", *MAMBA_KEYS}
+"""Keys of ours that their classes imply."""
+
+WITH_LAYER_TYPES = ("qwen2", "qwen3")
+
+
+def hugging_face(config: ModelConfig, seed: int = 0) -> PreTrainedModel:
     """Their model of our config, fp32 and eager, with weights far from any symmetry."""
-    fields = config.model_dump()
-    rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
-    del fields["rope_scaling"]
+    fields = config.model_dump(exclude={*FEATURES, "rope_theta", "rope_scaling"})
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         rope |= config.rope_scaling.given()
-    model = HuggingFaceLlama(
-        LlamaConfig(**fields, rope_parameters=rope, attn_implementation="eager")
-    )
+    types = [config.layer_type(layer) for layer in range(config.num_hidden_layers)]
+    fields |= {"layer_types": types} if config.model_type in WITH_LAYER_TYPES else {}
+    fields |= {"use_sliding_window": True} if config.sliding_window else {}
+    made = AutoConfig.for_model(**fields, rope_parameters=rope)
+    model = AutoModelForCausalLM.from_config(made, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            gain = parameter.dim() == 1
+            gain = parameter.dim() == 1  # or a bias: the mean does not matter
             parameter.copy_(1 + 0.3 * noise if gain else noise * parameter.shape[1] ** -0.5)
     return model
 
@@ -58,7 +65,7 @@ def tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> tuple
     return tuple(torch.randint(config.vocab_size, shape, generator=generator))
 
 
-def outcome(model: HuggingFaceLlama, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
+def outcome(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
     """Logits (B, S, V), and by parameter the gradient of the mean cross-entropy of all labels."""
     model.zero_grad()
     logits = model(input_ids=ids, use_cache=False).logits

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
-from megagrow.model.ops import sdpa
+from megagrow.model.attention_ops import sdpa
 from megagrow_kernels import reference
 from megagrow_kernels.accuracy import attention_terms
 from megagrow_kernels.attention import attention

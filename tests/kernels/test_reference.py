@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.llama import modeling_llama as theirs
 
-from megagrow.model import ops
+from megagrow.model import attention_ops, ops
 from megagrow_kernels import reference
 from tests.helpers.hugging_face import hugging_face, tiny
 
@@ -80,7 +80,7 @@ def test_attention_is_causal_attention(groups):
     expected = F.scaled_dot_product_attention(q.transpose(1, 2), *repeated, is_causal=True)
     expected = expected.transpose(1, 2)
     torch.testing.assert_close(reference.attention(q, k, v), expected, **CLOSE)
-    torch.testing.assert_close(ops.sdpa(q, k, v, None), expected, **CLOSE)
+    torch.testing.assert_close(attention_ops.sdpa(q, k, v, None), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
@@ -94,15 +94,15 @@ def test_attention_of_packed_documents_is_attention_of_each(groups):
             one = [x[row : row + 1, where] for x in (q, k, v)]
             expected = reference.attention(*one)[0]
             torch.testing.assert_close(full[row][where], expected, **CLOSE)
-    fused = ops.sdpa(q, k, v, ops.attention_mask(ids))
+    fused = attention_ops.sdpa(q, k, v, reference.attention_mask(ids))
     torch.testing.assert_close(fused, full, **CLOSE)
 
 
 def test_gradients_of_the_ops_are_those_of_the_references():
     inputs = [draw(2, 12, 4, 8), draw(2, 12, 2, 8, seed=1), draw(2, 12, 2, 8, seed=2)]
-    mask = ops.attention_mask(documents())
+    mask = reference.attention_mask(documents())
     calls = (
-        lambda q, k, v: ops.sdpa(q, k, v, mask),
+        lambda q, k, v: attention_ops.sdpa(q, k, v, mask),
         lambda q, k, v: reference.attention(q, k, v, documents()),
     )
     gradients = []

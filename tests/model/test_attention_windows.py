@@ -1,11 +1,8 @@
 """Sliding-window attention of every backend: a direct computation, and transformers' Mistral."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
-from transformers import MistralConfig, MistralForCausalLM
 
 from megagrow.model.backends import Backends, KernelWorkload
 from megagrow.model.layers.decoding import DecodedSequences
@@ -76,21 +73,11 @@ def test_a_window_of_the_sequence_needs_no_mask() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_are_those_of_mistral(backend: str) -> None:
     """The text is four times as long as the window."""
-    config, window = tiny(num_key_value_heads=2), 5
-    weights = hugging_face(config).state_dict()
-    fields = config.model_dump(exclude={"rope_theta", "rope_scaling"})
-    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    mistral = MistralForCausalLM(
-        MistralConfig(**fields, sliding_window=window, attn_implementation="eager")
-    )
-    mistral.load_state_dict(weights)
-    made = ops_of(backend, packed=False)
-
-    def windowed(documents: object, positions: Tensor, _: int | None) -> object:
-        return made.attention_mask(documents, positions, window)
-
-    model = LlamaForCausalLM(config, ops=replace(made, attention_mask=windowed))
-    model.load_state_dict(weights)
+    window = 5
+    config = tiny(num_key_value_heads=2, model_type="mistral", sliding_window=window)
+    mistral = hugging_face(config)
+    model = LlamaForCausalLM(config, ops=ops_of(backend, packed=False))
+    model.load_state_dict(mistral.state_dict())
     ids, _ = tokens(config, 2, 4 * window)
     with torch.no_grad():
         expected = mistral(ids).logits

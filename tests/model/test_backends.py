@@ -37,12 +37,12 @@ WINDOWED = replace(BF16, windowed=True)
 ODD = KernelWorkload(torch.bfloat16, 66, packed=True)
 """A head_dim that is no multiple of 8."""
 
-TORCH = Backends("sdpa", "torch", "torch", "torch")
+TORCH = Backends("sdpa", "torch", "torch", "torch", "torch")
 
 
 def rows(attention: str) -> Backends:
     """Triton's kernels for all but attention."""
-    return Backends(attention, "triton", "triton", "triton")
+    return Backends(attention, "triton", "triton", "triton", "triton")
 
 
 @pytest.mark.parametrize(
@@ -66,11 +66,11 @@ def rows(attention: str) -> Backends:
         (HOPPER, ODD, rows("sdpa")),
         (UNCHECKED, PACKED, TORCH),
         (UNCHECKED, BF16, TORCH),
-        (replace(UNCHECKED, flash_attn=True), PACKED, Backends("flash_attn", *["torch"] * 3)),
+        (replace(UNCHECKED, flash_attn=True), PACKED, Backends("flash_attn", *["torch"] * 4)),
         (WITH_FLASH, BF16, rows("sdpa")),
         (WITH_FLASH, PACKED, rows("triton")),
         (WITH_FLASH, ODD, rows("sdpa")),
-        (Machine("cuda", 90, flash_attn=True), PACKED, Backends("flash_attn", *["torch"] * 3)),
+        (Machine("cuda", 90, flash_attn=True), PACKED, Backends("flash_attn", *["torch"] * 4)),
         (Machine("cuda", 90, flash_attn=True), BF16, TORCH),
     ],
 )
@@ -80,10 +80,10 @@ def test_what_auto_takes(machine: Machine, work: KernelWorkload, expected: Backe
 
 @pytest.mark.parametrize("machine", [INTERPRETER, AMPERE, HOPPER, UNCHECKED])
 def test_what_is_named_is_taken(machine: Machine) -> None:
-    config = KernelsConfig(attention="triton", norm="triton", pointwise="triton", loss="triton")
+    config = KernelsConfig(**dict.fromkeys(OPERATIONS, "triton"))
     assert choose(config, machine, FP32) == rows("triton")
-    config = KernelsConfig(attention="reference", norm="torch", pointwise="torch", loss="torch")
-    assert choose(config, machine, FP32) == Backends("reference", "torch", "torch", "torch")
+    config = KernelsConfig(**dict.fromkeys(OPERATIONS, "torch") | {"attention": "reference"})
+    assert choose(config, machine, FP32) == Backends("reference", *["torch"] * 4)
     assert choose(KernelsConfig(norm="triton"), INTERPRETER, FP32).loss == "torch"
 
 
@@ -143,4 +143,6 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
     with pytest.raises(InputError) as caught:
         choose(config, MAC, FP32)
     told = str(caught.value)
-    assert [f"kernels.{key} = " in told for key in OPERATIONS] == [True, True, False, True]
+    assert [f"kernels.{key} = " in told for key in OPERATIONS] == [
+        *(True, True, False, True, False)
+    ]

@@ -17,7 +17,6 @@ from megagrow.model.layers.base import (
 )
 from megagrow.model.layers.decoding import DecodedSequences, DecodingState
 from megagrow.model.layers.modules import Context, LayerModule
-from megagrow.model.layers.table import BlockDeclaration
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.masks import Masks
 from tests.helpers.hugging_face import LLAMA3, YARN, hugging_face, tiny, tokens
@@ -129,7 +128,7 @@ def test_growth_masks_apply_to_cached_keys_and_values() -> None:
 
 
 def test_a_layer_type_declares_its_own_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention with keys and values, a type with a state of constant size, and one without."""
+    """Attention with keys and values, and a type with a state of constant size."""
     declared = ParameterDeclaration("proj.weight", WRITES_RESIDUAL, READS_RESIDUAL)
     shift = LayerType(
         "shift",
@@ -139,8 +138,7 @@ def test_a_layer_type_declares_its_own_state(monkeypatch: pytest.MonkeyPatch) ->
         build=Shift,
         decoding_state=Previous,
     )
-    blocks = (*table.DECODER_BLOCKS, BlockDeclaration("shift_norm", "shift", shift))
-    monkeypatch.setattr(table, "DECODER_BLOCKS", blocks)
+    monkeypatch.setattr(table, "FEED_FORWARD", shift)
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny(num_key_value_heads=2)).eval()
     assert list(DecodingCache(model.config, torch.device("cpu")).layers[0]) == [

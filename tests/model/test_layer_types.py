@@ -16,16 +16,17 @@ from megagrow.config.schema import ModelConfig, StageConfig
 from megagrow.growth.map import Gather
 from megagrow.growth.operators import growth_map
 from megagrow.model.layers import table
-from megagrow.model.layers.attention import ATTENTION
 from megagrow.model.layers.base import (
+    ONES,
     READS_RESIDUAL,
     WRITES_RESIDUAL,
     ActivationAxis,
     LayerType,
     ParameterDeclaration,
+    ones,
+    scaled_normal,
 )
 from megagrow.model.layers.modules import Context, LayerModule
-from megagrow.model.layers.table import BlockDeclaration
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.planning.memory import stage_memory
@@ -36,9 +37,9 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megagrow"
 INNER = ActivationAxis("inner", ("intermediate_size",), "intermediate_size")
 
 PARAMETERS = (
-    ParameterDeclaration("scale", INNER.produced, None, "ones"),
+    ParameterDeclaration("scale", INNER.produced, None, ones),
     ParameterDeclaration("in_proj.weight", INNER.produced, READS_RESIDUAL),
-    ParameterDeclaration("out_proj.weight", WRITES_RESIDUAL, INNER.consumed, "scaled normal"),
+    ParameterDeclaration("out_proj.weight", WRITES_RESIDUAL, INNER.consumed, scaled_normal),
 )
 
 
@@ -73,9 +74,7 @@ SMALL = tiny(num_hidden_layers=2)
 @pytest.fixture(autouse=True)
 def scaled_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register the type: every layer is attention, then the scaled block."""
-    attention = BlockDeclaration("input_layernorm", "self_attn", ATTENTION)
-    blocks = (attention, BlockDeclaration("scaled_norm", "scaled", SCALED))
-    monkeypatch.setattr(table, "DECODER_BLOCKS", blocks)
+    monkeypatch.setattr(table, "FEED_FORWARD", SCALED)
 
 
 def test_sharding_and_model_have_the_declared_parameters() -> None:
@@ -92,8 +91,8 @@ def test_sharding_and_model_have_the_declared_parameters() -> None:
     assert plan[f"{prefix}.in_proj.weight"].slice_shape(2) == (inner // 2, hidden)
     assert plan[f"{prefix}.scale"].slice_shape(2) == (inner // 2, 1)
     assert plan[f"{prefix}.out_proj.weight"].slice_shape(2) == (hidden, inner // 2)
-    assert plan[f"{prefix}.in_proj.weight"].norm == "model.layers.1.scaled_norm.weight"
-    assert plan[f"{prefix}.scale"].init_std == 0
+    assert plan[f"{prefix}.in_proj.weight"].norm == "model.layers.1.post_attention_layernorm.weight"
+    assert plan[f"{prefix}.scale"].initial == ONES
 
 
 def test_counts_follow() -> None:
@@ -166,8 +165,7 @@ def test_declarations_may_depend_on_the_config(monkeypatch: pytest.MonkeyPatch) 
         SCALED,
         parameters=lambda config: PARAMETERS if config.tie_word_embeddings else PARAMETERS[1:],
     )
-    blocks = (BlockDeclaration("scaled_norm", "scaled", optional),)
-    monkeypatch.setattr(table, "DECODER_BLOCKS", blocks)
+    monkeypatch.setattr(table, "FEED_FORWARD", optional)
     tied = SMALL.model_copy(update={"tie_word_embeddings": True})
     assert "model.layers.0.scaled.scale" in parameter_plan(tied, tp=1)
     assert "model.layers.0.scaled.scale" not in parameter_plan(SMALL, tp=1)
@@ -186,5 +184,5 @@ def test_only_layer_types_name_their_parameters() -> None:
         if PROJECTIONS.search(path.read_text(encoding="utf-8"))
     }
     layers = {name for name in named if name.startswith("model/layers/")}
-    # The docstring of `ParamSpec.leaf` has an example.
+    # The docstring of `ParamSpec.name_in_layer` has an example.
     assert named - layers <= FOREIGN_NAMES | {"parallel/sharding.py"}

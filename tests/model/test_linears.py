@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from megagrow.model.layers.linears import apply_linears
-from megagrow.model.layers.modules import Attention, Context
+from megagrow.model.layers.modules import Attention, Context, DocumentBounds
 from megagrow.model.masks import Masks
 from megagrow.model.ops import PLAIN
 from tests.helpers.hugging_face import tiny
@@ -139,7 +139,10 @@ def test_attention_adds_no_gradients_of_its_input() -> None:
     config = tiny(num_key_value_heads=2)
     block, x = Attention(config), torch.randn(1, 5, config.hidden_size, requires_grad=True)
     tables = (torch.ones(1, 5, 1, config.head_dim), torch.zeros(1, 5, 1, config.head_dim))
-    out = block(x, Context(PLAIN, *tables, None, Masks(), "none"))
+    out = block(
+        x,
+        Context(PLAIN, *tables, DocumentBounds(lambda window: None, lambda: None), Masks(), "none"),
+    )
     with Calls() as calls:
         out.sum().backward()
     assert calls.counts["addmm_"] == 2 and calls.counts["mm"] == 4 + 2

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
+from megagrow.model.attention_ops import sdpa
 from megagrow.model.backends import Backends, KernelWorkload
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.machine import Machine, machine_of
 from megagrow.model.masks import Masks
-from megagrow.model.ops import PLAIN, Ops, attention_mask, make_ops, sdpa
+from megagrow.model.ops import PLAIN, Ops, make_ops
 from megagrow_kernels import reference
+from megagrow_kernels.reference import attention_mask
 from tests.helpers.hugging_face import tiny, tokens
 
 CPU = machine_of(torch.device("cpu"))
@@ -242,6 +244,7 @@ sys.modules["triton"] = None
 import torch
 from megagrow.config.stage import KernelsConfig
 from megagrow.config.schema import ModelConfig
+from megagrow.model.attention_ops import sdpa
 from megagrow.model.backends import KernelWorkload, choose
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.machine import machine_of

@@ -40,8 +40,10 @@ def test_layers_and_initial_deviations():
     for name, spec in plan.items():
         assert spec.layer == (int(name.split(".")[2]) if ".layers." in name else None)
         output = "o_proj" in name or "down_proj" in name
-        expected = 0 if "norm" in name else 0.5 / math.sqrt(16) if output else 0.5
-        assert spec.init_std == pytest.approx(expected), name
+        distribution = "constant" if "norm" in name else "normal"
+        expected = 1 if "norm" in name else 0.5 / math.sqrt(16) if output else 0.5
+        assert spec.initial.distribution == distribution, name
+        assert spec.initial.scale == pytest.approx(expected), name
 
 
 @given(models(), st.sampled_from([1, 2, 4]))

@@ -10,6 +10,7 @@ from torch import Tensor
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap
 from megagrow.growth.map import StateKind as StateKind
+from megagrow.model.layers.base import ZEROS, InitialValues
 from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
 from megagrow.reshard.apply import Application
 from megagrow.reshard.layout import Block
@@ -128,8 +129,8 @@ def test_gathers_are_those_of_the_whole_tensor_to_the_bit(data, model, at_once):
 
 
 FILLS = {
-    "quadrants": Fill("a", ((0.0, 1.0), (2.0, 3.0)), 0.0, np.arange(9) > 5, np.arange(12) > 7),
-    "constant": Fill("b", constant=1.5, new_rows=np.arange(9) % 2 == 0),
+    "quadrants": Fill("a", ((0.0, 1.0), (2.0, 3.0)), ZEROS, np.arange(9) > 5, np.arange(12) > 7),
+    "constant": Fill("b", initial=InitialValues("constant", 1.5), new_rows=np.arange(9) % 2 == 0),
     "center": Fill("c", ((1.0, 1.0), (1.0, 1.0)), center=np.arange(12) % 5),
     "basis": Fill("d", ((1.0, 1.0), (1.0, 1.0)), basis=np.linalg.qr(matrix(12, 4, 9))[0]),
 }

@@ -91,7 +91,7 @@ def test_gains_are_one_and_deviations_those_of_the_plan():
         if spec.is_vector:
             assert (values == 1).all()
         else:
-            assert values.std().item() == pytest.approx(spec.init_std, rel=0.1), spec
+            assert values.std().item() == pytest.approx(spec.initial.scale, rel=0.1), spec
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,9 +1,11 @@
-"""Declaration of causal self-attention: rotary positions, grouped queries, no bias.
+"""Declaration of causal self-attention: rotary positions, grouped queries, optional window, biases
+and norms of queries and keys.
 
 A group is one key/value head and its query heads. Growth adds complete groups; LiGO mixes complete
 heads, which commutes with rotary positions (docs/reference/operators.md).
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megagrow.config.schema import ModelConfig
@@ -14,6 +16,9 @@ from megagrow.model.layers.base import (
     LayerType,
     MicroBatch,
     ParameterDeclaration,
+    ones,
+    scaled_normal,
+    zeros,
 )
 
 if TYPE_CHECKING:
@@ -29,16 +34,28 @@ VALUE = ActivationAxis("value", _KEYS, "num_key_value_heads", "head_dim")
 MIXED = ActivationAxis("mixed", _QUERIES, "num_key_value_heads", "head_dim")
 """Weighted sums of the values: the input of o_proj."""
 
-_PARAMETERS = (
-    ParameterDeclaration("q_proj.weight", QUERY.produced, READS_RESIDUAL),
-    ParameterDeclaration("k_proj.weight", KEY.produced, READS_RESIDUAL),
-    ParameterDeclaration("v_proj.weight", VALUE.produced, READS_RESIDUAL),
-    ParameterDeclaration("o_proj.weight", WRITES_RESIDUAL, MIXED.consumed, "scaled normal"),
-)
+HEAD_DIM = ActivationAxis("head_dim", ("head_dim",), None, sliced=False)
+"""Entries of a head, for the norms that all heads share."""
 
 
 def _parameters(config: ModelConfig) -> tuple[ParameterDeclaration, ...]:
-    return _PARAMETERS
+    """Return the projections, and the biases and norms of the configuration.
+
+    A full-width norm has one gain per query or key; its mean square is a sum over all heads.
+    """
+    found = []
+    for name, axis in (("q_proj", QUERY), ("k_proj", KEY), ("v_proj", VALUE)):
+        found.append(ParameterDeclaration(f"{name}.weight", axis.produced, READS_RESIDUAL))
+        if config.attention_bias:
+            found.append(ParameterDeclaration(f"{name}.bias", axis.produced, None, zeros))
+    found.append(
+        ParameterDeclaration("o_proj.weight", WRITES_RESIDUAL, MIXED.consumed, scaled_normal)
+    )
+    if config.qk_norm is not None:
+        for name, axis in (("q_norm", QUERY), ("k_norm", KEY)):
+            scaled = HEAD_DIM if config.qk_norm == "per_head" else axis
+            found.append(ParameterDeclaration(f"{name}.weight", scaled.produced, None, ones))
+    return tuple(found)
 
 
 def _score_flops(config: ModelConfig, sequence_length: int) -> int:
@@ -66,10 +83,25 @@ def _activation_bytes(config: ModelConfig, batch: MicroBatch) -> int:
     return operands + batch.tokens * batch.sequence_length * (4 * queries + batch.tp)
 
 
+def _window_flops(config: ModelConfig, sequence_length: int) -> int:
+    """Return `_score_flops` with the positions that a window of W leaves visible: on average
+    W (2 S - W + 1) / (2 S) of a sequence of S > W."""
+    assert config.sliding_window is not None
+    window = min(config.sliding_window, sequence_length)
+    visible_twice = window * (2 * sequence_length - window + 1)
+    return 6 * MIXED.size(config) * visible_twice // sequence_length
+
+
 def _build(config: ModelConfig) -> "LayerModule":
     from megagrow.model.layers.modules import Attention
 
     return Attention(config)
+
+
+def _build_with_window(config: ModelConfig) -> "LayerModule":
+    from megagrow.model.layers.modules import Attention
+
+    return Attention(config, config.sliding_window)
 
 
 def _decoding_state(sequences: "DecodedSequences") -> "DecodingState":
@@ -79,7 +111,7 @@ def _decoding_state(sequences: "DecodedSequences") -> "DecodingState":
 
 
 ATTENTION = LayerType(
-    "full_attention",
+    "self_attn",
     label="attention's projections",
     parameters=_parameters,
     activation_bytes=_activation_bytes,
@@ -88,3 +120,6 @@ ATTENTION = LayerType(
     score_flops=_score_flops,
     decoding_state=_decoding_state,
 )
+
+SLIDING_ATTENTION = replace(ATTENTION, build=_build_with_window, score_flops=_window_flops)
+"""Attention to the last `sliding_window` tokens."""

@@ -23,9 +23,45 @@ AxisSide = Literal["produces", "consumes", "gain", "tied gain"]
 the gain of a norm whose output is read by the embedding matrix (a tied head).
 """
 
-Initialization = Literal["ones", "normal", "scaled normal"]
-"""Initial values: 1, or normal with standard deviation `initializer_range`, which `scaled normal`
-divides by sqrt(2 num_hidden_layers), as in Megatron-LM."""
+Distribution = Literal["constant", "normal", "uniform", "log of column", "inverse softplus"]
+
+
+class InitialValues(NamedTuple):
+    """Distribution of the initial values of a parameter; `reshard/fill.py` draws them."""
+
+    distribution: Distribution
+    """`constant`: `scale`. `normal`: mean 0, standard deviation `scale`. `uniform`: from -`scale`
+    to `scale`. `log of column`: log(1 + column). `inverse softplus`: the x with softplus(x) = dt
+    for a dt that is log-uniform from `DT_RANGE`."""
+    scale: float = 1.0
+
+
+ZEROS, ONES = InitialValues("constant", 0.0), InitialValues("constant", 1.0)
+
+DT_RANGE = (1e-3, 0.1)
+"""Initial step sizes of Mamba (Gu and Dao 2023, section 3.6). The floor of 1e-4 in the original
+code is below this range."""
+
+
+def normal(config: ModelConfig) -> InitialValues:
+    """Return the default: normal with standard deviation `initializer_range`."""
+    return InitialValues("normal", config.initializer_range)
+
+
+def scaled_normal(config: ModelConfig) -> InitialValues:
+    """Return the values of last projections: the standard deviation is divided by
+    sqrt(2 num_hidden_layers), as in Megatron-LM."""
+    return InitialValues("normal", config.initializer_range / (2 * config.num_hidden_layers) ** 0.5)
+
+
+def ones(config: ModelConfig) -> InitialValues:
+    """Return the constant 1."""
+    return ONES
+
+
+def zeros(config: ModelConfig) -> InitialValues:
+    """Return the constant 0."""
+    return ZEROS
 
 
 @dataclass(frozen=True)
@@ -35,8 +71,9 @@ class ActivationAxis:
     name: str
     sizes: tuple[str, ...]
     """Fields of ModelConfig whose product is the number of entries."""
-    grown_by: str
-    """Field that counts the units of growth: a width operator adds complete units."""
+    grown_by: str | None
+    """Field that counts the units of growth: a width operator adds complete units. None: width
+    operators do not change the axis."""
     block: str | None = None
     """Field with the number of entries that LiGO mixes as one; None: every entry is mixed alone."""
     sliced: bool = True
@@ -81,7 +118,11 @@ class ParameterDeclaration:
     """Path within the block, such as `q_proj.weight`."""
     row_role: AxisRole
     col_role: AxisRole | None
-    initialization: Initialization = "normal"
+    initial: Callable[[ModelConfig], InitialValues] = normal
+    """Initial values, which new entries of a vector or of a channel also have."""
+    is_product: bool = True
+    """True if a matrix multiplies activations: its product counts as FLOPs, and weight decay of
+    `matrices` includes it."""
 
     @property
     def is_vector(self) -> bool:
@@ -98,21 +139,11 @@ class ParameterDeclaration:
         return prod(self.shape(config))
 
     def matmul_flops(self, config: ModelConfig) -> int:
-        """Return the training FLOPs per token of the product with a matrix; 0 for a vector.
+        """Return the training FLOPs per token of the product with a matrix; 0 if there is none.
 
         A matrix element takes 2 FLOPs in the forward pass and 4 in the backward pass.
         """
-        return 0 if self.is_vector else 6 * self.numel(config)
-
-    def init_std(self, config: ModelConfig) -> float:
-        """Return the standard deviation of the initial values; 0 represents the constant 1."""
-        match self.initialization:
-            case "ones":
-                return 0.0
-            case "normal":
-                return config.initializer_range
-            case "scaled normal":
-                return config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
+        return 6 * self.numel(config) if self.is_product and not self.is_vector else 0
 
 
 @dataclass(frozen=True)
@@ -129,6 +160,8 @@ class MicroBatch:
     """Attention backend; see `kernels.attention`."""
     pointwise: str
     """Backend of SwiGLU; see `kernels.pointwise`."""
+    scan: str
+    """Backend of the selective scan; see `kernels.scan`."""
     checkpointing: str
     """Value of `activation_checkpointing`."""
 
@@ -142,17 +175,17 @@ def no_score_flops(config: ModelConfig, sequence_length: int) -> int:
 class LayerType:
     """Properties of one type of block used by the other packages.
 
-    A block reads the output of a norm and adds its output to the residual stream. Tensor
-    parallelism slices the axes that are `sliced`, and needs one collective before and one after the
-    block. Growth lifts the axes of the parameters.
+    A block reads the residual stream and adds its output to it; a norm precedes or follows it.
+    Tensor parallelism slices the axes that are `sliced`, and needs one collective before and one
+    after the block; the module marks further sums over ranks (`layers/collectives.py`). Growth
+    lifts the axes of the parameters.
 
-    Limits of a declaration: parameters are matrices and vectors; new entries of a vector start at
-    1 when the model grows; the gradient of a parameter without a sliced axis is not summed over
-    tensor-parallel ranks; a block does not communicate between ranks itself, and sees documents
-    only through the attention mask of its `Context`.
+    Limits of a declaration: parameters are matrices and vectors, and a block sees documents only
+    through its `Context`.
     """
 
     name: str
+    """Name of the block within a decoder layer, such as `self_attn`."""
     label: str
     """Name of the products with weights in tables of FLOPs."""
     parameters: Callable[[ModelConfig], tuple[ParameterDeclaration, ...]]

@@ -4,7 +4,7 @@ A layer type declares its state (`LayerType.decoding_state`). A block finds its 
 `Context.state`.
 
 Shapes: B sequences, S tokens of a pass, T stored positions, H query heads, G key/value heads,
-K head dimension.
+K head dimension, C channels of Mamba.
 """
 
 from abc import ABC, abstractmethod
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megagrow.model.selective_scan import causal_conv, selective_scan_from
 
 GROWTH = 64
 """Minimum number of positions by which a full key/value buffer grows."""
@@ -132,6 +134,41 @@ class KeyValueState(DecodingState):
 
     def keep(self, rows: Tensor) -> None:
         self._keys, self._values = self._keys[rows], self._values[rows]
+
+
+class ScanState(DecodingState):
+    """State of a Mamba block: last inputs of its convolution, and fp32 state of its scan."""
+
+    def __init__(self, sequences: DecodedSequences) -> None:
+        self._sequences = sequences
+        self._inputs = torch.empty(0)
+        self._state = torch.empty(0)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Return `causal_conv` of the new inputs (B, S, C) after the stored ones."""
+        kept = weight.shape[1] - 1
+        if self._sequences.stored == 0:
+            self._inputs = x.new_zeros(x.shape[0], kept, x.shape[2])
+        inputs = torch.cat((self._inputs, x), dim=1)
+        # Entry t of x is entry t + kept of the inputs, so the last tokens end at `last` + kept.
+        last = self._sequences.last[:, None] + 1 + torch.arange(kept, device=x.device)
+        self._inputs = inputs.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
+        return causal_conv(inputs, weight, bias)[:, kept:]
+
+    def scan(self, x: Tensor, dt: Tensor, A: Tensor, *rest: Tensor) -> Tensor:
+        """Return `selective_scan` of the new inputs from the stored state; padding changes no
+        state, as its step size is 0."""
+        if self._sequences.stored == 0:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            self._state = x.new_zeros(x.shape[0], *A.shape, dtype=dtype)
+        columns = torch.arange(x.shape[1], device=x.device)
+        padding = columns > self._sequences.last[:, None]
+        dt = dt.masked_fill(padding[..., None], -torch.inf)
+        y, self._state = selective_scan_from(self._state, x, dt, A, *rest)
+        return y
+
+    def keep(self, rows: Tensor) -> None:
+        self._inputs, self._state = self._inputs[rows], self._state[rows]
 
 
 def _with_capacity(buffer: Tensor, positions: int) -> Tensor:

@@ -10,6 +10,7 @@ from megagrow.model.layers.base import (
     LayerType,
     MicroBatch,
     ParameterDeclaration,
+    scaled_normal,
 )
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ FFN = ActivationAxis("ffn", ("intermediate_size",), "intermediate_size")
 _PARAMETERS = (
     ParameterDeclaration("gate_proj.weight", FFN.produced, READS_RESIDUAL),
     ParameterDeclaration("up_proj.weight", FFN.produced, READS_RESIDUAL),
-    ParameterDeclaration("down_proj.weight", WRITES_RESIDUAL, FFN.consumed, "scaled normal"),
+    ParameterDeclaration("down_proj.weight", WRITES_RESIDUAL, FFN.consumed, scaled_normal),
 )
 
 

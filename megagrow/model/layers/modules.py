@@ -1,12 +1,14 @@
 """Modules of the layer types, for one device.
 
-A block is sliced by tensor parallelism. Its `pre_collective` and `post_collective` are identities
-that `parallel/tensor_parallel.py` replaces.
+A block is sliced by tensor parallelism. Its `pre_collective` and `post_collective`, and the
+placeholders `PartialSum` and `SharedWeight` within it, are identities that
+`parallel/tensor_parallel.py` replaces.
 
 Shapes: B batch, S sequence, D hidden size, F feed-forward width, H query heads, G key/value heads,
-K head dimension.
+K head dimension, C channels of Mamba.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,15 +25,24 @@ from megagrow.model.ops import Ops
 
 
 @dataclass(frozen=True)
+class DocumentBounds:
+    """Document boundaries of a micro-batch in the formats of the ops, computed on first use."""
+
+    attention_mask: Callable[[int | None], Any]
+    """(window or None) -> mask in the format `ops.attention` expects; the mask of
+    `DecodedSequences.visible` if earlier passes stored a state."""
+    starts: Callable[[], Tensor | None]
+    """() -> (B, S) bool, True at the first token of each document; None if rows are not divided."""
+
+
+@dataclass(frozen=True)
 class Context:
     """Inputs of a block besides the hidden states, computed once per forward pass."""
 
     ops: Ops
     cos: Tensor
     sin: Tensor
-    attention_mask: Any
-    """Attention mask in the format `ops.attention` expects; the mask of `DecodedSequences.visible`
-    if earlier passes stored a state."""
+    documents: DocumentBounds
     masks: Masks
     recompute: str
     """Activation checkpointing: `none`, `selective` (norms and SwiGLU) or `full` (the layer)."""
@@ -67,6 +78,16 @@ class RMSNorm(nn.Module):
         return masked_rms_norm(ops, x_BSD, weight, self.eps, mask), x_BSD
 
 
+class PartialSum(nn.Identity):
+    """Placeholder for the sum over tensor-parallel ranks of values that each computes from its
+    slice and all use: an all-reduce in the forward and in the backward pass."""
+
+
+class SharedWeight(nn.Identity):
+    """Placeholder for a weight that is not sliced, but multiplies sliced activations: its gradient
+    is a sum over tensor-parallel ranks."""
+
+
 class LayerModule(nn.Module):
     """Base class of the blocks of a decoder layer: forward(x_BSD, context) -> x_BSD.
 
@@ -79,36 +100,87 @@ class LayerModule(nn.Module):
         self.pre_collective: nn.Module = nn.Identity()
         self.post_collective: nn.Module = nn.Identity()
 
+    def project_product(
+        self, context: Context, gate: Tensor, up: Tensor, mask: Tensor | None, projection: nn.Linear
+    ) -> Tensor:
+        """Return the output of the block, the projection of silu(gate) * up * mask.
+
+        With selective activation checkpointing the product is recomputed in the backward pass.
+        """
+
+        def product(gate: Tensor, up: Tensor) -> Tensor:
+            return masked(context.ops.swiglu(gate, up), mask)
+
+        if context.selective:
+            hidden = Recomputed(product, gate, up)
+            output = hidden.run()
+            with hidden.reads(output):
+                (out_BSD,) = apply_linears(output, projection)
+        else:
+            (out_BSD,) = apply_linears(product(gate, up), projection)
+        return self.post_collective(out_BSD)
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of queries or keys (B, S, heads, K): over each head, with one gain for all heads, or
+    over all heads, with a gain per entry (`qk_norm`)."""
+
+    def __init__(self, config: ModelConfig, heads: int) -> None:
+        super().__init__()
+        self.per_head = config.qk_norm == "per_head"
+        self.width = config.head_dim if self.per_head else heads * config.head_dim
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(self.width))
+        self.weight_collective: nn.Module = SharedWeight() if self.per_head else nn.Identity()
+        self.sum_collective: nn.Module = PartialSum()
+
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:
+        weight = self.weight_collective(self.weight)
+        if self.per_head:
+            return ops.rms_norm(x, weight, self.eps)
+        flat = x.flatten(2)
+        if flat.shape[-1] == self.width:
+            return ops.rms_norm(flat, weight, self.eps).view_as(x)
+        wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        squares = self.sum_collective(wide.square().sum(-1, keepdim=True))
+        norm = wide * torch.rsqrt(squares / self.width + self.eps) * weight
+        return norm.to(x.dtype).view_as(x)
+
 
 class Attention(LayerModule):
-    """Causal self-attention. The number of local heads follows from the projections."""
+    """Causal self-attention, to the last `window` tokens if given. The number of local heads
+    follows from the projections."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, window: int | None = None) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        width = config.hidden_size
-        q_width = config.num_attention_heads * config.head_dim
-        kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, q_width, bias=False)
-        self.k_proj = nn.Linear(width, kv_width, bias=False)
-        self.v_proj = nn.Linear(width, kv_width, bias=False)
-        self.o_proj = nn.Linear(q_width, width, bias=False)
+        self.window = window
+        width, bias = config.hidden_size, config.attention_bias
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(width, heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, kv_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, kv_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * config.head_dim, width, bias=False)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm is not None:
+            self.q_norm, self.k_norm = HeadNorm(config, heads), HeadNorm(config, kv_heads)
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         ops, groups = context.ops, context.masks.groups
         projected = apply_linears(x_BSD, self.q_proj, self.k_proj, self.v_proj)
-        q_BSHK, k_BSGK, v_BSGK = (self._heads(each, groups) for each in projected)
+        q_BSHK, k_BSGK, v_BSGK = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHK, k_BSGK = self.q_norm(q_BSHK, ops), self.k_norm(k_BSGK, ops)
+        q_BSHK, k_BSGK, v_BSGK = (masked_groups(x, groups) for x in (q_BSHK, k_BSGK, v_BSGK))
         q_BSHK, k_BSGK = ops.rope(q_BSHK, k_BSGK, context.cos, context.sin)
         attend = ops.attention
         if context.state is not None:
             assert isinstance(context.state, KeyValueState)
             attend = partial(context.state.attend, ops.attention)
-        out_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.attention_mask)
+        mask = context.documents.attention_mask(self.window)
+        out_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, mask)
         (out_BSD,) = apply_linears(out_BSHK.flatten(2), self.o_proj)
         return self.post_collective(out_BSD)
-
-    def _heads(self, x: Tensor, mask_G: Tensor | None) -> Tensor:
-        return masked_groups(x.unflatten(-1, (-1, self.head_dim)), mask_G)
 
 
 class MLP(LayerModule):
@@ -122,15 +194,4 @@ class MLP(LayerModule):
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         gate_BSF, up_BSF = apply_linears(x_BSD, self.gate_proj, self.up_proj)
-        if context.selective:
-            hidden = Recomputed(partial(self._hidden, context), gate_BSF, up_BSF)
-            hidden_BSF = hidden.run()
-            with hidden.reads(hidden_BSF):
-                (out_BSD,) = apply_linears(hidden_BSF, self.down_proj)
-        else:
-            hidden_BSF = self._hidden(context, gate_BSF, up_BSF)
-            (out_BSD,) = apply_linears(hidden_BSF, self.down_proj)
-        return self.post_collective(out_BSD)
-
-    def _hidden(self, context: Context, gate_BSF: Tensor, up_BSF: Tensor) -> Tensor:
-        return masked(context.ops.swiglu(gate_BSF, up_BSF), context.masks.ffn)
+        return self.project_product(context, gate_BSF, up_BSF, context.masks.ffn, self.down_proj)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megagrow.config.schema import ModelConfig
-from megagrow.model.layers.attention import ATTENTION
+from megagrow.model.layers.attention import ATTENTION, SLIDING_ATTENTION
 from megagrow.model.layers.base import (
     READS_RESIDUAL,
     RESIDUAL,
@@ -19,23 +19,39 @@ from megagrow.model.layers.base import (
     AxisRole,
     LayerType,
     ParameterDeclaration,
+    ones,
 )
+from megagrow.model.layers.mamba import MAMBA
 from megagrow.model.layers.mlp import MLP
 
 
 class BlockDeclaration(NamedTuple):
-    """A block of a decoder layer and the norm that precedes it."""
+    """A block of a decoder layer, and the norm of its input or output (`norm_position`)."""
 
     norm: str
-    name: str
     type: LayerType
 
+    @property
+    def name(self) -> str:
+        """Return the name of the block's module."""
+        return self.type.name
 
-DECODER_BLOCKS = (
-    BlockDeclaration("input_layernorm", "self_attn", ATTENTION),
-    BlockDeclaration("post_attention_layernorm", "mlp", MLP),
-)
-"""Blocks of every decoder layer. A new layer type is registered here."""
+
+MIXERS: dict[str, LayerType] = {
+    "full_attention": ATTENTION,
+    "sliding_attention": SLIDING_ATTENTION,
+    "mamba": MAMBA,
+}
+"""First block of a decoder layer, by `layer_types`. A new layer type is registered here."""
+
+FEED_FORWARD = MLP
+"""Second block of every decoder layer."""
+
+_NORMS = {
+    "pre": ("input_layernorm", "post_attention_layernorm"),
+    "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
+}
+"""Hugging Face's names of the norms of both blocks, by `norm_position`."""
 
 EMBEDDING = ParameterDeclaration("model.embed_tokens.weight", VOCAB.produced, WRITES_RESIDUAL)
 HEAD = ParameterDeclaration("lm_head.weight", VOCAB.produced, READS_RESIDUAL)
@@ -45,7 +61,8 @@ EMBEDDING_MODULE, HEAD_MODULE = "model.embed_tokens", "lm_head"
 
 def decoder_blocks(config: ModelConfig, layer: int) -> tuple[BlockDeclaration, ...]:
     """Return the blocks of one decoder layer in the order of execution."""
-    return DECODER_BLOCKS
+    types = MIXERS[config.layer_type(layer)], FEED_FORWARD
+    return tuple(map(BlockDeclaration, _NORMS[config.norm_position], types))
 
 
 def block_counts(config: ModelConfig) -> Counter[BlockDeclaration]:
@@ -57,7 +74,7 @@ def block_counts(config: ModelConfig) -> Counter[BlockDeclaration]:
 def norm_gain(name: str, tied: bool = False) -> ParameterDeclaration:
     """Return the gain of an RMSNorm; `tied` if the embedding matrix reads its output."""
     role = AxisRole(RESIDUAL, "tied gain" if tied else "gain")
-    return ParameterDeclaration(name, role, None, "ones")
+    return ParameterDeclaration(name, role, None, ones)
 
 
 def indivisible_sizes(config: ModelConfig, tp: int) -> Iterator[tuple[str, int]]:
@@ -80,6 +97,13 @@ def activation_axes(config: ModelConfig) -> dict[str, ActivationAxis]:
     return {role.axis.name: role.axis for role in roles if role is not None}
 
 
+def width_fields(config: ModelConfig) -> tuple[str, ...]:
+    """Return the fields of the configuration that define the width, without the vocabulary."""
+    axes = [axis for axis in activation_axes(config).values() if axis != VOCAB and axis.grown_by]
+    fields = {field for axis in axes for field in (axis.grown_by, axis.sizes[0])}
+    return tuple(field for field in ModelConfig.model_fields if field in fields)
+
+
 @dataclass(frozen=True)
 class ModelParameter:
     """A parameter of a model: its declaration and its position."""
@@ -89,6 +113,9 @@ class ModelParameter:
     declaration: ParameterDeclaration
     norm: str | None = None
     """Gain of the norm whose output the parameter reads."""
+    silences: bool = False
+    """True if the block adds nothing to the residual stream while the parameter is zero: the last
+    projection, or the gain of the norm that follows it."""
 
 
 def model_parameters(config: ModelConfig) -> Iterator[ModelParameter]:
@@ -96,16 +123,23 @@ def model_parameters(config: ModelConfig) -> Iterator[ModelParameter]:
     tied = config.tie_word_embeddings
     yield ModelParameter(EMBEDDING.name, None, EMBEDDING)
     for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        for norm, block, layer_type in decoder_blocks(config, layer):
-            gain = f"{prefix}.{norm}.weight"
-            yield ModelParameter(gain, layer, norm_gain(f"{norm}.weight"))
-            for each in layer_type.parameters(config):
-                reads = gain if each.col_role == READS_RESIDUAL else None
-                yield ModelParameter(f"{prefix}.{block}.{each.name}", layer, each, reads)
+        for block in decoder_blocks(config, layer):
+            yield from _block_parameters(config, layer, block)
     yield ModelParameter(FINAL_NORM, None, norm_gain(FINAL_NORM, tied))
     if not tied:
         yield ModelParameter(HEAD.name, None, HEAD, FINAL_NORM)
+
+
+def _block_parameters(
+    config: ModelConfig, layer: int, block: BlockDeclaration
+) -> Iterator[ModelParameter]:
+    prefix, before = f"model.layers.{layer}", config.norm_position == "pre"
+    gain = f"{prefix}.{block.norm}.weight"
+    yield ModelParameter(gain, layer, norm_gain(f"{block.norm}.weight"), silences=not before)
+    for each in block.type.parameters(config):
+        reads = gain if before and each.col_role == READS_RESIDUAL else None
+        last = before and each.row_role == WRITES_RESIDUAL
+        yield ModelParameter(f"{prefix}.{block.name}.{each.name}", layer, each, reads, last)
 
 
 def module_names(config: ModelConfig) -> list[str]:

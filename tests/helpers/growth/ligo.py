@@ -104,7 +104,7 @@ def by_formula(learned: LigoParameters, weights: dict[str, Tensor]) -> dict[str,
         for name in weights:
             if ".layers.0." in name:
                 matrix = sum(
-                    _factor(learned, name.split(".")[-2], layer, j)
+                    _factor(learned, name.split(".0.", 1)[1], layer, j)
                     * weights[name.replace(".0.", f".{j}.")]
                     for j in range(source.num_hidden_layers)
                 )

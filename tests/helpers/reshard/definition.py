@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap
 from megagrow.model.layers.base import VOCAB
 from megagrow.parallel.sharding import STATE_KINDS, ParamSpec, Storage
-from megagrow.reshard.fill import normal
+from megagrow.reshard.fill import initial_values, normal
 from megagrow.reshard.layout import Layout
 
 State = dict[str, dict[str, Tensor]]
@@ -147,10 +147,11 @@ def filled(fill: Fill, rows: int, cols: int) -> Tensor:
         values -= values @ (basis @ basis.T)
     new_rows = np.zeros(rows, bool) if fill.new_rows is None else fill.new_rows
     new_cols = np.zeros(cols, bool) if fill.new_cols is None else fill.new_cols
+    initial = initial_values(fill.initial, fill.stream, range(rows), cols).double()
     for i, row in enumerate(new_rows.tolist()):
         for j, col in enumerate(new_cols.tolist()):
             values[i, j] *= fill.std[row][col]
-            values[i, j] += fill.constant * row
+            values[i, j] += initial[i, j] * row
     return values
 
 

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import Axis, Fill, Gather, GrowthMap, Term
+from megagrow.model.layers.base import ONES, ZEROS, InitialValues
 from megagrow.parallel.sharding import ParamSpec, parameter_plan
 
 Lifts = dict[tuple, Axis]
@@ -96,6 +97,9 @@ def axes_of(draw: st.DrawFn, old: int, new: int) -> Axis:
     return Axis(index, scale)
 
 
+INITIAL = (ZEROS, ONES, InitialValues("uniform", 0.5), InitialValues("log of column"))
+
+
 @st.composite
 def fills_of(draw: st.DrawFn, stream: str, spec: ParamSpec, projected: bool) -> Fill:
     """A fill with any of its parts; `projected`: whether its normals may vanish on directions."""
@@ -111,8 +115,8 @@ def fills_of(draw: st.DrawFn, stream: str, spec: ParamSpec, projected: bool) -> 
         center = generator.integers(-1, 1 + spec.cols // 2, spec.cols)
     if projected and draw(st.booleans()) and spec.cols > 1:
         basis = np.linalg.qr(generator.standard_normal((spec.cols, spec.cols // 2)))[0]
-    constant = draw(st.sampled_from([0.0, 1.0, -2.5]))
-    return Fill(stream, quadrants, constant, new_rows, new_cols, center, basis)
+    initial = draw(st.sampled_from(INITIAL))
+    return Fill(stream, quadrants, initial, new_rows, new_cols, center, basis)
 
 
 def _origin(spec: ParamSpec, layers: list[int]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap
 from megagrow.parallel.sharding import STATE_KINDS, ParamSpec, parameter_plan
-from megagrow.reshard.fill import normal
+from megagrow.reshard.fill import initial_values, normal
 
 State = dict[str, dict[str, Tensor]]
 """Parameter -> kind of state -> full logical tensor (rows, cols)."""
@@ -86,7 +86,8 @@ def filled(fill: Fill, rows: int, cols: int) -> Tensor:
     if fill.basis is not None:
         basis = torch.from_numpy(fill.basis)
         noise = noise - noise @ basis @ basis.T
-    return noise * std + fill.constant * new_rows[:, None]
+    initial = initial_values(fill.initial, fill.stream, range(rows), cols).double()
+    return noise * std + initial * new_rows[:, None]
 
 
 def _mask(mask: np.ndarray | None, size: int) -> Tensor:

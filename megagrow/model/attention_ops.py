@@ -1,0 +1,199 @@
+"""Attention of each backend: its document format, its masks and the operation itself.
+
+Triton kernels and flash-attn are imported only when selected, so neither is required.
+
+Shapes: B batch, S sequence, H query heads, G key/value heads, K head dimension.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megagrow.errors import ResourceError
+from megagrow.model.backends import KernelWorkload
+from megagrow.model.machine import Machine
+from megagrow_kernels import reference
+from megagrow_kernels.reference import attention_mask
+
+CUDNN_FIRST = 90
+"""Minimum compute capability to prefer cuDNN's attention: it is 1.7 to 2.3 times as fast as the
+default choice of torch."""
+
+_SDPA_PRIORITY = [
+    *(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION),
+    *(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
+]
+
+
+class AttentionOps(NamedTuple):
+    """Operations of `model.ops.Ops` that depend on the attention backend."""
+
+    pack: Callable[[Tensor], Any]
+    attention_mask: Callable[[Any, Tensor, int | None], Any]
+    attention: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+    document_starts: Callable[[Any, Tensor], Tensor | None]
+
+
+def attention_ops(backend: str, machine: Machine, work: KernelWorkload) -> AttentionOps:
+    """Return the operations of a backend.
+
+    Raises ResourceError if flash-attn is installed but cannot be imported.
+    """
+    return _BACKENDS[backend](machine, work)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Return torch's attention: q (B, S, H, K), k and v (B, S, G, K), H a multiple of G.
+
+    `mask` is None for causal attention, or the (B, 1, S, S) bool result of `attention_mask`.
+    """
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+    )
+    return out.transpose(1, 2)
+
+
+def _sdpa_cudnn_first(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    with sdpa_kernel(_SDPA_PRIORITY, set_priority=True):
+        return sdpa(q, k, v, mask)
+
+
+def _starts_of_ids(document_ids: Tensor | None, position_ids: Tensor) -> Tensor | None:
+    if document_ids is None:
+        return None
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return starts
+
+
+def _starts_of_packing(packing: Any, position_ids: Tensor) -> Tensor | None:
+    if packing is None:
+        return None
+    starts = torch.zeros(position_ids.numel(), dtype=torch.bool, device=position_ids.device)
+    return starts.index_fill_(0, packing.cu_seqlens[:-1].long(), True).view(position_ids.shape)
+
+
+def _identity_pack(document_ids: Tensor) -> Tensor:
+    return document_ids
+
+
+def _dense_mask(
+    document_ids: Tensor | None, position_ids: Tensor, window: int | None
+) -> Tensor | None:
+    if document_ids is None:
+        if window is None or window >= position_ids.shape[1]:
+            return None
+        document_ids = torch.zeros_like(position_ids[:1])  # one mask for all rows
+    return attention_mask(document_ids, window)
+
+
+class MaskSpec(NamedTuple):
+    """Mask of a backend that needs no matrix of it."""
+
+    documents: Any
+    """Result of `Ops.pack`, or None."""
+    window: int | None
+
+
+def _mask_spec(documents: Any, position_ids: Tensor, window: int | None) -> MaskSpec:
+    return MaskSpec(documents, window)
+
+
+SDPA = AttentionOps(_identity_pack, _dense_mask, sdpa, _starts_of_ids)
+"""torch's attention, for every device and precision."""
+
+
+def _sdpa(machine: Machine, work: KernelWorkload) -> AttentionOps:
+    # cuDNN's backward pass is not deterministic; the other backends follow torch's global setting.
+    cudnn = machine.capability >= CUDNN_FIRST and not work.deterministic
+    return SDPA._replace(attention=_sdpa_cudnn_first if cudnn else sdpa)
+
+
+def _reference(machine: Machine, work: KernelWorkload) -> AttentionOps:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec) -> Tensor:
+        return reference.attention(q, k, v, mask.documents, window=mask.window)
+
+    return SDPA._replace(attention_mask=_mask_spec, attention=attend)
+
+
+def _triton(machine: Machine, work: KernelWorkload) -> AttentionOps:
+    from megagrow_kernels.attention import attention
+    from megagrow_kernels.packing import pack
+
+    @cache
+    def one_document_per_row(batch: int, sequence: int, device: torch.device) -> Any:
+        return pack(None, batch, sequence).to(device)
+
+    def attention_mask(packing: Any, position_ids: Tensor, window: int | None) -> MaskSpec:
+        if packing is None:
+            packing = one_document_per_row(*position_ids.shape, position_ids.device)
+        return MaskSpec(packing, window)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec) -> Tensor:
+        return attention(q, k, v, mask.documents, window=mask.window)
+
+    return _packed(attend, attention_mask, work)
+
+
+def _flash_attn(machine: Machine, work: KernelWorkload) -> AttentionOps:
+    try:
+        import flash_attn
+    except ImportError as error:
+        raise ResourceError(f"flash-attn is installed but cannot be imported: {error}") from error
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec) -> Tensor:
+        packing, window = mask
+        options: dict[str, Any] = {"causal": True, "deterministic": work.deterministic}
+        if window is not None:
+            options["window_size"] = (window - 1, 0)  # tokens before and after the query
+        if packing is None:
+            return flash_attn.flash_attn_func(q, k, v, **options)
+        ends, longest = packing.cu_seqlens, packing.longest
+        tokens = (x.flatten(0, 1) for x in (q, k, v))
+        out = flash_attn.flash_attn_varlen_func(*tokens, ends, ends, longest, longest, **options)
+        return out.unflatten(0, q.shape[:2])
+
+    return _packed(attend, _mask_spec, work)
+
+
+def _packed(
+    attend: Callable[..., Tensor],
+    attention_mask: Callable[[Any, Tensor, int | None], MaskSpec],
+    work: KernelWorkload,
+) -> AttentionOps:
+    """Return the operations of an attention that takes document boundaries as a `Packing`."""
+    from megagrow_kernels.packing import pack
+
+    return AttentionOps(
+        pack=lambda document_ids: pack(document_ids, *document_ids.shape),
+        attention_mask=attention_mask,
+        attention=partial(_attention_in_dtype, attend, work.dtype),
+        document_starts=_starts_of_packing,
+    )
+
+
+def _attention_in_dtype(
+    attend: Callable[..., Tensor],
+    dtype: torch.dtype,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: MaskSpec,
+) -> Tensor:
+    """Return attention in the stage's dtype: under autocast, growth masks can widen its inputs."""
+    return attend(q.to(dtype), k.to(dtype), v.to(dtype), attention_mask)
+
+
+_BACKENDS = {
+    "sdpa": _sdpa,
+    "reference": _reference,
+    "flash_attn": _flash_attn,
+    "triton": _triton,
+}
