@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megagrow_kernels import attention_blocks as blocks
 from megagrow_kernels.attention_blocks import (
+    edge_keys,
     key_range,
     load_edge,
     load_whole,
@@ -125,16 +126,13 @@ def _queries_kernel(
     delta_M = tl.load(delta + row, mask=queries < end, other=0.0)
     dq_MD = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
 
-    low, edge = key_range(first, start, window, BLOCK_M, BLOCK_N, WINDOWED)
+    low, edge, begin = key_range(first, start, window, BLOCK_M, BLOCK_N, EDGE_N, WINDOWED)
     for at in range(low, edge, BLOCK_N):
         k_ND = load_whole(k_rows, k, at, group, k_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
         v_ND = load_whole(v_rows, v, at, group, v_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
-        seen = True
-        if WINDOWED:
-            keys = at + tl.arange(0, BLOCK_N)
-            seen = sees(queries[:, None], keys[None, :], window, False, True)
-        dq_MD = _queries_step(q_MD, do_MD, k_ND, v_ND, lse_M, delta_M, scale, seen, dq_MD, WINDOWED)
-    for at in tl.range(edge, tl.minimum(first + BLOCK_M, end), EDGE_N, num_stages=2):
+        dq_MD = _queries_step(q_MD, do_MD, k_ND, v_ND, lse_M, delta_M, scale, True, dq_MD, False)
+    for step in tl.range(begin, tl.minimum(first + BLOCK_M, end), EDGE_N, num_stages=2):
+        at = edge_keys(step, low, edge, WINDOWED)
         k_ND = load_edge(k, at, end, k_stride, EDGE_N, COLUMNS, HEAD_DIM)
         v_ND = load_edge(v, at, end, v_stride, EDGE_N, COLUMNS, HEAD_DIM)
         keys = at + tl.arange(0, EDGE_N)
@@ -225,8 +223,8 @@ def _keys_kernel(
     dv_ND = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
 
     # Queries: first the keys' own tokens and the remainder from `tail` to `last`, both in parts of
-    # EDGE_M; then the full blocks between them. A part must not reach from the keys' own tokens
-    # into a full block.
+    # EDGE_M; then the full blocks between them: those that the window hides from some keys, then
+    # the others. A part must not reach from the keys' own tokens into a full block.
     tl.static_assert(BLOCK_N % EDGE_M == 0, "EDGE_M must divide BLOCK_N")
     last = end
     if WINDOWED:
@@ -252,42 +250,36 @@ def _keys_kernel(
         dk_ND, dv_ND = _keys_step(
             k_ND, v_ND, q_MD, do_MD, lse_M, delta_M, scale, seen, dk_ND, dv_ND, True, DK, DV
         )
-    at, head = after, group * GROUP
-    for _ in range(0, blocks_between * GROUP):
-        wide = tl.cast(head, tl.int64)
-        q_MD = load_whole(
-            q_rows,
-            q + wide * q_head_stride,
-            at,
-            head,
-            q_stride,
-            BLOCK_M,
-            COLUMNS,
-            HEAD_DIM,
-            DESCRIPTORS,
-        )
-        do_MD = load_whole(
-            grad_rows,
-            grad + wide * grad_head_stride,
-            at,
-            head,
-            grad_stride,
-            BLOCK_M,
-            COLUMNS,
-            HEAD_DIM,
-            DESCRIPTORS,
-        )
-        queries = at + tl.arange(0, BLOCK_M)
-        lse_M = tl.load(logsumexp + wide * tokens + queries)
-        delta_M = tl.load(delta + wide * tokens + queries)
-        seen = True
+    for MASKED in tl.static_range(WINDOWED, -1, -1):
+        begin, stop, count = after, tail, blocks_between
         if WINDOWED:
-            seen = sees(queries[None, :], keys[:, None], window, False, True)
-        dk_ND, dv_ND = _keys_step(
-            k_ND, v_ND, q_MD, do_MD, lse_M, delta_M, scale, seen, dk_ND, dv_ND, WINDOWED, DK, DV
-        )
-        head += at + BLOCK_M == tail
-        at = tl.where(at + BLOCK_M == tail, after, at + BLOCK_M)
+            clear = tl.minimum(tl.maximum(window - BLOCK_N, 0) // BLOCK_M, blocks_between)
+            if MASKED:
+                begin, count = after + clear * BLOCK_M, blocks_between - clear
+            else:
+                stop, count = after + clear * BLOCK_M, clear
+        at, head = begin, group * GROUP
+        for _ in range(0, count * GROUP):
+            wide = tl.cast(head, tl.int64)
+            q_of = q + wide * q_head_stride
+            q_MD = load_whole(
+                q_rows, q_of, at, head, q_stride, BLOCK_M, COLUMNS, HEAD_DIM, DESCRIPTORS
+            )
+            do_of = grad + wide * grad_head_stride
+            do_MD = load_whole(
+                grad_rows, do_of, at, head, grad_stride, BLOCK_M, COLUMNS, HEAD_DIM, DESCRIPTORS
+            )
+            queries = at + tl.arange(0, BLOCK_M)
+            lse_M = tl.load(logsumexp + wide * tokens + queries)
+            delta_M = tl.load(delta + wide * tokens + queries)
+            seen = True
+            if MASKED:
+                seen = sees(queries[None, :], keys[:, None], window, False, True)
+            dk_ND, dv_ND = _keys_step(
+                k_ND, v_ND, q_MD, do_MD, lse_M, delta_M, scale, seen, dk_ND, dv_ND, MASKED, DK, DV
+            )
+            head += at + BLOCK_M == stop
+            at = tl.where(at + BLOCK_M == stop, begin, at + BLOCK_M)
     first = at - BLOCK_N  # the same value, but the loops keep no registers for the rows stored
     stride = groups * HEAD_DIM
     if DK:

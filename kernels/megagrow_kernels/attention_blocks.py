@@ -48,20 +48,44 @@ def place(tiles, count, heads, at_once, BLOCK: tl.constexpr, LAST_FIRST: tl.cons
 
 @triton.jit
 def key_range(
-    first, start, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr
+    first,
+    start,
+    window,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EDGE_N: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
-    """Return the range (low, edge) of full key blocks visible to the queries from `first`.
+    """Return (low, edge, begin): ranges of the keys visible to the queries from `first`.
 
-    Blocks start at multiples of BLOCK_N from `start`, the first token of the document. The keys
-    from `edge` on need the causal mask; `edge` is before `first` unless BLOCK_N divides BLOCK_M.
+    low..edge are full blocks that all queries see. They start at multiples of BLOCK_N from `start`,
+    the first token of the document. The keys from `edge` on need the causal mask; `edge` is before
+    `first` unless BLOCK_N divides BLOCK_M. The loop over the keys that need a mask, in parts of
+    EDGE_N, starts at `begin`; `edge_keys` returns its keys.
     """
-    low = start
-    if WINDOWED:
-        low = start + tl.maximum(first - window + 1 - start, 0) // BLOCK_N * BLOCK_N
+    tl.static_assert(BLOCK_N % EDGE_N == 0, "EDGE_N must divide BLOCK_N")
     edge = first  # the same value, without a register of its own
     if BLOCK_M % BLOCK_N != 0:
         edge = start + (first - start) // BLOCK_N * BLOCK_N
-    return low, edge
+    low, begin = start, edge
+    if WINDOWED:
+        lowest = start + tl.maximum(first - window + 1 - start, 0) // EDGE_N * EDGE_N
+        partly_seen = tl.maximum(first + BLOCK_M - window - start, 0)
+        low = tl.minimum(start + tl.cdiv(partly_seen, BLOCK_N) * BLOCK_N, edge)
+        begin = edge - (low - lowest)
+    return low, edge, begin
+
+
+@triton.jit
+def edge_keys(step, low, edge, WINDOWED: tl.constexpr):
+    """Return the first key of a part that needs a mask.
+
+    Steps before `edge` are the keys before `low`, which the window hides from some queries.
+    """
+    at = step
+    if WINDOWED:
+        at = tl.where(step < edge, step - edge + low, step)
+    return at
 
 
 @triton.jit

@@ -1,10 +1,11 @@
 """Attention forward: online softmax in one pass over the keys (Dao 2023, FlashAttention-2).
 
 A program processes a block of queries of one head. It first visits the blocks of earlier keys,
-which all its queries see, then the keys of its own tokens, where the causal mask applies. Key/value
-heads are shared by H / G query heads and read in place. In addition to the output, the kernel
-stores each query's log-sum-exp for the backward pass. All exponentials and logarithms are to base
-2: the hardware has exp2, and log2(e) is folded into the scale.
+which all its queries see, then the keys at the edges: those that a window hides from some queries,
+and those of its own tokens, where the causal mask applies. Key/value heads are shared by H / G
+query heads and read in place. In addition to the output, the kernel stores each query's log-sum-exp
+for the backward pass. All exponentials and logarithms are to base 2: the hardware has exp2, and
+log2(e) is folded into the scale.
 """
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from megagrow_kernels import attention_blocks as blocks
 from megagrow_kernels.attention_blocks import (
+    edge_keys,
     key_range,
     load_edge,
     load_whole,
@@ -94,17 +96,14 @@ def _forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
 
-    low, edge = key_range(first, start, window, BLOCK_M, BLOCK_N, WINDOWED)
+    low, edge, begin = key_range(first, start, window, BLOCK_M, BLOCK_N, EDGE_N, WINDOWED)
     for at in range(low, edge, BLOCK_N):
         k_ND = load_whole(k_rows, k, at, group, k_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
-        seen = True
-        if WINDOWED:
-            keys = at + tl.arange(0, BLOCK_N)
-            seen = sees(queries[:, None], keys[None, :], window, False, True)
-        weights, maximum, shrink = _weigh(q_MD, k_ND, scale, seen, maximum, WINDOWED)
+        weights, maximum, shrink = _weigh(q_MD, k_ND, scale, True, maximum, False)
         v_ND = load_whole(v_rows, v, at, group, v_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
         acc, total = _add(weights, v_ND, shrink, acc, total)
-    for at in tl.range(edge, tl.minimum(first + BLOCK_M, end), EDGE_N, num_stages=2):
+    for step in tl.range(begin, tl.minimum(first + BLOCK_M, end), EDGE_N, num_stages=2):
+        at = edge_keys(step, low, edge, WINDOWED)
         k_ND = load_edge(k, at, end, k_stride, EDGE_N, COLUMNS, HEAD_DIM)
         keys = at + tl.arange(0, EDGE_N)
         seen = sees(queries[:, None], keys[None, :], window, True, WINDOWED)

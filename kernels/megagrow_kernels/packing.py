@@ -29,7 +29,7 @@ class Packing:
     query_tiles: Tensor
     """Shape (tiles, 3): first token of the tile, first token of its document, end of its document
     (exclusive). Sorted by number of visible keys, most first, so that the last programs to start
-    are short.
+    are short. A window limits the number, and keeps the order.
     """
     key_tiles: Tensor
     """Shape (tiles, 3): the same tiles, sorted by number of queries that see their keys, most

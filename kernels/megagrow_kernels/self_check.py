@@ -156,9 +156,13 @@ def _attention(
     dtype: str,
     window: int | None = None,
 ) -> Outcome:
-    """Compare a row that is one document, and a row of documents of 1, TILE - 1 and more tokens."""
+    """Compare a row that is one document, and a row of documents of 1, TILE - 1 and more tokens.
+
+    A window is limited to half of a row, so that it hides keys.
+    """
     limit = math.isqrt(MOST_SCORES // (2 * heads)) // TILE * TILE
     sequence = min(sequence, MOST_TOKENS, max(limit, TILE))
+    window = None if window is None else min(window, max(sequence // 2, 1))
     positions = torch.arange(sequence)
     ids = torch.stack((torch.zeros_like(positions), _document_ids(positions)))
     inputs = {

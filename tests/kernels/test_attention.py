@@ -13,7 +13,7 @@ from megagrow_kernels import reference
 from megagrow_kernels.accuracy import attention_terms
 from megagrow_kernels.attention import attention
 from megagrow_kernels.launching import INTERPRETER
-from megagrow_kernels.packing import Packing, pack
+from megagrow_kernels.packing import TILE, Packing, pack
 from tests.helpers.kernels.accuracy import check, close, draw, with_gradients
 from tests.helpers.kernels.documents import Rows, ids_of, ranges_of
 from tools.gpu.kernel_cases import override_tiles
@@ -42,6 +42,10 @@ CASES: dict[str, tuple[Rows, tuple[int, int, int], dict]] = {
     "window below a block": (((199, 3),), (2, 1, 64), {"window": 17}),
     "window of a block": (((150, 49),), (1, 1, 64), {"window": 64}),
     "window below the length": (((199,),), (2, 2, 64), {"window": 101}),
+    "window below a tile": (((261, 40),), (2, 1, 16), {"window": TILE - 1}),
+    "window of a tile": (((261, 40),), (2, 1, 16), {"window": TILE}),
+    "window above a tile": (((261, 40),), (2, 1, 16), {"window": TILE + 1}),
+    "window above two tiles": (((397,),), (2, 1, 16), {"window": 2 * TILE + 20}),
     "window above the length": (((70, 29),), (1, 1, 64), {"window": 300}),
     "scale": (((70, 29),), (1, 1, 64), {"scale": 0.4}),
 }
@@ -190,6 +194,18 @@ def test_every_tail_length():
     rows = (tuple(16 + tail for tail in range(1, 17)),)
     with override_tiles(INTERPRETER, SMALL):
         check_attention(rows, inputs_of(rows, 1, 1, 16), SINGLE)
+
+
+@pytest.mark.parametrize(("resident", "streamed"), [(16, 32), (32, 16), (32, 64)])
+def test_windows_that_cut_hide_and_leave_blocks(resident, streamed):
+    """For blocks of all relative sizes."""
+    by_queries = {"BLOCK_M": resident, "BLOCK_N": streamed, "EDGE_N": 16, "DESCRIPTORS": 1}
+    by_keys = {"BLOCK_N": resident, "BLOCK_M": streamed, "EDGE_M": 16, "DESCRIPTORS": 1}
+    tiles = {f"attention_{name}": by_queries for name in ("forward", "queries")}
+    rows = ((99,),)
+    with override_tiles(INTERPRETER, tiles | {"attention_keys": by_keys}):
+        for window in (16, 33, 63, 80):
+            check_attention(rows, inputs_of(rows, 1, 1, 16), SINGLE, window=window)
 
 
 @pytest.mark.parametrize("window", [None, 50])

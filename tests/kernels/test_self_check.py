@@ -12,6 +12,8 @@ from megagrow.train import kernel_check
 from megagrow.train.kernel_calls import OPERATION_OF
 from megagrow_kernels import calls, self_check, swiglu
 from megagrow_kernels.accuracy import TOLERANCE
+from megagrow_kernels.attention import attention
+from megagrow_kernels.packing import Packing
 from megagrow_kernels.self_check import check
 
 CPU = torch.device("cpu")
@@ -32,6 +34,20 @@ CALLS: dict[str, dict[str, Any]] = {
 def test_the_kernels_pass(op: str) -> None:
     result = check(op, CPU, CALLS[op])
     assert 0 < result["error"] <= result["tolerance"], result
+
+
+def test_a_window_hides_keys_of_the_limited_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = []
+
+    def kernel(*inputs: torch.Tensor, packing: Packing, window: int | None) -> torch.Tensor:
+        windows.append(window)
+        return attention(*inputs, packing, window=window)
+
+    monkeypatch.setattr(self_check, "attention", kernel)
+    for window in (None, 5, 4096):
+        result = check("attention", CPU, CALLS["attention"] | {"window": window})
+        assert 0 < result["error"] <= result["tolerance"], result
+    assert windows == [None, 5, 130]
 
 
 def test_every_op_has_a_check() -> None:

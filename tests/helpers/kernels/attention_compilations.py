@@ -1,4 +1,4 @@
-"""Count the compilations of the attention kernels over 100 packings.
+"""Count the compilations of the attention kernels over 100 packings and three windows.
 
 Runs without the interpreter and without a GPU. Meta tensors are compiled for the driver's target
 and never launched. Prints the number of compilations of each of the four kernels as JSON.
@@ -6,7 +6,7 @@ and never launched. Prints the number of compilations of each of the four kernel
 
 import json
 import random
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -53,15 +53,16 @@ def packings(count: int) -> list[Packing]:
 def main() -> None:
     """Compile for all packings and print the counts."""
     driver.set_active(CompileOnlyDriver())
-    for packing in (pack(None, 1, 16), *packings(100)):
+    windows = cycle((None, 1, 16, 500))
+    for packing, window in zip((pack(None, 1, 16), *packings(100)), windows, strict=False):
         tokens = int(packing.cu_seqlens[-1])
         rows = max(1, tokens // SEQUENCE)
         shapes = [(rows, tokens // rows, heads, 16) for heads in (2, 1, 1)]
         q, k, v = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
         tiles = packing.to("meta")
-        saved = attention_forward.attention_forward(q, k, v, tiles.query_tiles, 0.25, None)
+        saved = attention_forward.attention_forward(q, k, v, tiles.query_tiles, 0.25, window)
         attention_backward.attention_backward(
-            q, q, k, v, *saved, tiles.query_tiles, tiles.key_tiles, 0.25, None
+            q, q, k, v, *saved, tiles.query_tiles, tiles.key_tiles, 0.25, window
         )
     counts = {name: len(kernel.device_caches[0][0]) for name, kernel in KERNELS.items()}
     print(json.dumps(counts))
