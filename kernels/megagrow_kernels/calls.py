@@ -17,7 +17,9 @@ from megagrow_kernels import rope as rotary
 from megagrow_kernels import swiglu as gated
 from megagrow_kernels.attention_backward import attention_backward
 from megagrow_kernels.attention_forward import attention_forward
-from megagrow_kernels.packing import pack
+from megagrow_kernels.causal_conv import causal_conv_backward, causal_conv_forward
+from megagrow_kernels.packing import no_starts, pack
+from megagrow_kernels.selective_scan import selective_scan_backward, selective_scan_forward
 
 Launches = dict[str, Callable[[], object]]
 
@@ -133,6 +135,42 @@ def _cross_entropy(
     }
 
 
+def _causal_conv(
+    device: torch.device, batch: int, sequence: int, channels: int, taps: int, dtype: str
+) -> Launches:
+    x, dy = (draw(device, dtype, batch, sequence, channels) for _ in range(2))
+    weight, bias = draw(device, dtype, channels, taps), draw(device, dtype, channels)
+    inputs = (x, weight, bias, no_starts(x))
+    return {
+        "causal_conv": lambda: causal_conv_forward(*inputs),
+        "causal_conv_backward": lambda: causal_conv_backward(dy, *inputs),
+    }
+
+
+def _selective_scan(
+    device: torch.device, batch: int, sequence: int, channels: int, states: int, dtype: str
+) -> Launches:
+    x, dt, dy = (draw(device, dtype, batch, sequence, channels) for _ in range(3))
+    B, C = (draw(device, dtype, batch, sequence, states) for _ in range(2))
+    A = -draw(device, "float32", channels, states).exp()
+    D, dt_bias = (draw(device, dtype, channels) for _ in range(2))
+    inputs = (x, dt, A, B, C, D, dt_bias, no_starts(x))
+
+    def forward() -> tuple[Tensor, Tensor]:
+        return selective_scan_forward(*inputs)
+
+    _, entering = forward()
+
+    def backward() -> object:
+        return selective_scan_backward(dy, entering, *inputs)
+
+    return {
+        "selective_scan": forward,
+        "selective_scan_carry": forward,
+        "selective_scan_backward": backward,
+    }
+
+
 def draw(device: torch.device, dtype: str, *shape: int) -> Tensor:
     """Return normally distributed numbers; an uninitialized tensor on the meta device."""
     torch_dtype = getattr(torch, dtype)
@@ -148,4 +186,6 @@ _OPS: dict[str, Callable[..., Launches]] = {
     "swiglu": _swiglu,
     "attention": _attention,
     "cross_entropy": _cross_entropy,
+    "causal_conv": _causal_conv,
+    "selective_scan": _selective_scan,
 }

@@ -104,3 +104,8 @@ def _starts(document_ids: Tensor | None, batch: int, sequence: int) -> Tensor:
 def _pad_to_two(tiles: Tensor) -> Tensor:
     """Append an empty tile to a single one: torch.compile treats a size of 1 as static."""
     return torch.cat((tiles, torch.zeros_like(tiles))) if len(tiles) == 1 else tiles
+
+
+def no_starts(x: Tensor) -> Tensor:
+    """Return the document starts (B, S) of x (B, S, C) if every row is one document: all False."""
+    return x.new_zeros(x.shape[:2], dtype=torch.bool)

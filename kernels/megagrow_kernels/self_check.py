@@ -26,15 +26,20 @@ from megagrow_kernels import reference
 from megagrow_kernels.accuracy import TOLERANCE, attention_terms, poisoned, segment_error
 from megagrow_kernels.attention import attention
 from megagrow_kernels.calls import EPS, draw
+from megagrow_kernels.causal_conv import causal_conv
 from megagrow_kernels.cross_entropy import combine_statistics, vocab_gradient_, vocab_statistics
 from megagrow_kernels.packing import TILE, pack
 from megagrow_kernels.rms_norm import add_rms_norm, rms_norm
 from megagrow_kernels.rope import rope
+from megagrow_kernels.selective_scan import selective_scan
 from megagrow_kernels.swiglu import swiglu
 from megagrow_kernels.warm_up import warm_up_in_parallel
 
 MOST_ELEMENTS = 2**23
 """Elements of a matrix of tokens, which limits the tokens of row-wise ops and of the loss."""
+
+MOST_STATES = 2**24
+"""Numbers of all states of a selective scan: its reference stores them in fp64."""
 
 MOST_SCORES, MOST_TOKENS = 2**26, 1024
 """Attention scores of the reference, and tokens of a row."""
@@ -181,6 +186,43 @@ def _document_ids(positions: Tensor) -> Tensor:
     return sum(((positions >= start).long() for start in starts), torch.zeros_like(positions))
 
 
+def _causal_conv(
+    device: torch.device, batch: int, sequence: int, channels: int, taps: int, dtype: str
+) -> Outcome:
+    sequence = _limited(sequence, 2 * channels)
+    starts = _document_starts(2, sequence).to(device)
+    inputs = {
+        "x": draw(device, dtype, 2, sequence, channels),
+        "weight": draw(device, dtype, channels, taps),
+        "bias": draw(device, dtype, channels),
+    }
+    kernel, eager = (partial(f, starts=starts) for f in (causal_conv, reference.causal_conv))
+    return _differentiable(kernel, eager, ["output"], **inputs)
+
+
+def _selective_scan(
+    device: torch.device, batch: int, sequence: int, channels: int, states: int, dtype: str
+) -> Outcome:
+    """Compare rows of several chunks, one of them with several documents."""
+    sequence = max(1, min(sequence, MOST_STATES // (2 * channels * states)))
+    starts = _document_starts(2, sequence).to(device)
+    inputs = {
+        **{name: draw(device, dtype, 2, sequence, channels) for name in ("x", "dt")},
+        "A": -draw(device, "float32", channels, states).exp(),
+        **{name: draw(device, dtype, 2, sequence, states) for name in ("B", "C")},
+        **{name: draw(device, dtype, channels) for name in ("D", "dt_bias")},
+    }
+    kernel, eager = (partial(f, starts=starts) for f in (selective_scan, reference.selective_scan))
+    return _differentiable(kernel, eager, ["output"], **inputs)
+
+
+def _document_starts(batch: int, sequence: int) -> Tensor:
+    """Return starts of documents: in the last row of the batch, at its second token and middle."""
+    starts = torch.zeros(batch, sequence, dtype=torch.bool)
+    starts[-1, [1 % sequence, sequence // 2]] = True
+    return starts
+
+
 def _cross_entropy(
     device: torch.device, rows: int, width: int, real: int, ranks: int, dtype: str
 ) -> Outcome:
@@ -227,6 +269,8 @@ _OPS: dict[str, Callable[..., Outcome]] = {
     "swiglu": _swiglu,
     "attention": _attention,
     "cross_entropy": _cross_entropy,
+    "causal_conv": _causal_conv,
+    "selective_scan": _selective_scan,
 }
 
 

@@ -18,6 +18,8 @@ OPERATION_OF = {
     "swiglu": "pointwise",
     "attention": "attention",
     "cross_entropy": "loss",
+    "causal_conv": "scan",
+    "selective_scan": "scan",
 }
 """Operation of the `kernels` section that launches each op."""
 

@@ -18,7 +18,7 @@ from tests.helpers.kernels.documents import ids_of
 from tools.gpu.kernel_candidates import Tiles, candidates
 from tools.gpu.kernel_cases import HEAD_DIMS, OPS, override_tiles
 
-FEATURES = {"width": 2048, "bytes": 2}
+FEATURES = {"width": 2048, "bytes": 2, "states": 16}
 FIXED = {"num_warps": 1, "num_stages": 1, "STAGES": 1}
 """Options without effect in the interpreter."""
 RUNS = 16
@@ -76,6 +76,8 @@ ROWWISE: dict[str, dict[str, Any]] = {
     "rope": {"batch": 1, "sequence": 19, "heads": 5, "groups": 1, "head_dim": 8}
     | {"table_dtype": "float32"},
     "swiglu": {"rows": 3, "width": 1707},
+    "causal_conv": {"batch": 1, "sequence": 11, "channels": 70, "taps": 3},
+    "selective_scan": {"batch": 1, "sequence": 5, "channels": 20, "states": 3},
     "cross_entropy": {"rows": 5, "width": 1300, "real": 1290, "ranks": 2},
 }
 

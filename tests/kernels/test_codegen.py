@@ -54,6 +54,12 @@ ELSEWHERE = [
         (100, 128, 512, "bfloat16"),
     )
 ]
+SEQUENCE = {"batch": 4, "sequence": 2048, "channels": 4096, "dtype": "bfloat16"}
+ELSEWHERE += [
+    CompileJob(architecture, op, SEQUENCE | sizes)
+    for architecture in ARCHITECTURES
+    for op, sizes in (("causal_conv", {"taps": 4}), ("selective_scan", {"states": 16}))
+]
 JOBS = {str(job): job for job in [*(job for m in MODELS for job in shipped(m)), *ELSEWHERE]}
 
 

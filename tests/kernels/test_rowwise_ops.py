@@ -1,4 +1,7 @@
-"""Tests of RMSNorm, RoPE and SwiGLU as torch ops: registration, compilation, checkpointing."""
+"""Tests of kernels as torch ops: registration, compilation, checkpointing.
+
+Attention and the cross-entropy have their own.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from megagrow_kernels import reference
+from megagrow_kernels.causal_conv import causal_conv
 from megagrow_kernels.rms_norm import add_rms_norm, rms_norm
 from megagrow_kernels.rope import rope
+from megagrow_kernels.selective_scan import selective_scan
 from megagrow_kernels.swiglu import swiglu
 from tests.helpers.kernels.accuracy import draw, with_gradients
 
@@ -20,12 +25,19 @@ TABLES = reference.rope_tables(torch.arange(5)[None], torch.tensor([1.0, 0.5, 0.
 HEADS = [draw(1, 5, 2, 8), draw(1, 5, 1, 8, seed=1)]
 ROWS = [draw(5, 24, seed=seed) for seed in range(3)]
 WEIGHT, INVERSE_RMS = draw(24, seed=3), draw(5, seed=4).abs()
+TOKENS = [draw(1, 5, 6, seed=seed) for seed in range(3)]
+CONV = [TOKENS[0], draw(6, 3, seed=4), draw(6, seed=5)]
+STATES = [draw(1, 5, 2, seed=seed) for seed in (6, 7)]
+SCAN = [*TOKENS[:2], -draw(6, 2, seed=8).exp(), *STATES, draw(6, seed=9), draw(6, seed=10)]
+STARTS = torch.tensor([[False, False, True, False, False]])
 
 CALLS: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "rms_norm": (lambda x, weight: rms_norm(x, weight, 1e-5), [ROWS[0], WEIGHT]),
     "add_rms_norm": (lambda x, r, weight: add_rms_norm(x, r, weight, 1e-5), [*ROWS[:2], WEIGHT]),
     "rope": (lambda q, k: rope(q, k, *TABLES), HEADS),
     "swiglu": (swiglu, ROWS[:2]),
+    "causal_conv": (causal_conv, CONV),
+    "selective_scan": (selective_scan, SCAN),
 }
 OPS: dict[str, tuple[Any, ...]] = {
     "rms_norm": (ROWS[0], WEIGHT, 1e-5),
@@ -35,8 +47,13 @@ OPS: dict[str, tuple[Any, ...]] = {
     "rope_backward": (*HEADS, *TABLES),
     "swiglu": (*ROWS[:2],),
     "swiglu_backward": (*ROWS,),
+    "causal_conv": (*CONV, STARTS),
+    "causal_conv_backward": (TOKENS[1], *CONV, STARTS),
+    "selective_scan": (*SCAN, STARTS),
+    "selective_scan_backward": (TOKENS[2], torch.zeros(1, 1, 2, 6), *SCAN, STARTS),
 }
 DIFFERENTIABLE = {"rms_norm": 2, "add_rms_norm": 3, "rope": 2, "swiglu": 2}
+DIFFERENTIABLE |= {"causal_conv": 3, "selective_scan": 7}
 """Number of leading arguments of an op that get gradients."""
 
 

@@ -193,6 +193,7 @@ def test_every_benchmark_runs(family: str):
     assert {r["op"] for r in timings if r["by"] == OURS} == {
         "rows": {"rms_norm", "add_rms_norm", "rope", "swiglu"},
         "attention": {"attention"},
+        "scan": {"causal_conv", "selective_scan"},
         "loss": {"cross_entropy", "linear_cross_entropy"},
     }[family]
     directions = {r["way"] for r in timings}

@@ -46,6 +46,7 @@ SHARES = {
     "rows": 60,
     "attention": 90,
     "loss": 45,
+    "scan": 20,
     "training": 110,
     "growth": 55,
     "warm-up": 80,

@@ -35,6 +35,11 @@ TABLE_FEATURES = {
     "vocab_statistics": ("width",),
     "combine_statistics": (),
     "vocab_gradient": ("width",),
+    "causal_conv": (),
+    "causal_conv_backward": (),
+    "selective_scan": ("states",),
+    "selective_scan_carry": (),
+    "selective_scan_backward": ("states",),
 }
 """Features that an op passes when it selects its tiles, by table."""
 
@@ -52,6 +57,8 @@ def candidates(table: str, features: Features, architecture: int) -> list[Tiles]
         return listed
     if table.startswith("rms_norm"):
         return list(_norm(table, features["width"]))
+    if table in ("selective_scan", "selective_scan_backward"):
+        return list(_states(table, features["states"]))
     return list(_ROWWISE[table]())
 
 
@@ -101,12 +108,34 @@ def _gradient() -> Iterator[Tiles]:
     return _grid(BLOCK=(1024, 2048, 4096, 8192), num_warps=(4, 8, 16), num_stages=(1,))
 
 
+def _conv() -> Iterator[Tiles]:
+    for tiles in _grid(TOKENS=(8, 16, 32, 64), CHANNELS=(32, 64, 128), num_warps=(2, 4, 8)):
+        if 4 <= tiles["TOKENS"] * tiles["CHANNELS"] / (LANES * tiles["num_warps"]) <= 32:
+            yield tiles
+
+
+def _carry() -> Iterator[Tiles]:
+    return _grid(BLOCK=(128, 256, 512, 1024), num_warps=(2, 4))
+
+
+def _states(table: str, states: int) -> Iterator[Tiles]:
+    """Yield tiles of the kernels of a scan: a thread holds at most 32 numbers of a state."""
+    steps = {"STEPS": (1, 2, 4)} if table == "selective_scan_backward" else {}
+    numbers = 1 << math.ceil(math.log2(states))
+    for tiles in _grid(CHANNELS=(16, 32, 64, 128), **steps, num_warps=(1, 2, 4)):
+        if 4 <= numbers * tiles["CHANNELS"] / (LANES * tiles["num_warps"]) <= 32:
+            yield tiles
+
+
 _ROWWISE = {
     "rope": _rope,
     "swiglu": _swiglu,
     "vocab_statistics": _statistics,
     "combine_statistics": _combine,
     "vocab_gradient": _gradient,
+    "causal_conv": _conv,
+    "causal_conv_backward": _conv,
+    "selective_scan_carry": _carry,
 }
 
 

@@ -80,6 +80,19 @@ def _vocabulary(features: Features) -> dict[str, Any]:
     return _norm(features) | {"real": features["width"], "ranks": 1}
 
 
+def _channels(features: Features) -> dict[str, Any]:
+    sizes = {"batch": 4, "sequence": 2048, "channels": 4096}
+    return sizes | {"dtype": DTYPES[features["bytes"]]}
+
+
+def _conv(features: Features) -> dict[str, Any]:
+    return _channels(features) | {"taps": 4}
+
+
+def _scan(features: Features) -> dict[str, Any]:
+    return _channels(features) | {"states": features["states"]}
+
+
 _NORM = {"width": (1024, 2048, 2560, 4096), "bytes": (2, 4)}
 _NORM_TABLES = ("rms_norm", "rms_norm_backward", "rms_norm_weight")
 OPS = {
@@ -98,6 +111,12 @@ OPS = {
         {"width": (32000, 128256), "bytes": (2, 4)},
         _vocabulary,
     ),
+    "causal_conv": OpTables(("causal_conv", "causal_conv_backward"), {"bytes": (2, 4)}, _conv),
+    "selective_scan": OpTables(
+        ("selective_scan", "selective_scan_carry", "selective_scan_backward"),
+        {"states": (16,), "bytes": (2, 4)},
+        _scan,
+    ),
 }
 
 
@@ -113,6 +132,11 @@ KERNELS = {
     "vocab_statistics": ("_statistics_kernel",),
     "combine_statistics": ("_combine_kernel",),
     "vocab_gradient": ("_gradient_kernel",),
+    "causal_conv": ("_forward_kernel",),
+    "causal_conv_backward": ("_backward_kernel",),
+    "selective_scan": ("_summary_kernel", "_output_kernel"),
+    "selective_scan_carry": ("_carry_kernel",),
+    "selective_scan_backward": ("_gradient_kernel",),
 }
 """Kernels launched with the tiles of a table, within its op."""
 

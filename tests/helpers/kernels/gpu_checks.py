@@ -21,13 +21,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from megagrow_kernels import reference
 from megagrow_kernels.accuracy import attention_terms
 from megagrow_kernels.attention import attention
+from megagrow_kernels.causal_conv import causal_conv
 from megagrow_kernels.cross_entropy import vocab_gradient_, vocab_statistics
 from megagrow_kernels.packing import pack
 from megagrow_kernels.rms_norm import add_rms_norm, rms_norm
 from megagrow_kernels.rope import rope
+from megagrow_kernels.selective_scan import selective_scan
 from megagrow_kernels.swiglu import swiglu
 from tests.helpers.kernels.accuracy import check, close, draw
 from tests.helpers.kernels.kernel_device import Function, KernelDevice
+from tests.helpers.kernels.scan_checks import scan_calls, scan_of_logarithms, scans
 
 EPS = 1e-5
 
@@ -81,6 +84,7 @@ def calls(setup: KernelDevice) -> Iterator[tuple[str, dict[str, Any]]]:
             real = width - width // 7
             sizes = {"rows": tokens, "width": width, "real": real, "ranks": 1}
             yield "cross_entropy", sizes | {"dtype": dtype}
+        yield from scan_calls(setup, dtype)
 
 
 def rows(setup: KernelDevice) -> None:
@@ -249,6 +253,10 @@ def _calls(setup: KernelDevice, dtype: torch.dtype) -> Iterator[tuple[Function, 
     ids = (torch.arange(sequence) * 3 // sequence).expand(2, -1)
     packing = pack(ids, *ids.shape).to(setup.device)
     yield partial(attention, packing=packing), inputs(q, k, k)
+    x, states = (2, sequence, width), (2, sequence, 16)
+    yield causal_conv, inputs(x, (width, 4), (width,))
+    scan = partial(scan_of_logarithms, selective_scan)
+    yield scan, inputs(x, x, (width, 16), states, states, (width,), (width,))
 
 
 def _results(function: Function, inputs: list[Tensor]) -> list[Tensor]:
@@ -262,6 +270,7 @@ CHECKS: dict[str, Callable[[KernelDevice], None]] = {
     "rows": rows,
     "attention": attention_of_documents,
     "cross-entropy": cross_entropy,
+    "scans": scans,
     "repeated": repeated,
     "compiled": compiled,
     "beyond-32-bits": beyond_32_bits,

@@ -15,6 +15,8 @@ LIBRARIES = {
     "flash-attn 3": "flash_attn_interface",
     "flash-attn 4": "flash_attn.cute",
     "cut-cross-entropy": "cut_cross_entropy",
+    "mamba-ssm": "mamba_ssm",
+    "causal-conv1d": "causal_conv1d",
 }
 """Modules by library name."""
 

@@ -1,6 +1,6 @@
 """Benchmark one family of kernels against hardware ceilings and other libraries.
 
-    python tools/gpu/bench/kernels.py rows|attention|loss --output rows.jsonl [--smoke]
+    python tools/gpu/bench/kernels.py rows|attention|loss|scan --output rows.jsonl [--smoke]
 
 Started by gpu_check.py. Writes one record per line as it runs (see `case.py`), so an interrupted
 benchmark keeps its results. The ceilings, a large matrix product and a large copy, are measured in
@@ -23,12 +23,13 @@ from tools.gpu.bench import attention as attention  # noqa: E402
 from tools.gpu.bench import baselines as baselines  # noqa: E402
 from tools.gpu.bench import loss as loss  # noqa: E402
 from tools.gpu.bench import rows as rows  # noqa: E402
+from tools.gpu.bench import scan as scan  # noqa: E402
 from tools.gpu.bench.case import BenchmarkCase, DeviceSetup, Record, measure  # noqa: E402
 from tools.gpu.bench.timer import Timer  # noqa: E402
 
 MATMUL, COPY_BYTES = 8192, 2**30
 SMOKE_MATMUL, SMOKE_COPY_BYTES = 64, 2**16
-FAMILIES = {"rows": rows, "attention": attention, "loss": loss}
+FAMILIES = {"rows": rows, "attention": attention, "loss": loss, "scan": scan}
 
 
 def main() -> None:

@@ -27,6 +27,8 @@ TENSORS = {
     "add_rms_norm": (4, 4),  # x and residual in, total and y out; total, dy, dtotal in, dx out
     "swiglu": (3, 5),  # gate and up in, product out; both and its gradient in, two gradients out
     "rope": (2, 2),  # q and k in and out; their gradients likewise
+    "causal_conv": (2, 3),  # x in, y out; x and dy in, dx out
+    "selective_scan": (3, 5),  # x and dt in, y out; both and dy in, two gradients out
     "cross_entropy": (1, 2),  # logits in; logits in, gradients out in place
 }
 """Tensors of the op's size that pass through memory, forward and backward."""
