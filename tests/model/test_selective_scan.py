@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
+from megagrow.model import blocked_scan
 from megagrow.model import selective_scan as module
 from megagrow.model.selective_scan import causal_conv, selective_scan, selective_scan_from
 from megagrow_kernels import reference
@@ -119,14 +120,23 @@ def test_autocast_and_activation_checkpointing_change_no_bit() -> None:
         assert all(map(torch.equal, found, expected))
 
 
-def test_shapes_are_known_without_data() -> None:
-    with FakeTensorMode():
-        inputs = [torch.empty(x.shape) for x in scan_inputs(2, 37, 5, 4)]
-        starts = torch.empty(2, 37, dtype=torch.bool)
+def test_chunks_of_devices_without_cache_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, starts = scan_inputs(2, 36, 5, 4), documents(2, 36)
+    expected = outcome(partial(reference.selective_scan, starts=starts), *inputs)
+    monkeypatch.setattr(blocked_scan, "_chunk_length", lambda values: 4)
+    assert_same(outcome(partial(selective_scan, starts=starts), *inputs), expected, 1e-10)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_shapes_are_known_without_data(device: str) -> None:
+    context = FakeTensorMode() if device == "cpu" else torch.device(device)
+    with context:
+        inputs = [torch.empty(x.shape) for x in scan_inputs(2, 36, 5, 4)]
+        starts = torch.empty(2, 36, dtype=torch.bool)
         leaves = [x.requires_grad_() for x in inputs]
         y = selective_scan(*leaves, starts)
         grads = torch.autograd.grad(y, leaves, torch.empty(y.shape))
-    assert y.shape == (2, 37, 5)
+    assert y.shape == (2, 36, 5)
     assert [x.shape for x in grads] == [x.shape for x in inputs]
 
 
