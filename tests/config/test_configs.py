@@ -43,6 +43,12 @@ PUBLISHED = {
     "llama-2-70b": (80, 8192, 64, 8, 28672, 32000, 4096, 1e4, 68_976_648_192),
     "llama-3-8b": (32, 4096, 32, 8, 14336, 128256, 8192, 5e5, 8_030_261_248),
 }
+# Layers, hidden size, heads, kv heads, FFN; millions of parameters: microsoft/Samba, config.py.
+SAMBA = {
+    "samba-421m": (12, 1536, 12, 12, 4096, 421.8),
+    "samba-421m-4l": (4, 1536, 12, 12, 4096, 173.4),
+    "samba-1.3b": (18, 2304, 18, 18, 6144, 1330.2),
+}
 # lr and min_lr of Du et al. 2024, Table 1 (appendix B.3).
 TABLE_1 = {"410m": (6e-4, 6e-5), "1.1b": (3e-4, 3e-5), "3b": (1.6e-4, 1.6e-5), "7b": (1e-4, 1e-5)}
 # Billions of tokens of section 4.1: the base's d, the target's, and those of scratch. At 1.1B the
@@ -60,10 +66,21 @@ def counted(model: ModelConfig) -> tuple[int, int]:
     """Return the parameters in total, and without the embedding and an untied head."""
     hidden, kv_width = model.hidden_size, model.num_key_value_heads * model.head_dim
     attention = 2 * hidden * hidden + 2 * hidden * kv_width
-    layer = attention + 3 * hidden * model.intermediate_size + 2 * hidden
-    inner = model.num_hidden_layers * layer + hidden
+    mixers = {"mamba": mamba(model), "full_attention": attention, "sliding_attention": attention}
+    other = 3 * hidden * model.intermediate_size + 2 * hidden
+    layers = range(model.num_hidden_layers)
+    inner = sum(mixers[model.layer_type(layer)] + other for layer in layers) + hidden
     tables = 1 if model.tie_word_embeddings else 2
     return inner + tables * model.vocab_size * hidden, inner
+
+
+def mamba(model: ModelConfig) -> int:
+    """Return the parameters of a Mamba mixer; 0 if the model has none."""
+    inner, state, rank = model.mamba_d_inner, model.mamba_d_state, model.mamba_dt_rank
+    if not (inner and state and rank and model.mamba_d_conv):
+        return 0
+    channel = model.mamba_d_conv + 1 + (rank + 2 * state) + (rank + 1) + state + 1
+    return inner * (3 * model.hidden_size + channel)
 
 
 def shape(model: ModelConfig) -> tuple[int, ...]:
@@ -121,7 +138,34 @@ def test_known_models_are_as_published(name: str) -> None:
 
 
 def test_no_model_is_left_unchecked() -> None:
-    assert set(MODELS) == {*PAPER, *PUBLISHED, "demo-2l", "demo-8l"}
+    demo = {"demo-2l", "demo-8l", "samba-demo-4l", "samba-demo-12l"}
+    assert set(MODELS) == {*PAPER, *PUBLISHED, *SAMBA, *demo}
+
+
+@pytest.mark.parametrize("name", SAMBA)
+def test_samba_is_as_published(name: str) -> None:
+    model = load_model(name)
+    *dimensions, total = SAMBA[name]
+    assert shape(model) == tuple(dimensions)
+    assert round(counted(model)[0] / 1e6, 1) == total
+    assert model.layer_types == ["mamba", "sliding_attention"] and model.tie_word_embeddings
+    assert (model.sliding_window, model.max_position_embeddings) == (2048, 4096)
+    sizes = (model.mamba_d_inner, model.mamba_d_state, model.mamba_d_conv, model.mamba_dt_rank)
+    assert sizes == (2 * model.hidden_size, 16, 4, model.hidden_size // 16)
+
+
+def test_the_papers_hybrid_run() -> None:
+    """Du et al. 2024, Table 7 and appendix C: 8B tokens, g = 3."""
+    grown = load_run(CONFIGS / "gstack-samba-421m.yaml")
+    (scratch,) = load_run(CONFIGS / "scratch-samba-421m.yaml").stages
+    base, target = grown.stages
+    assert [stage.tokens / BILLION for stage in (base, target, scratch)] == [8, 92, 100]
+    assert base.model == load_model("samba-421m-4l")
+    assert target.model == scratch.model == load_model("samba-421m")
+    for stage in (base, target, scratch):
+        assert grown.data.sequence_length * stage.batch.global_batch_size == STEP
+        assert (stage.optimizer.lr, stage.optimizer.min_lr) == (4e-4, 4e-5)
+        assert (stage.schedule.warmup_tokens, stage.optimizer.weight_decay_on) == (BILLION, "all")
 
 
 @pytest.mark.parametrize("size", TABLE_1)
