@@ -114,7 +114,8 @@ def _flat(weight: nn.Parameter) -> Tensor:
 
 
 def _ops(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Ops:
-    machine, work = machine_of(device), KernelWorkload(dtype, model.head_dim, packed=False)
+    machine, windowed = machine_of(device), model.sliding_window is not None
+    work = KernelWorkload(dtype, model.head_dim, packed=False, windowed=windowed)
     return make_ops(choose(KernelsConfig(), machine, work), machine, work)
 
 

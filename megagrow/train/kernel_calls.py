@@ -88,7 +88,9 @@ def _calls(
         yield _call("rope", **heads, dtype=low, table_dtype=wide)
         yield _call("swiglu", rows=rows, width=model.intermediate_size // tp, dtype=low)
     if backends.attention == "triton":
-        yield _call("attention", **heads, dtype=low)
+        for window in model.attention_windows:
+            limit = {} if window is None else {"window": window}
+            yield _call("attention", **heads, dtype=low, **limit)
     if backends.loss == "triton":
         width = pad(model.vocab_size, tp) // tp
         for rank in range(tp):

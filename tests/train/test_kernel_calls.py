@@ -51,6 +51,23 @@ def test_a_model_on_one_device():
     }
 
 
+def test_every_window_has_its_attention():
+    stage = stage_of("llama-3b")
+    for types, expected in (
+        (["sliding_attention"], [256]),
+        (["sliding_attention", "full_attention"], [256, None]),
+    ):
+        changes = {"sliding_window": 256, "layer_types": types}
+        model = stage.model.model_copy(update=changes)
+        listed = stage_kernels(
+            stage.model_copy(update={"model": model}), 2048, torch.bfloat16, TRITON
+        )
+        attention = [dict(call.arguments) for call in listed if call.op == "attention"]
+        assert [arguments.pop("window", None) for arguments in attention] == expected
+        plain = calls(stage)["attention"]
+        assert all(arguments == plain for arguments in attention)
+
+
 def test_tensor_parallel_ranks_have_their_share():
     found = calls(stage_of("llama-3b", tensor_model_parallel_size=4))
     assert (found["attention"]["heads"], found["attention"]["groups"]) == (5, 1)
