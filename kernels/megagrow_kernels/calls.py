@@ -136,10 +136,17 @@ def _cross_entropy(
 
 
 def _causal_conv(
-    device: torch.device, batch: int, sequence: int, channels: int, taps: int, dtype: str
+    device: torch.device,
+    batch: int,
+    sequence: int,
+    channels: int,
+    taps: int,
+    dtype: str,
+    parameter_dtype: str,
 ) -> Launches:
     x, dy = (draw(device, dtype, batch, sequence, channels) for _ in range(2))
-    weight, bias = draw(device, dtype, channels, taps), draw(device, dtype, channels)
+    weight = draw(device, parameter_dtype, channels, taps)
+    bias = draw(device, parameter_dtype, channels)
     inputs = (x, weight, bias, no_starts(x))
     return {
         "causal_conv": lambda: causal_conv_forward(*inputs),
@@ -148,12 +155,18 @@ def _causal_conv(
 
 
 def _selective_scan(
-    device: torch.device, batch: int, sequence: int, channels: int, states: int, dtype: str
+    device: torch.device,
+    batch: int,
+    sequence: int,
+    channels: int,
+    states: int,
+    dtype: str,
+    parameter_dtype: str,
 ) -> Launches:
     x, dt, dy = (draw(device, dtype, batch, sequence, channels) for _ in range(3))
     B, C = (draw(device, dtype, batch, sequence, states) for _ in range(2))
     A = -draw(device, "float32", channels, states).exp()
-    D, dt_bias = (draw(device, dtype, channels) for _ in range(2))
+    D, dt_bias = (draw(device, parameter_dtype, channels) for _ in range(2))
     inputs = (x, dt, A, B, C, D, dt_bias, no_starts(x))
 
     def forward() -> tuple[Tensor, Tensor]:

@@ -187,21 +187,33 @@ def _document_ids(positions: Tensor) -> Tensor:
 
 
 def _causal_conv(
-    device: torch.device, batch: int, sequence: int, channels: int, taps: int, dtype: str
+    device: torch.device,
+    batch: int,
+    sequence: int,
+    channels: int,
+    taps: int,
+    dtype: str,
+    parameter_dtype: str,
 ) -> Outcome:
     sequence = _limited(sequence, 2 * channels)
     starts = _document_starts(2, sequence).to(device)
     inputs = {
         "x": draw(device, dtype, 2, sequence, channels),
-        "weight": draw(device, dtype, channels, taps),
-        "bias": draw(device, dtype, channels),
+        "weight": draw(device, parameter_dtype, channels, taps),
+        "bias": draw(device, parameter_dtype, channels),
     }
     kernel, eager = (partial(f, starts=starts) for f in (causal_conv, reference.causal_conv))
     return _differentiable(kernel, eager, ["output"], **inputs)
 
 
 def _selective_scan(
-    device: torch.device, batch: int, sequence: int, channels: int, states: int, dtype: str
+    device: torch.device,
+    batch: int,
+    sequence: int,
+    channels: int,
+    states: int,
+    dtype: str,
+    parameter_dtype: str,
 ) -> Outcome:
     """Compare rows of several chunks, one of them with several documents."""
     sequence = max(1, min(sequence, MOST_STATES // (2 * channels * states)))
@@ -210,7 +222,7 @@ def _selective_scan(
         **{name: draw(device, dtype, 2, sequence, channels) for name in ("x", "dt")},
         "A": -draw(device, "float32", channels, states).exp(),
         **{name: draw(device, dtype, 2, sequence, states) for name in ("B", "C")},
-        **{name: draw(device, dtype, channels) for name in ("D", "dt_bias")},
+        **{name: draw(device, parameter_dtype, channels) for name in ("D", "dt_bias")},
     }
     kernel, eager = (partial(f, starts=starts) for f in (selective_scan, reference.selective_scan))
     return _differentiable(kernel, eager, ["output"], **inputs)

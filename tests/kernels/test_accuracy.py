@@ -52,6 +52,27 @@ def swiglu_results() -> Results:
     return [(x, None) for x in with_gradients(reference.swiglu, inputs, torch.float64)]
 
 
+def conv_results() -> Results:
+    inputs = [draw(1, 70, 200).to(BF16), draw(200, 4, seed=1).to(BF16), draw(200, seed=2).to(BF16)]
+    starts = (torch.arange(70) % 30 == 7)[None]
+    exact = with_gradients(lambda *x: reference.causal_conv(*x, starts), inputs, torch.float64)
+    return [(_rows(x), None) for x in exact]
+
+
+def scan_results() -> Results:
+    shapes = ((1, 70, 48), (1, 70, 48), (48, 16), (1, 70, 16), (1, 70, 16), (48,), (48,))
+    inputs = [draw(*shape, seed=seed).to(BF16) for seed, shape in enumerate(shapes)]
+    inputs[2] = -inputs[2].exp()
+    starts = (torch.arange(70) % 30 == 7)[None]
+    exact = with_gradients(lambda *x: reference.selective_scan(*x, starts), inputs, torch.float64)
+    return [(_rows(x), None) for x in exact]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return a tensor (1, S, C) as (S, C)."""
+    return x[0] if x.dim() == 3 else x
+
+
 def loss_results() -> Results:
     logits, labels = 3 * draw(70, 1000, dtype=torch.float64), torch.arange(70)
     statistics = reference.vocab_statistics(logits, labels, 0, 1000)
@@ -67,6 +88,8 @@ RESULTS: dict[str, Callable[[], Results]] = {
     "add_rms_norm": norm_results,
     "rope": rope_results,
     "swiglu": swiglu_results,
+    "causal_conv": conv_results,
+    "selective_scan": scan_results,
     "cross_entropy": loss_results,
 }
 

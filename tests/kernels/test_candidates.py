@@ -76,8 +76,10 @@ ROWWISE: dict[str, dict[str, Any]] = {
     "rope": {"batch": 1, "sequence": 19, "heads": 5, "groups": 1, "head_dim": 8}
     | {"table_dtype": "float32"},
     "swiglu": {"rows": 3, "width": 1707},
-    "causal_conv": {"batch": 1, "sequence": 11, "channels": 70, "taps": 3},
-    "selective_scan": {"batch": 1, "sequence": 5, "channels": 20, "states": 3},
+    "causal_conv": {"batch": 1, "sequence": 11, "channels": 70, "taps": 3}
+    | {"parameter_dtype": "float32"},
+    "selective_scan": {"batch": 1, "sequence": 5, "channels": 20, "states": 3}
+    | {"parameter_dtype": "float32"},
     "cross_entropy": {"rows": 5, "width": 1300, "real": 1290, "ranks": 2},
 }
 

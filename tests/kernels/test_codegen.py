@@ -54,7 +54,8 @@ ELSEWHERE = [
         (100, 128, 512, "bfloat16"),
     )
 ]
-SEQUENCE = {"batch": 4, "sequence": 2048, "channels": 4096, "dtype": "bfloat16"}
+SEQUENCE = {"batch": 4, "sequence": 2048, "channels": 4096}
+SEQUENCE |= dict.fromkeys(("dtype", "parameter_dtype"), "bfloat16")
 ELSEWHERE += [
     CompileJob(architecture, op, SEQUENCE | sizes)
     for architecture in ARCHITECTURES

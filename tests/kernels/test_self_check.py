@@ -20,15 +20,16 @@ CPU = torch.device("cpu")
 HEADS = {"batch": 2, "sequence": 260, "heads": 2, "groups": 1, "head_dim": 16}
 NORM = {"rows": 40, "width": 72, "dtype": "float16"}
 SWIGLU = {"rows": 8, "width": 64, "dtype": "float32"}
-SEQUENCE = {"batch": 2, "sequence": 9, "channels": 12}
+SEQUENCE = {"batch": 2, "sequence": 9, "channels": 12, "dtype": "float16"}
+SEQUENCE |= {"parameter_dtype": "float32"}
 CALLS: dict[str, dict[str, Any]] = {
     "rms_norm": NORM | {"dtype": "float32"},
     "add_rms_norm": NORM,
     "rope": HEADS | {"sequence": 20, "dtype": "float16", "table_dtype": "float32"},
     "swiglu": SWIGLU,
     "attention": HEADS | {"dtype": "float32"},
-    "causal_conv": SEQUENCE | {"taps": 4, "dtype": "float16"},
-    "selective_scan": SEQUENCE | {"states": 3, "dtype": "float16"},
+    "causal_conv": SEQUENCE | {"taps": 4},
+    "selective_scan": SEQUENCE | {"states": 3},
     "cross_entropy": {"rows": 24, "width": 200, "real": 190, "ranks": 2, "dtype": "float32"},
 }
 

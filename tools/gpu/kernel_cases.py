@@ -82,7 +82,7 @@ def _vocabulary(features: Features) -> dict[str, Any]:
 
 def _channels(features: Features) -> dict[str, Any]:
     sizes = {"batch": 4, "sequence": 2048, "channels": 4096}
-    return sizes | {"dtype": DTYPES[features["bytes"]]}
+    return sizes | dict.fromkeys(("dtype", "parameter_dtype"), DTYPES[features["bytes"]])
 
 
 def _conv(features: Features) -> dict[str, Any]:

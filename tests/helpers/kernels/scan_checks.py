@@ -22,7 +22,8 @@ def scan_cases(setup: KernelDevice) -> list[tuple[int, int, int]]:
 def scan_calls(setup: KernelDevice, dtype: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the kernel calls of `scans` in one dtype."""
     for sequence, channels, states in scan_cases(setup):
-        sizes = {"batch": 2, "sequence": sequence, "channels": channels, "dtype": dtype}
+        sizes = {"batch": 2, "sequence": sequence, "channels": channels}
+        sizes |= dict.fromkeys(("dtype", "parameter_dtype"), dtype)
         yield "causal_conv", sizes | {"taps": 4}
         yield "selective_scan", sizes | {"states": states}
 
