@@ -1,4 +1,4 @@
-"""Hugging Face's Llama as the measure of ours: same weights in, logits and gradients out."""
+"""Hugging Face's models as the measure of ours: same weights in, logits and gradients out."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from megagrow.config.model import MAMBA_KEYS
+from megagrow.config.model import FEATURE_KEYS, MAMBA_KEYS
 from megagrow.config.schema import ModelConfig
 from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
 from megagrow.formats.hugging_face_tokenizer import tokenizer_files
@@ -32,21 +32,19 @@ def tiny(**changes: Any) -> ModelConfig:
     return ModelConfig(**TINY | changes)
 
 
-FEATURES = {"layer_types", "attention_bias", "qk_norm", "norm_position", *MAMBA_KEYS}
-"""Keys of ours that their classes imply."""
-
 WITH_LAYER_TYPES = ("qwen2", "qwen3")
 
 
 def hugging_face(config: ModelConfig, seed: int = 0) -> PreTrainedModel:
     """Their model of our config, fp32 and eager, with weights far from any symmetry."""
-    fields = config.model_dump(exclude={*FEATURES, "rope_theta", "rope_scaling"})
+    fields = config.model_dump(exclude={*FEATURE_KEYS, *MAMBA_KEYS, "rope_theta", "rope_scaling"})
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         rope |= config.rope_scaling.given()
     types = [config.layer_type(layer) for layer in range(config.num_hidden_layers)]
     fields |= {"layer_types": types} if config.model_type in WITH_LAYER_TYPES else {}
     fields |= {"use_sliding_window": True} if config.sliding_window else {}
+    fields["pad_token_id"] = None  # whose row of the embedding has no gradient
     made = AutoConfig.for_model(**fields, rope_parameters=rope)
     model = AutoModelForCausalLM.from_config(made, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)

@@ -48,15 +48,16 @@ class Measure:
     gradients: dict[str, torch.Tensor]
 
 
+def measure_of(config: ModelConfig) -> Measure:
+    model = hugging_face(config)
+    ids, labels = tokens(config, WORLD, 8)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    return Measure(weights, ids, labels, *outcome(model, ids, labels))
+
+
 @pytest.fixture(scope="module")
 def measures() -> dict[tuple[str, str], Measure]:
-    out = {}
-    for which, config in MODELS.items():
-        model = hugging_face(config)
-        ids, labels = tokens(config, WORLD, 8)
-        weights = {name: p.detach() for name, p in model.named_parameters()}
-        out[which] = Measure(weights, ids, labels, *outcome(model, ids, labels))
-    return out
+    return {which: measure_of(config) for which, config in MODELS.items()}
 
 
 def build(config: ModelConfig, case: tuple, topology: Topology) -> tuple[ZeroEngine, Layout]:
