@@ -163,7 +163,7 @@ def import_hugging_face(
     """Write a checkpoint of step 0 with the weights of a Hugging Face folder and zero moments.
 
     Args:
-        source: Hugging Face folder of a Llama model (safetensors).
+        source: Hugging Face folder of a model of a supported family (safetensors).
         out: Checkpoint to write; must not exist.
         memory: Memory budget in addition to the process itself, such as `1GiB`.
         verbose: Print progress.

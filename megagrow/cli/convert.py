@@ -89,7 +89,11 @@ def hf_export(
 @convert_app.command("hf-import")
 def hf_import(
     source: Annotated[
-        Path, typer.Argument(help="Hugging Face folder of a Llama model.", show_default=False)
+        Path,
+        typer.Argument(
+            help="Hugging Face folder of a llama, mistral, qwen2, qwen3 or olmo2 model.",
+            show_default=False,
+        ),
     ],
     out: OutputPath,
     zero_stage: ZeroStage = None,

@@ -88,24 +88,32 @@ LayerTypeName = Literal["full_attention", "sliding_attention", "mamba"]
 
 QKNorm = Literal["per_head", "full_width"]
 
+_LLAMA: dict[str, Any] = {"attention_bias": False, "qk_norm": None, "norm_position": "pre"}
+
 _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"attention_bias": True},
     "qwen3": {"qk_norm": "per_head"},
     "olmo2": {"qk_norm": "full_width", "norm_position": "post"},
 }
-"""Defaults of the feature keys by `model_type`, where they differ from those of `llama`."""
+"""Features by `model_type`, where they differ from those of `llama`."""
 
-FEATURE_KEYS = ("layer_types", "attention_bias", "qk_norm", "norm_position")
+FEATURE_KEYS = ("layer_types", *_LLAMA)
 """Keys that select the blocks of a layer and their parameters."""
 
 MAMBA_KEYS = ("mamba_d_inner", "mamba_d_state", "mamba_d_conv", "mamba_dt_rank")
 
+MOST_LAYERS = 10_000
 
-def _of_family(key: str, otherwise: Any = None) -> Any:
+
+def family_features(model_type: str) -> dict[str, Any]:
+    """Return the values of `FEATURE_KEYS` without `layer_types` that a family has by default, and
+    that Hugging Face's class of it always has."""
+    return _LLAMA | _FAMILIES.get(model_type, {})
+
+
+def _of_family(key: str) -> Any:
     """Return a field whose default depends on `model_type`."""
-    return Field(
-        default_factory=lambda seen: _FAMILIES.get(seen["model_type"], {}).get(key, otherwise)
-    )
+    return Field(default_factory=lambda seen: family_features(seen["model_type"])[key])
 
 
 def _default_layer_types(seen: dict[str, Any]) -> list[LayerTypeName]:
@@ -132,7 +140,7 @@ class ModelConfig(Section):
     `attention_bias`, `qk_norm` and `norm_position`. Biases for `qwen2`, query and key norms for
     `qwen3` and `olmo2`, norms after the blocks for `olmo2`, Mamba alternating with attention for
     `samba`."""
-    num_hidden_layers: Annotated[Count, Field(le=10_000)]
+    num_hidden_layers: Annotated[Count, Field(le=MOST_LAYERS)]
     """Number of layers. The limit bounds tables with one row per layer."""
     hidden_size: Count
     """Width of the residual stream."""
@@ -152,12 +160,12 @@ class ModelConfig(Section):
     """Types of the layers: one entry per layer, or a period that is repeated. Default:
     `full_attention`, or `sliding_attention` if `sliding_window` is set; for `samba`, `mamba` before
     each of them."""
-    attention_bias: bool = _of_family("attention_bias", False)
+    attention_bias: bool = _of_family("attention_bias")
     """Add biases to the query, key and value projections, as in Qwen2."""
     qk_norm: QKNorm | None = _of_family("qk_norm")
     """RMSNorm of queries and keys: `per_head` over each head (Qwen3), `full_width` over all heads
     (OLMo 2); null for none."""
-    norm_position: Literal["pre", "post"] = _of_family("norm_position", "pre")
+    norm_position: Literal["pre", "post"] = _of_family("norm_position")
     """`pre` normalizes the input of each block, `post` its output (OLMo 2)."""
     intermediate_size: Count
     """Width of the feed-forward network (SwiGLU: three matrices)."""

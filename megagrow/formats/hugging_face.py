@@ -1,4 +1,4 @@
-"""Hugging Face folders of Llama models: config.json and safetensors, weights only.
+"""Hugging Face folders of the supported families: config.json and safetensors, weights only.
 
 Parameter names and shapes equal the native ones; such a folder is read as a layout of one rank.
 transformers is the reference for which files and tensors are read; any other tensor is refused.
@@ -27,6 +27,7 @@ from megagrow.common.untrusted_values import is_plain_name
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
 from megagrow.formats.hugging_face_config import CONFIG_FILE, model_of
+from megagrow.formats.hugging_face_families import FAMILIES
 from megagrow.formats.hugging_face_origin import read_origin
 from megagrow.model.layers.table import EMBEDDING, HEAD
 from megagrow.parallel.sharding import ParamSpec, StateKind, parameter_plan
@@ -65,8 +66,8 @@ class HuggingFaceSource(PlacedSource):
 def open_hugging_face(folder: Path) -> HuggingFaceSource:
     """Open a folder with config.json and model.safetensors, or several files and their index.
 
-    Raises CheckpointError if the model is not a plain Llama, or the files do not contain exactly
-    its tensors.
+    Raises CheckpointError if the model is of another family or has unsupported features, or the
+    files do not contain exactly its tensors.
     """
     config = read_json(folder / CONFIG_FILE, CheckpointError)
     model = model_of(config, str(folder / CONFIG_FILE))
@@ -84,7 +85,7 @@ def open_hugging_face(folder: Path) -> HuggingFaceSource:
         model, tensors = _untied(folder, model, tensors, warnings)
     layout = single_rank_layout(model)
     table = {name: _checked(folder, spec, tensors) for name, spec in layout.plan.items()}
-    _check_all_read(tensors, table)
+    _check_all_read(tensors, table, FAMILIES[model.model_type].architecture)
     return HuggingFaceSource(
         path=folder,
         model=model,
@@ -202,15 +203,15 @@ def equal_tensors(
     return True
 
 
-def _check_all_read(tensors: Tensors, table: Tensors) -> None:
+def _check_all_read(tensors: Tensors, table: Tensors, architecture: str) -> None:
     unread = sorted(
         name for name in tensors.keys() - table.keys() if not POSITION_TABLE.fullmatch(name)
     )
     if unread:
         more = f" and {len(unread) - 1} more tensors" if len(unread) > 1 else ""
         raise CheckpointError(
-            f"{tensors[unread[0]][0]}: contains {unread[0][:200]}{more}, which the Llama of "
-            f"{CONFIG_FILE} does not have; only complete models can be read"
+            f"{tensors[unread[0]][0]}: contains {unread[0][:200]}{more}, which the "
+            f"{architecture} of {CONFIG_FILE} does not have; only complete models can be read"
         )
 
 

@@ -1,33 +1,35 @@
 """Conversion between Hugging Face's config.json and ModelConfig.
 
 Both forms of rotary embeddings are supported: `rope_parameters` of transformers 5, `rope_theta` and
-`rope_scaling` of transformers 4. The reference is the Llama of transformers: a key with an effect
-that ModelConfig cannot express is refused, a RoPE key without effect there is ignored. Keys that
-name code are dropped, so no code of a folder is ever executed.
+`rope_scaling` of transformers 4. The reference is the class of the family in transformers
+(`hugging_face_families.py`): a key with an effect that ModelConfig cannot express is refused, a
+RoPE key without effect there is ignored. Keys that name code are dropped, so no code of a folder is
+ever executed.
 """
 
 from typing import Any
 
-from megagrow.config.model import MAMBA_KEYS, ROPE_TYPES, rope_keys
+from megagrow.config.model import (
+    FEATURE_KEYS,
+    MAMBA_KEYS,
+    ROPE_TYPES,
+    family_features,
+    rope_keys,
+)
 from megagrow.config.model_file import checked_model
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
+from megagrow.formats.hugging_face_families import FAMILIES, READ_KEYS, Family
 
 CONFIG_FILE = "config.json"
 
-_DEFAULTS: dict[str, Any] = {
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.02,
-}
-"""LlamaConfig's defaults of keys that may be absent in config.json."""
+_SIZES = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"),
+    "vocab_size",
+)
+"""Keys without a default here, unlike in transformers: a config.json without them is refused."""
 
-_KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
     "hidden_act": ("silu", "swish"),
     "is_causal": (True,),
 }
@@ -46,14 +48,15 @@ _OFF = (
     *("is_encoder_decoder", "pruned_heads", "per_layer_config", "quantization_config"),
     "transformers_weights",
 )
-"""Keys of Llama and its variants that change the function or the tensors unless they are null,
-false, zero or empty. `pretraining_tp` is not among them: it splits the same matrix products."""
+"""Keys of the families and their variants that change the function or the tensors unless they are
+null, false, zero or empty, or the value of the family. `pretraining_tp` is not among them: it
+splits the same matrix products."""
 
 _ONE = (
     *("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "scale_emb"),
     *("embedding_multiplier", "residual_multiplier", "rotary_pct", "partial_rotary_factor"),
 )
-"""Factors of Llama variants, without effect if they are null or 1."""
+"""Factors of variants of the families, without effect if they are null or 1."""
 
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop")
 
@@ -68,8 +71,8 @@ _ORIGINAL = "original_max_position_embeddings"
 _NOT_EXPORTED = ("layer_types", "sliding_window", "partial_rotary_factor", _ORIGINAL)
 """Keys without effect on the imported model that could contradict the exported one."""
 
-_IMPLIED = {"model_type", "layer_types", "sliding_window", "qk_norm", "norm_position", *MAMBA_KEYS}
-"""Keys of ModelConfig that LlamaConfig does not have."""
+_BY_FAMILY = {*FEATURE_KEYS, "sliding_window", *MAMBA_KEYS}
+"""Keys of ModelConfig that the class of a family implies, or that `Family.window_keys` writes."""
 
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Hugging Face's dtype names by safetensors' dtype names."""
@@ -77,30 +80,37 @@ DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 def model_of(config: dict[str, Any], origin: str) -> ModelConfig:
     """Convert a config.json. Raises CheckpointError, with `origin`, for unsupported models."""
-    for key, supported in _unsupported(config):
+    name = config.get("model_type", "llama")
+    if name not in list(FAMILIES):
+        raise CheckpointError(
+            f"{origin}: model_type = {name!r:.200}, supported are {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[name]
+    for key, supported in _unsupported(config, family, family_features(name)):
         value = f"{config[key]!r:.200}"
         raise CheckpointError(f"{origin}: {key} = {value}, only {supported} is supported")
-    values = {key: config.get(key, default) for key, default in _DEFAULTS.items()}
-    values |= {key: config[key] for key in (*_KEYS, "vocab_size") if key in config}
+    values = {key: config.get(key, family.default(key)) for key in READ_KEYS}
+    values |= {key: config[key] for key in _SIZES if key in config}
     values = {key: value for key, value in values.items() if value is not None}
+    values |= {"model_type": name, "layer_types": family.layer_types(config)}
+    if "sliding_attention" in values["layer_types"]:
+        values["sliding_window"] = family.window(config)
     return checked_model(values | _rope_of(config, values, origin), origin)
 
 
-def _unsupported(config: dict[str, Any]) -> list[tuple[str, str]]:
+def _unsupported(
+    config: dict[str, Any], family: Family, features: dict[str, Any]
+) -> list[tuple[str, str]]:
     """Return the keys with an effect that ModelConfig cannot express, and the supported value."""
     found = [
         (key, repr(values[0]))
         for key, values in _ONLY.items()
         if key in config and config[key] not in values
     ]
-    found += [(key, "False") for key in _OFF if config.get(key)]
+    wrong = [key for key in _OFF if config.get(key) and config[key] != features.get(key)]
+    found += [(key, "False") for key in wrong]
     found += [(key, "1.0") for key in _ONE if config.get(key) not in (None, 1)]
-    types = config.get("layer_types") or []
-    if not isinstance(types, list) or any(name != "full_attention" for name in types):
-        found.append(("layer_types", "'full_attention'"))
-    if config.get("sliding_window") and config.get("use_sliding_window") is not False:
-        found.append(("sliding_window", "null"))
-    return found
+    return [*found, *family.unsupported(config)]
 
 
 def _rope_of(
@@ -171,15 +181,16 @@ def config_of(model: ModelConfig, dtype: str, like: dict[str, Any]) -> dict[str,
     """Return the config.json of a model with weights of `dtype`.
 
     Other keys are copied from `like`, the config.json of the model's origin. transformers 5 reads
-    rope_parameters, transformers 4 reads rope_theta and rope_scaling.
+    rope_parameters, transformers 4 reads rope_theta and rope_scaling. The model must have no
+    `export_problems`.
     """
-    values = model.model_dump(exclude=_IMPLIED)
+    family = FAMILIES[model.model_type]
+    values = model.model_dump(exclude=_BY_FAMILY)
     scaling = None if model.rope_scaling is None else model.rope_scaling.given()
     values["rope_scaling"] = scaling
     config = {key: value for key, value in without_code(like).items() if key not in _NOT_EXPORTED}
-    config |= {key: _ONLY[key][0] for key in ("model_type", "hidden_act")}
-    config |= {"attention_bias": False, "mlp_bias": False, "architectures": ["LlamaForCausalLM"]}
-    config |= values
+    config |= {"hidden_act": _ONLY["hidden_act"][0], "architectures": [family.architecture]}
+    config |= {**family.constants, **values, **family.window_keys(model)}
     config["rope_parameters"] = {
         "rope_type": "default",
         "rope_theta": model.rope_theta,

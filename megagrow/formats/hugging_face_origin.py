@@ -88,8 +88,8 @@ class HuggingFaceOrigin:
             ids: token ids of its tokenizer, by key.
             own: the tokenizer is that of this folder, whose ids have precedence.
         """
-        # Without special token ids in the config, LlamaConfig uses 1 and 2 by default.
-        like = {"bos_token_id": None, "eos_token_id": None} if self.config is None else self.config
+        # Without special token ids in config.json, the classes have ids by default.
+        like = dict.fromkeys(_ID_KEYS) if self.config is None else self.config
         generation = self.generation_config
         if generation is None:  # transformers takes the ids of config.json
             known = self.config or {}

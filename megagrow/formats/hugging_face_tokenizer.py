@@ -189,7 +189,7 @@ def _of_folder(folder: Path, vocab_size: int) -> TokenizerFiles:
     if settings is not None:
         documents[TOKENIZER_SETTINGS_FILE] = without_code(settings)
     elif JSON_FILE in copies and own is not None:
-        # Without a class, transformers uses LlamaTokenizer for a Llama model.
+        # Without a class, transformers uses that of the model's family, such as LlamaTokenizer.
         plain = {"tokenizer_class": _ANY_CLASS, "eos_token": own.decode([own.eos_id])}
         documents[TOKENIZER_SETTINGS_FILE] = plain
     ids = {}

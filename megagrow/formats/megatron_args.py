@@ -6,6 +6,7 @@ from typing import Any
 from megagrow.config.model_file import checked_model
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
+from megagrow.formats.hugging_face_families import other_feature
 
 _NAMES = {
     "num_layers": "num_hidden_layers",
@@ -138,11 +139,22 @@ def _model_values(args: Namespace, origin: str) -> dict[str, Any]:
     return values
 
 
+def check_features(model: ModelConfig) -> None:
+    """Raise CheckpointError for a model that has features besides those of Llama."""
+    if key := other_feature(model, "llama"):
+        raise CheckpointError(
+            f"model.{key} = {getattr(model, key)}: megagrow supports the Megatron-LM format only "
+            "for Llama models"
+        )
+
+
 def args_of(model: ModelConfig, tp: int, divisible_by: int, padded_vocab: int) -> Namespace:
     """Return the arguments that Megatron-LM reads from a checkpoint (load_args_from_checkpoint).
 
-    Raises CheckpointError if Megatron-LM does not support the model's rope scaling.
+    Raises CheckpointError for features besides those of Llama, and if Megatron-LM does not support
+    the model's rope scaling.
     """
+    check_features(model)
     scaling = {} if model.rope_scaling is None else model.rope_scaling.given()
     factor = scaling.pop("factor", _ROPE_FACTOR)
     if scaling not in ({}, _ROPE_SCALING):

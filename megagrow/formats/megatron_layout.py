@@ -16,6 +16,7 @@ from typing import NamedTuple
 from megagrow.checkpoint.tensor_file import DTYPES, Stored
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError, ConfigError
+from megagrow.formats.megatron_args import check_features
 from megagrow.model.layers.table import EMBEDDING, FINAL_NORM, HEAD, indivisible_sizes
 from megagrow.parallel.sharding import ParamSpec, pad, parameter_plan
 from megagrow.reshard.layout import Block
@@ -76,6 +77,7 @@ def check_fits(model: ModelConfig, ranks: Sequence[Mapping[str, Stored]], origin
     A layout has a part per key-value group; without this check, a model of more groups than the
     files have numbers would exhaust the memory before its first missing tensor is found.
     """
+    check_features(model)
     check_tp(model, len(ranks), origin)
     found = sum(prod(t.shape) for tensors in ranks for t in tensors.values() if t.dtype in DTYPES)
     groups = model.num_hidden_layers * model.num_key_value_heads

@@ -16,6 +16,7 @@ from megagrow.config.model_file import is_run_file, load_model
 from megagrow.config.overrides import apply_override, refuse_unknown_keys
 from megagrow.config.schema import ModelConfig, OptimizerConfig, RunConfig
 from megagrow.errors import CheckpointError, ConfigError
+from megagrow.formats.hugging_face_families import export_problems
 from megagrow.growth.constraints import Event
 from megagrow.growth.map import GrowthMap, identity_map
 from megagrow.growth.map_checks import check_map
@@ -122,6 +123,8 @@ def make_plan(request: Request, source: Source) -> ConversionPlan:
             f"{plan.operators} uses growth masks, which a Hugging Face model does not support; "
             "write a checkpoint"
         )
+    if form == "huggingface":
+        problems += export_problems(plan.model)
     leaves_its_run = plan.options is not None or form == "huggingface"
     if leaves_its_run and still_masked(source):
         problems.append(f"{source.path}: {STILL_MASKED}")

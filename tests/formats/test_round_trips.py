@@ -1,4 +1,4 @@
-"""Random Llama models go through every format and come back: equal logits, configs and files."""
+"""Random models go through every format and come back: equal logits, configs and files."""
 
 import json
 import random
@@ -10,12 +10,13 @@ import pytest
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from megagrow.checkpoint.source import open_checkpoint
 from megagrow.errors import InputError
 from megagrow.formats.hugging_face_config import model_of
+from megagrow.formats.hugging_face_families import FAMILIES
 from megagrow.model import llama
 from megagrow.offline.convert import (
     export_hugging_face,
@@ -106,7 +107,7 @@ def write(folder: Path, seed: int, **changes: Any) -> dict[str, Any]:
     rng = random.Random(seed)
     made = config(rng) | changes
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**json.loads(json.dumps(made))))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(json.dumps(made))))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(float(parameter.dim() == 1), 0.3)
@@ -160,7 +161,7 @@ def own_logits(checkpoint: Path) -> torch.Tensor:
         return model(ids, torch.arange(LENGTH).expand(2, -1))
 
 
-def effective(config: LlamaConfig) -> dict[str, Any]:
+def effective(config: PreTrainedConfig) -> dict[str, Any]:
     """The keys of a config that transformers has read; RoPE keys without effect are left out."""
     values = config.to_dict()
     known = {"finetuned", "type"}
@@ -184,9 +185,35 @@ def assert_equal(out: Path, source: Path) -> None:
     assert mine.chat_template == other.chat_template == "{{ messages }}"
 
 
+FAMILIES_OF = {
+    "mistral": {"sliding_window": 7},
+    "qwen2": {
+        "num_hidden_layers": 3,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"use_sliding_window": False, "max_window_layers": 28},
+    "olmo2": {},
+}
+"""Keys of config.json by `model_type`."""
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_a_random_model_comes_back_equal(tmp_path, seed):
-    made = write(tmp_path / "in", seed)
+    assert_comes_back_equal(tmp_path, seed, write(tmp_path / "in", seed))
+
+
+@pytest.mark.parametrize("seed", [20, 21])
+@pytest.mark.parametrize("name", FAMILIES_OF)
+def test_a_random_model_of_each_family_comes_back_equal(tmp_path, name, seed):
+    keys = {"model_type": name, "architectures": [FAMILIES[name].architecture]}
+    made = write(tmp_path / "in", seed, **keys, **FAMILIES_OF[name])
+    assert_comes_back_equal(tmp_path, seed, made)
+
+
+def assert_comes_back_equal(tmp_path: Path, seed: int, made: dict[str, Any]) -> None:
+    """Import the folder `in`, compare logits, and export it again."""
     layout = {"zero_stage": seed % 4, "dp": 1 + seed % 3}
     import_hugging_face(request(tmp_path / "in", tmp_path / "ours", **layout), QUIET)
     _, wanted = logits(tmp_path / "in")
@@ -219,6 +246,6 @@ def test_a_random_model_goes_through_megatron(tmp_path, seed):
 
 def test_other_model_types_are_refused_by_name():
     for name in CONFIG_MAPPING_NAMES:
-        if name != "llama":
-            with pytest.raises(InputError, match=rf"x: model_type = '{name}', only 'llama' is"):
+        if name not in FAMILIES:
+            with pytest.raises(InputError, match=rf"x: model_type = '{name}', supported are llama"):
                 model_of(OLD | {"model_type": name}, "x")
