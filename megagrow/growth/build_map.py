@@ -111,19 +111,22 @@ def _axis(role: AxisRole | None, width: Width, moments: bool) -> Axis:
     if role is None:
         return SAME
     lift = width.lifts[role.axis.name]
-    scale = _scale(role.side, lift, width.gain, moments)
+    scale = _scale(role.side, lift, width, moments)
     if lift.unchanged and (scale == 1).all():
         return SAME
     return Axis(lift.index, None if (scale[~lift.new] == 1).all() else scale)
 
 
-def _scale(side: AxisSide, lift: Lift, gain: float, moments: bool) -> np.ndarray:
-    share = lift.share / lift.produce
+def _scale(side: AxisSide, lift: Lift, width: Width, moments: bool) -> np.ndarray:
+    gain, share = width.gain, lift.share / lift.produce
     if moments and not lift.lawful:
         return np.ones(lift.grown_size)
     match side:
         case "produces":
             return share if moments else lift.produce
+        case "produces normed":
+            # The eps of this norm follows the residual stream: so does the scale of its input.
+            return share / width.eps_gain if moments else lift.produce * width.eps_gain
         case "consumes":
             return lift.produce if moments else share
         case "gain":

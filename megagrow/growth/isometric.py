@@ -7,11 +7,12 @@ which requires an untied head.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from megagrow.growth.build_map import GrowthSpec, assemble, kinds_of, without_fresh
-from megagrow.growth.map import Dense, Fill, Fresh, Gather, GrowthMap, Term
+from megagrow.growth.map import Dense, Fill, Fresh, GrowthMap, Term
 from megagrow.model.layers.base import ONES, READS_RESIDUAL, WRITES_RESIDUAL
 from megagrow.parallel.sharding import ParamSpec, in_layer, parameter_plan
 
@@ -30,7 +31,7 @@ def isometric_map(growth: GrowthSpec, generator: np.random.Generator) -> GrowthM
     """
     q = orthonormal(growth.source.hidden_size, growth.target.hidden_size, generator)
     scale = (growth.source.hidden_size / growth.target.hidden_size) ** 0.5
-    lifts = _Lifts(q, q * scale, q / scale)
+    lifts = _Lifts(q, scale)
     base = assemble(growth)
     weights: dict[str, tuple[Term, ...]] = {}
     moments: dict[str, tuple[Term, ...]] = {}
@@ -43,6 +44,8 @@ def isometric_map(growth: GrowthSpec, generator: np.random.Generator) -> GrowthM
             fills[name] = (Fill(stream, initial=ONES, new_rows=np.ones(spec.rows, bool)),)
         elif not base.weights[name]:
             weights[name] = moments[name] = ()
+        elif not {READS_RESIDUAL, WRITES_RESIDUAL} & {spec.row_role, spec.col_role}:
+            weights[name], moments[name] = base.weights[name], base.moments[name]
         else:
             layer = None if spec.layer is None else growth.depth.layers[spec.layer].source
             weights[name], moments[name] = _rotated(spec, layer, lifts)
@@ -70,16 +73,24 @@ class _Lifts:
     """Matrices shared by all terms, since they may be large."""
 
     q: np.ndarray
-    weight: np.ndarray
-    """s Q, for weights that read the stream."""
-    moment: np.ndarray
-    """Q / s, for their first moments."""
+    scale: float
+    """Gain s of the norms; rms_norm_eps takes its square."""
+
+    @cached_property
+    def weight(self) -> np.ndarray:
+        """Return s Q, for weights that read the stream."""
+        return self.q * self.scale
+
+    @cached_property
+    def moment(self) -> np.ndarray:
+        """Return Q / s, for their first moments."""
+        return self.q / self.scale
 
 
 def _rotated(
     spec: ParamSpec, source_layer: int | None, lifts: _Lifts
 ) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
-    """Return the terms of a matrix's weights and of its first moment.
+    """Return the terms of a matrix on the residual stream, of its weights and its first moment.
 
     Gradients are g' = Q g for producers of the stream, and g' = g gain^-1 Q^T / s for consumers.
     """
@@ -87,14 +98,10 @@ def _rotated(
     if spec.col_role == READS_RESIDUAL:
         assert spec.norm is not None
         gain = in_layer(spec.norm, spec.layer, source_layer)
-        weight = Dense(source, (1.0,), right=lifts.weight, gain=gain)
-        moment = Dense(source, (1.0,), right=lifts.moment, gain=gain, gain_power=-1)
+        rows = lifts.scale if spec.row_role.side == "produces normed" else 1.0
+        weight = Dense(source, (rows,), right=lifts.weight, gain=gain)
+        moment = Dense(source, (1 / rows,), right=lifts.moment, gain=gain, gain_power=-1)
         return (weight,), (moment,)
-    term: Term
-    if spec.col_role == WRITES_RESIDUAL:
-        term = Dense(source, (1.0,), right=lifts.q)
-    elif spec.writes_residual:
-        term = Dense(source, (1.0,), left=lifts.q)
-    else:
-        term = Gather(*source)
+    left, right = (None, lifts.q) if spec.col_role == WRITES_RESIDUAL else (lifts.q, None)
+    term = Dense(source, (1.0,), left, right)
     return (term,), (term,)

@@ -224,7 +224,7 @@ def _operators(event: Event) -> Iterator[str]:
 
 def _norms_and_states(event: Event) -> Iterator[str]:
     parts = resolve_operators(event.source, event.target, event.options, "")
-    eps = event.source.rms_norm_eps * (parts.width.gain**2 if parts.width.scaled_eps else 1.0)
+    eps = event.source.rms_norm_eps * parts.width.eps_gain**2
     if abs(event.target.rms_norm_eps - eps) > 1e-6 * eps:
         yield (
             f"{event.here}.model.rms_norm_eps = {event.target.rms_norm_eps}: {event.names} changes "

@@ -49,6 +49,11 @@ class Width:
     """Noise on consumers of copies, relative to the initial standard deviation. It cancels in their
     output."""
 
+    @property
+    def eps_gain(self) -> float:
+        """Return the square root of the factor on rms_norm_eps."""
+        return self.gain if self.scaled_eps else 1.0
+
 
 WidthOperator = Callable[[ModelConfig, ModelConfig, GrowthConfig, np.random.Generator], Width]
 Lifting = Callable[[int, int], Lift]

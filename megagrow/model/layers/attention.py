@@ -44,14 +44,16 @@ def _parameters(config: ModelConfig) -> tuple[ParameterDeclaration, ...]:
     A full-width norm has one gain per query or key; its mean square is a sum over all heads.
     """
     found = []
-    for name, axis in (("q_proj", QUERY), ("k_proj", KEY), ("v_proj", VALUE)):
-        found.append(ParameterDeclaration(f"{name}.weight", axis.produced, READS_RESIDUAL))
+    normed = config.qk_norm is not None
+    query, key = (axis.normed if normed else axis.produced for axis in (QUERY, KEY))
+    for name, role in (("q_proj", query), ("k_proj", key), ("v_proj", VALUE.produced)):
+        found.append(ParameterDeclaration(f"{name}.weight", role, READS_RESIDUAL))
         if config.attention_bias:
-            found.append(ParameterDeclaration(f"{name}.bias", axis.produced, None, zeros))
+            found.append(ParameterDeclaration(f"{name}.bias", role, None, zeros))
     found.append(
         ParameterDeclaration("o_proj.weight", WRITES_RESIDUAL, MIXED.consumed, scaled_normal)
     )
-    if config.qk_norm is not None:
+    if normed:
         for name, axis in (("q_norm", QUERY), ("k_norm", KEY)):
             scaled = HEAD_DIM if config.qk_norm == "per_head" else axis
             found.append(ParameterDeclaration(f"{name}.weight", scaled.produced, None, ones))

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
     from megagrow.model.layers.decoding import DecodedSequences, DecodingState
 
-AxisSide = Literal["produces", "consumes", "gain", "tied gain"]
+AxisSide = Literal["produces", "produces normed", "consumes", "gain", "tied gain"]
 """Effect of a parameter on an activation axis.
 
-`produces` writes the axis and `consumes` reads it. `gain` scales it entry by entry. `tied gain` is
+`produces` writes the axis and `consumes` reads it. `produces normed` writes it before an RMSNorm
+over its entries. `gain` scales it entry by entry. `tied gain` is
 the gain of a norm whose output is read by the embedding matrix (a tied head).
 """
 
@@ -87,6 +88,11 @@ class ActivationAxis:
     def produced(self) -> "AxisRole":
         """Return the role of a parameter that writes the axis."""
         return AxisRole(self, "produces")
+
+    @property
+    def normed(self) -> "AxisRole":
+        """Return the role of a parameter that writes the axis before an RMSNorm of it."""
+        return AxisRole(self, "produces normed")
 
     @property
     def consumed(self) -> "AxisRole":
