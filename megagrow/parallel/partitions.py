@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megagrow.model.layers.modules import LayerModule
+from megagrow.model.layers.modules import LayerModule, RMSNorm
 from megagrow.parallel.deepspeed_import import deepspeed
 from megagrow.parallel.engine_build import secondary_group
 from megagrow.parallel.process_groups import Topology, data_parallel_subgroup
@@ -97,13 +97,17 @@ class Zero3Partitioner:
         """Complete a new engine; once.
 
         A block's weights are gathered for the block instead of for the modules that own them, since
-        it reads several at a time. DeepSpeed allocates the second copies of hpZ, which it has put
-        on the meta device.
+        it reads several at a time. The gains of norms stay gathered: the backward pass reads them
+        without hooks. DeepSpeed allocates the second copies of hpZ, which it has put on the meta
+        device.
         """
-        for block in engine.module.modules():
-            if isinstance(block, LayerModule):
-                for parameter in block.parameters():
-                    deepspeed.zero.register_external_parameter(block, parameter)
+        for module in engine.module.modules():
+            if isinstance(module, LayerModule):
+                for parameter in module.parameters():
+                    deepspeed.zero.register_external_parameter(module, parameter)
+            elif isinstance(module, RMSNorm):
+                gain: Any = module.weight
+                gain.is_external_param = True  # DeepSpeed releases none of these
         if self.secondary is not None:
             engine.optimizer.invalidate_secondary_tensor()
             for context in self._contexts:

@@ -1,0 +1,142 @@
+"""A Samba hybrid under any TP, sequence parallelism, ZeRO stage and activation checkpointing.
+
+Gradients are read from Adam's exp_avg after the first step, which every ZeRO stage keeps, reduced
+over all ranks.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megagrow.config.schema import OptimizerConfig
+from megagrow.model.llama import LlamaForCausalLM
+from megagrow.parallel import collectives
+from megagrow.parallel.loss import cross_entropy
+from tests.helpers.hugging_face import tokens
+from tests.helpers.model.samba_reference import SambaReference, drawn, samba
+from tests.helpers.parallel.engines import BATCH, Case, build
+from tests.helpers.spawn import run_ranks
+
+WORLD, LENGTH, LIMIT = 4, 16, 1e-5
+CONFIG = samba()
+OPTIMIZER = OptimizerConfig(lr=1e-3, gradient_clipping=0)
+DOCUMENTS = torch.repeat_interleave(torch.tensor([5, 1, 10]))
+CASES = (
+    Case(0, tp=1),
+    Case(1, tp=2, sequence_parallel=True),
+    Case(2, tp=4),
+    Case(3, tp=1, recompute="selective"),
+    Case(3, tp=4, sequence_parallel=True),
+    Case(0, tp=2, sequence_parallel=True, recompute="selective"),
+    Case(2, tp=1, recompute="full"),
+    Case(1, tp=4, sequence_parallel=True, recompute="full"),
+    Case(3, tp=2, sequence_parallel=True, recompute="selective"),
+    Case(3, tp=2, recompute="full"),
+)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Logits (B, S, V) and gradients of one process."""
+
+    logits: Tensor
+    gradients: dict[str, Tensor]
+
+
+def measure_of(packed: bool) -> Measure:
+    """Return the outcome of transformers' parts; of packed documents that of one device."""
+    ids, labels = tokens(CONFIG, BATCH, LENGTH)
+    if packed:
+        model = LlamaForCausalLM(CONFIG)
+        model.load_state_dict(drawn(CONFIG), strict=False)
+        logits = model(ids, torch.arange(LENGTH).expand_as(ids), DOCUMENTS.expand_as(ids))
+    else:
+        model = SambaReference(CONFIG, drawn(CONFIG))
+        logits = model(ids)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    named = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return Measure(logits.detach(), named if packed else model.gradients())
+
+
+def compare(case: Case, measure: Measure, packed: bool) -> dict[str, Any]:
+    """Return the largest differences of logits and of each gradient, and the gradient norm."""
+    built = build(case, optimizer=OPTIMIZER, config=CONFIG)
+    built.write({name: weight.view(len(weight), -1) for name, weight in drawn(CONFIG).items()})
+    topology, worst, norm = built.topology, 0.0, None
+    ids, labels = tokens(CONFIG, BATCH, LENGTH)
+    for index in range(topology.dp_rank, BATCH, topology.dp):
+        row = slice(index, index + 1)
+        documents = DOCUMENTS[None] if packed else None
+        logits = built.engine.forward(ids[row], torch.arange(LENGTH)[None], documents)
+        parts = [torch.empty_like(logits) for _ in range(topology.tp)]
+        dist.all_gather(parts, logits.detach(), group=topology.tp_group)
+        found = torch.cat(parts, dim=-1)[..., : CONFIG.vocab_size]
+        worst = max(worst, (found.float() - measure.logits[row]).abs().max().item())
+        loss = cross_entropy(logits, labels[row], CONFIG.vocab_size, topology) / LENGTH
+        built.engine.backward(loss)
+        norm = built.engine.step(OPTIMIZER.lr)
+    assert norm is not None
+    gradients = {name: kinds["exp_avg"] / 0.1 for name, kinds in built.full().items()}
+    built.release()
+    assert gradients.keys() == measure.gradients.keys()
+    difference = {
+        name: (gradients[name] - expected.view_as(gradients[name])).abs().max().item()
+        for name, expected in measure.gradients.items()
+    }
+    return {"logits": worst, "gradients": difference, "norm": norm.item()}
+
+
+def compare_all(cases: tuple[Case, ...], measure: Measure, packed: bool = False) -> list:
+    return [compare(case, measure, packed) for case in cases]
+
+
+def without_all_reduce(case: Case, measure: Measure) -> dict[str, Any]:
+    """Compare an engine whose ranks do not sum the outputs of x_proj."""
+
+    def identity(x: Tensor, group: Any) -> Tensor:
+        return x
+
+    collectives.sum_of_partial = identity
+    return compare(case, measure, packed=False)
+
+
+def norm_of(measure: Measure) -> float:
+    flat = [gradient.flatten() for gradient in measure.gradients.values()]
+    return torch.cat(flat).norm().item()
+
+
+@pytest.fixture(scope="module")
+def measure() -> Measure:
+    return measure_of(packed=False)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_every_layout_is_a_single_device(packed: bool) -> None:
+    expected = measure_of(packed)
+    cases = (CASES[1], CASES[-2]) if packed else CASES
+    for found in run_ranks(WORLD, compare_all, cases, expected, packed):
+        for case, result in zip(cases, found, strict=True):
+            assert result["logits"] < LIMIT, case
+            assert result["norm"] == pytest.approx(norm_of(expected), rel=1e-5), case
+            for name, difference in result["gradients"].items():
+                assert difference < LIMIT, (case, name)
+
+
+@pytest.mark.dist
+def test_it_fails_without_the_all_reduce_of_x_proj(measure: Measure) -> None:
+    for result in run_ranks(2, without_all_reduce, Case(0, tp=2), measure):
+        assert result["logits"] > 1e3 * LIMIT
+        assert result["gradients"]["model.layers.0.mamba.x_proj.weight"] > 1e3 * LIMIT
+
+
+@pytest.mark.dist
+def test_bf16_is_close(measure: Measure) -> None:
+    case = Case(3, tp=2, sequence_parallel=True, bf16=True, recompute="selective")
+    for (result,) in run_ranks(WORLD, compare_all, (case,), measure):
+        assert LIMIT < result["logits"] < 0.1 * measure.logits.abs().max()
+        assert result["norm"] == pytest.approx(norm_of(measure), rel=0.1)
