@@ -10,14 +10,9 @@ import torch
 from megagrow.config.schema import RunConfig
 from megagrow.parallel.sharding import STATE_KINDS
 from megagrow.reshard.fill import fill_initial
-from megagrow.train.data_setup import open_inputs
-from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.growth_event.run_growths import stage_growth
-from megagrow.train.loop import StepDone, advance
 from megagrow.train.stage import Stage, build_stage
-from megagrow.train.step_feed import StepFeed
-from megagrow.train.train_state import RunState
-from tests.helpers.runs import MODEL, STEP_TOKENS, full_tensors, grow_live, make_run
+from tests.helpers.runs import MODEL, STEP_TOKENS, full_tensors, grow_live, make_run, train_to_end
 from tests.helpers.spawn import run_ranks
 from tools.docs.operators.dense_growth import State, grown
 
@@ -51,13 +46,6 @@ class Left:
     trained: State
 
 
-def trained_to_its_end(run: RunConfig, stage: Stage, state: RunState) -> RunState:
-    feed, stop = StepFeed(open_inputs(run).train), StopSignal()
-    while isinstance(event := advance(run, stage, state, feed, stop), StepDone):
-        state = event.state
-    return state
-
-
 def snapshot(stage: Stage) -> State:
     found = full_tensors(stage.layout, stage.engine.storage())
     return {name: {kind: t.clone() for kind, t in kinds.items()} for name, kinds in found.items()}
@@ -67,7 +55,7 @@ def grown_live(run: RunConfig) -> Left:
     stage = build_stage(run, 0, torch.device("cpu"))
     fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)
     stage.engine.ready(0)
-    state = trained_to_its_end(run, stage, RunState())
+    state = train_to_end(run, stage)
     expected = grown(snapshot(stage), stage_growth(run, 1), run.stages[1].model)
     stage, report = grow_live(run, stage)
     module = stage.engine._engine.module
@@ -75,7 +63,7 @@ def grown_live(run: RunConfig) -> Left:
     storage = stage.engine.storage()
     types = {kinds[kind].dtype for kinds in storage.values() for kind in STATE_KINDS}
     shared, after, padding = shared_bytes(storage), snapshot(stage), [largest(pads(stage))]
-    trained_to_its_end(run, stage, state.after_growth(report.layers))
+    train_to_end(run, stage, state.after_growth(report.layers))
     padding.append(largest(pads(stage)))
     padded = sum(pad.numel() for pad in pads(stage))
     return Left(tied, types, shared, padding, padded, expected, after, snapshot(stage))

@@ -15,10 +15,10 @@ from megagrow.growth.operators import OPERATORS
 from tests.helpers.growth.building import by_lifts
 from tests.helpers.growth.cases import EXACT, Case, case, cases, sources, times
 from tests.helpers.growth.computing import difference, random_moments
+from tests.helpers.growth.moments import MOMENTS, reached, worst_moment
 from tests.helpers.hugging_face import tiny
-from tools.docs.operators.dense_growth import State, grown
+from tools.docs.operators.dense_growth import grown
 from tools.docs.operators.reference_training import (
-    Tensors,
     gradients,
     grown_weights,
     loss,
@@ -59,45 +59,6 @@ def test_the_chain_rule(name: OperatorName, data: st.DataObject) -> None:
     expected = gradients(found.source, before, ids)
     for (parameter, gradient), other in zip(expected.items(), pulled, strict=True):
         assert (gradient - other).abs().max() <= TOLERANCE, parameter
-
-
-def moved(found: Case, tensors: Tensors, kind: str) -> Tensors:
-    """Return the grown form of a state of the source."""
-    state = {name: {kind: tensor} for name, tensor in tensors.items()}
-    return {name: k[kind] for name, k in grown(state, found.growth, found.target, (kind,)).items()}
-
-
-def reached(found: Case) -> Tensors:
-    """Mask of moments that come from the source; the others begin at zero."""
-    ones = {name: torch.ones_like(w) for name, w in random_weights(found.source).items()}
-    return {name: made != 0 for name, made in moved(found, ones, "exp_avg").items()}
-
-
-def accumulated(config: Any, weights: Tensors, source: Any) -> State:
-    """Adam's moments after some batches of tokens of `source`, the weights held still."""
-    moments = {n: {k: torch.zeros_like(w) for k in MOMENTS} for n, w in weights.items()}
-    for seed in range(2):
-        for name, gradient in gradients(config, weights, random_ids(source, seed=seed)).items():
-            moments[name]["exp_avg"].lerp_(gradient, 0.1)
-            moments[name]["exp_avg_sq"].lerp_(gradient**2, 0.05)
-    return moments
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def worst_moment(found: Case) -> float:
-    """Return the distance of the map's moments from those that the grown model would have."""
-    before = random_weights(found.source)
-    old = accumulated(found.source, before, found.source)
-    new = accumulated(found.target, grown_weights(found, before), found.source)
-    transported = grown(old, found.growth, found.target, MOMENTS)
-    return max(
-        (new[name][kind] - transported[name][kind])[mask].abs().max().item()
-        for name, mask in reached(found).items()
-        for kind in MOMENTS
-        if mask.any()
-    )
 
 
 @pytest.mark.parametrize("name", LAWFUL)

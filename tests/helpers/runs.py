@@ -103,6 +103,15 @@ def make_run(tmp: Path, stages: list[dict[str, Any]], **changes: Any) -> RunConf
     return RunConfig.model_validate(values)
 
 
+def train_to_end(run: RunConfig, stage: Stage, state: RunState | None = None) -> RunState:
+    """Train to the end of a stage; return the last state. All ranks together."""
+    feed, stop = StepFeed(open_inputs(run).train), StopSignal()
+    state = RunState() if state is None else state
+    while isinstance(event := advance(run, stage, state, feed, stop), StepDone):
+        state = event.state
+    return state
+
+
 STEP_TOKENS = 4 * 16
 """Tokens of one step of a run made by `make_run`."""
 
