@@ -4,7 +4,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,10 @@ from tests.helpers.run.grown_runs import (
     STEPS,
     WORLD,
     ZERO_3_TP_2,
+    always,
     finish,
     grown_run,
+    held_at,
     last_checkpoint,
     start,
 )
@@ -121,32 +122,6 @@ def test_killed_at_ten_random_steps(tmp_path: Path, undisturbed: RunConfig) -> N
     finish(start(run))
     assert len(records(run, "start", ["step"])) == 11
     assert_same(run, undisturbed)
-
-
-def held_at(place: Any, name: str, reached: Path, when: Callable[..., bool]) -> Hook:
-    """Stops a rank for ever where it calls place.name, at the first call for which `when` holds.
-
-    Rank 0 stops instead of the call, the others after it: work is left half done.
-    """
-
-    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
-        call = getattr(place, name)
-
-        def held(*args: Any, **options: Any) -> Any:
-            stop = when(*args)
-            result = None if stop and rank == 0 else call(*args, **options)
-            if stop:
-                (reached / str(rank)).touch()
-                time.sleep(3600)
-            return result
-
-        patch.setattr(place, name, held)
-
-    return hook
-
-
-def always(*_: Any) -> bool:
-    return True
 
 
 def holds(folder: Path, files: int) -> bool:

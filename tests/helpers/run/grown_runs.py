@@ -1,8 +1,12 @@
 """Grown runs on two ranks, to be interrupted and resumed."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from megagrow.config.schema import RunConfig
 from tests.helpers.jobs import Finished, Hook, Job, train, write_run
@@ -60,3 +64,29 @@ def last_checkpoint(run: RunConfig) -> tuple[dict[str, bytes], dict[str, Any]]:
         del manifest["run"]["counters"][name]
     del manifest["environment"], manifest["checksum"]
     return shards, manifest
+
+
+def always(*_: Any) -> bool:
+    return True
+
+
+def held_at(place: Any, name: str, reached: Path, when: Callable[..., bool] = always) -> Hook:
+    """Stops a rank for ever where it calls place.name, at the first call for which `when` holds.
+
+    Rank 0 stops instead of the call, the others after it: work is left half done.
+    """
+
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        call = getattr(place, name)
+
+        def held(*args: Any, **options: Any) -> Any:
+            stop = when(*args)
+            result = None if stop and rank == 0 else call(*args, **options)
+            if stop:
+                (reached / str(rank)).touch()
+                time.sleep(3600)
+            return result
+
+        patch.setattr(place, name, held)
+
+    return hook
