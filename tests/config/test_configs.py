@@ -34,15 +34,23 @@ PAPER = {
     "llama-7b": (32, 4096, 32, 8, 11008, 5933.1, 5671.0),
     "llama-7b-8l": (8, 4096, 32, 8, 11008, 1679.9, 1417.7),
 }
-# Layers, hidden size, heads, kv heads, FFN, vocabulary, positions, rope_theta, and the number of
-# parameters: config.json and safetensors of the repositories named in the files.
+# Layers, hidden size, heads, kv heads, FFN, head width, vocabulary, positions, rope_theta, eps, and
+# the number of parameters: config.json and safetensors of the repositories named in the files.
 PUBLISHED = {
-    "tinyllama-1.1b": (22, 2048, 32, 4, 5632, 32000, 2048, 1e4, 1_100_048_384),
-    "llama-2-7b": (32, 4096, 32, 32, 11008, 32000, 4096, 1e4, 6_738_415_616),
-    "llama-2-13b": (40, 5120, 40, 40, 13824, 32000, 4096, 1e4, 13_015_864_320),
-    "llama-2-70b": (80, 8192, 64, 8, 28672, 32000, 4096, 1e4, 68_976_648_192),
-    "llama-3-8b": (32, 4096, 32, 8, 14336, 128256, 8192, 5e5, 8_030_261_248),
+    "tinyllama-1.1b": (22, 2048, 32, 4, 5632, 64, 32000, 2048, 1e4, 1e-5, 1_100_048_384),
+    "llama-2-7b": (32, 4096, 32, 32, 11008, 128, 32000, 4096, 1e4, 1e-5, 6_738_415_616),
+    "llama-2-13b": (40, 5120, 40, 40, 13824, 128, 32000, 4096, 1e4, 1e-5, 13_015_864_320),
+    "llama-2-70b": (80, 8192, 64, 8, 28672, 128, 32000, 4096, 1e4, 1e-5, 68_976_648_192),
+    "llama-3-8b": (32, 4096, 32, 8, 14336, 128, 128256, 8192, 5e5, 1e-5, 8_030_261_248),
+    "mistral-7b": (32, 4096, 32, 8, 14336, 128, 32000, 32768, 1e4, 1e-5, 7_241_732_096),
+    "qwen3-0.6b": (28, 1024, 16, 8, 3072, 128, 151936, 40960, 1e6, 1e-6, 596_049_920),
+    "qwen3-1.7b": (28, 2048, 16, 8, 6144, 128, 151936, 40960, 1e6, 1e-6, 1_720_574_976),
+    "qwen3-8b": (36, 4096, 32, 8, 12288, 128, 151936, 40960, 1e6, 1e-6, 8_190_735_360),
+    "olmo2-1b": (16, 2048, 16, 16, 8192, 128, 100352, 4096, 5e5, 1e-6, 1_484_916_736),
+    "olmo2-7b": (32, 4096, 32, 32, 11008, 128, 100352, 4096, 5e5, 1e-6, 7_298_617_344),
 }
+TIED = ("qwen3-0.6b", "qwen3-1.7b")
+WINDOWS = {"mistral-7b": 4096}
 # Layers, hidden size, heads, kv heads, FFN; millions of parameters: microsoft/Samba, config.py.
 SAMBA = {
     "samba-421m": (12, 1536, 12, 12, 4096, 421.8),
@@ -65,7 +73,9 @@ TOKENS = {
 def counted(model: ModelConfig) -> tuple[int, int]:
     """Return the parameters in total, and without the embedding and an untied head."""
     hidden, kv_width = model.hidden_size, model.num_key_value_heads * model.head_dim
-    attention = 2 * hidden * hidden + 2 * hidden * kv_width
+    width = model.num_attention_heads * model.head_dim
+    norms = {None: 0, "per_head": 2 * model.head_dim, "full_width": width + kv_width}
+    attention = 2 * hidden * width + 2 * hidden * kv_width + norms[model.qk_norm]
     mixers = {"mamba": mamba(model), "full_attention": attention, "sliding_attention": attention}
     other = 3 * hidden * model.intermediate_size + 2 * hidden
     layers = range(model.num_hidden_layers)
@@ -129,11 +139,13 @@ def test_the_papers_models_are_the_papers(name: str) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_known_models_are_as_published(name: str) -> None:
     model = load_model(name)
-    *dimensions, vocabulary, positions, theta, total = PUBLISHED[name]
+    *dimensions, head, vocabulary, positions, theta, eps, total = PUBLISHED[name]
     assert shape(model) == tuple(dimensions)
-    assert (model.vocab_size, model.max_position_embeddings) == (vocabulary, positions)
-    assert (model.rope_theta, model.rope_scaling, model.rms_norm_eps) == (theta, None, 1e-5)
-    assert not model.tie_word_embeddings
+    assert (model.head_dim, model.vocab_size) == (head, vocabulary)
+    assert (model.max_position_embeddings, model.rope_theta) == (positions, theta)
+    assert (model.rope_scaling, model.rms_norm_eps) == (None, eps)
+    assert model.tie_word_embeddings == (name in TIED)
+    assert model.sliding_window == WINDOWS.get(name)
     assert counted(model)[0] == total
 
 
