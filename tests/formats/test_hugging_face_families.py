@@ -13,7 +13,6 @@ from megagrow.errors import InputError
 from megagrow.formats.hugging_face import open_hugging_face
 from megagrow.formats.hugging_face_config import config_of, model_of
 from megagrow.formats.hugging_face_families import FAMILIES, READ_KEYS, export_problems
-from megagrow.formats.megatron_args import args_of, check_features
 from megagrow.parallel.sharding import parameter_plan
 from tests.helpers.checkpoint.written import write_checkpoint
 from tests.helpers.families import FAMILIES as MODELS
@@ -190,14 +189,6 @@ def test_a_model_without_a_class_is_refused_before_anything_is_written(tmp_path)
     with pytest.raises(InputError, match=r"^model.qk_norm = per_head .* model_type = qwen3 fits$"):
         grow(source=tmp_path / "in", out=tmp_path / "out", form="huggingface", to=None)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
-@pytest.mark.parametrize("keys", [keys for keys, *_ in OTHERS[:4]] + [MODELS["mistral"]])
-def test_the_megatron_format_has_llama_features_only(keys):
-    model = tiny(**keys)
-    with pytest.raises(InputError, match=r"^model\.\w+ = .*: megagrow supports the Megatron-LM"):
-        args_of(model, 1, 8, 104)
-    check_features(tiny())
 
 
 def test_the_guide_lists_every_family():

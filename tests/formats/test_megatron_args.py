@@ -6,6 +6,7 @@ import pytest
 
 from megagrow.errors import InputError
 from megagrow.formats.megatron_args import args_of, model_of
+from megagrow.formats.megatron_layout import check_fits
 from tests.helpers.formats.megatron_args import ARGS
 from tests.helpers.hugging_face import tiny
 
@@ -30,6 +31,26 @@ def test_models_that_are_no_plain_llama_are_refused(changes, said):
     with pytest.raises(InputError, match=r"^x: ") as error:
         model_of(args, "x")
     assert said in str(error.value)
+
+
+OTHERS = [
+    *({"model_type": name} for name in ("qwen2", "qwen3", "olmo2", "samba")),
+    *({"attention_bias": True}, {"qk_norm": "per_head"}, {"norm_position": "post"}),
+    *({"sliding_window": 8}, {"model_type": "mistral", "sliding_window": 8}),
+]
+
+
+@pytest.mark.parametrize("keys", OTHERS)
+def test_features_besides_those_of_llama_are_refused_by_key(keys):
+    model = tiny(**keys)
+    for use in (lambda: args_of(model, 1, 8, 104), lambda: check_fits(model, [{}], "x")):
+        with pytest.raises(InputError, match=r"^model\.(\w+) = .*: megagrow supports") as error:
+            use()
+        assert "\n" not in str(error.value)
+
+
+def test_a_mistral_without_a_window_is_a_llama_there():
+    assert args_of(tiny(model_type="mistral"), 1, 8, 104) == args_of(tiny(), 1, 8, 104)
 
 
 LLAMA3 = {

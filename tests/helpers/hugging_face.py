@@ -80,9 +80,9 @@ def state_of(model: torch.nn.Module, plan: dict) -> State:
     return state
 
 
-def chat_folder(folder: Path) -> Path:
+def chat_folder(folder: Path, config: ModelConfig | None = None) -> Path:
     """A folder with all files of a chat model (vocabulary 301), and keys that name code."""
-    hugging_face(tiny(vocab_size=301)).save_pretrained(folder)
+    hugging_face(config or tiny(vocab_size=301)).save_pretrained(folder)
     model = folder / "tokenizer.model"
     train_sentencepiece(["a small model grows into a large one\n" * 20], 280, model)
     settings = tokenizer_files(model, 301).documents
