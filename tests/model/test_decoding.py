@@ -19,6 +19,7 @@ from megagrow.model.layers.decoding import DecodedSequences, DecodingState
 from megagrow.model.layers.modules import Context, LayerModule
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.masks import Masks
+from tests.helpers.families import FAMILIES
 from tests.helpers.hugging_face import LLAMA3, YARN, hugging_face, tiny, tokens
 
 EXACT = 1e-5
@@ -37,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 17,
     },
 }
+CASES |= {name: {"num_key_value_heads": 2} | keys for name, keys in FAMILIES.items()}
 MASKS = Masks(
     layers=(1.0, 0.3),
     residual=torch.linspace(1, 0.1, 32),
