@@ -32,8 +32,8 @@ class Activations:
     def at_loss(self, checkpointing: str) -> int:
         """Return the bytes at the loss for a value of `activation_checkpointing`.
 
-        `full` keeps the input of each layer. `selective` keeps neither the outputs of norms nor
-        the product of SwiGLU.
+        `full` keeps the input of each layer. `selective` keeps neither the outputs of norms
+        before blocks nor the product of SwiGLU.
         """
         if checkpointing == "full":
             return self.stage.model.num_hidden_layers * self._residual + self._outside_layers
@@ -107,8 +107,12 @@ class Activations:
         return self._residual + self._tokens * self.stage.model.hidden_size * self._width
 
     def _norm(self, checkpointing: str) -> int:
-        """Return the bytes of a norm, and of its output, which every rank holds in full."""
-        if checkpointing == "selective":
+        """Return the bytes of a norm's input and of the input of its block.
+
+        The latter is complete on every rank. Before a block, it is the output of the norm, which
+        `selective` recomputes.
+        """
+        if checkpointing == "selective" and self.stage.model.norm_position == "pre":
             return self._residual
         return self._residual + self.stage.model.hidden_size * self._tokens * self._width
 

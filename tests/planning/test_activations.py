@@ -30,10 +30,12 @@ TOKENS = 2 * LENGTH
 CHECKPOINTING = ("none", "selective")
 
 
-def stage_of(checkpointing: str, attention: str = "auto", pointwise: str = "auto") -> StageConfig:
+def stage_of(
+    checkpointing: str, attention: str = "auto", pointwise: str = "auto", **model: Any
+) -> StageConfig:
     return StageConfig.model_validate(
         {
-            "model": MODEL,
+            "model": MODEL | model,
             "tokens": 1,
             "parallel": {"activation_checkpointing": checkpointing},
             "batch": {"global_batch_size": 2, "micro_batch_size": 2},
@@ -119,6 +121,18 @@ def test_activations_on_a_gpu(pointwise: str, bf16: bool, checkpointing: str) ->
         ops = replace(ops, swiglu=FusedSwiglu.apply)
     model = LlamaForCausalLM(stage.model, checkpointing, ops)
     model.to(torch.bfloat16 if bf16 else torch.float32)
+    assert kept_by_autograd(model) == planned + TABLES * (2 if bf16 else 4)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2"])
+def test_activations_of_families(family: str, bf16: bool, checkpointing: str) -> None:
+    stage = stage_of(checkpointing, model_type=family, num_key_value_heads=2)
+    planned = stage_memory(stage, 1, LENGTH, bf16).activations()
+    model = LlamaForCausalLM(
+        stage.model, checkpointing, replace(PLAIN, rms_norm=FusedNorm.apply)
+    ).to(torch.bfloat16 if bf16 else torch.float32)
     assert kept_by_autograd(model) == planned + TABLES * (2 if bf16 else 4)
 
 

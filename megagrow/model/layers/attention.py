@@ -74,11 +74,15 @@ def _score_flops(config: ModelConfig, sequence_length: int) -> int:
 def _activation_bytes(config: ModelConfig, batch: MicroBatch) -> int:
     """Return the bytes of q, k, v, the output and an fp32 normalizer per query.
 
-    The reference backend keeps the fp32 matrix of probabilities, repeated k and v, and the mask.
+    Norms of q and k also keep their inputs; a norm over the heads of several ranks keeps them and
+    a product in fp32. The reference backend keeps the fp32 matrix of probabilities, repeated k and
+    v, and the mask.
     """
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     per_head = batch.tokens * config.head_dim
-    projections = 2 * (queries + keys) * per_head * batch.width
+    summed = 8 if config.qk_norm == "full_width" and batch.tp > 1 else batch.width
+    normed = summed if config.qk_norm is not None else 0
+    projections = (2 * batch.width + normed) * (queries + keys) * per_head
     if batch.attention != "reference":
         return projections + 4 * queries * batch.tokens
     operands = queries * per_head * (3 * 4 + batch.width)
