@@ -102,6 +102,16 @@ def test_growths_that_change_the_function_are_known(name: OperatorName, target: 
     assert difference(found) > FAILS
 
 
+def test_copies_from_the_next_layer_are_of_the_same_type() -> None:
+    found = case(SOURCE, COPIED, operator="bert2bert_aki")
+    layers: dict[int, set[int]] = {0: set(), 1: set(), 2: set(), 3: set()}
+    for name, terms in found.growth.weights.items():
+        if ".layers." in name:
+            sources = {int(term.source.split(".")[2]) for term in terms}
+            layers[int(name.split(".")[2])] |= sources
+    assert layers == {0: {0, 2}, 1: {1, 3}, 2: {2}, 3: {3}}
+
+
 def test_all_operators_of_width_are_tested() -> None:
     tested = {name for name, *_ in EXACT} | {"isometric", "bert2bert_aki", "random_width"}
     assert tested | {"vocabulary"} == {n for n, operator in OPERATORS.items() if operator.wider}
@@ -163,10 +173,9 @@ def test_moments_of_depth_and_width_together() -> None:
     assert worst_moment(found) <= TOLERANCE
 
 
-@pytest.mark.parametrize("order", ["interleaved", "tiled"])
-def test_a_copied_hybrid_follows_its_source(order: str) -> None:
-    found = case(SOURCE, INTEGER, operator="mup_copy", copy_order=order)
-    assert trajectory_difference(found) <= 1e-9
+def test_a_copied_hybrid_follows_its_source() -> None:
+    found = case(SOURCE, INTEGER, operator="mup_copy")
+    assert trajectory_difference(found, steps=50) <= 1e-9
     assert trajectory_difference(found, scales={}) > 1e-4
 
 

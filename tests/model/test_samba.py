@@ -190,6 +190,15 @@ def test_a_masked_channel_is_no_channel() -> None:
     assert not torch.equal(model(ids, positions(ids)), before)
 
 
+def test_values_of_channels_do_not_decay() -> None:
+    """As in the original code, A and D do not; neither do vectors."""
+    plan = parameter_plan(CONFIG, tp=1)
+    kept = {spec.name_in_layer for spec in plan.values() if not spec.decays}
+    channels = {"A_log", "D", "conv1d.bias", "dt_proj.bias"}
+    norms = {"input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight"}
+    assert kept == {f"mamba.{name}" for name in channels} | norms
+
+
 def test_initial_values_are_those_of_the_paper() -> None:
     config = samba(mamba_d_state=16, mamba_dt_rank=9, mamba_d_inner=600)
     plan = parameter_plan(config, tp=1)

@@ -13,26 +13,36 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.config.schema import OptimizerConfig
+from megagrow.model.decoding import DecodingCache
 from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.masks import Masks
 from megagrow.parallel import collectives
 from megagrow.parallel.loss import cross_entropy
+from megagrow.parallel.process_groups import Topology
+from megagrow.parallel.tensor_parallel import rank_masks
 from tests.helpers.hugging_face import tokens
 from tests.helpers.model.samba_reference import SambaReference, drawn, samba
-from tests.helpers.parallel.engines import BATCH, Case, build
+from tests.helpers.parallel.engines import BATCH, Built, Case, build
 from tests.helpers.spawn import run_ranks
 
 WORLD, LENGTH, LIMIT = 4, 16, 1e-5
 CONFIG = samba()
 OPTIMIZER = OptimizerConfig(lr=1e-3, gradient_clipping=0)
+MASKS = Masks(
+    layers=(1.0, 1.0, 0.5, 0.5),
+    residual=torch.linspace(1, 0.2, CONFIG.hidden_size),
+    groups=torch.linspace(1, 0.2, CONFIG.num_key_value_heads),
+    ffn=torch.linspace(1, 0.2, CONFIG.intermediate_size),
+    inner=torch.linspace(1, 0.2, CONFIG.mamba_d_inner or 0),
+)
 DOCUMENTS = torch.repeat_interleave(torch.tensor([5, 1, 10]))
 CASES = (
     Case(0, tp=1),
     Case(1, tp=2, sequence_parallel=True),
-    Case(2, tp=4),
     Case(3, tp=1, recompute="selective"),
     Case(3, tp=4, sequence_parallel=True),
     Case(0, tp=2, sequence_parallel=True, recompute="selective"),
-    Case(2, tp=1, recompute="full"),
+    Case(2, tp=2, recompute="full"),
     Case(1, tp=4, sequence_parallel=True, recompute="full"),
     Case(3, tp=2, sequence_parallel=True, recompute="selective"),
     Case(3, tp=2, recompute="full"),
@@ -47,35 +57,47 @@ class Measure:
     gradients: dict[str, Tensor]
 
 
-def measure_of(packed: bool) -> Measure:
-    """Return the outcome of transformers' parts; of packed documents that of one device."""
+def measure_of(special: bool) -> Measure:
+    """Return the outcome of transformers' parts; of packed documents and growth masks that of one
+    device."""
     ids, labels = tokens(CONFIG, BATCH, LENGTH)
-    if packed:
+    if special:
         model = LlamaForCausalLM(CONFIG)
         model.load_state_dict(drawn(CONFIG), strict=False)
-        logits = model(ids, torch.arange(LENGTH).expand_as(ids), DOCUMENTS.expand_as(ids))
+        positions, documents = (x.expand_as(ids) for x in (torch.arange(LENGTH), DOCUMENTS))
+        logits = model(ids, positions, documents, MASKS)
     else:
         model = SambaReference(CONFIG, drawn(CONFIG))
         logits = model(ids)
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
     named = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return Measure(logits.detach(), named if packed else model.gradients())
+    return Measure(logits.detach(), named if special else model.gradients())
 
 
-def compare(case: Case, measure: Measure, packed: bool) -> dict[str, Any]:
-    """Return the largest differences of logits and of each gradient, and the gradient norm."""
+def gathered(logits: Tensor, topology: Topology) -> Tensor:
+    """Return the logits of the complete vocabulary, in fp32."""
+    parts = [torch.empty_like(logits) for _ in range(topology.tp)]
+    dist.all_gather(parts, logits.detach(), group=topology.tp_group)
+    return torch.cat(parts, dim=-1)[..., : CONFIG.vocab_size].float()
+
+
+def new_engine(case: Case) -> Built:
     built = build(case, optimizer=OPTIMIZER, config=CONFIG)
     built.write({name: weight.view(len(weight), -1) for name, weight in drawn(CONFIG).items()})
+    return built
+
+
+def compare(case: Case, measure: Measure, special: bool) -> dict[str, Any]:
+    """Return the largest differences of logits and of each gradient, and the gradient norm."""
+    built = new_engine(case)
     topology, worst, norm = built.topology, 0.0, None
     ids, labels = tokens(CONFIG, BATCH, LENGTH)
     for index in range(topology.dp_rank, BATCH, topology.dp):
         row = slice(index, index + 1)
-        documents = DOCUMENTS[None] if packed else None
-        logits = built.engine.forward(ids[row], torch.arange(LENGTH)[None], documents)
-        parts = [torch.empty_like(logits) for _ in range(topology.tp)]
-        dist.all_gather(parts, logits.detach(), group=topology.tp_group)
-        found = torch.cat(parts, dim=-1)[..., : CONFIG.vocab_size]
-        worst = max(worst, (found.float() - measure.logits[row]).abs().max().item())
+        inputs = (DOCUMENTS[None], rank_masks(MASKS, topology)) if special else (None,)
+        logits = built.engine.forward(ids[row], torch.arange(LENGTH)[None], *inputs)
+        difference = gathered(logits, topology) - measure.logits[row]
+        worst = max(worst, difference.abs().max().item())
         loss = cross_entropy(logits, labels[row], CONFIG.vocab_size, topology) / LENGTH
         built.engine.backward(loss)
         norm = built.engine.step(OPTIMIZER.lr)
@@ -90,8 +112,8 @@ def compare(case: Case, measure: Measure, packed: bool) -> dict[str, Any]:
     return {"logits": worst, "gradients": difference, "norm": norm.item()}
 
 
-def compare_all(cases: tuple[Case, ...], measure: Measure, packed: bool = False) -> list:
-    return [compare(case, measure, packed) for case in cases]
+def compare_all(cases: tuple[Case, ...], measure: Measure, special: bool = False) -> list:
+    return [compare(case, measure, special) for case in cases]
 
 
 def without_all_reduce(case: Case, measure: Measure) -> dict[str, Any]:
@@ -101,7 +123,7 @@ def without_all_reduce(case: Case, measure: Measure) -> dict[str, Any]:
         return x
 
     collectives.sum_of_partial = identity
-    return compare(case, measure, packed=False)
+    return compare(case, measure, special=False)
 
 
 def norm_of(measure: Measure) -> float:
@@ -111,15 +133,15 @@ def norm_of(measure: Measure) -> float:
 
 @pytest.fixture(scope="module")
 def measure() -> Measure:
-    return measure_of(packed=False)
+    return measure_of(special=False)
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-def test_every_layout_is_a_single_device(packed: bool) -> None:
-    expected = measure_of(packed)
-    cases = (CASES[1], CASES[-2]) if packed else CASES
-    for found in run_ranks(WORLD, compare_all, cases, expected, packed):
+@pytest.mark.parametrize("special", [False, True], ids=["plain", "packed and masked"])
+def test_every_layout_is_a_single_device(special: bool) -> None:
+    expected = measure_of(special)
+    cases = (CASES[1], CASES[-2]) if special else CASES
+    for found in run_ranks(WORLD, compare_all, cases, expected, special):
         for case, result in zip(cases, found, strict=True):
             assert result["logits"] < LIMIT, case
             assert result["norm"] == pytest.approx(norm_of(expected), rel=1e-5), case
@@ -140,3 +162,26 @@ def test_bf16_is_close(measure: Measure) -> None:
     for (result,) in run_ranks(WORLD, compare_all, (case,), measure):
         assert LIMIT < result["logits"] < 0.1 * measure.logits.abs().max()
         assert result["norm"] == pytest.approx(norm_of(measure), rel=0.1)
+
+
+@torch.no_grad()
+def decode(case: Case) -> Tensor:
+    """Return the logits of passes over 7, 1, 6 and 2 tokens, of all sequences on each rank."""
+    built, out = new_engine(case), []
+    cache = DecodingCache(CONFIG, built.topology.device)
+    for part in tokens(CONFIG, BATCH, LENGTH)[0].split((7, 1, 6, 2), dim=1):
+        ids = cache.begin(part.tolist())
+        positions = cache.sequences.positions(ids.shape[1])
+        logits = built.engine.forward(ids, positions, None, None, None, cache)
+        cache.end()
+        out.append(gathered(logits, built.topology))
+    built.release()
+    return torch.cat(out, dim=1)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", [Case(0, tp=2), Case(3, tp=1)], ids=str)
+def test_decoding_gives_the_logits_of_a_single_device(case: Case, measure: Measure) -> None:
+    """Each rank stores the states of its own channels and heads."""
+    for logits in run_ranks(2, decode, case):
+        assert (logits - measure.logits).abs().max() < LIMIT

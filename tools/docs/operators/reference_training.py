@@ -178,10 +178,11 @@ def trajectory_difference(
     transported: bool = True,
     scales: Mapping[str, ParamScale] | None = None,
     adam: Adam | None = None,
+    steps: int = AFTER,
 ) -> float:
     """Return the largest difference of a logit after training source and grown model further.
 
-    Both train `AFTER` steps on the same batches. `scales` replaces the factors of the growth; the
+    Both train `steps` steps on the same batches. `scales` replaces the factors of the growth; the
     moments are reset unless `transported`.
     """
     source, target = case.source, case.target
@@ -190,7 +191,7 @@ def trajectory_difference(
     if not transported:
         new = fresh_state(weights_of(new))
     scales = case.growth.scales if scales is None else scales
-    later = random_batches(source, AFTER, seed=1000)
+    later = random_batches(source, steps, seed=1000)
     old = trained(source, old, later, BEFORE, adam)
     new = trained(target, new, later, BEFORE if transported else 0, adam, scales)
     return apart(case, weights_of(old), weights_of(new), random_ids(source, seed=7))
