@@ -31,8 +31,9 @@ MODELS = {
     for tied in ("untied", "tied")
 }
 GRIDS = ((0, 1, False), (0, 2, False), (0, 2, True), (0, 4, False), (0, 4, True))
-SHARDED = ((1, 2, True), (2, 4, False), (3, 2, True), (3, 1, False))
-"""(ZeRO stage, TP, sequence parallel); the second list for one of the models only."""
+SHARDED = ((1, 2, True), (2, 4, False), (3, 2, True), (3, 1, False), (3, 2, True, "selective"))
+"""(ZeRO stage, TP, sequence parallel), and activation checkpointing if it is not `none`; the second
+list for one of the models only."""
 
 LIMIT = 1e-5
 
@@ -61,11 +62,14 @@ def measures() -> dict[tuple[str, str], Measure]:
 
 
 def build(config: ModelConfig, case: tuple, topology: Topology) -> tuple[ZeroEngine, Layout]:
-    zero, tp, sequence_parallel = case
+    zero, tp, sequence_parallel, checkpointing = (*case, "none")[:4]
     settings = EngineSettings(
         config,
         ParallelConfig(
-            tensor_model_parallel_size=tp, zero_stage=zero, sequence_parallel=sequence_parallel
+            tensor_model_parallel_size=tp,
+            zero_stage=zero,
+            sequence_parallel=sequence_parallel,
+            activation_checkpointing=checkpointing,
         ),
         BatchConfig(global_batch_size=WORLD, micro_batch_size=tp),
         OptimizerConfig(lr=1e-3, gradient_clipping=0),

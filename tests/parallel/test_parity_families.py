@@ -10,7 +10,7 @@ from tests.helpers.spawn import run_ranks
 from tests.parallel.test_parity import GRIDS, LIMIT, WORLD, Measure, compare, measure_of, norm_of
 
 MODELS = {name: of_family(name, num_attention_heads=8, num_key_value_heads=4) for name in FAMILIES}
-SHARDED = ((1, 2, True), (2, 4, False), (3, 2, True))
+SHARDED = ((1, 2, True), (2, 4, False), (3, 2, True, "selective"), (0, 4, True, "full"))
 CASES = [(name, grid) for name in FAMILIES for grid in (*GRIDS, *SHARDED)]
 
 FAILS = 1e-3
