@@ -35,18 +35,22 @@ def launches(op: str, device: torch.device, arguments: Mapping[str, Any]) -> Lau
     return _OPS[op](device, **arguments)
 
 
-def _rms_norm(device: torch.device, rows: int, width: int, dtype: str) -> Launches:
-    return _norm(device, rows, width, dtype, residual=False)
+def _rms_norm(
+    device: torch.device, rows: int, width: int, dtype: str, parameter_dtype: str | None = None
+) -> Launches:
+    return _norm(device, rows, width, dtype, parameter_dtype or dtype, residual=False)
 
 
 def _add_rms_norm(device: torch.device, rows: int, width: int, dtype: str) -> Launches:
-    return _norm(device, rows, width, dtype, residual=True)
+    return _norm(device, rows, width, dtype, dtype, residual=True)
 
 
-def _norm(device: torch.device, rows: int, width: int, dtype: str, residual: bool) -> Launches:
+def _norm(
+    device: torch.device, rows: int, width: int, dtype: str, parameter_dtype: str, residual: bool
+) -> Launches:
     x, dy = (draw(device, dtype, rows, width) for _ in range(2))
     other = draw(device, dtype, rows, width) if residual else None
-    weight = draw(device, dtype, width)
+    weight = draw(device, parameter_dtype, width)
     _, total, inverse_rms = norm.rms_norm_forward(x, other, weight, EPS)
     normed = x if total is None else total
 

@@ -10,13 +10,23 @@ from torch import Tensor
 
 
 def selective_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    starts: None = None,
 ) -> Tensor:
     """Return `reference.selective_scan` of rows that are one document each.
 
     mamba-ssm cannot reset the state at the first token of a document. A, D and dt_bias are
-    converted to fp32, which it requires. Raises ImportError if mamba-ssm cannot be imported.
+    converted to fp32, which it requires. Raises ImportError if mamba-ssm cannot be imported,
+    ValueError for starts of documents.
     """
+    if starts is not None:
+        raise ValueError("mamba-ssm cannot reset the state at document boundaries")
     scan = import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
     x_BCS, dt_BCS, B_BNS, C_BNS = (tensor.transpose(1, 2).contiguous() for tensor in (x, dt, B, C))
     parameters = {"D": D.float(), "delta_bias": dt_bias.float()}

@@ -106,8 +106,11 @@ def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _rms_norm(device: torch.device, rows: int, width: int, dtype: str) -> Outcome:
-    x, weight = draw(device, dtype, _limited(rows, width), width), draw(device, dtype, width)
+def _rms_norm(
+    device: torch.device, rows: int, width: int, dtype: str, parameter_dtype: str | None = None
+) -> Outcome:
+    x = draw(device, dtype, _limited(rows, width), width)
+    weight = draw(device, parameter_dtype or dtype, width)
     kernel, eager = partial(rms_norm, eps=EPS), partial(reference.rms_norm, eps=EPS)
     return _differentiable(kernel, eager, ["norm"], x=x, weight=weight)
 

@@ -219,12 +219,6 @@ class ModelConfig(Section):
         return self.layer_types[layer % len(self.layer_types)]
 
     @property
-    def attention_windows(self) -> tuple[int | None, ...]:
-        """Return the distinct windows of the attention layers; None is full attention."""
-        windows = {"full_attention": None, "sliding_attention": self.sliding_window}
-        return tuple(dict.fromkeys(windows[name] for name in self.layer_types if name in windows))
-
-    @property
     def mamba_dynamics(self) -> int:
         """Return the outputs of x_proj in Mamba layers: the low-rank step size, B and C."""
         assert self.mamba_dt_rank is not None and self.mamba_d_state is not None

@@ -61,8 +61,9 @@ class KernelsConfig(Section):
     """Rotary positions and SwiGLU."""
     loss: RowBackend = "auto"
     """Cross-entropy, also over a vocabulary sharded across ranks."""
-    scan: RowBackend = "auto"
-    """Selective scan and causal convolution of Mamba layers."""
+    scan: Literal["auto", "triton", "mamba_ssm", "torch"] = "auto"
+    """Selective scan and causal convolution of Mamba layers. `mamba_ssm` are the kernels of the
+    packages mamba-ssm and causal-conv1d, which cannot separate documents."""
     linear_cross_entropy: bool = False
     """Compute head and loss in chunks of tokens, without the logits of all tokens in memory."""
 

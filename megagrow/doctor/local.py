@@ -29,7 +29,7 @@ from megagrow.train.kernel_calls import Checks
 from megagrow.train.kernel_selection import check_host, determinism_problems, stage_machine
 from megagrow.train.reporting.run_files import package_version
 
-DEFAULT_HEAD_DIM = 128
+DEFAULT_HEAD_DIM, DEFAULT_TAPS = 128, 4
 
 
 class BackendRow(NamedTuple):
@@ -51,7 +51,8 @@ def environment_facts() -> dict[str, str]:
         "GPUs": "; ".join(_gpus()) or "none available to torch",
         "nccl": _nccl(),
     }
-    packages = {"triton": "Triton", "flash-attn": "flash-attn", "deepspeed": "DeepSpeed"}
+    packages = {"triton": "Triton", "deepspeed": "DeepSpeed"}
+    packages |= {name: name for name in ("flash-attn", "mamba-ssm", "causal-conv1d")}
     facts |= {
         name: package_version(package) or "not installed" for package, name in packages.items()
     }
@@ -81,8 +82,8 @@ def default_rows(machine: Machine) -> list[BackendRow]:
         machine = replace(machine, checks=dict.fromkeys(OPERATIONS))
     dtype = torch.bfloat16 if machine.device == "cuda" else torch.float32
     cases = {
-        "": KernelWorkload(dtype, DEFAULT_HEAD_DIM, packed=False),
-        "for packed documents": KernelWorkload(dtype, DEFAULT_HEAD_DIM, packed=True),
+        name: KernelWorkload(dtype, DEFAULT_HEAD_DIM, packed, conv_taps=DEFAULT_TAPS)
+        for name, packed in (("", False), ("for packed documents", True))
     }
     return [
         BackendRow(operation, backend, _why_not(operation, backend, machine, cases[""]), selected)

@@ -15,7 +15,7 @@ from megagrow.evaluation.generation import GenerationDefaults
 from megagrow.evaluation.tokenizer import EvalTokenizer, open_tokenizer
 from megagrow.formats.hugging_face_origin import HuggingFaceOrigin
 from megagrow.formats.open_source import find_source_on_all_ranks, open_found
-from megagrow.model.backends import KernelWorkload, choose
+from megagrow.model.backends import choose, model_workload
 from megagrow.model.decoding import DecodingCache
 from megagrow.model.layers.table import indivisible_sizes
 from megagrow.model.llama import HeadLoss, LlamaForCausalLM
@@ -114,8 +114,7 @@ def _flat(weight: nn.Parameter) -> Tensor:
 
 
 def _ops(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Ops:
-    machine, windowed = machine_of(device), model.sliding_window is not None
-    work = KernelWorkload(dtype, model.head_dim, packed=False, windowed=windowed)
+    machine, work = machine_of(device), model_workload(model, dtype)
     return make_ops(choose(KernelsConfig(), machine, work), machine, work)
 
 

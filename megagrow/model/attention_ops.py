@@ -76,7 +76,7 @@ def _starts_of_ids(document_ids: Tensor | None, position_ids: Tensor) -> Tensor 
 def _starts_of_packing(packing: Any, position_ids: Tensor) -> Tensor | None:
     if packing is None:
         return None
-    starts = torch.zeros(position_ids.numel(), dtype=torch.bool, device=position_ids.device)
+    starts = position_ids.new_zeros(position_ids.numel(), dtype=torch.bool)
     return starts.index_fill_(0, packing.cu_seqlens[:-1].long(), True).view(position_ids.shape)
 
 

@@ -7,6 +7,8 @@
   passes on it (`train/kernel_selection.py`); else torch.
 - Attention with packed documents or a sliding window: Triton if it passes, else flash-attn if
   available, else torch. torch's attention also computes masked positions.
+- Scan: Triton if it passes, else mamba-ssm if available, else torch, which stores more and has more
+  passes over memory.
 - Other attention: torch, with cuDNN on Hopper and newer. It has the best published throughput
   there; it is not yet measured here.
 """
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megagrow.config.schema import RunConfig
+from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.config.stage import KernelsConfig
 from megagrow.errors import ResourceError
 from megagrow.model.machine import Machine
@@ -26,7 +28,7 @@ OPERATIONS = {
     "norm": ("triton", "torch"),
     "pointwise": ("triton", "torch"),
     "loss": ("triton", "torch"),
-    "scan": ("triton", "torch"),
+    "scan": ("triton", "mamba_ssm", "torch"),
 }
 """Backends of each operation, by the names of the `kernels` section of a run file."""
 
@@ -45,6 +47,9 @@ DETERMINISTIC_FLASH = (2, 4, 1)
 WINDOWED_FLASH = (2, 3)
 """Oldest flash-attn with sliding windows."""
 
+CONV1D_TAPS = (2, 3, 4)
+"""Taps that causal-conv1d supports."""
+
 LARGEST_HEAD = 256
 """Maximum head_dim of Triton's attention and flash-attn; it must also be a multiple of 8."""
 
@@ -62,6 +67,8 @@ class KernelWorkload:
     """True if backward passes must sum in a fixed order (`deterministic_mode`)."""
     windowed: bool = False
     """True if a layer's attention has a sliding window."""
+    conv_taps: int | None = None
+    """Taps of the convolution of Mamba layers; None without such layers."""
 
     @property
     def sparse(self) -> bool:
@@ -88,9 +95,16 @@ def uses_bf16(run: RunConfig, device: torch.device) -> bool:
 def kernel_workload(run: RunConfig, index: int, device: torch.device) -> KernelWorkload:
     """Return the workload of stage `index` of a run on a device."""
     dtype = torch.bfloat16 if uses_bf16(run, device) else torch.float32
-    model, packed = run.stages[index].model, run.data.reset_attention_mask
-    windowed = model.sliding_window is not None
-    return KernelWorkload(dtype, model.head_dim, packed, run.deterministic_mode, windowed)
+    packed, deterministic = run.data.reset_attention_mask, run.deterministic_mode
+    return model_workload(run.stages[index].model, dtype, packed, deterministic)
+
+
+def model_workload(
+    model: ModelConfig, dtype: torch.dtype, packed: bool = False, deterministic: bool = False
+) -> KernelWorkload:
+    """Return the workload of a model."""
+    windowed, taps = model.sliding_window is not None, model.mamba_d_conv
+    return KernelWorkload(dtype, model.head_dim, packed, deterministic, windowed, taps)
 
 
 def choose(
@@ -131,6 +145,8 @@ def automatic(operation: str, machine: Machine, work: KernelWorkload) -> str:
     order = ["triton"] if on_gpu and operation in machine.checks else []
     if operation == "attention":
         order = [*order, "flash_attn", "sdpa"] if on_gpu and work.sparse else ["sdpa"]
+    elif operation == "scan" and on_gpu and work.conv_taps is not None:
+        order += ["mamba_ssm", "torch"]
     else:
         order.append("torch")
     return next(name for name in order if obstacle(operation, name, machine, work) is None)
@@ -142,6 +158,8 @@ def obstacle(operation: str, backend: str, machine: Machine, work: KernelWorkloa
         return _triton_obstacle(operation, machine, work)
     if backend == "flash_attn":
         return _flash_attn_obstacle(machine, work)
+    if backend == "mamba_ssm":
+        return _mamba_ssm_obstacle(machine, work)
     return None
 
 
@@ -171,6 +189,20 @@ def _flash_attn_obstacle(machine: Machine, work: KernelWorkload) -> str | None:
     if work.dtype == torch.float32:
         return "flash-attn supports only bf16 and fp16, but the stage computes in fp32"
     return _capability_obstacle(machine) or _head_dim_obstacle(work)
+
+
+def _mamba_ssm_obstacle(machine: Machine, work: KernelWorkload) -> str | None:
+    if not machine.mamba_ssm:
+        return "mamba-ssm and causal-conv1d are not both installed (the extra `mamba`)"
+    if machine.device == "cpu":
+        return "mamba-ssm needs a GPU"
+    if work.packed:
+        return "mamba-ssm cannot reset the state at document boundaries (data.reset_attention_mask)"
+    if work.deterministic:
+        return "the backward pass of mamba-ssm is not deterministic (deterministic_mode)"
+    if work.conv_taps not in (None, *CONV1D_TAPS):
+        return f"causal-conv1d supports 2 to 4 taps, but model.mamba_d_conv = {work.conv_taps}"
+    return _capability_obstacle(machine)
 
 
 def _capability_obstacle(machine: Machine) -> str | None:

@@ -28,6 +28,8 @@ class Machine:
     """True if flash-attn is installed."""
     flash_attn_version: tuple[int, ...] = ()
     """Its version, without suffixes; empty if unknown."""
+    mamba_ssm: bool = False
+    """True if mamba-ssm and causal-conv1d are installed."""
 
 
 def machine_of(device: torch.device) -> Machine:
@@ -44,6 +46,7 @@ def machine_of(device: torch.device) -> Machine:
         interpreter=triton and _interpreter_enabled(),
         flash_attn=find_spec("flash_attn") is not None,
         flash_attn_version=_flash_attn_version(),
+        mamba_ssm=all(find_spec(name) is not None for name in ("mamba_ssm", "causal_conv1d")),
     )
 
 

@@ -1,6 +1,6 @@
 """Fused operations of the model, with the selected backend of each; the only importer of kernels.
 
-Triton kernels and flash-attn are imported only when selected, so neither is required.
+Triton kernels, flash-attn and mamba-ssm are imported only when selected, so none is required.
 
 Shapes: B batch, S sequence, H query heads, G key/value heads, K head dimension, D hidden size,
 F feed-forward width.
@@ -8,10 +8,12 @@ F feed-forward width.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 
+from megagrow.errors import ResourceError
 from megagrow.model.attention_ops import SDPA, attention_ops
 from megagrow.model.backends import Backends, KernelWorkload
 from megagrow.model.machine import Machine
@@ -83,13 +85,17 @@ class Ops:
 def make_ops(backends: Backends, machine: Machine, work: KernelWorkload) -> Ops:
     """Return the operations of a stage for backends returned by `backends.choose`.
 
-    Raises ResourceError if flash-attn is installed but cannot be imported.
+    Raises ResourceError if flash-attn or mamba-ssm is installed but cannot be imported.
     """
     ops = PLAIN
     if backends.norm == "triton":
         ops = _with_triton_norm(ops)
     if backends.pointwise == "triton":
         ops = _with_triton_pointwise(ops)
+    if backends.scan == "triton":
+        ops = _with_triton_scan(ops)
+    if backends.scan == "mamba_ssm":
+        ops = _with_mamba_ssm(ops)
     if backends.loss == "triton":
         ops = replace(ops, loss=triton_loss())
     return replace(ops, **attention_ops(backends.attention, machine, work)._asdict())
@@ -128,6 +134,24 @@ def _with_triton_pointwise(ops: Ops) -> Ops:
     from megagrow_kernels.swiglu import swiglu
 
     return replace(ops, rope=rope, swiglu=swiglu)
+
+
+def _with_triton_scan(ops: Ops) -> Ops:
+    from megagrow_kernels.causal_conv import causal_conv
+    from megagrow_kernels.selective_scan import selective_scan
+
+    return replace(ops, causal_conv=causal_conv, selective_scan=selective_scan)
+
+
+def _with_mamba_ssm(ops: Ops) -> Ops:
+    from megagrow_kernels import mamba_ssm_backend as kernels
+
+    try:
+        import_module("mamba_ssm.ops.selective_scan_interface")
+        import_module("causal_conv1d")
+    except ImportError as error:
+        raise ResourceError(f"mamba-ssm is installed but cannot be imported: {error}") from error
+    return replace(ops, causal_conv=kernels.causal_conv, selective_scan=kernels.selective_scan)
 
 
 TRITON_CHUNKS = 10

@@ -40,7 +40,7 @@ def selective_scan(
     """
     if starts is None:
         starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-    rows, tokens = _block_size(x, A)
+    rows, tokens = _block_size_of(x, A)
     inputs = starts, *_discretized(x, dt, B, C, dt_bias)
     parts = zip(*(each.split(rows) for each in inputs), strict=True)
     y = torch.cat([_SelectiveScan.apply(_widened(A), tokens, *part) for part in parts])
@@ -63,7 +63,7 @@ def selective_scan_from(
     A token with dt = -inf leaves the state unchanged. Not differentiable.
     """
     delta, drive, B, C = _discretized(x, dt, B, C, dt_bias)
-    _, tokens = _block_size(x, A)
+    _, tokens = _block_size_of(x, A)
     scan = BlockedScan(delta, drive, _widened(A), B, C, tokens)
     y, states = scan.outputs(state.transpose(1, 2))
     return _with_skip(y, x, D), states[-1].transpose(1, 2).to(state.dtype)
@@ -79,13 +79,17 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None =
     return F.silu(_CausalConv.apply(*map(_widened, (x, weight, bias)), documents)).to(x.dtype)
 
 
-def _block_size(x: Tensor, A: Tensor) -> tuple[int, int]:
-    """Return the numbers of rows and of tokens of a block."""
-    on_cpu = x.device.type == "cpu"
-    rows = min(len(x), max(1, STEP_ELEMENTS // A.numel())) if on_cpu else len(x)
-    tokens = (BLOCK_ELEMENTS if on_cpu else DEVICE_BLOCK_ELEMENTS) // (rows * A.numel())
+def _block_size_of(x: Tensor, A: Tensor) -> tuple[int, int]:
+    batch, sequence, _ = x.shape
+    return block_size(batch, sequence, A.numel(), x.device.type == "cpu")
+
+
+def block_size(batch: int, sequence: int, states: int, on_cpu: bool) -> tuple[int, int]:
+    """Return the numbers of rows and of tokens of a block; `states` is N x C."""
+    rows = min(batch, max(1, STEP_ELEMENTS // states)) if on_cpu else batch
+    tokens = (BLOCK_ELEMENTS if on_cpu else DEVICE_BLOCK_ELEMENTS) // (rows * states)
     # A power of 2 can be divided into chunks.
-    return rows, min(x.shape[1], max(MIN_TOKENS, 2 ** (tokens.bit_length() - 1)))
+    return rows, min(sequence, max(MIN_TOKENS, 2 ** (tokens.bit_length() - 1)))
 
 
 def _discretized(

@@ -32,27 +32,26 @@ class Activations:
     def at_loss(self, checkpointing: str) -> int:
         """Return the bytes at the loss for a value of `activation_checkpointing`.
 
-        `full` keeps the input of each layer. `selective` keeps neither the outputs of norms
-        before blocks nor the product of SwiGLU.
+        `full` keeps the input of each layer. `selective` keeps neither the outputs of norms before
+        blocks nor the product of SwiGLU.
         """
         if checkpointing == "full":
             return self.stage.model.num_hidden_layers * self._residual + self._outside_layers
         counts = block_counts(self.stage.model).items()
-        norms = sum(count for _, count in counts) * self._norm(checkpointing)
         blocks = sum(count * self._block(block, checkpointing) for block, count in counts)
-        return norms + blocks // self.layout.tp + self._outside_layers
+        return blocks + self._outside_layers
 
     @property
-    def first_layer(self) -> int:
-        """Return the bytes left when the backward pass reaches the first layer.
+    def largest_layer(self) -> int:
+        """Return the bytes in use at the end of the backward pass.
 
-        These are the kept or recomputed activations of that layer, and its input.
+        These are the kept or recomputed activations of a layer, and its input. The layer with the
+        largest activations stands for the first one.
         """
-        checkpointing = self.stage.parallel.activation_checkpointing
-        blocks = decoder_blocks(self.stage.model, 0)
-        split = sum(self._block(block, checkpointing) for block in blocks)
-        layer = len(blocks) * self._norm(checkpointing) + split // self.layout.tp
-        return layer + (self._residual if checkpointing == "full" else 0)
+        checkpointing, model = self.stage.parallel.activation_checkpointing, self.stage.model
+        layers = {decoder_blocks(model, layer) for layer in range(model.num_hidden_layers)}
+        sizes = (sum(self._block(block, checkpointing) for block in layer) for layer in layers)
+        return max(sizes) + (self._residual if checkpointing == "full" else 0)
 
     @property
     def logits(self) -> int:
@@ -106,18 +105,12 @@ class Activations:
         """Return the bytes outside the layers: the final norm and the input of the head."""
         return self._residual + self._tokens * self.stage.model.hidden_size * self._width
 
-    def _norm(self, checkpointing: str) -> int:
-        """Return the bytes of a norm's input and of the input of its block.
-
-        The latter is complete on every rank. Before a block, it is the output of the norm, which
-        `selective` recomputes.
-        """
-        if checkpointing == "selective" and self.stage.model.norm_position == "pre":
-            return self._residual
-        return self._residual + self.stage.model.hidden_size * self._tokens * self._width
-
     def _block(self, block: BlockDeclaration, checkpointing: str) -> int:
-        """Return the bytes of a block, which the tensor-parallel ranks share."""
+        """Return the bytes of a block, of its input, which every rank holds in full, and of the
+        input of its norm."""
+        model = self.stage.model
+        recomputed = checkpointing == "selective" and model.norm_position == "pre"
+        complete = 0 if recomputed else model.hidden_size * self._tokens * self._width
         batch = MicroBatch(
             tokens=self._tokens,
             sequence_length=self.sequence_length,
@@ -127,5 +120,7 @@ class Activations:
             pointwise=self.stage.kernels.pointwise,
             scan=self.stage.kernels.scan,
             checkpointing=checkpointing,
+            on_cpu=self.on_cpu,
         )
-        return block.type.activation_bytes(self.stage.model, batch)
+        split = block.type.activation_bytes(model, batch) // self.layout.tp
+        return self._residual + complete + split

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megagrow.config.schema import StageConfig
+from megagrow.model.layers.base import READS_RESIDUAL
 from megagrow.parallel.engine_config import GATHER_BYTES, parameter_groups, reduce_bucket
 from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
 from megagrow.planning.activations import Activations
@@ -76,7 +77,7 @@ class StageMemory:
         ZeRO 0 reduces in place, and copies the gradients for another data type. ZeRO 3 collects
         them in a bucket of that data type and copies the bucket, once more by gloo, used without
         a GPU. ZeRO 1 and 2 hold gradients as autograd returns them, those of the matrices that
-        read one norm together (`model.layers.linears`), and staging buckets.
+        read the input of a block together (`model.layers.linears`), and staging buckets.
         """
         if self._zero == 0:
             converts = self._communicated < 4  # the weights are fp32, also under autocast
@@ -86,7 +87,8 @@ class StageMemory:
         together: Counter[str] = Counter()
         for name, spec in self.layout.plan.items():
             if not spec.is_vector:
-                together[spec.norm or name] += spec.slice_numel(self.layout.tp)
+                block = name.rsplit(".", 2)[0] if spec.col_role == READS_RESIDUAL else name
+                together[block] += spec.slice_numel(self.layout.tp)
         return self._width * max(together.values()) + self._staged
 
     @property
@@ -126,7 +128,7 @@ class StageMemory:
         gathered = 0
         if self._zero in (1, 2) and self.on_cpu and self.layout.dp > 1:
             gathered = min(GATHER_BYTES, self._width * self._slice)
-        reduction = self.buckets + self._parts.first_layer
+        reduction = self.buckets + self._parts.largest_layer
         return self.state + self.weights + self.gradients + max(reduction, gathered)
 
     @property

@@ -1,15 +1,20 @@
 """Published throughputs and the step model's predictions for the same runs."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from megagrow.config.schema import ModelConfig
+from megagrow.model.layers.attention import ATTENTION
+from megagrow.model.layers.base import RowElements
+from megagrow.model.layers.mlp import FFN, MLP
 from megagrow.planning.cluster import Cluster, ClusterFile, make_cluster
 from megagrow.planning.step_time import StepTime, step_time
-from megagrow.planning.step_workload import Shape, StepWorkload
+from megagrow.planning.step_workload import Shape, StepWorkload, shape_of
 
 RowUse = Literal["set", "held out", "fresh"]
 """`set`: constants were set from the row; `held out`: not used for constants, but seen before they
@@ -54,11 +59,33 @@ def published_sources() -> list[dict[str, Any]]:
     return [{key: each[key] for key in ("name", "address", "note")} for each in data["sources"]]
 
 
+def _ungated_rows(config: ModelConfig) -> RowElements:
+    width = FFN.size(config)
+    return RowElements(2 * width, 3 * width, 2 * width)
+
+
+_UNGATED_MLP = replace(
+    MLP, parameters=lambda config: MLP.parameters(config)[1:], row_elements=_ungated_rows
+)
+"""Feed-forward with GELU: no gate_proj."""
+
+
+def _shape(sizes: Mapping[str, Any], sequence: int) -> Shape:
+    """Return the shape of a model in the file: keys of the model section, and `gated`."""
+    fields = dict(sizes)
+    gated = fields.pop("gated", True)
+    shape = shape_of(ModelConfig(**fields), sequence)
+    if gated:
+        return shape
+    layers = shape.model.num_hidden_layers
+    return replace(shape, blocks=Counter({ATTENTION: layers, _UNGATED_MLP: layers}))
+
+
 def _rows(source: dict[str, Any], models: dict[str, Any]) -> Iterator[Published]:
     figures = {key: source[key] for key in ClusterFile.model_fields if key in source}
     for row in source["rows"]:
         work = StepWorkload(
-            shape=Shape(**models[row["model"]], sequence=row["sequence"]),
+            shape=_shape(models[row["model"]], row["sequence"]),
             dp=row["gpus"] // row["tp"],
             tp=row["tp"],
             zero_stage=row["zero_stage"],

@@ -19,7 +19,7 @@ from megagrow.planning.step_rates import (
     TILE,
     TILE_START,
 )
-from megagrow.planning.step_workload import Stack, StepWorkload
+from megagrow.planning.step_workload import Stack, StepWorkload, block_products
 from megagrow.planning.traffic import data_group, tensor_group
 
 WIDTH = 2
@@ -47,7 +47,7 @@ class StepTime:
     matmul: float
     attention: float
     memory_bound: float
-    """Norms, rotary embeddings, activations, residuals, the loss."""
+    """Norms, rotary embeddings, activations, residuals, scans, the loss."""
     tensor_parallel: float
     """Blocking collectives between tensor-parallel ranks."""
     zero_exposed: float
@@ -117,36 +117,41 @@ def matmul_seconds(cluster: Cluster, stack: Stack, rows: int, columns: int, inne
 def _matmul(work: StepWorkload, cluster: Cluster) -> Passes:
     """Return the time of all products of all layers: forward, input and weight gradients."""
     tokens, forward, backward = work.micro_tokens, 0.0, 0.0
-    for columns, inner in work.shape.products(work.tp):
-        forward += matmul_seconds(cluster, work.stack, tokens, columns, inner)
-        backward += matmul_seconds(cluster, work.stack, tokens, inner, columns)
-        backward += matmul_seconds(cluster, work.stack, columns, inner, tokens)
+    for layer_type, count in work.shape.blocks.items():
+        for columns, inner in block_products(layer_type, work.shape.model, work.tp):
+            forward += count * matmul_seconds(cluster, work.stack, tokens, columns, inner)
+            backward += count * matmul_seconds(cluster, work.stack, tokens, inner, columns)
+            backward += count * matmul_seconds(cluster, work.stack, columns, inner, tokens)
     return _with_recomputation(work, forward, backward)
 
 
 def _attention(work: StepWorkload, cluster: Cluster) -> Passes:
-    shape, family = work.shape, cluster.card.family
-    share = ATTENTION_SHARE[work.attention, family] * (HEAD_64 if shape.head_dim <= 64 else 1)
+    """Return the time of matrix products between activations."""
+    model, family = work.shape.model, cluster.card.family
+    share = ATTENTION_SHARE[work.attention, family] * (HEAD_64 if model.head_dim <= 64 else 1)
     share *= cluster.power_share
-    positions = (shape.sequence + 1) / 2 + DIAGONAL
-    flops = 4 * work.micro_tokens * positions * shape.heads * shape.head_dim / work.tp
-    forward = flops / (cluster.gpu.peak_flops * share)
+    flops = sum(
+        count * layer_type.score_products(model, work.shape.sequence, DIAGONAL)
+        for layer_type, count in work.shape.blocks.items()
+    )
+    forward = work.micro_tokens * flops / 3 / work.tp / (cluster.gpu.peak_flops * share)
     return _with_recomputation(work, forward, BACKWARD_ATTENTION * forward)
 
 
 def _memory_bound(work: StepWorkload, cluster: Cluster) -> Passes:
-    """Return the time of norms with residuals, rotary embeddings and activations of all layers.
+    """Return the time of norms with residuals and of memory-bound operations of all blocks.
 
     Recomputation repeats the norms without residuals, which move half the bytes.
     """
-    shape = work.shape
-    residual = 16 * shape.hidden / (work.tp if work.sequence_parallel else 1)
-    rotary = 4 * (shape.heads + shape.kv_heads) * shape.head_dim / work.tp
-    activation = WIDTH * shape.intermediate / work.tp
-    forward = residual + rotary + shape.mlp_matrices * activation
-    backward = residual + rotary + (2 * shape.mlp_matrices - 1) * activation
+    model, blocks = work.shape.model, work.shape.blocks
+    split_norms = work.tp if work.sequence_parallel else 1
+    residual = blocks.total() * 8 * model.hidden_size / split_norms
+    rows = [(count, each.row_elements(model)) for each, count in blocks.items()]
+    split = WIDTH / work.tp
+    forward = residual + split * sum(count * each.forward for count, each in rows)
+    backward = residual + split * sum(count * each.backward for count, each in rows)
     if work.recomputes_rows:
-        backward += residual / 2 + shape.mlp_matrices * activation
+        backward += residual / 2 + split * sum(count * each.recomputed for count, each in rows)
     seconds = (
         work.micro_tokens * (EAGER_TRAFFIC if work.stack == "eager" else 1) / _bandwidth(cluster)
     )
@@ -155,11 +160,11 @@ def _memory_bound(work: StepWorkload, cluster: Cluster) -> Passes:
 
 def _head(work: StepWorkload, cluster: Cluster) -> tuple[float, float]:
     """Return the time of the head's three products and of the loss."""
-    columns, tokens = work.shape.vocabulary // work.tp, work.micro_tokens
+    columns, tokens = work.shape.model.vocab_size // work.tp, work.micro_tokens
     sizes = (
-        (tokens, columns, work.shape.hidden),
-        (tokens, work.shape.hidden, columns),
-        (columns, work.shape.hidden, tokens),
+        (tokens, columns, work.shape.model.hidden_size),
+        (tokens, work.shape.model.hidden_size, columns),
+        (columns, work.shape.model.hidden_size, tokens),
     )
     moved = LOSS_BYTES[work.stack] * tokens * columns
     return sum(matmul_seconds(cluster, work.stack, *size) for size in sizes), moved / _bandwidth(
@@ -170,22 +175,26 @@ def _head(work: StepWorkload, cluster: Cluster) -> tuple[float, float]:
 def _tensor_parallel(work: StepWorkload, cluster: Cluster) -> Passes:
     """Return the time of tensor-parallel collectives.
 
-    There are two all-reduces per layer in each pass. With sequence parallelism each is an
-    all-gather and a reduce-scatter, and each weight gradient whose input is sharded needs one more
-    all-gather.
+    There is one all-reduce per block in each pass, in addition to sums within blocks. With sequence
+    parallelism it is an all-gather and a reduce-scatter, and each weight gradient whose input is
+    sharded needs one more all-gather.
     """
-    group = tensor_group(cluster, work.tp)
-    size = WIDTH * work.micro_tokens * work.shape.hidden
-    forward = 2 * group.all_reduce(size)
-    again = 2 * group.one_way(size) if work.sequence_parallel else 0.0
+    group, model = tensor_group(cluster, work.tp), work.shape.model
+    size, blocks = WIDTH * work.micro_tokens * model.hidden_size, work.shape.blocks
+    within = (
+        count * group.all_reduce(summed * work.micro_tokens)
+        for layer_type, count in blocks.items()
+        if (summed := layer_type.partial_sums(model, WIDTH))
+    )
+    forward = blocks.total() * group.all_reduce(size) + sum(within)
+    again = blocks.total() * group.one_way(size) if work.sequence_parallel else 0.0
     passes = _with_recomputation(work, forward, forward + again)
     ends = group.all_reduce(size)  # the embedding forward, the head's input backward
     return Passes(passes.forward + ends, passes.backward + ends)
 
 
 def _with_recomputation(work: StepWorkload, forward: float, backward: float) -> Passes:
-    layers = work.shape.layers
-    return Passes(layers * forward, layers * (backward + work.recomputed * forward))
+    return Passes(forward, backward + work.recomputed * forward)
 
 
 def _zero(work: StepWorkload, cluster: Cluster, micro: Passes) -> tuple[float, float]:
@@ -218,7 +227,8 @@ def _zero3(work: StepWorkload, cluster: Cluster, micro: Passes) -> tuple[float, 
     """
     group = data_group(cluster, work.dp, work.tp)
     near = data_group(cluster, work.hpz, work.tp) if work.hpz > 1 else group
-    parameters, times, pieces = work.rank_parameters, work.accumulation, work.shape.layers + 2
+    parameters, times = work.rank_parameters, work.accumulation
+    pieces = work.shape.model.num_hidden_layers + 2
     first = pieces * group.one_way(WIDTH * parameters / pieces)
     again = pieces * near.one_way(WIDTH * parameters / pieces)
     reduce = pieces * group.one_way(work.gradient_bytes * parameters / pieces)

@@ -1,15 +1,13 @@
 """Workload of one GPU in a training step: the sizes that determine the step time."""
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Literal
 
 from megagrow.config.schema import ModelConfig, StageConfig
-from megagrow.model.layers.attention import ATTENTION
 from megagrow.model.layers.base import READS_RESIDUAL, LayerType
-from megagrow.model.layers.mlp import MLP
-from megagrow.model.layers.table import HEAD
+from megagrow.model.layers.table import HEAD, block_counts
 from megagrow.parallel.engine_config import bucket_elements
 
 AttentionKernel = Literal["flash1", "flash2", "flash3"]
@@ -19,79 +17,45 @@ Stack = Literal["eager", "fused", "compiled"]
 Python (as here), or torch.compile."""
 
 
-_UNGATED_MLP = replace(MLP, parameters=lambda config: MLP.parameters(config)[1:])
-"""Feed-forward of published models with GELU: no gate_proj."""
-
-
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder and the sequence length."""
+    """Decoder and sequence length."""
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocabulary: int
+    model: ModelConfig
     sequence: int
-    mlp_matrices: int = 3
-    """3 with a gate (SwiGLU), 2 without (GELU)."""
-    tables: int = 2
-    """2 for embedding and head, 1 if they are tied."""
-
-    @cached_property
-    def model(self) -> ModelConfig:
-        """Return the sizes as a model of this project."""
-        return ModelConfig(
-            num_hidden_layers=self.layers,
-            hidden_size=self.hidden,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            intermediate_size=self.intermediate,
-            vocab_size=self.vocabulary,
-        )
-
-    @property
-    def layer_types(self) -> tuple[LayerType, LayerType]:
-        """Return the blocks of a layer."""
-        return ATTENTION, MLP if self.mlp_matrices == 3 else _UNGATED_MLP
-
-    def products(self, tp: int) -> Iterator[tuple[int, int]]:
-        """Yield (columns of the result, inner dimension) of each product of a layer on one rank.
-
-        The query, key and value projections are one product.
-        """
-        for layer_type in self.layer_types:
-            reads: list[tuple[int, int]] = []
-            writes: list[tuple[int, int]] = []
-            for parameter in layer_type.parameters(self.model):
-                into = reads if parameter.col_role == READS_RESIDUAL else writes
-                into.append(parameter.shape(self.model))
-            if layer_type is ATTENTION:
-                reads = [(sum(rows for rows, _ in reads), self.hidden)]
-            yield from ((rows // tp, cols) for rows, cols in reads)
-            yield from ((rows, cols // tp) for rows, cols in writes)
-
-    @property
-    def layer_parameters(self) -> int:
-        """Return the number of parameters of one layer, norms excluded."""
-        return sum(layer_type.numel(self.model) for layer_type in self.layer_types)
+    blocks: Counter[LayerType]
+    """Blocks of all layers."""
 
     @property
     def parameters(self) -> int:
-        """Return the number of parameters of all matrices."""
-        return self.layers * self.layer_parameters + self.tables * HEAD.numel(self.model)
+        """Return the number of parameters, without the norms outside of blocks."""
+        tables = 1 if self.model.tie_word_embeddings else 2
+        blocks = sum(count * each.numel(self.model) for each, count in self.blocks.items())
+        return blocks + tables * HEAD.numel(self.model)
 
     @property
     def flops_per_token(self) -> int:
         """Return the training FLOPs per token, as counted by `config.flops.flops_per_token`."""
-        layer = sum(
-            each.matmul_flops(self.model) + each.score_flops(self.model, self.sequence)
-            for each in self.layer_types
+        blocks = sum(
+            count * (each.matmul_flops(self.model) + each.score_flops(self.model, self.sequence))
+            for each, count in self.blocks.items()
         )
-        return self.layers * layer + HEAD.matmul_flops(self.model)
+        return blocks + HEAD.matmul_flops(self.model)
+
+
+def block_products(layer_type: LayerType, model: ModelConfig, tp: int) -> Iterator[tuple[int, int]]:
+    """Yield (columns of the result, inner dimension) of each product of a block on one rank."""
+    joint: list[tuple[int, int]] = []
+    single: list[tuple[int, int]] = []
+    for parameter in layer_type.parameters(model):
+        if not parameter.matmul_flops(model):
+            continue
+        size = parameter.slice_shape(model, tp)
+        reads = parameter.col_role == READS_RESIDUAL
+        (joint if reads and layer_type.joint_inputs else single).append(size)
+    if joint:
+        yield sum(rows for rows, _ in joint), model.hidden_size
+    yield from single
 
 
 @dataclass(frozen=True)
@@ -145,17 +109,10 @@ class StepWorkload:
 
 def shape_of(model: ModelConfig, sequence_length: int) -> Shape:
     """Return the sizes of a model of this project."""
-    return Shape(
-        layers=model.num_hidden_layers,
-        hidden=model.hidden_size,
-        heads=model.num_attention_heads,
-        kv_heads=model.num_key_value_heads,
-        head_dim=model.head_dim,
-        intermediate=model.intermediate_size,
-        vocabulary=model.vocab_size,
-        sequence=sequence_length,
-        tables=1 if model.tie_word_embeddings else 2,
-    )
+    blocks: Counter[LayerType] = Counter()
+    for block, count in block_counts(model).items():
+        blocks[block.type] += count
+    return Shape(model, sequence_length, blocks)
 
 
 def step_workload(

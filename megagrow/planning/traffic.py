@@ -66,17 +66,39 @@ def _tensor_parallel(memory: StageMemory) -> Iterator[Traffic]:
     region = micro * tokens * model.hidden_size * width
     regions = (2 * blocks + again + 2) * region
     if parallel.sequence_parallel:
-        # `selective` gathers the input of each block again.
-        inputs = blocks if parallel.activation_checkpointing == "selective" else 0
+        # `selective` gathers the input of each block again with the norm before it.
+        recomputed = parallel.activation_checkpointing == "selective"
+        inputs = blocks if recomputed and model.norm_position == "pre" else 0
         gathered = regions + inputs * region
         yield Traffic("activations and their gradients", "all-gather", ranks, gathered)
         yield Traffic("activations and their gradients", "reduce-scatter", ranks, regions)
-        gains = micro * norm_parameters(model) * width
-        yield Traffic("gradients of norm weights", "all-reduce", ranks, gains)
     else:
         yield Traffic("activations and their gradients", "all-reduce", ranks, regions)
+    yield from _within_blocks(memory, width)
     statistics = micro * 3 * 4 * tokens * ranks
     yield Traffic("statistics of the loss", "all-gather", ranks, statistics)
+
+
+def _within_blocks(memory: StageMemory, width: int) -> Iterator[Traffic]:
+    """Yield sums over ranks in blocks, and of gradients of weights that all ranks hold and apply to
+    different activations."""
+    stage, ranks, micro = memory.stage, memory.layout.tp, _micro_batches(memory)
+    model, parallel = stage.model, stage.parallel
+    counts = block_counts(model).items()
+    tokens = micro * stage.batch.micro_batch_size * memory.sequence_length
+    summed = sum(count * block.type.partial_sums(model, width) for block, count in counts)
+    passes = 3 if parallel.activation_checkpointing == "full" else 2
+    if summed:
+        yield Traffic("partial sums of activations", "all-reduce", ranks, passes * tokens * summed)
+    shared = sum(
+        count * each.numel(model)
+        for block, count in counts
+        for each in block.type.parameters(model)
+        if not each.is_sliced
+    )
+    shared += norm_parameters(model) if parallel.sequence_parallel else 0
+    if shared:
+        yield Traffic("gradients of norm weights", "all-reduce", ranks, micro * width * shared)
 
 
 def _data_parallel(memory: StageMemory) -> Iterator[Traffic]:

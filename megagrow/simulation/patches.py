@@ -31,7 +31,7 @@ def patched(recorder: Recorder) -> Iterator[None]:
     with ExitStack() as stack:
         for target, name, replacement in _replacements(recorder):
             stack.enter_context(patch.object(target, name, replacement))
-        stack.enter_context(patch.dict(sys.modules, {"flash_attn": _flash_attn()}))
+        stack.enter_context(patch.dict(sys.modules, dict(_packages())))
         # Its sizes depend on the documents: host work on real tensors.
         packing = import_module("megagrow_kernels.packing")
         stack.enter_context(patch.object(packing, "pack", _on_host(packing.pack)))
@@ -175,12 +175,55 @@ def _fused_attention(
     return _FusedAttention.apply(*(autocast.cast(x, NAME) for x in (q, k, v)), attn_mask)
 
 
-def _flash_attn() -> ModuleType:
-    """flash-attn is published as source for CUDA only: its two functions with the same memory."""
-    module = ModuleType("flash_attn")
-    module.__spec__ = ModuleSpec("flash_attn", None)
-    module.__dict__["flash_attn_func"] = _fused_attention
-    module.__dict__["flash_attn_varlen_func"] = lambda q, k, v, *rest, **options: _fused_attention(
-        q, k, v
-    )
-    return module
+class _FusedScan(torch.autograd.Function):
+    """Memory of mamba-ssm: inputs and, for every 2048 tokens, two fp32 numbers per state."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, *inputs: Tensor) -> Tensor:
+        batch, channels, tokens = x.shape
+        sizes = batch, channels, -(-tokens // 2048), 2 * A.shape[1]
+        ctx.save_for_backward(x, A, *inputs, x.new_empty(sizes, dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:-1])
+
+
+class _FusedConvolution(torch.autograd.Function):
+    """Memory of causal-conv1d: its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
+
+
+def _packages() -> Iterator[tuple[str, ModuleType]]:
+    """Packages of CUDA kernels, published as source only: their functions with the same memory."""
+    functions: dict[str, dict[str, Callable[..., Tensor]]] = {
+        "flash_attn": {
+            "flash_attn_func": _fused_attention,
+            "flash_attn_varlen_func": lambda q, k, v, *_, **options: _fused_attention(q, k, v),
+        },
+        "causal_conv1d": {
+            "causal_conv1d_fn": lambda x, weight, bias, **_: _FusedConvolution.apply(
+                x, weight, bias
+            ),
+        },
+        "mamba_ssm": {},
+        "mamba_ssm.ops.selective_scan_interface": {
+            "selective_scan_fn": lambda x, dt, A, B, C, D, delta_bias, **_: _FusedScan.apply(
+                x, A, dt, B, C, D, delta_bias
+            ),
+        },
+    }
+    for name, contents in functions.items():
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        module.__dict__.update(contents)
+        yield name, module

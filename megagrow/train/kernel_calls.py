@@ -9,6 +9,8 @@ import torch
 
 from megagrow.config.schema import StageConfig
 from megagrow.model.backends import Backends
+from megagrow.model.layers.base import KernelArguments, KernelInputs
+from megagrow.model.layers.table import block_counts
 from megagrow.parallel.sharding import pad, real_rows
 
 OPERATION_OF = {
@@ -29,7 +31,7 @@ class KernelCall:
     """One op, forward and backward, with the arguments of `megagrow_kernels.calls`."""
 
     op: str
-    arguments: tuple[tuple[str, int | str | None], ...]
+    arguments: tuple[tuple[str, int | str], ...]
 
     def as_json(self) -> list[Any]:
         """Return the input format of `megagrow_kernels.warm_up` and `.self_check`."""
@@ -67,36 +69,33 @@ def stage_kernels(
 def _calls(
     stage: StageConfig, sequence: int, dtype: torch.dtype, backends: Backends
 ) -> Iterator[KernelCall]:
-    model, parallel = stage.model, stage.parallel
-    tp, batch = parallel.tensor_model_parallel_size, stage.batch.micro_batch_size
-    rows = batch * sequence
+    parallel, batch = stage.parallel, stage.batch.micro_batch_size
     low = str(dtype).removeprefix("torch.")
     # Without ZeRO, bf16 is torch's autocast: only matrix products are in bf16.
     wide = low if parallel.zero_stage > 0 else "float32"
-    heads = {
-        "batch": batch,
-        "sequence": sequence,
-        "heads": model.num_attention_heads // tp,
-        "groups": model.num_key_value_heads // tp,
-        "head_dim": model.head_dim,
-    }
-    if backends.norm == "triton":
-        seen = rows // tp if parallel.sequence_parallel else rows
-        for op in ("rms_norm", "add_rms_norm"):
-            yield _call(op, rows=seen, width=model.hidden_size, dtype=wide)
-    if backends.pointwise == "triton":
-        yield _call("rope", **heads, dtype=low, table_dtype=wide)
-        yield _call("swiglu", rows=rows, width=model.intermediate_size // tp, dtype=low)
-    if backends.attention == "triton":
-        for window in model.attention_windows:
-            limit = {} if window is None else {"window": window}
-            yield _call("attention", **heads, dtype=low, **limit)
-    if backends.loss == "triton":
-        width = pad(model.vocab_size, tp) // tp
-        for rank in range(tp):
-            real = real_rows(model.vocab_size, width, rank)
-            yield _call("cross_entropy", rows=rows, width=width, real=real, ranks=tp, dtype=low)
+    tp = parallel.tensor_model_parallel_size
+    inputs = KernelInputs(batch, sequence, tp, low, wide)
+    calls = [*_residual_norms(stage, inputs)]
+    for block in block_counts(stage.model):
+        calls += block.type.kernel_calls(stage.model, inputs)
+    calls += _losses(stage.model.vocab_size, inputs)
+    for op, arguments in calls:
+        if getattr(backends, OPERATION_OF[op]) == "triton":
+            yield KernelCall(op, tuple(arguments.items()))
 
 
-def _call(op: str, **arguments: int | str | None) -> KernelCall:
-    return KernelCall(op, tuple(arguments.items()))
+def _residual_norms(stage: StageConfig, inputs: KernelInputs) -> Iterator[KernelArguments]:
+    """Yield the norms of the residual stream, and of the outputs of blocks (`norm_position`)."""
+    rows = inputs.rows // (inputs.tp if stage.parallel.sequence_parallel else 1)
+    shape: dict[str, int | str] = {"rows": rows, "width": stage.model.hidden_size}
+    stream = {**shape, "dtype": inputs.parameter_dtype}
+    outputs = {**shape, "dtype": inputs.dtype, "parameter_dtype": inputs.parameter_dtype}
+    yield "rms_norm", outputs if stage.model.norm_position == "post" else stream
+    yield "add_rms_norm", stream
+
+
+def _losses(vocabulary: int, inputs: KernelInputs) -> Iterator[KernelArguments]:
+    width, ranks = pad(vocabulary, inputs.tp) // inputs.tp, inputs.tp
+    for rank in range(ranks):
+        shape = {"rows": inputs.rows, "width": width, "real": real_rows(vocabulary, width, rank)}
+        yield "cross_entropy", {**shape, "ranks": ranks, "dtype": inputs.dtype}

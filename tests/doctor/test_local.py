@@ -35,10 +35,10 @@ def selected(rows: Iterable[BackendRow]) -> dict[str, dict[str, str]]:
 
 
 def test_backends_selected_by_auto_on_gpu_and_cpu() -> None:
-    others = {key: {"triton": "yes"} for key in ("norm", "pointwise", "loss")}
+    others = {key: {"triton": "yes"} for key in ("norm", "pointwise", "loss", "scan")}
     attention = {"triton": "for packed documents", "sdpa": "without documents"}
     assert selected(default_rows(HOPPER)) == {"attention": attention} | others
-    others = {key: {"torch": "yes"} for key in ("norm", "pointwise", "loss")}
+    others = {key: {"torch": "yes"} for key in ("norm", "pointwise", "loss", "scan")}
     assert selected(default_rows(CPU)) == {"attention": {"sdpa": "yes"}} | others
 
 
@@ -46,6 +46,7 @@ def test_reasons_for_unavailable_backends() -> None:
     why = {(row.operation, row.backend): row.why_not for row in default_rows(CPU)}
     assert "TRITON_INTERPRET=1" in why["norm", "triton"]
     assert "flash-attn is not installed" in why["attention", "flash_attn"]
+    assert "not both installed" in why["scan", "mamba_ssm"]
     assert why["attention", "reference"] == why["loss", "torch"] == ""
 
 
@@ -72,7 +73,7 @@ def test_stages_of_a_run(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     assert selected(stage_rows(run, 0, cpu, NO_CHECKS)) == {
         "attention": {"sdpa": "yes (auto)"},
-        **{key: {"torch": "yes (auto)"} for key in ("norm", "pointwise", "loss")},
+        **{key: {"torch": "yes (auto)"} for key in ("norm", "pointwise", "loss", "scan")},
     }
     found = selected(stage_rows(run, 1, cpu, NO_CHECKS))
     assert found["attention"] == {"flash_attn": "not available: the run cannot start"}
@@ -94,8 +95,9 @@ def test_the_command(tmp_path: Path) -> None:
 def test_environment_facts() -> None:
     facts = environment_facts()
     assert facts["torch"].startswith(torch.__version__)
-    assert list(facts)[-3:] == ["Triton", "flash-attn", "DeepSpeed"]
-    assert facts["flash-attn"] == "not installed"
+    optional = ["flash-attn", "mamba-ssm", "causal-conv1d"]
+    assert list(facts)[-5:] == ["Triton", "DeepSpeed", *optional]
+    assert {facts[name] for name in optional} == {"not installed"}
 
 
 def test_checked_pairs_of_gpu_and_triton() -> None:

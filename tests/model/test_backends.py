@@ -28,12 +28,14 @@ HOPPER = Machine("cuda", 90, triton=True, checks=PASSED)
 UNCHECKED = Machine("cuda", 90, triton=True)
 WITH_FLASH = Machine("cuda", 90, triton=True, checks=PASSED, flash_attn=True)
 NO_TRITON = Machine("cuda", 90)
+WITH_MAMBA = Machine("cuda", 90, mamba_ssm=True)
 
 FP32 = KernelWorkload(torch.float32, 128, packed=False)
 FP32_PACKED = KernelWorkload(torch.float32, 128, packed=True)
 BF16 = KernelWorkload(torch.bfloat16, 128, packed=False)
 PACKED = KernelWorkload(torch.bfloat16, 128, packed=True)
 WINDOWED = replace(BF16, windowed=True)
+MAMBA = replace(BF16, conv_taps=4)
 ODD = KernelWorkload(torch.bfloat16, 66, packed=True)
 """A head_dim that is no multiple of 8."""
 
@@ -72,6 +74,12 @@ def rows(attention: str) -> Backends:
         (WITH_FLASH, ODD, rows("sdpa")),
         (Machine("cuda", 90, flash_attn=True), PACKED, Backends("flash_attn", *["torch"] * 4)),
         (Machine("cuda", 90, flash_attn=True), BF16, TORCH),
+        (WITH_MAMBA, MAMBA, replace(TORCH, scan="mamba_ssm")),
+        (WITH_MAMBA, replace(MAMBA, packed=True), TORCH),
+        (WITH_MAMBA, replace(MAMBA, deterministic=True), TORCH),
+        (WITH_MAMBA, replace(MAMBA, dtype=torch.float32), TORCH),
+        (WITH_MAMBA, BF16, TORCH),
+        (replace(HOPPER, mamba_ssm=True), MAMBA, rows("sdpa")),
     ],
 )
 def test_what_auto_takes(machine: Machine, work: KernelWorkload, expected: Backends) -> None:
@@ -129,6 +137,23 @@ def test_what_cannot_run_is_refused_by_its_key(backend, machine, work, why) -> N
     said = str(caught.value)
     assert said.startswith(f"stages.1.kernels.attention = {backend}: ") and why in said
     assert said.endswith("; auto selects sdpa") or work.packed
+
+
+@pytest.mark.parametrize(
+    ("machine", "work", "why"),
+    [
+        (HOPPER, MAMBA, "not both installed"),
+        (Machine("cpu", mamba_ssm=True), MAMBA, "needs a GPU"),
+        (WITH_MAMBA, replace(MAMBA, packed=True), "data.reset_attention_mask"),
+        (WITH_MAMBA, replace(MAMBA, deterministic=True), "deterministic_mode"),
+        (WITH_MAMBA, replace(MAMBA, conv_taps=5), "2 to 4 taps, but model.mamba_d_conv = 5"),
+        (replace(WITH_MAMBA, capability=70), MAMBA, "this one is sm_70"),
+    ],
+)
+def test_mamba_ssm_is_refused(machine: Machine, work: KernelWorkload, why: str) -> None:
+    with pytest.raises(InputError, match=r"^kernels\.scan = mamba_ssm: ") as caught:
+        choose(KernelsConfig(scan="mamba_ssm"), machine, work)
+    assert why in str(caught.value)
 
 
 @pytest.mark.parametrize("operation", ["norm", "pointwise", "loss"])

@@ -25,22 +25,27 @@ MODEL = {
     "intermediate_size": 96,
     "vocab_size": 100,
 }
+FAMILIES = {
+    "llama": MODEL,
+    "qwen2": MODEL | {"model_type": "qwen2"},
+    "qwen3": MODEL | {"model_type": "qwen3", "num_key_value_heads": 2},
+    "olmo2": MODEL | {"model_type": "olmo2"},
+    "samba": MODEL | {"model_type": "samba"},
+}
 LENGTH = 32
 TOKENS = 2 * LENGTH
 CHECKPOINTING = ("none", "selective")
 
 
-def stage_of(
-    checkpointing: str, attention: str = "auto", pointwise: str = "auto", **model: Any
-) -> StageConfig:
+def stage_of(checkpointing: str, family: str = "llama", **kernels: str) -> StageConfig:
     return StageConfig.model_validate(
         {
-            "model": MODEL | model,
+            "model": FAMILIES[family],
             "tokens": 1,
             "parallel": {"activation_checkpointing": checkpointing},
             "batch": {"global_batch_size": 2, "micro_batch_size": 2},
             "optimizer": {"lr": 1.0},
-            "kernels": {"attention": attention, "pointwise": pointwise},
+            "kernels": kernels,
         }
     )
 
@@ -65,6 +70,33 @@ class FusedSwiglu(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         return torch.nn.functional.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise NotImplementedError
+
+
+class FusedConvolution(torch.autograd.Function):
+    """Keeps what Triton's convolution keeps: its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, starts: None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise NotImplementedError
+
+
+class FusedScan(torch.autograd.Function):
+    """Keeps what Triton's scan keeps: its inputs, and a state in fp32 for each chunk of 64."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dt: Tensor, A: Tensor, *inputs: Any) -> Tensor:
+        states = x.new_zeros(len(x), -(-x.shape[1] // 64), *A.shape, dtype=torch.float32)
+        ctx.save_for_backward(x, dt, A, *inputs[:-1], states)
+        return torch.zeros_like(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -110,43 +142,52 @@ TABLES = 2 * TOKENS * 16
 """Elements of the rotary tables, which the model keeps and the plan does not count."""
 
 
+def without_tokens(stage: StageConfig, bf16: bool, torch_scan: bool) -> int:
+    """Return the bytes that a model keeps and the plan does not count, as they are few: rotary
+    tables; and of a Mamba layer A and its exponential, with torch's scan the starts of documents
+    and in bf16 copies of the convolution's weight and of D in fp32."""
+    tables, model = TABLES * (2 if bf16 else 4), stage.model
+    if model.mamba_d_inner is None:
+        return tables
+    assert model.mamba_d_state and model.mamba_d_conv
+    numbers = 2 * model.mamba_d_state + (model.mamba_d_conv + 1) * (bf16 and torch_scan)
+    return tables + 4 * model.mamba_d_inner * numbers + TOKENS * torch_scan
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("pointwise", ["torch", "triton"])
-def test_activations_on_a_gpu(pointwise: str, bf16: bool, checkpointing: str) -> None:
-    stage = stage_of(checkpointing, pointwise=pointwise)
+def test_activations_on_a_gpu(pointwise: str, bf16: bool, checkpointing: str, family: str) -> None:
+    stage = stage_of(checkpointing, family, pointwise=pointwise, scan="triton")
     planned = stage_memory(stage, 1, LENGTH, bf16).activations()
-    ops = replace(PLAIN, rms_norm=FusedNorm.apply)
+    ops = replace(PLAIN, rms_norm=FusedNorm.apply, causal_conv=FusedConvolution.apply)
+    ops = replace(ops, selective_scan=FusedScan.apply)
     if pointwise == "triton":
         ops = replace(ops, swiglu=FusedSwiglu.apply)
     model = LlamaForCausalLM(stage.model, checkpointing, ops)
     model.to(torch.bfloat16 if bf16 else torch.float32)
-    assert kept_by_autograd(model) == planned + TABLES * (2 if bf16 else 4)
-
-
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2"])
-def test_activations_of_families(family: str, bf16: bool, checkpointing: str) -> None:
-    stage = stage_of(checkpointing, model_type=family, num_key_value_heads=2)
-    planned = stage_memory(stage, 1, LENGTH, bf16).activations()
-    model = LlamaForCausalLM(
-        stage.model, checkpointing, replace(PLAIN, rms_norm=FusedNorm.apply)
-    ).to(torch.bfloat16 if bf16 else torch.float32)
-    assert kept_by_autograd(model) == planned + TABLES * (2 if bf16 else 4)
+    assert kept_by_autograd(model) == planned + without_tokens(stage, bf16, torch_scan=False)
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize(
-    ("attention", "bf16"), [("sdpa", False), ("sdpa", True), ("reference", False)]
+    ("family", "attention", "bf16"),
+    [
+        ("llama", "sdpa", False),
+        ("llama", "sdpa", True),
+        ("llama", "reference", False),
+        ("samba", "reference", False),
+        ("samba", "reference", True),
+    ],
 )
-def test_activations_on_a_cpu(attention: str, bf16: bool, checkpointing: str) -> None:
+def test_activations_on_a_cpu(family: str, attention: str, bf16: bool, checkpointing: str) -> None:
     """The reference composes attention of operations."""
-    stage = stage_of(checkpointing, attention)
+    stage = stage_of(checkpointing, family, attention=attention)
     planned = stage_memory(stage, 1, LENGTH, bf16, on_cpu=True).activations()
     backends = Backends(attention=attention, norm="torch", pointwise="torch", loss="torch")
     work = KernelWorkload(torch.float32, 16, packed=False)
     ops = make_ops(backends, machine_of(torch.device("cpu")), work)
     model = LlamaForCausalLM(stage.model, checkpointing, ops)
     model.to(torch.bfloat16 if bf16 else torch.float32)
-    assert kept_by_autograd(model) == planned + TABLES * (2 if bf16 else 4)
+    assert kept_by_autograd(model) == planned + without_tokens(stage, bf16, torch_scan=True)

@@ -7,6 +7,7 @@ import pytest
 
 from megagrow.config.flops import flops_per_token, matmul_flops
 from megagrow.config.load import load_run
+from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
 from megagrow.planning.cluster import Cluster, find_cluster
 from megagrow.planning.step_rates import (
@@ -20,11 +21,18 @@ from megagrow.planning.step_rates import (
     TILE_START,
 )
 from megagrow.planning.step_time import StepTime, matmul_seconds, step_time
-from megagrow.planning.step_workload import Shape, StepWorkload, shape_of
+from megagrow.planning.step_workload import StepWorkload, shape_of
 from megagrow.planning.traffic import CommGroup, data_group, tensor_group
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-SEVEN = Shape(32, 4096, 32, 32, 128, 11008, 32000, 2048)
+SEVEN_MODEL = ModelConfig(
+    num_hidden_layers=32,
+    hidden_size=4096,
+    num_attention_heads=32,
+    intermediate_size=11008,
+    vocab_size=32000,
+)
+SEVEN = shape_of(SEVEN_MODEL, 2048)
 WORK = StepWorkload(SEVEN, dp=64, tp=1, zero_stage=3, micro_batch=4, accumulation=2)
 
 

@@ -67,7 +67,7 @@ def test_models_have_as_many_parameters_as_published() -> None:
     models = json.loads(ROWS.read_text(encoding="utf-8"))["models"]
     for name, published in PUBLISHED_PARAMETERS.items():
         row = next(row for row in published_rows() if row.model == name)
-        hidden, layers = models[name]["hidden"], models[name]["layers"]
+        hidden, layers = models[name]["hidden_size"], models[name]["num_hidden_layers"]
         vectors = (2048 + 13 * layers + 2) * hidden
         assert row.work.shape.parameters + vectors == published
 

@@ -18,11 +18,14 @@ from megagrow.simulation.rank import EVERYTHING, simulate_rank
 from megagrow.simulation.report import STEP, StageReport
 from tests.helpers.runs import MODEL, make_run, parallel_of
 
-TRITON = dict.fromkeys(("attention", "norm", "pointwise", "loss"), "triton")
-TORCH = {"attention": "sdpa"} | dict.fromkeys(("norm", "pointwise", "loss"), "torch")
+TRITON = dict.fromkeys(OPERATIONS, "triton")
+TORCH = {"attention": "sdpa"} | dict.fromkeys(("norm", "pointwise", "loss", "scan"), "torch")
 CHUNKS = {"linear_cross_entropy": True, "loss": "triton"}  # 10 chunks; torch has 64
 SMALL = MODEL | {"num_hidden_layers": 1, "vocab_size": 1000, "hidden_size": 64}
-LARGE = SMALL | {"num_hidden_layers": 2}
+LLAMA = {"model_type": "llama"}
+OLMO2, QWEN3 = {"model_type": "olmo2"}, {"model_type": "qwen3", "attention_bias": True}
+MAMBA = {"layer_types": ["mamba", "full_attention"]}
+SAMBA = {"layer_types": ["mamba", "sliding_attention"], "sliding_window": 16}
 WORLD, RANK, LENGTH = 8, 3, 32
 
 
@@ -34,6 +37,7 @@ class Case:
     operator: str = "direct_depth"
     packed: bool = False
     """Two documents per sequence."""
+    model: dict[str, Any] = field(default_factory=LLAMA.copy)
 
     def run(self, tmp: Path) -> RunConfig:
         tp = self.parallel["tensor_model_parallel_size"]
@@ -43,9 +47,12 @@ class Case:
             "kernels": self.kernels,
             "batch": {"global_batch_size": 2 * WORLD // tp, "micro_batch_size": 1},
         }
+        small = SMALL | self.model
+        small["num_hidden_layers"] = len(self.model.get("layer_types", [None]))
+        large = small | {"num_hidden_layers": 2 * small["num_hidden_layers"]}
         stages = [
-            stage | {"model": SMALL},
-            stage | {"model": LARGE, "growth": {"operator": self.operator}},
+            stage | {"model": small},
+            stage | {"model": large, "growth": {"operator": self.operator}},
         ]
         data = {
             "train": [{"path": tmp / "train"}],
@@ -58,14 +65,22 @@ class Case:
 OFFLOAD = {"offload_optimizer": True}
 CASES = {
     "zero-0": Case(parallel_of(0, 2, True, "full"), "bf16", TRITON),
-    "zero-1": Case(parallel_of(1, 2), "bf16", {"attention": "flash_attn"} | CHUNKS),
+    "zero-1": Case(
+        parallel_of(1, 2),
+        "bf16",
+        {"attention": "flash_attn", "scan": "mamba_ssm"} | CHUNKS,
+        model=MAMBA,
+    ),
     "zero-1-fp32": Case(
         parallel_of(1, 1), "fp32", {"attention": "reference"}, operator="random_depth", packed=True
     ),
-    "zero-2": Case(parallel_of(2, 2, True, "selective"), "bf16", TRITON, packed=True),
+    "zero-1-full": Case(parallel_of(1, 2, False, "full"), "bf16", model=OLMO2),
+    "zero-2": Case(parallel_of(2, 2, True, "selective"), "bf16", TRITON, packed=True, model=SAMBA),
+    "zero-2-olmo2": Case(parallel_of(2, 2, True, "selective"), "bf16", model=OLMO2),
+    "zero-2-qwen3": Case(parallel_of(2, 2), "bf16", model=QWEN3),
     "zero-3": Case(parallel_of(3, 1), "bf16", {"attention": "flash_attn"} | CHUNKS, packed=True),
     "zero-3-fp32": Case(parallel_of(3, 2, True, "full"), "fp32", TRITON),
-    "zero-2-offload": Case(parallel_of(2, 1) | OFFLOAD, "bf16", TORCH, packed=True),
+    "zero-2-offload": Case(parallel_of(2, 1) | OFFLOAD, "bf16", TORCH, packed=True, model=SAMBA),
 }
 """Every ZeRO stage, precision, kernel backend and layout of tensor parallelism."""
 
@@ -80,7 +95,10 @@ WAITS: dict[str, dict[str, int]] = {
     "zero-0": AGREEMENT,
     "zero-1": AGREEMENT,
     "zero-1-fp32": AGREEMENT,
+    "zero-1-full": AGREEMENT,
     "zero-2": AGREEMENT,
+    "zero-2-olmo2": AGREEMENT,
+    "zero-2-qwen3": AGREEMENT,
     "zero-3": ZERO3,
     "zero-3-fp32": ZERO3,
     # The host updates the weights: it reads gradients, their norm and the clipping factor.

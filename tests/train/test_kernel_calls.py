@@ -12,7 +12,7 @@ from megagrow.config.schema import StageConfig
 from megagrow.model.backends import Backends
 from megagrow.train.kernel_calls import KernelCall, stage_kernels
 
-TRITON = Backends(attention="triton", norm="triton", pointwise="triton", loss="triton")
+TRITON = Backends(*["triton"] * 5)
 NONE = Backends(attention="sdpa", norm="torch", pointwise="torch", loss="torch")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -83,6 +83,59 @@ def test_norms_of_a_spread_sequence_see_their_part_of_it():
     found = calls(stage)
     assert found["rms_norm"]["rows"] == found["add_rms_norm"]["rows"] == 4096
     assert found["swiglu"]["rows"] == 16384
+
+
+SAMBA = {
+    "model_type": "samba",
+    "num_hidden_layers": 4,
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "sliding_window": 512,
+    "intermediate_size": 640,
+    "vocab_size": 1024,
+}
+
+
+def family(**model: Any) -> StageConfig:
+    """A stage with two tensor-parallel ranks and 2 sequences of a small model."""
+    parallel = {"tensor_model_parallel_size": 2, "zero_stage": 0}
+    batch = {"global_batch_size": 2, "micro_batch_size": 2}
+    stage = {"model": SAMBA | model, "parallel": parallel, "batch": batch, "tokens": 1}
+    return StageConfig.model_validate(stage | {"optimizer": {"lr": 1e-3}})
+
+
+def test_a_hybrid_with_autocast():
+    """Weights outside of matrix products are in fp32. SwiGLU has the widths of both types."""
+    found = [
+        (call.op, dict(call.arguments))
+        for call in stage_kernels(family(), 2048, torch.bfloat16, TRITON)
+    ]
+    mixed = {"dtype": "bfloat16", "parameter_dtype": "float32"}
+    scanned = {"batch": 2, "sequence": 2048, "channels": 256} | mixed
+    assert ("causal_conv", scanned | {"taps": 4}) in found
+    assert ("selective_scan", scanned | {"states": 16}) in found
+    widths = {arguments["width"] for op, arguments in found if op == "swiglu"}
+    assert widths == {256, 320}
+    (attention,) = (arguments for op, arguments in found if op == "attention")
+    assert (attention["heads"], attention["window"]) == (2, 512)
+    norms = [arguments for op, arguments in found if op == "rms_norm"]
+    assert norms == [{"rows": 4096, "width": 256, "dtype": "float32"}]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "norms"),
+    [
+        ("qwen3", [(4096, 256, "float32"), (2 * 4096, 64, "bfloat16"), (4096, 64, "bfloat16")]),
+        ("olmo2", [(4096, 256, "bfloat16")]),
+    ],
+)
+def test_norms_of_families(model_type: str, norms: list[tuple[int, int, str]]) -> None:
+    """Full-width norms of sliced heads are computed by torch."""
+    stage = family(model_type=model_type, sliding_window=None)
+    listed = stage_kernels(stage, 2048, torch.bfloat16, TRITON)
+    found = [dict(call.arguments) for call in listed if call.op == "rms_norm"]
+    assert [(each["rows"], each["width"], each["dtype"]) for each in found] == norms
 
 
 def test_ranks_with_padding_have_kernels_of_their_own():

@@ -154,9 +154,9 @@ def test_failed_operations_fall_back(gpu_run: RunConfig) -> None:
             gpu_run, 0, GPU, results(gpu_run, *failed)
         ).backends.__dict__.values()
 
-    assert [*backends()] == ["sdpa", "triton", "triton", "triton"]
-    assert [*backends("rope")] == ["sdpa", "triton", "torch", "triton"]
-    assert [*backends("add_rms_norm", "swiglu")] == ["sdpa", "torch", "torch", "triton"]
+    assert [*backends()] == ["sdpa", "triton", "triton", "triton", "torch"]
+    assert [*backends("rope")] == ["sdpa", "triton", "torch", "triton", "torch"]
+    assert [*backends("add_rms_norm", "swiglu")] == ["sdpa", "torch", "torch", "triton", "torch"]
     unchecked = select_backends(gpu_run, 0, GPU, NO_CHECKS).backends
     assert (unchecked.norm, unchecked.loss) == ("torch", "triton"), "auto needs a check"
     checked = {call.op for call in results(gpu_run)}

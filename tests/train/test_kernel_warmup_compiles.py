@@ -27,7 +27,7 @@ from tests.helpers.runs import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = torch.device("cuda", 0)
-TRITON = Backends(attention="triton", norm="triton", pointwise="triton", loss="triton")
+TRITON = Backends(*["triton"] * 5)
 MODEL = {
     "num_hidden_layers": 2,
     "hidden_size": 256,
@@ -36,18 +36,20 @@ MODEL = {
     "intermediate_size": 512,
     "vocab_size": 8192,
 }
+HYBRID = MODEL | {"model_type": "samba", "sliding_window": 64, "qk_norm": "per_head"}
 SEQUENCE = 128
 STAGES = [
     {
-        "model": MODEL,
+        "model": model,
         "tokens": 1024,
         "batch": {"global_batch_size": 2, "micro_batch_size": 2},
         "optimizer": {"lr": 1e-3},
         "parallel": {"zero_stage": zero},
     }
     for zero in (1, 0)
+    for model in (MODEL, HYBRID, MODEL | {"model_type": "olmo2"})
 ]
-"""Weights in bf16, and autocast."""
+"""Weights in bf16, and autocast; a hybrid, and norms after the blocks."""
 SMALL = (KernelCall("swiglu", (("rows", 16), ("width", 64), ("dtype", "bfloat16"))),)
 
 

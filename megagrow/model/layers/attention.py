@@ -5,6 +5,7 @@ A group is one key/value head and its query heads. Growth adds complete groups; 
 heads, which commutes with rotary positions (docs/reference/operators.md).
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,12 @@ from megagrow.model.layers.base import (
     READS_RESIDUAL,
     WRITES_RESIDUAL,
     ActivationAxis,
+    KernelArguments,
+    KernelInputs,
     LayerType,
     MicroBatch,
     ParameterDeclaration,
+    RowElements,
     ones,
     scaled_normal,
     zeros,
@@ -72,21 +76,28 @@ def _score_flops(config: ModelConfig, sequence_length: int) -> int:
 
 
 def _activation_bytes(config: ModelConfig, batch: MicroBatch) -> int:
-    """Return the bytes of q, k, v, the output and an fp32 normalizer per query.
+    """Return the bytes of q, k, v, the output, an fp32 normalizer per query, and of norms.
 
-    Norms of q and k also keep their inputs; a norm over the heads of several ranks keeps them and
-    a product in fp32. The reference backend keeps the fp32 matrix of probabilities, repeated k and
-    v, and the mask.
+    The reference backend keeps the fp32 matrix of probabilities, repeated k and v, and the mask.
     """
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     per_head = batch.tokens * config.head_dim
-    summed = 8 if config.qk_norm == "full_width" and batch.tp > 1 else batch.width
-    normed = summed if config.qk_norm is not None else 0
-    projections = (2 * batch.width + normed) * (queries + keys) * per_head
+    norms = (queries + keys) * per_head * _norm_width(config, batch)
+    projections = 2 * (queries + keys) * per_head * batch.width
     if batch.attention != "reference":
-        return projections + 4 * queries * batch.tokens
+        return norms + projections + 4 * queries * batch.tokens
     operands = queries * per_head * (3 * 4 + batch.width)
-    return operands + batch.tokens * batch.sequence_length * (4 * queries + batch.tp)
+    return norms + operands + batch.tokens * batch.sequence_length * (4 * queries + batch.tp)
+
+
+def _norm_width(config: ModelConfig, batch: MicroBatch) -> int:
+    """Return the bytes that norms of queries and keys keep per entry.
+
+    A norm keeps its input. A sum of squares over ranks keeps it and the quotient in fp32.
+    """
+    if config.qk_norm is None:
+        return 0
+    return 8 if config.qk_norm == "full_width" and batch.tp > 1 else batch.width
 
 
 def _window_flops(config: ModelConfig, sequence_length: int) -> int:
@@ -96,6 +107,63 @@ def _window_flops(config: ModelConfig, sequence_length: int) -> int:
     window = min(config.sliding_window, sequence_length)
     visible_twice = window * (2 * sequence_length - window + 1)
     return 6 * MIXED.size(config) * visible_twice // sequence_length
+
+
+def _score_products(config: ModelConfig, sequence_length: int, masked: int) -> int:
+    return _score_flops(config, sequence_length) + 12 * MIXED.size(config) * masked
+
+
+def _window_products(config: ModelConfig, sequence_length: int, masked: int) -> int:
+    """Return the products of a kernel that skips blocks outside of the window.
+
+    The visible positions have two edges if the window is shorter than the sequence.
+    """
+    assert config.sliding_window is not None
+    edges = 2 if config.sliding_window < sequence_length else 1
+    visible = _window_flops(config, sequence_length)
+    return visible + edges * 12 * MIXED.size(config) * masked
+
+
+def _partial_sums(config: ModelConfig, width: int) -> int:
+    """Return the bytes of the fp32 sums of squares of full-width norms of queries and keys."""
+    return 2 * 4 if config.qk_norm == "full_width" else 0
+
+
+def _row_elements(config: ModelConfig) -> RowElements:
+    """Return the traffic of rotary positions, and of norms of queries and keys.
+
+    A norm reads and writes an element; its backward pass reads two and writes one.
+    """
+    entries, norms = QUERY.size(config) + KEY.size(config), int(config.qk_norm is not None)
+    return RowElements((2 + 2 * norms) * entries, (2 + 3 * norms) * entries)
+
+
+def _kernel_calls(
+    config: ModelConfig, inputs: KernelInputs, **window: int
+) -> Iterator[KernelArguments]:
+    """Yield the norms, the rotation and attention.
+
+    A full-width norm of sliced heads is computed by torch: its mean square is a sum over ranks.
+    """
+    heads = config.num_attention_heads // inputs.tp
+    groups = config.num_key_value_heads // inputs.tp
+    for count in (heads, groups):
+        norm = {"dtype": inputs.dtype, "parameter_dtype": inputs.parameter_dtype}
+        if config.qk_norm == "per_head":
+            yield "rms_norm", {"rows": inputs.rows * count, "width": config.head_dim, **norm}
+        elif config.qk_norm is not None and inputs.tp == 1:
+            yield "rms_norm", {"rows": inputs.rows, "width": count * config.head_dim, **norm}
+    shape = {
+        **{"batch": inputs.batch, "sequence": inputs.sequence},
+        **{"heads": heads, "groups": groups, "head_dim": config.head_dim},
+    }
+    yield "rope", {**shape, "dtype": inputs.dtype, "table_dtype": inputs.parameter_dtype}
+    yield "attention", {**shape, "dtype": inputs.dtype, **window}
+
+
+def _window_calls(config: ModelConfig, inputs: KernelInputs) -> Iterator[KernelArguments]:
+    assert config.sliding_window is not None
+    return _kernel_calls(config, inputs, window=config.sliding_window)
 
 
 def _build(config: ModelConfig) -> "LayerModule":
@@ -122,10 +190,21 @@ ATTENTION = LayerType(
     parameters=_parameters,
     activation_bytes=_activation_bytes,
     build=_build,
+    row_elements=_row_elements,
+    kernel_calls=_kernel_calls,
     score_label="attention itself",
     score_flops=_score_flops,
+    score_products=_score_products,
+    partial_sums=_partial_sums,
+    joint_inputs=True,
     decoding_state=_decoding_state,
 )
 
-SLIDING_ATTENTION = replace(ATTENTION, build=_build_with_window, score_flops=_window_flops)
+SLIDING_ATTENTION = replace(
+    ATTENTION,
+    build=_build_with_window,
+    kernel_calls=_window_calls,
+    score_flops=_window_flops,
+    score_products=_window_products,
+)
 """Attention to the last `sliding_window` tokens."""

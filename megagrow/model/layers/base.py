@@ -4,7 +4,7 @@ Declarations are data about a model and import no torch: the configuration count
 them. The `nn.Module` of a type is imported by `LayerType.build`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -140,6 +140,18 @@ class ParameterDeclaration:
         cols = 1 if self.col_role is None else self.col_role.axis.size(config)
         return self.row_role.axis.size(config), cols
 
+    def slice_shape(self, config: ModelConfig, tp: int) -> tuple[int, int]:
+        """Return (rows, columns) of the slice of a tensor-parallel rank, without padding."""
+        rows, cols = self.shape(config)
+        if self.row_role.axis.sliced:
+            return rows // tp, cols
+        return rows, cols // tp if self.is_sliced else cols
+
+    @property
+    def is_sliced(self) -> bool:
+        """Return True if tensor parallelism slices the parameter."""
+        return any(role.axis.sliced for role in (self.row_role, self.col_role) if role is not None)
+
     def numel(self, config: ModelConfig) -> int:
         """Return the number of elements."""
         return prod(self.shape(config))
@@ -170,10 +182,48 @@ class MicroBatch:
     """Backend of the selective scan; see `kernels.scan`."""
     checkpointing: str
     """Value of `activation_checkpointing`."""
+    on_cpu: bool = False
+
+    @property
+    def sequences(self) -> int:
+        """Return the sequences of the micro-batch."""
+        return self.tokens // self.sequence_length
 
 
-def no_score_flops(config: ModelConfig, sequence_length: int) -> int:
-    """Return 0: the FLOPs of a layer type whose only matrix products are with its weights."""
+@dataclass(frozen=True)
+class KernelInputs:
+    """Settings of a stage that determine the Triton kernels of a layer."""
+
+    batch: int
+    """Sequences of a micro-batch."""
+    sequence: int
+    tp: int
+    dtype: str
+    """Dtype of the forward pass, such as `bfloat16`."""
+    parameter_dtype: str
+    """Dtype of parameters outside matrix products, and of rotary tables: fp32 under autocast."""
+
+    @property
+    def rows(self) -> int:
+        """Return the tokens of a micro-batch."""
+        return self.batch * self.sequence
+
+
+KernelArguments = tuple[str, dict[str, int | str]]
+"""Op, and its arguments as a function of `megagrow_kernels.calls` takes them."""
+
+
+class RowElements(NamedTuple):
+    """Elements per token that memory-bound operations of a block read and write."""
+
+    forward: int
+    backward: int
+    recomputed: int = 0
+    """Additional elements of the backward pass with selective activation checkpointing."""
+
+
+def none(config: ModelConfig, *_: int) -> int:
+    """Return 0, for a layer type without the counted operations."""
     return 0
 
 
@@ -201,10 +251,24 @@ class LayerType:
     tensor-parallel ranks share them equally."""
     build: "Callable[[ModelConfig], nn.Module]"
     """Return the module, a `megagrow.model.layers.modules.LayerModule`."""
+    row_elements: Callable[[ModelConfig], RowElements]
+    """Return the memory traffic of the block, which the tensor-parallel ranks share; the norm of
+    its input or output is not included."""
+    kernel_calls: Callable[[ModelConfig, KernelInputs], Iterable[KernelArguments]]
+    """Return the Triton ops of a block on one tensor-parallel rank."""
     score_label: str = ""
     """Name of the products between activations in tables of FLOPs."""
-    score_flops: Callable[[ModelConfig, int], int] = no_score_flops
+    score_flops: Callable[[ModelConfig, int], int] = none
     """(config, sequence length): training FLOPs per token of products between activations."""
+    score_products: Callable[[ModelConfig, int, int], int] = none
+    """(config, sequence length, masked): those of `score_flops` that kernels compute as matrix
+    products. The blocks at each edge of the visible positions have `masked` positions per query
+    that are computed in vain."""
+    partial_sums: Callable[[ModelConfig, int], int] = none
+    """(config, bytes per element): bytes per token of sums over tensor-parallel ranks within the
+    block (`PartialSum`), in the forward pass; the backward pass has as many."""
+    joint_inputs: bool = False
+    """True if the planner times the projections of the block's input as one product."""
     decoding_state: "Callable[[DecodedSequences], DecodingState] | None" = None
     """Return the empty state of a block for incremental decoding; None if the output at a position
     depends on the input at this position only."""

@@ -6,6 +6,7 @@ parameter of a channel belongs to it alone, except `x_proj`, which mixes all cha
 size and to B and C of a token. Under tensor parallelism it returns partial sums.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megagrow.config.schema import ModelConfig
@@ -14,9 +15,12 @@ from megagrow.model.layers.base import (
     WRITES_RESIDUAL,
     ActivationAxis,
     InitialValues,
+    KernelArguments,
+    KernelInputs,
     LayerType,
     MicroBatch,
     ParameterDeclaration,
+    RowElements,
     ones,
     scaled_normal,
 )
@@ -82,21 +86,80 @@ def _scan_flops(config: ModelConfig, sequence_length: int) -> int:
 
 
 def _activation_bytes(config: ModelConfig, batch: MicroBatch) -> int:
-    """Return the bytes of the input of the convolution, its output, the gate, dt, the output of the
-    scan and the gated product, and the states that the scan keeps.
+    """Return the bytes of the convolution, the scan, the gate and the gated product.
 
-    `selective` does not keep the gated product. All ranks keep the inputs of dt, B and C.
+    `selective` does not keep the product. All ranks keep the inputs of dt, B and C.
     """
-    gated = {"triton": 1, "torch": 2}.get(batch.pointwise, 2)
-    kept = 5 if batch.checkpointing == "selective" else 5 + gated
+    gated = 1 if batch.pointwise == "triton" else 2
+    kept = 1 if batch.checkpointing == "selective" else 1 + gated
     channels = INNER.size(config) * batch.tokens
-    dynamics = 2 * DYNAMICS.size(config) * batch.tokens * batch.tp
-    states = 4 * channels * STATE.size(config) // SCAN_CHUNK
-    return (kept * channels + dynamics) * batch.width + states
+    dynamics = DYNAMICS.size(config) * batch.tokens * batch.tp
+    return (kept * channels + dynamics) * batch.width + _scan_bytes(config, batch)
 
 
-SCAN_CHUNK = 64
-"""Tokens between the states that the scan keeps for the backward pass."""
+def _scan_bytes(config: ModelConfig, batch: MicroBatch) -> int:
+    """Return the bytes of the convolution's input and output, dt, the output of the scan, and the
+    states that the scan keeps.
+
+    mamba-ssm also keeps copies of x, B and C. torch computes in fp32: it keeps the input and the
+    output of the convolution before SiLU, dt before and after softplus, its product with x, and
+    copies of x, B and C in lower precision.
+    """
+    channels = INNER.size(config) * batch.tokens
+    of_tokens = 2 * STATE.size(config) * batch.tokens * batch.tp
+    state = 4 * INNER.size(config) * STATE.size(config)
+    if batch.scan == "triton":
+        chunks = -(-batch.sequence_length // TRITON_CHUNK)
+        return 4 * channels * batch.width + batch.sequences * chunks * state
+    if batch.scan == "mamba_ssm":
+        chunks = -(-batch.sequence_length // MAMBA_SSM_CHUNK)
+        kept = (5 * channels + of_tokens) * batch.width
+        return kept + 2 * batch.sequences * chunks * state
+    copies = 4 * (channels + of_tokens) if batch.width < 4 else 0
+    return (5 * 4 + 2 * batch.width) * channels + copies + _torch_states(config, batch) * state
+
+
+def _torch_states(config: ModelConfig, batch: MicroBatch) -> int:
+    """Return the number of states of all channels that the scan of torch keeps."""
+    from megagrow.model.selective_scan import block_size
+
+    state = INNER.size(config) // batch.tp * STATE.size(config)
+    _, tokens = block_size(batch.sequences, batch.sequence_length, state, batch.on_cpu)
+    return batch.sequences * (1 - -batch.sequence_length // tokens)
+
+
+def _partial_sums(config: ModelConfig, width: int) -> int:
+    """Return the bytes of the outputs of x_proj."""
+    return DYNAMICS.size(config) * width
+
+
+def _row_elements(config: ModelConfig) -> RowElements:
+    """Return the traffic of the convolution, the scan and the gated product with Triton.
+
+    The convolution takes 2 elements of a channel forward and 3 backward, the product 3 and 5. The
+    scan reads x and dt for the states of chunks, then both again for its output; backward dy and dt
+    for the gradients of states, then dy, x and dt for those of x and dt. The fp32 states of a chunk
+    pass through memory 6 and 7 times. The time of the exponentials is not included.
+    """
+    channels = INNER.size(config)
+    states = 2 * channels * STATE.size(config) // TRITON_CHUNK
+    forward, backward = 2 + 5 + 3, 3 + 7 + 5
+    return RowElements(
+        forward * channels + 6 * states, backward * channels + 7 * states, 3 * channels
+    )
+
+
+TRITON_CHUNK, MAMBA_SSM_CHUNK = 64, 2048
+"""Tokens between the states that these backends keep; mamba-ssm keeps two numbers per state."""
+
+
+def _kernel_calls(config: ModelConfig, inputs: KernelInputs) -> Iterator[KernelArguments]:
+    channels = INNER.size(config) // inputs.tp
+    shape = {"batch": inputs.batch, "sequence": inputs.sequence, "channels": channels}
+    dtypes = {"dtype": inputs.dtype, "parameter_dtype": inputs.parameter_dtype}
+    yield "causal_conv", {**shape, "taps": TAPS.size(config), **dtypes}
+    yield "selective_scan", {**shape, "states": STATE.size(config), **dtypes}
+    yield "swiglu", {"rows": inputs.rows, "width": channels, "dtype": inputs.dtype}
 
 
 def _build(config: ModelConfig) -> "LayerModule":
@@ -117,7 +180,10 @@ MAMBA = LayerType(
     parameters=_parameters,
     activation_bytes=_activation_bytes,
     build=_build,
+    row_elements=_row_elements,
+    kernel_calls=_kernel_calls,
     score_label="selective scan",
     score_flops=_scan_flops,
+    partial_sums=_partial_sums,
     decoding_state=_decoding_state,
 )

@@ -1,5 +1,6 @@
 """Declaration of the SwiGLU feed-forward block."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megagrow.config.schema import ModelConfig
@@ -7,9 +8,12 @@ from megagrow.model.layers.base import (
     READS_RESIDUAL,
     WRITES_RESIDUAL,
     ActivationAxis,
+    KernelArguments,
+    KernelInputs,
     LayerType,
     MicroBatch,
     ParameterDeclaration,
+    RowElements,
     scaled_normal,
 )
 
@@ -40,6 +44,17 @@ def _activation_bytes(config: ModelConfig, batch: MicroBatch) -> int:
     return kept * FFN.size(config) * batch.tokens * batch.width
 
 
+def _row_elements(config: ModelConfig) -> RowElements:
+    """Return the traffic of SwiGLU: two inputs and the product, and their gradients."""
+    width = FFN.size(config)
+    return RowElements(3 * width, 5 * width, 3 * width)
+
+
+def _kernel_calls(config: ModelConfig, inputs: KernelInputs) -> Iterator[KernelArguments]:
+    width = FFN.size(config) // inputs.tp
+    yield "swiglu", {"rows": inputs.rows, "width": width, "dtype": inputs.dtype}
+
+
 def _build(config: ModelConfig) -> "LayerModule":
     from megagrow.model.layers.modules import MLP
 
@@ -52,4 +67,6 @@ MLP = LayerType(
     parameters=_parameters,
     activation_bytes=_activation_bytes,
     build=_build,
+    row_elements=_row_elements,
+    kernel_calls=_kernel_calls,
 )

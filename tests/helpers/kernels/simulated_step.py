@@ -31,7 +31,7 @@ def step(stage: StageConfig, sequence: int) -> None:
         stage.batch.micro_batch_size,
         stage.parallel.zero_stage < 1,
     )
-    backends = Backends(attention="triton", norm="triton", pointwise="triton", loss="triton")
+    backends = Backends(*["triton"] * 5)
     machine = Machine("cuda", 90, triton=True)
     ops = make_ops(backends, machine, KernelWorkload(torch.bfloat16, model.head_dim, packed=True))
     llama = LlamaForCausalLM(model, ops=ops)
