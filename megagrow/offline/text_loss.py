@@ -14,7 +14,13 @@ from megagrow.common.progress import PhaseProgress
 from megagrow.common.sizes import format_bytes
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import ConfigError, DataError
-from megagrow.model.layers.table import EMBEDDING_MODULE, HEAD_MODULE, module_names
+from megagrow.model.layers.base import MicroBatch
+from megagrow.model.layers.table import (
+    EMBEDDING_MODULE,
+    HEAD_MODULE,
+    decoder_blocks,
+    module_names,
+)
 from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.masks import Masks
 from megagrow.reshard.layout import Block
@@ -44,13 +50,30 @@ def text_tokens(text: Path, tokenizer: str, models: tuple[ModelConfig, ...]) -> 
 
 
 def text_memory(model: ModelConfig, sequences: list[Tensor]) -> int:
-    """Return the peak bytes of `text_loss`: a layer or an embedding, and its activations."""
+    """Return the peak bytes of `text_loss`: a layer or an embedding, and its activations.
+
+    The activations of training are an upper bound.
+    """
     tokens = max(sequence.shape[1] for sequence in sequences)
-    width, ffn = model.hidden_size, model.intermediate_size
-    heads = (model.num_attention_heads + model.num_key_value_heads) * model.head_dim
-    layer = 2 * heads * width + 3 * ffn * width + tokens * (8 * width + 4 * ffn + 4 * heads)
-    vocabulary = model.vocab_size * (width + 3 * tokens)
-    return 4 * max(layer, vocabulary)
+    batch = MicroBatch(
+        tokens=tokens,
+        sequence_length=tokens,
+        width=4,
+        tp=1,
+        attention="sdpa",
+        pointwise="torch",
+        scan="torch",
+        checkpointing="none",
+        on_cpu=True,
+    )
+    layers = {decoder_blocks(model, layer) for layer in range(model.num_hidden_layers)}
+    weights_and_activations = max(
+        sum(4 * b.type.numel(model) + b.type.activation_bytes(model, batch) for b in blocks)
+        for blocks in layers
+    )
+    stream = 8 * model.hidden_size * tokens
+    vocabulary = model.vocab_size * (model.hidden_size + 3 * tokens)
+    return max(weights_and_activations + 4 * stream, 4 * vocabulary)
 
 
 def check_text_memory(model: ModelConfig, sequences: list[Tensor], memory: int) -> None:

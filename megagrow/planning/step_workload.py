@@ -48,7 +48,7 @@ def block_products(layer_type: LayerType, model: ModelConfig, tp: int) -> Iterat
     joint: list[tuple[int, int]] = []
     single: list[tuple[int, int]] = []
     for parameter in layer_type.parameters(model):
-        if not parameter.matmul_flops(model):
+        if parameter.is_depthwise or not parameter.matmul_flops(model):
             continue
         size = parameter.slice_shape(model, tp)
         reads = parameter.col_role == READS_RESIDUAL

@@ -216,7 +216,9 @@ def _ranks(count: int) -> str:
 def _model(stage: StageConfig) -> str:
     model = stage.model
     heads = f"{model.num_attention_heads}/{model.num_key_value_heads} heads"
-    return f"{model.num_hidden_layers} layers x {model.hidden_size}, {heads}"
+    types = dict.fromkeys(model.layer_types)
+    of_types = f" ({', '.join(types)})" if len(types) > 1 else ""
+    return f"{model.num_hidden_layers} layers{of_types} x {model.hidden_size}, {heads}"
 
 
 def _given(stage: StageConfig) -> str:

@@ -127,6 +127,40 @@ def test_flash_attn_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyP
         ops_by(attention="flash_attn")
 
 
+def test_mamba_ssm_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    with pytest.raises(InputError, match="mamba-ssm is installed but cannot be imported"):
+        ops_by(scan="mamba_ssm")
+
+
+def test_scan_of_mamba_ssm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins compute by the references, after the signatures of the packages."""
+
+    def scan(x, dt, A, B, C, D, z=None, delta_bias=None, delta_softplus=False):
+        assert z is None and delta_softplus and {A.dtype, D.dtype} == {torch.float32}
+        x, dt, B, C = (each.transpose(1, 2) for each in (x, dt, B, C))
+        return reference.selective_scan(x, dt, A, B, C, D, delta_bias).transpose(1, 2)
+
+    def convolve(x, weight, bias, seq_idx=None, activation=None):
+        assert seq_idx is None and activation == "silu"
+        return reference.causal_conv(x.transpose(1, 2), weight, bias).transpose(1, 2)
+
+    interface = "mamba_ssm.ops.selective_scan_interface"
+    monkeypatch.setitem(sys.modules, interface, SimpleNamespace(selective_scan_fn=scan))
+    causal = SimpleNamespace(causal_conv1d_fn=convolve)
+    monkeypatch.setitem(sys.modules, "causal_conv1d", causal)
+    ops = ops_by(scan="mamba_ssm")
+    x, dt, B, C = (draw(2, 12, size, seed=size) for size in (6, 6, 3, 3))
+    weights = -draw(6, 3).exp(), B, C, draw(6, seed=1), draw(6, seed=2)
+    inputs = x, dt, *weights
+    taps = x, draw(6, 4), draw(6)
+    for name, each in (("selective_scan", inputs), ("causal_conv", taps)):
+        found = outcome(getattr(ops, name), *each)
+        assert_same(found, outcome(getattr(reference, name), *each))
+    with pytest.raises(ValueError, match="document boundaries"):
+        ops.selective_scan(*inputs, torch.zeros(2, 12, dtype=torch.bool))
+
+
 def test_the_order_of_torchs_own_attentions_changes_nothing_else() -> None:
     ops = ops_by(machine=Machine("cuda", 90))
     assert ops.attention is not PLAIN.attention

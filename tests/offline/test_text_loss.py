@@ -59,9 +59,17 @@ def whole_loss(model: ModelConfig, state: State, sequences: list[torch.Tensor]) 
     return float(torch.cat(found).mean())
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_it_is_that_of_the_whole_model(tmp_path, text, tokenizer, tied):
-    model = base(tie_word_embeddings=tied, **VOCABULARY)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"layer_types": ["mamba", "sliding_attention"], "sliding_window": 8},
+        {"model_type": "olmo2", "attention_bias": True},
+    ],
+)
+def test_it_is_that_of_the_whole_model(tmp_path, text, tokenizer, sizes):
+    model = base(**sizes, **VOCABULARY)
     path, state = checkpoint(tmp_path / "in", model)
     sequences = text_tokens(text, tokenizer, (model,))
     assert len(sequences) > 3 and {s.shape[1] for s in sequences[:-1]} == {32}
@@ -119,6 +127,14 @@ def test_what_keeps_a_loss_from_being_told(tmp_path, text, tokenizer):
     with pytest.raises(InputError, match="has 290 tokens, more than the model's vocab_size 37"):
         grow(**request | {"source": small, "to": model_file(tmp_path / "s.yaml", BASE)})
     assert not (tmp_path / "out").exists()
+
+
+def test_memory_is_that_of_the_largest_layer():
+    """Mamba layers have more weights and activations than attention here."""
+    ids = [torch.zeros(1, 32)]
+    types = [["full_attention"], ["mamba", "full_attention"], ["mamba"]]
+    attention, hybrid, mamba = (text_memory(base(layer_types=each), ids) for each in types)
+    assert attention < hybrid == mamba
 
 
 def test_a_layer_that_does_not_fit_is_refused(tmp_path, text, tokenizer):

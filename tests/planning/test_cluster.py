@@ -5,15 +5,22 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.config.flops import flops_per_token, matmul_flops
+from megagrow.config.flops import (
+    flops_per_token,
+    matmul_flops,
+    norm_parameters,
+    parameters,
+)
 from megagrow.config.load import load_run
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
+from megagrow.model.layers.table import MIXERS
 from megagrow.planning.cluster import Cluster, find_cluster
 from megagrow.planning.step_rates import (
     ADAM_BYTES,
     BUSY_SHARE,
     COLLECTIVE_SECONDS,
+    DIAGONAL,
     HBM_SHARE,
     MATMUL_SHARE,
     NIC_SHARE,
@@ -21,7 +28,7 @@ from megagrow.planning.step_rates import (
     TILE_START,
 )
 from megagrow.planning.step_time import StepTime, matmul_seconds, step_time
-from megagrow.planning.step_workload import StepWorkload, shape_of
+from megagrow.planning.step_workload import StepWorkload, block_products, shape_of
 from megagrow.planning.traffic import CommGroup, data_group, tensor_group
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -137,6 +144,55 @@ def test_sizes_are_those_of_the_run() -> None:
         assert shape.flops_per_token == flops_per_token(model, 2048)
         table = model.vocab_size * model.hidden_size
         assert shape.parameters == matmul_flops(model) // 6 + table
+
+
+def test_sizes_of_hybrids_are_those_of_the_run() -> None:
+    (stage,) = load_run(CONFIGS / "scratch-samba-421m.yaml").stages
+    shape = shape_of(stage.model, 4096)
+    assert shape.flops_per_token == flops_per_token(stage.model, 4096)
+    norms = norm_parameters(stage.model)
+    assert shape.parameters == parameters(stage.model) - norms
+
+
+MAMBA = {"layer_types": ["mamba"], "mamba_d_inner": 8192}
+
+
+def test_products_of_a_mamba_layer_on_a_rank() -> None:
+    """Two inputs, x_proj to dt of rank 256 and 2 x 16 states, dt_proj, and the output."""
+    model = ModelConfig(**SEVEN_MODEL.model_dump(exclude_unset=True) | MAMBA)
+    assert list(block_products(MIXERS["mamba"], model, 4)) == [
+        *[(2048, 4096)] * 2,
+        (256 + 32, 2048),
+        (2048, 256),
+        (4096, 2048),
+    ]
+
+
+def test_time_of_layer_types() -> None:
+    """A window shortens attention alone. A scan is bound by memory, and its x_proj is summed over
+    tensor-parallel ranks."""
+    types = [
+        {"layer_types": ["sliding_attention"], "sliding_window": 256},
+        MAMBA,
+        {"qk_norm": "full_width"},
+    ]
+    work = replace(WORK, dp=16, tp=4)
+    models = [ModelConfig(**SEVEN_MODEL.model_dump(exclude_unset=True) | each) for each in types]
+    found = [seconds(replace(work, shape=shape_of(model, 2048))) for model in models]
+    plain, (windowed, mamba, normed) = seconds(work), found
+    visible = 256 * (2 * 2048 - 255) / (2 * 2048) + 2 * DIAGONAL
+    ratio = visible / (2049 / 2 + DIAGONAL)
+    assert windowed.attention / plain.attention == pytest.approx(ratio, rel=1e-4)
+    assert windowed.memory_bound == plain.memory_bound
+    assert mamba.attention == 0
+    channels, moved = 8192 / 4, (10 + 6 / 2 + 15 + 7 / 2) - 4 * 2 * 4096 / 8192
+    bandwidth = 3.35e12 * HBM_SHARE
+    scanned = 2 * 32 * 4 * 2048 * 2 * moved * channels / bandwidth
+    assert mamba.memory_bound - plain.memory_bound == pytest.approx(scanned)
+    group = tensor_group(cluster(), 4)
+    for time, size in ((mamba, 2 * (256 + 32)), (normed, 8)):
+        sums = 2 * 2 * 32 * group.all_reduce(size * 4 * 2048)
+        assert time.tensor_parallel - plain.tensor_parallel == pytest.approx(sums)
 
 
 def test_the_parts_are_the_step() -> None:

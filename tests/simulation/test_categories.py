@@ -1,9 +1,11 @@
 """Memory of a simulated step by category, by hand, and the source lines that decide on it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megagrow.model.backends import OPERATIONS
 from megagrow.planning.simulated import SimulatedStage, simulate_run
 from megagrow.simulation.sites import NOWHERE, Site, current_site
 from tests.helpers.runs import make_run, parallel_of
@@ -66,14 +68,18 @@ SCALARS = 8192
 """Bytes of norms, flags, counts and token ids, and of rounding each tensor up to 512 bytes."""
 
 
-TRITON = dict.fromkeys(("attention", "norm", "pointwise", "loss"), "triton")
+TRITON = dict.fromkeys(OPERATIONS, "triton")
 
 
 def simulated(
-    folder: Path, zero: int, kernels: dict[str, str] | None = None, packed: bool = False
+    folder: Path,
+    zero: int,
+    kernels: dict[str, str] | None = None,
+    packed: bool = False,
+    **model: Any,
 ) -> SimulatedStage:
     stage = {
-        "model": MODEL,
+        "model": MODEL | model,
         "tokens": 100 * 2 * DP * TOKENS,
         "parallel": parallel_of(zero, 1),
         "kernels": kernels or {},
@@ -110,6 +116,26 @@ def test_without_zero_the_weights_are_the_copies_of_autocast(tmp_path: Path) -> 
 )
 def test_plan_of_other_backends(tmp_path: Path, kernels: dict[str, str], packed: bool) -> None:
     assert simulated(tmp_path, 1, kernels, packed).training.agrees
+
+
+@pytest.mark.parametrize(
+    ("kernels", "model"),
+    [
+        (TRITON, {"model_type": "samba", "sliding_window": 64}),
+        ({"scan": "mamba_ssm"}, {"model_type": "samba"}),
+        ({}, {"model_type": "olmo2"}),
+        (TRITON, {"model_type": "qwen3", "attention_bias": True}),
+    ],
+    ids=["samba-triton", "samba-mamba_ssm", "olmo2", "qwen3"],
+)
+def test_activations_of_other_layer_types(
+    tmp_path: Path, kernels: dict[str, str], model: dict[str, Any]
+) -> None:
+    """The plan leaves out values per row and per parameter, such as those of norms."""
+    found = simulated(tmp_path, 1, kernels, **model)
+    kept = found.report.peaks["backward"].categories["activations"]
+    assert found.memory.activations() == pytest.approx(kept, rel=0.06)
+    assert found.training.agrees
 
 
 @pytest.mark.parametrize(("backend", "masks"), [("sdpa", LAYERS), ("flash_attn", 0)])

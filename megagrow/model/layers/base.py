@@ -129,6 +129,8 @@ class ParameterDeclaration:
     is_product: bool = True
     """True if a matrix multiplies activations: its product counts as FLOPs, and weight decay of
     `matrices` includes it."""
+    is_depthwise: bool = False
+    """True for the taps of a convolution of each channel, which is not a matrix product."""
 
     @property
     def is_vector(self) -> bool:

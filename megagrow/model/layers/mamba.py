@@ -63,7 +63,7 @@ _PARAMETERS = (
     ParameterDeclaration("D", INNER.produced, None, ones),
     ParameterDeclaration("in_proj.weight", INNER.produced, READS_RESIDUAL),
     ParameterDeclaration("gate_proj.weight", INNER.produced, READS_RESIDUAL),
-    ParameterDeclaration("conv1d.weight", INNER.produced, TAPS.consumed, _taps),
+    ParameterDeclaration("conv1d.weight", INNER.produced, TAPS.consumed, _taps, is_depthwise=True),
     ParameterDeclaration("conv1d.bias", INNER.produced, None, _taps),
     ParameterDeclaration("x_proj.weight", DYNAMICS.produced, INNER.consumed),
     ParameterDeclaration("dt_proj.weight", INNER.produced, RANK.consumed, _dt_weight),
