@@ -95,6 +95,24 @@ def test_sums_in_bf16_are_half_as_large_but_copies() -> None:
         assert memory(zero, communication_data_type="bf16").buckets == expected
 
 
+def test_gradients_of_one_input_exist_together_without_a_norm_before_it() -> None:
+    """Gate and up in bf16, as with a norm before the block."""
+    models = ({}, {"model_type": "olmo2"})
+    assert [memory(1, model=each).buckets for each in models] == [2 * LARGEST] * 2
+
+
+def test_the_largest_layer_stands_for_the_first() -> None:
+    """The order of layer types does not matter; `full` keeps nothing else of the layers."""
+    types = ["mamba", "full_attention"]
+    models = [{"layer_types": each} for each in (types, types[::-1], types[:1], types[1:])]
+    setting = {"activation_checkpointing": "full"}
+    *mixed, mamba, attention = (
+        (m.at_end - m.state - m.weights - m.gradients - m.buckets)
+        for m in (memory(1, model=each, **setting) for each in models)
+    )
+    assert mixed == [mamba, mamba] and attention < mamba
+
+
 @pytest.mark.parametrize(
     ("zero", "bf16", "once", "accumulated"),
     [
