@@ -12,6 +12,7 @@ from megagrow.data.prepare import prepare
 from tests.helpers.source_tree import ROOT
 
 DRY = "train RUN.yaml --dry-run --set"
+HYBRID = "train HYBRID.yaml --dry-run --set"
 NO_START = "the run would not start: "
 
 MISTAKES = {
@@ -109,6 +110,43 @@ MISTAKES = {
         f"{NO_START}stages.1.model reduces num_hidden_layers from 8 to 2; growth cannot shrink a "
         "model, so use at least the sizes of stages.0.model"
     ),
+    # Layer types.
+    f"{HYBRID} stages.0.model.model_type=sambo": (
+        "HYBRID.yaml: 'stages.0.model.model_type' = 'sambo': should be 'llama', 'mistral', "
+        "'qwen2', 'qwen3', 'olmo2' or 'samba'"
+    ),
+    f"{HYBRID} stages.1.model.mamba_d_state=0": (
+        "HYBRID.yaml: 'stages.1.model.mamba_d_state' = 0: should be greater than 0"
+    ),
+    f"{HYBRID} stages.0.model.sliding_window=4096": (
+        "HYBRID.yaml: stages.0.model.sliding_window = 4096 exceeds max_position_embeddings = "
+        "2048; use at most the context length"
+    ),
+    f"{HYBRID} stages.1.model.layer_types=[mamba]": (
+        "HYBRID.yaml: stages.1.model.sliding_window = 128, but layer_types has no "
+        "sliding_attention; remove it or add layers of this type"
+    ),
+    f"{HYBRID} stages.1.model.layer_types=[mamba,mamba,sliding_attention,mamba,mamba]": (
+        "HYBRID.yaml: 'stages.1.model.layer_types' = ['mamba', 'mamba', 'sliding_attention', "
+        "'mamba', 'mamba']: has 5 entries, which do not divide num_hidden_layers = 12; list one "
+        "type per layer or a period that fits"
+    ),
+    f"{HYBRID} stages.1.model.sliding_window=null": (
+        f"{NO_START}stages.1.model has layers of full_attention and mamba, stages.0.model of mamba "
+        "and sliding_attention; growth keeps the type of every layer"
+    ),
+    f"{HYBRID} stages.1.model.layer_types=[sliding_attention,mamba]": (
+        f"{NO_START}stages.1: direct_depth would copy layer 0 of stages.0.model (mamba) to layer 0 "
+        "(sliding_attention); choose layers or stages.1.model.layer_types that keep the type of "
+        "every layer"
+    ),
+    f"{HYBRID} stages.1.model.mamba_d_state=32": (
+        f"{NO_START}stages.1.model changes mamba_d_state from 16 to 32, which direct_depth cannot "
+        "grow; use the values of stages.0.model"
+    ),
+    f"{DRY} stages.1.model.mamba_d_conv=4": (
+        "RUN.yaml: stages.1.model.mamba_d_conv = 4, but layer_types has no mamba; remove it"
+    ),
     # Files of a run.
     f"{DRY} data.train=data/none": (
         f"{NO_START}data/none.idx: No such file or directory; a corpus is PREFIX.bin and PREFIX.idx"
@@ -178,6 +216,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run_file,) = re.findall(r"```yaml\n(.*?)```", readme, flags=re.DOTALL)
     texts = {
         "RUN.yaml": run_file,
+        "HYBRID.yaml": (ROOT / "configs/demo/samba.yaml").read_text(encoding="utf-8"),
         "tab.yaml": "name: x\n\tseed: 1\n",
         "empty.yaml": "",
         "part.yaml": "name: x\noutput_dir: y\n",
