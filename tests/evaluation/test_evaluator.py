@@ -20,7 +20,15 @@ from megagrow.model.masks import Masks
 from megagrow.reshard.fill import fill_initial
 from megagrow.train import loop
 from megagrow.train.stage import Stage, build_stage, masks_now
-from tests.helpers.evaluation.small import BATCH, DOCUMENTS, SMALL, TASKS, evaluated_run, write_data
+from tests.helpers.evaluation.small import (
+    BATCH,
+    DOCUMENTS,
+    HYBRID,
+    SMALL,
+    TASKS,
+    evaluated_run,
+    write_data,
+)
 from tests.helpers.jobs import Finished, Hook, records, train, write_run
 from tests.helpers.runs import STEP_TOKENS, grow_live
 from tests.helpers.spawn import run_ranks
@@ -93,14 +101,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_data(tmp_path_factory.mktemp("tasks"))
 
 
+Evaluated = tuple[RunConfig, Finished, list[list[Any]]]
+"""A run that was stopped and resumed, its output before the stop, and each rank's answers."""
+
+
 @pytest.fixture(scope="module")
-def case(
-    tmp_path_factory: pytest.TempPathFactory, data: tuple[Path, Path]
-) -> tuple[RunConfig, Finished, list[list[Any]]]:
-    """An evaluated run that was stopped and resumed, its output before the stop, and each rank's
-    answers."""
-    folder = tmp_path_factory.mktemp("evaluated")
-    run = evaluated_run(folder, *data)
+def case(tmp_path_factory: pytest.TempPathFactory, data: tuple[Path, Path]) -> Evaluated:
+    return evaluated(tmp_path_factory.mktemp("evaluated"), data, SMALL)
+
+
+def evaluated(folder: Path, data: tuple[Path, Path], model: dict[str, Any]) -> Evaluated:
+    run = evaluated_run(folder, *data, model)
     done = finished(run, both(answers_into(folder), stopped_after(5)))
     assert records(run, "end", ["step"]) == [(5,)]
     finished(run, answers_into(folder))
@@ -124,7 +135,17 @@ def flat(values: Any) -> list[Any]:
         else [values]  # fmt: skip
 
 
+def test_results_of_a_hybrid_are_those_of_its_checkpoints(data, tmp_path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    check_results(evaluated(folder, data, HYBRID), data, tmp_path)
+
+
 def test_results_are_those_of_the_checkpoints(case, data, tmp_path) -> None:
+    check_results(case, data, tmp_path)
+
+
+def check_results(case: Evaluated, data: tuple[Path, Path], tmp_path: Path) -> None:
     run, _, answered = case
     ((expected, answers),) = run_ranks(1, of_checkpoints, run, data[0], tmp_path)
     found = evaluations(run)

@@ -3,12 +3,15 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from megagrow.config.schema import RunConfig
 from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run, parallel_of
 
 SMALL = MODEL | {"vocab_size": 301}
+HYBRID = SMALL | {"model_type": "samba", "sliding_window": 6}
+"""Mamba, then attention in a window that is shorter than most texts."""
 TASKS = ["lambada_openai", "piqa", "wikitext"]
 DOCUMENTS = 5
 """Two on one data-parallel rank, three on the other."""
@@ -41,13 +44,19 @@ def write_data(folder: Path) -> tuple[Path, Path]:
     return folder / "data", tokenizer
 
 
-def evaluated_run(folder: Path, data: Path, tokenizer: Path, **changes: object) -> RunConfig:
+def evaluated_run(
+    folder: Path,
+    data: Path,
+    tokenizer: Path,
+    model: dict[str, Any] = SMALL,
+    **changes: object,
+) -> RunConfig:
     """Return a run that trains a base under ZeRO-3 with two data-parallel ranks and grows it to a
     model under TP 2 with sequence parallelism; evaluated and saved every second step."""
     batch = {"global_batch_size": 4, "micro_batch_size": 2}
-    base = {"model": SMALL, "tokens": 3 * STEP_TOKENS, "parallel": parallel_of(3, 1)}
+    base = {"model": model, "tokens": 3 * STEP_TOKENS, "parallel": parallel_of(3, 1)}
     grown = {
-        "model": SMALL | {"num_hidden_layers": 4},
+        "model": model | {"num_hidden_layers": 4},
         "tokens": 3 * STEP_TOKENS,
         "parallel": parallel_of(1, 2, sequence_parallel=True),
         "growth": {"operator": "direct_depth"},
