@@ -60,9 +60,18 @@ def interpolated_layers(source: ModelConfig, target: ModelConfig) -> list[int]:
 
     Layer types that repeat with a period are repeated as complete periods: 0 1 0 1 2 3 2 3.
     """
+    size, (old, new) = _periods(source, target)
+    return _layers_of([index * old // new for index in range(new)], size)
+
+
+def _periods(source: ModelConfig, target: ModelConfig) -> tuple[int, tuple[int, int]]:
+    """Return the layers of a period of layer types, and the periods of source and target."""
     size = len(source.layer_types) if source.layer_types == target.layer_types else 1
-    old, new = (model.num_hidden_layers // size for model in (source, target))
-    return [size * (index * old // new) + layer for index in range(new) for layer in range(size)]
+    return size, (source.num_hidden_layers // size, target.num_hidden_layers // size)
+
+
+def _layers_of(periods: list[int], size: int) -> list[int]:
+    return [size * period + layer for period in periods for layer in range(size)]
 
 
 PARTIAL_STACKS = (
@@ -157,12 +166,13 @@ def solar(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> De
 def llama_pro(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
     """Return LLaMA-Pro's growth (Wu et al. 2024). Exact to the bit.
 
-    Every l / (L - l) layers are followed by a silent copy of the last of them.
+    Every l / (L - l) layers are followed by a silent copy of the last of them, or of the last
+    period of layer types.
     """
-    old, new = source.num_hidden_layers, target.num_hidden_layers
+    size, (old, new) = _periods(source, target)
     every = old // (new - old)
-    layers = [i for layer in range(old) for i in [layer] * (1 + ((layer + 1) % every == 0))]
-    return _silenced(source, layers, options)
+    periods = [i for index in range(old) for i in [index] * (1 + ((index + 1) % every == 0))]
+    return _silenced(source, _layers_of(periods, size), options)
 
 
 def mslt(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:

@@ -61,14 +61,14 @@ def test_operators_that_repeat_complete_periods() -> None:
     assert origins("mslt", 4, 6) == [0, 1, 2, 3, 2, 3]
     assert origins("midas", 4, 6) == [0, 1, 0, 1, 2, 3]
     assert origins("midas", 8, 12) == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]
+    assert origins("llama_pro", 4, 8) == [0, 1, 0, 1, 2, 3, 2, 3]
+    assert origins("llama_pro", 4, 6) == [0, 1, 2, 3, 2, 3]
     assert origins("lidas", 8, 12) == [*range(4), *range(2, 6), *range(4, 8)]
 
 
 MIXED: list[tuple[int, int, dict[str, Any], tuple[int, str, int, str]]] = [
     (4, 8, {"layer_map": [0, 1, 1, 0, 2, 3, 2, 3]}, (1, "sliding_attention", 2, "mamba")),
     (4, 8, {"layer_map": "12-4x6"}, (3, "sliding_attention", 2, "mamba")),
-    (4, 8, {"operator": "llama_pro"}, (0, "mamba", 1, "sliding_attention")),
-    (4, 6, {"operator": "llama_pro"}, (1, "sliding_attention", 2, "mamba")),
     (4, 6, {"operator": "lidas"}, (1, "sliding_attention", 2, "mamba")),
 ]
 """Layers of the source, of the target, options, and the first layer of another type."""
@@ -114,6 +114,7 @@ def test_types_of_the_target_are_those_of_the_copies(target: Sizes, message: str
         ("zero_depth", layers(12), {}),
         ("zero_depth", layers(8), {"new_layer_init": "random"}),
         ("zero_depth", GROUPED, {}),
+        ("llama_pro", layers(6), {}),
         ("llama_pro", GROUPED, {}),
         ("learn_depth", layers(6), {}),
     ],
