@@ -39,7 +39,8 @@ class ParallelConfig(Section):
     divisor of the data-parallel size, at most the ranks of a host; 1 disables it."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: `selective` the outputs of norms and the product
-    of SwiGLU, which repeats no matrix product; `full` entire layers."""
+    of SwiGLU, which repeats no matrix product (only SwiGLU with `norm_position: post`, where no
+    matrix product reads a norm); `full` entire layers."""
 
     @property
     def communication_bytes(self) -> int:
