@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.config.schema import ModelConfig
+from megagrow.model.decoder import HeadLoss
 from megagrow.model.decoding import DecodingCache
-from megagrow.model.llama import HeadLoss
 from megagrow.parallel.collectives import gather
 from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.sharding import real_rows

@@ -16,9 +16,9 @@ from megagrow.evaluation.tokenizer import EvalTokenizer, open_tokenizer
 from megagrow.formats.hugging_face_origin import HuggingFaceOrigin
 from megagrow.formats.open_source import find_source_on_all_ranks, open_found
 from megagrow.model.backends import choose, model_workload
+from megagrow.model.decoder import CausalLM, HeadLoss
 from megagrow.model.decoding import DecodingCache
 from megagrow.model.layers.table import indivisible_sizes
-from megagrow.model.llama import HeadLoss, LlamaForCausalLM
 from megagrow.model.machine import machine_of
 from megagrow.model.ops import Ops, make_ops
 from megagrow.offline.hugging_face_files import named_tokenizer, warn_of_other_tokenizer
@@ -39,7 +39,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class LoadedModel:
     """Model and tokenizer; a `ForwardModel`."""
 
-    model: LlamaForCausalLM
+    model: CausalLM
     tokenizer: EvalTokenizer
     path: Path
     """Source: a checkpoint or a Hugging Face folder."""
@@ -96,11 +96,11 @@ def generation_defaults(source: Source) -> GenerationDefaults:
     return GenerationDefaults.of({"eos_token_id": (origin.config or {}).get("eos_token_id")})
 
 
-def build_model(source: Source, topology: Topology, dtype: torch.dtype) -> LlamaForCausalLM:
+def build_model(source: Source, topology: Topology, dtype: torch.dtype) -> CausalLM:
     """Build this rank's tensor-parallel shard of the model, with weights read from the source."""
     plan = parameter_plan(source.model, topology.tp)
     with torch.device("meta"):
-        model = LlamaForCausalLM(source.model, ops=_ops(source.model, dtype, topology.device))
+        model = CausalLM(source.model, ops=_ops(source.model, dtype, topology.device))
     parallelize(model.to(dtype), plan, topology, sequence_parallel=False)
     materialize(model, topology.device, None)
     layout = Layout(plan, (tuple(plan),), zero_stage=0, dp=topology.dp, tp=topology.tp)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megagrow.config.schema import ModelConfig
 from megagrow.evaluation.forward_model import positions_of
+from megagrow.model.decoder import HeadLoss
 from megagrow.model.decoding import DecodingCache
-from megagrow.model.llama import HeadLoss
 from megagrow.model.masks import Masks
 from megagrow.train.stage import Stage
 

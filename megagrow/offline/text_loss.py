@@ -14,6 +14,7 @@ from megagrow.common.progress import PhaseProgress
 from megagrow.common.sizes import format_bytes
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import ConfigError, DataError
+from megagrow.model.decoder import CausalLM
 from megagrow.model.layers.base import MicroBatch
 from megagrow.model.layers.table import (
     EMBEDDING_MODULE,
@@ -21,7 +22,6 @@ from megagrow.model.layers.table import (
     decoder_blocks,
     module_names,
 )
-from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.masks import Masks
 from megagrow.reshard.layout import Block
 
@@ -92,7 +92,7 @@ def text_loss(source: Source, sequences: list[Tensor], masks: Masks | None = Non
     `masks` are the growth masks of parts that are still ramping.
     """
     with torch.device("meta"):
-        model = LlamaForCausalLM(source.model)
+        model = CausalLM(source.model)
     _hold_while_used(model, source)
     total, count = 0.0, 0
     progress = PhaseProgress("text loss", len(sequences), "sequences")
@@ -106,7 +106,7 @@ def text_loss(source: Source, sequences: list[Tensor], masks: Masks | None = Non
     return total / count
 
 
-def _hold_while_used(model: LlamaForCausalLM, source: Source) -> None:
+def _hold_while_used(model: CausalLM, source: Source) -> None:
     """Load the weights of each module before its forward pass and release them after it."""
     for name in module_names(source.model):
         tied = name == HEAD_MODULE and source.model.tie_word_embeddings

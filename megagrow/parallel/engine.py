@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megagrow.config.schema import OptimizerConfig
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 from megagrow.parallel.deepspeed_import import deepspeed
 from megagrow.parallel.engine_build import built_empty, no_weight_broadcast
 from megagrow.parallel.engine_config import (
@@ -69,7 +69,7 @@ class ZeroEngine:
         self._factors = UpdateScaler(self._adam)
         self._create_moments()
 
-    def _partitioned(self, model: LlamaForCausalLM, dtype: torch.dtype) -> Any:
+    def _partitioned(self, model: CausalLM, dtype: torch.dtype) -> Any:
         """Return DeepSpeed's engine of a model on the meta device."""
         topology = self.topology
         config = deepspeed_config(self.settings, topology, self.plan)

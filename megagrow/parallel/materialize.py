@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.sharding import ParamSpec, pad
@@ -18,17 +18,17 @@ from megagrow.parallel.tensor_parallel import parallelize
 
 def build_model(
     plan: dict[str, ParamSpec], settings: EngineSettings, topology: Topology, dtype: torch.dtype
-) -> LlamaForCausalLM:
+) -> CausalLM:
     """Return this rank's tensor-parallel slice of the model on the meta device."""
     with torch.device("meta"):
         checkpointing = settings.parallel.activation_checkpointing
-        model = LlamaForCausalLM(settings.model, checkpointing, settings.ops)
+        model = CausalLM(settings.model, checkpointing, settings.ops)
     parallelize(model.to(dtype), plan, topology, settings.parallel.sequence_parallel)
     return model
 
 
 def materialize(
-    model: LlamaForCausalLM, device: torch.device, partition: Callable[[nn.Module], None] | None
+    model: CausalLM, device: torch.device, partition: Callable[[nn.Module], None] | None
 ) -> None:
     """Zero-fill the weights, or call `partition` on one layer after the other.
 
@@ -57,7 +57,7 @@ class FlatWeights:
 
 
 def materialize_flat(
-    model: LlamaForCausalLM, groups: tuple[tuple[str, ...], ...], topology: Topology
+    model: CausalLM, groups: tuple[tuple[str, ...], ...], topology: Topology
 ) -> FlatWeights:
     """Zero-fill the weights as views of one flat tensor per optimizer group, for ZeRO 1 and 2.
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megagrow.model.decoder import CausalLM
 from megagrow.model.layers.modules import LayerModule, PartialSum, RMSNorm, SharedWeight
 from megagrow.model.layers.table import EMBEDDING
-from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.masks import Masks
 from megagrow.parallel import collectives
 from megagrow.parallel.process_groups import Topology
@@ -55,7 +55,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 def parallelize(
-    model: LlamaForCausalLM, plan: dict[str, ParamSpec], topology: Topology, sequence_parallel: bool
+    model: CausalLM, plan: dict[str, ParamSpec], topology: Topology, sequence_parallel: bool
 ) -> None:
     """Slice every parameter of a model on the meta device and insert the collectives."""
     _slice_parameters(model, plan, topology)
@@ -95,9 +95,7 @@ def _replace_placeholders(block: LayerModule, group: ProcessGroup) -> None:
                 setattr(owner, name, Region(collectives.copy_to_tensor_parallel, group))
 
 
-def _slice_parameters(
-    model: LlamaForCausalLM, plan: dict[str, ParamSpec], topology: Topology
-) -> None:
+def _slice_parameters(model: CausalLM, plan: dict[str, ParamSpec], topology: Topology) -> None:
     sliced: dict[int, nn.Parameter] = {}  # by the unsliced parameter, so a tied head stays tied
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         owner, _, leaf = name.rpartition(".")

@@ -10,7 +10,7 @@ from megagrow.config.load import load_run, to_yaml
 from megagrow.config.model_file import load_model
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.operators import OPERATORS
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 from megagrow.planning.planner import plan_run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -117,7 +117,7 @@ def test_every_run_file_loads_round_trips_and_fits(path: Path, tmp_path: Path) -
 def test_every_model_says_its_size_first_and_has_it_when_built(name: str) -> None:
     model = load_model(name)
     with torch.device("meta"):
-        built = LlamaForCausalLM(model)
+        built = CausalLM(model)
     total, inner = counted(model)
     assert sum(parameter.numel() for parameter in built.parameters()) == total
     assert parameters.parameters(model) == total

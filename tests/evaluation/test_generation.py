@@ -25,7 +25,7 @@ from megagrow.evaluation.logprobs import ModelScorer
 from megagrow.evaluation.model import LoadedModel, generation_defaults
 from megagrow.evaluation.tokenizer import EvalTokenizer, open_tokenizer
 from megagrow.formats.hugging_face_origin import HuggingFaceOrigin
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 from megagrow.parallel.process_groups import Topology
 from tests.helpers.evaluation.small import sentences
 from tests.helpers.hugging_face import hugging_face, tiny
@@ -52,7 +52,7 @@ def theirs() -> HFLM:
 
 
 def ours(batch: int = 3, **changes: Any) -> LMAdapter:
-    model = LlamaForCausalLM(CONFIG).eval()
+    model = CausalLM(CONFIG).eval()
     model.load_state_dict(hugging_face(CONFIG).state_dict())
     alone: Any = None  # process groups are used with several ranks only
     topology = Topology(0, 1, 1, alone, alone, torch.device("cpu"))

@@ -9,7 +9,7 @@ import torch
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.growth.mask_schedule import GROW_STEPS, ramp_problems, ramp_tokens, stage_masks
 from megagrow.growth.operators import growth_map
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
 from tools.docs.operators.dense_growth import grown
 
@@ -75,7 +75,7 @@ def test_masks_are_gone_at_the_end_of_a_stage_whose_batch_changes(tmp_path, ramp
     assert after is None, "the last step may end before the 512 tokens of complete steps"
 
 
-def as_state(model: LlamaForCausalLM) -> dict[str, dict[str, torch.Tensor]]:
+def as_state(model: CausalLM) -> dict[str, dict[str, torch.Tensor]]:
     return {
         name: dict.fromkeys(("fp32", "exp_avg", "exp_avg_sq"), p.detach().view(len(p), -1))
         for name, p in model.named_parameters()
@@ -98,13 +98,13 @@ def test_a_masked_growth_begins_exactly_at_its_source(tmp_path, model, operators
     source = ModelConfig(**MODEL, **same)
     target = run.stages[1].model
     run.stages[0] = run.stages[0].model_copy(update={"model": source})
-    small = LlamaForCausalLM(source).double()
+    small = CausalLM(source).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in small.parameters():
         parameter.data.normal_(std=0.3, generator=generator)
     growth = growth_map(source, target, run.stages[1].growth, "seed")
     assert growth.preserves_function
-    large, made = LlamaForCausalLM(target).double(), grown(as_state(small), growth, target)
+    large, made = CausalLM(target).double(), grown(as_state(small), growth, target)
     for name, parameter in large.named_parameters():
         parameter.data.copy_(made[name]["fp32"].view_as(parameter))
     ids = torch.arange(60).view(3, 20)

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from megagrow.model.backends import Backends, KernelWorkload
+from megagrow.model.decoder import CausalLM
 from megagrow.model.layers.decoding import DecodedSequences
-from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.machine import machine_of
 from megagrow.model.ops import Ops, make_ops
 from megagrow_kernels.packing import TILE
@@ -76,7 +76,7 @@ def test_logits_are_those_of_mistral(backend: str) -> None:
     window = 5
     config = tiny(num_key_value_heads=2, model_type="mistral", sliding_window=window)
     mistral = hugging_face(config)
-    model = LlamaForCausalLM(config, ops=ops_of(backend, packed=False))
+    model = CausalLM(config, ops=ops_of(backend, packed=False))
     model.load_state_dict(mistral.state_dict())
     ids, _ = tokens(config, 2, 4 * window)
     with torch.no_grad():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megagrow.config.schema import ModelConfig
+from megagrow.model.decoder import CausalLM
 from megagrow.model.decoding import DecodingCache
 from megagrow.model.layers import table
 from megagrow.model.layers.base import (
@@ -17,7 +18,6 @@ from megagrow.model.layers.base import (
 )
 from megagrow.model.layers.decoding import DecodedSequences, DecodingState
 from megagrow.model.layers.modules import Context, LayerModule
-from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.masks import Masks
 from tests.helpers.families import FAMILIES
 from tests.helpers.hugging_face import LLAMA3, YARN, hugging_face, tiny, tokens
@@ -75,20 +75,20 @@ class Shift(LayerModule):
         return self.proj(torch.cat([before, x_BSD[:, :-1]], dim=1))
 
 
-def model_of(config: ModelConfig) -> LlamaForCausalLM:
-    model = LlamaForCausalLM(config)
+def model_of(config: ModelConfig) -> CausalLM:
+    model = CausalLM(config)
     model.load_state_dict(hugging_face(config).state_dict())
     return model.eval()
 
 
-def last_logits(model: LlamaForCausalLM, text: list[int], masks: Masks | None) -> Tensor:
+def last_logits(model: CausalLM, text: list[int], masks: Masks | None) -> Tensor:
     """Return the next token's logits from a forward pass over the complete text."""
     ids = torch.tensor([text])
     return model(ids, torch.arange(len(text))[None], None, masks)[0, -1].float()
 
 
 @torch.no_grad()
-def largest_difference(model: LlamaForCausalLM, steps: int, masks: Masks | None = None) -> float:
+def largest_difference(model: CausalLM, steps: int, masks: Masks | None = None) -> float:
     """Decode greedily; return the largest difference of the next tokens' logits."""
     random, _ = tokens(model.config, len(LENGTHS), max(LENGTHS))
     texts = [row[:length].tolist() for row, length in zip(random, LENGTHS, strict=True)]
@@ -142,7 +142,7 @@ def test_a_layer_type_declares_its_own_state(monkeypatch: pytest.MonkeyPatch) ->
     )
     monkeypatch.setattr(table, "FEED_FORWARD", shift)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(tiny(num_key_value_heads=2)).eval()
+    model = CausalLM(tiny(num_key_value_heads=2)).eval()
     assert list(DecodingCache(model.config, torch.device("cpu")).layers[0]) == [
         "self_attn",
         "shift",

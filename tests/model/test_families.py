@@ -5,7 +5,7 @@ import torch
 
 from tests.helpers.families import FAMILIES, of_family
 from tests.helpers.hugging_face import hugging_face, outcome, tokens
-from tests.model.test_llama import gradients, ours, positions
+from tests.model.test_decoder import gradients, ours, positions
 
 EXACT = 1e-5
 CLASSES = {

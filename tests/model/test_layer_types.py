@@ -15,6 +15,7 @@ from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import ModelConfig, StageConfig
 from megagrow.growth.map import Gather
 from megagrow.growth.operators import growth_map
+from megagrow.model.decoder import CausalLM
 from megagrow.model.layers import table
 from megagrow.model.layers.base import (
     ONES,
@@ -27,7 +28,6 @@ from megagrow.model.layers.base import (
     scaled_normal,
 )
 from megagrow.model.layers.modules import Context, LayerModule
-from megagrow.model.llama import LlamaForCausalLM
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.planning.memory import stage_memory
 from tests.helpers.hugging_face import tiny
@@ -79,7 +79,7 @@ def scaled_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sharding_and_model_have_the_declared_parameters() -> None:
     with torch.device("meta"):
-        model = LlamaForCausalLM(SMALL)
+        model = CausalLM(SMALL)
     plan = parameter_plan(SMALL, tp=2)
     shapes = {
         name: (spec.rows,) if spec.is_vector else (spec.rows, spec.cols)
@@ -97,7 +97,7 @@ def test_sharding_and_model_have_the_declared_parameters() -> None:
 
 def test_counts_follow() -> None:
     with torch.device("meta"):
-        model = LlamaForCausalLM(SMALL)
+        model = CausalLM(SMALL)
     assert parameters(SMALL) == sum(each.numel() for each in model.parameters())
     matrices = sum(each.numel() for each in model.parameters() if each.dim() == 2)
     products = matrices - SMALL.vocab_size * SMALL.hidden_size
@@ -153,7 +153,7 @@ def _grown(terms: tuple, source: dict[str, Tensor]) -> Tensor:
 
 def _logits(config: ModelConfig, weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).double()
+        model = CausalLM(config).double()
     shapes = {name: each.shape for name, each in model.named_parameters()}
     shaped = {name: value.view(shapes[name]) for name, value in weights.items()}
     return functional_call(model, shaped, (tokens, tokens))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megagrow.config.schema import ModelConfig
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 from megagrow.model.masks import Masks, masks_at
 from tests.helpers.model.grown_pairs import (
     HEADS,
@@ -136,9 +136,7 @@ def test_where_all_masks_are_1_no_bit_differs_from_the_plain_model():
         assert torch.equal(model(ids, positions, None, masks), plain)
 
 
-def gradients(
-    model: LlamaForCausalLM, config: ModelConfig, masks: Masks | None
-) -> dict[str, Tensor]:
+def gradients(model: CausalLM, config: ModelConfig, masks: Masks | None) -> dict[str, Tensor]:
     ids, positions = every_token(config)
     scores = model(ids, positions, None, masks)
     torch.nn.functional.cross_entropy(scores.flatten(0, 1), ids.roll(-1).flatten()).backward()
@@ -209,7 +207,7 @@ def test_recomputation_changes_no_bit(recompute):
     source, target = grown_pair()
     masks = masks_at(source, target, tokens=4, ramp_tokens=9)
     plain = grown_model(random_model(source, seed=0), target)
-    again = LlamaForCausalLM(target, recompute).double()
+    again = CausalLM(target, recompute).double()
     again.load_state_dict(plain.state_dict())
     expected = gradients(plain, target, masks)
     for name, gradient in gradients(again, target, masks).items():

@@ -14,7 +14,7 @@ from megagrow.config.schema import ModelConfig
 from megagrow.errors import InputError
 from megagrow.model.attention_ops import sdpa
 from megagrow.model.backends import Backends, KernelWorkload
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 from megagrow.model.machine import Machine, machine_of
 from megagrow.model.masks import Masks
 from megagrow.model.ops import PLAIN, Ops, make_ops
@@ -217,7 +217,7 @@ def in_a_model(
 ) -> list[Tensor]:
     """Logits, and the gradients of a loss."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config, recompute, ops)
+    model = CausalLM(config, recompute, ops)
     ids, labels = tokens(config, 2, 12 if documents is None else documents.shape[1])
     packed = None if documents is None else ops.pack(documents)
     logits = model(ids, torch.arange(ids.shape[1]).expand_as(ids), packed, masks)
@@ -280,14 +280,14 @@ from megagrow.config.stage import KernelsConfig
 from megagrow.config.schema import ModelConfig
 from megagrow.model.attention_ops import sdpa
 from megagrow.model.backends import KernelWorkload, choose
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 from megagrow.model.machine import machine_of
 from megagrow.model.ops import make_ops
 machine, work = machine_of(torch.device("cpu")), KernelWorkload(torch.float32, 4, True)
 assert not machine.triton
 ops = make_ops(choose(KernelsConfig(), machine, work), machine, work)
 sizes = dict(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=4)
-model = LlamaForCausalLM(ModelConfig(**sizes, vocab_size=5), ops=ops)
+model = CausalLM(ModelConfig(**sizes, vocab_size=5), ops=ops)
 ids = torch.arange(4)[None]
 print(tuple(model(ids, ids, ops.pack(ids // 2)).shape))
 """

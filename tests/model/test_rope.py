@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 from megagrow.model.rope import frequencies
 from tests.helpers.hugging_face import hugging_face, tiny, tokens
 
@@ -57,10 +57,10 @@ def test_logits_are_transformers(name, length):
     ids, _ = tokens(config, 1, length)
     with torch.no_grad():
         expected = theirs(ids).logits
-        model = LlamaForCausalLM(config)
+        model = CausalLM(config)
         model.load_state_dict(theirs.state_dict())
         assert (model(ids, positions(length)) - expected).abs().max() < 1e-5
-        plain = LlamaForCausalLM(config.model_copy(update={"rope_scaling": None}))
+        plain = CausalLM(config.model_copy(update={"rope_scaling": None}))
         plain.load_state_dict(theirs.state_dict())
         moved = (plain(ids, positions(length)) - expected).abs().max()
     if name == "dynamic" and length < ORIGINAL:

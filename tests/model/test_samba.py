@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from megagrow.config.schema import ModelConfig
+from megagrow.model.decoder import CausalLM
 from megagrow.model.decoding import DecodingCache
 from megagrow.model.layers.base import DT_RANGE
-from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.masks import Masks
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.fill import initial_rows
@@ -23,8 +23,8 @@ DOCUMENTS = (5, 1, 10)
 """Lengths of the packed documents; the second is shorter than the convolution."""
 
 
-def model_of(config: ModelConfig, recompute: str = "none") -> LlamaForCausalLM:
-    model = LlamaForCausalLM(config, recompute)
+def model_of(config: ModelConfig, recompute: str = "none") -> CausalLM:
+    model = CausalLM(config, recompute)
     model.load_state_dict(drawn(config), strict=not config.tie_word_embeddings)
     return model
 
@@ -34,7 +34,7 @@ def positions(ids: Tensor) -> Tensor:
 
 
 def gradients(
-    model: LlamaForCausalLM, ids: Tensor, labels: Tensor, documents: Tensor | None = None
+    model: CausalLM, ids: Tensor, labels: Tensor, documents: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
     logits = model(ids, positions(ids), documents)
     nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
@@ -64,7 +64,7 @@ def test_a_mixer_is_that_of_transformers() -> None:
         assert expected.abs().max() > 100 * EXACT, f"{name}: the test would prove nothing"
 
 
-def run_block(model: LlamaForCausalLM, block: nn.Module, x: Tensor) -> Tensor:
+def run_block(model: CausalLM, block: nn.Module, x: Tensor) -> Tensor:
     places = torch.arange(x.shape[1]).expand(len(x), -1)
     return block(x, model.model._context(places, None, Masks(), x.dtype, None))
 
@@ -142,7 +142,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-def decoding_difference(model: LlamaForCausalLM, masks: Masks | None = None) -> float:
+def decoding_difference(model: CausalLM, masks: Masks | None = None) -> float:
     """Decode in passes of 1 to 5 tokens; return the largest difference from complete passes."""
     text, _ = tokens(model.config, 3, 24)
     cache, rows = DecodingCache(model.config, torch.device("cpu")), [0, 1, 2]

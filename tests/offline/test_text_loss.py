@@ -10,7 +10,7 @@ from megagrow.checkpoint.source import open_checkpoint
 from megagrow.config.schema import ModelConfig
 from megagrow.data.sentencepiece_tokenizer import train_sentencepiece
 from megagrow.errors import InputError
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 from megagrow.offline.text_loss import text_loss, text_memory, text_tokens
 from megagrow.parallel.sharding import parameter_plan
 from tests.helpers.checkpoint.written import write_checkpoint
@@ -45,7 +45,7 @@ def checkpoint(path: Path, model: ModelConfig) -> tuple[Path, State]:
 
 def whole_loss(model: ModelConfig, state: State, sequences: list[torch.Tensor]) -> float:
     """By the whole model in memory."""
-    whole = LlamaForCausalLM(model)
+    whole = CausalLM(model)
     shapes = {name: p.shape for name, p in whole.named_parameters()}
     weights = {name: state[name]["fp32"].reshape(shape) for name, shape in shapes.items()}
     if model.tie_word_embeddings:

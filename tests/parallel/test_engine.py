@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.config.schema import ModelConfig
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 from megagrow.parallel.loss import cross_entropy
 from megagrow.parallel.sharding import Storage
 from megagrow.reshard.fill import fill_initial
@@ -113,7 +113,7 @@ def distance(stage: Stage) -> float:
     the logits' own size."""
     ids, _ = tokens(CONFIG, 2, 8, seed=3)
     bf16 = stage.engine.settings.bf16
-    plain = LlamaForCausalLM(CONFIG)
+    plain = CausalLM(CONFIG)
     masters = {name: kinds["fp32"] for name, kinds in state_of(stage).items()}
     shapes = {name: parameter.shape for name, parameter in plain.named_parameters()}
     plain.load_state_dict({name: tensor.view(shapes[name]) for name, tensor in masters.items()})

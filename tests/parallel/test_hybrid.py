@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.config.schema import OptimizerConfig
+from megagrow.model.decoder import CausalLM
 from megagrow.model.decoding import DecodingCache
-from megagrow.model.llama import LlamaForCausalLM
 from megagrow.model.masks import Masks
 from megagrow.parallel import collectives
 from megagrow.parallel.loss import cross_entropy
@@ -62,7 +62,7 @@ def measure_of(special: bool) -> Measure:
     device."""
     ids, labels = tokens(CONFIG, BATCH, LENGTH)
     if special:
-        model = LlamaForCausalLM(CONFIG)
+        model = CausalLM(CONFIG)
         model.load_state_dict(drawn(CONFIG), strict=False)
         positions, documents = (x.expand_as(ids) for x in (torch.arange(LENGTH), DOCUMENTS))
         logits = model(ids, positions, documents, MASKS)

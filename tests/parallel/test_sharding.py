@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megagrow.model.decoder import CausalLM
 from megagrow.model.layers.base import VOCAB
-from megagrow.model.llama import LlamaForCausalLM
 from megagrow.parallel.sharding import pad, parameter_plan
 from tests.helpers.hugging_face import hugging_face, tiny
 from tests.helpers.reshard.models import models
@@ -31,7 +31,7 @@ def test_shapes_are_hugging_faces(kv_heads, tied):
 def test_order_is_that_of_the_module_tree():
     config = tiny(num_key_value_heads=2)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = CausalLM(config)
     assert list(parameter_plan(config, tp=1)) == [name for name, _ in model.named_parameters()]
 
 

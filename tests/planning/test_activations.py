@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from megagrow.config.schema import StageConfig
 from megagrow.model.backends import Backends, KernelWorkload
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 from megagrow.model.machine import machine_of
 from megagrow.model.ops import PLAIN, make_ops
 from megagrow.planning.memory import stage_memory
@@ -124,7 +124,7 @@ class Storages(TorchDispatchMode):
         return sum(self._seen[storage] for storage in alive - outside)
 
 
-def kept_by_autograd(model: LlamaForCausalLM) -> int:
+def kept_by_autograd(model: CausalLM) -> int:
     """Return the bytes kept for the backward pass of a micro-batch, without weights and logits."""
     ids, positions = (
         torch.zeros(2, LENGTH, dtype=torch.long),
@@ -165,7 +165,7 @@ def test_activations_on_a_gpu(pointwise: str, bf16: bool, checkpointing: str, fa
     ops = replace(ops, selective_scan=FusedScan.apply)
     if pointwise == "triton":
         ops = replace(ops, swiglu=FusedSwiglu.apply)
-    model = LlamaForCausalLM(stage.model, checkpointing, ops)
+    model = CausalLM(stage.model, checkpointing, ops)
     model.to(torch.bfloat16 if bf16 else torch.float32)
     assert kept_by_autograd(model) == planned + without_tokens(stage, bf16, torch_scan=False)
 
@@ -188,6 +188,6 @@ def test_activations_on_a_cpu(family: str, attention: str, bf16: bool, checkpoin
     backends = Backends(attention=attention, norm="torch", pointwise="torch", loss="torch")
     work = KernelWorkload(torch.float32, 16, packed=False)
     ops = make_ops(backends, machine_of(torch.device("cpu")), work)
-    model = LlamaForCausalLM(stage.model, checkpointing, ops)
+    model = CausalLM(stage.model, checkpointing, ops)
     model.to(torch.bfloat16 if bf16 else torch.float32)
     assert kept_by_autograd(model) == planned + without_tokens(stage, bf16, torch_scan=True)

@@ -35,8 +35,8 @@ from megagrow.growth.ligo import (
 from megagrow.growth.map import GrowthMap
 from megagrow.growth.operators import resolve_operators
 from megagrow.model.backends import uses_bf16
+from megagrow.model.decoder import CausalLM
 from megagrow.model.layers.table import EMBEDDING, HEAD_MODULE, module_names
-from megagrow.model.llama import LlamaForCausalLM
 from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.loss import cross_entropy
 from megagrow.parallel.materialize import build_model
@@ -100,7 +100,7 @@ def learn_growth(
 
 
 def summed_gradients(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     learned: LigoParameters,
     batches: Sequence[Batch],
     topology: Topology,
@@ -214,7 +214,7 @@ class Forming:
         return found
 
 
-def formed_model(forming: Forming) -> LlamaForCausalLM:
+def formed_model(forming: Forming) -> CausalLM:
     """Return this rank's part of the target, without weights."""
     settings, topology = forming.settings, forming.topology
     # Each part is checkpointed as a unit, so no activation checkpointing within it.

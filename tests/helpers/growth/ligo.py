@@ -9,7 +9,7 @@ from megagrow.config.schema import ModelConfig
 from megagrow.growth.build_map import GrowthSpec
 from megagrow.growth.ligo import LigoParameters, initial
 from megagrow.growth.operators import resolve_operators
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 from megagrow.parallel.sharding import parameter_plan
 from tests.helpers.hugging_face import hugging_face, tiny
 from tools.docs.operators.dense_growth import State
@@ -69,7 +69,7 @@ def disturbed(learned: LigoParameters, seed: int = 0) -> LigoParameters:
 def outputs(config: ModelConfig, values: dict[str, Tensor], inputs: tuple) -> Tensor:
     """Logits of the plain model with these weights, (rows, cols) each, in their type."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(next(iter(values.values())).dtype)
+        model = CausalLM(config).to(next(iter(values.values())).dtype)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     weights = {name: value.view(shapes[name]) for name, value in values.items()}
     return functional_call(model, weights, inputs)

@@ -16,7 +16,7 @@ from triton.runtime.driver import driver
 
 from megagrow.config.schema import StageConfig
 from megagrow.model.backends import Backends, KernelWorkload
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 from megagrow.model.machine import Machine
 from megagrow.model.ops import make_ops
 from megagrow_kernels.compiling import record_compilations
@@ -34,7 +34,7 @@ def step(stage: StageConfig, sequence: int) -> None:
     backends = Backends(*["triton"] * 5)
     machine = Machine("cuda", 90, triton=True)
     ops = make_ops(backends, machine, KernelWorkload(torch.bfloat16, model.head_dim, packed=True))
-    llama = LlamaForCausalLM(model, ops=ops)
+    llama = CausalLM(model, ops=ops)
     llama = llama if autocast else llama.bfloat16()
     ids = torch.zeros(batch, sequence, dtype=torch.int64)
     documents = ops.pack(torch.arange(sequence).expand(batch, -1) // 100)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megagrow.config.schema import ModelConfig
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 
 HEADS = {"mha": (2, 1), "gqa": (2, 2), "mqa": (1, 4)}
 """Key/value heads, and query heads for each of them."""
@@ -34,9 +34,9 @@ def grown_pair(heads: str = "gqa", tied: bool = False) -> tuple[ModelConfig, Mod
     return source, model_config(groups + 1, each, tie_word_embeddings=tied, **wider)
 
 
-def random_model(config: ModelConfig, seed: int, std: float = 1.0) -> LlamaForCausalLM:
+def random_model(config: ModelConfig, seed: int, std: float = 1.0) -> CausalLM:
     """fp64; gains as large as all else."""
-    model = LlamaForCausalLM(config).double()
+    model = CausalLM(config).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -45,7 +45,7 @@ def random_model(config: ModelConfig, seed: int, std: float = 1.0) -> LlamaForCa
     return model
 
 
-def grown_model(source: LlamaForCausalLM, target: ModelConfig) -> LlamaForCausalLM:
+def grown_model(source: CausalLM, target: ModelConfig) -> CausalLM:
     """The source's numbers at the front of every axis, large random ones everywhere else."""
     model, old = random_model(target, seed=1, std=3.0), dict(source.named_parameters())
     with torch.no_grad():
@@ -55,7 +55,7 @@ def grown_model(source: LlamaForCausalLM, target: ModelConfig) -> LlamaForCausal
     return model
 
 
-def gentle_model(source: ModelConfig, target: ModelConfig) -> LlamaForCausalLM:
+def gentle_model(source: ModelConfig, target: ModelConfig) -> CausalLM:
     """As `grown_model`, with numbers so small that no softmax is near to 0 or 1."""
     model = grown_model(random_model(source, seed=0), target)
     for parameter in model.parameters():

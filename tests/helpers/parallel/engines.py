@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megagrow.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 from megagrow.parallel.engine import ZeroEngine
 from megagrow.parallel.engine_config import EngineSettings, ParamScale
 from megagrow.parallel.loss import cross_entropy
@@ -134,7 +134,7 @@ class Plain:
     ) -> None:
         self._config, self._optimizer = config, optimizer
         self._scales = scales or {}
-        self._model = LlamaForCausalLM(config).double()
+        self._model = CausalLM(config).double()
         weights, self._named = start_weights(config), dict(self._model.named_parameters())
         for name, parameter in self._named.items():
             parameter.data.copy_(weights[name].view(parameter.shape))

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from megagrow.config.schema import RunConfig
 from megagrow.data.batches import Batch, sequences_of
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 from megagrow.train.data_setup import Inputs, open_inputs
 from megagrow.train.growth_event.event import measure_second_moment
 from megagrow.train.stage import Stage
@@ -77,7 +77,7 @@ def measure_all(folder: Path) -> tuple[list[Measured], list[Measured]]:
 
 def by_autograd(folder: Path, weights: State) -> tuple[dict[str, Tensor], list[float]]:
     """(1 - b) sum b^(n-k) g_k^2 / (1 - b^n) of the clipped gradients, and their norms before."""
-    model = LlamaForCausalLM(run_of(folder, {}).stages[0].model).double()
+    model = CausalLM(run_of(folder, {}).stages[0].model).double()
     named, inputs = dict(model.named_parameters()), open_inputs(run_of(folder, {}))
     for name, parameter in named.items():
         parameter.data.copy_(weights[name]["fp32"].view(parameter.shape))

@@ -24,10 +24,10 @@ Forward = Callable[[nn.Module, Tensor], Tensor]
 def own_model(case: TrainingCase) -> tuple[nn.Module, Forward]:
     """Build megagrow's model, without tensor parallelism and without an engine."""
     from megagrow.config.schema import ModelConfig
-    from megagrow.model.llama import LlamaForCausalLM
+    from megagrow.model.decoder import CausalLM
 
     positions = torch.arange(case.sequence).expand(case.micro, -1)
-    model = LlamaForCausalLM(ModelConfig.model_validate(case.model))
+    model = CausalLM(ModelConfig.model_validate(case.model))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02)

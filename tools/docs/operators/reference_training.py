@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from megagrow.config.schema import ModelConfig
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 from megagrow.model.masks import Masks
 from megagrow.parallel.engine import STATE_KINDS
 from megagrow.parallel.engine_config import ParamScale
@@ -69,9 +69,9 @@ def logits(
 
 
 @lru_cache(maxsize=64)
-def _skeleton(config: str) -> LlamaForCausalLM:
+def _skeleton(config: str) -> CausalLM:
     with torch.device("meta"):
-        return LlamaForCausalLM(ModelConfig.model_validate_json(config))
+        return CausalLM(ModelConfig.model_validate_json(config))
 
 
 def grown_weights(case: GrowthCase, weights: Tensors) -> Tensors:

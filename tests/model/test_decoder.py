@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megagrow.model.llama import LlamaForCausalLM
+from megagrow.model.decoder import CausalLM
 from tests.helpers.hugging_face import hugging_face, outcome, tiny, tokens
 
 HEADS = {"mha": 4, "gqa": 2, "mqa": 1}
 EXACT = 1e-5
 
 
-def ours(theirs, config, recompute: str = "none") -> LlamaForCausalLM:
-    model = LlamaForCausalLM(config, recompute)
+def ours(theirs, config, recompute: str = "none") -> CausalLM:
+    model = CausalLM(config, recompute)
     model.load_state_dict(theirs.state_dict())
     return model
 
@@ -62,7 +62,7 @@ def test_logits_and_gradients_are_hugging_faces(heads, tied):
 def test_names_and_shapes_are_hugging_faces(tied):
     config = tiny(num_key_value_heads=2, tie_word_embeddings=tied)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = CausalLM(config)
     expected = {name: p.shape for name, p in hugging_face(config).named_parameters()}
     assert {name: p.shape for name, p in model.named_parameters()} == expected
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied

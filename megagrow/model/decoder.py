@@ -106,7 +106,7 @@ def _norm_last(
     return normalize(output_BSD, context)[0], x_BSD
 
 
-class LlamaModel(nn.Module):
+class DecoderModel(nn.Module):
     """Token ids to normalized hidden states."""
 
     def __init__(self, config: ModelConfig, recompute: str = "none", ops: Ops = PLAIN) -> None:
@@ -181,7 +181,7 @@ class Head(nn.Linear):
         return F.linear(x_BSD, self.weight) if loss is None else loss(x_BSD, self.weight)
 
 
-class LlamaForCausalLM(nn.Module):
+class CausalLM(nn.Module):
     """Token ids to logits, or to a loss.
 
     forward(input_ids, position_ids, documents, masks, loss, cache): the first two are (B, S) int64.
@@ -195,7 +195,7 @@ class LlamaForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.ops = ops
-        self.model = LlamaModel(config, recompute, ops)
+        self.model = DecoderModel(config, recompute, ops)
         self.pre_collective: nn.Module = nn.Identity()
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
