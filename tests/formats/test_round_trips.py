@@ -17,7 +17,7 @@ from megagrow.checkpoint.source import open_checkpoint
 from megagrow.errors import InputError
 from megagrow.formats.hugging_face_config import model_of
 from megagrow.formats.hugging_face_families import FAMILIES
-from megagrow.model import llama
+from megagrow.model.decoder import CausalLM
 from megagrow.offline.convert import (
     export_hugging_face,
     export_megatron,
@@ -147,7 +147,7 @@ def request(source: Path, out: Path, form: str = "checkpoint", **options: Any) -
 def own_logits(checkpoint: Path) -> torch.Tensor:
     """megagrow's logits of the same tokens."""
     source = open_checkpoint(checkpoint)
-    model = llama.LlamaForCausalLM(source.model)
+    model = CausalLM(source.model)
     values = {
         name: source.read(name, "fp32", Block(range(spec.rows), range(spec.cols)))
         for name, spec in source.layout.plan.items()

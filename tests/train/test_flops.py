@@ -12,6 +12,7 @@ from megagrow.config.flops import (
 )
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.config.stage_length import run_flops
+from tests.helpers.hugging_face import hugging_face
 
 
 def llama(layers: int, hidden: int, heads: int, kv: int, ffn: int, **more: Any) -> ModelConfig:
@@ -45,11 +46,8 @@ def test_totals_are_the_papers(name: str) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kv", [4, 2, 1])
 def test_count_is_that_of_hugging_face(kv: int, tied: bool) -> None:
-    transformers = pytest.importorskip("transformers")
     model = llama(3, 32, 4, kv, 48, vocab_size=96, tie_word_embeddings=tied)
-    fields = model.model_dump(exclude={"initializer_range", "rope_theta"})
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
-    assert parameters(model) == sum(one.numel() for one in theirs.parameters())
+    assert parameters(model) == sum(one.numel() for one in hugging_face(model).parameters())
 
 
 def test_true_flops_are_those_of_the_matrix_products() -> None:
