@@ -235,7 +235,7 @@ class LayerType:
 
     A block reads the residual stream and adds its output to it; a norm precedes or follows it.
     Tensor parallelism slices the axes that are `sliced`, and needs one collective before and one
-    after the block; the module marks further sums over ranks (`layers/collectives.py`). Growth
+    after the block; the module marks further sums over ranks (`layers/modules.py`). Growth
     lifts the axes of the parameters.
 
     Limits of a declaration: parameters are matrices and vectors, and a block sees documents only
