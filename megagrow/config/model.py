@@ -156,7 +156,9 @@ class ModelConfig(Section):
     sliding_window: Count | None = None
     """Tokens that a query of a `sliding_attention` layer attends to: itself and those before it.
     At most `max_position_embeddings`; null if no layer has this type."""
-    layer_types: list[LayerTypeName] = Field(default_factory=_default_layer_types, min_length=1)
+    layer_types: list[LayerTypeName] = Field(
+        default_factory=_default_layer_types, min_length=1, validate_default=True
+    )
     """Types of the layers: one entry per layer, or a period that is repeated. Default:
     `full_attention`, or `sliding_attention` if `sliding_window` is set; for `samba`, `mamba` before
     each of them."""

@@ -35,3 +35,13 @@ def test_a_model_that_can_not_be_is_refused(tmp_path):
     path.write_text("base: llama-7b\nnum_attention_heads: 31\nnum_key_value_heads: 31\n")
     with pytest.raises(InputError, match=r"model\.yaml: model.hidden_size = 4096 is not divisible"):
         load_model(str(path))
+
+
+@pytest.mark.parametrize("layer_types", ["", "layer_types: [mamba, sliding_attention]\n"])
+def test_layer_types_divide_the_layers_given_or_by_default(tmp_path, layer_types):
+    # A checkpoint stores the list, so a default that is refused there must be refused here.
+    path = tmp_path / "model.yaml"
+    path.write_text(f"base: samba-demo-12l\nnum_hidden_layers: 3\n{layer_types}")
+    message = r"'layer_types': .*has 2 entries, which do not divide num_hidden_layers = 3"
+    with pytest.raises(InputError, match=message):
+        load_model(str(path))
