@@ -15,6 +15,7 @@ from megagrow.model.layers.base import (
     WRITES_RESIDUAL,
     LayerType,
     ParameterDeclaration,
+    RowElements,
 )
 from megagrow.model.layers.decoding import DecodedSequences, DecodingState
 from megagrow.model.layers.modules import Context, LayerModule
@@ -138,6 +139,8 @@ def test_a_layer_type_declares_its_own_state(monkeypatch: pytest.MonkeyPatch) ->
         parameters=lambda config: (declared,),
         activation_bytes=lambda config, batch: 0,
         build=Shift,
+        row_elements=lambda config: RowElements(0, 0),
+        kernel_calls=lambda config, inputs: (),
         decoding_state=Previous,
     )
     monkeypatch.setattr(table, "FEED_FORWARD", shift)

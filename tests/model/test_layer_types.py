@@ -24,6 +24,7 @@ from megagrow.model.layers.base import (
     ActivationAxis,
     LayerType,
     ParameterDeclaration,
+    RowElements,
     ones,
     scaled_normal,
 )
@@ -64,6 +65,8 @@ SCALED = LayerType(
         2 * config.intermediate_size * batch.tokens * batch.width
     ),
     build=Scaled,
+    row_elements=lambda config: RowElements(2, 3),
+    kernel_calls=lambda config, inputs: (),
     score_flops=lambda config, sequence_length: 1000,
 )
 
