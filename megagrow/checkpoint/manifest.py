@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megagrow.common.atomic_files import write_synced
 from megagrow.common.checksums import (
     FileRecord,
@@ -20,7 +22,7 @@ from megagrow.common.checksums import (
     text_checksum,
 )
 from megagrow.common.json_text import FILE_BYTES, parse_json, read_limited
-from megagrow.common.untrusted_values import as_tally
+from megagrow.common.untrusted_values import as_tally, problems_of_values
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError, InputError
 from megagrow.parallel.sharding import parameter_plan
@@ -119,7 +121,8 @@ def parse_manifest(directory: Path) -> Manifest:
         _check_kinds(manifest)
         _check_layout(manifest)
     except _NOT_READ as error:
-        raise CheckpointError(f"{path}: damaged ({error}); use another checkpoint") from error
+        problem = problems_of_values(error) if isinstance(error, ValidationError) else error
+        raise CheckpointError(f"{path}: damaged ({problem}); use another checkpoint") from error
     for name in files:
         if not SHARD_NAME.fullmatch(name):
             raise CheckpointError(

@@ -170,6 +170,7 @@ def export_problems(model: ModelConfig) -> Iterator[str]:
     fitting = [other for other in FAMILIES if other_feature(model, other) is None]
     fix = f"model_type = {fitting[0]} fits" if fitting else "no class of transformers fits"
     if name not in FAMILIES:
+        fix = fix if fitting else "keep the model as a checkpoint"
         yield f"model.model_type = {name}: transformers has no class of this family; {fix}"
     elif key := other_feature(model, name):
         architecture = FAMILIES[name].architecture

@@ -1,5 +1,6 @@
 """Validation of growth sections. Problems are returned as one-line texts that contain the fix."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -169,9 +170,16 @@ def _sizes(event: Event) -> Iterator[str]:
         )
     elif fixed := _ungrown(event):
         fit = fitting_operators(event)
-        kept = f"use the values of {event.before}"
-        fix = f"set {event.here}.growth.operator to {fit}" if fit else kept
+        fix = f"set {event.here}.growth.operator to {fit}" if fit else _kept(event, fixed)
         yield f"{event.here}.model changes {_listed(fixed)}, which {event.names} cannot grow; {fix}"
+
+
+def _kept(event: Event, fixed: dict[str, tuple[Any, Any]]) -> str:
+    """Return the instruction to keep the values of the source; a changed default is not obvious."""
+    if not all(isinstance(old, int | float | str | None) for old, _ in fixed.values()):
+        return f"use the values of {event.before}"
+    keys = (f"{event.here}.model.{name} to {json.dumps(old)}" for name, (old, _) in fixed.items())
+    return f"set {' and '.join(keys)}"
 
 
 def _changes(event: Event) -> dict[str, tuple[Any, Any]]:

@@ -142,7 +142,7 @@ MISTAKES = {
     ),
     f"{HYBRID} stages.1.model.mamba_d_state=32": (
         f"{NO_START}stages.1.model changes mamba_d_state from 16 to 32, which direct_depth cannot "
-        "grow; use the values of stages.0.model"
+        "grow; set stages.1.model.mamba_d_state to 16"
     ),
     f"{DRY} stages.1.model.mamba_d_conv=4": (
         "RUN.yaml: stages.1.model.mamba_d_conv = 4, but layer_types has no mamba; remove it"

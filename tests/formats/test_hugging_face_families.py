@@ -166,7 +166,7 @@ OTHERS: list[tuple[dict[str, Any], str, str]] = [
         f"layer_types = {TWO_TYPES}",
         "MistralForCausalLM; no class of transformers fits",
     ),
-    ({"model_type": "samba"}, "model_type = samba", "no class of this family; no class of"),
+    ({"model_type": "samba"}, "model_type = samba", "no class of this family; keep the"),
     (
         {"model_type": "samba", **SLIDING, "layer_types": ["sliding_attention"]},
         "model_type = samba",

@@ -153,7 +153,7 @@ def test_other_sizes_of_mamba_do_not_grow(name: OperatorName, field: str) -> Non
     old = getattr(SOURCE, field)
     message = f"{H}.model changes {field} from {old} to {old + 1}, which {name} cannot grow; "
     assert problems({field: old + 1}, SOURCE.model_dump(), operator=name) == [
-        message + "use the values of stages.0.model"
+        message + f"set {H}.model.{field} to {old}"
     ]
 
 

@@ -1,5 +1,6 @@
 """Errors for invalid growths of a run; valid ones have none."""
 
+import json
 import pickle
 import re
 from pathlib import Path
@@ -56,11 +57,9 @@ def test_what_is_right(target: Sizes, options: dict[str, Any]) -> None:
     assert problems(target, **options) == []
 
 
-KEPT = "use the values of stages.0.model"
-
-
 def ungrown(field: str, old: object, new: object, names: str, operator: str = "") -> str:
-    fix = f"set {H}.growth.operator to {operator}" if operator else KEPT
+    kept = f"set {H}.model.{field} to {json.dumps(old)}"
+    fix = f"set {H}.growth.operator to {operator}" if operator else kept
     return f"{H}.model changes {field} from {old} to {new}, which {names} cannot grow; {fix}"
 
 
