@@ -155,7 +155,7 @@ def test_the_wheel_names_the_command_and_the_extras(unpacked: Path) -> None:
     assert metadata["Version"] == __version__
     assert metadata["License-Expression"] == "Apache-2.0"
     extras = metadata.get_all("Provides-Extra")
-    assert set(extras) == {"flash", "eval", "hf", "test", "dev", "wandb"}
+    assert set(extras) == {"flash", "mamba", "eval", "hf", "test", "dev", "wandb"}
 
 
 @pytest.fixture(scope="module")
