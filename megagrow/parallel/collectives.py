@@ -75,20 +75,6 @@ class _ReduceForwardCopyBackward(torch.autograd.Function):
         return grad, None
 
 
-class _ReduceForwardReduceBackward(torch.autograd.Function):
-    """All-reduce of partial results that every rank uses in its own slice, whose gradients are
-    therefore partial as well."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grad, ctx.group), None
-
-
 class _GatherForwardScatterBackward(torch.autograd.Function):
     """f under sequence parallelism: all-gather forward, reduce-scatter backward."""
 
@@ -130,8 +116,11 @@ def reduce_from_tensor_parallel(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def sum_of_partial(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Return the sum of x over the group; its gradient is summed over the group as well."""
-    return _ReduceForwardReduceBackward.apply(x, group)
+    """Return the sum of x over the group; its gradient is summed over the group as well.
+
+    For partial results that every rank uses in its own slice: their gradients are partial, too.
+    """
+    return copy_to_tensor_parallel(reduce_from_tensor_parallel(x, group), group)
 
 
 def gather_from_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
