@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from megagrow.config.schema import ModelConfig
-from megagrow.model.layers.base import VOCAB, WRITES_RESIDUAL, AxisRole, InitialValues
+from megagrow.model.layers.base import (
+    VOCAB,
+    WRITES_RESIDUAL,
+    AxisRole,
+    InitialValues,
+    sliced_dim,
+    sliced_shape,
+)
 from megagrow.model.layers.table import ModelParameter, model_parameters
 
 if TYPE_CHECKING:
@@ -70,13 +77,8 @@ class ParamSpec:
 
     @property
     def tp_dim(self) -> int | None:
-        """Return the dimension sliced by tensor parallelism; None if every rank holds all of it.
-
-        0 is a column-parallel layer of Megatron-LM (slices of the outputs), 1 a row-parallel one.
-        """
-        if self.row_role.axis.sliced:
-            return 0
-        return 1 if self.col_role is not None and self.col_role.axis.sliced else None
+        """Return the dimension sliced by tensor parallelism; None if every rank holds all of it."""
+        return sliced_dim(self.row_role, self.col_role)
 
     def of_layer(self, layer: int | None) -> str:
         """Return the name of the same parameter in another layer."""
@@ -84,9 +86,7 @@ class ParamSpec:
 
     def slice_shape(self, tp: int) -> tuple[int, int]:
         """Return (rows, columns) of one rank's slice, padding included."""
-        if self.tp_dim == 0:
-            return self.padded_rows // tp, self.cols
-        return self.rows, self.cols // tp if self.tp_dim == 1 else self.cols
+        return sliced_shape(self.padded_rows, self.cols, self.tp_dim, tp)
 
     def slice_origin(self, tp: int, tp_rank: int) -> tuple[int, int]:
         """Return the first row and column of a rank's slice in the logical tensor."""

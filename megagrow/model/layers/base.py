@@ -107,6 +107,21 @@ class AxisRole(NamedTuple):
     side: AxisSide
 
 
+def sliced_dim(row_role: AxisRole, col_role: AxisRole | None) -> int | None:
+    """Return the dimension of a parameter that tensor parallelism slices; None for none.
+
+    0 is a column-parallel layer of Megatron-LM (slices of the outputs), 1 a row-parallel one.
+    """
+    if row_role.axis.sliced:
+        return 0
+    return 1 if col_role is not None and col_role.axis.sliced else None
+
+
+def sliced_shape(rows: int, cols: int, dim: int | None, tp: int) -> tuple[int, int]:
+    """Return (rows, columns) of the slice of a tensor-parallel rank; `dim` as of `sliced_dim`."""
+    return rows // tp if dim == 0 else rows, cols // tp if dim == 1 else cols
+
+
 VOCAB = ActivationAxis("vocab", ("vocab_size",), "vocab_size")
 RESIDUAL = ActivationAxis("residual", ("hidden_size",), "hidden_size", sliced=False)
 
@@ -144,15 +159,12 @@ class ParameterDeclaration:
 
     def slice_shape(self, config: ModelConfig, tp: int) -> tuple[int, int]:
         """Return (rows, columns) of the slice of a tensor-parallel rank, without padding."""
-        rows, cols = self.shape(config)
-        if self.row_role.axis.sliced:
-            return rows // tp, cols
-        return rows, cols // tp if self.is_sliced else cols
+        return sliced_shape(*self.shape(config), sliced_dim(self.row_role, self.col_role), tp)
 
     @property
     def is_sliced(self) -> bool:
         """Return True if tensor parallelism slices the parameter."""
-        return any(role.axis.sliced for role in (self.row_role, self.col_role) if role is not None)
+        return sliced_dim(self.row_role, self.col_role) is not None
 
     def numel(self, config: ModelConfig) -> int:
         """Return the number of elements."""
