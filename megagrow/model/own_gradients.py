@@ -33,7 +33,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        wide_x, wide_weight, grad = (_widened(tensor) for tensor in (x, weight, grad))
+        wide_x, wide_weight, grad = (widened(tensor) for tensor in (x, weight, grad))
         size = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
         inverse_rms = torch.rsqrt(size.square() / x.shape[-1] + ctx.eps)
         normed = wide_x * inverse_rms
@@ -68,5 +68,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out.to(x.dtype)
 
 
-def _widened(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
+    """Return x in the dtype of accumulation: fp32, or fp64 if x is fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megagrow.model.blocked_scan import BlockedScan
+from megagrow.model.own_gradients import widened
 
 STEP_ELEMENTS, BLOCK_ELEMENTS, MIN_TOKENS = 2**14, 2**17, 8
 """Largest R x N x C and T x R x N x C on a CPU, and smallest T. Measured: a block has three tensors
@@ -43,7 +44,7 @@ def selective_scan(
     rows, tokens = _block_size_of(x, A)
     inputs = starts, *_discretized(x, dt, B, C, dt_bias)
     parts = zip(*(each.split(rows) for each in inputs), strict=True)
-    y = torch.cat([_SelectiveScan.apply(_widened(A), tokens, *part) for part in parts])
+    y = torch.cat([_SelectiveScan.apply(widened(A), tokens, *part) for part in parts])
     return _with_skip(y, x, D)
 
 
@@ -64,7 +65,7 @@ def selective_scan_from(
     """
     delta, drive, B, C = _discretized(x, dt, B, C, dt_bias)
     _, tokens = _block_size_of(x, A)
-    scan = BlockedScan(delta, drive, _widened(A), B, C, tokens)
+    scan = BlockedScan(delta, drive, widened(A), B, C, tokens)
     y, states = scan.outputs(state.transpose(1, 2))
     return _with_skip(y, x, D), states[-1].transpose(1, 2).to(state.dtype)
 
@@ -76,7 +77,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None =
     starts is (B, S), True at the first token of a document. Differentiable once.
     """
     documents = None if starts is None else starts.cumsum(1)
-    return F.silu(_CausalConv.apply(*map(_widened, (x, weight, bias)), documents)).to(x.dtype)
+    return F.silu(_CausalConv.apply(*map(widened, (x, weight, bias)), documents)).to(x.dtype)
 
 
 def _block_size_of(x: Tensor, A: Tensor) -> tuple[int, int]:
@@ -97,16 +98,12 @@ def _discretized(
 ) -> tuple[Tensor, ...]:
     """Return delta, delta * x, B and C in the dtype of the computation."""
     # The default threshold of 20 has an error of 2e-9.
-    delta = F.softplus(_widened(dt) + _widened(dt_bias), threshold=40)
-    return delta, delta * x, _widened(B), _widened(C)
+    delta = F.softplus(widened(dt) + widened(dt_bias), threshold=40)
+    return delta, delta * x, widened(B), widened(C)
 
 
 def _with_skip(y: Tensor, x: Tensor, D: Tensor) -> Tensor:
-    return (y + _widened(D) * _widened(x)).to(x.dtype)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return (y + widened(D) * widened(x)).to(x.dtype)
 
 
 class _SelectiveScan(torch.autograd.Function):

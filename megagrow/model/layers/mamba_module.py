@@ -12,6 +12,7 @@ from megagrow.model.layers.decoding import ScanState
 from megagrow.model.layers.linears import apply_linears
 from megagrow.model.layers.modules import Context, LayerModule, PartialSum
 from megagrow.model.masks import masked
+from megagrow.model.own_gradients import widened
 
 
 class Convolution(nn.Module):
@@ -59,7 +60,7 @@ class Mamba(LayerModule):
         (mixed,) = apply_linears(x_BSC, self.x_proj)
         dt_BSR, B_BSN, C_BSN = self.sum_collective(mixed).split(self.sizes, dim=-1)
         dt_BSC = F.linear(dt_BSR, self.dt_proj.weight)
-        A_CN = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
+        A_CN = -widened(self.A_log).exp()
         inputs = x_BSC, dt_BSC, A_CN, B_BSN, C_BSN, self.D, self.dt_proj.bias
         if context.state is not None:
             assert isinstance(context.state, ScanState)

@@ -22,6 +22,7 @@ from megagrow.model.layers.linears import apply_linears
 from megagrow.model.layers.recompute import Recomputed
 from megagrow.model.masks import Masks, masked, masked_groups, masked_rms_norm
 from megagrow.model.ops import Ops
+from megagrow.model.own_gradients import widened
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class HeadNorm(nn.Module):
         flat = x.flatten(2)
         if flat.shape[-1] == self.width:
             return ops.rms_norm(flat, weight, self.eps).view_as(x)
-        wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        wide = widened(flat)
         squares = self.sum_collective(wide.square().sum(-1, keepdim=True))
         norm = wide * torch.rsqrt(squares / self.width + self.eps) * weight
         return norm.to(x.dtype).view_as(x)
