@@ -19,7 +19,7 @@ from megagrow.model.layers.base import MicroBatch
 from megagrow.model.layers.table import (
     EMBEDDING_MODULE,
     HEAD_MODULE,
-    decoder_blocks,
+    distinct_layers,
     module_names,
 )
 from megagrow.model.masks import Masks
@@ -66,10 +66,9 @@ def text_memory(model: ModelConfig, sequences: list[Tensor]) -> int:
         checkpointing="none",
         on_cpu=True,
     )
-    layers = {decoder_blocks(model, layer) for layer in range(model.num_hidden_layers)}
     weights_and_activations = max(
         sum(4 * b.type.numel(model) + b.type.activation_bytes(model, batch) for b in blocks)
-        for blocks in layers
+        for blocks in distinct_layers(model)
     )
     stream = 8 * model.hidden_size * tokens
     vocabulary = model.vocab_size * (model.hidden_size + 3 * tokens)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megagrow.config.schema import StageConfig
 from megagrow.model.layers.base import MicroBatch
-from megagrow.model.layers.table import EMBEDDING, BlockDeclaration, block_counts, decoder_blocks
+from megagrow.model.layers.table import EMBEDDING, BlockDeclaration, block_counts, distinct_layers
 from megagrow.model.ops import TORCH_LOSS, TRITON_CHUNKS
 from megagrow.parallel.loss import chunk_size
 from megagrow.reshard.layout import Layout
@@ -49,7 +49,7 @@ class Activations:
         largest activations stands for the first one.
         """
         checkpointing, model = self.stage.parallel.activation_checkpointing, self.stage.model
-        layers = {decoder_blocks(model, layer) for layer in range(model.num_hidden_layers)}
+        layers = distinct_layers(model)
         sizes = (sum(self._block(block, checkpointing) for block in layer) for layer in layers)
         return max(sizes) + (self._residual if checkpointing == "full" else 0)
 

@@ -65,6 +65,11 @@ def decoder_blocks(config: ModelConfig, layer: int) -> tuple[BlockDeclaration, .
     return tuple(map(BlockDeclaration, _NORMS[config.norm_position], types))
 
 
+def distinct_layers(config: ModelConfig) -> set[tuple[BlockDeclaration, ...]]:
+    """Return the blocks of each kind of decoder layer in a model."""
+    return {decoder_blocks(config, layer) for layer in range(len(config.layer_types))}
+
+
 def block_counts(config: ModelConfig) -> Counter[BlockDeclaration]:
     """Return the number of occurrences of each block in a model."""
     layers = range(config.num_hidden_layers)
