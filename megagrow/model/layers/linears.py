@@ -62,17 +62,17 @@ class _Linears(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         x_ND, dx_ND = x.reshape(-1, x.shape[-1]), None
         needs_dx, _, *needed = ctx.needs_input_grad
-        found: list[Tensor | None] = []
-        of_biases: list[Tensor | None] = []
-        for weight, dy, needs_dw in zip(weights, gradients, needed, strict=False):
+        has_biases = len(needed) > len(weights)
+        of_weights: list[Tensor | None] = [None] * len(weights)
+        of_biases: list[Tensor | None] = [None] * len(weights) if has_biases else []
+        for index, (weight, dy) in enumerate(zip(weights, gradients, strict=True)):
             if dy is None:
-                found.append(None)
-                of_biases.append(None)
                 continue
             dy_NF = dy.reshape(-1, dy.shape[-1])
-            found.append(dy_NF.t() @ x_ND if needs_dw else None)
-            of_biases.append(dy_NF.sum(0) if len(needed) > len(weights) else None)
+            if needed[index]:
+                of_weights[index] = dy_NF.t() @ x_ND
+            if has_biases:
+                of_biases[index] = dy_NF.sum(0)
             if needs_dx:
                 dx_ND = dy_NF @ weight if dx_ND is None else dx_ND.addmm_(dy_NF, weight)
-        of_biases = of_biases[: len(needed) - len(weights)]
-        return None if dx_ND is None else dx_ND.view(x.shape), None, *found, *of_biases
+        return None if dx_ND is None else dx_ND.view(x.shape), None, *of_weights, *of_biases
