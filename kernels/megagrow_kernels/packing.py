@@ -92,9 +92,7 @@ def _starts(document_ids: Tensor | None, batch: int, sequence: int) -> Tensor:
     if document_ids.shape != (batch, sequence):
         shape = tuple(document_ids.shape)
         raise ValueError(f"document_ids has shape {shape}, expected ({batch}, {sequence})")
-    begins = torch.ones(batch, sequence, dtype=torch.bool)
-    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    starts = begins.flatten().nonzero()[:, 0]
+    starts = document_starts(document_ids).flatten().nonzero()[:, 0]
     row_ids = torch.stack((starts // sequence, document_ids.flatten()[starts].long()), 1)
     if len(row_ids.unique(dim=0)) < len(starts):
         raise ValueError("a document id reappears after another one in the same row")
@@ -104,6 +102,13 @@ def _starts(document_ids: Tensor | None, batch: int, sequence: int) -> Tensor:
 def _pad_to_two(tiles: Tensor) -> Tensor:
     """Append an empty tile to a single one: torch.compile treats a size of 1 as static."""
     return torch.cat((tiles, torch.zeros_like(tiles))) if len(tiles) == 1 else tiles
+
+
+def document_starts(document_ids: Tensor) -> Tensor:
+    """Return (B, S) bool, True at the first token of each run of equal ids of a row (B, S)."""
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return starts
 
 
 def no_starts(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from megagrow.errors import ResourceError
 from megagrow.model.backends import KernelWorkload
 from megagrow.model.machine import Machine
 from megagrow_kernels import reference
+from megagrow_kernels.packing import document_starts
 from megagrow_kernels.reference import attention_mask
 
 CUDNN_FIRST = 90
@@ -66,11 +67,7 @@ def _sdpa_cudnn_first(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
 
 
 def _starts_of_ids(document_ids: Tensor | None, position_ids: Tensor) -> Tensor | None:
-    if document_ids is None:
-        return None
-    starts = torch.ones_like(document_ids, dtype=torch.bool)
-    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return starts
+    return None if document_ids is None else document_starts(document_ids)
 
 
 def _starts_of_packing(packing: Any, position_ids: Tensor) -> Tensor | None:
