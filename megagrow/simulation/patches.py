@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from megagrow.model.layers.mamba import MAMBA_SSM_CHUNK
 from megagrow.parallel.deepspeed_import import deepspeed
 from megagrow.simulation import autocast
 from megagrow.simulation.device import NAME, SimulatedAccelerator, is_simulated
@@ -176,12 +177,12 @@ def _fused_attention(
 
 
 class _FusedScan(torch.autograd.Function):
-    """Memory of mamba-ssm: inputs and, for every 2048 tokens, two fp32 numbers per state."""
+    """Memory of mamba-ssm: inputs and, for every chunk of tokens, two fp32 numbers per state."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, *inputs: Tensor) -> Tensor:
         batch, channels, tokens = x.shape
-        sizes = batch, channels, -(-tokens // 2048), 2 * A.shape[1]
+        sizes = batch, channels, -(-tokens // MAMBA_SSM_CHUNK), 2 * A.shape[1]
         ctx.save_for_backward(x, A, *inputs, x.new_empty(sizes, dtype=torch.float32))
         return torch.empty_like(x)
 

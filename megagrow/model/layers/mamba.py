@@ -40,6 +40,10 @@ DYNAMICS = ActivationAxis("dynamics", ("mamba_dynamics",), None, sliced=False)
 """Step size, B and C of a token, before dt_proj: dt_rank + 2 d_state entries."""
 
 
+TRITON_CHUNK, MAMBA_SSM_CHUNK = 64, 2048
+"""Tokens between the states that these backends keep; mamba-ssm keeps two numbers per state."""
+
+
 def _dt_weight(config: ModelConfig) -> InitialValues:
     return InitialValues("uniform", RANK.size(config) ** -0.5)
 
@@ -147,10 +151,6 @@ def _row_elements(config: ModelConfig) -> RowElements:
     return RowElements(
         forward * channels + 6 * states, backward * channels + 7 * states, 3 * channels
     )
-
-
-TRITON_CHUNK, MAMBA_SSM_CHUNK = 64, 2048
-"""Tokens between the states that these backends keep; mamba-ssm keeps two numbers per state."""
 
 
 def _kernel_calls(config: ModelConfig, inputs: KernelInputs) -> Iterator[KernelArguments]:
