@@ -1,4 +1,4 @@
-"""Growth of Samba hybrids between ranks, between files and in a run: bit-equal to whole tensors."""
+"""Growth of Samba hybrids between ranks, between files and in a run: bit-equal to full tensors."""
 
 from io import StringIO
 from itertools import pairwise

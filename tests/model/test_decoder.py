@@ -86,7 +86,10 @@ def test_packed_documents_are_each_document_alone():
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_changes_no_bit(recompute, packed):
-    config = tiny(num_key_value_heads=2)
+    check_recomputation(tiny(num_key_value_heads=2), recompute, packed)
+
+
+def check_recomputation(config, recompute, packed):
     theirs = hugging_face(config)
     ids, labels = tokens(config, 2, 12)
     documents = torch.arange(12).div(5, rounding_mode="floor").expand(2, 12) if packed else None

@@ -5,7 +5,7 @@ import torch
 
 from tests.helpers.families import FAMILIES, of_family
 from tests.helpers.hugging_face import hugging_face, outcome, tokens
-from tests.model.test_decoder import gradients, ours, positions
+from tests.model.test_decoder import check_recomputation, gradients, ours, positions
 
 EXACT = 1e-5
 CLASSES = {
@@ -65,12 +65,4 @@ def test_a_window_limits_what_a_token_sees(name):
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @families
 def test_recomputation_changes_no_bit(name, recompute, packed):
-    config = of_family(name)
-    theirs = hugging_face(config)
-    ids, labels = tokens(config, 2, 12)
-    documents = torch.arange(12).div(5, rounding_mode="floor").expand(2, 12) if packed else None
-    logits, expected = gradients(ours(theirs, config), ids, labels, documents)
-    found_logits, found = gradients(ours(theirs, config, recompute), ids, labels, documents)
-    assert torch.equal(found_logits, logits)
-    for parameter, gradient in expected.items():
-        assert torch.equal(found[parameter], gradient), parameter
+    check_recomputation(of_family(name), recompute, packed)
