@@ -263,7 +263,8 @@ def test_each_command_line_of_megagrow_can_be_parsed() -> None:
 
 
 def test_scripts_and_run_files_of_the_commands_are_there() -> None:
-    text = "\n".join(text for _, text in PRINTED)
+    loops = "\n".join(text for _, text in PRINTED)
+    text = re.sub(r"\$\w+", "1", loops)  # their variables are seeds and numbers of ranks
     scripts = set(re.findall(r"\b(?:launchers|tools)/[\w./-]+", text))
     assert len(scripts) > 5 and [name for name in scripts if not (ROOT / name).is_file()] == []
     runs = re.findall(r"(configs/\S+\.yaml)((?: --set \S+)*)", text)
