@@ -108,6 +108,18 @@ class ZeroEngine:
         with torch.autocast(device, torch.bfloat16, enabled=self._autocast):
             return self._engine(*inputs)
 
+    def begin_step(self, passes: int) -> None:
+        """Begin a step of `passes` micro-batches of this rank; call before its first one.
+
+        Their number may differ from step to step; before the first call it is that of the settings.
+        """
+        if self.zero_stage == 0:
+            self._engine.begin_step(passes)
+            return
+        per_pass = self.settings.batch.micro_batch_size * self.topology.dp
+        self._engine.set_train_batch_size(passes * per_pass)
+        self._engine.micro_steps = 0  # DeepSpeed takes it modulo the number of micro-batches
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro-batch; micro-batches are averaged."""
         self._engine.backward(loss)

@@ -53,6 +53,10 @@ class ReplicatedEngine:
         """Switch between training and evaluation mode."""
         self.module.train(mode)
 
+    def begin_step(self, passes: int) -> None:
+        """Begin a step of `passes` micro-batches."""
+        self._passes, self._passes_done = passes, 0
+
     def is_gradient_accumulation_boundary(self) -> bool:
         """Return True during the last micro-batch of a step."""
         return self._passes_done + 1 == self._passes

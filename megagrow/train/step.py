@@ -39,6 +39,7 @@ def train_step(
     total = torch.zeros((), device=stage.topology.device)
     norm = None
     positions = _counted(stage, batches) if stage.answers_only else None
+    stage.engine.begin_step(len(batches))
     for batch in batches:
         counted = batch.labels.numel() if positions is None else positions
         loss = _summed_loss(stage, batch, masks) / counted

@@ -14,6 +14,8 @@ from tests.helpers.parallel.scales import PLAN, SCALES
 from tests.helpers.spawn import run_ranks
 
 WORLD, STEPS = 2, 4
+BATCHES = (2, 4, 2, 4)
+"""Sequences of each step; their number may change, as in a batch ramp."""
 
 CASES = [Case(zero, tp) for zero in range(4) for tp in (1, 2)]
 CASES += [Case(zero, tp, offload=True) for zero in (1, 2, 3) for tp in (1, 2)]
@@ -49,9 +51,14 @@ def hyper_parameters(built: Built) -> dict[str, tuple[float, float, float]]:
     return out
 
 
+def train_steps(model: Built | Plain, steps: range = range(STEPS)) -> list[float]:
+    """Do some of the steps; the gradients' norms."""
+    return [model.train_step(seed=step, size=BATCHES[step]) for step in steps]
+
+
 def train(case: Case) -> Trained:
     built = build(case, SCALES)
-    norms = [built.train_step(seed=seed) for seed in range(STEPS)]
+    norms = train_steps(built)
     trained = Trained(norms, built.weights(), hyper_parameters(built), built.engine.adam_step)
     built.release()
     return trained
@@ -64,7 +71,7 @@ def train_all(cases: list[Case]) -> list[Trained]:
 @pytest.fixture(scope="module")
 def plain() -> tuple[list[float], Weights]:
     model = Plain(SCALES)
-    return [model.train_step(seed=seed) for seed in range(STEPS)], model.weights()
+    return train_steps(model), model.weights()
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +88,7 @@ def test_updates_are_those_of_torch_with_groups_and_a_weighted_clip(found, plain
     assert min(norms) > 5 * OPTIMIZER.gradient_clipping, "nothing was clipped"
     for rank in found[case]:
         assert rank.norms == pytest.approx(norms, rel=1e-5)
-        assert distance(rank.weights, weights) < 1e-6
+        assert distance(rank.weights, weights) < 2e-6
         assert rank.adam_step == STEPS
 
 
@@ -100,7 +107,7 @@ def test_every_factor_matters(plain):
             name: ParamScale(**{**vars(scale), field: 1.0}) for name, scale in SCALES.items()
         }
         model = Plain(without)
-        norms = [model.train_step(seed=seed) for seed in range(STEPS)]
+        norms = train_steps(model)
         assert distance(model.weights(), plain[1]) > 1e-4, field
         assert (norms[0] == pytest.approx(plain[0][0], rel=1e-3)) == (field != "norm")
 
@@ -131,8 +138,7 @@ def reloaded(folder: Path) -> dict[Case, Trained]:
     out = {}
     for index, (case, before) in enumerate(RELOADED.items()):
         first = build(before, SCALES)
-        for seed in range(STEPS // 2):
-            first.train_step(seed=seed)
+        train_steps(first, range(STEPS // 2))
         make = manifest_of(first.layout, first.engine.adam_step, CONFIG)
         where = folder / str(index)
         save_checkpoint(where, index, first.layout, first.engine.storage(), make)
@@ -141,7 +147,7 @@ def reloaded(folder: Path) -> dict[Case, Trained]:
         path, manifest = newest_valid_on_all_ranks(where)
         load_storage(path, manifest, built.layout, built.engine.storage())
         built.engine.ready(manifest.adam_step)
-        norms = [built.train_step(seed=seed) for seed in range(STEPS // 2, STEPS)]
+        norms = train_steps(built, range(STEPS // 2, STEPS))
         values = hyper_parameters(built)
         out[case] = Trained(norms, built.weights(), values, built.engine.adam_step)
         built.release()
@@ -156,7 +162,7 @@ def test_classes_and_the_step_hold_after_a_checkpoint_of_another_layout(found, t
             assert resumed.hyper_parameters == whole.hyper_parameters, case
             assert resumed.adam_step == STEPS, case
             assert resumed.norms == pytest.approx(whole.norms[STEPS // 2 :], rel=1e-5), case
-            assert distance(resumed.weights, whole.weights) < 1e-6, case
+            assert distance(resumed.weights, whole.weights) < 2e-6, case
 
 
 def unequal_steps() -> str:

@@ -66,11 +66,12 @@ class Built:
             storage[name]["fp32"].copy_(values)
         self.engine.ready(adam_step=0)
 
-    def train_step(self, lr: float = LR, seed: int = 0) -> float:
+    def train_step(self, lr: float = LR, seed: int = 0, size: int = BATCH) -> float:
         """One update on this rank's share of the batch of a seed; the gradient's norm."""
-        ids, labels = tokens(CONFIG, BATCH, LENGTH, seed)
+        ids, labels = tokens(CONFIG, size, LENGTH, seed)
         norm = None
-        for index in range(self.topology.dp_rank, BATCH, self.topology.dp):
+        self.engine.begin_step(size // self.topology.dp)
+        for index in range(self.topology.dp_rank, size, self.topology.dp):
             mine, mark = ids[index : index + 1], labels[index : index + 1]
             logits = self.engine.forward(mine, torch.arange(LENGTH).expand_as(mine), None)
             loss = cross_entropy(logits, mark, CONFIG.vocab_size, self.topology) / LENGTH
@@ -151,17 +152,17 @@ class Plain:
             foreach=False,
         )
 
-    def gradients(self, seed: int = 0) -> Weights:
+    def gradients(self, seed: int = 0, size: int = BATCH) -> Weights:
         """Return the unclipped gradients of the mean cross-entropy on the batch of a seed."""
-        ids, labels = tokens(self._config, BATCH, LENGTH, seed)
+        ids, labels = tokens(self._config, size, LENGTH, seed)
         self._model.zero_grad()
         logits = self._model(ids, torch.arange(LENGTH).expand_as(ids))
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
         return {name: parameter.grad for name, parameter in self._named.items()}
 
-    def train_step(self, lr: float = LR, seed: int = 0) -> float:
+    def train_step(self, lr: float = LR, seed: int = 0, size: int = BATCH) -> float:
         """One update; the weighted norm of the gradient before clipping."""
-        gradients = self.gradients(seed)
+        gradients = self.gradients(seed, size)
         squares = [self._scale(name).norm * g.square().sum() for name, g in gradients.items()]
         norm = torch.stack(squares).sum().sqrt().item()
         limit = self._optimizer.gradient_clipping
