@@ -257,7 +257,7 @@ def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState
     losses = [loss_of(job.run, stage, state.stage_tokens)]
     before = predictions(stage, fixed, masks_now(job.run, stage, state.stage_tokens))
     before_step = partial(_before_growth_step, job, state)
-    feed = Feed(job.feed, state.position, job.run.data.sequence_length, before_step)
+    feed = Feed(job.feed, state.position, before_step)
     run, stage, report, search_cost = grow_best(job.run, end_stage(stage), feed, loss_of)
     losses.append(loss_of(run, stage, 0))
     difference = change(before, predictions(stage, fixed, masks_now(run, stage, 0)))

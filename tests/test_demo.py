@@ -18,10 +18,7 @@ def runs():
 
 def test_both_runs_cost_the_same_flops_the_base_charged_in_full() -> None:
     grown, scratch = (
-        sum(
-            stage_tokens(stage, run.data.sequence_length) * paper_flops_per_token(stage.model)
-            for stage in run.stages
-        )
+        sum(stage_tokens(stage) * paper_flops_per_token(stage.model) for stage in run.stages)
         for run in runs()
     )
     assert grown == pytest.approx(scratch, rel=2e-3)
@@ -43,4 +40,4 @@ def test_the_script_prepares_what_the_runs_read() -> None:
     for run in runs():
         assert f"--vocab-size {run.stages[0].model.vocab_size}" in script
         output = re.search(r"--output (\S+)", script)
-        assert output and run.data.train[0].path == Path(output[1]) / "train"
+        assert output and run.stages[0].data.train[0].path == Path(output[1]) / "train"

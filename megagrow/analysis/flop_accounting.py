@@ -43,7 +43,8 @@ class Setting:
     has_full_cost: bool
     """True if the run pretrains from initial weights, so its records contain the full cost."""
     loss_data: str
-    """Validation corpora, tokenizer and length as JSON: losses of equal ones can be compared."""
+    """Validation corpora, tokenizer and sequence length of the last stage: losses of equal ones can
+    be compared."""
 
 
 def read_setting(directory: Path, changes: Sequence[object] = ()) -> Setting | None:
@@ -66,7 +67,7 @@ def make_setting(run: RunConfig, changes: Sequence[object] = ()) -> Setting:
         + json.dumps(changes),
         charges=tuple(per_parameter * non_embedding_parameters(s.model) for s in run.stages),
         has_full_cost=run.objective == "pretrain" and run.init_from is None,
-        loss_data=run.data.model_dump_json(include={"validation", "tokenizer", "sequence_length"}),
+        loss_data=f"{run.data.model_dump_json()} {run.stages[-1].data.sequence_length}",
     )
 
 

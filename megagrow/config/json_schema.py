@@ -26,7 +26,8 @@ def run_schema() -> Schema:
         # The schema of the run itself is not among the definitions.
         _describe(definitions.get(section.__name__, schema), section)
     stage = definitions["StageConfig"]["properties"]
-    shared = {name: stage[name] for name in DEFAULTS}
+    shared = {name: stage[name] for name in DEFAULTS if name not in RunConfig.model_fields}
+    definitions["DataConfig"]["properties"] |= definitions["StageDataConfig"]["properties"]
     built_on = {name: {"type": "string", "description": text} for name, text in BUILT_ON.items()}
     schema["properties"] = built_on | schema["properties"] | shared
     schema["properties"]["stages"] = _list_or_changes(schema["properties"]["stages"])

@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from megagrow.common.sizes import format_count, format_large
+from megagrow.config.data import with_run_data, with_stage_data
 from megagrow.config.deprecated import rename_recorded
 from megagrow.config.growth import GSTACK, GSTACK_OPERATOR
 from megagrow.config.includes import (
@@ -27,6 +28,7 @@ from megagrow.config.includes import (
 from megagrow.config.overrides import (
     DEFAULTS,
     MOST_PROBLEMS,
+    REPLACED,
     apply_override,
     first_problems,
     refuse_unknown_keys,
@@ -49,11 +51,11 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     `path` may be the name of a file in the search path, such as `gstack-1.1b`.
     A section may be the name of a file, `model: llama-1.1b`, or have one as `base: llama-1.1b`; see
-    `includes.search_path`. `model`, `tokens` (or `at_tokens`, `at_flops`), `parallel`, `kernels`,
-    `batch`, `optimizer` and `schedule` at the top are defaults of all stages: a stage's own keys
-    have precedence, and its own model or length replaces the default entirely. Without `stages`,
-    the top is the only stage. `base` includes another run file, `hardware` a hardware profile with
-    keys that do not change the result; see `includes.read_run`.
+    `includes.search_path`. `model`, `data`, `tokens` (or `at_tokens`, `at_flops`), `parallel`,
+    `kernels`, `batch`, `optimizer` and `schedule` at the top are defaults of all stages: a stage's
+    own keys have precedence, and its own model, corpora or length replace the default entirely.
+    Without `stages`, the top is the only stage. `base` includes another run file, `hardware` a
+    hardware profile with keys that do not change the result; see `includes.read_run`.
 
     Raises:
         ConfigError: the run file is invalid; the message is one line with all problems.
@@ -86,7 +88,7 @@ def recorded_run(values: Mapping[str, Any]) -> RunConfig:
     Raises:
         ValidationError: `values` is not a dump of a run.
     """
-    tree = rename_recorded(values)
+    tree = with_stage_data(rename_recorded(values))
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -104,12 +106,16 @@ def recorded_run(values: Mapping[str, Any]) -> RunConfig:
 
 
 def _with_stages(tree: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Return the tree in the format of RunConfig: defaults at the top are moved into all stages."""
-    defaults = {key: tree[key] for key in DEFAULTS if key in tree}
+    """Return the tree in the format of RunConfig: defaults at the top are moved into all stages.
+
+    `data`, which is also a section of the run, is distributed by RunConfig.
+    """
+    keys = [key for key in DEFAULTS if key not in RunConfig.model_fields]
+    defaults = {key: tree[key] for key in keys if key in tree}
     stages = [_filled(defaults, stage) for stage in tree.get("stages", [{}])]
     for index, stage in enumerate(stages):
         _refuse_two_lengths(stage, f"stages.{index}." if "stages" in tree else "", origin)
-    rest = {key: tree[key] for key in tree if key not in DEFAULTS}
+    rest = {key: tree[key] for key in tree if key not in keys}
     return rest | {"stages": [unsettled(stage) for stage in stages]}
 
 
@@ -173,8 +179,8 @@ def _written_at(place: KeyPath, tree: dict[str, Any]) -> KeyPath:
     if "stages" not in tree:
         return place[2:]
     in_stage, at_top = _reach(tree, place), _reach(tree, place[2:])
-    own_model = place[2] == "model" and in_stage > 2
-    return place if own_model or in_stage >= at_top + 2 else place[2:]
+    replaced = any(place[2:][: len(key)] == key and in_stage >= 2 + len(key) for key in REPLACED)
+    return place if replaced or in_stage >= at_top + 2 else place[2:]
 
 
 def _reach(tree: Any, place: KeyPath) -> int:
@@ -191,11 +197,11 @@ def to_yaml(run: RunConfig) -> str:
     """Return `run` as YAML with all keys; loading it gives an equal run.
 
     A stage's length is written under the key that set it, so that it is recomputed when other keys
-    of the written file are changed.
+    of the written file are changed. Keys of `data` that are equal in all stages are written once.
     """
     tree = _readable(run.model_dump(mode="json"))
     stages = [_as_written(*pair) for pair in zip(run.stages, tree["stages"], strict=True)]
-    return yaml.safe_dump(tree | {"stages": stages}, sort_keys=False)
+    return yaml.safe_dump(with_run_data(tree | {"stages": stages}), sort_keys=False)
 
 
 def _as_written(stage: StageConfig, tree: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any, get_args
 
 from megagrow.common.yaml_file import parse_yaml
+from megagrow.config.data import RunFileData
 from megagrow.config.deprecated import rename_override
 from megagrow.config.schema import RunConfig, StageConfig
 from megagrow.config.sections import Section
@@ -51,9 +52,10 @@ def refuse_no_effect(tree: dict[str, Any], names: list[str], origin: str) -> Non
     stages = tree.get("stages")
     if names[0] not in DEFAULTS or not stages:
         return
-    # A stage's model replaces the default model entirely, whichever keys it has. So does its
-    # length, whichever of the three keys sets it.
-    paths = [names[:1] if names[0] == "model" else names]
+    # A stage's model and its list of corpora replace the default entirely, whichever keys they
+    # have. So does its length, whichever of the three keys sets it.
+    replaced = next((each for each in REPLACED if names[: len(each)] == list(each)), names)
+    paths = [list(replaced)]
     if names[0] in LENGTHS:
         paths = [[key] for key in LENGTHS]
     if all(any(_holds(stage, path) for path in paths) for stage in stages):
@@ -93,15 +95,20 @@ def _holds(node: Any, names: list[str]) -> bool:
     return True
 
 
+REPLACED = (("model",), ("data", "train"))
+"""Defaults of all stages that a stage replaces entirely instead of key by key."""
+
+
 Keys = dict[str, type[Section] | None]
 """Keys of one section, each with its subsection, if any."""
 
 
 DEFAULTS = (
-    *("model", "tokens", "at_tokens", "at_flops"),
+    *("model", "data", "tokens", "at_tokens", "at_flops"),
     *("parallel", "kernels", "batch", "optimizer", "schedule"),
 )
-"""Keys of a stage that may also be set at the top, as defaults of all stages."""
+"""Keys of a stage that may also be set at the top, as defaults of all stages. `data` at the top
+also has the keys of the run's own section."""
 
 
 PARTS = ("model", "data", "parallel", "batch", "optimizer", "schedule")
@@ -163,7 +170,7 @@ def refuse_unknown_part_keys(tree: dict[str, Any], section: str, origin: str) ->
 def run_keys() -> Keys:
     """Return the top-level keys of a run file."""
     stage = _keys_of(StageConfig)
-    return {**_keys_of(RunConfig), **{key: stage[key] for key in DEFAULTS}}
+    return {**_keys_of(RunConfig), **{key: stage[key] for key in DEFAULTS}, "data": RunFileData}
 
 
 MOST_PROBLEMS = 20

@@ -5,13 +5,14 @@ tokenizer are compared under keys of their own, so a moved file is no change.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any
 
-from megagrow.config.model import FEATURE_KEYS, MAMBA_KEYS
+from megagrow.config.model import FEATURE_KEYS, MAMBA_KEYS, RopeScaling
+from megagrow.config.stage import KernelsConfig
 from megagrow.errors import ConfigError, printable
 
 
@@ -35,7 +36,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
     Effect.NONE: (
         "name",
         "output_dir",
-        "data.train.N.path",
+        "stages.N.data.train.N.path",
         "data.validation.N.path",
         "data.tokenizer",
         "stages.N.at_tokens",
@@ -71,12 +72,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "stages.N.parallel.communication_data_type",
         "stages.N.parallel.zero_hpz_partition_size",
         "stages.N.parallel.activation_checkpointing",
-        "stages.N.kernels.attention",
-        "stages.N.kernels.norm",
-        "stages.N.kernels.pointwise",
-        "stages.N.kernels.loss",
-        "stages.N.kernels.scan",
-        "stages.N.kernels.linear_cross_entropy",
+        *(f"stages.N.kernels.{key}" for key in KernelsConfig.model_fields),
         "stages.N.batch.micro_batch_size",
     ),
     Effect.FROM_NOW_ON: (
@@ -123,30 +119,20 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "seed",
         "init_from",
         "objective",
-        "data.train.N",
-        "data.train.N.contents",
-        "data.train.N.weight",
         "data.tokenizer_contents",
-        "data.sequence_length",
-        "data.reset_position_ids",
-        "data.reset_attention_mask",
+        "stages.N.data.train.N",
+        "stages.N.data.train.N.contents",
+        "stages.N.data.train.N.weight",
+        "stages.N.data.sequence_length",
+        "stages.N.data.reset_position_ids",
+        "stages.N.data.reset_attention_mask",
         "stages.N.model.max_position_embeddings",
         "stages.N.model.initializer_range",
         "stages.N.model.rms_norm_eps",
         "stages.N.model.sliding_window",
         "stages.N.model.rope_theta",
         "stages.N.model.rope_scaling",
-        "stages.N.model.rope_scaling.rope_type",
-        "stages.N.model.rope_scaling.factor",
-        "stages.N.model.rope_scaling.original_max_position_embeddings",
-        "stages.N.model.rope_scaling.low_freq_factor",
-        "stages.N.model.rope_scaling.high_freq_factor",
-        "stages.N.model.rope_scaling.attention_factor",
-        "stages.N.model.rope_scaling.beta_fast",
-        "stages.N.model.rope_scaling.beta_slow",
-        "stages.N.model.rope_scaling.mscale",
-        "stages.N.model.rope_scaling.mscale_all_dim",
-        "stages.N.model.rope_scaling.truncate",
+        *(f"stages.N.model.rope_scaling.{key}" for key in RopeScaling.model_fields),
         "stages.N.growth",
         "stages.N.growth.layer_map",
         "stages.N.growth.new_layer_init",
@@ -188,6 +174,8 @@ A section that may be null, and an entry of a list, is a key itself: it can be a
 
 _EFFECT_OF = {key: effect for effect, keys in EFFECTS.items() for key in keys}
 
+_OF_STAGE = re.compile(r"^stages\.[^.]+\.")
+
 ABSENT = "absent"
 """Value of a key of a section or a list entry that does not exist."""
 
@@ -227,11 +215,21 @@ def check_allowed(keys: Iterable[str]) -> None:
     """Raise ConfigError for a value of `--allow-change` other than a key, a section and `all`."""
     for key in keys:
         pattern = _pattern(key)
-        known = (name == pattern or name.startswith(f"{pattern}.") for name in _EFFECT_OF)
-        if key != ALL and not any(known):
+        if not any(is_in(name, (pattern,)) for name in _EFFECT_OF):
             near = get_close_matches(pattern, _EFFECT_OF, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ConfigError(f"--allow-change {printable(key)}: no such key{hint}")
+
+
+def is_in(key: str, sections: Collection[str]) -> bool:
+    """Return True if `sections` has the key, a section of it, or `all`.
+
+    A key of a stage at the top, such as `data.sequence_length`, stands for that of all stages.
+    """
+    names = key, _OF_STAGE.sub("", key)
+    return ALL in sections or any(
+        name == each or name.startswith(f"{each}.") for each in sections for name in names
+    )
 
 
 def effect_of(key: str, stage: int) -> Effect:

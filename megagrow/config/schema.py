@@ -5,16 +5,16 @@ section are validated by its class, constraints between sections and with the nu
 `validation.py`. The sections of a run and of a stage can be imported from here.
 """
 
-from pathlib import Path
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
+from megagrow.config.data import CorpusConfig, DataConfig, StageDataConfig, with_stage_data
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.model import ModelConfig
 from megagrow.config.sections import (
     CheckpointConfig,
-    Count,
     EvaluationConfig,
     FilePath,
     GuardsConfig,
@@ -49,56 +49,9 @@ __all__ = [
     "SamplesConfig",
     "ScheduleConfig",
     "StageConfig",
+    "StageDataConfig",
     "ValidationConfig",
 ]
-
-
-def _prefix(path: Path) -> Path:
-    return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
-
-
-class CorpusConfig(Section):
-    """One tokenized corpus of a blend."""
-
-    path: Annotated[FilePath, AfterValidator(_prefix)]
-    """Path of the .bin and .idx files, without extension."""
-    weight: float = Field(default=1.0, gt=0)
-    """Sampling weight in the blend, relative to the other corpora."""
-
-
-def _corpora(value: object) -> object:
-    """Return a path, or a list with paths, in the format of a list of corpora."""
-    corpora = [value] if isinstance(value, str | Path) else value
-    if not isinstance(corpora, list):
-        return corpora
-    return [{"path": each} if isinstance(each, str | Path) else each for each in corpora]
-
-
-Corpora = Annotated[
-    list[CorpusConfig],
-    BeforeValidator(_corpora, json_schema_input_type=str | list[str | CorpusConfig]),
-]
-"""Corpora of a blend; a path is short for a corpus of weight 1."""
-
-
-class DataConfig(Section):
-    """Training and validation data. Each token of a corpus is read once per epoch."""
-
-    train: Corpora = Field(min_length=1)
-    """Training corpora; more than one are blended. A path, or a list of paths, is short for corpora
-    of weight 1."""
-    validation: Corpora = Field(default=[])
-    """Corpora of the validation loss; empty disables it."""
-    tokenizer: FilePath | None = None
-    """A SentencePiece .model file, a tokenizer.json, or a Hugging Face folder. It is checked
-    against the model's vocabulary and required by `evaluation` and `samples`. Checkpoints record
-    its path."""
-    sequence_length: Count
-    """Tokens per sequence."""
-    reset_position_ids: bool = False
-    """Restart positions at 0 at each document (name from Megatron-LM)."""
-    reset_attention_mask: bool = False
-    """Restrict attention to the token's own document (name from Megatron-LM)."""
 
 
 def _printable(name: str) -> str:
@@ -136,7 +89,7 @@ class RunConfig(Section):
     objective: Literal["pretrain", "sft"] = "pretrain"
     """`sft` is instruction tuning on data from `megagrow prepare-sft`: the loss is the mean over
     the answer tokens of a global batch, and the optimizer state is always reinitialized."""
-    data: DataConfig
+    data: DataConfig = DataConfig()
     stages: list[StageConfig] = Field(min_length=1)
     """Stages in order; each one grows from the previous one. Without `stages`, the top of the file
     is the only stage."""
@@ -148,3 +101,8 @@ class RunConfig(Section):
     """Evaluation on lm-eval tasks during training; null disables it."""
     guards: GuardsConfig = GuardsConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_stage_data(cls, values: Any) -> Any:
+        return with_stage_data(values) if isinstance(values, Mapping) else values

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from megagrow.config.data import StageDataConfig
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.model import ModelConfig
 from megagrow.config.sections import Count, Section
@@ -120,6 +121,7 @@ class StageConfig(Section):
     """One model, trained for a number of tokens."""
 
     model: ModelConfig
+    data: StageDataConfig
     tokens: Count
     """Tokens trained in this stage, rounded up to complete steps. `auto` uses equation 2 of the
     paper and the next stage. A stage sets exactly one of `tokens`, `at_tokens` and `at_flops`;

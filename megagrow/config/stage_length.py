@@ -29,33 +29,32 @@ _UNSETTLED = 1
 """Placeholder in `tokens` until `settled` computes the number."""
 
 
-def step_tokens(stage: StageConfig, sequence_length: int) -> int:
+def step_tokens(stage: StageConfig) -> int:
     """Return the tokens of one optimizer step of `stage`, over all ranks."""
-    return stage.batch.global_batch_size * sequence_length
+    return stage.batch.global_batch_size * stage.data.sequence_length
 
 
-def stage_steps(stage: StageConfig, sequence_length: int, done: int = 0) -> int:
+def stage_steps(stage: StageConfig, done: int = 0) -> int:
     """Return the number of optimizer steps of `stage` after its first `done` tokens."""
-    return -(-max(0, stage.tokens - done) // step_tokens(stage, sequence_length))
+    return -(-max(0, stage.tokens - done) // step_tokens(stage))
 
 
-def stage_tokens(stage: StageConfig, sequence_length: int) -> int:
+def stage_tokens(stage: StageConfig) -> int:
     """Return the tokens trained in `stage`: its `tokens`, rounded up to complete steps."""
     if stage.exact_tokens is not None:
         return stage.exact_tokens
-    return stage_steps(stage, sequence_length) * step_tokens(stage, sequence_length)
+    return stage_steps(stage) * step_tokens(stage)
 
 
 def steps_left(run: RunConfig, stage: int = 0, tokens: int = 0) -> int:
     """Return the optimizer steps of a run that follow after `tokens` tokens of stage `stage`."""
-    length = run.data.sequence_length
-    in_stage = stage_steps(run.stages[stage], length, tokens)
-    return in_stage + sum(stage_steps(later, length) for later in run.stages[stage + 1 :])
+    in_stage = stage_steps(run.stages[stage], tokens)
+    return in_stage + sum(stage_steps(later) for later in run.stages[stage + 1 :])
 
 
 def tokens_between(run: RunConfig, first: int, last: int) -> int:
     """Return the tokens of the stages from `first` to `last`, exclusive."""
-    return sum(stage_tokens(s, run.data.sequence_length) for s in run.stages[first:last])
+    return sum(stage_tokens(s) for s in run.stages[first:last])
 
 
 def run_tokens(run: RunConfig) -> int:
@@ -65,8 +64,10 @@ def run_tokens(run: RunConfig) -> int:
 
 def run_flops(run: RunConfig) -> int:
     """Return the FLOPs of all stages, as counted by `flops_per_token`."""
-    length = run.data.sequence_length
-    return sum(stage_tokens(s, length) * flops_per_token(s.model, length) for s in run.stages)
+    return sum(
+        stage_tokens(stage) * flops_per_token(stage.model, stage.data.sequence_length)
+        for stage in run.stages
+    )
 
 
 def lengths_in(tree: dict[str, Any]) -> list[str]:
@@ -105,7 +106,7 @@ def settled(
     Raises:
         ValueError: a stage would have no tokens, or `auto` is undefined; the message names the key.
     """
-    stages, length = list(run.stages), run.data.sequence_length
+    stages = list(run.stages)
     for index in reversed(range(len(stages))):  # auto depends on the following stage
         if stages[index].tokens_auto:
             stages[index] = _with_tokens(stages[index], _auto_tokens(stages, index))
@@ -116,9 +117,9 @@ def settled(
         if index < len(finished):
             each = _exactly(each, finished[index])
         elif index == stage and tokens > 0:
-            left = stage_steps(each, length, tokens) * step_tokens(each, length)
+            left = stage_steps(each, tokens) * step_tokens(each)
             each = _exactly(each, tokens + left)
-        stages[index], trained = each, stage_tokens(each, length)
+        stages[index], trained = each, stage_tokens(each)
         total += trained
         flops += trained * paper_flops_per_token(each.model)
     return run.model_copy(update={"stages": stages})

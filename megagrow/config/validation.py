@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from megagrow.config.model import MAMBA_KEYS, ModelConfig
-from megagrow.config.schema import RunConfig
+from megagrow.config.schema import RunConfig, StageDataConfig
 from megagrow.config.stage import StageConfig
 from megagrow.model.layers.table import indivisible_sizes
 
@@ -14,10 +14,11 @@ def problems(run: RunConfig) -> list[str]:
     for index, stage in enumerate(run.stages):
         at = f"stages.{index}"
         texts += model_problems(stage.model, f"{at}.model")
-        texts += _parallel(stage, run.data.sequence_length, at)
+        texts += _parallel(stage, at)
         texts += _batch_and_schedule(stage, at)
-        texts += _sequence(stage.model, run.data.sequence_length, at)
+        texts += _sequence(stage, at)
         texts += _growth(run, index)
+        texts += _data(run, index)
         texts += _rate_by_size(run, index)
     return texts
 
@@ -79,7 +80,7 @@ def _instruction_tuning(run: RunConfig) -> Iterator[str]:
     if run.objective == "pretrain":
         return
     for key in ("reset_position_ids", "reset_attention_mask"):
-        if not getattr(run.data, key):
+        if not getattr(run.stages[0].data, key):
             yield (
                 f"data.{key} = false, but objective: sft packs independent examples into one "
                 f"sequence; set data.{key}: true"
@@ -97,14 +98,15 @@ def _evaluation(run: RunConfig) -> Iterator[str]:
             yield f"{name} needs a tokenizer; set data.tokenizer or remove {name}"
 
 
-def _parallel(stage: StageConfig, sequence_length: int, at: str) -> Iterator[str]:
+def _parallel(stage: StageConfig, at: str) -> Iterator[str]:
+    sequence_length = stage.data.sequence_length
     tensor = stage.parallel.tensor_model_parallel_size
     key = f"{at}.parallel.tensor_model_parallel_size = {tensor}"
     for name, size in indivisible_sizes(stage.model, tensor):
         yield f"{at}.model.{name} = {size} is not divisible by {key}; use a divisor of {size}"
     if stage.parallel.sequence_parallel and sequence_length % tensor:
         yield (
-            f"data.sequence_length = {sequence_length} is not divisible by {key}, which "
+            f"{at}.data.sequence_length = {sequence_length} is not divisible by {key}, which "
             f"sequence_parallel requires; use a divisor of {sequence_length}"
         )
     if stage.parallel.offload_optimizer and stage.parallel.zero_stage == 0:
@@ -133,12 +135,12 @@ def _batch_and_schedule(stage: StageConfig, at: str) -> Iterator[str]:
         yield f"{at}.schedule sets both warmup_steps and warmup_tokens; set one of them to null"
 
 
-def _sequence(model: ModelConfig, sequence_length: int, at: str) -> Iterator[str]:
-    if sequence_length > model.max_position_embeddings:
+def _sequence(stage: StageConfig, at: str) -> Iterator[str]:
+    length, longest = stage.data.sequence_length, stage.model.max_position_embeddings
+    if length > longest:
         yield (
-            f"data.sequence_length = {sequence_length} is above "
-            f"{at}.model.max_position_embeddings = {model.max_position_embeddings}; "
-            "lower the one or raise the other"
+            f"{at}.data.sequence_length = {length} is above "
+            f"{at}.model.max_position_embeddings = {longest}; lower the one or raise the other"
         )
 
 
@@ -158,6 +160,13 @@ def _growth(run: RunConfig, index: int) -> Iterator[str]:
             yield f"{at}: the first stage has no model to grow from; remove it"
     elif growth is None:
         yield f"{at} is missing; define the growth from the model of stages.{index - 1}"
+
+
+def _data(run: RunConfig, index: int) -> Iterator[str]:
+    for key in StageDataConfig.model_fields:
+        own, first = (getattr(run.stages[i].data, key) for i in (index, 0))
+        if own != first:
+            yield f"stages.{index}.data.{key} differs from stages.0.data.{key}; make them equal"
 
 
 def _rate_by_size(run: RunConfig, index: int) -> Iterator[str]:

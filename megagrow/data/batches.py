@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from megagrow.common.sizes import format_short
-from megagrow.config.schema import BatchConfig, CorpusConfig, DataConfig, RunConfig
-from megagrow.config.stage_length import stage_tokens
+from megagrow.config.schema import BatchConfig, CorpusConfig, RunConfig, StageDataConfig
+from megagrow.config.stage_length import run_tokens
 from megagrow.data.indexed import IndexedCorpus
 from megagrow.data.manifest import CorpusManifest
 from megagrow.data.stream import NO_LABEL, Tokens, TokenStream
@@ -118,7 +118,7 @@ class BatchReader:
     def __init__(
         self,
         stream: TokenStream,
-        data_config: DataConfig,
+        data_config: StageDataConfig,
         vocab_size: int,
         mask: TokenStream | None = None,
     ) -> None:
@@ -229,7 +229,7 @@ class CorpusEpochs:
 
 def stream_epochs(run: RunConfig, stream: TokenStream) -> tuple[CorpusEpochs, ...]:
     """Return the epochs of each corpus of the training stream, without tokens read by growths."""
-    tokens = sum(stage_tokens(stage, run.data.sequence_length) for stage in run.stages)
+    tokens = run_tokens(run)
     return tuple(
         CorpusEpochs(corpus.prefix, corpus.num_tokens, stream.tokens_read(index, tokens))
         for index, corpus in enumerate(stream.corpora)
@@ -245,7 +245,8 @@ def epoch_warnings(run: RunConfig, epochs: Iterable[CorpusEpochs]) -> list[str]:
 
 def epoch_lines(run: RunConfig) -> list[str]:
     """Return the epochs of each training corpus and warnings. Raises DataError for a bad corpus."""
-    stream = open_stream(run.data.train, run.seed, run.data.sequence_length)
+    data = run.stages[0].data
+    stream = open_stream(data.train, run.seed, data.sequence_length)
     epochs = stream_epochs(run, stream)
     warnings = (f"Warning: {text}" for text in epoch_warnings(run, epochs))
     return [*(each.line() for each in epochs), *warnings]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megagrow.config.schema import DataConfig
+from megagrow.config.schema import RunConfig
 from megagrow.config.sections import Section
 from megagrow.data.indexed import CorpusFile, with_suffix
 from megagrow.data.manifest import CorpusManifest
@@ -66,12 +66,12 @@ class Contents(Section):
 
 
 def data_contents(
-    data: DataConfig, identities: Mapping[str, CorpusIdentity], tokenizer: str | None
+    run: RunConfig, identities: Mapping[str, CorpusIdentity], tokenizer: str | None
 ) -> Contents:
     """Return the contents of a run from the identities of its corpora by path and its tokenizer."""
     train, validation = (
         [identities[str(corpus.path)].content for corpus in corpora]
-        for corpora in (data.train, data.validation)
+        for corpora in (run.stages[0].data.train, run.data.validation)
     )
     return Contents(train=train, validation=validation, tokenizer=tokenizer)
 

@@ -30,7 +30,7 @@ def ramp_tokens(run: RunConfig, index: int) -> int:
     ramp = stage.growth.ramp_tokens
     if ramp is None:
         ramps = max(1, len(wider_axes(run.stages[index - 1].model, stage.model)))
-        ramp = ramps * GROW_STEPS * step_tokens(stage, run.data.sequence_length)
+        ramp = ramps * GROW_STEPS * step_tokens(stage)
     return min(ramp, stage.tokens)
 
 

@@ -94,9 +94,10 @@ def uses_bf16(run: RunConfig, device: torch.device) -> bool:
 
 def kernel_workload(run: RunConfig, index: int, device: torch.device) -> KernelWorkload:
     """Return the workload of stage `index` of a run on a device."""
+    stage = run.stages[index]
     dtype = torch.bfloat16 if uses_bf16(run, device) else torch.float32
-    packed, deterministic = run.data.reset_attention_mask, run.deterministic_mode
-    return model_workload(run.stages[index].model, dtype, packed, deterministic)
+    packed, deterministic = stage.data.reset_attention_mask, run.deterministic_mode
+    return model_workload(stage.model, dtype, packed, deterministic)
 
 
 def model_workload(

@@ -117,15 +117,12 @@ def has_checksum(path: Path, checksum: str) -> bool:
 
 def _of_run(environment: dict[str, Any]) -> list[Path]:
     config = environment.get("config")
-    data = config.get("data") if isinstance(config, dict) else None
-    if not isinstance(data, dict):
-        return []
-    paths = [Path(data["tokenizer"])] if isinstance(data.get("tokenizer"), str) else []
-    corpora = data.get("train")
-    for corpus in corpora if isinstance(corpora, list) else []:
-        path = corpus.get("path") if isinstance(corpus, dict) else None
-        if not isinstance(path, str):
-            continue
+    # Earlier versions recorded the corpora in the run's own section.
+    sections = [_value(each, "data") for each in (config, *_entries(config, "stages"))]
+    named = _value(sections[0], "tokenizer")
+    paths = [Path(named)] if isinstance(named, str) else []
+    corpora = [_value(each, "path") for data in sections for each in _entries(data, "train")]
+    for path in dict.fromkeys(each for each in corpora if isinstance(each, str)):
         try:
             own = CorpusManifest.tokenizer_of(Path(path))
         except DataError as error:
@@ -133,6 +130,17 @@ def _of_run(environment: dict[str, Any]) -> list[Path]:
             continue
         paths += [] if own is None else [own]
     return paths
+
+
+def _value(section: Any, key: str) -> Any:
+    """Return the value of a key of an untrusted section, None if it has none."""
+    return section.get(key) if isinstance(section, dict) else None
+
+
+def _entries(section: Any, key: str) -> list[Any]:
+    """Return the list at a key of an untrusted section, empty if it has none."""
+    value = _value(section, key)
+    return value if isinstance(value, list) else []
 
 
 def _of_folder(environment: dict[str, Any]) -> list[Path]:

@@ -25,7 +25,6 @@ class Activations:
 
     stage: StageConfig
     layout: Layout
-    sequence_length: int
     bf16: bool
     on_cpu: bool
 
@@ -92,7 +91,7 @@ class Activations:
     @property
     def _tokens(self) -> int:
         """Return the tokens of a micro-batch."""
-        return self.stage.batch.micro_batch_size * self.sequence_length
+        return self.stage.batch.micro_batch_size * self.stage.data.sequence_length
 
     @property
     def _residual(self) -> int:
@@ -113,7 +112,7 @@ class Activations:
         complete = 0 if recomputed else model.hidden_size * self._tokens * self._width
         batch = MicroBatch(
             tokens=self._tokens,
-            sequence_length=self.sequence_length,
+            sequence_length=self.stage.data.sequence_length,
             width=self._width,
             tp=self.layout.tp,
             attention=self.stage.kernels.attention,

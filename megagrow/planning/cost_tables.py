@@ -9,7 +9,7 @@ from megagrow.config.flops import (
     paper_flops_per_token,
 )
 from megagrow.config.growth_guidelines import SPEEDUPS
-from megagrow.config.schema import ModelConfig
+from megagrow.config.schema import ModelConfig, StageConfig
 from megagrow.model.layers.table import EMBEDDING, HEAD, block_counts
 from megagrow.planning.costs import KG_CO2_PER_KWH, PUE, Cost, RunCosts
 
@@ -110,10 +110,11 @@ def _add(parts: dict[str, tuple[int, int]], label: str, computed: int, paper: in
     parts[label] = (before[0] + computed, before[1] + paper)
 
 
-def flops_rows(models: Sequence[ModelConfig], sequence_length: int) -> Mapping[str, Sequence[str]]:
-    """Return, by part and model, computed FLOPs per token, their share, and the paper's account."""
-    by_model = [flops_parts(model, sequence_length) for model in models]
-    return {part: [_cell(parts, part) for parts in by_model] for part in by_model[0]}
+def flops_rows(stages: Sequence[StageConfig]) -> Mapping[str, Sequence[str]]:
+    """Return, by part and stage, computed FLOPs per token, their share, and the paper's account."""
+    each = [flops_parts(stage.model, stage.data.sequence_length) for stage in stages]
+    names = dict.fromkeys(part for parts in each for part in parts)
+    return {part: [_cell(parts, part) for parts in each] for part in names}
 
 
 def _cell(parts: FlopsParts, part: str) -> str:

@@ -106,7 +106,7 @@ def run_costs(plan: RunPlan, pace: Pace, factors: CostFactors) -> RunCosts:
     if plan.saving is None:
         return RunCosts(pace, factors, stages, total, None)
     target = plan.stages[-1]
-    true = flops_per_token(target.config.model, plan.run.data.sequence_length)
+    true = flops_per_token(target.config.model, target.config.data.sequence_length)
     low, high = (flops / (6 * target.parameters) for flops in plan.saving.scratch_flops)
     return RunCosts(pace, factors, stages, total, (cost(low, low * true), cost(high, high * true)))
 

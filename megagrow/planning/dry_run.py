@@ -225,7 +225,7 @@ def _stage(run: RunConfig, index: int, world_size: int, rank: int) -> RankStage:
         key = (_LAYER.sub(".layers.*.", name), tuple(parameter.shape))
         shares.setdefault(key, []).append(held)
     parameters = tuple(ParameterShare(*key, len(each), sum(each)) for key, each in shares.items())
-    memory = StageMemory(config, layout, run.data.sequence_length, bf16)
+    memory = StageMemory(config, layout, bf16)
     return RankStage(parameters, weights, memory, tuple(step_traffic(memory)))
 
 

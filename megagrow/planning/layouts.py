@@ -34,9 +34,8 @@ def fitting_layouts(
     Tensor parallelism stays within a node, with sequence parallelism; the global batch is
     unchanged. Raises ConfigError if no layout fits.
     """
-    length = run.data.sequence_length
     tried = [
-        (step_time(stage_work(stage, cluster, length), cluster), stage)
+        (step_time(stage_work(stage, cluster), cluster), stage)
         for stage in _candidates(run, index, cluster)
     ]
     tried.sort(key=lambda pair: pair[0].seconds)
@@ -51,7 +50,7 @@ def fitting_layouts(
         )
         if sequences >= too_many.get(kind, MOST_SEQUENCES + 1):
             continue
-        held = on_gpu(stage_memory(stage, cluster.gpus, length, bf16=True))
+        held = on_gpu(stage_memory(stage, cluster.gpus, bf16=True))
         if held > USABLE * capacity:
             too_many[kind] = sequences
             continue

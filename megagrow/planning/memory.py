@@ -32,7 +32,6 @@ class StageMemory:
 
     stage: StageConfig
     layout: Layout
-    sequence_length: int
     bf16: bool
     on_cpu: bool = False
 
@@ -230,11 +229,11 @@ class StageMemory:
 
     @cached_property
     def _parts(self) -> Activations:
-        return Activations(self.stage, self.layout, self.sequence_length, self.bf16, self.on_cpu)
+        return Activations(self.stage, self.layout, self.bf16, self.on_cpu)
 
 
 def stage_memory(
-    stage: StageConfig, world_size: int, sequence_length: int, bf16: bool, on_cpu: bool = False
+    stage: StageConfig, world_size: int, bf16: bool, on_cpu: bool = False
 ) -> StageMemory:
     """Return the memory of a stage on `world_size` ranks, which must be valid for its settings.
 
@@ -246,7 +245,7 @@ def stage_memory(
     # Scales of an exact continuation split groups; shards then differ by a few padding elements.
     groups = tuple(group.names for group in parameter_groups(plan, stage.optimizer, {}))
     layout = Layout(plan, groups, parallel.zero_stage, world_size // tp, tp)
-    return StageMemory(stage, layout, sequence_length, bf16, on_cpu)
+    return StageMemory(stage, layout, bf16, on_cpu)
 
 
 def growth_peak(source: StageMemory, target: StageMemory) -> int:

@@ -118,8 +118,7 @@ def plan_run(run: RunConfig, world_size: int, gpu_memory: int | None = None) -> 
     if problems:
         raise ConfigError("; ".join(problems))
     bf16 = run.precision != "fp32"
-    length = run.data.sequence_length
-    memories = [stage_memory(stage, world_size, length, bf16) for stage in run.stages]
+    memories = [stage_memory(stage, world_size, bf16) for stage in run.stages]
     stages = tuple(_stage(run, index, memories) for index in range(len(run.stages)))
     growths = [stage.growth.peak_bytes if stage.growth else None for stage in stages]
     warnings = [*timing_warnings(run), *_warnings(stages)]
@@ -130,17 +129,17 @@ def plan_run(run: RunConfig, world_size: int, gpu_memory: int | None = None) -> 
 
 
 def _stage(run: RunConfig, index: int, memories: list[StageMemory]) -> StagePlan:
-    stage, length = run.stages[index], run.data.sequence_length
-    tokens = stage_tokens(stage, length)
+    stage = run.stages[index]
+    tokens = stage_tokens(stage)
     return StagePlan(
         config=stage,
         parameters=parameters(stage.model),
         non_embedding=non_embedding_parameters(stage.model),
         tokens=tokens,
-        steps=stage_steps(stage, length),
-        step_tokens=step_tokens(stage, length),
+        steps=stage_steps(stage),
+        step_tokens=step_tokens(stage),
         flops=paper_flops_per_token(stage.model) * tokens,
-        flops_true=flops_per_token(stage.model, length) * tokens,
+        flops_true=flops_per_token(stage.model, stage.data.sequence_length) * tokens,
         optimizer=stage_optimizer(run, index),
         memory=memories[index],
         growth=_growth(run, index, memories),

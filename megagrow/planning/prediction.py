@@ -53,9 +53,8 @@ def predict_run(plan: RunPlan, cluster: Cluster) -> RunPrediction:
     """
     if not plan.bf16:
         raise ConfigError("--cluster: predicts bf16 only, this run has precision: fp32")
-    length = plan.run.data.sequence_length
     return RunPrediction(
-        cluster, tuple(_stage(stage, cluster, length, i) for i, stage in enumerate(plan.stages))
+        cluster, tuple(_stage(stage, cluster, index) for index, stage in enumerate(plan.stages))
     )
 
 
@@ -65,18 +64,18 @@ def predicted_pace(plan: RunPlan, prediction: RunPrediction) -> Pace:
     return Pace(flops / prediction.seconds, "predicted for the cluster, mean over all stages")
 
 
-def stage_work(stage: StageConfig, cluster: Cluster, sequence_length: int) -> StepWorkload:
+def stage_work(stage: StageConfig, cluster: Cluster) -> StepWorkload:
     """Return the workload of one GPU of the cluster in a step of this stage."""
-    return step_workload(stage, cluster.gpus, sequence_length, cluster.card.family == "hopper")
+    return step_workload(stage, cluster.gpus, cluster.card.family == "hopper")
 
 
-def _stage(stage: StagePlan, cluster: Cluster, sequence_length: int, index: int) -> StagePrediction:
+def _stage(stage: StagePlan, cluster: Cluster, index: int) -> StagePrediction:
     if stage.config.parallel.offload_optimizer:
         raise ConfigError(
             f"--cluster: stages.{index}.parallel.offload_optimizer: PCIe traffic is not predicted; "
             "leave it out, or leave --cluster out"
         )
-    work = stage_work(stage.config, cluster, sequence_length)
+    work = stage_work(stage.config, cluster)
     growth = None if stage.growth is None else growth_seconds(work, cluster)
     return StagePrediction(step_time(work, cluster), stage.steps, growth)
 

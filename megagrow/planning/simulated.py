@@ -85,9 +85,9 @@ def simulate_run(
 ) -> tuple[SimulatedStage, ...]:
     """Simulate a rank of a run on `world_size` GPUs; `precision: auto` is bf16, as on a GPU."""
     run = shortened(run, world_size, actions.micro_batches)
-    length, bf16 = run.data.sequence_length, run.precision != "fp32"
+    bf16 = run.precision != "fp32"
     reports = isolated(simulate_rank, run, world_size, rank, actions)
-    memories = [stage_memory(stage, world_size, length, bf16) for stage in run.stages]
+    memories = [stage_memory(stage, world_size, bf16) for stage in run.stages]
     growths = _growth_peaks(memories, actions)
     return tuple(map(SimulatedStage, memories, reports, growths))
 

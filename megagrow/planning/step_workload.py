@@ -115,9 +115,7 @@ def shape_of(model: ModelConfig, sequence_length: int) -> Shape:
     return Shape(model, sequence_length, blocks)
 
 
-def step_workload(
-    stage: StageConfig, world_size: int, sequence_length: int, hopper: bool
-) -> StepWorkload:
+def step_workload(stage: StageConfig, world_size: int, hopper: bool) -> StepWorkload:
     """Return the workload of one GPU in a step of a stage on `world_size` GPUs.
 
     The stage's settings must be valid for `world_size`. Gradient reduction overlaps the backward
@@ -127,7 +125,7 @@ def step_workload(
     parallel, batch = stage.parallel, stage.batch
     tp, zero = parallel.tensor_model_parallel_size, parallel.zero_stage
     dp = world_size // tp
-    shape = shape_of(stage.model, sequence_length)
+    shape = shape_of(stage.model, stage.data.sequence_length)
     bucket = bucket_elements(shape.parameters // tp, zero)
     return StepWorkload(
         shape=shape,

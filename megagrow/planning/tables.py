@@ -98,8 +98,7 @@ def _print_details(plan: RunPlan, console: Console, costs: RunCosts | None) -> N
     """Print a plan; as plain Markdown tables if the output is not a terminal."""
     stages = [f"stage {index}" for index in range(len(plan.stages))]
     _print(console, "Stages", stages, stage_rows(plan.stages))
-    length = plan.run.data.sequence_length
-    flops = flops_rows([stage.config.model for stage in plan.stages], length)
+    flops = flops_rows([stage.config for stage in plan.stages])
     _print(console, "FLOPs per token, true (share) / the paper's", stages, flops)
     memories = [stage.memory for stage in plan.stages]
     _print(console, "Memory per rank, GiB", stages, memory_rows(memories))

@@ -60,7 +60,7 @@ def _tensor_parallel(memory: StageMemory) -> Iterator[Traffic]:
     parallel, model = stage.parallel, stage.model
     # Under autocast (ZeRO 0) some tensors are bf16, so fp32 is an upper bound.
     width = 2 if memory.bf16 and parallel.zero_stage > 0 else 4
-    tokens = stage.batch.micro_batch_size * memory.sequence_length
+    tokens = stage.batch.micro_batch_size * stage.data.sequence_length
     micro, blocks = _micro_batches(memory), block_counts(model).total()
     again = blocks if parallel.activation_checkpointing == "full" else 0
     region = micro * tokens * model.hidden_size * width
@@ -85,7 +85,7 @@ def _within_blocks(memory: StageMemory, width: int) -> Iterator[Traffic]:
     stage, ranks, micro = memory.stage, memory.layout.tp, _micro_batches(memory)
     model, parallel = stage.model, stage.parallel
     counts = block_counts(model).items()
-    tokens = micro * stage.batch.micro_batch_size * memory.sequence_length
+    tokens = micro * stage.batch.micro_batch_size * stage.data.sequence_length
     summed = sum(count * block.type.partial_sums(model, width) for block, count in counts)
     passes = 3 if parallel.activation_checkpointing == "full" else 2
     if summed:

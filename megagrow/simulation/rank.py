@@ -81,8 +81,8 @@ def _simulate_stages(
     for index in range(len(run.stages)):
         if stage is not None and actions.growth:
             recorder.begin("growth")
-            with StepFeed(_Reader(run)) as steps:
-                feed = Feed(steps, 0, run.data.sequence_length)
+            with StepFeed(_Reader(run.stages[index])) as steps:
+                feed = Feed(steps, 0)
                 stage, _ = grow(run, end_stage(stage), feed)
         else:
             stage = None  # releases the stage before
@@ -101,7 +101,7 @@ def _simulate_stage(
     run: RunConfig, stage: Stage, recorder: Recorder, actions: Actions
 ) -> StageReport:
     label_state(recorder.memory, stage.engine)
-    reader, state = _Reader(run), RunState(stage=stage.index)
+    reader, state = _Reader(stage.config), RunState(stage=stage.index)
     with StepFeed(reader) as feed, phases(recorder.memory, stage.engine):
         for section in ("first step", STEP):
             recorder.begin(section)
@@ -125,9 +125,9 @@ def _simulate_stage(
 class _Reader(BatchReader):
     """Batches of zeros with two documents per sequence."""
 
-    def __init__(self, run: RunConfig) -> None:
-        self.length = run.data.sequence_length
-        self._packed = run.data.reset_attention_mask
+    def __init__(self, stage: StageConfig) -> None:
+        self.length = stage.data.sequence_length
+        self._packed = stage.data.reset_attention_mask
 
     def read(self, position: int, sequence_indices: Sequence[int]) -> Batch:
         with _disable_current_modes():  # host memory is real: sizes may depend on its values

@@ -6,7 +6,7 @@ by default are compared in tokens, so that a new batch size does not shift them 
 
 import copy
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from megagrow.checkpoint.source import Source
 from megagrow.common.untrusted_values import problems_of_values
 from megagrow.config.deprecated import rename_recorded
 from megagrow.config.load import recorded_run
-from megagrow.config.resume_rules import ABSENT, ALL, ConfigChange, Effect, config_changes
+from megagrow.config.resume_rules import ABSENT, ConfigChange, Effect, config_changes, is_in
 from megagrow.config.schema import GrowthConfig, ModelConfig, RunConfig
 from megagrow.data.corpus_identity import Contents
 from megagrow.data.manifest import CorpusManifest
@@ -74,7 +74,7 @@ def changes_since(
     if recorded is not None:
         before, after = (_with_past_operators(each, state) for each in (recorded, run))
         equal = {*keys_without_effect(recorded, run, state), *_equal_lengths(before, after, state)}
-        changes = [replace(c, effect=Effect.NONE) if _is_in(c.key, equal) else c for c in changes]
+        changes = [replace(c, effect=Effect.NONE) if is_in(c.key, equal) else c for c in changes]
         if state.stage < len(recorded.stages):
             changes += _shifted_lengths(before, after, state.stage, changes)
     tokens = f"stages.{state.stage}.tokens"
@@ -137,7 +137,7 @@ def _change_of_folder_tokenizer(run: RunConfig, source: Source) -> list[ConfigCh
 
 def _tokenizer_file(run: RunConfig) -> Path | None:
     """Return the tokenizer of a run: `data.tokenizer`, or the copy in the folder of a corpus."""
-    of_corpora = (CorpusManifest.tokenizer_of(corpus.path) for corpus in run.data.train)
+    of_corpora = (CorpusManifest.tokenizer_of(corpus.path) for corpus in run.stages[0].data.train)
     return run.data.tokenizer or next(filter(None, of_corpora), None)
 
 
@@ -158,7 +158,7 @@ def check_changes(changes: Sequence[ConfigChange], allowed: Sequence[str], check
     refused = [
         change
         for change in changes
-        if change.effect is Effect.CONTRADICTION and not _is_in(change.key, allowed)
+        if change.effect is Effect.CONTRADICTION and not is_in(change.key, allowed)
     ]
     if refused:
         keys = " ".join(f"--allow-change {change.key}" for change in refused)
@@ -192,7 +192,7 @@ def _recorded(environment: Mapping[str, Any]) -> tuple[RunConfig | None, Content
             f"the contents recorded in the checkpoint are invalid: {problems_of_values(error)}"
         ) from error
     sizes = len(known.train), len(known.validation)
-    if sizes != (len(run.data.train), len(run.data.validation)):
+    if sizes != (len(run.stages[0].data.train), len(run.data.validation)):
         raise CheckpointError("the contents recorded in the checkpoint do not match its run")
     return run, known
 
@@ -223,15 +223,19 @@ def _add_contents(
     old: dict[str, Any], new: dict[str, Any], recorded: Contents | None, now: Contents
 ) -> None:
     """Add the contents of corpora and tokenizer; paths stand for contents that are not recorded."""
-    for name in ("train", "validation"):
-        for side, known in ((old, recorded), (new, now if recorded else None)):
-            for index, corpus in enumerate(side["data"][name]):
-                path = _absolute(corpus["path"])
-                corpus["contents"] = getattr(known, name)[index] if known else path
+    for side, known in ((old, recorded), (new, now if recorded else None)):
+        for stage in side["stages"]:
+            _add_contents_of(stage["data"]["train"], known.train if known else None)
+        _add_contents_of(side["data"]["validation"], known.validation if known else None)
     tokenizers = (recorded or now).tokenizer, now.tokenizer
     if None not in tokenizers:
         for side, tokenizer in zip((old, new), tokenizers, strict=True):
             side["data"]["tokenizer_contents"] = tokenizer
+
+
+def _add_contents_of(corpora: list[dict[str, Any]], known: Sequence[str] | None) -> None:
+    for index, corpus in enumerate(corpora):
+        corpus["contents"] = known[index] if known else _absolute(corpus["path"])
 
 
 def _shifted_lengths(
@@ -272,11 +276,6 @@ def _equal_lengths(old: RunConfig, new: RunConfig, state: RunState) -> Iterator[
 
 def _listed(changes: Sequence[ConfigChange]) -> str:
     return ", ".join(change.difference for change in changes)
-
-
-def _is_in(key: str, sections: Collection[str]) -> bool:
-    """Return True if `sections` has the key, a section of it, or `all`."""
-    return any(each in (ALL, key) or key.startswith(f"{each}.") for each in sections)
 
 
 def _absolute(path: str) -> str:

@@ -52,8 +52,9 @@ def open_inputs(run: RunConfig) -> Inputs:
     identities = corpus_identities(run)
     tokenizers = used_tokenizers(run, identities)
     tokenizer = one_tokenizer(tokenizers)
-    stream = open_stream(run.data.train, run.seed, run.data.sequence_length)
-    train = _reader(run, stream, run.data.train, shuffle=True)
+    data = run.stages[0].data
+    stream = open_stream(data.train, run.seed, data.sequence_length)
+    train = _reader(run, stream, data.train, shuffle=True)
     validation, sequences = _open_validation(run)
     if corpus_identities(run) != identities:
         raise DataError("a corpus was replaced while it was opened; start the run again")
@@ -65,7 +66,7 @@ def open_inputs(run: RunConfig) -> Inputs:
         validation_sequences=sequences,
         fixed=validation or train,
         identities=identities,
-        contents=data_contents(run.data, identities, tokenizer),
+        contents=data_contents(run, identities, tokenizer),
         epochs=epochs,
         warnings=(*filter(None, (unknown,)), *epoch_warnings(run, epochs)),
     )
@@ -73,7 +74,7 @@ def open_inputs(run: RunConfig) -> Inputs:
 
 def _open_validation(run: RunConfig) -> tuple[BatchReader | None, int]:
     """Return the validation reader and the number of sequences it reads."""
-    data, length = run.data, run.data.sequence_length
+    data, length = run.data, run.stages[0].data.sequence_length
     if not data.validation:
         return None, 0
     stream = open_stream(data.validation, run.seed, length, shuffle=False)
@@ -108,7 +109,7 @@ def corpus_identities(run: RunConfig) -> dict[str, CorpusIdentity]:
     """Return the identities of all corpora by path. Raises DataError for a damaged corpus."""
     return {
         str(corpus.path): corpus_identity(corpus.path)
-        for corpus in (*run.data.train, *run.data.validation)
+        for corpus in (*run.stages[0].data.train, *run.data.validation)
     }
 
 
@@ -132,8 +133,9 @@ def open_or_list_problems(run: RunConfig) -> tuple[Inputs | None, list[str]]:
     Problems are the errors of each corpus and of `data.tokenizer`, or the one of `open_inputs`.
     """
     data = run.data
+    train = run.stages[0].data.train
     checks: list[Callable[[], object]] = []
-    for shuffle, corpora in ((True, data.train), (False, data.validation)):
+    for shuffle, corpora in ((True, train), (False, data.validation)):
         checks += [partial(_open_alone, run, corpus, shuffle) for corpus in corpora]
     if data.tokenizer is not None:
         checks.append(partial(check_tokenizer, data.tokenizer, run.stages[0].model.vocab_size))
@@ -148,7 +150,7 @@ def open_or_list_problems(run: RunConfig) -> tuple[Inputs | None, list[str]]:
 
 def _open_alone(run: RunConfig, corpus: CorpusConfig, shuffle: bool) -> BatchReader:
     corpus_identity(corpus.path)
-    stream = open_stream([corpus], run.seed, run.data.sequence_length, shuffle)
+    stream = open_stream([corpus], run.seed, run.stages[0].data.sequence_length, shuffle)
     return _reader(run, stream, [corpus], shuffle)
 
 
@@ -164,6 +166,7 @@ def _reader(
     run: RunConfig, stream: TokenStream, corpora: Sequence[CorpusConfig], shuffle: bool
 ) -> BatchReader:
     """Return a reader of an opened stream, with its mask stream if the run has masks."""
-    length, vocab_size = run.data.sequence_length, run.stages[0].model.vocab_size
+    data, vocab_size = run.stages[0].data, run.stages[0].model.vocab_size
+    length = data.sequence_length
     mask = open_mask(stream, corpora, run.seed, length, shuffle) if run.objective == "sft" else None
-    return BatchReader(stream, run.data, vocab_size, mask)
+    return BatchReader(stream, data, vocab_size, mask)

@@ -50,7 +50,7 @@ NO_CHECKS: Checks = MappingProxyType({})
 
 
 def stage_kernels(
-    stage: StageConfig, sequence_length: int, dtype: torch.dtype, backends: Backends
+    stage: StageConfig, dtype: torch.dtype, backends: Backends
 ) -> tuple[KernelCall, ...]:
     """Return the distinct Triton kernel calls of a stage; empty if no backend is Triton.
 
@@ -59,22 +59,19 @@ def stage_kernels(
 
     Args:
         stage: the stage.
-        sequence_length: tokens per sequence.
         dtype: dtype of the forward and backward pass.
         backends: backend of each operation.
     """
-    return tuple(dict.fromkeys(_calls(stage, sequence_length, dtype, backends)))
+    return tuple(dict.fromkeys(_calls(stage, dtype, backends)))
 
 
-def _calls(
-    stage: StageConfig, sequence: int, dtype: torch.dtype, backends: Backends
-) -> Iterator[KernelCall]:
+def _calls(stage: StageConfig, dtype: torch.dtype, backends: Backends) -> Iterator[KernelCall]:
     parallel, batch = stage.parallel, stage.batch.micro_batch_size
     low = str(dtype).removeprefix("torch.")
     # Without ZeRO, bf16 is torch's autocast: only matrix products are in bf16.
     wide = low if parallel.zero_stage > 0 else "float32"
     tp = parallel.tensor_model_parallel_size
-    inputs = KernelInputs(batch, sequence, tp, low, wide)
+    inputs = KernelInputs(batch, stage.data.sequence_length, tp, low, wide)
     calls = [*_residual_norms(stage, inputs)]
     for block in block_counts(stage.model):
         calls += block.type.kernel_calls(stage.model, inputs)

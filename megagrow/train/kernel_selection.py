@@ -112,8 +112,7 @@ def stage_ops(run: RunConfig, index: int, device: torch.device, checks: Checks) 
 
 def triton_calls(run: RunConfig, index: int, selected: SelectedBackends) -> tuple[KernelCall, ...]:
     """Return the Triton calls of a stage with the selected backends."""
-    length, dtype = run.data.sequence_length, selected.work.dtype
-    return stage_kernels(run.stages[index], length, dtype, selected.backends)
+    return stage_kernels(run.stages[index], selected.work.dtype, selected.backends)
 
 
 def stage_machine(run: RunConfig, index: int, device: torch.device, checks: Checks) -> Machine:

@@ -209,8 +209,8 @@ def _measured_step(
     """
     begin, number = time.perf_counter(), state.counters.step + 1
     hooks.beat(f"step {number}")
-    length, model = run.data.sequence_length, stage.config.model
-    tokens = step_tokens(stage.config, length)
+    length, model = stage.config.data.sequence_length, stage.config.model
+    tokens = step_tokens(stage.config)
     last = state.stage_tokens + tokens >= stage.config.tokens
     batches, following = (
         feed.read(_part(stage, state.position)),

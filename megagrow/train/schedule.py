@@ -106,15 +106,15 @@ def rate_at(run: RunConfig, stage_index: int, stage_tokens: int) -> float:
     were one stage. `warmup_steps` are steps of the stage at the origin: a larger batch after the
     growth does not extend a completed warm-up.
     """
-    stage, length = run.stages[stage_index], run.data.sequence_length
+    stage = run.stages[stage_index]
     origin = origin_stage(run, stage_index)
     return learning_rate(
         stage.schedule,
         stage_optimizer(run, stage_index),
         tokens_between(run, origin, stage_index) + stage_tokens,
-        step_tokens(stage, length),
+        step_tokens(stage),
         tokens_between(run, origin, len(run.stages)),
-        warmup_step=step_tokens(run.stages[origin], length),
+        warmup_step=step_tokens(run.stages[origin]),
     )
 
 
@@ -126,12 +126,12 @@ def new_entries_of(growth: GrowthConfig) -> NewEntriesConfig | None:
 
 def derived_lengths(run: RunConfig, stage: int) -> dict[str, int]:
     """Return the lengths of a stage that other keys determine, in tokens, by their keys."""
-    config, length = run.stages[stage], run.data.sequence_length
-    origin = step_tokens(run.stages[origin_stage(run, stage)], length)
+    config = run.stages[stage]
+    origin = step_tokens(run.stages[origin_stage(run, stage)])
     new = None if config.growth is None else new_entries_of(config.growth)
     return {
         "schedule.warmup_tokens": warmup_length(config.schedule, origin),
-        "growth.new_entries": new.warmup_steps * step_tokens(config, length) if new else 0,
+        "growth.new_entries": new.warmup_steps * step_tokens(config) if new else 0,
         "growth.ramp_tokens": ramp_tokens(run, stage),
     }
 
@@ -148,7 +148,7 @@ def new_entries_rate(run: RunConfig, stage_index: int, stage_tokens: int) -> flo
     if new is None:
         raise AssertionError(f"stage {stage_index} has no separate learning rate for new entries")
     at_growth = rate_at(run, stage_index, 0)
-    per_step = step_tokens(stage, run.data.sequence_length)
+    per_step = step_tokens(stage)
     warmup = new.warmup_steps * per_step
     origin = origin_stage(run, stage_index)
     horizon = stage.schedule.horizon_tokens or tokens_between(run, origin, len(run.stages))

@@ -52,13 +52,14 @@ def fixed_loss(run: RunConfig, stage: Stage, stage_tokens: int, fixed: BatchRead
 
     `stage_tokens` are the tokens of the stage so far, which determine the masks.
     """
-    sequences = fixed_tokens(run) // run.data.sequence_length
-    return mean_loss(stage, fixed, sequences, masks_now(run, stage, stage_tokens))
+    return mean_loss(
+        stage, fixed, fixed_tokens(run) // fixed.length, masks_now(run, stage, stage_tokens)
+    )
 
 
 def fixed_tokens(run: RunConfig) -> int:
     """Return the number of tokens of the fixed batch, the same for all growths of a run."""
-    length = run.data.sequence_length
+    length = run.stages[0].data.sequence_length
     return length * max(run.stages[0].batch.global_batch_size, -(-LEAST_TOKENS // length))
 
 

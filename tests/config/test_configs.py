@@ -175,7 +175,7 @@ def test_the_papers_hybrid_run() -> None:
     assert base.model == load_model("samba-421m-4l")
     assert target.model == scratch.model == load_model("samba-421m")
     for stage in (base, target, scratch):
-        assert grown.data.sequence_length * stage.batch.global_batch_size == STEP
+        assert stage.data.sequence_length * stage.batch.global_batch_size == STEP
         assert (stage.optimizer.lr, stage.optimizer.min_lr) == (4e-4, 4e-5)
         assert (stage.schedule.warmup_tokens, stage.optimizer.weight_decay_on) == (BILLION, "all")
 
@@ -196,7 +196,7 @@ def test_the_papers_runs(size: str) -> None:
     assert target.growth.operator == ["direct_depth"]
     assert (target.growth.optimizer_state, target.growth.lr_schedule) == ("reset", "rewarm")
     for stage in (base, target, scratch):
-        assert grown.data.sequence_length * stage.batch.global_batch_size == STEP
+        assert stage.data.sequence_length * stage.batch.global_batch_size == STEP
         assert (stage.schedule.type, stage.schedule.warmup_steps) == ("cosine", 3000)
         assert (stage.optimizer.betas, stage.optimizer.weight_decay) == ((0.9, 0.95), 0.1)
         assert stage.optimizer.gradient_clipping == 1.0

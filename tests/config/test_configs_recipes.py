@@ -42,7 +42,7 @@ def test_days_and_gpu_hours_are_those_of_the_planner(row: tuple[str, ...]) -> No
 
 def test_steps_that_it_names_are_those_of_the_run() -> None:
     run = load_run(CONFIGS / "gstack-1.1b.yaml")
-    base, target = (stage_steps(stage, run.data.sequence_length) for stage in run.stages)
+    base, target = (stage_steps(stage) for stage in run.stages)
     assert f"step-{base:09}" in TEXT
     assert f"the run makes {target:,}" in " ".join(TEXT.split())
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from megagrow.config.growth import GrowthConfig
-from megagrow.config.load import load_run
-from megagrow.config.schema import ParallelConfig
+from megagrow.config.load import load_run, to_yaml
+from megagrow.config.schema import ParallelConfig, RunConfig
 from megagrow.errors import InputError
 
 PART = "num_hidden_layers: 3\nhidden_size: 16\nnum_attention_heads: 4\nintermediate_size: 24\n"
@@ -31,7 +31,7 @@ def test_the_top_is_the_only_stage_where_there_are_none(load) -> None:
     assert stage.optimizer.lr == 1e-3
     assert stage.parallel == ParallelConfig()
     assert run.output_dir == Path("out")
-    assert run.data.train[0].path == Path("corpus")
+    assert run.stages[0].data.train[0].path == Path("corpus")
 
 
 def test_stages_take_the_top_as_their_defaults(load_two) -> None:
@@ -71,8 +71,8 @@ def test_a_stages_model_replaces_the_default_model_whole(load_two) -> None:
         ("optimizer.lr=2e-3", lambda run: run.stages[0].optimizer.lr == 2e-3),
         ("optimizer.betas=[0.8, 0.9]", lambda run: run.stages[0].optimizer.betas == (0.8, 0.9)),
         ("parallel.zero_stage=3", lambda run: run.stages[0].parallel.zero_stage == 3),
-        ("data.train.0.weight=2", lambda run: run.data.train[0].weight == 2.0),
-        ("data.train.0.path=a=b", lambda run: run.data.train[0].path == Path("a=b")),
+        ("data.train.0.weight=2", lambda run: run.stages[0].data.train[0].weight == 2.0),
+        ("data.train.0.path=a=b", lambda run: run.stages[0].data.train[0].path == Path("a=b")),
         ("data.tokenizer=", lambda run: run.data.tokenizer is None),
         ("logging.wandb_project=null", lambda run: run.logging.wandb_project is None),
     ],
@@ -86,6 +86,24 @@ def test_overrides_within_a_stage_and_their_order(load_two) -> None:
     run = load_two("stages.1.tokens=1M", "stages.1.tokens=2M", layers)
     assert run.stages[1].tokens == 2_000_000
     assert run.stages[1].growth.layer_map == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_data_of_stages(load_two, tmp_path) -> None:
+    """The top's keys are defaults of all stages; a stage's corpora replace the default ones."""
+    run = load_two("stages.1.data={train: corpus}")
+    first, second = (stage.data for stage in run.stages)
+    assert (first.sequence_length, second.sequence_length) == (32, 32)
+    assert [str(corpus.path) for corpus in (*first.train, *second.train)] == ["corpus", "corpus"]
+    written = tmp_path / "written.yaml"
+    written.write_text(to_yaml(run))
+    assert load_run(written) == run
+    assert RunConfig.model_validate(run.model_dump()) == run
+    with pytest.raises(InputError, match=r"'stages\.1\.data\.train\.0\.path' is missing"):
+        load_two("stages.1.data={train: [{weight: 2}]}")
+    with pytest.raises(InputError, match=r"unknown key 'stages\.0\.data\.validation'"):
+        load_two("stages.0.data={validation: x}")
+    with pytest.raises(InputError, match=r"set stages\.0\.data\.train\.0\.path or stages\.1"):
+        load_two(*(f"stages.{i}.data={{train: x}}" for i in (0, 1)), "data.train.0.path=y")
 
 
 def test_a_part_by_name(load, write_part) -> None:
@@ -131,7 +149,7 @@ def test_overrides_reach_into_parts_and_name_them(load, write_part) -> None:
     write_part("data/mix", "train: [{path: a}, {path: b}]\nsequence_length: 16\n")
     text = NAMED.replace("data: {train: [{path: corpus}], sequence_length: 32}", "data: mix")
     run = load("data.train.1.path=c", "model=other", "model.vocab_size=512", text=text)
-    assert [str(corpus.path) for corpus in run.data.train] == ["a", "c"]
+    assert [str(corpus.path) for corpus in run.stages[0].data.train] == ["a", "c"]
     assert run.stages[0].model.vocab_size == 512
 
 

@@ -17,7 +17,8 @@ from megagrow.config.sections import Section
 from megagrow.errors import ConfigError
 from tests.helpers.config_keys import sections_in
 
-CONTENTS = {"data.train.N.contents", "data.validation.N.contents", "data.tokenizer_contents"}
+CONTENTS = {"data.validation.N.contents", "data.tokenizer_contents"}
+CONTENTS |= {"stages.N.data.train.N.contents"}
 """Compared in addition to the keys of a run file."""
 CLASSIFIED = [key for keys in EFFECTS.values() for key in keys]
 
@@ -57,7 +58,8 @@ def test_every_key_is_classified_once() -> None:
         ("stages.0.growth.operator", 1, Effect.FIXED),
         ("stages.1.model.hidden_size", 0, Effect.FROM_NOW_ON),
         ("stages.1.model.hidden_size", 1, Effect.FIXED),
-        ("data.train.10.weight", 0, Effect.CONTRADICTION),
+        ("stages.1.data.train.10.weight", 1, Effect.CONTRADICTION),
+        ("stages.1.data.train.10.weight", 0, Effect.FROM_NOW_ON),
         ("seed", 5, Effect.CONTRADICTION),
     ],
 )
@@ -74,20 +76,29 @@ def test_differences_are_listed_by_key() -> None:
     old: dict[str, Any] = {
         "seed": 1,
         "evaluation": None,
-        "data": {"train": [{"path": "a"}], "validation": []},
-        "stages": [{"tokens": 5, "optimizer": {"betas": [0.9, 0.95]}}, {"tokens": 1}],
+        "data": {"validation": []},
+        "stages": [
+            {"tokens": 5, "data": {"train": [{"path": "a"}]}, "optimizer": {"betas": [0.9, 0.95]}},
+            {"tokens": 1},
+        ],
     }
     new = {
         "seed": 1,
         "evaluation": {"tasks": ["gstack"]},
-        "data": {"train": [{"path": "b"}, {"path": "c"}], "validation": []},
-        "stages": [{"tokens": 5, "optimizer": {"betas": [0.9, 0.99]}}],
+        "data": {"validation": []},
+        "stages": [
+            {
+                "tokens": 5,
+                "data": {"train": [{"path": "b"}, {"path": "c"}]},
+                "optimizer": {"betas": [0.9, 0.99]},
+            }
+        ],
     }
     found = {change.key: (change.old, change.new) for change in config_changes(old, new, 0)}
     assert found == {
         "evaluation": (None, {"tasks": ["gstack"]}),
-        "data.train.0.path": ("a", "b"),
-        "data.train.1": (ABSENT, {"path": "c"}),
+        "stages.0.data.train.0.path": ("a", "b"),
+        "stages.0.data.train.1": (ABSENT, {"path": "c"}),
         "stages.0.optimizer.betas": ([0.9, 0.95], [0.9, 0.99]),
         "stages.1": ({"tokens": 1}, ABSENT),
     }

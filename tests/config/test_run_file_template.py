@@ -41,7 +41,7 @@ def test_the_model_has_the_size_and_grows_by_four(corpus: Path, tmp_path: Path, 
     assert parameters(grown) == pytest.approx(asked, rel=0.25)
     assert grown == base.model_copy(update={"num_hidden_layers": 4 * base.num_hidden_layers})
     assert base.num_hidden_layers >= 2
-    assert run.data.sequence_length == grown.max_position_embeddings
+    assert run.stages[0].data.sequence_length == grown.max_position_embeddings
     assert run.name == "mine" and "megagrow train" in done.output
 
 
@@ -62,7 +62,7 @@ def test_names_that_yaml_would_interpret(
     done = init(folder, output, "--size", "1M")
     run = load_run(output)
     assert (run.name, run.output_dir) == (name, Path("runs", name))
-    assert (run.data.train[0].path, run.data.validation[0].path) == (
+    assert (run.stages[0].data.train[0].path, run.data.validation[0].path) == (
         folder / "train",
         folder / "validation",
     )

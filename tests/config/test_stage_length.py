@@ -36,7 +36,7 @@ def refused(load, *overrides: str) -> str:
 
 def test_at_tokens_counts_from_the_runs_first_token_in_whole_steps(load_two) -> None:
     run = load_two("stages.0.tokens=1000", "stages.1.tokens=null", "stages.1.at_tokens=5K")
-    assert stage_tokens(run.stages[0], 32) == 4 * STEP
+    assert stage_tokens(run.stages[0]) == 4 * STEP
     assert length(run) == [1000, 5000 - 4 * STEP]
     run = load_two(
         *("stages.0.tokens=null", "stages.0.at_tokens=3000"),
@@ -69,9 +69,9 @@ def test_a_run_that_has_begun_ends_at_the_tokens_of_its_budget(load_two) -> None
     keys = [f"stages.0.{key}={value}" for key, value in budget.items()]
     batch = "stages.0.batch.global_batch_size=20"
     run = load_two(*keys, batch, "stages.1.tokens=null", "stages.1.at_tokens=5K")
-    assert [stage_tokens(run.stages[0], 32), length(run)[1]] == [1280, 5000 - 1280]
+    assert [stage_tokens(run.stages[0]), length(run)[1]] == [1280, 5000 - 1280]
     begun = settled(run, 0, 256)
-    assert [stage_tokens(begun.stages[0], 32), length(begun)[1]] == [1536, 5000 - 1536]
+    assert [stage_tokens(begun.stages[0]), length(begun)[1]] == [1536, 5000 - 1536]
     assert settled(begun, 0, 256 + 640) == begun, "the same after each step"
     grown = settled(run, 1, 3 * 256, (1536,))
     assert [length(grown), run_tokens(grown)] == [length(begun), run_tokens(begun)]
@@ -244,7 +244,7 @@ def test_each_stage_ends_at_the_first_step_that_reaches_its_mark(
     per_token = paper_flops_per_token(run.stages[0].model)
     for stage, (key, value) in zip(run.stages, written, strict=True):
         before = steps
-        steps += stage_tokens(stage, 32) // STEP
+        steps += stage_tokens(stage) // STEP
         unit = {"tokens": STEP, "at_tokens": STEP, "at_flops": STEP * per_token}[key]
         reached = (steps - before if key == "tokens" else steps) * unit
         assert reached - unit < value <= reached

@@ -138,8 +138,8 @@ def test_what_is_right(changes: tuple[dict, ...]) -> None:
         (
             {"model": {"max_position_embeddings": 32}},
             [
-                "data.sequence_length = 64 is above stages.0.model.max_position_embeddings = 32; "
-                "lower the one or raise the other"
+                "stages.0.data.sequence_length = 64 is above "
+                "stages.0.model.max_position_embeddings = 32; lower the one or raise the other"
             ],
         ),
         (
@@ -155,8 +155,8 @@ def test_one_stage(change: dict, message: list[str]) -> None:
 def test_sequence_parallel_needs_sequences_that_tensor_parallel_divides() -> None:
     parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     assert problems(run({"parallel": parallel}, data={"sequence_length": 63})) == [
-        f"data.sequence_length = 63 is not divisible by {KEY} = 2, which sequence_parallel "
-        "requires; use a divisor of 63"
+        f"stages.0.data.sequence_length = 63 is not divisible by {KEY} = 2, which "
+        "sequence_parallel requires; use a divisor of 63"
     ]
 
 

@@ -8,14 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrow.config.schema import CorpusConfig, DataConfig
+from megagrow.config.schema import CorpusConfig, StageDataConfig
 from megagrow.data.batches import BatchReader, open_stream, sequences_of
 from megagrow.data.stream import NO_LABEL, TokenStream
 from megagrow.errors import InputError
 
 
 def _config(length, **options):
-    return DataConfig(train=[CorpusConfig(path="none")], sequence_length=length, **options)
+    return StageDataConfig(train=[CorpusConfig(path="none")], sequence_length=length, **options)
 
 
 @given(dp=st.integers(1, 5), micro=st.integers(1, 4), steps=st.integers(1, 4))

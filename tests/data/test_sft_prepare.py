@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megagrow.cli.app import main
-from megagrow.config.schema import CorpusConfig, DataConfig
+from megagrow.config.schema import CorpusConfig, StageDataConfig
 from megagrow.data.batches import Batch, BatchReader, open_stream
 from megagrow.data.indexed import IndexedCorpus, IndexedWriter
 from megagrow.data.manifest import verify
@@ -36,7 +36,7 @@ def read(folder, rows: range, length: int = LENGTH, shuffle: bool = False) -> Ba
     """Rows of the training corpus, as a run with objective: sft reads them."""
     corpora = [CorpusConfig(path=folder / "corpus" / "train")]
     stream = open_stream(corpora, 0, length, shuffle)
-    data = DataConfig(
+    data = StageDataConfig(
         train=corpora, sequence_length=length, reset_position_ids=True, reset_attention_mask=True
     )
     mask = open_mask(stream, corpora, 0, length, shuffle)

@@ -161,6 +161,5 @@ def _numbered_slices(spec: ParamSpec, tp: int) -> list[torch.Tensor]:
 
 def grow_live(run: RunConfig, stage: Stage) -> tuple[Stage, GrowthReport]:
     """The next stage of a run, grown at the point of its stream where the base has ended."""
-    length = run.data.sequence_length
-    feed = Feed(StepFeed(open_inputs(run).train), tokens_between(run, 0, stage.index + 1), length)
+    feed = Feed(StepFeed(open_inputs(run).train), tokens_between(run, 0, stage.index + 1))
     return grow(run, end_stage(stage), feed)

@@ -35,7 +35,7 @@ def shipped(model: str) -> list[CompileJob]:
     """Return all kernels of a shipped model on an H100, in bf16."""
     path = ROOT / "configs" / "gstack-1.1b.yaml"
     run = load_run(path, [f"stages.1.model={model}"])
-    calls = stage_kernels(run.stages[1], 2048, torch.bfloat16, TRITON)
+    calls = stage_kernels(run.stages[1], torch.bfloat16, TRITON)
     return [CompileJob(90, call.op, dict(call.arguments)) for call in calls]
 
 

@@ -48,9 +48,9 @@ def test_a_run_under_zero_3(tmp_path: Path, gpu_environment: dict[str, str]) -> 
         stage = {"tokens": 8 * STEP_TOKENS, "parallel": {"zero_stage": 3}, "kernels": kernels}
         deep = MODEL | {"num_hidden_layers": 4}
         grown = stage | {"model": deep, "growth": {"operator": "direct_depth"}}
-        run = make_run(tmp_path, [stage, grown], precision="bf16", output_dir=tmp_path / name)
-        data = run.data.model_copy(update={"reset_attention_mask": True})
-        run = run.model_copy(update={"data": data})
+        data = {"train": tmp_path / "train", "sequence_length": 16, "reset_attention_mask": True}
+        options = {"precision": "bf16", "output_dir": tmp_path / name}
+        run = make_run(tmp_path, [stage, grown], data=data, **options)
         path = write_run(tmp_path / f"{name}.yaml", run)
         start(["-m", "megagrow", "train", str(path)], gpu_environment)
         records = read_metrics(run.output_dir / "metrics.jsonl")

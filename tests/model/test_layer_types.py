@@ -113,12 +113,13 @@ def test_activation_bytes_follow() -> None:
         stage = StageConfig.model_validate(
             {
                 "model": model,
+                "data": {"train": "corpus", "sequence_length": 16},
                 "tokens": 1,
                 "batch": {"global_batch_size": 2, "micro_batch_size": 2},
                 "optimizer": {"lr": 1.0},
             }
         )
-        return stage_memory(stage, 1, 16, bf16=True).activations()
+        return stage_memory(stage, 1, bf16=True).activations()
 
     wider = SMALL.model_copy(update={"intermediate_size": 2 * SMALL.intermediate_size})
     added = 2 * (2 * SMALL.intermediate_size * 2 * 16 * 2)

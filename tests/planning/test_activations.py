@@ -41,6 +41,7 @@ def stage_of(checkpointing: str, family: str = "llama", **kernels: str) -> Stage
     return StageConfig.model_validate(
         {
             "model": FAMILIES[family],
+            "data": {"train": "corpus", "sequence_length": LENGTH},
             "tokens": 1,
             "parallel": {"activation_checkpointing": checkpointing},
             "batch": {"global_batch_size": 2, "micro_batch_size": 2},
@@ -160,7 +161,7 @@ def without_tokens(stage: StageConfig, bf16: bool, torch_scan: bool) -> int:
 @pytest.mark.parametrize("pointwise", ["torch", "triton"])
 def test_activations_on_a_gpu(pointwise: str, bf16: bool, checkpointing: str, family: str) -> None:
     stage = stage_of(checkpointing, family, pointwise=pointwise, scan="triton")
-    planned = stage_memory(stage, 1, LENGTH, bf16).activations()
+    planned = stage_memory(stage, 1, bf16).activations()
     ops = replace(PLAIN, rms_norm=FusedNorm.apply, causal_conv=FusedConvolution.apply)
     ops = replace(ops, selective_scan=FusedScan.apply)
     if pointwise == "triton":
@@ -184,7 +185,7 @@ def test_activations_on_a_gpu(pointwise: str, bf16: bool, checkpointing: str, fa
 def test_activations_on_a_cpu(family: str, attention: str, bf16: bool, checkpointing: str) -> None:
     """The reference composes attention of operations."""
     stage = stage_of(checkpointing, family, attention=attention)
-    planned = stage_memory(stage, 1, LENGTH, bf16, on_cpu=True).activations()
+    planned = stage_memory(stage, 1, bf16, on_cpu=True).activations()
     backends = Backends(attention=attention, norm="torch", pointwise="torch", loss="torch")
     work = KernelWorkload(torch.float32, 16, packed=False)
     ops = make_ops(backends, machine_of(torch.device("cpu")), work)

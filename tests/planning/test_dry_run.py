@@ -176,8 +176,8 @@ def test_problems_are_told_together(tmp_path: Path) -> None:
     (tmp_path / "validation.idx").unlink()
     (tmp_path / "run").write_text("a file where the run's folder should be")
     corpora = [{"path": tmp_path / "train"}, {"path": tmp_path / "a"}, {"path": tmp_path / "b"}]
-    data = run.data.model_dump() | {"train": corpora}
-    values = run.model_dump() | {"data": data}
+    values = run.model_dump()
+    values["stages"][0]["data"]["train"] = corpora
     path = write_run(tmp_path / "run.yaml", RunConfig.model_validate(values))
     code, said = dry_run(path, "--world", 3)
     problems = [line for line in said.splitlines() if line.startswith("Problem: ")]

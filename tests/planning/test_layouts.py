@@ -60,11 +60,11 @@ def test_more_gpus_train_faster_and_less_well_used() -> None:
 def test_a_growth_by_hand() -> None:
     """An eighth of a 64th of ... : each GPU gets 12 bytes of its share over its network card."""
     run, cluster = paper_run("parallel.zero_stage=3"), find_cluster("h100:8x8")
-    work = stage_work(run.stages[1], cluster, 2048)
+    work = stage_work(run.stages[1], cluster)
     moved = 12 * work.shape.parameters / 64 / (50e9 * NIC_SHARE)
     assert growth_seconds(work, cluster) == pytest.approx(GROWTH_SECONDS + moved)
     one = find_cluster("h100:1x1")
-    alone = stage_work(paper_run().stages[1], one, 2048)
+    alone = stage_work(paper_run().stages[1], one)
     assert GROWTH_SECONDS < growth_seconds(alone, one) < GROWTH_SECONDS + 0.1
 
 
@@ -74,7 +74,7 @@ def test_layouts_fit_and_come_fastest_first() -> None:
     seconds = [each.step.seconds for each in found]
     assert len(found) == 12 and seconds == sorted(seconds)
     for each in found:
-        again = stage_memory(each.stage, 8, 2048, bf16=True)
+        again = stage_memory(each.stage, 8, bf16=True)
         assert each.bytes_per_gpu == on_gpu(again) <= USABLE * 40e9
         assert each.stage.batch.global_batch_size == 1024
     # What the list says is what the plan predicts for a run with that layout.

@@ -40,6 +40,7 @@ def memory(
     stage = StageConfig.model_validate(
         {
             "model": MODEL | (model or {}),
+            "data": {"train": "corpus", "sequence_length": LENGTH},
             "tokens": 1,
             "parallel": {"zero_stage": zero, **parallel},
             "batch": {"global_batch_size": sequences, "micro_batch_size": 2},
@@ -47,7 +48,7 @@ def memory(
             "kernels": kernels or {},
         }
     )
-    return stage_memory(stage, world, LENGTH, bf16, on_cpu)
+    return stage_memory(stage, world, bf16, on_cpu)
 
 
 def parts(found: StageMemory) -> tuple[int, int, int, int, int]:

@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 def memory(*overrides: str, world: int = 8) -> StageMemory:
     """Plan of the paper's 1.1B from scratch."""
     run = load_run(CONFIGS / "scratch-1.1b.yaml", overrides)
-    return stage_memory(run.stages[0], world, run.data.sequence_length, bf16=True)
+    return stage_memory(run.stages[0], world, bf16=True)
 
 
 def said(found: StageMemory, capacity: int, growth: int | None = None) -> list[str]:

@@ -82,7 +82,7 @@ def count_a_step(run: RunConfig) -> tuple[Counter, list[Traffic]]:
         watch(deepspeed_comm.cdb, "reduce_scatter_tensor", seen)
     step(state=event.state)
     bf16 = run.precision == "bf16"
-    memory = StageMemory(stage.config, stage.layout, run.data.sequence_length, bf16)
+    memory = StageMemory(stage.config, stage.layout, bf16)
     return found, step_traffic(memory)
 
 

@@ -106,8 +106,8 @@ def test_a_corpus_that_says_it_is_of_a_larger_vocabulary(path, prepared):
 
 def spoil(run: RunConfig, corpus: Path, position: int, shuffle: bool) -> None:
     """Writes a token id that no model here knows at a position of the stream."""
-    of = run.data.train if corpus.name == "train" else run.data.validation
-    place = open_stream(of, run.seed, run.data.sequence_length, shuffle).locate(position)
+    of = run.stages[0].data.train if corpus.name == "train" else run.data.validation
+    place = open_stream(of, run.seed, run.stages[0].data.sequence_length, shuffle).locate(position)
     tokens = np.memmap(corpus.with_suffix(".bin"), dtype="<u2", mode="r+")
     tokens[place.offset] = 999
     tokens.flush()

@@ -177,7 +177,7 @@ def check_memory(report: StageReport, first: bool) -> None:
 def check_traffic(run: RunConfig, index: int, report: StageReport) -> None:
     """Compare the collectives of a step with those of the plan."""
     stage, bf16 = run.stages[index], run.precision == "bf16"
-    memory = stage_memory(stage, WORLD, LENGTH, bf16)
+    memory = stage_memory(stage, WORLD, bf16)
     planned: Counter[tuple[str, int]] = Counter()
     for each in step_traffic(memory):
         planned[each.kind, each.ranks] += each.payload

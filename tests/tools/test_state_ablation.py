@@ -71,7 +71,7 @@ def test_schedules_differ_at_the_start_and_agree_at_the_end() -> None:
 def test_scratch_has_the_flops_of_base_and_grown_stage() -> None:
     def flops(segment: RunSegment) -> int:
         run = segment.shortened()
-        return sum(stage_tokens(s, 256) * paper_flops_per_token(s.model) for s in run.stages)
+        return sum(stage_tokens(s) * paper_flops_per_token(s.model) for s in run.stages)
 
     (scratch,) = ABLATION.scratch(1)
     step = STEP_TOKENS * paper_flops_per_token(scratch.run.stages[0].model)

@@ -95,7 +95,7 @@ def test_an_unchanged_run_has_no_changes(run: RunConfig) -> None:
     ],
 )
 def test_each_class(run: RunConfig, state: RunState, override: str, effect: Effect) -> None:
-    key = override.partition("=")[0]
+    key = override.partition("=")[0].replace("data.", "stages.0.data.")
     assert since(run, changed(run, override), state)[key] is effect
 
 
@@ -154,22 +154,21 @@ def test_corpora_are_compared_by_their_contents(
     for end in (".bin", ".idx"):
         (tmp_path / f"train{end}").rename(tmp_path / f"moved{end}")
     moved = changed(run, f"data.train.0.path={tmp_path / 'moved'}")
-    assert since(run, moved, MIDDLE, recorded, open_inputs(moved).contents) == {
-        "data.train.0.path": Effect.NONE
+    paths = {f"stages.{index}.data.train.0.path": Effect.NONE for index in (0, 1)}
+    contents = {
+        "stages.0.data.train.0.contents": Effect.CONTRADICTION,
+        "stages.1.data.train.0.contents": Effect.FROM_NOW_ON,
     }
+    assert since(run, moved, MIDDLE, recorded, open_inputs(moved).contents) == paths
     write_corpus(tmp_path / "train", seed=5)
-    assert since(run, run, MIDDLE, recorded, open_inputs(run).contents) == {
-        "data.train.0.contents": Effect.CONTRADICTION
-    }
+    assert since(run, run, MIDDLE, recorded, open_inputs(run).contents) == contents
     config = recorded["config"]
     earlier = {"config": config}  # without recorded contents, paths are compared
-    assert since(run, moved, MIDDLE, earlier, open_inputs(moved).contents) == {
-        "data.train.0.path": Effect.NONE,
-        "data.train.0.contents": Effect.CONTRADICTION,
-    }
+    assert since(run, moved, MIDDLE, earlier, open_inputs(moved).contents) == paths | contents
     monkeypatch.chdir(tmp_path)
-    for name in ("train", "validation"):
-        config["data"][name][0]["path"] = name
+    config["data"]["validation"][0]["path"] = "validation"
+    for stage in config["stages"]:
+        stage["data"]["train"][0]["path"] = "train"
     found = since(run, run, MIDDLE, earlier, open_inputs(run).contents)
     assert set(found.values()) == {Effect.NONE}, "a relative path is the same path"
 

@@ -55,7 +55,9 @@ def corpora(tmp: Path, **checksums: str | None) -> list[dict[str, Any]]:
 
 def run_of(tmp: Path, tokens: int = STEP_TOKENS, **data: Any) -> RunConfig:
     made = make_run(tmp, [{"tokens": tokens}])
-    values = made.model_dump() | {"data": {"sequence_length": 16, **data}}
+    train = {"sequence_length": 16, "train": data.pop("train")}
+    values = made.model_dump() | {"data": data}
+    values["stages"][0]["data"] = train
     return RunConfig.model_validate(values)
 
 
@@ -145,7 +147,7 @@ def test_hosts_with_different_corpora_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = run_of(tmp_path, train=corpora(tmp_path, a="1" * 32, b="1" * 32))
-    path = str(made.data.train[1].path)
+    path = str(made.stages[0].data.train[1].path)
 
     def gather(of_third: Callable[[Any], Any]) -> Callable[[list[Any], Any], None]:
         def fill(gathered: list[Any], own: Any) -> None:

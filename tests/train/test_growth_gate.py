@@ -61,7 +61,7 @@ def verdicts(runs: list[RunConfig]) -> list[list[str]]:
     losses = [fixed_loss(run, stage, 0, inputs.fixed)]
     before, ended = predictions(stage, inputs.fixed, None), end_stage(stage)
     for run in runs:
-        stage, report = grow(run, ended, Feed(feed, state.position, LENGTH))
+        stage, report = grow(run, ended, Feed(feed, state.position))
         assert report.preserves_function
         found = []
         for factor in (1.0, 1.5):  # of the output of a layer that the model had before

@@ -26,7 +26,7 @@ def stage_of(model: str, **parallel: Any) -> StageConfig:
 
 def calls(stage: StageConfig, dtype: torch.dtype = torch.bfloat16) -> dict[str, dict[str, Any]]:
     """The arguments of each op, where it is called in one way only."""
-    listed = stage_kernels(stage, 2048, dtype, TRITON)
+    listed = stage_kernels(stage, dtype, TRITON)
     assert len({call.op for call in listed}) == len(listed)
     return {call.op: dict(call.arguments) for call in listed}
 
@@ -59,9 +59,7 @@ def test_every_window_has_its_attention():
     ):
         changes = {"sliding_window": 256, "layer_types": types}
         model = stage.model.model_copy(update=changes)
-        listed = stage_kernels(
-            stage.model_copy(update={"model": model}), 2048, torch.bfloat16, TRITON
-        )
+        listed = stage_kernels(stage.model_copy(update={"model": model}), torch.bfloat16, TRITON)
         attention = [dict(call.arguments) for call in listed if call.op == "attention"]
         assert [arguments.pop("window", None) for arguments in attention] == expected
         plain = calls(stage)["attention"]
@@ -102,14 +100,14 @@ def family(**model: Any) -> StageConfig:
     parallel = {"tensor_model_parallel_size": 2, "zero_stage": 0}
     batch = {"global_batch_size": 2, "micro_batch_size": 2}
     stage = {"model": SAMBA | model, "parallel": parallel, "batch": batch, "tokens": 1}
-    return StageConfig.model_validate(stage | {"optimizer": {"lr": 1e-3}})
+    data = {"train": "corpus", "sequence_length": 2048}
+    return StageConfig.model_validate(stage | {"data": data, "optimizer": {"lr": 1e-3}})
 
 
 def test_a_hybrid_with_autocast():
     """Weights outside of matrix products are in fp32. SwiGLU has the widths of both types."""
     found = [
-        (call.op, dict(call.arguments))
-        for call in stage_kernels(family(), 2048, torch.bfloat16, TRITON)
+        (call.op, dict(call.arguments)) for call in stage_kernels(family(), torch.bfloat16, TRITON)
     ]
     mixed = {"dtype": "bfloat16", "parameter_dtype": "float32"}
     scanned = {"batch": 2, "sequence": 2048, "channels": 256} | mixed
@@ -133,7 +131,7 @@ def test_a_hybrid_with_autocast():
 def test_norms_of_families(model_type: str, norms: list[tuple[int, int, str]]) -> None:
     """Full-width norms of sliced heads are computed by torch."""
     stage = family(model_type=model_type, sliding_window=None)
-    listed = stage_kernels(stage, 2048, torch.bfloat16, TRITON)
+    listed = stage_kernels(stage, torch.bfloat16, TRITON)
     found = [dict(call.arguments) for call in listed if call.op == "rms_norm"]
     assert [(each["rows"], each["width"], each["dtype"]) for each in found] == norms
 
@@ -141,7 +139,7 @@ def test_norms_of_families(model_type: str, norms: list[tuple[int, int, str]]) -
 def test_ranks_with_padding_have_kernels_of_their_own():
     stage = stage_of("llama-3b", tensor_model_parallel_size=4)
     model = stage.model.model_copy(update={"vocab_size": 32001})
-    listed = stage_kernels(stage.model_copy(update={"model": model}), 2048, torch.bfloat16, TRITON)
+    listed = stage_kernels(stage.model_copy(update={"model": model}), torch.bfloat16, TRITON)
     real = [dict(c.arguments)["real"] for c in listed if c.op == "cross_entropy"]
     assert real == [8001, 7998]
     assert {dict(c.arguments)["width"] for c in listed if c.op == "cross_entropy"} == {8001}
@@ -174,9 +172,9 @@ def test_without_zero_bf16_is_autocast(zero, dtype, norm, tables):
 )
 def test_only_what_triton_computes(backend, ops):
     backends = Backends(**(vars_of(NONE) | {backend: "triton"}))
-    listed = stage_kernels(stage_of("llama-3b"), 2048, torch.bfloat16, backends)
+    listed = stage_kernels(stage_of("llama-3b"), torch.bfloat16, backends)
     assert {call.op for call in listed} == ops
-    assert stage_kernels(stage_of("llama-3b"), 2048, torch.bfloat16, NONE) == ()
+    assert stage_kernels(stage_of("llama-3b"), torch.bfloat16, NONE) == ()
 
 
 def vars_of(backends: Backends) -> dict[str, str]:

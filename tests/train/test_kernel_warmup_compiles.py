@@ -41,6 +41,7 @@ SEQUENCE = 128
 STAGES = [
     {
         "model": model,
+        "data": {"train": "corpus", "sequence_length": SEQUENCE},
         "tokens": 1024,
         "batch": {"global_batch_size": 2, "micro_batch_size": 2},
         "optimizer": {"lr": 1e-3},
@@ -73,9 +74,7 @@ def test_a_real_step_finds_all_its_kernels_compiled(cache: Path, tmp_path: Path)
     calls = [
         call
         for stage in STAGES
-        for call in stage_kernels(
-            StageConfig.model_validate(stage), SEQUENCE, torch.bfloat16, TRITON
-        )
+        for call in stage_kernels(StageConfig.model_validate(stage), torch.bfloat16, TRITON)
     ]
     with captured_logs() as said, WarmUp(GPU, 0, NO_CHECKS) as warm_up:
         warm_up.start(tuple(dict.fromkeys(calls)), 90)
@@ -85,7 +84,7 @@ def test_a_real_step_finds_all_its_kernels_compiled(cache: Path, tmp_path: Path)
     compiled = files(cache)
     settings = tmp_path / "settings.json"
     # Another card of the same architecture: it has fewer multiprocessors than is assumed.
-    told = {"stages": STAGES, "sequence": SEQUENCE, "programs": 108}
+    told = {"stages": STAGES, "programs": 108}
     settings.write_text(json.dumps(told), encoding="utf-8")
     command = [sys.executable, "-m", "tests.helpers.kernels.simulated_step", str(settings)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -171,7 +170,7 @@ def test_the_next_stage_is_prepared(tmp_path, monkeypatch):
     WarmUp(GPU, 0, started.checks).prepare(started.run, 0)
     [(calls, capability)] = started.given
     assert capability == 90
-    assert calls == stage_kernels(started.run.stages[1], 16, torch.bfloat16, TRITON)
+    assert calls == stage_kernels(started.run.stages[1], torch.bfloat16, TRITON)
 
 
 @pytest.mark.parametrize(

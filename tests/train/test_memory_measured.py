@@ -123,7 +123,7 @@ def test_what_is_planned_is_what_is_measured(tmp_path: Path, case: str) -> None:
     by_rank = run_ranks(world, peaks_of, runs, fresh=True)
     for precision, run, peaks in zip(precisions, runs, zip(*by_rank, strict=True), strict=True):
         bf16 = precision == "bf16"
-        planned = stage_memory(run.stages[0], world, LENGTH, bf16, on_cpu=True).training
+        planned = stage_memory(run.stages[0], world, bf16, on_cpu=True).training
         row = [case, precision, *(f"{size / MIB:.0f}" for size in (planned, max(peaks)))]
         print("\n|", *row, f"{planned / max(peaks) - 1:+.1%}", sep=" | ")
         assert planned == pytest.approx(max(peaks), rel=0.05), (case, precision)

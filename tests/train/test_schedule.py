@@ -28,7 +28,6 @@ from tests.helpers.train.schedules import (
     BATCH,
     BY_SIZE,
     DEEP,
-    LENGTH,
     MODEL,
     STEP,
     Position,
@@ -45,7 +44,7 @@ types = st.sampled_from(("cosine", "linear", "wsd", "constant"))
 def rates(run: RunConfig) -> list[float]:
     """The rate of every step of the run."""
     points = [locate(run, step) for step in range(steps_left(run))]
-    sizes = [step_tokens(one, LENGTH) for one in run.stages]
+    sizes = [step_tokens(one) for one in run.stages]
     return [rate_at(run, at.stage, at.step * sizes[at.stage]) for at in points]
 
 
@@ -138,7 +137,7 @@ def test_continuing_takes_the_new_stages_peak() -> None:
 @given(tokens=st.lists(st.integers(1, 5 * STEP), min_size=1, max_size=4))
 def test_every_step_has_one_place(tokens: list[int]) -> None:
     run = make_run(*(stage(1, {} if at else None, tokens=n) for at, n in enumerate(tokens)))
-    steps = [stage_steps(one, LENGTH) for one in run.stages]
+    steps = [stage_steps(one) for one in run.stages]
     expected = [Position(at, step) for at, count in enumerate(steps) for step in range(count)]
     assert [locate(run, step) for step in range(steps_left(run))] == expected
     assert locate(run, steps_left(run)) == (len(tokens) - 1, steps[-1])
@@ -204,7 +203,7 @@ def test_tokens_are_counted_right_where_the_batch_changes(parts: list[tuple[int,
         end = expected[-1]
     assert [tokens_at(run, step) for step in range(steps_left(run) + 1)] == expected
     assert run_tokens(run) == end
-    assert [stage_tokens(one, LENGTH) for one in run.stages] == [
+    assert [stage_tokens(one) for one in run.stages] == [
         -(-tokens // size) * size * STEP for tokens, size in parts
     ]
 

@@ -23,9 +23,8 @@ SECOND = replace(FIRST, position=STEP_TOKENS)
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory) -> BatchReader:
     tmp = tmp_path_factory.mktemp("corpus")
-    run = make_run(tmp, [{"tokens": 640}])
-    data = run.data.model_copy(update={"reset_attention_mask": True})
-    return open_inputs(run.model_copy(update={"data": data})).train
+    data = {"train": tmp / "train", "sequence_length": 16, "reset_attention_mask": True}
+    return open_inputs(make_run(tmp, [{"tokens": 640}], data=data)).train
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo  # noqa: E402
 
 from megagrow.common.sizes import format_count, parse_count  # noqa: E402
 from megagrow.common.tables import markdown_table  # noqa: E402
+from megagrow.config.data import RunFileData  # noqa: E402
 from megagrow.config.json_schema import docstrings  # noqa: E402
 from megagrow.config.overrides import BUILT_ON, DEFAULTS, HARDWARE, PARTS, section_in  # noqa: E402
 from megagrow.config.resume_rules import EFFECTS  # noqa: E402
@@ -35,7 +36,10 @@ CHANGES = "<!-- changes on resume: tools/docs/config_reference.py -->"
 END_CHANGES = "<!-- end of the changes on resume -->"
 
 DERIVED = {"stages": "one stage with the keys above", "tokens": "from other keys"}
-DERIVED |= dict.fromkeys(("model", "batch", "optimizer"), "required, here or in each stage")
+DERIVED |= dict.fromkeys(
+    ("model", "batch", "optimizer", "data.train", "data.sequence_length"),
+    "required, here or in each stage",
+)
 """Defaults of required fields that loading a run file fills."""
 
 TYPE_NAMES = {
@@ -74,10 +78,10 @@ def sections() -> Iterator[SectionTable]:
     of_stages = {table.path: table for table in _tables("", StageConfig)}
     keys = {key.path: key for key in of_stages.pop("").keys}
     at = [key.path for key in top.keys].index("stages")
-    above = [keys[name] for name in DEFAULTS]
+    above = [keys[name] for name in DEFAULTS if name not in RunConfig.model_fields]
     yield SectionTable("", top.text, [*built_on, *top.keys[:at], *above, *top.keys[at:]])
-    yield from (table for table in others if _first(table) == "data")
-    for name in DEFAULTS:
+    yield from _tables("data", RunFileData)
+    for name in (each for each in DEFAULTS if each not in RunConfig.model_fields):
         yield from (table for table in of_stages.values() if _first(table) == name)
     yield from _stage_tables(table for table in others if _first(table) == "stages")
     yield from (table for table in others if _first(table) not in ("data", "stages"))
@@ -108,7 +112,7 @@ def _tables(path: str, section: type[Section]) -> Iterator[SectionTable]:
     """Yield the table of a section, then those of its subsections."""
     inner = {}
     keys = []
-    texts = docstrings(section)
+    texts = {key: text for each in section.__mro__ for key, text in _own_texts(each).items()}
     for name, field in section.model_fields.items():
         if field.exclude:
             continue
@@ -123,6 +127,10 @@ def _tables(path: str, section: type[Section]) -> Iterator[SectionTable]:
     yield SectionTable(path, docstring(section), keys)
     for place, below in inner.items():
         yield from _tables(place, below)
+
+
+def _own_texts(section: type) -> dict[str, str]:
+    return docstrings(section) if issubclass(section, Section) else {}
 
 
 def docstring(section: type[Section]) -> str:

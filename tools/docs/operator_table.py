@@ -221,7 +221,7 @@ def live_difference(run: RunConfig) -> LiveDifference:
     while isinstance(event := advance(run, stage, state, steps, StopSignal()), StepDone):
         state = event.state
     before = predictions(stage, inputs.fixed, masks_now(run, stage, state.stage_tokens))
-    feed = Feed(steps, state.counters.tokens, run.data.sequence_length)
+    feed = Feed(steps, state.counters.tokens)
     stage, _ = grow(run, end_stage(stage), feed)
     difference = change(before, predictions(stage, inputs.fixed, masks_now(run, stage, 0)))
     stage.release()

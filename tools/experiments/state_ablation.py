@@ -224,7 +224,7 @@ def score(segment: RunSegment, device: torch.device) -> float:
     stage.engine.ready(manifest.adam_step)
     loss = mean_loss(stage, inputs.validation, inputs.validation_sequences, masks=None)
     stage.release()
-    tokens = inputs.validation_sequences * run.data.sequence_length
+    tokens = inputs.validation_sequences * run.stages[0].data.sequence_length
     cache.write_text(json.dumps({"loss": loss, "tokens": tokens}), encoding="utf-8")
     return loss
 

@@ -20,8 +20,6 @@ class Feed(NamedTuple):
 
     reader: StepFeed
     position: int
-    length: int
-    """Tokens per sequence."""
     before_step: Callable[[], None] = lambda: None
     """Called on all ranks before each step; may abort the growth by an exception."""
 
@@ -33,9 +31,7 @@ class Feed(NamedTuple):
         """
         self.before_step()
         this, following = (
-            StepPart.of(
-                self.position + number * step_tokens(stage, self.length), stage.batch, topology, ops
-            )
+            StepPart.of(self.position + number * step_tokens(stage), stage.batch, topology, ops)
             for number in (step, step + 1)
         )
         batches = run_on_all_ranks(partial(self.reader.read, this))
@@ -66,10 +62,10 @@ class GrowthCost:
         )
 
 
-def spent_on_steps(stage: StageConfig, length: int, steps: int) -> GrowthCost:
+def spent_on_steps(stage: StageConfig, steps: int) -> GrowthCost:
     """Return the FLOPs of steps whose tokens are trained on again later."""
-    tokens = steps * step_tokens(stage, length)
+    tokens = steps * step_tokens(stage)
     return GrowthCost(
         flops=paper_flops_per_token(stage.model) * tokens,
-        flops_true=flops_per_token(stage.model, length) * tokens,
+        flops_true=flops_per_token(stage.model, stage.data.sequence_length) * tokens,
     )

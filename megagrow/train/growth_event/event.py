@@ -114,7 +114,7 @@ def _move(
     batches = [feed.batches(n, target.config, target.topology, target.ops) for n in steps]
     measure_second_moment(target, batches, masks_now(run, target, stage_tokens=0))
     moved.append(_moved(ended.state, growth.with_kinds("exp_avg", "exp_avg_sq"), side))
-    return moved, spent_on_steps(target.config, feed.length, len(steps))
+    return moved, spent_on_steps(target.config, len(steps))
 
 
 def _moved(source: ShardedState, growth: GrowthMap, target: ShardedState) -> TransferStats:

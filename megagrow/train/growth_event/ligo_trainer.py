@@ -150,8 +150,9 @@ def _spent(run: RunConfig, index: int, learned: LigoParameters, losses: list[flo
     Weights are formed once per micro-batch of the global batch; forward and backward take three
     times the FLOPs of forward. Activation checkpointing is not counted.
     """
-    stage, length = run.stages[index], run.data.sequence_length
-    tokens = len(losses) * step_tokens(stage, length)
+    stage = run.stages[index]
+    length = stage.data.sequence_length
+    tokens = len(losses) * step_tokens(stage)
     times = len(losses) * stage.batch.global_batch_size // stage.batch.micro_batch_size
     making = forming_flops(learned, list(parameter_plan(stage.model, tp=1).values()))
     return GrowthCost(

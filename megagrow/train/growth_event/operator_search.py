@@ -49,7 +49,7 @@ def grow_best(
             candidate = with_operators(run, index, (name,))
             losses[name] = _tried(name, candidate, ended, feed, steps, loss_of)
             logger.info("probe %s | loss %.4f after %d steps", name, losses[name], steps)
-            spent = spent.plus(spent_on_steps(run.stages[index], feed.length, steps))
+            spent = spent.plus(spent_on_steps(run.stages[index], steps))
         best = min(losses, key=lambda name: losses[name])
         if not math.isfinite(losses[best]):
             raise ConfigError(f"stages.{index}.growth.probe: no candidate has a finite loss")
@@ -67,7 +67,7 @@ def _tried(
 ) -> float:
     """Return the loss of a candidate after some steps, and release it."""
     stage, _ = grow(run, ended, feed)
-    per_step = step_tokens(stage.config, feed.length)
+    per_step = step_tokens(stage.config)
     progress = PhaseProgress(f"probe {name}", steps, "steps")
     for step in range(steps):
         batches = feed.batches(step, stage.config, stage.topology, stage.ops)

@@ -24,13 +24,10 @@ from megagrow_kernels.cross_entropy import vocab_gradient_, vocab_statistics
 from tools.benchmarks.kernels.simulated_gpu import Driver, simulated_gpu
 
 
-def step(stage: StageConfig, sequence: int) -> None:
+def step(stage: StageConfig) -> None:
     """Run one forward and backward pass of the stage's model with its loss, in bf16."""
-    model, batch, autocast = (
-        stage.model,
-        stage.batch.micro_batch_size,
-        stage.parallel.zero_stage < 1,
-    )
+    model, batch, sequence = stage.model, stage.batch.micro_batch_size, stage.data.sequence_length
+    autocast = stage.parallel.zero_stage < 1
     backends = Backends(*["triton"] * 5)
     machine = Machine("cuda", 90, triton=True)
     ops = make_ops(backends, machine, KernelWorkload(torch.bfloat16, model.head_dim, packed=True))
@@ -62,7 +59,7 @@ def main() -> None:
     driver.set_active(Driver())
     with simulated_gpu(settings["programs"]), record_compilations() as kernels:
         for stage in settings["stages"]:
-            step(StageConfig.model_validate(stage), settings["sequence"])
+            step(StageConfig.model_validate(stage))
     print(json.dumps([[kernel.name, kernel.hash, kernel.cached] for kernel in kernels]))
 
 

@@ -49,7 +49,7 @@ def locate(run: RunConfig, step: int) -> Position:
     assert 0 <= step <= steps_left(run)
     last = len(run.stages) - 1
     for index, one in enumerate(run.stages):
-        steps = stage_steps(one, run.data.sequence_length)
+        steps = stage_steps(one)
         if step < steps or index == last:
             return Position(index, step)
         step -= steps
@@ -59,5 +59,5 @@ def locate(run: RunConfig, step: int) -> Position:
 def tokens_at(run: RunConfig, step: int) -> int:
     """Return the tokens trained on after `step` steps, without those that growth events read."""
     position = locate(run, step)
-    size = step_tokens(run.stages[position.stage], run.data.sequence_length)
+    size = step_tokens(run.stages[position.stage])
     return tokens_between(run, 0, position.stage) + position.step * size

@@ -200,7 +200,9 @@ def learn(run: RunConfig) -> tuple[GrowthMap, GrowthCost]:
     tp, zero = first.parallel.tensor_model_parallel_size, first.parallel.zero_stage
     layout = layout_of(first.model, zero, dist.get_world_size() // tp, tp)
     side = ShardedState(layout, storage_of(layout, state_of(first.model), dist.get_rank()))
-    feed = Feed(StepFeed(open_inputs(run).train), 2 * STEP_TOKENS, run.data.sequence_length)
+    feed = Feed(
+        StepFeed(open_inputs(run).train), 2 * STEP_TOKENS, run.stages[0].data.sequence_length
+    )
     return learn_growth(run, 1, side, CPU, feed)
 
 
@@ -251,7 +253,7 @@ def test_the_loss_falls_and_what_it_took_is_told(folder):
     assert spent.flops == 6 * parameters(wide) * spent.tokens
     parts = resolve_operators(run.stages[0].model, wide, run.stages[1].growth, "")
     making = forming_flops(initial(parts, CPU), list(parameter_plan(wide, tp=1).values()))
-    per_token = flops_per_token(wide, run.data.sequence_length)
+    per_token = flops_per_token(wide, run.stages[0].data.sequence_length)
     assert spent.flops_true == per_token * spent.tokens + 3 * making * 20
 
 

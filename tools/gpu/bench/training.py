@@ -130,7 +130,7 @@ def measure_training(run: RunConfig, device: torch.device) -> dict[str, Any]:
     try:
         initialize(stage)
         batches = list(random_batches(run))
-        per_step = step_tokens(stage.config, run.data.sequence_length)
+        per_step = step_tokens(stage.config)
         seconds, losses = [], []
         for step in range(WARM_STEPS + STEPS):
             begin = time.perf_counter()
@@ -141,8 +141,8 @@ def measure_training(run: RunConfig, device: torch.device) -> dict[str, Any]:
         stage.release()
     config = run.stages[0]
     step_seconds = statistics.median(seconds[WARM_STEPS:])
-    tokens = config.batch.global_batch_size * run.data.sequence_length
-    flops = flops_per_token(config.model, run.data.sequence_length) * tokens
+    tokens = config.batch.global_batch_size * run.stages[0].data.sequence_length
+    flops = flops_per_token(config.model, run.stages[0].data.sequence_length) * tokens
     peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
     return {
         "seconds": step_seconds,
@@ -168,7 +168,7 @@ def initialize(stage: Stage) -> None:
 
 def random_batches(run: RunConfig) -> Iterator[Batch]:
     """Yield the micro-batches of one step."""
-    batch, length = run.stages[0].batch, run.data.sequence_length
+    batch, length = run.stages[0].batch, run.stages[0].data.sequence_length
     positions = torch.arange(length).expand(batch.micro_batch_size, -1).contiguous()
     for _ in range(batch.global_batch_size // batch.micro_batch_size):
         shape = (batch.micro_batch_size, length + 1)
