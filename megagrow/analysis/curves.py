@@ -1,6 +1,6 @@
 """Load a run directory: losses against FLOPs, tokens and seconds, growths, metrics and scores."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -23,6 +23,7 @@ from megagrow.analysis.run_records import (
     latest_record,
     of_kind,
     train_records,
+    validation_records,
 )
 from megagrow.analysis.speedup import LossCurve
 from megagrow.common.untrusted_values import Tally, problems_of_values
@@ -95,6 +96,9 @@ class RunCurves:
     train_unsmoothed: tuple[float, ...]
     """Losses of the points of `train` without smoothing."""
     validation: Series
+    """Loss on the first validation set."""
+    validation_sets: Mapping[str, Series]
+    """Loss on each validation set by name, the first one included."""
     growths: tuple[Growth, ...]
     metrics: RunMetrics
     scores: tuple[Score, ...]
@@ -179,6 +183,7 @@ def _curves(directory: Path, path: Path, records: Sequence[Record]) -> RunCurves
     latest, trained = latest_record(records), train_records(records)
     assert latest is not None
     train = smooth(trained, latest["tokens"])
+    validation = {name: _series(each) for name, each in validation_records(records).items()}
     return RunCurves(
         directory=directory,
         name=start.name,
@@ -193,7 +198,8 @@ def _curves(directory: Path, path: Path, records: Sequence[Record]) -> RunCurves
         seconds=latest["elapsed_seconds"],
         train=train,
         train_unsmoothed=tuple(record["loss"] for record in trained),
-        validation=_series(of_kind(records, "validation")),
+        validation=next(iter(validation.values()), _series([])),
+        validation_sets=validation,
         growths=tuple(map(_growth, of_kind(records, "growth"))),
         metrics=read_run_metrics(trained),
         scores=read_scores(of_kind(records, "evaluation"), _stored_results(directory)),

@@ -43,8 +43,8 @@ class Setting:
     has_full_cost: bool
     """True if the run pretrains from initial weights, so its records contain the full cost."""
     loss_data: str
-    """Validation corpora, tokenizer and sequence length of the last stage: losses of equal ones can
-    be compared."""
+    """First validation set, tokenizer and sequence length of the last stage: losses of equal ones
+    can be compared."""
 
 
 def read_setting(directory: Path, changes: Sequence[object] = ()) -> Setting | None:
@@ -62,12 +62,16 @@ def make_setting(run: RunConfig, changes: Sequence[object] = ()) -> Setting:
     """Derive the setting from a run's config and its changes during the run."""
     target = run.stages[-1].model
     per_parameter = paper_flops_per_token(target) / non_embedding_parameters(target)
+    corpora = next(iter(run.data.validation.values()), [])
+    measured = [corpus.model_dump(mode="json") for corpus in corpora]
     return Setting(
         config_key=run.model_dump_json(exclude={"seed", "name", "output_dir"})
         + json.dumps(changes),
         charges=tuple(per_parameter * non_embedding_parameters(s.model) for s in run.stages),
         has_full_cost=run.objective == "pretrain" and run.init_from is None,
-        loss_data=f"{run.data.model_dump_json()} {run.stages[-1].data.sequence_length}",
+        loss_data=json.dumps(
+            [measured, str(run.data.tokenizer), run.stages[-1].data.sequence_length]
+        ),
     )
 
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 from scipy.stats import t as student_t
 
 from megagrow.analysis.curves import Growth, RunCurves
+from megagrow.analysis.run_records import validation_records
 from megagrow.errors import DataError
 from megagrow.train.reporting.writers import Record
 
@@ -52,7 +53,7 @@ def read_transient(
     if not growths:
         raise DataError(f"{where}: no growth was recorded")
     growth = growths[-1]
-    validations = [record for record in records if record["kind"] == "validation"]
+    validations = next(iter(validation_records(records).values()), [])
     before_growth = [r["loss"] for r in validations if r["stage"] == growth["stage"] - 1]
     points = tuple(
         (r["tokens"] - growth["tokens"], r["loss"])

@@ -1,11 +1,12 @@
 """Records of a run in metrics.jsonl: selection by kind, and checks of their order and values."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 from megagrow.common.untrusted_values import as_amount, as_value
 from megagrow.errors import DataError
+from megagrow.train.reporting.metrics import losses_by_set
 from megagrow.train.reporting.writers import Record
 
 MEASURED = ("train", "validation", "growth")
@@ -15,6 +16,19 @@ MEASURED = ("train", "validation", "growth")
 def of_kind(records: Sequence[Record], kind: str) -> list[Record]:
     """Return the records of a kind, in order."""
     return [record for record in records if record["kind"] == kind]
+
+
+def validation_records(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Return the validation records of each set by name, each with `loss` of this set.
+
+    The first set is the first one of the last record. Raises TypeError for malformed losses.
+    """
+    measured = [(record, losses_by_set(record)) for record in of_kind(records, "validation")]
+    names = dict.fromkeys(name for _, losses in reversed(measured) for name in losses)
+    return {
+        name: [record | {"loss": losses[name]} for record, losses in measured if name in losses]
+        for name in names
+    }
 
 
 def train_records(records: Sequence[Record]) -> list[Record]:
@@ -50,7 +64,7 @@ def _check_losses(path: Path, records: Sequence[Record]) -> None:
             f"{path}: no training loss was recorded; wait for the first step, or lower "
             "logging.interval"
         )
-    for record in steps + of_kind(records, "validation"):
+    for record in chain(steps, *validation_records(records).values()):
         if record["loss"] is None:
             raise DataError(
                 f"{path}: the {record['kind']} loss at step {record['step']} is not finite; "

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, WrapSerializer
 
-from megagrow.config.sections import Count, FilePath, Section
+from megagrow.config.sections import Count, FilePath, Section, sets_as_written, sets_by_name
 
 
 def _prefix(path: Path) -> Path:
@@ -30,11 +30,19 @@ def _corpora(value: object) -> object:
     return [{"path": each} if isinstance(each, str | Path) else each for each in corpora]
 
 
+_CorporaInput = str | list[str | CorpusConfig]
 Corpora = Annotated[
-    list[CorpusConfig],
-    BeforeValidator(_corpora, json_schema_input_type=str | list[str | CorpusConfig]),
+    list[CorpusConfig], BeforeValidator(_corpora, json_schema_input_type=_CorporaInput)
 ]
 """Corpora of a blend; a path is short for a corpus of weight 1."""
+
+_SetsInput = _CorporaInput | dict[str, _CorporaInput]
+ValidationSets = Annotated[
+    dict[str, Annotated[Corpora, Field(min_length=1)]],
+    BeforeValidator(sets_by_name, json_schema_input_type=_SetsInput),
+    WrapSerializer(sets_as_written),
+]
+"""Corpora of each validation set by name."""
 
 
 class StageDataConfig(Section):
@@ -54,8 +62,10 @@ class StageDataConfig(Section):
 class DataConfig(Section):
     """Data that a run has once: validation corpora and tokenizer."""
 
-    validation: Corpora = Field(default=[])
-    """Corpora of the validation loss; empty disables it."""
+    validation: ValidationSets = Field(default={})
+    """Corpora of the validation loss, or a mapping of names to the corpora of several validation
+    sets, each with its own loss: `{web: data/web, code: [data/python, data/rust]}`. Empty disables
+    it."""
     tokenizer: FilePath | None = None
     """A SentencePiece .model file, a tokenizer.json, or a Hugging Face folder. It is checked
     against the model's vocabulary and required by `evaluation` and `samples`. Checkpoints record

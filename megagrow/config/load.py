@@ -174,6 +174,8 @@ def _closest(error: Mapping[str, Any]) -> str:
 
 def _written_at(place: KeyPath, tree: dict[str, Any]) -> KeyPath:
     """Return the path in the user's file of the value at `place` in the filled-in tree."""
+    if place[:2] == ("data", "validation") and _reach(tree, place) < 3:
+        return (*place[:2], *place[3:])  # a list, which has no name
     if place[0] != "stages" or len(place) < 3 or place[2] not in DEFAULTS:
         return place
     if "stages" not in tree:

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from itertools import islice
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from megagrow.common.yaml_file import parse_yaml
 from megagrow.config.data import RunFileData
@@ -99,8 +99,8 @@ REPLACED = (("model",), ("data", "train"))
 """Defaults of all stages that a stage replaces entirely instead of key by key."""
 
 
-Keys = dict[str, type[Section] | None]
-"""Keys of one section, each with its subsection, if any."""
+Keys = dict[str, Any]
+"""Keys of one section, each with the type of its field; None without a subsection."""
 
 
 DEFAULTS = (
@@ -195,15 +195,18 @@ def _unknown(tree: dict[str, Any], keys: Keys, prefix: str) -> Iterator[tuple[st
         path = f"{prefix}{key}"
         if key not in keys:
             yield path, _hint(str(key), keys, prefix)
-        elif section := keys[key]:
-            inner = {**_keys_of(section), **({"base": None} if key in PARTS else {})}
-            for place, item in _mappings(value, path):
+        elif kind := keys[key]:
+            inner = {**_keys_of(kind), **({"base": None} if key in PARTS else {})}
+            for place, item in _mappings(value, path, item_path(kind)):
                 yield from _unknown(item, inner, f"{place}.")
 
 
-def _mappings(value: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each mapping of a section, or of a list of sections, with its path."""
-    if isinstance(value, dict):
+def _mappings(value: Any, path: str, items: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each mapping of a section, or of sections at the `item_path` items, with its path."""
+    if isinstance(value, dict) and items.startswith(".NAME"):
+        for name, item in value.items():
+            yield from _mappings(item, f"{path}.{name}", items.removeprefix(".NAME"))
+    elif isinstance(value, dict):
         yield path, value
     elif isinstance(value, list):
         yield from ((f"{path}.{i}", item) for i, item in enumerate(value) if isinstance(item, dict))
@@ -230,11 +233,11 @@ def _everywhere(keys: Keys, prefix: str) -> Iterator[tuple[str, str]]:
         yield from _everywhere(_keys_of(section), inner)
 
 
-def _keys_of(section: type[Section] | None) -> Keys:
-    if section is None:
-        return {}
-    fields = section.model_fields.items()
-    return {name: section_in(f.annotation) for name, f in fields if not f.exclude}
+def _keys_of(annotation: Any) -> Keys:
+    section = section_in(annotation)
+    fields = {} if section is None else section.model_fields
+    kinds = ((name, f.annotation) for name, f in fields.items() if not f.exclude)
+    return {name: kind if section_in(kind) else None for name, kind in kinds}
 
 
 def section_in(annotation: Any) -> type[Section] | None:
@@ -242,3 +245,13 @@ def section_in(annotation: Any) -> type[Section] | None:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next(filter(None, map(section_in, get_args(annotation))), None)
+
+
+def item_path(annotation: Any) -> str:
+    """Return the path from a field to the sections in it.
+
+    It is empty for a section, `.N` for a list of sections and `.NAME.N` for lists by name.
+    """
+    step = {list: ".N", dict: ".NAME"}.get(get_origin(annotation), "")
+    inner = next(filter(section_in, get_args(annotation)), None)
+    return step + item_path(inner) if inner is not None else ""

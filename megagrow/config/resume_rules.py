@@ -5,11 +5,9 @@ tokenizer are compared under keys of their own, so a moved file is no change.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from enum import StrEnum
-from typing import Any
 
 from megagrow.config.model import FEATURE_KEYS, MAMBA_KEYS, RopeScaling
 from megagrow.config.stage import KernelsConfig
@@ -38,6 +36,8 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "output_dir",
         "stages.N.data.train.N.path",
         "data.validation.N.path",
+        "data.validation.NAME",
+        "data.validation.NAME.N.path",
         "data.tokenizer",
         "stages.N.at_tokens",
         "stages.N.at_flops",
@@ -100,6 +100,9 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "data.validation.N",
         "data.validation.N.contents",
         "data.validation.N.weight",
+        "data.validation.NAME.N",
+        "data.validation.NAME.N.contents",
+        "data.validation.NAME.N.weight",
         "validation.tokens",
         "evaluation",
         "evaluation.tasks",
@@ -176,37 +179,6 @@ _EFFECT_OF = {key: effect for effect, keys in EFFECTS.items() for key in keys}
 
 _OF_STAGE = re.compile(r"^stages\.[^.]+\.")
 
-ABSENT = "absent"
-"""Value of a key of a section or a list entry that does not exist."""
-
-
-@dataclass(frozen=True)
-class ConfigChange:
-    """A key with different values in a checkpoint and in the run that resumes from it."""
-
-    key: str
-    old: Any
-    new: Any
-    effect: Effect
-
-    @property
-    def matters(self) -> bool:
-        """True if the later part of the run differs by more than rounding."""
-        return self.effect not in (Effect.NONE, Effect.ROUNDING)
-
-    def __str__(self) -> str:
-        return f"{self.difference} ({self.effect})"
-
-    @property
-    def difference(self) -> str:
-        """Key and both values, on one line."""
-        return f"{self.key}: {_shown(self.old)} -> {_shown(self.new)}"
-
-    def as_json(self) -> dict[str, Any]:
-        """Return JSON values for metrics.jsonl."""
-        return {"key": self.key, "old": self.old, "new": self.new, "effect": str(self.effect)}
-
-
 ALL = "all"
 """Value of `--allow-change` that allows every key."""
 
@@ -248,50 +220,6 @@ def effect_of(key: str, stage: int) -> Effect:
 
 
 def _pattern(key: str) -> str:
-    """Return a key with N in place of the indices of stages and corpora."""
+    """Return a key with N and NAME in place of indices and names of validation sets."""
+    key = re.sub(r"^(data\.validation)\.[A-Za-z][^.]*", r"\1.NAME", key)
     return re.sub(r"\.\d+(?=\.|$)", ".N", key)
-
-
-def config_changes(
-    old: Mapping[str, Any], new: Mapping[str, Any], stage: int
-) -> list[ConfigChange]:
-    """Return the differing keys of two dumps of runs, in the order of `new`.
-
-    Dumps are nested mappings of JSON values. Keys below an added or removed section or list entry
-    are not listed, except those that the other dump has at the same place.
-    """
-    return [
-        ConfigChange(key, before, after, effect_of(key, stage))
-        for key, before, after in _differing(old, new)
-    ]
-
-
-def _differing(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """Return key, old and new value of each difference."""
-    sides = [_entries(side) for side in (old, new)]
-    if None in sides:
-        return [] if old == new else [(key, old, new)]
-    before, after = (side or {} for side in sides)
-    found = []
-    for name in {**after, **before}:
-        place = f"{key}.{name}" if key else name
-        found += _differing(before.get(name, ABSENT), after.get(name, ABSENT), place)
-    return found
-
-
-def _entries(value: Any) -> Mapping[str, Any] | None:
-    """Return the keys of a section or the entries of a list of sections; None for other values."""
-    if isinstance(value, Mapping):
-        return value
-    if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
-        return {str(index): each for index, each in enumerate(value)}
-    return None
-
-
-def _shown(value: Any) -> str:
-    """Return a value in short form: of a corpus its path; other sections are only named."""
-    if isinstance(value, Mapping) and "path" in value:
-        value = value["path"]
-    if _entries(value):
-        return "present"
-    return "null" if value is None else printable(str(value))

@@ -1,10 +1,19 @@
 """Base class of all sections of a run file, and the sections that a run has once."""
 
 import os
+import re
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_validator,
+)
 
 from megagrow.common.sizes import parse_count, parse_seconds
 from megagrow.common.untrusted_values import LONGEST_NAME
@@ -82,6 +91,31 @@ PathOrTexts = Annotated[
 """Texts, or the path of a file with one per line."""
 
 
+UNNAMED_SET = "validation"
+"""Name of the validation set that is given as a list."""
+
+_SET_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*", re.ASCII)
+
+
+def sets_by_name(value: Any) -> Any:
+    """Return validation sets by name; a list is a single set, and an empty one none."""
+    if not isinstance(value, dict):
+        return {UNNAMED_SET: value} if value not in ([], ()) else {}
+    if "path" in value:
+        raise ValueError("should be a list of corpora, or a mapping of names to lists of corpora")
+    for name in value:
+        if not isinstance(name, str) or not _SET_NAME.fullmatch(name):
+            rule = "use letters, digits, _ and -, starting with a letter"
+            raise ValueError(f"{name!r} is not a valid name of a set; {rule}")
+    return value
+
+
+def sets_as_written(sets: dict[str, Any], serialize: SerializerFunctionWrapHandler) -> Any:
+    """Return a single unnamed set as a list, as run files and earlier versions write it."""
+    values = serialize(sets)
+    return list(*values.values()) if sets.keys() <= {UNNAMED_SET} else values
+
+
 class Section(BaseModel):
     """Section of a run file: frozen, and unknown keys are errors."""
 
@@ -122,7 +156,7 @@ class ValidationConfig(Section):
     interval: Count = 500
     """Steps between validations."""
     tokens: Count = 1_000_000
-    """Number of tokens from the start of the validation corpus, rounded to complete sequences."""
+    """Number of tokens from the start of each validation set, rounded to complete sequences."""
 
 
 class EvaluationConfig(Section):

@@ -1,12 +1,15 @@
 """Identity of a corpus: digests of its tokens and of its tokenizer, independent of its path."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from megagrow.config.schema import RunConfig
-from megagrow.config.sections import Section
+from pydantic import BeforeValidator, WrapSerializer
+
+from megagrow.config.schema import CorpusConfig, RunConfig
+from megagrow.config.sections import Section, sets_as_written, sets_by_name
 from megagrow.data.indexed import CorpusFile, with_suffix
 from megagrow.data.manifest import CorpusManifest
 from megagrow.data.tokenizers import gives_same_ids, load_tokenizer
@@ -60,7 +63,9 @@ class Contents(Section):
     """Identities of a run's data, recorded in checkpoints as `environment.contents`."""
 
     train: list[str]
-    validation: list[str]
+    validation: Annotated[
+        dict[str, list[str]], BeforeValidator(sets_by_name), WrapSerializer(sets_as_written)
+    ]
     tokenizer: str | None
     """Checksum; None if neither the run nor its corpora name a tokenizer."""
 
@@ -69,10 +74,12 @@ def data_contents(
     run: RunConfig, identities: Mapping[str, CorpusIdentity], tokenizer: str | None
 ) -> Contents:
     """Return the contents of a run from the identities of its corpora by path and its tokenizer."""
-    train, validation = (
-        [identities[str(corpus.path)].content for corpus in corpora]
-        for corpora in (run.stages[0].data.train, run.data.validation)
-    )
+
+    def contents(corpora: Sequence[CorpusConfig]) -> list[str]:
+        return [identities[str(corpus.path)].content for corpus in corpora]
+
+    train = contents(run.stages[0].data.train)
+    validation = {name: contents(corpora) for name, corpora in run.data.validation.items()}
     return Contents(train=train, validation=validation, tokenizer=tokenizer)
 
 

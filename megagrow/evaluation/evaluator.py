@@ -47,10 +47,12 @@ class Evaluator:
     ) -> None:
         """Compute the validation loss and generate the samples, if the run has them."""
         step, masks = state.counters.step, masks_now(run, stage, state.stage_tokens)
-        reader, sequences = self._inputs.validation, self._inputs.validation_sequences
-        if reader is not None:
+        losses = {}
+        for name, each in self._inputs.validation.items():
             watchdog.beat(f"the validation after step {step}", long=True)
-            log.validation(state, mean_loss(stage, reader, sequences, masks))
+            losses[name] = mean_loss(stage, each.reader, each.sequences, masks)
+        if losses:
+            log.validation(state, losses)
         if self._samples is not None:
             watchdog.beat(f"the samples after step {step}", long=True)
             log.samples(state, self._samples(stage, masks))

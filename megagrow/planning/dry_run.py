@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megagrow.checkpoint.discovery import last_valid, list_checkpoints
 from megagrow.checkpoint.manifest import read_manifest
-from megagrow.config.resume_rules import ConfigChange
+from megagrow.config.differences import ConfigChange
 from megagrow.config.schema import RunConfig
 from megagrow.config.validation import world_problems
 from megagrow.data.corpus_identity import Contents

@@ -18,9 +18,11 @@ from megagrow.checkpoint.manifest import Manifest
 from megagrow.checkpoint.source import Source
 from megagrow.common.untrusted_values import problems_of_values
 from megagrow.config.deprecated import rename_recorded
+from megagrow.config.differences import ABSENT, ConfigChange, config_changes
 from megagrow.config.load import recorded_run
-from megagrow.config.resume_rules import ABSENT, ConfigChange, Effect, config_changes, is_in
+from megagrow.config.resume_rules import Effect, is_in
 from megagrow.config.schema import GrowthConfig, ModelConfig, RunConfig
+from megagrow.config.sections import sets_by_name
 from megagrow.data.corpus_identity import Contents
 from megagrow.data.manifest import CorpusManifest
 from megagrow.data.tokenizers import gives_same_ids, load_tokenizer, tokenizers_at
@@ -191,10 +193,14 @@ def _recorded(environment: Mapping[str, Any]) -> tuple[RunConfig | None, Content
         raise CheckpointError(
             f"the contents recorded in the checkpoint are invalid: {problems_of_values(error)}"
         ) from error
-    sizes = len(known.train), len(known.validation)
-    if sizes != (len(run.stages[0].data.train), len(run.data.validation)):
+    sizes = len(known.train), _sizes(known.validation)
+    if sizes != (len(run.stages[0].data.train), _sizes(run.data.validation)):
         raise CheckpointError("the contents recorded in the checkpoint do not match its run")
     return run, known
+
+
+def _sizes(sets: Mapping[str, Sequence[Any]]) -> dict[str, int]:
+    return {name: len(corpora) for name, corpora in sets.items()}
 
 
 def _add_growth_of_files(
@@ -226,7 +232,9 @@ def _add_contents(
     for side, known in ((old, recorded), (new, now if recorded else None)):
         for stage in side["stages"]:
             _add_contents_of(stage["data"]["train"], known.train if known else None)
-        _add_contents_of(side["data"]["validation"], known.validation if known else None)
+        sets = side["data"]["validation"]
+        for name, corpora in sets_by_name(sets).items():
+            _add_contents_of(corpora, known.validation[name] if known else None)
     tokenizers = (recorded or now).tokenizer, now.tokenizer
     if None not in tokenizers:
         for side, tokenizer in zip((old, new), tokenizers, strict=True):

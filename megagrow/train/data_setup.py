@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch.distributed as dist
 
 from megagrow.config.schema import CorpusConfig, RunConfig
+from megagrow.config.sections import UNNAMED_SET
 from megagrow.data.batches import (
     BatchReader,
     CorpusEpochs,
@@ -30,13 +32,21 @@ from megagrow.errors import DataError, InputError
 from megagrow.parallel.agreement import run_on_all_ranks
 
 
+@dataclass(frozen=True)
+class ValidationSet:
+    """Reader of a validation set, and the number of sequences that a validation reads."""
+
+    reader: BatchReader
+    sequences: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """Readers shared by all stages; the stream does not change at a growth."""
 
     train: BatchReader
-    validation: BatchReader | None
-    validation_sequences: int
+    validation: dict[str, ValidationSet]
+    """Validation sets by name, in the order of the run file."""
     fixed: BatchReader
     """Reader whose first sequences form the fixed batch for evaluating growths."""
     identities: dict[str, CorpusIdentity]
@@ -55,7 +65,7 @@ def open_inputs(run: RunConfig) -> Inputs:
     data = run.stages[0].data
     stream = open_stream(data.train, run.seed, data.sequence_length)
     train = _reader(run, stream, data.train, shuffle=True)
-    validation, sequences = _open_validation(run)
+    validation = {name: _open_validation(run, name) for name in run.data.validation}
     if corpus_identities(run) != identities:
         raise DataError("a corpus was replaced while it was opened; start the run again")
     epochs = stream_epochs(run, stream)
@@ -63,8 +73,7 @@ def open_inputs(run: RunConfig) -> Inputs:
     return Inputs(
         train=train,
         validation=validation,
-        validation_sequences=sequences,
-        fixed=validation or train,
+        fixed=next((each.reader for each in validation.values()), train),
         identities=identities,
         contents=data_contents(run, identities, tokenizer),
         epochs=epochs,
@@ -72,18 +81,16 @@ def open_inputs(run: RunConfig) -> Inputs:
     )
 
 
-def _open_validation(run: RunConfig) -> tuple[BatchReader | None, int]:
-    """Return the validation reader and the number of sequences it reads."""
-    data, length = run.data, run.stages[0].data.sequence_length
-    if not data.validation:
-        return None, 0
-    stream = open_stream(data.validation, run.seed, length, shuffle=False)
+def _open_validation(run: RunConfig, name: str) -> ValidationSet:
+    corpora, length = run.data.validation[name], run.stages[0].data.sequence_length
+    stream = open_stream(corpora, run.seed, length, shuffle=False)
     sequences = min(-(-run.validation.tokens // length), stream.epoch_tokens // length)
     if sequences == 0:
+        key = "data.validation" + ("" if name == UNNAMED_SET else f".{name}")
         raise DataError(
-            f"data.validation holds {stream.epoch_tokens} tokens, less than a sequence of {length}"
+            f"{key} holds {stream.epoch_tokens} tokens, less than a sequence of {length}"
         )
-    return _reader(run, stream, data.validation, shuffle=False), sequences
+    return ValidationSet(_reader(run, stream, corpora, shuffle=False), sequences)
 
 
 def open_inputs_on_all_ranks(run: RunConfig) -> Inputs:
@@ -109,7 +116,7 @@ def corpus_identities(run: RunConfig) -> dict[str, CorpusIdentity]:
     """Return the identities of all corpora by path. Raises DataError for a damaged corpus."""
     return {
         str(corpus.path): corpus_identity(corpus.path)
-        for corpus in (*run.stages[0].data.train, *run.data.validation)
+        for corpus in chain(run.stages[0].data.train, *run.data.validation.values())
     }
 
 
@@ -135,7 +142,7 @@ def open_or_list_problems(run: RunConfig) -> tuple[Inputs | None, list[str]]:
     data = run.data
     train = run.stages[0].data.train
     checks: list[Callable[[], object]] = []
-    for shuffle, corpora in ((True, train), (False, data.validation)):
+    for shuffle, corpora in ((True, train), (False, chain(*data.validation.values()))):
         checks += [partial(_open_alone, run, corpus, shuffle) for corpus in corpora]
     if data.tokenizer is not None:
         checks.append(partial(check_tokenizer, data.tokenizer, run.stages[0].model.vocab_size))

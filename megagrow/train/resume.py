@@ -18,7 +18,7 @@ from megagrow.checkpoint.load import load_storage, newest_valid_on_all_ranks
 from megagrow.checkpoint.manifest import parse_manifest
 from megagrow.checkpoint.removal import hide_checkpoint
 from megagrow.common.sizes import format_bytes
-from megagrow.config.resume_rules import ConfigChange
+from megagrow.config.differences import ConfigChange
 from megagrow.config.schema import RunConfig
 from megagrow.data.corpus_identity import Contents
 from megagrow.errors import CheckpointError, Diverged

@@ -118,6 +118,22 @@ def test_conclusion_is_first_and_contains_the_numbers(
     assert {"#D55E00", "#0072B2"} <= colors(tmp_path / "out/loss.png")
 
 
+def test_each_validation_set_has_its_losses(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """A set added later does not change the curve of the first one."""
+    run = make_run("scratch", SCRATCH)
+    path = run / "metrics.jsonl"
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    last = [record for record in written if record["kind"] == "validation"][-1]
+    last["losses"] = {"validation": last["loss"], "code": 1.25}
+    path.write_text("".join(json.dumps(record) + "\n" for record in written))
+    page, document = report([run], tmp_path / "out")
+    (found,) = document["runs"]
+    assert found["validation_loss"] == last["loss"]
+    assert found["validation_losses"] == last["losses"]
+    assert "| code | 1.2500 |" in (tmp_path / "out/report.md").read_text()
+    assert "Last validation losses" in page.text
+
+
 def test_one_run_without_growth_gets_a_report(
     make_run: Callable[..., Path], tmp_path: Path
 ) -> None:

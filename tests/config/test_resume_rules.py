@@ -4,22 +4,18 @@ from typing import Any
 
 import pytest
 
-from megagrow.config.resume_rules import (
-    ABSENT,
-    EFFECTS,
-    Effect,
-    check_allowed,
-    config_changes,
-    effect_of,
-)
+from megagrow.config.differences import ABSENT, config_changes
+from megagrow.config.resume_rules import EFFECTS, Effect, check_allowed, effect_of
 from megagrow.config.schema import RunConfig
 from megagrow.config.sections import Section
 from megagrow.errors import ConfigError
 from tests.helpers.config_keys import sections_in
 
-CONTENTS = {"data.validation.N.contents", "data.tokenizer_contents"}
+CONTENTS = {"data.validation.NAME.N.contents", "data.tokenizer_contents"}
 CONTENTS |= {"stages.N.data.train.N.contents"}
 """Compared in addition to the keys of a run file."""
+UNNAMED = {f"data.validation.N{key}" for key in ("", ".path", ".weight", ".contents")}
+"""Validation corpora that are given as a list, which is a set without a name."""
 CLASSIFIED = [key for keys in EFFECTS.values() for key in keys]
 
 
@@ -31,9 +27,10 @@ def comparable(section: type[Section], path: str = "") -> set[str]:
             continue
         place = f"{path}{name}"
         sections = list(sections_in(field.annotation))
-        for kind, is_list in sections:
-            found |= {f"{place}.N"} if is_list else set()
-            found |= comparable(kind, f"{place}.{'N.' if is_list else ''}")
+        for kind, items in sections:
+            steps = items.split(".")[1:]
+            found |= {".".join([place, *steps[:n]]) for n in range(1, len(steps) + 1)}
+            found |= comparable(kind, f"{place}{items}.")
         if not sections or field.default is None:
             found.add(place)
     return found
@@ -41,7 +38,7 @@ def comparable(section: type[Section], path: str = "") -> set[str]:
 
 def test_every_key_is_classified_once() -> None:
     assert len(CLASSIFIED) == len(set(CLASSIFIED)) > 100
-    assert set(CLASSIFIED) == comparable(RunConfig) | CONTENTS
+    assert set(CLASSIFIED) == comparable(RunConfig) | CONTENTS | UNNAMED
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ def test_names_that_yaml_would_interpret(
     done = init(folder, output, "--size", "1M")
     run = load_run(output)
     assert (run.name, run.output_dir) == (name, Path("runs", name))
-    assert (run.stages[0].data.train[0].path, run.data.validation[0].path) == (
+    validation = run.data.validation["validation"]
+    assert (run.stages[0].data.train[0].path, validation[0].path) == (
         folder / "train",
         folder / "validation",
     )

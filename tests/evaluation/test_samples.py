@@ -69,17 +69,21 @@ def test_samples_are_equal_in_every_layout(
 
 
 @pytest.mark.dist
-def test_samples_are_recorded_and_do_not_change_training(
+def test_samples_and_validation_sets_are_recorded_and_do_not_change_training(
     tmp_path: Path, data: tuple[Path, Path]
 ) -> None:
-    losses = []
+    losses, validations = [], []
     for name in ("with", "without"):
         run = sampled_run(tmp_path / name, data, PROMPTS)
+        sets = {"web": run.data.validation["validation"], "code": run.stages[0].data.train}
         if name == "without":
-            run = run.model_copy(update={"samples": None})
+            run, sets = run.model_copy(update={"samples": None}), {"validation": sets["code"]}
+        run = run.model_copy(update={"data": run.data.model_copy(update={"validation": sets})})
         done = train(write_run(tmp_path / f"{name}.yaml", run), WORLD).finish()
         assert (done.codes, done.err) == ([0] * WORLD, [""] * WORLD)
         losses.append(records(run, "train", ("step", "loss", "grad_norm")))
+        fields = ("loss", "losses") if name == "with" else ("loss",)
+        validations.append(records(run, "validation", fields))
         found = records(run, "samples", ("step", "samples"))
         assert [step for step, _ in found] == ([2, 3, 4, 6] if name == "with" else [])
         shown = [line for line in done.out[0].splitlines() if " | sample | " in line]
@@ -87,6 +91,12 @@ def test_samples_are_recorded_and_do_not_change_training(
         for _, samples in found:
             assert [sample["prompt"] for sample in samples] == PROMPTS
     assert losses[0] == losses[1]
+    assert [list(by_set) for _, by_set in validations[0]] == [["web", "code"]] * 4
+    assert [(loss, by_set["web"]) for loss, by_set in validations[0]] == [
+        (by_set["web"], by_set["web"]) for _, by_set in validations[0]
+    ]
+    assert [(by_set["code"],) for _, by_set in validations[0]] == validations[1]
+    assert all(by_set["web"] != by_set["code"] for _, by_set in validations[0])
 
 
 def test_prompts_are_the_lines_of_a_file(tmp_path: Path) -> None:

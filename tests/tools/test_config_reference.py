@@ -30,8 +30,8 @@ def keys_of(section: type[Section], path: str = "") -> Iterator[str]:
         if field.exclude:
             continue
         yield f"{path}{name}"
-        for kind, is_list in sections_in(field.annotation):
-            yield from keys_of(kind, f"{path}{name}.{'N.' if is_list else ''}")
+        for kind, items in sections_in(field.annotation):
+            yield from keys_of(kind, f"{path}{name}{items}.")
 
 
 def test_the_page_is_current() -> None:
@@ -91,5 +91,5 @@ def test_the_defaults_are_those_of_a_loaded_run(run_file: Path) -> None:
     defaults = {path: text for path, text in written.items() if path not in absent}
     assert len(defaults) > 60
     for path, text in defaults.items():
-        place = path.replace("stages.N", "stages.1").replace(".N.", ".0.")
+        place = path.replace("stages.N", "stages.1").replace(".NAME", "").replace(".N.", ".0.")
         assert load_run(run_file, [f"{place}={text}"]) == plain, path

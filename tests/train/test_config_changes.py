@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from megagrow.checkpoint.source import Source
+from megagrow.config.differences import ConfigChange
 from megagrow.config.load import load_run
-from megagrow.config.resume_rules import ConfigChange, Effect
+from megagrow.config.resume_rules import Effect
 from megagrow.config.schema import RunConfig
 from megagrow.data.corpus_identity import Contents
 from megagrow.data.sentencepiece_tokenizer import train_sentencepiece

@@ -24,7 +24,14 @@ from megagrow.common.sizes import format_count, parse_count  # noqa: E402
 from megagrow.common.tables import markdown_table  # noqa: E402
 from megagrow.config.data import RunFileData  # noqa: E402
 from megagrow.config.json_schema import docstrings  # noqa: E402
-from megagrow.config.overrides import BUILT_ON, DEFAULTS, HARDWARE, PARTS, section_in  # noqa: E402
+from megagrow.config.overrides import (  # noqa: E402
+    BUILT_ON,
+    DEFAULTS,
+    HARDWARE,
+    PARTS,
+    item_path,
+    section_in,
+)
 from megagrow.config.resume_rules import EFFECTS  # noqa: E402
 from megagrow.config.schema import RunConfig, StageConfig  # noqa: E402
 from megagrow.config.sections import Section  # noqa: E402
@@ -119,7 +126,7 @@ def _tables(path: str, section: type[Section]) -> Iterator[SectionTable]:
         place = f"{path}.{name}" if path else name
         below = section_in(field.annotation)
         if below is not None:
-            inner[f"{place}.N" if _is_list(field.annotation) else place] = below
+            inner[place + item_path(field.annotation)] = below
         meaning = texts.get(name) or (_first_sentence(below) if below else "")
         keys.append(
             KeyRow(place, _type(field, place), DERIVED.get(place) or default(field), meaning)
@@ -146,7 +153,7 @@ def _first_sentence(section: type[Section]) -> str:
 
 def _type(field: FieldInfo, place: str) -> str:
     text = words(field.annotation, field.metadata)
-    inside = f"{place}.N" if _is_list(field.annotation) else place
+    inside = place + item_path(field.annotation)
     return text.replace("section", f"[section](#{anchor(inside)})")
 
 
@@ -165,6 +172,8 @@ def words(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         case origin if origin is Literal:
             *first, last = (f"`{value}`" for value in inner)
             return f"{', '.join(first)} or {last}" if first else last
+        case origin if origin is dict:
+            return f"mapping of names, each to a {words(inner[1])}"
         case origin if origin is list:
             return f"list, each {_article(inner[0])}{words(inner[0])}"
     return f"list of {len(inner)}, each {_article(inner[0])}{words(inner[0])}"
@@ -199,10 +208,6 @@ def _flat(metadata: Iterable[Any]) -> Iterator[Any]:
         yield from each.metadata if isinstance(each, FieldInfo) else (each,)
 
 
-def _is_list(annotation: Any) -> bool:
-    return get_origin(annotation) is list and section_in(annotation) is not None
-
-
 def default(field: FieldInfo) -> str:
     """Describe the default of a key."""
     if field.default_factory is not None:
@@ -216,7 +221,7 @@ def default(field: FieldInfo) -> str:
 
 def _value(value: Any, count: bool = False) -> str:
     """Format a default in the notation of a run file."""
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | dict):
         return f"[{', '.join(_value(item) for item in value)}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

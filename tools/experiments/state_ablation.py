@@ -216,15 +216,15 @@ def score(segment: RunSegment, device: torch.device) -> float:
         return json.loads(cache.read_text(encoding="utf-8"))["loss"]
     changed = run.validation.model_copy(update={"tokens": parse_count(ALL_TOKENS)})
     inputs = open_inputs(run.model_copy(update={"validation": changed}))
-    assert inputs.validation is not None
+    (validation,) = inputs.validation.values()
     path = run.output_dir / "checkpoints" / checkpoint_name(segment.step)
     manifest = read_manifest(path)
     stage = build_stage(run, len(run.stages) - 1, device)
     load_storage(path, manifest, stage.layout, stage.engine.storage())
     stage.engine.ready(manifest.adam_step)
-    loss = mean_loss(stage, inputs.validation, inputs.validation_sequences, masks=None)
+    loss = mean_loss(stage, validation.reader, validation.sequences, masks=None)
     stage.release()
-    tokens = inputs.validation_sequences * run.stages[0].data.sequence_length
+    tokens = validation.sequences * run.stages[0].data.sequence_length
     cache.write_text(json.dumps({"loss": loss, "tokens": tokens}), encoding="utf-8")
     return loss
 

@@ -18,6 +18,7 @@ from megagrow.analysis.report.tables import (
     run_table,
     score_table,
     speedup_table,
+    validation_table,
 )
 from megagrow.analysis.seeds import Matchup, SeedGroup, group_runs, match_groups
 from megagrow.analysis.speedup import Speedup, measure_speedup
@@ -84,7 +85,8 @@ class Report:
             tables.append(speedup_table(self.matchups))
         if self.against_paper:
             tables.append(compare_with_paper(self.matchups, read_paper()))
-        tables += [growth_table(self.runs), score_table(self.runs), origin_table(self.runs)]
+        several = (validation_table, growth_table, score_table, origin_table)
+        tables += [table(self.runs) for table in several]
         return [table for table in tables if table.rows]
 
 

@@ -49,6 +49,7 @@ def _run(run: RunCurves) -> dict[str, Any]:
         "seconds": run.seconds,
         "training_loss": run.train.loss[-1],
         "validation_loss": run.validation.loss[-1] if run.validation.loss else None,
+        "validation_losses": {name: each.loss[-1] for name, each in run.validation_sets.items()},
         "evaluation": run.scores[-1].results if run.scores else None,
         "accuracy": run.scores[-1].average if run.scores else None,
         "growths": _growths(run),

@@ -11,6 +11,7 @@ from megagrow.analysis.seeds import Matchup
 from megagrow.analysis.speedup_curve import Level, LossKind
 from megagrow.common.sizes import format_duration
 from megagrow.common.tables import escape_markdown, markdown_table
+from megagrow.config.sections import UNNAMED_SET
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,15 @@ def speedup_table(matchups: Sequence[Matchup]) -> Table:
             rows.append([matchup.grown.name, matchup.scratch.name, ACCOUNTS[account], *cells])
         notes += _notes(matchup)
     return Table("Speedup at the lowest loss reached by both", columns, rows, notes)
+
+
+def validation_table(runs: Sequence[RunCurves]) -> Table:
+    """Return a table of the last loss on each validation set, if a run has named sets."""
+    last = [{name: each.loss[-1] for name, each in run.validation_sets.items()} for run in runs]
+    names = dict.fromkeys(name for losses in last for name in losses)
+    shown = names if names.keys() - {UNNAMED_SET} else {}
+    rows = [[name, *(_cell(losses.get(name)) for losses in last)] for name in shown]
+    return Table("Last validation losses", ("set", *(run.name for run in runs)), rows)
 
 
 def growth_table(runs: Sequence[RunCurves]) -> Table:

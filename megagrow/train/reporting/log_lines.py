@@ -1,13 +1,14 @@
 """Log lines of a run's events: fields separated by ` | `, without the time."""
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from megagrow.common.sizes import format_duration, format_short
 from megagrow.config.flops import parameters
 from megagrow.config.schema import ModelConfig, RunConfig
+from megagrow.config.sections import UNNAMED_SET
 from megagrow.config.stage import StageConfig, format_layout
 from megagrow.errors import printable
 from megagrow.train.growth_event.event import GrowthReport
@@ -58,14 +59,13 @@ def evaluation_line(step: int, results: dict[str, Any]) -> str:
 
 
 def end_lines(
-    run: RunConfig, counters: Counters, stopped: str | None, validation_loss: float | None
+    run: RunConfig, counters: Counters, stopped: str | None, losses: Mapping[str, float]
 ) -> Sequence[str]:
     """Return the last lines of a run: its totals, and commands for the next steps."""
     outcome = "done" if stopped is None else f"stopped by {stopped}"
     fields = [f"run {run.name}", outcome, f"{counters.step} steps", f"{counters.tokens} tokens"]
     fields.append(format_duration(counters.elapsed_seconds))
-    if validation_loss is not None:
-        fields.append(f"validation loss {validation_loss:.4f}")
+    fields += validation_texts(losses)
     if stopped is not None:
         return [" | ".join([*fields, "rerun the same command to resume"])]
     directory = shlex.quote(str(run.output_dir))
@@ -73,6 +73,13 @@ def end_lines(
     if run.data.tokenizer is not None:
         commands.append(f"megagrow generate {directory} --interactive")
     return [" | ".join(fields), " | ".join([f"run {run.name}", "next", *commands])]
+
+
+def validation_texts(losses: Mapping[str, float]) -> Iterator[str]:
+    """Yield the loss of each validation set; a set that has no name is not named."""
+    for name, loss in losses.items():
+        shown = "" if losses.keys() == {UNNAMED_SET} else f"{name} "
+        yield f"validation {shown}loss {loss:.4f}"
 
 
 def _evaluation_fields(results: dict[str, Any]) -> Iterator[str]:

@@ -7,7 +7,7 @@ records after its checkpoint, so the file equals that of an undisturbed run, exc
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from megagrow.common.json_text import finite, limited_lines, parse_json
 from megagrow.common.untrusted_values import Amount, Tally, as_amount, as_tally
 from megagrow.config.flops import parameters
 from megagrow.config.schema import RunConfig
+from megagrow.config.sections import UNNAMED_SET
 from megagrow.config.stage_length import run_tokens
 from megagrow.errors import DataError, unwritable
 from megagrow.train.reporting.writers import Record, Tracker
@@ -134,6 +135,23 @@ def train_fields(measure: StepMetrics, peak_flops: float | None) -> Record:
         "memory_bytes": measure.memory_bytes,
         "seconds": measure.seconds,
     }
+
+
+def validation_fields(losses: Mapping[str, float]) -> Record:
+    """Return the fields of a validation record, at least one set: `loss` is that of the first.
+
+    `losses` has those of all sets by name; a single set without a name has no such field.
+    """
+    fields: Record = {"loss": next(iter(losses.values()))}
+    return fields if losses.keys() == {UNNAMED_SET} else fields | {"losses": dict(losses)}
+
+
+def losses_by_set(record: Record) -> Record:
+    """Return the losses of a validation record by the name of the set."""
+    losses = record.get("losses", {UNNAMED_SET: record["loss"]})
+    if not isinstance(losses, dict):
+        raise TypeError(f"losses = {losses!r:.60} are not a mapping")
+    return losses
 
 
 def start_fields(run: RunConfig, run_steps: int) -> Record:

@@ -10,7 +10,7 @@ import torch
 
 from megagrow.common.gpu_specs import peak_flops
 from megagrow.common.log_setup import ConsoleHandler
-from megagrow.config.resume_rules import ConfigChange
+from megagrow.config.differences import ConfigChange
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import run_flops, steps_left
 from megagrow.errors import InputError, unwritable
@@ -25,9 +25,16 @@ from megagrow.train.reporting.log_lines import (
     hardware_line,
     sample_line,
     start_line,
+    validation_texts,
 )
 from megagrow.train.reporting.lost_records import ranges_text, steps_without_record
-from megagrow.train.reporting.metrics import Counters, MetricsLog, start_fields, train_fields
+from megagrow.train.reporting.metrics import (
+    Counters,
+    MetricsLog,
+    start_fields,
+    train_fields,
+    validation_fields,
+)
 from megagrow.train.reporting.run_files import write_run_files
 from megagrow.train.reporting.step_profiler import StepProfiler
 from megagrow.train.reporting.trackers import open_trackers
@@ -74,7 +81,7 @@ class RunLogger:
         peak = run.logging.peak_flops or peak_flops(_name(device))
         self._peak = peak * world_size if peak else None
         self._world_size = world_size
-        self._validation_loss: float | None = None
+        self._validation_losses: dict[str, float] = {}
 
     def open(self) -> None:
         """Create the run's directory and its files. Raises InputError or OSError if that fails."""
@@ -172,12 +179,12 @@ class RunLogger:
             with suppress(OSError):  # the terminal is gone
                 self._live.update(status)
 
-    def validation(self, state: RunState, loss: float) -> None:
-        """Record a validation loss."""
-        fields = {"stage": state.stage, "loss": loss}
+    def validation(self, state: RunState, losses: dict[str, float]) -> None:
+        """Record the loss of each validation set."""
+        fields = {"stage": state.stage, **validation_fields(losses)}
         self._write(lambda log: log.write("validation", state.counters, **fields))
-        self._validation_loss = loss
-        self._log(f"step {state.counters.step} | validation loss {loss:.4f}")
+        self._validation_losses = losses
+        self._log(" | ".join([f"step {state.counters.step}", *validation_texts(losses)]))
 
     def samples(self, state: RunState, samples: list[dict[str, str]]) -> None:
         """Record generated texts: [{"prompt": text, "text": its continuation}]."""
@@ -258,7 +265,7 @@ class RunLogger:
         """Record the end of the run; `stopped` is the signal that stopped it early, if any."""
         counters = state.counters
         self._write(lambda log: log.write("end", counters, stopped=stopped))
-        for line in end_lines(self._run, counters, stopped, self._validation_loss):
+        for line in end_lines(self._run, counters, stopped, self._validation_losses):
             self._log(line)
 
     def _changes(self, state: RunState, changes: Sequence[ConfigChange]) -> None:

@@ -89,7 +89,7 @@ def write_each_kind(log: MetricsLog) -> None:
     counters = Counters().after_step(seen)
     log.write("start", Counters(), name="run", seed=1)
     log.write("train", counters, **train_fields(seen, 8e4))
-    log.write("validation", counters, stage=0, loss=2.5)
+    log.write("validation", counters, stage=0, loss=2.5, losses={"web": 2.5, "code": 1.5})
     results = {"piqa": {"acc": 0.5}, "wikitext": {"word_perplexity": None}}
     log.write("evaluation", counters, stage=0, results=results, average=0.5)
     log.write("samples", counters, stage=0, samples=SAMPLES)
@@ -100,6 +100,7 @@ def write_each_kind(log: MetricsLog) -> None:
 SHOWN = {
     *(f"train/{field}" for field in CURVES["train"]),
     *("validation/loss", "evaluation/results/piqa/acc", "evaluation/average"),
+    *("validation/losses/web", "validation/losses/code"),
     *("growth/loss_before", "growth/loss_after"),
 }
 
