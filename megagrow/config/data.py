@@ -84,7 +84,7 @@ def with_stage_data(values: Mapping[str, Any]) -> dict[str, Any]:
     the wrong type are kept, for the validation that follows.
     """
     data, stages = values.get("data"), values.get("stages")
-    if not isinstance(data, Mapping) or not isinstance(stages, list):
+    if not isinstance(data, Mapping) or not isinstance(stages, list | tuple):
         return dict(values)
     keys = StageDataConfig.model_fields
     shared = {key: item for key, item in data.items() if key in keys}

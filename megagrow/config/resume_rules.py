@@ -80,6 +80,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "stages.N",
         "stages.N.tokens",
         "stages.N.batch.global_batch_size",
+        "stages.N.batch.rampup_batch_size",
         "stages.N.optimizer.lr",
         "stages.N.optimizer.min_lr",
         "stages.N.optimizer.betas",

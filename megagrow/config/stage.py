@@ -77,6 +77,10 @@ class BatchConfig(Section):
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: Count
     """Sequences per forward pass of each data-parallel rank."""
+    rampup_batch_size: tuple[Count, Count, Count] | None = None
+    """Batch ramp, `[start, increment, samples]` (name from Megatron-LM): the stage begins with
+    `start` sequences per step, and over its first `samples` sequences the batch grows by
+    `increment` at a time to `global_batch_size`. null disables it."""
 
 
 class OptimizerConfig(Section):

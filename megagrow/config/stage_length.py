@@ -1,7 +1,7 @@
 """Length of stages in steps and tokens, from the keys `tokens`, `at_tokens` and `at_flops`.
 
-A step is one optimizer step: global_batch_size x sequence_length tokens. A stage's tokens are
-rounded up to complete steps, so no step belongs to two stages.
+A step is one optimizer step: global_batch_size x sequence_length tokens, fewer in a batch ramp. A
+stage's tokens are rounded up to complete steps, so no step belongs to two stages.
 
 A stage sets one of the three keys; `tokens` may be `auto`. Loading a run file resolves it into a
 number of tokens. Tokens that a growth itself reads (`Counters.growth_tokens`) belong to no stage.
@@ -10,7 +10,7 @@ A batch size may change while a run is stopped. The lengths of a resumed run are
 the tokens that its stages were trained for, see `settled`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megagrow.config.flops import (
@@ -20,7 +20,7 @@ from megagrow.config.flops import (
 )
 from megagrow.config.growth_guidelines import growth_tokens
 from megagrow.config.schema import RunConfig
-from megagrow.config.stage import StageConfig
+from megagrow.config.stage import BatchConfig, StageConfig
 
 LENGTHS = ("tokens", "at_tokens", "at_flops")
 """Keys that set the length of a stage."""
@@ -29,21 +29,66 @@ _UNSETTLED = 1
 """Placeholder in `tokens` until `settled` computes the number."""
 
 
-def step_tokens(stage: StageConfig) -> int:
-    """Return the tokens of one optimizer step of `stage`, over all ranks."""
-    return stage.batch.global_batch_size * stage.data.sequence_length
+def batch_at(stage: StageConfig, done: int = 0) -> BatchConfig:
+    """Return the batch sizes of the optimizer step after the first `done` tokens of `stage`.
+
+    A ramp has `global_batch_size` - `start` over `increment` increments, each after an equal share
+    of its `samples`, as in Megatron-LM.
+    """
+    batch = stage.batch
+    if batch.rampup_batch_size is None:
+        return batch
+    start, increment, samples = batch.rampup_batch_size
+    increments = (batch.global_batch_size - start) // increment
+    reached = min(increments, done // stage.data.sequence_length * increments // samples)
+    size = start + reached * increment
+    return batch.model_copy(update={"global_batch_size": size, "rampup_batch_size": None})
+
+
+def step_tokens(stage: StageConfig, done: int = 0) -> int:
+    """Return the tokens of the optimizer step after the first `done` tokens of `stage`, over all
+    ranks."""
+    return batch_at(stage, done).global_batch_size * stage.data.sequence_length
+
+
+def step_starts(stage: StageConfig, done: int, end: int) -> Iterator[range]:
+    """Yield the tokens of `stage` at which its steps from `done` to `end` begin, as one range for
+    each batch size."""
+    changes = [end]
+    if stage.batch.rampup_batch_size is not None:
+        start, increment, samples = stage.batch.rampup_batch_size
+        increments = (stage.batch.global_batch_size - start) // increment
+        sequences = (-(-samples * each // increments) for each in range(1, increments + 1))
+        changes = [*(each * stage.data.sequence_length for each in sequences), end]
+    for change in changes:
+        if done < min(change, end):
+            starts = range(done, min(change, end), step_tokens(stage, done))
+            yield starts
+            done = starts[-1] + starts.step
 
 
 def stage_steps(stage: StageConfig, done: int = 0) -> int:
     """Return the number of optimizer steps of `stage` after its first `done` tokens."""
-    return -(-max(0, stage.tokens - done) // step_tokens(stage))
+    return sum(map(len, step_starts(stage, done, stage.tokens)))
 
 
-def stage_tokens(stage: StageConfig) -> int:
-    """Return the tokens trained in `stage`: its `tokens`, rounded up to complete steps."""
+def tokens_of_steps(stage: StageConfig, steps: int) -> int:
+    """Return the tokens of the first `steps` optimizer steps of `stage`, also beyond its end."""
+    most = steps * stage.batch.global_batch_size * stage.data.sequence_length
+    for starts in step_starts(stage, 0, most):
+        if steps <= len(starts):
+            return starts.start + steps * starts.step
+        steps -= len(starts)
+    return 0
+
+
+def stage_tokens(stage: StageConfig, done: int = 0) -> int:
+    """Return the tokens trained in `stage`: its `tokens`, rounded up to complete steps, the first
+    of which begins after `done` tokens."""
     if stage.exact_tokens is not None:
         return stage.exact_tokens
-    return stage_steps(stage) * step_tokens(stage)
+    ends = (starts[-1] + starts.step for starts in step_starts(stage, done, stage.tokens))
+    return max(ends, default=done)
 
 
 def steps_left(run: RunConfig, stage: int = 0, tokens: int = 0) -> int:
@@ -117,8 +162,7 @@ def settled(
         if index < len(finished):
             each = _exactly(each, finished[index])
         elif index == stage and tokens > 0:
-            left = stage_steps(each, tokens) * step_tokens(each)
-            each = _exactly(each, tokens + left)
+            each = _exactly(each, stage_tokens(each, tokens))
         stages[index], trained = each, stage_tokens(each)
         total += trained
         flops += trained * paper_flops_per_token(each.model)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from megagrow.config.model import MAMBA_KEYS, ModelConfig
 from megagrow.config.schema import RunConfig, StageDataConfig
-from megagrow.config.stage import StageConfig
+from megagrow.config.stage import BatchConfig, StageConfig
 from megagrow.model.layers.table import indivisible_sizes
 
 
@@ -129,10 +129,29 @@ def _batch_and_schedule(stage: StageConfig, at: str) -> Iterator[str]:
             f"micro_batch_size = {batch.micro_batch_size}; use a divisor of "
             f"{batch.global_batch_size}"
         )
+    yield from _batch_ramp(batch, f"{at}.batch")
     if rate.min_lr > rate.lr:
         yield f"{at}.optimizer.min_lr = {rate.min_lr} is above lr = {rate.lr}; use at most lr"
     if schedule.warmup_steps is not None and schedule.warmup_tokens is not None:
         yield f"{at}.schedule sets both warmup_steps and warmup_tokens; set one of them to null"
+
+
+def _batch_ramp(batch: BatchConfig, at: str) -> Iterator[str]:
+    if batch.rampup_batch_size is None:
+        return
+    start, increment, _ = batch.rampup_batch_size
+    key = f"{at}.rampup_batch_size = {list(batch.rampup_batch_size)}"
+    if start >= batch.global_batch_size or (batch.global_batch_size - start) % increment:
+        yield (
+            f"{key} does not lead from {start} to global_batch_size = {batch.global_batch_size} in "
+            f"increments of {increment}; use a smaller start and a divisor of the difference"
+        )
+    for size in sorted({start, increment}):
+        if size % batch.micro_batch_size:
+            yield (
+                f"{key}: {size} is not divisible by micro_batch_size = {batch.micro_batch_size}; "
+                f"use multiples of {batch.micro_batch_size}"
+            )
 
 
 def _sequence(stage: StageConfig, at: str) -> Iterator[str]:
@@ -199,6 +218,12 @@ def _world(stage: StageConfig, world_size: int, at: str) -> Iterator[str]:
             f"{stage.parallel.zero_hpz_partition_size}; use a divisor of {data}"
         )
     micro_total = batch.micro_batch_size * data
+    for size in sorted({*(batch.rampup_batch_size or ())[:2]}):
+        if size % micro_total:
+            yield (
+                f"{at}.batch.rampup_batch_size: {size} is not divisible by micro_batch_size x data "
+                f"parallel = {batch.micro_batch_size} x {data}; use multiples of {micro_total}"
+            )
     if batch.global_batch_size % micro_total:
         yield (
             f"{at}.batch.global_batch_size = {batch.global_batch_size} is not divisible by "

@@ -5,7 +5,7 @@ Masks are not stored: they are a function of the run and a position in it.
 
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import RunConfig
-from megagrow.config.stage_length import step_tokens
+from megagrow.config.stage_length import tokens_of_steps
 from megagrow.growth.operators import operators_of
 from megagrow.model.masks import Masks, masks_at, wider_axes
 
@@ -30,7 +30,7 @@ def ramp_tokens(run: RunConfig, index: int) -> int:
     ramp = stage.growth.ramp_tokens
     if ramp is None:
         ramps = max(1, len(wider_axes(run.stages[index - 1].model, stage.model)))
-        ramp = ramps * GROW_STEPS * step_tokens(stage)
+        ramp = tokens_of_steps(stage, ramps * GROW_STEPS)
     return min(ramp, stage.tokens)
 
 

@@ -22,7 +22,7 @@ from megagrow.config.growth_guidelines import (
     timing_warnings,
 )
 from megagrow.config.schema import OptimizerConfig, RunConfig, StageConfig
-from megagrow.config.stage_length import stage_steps, stage_tokens, step_tokens
+from megagrow.config.stage_length import stage_steps, stage_tokens
 from megagrow.config.validation import world_problems
 from megagrow.errors import ConfigError
 from megagrow.growth.operators import resolve_operators, state_policy
@@ -137,7 +137,7 @@ def _stage(run: RunConfig, index: int, memories: list[StageMemory]) -> StagePlan
         non_embedding=non_embedding_parameters(stage.model),
         tokens=tokens,
         steps=stage_steps(stage),
-        step_tokens=step_tokens(stage),
+        step_tokens=stage.batch.global_batch_size * stage.data.sequence_length,
         flops=paper_flops_per_token(stage.model) * tokens,
         flops_true=flops_per_token(stage.model, stage.data.sequence_length) * tokens,
         optimizer=stage_optimizer(run, index),

@@ -11,7 +11,7 @@ import torch
 
 from megagrow.config.flops import flops_per_token, paper_flops_per_token
 from megagrow.config.schema import RunConfig
-from megagrow.config.stage_length import step_tokens
+from megagrow.config.stage_length import batch_at, step_tokens
 from megagrow.data.batches import Batch
 from megagrow.errors import InputError
 from megagrow.parallel.agreement import (
@@ -167,7 +167,8 @@ def _agreement(
     stage: Stage, state: RunState, feed: StepFeed, stop: StopSignal, hooks: StepHooks
 ) -> Agreement:
     """Return the votes on the next step: those of the end of the previous step, or new ones."""
-    part, number = _part(stage, state.position), state.counters.step + 1
+    part = _part(stage, state.position, state.stage_tokens)
+    number = state.counters.step + 1
     if feed.agreement is not None and feed.agreement.vote.part == part:
         return feed.agreement
     vote = _vote(feed, stop, hooks, part, number)
@@ -175,8 +176,8 @@ def _agreement(
     return Agreement(vote, *any_flags_across_ranks(vote.flags, part.device))
 
 
-def _part(stage: Stage, position: int) -> StepPart:
-    return StepPart.of(position, stage.config.batch, stage.topology, stage.ops)
+def _part(stage: Stage, position: int, stage_tokens: int) -> StepPart:
+    return StepPart.of(position, batch_at(stage.config, stage_tokens), stage.topology, stage.ops)
 
 
 def _vote(feed: StepFeed, stop: StopSignal, hooks: StepHooks, part: StepPart, number: int) -> Vote:
@@ -210,12 +211,11 @@ def _measured_step(
     begin, number = time.perf_counter(), state.counters.step + 1
     hooks.beat(f"step {number}")
     length, model = stage.config.data.sequence_length, stage.config.model
-    tokens = step_tokens(stage.config)
-    last = state.stage_tokens + tokens >= stage.config.tokens
-    batches, following = (
-        feed.read(_part(stage, state.position)),
-        _part(stage, state.position + tokens),
-    )
+    tokens = step_tokens(stage.config, state.stage_tokens)
+    done = state.stage_tokens + tokens
+    last = done >= stage.config.tokens
+    batches = feed.read(_part(stage, state.position, state.stage_tokens))
+    following = _part(stage, state.position + tokens, done)
     if not last:
         feed.prefetch(following)
     result, lr = train_at(run, stage, state.stage_tokens, batches)

@@ -14,8 +14,8 @@ import math
 from megagrow.config.flops import parameters
 from megagrow.config.growth import GrowthConfig, NewEntriesConfig
 from megagrow.config.growth_guidelines import rate_for_size
-from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
-from megagrow.config.stage_length import step_tokens, tokens_between
+from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig, StageConfig
+from megagrow.config.stage_length import step_tokens, tokens_between, tokens_of_steps
 from megagrow.growth.mask_schedule import ramp_tokens
 from megagrow.growth.operators import operators_of
 
@@ -29,15 +29,16 @@ def learning_rate(
     tokens: int,
     tokens_per_step: int,
     horizon: int,
-    warmup_step: int | None = None,
+    warmup: int | None = None,
 ) -> float:
     """Return the learning rate of the step that starts at `tokens` from the schedule's origin.
 
     `horizon` is the number of tokens, from the same origin, at which the schedule ends unless it
-    specifies its own end. `warmup_step` is the step size for `warmup_steps`, by default
-    `tokens_per_step`. Where warm-up and decay overlap, the smaller rate applies.
+    specifies its own end. `warmup` is the length of the warm-up in tokens, by default that of
+    `warmup_steps` steps of this size. Where warm-up and decay overlap, the smaller rate applies.
     """
-    warmup = warmup_length(schedule, warmup_step or tokens_per_step)
+    if warmup is None:
+        warmup = (schedule.warmup_steps or 0) * tokens_per_step or schedule.warmup_tokens or 0
     end = schedule.horizon_tokens or horizon
     rising = min(1.0, (tokens + tokens_per_step) / warmup) if warmup else 1.0
     left = 1.0 - _decayed(schedule, tokens, warmup, end)
@@ -45,10 +46,10 @@ def learning_rate(
     return min(rising * optimizer.lr, falling)
 
 
-def warmup_length(schedule: ScheduleConfig, tokens_per_step: int) -> int:
-    """Return the tokens of warm-up; 0 without warm-up."""
+def warmup_length(schedule: ScheduleConfig, origin: StageConfig) -> int:
+    """Return the tokens of warm-up of a schedule that starts with stage `origin`; 0 without."""
     if schedule.warmup_steps is not None:
-        return schedule.warmup_steps * tokens_per_step
+        return tokens_of_steps(origin, schedule.warmup_steps)
     return schedule.warmup_tokens or 0
 
 
@@ -112,9 +113,9 @@ def rate_at(run: RunConfig, stage_index: int, stage_tokens: int) -> float:
         stage.schedule,
         stage_optimizer(run, stage_index),
         tokens_between(run, origin, stage_index) + stage_tokens,
-        step_tokens(stage),
+        step_tokens(stage, stage_tokens),
         tokens_between(run, origin, len(run.stages)),
-        warmup_step=step_tokens(run.stages[origin]),
+        warmup=warmup_length(stage.schedule, run.stages[origin]),
     )
 
 
@@ -127,11 +128,11 @@ def new_entries_of(growth: GrowthConfig) -> NewEntriesConfig | None:
 def derived_lengths(run: RunConfig, stage: int) -> dict[str, int]:
     """Return the lengths of a stage that other keys determine, in tokens, by their keys."""
     config = run.stages[stage]
-    origin = step_tokens(run.stages[origin_stage(run, stage)])
+    origin = run.stages[origin_stage(run, stage)]
     new = None if config.growth is None else new_entries_of(config.growth)
     return {
         "schedule.warmup_tokens": warmup_length(config.schedule, origin),
-        "growth.new_entries": new.warmup_steps * step_tokens(config) if new else 0,
+        "growth.new_entries": tokens_of_steps(config, new.warmup_steps) if new else 0,
         "growth.ramp_tokens": ramp_tokens(run, stage),
     }
 
@@ -148,8 +149,8 @@ def new_entries_rate(run: RunConfig, stage_index: int, stage_tokens: int) -> flo
     if new is None:
         raise AssertionError(f"stage {stage_index} has no separate learning rate for new entries")
     at_growth = rate_at(run, stage_index, 0)
-    per_step = step_tokens(stage)
-    warmup = new.warmup_steps * per_step
+    per_step = step_tokens(stage, stage_tokens)
+    warmup = tokens_of_steps(stage, new.warmup_steps)
     origin = origin_stage(run, stage_index)
     horizon = stage.schedule.horizon_tokens or tokens_between(run, origin, len(run.stages))
     end = horizon - tokens_between(run, origin, stage_index)

@@ -1,5 +1,7 @@
 """Length of stages by each of the three keys. A step is 8 x 32 = 256 tokens."""
 
+from fractions import Fraction
+
 import pytest
 import yaml
 from hypothesis import given
@@ -8,12 +10,20 @@ from hypothesis import strategies as st
 from megagrow.config.flops import non_embedding_parameters, paper_flops_per_token
 from megagrow.config.growth_guidelines import growth_tokens, timing_warnings
 from megagrow.config.load import load_run, to_yaml
-from megagrow.config.schema import RunConfig
-from megagrow.config.stage_length import run_tokens, settled, stage_tokens
+from megagrow.config.schema import RunConfig, StageConfig
+from megagrow.config.stage_length import (
+    run_tokens,
+    settled,
+    stage_steps,
+    stage_tokens,
+    step_tokens,
+    tokens_of_steps,
+)
 from megagrow.errors import InputError
 from tests.config.conftest import ONE_STAGE
 
 STEP = 8 * 32
+STAGE_KEYS = StageConfig.model_fields
 
 
 def test_the_flops_are_those_computed_by_hand(load_two) -> None:
@@ -248,3 +258,34 @@ def test_each_stage_ends_at_the_first_step_that_reaches_its_mark(
         unit = {"tokens": STEP, "at_tokens": STEP, "at_flops": STEP * per_token}[key]
         reached = (steps - before if key == "tokens" else steps) * unit
         assert reached - unit < value <= reached
+
+
+@given(
+    start=st.integers(1, 6),
+    increment=st.integers(1, 4),
+    increments=st.integers(1, 5),
+    samples=st.integers(1, 120),
+    tokens=st.integers(1, 6000),
+)
+def test_batches_of_a_ramp_are_those_of_megatron(
+    start: int, increment: int, increments: int, samples: int, tokens: int
+) -> None:
+    """Steps one by one, with the size at each number of consumed samples as Megatron-LM has it."""
+    size, length = start + increment * increments, 32
+    ramp = {"rampup_batch_size": [start, increment, samples]}
+    tree = {key: item for key, item in yaml.safe_load(ONE_STAGE).items() if key in STAGE_KEYS}
+    tree |= {"tokens": tokens, "batch": {"global_batch_size": size, "micro_batch_size": 1} | ramp}
+    stage = StageConfig.model_validate(tree)
+    begins, consumed = [], 0
+    while consumed * length < tokens:
+        begins.append(consumed * length)
+        reached = int(consumed / Fraction(samples, increments))
+        now = size if consumed > samples else min(size, start + increment * reached)
+        assert step_tokens(stage, consumed * length) == now * length
+        consumed += now
+    assert stage_tokens(stage) == consumed * length
+    for step, begin in enumerate(begins):
+        assert stage_steps(stage, begin) == len(begins) - step
+        assert stage_tokens(stage, begin) == consumed * length
+        assert tokens_of_steps(stage, step) == begin
+    assert tokens_of_steps(stage, len(begins)) == consumed * length

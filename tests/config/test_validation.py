@@ -128,6 +128,29 @@ def test_what_is_right(changes: tuple[dict, ...]) -> None:
             ],
         ),
         (
+            {"batch": {"rampup_batch_size": [2, 4, 100]}},
+            [
+                "stages.0.batch.rampup_batch_size = [2, 4, 100] does not lead from 2 to "
+                "global_batch_size = 8 in increments of 4; use a smaller start and a divisor of "
+                "the difference"
+            ],
+        ),
+        (
+            {"batch": {"rampup_batch_size": [8, 2, 100]}},
+            [
+                "stages.0.batch.rampup_batch_size = [8, 2, 100] does not lead from 8 to "
+                "global_batch_size = 8 in increments of 2; use a smaller start and a divisor of "
+                "the difference"
+            ],
+        ),
+        (
+            {"batch": {"rampup_batch_size": [2, 3, 100]}},
+            [
+                "stages.0.batch.rampup_batch_size = [2, 3, 100]: 3 is not divisible by "
+                "micro_batch_size = 2; use multiples of 2"
+            ],
+        ),
+        (
             {"optimizer": {"min_lr": 0.01}},
             ["stages.0.optimizer.min_lr = 0.01 is above lr = 0.001; use at most lr"],
         ),
@@ -191,6 +214,11 @@ def test_worlds_that_do_not_fit() -> None:
     assert world_problems(hybrid, 2) == [
         "data parallel 2 is not divisible by stages.0.parallel.zero_hpz_partition_size = 4; "
         "use a divisor of 2"
+    ]
+    ramp = run({"batch": {"rampup_batch_size": [2, 2, 100]}})
+    assert world_problems(ramp, 2) == [
+        "stages.0.batch.rampup_batch_size: 2 is not divisible by micro_batch_size x data parallel "
+        "= 2 x 2; use multiples of 4"
     ]
     assert world_problems(config, 16) == [
         "stages.0.batch.global_batch_size = 8 is not divisible by "

@@ -112,6 +112,16 @@ def test_continuing_is_as_if_there_were_one_stage(kind: str, parts: list[int], w
     assert rates(make_run(*split)) == rates(make_run(stage(sum(parts), schedule=schedule)))
 
 
+def test_a_warm_up_in_steps_ends_with_its_last_step_in_a_batch_ramp() -> None:
+    ramp = {"rampup_batch_size": [2, 2, 8], "global_batch_size": 6, "micro_batch_size": 1}
+    schedule = {"type": "constant", "warmup_steps": 4}
+    run = make_run(stage(10, schedule=schedule, batch=ramp))
+    starts, sizes = [0, 16, 32, 64, 112], [16, 16, 32, 48, 48]
+    assert [step_tokens(run.stages[0], at) for at in starts] == sizes
+    found = [rate_at(run, 0, at) for at in starts]
+    assert found == pytest.approx([16 / 112, 32 / 112, 64 / 112, 1.0, 1.0])
+
+
 def test_rewarming_starts_again_and_ends_with_the_run() -> None:
     schedule = {"type": "linear", "warmup_steps": 2}
     run = make_run(stage(10, schedule=schedule), stage(10, {}, schedule=schedule))

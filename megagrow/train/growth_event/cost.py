@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from megagrow.config.flops import flops_per_token, paper_flops_per_token
 from megagrow.config.schema import StageConfig
-from megagrow.config.stage_length import step_tokens
+from megagrow.config.stage_length import batch_at, step_tokens
 from megagrow.data.batches import Batch
 from megagrow.model.ops import Ops
 from megagrow.parallel.agreement import run_on_all_ranks
@@ -26,12 +26,12 @@ class Feed(NamedTuple):
     def batches(self, step: int, stage: StageConfig, topology: Topology, ops: Ops) -> list[Batch]:
         """Read this rank's micro-batches of a future step; 0 is the next one. Collective.
 
-        The following step is prefetched. Raises InputError on all ranks if one of them cannot read
-        the stream.
+        All steps have the batch of the stage's first one. The following step is prefetched. Raises
+        InputError on all ranks if one of them cannot read the stream.
         """
         self.before_step()
         this, following = (
-            StepPart.of(self.position + number * step_tokens(stage), stage.batch, topology, ops)
+            StepPart.of(self.position + number * step_tokens(stage), batch_at(stage), topology, ops)
             for number in (step, step + 1)
         )
         batches = run_on_all_ranks(partial(self.reader.read, this))

@@ -23,7 +23,7 @@ from megagrow.common.progress import PhaseProgress
 from megagrow.config.flops import flops_per_token, paper_flops_per_token
 from megagrow.config.growth import LearnConfig
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
-from megagrow.config.stage_length import step_tokens
+from megagrow.config.stage_length import batch_at, step_tokens
 from megagrow.data.batches import Batch
 from megagrow.growth.ligo import (
     LigoParameters,
@@ -153,7 +153,7 @@ def _spent(run: RunConfig, index: int, learned: LigoParameters, losses: list[flo
     stage = run.stages[index]
     length = stage.data.sequence_length
     tokens = len(losses) * step_tokens(stage)
-    times = len(losses) * stage.batch.global_batch_size // stage.batch.micro_batch_size
+    times = len(losses) * batch_at(stage).global_batch_size // stage.batch.micro_batch_size
     making = forming_flops(learned, list(parameter_plan(stage.model, tp=1).values()))
     return GrowthCost(
         tokens,

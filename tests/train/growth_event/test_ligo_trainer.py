@@ -200,9 +200,7 @@ def learn(run: RunConfig) -> tuple[GrowthMap, GrowthCost]:
     tp, zero = first.parallel.tensor_model_parallel_size, first.parallel.zero_stage
     layout = layout_of(first.model, zero, dist.get_world_size() // tp, tp)
     side = ShardedState(layout, storage_of(layout, state_of(first.model), dist.get_rank()))
-    feed = Feed(
-        StepFeed(open_inputs(run).train), 2 * STEP_TOKENS, run.stages[0].data.sequence_length
-    )
+    feed = Feed(StepFeed(open_inputs(run).train), 2 * STEP_TOKENS)
     return learn_growth(run, 1, side, CPU, feed)
 
 
