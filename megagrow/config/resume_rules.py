@@ -88,6 +88,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "stages.N.optimizer.weight_decay",
         "stages.N.optimizer.weight_decay_on",
         "stages.N.optimizer.gradient_clipping",
+        "stages.N.optimizer.z_loss_multiplier",
         "stages.N.schedule.type",
         "stages.N.schedule.warmup_steps",
         "stages.N.schedule.warmup_tokens",

@@ -100,6 +100,10 @@ class OptimizerConfig(Section):
     """Parameters that decay; `matrices` excludes the norms, in a separate optimizer group."""
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Maximum global gradient norm; 0 disables clipping."""
+    z_loss_multiplier: float = Field(default=0.0, ge=0)
+    """Coefficient of the z-loss, the squared log of the softmax denominator per position, which is
+    added to the trained loss; PaLM uses 1e-4 (name from OLMo-core). Recorded losses are the
+    cross-entropy without it."""
 
 
 class ScheduleConfig(Section):

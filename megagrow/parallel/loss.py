@@ -23,8 +23,7 @@ IGNORED = -100
 class VocabLoss:
     """Per-token loss and its gradient, computed from a rank's rows of the vocabulary.
 
-    The loss is -log softmax(logits)[label] + z_loss * logsumexp(logits)^2. `z_loss` is not yet
-    exposed as a config key: training always uses 0.
+    The loss is -log softmax(logits)[label] + z_loss * logsumexp(logits)^2.
     """
 
     first: int
@@ -50,14 +49,15 @@ class VocabLoss:
         dist.all_gather_into_tensor(triples, triple[None].contiguous(), group=self.group)
         return self.ops.combine(triples)
 
-    def losses(self, statistics: Tensor, labels: Tensor) -> Tensor:
-        """Return the losses (N,) fp32; 0 where the label is IGNORED."""
+    def losses(self, statistics: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the losses (N,) fp32 and their part that is the z-loss; 0 for label IGNORED."""
         maximum, total, target = statistics
-        log_total = total.log()
-        losses = log_total + (maximum - target)
+        log_total, counts = total.log(), labels != IGNORED
+        losses, z_losses = log_total + (maximum - target), torch.zeros_like(total)
         if self.z_loss != 0:
-            losses += self.z_loss * (maximum + log_total).square()
-        return losses * (labels != IGNORED)
+            z_losses = self.z_loss * (maximum + log_total).square() * counts
+            losses += z_losses
+        return losses * counts, z_losses
 
     def gradient(self, logits: Tensor, labels: Tensor, statistics: Tensor, grad: Tensor) -> Tensor:
         """Return the gradient (N, V) for loss gradients `grad` (N,); may reuse the logits."""
@@ -78,14 +78,16 @@ def vocab_loss(
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, loss: VocabLoss) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, loss: VocabLoss) -> tuple[Tensor, Tensor]:
         statistics = loss.statistics(logits, labels)
         ctx.save_for_backward(logits, labels, statistics)
         ctx.loss = loss
-        return loss.losses(statistics, labels)
+        losses, z_losses = loss.losses(statistics, labels)
+        ctx.mark_non_differentiable(z_losses)
+        return losses, z_losses
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         logits, labels, statistics = ctx.saved_tensors
         return ctx.loss.gradient(logits, labels, statistics, grad), None, None
 
@@ -98,16 +100,17 @@ def cross_entropy(
     ops: LossOps = TORCH_LOSS,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """Return the sum over positions of -log softmax(logits)[label], fp32, equal on a TP group.
+    """Return the loss and its part that is the z-loss: (2,) fp32 sums, equal on a TP group.
 
-    logits is (B, S, V/tp), this rank's rows of the padded vocabulary; padding is excluded. labels
-    is (B, S) int64; positions labeled IGNORED contribute 0. z_loss is the coefficient of the
-    squared log of the softmax denominator, added per position (Chowdhery et al. 2022, section 5);
-    it is not yet exposed as a config key.
+    The loss is the sum over positions of -log softmax(logits)[label], plus z_loss times the squared
+    log of the softmax denominator (Chowdhery et al. 2022, section 5). The second entry is for
+    reports and has no gradient. logits is (B, S, V/tp), this rank's rows of the padded vocabulary;
+    padding is excluded. labels is (B, S) int64; positions labeled IGNORED contribute 0.
     With in-place ops, backward overwrites the logits.
     """
     loss = vocab_loss(logits.shape[-1], vocab_size, topology, ops, z_loss)
-    return _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), loss).sum()
+    losses = _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), loss)
+    return torch.stack([each.sum() for each in losses])
 
 
 TILE = 128
@@ -125,20 +128,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss: VocabLoss, learns: bool
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         dtype = _compute_dtype(hidden)
         rows, matrix = hidden.to(dtype), weight.to(dtype)
         gradients = (torch.empty_like(hidden), torch.zeros_like(weight)) if learns else None
-        losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        losses, z_losses = torch.empty(2, len(labels), dtype=torch.float32, device=hidden.device)
         size = chunk_size(len(labels), loss.ops.chunks)
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
-            losses[part] = _chunk(rows[part], matrix, labels[part], loss, part, gradients)
-        ctx.gradients = gradients
-        return losses.sum()
+            losses[part], z_losses[part] = _chunk(
+                rows[part], matrix, labels[part], loss, part, gradients
+            )
+        ctx.gradients, z_sum = gradients, z_losses.sum()
+        ctx.mark_non_differentiable(z_sum)
+        return losses.sum(), z_sum
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         of_hidden, of_weight = ctx.gradients
         del ctx.gradients  # autograd copies gradients that are referenced elsewhere
         return of_hidden.mul_(grad), of_weight.mul_(grad), None, None, None
@@ -153,7 +159,7 @@ def linear_cross_entropy(
     ops: LossOps = TORCH_LOSS,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """Return `cross_entropy` of hidden @ weight.T, fp32, equal on all ranks of a TP group.
+    """Return `cross_entropy` of hidden @ weight.T: (2,) fp32, equal on all ranks of a TP group.
 
     hidden is (B, S, D), equal on all ranks of the group; weight is (V/tp, D), this rank's rows of
     the padded vocabulary; labels is (B, S) int64. The gradient of hidden is this rank's partial
@@ -163,7 +169,8 @@ def linear_cross_entropy(
     """
     loss = vocab_loss(len(weight), vocab_size, topology, ops, z_loss)
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.flatten(), loss, learns)
+    sums = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.flatten(), loss, learns)
+    return torch.stack(sums)
 
 
 def _chunk(
@@ -173,8 +180,8 @@ def _chunk(
     loss: VocabLoss,
     part: slice,
     gradients: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """Return the losses (n,) of a chunk; write the gradient of hidden, add to that of weight."""
+) -> tuple[Tensor, Tensor]:
+    """Return losses and z-losses (n,) of a chunk; write the gradient of hidden, add the other."""
     logits = hidden @ weight.t()
     statistics = loss.statistics(logits, labels)
     if gradients is not None:

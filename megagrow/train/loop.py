@@ -221,13 +221,14 @@ def _measured_step(
     result, lr = train_at(run, stage, state.stage_tokens, batches)
     own = Vote(following) if last else vote(following, number + 1)
     hooks.beat(f"completing step {number}")
-    (loss, norm), flags = share_values_and_flags(result, own.flags)
+    (loss, norm, z_loss), flags = share_values_and_flags(result, own.flags)
     feed.agreement = None if last else Agreement(own, *flags)
     return StepMetrics(
         stage=stage.index,
         loss=loss,
         lr=lr,
         grad_norm=norm,
+        z_loss=z_loss if stage.config.optimizer.z_loss_multiplier else None,
         tokens=tokens,
         flops=paper_flops_per_token(model) * tokens,
         flops_true=flops_per_token(model, length) * tokens,

@@ -29,29 +29,33 @@ def train_step(
         masks: this rank's growth masks while they are ramping, else None.
 
     Returns:
-        (2,) fp64 on the device, to which the host has not synchronized: the loss (mean over the
-        global batch's tokens, in nats) and the gradient norm before clipping. If the loss or a
+        (3,) fp64 on the device, to which the host has not synchronized: the cross-entropy (mean
+        over the global batch's tokens, in nats), the gradient norm before clipping, and the z-loss,
+        which `optimizer.z_loss_multiplier` adds to the trained loss. If the loss or a
         gradient is not finite on any rank, the norm is not finite on all ranks and nothing is
         updated. A position without a next token (the last of a corpus) counts as a loss of zero,
         so that every layout divides by the same number. With `answers_only` the mean is over the
         unmasked labels of the global batch; without any, loss and gradient are 0.
     """
-    total = torch.zeros((), device=stage.topology.device)
+    totals = torch.zeros(2, device=stage.topology.device)
+    z_loss = stage.config.optimizer.z_loss_multiplier
     norm = None
     positions = _counted(stage, batches) if stage.answers_only else None
     stage.engine.begin_step(len(batches))
     for batch in batches:
         counted = batch.labels.numel() if positions is None else positions
-        loss = _summed_loss(stage, batch, masks) / counted
+        losses = _summed_loss(stage, batch, masks, z_loss) / counted
+        loss = losses[0]
         # A loss that is not finite makes the factor NaN, and with it the gradient norm.
         stage.engine.backward(loss * (1 + 0 * loss.detach()))
         norm = stage.engine.step(lr)
-        total += loss.detach() / len(batches)
-    dist.all_reduce(total, group=stage.topology.dp_group)
+        totals += losses.detach() / len(batches)
+    for each in totals if z_loss else totals[:1]:
+        dist.all_reduce(each, group=stage.topology.dp_group)
     if norm is None:
         raise AssertionError("the engine did not update the weights at the last micro-batch")
-    loss = total.double() / stage.topology.dp
-    return torch.stack((loss, norm.to(loss)))
+    total, z_total = totals.double() / stage.topology.dp
+    return torch.stack((total - z_total, norm.to(total), z_total))
 
 
 def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | None) -> float:
@@ -75,7 +79,7 @@ def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | 
             batch = run_on_all_ranks(partial(reader.read, 0, within))
             beyond = torch.tensor([index >= sequences for index in indices])
             batch.labels[beyond] = IGNORED
-            sums[0] += _summed_loss(stage, batch, masks)
+            sums[0] += _summed_loss(stage, batch, masks)[0]
             sums[1] += (batch.labels != IGNORED).sum()
             progress.advance()
     dist.all_reduce(sums, group=stage.topology.dp_group)
@@ -109,7 +113,10 @@ def _counted(stage: Stage, batches: Sequence[Batch]) -> torch.Tensor:
     return (total.clamp(min=1) / (len(batches) * stage.topology.dp)).float()
 
 
-def _summed_loss(stage: Stage, batch: Batch, masks: Masks | None) -> torch.Tensor:
+def _summed_loss(
+    stage: Stage, batch: Batch, masks: Masks | None, z_loss: float = 0.0
+) -> torch.Tensor:
+    """Return `cross_entropy` of a micro-batch."""
     device, ops = stage.topology.device, stage.ops
     inputs = (*model_inputs(batch, ops, device), masks)
     labels, vocab = batch.labels.to(device, non_blocking=True), stage.config.model.vocab_size
@@ -120,9 +127,11 @@ def _summed_loss(stage: Stage, batch: Batch, masks: Masks | None) -> torch.Tenso
             vocab_size=vocab,
             topology=stage.topology,
             ops=ops.loss,
+            z_loss=z_loss,
         )
         return stage.engine.forward(*inputs, head)
-    return cross_entropy(stage.engine.forward(*inputs), labels, vocab, stage.topology, ops.loss)
+    logits = stage.engine.forward(*inputs)
+    return cross_entropy(logits, labels, vocab, stage.topology, ops.loss, z_loss)
 
 
 def peak_memory(device: torch.device) -> int:

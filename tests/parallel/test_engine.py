@@ -138,7 +138,7 @@ def step(stage: Stage) -> tuple[float, float]:
     topology = stage.topology
     mine = slice(topology.dp_rank * topology.tp, (topology.dp_rank + 1) * topology.tp)
     ids, labels = ids[mine], labels[mine]
-    loss = cross_entropy(forward(stage, ids), labels, CONFIG.vocab_size, topology)
+    loss = cross_entropy(forward(stage, ids), labels, CONFIG.vocab_size, topology)[0]
     loss = loss / labels.numel()
     stage.engine.backward(loss)
     norm = stage.engine.step(lr=3e-3).item()

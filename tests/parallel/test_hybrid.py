@@ -98,7 +98,7 @@ def compare(case: Case, measure: Measure, special: bool) -> dict[str, Any]:
         logits = built.engine.forward(ids[row], torch.arange(LENGTH)[None], *inputs)
         difference = gathered(logits, topology) - measure.logits[row]
         worst = max(worst, difference.abs().max().item())
-        loss = cross_entropy(logits, labels[row], CONFIG.vocab_size, topology) / LENGTH
+        loss = cross_entropy(logits, labels[row], CONFIG.vocab_size, topology)[0] / LENGTH
         built.engine.backward(loss)
         norm = built.engine.step(OPTIMIZER.lr)
     assert norm is not None

@@ -63,8 +63,8 @@ def measure(tp: int, backend: str) -> dict[str, tuple]:
         padded = F.pad(case.logits, (0, pad(vocab, tp) - vocab), value=3e38)
         mine = padded.chunk(tp, dim=-1)[topology.tp_rank].clone().requires_grad_()
         loss = cross_entropy(mine, case.labels, vocab, topology, OPS[backend], case.z_loss)
-        (loss / 3).backward()
-        out[name] = loss.detach(), mine.grad
+        (loss[0] / 3).backward()
+        out[name] = *loss.detach(), mine.grad
     return out
 
 
@@ -72,15 +72,16 @@ def measure_all() -> list[dict]:
     return [measure(*layout) for layout in LAYOUTS]
 
 
-def expected(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+def expected(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     logits = case.logits.double().requires_grad_()
     loss = F.cross_entropy(
         logits.flatten(0, 1), case.labels.flatten(), ignore_index=IGNORED, reduction="sum"
     )
     valid = case.labels != IGNORED
-    loss = loss + case.z_loss * logits.logsumexp(-1).square()[valid].sum()
+    z_loss = case.z_loss * logits.logsumexp(-1).square()[valid].sum()
+    loss = loss + z_loss
     (loss / 3).backward()
-    return loss.detach(), logits.grad
+    return loss.detach(), z_loss.detach(), logits.grad
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +95,13 @@ def found() -> list[list[dict]]:
 )
 def test_loss_and_gradients_are_torchs(found, tp, backend, name):
     case = cases(backend)[name]
-    loss, gradient = expected(case)
+    loss, z_loss, gradient = expected(case)
     gradient = F.pad(gradient, (0, pad(gradient.shape[-1], tp) - gradient.shape[-1]))
     for rank in range(WORLD):
-        mine, grad = found[rank][LAYOUTS.index((tp, backend))][name]
+        mine, mine_z, grad = found[rank][LAYOUTS.index((tp, backend))][name]
         assert mine.dtype == torch.float32 and grad.dtype == case.logits.dtype
         assert mine.double() == pytest.approx(loss.item(), rel=1e-6)
+        assert mine_z.double() == pytest.approx(z_loss.item(), rel=1e-6)
         share = gradient.chunk(tp, dim=-1)[rank % tp]
         assert (grad.double() - share).abs().max() <= case.tolerance
         assert (grad[share == 0] == 0).all(), "what takes no part has no gradient"

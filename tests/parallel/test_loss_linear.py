@@ -69,7 +69,7 @@ def in_chunks(
     hidden: Tensor, weight: Tensor, labels: Tensor, ops: LossOps, z_loss: float = 0.0
 ) -> tuple[Tensor, ...]:
     """The same by `linear_cross_entropy`."""
-    loss = linear_cross_entropy(hidden, weight, labels, len(weight), ALONE, ops, z_loss)
+    loss = linear_cross_entropy(hidden, weight, labels, len(weight), ALONE, ops, z_loss)[0]
     return loss.detach(), *torch.autograd.grad(loss / 3, (hidden, weight))
 
 
@@ -104,7 +104,7 @@ def test_bf16_weights_have_gradients_nearly_as_exact_as_those_of_all_tokens_at_o
     _, of_hidden, of_weight = by_definition(*inputs)
     found = in_chunks(*inputs, replace(TORCH_LOSS, chunks=chunks))
     hidden, weight, labels = inputs
-    loss = cross_entropy(hidden @ weight.t(), labels, 200, ALONE)
+    loss = cross_entropy(hidden @ weight.t(), labels, 200, ALONE)[0]
     plain = torch.autograd.grad(loss / 3, (hidden, weight))
     assert found[1].dtype == found[2].dtype == torch.bfloat16
     assert error(found[1], of_hidden) < 1.5 * error(plain[0], of_hidden)
@@ -147,12 +147,12 @@ def test_memory_stays_under_an_eighth_of_the_logits(backend, dtype, sequence):
     gradients = (hidden.numel() + weight.numel()) * dtype.itemsize
     ops = without_cycles(OPS[backend])
     with Alive() as alive:
-        loss = linear_cross_entropy(hidden, weight, labels, 512, ALONE, ops)
+        loss = linear_cross_entropy(hidden, weight, labels, 512, ALONE, ops)[0]
         loss.backward()
     assert hidden.grad is not None and weight.grad is not None
     assert gradients + logits / 100 < alive.peak < gradients + logits / 8
     with Alive() as alive:
-        cross_entropy(hidden @ weight.t(), labels, 512, ALONE, ops).backward()
+        cross_entropy(hidden @ weight.t(), labels, 512, ALONE, ops)[0].backward()
     assert alive.peak > logits, "the plain way has all logits in memory, as this measure sees"
 
 
@@ -160,7 +160,7 @@ def test_without_gradients_there_are_none():
     hidden, weight, labels = problem((2, 640), 8, 1024)
     expected = by_definition(hidden, weight, labels)[0]
     with torch.no_grad(), Alive() as alive:
-        loss = linear_cross_entropy(hidden, weight, labels, 1024, ALONE)
+        loss = linear_cross_entropy(hidden, weight, labels, 1024, ALONE)[0]
     assert not loss.requires_grad and loss.double() == pytest.approx(expected.item(), rel=1e-6)
     assert alive.peak < weight.numel() * 4 + labels.numel() * 1024 * 4 / 8
 
@@ -183,7 +183,7 @@ Loss = Callable[[Built, Tensor, Tensor], Tensor]
 
 def plain(built: Built, ids: Tensor, labels: Tensor) -> Tensor:
     logits = built.engine.forward(ids, torch.arange(LENGTH).expand_as(ids), None)
-    return cross_entropy(logits, labels, UNTIED.vocab_size, built.topology, z_loss=1e-3)
+    return cross_entropy(logits, labels, UNTIED.vocab_size, built.topology, z_loss=1e-3)[0]
 
 
 def chunked(ops: LossOps, built: Built, ids: Tensor, labels: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def chunked(ops: LossOps, built: Built, ids: Tensor, labels: Tensor) -> Tensor:
         ops=replace(ops, chunks=3),
         z_loss=1e-3,
     )
-    return built.engine.forward(ids, torch.arange(LENGTH).expand_as(ids), None, None, head)
+    return built.engine.forward(ids, torch.arange(LENGTH).expand_as(ids), None, None, head)[0]
 
 
 def train(built: Built, loss_of: Loss) -> tuple[list[float], list[float], Weights]:

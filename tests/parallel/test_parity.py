@@ -94,7 +94,7 @@ def compare(config: ModelConfig, measure: Measure, case: tuple) -> dict[str, Any
     mine = slice(topology.dp_rank * case[1], (topology.dp_rank + 1) * case[1])
     ids, labels = measure.ids[mine], measure.labels[mine]
     logits = engine.forward(ids, torch.arange(8).expand_as(ids), None)
-    engine.backward(cross_entropy(logits, labels, config.vocab_size, topology) / labels.numel())
+    engine.backward(cross_entropy(logits, labels, config.vocab_size, topology)[0] / labels.numel())
     norm = engine.step(lr=1e-3).item()
     parts = [torch.empty_like(logits) for _ in range(topology.tp)]
     dist.all_gather(parts, logits.detach(), group=topology.tp_group)

@@ -62,7 +62,7 @@ def spoilt_step(built: Built, rank: int, what: float) -> float:
         logits = built.engine.forward(row, torch.arange(LENGTH).expand_as(row), None)
         if number == 0 and built.topology.rank == rank:
             logits.register_hook(spoil)
-        loss = cross_entropy(logits, mark, CONFIG.vocab_size, built.topology) / LENGTH
+        loss = cross_entropy(logits, mark, CONFIG.vocab_size, built.topology)[0] / LENGTH
         built.engine.backward(loss)
         norm = built.engine.step(LR)
     assert norm is not None

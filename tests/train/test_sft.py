@@ -34,7 +34,7 @@ from tests.helpers.train.file_growths import grow, model_file
 
 LENGTH, BATCH = 160, 4
 SFT_MODEL = MODEL | {"vocab_size": VOCAB, "max_position_embeddings": LENGTH, "rms_norm_eps": 1e-5}
-ADAM_BETA = 0.9
+ADAM_BETA, Z_LOSS = 0.9, 1e-2
 LAYOUTS = ((1, 0, 1, 4), (1, 1, 1, 1), (2, 1, 1, 2), (2, 2, 2, 1), (4, 3, 2, 1), (4, 1, 1, 1))
 """Ranks, ZeRO stage, TP, micro batch."""
 
@@ -47,7 +47,12 @@ def sft_run(folder: Path, steps: int = 1, **changes: Any) -> RunConfig:
         "tokens": steps * BATCH * LENGTH,
         "batch": {"global_batch_size": BATCH, "micro_batch_size": changes.pop("micro", 1)},
         "parallel": changes.pop("parallel", parallel_of(1, 1)),
-        "optimizer": {"lr": 3e-3, "gradient_clipping": 0, "betas": [ADAM_BETA, 0.95]},
+        "optimizer": {
+            "lr": 3e-3,
+            "gradient_clipping": 0,
+            "betas": [ADAM_BETA, 0.95],
+            "z_loss_multiplier": changes.pop("z_loss", 0),
+        },
     }
     data = {
         "train": [{"path": corpus / "train"}],
@@ -74,35 +79,39 @@ def one_step(run: RunConfig, blank: bool = False) -> dict[str, Any]:
     for batch in batches:
         batch.labels.masked_fill_(torch.tensor(blank), -100)
     measured = mean_loss(stage, reader, BATCH, None)
-    loss, norm = train_step(stage, batches, 0.0, None).tolist()
+    loss, norm, z_loss = train_step(stage, batches, 0.0, None).tolist()
     # After a first step Adam's first moment is (1 - beta) times the gradient.
     moments = full_tensors(stage.layout, storage)
     gradients = {name: held["exp_avg"] / (1 - ADAM_BETA) for name, held in moments.items()}
     step = stage.engine.adam_step
     stage.release()
     return {
-        "loss": loss, "measured": measured, "norm": norm, "gradients": gradients, "adam": step
+        "loss": loss, "measured": measured, "norm": norm, "z_loss": z_loss,
+        "gradients": gradients, "adam": step
     }  # fmt: skip
 
 
-def by_hand(folder: Path, run: RunConfig) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients by transformers' model on one example at a time, none of them packed."""
+def by_hand(folder: Path, run: RunConfig) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """Loss, z-loss and the gradients of their sum by transformers' model on one example at a time,
+    none of them packed."""
     model, loaded = hugging_face(run.stages[0].model), load_tokenizer(tokenizer(folder))
     rows = open_inputs(run).train.read(0, range(BATCH)).input_ids.tolist()
     found = [tokenize(loaded, example) for example in read_examples(folder / "alpaca.json")]
     held = [example for example in found if any(inside(example.ids, row) for row in rows)]
     assert len(held) > BATCH
     count = sum(len(example.ids) - example.prompt for example in held)
-    total = 0.0
+    total, z_total = 0.0, 0.0
     for example in held:
         ids = torch.tensor(example.ids)[None]
         labels = ids.clone()
         labels[:, : example.prompt] = -100
         logits = model(input_ids=ids, use_cache=False).logits
         loss = F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum") / count
-        loss.backward()
-        total += loss.item()
-    return total, {name: p.grad for name, p in model.named_parameters()}
+        squares = logits[0, :-1].logsumexp(-1).square()
+        z_loss = Z_LOSS * squares[labels[0, 1:] != -100].sum() / count
+        (loss + z_loss).backward()
+        total, z_total = total + loss.item(), z_total + z_loss.item()
+    return total, z_total, {name: p.grad for name, p in model.named_parameters()}
 
 
 def inside(ids: list[int], row: list[int]) -> bool:
@@ -122,15 +131,20 @@ def folder(tmp_path) -> Path:
 
 @pytest.mark.dist
 def test_loss_and_gradients_are_those_of_single_examples_in_every_layout(folder):
-    loss, gradients = by_hand(folder, sft_run(folder))
+    loss, z_loss, gradients = by_hand(folder, sft_run(folder))
     norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
     for world, zero, tp, micro in LAYOUTS:
         run = sft_run(
-            folder, init_from=folder / "tuned", micro=micro, parallel=parallel_of(zero, tp)
+            folder,
+            init_from=folder / "tuned",
+            micro=micro,
+            parallel=parallel_of(zero, tp),
+            z_loss=Z_LOSS,
         )
         for found in run_ranks(world, one_step, run):
             case = f"{world} ranks, ZeRO {zero}, TP {tp}, micro batch {micro}"
             assert found["loss"] == pytest.approx(loss, rel=1e-5), case
+            assert found["z_loss"] == pytest.approx(z_loss, rel=1e-5), case
             assert found["measured"] == pytest.approx(loss, rel=1e-5), case
             assert found["norm"] == pytest.approx(norm, rel=1e-5), case
             assert found["adam"] == 1, "the moments of the checkpoint are not gone on with"

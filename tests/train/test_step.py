@@ -23,6 +23,7 @@ def run_by(folder: Path, kernels: dict) -> RunConfig:
         "batch": {"global_batch_size": 2, "micro_batch_size": 1},
         "parallel": parallel_of(3, 2),
         "kernels": kernels,
+        "optimizer": {"lr": 1e-2, "z_loss_multiplier": 1e-2},
     }
     return make_run(folder, [stage])
 

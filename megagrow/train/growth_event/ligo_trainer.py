@@ -117,7 +117,7 @@ def summed_gradients(
     for batch in batches:
         logits = model(*model_inputs(batch, model.ops, topology.device))
         labels = batch.labels.to(topology.device, non_blocking=True)
-        loss = cross_entropy(logits, labels, vocab, topology, model.ops.loss)
+        loss = cross_entropy(logits, labels, vocab, topology, model.ops.loss)[0]
         loss = loss / (batch.labels.numel() * len(batches) * topology.dp)
         loss.backward()
         total += loss.detach()

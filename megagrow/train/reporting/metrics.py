@@ -62,6 +62,8 @@ class StepMetrics:
     """Position of the batch's first token in the training stream."""
     skipped: bool = False
     """True if loss or gradient were not finite, so nothing was updated."""
+    z_loss: float | None = None
+    """Trained in addition to `loss`; None without `optimizer.z_loss_multiplier`."""
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -134,6 +136,7 @@ def train_fields(measure: StepMetrics, peak_flops: float | None) -> Record:
         "mfu": measure.flops_true / measure.seconds / peak_flops if peak_flops else None,
         "memory_bytes": measure.memory_bytes,
         "seconds": measure.seconds,
+        **({} if measure.z_loss is None else {"z_loss": measure.z_loss}),
     }
 
 

@@ -28,7 +28,7 @@ class Tracker(Protocol):
 
 
 CURVES = {
-    "train": ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes"),
+    "train": ("loss", "z_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes"),
     "validation": ("loss", "losses"),
     "evaluation": ("results", "average"),
     "growth": ("loss_before", "loss_after"),

@@ -74,7 +74,7 @@ class Built:
         for index in range(self.topology.dp_rank, size, self.topology.dp):
             mine, mark = ids[index : index + 1], labels[index : index + 1]
             logits = self.engine.forward(mine, torch.arange(LENGTH).expand_as(mine), None)
-            loss = cross_entropy(logits, mark, CONFIG.vocab_size, self.topology) / LENGTH
+            loss = cross_entropy(logits, mark, CONFIG.vocab_size, self.topology)[0] / LENGTH
             self.engine.backward(loss)
             norm = self.engine.step(lr)
         assert norm is not None

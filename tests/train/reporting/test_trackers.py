@@ -85,7 +85,7 @@ def test_tensorboard_shows_what_metrics_have(
 
 
 def write_each_kind(log: MetricsLog) -> None:
-    seen = measure(0)
+    seen = measure(0, z_loss=0.25)
     counters = Counters().after_step(seen)
     log.write("start", Counters(), name="run", seed=1)
     log.write("train", counters, **train_fields(seen, 8e4))

@@ -125,8 +125,8 @@ def _linear_cross_entropy(
     loss = triton_loss()
     flat, flat_labels = x.flatten(0, 1), labels.flatten()
     implementations: Implementations = {
-        OURS: lambda: linear_cross_entropy(x, weight, labels, vocabulary, topology, loss),
-        "plain": lambda: cross_entropy(x @ weight.t(), labels, vocabulary, topology, loss),
+        OURS: lambda: linear_cross_entropy(x, weight, labels, vocabulary, topology, loss)[0],
+        "plain": lambda: cross_entropy(x @ weight.t(), labels, vocabulary, topology, loss)[0],
     }
     if liger := baselines.liger("liger_fused_linear_cross_entropy"):
         implementations["liger"] = lambda: liger(flat, weight, flat_labels, reduction="sum")
