@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from megagrow.config.sections import Count, Section
+from megagrow.config.sections import Count, CountOrZero, Section
 
 OperatorName = Literal[
     "direct_depth",
@@ -99,9 +99,10 @@ class GrowthConfig(Section):
     ] = Field(default=["direct_depth"], min_length=1)
     """One operator, or several that grow different axes in one event; `gstack` is `direct_depth`.
     With `probe`, set `probe.operators` instead."""
-    layer_map: list[Annotated[int, Field(ge=0)]] | str | None = None
-    """Depth: source layer of each target layer, counted from 0, or a preset: `stack`,
-    `interpolate`, or the paper's notation for partial stacking, such as `12-3456x5-56`."""
+    layer_map: list[Annotated[int, Field(ge=-1)]] | str | None = None
+    """Depth: source layer of each target layer, counted from 0, with -1 for a new layer of initial
+    weights; or a preset: `stack`, `interpolate`, or the paper's notation for partial stacking, such
+    as `12-3456x5-56`. For `random_depth` repeated layers are new layers; default: on top."""
     new_layer_init: Literal["copy", "random"] = "copy"
     """Weights of silent new layers (`zero_depth`, `llama_pro`) and of the new entries of
     `sparkling`: copies, or the initial distribution."""
@@ -133,9 +134,10 @@ class GrowthConfig(Section):
     """Separate learning rate of new entries. Set by default only for `sparkling`."""
     freeze_tokens: Count | None = None
     """Tokens after the growth during which old entries are frozen."""
-    ramp_tokens: Count | None = None
+    ramp_tokens: CountOrZero | None = None
     """`random_*`: tokens over which the masks of new parts rise from 0 to 1, one width axis after
-    the other. Default: 5000 steps per axis, at most `tokens` of the stage."""
+    the other. 0: no masks, the new parts contribute at once and the loss jumps. Default: 5000
+    steps per axis, at most `tokens` of the stage."""
     learn: LearnConfig = LearnConfig()
     """`learn_*`: training of the operator."""
     probe: ProbeConfig | None = None

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from megagrow.config.sections import Count, Section
+from megagrow.config.sections import Count, CountOrZero, Section
 
 RopeType = Literal["linear", "dynamic", "llama3", "yarn"]
 
@@ -140,8 +140,9 @@ class ModelConfig(Section):
     `attention_bias`, `qk_norm` and `norm_position`. Biases for `qwen2`, query and key norms for
     `qwen3` and `olmo2`, norms after the blocks for `olmo2`, Mamba alternating with attention for
     `samba`."""
-    num_hidden_layers: Annotated[Count, Field(le=MOST_LAYERS)]
-    """Number of layers. The limit bounds tables with one row per layer."""
+    num_hidden_layers: Annotated[CountOrZero, Field(le=MOST_LAYERS)]
+    """Number of layers. With 0 the model is embedding, final norm and head: a base that grows by
+    `random_depth`. The limit bounds tables with one row per layer."""
     hidden_size: Count
     """Width of the residual stream."""
     num_attention_heads: Count

@@ -31,6 +31,11 @@ Count = Annotated[
 ]
 """Positive integer, optionally with a suffix or an exponent: `2048`, `2M`, `10B`."""
 
+CountOrZero = Annotated[
+    int, BeforeValidator(parse_count, json_schema_input_type=_CountInput), Field(ge=0)
+]
+"""`Count` that may also be 0."""
+
 
 _TIME_TEXT = r"^\s*[0-9]+(\.[0-9]+)?\s*(s|min|h)\s*$"
 

@@ -102,7 +102,8 @@ class Family:
         layers, below = config.get("num_hidden_layers"), config.get("max_window_layers")
         count = min(layers, MOST_LAYERS) if isinstance(layers, int) else 0
         below = _FULL_LAYERS if below is None else below
-        return [first if layer < below else others[0] for layer in range(count)]
+        found = [first if layer < below else others[0] for layer in range(count)]
+        return found or others  # without layers, those that the window is for
 
     def unsupported(self, config: Values) -> Iterator[tuple[str, str]]:
         """Yield the window keys of a config.json that the class or ModelConfig does not support,

@@ -59,12 +59,13 @@ def assemble(growth: GrowthSpec) -> GrowthMap:
     if growth.policy in ("asymmetric", "estimate_second_moment"):
         moments = {name: without_fresh(terms, fresh[name]) for name, terms in moments.items()}
     exact = growth.depth.exact and growth.width.exact
+    unmasked = growth.options.ramp_tokens == 0  # only random operators have the key
     return GrowthMap(
         weights,
         moments,
         {name: found for name, found in fills.items() if found},
         kinds_of(growth.policy),
-        preserves_function=exact and growth.options.mixing_noise == 0,
+        preserves_function=exact and growth.options.mixing_noise == 0 and not unmasked,
         provenance=tuple(-1 if lay.source is None else lay.source for lay in growth.depth.layers),
         fresh=fresh,
         scales=_param_scales(growth),

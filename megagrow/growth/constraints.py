@@ -50,6 +50,18 @@ def preserved_types(event: Event) -> Iterator[str]:
             return
 
 
+def nothing_to_copy(event: Event, name: OperatorName) -> list[str]:
+    """Return a problem if an operator copies layers and the source has none."""
+    (old, _), operator = event.layers(), OPERATORS[name]
+    if old > 0 or operator.deeper is None or operator.from_nothing:
+        return []
+    fit = " or ".join(each for each, found in OPERATORS.items() if found.from_nothing)
+    return [
+        f"{event.before}.num_hidden_layers = 0: {name} copies layers, and the source has none; use "
+        f"{fit}"
+    ]
+
+
 def rule_of(name: OperatorName) -> Rule:
     """Return the rule of an operator; fields that it cannot change are validated elsewhere."""
     return _RULES.get(name, _any_width if OPERATORS[name].wider else _any_depth)
@@ -90,7 +102,8 @@ def _direct_depth(event: Event) -> Iterator[str]:
             f"list {new} layers"
         )
     for layer in sorted({layer for layer in listed if layer >= old}):
-        yield f"{at} contains layer {layer}, but {event.before} has layers 0 to {old - 1}"
+        layers = f"layers 0 to {old - 1}" if old else "no layers"
+        yield f"{at} contains layer {layer}, but {event.before} has {layers}"
 
 
 def _zero_depth(event: Event) -> Iterator[str]:
@@ -103,6 +116,16 @@ def _zero_depth(event: Event) -> Iterator[str]:
                 f"{event.here}.growth.layer_map omits or reorders source layers, which "
                 f"{event.names} must keep; list all of them, with first occurrences in order"
             )
+
+
+def _learn_depth(event: Event) -> Iterator[str]:
+    if isinstance(event.options.layer_map, list) and -1 in event.options.layer_map:
+        yield (
+            f"{event.here}.growth.layer_map contains -1, but learn_depth mixes source layers in "
+            "every layer; list source layers"
+        )
+    else:
+        yield from _zero_depth(event)
 
 
 def _solar(event: Event) -> Iterator[str]:
@@ -229,7 +252,8 @@ def _head_dim(event: Event) -> Iterator[str]:
 _RULES: dict[OperatorName, Rule] = {
     "direct_depth": _direct_depth,
     "zero_depth": _zero_depth,
-    "learn_depth": _zero_depth,
+    "learn_depth": _learn_depth,
+    "random_depth": _zero_depth,
     "solar": _solar,
     "llama_pro": _llama_pro,
     "mslt": _mslt,

@@ -27,19 +27,22 @@ class Layer:
 
 @dataclass(frozen=True)
 class Depth:
-    """All layers of the target; `exact` is True if the function is preserved."""
+    """All layers of the target; `exact` is True if they preserve the function."""
 
     layers: tuple[Layer, ...]
     exact: bool
+    """With growth masks: while they are 0."""
 
 
 DepthOperator = Callable[[ModelConfig, ModelConfig, GrowthConfig], Depth]
 
 
 def copied_layers(layers: list[int], silent: bool = False) -> tuple[Layer, ...]:
-    """Build the layers of a list; repeated source layers are marked as copies."""
+    """Build the layers of a list; repeated layers are marked as copies, -1 is a new layer."""
     return tuple(
-        Layer(layer, silent and layer in layers[:index], layer in layers[:index])
+        Layer(None, silent, fresh=True)
+        if layer < 0
+        else Layer(layer, silent and layer in layers[:index], layer in layers[:index])
         for index, layer in enumerate(layers)
     )
 
@@ -96,8 +99,13 @@ def listed_layers(text: str) -> list[int] | None:
 
 
 def chosen_layers(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> list[int]:
-    """Return the list selected by the options; default: the full stack repeated."""
+    """Return the list selected by the options; default: the full stack repeated.
+
+    All layers of a source without layers are new.
+    """
     old, new = source.num_hidden_layers, target.num_hidden_layers
+    if old == 0 and not isinstance(options.layer_map, list):
+        return [-1] * new
     match options.layer_map:
         case list():
             return list(options.layer_map)
@@ -141,18 +149,25 @@ def _silenced(source: ModelConfig, layers: list[int], options: GrowthConfig) -> 
     found = copied_layers(layers, silent=True)
     if options.new_layer_init == "random":
         found = tuple(Layer(None, True, True) if layer.fresh else layer for layer in found)
-    kept = [layer.source for layer in found if not layer.fresh]
-    return Depth(found, kept == list(range(source.num_hidden_layers)))
+    return Depth(found, _keeps_all(source, found))
 
 
 def random_depth(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
-    """Return the paper's G_random in depth (MSG): new layers with initial weights on top.
+    """Return the paper's G_random in depth (MSG): new layers with initial weights.
 
-    They are masked in the running model; masks ramp from 0 to 1. Exact at mask 0.
+    They are on top, or where `layer_map` repeats a layer. Masks in the running model ramp from 0 to
+    1, and the growth is exact at mask 0. With `ramp_tokens: 0` there are no masks (Bu et al. 2025,
+    arXiv 2511.04981).
     """
-    old, new = source.num_hidden_layers, target.num_hidden_layers
-    kept = copied_layers(list(range(old)))
-    return Depth((*kept, *(Layer(None, fresh=True) for _ in range(new - old))), exact=True)
+    found = copied_layers(chosen_layers(source, target, options))
+    found = tuple(Layer(None, fresh=True) if layer.fresh else layer for layer in found)
+    return Depth(found, _keeps_all(source, found))
+
+
+def _keeps_all(source: ModelConfig, layers: tuple[Layer, ...]) -> bool:
+    """Return True if the layers that are not new are all layers of the source, in order."""
+    kept = [layer.source for layer in layers if not layer.fresh]
+    return kept == list(range(source.num_hidden_layers))
 
 
 def solar(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:

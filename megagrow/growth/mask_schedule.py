@@ -4,18 +4,24 @@ Masks are not stored: they are a function of the run and a position in it.
 """
 
 from megagrow.config.growth import GrowthConfig
-from megagrow.config.schema import RunConfig
+from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.config.stage_length import tokens_of_steps
-from megagrow.growth.operators import operators_of
+from megagrow.growth.operators import depth_of, is_masked
 from megagrow.model.masks import Masks, masks_at, wider_axes
 
 GROW_STEPS = 5000
 """Default steps of one ramp: `grow_step` of the paper's code (tongxuluo/prts, msg.py)."""
 
 
-def is_masked(options: GrowthConfig) -> bool:
-    """Return True if new parts of the grown model are masked."""
-    return any(operator.masked for operator in operators_of(options))
+def growth_masks(
+    source: ModelConfig, target: ModelConfig, options: GrowthConfig, tokens: int, ramp_tokens: int
+) -> Masks | None:
+    """Return the masks `tokens` tokens after a growth; None if nothing is masked."""
+    if not is_masked(options):
+        return None
+    layers = depth_of(source, target, options).layers
+    new_layers = [index for index, layer in enumerate(layers) if layer.source is None]
+    return masks_at(source, target, tokens, ramp_tokens, new_layers)
 
 
 def ramp_tokens(run: RunConfig, index: int) -> int:
@@ -39,10 +45,10 @@ def stage_masks(run: RunConfig, index: int, tokens: int) -> Masks | None:
 
     They cover the full axes, on the CPU; `parallel.tensor_parallel.rank_masks` slices them by rank.
     """
-    length = ramp_tokens(run, index)
-    if tokens >= length:
+    length, stage = ramp_tokens(run, index), run.stages[index]
+    if stage.growth is None or tokens >= length:
         return None
-    return masks_at(run.stages[index - 1].model, run.stages[index].model, tokens, length)
+    return growth_masks(run.stages[index - 1].model, stage.model, stage.growth, tokens, length)
 
 
 def ramp_problems(run: RunConfig) -> list[str]:
@@ -50,7 +56,7 @@ def ramp_problems(run: RunConfig) -> list[str]:
     found = []
     for index, stage in enumerate(run.stages):
         at, growth = f"stages.{index}", stage.growth
-        if growth is None or growth.ramp_tokens is None:
+        if growth is None or not growth.ramp_tokens:
             continue
         if growth.ramp_tokens > stage.tokens:
             found.append(

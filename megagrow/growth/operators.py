@@ -9,7 +9,7 @@ from megagrow.config.growth import GrowthConfig, OperatorName, StatePolicy
 from megagrow.config.schema import ModelConfig
 from megagrow.growth import depth, width
 from megagrow.growth.build_map import GrowthSpec, assemble
-from megagrow.growth.depth import DepthOperator, same_depth
+from megagrow.growth.depth import Depth, DepthOperator, same_depth
 from megagrow.growth.isometric import isometric_map
 from megagrow.growth.map import GrowthMap
 from megagrow.growth.width import WidthOperator, same_width
@@ -31,9 +31,11 @@ class Operator:
     """True if by default hyper-parameters are scaled so that the grown model follows the
     trajectory of its source."""
     masked: bool = False
-    """True if masks ramp in the new parts during training."""
+    """True if masks ramp in the new parts during training, unless `ramp_tokens` is 0."""
     learned: bool = False
     """True if the map is trained before it is applied (LiGO)."""
+    from_nothing: bool = False
+    """True if the source may have no layers, because no layer of the target is a copy."""
     rewarms: bool = False
     """True if new entries have a separate learning rate by default."""
     keys: tuple[str, ...] = ()
@@ -95,7 +97,8 @@ OPERATORS: dict[OperatorName, Operator] = {
         _DEPTH,
         depth.random_depth,
         masked=True,
-        keys=("ramp_tokens",),
+        from_nothing=True,
+        keys=("layer_map", "ramp_tokens"),
     ),
     "random_width": Operator(
         "Du et al. 2024; MSG: Yao et al. 2024",
@@ -202,15 +205,24 @@ def is_learned(options: GrowthConfig) -> bool:
     return any(operator.learned for operator in operators_of(options))
 
 
+def is_masked(options: GrowthConfig) -> bool:
+    """Return True if new parts of the grown model are masked at first."""
+    return options.ramp_tokens != 0 and any(each.masked for each in operators_of(options))
+
+
+def depth_of(source: ModelConfig, target: ModelConfig, options: GrowthConfig) -> Depth:
+    """Return the growth in depth; the identity without a depth operator."""
+    deeper = [each.deeper for each in operators_of(options) if each.deeper is not None]
+    return deeper[-1](source, target, options) if deeper else same_depth(source)
+
+
 def resolve_operators(
     source: ModelConfig, target: ModelConfig, options: GrowthConfig, stream: str
 ) -> GrowthSpec:
     """Resolve the operators of a run file to the growth in depth and width."""
     chosen = operators_of(options)
-    found_depth, found_width = same_depth(source), same_width(source)
+    found_depth, found_width = depth_of(source, target, options), same_width(source)
     for operator in chosen:
-        if operator.deeper is not None:
-            found_depth = operator.deeper(source, target, options)
         if operator.wider is not None:
             found_width = operator.wider(source, target, options, generator_of(stream))
     return GrowthSpec(

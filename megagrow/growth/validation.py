@@ -10,6 +10,7 @@ from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.growth.constraints import (
     Event,
     copies_listed_layers,
+    nothing_to_copy,
     preserved_types,
     rule_of,
 )
@@ -19,6 +20,7 @@ from megagrow.growth.operators import (
     follows_exactly,
     growth_map,
     is_learned,
+    is_masked,
     operators_of,
     resolve_operators,
     state_policy,
@@ -127,13 +129,13 @@ def _combination(event: Event) -> Iterator[str]:
     ):
         if len(operators) > 1:
             yield f"{event.here}.growth.operator has several {axis} operators; keep one"
-    if len({operator.masked for operator in chosen}) > 1:
+    if is_masked(event.options) and not all(operator.masked for operator in chosen):
         yield (
             f"{event.here}.growth.operator: {event.names}: random operators can only be combined "
-            "with random ones"
+            "with random ones, unless growth.ramp_tokens is 0"
         )
     if event.options.optimizer_state == "estimate_second_moment" and (
-        "isometric" in event.options.operator or any(operator.masked for operator in chosen)
+        "isometric" in event.options.operator or is_masked(event.options)
     ):
         yield (
             f"{event.here}.growth.optimizer_state = estimate_second_moment: new entries of "
@@ -227,7 +229,7 @@ def fitting_operators(event: Event) -> str | None:
 
 def _operators(event: Event) -> Iterator[str]:
     for name in event.options.operator:
-        yield from rule_of(name)(event)
+        yield from nothing_to_copy(event, name) or rule_of(name)(event)
 
 
 def _norms_and_states(event: Event) -> Iterator[str]:

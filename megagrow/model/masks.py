@@ -3,12 +3,13 @@
 MSG (Yao et al. 2024, "Masked Structural Growth") and G_random of Du et al. 2024 (appendix A.5)
 multiply new parts by factors c that rise from 0 to 1. At c = 0 the model computes the same function
 as the smaller model, for any values of the new parameters. Once all factors are 1, the masks are
-removed. New entries of an axis follow the old ones, and new layers follow the old layers.
+removed. New entries of an axis follow the old ones.
 
 Shapes: B batch, S sequence, D hidden size, F feed-forward width, G key/value heads,
 C channels of Mamba layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,15 +59,20 @@ class Masks:
 
 
 def masks_at(
-    source: ModelConfig, target: ModelConfig, tokens: int, ramp_tokens: int
+    source: ModelConfig,
+    target: ModelConfig,
+    tokens: int,
+    ramp_tokens: int,
+    new_layers: Sequence[int] | None = None,
 ) -> Masks | None:
     """Return the masks of a model that grew `tokens` tokens ago; None once all factors are 1.
 
     All factors rise linearly. The factors of new layers rise over `ramp_tokens`. The grown width
     axes rise one after the other, each over an equal part of it: feed-forward, residual stream,
-    heads, Mamba channels.
+    heads, Mamba channels. `new_layers` are indices of the target's layers; default: those on top.
     """
-    new_layers = target.num_hidden_layers - source.num_hidden_layers
+    if new_layers is None:
+        new_layers = range(source.num_hidden_layers, target.num_hidden_layers)
     axes = wider_axes(source, target)
     if tokens >= ramp_tokens or not (new_layers or axes):
         return None
@@ -77,8 +83,10 @@ def masks_at(
             old, size = (getattr(model, _AXES[name]) for model in (source, target))
             tensors[name] = torch.ones(size)
             tensors[name][old:] = max(0, risen) / ramp_tokens
-    layers = (1.0,) * source.num_hidden_layers + (tokens / ramp_tokens,) * new_layers
-    return Masks(layers if new_layers else (), **tensors)
+    factors = [1.0] * target.num_hidden_layers
+    for layer in new_layers:
+        factors[layer] = tokens / ramp_tokens
+    return Masks(tuple(factors) if new_layers else (), **tensors)
 
 
 def wider_axes(source: ModelConfig, target: ModelConfig) -> list[str]:

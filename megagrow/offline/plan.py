@@ -20,11 +20,17 @@ from megagrow.formats.hugging_face_families import export_problems
 from megagrow.growth.constraints import Event
 from megagrow.growth.map import GrowthMap, identity_map
 from megagrow.growth.map_checks import check_map
-from megagrow.growth.mask_schedule import is_masked
-from megagrow.growth.operators import follows_exactly, growth_map, operators_of, state_policy
+from megagrow.growth.mask_schedule import growth_masks
+from megagrow.growth.operators import (
+    follows_exactly,
+    growth_map,
+    is_masked,
+    operators_of,
+    state_policy,
+)
 from megagrow.growth.validation import event_problems, unused_keys
 from megagrow.model.layers.table import indivisible_sizes
-from megagrow.model.masks import Masks, masks_at
+from megagrow.model.masks import Masks
 from megagrow.offline.request import Request
 from megagrow.parallel.engine_config import ParamScale, parameter_groups
 from megagrow.parallel.sharding import parameter_plan
@@ -75,7 +81,9 @@ class ConversionPlan:
     @property
     def masks(self) -> Masks | None:
         """Masks at the start of the target."""
-        return masks_at(self.source.model, self.model, 0, 1) if self.is_masked else None
+        if self.options is None:
+            return None
+        return growth_masks(self.source.model, self.model, self.options, 0, 1)
 
     @cached_property
     def growth(self) -> GrowthMap:

@@ -48,6 +48,8 @@ class Activations:
         largest activations stands for the first one.
         """
         checkpointing, model = self.stage.parallel.activation_checkpointing, self.stage.model
+        if model.num_hidden_layers == 0:
+            return 0
         layers = distinct_layers(model)
         sizes = (sum(self._block(block, checkpointing) for block in layer) for layer in layers)
         return max(sizes) + (self._residual if checkpointing == "full" else 0)

@@ -10,7 +10,7 @@ from megagrow.config.flops import (
 )
 from megagrow.config.growth_guidelines import SPEEDUPS
 from megagrow.config.schema import ModelConfig, StageConfig
-from megagrow.model.layers.table import EMBEDDING, HEAD, block_counts
+from megagrow.model.layers.table import EMBEDDING, HEAD, block_counts, distinct_blocks
 from megagrow.planning.costs import KG_CO2_PER_KWH, PUE, Cost, RunCosts
 
 
@@ -91,8 +91,9 @@ def flops_parts(model: ModelConfig, sequence_length: int) -> FlopsParts:
     counts a tied embedding table once; the table is listed as the head.
     """
     parts: dict[str, tuple[int, int]] = {}
-    for block, count in block_counts(model).items():
-        kind = block.type
+    counts = block_counts(model)
+    for block in distinct_blocks(model):
+        kind, count = block.type, counts[block]
         _add(parts, kind.label, count * kind.matmul_flops(model), 6 * count * kind.numel(model))
         if kind.score_label:
             _add(parts, kind.score_label, count * kind.score_flops(model, sequence_length), 0)

@@ -198,6 +198,15 @@ FAMILIES_OF = {
 }
 """Keys of config.json by `model_type`."""
 
+NO_LAYERS = {"num_hidden_layers": 0}
+
+
+@pytest.mark.parametrize("name", ["llama", *FAMILIES_OF])
+def test_a_model_without_layers_comes_back_equal(tmp_path, name):
+    keys = {"model_type": name, "architectures": [FAMILIES[name].architecture]}
+    keys |= FAMILIES_OF.get(name, {}) | NO_LAYERS
+    assert_comes_back_equal(tmp_path, 24, write(tmp_path / "in", 24, **keys))
+
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_random_model_comes_back_equal(tmp_path, seed):
@@ -228,11 +237,11 @@ def assert_comes_back_equal(tmp_path: Path, seed: int, made: dict[str, Any]) -> 
     assert_equal(tmp_path / "out", tmp_path / "in")
 
 
-@pytest.mark.parametrize("seed", range(12, 17))
-def test_a_random_model_goes_through_megatron(tmp_path, seed):
+@pytest.mark.parametrize(("seed", "keys"), [*((n, {}) for n in range(12, 17)), (16, NO_LAYERS)])
+def test_a_random_model_goes_through_megatron(tmp_path, seed, keys):
     llama3 = MEGATRON | {"rope_type": "llama3", "factor": 2.0 + seed % 3, "rope_theta": 50.0}
     spelling = {"rope_scaling": None, "rope_parameters": llama3 if seed % 2 else None}
-    made = write(tmp_path / "in", seed, **spelling)
+    made = write(tmp_path / "in", seed, **spelling, **keys)
     model = model_of(made, "x")
     tp = 2 if model.num_key_value_heads % 2 == model.intermediate_size % 2 == 0 else 1
     options: dict[str, Any] = {"tp": tp, "divisible_by": 8, "dtype": made["torch_dtype"]}

@@ -164,6 +164,25 @@ def test_zero_depth_is_exact_only_with_all_layers_in_order(layers, exact):
 def test_new_layers_of_random_depth_stand_on_top():
     new = Layer(None, fresh=True)
     assert layers("random_depth", 2, 4) == [Layer(0), Layer(1), new, new]
+    assert layers("random_depth", 0, 3) == [new] * 3
+
+
+@pytest.mark.parametrize("listed", ["interpolate", [0, -1, 1, -1], [0, 0, 1, 0]], ids=str)
+def test_new_layers_of_random_depth_are_placed_by_the_layer_map(listed):
+    new = Layer(None, fresh=True)
+    assert layers("random_depth", 2, 4, layer_map=listed) == [Layer(0), new, Layer(1), new]
+
+
+def test_lists_contain_new_layers():
+    new = Layer(None, fresh=True)
+    assert layers("direct_depth", 2, 4, layer_map=[-1, 0, 1, 1])[0] == new
+    found = growth(5, operator="zero_depth", layer_map=[-1, 0, -1, 1, 2])
+    assert found.preserves_function and found.provenance == (-1, 0, -1, 1, 2)
+
+
+def test_random_layers_without_masks_change_the_function():
+    assert growth(4, operator="random_depth").preserves_function
+    assert not growth(4, operator="random_depth", ramp_tokens=0).preserves_function
 
 
 def test_solar_leaves_out_the_middle_seam():

@@ -47,6 +47,8 @@ def test_other_operators_and_the_first_stage_have_no_masks(tmp_path):
     assert [ramp_tokens(run, index) for index in (0, 1)] == [0, 0]
     assert [stage_masks(run, index, 0) for index in (0, 1)] == [None, None]
     assert stage_masks(a_run(tmp_path, DEEP, "random_depth"), 0, 0) is None
+    live = a_run(tmp_path, DEEP, "random_depth", ramp_tokens=0)
+    assert (ramp_tokens(live, 1), stage_masks(live, 1, 0), ramp_problems(live)) == (0, None, [])
 
 
 def test_masks_are_gone_at_the_end_of_the_ramp(tmp_path):
@@ -84,17 +86,18 @@ def as_state(model: CausalLM) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
-    ("model", "operators"),
+    ("model", "operators", "options"),
     [
-        (DEEP, ("random_depth",)),
-        (WIDE, ("random_width",)),
-        (BOTH, ("random_depth", "random_width")),
+        (DEEP, ("random_depth",), {}),
+        (DEEP, ("random_depth",), {"layer_map": [-1, 0, -1, 1]}),
+        (WIDE, ("random_width",), {}),
+        (BOTH, ("random_depth", "random_width"), {}),
     ],
-    ids=["depth", "width", "both"],
+    ids=["depth", "depth between", "width", "both"],
 )
-def test_a_masked_growth_begins_exactly_at_its_source(tmp_path, model, operators, tied):
+def test_a_masked_growth_begins_exactly_at_its_source(tmp_path, model, operators, options, tied):
     same = {"tie_word_embeddings": tied, "rms_norm_eps": 1e-2}
-    run = a_run(tmp_path, model | same, *operators)
+    run = a_run(tmp_path, model | same, *operators, **options)
     source = ModelConfig(**MODEL, **same)
     target = run.stages[1].model
     run.stages[0] = run.stages[0].model_copy(update={"model": source})

@@ -26,6 +26,9 @@ RIGHT: list[tuple[Sizes, dict[str, Any]]] = [
     (layers(9), {"operator": "zero_depth"}),
     (layers(6), {"operator": "zero_depth", "layer_map": [0, 1, 1, 2, 0, 3]}),
     (layers(5), {"operator": "random_depth"}),
+    (layers(5), {"operator": "random_depth", "layer_map": [0, 1, -1, 2, 3]}),
+    (layers(5), {"layer_map": [0, 1, 2, 3, -1]}),
+    (DOUBLE | layers(8), {"operator": ["random_depth", "direct_width"], "ramp_tokens": 0}),
     (layers(6), {"operator": "solar"}),
     (layers(6), {"operator": "llama_pro"}),
     (layers(7), {"operator": "mslt"}),
@@ -87,7 +90,7 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
         {"operator": ["random_depth", "direct_width"]},
         [
             f"{H}.growth.operator: random_depth with direct_width: random operators can only be "
-            "combined with random ones"
+            "combined with random ones, unless growth.ramp_tokens is 0"
         ],
     ),
     (

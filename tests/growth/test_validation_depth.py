@@ -16,6 +16,7 @@ ORDERED = (
     f"{LISTED} omits or reorders source layers, which zero_depth must keep; list all of them, with "
     "first occurrences in order"
 )
+RANDOM_ORDERED = ORDERED.replace("zero_depth", "random_depth")
 
 WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
     (
@@ -95,6 +96,15 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
         for n in (4, 7, 9)
     ],
     (
+        layers(5),
+        {"operator": "learn_depth", "layer_map": [0, 1, 2, 3, -1]},
+        [
+            f"{LISTED} contains -1, but learn_depth mixes source layers in every layer; list "
+            "source layers"
+        ],
+    ),
+    (layers(5), {"operator": "random_depth", "layer_map": [1, 0, 2, 3, -1]}, [RANDOM_ORDERED]),
+    (
         layers(8),
         {"operator": "lidas"},
         [
@@ -103,6 +113,23 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
         ],
     ),
 ]
+
+
+NO_LAYERS: list[tuple[str, Any, str]] = [
+    *(
+        (name, None, f"{B}.num_hidden_layers = 0: {name} copies layers, and the source has none; ")
+        for name, operator in OPERATORS.items()
+        if operator.deeper and name != "random_depth"
+    ),
+    ("random_depth", [-1, 0], f"{LISTED} contains layer 0, but {B} has no layers"),
+]
+
+
+@pytest.mark.parametrize(("name", "layer_map", "message"), NO_LAYERS, ids=str)
+def test_from_no_layers_only_new_ones_grow(name: str, layer_map: Any, message: str) -> None:
+    (found,) = problems(layers(2), layers(0), operator=name, layer_map=layer_map)
+    assert found.startswith(message)
+    assert problems(layers(2), layers(0), operator="random_depth") == []
 
 
 @pytest.mark.parametrize(("target", "options", "message"), WRONG, ids=str)

@@ -30,6 +30,7 @@ LENGTHS = (3, 9, 1, 6)
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
 CASES: dict[str, dict[str, Any]] = {
     "mha": {"num_key_value_heads": 4},
+    "no layers": {"num_hidden_layers": 0},
     "gqa, tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
     "mqa, llama3": {"num_key_value_heads": 1, "rope_scaling": LLAMA3},
     "yarn": {"num_key_value_heads": 2, "rope_scaling": YARN},

@@ -17,7 +17,14 @@ from tests.helpers.checkpoint.written import differences, shards, write_checkpoi
 from tests.helpers.reshard.definition import random_state, storage_of
 from tests.helpers.reshard.models import layout_of
 from tests.helpers.spawn import run_ranks
-from tests.helpers.train.file_growths import GROWTHS, base, grow, model_file, overrides
+from tests.helpers.train.file_growths import (
+    GROWTHS,
+    base,
+    grow,
+    model_file,
+    overrides,
+    source_of,
+)
 
 WORLD = 4
 LAYOUTS = [
@@ -29,20 +36,20 @@ LAYOUTS = [
 ]
 """Before and after, on four ranks."""
 
-State = dict[str, dict[str, torch.Tensor]]
-
 
 def layouts_of(name: str) -> tuple[tuple, tuple]:
     return LAYOUTS[list(GROWTHS).index(name) % len(LAYOUTS)]
 
 
-def live(state: State) -> dict[str, dict[str, torch.Tensor]]:
+def live() -> dict[str, dict[str, torch.Tensor]]:
     """Return the state that this rank would save after each growth."""
     rank, found = dist.get_rank(), {}
     for name, (changes, options) in GROWTHS.items():
         before, after = layouts_of(name)
-        source, target = layout_of(base(), *before), layout_of(base(**changes), *after)
-        growth = growth_map(base(), base(**changes), GrowthConfig(**options), "7/stage-1")
+        small, large = source_of(name), base(**changes)
+        state = random_state(parameter_plan(small, 1), seed=3)
+        source, target = layout_of(small, *before), layout_of(large, *after)
+        growth = growth_map(small, large, GrowthConfig(**options), "7/stage-1")
         zeros = {key: torch.zeros(spec.rows, spec.cols) for key, spec in target.plan.items()}
         nothing = {key: dict.fromkeys(STATE_KINDS, values) for key, values in zeros.items()}
         sides = (
@@ -63,7 +70,7 @@ def live(state: State) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.fixture(scope="module")
 def grown_live() -> list[dict[str, dict[str, torch.Tensor]]]:
-    return run_ranks(WORLD, live, random_state(parameter_plan(base(), 1), seed=3))
+    return run_ranks(WORLD, live)
 
 
 @pytest.mark.dist
@@ -71,8 +78,9 @@ def grown_live() -> list[dict[str, dict[str, torch.Tensor]]]:
 def test_live_and_file_to_file_are_one(grown_live, tmp_path: Path, name):
     changes, options = GROWTHS[name]
     before, (zero, dp, tp, decay) = layouts_of(name)
-    state = random_state(parameter_plan(base(), 1), seed=3)
-    write_checkpoint(tmp_path / "in", base(), layout_of(base(), *before), state)
+    source = source_of(name)
+    state = random_state(parameter_plan(source, 1), seed=3)
+    write_checkpoint(tmp_path / "in", source, layout_of(source, *before), state)
     grow(
         source=tmp_path / "in",
         out=tmp_path / "out",

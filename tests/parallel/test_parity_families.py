@@ -6,12 +6,14 @@ import pytest
 
 from megagrow.parallel import tensor_parallel
 from tests.helpers.families import FAMILIES, of_family
+from tests.helpers.hugging_face import tiny
 from tests.helpers.spawn import run_ranks
 from tests.parallel.test_parity import GRIDS, LIMIT, WORLD, Measure, compare, measure_of, norm_of
 
 MODELS = {name: of_family(name, num_attention_heads=8, num_key_value_heads=4) for name in FAMILIES}
 SHARDED = ((1, 2, True), (2, 4, False), (3, 2, True, "selective"), (0, 4, True, "full"))
-CASES = [(name, grid) for name in FAMILIES for grid in (*GRIDS, *SHARDED)]
+MODELS["no layers"] = tiny(num_hidden_layers=0)
+CASES = [(name, grid) for name in MODELS for grid in (*GRIDS, *SHARDED)]
 
 FAILS = 1e-3
 CONTROLS = (("olmo2", "PartialSum"), ("qwen3", "SharedWeight"))

@@ -26,8 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from megagrow.config.schema import RunConfig  # noqa: E402
-from megagrow.growth.mask_schedule import is_masked  # noqa: E402
-from megagrow.growth.operators import OPERATORS, state_policy  # noqa: E402
+from megagrow.growth.operators import OPERATORS, is_masked, state_policy  # noqa: E402
 from megagrow.model.masks import masks_at  # noqa: E402
 from megagrow.parallel.launch import read_launch  # noqa: E402
 from megagrow.parallel.process_groups import init_process_group, leave_process_group  # noqa: E402

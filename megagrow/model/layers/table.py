@@ -65,9 +65,18 @@ def decoder_blocks(config: ModelConfig, layer: int) -> tuple[BlockDeclaration, .
     return tuple(map(BlockDeclaration, _NORMS[config.norm_position], types))
 
 
-def distinct_layers(config: ModelConfig) -> set[tuple[BlockDeclaration, ...]]:
-    """Return the blocks of each kind of decoder layer in a model."""
-    return {decoder_blocks(config, layer) for layer in range(len(config.layer_types))}
+def distinct_layers(config: ModelConfig) -> tuple[tuple[BlockDeclaration, ...], ...]:
+    """Return the blocks of each kind of decoder layer in a model, in order of first occurrence.
+
+    They follow from `layer_types`, so that a model without layers has the axes of those it grows.
+    """
+    layers = (decoder_blocks(config, layer) for layer in range(len(config.layer_types)))
+    return tuple(dict.fromkeys(layers))
+
+
+def distinct_blocks(config: ModelConfig) -> tuple[BlockDeclaration, ...]:
+    """Return each kind of block of `distinct_layers`, in order of first occurrence."""
+    return tuple(dict.fromkeys(block for layer in distinct_layers(config) for block in layer))
 
 
 def block_counts(config: ModelConfig) -> Counter[BlockDeclaration]:
@@ -97,7 +106,8 @@ def indivisible_sizes(config: ModelConfig, tp: int) -> Iterator[tuple[str, int]]
 
 def activation_axes(config: ModelConfig) -> dict[str, ActivationAxis]:
     """Return the axes of a model by name. Growth draws random numbers in this order."""
-    declared = [each for block in block_counts(config) for each in block.type.parameters(config)]
+    blocks = distinct_blocks(config)
+    declared = [each for block in blocks for each in block.type.parameters(config)]
     roles = [role for each in (*declared, EMBEDDING) for role in (each.row_role, each.col_role)]
     return {role.axis.name: role.axis for role in roles if role is not None}
 

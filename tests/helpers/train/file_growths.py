@@ -44,6 +44,12 @@ GROWTHS: dict[str, Growth] = {
     ),
     "zero depth": (DEEP, {"operator": "zero_depth"}),
     "random depth": (DEEP, {"operator": "random_depth", "ramp_tokens": 100}),
+    "from no layers": (DEEP, {"operator": "random_depth", "ramp_tokens": 0}),
+    "random, unmasked": (
+        DEEP | WIDE,
+        {"operator": ["random_depth", "direct_width"], "layer_map": [-1, 0, 1, -1]}
+        | {"ramp_tokens": 0},
+    ),
     "mixing noise": (DEEP, {"operator": "direct_depth", "mixing_noise": 0.2}),
     "solar": ({"num_hidden_layers": 4}, {"operator": "solar"}),
     "copy": (WIDE, {"operator": "direct_width"}),
@@ -69,6 +75,11 @@ GROWTHS: dict[str, Growth] = {
     "vocabulary": ({"vocab_size": 41}, {"operator": "vocabulary"}),
     "depth and width": (DEEP | WIDE, {"operator": ["zero_depth", "direct_width"]}),
 }
+
+
+def source_of(name: str) -> ModelConfig:
+    """The source of one of GROWTHS."""
+    return base(**{"num_hidden_layers": 0} if name == "from no layers" else {})
 
 
 def base(**changes: Any) -> ModelConfig:
