@@ -87,7 +87,7 @@ def _at_equal_cost(groups: Sequence[SeedGroup], kind: LossKind, axis: CostAxis) 
     at = min(getattr(series(run), axis)[-1] for group in groups for run in group.runs)
     rows = []
     for group in groups:
-        losses = [_loss_at(series(run), axis, at) for run in group.runs]
+        losses = [loss_at(series(run), axis, at) for run in group.runs]
         reached = tuple(loss for loss in losses if loss is not None)
         if len(reached) < len(losses):
             return None
@@ -95,7 +95,7 @@ def _at_equal_cost(groups: Sequence[SeedGroup], kind: LossKind, axis: CostAxis) 
     return EqualCost(axis, at, tuple(sorted(rows, key=lambda row: row.mean)))
 
 
-def _loss_at(series: Series, axis: CostAxis, at: float) -> float | None:
+def loss_at(series: Series, axis: CostAxis, at: float) -> float | None:
     """Return the loss at a cost, None before the first measurement."""
     costs, losses = getattr(series, axis), series.loss
     index = bisect_right(costs, at)

@@ -102,8 +102,9 @@ class Family:
         layers, below = config.get("num_hidden_layers"), config.get("max_window_layers")
         count = min(layers, MOST_LAYERS) if isinstance(layers, int) else 0
         below = _FULL_LAYERS if below is None else below
-        found = [first if layer < below else others[0] for layer in range(count)]
-        return found or others  # without layers, those that the window is for
+        if layers == 0:
+            return list(others)  # those with the window
+        return [first if layer < below else others[0] for layer in range(count)]
 
     def unsupported(self, config: Values) -> Iterator[tuple[str, str]]:
         """Yield the window keys of a config.json that the class or ModelConfig does not support,

@@ -6,6 +6,7 @@ from statistics import fmean
 
 from megagrow.analysis.curves import SMOOTHING
 from megagrow.analysis.equal_cost import COST_AXES, EqualCost, comparable, compared_kind
+from megagrow.analysis.mixing import MixingTimes, mixing_times
 from megagrow.analysis.seeds import Matchup, SeedGroup
 from megagrow.analysis.speedup_curve import LossKind, loss_series
 from megagrow.common.sizes import format_duration, format_short
@@ -14,8 +15,11 @@ from megagrow.common.sizes import format_duration, format_short
 def conclude(
     groups: Sequence[SeedGroup], matchups: Sequence[Matchup], equal: Sequence[EqualCost]
 ) -> list[str]:
-    """Return the final losses, the better setting at equal cost, and the speedups of growth."""
-    return [_final_losses(groups), *_better(equal), *map(_speedup, filter(_defined, matchups))]
+    """Return the final losses, the better setting at equal cost, and the mixing times and speedups
+    of growth."""
+    mixing = filter(None, map(mixing_times, matchups))
+    speedups = map(_speedup, filter(_defined, matchups))
+    return [_final_losses(groups), *_better(equal), *map(_mixing, mixing), *speedups]
 
 
 def missing(groups: Sequence[SeedGroup], matchups: Sequence[Matchup]) -> list[str]:
@@ -92,6 +96,21 @@ def _speedup(matchup: Matchup) -> str:
     )
 
 
+def _mixing(mixing: MixingTimes) -> str:
+    grown, fixed = mixing.matchup.grown.name, mixing.matchup.scratch.name
+    if mixing.tokens is not None:
+        return (
+            f"{grown} meets the loss of {fixed} at equal tokens {format_short(mixing.tokens)} "
+            "tokens after its last growth (mixing time)."
+        )
+    met = f" in {len(mixing.pairs) - len(mixing.met)} of {len(mixing.pairs)} pairs"
+    return (
+        f"{grown} does not meet the loss of {fixed} at equal tokens within the "
+        f"{format_short(mixing.shared_tokens)} tokens after its last growth that both runs have"
+        f"{met if mixing.met else ''}: it ends {mixing.gap:+.4f} from it."
+    )
+
+
 def _missing_speedups(groups: Sequence[SeedGroup], matchups: Sequence[Matchup]) -> Iterator[str]:
     matched = [matchup.grown for matchup in matchups]
     for group in groups:
@@ -101,6 +120,11 @@ def _missing_speedups(groups: Sequence[SeedGroup], matchups: Sequence[Matchup]) 
                 f"{group.runs[0].parameters[-1]:,} parameters."
             )
     for matchup in matchups:
+        if mixing_times(matchup) is None:
+            yield (
+                f"The mixing time of {matchup.grown.name} is unknown: {matchup.scratch.name} ends "
+                "before the growth; train it on as many tokens."
+            )
         if not _defined(matchup):
             yield (
                 f"No {matchup.kind} loss is reached by both {matchup.grown.name} and "

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from megagrow.analysis.curves import RunCurves, load_any_curves
 from megagrow.analysis.equal_cost import EqualCost, compared_kind, equal_costs
+from megagrow.analysis.mixing import MixingTimes, mixing_times
 from megagrow.analysis.paper import compare_with_paper, read_paper
 from megagrow.analysis.report.conclusion import conclude, missing
 from megagrow.analysis.report.tables import (
     Table,
     equal_cost_table,
     growth_table,
+    mixing_table,
     origin_table,
     run_table,
     score_table,
@@ -58,6 +60,11 @@ class Report:
         """Limits of the result, one sentence each."""
         return missing(self.groups, self.matchups)
 
+    @cached_property
+    def mixing_times(self) -> list[MixingTimes]:
+        """Mixing times of the matchups in which they are defined."""
+        return [mixing for mixing in map(mixing_times, self.matchups) if mixing is not None]
+
     @property
     def title(self) -> str:
         """Names of one or two runs, or the number of runs."""
@@ -82,7 +89,7 @@ class Report:
         if self.equal_costs:
             tables.append(equal_cost_table(self.equal_costs, compared_kind(self.groups)))
         if self.matchups:
-            tables.append(speedup_table(self.matchups))
+            tables += [speedup_table(self.matchups), mixing_table(self.mixing_times)]
         if self.against_paper:
             tables.append(compare_with_paper(self.matchups, read_paper()))
         several = (validation_table, growth_table, score_table, origin_table)

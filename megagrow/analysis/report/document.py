@@ -31,6 +31,17 @@ def as_document(report: Report) -> dict[str, Any]:
             for one in report.equal_costs
         ],
         "speedups": [row for matchup in report.matchups for row in _speedups(matchup)],
+        "mixing_times": [
+            {
+                "grown": mixing.matchup.grown.name,
+                "fixed_size": mixing.matchup.scratch.name,
+                "compared_by": mixing.matchup.kind,
+                "growth_tokens": mixing.matchup.grown.runs[0].growths[-1].tokens,
+                "mixing_tokens": mixing.tokens,
+                "pairs": [asdict(pair) for pair in mixing.pairs],
+            }
+            for mixing in report.mixing_times
+        ],
     }
 
 

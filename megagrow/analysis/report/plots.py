@@ -20,6 +20,7 @@ from matplotlib.ticker import (
 
 from megagrow.analysis.curves import RunCurves
 from megagrow.analysis.flop_accounting import ACCOUNTS
+from megagrow.analysis.mixing import MixingTimes
 from megagrow.analysis.plots import (
     COST_LABELS,
     GREY,
@@ -65,7 +66,7 @@ def plot_sections(report: Report) -> Iterator[PlotSection]:
         "Loss against FLOPs, tokens and training time",
         "Training time is the time of steps, growths and checkpoints. A dotted line and a ring "
         "mark a growth, with its new size. The horizontal segment connects the points of equal "
-        "loss of the first pair.",
+        "loss of the first pair. Against tokens, a star marks the end of the mixing time.",
         _loss_panels(report),
     )
     if any(matchup.levels["flops"] for matchup in report.matchups):
@@ -105,9 +106,19 @@ def _loss_panels(report: Report) -> dict[str, Figure]:
         draw_panel(Panel(axes, x), report.runs)
         if x == "flops" and speedup is not None:
             draw_speedup(axes, speedup)
+        if x == "tokens":
+            for mixing in report.mixing_times:
+                _draw_mixing(axes, mixing)
         _finish(axes, line_note(report.runs))
         panels[f"loss-{x}"] = figure
     return panels
+
+
+def _draw_mixing(axes: Axes, mixing: MixingTimes) -> None:
+    """Mark the point at which the first pair of a matchup meets, if it does."""
+    pair, growth = mixing.pairs[0], mixing.matchup.grown.runs[0].growths[-1]
+    if pair.tokens is not None and pair.loss is not None:
+        axes.plot(growth.tokens + pair.tokens, pair.loss, "*", color="black", ms=10, zorder=5)
 
 
 def _account_panels(runs: Sequence[RunCurves]) -> dict[str, Figure]:

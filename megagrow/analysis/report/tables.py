@@ -7,6 +7,7 @@ from megagrow.analysis.curves import RunCurves
 from megagrow.analysis.equal_cost import COST_AXES, EqualCost
 from megagrow.analysis.flop_accounting import ACCOUNTS
 from megagrow.analysis.growth_transient import spikes
+from megagrow.analysis.mixing import MixingTimes
 from megagrow.analysis.seeds import Matchup
 from megagrow.analysis.speedup_curve import Level, LossKind
 from megagrow.common.sizes import format_duration
@@ -79,6 +80,32 @@ def validation_table(runs: Sequence[RunCurves]) -> Table:
     shown = names if names.keys() - {UNNAMED_SET} else {}
     rows = [[name, *(_cell(losses.get(name)) for losses in last)] for name in shown]
     return Table("Last validation losses", ("set", *(run.name for run in runs)), rows)
+
+
+def mixing_table(mixings: Sequence[MixingTimes]) -> Table:
+    """Return a table of the tokens from the last growth until a grown run meets the other run."""
+    columns = (
+        *("grown", "fixed size", "growth at tokens", "tokens after it", "mixing time, tokens"),
+        *("over seeds", "loss difference at the end"),
+    )
+    rows = []
+    for mixing in mixings:
+        matchup, met, several = mixing.matchup, mixing.met, len(mixing.pairs) > 1
+        rows.append(
+            [
+                matchup.grown.name,
+                matchup.scratch.name,
+                f"{matchup.grown.runs[0].growths[-1].tokens:,}",
+                f"{mixing.shared_tokens:,}",
+                "not within the run" if mixing.tokens is None else f"{mixing.tokens:,.0f}",
+                f"{min(met):,.0f} to {max(met):,.0f}, {len(met)} of {len(mixing.pairs)} pairs"
+                if several and met
+                else "-",
+                f"{mixing.gap:+.4f}",
+            ]
+        )
+    notes = [f"{one.matchup.grown.name}: compared by {one.matchup.kind} loss." for one in mixings]
+    return Table("Mixing time: equal loss at equal tokens after the growth", columns, rows, notes)
 
 
 def growth_table(runs: Sequence[RunCurves]) -> Table:
