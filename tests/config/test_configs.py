@@ -9,9 +9,10 @@ from megagrow.config import flops as parameters
 from megagrow.config.load import load_run, to_yaml
 from megagrow.config.model_file import load_model
 from megagrow.config.schema import ModelConfig
-from megagrow.growth.operators import OPERATORS
+from megagrow.growth.operators import OPERATORS, is_masked
 from megagrow.model.decoder import CausalLM
 from megagrow.planning.planner import plan_run
+from megagrow.train.schedule import rate_at
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PARTS = ("model", "data", "hardware")
@@ -59,6 +60,8 @@ SAMBA = {
 }
 # lr and min_lr of Du et al. 2024, Table 1 (appendix B.3).
 TABLE_1 = {"410m": (6e-4, 6e-5), "1.1b": (3e-4, 3e-5), "3b": (1.6e-4, 1.6e-5), "7b": (1e-4, 1e-5)}
+# Sizes of the late growths of Bu et al. 2025 (arXiv 2511.04981); the sizes are ours.
+LATE = ("410m", "1.1b")
 # Billions of tokens of section 4.1: the base's d, the target's, and those of scratch. At 1.1B the
 # base counts as the 2.5B target tokens of equal cost (footnote 4); for 410M, 3B and 7B the number
 # is that of the entire run.
@@ -150,8 +153,9 @@ def test_known_models_are_as_published(name: str) -> None:
 
 
 def test_no_model_is_left_unchecked() -> None:
-    demo = {"demo-2l", "demo-8l", "samba-demo-4l", "samba-demo-12l"}
-    assert set(MODELS) == {*PAPER, *PUBLISHED, *SAMBA, *demo}
+    demo = {"demo-1l", "demo-2l", "demo-8l", "samba-demo-4l", "samba-demo-12l"}
+    late = {f"llama-{size}-1l" for size in LATE}
+    assert set(MODELS) == {*PAPER, *PUBLISHED, *SAMBA, *demo, *late}
 
 
 @pytest.mark.parametrize("name", SAMBA)
@@ -200,6 +204,27 @@ def test_the_papers_runs(size: str) -> None:
         assert (stage.schedule.type, stage.schedule.warmup_steps) == ("cosine", 3000)
         assert (stage.optimizer.betas, stage.optimizer.weight_decay) == ((0.9, 0.95), 0.1)
         assert stage.optimizer.gradient_clipping == 1.0
+
+
+@pytest.mark.parametrize("size", LATE)
+def test_late_growths_follow_the_paper_on_zero_and_one_layers(size: str) -> None:
+    """arXiv 2511.04981: one layer, random new layers at 80%, 2% warm-up, 10% decay, same rate."""
+    run = load_run(CONFIGS / f"late-{size}.yaml")
+    (scratch,) = load_run(CONFIGS / f"scratch-{size}.yaml").stages
+    base, target = run.stages
+    assert base.model == load_model(f"llama-{size}-1l") and base.model.num_hidden_layers == 1
+    assert target.model == scratch.model
+    assert target.growth is not None and target.growth.operator == ["random_depth"]
+    assert not is_masked(target.growth) and target.growth.optimizer_state is None
+    total = base.tokens + target.tokens
+    assert total == pytest.approx(scratch.tokens, rel=1e-5)
+    assert base.tokens == pytest.approx(0.8 * total, rel=1e-4)
+    peak, low = scratch.optimizer.lr, scratch.optimizer.min_lr
+    assert rate_at(run, 0, round(0.01 * total)) == pytest.approx(peak / 2, rel=0.01)
+    assert rate_at(run, 0, round(0.021 * total)) == rate_at(run, 1, 0) == peak
+    assert rate_at(run, 1, round(0.09 * total)) == peak
+    middle = rate_at(run, 1, round(0.15 * total))
+    assert middle == pytest.approx((peak + low) / 2, rel=0.01)
 
 
 def test_what_is_known_of_the_1_1b_run_alone() -> None:

@@ -36,7 +36,7 @@ def test_days_and_gpu_hours_are_those_of_the_planner(row: tuple[str, ...]) -> No
     run = load_run(CONFIGS / f"{name}.yaml", overrides)
     costs = plan_request(run, PlanRequest(world=64, gpu="h100", mfu=0.4)).costs
     assert costs is not None
-    assert tokens == " + ".join(f"{stage.tokens / 1e9:g}B" for stage in run.stages)
+    assert tokens == " + ".join(f"{stage.tokens / 1e9:.4g}B" for stage in run.stages)
     assert (days, hours) == (f"{costs.total.seconds / 86400:.1f}", f"{costs.total.gpu_hours:,.0f}")
 
 
