@@ -39,6 +39,7 @@ from megagrow.train.state_check import (
     change,
     check_preserved,
     fixed_loss,
+    fixed_tokens,
     predictions,
     unfit_reason,
 )
@@ -157,7 +158,7 @@ def _train(job: Job) -> str | None:
                     if event.save:
                         job, stage, state = _save(job, stage, state)
                 case StageEnd() if stage.index + 1 < len(job.run.stages):
-                    job, stage, state = _grow(job, stage, state)
+                    job, stage, state = _begin_next_stage(job, stage, state)
                 case StageEnd() | Stopped():
                     break
     except StopRequested as request:  # the run resumes from the checkpoint before the growth
@@ -196,7 +197,7 @@ def _begin(job: Job) -> tuple[Job, Stage, RunState]:
     run_on_rank_zero(lambda: remove_stored_after(run.output_dir, step))
     job = replace(job, run=run)
     _prepare(job, stage)
-    reason = None if found is None else unfit_reason(run, stage, state, job.inputs.fixed)
+    reason = None if found is None else _unfit_reason(job, stage, state)
     return (job, stage, state) if reason is None else _rewind(job, stage, state.unstable(), reason)
 
 
@@ -230,7 +231,7 @@ def _save(
 ) -> tuple[Job, Stage, RunState]:
     """Save a checkpoint. If the state cannot be used, rewind, or save nothing if the run stops."""
     job.watchdog.beat(f"saving the checkpoint of step {state.counters.step}", long=True)
-    reason = unfit_reason(job.run, stage, state, job.inputs.fixed)
+    reason = _unfit_reason(job, stage, state)
     if reason is None:
         return job, stage, job.checkpointer.save(stage, state, stopped=stopped)
     if not stopped:
@@ -240,16 +241,23 @@ def _save(
     return job, stage, state
 
 
-def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState]:
-    """Grow the model into the next stage and verify operators that preserve the function.
+def _unfit_reason(job: Job, stage: Stage, state: RunState) -> str | None:
+    return unfit_reason(job.run, stage, state, job.inputs.stages[stage.index].fixed)
 
-    Rewinds instead if the model cannot be grown.
+
+def _begin_next_stage(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState]:
+    """Transfer the state to the next stage, grown if it has a growth, and verify transitions that
+    preserve the function.
+
+    Rewinds instead if the state cannot be used.
     """
-    fixed = job.inputs.fixed
+    fixed = job.inputs.fixed_for(stage.index + 1)
     loss_of = partial(fixed_loss, fixed=fixed)
     clock = time.perf_counter()
-    job.watchdog.beat(f"the growth after step {state.counters.step}", long=True)
-    reason = unfit_reason(job.run, stage, state, fixed)
+    grows = job.run.stages[stage.index + 1].growth is not None
+    event = f"the {'growth' if grows else 'transition'} after step {state.counters.step}"
+    job.watchdog.beat(event, long=True)
+    reason = _unfit_reason(job, stage, state)
     if reason is not None:
         return _rewind(job, stage, state.unstable(), reason)
     job.checkpointer.release()
@@ -257,7 +265,7 @@ def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState
     losses = [loss_of(job.run, stage, state.stage_tokens)]
     before = predictions(stage, fixed, masks_now(job.run, stage, state.stage_tokens))
     before_step = partial(_before_growth_step, job, state)
-    feed = Feed(job.feed, state.position, before_step)
+    feed = Feed(job.feed, state.next_place, before_step)
     run, stage, report, search_cost = grow_best(job.run, end_stage(stage), feed, loss_of)
     losses.append(loss_of(run, stage, 0))
     difference = change(before, predictions(stage, fixed, masks_now(run, stage, 0)))
@@ -271,7 +279,8 @@ def _grow(job: Job, stage: Stage, state: RunState) -> tuple[Job, Stage, RunState
     ).add_lost_time(time.perf_counter() - clock)
     job.run_logger.growth(state, report, losses[0], losses[1], difference)
     if report.preserves_function:
-        check_preserved(run, stage, state.counters.step, losses, difference)
+        tokens = fixed_tokens(run, fixed)
+        check_preserved(run, stage, state.counters.step, losses, difference, tokens)
     job = replace(job, run=run)
     _prepare(job, stage)
     return job, stage, state

@@ -136,7 +136,9 @@ class RunCurves:
         if self.setting is None:
             return None
         starts = (0, *(growth.tokens for growth in self.growths))
-        return tuple(cumulative_flops(at, starts, self.setting.charges) for at in tokens)
+        stages = (0, *(growth.stage for growth in self.growths))  # others keep the model
+        charges = [self.setting.charges[stage] for stage in stages]
+        return tuple(cumulative_flops(at, starts, charges) for at in tokens)
 
     def curve(self, series: Series, account: Account) -> LossCurve | None:
         """Return a series of the run against FLOPs by an account, or None if it is unknown."""

@@ -136,7 +136,8 @@ def summary(path: Path) -> dict[str, Any]:
 
 
 def _growths(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return each growth of a run: its operators and the source layer of each new layer."""
+    """Return the growth of each finished stage of a run: its operators and the source layer of each
+    new layer; both are empty without growth."""
     layers = run.get("provenance", [])
     operators = [*run.get("operators", []), *([] for _ in layers)]
     return [
@@ -146,5 +147,7 @@ def _growths(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _growth_text(growth: dict[str, Any]) -> str:
+    if not growth["operators"] and not growth["layers"]:
+        return "none is recorded"
     operators = " with ".join(growth["operators"]) or "unknown"
     return f"{operators}, layers from {growth['layers']}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WrapSerializer
 
@@ -57,6 +57,9 @@ class StageDataConfig(Section):
     """Restart positions at 0 at each document (name from Megatron-LM)."""
     reset_attention_mask: bool = False
     """Restrict attention to the token's own document (name from Megatron-LM)."""
+    corpus_position: Literal["continue", "restart"] = "continue"
+    """Start of the corpora in a stage after the first: where earlier stages stopped reading them,
+    or at their first token (docs/guides/stages.md#data)."""
 
 
 class DataConfig(Section):

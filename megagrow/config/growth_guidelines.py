@@ -60,7 +60,7 @@ def timing_warnings(run: RunConfig) -> list[str]:
     warnings = [
         f"stages.{index}: the model is that of the previous stage, so its growth adds no parameter"
         for index in range(1, len(run.stages))
-        if run.stages[index].model == run.stages[index - 1].model
+        if run.stages[index].growth and run.stages[index].model == run.stages[index - 1].model
     ]
     for index, stage in enumerate(run.stages):
         if stage.tokens_auto:

@@ -130,6 +130,12 @@ def _of_mamba(size: Callable[[int], int]) -> Any:
     )
 
 
+_FUNCTION_KEYS = ("rope_theta", "rope_scaling", "sliding_window")
+
+WEIGHTLESS_KEYS = (*_FUNCTION_KEYS, "max_position_embeddings", "initializer_range")
+"""Keys on which no weight depends: they may change between any two stages."""
+
+
 class ModelConfig(Section):
     """Model: embedding, decoder layers, final norm, head. A layer is a mixer of its type (attention
     or Mamba) and a SwiGLU feed-forward block, each with an RMSNorm. Field names are those of
@@ -226,3 +232,14 @@ class ModelConfig(Section):
         """Return the outputs of x_proj in Mamba layers: the low-rank step size, B and C."""
         assert self.mamba_dt_rank is not None and self.mamba_d_state is not None
         return self.mamba_dt_rank + 2 * self.mamba_d_state
+
+
+def same_function(source: ModelConfig, target: ModelConfig) -> bool:
+    """Return True if no weightless key that changes the function differs between two models.
+
+    `rope_scaling: dynamic` also depends on `max_position_embeddings`.
+    """
+    keys = [*_FUNCTION_KEYS]
+    if source.rope_scaling is not None and source.rope_scaling.rope_type == "dynamic":
+        keys.append("max_position_embeddings")
+    return all(getattr(source, key) == getattr(target, key) for key in keys)

@@ -91,8 +91,8 @@ class RunConfig(Section):
     the answer tokens of a global batch, and the optimizer state is always reinitialized."""
     data: DataConfig = DataConfig()
     stages: list[StageConfig] = Field(min_length=1)
-    """Stages in order; each one grows from the previous one. Without `stages`, the top of the file
-    is the only stage."""
+    """Stages in order; each one continues or grows the model of the previous one. Without `stages`,
+    the top of the file is the only stage."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     samples: SamplesConfig | None = None

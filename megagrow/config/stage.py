@@ -123,6 +123,9 @@ class ScheduleConfig(Section):
     run."""
     decay_tokens: Count | None = None
     """Tokens of WSD's final decay. Default: a tenth of the horizon."""
+    restart: bool = False
+    """In a stage without growth: start the schedule at the stage's first token, with its warm-up
+    and rates, instead of continuing that of the previous stage. A growth has `lr_schedule`."""
 
 
 class StageConfig(Section):
@@ -145,8 +148,9 @@ class StageConfig(Section):
     """Tokens of a stage that has begun, in complete steps of the batches it is trained with; null:
     `tokens`, rounded up to complete steps. Not a key; `stage_length.settled` computes it."""
     growth: GrowthConfig | None = None
-    """Growth from the previous stage's model. Not allowed in the first stage, required in all
-    others."""
+    """Growth from the previous stage's model. Without it, a stage keeps the model and the
+    optimizer state of the previous one; `rope_theta`, `rope_scaling`, `sliding_window` and
+    `max_position_embeddings` may change (docs/guides/stages.md). Not allowed in the first stage."""
     parallel: ParallelConfig = ParallelConfig()
     kernels: KernelsConfig = KernelsConfig()
     batch: BatchConfig

@@ -183,6 +183,8 @@ def _auto_tokens(stages: Sequence[StageConfig], index: int) -> int:
     if index + 1 == len(stages):
         raise ValueError(f"{at} needs a following stage to grow into; set a number of tokens")
     after, there = stages[index + 1], f"stages.{index + 1}"
+    if after.growth is None:
+        raise ValueError(f"{at} is for a stage before a growth; {there} has none, set a number")
     for key in ("at_tokens", "at_flops"):
         if getattr(after, key) is not None:
             raise ValueError(f"{at} is computed from {there}.tokens; set it instead of {key}")

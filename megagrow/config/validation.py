@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from megagrow.config.model import MAMBA_KEYS, ModelConfig
-from megagrow.config.schema import RunConfig, StageDataConfig
+from megagrow.config.model import MAMBA_KEYS, WEIGHTLESS_KEYS, ModelConfig
+from megagrow.config.schema import RunConfig
 from megagrow.config.stage import BatchConfig, StageConfig
 from megagrow.model.layers.table import indivisible_sizes
 
@@ -18,7 +18,6 @@ def problems(run: RunConfig) -> list[str]:
         texts += _batch_and_schedule(stage, at)
         texts += _sequence(stage, at)
         texts += _growth(run, index)
-        texts += _data(run, index)
         texts += _rate_by_size(run, index)
     return texts
 
@@ -178,14 +177,24 @@ def _growth(run: RunConfig, index: int) -> Iterator[str]:
         if growth is not None:
             yield f"{at}: the first stage has no model to grow from; remove it"
     elif growth is None:
-        yield f"{at} is missing; define the growth from the model of stages.{index - 1}"
+        yield from _kept_model(run, index)
+    if growth is not None and run.stages[index].schedule.restart:
+        yield (
+            f"stages.{index}.schedule.restart = true is for stages without growth; remove it and "
+            f"set {at}.lr_schedule to rewarm"
+        )
 
 
-def _data(run: RunConfig, index: int) -> Iterator[str]:
-    for key in StageDataConfig.model_fields:
-        own, first = (getattr(run.stages[i].data, key) for i in (index, 0))
-        if own != first:
-            yield f"stages.{index}.data.{key} differs from stages.0.data.{key}; make them equal"
+def _kept_model(run: RunConfig, index: int) -> Iterator[str]:
+    """Yield the changes of a model that its weights do not allow without a growth."""
+    at, (old, new) = f"stages.{index}", (run.stages[i].model for i in (index - 1, index))
+    for key in ModelConfig.model_fields:
+        before, after = getattr(old, key), getattr(new, key)
+        if before != after and key not in WEIGHTLESS_KEYS:
+            yield (
+                f"{at}.model changes {key} from {before} to {after}; add {at}.growth, or set "
+                f"{at}.model.{key} to the value of stages.{index - 1}"
+            )
 
 
 def _rate_by_size(run: RunConfig, index: int) -> Iterator[str]:

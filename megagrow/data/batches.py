@@ -1,26 +1,19 @@
-"""Batches: the sequences of the stream that one rank reads for one micro-batch.
+"""Batches: the sequences of the stream that one rank reads for one micro-batch."""
 
-And epochs: the number of times that a run reads each corpus.
-"""
-
-from collections.abc import Callable, Iterable, Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from megagrow.common.sizes import format_short
-from megagrow.config.schema import BatchConfig, CorpusConfig, RunConfig, StageDataConfig
-from megagrow.config.stage_length import run_tokens
+from megagrow.config.schema import BatchConfig, CorpusConfig, StageDataConfig
 from megagrow.data.indexed import IndexedCorpus
 from megagrow.data.manifest import CorpusManifest
 from megagrow.data.stream import NO_LABEL, Tokens, TokenStream
 from megagrow.errors import ConfigError, DataError
-
-MANY_EPOCHS = 4
-"""Up to here repeated tokens are almost as good as new ones (Muennighoff et al. 2023)."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +46,16 @@ class Batch:
 
 
 def open_stream(
-    corpora: Sequence[CorpusConfig], seed: int, block_size: int, shuffle: bool = True
+    corpora: Sequence[CorpusConfig],
+    seed: int,
+    block_size: int,
+    shuffle: bool = True,
+    keys: Sequence[int] | None = None,
 ) -> TokenStream:
-    """Open and blend the corpora of a run. Raises DataError if one of them is damaged."""
+    """Open and blend corpora, see `TokenStream`. Raises DataError if one of them is damaged."""
     opened = [open_corpus(corpus.path) for corpus in corpora]
     weights = [corpus.weight for corpus in corpora]
-    return TokenStream(opened, weights, seed, block_size, shuffle)
+    return TokenStream(opened, weights, seed, block_size, shuffle, keys)
 
 
 def open_corpus(prefix: Path) -> IndexedCorpus:
@@ -92,10 +89,24 @@ def sequences_of(
     return [list(range(start, start + micro_batch_size)) for start in starts]
 
 
+Position = TypeVar("Position", contravariant=True)
+
+
+class Reader(Protocol[Position]):
+    """Reader of the sequences of global batches."""
+
+    def read(self, position: Position, sequence_indices: Sequence[int], /) -> Batch:
+        """Read the given sequences of the global batch at a position."""
+
+
 def read_micro_batches(
-    reader: "BatchReader", position: int, batch: BatchConfig, dp_rank: int, dp_size: int
+    reader: Reader[Position],
+    position: Position,
+    batch: BatchConfig,
+    dp_rank: int,
+    dp_size: int,
 ) -> list["Batch"]:
-    """Read this rank's micro-batches of the global batch that starts at a stream position.
+    """Read this rank's micro-batches of the global batch that starts at a position.
 
     Raises:
         DataError: the stream cannot be read.
@@ -122,7 +133,7 @@ class BatchReader:
         vocab_size: int,
         mask: TokenStream | None = None,
     ) -> None:
-        self._stream = stream
+        self.stream = stream
         self._mask = mask
         self.length = data_config.sequence_length
         """Tokens of a sequence."""
@@ -131,6 +142,12 @@ class BatchReader:
         self._vocab_size = vocab_size
         for corpus in stream.corpora:
             _check_manifest(corpus, vocab_size)
+
+    def on(self, stream: TokenStream) -> "BatchReader":
+        """Return a reader of another stream of the same corpora; instruction data has one only."""
+        changed = copy.copy(self)
+        changed.stream = stream
+        return changed
 
     def read(self, position: int, sequence_indices: Sequence[int]) -> Batch:
         """Read the given sequences of the global batch that starts at `position`."""
@@ -146,7 +163,7 @@ class BatchReader:
         )
 
     def _read_row(self, position: int) -> Tokens:
-        row = self._stream.read(position, self.length)
+        row = self.stream.read(position, self.length)
         bad_inputs = _outside(row.inputs, self._vocab_size)
         # A label is the next token of the file, which is an input of another sequence.
         bad_labels = _outside(row.labels, self._vocab_size) & (row.labels != NO_LABEL)
@@ -160,9 +177,9 @@ class BatchReader:
         return row
 
     def _raise_bad_id(self, position: int, index: int, ids: np.ndarray, ahead: int) -> None:
-        location = self._stream.locate(position + index)
+        location = self.stream.locate(position + index)
         raise DataError(
-            f"{self._stream.corpora[location.corpus].prefix}.bin: token id {ids[index]} at token "
+            f"{self.stream.corpora[location.corpus].prefix}.bin: token id {ids[index]} at token "
             f"{location.offset + ahead} is outside the model's vocabulary of {self._vocab_size}; "
             "prepare the corpus with the model's tokenizer, or set vocab_size"
         )
@@ -195,58 +212,3 @@ def _check_manifest(corpus: IndexedCorpus, vocab_size: int) -> None:
             f"{corpus.prefix}: contains token ids up to {split.max_token_id}, but the model's "
             f"vocab_size is {vocab_size}; prepare it with the model's tokenizer, or set vocab_size"
         )
-
-
-@dataclass(frozen=True)
-class CorpusEpochs:
-    """Tokens that a run reads of one corpus."""
-
-    prefix: Path
-    tokens: int
-    """Tokens of the corpus."""
-    read: int
-    """Tokens read of it, with repetitions."""
-
-    @property
-    def epochs(self) -> float:
-        return self.read / self.tokens
-
-    def line(self) -> str:
-        """Return a log line: path, size, epochs."""
-        return (
-            f"corpus {self.prefix} | {format_short(self.tokens)} tokens | {self.epochs:.2f} epochs"
-        )
-
-    def warning(self) -> str | None:
-        """Return a warning if the corpus is repeated more often than is known to help."""
-        if self.epochs <= MANY_EPOCHS:
-            return None
-        return (
-            f"{self.prefix}: read for {self.epochs:.1f} epochs; repeated tokens lose their value "
-            f"beyond about {MANY_EPOCHS} (Muennighoff et al. 2023, arXiv:2305.16264)"
-        )
-
-
-def stream_epochs(run: RunConfig, stream: TokenStream) -> tuple[CorpusEpochs, ...]:
-    """Return the epochs of each corpus of the training stream, without tokens read by growths."""
-    tokens = run_tokens(run)
-    return tuple(
-        CorpusEpochs(corpus.prefix, corpus.num_tokens, stream.tokens_read(index, tokens))
-        for index, corpus in enumerate(stream.corpora)
-    )
-
-
-def epoch_warnings(run: RunConfig, epochs: Iterable[CorpusEpochs]) -> list[str]:
-    """Return warnings about many epochs; instruction data is usually read several times."""
-    if run.objective == "sft":
-        return []
-    return [warning for each in epochs if (warning := each.warning()) is not None]
-
-
-def epoch_lines(run: RunConfig) -> list[str]:
-    """Return the epochs of each training corpus and warnings. Raises DataError for a bad corpus."""
-    data = run.stages[0].data
-    stream = open_stream(data.train, run.seed, data.sequence_length)
-    epochs = stream_epochs(run, stream)
-    warnings = (f"Warning: {text}" for text in epoch_warnings(run, epochs))
-    return [*(each.line() for each in epochs), *warnings]

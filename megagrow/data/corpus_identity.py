@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, WrapSerializer
+from pydantic import BeforeValidator, Field, WrapSerializer
 
 from megagrow.config.schema import CorpusConfig, RunConfig
 from megagrow.config.sections import Section, sets_as_written, sets_by_name
@@ -59,15 +59,33 @@ def corpus_identity(prefix: Path) -> CorpusIdentity:
     return CorpusIdentity(f"checksum:{_digest(recorded)}", tokenizer)
 
 
+def corpus_identities(run: RunConfig) -> dict[str, CorpusIdentity]:
+    """Return the identities of all corpora by path. Raises DataError for a damaged corpus."""
+    lists = (*(stage.data.train for stage in run.stages), *run.data.validation.values())
+    paths = dict.fromkeys(str(corpus.path) for corpora in lists for corpus in corpora)
+    return {path: corpus_identity(Path(path)) for path in paths}
+
+
+def _of_stages(train: object) -> object:
+    """Return the identities recorded by earlier versions, which are those of all stages."""
+    flat = isinstance(train, list) and all(isinstance(each, str) for each in train)
+    return [train] if flat else train
+
+
 class Contents(Section):
     """Identities of a run's data, recorded in checkpoints as `environment.contents`."""
 
-    train: list[str]
+    train: Annotated[list[list[str]], Field(min_length=1), BeforeValidator(_of_stages)]
+    """Corpora of each stage; those of the last entry belong to all later stages too."""
     validation: Annotated[
         dict[str, list[str]], BeforeValidator(sets_by_name), WrapSerializer(sets_as_written)
     ]
     tokenizer: str | None
     """Checksum; None if neither the run nor its corpora name a tokenizer."""
+
+    def of_stage(self, index: int) -> list[str]:
+        """Return the identities of the training corpora of a stage."""
+        return self.train[min(index, len(self.train) - 1)]
 
 
 def data_contents(
@@ -78,7 +96,7 @@ def data_contents(
     def contents(corpora: Sequence[CorpusConfig]) -> list[str]:
         return [identities[str(corpus.path)].content for corpus in corpora]
 
-    train = contents(run.stages[0].data.train)
+    train = [contents(stage.data.train) for stage in run.stages]
     validation = {name: contents(corpora) for name, corpora in run.data.validation.items()}
     return Contents(train=train, validation=validation, tokenizer=tokenizer)
 

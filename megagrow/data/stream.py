@@ -9,6 +9,7 @@ The token at a position is computed from the position alone, in O(1) time and me
 depend on the layout of the run over ranks or on the sequences cut from the stream.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,7 +49,8 @@ class StreamLocation:
 class TokenStream:
     """Endless stream of `corpora`, blended by `weights`; with `shuffle=False` in file order.
 
-    Stateless: a position is a token count, and any position can be read at any time.
+    Stateless: a position is a token count, and any position can be read at any time. `keys` are
+    the integers of the corpora that determine their order, by default their indices.
     """
 
     def __init__(
@@ -58,12 +60,22 @@ class TokenStream:
         seed: int,
         block_size: int,
         shuffle: bool = True,
+        keys: Sequence[int] | None = None,
     ) -> None:
         self.corpora = list(corpora)
+        self._keys = list(range(len(corpora))) if keys is None else list(keys)
+        self._offsets = [0] * len(corpora)
         self._blend = Blend(weights)
         self._seed = seed
         self._block_size = block_size
         self._shuffle = shuffle
+
+    def starting_at(self, offsets: Sequence[int]) -> "TokenStream":
+        """Return the stream with each corpus starting after `offsets` of its tokens, counted over
+        its epochs."""
+        changed = copy.copy(self)
+        changed._offsets = list(offsets)
+        return changed
 
     @property
     def epoch_tokens(self) -> int:
@@ -84,9 +96,9 @@ class TokenStream:
         """Return the location in the files of the token at a position of the stream."""
         slot, within_slot = divmod(position, self._block_size)
         corpus = self._blend.corpus_of(slot)
-        turn = self._blend.count(corpus, slot)
+        done = self._offsets[corpus] + self._blend.count(corpus, slot) * self._block_size
         total = self.corpora[corpus].num_tokens
-        epoch, within_epoch = divmod(turn * self._block_size + within_slot, total)
+        epoch, within_epoch = divmod(done + within_slot, total)
         block, within_block = divmod(within_epoch, self._block_size)
         offset = self._file_block(corpus, epoch, block) * self._block_size + within_block
         run = min(self._block_size - max(within_slot, within_block), total - within_epoch)
@@ -111,7 +123,7 @@ class TokenStream:
         full_blocks = self.corpora[corpus].num_tokens // self._block_size
         if not self._shuffle or block == full_blocks:
             return block
-        return Permutation(full_blocks, self._seed, corpus, epoch)(block)
+        return Permutation(full_blocks, self._seed, self._keys[corpus], epoch)(block)
 
     def _continues(self, position: int, location: StreamLocation) -> bool:
         """Return True if the token at `position` follows the previous one in the file too."""

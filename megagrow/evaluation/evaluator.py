@@ -48,7 +48,7 @@ class Evaluator:
         """Compute the validation loss and generate the samples, if the run has them."""
         step, masks = state.counters.step, masks_now(run, stage, state.stage_tokens)
         losses = {}
-        for name, each in self._inputs.validation.items():
+        for name, each in self._inputs.stages[stage.index].validation.items():
             watchdog.beat(f"the validation after step {step}", long=True)
             losses[name] = mean_loss(stage, each.reader, each.sequences, masks)
         if losses:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from megagrow.config.growth import GrowthConfig, OperatorName
+from megagrow.config.model import WEIGHTLESS_KEYS
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.growth.constraints import (
     Event,
@@ -26,9 +27,6 @@ from megagrow.growth.operators import (
     state_policy,
 )
 from megagrow.model.layers.table import width_fields
-
-_FREE = ("initializer_range", "max_position_embeddings")
-"""Model fields that any growth may change, because no weight depends on them."""
 
 _DEPTH = ("num_hidden_layers", "layer_types")
 """Model fields that depth operators change."""
@@ -193,7 +191,7 @@ def _changes(event: Event) -> dict[str, tuple[Any, Any]]:
 
 def _ungrown(event: Event) -> dict[str, tuple[Any, Any]]:
     """Return the changes that the operators of an event cannot make."""
-    changeable = set(_FREE)
+    changeable = set(WEIGHTLESS_KEYS)
     for name in event.options.operator:
         wider = OPERATORS[name].wider is not None
         fields = (*width_fields(event.target), "rms_norm_eps") if wider else _DEPTH

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from megagrow.checkpoint.source import Source
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.load import load_run
+from megagrow.config.model import same_function
 from megagrow.config.model_file import is_run_file, load_model
 from megagrow.config.overrides import apply_override, refuse_unknown_keys
 from megagrow.config.schema import ModelConfig, OptimizerConfig, RunConfig
@@ -92,6 +93,8 @@ class ConversionPlan:
             growth = identity_map(list(parameter_plan(self.model, tp=1)))
         else:
             growth = growth_map(self.source.model, self.model, self.options, self.stream)
+            if not same_function(self.source.model, self.model):
+                growth = replace(growth, preserves_function=False)
         kinds = [kind for kind in growth.kinds if kind in self.source.kinds]
         growth = growth.with_kinds(*kinds)
         check_map(growth, parameter_plan(self.source.model, 1), parameter_plan(self.model, 1))
@@ -203,6 +206,11 @@ def _plan_of_run(request: Request, path: Path, source: Source, stage: int) -> Co
             )
     model = run.stages[stage].model
     options = run.stages[stage].growth
+    if options is None:
+        raise ConfigError(
+            f"{path}: stages.{stage} has no growth; train the run, which begins the stage from the "
+            "last checkpoint of the previous one"
+        )
     return ConversionPlan(source, model, options, f"{run.seed}/stage-{stage}", run, stage)
 
 

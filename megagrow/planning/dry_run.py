@@ -79,11 +79,12 @@ class RankStage:
 
 @dataclass(frozen=True)
 class RankGrowth:
-    """Growth of a stage by one candidate operator."""
+    """Growth of a stage by one candidate operator, or the transition to a stage without growth."""
 
     stage: int
-    """Index of the grown stage."""
+    """Index of the stage that begins."""
     operators: tuple[str, ...]
+    """Empty without growth."""
     volume: Volume | None
     """None for a learned operator: its traffic is unknown before training."""
 
@@ -232,12 +233,17 @@ def _stage(run: RunConfig, index: int, world_size: int, rank: int) -> RankStage:
 def _growths(run: RunConfig, world_size: int, rank: int) -> Iterator[RankGrowth]:
     for index in range(1, len(run.stages)):
         options = run.stages[index].growth
-        assert options is not None
+        if options is None:
+            yield RankGrowth(index, (), _volume(run, index, world_size, rank))
+            continue
         for chosen in candidates(options):
             names = tuple(chosen.operator)
             volume = None
             if not is_learned(chosen):
-                grown = with_operators(run, index, names)
-                sides = [stage_layout(grown, at, world_size) for at in (index - 1, index)]
-                volume = rank_volume(rank, sides[0], stage_growth(grown, index), sides[1])
+                volume = _volume(with_operators(run, index, names), index, world_size, rank)
             yield RankGrowth(index, names, volume)
+
+
+def _volume(run: RunConfig, index: int, world_size: int, rank: int) -> Volume:
+    sides = [stage_layout(run, at, world_size) for at in (index - 1, index)]
+    return rank_volume(rank, sides[0], stage_growth(run, index), sides[1])

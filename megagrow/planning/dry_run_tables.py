@@ -95,7 +95,7 @@ def _disagreements(stages: Sequence[SimulatedStage]) -> Iterator[str]:
 
 
 def _growth_row(growth: RankGrowth) -> Sequence[str]:
-    name = (f"{growth.stage - 1} -> {growth.stage}", " + ".join(growth.operators))
+    name = (f"{growth.stage - 1} -> {growth.stage}", " + ".join(growth.operators) or "none")
     volume = growth.volume
     if volume is None:
         return *name, "unknown before learning", "", "", "", ""

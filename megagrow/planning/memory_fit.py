@@ -51,8 +51,9 @@ def memory_warnings(
                 f"{part}, {_gib(size)} GiB; try {', '.join(remedies(memory))}"
             )
         if growth is not None and growth > capacity:
+            event = "transition" if memory.stage.growth is None else "growth"
             yield (
-                f"stages.{index}: the growth at its start does not fit: {_of(growth, capacity)} "
+                f"stages.{index}: the {event} at its start does not fit: {_of(growth, capacity)} "
                 "per GPU; try more ranks, or `megagrow grow` from file to file"
             )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megagrow.config.flops import (
     flops_per_token,
@@ -120,7 +121,7 @@ def plan_run(run: RunConfig, world_size: int, gpu_memory: int | None = None) -> 
     bf16 = run.precision != "fp32"
     memories = [stage_memory(stage, world_size, bf16) for stage in run.stages]
     stages = tuple(_stage(run, index, memories) for index in range(len(run.stages)))
-    growths = [stage.growth.peak_bytes if stage.growth else None for stage in stages]
+    growths = [None, *(growth_peak(*pair) for pair in pairwise(memories))]
     warnings = [*timing_warnings(run), *_warnings(stages)]
     if gpu_memory is not None:
         warnings += memory_warnings(memories, growths, gpu_memory)

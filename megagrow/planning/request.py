@@ -8,7 +8,7 @@ from typing import Any
 from megagrow.common.gpu_specs import Gpu, find_gpu
 from megagrow.common.sizes import parse_bytes
 from megagrow.config.schema import RunConfig
-from megagrow.data.batches import epoch_lines
+from megagrow.data.stage_streams import epoch_lines
 from megagrow.errors import ConfigError, InputError
 from megagrow.growth.validation import candidates
 from megagrow.planning.cluster import Cluster, find_cluster

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from megagrow.config.schema import RunConfig, StageConfig
 from megagrow.data.batches import Batch, BatchReader
+from megagrow.data.stage_streams import StreamPlace
 from megagrow.evaluation.stage_model import StageModel
 from megagrow.parallel.launch import Launch, export_launch
 from megagrow.simulation.actions import evaluate, load, save
@@ -82,7 +83,7 @@ def _simulate_stages(
         if stage is not None and actions.growth:
             recorder.begin("growth")
             with StepFeed(_Reader(run.stages[index])) as steps:
-                feed = Feed(steps, 0)
+                feed = Feed(steps, StreamPlace(0))
                 stage, _ = grow(run, end_stage(stage), feed)
         else:
             stage = None  # releases the stage before
@@ -129,7 +130,7 @@ class _Reader(BatchReader):
         self.length = stage.data.sequence_length
         self._packed = stage.data.reset_attention_mask
 
-    def read(self, position: int, sequence_indices: Sequence[int]) -> Batch:
+    def read(self, position: object, sequence_indices: Sequence[int]) -> Batch:
         with _disable_current_modes():  # host memory is real: sizes may depend on its values
             shape = (len(sequence_indices), self.length)
             zeros = torch.zeros(shape, dtype=torch.int64)

@@ -132,7 +132,7 @@ class Checkpointer:
         state = self.finish(state)
         options = self._run.checkpoint
         ended = state.stage_tokens >= stage.config.tokens
-        grows = ended and stage.index + 1 < len(self._run.stages)
+        grows = ended and any(s.growth for s in self._run.stages[stage.index + 1 :][:1])
         wait = stopped or ended or not options.background
         manifest = Manifest(
             stage.config.model.model_dump(),

@@ -66,10 +66,10 @@ def changes_since(
             recorded = as_trained(recorded, state)
     new = run.model_dump(mode="json")
     old = copy.deepcopy(new) if recorded is None else recorded.model_dump(mode="json")
-    _add_growth_of_files(old, new, state.stage, environment.get("growth"))
-    old["stages"][state.stage]["model"] = model.model_dump(mode="json")
     if contents is not None:
         _add_contents(old, new, then, contents)
+    _add_growth_of_files(old, new, state.stage, environment.get("growth"))
+    old["stages"][state.stage]["model"] = model.model_dump(mode="json")
     for side in (old, new):
         side["init_from"] = side["init_from"] and _absolute(side["init_from"])
     changes = config_changes(old, new, state.stage)
@@ -111,6 +111,8 @@ def changes_since_source(
     old["stages"], new["stages"] = old["stages"][stage : stage + 1], new["stages"][:1]
     old["stages"][0]["model"] = source.model.model_dump(mode="json")  # may be grown since
     if contents is not None:
+        if then is not None:
+            then = then.model_copy(update={"train": [then.of_stage(stage)]})
         _add_contents(old, new, then, contents)
     changes = config_changes(old, new, stage=0)
     return [
@@ -139,7 +141,8 @@ def _change_of_folder_tokenizer(run: RunConfig, source: Source) -> list[ConfigCh
 
 def _tokenizer_file(run: RunConfig) -> Path | None:
     """Return the tokenizer of a run: `data.tokenizer`, or the copy in the folder of a corpus."""
-    of_corpora = (CorpusManifest.tokenizer_of(corpus.path) for corpus in run.stages[0].data.train)
+    corpora = (corpus for stage in run.stages for corpus in stage.data.train)
+    of_corpora = (CorpusManifest.tokenizer_of(corpus.path) for corpus in corpora)
     return run.data.tokenizer or next(filter(None, of_corpora), None)
 
 
@@ -193,8 +196,9 @@ def _recorded(environment: Mapping[str, Any]) -> tuple[RunConfig | None, Content
         raise CheckpointError(
             f"the contents recorded in the checkpoint are invalid: {problems_of_values(error)}"
         ) from error
-    sizes = len(known.train), _sizes(known.validation)
-    if sizes != (len(run.stages[0].data.train), _sizes(run.data.validation)):
+    stages = enumerate(run.stages)
+    train = [len(stage.data.train) == len(known.of_stage(index)) for index, stage in stages]
+    if not all(train) or _sizes(known.validation) != _sizes(run.data.validation):
         raise CheckpointError("the contents recorded in the checkpoint do not match its run")
     return run, known
 
@@ -230,8 +234,8 @@ def _add_contents(
 ) -> None:
     """Add the contents of corpora and tokenizer; paths stand for contents that are not recorded."""
     for side, known in ((old, recorded), (new, now if recorded else None)):
-        for stage in side["stages"]:
-            _add_contents_of(stage["data"]["train"], known.train if known else None)
+        for index, stage in enumerate(side["stages"]):
+            _add_contents_of(stage["data"]["train"], known.of_stage(index) if known else None)
         sets = side["data"]["validation"]
         for name, corpora in sets_by_name(sets).items():
             _add_contents_of(corpora, known.validation[name] if known else None)

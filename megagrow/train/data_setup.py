@@ -1,32 +1,34 @@
 """Data of a run: training stream, validation stream, and checks before the start."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 import torch.distributed as dist
 
-from megagrow.config.schema import CorpusConfig, RunConfig
+from megagrow.config.schema import CorpusConfig, RunConfig, StageConfig
 from megagrow.config.sections import UNNAMED_SET
-from megagrow.data.batches import (
-    BatchReader,
-    CorpusEpochs,
-    epoch_warnings,
-    open_stream,
-    stream_epochs,
-)
+from megagrow.data.batches import BatchReader
 from megagrow.data.corpus_identity import (
     Contents,
     CorpusIdentity,
     UsedTokenizer,
+    corpus_identities,
     corpus_identity,
     data_contents,
     one_tokenizer,
     unknown_tokenizer_warning,
 )
-from megagrow.data.sft import open_mask
-from megagrow.data.stream import TokenStream
+from megagrow.data.stage_streams import (
+    CorpusEpochs,
+    StageStreams,
+    epoch_warnings,
+    open_reader,
+    open_stage_streams,
+    stream_epochs,
+)
 from megagrow.data.tokenizers import check_tokenizer
 from megagrow.errors import DataError, InputError
 from megagrow.parallel.agreement import run_on_all_ranks
@@ -41,14 +43,21 @@ class ValidationSet:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """Readers shared by all stages; the stream does not change at a growth."""
+class StageInputs:
+    """Readers of a stage for evaluation."""
 
-    train: BatchReader
     validation: dict[str, ValidationSet]
     """Validation sets by name, in the order of the run file."""
     fixed: BatchReader
     """Reader whose first sequences form the fixed batch for evaluating growths."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Readers of the training and validation data of all stages."""
+
+    train: StageStreams
+    stages: tuple[StageInputs, ...]
     identities: dict[str, CorpusIdentity]
     """Identities of all corpora by path."""
     contents: Contents
@@ -56,24 +65,29 @@ class Inputs:
     """Epochs of each training corpus over the run."""
     warnings: tuple[str, ...]
 
+    def fixed_for(self, index: int) -> BatchReader:
+        """Return the reader of the fixed batch for the transition to stage `index`.
+
+        Its sequences have the shorter length of both stages, which both models accept.
+        """
+        readers = [self.stages[each].fixed for each in (index - 1, index)]
+        return min(readers, key=lambda reader: reader.length)
+
 
 def open_inputs(run: RunConfig) -> Inputs:
     """Open and validate corpora and tokenizer. Raises DataError naming the file."""
     identities = corpus_identities(run)
     tokenizers = used_tokenizers(run, identities)
     tokenizer = one_tokenizer(tokenizers)
-    data = run.stages[0].data
-    stream = open_stream(data.train, run.seed, data.sequence_length)
-    train = _reader(run, stream, data.train, shuffle=True)
-    validation = {name: _open_validation(run, name) for name in run.data.validation}
+    train = open_stage_streams(run, identities)
+    stages = _open_stages(run, train)
     if corpus_identities(run) != identities:
         raise DataError("a corpus was replaced while it was opened; start the run again")
-    epochs = stream_epochs(run, stream)
+    epochs = stream_epochs(run, train)
     unknown = unknown_tokenizer_warning(tokenizers)
     return Inputs(
         train=train,
-        validation=validation,
-        fixed=next((each.reader for each in validation.values()), train),
+        stages=stages,
         identities=identities,
         contents=data_contents(run, identities, tokenizer),
         epochs=epochs,
@@ -81,16 +95,28 @@ def open_inputs(run: RunConfig) -> Inputs:
     )
 
 
-def _open_validation(run: RunConfig, name: str) -> ValidationSet:
-    corpora, length = run.data.validation[name], run.stages[0].data.sequence_length
-    stream = open_stream(corpora, run.seed, length, shuffle=False)
-    sequences = min(-(-run.validation.tokens // length), stream.epoch_tokens // length)
+def _open_stages(run: RunConfig, train: StageStreams) -> tuple[StageInputs, ...]:
+    """Return the readers of each stage; stages with equal sequences share those of validation."""
+    opened: dict[str, dict[str, ValidationSet]] = {}
+    stages = []
+    for stage, own in zip(run.stages, train.readers, strict=True):
+        key = stage.data.model_dump_json(exclude={"train", "corpus_position"})
+        if key not in opened:
+            opened[key] = {name: _open_validation(run, stage, name) for name in run.data.validation}
+        readers = [each.reader for each in opened[key].values()]
+        stages.append(StageInputs(validation=opened[key], fixed=next(iter(readers), own)))
+    return tuple(stages)
+
+
+def _open_validation(run: RunConfig, stage: StageConfig, name: str) -> ValidationSet:
+    length = stage.data.sequence_length
+    reader = open_reader(run, stage, run.data.validation[name], shuffle=False)
+    tokens = reader.stream.epoch_tokens
+    sequences = min(-(-run.validation.tokens // length), tokens // length)
     if sequences == 0:
         key = "data.validation" + ("" if name == UNNAMED_SET else f".{name}")
-        raise DataError(
-            f"{key} holds {stream.epoch_tokens} tokens, less than a sequence of {length}"
-        )
-    return ValidationSet(_reader(run, stream, corpora, shuffle=False), sequences)
+        raise DataError(f"{key} holds {tokens} tokens, less than a sequence of {length}")
+    return ValidationSet(reader, sequences)
 
 
 def open_inputs_on_all_ranks(run: RunConfig) -> Inputs:
@@ -110,14 +136,6 @@ def open_inputs_on_all_ranks(run: RunConfig) -> Inputs:
                     "files to all hosts"
                 )
     return inputs
-
-
-def corpus_identities(run: RunConfig) -> dict[str, CorpusIdentity]:
-    """Return the identities of all corpora by path. Raises DataError for a damaged corpus."""
-    return {
-        str(corpus.path): corpus_identity(corpus.path)
-        for corpus in chain(run.stages[0].data.train, *run.data.validation.values())
-    }
 
 
 def used_tokenizers(
@@ -140,10 +158,16 @@ def open_or_list_problems(run: RunConfig) -> tuple[Inputs | None, list[str]]:
     Problems are the errors of each corpus and of `data.tokenizer`, or the one of `open_inputs`.
     """
     data = run.data
-    train = run.stages[0].data.train
     checks: list[Callable[[], object]] = []
-    for shuffle, corpora in ((True, train), (False, chain(*data.validation.values()))):
-        checks += [partial(_open_alone, run, corpus, shuffle) for corpus in corpora]
+    opened: set[tuple[Path, int, bool]] = set()
+    for stage, corpora, shuffle in (
+        *((stage, stage.data.train, True) for stage in run.stages),
+        *((stage, [*chain(*data.validation.values())], False) for stage in run.stages),
+    ):
+        for corpus in corpora:
+            if (name := (corpus.path, stage.data.sequence_length, shuffle)) not in opened:
+                checks.append(partial(_open_alone, run, stage, corpus, shuffle))
+                opened.add(name)
     if data.tokenizer is not None:
         checks.append(partial(check_tokenizer, data.tokenizer, run.stages[0].model.vocab_size))
     found = [problem for check in checks for problem in _problem(check)]
@@ -155,10 +179,11 @@ def open_or_list_problems(run: RunConfig) -> tuple[Inputs | None, list[str]]:
         return None, [str(error)]
 
 
-def _open_alone(run: RunConfig, corpus: CorpusConfig, shuffle: bool) -> BatchReader:
+def _open_alone(
+    run: RunConfig, stage: StageConfig, corpus: CorpusConfig, shuffle: bool
+) -> BatchReader:
     corpus_identity(corpus.path)
-    stream = open_stream([corpus], run.seed, run.stages[0].data.sequence_length, shuffle)
-    return _reader(run, stream, [corpus], shuffle)
+    return open_reader(run, stage, [corpus], shuffle)
 
 
 def _problem(check: Callable[[], object]) -> list[str]:
@@ -167,13 +192,3 @@ def _problem(check: Callable[[], object]) -> list[str]:
     except (InputError, OSError) as error:
         return [str(error)]
     return []
-
-
-def _reader(
-    run: RunConfig, stream: TokenStream, corpora: Sequence[CorpusConfig], shuffle: bool
-) -> BatchReader:
-    """Return a reader of an opened stream, with its mask stream if the run has masks."""
-    data, vocab_size = run.stages[0].data, run.stages[0].model.vocab_size
-    length = data.sequence_length
-    mask = open_mask(stream, corpora, run.seed, length, shuffle) if run.objective == "sft" else None
-    return BatchReader(stream, data, vocab_size, mask)

@@ -13,6 +13,7 @@ from megagrow.config.flops import flops_per_token, paper_flops_per_token
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import batch_at, step_tokens
 from megagrow.data.batches import Batch
+from megagrow.data.stage_streams import StreamPlace
 from megagrow.errors import InputError
 from megagrow.parallel.agreement import (
     any_across_ranks,
@@ -167,7 +168,7 @@ def _agreement(
     stage: Stage, state: RunState, feed: StepFeed, stop: StopSignal, hooks: StepHooks
 ) -> Agreement:
     """Return the votes on the next step: those of the end of the previous step, or new ones."""
-    part = _part(stage, state.position, state.stage_tokens)
+    part = _part(stage, state.place, state.stage_tokens)
     number = state.counters.step + 1
     if feed.agreement is not None and feed.agreement.vote.part == part:
         return feed.agreement
@@ -176,8 +177,8 @@ def _agreement(
     return Agreement(vote, *any_flags_across_ranks(vote.flags, part.device))
 
 
-def _part(stage: Stage, position: int, stage_tokens: int) -> StepPart:
-    return StepPart.of(position, batch_at(stage.config, stage_tokens), stage.topology, stage.ops)
+def _part(stage: Stage, place: StreamPlace, stage_tokens: int) -> StepPart:
+    return StepPart.of(place, batch_at(stage.config, stage_tokens), stage.topology, stage.ops)
 
 
 def _vote(feed: StepFeed, stop: StopSignal, hooks: StepHooks, part: StepPart, number: int) -> Vote:
@@ -214,8 +215,8 @@ def _measured_step(
     tokens = step_tokens(stage.config, state.stage_tokens)
     done = state.stage_tokens + tokens
     last = done >= stage.config.tokens
-    batches = feed.read(_part(stage, state.position, state.stage_tokens))
-    following = _part(stage, state.position + tokens, done)
+    batches = feed.read(_part(stage, state.place, state.stage_tokens))
+    following = _part(stage, state.place.after(tokens), done)
     if not last:
         feed.prefetch(following)
     result, lr = train_at(run, stage, state.stage_tokens, batches)

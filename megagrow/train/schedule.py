@@ -6,7 +6,8 @@ Decay is evaluated at the start of the step: it begins at lr and reaches min_lr 
 steps that begin there or later use min_lr.
 
 At a growth `rewarm` restarts the schedule; `continue` and `by_size` continue it, as if all stages
-were one. All three count the tokens trained in stages, without those read by growths.
+were one. A stage without growth continues it unless it sets `restart`. All count the tokens trained
+in stages, without those read by growths.
 """
 
 import math
@@ -71,13 +72,13 @@ def _decayed(schedule: ScheduleConfig, tokens: int, warmup: int, end: int) -> fl
 def origin_stage(run: RunConfig, stage_index: int) -> int:
     """Return the stage at whose start the schedule of stage `stage_index` has its origin.
 
-    This is the stage itself if its growth sets `lr_schedule: rewarm`, else the origin of the
-    previous stage.
+    This is the stage itself if its growth sets `lr_schedule: rewarm` or if it has no growth and
+    sets `restart`, else the origin of the previous stage.
     """
-    growth = run.stages[stage_index].growth
-    if stage_index > 0 and growth is not None and growth.lr_schedule != "rewarm":
-        return origin_stage(run, stage_index - 1)
-    return stage_index
+    stage = run.stages[stage_index]
+    growth = stage.growth
+    restarts = stage.schedule.restart if growth is None else growth.lr_schedule == "rewarm"
+    return stage_index if stage_index == 0 or restarts else origin_stage(run, stage_index - 1)
 
 
 def stage_optimizer(run: RunConfig, stage_index: int) -> OptimizerConfig:
@@ -85,10 +86,16 @@ def stage_optimizer(run: RunConfig, stage_index: int) -> OptimizerConfig:
 
     With `lr_schedule: by_size` both rates are those of the previous stage, times the ratio of the
     rates at which the paper trained models of the two sizes. The stage's own rates are then unused;
-    `config/validation.py` refuses values other than those of the previous stage.
+    `config/validation.py` refuses values other than those of the previous stage. A stage without
+    growth that continues the schedule with the previous stage's rates has its scaled rates too.
     """
     stage = run.stages[stage_index]
-    if stage_index == 0 or stage.growth is None or stage.growth.lr_schedule != "by_size":
+    if stage_index == 0 or origin_stage(run, stage_index) == stage_index:
+        return stage.optimizer
+    if stage.growth is None and _same_rates(run, stage_index):
+        before = stage_optimizer(run, stage_index - 1)
+        return stage.optimizer.model_copy(update={"lr": before.lr, "min_lr": before.min_lr})
+    if stage.growth is None or stage.growth.lr_schedule != "by_size":
         return stage.optimizer
     before = stage_optimizer(run, stage_index - 1)
     new, old = (
@@ -96,6 +103,12 @@ def stage_optimizer(run: RunConfig, stage_index: int) -> OptimizerConfig:
     )
     rates = {"lr": before.lr * new / old, "min_lr": before.min_lr * new / old}
     return stage.optimizer.model_copy(update=rates)
+
+
+def _same_rates(run: RunConfig, stage_index: int) -> bool:
+    """Return True if the run file has the same rates for a stage and the previous one."""
+    rates = [(each.optimizer.lr, each.optimizer.min_lr) for each in run.stages]
+    return rates[stage_index - 1] == rates[stage_index]
 
 
 def rate_at(run: RunConfig, stage_index: int, stage_tokens: int) -> float:

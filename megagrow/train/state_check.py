@@ -52,14 +52,14 @@ def fixed_loss(run: RunConfig, stage: Stage, stage_tokens: int, fixed: BatchRead
 
     `stage_tokens` are the tokens of the stage so far, which determine the masks.
     """
-    return mean_loss(
-        stage, fixed, fixed_tokens(run) // fixed.length, masks_now(run, stage, stage_tokens)
-    )
+    sequences = fixed_tokens(run, fixed) // fixed.length
+    return mean_loss(stage, fixed, sequences, masks_now(run, stage, stage_tokens))
 
 
-def fixed_tokens(run: RunConfig) -> int:
-    """Return the number of tokens of the fixed batch, the same for all growths of a run."""
-    length = run.stages[0].data.sequence_length
+def fixed_tokens(run: RunConfig, fixed: BatchReader) -> int:
+    """Return the number of tokens of the fixed batch: as many sequences for all growths of a run
+    whose readers have sequences of one length."""
+    length = fixed.length
     return length * max(run.stages[0].batch.global_batch_size, -(-LEAST_TOKENS // length))
 
 
@@ -148,9 +148,9 @@ def rounding_tolerance(spread: float, loss: float, tokens: int, bf16: bool) -> T
 
 
 def check_preserved(
-    run: RunConfig, stage: Stage, step: int, losses: Sequence[float], change: Change
+    run: RunConfig, stage: Stage, step: int, losses: Sequence[float], change: Change, tokens: int
 ) -> None:
-    """Raise ConfigError if an operator that should preserve the function changed it. Collective.
+    """Raise ConfigError if a transition that should preserve the function changed it. Collective.
 
     Args:
         run: the run.
@@ -158,19 +158,21 @@ def check_preserved(
         step: step of the run.
         losses: losses on the fixed batch before and after the growth.
         change: change of the prediction.
+        tokens: tokens of the fixed batch.
     """
     growth, (before, after) = stage.config.growth, losses
-    assert growth is not None
-    bf16, tokens = uses_bf16(run, stage.topology.device), fixed_tokens(run)
+    bf16 = uses_bf16(run, stage.topology.device)
     allowed = rounding_tolerance(change.spread, before, tokens, bf16)
     basis = f"the rounding of {'bf16' if bf16 else 'fp32'} explains on {tokens} tokens"
-    if growth.tolerance is not None:
+    if growth is not None and growth.tolerance is not None:
         allowed = Tolerance(growth.tolerance, growth.tolerance)
         basis = f"growth.tolerance = {growth.tolerance} allows"
     preserved = abs(after - before) <= allowed.loss and change.kl <= allowed.kl
     if any_across_ranks(not preserved, stage.topology.device):
+        event = "the transition" if growth is None else "the growth"
+        by = "" if growth is None else f" by {' with '.join(growth.operator)}"
         raise ConfigError(
-            f"the growth at step {step} by {' with '.join(growth.operator)} should preserve the "
+            f"{event} at step {step}{by} should preserve the "
             f"function, but the loss on a fixed batch changed from {before:.6f} to {after:.6f} (KL "
             f"{change.kl:.2e}), more than {basis} ({allowed.loss:.2e}, KL {allowed.kl:.2e}); no "
             "step was taken and the checkpoint before the growth is intact: set growth.tolerance "

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megagrow.common.background import BackgroundCall
 from megagrow.config.schema import BatchConfig
-from megagrow.data.batches import Batch, BatchReader, read_micro_batches
+from megagrow.data.batches import Batch, Reader, read_micro_batches
+from megagrow.data.stage_streams import StreamPlace
 from megagrow.errors import InputError
 from megagrow.model.ops import Ops
 from megagrow.parallel.process_groups import Topology
@@ -22,8 +23,8 @@ CLOSE_SECONDS = 5.0
 class StepPart:
     """This rank's part of the global batch of one step, which determines its micro-batches."""
 
-    position: int
-    """Position of the global batch in the stream, in tokens."""
+    place: StreamPlace
+    """Place of the global batch in the training data."""
     batch: BatchConfig
     dp_rank: int
     dp: int
@@ -32,13 +33,13 @@ class StepPart:
     device: torch.device
 
     @classmethod
-    def of(cls, position: int, batch: BatchConfig, topology: Topology, ops: Ops) -> "StepPart":
+    def of(cls, place: StreamPlace, batch: BatchConfig, topology: Topology, ops: Ops) -> "StepPart":
         """Return the part of this rank."""
-        return cls(position, batch, topology.dp_rank, topology.dp, ops.pack, topology.device)
+        return cls(place, batch, topology.dp_rank, topology.dp, ops.pack, topology.device)
 
-    def read(self, reader: BatchReader) -> list[Batch]:
+    def read(self, reader: Reader[StreamPlace]) -> list[Batch]:
         """Read the micro-batches; their tensors are pinned if the device is a GPU."""
-        micro_batches = read_micro_batches(reader, self.position, self.batch, self.dp_rank, self.dp)
+        micro_batches = read_micro_batches(reader, self.place, self.batch, self.dp_rank, self.dp)
         packed = [batch.packed(self.pack) for batch in micro_batches]
         if self.device.type == "cpu":
             return packed
@@ -87,11 +88,11 @@ class Agreement:
 class StepFeed:
     """Reader of this rank's micro-batches; a context manager.
 
-    A single thread reads the next step while the current one is trained. The stream is a function
-    of the position, so a prefetched step that is not the next one to be trained is discarded.
+    A single thread reads the next step while the current one is trained. The data is a function
+    of the place, so a prefetched step that is not the next one to be trained is discarded.
     """
 
-    def __init__(self, reader: BatchReader) -> None:
+    def __init__(self, reader: Reader[StreamPlace]) -> None:
         self._reader = reader
         self._part: StepPart | None = None
         self._call: BackgroundCall[list[Batch]] | None = None

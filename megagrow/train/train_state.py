@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_confi
 from megagrow.common.untrusted_values import MOST, Tally, Value, as_tally, problems_of_values
 from megagrow.config.data import with_stage_data
 from megagrow.config.sections import GuardsConfig, LossSpikeConfig
+from megagrow.data.stage_streams import StreamPlace
 from megagrow.errors import CheckpointError
 from megagrow.train.reporting.metrics import Counters, StepMetrics
 
@@ -95,6 +96,21 @@ class RunState:
     skipped_tokens: Tally = 0
     """Tokens of the stream that rewinds have skipped without training on them."""
     guard: Guard = field(default_factory=Guard)
+    stage_starts: tuple[tuple[Tally, Tally], ...] = ()
+    """`counters.tokens` and `position` at the start of each stage after the first, before the
+    tokens that its growth reads. Zeros for stages of earlier versions, which shared one stream."""
+
+    @property
+    def place(self) -> StreamPlace:
+        """Place of the next batch in the training data."""
+        return StreamPlace(self.position, self.stage, self.stage_starts)
+
+    @property
+    def next_place(self) -> StreamPlace:
+        """Place of the first batch of the next stage, read by its growth or its first step."""
+        unknown = ((0, 0),) * (self.stage - len(self.stage_starts))
+        starts = (*self.stage_starts, *unknown, (self.counters.tokens, self.position))
+        return StreamPlace(self.position, self.stage + 1, starts)
 
     @property
     def position(self) -> int:
@@ -137,7 +153,7 @@ class RunState:
         """Return the state at the start of the next stage.
 
         A growth that trains or measures is charged with the `tokens` that it read from the training
-        stream, starting at `position`, and with its FLOPs by both formulas. The next stage
+        stream, starting at `next_place`, and with its FLOPs by both formulas. The next stage
         begins at the following token. Tokens that several candidates read count once, their FLOPs
         each time.
         """
@@ -146,6 +162,7 @@ class RunState:
             counters=self.counters.after_growth(tokens, flops, flops_true),
             stage=self.stage + 1,
             stage_tokens=0,
+            stage_starts=self.next_place.starts,
             finished_tokens=self._with_finished_stage(),
             provenance=(*self.provenance, layers),
             operators=(*self.operators, operators),
@@ -172,10 +189,11 @@ class RunState:
         its configuration has their size. Raises CheckpointError for values that are missing, of
         another type, or out of the range of any run.
         """
-        optional = ("finished_tokens", "provenance", "operators", "skipped_tokens", "guard")
+        optional = {"finished_tokens", "provenance", "operators", "skipped_tokens", "guard"}
+        optional.add("stage_starts")
         try:
             known = {name: values[name] for name in ("counters", "stage")}
-            known |= {name: values[name] for name in optional if name in values}
+            known |= {name: values[name] for name in optional & values.keys()}
             state = _STATE.validate_python(
                 known | {"stage_tokens": _stage_tokens(values, environment)}
             )
@@ -196,6 +214,10 @@ class RunState:
             )
         if counters.step > counters.tokens:
             raise CheckpointError(f"{prefix}: {counters.step} steps, {counters.tokens} tokens")
+        if len(state.stage_starts) > state.stage or any(
+            not tokens <= min(counters.tokens, position) for tokens, position in state.stage_starts
+        ):
+            raise CheckpointError(f"{prefix}: starts of stages {state.stage_starts!r:.60}")
         finished = state.finished_tokens
         if finished and (len(finished) != state.stage or sum(finished) > earlier):
             raise CheckpointError(

@@ -90,10 +90,10 @@ def test_overrides_within_a_stage_and_their_order(load_two) -> None:
 
 def test_data_of_stages(load_two, tmp_path) -> None:
     """The top's keys are defaults of all stages; a stage's corpora replace the default ones."""
-    run = load_two("stages.1.data={train: corpus}")
+    run = load_two("stages.1.data={train: [a, {path: b, weight: 2}]}")
     first, second = (stage.data for stage in run.stages)
     assert (first.sequence_length, second.sequence_length) == (32, 32)
-    assert [str(corpus.path) for corpus in (*first.train, *second.train)] == ["corpus", "corpus"]
+    assert [str(corpus.path) for corpus in (*first.train, *second.train)] == ["corpus", "a", "b"]
     written = tmp_path / "written.yaml"
     written.write_text(to_yaml(run))
     assert load_run(written) == run

@@ -185,7 +185,14 @@ def test_sequence_parallel_needs_sequences_that_tensor_parallel_divides() -> Non
 
 def test_a_stage_without_its_growth() -> None:
     assert problems(run({}, {"growth": None})) == [
-        "stages.1.growth is missing; define the growth from the model of stages.0"
+        "stages.1.model changes num_hidden_layers from 2 to 8; add stages.1.growth, or set "
+        "stages.1.model.num_hidden_layers to the value of stages.0"
+    ]
+    kept = {"num_hidden_layers": 2, "rope_theta": 5e5, "max_position_embeddings": 4096}
+    assert problems(run({}, {"growth": None, "model": kept})) == []
+    assert problems(run({}, {"schedule": {"restart": True}})) == [
+        "stages.1.schedule.restart = true is for stages without growth; remove it and set "
+        "stages.1.growth.lr_schedule to rewarm"
     ]
 
 

@@ -129,7 +129,7 @@ WRONG: list[tuple[Sizes, dict[str, Any], list[str]]] = [
         [ungrown("num_hidden_layers", 4, 6, "random_width", "[random_width, random_depth]")],
     ),
     ({"vocab_size": 65}, {}, [ungrown("vocab_size", 64, 65, "direct_depth", "vocabulary")]),
-    ({"rope_theta": 5.0}, {}, [ungrown("rope_theta", 10000.0, 5.0, "direct_depth")]),
+    ({"rope_theta": 5.0} | layers(8), {}, []),
     (
         {"tie_word_embeddings": True} | layers(8),
         {},

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import tokens_between
 from megagrow.data.indexed import IndexedWriter
+from megagrow.data.stage_streams import StreamPlace
 from megagrow.parallel.sharding import STATE_KINDS, ParamSpec, Storage
 from megagrow.reshard.fill import fill_initial
 from megagrow.reshard.layout import Layout
@@ -46,7 +47,7 @@ def train_stage(run: RunConfig, index: int, steps: int, sequences: int) -> list[
     state = RunState(stage=index)
     for _ in range(steps):
         masks = masks_now(run, stage, state.stage_tokens)
-        out.append(mean_loss(stage, inputs.fixed, sequences, masks))
+        out.append(mean_loss(stage, inputs.stages[index].fixed, sequences, masks))
         event = advance(run, stage, state, feed, stop)
         assert isinstance(event, StepDone)
         out += [event.measure.loss, event.measure.grad_norm]
@@ -161,5 +162,6 @@ def _numbered_slices(spec: ParamSpec, tp: int) -> list[torch.Tensor]:
 
 def grow_live(run: RunConfig, stage: Stage) -> tuple[Stage, GrowthReport]:
     """The next stage of a run, grown at the point of its stream where the base has ended."""
-    feed = Feed(StepFeed(open_inputs(run).train), tokens_between(run, 0, stage.index + 1))
+    place = StreamPlace(tokens_between(run, 0, stage.index + 1))
+    feed = Feed(StepFeed(open_inputs(run).train), place)
     return grow(run, end_stage(stage), feed)

@@ -1,9 +1,7 @@
 """Random runs, stopped anywhere and resumed with a changed configuration, in one process."""
 
-import os
 import random
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,9 @@ from megagrow.config.stage_length import settled
 from megagrow.errors import ConfigError
 from megagrow.growth.mask_schedule import stage_masks
 from megagrow.run import train
-from megagrow.train import loop
-from megagrow.train.reporting.run_logger import RunLogger
 from megagrow.train.schedule import learning_rate
 from tests.helpers.jobs import records, write_run
+from tests.helpers.run.stopping import last_state, stopped_at
 from tests.helpers.runs import MODEL, make_run
 from tests.helpers.spawn import run_ranks
 
@@ -76,40 +73,6 @@ def random_run(folder: Path, chosen: random.Random) -> RunConfig:
     return make_run(folder, stages, checkpoint={"interval": 3}, validation=validation)
 
 
-def stopped_at(run: RunConfig, step: int) -> bool:
-    """Train until a signal in `step`; return True if the signal stopped the run.
-
-    The signal arrives before the vote on the next step, or after the last step of a stage.
-    """
-    record, vote, sent = RunLogger.step, loop._vote, []
-
-    def send(now: bool) -> None:
-        if now and not sent:
-            sent.append(step)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def recording(self: RunLogger, event: Any) -> None:
-        record(self, event)
-        send(event.state.counters.step == step)
-
-    def voting(*arguments: Any) -> Any:
-        send(arguments[-1] == step + 1)
-        return vote(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunLogger, "step", recording)
-        patch.setattr(loop, "_vote", voting)
-        return train(run) is not None
-
-
-def last_state(run: RunConfig) -> tuple[int, list[bytes], list[Any]]:
-    """Return tokens and shards of the last checkpoint, and the losses of the validations."""
-    path = list_checkpoints(run.output_dir / "checkpoints")[-1]
-    tokens = read_manifest(path).run["counters"]["tokens"]
-    shards = [file.read_bytes() for file in sorted(path.glob("*.safetensors"))]
-    return tokens, shards, records(run, "train", ("step", "tokens", "loss", "lr"))[-1:]
-
-
 def with_changes(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
     path = write_run(run.output_dir.with_suffix(".yaml"), run)
     return load_run(path, [f"{key}={value}" for key, value in changes.items()])
@@ -130,9 +93,8 @@ def check_case(folder: Path, seed: int) -> None:
             train(contradictory)
         if dist.is_initialized():
             dist.destroy_process_group()
-        # A growth's error names the section and the key on its own.
-        message, (section, _, name) = str(error.value), key.rpartition(".")
-        assert key in message or (f"use the values of {section}" in message and name in message)
+        place = f"stages.0.{key}" if key.startswith("data.") else key
+        assert place in str(error.value) and f"--allow-change {place}" in str(error.value)
     assert (parts.output_dir / "config.yaml").read_bytes() == before
     values = FREE | OF_REWINDS
     keys = chosen.sample(sorted(values), 4)

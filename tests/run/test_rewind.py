@@ -70,7 +70,7 @@ def without(first: int, last: int) -> Hook:
 
         def opening(run: RunConfig) -> Any:
             inputs = opened(run)
-            fixed["validation"] = inputs.fixed
+            fixed["validation"] = inputs.stages[0].fixed
             return inputs
 
         patch.setattr(megagrow.run, "open_inputs_on_all_ranks", opening)

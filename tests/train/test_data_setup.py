@@ -11,6 +11,7 @@ import pytest
 
 from megagrow.common.sizes import format_short
 from megagrow.config.schema import RunConfig
+from megagrow.data import stage_streams
 from megagrow.data.indexed import IndexedCorpus
 from megagrow.data.manifest import CorpusManifest, Split, corpus_files
 from megagrow.data.tokenizers import gives_same_ids, load_tokenizer
@@ -132,13 +133,13 @@ def test_a_corpus_replaced_while_it_is_opened_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its manifest is read before the replacement, its files after it."""
-    run, opened = run_of(tmp_path, train=corpora(tmp_path, a="1" * 32)), data_setup.open_stream
+    run, opened = run_of(tmp_path, train=corpora(tmp_path, a="1" * 32)), stage_streams.open_stream
 
     def opening(*arguments: Any, **options: Any) -> Any:
         corpora(tmp_path, a="2" * 32)
         return opened(*arguments, **options)
 
-    monkeypatch.setattr(data_setup, "open_stream", opening)
+    monkeypatch.setattr(stage_streams, "open_stream", opening)
     with pytest.raises(InputError, match="was replaced while it was opened; start the run again"):
         open_inputs(run)
 

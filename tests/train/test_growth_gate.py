@@ -17,7 +17,13 @@ from megagrow.train.growth_event.cost import Feed
 from megagrow.train.growth_event.event import end_stage, grow
 from megagrow.train.loop import StepDone, advance
 from megagrow.train.stage import build_stage
-from megagrow.train.state_check import change, check_preserved, fixed_loss, predictions
+from megagrow.train.state_check import (
+    change,
+    check_preserved,
+    fixed_loss,
+    fixed_tokens,
+    predictions,
+)
 from megagrow.train.step_feed import StepFeed
 from megagrow.train.train_state import RunState
 from tests.helpers.runs import MODEL, make_run
@@ -55,22 +61,23 @@ def verdicts(runs: list[RunConfig]) -> list[list[str]]:
     fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)
     stage.engine.ready(0)
     inputs = open_inputs(run)
-    feed = StepFeed(inputs.train)
+    feed, fixed = StepFeed(inputs.train), inputs.stages[0].fixed
+    tokens = fixed_tokens(run, fixed)
     while isinstance(event := advance(run, stage, state, feed, stop), StepDone):
         state = event.state
-    losses = [fixed_loss(run, stage, 0, inputs.fixed)]
-    before, ended = predictions(stage, inputs.fixed, None), end_stage(stage)
+    losses = [fixed_loss(run, stage, 0, fixed)]
+    before, ended = predictions(stage, fixed, None), end_stage(stage)
     for run in runs:
-        stage, report = grow(run, ended, Feed(feed, state.position))
+        stage, report = grow(run, ended, Feed(feed, state.next_place))
         assert report.preserves_function
         found = []
         for factor in (1.0, 1.5):  # of the output of a layer that the model had before
             stage.engine.storage()["model.layers.0.mlp.down_proj.weight"]["fp32"].mul_(factor)
             stage.engine.ready(0)
-            after = fixed_loss(run, stage, 0, inputs.fixed)
-            difference = change(before, predictions(stage, inputs.fixed, None))
+            after = fixed_loss(run, stage, 0, fixed)
+            difference = change(before, predictions(stage, fixed, None))
             try:
-                check_preserved(run, stage, STEPS, [*losses, after], difference)
+                check_preserved(run, stage, STEPS, [*losses, after], difference, tokens)
                 found.append("")
             except ConfigError as error:
                 found.append(str(error))

@@ -17,6 +17,7 @@ from megagrow.config.schema import RunConfig
 from megagrow.config.validation import problems
 from megagrow.data.batches import Batch, sequences_of
 from megagrow.data.sft import read_examples, tokenize
+from megagrow.data.stage_streams import StreamPlace
 from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
 from megagrow.train.data_setup import open_inputs
@@ -95,7 +96,7 @@ def by_hand(folder: Path, run: RunConfig) -> tuple[float, float, dict[str, torch
     """Loss, z-loss and the gradients of their sum by transformers' model on one example at a time,
     none of them packed."""
     model, loaded = hugging_face(run.stages[0].model), load_tokenizer(tokenizer(folder))
-    rows = open_inputs(run).train.read(0, range(BATCH)).input_ids.tolist()
+    rows = open_inputs(run).train.read(StreamPlace(0), range(BATCH)).input_ids.tolist()
     found = [tokenize(loaded, example) for example in read_examples(folder / "alpaca.json")]
     held = [example for example in found if any(inside(example.ids, row) for row in rows)]
     assert len(held) > BATCH

@@ -9,6 +9,7 @@ import torch
 import megagrow.train.step_feed
 from megagrow.config.stage import BatchConfig
 from megagrow.data.batches import BatchReader
+from megagrow.data.stage_streams import StageStreams, StreamPlace
 from megagrow.errors import DataError
 from megagrow.model.ops import PLAIN
 from megagrow.train.data_setup import open_inputs
@@ -16,12 +17,12 @@ from megagrow.train.step_feed import StepFeed, StepPart
 from tests.helpers.runs import STEP_TOKENS, make_run
 
 BATCH = BatchConfig(global_batch_size=4, micro_batch_size=1)
-FIRST = StepPart(0, BATCH, 1, 2, PLAIN.pack, torch.device("cpu"))
-SECOND = replace(FIRST, position=STEP_TOKENS)
+FIRST = StepPart(StreamPlace(0), BATCH, 1, 2, PLAIN.pack, torch.device("cpu"))
+SECOND = replace(FIRST, place=StreamPlace(STEP_TOKENS))
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory) -> BatchReader:
+def reader(tmp_path_factory) -> StageStreams:
     tmp = tmp_path_factory.mktemp("corpus")
     data = {"train": tmp / "train", "sequence_length": 16, "reset_attention_mask": True}
     return open_inputs(make_run(tmp, [{"tokens": 640}], data=data)).train

@@ -52,6 +52,7 @@ def test_a_growth_that_uses_nothing_changes_place_alone() -> None:
     before = a_step(RunState(), 4)
     after = before.after_growth((0, 0))
     grown = {"provenance": ((0, 0),), "operators": ((),), "finished_tokens": (4 * LENGTH,)}
+    grown["stage_starts"] = ((4 * LENGTH, 4 * LENGTH),)
     assert after == replace(before, stage=1, stage_tokens=0, **grown)
 
 

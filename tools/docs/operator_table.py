@@ -219,10 +219,11 @@ def live_difference(run: RunConfig) -> LiveDifference:
     steps = StepFeed(inputs.train)
     while isinstance(event := advance(run, stage, state, steps, StopSignal()), StepDone):
         state = event.state
-    before = predictions(stage, inputs.fixed, masks_now(run, stage, state.stage_tokens))
-    feed = Feed(steps, state.counters.tokens)
+    fixed = inputs.stages[0].fixed
+    before = predictions(stage, fixed, masks_now(run, stage, state.stage_tokens))
+    feed = Feed(steps, state.next_place)
     stage, _ = grow(run, end_stage(stage), feed)
-    difference = change(before, predictions(stage, inputs.fixed, masks_now(run, stage, 0)))
+    difference = change(before, predictions(stage, fixed, masks_now(run, stage, 0)))
     stage.release()
     return LiveDifference(max(0.0, difference.kl), difference.logits)
 

@@ -216,7 +216,7 @@ def score(segment: RunSegment, device: torch.device) -> float:
         return json.loads(cache.read_text(encoding="utf-8"))["loss"]
     changed = run.validation.model_copy(update={"tokens": parse_count(ALL_TOKENS)})
     inputs = open_inputs(run.model_copy(update={"validation": changed}))
-    (validation,) = inputs.validation.values()
+    (validation,) = inputs.stages[-1].validation.values()
     path = run.output_dir / "checkpoints" / checkpoint_name(segment.step)
     manifest = read_manifest(path)
     stage = build_stage(run, len(run.stages) - 1, device)

@@ -9,6 +9,7 @@ from megagrow.config.flops import flops_per_token, paper_flops_per_token
 from megagrow.config.schema import StageConfig
 from megagrow.config.stage_length import batch_at, step_tokens
 from megagrow.data.batches import Batch
+from megagrow.data.stage_streams import StreamPlace
 from megagrow.model.ops import Ops
 from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.parallel.process_groups import Topology
@@ -16,10 +17,10 @@ from megagrow.train.step_feed import StepFeed, StepPart
 
 
 class Feed(NamedTuple):
-    """Training stream of the run from its current position."""
+    """Training data of the next stage from its start."""
 
     reader: StepFeed
-    position: int
+    place: StreamPlace
     before_step: Callable[[], None] = lambda: None
     """Called on all ranks before each step; may abort the growth by an exception."""
 
@@ -31,7 +32,9 @@ class Feed(NamedTuple):
         """
         self.before_step()
         this, following = (
-            StepPart.of(self.position + number * step_tokens(stage), batch_at(stage), topology, ops)
+            StepPart.of(
+                self.place.after(number * step_tokens(stage)), batch_at(stage), topology, ops
+            )
             for number in (step, step + 1)
         )
         batches = run_on_all_ranks(partial(self.reader.read, this))

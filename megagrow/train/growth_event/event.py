@@ -1,8 +1,11 @@
-"""Growth event: transfer of one stage's state to the next between ranks of the running job."""
+"""Growth event: transfer of one stage's state to the next between ranks of the running job.
+
+The transition to a stage without growth is the identity map.
+"""
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import torch
@@ -10,6 +13,7 @@ import torch.distributed as dist
 
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.growth_guidelines import connection_rate
+from megagrow.config.model import same_function
 from megagrow.config.schema import RunConfig
 from megagrow.data.batches import Batch
 from megagrow.errors import ConfigError
@@ -32,8 +36,9 @@ class GrowthReport:
     """Description and cost of a growth over all ranks."""
 
     operator: tuple[str, ...]
+    """Empty for a stage without growth."""
     layers: tuple[int, ...]
-    """Source layer of each layer, -1 for none."""
+    """Source layer of each layer, -1 for none; empty for a stage without growth."""
     connection_rate: float
     optimizer_state: str
     preserves_function: bool
@@ -69,9 +74,11 @@ def grow(run: RunConfig, ended: FinishedStage, feed: Feed) -> tuple[Stage, Growt
     The state of the finished stage is unchanged.
     """
     begin = time.perf_counter()
-    options = run.stages[ended.index + 1].growth
-    assert options is not None
+    source, stage = run.stages[ended.index : ended.index + 2]
+    options = stage.growth
     growth, spent = _map_of(run, ended, options, feed)
+    if not same_function(source.model, stage.model):
+        growth = replace(growth, preserves_function=False)
     target = build_stage(run, ended.index + 1, ended.device, ended.checks)
     fill_new(growth, target.layout, target.topology.rank, target.engine.storage())
     moved, measuring = _move(run, ended, options, growth, target, feed)
@@ -80,10 +87,10 @@ def grow(run: RunConfig, ended: FinishedStage, feed: Feed) -> tuple[Stage, Growt
 
 
 def _map_of(
-    run: RunConfig, ended: FinishedStage, options: GrowthConfig, feed: Feed
+    run: RunConfig, ended: FinishedStage, options: GrowthConfig | None, feed: Feed
 ) -> tuple[GrowthMap, GrowthCost]:
     """Return the growth map and its cost, which is zero unless it is learned."""
-    if is_learned(options):
+    if options is not None and is_learned(options):
         target = (run, ended.index + 1)
         return learn_growth(*target, ended.state, ended.device, feed, ended.checks)
     return stage_growth(run, ended.index + 1), GrowthCost()
@@ -92,7 +99,7 @@ def _map_of(
 def _move(
     run: RunConfig,
     ended: FinishedStage,
-    options: GrowthConfig,
+    options: GrowthConfig | None,
     growth: GrowthMap,
     target: Stage,
     feed: Feed,
@@ -104,7 +111,7 @@ def _move(
     """
     side = ShardedState(target.layout, target.engine.storage())
     step = ended.adam_step if growth.keeps_step else 0
-    if state_policy(options) != "estimate_second_moment":
+    if options is None or state_policy(options) != "estimate_second_moment":
         moved = [_moved(ended.state, growth, side)]
         target.engine.ready(step)
         return moved, GrowthCost()
@@ -123,7 +130,7 @@ def _moved(source: ShardedState, growth: GrowthMap, target: ShardedState) -> Tra
 
 def _report(
     target: Stage,
-    options: GrowthConfig,
+    options: GrowthConfig | None,
     growth: GrowthMap,
     parts: list[TransferStats],
     spent: GrowthCost,
@@ -136,10 +143,10 @@ def _report(
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     between, within = sums.tolist()
     return GrowthReport(
-        tuple(options.operator),
+        () if options is None else tuple(options.operator),
         growth.provenance,
         connection_rate(growth.provenance),
-        state_policy(options),
+        "transport" if options is None else state_policy(options),
         growth.preserves_function,
         between,
         within,

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import settled
 from megagrow.errors import ConfigError
-from megagrow.growth.map import GrowthMap
+from megagrow.growth.map import GrowthMap, identity_map
 from megagrow.growth.map_checks import check_map
 from megagrow.growth.operators import follows_exactly, growth_map
 from megagrow.growth.validation import candidates, keys_without_use
@@ -16,10 +16,10 @@ from megagrow.train.train_state import RunState
 
 
 def stage_growth(run: RunConfig, index: int) -> GrowthMap:
-    """Return the validated growth map of stage `index`."""
+    """Return the validated growth map of stage `index`, the identity if it has no growth."""
     source, stage = run.stages[index - 1], run.stages[index]
     if stage.growth is None:
-        raise AssertionError(f"stage {index} has no growth")
+        return identity_map(parameter_plan(stage.model, tp=1))
     growth = growth_map(source.model, stage.model, stage.growth, f"{run.seed}/stage-{index}")
     check_map(growth, parameter_plan(source.model, tp=1), parameter_plan(stage.model, tp=1))
     return growth

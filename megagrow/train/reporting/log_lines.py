@@ -13,6 +13,7 @@ from megagrow.config.stage import StageConfig, format_layout
 from megagrow.errors import printable
 from megagrow.train.growth_event.event import GrowthReport
 from megagrow.train.reporting.metrics import Counters
+from megagrow.train.state_check import Change
 
 SAMPLE_CHARACTERS = 160
 """Maximum length of a sample's prompt and text in the log; metrics.jsonl has all of them."""
@@ -43,6 +44,38 @@ def growth_line(
         f"{format_short(parameters(old))} -> {format_short(parameters(new))} parameters | "
         f"fixed-batch loss {losses[0]:.3f} -> {losses[1]:.3f} | {report.seconds:.1f} s | "
         f"{format_short(report.bytes_between_ranks)}B between ranks"
+    )
+
+
+def growth_fields(
+    report: GrowthReport, before: float, after: float, difference: Change
+) -> dict[str, Any]:
+    """Return the fields of a growth or stage record; the losses are on the fixed batch."""
+    fields: dict[str, Any] = {"loss_before": before, "loss_after": after}
+    fields |= {"kl": difference.kl, "logits_difference": difference.logits}
+    fields |= {n: getattr(report, n) for n in report.__dataclass_fields__ if n != "spent"}
+    fields["operator"] = "+".join(report.operator)
+    fields["learning_losses"] = report.spent.losses[:: max(1, len(report.spent.losses) - 1)]
+    return fields
+
+
+def stage_line(
+    run: RunConfig, stage: int, step: int, report: GrowthReport, losses: tuple[float, float]
+) -> str:
+    """Return the line of the start of a stage without growth, as `growth_line`."""
+    old, new = (run.stages[index] for index in (stage - 1, stage))
+    fields = {
+        "sequence length": (old.data.sequence_length, new.data.sequence_length),
+        "rope_theta": (old.model.rope_theta, new.model.rope_theta),
+    }
+    changed = [f"{name} {a:g} -> {b:g}" for name, (a, b) in fields.items() if a != b]
+    return " | ".join(
+        [
+            *(f"step {step}", f"stage {stage} begins", *changed),
+            f"fixed-batch loss {losses[0]:.3f} -> {losses[1]:.3f}",
+            f"{report.seconds:.1f} s",
+            f"{format_short(report.bytes_between_ranks)}B between ranks",
+        ]
     )
 
 

@@ -33,6 +33,7 @@ RecordKind = Literal[
     "samples",
     "evaluation",
     "growth",
+    "stage",
     "checkpoint",
     "rewind",
     "lost",

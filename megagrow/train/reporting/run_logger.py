@@ -21,9 +21,11 @@ from megagrow.train.reporting.console import LiveLine, Status
 from megagrow.train.reporting.log_lines import (
     end_lines,
     evaluation_line,
+    growth_fields,
     growth_line,
     hardware_line,
     sample_line,
+    stage_line,
     start_line,
     validation_texts,
 )
@@ -31,6 +33,7 @@ from megagrow.train.reporting.lost_records import ranges_text, steps_without_rec
 from megagrow.train.reporting.metrics import (
     Counters,
     MetricsLog,
+    RecordKind,
     start_fields,
     train_fields,
     validation_fields,
@@ -252,14 +255,12 @@ class RunLogger:
         after: float,
         difference: Change,
     ) -> None:
-        """Record a growth; `state` is the state after it."""
-        fields: dict[str, Any] = {"stage": state.stage, "loss_before": before}
-        fields |= {"loss_after": after, "kl": difference.kl, "logits_difference": difference.logits}
-        fields |= {n: getattr(report, n) for n in report.__dataclass_fields__ if n != "spent"}
-        fields["operator"] = "+".join(report.operator)
-        fields["learning_losses"] = report.spent.losses[:: max(1, len(report.spent.losses) - 1)]
-        self._write(lambda log: log.write("growth", state.counters, **fields))
-        self._log(growth_line(self._run, state.stage, state.counters.step, report, (before, after)))
+        """Record the start of a stage, by a growth or without; `state` is the state after it."""
+        fields = {"stage": state.stage, **growth_fields(report, before, after, difference)}
+        kind: RecordKind = "growth" if report.operator else "stage"
+        self._write(lambda log: log.write(kind, state.counters, **fields))
+        line = growth_line if report.operator else stage_line
+        self._log(line(self._run, state.stage, state.counters.step, report, (before, after)))
 
     def end(self, state: RunState, stopped: str | None) -> None:
         """Record the end of the run; `stopped` is the signal that stopped it early, if any."""

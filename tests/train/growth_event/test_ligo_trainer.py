@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from megagrow.config.flops import flops_per_token, parameters
 from megagrow.config.schema import BatchConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megagrow.data.batches import Batch
+from megagrow.data.stage_streams import StreamPlace
 from megagrow.growth.ligo import LigoParameters, forming_flops, initial, learned_map
 from megagrow.growth.map import Dense, GrowthMap
 from megagrow.growth.operators import resolve_operators
@@ -200,7 +201,7 @@ def learn(run: RunConfig) -> tuple[GrowthMap, GrowthCost]:
     tp, zero = first.parallel.tensor_model_parallel_size, first.parallel.zero_stage
     layout = layout_of(first.model, zero, dist.get_world_size() // tp, tp)
     side = ShardedState(layout, storage_of(layout, state_of(first.model), dist.get_rank()))
-    feed = Feed(StepFeed(open_inputs(run).train), 2 * STEP_TOKENS)
+    feed = Feed(StepFeed(open_inputs(run).train), StreamPlace(2 * STEP_TOKENS))
     return learn_growth(run, 1, side, CPU, feed)
 
 

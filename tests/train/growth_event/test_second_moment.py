@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from megagrow.config.schema import RunConfig
 from megagrow.data.batches import Batch, sequences_of
+from megagrow.data.stage_streams import StreamPlace
 from megagrow.model.decoder import CausalLM
 from megagrow.train.data_setup import Inputs, open_inputs
 from megagrow.train.growth_event.event import measure_second_moment
@@ -51,7 +52,7 @@ def run_of(folder: Path, parallel: dict, precision: str = "fp32") -> RunConfig:
 def batches_of(stage: Stage, inputs: Inputs, step: int) -> list[Batch]:
     """This rank's micro batches of a step of the run."""
     mine = sequences_of(SEQUENCES, 1, stage.topology.dp_rank, stage.topology.dp)
-    return [inputs.train.read(step * STEP_TOKENS, indices) for indices in mine]
+    return [inputs.train.read(StreamPlace(step * STEP_TOKENS), indices) for indices in mine]
 
 
 def state_of(stage: Stage) -> State:
@@ -83,7 +84,7 @@ def by_autograd(folder: Path, weights: State) -> tuple[dict[str, Tensor], list[f
         parameter.data.copy_(weights[name]["fp32"].view(parameter.shape))
     v, norms = {name: torch.zeros(1) for name in named}, []
     for step in range(STEPS):
-        batch = inputs.train.read(step * STEP_TOKENS, list(range(SEQUENCES)))
+        batch = inputs.train.read(StreamPlace(step * STEP_TOKENS), list(range(SEQUENCES)))
         model.zero_grad()
         logits = model(batch.input_ids, batch.position_ids)
         cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).backward()
