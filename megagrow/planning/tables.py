@@ -81,7 +81,9 @@ def summary_lines(result: PlanResult) -> tuple[str, str, str]:
 def _memory_line(result: PlanResult) -> str:
     peak, capacity = result.plan.peak, result.capacity
     stage = f"stage {peak.stage}"
-    place = f"growth before {stage}" if peak.rank is None else f"{stage}, rank {peak.rank}"
+    grows = result.plan.stages[peak.stage].growth is not None
+    event = f"{'growth' if grows else 'transition'} before {stage}"
+    place = event if peak.rank is None else f"{stage}, rank {peak.rank}"
     if capacity is None:
         size = format_bytes(peak.size)
         return f"memory: {size} per rank ({place}); pass --gpu to compare it with a GPU"
@@ -121,6 +123,7 @@ def stage_rows(stages: Sequence[StagePlan]) -> Rows:
         "non-embedding parameters": [f"{stage.non_embedding:,}" for stage in stages],
         "tokens": [f"{stage.tokens:,}{_given(stage.config)}" for stage in stages],
         "tokens per step": [f"{stage.step_tokens:,}" for stage in stages],
+        "sequence length": [f"{stage.config.data.sequence_length:,}" for stage in stages],
         "steps": [f"{stage.steps:,}" for stage in stages],
         "FLOPs (6 x parameters x tokens)": [f"{stage.flops:.3e}" for stage in stages],
         "FLOPs, true (with attention, without embedding)": [

@@ -90,9 +90,9 @@ class RunState:
     """Tokens trained in each finished stage, without those read by growths. Empty if unknown: a
     model grown outside of a run, or several growths recorded by an earlier version."""
     provenance: tuple[tuple[_IndexOrNone, ...], ...] = ()
-    """For each past growth: the source layer of each new layer."""
+    """For each past transition: the source layer of each new layer; empty without growth."""
     operators: tuple[tuple[str, ...], ...] = ()
-    """For each past growth: its operators, which a probe chooses during the run."""
+    """For each past transition: its operators, which a probe chooses; empty without growth."""
     skipped_tokens: Tally = 0
     """Tokens of the stream that rewinds have skipped without training on them."""
     guard: Guard = field(default_factory=Guard)
