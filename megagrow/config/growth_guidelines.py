@@ -83,6 +83,81 @@ LEAST_LAYERS = 2
 G.2)."""
 
 
+LATE_SHARE = 0.8
+"""Share of the tokens before the growth of a base of 0 or 1 layers under WSD in Bu et al. 2025
+(arXiv 2511.04981), who report a loss within 0.2% of that of the model of fixed size."""
+
+
+EARLY, LATE = 1 / 10, 5
+"""Ratios to equation 2 beyond which a base is reported as short or long: those of the shortest and
+the longest base of the fit, 1B and 50B tokens, to the 10B of the paper's large runs (section 4)."""
+
+
+FACTOR_OF_WARM_STARTS = 2
+"""Most reliable growth factor in a study of warm starts (arXiv 2605.13405)."""
+
+
+TOKENS_OF_WARM_STARTS = 20
+"""Tokens per parameter below which that study found the largest gains; they shrink with more."""
+
+
+def findings(run: RunConfig, index: int, factor: float) -> list[str]:
+    """Return warnings where the growth of a stage deviates from published findings on size and time
+    of a growth, which contradict each other.
+
+    `factor` is the ratio of parameters without embeddings, after over before the growth.
+    """
+    warnings, layers = [], run.stages[index - 1].model.num_hidden_layers
+    if layers < LEAST_LAYERS:
+        warnings.append(
+            f"stages.{index - 1}.model.num_hidden_layers = {layers}: findings contradict each "
+            "other. In Du et al. 2024 (section 4.2) a base of one layer was worse than no base; in "
+            f"arXiv 2511.04981 a base of 0 or 1 layers was not, with a growth at {LATE_SHARE:.0%} "
+            f"of the tokens, under WSD, without a second warm-up. {_compared(run, index)}"
+        )
+    elif size := _unusual_length(run, index):
+        warnings.append(size)
+    if factor > MOST_FACTOR:
+        warnings.append(
+            f"stages.{index}: the growth factor is {factor:.1f}; the paper recommends 2 to "
+            f"{MOST_FACTOR}, and arXiv 2605.13405 found {FACTOR_OF_WARM_STARTS} the most reliable"
+        )
+    return warnings
+
+
+def _share(run: RunConfig, index: int) -> float:
+    """Return the share of a run's tokens before the growth of a stage."""
+    tokens = [stage.tokens for stage in run.stages]
+    return sum(tokens[:index]) / sum(tokens)
+
+
+def _compared(run: RunConfig, index: int) -> str:
+    """Compare the growth of a small base with arXiv 2511.04981."""
+    stage, share = run.stages[index], _share(run, index)
+    others = [f"grows at {share:.0%} of its tokens"] if abs(share - LATE_SHARE) > 0.1 else []
+    if stage.schedule.type != "wsd":
+        others.append(f"has schedule.type = {stage.schedule.type}")
+    if stage.growth is not None and stage.growth.lr_schedule == "rewarm":
+        others.append("has growth.lr_schedule = rewarm")
+    return f"This run {' and '.join(others)}" if others else "This run is like the latter"
+
+
+def _unusual_length(run: RunConfig, index: int) -> str | None:
+    """Compare the length of a base with equation 2, within the range of its fit."""
+    stage, before = run.stages[index], sum(each.tokens for each in run.stages[:index])
+    size = non_embedding_parameters(stage.model)
+    if outside_fit(size, stage.tokens):
+        return None
+    advised = growth_tokens(size, stage.tokens)
+    if EARLY <= before / advised <= LATE:
+        return None
+    return (
+        f"stages.{index}: the growth is after {before:.3g} tokens ({_share(run, index):.0%} of the "
+        f"run), where equation 2 gives {advised:.3g}. Growths at {LATE_SHARE:.0%} are published "
+        "for bases of 0 or 1 layers only (arXiv 2511.04981)"
+    )
+
+
 SPEEDUPS = (0.41, 0.55)
 """FLOPs from scratch / FLOPs with Gstack - 1 at equal training loss and growth factor 4, in the
 paper: the range of its 7B run from 160B to 300B tokens (section 4.1). Its 1.1B and 3B models

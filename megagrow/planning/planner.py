@@ -13,11 +13,10 @@ from megagrow.config.flops import (
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.growth_guidelines import (
     LARGE_BATCH,
-    LEAST_LAYERS,
-    MOST_FACTOR,
     SPEEDUPS,
     best_batch,
     connection_rate,
+    findings,
     growth_tokens,
     outside_fit,
     timing_warnings,
@@ -122,7 +121,7 @@ def plan_run(run: RunConfig, world_size: int, gpu_memory: int | None = None) -> 
     memories = [stage_memory(stage, world_size, bf16) for stage in run.stages]
     stages = tuple(_stage(run, index, memories) for index in range(len(run.stages)))
     growths = [None, *(growth_peak(*pair) for pair in pairwise(memories))]
-    warnings = [*timing_warnings(run), *_warnings(stages)]
+    warnings = [*timing_warnings(run), *_warnings(run, stages)]
     if gpu_memory is not None:
         warnings += memory_warnings(memories, growths, gpu_memory)
     peak = run_peak(memories, growths)
@@ -197,31 +196,23 @@ def _is_gstack(stage: StagePlan) -> bool:
     return list(growth.layers) == [i % base for i in range(len(growth.layers))]
 
 
-def _warnings(stages: tuple[StagePlan, ...]) -> Iterator[str]:
+def _warnings(run: RunConfig, stages: tuple[StagePlan, ...]) -> Iterator[str]:
     for index, stage in enumerate(stages):
         if stage.growth is not None:
-            yield from _growth_warnings(index, stages[index - 1], stage.growth)
+            yield from _growth_warnings(run, index, stages[index - 1], stage.growth)
         if index + 1 < len(stages):
             yield from _batch_warnings(index, stage)
 
 
-def _growth_warnings(index: int, base: StagePlan, growth: GrowthPlan) -> Iterator[str]:
+def _growth_warnings(
+    run: RunConfig, index: int, base: StagePlan, growth: GrowthPlan
+) -> Iterator[str]:
     if growth.outside_fit and not base.config.tokens_auto:  # auto: see timing_warnings
         yield (
             f"stages.{index}: equation 2 is outside its fitted range for this growth: "
             f"{growth.outside_fit}"
         )
-    layers = base.config.model.num_hidden_layers
-    if layers < LEAST_LAYERS:
-        yield (
-            f"stages.{index - 1}.model.num_hidden_layers = {layers}: in the paper a base of one "
-            "layer was worse than no base (section 4.2)"
-        )
-    if growth.factor > MOST_FACTOR:
-        yield (
-            f"stages.{index}: the growth factor is {growth.factor:.1f}; the paper recommends 2 to "
-            f"{MOST_FACTOR}"
-        )
+    yield from findings(run, index, growth.factor)
 
 
 def _batch_warnings(index: int, stage: StagePlan) -> Iterator[str]:

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from megagrow.common.sizes import format_bytes, format_in, format_short
 from megagrow.common.tables import print_lines, print_table
-from megagrow.config.growth_guidelines import SPEEDUPS
+from megagrow.config.growth_guidelines import SPEEDUPS, TOKENS_OF_WARM_STARTS
 from megagrow.config.schema import StageConfig
 from megagrow.config.stage import format_layout
 from megagrow.growth.validation import candidates
@@ -173,10 +173,20 @@ def closing_lines(plan: RunPlan) -> list[str]:
             f"The stages before stage {last} are charged in full: {before:.3e} FLOPs, "
             f"{before / plan.flops:.1%} of the total."
         )
-        lines += _saving_lines(plan)
+        lines += [*_saving_lines(plan), _budget_line(plan)]
     if plan.run.precision == "auto":
         lines.append("Memory is planned for bf16, the value of precision auto on a GPU.")
     return [*lines, *(f"Warning: {text}" for text in plan.warnings)]
+
+
+def _budget_line(plan: RunPlan) -> str:
+    last = plan.stages[-1]
+    ratio = last.tokens / last.non_embedding
+    return (
+        f"Tokens per parameter of the last model: {ratio:.0f}. A study of warm starts found the "
+        f"largest gains below {TOKENS_OF_WARM_STARTS}, and smaller ones with more tokens (arXiv "
+        "2605.13405)."
+    )
 
 
 def _saving_lines(plan: RunPlan) -> Iterator[str]:

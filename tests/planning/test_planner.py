@@ -120,6 +120,26 @@ def large_batch(times: str) -> str:
     )
 
 
+ONE_LAYER = (
+    "stages.0.model.num_hidden_layers = 1: findings contradict each other. In Du et al. 2024 "
+    "(section 4.2) a base of one layer was worse than no base; in arXiv 2511.04981 a base of 0 or "
+    "1 layers was not, with a growth at 80% of the tokens, under WSD, without a second warm-up. "
+)
+FACTORS = "the paper recommends 2 to 4, and arXiv 2605.13405 found 2 the most reliable"
+
+
+def test_a_late_growth_is_compared_with_both_findings() -> None:
+    late = plan_run(load_run(CONFIGS / "late-1.1b.yaml"), 8)
+    assert f"{ONE_LAYER}This run is like the latter" in late.warnings
+    (said,) = (line for line in closing_lines(late) if "Tokens per parameter" in line)
+    assert "last model: 16. A study of warm starts found the largest gains below 20" in said
+    # Equation 2 gives 12.2B tokens for 97.5B after the growth; 5 times that is 61B.
+    assert paper_plan("stages.0.tokens=60B").warnings == ()
+    (long,) = paper_plan("stages.0.tokens=63B").warnings
+    assert long.startswith("stages.1: the growth is after 6.3e+10 tokens (39% of the run), where ")
+    assert "equation 2 gives 1.22e+10. Growths at 80% are published" in long
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -127,14 +147,14 @@ def large_batch(times: str) -> str:
             ("stages.0.model.num_hidden_layers=1",),
             [  # C = 6 x 51.4M x 10B = 3.08e18, whose best batch is 326K tokens
                 large_batch("6.4"),
-                "stages.0.model.num_hidden_layers = 1: in the paper a base of one layer was "
-                "worse than no base (section 4.2)",
-                "stages.1: the growth factor is 24.0; the paper recommends 2 to 4",
+                ONE_LAYER + "This run grows at 9% of its tokens and has schedule.type = cosine and "
+                "has growth.lr_schedule = rewarm",
+                f"stages.1: the growth factor is 24.0; {FACTORS}",
             ],
         ),
         (
             ("stages.0.model.num_hidden_layers=4", "stages.0.batch.global_batch_size=512"),
-            ["stages.1: the growth factor is 6.0; the paper recommends 2 to 4"],
+            [f"stages.1: the growth factor is 6.0; {FACTORS}"],
         ),
         (
             ("stages.0.tokens=auto", "stages.1.tokens=1T"),
