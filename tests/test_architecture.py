@@ -39,7 +39,7 @@ FILE_LINES, KERNEL_FILE_LINES = 300, 400
 FUNCTION_LINES, KERNEL_FUNCTION_LINES = 60, 120
 MEDIAN_FUNCTION, MOST_FUNCTIONS, MOST_SHARE = 12, 40, 0.9
 LINE_WIDTH = 100
-SMALL_MODULE, MOST_MODULES, MOST_MODULES_OF_A_FOLDER = 60, 294, 20
+SMALL_MODULE, MOST_MODULES, MOST_MODULES_OF_A_FOLDER = 60, 297, 20
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("code", "megagrow/formats/torch_file.py: imports pickle"): (
@@ -56,6 +56,10 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
         "the layer types declare the sizes that tensor parallelism slices, and import "
         "config.schema only"
     ),
+    (
+        "down",
+        "megagrow/config/validation.py: imports megagrow.model.layers.table.model_parameters",
+    ): ("keys may name parameters, which the layer types declare"),
     ("environment", "megagrow/cli/app.py: os.environ"): (
         "torch reads its log level on import, and parallel/launch.py imports torch"
     ),

@@ -19,7 +19,7 @@ from megagrow.checkpoint.manifest import Manifest, parse_manifest
 from megagrow.common.checksums import problems_of_files
 from megagrow.common.progress import PhaseProgress
 from megagrow.errors import CheckpointError
-from megagrow.growth.map import identity_map
+from megagrow.growth.map import identity_map, kept_state
 from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
 from megagrow.parallel.sharding import Storage
 from megagrow.reshard.copy_ops import block_view, take, write_rows
@@ -65,13 +65,17 @@ def verify_on_all_ranks(path: Path) -> Manifest:
     return manifest
 
 
-def load_storage(path: Path, manifest: Manifest, layout: Layout, storage: Storage) -> None:
-    """Fill this rank's storage from a checkpoint written in any layout. Collective."""
+def load_storage(path: Path, manifest: Manifest, layout: Layout, storage: Storage) -> int:
+    """Fill this rank's empty storage from a checkpoint written in any layout. Collective.
+
+    Returns Adam's step count, 0 if the optimizer has changed so that its state starts again.
+    """
     source = manifest.read_layout()
-    keep = identity_map(list(layout.plan))
+    keep = kept_state(identity_map(list(layout.plan)), source.plan, layout.plan)
     rank = dist.get_rank()
     copies = [c for kind in keep.kinds for c in copies_to(rank, source, keep, layout, kind, near=0)]
     run_on_all_ranks(lambda: _load(path, source, copies, layout, storage))
+    return manifest.adam_step if keep.keeps_step else 0
 
 
 def _load(path: Path, source: Layout, copies: list[Copy], layout: Layout, storage: Storage) -> None:
@@ -94,7 +98,7 @@ def _load_copy(file: Any, copy: Copy, source: Layout, layout: Layout, storage: S
     offset, stride = source.local(copy.term.source, copy.source_rank, block)
     stop = offset + (len(block.rows) - 1) * stride + len(block.cols)
     rows = range(copy.shape[0])
-    name = f"{copy.term.source}.{copy.kind}"
+    name = f"{copy.term.source}.{copy.read_kind}"
     held = len(source.interval(copy.term.source, copy.source_rank // source.tp))
     tensor = file.get_slice(name)
     found = (tensor.get_dtype(), tensor.get_shape())

@@ -25,6 +25,7 @@ from megagrow.common.json_text import FILE_BYTES, parse_json, read_limited
 from megagrow.common.untrusted_values import as_tally, problems_of_values
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError, InputError
+from megagrow.parallel.optimizers.rules import ADAMW, MuonRule
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Layout
 
@@ -56,7 +57,8 @@ class Manifest:
 
     model: dict[str, Any]
     layout: dict[str, Any]
-    """Keys zero_stage, dp, tp, and groups: the optimizer's groups of parameter names."""
+    """Keys zero_stage, dp, tp, groups: the optimizer's groups of parameter names, and `optimizer`,
+    absent for AdamW."""
     adam_step: int
     run: dict[str, Any]
     """Position of the run and provenance of its layers; see `train/train_state.py`."""
@@ -79,13 +81,16 @@ class Manifest:
         model = ModelConfig(**self.model)
         groups = tuple(tuple(group) for group in self.layout["groups"])
         zero_stage, dp, tp = (self.layout[key] for key in ("zero_stage", "dp", "tp"))
-        return Layout(parameter_plan(model, tp), groups, zero_stage, dp, tp)
+        rule = {"adamw": ADAMW, "muon": MuonRule()}[self.layout.get("optimizer", "adamw")]
+        return Layout(parameter_plan(model, tp, rule), groups, zero_stage, dp, tp)
 
 
 def describe_layout(layout: Layout) -> dict[str, Any]:
     """Return the layout in the manifest's format."""
     names = ("zero_stage", "dp", "tp", "groups")
-    return {name: getattr(layout, name) for name in names}
+    described = {name: getattr(layout, name) for name in names}
+    # Versions before Muon wrote no optimizer, and refuse other states as damaged.
+    return described | ({} if layout.matrices == ADAMW else {"optimizer": layout.matrices.name})
 
 
 def manifest_document(manifest: Manifest) -> dict[str, Any]:

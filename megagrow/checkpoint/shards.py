@@ -33,7 +33,7 @@ def units(layout: Layout) -> Iterator[ShardTensor]:
     """Yield all tensors of all files, grouped by parameter so that data read for one rank can
     serve the next."""
     for name in layout.plan:
-        for kind in STATE_KINDS:
+        for kind in layout.plan[name].kinds:
             for rank in range(layout.dp * layout.tp):
                 if holds(layout, name, rank):
                     yield ShardTensor(rank, name, kind)
@@ -50,7 +50,7 @@ def shard_tensors(layout: Layout, rank: int) -> dict[str, Stored]:
         f"{name}.{kind}": Stored("F32", (len(layout.interval(name, rank // layout.tp)),))
         for name in layout.plan
         if holds(layout, name, rank)
-        for kind in STATE_KINDS
+        for kind in layout.plan[name].kinds
     }
 
 

@@ -18,7 +18,7 @@ from megagrow.checkpoint.tensor_file import Stored, read_elements, read_header
 from megagrow.common.checksums import Files
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError
-from megagrow.parallel.sharding import STATE_KINDS, StateKind
+from megagrow.parallel.sharding import ADAMW_KINDS, StateKind, kinds_in
 from megagrow.reshard.layout import Block, Layout
 
 _ELEMENTS_AT_ONCE = 2**20
@@ -34,13 +34,18 @@ class Source(ABC):
     layout: Layout
     files: tuple[Path, ...]
     """All files of the source."""
-    kinds: tuple[StateKind, ...] = STATE_KINDS
+    kinds: tuple[StateKind, ...] = ADAMW_KINDS
+    """States in the files; a parameter has those of them that its optimizer has."""
     adam_step: int = 0
     run: dict[str, Any] | None = None
     """Position of its run; None if it belongs to no run."""
     environment: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     """One line for each content of the files that is read differently or not at all."""
+
+    def kinds_of(self, name: str) -> tuple[StateKind, ...]:
+        """Return the states of a parameter."""
+        return tuple(kind for kind in self.layout.plan[name].kinds if kind in self.kinds)
 
     @abstractmethod
     def read(self, name: str, kind: StateKind, block: Block) -> Tensor:
@@ -110,6 +115,7 @@ def open_checkpoint(path: Path, verified: bool = False) -> CheckpointSource:
         model=ModelConfig(**manifest.model),
         layout=layout,
         files=tuple(path / name for name in sorted(manifest.files)),
+        kinds=kinds_in(layout.plan),
         adam_step=manifest.adam_step,
         run=manifest.run,
         environment=manifest.environment,

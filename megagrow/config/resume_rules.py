@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from enum import StrEnum
 
 from megagrow.config.model import FEATURE_KEYS, MAMBA_KEYS, RopeScaling
-from megagrow.config.stage import KernelsConfig
+from megagrow.config.stage import MUON_KEYS, RATE_KEYS, KernelsConfig
 from megagrow.errors import ConfigError, printable
 
 
@@ -81,12 +81,12 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "stages.N.tokens",
         "stages.N.batch.global_batch_size",
         "stages.N.batch.rampup_batch_size",
-        "stages.N.optimizer.lr",
-        "stages.N.optimizer.min_lr",
+        *(f"stages.N.optimizer.{key}" for key in dict.fromkeys((*RATE_KEYS, *MUON_KEYS))),
         "stages.N.optimizer.betas",
         "stages.N.optimizer.eps",
         "stages.N.optimizer.weight_decay",
         "stages.N.optimizer.weight_decay_on",
+        "stages.N.optimizer.weight_decay_exclude",
         "stages.N.optimizer.gradient_clipping",
         "stages.N.optimizer.z_loss_multiplier",
         "stages.N.schedule.type",
@@ -133,6 +133,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "stages.N.data.reset_position_ids",
         "stages.N.data.reset_attention_mask",
         "stages.N.data.corpus_position",
+        "stages.N.optimizer.type",
         "stages.N.model.max_position_embeddings",
         "stages.N.model.initializer_range",
         "stages.N.model.rms_norm_eps",

@@ -84,12 +84,23 @@ class BatchConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW optimizer. Defaults are the values of the paper's code (tongxuluo/prts)."""
+    """Optimizer of a stage. AdamW's defaults are those of the paper's code (tongxuluo/prts)."""
 
+    type: Literal["adamw", "muon"] = "adamw"
+    """`muon` updates the matrices of decoder layers by Muon, and the embedding, the head and all
+    other parameters by AdamW."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
     min_lr: float = Field(default=0.0, ge=0)
     """Final learning rate of the schedule; at most `lr`."""
+    adamw_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the parameters that AdamW updates in a run with Muon; null: `lr`."""
+    adamw_min_lr: float | None = Field(default=None, ge=0)
+    """Final learning rate of these parameters; at most `adamw_lr`. Null: `min_lr`."""
+    decoupled_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the embedding and the head; null: that of the other parameters."""
+    decoupled_min_lr: float | None = Field(default=None, ge=0)
+    """Final learning rate of the embedding and the head; at most `decoupled_lr`. Null: `min_lr`."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the first and the second moment."""
     eps: float = Field(default=1e-8, gt=0)
@@ -98,12 +109,45 @@ class OptimizerConfig(Section):
     """Decoupled weight decay: each step subtracts lr x weight_decay x weight."""
     weight_decay_on: Literal["all", "matrices"] = "all"
     """Parameters that decay; `matrices` excludes the norms, in a separate optimizer group."""
+    weight_decay_exclude: list[str] = Field(default=[])
+    """Patterns of parameters without weight decay, such as `*.norm.weight`, in addition to those of
+    `weight_decay_on`. `*` matches any characters; each pattern must match a parameter."""
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Maximum global gradient norm; 0 disables clipping."""
     z_loss_multiplier: float = Field(default=0.0, ge=0)
     """Coefficient of the z-loss, the squared log of the softmax denominator per position, which is
     added to the trained loss; PaLM uses 1e-4 (name from OLMo-core). Recorded losses are the
     cross-entropy without it."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Muon: decay rate of the momentum, the running mean of gradients."""
+    nesterov: bool = True
+    """Muon: update by the mean of gradient and momentum, weighted 1 - `momentum` and `momentum`."""
+    ns_steps: int = Field(default=5, ge=1, lt=100)
+    """Muon: steps of the Newton-Schulz iteration, which orthogonalizes the update."""
+    adjust_lr_fn: Literal["match_rms_adamw", "original", "unit_rms_norm"] = "match_rms_adamw"
+    """Muon: factor on the learning rate of a matrix. `match_rms_adamw`: 0.2 sqrt(max(out, in)),
+    with which rates and weight decay of AdamW can be used. `original`: sqrt(max(1, out / in)).
+    `unit_rms_norm`: sqrt(out / in), with which a width growth changes no rate."""
+
+    @property
+    def other_rates(self) -> dict[str, tuple[float, float]]:
+        """(lr, min_lr) of the parameters whose rate differs from `lr`, by `rate` of their group."""
+        pairs = {
+            "adamw": (self.adamw_lr, self.adamw_min_lr),
+            "decoupled": (self.decoupled_lr, self.decoupled_min_lr),
+        }
+        return {
+            name: (peak, self.min_lr if final is None else final)
+            for name, (peak, final) in pairs.items()
+            if peak is not None
+        }
+
+
+MUON_KEYS = ("adamw_lr", "adamw_min_lr", "momentum", "nesterov", "ns_steps", "adjust_lr_fn")
+"""Keys of `OptimizerConfig` that require `type: muon`."""
+
+RATE_KEYS = ("lr", "min_lr", "adamw_lr", "adamw_min_lr", "decoupled_lr", "decoupled_min_lr")
+"""Keys of `OptimizerConfig` that are learning rates."""
 
 
 class ScheduleConfig(Section):

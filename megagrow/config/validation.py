@@ -1,11 +1,12 @@
 """Constraints between the sections of a run. Problems are returned as one-line texts."""
 
 from collections.abc import Iterator
+from fnmatch import filter as filter_names
 
 from megagrow.config.model import MAMBA_KEYS, WEIGHTLESS_KEYS, ModelConfig
 from megagrow.config.schema import RunConfig
-from megagrow.config.stage import BatchConfig, StageConfig
-from megagrow.model.layers.table import indivisible_sizes
+from megagrow.config.stage import MUON_KEYS, RATE_KEYS, BatchConfig, OptimizerConfig, StageConfig
+from megagrow.model.layers.table import indivisible_sizes, model_parameters
 
 
 def problems(run: RunConfig) -> list[str]:
@@ -16,6 +17,8 @@ def problems(run: RunConfig) -> list[str]:
         texts += model_problems(stage.model, f"{at}.model")
         texts += _parallel(stage, at)
         texts += _batch_and_schedule(stage, at)
+        texts += _optimizer(stage.optimizer, f"{at}.optimizer")
+        texts += _excluded(stage, f"{at}.optimizer.weight_decay_exclude")
         texts += _sequence(stage, at)
         texts += _growth(run, index)
         texts += _rate_by_size(run, index)
@@ -121,7 +124,7 @@ def _parallel(stage: StageConfig, at: str) -> Iterator[str]:
 
 
 def _batch_and_schedule(stage: StageConfig, at: str) -> Iterator[str]:
-    batch, rate, schedule = stage.batch, stage.optimizer, stage.schedule
+    batch, schedule = stage.batch, stage.schedule
     if batch.global_batch_size % batch.micro_batch_size:
         yield (
             f"{at}.batch.global_batch_size = {batch.global_batch_size} is not divisible by "
@@ -129,8 +132,6 @@ def _batch_and_schedule(stage: StageConfig, at: str) -> Iterator[str]:
             f"{batch.global_batch_size}"
         )
     yield from _batch_ramp(batch, f"{at}.batch")
-    if rate.min_lr > rate.lr:
-        yield f"{at}.optimizer.min_lr = {rate.min_lr} is above lr = {rate.lr}; use at most lr"
     if schedule.warmup_steps is not None and schedule.warmup_tokens is not None:
         yield f"{at}.schedule sets both warmup_steps and warmup_tokens; set one of them to null"
 
@@ -150,6 +151,36 @@ def _batch_ramp(batch: BatchConfig, at: str) -> Iterator[str]:
             yield (
                 f"{key}: {size} is not divisible by micro_batch_size = {batch.micro_batch_size}; "
                 f"use multiples of {batch.micro_batch_size}"
+            )
+
+
+def _optimizer(optimizer: OptimizerConfig, at: str) -> Iterator[str]:
+    for key in MUON_KEYS:
+        value = getattr(optimizer, key)
+        if optimizer.type != "muon" and value != OptimizerConfig.model_fields[key].default:
+            yield (
+                f"{at}.{key} = {value} is a key of Muon, but {at}.type = {optimizer.type}; remove "
+                "it or set type: muon"
+            )
+    for prefix in ("", "adamw_", "decoupled_"):
+        peak, final = (getattr(optimizer, f"{prefix}{key}") for key in ("lr", "min_lr"))
+        if peak is None:
+            if final is not None:
+                yield f"{at}.{prefix}min_lr = {final} has no {prefix}lr; set it or remove the key"
+            continue
+        used = "min_lr" if final is None else f"{prefix}min_lr"
+        lowest = optimizer.min_lr if final is None else final
+        if lowest > peak:
+            yield f"{at}.{used} = {lowest} is above {prefix}lr = {peak}; use at most {prefix}lr"
+
+
+def _excluded(stage: StageConfig, at: str) -> Iterator[str]:
+    names = [parameter.name for parameter in model_parameters(stage.model)]
+    for pattern in stage.optimizer.weight_decay_exclude:
+        if not filter_names(names, pattern):
+            yield (
+                f"{at}: {pattern} matches no parameter of the model; use a pattern of names such "
+                f"as {names[1]}"
             )
 
 
@@ -202,7 +233,7 @@ def _rate_by_size(run: RunConfig, index: int) -> Iterator[str]:
     growth = run.stages[index].growth
     if index == 0 or growth is None or growth.lr_schedule != "by_size":
         return
-    for key in ("lr", "min_lr"):
+    for key in RATE_KEYS:
         own, before = (getattr(run.stages[i].optimizer, key) for i in (index, index - 1))
         if own != before:
             yield (

@@ -33,7 +33,8 @@ from megagrow.formats.torch_file import (
 )
 from megagrow.model.layers.base import VOCAB
 from megagrow.model.layers.table import EMBEDDING, HEAD
-from megagrow.parallel.sharding import STATE_KINDS, ParamSpec, StateKind
+from megagrow.parallel.optimizers.rules import ADAMW
+from megagrow.parallel.sharding import ADAMW_KINDS, ParamSpec, StateKind
 from megagrow.reshard.layout import Block, Layout
 
 LATEST_FILE = "latest_universal"
@@ -125,7 +126,7 @@ def _about(folder: Path) -> dict[str, Any]:
     return about
 
 
-_STATE_FILES = {*(f"{kind}.pt" for kind in STATE_KINDS), STEP_FILE}
+_STATE_FILES = {*(f"{kind}.pt" for kind in ADAMW_KINDS), STEP_FILE}
 
 
 def _check_all_read(folder: Path, layout: Layout, table: TensorFiles) -> None:
@@ -159,12 +160,12 @@ def _check_tied_head(path: Path, spec: ParamSpec, embedding: tuple[Path, Stored]
 def _kinds(folder: Path, names: list[str]) -> tuple[StateKind, ...]:
     """Return all state kinds, or only the weights if no parameter has moments."""
     paths = [
-        folder / PARAMETERS / name / f"{kind}.pt" for name in names for kind in STATE_KINDS[1:]
+        folder / PARAMETERS / name / f"{kind}.pt" for name in names for kind in ADAMW_KINDS[1:]
     ]
     missing = [path for path in paths if not path.is_file()]
     if missing and len(missing) < len(paths):
         raise CheckpointError(f"{missing[0]}: missing, although other parameters have moments")
-    return STATE_KINDS[:1] if missing else STATE_KINDS
+    return ADAMW_KINDS[:1] if missing else ADAMW_KINDS
 
 
 def _place(path: Path, spec: ParamSpec) -> tuple[Path, Stored]:
@@ -222,13 +223,19 @@ def universal_bytes(source: Source) -> int:
 def write_universal(source: Source, out: Path, step: int, advance: Callable[[int], None]) -> None:
     """Write a folder that contains the folder of one step of the run.
 
-    States that the source lacks are zero. `advance` is called with the bytes of tensors written.
+    States that the source lacks are zero; Muon's cannot be written and raises CheckpointError.
+    `advance` is called with the bytes of tensors written.
     """
+    if source.layout.matrices != ADAMW:
+        raise CheckpointError(
+            f"{source.path}: Muon's momentum_buffer has no place in a Universal Checkpoint; export "
+            "the weights with megagrow convert hf-export"
+        )
     folder = out / f"global_step{step}_universal"
     for name, spec in source.layout.plan.items():
         parameter = folder / PARAMETERS / name
         parameter.mkdir(parents=True)
-        for kind in STATE_KINDS:
+        for kind in ADAMW_KINDS:
             _write(parameter / f"{kind}.pt", _parameter(source, spec, kind), advance)
         _write(parameter / STEP_FILE, _step(source), advance)
     _write(folder / PARAMETERS / OPTIMIZER_FILE, _optimizer(source), advance)
@@ -271,11 +278,8 @@ def _optimizer(source: Source) -> dict[str, Any]:
     # One group per parameter: the loading job has no more. ZeRO 3 reads the inner groups.
     groups: list[dict[str, Any]] = [{"params": []} for _ in source.layout.plan]
     inner = {"state": {0: {"step": _step(source)}}, "param_groups": groups}
-    return {
-        "ds_version": DEEPSPEED_VERSION,
-        "param_groups": groups,
-        "optimizer_state_dict": inner,
-    }
+    state = {"param_groups": groups, "optimizer_state_dict": inner}
+    return {"ds_version": DEEPSPEED_VERSION, **state}
 
 
 def _engine_state(source: Source, step: int) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def row_pieces(source: Source, name: str, kind: StateKind, block: Block) -> Iter
     at_once = max(1, ELEMENTS_AT_ONCE // len(block.cols))
     for first in range(block.rows.start, block.rows.stop, at_once):
         some = Block(range(first, min(first + at_once, block.rows.stop)), block.cols)
-        if kind in source.kinds:
+        if kind in source.kinds_of(name):
             yield source.read(name, kind, some)
         else:
             yield torch.zeros(len(some.rows), len(some.cols))

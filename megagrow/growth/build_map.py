@@ -26,6 +26,7 @@ from megagrow.growth.map import (
 )
 from megagrow.growth.width import Width
 from megagrow.model.layers.base import AxisRole, AxisSide
+from megagrow.parallel.optimizers.rules import ADAMW, Copies, UpdateRule
 from megagrow.parallel.sharding import STATE_KINDS, ParamSpec, StateKind, parameter_plan
 
 
@@ -41,6 +42,8 @@ class GrowthSpec:
     policy: StatePolicy
     stream: str
     """Name of the random stream of this growth; contains the run's seed."""
+    matrices: UpdateRule = ADAMW
+    """Optimizer of the matrices of decoder layers in the target."""
 
 
 def assemble(growth: GrowthSpec) -> GrowthMap:
@@ -108,7 +111,7 @@ def _next_of_type(source: ModelConfig, layer: int) -> int:
 
 
 def _axis(role: AxisRole | None, width: Width, moments: bool) -> Axis:
-    """Map one axis of the weights, or of Adam's first moment, to the axis of the source."""
+    """Map one axis of the weights, or of a mean of gradients, to the axis of the source."""
     if role is None:
         return SAME
     lift = width.lifts[role.axis.name]
@@ -233,12 +236,12 @@ def _fresh(growth: GrowthSpec, spec: ParamSpec, layer: Layer | None) -> Fresh:
 
 
 def _param_scales(growth: GrowthSpec) -> dict[str, ParamScale]:
-    """Return k_in and k_out of every parameter if the growth makes even copies in width only.
+    """Return the factors of every parameter if the growth makes even copies in width only.
 
     With them the grown model follows the source exactly (docs/reference/operators.md). Otherwise
     the result is empty.
     """
-    plan = parameter_plan(growth.target, tp=1)
+    plan = parameter_plan(growth.target, 1, growth.matrices)
     width = growth.width
     splits_copies = width.block_diagonal or width.next_layer or width.noise > 0
     if growth.depth.layers != _unchanged_layers(growth.source) or splits_copies:
@@ -254,7 +257,8 @@ def _param_scales(growth: GrowthSpec) -> dict[str, ParamScale]:
                 k_in *= factor
             else:
                 k_out *= factor
-        scales[name] = ParamScale(1 / k_in, k_in, 1 / k_out, k_out / k_in)
+        rows, cols = spec.rows // k_out, spec.cols // k_in
+        scales[name] = spec.rule.continuation(Copies(rows, cols, k_in, k_out))
     return scales
 
 

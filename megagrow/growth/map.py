@@ -9,8 +9,9 @@ a dense term is a linear map of full tensors,
 
     target = sum over k of alpha[k] * left @ (source_k * gain) @ right^T.
 
-Adam's exp_avg has separate terms, and exp_avg_sq those with every factor squared: if weights
-are lifted to P_out W P_in^+, gradients become (P_out^+)^T g P_in^T.
+Means of gradients (AdamW's exp_avg, Muon's momentum_buffer) have separate terms, and exp_avg_sq
+those with every factor squared: if weights are lifted to P_out W P_in^+, gradients become
+(P_out^+)^T g P_in^T.
 """
 
 from collections.abc import Mapping
@@ -19,8 +20,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from megagrow.model.layers.base import ZEROS, InitialValues
-from megagrow.parallel.engine_config import ParamScale as ParamScale
-from megagrow.parallel.sharding import STATE_KINDS, StateKind
+from megagrow.parallel.optimizers.rules import ParamScale as ParamScale
+from megagrow.parallel.sharding import STATE_KINDS, ParamSpec, StateKind, kinds_in
 
 Indices = range | np.ndarray
 """Positions along one axis: a `range` if they are consecutive, else int64 (n,)."""
@@ -148,7 +149,7 @@ class GrowthMap:
 
     weights: Mapping[str, tuple[Term, ...]]
     moments: Mapping[str, tuple[Term, ...]]
-    """Terms of exp_avg, and squared of exp_avg_sq; without a term they start at zero."""
+    """Terms of means of gradients, and squared of exp_avg_sq; without a term they start at zero."""
     fills: Mapping[str, tuple[Fill, ...]] = field(default_factory=dict)
     """Fills added to the weights; required for entries without a term."""
     kinds: tuple[StateKind, ...] = STATE_KINDS
@@ -184,6 +185,19 @@ class GrowthMap:
     def with_kinds(self, *kinds: StateKind) -> "GrowthMap":
         """Return the map restricted to some state kinds."""
         return replace(self, kinds=kinds)
+
+
+def kept_state(
+    growth: GrowthMap, source: Mapping[str, ParamSpec], target: Mapping[str, ParamSpec]
+) -> GrowthMap:
+    """Return the map restricted to the states that the optimizer of the target can continue.
+
+    From AdamW to Muon, the first moments become momentum. From Muon to AdamW, the second moments
+    of the matrices are unknown; since Adam's step count is common to all parameters, its state
+    starts again for all of them.
+    """
+    lost = "momentum_buffer" in kinds_in(source) and "momentum_buffer" not in kinds_in(target)
+    return growth.with_kinds("fp32") if lost else growth
 
 
 def identity_map(names: "Mapping[str, object] | list[str]") -> GrowthMap:

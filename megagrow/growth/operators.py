@@ -13,6 +13,7 @@ from megagrow.growth.depth import Depth, DepthOperator, same_depth
 from megagrow.growth.isometric import isometric_map
 from megagrow.growth.map import GrowthMap
 from megagrow.growth.width import WidthOperator, same_width
+from megagrow.parallel.optimizers.rules import ADAMW, UpdateRule
 
 
 @dataclass(frozen=True)
@@ -217,28 +218,39 @@ def depth_of(source: ModelConfig, target: ModelConfig, options: GrowthConfig) ->
 
 
 def resolve_operators(
-    source: ModelConfig, target: ModelConfig, options: GrowthConfig, stream: str
+    source: ModelConfig,
+    target: ModelConfig,
+    options: GrowthConfig,
+    stream: str,
+    matrices: UpdateRule = ADAMW,
 ) -> GrowthSpec:
-    """Resolve the operators of a run file to the growth in depth and width."""
+    """Resolve the operators of a run file to the growth in depth and width.
+
+    `matrices` is the optimizer of the matrices of decoder layers in the target.
+    """
     chosen = operators_of(options)
     found_depth, found_width = depth_of(source, target, options), same_width(source)
     for operator in chosen:
         if operator.wider is not None:
             found_width = operator.wider(source, target, options, generator_of(stream))
-    return GrowthSpec(
-        source, target, found_depth, found_width, options, state_policy(options), stream
-    )
+    policy = state_policy(options)
+    return GrowthSpec(source, target, found_depth, found_width, options, policy, stream, matrices)
 
 
 def growth_map(
-    source: ModelConfig, target: ModelConfig, options: GrowthConfig, stream: str = ""
+    source: ModelConfig,
+    target: ModelConfig,
+    options: GrowthConfig,
+    stream: str = "",
+    matrices: UpdateRule = ADAMW,
 ) -> GrowthMap:
     """Return the map from a source to a target model.
 
-    `stream` names its random stream (run seed and stage). The configs must have passed
+    `stream` names its random stream (run seed and stage); `matrices` is the optimizer of the
+    matrices of decoder layers in the target. The configs must have passed
     `growth.validation.growth_problems`.
     """
-    parts = resolve_operators(source, target, options, stream)
+    parts = resolve_operators(source, target, options, stream, matrices)
     if "isometric" in options.operator:
         return isometric_map(parts, generator_of(stream))
     return assemble(parts)

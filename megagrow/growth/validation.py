@@ -51,8 +51,18 @@ def growth_problems(run: RunConfig) -> list[str]:
             problems += unused_keys(options, f"{here}.growth")
             for chosen in candidates(options):
                 problems += event_problems(Event(source, target, chosen, before, here))
+                problems += _changed_optimizer(run, index, chosen)
             problems += learning_problems(source, target, options, f"{here}.growth")
     return problems or ramp_problems(run)
+
+
+def _changed_optimizer(run: RunConfig, index: int, options: GrowthConfig) -> Iterator[str]:
+    before, here = (run.stages[at].optimizer.type for at in (index - 1, index))
+    if here != before and follows_exactly(options):
+        yield (
+            f"stages.{index}.growth.exact_continuation needs the optimizer of the source, but "
+            f"optimizer.type changes from {before} to {here}; keep it, or set it to false"
+        )
 
 
 def candidates(options: GrowthConfig) -> list[GrowthConfig]:

@@ -19,7 +19,7 @@ from megagrow.config.schema import ModelConfig, OptimizerConfig, RunConfig
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.formats.hugging_face_families import export_problems
 from megagrow.growth.constraints import Event
-from megagrow.growth.map import GrowthMap, identity_map
+from megagrow.growth.map import GrowthMap, identity_map, kept_state
 from megagrow.growth.map_checks import check_map
 from megagrow.growth.mask_schedule import growth_masks
 from megagrow.growth.operators import (
@@ -33,7 +33,8 @@ from megagrow.growth.validation import event_problems, unused_keys
 from megagrow.model.layers.table import indivisible_sizes
 from megagrow.model.masks import Masks
 from megagrow.offline.request import Request
-from megagrow.parallel.engine_config import ParamScale, parameter_groups
+from megagrow.parallel.engine_config import parameter_groups
+from megagrow.parallel.optimizers.rules import ParamScale, UpdateRule, matrix_rule, source_kind
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Layout
 from megagrow.train.config_changes import changes_since
@@ -89,16 +90,25 @@ class ConversionPlan:
     @cached_property
     def growth(self) -> GrowthMap:
         """Validated growth map."""
+        source, target = self.source.layout.plan, parameter_plan(self.model, 1, self.matrices)
         if self.options is None:
-            growth = identity_map(list(parameter_plan(self.model, tp=1)))
+            growth = identity_map(list(target))
         else:
-            growth = growth_map(self.source.model, self.model, self.options, self.stream)
-            if not same_function(self.source.model, self.model):
+            models = self.source.model, self.model
+            growth = growth_map(*models, self.options, self.stream, self.matrices)
+            if not same_function(*models):
                 growth = replace(growth, preserves_function=False)
-        kinds = [kind for kind in growth.kinds if kind in self.source.kinds]
-        growth = growth.with_kinds(*kinds)
-        check_map(growth, parameter_plan(self.source.model, 1), parameter_plan(self.model, 1))
+        kinds = [kind for kind in growth.kinds if source_kind(kind, self.source.kinds)]
+        growth = kept_state(growth.with_kinds(*kinds), source, target)
+        check_map(growth, source, target)
         return growth
+
+    @property
+    def matrices(self) -> UpdateRule:
+        """Optimizer of the matrices of decoder layers in the target."""
+        if self.run is not None and self.stage is not None:
+            return matrix_rule(self.run.stages[self.stage].optimizer)
+        return self.source.layout.matrices
 
     def state(self) -> RunState:
         """Return the state of a run that resumes from the target.
@@ -257,7 +267,7 @@ def target_layout(request: Request, plan: ConversionPlan) -> Layout:
     dp, tp, decay = request.dp or dp, request.tp or tp, request.weight_decay_on or decay
     for name, size in indivisible_sizes(plan.model, tp):
         raise ConfigError(f"--tp {tp} does not divide {name} = {size} of the target")
-    parameters = parameter_plan(plan.model, tp)
+    parameters = parameter_plan(plan.model, tp, plan.matrices)
     optimizer = OptimizerConfig.model_validate({"lr": 1.0, "weight_decay_on": decay})
     groups = parameter_groups(parameters, optimizer, _scales(plan))
     return Layout(parameters, tuple(group.names for group in groups), zero_stage, dp, tp)

@@ -1,25 +1,24 @@
 """Training engine of a model under any ZeRO stage, with access to this rank's shard of its state.
 
-An engine is built empty. Its state (fp32 weights, Adam's moments and step) is then written into
+An engine is built empty. Its state (fp32 weights, optimizer state and step) is then written into
 the partitions in place: by initialization, from a checkpoint, or by a reshard. `ready` copies the
 written weights to the forward weights.
 """
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megagrow.config.schema import OptimizerConfig
 from megagrow.model.decoder import CausalLM
 from megagrow.parallel.deepspeed_import import deepspeed
 from megagrow.parallel.engine_build import built_empty, no_weight_broadcast
 from megagrow.parallel.engine_config import (
+    NO_RATES,
     EngineSettings,
-    ParamGroup,
     deepspeed_config,
     parameter_groups,
 )
@@ -30,6 +29,9 @@ from megagrow.parallel.materialize import (
     materialize_flat,
     zeros_like,
 )
+from megagrow.parallel.optimizers.matrix_exchange import MatrixExchange
+from megagrow.parallel.optimizers.muon import MatrixPiece, MuonWithAdamW, build_optimizer
+from megagrow.parallel.optimizers.rules import MuonRule, matrix_rule
 from megagrow.parallel.partitions import (
     Zero3Partitioner,
     fragments,
@@ -39,7 +41,7 @@ from megagrow.parallel.partitions import (
 )
 from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.replicated import ReplicatedEngine
-from megagrow.parallel.sharding import STATE_KINDS, Storage, parameter_plan
+from megagrow.parallel.sharding import Partition, Storage, parameter_plan
 from megagrow.parallel.update_scaling import ScaledPart, UpdateScaler
 
 
@@ -49,7 +51,8 @@ class ZeroEngine:
     def __init__(self, settings: EngineSettings, topology: Topology) -> None:
         self.settings = settings
         self.topology = topology
-        self.plan = parameter_plan(settings.model, topology.tp)
+        rule = matrix_rule(settings.optimizer)
+        self.plan = parameter_plan(settings.model, topology.tp, rule)
         self.zero_stage = settings.parallel.zero_stage
         # ZeRO 0 keeps no fp32 master weights: there, bf16 is an autocast of fp32.
         self._autocast = settings.bf16 and self.zero_stage == 0
@@ -61,13 +64,15 @@ class ZeroEngine:
         self._engine: Any
         if self.zero_stage == 0:
             materialize(model, topology.device, partition=None)
-            self._adam = _adamw(model, self._groups, settings.optimizer)
-            self._engine = ReplicatedEngine(model, self._adam, self._groups, settings, topology)
+            self._optimizer = build_optimizer(model, self._groups, self.plan, settings.optimizer)
+            self._engine = ReplicatedEngine(
+                model, self._optimizer, self._groups, settings, topology
+            )
         else:
             self._engine = self._partitioned(model, dtype)
         self._fragments = partial(fragments, self._engine, self.zero_stage)
-        self._factors = UpdateScaler(self._adam)
-        self._create_moments()
+        self._factors = UpdateScaler(self._optimizer)
+        self._create_state()
 
     def _partitioned(self, model: CausalLM, dtype: torch.dtype) -> Any:
         """Return DeepSpeed's engine of a model on the meta device."""
@@ -81,12 +86,12 @@ class ZeroEngine:
                 materialize(model, topology.device, partition)
         else:
             weights = materialize_flat(model, self.groups, topology)
-        self._adam = _adamw(model, self._groups, self.settings.optimizer)
+        self._optimizer = build_optimizer(model, self._groups, self.plan, self.settings.optimizer)
         secondary = None if partition is None else partition.secondary
         with built_empty(weights.flats, topology.device, secondary):
             engine, *_ = deepspeed.initialize(
                 model=model,
-                optimizer=self._adam,
+                optimizer=self._optimizer,
                 config=config,
                 mpu=topology,
                 dist_init_required=False,
@@ -124,8 +129,11 @@ class ZeroEngine:
         """Accumulate the gradient of one micro-batch; micro-batches are averaged."""
         self._engine.backward(loss)
 
-    def step(self, lr: float) -> Tensor | None:
+    def step(self, lr: float, others: Mapping[str, float] = NO_RATES) -> Tensor | None:
         """Finish a micro-batch; update the weights after the last one of a step.
+
+        `others` are the rates of parameters whose rate differs from `lr`, by the keys of
+        `OptimizerConfig.other_rates`.
 
         Returns None between micro-batches, else the global L2 gradient norm before clipping,
         weighted by the parameters' scales: a scalar on the device, which only ZeRO 3 has read. If
@@ -134,14 +142,14 @@ class ZeroEngine:
         """
         boundary = self._engine.is_gradient_accumulation_boundary()
         if boundary:
-            for values, group in zip(self._adam.param_groups, self._groups, strict=True):
-                values |= group.hyper_parameters(self.settings.optimizer, lr)
+            for values, group in zip(self._optimizer.param_groups, self._groups, strict=True):
+                values |= group.hyper_parameters(self.settings.optimizer, lr, others)
         self._engine.step()
         return torch.as_tensor(self._engine.get_global_grad_norm()) if boundary else None
 
     def before_update(self, action: Callable[[], None]) -> None:
         """Call `action` before each update, the only change of the state of a ready engine."""
-        self._adam.register_step_pre_hook(lambda *_: action())
+        self._optimizer.register_step_pre_hook(lambda *_: action())
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation mode, as nn.Module.train."""
@@ -155,10 +163,9 @@ class ZeroEngine:
         out: Storage = {}
         for fragment in self._fragments():
             if fragment.numel > 0:
-                state = self._adam.state[fragment.owner]
-                tensors = (fragment.owner.data, state["exp_avg"], state["exp_avg_sq"])
-                parts = (fragment.of(tensor) for tensor in tensors)
-                out[fragment.name] = dict(zip(STATE_KINDS, parts, strict=True))
+                state = {"fp32": fragment.owner.data, **self._optimizer.state[fragment.owner]}
+                kinds = self.plan[fragment.name].kinds
+                out[fragment.name] = {kind: fragment.of(state[kind]) for kind in kinds}
         return out
 
     def intervals(self) -> dict[str, range]:
@@ -187,15 +194,17 @@ class ZeroEngine:
     @property
     def adam_step(self) -> int:
         """Step count of Adam's bias correction, equal for all parameters."""
-        steps = {int(state["step"]) for state in self._adam.state.values()}
+        states = self._optimizer.state.values()
+        steps = {int(state["step"]) for state in states if "step" in state}
         if len(steps) != 1:
             raise AssertionError(f"rank {self.topology.rank}: Adam's steps differ: {steps}")
         return steps.pop()
 
     def ready(self, adam_step: int) -> None:
         """Set Adam's step and refresh the forward weights; call after writing the storage."""
-        for state in self._adam.state.values():
-            state["step"].fill_(adam_step)
+        for state in self._optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(adam_step)
         refresh(self._engine.optimizer, self.zero_stage)
 
     def release(self) -> Storage:
@@ -204,30 +213,33 @@ class ZeroEngine:
         self._engine.destroy()
         if self.zero_stage == 3:
             unlink_zero3(self._engine)
-        del self._engine, self._adam, self._fragments, self._factors
+        del self._engine, self._optimizer, self._fragments, self._factors
         gc.collect()
         return storage
 
-    def _create_moments(self) -> None:
-        # A fresh engine has no moments (DeepSpeed creates them in the first step).
-        for owner in {id(f.owner): f.owner for f in self._fragments()}.values():
-            self._adam.state[owner] = {
-                "step": torch.zeros((), dtype=torch.float32, device=owner.device),
-                "exp_avg": zeros_like(owner),
-                "exp_avg_sq": zeros_like(owner),
-            }
+    def _create_state(self) -> None:
+        # A fresh engine has no optimizer state (DeepSpeed creates it in the first step).
+        for fragment in self._fragments():
+            owner = fragment.owner
+            if owner in self._optimizer.state:
+                continue
+            kinds = self.plan[fragment.name].kinds[1:]
+            self._optimizer.state[owner] = {kind: zeros_like(owner) for kind in kinds}
+            if "exp_avg" in kinds:
+                step = torch.zeros((), dtype=torch.float32, device=owner.device)
+                self._optimizer.state[owner]["step"] = step
+        if isinstance(self._optimizer, MuonWithAdamW):
+            self._optimizer.attach(self._exchange(), self._matrices())
 
+    def _exchange(self) -> MatrixExchange:
+        topology = self.topology
+        partition = Partition(self.plan, self.groups, self.zero_stage, topology.dp, topology.tp)
+        dtype = torch.bfloat16 if self.settings.bf16 else torch.float32
+        return MatrixExchange(partition, topology.rank, topology.device, dtype)
 
-def _adamw(
-    model: nn.Module, groups: tuple[ParamGroup, ...], config: OptimizerConfig
-) -> torch.optim.AdamW:
-    named = dict(model.named_parameters())
-    return torch.optim.AdamW(
-        [
-            {"params": [named[name] for name in group.names]}
-            | group.hyper_parameters(config, config.lr)
-            for group in groups
-        ],
-        betas=config.betas,
-        fused=True,
-    )
+    def _matrices(self) -> Iterator[MatrixPiece]:
+        for fragment in self._fragments():
+            if isinstance(self.plan[fragment.name].rule, MuonRule):
+                yield MatrixPiece(
+                    fragment.name, fragment.owner, fragment.offset, max(fragment.numel, 0)
+                )

@@ -2,40 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase as fnmatch
+from types import MappingProxyType
 from typing import Any
 
 from megagrow.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megagrow.model.layers.base import VOCAB
 from megagrow.model.ops import PLAIN, Ops
+from megagrow.parallel.optimizers.rules import UNSCALED, MuonRule, ParamScale, UpdateRule
 from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.sharding import ParamSpec
 
+NO_RATES: Mapping[str, float] = MappingProxyType({})
 
-@dataclass(frozen=True)
-class ParamScale:
-    """Factors on one parameter's hyper-parameters after a growth.
-
-    They keep a grown model on the trajectory of its source: lr / k_in, weight decay * k_in,
-    eps / k_out (docs/reference/operators.md).
-    """
-
-    lr: float = 1.0
-    weight_decay: float = 1.0
-    eps: float = 1.0
-    norm: float = 1.0
-    """Weight of the squared gradient norm in the global norm: k_out / k_in."""
-
-    def times(self, other: "ParamScale") -> "ParamScale":
-        """Return the product of the factors of two consecutive growths."""
-        return ParamScale(
-            self.lr * other.lr,
-            self.weight_decay * other.weight_decay,
-            self.eps * other.eps,
-            self.norm * other.norm,
-        )
-
-
-UNSCALED = ParamScale()
-"""Scale with all factors equal to 1."""
+NEWTON_SCHULZ_EPS = 1e-7
+"""Smallest norm by which Muon divides an update, as in torch.optim.Muon."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +41,23 @@ class ParamGroup:
     names: tuple[str, ...]
     decays: bool
     scale: ParamScale
+    rule: UpdateRule
+    rate: str
+    """Key of `OptimizerConfig.other_rates`; empty: `lr`."""
 
-    def hyper_parameters(self, optimizer: OptimizerConfig, lr: float) -> dict[str, float]:
-        """Return AdamW's options of this group at the run's learning rate `lr`."""
+    def hyper_parameters(
+        self, optimizer: OptimizerConfig, lr: float, others: Mapping[str, float] = NO_RATES
+    ) -> dict[str, float]:
+        """Return the options of this group at the run's learning rates.
+
+        `others` are the rates of the keys of `other_rates`; `lr` applies without an entry.
+        """
         decay = optimizer.weight_decay if self.decays else 0.0
+        eps = NEWTON_SCHULZ_EPS if isinstance(self.rule, MuonRule) else optimizer.eps
         return {
-            "lr": lr * self.scale.lr,
+            "lr": others.get(self.rate, lr) * self.scale.lr,
             "weight_decay": decay * self.scale.weight_decay,
-            "eps": optimizer.eps * self.scale.eps,
+            "eps": eps * self.scale.eps,
         }
 
 
@@ -76,18 +66,32 @@ def parameter_groups(
 ) -> tuple[ParamGroup, ...]:
     """Return the optimizer's groups: first those with weight decay, then those without.
 
-    Parameters of equal scale form one group, in the order of their first parameter in the plan;
-    without scales there is one group of each kind. Raises ValueError for unknown parameters.
+    Parameters of equal scale, rule and rate form one group, in the order of their first parameter
+    in the plan. Raises ValueError for unknown parameters.
     """
     unknown = scales.keys() - plan.keys()
     if unknown:
         raise ValueError(f"scales of unknown parameters: {', '.join(sorted(unknown))}")
-    members: dict[tuple[bool, ParamScale], list[str]] = {}
+    members: dict[tuple[bool, ParamScale, UpdateRule, str], list[str]] = {}
     for decays in (True, False):
         for name, spec in plan.items():
-            if decays == (optimizer.weight_decay_on == "all" or spec.decays):
-                members.setdefault((decays, scales.get(name, UNSCALED)), []).append(name)
+            if decays == _decays(spec, optimizer):
+                kind = decays, scales.get(name, UNSCALED), spec.rule, rate_of(spec, optimizer)
+                members.setdefault(kind, []).append(name)
     return tuple(ParamGroup(tuple(names), *kind) for kind, names in members.items())
+
+
+def _decays(spec: ParamSpec, optimizer: OptimizerConfig) -> bool:
+    excluded = any(fnmatch(spec.name, pattern) for pattern in optimizer.weight_decay_exclude)
+    return not excluded and (optimizer.weight_decay_on == "all" or spec.decays)
+
+
+def rate_of(spec: ParamSpec, optimizer: OptimizerConfig) -> str:
+    """Return the key of the parameter's learning rate; empty: `lr`."""
+    of_vocabulary = spec.row_role.axis == VOCAB
+    keys = ["decoupled"] if of_vocabulary else []
+    keys += [] if isinstance(spec.rule, MuonRule) else ["adamw"]
+    return next((key for key in keys if key in optimizer.other_rates), "")
 
 
 GATHER_BYTES = 64 * 2**20

@@ -3,7 +3,7 @@
 The only module that depends on DeepSpeed's internal layout of partitions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class Fragment:
 
 def fragments(engine: Any, zero_stage: int) -> Iterator[Fragment]:
     """Yield the fragment of each parameter of an engine, in model order."""
-    locate = {0: _replicated, 3: _zero3_fragment}.get(zero_stage, _flat_fragment)
+    locate = {0: _replicated, 3: _zero3_fragment}.get(zero_stage) or _flat_fragment(engine)
     for name, parameter in engine.module.named_parameters():
         yield locate(name, parameter, engine.optimizer)
 
@@ -47,13 +47,18 @@ def _replicated(name: str, parameter: Tensor, _: Any) -> Fragment:
     return Fragment(name, 0, parameter.numel(), parameter, 0)
 
 
-def _flat_fragment(name: str, parameter: Any, optimizer: Any) -> Fragment:
-    mapping = parameter._hp_mapping
-    flats = [group["params"][0] for group in optimizer.param_groups]
-    if mapping is None:
-        return Fragment(name, 0, 0, flats[0], 0)
-    low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return Fragment(name, low.start, low.numel, flats[mapping.param_group_index], high.start)
+def _flat_fragment(engine: Any) -> Callable[[str, Any, Any], Fragment]:
+    groups = zip(engine.optimizer.param_groups, engine.optimizer.bit16_groups, strict=True)
+    flat_of = {id(member): group["params"][0] for group, members in groups for member in members}
+
+    def locate(name: str, parameter: Any, _: Any) -> Fragment:
+        flat, mapping = flat_of[id(parameter)], parameter._hp_mapping
+        if mapping is None:
+            return Fragment(name, 0, 0, flat, 0)
+        low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return Fragment(name, low.start, low.numel, flat, high.start)
+
+    return locate
 
 
 def _zero3_fragment(name: str, parameter: Any, optimizer: Any) -> Fragment:

@@ -4,8 +4,10 @@ Model building, gradient norms, initialization, growth, resharding and checkpoin
 plan.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from megagrow.config.schema import ModelConfig
 from megagrow.model.layers.base import (
@@ -17,14 +19,15 @@ from megagrow.model.layers.base import (
     sliced_shape,
 )
 from megagrow.model.layers.table import ModelParameter, model_parameters
+from megagrow.parallel.optimizers.rules import ADAMW, UpdateRule
+from megagrow.parallel.optimizers.rules import STATE_KINDS as STATE_KINDS
+from megagrow.parallel.optimizers.rules import StateKind as StateKind
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-StateKind = Literal["fp32", "exp_avg", "exp_avg_sq"]
-"""States of every parameter: fp32 master weight, Adam's first and second moment."""
-
-STATE_KINDS: tuple[StateKind, ...] = get_args(StateKind)
+ADAMW_KINDS = ADAMW.kinds
+"""States of a parameter that AdamW updates."""
 
 Storage = dict[str, dict[str, "Tensor"]]
 """Parameter -> state kind -> this rank's interval of the flattened slice, 1-D fp32. Parameters
@@ -50,6 +53,8 @@ class ParamSpec:
     initial: InitialValues
     decays: bool
     """True if weight decay of `matrices` includes the parameter."""
+    rule: UpdateRule = ADAMW
+    """Optimizer of the parameter."""
     norm: str | None = None
     """Gain of the norm whose output the parameter reads."""
     silences: bool = False
@@ -59,6 +64,11 @@ class ParamSpec:
     def name_in_layer(self) -> str:
         """Return the name without the layer, such as `self_attn.q_proj.weight`."""
         return self.name if self.layer is None else self.name.split(f".{self.layer}.", 1)[1]
+
+    @property
+    def kinds(self) -> tuple[StateKind, ...]:
+        """Return the states of the parameter."""
+        return self.rule.kinds
 
     @property
     def is_vector(self) -> bool:
@@ -102,6 +112,55 @@ class ParamSpec:
         return rows * cols
 
 
+@dataclass(frozen=True)
+class Partition:
+    """Partition of a model's state under ZeRO `zero_stage` x DP x TP.
+
+    `groups` are the optimizer's parameter groups, names in the engine's order: ZeRO 1 and 2
+    flatten each group into one tensor and partition that. Rank = dp_rank * tp + tp_rank.
+    """
+
+    plan: dict[str, ParamSpec]
+    groups: tuple[tuple[str, ...], ...]
+    zero_stage: int
+    dp: int
+    tp: int
+
+    @property
+    def matrices(self) -> UpdateRule:
+        """Return the optimizer of the matrices of decoder layers."""
+        return next((spec.rule for spec in self.plan.values() if spec.rule != ADAMW), ADAMW)
+
+    def interval(self, name: str, dp_rank: int) -> range:
+        """Return a data-parallel rank's interval of a parameter's flattened slice; may be empty."""
+        numel = self.plan[name].slice_numel(self.tp)
+        if self.zero_stage == 0:
+            return range(numel)
+        offset, share = self.placed(name)
+        begin = min(max(dp_rank * share - offset, 0), numel)
+        return range(begin, max(begin, min((dp_rank + 1) * share - offset, numel)))
+
+    def placed(self, name: str) -> tuple[int, int]:
+        """Return (offset of the slice in the partitioned tensor, shard size); ZeRO 1, 2 and 3."""
+        if self.zero_stage < 3:
+            return self._flat[name]
+        return 0, -(-self.plan[name].slice_numel(self.tp) // self.dp)
+
+    @cached_property
+    def _flat(self) -> dict[str, tuple[int, int]]:
+        """Offset of each slice in its flat group, and the shard size; ZeRO 1 and 2."""
+        table: dict[str, tuple[int, int]] = {}
+        for group in self.groups:
+            offsets, total = [], 0
+            for name in group:
+                offsets.append(total)
+                total += self.plan[name].slice_numel(self.tp)
+            # DeepSpeed pads a group to two elements per rank (its all-gather's alignment).
+            share = pad(total, 2 * self.dp) // self.dp
+            table |= {name: (offset, share) for name, offset in zip(group, offsets, strict=True)}
+        return table
+
+
 def in_layer(name: str, old: int | None, new: int | None) -> str:
     """Return a parameter name with the layer index replaced; None is a name outside the layers."""
     if old is None or new is None:
@@ -119,13 +178,29 @@ def real_rows(rows: int, slice_rows: int, tp_rank: int) -> int:
     return min(max(rows - tp_rank * slice_rows, 0), slice_rows)
 
 
-def parameter_plan(model: ModelConfig, tp: int) -> dict[str, ParamSpec]:
-    """Return every parameter of the model by name, in the order of the module tree."""
-    return {each.name: _spec(each, model, tp) for each in model_parameters(model)}
+def parameter_plan(
+    model: ModelConfig, tp: int, matrices: UpdateRule = ADAMW
+) -> dict[str, ParamSpec]:
+    """Return every parameter of the model by name, in the order of the module tree.
+
+    `matrices` is the optimizer of the matrices of decoder layers that are products with the
+    activations; all other parameters have AdamW.
+    """
+    return {each.name: _spec(each, model, tp, matrices) for each in model_parameters(model)}
 
 
-def _spec(parameter: ModelParameter, model: ModelConfig, tp: int) -> ParamSpec:
+def kinds_in(plan: Mapping[str, ParamSpec]) -> tuple[StateKind, ...]:
+    """Return the states that any parameter has."""
+    found = {kind for rule in {spec.rule for spec in plan.values()} for kind in rule.kinds}
+    return tuple(kind for kind in STATE_KINDS if kind in found)
+
+
+def _spec(
+    parameter: ModelParameter, model: ModelConfig, tp: int, matrices: UpdateRule
+) -> ParamSpec:
     declaration = parameter.declaration
+    is_product = declaration.is_product and not declaration.is_vector
+    in_layer = parameter.layer is not None and not declaration.is_depthwise
     rows, cols = declaration.shape(model)
     return ParamSpec(
         name=parameter.name,
@@ -136,7 +211,8 @@ def _spec(parameter: ModelParameter, model: ModelConfig, tp: int) -> ParamSpec:
         padded_rows=pad(rows, tp) if declaration.row_role.axis == VOCAB else rows,
         layer=parameter.layer,
         initial=declaration.initial(model),
-        decays=declaration.is_product and not declaration.is_vector,
+        decays=is_product,
+        rule=matrices if is_product and in_layer else ADAMW,
         norm=parameter.norm,
         silences=parameter.silences,
     )

@@ -26,7 +26,7 @@ from megagrow.growth.validation import candidates, growth_problems
 from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.materialize import build_model
 from megagrow.parallel.process_groups import Topology
-from megagrow.planning.memory import STATE_BYTES, StageMemory
+from megagrow.planning.memory import StageMemory
 from megagrow.planning.simulated import SimulatedStage, simulate_growing_run
 from megagrow.planning.traffic import Traffic, step_traffic
 from megagrow.reshard.traffic import Volume, rank_volume
@@ -59,6 +59,7 @@ class ParameterShare:
 class RankStage:
     """Share of one rank in a stage."""
 
+    rank: int
     parameters: tuple[ParameterShare, ...]
     weights_bytes: int
     """Bytes of forward weights; under ZeRO-3 of the rank's partition."""
@@ -73,8 +74,8 @@ class RankStage:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of fp32 master weights and both moments."""
-        return STATE_BYTES * self.held
+        """Bytes of fp32 master weights and optimizer state."""
+        return self.memory.state_of(self.rank)
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def _stage(run: RunConfig, index: int, world_size: int, rank: int) -> RankStage:
         shares.setdefault(key, []).append(held)
     parameters = tuple(ParameterShare(*key, len(each), sum(each)) for key, each in shares.items())
     memory = StageMemory(config, layout, bf16)
-    return RankStage(parameters, weights, memory, tuple(step_traffic(memory)))
+    return RankStage(rank, parameters, weights, memory, tuple(step_traffic(memory)))
 
 
 def _growths(run: RunConfig, world_size: int, rank: int) -> Iterator[RankGrowth]:

@@ -14,13 +14,11 @@ from functools import cached_property
 from megagrow.config.schema import StageConfig
 from megagrow.model.layers.base import READS_RESIDUAL
 from megagrow.parallel.engine_config import GATHER_BYTES, parameter_groups, reduce_bucket
-from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
+from megagrow.parallel.optimizers.rules import matrix_rule
+from megagrow.parallel.sharding import parameter_plan
 from megagrow.planning.activations import Activations
 from megagrow.reshard.exchange import BUCKET_BYTES
 from megagrow.reshard.layout import Layout
-
-STATE_BYTES = 4 * len(STATE_KINDS)
-"""Bytes of the fp32 states of a parameter element."""
 
 LIVE_PARAMETERS = 1_000_000_000
 """Maximum elements that ZeRO-3 keeps gathered (DeepSpeed's stage3_max_live_parameters)."""
@@ -37,8 +35,8 @@ class StageMemory:
 
     @property
     def state(self) -> int:
-        """Bytes of fp32 master weights and Adam's two moments."""
-        return STATE_BYTES * self._most
+        """Bytes of fp32 master weights and optimizer state."""
+        return max(self._state)
 
     @property
     def weights(self) -> int:
@@ -164,11 +162,15 @@ class StageMemory:
             weights = 0
         elif self._zero == 3:
             weights, gradients = 0 if self._masters_compute else self._width * held, 4 * held
-        return STATE_BYTES * held + weights + gradients
+        return self.state_of(rank) + weights + gradients
 
     def held(self, rank: int) -> int:
         """Return the elements of optimizer state on a rank, without padding."""
         return self._held[rank // self.layout.tp]
+
+    def state_of(self, rank: int) -> int:
+        """Return the bytes of fp32 weights and optimizer state on a rank, without padding."""
+        return self._state[rank // self.layout.tp]
 
     @property
     def fullest_rank(self) -> int:
@@ -180,6 +182,17 @@ class StageMemory:
         """Elements on each data-parallel rank; equal on all tensor-parallel ranks."""
         return [
             sum(len(self.layout.interval(name, dp_rank)) for name in self.layout.plan)
+            for dp_rank in range(self.layout.dp)
+        ]
+
+    @cached_property
+    def _state(self) -> list[int]:
+        """Bytes of state on each data-parallel rank; equal on all tensor-parallel ranks."""
+        return [
+            sum(
+                4 * len(spec.kinds) * len(self.layout.interval(name, dp_rank))
+                for name, spec in self.layout.plan.items()
+            )
             for dp_rank in range(self.layout.dp)
         ]
 
@@ -241,7 +254,7 @@ def stage_memory(
     """
     parallel = stage.parallel
     tp = parallel.tensor_model_parallel_size
-    plan = parameter_plan(stage.model, tp)
+    plan = parameter_plan(stage.model, tp, matrix_rule(stage.optimizer))
     # Scales of an exact continuation split groups; shards then differ by a few padding elements.
     groups = tuple(group.names for group in parameter_groups(plan, stage.optimizer, {}))
     layout = Layout(plan, groups, parallel.zero_stage, world_size // tp, tp)
@@ -254,5 +267,5 @@ def growth_peak(source: StageMemory, target: StageMemory) -> int:
     The additional parameter that dense operators hold is not included.
     """
     world = target.layout.dp * target.layout.tp
-    shares = (STATE_BYTES * source.held(rank) + target.share(rank) for rank in range(world))
+    shares = (source.state_of(rank) + target.share(rank) for rank in range(world))
     return max(shares) + BUCKET_BYTES

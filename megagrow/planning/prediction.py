@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from megagrow.config.schema import StageConfig
 from megagrow.errors import ConfigError
+from megagrow.parallel.sharding import ADAMW_KINDS
 from megagrow.planning.cluster import Cluster
 from megagrow.planning.costs import Pace
-from megagrow.planning.memory import STATE_BYTES
 from megagrow.planning.planner import RunPlan, StagePlan
 from megagrow.planning.step_rates import GROWTH_SECONDS, HBM_SHARE, NIC_SHARE, NVLINK_SHARE
 from megagrow.planning.step_time import WIDTH, StepTime, step_time
@@ -83,7 +83,7 @@ def _stage(stage: StagePlan, cluster: Cluster, index: int) -> StagePrediction:
 def growth_seconds(work: StepWorkload, cluster: Cluster) -> float:
     """Return the seconds of a live growth into the model of `work`.
 
-    Every GPU receives its shard of the state, 12 bytes per parameter, at worst entirely from other
+    Every GPU receives its shard of the state, counted as AdamW's, at worst entirely from other
     nodes; then the forward weights are gathered if each rank holds all of them. The checkpoint
     before the growth is not included.
     """
@@ -94,7 +94,7 @@ def growth_seconds(work: StepWorkload, cluster: Cluster) -> float:
         rate = card.nic * NIC_SHARE
     elif work.gpus > 1:
         rate = card.nvlink * NVLINK_SHARE
-    moved = STATE_BYTES * held / rate
+    moved = 4 * len(ADAMW_KINDS) * held / rate
     gathered = 0.0
     if work.zero_stage in (1, 2):
         gathered = data_group(cluster, work.dp, work.tp).one_way(WIDTH * work.rank_parameters)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Term
+from megagrow.parallel.optimizers.rules import source_kind
 from megagrow.parallel.sharding import ParamSpec, StateKind
 from megagrow.reshard.fill import drawn_rows
 from megagrow.reshard.index_ranges import as_array, bounds, compact
@@ -45,10 +46,13 @@ class Application:
         else:
             values = torch.zeros(len(block.rows), len(block.cols))
         for term in self._terms(name, kind):
+            read = source_kind(kind, self.source[term.sources[0]].kinds)
+            if read is None:
+                continue
             if isinstance(term, Dense):
-                values += self._mixed(term, kind, block).float()
+                values += self._mixed(term, read, block).float()
             else:
-                self._gather(term, kind, block, values, adds)
+                self._gather(term, read, block, values, adds)
         return values
 
     @cached_property

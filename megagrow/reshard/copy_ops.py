@@ -59,7 +59,7 @@ def move_within(copy: Copy, source: Layout, stored: Storage, target: Layout, int
     """Execute a copy within one rank."""
     name = copy.term.source
     place = source.local(name, copy.source_rank, copy.source)
-    deliver(copy, block_view(stored[name][copy.kind], copy.source, *place), target, into)
+    deliver(copy, block_view(stored[name][copy.read_kind], copy.source, *place), target, into)
 
 
 def deliver(copy: Copy, block: Tensor, layout: Layout, storage: Storage) -> None:

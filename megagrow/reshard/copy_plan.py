@@ -8,7 +8,8 @@ sends or receives.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megagrow.growth.map import Axis, Gather, GrowthMap, Indices
+from megagrow.growth.map import Axis, Gather, GrowthMap, Indices, Term
+from megagrow.parallel.optimizers.rules import source_kind
 from megagrow.parallel.sharding import StateKind
 from megagrow.reshard.index_ranges import bounds, pick, select
 from megagrow.reshard.layout import Block, Layout
@@ -28,6 +29,8 @@ class Copy:
     term: Gather
     adds: bool
     """True: add to the target; False: overwrite it."""
+    read_kind: StateKind
+    """State that is read at the source; another one than `kind` if the optimizer changes."""
     source_rank: int
     target_rank: int
     source: Block
@@ -55,14 +58,14 @@ def copies_to(
     `near`, by default `rank` itself.
     """
     near = rank if near is None else near
-    for name, term, adds in gathers(growth, target, kind):
+    for name, term, adds, read in gathers(source, growth, target, kind):
         for block in target.blocks(name, rank):
             rows, cols = term.rows.source(block.rows), term.cols.source(block.cols)
             wanted = Block(bounds(rows), bounds(cols))
             if wanted:
                 for holder, held in source.holders(term.source, wanted, near):
                     yield from _copy(
-                        (name, kind, term, adds, holder, rank), held, block, rows, cols
+                        (name, kind, term, adds, read, holder, rank), held, block, rows, cols
                     )
 
 
@@ -75,7 +78,7 @@ def copies_from(
     same order. The cost is proportional to the number of copies and of ranks that hold part of
     their targets.
     """
-    for name, term, adds in gathers(growth, target, kind):
+    for name, term, adds, read in gathers(source, growth, target, kind):
         held = list(source.blocks(term.source, rank))
         for reader in _readers(rank, source, term, target, name, held):
             for block in target.blocks(name, reader):
@@ -84,19 +87,28 @@ def copies_from(
                 for part in (mine.within(wanted) for mine in held):
                     if part:
                         yield from _copy(
-                            (name, kind, term, adds, rank, reader), part, block, rows, cols
+                            (name, kind, term, adds, read, rank, reader), part, block, rows, cols
                         )
 
 
 def gathers(
-    growth: GrowthMap, target: Layout, kind: StateKind
-) -> Iterator[tuple[str, Gather, bool]]:
-    """Yield (target parameter, gather term, adds to existing values)."""
-    for name in target.plan:
-        adds = kind == "fp32" and growth.adds(name)
-        for term in growth.terms(name, kind):
-            if isinstance(term, Gather):
-                yield name, term, adds
+    source: Layout, growth: GrowthMap, target: Layout, kind: StateKind
+) -> Iterator[tuple[str, Gather, bool, StateKind]]:
+    """Yield (target parameter, gather term, adds to existing values, state of the source)."""
+    for name, term, read in terms_of(source, growth, target, kind):
+        if isinstance(term, Gather):
+            yield name, term, kind == "fp32" and growth.adds(name), read
+
+
+def terms_of(
+    source: Layout, growth: GrowthMap, target: Layout, kind: StateKind
+) -> Iterator[tuple[str, Term, StateKind]]:
+    """Yield (target parameter, term of one of its states, state of the source that it reads)."""
+    for name, spec in target.plan.items():
+        for term in growth.terms(name, kind) if kind in spec.kinds else ():
+            read = source_kind(kind, source.plan[term.sources[0]].kinds)
+            if read is not None:
+                yield name, term, read
 
 
 def _readers(
@@ -119,7 +131,7 @@ def _reading(axis: Axis, size: int, held: range) -> Indices:
 
 
 def _copy(
-    head: tuple[str, StateKind, Gather, bool, int, int],
+    head: tuple[str, StateKind, Gather, bool, StateKind, int, int],
     held: Block,
     block: Block,
     rows: Indices,

@@ -19,6 +19,7 @@ from torch import Tensor
 from megagrow.growth.map import Dense, GrowthMap
 from megagrow.parallel.sharding import StateKind
 from megagrow.reshard.copy_ops import block_view
+from megagrow.reshard.copy_plan import terms_of
 from megagrow.reshard.exchange import BUCKET_BYTES, ShardedState, TransferStats, group_device
 from megagrow.reshard.layout import Block, Layout
 
@@ -33,8 +34,9 @@ def exchange_dense(source: ShardedState, growth: GrowthMap, target: ShardedState
     source and target, a rank holds one full parameter and one bucket.
     """
     sent = rounds = 0
-    for (kind, sources, alphas), targets in _by_mix(growth, target.layout).items():
-        mix = _gathered(kind, sources, alphas, source)
+    by_mix = _by_mix(source.layout, growth, target.layout)
+    for (kind, read, sources, alphas), targets in by_mix.items():
+        mix = _gathered(read, sources, alphas, source)
         sent, rounds = sent + _reduced_bytes(mix.nbytes, dist.get_world_size()), rounds + 1
         for name, term in targets:
             gain = None
@@ -48,25 +50,26 @@ def exchange_dense(source: ShardedState, growth: GrowthMap, target: ShardedState
 def dense_bytes(source: Layout, growth: GrowthMap, target: Layout) -> int:
     """Return the bytes each rank sends in `exchange_dense`, computed from the layouts."""
     reduced = []
-    for (_, sources, _), targets in _by_mix(growth, target).items():
+    for (_, _, sources, _), targets in _by_mix(source, growth, target).items():
         gains = [term.gain for _, term in targets if term.gain is not None]
         reduced += [source.plan[name] for name in (sources[0], *gains)]
     world = target.dp * target.tp
     return sum(_reduced_bytes(4 * spec.rows * spec.cols, world) for spec in reduced)
 
 
-_Mix = tuple[StateKind, tuple[str, ...], tuple[float, ...]]
+_Mix = tuple[StateKind, StateKind, tuple[str, ...], tuple[float, ...]]
 
 
-def _by_mix(growth: GrowthMap, target: Layout) -> dict[_Mix, list[tuple[str, Dense]]]:
+def _by_mix(
+    source: Layout, growth: GrowthMap, target: Layout
+) -> dict[_Mix, list[tuple[str, Dense]]]:
     """Group target parameters and their dense terms by the source sum they read."""
     by_mix: dict[_Mix, list[tuple[str, Dense]]] = {}
     for kind in growth.kinds:
-        for name in target.plan:
-            for term in growth.terms(name, kind):
-                if isinstance(term, Dense):
-                    mix = (kind, term.sources, term.alphas)
-                    by_mix.setdefault(mix, []).append((name, term))
+        for name, term, read in terms_of(source, growth, target, kind):
+            if isinstance(term, Dense):
+                mix = (kind, read, term.sources, term.alphas)
+                by_mix.setdefault(mix, []).append((name, term))
     return by_mix
 
 

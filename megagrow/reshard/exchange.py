@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.growth.map import GrowthMap
-from megagrow.parallel.sharding import STATE_KINDS, Storage
+from megagrow.parallel.sharding import STATE_KINDS, StateKind, Storage
 from megagrow.parallel.shared_memory import on_one_host, shared_copies
 from megagrow.reshard.copy_ops import collect, deliver, move_within
 from megagrow.reshard.layout import Layout
@@ -94,8 +94,8 @@ def _share(layout: Layout, storage: Storage) -> list[Storage]:
 
 def _drain(layout: Layout, storage: Storage) -> Iterator[Tensor]:
     """Yield the tensors of a storage in the order of `_storage`; then free each state kind."""
-    held = [storage[name] for name in layout.plan if name in storage]
     for kind in STATE_KINDS:
+        held = [storage[name] for name in _names(layout, kind) if name in storage]
         for kinds in held:
             yield kinds[kind]
         for kinds in held:
@@ -105,13 +105,18 @@ def _drain(layout: Layout, storage: Storage) -> Iterator[Tensor]:
 def _storage(layout: Layout, rank: int, memory: Tensor) -> Storage:
     """Return a rank's storage as views of its memory, (bytes,) uint8, one state kind at a time."""
     sizes = {name: len(layout.interval(name, rank // layout.tp)) for name in layout.plan}
-    sizes = {name: size for name, size in sizes.items() if size}
-    storage: Storage = {name: {} for name in sizes}
-    parts = memory.view(torch.float32).chunk(len(STATE_KINDS))
-    for kind, part in zip(STATE_KINDS, parts, strict=True):
-        for name, values in zip(sizes, part.split(list(sizes.values())), strict=True):
+    storage: Storage = {name: {} for name, size in sizes.items() if size}
+    places = [(kind, name) for kind in STATE_KINDS for name in _names(layout, kind)]
+    parts = memory.view(torch.float32).split([sizes[name] for _, name in places])
+    for (kind, name), values in zip(places, parts, strict=True):
+        if len(values):
             storage[name][kind] = values
     return storage
+
+
+def _names(layout: Layout, kind: StateKind) -> list[str]:
+    """Return the parameters that have a state."""
+    return [name for name, spec in layout.plan.items() if kind in spec.kinds]
 
 
 def _send(plan: RankPlan, source: ShardedState, target: ShardedState, bucket_bytes: int) -> int:

@@ -50,9 +50,12 @@ def fill_read(
     kinds: tuple[StateKind, ...],
     read: Callable[[str, StateKind, Block], Tensor],
 ) -> None:
-    """Write the values returned by `read` for a rank's blocks; padding stays zero."""
+    """Write the values returned by `read` for a rank's blocks; padding stays zero.
+
+    `kinds` are the states to write, of the parameters that have them.
+    """
     for name, held in storage.items():
-        for kind in kinds:
+        for kind in (kind for kind in kinds if kind in held):
             _write(layout, rank, held[kind], name, partial(read, name, kind))
 
 

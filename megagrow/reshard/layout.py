@@ -6,14 +6,12 @@ row), so all later steps operate on rectangles.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from megagrow.growth.map import Indices
-from megagrow.parallel.sharding import ParamSpec, pad
+from megagrow.parallel.sharding import Partition
 from megagrow.reshard.index_ranges import bounds, overlap, pick, select, shift
 
 
@@ -50,28 +48,8 @@ def blocks_of(interval: range, cols: int) -> Iterator[Block]:
             position += end - col
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Partition of a model's state under ZeRO `zero_stage` x DP x TP.
-
-    `groups` are the optimizer's parameter groups, names in the engine's order: ZeRO 1 and 2
-    flatten each group into one tensor and partition that. Rank = dp_rank * tp + tp_rank.
-    """
-
-    plan: dict[str, ParamSpec]
-    groups: tuple[tuple[str, ...], ...]
-    zero_stage: int
-    dp: int
-    tp: int
-
-    def interval(self, name: str, dp_rank: int) -> range:
-        """Return a data-parallel rank's interval of a parameter's flattened slice; may be empty."""
-        numel = self.plan[name].slice_numel(self.tp)
-        if self.zero_stage == 0:
-            return range(numel)
-        offset, share = self._placed(name)
-        mine = range(dp_rank * share - offset, (dp_rank + 1) * share - offset)
-        return overlap(range(numel), mine)
+class Layout(Partition):
+    """Partition of a model's state as rectangles of the logical tensors."""
 
     def blocks(self, name: str, rank: int) -> Iterator[Block]:
         """Yield the rectangles of the logical tensor that a rank holds, in storage order."""
@@ -138,7 +116,7 @@ class Layout:
             return range(self.dp)
         top, left = self.plan[name].slice_origin(self.tp, tp_rank)
         width = self._slice_cols(name)
-        offset, share = self._placed(name)
+        offset, share = self.placed(name)
         ends = (cols.start - left, cols.stop - 1 - left)
         if isinstance(rows, range):
             first, last = rows.start - top, rows.stop - 1 - top
@@ -148,12 +126,6 @@ class Layout:
         changes = np.bincount(begins, minlength=self.dp + 1)
         changes -= np.bincount(lasts + 1, minlength=self.dp + 1)
         return np.flatnonzero(np.cumsum(changes)).tolist()
-
-    def _placed(self, name: str) -> tuple[int, int]:
-        """Return (offset of the slice in the partitioned tensor, shard size); ZeRO 1, 2 and 3."""
-        if self.zero_stage < 3:
-            return self._flat[name]
-        return 0, -(-self.plan[name].slice_numel(self.tp) // self.dp)
 
     def _slice_cols(self, name: str) -> int:
         return self.plan[name].slice_shape(self.tp)[1]
@@ -169,17 +141,3 @@ class Layout:
     def _clip(self, name: str, block: Block) -> Block:
         """Remove the vocabulary padding, which is not part of the logical tensor."""
         return Block(overlap(block.rows, range(self.plan[name].rows)), block.cols)
-
-    @cached_property
-    def _flat(self) -> dict[str, tuple[int, int]]:
-        """Offset of each slice in its flat group, and the shard size; ZeRO 1 and 2."""
-        table: dict[str, tuple[int, int]] = {}
-        for group in self.groups:
-            offsets, total = [], 0
-            for name in group:
-                offsets.append(total)
-                total += self.plan[name].slice_numel(self.tp)
-            # DeepSpeed pads a group to two elements per rank (its all-gather's alignment).
-            share = pad(total, 2 * self.dp) // self.dp
-            table |= {name: (offset, share) for name, offset in zip(group, offsets, strict=True)}
-        return table

@@ -28,6 +28,7 @@ class Transfer:
 
     name: str
     kind: StateKind
+    """State of the source."""
     source_rank: int
     rows: Indices
     cols: Indices
@@ -68,14 +69,14 @@ def pack(copies: Iterable[Copy]) -> list[Transfer]:
     """
     by_source: dict[tuple[StateKind, str], list[Transfer]] = {}
     for copy in copies:
-        transfers = by_source.setdefault((copy.kind, copy.term.source), [])
+        transfers = by_source.setdefault((copy.read_kind, copy.term.source), [])
         rows = moved(copy.take_rows, copy.source.rows.start)
         cols = moved(copy.take_cols, copy.source.cols.start)
         missing = [(distinct(rows), distinct(cols))]
         for transfer in transfers:
             present = transfer.rows, transfer.cols
             missing = [rest for patch in missing for rest in _subtract(patch, present)]
-        head = copy.term.source, copy.kind, copy.source_rank
+        head = copy.term.source, copy.read_kind, copy.source_rank
         transfers += [Transfer(*head, *patch) for patch in missing]
         for transfer in transfers:
             _use(copy, rows, cols, transfer)

@@ -6,7 +6,6 @@ from typing import Any
 from unittest.mock import patch
 
 from megagrow.parallel.engine import ZeroEngine
-from megagrow.parallel.sharding import STATE_KINDS
 from megagrow.simulation.memory import Allocation, MemoryLog
 
 CATEGORIES = (
@@ -32,9 +31,8 @@ def label_state(memory: MemoryLog, engine: ZeroEngine) -> None:
     partitions = [getattr(each, "ds_tensor", None) for each in module.parameters()]
     memory.label((part for part in partitions if part is not None), "weights")
     for kinds in engine.storage().values():
-        names = ("master weights", "moments", "moments")
-        for kind, name in zip(STATE_KINDS, names, strict=True):
-            memory.label([kinds[kind]], name)
+        for kind, values in kinds.items():
+            memory.label([values], "master weights" if kind == "fp32" else "moments")
     for parameter in module.parameters():
         parameter.register_hook(lambda gradient: memory.label([gradient], "gradients"))
 

@@ -9,6 +9,8 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from megagrow.checkpoint.source import Source
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.errors import ConfigError
@@ -18,10 +20,12 @@ from megagrow.formats.open_source import (
     log_warnings,
     open_found,
 )
+from megagrow.growth.map import identity_map, kept_state
 from megagrow.parallel.agreement import run_on_all_ranks, run_on_rank_zero
-from megagrow.parallel.sharding import Storage
+from megagrow.parallel.optimizers.rules import source_kind
+from megagrow.parallel.sharding import StateKind, Storage
 from megagrow.reshard.fill import fill_initial, fill_read
-from megagrow.reshard.layout import Layout
+from megagrow.reshard.layout import Block, Layout
 from megagrow.train.source_state import STILL_MASKED, still_masked
 
 logger = logging.getLogger(__name__)
@@ -63,8 +67,17 @@ def fill_beginning(
     if source is None:
         fill_initial(layout, rank, storage, seed)
         return 0
-    run_on_all_ranks(lambda: fill_read(layout, rank, storage, source.kinds, source.read))
-    return source.adam_step
+    kept = kept_state(identity_map(list(layout.plan)), source.layout.plan, layout.plan)
+
+    kinds = tuple(kind for kind in kept.kinds if source_kind(kind, source.kinds))
+
+    def read(name: str, kind: StateKind, block: Block) -> Tensor:
+        found = source_kind(kind, source.kinds_of(name))
+        assert found is not None
+        return source.read(name, found, block)
+
+    run_on_all_ranks(lambda: fill_read(layout, rank, storage, kinds, read))
+    return source.adam_step if kept.keeps_step else 0
 
 
 def _opened(path: Path, folder: Path, model: ModelConfig) -> Source:

@@ -24,7 +24,7 @@ from megagrow.parallel.agreement import (
 from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.growth_event.new_entries import update_factors
 from megagrow.train.reporting.metrics import StepMetrics
-from megagrow.train.schedule import rate_at
+from megagrow.train.schedule import other_rates_at, rate_at
 from megagrow.train.stage import Stage, masks_now
 from megagrow.train.step import peak_memory, train_step
 from megagrow.train.step_feed import Agreement, StepFeed, StepPart, Vote
@@ -161,7 +161,9 @@ def train_at(
     update factors of that position. Returns the result of `train_step` and the learning rate."""
     lr = rate_at(run, stage.index, stage_tokens)
     stage.engine.set_update_factors(*update_factors(run, stage.index, stage_tokens))
-    return train_step(stage, batches, lr, masks_now(run, stage, stage_tokens)), lr
+    others = other_rates_at(run, stage.index, stage_tokens)
+    masks = masks_now(run, stage, stage_tokens)
+    return train_step(stage, batches, lr, masks, others), lr
 
 
 def _agreement(

@@ -89,8 +89,7 @@ def begin(
     run = as_grown(run, state)
     logger.info("loading %s | %s", path, format_bytes(manifest.size))
     stage = build_stage(run, state.stage, device, checks)
-    load_storage(path, manifest, stage.layout, stage.engine.storage())
-    stage.engine.ready(manifest.adam_step)
+    stage.engine.ready(load_storage(path, manifest, stage.layout, stage.engine.storage()))
     return Beginning(run, stage, state, changes, manifest.environment)
 
 

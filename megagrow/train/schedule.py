@@ -16,6 +16,7 @@ from megagrow.config.flops import parameters
 from megagrow.config.growth import GrowthConfig, NewEntriesConfig
 from megagrow.config.growth_guidelines import rate_for_size
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig, StageConfig
+from megagrow.config.stage import RATE_KEYS
 from megagrow.config.stage_length import step_tokens, tokens_between, tokens_of_steps
 from megagrow.growth.mask_schedule import ramp_tokens
 from megagrow.growth.operators import operators_of
@@ -82,9 +83,9 @@ def origin_stage(run: RunConfig, stage_index: int) -> int:
 
 
 def stage_optimizer(run: RunConfig, stage_index: int) -> OptimizerConfig:
-    """Return the optimizer settings of a stage with the effective `lr` and `min_lr`.
+    """Return the optimizer settings of a stage with the effective learning rates.
 
-    With `lr_schedule: by_size` both rates are those of the previous stage, times the ratio of the
+    With `lr_schedule: by_size` all rates are those of the previous stage, times the ratio of the
     rates at which the paper trained models of the two sizes. The stage's own rates are then unused;
     `config/validation.py` refuses values other than those of the previous stage. A stage without
     growth that continues the schedule with the previous stage's rates has its scaled rates too.
@@ -93,38 +94,62 @@ def stage_optimizer(run: RunConfig, stage_index: int) -> OptimizerConfig:
     if stage_index == 0 or origin_stage(run, stage_index) == stage_index:
         return stage.optimizer
     if stage.growth is None and _same_rates(run, stage_index):
-        before = stage_optimizer(run, stage_index - 1)
-        return stage.optimizer.model_copy(update={"lr": before.lr, "min_lr": before.min_lr})
+        return stage.optimizer.model_copy(update=_rates_before(run, stage_index))
     if stage.growth is None or stage.growth.lr_schedule != "by_size":
         return stage.optimizer
-    before = stage_optimizer(run, stage_index - 1)
     new, old = (
         rate_for_size(parameters(run.stages[i].model)) for i in (stage_index, stage_index - 1)
     )
-    rates = {"lr": before.lr * new / old, "min_lr": before.min_lr * new / old}
+    before = _rates_before(run, stage_index)
+    rates = {key: rate and rate * new / old for key, rate in before.items()}
     return stage.optimizer.model_copy(update=rates)
+
+
+def _rates_before(run: RunConfig, stage_index: int) -> dict[str, float | None]:
+    before = stage_optimizer(run, stage_index - 1)
+    return {key: getattr(before, key) for key in RATE_KEYS}
 
 
 def _same_rates(run: RunConfig, stage_index: int) -> bool:
     """Return True if the run file has the same rates for a stage and the previous one."""
-    rates = [(each.optimizer.lr, each.optimizer.min_lr) for each in run.stages]
+    rates = [tuple(getattr(each.optimizer, key) for key in RATE_KEYS) for each in run.stages]
     return rates[stage_index - 1] == rates[stage_index]
 
 
-def rate_at(run: RunConfig, stage_index: int, stage_tokens: int) -> float:
+def other_rates_at(run: RunConfig, stage_index: int, stage_tokens: int) -> dict[str, float]:
+    """Return the learning rates of parameters whose rate differs from `rate_at`.
+
+    They follow the same schedule with their own peak and final rate, by the keys of
+    `OptimizerConfig.other_rates`.
+    """
+    optimizer = stage_optimizer(run, stage_index)
+    return {
+        name: rate_at(run, stage_index, stage_tokens, peak_and_final)
+        for name, peak_and_final in optimizer.other_rates.items()
+    }
+
+
+def rate_at(
+    run: RunConfig,
+    stage_index: int,
+    stage_tokens: int,
+    peak_and_final: tuple[float, float] | None = None,
+) -> float:
     """Return the learning rate of the step that begins `stage_tokens` into stage `stage_index`.
 
     Uses the stage's own schedule, warm-up included, counted from the schedule's origin (see
     `origin_stage`), with the rates of `stage_optimizer`. The default horizon is the end of the
     run. A stage that continues with the settings of the previous stage therefore behaves as if both
     were one stage. `warmup_steps` are steps of the stage at the origin: a larger batch after the
-    growth does not extend a completed warm-up.
+    growth does not extend a completed warm-up. `peak_and_final` replaces `lr` and `min_lr`.
     """
+    optimizer = stage_optimizer(run, stage_index)
+    peak, final = peak_and_final or (optimizer.lr, optimizer.min_lr)
     stage = run.stages[stage_index]
     origin = origin_stage(run, stage_index)
     return learning_rate(
         stage.schedule,
-        stage_optimizer(run, stage_index),
+        optimizer.model_copy(update={"lr": peak, "min_lr": final}),
         tokens_between(run, origin, stage_index) + stage_tokens,
         step_tokens(stage, stage_tokens),
         tokens_between(run, origin, len(run.stages)),

@@ -1,7 +1,7 @@
 """One training step, and the loss of a batch without an update."""
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,17 @@ from megagrow.data.batches import Batch, BatchReader
 from megagrow.model.masks import Masks
 from megagrow.model.ops import Ops
 from megagrow.parallel.agreement import run_on_all_ranks
+from megagrow.parallel.engine_config import NO_RATES
 from megagrow.parallel.loss import IGNORED, cross_entropy, linear_cross_entropy
 from megagrow.train.stage import Stage
 
 
 def train_step(
-    stage: Stage, batches: Sequence[Batch], lr: float, masks: Masks | None
+    stage: Stage,
+    batches: Sequence[Batch],
+    lr: float,
+    masks: Masks | None,
+    other_rates: Mapping[str, float] = NO_RATES,
 ) -> torch.Tensor:
     """Run forward and backward over this rank's micro-batches, and one optimizer step. Collective.
 
@@ -27,6 +32,7 @@ def train_step(
         batches: this rank's micro-batches.
         lr: learning rate.
         masks: this rank's growth masks while they are ramping, else None.
+        other_rates: learning rates of `schedule.other_rates_at`.
 
     Returns:
         (3,) fp64 on the device, to which the host has not synchronized: the cross-entropy (mean
@@ -48,7 +54,7 @@ def train_step(
         loss = losses[0]
         # A loss that is not finite makes the factor NaN, and with it the gradient norm.
         stage.engine.backward(loss * (1 + 0 * loss.detach()))
-        norm = stage.engine.step(lr)
+        norm = stage.engine.step(lr, other_rates)
         totals += losses.detach() / len(batches)
     for each in totals if z_loss else totals[:1]:
         dist.all_reduce(each, group=stage.topology.dp_group)

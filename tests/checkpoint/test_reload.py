@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from megagrow.checkpoint.load import load_storage, newest_valid_on_all_ranks
 from megagrow.checkpoint.manifest import describe_layout
-from megagrow.parallel.sharding import STATE_KINDS
+from megagrow.parallel.sharding import ADAMW_KINDS
 from megagrow.train.stage import build_stage
 from tests.helpers.checkpoint.saving import (
     ENVIRONMENT,
@@ -82,7 +82,7 @@ def test_each_number_is_on_the_disk_once(saved, name):
                 assert tensor.dtype == torch.float32
                 elements += tensor.numel()
     layout = LAYOUTS[name]
-    assert elements == len(STATE_KINDS) * sum(
+    assert elements == len(ADAMW_KINDS) * sum(
         spec.slice_numel(layout.tp) * (1 if spec.tp_dim is None else layout.tp)
         for spec in layout.plan.values()
     )

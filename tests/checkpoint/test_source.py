@@ -19,7 +19,7 @@ from megagrow.checkpoint.source import open_checkpoint
 from megagrow.checkpoint.tensor_file import read_header
 from megagrow.errors import InputError
 from megagrow.formats.open_source import open_found, open_source
-from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
+from megagrow.parallel.sharding import ADAMW_KINDS, parameter_plan
 from megagrow.reshard.fill import fill_read
 from megagrow.reshard.layout import Block
 from tests.helpers.checkpoint.saving import MODEL
@@ -46,7 +46,7 @@ def test_every_rectangle_is_that_of_the_whole_tensor(data, model):
         assert (source.model, source.layout, source.adam_step) == (model, layout, 11)
         assert source.run == RUN and source.environment["git_commit"] == "abc"
         for name, spec in layout.plan.items():
-            kind = data.draw(st.sampled_from(STATE_KINDS))
+            kind = data.draw(st.sampled_from(ADAMW_KINDS))
             block = Block(part(data.draw, spec.rows), part(data.draw, spec.cols))
             whole = state[name][kind]
             wanted = whole[block.rows.start : block.rows.stop, block.cols.start : block.cols.stop]
@@ -90,7 +90,7 @@ def test_a_rank_opens_only_the_files_that_it_reads(tmp_path: Path) -> None:
         patch.setattr(manifest_module, "check_size", lambda file, record: sized.append(file))
         for rank in (0, 5):
             source, storage = open_found(path), empty_storage(wide, rank, 0.0)
-            fill_read(wide, rank, storage, STATE_KINDS, source.read)
+            fill_read(wide, rank, storage, ADAMW_KINDS, source.read)
             assert same(storage, storage_of(wide, state, rank))
             assert opened == [path / shard_name(rank)] and not sized
             opened.clear()

@@ -12,7 +12,8 @@ from megagrow.config.growth import OperatorName
 from megagrow.config.schema import ModelConfig, OptimizerConfig
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Term
 from megagrow.growth.operators import OPERATORS, growth_map
-from megagrow.parallel.engine_config import ParamScale, parameter_groups
+from megagrow.parallel.engine_config import parameter_groups
+from megagrow.parallel.optimizers.rules import ParamScale
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.fill import initial_values, normal
 from tests.helpers.growth.cases import CHANGES, Case, case, cases, sources, times

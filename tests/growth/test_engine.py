@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megagrow.config.schema import RunConfig
-from megagrow.parallel.sharding import STATE_KINDS
+from megagrow.parallel.sharding import ADAMW_KINDS
 from megagrow.reshard.fill import fill_initial
 from megagrow.train.growth_event.run_growths import stage_growth
 from megagrow.train.stage import Stage, build_stage
@@ -61,7 +61,7 @@ def grown_live(run: RunConfig) -> Left:
     module = stage.engine._engine.module
     tied = module.lm_head.weight is module.model.embed_tokens.weight
     storage = stage.engine.storage()
-    types = {kinds[kind].dtype for kinds in storage.values() for kind in STATE_KINDS}
+    types = {kinds[kind].dtype for kinds in storage.values() for kind in ADAMW_KINDS}
     shared, after, padding = shared_bytes(storage), snapshot(stage), [largest(pads(stage))]
     train_to_end(run, stage, state.after_growth(report.layers))
     padding.append(largest(pads(stage)))
@@ -74,7 +74,7 @@ def shared_bytes(storage: Any) -> int:
     spans = sorted(
         (kinds[kind].data_ptr(), kinds[kind].data_ptr() + kinds[kind].nbytes)
         for kinds in storage.values()
-        for kind in STATE_KINDS
+        for kind in ADAMW_KINDS
     )
     return sum(max(0, one[1] - other[0]) for one, other in pairwise(spans))
 
@@ -115,7 +115,7 @@ def test_the_grown_engine_holds_the_plain_result_in_fp32(left):
         for name, kinds in rank.expected.items():
             for kind, tensor in kinds.items():
                 assert torch.equal(rank.after[name][kind], tensor), (name, kind)
-    moments = [k[kind] for k in left[0].after.values() for kind in STATE_KINDS]
+    moments = [k[kind] for k in left[0].after.values() for kind in ADAMW_KINDS]
     assert all(not torch.equal(t, t.bfloat16().float()) for t in moments), "no more than 16 bits"
 
 
@@ -127,7 +127,7 @@ def test_copies_share_no_memory_and_a_tied_head_is_one_tensor(left):
 
 def test_padding_stays_zero(left):
     width = LARGE["hidden_size"]
-    assert [rank.padded for rank in left] == [0, len(STATE_KINDS) * width]
+    assert [rank.padded for rank in left] == [0, len(ADAMW_KINDS) * width]
     assert all(rank.padding == [0.0, 0.0] for rank in left)
 
 
@@ -137,7 +137,7 @@ def test_new_layers_are_trained_as_the_old_ones_are(left):
         layers = {name.split(".")[2] for name in rank.trained if ".layers." in name}
         assert layers == {"0", "1", "2", "3"}
         for name, kinds in rank.trained.items():
-            for kind in STATE_KINDS:
+            for kind in ADAMW_KINDS:
                 same = kinds[kind] == rank.after[name][kind]
                 # Rows of tokens that do not occur stand still but for the weight decay. A moment of
                 # an entry may by chance be that of two steps before.

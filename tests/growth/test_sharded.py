@@ -17,7 +17,7 @@ from megagrow.config.growth import OperatorName
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import Axis, Dense, Gather
 from megagrow.growth.operators import OPERATORS
-from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
+from megagrow.parallel.sharding import ADAMW_KINDS, parameter_plan
 from megagrow.reshard.copy_plan import Copy, copies_to
 from megagrow.reshard.layout import Layout
 from tests.helpers.growth.cases import Case, case, cases, sources, times
@@ -84,7 +84,7 @@ def begun(found: Case) -> State:
     for name, spec in parameter_plan(found.target, tp=1).items():
         zeros = torch.zeros(spec.rows, spec.cols)
         fills = [filled(f, spec.rows, spec.cols).float() for f in found.growth.fills.get(name, ())]
-        out[name] = {kind: zeros.clone() for kind in STATE_KINDS} | {"fp32": sum(fills, zeros)}
+        out[name] = {kind: zeros.clone() for kind in ADAMW_KINDS} | {"fp32": sum(fills, zeros)}
     return out
 
 

@@ -1,12 +1,14 @@
 """Training after a growth: the same trajectory where the map says so; what parts copies."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrow.parallel.engine_config import ParamScale
+from megagrow.parallel.optimizers.rules import MuonRule, ParamScale
+from megagrow.parallel.sharding import parameter_plan
 from tests.helpers.growth.cases import Case, case, sources, times
 from tests.helpers.hugging_face import tiny
 from tools.docs.operators.dense_growth import grown
@@ -46,6 +48,26 @@ def test_what_it_takes_to_follow(tied: bool, operator: str) -> None:
             for name, scale in found.growth.scales.items()
         }
         assert diverged(found, scales=without, adam=adam) > 1e-2, field
+
+
+@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original", "unit_rms_norm"])
+def test_a_copied_model_follows_its_source_under_muon(adjust_lr_fn: Any) -> None:
+    """50 steps to rounding, with an eps that matters; every factor is needed but those of 1."""
+    rule = MuonRule(adjust_lr_fn)
+    adam = Adam(lr=2e-3, eps=1e-2, weight_decay=1.0, clipping=0.2, matrices=rule)
+    found = replace(case(SOURCE, times(SOURCE, 2, 1, 3), operator="mup_copy"), matrices=rule)
+    assert diverged(found, adam=adam, steps=50) <= 1e-12
+    assert diverged(found, transported=False, adam=adam) > 1e-3
+    plan = parameter_plan(found.target, 1, rule)
+    scales = found.growth.scales
+    for field in ("lr", "weight_decay", "eps", "norm"):
+        without = {
+            name: replace(scale, **{field: 1.0}) if plan[name].rule == rule else scale
+            for name, scale in scales.items()
+        }
+        same = without == scales
+        assert same == (adjust_lr_fn == "unit_rms_norm" and field in ("lr", "weight_decay"))
+        assert same or diverged(found, scales=without, adam=adam) > 1e-4, field
 
 
 def test_no_factors_where_a_growth_can_not_be_followed() -> None:

@@ -11,7 +11,7 @@ from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import tokens_between
 from megagrow.data.indexed import IndexedWriter
 from megagrow.data.stage_streams import StreamPlace
-from megagrow.parallel.sharding import STATE_KINDS, ParamSpec, Storage
+from megagrow.parallel.sharding import ParamSpec, Storage
 from megagrow.reshard.fill import fill_initial
 from megagrow.reshard.layout import Layout
 from megagrow.train.data_setup import open_inputs
@@ -139,14 +139,12 @@ def full_tensors(layout: Layout, storage: Storage) -> dict[str, dict[str, torch.
     out = {}
     for name, spec in layout.plan.items():
         numbers = _numbered_slices(spec, layout.tp)
-        full = {
-            kind: torch.full((spec.padded_rows * spec.cols,), torch.nan) for kind in STATE_KINDS
-        }
+        full = {kind: torch.full((spec.padded_rows * spec.cols,), torch.nan) for kind in spec.kinds}
         for rank, held in enumerate(everyone):
             if name in held:
                 interval = layout.interval(name, rank // layout.tp)
                 where = numbers[rank % layout.tp][interval.start : interval.stop]
-                for kind in STATE_KINDS:
+                for kind in spec.kinds:
                     full[kind][where] = held[name][kind]
         out[name] = {k: v.view(-1, spec.cols)[: spec.rows] for k, v in full.items()}
     return out

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megagrow.checkpoint.discovery import shard_name
 from megagrow.config.growth import GrowthConfig
 from megagrow.growth.operators import growth_map
-from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
+from megagrow.parallel.sharding import ADAMW_KINDS, parameter_plan
 from megagrow.reshard.dense import exchange_dense
 from megagrow.reshard.exchange import ShardedState, exchange
 from megagrow.reshard.fill import fill_new
@@ -51,7 +51,7 @@ def live() -> dict[str, dict[str, torch.Tensor]]:
         source, target = layout_of(small, *before), layout_of(large, *after)
         growth = growth_map(small, large, GrowthConfig(**options), "7/stage-1")
         zeros = {key: torch.zeros(spec.rows, spec.cols) for key, spec in target.plan.items()}
-        nothing = {key: dict.fromkeys(STATE_KINDS, values) for key, values in zeros.items()}
+        nothing = {key: dict.fromkeys(ADAMW_KINDS, values) for key, values in zeros.items()}
         sides = (
             ShardedState(source, storage_of(source, state, rank)),
             ShardedState(target, storage_of(target, nothing, rank)),

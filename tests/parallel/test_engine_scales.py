@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from megagrow.checkpoint.load import load_storage, newest_valid_on_all_ranks
-from megagrow.parallel.engine_config import ParamScale, parameter_groups
+from megagrow.parallel.engine_config import parameter_groups
+from megagrow.parallel.optimizers.rules import ParamScale
 from tests.helpers.checkpoint.saving import manifest_of, save_checkpoint
 from tests.helpers.parallel.engines import CONFIG, LR, OPTIMIZER, Built, Case, Plain, Weights, build
 from tests.helpers.parallel.engines import difference as distance
@@ -43,9 +44,9 @@ def hyper_parameters(built: Built) -> dict[str, tuple[float, float, float]]:
         if built.layout.zero_stage == 3:
             flats = deepspeed.fp32_partitioned_groups_flat
             sub_group = next(i for i, flat in enumerate(flats) if flat is place.owner)
-            group = engine._adam.param_groups[deepspeed.sub_group_to_group_id[sub_group]]
+            group = engine._optimizer.param_groups[deepspeed.sub_group_to_group_id[sub_group]]
         else:
-            groups = engine._adam.param_groups
+            groups = engine._optimizer.param_groups
             group = next(g for g in groups if any(p is place.owner for p in g["params"]))
         out[place.name] = (group["lr"], group["weight_decay"], group["eps"])
     return out
@@ -167,7 +168,7 @@ def test_classes_and_the_step_hold_after_a_checkpoint_of_another_layout(found, t
 
 def unequal_steps() -> str:
     built = build(Case(2, 1), SCALES)
-    next(iter(built.engine._adam.state.values()))["step"] += 1
+    next(iter(built.engine._optimizer.state.values()))["step"] += 1
     with pytest.raises(AssertionError) as error:
         assert built.engine.adam_step
     return str(error.value)

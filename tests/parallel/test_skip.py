@@ -29,7 +29,12 @@ pytestmark = pytest.mark.slow
 WORLD = 2
 CASES = [Case(zero, tp, bf16=bf16) for zero in range(4) for tp in (1, 2) for bf16 in (False, True)]
 CASES += [Case(z, 1, offload=True, bf16=bf16) for z in (1, 2, 3) for bf16 in (False, True)]
-UNCLIPPED = OPTIMIZER.model_copy(update={"gradient_clipping": 0.0})
+HOW = {
+    "plain": (None, OPTIMIZER.model_copy(update={"gradient_clipping": 0.0})),
+    "scaled": (SCALES, OPTIMIZER),
+    "muon": (None, OPTIMIZER.model_copy(update={"type": "muon"})),
+}
+"""Scales and optimizer: without and with a weighted norm and clipping, and Muon."""
 
 
 def bytes_of(built: Built) -> tuple[dict[str, dict[str, bytes]], int, bytes]:
@@ -69,19 +74,19 @@ def spoilt_step(built: Built, rank: int, what: float) -> float:
     return norm.item()
 
 
-def skip(case: Case, scaled: bool) -> tuple[list[float], bool, bool]:
+def skip(case: Case, how: str) -> tuple[list[float], bool, bool]:
     """The norms of the spoilt steps, whether they left every bit, and whether what follows is what
     would have followed without them."""
-    clip = OPTIMIZER if scaled else UNCLIPPED
-    spoilt, spared = build(case, SCALES if scaled else None, clip), None
+    scales, optimizer = HOW[how]
+    spoilt, spared = build(case, scales, optimizer), None
     spoilt.train_step(seed=0)
     before = bytes_of(spoilt)
-    norms = [spoilt_step(spoilt, *how) for how in ((0, math.nan), (1, math.inf))]
+    norms = [spoilt_step(spoilt, *what) for what in ((0, math.nan), (1, math.inf))]
     kept = bytes_of(spoilt) == before
     spoilt.train_step(seed=1)
     after = bytes_of(spoilt)
     spoilt.release()
-    spared = build(case, SCALES if scaled else None, clip)
+    spared = build(case, scales, optimizer)
     for seed in (0, 1):
         spared.train_step(seed=seed)
     same = bytes_of(spared) == after
@@ -90,15 +95,17 @@ def skip(case: Case, scaled: bool) -> tuple[list[float], bool, bool]:
     return norms, kept, same
 
 
-def skip_all(cases: list[Case], scaled: bool) -> list[tuple[list[float], bool, bool]]:
-    return [skip(case, scaled) for case in cases]
+def skip_all(cases: list[Case], how: str) -> list[tuple[list[float], bool, bool]]:
+    return [skip(case, how) for case in cases]
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "weighted norm and clipping"])
-def test_nothing_changes_and_nothing_stays(scaled: bool) -> None:
-    cases = [case for case in CASES if scaled or not case.bf16]
-    for rank, results in enumerate(run_ranks(WORLD, skip_all, cases, scaled)):
+@pytest.mark.parametrize("how", HOW)
+def test_nothing_changes_and_nothing_stays(how: str) -> None:
+    cases = [case for case in CASES if how == "scaled" or not case.bf16]
+    if how == "muon":
+        cases = [Case(0, 2), Case(1, 2), Case(2, 1, offload=True), Case(3, 1)]
+    for rank, results in enumerate(run_ranks(WORLD, skip_all, cases, how)):
         for case, (norms, kept, same) in zip(cases, results, strict=True):
             assert not any(map(math.isfinite, norms)), (rank, case, norms)
             assert kept, (rank, case)

@@ -11,7 +11,7 @@ from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap
 from megagrow.growth.map import StateKind as StateKind
 from megagrow.model.layers.base import ZEROS, InitialValues
-from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
+from megagrow.parallel.sharding import ADAMW_KINDS, parameter_plan
 from megagrow.reshard.apply import Application
 from megagrow.reshard.layout import Block
 from tests.helpers.hugging_face import tiny
@@ -64,7 +64,7 @@ def test_dense_terms_are_products_of_whole_matrices(name, at_once):
     only = GrowthMap({n: terms.get(n, ()) for n in parameter_plan(TARGET, 1)}, terms, fills)
     wanted = grown(doubles, only, TARGET)[NAME]
     found = applied(growth, SOURCE, TARGET, state, at_once)
-    for kind in STATE_KINDS:
+    for kind in ADAMW_KINDS:
         for rows, cols in ((range(9), range(12)), (range(3, 8), range(2, 3))):
             values = found.block(NAME, kind, Block(rows, cols))
             part = wanted[kind][rows.start : rows.stop, cols.start : cols.stop].float()
@@ -123,7 +123,7 @@ def test_gathers_are_those_of_the_whole_tensor_to_the_bit(data, model, at_once):
     rows = data.draw(st.integers(0, after.rows - 1))
     cols = data.draw(st.integers(0, after.cols - 1))
     block = Block(range(rows, after.rows), range(cols, after.cols))
-    for kind in STATE_KINDS:
+    for kind in ADAMW_KINDS:
         wanted = grown(state, whole, target)[name][kind][rows:, cols:]
         assert torch.equal(found.block(name, kind, block), wanted)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import megagrow.reshard.copy_ops
 from megagrow.growth.map import GrowthMap, identity_map
-from megagrow.parallel.sharding import STATE_KINDS
+from megagrow.parallel.sharding import ADAMW_KINDS
 from megagrow.reshard.copy_ops import move_within
 from megagrow.reshard.copy_plan import Copy, copies_from, copies_to
 from megagrow.reshard.fill import fill_new
@@ -84,7 +84,7 @@ def test_gathers_along_every_axis(data, config, wider, at_once):
 def test_what_a_rank_sends_is_what_the_others_receive_from_it(data, config, wider):
     deeper, growth = data.draw(st.one_of(stacks(config), widenings(config, wider)))
     source, target = data.draw(layouts(config)), data.draw(layouts(deeper))
-    kind = data.draw(st.sampled_from(STATE_KINDS))
+    kind = data.draw(st.sampled_from(ADAMW_KINDS))
     received: dict[tuple[int, int], list] = {}
     sent: dict[tuple[int, int], list] = {}
     for rank in range(target.dp * target.tp):

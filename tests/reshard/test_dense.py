@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 import megagrow.reshard.dense
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap, Term
-from megagrow.parallel.sharding import STATE_KINDS
+from megagrow.parallel.sharding import ADAMW_KINDS
 from megagrow.reshard.dense import exchange_dense
 from megagrow.reshard.exchange import ShardedState, exchange
 from megagrow.reshard.fill import fill_new
@@ -86,7 +86,7 @@ def worst(found: dict, expected: dict) -> float:
             / expected[name][kind].abs().max()
         )
         for name in expected
-        for kind in STATE_KINDS
+        for kind in ADAMW_KINDS
     )
 
 
@@ -130,5 +130,5 @@ def test_terms_that_read_the_same_mix_gather_it_once():
     weights: dict[str, tuple[Term, ...]] = dict.fromkeys(target.plan, ())
     weights |= {f"model.layers.{i}.mlp.up_proj.weight": (term,) for i, term in enumerate(terms)}
     growth = GrowthMap(weights, {}, kinds=("fp32",))
-    by_mix = megagrow.reshard.dense._by_mix(growth, target)
+    by_mix = megagrow.reshard.dense._by_mix(target, growth, target)
     assert [len(readers) for readers in by_mix.values()] == [2]

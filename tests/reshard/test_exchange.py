@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megagrow.config.schema import GrowthConfig, ModelConfig
 from megagrow.growth.map import GrowthMap, identity_map
 from megagrow.growth.operators import growth_map
-from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
+from megagrow.parallel.sharding import ADAMW_KINDS, parameter_plan
 from megagrow.reshard import exchange as exchange_module
 from megagrow.reshard.exchange import BUCKET_BYTES, ShardedState, TransferStats, exchange
 from megagrow.reshard.layout import Layout
@@ -138,7 +138,7 @@ def test_every_byte_is_counted_and_none_sent_that_is_at_hand_or_twice(runs, name
         from_here = torch.isin(wanted, at_hand)
         local += from_here.sum().item()
         missing += wanted[~from_here].unique().numel()
-    bytes_each = 4 * len(STATE_KINDS)
+    bytes_each = 4 * len(ADAMW_KINDS)
     for ranks in runs[name]:
         assert sum(run.moved.bytes_sent for run in ranks) == bytes_each * missing
         assert sum(run.moved.bytes_local for run in ranks) == bytes_each * local
@@ -181,7 +181,7 @@ def weights_only() -> tuple[bool, bool]:
     untouched = all(
         torch.equal(mine[name][kind].isnan(), before[name][kind].isnan())
         for name in mine
-        for kind in STATE_KINDS[1:]
+        for kind in ADAMW_KINDS[1:]
     )
     return arrived, untouched
 

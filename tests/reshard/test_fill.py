@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import megagrow.reshard.fill
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import Fill, GrowthMap
-from megagrow.parallel.sharding import STATE_KINDS, Storage
+from megagrow.parallel.sharding import ADAMW_KINDS, Storage
 from megagrow.reshard.fill import fill_initial, fill_new, initial_rows
 from megagrow.reshard.layout import Layout
 from tests.helpers.hugging_face import tiny
@@ -35,7 +35,7 @@ def whole(growth: GrowthMap, config: ModelConfig) -> State:
     alone = layout_of(config, 0, 1, 1)
     storage = made_by(growth, alone, 0, 10**6)
     return {
-        name: {kind: storage[name][kind].view(spec.rows, spec.cols) for kind in STATE_KINDS}
+        name: {kind: storage[name][kind].view(spec.rows, spec.cols) for kind in ADAMW_KINDS}
         for name, spec in alone.plan.items()
     }
 
@@ -87,7 +87,7 @@ def test_streams_differ_and_repeat():
 def test_initial_weights_are_those_of_the_initialiser():
     layout = layout_of(tiny(), 3, 2, 2)
     whole_state = {
-        name: dict.fromkeys(STATE_KINDS, torch.zeros(spec.rows, spec.cols))
+        name: dict.fromkeys(ADAMW_KINDS, torch.zeros(spec.rows, spec.cols))
         | {"fp32": initial_rows(spec, 7, range(spec.rows))}
         for name, spec in layout.plan.items()
     }

@@ -14,7 +14,7 @@ from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
 from megagrow.formats.hugging_face_origin import HuggingFaceOrigin
 from megagrow.offline.convert import import_hugging_face
-from megagrow.parallel.sharding import STATE_KINDS, parameter_plan
+from megagrow.parallel.sharding import ADAMW_KINDS, parameter_plan
 from megagrow.train.init_from import fill_beginning, open_beginning
 from tests.helpers.checkpoint.damage import flip
 from tests.helpers.checkpoint.written import differences, shards, write_checkpoint
@@ -41,7 +41,7 @@ def begins(folder: Path, state: State, kinds: tuple[str, ...]) -> None:
     """Every layout's storage holds the state's part, and zeros where a kind is not read."""
     rank = dist.get_rank()
     kept = {
-        name: {kind: held[kind] if kind in kinds else held[kind] * 0 for kind in STATE_KINDS}
+        name: {kind: held[kind] if kind in kinds else held[kind] * 0 for kind in ADAMW_KINDS}
         for name, held in state.items()
     }
     run = run_from(folder.parent, folder)
@@ -97,7 +97,7 @@ def test_every_rank_gets_its_part(folder):
     state = state_of(hugging_face(model), parameter_plan(model, 1))
     write_checkpoint(folder / "saved", model, layout_of(model, 1, 3, 1), state)
     run_ranks(4, begins, folder / "hf", state, ("fp32",))
-    run_ranks(4, begins, folder / "saved", state, STATE_KINDS)
+    run_ranks(4, begins, folder / "saved", state, ADAMW_KINDS)
 
 
 def test_what_can_not_be_a_beginning_is_named(folder):

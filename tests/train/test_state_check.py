@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megagrow.parallel.sharding import STATE_KINDS
+from megagrow.parallel.sharding import ADAMW_KINDS
 from megagrow.reshard.fill import fill_initial
 from megagrow.train.stage import build_stage
 from megagrow.train.state_check import non_finite
@@ -28,7 +28,7 @@ def found(folder: Path) -> list[tuple[str | None, list[str | None], str | None]]
         storage = stage.engine.storage()
         fill_initial(stage.layout, stage.topology.rank, storage, run.seed)
         before, spoiled = non_finite(stage), []
-        for kind, value in zip(STATE_KINDS, (math.nan, math.inf, -math.inf), strict=True):
+        for kind, value in zip(ADAMW_KINDS, (math.nan, math.inf, -math.inf), strict=True):
             tensor = list(storage.values())[-1][kind]
             kept = tensor[-1].item()
             if dist.get_rank() == 1:
@@ -46,4 +46,4 @@ def test_all_ranks_find_a_value_that_is_not_finite(tmp_path: Path) -> None:
     assert first == second
     for before, spoiled, after in first:
         assert before is after is None
-        assert [text.partition(" of ")[0] for text in spoiled] == [*STATE_KINDS]
+        assert [text.partition(" of ")[0] for text in spoiled] == [*ADAMW_KINDS]

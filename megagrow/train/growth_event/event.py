@@ -120,7 +120,8 @@ def _move(
     steps = range(options.second_moment_batches)
     batches = [feed.batches(n, target.config, target.topology, target.ops) for n in steps]
     measure_second_moment(target, batches, masks_now(run, target, stage_tokens=0))
-    moved.append(_moved(ended.state, growth.with_kinds("exp_avg", "exp_avg_sq"), side))
+    moments = [kind for kind in growth.kinds if kind != "fp32"]
+    moved.append(_moved(ended.state, growth.with_kinds(*moments), side))
     return moved, spent_on_steps(target.config, len(steps))
 
 
@@ -170,7 +171,8 @@ def measure_second_moment(
     gradients are Adam's input, reduced and clipped. Later steps have a larger weight, as in Adam's
     running mean, and the bias is corrected: v = sum over k of (1 - b) b^(n-k) g_k^2 / (1 - b^n),
     with b = beta2. Non-finite gradients are skipped. Weights and Adam's step do not change;
-    exp_avg is zero. Raises InputError if no gradient is finite.
+    exp_avg is zero, and so is the momentum of Muon, which has no second moment. Raises InputError
+    if no gradient is finite.
     """
     engine = stage.engine
     adam_step = engine.adam_step
@@ -183,6 +185,9 @@ def measure_second_moment(
         )
     bias = 1.0 - stage.config.optimizer.betas[1] ** finite
     for kinds in engine.storage().values():
-        kinds["exp_avg"].zero_()
-        kinds["exp_avg_sq"].div_(bias)
+        for kind, values in kinds.items():
+            if kind == "exp_avg_sq":
+                values.div_(bias)
+            elif kind != "fp32":
+                values.zero_()
     engine.ready(adam_step)

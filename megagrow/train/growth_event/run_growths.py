@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import settled
 from megagrow.errors import ConfigError
-from megagrow.growth.map import GrowthMap, identity_map
+from megagrow.growth.map import GrowthMap, identity_map, kept_state
 from megagrow.growth.map_checks import check_map
 from megagrow.growth.operators import follows_exactly, growth_map
 from megagrow.growth.validation import candidates, keys_without_use
-from megagrow.parallel.engine_config import UNSCALED, ParamScale, parameter_groups
+from megagrow.parallel.engine_config import parameter_groups
+from megagrow.parallel.optimizers.rules import UNSCALED, ParamScale, matrix_rule
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Layout
 from megagrow.train.train_state import RunState
@@ -18,22 +19,29 @@ from megagrow.train.train_state import RunState
 def stage_growth(run: RunConfig, index: int) -> GrowthMap:
     """Return the validated growth map of stage `index`, the identity if it has no growth."""
     source, stage = run.stages[index - 1], run.stages[index]
+    rules = matrix_rule(source.optimizer), matrix_rule(stage.optimizer)
+    plans = parameter_plan(source.model, 1, rules[0]), parameter_plan(stage.model, 1, rules[1])
     if stage.growth is None:
-        return identity_map(parameter_plan(stage.model, tp=1))
-    growth = growth_map(source.model, stage.model, stage.growth, f"{run.seed}/stage-{index}")
-    check_map(growth, parameter_plan(source.model, tp=1), parameter_plan(stage.model, tp=1))
-    return growth
+        growth = identity_map(plans[1])
+    else:
+        stream = f"{run.seed}/stage-{index}"
+        growth = growth_map(source.model, stage.model, stage.growth, stream, rules[1])
+    check_map(growth, *plans)
+    return kept_state(growth, *plans)
 
 
 def stage_scales(run: RunConfig, index: int) -> dict[str, ParamScale]:
     """Return the factors on the hyper-parameters of a stage's parameters.
 
     They are set by growths with exact continuation and inherited by later stages: a parameter keeps
-    the factors of its source.
+    the factors of its source. A stage with another optimizer has none.
     """
     scales: dict[str, ParamScale] = {}
     for later in range(1, index + 1):
         options = run.stages[later].growth
+        if run.stages[later].optimizer.type != run.stages[later - 1].optimizer.type:
+            scales = {}
+            continue
         follows = options is not None and follows_exactly(options)
         if scales or follows:
             growth = stage_growth(run, later)
@@ -45,7 +53,7 @@ def stage_layout(run: RunConfig, index: int, world_size: int) -> Layout:
     """Return the layout of a stage's state on `world_size` ranks, which must be valid."""
     stage = run.stages[index]
     tp = stage.parallel.tensor_model_parallel_size
-    plan = parameter_plan(stage.model, tp)
+    plan = parameter_plan(stage.model, tp, matrix_rule(stage.optimizer))
     groups = parameter_groups(plan, stage.optimizer, stage_scales(run, index))
     names = tuple(group.names for group in groups)
     return Layout(plan, names, stage.parallel.zero_stage, world_size // tp, tp)

@@ -9,10 +9,12 @@ from torch import Tensor
 from megagrow.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megagrow.model.decoder import CausalLM
 from megagrow.parallel.engine import ZeroEngine
-from megagrow.parallel.engine_config import EngineSettings, ParamScale
+from megagrow.parallel.engine_config import NO_RATES, EngineSettings, rate_of
 from megagrow.parallel.loss import cross_entropy
+from megagrow.parallel.optimizers.muon import orthogonalized
+from megagrow.parallel.optimizers.rules import MuonRule, ParamScale, matrix_rule
 from megagrow.parallel.process_groups import Topology, make_topology
-from megagrow.parallel.sharding import parameter_plan
+from megagrow.parallel.sharding import ADAMW_KINDS, ParamSpec, parameter_plan
 from megagrow.reshard.layout import Layout
 from tests.helpers.hugging_face import tiny, tokens
 from tests.helpers.reshard.definition import held
@@ -66,7 +68,13 @@ class Built:
             storage[name]["fp32"].copy_(values)
         self.engine.ready(adam_step=0)
 
-    def train_step(self, lr: float = LR, seed: int = 0, size: int = BATCH) -> float:
+    def train_step(
+        self,
+        lr: float = LR,
+        seed: int = 0,
+        size: int = BATCH,
+        others: Mapping[str, float] = NO_RATES,
+    ) -> float:
         """One update on this rank's share of the batch of a seed; the gradient's norm."""
         ids, labels = tokens(CONFIG, size, LENGTH, seed)
         norm = None
@@ -76,7 +84,7 @@ class Built:
             logits = self.engine.forward(mine, torch.arange(LENGTH).expand_as(mine), None)
             loss = cross_entropy(logits, mark, CONFIG.vocab_size, self.topology)[0] / LENGTH
             self.engine.backward(loss)
-            norm = self.engine.step(lr)
+            norm = self.engine.step(lr, others)
         assert norm is not None
         return norm.item()
 
@@ -124,21 +132,33 @@ def start_weights(config: ModelConfig = CONFIG) -> Weights:
     return out
 
 
+Orthogonalize = Callable[[ParamSpec, Tensor], Tensor]
+
+
+def whole(spec: ParamSpec, matrix: Tensor) -> Tensor:
+    """Orthogonalize the complete matrix, as Muon does."""
+    return orthogonalized(matrix, steps=5, eps=1e-7)
+
+
 class Plain:
-    """One process, one model, torch's AdamW in fp64: what an engine must do."""
+    """One process, one model, torch's AdamW and Muon in fp64: what an engine must do."""
 
     def __init__(
         self,
         scales: Mapping[str, ParamScale] | None = None,
         optimizer: OptimizerConfig = OPTIMIZER,
         config: ModelConfig = CONFIG,
+        orthogonalize: Orthogonalize = whole,
     ) -> None:
         self._config, self._optimizer = config, optimizer
-        self._scales = scales or {}
+        self._scales, self._orthogonalize = scales or {}, orthogonalize
+        self._plan = parameter_plan(config, 1, matrix_rule(optimizer))
         self._model = CausalLM(config).double()
         weights, self._named = start_weights(config), dict(self._model.named_parameters())
         for name, parameter in self._named.items():
             parameter.data.copy_(weights[name].view(parameter.shape))
+        by_muon = [name for name in self._named if self._plan[name].kinds != ADAMW_KINDS]
+        self.momentum = {name: torch.zeros_like(self._named[name]) for name in by_muon}
         self._adam = torch.optim.AdamW(
             [
                 {
@@ -147,6 +167,7 @@ class Plain:
                     "weight_decay": self._decay(name) * self._scale(name).weight_decay,
                 }
                 for name, parameter in self._named.items()
+                if name not in self.momentum
             ],
             betas=optimizer.betas,
             foreach=False,
@@ -160,7 +181,13 @@ class Plain:
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
         return {name: parameter.grad for name, parameter in self._named.items()}
 
-    def train_step(self, lr: float = LR, seed: int = 0, size: int = BATCH) -> float:
+    def train_step(
+        self,
+        lr: float = LR,
+        seed: int = 0,
+        size: int = BATCH,
+        others: Mapping[str, float] = NO_RATES,
+    ) -> float:
         """One update; the weighted norm of the gradient before clipping."""
         gradients = self.gradients(seed, size)
         squares = [self._scale(name).norm * g.square().sum() for name, g in gradients.items()]
@@ -168,10 +195,25 @@ class Plain:
         limit = self._optimizer.gradient_clipping
         for gradient in gradients.values():
             gradient *= min(1.0, limit / norm) if limit else 1.0
-        for group, name in zip(self._adam.param_groups, self._named, strict=True):
-            group["lr"] = lr * self._scale(name).lr
+        by_adam = [name for name in self._named if name not in self.momentum]
+        for group, name in zip(self._adam.param_groups, by_adam, strict=True):
+            group["lr"] = others.get(rate_of(self._plan[name], self._optimizer), lr)
+            group["lr"] *= self._scale(name).lr
         self._adam.step()
+        for name, buffer in self.momentum.items():
+            self._muon_step(name, buffer, lr * self._scale(name).lr)
         return norm
+
+    @torch.no_grad()
+    def _muon_step(self, name: str, buffer: Tensor, lr: float) -> None:
+        """As torch.optim.Muon, in fp64 and with its factor for other norms."""
+        spec, weight, momentum = self._plan[name], self._named[name], self._optimizer.momentum
+        assert isinstance(spec.rule, MuonRule) and weight.grad is not None
+        buffer.lerp_(weight.grad, 1 - momentum)
+        mean = weight.grad.lerp(buffer, momentum) if self._optimizer.nesterov else buffer
+        weight.mul_(1 - lr * self._decay(name) * self._scale(name).weight_decay)
+        update = self._orthogonalize(spec, mean)
+        weight.sub_(update, alpha=lr * spec.rule.adjustment(spec.rows, spec.cols))
 
     def blend(self, step: Callable[[], object], factors: Mapping[str, Tensor]) -> None:
         """Does a step, of whose change each entry keeps its factor (rows, cols)."""
@@ -190,6 +232,7 @@ class Plain:
 
     def _decay(self, name: str) -> float:
         decays = self._optimizer.weight_decay_on == "all" or "norm" not in name
+        decays = decays and name not in self._optimizer.weight_decay_exclude
         return self._optimizer.weight_decay if decays else 0.0
 
 

@@ -1,6 +1,6 @@
 """Scales of hyper-parameters by class of parameter."""
 
-from megagrow.parallel.engine_config import ParamScale
+from megagrow.parallel.optimizers.rules import ParamScale
 from megagrow.parallel.sharding import parameter_plan
 from tests.helpers.parallel.engines import CONFIG
 

@@ -25,7 +25,7 @@ def random_state(plan: dict[str, ParamSpec], seed: int = 0) -> State:
     """Different numbers everywhere."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: {kind: torch.randn(s.rows, s.cols, generator=generator) for kind in STATE_KINDS}
+        name: {kind: torch.randn(s.rows, s.cols, generator=generator) for kind in s.kinds}
         for name, s in plan.items()
     }
 
@@ -62,11 +62,11 @@ def held(layout: Layout, whole: dict[str, Tensor], rank: int, fill: float = 0) -
 def storage_of(layout: Layout, state: State, rank: int) -> Storage:
     """A rank's part of a whole state."""
     by_kind = {
-        kind: held(layout, {name: kinds[kind] for name, kinds in state.items()}, rank)
+        kind: held(layout, {n: kinds.get(kind, kinds["fp32"]) for n, kinds in state.items()}, rank)
         for kind in STATE_KINDS
     }
     return {
-        name: {kind: by_kind[kind][name].clone() for kind in STATE_KINDS}
+        name: {kind: by_kind[kind][name].clone() for kind in layout.plan[name].kinds}
         for name in by_kind["fp32"]
     }
 
@@ -75,17 +75,16 @@ def empty_storage(layout: Layout, rank: int, value: float = torch.nan) -> Storag
     """A rank's part before anything is written: NaN (or another value), but zero where the
     vocabulary is padded."""
     nothing = {name: torch.full((s.rows, s.cols), value) for name, s in layout.plan.items()}
-    return storage_of(
-        layout, {name: dict.fromkeys(STATE_KINDS, t) for name, t in nothing.items()}, rank
-    )
+    kinds = {name: spec.kinds for name, spec in layout.plan.items()}
+    return storage_of(layout, {n: dict.fromkeys(kinds[n], t) for n, t in nothing.items()}, rank)
 
 
 def same(one: Storage, other: Storage) -> bool:
     """Return True if two storages hold the same bits."""
     return one.keys() == other.keys() and all(
-        torch.equal(kinds[kind], other[name][kind])
+        kinds.keys() == other[name].keys()
+        and all(torch.equal(values, other[name][kind]) for kind, values in kinds.items())
         for name, kinds in one.items()
-        for kind in STATE_KINDS
     )
 
 
@@ -93,7 +92,7 @@ def grown(state: State, growth: GrowthMap, plan: dict[str, ParamSpec]) -> State:
     """A growth map applied to whole tensors: fills by their definition, gathers by indexing, and
     dense terms by products in fp64."""
     return {
-        name: {kind: _made(state, growth, spec, kind) for kind in STATE_KINDS}
+        name: {kind: _made(state, growth, spec, kind) for kind in spec.kinds}
         for name, spec in plan.items()
     }
 

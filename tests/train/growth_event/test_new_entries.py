@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megagrow.checkpoint.load import load_storage, newest_valid_on_all_ranks
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.growth.map import Fresh
-from megagrow.parallel.sharding import STATE_KINDS, Storage
+from megagrow.parallel.sharding import ADAMW_KINDS, Storage
 from megagrow.reshard.layout import Layout
 from megagrow.train.data_setup import open_inputs
 from megagrow.train.fault_tolerance.signals import StopSignal
@@ -218,7 +218,7 @@ def moved(run: RunConfig) -> list[tuple[bool, bool]]:
 
 def whole_storage(layout: Layout) -> Storage:
     return {
-        name: dict.fromkeys(STATE_KINDS, torch.empty(spec.rows * spec.cols))
+        name: dict.fromkeys(ADAMW_KINDS, torch.empty(spec.rows * spec.cols))
         for name, spec in layout.plan.items()
     }
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megagrow.config.schema import RunConfig
-from megagrow.parallel.engine_config import ParamScale
+from megagrow.parallel.optimizers.rules import ParamScale
 from megagrow.train.growth_event.run_growths import stage_growth, stage_scales
 from megagrow.train.train_state import RunState
 from tests.helpers.runs import MODEL, STEP_TOKENS, grow_live, make_run

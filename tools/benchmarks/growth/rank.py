@@ -25,7 +25,7 @@ import megagrow.train.growth_event.event as growing
 from megagrow.config.schema import RunConfig
 from megagrow.parallel.launch import read_launch, tune_process
 from megagrow.parallel.process_groups import init_process_group, leave_process_group
-from megagrow.parallel.sharding import STATE_KINDS, Storage
+from megagrow.parallel.sharding import ADAMW_KINDS, Storage
 from megagrow.reshard.layout import Layout
 from megagrow.train.growth_event.run_growths import stage_growth
 from megagrow.train.stage import Stage, build_stage
@@ -138,7 +138,7 @@ def _gather(layout: Layout, storage: Storage, sent: list[int]) -> dict[str, dict
     rank, gathered = dist.get_rank(), {}
     for name, spec in layout.plan.items():
         gathered[name] = {}
-        for kind in STATE_KINDS:
+        for kind in ADAMW_KINDS:
             mine = layout.interval(name, rank)
             if rank > 0 and mine:
                 dist.send(storage[name][kind], dst=0)
@@ -168,7 +168,7 @@ def _scatter(stage: Stage, grown: dict[str, dict[str, Any]], sent: list[int]) ->
     """Load the state dict of rank 0 into the engines of all ranks, tensor by tensor."""
     rank, layout, storage = dist.get_rank(), stage.layout, stage.engine.storage()
     for name, spec in layout.plan.items():
-        for kind in STATE_KINDS:
+        for kind in ADAMW_KINDS:
             full = grown[name].pop(kind) if rank == 0 else torch.empty(spec.rows * spec.cols)
             dist.broadcast(full, src=0)
             sent[0] += full.nbytes * (dist.get_world_size() - 1) if rank == 0 else 0
@@ -192,7 +192,7 @@ def _copy_seconds(storage: Storage) -> float:
     """Return the seconds of one copy of the state into new memory, concurrently on all ranks."""
     dist.barrier()
     begin = time.perf_counter()
-    for kind in STATE_KINDS:
+    for kind in ADAMW_KINDS:
         tensors = [kinds[kind] for kinds in storage.values()]
         new = torch.empty(sum(tensor.numel() for tensor in tensors))
         for tensor, place in zip(tensors, new.split([t.numel() for t in tensors]), strict=True):

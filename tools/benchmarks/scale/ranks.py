@@ -41,7 +41,7 @@ from megagrow.config.schema import ModelConfig, OptimizerConfig
 from megagrow.formats.open_source import open_found
 from megagrow.parallel.engine_config import parameter_groups
 from megagrow.parallel.process_groups import make_topology
-from megagrow.parallel.sharding import STATE_KINDS, Storage, parameter_plan
+from megagrow.parallel.sharding import ADAMW_KINDS, Storage, parameter_plan
 from megagrow.reshard.fill import fill_read
 from megagrow.reshard.layout import Layout
 from megagrow.train.fault_tolerance.heartbeat import HeartbeatServer
@@ -118,7 +118,7 @@ def _resume(folder: Path, ranks: int) -> Iterator[list[str]]:
         load_storage(path, manifest, layout, storage)
 
     def initialize() -> None:
-        fill_read(layout, 0, storage, STATE_KINDS, open_found(path).read)
+        fill_read(layout, 0, storage, ADAMW_KINDS, open_found(path).read)
 
     with _counted(checksums, "problem_of") as read:
         action = partial(newest_valid_on_all_ranks, folder)
@@ -176,7 +176,7 @@ def _write_checkpoint(path: Path, layout: Layout) -> Path:
 def _empty_storage(layout: Layout) -> Storage:
     held = {name: len(layout.interval(name, 0)) for name in layout.plan}
     return {
-        name: {kind: torch.zeros(numel) for kind in STATE_KINDS}
+        name: {kind: torch.zeros(numel) for kind in ADAMW_KINDS}
         for name, numel in held.items()
         if numel
     }

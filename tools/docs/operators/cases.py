@@ -10,6 +10,7 @@ from megagrow.growth.constraints import Event
 from megagrow.growth.map import GrowthMap
 from megagrow.growth.operators import growth_map, resolve_operators
 from megagrow.growth.validation import event_problems
+from megagrow.parallel.optimizers.rules import ADAMW, UpdateRule
 
 Sizes = dict[str, Any]
 """Fields of a model config, or keys of `growth`."""
@@ -22,11 +23,13 @@ class GrowthCase:
     source: ModelConfig
     target: ModelConfig
     options: GrowthConfig
+    matrices: UpdateRule = ADAMW
+    """Optimizer of the matrices of decoder layers."""
 
     @cached_property
     def growth(self) -> GrowthMap:
         """Growth map from source to target."""
-        return growth_map(self.source, self.target, self.options, "7/stage-1")
+        return growth_map(self.source, self.target, self.options, "7/stage-1", self.matrices)
 
 
 def growth_case(source: ModelConfig, target: Sizes, **options: Any) -> GrowthCase:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.map import Axis, Dense, Fill, Gather, GrowthMap
-from megagrow.parallel.sharding import STATE_KINDS, ParamSpec, parameter_plan
+from megagrow.parallel.optimizers.rules import ADAMW, UpdateRule
+from megagrow.parallel.sharding import ParamSpec, StateKind, parameter_plan
 from megagrow.reshard.fill import initial_values, normal
 
 State = dict[str, dict[str, Tensor]]
@@ -18,20 +19,25 @@ State = dict[str, dict[str, Tensor]]
 
 
 def grown(
-    state: State, growth: GrowthMap, target: ModelConfig, kinds: tuple[str, ...] = STATE_KINDS
+    state: State,
+    growth: GrowthMap,
+    target: ModelConfig,
+    kinds: tuple[StateKind, ...] | None = None,
+    matrices: UpdateRule = ADAMW,
 ) -> State:
     """Return the state of the target, or some kinds of it, in the dtype of the source.
 
-    Differentiable with respect to the source's state.
+    `matrices` is the optimizer of the matrices of decoder layers. Differentiable with respect to
+    the source's state.
     """
     return {
-        name: {kind: _made(state, growth, spec, kind) for kind in kinds}
-        for name, spec in parameter_plan(target, tp=1).items()
+        name: {kind: _made(state, growth, spec, kind) for kind in kinds or spec.kinds}
+        for name, spec in parameter_plan(target, 1, matrices).items()
     }
 
 
-def _made(state: State, growth: GrowthMap, spec: ParamSpec, kind: str) -> Tensor:
-    like = next(iter(state.values()))[kind]
+def _made(state: State, growth: GrowthMap, spec: ParamSpec, kind: StateKind) -> Tensor:
+    like = next(iter(state.values()))["fp32"]
     total = like.new_zeros(spec.rows, spec.cols)
     if kind == "fp32":
         for fill in growth.fills.get(spec.name, ()):

@@ -1,8 +1,9 @@
 """Reference forward pass and training of a small model, in fp64 and in one process."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -12,9 +13,9 @@ from torch.nn.functional import cross_entropy
 from megagrow.config.schema import ModelConfig
 from megagrow.model.decoder import CausalLM
 from megagrow.model.masks import Masks
-from megagrow.parallel.engine import STATE_KINDS
-from megagrow.parallel.engine_config import ParamScale
-from megagrow.parallel.sharding import parameter_plan
+from megagrow.parallel.optimizers.muon import orthogonalized
+from megagrow.parallel.optimizers.rules import ADAMW, MuonRule, ParamScale, UpdateRule
+from megagrow.parallel.sharding import ADAMW_KINDS, StateKind, parameter_plan
 from tools.docs.operators.cases import GrowthCase
 from tools.docs.operators.dense_growth import State, grown
 
@@ -27,13 +28,15 @@ BEFORE, AFTER = 5, 15
 
 @dataclass(frozen=True)
 class Adam:
-    """Hyperparameters of AdamW with clipping by the global norm."""
+    """Hyperparameters of AdamW, and of Muon for the matrices, with clipping by the global norm."""
 
     lr: float = 1e-2
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-6
     weight_decay: float = 0.1
     clipping: float = 0.5
+    matrices: UpdateRule = ADAMW
+    momentum: float = 0.95
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> Tensors:
@@ -111,15 +114,20 @@ def trained(
 ) -> State:
     """Return the state after one update per batch by torch's AdamW, from step count `step`.
 
-    `scales` are factors on each parameter's lr, weight decay and eps, and on its squared gradient
-    in the global norm.
+    Matrices are updated by Muon if that is their rule. `scales` are factors on each parameter's lr,
+    weight decay and eps, and on its squared gradient in the global norm.
     """
     adam, scales = adam or Adam(), scales or {}
     leaves = {name: kinds["fp32"].clone().requires_grad_() for name, kinds in state.items()}
-    optimizer = _adamw(leaves, adam, scales)
-    for name, leaf in leaves.items():
-        moments = {kind: state[name][kind].clone() for kind in STATE_KINDS[1:]}
-        optimizer.state[leaf] = {"step": torch.tensor(float(step)), **moments}
+    rules = {name: s.rule for name, s in parameter_plan(config, 1, adam.matrices).items()}
+    by_adamw = {name: leaf for name, leaf in leaves.items() if rules[name] == ADAMW}
+    optimizer = _adamw(by_adamw, adam, scales)
+    moments = {
+        name: {kind: state[name][kind].clone() for kind in rule.kinds[1:]}
+        for name, rule in rules.items()
+    }
+    for name, leaf in by_adamw.items():
+        optimizer.state[leaf] = {"step": torch.tensor(float(step)), **moments[name]}
     for ids in batches:
         grads = gradients(config, leaves, ids)
         squares = [scales.get(n, ParamScale()).norm * g.square().sum() for n, g in grads.items()]
@@ -127,11 +135,23 @@ def trained(
         for name, leaf in leaves.items():
             leaf.grad = grads[name] * min(1.0, adam.clipping / norm.item())
         optimizer.step()
-    return {
-        name: {"fp32": leaf.detach()}
-        | {kind: optimizer.state[leaf][kind] for kind in STATE_KINDS[1:]}
-        for name, leaf in leaves.items()
-    }
+        for name in leaves.keys() - by_adamw.keys():
+            buffer, scale = moments[name]["momentum_buffer"], scales.get(name, ParamScale())
+            _muon_update(leaves[name], buffer, rules[name], adam, scale)
+    return {name: {"fp32": leaf.detach()} | moments[name] for name, leaf in leaves.items()}
+
+
+@torch.no_grad()
+def _muon_update(
+    weight: Tensor, buffer: Tensor, rule: UpdateRule, adam: Adam, scale: ParamScale
+) -> None:
+    assert isinstance(rule, MuonRule) and weight.grad is not None
+    lr = adam.lr * scale.lr
+    buffer.lerp_(weight.grad, 1 - adam.momentum)
+    mean = weight.grad.lerp(buffer, adam.momentum)
+    update = orthogonalized(mean, steps=5, eps=adam.eps * scale.eps)
+    weight.mul_(1 - lr * adam.weight_decay * scale.weight_decay)
+    weight.sub_(update, alpha=lr * rule.adjustment(*weight.shape))
 
 
 def _adamw(leaves: Tensors, adam: Adam, scales: Mapping[str, ParamScale]) -> torch.optim.AdamW:
@@ -154,10 +174,12 @@ def weights_of(state: State) -> Tensors:
     return {name: kinds["fp32"] for name, kinds in state.items()}
 
 
-def fresh_state(weights: Tensors) -> State:
-    """Return a state with zero moments."""
+def fresh_state(
+    weights: Tensors, kinds: Mapping[str, Sequence[StateKind]] = MappingProxyType({})
+) -> State:
+    """Return a state with zero moments; `kinds` are the states of parameters without AdamW."""
     return {
-        name: {"fp32": w, "exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}
+        name: {kind: torch.zeros_like(w) for kind in kinds.get(name, ADAMW_KINDS)} | {"fp32": w}
         for name, w in weights.items()
     }
 
@@ -169,7 +191,9 @@ def random_batches(config: ModelConfig, count: int, seed: int = 0) -> list[Tenso
 
 def trained_source(config: ModelConfig, adam: Adam | None = None) -> State:
     """Return the state of a random model after `BEFORE` steps."""
-    start = fresh_state(random_weights(config))
+    plan = parameter_plan(config, 1, (adam or Adam()).matrices)
+    kinds = {name: spec.kinds for name, spec in plan.items()}
+    start = fresh_state(random_weights(config), kinds)
     return trained(config, start, random_batches(config, BEFORE), adam=adam)
 
 
@@ -187,9 +211,9 @@ def trajectory_difference(
     """
     source, target = case.source, case.target
     old = trained_source(source, adam)
-    new = grown(old, case.growth, target)
+    new = grown(old, case.growth, target, matrices=case.matrices)
     if not transported:
-        new = fresh_state(weights_of(new))
+        new = fresh_state(weights_of(new), new)
     scales = case.growth.scales if scales is None else scales
     later = random_batches(source, steps, seed=1000)
     old = trained(source, old, later, BEFORE, adam)

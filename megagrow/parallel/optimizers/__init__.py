@@ -1,0 +1,1 @@
+"""Optimizers: the state of each parameter, its growth law, and Muon on sharded matrices."""
