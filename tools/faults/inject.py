@@ -2,11 +2,11 @@
 
     python tools/faults/inject.py --kills 200 --seed 0 --ranks 2
 
-A small run with a growth is trained once without kills, as the reference. The same run is then
-killed, by SIGKILL of one rank or of all ranks, and restarted with the same command until it
-finishes. New runs follow until the number of kills is reached. Each kill targets a phase: start,
-save, growth or steps. Its time within the phase is drawn from the last measured duration of the
-phase, so that a slow machine does not shift it into another phase. Ranks are forked from this
+A small run with stages of every kind is trained once without kills, as the reference. The same run
+is then killed, by SIGKILL of one rank or of all ranks, and restarted with the same command until
+it finishes. New runs follow until the number of kills is reached. Each kill targets a phase:
+start, save, growth or steps. Its time within the phase is drawn from the last measured duration of
+the phase, so that a slow machine does not shift it into another phase. Ranks are forked from this
 process, which has imported all modules. The state of a run is read from its files only. The exit
 code is 1 if a run does not resume, resumes from a step before its last finished checkpoint, loses
 that checkpoint, or gives another result than the reference.
@@ -106,6 +106,7 @@ class FaultInjection:
         self._durations: dict[str, float] = {}
         self.report = InjectionReport()
         write_corpus(folder / "train")
+        write_corpus(folder / "train-other", seed=1)
 
     def measure(self) -> None:
         """Train the reference run and measure the duration of each phase."""

@@ -15,8 +15,12 @@ import numpy as np
 
 from megagrow.data.indexed import IndexedWriter
 
-BASE_STEPS, STEPS, INTERVAL = 12, 26, 3
+BASE_STEPS, STAGE_STEPS, INTERVAL = 12, 5, 3
+STAGES = 6
+STEPS = BASE_STEPS + (STAGES - 1) * STAGE_STEPS
 BATCH, LENGTH, VOCABULARY = 4, 16, 101
+RAMP_BATCHES = (2, 2, 3, 3, 4)
+"""Sequences per rank in the steps of the stage with a batch ramp."""
 MODEL = {
     "num_hidden_layers": 2,
     "hidden_size": 32,
@@ -54,9 +58,9 @@ class RunSnapshot:
         return "growth" if self.step == BASE_STEPS and not self.grown else "steps"
 
 
-def write_corpus(prefix: Path) -> None:
+def write_corpus(prefix: Path, seed: int = 0) -> None:
     """Write a corpus in which most tokens are a function of the previous token."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
         for _ in range(40):
             tokens = [int(generator.integers(VOCABULARY))]
@@ -67,9 +71,28 @@ def write_corpus(prefix: Path) -> None:
 
 
 def run_of(corpus: Path, output: Path, ranks: int) -> dict[str, Any]:
-    """Return the contents of the run file: a model that doubles its layers, saved often."""
-    tokens = BATCH * LENGTH
-    deep = MODEL | {"num_hidden_layers": 4}
+    """Return the contents of the run file: stages of every kind, saved often.
+
+    After the base, a stage each doubles the layers, reads other data, has longer sequences, ramps
+    its batch, and anneals the learning rate.
+    """
+    tokens = STAGE_STEPS * BATCH * ranks * LENGTH
+    other = {"train": [{"path": f"{corpus}-other"}, {"path": str(corpus)}]}
+    longer = {**other, "sequence_length": 2 * LENGTH}
+    sizes = [ranks * size for size in RAMP_BATCHES]
+    ramp = {"rampup_batch_size": [sizes[0], ranks, sum(sizes[:2]) * 2]}
+    stages: list[dict[str, Any]] = [
+        {"tokens": BASE_STEPS * BATCH * ranks * LENGTH, "model": MODEL},
+        {"tokens": tokens, "growth": {"operator": "direct_depth"}},
+        {"tokens": tokens, "data": other},
+        {"tokens": 2 * tokens, "data": longer},
+        {"tokens": 2 * sum(sizes) * LENGTH, "data": longer, "batch": ramp},
+        {
+            "tokens": 2 * tokens,
+            "data": longer,
+            "schedule": {"type": "linear", "warmup_steps": 0, "restart": True},
+        },
+    ]
     return {
         "name": "fault injection",
         "output_dir": str(output),
@@ -78,6 +101,7 @@ def run_of(corpus: Path, output: Path, ranks: int) -> dict[str, Any]:
             "validation": [{"path": str(corpus)}],
             "sequence_length": LENGTH,
         },
+        "model": MODEL | {"num_hidden_layers": 4},
         "parallel": {"zero_stage": 2},
         "batch": {"global_batch_size": BATCH * ranks, "micro_batch_size": 1},
         "optimizer": {"lr": 1e-2},
@@ -85,14 +109,7 @@ def run_of(corpus: Path, output: Path, ranks: int) -> dict[str, Any]:
         "checkpoint": {"interval": INTERVAL},
         "validation": {"interval": 5, "tokens": 256},
         "logging": {"tensorboard": False},
-        "stages": [
-            {"model": MODEL, "tokens": BASE_STEPS * ranks * tokens},
-            {
-                "model": deep,
-                "tokens": (STEPS - BASE_STEPS) * ranks * tokens,
-                "growth": {"operator": "direct_depth"},
-            },
-        ],
+        "stages": stages,
     }
 
 
