@@ -107,8 +107,10 @@ def _load_grown(directory: Path, choice: Choice) -> _Grown | None:
     path = directory / "config.yaml"
     if not path.is_file():
         raise DataError(f"{path}: no such file; it is needed for the model sizes")
-    small, large = (non_embedding_parameters(s.model) for s in load_run(path).stages)
-    value = curves.growths[0].tokens if choice == "base_tokens" else round(large / small, 2)
+    growth = curves.growths[0]
+    stages = load_run(path).stages[growth.stage - 1 : growth.stage + 1]
+    small, large = (non_embedding_parameters(stage.model) for stage in stages)
+    value = growth.tokens if choice == "base_tokens" else round(large / small, 2)
     return _Grown(directory, curves, large, value)
 
 

@@ -167,7 +167,7 @@ def closing_lines(plan: RunPlan) -> list[str]:
     """Return the FLOPs of the bases, the expected saving by the paper, and the warnings."""
     last = len(plan.stages) - 1
     lines: list[str] = []
-    if last:
+    if any(stage.growth for stage in plan.stages):
         before = sum(stage.flops for stage in plan.stages[:last])
         lines.append(
             f"The stages before stage {last} are charged in full: {before:.3e} FLOPs, "

@@ -4,15 +4,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megagrow.checkpoint.discovery import list_checkpoints
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import steps_left
+from megagrow.reshard.fill import fill_initial
 from megagrow.run import train
+from megagrow.train.data_setup import open_inputs
+from megagrow.train.stage import Stage, build_stage
+from megagrow.train.state_check import fixed_loss
+from megagrow.train.train_state import RunState
 from tests.helpers.jobs import records
 from tests.helpers.run.stopping import last_state, stopped_at
-from tests.helpers.runs import MODEL, make_run, write_corpus
+from tests.helpers.runs import (
+    MODEL,
+    full_tensors,
+    grow_live,
+    make_run,
+    parallel_of,
+    train_to_end,
+    write_corpus,
+)
 from tests.helpers.spawn import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -64,3 +78,47 @@ def check(folder: Path) -> None:
 
 def test_stages_resume_exactly(tmp_path: Path) -> None:
     run_ranks(1, check, tmp_path)
+
+
+LAYOUTS = [(0, 1), (3, 2), (1, 1), (2, 2)]
+"""ZeRO stage and tensor-parallel size of each stage on four ranks."""
+
+
+def check_layouts(folder: Path) -> None:
+    """The state is bit-equal in every layout, and the losses are those of one layout."""
+    losses: list[list[float]] = []
+    for layouts in (LAYOUTS, [(1, 1)] * len(LAYOUTS)):
+        stages = [{"tokens": 4 * 64, "parallel": parallel_of(*layout)} for layout in layouts]
+        run = make_run(folder / str(len(losses)), stages)
+        stage = build_stage(run, 0, torch.device("cpu"))
+        fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)
+        stage.engine.ready(0)
+        inputs, state, found = open_inputs(run), RunState(), []
+        for index in range(len(stages)):
+            if index:
+                before, step = full_state(stage), stage.engine.adam_step
+                stage, report = grow_live(run, stage)
+                assert report.operator == () and stage.engine.adam_step == step > 0
+                after = full_state(stage)
+                assert all(torch.equal(before[name], after[name]) for name in before)
+                assert before.keys() == after.keys()
+                state = state.after_growth(report.layers)
+            state = train_to_end(run, stage, state)
+            found.append(fixed_loss(run, stage, 0, inputs.stages[index].fixed))
+        stage.release()
+        losses.append(found)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def full_state(stage: Stage) -> dict[tuple[str, str], torch.Tensor]:
+    """Return every tensor of the state on all ranks, by name and kind."""
+    tensors = full_tensors(stage.layout, stage.engine.storage())
+    return {(name, kind): each for name, kinds in tensors.items() for kind, each in kinds.items()}
+
+
+def test_a_changed_layout_moves_the_state_unchanged(tmp_path: Path) -> None:
+    for name in ("0", "1"):
+        (tmp_path / name).mkdir()
+        write_corpus(tmp_path / name / "train")
+        write_corpus(tmp_path / name / "validation", documents=10, seed=1)
+    run_ranks(4, check_layouts, tmp_path)
