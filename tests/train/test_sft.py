@@ -73,7 +73,7 @@ def one_step(run: RunConfig, blank: bool = False) -> dict[str, Any]:
     source = open_beginning(run)
     topology, storage = stage.topology, stage.engine.storage()
     stage.engine.ready(fill_beginning(source, stage.layout, topology.rank, storage, run.seed))
-    reader = open_inputs(run).train
+    reader = open_inputs(run).train.readers[0]
     micro = run.stages[0].batch.micro_batch_size
     mine = sequences_of(BATCH, micro, topology.dp_rank, topology.dp)
     batches: list[Batch] = [reader.read(0, indices) for indices in mine]
