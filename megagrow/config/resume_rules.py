@@ -120,6 +120,9 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "guards.loss_spike.window",
         "guards.loss_spike.zscore",
         "guards.loss_spike.patience",
+        "guards.skip_step",
+        "guards.skip_step.window",
+        "guards.skip_step.sigma_factor",
     ),
     Effect.CONTRADICTION: (
         "seed",

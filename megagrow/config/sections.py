@@ -213,6 +213,17 @@ class LossSpikeConfig(Section):
     """Consecutive steps above the threshold that make a spike."""
 
 
+class SkipStepConfig(Section):
+    """Steps whose loss or gradient norm exceeds the mean of the last `window` steps by
+    `sigma_factor` standard deviations update nothing, as with OLMo-core's `SkipStepOptimizer`."""
+
+    window: int = Field(default=128, ge=4)
+    """Steps in the reference window, skipped ones included. No step is skipped before half of it
+    is filled; a growth clears it."""
+    sigma_factor: float = Field(default=6.0, gt=0)
+    """Threshold, in standard deviations above the mean."""
+
+
 class GuardsConfig(Section):
     """Response to non-finite steps, loss spikes and hung ranks (docs/guides/fault-tolerance.md)."""
 
@@ -223,6 +234,9 @@ class GuardsConfig(Section):
     """Rewinds to the same or an earlier checkpoint after which the run fails."""
     loss_spike: LossSpikeConfig | None = None
     """Rewind after a loss spike; null disables the detection."""
+    skip_step: SkipStepConfig | None = None
+    """Skip single steps with an outlier of loss or gradient norm; null disables it. Their tokens
+    count as trained, and they are no failures in the sense of `max_skipped_steps`."""
     hang_timeout: float | None = Field(default=600.0, ge=1)
     """Seconds without progress of a rank after which all ranks are aborted; null disables the
     watchdog. Long operations (a growth, a checkpoint, the first step of a stage) get six times as

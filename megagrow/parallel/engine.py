@@ -35,6 +35,7 @@ from megagrow.parallel.optimizers.rules import MuonRule, matrix_rule
 from megagrow.parallel.partitions import (
     Zero3Partitioner,
     fragments,
+    gate_of,
     refresh,
     set_norm_weights,
     unlink_zero3,
@@ -72,6 +73,7 @@ class ZeroEngine:
             self._engine = self._partitioned(model, dtype)
         self._fragments = partial(fragments, self._engine, self.zero_stage)
         self._factors = UpdateScaler(self._optimizer)
+        self.gate = gate_of(self._engine, self.zero_stage)
         self._create_state()
 
     def _partitioned(self, model: CausalLM, dtype: torch.dtype) -> Any:
@@ -137,15 +139,19 @@ class ZeroEngine:
 
         Returns None between micro-batches, else the global L2 gradient norm before clipping,
         weighted by the parameters' scales: a scalar on the device, which only ZeRO 3 has read. If
-        the norm is not finite, which all ranks see alike, the state is unchanged and the gradients
-        are dropped.
+        `gate` skips the update, because the norm is not finite or a limit is exceeded, which all
+        ranks see alike, the state is unchanged and the gradients are dropped.
         """
         boundary = self._engine.is_gradient_accumulation_boundary()
         if boundary:
             for values, group in zip(self._optimizer.param_groups, self._groups, strict=True):
                 values |= group.hyper_parameters(self.settings.optimizer, lr, others)
         self._engine.step()
-        return torch.as_tensor(self._engine.get_global_grad_norm()) if boundary else None
+        if not boundary:
+            return None
+        # ZeRO 3 replaces the norm of a skipped step by infinity.
+        norm = self.gate.norm
+        return torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm)
 
     def before_update(self, action: Callable[[], None]) -> None:
         """Call `action` before each update, the only change of the state of a ready engine."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from megagrow.parallel.deepspeed_import import DeepSpeedZeroOptimizer
 from megagrow.parallel.engine_config import GATHER_BYTES
 from megagrow.parallel.flat_gradients import FlatGradients, ReductionSettings
-from megagrow.parallel.update_scaling import clip_in_update, squared_norm
+from megagrow.parallel.update_scaling import StepGate, clip_in_update, squared_norm
 
 
 class FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed has no types
@@ -31,6 +31,7 @@ class FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.norm_weights = [1.0] * len(self.bit16_groups)
+        self.gate = StepGate()
         self.temp_grad_buffer_for_gpu_offload = None  # of DeepSpeed's own gradient path
         self._gradients = FlatGradients(
             self.bit16_groups,
@@ -76,7 +77,7 @@ class FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed 
                 master.grad.copy_(gradient)
             else:
                 master.grad = gradient
-        clip_in_update(self.optimizer, norm, ranks, self.clip_grad)
+        clip_in_update(self.optimizer, norm, ranks, self.clip_grad, self.gate.skips(norm))
         self.optimizer.step()
         self._global_grad_norm = norm
         self._update_forward_weights()  # the norm's all-reduce ended all reads of shared weights

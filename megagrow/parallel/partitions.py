@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagrow.model.layers.modules import LayerModule, RMSNorm
-from megagrow.parallel.deepspeed_import import deepspeed
+from megagrow.parallel.deepspeed_import import deepspeed, stage3
 from megagrow.parallel.engine_build import secondary_group
 from megagrow.parallel.process_groups import Topology, data_parallel_subgroup
+from megagrow.parallel.update_scaling import StepGate
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,26 @@ def set_norm_weights(optimizer: Any, zero_stage: int, weights: Sequence[float]) 
         return [norm * weights[group_of[index]] ** 0.5 for index, norm in enumerate(norms())]
 
     optimizer._get_norm_groups = weighted
+
+
+def gate_of(engine: Any, zero_stage: int) -> StepGate:
+    """Return the gate of the updates of an engine; call once, after `set_norm_weights`."""
+    if zero_stage < 3:
+        return (engine.optimizer if zero_stage else engine).gate
+    optimizer, gate = engine.optimizer, StepGate()
+    norms = optimizer._get_norm_groups
+
+    def gated() -> list[Any]:
+        """Return norms that are infinite if a limit is exceeded: DeepSpeed then drops the step."""
+        parts = norms()
+        if not gate.limited:
+            return list(parts)
+        total = torch.as_tensor(stage3.combine_grad_norm_groups(parts))
+        factor = torch.where(gate.skips(total), torch.inf, 1.0)
+        return [part * factor for part in parts]
+
+    optimizer._get_norm_groups = gated
+    return gate
 
 
 def refresh(optimizer: Any, zero_stage: int) -> None:

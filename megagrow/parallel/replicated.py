@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megagrow.parallel.engine_config import EngineSettings, ParamGroup
 from megagrow.parallel.process_groups import Topology
-from megagrow.parallel.update_scaling import clip_in_update, squared_norm
+from megagrow.parallel.update_scaling import StepGate, clip_in_update, squared_norm
 
 COMMUNICATION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Dtypes of `parallel.communication_data_type`."""
@@ -39,6 +39,7 @@ class ReplicatedEngine:
         self._passes = batch.global_batch_size // (batch.micro_batch_size * topology.dp)
         self._passes_done = 0
         self._norm: Tensor | None = None
+        self.gate = StepGate()
         dtype = COMMUNICATION_DTYPES[settings.parallel.communication_data_type]
         self._sum = GradientSum(topology.dp_group, dtype)
         # One rank has no sums, and needs no hooks.
@@ -77,7 +78,8 @@ class ReplicatedEngine:
         """Finish a micro-batch; update the weights after the last one of a step."""
         if self.is_gradient_accumulation_boundary():
             self._norm = self._global_norm()
-            clip_in_update(self.optimizer, self._norm, self._topology.dp, self._limit)
+            skips = self.gate.skips(self._norm)
+            clip_in_update(self.optimizer, self._norm, self._topology.dp, self._limit, skips)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self._passes_done = (self._passes_done + 1) % self._passes

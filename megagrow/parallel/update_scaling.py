@@ -1,4 +1,4 @@
-"""Factors within an optimizer's update: clipping, averaging, and new and old entries.
+"""Factors within an optimizer's update: skipping, clipping, averaging, new and old entries.
 
 Clipping and averaging are one divisor of the gradient in torch's fused update. The global norm has
 a weight per optimizer group, norm^2 = sum over groups of weight * |g|^2: with the weights
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -40,10 +41,53 @@ def squared_norm(
     return total
 
 
+@dataclass(frozen=True)
+class StepLimits:
+    """Loss, in nats, and gradient norm before clipping above which an update is skipped."""
+
+    loss: float
+    norm: float
+
+
+class StepGate:
+    """Decision on the device whether an update is skipped; the host does not wait for it."""
+
+    def __init__(self) -> None:
+        self._loss: Tensor | None = None
+        self._limits: StepLimits | None = None
+        self.norm: Tensor | None = None
+        """Norm of the last step with limits."""
+        self.exceeded: Tensor | None = None
+        """(), fp32, 1 if the last step with limits exceeded one; the same on all ranks."""
+
+    def set(self, loss: Tensor, limits: StepLimits | None) -> None:
+        """Set loss () and limits of the next update; None skips only non-finite norms."""
+        self._loss, self._limits = loss, limits
+        self.norm = self.exceeded = None
+
+    @property
+    def limited(self) -> bool:
+        """True if the next update has limits."""
+        return self._limits is not None
+
+    def skips(self, norm: Tensor) -> Tensor:
+        """Return () bool, True if the update is skipped, given the global gradient norm ().
+
+        Collective if there are limits: an update that exceeds them on one rank is skipped on all.
+        """
+        skipped = norm.isfinite().logical_not()
+        if self._limits is None or self._loss is None:
+            return skipped
+        high = (norm.double() > self._limits.norm) | (self._loss > self._limits.loss)
+        self.norm, self.exceeded = norm, high.float()
+        dist.all_reduce(self.exceeded, op=dist.ReduceOp.MAX)
+        return skipped | self.exceeded.bool()
+
+
 def clip_in_update(
-    optimizer: torch.optim.Optimizer, norm: Tensor, ranks: int, limit: float
+    optimizer: torch.optim.Optimizer, norm: Tensor, ranks: int, limit: float, skips: Tensor
 ) -> None:
-    """Clip and average in the next update, which changes nothing if the norm is not finite.
+    """Clip and average in the next update, which changes nothing if `skips`, () bool, is True.
 
     Gradients are sums over `ranks`; `norm` is that of their average. A `limit` of 0 disables
     clipping. The host does not wait for the norm.
@@ -54,7 +98,7 @@ def clip_in_update(
     device = optimizer.param_groups[0]["params"][0].device
     scaled: Any = optimizer  # the protocol of torch.amp.GradScaler
     scaled.grad_scale = divisor.to(device)
-    scaled.found_inf = norm.isfinite().logical_not().float().to(device)
+    scaled.found_inf = skips.float().to(device)
 
 
 @dataclass(frozen=True)

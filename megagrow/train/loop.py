@@ -21,6 +21,7 @@ from megagrow.parallel.agreement import (
     run_on_all_ranks,
     share_values_and_flags,
 )
+from megagrow.parallel.update_scaling import StepLimits
 from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.growth_event.new_entries import update_factors
 from megagrow.train.reporting.metrics import StepMetrics
@@ -155,7 +156,11 @@ def _evaluates(run: RunConfig, state: RunState, last: bool) -> bool:
 
 
 def train_at(
-    run: RunConfig, stage: Stage, stage_tokens: int, batches: list[Batch]
+    run: RunConfig,
+    stage: Stage,
+    stage_tokens: int,
+    batches: list[Batch],
+    limits: StepLimits | None = None,
 ) -> tuple[torch.Tensor, float]:
     """Train the step after `stage_tokens` tokens of the stage, with the learning rate, masks and
     update factors of that position. Returns the result of `train_step` and the learning rate."""
@@ -163,7 +168,7 @@ def train_at(
     stage.engine.set_update_factors(*update_factors(run, stage.index, stage_tokens))
     others = other_rates_at(run, stage.index, stage_tokens)
     masks = masks_now(run, stage, stage_tokens)
-    return train_step(stage, batches, lr, masks, others), lr
+    return train_step(stage, batches, lr, masks, others, limits), lr
 
 
 def _agreement(
@@ -221,10 +226,11 @@ def _measured_step(
     following = _part(stage, state.place.after(tokens), done)
     if not last:
         feed.prefetch(following)
-    result, lr = train_at(run, stage, state.stage_tokens, batches)
+    limits = state.guard.limits(run.guards)
+    result, lr = train_at(run, stage, state.stage_tokens, batches, limits)
     own = Vote(following) if last else vote(following, number + 1)
     hooks.beat(f"completing step {number}")
-    (loss, norm, z_loss), flags = share_values_and_flags(result, own.flags)
+    (loss, norm, z_loss, exceeded), flags = share_values_and_flags(result, own.flags)
     feed.agreement = None if last else Agreement(own, *flags)
     return StepMetrics(
         stage=stage.index,
@@ -238,5 +244,5 @@ def _measured_step(
         seconds=time.perf_counter() - begin,
         memory_bytes=peak_memory(stage.topology.device),
         position=state.position,
-        skipped=not math.isfinite(norm),
+        skipped=bool(exceeded) or not math.isfinite(norm),
     )

@@ -15,6 +15,7 @@ from megagrow.model.ops import Ops
 from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.parallel.engine_config import NO_RATES
 from megagrow.parallel.loss import IGNORED, cross_entropy, linear_cross_entropy
+from megagrow.parallel.update_scaling import StepLimits
 from megagrow.train.stage import Stage
 
 
@@ -24,6 +25,7 @@ def train_step(
     lr: float,
     masks: Masks | None,
     other_rates: Mapping[str, float] = NO_RATES,
+    limits: StepLimits | None = None,
 ) -> torch.Tensor:
     """Run forward and backward over this rank's micro-batches, and one optimizer step. Collective.
 
@@ -33,11 +35,13 @@ def train_step(
         lr: learning rate.
         masks: this rank's growth masks while they are ramping, else None.
         other_rates: learning rates of `schedule.other_rates_at`.
+        limits: a step whose cross-entropy or gradient norm is above them updates nothing.
 
     Returns:
-        (3,) fp64 on the device, to which the host has not synchronized: the cross-entropy (mean
-        over the global batch's tokens, in nats), the gradient norm before clipping, and the z-loss,
-        which `optimizer.z_loss_multiplier` adds to the trained loss. If the loss or a
+        (4,) fp64 on the device, to which the host has not synchronized: the cross-entropy (mean
+        over the global batch's tokens, in nats), the gradient norm before clipping, the z-loss,
+        which `optimizer.z_loss_multiplier` adds to the trained loss, and 1 for a step above the
+        limits, else 0. If the loss or a
         gradient is not finite on any rank, the norm is not finite on all ranks and nothing is
         updated. A position without a next token (the last of a corpus) counts as a loss of zero,
         so that every layout divides by the same number. With `answers_only` the mean is over the
@@ -48,20 +52,24 @@ def train_step(
     norm = None
     positions = _counted(stage, batches) if stage.answers_only else None
     stage.engine.begin_step(len(batches))
-    for batch in batches:
+    for number, batch in enumerate(batches, start=1):
         counted = batch.labels.numel() if positions is None else positions
         losses = _summed_loss(stage, batch, masks, z_loss) / counted
         loss = losses[0]
         # A loss that is not finite makes the factor NaN, and with it the gradient norm.
         stage.engine.backward(loss * (1 + 0 * loss.detach()))
-        norm = stage.engine.step(lr, other_rates)
         totals += losses.detach() / len(batches)
-    for each in totals if z_loss else totals[:1]:
-        dist.all_reduce(each, group=stage.topology.dp_group)
+        if number == len(batches):
+            for each in totals if z_loss else totals[:1]:
+                dist.all_reduce(each, group=stage.topology.dp_group)
+            total, z_total = totals.double() / stage.topology.dp
+            stage.engine.gate.set(total - z_total, limits)
+        norm = stage.engine.step(lr, other_rates)
     if norm is None:
         raise AssertionError("the engine did not update the weights at the last micro-batch")
-    total, z_total = totals.double() / stage.topology.dp
-    return torch.stack((total - z_total, norm.to(total), z_total))
+    exceeded = stage.engine.gate.exceeded
+    exceeded = torch.zeros_like(total) if exceeded is None else exceeded.to(total)
+    return torch.stack((total - z_total, norm.to(total), z_total, exceeded))
 
 
 def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | None) -> float:

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from megagrow.config.data import with_stage_data
 from megagrow.config.sections import GuardsConfig, LossSpikeConfig
 from megagrow.data.stage_streams import StreamPlace
 from megagrow.errors import CheckpointError
+from megagrow.parallel.update_scaling import StepLimits
 from megagrow.train.reporting.metrics import Counters, StepMetrics
 
 _IndexOrNone = Annotated[int, Field(strict=True, ge=-1, le=MOST)]
@@ -26,11 +27,15 @@ class Guard:
 
     skipped: Tally = 0
     """Consecutive steps up to now that were skipped, because loss or gradient were not finite, or
-    whose result cannot be used."""
+    whose result cannot be used. Skipped outliers of `guards.skip_step` are no failures."""
     high: Tally = 0
     """Consecutive steps up to now whose loss was a spike."""
     losses: tuple[Value, ...] = ()
     """Last losses, in nats, from which a spike is detected; empty without `guards.loss_spike`."""
+    recent_losses: tuple[Value, ...] = ()
+    """Losses of the last steps, from which `guards.skip_step` detects outliers; empty without."""
+    recent_norms: tuple[Value, ...] = ()
+    """Gradient norms of the same steps, before clipping."""
     rewinds: Tally = 0
     """Consecutive rewinds to the same checkpoint or earlier ones."""
     rewound_to: _IndexOrNone = -1
@@ -41,10 +46,38 @@ class Guard:
         """True if the last step was skipped or a spike; its state is not a rewind target."""
         return self.skipped > 0 or self.high > 0
 
-    def after_step(self, guards: GuardsConfig, loss: float, skipped: bool) -> "Guard":
-        """Return the guard after a step."""
+    def limits(self, guards: GuardsConfig) -> StepLimits | None:
+        """Return the limits of the next step, None while there are too few steps.
+
+        The rule is that of OLMo-core's `SkipStepOptimizer`: the mean plus `sigma_factor` standard
+        deviations of the last steps, skipped ones included.
+        """
+        config = guards.skip_step
+        if config is None or len(self.recent_losses) < max(2, config.window // 2):
+            return None
+
+        def limit(values: Sequence[float]) -> float:
+            last = values[-config.window :]
+            return statistics.fmean(last) + config.sigma_factor * statistics.stdev(last)
+
+        return StepLimits(limit(self.recent_losses), limit(self.recent_norms))
+
+    def after_step(
+        self, guards: GuardsConfig, loss: float, skipped: bool, norm: float | None = None
+    ) -> "Guard":
+        """Return the guard after a step; `skipped` if its loss or gradient was not finite."""
         if skipped:
             return replace(self, skipped=self.skipped + 1)
+        return self._with_recent(guards, loss, norm)._after_finite(guards, loss)
+
+    def _with_recent(self, guards: GuardsConfig, loss: float, norm: float | None) -> "Guard":
+        if guards.skip_step is None or norm is None:
+            return replace(self, recent_losses=(), recent_norms=())
+        window = guards.skip_step.window
+        losses, norms = (*self.recent_losses, loss), (*self.recent_norms, norm)
+        return replace(self, recent_losses=losses[-window:], recent_norms=norms[-window:])
+
+    def _after_finite(self, guards: GuardsConfig, loss: float) -> "Guard":
         spike = guards.loss_spike
         if spike is None:
             return replace(self, skipped=0)
@@ -55,12 +88,18 @@ class Guard:
 
     def after_growth(self) -> "Guard":
         """Return the guard after a growth, without the losses of the smaller model."""
-        return replace(self, high=0, losses=())
+        return replace(self, high=0, losses=(), recent_losses=(), recent_norms=())
 
     def after_rewind(self, earlier: "Guard", step: int) -> "Guard":
         """Return the guard after a rewind to the checkpoint of `step`, whose guard is `earlier`."""
         rewinds = self.rewinds + 1 if step <= self.rewound_to else 1
-        return Guard(losses=earlier.losses, rewinds=rewinds, rewound_to=step)
+        return Guard(
+            losses=earlier.losses,
+            recent_losses=earlier.recent_losses,
+            recent_norms=earlier.recent_norms,
+            rewinds=rewinds,
+            rewound_to=step,
+        )
 
     def reason_to_rewind(self, guards: GuardsConfig) -> str | None:
         """Return the reason for a rewind, or None if none is due."""
@@ -125,7 +164,9 @@ class RunState:
 
     def guarded(self, guards: GuardsConfig, measure: StepMetrics) -> "RunState":
         """Return the state after the stability guards have evaluated a step."""
-        guard = self.guard.after_step(guards, measure.loss, measure.skipped)
+        norm = measure.grad_norm
+        failed = measure.skipped and not (norm is not None and math.isfinite(norm))
+        guard = self.guard.after_step(guards, measure.loss, failed, norm)
         return replace(self, guard=guard)
 
     def unstable(self) -> "RunState":

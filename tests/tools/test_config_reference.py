@@ -73,7 +73,7 @@ def run_file(tmp_path: Path) -> Path:
         "stages": [{}, {"growth": {"probe": probe, "new_entries": {}}}],
         "samples": {"prompts": ["a"]},
         "evaluation": {},
-        "guards": {"loss_spike": {}},
+        "guards": {"loss_spike": {}, "skip_step": {}},
     }
     values["model"] |= {"rope_scaling": {"rope_type": "linear", "factor": 2}}
     values["data"]["tokenizer"] = "t.model"
@@ -85,7 +85,8 @@ def run_file(tmp_path: Path) -> Path:
 def test_the_defaults_are_those_of_a_loaded_run(run_file: Path) -> None:
     plain = load_run(run_file)
     absent = {"data.tokenizer", "model.rope_scaling", "stages.N.growth", "evaluation", "samples"}
-    absent |= {"guards.loss_spike", "stages.N.growth.new_entries", "stages.N.growth.probe"}
+    absent |= {"guards.loss_spike", "guards.skip_step"}
+    absent |= {"stages.N.growth.new_entries", "stages.N.growth.probe"}
     absent |= {"data.validation", *BUILT_ON}
     written = {path: default[1:-1] for path, (_, default, _) in ROWS.items() if default[0] == "`"}
     defaults = {path: text for path, text in written.items() if path not in absent}

@@ -80,7 +80,7 @@ def one_step(run: RunConfig, blank: bool = False) -> dict[str, Any]:
     for batch in batches:
         batch.labels.masked_fill_(torch.tensor(blank), -100)
     measured = mean_loss(stage, reader, BATCH, None)
-    loss, norm, z_loss = train_step(stage, batches, 0.0, None).tolist()
+    loss, norm, z_loss, _ = train_step(stage, batches, 0.0, None).tolist()
     # After a first step Adam's first moment is (1 - beta) times the gradient.
     moments = full_tensors(stage.layout, storage)
     gradients = {name: held["exp_avg"] / (1 - ADAM_BETA) for name, held in moments.items()}

@@ -1,5 +1,6 @@
 """Log lines of a run's events: fields separated by ` | `, without the time."""
 
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -12,7 +13,7 @@ from megagrow.config.sections import UNNAMED_SET
 from megagrow.config.stage import StageConfig, format_layout
 from megagrow.errors import printable
 from megagrow.train.growth_event.event import GrowthReport
-from megagrow.train.reporting.metrics import Counters
+from megagrow.train.reporting.metrics import Counters, StepMetrics
 from megagrow.train.state_check import Change
 
 SAMPLE_CHARACTERS = 160
@@ -77,6 +78,15 @@ def stage_line(
             f"{format_short(report.bytes_between_ranks)}B between ranks",
         ]
     )
+
+
+def skipped_line(step: int, measure: StepMetrics) -> str:
+    """Return the line of a step that updated nothing, with the reason."""
+    reason = "loss or gradient not finite"
+    if measure.grad_norm is not None and math.isfinite(measure.grad_norm):
+        values = f"loss {measure.loss:.4f}, grad norm {measure.grad_norm:.4g}"
+        reason = f"{values}: an outlier of guards.skip_step"
+    return f"step {step} | skipped | {reason}"
 
 
 def sample_line(step: int, sample: dict[str, str]) -> str:

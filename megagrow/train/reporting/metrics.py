@@ -62,7 +62,7 @@ class StepMetrics:
     position: int
     """Position of the batch's first token in the training stream."""
     skipped: bool = False
-    """True if loss or gradient were not finite, so nothing was updated."""
+    """True if nothing was updated: loss or gradient not finite, or above `guards.skip_step`."""
     z_loss: float | None = None
     """Trained in addition to `loss`; None without `optimizer.z_loss_multiplier`."""
 
@@ -87,7 +87,7 @@ class Counters:
     growth_flops_true: Amount = 0.0
     """Part of `flops_true` spent on growths, including operator search and probes."""
     skipped_steps: Tally = 0
-    """Part of `step` that was skipped because loss or gradient were not finite."""
+    """Part of `step` that was skipped: loss or gradient not finite, or outliers."""
     rewinds: Tally = 0
     """Number of rewinds. Undone steps count in no other field."""
 

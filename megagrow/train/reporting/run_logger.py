@@ -25,6 +25,7 @@ from megagrow.train.reporting.log_lines import (
     growth_line,
     hardware_line,
     sample_line,
+    skipped_line,
     stage_line,
     start_line,
     validation_texts,
@@ -162,8 +163,7 @@ class RunLogger:
         counters, measure = event.state.counters, event.measure
         self._profiler.completed(counters.step)
         if measure.skipped:
-            skipped = f"step {counters.step} | skipped | loss or gradient not finite"
-            self._log(skipped, logging.WARNING)
+            self._log(skipped_line(counters.step, measure), logging.WARNING)
         due = counters.step % self._run.logging.interval == 0
         if due or event.validate or event.evaluate or measure.skipped:
             fields = train_fields(measure, self._peak)
