@@ -151,6 +151,29 @@ def test_what_is_right(changes: tuple[dict, ...]) -> None:
             ],
         ),
         (
+            {"optimizer": {"momentum": 0.9, "weight_decay_exclude": ["*.norm.weight", "*.bias"]}},
+            [
+                "stages.0.optimizer.momentum = 0.9 is a key of Muon, but stages.0.optimizer.type = "
+                "adamw; remove it or set type: muon",
+                "stages.0.optimizer.weight_decay_exclude: *.bias matches no parameter of the "
+                "model; use a pattern of names such as model.layers.0.input_layernorm.weight",
+            ],
+        ),
+        (
+            {"optimizer": {"decoupled_min_lr": 0.1, "type": "muon", "adamw_lr": 1e-9}},
+            [
+                "stages.0.optimizer.decoupled_min_lr = 0.1 has no decoupled_lr; set it or remove "
+                "the key"
+            ],
+        ),
+        (
+            {"optimizer": {"decoupled_lr": 0.001, "decoupled_min_lr": 0.1}},
+            [
+                "stages.0.optimizer.decoupled_min_lr = 0.1 is above decoupled_lr = 0.001; use at "
+                "most decoupled_lr"
+            ],
+        ),
+        (
             {"optimizer": {"min_lr": 0.01}},
             ["stages.0.optimizer.min_lr = 0.01 is above lr = 0.001; use at most lr"],
         ),

@@ -1,6 +1,6 @@
 """Muon on sharded matrices: in every layout the updates of one process with complete matrices."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 from megagrow.checkpoint.load import load_storage, newest_valid_on_all_ranks
 from megagrow.parallel.optimizers.matrix_exchange import assigned
 from megagrow.parallel.optimizers.muon import orthogonalized
-from megagrow.parallel.optimizers.rules import MuonRule
+from megagrow.parallel.optimizers.rules import MuonRule, matrix_rule
 from megagrow.parallel.sharding import ParamSpec, parameter_plan
 from tests.helpers.checkpoint.saving import manifest_of, save_checkpoint
 from tests.helpers.parallel.engines import (
@@ -22,9 +22,13 @@ from tests.helpers.parallel.engines import (
     Weights,
     build,
     difference,
+    start_weights,
 )
 from tests.helpers.parallel.scales import SCALES
 from tests.helpers.spawn import run_ranks
+from tools.docs.operators.cases import growth_case, times
+from tools.docs.operators.dense_growth import grown
+from tools.docs.operators.reference_training import weights_of
 
 pytestmark = pytest.mark.slow
 
@@ -87,17 +91,30 @@ def save_half(case: Case, folder: Path) -> None:
     built.release()
 
 
-def train_all(folder: Path) -> tuple[dict[Case, Trained], dict[Case, Trained]]:
+def grown_norms() -> list[float]:
+    """Gradient norms of CONFIG doubled by even copies, under ZeRO 3 and tensor parallelism."""
+    case, optimizer = growth_case(CONFIG, times(CONFIG, 2, 2, 2), operator="mup_copy"), MUON
+    growth = replace(case, matrices=matrix_rule(optimizer)).growth
+    start = {name: {"fp32": values} for name, values in start_weights().items()}
+    weights = weights_of(grown(start, growth, case.target, ("fp32",)))
+    built = build(Case(3, 2), growth.scales, optimizer, case.target)
+    built.write(weights)
+    norms = [built.train_step(LR, seed, others=OTHERS) for seed in range(STEPS)]
+    built.release()
+    return norms
+
+
+def train_all(folder: Path) -> tuple[dict[Case, Trained], dict[Case, Trained], list[float]]:
     trained = {case: train(case, range(STEPS)) for case in (*CASES, BF16)}
     resumed = {}
     for index, (after, before) in enumerate(RESUMED.items()):
         save_half(before, folder / str(index))
         resumed[after] = train(after, range(STEPS // 2, STEPS), folder / str(index))
-    return trained, resumed
+    return trained, resumed, grown_norms()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[tuple[dict[Case, Trained], dict[Case, Trained]]]:
+def ranks(tmp_path_factory) -> list[tuple[dict[Case, Trained], dict[Case, Trained], list[float]]]:
     return run_ranks(WORLD, train_all, tmp_path_factory.mktemp("muon"))
 
 
@@ -112,7 +129,7 @@ def reference(**options) -> Plain:
 def test_all_layouts_train_as_one_process(ranks) -> None:
     plain = reference()
     weights = plain.weights()
-    for trained, _ in ranks:
+    for trained, _, _ in ranks:
         for case in CASES:
             found = trained[case]
             assert difference(found.weights, weights) < 1e-5, case
@@ -129,7 +146,7 @@ def test_all_layouts_train_as_one_process(ranks) -> None:
 @pytest.mark.dist
 def test_bf16_and_equal_replicas(ranks) -> None:
     weights = reference().weights()
-    for trained, _ in ranks:
+    for trained, _, _ in ranks:
         assert difference(trained[BF16].weights, weights) < 0.1
         for case, found in trained.items():
             for name, values in found.weights.items():
@@ -149,8 +166,16 @@ def test_a_slice_orthogonalized_alone_is_another_update() -> None:
 
 
 @pytest.mark.dist
+def test_a_sharded_copied_model_follows_its_source(ranks) -> None:
+    source = Plain(optimizer=MUON)
+    norms = [source.train_step(LR, seed, others=OTHERS) for seed in range(STEPS)]
+    for _, _, found in ranks:
+        assert found == pytest.approx(norms, rel=1e-4)
+
+
+@pytest.mark.dist
 def test_resume(ranks) -> None:
-    for trained, resumed in ranks:
+    for trained, resumed, _ in ranks:
         for case, found in resumed.items():
             assert found.adam_step == STEPS
             for name, kinds in trained[case].full.items():
