@@ -26,6 +26,8 @@ from megagrow.reshard.copy_ops import block_view, take, write_rows
 from megagrow.reshard.copy_plan import Copy, copies_to
 from megagrow.reshard.layout import Block, Layout
 
+logger = logging.getLogger(__name__)
+
 _NAMED = 3
 """Number of damaged files of a checkpoint that are listed; the others are counted."""
 
@@ -75,6 +77,8 @@ def load_storage(path: Path, manifest: Manifest, layout: Layout, storage: Storag
     rank = dist.get_rank()
     copies = [c for kind in keep.kinds for c in copies_to(rank, source, keep, layout, kind, near=0)]
     run_on_all_ranks(lambda: _load(path, source, copies, layout, storage))
+    if not keep.keeps_step:
+        logger.warning("%s: the optimizer has changed, and its state starts at 0", path)
     return manifest.adam_step if keep.keeps_step else 0
 
 

@@ -3,6 +3,7 @@
 The transition to a stage without growth is the identity map.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from megagrow.config.model import same_function
 from megagrow.config.schema import RunConfig
 from megagrow.data.batches import Batch
 from megagrow.errors import ConfigError
-from megagrow.growth.map import GrowthMap
+from megagrow.growth.map import GrowthMap, kept_state
 from megagrow.growth.operators import is_learned, state_policy
 from megagrow.model.masks import Masks
 from megagrow.reshard.dense import exchange_dense
@@ -29,6 +30,8 @@ from megagrow.train.growth_event.run_growths import stage_growth
 from megagrow.train.kernel_calls import Checks
 from megagrow.train.stage import Stage, build_stage, masks_now
 from megagrow.train.step import peak_memory, train_step
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,18 @@ def grow(run: RunConfig, ended: FinishedStage, feed: Feed) -> tuple[Stage, Growt
     if not same_function(source.model, stage.model):
         growth = replace(growth, preserves_function=False)
     target = build_stage(run, ended.index + 1, ended.device, ended.checks)
+    growth = kept_state(growth, ended.state.layout.plan, target.layout.plan)
+    _log_optimizers(source.optimizer.type, stage.optimizer.type, growth)
     fill_new(growth, target.layout, target.topology.rank, target.engine.storage())
     moved, measuring = _move(run, ended, options, growth, target, feed)
     spent = spent.plus(measuring)
     return target, _report(target, options, growth, moved, spent, time.perf_counter() - begin)
+
+
+def _log_optimizers(before: str, after: str, growth: GrowthMap) -> None:
+    if before != after:
+        state = "its momentum is the first moment" if growth.keeps_step else "its state starts at 0"
+        logger.info("optimizer %s -> %s | %s", before, after, state)
 
 
 def _map_of(
@@ -111,7 +122,9 @@ def _move(
     """
     side = ShardedState(target.layout, target.engine.storage())
     step = ended.adam_step if growth.keeps_step else 0
-    if options is None or state_policy(options) != "estimate_second_moment":
+    # A second moment at step 0 would be divided by the bias of one step.
+    estimates = options is not None and state_policy(options) == "estimate_second_moment"
+    if options is None or not estimates or not growth.keeps_step:
         moved = [_moved(ended.state, growth, side)]
         target.engine.ready(step)
         return moved, GrowthCost()
@@ -127,6 +140,13 @@ def _move(
 
 def _moved(source: ShardedState, growth: GrowthMap, target: ShardedState) -> TransferStats:
     return exchange(source, growth, target).plus(exchange_dense(source, growth, target))
+
+
+def _policy(options: GrowthConfig | None, growth: GrowthMap) -> str:
+    """Return the policy that was applied to the optimizer state."""
+    if not growth.keeps_step:
+        return "reset"
+    return "transport" if options is None else state_policy(options)
 
 
 def _report(
@@ -147,7 +167,7 @@ def _report(
         () if options is None else tuple(options.operator),
         growth.provenance,
         connection_rate(growth.provenance),
-        "transport" if options is None else state_policy(options),
+        _policy(options, growth),
         growth.preserves_function,
         between,
         within,
