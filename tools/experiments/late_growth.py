@@ -45,7 +45,7 @@ SEQUENCES, STEP_TOKENS = 4, 4 * 256
 WARMUP, DECAY = 0.02, 0.1
 """Shares of the steps of a run."""
 OPTIMIZERS = ("adamw", "muon")
-LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 
 
 class Arm(NamedTuple):
@@ -172,13 +172,14 @@ Results = dict[Setting, list[RunCurves]]
 
 
 def train_all(
-    experiment: LateGrowth, optimizers: Sequence[str], seeds: Sequence[int], jobs: int
+    experiment: LateGrowth, settings: Sequence[Setting], seeds: Sequence[int], jobs: int
 ) -> tuple[dict[str, dict[float, float]], Results]:
     """Train all runs, `jobs` at a time.
 
     Returns the final validation losses of the learning-rate search by optimizer, and the curves of
     each setting by seed.
     """
+    optimizers = list(dict.fromkeys(setting.optimizer for setting in settings))
     with ThreadPoolExecutor(jobs) as pool:
         pairs = [(name, lr) for name in optimizers for lr in LEARNING_RATES]
         tried = pool.map(
@@ -189,7 +190,6 @@ def train_all(
         for (name, lr), curves in zip(pairs, tried, strict=True):
             search[name][lr] = curves.validation.loss[-1]
         best = {name: min(losses, key=losses.__getitem__) for name, losses in search.items()}
-        settings = [Setting(arm, name) for arm in ARMS for name in optimizers]
         work = [(setting, seed) for setting in settings for seed in seeds]
         curves_of = pool.map(
             lambda one: train(experiment.run(*one, best[one[0].optimizer])),
@@ -248,11 +248,12 @@ def interval(difference: Spread) -> str:
 
 def as_json(search: dict[str, dict[float, float]], results: Results) -> str:
     """Return the numbers of the experiment."""
-    optimizers = list(search)
     document = {
         "learning_rates": search,
         "final_validation_loss": {str(one): final(results, one) for one in results},
-        "mixing_share": {name: mixing(results, name) for name in optimizers},
+        "mixing_share": {
+            name: mixing(results, name) for name in search if Setting("fixed", name) in results
+        },
     }
     return json.dumps(document, indent=1)
 
@@ -266,13 +267,16 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--optimizers", nargs="+", default=OPTIMIZERS, choices=OPTIMIZERS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--steps", type=int, default=250, help="of the run from scratch")
     parser.add_argument("--jobs", type=int, default=2, help="concurrent runs")
     arguments = parser.parse_args()
     if not (arguments.corpus / "manifest.json").exists():
         prepare(["python-stdlib"], arguments.corpus, "train", 2048)
     experiment = LateGrowth(arguments.output, arguments.corpus, arguments.steps)
-    search, results = train_all(experiment, arguments.optimizers, arguments.seeds, arguments.jobs)
+    arms = dict.fromkeys(("scratch", *arguments.arms))
+    settings = [Setting(arm, name) for arm in arms for name in arguments.optimizers]
+    search, results = train_all(experiment, settings, arguments.seeds, arguments.jobs)
     (arguments.output / "table.md").write_text(table(results), encoding="utf-8")
     (arguments.output / "results.json").write_text(as_json(search, results), encoding="utf-8")
     first = [runs[0] for setting, runs in results.items() if setting.arm != "fixed"]
