@@ -80,26 +80,36 @@ class RunFileData(DataConfig, StageDataConfig):
     once per epoch."""
 
 
-def with_stage_data(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a run with the stage keys of its `data` moved into all stages.
+MEASUREMENTS = ("validation", "evaluation")
+"""Sections of a stage that do not affect its training."""
+
+
+def with_stage_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a run with its `MEASUREMENTS` and the stage keys of its `data` moved
+    into all stages.
 
     A stage's own keys have precedence; its list of corpora replaces the default list. Values of
     the wrong type are kept, for the validation that follows.
     """
     data, stages = values.get("data"), values.get("stages")
-    if not isinstance(data, Mapping) or not isinstance(stages, list | tuple):
+    if not isinstance(stages, list | tuple):
         return dict(values)
+    moved = {key: values[key] for key in MEASUREMENTS if key in values}
+    stages = [{**moved, **stage} if isinstance(stage, Mapping) else stage for stage in stages]
+    values = {key: item for key, item in values.items() if key not in moved} | {"stages": stages}
+    if not isinstance(data, Mapping):
+        return values
     keys = StageDataConfig.model_fields
     shared = {key: item for key, item in data.items() if key in keys}
     rest = {key: item for key, item in data.items() if key not in keys}
     if not shared:
-        return dict(values)
+        return values
     return {**values, "data": rest, "stages": [_with_data(stage, shared) for stage in stages]}
 
 
-def with_run_data(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the dump of a run with the keys of `data` that all its stages share at the top, the
-    inverse of `with_stage_data`."""
+def with_run_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the dump of a run with the `MEASUREMENTS` and the keys of `data` that all its stages
+    share at the top, the inverse of `with_stage_defaults`."""
     first, *others = (stage["data"] for stage in values["stages"])
     shared = {key: item for key, item in first.items() if all(each[key] == item for each in others)}
     stages = [
@@ -107,7 +117,12 @@ def with_run_data(values: Mapping[str, Any]) -> dict[str, Any]:
         for stage in values["stages"]
     ]
     stages = [stage if stage["data"] else _without(stage, "data") for stage in stages]
-    return {**values, "data": {**shared, **values["data"]}, "stages": stages}
+    top = {**values, "data": {**shared, **values["data"]}}
+    for key in MEASUREMENTS:
+        if all(stage[key] == stages[0][key] for stage in stages):
+            top[key] = stages[0][key]
+            stages = [_without(stage, key) for stage in stages]
+    return {**top, "stages": stages}
 
 
 def _without(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from megagrow.common.sizes import format_count, format_large
-from megagrow.config.data import with_run_data, with_stage_data
+from megagrow.config.data import with_run_defaults, with_stage_defaults
 from megagrow.config.deprecated import rename_recorded
 from megagrow.config.growth import GSTACK, GSTACK_OPERATOR
 from megagrow.config.includes import (
@@ -88,7 +88,7 @@ def recorded_run(values: Mapping[str, Any]) -> RunConfig:
     Raises:
         ValidationError: `values` is not a dump of a run.
     """
-    tree = with_stage_data(rename_recorded(values))
+    tree = with_stage_defaults(rename_recorded(values))
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -203,7 +203,7 @@ def to_yaml(run: RunConfig) -> str:
     """
     tree = _readable(run.model_dump(mode="json"))
     stages = [_as_written(*pair) for pair in zip(run.stages, tree["stages"], strict=True)]
-    return yaml.safe_dump(with_run_data(tree | {"stages": stages}), sort_keys=False)
+    return yaml.safe_dump(with_run_defaults(tree | {"stages": stages}), sort_keys=False)
 
 
 def _as_written(stage: StageConfig, tree: dict[str, Any]) -> dict[str, Any]:

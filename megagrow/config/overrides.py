@@ -105,7 +105,7 @@ Keys = dict[str, Any]
 
 DEFAULTS = (
     *("model", "data", "tokens", "at_tokens", "at_flops"),
-    *("parallel", "kernels", "batch", "optimizer", "schedule"),
+    *("parallel", "kernels", "batch", "optimizer", "schedule", "validation", "evaluation"),
 )
 """Keys of a stage that may also be set at the top, as defaults of all stages. `data` at the top
 also has the keys of the run's own section."""

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from enum import StrEnum
 
+from megagrow.config.data import MEASUREMENTS
 from megagrow.config.model import FEATURE_KEYS, MAMBA_KEYS, RopeScaling
 from megagrow.config.stage import MUON_KEYS, RATE_KEYS, KernelsConfig
 from megagrow.errors import ConfigError, printable
@@ -43,16 +44,16 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "stages.N.at_flops",
         "stages.N.growth.tolerance",
         "checkpoint.background",
-        "validation.interval",
+        "stages.N.validation.interval",
         "samples",
         "samples.prompts",
         "samples.max_tokens",
         "samples.temperature",
         "samples.top_k",
         "samples.top_p",
-        "evaluation.interval",
-        "evaluation.data_dir",
-        "evaluation.batch_size",
+        "stages.N.evaluation.interval",
+        "stages.N.evaluation.data_dir",
+        "stages.N.evaluation.batch_size",
         "guards.hang_timeout",
         "logging.interval",
         "logging.profile",
@@ -106,10 +107,10 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "data.validation.NAME.N",
         "data.validation.NAME.N.contents",
         "data.validation.NAME.N.weight",
-        "validation.tokens",
-        "evaluation",
-        "evaluation.tasks",
-        "evaluation.limit",
+        "stages.N.validation.tokens",
+        "stages.N.evaluation",
+        "stages.N.evaluation.tasks",
+        "stages.N.evaluation.limit",
         "checkpoint.interval",
         "checkpoint.keep_last",
         "checkpoint.keep_every",
@@ -215,8 +216,8 @@ def is_in(key: str, sections: Collection[str]) -> bool:
 def effect_of(key: str, stage: int) -> Effect:
     """Return the effect of changing a key in a run that resumes in stage `stage`.
 
-    The values of a finished stage cannot be changed from now on, and those of a later stage
-    contradict nothing. Raises KeyError for a key without a class.
+    The values of a finished stage cannot be changed from now on, except those of its measurements,
+    which have no effect any more; those of a later stage contradict nothing. Raises KeyError for a key without a class.
     """
     effect = _EFFECT_OF[_pattern(key)]
     if effect in (Effect.NONE, Effect.ROUNDING) or not key.startswith("stages."):
@@ -224,7 +225,10 @@ def effect_of(key: str, stage: int) -> Effect:
     index = int(key.split(".")[1])
     if index > stage:
         return Effect.FROM_NOW_ON
-    return Effect.CONTRADICTION if index < stage and effect is Effect.FROM_NOW_ON else effect
+    if index < stage and effect is Effect.FROM_NOW_ON:
+        measures = key.split(".")[2] in MEASUREMENTS
+        return Effect.NONE if measures else Effect.CONTRADICTION
+    return effect
 
 
 def _pattern(key: str) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from megagrow.config.data import CorpusConfig, DataConfig, StageDataConfig, with_stage_data
+from megagrow.config.data import CorpusConfig, DataConfig, StageDataConfig, with_stage_defaults
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.model import ModelConfig
 from megagrow.config.sections import (
@@ -94,15 +94,12 @@ class RunConfig(Section):
     """Stages in order; each one continues or grows the model of the previous one. Without `stages`,
     the top of the file is the only stage."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    validation: ValidationConfig = ValidationConfig()
     samples: SamplesConfig | None = None
     """Texts generated after each validation; null disables them."""
-    evaluation: EvaluationConfig | None = None
-    """Evaluation on lm-eval tasks during training; null disables it."""
     guards: GuardsConfig = GuardsConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="before")
     @classmethod
-    def _with_stage_data(cls, values: Any) -> Any:
-        return with_stage_data(values) if isinstance(values, Mapping) else values
+    def _with_stage_defaults(cls, values: Any) -> Any:
+        return with_stage_defaults(values) if isinstance(values, Mapping) else values

@@ -7,7 +7,7 @@ from pydantic import Field
 from megagrow.config.data import StageDataConfig
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.model import ModelConfig
-from megagrow.config.sections import Count, Section
+from megagrow.config.sections import Count, EvaluationConfig, Section, ValidationConfig
 
 RowBackend = Literal["auto", "triton", "torch"]
 
@@ -200,3 +200,6 @@ class StageConfig(Section):
     batch: BatchConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
+    validation: ValidationConfig = ValidationConfig()
+    evaluation: EvaluationConfig | None = None
+    """Evaluation on lm-eval tasks during training; null disables it."""

@@ -95,8 +95,9 @@ def _instruction_tuning(run: RunConfig) -> Iterator[str]:
 
 
 def _evaluation(run: RunConfig) -> Iterator[str]:
-    for name in ("samples", "evaluation"):
-        if getattr(run, name) is not None and run.data.tokenizer is None:
+    evaluated = any(stage.evaluation is not None for stage in run.stages)
+    for name, used in (("samples", run.samples is not None), ("evaluation", evaluated)):
+        if used and run.data.tokenizer is None:
             yield f"{name} needs a tokenizer; set data.tokenizer or remove {name}"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megagrow.config.schema import RunConfig
+from megagrow.config.schema import EvaluationConfig, RunConfig
 from megagrow.errors import ResourceError
 from megagrow.model.masks import Masks
 from megagrow.parallel.agreement import run_on_all_ranks
@@ -34,7 +34,7 @@ class Evaluator:
 
     def __init__(self, run: RunConfig, inputs: Inputs, device: torch.device) -> None:
         self._inputs = inputs
-        self._tasks = open_evaluation(run, device)
+        self._tasks = open_evaluations(run, device)
         self._samples: Callable[[Stage, Masks | None], list[dict[str, str]]] | None = None
         if run.samples is not None:
             run_on_all_ranks(require_transformers)
@@ -66,23 +66,34 @@ class Evaluator:
         def begin(task: str) -> None:
             watchdog.beat(f"the evaluation on {task} after step {step}", long=True)
 
-        if self._tasks is not None:
-            log.evaluation(state, self._tasks(stage, masks, begin))
+        tasks = self._tasks[stage.index]
+        if tasks is not None:
+            log.evaluation(state, tasks(stage, masks, begin))
 
 
-def open_evaluation(run: RunConfig, device: torch.device) -> Evaluation | None:
-    """Build the evaluation of a run, or return None if the run file has none. Collective.
+def open_evaluations(run: RunConfig, device: torch.device) -> list[Evaluation | None]:
+    """Return the evaluation of each stage, None for a stage without one. Collective.
 
+    Stages whose evaluations differ in their interval only share one.
     Tasks are loaded and their requests are tokenized once, here. Raises InputError, before training
     starts, if lm-eval, a task, its data or the tokenizer is missing, or if a task contains a
     request that cannot be answered.
     """
-    if run.evaluation is None:
-        return None
+    if all(stage.evaluation is None for stage in run.stages):
+        return [None] * len(run.stages)
     run_on_all_ranks(require_lm_eval)
     from megagrow.evaluation.online import OnlineEvaluation
 
-    return OnlineEvaluation(run, run.evaluation, device)
+    opened: dict[str | None, Evaluation | None] = {None: None}
+    keys = [_without_interval(each.evaluation) for each in run.stages]
+    for key, stage in zip(keys, run.stages, strict=True):
+        if key not in opened and stage.evaluation is not None:
+            opened[key] = OnlineEvaluation(run, stage.evaluation, device)
+    return [opened[key] for key in keys]
+
+
+def _without_interval(evaluation: EvaluationConfig | None) -> str | None:
+    return None if evaluation is None else evaluation.model_dump_json(exclude={"interval"})
 
 
 def require_lm_eval() -> None:

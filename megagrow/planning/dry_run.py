@@ -175,15 +175,16 @@ def _output_dir(run: RunConfig) -> Iterator[str]:
 
 def _evaluation(run: RunConfig, notes: list[str]) -> Iterator[str]:
     """Yield missing requirements of the run's evaluations, without loading their tasks."""
-    if run.evaluation is None:
+    evaluations = [stage.evaluation for stage in run.stages if stage.evaluation is not None]
+    if not evaluations:
         return
     try:
         require_lm_eval()
     except InputError as error:
         yield str(error)
-    folder = run.evaluation.data_dir
-    if folder is not None and not folder.is_dir():
-        yield f"evaluation.data_dir = {folder}: no such directory"
+    for folder in dict.fromkeys(each.data_dir for each in evaluations):
+        if folder is not None and not folder.is_dir():
+            yield f"evaluation.data_dir = {folder}: no such directory"
     notes.append("evaluation tasks are loaded and checked when the run starts")
 
 

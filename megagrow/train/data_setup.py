@@ -101,6 +101,7 @@ def _open_stages(run: RunConfig, train: StageStreams) -> tuple[StageInputs, ...]
     stages = []
     for stage, own in zip(run.stages, train.readers, strict=True):
         key = stage.data.model_dump_json(exclude={"train", "corpus_position"})
+        key += stage.validation.model_dump_json(include={"tokens"})
         if key not in opened:
             opened[key] = {name: _open_validation(run, stage, name) for name in run.data.validation}
         readers = [each.reader for each in opened[key].values()]
@@ -112,7 +113,7 @@ def _open_validation(run: RunConfig, stage: StageConfig, name: str) -> Validatio
     length = stage.data.sequence_length
     reader = open_reader(run, stage, run.data.validation[name], shuffle=False)
     tokens = reader.stream.epoch_tokens
-    sequences = min(-(-run.validation.tokens // length), tokens // length)
+    sequences = min(-(-stage.validation.tokens // length), tokens // length)
     if sequences == 0:
         key = "data.validation" + ("" if name == UNNAMED_SET else f".{name}")
         raise DataError(f"{key} holds {tokens} tokens, less than a sequence of {length}")

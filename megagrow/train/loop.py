@@ -132,8 +132,8 @@ def advance(
     event = StepDone(
         state,
         measure,
-        validate=last or state.counters.step % run.validation.interval == 0,
-        evaluate=_evaluates(run, state, last),
+        validate=last or state.counters.step % stage.config.validation.interval == 0,
+        evaluate=_evaluates(stage, state, last),
         save=last or (good and _saves(run, state, feed.agreement)),
         rewind=state.guard.reason_to_rewind(run.guards),
     )
@@ -150,8 +150,8 @@ def _saves(run: RunConfig, state: RunState, agreement: Agreement | None) -> bool
     return agreement is not None and agreement.due
 
 
-def _evaluates(run: RunConfig, state: RunState, last: bool) -> bool:
-    evaluation = run.evaluation
+def _evaluates(stage: Stage, state: RunState, last: bool) -> bool:
+    evaluation = stage.config.evaluation
     return evaluation is not None and (last or state.counters.step % evaluation.interval == 0)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from megagrow.common.untrusted_values import MOST, Tally, Value, as_tally, problems_of_values
-from megagrow.config.data import with_stage_data
+from megagrow.config.data import with_stage_defaults
 from megagrow.config.sections import GuardsConfig, LossSpikeConfig
 from megagrow.data.stage_streams import StreamPlace
 from megagrow.errors import CheckpointError
@@ -281,7 +281,7 @@ def _stage_tokens(values: Mapping[str, Any], environment: Mapping[str, Any]) -> 
         return 0
     if values["stage"] == 0:  # exact even if the batch size has changed
         return values["counters"]["tokens"]
-    stage = with_stage_data(environment["config"])["stages"][values["stage"]]
+    stage = with_stage_defaults(environment["config"])["stages"][values["stage"]]
     batch = stage["batch"]["global_batch_size"]
     sizes = (values["stage_step"], batch, stage["data"]["sequence_length"])
     return math.prod(map(as_tally, sizes))

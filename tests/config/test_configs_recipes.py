@@ -26,7 +26,8 @@ def test_files_and_profiles_that_it_names_are_there() -> None:
 
 
 def test_every_paper_run_is_in_the_table() -> None:
-    assert {row[0] for row in ROWS} == {path.stem for path in CONFIGS.glob("*.yaml")} - {"sft-3b"}
+    others = {"midtraining-1.1b", "sft-3b"}
+    assert {row[0] for row in ROWS} == {path.stem for path in CONFIGS.glob("*.yaml")} - others
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])

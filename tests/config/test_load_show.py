@@ -6,6 +6,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megagrow.config.data import MEASUREMENTS
 from megagrow.config.load import load_run, to_yaml
 from megagrow.config.schema import OptimizerConfig, RunConfig
 
@@ -22,7 +23,7 @@ def test_loading_what_was_shown_gives_the_same_run(load_two, load, tmp_path: Pat
 
 def test_everything_is_shown_and_tokens_are_readable(load) -> None:
     shown = yaml.safe_load(to_yaml(load()))
-    assert list(shown) == list(RunConfig.model_fields)
+    assert list(shown) == [*RunConfig.model_fields, *MEASUREMENTS]
     assert list(shown["stages"][0]["optimizer"]) == list(OptimizerConfig.model_fields)
     assert shown["stages"][0]["tokens"] == "10K"
     assert shown["validation"]["tokens"] == "1M"

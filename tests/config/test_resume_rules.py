@@ -72,7 +72,7 @@ def test_a_key_without_a_class_is_an_error() -> None:
 def test_differences_are_listed_by_key() -> None:
     old: dict[str, Any] = {
         "seed": 1,
-        "evaluation": None,
+        "samples": None,
         "data": {"validation": []},
         "stages": [
             {"tokens": 5, "data": {"train": [{"path": "a"}]}, "optimizer": {"betas": [0.9, 0.95]}},
@@ -81,7 +81,7 @@ def test_differences_are_listed_by_key() -> None:
     }
     new = {
         "seed": 1,
-        "evaluation": {"tasks": ["gstack"]},
+        "samples": {"prompts": ["A"]},
         "data": {"validation": []},
         "stages": [
             {
@@ -93,7 +93,7 @@ def test_differences_are_listed_by_key() -> None:
     }
     found = {change.key: (change.old, change.new) for change in config_changes(old, new, 0)}
     assert found == {
-        "evaluation": (None, {"tasks": ["gstack"]}),
+        "samples": (None, {"prompts": ["A"]}),
         "stages.0.data.train.0.path": ("a", "b"),
         "stages.0.data.train.1": (ABSENT, {"path": "c"}),
         "stages.0.optimizer.betas": ([0.9, 0.95], [0.9, 0.99]),
@@ -108,3 +108,9 @@ def test_only_keys_and_sections_can_be_allowed() -> None:
         with pytest.raises(ConfigError, match=rf"--allow-change {key}: no such key") as caught:
             check_allowed([key])
         assert hint in str(caught.value)
+
+
+def test_measurements_of_a_finished_stage_contradict_nothing() -> None:
+    for key in ("validation.tokens", "evaluation", "evaluation.tasks"):
+        found = [effect_of(f"stages.{index}.{key}", stage=1) for index in range(3)]
+        assert found == [Effect.NONE, Effect.FROM_NOW_ON, Effect.FROM_NOW_ON], key

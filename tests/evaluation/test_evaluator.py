@@ -174,14 +174,17 @@ def test_results_are_printed_on_one_line(case) -> None:
 def test_evaluation_does_not_change_training(case, data, tmp_path) -> None:
     run, *_ = case
     without = evaluated_run(tmp_path, *data, evaluation=None)
-    finished(without)
-    assert evaluations(without) == []
+    at_end = run.stages[1].evaluation.model_copy(update={"interval": 1000})
+    first, last = without.stages
+    stages = [first, last.model_copy(update={"evaluation": at_end})]
+    finished(without.model_copy(update={"stages": stages}))
+    assert evaluations(without) == evaluations(run)[-1:], "once, at the end of the last stage"
     assert losses(run) == losses(without)
 
 
 def while_masked(run: RunConfig) -> list[dict[str, Any]]:
     """Return the results of a base, and of the grown model with and without its masks."""
-    evaluation = OnlineEvaluation(run, run.evaluation, torch.device("cpu"))
+    evaluation = OnlineEvaluation(run, run.stages[0].evaluation, torch.device("cpu"))
     stage = build_stage(run, 0, torch.device("cpu"))
     fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)
     stage.engine.ready(0)

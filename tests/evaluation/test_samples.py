@@ -31,10 +31,9 @@ def sampled_run(
     folder: Path, data: tuple[Path, Path], prompts: object, temperature: float = 0.8
 ) -> RunConfig:
     folder.mkdir(exist_ok=True)
-    run = evaluated_run(folder, *data, evaluation=None)
     samples = {"prompts": prompts, "max_tokens": 8, "temperature": temperature}
-    values = run.model_dump() | {"samples": samples, "validation": {"interval": 2}}
-    return RunConfig.model_validate(values)
+    run = evaluated_run(folder, *data, evaluation=None, validation={"interval": 2})
+    return RunConfig.model_validate(run.model_dump() | {"samples": samples})
 
 
 def texts(run: RunConfig) -> list[list[dict[str, str]]]:

@@ -80,8 +80,13 @@ class RunSegment:
         """Return the run up to the end of this segment, with the schedules of the full run."""
         *before, last = self.run.stages
         last = last.model_copy(update={"tokens": self.end * STEP_TOKENS})
-        validation = self.run.validation.model_copy(update={"interval": self.interval})
-        return self.run.model_copy(update={"stages": [*before, last], "validation": validation})
+        stages = [_validated(stage, interval=self.interval) for stage in (*before, last)]
+        return self.run.model_copy(update={"stages": stages})
+
+
+def _validated(stage: StageConfig, **changes: int) -> StageConfig:
+    validation = stage.validation.model_copy(update=changes)
+    return stage.model_copy(update={"validation": validation})
 
 
 @dataclass(frozen=True)
@@ -214,8 +219,8 @@ def score(segment: RunSegment, device: torch.device) -> float:
     cache = run.output_dir / f"score-{segment.step}.json"
     if cache.exists():
         return json.loads(cache.read_text(encoding="utf-8"))["loss"]
-    changed = run.validation.model_copy(update={"tokens": parse_count(ALL_TOKENS)})
-    inputs = open_inputs(run.model_copy(update={"validation": changed}))
+    stages = [_validated(stage, tokens=parse_count(ALL_TOKENS)) for stage in run.stages]
+    inputs = open_inputs(run.model_copy(update={"stages": stages}))
     (validation,) = inputs.stages[-1].validation.values()
     path = run.output_dir / "checkpoints" / checkpoint_name(segment.step)
     manifest = read_manifest(path)

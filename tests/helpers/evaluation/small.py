@@ -49,7 +49,7 @@ def evaluated_run(
     data: Path,
     tokenizer: Path,
     model: dict[str, Any] = SMALL,
-    **changes: object,
+    **changes: Any,
 ) -> RunConfig:
     """Return a run that trains a base under ZeRO-3 with two data-parallel ranks and grows it to a
     model under TP 2 with sequence parallelism; evaluated and saved every second step."""
@@ -61,12 +61,12 @@ def evaluated_run(
         "parallel": parallel_of(1, 2, sequence_parallel=True),
         "growth": {"operator": "direct_depth"},
     }
-    run = make_run(
-        folder,
-        [base | {"batch": batch}, grown | {"batch": batch}],
-        checkpoint={"interval": 2, "keep_last": 10},
-        evaluation={"interval": 2, "tasks": TASKS, "data_dir": data, "limit": DOCUMENTS,
-                    "batch_size": BATCH},
-    )  # fmt: skip
+    evaluation = {"interval": 2, "tasks": TASKS, "data_dir": data, "limit": DOCUMENTS}
+    sections = {
+        "checkpoint": {"interval": 2, "keep_last": 10},
+        "evaluation": evaluation | {"batch_size": BATCH},
+    }
+    stages = [base | {"batch": batch}, grown | {"batch": batch}]
+    run = make_run(folder, stages, **(sections | changes))
     named = run.data.model_copy(update={"tokenizer": tokenizer})
-    return run.model_copy(update={"data": named, **changes})
+    return run.model_copy(update={"data": named})
