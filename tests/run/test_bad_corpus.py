@@ -106,7 +106,11 @@ def test_a_corpus_that_says_it_is_of_a_larger_vocabulary(path, prepared):
 
 def spoil(run: RunConfig, corpus: Path, position: int, shuffle: bool) -> None:
     """Writes a token id that no model here knows at a position of the stream."""
-    of = run.stages[0].data.train if corpus.name == "train" else run.data.validation
+    of = (
+        run.stages[0].data.train
+        if corpus.name == "train"
+        else next(iter(run.data.validation.values()))
+    )
     place = open_stream(of, run.seed, run.stages[0].data.sequence_length, shuffle).locate(position)
     tokens = np.memmap(corpus.with_suffix(".bin"), dtype="<u2", mode="r+")
     tokens[place.offset] = 999
