@@ -76,7 +76,7 @@ def load(stage: Stage) -> None:
     files = {
         shard_name(rank): partial(_ZeroFile, layout, rank) for rank in range(layout.dp * layout.tp)
     }
-    manifest = cast(Manifest, SimpleNamespace(read_layout=lambda: layout))
+    manifest = cast(Manifest, SimpleNamespace(adam_step=0, read_layout=lambda: layout))
     with patch.object(checkpoint_load, "safe_open", lambda path, framework: files[path.name]()):
         load_storage(Path(), manifest, layout, stage.engine.storage())
     stage.engine.ready(0)
