@@ -217,7 +217,8 @@ def effect_of(key: str, stage: int) -> Effect:
     """Return the effect of changing a key in a run that resumes in stage `stage`.
 
     The values of a finished stage cannot be changed from now on, except those of its measurements,
-    which have no effect any more; those of a later stage contradict nothing. Raises KeyError for a key without a class.
+    which have no effect any more; those of a later stage contradict nothing. Raises KeyError for a
+    key without a class.
     """
     effect = _EFFECT_OF[_pattern(key)]
     if effect in (Effect.NONE, Effect.ROUNDING) or not key.startswith("stages."):

@@ -32,7 +32,7 @@ from megagrow.checkpoint.manifest import read_manifest
 from megagrow.common.sizes import parse_count
 from megagrow.config.flops import paper_flops_per_token
 from megagrow.config.load import load_run, to_yaml
-from megagrow.config.schema import RunConfig
+from megagrow.config.schema import RunConfig, StageConfig
 from megagrow.data.prepare import prepare
 from megagrow.errors import InputError
 from megagrow.parallel.launch import read_launch
