@@ -111,7 +111,8 @@ class OptimizerConfig(Section):
     """Parameters that decay; `matrices` excludes the norms, in a separate optimizer group."""
     weight_decay_exclude: list[str] = Field(default=[])
     """Patterns of parameters without weight decay, such as `*.norm.weight`, in addition to those of
-    `weight_decay_on`. `*` matches any characters; each pattern must match a parameter."""
+    `weight_decay_on`. `*` matches any characters; each pattern must match a parameter of some
+    stage."""
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Maximum global gradient norm; 0 disables clipping."""
     z_loss_multiplier: float = Field(default=0.0, ge=0)

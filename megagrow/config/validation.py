@@ -18,7 +18,7 @@ def problems(run: RunConfig) -> list[str]:
         texts += _parallel(stage, at)
         texts += _batch_and_schedule(stage, at)
         texts += _optimizer(stage.optimizer, f"{at}.optimizer")
-        texts += _excluded(stage, f"{at}.optimizer.weight_decay_exclude")
+        texts += _excluded(run, stage, f"{at}.optimizer.weight_decay_exclude")
         texts += _sequence(stage, at)
         texts += _growth(run, index)
         texts += _rate_by_size(run, index)
@@ -175,12 +175,13 @@ def _optimizer(optimizer: OptimizerConfig, at: str) -> Iterator[str]:
             yield f"{at}.{used} = {lowest} is above {prefix}lr = {peak}; use at most {prefix}lr"
 
 
-def _excluded(stage: StageConfig, at: str) -> Iterator[str]:
-    names = [parameter.name for parameter in model_parameters(stage.model)]
+def _excluded(run: RunConfig, stage: StageConfig, at: str) -> Iterator[str]:
+    """Yield patterns without a match in any stage; a base may lack the layers that one names."""
+    names = [each.name for other in run.stages for each in model_parameters(other.model)]
     for pattern in stage.optimizer.weight_decay_exclude:
         if not filter_names(names, pattern):
             yield (
-                f"{at}: {pattern} matches no parameter of the model; use a pattern of names such "
+                f"{at}: {pattern} matches no parameter of any stage; use a pattern of names such "
                 f"as {names[1]}"
             )
 

@@ -24,6 +24,10 @@ def not_divisible(name: str, size: int, tensor: int) -> str:
     )
 
 
+PATTERN = {"optimizer": {"weight_decay_exclude": ["*.up_proj.weight"]}}
+"""Matches no parameter of a model without layers."""
+
+
 def run(*changes: dict, data: dict | None = None) -> RunConfig:
     """A run with one stage per change, which is merged section by section into a valid stage."""
     stages = []
@@ -60,6 +64,7 @@ def run(*changes: dict, data: dict | None = None) -> RunConfig:
         ({"model": {"num_attention_heads": 10, "head_dim": 8}},),
         ({"schedule": {"type": "wsd"}},),
         ({"schedule": {"warmup_steps": 0}},),
+        ({"model": {"num_hidden_layers": 0}} | PATTERN, PATTERN),
     ],
 )
 def test_what_is_right(changes: tuple[dict, ...]) -> None:
@@ -155,8 +160,8 @@ def test_what_is_right(changes: tuple[dict, ...]) -> None:
             [
                 "stages.0.optimizer.momentum = 0.9 is a key of Muon, but stages.0.optimizer.type = "
                 "adamw; remove it or set type: muon",
-                "stages.0.optimizer.weight_decay_exclude: *.bias matches no parameter of the "
-                "model; use a pattern of names such as model.layers.0.input_layernorm.weight",
+                "stages.0.optimizer.weight_decay_exclude: *.bias matches no parameter of any "
+                "stage; use a pattern of names such as model.layers.0.input_layernorm.weight",
             ],
         ),
         (
