@@ -23,7 +23,9 @@ from tools.experiments.late_growth import (
 )
 
 EXPERIMENT = LateGrowth(Path("runs"), Path("corpus"), 250)
-SCRATCH, LATE, FIXED = (Setting(arm, "adamw") for arm in ("scratch", "late", "fixed"))
+SCRATCH, LATE, ONE_LAYER, FIXED = (
+    Setting(arm, "adamw") for arm in ("scratch", "late", "one-layer", "fixed")
+)
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -34,7 +36,9 @@ def test_runs_have_equal_flops_and_one_schedule(arm: str) -> None:
     wanted = stage_tokens(scratch) * paper_flops_per_token(scratch.model)
     step = STEP_TOKENS * paper_flops_per_token(scratch.model)
     assert arm == "fixed" or abs(flops - wanted) < step
-    assert run.stages[-1].model == scratch.model
+    late = EXPERIMENT.run(LATE, seed=1, lr=1e-3)
+    model = late.stages[0].model if arm == "one-layer" else scratch.model
+    assert run.stages[-1].model == model
     last = len(run.stages) - 1
     assert rate_at(run, last, 0) == (1e-3 if last else rate_at(run, 0, 0))
     assert rate_at(run, last, run.stages[-1].tokens - STEP_TOKENS) < 1.4e-4
@@ -62,15 +66,19 @@ def results(tmp_path: Path) -> Results:
     return {
         SCRATCH: [with_losses(2.0), with_losses(2.2), with_losses(2.4)],
         LATE: [with_losses(loss, late) for loss in (1.9, 2.0, 2.1)],
+        ONE_LAYER: [with_losses(loss) for loss in (1.8, 1.9, 2.0)],
         FIXED: [with_losses(loss, [2.0] * 40) for loss in (1.9, 2.0, 2.1)],
     }
 
 
 def test_differences_are_paired_by_seed(results: Results) -> None:
-    scratch, late, _ = (line.split(" | ") for line in table(results).splitlines()[2:])
-    assert scratch[3:] == ["2.2000 +- 0.2000", "- |"]
+    scratch, late, one_layer, _ = (
+        line[2:-2].split(" | ") for line in table(results).splitlines()[2:]
+    )
     # Mean -0.2, deviation 0.1: t(2) = 4.303, 4.303 x 0.1 / sqrt(3) = 0.2484.
-    assert late[3:] == ["2.0000 +- 0.1000", "-0.2000 +- 0.2484 |"]
+    assert scratch[3:] == ["2.2000 +- 0.2000", "-", "+0.3000 +- 0.2484 *"]
+    assert late[3:] == ["2.0000 +- 0.1000", "-0.2000 +- 0.2484", "+0.1000 +- 0.0000 *"]
+    assert one_layer[3:] == ["1.9000 +- 0.1000", "-0.3000 +- 0.2484 *", "-"]
 
 
 def test_the_mixing_time_is_a_share_of_the_rest(results: Results) -> None:

@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python -m tools.experiments.late_growth --output runs/late-growth
 
 All runs have the WSD schedule: warm-up over 2% of the run, decay over the last 10%. The learning
-rate of each optimizer is the best of LEARNING_RATES from scratch with the first seed. `fixed` is
-the large model from scratch on the tokens of `late`, which the mixing time requires. Writes
-table.md, results.json and curves.png to the folder of the runs. Finished runs are kept; rerun the
-same command to resume. Each run is one process with OMP_NUM_THREADS threads.
+rate of each optimizer is the best of LEARNING_RATES from scratch with the first seed. `one-layer`
+is the control: the base of `late` to the end. `fixed` is the large model from scratch on the tokens
+of `late`, which the mixing time requires. Writes table.md, results.json and a plot per optimizer to
+the folder of the runs. Finished runs are kept; rerun the same command to resume. Each run is one
+process with OMP_NUM_THREADS threads.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megagrow.analysis.curves import RunCurves, load_curves
-from megagrow.analysis.growth_transient import Spread, paired_spread, spread
+from megagrow.analysis.growth_transient import paired_spread, spread
 from megagrow.analysis.mixing import measure_mixing
 from megagrow.analysis.plots import plot_runs
 from megagrow.common.tables import markdown_table
@@ -45,7 +46,10 @@ SEQUENCES, STEP_TOKENS = 4, 4 * 256
 WARMUP, DECAY = 0.02, 0.1
 """Shares of the steps of a run."""
 OPTIMIZERS = ("adamw", "muon")
-LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+TARGET = "demo-8l"
+REFERENCES = ("scratch", "one-layer")
+"""Arms from which the table has the differences."""
 
 
 class Arm(NamedTuple):
@@ -53,17 +57,17 @@ class Arm(NamedTuple):
 
     file: str
     """Run file of the demo."""
-    base: str | None = None
-    """Model before the growth; None from scratch."""
-    share: float = 0.0
-    """Share of the steps before the growth."""
+    base: str = TARGET
+    """Model of the first stage."""
+    share: float = 1.0
+    """Share of the steps in the first stage; 1 without growth."""
 
 
-TARGET = "demo-8l"
 ARMS = {
     "scratch": Arm("scratch"),
     "gstack": Arm("gstack", "demo-2l", 0.325),
     "late": Arm("late", "demo-1l", 0.8),
+    "one-layer": Arm("scratch", "demo-1l"),
     "fixed": Arm("scratch"),
 }
 
@@ -91,11 +95,10 @@ def steps_of(arm: str, steps: int) -> list[int]:
     _, base, share = ARMS[arm]
     if arm == "fixed":
         return [sum(steps_of("late", steps))]
-    if base is None:
-        return [steps]
     relative = share * flops_of(base) / flops_of(TARGET) + 1 - share
     total = round(steps / relative)
-    return [round(share * total), total - round(share * total)]
+    first = round(share * total)
+    return [first, total - first] if first < total else [total]
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,9 @@ class LateGrowth:
         }
         if setting.optimizer != "adamw":
             changes["optimizer.type"] = setting.optimizer
-        grown = ARMS[setting.arm].base is not None
+        grown = len(parts) > 1
         stages = [f"stages.{index}." if grown else "" for index in range(len(parts))]
+        changes[f"{stages[0]}model"] = ARMS[setting.arm].base
         for stage, count in zip(stages, tokens, strict=True):
             changes |= {f"{stage}model.{key}": size for key, size in SIZES.items()}
             changes |= {f"{stage}at_tokens": "null"} if setting.arm == "late" else {}
@@ -221,27 +225,28 @@ def mixing(results: Results, optimizer: str) -> list[float | None]:
 
 
 def table(results: Results) -> str:
-    """Return the final losses, and their paired differences from the run from scratch."""
-    columns = ("setting", "tokens", "FLOPs", "final validation loss", "minus scratch, 95% interval")
+    """Return the final losses, and their paired differences from those of the REFERENCES."""
+    arms = [arm for arm in REFERENCES if any(setting.arm == arm for setting in results)]
+    columns = ["setting", "tokens", "FLOPs", "final validation loss"]
     rows = []
     for setting, runs in results.items():
-        losses, scratch = final(results, setting), Setting("scratch", setting.optimizer)
-        mean = spread(losses)
-        difference = paired_spread(losses, final(results, scratch))
-        rows.append(
-            [
-                str(setting),
-                f"{runs[0].tokens:,}",
-                f"{runs[0].flops:.3e}",
-                "-" if mean is None else f"{mean.mean:.4f} +- {mean.deviation:.4f}",
-                "-" if setting == scratch or difference is None else interval(difference),
-            ]
-        )
-    return markdown_table(columns, rows)
+        mean = spread(final(results, setting))
+        loss = "-" if mean is None else f"{mean.mean:.4f} +- {mean.deviation:.4f}"
+        differences = [interval(results, setting, arm) for arm in arms]
+        row = [str(setting), f"{runs[0].tokens:,}", f"{runs[0].flops:.3e}", loss, *differences]
+        rows.append(row)
+    return markdown_table([*columns, *(f"minus {arm}, 95% interval" for arm in arms)], rows)
 
 
-def interval(difference: Spread) -> str:
-    """Return a difference and the half-width of its 95% interval; * if that excludes zero."""
+def interval(results: Results, setting: Setting, arm: str) -> str:
+    """Return the mean difference from an arm and the half-width of its 95% interval.
+
+    Differences are paired by seed, with the same optimizer; * marks intervals that exclude zero.
+    """
+    reference = Setting(arm, setting.optimizer)
+    difference = paired_spread(final(results, setting), final(results, reference))
+    if setting == reference or difference is None:
+        return "-"
     mark = " *" if difference.is_clear else ""
     return f"{difference.mean:+.4f} +- {difference.margin:.4f}{mark}"
 
@@ -259,7 +264,7 @@ def as_json(search: dict[str, dict[float, float]], results: Results) -> str:
 
 
 def main() -> None:
-    """Train all runs and write the table, the numbers and the plot."""
+    """Train all runs and write the table, the numbers and the plots."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/late-growth"))
     parser.add_argument(
@@ -279,8 +284,9 @@ def main() -> None:
     search, results = train_all(experiment, settings, arguments.seeds, arguments.jobs)
     (arguments.output / "table.md").write_text(table(results), encoding="utf-8")
     (arguments.output / "results.json").write_text(as_json(search, results), encoding="utf-8")
-    first = [runs[0] for setting, runs in results.items() if setting.arm != "fixed"]
-    plot_runs(first, arguments.output / "curves.png")
+    for name in arguments.optimizers:
+        drawn = [Setting(arm, name) for arm in arms if arm != "fixed"]
+        plot_runs([results[one][0] for one in drawn], arguments.output / f"curves-{name}.png")
     print(table(results))
 
 
