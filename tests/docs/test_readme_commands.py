@@ -6,6 +6,7 @@ library, narrow models, few tokens.
 
 import json
 import re
+import shlex
 import shutil
 import sysconfig
 from collections.abc import Callable
@@ -267,10 +268,10 @@ def test_scripts_and_run_files_of_the_commands_are_there() -> None:
     text = re.sub(r"\$\w+", "1", loops)  # their variables are seeds and numbers of ranks
     scripts = set(re.findall(r"\b(?:launchers|tools)/[\w./-]+", text))
     assert len(scripts) > 5 and [name for name in scripts if not (ROOT / name).is_file()] == []
-    runs = re.findall(r"(configs/\S+\.yaml)((?: --set \S+)*)", text)
+    runs = re.findall(r"(configs/\S+\.yaml)((?: --set (?:'[^']*'|\S+))*)", text)
     assert len(runs) > 5
     for name, overrides in runs:
-        load_run(ROOT / name, re.findall(r"--set (\S+)", overrides))
+        load_run(ROOT / name, [word for word in shlex.split(overrides) if word != "--set"])
 
 
 def test_profiles_of_the_commands_fit_their_ranks() -> None:
