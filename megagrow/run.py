@@ -153,6 +153,8 @@ def _train(job: Job) -> str | None:
                         continue
                     if event.validate:
                         job.evaluator.validate(job.run, stage, state, job.run_logger, job.watchdog)
+                    if event.sample:
+                        job.evaluator.sample(job.run, stage, state, job.run_logger, job.watchdog)
                     if event.evaluate:
                         job.evaluator.evaluate(job.run, stage, state, job.run_logger, job.watchdog)
                     if event.save:

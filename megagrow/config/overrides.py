@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin
 
 from megagrow.common.yaml_file import parse_yaml
 from megagrow.config.data import RunFileData
+from megagrow.config.deepspeed import SET_BY
 from megagrow.config.deprecated import rename_override
 from megagrow.config.schema import RunConfig, StageConfig
 from megagrow.config.sections import Section
@@ -105,7 +106,16 @@ Keys = dict[str, Any]
 
 DEFAULTS = (
     *("model", "data", "tokens", "at_tokens", "at_flops"),
-    *("parallel", "kernels", "batch", "optimizer", "schedule", "validation", "evaluation"),
+    *(
+        "parallel",
+        "kernels",
+        "deepspeed",
+        "batch",
+        "optimizer",
+        "schedule",
+        "validation",
+        "evaluation",
+    ),
 )
 """Keys of a stage that may also be set at the top, as defaults of all stages. `data` at the top
 also has the keys of the run's own section."""
@@ -214,6 +224,8 @@ def _mappings(value: Any, path: str, items: str) -> Iterator[tuple[str, dict[str
 
 def _hint(key: str, keys: Keys, prefix: str) -> str:
     """Return the closest key of this section, else of the file, else all keys of the section."""
+    if "deepspeed." in prefix and key in SET_BY:
+        return f"set '{SET_BY[key]}' instead"
     here = {name: f"{prefix}{name}" for name in keys}
     # Of several paths that end in the same name, the shortest is kept.
     anywhere = sorted(_everywhere(run_keys(), ""), key=lambda item: -item[1].count("."))

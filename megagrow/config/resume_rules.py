@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from enum import StrEnum
 
 from megagrow.config.data import MEASUREMENTS
+from megagrow.config.deepspeed import DeepSpeedZeroConfig
 from megagrow.config.model import FEATURE_KEYS, MAMBA_KEYS, RopeScaling
 from megagrow.config.stage import MUON_KEYS, RATE_KEYS, KernelsConfig
 from megagrow.errors import ConfigError, printable
@@ -46,6 +47,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "checkpoint.background",
         "stages.N.validation.interval",
         "samples",
+        "samples.interval",
         "samples.prompts",
         "samples.max_tokens",
         "samples.temperature",
@@ -75,6 +77,11 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
         "stages.N.parallel.activation_checkpointing",
         *(f"stages.N.kernels.{key}" for key in KernelsConfig.model_fields),
         "stages.N.batch.micro_batch_size",
+        "stages.N.deepspeed",
+        *(
+            f"stages.N.deepspeed.zero_optimization.{key}"
+            for key in DeepSpeedZeroConfig.model_fields
+        ),
     ),
     Effect.FROM_NOW_ON: (
         "precision",

@@ -183,17 +183,18 @@ class EvaluationConfig(Section):
 
 
 class SamplesConfig(Section):
-    """Texts that the model generates every `validation.interval` steps and at the end of each
-    stage. They are logged and recorded. Requires `data.tokenizer` and transformers
-    (`pip install megagrow[hf]`)."""
+    """Texts that the model generates during training and at the end of each stage. They are logged
+    and recorded. Requires `data.tokenizer` and transformers (`pip install megagrow[hf]`)."""
 
+    interval: Count | None = None
+    """Steps between samples; null: `validation.interval`."""
     prompts: PathOrTexts
     """Texts to continue, or a text file with one per line. A text may be empty."""
     max_tokens: Count = 64
     """Maximum number of generated tokens per prompt."""
     temperature: float = Field(default=0.8, ge=0)
     """Divisor of the logits; 0 takes the most likely token. The random numbers of a prompt are the
-    same at each validation."""
+    same each time."""
     top_k: int = Field(default=0, ge=0)
     """Sample from the K most likely tokens; 0 samples from all."""
     top_p: float = Field(default=1.0, ge=0, le=1)

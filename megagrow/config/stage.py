@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from megagrow.config.data import StageDataConfig
+from megagrow.config.deepspeed import DeepSpeedConfig
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.model import ModelConfig
 from megagrow.config.sections import Count, EvaluationConfig, Section, ValidationConfig
@@ -198,6 +199,7 @@ class StageConfig(Section):
     `max_position_embeddings` may change (docs/guides/stages.md). Not allowed in the first stage."""
     parallel: ParallelConfig = ParallelConfig()
     kernels: KernelsConfig = KernelsConfig()
+    deepspeed: DeepSpeedConfig | None = None
     batch: BatchConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()

@@ -117,6 +117,11 @@ def _parallel(stage: StageConfig, at: str) -> Iterator[str]:
             f"{at}.parallel.offload_optimizer needs a sharded optimizer state, but zero_stage = 0; "
             f"set {at}.parallel.zero_stage to 1, 2 or 3"
         )
+    if stage.deepspeed is not None and stage.parallel.zero_stage < 3:
+        yield (
+            f"{at}.deepspeed has options of ZeRO 3 only, but zero_stage = "
+            f"{stage.parallel.zero_stage}; remove it, or set {at}.parallel.zero_stage to 3"
+        )
     if stage.parallel.zero_hpz_partition_size > 1 and stage.parallel.zero_stage < 3:
         yield (
             f"{at}.parallel.zero_hpz_partition_size needs sharded weights, but zero_stage = "

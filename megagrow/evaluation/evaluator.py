@@ -45,7 +45,7 @@ class Evaluator:
     def validate(
         self, run: RunConfig, stage: Stage, state: RunState, log: RunLogger, watchdog: Watchdog
     ) -> None:
-        """Compute the validation loss and generate the samples, if the run has them."""
+        """Compute the validation losses, if the run has validation sets."""
         step, masks = state.counters.step, masks_now(run, stage, state.stage_tokens)
         losses = {}
         for name, each in self._inputs.stages[stage.index].validation.items():
@@ -53,6 +53,12 @@ class Evaluator:
             losses[name] = mean_loss(stage, each.reader, each.sequences, masks)
         if losses:
             log.validation(state, losses)
+
+    def sample(
+        self, run: RunConfig, stage: Stage, state: RunState, log: RunLogger, watchdog: Watchdog
+    ) -> None:
+        """Generate the samples, if the run has them."""
+        step, masks = state.counters.step, masks_now(run, stage, state.stage_tokens)
         if self._samples is not None:
             watchdog.beat(f"the samples after step {step}", long=True)
             log.samples(state, self._samples(stage, masks))

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase as fnmatch
 from types import MappingProxyType
 from typing import Any
 
+from megagrow.config.deepspeed import DeepSpeedConfig
 from megagrow.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megagrow.model.layers.base import VOCAB
 from megagrow.model.ops import PLAIN, Ops
@@ -32,6 +33,7 @@ class EngineSettings:
     """Hyper-parameter factors by parameter; 1 without an entry."""
     ops: Ops = PLAIN
     """Backends of the model's operations."""
+    deepspeed: DeepSpeedConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ def deepspeed_config(
         "zero_hpz_partition_size": settings.parallel.zero_hpz_partition_size,
         "stage3_prefetch_bucket_size": min(bucket, 50_000_000),
     }
+    if settings.deepspeed is not None:
+        zero |= settings.deepspeed.zero_optimization.model_dump(exclude_none=True)
     if settings.parallel.offload_optimizer:
         pinned = topology.device.type != "cpu"
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}

@@ -41,6 +41,7 @@ class StepDone:
     measure: StepMetrics
     validate: bool
     save: bool
+    sample: bool = False
     evaluate: bool = False
     rewind: str | None = None
     """Reason to rewind to a checkpoint, or None."""
@@ -129,15 +130,19 @@ def advance(
     state = state.after_step(measure).guarded(run.guards, measure)
     last = state.stage_tokens >= stage.config.tokens
     good = not state.guard.troubled  # otherwise not a rewind target
+    validation, evaluation = stage.config.validation, stage.config.evaluation
+    samples = None if run.samples is None else run.samples.interval or validation.interval
+    tasks = None if evaluation is None else evaluation.interval
     event = StepDone(
         state,
         measure,
-        validate=last or state.counters.step % stage.config.validation.interval == 0,
-        evaluate=_evaluates(stage, state, last),
+        validate=_is_due(validation.interval, state, last),
+        sample=_is_due(samples, state, last),
+        evaluate=_is_due(tasks, state, last),
         save=last or (good and _saves(run, state, feed.agreement)),
         rewind=state.guard.reason_to_rewind(run.guards),
     )
-    if event.validate or event.evaluate or event.save or event.rewind:
+    if any((event.validate, event.sample, event.evaluate, event.save, event.rewind)):
         feed.agreement = None  # a signal may arrive meanwhile
     return event
 
@@ -150,9 +155,9 @@ def _saves(run: RunConfig, state: RunState, agreement: Agreement | None) -> bool
     return agreement is not None and agreement.due
 
 
-def _evaluates(stage: Stage, state: RunState, last: bool) -> bool:
-    evaluation = stage.config.evaluation
-    return evaluation is not None and (last or state.counters.step % evaluation.interval == 0)
+def _is_due(interval: int | None, state: RunState, last: bool) -> bool:
+    """Return True if a measurement at an interval of steps is due; None disables it."""
+    return interval is not None and (last or state.counters.step % interval == 0)
 
 
 def train_at(

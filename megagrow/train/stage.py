@@ -73,6 +73,7 @@ def build_stage(
         parallel=parallel,
         batch=config.batch,
         optimizer=config.optimizer,
+        deepspeed=config.deepspeed,
         bf16=bf16,
         scales=stage_scales(run, index),
         ops=stage_ops(run, index, device, checks),

@@ -21,6 +21,16 @@ from megagrow.errors import InputError
             "did you mean 'parallel.tensor_model_parallel_size'?",
         ),
         (
+            "deepspeed: {zero_optimization: {stage: 2}, fp16: {enabled: true}}",
+            "run.yaml: unknown key 'deepspeed.zero_optimization.stage'; set "
+            "'parallel.zero_stage' instead; unknown key 'deepspeed.fp16'; set 'precision' instead",
+        ),
+        (
+            "deepspeed: {zero_optimization: {sub_group_sise: 2}}",
+            "run.yaml: unknown key 'deepspeed.zero_optimization.sub_group_sise'; did you mean "
+            "'deepspeed.zero_optimization.sub_group_size'?",
+        ),
+        (
             "schedule: {warmup_step: 3}",
             "run.yaml: unknown key 'schedule.warmup_step'; did you mean 'schedule.warmup_steps'?",
         ),

@@ -133,6 +133,13 @@ def test_what_is_right(changes: tuple[dict, ...]) -> None:
             ],
         ),
         (
+            {"deepspeed": {"zero_optimization": {"sub_group_size": "1M"}}},
+            [
+                "stages.0.deepspeed has options of ZeRO 3 only, but zero_stage = 1; remove it, or "
+                "set stages.0.parallel.zero_stage to 3"
+            ],
+        ),
+        (
             {"batch": {"rampup_batch_size": [2, 4, 100]}},
             [
                 "stages.0.batch.rampup_batch_size = [2, 4, 100] does not lead from 2 to "

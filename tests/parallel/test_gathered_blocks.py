@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from megagrow.config.deepspeed import DeepSpeedConfig
 from megagrow.model.layers.modules import LayerModule
 from tests.helpers.hugging_face import tiny
 from tests.helpers.parallel.engines import LENGTH, Built, Case, Plain, build, difference
@@ -11,8 +12,21 @@ from tests.helpers.spawn import run_ranks
 
 LARGE = tiny(hidden_size=320, num_key_value_heads=4, intermediate_size=352)
 """DeepSpeed keeps weights of less than 100,000 elements gathered; these have more."""
+SUB_GROUP = 50_000
+DEEPSPEED = DeepSpeedConfig.model_validate(
+    {
+        "zero_optimization": {
+            "sub_group_size": SUB_GROUP,
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_param_persistence_threshold": 100_000,
+            "stage3_max_live_parameters": "200K",
+            "stage3_max_reuse_distance": 0,
+        }
+    }
+)
 CASES = [
     Case(3, 1),
+    Case(3, 1, deepspeed=DEEPSPEED),
     Case(3, 1, recompute="selective", bf16=True),
     Case(3, 1, recompute="full"),
 ]
@@ -25,6 +39,8 @@ def train(case: Case) -> tuple[list[str], int, list[float], float]:
     alive, seen = kept_after_forward(built)
     norms = [model.train_step(seed=seed) for model in (built, plain) for seed in range(STEPS)]
     error = difference(plain.weights(), built.weights())
+    sizes = [len(part) for part in built.engine._engine.optimizer.fp32_partitioned_groups_flat]
+    assert (len(sizes) > 2) == (case.deepspeed is not None)
     built.release()
     return alive, seen, norms, error
 

@@ -89,6 +89,7 @@ def test_the_defaults_are_those_of_a_loaded_run(run_file: Path) -> None:
     absent |= {"stages.N.growth.new_entries", "stages.N.growth.probe"}
     absent |= {"data.validation", *BUILT_ON}
     written = {path: default[1:-1] for path, (_, default, _) in ROWS.items() if default[0] == "`"}
+    absent |= {path for path in written if path.startswith("deepspeed")}  # needs zero_stage: 3
     defaults = {path: text for path, text in written.items() if path not in absent}
     assert len(defaults) > 60
     for path, text in defaults.items():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megagrow.config.deepspeed import DeepSpeedConfig
 from megagrow.config.schema import BatchConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megagrow.model.decoder import CausalLM
 from megagrow.parallel.engine import ZeroEngine
@@ -43,6 +44,7 @@ class Case:
     sequence_parallel: bool = False
     recompute: str = "none"
     communication: str = "fp32"
+    deepspeed: DeepSpeedConfig | None = None
 
 
 @dataclass
@@ -115,6 +117,7 @@ def build(
         optimizer,
         case.bf16,
         scales or {},
+        deepspeed=case.deepspeed,
     )
     engine = ZeroEngine(settings, topology)
     layout = Layout(engine.plan, engine.groups, case.zero, topology.dp, case.tp)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from megagrow.checkpoint.load import load_storage, newest_valid_on_all_ranks
+from megagrow.config.deepspeed import DeepSpeedConfig
 from megagrow.parallel.optimizers.matrix_exchange import assigned
 from megagrow.parallel.optimizers.muon import orthogonalized
 from megagrow.parallel.optimizers.rules import MuonRule, matrix_rule
@@ -42,12 +43,13 @@ MUON = OPTIMIZER.model_copy(
         "weight_decay_exclude": ["model.layers.1.mlp.up_proj.weight"],
     }
 )
+SUB_GROUPS = DeepSpeedConfig.model_validate({"zero_optimization": {"sub_group_size": 500}})
 CASES = [
     Case(0, 2),
     Case(1, 1),
     Case(1, 2),
     Case(2, 2, sequence_parallel=True),
-    Case(3, 1, offload=True),
+    Case(3, 1, offload=True, deepspeed=SUB_GROUPS),
     Case(3, 2),
 ]
 BF16 = Case(3, 2, bf16=True)
