@@ -18,8 +18,8 @@ import torch
 
 IGNORED_FIELDS = frozenset(
     {
-        *("elapsed_seconds", "lost_seconds", "seconds", "stall_seconds", "tokens_per_second"),
-        *("mfu", "memory_bytes", "peak_memory_bytes", "path", "name"),
+        *("time", "elapsed_seconds", "lost_seconds", "seconds", "stall_seconds"),
+        *("tokens_per_second", "mfu", "memory_bytes", "peak_memory_bytes", "path", "name"),
     }
 )
 """Fields of records and manifests that depend on the clock, the machine or the file names."""
