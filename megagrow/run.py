@@ -21,6 +21,7 @@ from megagrow.growth.validation import growth_problems
 from megagrow.parallel.agreement import any_across_ranks, run_on_all_ranks, run_on_rank_zero
 from megagrow.parallel.launch import Launch, read_launch
 from megagrow.parallel.process_groups import leave_process_group
+from megagrow.planning.memory_fit import fit_to_devices
 from megagrow.train.checkpointer import Checkpointer
 from megagrow.train.data_setup import Inputs, open_inputs_on_all_ranks
 from megagrow.train.fault_tolerance.signals import StopRequested, StopSignal
@@ -89,6 +90,7 @@ def train(
         raise ConfigError("; ".join(problems))
     ranks = watched_ranks(launch, run.guards.hang_timeout, run.deterministic_mode)
     with ranks as (device, watchdog):
+        run = fit_to_devices(run, device)
         watchdog.beat("opening the data", long=True)
         checks = check_kernels(run, device, launch)
         inputs = open_inputs_on_all_ranks(run)

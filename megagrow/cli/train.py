@@ -9,6 +9,7 @@ import typer
 
 from megagrow import __version__
 from megagrow.cli.options import Overrides, RunFile, count
+from megagrow.common.gpu_specs import find_gpu
 from megagrow.common.lasting_output import log_file, make_output_last
 from megagrow.common.log_setup import LogLevel, configure_logging
 from megagrow.common.tables import table_console
@@ -60,6 +61,10 @@ def train(
         bool,
         typer.Option("--simulate", help="With --dry-run: also simulate the rank's steps on a GPU."),
     ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="With --dry-run: GPU for micro_batch_size: auto, such as h100."),
+    ] = None,
     allow_change: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,22 +88,36 @@ def train(
     check_allowed(allow_change or ())
     if not dry_run and (world is not None or rank is not None):
         raise ConfigError("--world and --rank need --dry-run; the launcher sets them in a real run")
-    if simulate and not dry_run:
-        raise ConfigError("--simulate needs --dry-run")
+    for option, value in (("--simulate", simulate), ("--gpu", gpu)):
+        if value and not dry_run:
+            raise ConfigError(f"{option} needs --dry-run")
     run = load_run(run_file, overrides or ())
     if dry_run:
-        from megagrow.planning.dry_run import dry_run as build_dry_run
-        from megagrow.planning.dry_run_tables import print_dry_run
-
-        result = build_dry_run(run, world or 1, rank or 0, allow_change or (), simulate)
-        print_dry_run(result, table_console())
-        _raise_problems(result.problems)
+        _dry_run(run, world or 1, rank or 0, allow_change or (), simulate, gpu)
         return
     _open_log(run, log_level)
     from megagrow.run import train as train_run  # its libraries keep references to the streams
 
     if train_run(run, log_level, allow_change or ()) is not None:
         raise typer.Exit(stop_code)
+
+
+def _dry_run(
+    run: "RunConfig",
+    world: int,
+    rank: int,
+    allowed: Sequence[str],
+    simulate: bool,
+    gpu: str | None,
+) -> None:
+    """Print the plan of one rank; raise the problems that prevent the run from starting."""
+    from megagrow.planning.dry_run import dry_run
+    from megagrow.planning.dry_run_tables import print_dry_run
+
+    memory = None if gpu is None else find_gpu(gpu).memory
+    result = dry_run(run, world, rank, allowed, simulate, memory)
+    print_dry_run(result, table_console())
+    _raise_problems(result.problems)
 
 
 def _open_log(run: "RunConfig", log_level: str) -> None:

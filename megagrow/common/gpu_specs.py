@@ -57,7 +57,13 @@ have no memory size, because several versions exist, and no power, because it in
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the dense bf16 FLOP/s of a device, None if unknown or a slice of a device (MIG).
+    """Return the dense bf16 FLOP/s of a device, None if it is not known (`known_gpu`)."""
+    gpu = known_gpu(device_name)
+    return None if gpu is None else gpu.peak_flops
+
+
+def known_gpu(device_name: str) -> Gpu | None:
+    """Return the data sheet of a device, None if unknown or a slice of a device (MIG).
 
     `device_name` is the result of `torch.cuda.get_device_name`. It matches the first row of `GPUS`
     whose words it all contains.
@@ -65,7 +71,7 @@ def peak_flops(device_name: str) -> float | None:
     words = set(device_name.upper().replace("-", " ").split())
     if "MIG" in words:
         return None
-    return next((gpu.peak_flops for gpu in GPUS if words.issuperset(gpu.name.split())), None)
+    return next((gpu for gpu in GPUS if words.issuperset(gpu.name.split())), None)
 
 
 def find_gpu(name: str, option: str = "--gpu") -> Gpu:

@@ -207,10 +207,12 @@ def to_yaml(run: RunConfig) -> str:
 
 
 def _as_written(stage: StageConfig, tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the dump of a stage with only the length key that its run file sets."""
+    """Return the dump of a stage with the length key and the `auto` values of its run file."""
     *_, length = lengths_in(tree)  # `tokens` is always set and comes first
     left_out = [key for key in LENGTHS if key != length]
     shown = {key: value for key, value in tree.items() if key not in left_out}
+    if stage.batch.micro_batch_size_auto:
+        shown["batch"] = tree["batch"] | {"micro_batch_size": "auto"}
     return shown | {"tokens": "auto"} if stage.tokens_auto else shown
 
 

@@ -1,8 +1,8 @@
 """Sections of a stage: parallelism, kernels, batch, optimizer, schedule, and the stage itself."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megagrow.config.data import StageDataConfig
 from megagrow.config.deepspeed import DeepSpeedConfig
@@ -77,11 +77,22 @@ class BatchConfig(Section):
     global_batch_size: Count
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: Count
-    """Sequences per forward pass of each data-parallel rank."""
+    """Sequences per forward pass of each data-parallel rank. `auto` uses the largest divisor of
+    `global_batch_size` / data parallel, and of the ramp's sizes, whose predicted memory fits."""
+    micro_batch_size_auto: bool = Field(default=False, exclude=True)
+    """True if the run file has `micro_batch_size: auto`; not a key. The number is 1 until
+    `planning.memory_fit.fit_micro_batches` computes it from the memory of a device."""
     rampup_batch_size: tuple[Count, Count, Count] | None = None
     """Batch ramp, `[start, increment, samples]` (name from Megatron-LM): the stage begins with
     `start` sequences per step, and over its first `samples` sequences the batch grows by
     `increment` at a time to `global_batch_size`. null disables it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mark_auto(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("micro_batch_size") == "auto":
+            return values | {"micro_batch_size": 1, "micro_batch_size_auto": True}
+        return values
 
 
 class OptimizerConfig(Section):

@@ -27,6 +27,7 @@ from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.materialize import build_model
 from megagrow.parallel.process_groups import Topology
 from megagrow.planning.memory import StageMemory
+from megagrow.planning.memory_fit import fit_micro_batches
 from megagrow.planning.simulated import SimulatedStage, simulate_growing_run
 from megagrow.planning.traffic import Traffic, step_traffic
 from megagrow.reshard.traffic import Volume, rank_volume
@@ -113,17 +114,24 @@ def dry_run(
     rank: int = 0,
     allowed: Sequence[str] = (),
     simulate: bool = False,
+    gpu_memory: int | None = None,
 ) -> DryRun:
     """Build `rank` of a run on `world_size` ranks. Raises ConfigError for an invalid rank.
 
     `precision: auto` is planned as bf16, as on a GPU. `allowed` are the keys of `--allow-change`.
-    `simulate` also runs a step of each stage and each growth on a simulated GPU.
+    `simulate` also runs a step of each stage and each growth on a simulated GPU. `gpu_memory` are
+    the bytes of a GPU, from which `micro_batch_size: auto` is computed.
     """
     if not 0 <= rank < world_size:
         raise ConfigError(
             f"--rank {rank}: a world size of {world_size} has ranks 0 to {world_size - 1}"
         )
     invalid = [*growth_problems(run), *world_problems(run, world_size)]
+    if not invalid:
+        try:
+            run = fit_micro_batches(run, world_size, gpu_memory, run.precision != "fp32")
+        except ConfigError as error:
+            invalid.append(str(error))
     notes: list[str] = []
     inputs, unread = open_or_list_problems(run)
     if inputs is not None:

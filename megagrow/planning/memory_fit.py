@@ -1,10 +1,29 @@
-"""Peak memory of a run, and remedies for stages and growths that do not fit into a GPU."""
+"""Peak memory of a run, remedies for what does not fit into a GPU, and `micro_batch_size: auto`."""
 
+import logging
+import math
+import os
+import socket
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
+from megagrow.common.gpu_specs import known_gpu
 from megagrow.common.sizes import format_in
-from megagrow.planning.memory import StageMemory
+from megagrow.config.schema import RunConfig, StageConfig
+from megagrow.errors import ConfigError
+from megagrow.model.backends import uses_bf16
+from megagrow.planning.memory import StageMemory, stage_memory
+
+logger = logging.getLogger(__name__)
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""Memory limit of a container, in bytes or `max` (cgroup v2)."""
 
 USABLE = 0.92
 """Fraction of a card's memory available to a run; the rest is used by the driver, NCCL and
@@ -101,3 +120,85 @@ def _of(size: int, capacity: int) -> str:
 
 def _gib(size: int) -> str:
     return format_in(size, "GiB", 1)
+
+
+def fit_micro_batches(
+    run: RunConfig, world_size: int, capacity: int | None, bf16: bool, on_cpu: bool = False
+) -> RunConfig:
+    """Return the run with a number in place of each `micro_batch_size: auto`, and log the numbers.
+
+    The number of a stage is the largest whose predicted step uses at most `USABLE` of `capacity`.
+
+    Args:
+        run: the run, valid on `world_size` ranks with a micro-batch of 1.
+        world_size: number of ranks.
+        capacity: bytes of one device, or None if unknown.
+        bf16: the forward pass runs in bf16.
+        on_cpu: ranks without a GPU.
+
+    Raises:
+        ConfigError: the memory is unknown, or a micro-batch of 1 does not fit.
+    """
+    stages = [
+        _fitted(stage, index, world_size, capacity, bf16, on_cpu)
+        if stage.batch.micro_batch_size_auto
+        else stage
+        for index, stage in enumerate(run.stages)
+    ]
+    return run.model_copy(update={"stages": stages})
+
+
+def _fitted(
+    stage: StageConfig, index: int, world_size: int, capacity: int | None, bf16: bool, on_cpu: bool
+) -> StageConfig:
+    key = f"stages.{index}.batch.micro_batch_size = auto"
+    if capacity is None:
+        raise ConfigError(f"{key} needs the memory of a GPU; pass --gpu, or set a number")
+    memory = stage_memory(stage, world_size, bf16, on_cpu)
+    for size in _micro_batches(stage, memory.layout.dp):
+        batch = stage.batch.model_copy(update={"micro_batch_size": size})
+        memory = replace(memory, stage=stage.model_copy(update={"batch": batch}))
+        needed = memory.training if on_cpu else on_gpu(memory)
+        if needed <= USABLE * capacity:
+            of = _of(needed, capacity)
+            logger.info("stage %d | micro_batch_size auto: %d | %s predicted", index, size, of)
+            return memory.stage
+    raise ConfigError(
+        f"{key}: a micro-batch of 1 does not fit: {_of(needed, capacity)} predicted, at most "
+        f"{USABLE:.0%} may be used; try {', '.join(remedies(memory))}"
+    )
+
+
+def _micro_batches(stage: StageConfig, dp: int) -> Iterator[int]:
+    """Yield the micro-batch sizes that divide every batch of the stage, from large to small."""
+    ramp = stage.batch.rampup_batch_size or ()
+    most = math.gcd(stage.batch.global_batch_size, *ramp[:2]) // dp
+    yield from (size for size in range(most, 0, -1) if most % size == 0)
+
+
+def fit_to_devices(run: RunConfig, device: torch.device) -> RunConfig:
+    """Return `fit_micro_batches` of a starting run, the same on all ranks. Collective.
+
+    The capacity is the smallest memory of a rank. Ranks on CPUs share their host's equally.
+    """
+    if not any(stage.batch.micro_batch_size_auto for stage in run.stages):
+        return run
+    ranks = [("", 0)] * dist.get_world_size()
+    dist.all_gather_object(ranks, (socket.gethostname(), _device_memory(device)))
+    on_cpu = device.type == "cpu"
+    sharing = Counter(host for host, _ in ranks)
+    capacity = min(size // (sharing[host] if on_cpu else 1) for host, size in ranks)
+    return fit_micro_batches(run, len(ranks), capacity, uses_bf16(run, device), on_cpu)
+
+
+def _device_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU, at most those of its data sheet as in a plan, or of the host."""
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        known = known_gpu(found.name)
+        listed = None if known is None else known.memory
+        return min(found.total_memory, listed or found.total_memory)
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # no cgroup v2, or `max`
+        size = min(size, int(_CGROUP_LIMIT.read_text(encoding="ascii")))
+    return size

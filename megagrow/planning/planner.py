@@ -28,7 +28,12 @@ from megagrow.errors import ConfigError
 from megagrow.growth.operators import resolve_operators, state_policy
 from megagrow.growth.validation import growth_problems
 from megagrow.planning.memory import StageMemory, growth_peak, stage_memory
-from megagrow.planning.memory_fit import RunPeak, memory_warnings, run_peak
+from megagrow.planning.memory_fit import (
+    RunPeak,
+    fit_micro_batches,
+    memory_warnings,
+    run_peak,
+)
 from megagrow.train.schedule import stage_optimizer
 
 
@@ -109,8 +114,8 @@ class RunPlan:
 def plan_run(run: RunConfig, world_size: int, gpu_memory: int | None = None) -> RunPlan:
     """Return the plan of a run on `world_size` ranks, with warnings if it exceeds `gpu_memory`.
 
-    `gpu_memory` is in bytes. `precision: auto` is planned as bf16, as on a GPU. Raises ConfigError
-    if the run could not start.
+    `gpu_memory` is in bytes; `micro_batch_size: auto` needs it. `precision: auto` is
+    planned as bf16, as on a GPU. Raises ConfigError if the run could not start.
     """
     if world_size < 1:
         raise ConfigError(f"--world {world_size}: use 1 or more ranks")
@@ -118,6 +123,7 @@ def plan_run(run: RunConfig, world_size: int, gpu_memory: int | None = None) -> 
     if problems:
         raise ConfigError("; ".join(problems))
     bf16 = run.precision != "fp32"
+    run = fit_micro_batches(run, world_size, gpu_memory, bf16)
     memories = [stage_memory(stage, world_size, bf16) for stage in run.stages]
     stages = tuple(_stage(run, index, memories) for index in range(len(run.stages)))
     growths = [None, *(growth_peak(*pair) for pair in pairwise(memories))]

@@ -186,6 +186,7 @@ def _stage_values(result: PlanResult, index: int) -> dict[str, Any]:
         "tokens": stage.tokens,
         "steps": stage.steps,
         "tokens_per_step": stage.step_tokens,
+        "micro_batch_size": stage.config.batch.micro_batch_size,
         "flops": float(stage.flops),
         "flops_true": float(stage.flops_true),
         "lr": stage.optimizer.lr,

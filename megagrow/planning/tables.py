@@ -8,7 +8,7 @@ from megagrow.common.sizes import format_bytes, format_in, format_short
 from megagrow.common.tables import print_lines, print_table
 from megagrow.config.growth_guidelines import SPEEDUPS, TOKENS_OF_WARM_STARTS
 from megagrow.config.schema import StageConfig
-from megagrow.config.stage import format_layout
+from megagrow.config.stage import BatchConfig, format_layout
 from megagrow.growth.validation import candidates
 from megagrow.planning.cluster_tables import (
     LAYOUT_COLUMNS,
@@ -123,6 +123,7 @@ def stage_rows(stages: Sequence[StagePlan]) -> Rows:
         "non-embedding parameters": [f"{stage.non_embedding:,}" for stage in stages],
         "tokens": [f"{stage.tokens:,}{_given(stage.config)}" for stage in stages],
         "tokens per step": [f"{stage.step_tokens:,}" for stage in stages],
+        "micro-batch size": [_micro_batch(stage.config.batch) for stage in stages],
         "sequence length": [f"{stage.config.data.sequence_length:,}" for stage in stages],
         "steps": [f"{stage.steps:,}" for stage in stages],
         "FLOPs (6 x parameters x tokens)": [f"{stage.flops:.3e}" for stage in stages],
@@ -240,6 +241,10 @@ def _given(stage: StageConfig) -> str:
     if stage.at_tokens is not None:
         return f" (at_tokens {format_short(stage.at_tokens)})"
     return f" (at_flops {stage.at_flops:.3g})" if stage.at_flops is not None else ""
+
+
+def _micro_batch(batch: BatchConfig) -> str:
+    return f"{batch.micro_batch_size}{' (auto)' if batch.micro_batch_size_auto else ''}"
 
 
 def _rate(stage: StagePlan) -> str:

@@ -68,6 +68,7 @@ def test_keys_are_described_and_none_is_internal() -> None:
     schema = run_schema()
     stage = schema["$defs"]["StageConfig"]["properties"]
     assert "exact_tokens" not in stage and "tokens_auto" not in stage
+    assert "micro_batch_size_auto" not in schema["$defs"]["BatchConfig"]["properties"]
     for properties in (schema["properties"], schema["$defs"]["OptimizerConfig"]["properties"]):
         undescribed = [key for key, value in properties.items() if "description" not in value]
         assert not [key for key in undescribed if not {"$ref", "anyOf"} & properties[key].keys()]
