@@ -4,21 +4,23 @@ from megagrow.config.sections import CountOrZero, Section
 
 
 class DeepSpeedZeroConfig(Section):
-    """Options of DeepSpeed's `zero_optimization`; null is DeepSpeed's or megagrow's default."""
+    """Options of DeepSpeed's `zero_optimization`, with DeepSpeed's defaults."""
 
-    sub_group_size: CountOrZero | None = None
-    """Elements of the parameters that the optimizer updates together."""
+    sub_group_size: CountOrZero = 1_000_000_000
+    """Elements of a rank's shard that one call of the optimizer updates, rounded up to complete
+    parameters."""
     stage3_prefetch_bucket_size: CountOrZero | None = None
-    """Elements of parameters that are gathered ahead of their use."""
-    stage3_param_persistence_threshold: CountOrZero | None = None
-    """Parameters with fewer elements stay gathered on all ranks."""
-    stage3_max_live_parameters: CountOrZero | None = None
+    """Elements of parameters that are gathered ahead of their use. Null: the rank's slice of the
+    model, at most 50M."""
+    stage3_param_persistence_threshold: CountOrZero = 100_000
+    """Elements up to which a parameter stays gathered until the weights are updated."""
+    stage3_max_live_parameters: CountOrZero = 1_000_000_000
     """Maximum elements of gathered parameters on a rank."""
-    stage3_max_reuse_distance: CountOrZero | None = None
+    stage3_max_reuse_distance: CountOrZero = 1_000_000_000
     """Elements between two uses of a parameter up to which it stays gathered."""
-    overlap_comm: bool | None = None
-    """Reduce gradients on a separate stream during the backward pass."""
-    contiguous_gradients: bool | None = None
+    overlap_comm: bool = True
+    """Reduce gradients and gather parameters on separate streams of the GPU."""
+    contiguous_gradients: bool = True
     """Copy gradients to one buffer as they arrive."""
 
 
@@ -50,5 +52,9 @@ SET_BY = {
     "tensorboard": "logging.tensorboard",
     "wandb": "logging.wandb_project",
     "steps_per_print": "logging.interval",
+    "comms_logger": "logging.profile",
+    "flops_profiler": "logging.profile",
+    "wall_clock_breakdown": "logging.profile",
+    "cpu_offload": "parallel.offload_optimizer",
 }
 """Options of DeepSpeed that megagrow sets -> the key that determines them."""

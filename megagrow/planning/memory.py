@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
+from megagrow.config.deepspeed import DeepSpeedConfig, DeepSpeedZeroConfig
 from megagrow.config.schema import StageConfig
 from megagrow.model.layers.base import READS_RESIDUAL
 from megagrow.parallel.engine_config import GATHER_BYTES, parameter_groups, reduce_bucket
@@ -20,8 +21,10 @@ from megagrow.planning.activations import Activations
 from megagrow.reshard.exchange import BUCKET_BYTES
 from megagrow.reshard.layout import Layout
 
-LIVE_PARAMETERS = 1_000_000_000
-"""Maximum elements that ZeRO-3 keeps gathered (DeepSpeed's stage3_max_live_parameters)."""
+
+def zero3_options(stage: StageConfig) -> DeepSpeedZeroConfig:
+    """Return the options that a stage passes to DeepSpeed's ZeRO 3."""
+    return (stage.deepspeed or DeepSpeedConfig()).zero_optimization
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class StageMemory:
         alone = self.layout.dp == 1  # parameters are complete and not copied
         if self._zero < 3 or alone:
             return 0
-        return self._width * min(self._slice, LIVE_PARAMETERS)
+        live = zero3_options(self.stage).stage3_max_live_parameters
+        return self._width * min(self._slice, live)
 
     @property
     def gradients(self) -> int:

@@ -14,14 +14,10 @@ from megagrow.config.flops import norm_parameters
 from megagrow.model.layers.table import block_counts
 from megagrow.parallel.sharding import pad
 from megagrow.planning.cluster import Cluster
-from megagrow.planning.memory import StageMemory
+from megagrow.planning.memory import StageMemory, zero3_options
 from megagrow.planning.step_rates import COLLECTIVE_SECONDS, NIC_SHARE, NVLINK_SHARE
 
 CollectiveKind = Literal["all-reduce", "all-gather", "reduce-scatter"]
-
-PERSISTENT = 100_000
-"""Elements up to which ZeRO-3 keeps a parameter gathered until the weights are updated
-(DeepSpeed's stage3_param_persistence_threshold)."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,8 @@ def _data_parallel(memory: StageMemory) -> Iterator[Traffic]:
         yield Traffic("updated weights", "all-gather", ranks, width * padded)
     else:
         padded_sizes = [pad(size, ranks) for size in sizes.values()]
-        large = sum(pad(size, ranks) for size in sizes.values() if size > PERSISTENT)
+        kept = zero3_options(memory.stage).stage3_param_persistence_threshold
+        large = sum(pad(size, ranks) for size in sizes.values() if size > kept)
         yield Traffic("gradients", "reduce-scatter", ranks, micro * summed * sum(padded_sizes))
         # All passes of a step but the first gather from the ranks of hpZ, if there are any.
         again, near = (2 * micro - 1) * large, memory.stage.parallel.zero_hpz_partition_size

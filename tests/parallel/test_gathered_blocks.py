@@ -18,9 +18,11 @@ DEEPSPEED = DeepSpeedConfig.model_validate(
         "zero_optimization": {
             "sub_group_size": SUB_GROUP,
             "stage3_prefetch_bucket_size": 0,
-            "stage3_param_persistence_threshold": 100_000,
+            "stage3_param_persistence_threshold": 0,
             "stage3_max_live_parameters": "200K",
             "stage3_max_reuse_distance": 0,
+            "overlap_comm": False,
+            "contiguous_gradients": False,
         }
     }
 )

@@ -35,6 +35,7 @@ def memory(
     sequences: int = 8,
     kernels: dict[str, Any] | None = None,
     on_cpu: bool = False,
+    deepspeed: dict[str, Any] | None = None,
     **parallel: Any,
 ) -> StageMemory:
     stage = StageConfig.model_validate(
@@ -46,6 +47,7 @@ def memory(
             "batch": {"global_batch_size": sequences, "micro_batch_size": 2},
             "optimizer": {"lr": 1.0},
             "kernels": kernels or {},
+            "deepspeed": deepspeed,
         }
     )
     return stage_memory(stage, world, bf16, on_cpu)
@@ -94,6 +96,11 @@ def test_sums_in_bf16_are_half_as_large_but_copies() -> None:
     staged = PARAMETERS // 2 + 2 * LARGEST  # two buckets of an eighth
     for zero, expected in enumerate((2 * PARAMETERS, staged, staged, 4 * PARAMETERS)):
         assert memory(zero, communication_data_type="bf16").buckets == expected
+
+
+def test_gathered_weights_are_limited_by_deepspeeds_option() -> None:
+    limited = {"zero_optimization": {"stage3_max_live_parameters": 60}}
+    assert memory(3, deepspeed=limited).gathered == 60 * 2
 
 
 def test_gradients_of_one_input_exist_together_without_a_norm_before_it() -> None:
