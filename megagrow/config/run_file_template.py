@@ -187,7 +187,7 @@ optimizer: {{lr: {lr}, min_lr: {min_lr}}}
 schedule: {{type: cosine, warmup_steps: {warmup}}}
 checkpoint: {{interval: {interval}}}   # steps
 validation: {{interval: {interval}, tokens: {validation_tokens}}}
-# Texts generated after each validation (needs `pip install 'megagrow[hf]'`):
+# Texts generated every `validation.interval` steps (needs `pip install 'megagrow[hf]'`):
 # samples: {{prompts: ["Once upon a time"], max_tokens: 48}}
 
 # Keys of a stage that are set above are defaults of all stages.

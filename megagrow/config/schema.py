@@ -95,7 +95,7 @@ class RunConfig(Section):
     the top of the file is the only stage."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     samples: SamplesConfig | None = None
-    """Texts generated after each validation; null disables them."""
+    """Texts generated during training; null disables them."""
     guards: GuardsConfig = GuardsConfig()
     logging: LoggingConfig = LoggingConfig()
 
