@@ -72,8 +72,8 @@ class NewEntriesConfig(Section):
     """Separate learning rate of the entries added by a growth (SPARKLING, section 4.2).
 
     It rises from the rate at the growth to `peak_factor` times that rate, and then follows a cosine
-    to `min_lr` at the end of the schedule. It ends with the stage of the growth: a later stage
-    without growth trains all entries at its own rate.
+    to `min_lr` at the end of the schedule. Stages
+    without growth that continue the schedule continue it.
     """
 
     peak_factor: float = Field(default=1.3, gt=0)
@@ -134,7 +134,7 @@ class GrowthConfig(Section):
     new_entries: NewEntriesConfig | None = None
     """Separate learning rate of new entries. Set by default only for `sparkling`."""
     freeze_tokens: Count | None = None
-    """Tokens after the growth during which old entries are frozen, at most until its stage ends."""
+    """Tokens after the growth during which old entries are frozen."""
     ramp_tokens: CountOrZero | None = None
     """`random_*`: tokens over which the masks of new parts rise from 0 to 1, one width axis after
     the other. 0: no masks, the new parts contribute at once and the loss jumps. Default: 5000

@@ -175,27 +175,39 @@ def derived_lengths(run: RunConfig, stage: int) -> dict[str, int]:
     }
 
 
+def last_growth(run: RunConfig, stage_index: int) -> int | None:
+    """Return the stage whose growth added the newest entries of stage `stage_index`.
+
+    None if there is none, or if a stage without growth has restarted the schedule since.
+    """
+    stage = run.stages[stage_index]
+    if stage_index == 0 or stage.growth is not None:
+        return None if stage.growth is None else stage_index
+    restarts = origin_stage(run, stage_index) == stage_index
+    return None if restarts else last_growth(run, stage_index - 1)
+
+
 def new_entries_rate(run: RunConfig, stage_index: int, stage_tokens: int) -> float:
-    """Return the rate of new entries in the step `stage_tokens` tokens into a grown stage.
+    """Return the rate of new entries in the step `stage_tokens` tokens into a stage.
 
     The rate rises linearly from the rate at the growth to `peak_factor` times that rate in
     `warmup_steps`. It then follows a cosine to min_lr at the end of the schedule (SPARKLING, arXiv
     2602.02472, section 4.2). Warm-up and decay are evaluated as in `learning_rate`.
     """
-    stage = run.stages[stage_index]
-    new = None if stage.growth is None else new_entries_of(stage.growth)
-    if new is None:
+    stage, grown = run.stages[stage_index], last_growth(run, stage_index)
+    growth = None if grown is None else run.stages[grown].growth
+    new = None if growth is None else new_entries_of(growth)
+    if new is None or grown is None:
         raise AssertionError(f"stage {stage_index} has no separate learning rate for new entries")
-    at_growth = rate_at(run, stage_index, 0)
+    at_growth = rate_at(run, grown, 0)
+    done = tokens_between(run, grown, stage_index) + stage_tokens
     per_step = step_tokens(stage, stage_tokens)
-    warmup = tokens_of_steps(stage, new.warmup_steps)
+    warmup = tokens_of_steps(run.stages[grown], new.warmup_steps)
     origin = origin_stage(run, stage_index)
     horizon = stage.schedule.horizon_tokens or tokens_between(run, origin, len(run.stages))
-    end = horizon - tokens_between(run, origin, stage_index)
-    if stage_tokens < min(warmup, end):
-        return at_growth * (
-            1 + (new.peak_factor - 1) * min(1.0, (stage_tokens + per_step) / warmup)
-        )
-    left = 1.0 - _decayed(ScheduleConfig(type="cosine"), stage_tokens, warmup, end)
+    end = horizon - tokens_between(run, origin, grown)
+    if done < min(warmup, end):
+        return at_growth * (1 + (new.peak_factor - 1) * min(1.0, (done + per_step) / warmup))
+    left = 1.0 - _decayed(ScheduleConfig(type="cosine"), done, warmup, end)
     low = stage_optimizer(run, stage_index).min_lr
     return low + left * (new.peak_factor * at_growth - low)

@@ -21,6 +21,7 @@ from megagrow.train.growth_event.new_entries import fresh_masks, has_per_entry_l
 from megagrow.train.growth_event.run_growths import stage_growth, stage_scales
 from megagrow.train.kernel_calls import NO_CHECKS, Checks
 from megagrow.train.kernel_selection import stage_ops
+from megagrow.train.schedule import last_growth
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ def build_stage(
         parallel.tensor_model_parallel_size,
     )
     check_layout(layout, engine, topology.rank)
-    if has_per_entry_lr(config.growth):
-        fresh = stage_growth(run, index).fresh
+    grown = last_growth(run, index)
+    if grown is not None and has_per_entry_lr(run.stages[grown].growth):
+        fresh = stage_growth(run, grown).fresh
         engine.mark_new(fresh_masks(fresh, layout, topology.rank, engine.storage()))
     answers_only = run.objective == "sft"
     return Stage(index, config, topology, engine, layout, answers_only, checks)

@@ -20,6 +20,7 @@ from tests.helpers.jobs import records
 from tests.helpers.run.stopping import last_state, stopped_at
 from tests.helpers.runs import (
     MODEL,
+    STEP_TOKENS,
     full_tensors,
     grow_live,
     make_run,
@@ -74,6 +75,29 @@ def check(folder: Path) -> None:
         train(parts)
         assert last_state(parts) == expected, steps
     assert steps_left(run) == 25
+
+
+def check_split(folder: Path) -> None:
+    dist.destroy_process_group()
+    growth = {
+        "lr_schedule": "continue",
+        "new_entries": {"warmup_steps": 6},
+        "freeze_tokens": 3 * STEP_TOKENS,
+    }
+    base = {"tokens": 4 * STEP_TOKENS}
+    grown = {"tokens": 8 * STEP_TOKENS, "model": DEEP, "growth": growth}
+    begin = grown | {"tokens": 2 * STEP_TOKENS}
+    rest = {"tokens": 6 * STEP_TOKENS, "model": DEEP}
+    trained = []
+    for name, stages in (("whole", [base, grown]), ("split", [base, begin, rest])):
+        run = make_run(folder, stages, output_dir=folder / name)
+        train(run)
+        trained.append(records(run, "train", ("step", "loss", "lr", "grad_norm")))
+    assert trained[0] == trained[1] and len(trained[0]) == 12
+
+
+def test_a_stage_without_growth_only_continues_a_grown_one(tmp_path: Path) -> None:
+    run_ranks(1, check_split, tmp_path)
 
 
 def test_stages_resume_exactly(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from megagrow.config.stage_length import (
     steps_left,
 )
 from megagrow.config.validation import problems
+from megagrow.train.growth_event.new_entries import UpdateFactors, update_factors
 from megagrow.train.schedule import (
     learning_rate,
     new_entries_rate,
@@ -237,6 +238,21 @@ def test_a_rate_depends_on_the_tokens_trained_before_a_growth(new_entries: bool)
     begun = settled(other, 0, STEP)
     assert rate_at(begun, 0, STEP) == rate_at(run, 0, STEP), "the horizons are equal"
     assert rate(begun, 1, 0) == expected[0]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_new_entries_keep_their_rate_in_a_stage_without_growth(restart: bool) -> None:
+    growth = {"lr_schedule": "continue", "new_entries": {"warmup_steps": 6}}
+    growth |= {"freeze_tokens": 4 * STEP}
+    schedule = {"type": "cosine", "restart": restart}
+    whole = make_run(stage(5), stage(8, growth))
+    split = make_run(stage(5), stage(3, growth), stage(5, schedule=schedule))
+    expected = [update_factors(whole, 1, step * STEP) for step in range(8)]
+    found = [update_factors(split, 1, step * STEP) for step in range(3)]
+    found += [update_factors(split, 2, step * STEP) for step in range(5)]
+    assert len({factors.new for factors in expected}) == 8
+    assert [factors.old for factors in expected] == [0.0] * 4 + [1.0] * 4
+    assert found == expected[:3] + ([UpdateFactors()] * 5 if restart else expected[3:])
 
 
 SIZES = (2 * 128 + 8 + 464, 2 * 128 + 8 + 4 * 464)

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import RunConfig
+from megagrow.config.stage_length import tokens_between
 from megagrow.growth.map import Fresh
 from megagrow.parallel.sharding import Storage
 from megagrow.reshard.copy_ops import block_view
 from megagrow.reshard.layout import Block, Layout
-from megagrow.train.schedule import new_entries_of, new_entries_rate, rate_at
+from megagrow.train.schedule import last_growth, new_entries_of, new_entries_rate, rate_at
 
 
 class UpdateFactors(NamedTuple):
@@ -26,13 +27,16 @@ class UpdateFactors(NamedTuple):
 def update_factors(run: RunConfig, stage_index: int, stage_tokens: int) -> UpdateFactors:
     """Return the factors of the step that begins `stage_tokens` tokens into a stage.
 
-    Old entries do not change until `freeze_tokens`. If the growth defines a separate learning rate
-    of new entries, their factor is that rate over the rate of the step.
+    Old entries do not change until `freeze_tokens` after the last growth. If it defines a separate
+    learning rate of new entries, their factor is that rate over the rate of the step. Stages
+    without growth that continue the schedule continue both.
     """
-    growth = run.stages[stage_index].growth
-    if growth is None:
+    grown = last_growth(run, stage_index)
+    growth = None if grown is None else run.stages[grown].growth
+    if grown is None or growth is None:
         return UpdateFactors()
-    old = 0.0 if stage_tokens < (growth.freeze_tokens or 0) else 1.0
+    done = tokens_between(run, grown, stage_index) + stage_tokens
+    old = 0.0 if done < (growth.freeze_tokens or 0) else 1.0
     rate = rate_at(run, stage_index, stage_tokens)
     if new_entries_of(growth) is None or rate == 0:  # no ratio at rate 0
         return UpdateFactors(old=old)
