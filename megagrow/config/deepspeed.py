@@ -25,8 +25,8 @@ class DeepSpeedZeroConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    """Options passed to DeepSpeed, by its names; they do not change the result. Only for stages
-    with `zero_stage: 3`: other ZeRO stages run megagrow's own update and reduction."""
+    """Options passed to DeepSpeed, by its names; they change results only by rounding. Only for
+    stages with `zero_stage: 3`: other ZeRO stages run megagrow's own update and reduction."""
 
     zero_optimization: DeepSpeedZeroConfig = DeepSpeedZeroConfig()
 
