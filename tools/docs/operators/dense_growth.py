@@ -37,7 +37,7 @@ def grown(
 
 
 def _made(state: State, growth: GrowthMap, spec: ParamSpec, kind: StateKind) -> Tensor:
-    like = next(iter(state.values()))["fp32"]
+    like = next(iter(next(iter(state.values())).values()))
     total = like.new_zeros(spec.rows, spec.cols)
     if kind == "fp32":
         for fill in growth.fills.get(spec.name, ()):
