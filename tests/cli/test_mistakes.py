@@ -42,7 +42,7 @@ MISTAKES = {
     "train tab.yaml": "tab.yaml, line 2: contains a tab; indent with spaces",
     "train empty.yaml": "empty.yaml: must contain a mapping of keys to values",
     "train part.yaml": (
-        "part.yaml: 'data' is missing; 'model' is missing; 'tokens' is missing; 'batch' is "
+        "part.yaml: 'model' is missing; 'data' is missing; 'tokens' is missing; 'batch' is "
         "missing; 'optimizer' is missing"
     ),
     "train stage.yaml": "stage.yaml: 'stages.2' does not exist; the base has 0, 1",
@@ -85,7 +85,8 @@ MISTAKES = {
     ),
     # Growth.
     f"{DRY} stages.1.growth=null": (
-        "RUN.yaml: stages.1.growth is missing; define the growth from the model of stages.0"
+        "RUN.yaml: stages.1.model changes num_hidden_layers from 2 to 8; add stages.1.growth, or "
+        "set stages.1.model.num_hidden_layers to the value of stages.0"
     ),
     f"{DRY} stages.1.growth.operator=gstak": (
         "RUN.yaml: 'stages.1.growth.operator.0' = 'gstak': not known; did you mean 'gstack'?"

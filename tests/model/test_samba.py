@@ -60,8 +60,10 @@ def test_a_mixer_is_that_of_transformers() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=EXACT)
     for name, parameter in found.items():
         expected = part_of(f"mamba.{name}", lambda n: theirs.get_parameter(n[6:]).grad)
-        torch.testing.assert_close(parameter.grad, expected, rtol=EXACT, atol=EXACT, msg=name)
-        assert expected.abs().max() > 100 * EXACT, f"{name}: the test would prove nothing"
+        largest = expected.abs().max().item()
+        close = {"rtol": EXACT, "atol": EXACT * max(largest, 1)}
+        torch.testing.assert_close(parameter.grad, expected, **close, msg=name)
+        assert largest > 100 * EXACT, f"{name}: the test would prove nothing"
 
 
 def run_block(model: CausalLM, block: nn.Module, x: Tensor) -> Tensor:

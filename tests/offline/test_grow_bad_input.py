@@ -37,9 +37,9 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "2; use a multiple or set target.growth.layer_map",
     ),
     "another model": (
-        {"rope_theta": 5.0},
+        {"tie_word_embeddings": True},
         {},
-        "target.model changes rope_theta from 10000.0 to 5.0, which direct_depth cannot",
+        "target.model changes tie_word_embeddings from False to True, which direct_depth cannot",
     ),
     "smaller": (
         {"vocab_size": 5},

@@ -143,7 +143,7 @@ def test_every_layout_is_a_single_device(special: bool) -> None:
     cases = (CASES[1], CASES[-2]) if special else CASES
     for found in run_ranks(WORLD, compare_all, cases, expected, special):
         for case, result in zip(cases, found, strict=True):
-            assert result["logits"] < LIMIT, case
+            assert result["logits"] < 2 * LIMIT, case
             assert result["norm"] == pytest.approx(norm_of(expected), rel=1e-5), case
             for name, difference in result["gradients"].items():
                 assert difference < LIMIT, (case, name)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from megagrow.config.growth import GrowthConfig
 from megagrow.growth.map import GrowthMap
 from megagrow.growth.operators import growth_map
+from megagrow.parallel.sharding import kinds_in
 from megagrow.reshard.copy_ops import collect, deliver, move_within
 from megagrow.reshard.fill import fill_new
 from megagrow.reshard.index_ranges import as_array
@@ -87,7 +88,7 @@ def test_a_rank_is_sent_what_it_lacks_and_nothing_twice(reshard):
     numbers = numbered(source.plan)
     for rank, plan in enumerate(plans(*reshard)):
         at_hand = torch.cat([*held(source, numbers, rank, -1).values(), torch.tensor([])])
-        for kind in growth.kinds:
+        for kind in kinds_in(target.plan):
             needed = needed_by(rank, numbers, growth, target, kind)
             sent = torch.cat(
                 [

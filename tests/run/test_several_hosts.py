@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.helpers.jobs import train
-from tools.faults.run import write_corpus
+from tools.faults.run import write_corpora
 from tools.hosts.job import BASE_STEPS, INTERVAL, losses, records, run_of
 from tools.hosts.namespaces import Hosts, unsupported_reason
 from tools.hosts.several_hosts import HostScenario
@@ -53,7 +53,7 @@ def losses_of_one_rank(folder: Path, corpus: Path) -> list[float]:
 @pytest.mark.timeout(900)  # two jobs with launchers; slow on a busy machine
 def test_a_run_resumes_on_one_host_after_the_loss_of_the_other(tmp_path: Path, pair: Hosts) -> None:
     corpus, (first, second) = tmp_path / "corpus", pair.hosts
-    write_corpus(corpus)
+    write_corpora(corpus)
     story = HostScenario(tmp_path, corpus, losses_of_one_rank(tmp_path, corpus))
     job = story.start("lost", [first, second], 1)
     words = "host host1 (rank 1) is unresponsive: down or off the network (last heartbeat: "

@@ -15,7 +15,7 @@ from megagrow.data.batches import BatchReader
 from tests.helpers.jobs import Finished, Hook, train, write_run
 from tests.helpers.runs import STEP_TOKENS, make_run
 from tools.faults.kill_points import run_point
-from tools.faults.run import write_corpus
+from tools.faults.run import write_corpora
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -183,7 +183,7 @@ def test_a_rank_is_lost_outside_of_steps(
     tmp_path: Path, point: str, victim: int, number: int, words: str
 ) -> None:
     """All points: tools/faults/kill_points.py."""
-    write_corpus(tmp_path / "train")
+    write_corpora(tmp_path / "train")
     (tmp_path / "job").mkdir()
     result = run_point(tmp_path / "job", point, 2, victim, number, hang_timeout=1.0)
     assert result.problem == "", result

@@ -49,7 +49,7 @@ from tools.docs.operators.reference_training import (  # noqa: E402
     random_weights,
     trajectory_difference,
 )
-from tools.faults.run import write_corpus  # noqa: E402
+from tools.faults.run import write_corpora  # noqa: E402
 
 PAGE = ROOT / "docs/reference/operators.md"
 BEGIN, END = "<!-- table: written by tools/docs/operator_table.py -->\n", "<!-- end of table -->\n"
@@ -138,7 +138,7 @@ def measured_cells() -> dict[str, Cells]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_corpus(folder / "corpus")
+        write_corpora(folder / "corpus")
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}")
         command = ["env", *ENVIRONMENT, sys.executable, *launcher, __file__]
         subprocess.run([*command, "--live", name], check=True)

@@ -39,7 +39,7 @@ from tools.faults.run import (  # noqa: E402
     read_text,
     run_of,
     start_ranks,
-    write_corpus,
+    write_corpora,
 )
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,7 @@ class FaultInjection:
         self._expected = folder / "reference"
         self._durations: dict[str, float] = {}
         self.report = InjectionReport()
-        write_corpus(folder / "train")
-        write_corpus(folder / "train-other", seed=1)
+        write_corpora(folder / "train")
 
     def measure(self) -> None:
         """Train the reference run and measure the duration of each phase."""

@@ -35,7 +35,7 @@ from tools.faults.run import (  # noqa: E402
     read_text,
     run_of,
     start_ranks,
-    write_corpus,
+    write_corpora,
 )
 
 LIMIT = 9.0
@@ -209,7 +209,7 @@ def main(
     failed = 0
     print(row.format("point", "fault", "rank", "seconds", "codes", "line or problem"))
     with tempfile.TemporaryDirectory() as temporary:
-        write_corpus(Path(temporary) / "train")
+        write_corpora(Path(temporary) / "train")
         faults = {"kill": signal.SIGKILL} | ({"freeze": signal.SIGSTOP} if freeze else {})
         for name in (name for name in POINTS if only in name):
             for fault, number in faults.items():

@@ -58,7 +58,18 @@ class RunSnapshot:
         return "growth" if self.step == BASE_STEPS and not self.grown else "steps"
 
 
-def write_corpus(prefix: Path, seed: int = 0) -> None:
+def write_corpora(prefix: Path) -> None:
+    """Write the corpora of `run_of`."""
+    for seed, path in enumerate((prefix, other_corpus(prefix))):
+        _write_corpus(path, seed)
+
+
+def other_corpus(prefix: Path) -> Path:
+    """Return the prefix of the corpus of the later stages."""
+    return prefix.with_name(f"{prefix.name}-other")
+
+
+def _write_corpus(prefix: Path, seed: int) -> None:
     """Write a corpus in which most tokens are a function of the previous token."""
     generator = np.random.default_rng(seed)
     with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
@@ -77,7 +88,7 @@ def run_of(corpus: Path, output: Path, ranks: int) -> dict[str, Any]:
     its batch, and anneals the learning rate.
     """
     tokens = STAGE_STEPS * BATCH * ranks * LENGTH
-    other = {"train": [{"path": f"{corpus}-other"}, {"path": str(corpus)}]}
+    other = {"train": [{"path": str(other_corpus(corpus))}, {"path": str(corpus)}]}
     longer = {**other, "sequence_length": 2 * LENGTH}
     sizes = [ranks * size for size in RAMP_BATCHES]
     ramp = {"rampup_batch_size": [sizes[0], ranks, sum(sizes[:2]) * 2]}

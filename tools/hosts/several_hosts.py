@@ -18,7 +18,7 @@ import typer
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-from tools.faults.run import read_snapshot, write_corpus  # noqa: E402
+from tools.faults.run import read_snapshot, write_corpora  # noqa: E402
 from tools.hosts import ssh as hosts_ssh  # noqa: E402
 from tools.hosts.job import (  # noqa: E402
     BASE_STEPS,
@@ -59,7 +59,7 @@ def main(
         raise typer.Exit(2)
     with tempfile.TemporaryDirectory(prefix="megagrow-") as folder:
         corpus = Path(folder) / "corpus"
-        write_corpus(corpus)
+        write_corpora(corpus)
         try:
             if scenarios:
                 story = HostScenario(Path(folder), corpus)
