@@ -1,11 +1,12 @@
 """Table of operators: name in a run file, map builder, and properties."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megagrow.config.growth import GrowthConfig, OperatorName, StatePolicy
+from megagrow.config.model import same_function
 from megagrow.config.schema import ModelConfig
 from megagrow.growth import depth, width
 from megagrow.growth.build_map import GrowthSpec, assemble
@@ -251,9 +252,9 @@ def growth_map(
     `growth.validation.growth_problems`.
     """
     parts = resolve_operators(source, target, options, stream, matrices)
-    if "isometric" in options.operator:
-        return isometric_map(parts, generator_of(stream))
-    return assemble(parts)
+    isometric = "isometric" in options.operator
+    made = isometric_map(parts, generator_of(stream)) if isometric else assemble(parts)
+    return made if same_function(source, target) else replace(made, preserves_function=False)
 
 
 def generator_of(stream: str) -> np.random.Generator:

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from megagrow.checkpoint.source import Source
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.load import load_run
-from megagrow.config.model import same_function
 from megagrow.config.model_file import is_run_file, load_model
 from megagrow.config.overrides import apply_override, refuse_unknown_keys
 from megagrow.config.schema import ModelConfig, OptimizerConfig, RunConfig
@@ -94,10 +93,9 @@ class ConversionPlan:
         if self.options is None:
             growth = identity_map(list(target))
         else:
-            models = self.source.model, self.model
-            growth = growth_map(*models, self.options, self.stream, self.matrices)
-            if not same_function(*models):
-                growth = replace(growth, preserves_function=False)
+            growth = growth_map(
+                self.source.model, self.model, self.options, self.stream, self.matrices
+            )
         kinds = [kind for kind in growth.kinds if source_kind(kind, self.source.kinds)]
         growth = kept_state(growth.with_kinds(*kinds), source, target)
         check_map(growth, source, target)

@@ -6,7 +6,7 @@ The transition to a stage without growth is the identity map.
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.growth_guidelines import connection_rate
-from megagrow.config.model import same_function
 from megagrow.config.schema import RunConfig
 from megagrow.data.batches import Batch
 from megagrow.errors import ConfigError
@@ -80,8 +79,6 @@ def grow(run: RunConfig, ended: FinishedStage, feed: Feed) -> tuple[Stage, Growt
     source, stage = run.stages[ended.index : ended.index + 2]
     options = stage.growth
     growth, spent = _map_of(run, ended, options, feed)
-    if not same_function(source.model, stage.model):
-        growth = replace(growth, preserves_function=False)
     target = build_stage(run, ended.index + 1, ended.device, ended.checks)
     growth = kept_state(growth, ended.state.layout.plan, target.layout.plan)
     _log_optimizers(source.optimizer.type, stage.optimizer.type, growth)

@@ -1,7 +1,9 @@
 """Growths of a run and their effect on training: pure functions of its config."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
+from megagrow.config.model import same_function
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import settled
 from megagrow.errors import ConfigError
@@ -22,7 +24,8 @@ def stage_growth(run: RunConfig, index: int) -> GrowthMap:
     rules = matrix_rule(source.optimizer), matrix_rule(stage.optimizer)
     plans = parameter_plan(source.model, 1, rules[0]), parameter_plan(stage.model, 1, rules[1])
     if stage.growth is None:
-        growth = identity_map(plans[1])
+        kept = same_function(source.model, stage.model)
+        growth = replace(identity_map(plans[1]), preserves_function=kept)
     else:
         stream = f"{run.seed}/stage-{index}"
         growth = growth_map(source.model, stage.model, stage.growth, stream, rules[1])
