@@ -10,6 +10,7 @@ A batch size may change while a run is stopped. The lengths of a resumed run are
 the tokens that its stages were trained for, see `settled`.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -38,11 +39,19 @@ def batch_at(stage: StageConfig, done: int = 0) -> BatchConfig:
     batch = stage.batch
     if batch.rampup_batch_size is None:
         return batch
-    start, increment, samples = batch.rampup_batch_size
-    increments = (batch.global_batch_size - start) // increment
-    reached = min(increments, done // stage.data.sequence_length * increments // samples)
-    size = start + reached * increment
+    start, increment, _ = batch.rampup_batch_size
+    size = start + bisect_right(_increments(stage), done) * increment
     return batch.model_copy(update={"global_batch_size": size, "rampup_batch_size": None})
+
+
+def _increments(stage: StageConfig) -> list[int]:
+    """Return the tokens of `stage` after which its batch grows, ascending; empty without a ramp."""
+    if stage.batch.rampup_batch_size is None:
+        return []
+    start, increment, samples = stage.batch.rampup_batch_size
+    number = (stage.batch.global_batch_size - start) // increment
+    sequences = (-(-samples * each // number) for each in range(1, number + 1))
+    return [each * stage.data.sequence_length for each in sequences]
 
 
 def step_tokens(stage: StageConfig, done: int = 0) -> int:
@@ -54,13 +63,7 @@ def step_tokens(stage: StageConfig, done: int = 0) -> int:
 def step_starts(stage: StageConfig, done: int, end: int) -> Iterator[range]:
     """Yield the tokens of `stage` at which its steps from `done` to `end` begin, as one range for
     each batch size."""
-    changes = [end]
-    if stage.batch.rampup_batch_size is not None:
-        start, increment, samples = stage.batch.rampup_batch_size
-        increments = (stage.batch.global_batch_size - start) // increment
-        sequences = (-(-samples * each // increments) for each in range(1, increments + 1))
-        changes = [*(each * stage.data.sequence_length for each in sequences), end]
-    for change in changes:
+    for change in (*_increments(stage), end):
         if done < min(change, end):
             starts = range(done, min(change, end), step_tokens(stage, done))
             yield starts
