@@ -182,8 +182,10 @@ def _optimizer(optimizer: OptimizerConfig, at: str) -> Iterator[str]:
 
 def _excluded(run: RunConfig, stage: StageConfig, at: str) -> Iterator[str]:
     """Yield patterns without a match in any stage; a base may lack the layers that one names."""
-    names = [each.name for other in run.stages for each in model_parameters(other.model)]
-    for pattern in stage.optimizer.weight_decay_exclude:
+    patterns = stage.optimizer.weight_decay_exclude
+    stages = run.stages if patterns else ()
+    names = [each.name for other in stages for each in model_parameters(other.model)]
+    for pattern in patterns:
         if not filter_names(names, pattern):
             yield (
                 f"{at}: {pattern} matches no parameter of any stage; use a pattern of names such "
