@@ -72,8 +72,8 @@ class NewEntriesConfig(Section):
     """Separate learning rate of the entries added by a growth (SPARKLING, section 4.2).
 
     It rises from the rate at the growth to `peak_factor` times that rate, and then follows a cosine
-    to `min_lr` at the end of the schedule. Stages
-    without growth that continue the schedule continue it.
+    to `min_lr` at the end of the schedule. It continues in stages without growth that continue the
+    schedule.
     """
 
     peak_factor: float = Field(default=1.3, gt=0)

@@ -51,11 +51,11 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     `path` may be the name of a file in the search path, such as `gstack-1.1b`.
     A section may be the name of a file, `model: llama-1.1b`, or have one as `base: llama-1.1b`; see
-    `includes.search_path`. `model`, `data`, `tokens` (or `at_tokens`, `at_flops`), `parallel`,
-    `kernels`, `batch`, `optimizer` and `schedule` at the top are defaults of all stages: a stage's
-    own keys have precedence, and its own model, corpora or length replace the default entirely.
-    Without `stages`, the top is the only stage. `base` includes another run file, `hardware` a
-    hardware profile with keys that do not change the result; see `includes.read_run`.
+    `includes.search_path`. The sections and the length of a stage at the top (`DEFAULTS`) are
+    defaults of all stages: a stage's own keys have precedence, and its own model, corpora or length
+    replace the default entirely. Without `stages`, the top is the only stage. `base` includes
+    another run file, `hardware` a hardware profile with keys that do not change the result; see
+    `includes.read_run`.
 
     Raises:
         ConfigError: the run file is invalid; the message is one line with all problems.

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any, get_args, get_origin
 
 from megagrow.common.yaml_file import parse_yaml
-from megagrow.config.data import RunFileData
+from megagrow.config.data import MEASUREMENTS, RunFileData
 from megagrow.config.deepspeed import SET_BY
 from megagrow.config.deprecated import rename_override
 from megagrow.config.schema import RunConfig, StageConfig
@@ -106,16 +106,8 @@ Keys = dict[str, Any]
 
 DEFAULTS = (
     *("model", "data", "tokens", "at_tokens", "at_flops"),
-    *(
-        "parallel",
-        "kernels",
-        "deepspeed",
-        "batch",
-        "optimizer",
-        "schedule",
-        "validation",
-        "evaluation",
-    ),
+    *("parallel", "kernels", "deepspeed", "batch", "optimizer", "schedule"),
+    *MEASUREMENTS,
 )
 """Keys of a stage that may also be set at the top, as defaults of all stages. `data` at the top
 also has the keys of the run's own section."""

@@ -80,10 +80,10 @@ class Evaluator:
 def open_evaluations(run: RunConfig, device: torch.device) -> list[Evaluation | None]:
     """Return the evaluation of each stage, None for a stage without one. Collective.
 
-    Stages whose evaluations differ in their interval only share one.
-    Tasks are loaded and their requests are tokenized once, here. Raises InputError, before training
-    starts, if lm-eval, a task, its data or the tokenizer is missing, or if a task contains a
-    request that cannot be answered.
+    Stages whose evaluations differ in their interval only share one. Tasks are loaded and their
+    requests are tokenized once, here. Raises InputError, before training starts, if lm-eval, a
+    task, its data or the tokenizer is missing, or if a task contains a request that cannot be
+    answered.
     """
     if all(stage.evaluation is None for stage in run.stages):
         return [None] * len(run.stages)

@@ -114,8 +114,8 @@ class RunPlan:
 def plan_run(run: RunConfig, world_size: int, gpu_memory: int | None = None) -> RunPlan:
     """Return the plan of a run on `world_size` ranks, with warnings if it exceeds `gpu_memory`.
 
-    `gpu_memory` is in bytes; `micro_batch_size: auto` needs it. `precision: auto` is
-    planned as bf16, as on a GPU. Raises ConfigError if the run could not start.
+    `gpu_memory` is in bytes; `micro_batch_size: auto` needs it. `precision: auto` is planned as
+    bf16, as on a GPU. Raises ConfigError if the run could not start.
     """
     if world_size < 1:
         raise ConfigError(f"--world {world_size}: use 1 or more ranks")

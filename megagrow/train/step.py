@@ -41,11 +41,11 @@ def train_step(
         (4,) fp64 on the device, to which the host has not synchronized: the cross-entropy (mean
         over the global batch's tokens, in nats), the gradient norm before clipping, the z-loss,
         which `optimizer.z_loss_multiplier` adds to the trained loss, and 1 for a step above the
-        limits, else 0. If the loss or a
-        gradient is not finite on any rank, the norm is not finite on all ranks and nothing is
-        updated. A position without a next token (the last of a corpus) counts as a loss of zero,
-        so that every layout divides by the same number. With `answers_only` the mean is over the
-        unmasked labels of the global batch; without any, loss and gradient are 0.
+        limits, else 0. If the loss or a gradient is not finite on any rank, the norm is not finite
+        on all ranks and nothing is updated. A position without a next token (the last of a corpus)
+        counts as a loss of zero, so that every layout divides by the same number. With
+        `answers_only` the mean is over the unmasked labels of the global batch; without any, loss
+        and gradient are 0.
     """
     totals = torch.zeros(2, device=stage.topology.device)
     z_loss = stage.config.optimizer.z_loss_multiplier
