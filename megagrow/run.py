@@ -12,8 +12,8 @@ from megagrow.checkpoint.discovery import FoundCheckpoint
 from megagrow.common.directory_lock import PATIENCE, lock_directory
 from megagrow.common.log_setup import LogLevel, configure_logging
 from megagrow.config.growth_guidelines import timing_warnings
+from megagrow.config.parallel_rules import world_problems
 from megagrow.config.schema import RunConfig
-from megagrow.config.validation import world_problems
 from megagrow.errors import ConfigError
 from megagrow.evaluation.evaluator import Evaluator
 from megagrow.evaluation.results_store import remove_stored_after

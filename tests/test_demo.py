@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.config.flops import paper_flops_per_token
 from megagrow.config.load import load_run
 from megagrow.config.stage_length import stage_tokens
+from megagrow.model.layers.flops import paper_flops_per_token
 
 ROOT = Path(__file__).resolve().parents[1]
 

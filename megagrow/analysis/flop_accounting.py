@@ -9,7 +9,7 @@ operator as the ratio of non-embedding parameters of target and base. With a sma
 accounts agree; otherwise this one is lower, because embeddings do not grow by g.
 
 `true, base in full`: FLOPs of all matrix products, attention included
-(`config.flops.flops_per_token`), stored in the run's records.
+(`model.layers.flops.flops_per_token`), stored in the run's records.
 """
 
 import json
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megagrow.config.flops import non_embedding_parameters, paper_flops_per_token
 from megagrow.config.load import load_run
 from megagrow.config.schema import RunConfig
+from megagrow.model.layers.flops import non_embedding_parameters, paper_flops_per_token
 from megagrow.train.reporting.run_files import CONFIG_FILE
 
 Account = Literal["flops", "flops_true", "flops_charged"]

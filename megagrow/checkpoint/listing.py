@@ -83,7 +83,9 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _layout(manifest: Manifest) -> dict[str, Any]:
-    return {key: manifest.layout[key] for key in ("zero_stage", "dp", "tp")}
+    sizes = {key: manifest.layout[key] for key in ("zero_stage", "dp", "tp")}
+    pipeline = manifest.layout.get("pipeline")
+    return sizes if pipeline is None else sizes | {"pp": pipeline["ranks"]}
 
 
 def contents(path: Path) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def _load_copy(file: Any, copy: Copy, source: Layout, layout: Layout, storage: S
     stop = offset + (len(block.rows) - 1) * stride + len(block.cols)
     rows = range(copy.shape[0])
     name = f"{copy.term.source}.{copy.read_kind}"
-    held = len(source.interval(copy.term.source, copy.source_rank // source.tp))
+    held = len(source.interval(copy.term.source, copy.source_rank))
     tensor = file.get_slice(name)
     found = (tensor.get_dtype(), tensor.get_shape())
     if found != ("F32", [held]):

@@ -26,6 +26,7 @@ from megagrow.common.untrusted_values import as_tally, problems_of_values
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import CheckpointError, InputError
 from megagrow.parallel.optimizers.rules import ADAMW, MuonRule
+from megagrow.parallel.pipeline.split import PipelineSplit
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.reshard.layout import Layout
 
@@ -57,8 +58,9 @@ class Manifest:
 
     model: dict[str, Any]
     layout: dict[str, Any]
-    """Keys zero_stage, dp, tp, groups: the optimizer's groups of parameter names, and `optimizer`,
-    absent for AdamW."""
+    """Keys zero_stage, dp (data x context parallel), tp, groups: the optimizer's groups of
+    parameter names, `optimizer`, absent for AdamW, and `pipeline`, absent without pipeline
+    parallelism: the fields of `PipelineSplit`."""
     adam_step: int
     run: dict[str, Any]
     """Position of the run and provenance of its layers; see `train/train_state.py`."""
@@ -82,13 +84,17 @@ class Manifest:
         groups = tuple(tuple(group) for group in self.layout["groups"])
         zero_stage, dp, tp = (self.layout[key] for key in ("zero_stage", "dp", "tp"))
         rule = {"adamw": ADAMW, "muon": MuonRule()}[self.layout.get("optimizer", "adamw")]
-        return Layout(parameter_plan(model, tp, rule), groups, zero_stage, dp, tp)
+        values = self.layout.get("pipeline")
+        split = values and PipelineSplit(values["ranks"], tuple(values["chunks"]))
+        return Layout(parameter_plan(model, tp, rule), groups, zero_stage, dp, tp, split)
 
 
 def describe_layout(layout: Layout) -> dict[str, Any]:
     """Return the layout in the manifest's format."""
     names = ("zero_stage", "dp", "tp", "groups")
     described = {name: getattr(layout, name) for name in names}
+    if layout.pipeline is not None:
+        described["pipeline"] = asdict(layout.pipeline)
     # Versions before Muon wrote no optimizer, and refuse other states as damaged.
     return described | ({} if layout.matrices == ADAMW else {"optimizer": layout.matrices.name})
 
@@ -198,9 +204,21 @@ def _check_layout(manifest: Manifest) -> None:
     sizes = all(type(size) is int and 0 < size <= MOST_RANKS for size in grid)
     if type(zero_stage) is not int or zero_stage not in range(4) or not sizes:
         raise ValueError(f"no layout has ZeRO stage {zero_stage!r:.60} and dp, tp = {grid!r:.60}")
+    _check_pipeline(manifest)
     layout = manifest.read_layout()
     if any(spec.rows * spec.cols > MOST_ELEMENTS for spec in layout.plan.values()):
         raise ValueError("a parameter of its model is larger than any disk")
     named = [name for group in layout.groups for name in group]
     if sorted(named) != sorted(layout.plan):
         raise ValueError("the groups of its layout are not the parameters of its model")
+
+
+def _check_pipeline(manifest: Manifest) -> None:
+    """Raise ValueError if the chunks of a pipeline are not those of the model on its ranks."""
+    if "pipeline" not in manifest.layout:
+        return
+    ranks, chunks = (manifest.layout["pipeline"][key] for key in ("ranks", "chunks"))
+    layers = ModelConfig(**manifest.model).num_hidden_layers
+    sizes = all(type(size) is int and 0 <= size <= layers for size in (*chunks, ranks))
+    if not sizes or ranks < 2 or not chunks or len(chunks) % ranks or sum(chunks) != layers:
+        raise ValueError(f"no pipeline of {ranks!r:.60} ranks has chunks of {chunks!r:.60} layers")

@@ -34,20 +34,20 @@ def units(layout: Layout) -> Iterator[ShardTensor]:
     serve the next."""
     for name in layout.plan:
         for kind in layout.plan[name].kinds:
-            for rank in range(layout.dp * layout.tp):
+            for rank in range(layout.world_size):
                 if holds(layout, name, rank):
                     yield ShardTensor(rank, name, kind)
 
 
 def holds(layout: Layout, name: str, rank: int) -> bool:
     """Return True if a parameter is in the file of a rank."""
-    return layout.writes(name, rank) and bool(layout.interval(name, rank // layout.tp))
+    return layout.writes(name, rank) and bool(layout.interval(name, rank))
 
 
 def shard_tensors(layout: Layout, rank: int) -> dict[str, Stored]:
     """Return the tensors of a rank's file: fp32, flat."""
     return {
-        f"{name}.{kind}": Stored("F32", (len(layout.interval(name, rank // layout.tp)),))
+        f"{name}.{kind}": Stored("F32", (len(layout.interval(name, rank)),))
         for name in layout.plan
         if holds(layout, name, rank)
         for kind in layout.plan[name].kinds
@@ -63,7 +63,7 @@ class Places:
     """
 
     def __init__(self, layout: Layout, tensors: Callable[[int], Mapping[str, Stored]]) -> None:
-        self._ranks, self._tensors = layout.dp * layout.tp, tensors
+        self._ranks, self._tensors = layout.world_size, tensors
         self._index = {name: index for index, name in enumerate(layout.plan)}
         self._begins: dict[int, np.ndarray] = {}
 

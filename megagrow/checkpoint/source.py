@@ -93,7 +93,7 @@ class CheckpointSource(PlacedSource):
     places: Places
 
     def place(self, rank: int, name: str, kind: StateKind) -> tuple[Path, Stored]:
-        shape = (len(self.layout.interval(name, rank // self.layout.tp)),)
+        shape = (len(self.layout.interval(name, rank)),)
         stored = Stored("F32", shape, self.places.begin(rank, name, kind))
         return self.path / shard_name(rank), stored
 

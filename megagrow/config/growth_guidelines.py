@@ -9,8 +9,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
-from megagrow.config.flops import non_embedding_parameters
 from megagrow.config.schema import RunConfig
+from megagrow.model.layers.flops import non_embedding_parameters
 
 A, B, C = 0.88, 163.27, -5.74
 """Coefficients of log10 d = A log10 N + B / log10 C + C, as in the paper and its code."""

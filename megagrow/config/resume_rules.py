@@ -12,7 +12,7 @@ from enum import StrEnum
 from megagrow.config.data import MEASUREMENTS
 from megagrow.config.deepspeed import DeepSpeedZeroConfig
 from megagrow.config.model import FEATURE_KEYS, MAMBA_KEYS, RopeScaling
-from megagrow.config.stage import MUON_KEYS, RATE_KEYS, KernelsConfig
+from megagrow.config.stage import MUON_KEYS, RATE_KEYS, KernelsConfig, ParallelConfig
 from megagrow.errors import ConfigError, printable
 
 
@@ -68,13 +68,7 @@ EFFECTS: dict[Effect, tuple[str, ...]] = {
     ),
     Effect.ROUNDING: (
         "deterministic_mode",
-        "stages.N.parallel.tensor_model_parallel_size",
-        "stages.N.parallel.sequence_parallel",
-        "stages.N.parallel.zero_stage",
-        "stages.N.parallel.offload_optimizer",
-        "stages.N.parallel.communication_data_type",
-        "stages.N.parallel.zero_hpz_partition_size",
-        "stages.N.parallel.activation_checkpointing",
+        *(f"stages.N.parallel.{key}" for key in ParallelConfig.model_fields),
         *(f"stages.N.kernels.{key}" for key in KernelsConfig.model_fields),
         "stages.N.batch.micro_batch_size",
         "stages.N.deepspeed",

@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 
 from megagrow.common.sizes import format_count
-from megagrow.config.flops import non_embedding_parameters, parameters
 from megagrow.config.growth_guidelines import MOST_FACTOR, best_batch, rate_for_size
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import ConfigError
+from megagrow.model.layers.flops import non_embedding_parameters, parameters
 
 HEAD_DIMS = ((512, 32), (2048, 64), (math.inf, 128))
 """(Hidden sizes below, head_dim); a hidden size is a multiple of it."""

@@ -1,5 +1,6 @@
 """Sections of a stage: parallelism, kernels, batch, optimizer, schedule, and the stage itself."""
 
+from math import prod
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -13,19 +14,45 @@ from megagrow.config.sections import Count, EvaluationConfig, Section, Validatio
 RowBackend = Literal["auto", "triton", "torch"]
 
 
-def format_layout(zero_stage: int, dp: int, tp: int) -> str:
-    """Return the layout of a stage as text: `ZeRO 1, DP 8 x TP 2`."""
-    return f"ZeRO {zero_stage}, DP {dp} x TP {tp}"
+def format_layout(zero_stage: int, dp: int, tp: int, cp: int = 1, pp: int = 1) -> str:
+    """Return the layout of a stage as text: `ZeRO 1, DP 8 x TP 2`, or with all sizes
+    `ZeRO 1, DP 8 x CP 2 x PP 4 x TP 2`."""
+    others = "".join(f" x {name} {size}" for name, size in (("CP", cp), ("PP", pp)) if size > 1)
+    return f"ZeRO {zero_stage}, DP {dp}{others} x TP {tp}"
+
+
+MODEL_PARALLEL_KEYS = (
+    "tensor_model_parallel_size",
+    "context_parallel_size",
+    "pipeline_model_parallel_size",
+)
+"""Keys of `ParallelConfig` whose product divides the world size."""
 
 
 class ParallelConfig(Section):
-    """Parallelism of a stage: world size = data parallel x tensor parallel."""
+    """Parallelism of a stage: world size = data x context x pipeline x tensor parallel."""
 
     tensor_model_parallel_size: Count = 1
     """Tensor-parallel ranks; a divisor of the heads, of the feed-forward width and of the world
     size."""
     sequence_parallel: bool = False
     """Shard activations between the matrices along the sequence over the tensor-parallel ranks."""
+    context_parallel_size: Count = 1
+    """Ranks that share the sequences of a micro-batch; twice the size must divide the sequence
+    length. ZeRO shards the state over data x context parallel ranks."""
+    cp_comm_type: Literal["all_gather", "a2a"] = "all_gather"
+    """Communication of attention under context parallelism (name from Megatron-LM): `all_gather`
+    gathers keys and values; `a2a` exchanges sequence shards for heads (DeepSpeed-Ulysses), whose
+    number per tensor-parallel rank must be divisible by `context_parallel_size`."""
+    pipeline_model_parallel_size: Count = 1
+    """Ranks between which the layers are divided; requires `zero_stage` 0, 1 or 2."""
+    virtual_pipeline_model_parallel_size: Count = 1
+    """Chunks of consecutive layers of each pipeline rank: 1 selects the 1F1B schedule, more the
+    interleaved one."""
+    account_for_embedding_in_pipeline_split: bool = False
+    """Count the embedding as a layer of the first chunk (name from Megatron-LM)."""
+    account_for_loss_in_pipeline_split: bool = False
+    """Count the head and the loss as a layer of the last chunk (name from Megatron-LM)."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """State sharded over the data-parallel ranks: 0 none, 1 optimizer state, 2 also gradients, 3
     also weights."""
@@ -43,6 +70,34 @@ class ParallelConfig(Section):
     """Activations recomputed in the backward pass: `selective` the outputs of norms and the product
     of SwiGLU, which repeats no matrix product (only SwiGLU with `norm_position: post`, where no
     matrix product reads a norm); `full` entire layers."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that process the same sequences: tensor x context x pipeline parallel."""
+        return prod(getattr(self, key) for key in MODEL_PARALLEL_KEYS)
+
+    @property
+    def is_pipeline(self) -> bool:
+        """True if the layers are divided between ranks."""
+        return self.pipeline_model_parallel_size > 1
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Return the ranks with different sequences: world size / (tensor x context x pipeline)."""
+        return world_size // self.model_parallel_size
+
+    def partition_size(self, world_size: int) -> int:
+        """Return the ranks over which ZeRO shards the state: data x context parallel."""
+        return self.data_parallel_size(world_size) * self.context_parallel_size
+
+    def layout_text(self, world_size: int) -> str:
+        """Return `format_layout` of these settings."""
+        return format_layout(
+            self.zero_stage,
+            self.data_parallel_size(world_size),
+            self.tensor_model_parallel_size,
+            self.context_parallel_size,
+            self.pipeline_model_parallel_size,
+        )
 
     @property
     def communication_bytes(self) -> int:

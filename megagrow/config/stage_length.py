@@ -14,14 +14,14 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megagrow.config.flops import (
+from megagrow.config.growth_guidelines import growth_tokens
+from megagrow.config.schema import RunConfig
+from megagrow.config.stage import BatchConfig, StageConfig
+from megagrow.model.layers.flops import (
     flops_per_token,
     non_embedding_parameters,
     paper_flops_per_token,
 )
-from megagrow.config.growth_guidelines import growth_tokens
-from megagrow.config.schema import RunConfig
-from megagrow.config.stage import BatchConfig, StageConfig
 
 LENGTHS = ("tokens", "at_tokens", "at_flops")
 """Keys that set the length of a stage."""

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from fnmatch import filter as filter_names
 
 from megagrow.config.model import MAMBA_KEYS, WEIGHTLESS_KEYS, ModelConfig
+from megagrow.config.parallel_rules import parallel_problems
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage import MUON_KEYS, RATE_KEYS, BatchConfig, OptimizerConfig, StageConfig
-from megagrow.model.layers.table import indivisible_sizes, model_parameters
+from megagrow.model.layers.table import model_parameters
 
 
 def problems(run: RunConfig) -> list[str]:
@@ -15,7 +16,7 @@ def problems(run: RunConfig) -> list[str]:
     for index, stage in enumerate(run.stages):
         at = f"stages.{index}"
         texts += model_problems(stage.model, f"{at}.model")
-        texts += _parallel(stage, at)
+        texts += parallel_problems(stage, at)
         texts += _batch_and_schedule(stage, at)
         texts += _optimizer(stage.optimizer, f"{at}.optimizer")
         texts += _excluded(run, stage, f"{at}.optimizer.weight_decay_exclude")
@@ -23,11 +24,6 @@ def problems(run: RunConfig) -> list[str]:
         texts += _growth(run, index)
         texts += _rate_by_size(run, index)
     return texts
-
-
-def world_problems(run: RunConfig, world_size: int) -> list[str]:
-    """Return all problems of a run on `world_size` ranks."""
-    return [text for i, s in enumerate(run.stages) for text in _world(s, world_size, f"stages.{i}")]
 
 
 def model_problems(model: ModelConfig, at: str) -> Iterator[str]:
@@ -99,34 +95,6 @@ def _evaluation(run: RunConfig) -> Iterator[str]:
     for name, used in (("samples", run.samples is not None), ("evaluation", evaluated)):
         if used and run.data.tokenizer is None:
             yield f"{name} needs a tokenizer; set data.tokenizer or remove {name}"
-
-
-def _parallel(stage: StageConfig, at: str) -> Iterator[str]:
-    sequence_length = stage.data.sequence_length
-    tensor = stage.parallel.tensor_model_parallel_size
-    key = f"{at}.parallel.tensor_model_parallel_size = {tensor}"
-    for name, size in indivisible_sizes(stage.model, tensor):
-        yield f"{at}.model.{name} = {size} is not divisible by {key}; use a divisor of {size}"
-    if stage.parallel.sequence_parallel and sequence_length % tensor:
-        yield (
-            f"{at}.data.sequence_length = {sequence_length} is not divisible by {key}, which "
-            f"sequence_parallel requires; use a divisor of {sequence_length}"
-        )
-    if stage.parallel.offload_optimizer and stage.parallel.zero_stage == 0:
-        yield (
-            f"{at}.parallel.offload_optimizer needs a sharded optimizer state, but zero_stage = 0; "
-            f"set {at}.parallel.zero_stage to 1, 2 or 3"
-        )
-    if stage.deepspeed is not None and stage.parallel.zero_stage < 3:
-        yield (
-            f"{at}.deepspeed has options of ZeRO 3 only, but zero_stage = "
-            f"{stage.parallel.zero_stage}; remove it, or set {at}.parallel.zero_stage to 3"
-        )
-    if stage.parallel.zero_hpz_partition_size > 1 and stage.parallel.zero_stage < 3:
-        yield (
-            f"{at}.parallel.zero_hpz_partition_size needs sharded weights, but zero_stage = "
-            f"{stage.parallel.zero_stage}; set {at}.parallel.zero_stage to 3"
-        )
 
 
 def _batch_and_schedule(stage: StageConfig, at: str) -> Iterator[str]:
@@ -250,32 +218,3 @@ def _rate_by_size(run: RunConfig, index: int) -> Iterator[str]:
                 f"stages.{index - 1}.optimizer.{key} = {before}, which lr_schedule by_size scales; "
                 f"use {before}, or set stages.{index}.growth.lr_schedule to rewarm or continue"
             )
-
-
-def _world(stage: StageConfig, world_size: int, at: str) -> Iterator[str]:
-    tensor = stage.parallel.tensor_model_parallel_size
-    if world_size % tensor:
-        yield (
-            f"world size {world_size} is not divisible by "
-            f"{at}.parallel.tensor_model_parallel_size = {tensor}; use a divisor of {world_size}"
-        )
-        return
-    data, batch = world_size // tensor, stage.batch
-    if data % stage.parallel.zero_hpz_partition_size:
-        yield (
-            f"data parallel {data} is not divisible by {at}.parallel.zero_hpz_partition_size = "
-            f"{stage.parallel.zero_hpz_partition_size}; use a divisor of {data}"
-        )
-    micro_total = batch.micro_batch_size * data
-    for size in sorted({*(batch.rampup_batch_size or ())[:2]}):
-        if size % micro_total:
-            yield (
-                f"{at}.batch.rampup_batch_size: {size} is not divisible by micro_batch_size x data "
-                f"parallel = {batch.micro_batch_size} x {data}; use multiples of {micro_total}"
-            )
-    if batch.global_batch_size % micro_total:
-        yield (
-            f"{at}.batch.global_batch_size = {batch.global_batch_size} is not divisible by "
-            f"micro_batch_size x data parallel = {batch.micro_batch_size} x {data}; use a multiple "
-            f"of {micro_total}"
-        )

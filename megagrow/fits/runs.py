@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 
 from megagrow.analysis.curves import RunCurves, load_curves
-from megagrow.config.flops import non_embedding_parameters
 from megagrow.config.load import load_run
 from megagrow.errors import DataError
 from megagrow.fits.data import Data, IsoPoint, ScalingPoint
+from megagrow.model.layers.flops import non_embedding_parameters
 
 Choice = Literal["base_tokens", "factor"]
 

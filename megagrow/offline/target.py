@@ -91,7 +91,7 @@ def checkpoint_target(layout: Layout, manifest: Callable[[Files], Manifest]) -> 
     sizes: dict[str, int] = {}
 
     def headers() -> Iterator[tuple[str, Planned]]:
-        for rank in range(layout.dp * layout.tp):
+        for rank in range(layout.world_size):
             if tensors := shard_tensors(layout, rank):
                 yield shard_name(rank), planned(tensors)
 
@@ -106,7 +106,7 @@ def checkpoint_target(layout: Layout, manifest: Callable[[Files], Manifest]) -> 
 
     def pieces() -> Iterator[TargetPiece]:
         for unit in units(layout):
-            shape = (len(layout.interval(unit.name, unit.rank // layout.tp)),)
+            shape = (len(layout.interval(unit.name, unit.rank)),)
             stored = Stored("F32", shape, places.begin(*unit))
             yield TargetPiece(unit, shard_name(unit.rank), stored)
 

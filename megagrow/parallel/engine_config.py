@@ -135,7 +135,8 @@ def deepspeed_config(
         pinned = topology.device.type != "cpu"
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
     return {
-        "train_batch_size": batch.global_batch_size,
+        # DeepSpeed counts context-parallel ranks as data-parallel ones.
+        "train_batch_size": batch.global_batch_size * topology.cp,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_clipping": settings.optimizer.gradient_clipping,
         "bf16": {"enabled": settings.bf16, "check_grad_overflow": True},

@@ -1,7 +1,9 @@
 """Ranks, process groups and devices. A topology is passed as a value, never kept in a global.
 
-world = data parallel x tensor parallel, and tensor-parallel ranks are neighbors:
-rank = dp_rank * tp + tp_rank.
+world = data x context x pipeline x tensor parallel, in Megatron-LM's order of ranks: the
+tensor-parallel rank changes fastest, then the context-, data- and pipeline-parallel rank. ZeRO
+shards over data x context parallel ranks, so `dp` counts both (`with_context_parallel=True` in
+Megatron-LM): dp_rank = batch_rank * cp + cp_rank, rank = (pp_rank * dp + dp_rank) * tp + tp_rank.
 """
 
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
+from megagrow.config.schema import ParallelConfig
 from megagrow.parallel.launch import (
     Launch,
     export_launch,
@@ -64,18 +67,42 @@ class Topology:
 
     rank: int
     dp: int
+    """Data x context parallel size: the ranks over which ZeRO shards."""
     tp: int
     dp_group: dist.ProcessGroup
     tp_group: dist.ProcessGroup
     device: torch.device
+    cp: int = 1
+    pp: int = 1
+    cp_group: dist.ProcessGroup | None = None
+    """None if `cp` is 1."""
+    pp_group: dist.ProcessGroup | None = None
+    """None if `pp` is 1."""
 
     @property
     def world_size(self) -> int:
-        return self.dp * self.tp
+        return self.pp * self.dp * self.tp
+
+    @property
+    def batch_ranks(self) -> int:
+        """Number of ranks that read different sequences."""
+        return self.dp // self.cp
+
+    @property
+    def batch_rank(self) -> int:
+        return self.dp_rank // self.cp
+
+    @property
+    def cp_rank(self) -> int:
+        return self.dp_rank % self.cp
+
+    @property
+    def pp_rank(self) -> int:
+        return self.rank // (self.dp * self.tp)
 
     @property
     def dp_rank(self) -> int:
-        return self.rank // self.tp
+        return self.rank // self.tp % self.dp
 
     @property
     def tp_rank(self) -> int:
@@ -104,20 +131,45 @@ _GROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[range, dist.ProcessGroup]] = 
 """Process groups of topologies by their ranks, for each default process group."""
 
 
-def make_topology(tp: int, device: torch.device) -> Topology:
-    """Return the grid for a tensor-parallel size. Collective.
+def make_topology(tp: int, device: torch.device, cp: int = 1, pp: int = 1) -> Topology:
+    """Return the grid for tensor-, context- and pipeline-parallel sizes. Collective.
 
-    A rank creates only the groups to which it belongs, at most two. Groups are reused: all ranks
+    A rank creates only the groups to which it belongs, at most four. Groups are reused: all ranks
     are the default process group, and later topologies of the same size create none. They exist
     until the default process group is destroyed. Until then torch would give a new group the name
     of a destroyed one with the same ranks, under which the store still has the addresses of that
     group, so creating it would hang.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    first = rank - rank % tp
+    first, replica = rank - rank % tp, world // pp  # ranks of one pipeline rank
     tp_group = _group(range(first, first + tp), device)
-    dp_group = _group(range(rank % tp, world, tp), device)
-    return Topology(rank, world // tp, tp, dp_group, tp_group, device)
+    begin = rank - rank % replica
+    dp_group = _group(range(begin + rank % tp, begin + replica, tp), device)
+    cp_group = pp_group = None
+    if cp > 1:
+        begin = rank - rank % (cp * tp) + rank % tp
+        cp_group = _group(range(begin, begin + cp * tp, tp), device)
+    if pp > 1:
+        pp_group = _group(range(rank % replica, world, replica), device)
+    dp = replica // tp
+    return Topology(rank, dp, tp, dp_group, tp_group, device, cp, pp, cp_group, pp_group)
+
+
+def stage_topology(parallel: ParallelConfig, device: torch.device) -> Topology:
+    """Return the grid of a stage. Collective."""
+    return make_topology(
+        parallel.tensor_model_parallel_size,
+        device,
+        parallel.context_parallel_size,
+        parallel.pipeline_model_parallel_size,
+    )
+
+
+def pipeline_rank_group(topology: Topology) -> dist.ProcessGroup:
+    """Return the group of all ranks of this pipeline rank, data x context x tensor. Collective."""
+    size = topology.dp * topology.tp
+    first = topology.pp_rank * size
+    return _group(range(first, first + size), topology.device)
 
 
 def data_parallel_subgroup(topology: Topology, size: int) -> dist.ProcessGroup:

@@ -36,7 +36,7 @@ class ReplicatedEngine:
         self._topology = topology
         self._limit = settings.optimizer.gradient_clipping
         batch = settings.batch
-        self._passes = batch.global_batch_size // (batch.micro_batch_size * topology.dp)
+        self._passes = batch.global_batch_size // (batch.micro_batch_size * topology.batch_ranks)
         self._passes_done = 0
         self._norm: Tensor | None = None
         self.gate = StepGate()

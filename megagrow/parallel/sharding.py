@@ -7,6 +7,7 @@ plan.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from megagrow.config.schema import ModelConfig
@@ -18,10 +19,11 @@ from megagrow.model.layers.base import (
     sliced_dim,
     sliced_shape,
 )
-from megagrow.model.layers.table import ModelParameter, model_parameters
+from megagrow.model.layers.table import EMBEDDING, ModelParameter, model_parameters
 from megagrow.parallel.optimizers.rules import ADAMW, UpdateRule
 from megagrow.parallel.optimizers.rules import STATE_KINDS as STATE_KINDS
 from megagrow.parallel.optimizers.rules import StateKind as StateKind
+from megagrow.parallel.pipeline.split import PipelineSplit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,25 +116,55 @@ class ParamSpec:
 
 @dataclass(frozen=True)
 class Partition:
-    """Partition of a model's state under ZeRO `zero_stage` x DP x TP.
+    """Partition of a model's state under ZeRO `zero_stage` x DP x TP x PP.
 
     `groups` are the optimizer's parameter groups, names in the engine's order: ZeRO 1 and 2
-    flatten each group into one tensor and partition that. Rank = dp_rank * tp + tp_rank.
+    flatten the parameters of a group on a pipeline rank into one tensor and partition that.
+    Rank = (pp_rank * dp + dp_rank) * tp + tp_rank.
     """
 
     plan: dict[str, ParamSpec]
     groups: tuple[tuple[str, ...], ...]
     zero_stage: int
     dp: int
+    """Ranks over which ZeRO shards: data x context parallel."""
     tp: int
+    pipeline: PipelineSplit | None = None
+    """None without pipeline parallelism."""
+
+    @property
+    def pp(self) -> int:
+        """Return the pipeline-parallel size."""
+        return 1 if self.pipeline is None else self.pipeline.ranks
+
+    @property
+    def world_size(self) -> int:
+        """Return the number of ranks."""
+        return self.pp * self.dp * self.tp
+
+    def pipeline_rank(self, name: str) -> int:
+        """Return the pipeline rank that holds a parameter."""
+        return 0 if self.pipeline is None else holder_of(self.plan[name], self.pipeline)
+
+    def on_pipeline_rank(self, pp_rank: int) -> "Partition":
+        """Return the partition of a pipeline rank's parameters over its dp x tp ranks."""
+        if self.pipeline is None:
+            return self
+        plan = {n: spec for n, spec in self.plan.items() if self.pipeline_rank(n) == pp_rank}
+        groups = (tuple(name for name in group if name in plan) for group in self.groups)
+        kept = tuple(group for group in groups if group)
+        return Partition(plan, kept, self.zero_stage, self.dp, self.tp)
 
     @property
     def matrices(self) -> UpdateRule:
         """Return the optimizer of the matrices of decoder layers."""
         return next((spec.rule for spec in self.plan.values() if spec.rule != ADAMW), ADAMW)
 
-    def interval(self, name: str, dp_rank: int) -> range:
-        """Return a data-parallel rank's interval of a parameter's flattened slice; may be empty."""
+    def interval(self, name: str, rank: int) -> range:
+        """Return a rank's interval of a parameter's flattened slice; may be empty."""
+        pp_rank, dp_rank = divmod(rank // self.tp, self.dp)
+        if pp_rank != self.pipeline_rank(name):
+            return range(0)
         numel = self.plan[name].slice_numel(self.tp)
         if self.zero_stage == 0:
             return range(numel)
@@ -150,7 +182,8 @@ class Partition:
     def _flat(self) -> dict[str, tuple[int, int]]:
         """Offset of each slice in its flat group, and the shard size; ZeRO 1 and 2."""
         table: dict[str, tuple[int, int]] = {}
-        for group in self.groups:
+        parts = (self.on_pipeline_rank(pp_rank).groups for pp_rank in range(self.pp))
+        for group in chain.from_iterable(parts):
             offsets, total = [], 0
             for name in group:
                 offsets.append(total)
@@ -159,6 +192,16 @@ class Partition:
             share = pad(total, 2 * self.dp) // self.dp
             table |= {name: (offset, share) for name, offset in zip(group, offsets, strict=True)}
         return table
+
+
+def holder_of(spec: ParamSpec, pipeline: PipelineSplit) -> int:
+    """Return the pipeline rank that holds a parameter.
+
+    A tied head is no parameter: its weight is that of the embedding, on the first rank.
+    """
+    if spec.layer is not None:
+        return pipeline.rank_of_layer(spec.layer)
+    return 0 if spec.name == EMBEDDING.name else pipeline.ranks - 1
 
 
 def in_layer(name: str, old: int | None, new: int | None) -> str:

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from megagrow.common.sizes import format_duration, format_short
-from megagrow.config.flops import (
+from megagrow.config.growth_guidelines import SPEEDUPS
+from megagrow.config.schema import ModelConfig, StageConfig
+from megagrow.model.layers.flops import (
     flops_per_token,
     norm_parameters,
     paper_flops_per_token,
 )
-from megagrow.config.growth_guidelines import SPEEDUPS
-from megagrow.config.schema import ModelConfig, StageConfig
 from megagrow.model.layers.table import EMBEDDING, HEAD, block_counts, distinct_blocks
 from megagrow.planning.costs import KG_CO2_PER_KWH, PUE, Cost, RunCosts
 
@@ -86,9 +86,9 @@ FlopsParts = Mapping[str, tuple[int, int]]
 def flops_parts(model: ModelConfig, sequence_length: int) -> FlopsParts:
     """Return the FLOPs of each part of a model, and their total as "all".
 
-    The computed FLOPs are those of matrix products (`config.flops.flops_per_token`); an embedding
-    lookup has none. The paper's account counts 6 per parameter and none for attention scores. It
-    counts a tied embedding table once; the table is listed as the head.
+    The computed FLOPs are those of matrix products (`flops_per_token`); an embedding lookup has
+    none. The paper's account counts 6 per parameter and none for attention scores. It counts a
+    tied embedding table once; the table is listed as the head.
     """
     parts: dict[str, tuple[int, int]] = {}
     counts = block_counts(model)

@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import median
 
 from megagrow.common.gpu_specs import Gpu
-from megagrow.config.flops import flops_per_token
 from megagrow.errors import ConfigError, DataError
+from megagrow.model.layers.flops import flops_per_token
 from megagrow.planning.planner import RunPlan
 from megagrow.train.reporting.metrics import METRICS_FILE, read_metrics
 from megagrow.train.reporting.writers import Record
@@ -31,7 +31,7 @@ class Pace:
     """Throughput of all ranks."""
 
     flops_per_second: float
-    """True FLOPs (`config.flops.flops_per_token`)."""
+    """True FLOPs (`model.layers.flops.flops_per_token`)."""
     source: str
     """Human-readable origin of the value."""
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from megagrow.checkpoint.discovery import last_valid, list_checkpoints
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.config.differences import ConfigChange
+from megagrow.config.parallel_rules import world_problems
 from megagrow.config.schema import RunConfig
-from megagrow.config.validation import world_problems
 from megagrow.data.corpus_identity import Contents
 from megagrow.errors import ConfigError, InputError
 from megagrow.evaluation.evaluator import require_lm_eval, require_transformers
@@ -230,7 +230,7 @@ def _stage(run: RunConfig, index: int, world_size: int, rank: int) -> RankStage:
     shares: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     weights = 0
     for name, parameter in model.named_parameters():
-        held = len(layout.interval(name, topology.dp_rank))
+        held = len(layout.interval(name, rank))
         numel = held if layout.zero_stage == 3 else parameter.numel()
         weights += numel * parameter.element_size()
         key = (_LAYER.sub(".layers.*.", name), tuple(parameter.shape))

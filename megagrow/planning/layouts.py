@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
+from megagrow.config.parallel_rules import world_problems
 from megagrow.config.schema import RunConfig, StageConfig
-from megagrow.config.validation import problems, world_problems
+from megagrow.config.validation import problems
 from megagrow.errors import ConfigError
 from megagrow.planning.cluster import Cluster
 from megagrow.planning.memory import stage_memory

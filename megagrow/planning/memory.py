@@ -14,12 +14,10 @@ from functools import cached_property
 from megagrow.config.deepspeed import DeepSpeedConfig, DeepSpeedZeroConfig
 from megagrow.config.schema import StageConfig
 from megagrow.model.layers.base import READS_RESIDUAL
-from megagrow.parallel.engine_config import GATHER_BYTES, parameter_groups, reduce_bucket
-from megagrow.parallel.optimizers.rules import matrix_rule
-from megagrow.parallel.sharding import parameter_plan
+from megagrow.parallel.engine_config import GATHER_BYTES, reduce_bucket
 from megagrow.planning.activations import Activations
 from megagrow.reshard.exchange import BUCKET_BYTES
-from megagrow.reshard.layout import Layout
+from megagrow.reshard.layout import Layout, layout_of
 
 
 def zero3_options(stage: StageConfig) -> DeepSpeedZeroConfig:
@@ -183,21 +181,21 @@ class StageMemory:
 
     @cached_property
     def _held(self) -> list[int]:
-        """Elements on each data-parallel rank; equal on all tensor-parallel ranks."""
+        """Elements on the first of each group of tensor-parallel ranks; equal on all of them."""
         return [
-            sum(len(self.layout.interval(name, dp_rank)) for name in self.layout.plan)
-            for dp_rank in range(self.layout.dp)
+            sum(len(self.layout.interval(name, rank)) for name in self.layout.plan)
+            for rank in range(0, self.layout.world_size, self.layout.tp)
         ]
 
     @cached_property
     def _state(self) -> list[int]:
-        """Bytes of state on each data-parallel rank; equal on all tensor-parallel ranks."""
+        """Bytes of state of these ranks."""
         return [
             sum(
-                4 * len(spec.kinds) * len(self.layout.interval(name, dp_rank))
+                4 * len(spec.kinds) * len(self.layout.interval(name, rank))
                 for name, spec in self.layout.plan.items()
             )
-            for dp_rank in range(self.layout.dp)
+            for rank in range(0, self.layout.world_size, self.layout.tp)
         ]
 
     @property
@@ -256,13 +254,8 @@ def stage_memory(
 
     `on_cpu`: ranks without a GPU.
     """
-    parallel = stage.parallel
-    tp = parallel.tensor_model_parallel_size
-    plan = parameter_plan(stage.model, tp, matrix_rule(stage.optimizer))
     # Scales of an exact continuation split groups; shards then differ by a few padding elements.
-    groups = tuple(group.names for group in parameter_groups(plan, stage.optimizer, {}))
-    layout = Layout(plan, groups, parallel.zero_stage, world_size // tp, tp)
-    return StageMemory(stage, layout, bf16, on_cpu)
+    return StageMemory(stage, layout_of(stage, world_size, {}), bf16, on_cpu)
 
 
 def growth_peak(source: StageMemory, target: StageMemory) -> int:
@@ -270,6 +263,6 @@ def growth_peak(source: StageMemory, target: StageMemory) -> int:
 
     The additional parameter that dense operators hold is not included.
     """
-    world = target.layout.dp * target.layout.tp
-    shares = (source.state_of(rank) + target.share(rank) for rank in range(world))
+    ranks = range(target.layout.world_size)
+    shares = (source.state_of(rank) + target.share(rank) for rank in ranks)
     return max(shares) + BUCKET_BYTES

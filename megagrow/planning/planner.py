@@ -4,12 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megagrow.config.flops import (
-    flops_per_token,
-    non_embedding_parameters,
-    paper_flops_per_token,
-    parameters,
-)
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.growth_guidelines import (
     LARGE_BATCH,
@@ -21,12 +15,18 @@ from megagrow.config.growth_guidelines import (
     outside_fit,
     timing_warnings,
 )
+from megagrow.config.parallel_rules import world_problems
 from megagrow.config.schema import OptimizerConfig, RunConfig, StageConfig
 from megagrow.config.stage_length import stage_steps, stage_tokens
-from megagrow.config.validation import world_problems
 from megagrow.errors import ConfigError
 from megagrow.growth.operators import resolve_operators, state_policy
 from megagrow.growth.validation import growth_problems
+from megagrow.model.layers.flops import (
+    flops_per_token,
+    non_embedding_parameters,
+    paper_flops_per_token,
+    parameters,
+)
 from megagrow.planning.memory import StageMemory, growth_peak, stage_memory
 from megagrow.planning.memory_fit import (
     RunPeak,

@@ -70,7 +70,7 @@ class StepTime:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilization: FLOPs of `config.flops` over the dense bf16 peak."""
+        """Model FLOPs utilization: FLOPs of `model.layers.flops` over the dense bf16 peak."""
         return self.tokens_per_gpu * self.work.shape.flops_per_token / self.cluster.gpu.peak_flops
 
 

@@ -35,7 +35,7 @@ class Shape:
 
     @property
     def flops_per_token(self) -> int:
-        """Return the training FLOPs per token, as counted by `config.flops.flops_per_token`."""
+        """Return the training FLOPs per token, as counted by `layers.flops.flops_per_token`."""
         blocks = sum(
             count * (each.matmul_flops(self.model) + each.score_flops(self.model, self.sequence))
             for each, count in self.blocks.items()

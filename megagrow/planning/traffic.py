@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megagrow.config.flops import norm_parameters
+from megagrow.model.layers.flops import norm_parameters
 from megagrow.model.layers.table import block_counts
 from megagrow.parallel.sharding import pad
 from megagrow.planning.cluster import Cluster

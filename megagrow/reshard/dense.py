@@ -53,7 +53,7 @@ def dense_bytes(source: Layout, growth: GrowthMap, target: Layout) -> int:
     for (_, _, sources, _), targets in _by_mix(source, growth, target).items():
         gains = [term.gain for _, term in targets if term.gain is not None]
         reduced += [source.plan[name] for name in (sources[0], *gains)]
-    world = target.dp * target.tp
+    world = target.world_size
     return sum(_reduced_bytes(4 * spec.rows * spec.cols, world) for spec in reduced)
 
 

@@ -104,7 +104,7 @@ def _drain(layout: Layout, storage: Storage) -> Iterator[Tensor]:
 
 def _storage(layout: Layout, rank: int, memory: Tensor) -> Storage:
     """Return a rank's storage as views of its memory, (bytes,) uint8, one state kind at a time."""
-    sizes = {name: len(layout.interval(name, rank // layout.tp)) for name in layout.plan}
+    sizes = {name: len(layout.interval(name, rank)) for name in layout.plan}
     storage: Storage = {name: {} for name, size in sizes.items() if size}
     places = [(kind, name) for kind in STATE_KINDS for name in _names(layout, kind)]
     parts = memory.view(torch.float32).split([sizes[name] for _, name in places])

@@ -5,13 +5,17 @@ interval of a row-major matrix is at most three blocks (the end of a row, full r
 row), so all later steps operate on rectangles.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from megagrow.config.schema import StageConfig
 from megagrow.growth.map import Indices
-from megagrow.parallel.sharding import Partition
+from megagrow.parallel.engine_config import parameter_groups
+from megagrow.parallel.optimizers.rules import ParamScale, matrix_rule
+from megagrow.parallel.pipeline.split import pipeline_split
+from megagrow.parallel.sharding import Partition, parameter_plan
 from megagrow.reshard.index_ranges import bounds, overlap, pick, select, shift
 
 
@@ -53,7 +57,7 @@ class Layout(Partition):
 
     def blocks(self, name: str, rank: int) -> Iterator[Block]:
         """Yield the rectangles of the logical tensor that a rank holds, in storage order."""
-        for block in blocks_of(self.interval(name, rank // self.tp), self._slice_cols(name)):
+        for block in blocks_of(self.interval(name, rank), self._slice_cols(name)):
             clipped = self._clip(name, block.shifted(*self._origin(name, rank)))
             if clipped:
                 yield clipped
@@ -63,7 +67,7 @@ class Layout(Partition):
         row, col = self._origin(name, rank)
         cols = self._slice_cols(name)
         first = (block.rows.start - row) * cols + block.cols.start - col
-        return first - self.interval(name, rank // self.tp).start, cols
+        return first - self.interval(name, rank).start, cols
 
     def parts(self, name: str, rank: int, wanted: Block) -> Iterator[Block]:
         """Yield the rectangles of a logical block that a rank holds, in storage order."""
@@ -80,7 +84,7 @@ class Layout(Partition):
         """
         for tp_rank in range(self.tp):
             for dp_rank in self._dp_ranks(name, tp_rank, wanted.rows, wanted.cols):
-                rank = dp_rank * self.tp + tp_rank
+                rank = self._rank(name, dp_rank, tp_rank)
                 if self.serves(name, rank, near):
                     yield from ((rank, part) for part in self.parts(name, rank, wanted))
 
@@ -88,7 +92,7 @@ class Layout(Partition):
         """Return True if `near` reads a parameter from `rank` rather than from another replica."""
         if self.plan[name].tp_dim is None and rank % self.tp != near % self.tp:
             return False
-        return self.zero_stage > 0 or rank // self.tp == near // self.tp % self.dp
+        return self.zero_stage > 0 or (rank // self.tp - near // self.tp) % self.dp == 0
 
     def touched(self, name: str, rows: Indices, cols: Indices) -> list[int]:
         """Return all ranks that hold any of these rows and columns, replicas included.
@@ -96,14 +100,14 @@ class Layout(Partition):
         With scattered columns, ranks that hold only columns in between are included.
         """
         return [
-            dp_rank * self.tp + tp_rank
+            self._rank(name, dp_rank, tp_rank)
             for tp_rank in range(self.tp)
             for dp_rank in self._dp_ranks(name, tp_rank, rows, bounds(cols))
         ]
 
     def writes(self, name: str, rank: int) -> bool:
         """Return True if `rank` is the replica that saves its part of a parameter."""
-        first_dp = self.zero_stage > 0 or rank < self.tp
+        first_dp = self.zero_stage > 0 or rank // self.tp % self.dp == 0
         return first_dp and (self.plan[name].tp_dim is not None or rank % self.tp == 0)
 
     def _dp_ranks(self, name: str, tp_rank: int, rows: Indices, cols: range) -> Iterable[int]:
@@ -127,6 +131,9 @@ class Layout(Partition):
         changes -= np.bincount(lasts + 1, minlength=self.dp + 1)
         return np.flatnonzero(np.cumsum(changes)).tolist()
 
+    def _rank(self, name: str, dp_rank: int, tp_rank: int) -> int:
+        return (self.pipeline_rank(name) * self.dp + dp_rank) * self.tp + tp_rank
+
     def _slice_cols(self, name: str) -> int:
         return self.plan[name].slice_shape(self.tp)[1]
 
@@ -141,3 +148,13 @@ class Layout(Partition):
     def _clip(self, name: str, block: Block) -> Block:
         """Remove the vocabulary padding, which is not part of the logical tensor."""
         return Block(overlap(block.rows, range(self.plan[name].rows)), block.cols)
+
+
+def layout_of(stage: StageConfig, world_size: int, scales: Mapping[str, ParamScale]) -> Layout:
+    """Return the layout of a stage whose parameters have these hyper-parameter factors."""
+    parallel = stage.parallel
+    tp = parallel.tensor_model_parallel_size
+    plan = parameter_plan(stage.model, tp, matrix_rule(stage.optimizer))
+    groups = tuple(group.names for group in parameter_groups(plan, stage.optimizer, scales))
+    split = pipeline_split(stage.model, parallel) if parallel.is_pipeline else None
+    return Layout(plan, groups, parallel.zero_stage, parallel.partition_size(world_size), tp, split)

@@ -74,7 +74,7 @@ def load(stage: Stage) -> None:
     """Fill the state from a checkpoint of zeros in the stage's own layout."""
     layout = stage.layout
     files = {
-        shard_name(rank): partial(_ZeroFile, layout, rank) for rank in range(layout.dp * layout.tp)
+        shard_name(rank): partial(_ZeroFile, layout, rank) for rank in range(layout.world_size)
     }
     manifest = cast(Manifest, SimpleNamespace(adam_step=0, read_layout=lambda: layout))
     with patch.object(checkpoint_load, "safe_open", lambda path, framework: files[path.name]()):
@@ -95,7 +95,7 @@ class _ZeroFile:
         pass
 
     def get_slice(self, name: str) -> Any:
-        held = len(self._layout.interval(name.rpartition(".")[0], self._rank // self._layout.tp))
+        held = len(self._layout.interval(name.rpartition(".")[0], self._rank))
         return _ZeroSlice(held)
 
 

@@ -9,12 +9,12 @@ from typing import Protocol
 
 import torch
 
-from megagrow.config.flops import flops_per_token, paper_flops_per_token
 from megagrow.config.schema import RunConfig
 from megagrow.config.stage_length import batch_at, step_tokens
 from megagrow.data.batches import Batch
 from megagrow.data.stage_streams import StreamPlace
 from megagrow.errors import InputError
+from megagrow.model.layers.flops import flops_per_token, paper_flops_per_token
 from megagrow.parallel.agreement import (
     any_across_ranks,
     any_flags_across_ranks,

@@ -12,7 +12,6 @@ in stages, without those read by growths.
 
 import math
 
-from megagrow.config.flops import parameters
 from megagrow.config.growth import GrowthConfig, NewEntriesConfig
 from megagrow.config.growth_guidelines import rate_for_size
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig, StageConfig
@@ -20,6 +19,7 @@ from megagrow.config.stage import RATE_KEYS
 from megagrow.config.stage_length import step_tokens, tokens_between, tokens_of_steps
 from megagrow.growth.mask_schedule import ramp_tokens
 from megagrow.growth.operators import operators_of
+from megagrow.model.layers.flops import parameters
 
 WSD_DECAY = 0.1
 """Default fraction of the horizon for WSD's decay (MiniCPM, arXiv 2404.06395, section 4)."""

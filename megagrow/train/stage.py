@@ -13,12 +13,12 @@ from megagrow.model.masks import Masks
 from megagrow.model.ops import Ops
 from megagrow.parallel.engine import ZeroEngine
 from megagrow.parallel.engine_config import EngineSettings
-from megagrow.parallel.process_groups import Topology, make_topology
+from megagrow.parallel.process_groups import Topology, stage_topology
 from megagrow.parallel.sharding import Storage
 from megagrow.parallel.tensor_parallel import rank_masks
 from megagrow.reshard.layout import Layout
 from megagrow.train.growth_event.new_entries import fresh_masks, has_per_entry_lr
-from megagrow.train.growth_event.run_growths import stage_growth, stage_scales
+from megagrow.train.growth_event.run_growths import stage_growth, stage_layout, stage_scales
 from megagrow.train.kernel_calls import NO_CHECKS, Checks
 from megagrow.train.kernel_selection import stage_ops
 from megagrow.train.schedule import last_growth
@@ -67,7 +67,7 @@ def build_stage(
     """
     config = run.stages[index]
     parallel = config.parallel
-    topology = make_topology(parallel.tensor_model_parallel_size, device)
+    topology = stage_topology(parallel, device)
     bf16 = uses_bf16(run, device)
     settings = EngineSettings(
         model=config.model,
@@ -80,13 +80,7 @@ def build_stage(
         ops=stage_ops(run, index, device, checks),
     )
     engine = ZeroEngine(settings, topology)
-    layout = Layout(
-        engine.plan,
-        engine.groups,
-        parallel.zero_stage,
-        topology.dp,
-        parallel.tensor_model_parallel_size,
-    )
+    layout = stage_layout(run, index, topology.world_size)
     check_layout(layout, engine, topology.rank)
     grown = last_growth(run, index)
     if grown is not None and has_per_entry_lr(run.stages[grown].growth):
@@ -107,8 +101,7 @@ def masks_now(run: RunConfig, stage: Stage, stage_tokens: int) -> Masks | None:
 
 def check_layout(layout: Layout, engine: ZeroEngine, rank: int) -> None:
     """Compare the layout with DeepSpeed's bookkeeping; a difference is a bug."""
-    dp_rank = rank // layout.tp
-    ours = {name: layout.interval(name, dp_rank) for name in layout.plan}
+    ours = {name: layout.interval(name, rank) for name in layout.plan}
     ours = {name: interval for name, interval in ours.items() if interval}
     theirs = engine.intervals()
     for name in ours.keys() | theirs.keys():

@@ -78,15 +78,15 @@ def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | 
     IGNORED labels do not count; without any label the loss is 0. Sequences are distributed over the
     data-parallel ranks; the result does not depend on their number.
     """
-    micro, dp = stage.config.batch.micro_batch_size, stage.topology.dp
+    micro, ranks = stage.config.batch.micro_batch_size, stage.topology.batch_ranks
     sums = torch.zeros(2, dtype=torch.float64, device=stage.topology.device)
     with stage.evaluating():
         # Every rank makes the same number of passes, because ZeRO-3 gathers weights in each of
         # them. Indices beyond the end repeat the last sequence and are not counted.
-        passes = -(-sequences // (micro * dp))
+        passes = -(-sequences // (micro * ranks))
         progress = PhaseProgress("validation", passes, "passes")
         for index in range(passes):
-            first = (index * dp + stage.topology.dp_rank) * micro
+            first = (index * ranks + stage.topology.batch_rank) * micro
             indices = list(range(first, first + micro))
             # Only the rank that reads a damaged corpus detects it, and all ranks must stop.
             within = [min(index, sequences - 1) for index in indices]

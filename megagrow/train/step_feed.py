@@ -35,7 +35,8 @@ class StepPart:
     @classmethod
     def of(cls, place: StreamPlace, batch: BatchConfig, topology: Topology, ops: Ops) -> "StepPart":
         """Return the part of this rank."""
-        return cls(place, batch, topology.dp_rank, topology.dp, ops.pack, topology.device)
+        rank, ranks = topology.batch_rank, topology.batch_ranks
+        return cls(place, batch, rank, ranks, ops.pack, topology.device)
 
     def read(self, reader: Reader[StreamPlace]) -> list[Batch]:
         """Read the micro-batches; their tensors are pinned if the device is a GPU."""

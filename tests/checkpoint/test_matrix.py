@@ -58,7 +58,7 @@ def load_all_pairs(folder: Path) -> list[str]:
         if not path.exists():
             write_checkpoint(path, MODEL, layout_of(MODEL, *source, "matrices"), state)
         layout = layout_of(MODEL, *target)
-        for rank in range(layout.dp * layout.tp):
+        for rank in range(layout.world_size):
             mine = empty_storage(layout, rank)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(dist, "get_rank", lambda rank=rank: rank)

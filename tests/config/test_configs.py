@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagrow.config import flops as parameters
 from megagrow.config.load import load_run, to_yaml
 from megagrow.config.model_file import load_model
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.operators import OPERATORS, is_masked
 from megagrow.model.decoder import CausalLM
+from megagrow.model.layers import flops as parameters
 from megagrow.planning.planner import plan_run
 from megagrow.train.schedule import rate_at
 

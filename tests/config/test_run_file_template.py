@@ -8,11 +8,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from megagrow.cli.app import app
-from megagrow.config.flops import parameters
 from megagrow.config.load import load_run
 from megagrow.config.stage_length import run_tokens
 from megagrow.data.prepare import prepare
 from megagrow.errors import InputError
+from megagrow.model.layers.flops import parameters
 
 TEXT = "A word follows the other, and each is a token of the corpus.\n"
 

@@ -7,7 +7,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagrow.config.flops import non_embedding_parameters, paper_flops_per_token
 from megagrow.config.growth_guidelines import growth_tokens, timing_warnings
 from megagrow.config.load import load_run, to_yaml
 from megagrow.config.schema import RunConfig, StageConfig
@@ -20,6 +19,7 @@ from megagrow.config.stage_length import (
     tokens_of_steps,
 )
 from megagrow.errors import InputError
+from megagrow.model.layers.flops import non_embedding_parameters, paper_flops_per_token
 from tests.config.conftest import ONE_STAGE
 
 STEP = 8 * 32

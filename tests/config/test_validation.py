@@ -2,18 +2,10 @@
 
 import pytest
 
-from megagrow.config.schema import RunConfig
-from megagrow.config.validation import problems, world_problems
+from megagrow.config.parallel_rules import world_problems
+from megagrow.config.validation import problems
+from tests.helpers.run.valid_runs import run
 
-MODEL = {
-    "num_hidden_layers": 2,
-    "hidden_size": 48,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "vocab_size": 64,
-    "max_position_embeddings": 64,
-}
 KEY = "stages.0.parallel.tensor_model_parallel_size"
 
 
@@ -26,27 +18,6 @@ def not_divisible(name: str, size: int, tensor: int) -> str:
 
 PATTERN = {"optimizer": {"weight_decay_exclude": ["*.up_proj.weight"]}}
 """Matches no parameter of a model without layers."""
-
-
-def run(*changes: dict, data: dict | None = None) -> RunConfig:
-    """A run with one stage per change, which is merged section by section into a valid stage."""
-    stages = []
-    for index, change in enumerate(changes):
-        stage = {
-            "model": {**MODEL, "num_hidden_layers": 2 * 4**index},
-            "tokens": "1K",
-            "batch": {"global_batch_size": 8, "micro_batch_size": 2},
-            "optimizer": {"lr": 1e-3},
-            "growth": {} if index else None,
-        }
-        for key, value in change.items():
-            both = isinstance(value, dict) and isinstance(stage.get(key), dict)
-            stage[key] = {**stage[key], **value} if both else value
-        stages.append(stage)
-    corpus = {"train": [{"path": "x"}], "sequence_length": 64, **(data or {})}
-    return RunConfig.model_validate(
-        {"name": "t", "output_dir": "o", "data": corpus, "stages": stages}
-    )
 
 
 @pytest.mark.parametrize(
@@ -254,8 +225,8 @@ def test_worlds_that_do_not_fit() -> None:
     ]
     hybrid = run({"parallel": {"zero_stage": 3, "zero_hpz_partition_size": 4}})
     assert world_problems(hybrid, 2) == [
-        "data parallel 2 is not divisible by stages.0.parallel.zero_hpz_partition_size = 4; "
-        "use a divisor of 2"
+        "data x context parallel 2 is not divisible by "
+        "stages.0.parallel.zero_hpz_partition_size = 4; use a divisor of 2"
     ]
     ramp = run({"batch": {"rampup_batch_size": [2, 2, 100]}})
     assert world_problems(ramp, 2) == [

@@ -21,8 +21,8 @@ from megagrow.checkpoint.discovery import list_checkpoints
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.cli.app import app
 from megagrow.config.load import load_run
+from megagrow.config.parallel_rules import world_problems
 from megagrow.config.schema import ModelConfig
-from megagrow.config.validation import world_problems
 from megagrow.data.tokenizers import load_tokenizer
 from megagrow.errors import InputError
 from megagrow.growth.validation import growth_problems

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagrow.common.yaml_file import read_mapping
-from megagrow.config.flops import parameters
 from megagrow.config.growth_guidelines import RATES, connection_rate, rate_for_size
 from megagrow.config.schema import ModelConfig
 from megagrow.growth.depth import interpolated_layers, stacked_layers
+from megagrow.model.layers.flops import parameters
 from tests.helpers.hugging_face import tiny
 
 MODELS = Path(__file__).resolve().parents[2] / "configs" / "model"

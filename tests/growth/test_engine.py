@@ -83,7 +83,7 @@ def pads(stage: Stage) -> list[torch.Tensor]:
     """Values that this rank stores of the rows beyond the vocabulary, of each kind of state."""
     layout, rank = stage.layout, stage.topology.rank
     spec = layout.plan["model.embed_tokens.weight"]
-    interval = layout.interval(spec.name, rank // layout.tp)
+    interval = layout.interval(spec.name, rank)
     first, _ = spec.slice_origin(layout.tp, rank % layout.tp)
     rows = first + torch.arange(interval.start, interval.stop) // spec.cols
     held = stage.engine.storage().get(spec.name, {})

@@ -120,8 +120,8 @@ def test_the_shards_of_the_grown_model_grow_from_the_shards_of_the_source(
     before, after = data.draw(layouts_for(found.source)), data.draw(layouts_for(found.target))
     whole = in_fp32(found.source)
     expected = grown(whole, found.growth, found.target)
-    views = [seen(whole, before, rank) for rank in range(before.dp * before.tp)]
-    for rank in range(after.dp * after.tp):
+    views = [seen(whole, before, rank) for rank in range(before.world_size)]
+    for rank in range(after.world_size):
         mine, holds = begun(found), sight(after, rank)
         for kind in found.growth.kinds:
             for copy in copies_to(rank, before, found.growth, after, kind):
@@ -135,7 +135,7 @@ def test_the_shards_of_the_grown_model_grow_from_the_shards_of_the_source(
 
 def between(found: Case, before: Layout, after: Layout, apart: Any) -> Iterator[tuple[str, Tensor]]:
     """Elements that the copies of all ranks bring from a rank that is `apart`, by parameter."""
-    for rank in range(after.dp * after.tp):
+    for rank in range(after.world_size):
         for copy in copies_to(rank, before, found.growth, after, "fp32"):
             if apart(copy.source_rank, rank):
                 yield copy.name, copy.shape[0] * copy.shape[1]
@@ -154,7 +154,7 @@ def at_least(found: Case, before: Layout, after: Layout) -> int:
             inside = (at[0] >= 0)[:, None] & (at[1] >= 0)
             origins[name] = taken.where(inside, origins[name])
     count = 0
-    for rank in range(after.dp * after.tp):
+    for rank in range(after.world_size):
         needed = torch.cat([*held(after, origins, rank, HIDDEN).values()])
         mine = torch.cat([*held(before, numbers, rank, HIDDEN).values()])
         count += int(((needed >= 0) & ~torch.isin(needed, mine)).sum())

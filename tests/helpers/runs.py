@@ -142,7 +142,7 @@ def full_tensors(layout: Layout, storage: Storage) -> dict[str, dict[str, torch.
         full = {kind: torch.full((spec.padded_rows * spec.cols,), torch.nan) for kind in spec.kinds}
         for rank, held in enumerate(everyone):
             if name in held:
-                interval = layout.interval(name, rank // layout.tp)
+                interval = layout.interval(name, rank)
                 where = numbers[rank % layout.tp][interval.start : interval.stop]
                 for kind in spec.kinds:
                     full[kind][where] = held[name][kind]

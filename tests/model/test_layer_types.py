@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from megagrow.config.flops import flops_per_token, parameters
 from megagrow.config.growth import GrowthConfig
 from megagrow.config.schema import ModelConfig, StageConfig
 from megagrow.growth.map import Gather
@@ -28,6 +27,7 @@ from megagrow.model.layers.base import (
     ones,
     scaled_normal,
 )
+from megagrow.model.layers.flops import flops_per_token, parameters
 from megagrow.model.layers.modules import Context, LayerModule
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.planning.memory import stage_memory

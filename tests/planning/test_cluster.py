@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.config.flops import (
+from megagrow.config.load import load_run
+from megagrow.config.schema import ModelConfig
+from megagrow.errors import InputError
+from megagrow.model.layers.flops import (
     flops_per_token,
     matmul_flops,
     norm_parameters,
     parameters,
 )
-from megagrow.config.load import load_run
-from megagrow.config.schema import ModelConfig
-from megagrow.errors import InputError
 from megagrow.model.layers.table import MIXERS
 from megagrow.planning.cluster import Cluster, find_cluster
 from megagrow.planning.step_rates import (
@@ -137,7 +137,7 @@ def test_a_product_by_hand() -> None:
 
 
 def test_sizes_are_those_of_the_run() -> None:
-    """FLOPs by `config.flops`; the matrices, and the embedding, which is no product."""
+    """FLOPs by `model.layers.flops`; the matrices, and the embedding, which is no product."""
     for name in ("gstack-1.1b", "gstack-410m"):
         model = load_run(CONFIGS / f"{name}.yaml").stages[-1].model
         shape = shape_of(model, 2048)

@@ -37,9 +37,9 @@ def carry_out(
 ) -> None:
     """Fills every target rank from the source ranks' storages and compares with the definition."""
     state = random_state(source.plan)
-    storages = [storage_of(source, state, rank) for rank in range(source.dp * source.tp)]
+    storages = [storage_of(source, state, rank) for rank in range(source.world_size)]
     after = grown(state, growth, target.plan)
-    for rank in range(target.dp * target.tp):
+    for rank in range(target.world_size):
         mine = empty_storage(target, rank, empty)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(megagrow.reshard.copy_ops, "ELEMENTS_AT_ONCE", at_once)
@@ -87,13 +87,13 @@ def test_what_a_rank_sends_is_what_the_others_receive_from_it(data, config, wide
     kind = data.draw(st.sampled_from(ADAMW_KINDS))
     received: dict[tuple[int, int], list] = {}
     sent: dict[tuple[int, int], list] = {}
-    for rank in range(target.dp * target.tp):
+    for rank in range(target.world_size):
         for copy in copies_to(rank, source, growth, target, kind):
             received.setdefault((copy.source_rank, rank), []).append(contents(copy))
-    for rank in range(source.dp * source.tp):
+    for rank in range(source.world_size):
         for copy in copies_from(rank, source, growth, target, kind):
             assert copy.source_rank == rank
-            if copy.target_rank < target.dp * target.tp:
+            if copy.target_rank < target.world_size:
                 sent.setdefault((rank, copy.target_rank), []).append(contents(copy))
     assert sent == received
 

@@ -55,7 +55,7 @@ def test_every_layout_holds_the_same_bits_of_any_fill(data, config, at_once):
         rows, cols = kinds["fp32"].shape
         total = sum((filled(fill, rows, cols) for fill in fills.get(name, ())), torch.zeros(1))
         assert torch.allclose(kinds["fp32"].double(), total.double(), atol=1e-6)
-    for rank in range(layout.dp * layout.tp):
+    for rank in range(layout.world_size):
         # Padding is zero, as in the definition's storage.
         assert same(made_by(growth, layout, rank, at_once), storage_of(layout, state, rank))
 

@@ -104,7 +104,7 @@ def test_every_layout_draws_the_same_weights(data, config):
         weights = initial_rows(spec, 3, range(spec.rows))
         whole[name] = {"fp32": weights, "exp_avg": zero, "exp_avg_sq": zero}
     nothing = {name: dict.fromkeys(kinds, kinds["exp_avg"]) for name, kinds in whole.items()}
-    for rank in range(layout.dp * layout.tp):
+    for rank in range(layout.world_size):
         storage = storage_of(layout, nothing, rank)
         fill_initial(layout, rank, storage, seed=3)
         assert same(storage, storage_of(layout, whole, rank))

@@ -15,7 +15,7 @@ RANGES = st.tuples(st.integers(0, 60), st.integers(0, 60)).map(lambda t: range(m
 
 
 def world(layout: Layout) -> range:
-    return range(layout.dp * layout.tp)
+    return range(layout.world_size)
 
 
 def part_of(whole: torch.Tensor, block: Block) -> torch.Tensor:
@@ -44,7 +44,7 @@ def test_intervals_are_where_the_definition_cuts(data, config):
     numbers = numbered(layout.plan)
     for rank in world(layout):
         stored = held(layout, numbers, rank, PADDING)
-        sizes = {name: len(layout.interval(name, rank // layout.tp)) for name in layout.plan}
+        sizes = {name: len(layout.interval(name, rank)) for name in layout.plan}
         assert {name: size for name, size in sizes.items() if size} == {
             name: tensor.numel() for name, tensor in stored.items()
         }
@@ -95,10 +95,10 @@ def test_holders_share_out_what_is_wanted_and_do_hold_it(data, config):
     layout = data.draw(layouts(config))
     spec = layout.plan[data.draw(st.sampled_from(sorted(layout.plan)))]
     wanted = Block(data.draw(ranges_within(spec.rows)), data.draw(ranges_within(spec.cols)))
-    near = data.draw(st.integers(0, 15))
+    near = data.draw(st.integers(0, 47))
     numbers = numbered(layout.plan)
     covered = torch.zeros(spec.rows, spec.cols, dtype=torch.int)
-    by_rank: dict[int, set[int]] = {rank: set() for rank in range(16)}
+    by_rank: dict[int, set[int]] = {rank: set() for rank in range(48)}
     for rank, part in layout.holders(spec.name, wanted, near):
         part_of(covered, part).add_(1)
         theirs = part_of(numbers[spec.name], part).flatten().tolist()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import megagrow.run
-from megagrow.config.flops import paper_flops_per_token
 from megagrow.config.schema import RunConfig
+from megagrow.model.layers.flops import paper_flops_per_token
 from tests.helpers.jobs import records, train, write_run
 from tests.helpers.run.refusals import refused_run
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run

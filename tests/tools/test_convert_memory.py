@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megagrow.config.flops import parameters
 from megagrow.config.schema import ModelConfig
+from megagrow.model.layers.flops import parameters
 from tools.benchmarks.checkpoint.convert_memory import measure, random_model, write_model
 
 BUDGET = 16 * 2**20

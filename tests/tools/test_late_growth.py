@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from megagrow.analysis.curves import Growth, load_curves
-from megagrow.config.flops import paper_flops_per_token
 from megagrow.config.stage_length import stage_tokens
+from megagrow.model.layers.flops import paper_flops_per_token
 from megagrow.train.schedule import rate_at
 from tests.helpers.written_runs import Stage, write_run
 from tools.experiments.late_growth import (

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.config.flops import paper_flops_per_token
 from megagrow.config.stage_length import stage_tokens
 from megagrow.errors import InputError
+from megagrow.model.layers.flops import paper_flops_per_token
 from megagrow.train.reporting.metrics import Counters, MetricsLog
 from megagrow.train.schedule import rate_at
 from tools.experiments.state_ablation import (

@@ -3,15 +3,15 @@ from typing import Any
 import pytest
 
 from megagrow.common.gpu_specs import peak_flops
-from megagrow.config.flops import (
+from megagrow.config.schema import ModelConfig, RunConfig
+from megagrow.config.stage_length import run_flops
+from megagrow.model.layers.flops import (
     flops_per_token,
     matmul_flops,
     non_embedding_parameters,
     paper_flops_per_token,
     parameters,
 )
-from megagrow.config.schema import ModelConfig, RunConfig
-from megagrow.config.stage_length import run_flops
 from tests.helpers.hugging_face import hugging_face
 
 

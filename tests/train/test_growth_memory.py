@@ -69,7 +69,7 @@ def kib_of(field: str) -> int:
 
 def state_bytes(layout: Layout, rank: int) -> int:
     """Bytes that a rank holds of the fp32 weights and of Adam's two moments."""
-    return 12 * sum(len(layout.interval(name, rank // layout.tp)) for name in layout.plan)
+    return 12 * sum(len(layout.interval(name, rank)) for name in layout.plan)
 
 
 def share_bytes(layout: Layout, rank: int) -> int:

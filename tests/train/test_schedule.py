@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagrow.config.flops import parameters
 from megagrow.config.growth_guidelines import rate_for_size
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
 from megagrow.config.stage_length import (
@@ -17,6 +16,7 @@ from megagrow.config.stage_length import (
     steps_left,
 )
 from megagrow.config.validation import problems
+from megagrow.model.layers.flops import parameters
 from megagrow.train.growth_event.new_entries import UpdateFactors, update_factors
 from megagrow.train.schedule import (
     learning_rate,

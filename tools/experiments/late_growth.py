@@ -25,12 +25,12 @@ from megagrow.analysis.growth_transient import paired_spread, spread
 from megagrow.analysis.mixing import measure_mixing
 from megagrow.analysis.plots import plot_runs
 from megagrow.common.tables import markdown_table
-from megagrow.config.flops import paper_flops_per_token
 from megagrow.config.load import load_run, to_yaml
 from megagrow.config.model_file import load_model
 from megagrow.config.schema import RunConfig
 from megagrow.data.prepare import prepare
 from megagrow.errors import InputError
+from megagrow.model.layers.flops import paper_flops_per_token
 from tools.experiments.state_ablation import lock
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "demo"

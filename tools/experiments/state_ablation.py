@@ -30,11 +30,11 @@ from megagrow.checkpoint.discovery import checkpoint_name
 from megagrow.checkpoint.load import load_storage
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.common.sizes import parse_count
-from megagrow.config.flops import paper_flops_per_token
 from megagrow.config.load import load_run, to_yaml
 from megagrow.config.schema import RunConfig, StageConfig
 from megagrow.data.prepare import prepare
 from megagrow.errors import InputError
+from megagrow.model.layers.flops import paper_flops_per_token
 from megagrow.parallel.launch import read_launch
 from megagrow.parallel.process_groups import init_process_group, leave_process_group
 from megagrow.train.data_setup import open_inputs

@@ -122,12 +122,12 @@ class MatrixExchange:
 
     def _parts(self, results: Mapping[str, Tensor], peer: int) -> Iterator[Tensor]:
         """Yield the pieces of results that a rank holds."""
-        dp_rank, tp_rank = divmod(peer, self._partition.tp)
+        tp_rank = peer % self._partition.tp
         for name, full in results.items():
             spec, tp = self._partition.plan[name], self._partition.tp
             dim = spec.tp_dim
             part = full if dim is None else full.chunk(tp, dim)[tp_rank]
-            interval = self._partition.interval(name, dp_rank)
+            interval = self._partition.interval(name, peer)
             yield part.reshape(-1)[interval.start : interval.stop]
 
     def _empty(self, numel: int) -> Tensor:
@@ -139,7 +139,7 @@ class MatrixExchange:
         dp_rank, tp_rank = divmod(rank, layout.tp)
         other_slice = layout.plan[name].tp_dim is None and tp_rank != owner % layout.tp
         other_replica = layout.zero_stage == 0 and dp_rank != owner // layout.tp
-        return range(0) if other_slice or other_replica else layout.interval(name, dp_rank)
+        return range(0) if other_slice or other_replica else layout.interval(name, rank)
 
     def _plan(self, names: tuple[str, ...]) -> list[_MatrixRound]:
         owned = assigned([self._partition.plan[name] for name in names], self._world)
@@ -150,7 +150,7 @@ class MatrixExchange:
         ranks, layout, own = range(self._world), self._partition, matrices[self._rank]
 
         def held(names: Sequence[str], rank: int) -> int:
-            return sum(len(layout.interval(name, rank // layout.tp)) for name in names)
+            return sum(len(layout.interval(name, rank)) for name in names)
 
         def lent(names: Sequence[str], rank: int, owner: int) -> int:
             return sum(len(self._lent(name, rank, owner)) for name in names)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from megagrow.config.flops import flops_per_token, paper_flops_per_token
 from megagrow.config.schema import StageConfig
 from megagrow.config.stage_length import batch_at, step_tokens
 from megagrow.data.batches import Batch
 from megagrow.data.stage_streams import StreamPlace
+from megagrow.model.layers.flops import flops_per_token, paper_flops_per_token
 from megagrow.model.ops import Ops
 from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.parallel.process_groups import Topology

@@ -20,7 +20,6 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from megagrow.common.progress import PhaseProgress
-from megagrow.config.flops import flops_per_token, paper_flops_per_token
 from megagrow.config.growth import LearnConfig
 from megagrow.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
 from megagrow.config.stage_length import batch_at, step_tokens
@@ -36,6 +35,7 @@ from megagrow.growth.map import GrowthMap
 from megagrow.growth.operators import resolve_operators
 from megagrow.model.backends import uses_bf16
 from megagrow.model.decoder import CausalLM
+from megagrow.model.layers.flops import flops_per_token, paper_flops_per_token
 from megagrow.model.layers.table import EMBEDDING, HEAD_MODULE, module_names
 from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.loss import cross_entropy

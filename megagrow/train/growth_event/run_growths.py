@@ -11,10 +11,9 @@ from megagrow.growth.map import GrowthMap, identity_map, kept_state
 from megagrow.growth.map_checks import check_map
 from megagrow.growth.operators import follows_exactly, growth_map
 from megagrow.growth.validation import candidates, keys_without_use
-from megagrow.parallel.engine_config import parameter_groups
 from megagrow.parallel.optimizers.rules import UNSCALED, ParamScale, matrix_rule
 from megagrow.parallel.sharding import parameter_plan
-from megagrow.reshard.layout import Layout
+from megagrow.reshard.layout import Layout, layout_of
 from megagrow.train.train_state import RunState
 
 
@@ -54,12 +53,7 @@ def stage_scales(run: RunConfig, index: int) -> dict[str, ParamScale]:
 
 def stage_layout(run: RunConfig, index: int, world_size: int) -> Layout:
     """Return the layout of a stage's state on `world_size` ranks, which must be valid."""
-    stage = run.stages[index]
-    tp = stage.parallel.tensor_model_parallel_size
-    plan = parameter_plan(stage.model, tp, matrix_rule(stage.optimizer))
-    groups = parameter_groups(plan, stage.optimizer, stage_scales(run, index))
-    names = tuple(group.names for group in groups)
-    return Layout(plan, names, stage.parallel.zero_stage, world_size // tp, tp)
+    return layout_of(run.stages[index], world_size, stage_scales(run, index))
 
 
 def _passed_on(

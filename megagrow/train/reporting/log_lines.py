@@ -7,11 +7,11 @@ from itertools import groupby
 from typing import Any
 
 from megagrow.common.sizes import format_duration, format_short
-from megagrow.config.flops import parameters
 from megagrow.config.schema import ModelConfig, RunConfig
 from megagrow.config.sections import UNNAMED_SET
-from megagrow.config.stage import StageConfig, format_layout
+from megagrow.config.stage import StageConfig
 from megagrow.errors import printable
+from megagrow.model.layers.flops import parameters
 from megagrow.train.growth_event.event import GrowthReport
 from megagrow.train.reporting.metrics import Counters, StepMetrics
 from megagrow.train.state_check import Change
@@ -135,8 +135,7 @@ def _evaluation_fields(results: dict[str, Any]) -> Iterator[str]:
 
 
 def _layout(stage: StageConfig, world_size: int) -> str:
-    tp = stage.parallel.tensor_model_parallel_size
-    return format_layout(stage.parallel.zero_stage, world_size // tp, tp)
+    return stage.parallel.layout_text(world_size)
 
 
 def _shape(model: ModelConfig) -> str:

@@ -17,11 +17,11 @@ from pydantic import ConfigDict, with_config
 from megagrow.common.atomic_files import atomic_file, sync
 from megagrow.common.json_text import finite, limited_lines, parse_json
 from megagrow.common.untrusted_values import Amount, Tally, as_amount, as_tally
-from megagrow.config.flops import parameters
 from megagrow.config.schema import RunConfig
 from megagrow.config.sections import UNNAMED_SET
 from megagrow.config.stage_length import run_tokens
 from megagrow.errors import DataError, unwritable
+from megagrow.model.layers.flops import parameters
 from megagrow.train.reporting.writers import Record, Tracker
 
 METRICS_FILE = "metrics.jsonl"
@@ -53,7 +53,7 @@ class StepMetrics:
     """Global norm before clipping; None if the engine does not provide it."""
     tokens: int
     flops: float
-    """By the paper's formula (`config.flops.paper_flops_per_token`)."""
+    """By the paper's formula (`model.layers.flops.paper_flops_per_token`)."""
     flops_true: float
     """Including attention (`flops.flops_per_token`)."""
     seconds: float

@@ -28,7 +28,7 @@ def write_checkpoint(path: Path, model: ModelConfig, layout: Layout, state: Stat
     """A checkpoint as `save_checkpoint` makes it."""
     path.mkdir(parents=True)
     files = {}
-    for rank in range(layout.dp * layout.tp):
+    for rank in range(layout.world_size):
         tensors = {
             f"{name}.{kind}": values
             for name, kinds in storage_of(layout, state, rank).items()
@@ -65,7 +65,7 @@ def shards(path: Path) -> dict[str, dict[str, torch.Tensor]]:
 def expected_shards(layout: Layout, state: State) -> dict[str, dict[str, torch.Tensor]]:
     """The same of a state, by definition."""
     found = {}
-    for rank in range(layout.dp * layout.tp):
+    for rank in range(layout.world_size):
         stored = storage_of(layout, state, rank)
         tensors = {
             f"{name}.{kind}": values

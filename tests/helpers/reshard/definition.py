@@ -42,7 +42,9 @@ def numbered(plan: dict[str, ParamSpec]) -> dict[str, Tensor]:
 
 def held(layout: Layout, whole: dict[str, Tensor], rank: int, fill: float = 0) -> dict[str, Tensor]:
     """Storage of a rank: 1-D tensors by name, `fill` standing where the vocabulary is padded."""
-    dp_rank, tp_rank = divmod(rank, layout.tp)
+    pp_rank, dp_rank = divmod(rank // layout.tp, layout.dp)
+    tp_rank = rank % layout.tp
+    whole = {name: t for name, t in whole.items() if layout.pipeline_rank(name) == pp_rank}
     slices = {
         name: _slice(layout.plan[name], tensor, layout.tp, tp_rank, fill)
         for name, tensor in whole.items()
@@ -52,7 +54,8 @@ def held(layout: Layout, whole: dict[str, Tensor], rank: int, fill: float = 0) -
     if layout.zero_stage == 3:
         groups, multiple = [(name,) for name in whole], layout.dp
     else:
-        groups, multiple = layout.groups, 2 * layout.dp
+        local = ([name for name in group if name in whole] for group in layout.groups)
+        groups, multiple = [group for group in local if group], 2 * layout.dp
     out = {}
     for group in groups:
         out |= _cut([(name, slices[name]) for name in group], multiple, layout.dp, dp_rank)

@@ -3,6 +3,7 @@
 from hypothesis import strategies as st
 
 from megagrow.config.schema import ModelConfig
+from megagrow.parallel.pipeline.split import PipelineSplit
 from megagrow.parallel.sharding import ParamSpec, parameter_plan
 from megagrow.reshard.layout import Layout
 
@@ -25,11 +26,19 @@ def models(draw: st.DrawFn) -> ModelConfig:
     )
 
 
-def layout_of(config: ModelConfig, zero: int, dp: int, tp: int, decay: str = "all") -> Layout:
+def layout_of(
+    config: ModelConfig,
+    zero: int,
+    dp: int,
+    tp: int,
+    decay: str = "all",
+    chunks: tuple[int, tuple[int, ...]] | None = None,
+) -> Layout:
     """The layout of a model; `decay` is `matrices` where norms have an optimizer group of their
-    own."""
+    own; `chunks` are the pipeline ranks and the layers of each chunk."""
     plan = parameter_plan(config, tp)
-    return Layout(plan, groups_of(plan, decay), zero, dp, tp)
+    split = None if chunks is None else PipelineSplit(*chunks)
+    return Layout(plan, groups_of(plan, decay), zero, dp, tp, split)
 
 
 def groups_of(plan: dict[str, ParamSpec], decay: str) -> tuple[tuple[str, ...], ...]:
@@ -49,4 +58,15 @@ def layouts(draw: st.DrawFn, config: ModelConfig) -> Layout:
         draw(st.integers(1, 4)),
         draw(st.sampled_from(TENSOR_PARALLEL)),
         draw(st.sampled_from(("all", "matrices"))),
+        draw(st.none() | pipelines(config.num_hidden_layers)),
     )
+
+
+@st.composite
+def pipelines(draw: st.DrawFn, layers: int) -> tuple[int, tuple[int, ...]]:
+    """Pipeline ranks, and the layers of each chunk; chunks without layers occur."""
+    ranks = draw(st.integers(2, 3))
+    count = ranks * draw(st.integers(1, 2))
+    cuts = sorted(draw(st.lists(st.integers(0, layers), min_size=count - 1, max_size=count - 1)))
+    ends = zip([0, *cuts], [*cuts, layers], strict=True)
+    return ranks, tuple(stop - start for start, stop in ends)

@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from megagrow.config.flops import flops_per_token, parameters
 from megagrow.config.schema import BatchConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megagrow.data.batches import Batch
 from megagrow.data.stage_streams import StreamPlace
 from megagrow.growth.ligo import LigoParameters, forming_flops, initial, learned_map
 from megagrow.growth.map import Dense, GrowthMap
 from megagrow.growth.operators import resolve_operators
+from megagrow.model.layers.flops import flops_per_token, parameters
 from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.loss import IGNORED
 from megagrow.parallel.process_groups import make_topology

@@ -114,7 +114,7 @@ def test_masks_are_those_of_whole_tensors_cut_as_tensors(case):
         if new.cols is not None:
             mask[:, torch.from_numpy(new.cols).nonzero().flatten()] = 1
         whole[name] = mask
-    for rank in range(layout.dp * layout.tp):
+    for rank in range(layout.world_size):
         storage = empty_storage(layout, rank)
         found = fresh_masks(fresh, layout, rank, storage)
         for name, expected in held(layout, whole, rank).items():

@@ -22,10 +22,10 @@ import torch
 from megagrow.checkpoint.tensor_file import raw_bytes
 from megagrow.common.sizes import format_bytes
 from megagrow.common.tables import markdown_table
-from megagrow.config.flops import parameters
 from megagrow.config.schema import ModelConfig
 from megagrow.formats.hugging_face import INDEX_FILE, index_of, planned_files, single_rank_layout
 from megagrow.formats.hugging_face_config import CONFIG_FILE, config_of
+from megagrow.model.layers.flops import parameters
 
 _CHUNK = 2**20
 """Values that are drawn at a time."""

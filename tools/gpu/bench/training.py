@@ -24,11 +24,11 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from megagrow.common.gpu_specs import peak_flops  # noqa: E402
-from megagrow.config.flops import flops_per_token  # noqa: E402
 from megagrow.config.load import load_run  # noqa: E402
 from megagrow.config.schema import RunConfig  # noqa: E402
 from megagrow.config.stage_length import step_tokens  # noqa: E402
 from megagrow.data.batches import Batch  # noqa: E402
+from megagrow.model.layers.flops import flops_per_token  # noqa: E402
 from megagrow.parallel.launch import read_launch  # noqa: E402
 from megagrow.parallel.process_groups import init_process_group, leave_process_group  # noqa: E402
 from megagrow.train.loop import train_at  # noqa: E402

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: assignment of layers to ranks, schedules and their execution."""
