@@ -8,12 +8,12 @@ parallelism replaces every Identity named `pre_collective` or `post_collective` 
 Shapes: B batch, S sequence, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache as cached
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -106,44 +106,65 @@ def _norm_last(
     return normalize(output_BSD, context)[0], x_BSD
 
 
-class DecoderModel(nn.Module):
-    """Token ids to normalized hidden states."""
+class ModelChunk(NamedTuple):
+    """Consecutive layers of a model; the first chunk also has the embedding, the last one the final
+    norm and the head."""
 
-    def __init__(self, config: ModelConfig, recompute: str = "none", ops: Ops = PLAIN) -> None:
+    layers: range
+    is_first: bool
+    is_last: bool
+
+
+def complete(config: ModelConfig) -> ModelChunk:
+    """Return the chunk with all layers of a model."""
+    return ModelChunk(range(config.num_hidden_layers), True, True)
+
+
+class DecoderModel(nn.Module):
+    """Token ids to normalized hidden states, or the chunks of this function on one rank."""
+
+    def __init__(
+        self, config: ModelConfig, recompute: str, ops: Ops, chunks: Sequence[ModelChunk]
+    ) -> None:
         super().__init__()
         self.config = config
         self.recompute = recompute
         self.ops = ops
-        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        if any(chunk.is_first for chunk in chunks):
+            self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.post_collective: nn.Module = nn.Identity()
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, index) for index in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        held = (index for chunk in chunks for index in chunk.layers)
+        self.layers = nn.ModuleDict({str(index): DecoderLayer(config, index) for index in held})
+        if any(chunk.is_last for chunk in chunks):
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
-        input_ids: Tensor,
+        inputs: Tensor,
         position_ids: Tensor,
-        documents: Any = None,
-        masks: Masks | None = None,
-        cache: DecodingCache | None = None,
+        documents: Any,
+        masks: Masks | None,
+        cache: DecodingCache | None,
+        chunk: ModelChunk,
     ) -> Tensor:
-        x_BSD = self.post_collective(self.embed_tokens(input_ids))
+        x_BSD = self.post_collective(self.embed_tokens(inputs)) if chunk.is_first else inputs
         masks = Masks() if masks is None else masks.to(x_BSD.dtype)
-        x_BSD = masked(x_BSD, masks.residual)
+        if chunk.is_first:
+            x_BSD = masked(x_BSD, masks.residual)
         context = self._context(position_ids, documents, masks, x_BSD.dtype, cache)
         delta_BSD: Tensor | None = None
-        for index, layer in enumerate(self.layers):
-            gate = masks.gate(index)
+        for index in chunk.layers:
+            layer, gate = self.layers[str(index)], masks.gate(index)
             if self.recompute == "full" and torch.is_grad_enabled():
                 # Add at once: the layer's inputs are kept.
                 x_BSD = x_BSD if delta_BSD is None else x_BSD + delta_BSD
-                inputs = (x_BSD, context, None, gate)
-                x_BSD, delta_BSD = checkpoint(layer, *inputs, use_reentrant=True)
+                arguments = (x_BSD, context, None, gate)
+                x_BSD, delta_BSD = checkpoint(layer, *arguments, use_reentrant=True)
             else:
                 states = None if cache is None else cache.layers[index]
                 x_BSD, delta_BSD = layer(x_BSD, context, delta_BSD, gate, states)
+        if not chunk.is_last:
+            return x_BSD if delta_BSD is None else x_BSD + delta_BSD
         norm_BSD, _ = self.norm(x_BSD, context, delta_BSD)
         return norm_BSD
 
@@ -184,32 +205,48 @@ class Head(nn.Linear):
 class CausalLM(nn.Module):
     """Token ids to logits, or to a loss.
 
-    forward(input_ids, position_ids, documents, masks, loss, cache): the first two are (B, S) int64.
+    forward(inputs, position_ids, documents, masks, loss, cache, chunk): the first two are token ids
+    and positions (B, S) int64. A pass computes one chunk of the model. A chunk that is not the
+    first one reads hidden states (B, S, D) as `inputs`, and one that is not the last one returns
+    them; with sequence parallelism they are the local part of the sequence.
     `documents` is the output of `ops.pack`, None if attention crosses document boundaries. `masks`
     is None unless growth masks are ramping. With `cache`, the inputs continue its sequences and
     `documents` is None. Returns logits (B, S, V) with V the local rows of the vocabulary, or the
     value of `loss` on the hidden states and the head.
     """
 
-    def __init__(self, config: ModelConfig, recompute: str = "none", ops: Ops = PLAIN) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        recompute: str = "none",
+        ops: Ops = PLAIN,
+        chunks: Sequence[ModelChunk] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.ops = ops
-        self.model = DecoderModel(config, recompute, ops)
+        self.chunks = tuple(chunks or (complete(config),))
+        self.model = DecoderModel(config, recompute, ops, self.chunks)
         self.pre_collective: nn.Module = nn.Identity()
+        if not any(chunk.is_last for chunk in self.chunks):
+            return
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        if config.tie_word_embeddings and any(chunk.is_first for chunk in self.chunks):
             self.lm_head.weight = self.model.get_parameter("embed_tokens.weight")
 
     def forward(
         self,
-        input_ids: Tensor,
+        inputs: Tensor,
         position_ids: Tensor,
         documents: Any = None,
         masks: Masks | None = None,
         loss: HeadLoss | None = None,
         cache: DecodingCache | None = None,
+        chunk: ModelChunk | None = None,
     ) -> Tensor:
-        x_BSD = self.model(input_ids, position_ids, documents, masks, cache)
+        chunk = chunk or self.chunks[0]
+        x_BSD = self.model(inputs, position_ids, documents, masks, cache, chunk)
+        if not chunk.is_last:
+            return x_BSD
         x_BSD = self.pre_collective(x_BSD)
         return self.lm_head(x_BSD, loss)

@@ -20,8 +20,10 @@ from megagrow.parallel.engine_config import (
     NO_RATES,
     EngineSettings,
     deepspeed_config,
+    groups_within,
     parameter_groups,
 )
+from megagrow.parallel.flat_gradients import FlatGradients
 from megagrow.parallel.materialize import (
     FlatWeights,
     build_model,
@@ -40,7 +42,9 @@ from megagrow.parallel.partitions import (
     set_norm_weights,
     unlink_zero3,
 )
-from megagrow.parallel.process_groups import Topology
+from megagrow.parallel.pipeline.split import pipeline_split
+from megagrow.parallel.pipeline.tied_head import TiedHead
+from megagrow.parallel.process_groups import Topology, pipeline_rank_group
 from megagrow.parallel.replicated import ReplicatedEngine
 from megagrow.parallel.sharding import Partition, Storage, parameter_plan
 from megagrow.parallel.update_scaling import ScaledPart, UpdateScaler
@@ -52,16 +56,30 @@ class ZeroEngine:
     def __init__(self, settings: EngineSettings, topology: Topology) -> None:
         self.settings = settings
         self.topology = topology
-        rule = matrix_rule(settings.optimizer)
-        self.plan = parameter_plan(settings.model, topology.tp, rule)
         self.zero_stage = settings.parallel.zero_stage
+        self.split = pipeline_split(settings.model, settings.parallel)
+        plan = parameter_plan(settings.model, topology.tp, matrix_rule(settings.optimizer))
+        groups = parameter_groups(plan, settings.optimizer, settings.scales)
+        self._partition = Partition(
+            plan,
+            tuple(group.names for group in groups),
+            self.zero_stage,
+            topology.dp,
+            topology.tp,
+            self.split if topology.pp > 1 else None,
+        ).on_pipeline_rank(topology.pp_rank)
+        self.plan, self.groups = self._partition.plan, self._partition.groups
+        """Parameters of this pipeline rank, and their optimizer groups."""
+        self._groups = groups_within(groups, self.plan)
         # ZeRO 0 keeps no fp32 master weights: there, bf16 is an autocast of fp32.
         self._autocast = settings.bf16 and self.zero_stage == 0
         low_precision = settings.bf16 and not self._autocast
         dtype = torch.bfloat16 if low_precision else torch.float32
-        self._groups = parameter_groups(self.plan, settings.optimizer, settings.scales)
-        self.groups = tuple(group.names for group in self._groups)
-        model = build_model(self.plan, settings, topology, dtype)
+        self.hidden_dtype = dtype
+        model = build_model(plan, settings, topology, dtype)
+        self.chunks = dict(zip(self.split.chunks_of(topology.pp_rank), model.chunks, strict=True))
+        is_tied = settings.model.tie_word_embeddings and topology.pp > 1
+        self._tied_head = TiedHead(model, topology) if is_tied else None
         self._engine: Any
         if self.zero_stage == 0:
             materialize(model, topology.device, partition=None)
@@ -72,6 +90,8 @@ class ZeroEngine:
         else:
             self._engine = self._partitioned(model, dtype)
         self._fragments = partial(fragments, self._engine, self.zero_stage)
+        if self._tied_head is not None and self._tied_head.embedding is not None:
+            self._gradients.expect_late(self._tied_head.embedding)
         self._factors = UpdateScaler(self._optimizer)
         self.gate = gate_of(self._engine, self.zero_stage)
         self._create_state()
@@ -107,9 +127,9 @@ class ZeroEngine:
         return engine
 
     def forward(self, *inputs: Any) -> Tensor:
-        """Return logits (B, S, V/tp) for (input_ids, position_ids, documents, rank masks).
+        """Return the result of `CausalLM.forward` for the same inputs.
 
-        With a fifth input, a head loss, return its result instead.
+        Without a chunk it is that of the first one of this rank.
         """
         device = self.topology.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._autocast):
@@ -125,30 +145,33 @@ class ZeroEngine:
             return
         per_pass = self.settings.batch.micro_batch_size * self.topology.dp
         self._engine.set_train_batch_size(passes * per_pass)
-        self._engine.micro_steps = 0  # DeepSpeed takes it modulo the number of micro-batches
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of one micro-batch; micro-batches are averaged."""
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Accumulate the gradient of one micro-batch; micro-batches are averaged.
+
+        `last`: it is the last pass of its parameters in the step, in which they are reduced.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
 
-    def step(self, lr: float, others: Mapping[str, float] = NO_RATES) -> Tensor | None:
-        """Finish a micro-batch; update the weights after the last one of a step.
+    def step(self, lr: float, others: Mapping[str, float] = NO_RATES) -> Tensor:
+        """Update the weights after the last micro-batch of a step. Collective.
 
         `others` are the rates of parameters whose rate differs from `lr`, by the keys of
         `OptimizerConfig.other_rates`.
 
-        Returns None between micro-batches, else the global L2 gradient norm before clipping,
-        weighted by the parameters' scales: a scalar on the device, which only ZeRO 3 has read. If
-        `gate` skips the update, because the norm is not finite or a limit is exceeded, which all
-        ranks see alike, the state is unchanged and the gradients are dropped.
+        Returns the global L2 gradient norm before clipping, weighted by the parameters' scales: a
+        scalar on the device, which only ZeRO 3 has read. If `gate` skips the update, because the
+        norm is not finite or a limit is exceeded, which all ranks see alike, the state is unchanged
+        and the gradients are dropped.
         """
-        boundary = self._engine.is_gradient_accumulation_boundary()
-        if boundary:
-            for values, group in zip(self._optimizer.param_groups, self._groups, strict=True):
-                values |= group.hyper_parameters(self.settings.optimizer, lr, others)
+        for values, group in zip(self._optimizer.param_groups, self._groups, strict=True):
+            values |= group.hyper_parameters(self.settings.optimizer, lr, others)
+        if self._tied_head is not None:
+            self._tied_head.send_gradient(self._gradients.add_late)
         self._engine.step()
-        if not boundary:
-            return None
+        if self._tied_head is not None:
+            self._tied_head.send_weight()
         # ZeRO 3 replaces the norm of a skipped step by infinity.
         norm = self.gate.norm
         return torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm)
@@ -207,11 +230,14 @@ class ZeroEngine:
         return steps.pop()
 
     def ready(self, adam_step: int) -> None:
-        """Set Adam's step and refresh the forward weights; call after writing the storage."""
+        """Set Adam's step and refresh the forward weights; call after writing the storage.
+        Collective."""
         for state in self._optimizer.state.values():
             if "step" in state:
                 state["step"].fill_(adam_step)
         refresh(self._engine.optimizer, self.zero_stage)
+        if self._tied_head is not None:
+            self._tied_head.send_weight()
 
     def release(self) -> Storage:
         """Destroy the engine and return its state; all other memory is freed."""
@@ -219,7 +245,7 @@ class ZeroEngine:
         self._engine.destroy()
         if self.zero_stage == 3:
             unlink_zero3(self._engine)
-        del self._engine, self._optimizer, self._fragments, self._factors
+        del self._engine, self._optimizer, self._fragments, self._factors, self._tied_head
         gc.collect()
         return storage
 
@@ -237,11 +263,16 @@ class ZeroEngine:
         if isinstance(self._optimizer, MuonWithAdamW):
             self._optimizer.attach(self._exchange(), self._matrices())
 
+    @property
+    def _gradients(self) -> ReplicatedEngine | FlatGradients:
+        """Gradients to which one can be added after the backward passes; ZeRO 0, 1 and 2."""
+        return self._engine if self.zero_stage == 0 else self._engine.optimizer.gradients
+
     def _exchange(self) -> MatrixExchange:
         topology = self.topology
-        partition = Partition(self.plan, self.groups, self.zero_stage, topology.dp, topology.tp)
         dtype = torch.bfloat16 if self.settings.bf16 else torch.float32
-        return MatrixExchange(partition, topology.rank, topology.device, dtype)
+        group = pipeline_rank_group(topology)
+        return MatrixExchange(self._partition, group, topology.device, dtype)
 
     def _matrices(self) -> Iterator[MatrixPiece]:
         for fragment in self._fragments():

@@ -1,7 +1,7 @@
 """Engine settings of a stage, optimizer groups, and DeepSpeed's configuration. Pure."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase as fnmatch
 from types import MappingProxyType
 from typing import Any
@@ -81,6 +81,13 @@ def parameter_groups(
                 kind = decays, scales.get(name, UNSCALED), spec.rule, rate_of(spec, optimizer)
                 members.setdefault(kind, []).append(name)
     return tuple(ParamGroup(tuple(names), *kind) for kind, names in members.items())
+
+
+def groups_within(groups: Sequence[ParamGroup], plan: Collection[str]) -> tuple[ParamGroup, ...]:
+    """Return the groups without the parameters that are not in a plan."""
+    kept = (tuple(name for name in group.names if name in plan) for group in groups)
+    pairs = zip(groups, kept, strict=True)
+    return tuple(replace(group, names=names) for group, names in pairs if names)
 
 
 def _decays(spec: ParamSpec, optimizer: OptimizerConfig) -> bool:

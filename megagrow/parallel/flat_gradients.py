@@ -83,8 +83,11 @@ class FlatGradients:
         ]
         self._flats: list[Tensor] = []
         self._reduction: Reduction | None = None
+        self._index = {id(placed.parameter): index for index, placed in enumerate(self._placed)}
+        self._late: set[int] = set()
         self._summed: set[int] = set()
         self._reduced: set[int] = set()
+        self._complete: set[int] = set()
         self.hooks = [
             placed.parameter.register_post_accumulate_grad_hook(self._hook(index))
             for index, placed in enumerate(self._placed)
@@ -112,28 +115,43 @@ class FlatGradients:
                     out[placed.group].append((placed.parameter, part))
         return out
 
+    def expect_late(self, parameter: nn.Parameter) -> None:
+        """Wait for `add_late` before a parameter's gradient is complete."""
+        self._late.add(self._index[id(parameter)])
+
+    def add_late(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Add a gradient that arrives after all backward passes of a step."""
+        index = self._index[id(parameter)]
+        self._add(index, gradient.detach(), completes=True)
+
     def finish(self) -> None:
-        """Finish a backward pass and its reductions; call once per pass, on all ranks."""
-        last = self._is_last()
-        if last:
-            # A parameter without a gradient contributes zeros, not the values of an earlier step.
-            done = self._summed if self._sharded else self._reduced
-            for index in sorted(set(range(len(self._placed))) - done):
-                self._arrived(index, torch.zeros_like(self._placed[index].parameter))
-            self._summed.clear()
+        """Finish the reductions of a backward pass; call once per pass, on all ranks."""
         if self._reduction is not None:
             self._reduction.finish()
         self._reduced.clear()
 
+    def finish_step(self) -> None:
+        """Finish the gradients of a step; call once, after the last pass, on all ranks."""
+        # A parameter without a gradient contributes zeros, not the values of an earlier step.
+        for index in sorted(set(range(len(self._placed))) - self._complete):
+            self._add(index, torch.zeros_like(self._placed[index].parameter), completes=True)
+        self.finish()
+        self._summed.clear()
+        self._complete.clear()
+
     def _hook(self, index: int) -> Callable[[Tensor], None]:
         def hook(parameter: Any) -> None:
             gradient, parameter.grad = parameter.grad, None
-            self._arrived(index, gradient.detach())
+            completes = self._is_last() and index not in self._late
+            self._add(index, gradient.detach(), completes)
 
         return hook
 
-    def _arrived(self, index: int, gradient: Tensor) -> None:
+    def _add(self, index: int, gradient: Tensor, completes: bool) -> None:
+        """Add a gradient; `completes` if it is the last one of the parameter in the step."""
         self._allocate()
+        if completes:
+            self._complete.add(index)
         placed, first = self._placed[index], index not in self._summed
         self._summed.add(index)
         if self._sharded:
@@ -141,7 +159,7 @@ class FlatGradients:
             return
         into = self._flats[placed.group][placed.start : placed.stop].view(gradient.shape)
         into.copy_(gradient) if first else into.add_(gradient)
-        if self._is_last():
+        if completes:
             self._reduce(index, into.view(-1), first=True)
 
     def _reduce(self, index: int, gradient: Tensor, first: bool) -> None:

@@ -33,7 +33,7 @@ class FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed 
         self.norm_weights = [1.0] * len(self.bit16_groups)
         self.gate = StepGate()
         self.temp_grad_buffer_for_gpu_offload = None  # of DeepSpeed's own gradient path
-        self._gradients = FlatGradients(
+        self.gradients = FlatGradients(
             self.bit16_groups,
             self.partition_size,
             ReductionSettings(
@@ -44,7 +44,7 @@ class FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed 
             ),
             self.is_gradient_accumulation_boundary,
         )
-        self._grad_acc_hooks = self._gradients.hooks  # removed by `destroy`
+        self._grad_acc_hooks = self.gradients.hooks  # removed by `destroy`
 
     def create_gradient_handling_hooks(self) -> None:
         """Register nothing: `FlatGradients` has the hooks."""
@@ -57,11 +57,11 @@ class FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed 
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """Finish the last backward pass of a step under ZeRO 1."""
-        self._gradients.finish()
+        self.gradients.finish()
 
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:
         """Finish a backward pass under ZeRO 2."""
-        self._gradients.finish()
+        self.gradients.finish()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -69,10 +69,11 @@ class FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed 
 
         The norm of the averaged gradient, a tensor, is `_global_grad_norm`.
         """
-        ranks = self._gradients.ranks
+        self.gradients.finish_step()
+        ranks = self.gradients.ranks
         norm = self._global_norm() / ranks
         masters = self.single_partition_of_fp32_groups
-        for master, gradient in zip(masters, self._gradients.shares(), strict=True):
+        for master, gradient in zip(masters, self.gradients.shares(), strict=True):
             if self.cpu_offload:
                 master.grad.copy_(gradient)
             else:
@@ -108,7 +109,7 @@ class FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed 
 
     def _global_norm(self) -> Tensor:
         """Return the L2 norm of the summed gradient, with the groups' weights. Collective."""
-        groups = zip(self._gradients.parts(), self.norm_weights, strict=True)
+        groups = zip(self.gradients.parts(), self.norm_weights, strict=True)
         total = squared_norm(groups, self.model_parallel_rank, self.bit16_groups_flat[0].device)
         dist.all_reduce(total)  # all ranks: data parallel x tensor parallel
         return total.sqrt()

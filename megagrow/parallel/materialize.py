@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megagrow.model.decoder import CausalLM
+from megagrow.model.decoder import CausalLM, ModelChunk
 from megagrow.parallel.engine_config import EngineSettings
+from megagrow.parallel.pipeline.split import pipeline_split
 from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.sharding import ParamSpec, pad
 from megagrow.parallel.shared_memory import on_one_host, shared_zeros
@@ -19,10 +20,18 @@ from megagrow.parallel.tensor_parallel import parallelize
 def build_model(
     plan: dict[str, ParamSpec], settings: EngineSettings, topology: Topology, dtype: torch.dtype
 ) -> CausalLM:
-    """Return this rank's tensor-parallel slice of the model on the meta device."""
+    """Return this rank's chunks of layers, in tensor-parallel slices, on the meta device.
+
+    `plan` is the complete model's `parameter_plan`.
+    """
+    split = pipeline_split(settings.model, settings.parallel)
+    chunks = [
+        ModelChunk(split.layers(chunk), chunk == 0, chunk == split.last_chunk)
+        for chunk in split.chunks_of(topology.pp_rank)
+    ]
     with torch.device("meta"):
         checkpointing = settings.parallel.activation_checkpointing
-        model = CausalLM(settings.model, checkpointing, settings.ops)
+        model = CausalLM(settings.model, checkpointing, settings.ops, chunks)
     parallelize(model.to(dtype), plan, topology, settings.parallel.sequence_parallel)
     return model
 
@@ -36,7 +45,7 @@ def materialize(
     its memory is never touched.
     """
     make = torch.zeros if partition is None else torch.empty
-    parts: list[nn.Module] = [*model.model.layers, model]
+    parts: list[nn.Module] = [*model.model.layers.values(), model]
     for part in parts:
         for parameter in part.parameters():
             if parameter.is_meta:
@@ -71,7 +80,8 @@ def materialize_flat(
     shared = topology.dp > 1 and on_one_host()
     if shared:
         own = sum(sizes) * dtype.itemsize if topology.dp_rank == 0 else 0
-        (memory,) = shared_zeros(own, owners=[topology.tp_rank])
+        first = topology.rank - topology.dp_rank * topology.tp
+        (memory,) = shared_zeros(own, owners=[first])
         flats = list(memory.view(dtype).split(sizes))
     else:
         flats = [zeros(size, dtype, topology.device) for size in sizes]

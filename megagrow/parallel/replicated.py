@@ -37,7 +37,8 @@ class ReplicatedEngine:
         self._limit = settings.optimizer.gradient_clipping
         batch = settings.batch
         self._passes = batch.global_batch_size // (batch.micro_batch_size * topology.batch_ranks)
-        self._passes_done = 0
+        self._is_last = True
+        self._late: set[int] = set()
         self._norm: Tensor | None = None
         self.gate = StepGate()
         dtype = COMMUNICATION_DTYPES[settings.parallel.communication_data_type]
@@ -56,33 +57,41 @@ class ReplicatedEngine:
 
     def begin_step(self, passes: int) -> None:
         """Begin a step of `passes` micro-batches."""
-        self._passes, self._passes_done = passes, 0
+        self._passes = passes
 
-    def is_gradient_accumulation_boundary(self) -> bool:
-        """Return True during the last micro-batch of a step."""
-        return self._passes_done + 1 == self._passes
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Set whether the next backward pass is the last one of its parameters in the step."""
+        self._is_last = is_boundary
+
+    def expect_late(self, parameter: nn.Parameter) -> None:
+        """Wait for `add_late` before a parameter's gradient is complete."""
+        self._late.add(id(parameter))
+
+    def add_late(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Add a gradient that arrives after all backward passes of a step."""
+        total = gradient if parameter.grad is None else parameter.grad + gradient
+        parameter.grad = total.to(parameter.dtype)
+        if self._hooks:
+            self._sum.start(parameter.grad)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro-batch; reduce in the last one of a step."""
         (loss / self._passes).backward()
-        if self.is_gradient_accumulation_boundary():
-            for parameter in self.module.parameters():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                    if self._hooks:
-                        self._accumulated(parameter)
-            self._sum.finish()
 
     @torch.no_grad()
     def step(self) -> None:
-        """Finish a micro-batch; update the weights after the last one of a step."""
-        if self.is_gradient_accumulation_boundary():
-            self._norm = self._global_norm()
-            skips = self.gate.skips(self._norm)
-            clip_in_update(self.optimizer, self._norm, self._topology.dp, self._limit, skips)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        self._passes_done = (self._passes_done + 1) % self._passes
+        """Update the weights after the last micro-batch of a step."""
+        for parameter in self.module.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+                if self._hooks:
+                    self._sum.start(parameter.grad)
+        self._sum.finish()
+        self._norm = self._global_norm()
+        skips = self.gate.skips(self._norm)
+        clip_in_update(self.optimizer, self._norm, self._topology.dp, self._limit, skips)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def get_global_grad_norm(self) -> Tensor | None:
         """Return the norm of the averaged gradients of the last step before clipping."""
@@ -94,7 +103,7 @@ class ReplicatedEngine:
             hook.remove()
 
     def _accumulated(self, parameter: Any) -> None:
-        if self.is_gradient_accumulation_boundary():
+        if self._is_last and id(parameter) not in self._late:
             self._sum.start(parameter.grad)
 
     def _global_norm(self) -> Tensor:
@@ -104,6 +113,8 @@ class ReplicatedEngine:
         groups = zip(pairs, (group.scale.norm for group in self._groups), strict=True)
         total = squared_norm(groups, topology.tp_rank, topology.device)
         dist.all_reduce(total, group=topology.tp_group)
+        if topology.pp_group is not None:
+            dist.all_reduce(total, group=topology.pp_group)
         return total.sqrt() / topology.dp
 
 

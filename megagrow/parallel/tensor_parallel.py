@@ -69,11 +69,12 @@ def parallelize(
             _replace_placeholders(block, topology.tp_group)
             block.pre_collective = Region(pre, topology.tp_group)
             block.post_collective = Region(post, topology.tp_group)
-    spec = plan[EMBEDDING.name]
-    weight = cast(nn.Parameter, model.model.embed_tokens.weight)
-    model.model.embed_tokens = VocabParallelEmbedding(
-        weight, spec.slice_origin(topology.tp, topology.tp_rank)[0]
-    )
+    if any(chunk.is_first for chunk in model.chunks):
+        spec = plan[EMBEDDING.name]
+        weight = cast(nn.Parameter, model.model.embed_tokens.weight)
+        model.model.embed_tokens = VocabParallelEmbedding(
+            weight, spec.slice_origin(topology.tp, topology.tp_rank)[0]
+        )
     model.model.post_collective = Region(post, topology.tp_group)
     model.pre_collective = Region(pre, topology.tp_group)
     if sequence_parallel:
@@ -100,7 +101,8 @@ def _slice_parameters(model: CausalLM, plan: dict[str, ParamSpec], topology: Top
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         owner, _, leaf = name.rpartition(".")
         if id(parameter) not in sliced:
-            spec = plan[name]
+            # A tied head is no parameter of the plan; the last pipeline rank has a copy of it.
+            spec = plan.get(name) or plan[EMBEDDING.name]
             shape = spec.slice_shape(topology.tp)
             fresh: Any = nn.Parameter(parameter.new_empty(shape[:1] if spec.is_vector else shape))
             # DeepSpeed's gradient norm reads both marks: unmarked parameters are replicated on all

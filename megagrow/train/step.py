@@ -15,6 +15,9 @@ from megagrow.model.ops import Ops
 from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.parallel.engine_config import NO_RATES
 from megagrow.parallel.loss import IGNORED, cross_entropy, linear_cross_entropy
+from megagrow.parallel.pipeline.execution import PipelineRun
+from megagrow.parallel.pipeline.schedule import Pass, timeline
+from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.update_scaling import StepLimits
 from megagrow.train.stage import Stage
 
@@ -47,27 +50,33 @@ def train_step(
         `answers_only` the mean is over the unmasked labels of the global batch; without any, loss
         and gradient are 0.
     """
-    totals = torch.zeros(2, device=stage.topology.device)
+    topology, engine = stage.topology, stage.engine
+    totals = torch.zeros(2, device=topology.device)
     z_loss = stage.config.optimizer.z_loss_multiplier
-    norm = None
     positions = _counted(stage, batches) if stage.answers_only else None
-    stage.engine.begin_step(len(batches))
-    for number, batch in enumerate(batches, start=1):
-        counted = batch.labels.numel() if positions is None else positions
-        losses = _summed_loss(stage, batch, masks, z_loss) / counted
+
+    def forward(each: Pass, hidden: torch.Tensor | None) -> torch.Tensor:
+        batch = batches[each.micro_batch]
+        output = _chunk_output(stage, each.chunk, batch, hidden, masks, z_loss)
+        if each.chunk != engine.split.last_chunk:
+            return output
+        losses = output / (batch.labels.numel() if positions is None else positions)
+        totals.add_(losses.detach() / len(batches))
         loss = losses[0]
         # A loss that is not finite makes the factor NaN, and with it the gradient norm.
-        stage.engine.backward(loss * (1 + 0 * loss.detach()))
-        totals += losses.detach() / len(batches)
-        if number == len(batches):
-            for each in totals if z_loss else totals[:1]:
-                dist.all_reduce(each, group=stage.topology.dp_group)
-            total, z_total = totals.double() / stage.topology.dp
-            stage.engine.gate.set(total - z_total, limits)
-        norm = stage.engine.step(lr, other_rates)
-    if norm is None:
-        raise AssertionError("the engine did not update the weights at the last micro-batch")
-    exceeded = stage.engine.gate.exceeded
+        return loss * (1 + 0 * loss.detach())
+
+    def backward(each: Pass, loss: torch.Tensor) -> None:
+        engine.backward(loss, last=each.micro_batch + 1 == len(batches))
+
+    engine.begin_step(len(batches))
+    _pipeline(stage, batches, trains=True).execute(forward, backward)
+    for each in totals if z_loss else totals[:1]:
+        _sum_over_replicas(each, topology)
+    total, z_total = totals.double() / topology.dp
+    engine.gate.set(total - z_total, limits)
+    norm = engine.step(lr, other_rates)
+    exceeded = engine.gate.exceeded
     exceeded = torch.zeros_like(total) if exceeded is None else exceeded.to(total)
     return torch.stack((total - z_total, norm.to(total), z_total, exceeded))
 
@@ -80,24 +89,69 @@ def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | 
     """
     micro, ranks = stage.config.batch.micro_batch_size, stage.topology.batch_ranks
     sums = torch.zeros(2, dtype=torch.float64, device=stage.topology.device)
+
+    def read(index: int) -> Batch:
+        first = (index * ranks + stage.topology.batch_rank) * micro
+        indices = list(range(first, first + micro))
+        # Only the rank that reads a damaged corpus detects it, and all ranks must stop.
+        within = [min(index, sequences - 1) for index in indices]
+        batch = run_on_all_ranks(partial(reader.read, 0, within))
+        batch.labels[torch.tensor([index >= sequences for index in indices])] = IGNORED
+        return batch
+
     with stage.evaluating():
         # Every rank makes the same number of passes, because ZeRO-3 gathers weights in each of
         # them. Indices beyond the end repeat the last sequence and are not counted.
         passes = -(-sequences // (micro * ranks))
         progress = PhaseProgress("validation", passes, "passes")
-        for index in range(passes):
-            first = (index * ranks + stage.topology.batch_rank) * micro
-            indices = list(range(first, first + micro))
-            # Only the rank that reads a damaged corpus detects it, and all ranks must stop.
-            within = [min(index, sequences - 1) for index in indices]
-            batch = run_on_all_ranks(partial(reader.read, 0, within))
-            beyond = torch.tensor([index >= sequences for index in indices])
-            batch.labels[beyond] = IGNORED
-            sums[0] += _summed_loss(stage, batch, masks)[0]
-            sums[1] += (batch.labels != IGNORED).sum()
-            progress.advance()
-    dist.all_reduce(sums, group=stage.topology.dp_group)
+        for first in range(0, passes, _passes_at_once(stage)):
+            group = range(first, min(first + _passes_at_once(stage), passes))
+            sums += _summed_losses(stage, [read(index) for index in group], masks)
+            progress.advance(len(group))
+    _sum_over_replicas(sums, stage.topology)
     return (sums[0] / sums[1].clamp(min=1)).item()
+
+
+def _passes_at_once(stage: Stage) -> int:
+    """Return the micro-batches that are validated together; a pipeline idles less with several."""
+    return 1 if stage.topology.pp == 1 else 4 * stage.topology.pp
+
+
+def _summed_losses(stage: Stage, batches: Sequence[Batch], masks: Masks | None) -> torch.Tensor:
+    """Return the sum of the losses of micro-batches, and the number of labels: (2,) fp64.
+
+    On a pipeline rank without the head both are 0.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=stage.topology.device)
+
+    def forward(each: Pass, hidden: torch.Tensor | None) -> torch.Tensor:
+        batch = batches[each.micro_batch]
+        output = _chunk_output(stage, each.chunk, batch, hidden, masks)
+        if each.chunk == stage.engine.split.last_chunk:
+            sums[0] += output[0]
+            sums[1] += (batch.labels != IGNORED).sum()
+        return output
+
+    _pipeline(stage, batches, trains=False).execute(forward)
+    return sums
+
+
+def _pipeline(stage: Stage, batches: Sequence[Batch], trains: bool) -> PipelineRun:
+    """Return the passes of all chunks for some micro-batches."""
+    topology, split, parallel = stage.topology, stage.engine.split, stage.config.parallel
+    line = timeline(split.ranks, split.chunks_per_rank, len(batches), trains)
+    sequences, length = batches[0].input_ids.shape
+    local = length // (topology.tp if parallel.sequence_parallel else 1)
+    shape = (sequences, local, stage.config.model.hidden_size)
+    return PipelineRun(line, topology, shape, stage.engine.hidden_dtype)
+
+
+def _sum_over_replicas(values: torch.Tensor, topology: Topology) -> None:
+    """Sum values over the data- and context-parallel ranks, and over the pipeline ranks, of which
+    only the last one has values other than 0. Collective."""
+    dist.all_reduce(values, group=topology.dp_group)
+    if topology.pp_group is not None:
+        dist.all_reduce(values, group=topology.pp_group)
 
 
 def model_inputs(
@@ -127,13 +181,25 @@ def _counted(stage: Stage, batches: Sequence[Batch]) -> torch.Tensor:
     return (total.clamp(min=1) / (len(batches) * stage.topology.dp)).float()
 
 
-def _summed_loss(
-    stage: Stage, batch: Batch, masks: Masks | None, z_loss: float = 0.0
+def _chunk_output(
+    stage: Stage,
+    chunk: int,
+    batch: Batch,
+    hidden: torch.Tensor | None,
+    masks: Masks | None,
+    z_loss: float = 0.0,
 ) -> torch.Tensor:
-    """Return `cross_entropy` of a micro-batch."""
-    device, ops = stage.topology.device, stage.ops
-    inputs = (*model_inputs(batch, ops, device), masks)
+    """Return the hidden states after a chunk, or `cross_entropy` of a micro-batch after the last.
+
+    `hidden` are the hidden states before the chunk, None for the first one.
+    """
+    device, ops, engine = stage.topology.device, stage.ops, stage.engine
+    ids, positions, documents = model_inputs(batch, ops, device)
+    inputs = (ids if hidden is None else hidden, positions, documents, masks)
+    if chunk != engine.split.last_chunk:
+        return engine.forward(*inputs, None, None, engine.chunks[chunk])
     labels, vocab = batch.labels.to(device, non_blocking=True), stage.config.model.vocab_size
+    head = None
     if stage.config.kernels.linear_cross_entropy:
         head = partial(
             linear_cross_entropy,
@@ -143,9 +209,10 @@ def _summed_loss(
             ops=ops.loss,
             z_loss=z_loss,
         )
-        return stage.engine.forward(*inputs, head)
-    logits = stage.engine.forward(*inputs)
-    return cross_entropy(logits, labels, vocab, stage.topology, ops.loss, z_loss)
+    output = engine.forward(*inputs, head, None, engine.chunks[chunk])
+    if head is not None:
+        return output
+    return cross_entropy(output, labels, vocab, stage.topology, ops.loss, z_loss)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -206,12 +206,12 @@ def train(built: Built, loss_of: Loss) -> tuple[list[float], list[float], Weight
     for seed in range(2):
         ids, labels = tokens(UNTIED, BATCH, LENGTH, seed)
         labels[0, 3] = IGNORED
-        for index in range(built.topology.dp_rank, BATCH, built.topology.dp):
+        mine = range(built.topology.dp_rank, BATCH, built.topology.dp)
+        for index in mine:
             loss = loss_of(built, ids[index : index + 1], labels[index : index + 1])
-            built.engine.backward(loss / LENGTH)
-            norm = built.engine.step(LR)
+            built.engine.backward(loss / LENGTH, last=index == mine[-1])
             losses.append(loss.item())
-        norms.append(norm.item())
+        norms.append(built.engine.step(LR).item())
     built.engine.train(False)
     with torch.no_grad():
         losses.append(loss_of(built, ids[:1], labels[:1]).item())

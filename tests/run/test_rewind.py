@@ -37,7 +37,7 @@ def spoilt(*steps: int) -> Hook:
     positions = {(step - 1) * STEP_TOKENS for step in steps}
 
     def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
-        advance, loss_of = megagrow.run.advance, megagrow.train.step._summed_loss
+        advance, loss_of = megagrow.run.advance, megagrow.train.step._chunk_output
         last = [0]
 
         def stepping(run: RunConfig, stage: Any, state: RunState, *arguments: Any) -> Any:
@@ -51,7 +51,7 @@ def spoilt(*steps: int) -> Hook:
             return loss
 
         patch.setattr(megagrow.run, "advance", stepping)
-        patch.setattr(megagrow.train.step, "_summed_loss", spoiling)
+        patch.setattr(megagrow.train.step, "_chunk_output", spoiling)
 
     return hook
 

@@ -23,7 +23,7 @@ FIELDS = ("step", "skipped", "loss", "grad_norm", "skipped_steps", "rewinds", "t
 
 def steep(rank: int, patch: pytest.MonkeyPatch) -> None:
     """The gradients of OUTLIERS are larger on rank 1."""
-    loss_of, last = megagrow.train.step._summed_loss, [0]
+    loss_of, last = megagrow.train.step._chunk_output, [0]
     measured = megagrow.train.loop._measured_step
 
     def stepping(run: Any, stage: Any, state: Any, *arguments: Any) -> Any:
@@ -37,7 +37,7 @@ def steep(rank: int, patch: pytest.MonkeyPatch) -> None:
         return loss
 
     patch.setattr(megagrow.train.loop, "_measured_step", stepping)
-    patch.setattr(megagrow.train.step, "_summed_loss", scaling)
+    patch.setattr(megagrow.train.step, "_chunk_output", scaling)
 
 
 @pytest.mark.dist

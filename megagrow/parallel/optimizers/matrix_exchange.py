@@ -40,11 +40,11 @@ class _MatrixRound:
 
 
 class MatrixExchange:
-    """Matrices sharded as in a partition. All ranks of the default process group take part.
+    """Matrices sharded as in a partition.
 
     Args:
-        partition: the shards of all ranks.
-        rank: this rank.
+        partition: the shards of all ranks of a group, without pipeline parallelism.
+        group: the ranks, in the order of the partition; all of them take part.
         device: device of the computation and of the process group.
         dtype: dtype in which matrices are sent and computed.
         most: elements of the matrices that a rank computes in one round.
@@ -53,12 +53,12 @@ class MatrixExchange:
     def __init__(
         self,
         partition: Partition,
-        rank: int,
+        group: dist.ProcessGroup,
         device: torch.device,
         dtype: torch.dtype,
         most: int = ROUND_ELEMENTS,
     ) -> None:
-        self._partition, self._rank = partition, rank
+        self._partition, self._group, self._rank = partition, group, group.rank()
         self._device, self._dtype = device, dtype
         # Without ZeRO, every data-parallel rank receives all results of a round.
         self._most = most if partition.zero_stage else most // partition.dp
@@ -87,7 +87,7 @@ class MatrixExchange:
         ]
         _fill(sent, parts)
         received = self._empty(sum(now.collected))
-        dist.all_to_all_single(received, sent, now.collected, now.lent)
+        dist.all_to_all_single(received, sent, now.collected, now.lent, group=self._group)
         own = now.matrices[self._rank]
         flats: dict[str, list[list[Tensor]]] = {
             name: [[] for _ in range(self._partition.tp)] for name in own
@@ -113,7 +113,7 @@ class MatrixExchange:
         sent = self._empty(sum(now.returned))
         _fill(sent, (part for peer in range(self._world) for part in self._parts(results, peer)))
         received = self._empty(sum(now.results))
-        dist.all_to_all_single(received, sent, now.results, now.returned)
+        dist.all_to_all_single(received, sent, now.results, now.returned, group=self._group)
         offset = 0
         for name in (name for names in now.matrices for name in names):
             piece = pieces[name]

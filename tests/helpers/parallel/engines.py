@@ -79,16 +79,14 @@ class Built:
     ) -> float:
         """One update on this rank's share of the batch of a seed; the gradient's norm."""
         ids, labels = tokens(CONFIG, size, LENGTH, seed)
-        norm = None
         self.engine.begin_step(size // self.topology.dp)
-        for index in range(self.topology.dp_rank, size, self.topology.dp):
-            mine, mark = ids[index : index + 1], labels[index : index + 1]
-            logits = self.engine.forward(mine, torch.arange(LENGTH).expand_as(mine), None)
+        mine = range(self.topology.dp_rank, size, self.topology.dp)
+        for index in mine:
+            row, mark = ids[index : index + 1], labels[index : index + 1]
+            logits = self.engine.forward(row, torch.arange(LENGTH).expand_as(row), None)
             loss = cross_entropy(logits, mark, CONFIG.vocab_size, self.topology)[0] / LENGTH
-            self.engine.backward(loss)
-            norm = self.engine.step(lr, others)
-        assert norm is not None
-        return norm.item()
+            self.engine.backward(loss, last=index == mine[-1])
+        return self.engine.step(lr, others).item()
 
     def release(self) -> None:
         """Frees the engine."""

@@ -1,0 +1,177 @@
+"""Execution of a pipeline schedule on one rank, and the transfers between pipeline ranks."""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megagrow.parallel.pipeline.schedule import Pass, Timeline
+from megagrow.parallel.process_groups import Topology
+
+Forward = Callable[[Pass, Tensor | None], Tensor]
+"""(pass, hidden states or None for the first chunk) -> hidden states, or the loss of the last
+chunk."""
+
+Backward = Callable[[Pass, Tensor], None]
+"""(pass, scalar) -> backward pass from the scalar: a loss, or the result of `with_gradient`."""
+
+
+class PipelineRun:
+    """One execution of a schedule.
+
+    Args:
+        line: the schedule.
+        topology: this rank.
+        shape: shape of the hidden states between chunks.
+        dtype: their dtype.
+    """
+
+    def __init__(
+        self, line: Timeline, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        self._line, self._rank = line, topology.pp_rank
+        self._last = max(each.chunk for row in line for each in row if each is not None)
+        self._links = _Links(topology, shape, dtype)
+
+    def execute(self, forward: Forward, backward: Backward | None = None) -> None:
+        """Run all passes of this rank in order. Collective over the pipeline ranks."""
+        kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        for slot, each in enumerate(self._line[self._rank]):
+            sent: Tensor | None = None
+            if each is not None and each.is_forward:
+                sent = self._forward(each, forward, kept if backward is not None else None)
+            elif each is not None and backward is not None:
+                sent = self._backward(each, backward, *kept.pop(each[1:]))
+            self._links.exchange([row[slot] for row in self._line], sent, self._last)
+        self._links.finish()
+
+    def _forward(
+        self,
+        each: Pass,
+        forward: Forward,
+        kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] | None,
+    ) -> Tensor | None:
+        """Run a forward pass and return what the next chunk reads."""
+        received = None if each.chunk == 0 else self._links.take(each)
+        if received is not None and kept is not None:
+            received.requires_grad_()
+        output = forward(each, received)
+        if kept is not None:
+            kept[each[1:]] = received, output
+        return None if each.chunk == self._last else output.detach()
+
+    def _backward(
+        self, each: Pass, backward: Backward, read: Tensor | None, output: Tensor
+    ) -> Tensor | None:
+        """Run a backward pass and return the gradient of what the chunk read."""
+        if each.chunk != self._last:
+            output = with_gradient(output, self._links.take(each))
+        backward(each, output)
+        return None if read is None else read.grad
+
+
+class _Links:
+    """Transfers between neighboring pipeline ranks.
+
+    All transfers of a slot are one batch, so that no rank waits for one that waits for it
+    (`schedule.timeline`). A rank waits for a transfer only where it reads the result.
+    """
+
+    def __init__(self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._group, self._rank, self._ranks = topology.pp_group, topology.pp_rank, topology.pp
+        self._shape, self._dtype, self._device = shape, dtype, topology.device
+        self._received: dict[Pass, tuple[Tensor, _TransferBatch]] = {}
+        self._sent: deque[tuple[Tensor, _TransferBatch]] = deque()
+
+    def exchange(self, now: list[Pass | None], sent: Tensor | None, last: int) -> None:
+        """Send the result of this rank's pass, and start to receive those of the others."""
+        operations, coming = [], {}
+        for rank, each in enumerate(now):
+            reader = None if each is None else _reader(each, last)
+            if reader is None:
+                continue
+            target = reader.chunk % self._ranks
+            if rank == self._rank:
+                assert sent is not None
+                sent = self._checked(sent)
+                operations.append(self._operation(dist.isend, sent, target))
+            elif target == self._rank:
+                coming[reader] = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+                operations.append(self._operation(dist.irecv, coming[reader], rank))
+        if not operations:
+            return
+        batch = _TransferBatch(operations)
+        self._received |= {reader: (tensor, batch) for reader, tensor in coming.items()}
+        if sent is not None:
+            self._sent.append((sent, batch))
+        while self._sent and self._sent[0][1].is_completed():
+            self._sent.popleft()
+
+    def take(self, reader: Pass) -> Tensor:
+        """Return the tensor that a pass reads; waits until it has arrived."""
+        tensor, batch = self._received.pop(reader)
+        batch.wait()
+        return tensor
+
+    def finish(self) -> None:
+        """Wait for all sends."""
+        for _, batch in self._sent:
+            batch.wait()
+        self._sent.clear()
+
+    def _checked(self, tensor: Tensor) -> Tensor:
+        if tensor.shape != self._shape or tensor.dtype != self._dtype:
+            found, wanted = (
+                f"{tuple(tensor.shape)} {tensor.dtype}",
+                f"{self._shape} {self._dtype}",
+            )
+            raise AssertionError(f"hidden states are {found}, the next chunk expects {wanted}")
+        return tensor.contiguous()
+
+    def _operation(self, kind: Any, tensor: Tensor, peer: int) -> dist.P2POp:
+        return dist.P2POp(kind, tensor, group=self._group, group_peer=peer)
+
+
+class _TransferBatch:
+    """Transfers that were started together."""
+
+    def __init__(self, operations: list[dist.P2POp]) -> None:
+        self._works = dist.batch_isend_irecv(operations)
+
+    def is_completed(self) -> bool:
+        """Return True if all transfers are known to be complete."""
+        return all(work.is_completed() for work in self._works)
+
+    def wait(self) -> None:
+        """Wait for all transfers; on a GPU only the current stream waits."""
+        for work in self._works:
+            work.wait()
+        self._works = []  # gloo would wait for another message
+
+
+def _reader(each: Pass, last: int) -> Pass | None:
+    """Return the pass of another rank that reads the result of a pass."""
+    chunk = each.chunk + (1 if each.is_forward else -1)
+    return each._replace(chunk=chunk) if 0 <= chunk <= last else None
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return output.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient, None
+
+
+def with_gradient(output: Tensor, gradient: Tensor) -> Tensor:
+    """Return a scalar whose backward pass begins with a gradient of the output.
+
+    The gradient of the scalar is ignored: the scale of the loss is in the gradient already.
+    """
+    return _WithGradient.apply(output, gradient)
