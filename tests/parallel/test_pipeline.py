@@ -1,5 +1,6 @@
 """Training through pipelines equals training in one process."""
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import megagrow.train.step
 from megagrow.config.schema import RunConfig
 from megagrow.parallel.flat_gradients import FlatGradients
 from megagrow.parallel.pipeline.tied_head import TiedHead
@@ -14,7 +16,7 @@ from megagrow.reshard.fill import fill_initial
 from megagrow.train.data_setup import open_inputs
 from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.loop import StepDone, advance
-from megagrow.train.stage import build_stage
+from megagrow.train.stage import Stage, build_stage
 from megagrow.train.step import mean_loss
 from megagrow.train.step_feed import StepFeed
 from megagrow.train.train_state import RunState
@@ -168,3 +170,33 @@ def test_a_tied_head_without_its_gradient_differs(folder: Path, alone: dict) -> 
     case = Case(pp=2, zero=1, tied=True)
     found = run_ranks(2, without_the_gradient_of_the_head, folder, case)
     assert difference(found[0], alone[case.alone])[1] > 1e-3
+
+
+def with_a_spoilt_step(folder: Path, case: Case) -> Found:
+    """The loss of one micro-batch of the third step is not finite, where it is computed."""
+    output, calls = megagrow.train.step._chunk_output, [0]
+
+    def spoiling(stage: Stage, chunk: int, *arguments: Any) -> torch.Tensor:
+        result = output(stage, chunk, *arguments)
+        if chunk == stage.engine.split.last_chunk and torch.is_grad_enabled():
+            calls[0] += 1
+            return result * torch.nan if calls[0] == 2 * case.batch + 3 else result
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(megagrow.train.step, "_chunk_output", spoiling)
+        return train_case(case.run(folder))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_loss_that_is_not_finite_skips_the_step_on_all_ranks(zero: int, folder: Path) -> None:
+    case = Case(pp=2, zero=zero, tied=True)
+    (expected,) = run_ranks(1, with_a_spoilt_step, folder, case.alone)
+    first, last = run_ranks(2, with_a_spoilt_step, folder, case)
+    for found in (expected, first, last):
+        assert [index for index, x in enumerate(found[0]) if not math.isfinite(x)] == [4, 5]
+        found[0][4:6] = []
+    assert first[0] == last[0]
+    numbers, state = difference(first, expected)
+    assert numbers <= 1e-5 and state <= 2e-5, (numbers, state)
