@@ -54,7 +54,7 @@ class Case(NamedTuple):
             batch=self.batch,
             precision=self.precision,
             optimizer=self.optimizer,
-            zero=int(self.precision == "bf16"),
+            zero=min(self.zero, 1) if self.precision == "bf16" else 0,
         )
 
     def run(self, folder: Path) -> RunConfig:
@@ -82,6 +82,7 @@ CASES = {
         Case(pp=2, zero=2, tied=True, batch=1),
         Case(pp=2, zero=1, tied=True, more=(("activation_checkpointing", "full"),)),
         Case(pp=2, zero=1, tied=True, precision="bf16"),
+        Case(pp=2, virtual=2, zero=0, precision="bf16"),
         Case(pp=2, virtual=2, zero=1, optimizer="muon", tied=True, batch=5),
     ),
     4: (
