@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,17 @@ Forward = Callable[[Pass, Tensor | None], Tensor]
 chunk."""
 
 Backward = Callable[[Pass, Tensor], None]
-"""(pass, scalar) -> backward pass from the scalar: a loss, or the result of `with_gradient`."""
+"""(pass, scalar) -> backward pass from the scalar: a loss, or one that stands for the output."""
+
+
+class _Kept(NamedTuple):
+    """Forward pass whose backward pass has not run."""
+
+    read: Tensor | None
+    """Hidden states that the chunk read."""
+    scalar: Tensor
+    gradient: list[Tensor]
+    """Gradient of the output, once it has arrived."""
 
 
 class PipelineRun:
@@ -38,39 +48,36 @@ class PipelineRun:
 
     def execute(self, forward: Forward, backward: Backward | None = None) -> None:
         """Run all passes of this rank in order. Collective over the pipeline ranks."""
-        kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        kept: dict[tuple[int, int], _Kept] = {}
         for slot, each in enumerate(self._line[self._rank]):
             sent: Tensor | None = None
             if each is not None and each.is_forward:
                 sent = self._forward(each, forward, kept if backward is not None else None)
             elif each is not None and backward is not None:
-                sent = self._backward(each, backward, *kept.pop(each[1:]))
+                sent = self._backward(each, backward, kept.pop(each[1:]))
             self._links.exchange([row[slot] for row in self._line], sent, self._last)
         self._links.finish()
 
     def _forward(
-        self,
-        each: Pass,
-        forward: Forward,
-        kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] | None,
+        self, each: Pass, forward: Forward, kept: dict[tuple[int, int], _Kept] | None
     ) -> Tensor | None:
         """Run a forward pass and return what the next chunk reads."""
         received = None if each.chunk == 0 else self._links.take(each)
         if received is not None and kept is not None:
             received.requires_grad_()
-        output = forward(each, received)
+        output, gradient = forward(each, received), list[Tensor]()
         if kept is not None:
-            kept[each[1:]] = received, output
+            is_loss = each.chunk == self._last
+            scalar = output if is_loss else _GradientLater.apply(output, gradient)
+            kept[each[1:]] = _Kept(received, scalar, gradient)
         return None if each.chunk == self._last else output.detach()
 
-    def _backward(
-        self, each: Pass, backward: Backward, read: Tensor | None, output: Tensor
-    ) -> Tensor | None:
+    def _backward(self, each: Pass, backward: Backward, kept: _Kept) -> Tensor | None:
         """Run a backward pass and return the gradient of what the chunk read."""
         if each.chunk != self._last:
-            output = with_gradient(output, self._links.take(each))
-        backward(each, output)
-        return None if read is None else read.grad
+            kept.gradient.append(self._links.take(each))
+        backward(each, kept.scalar)
+        return None if kept.read is None else kept.read.grad
 
 
 class _Links:
@@ -158,20 +165,18 @@ def _reader(each: Pass, last: int) -> Pass | None:
     return each._replace(chunk=chunk) if 0 <= chunk <= last else None
 
 
-class _WithGradient(torch.autograd.Function):
+class _GradientLater(torch.autograd.Function):
+    """Scalar whose backward pass begins with a gradient of the output that is known by then.
+
+    The gradient of the scalar is ignored: the scale of the loss is in the other one already. The
+    output itself is not kept.
+    """
+
     @staticmethod
-    def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, gradient: list[Tensor]) -> Tensor:
         ctx.gradient = gradient
         return output.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.gradient, None
-
-
-def with_gradient(output: Tensor, gradient: Tensor) -> Tensor:
-    """Return a scalar whose backward pass begins with a gradient of the output.
-
-    The gradient of the scalar is ignored: the scale of the loss is in the gradient already.
-    """
-    return _WithGradient.apply(output, gradient)
+        return ctx.gradient.pop(), None
