@@ -60,16 +60,21 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def attention_mask(document_ids: Tensor, window: int | None = None) -> Tensor:
-    """Return a boolean mask (B, 1, S, S): True if a query may attend to a key.
+def attention_mask(
+    document_ids: Tensor, window: int | None = None, queries: int | None = None
+) -> Tensor:
+    """Return a boolean mask (B, 1, Q, S): True if a query may attend to a key.
 
     document_ids is (B, S). A token attends to itself and to earlier tokens of its document; with a
-    window of w tokens, to itself and the w - 1 tokens before it.
+    window of w tokens, to itself and the w - 1 tokens before it. The queries are the last Q
+    positions of each row; by default all of them.
     """
-    positions = torch.arange(document_ids.shape[1], device=document_ids.device)
-    distance = positions[:, None] - positions
+    keys = document_ids.shape[1]
+    first = 0 if queries is None else keys - queries
+    positions = torch.arange(keys, device=document_ids.device)
+    distance = positions[first:, None] - positions
     in_window = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-    same_document = document_ids[:, :, None] == document_ids[:, None, :]
+    same_document = document_ids[:, first:, None] == document_ids[:, None, :]
     return (same_document & in_window)[:, None]
 
 
@@ -83,8 +88,8 @@ def attention(
 ) -> Tensor:
     """Return causal attention softmax(scale q k^T) v with grouped key/value heads.
 
-    q is (B, S, H, D), k and v are (B, S, G, D) with H a multiple of G; the result is (B, S, H, D).
-    scale defaults to 1 / sqrt(D).
+    q is (B, Q, H, D), k and v are (B, S, G, D) with H a multiple of G; the result is (B, Q, H, D).
+    The queries are the last Q positions of each row of S keys. scale defaults to 1 / sqrt(D).
     """
     weights_BHSS = attention_weights(q, k, document_ids, scale, window)
     v_BSHD = widened(v.repeat_interleave(q.shape[2] // v.shape[2], dim=2))
@@ -98,13 +103,13 @@ def attention_weights(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Return the weights of `attention`, (B, H, S, S) in the accumulation dtype."""
+    """Return the weights of `attention`, (B, H, Q, S) in the accumulation dtype."""
     if document_ids is None:
-        document_ids = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
+        document_ids = torch.zeros(k.shape[:2], dtype=torch.long, device=k.device)
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     q_BHSD, k_BHSD = (widened(x).transpose(1, 2) for x in (q, k))
     scores = q_BHSD @ k_BHSD.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = scores.masked_fill(~attention_mask(document_ids, window), float("-inf"))
+    scores = scores.masked_fill(~attention_mask(document_ids, window, q.shape[1]), float("-inf"))
     return scores.softmax(-1)
 
 

@@ -28,7 +28,8 @@ class Batch:
     """[sequences, length]; restarts from 0 at each boundary if `reset_position_ids` is set."""
     document_ids: torch.Tensor | None
     """Index of each token's document within its sequence, [sequences, length]; attention is limited
-    to the token's document. None if `reset_attention_mask` is not set."""
+    to the token's document. None if `reset_attention_mask` is not set. Of full sequences in any
+    case."""
     documents: Any = None
     """`document_ids` in the format of the attention backend; None before `packed`."""
 
@@ -37,6 +38,14 @@ class Batch:
         if self.document_ids is None or self.documents is not None:
             return self
         return replace(self, documents=pack(self.document_ids))
+
+    def sharded(self, shard: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """Return the batch with the part of the positions that `shard` selects.
+
+        Documents are those of the full sequences.
+        """
+        names = ("input_ids", "labels", "position_ids")
+        return replace(self, **{name: shard(getattr(self, name)) for name in names})
 
     def pin_memory(self) -> "Batch":
         """Return the batch with the model's inputs in pinned memory, for non-blocking copies."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from megagrow.errors import ResourceError
 from megagrow.model.backends import KernelWorkload
@@ -34,8 +35,8 @@ _SDPA_PRIORITY = [
 class AttentionOps(NamedTuple):
     """Operations of `model.ops.Ops` that depend on the attention backend."""
 
-    pack: Callable[[Tensor], Any]
-    attention_mask: Callable[[Any, Tensor, int | None], Any]
+    pack: Callable[..., Any]
+    attention_mask: Callable[..., Any]
     attention: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
     document_starts: Callable[[Any, Tensor], Tensor | None]
 
@@ -49,9 +50,9 @@ def attention_ops(backend: str, machine: Machine, work: KernelWorkload) -> Atten
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Return torch's attention: q (B, S, H, K), k and v (B, S, G, K), H a multiple of G.
+    """Return torch's attention: q (B, Q, H, K), k and v (B, S, G, K), H a multiple of G.
 
-    `mask` is None for causal attention, or the (B, 1, S, S) bool result of `attention_mask`.
+    `mask` is None for causal attention with Q = S, else the result of `attention_mask`.
     """
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -77,18 +78,22 @@ def _starts_of_packing(packing: Any, position_ids: Tensor) -> Tensor | None:
     return starts.index_fill_(0, packing.cu_seqlens[:-1].long(), True).view(position_ids.shape)
 
 
-def _identity_pack(document_ids: Tensor) -> Tensor:
+def _identity_pack(document_ids: Tensor, queries: int | None = None) -> Tensor:
     return document_ids
 
 
 def _dense_mask(
-    document_ids: Tensor | None, position_ids: Tensor, window: int | None
+    document_ids: Tensor | None,
+    position_ids: Tensor,
+    window: int | None,
+    queries: int | None = None,
 ) -> Tensor | None:
+    keys = position_ids.shape[1]
     if document_ids is None:
-        if window is None or window >= position_ids.shape[1]:
-            return None
+        if window is None or window >= keys:
+            return None if queries in (None, keys) else causal_lower_right(queries, keys)
         document_ids = torch.zeros_like(position_ids[:1])  # one mask for all rows
-    return attention_mask(document_ids, window)
+    return attention_mask(document_ids, window, queries)
 
 
 class MaskSpec(NamedTuple):
@@ -99,7 +104,9 @@ class MaskSpec(NamedTuple):
     window: int | None
 
 
-def _mask_spec(documents: Any, position_ids: Tensor, window: int | None) -> MaskSpec:
+def _mask_spec(
+    documents: Any, position_ids: Tensor, window: int | None, queries: int | None = None
+) -> MaskSpec:
     return MaskSpec(documents, window)
 
 

@@ -58,17 +58,18 @@ class Ops:
     """(q (B, S, H, K), k (B, S, G, K), cos (B, S, 1, K), sin) -> (q, k), rotated."""
     swiglu: Callable[[Tensor, Tensor], Tensor]
     """(gate (..., F), up (..., F)) -> silu(gate) * up."""
-    pack: Callable[[Tensor], Any]
-    """(document_ids (B, S) on the CPU) -> input of `attention_mask`, on the CPU, with the methods
-    `to` and `pin_memory` of a tensor."""
-    attention_mask: Callable[[Any, Tensor, int | None], Any]
+    pack: Callable[..., Any]
+    """(document_ids (B, S) on the CPU, queries = None) -> input of `attention_mask`, on the CPU,
+    with the methods `to` and `pin_memory` of a tensor. With `queries`, only that number of
+    positions at the end of each row attend."""
+    attention_mask: Callable[..., Any]
     """(result of `pack`, or None if attention crosses document boundaries; position_ids (B, S);
-    window) -> mask argument of `attention`. With a window of w tokens, a token attends to itself
-    and the w - 1 tokens before it. Called once per window and forward pass, with inputs on the
-    device."""
+    window; queries = None) -> mask argument of `attention`. With a window of w tokens, a token
+    attends to itself and the w - 1 tokens before it. Called once per window and forward pass, with
+    inputs on the device."""
     attention: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-    """(q (B, S, H, K), k (B, S, G, K), v (B, S, G, K), attention_mask) -> (B, S, H, K), causal
-    attention within documents and the window."""
+    """(q (B, Q, H, K), k (B, S, G, K), v (B, S, G, K), attention_mask) -> (B, Q, H, K), causal
+    attention within documents and the window. Q is S, or the `queries` of the mask."""
     document_starts: Callable[[Any, Tensor], Tensor | None]
     """(result of `pack` or None, position_ids (B, S)) -> (B, S) bool, True at the first token of
     each document; None for None."""

@@ -2,7 +2,8 @@
 
 f and g are the conjugate pair of Megatron-LM (Shoeybi et al. 2019, section 3); the sequence forms
 are those of Korthikanti et al. 2022, section 4.2.2. Hidden states are (B, S, D); the sequence forms
-split dimension 1. Every function is the identity on a group of one rank.
+split dimension 1. Every function is the identity on a group of one rank. Context parallelism uses
+the gather of the sequence forms and the exchange, over its own group.
 """
 
 from typing import Any
@@ -101,6 +102,25 @@ class _ScatterForwardGatherBackward(torch.autograd.Function):
         return _gather_sequence(grad, ctx.group), None
 
 
+class _Exchange(torch.autograd.Function):
+    """All-to-all in the forward and in the backward pass: it is its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _all_to_all(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_to_all(grad, ctx.group), None
+
+
+def _all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
+    out = x.new_empty(x.shape)
+    dist.all_to_all_single(out, x.contiguous(), group=group)
+    return out
+
+
 def copy_to_tensor_parallel(x: Tensor, group: ProcessGroup) -> Tensor:
     """Return x; its gradient is summed over the group."""
     return _CopyForwardReduceBackward.apply(x, group)
@@ -131,3 +151,8 @@ def gather_from_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
 def scatter_to_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     """Reduce-scatter partial sums (B, S, D) to this rank's (B, S/tp, D)."""
     return _ScatterForwardGatherBackward.apply(x, group)
+
+
+def exchange(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Send x[i] to rank i of the group and return the received tensors, stacked by sender."""
+    return _Exchange.apply(x, group)

@@ -126,6 +126,11 @@ class ZeroEngine:
             engine.optimizer.shared_weights = True
         return engine
 
+    @property
+    def model(self) -> CausalLM:
+        """This rank's share of the model."""
+        return self._engine.module
+
     def forward(self, *inputs: Any) -> Tensor:
         """Return the result of `CausalLM.forward` for the same inputs.
 

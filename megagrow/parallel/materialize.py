@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megagrow.model.decoder import CausalLM, ModelChunk
+from megagrow.parallel.context.ops import context_parallel_ops
 from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.pipeline.split import pipeline_split
 from megagrow.parallel.process_groups import Topology
@@ -31,7 +32,8 @@ def build_model(
     ]
     with torch.device("meta"):
         checkpointing = settings.parallel.activation_checkpointing
-        model = CausalLM(settings.model, checkpointing, settings.ops, chunks)
+        ops = context_parallel_ops(settings.ops, topology, settings.parallel.cp_comm_type)
+        model = CausalLM(settings.model, checkpointing, ops, chunks)
     parallelize(model.to(dtype), plan, topology, settings.parallel.sequence_parallel)
     return model
 

@@ -11,6 +11,7 @@ from megagrow.growth.mask_schedule import stage_masks
 from megagrow.model.backends import uses_bf16
 from megagrow.model.masks import Masks
 from megagrow.model.ops import Ops
+from megagrow.parallel.context.ops import model_with_ops
 from megagrow.parallel.engine import ZeroEngine
 from megagrow.parallel.engine_config import EngineSettings
 from megagrow.parallel.process_groups import Topology, stage_topology
@@ -40,15 +41,20 @@ class Stage:
 
     @property
     def ops(self) -> Ops:
-        """Operations of the model."""
-        return self.engine.settings.ops
+        """Operations of the model in training."""
+        return self.engine.model.ops
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Context of forward passes in evaluation mode, without gradients."""
-        self.engine.train(False)
+    def evaluating(self, sharded: bool = False) -> Iterator[None]:
+        """Context of forward passes in evaluation mode, without gradients.
+
+        Inputs are full sequences, or with `sharded` the shards of context parallelism. Only the
+        latter need all context-parallel ranks.
+        """
+        engine, ops = self.engine, self.ops if sharded else self.engine.settings.ops
+        engine.train(False)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), model_with_ops(engine.model, ops):
                 yield
         finally:
             self.engine.train()

@@ -13,6 +13,7 @@ from megagrow.data.batches import Batch, BatchReader
 from megagrow.model.masks import Masks
 from megagrow.model.ops import Ops
 from megagrow.parallel.agreement import run_on_all_ranks
+from megagrow.parallel.context.shards import shard_of
 from megagrow.parallel.engine_config import NO_RATES
 from megagrow.parallel.loss import IGNORED, cross_entropy, linear_cross_entropy
 from megagrow.parallel.pipeline.execution import PipelineRun
@@ -88,6 +89,7 @@ def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | 
     data-parallel ranks; the result does not depend on their number.
     """
     micro, ranks = stage.config.batch.micro_batch_size, stage.topology.batch_ranks
+    shard = shard_of(stage.topology)
     sums = torch.zeros(2, dtype=torch.float64, device=stage.topology.device)
 
     def read(index: int) -> Batch:
@@ -97,9 +99,9 @@ def mean_loss(stage: Stage, reader: BatchReader, sequences: int, masks: Masks | 
         within = [min(index, sequences - 1) for index in indices]
         batch = run_on_all_ranks(partial(reader.read, 0, within))
         batch.labels[torch.tensor([index >= sequences for index in indices])] = IGNORED
-        return batch
+        return batch.sharded(shard.of)
 
-    with stage.evaluating():
+    with stage.evaluating(sharded=True):
         # Every rank makes the same number of passes, because ZeRO-3 gathers weights in each of
         # them. Indices beyond the end repeat the last sequence and are not counted.
         passes = -(-sequences // (micro * ranks))

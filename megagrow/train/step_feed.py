@@ -13,6 +13,7 @@ from megagrow.data.batches import Batch, Reader, read_micro_batches
 from megagrow.data.stage_streams import StreamPlace
 from megagrow.errors import InputError
 from megagrow.model.ops import Ops
+from megagrow.parallel.context.shards import SequenceShard, shard_of
 from megagrow.parallel.process_groups import Topology
 
 CLOSE_SECONDS = 5.0
@@ -31,17 +32,19 @@ class StepPart:
     pack: Callable[[Tensor], Any]
     """`Ops.pack` of the model."""
     device: torch.device
+    shard: SequenceShard
+    """Part of each sequence."""
 
     @classmethod
     def of(cls, place: StreamPlace, batch: BatchConfig, topology: Topology, ops: Ops) -> "StepPart":
         """Return the part of this rank."""
         rank, ranks = topology.batch_rank, topology.batch_ranks
-        return cls(place, batch, rank, ranks, ops.pack, topology.device)
+        return cls(place, batch, rank, ranks, ops.pack, topology.device, shard_of(topology))
 
     def read(self, reader: Reader[StreamPlace]) -> list[Batch]:
         """Read the micro-batches; their tensors are pinned if the device is a GPU."""
         micro_batches = read_micro_batches(reader, self.place, self.batch, self.dp_rank, self.dp)
-        packed = [batch.packed(self.pack) for batch in micro_batches]
+        packed = [batch.packed(self.pack).sharded(self.shard.of) for batch in micro_batches]
         if self.device.type == "cpu":
             return packed
         # Of this thread; pinned memory belongs to its context.

@@ -179,6 +179,12 @@ def test_growth_may_change_the_layout(folder, grown_reference, world):
         (parallel_of(0, 2), parallel_of(2, 1)),
         (parallel_of(1, 1), parallel_of(0, 2, sequence_parallel=True)),
     ]
+    if world == 4:
+        context = {"context_parallel_size": 2}
+        changes += [
+            (parallel_of(2, 2) | context, parallel_of(3, 1) | {"context_parallel_size": 4}),
+            (parallel_of(0, 1) | context | {"cp_comm_type": "a2a"}, parallel_of(1, 2) | context),
+        ]
     found = run_ranks(world, grown, [two_stages(folder, *change) for change in changes])
     check_growth(found, changes)
     check_losses([losses for *_, losses in found[0]], changes, grown_reference)

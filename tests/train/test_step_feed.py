@@ -12,12 +12,13 @@ from megagrow.data.batches import BatchReader
 from megagrow.data.stage_streams import StageStreams, StreamPlace
 from megagrow.errors import DataError
 from megagrow.model.ops import PLAIN
+from megagrow.parallel.context.shards import SequenceShard
 from megagrow.train.data_setup import open_inputs
 from megagrow.train.step_feed import StepFeed, StepPart
 from tests.helpers.runs import STEP_TOKENS, make_run
 
 BATCH = BatchConfig(global_batch_size=4, micro_batch_size=1)
-FIRST = StepPart(StreamPlace(0), BATCH, 1, 2, PLAIN.pack, torch.device("cpu"))
+FIRST = StepPart(StreamPlace(0), BATCH, 1, 2, PLAIN.pack, torch.device("cpu"), SequenceShard())
 SECOND = replace(FIRST, place=StreamPlace(STEP_TOKENS))
 
 
@@ -61,6 +62,7 @@ def test_a_prefetched_step_is_read_once_and_in_the_thread(reader, reads):
         replace(FIRST, dp_rank=0),
         replace(FIRST, batch=BATCH.model_copy(update={"micro_batch_size": 2})),
         replace(FIRST, pack=lambda ids: ids + 1),
+        replace(FIRST, shard=SequenceShard(1, 2)),
     ],
     ids=["position", "rank", "batch", "backend"],
 )

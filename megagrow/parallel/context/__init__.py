@@ -1,0 +1,1 @@
+"""Context parallelism: shards of the sequence, and the operations that exchange them."""
