@@ -146,9 +146,7 @@ def shortened(run: RunConfig, world_size: int, micro_batches: int) -> RunConfig:
 
 
 def _short(stage: StageConfig, world_size: int, micro_batches: int) -> StageConfig:
-    per_pass = stage.batch.micro_batch_size * (
-        world_size // stage.parallel.tensor_model_parallel_size
-    )
+    per_pass = stage.batch.micro_batch_size * stage.parallel.data_parallel_size(world_size)
     size = min(stage.batch.global_batch_size, micro_batches * per_pass)
     batch = stage.batch.model_copy(update={"global_batch_size": size})
     return stage.model_copy(update={"batch": batch})

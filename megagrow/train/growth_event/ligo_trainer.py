@@ -71,11 +71,14 @@ def learn_growth(
     parts = resolve_operators(
         run.stages[index - 1].model, stage.model, stage.growth, f"{run.seed}/stage-{index}"
     )
-    topology = make_topology(stage.parallel.tensor_model_parallel_size, device)
+    parallel = stage.parallel
+    topology = make_topology(
+        parallel.tensor_model_parallel_size, device, parallel.context_parallel_size
+    )
     bf16 = uses_bf16(run, device)
     settings = EngineSettings(
         model=stage.model,
-        parallel=stage.parallel,
+        parallel=parallel,
         batch=stage.batch,
         optimizer=stage.optimizer,
         bf16=bf16,
@@ -88,7 +91,7 @@ def learn_growth(
     losses = []
     progress = PhaseProgress("growth", stage.growth.learn.steps, "steps")
     for step in range(stage.growth.learn.steps):
-        batches = feed.batches(step, stage, topology, settings.ops)
+        batches = feed.batches(step, stage, topology, model.ops)
         losses.append(summed_gradients(model, learned, batches, topology))
         norm = nn.utils.clip_grad_norm_(learned.tensors(), CLIP)
         for group in adam.param_groups:

@@ -45,7 +45,7 @@ CASES = {
         parallel(3, 2, 2, "all_gather", activation_checkpointing="full", sequence_parallel=True),
     ],
     "samba": [
-        parallel(3, 1, 4, "a2a"),
+        parallel(3, 1, 4, "a2a", zero_hpz_partition_size=2),
         parallel(1, 2, 2, "all_gather", activation_checkpointing="full"),
         parallel(0, 1, 4, "all_gather", activation_checkpointing="selective"),
     ],
@@ -64,7 +64,10 @@ def run_of(folder: Any, kind: str, layout: dict[str, Any], precision: str = "fp3
     model = SAMBA if kind == "samba" else LLAMA
     data = {} if kind == "crossing" else PACKED
     optimizer = {"lr": 1e-2, "z_loss_multiplier": 1e-2, "weight_decay_on": "matrices"}
+    optimizer["type"] = "muon" if kind == "crossing" else "adamw"
+    kernels = {"linear_cross_entropy": "cp_comm_type" in layout}
     stage = {"model": model, "data": data, "parallel": layout, "optimizer": optimizer}
+    stage["kernels"] = kernels
     tokens = STEPS[kind] * STEP_TOKENS
     return make_run(folder, [{"tokens": tokens, **stage}], precision=precision)
 
