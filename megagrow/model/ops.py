@@ -20,10 +20,11 @@ from megagrow.model.machine import Machine
 from megagrow.model.own_gradients import rms_norm, rope
 from megagrow.model.selective_scan import causal_conv, selective_scan
 from megagrow_kernels import reference
+from megagrow_kernels.packing import document_starts
 from megagrow_kernels.reference import rope_tables
 
 __all__ = ["PLAIN", "TORCH_LOSS", "TRITON_CHUNKS", "LossOps", "Ops", "make_ops"]
-__all__ += ["rope_tables", "triton_loss"]
+__all__ += ["document_starts", "rope_tables", "triton_loss"]
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def test_a_prefetched_step_is_read_once_and_in_the_thread(reader, reads):
         replace(FIRST, pack=lambda ids: ids + 1),
         replace(FIRST, shard=SequenceShard(1, 2)),
     ],
-    ids=["position", "rank", "batch", "backend"],
+    ids=["position", "rank", "batch", "backend", "shard"],
 )
 def test_another_step_than_the_prefetched_one_is_read_anew(reader, other):
     with StepFeed(reader) as feed:

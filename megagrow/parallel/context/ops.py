@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megagrow.model.decoder import CausalLM
-from megagrow.model.ops import Ops
+from megagrow.model.ops import Ops, document_starts
 from megagrow.parallel.collectives import ProcessGroup, exchange, gather_from_sequence
 from megagrow.parallel.context.shards import (
     SequenceShard,
@@ -25,7 +25,6 @@ from megagrow.parallel.context.shards import (
     shard_of,
 )
 from megagrow.parallel.process_groups import Topology
-from megagrow_kernels.packing import document_starts
 
 
 def context_parallel_ops(ops: Ops, topology: Topology, comm_type: str) -> Ops:

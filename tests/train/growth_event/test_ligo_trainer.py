@@ -187,9 +187,14 @@ WIDE = MODEL | {
 
 
 def run_of(
-    folder: Path, tp: int = 1, zero: int = 1, micro_batch_size: int = 1, **learn: Any
+    folder: Path,
+    tp: int = 1,
+    zero: int = 1,
+    cp: int = 1,
+    micro_batch_size: int = 1,
+    **learn: Any,
 ) -> RunConfig:
-    parallel = {"tensor_model_parallel_size": tp, "zero_stage": zero}
+    parallel = {"tensor_model_parallel_size": tp, "context_parallel_size": cp, "zero_stage": zero}
     growth = {"operator": ["learn_depth", "learn_width"], "learn": learn}
     batch = {"global_batch_size": 4, "micro_batch_size": micro_batch_size}
     sizes = {"tokens": 2 * STEP_TOKENS, "parallel": parallel, "batch": batch}
@@ -228,8 +233,8 @@ def folder(tmp_path_factory):
 def test_every_layout_learns_the_same(folder):
     of = functools.partial(run_of, folder, steps=3, lr=1e-3, warmup_steps=1)
     ((reference,),) = run_ranks(1, taught, [of(micro_batch_size=4)])
-    for world, layouts in ((2, ((1, 3), (2, 1))), (4, ((1, 0), (2, 2), (1, 0)))):
-        results = run_ranks(world, taught, [of(tp, zero) for tp, zero in layouts])
+    for world, layouts in ((2, ((1, 3), (2, 1))), (4, ((1, 0), (2, 2), (1, 1, 2), (1, 0)))):
+        results = run_ranks(world, taught, [of(*layout) for layout in layouts])
         for rank, found in enumerate(results):
             for layout, (matrices, losses) in zip(layouts, found, strict=True):
                 assert losses == pytest.approx(reference[1], abs=1e-5), (world, rank, layout)
