@@ -44,9 +44,9 @@ def phases(memory: MemoryLog, engine: ZeroEngine) -> Iterator[None]:
     def in_phase(name: str) -> Callable[..., Any]:
         call = getattr(engine, name)
 
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
             memory.enter(name)
-            return call(*args)
+            return call(*args, **options)
 
         return run
 
