@@ -160,6 +160,10 @@ class Partition:
         """Return the optimizer of the matrices of decoder layers."""
         return next((spec.rule for spec in self.plan.values() if spec.rule != ADAMW), ADAMW)
 
+    def pp_rank(self, rank: int) -> int:
+        """Return the pipeline rank of a rank."""
+        return rank // (self.dp * self.tp)
+
     def interval(self, name: str, rank: int) -> range:
         """Return a rank's interval of a parameter's flattened slice; may be empty."""
         pp_rank, dp_rank = divmod(rank // self.tp, self.dp)

@@ -44,7 +44,7 @@ def exchange_dense(source: ShardedState, growth: GrowthMap, target: ShardedState
                 gain = _gathered("fp32", (term.gain,), (1.0,), source)
                 sent, rounds = sent + _reduced_bytes(gain.nbytes, dist.get_world_size()), rounds + 1
             _add_blocks(name, kind, term, mix, gain, target)
-    return TransferStats(bytes_sent=sent, bytes_local=0, rounds=rounds)
+    return TransferStats(sent, sent if target.layout.pp > 1 else 0, bytes_local=0, rounds=rounds)
 
 
 def dense_bytes(source: Layout, growth: GrowthMap, target: Layout) -> int:

@@ -32,6 +32,8 @@ class TransferStats:
 
     bytes_sent: int
     """Bytes that other ranks receive from this one; on one host, they read them in place."""
+    bytes_between_pipeline_ranks: int
+    """Those of `bytes_sent` to other pipeline ranks of the target."""
     bytes_local: int
     """Bytes copied from this rank's source to this rank's target."""
     rounds: int
@@ -41,6 +43,7 @@ class TransferStats:
         """Return the sum of two consecutive reshards."""
         return TransferStats(
             self.bytes_sent + other.bytes_sent,
+            self.bytes_between_pipeline_ranks + other.bytes_between_pipeline_ranks,
             self.bytes_local + other.bytes_local,
             self.rounds + other.rounds,
         )
@@ -77,7 +80,8 @@ def exchange(
         for copy in plan.copies.get(rank, ()):
             move_within(copy, source.layout, storage, target.layout, target.storage)
     count = _send(plan, source, target, bucket_bytes) if moves and not shared else 0
-    return TransferStats(4 * plan.numel_sent, 4 * plan.numel_local, count)
+    away = plan.numel_between_pipeline_ranks(target.layout)
+    return TransferStats(4 * plan.numel_sent, 4 * away, 4 * plan.numel_local, count)
 
 
 def _share(layout: Layout, storage: Storage) -> list[Storage]:

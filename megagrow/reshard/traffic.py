@@ -20,6 +20,8 @@ class Volume:
     """Bytes by source rank."""
     kept: int
     """Bytes copied within this rank (`TransferStats.bytes_local`)."""
+    between_pipeline_ranks: int
+    """Bytes sent to other pipeline ranks (`TransferStats.bytes_between_pipeline_ranks`)."""
     reduced: int
     """Bytes this rank sends in the all-reduces of dense terms."""
 
@@ -35,11 +37,14 @@ def rank_volume(rank: int, source: Layout, growth: GrowthMap, target: Layout) ->
     The cost is proportional to the rank's own copies, independent of the number of ranks.
     """
     plan = plan_rank(rank, source, growth, target)
+    reduced = dense_bytes(source, growth, target)
+    away = FP32_BYTES * plan.numel_between_pipeline_ranks(target)
     return Volume(
         {peer: _bytes(transfers) for peer, transfers in sorted(plan.outgoing.items())},
         {peer: _bytes(transfers) for peer, transfers in sorted(plan.incoming.items())},
         FP32_BYTES * plan.numel_local,
-        dense_bytes(source, growth, target),
+        away + (reduced if target.pp > 1 else 0),
+        reduced,
     )
 
 

@@ -103,6 +103,12 @@ class RankPlan:
         """Elements sent to other ranks."""
         return sum(transfer.numel for sent in self.outgoing.values() for transfer in sent)
 
+    def numel_between_pipeline_ranks(self, target: Layout) -> int:
+        """Elements sent to other pipeline ranks of the target."""
+        own = target.pp_rank(self.rank)
+        away = (sent for peer, sent in self.outgoing.items() if target.pp_rank(peer) != own)
+        return sum(transfer.numel for sent in away for transfer in sent)
+
     @property
     def numel_local(self) -> int:
         """Elements copied within the rank."""

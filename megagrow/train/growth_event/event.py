@@ -45,6 +45,8 @@ class GrowthReport:
     optimizer_state: str
     preserves_function: bool
     bytes_between_ranks: int
+    bytes_between_pipeline_ranks: int
+    """Those of `bytes_between_ranks` to other pipeline ranks; 0 without pipeline parallelism."""
     bytes_within_ranks: int
     seconds: float
     peak_memory_bytes: int
@@ -155,11 +157,12 @@ def _report(
     seconds: float,
 ) -> GrowthReport:
     moved, device = reduce(TransferStats.plus, parts), target.topology.device
-    sums = torch.tensor([moved.bytes_sent, moved.bytes_local], dtype=torch.int64, device=device)
+    counts = (moved.bytes_sent, moved.bytes_between_pipeline_ranks, moved.bytes_local)
+    sums = torch.tensor(counts, dtype=torch.int64, device=device)
     dist.all_reduce(sums)
     peak = torch.tensor([peak_memory(device)], dtype=torch.int64, device=device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    between, within = sums.tolist()
+    between, pipelines, within = sums.tolist()
     return GrowthReport(
         () if options is None else tuple(options.operator),
         growth.provenance,
@@ -167,6 +170,7 @@ def _report(
         _policy(options, growth),
         growth.preserves_function,
         between,
+        pipelines,
         within,
         seconds,
         int(peak),

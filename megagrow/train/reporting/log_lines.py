@@ -44,8 +44,16 @@ def growth_line(
         f"step {step} | growth {'+'.join(report.operator)} | {_shape(old)} -> {_shape(new)} | "
         f"{format_short(parameters(old))} -> {format_short(parameters(new))} parameters | "
         f"fixed-batch loss {losses[0]:.3f} -> {losses[1]:.3f} | {report.seconds:.1f} s | "
-        f"{format_short(report.bytes_between_ranks)}B between ranks"
+        f"{_sent(run, stage, report)}"
     )
+
+
+def _sent(run: RunConfig, stage: int, report: GrowthReport) -> str:
+    text = f"{format_short(report.bytes_between_ranks)}B between ranks"
+    if run.stages[stage].parallel.is_pipeline:
+        pipelines = format_short(report.bytes_between_pipeline_ranks)
+        text += f", {pipelines}B between pipeline ranks"
+    return text
 
 
 def growth_fields(
@@ -75,7 +83,7 @@ def stage_line(
             *(f"step {step}", f"stage {stage} begins", *changed),
             f"fixed-batch loss {losses[0]:.3f} -> {losses[1]:.3f}",
             f"{report.seconds:.1f} s",
-            f"{format_short(report.bytes_between_ranks)}B between ranks",
+            _sent(run, stage, report),
         ]
     )
 
