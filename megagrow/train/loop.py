@@ -21,6 +21,7 @@ from megagrow.parallel.agreement import (
     run_on_all_ranks,
     share_values_and_flags,
 )
+from megagrow.parallel.pipeline.execution import AtSlot
 from megagrow.parallel.update_scaling import StepLimits
 from megagrow.train.fault_tolerance.signals import StopSignal
 from megagrow.train.growth_event.new_entries import update_factors
@@ -166,6 +167,7 @@ def train_at(
     stage_tokens: int,
     batches: list[Batch],
     limits: StepLimits | None = None,
+    at_slot: AtSlot = lambda slot, slots: None,
 ) -> tuple[torch.Tensor, float]:
     """Train the step after `stage_tokens` tokens of the stage, with the learning rate, masks and
     update factors of that position. Returns the result of `train_step` and the learning rate."""
@@ -173,7 +175,7 @@ def train_at(
     stage.engine.set_update_factors(*update_factors(run, stage.index, stage_tokens))
     others = other_rates_at(run, stage.index, stage_tokens)
     masks = masks_now(run, stage, stage_tokens)
-    return train_step(stage, batches, lr, masks, others, limits), lr
+    return train_step(stage, batches, lr, masks, others, limits, at_slot), lr
 
 
 def _agreement(
@@ -222,6 +224,10 @@ def _measured_step(
     the next one: the only point at which it waits for the device.
     """
     begin, number = time.perf_counter(), state.counters.step + 1
+
+    def at_slot(slot: int, slots: int) -> None:
+        hooks.beat(f"step {number}, slot {slot + 1} of {slots}")
+
     hooks.beat(f"step {number}")
     length, model = stage.config.data.sequence_length, stage.config.model
     tokens = step_tokens(stage.config, state.stage_tokens)
@@ -232,7 +238,7 @@ def _measured_step(
     if not last:
         feed.prefetch(following)
     limits = state.guard.limits(run.guards)
-    result, lr = train_at(run, stage, state.stage_tokens, batches, limits)
+    result, lr = train_at(run, stage, state.stage_tokens, batches, limits, at_slot)
     own = Vote(following) if last else vote(following, number + 1)
     hooks.beat(f"completing step {number}")
     (loss, norm, z_loss, exceeded), flags = share_values_and_flags(result, own.flags)

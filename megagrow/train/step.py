@@ -16,7 +16,7 @@ from megagrow.parallel.agreement import run_on_all_ranks
 from megagrow.parallel.context.shards import shard_of
 from megagrow.parallel.engine_config import NO_RATES
 from megagrow.parallel.loss import IGNORED, cross_entropy, linear_cross_entropy
-from megagrow.parallel.pipeline.execution import PipelineRun
+from megagrow.parallel.pipeline.execution import AtSlot, PipelineRun
 from megagrow.parallel.pipeline.schedule import Pass, timeline
 from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.update_scaling import StepLimits
@@ -30,6 +30,7 @@ def train_step(
     masks: Masks | None,
     other_rates: Mapping[str, float] = NO_RATES,
     limits: StepLimits | None = None,
+    at_slot: AtSlot = lambda slot, slots: None,
 ) -> torch.Tensor:
     """Run forward and backward over this rank's micro-batches, and one optimizer step. Collective.
 
@@ -40,6 +41,7 @@ def train_step(
         masks: this rank's growth masks while they are ramping, else None.
         other_rates: learning rates of `schedule.other_rates_at`.
         limits: a step whose cross-entropy or gradient norm is above them updates nothing.
+        at_slot: called at each slot of the schedule, as in `PipelineRun.execute`.
 
     Returns:
         (4,) fp64 on the device, to which the host has not synchronized: the cross-entropy (mean
@@ -71,7 +73,7 @@ def train_step(
         engine.backward(loss, last=each.micro_batch + 1 == len(batches))
 
     engine.begin_step(len(batches))
-    _pipeline(stage, batches, trains=True).execute(forward, backward)
+    _pipeline(stage, batches, trains=True).execute(forward, backward, at_slot)
     for each in totals if z_loss else totals[:1]:
         _sum_over_replicas(each, topology)
     total, z_total = totals.double() / topology.dp

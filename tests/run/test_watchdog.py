@@ -12,6 +12,7 @@ import pytest
 import megagrow.train.loop
 from megagrow.config.schema import RunConfig
 from megagrow.data.batches import BatchReader
+from megagrow.parallel.engine import ZeroEngine
 from tests.helpers.jobs import Finished, Hook, train, write_run
 from tests.helpers.runs import STEP_TOKENS, make_run
 from tools.faults.kill_points import run_point
@@ -20,17 +21,21 @@ from tools.faults.run import write_corpora
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 WORLD = 3
+PIPELINES, REPLICAS_OF_2 = 4, {"pipeline_model_parallel_size": 2, "zero_stage": 1}
 HANG_TIMEOUT = 1.5
 REACTION = 6.0
 """Seconds after the timeout: to look twice who is there, and for the others to wait for words."""
 STEP = 5
 
 
-def small_run(folder: Path, hang_timeout: float) -> RunConfig:
+def small_run(folder: Path, hang_timeout: float, world: int) -> RunConfig:
     batch = {"global_batch_size": 3, "micro_batch_size": 1}
+    stage: dict[str, Any] = {"tokens": 20 * STEP_TOKENS, "batch": batch}
+    if world == PIPELINES:
+        stage |= {"batch": batch | {"global_batch_size": 8}, "parallel": REPLICAS_OF_2}
     return make_run(
         folder,
-        [{"tokens": 20 * STEP_TOKENS, "batch": batch}],
+        [stage],
         guards={"hang_timeout": hang_timeout},
     )
 
@@ -48,6 +53,23 @@ def in_step(victim: int, does: Callable[[], object]) -> Hook:
             return train_step(*arguments)
 
         patch.setattr(megagrow.train.loop, "train_step", stepping)
+
+    return hook
+
+
+def in_schedule(victim: int, does: Callable[[], object]) -> Hook:
+    """Fault of one rank in its second forward pass of a step."""
+
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        forward, passes = ZeroEngine.forward, []
+
+        def passing(*arguments: Any) -> Any:
+            passes.append(None)
+            if rank == victim and len(passes) == (STEP - 1) * 4 + 2:
+                does()
+            return forward(*arguments)
+
+        patch.setattr(ZeroEngine, "forward", passing)
 
     return hook
 
@@ -77,11 +99,12 @@ def send_self(number: signal.Signals) -> Callable[[], None]:
 
 
 def ended(
-    folder: Path, hook: Hook, victim: int, hang_timeout: float = 60
+    folder: Path, hook: Hook, victim: int, hang_timeout: float = 60, world: int = WORLD
 ) -> tuple[Finished, float]:
     """Exit of a job with one bad rank, and its number of seconds from its start."""
     begin = time.monotonic()
-    job = train(write_run(folder / "run.yaml", small_run(folder, hang_timeout)), WORLD, hook)
+    run = small_run(folder, hang_timeout, world)
+    job = train(write_run(folder / "run.yaml", run), world, hook)
     for rank, process in enumerate(job.ranks):
         if rank != victim:
             process.join(60)
@@ -122,7 +145,7 @@ def forever() -> None:
         (
             in_step(1, forever),
             1,
-            "all ranks respond but are blocked",
+            "rank 1 is alive but behind (last heartbeat: step 5)",
         ),
     ],
     ids=["frozen", "rank 0 frozen", "behind", "waiting for ever"],
@@ -137,6 +160,26 @@ def test_a_rank_that_does_not_get_on(tmp_path: Path, hook: Hook, victim: int, me
         assert line.startswith("error: no progress in ")
         assert line.endswith(f" for 2 s; {message}; aborting all ranks (guards.hang_timeout)")
     assert seconds < 15 + HANG_TIMEOUT + REACTION
+
+
+@pytest.mark.parametrize(
+    ("victim", "does", "code", "message"),
+    [
+        (3, send_self(signal.SIGKILL), 5, "rank 3 exited or was killed"),
+        (2, send_self(signal.SIGSTOP), 4, "rank 2 is unresponsive"),
+        (1, forever, 4, "rank 1 is alive but behind"),
+    ],
+    ids=["killed", "frozen", "stuck"],
+)
+def test_a_pipeline_rank_is_lost_in_a_schedule(
+    tmp_path: Path, victim: int, does: Callable[[], None], code: int, message: str
+) -> None:
+    timeout = 60.0 if code == 5 else HANG_TIMEOUT
+    done, _ = ended(tmp_path, in_schedule(victim, does), victim, timeout, PIPELINES)
+    assert [each for rank, each in enumerate(done.codes) if rank != victim] == [code] * 3
+    (line,) = lines(done)
+    slot = 2 if victim < 2 else 4
+    assert f"{message} (last heartbeat: step 5, slot {slot} of 10); aborting all ranks" in line
 
 
 @pytest.mark.parametrize(

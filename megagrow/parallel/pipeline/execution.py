@@ -15,6 +15,9 @@ Forward = Callable[[Pass, Tensor | None], Tensor]
 """(pass, hidden states or None for the first chunk) -> hidden states, or the loss of the last
 chunk."""
 
+AtSlot = Callable[[int, int], None]
+"""(slot, number of slots)."""
+
 Backward = Callable[[Pass, Tensor], None]
 """(pass, scalar) -> backward pass from the scalar: a loss, or one that stands for the output."""
 
@@ -46,10 +49,20 @@ class PipelineRun:
         self._last = max(each.chunk for row in line for each in row if each is not None)
         self._links = _Links(topology, shape, dtype)
 
-    def execute(self, forward: Forward, backward: Backward | None = None) -> None:
-        """Run all passes of this rank in order. Collective over the pipeline ranks."""
+    def execute(
+        self,
+        forward: Forward,
+        backward: Backward | None = None,
+        at_slot: AtSlot = lambda slot, slots: None,
+    ) -> None:
+        """Run all passes of this rank in order. Collective over the pipeline ranks.
+
+        `at_slot` is called at the begin of each slot of the schedule, also where this rank idles.
+        """
         kept: dict[tuple[int, int], _Kept] = {}
-        for slot, each in enumerate(self._line[self._rank]):
+        slots = self._line[self._rank]
+        for slot, each in enumerate(slots):
+            at_slot(slot, len(slots))
             sent: Tensor | None = None
             if each is not None and each.is_forward:
                 sent = self._forward(each, forward, kept if backward is not None else None)

@@ -30,7 +30,7 @@ class MissingRanks:
     lost: str
     """Ranks that have exited, or else ranks without a recent heartbeat."""
     behind: str
-    """Ranks that have entered fewer phases than others."""
+    """Ranks that have entered the fewest phases."""
     unknown: str
     """Ranks that never connected."""
 
@@ -136,9 +136,13 @@ def silent_ranks(heartbeats: Heartbeats, seconds: float) -> str:
 
 
 def ranks_behind(heartbeats: Heartbeats) -> str:
-    """Describe the ranks that have entered fewer phases than others; "" if there are none."""
-    furthest = max((beat.phases for beat in heartbeats.values()), default=0)
-    behind = {rank: beat for rank, beat in heartbeats.items() if beat.phases < furthest}
+    """Describe the ranks that have entered the fewest phases; "" if all have entered as many.
+
+    Those that wait for them, as the other pipeline ranks do, may be in different phases.
+    """
+    phases = {beat.phases for beat in heartbeats.values()}
+    least = min(phases, default=0) if len(phases) > 1 else -1
+    behind = {rank: beat for rank, beat in heartbeats.items() if beat.phases == least}
     return "; ".join(_described(behind, heartbeats, "is alive but behind"))
 
 

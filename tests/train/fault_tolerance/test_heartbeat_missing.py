@@ -1,5 +1,7 @@
 """Names of missing ranks: ranks on one host, and hosts where there are several."""
 
+from dataclasses import replace
+
 import pytest
 
 from megagrow.train.fault_tolerance.heartbeat import (
@@ -88,3 +90,9 @@ def test_who_is_behind() -> None:
         "rank 4 on c is alive but behind (last heartbeat: step 4)"
     )
     assert ranks_behind(signs()) == ranks_behind({}) == ""
+
+
+def test_who_waits_for_a_rank_behind_is_not_named() -> None:
+    beats = signs(hosts=("a",) * 3)
+    slots = {rank: replace(beat, phases=10 - rank) for rank, beat in beats.items()}
+    assert ranks_behind(slots) == "rank 2 is alive but behind (last heartbeat: step 2)"
