@@ -13,7 +13,7 @@ from megagrow.parallel.process_groups import Topology
 
 TokenChoice = Callable[[Tensor], int]
 """Choice of the next token id of a text from its logits (V,): fp32 on the CPU. All tensor-parallel
-ranks call it with the same values and must get the same result."""
+ranks of the last pipeline rank call it with the same values and must get the same result."""
 
 
 class TokenDecoder(Protocol):
@@ -30,9 +30,9 @@ class Decoder:
     """Texts of a batch while they are generated.
 
     The first pass reads the prompts, later passes read the last token of each text. Methods are
-    collective over the tensor-parallel group. The caller limits the lengths of texts to the context
-    length of the model. The host waits for a GPU once per pass, or twice if only some texts have a
-    choice.
+    collective over the tensor- and pipeline-parallel ranks. The caller limits the lengths of texts
+    to the context length of the model. The host waits for a GPU once per pass, and for the logits
+    of texts with a choice.
     """
 
     def __init__(
@@ -48,15 +48,14 @@ class Decoder:
         """Choose the next token of each text and append it; None chooses the most likely one."""
         ids = self._cache.begin(self._unread)
         rows, last = torch.arange(len(ids), device=ids.device), self._cache.sequences.last
-        tokens: list[int] = []
+        result = rows.new_empty(len(rows))
 
         def choose(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
-            logits = F.linear(hidden_BSD[rows, last], weight_VD)
-            tokens.extend(self._choose(logits, choices))
-            return logits.new_zeros(())
+            return self._choose(F.linear(hidden_BSD[rows, last], weight_VD), choices)
 
-        self._model.forward_head(ids, choose, self._cache)
+        self._model.forward_head(ids, choose, result, self._cache)
         self._cache.end()
+        tokens: list[int] = result.tolist()
         self._unread = [[token] for token in tokens]
         return tokens
 
@@ -65,20 +64,13 @@ class Decoder:
         self._cache.keep(rows)
         self._unread = [self._unread[row] for row in rows]
 
-    def _choose(self, logits: Tensor, choices: Sequence[TokenChoice | None]) -> list[int]:
-        """Return one token per row of logits (B, V/tp)."""
+    def _choose(self, logits: Tensor, choices: Sequence[TokenChoice | None]) -> Tensor:
+        """Return one token per row of logits (B, V/tp): (B,) int64."""
+        tokens = self._vocabulary.most_likely(logits)
         chosen = {row: choice for row, choice in enumerate(choices) if choice is not None}
-        if not chosen:
-            return self._most_likely(logits)
-        if len(chosen) < len(choices):
-            tokens = self._most_likely(logits)
-            logits = logits[torch.tensor(list(chosen), device=logits.device)]
-        else:
-            tokens = [0] * len(choices)  # all are chosen: the host waits for the logits only
-        gathered = self._vocabulary.gather(logits).cpu()
-        for (row, choice), values in zip(chosen.items(), gathered, strict=True):
-            tokens[row] = choice(values)
+        if chosen:
+            rows = torch.tensor(list(chosen), device=logits.device)
+            gathered = self._vocabulary.gather(logits[rows]).cpu()
+            pairs = zip(chosen.values(), gathered, strict=True)
+            tokens[rows] = tokens.new_tensor([choice(values) for choice, values in pairs])
         return tokens
-
-    def _most_likely(self, logits: Tensor) -> list[int]:
-        return self._vocabulary.most_likely(logits).tolist()

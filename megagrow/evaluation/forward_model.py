@@ -27,11 +27,13 @@ class ForwardModel(Protocol):
     def config(self) -> ModelConfig:
         """Configuration of the model."""
 
-    def forward_head(self, ids: Tensor, head: HeadLoss, cache: DecodingCache | None = None) -> None:
-        """Call `head` with the hidden states of (B, S) int64 token ids and the head's weight.
+    def forward_head(
+        self, ids: Tensor, head: HeadLoss, result: Tensor, cache: DecodingCache | None = None
+    ) -> None:
+        """Write the value of `head` for (B, S) int64 token ids to `result`, on all ranks.
 
-        With `cache`, the ids are the result of `DecodingCache.begin`. Collective over the
-        tensor-parallel group.
+        Collective over the tensor- and pipeline-parallel ranks. Only the last pipeline rank calls
+        `head`. With `cache`, the ids are the result of `DecodingCache.begin`.
         """
 
     def finish(self) -> None:

@@ -54,7 +54,7 @@ class TokenScorer(Protocol):
 
 
 class ModelScorer:
-    """Token scores of a model. Methods are collective over the tensor-parallel group."""
+    """Token scores of a model. Collective over the tensor- and pipeline-parallel ranks."""
 
     def __init__(self, model: ForwardModel, topology: Topology) -> None:
         self._model = model
@@ -84,12 +84,12 @@ class ModelScorer:
     @torch.no_grad()
     def _run(self, ids: Tensor, query: TokenQuery) -> Tensor:
         """Return (2, N) fp32: the queried tokens' scores, and 1 for the most likely tokens."""
-        results: list[Tensor] = []
+        result = torch.empty((2, len(query.labels)), device=ids.device)
         rows, columns = self._on_device([query.rows, query.columns])
         queried = self._on_device([query.owners, query.labels])
 
         def score(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
-            picked_PD = hidden_BSD[rows, columns]
+            results, picked_PD = [], hidden_BSD[rows, columns]
             for first in range(0, len(picked_PD), POSITIONS_AT_ONCE):
                 part = picked_PD[first : first + POSITIONS_AT_ONCE]
                 begin, end = (bisect_left(query.owners, x) for x in (first, first + len(part)))
@@ -97,10 +97,10 @@ class ModelScorer:
                 owners, labels = queried[0, begin:end] - first, queried[1, begin:end]
                 scores, best = self._vocabulary.score(logits, owners, labels)
                 results.append(torch.stack([scores, (best[owners] == labels).float()]))
-            return picked_PD.new_zeros(())
+            return torch.cat(results, dim=1)
 
-        self._model.forward_head(ids, score)
-        return torch.cat(results, dim=1)
+        self._model.forward_head(ids, score, result)
+        return result
 
     def _pad(self, sequences: list[list[int]]) -> Tensor:
         """Right-pad to (B, S) int64; causal attention excludes the padding."""

@@ -51,9 +51,11 @@ class LoadedModel:
     def config(self) -> ModelConfig:
         return self.model.config
 
-    def forward_head(self, ids: Tensor, head: HeadLoss, cache: DecodingCache | None = None) -> None:
+    def forward_head(
+        self, ids: Tensor, head: HeadLoss, result: Tensor, cache: DecodingCache | None = None
+    ) -> None:
         positions = positions_of(ids, ids.shape[1], cache)
-        self.model(ids, positions, None, None, head, cache)
+        result.copy_(self.model(ids, positions, None, None, head, cache))
 
     def finish(self) -> None:
         """Do nothing: no pass waits for another data-parallel rank."""

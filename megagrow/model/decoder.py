@@ -161,7 +161,7 @@ class DecoderModel(nn.Module):
                 arguments = (x_BSD, context, None, gate)
                 x_BSD, delta_BSD = checkpoint(layer, *arguments, use_reentrant=True)
             else:
-                states = None if cache is None else cache.layers[index]
+                states = None if cache is None else cache.states(index)
                 x_BSD, delta_BSD = layer(x_BSD, context, delta_BSD, gate, states)
         if not chunk.is_last:
             return x_BSD if delta_BSD is None else x_BSD + delta_BSD

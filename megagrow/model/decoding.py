@@ -17,23 +17,25 @@ from megagrow.model.layers.table import decoder_blocks
 
 
 class DecodingCache:
-    """Decoding states of all blocks of a model for one batch of sequences.
+    """Decoding states of the blocks of a model on one rank, for one batch of sequences.
 
     A pass is `begin`, one forward pass of the model with the cache, `end`.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        self._device = device
+        self._config, self._device = config, device
         self.sequences = DecodedSequences(device)
-        self.layers: tuple[Mapping[str, DecodingState], ...] = tuple(
-            {
+        self._layers: dict[int, Mapping[str, DecodingState]] = {}
+
+    def states(self, layer: int) -> Mapping[str, DecodingState]:
+        """Return the states of a layer by block name, which its first call creates."""
+        if layer not in self._layers:
+            self._layers[layer] = {
                 block.name: block.type.decoding_state(self.sequences)
-                for block in decoder_blocks(config, layer)
+                for block in decoder_blocks(self._config, layer)
                 if block.type.decoding_state is not None
             }
-            for layer in range(config.num_hidden_layers)
-        )
-        """By layer: states by block name."""
+        return self._layers[layer]
 
     def begin(self, new: Sequence[Sequence[int]]) -> Tensor:
         """Start a pass over the new tokens of each sequence.
@@ -53,6 +55,6 @@ class DecodingCache:
         """Drop the sequences that are not in `rows`, in ascending order, between two passes."""
         self.sequences.keep(rows)
         index = torch.tensor(rows, device=self._device)
-        for states in self.layers:
+        for states in self._layers.values():
             for state in states.values():
                 state.keep(index)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megagrow.config.schema import RunConfig
@@ -16,6 +17,7 @@ from megagrow.model.backends import uses_bf16
 from megagrow.model.masks import Masks
 from megagrow.parallel.agreement import any_across_ranks, run_on_all_ranks
 from megagrow.parallel.collectives import gather
+from megagrow.parallel.pipeline.passes import forward_head
 from megagrow.train.stage import Stage, masks_now
 from megagrow.train.step import mean_loss, model_inputs
 from megagrow.train.train_state import RunState
@@ -110,11 +112,17 @@ def predictions(stage: Stage, reader: BatchReader, masks: Masks | None) -> Tenso
     topology = stage.topology
     sequences = list(range(-(-POSITIONS // reader.length)))
     batch = run_on_all_ranks(partial(reader.read, 0, sequences))
+    vocab_size = stage.config.model.vocab_size
+    logits = torch.empty((POSITIONS, vocab_size), device=topology.device)
+
+    def last_logits(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
+        local = F.linear(hidden_BSD, weight_VD).flatten(0, 1)[-POSITIONS:].float()
+        return gather(local, topology.tp_group).transpose(0, 1).flatten(1)[:, :vocab_size]
+
     with stage.evaluating():
         inputs = model_inputs(batch, stage.ops, topology.device)
-        logits = stage.engine.forward(*inputs, masks).flatten(0, 1)[-POSITIONS:].float()
-    gathered = gather(logits, topology.tp_group).transpose(0, 1).flatten(1)
-    return gathered[:, : stage.config.model.vocab_size].cpu()
+        forward_head(stage.engine, (*inputs, masks), last_logits, logits)
+    return logits.cpu()
 
 
 def change(before: Tensor, after: Tensor) -> Change:

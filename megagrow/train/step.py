@@ -17,7 +17,8 @@ from megagrow.parallel.context.shards import shard_of
 from megagrow.parallel.engine_config import NO_RATES
 from megagrow.parallel.loss import IGNORED, cross_entropy, linear_cross_entropy
 from megagrow.parallel.pipeline.execution import AtSlot, PipelineRun
-from megagrow.parallel.pipeline.schedule import Pass, timeline
+from megagrow.parallel.pipeline.passes import pipeline_run
+from megagrow.parallel.pipeline.schedule import Pass
 from megagrow.parallel.process_groups import Topology
 from megagrow.parallel.update_scaling import StepLimits
 from megagrow.train.stage import Stage
@@ -142,12 +143,7 @@ def _summed_losses(stage: Stage, batches: Sequence[Batch], masks: Masks | None) 
 
 def _pipeline(stage: Stage, batches: Sequence[Batch], trains: bool) -> PipelineRun:
     """Return the passes of all chunks for some micro-batches."""
-    topology, split, parallel = stage.topology, stage.engine.split, stage.config.parallel
-    line = timeline(split.ranks, split.chunks_per_rank, len(batches), trains)
-    sequences, length = batches[0].input_ids.shape
-    local = length // (topology.tp if parallel.sequence_parallel else 1)
-    shape = (sequences, local, stage.config.model.hidden_size)
-    return PipelineRun(line, topology, shape, stage.engine.hidden_dtype)
+    return pipeline_run(stage.engine, *batches[0].input_ids.shape, len(batches), trains)
 
 
 def _sum_over_replicas(values: torch.Tensor, topology: Topology) -> None:

@@ -147,7 +147,7 @@ def test_a_layer_type_declares_its_own_state(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(table, "FEED_FORWARD", shift)
     torch.manual_seed(0)
     model = CausalLM(tiny(num_key_value_heads=2)).eval()
-    assert list(DecodingCache(model.config, torch.device("cpu")).layers[0]) == [
+    assert list(DecodingCache(model.config, torch.device("cpu")).states(0)) == [
         "self_attn",
         "shift",
     ]
