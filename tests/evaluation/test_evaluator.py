@@ -24,6 +24,8 @@ from tests.helpers.evaluation.small import (
     BATCH,
     DOCUMENTS,
     HYBRID,
+    LAYOUTS,
+    PIPELINES,
     SMALL,
     TASKS,
     evaluated_run,
@@ -110,8 +112,10 @@ def case(tmp_path_factory: pytest.TempPathFactory, data: tuple[Path, Path]) -> E
     return evaluated(tmp_path_factory.mktemp("evaluated"), data, SMALL)
 
 
-def evaluated(folder: Path, data: tuple[Path, Path], model: dict[str, Any]) -> Evaluated:
-    run = evaluated_run(folder, *data, model)
+def evaluated(
+    folder: Path, data: tuple[Path, Path], model: dict[str, Any], layouts: Any = LAYOUTS
+) -> Evaluated:
+    run = evaluated_run(folder, *data, model, layouts)
     done = finished(run, both(answers_into(folder), stopped_after(5)))
     assert records(run, "end", ["step"]) == [(5,)]
     finished(run, answers_into(folder))
@@ -135,10 +139,11 @@ def flat(values: Any) -> list[Any]:
         else [values]  # fmt: skip
 
 
-def test_results_of_a_hybrid_are_those_of_its_checkpoints(data, tmp_path) -> None:
+@pytest.mark.parametrize("layouts", [LAYOUTS, PIPELINES], ids=["tensor parallel", "pipeline"])
+def test_results_of_a_hybrid_are_those_of_its_checkpoints(data, tmp_path, layouts) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    check_results(evaluated(folder, data, HYBRID), data, tmp_path)
+    check_results(evaluated(folder, data, HYBRID, layouts), data, tmp_path)
 
 
 def test_results_are_those_of_the_checkpoints(case, data, tmp_path) -> None:
@@ -218,9 +223,10 @@ def check_decoding(stage: Stage, masks: Masks | None) -> None:
     stage.engine.train()
 
 
-def test_masked_model_is_evaluated_with_its_masks(data, tmp_path) -> None:
+@pytest.mark.parametrize("layouts", [LAYOUTS, PIPELINES], ids=["tensor parallel", "pipeline"])
+def test_masked_model_is_evaluated_with_its_masks(data, tmp_path, layouts) -> None:
     """Masks start at 0, so new parameters have no effect at first."""
-    run = evaluated_run(tmp_path, *data)
+    run = evaluated_run(tmp_path, *data, layouts=layouts)
     base, grown = run.stages
     wide = {"hidden_size": 44, "num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 8}
     ramp = {"operator": ["random_depth", "random_width"], "ramp_tokens": 10 * STEP_TOKENS}

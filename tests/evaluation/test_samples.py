@@ -19,7 +19,14 @@ from tests.helpers.spawn import run_ranks
 
 WORLD = 2
 PROMPTS = ["abde", "iklno rst", ""]
-LAYOUTS = {"ZeRO 0": (0, 1), "ZeRO 1": (1, 1), "ZeRO 3": (3, 1), "tensor parallel": (1, 2)}
+LAYOUTS = {
+    "ZeRO 0": parallel_of(0, 1),
+    "ZeRO 1": parallel_of(1, 1),
+    "ZeRO 3": parallel_of(3, 1),
+    "tensor parallel": parallel_of(1, 2),
+    "context parallel": parallel_of(3, 1) | {"context_parallel_size": 2},
+    "pipeline": {"pipeline_model_parallel_size": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +46,11 @@ def sampled_run(
 def texts(run: RunConfig) -> list[list[dict[str, str]]]:
     """Return the samples of new weights in each layout, twice."""
     found = []
-    for zero, tp in LAYOUTS.values():
-        if tp > torch.distributed.get_world_size():
-            continue
-        base = run.stages[0].model_dump() | {"parallel": parallel_of(zero, tp)}
+    for layout in LAYOUTS.values():
+        base = run.stages[0].model_dump() | {"parallel": layout}
         changed = RunConfig.model_validate(run.model_dump() | {"stages": [base]})
+        if changed.stages[0].parallel.model_parallel_size > torch.distributed.get_world_size():
+            continue
         samples = TrainingSamples(changed, changed.samples)
         stage = build_stage(changed, 0, torch.device("cpu"))
         fill_initial(stage.layout, stage.topology.rank, stage.engine.storage(), run.seed)

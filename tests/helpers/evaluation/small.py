@@ -16,6 +16,9 @@ TASKS = ["lambada_openai", "piqa", "wikitext"]
 DOCUMENTS = 5
 """Two on one data-parallel rank, three on the other."""
 BATCH = 2
+LAYOUTS = (parallel_of(3, 1), parallel_of(1, 2, sequence_parallel=True))
+_PIPELINE = {"pipeline_model_parallel_size": 2}
+PIPELINES = (_PIPELINE, _PIPELINE | {"virtual_pipeline_model_parallel_size": 2})
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -49,16 +52,17 @@ def evaluated_run(
     data: Path,
     tokenizer: Path,
     model: dict[str, Any] = SMALL,
+    layouts: tuple[dict[str, Any], dict[str, Any]] = LAYOUTS,
     **changes: Any,
 ) -> RunConfig:
-    """Return a run that trains a base under ZeRO-3 with two data-parallel ranks and grows it to a
-    model under TP 2 with sequence parallelism; evaluated and saved every second step."""
+    """Return a run that trains a base and grows it, on two ranks; evaluated and saved every second
+    step."""
     batch = {"global_batch_size": 4, "micro_batch_size": 2}
-    base = {"model": model, "tokens": 3 * STEP_TOKENS, "parallel": parallel_of(3, 1)}
+    base = {"model": model, "tokens": 3 * STEP_TOKENS, "parallel": layouts[0]}
     grown = {
         "model": model | {"num_hidden_layers": 4},
         "tokens": 3 * STEP_TOKENS,
-        "parallel": parallel_of(1, 2, sequence_parallel=True),
+        "parallel": layouts[1],
         "growth": {"operator": "direct_depth"},
     }
     evaluation = {"interval": 2, "tasks": TASKS, "data_dir": data, "limit": DOCUMENTS}
