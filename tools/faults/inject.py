@@ -100,8 +100,8 @@ def plan_kills(count: int, seed: int, ranks: int) -> list[PlannedKill]:
 class FaultInjection:
     """Starts runs in a folder, kills their ranks and collects the results."""
 
-    def __init__(self, folder: Path, ranks: int) -> None:
-        self._folder, self._ranks = folder, ranks
+    def __init__(self, folder: Path, ranks: int, pipeline_ranks: int = 1) -> None:
+        self._folder, self._ranks, self._pipeline_ranks = folder, ranks, pipeline_ranks
         self._expected = folder / "reference"
         self._durations: dict[str, float] = {}
         self.report = InjectionReport()
@@ -197,7 +197,7 @@ class FaultInjection:
 
     def _start(self, output: Path) -> list[Any]:
         path = output.with_suffix(".yaml")
-        values = run_of(self._folder / "train", output, self._ranks)
+        values = run_of(self._folder / "train", output, self._ranks, self._pipeline_ranks)
         path.write_text(json.dumps(values), encoding="utf-8")
         return start_ranks(path, self._ranks)
 
@@ -234,6 +234,7 @@ def fault_injection(
     kills: Annotated[int, typer.Option(help="Number of kills.")] = 200,
     seed: Annotated[int, typer.Option(help="Random seed of the kills.")] = 0,
     ranks: Annotated[int, typer.Option(help="Ranks of each run.")] = 2,
+    pipeline_ranks: Annotated[int, typer.Option(help="Of them, ranks of a pipeline.")] = 1,
     folder: Annotated[Path | None, typer.Option(help="Folder in which runs are kept.")] = None,
 ) -> None:
     """Kill a small run repeatedly and check that the result does not change."""
@@ -242,7 +243,7 @@ def fault_injection(
     with tempfile.TemporaryDirectory() as temporary:
         path = folder or Path(temporary)
         path.mkdir(parents=True, exist_ok=True)
-        injection = FaultInjection(path, ranks)
+        injection = FaultInjection(path, ranks, pipeline_ranks)
         injection.measure()
         injection.inject(plan_kills(kills, seed, ranks))
     show(injection.report)

@@ -81,11 +81,12 @@ def _write_corpus(prefix: Path, seed: int) -> None:
         writer.finalize()
 
 
-def run_of(corpus: Path, output: Path, ranks: int) -> dict[str, Any]:
+def run_of(corpus: Path, output: Path, ranks: int, pipeline_ranks: int = 1) -> dict[str, Any]:
     """Return the contents of the run file: stages of every kind, saved often.
 
     After the base, a stage each doubles the layers, reads other data, has longer sequences, ramps
-    its batch, and anneals the learning rate.
+    its batch, and anneals the learning rate. With pipeline ranks, each holds two chunks of layers
+    after the growth.
     """
     tokens = STAGE_STEPS * BATCH * ranks * LENGTH
     other = {"train": [{"path": str(other_corpus(corpus))}, {"path": str(corpus)}]}
@@ -104,6 +105,10 @@ def run_of(corpus: Path, output: Path, ranks: int) -> dict[str, Any]:
             "schedule": {"type": "linear", "warmup_steps": 0, "restart": True},
         },
     ]
+    chunks = "virtual_pipeline_model_parallel_size"
+    parallel = {"zero_stage": 2, "pipeline_model_parallel_size": pipeline_ranks}
+    if pipeline_ranks > 1:
+        parallel[chunks], stages[0]["parallel"] = 2, {chunks: 1}
     return {
         "name": "fault injection",
         "output_dir": str(output),
@@ -113,7 +118,7 @@ def run_of(corpus: Path, output: Path, ranks: int) -> dict[str, Any]:
             "sequence_length": LENGTH,
         },
         "model": MODEL | {"num_hidden_layers": 4},
-        "parallel": {"zero_stage": 2},
+        "parallel": parallel,
         "batch": {"global_batch_size": BATCH * ranks, "micro_batch_size": 1},
         "optimizer": {"lr": 1e-2},
         "schedule": {"warmup_steps": 3},
