@@ -24,10 +24,13 @@ from megagrow.train.stage import Stage
 from tests.helpers.jobs import Hook, records
 from tests.helpers.run.grown_runs import (
     BASE_STEPS,
+    CONTEXT,
     DEEP,
     INTERVAL,
+    PIPELINE,
     STEPS,
     WORLD,
+    ZERO_2,
     ZERO_3_TP_2,
     always,
     finish,
@@ -163,22 +166,98 @@ def test_killed_at_the_worst_instants(tmp_path: Path, undisturbed: RunConfig) ->
     assert kept == {BASE_STEPS: "before growth", 24: None, STEPS: None}
 
 
-@pytest.mark.parametrize("step", [7, 19], ids=["before the growth", "after the growth"])
-def test_killed_and_resumed_in_another_layout(
-    tmp_path: Path, undisturbed: RunConfig, step: int
-) -> None:
-    reached = tmp_path / "reached"
-    job = start(grown_run(tmp_path), around_step(step, reached))
-    job.wait_for(reached.exists)
-    job.kill()
-    run = grown_run(tmp_path, ZERO_3_TP_2, micro_batch_size=4)
-    finish(start(run))
-    ((resumed,),) = records(run, "start", ["step"])[1:]
-    assert step - 2 * INTERVAL < resumed <= step + 2, "the newest may not have been whole yet"
-    for found, right in zip(history(run)["train"], history(undisturbed)["train"], strict=True):
+def assert_close(run: RunConfig, expected: RunConfig) -> None:
+    for found, right in zip(history(run)["train"], history(expected)["train"], strict=True):
         *counters, loss, lr, norm = found
         assert (*counters, lr) == (*right[:-3], right[-2])
         assert (loss, norm) == pytest.approx((right[-3], right[-1]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("step", "before", "after"),
+    [
+        (7, ZERO_2, ZERO_3_TP_2),
+        (7, CONTEXT, PIPELINE),
+        (19, PIPELINE, CONTEXT),
+        (19, ZERO_2, PIPELINE),
+    ],
+)
+def test_killed_and_resumed_in_another_layout(
+    tmp_path: Path,
+    undisturbed: RunConfig,
+    step: int,
+    before: dict[str, Any],
+    after: dict[str, Any],
+) -> None:
+    reached = tmp_path / "reached"
+    job = start(grown_run(tmp_path, before), around_step(step, reached))
+    job.wait_for(reached.exists)
+    job.kill()
+    run = grown_run(tmp_path, after, micro_batch_size=1 if after == PIPELINE else 4)
+    finish(start(run))
+    ((resumed,),) = records(run, "start", ["step"])[1:]
+    assert step - 2 * INTERVAL < resumed <= step + 2, "the newest may not have been whole yet"
+    assert_close(run, undisturbed)
+
+
+def within_schedule(step: int, reached: Path) -> Hook:
+    """Says when a step is in its third forward pass, which takes long enough for a signal."""
+
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        train_step = megagrow.train.loop.train_step
+
+        def stepping(stage: Stage, *arguments: Any) -> Any:
+            steps.append(None)
+            forward, passes = stage.engine.forward, []
+
+            def passing(*inputs: Any) -> Any:
+                passes.append(None)
+                if len(passes) == 3 and rank == 0:
+                    reached.touch()
+                    time.sleep(0.5)
+                return forward(*inputs)
+
+            if len(steps) == step:
+                patch.setattr(stage.engine, "forward", passing)
+            result = train_step(stage, *arguments)
+            patch.setattr(stage.engine, "forward", forward)
+            return result
+
+        steps: list[None] = []
+        patch.setattr(megagrow.train.loop, "train_step", stepping)
+
+    return hook
+
+
+def pipeline_run(folder: Path) -> RunConfig:
+    """Two pipeline ranks, with two chunks each after the growth."""
+    folder.mkdir()
+    interleaved = PIPELINE | {"virtual_pipeline_model_parallel_size": 2}
+    return grown_run(folder, PIPELINE, grown_parallel=interleaved)
+
+
+def test_a_pipeline_is_killed_and_stopped(tmp_path: Path, undisturbed: RunConfig) -> None:
+    whole, run = pipeline_run(tmp_path / "whole"), pipeline_run(tmp_path / "killed")
+    finish(start(whole))
+    assert_close(whole, undisturbed)
+    moved = ("bytes_between_ranks", "bytes_between_pipeline_ranks")
+    assert records(whole, "growth", moved) == [(0, 0)]
+    stepped, growing, passing = (tmp_path / name for name in ("stepped", "growing", "passing"))
+    growing.mkdir()
+    job = start(run, around_step(7, stepped))
+    job.wait_for(stepped.exists)
+    job.kill()
+    job = start(run, held_at(growth_event, "exchange", growing))
+    job.wait_for(partial(holds, growing, 1))
+    job.kill()
+    job = start(run, within_schedule(2, passing))
+    job.wait_for(passing.exists)
+    job.signal(signal.SIGTERM)
+    stopped = BASE_STEPS + 2
+    assert f"run test | stopped by SIGTERM | {stopped} steps | " in finish(job).out[0]
+    finish(start(run))
+    assert records(run, "start", ["step"])[-1] == (stopped,)
+    assert_same(run, whole)
 
 
 def masked_run(folder: Path) -> RunConfig:

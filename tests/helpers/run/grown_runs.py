@@ -17,6 +17,8 @@ BASE_STEPS, STEPS = 12, 26
 INTERVAL = 3
 ZERO_2 = {"zero_stage": 2}
 ZERO_3_TP_2 = {"zero_stage": 3, "tensor_model_parallel_size": 2}
+CONTEXT = {"zero_stage": 1, "context_parallel_size": 2}
+PIPELINE = {"zero_stage": 1, "pipeline_model_parallel_size": 2}
 DEEP = MODEL | {"num_hidden_layers": 4}
 
 
@@ -26,6 +28,7 @@ def grown_run(
     micro_batch_size: int = 1,
     model: dict[str, Any] = DEEP,
     growth: dict[str, Any] | None = None,
+    grown_parallel: dict[str, Any] | None = None,
 ) -> RunConfig:
     batch = {"global_batch_size": 4, "micro_batch_size": micro_batch_size}
     return make_run(
@@ -35,7 +38,7 @@ def grown_run(
             {
                 "model": model,
                 "tokens": (STEPS - BASE_STEPS) * STEP_TOKENS,
-                "parallel": parallel,
+                "parallel": grown_parallel or parallel,
                 "batch": batch,
                 "growth": growth or {"operator": "direct_depth"},
             },
