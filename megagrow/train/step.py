@@ -143,7 +143,7 @@ def _summed_losses(stage: Stage, batches: Sequence[Batch], masks: Masks | None) 
 
 def _pipeline(stage: Stage, batches: Sequence[Batch], trains: bool) -> PipelineRun:
     """Return the passes of all chunks for some micro-batches."""
-    return pipeline_run(stage.engine, *batches[0].input_ids.shape, len(batches), trains)
+    return pipeline_run(stage.engine, batches[0].input_ids, len(batches), trains)
 
 
 def _sum_over_replicas(values: torch.Tensor, topology: Topology) -> None:

@@ -13,20 +13,18 @@ from megagrow.parallel.pipeline.execution import PipelineRun
 from megagrow.parallel.pipeline.schedule import Pass, timeline
 
 
-def pipeline_run(
-    engine: ZeroEngine, sequences: int, length: int, micro_batches: int, trains: bool
-) -> PipelineRun:
+def pipeline_run(engine: ZeroEngine, ids: Tensor, micro_batches: int, trains: bool) -> PipelineRun:
     """Return the schedule of an engine for some micro-batches.
 
     Args:
         engine: the engine.
-        sequences: sequences of a micro-batch.
-        length: their length in tokens; with context parallelism the local one.
+        ids: token ids (B, S) of a micro-batch; all have this shape.
         micro_batches: number of micro-batches of this rank.
         trains: True with backward passes.
     """
     split, topology, settings = engine.split, engine.topology, engine.settings
     line = timeline(split.ranks, split.chunks_per_rank, micro_batches, trains)
+    sequences, length = ids.shape
     local = length // (topology.tp if settings.parallel.sequence_parallel else 1)
     shape = (sequences, local, settings.model.hidden_size)
     return PipelineRun(line, topology, shape, engine.hidden_dtype)
@@ -62,6 +60,6 @@ def forward_head(
             result.copy_(output)
         return output
 
-    pipeline_run(engine, *ids.shape, micro_batches=1, trains=False).execute(forward)
+    pipeline_run(engine, ids, micro_batches=1, trains=False).execute(forward)
     if topology.pp_group is not None:
         dist.broadcast(result, group=topology.pp_group, group_src=topology.pp - 1)
