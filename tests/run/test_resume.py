@@ -18,7 +18,6 @@ from megagrow.checkpoint.discovery import list_checkpoints, step_of
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.save import Save
 from megagrow.config.schema import RunConfig
-from megagrow.train.loop import StepDone
 from megagrow.train.reporting.run_logger import RunLogger
 from megagrow.train.stage import Stage
 from tests.helpers.jobs import Hook, records
@@ -29,13 +28,17 @@ from tests.helpers.run.grown_runs import (
     INTERVAL,
     PIPELINE,
     STEPS,
-    WORLD,
     ZERO_2,
     ZERO_3_TP_2,
     always,
+    around_step,
+    assert_close,
+    assert_same,
     finish,
     grown_run,
     held_at,
+    history,
+    holds,
     last_checkpoint,
     start,
 )
@@ -47,23 +50,6 @@ WIDE = {"hidden_size": 44, "num_key_value_heads": 4, "num_attention_heads": 8, "
 RAMP = {"operator": ["random_depth", "random_width"], "ramp_tokens": 10 * STEP_TOKENS}
 
 
-def history(run: RunConfig) -> dict[str, list[tuple[Any, ...]]]:
-    """All that was recorded and does not depend on the clock."""
-    counters = ("step", "tokens", "flops", "flops_true", "stage")
-    return {
-        "train": records(run, "train", (*counters, "loss", "lr", "grad_norm")),
-        "validation": records(run, "validation", (*counters, "loss")),
-        "growth": records(run, "growth", (*counters, "loss_before", "loss_after", "layers")),
-    }
-
-
-def assert_same(run: RunConfig, expected: RunConfig) -> None:
-    assert history(run) == history(expected)
-    found, right = last_checkpoint(run), last_checkpoint(expected)
-    assert len(right[0]) == WORLD
-    assert found == right
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     run = grown_run(tmp_path_factory.mktemp("undisturbed"))
@@ -72,25 +58,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     assert [step for step, *_ in seen["train"]] == list(range(1, STEPS + 1))
     assert [step for step, *_ in seen["growth"]] == [BASE_STEPS]
     return run
-
-
-def around_step(step: int, reached: Path) -> Hook:
-    """Says when a step is done, and holds the run two steps later if it is not killed by then."""
-
-    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
-        record = RunLogger.step
-
-        def step_done(self: RunLogger, event: StepDone) -> None:
-            record(self, event)
-            done = event.state.counters.step
-            if done >= step and rank == 0:
-                reached.touch()
-            if done >= step + 2:
-                time.sleep(3600)
-
-        patch.setattr(RunLogger, "step", step_done)
-
-    return hook
 
 
 def slowed_after(step: int, reached: Path) -> Hook:
@@ -125,10 +92,6 @@ def test_killed_at_ten_random_steps(tmp_path: Path, undisturbed: RunConfig) -> N
     finish(start(run))
     assert len(records(run, "start", ["step"])) == 11
     assert_same(run, undisturbed)
-
-
-def holds(folder: Path, files: int) -> bool:
-    return len(list(folder.iterdir())) == files
 
 
 def is_whole(path: Path, *_: Any) -> bool:
@@ -166,13 +129,6 @@ def test_killed_at_the_worst_instants(tmp_path: Path, undisturbed: RunConfig) ->
     assert kept == {BASE_STEPS: "before growth", 24: None, STEPS: None}
 
 
-def assert_close(run: RunConfig, expected: RunConfig) -> None:
-    for found, right in zip(history(run)["train"], history(expected)["train"], strict=True):
-        *counters, loss, lr, norm = found
-        assert (*counters, lr) == (*right[:-3], right[-2])
-        assert (loss, norm) == pytest.approx((right[-3], right[-1]), rel=1e-5)
-
-
 @pytest.mark.parametrize(
     ("step", "before", "after"),
     [
@@ -198,66 +154,6 @@ def test_killed_and_resumed_in_another_layout(
     ((resumed,),) = records(run, "start", ["step"])[1:]
     assert step - 2 * INTERVAL < resumed <= step + 2, "the newest may not have been whole yet"
     assert_close(run, undisturbed)
-
-
-def within_schedule(step: int, reached: Path) -> Hook:
-    """Says when a step is in its third forward pass, which takes long enough for a signal."""
-
-    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
-        train_step = megagrow.train.loop.train_step
-
-        def stepping(stage: Stage, *arguments: Any) -> Any:
-            steps.append(None)
-            forward, passes = stage.engine.forward, []
-
-            def passing(*inputs: Any) -> Any:
-                passes.append(None)
-                if len(passes) == 3 and rank == 0:
-                    reached.touch()
-                    time.sleep(0.5)
-                return forward(*inputs)
-
-            if len(steps) == step:
-                patch.setattr(stage.engine, "forward", passing)
-            result = train_step(stage, *arguments)
-            patch.setattr(stage.engine, "forward", forward)
-            return result
-
-        steps: list[None] = []
-        patch.setattr(megagrow.train.loop, "train_step", stepping)
-
-    return hook
-
-
-def pipeline_run(folder: Path) -> RunConfig:
-    """Two pipeline ranks, with two chunks each after the growth."""
-    folder.mkdir()
-    interleaved = PIPELINE | {"virtual_pipeline_model_parallel_size": 2}
-    return grown_run(folder, PIPELINE, grown_parallel=interleaved)
-
-
-def test_a_pipeline_is_killed_and_stopped(tmp_path: Path, undisturbed: RunConfig) -> None:
-    whole, run = pipeline_run(tmp_path / "whole"), pipeline_run(tmp_path / "killed")
-    finish(start(whole))
-    assert_close(whole, undisturbed)
-    moved = ("bytes_between_ranks", "bytes_between_pipeline_ranks")
-    assert records(whole, "growth", moved) == [(0, 0)]
-    stepped, growing, passing = (tmp_path / name for name in ("stepped", "growing", "passing"))
-    growing.mkdir()
-    job = start(run, around_step(7, stepped))
-    job.wait_for(stepped.exists)
-    job.kill()
-    job = start(run, held_at(growth_event, "exchange", growing))
-    job.wait_for(partial(holds, growing, 1))
-    job.kill()
-    job = start(run, within_schedule(2, passing))
-    job.wait_for(passing.exists)
-    job.signal(signal.SIGTERM)
-    stopped = BASE_STEPS + 2
-    assert f"run test | stopped by SIGTERM | {stopped} steps | " in finish(job).out[0]
-    finish(start(run))
-    assert records(run, "start", ["step"])[-1] == (stopped,)
-    assert_same(run, whole)
 
 
 def masked_run(folder: Path) -> RunConfig:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from megagrow.config.schema import RunConfig
-from tests.helpers.jobs import Finished, Hook, Job, train, write_run
+from megagrow.train.loop import StepDone
+from megagrow.train.reporting.run_logger import RunLogger
+from tests.helpers.jobs import Finished, Hook, Job, records, train, write_run
 from tests.helpers.runs import MODEL, STEP_TOKENS, make_run
 
 WORLD = 2
@@ -93,3 +95,50 @@ def held_at(place: Any, name: str, reached: Path, when: Callable[..., bool] = al
         patch.setattr(place, name, held)
 
     return hook
+
+
+def holds(folder: Path, files: int) -> bool:
+    return len(list(folder.iterdir())) == files
+
+
+def around_step(step: int, reached: Path) -> Hook:
+    """Says when a step is done, and holds the run two steps later if it is not killed by then."""
+
+    def hook(rank: int, patch: pytest.MonkeyPatch) -> None:
+        record = RunLogger.step
+
+        def step_done(self: RunLogger, event: StepDone) -> None:
+            record(self, event)
+            done = event.state.counters.step
+            if done >= step and rank == 0:
+                reached.touch()
+            if done >= step + 2:
+                time.sleep(3600)
+
+        patch.setattr(RunLogger, "step", step_done)
+
+    return hook
+
+
+def history(run: RunConfig) -> dict[str, list[tuple[Any, ...]]]:
+    """All that was recorded and does not depend on the clock."""
+    counters = ("step", "tokens", "flops", "flops_true", "stage")
+    return {
+        "train": records(run, "train", (*counters, "loss", "lr", "grad_norm")),
+        "validation": records(run, "validation", (*counters, "loss")),
+        "growth": records(run, "growth", (*counters, "loss_before", "loss_after", "layers")),
+    }
+
+
+def assert_same(run: RunConfig, expected: RunConfig) -> None:
+    assert history(run) == history(expected)
+    found, right = last_checkpoint(run), last_checkpoint(expected)
+    assert len(right[0]) == WORLD
+    assert found == right
+
+
+def assert_close(run: RunConfig, expected: RunConfig) -> None:
+    for found, right in zip(history(run)["train"], history(expected)["train"], strict=True):
+        *counters, loss, lr, norm = found
+        assert (*counters, lr) == (*right[:-3], right[-2])
+        assert (loss, norm) == pytest.approx((right[-3], right[-1]), rel=1e-5)
