@@ -89,15 +89,19 @@ class ParallelConfig(Section):
         """Return the ranks over which ZeRO shards the state: data x context parallel."""
         return self.data_parallel_size(world_size) * self.context_parallel_size
 
+    def layout_sizes(self, world_size: int) -> dict[str, int]:
+        """Return ZeRO stage and parallel sizes by the names of `format_layout`."""
+        return {
+            "zero_stage": self.zero_stage,
+            "dp": self.data_parallel_size(world_size),
+            "tp": self.tensor_model_parallel_size,
+            "cp": self.context_parallel_size,
+            "pp": self.pipeline_model_parallel_size,
+        }
+
     def layout_text(self, world_size: int) -> str:
         """Return `format_layout` of these settings."""
-        return format_layout(
-            self.zero_stage,
-            self.data_parallel_size(world_size),
-            self.tensor_model_parallel_size,
-            self.context_parallel_size,
-            self.pipeline_model_parallel_size,
-        )
+        return format_layout(**self.layout_sizes(world_size))
 
     @property
     def communication_bytes(self) -> int:

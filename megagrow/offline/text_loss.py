@@ -15,7 +15,7 @@ from megagrow.common.sizes import format_bytes
 from megagrow.config.schema import ModelConfig
 from megagrow.errors import ConfigError, DataError
 from megagrow.model.decoder import CausalLM
-from megagrow.model.layers.base import MicroBatch
+from megagrow.model.layers.costs import MicroBatch
 from megagrow.model.layers.table import (
     EMBEDDING_MODULE,
     HEAD_MODULE,

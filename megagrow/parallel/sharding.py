@@ -176,6 +176,15 @@ class Partition:
         begin = min(max(dp_rank * share - offset, 0), numel)
         return range(begin, max(begin, min((dp_rank + 1) * share - offset, numel)))
 
+    def numel_on(self, rank: int) -> int:
+        """Return the elements that a rank holds of all parameters, without padding."""
+        return sum(len(self.interval(name, rank)) for name in self.plan)
+
+    def state_bytes(self, rank: int) -> int:
+        """Return the bytes of fp32 weights and optimizer state on a rank, without padding."""
+        specs = self.plan.items()
+        return sum(4 * len(spec.kinds) * len(self.interval(name, rank)) for name, spec in specs)
+
     def placed(self, name: str) -> tuple[int, int]:
         """Return (offset of the slice in the partitioned tensor, shard size); ZeRO 1, 2 and 3."""
         if self.zero_stage < 3:

@@ -20,7 +20,7 @@ class Card:
     """Datasheet figures, in addition to FLOP/s, that determine the time of a step."""
 
     family: str
-    """Key of the measured efficiencies in `step_rates`."""
+    """Key of the measured efficiencies in `step.rates`."""
     processors: int
     """Streaming multiprocessors."""
     hbm: float

@@ -3,17 +3,19 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from megagrow.common.sizes import format_duration, format_in, format_short
-from megagrow.config.stage import format_layout
 from megagrow.planning.layouts import FittingLayout
 from megagrow.planning.memory_fit import USABLE
 from megagrow.planning.prediction import RunPrediction, StagePrediction
-from megagrow.planning.step_time import StepTime
+from megagrow.planning.step.timing import StepTime
 
 PARTS = {
     "matrix products": "matmul",
     "attention": "attention",
     "norms, activations, loss (memory-bound)": "memory_bound",
     "tensor-parallel collectives": "tensor_parallel",
+    "context-parallel collectives": "context_parallel",
+    "pipeline transfers": "pipeline_transfers",
+    "pipeline bubble": "pipeline_bubble",
     "ZeRO, exposed": "zero_exposed",
     "ZeRO, cost of the overlapped part": "hidden_cost",
     "optimizer": "optimizer",
@@ -75,8 +77,7 @@ def layout_line(layouts: Sequence[Sequence[FittingLayout]]) -> str:
 
 def _layout(each: FittingLayout) -> str:
     parallel = each.stage.parallel
-    tp = parallel.tensor_model_parallel_size
-    name = format_layout(parallel.zero_stage, each.step.work.dp, tp)
+    name = parallel.layout_text(each.step.work.gpus)
     setting = parallel.activation_checkpointing
     checkpointing = setting if setting == "none" else f"{setting} checkpointing"
     return f"{name}, {checkpointing}, micro-batch {each.step.work.micro_batch}"

@@ -17,7 +17,7 @@ from megagrow.checkpoint.discovery import last_valid, list_checkpoints
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.config.differences import ConfigChange
 from megagrow.config.parallel_rules import world_problems
-from megagrow.config.schema import RunConfig
+from megagrow.config.schema import ParallelConfig, RunConfig
 from megagrow.data.corpus_identity import Contents
 from megagrow.errors import ConfigError, InputError
 from megagrow.evaluation.evaluator import require_lm_eval, require_transformers
@@ -30,6 +30,7 @@ from megagrow.planning.memory import StageMemory
 from megagrow.planning.memory_fit import fit_micro_batches
 from megagrow.planning.simulated import SimulatedStage, simulate_growing_run
 from megagrow.planning.traffic import Traffic, step_traffic
+from megagrow.reshard.layout import Layout
 from megagrow.reshard.traffic import Volume, rank_volume
 from megagrow.train.config_changes import (
     changes_since_source,
@@ -65,7 +66,7 @@ class RankStage:
     weights_bytes: int
     """Bytes of forward weights; under ZeRO-3 of the rank's partition."""
     memory: StageMemory
-    """Planned memory of the rank with the largest share."""
+    """Planned memory of the rank's pipeline rank, for the largest share of each part."""
     traffic: tuple[Traffic, ...]
 
     @property
@@ -219,10 +220,7 @@ def _nearest_existing(path: Path) -> Path:
 def _stage(run: RunConfig, index: int, world_size: int, rank: int) -> RankStage:
     config, bf16 = run.stages[index], run.precision != "fp32"
     layout = stage_layout(run, index, world_size)
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dp_group = dist.ProcessGroup(store, rank // layout.tp, layout.dp)
-    tp_group = dist.ProcessGroup(store, rank % layout.tp, layout.tp)
-    topology = Topology(rank, layout.dp, layout.tp, dp_group, tp_group, torch.device("meta"))
+    topology = _topology(config.parallel, layout, rank)
     settings = EngineSettings(config.model, config.parallel, config.batch, config.optimizer, bf16)
     low = bf16 and layout.zero_stage > 0
     dtype = torch.bfloat16 if low else torch.float32
@@ -230,14 +228,33 @@ def _stage(run: RunConfig, index: int, world_size: int, rank: int) -> RankStage:
     shares: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     weights = 0
     for name, parameter in model.named_parameters():
-        held = len(layout.interval(name, rank))
+        held = len(layout.interval(name, rank)) if name in layout.plan else 0  # a tied head
         numel = held if layout.zero_stage == 3 else parameter.numel()
         weights += numel * parameter.element_size()
         key = (_LAYER.sub(".layers.*.", name), tuple(parameter.shape))
         shares.setdefault(key, []).append(held)
     parameters = tuple(ParameterShare(*key, len(each), sum(each)) for key, each in shares.items())
-    memory = StageMemory(config, layout, bf16)
+    memory = StageMemory(config, layout, bf16).at_rank(rank)
     return RankStage(rank, parameters, weights, memory, tuple(step_traffic(memory)))
+
+
+def _topology(parallel: ParallelConfig, layout: Layout, rank: int) -> Topology:
+    """Return the grid of a rank, with process groups that cannot communicate."""
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    cp, pp = parallel.context_parallel_size, parallel.pipeline_model_parallel_size
+    dp_rank, tp_rank = rank // layout.tp % layout.dp, rank % layout.tp
+    return Topology(
+        rank,
+        layout.dp,
+        layout.tp,
+        dist.ProcessGroup(store, dp_rank, layout.dp),
+        dist.ProcessGroup(store, tp_rank, layout.tp),
+        torch.device("meta"),
+        cp,
+        pp,
+        dist.ProcessGroup(store, dp_rank % cp, cp) if cp > 1 else None,
+        dist.ProcessGroup(store, rank // (layout.dp * layout.tp), pp) if pp > 1 else None,
+    )
 
 
 def _growths(run: RunConfig, world_size: int, rank: int) -> Iterator[RankGrowth]:

@@ -27,9 +27,7 @@ def print_dry_run(result: DryRun, console: Console) -> None:
     run, rank = result.run, result.rank
     print_lines(console, [f"{run.name}: dry run of rank {rank} of {result.world_size}"])
     for index, stage in enumerate(result.stages):
-        layout = stage.memory.layout
-        place = f"DP rank {rank // layout.tp} of {layout.dp}, TP rank {rank % layout.tp} of "
-        title = f"Stage {index}: ZeRO {layout.zero_stage}, {place}{layout.tp}"
+        title = f"Stage {index}: ZeRO {stage.memory.layout.zero_stage}, {_place(stage)}"
         print_table(console, PARAMETER_COLUMNS, _parameter_rows(stage), title=title)
         columns = ("", f"stage {index}")
         print_table(console, columns, _memory_rows(stage), title="Memory, GiB")
@@ -43,6 +41,17 @@ def print_dry_run(result: DryRun, console: Console) -> None:
     print_lines(console, _disagreements(result.simulated))
     print_lines(console, (f"Note: {note}" for note in result.notes))
     print_lines(console, (f"Problem: {problem}" for problem in result.problems))
+
+
+def _place(stage: RankStage) -> str:
+    """Return the coordinates of the rank, without context and pipeline ranks if there is one."""
+    sizes = stage.memory.stage.parallel.layout_sizes(stage.memory.layout.world_size)
+    outer, place = stage.rank, []
+    for name, always in (("tp", True), ("cp", False), ("dp", True), ("pp", False)):
+        outer, own = divmod(outer, sizes[name])
+        if always or sizes[name] > 1:
+            place.append(f"{name.upper()} rank {own} of {sizes[name]}")
+    return ", ".join(place[::-1])
 
 
 def _parameter_rows(stage: RankStage) -> Iterable[Sequence[str]]:

@@ -12,7 +12,7 @@ from megagrow.planning.cluster import Cluster
 from megagrow.planning.memory import stage_memory
 from megagrow.planning.memory_fit import USABLE, on_gpu
 from megagrow.planning.prediction import stage_work
-from megagrow.planning.step_time import StepTime, step_time
+from megagrow.planning.step.timing import StepTime, step_time
 
 MOST_SEQUENCES = 64
 """Maximum sequences per micro-batch; more do not speed up matrix products."""

@@ -1,4 +1,4 @@
-"""Memory of a rank of a stage, from the layout and estimates.
+"""Memory of a pipeline rank of a stage, from the layout and estimates.
 
 State and weights follow from the layout of the stage. Gradients are the allocations of
 `parallel.replicated` under ZeRO 0 and `parallel.flat_gradients` under ZeRO 1 and 2, else those of
@@ -8,15 +8,16 @@ reached at the loss (`at_loss`) or at its end (`at_end`).
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megagrow.config.deepspeed import DeepSpeedConfig, DeepSpeedZeroConfig
 from megagrow.config.schema import StageConfig
 from megagrow.model.layers.base import READS_RESIDUAL
+from megagrow.model.layers.table import EMBEDDING
 from megagrow.parallel.engine_config import GATHER_BYTES, reduce_bucket
+from megagrow.parallel.sharding import Partition
 from megagrow.planning.activations import Activations
-from megagrow.reshard.exchange import BUCKET_BYTES
 from megagrow.reshard.layout import Layout, layout_of
 
 
@@ -27,17 +28,36 @@ def zero3_options(stage: StageConfig) -> DeepSpeedZeroConfig:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Memory of a stage in bytes, for the rank with the largest share of each part."""
+    """Memory of one pipeline rank of a stage in bytes.
+
+    Each part is that of the rank with the largest share, among the data-, context- and
+    tensor-parallel ranks of the pipeline rank.
+    """
 
     stage: StageConfig
     layout: Layout
     bf16: bool
     on_cpu: bool = False
+    pp_rank: int = 0
+
+    @cached_property
+    def pipeline_ranks(self) -> "tuple[StageMemory, ...]":
+        """Memory of every pipeline rank."""
+        return tuple(replace(self, pp_rank=rank) for rank in range(self.layout.pp))
+
+    def at_rank(self, rank: int) -> "StageMemory":
+        """Return the memory of the pipeline rank to which a rank belongs."""
+        return self.pipeline_ranks[rank // (self.layout.dp * self.layout.tp)]
+
+    @cached_property
+    def part(self) -> Partition:
+        """Partition of the parameters of the pipeline rank over its ranks."""
+        return self.layout.on_pipeline_rank(self.pp_rank)
 
     @property
     def state(self) -> int:
         """Bytes of fp32 master weights and optimizer state."""
-        return max(self._state)
+        return max(size for _, size in self._shares)
 
     @property
     def weights(self) -> int:
@@ -49,11 +69,14 @@ class StageMemory:
         data-parallel ranks of ZeRO 1 and 2 map the same weights (`parallel.materialize`): they
         count in the resident memory of each rank, but the host holds one copy per slice.
         """
+        autocast = self._width if self._zero == 0 and self.bf16 else 0
+        copy = self._copy_bytes + autocast * self._tied_copy
         size = self.stage.parallel.zero_hpz_partition_size
         secondary = self._width * self._slice // size if size > 1 else 0
         if self._masters_compute:
-            return secondary
-        return self._width * (self._most if self._zero == 3 else self._slice) + secondary
+            return secondary + copy
+        held = self._most if self._zero == 3 else self._slice
+        return self._width * held + secondary + copy
 
     @property
     def gathered(self) -> int:
@@ -66,8 +89,9 @@ class StageMemory:
 
     @property
     def gradients(self) -> int:
-        """Bytes of the fp32 gradients: of the slice, or from ZeRO 2 on of this rank's share."""
-        return 4 * (self._slice if self._zero < 2 else self._most)
+        """Bytes of the fp32 gradients: of the slice, or from ZeRO 2 on of this rank's share, and of
+        the copy of a tied head (`parallel.pipeline.tied_head`)."""
+        return 4 * ((self._slice if self._zero < 2 else self._most) + self._tied_copy)
 
     @property
     def buckets(self) -> int:
@@ -84,7 +108,7 @@ class StageMemory:
         if self._zero == 3:
             return self._communicated * (2 + self.on_cpu) * self._bucket
         together: Counter[str] = Counter()
-        for name, spec in self.layout.plan.items():
+        for name, spec in self.part.plan.items():
             if not spec.is_vector:
                 block = name.rsplit(".", 2)[0] if spec.col_role == READS_RESIDUAL else name
                 together[block] += spec.slice_numel(self.layout.tp)
@@ -94,27 +118,29 @@ class StageMemory:
     def gradients_kept(self) -> int:
         """Bytes of gradients and buckets that exist during the forward pass of a micro-batch."""
         if self._zero == 0:
-            return self.gradients if self._accumulates else 0
+            return self.gradients if self._accumulates else 4 * self._tied_copy
         bucket = self._communicated * self._bucket if self._zero == 3 else self._staged
         return self.gradients + bucket
 
     def activations(self, checkpointing: str | None = None) -> int:
-        """Return the bytes kept for the backward pass, by default with the stage's settings."""
-        return self._parts.at_loss(checkpointing or self.stage.parallel.activation_checkpointing)
+        """Return the bytes kept for backward passes, by default with the stage's settings."""
+        return self._parts.kept(checkpointing or self.stage.parallel.activation_checkpointing)
 
     @property
     def logits(self) -> int:
         """Bytes of head and loss: logits and temporaries of the loss.
 
-        With `linear_cross_entropy`, one chunk of them and the gradients.
+        With `linear_cross_entropy`, one chunk of them and the gradients. Only the last pipeline
+        rank has them.
         """
         return self._parts.logits
 
     @property
     def at_loss(self) -> int:
-        """Total bytes when the loss is computed, when activations peak."""
+        """Total bytes when activations peak: at the loss, or on other pipeline ranks with the most
+        micro-batches in flight."""
         kept = self.state + self.weights + self.gathered + self.gradients_kept
-        return kept + self.activations() + self.logits
+        return kept + self._parts.at_loss(self.stage.parallel.activation_checkpointing)
 
     @property
     def at_end(self) -> int:
@@ -122,13 +148,15 @@ class StageMemory:
 
         At the end of the backward pass gradients are reduced, the activations of the first layer
         remain, and ZeRO 3 has released gathered weights. After the update, ZeRO 1 and 2 gather the
-        forward weights, which takes a copy on CPUs of several hosts.
+        forward weights, which takes a copy on CPUs of several hosts. The first pipeline rank
+        receives the gradient of a tied head.
         """
         gathered = 0
         if self._zero in (1, 2) and self.on_cpu and self.layout.dp > 1:
             gathered = min(GATHER_BYTES, self._width * self._slice)
-        reduction = self.buckets + self._parts.largest_layer
-        return self.state + self.weights + self.gradients + max(reduction, gathered)
+        reduction = self.buckets + self._parts.at_end
+        received = 4 * self._tied_slice if self.pp_rank == 0 else 0
+        return self.state + self.weights + self.gradients + max(reduction, gathered, received)
 
     @property
     def parts(self) -> dict[str, int]:
@@ -158,54 +186,63 @@ class StageMemory:
 
         These are state, forward weights, and the gradients that ZeRO 3 allocates at construction.
         """
-        held = self.held(rank)
-        weights, gradients = self._width * self._slice, 0
+        memory, held = self.at_rank(rank), self.held(rank)
+        weights, gradients = memory._width * memory._slice, 4 * memory._tied_copy
         if self._zero == 0:
             weights = 0
         elif self._zero == 3:
             weights, gradients = 0 if self._masters_compute else self._width * held, 4 * held
-        return self.state_of(rank) + weights + gradients
+        return self.state_of(rank) + weights + memory._copy_bytes + gradients
 
     def held(self, rank: int) -> int:
         """Return the elements of optimizer state on a rank, without padding."""
-        return self._held[rank // self.layout.tp]
+        return self._share_of(rank)[0]
 
     def state_of(self, rank: int) -> int:
         """Return the bytes of fp32 weights and optimizer state on a rank, without padding."""
-        return self._state[rank // self.layout.tp]
+        return self._share_of(rank)[1]
 
     @property
     def fullest_rank(self) -> int:
-        """First rank with the largest share of the optimizer state."""
-        return self._held.index(self._most) * self.layout.tp
+        """First rank of the pipeline rank with the largest share of the optimizer state."""
+        dp_rank = next(i for i, (numel, _) in enumerate(self._shares) if numel == self._most)
+        return (self.pp_rank * self.layout.dp + dp_rank) * self.layout.tp
+
+    def _share_of(self, rank: int) -> tuple[int, int]:
+        return self.at_rank(rank)._shares[rank // self.layout.tp % self.layout.dp]
 
     @cached_property
-    def _held(self) -> list[int]:
-        """Elements on the first of each group of tensor-parallel ranks; equal on all of them."""
-        return [
-            sum(len(self.layout.interval(name, rank)) for name in self.layout.plan)
-            for rank in range(0, self.layout.world_size, self.layout.tp)
-        ]
+    def _shares(self) -> list[tuple[int, int]]:
+        """Elements and bytes of the optimizer state by data-parallel rank; equal on all
+        tensor-parallel ranks."""
+        ranks = range(0, self.part.world_size, self.layout.tp)
+        return [(self.part.numel_on(rank), self.part.state_bytes(rank)) for rank in ranks]
 
     @cached_property
-    def _state(self) -> list[int]:
-        """Bytes of state of these ranks."""
-        return [
-            sum(
-                4 * len(spec.kinds) * len(self.layout.interval(name, rank))
-                for name, spec in self.layout.plan.items()
-            )
-            for rank in range(0, self.layout.world_size, self.layout.tp)
-        ]
-
-    @property
     def _most(self) -> int:
-        return max(self._held)
+        return max(numel for numel, _ in self._shares)
 
     @cached_property
     def _slice(self) -> int:
-        """Elements of the model on one tensor-parallel rank."""
-        return sum(spec.slice_numel(self.layout.tp) for spec in self.layout.plan.values())
+        """Elements of the pipeline rank's parameters on one tensor-parallel rank."""
+        return sum(spec.slice_numel(self.layout.tp) for spec in self.part.plan.values())
+
+    @property
+    def _tied_slice(self) -> int:
+        """Elements of the embedding on one tensor-parallel rank, if the head on another pipeline
+        rank has a copy of it; else 0."""
+        copied = self.stage.model.tie_word_embeddings and self.layout.pp > 1
+        return self.layout.plan[EMBEDDING.name].slice_numel(self.layout.tp) if copied else 0
+
+    @property
+    def _tied_copy(self) -> int:
+        """Elements of the copy of the embedding on the last pipeline rank; else 0."""
+        return self._tied_slice if self.pp_rank == self.layout.pp - 1 else 0
+
+    @property
+    def _copy_bytes(self) -> int:
+        """Bytes of the forward weights of the copy; under ZeRO 0 they are fp32."""
+        return self._tied_copy * (4 if self._zero == 0 else self._width)
 
     @property
     def _zero(self) -> int:
@@ -229,7 +266,7 @@ class StageMemory:
     @property
     def _bucket(self) -> int:
         """Elements of gradients reduced at a time."""
-        return reduce_bucket(self.layout.plan, self.layout.tp, self._zero)
+        return reduce_bucket(self.part.plan, self.layout.tp, self._zero)
 
     @property
     def _staged(self) -> int:
@@ -239,12 +276,13 @@ class StageMemory:
 
     @property
     def _accumulates(self) -> bool:
+        replicas = self.layout.dp // self.stage.parallel.context_parallel_size
         batch = self.stage.batch
-        return batch.global_batch_size > batch.micro_batch_size * self.layout.dp
+        return batch.global_batch_size > batch.micro_batch_size * replicas
 
     @cached_property
     def _parts(self) -> Activations:
-        return Activations(self.stage, self.layout, self.bf16, self.on_cpu)
+        return Activations(self.stage, self.layout, self.bf16, self.on_cpu, self.pp_rank)
 
 
 def stage_memory(
@@ -252,17 +290,8 @@ def stage_memory(
 ) -> StageMemory:
     """Return the memory of a stage on `world_size` ranks, which must be valid for its settings.
 
-    `on_cpu`: ranks without a GPU.
+    It is that of the pipeline rank with the highest peak. `on_cpu`: ranks without a GPU.
     """
     # Scales of an exact continuation split groups; shards then differ by a few padding elements.
-    return StageMemory(stage, layout_of(stage, world_size, {}), bf16, on_cpu)
-
-
-def growth_peak(source: StageMemory, target: StageMemory) -> int:
-    """Return the peak bytes of a growth over ranks: source shard, target shard and one bucket.
-
-    The additional parameter that dense operators hold is not included.
-    """
-    ranks = range(target.layout.world_size)
-    shares = (source.state_of(rank) + target.share(rank) for rank in ranks)
-    return max(shares) + BUCKET_BYTES
+    first = StageMemory(stage, layout_of(stage, world_size, {}), bf16, on_cpu)
+    return max(first.pipeline_ranks, key=lambda memory: memory.training)

@@ -19,6 +19,7 @@ from megagrow.config.schema import RunConfig, StageConfig
 from megagrow.errors import ConfigError
 from megagrow.model.backends import uses_bf16
 from megagrow.planning.memory import StageMemory, stage_memory
+from megagrow.reshard.exchange import BUCKET_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,16 @@ class RunPeak:
     rank: int | None
     """First rank with the largest share; None if the growth at the start of the stage is the
     peak."""
+
+
+def growth_peak(source: StageMemory, target: StageMemory) -> int:
+    """Return the peak bytes of a growth over ranks: source shard, target shard and one bucket.
+
+    The additional parameter that dense operators hold is not included.
+    """
+    ranks = range(target.layout.world_size)
+    shares = (source.state_of(rank) + target.share(rank) for rank in ranks)
+    return max(shares) + BUCKET_BYTES
 
 
 def run_peak(memories: Sequence[StageMemory], growths: Sequence[int | None]) -> RunPeak:
@@ -109,9 +120,18 @@ def remedies(memory: StageMemory) -> Iterator[str]:
             yield "a smaller micro_batch_size"
         if not stage.kernels.linear_cross_entropy:
             yield "kernels.linear_cross_entropy"
-    if layout.zero_stage < 3 and layout.dp > 1:
-        yield f"zero_stage: {layout.zero_stage + 1} or higher"
-    yield "a larger tensor_model_parallel_size" if layout.dp > 1 else "more ranks"
+    most = 2 if stage.parallel.is_pipeline else 3
+    if layout.zero_stage < most and layout.dp > 1:
+        yield f"zero_stage: {layout.zero_stage + 1}" + " or higher" * (layout.zero_stage + 1 < most)
+    if layout.dp == stage.parallel.context_parallel_size:
+        yield "more ranks"
+        return
+    yield "a larger tensor_model_parallel_size"
+    part, _ = largest_part(memory)
+    if part == "activations" and stage.batch.micro_batch_size == 1:
+        yield "a larger context_parallel_size"
+    elif part not in ("activations", "logits") and layout.zero_stage < 3:
+        yield "a larger pipeline_model_parallel_size"
 
 
 def _of(size: int, capacity: int) -> str:
@@ -155,9 +175,10 @@ def _fitted(
     if capacity is None:
         raise ConfigError(f"{key} needs the memory of a GPU; pass --gpu, or set a number")
     memory = stage_memory(stage, world_size, bf16, on_cpu)
-    for size in _micro_batches(stage, memory.layout.dp):
+    for size in _micro_batches(stage, stage.parallel.data_parallel_size(world_size)):
         batch = stage.batch.model_copy(update={"micro_batch_size": size})
-        memory = replace(memory, stage=stage.model_copy(update={"batch": batch}))
+        sized = replace(memory, stage=stage.model_copy(update={"batch": batch}))
+        memory = max(sized.pipeline_ranks, key=lambda each: each.training)
         needed = memory.training if on_cpu else on_gpu(memory)
         if needed <= USABLE * capacity:
             of = _of(needed, capacity)

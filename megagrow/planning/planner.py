@@ -27,10 +27,11 @@ from megagrow.model.layers.flops import (
     paper_flops_per_token,
     parameters,
 )
-from megagrow.planning.memory import StageMemory, growth_peak, stage_memory
+from megagrow.planning.memory import StageMemory, stage_memory
 from megagrow.planning.memory_fit import (
     RunPeak,
     fit_micro_batches,
+    growth_peak,
     memory_warnings,
     run_peak,
 )

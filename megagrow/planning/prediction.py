@@ -8,10 +8,10 @@ from megagrow.parallel.sharding import ADAMW_KINDS
 from megagrow.planning.cluster import Cluster
 from megagrow.planning.costs import Pace
 from megagrow.planning.planner import RunPlan, StagePlan
-from megagrow.planning.step_rates import GROWTH_SECONDS, HBM_SHARE, NIC_SHARE, NVLINK_SHARE
-from megagrow.planning.step_time import WIDTH, StepTime, step_time
-from megagrow.planning.step_workload import StepWorkload, step_workload
-from megagrow.planning.traffic import data_group
+from megagrow.planning.step.groups import strided_group
+from megagrow.planning.step.rates import GROWTH_SECONDS, HBM_SHARE, NIC_SHARE, NVLINK_SHARE
+from megagrow.planning.step.timing import StepTime, step_time
+from megagrow.planning.step.workload import WIDTH, StepWorkload, step_workload
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def growth_seconds(work: StepWorkload, cluster: Cluster) -> float:
     nodes; then the forward weights are gathered if each rank holds all of them. The checkpoint
     before the growth is not included.
     """
-    held = work.rank_parameters / (work.dp if work.zero_stage else 1)
+    held = work.rank_parameters / (work.partition if work.zero_stage else 1)
     card = cluster.card
     rate = card.hbm * HBM_SHARE / 2  # one GPU reads and writes
     if cluster.nodes > 1:
@@ -97,5 +97,6 @@ def growth_seconds(work: StepWorkload, cluster: Cluster) -> float:
     moved = 4 * len(ADAMW_KINDS) * held / rate
     gathered = 0.0
     if work.zero_stage in (1, 2):
-        gathered = data_group(cluster, work.dp, work.tp).one_way(WIDTH * work.rank_parameters)
+        group = strided_group(cluster, work.partition, work.tp)
+        gathered = group.one_way(WIDTH * work.rank_parameters)
     return GROWTH_SECONDS + moved + gathered

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from megagrow.config.schema import ModelConfig
 from megagrow.model.layers.attention import ATTENTION
-from megagrow.model.layers.base import RowElements
+from megagrow.model.layers.costs import RowElements
 from megagrow.model.layers.mlp import FFN, MLP
 from megagrow.planning.cluster import Cluster, ClusterFile, make_cluster
-from megagrow.planning.step_time import StepTime, step_time
-from megagrow.planning.step_workload import Shape, StepWorkload, shape_of
+from megagrow.planning.step.timing import StepTime, step_time
+from megagrow.planning.step.workload import Shape, StepWorkload, shape_of
 
 RowUse = Literal["set", "held out", "fresh"]
 """`set`: constants were set from the row; `held out`: not used for constants, but seen before they

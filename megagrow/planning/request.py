@@ -176,7 +176,7 @@ def plan_document(result: PlanResult) -> dict[str, Any]:
 
 
 def _stage_values(result: PlanResult, index: int) -> dict[str, Any]:
-    stage, layout = result.plan.stages[index], result.plan.stages[index].memory.layout
+    stage, world = result.plan.stages[index], result.plan.world_size
     costs, prediction = result.costs, result.prediction
     layouts = result.layouts[index] if result.layouts else ()
     return {
@@ -191,7 +191,7 @@ def _stage_values(result: PlanResult, index: int) -> dict[str, Any]:
         "flops_true": float(stage.flops_true),
         "lr": stage.optimizer.lr,
         "min_lr": stage.optimizer.min_lr,
-        "layout": {"zero_stage": layout.zero_stage, "dp": layout.dp, "tp": layout.tp},
+        "layout": stage.config.parallel.layout_sizes(world),
         "memory_bytes": stage.memory.parts,
         "growth": None if stage.growth is None else _growth_values(stage.growth),
         "cost": None if costs is None else _cost_values(costs.stages[index]),
@@ -232,9 +232,8 @@ def _prediction_values(stage: StagePrediction) -> dict[str, Any]:
 def _layout_values(each: FittingLayout) -> dict[str, Any]:
     parallel = each.stage.parallel
     return {
-        "zero_stage": parallel.zero_stage,
-        "dp": each.step.work.dp,
-        "tp": parallel.tensor_model_parallel_size,
+        **parallel.layout_sizes(each.step.work.gpus),
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
         "activation_checkpointing": parallel.activation_checkpointing,
         "micro_batch_size": each.step.work.micro_batch,
         "tokens_per_second": each.step.tokens_per_gpu * each.step.work.gpus,

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 from megagrow.config.schema import RunConfig
 from megagrow.growth.operators import is_learned
-from megagrow.planning.memory import StageMemory, growth_peak, stage_memory
-from megagrow.planning.memory_fit import on_gpu
+from megagrow.planning.memory import StageMemory, stage_memory
+from megagrow.planning.memory_fit import growth_peak, on_gpu
 from megagrow.planning.traffic import step_traffic
 from megagrow.simulation.isolated import isolated
 from megagrow.simulation.rank import TRAINING, Actions, shortened, simulate_rank

@@ -8,7 +8,7 @@ from megagrow.common.sizes import format_bytes, format_in, format_short
 from megagrow.common.tables import print_lines, print_table
 from megagrow.config.growth_guidelines import SPEEDUPS, TOKENS_OF_WARM_STARTS
 from megagrow.config.schema import StageConfig
-from megagrow.config.stage import BatchConfig, format_layout
+from megagrow.config.stage import BatchConfig
 from megagrow.growth.validation import candidates
 from megagrow.planning.cluster_tables import (
     LAYOUT_COLUMNS,
@@ -253,8 +253,7 @@ def _rate(stage: StagePlan) -> str:
 
 
 def _layout(memory: StageMemory) -> str:
-    layout = memory.layout
-    return format_layout(layout.zero_stage, layout.dp, layout.tp)
+    return memory.stage.parallel.layout_text(memory.layout.world_size)
 
 
 def _advice(growth: GrowthPlan) -> str:

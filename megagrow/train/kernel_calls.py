@@ -9,7 +9,7 @@ import torch
 
 from megagrow.config.schema import StageConfig
 from megagrow.model.backends import Backends
-from megagrow.model.layers.base import KernelArguments, KernelInputs
+from megagrow.model.layers.costs import KernelArguments, KernelInputs
 from megagrow.model.layers.table import block_counts
 from megagrow.parallel.sharding import pad, real_rows
 

@@ -15,8 +15,8 @@ from megagrow.model.layers.base import (
     WRITES_RESIDUAL,
     LayerType,
     ParameterDeclaration,
-    RowElements,
 )
+from megagrow.model.layers.costs import RowElements
 from megagrow.model.layers.decoding import DecodedSequences, DecodingState
 from megagrow.model.layers.modules import Context, LayerModule
 from megagrow.model.masks import Masks

@@ -23,10 +23,10 @@ from megagrow.model.layers.base import (
     ActivationAxis,
     LayerType,
     ParameterDeclaration,
-    RowElements,
     ones,
     scaled_normal,
 )
+from megagrow.model.layers.costs import RowElements
 from megagrow.model.layers.flops import flops_per_token, parameters
 from megagrow.model.layers.modules import Context, LayerModule
 from megagrow.parallel.sharding import parameter_plan

@@ -16,7 +16,8 @@ from megagrow.model.layers.flops import (
 )
 from megagrow.model.layers.table import MIXERS
 from megagrow.planning.cluster import Cluster, find_cluster
-from megagrow.planning.step_rates import (
+from megagrow.planning.step.groups import CommGroup, strided_group, tensor_group
+from megagrow.planning.step.rates import (
     ADAM_BYTES,
     BUSY_SHARE,
     COLLECTIVE_SECONDS,
@@ -27,9 +28,8 @@ from megagrow.planning.step_rates import (
     NVLINK_SHARE,
     TILE_START,
 )
-from megagrow.planning.step_time import StepTime, matmul_seconds, step_time
-from megagrow.planning.step_workload import StepWorkload, block_products, shape_of
-from megagrow.planning.traffic import CommGroup, data_group, tensor_group
+from megagrow.planning.step.timing import StepTime, matmul_seconds, step_time
+from megagrow.planning.step.workload import StepWorkload, block_products, shape_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SEVEN_MODEL = ModelConfig(
@@ -106,7 +106,7 @@ def test_a_gather_within_a_node_and_between_nodes() -> None:
     assert inner < outer
     assert two == pytest.approx(COLLECTIVE_SECONDS + 15 * 5e-6 + outer)
     # With TP 8 a group has one card in each node.
-    alone = data_group(cluster(), 8, 8)
+    alone = strided_group(cluster(), 8, 8)
     assert (alone.size, alone.local) == (8, 1)
     expected = COLLECTIVE_SECONDS + 7 * 5e-6 + 7e9 / (50e9 * NIC_SHARE)
     assert alone.one_way(8e9) == pytest.approx(expected)
@@ -220,7 +220,7 @@ def test_what_zero_costs() -> None:
     ZeRO 0 sums (twice the bytes), and holds all of Adam's state."""
     exposed = replace(WORK, overlap_grad_reduce=False, overlap_param_gather=False, accumulation=4)
     times = {zero: seconds(replace(exposed, zero_stage=zero)) for zero in (0, 1, 2)}
-    group = data_group(cluster(), 64, 1)
+    group = strided_group(cluster(), 64, 1)
     once = group.one_way(2 * SEVEN.parameters)
     assert times[0].zero_exposed == pytest.approx(2 * once)
     assert times[1].zero_exposed == pytest.approx(2 * once)
@@ -247,7 +247,7 @@ def test_hybrid_sharding_gathers_from_other_hosts_once_per_step() -> None:
     slow = replace(slow, card=replace(slow.card, nic=5e9))
     work = replace(WORK, accumulation=8)
     plain, hybrid = (step_time(replace(work, hpz=size), slow) for size in (1, 8))
-    gathers = [data_group(slow, size, 1).one_way(2 * SEVEN.parameters) for size in (64, 8)]
+    gathers = [strided_group(slow, size, 1).one_way(2 * SEVEN.parameters) for size in (64, 8)]
     total = [time.zero_exposed + time.zero_hidden for time in (plain, hybrid)]
     assert total[0] - total[1] == pytest.approx(15 * (gathers[0] - gathers[1]), rel=0.02)
     assert hybrid.seconds < plain.seconds

@@ -33,22 +33,27 @@ DEEP = {"num_hidden_layers": 4}
 WIDE = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
 HEAD = {"head_dim": 8}
 ROTATED = {"hidden_size": 40, "rms_norm_eps": 8e-6}
+PIPELINE = parallel_of(1, 2) | {"pipeline_model_parallel_size": 2}
+INTERLEAVED = parallel_of(2, 1) | {
+    "pipeline_model_parallel_size": 2,
+    "virtual_pipeline_model_parallel_size": 2,
+    "context_parallel_size": 2,
+}
 GROWTHS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], tuple[Any, Any]]] = {
-    "stack": ({}, DEEP, {"operator": "direct_depth"}, ((1, 2), (3, 1))),
-    "wide": ({}, WIDE, {"operator": "net2net_width"}, ((3, 2), (1, 2))),
+    "stack": ({}, DEEP, {"operator": "direct_depth"}, (PIPELINE, INTERLEAVED)),
+    "wide": ({}, WIDE, {"operator": "net2net_width"}, (parallel_of(3, 2), parallel_of(1, 2))),
     "rotated": (
         HEAD | {"rms_norm_eps": 1e-5},
         HEAD | ROTATED,
         {"operator": "isometric"},
-        ((0, 2), (2, 1)),
+        (parallel_of(0, 2), parallel_of(2, 1)),
     ),
 }
-"""Changes to the base, to the target, the growth, and (ZeRO stage, TP) of both."""
+"""Changes to the base, to the target, the growth, and the parallel section of both."""
 
 
 def grown_run(tmp: Path, name: str) -> RunConfig:
-    before, after, growth, layouts = GROWTHS[name]
-    parallel = [parallel_of(zero, tp) for zero, tp in layouts]
+    before, after, growth, parallel = GROWTHS[name]
     stages = [
         {"model": MODEL | before, "tokens": STEP_TOKENS, "parallel": parallel[0]},
         {
@@ -109,9 +114,11 @@ def test_what_is_built_and_moved_is_what_real_ranks_build_and_move(
                 assert stage.weights_bytes == 4 * weights
         (growth,) = result.growths
         assert growth.volume is not None
-        assert (growth.volume.bytes_sent, growth.volume.kept) == (
+        volume = growth.volume
+        assert (volume.bytes_sent, volume.kept, volume.between_pipeline_ranks) == (
             moved.bytes_sent,
             moved.bytes_local,
+            moved.bytes_between_pipeline_ranks,
         )
     volumes = [result.growths[0].volume for result in told]
     assert sum(volume.bytes_sent for volume in volumes) == real[0][3] > 0
@@ -119,6 +126,7 @@ def test_what_is_built_and_moved_is_what_real_ranks_build_and_move(
     for rank, volume in enumerate(volumes):
         for peer, size in volume.sent.items():
             assert volumes[peer].received[rank] == size
+        assert volume.between_pipeline_ranks == 0  # twice the chunks for a stack of two
     assert bool(volumes[0].reduced) == (name == "rotated")
 
 

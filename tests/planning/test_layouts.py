@@ -17,7 +17,7 @@ from megagrow.planning.memory import stage_memory
 from megagrow.planning.memory_fit import on_gpu
 from megagrow.planning.prediction import growth_seconds, predict_run, stage_work
 from megagrow.planning.request import PlanRequest, PlanResult, plan_request
-from megagrow.planning.step_rates import GROWTH_SECONDS, NIC_SHARE
+from megagrow.planning.step.rates import GROWTH_SECONDS, NIC_SHARE
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RUN = CONFIGS / "gstack-1.1b.yaml"

@@ -7,7 +7,8 @@ import torch
 
 from megagrow.config.schema import ParallelConfig, StageConfig
 from megagrow.parallel.replicated import COMMUNICATION_DTYPES
-from megagrow.planning.memory import StageMemory, growth_peak, stage_memory
+from megagrow.planning.memory import StageMemory, stage_memory
+from megagrow.planning.memory_fit import growth_peak
 from megagrow.reshard.exchange import BUCKET_BYTES
 
 MODEL = {

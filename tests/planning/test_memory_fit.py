@@ -64,9 +64,15 @@ SAVING = (
     [
         (
             (), 8, "gradients",
-            "zero_stage: 2 or higher, a larger tensor_model_parallel_size",
+            "zero_stage: 2 or higher, a larger tensor_model_parallel_size, "
+            "a larger pipeline_model_parallel_size",
         ),
         (("parallel.zero_stage=3",), 1, "fp32 masters and moments", "more ranks"),
+        (
+            ("parallel.zero_stage=3", "parallel.activation_checkpointing=none"), 32, "activations",
+            "activation_checkpointing: selective or full, a larger tensor_model_parallel_size, "
+            "a larger context_parallel_size",
+        ),
     ],
 )  # fmt: skip
 def test_only_what_helps_is_advised(more: Any, world: int, part: str, tried: str) -> None:

@@ -53,6 +53,21 @@ def watch(owner: Any, name: str, seen: Callable[[str, Any, int], None]) -> None:
     setattr(owner, name, watched)
 
 
+def watch_sends(seen: Callable[[int], None]) -> None:
+    """Report the size of every tensor sent to another pipeline rank."""
+    batched, single = dist.batch_isend_irecv, dist.send
+
+    def batch(operations: list[dist.P2POp]) -> Any:
+        seen(sum(each.tensor.nbytes for each in operations if each.op is dist.isend))
+        return batched(operations)
+
+    def send(tensor: torch.Tensor, *given: Any, **named: Any) -> None:
+        seen(tensor.nbytes)
+        single(tensor, *given, **named)
+
+    dist.batch_isend_irecv, dist.send = batch, send
+
+
 def count_a_step(run: RunConfig) -> tuple[Counter, list[Traffic]]:
     """Bytes by (TP or DP, kind) in the second step; and what is planned for it."""
     import deepspeed.comm.comm as deepspeed_comm
@@ -72,8 +87,13 @@ def count_a_step(run: RunConfig) -> tuple[Counter, list[Traffic]]:
         if size > SCALARS or kind == "reduce-scatter":
             near = group is not None and group.size() < stage.topology.dp
             name = "tp" if group is stage.topology.tp_group else "hpz" if near else "dp"
+            name = "pp" if group is stage.topology.pp_group is not None else name
             found[name, kind] += size
 
+    def sent(size: int) -> None:
+        found["pp", "send"] += size
+
+    watch_sends(sent)
     watch(dist, "all_reduce", seen)
     watch(dist, "reduce", seen)
     watch(dist, "all_gather", seen)
@@ -83,7 +103,7 @@ def count_a_step(run: RunConfig) -> tuple[Counter, list[Traffic]]:
         watch(deepspeed_comm.cdb, "reduce_scatter_tensor", seen)
     step(state=event.state)
     bf16 = run.precision == "bf16"
-    memory = StageMemory(stage.config, stage.layout, bf16)
+    memory = StageMemory(stage.config, stage.layout, bf16).at_rank(stage.topology.rank)
     return found, step_traffic(memory)
 
 
@@ -93,10 +113,17 @@ LARGE = MODEL | {"vocab_size": 4000}
 PARTITIONED = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
 """Without gathered parameters between their uses, however small."""
 
+PIPELINE = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+
 CASES = {
     "zero-0-tp": (MODEL, parallel_of(0, 2), "fp32"),
     "zero-1-selective": (MODEL, parallel_of(1, 2, True, "selective"), "bf16"),
     "zero-2-tp-sequence": (MODEL, parallel_of(2, 2, True, "full"), "bf16"),
+    "zero-1-pipeline": (
+        MODEL | {"num_hidden_layers": 4, "tie_word_embeddings": True},
+        parallel_of(1, 2, True) | PIPELINE,
+        "bf16",
+    ),
     "zero-3": (LARGE, parallel_of(3, 1), "bf16"),
     "zero-3-hpz": (LARGE, parallel_of(3, 1) | {"zero_hpz_partition_size": 2}, "bf16"),
     "zero-3-partitioned": (MODEL, parallel_of(3, 1), "bf16"),
@@ -117,6 +144,9 @@ def test_the_bytes_are_those_of_a_real_step(tmp_path: Path, name: str) -> None:
             in_tp = any(word in each.purpose for word in ("activations", "loss", "norm"))
             # gloo has no reduce-scatter of its own: the model's is an all-reduce on CPUs.
             kind = "all-reduce" if in_tp and each.kind == "reduce-scatter" else each.kind
+            if each.kind == "send":
+                planned["pp", "send"] += each.payload
+                continue
             near = "hpz" if "second copy" in each.purpose else "dp"
             planned["tp" if in_tp else near, kind] += each.payload
         if not name.startswith("zero-3"):

@@ -14,15 +14,18 @@ from megagrow.model.layers.base import (
     READS_RESIDUAL,
     WRITES_RESIDUAL,
     ActivationAxis,
-    KernelArguments,
-    KernelInputs,
     LayerType,
-    MicroBatch,
     ParameterDeclaration,
-    RowElements,
     ones,
     scaled_normal,
     zeros,
+)
+from megagrow.model.layers.costs import (
+    ContextElements,
+    KernelArguments,
+    KernelInputs,
+    MicroBatch,
+    RowElements,
 )
 
 if TYPE_CHECKING:
@@ -79,14 +82,18 @@ def _activation_bytes(config: ModelConfig, batch: MicroBatch) -> int:
     """Return the bytes of q, k, v, the output, an fp32 normalizer per query, and of norms.
 
     The reference backend keeps the fp32 matrix of probabilities, repeated k and v, and the mask.
+    With context parallelism k and v are those of all ranks, unless heads are exchanged, and the
+    output is kept in two orders.
     """
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     per_head = batch.tokens * config.head_dim
+    gathered = batch.cp if batch.cp_comm_type == "all_gather" else 1
+    outputs = 1 if batch.cp == 1 else 2
     norms = (queries + keys) * per_head * _norm_width(config, batch)
-    projections = 2 * (queries + keys) * per_head * batch.width
     if batch.attention != "reference":
-        return norms + projections + 4 * queries * batch.tokens
-    operands = queries * per_head * (3 * 4 + batch.width)
+        operands = ((1 + outputs) * queries + 2 * gathered * keys) * per_head * batch.width
+        return norms + operands + 4 * queries * batch.tokens
+    operands = queries * per_head * (4 + 2 * 4 * gathered + outputs * batch.width)
     return norms + operands + batch.tokens * batch.sequence_length * (4 * queries + batch.tp)
 
 
@@ -122,6 +129,14 @@ def _window_products(config: ModelConfig, sequence_length: int, masked: int) -> 
     edges = 2 if config.sliding_window < sequence_length else 1
     visible = _window_flops(config, sequence_length)
     return visible + edges * 12 * MIXED.size(config) * masked
+
+
+def _context_elements(config: ModelConfig, tp: int, cp_comm_type: str) -> ContextElements:
+    """Return the elements of k and v, or of q, k, v and the output."""
+    keys = 2 * KEY.size(config) // tp
+    if cp_comm_type == "all_gather":
+        return ContextElements(gathered=keys)
+    return ContextElements(exchanged=2 * QUERY.size(config) // tp + keys)
 
 
 def _partial_sums(config: ModelConfig, width: int) -> int:
@@ -195,6 +210,7 @@ ATTENTION = LayerType(
     score_label="attention itself",
     score_flops=_score_flops,
     score_products=_score_products,
+    context_elements=_context_elements,
     partial_sums=_partial_sums,
     joint_inputs=True,
     decoding_state=_decoding_state,

@@ -10,6 +10,15 @@ from math import prod
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from megagrow.config.schema import ModelConfig
+from megagrow.model.layers.costs import (
+    ContextElements,
+    KernelArguments,
+    KernelInputs,
+    MicroBatch,
+    RowElements,
+    none,
+    of_single_tokens,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -179,69 +188,6 @@ class ParameterDeclaration:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """Settings of a stage that determine the activation bytes of a layer."""
-
-    tokens: int
-    """Tokens of the micro-batch."""
-    sequence_length: int
-    width: int
-    """Bytes per element of the forward pass."""
-    tp: int
-    attention: str
-    """Attention backend; see `kernels.attention`."""
-    pointwise: str
-    """Backend of SwiGLU; see `kernels.pointwise`."""
-    scan: str
-    """Backend of the selective scan; see `kernels.scan`."""
-    checkpointing: str
-    """Value of `activation_checkpointing`."""
-    on_cpu: bool = False
-
-    @property
-    def sequences(self) -> int:
-        """Return the sequences of the micro-batch."""
-        return self.tokens // self.sequence_length
-
-
-@dataclass(frozen=True)
-class KernelInputs:
-    """Settings of a stage that determine the Triton kernels of a layer."""
-
-    batch: int
-    """Sequences of a micro-batch."""
-    sequence: int
-    tp: int
-    dtype: str
-    """Dtype of the forward pass, such as `bfloat16`."""
-    parameter_dtype: str
-    """Dtype of parameters outside matrix products, and of rotary tables: fp32 under autocast."""
-
-    @property
-    def rows(self) -> int:
-        """Return the tokens of a micro-batch."""
-        return self.batch * self.sequence
-
-
-KernelArguments = tuple[str, dict[str, int | str]]
-"""Op, and its arguments as a function of `megagrow_kernels.calls` takes them."""
-
-
-class RowElements(NamedTuple):
-    """Elements per token that memory-bound operations of a block read and write."""
-
-    forward: int
-    backward: int
-    recomputed: int = 0
-    """Additional elements of the backward pass with selective activation checkpointing."""
-
-
-def none(config: ModelConfig, *_: int) -> int:
-    """Return 0, for a layer type without the counted operations."""
-    return 0
-
-
-@dataclass(frozen=True)
 class LayerType:
     """Properties of one type of block used by the other packages.
 
@@ -281,6 +227,9 @@ class LayerType:
     partial_sums: Callable[[ModelConfig, int], int] = none
     """(config, bytes per element): bytes per token of sums over tensor-parallel ranks within the
     block (`PartialSum`), in the forward pass; the backward pass has as many."""
+    context_elements: Callable[[ModelConfig, int, str], ContextElements] = of_single_tokens
+    """(config, tensor-parallel size, `parallel.cp_comm_type`): exchange between context-parallel
+    ranks."""
     joint_inputs: bool = False
     """True if the planner times the projections of the block's input as one product."""
     decoding_state: "Callable[[DecodedSequences], DecodingState] | None" = None

@@ -15,14 +15,17 @@ from megagrow.model.layers.base import (
     WRITES_RESIDUAL,
     ActivationAxis,
     InitialValues,
-    KernelArguments,
-    KernelInputs,
     LayerType,
-    MicroBatch,
     ParameterDeclaration,
-    RowElements,
     ones,
     scaled_normal,
+)
+from megagrow.model.layers.costs import (
+    ContextElements,
+    KernelArguments,
+    KernelInputs,
+    MicroBatch,
+    RowElements,
 )
 
 if TYPE_CHECKING:
@@ -92,10 +95,11 @@ def _scan_flops(config: ModelConfig, sequence_length: int) -> int:
 def _activation_bytes(config: ModelConfig, batch: MicroBatch) -> int:
     """Return the bytes of the convolution, the scan, the gate and the gated product.
 
-    `selective` does not keep the product. All ranks keep the inputs of dt, B and C.
+    `selective` does not keep the product. All ranks keep the inputs of dt, B and C. With context
+    parallelism the scan reads a copy of the output of the convolution, in another order.
     """
     gated = 1 if batch.pointwise == "triton" else 2
-    kept = 1 if batch.checkpointing == "selective" else 1 + gated
+    kept = (1 if batch.checkpointing == "selective" else 1 + gated) + (batch.cp > 1)
     channels = INNER.size(config) * batch.tokens
     dynamics = DYNAMICS.size(config) * batch.tokens * batch.tp
     return (kept * channels + dynamics) * batch.width + _scan_bytes(config, batch)
@@ -110,8 +114,8 @@ def _scan_bytes(config: ModelConfig, batch: MicroBatch) -> int:
     copies of x, B and C in lower precision.
     """
     channels = INNER.size(config) * batch.tokens
-    of_tokens = 2 * STATE.size(config) * batch.tokens * batch.tp
-    state = 4 * INNER.size(config) * STATE.size(config)
+    of_tokens = 2 * STATE.size(config) * batch.tokens * batch.cp * batch.tp
+    state = 4 * INNER.size(config) * STATE.size(config) // batch.cp
     if batch.scan == "triton":
         chunks = -(-batch.sequence_length // TRITON_CHUNK)
         return 4 * channels * batch.width + batch.sequences * chunks * state
@@ -127,9 +131,16 @@ def _torch_states(config: ModelConfig, batch: MicroBatch) -> int:
     """Return the number of states of all channels that the scan of torch keeps."""
     from megagrow.model.selective_scan import block_size
 
-    state = INNER.size(config) // batch.tp * STATE.size(config)
+    state = INNER.size(config) // (batch.tp * batch.cp) * STATE.size(config)
     _, tokens = block_size(batch.sequences, batch.sequence_length, state, batch.on_cpu)
     return batch.sequences * (1 - -batch.sequence_length // tokens)
+
+
+def _context_elements(config: ModelConfig, tp: int, cp_comm_type: str) -> ContextElements:
+    """Return the elements of B and C, and of the channels before and after the convolution, and
+    before (x and dt) and after the scan."""
+    channels = INNER.size(config) // tp
+    return ContextElements(gathered=2 * STATE.size(config), exchanged=5 * channels)
 
 
 def _partial_sums(config: ModelConfig, width: int) -> int:
@@ -185,5 +196,6 @@ MAMBA = LayerType(
     score_label="selective scan",
     score_flops=_scan_flops,
     partial_sums=_partial_sums,
+    context_elements=_context_elements,
     decoding_state=_decoding_state,
 )

@@ -8,13 +8,15 @@ from megagrow.model.layers.base import (
     READS_RESIDUAL,
     WRITES_RESIDUAL,
     ActivationAxis,
+    LayerType,
+    ParameterDeclaration,
+    scaled_normal,
+)
+from megagrow.model.layers.costs import (
     KernelArguments,
     KernelInputs,
-    LayerType,
     MicroBatch,
-    ParameterDeclaration,
     RowElements,
-    scaled_normal,
 )
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ Sharding, initialization, growth, planning and the checkpoint formats derive fro
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,9 +79,11 @@ def distinct_blocks(config: ModelConfig) -> tuple[BlockDeclaration, ...]:
     return tuple(dict.fromkeys(block for layer in distinct_layers(config) for block in layer))
 
 
-def block_counts(config: ModelConfig) -> Counter[BlockDeclaration]:
-    """Return the number of occurrences of each block in a model."""
-    layers = range(config.num_hidden_layers)
+def block_counts(
+    config: ModelConfig, layers: Iterable[int] | None = None
+) -> Counter[BlockDeclaration]:
+    """Return the number of occurrences of each block in some layers, by default in a model."""
+    layers = range(config.num_hidden_layers) if layers is None else layers
     return Counter(block for layer in layers for block in decoder_blocks(config, layer))
 
 

@@ -47,6 +47,10 @@ class PipelineSplit:
         """Return the chunks of a pipeline rank, in the order of the model."""
         return range(rank, len(self.chunks), self.ranks)
 
+    def layers_of(self, rank: int) -> list[int]:
+        """Return the layers of a pipeline rank, in the order of the model."""
+        return [layer for chunk in self.chunks_of(rank) for layer in self.layers(chunk)]
+
     @cached_property
     def _ends(self) -> list[int]:
         return list(accumulate(self.chunks))

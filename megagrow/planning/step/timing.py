@@ -4,7 +4,15 @@ from dataclasses import dataclass
 from math import ceil
 
 from megagrow.planning.cluster import Cluster
-from megagrow.planning.step_rates import (
+from megagrow.planning.step.communication import (
+    context_parallel,
+    pipeline_bubble,
+    pipeline_end,
+    pipeline_transfers,
+    tensor_parallel,
+    zero_redundancy,
+)
+from megagrow.planning.step.rates import (
     ADAM_BYTES,
     ATTENTION_SHARE,
     BACKWARD_ATTENTION,
@@ -19,23 +27,7 @@ from megagrow.planning.step_rates import (
     TILE,
     TILE_START,
 )
-from megagrow.planning.step_workload import Stack, StepWorkload, block_products
-from megagrow.planning.traffic import data_group, tensor_group
-
-WIDTH = 2
-"""Bytes of a bf16 element."""
-
-
-@dataclass(frozen=True)
-class Passes:
-    """Seconds of all layers, forward and backward, recomputation included."""
-
-    forward: float
-    backward: float
-
-    @property
-    def both(self) -> float:
-        return self.forward + self.backward
+from megagrow.planning.step.workload import WIDTH, Passes, Stack, StepWorkload, block_products
 
 
 @dataclass(frozen=True)
@@ -50,6 +42,12 @@ class StepTime:
     """Norms, rotary embeddings, activations, residuals, scans, the loss."""
     tensor_parallel: float
     """Blocking collectives between tensor-parallel ranks."""
+    context_parallel: float
+    """Blocking collectives between context-parallel ranks."""
+    pipeline_transfers: float
+    """Hidden states and gradients that a rank waits for between two passes."""
+    pipeline_bubble: float
+    """Time in which a pipeline rank waits for the first and last micro-batches of other ranks."""
     zero_exposed: float
     """Weight gathering and gradient reduction that do not overlap with computation."""
     hidden_cost: float
@@ -61,7 +59,10 @@ class StepTime:
     @property
     def seconds(self) -> float:
         computed = self.matmul + self.attention + self.memory_bound + self.optimizer
-        return computed + self.tensor_parallel + self.zero_exposed + self.hidden_cost
+        model_parallel = self.tensor_parallel + self.context_parallel + self.pipeline_transfers
+        return (
+            computed + model_parallel + self.pipeline_bubble + self.zero_exposed + self.hidden_cost
+        )
 
     @property
     def tokens_per_gpu(self) -> float:
@@ -75,24 +76,42 @@ class StepTime:
 
 
 def step_time(work: StepWorkload, cluster: Cluster) -> StepTime:
-    """Return the time of a step of `work` on as many GPUs of the cluster as it has ranks."""
+    """Return the time of a step of `work` on as many GPUs of the cluster as it has ranks.
+
+    Of a pipeline it is the time of the slowest rank, and the bubble.
+    """
     matmul, attention = _matmul(work, cluster), _attention(work, cluster)
     memory = _memory_bound(work, cluster)
     head, loss = _head(work, cluster)
-    tensor = _tensor_parallel(work, cluster)
+    tensor, context = tensor_parallel(work, cluster), context_parallel(work, cluster)
+    end = pipeline_end(work, cluster)
+    parts = (matmul, attention, memory, tensor, context)
+    layers = Passes(sum(each.forward for each in parts), sum(each.backward for each in parts))
+    sent = pipeline_transfers(work, cluster)
+    extra = [0.0] * work.pp
+    extra[0] += end
+    extra[-1] += end + head + loss
+    busy = [
+        share * layers.both + more for share, more in zip(work.layer_shares, extra, strict=True)
+    ]
+    slowest = max(range(work.pp), key=busy.__getitem__)
+    share, on_last = work.layer_shares[slowest], slowest == work.pp - 1
     micro = Passes(
-        matmul.forward + attention.forward + memory.forward + tensor.forward + head / 3,
-        matmul.backward + attention.backward + memory.backward + tensor.backward + 2 * head / 3,
+        share * layers.forward + (slowest == 0) * end + on_last * head / 3,
+        share * layers.backward + on_last * (end + 2 * head / 3),
     )
-    exposed, hidden = _zero(work, cluster, micro)
+    exposed, hidden = zero_redundancy(work, cluster, micro)
     times = work.accumulation
     return StepTime(
         work=work,
         cluster=cluster,
-        matmul=times * (matmul.both + head),
-        attention=times * attention.both,
-        memory_bound=times * (memory.both + loss),
-        tensor_parallel=times * tensor.both,
+        matmul=times * (share * matmul.both + on_last * head),
+        attention=times * share * attention.both,
+        memory_bound=times * (share * memory.both + on_last * loss),
+        tensor_parallel=times * (share * tensor.both + end * ((slowest == 0) + on_last)),
+        context_parallel=times * share * context.both,
+        pipeline_transfers=times * sent,
+        pipeline_bubble=pipeline_bubble(work, [each + sent for each in busy]),
         zero_exposed=exposed,
         hidden_cost=HIDDEN_COST * hidden,
         optimizer=_optimizer(work, cluster),
@@ -122,7 +141,7 @@ def _matmul(work: StepWorkload, cluster: Cluster) -> Passes:
             forward += count * matmul_seconds(cluster, work.stack, tokens, columns, inner)
             backward += count * matmul_seconds(cluster, work.stack, tokens, inner, columns)
             backward += count * matmul_seconds(cluster, work.stack, columns, inner, tokens)
-    return _with_recomputation(work, forward, backward)
+    return Passes(forward, backward).recomputed(work.recomputed)
 
 
 def _attention(work: StepWorkload, cluster: Cluster) -> Passes:
@@ -135,7 +154,7 @@ def _attention(work: StepWorkload, cluster: Cluster) -> Passes:
         for layer_type, count in work.shape.blocks.items()
     )
     forward = work.micro_tokens * flops / 3 / work.tp / (cluster.gpu.peak_flops * share)
-    return _with_recomputation(work, forward, BACKWARD_ATTENTION * forward)
+    return Passes(forward, BACKWARD_ATTENTION * forward).recomputed(work.recomputed)
 
 
 def _memory_bound(work: StepWorkload, cluster: Cluster) -> Passes:
@@ -155,7 +174,7 @@ def _memory_bound(work: StepWorkload, cluster: Cluster) -> Passes:
     seconds = (
         work.micro_tokens * (EAGER_TRAFFIC if work.stack == "eager" else 1) / _bandwidth(cluster)
     )
-    return _with_recomputation(work, forward * seconds, backward * seconds)
+    return Passes(forward * seconds, backward * seconds).recomputed(work.recomputed)
 
 
 def _head(work: StepWorkload, cluster: Cluster) -> tuple[float, float]:
@@ -172,75 +191,8 @@ def _head(work: StepWorkload, cluster: Cluster) -> tuple[float, float]:
     )
 
 
-def _tensor_parallel(work: StepWorkload, cluster: Cluster) -> Passes:
-    """Return the time of tensor-parallel collectives.
-
-    There is one all-reduce per block in each pass, in addition to sums within blocks. With sequence
-    parallelism it is an all-gather and a reduce-scatter, and each weight gradient whose input is
-    sharded needs one more all-gather.
-    """
-    group, model = tensor_group(cluster, work.tp), work.shape.model
-    size, blocks = WIDTH * work.micro_tokens * model.hidden_size, work.shape.blocks
-    within = (
-        count * group.all_reduce(summed * work.micro_tokens)
-        for layer_type, count in blocks.items()
-        if (summed := layer_type.partial_sums(model, WIDTH))
-    )
-    forward = blocks.total() * group.all_reduce(size) + sum(within)
-    again = blocks.total() * group.one_way(size) if work.sequence_parallel else 0.0
-    passes = _with_recomputation(work, forward, forward + again)
-    ends = group.all_reduce(size)  # the embedding forward, the head's input backward
-    return Passes(passes.forward + ends, passes.backward + ends)
-
-
-def _with_recomputation(work: StepWorkload, forward: float, backward: float) -> Passes:
-    return Passes(forward, backward + work.recomputed * forward)
-
-
-def _zero(work: StepWorkload, cluster: Cluster, micro: Passes) -> tuple[float, float]:
-    """Return the seconds per step of data-parallel communication: exposed, and overlapped.
-
-    ZeRO 3 gathers each layer's weights for both passes and reduce-scatters its gradients in every
-    micro-batch. ZeRO 2 reduces in every micro-batch, ZeRO 1 once, in the last one, and both gather
-    the weights after the step or during the next one. ZeRO 0 reduces once.
-    """
-    group = data_group(cluster, work.dp, work.tp)
-    parameters, times = work.rank_parameters, work.accumulation
-    if work.zero_stage == 3:
-        return _zero3(work, cluster, micro)
-    gather = group.one_way(WIDTH * parameters) if work.zero_stage else 0.0
-    pieces = work.gradient_buckets if work.zero_stage else 1
-    reduce = pieces * group.one_way(work.gradient_bytes * parameters / pieces)
-    reduce *= 1 if work.zero_stage else 2
-    reduced = times if work.zero_stage == 2 else 1
-    gathered = min(gather, micro.forward) if work.overlap_param_gather else 0.0
-    hidden = gathered
-    if work.overlap_grad_reduce:
-        hidden += reduced * min(reduce, micro.backward)
-    return gather + reduced * reduce - hidden, hidden
-
-
-def _zero3(work: StepWorkload, cluster: Cluster, micro: Passes) -> tuple[float, float]:
-    """Return the exposed and the overlapped seconds of ZeRO 3; one collective per layer.
-
-    With hpZ only the first forward pass gathers from all data-parallel ranks.
-    """
-    group = data_group(cluster, work.dp, work.tp)
-    near = data_group(cluster, work.hpz, work.tp) if work.hpz > 1 else group
-    parameters, times = work.rank_parameters, work.accumulation
-    pieces = work.shape.model.num_hidden_layers + 2
-    first = pieces * group.one_way(WIDTH * parameters / pieces)
-    again = pieces * near.one_way(WIDTH * parameters / pieces)
-    reduce = pieces * group.one_way(work.gradient_bytes * parameters / pieces)
-    exposed = times * max(reduce / pieces, again + reduce - micro.backward)
-    for gather, passes in ((first, 1), (again, times - 1)):
-        exposed += passes * max(gather / pieces, gather - micro.forward)
-    total = first + (2 * times - 1) * again + times * reduce
-    return exposed, total - exposed
-
-
 def _optimizer(work: StepWorkload, cluster: Cluster) -> float:
-    held = work.rank_parameters / (work.dp if work.zero_stage else 1)
+    held = work.rank_parameters / (work.partition if work.zero_stage else 1)
     return held * ADAM_BYTES[work.stack] / _bandwidth(cluster)
 
 

@@ -2,19 +2,40 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megagrow.config.schema import ModelConfig, StageConfig
 from megagrow.model.layers.base import READS_RESIDUAL, LayerType
 from megagrow.model.layers.table import HEAD, block_counts
 from megagrow.parallel.engine_config import bucket_elements
+from megagrow.parallel.pipeline.split import PipelineSplit, pipeline_split
 
 AttentionKernel = Literal["flash1", "flash2", "flash3"]
 
 Stack = Literal["eager", "fused", "compiled"]
 """Implementation of memory-bound operations: single PyTorch calls, fused kernels launched from
 Python (as here), or torch.compile."""
+
+
+WIDTH = 2
+"""Bytes of a bf16 element."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Seconds of all layers, forward and backward, recomputation included."""
+
+    forward: float
+    backward: float
+
+    @property
+    def both(self) -> float:
+        return self.forward + self.backward
+
+    def recomputed(self, share: float) -> "Passes":
+        """Return the passes with a share of the forward pass repeated in the backward pass."""
+        return Passes(self.forward, self.backward + share * self.forward)
 
 
 @dataclass(frozen=True)
@@ -30,8 +51,12 @@ class Shape:
     def parameters(self) -> int:
         """Return the number of parameters, without the norms outside of blocks."""
         tables = 1 if self.model.tie_word_embeddings else 2
-        blocks = sum(count * each.numel(self.model) for each, count in self.blocks.items())
-        return blocks + tables * HEAD.numel(self.model)
+        return self.block_parameters + tables * HEAD.numel(self.model)
+
+    @property
+    def block_parameters(self) -> int:
+        """Return the number of parameters of all blocks."""
+        return sum(count * each.numel(self.model) for each, count in self.blocks.items())
 
     @property
     def flops_per_token(self) -> int:
@@ -60,10 +85,11 @@ def block_products(layer_type: LayerType, model: ModelConfig, tp: int) -> Iterat
 
 @dataclass(frozen=True)
 class StepWorkload:
-    """Training step of one GPU out of dp x tp."""
+    """Training step of one GPU out of dp x cp x pp x tp."""
 
     shape: Shape
     dp: int
+    """Data-parallel size: ranks with different sequences."""
     tp: int
     zero_stage: int
     micro_batch: int
@@ -86,25 +112,58 @@ class StepWorkload:
     """Bytes of a gradient element in communication."""
     gradient_buckets: int = 1
     """Collectives into which ZeRO 1 and 2 divide a reduction of all gradients."""
+    cp: int = 1
+    """Context-parallel size."""
+    cp_comm_type: str = "all_gather"
+    """See `parallel.cp_comm_type`."""
+    split: PipelineSplit | None = None
+    """Layers of each pipeline rank; None without pipeline parallelism."""
+
+    @property
+    def pp(self) -> int:
+        """Return the pipeline-parallel size."""
+        return 1 if self.split is None else self.split.ranks
 
     @property
     def gpus(self) -> int:
-        return self.dp * self.tp
+        return self.dp * self.cp * self.pp * self.tp
+
+    @property
+    def partition(self) -> int:
+        """Return the ranks over which ZeRO shards: data x context parallel."""
+        return self.dp * self.cp
 
     @property
     def micro_tokens(self) -> int:
-        """Return the tokens of one micro-batch of one data-parallel rank."""
-        return self.micro_batch * self.shape.sequence
+        """Return the tokens of one micro-batch of one data- and context-parallel rank."""
+        return self.micro_batch * self.shape.sequence // self.cp
+
+    @property
+    def layer_shares(self) -> list[float]:
+        """Return the fraction of all layers on each pipeline rank."""
+        if self.split is None:
+            return [1.0]
+        held = [len(self.split.layers_of(rank)) for rank in range(self.pp)]
+        return [count / max(1, sum(held)) for count in held]
 
     @property
     def step_tokens(self) -> int:
         """Return the tokens of a step on all GPUs."""
-        return self.micro_tokens * self.accumulation * self.dp
+        return self.micro_batch * self.shape.sequence * self.accumulation * self.dp
 
     @property
     def rank_parameters(self) -> int:
-        """Return the parameters of one tensor-parallel rank, before ZeRO partitions them."""
-        return self.shape.parameters // self.tp
+        """Return the parameters of one tensor-parallel rank of the largest pipeline rank, before
+        ZeRO partitions them."""
+        if self.split is None:
+            return self.shape.parameters // self.tp
+        shape, shares = self.shape, self.layer_shares
+        tables = [0] * self.pp
+        for rank in (0, self.pp - 1):
+            tables[rank] += HEAD.numel(shape.model)  # a tied head is a copy
+        layers = shape.block_parameters
+        pairs = zip(shares, tables, strict=True)
+        return max(round(share * layers) + table for share, table in pairs) // self.tp
 
 
 def shape_of(model: ModelConfig, sequence_length: int) -> Shape:
@@ -124,11 +183,9 @@ def step_workload(stage: StageConfig, world_size: int, hopper: bool) -> StepWork
     """
     parallel, batch = stage.parallel, stage.batch
     tp, zero = parallel.tensor_model_parallel_size, parallel.zero_stage
-    dp = world_size // tp
-    shape = shape_of(stage.model, stage.data.sequence_length)
-    bucket = bucket_elements(shape.parameters // tp, zero)
-    return StepWorkload(
-        shape=shape,
+    dp = parallel.data_parallel_size(world_size)
+    work = StepWorkload(
+        shape=shape_of(stage.model, stage.data.sequence_length),
         dp=dp,
         tp=tp,
         zero_stage=zero,
@@ -142,5 +199,9 @@ def step_workload(stage: StageConfig, world_size: int, hopper: bool) -> StepWork
         overlap_param_gather=zero == 3,
         hpz=parallel.zero_hpz_partition_size,
         gradient_bytes=parallel.communication_bytes,
-        gradient_buckets=-(-shape.parameters // (tp * bucket)),
+        cp=parallel.context_parallel_size,
+        cp_comm_type=parallel.cp_comm_type,
+        split=pipeline_split(stage.model, parallel) if parallel.is_pipeline else None,
     )
+    bucket = bucket_elements(work.rank_parameters, zero)
+    return replace(work, gradient_buckets=-(-work.rank_parameters // bucket))

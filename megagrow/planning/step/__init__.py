@@ -1,0 +1,1 @@
+"""Time of a training step on a cluster, by the sizes of the work and measured efficiencies."""
