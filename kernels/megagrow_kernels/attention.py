@@ -24,13 +24,15 @@ def attention(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Return softmax(scale q k^T) v over the tokens visible to each query; (B, S, H, D) as q.
+    """Return softmax(scale q k^T) v over the tokens visible to each query; (B, Sq, H, D) as q.
 
-    q is (B, S, H, D), k and v are (B, S, G, D) with H a multiple of G and D a multiple of 8 up to
-    256, all bf16, fp16 or fp32. A token attends to itself and to earlier tokens of its document, as
-    defined by the packing of this batch; with a window of w tokens, to itself and the w - 1 tokens
-    before it. scale defaults to 1 / sqrt(D). Raises ValueError for other shapes and for scale <= 0
-    or window < 1, TypeError for other dtypes.
+    q is (B, Sq, H, D), k and v are (B, Sk, G, D) with H a multiple of G and D a multiple of 8 up to
+    256, all bf16, fp16 or fp32. The queries are those of the last Sq <= Sk tokens of each row, as
+    in flash-attn; with Sq < Sk, the packing is `pack(document_ids, B, Sk, queries=Sq)`. A token
+    attends to itself and to earlier tokens of its document, as defined by the packing of this
+    batch; with a window of w tokens, to itself and the w - 1 tokens before it. scale defaults to
+    1 / sqrt(D). Raises ValueError for other shapes and for scale <= 0 or window < 1, TypeError for
+    other dtypes.
     """
     _check(q, k, v, scale, window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -87,11 +89,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | N
         raise TypeError(
             f"attention requires one of bf16, fp16, fp32, got {q.dtype}, {k.dtype}, {v.dtype}"
         )
-    batch, sequence, heads, head_dim = q.shape
-    groups = k.shape[2]
-    if k.shape != v.shape or k.shape != (batch, sequence, groups, head_dim) or heads % groups:
+    batch, queries, heads, head_dim = q.shape
+    keys, groups = k.shape[1:3]
+    expected = (batch, keys, groups, head_dim)
+    if k.shape != v.shape or k.shape != expected or queries > keys or heads % groups:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"attention requires q (B, S, H, D), k and v (B, S, G, D), got {shapes}")
+        raise ValueError(
+            "attention requires q (B, Sq, H, D), k and v (B, Sk, G, D) with Sq <= Sk and H a "
+            f"multiple of G, got {shapes}"
+        )
     if head_dim % 8 or head_dim > LARGEST_HEAD:
         raise ValueError(f"head dimension {head_dim} is not a multiple of 8 up to 256")
     if scale is not None and scale <= 0:

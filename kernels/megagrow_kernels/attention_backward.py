@@ -22,11 +22,13 @@ from torch import Tensor
 
 from megagrow_kernels import attention_blocks as blocks
 from megagrow_kernels.attention_blocks import (
+    between,
     edge_keys,
     key_range,
     load_edge,
     load_whole,
     place,
+    query_rows,
     sees,
     store_edge,
 )
@@ -73,7 +75,7 @@ def _queries_step(q, do, k, v, logsumexp, delta, scale, seen, dq, MASKED: tl.con
     return tl.dot(d_scores.to(k.dtype), k, dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["count", "at_once", "tokens", "window"])
+@triton.jit(do_not_specialize=["count", "at_once", "tokens", "window", "sequence", "hidden"])
 def _queries_kernel(
     q,
     k,
@@ -90,6 +92,8 @@ def _queries_kernel(
     at_once,
     tokens,
     window,
+    sequence,
+    hidden,
     scale,
     unscaled,
     q_stride,
@@ -104,6 +108,7 @@ def _queries_kernel(
     HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     WINDOWED: tl.constexpr,
+    SUFFIX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EDGE_N: tl.constexpr,
@@ -112,6 +117,14 @@ def _queries_kernel(
     first, start, end, head = place(tiles, count, heads, at_once, BLOCK_M, True)
     if first >= end:
         return
+    offset, lowest = 0, None
+    if SUFFIX:
+        offset, earliest = query_rows(end, sequence, hidden)
+        if first + BLOCK_M <= earliest:
+            return
+        lowest = earliest - offset
+    row, last_row = first - offset, end - offset
+    rows = row + tl.arange(0, BLOCK_M)
     group = head // GROUP
     head = tl.cast(head, tl.int64)
     k += tl.cast(group, tl.int64) * k_head_stride
@@ -119,11 +132,11 @@ def _queries_kernel(
     q += head * q_head_stride
     grad += head * grad_head_stride
     queries = first + tl.arange(0, BLOCK_M)
-    q_MD = load_edge(q, first, end, q_stride, BLOCK_M, COLUMNS, HEAD_DIM)
-    do_MD = load_edge(grad, first, end, grad_stride, BLOCK_M, COLUMNS, HEAD_DIM)
-    row = head * tokens + queries
-    lse_M = tl.load(logsumexp + row, mask=queries < end, other=float("inf"))
-    delta_M = tl.load(delta + row, mask=queries < end, other=0.0)
+    q_MD = load_edge(q, row, last_row, q_stride, BLOCK_M, COLUMNS, HEAD_DIM, lowest)
+    do_MD = load_edge(grad, row, last_row, grad_stride, BLOCK_M, COLUMNS, HEAD_DIM, lowest)
+    inside = between(rows, lowest, last_row)
+    lse_M = tl.load(logsumexp + (head * tokens + rows), mask=inside, other=float("inf"))
+    delta_M = tl.load(delta + (head * tokens + rows), mask=inside, other=0.0)
     dq_MD = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
 
     low, edge, begin = key_range(first, start, window, BLOCK_M, BLOCK_N, EDGE_N, WINDOWED)
@@ -138,7 +151,8 @@ def _queries_kernel(
         keys = at + tl.arange(0, EDGE_N)
         seen = sees(queries[:, None], keys[None, :], window, True, WINDOWED)
         dq_MD = _queries_step(q_MD, do_MD, k_ND, v_ND, lse_M, delta_M, scale, seen, dq_MD, True)
-    store_edge(dq + head * HEAD_DIM, dq_MD * unscaled, first, end, heads * HEAD_DIM, HEAD_DIM)
+    dq += head * HEAD_DIM
+    store_edge(dq, dq_MD * unscaled, row, last_row, heads * HEAD_DIM, HEAD_DIM, lowest)
 
 
 @triton.jit
@@ -171,7 +185,7 @@ def _keys_step(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["count", "at_once", "tokens", "window"])
+@triton.jit(do_not_specialize=["count", "at_once", "tokens", "window", "sequence", "hidden"])
 def _keys_kernel(
     q,
     k,
@@ -189,6 +203,8 @@ def _keys_kernel(
     at_once,
     tokens,
     window,
+    sequence,
+    hidden,
     scale,
     unscaled,
     q_stride,
@@ -203,6 +219,7 @@ def _keys_kernel(
     HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     WINDOWED: tl.constexpr,
+    SUFFIX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EDGE_M: tl.constexpr,
@@ -229,23 +246,35 @@ def _keys_kernel(
     last = end
     if WINDOWED:
         last = tl.minimum(end, first + BLOCK_N - 1 + window)
-    after = first + BLOCK_N
+    offset, lowest = 0, None
+    own, after, reach = first, first + BLOCK_N, BLOCK_N
+    if SUFFIX:
+        # Start at the earliest query. Without queries among the keys' own tokens, none of the parts
+        # is theirs, and full blocks start there.
+        offset, earliest = query_rows(end, sequence, hidden)
+        lowest = earliest - offset
+        skipped = tl.maximum(earliest - first, 0)
+        reach = tl.maximum(skipped, BLOCK_N)
+        after = first + reach
+        own = tl.where(skipped < BLOCK_N, first + skipped // EDGE_M * EDGE_M, after)
     blocks_between = tl.maximum(last - after, 0) // BLOCK_M
     tail = after + blocks_between * BLOCK_M
-    in_band = tl.cdiv(tl.minimum(after, last) - first, EDGE_M)
+    in_band = tl.cdiv(tl.minimum(after, last) - own, EDGE_M)
+    if SUFFIX:
+        in_band = tl.cdiv(tl.maximum(tl.minimum(after, last) - own, 0), EDGE_M)
     edges = in_band + tl.cdiv(tl.maximum(last - tail, 0), EDGE_M)
     for step in tl.range(0, edges * GROUP, num_stages=1):
         part = step % edges
-        at = tl.where(part < in_band, first + part * EDGE_M, tail + (part - in_band) * EDGE_M)
+        at = tl.where(part < in_band, own + part * EDGE_M, tail + (part - in_band) * EDGE_M)
         head = tl.cast(group * GROUP + step // edges, tl.int64)
-        q_MD = load_edge(q + head * q_head_stride, at, end, q_stride, EDGE_M, COLUMNS, HEAD_DIM)
-        do_MD = load_edge(
-            grad + head * grad_head_stride, at, end, grad_stride, EDGE_M, COLUMNS, HEAD_DIM
-        )
-        queries = at + tl.arange(0, EDGE_M)
-        row = head * tokens + queries
-        lse_M = tl.load(logsumexp + row, mask=queries < end, other=float("inf"))
-        delta_M = tl.load(delta + row, mask=queries < end, other=0.0)
+        q_of, do_of = q + head * q_head_stride, grad + head * grad_head_stride
+        row, last_row = at - offset, end - offset
+        q_MD = load_edge(q_of, row, last_row, q_stride, EDGE_M, COLUMNS, HEAD_DIM, lowest)
+        do_MD = load_edge(do_of, row, last_row, grad_stride, EDGE_M, COLUMNS, HEAD_DIM, lowest)
+        queries, rows = at + tl.arange(0, EDGE_M), row + tl.arange(0, EDGE_M)
+        inside = between(rows, lowest, last_row)
+        lse_M = tl.load(logsumexp + (head * tokens + rows), mask=inside, other=float("inf"))
+        delta_M = tl.load(delta + (head * tokens + rows), mask=inside, other=0.0)
         seen = sees(queries[None, :], keys[:, None], window, True, WINDOWED)
         dk_ND, dv_ND = _keys_step(
             k_ND, v_ND, q_MD, do_MD, lse_M, delta_M, scale, seen, dk_ND, dv_ND, True, DK, DV
@@ -253,25 +282,25 @@ def _keys_kernel(
     for MASKED in tl.static_range(WINDOWED, -1, -1):
         begin, stop, count = after, tail, blocks_between
         if WINDOWED:
-            clear = tl.minimum(tl.maximum(window - BLOCK_N, 0) // BLOCK_M, blocks_between)
+            clear = tl.minimum(tl.maximum(window - reach, 0) // BLOCK_M, blocks_between)
             if MASKED:
                 begin, count = after + clear * BLOCK_M, blocks_between - clear
             else:
                 stop, count = after + clear * BLOCK_M, clear
         at, head = begin, group * GROUP
         for _ in range(0, count * GROUP):
-            wide = tl.cast(head, tl.int64)
+            wide, row = tl.cast(head, tl.int64), at - offset
             q_of = q + wide * q_head_stride
             q_MD = load_whole(
-                q_rows, q_of, at, head, q_stride, BLOCK_M, COLUMNS, HEAD_DIM, DESCRIPTORS
+                q_rows, q_of, row, head, q_stride, BLOCK_M, COLUMNS, HEAD_DIM, DESCRIPTORS
             )
             do_of = grad + wide * grad_head_stride
             do_MD = load_whole(
-                grad_rows, do_of, at, head, grad_stride, BLOCK_M, COLUMNS, HEAD_DIM, DESCRIPTORS
+                grad_rows, do_of, row, head, grad_stride, BLOCK_M, COLUMNS, HEAD_DIM, DESCRIPTORS
             )
-            queries = at + tl.arange(0, BLOCK_M)
-            lse_M = tl.load(logsumexp + wide * tokens + queries)
-            delta_M = tl.load(delta + wide * tokens + queries)
+            queries, rows = at + tl.arange(0, BLOCK_M), row + tl.arange(0, BLOCK_M)
+            lse_M = tl.load(logsumexp + wide * tokens + rows)
+            delta_M = tl.load(delta + wide * tokens + rows)
             seen = True
             if MASKED:
                 seen = sees(queries[None, :], keys[:, None], window, False, True)
@@ -280,7 +309,7 @@ def _keys_kernel(
             )
             head += at + BLOCK_M == stop
             at = tl.where(at + BLOCK_M == stop, begin, at + BLOCK_M)
-    first = at - BLOCK_N  # the same value, but the loops keep no registers for the rows stored
+    first = at - reach  # the same value, but the loops keep no registers for the rows stored
     stride = groups * HEAD_DIM
     if DK:
         store_edge(dk + wide_group * HEAD_DIM, dk_ND * unscaled, first, end, stride, HEAD_DIM)
@@ -300,17 +329,20 @@ def attention_backward(
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q (B, S, H, D), k and v (B, S, G, D), each in its input's dtype.
+    """Return the gradients of q (B, Sq, H, D), k and v (B, Sk, G, D), each in its input's dtype.
 
-    grad is the gradient of the output, (B, S, H, D). out and logsumexp are the results of
+    grad is the gradient of the output, (B, Sq, H, D). out and logsumexp are the results of
     `attention_forward`; the tiles belong to the same `Packing`. Raises LookupError if the tile
     table has no matching row.
     """
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     inputs = [blocks.flat(x) for x in (q, k, v, grad)]
+    rows = (k.shape[1], k.shape[1] - q.shape[1])
     saved = (logsumexp, _delta(blocks.flat(out), inputs[3]))
-    _launch_products(_queries_kernel, inputs, saved, gradients[:1], query_tiles, scale, window)
-    _launch_products(_keys_kernel, inputs, saved, gradients[1:], key_tiles, scale, window)
+    _launch_products(
+        _queries_kernel, inputs, saved, gradients[:1], query_tiles, rows, scale, window
+    )
+    _launch_products(_keys_kernel, inputs, saved, gradients[1:], key_tiles, rows, scale, window)
     dq, dk, dv = gradients
     return dq, dk, dv
 
@@ -339,12 +371,14 @@ def _launch_products(
     saved: tuple[Tensor, Tensor],
     gradients: list[Tensor],
     tiles: Tensor,
+    rows: tuple[int, int],
     scale: float,
     window: int | None,
 ) -> None:
     """Launch the queries kernel, which loops over k and v, or the keys kernel, over q and grad.
 
-    inputs is (q, k, v, grad), saved is (logsumexp, delta). If two accumulators do not fit in
+    inputs is (q, k, v, grad), saved is (logsumexp, delta), rows is (keys of a row, those of its
+    first tokens without queries). If two accumulators do not fit in
     registers, the tile table sets SEPARATE: the keys kernel then computes dk and dv in two
     launches, and the scores twice.
     """
@@ -355,7 +389,7 @@ def _launch_products(
     resident, streamed = ("BLOCK_M", "BLOCK_N") if by_queries else ("BLOCK_N", "BLOCK_M")
     streams = (k, v) if by_queries else (q, grad)
     columns = blocks.padded_columns(q.shape[2])
-    rows = [
+    descriptors = [
         blocks.make_descriptor(x, tile[streamed], columns, tile["DESCRIPTORS"]) for x in streams
     ]
     parts = [{}] if by_queries else [{"DK": True, "DV": True}]
@@ -368,13 +402,14 @@ def _launch_products(
         launch(
             kernel,
             blocks.grid(tiles, heads, tile[resident]),
-            *(*inputs, *rows, *saved, *gradients, tiles, len(tiles), heads),
-            *(at_once, tokens, min(window or 0, tokens), scale * blocks.LOG2_E, scale),
+            *(*inputs, *descriptors, *saved, *gradients, tiles, len(tiles), heads),
+            *(at_once, tokens, min(window or 0, rows[0]), *rows, scale * blocks.LOG2_E, scale),
             *(x.stride(dim) for x in inputs for dim in (0, 1)),
             GROUP=q.shape[1] // k.shape[1],
             HEAD_DIM=q.shape[2],
             COLUMNS=columns,
             WINDOWED=window is not None,
+            SUFFIX=rows[1] > 0,
             **tile,
             **part,
         )

@@ -3,6 +3,8 @@
 Legend: T tokens of all concatenated rows, H query heads, G key/value heads, D head dimension. A
 program processes one block of one document and one head. Blocks are counted from the start of their
 document, so a document's result does not depend on the other documents of its batch, bit for bit.
+Tokens are positions among the concatenated keys. With SUFFIX, only the last tokens of each row have
+queries, whose rows `query_rows` converts from tokens.
 Rows that may be past the end of a document are accessed by masked pointers, so that no row of
 another document is ever touched; rows inside it are read by descriptors (TMA) if the tile table
 enables them.
@@ -44,6 +46,17 @@ def place(tiles, count, heads, at_once, BLOCK: tl.constexpr, LAST_FIRST: tl.cons
     tile = tiles + block // split * 3
     first = tl.load(tile) + part * BLOCK
     return first, tl.load(tile + 1), tl.load(tile + 2), turn * at_once + within % width
+
+
+@triton.jit
+def query_rows(end, sequence, hidden):
+    """Return (offset, earliest) of the row of keys that holds the document which ends at `end`.
+
+    A row of `sequence` keys has queries for all but its first `hidden` tokens: from token
+    `earliest` on, the query of token t is row t - offset of the concatenated queries.
+    """
+    row = (end - 1) // sequence
+    return (row + 1) * hidden, row * sequence + hidden
 
 
 @triton.jit
@@ -96,27 +109,46 @@ def pointers(base, at, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def within(at, end, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Return a mask (ROWS, COLUMNS) of the rows from `at` before `end`, without padding columns."""
-    inside = (at + tl.arange(0, ROWS) < end)[:, None]
+def between(rows, low, end):
+    """Return the mask of `rows` that are before `end`, and not before `low` unless it is None."""
+    inside = rows < end
+    if low is not None:
+        inside = inside & (rows >= low)
+    return inside
+
+
+@triton.jit
+def within(at, low, end, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Return a mask (ROWS, COLUMNS) of the rows from `at` that are `between` low and end.
+
+    Padding columns are masked.
+    """
+    inside = between(at + tl.arange(0, ROWS), low, end)[:, None]
     return inside & (tl.arange(0, COLUMNS) < HEAD_DIM)[None, :]
 
 
 @triton.jit
 def load_edge(
-    base, at, end, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr
+    base,
+    at,
+    end,
+    stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    low=None,
 ):
-    """Load the rows from `at`, with zeros from `end` on and in padding columns."""
-    inside = within(at, end, ROWS, COLUMNS, HEAD_DIM)
+    """Load the rows from `at`, with zeros before `low`, from `end` on and in padding columns."""
+    inside = within(at, low, end, ROWS, COLUMNS, HEAD_DIM)
     return tl.load(pointers(base, at, stride, ROWS, COLUMNS), mask=inside, other=0.0)
 
 
 @triton.jit
-def store_edge(base, value, at, end, stride, HEAD_DIM: tl.constexpr):
-    """Store the rows from `at` that are before `end`, without padding columns."""
+def store_edge(base, value, at, end, stride, HEAD_DIM: tl.constexpr, low=None):
+    """Store the rows from `at` that are `between` low and end, without padding columns."""
     ROWS: tl.constexpr = value.shape[0]
     COLUMNS: tl.constexpr = value.shape[1]
-    inside = within(at, end, ROWS, COLUMNS, HEAD_DIM)
+    inside = within(at, low, end, ROWS, COLUMNS, HEAD_DIM)
     where = pointers(base, at, stride, ROWS, COLUMNS)
     tl.store(where, value.to(base.dtype.element_ty), mask=inside)
 

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from megagrow_kernels import attention_blocks as blocks
 from megagrow_kernels.attention_blocks import (
+    between,
     edge_keys,
     key_range,
     load_edge,
     load_whole,
     place,
+    query_rows,
     sees,
     store_edge,
 )
@@ -52,7 +54,7 @@ def _add(weights, v, shrink, acc, total):
     return acc, total
 
 
-@triton.jit(do_not_specialize=["count", "at_once", "tokens", "window"])
+@triton.jit(do_not_specialize=["count", "at_once", "tokens", "window", "sequence", "hidden"])
 def _forward_kernel(
     q,
     k,
@@ -67,6 +69,8 @@ def _forward_kernel(
     at_once,
     tokens,
     window,
+    sequence,
+    hidden,
     scale,
     q_stride,
     q_head_stride,
@@ -78,6 +82,7 @@ def _forward_kernel(
     HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     WINDOWED: tl.constexpr,
+    SUFFIX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EDGE_N: tl.constexpr,
@@ -86,11 +91,19 @@ def _forward_kernel(
     first, start, end, head = place(tiles, count, heads, at_once, BLOCK_M, True)
     if first >= end:
         return
+    offset, lowest = 0, None
+    if SUFFIX:
+        offset, earliest = query_rows(end, sequence, hidden)
+        if first + BLOCK_M <= earliest:
+            return
+        lowest = earliest - offset
+    row, last_row = first - offset, end - offset
+    rows = row + tl.arange(0, BLOCK_M)
     group = head // GROUP
     k += tl.cast(group, tl.int64) * k_head_stride
     v += tl.cast(group, tl.int64) * v_head_stride
     q += tl.cast(head, tl.int64) * q_head_stride
-    q_MD = load_edge(q, first, end, q_stride, BLOCK_M, COLUMNS, HEAD_DIM)
+    q_MD = load_edge(q, row, last_row, q_stride, BLOCK_M, COLUMNS, HEAD_DIM, lowest)
     queries = first + tl.arange(0, BLOCK_M)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -112,25 +125,27 @@ def _forward_kernel(
         acc, total = _add(weights, v_ND, shrink, acc, total)
 
     out += tl.cast(head, tl.int64) * HEAD_DIM
-    store_edge(out, acc / total[:, None], first, end, heads * HEAD_DIM, HEAD_DIM)
+    store_edge(out, acc / total[:, None], row, last_row, heads * HEAD_DIM, HEAD_DIM, lowest)
     logsumexp += tl.cast(head, tl.int64) * tokens
-    tl.store(logsumexp + queries, maximum + tl.log2(total), mask=queries < end)
+    inside = between(rows, lowest, last_row)
+    tl.store(logsumexp + rows, maximum + tl.log2(total), mask=inside)
 
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, query_tiles: Tensor, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Return attention (B, S, H, D) in q's dtype and logsumexp (H, T), fp32, to base 2.
+    """Return attention (B, Sq, H, D) in q's dtype and logsumexp (H, B * Sq), fp32, to base 2.
 
-    q is (B, S, H, D), k and v are (B, S, G, D), all of one dtype; query_tiles is
-    `Packing.query_tiles`. logsumexp is log2 of the sum over keys of 2^(scale log2(e) q k). window
-    limits attention to that many tokens, the query included. Raises LookupError if the tile table
-    has no matching row.
+    q is (B, Sq, H, D), the queries of the last Sq of Sk tokens; k and v are (B, Sk, G, D), all of
+    one dtype; query_tiles is `Packing.query_tiles`. logsumexp is log2 of the sum over keys of
+    2^(scale log2(e) q k). window limits attention to that many tokens, the query included. Raises
+    LookupError if the tile table has no matching row.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     heads, head_dim = q.shape[2:]
     q_THD, k_TGD, v_TGD = (blocks.flat(x) for x in (q, k, v))
-    tokens, groups = k_TGD.shape[:2]
+    tokens, groups = q_THD.shape[0], k_TGD.shape[1]
+    sequence, hidden = k.shape[1], k.shape[1] - q.shape[1]
     logsumexp = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
     capability = architecture(q.device)
     tile = select(
@@ -138,7 +153,7 @@ def attention_forward(
         capability,
         head_dim=head_dim,
         bytes=q.element_size(),
-        hopper=fits(capability, head_dim, q.dtype),
+        hopper=fits(capability, head_dim, q.dtype) and not hidden,
     )
     if tile.get("GENERATION", 1) == 2:
         return attention_hopper_forward(q, k, v, query_tiles, scale, window, tile["STAGES"])
@@ -156,7 +171,9 @@ def attention_forward(
             heads,
             blocks.concurrent_heads(k_TGD, groups, heads),
             tokens,
-            min(window or 0, tokens),
+            min(window or 0, sequence),
+            sequence,
+            hidden,
         ),
         scale * blocks.LOG2_E,
         *(x.stride(dim) for x in (q_THD, k_TGD, v_TGD) for dim in (0, 1)),
@@ -164,6 +181,7 @@ def attention_forward(
         HEAD_DIM=head_dim,
         COLUMNS=columns,
         WINDOWED=window is not None,
+        SUFFIX=hidden > 0,
         **tile,
     )
     return out, logsumexp

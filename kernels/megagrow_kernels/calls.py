@@ -102,10 +102,11 @@ def _attention(
     head_dim: int,
     dtype: str,
     window: int | None = None,
+    queries: int | None = None,
 ) -> Launches:
-    q = draw(device, dtype, batch, sequence, heads, head_dim)
+    q = draw(device, dtype, batch, queries or sequence, heads, head_dim)
     k, v = (draw(device, dtype, batch, sequence, groups, head_dim) for _ in range(2))
-    packing = pack(None, batch, sequence).to(device)
+    packing = pack(None, batch, sequence, queries).to(device)
     scale = head_dim**-0.5
 
     def forward() -> tuple[Tensor, Tensor]:

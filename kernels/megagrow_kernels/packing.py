@@ -1,9 +1,10 @@
 """Document boundaries of a batch in the format of the attention kernels.
 
 Built once per batch, on the CPU. A batch of B rows of S tokens is treated as T = B * S concatenated
-tokens. Attention processes tiles of TILE tokens of one document; kernels with smaller blocks split
-a tile. All document-dependent values are read from these lists, so kernels need no search, do no
-work on pairs of documents, and handle an unpacked batch as one document per row.
+tokens. Every token has a key; all tokens, or the last ones of each row, have a query. Attention
+processes tiles of TILE tokens of one document; kernels with smaller blocks split a tile. All
+document-dependent values are read from these lists, so kernels need no search, do no work on pairs
+of documents, and handle an unpacked batch as one document per row.
 """
 
 from collections.abc import Callable
@@ -28,13 +29,11 @@ class Packing:
     """Shape (N + 1,): the start of each of the N documents among the T tokens, followed by T."""
     query_tiles: Tensor
     """Shape (tiles, 3): first token of the tile, first token of its document, end of its document
-    (exclusive). Sorted by number of visible keys, most first, so that the last programs to start
-    are short. A window limits the number, and keeps the order.
+    (exclusive), for each tile with a query. Sorted by number of visible keys, most first, so that
+    the last programs to start are short. A window limits the number, and keeps the order.
     """
     key_tiles: Tensor
-    """Shape (tiles, 3): the same tiles, sorted by number of queries that see their keys, most
-    first.
-    """
+    """Shape (tiles, 3): all tiles, sorted by number of queries that see their keys, most first."""
     longest: int
     """Tokens of the longest document."""
 
@@ -55,14 +54,20 @@ class Packing:
         return replace(self, **{name: function(getattr(self, name)) for name in names})
 
 
-def pack(document_ids: Tensor | None, batch: int, sequence: int) -> Packing:
+def pack(
+    document_ids: Tensor | None, batch: int, sequence: int, queries: int | None = None
+) -> Packing:
     """Return the packing of a batch of `batch` rows of `sequence` tokens, on the CPU.
 
     document_ids (batch, sequence), integers on the CPU, separates the documents of a row: a
     document is a run of equal ids and ends with its row. With None, every row is one document.
-    Raises ValueError for another shape, for an id that reappears later in its row, and for 2^31
-    tokens or more.
+    The last `queries` tokens of each row have queries, by default all. Raises ValueError for
+    another shape, for an id that reappears later in its row, for 2^31 tokens or more, and for fewer
+    than 1 or more than `sequence` queries.
     """
+    queries = sequence if queries is None else queries
+    if not 1 <= queries <= sequence:
+        raise ValueError(f"{queries} queries per row of {sequence} keys; use 1 to {sequence}")
     if batch * sequence >= 2**31:
         raise ValueError(
             f"{batch} rows of {sequence} tokens exceed 32-bit indices; use fewer than 2^31 tokens"
@@ -76,11 +81,14 @@ def pack(document_ids: Tensor | None, batch: int, sequence: int) -> Packing:
     start, end = starts[document], ends[document]
     first = start + number * TILE
     tiles = torch.stack((first, start, end), 1).int()
-    keys_seen = torch.minimum(first + TILE, end) - start
+    stop = torch.minimum(first + TILE, end)
+    earliest = start // sequence * sequence + sequence - queries
+    asking = stop > earliest
+    keys_seen, queries_seeing = (stop - start)[asking], end - torch.maximum(first, earliest)
     return Packing(
         cu_seqlens=torch.cat((starts, ends[-1:])).int(),
-        query_tiles=_pad_to_two(tiles[keys_seen.argsort(descending=True, stable=True)]),
-        key_tiles=_pad_to_two(tiles[(end - first).argsort(descending=True, stable=True)]),
+        query_tiles=_sorted(tiles[asking], keys_seen),
+        key_tiles=_sorted(tiles, queries_seeing.clamp(min=0)),
         longest=int(lengths.max()),
     )
 
@@ -99,8 +107,12 @@ def _starts(document_ids: Tensor | None, batch: int, sequence: int) -> Tensor:
     return starts
 
 
-def _pad_to_two(tiles: Tensor) -> Tensor:
-    """Append an empty tile to a single one: torch.compile treats a size of 1 as static."""
+def _sorted(tiles: Tensor, work: Tensor) -> Tensor:
+    """Return the tiles with most work first; two of them at least, of which one may be empty.
+
+    torch.compile treats a size of 1 as static.
+    """
+    tiles = tiles[work.argsort(descending=True, stable=True)]
     return torch.cat((tiles, torch.zeros_like(tiles))) if len(tiles) == 1 else tiles
 
 

@@ -163,21 +163,29 @@ def _attention(
     head_dim: int,
     dtype: str,
     window: int | None = None,
+    queries: int | None = None,
 ) -> Outcome:
     """Compare a row that is one document, and a row of documents of 1, TILE - 1 and more tokens.
 
-    A window is limited to half of a row, so that it hides keys.
+    A window is limited to half of a row, so that it hides keys. The queries remain the same share
+    of a row as in the call.
     """
     limit = math.isqrt(MOST_SCORES // (2 * heads)) // TILE * TILE
+    share = 1.0 if queries is None else queries / sequence
     sequence = min(sequence, MOST_TOKENS, max(limit, TILE))
+    queries = max(1, round(share * sequence))
     window = None if window is None else min(window, max(sequence // 2, 1))
     positions = torch.arange(sequence)
     ids = torch.stack((torch.zeros_like(positions), _document_ids(positions)))
     inputs = {
-        name: draw(device, dtype, 2, sequence, count, head_dim)
-        for name, count in (("q", heads), ("k", groups), ("v", groups))
+        name: draw(device, dtype, 2, tokens, count, head_dim)
+        for name, tokens, count in (
+            ("q", queries, heads),
+            ("k", sequence, groups),
+            ("v", sequence, groups),
+        )
     }
-    packing, ids = pack(ids, *ids.shape).to(device), ids.to(device)
+    packing, ids = pack(ids, *ids.shape, queries).to(device), ids.to(device)
     kernel = partial(attention, packing=packing, window=window)
     eager = partial(reference.attention, document_ids=ids, window=window)
     terms = partial(attention_terms, document_ids=ids, window=window)

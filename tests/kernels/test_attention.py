@@ -48,12 +48,17 @@ CASES: dict[str, tuple[Rows, tuple[int, int, int], dict]] = {
     "window above two tiles": (((397,),), (2, 1, 16), {"window": 2 * TILE + 20}),
     "window above the length": (((70, 29),), (1, 1, 64), {"window": 300}),
     "scale": (((70, 29),), (1, 1, 64), {"scale": 0.4}),
+    "one query of a row": (((150, 49), (199,)), (2, 1, 16), {"queries": 1}),
+    "queries from inside a block": (((40, 107, 52), (199,)), (4, 2, 16), {"queries": 101}),
+    "queries from the end of a block": (((64, 135), (199,)), (2, 1, 16), {"queries": 135}),
+    "queries and a small window": (((300,), (9, 291)), (2, 1, 16), {"queries": 77, "window": 40}),
+    "queries and a window": (((397,), (60, 337)), (2, 1, 16), {"queries": 130, "window": 201}),
 }
 
 
-def packing_of(rows: Rows) -> Packing:
+def packing_of(rows: Rows, queries: int | None = None) -> Packing:
     ids = ids_of(rows)
-    return pack(ids, *ids.shape)
+    return pack(ids, *ids.shape, queries)
 
 
 def inputs_of(rows: Rows, heads: int, groups: int, head_dim: int) -> list[Tensor]:
@@ -62,8 +67,16 @@ def inputs_of(rows: Rows, heads: int, groups: int, head_dim: int) -> list[Tensor
     return [draw(*shape, seed=seed) for seed, shape in enumerate(shapes)]
 
 
-def check_attention(rows: Rows, inputs: list[Tensor], dtype: torch.dtype, **options: Any) -> None:
-    kernel = partial(attention, packing=packing_of(rows), **options)
+def check_attention(
+    rows: Rows,
+    inputs: list[Tensor],
+    dtype: torch.dtype,
+    queries: int | None = None,
+    **options: Any,
+) -> None:
+    """Check output and gradients of the last `queries` queries of each row, by default of all."""
+    inputs = [inputs[0][:, -(queries or 0) :], *inputs[1:]]
+    kernel = partial(attention, packing=packing_of(rows, queries), **options)
     definition = partial(reference.attention, document_ids=ids_of(rows), **options)
     terms = partial(attention_terms, document_ids=ids_of(rows), **options)
     check(kernel, definition, inputs, dtype, terms)
@@ -111,6 +124,20 @@ def results(function, inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = function(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_the_last_queries_are_rows_of_all_queries_to_the_bit(window):
+    rows, queries = ((150, 49), (7, 192)), 61
+    inputs, upstream = inputs_of(rows, 2, 1, 16), draw(2, 199, 2, 16, seed=9)
+    function = partial(attention, packing=packing_of(rows), window=window)
+    full = results(function, inputs, upstream)
+    function = partial(attention, packing=packing_of(rows, queries), window=window)
+    last = results(function, [inputs[0][:, -queries:], *inputs[1:]], upstream[:, -queries:])
+    for one, all_of_them in zip(last[:2], full[:2], strict=True):
+        assert torch.equal(one, all_of_them[:, -queries:])
+    for gradient in last[2:]:
+        assert (gradient[1, :7] == 0).all(), "no query sees this document"
 
 
 def test_nothing_flows_from_later_tokens():
@@ -198,7 +225,7 @@ def test_every_tail_length():
 
 @pytest.mark.parametrize(("resident", "streamed"), [(16, 32), (32, 16), (32, 64)])
 def test_windows_that_cut_hide_and_leave_blocks(resident, streamed):
-    """For blocks of all relative sizes."""
+    """For blocks of all relative sizes, and chunks of queries from every part of a block."""
     by_queries = {"BLOCK_M": resident, "BLOCK_N": streamed, "EDGE_N": 16, "DESCRIPTORS": 1}
     by_keys = {"BLOCK_N": resident, "BLOCK_M": streamed, "EDGE_M": 16, "DESCRIPTORS": 1}
     tiles = {f"attention_{name}": by_queries for name in ("forward", "queries")}
@@ -206,6 +233,9 @@ def test_windows_that_cut_hide_and_leave_blocks(resident, streamed):
     with override_tiles(INTERPRETER, tiles | {"attention_keys": by_keys}):
         for window in (16, 33, 63, 80):
             check_attention(rows, inputs_of(rows, 1, 1, 16), SINGLE, window=window)
+        for queries, window in ((35, None), (36, 33), (51, 63), (67, None)):
+            options = {"queries": queries, "window": window}
+            check_attention(rows, inputs_of(rows, 1, 1, 16), SINGLE, **options)
 
 
 @pytest.mark.parametrize("window", [None, 50])
@@ -272,6 +302,8 @@ def test_what_does_not_fit_is_named():
         call(q, k[:, :, :2], v[:, :, :2])
     with pytest.raises(ValueError, match="requires q"):
         call(q, k, v[:, :4])
+    with pytest.raises(ValueError, match="Sq <= Sk"):
+        call(q, k[:, :4], v[:, :4])
     with pytest.raises(ValueError, match="head dimension 60"):
         call(*(x[..., :60] for x in (q, k, v)))
     with pytest.raises(ValueError, match="scale -1"):

@@ -54,6 +54,14 @@ ELSEWHERE = [
         (100, 128, 512, "bfloat16"),
     )
 ]
+ELSEWHERE += [
+    CompileJob(
+        architecture,
+        "attention",
+        HEADS | {"head_dim": 128, "window": window, "queries": 512},
+    )
+    for architecture, window in zip(ARCHITECTURES, (None, 512, None), strict=True)
+]
 SEQUENCE = {"batch": 4, "sequence": 2048, "channels": 4096}
 SEQUENCE |= dict.fromkeys(("dtype", "parameter_dtype"), "bfloat16")
 ELSEWHERE += [

@@ -47,6 +47,20 @@ def test_a_plain_batch_is_one_document_per_row():
     assert [row[0] for row in packing.key_tiles.tolist()] == [0, 200, 400, 128, 328, 528]
 
 
+def test_query_tiles_cover_the_last_queries_and_key_tiles_all_keys():
+    packing = pack(None, 2, 300, queries=50)
+    assert packing.query_tiles.tolist() == [
+        [256, 0, 300],
+        [556, 300, 600],
+        [128, 0, 300],
+        [428, 300, 600],
+    ]
+    assert [row[0] for row in packing.key_tiles.tolist()] == [0, 128, 300, 428, 256, 556]
+    packing = pack(ids_of(((20, 280),)), 1, 300, queries=50)
+    assert packing.query_tiles.tolist() == [[276, 20, 300], [148, 20, 300]]
+    assert packing.key_tiles.tolist()[-1] == [0, 0, 20], "seen by no query, and still listed"
+
+
 def test_documents_end_with_their_row():
     packing = pack(ids_of(((3, 1, 4), (8,))), 2, 8)
     assert documents_of(packing) == [(0, 3), (3, 4), (4, 8), (8, 16)]
@@ -92,5 +106,8 @@ def test_what_is_wrong_is_named():
         pack(torch.zeros(2, 8), 1, 8)
     with pytest.raises(ValueError, match="reappears"):
         pack(torch.tensor([[0, 1, 0]]), 1, 3)
+    for queries in (0, 9):
+        with pytest.raises(ValueError, match=f"{queries} queries per row of 8 keys; use 1 to 8"):
+            pack(None, 1, 8, queries)
     with pytest.raises(ValueError, match="32-bit"):
         pack(None, 2**16, 2**15)

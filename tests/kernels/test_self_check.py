@@ -41,17 +41,19 @@ def test_the_kernels_pass(op: str) -> None:
 
 
 def test_a_window_hides_keys_of_the_limited_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    windows = []
+    """And the queries remain a quarter of the tokens."""
+    called = []
 
     def kernel(*inputs: torch.Tensor, packing: Packing, window: int | None) -> torch.Tensor:
-        windows.append(window)
+        called.append((window, inputs[0].shape[1]))
         return attention(*inputs, packing, window=window)
 
     monkeypatch.setattr(self_check, "attention", kernel)
-    for window in (None, 5, 4096):
-        result = check("attention", CPU, CALLS["attention"] | {"window": window})
+    for window, queries in ((None, None), (5, 65), (4096, None)):
+        options = {"window": window, "queries": queries}
+        result = check("attention", CPU, CALLS["attention"] | options)
         assert 0 < result["error"] <= result["tolerance"], result
-    assert windows == [None, 5, 130]
+    assert called == [(None, 260), (5, 65), (130, 260)]
 
 
 def test_every_op_has_a_check() -> None:
