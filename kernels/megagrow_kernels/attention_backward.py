@@ -27,7 +27,9 @@ from megagrow_kernels.attention_blocks import (
     key_range,
     load_edge,
     load_whole,
+    own_queries,
     place,
+    queries_step,
     query_rows,
     sees,
     store_edge,
@@ -63,19 +65,7 @@ def _delta_kernel(
     tl.store(delta + head * tokens + rows, tl.sum(o_MD * do_MD, 1), mask=rows < tokens)
 
 
-@triton.jit
-def _queries_step(q, do, k, v, logsumexp, delta, scale, seen, dq, MASKED: tl.constexpr):
-    """Add the contribution of a block of keys to dq, without the scale."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    weights = tl.exp2(scores * scale - logsumexp[:, None])
-    if MASKED:
-        weights = tl.where(seen, weights, 0.0)
-    d_weights = tl.dot(do, tl.trans(v), input_precision="ieee")
-    d_scores = weights * (d_weights - delta[:, None])
-    return tl.dot(d_scores.to(k.dtype), k, dq, input_precision="ieee")
-
-
-@triton.jit(do_not_specialize=["count", "at_once", "tokens", "window", "sequence", "hidden"])
+@triton.jit(do_not_specialize=blocks.SIZES)
 def _queries_kernel(
     q,
     k,
@@ -119,10 +109,9 @@ def _queries_kernel(
         return
     offset, lowest = 0, None
     if SUFFIX:
-        offset, earliest = query_rows(end, sequence, hidden)
-        if first + BLOCK_M <= earliest:
+        offset, lowest = query_rows(end, sequence, hidden)
+        if first - offset + BLOCK_M <= lowest:
             return
-        lowest = earliest - offset
     row, last_row = first - offset, end - offset
     rows = row + tl.arange(0, BLOCK_M)
     group = head // GROUP
@@ -143,14 +132,14 @@ def _queries_kernel(
     for at in range(low, edge, BLOCK_N):
         k_ND = load_whole(k_rows, k, at, group, k_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
         v_ND = load_whole(v_rows, v, at, group, v_stride, BLOCK_N, COLUMNS, HEAD_DIM, DESCRIPTORS)
-        dq_MD = _queries_step(q_MD, do_MD, k_ND, v_ND, lse_M, delta_M, scale, True, dq_MD, False)
+        dq_MD = queries_step(q_MD, do_MD, k_ND, v_ND, lse_M, delta_M, scale, True, dq_MD, False)
     for step in tl.range(begin, tl.minimum(first + BLOCK_M, end), EDGE_N, num_stages=2):
         at = edge_keys(step, low, edge, WINDOWED)
         k_ND = load_edge(k, at, end, k_stride, EDGE_N, COLUMNS, HEAD_DIM)
         v_ND = load_edge(v, at, end, v_stride, EDGE_N, COLUMNS, HEAD_DIM)
         keys = at + tl.arange(0, EDGE_N)
         seen = sees(queries[:, None], keys[None, :], window, True, WINDOWED)
-        dq_MD = _queries_step(q_MD, do_MD, k_ND, v_ND, lse_M, delta_M, scale, seen, dq_MD, True)
+        dq_MD = queries_step(q_MD, do_MD, k_ND, v_ND, lse_M, delta_M, scale, seen, dq_MD, True)
     dq += head * HEAD_DIM
     store_edge(dq, dq_MD * unscaled, row, last_row, heads * HEAD_DIM, HEAD_DIM, lowest)
 
@@ -185,7 +174,7 @@ def _keys_step(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["count", "at_once", "tokens", "window", "sequence", "hidden"])
+@triton.jit(do_not_specialize=blocks.SIZES)
 def _keys_kernel(
     q,
     k,
@@ -246,22 +235,14 @@ def _keys_kernel(
     last = end
     if WINDOWED:
         last = tl.minimum(end, first + BLOCK_N - 1 + window)
-    offset, lowest = 0, None
-    own, after, reach = first, first + BLOCK_N, BLOCK_N
+    offset, lowest, own, reach = 0, None, first, BLOCK_N
     if SUFFIX:
-        # Start at the earliest query. Without queries among the keys' own tokens, none of the parts
-        # is theirs, and full blocks start there.
-        offset, earliest = query_rows(end, sequence, hidden)
-        lowest = earliest - offset
-        skipped = tl.maximum(earliest - first, 0)
-        reach = tl.maximum(skipped, BLOCK_N)
-        after = first + reach
-        own = tl.where(skipped < BLOCK_N, first + skipped // EDGE_M * EDGE_M, after)
+        offset, lowest = query_rows(end, sequence, hidden)
+        own, reach = own_queries(first, last, offset + lowest, BLOCK_N, EDGE_M)
+    after = first + reach
     blocks_between = tl.maximum(last - after, 0) // BLOCK_M
     tail = after + blocks_between * BLOCK_M
     in_band = tl.cdiv(tl.minimum(after, last) - own, EDGE_M)
-    if SUFFIX:
-        in_band = tl.cdiv(tl.maximum(tl.minimum(after, last) - own, 0), EDGE_M)
     edges = in_band + tl.cdiv(tl.maximum(last - tail, 0), EDGE_M)
     for step in tl.range(0, edges * GROUP, num_stages=1):
         part = step % edges
@@ -290,11 +271,10 @@ def _keys_kernel(
         at, head = begin, group * GROUP
         for _ in range(0, count * GROUP):
             wide, row = tl.cast(head, tl.int64), at - offset
-            q_of = q + wide * q_head_stride
+            q_of, do_of = q + wide * q_head_stride, grad + wide * grad_head_stride
             q_MD = load_whole(
                 q_rows, q_of, row, head, q_stride, BLOCK_M, COLUMNS, HEAD_DIM, DESCRIPTORS
             )
-            do_of = grad + wide * grad_head_stride
             do_MD = load_whole(
                 grad_rows, do_of, row, head, grad_stride, BLOCK_M, COLUMNS, HEAD_DIM, DESCRIPTORS
             )

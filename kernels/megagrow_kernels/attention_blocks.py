@@ -25,6 +25,9 @@ CACHE_BYTES = 24 * 2**20
 It limits the number of concurrent heads.
 """
 
+SIZES = ("count", "at_once", "tokens", "window", "sequence", "hidden")
+"""Arguments of the kernels whose values must not cause a compilation."""
+
 _TILE = tl.constexpr(TILE)
 
 
@@ -50,13 +53,26 @@ def place(tiles, count, heads, at_once, BLOCK: tl.constexpr, LAST_FIRST: tl.cons
 
 @triton.jit
 def query_rows(end, sequence, hidden):
-    """Return (offset, earliest) of the row of keys that holds the document which ends at `end`.
+    """Return (offset, lowest) of the row of keys that holds the document which ends at `end`.
 
-    A row of `sequence` keys has queries for all but its first `hidden` tokens: from token
-    `earliest` on, the query of token t is row t - offset of the concatenated queries.
+    A row of `sequence` keys has queries for all but its first `hidden` tokens. The query of token t
+    is row t - offset of the concatenated queries, and the first one of this row is `lowest`.
     """
     row = (end - 1) // sequence
-    return (row + 1) * hidden, row * sequence + hidden
+    return (row + 1) * hidden, row * (sequence - hidden)
+
+
+@triton.jit
+def own_queries(first, last, earliest, BLOCK_N: tl.constexpr, EDGE_M: tl.constexpr):
+    """Return (own, reach): where a block of keys starts its own tokens' and the later queries.
+
+    Queries begin at `earliest`, and end before `last`. The own tokens' queries start at `own`, in
+    whole parts of EDGE_M; the later ones at first + reach, at `earliest` if it is later.
+    """
+    skipped = tl.maximum(earliest - first, 0)
+    reach = tl.maximum(skipped, BLOCK_N)
+    own = tl.where(skipped < BLOCK_N, first + skipped // EDGE_M * EDGE_M, first + reach)
+    return tl.minimum(own, last), reach
 
 
 @triton.jit
@@ -193,6 +209,18 @@ def sees(queries, keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
     else:
         seen = keys > queries - window
     return seen
+
+
+@triton.jit
+def queries_step(q, do, k, v, logsumexp, delta, scale, seen, dq, MASKED: tl.constexpr):
+    """Add the contribution of a block of keys to dq, without the scale."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    weights = tl.exp2(scores * scale - logsumexp[:, None])
+    if MASKED:
+        weights = tl.where(seen, weights, 0.0)
+    d_weights = tl.dot(do, tl.trans(v), input_precision="ieee")
+    d_scores = weights * (d_weights - delta[:, None])
+    return tl.dot(d_scores.to(k.dtype), k, dq, input_precision="ieee")
 
 
 def flat(x: Tensor) -> Tensor:

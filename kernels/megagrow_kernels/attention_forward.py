@@ -54,7 +54,7 @@ def _add(weights, v, shrink, acc, total):
     return acc, total
 
 
-@triton.jit(do_not_specialize=["count", "at_once", "tokens", "window", "sequence", "hidden"])
+@triton.jit(do_not_specialize=blocks.SIZES)
 def _forward_kernel(
     q,
     k,
@@ -93,10 +93,9 @@ def _forward_kernel(
         return
     offset, lowest = 0, None
     if SUFFIX:
-        offset, earliest = query_rows(end, sequence, hidden)
-        if first + BLOCK_M <= earliest:
+        offset, lowest = query_rows(end, sequence, hidden)
+        if first - offset + BLOCK_M <= lowest:
             return
-        lowest = earliest - offset
     row, last_row = first - offset, end - offset
     rows = row + tl.arange(0, BLOCK_M)
     group = head // GROUP

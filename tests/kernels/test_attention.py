@@ -288,27 +288,3 @@ def test_views_of_one_projection():
     expected = results(function, [x.contiguous() for x in views], upstream.contiguous())
     for actual, other in zip(results(function, list(views), upstream), expected, strict=True):
         assert torch.equal(actual, other)
-
-
-def test_what_does_not_fit_is_named():
-    rows = ((5,),)
-    call = partial(attention, packing=packing_of(rows))
-    q, k, v = inputs_of(rows, 3, 3, 64)
-    with pytest.raises(TypeError, match="float64"):
-        call(q.double(), k.double(), v.double())
-    with pytest.raises(TypeError, match="float16"):
-        call(q, k.half(), v)
-    with pytest.raises(ValueError, match="requires q"):
-        call(q, k[:, :, :2], v[:, :, :2])
-    with pytest.raises(ValueError, match="requires q"):
-        call(q, k, v[:, :4])
-    with pytest.raises(ValueError, match="Sq <= Sk"):
-        call(q, k[:, :4], v[:, :4])
-    with pytest.raises(ValueError, match="head dimension 60"):
-        call(*(x[..., :60] for x in (q, k, v)))
-    with pytest.raises(ValueError, match="scale -1"):
-        call(q, k, v, scale=-1.0)
-    with pytest.raises(ValueError, match="window 0"):
-        call(q, k, v, window=0)
-    with pytest.raises(RuntimeError, match="bf16 wrongly"):
-        call(*(x.bfloat16() for x in (q, k, v)))

@@ -5,7 +5,9 @@ import os
 import random
 import subprocess
 import sys
+from functools import partial
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -102,3 +104,26 @@ def test_triton_never_compiles_anew_either():
     assert run.returncode == 0, run.stderr
     # One kernel without a window, and one for all windows; the row sums of gradients see none.
     assert json.loads(run.stdout) == {"forward": 2, "delta": 1, "queries": 2, "keys": 2}
+
+
+def test_what_does_not_fit_is_named():
+    call = partial(attention, packing=packing_of((5,)))
+    q, k, v = (draw(1, 5, 3, 64) for _ in range(3))
+    with pytest.raises(TypeError, match="float64"):
+        call(q.double(), k.double(), v.double())
+    with pytest.raises(TypeError, match="float16"):
+        call(q, k.half(), v)
+    with pytest.raises(ValueError, match="requires q"):
+        call(q, k[:, :, :2], v[:, :, :2])
+    with pytest.raises(ValueError, match="requires q"):
+        call(q, k, v[:, :4])
+    with pytest.raises(ValueError, match="Sq <= Sk"):
+        call(q, k[:, :4], v[:, :4])
+    with pytest.raises(ValueError, match="head dimension 60"):
+        call(*(x[..., :60] for x in (q, k, v)))
+    with pytest.raises(ValueError, match="scale -1"):
+        call(q, k, v, scale=-1.0)
+    with pytest.raises(ValueError, match="window 0"):
+        call(q, k, v, window=0)
+    with pytest.raises(RuntimeError, match="bf16 wrongly"):
+        call(*(x.bfloat16() for x in (q, k, v)))
