@@ -19,8 +19,8 @@ from megagrow.config.parallel_rules import world_problems
 from megagrow.config.schema import OptimizerConfig, RunConfig, StageConfig
 from megagrow.config.stage_length import stage_steps, stage_tokens
 from megagrow.errors import ConfigError
-from megagrow.growth.operators import resolve_operators, state_policy
-from megagrow.growth.validation import growth_problems
+from megagrow.growth.operators import is_learned, resolve_operators, state_policy
+from megagrow.growth.validation import candidates, growth_problems
 from megagrow.model.layers.flops import (
     flops_per_token,
     non_embedding_parameters,
@@ -35,6 +35,8 @@ from megagrow.planning.memory_fit import (
     memory_warnings,
     run_peak,
 )
+from megagrow.reshard.traffic import TotalVolume, total_volume
+from megagrow.train.growth_event.run_growths import stage_growth, stage_layout
 from megagrow.train.schedule import stage_optimizer
 
 
@@ -56,6 +58,8 @@ class GrowthPlan:
     """Reason why `advised_tokens` is an extrapolation, or None if it is not."""
     peak_bytes: int
     """Peak bytes of the growth on the rank with the largest share."""
+    volume: TotalVolume | None
+    """Bytes between ranks; None if the operator is learned or searched during the run."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,16 @@ def _growth(run: RunConfig, index: int, memories: list[StageMemory]) -> GrowthPl
         advised_tokens=growth_tokens(size, stage.tokens),
         outside_fit=outside_fit(size, stage.tokens),
         peak_bytes=growth_peak(memories[index - 1], memories[index]),
+        volume=_volume(run, index, memories[index].layout.world_size),
     )
+
+
+def _volume(run: RunConfig, index: int, world_size: int) -> TotalVolume | None:
+    options = run.stages[index].growth
+    if options is None or is_learned(options) or len(candidates(options)) > 1:
+        return None
+    source, target = (stage_layout(run, at, world_size) for at in (index - 1, index))
+    return total_volume(source, stage_growth(run, index), target)
 
 
 def _saving(stages: tuple[StagePlan, ...]) -> PlannedSaving | None:

@@ -214,6 +214,8 @@ def _growth_values(growth: GrowthPlan) -> dict[str, Any]:
         "advised_tokens": growth.advised_tokens,
         "outside_fit": growth.outside_fit,
         "peak_bytes": growth.peak_bytes,
+        "bytes_between_ranks": growth.volume and growth.volume.between_ranks,
+        "bytes_between_pipeline_ranks": growth.volume and growth.volume.between_pipeline_ranks,
     }
 
 

@@ -29,6 +29,7 @@ from megagrow.planning.memory import StageMemory
 from megagrow.planning.memory_fit import USABLE
 from megagrow.planning.planner import GrowthPlan, RunPlan, StagePlan
 from megagrow.planning.request import PlanResult
+from megagrow.reshard.traffic import TotalVolume
 
 Rows = Mapping[str, Sequence[str]]
 """Row label -> one cell per stage or growth."""
@@ -161,7 +162,19 @@ def growth_rows(growths: Sequence[GrowthPlan]) -> Rows:
         "learning rate": [growth.options.lr_schedule for growth in growths],
         "base tokens recommended by equation 2": [_advice(growth) for growth in growths],
         "peak memory per rank, GiB": [_gib(growth.peak_bytes) for growth in growths],
+        "moved between ranks, GB": [_moved(growth.volume, "between_ranks") for growth in growths],
+        "moved between pipeline ranks, GB": [
+            _moved(growth.volume, "between_pipeline_ranks") for growth in growths
+        ],
     }
+
+
+def _moved(volume: TotalVolume | None, part: str) -> str:
+    """Return bytes of a growth; above `SAMPLED_RANKS` ranks they are an estimate."""
+    if volume is None:
+        return "unknown before the operator is learned"
+    size = format_in(getattr(volume, part), "GB", 3)
+    return size if volume.is_exact else f"about {size}"
 
 
 def closing_lines(plan: RunPlan) -> list[str]:

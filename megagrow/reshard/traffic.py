@@ -1,4 +1,4 @@
-"""Traffic of a growth in bytes, computed from one rank's plan before any tensor exists."""
+"""Traffic of a growth in bytes, computed from the plans of ranks before any tensor exists."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,11 @@ from megagrow.reshard.layout import Layout
 from megagrow.reshard.transfers import Transfer, plan_rank
 
 FP32_BYTES = 4
+
+SAMPLED_RANKS = 16
+"""Ranks whose plans represent those of a larger world in `total_volume`."""
+
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,33 @@ def rank_volume(rank: int, source: Layout, growth: GrowthMap, target: Layout) ->
         away + (reduced if target.pp > 1 else 0),
         reduced,
     )
+
+
+@dataclass(frozen=True)
+class TotalVolume:
+    """Bytes of fp32 weights and moments that all ranks send to other ranks in a growth."""
+
+    between_ranks: int
+    between_pipeline_ranks: int
+    """Those to other pipeline ranks of the target."""
+    is_exact: bool
+    """False if it is an estimate from `SAMPLED_RANKS` ranks."""
+
+
+def total_volume(source: Layout, growth: GrowthMap, target: Layout) -> TotalVolume:
+    """Return the bytes between ranks when `growth` maps `source` to `target`.
+
+    A world above `SAMPLED_RANKS` is estimated from that many ranks. Their distances are multiples
+    of the golden ratio, so that they have different data-, tensor- and pipeline-parallel ranks.
+    """
+    world = target.world_size
+    count = min(world, SAMPLED_RANKS)
+    steps = range(count)
+    ranks = steps if world == count else [int(world * (GOLDEN_RATIO * step % 1)) for step in steps]
+    volumes = [rank_volume(rank, source, growth, target) for rank in ranks]
+    sent = sum(volume.bytes_sent for volume in volumes)
+    away = sum(volume.between_pipeline_ranks for volume in volumes)
+    return TotalVolume(sent * world // count, away * world // count, world == count)
 
 
 def _bytes(transfers: list[Transfer]) -> int:

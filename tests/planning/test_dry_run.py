@@ -18,8 +18,10 @@ from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
 from megagrow.parallel.sharding import parameter_plan
 from megagrow.planning.dry_run import dry_run as run_dry
+from megagrow.planning.planner import plan_run
 from megagrow.reshard.exchange import TransferStats
 from megagrow.reshard.fill import fill_initial
+from megagrow.reshard.traffic import TotalVolume
 from megagrow.train.stage import Stage, build_stage
 from tests.helpers.checkpoint.written import write_checkpoint
 from tests.helpers.hugging_face import hugging_face, state_of
@@ -123,6 +125,8 @@ def test_what_is_built_and_moved_is_what_real_ranks_build_and_move(
     volumes = [result.growths[0].volume for result in told]
     assert sum(volume.bytes_sent for volume in volumes) == real[0][3] > 0
     assert sum(volume.kept for volume in volumes) == real[0][4]
+    planned = plan_run(run, 4).stages[1].growth
+    assert planned is not None and planned.volume == TotalVolume(real[0][3], 0, is_exact=True)
     for rank, volume in enumerate(volumes):
         for peer, size in volume.sent.items():
             assert volumes[peer].received[rank] == size

@@ -13,12 +13,9 @@ from megagrow.config.load import load_run
 from megagrow.errors import InputError
 from megagrow.planning.planner import RunPlan, plan_run
 from megagrow.planning.request import PlanResult
-from megagrow.planning.tables import (
-    closing_lines,
-    growth_rows,
-    memory_rows,
-    print_plan,
-)
+from megagrow.planning.tables import closing_lines, growth_rows, memory_rows, print_plan
+from megagrow.reshard.traffic import rank_volume
+from megagrow.train.growth_event.run_growths import stage_growth, stage_layout
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BASE, TARGET = 439_379_968, 1_364_297_728
@@ -57,6 +54,32 @@ def test_the_papers_growth() -> None:
     # In GiB: an eighth of 12 bytes of both, 2 bytes of the target, 64 MiB.
     expected = (12 * (BASE + TARGET) / 8 + 2 * TARGET) / 2**30 + 1 / 16
     assert growth.peak_bytes / 2**30 == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_bytes_of_a_growth_of_many_ranks(chunks: int) -> None:
+    """An estimate from some ranks is close to the sum over all; a stack of 12 layers to 24 sends
+    nothing between pipeline ranks with twice the chunks."""
+    after = f"stages.1.parallel.virtual_pipeline_model_parallel_size={chunks}"
+    changes = (
+        "parallel.pipeline_model_parallel_size=2",
+        "parallel.tensor_model_parallel_size=2",
+        "stages.0.model.num_hidden_layers=12",
+        after,
+        "stages.1.growth.optimizer_state=transport",
+    )
+    growth = paper_plan(*changes, world=32).stages[1].growth
+    assert growth is not None and growth.volume is not None and not growth.volume.is_exact
+    run = load_run(CONFIGS / "gstack-1.1b.yaml", changes)
+    layouts = [stage_layout(run, index, 32) for index in (0, 1)]
+    volumes = [
+        rank_volume(rank, layouts[0], stage_growth(run, 1), layouts[1]) for rank in range(32)
+    ]
+    away = sum(volume.between_pipeline_ranks for volume in volumes)
+    sent = pytest.approx(sum(volume.bytes_sent for volume in volumes), rel=0.1)
+    assert growth.volume.between_ranks == sent
+    assert growth.volume.between_pipeline_ranks == pytest.approx(away, rel=0.1)
+    assert (away == 0) == (chunks == 2)
 
 
 def test_the_saving_charges_the_base_in_full() -> None:
