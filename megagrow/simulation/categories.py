@@ -16,6 +16,7 @@ CATEGORIES = (
 _LOSS = "megagrow/parallel/loss.py"
 _PARAMETERS = "deepspeed/runtime/zero/partition_parameters.py"
 _FLAT_GRADIENTS = "megagrow/parallel/flat_gradients.py"
+_TIED_HEAD = "megagrow/parallel/pipeline/tied_head.py"
 _REDUCTION = (
     *("deepspeed/", "megagrow/parallel/replicated", "megagrow/parallel/bucket_reduction"),
     *(_FLAT_GRADIENTS, "megagrow/parallel/flat_optimizer"),
@@ -65,6 +66,8 @@ def category_of(allocation: Allocation) -> str:
         return "logits"
     if site.file == _PARAMETERS:
         return "gathered weights"
+    if site.file == _TIED_HEAD:
+        return "weights" if site.function == "_own_copy" else "gradients"
     if site.file == _FLAT_GRADIENTS:
         return "gradients"
     if site.file.startswith(_REDUCTION):

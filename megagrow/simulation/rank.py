@@ -42,7 +42,8 @@ class Actions:
     save: bool = False
     growth: bool = False
     micro_batches: int = 2
-    """Micro-batches per step, at most; later ones repeat the second."""
+    """Micro-batches per step and pipeline rank, at most; later ones repeat the second. With 2 a
+    pipeline has as many in flight as with more."""
 
 
 TRAINING = Actions()
@@ -139,14 +140,16 @@ class _Reader(BatchReader):
 
 
 def shortened(run: RunConfig, world_size: int, micro_batches: int) -> RunConfig:
-    """Return the run with at most this many micro-batches per step."""
+    """Return the run with at most this many micro-batches per step and pipeline rank."""
     return run.model_copy(
         update={"stages": tuple(_short(each, world_size, micro_batches) for each in run.stages)}
     )
 
 
 def _short(stage: StageConfig, world_size: int, micro_batches: int) -> StageConfig:
-    per_pass = stage.batch.micro_batch_size * stage.parallel.data_parallel_size(world_size)
-    size = min(stage.batch.global_batch_size, micro_batches * per_pass)
+    parallel = stage.parallel
+    per_pass = stage.batch.micro_batch_size * parallel.data_parallel_size(world_size)
+    most = micro_batches * parallel.pipeline_model_parallel_size
+    size = min(stage.batch.global_batch_size, most * per_pass)
     batch = stage.batch.model_copy(update={"global_batch_size": size})
     return stage.model_copy(update={"batch": batch})

@@ -12,6 +12,9 @@ from megagrow.simulation.sites import Site
 STEP = "step"
 """Section of the second step, the first in which nothing is created."""
 
+RECEIVE = "receive"
+"""Operation that takes what another rank sends."""
+
 _OPERATIONS = {
     "allreduce_": "all-reduce",
     "allgather_": "all-gather",
@@ -19,6 +22,8 @@ _OPERATIONS = {
     "reduce_": "reduce-scatter",  # each part of a bucket to its rank
     "reduce_scatter_": "reduce-scatter",
     "_reduce_scatter_base_": "reduce-scatter",
+    "alltoall_base_": "all-to-all",
+    "recv_": RECEIVE,
 }
 
 
@@ -42,7 +47,7 @@ class HostCopy(NamedTuple):
 
 
 class CollectiveCall(NamedTuple):
-    """Collective operation of a process group."""
+    """Collective operation of a process group, or a transfer between two of its ranks."""
 
     section: str
     kind: str
@@ -118,9 +123,12 @@ class StageReport:
 
     @property
     def step_traffic(self) -> Counter[tuple[str, int]]:
-        """Bytes of the full tensors of one step by operation and size of the group."""
+        """Bytes of the full tensors of one step by operation and size of the group.
+
+        Receives are excluded: they count where they are sent.
+        """
         found: Counter[tuple[str, int]] = Counter()
         for key, totals in self.collectives.items():
-            if key.section == STEP:
+            if key.section == STEP and key.operation != RECEIVE:
                 found[key.operation, key.ranks] += totals.payload
         return found
