@@ -17,6 +17,8 @@ from megagrow.train.schedule import rate_at
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PARTS = ("model", "data", "hardware")
 RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in PARTS)
+WORLDS = {"demo": 2, "gstack-70b": 512, "context-8b": 64}
+"""Ranks by run file or folder; 8 for others."""
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 BILLION = 10**9
 STEP = 2_097_152
@@ -43,6 +45,7 @@ PUBLISHED = {
     "llama-2-13b": (40, 5120, 40, 40, 13824, 128, 32000, 4096, 1e4, 1e-5, 13_015_864_320),
     "llama-2-70b": (80, 8192, 64, 8, 28672, 128, 32000, 4096, 1e4, 1e-5, 68_976_648_192),
     "llama-3-8b": (32, 4096, 32, 8, 14336, 128, 128256, 8192, 5e5, 1e-5, 8_030_261_248),
+    "llama-3-70b": (80, 8192, 64, 8, 28672, 128, 128256, 8192, 5e5, 1e-5, 70_553_706_496),
     "mistral-7b": (32, 4096, 32, 8, 14336, 128, 32000, 32768, 1e4, 1e-5, 7_241_732_096),
     "qwen3-0.6b": (28, 1024, 16, 8, 3072, 128, 151936, 40960, 1e6, 1e-6, 596_049_920),
     "qwen3-1.7b": (28, 2048, 16, 8, 6144, 128, 151936, 40960, 1e6, 1e-6, 1_720_574_976),
@@ -108,7 +111,7 @@ def test_every_run_file_loads_round_trips_and_fits(path: Path, tmp_path: Path) -
     shown = tmp_path / "shown.yaml"
     shown.write_text(to_yaml(run), encoding="utf-8")
     assert load_run(shown) == run
-    world = 2 if path.parent.name == "demo" else 8
+    world = WORLDS.get(path.stem, WORLDS.get(path.parent.name, 8))
     plan = plan_run(run, world, 80 * BILLION)
     assert [warning for warning in plan.warnings if "does not fit" in warning] == []
     for stage, planned in zip(run.stages, plan.stages, strict=True):
