@@ -102,6 +102,9 @@ class MaskSpec(NamedTuple):
     documents: Any
     """Result of `Ops.pack`, or None."""
     window: int | None
+    query_ends: Tensor | None = None
+    """Number of queries before each document and in total, if some keys have none: (N + 1,) int32,
+    for flash-attn."""
 
 
 def _mask_spec(
@@ -132,12 +135,16 @@ def _triton(machine: Machine, work: KernelWorkload) -> AttentionOps:
     from megagrow_kernels.packing import pack
 
     @cache
-    def one_document_per_row(batch: int, sequence: int, device: torch.device) -> Any:
-        return pack(None, batch, sequence).to(device)
+    def one_document_per_row(
+        device: torch.device, batch: int, sequence: int, queries: int | None
+    ) -> Any:
+        return pack(None, batch, sequence, queries).to(device)
 
-    def attention_mask(packing: Any, position_ids: Tensor, window: int | None) -> MaskSpec:
+    def attention_mask(
+        packing: Any, position_ids: Tensor, window: int | None, queries: int | None = None
+    ) -> MaskSpec:
         if packing is None:
-            packing = one_document_per_row(*position_ids.shape, position_ids.device)
+            packing = one_document_per_row(position_ids.device, *position_ids.shape, queries)
         return MaskSpec(packing, window)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec) -> Tensor:
@@ -153,30 +160,47 @@ def _flash_attn(machine: Machine, work: KernelWorkload) -> AttentionOps:
         raise ResourceError(f"flash-attn is installed but cannot be imported: {error}") from error
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec) -> Tensor:
-        packing, window = mask
+        packing, window, query_ends = mask
         options: dict[str, Any] = {"causal": True, "deterministic": work.deterministic}
         if window is not None:
             options["window_size"] = (window - 1, 0)  # tokens before and after the query
         if packing is None:
             return flash_attn.flash_attn_func(q, k, v, **options)
         ends, longest = packing.cu_seqlens, packing.longest
+        starts = ends if query_ends is None else query_ends
+        lengths = min(longest, q.shape[1]), longest
         tokens = (x.flatten(0, 1) for x in (q, k, v))
-        out = flash_attn.flash_attn_varlen_func(*tokens, ends, ends, longest, longest, **options)
+        # Both functions align the mask at the last query and key of a document.
+        out = flash_attn.flash_attn_varlen_func(*tokens, starts, ends, *lengths, **options)
         return out.unflatten(0, q.shape[:2])
 
-    return _packed(attend, _mask_spec, work)
+    return _packed(attend, _flash_attn_mask, work)
+
+
+def _flash_attn_mask(
+    packing: Any, position_ids: Tensor, window: int | None, queries: int | None = None
+) -> MaskSpec:
+    keys = position_ids.shape[1]
+    if packing is None or queries in (None, keys):
+        return MaskSpec(packing, window)
+    row, column = packing.cu_seqlens // keys, packing.cu_seqlens % keys
+    before = (column - (keys - queries)).clamp(min=0)
+    return MaskSpec(packing, window, (row * queries + before).int())
 
 
 def _packed(
     attend: Callable[..., Tensor],
-    attention_mask: Callable[[Any, Tensor, int | None], MaskSpec],
+    attention_mask: Callable[..., MaskSpec],
     work: KernelWorkload,
 ) -> AttentionOps:
     """Return the operations of an attention that takes document boundaries as a `Packing`."""
     from megagrow_kernels.packing import pack
 
+    def pack_ids(document_ids: Tensor, queries: int | None = None) -> Any:
+        return pack(document_ids, *document_ids.shape, queries)
+
     return AttentionOps(
-        pack=lambda document_ids: pack(document_ids, *document_ids.shape),
+        pack=pack_ids,
         attention_mask=attention_mask,
         attention=partial(_attention_in_dtype, attend, work.dtype),
         document_starts=_starts_of_packing,

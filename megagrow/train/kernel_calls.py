@@ -71,7 +71,8 @@ def _calls(stage: StageConfig, dtype: torch.dtype, backends: Backends) -> Iterat
     # Without ZeRO, bf16 is torch's autocast: only matrix products are in bf16.
     wide = low if parallel.zero_stage > 0 else "float32"
     tp = parallel.tensor_model_parallel_size
-    inputs = KernelInputs(batch, stage.data.sequence_length, tp, low, wide)
+    context = parallel.context_parallel_size, parallel.cp_comm_type
+    inputs = KernelInputs(batch, stage.data.sequence_length, tp, low, wide, *context)
     calls = [*_residual_norms(stage, inputs)]
     for block in block_counts(stage.model):
         calls += block.type.kernel_calls(stage.model, inputs)

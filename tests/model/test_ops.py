@@ -72,43 +72,53 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
 
     def packed(q, k, v, cu_q, cu_k, longest_q, longest_k, window_size=(-1, -1), **options):
         assert options.pop("causal") and q.dtype == torch.bfloat16
-        lengths = cu_q.diff()
-        assert torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32 and cu_q[-1] == len(q)
-        assert longest_q == longest_k == lengths.max()
+        assert cu_q.dtype == cu_k.dtype == torch.int32
+        assert (cu_q[-1], cu_k[-1]) == (len(q), len(k))
+        assert longest_q >= cu_q.diff().max() and longest_k == cu_k.diff().max()
         calls.append(("flash_attn_varlen_func", options.pop("deterministic")))
         assert not options
-        ids = torch.repeat_interleave(lengths)[None]
-        inputs = (x[None] for x in (q, k, v))
-        return reference.attention(*inputs, ids, window=window_of(window_size))[0]
+        window, out = window_of(window_size), []
+        splits = (x.split(cu.diff().tolist()) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k)))
+        for document in zip(*splits, strict=True):
+            out.append(reference.attention(*(x[None] for x in document), window=window)[0])
+        return torch.cat(out)
 
     module = SimpleNamespace(flash_attn_func=whole, flash_attn_varlen_func=packed)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     return calls
 
 
+@pytest.mark.parametrize("queries", [12, 5])
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("backend", ["sdpa", "reference", "triton"])
-def test_attention(backend: str, packed: bool) -> None:
+def test_attention(backend: str, packed: bool, queries: int) -> None:
     ops, documents = ops_by(attention=backend), DOCUMENTS if packed else None
-    inputs = draw(2, 12, 4, 16), draw(2, 12, 2, 16, seed=1), draw(2, 12, 2, 16, seed=2)
+    inputs = draw(2, queries, 4, 16), draw(2, 12, 2, 16, seed=1), draw(2, 12, 2, 16, seed=2)
     attention_mask = ops.attention_mask(
-        ops.pack(documents).to("cpu") if packed else None, DOCUMENTS, None
+        ops.pack(documents, queries).to("cpu") if packed else None, DOCUMENTS, None, queries
     )
     found = outcome(lambda q, k, v: ops.attention(q, k, v, attention_mask), *inputs)
     assert_same(found, outcome(lambda q, k, v: reference.attention(q, k, v, documents), *inputs))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.parametrize(("deterministic", "window"), [(False, None), (True, None), (False, 4)])
+@pytest.mark.parametrize(
+    ("deterministic", "window", "queries"),
+    [(False, None, 12), (True, None, 12), (False, 4, 12), (False, None, 5), (False, 4, 5)],
+)
 def test_attention_by_flash_attn(
-    flash_attn: list[tuple[str, bool]], packed: bool, deterministic: bool, window: int | None
+    flash_attn: list[tuple[str, bool]],
+    packed: bool,
+    deterministic: bool,
+    window: int | None,
+    queries: int,
 ) -> None:
     work = KernelWorkload(torch.bfloat16, 16, packed, deterministic)
     documents = DOCUMENTS if packed else None
     ops = ops_by(work, attention="flash_attn")
-    inputs = draw(2, 12, 4, 16), draw(2, 12, 2, 16, seed=1), draw(2, 12, 2, 16, seed=2)
+    inputs = draw(2, queries, 4, 16), draw(2, 12, 2, 16, seed=1), draw(2, 12, 2, 16, seed=2)
     attention_mask = ops.attention_mask(
-        ops.pack(documents).to("cpu") if packed else None, DOCUMENTS, window
+        ops.pack(documents, queries).to("cpu") if packed else None, DOCUMENTS, window, queries
     )
     found = outcome(lambda q, k, v: ops.attention(q, k, v, attention_mask), *inputs)
 

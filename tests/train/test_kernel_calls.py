@@ -76,6 +76,20 @@ def test_tensor_parallel_ranks_have_their_share():
     assert found["cross_entropy"]["ranks"] == 4
 
 
+def test_context_parallel_ranks_have_their_share():
+    heads = {"batch": 8, "heads": 20, "groups": 4, "head_dim": 128, "dtype": "bfloat16"}
+    stage = stage_of("llama-3b", context_parallel_size=2)
+    listed = stage_kernels(stage, torch.bfloat16, TRITON)
+    assert [dict(call.arguments) for call in listed if call.op == "attention"] == [
+        heads | {"sequence": 512},
+        heads | {"sequence": 2048, "queries": 512},
+    ]
+    found = calls(stage_of("llama-3b", context_parallel_size=2, cp_comm_type="a2a"))
+    assert found["attention"] == heads | {"sequence": 2048, "heads": 10, "groups": 2}
+    assert found["rope"] == {**heads, "sequence": 1024, "table_dtype": "bfloat16"}
+    assert found["rms_norm"]["rows"] == found["cross_entropy"]["rows"] == 8192
+
+
 def test_norms_of_a_spread_sequence_see_their_part_of_it():
     stage = stage_of("llama-3b", tensor_model_parallel_size=4, sequence_parallel="true")
     found = calls(stage)

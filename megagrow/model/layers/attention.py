@@ -169,11 +169,29 @@ def _kernel_calls(
         elif config.qk_norm is not None and inputs.tp == 1:
             yield "rms_norm", {"rows": inputs.rows, "width": count * config.head_dim, **norm}
     shape = {
-        **{"batch": inputs.batch, "sequence": inputs.sequence},
+        **{"batch": inputs.batch, "sequence": inputs.local_sequence},
         **{"heads": heads, "groups": groups, "head_dim": config.head_dim},
     }
     yield "rope", {**shape, "dtype": inputs.dtype, "table_dtype": inputs.parameter_dtype}
-    yield "attention", {**shape, "dtype": inputs.dtype, **window}
+    for part in _attention_parts(inputs, heads, groups):
+        yield "attention", {**shape, **part, "dtype": inputs.dtype, **window}
+
+
+def _attention_parts(inputs: KernelInputs, heads: int, groups: int) -> Iterator[dict[str, int]]:
+    """Yield the sizes of the calls of attention that differ under context parallelism.
+
+    With gathered keys they are those of the first and the last chunk of queries; the numbers of
+    keys of the others are in between.
+    """
+    if inputs.cp == 1:
+        yield {}
+    elif inputs.cp_comm_type == "a2a":
+        sizes = {"heads": heads // inputs.cp, "groups": groups // inputs.cp}
+        yield {"sequence": inputs.sequence, **sizes}
+    else:
+        size = inputs.sequence // (2 * inputs.cp)
+        yield {"sequence": size}
+        yield {"sequence": inputs.sequence, "queries": size}
 
 
 def _window_calls(config: ModelConfig, inputs: KernelInputs) -> Iterator[KernelArguments]:

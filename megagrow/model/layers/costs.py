@@ -58,11 +58,19 @@ class KernelInputs:
     """Dtype of the forward pass, such as `bfloat16`."""
     parameter_dtype: str
     """Dtype of parameters outside matrix products, and of rotary tables: fp32 under autocast."""
+    cp: int = 1
+    """Context-parallel size."""
+    cp_comm_type: str = "all_gather"
+
+    @property
+    def local_sequence(self) -> int:
+        """Return the tokens of a sequence on one context-parallel rank."""
+        return self.sequence // self.cp
 
     @property
     def rows(self) -> int:
-        """Return the tokens of a micro-batch."""
-        return self.batch * self.sequence
+        """Return the tokens of a micro-batch on one context-parallel rank."""
+        return self.batch * self.local_sequence
 
 
 KernelArguments = tuple[str, dict[str, int | str]]

@@ -166,7 +166,8 @@ def _row_elements(config: ModelConfig) -> RowElements:
 
 def _kernel_calls(config: ModelConfig, inputs: KernelInputs) -> Iterator[KernelArguments]:
     channels = INNER.size(config) // inputs.tp
-    shape = {"batch": inputs.batch, "sequence": inputs.sequence, "channels": channels}
+    scanned = channels // inputs.cp
+    shape = {"batch": inputs.batch, "sequence": inputs.sequence, "channels": scanned}
     dtypes = {"dtype": inputs.dtype, "parameter_dtype": inputs.parameter_dtype}
     yield "causal_conv", {**shape, "taps": TAPS.size(config), **dtypes}
     yield "selective_scan", {**shape, "states": STATE.size(config), **dtypes}
