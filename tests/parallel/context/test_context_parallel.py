@@ -18,7 +18,7 @@ from tests.helpers.runs import MODEL, STEP_TOKENS, full_tensors, make_run
 from tests.helpers.spawn import run_ranks
 from tests.helpers.train.starting import losses_of, start
 
-STEPS = {"llama": 20, "samba": 5, "crossing": 5}
+STEPS = {"llama": 20, "tensor": 4, "samba": 4, "crossing": 4}
 LLAMA = MODEL | {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True}
 SAMBA = {
     **{"model_type": "samba", "num_hidden_layers": 4, "hidden_size": 16, "vocab_size": 101},
@@ -41,6 +41,8 @@ CASES = {
     "llama": [
         parallel(0, 1, 2, "all_gather"),
         parallel(1, 1, 4, "a2a", activation_checkpointing="selective"),
+    ],
+    "tensor": [
         parallel(2, 2, 2, "a2a", sequence_parallel=True),
         parallel(3, 2, 2, "all_gather", activation_checkpointing="full", sequence_parallel=True),
     ],
