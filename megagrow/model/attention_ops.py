@@ -197,7 +197,7 @@ def _packed(
     from megagrow_kernels.packing import pack
 
     def pack_ids(document_ids: Tensor, queries: int | None = None) -> Any:
-        return pack(document_ids, *document_ids.shape, queries)
+        return pack(document_ids, *document_ids.shape, queries=queries)
 
     return AttentionOps(
         pack=pack_ids,
