@@ -197,7 +197,8 @@ def _packed(
     from megagrow_kernels.packing import pack
 
     def pack_ids(document_ids: Tensor, queries: int | None = None) -> Any:
-        return pack(document_ids, *document_ids.shape, queries=queries)
+        batch, sequence = document_ids.shape
+        return pack(document_ids, batch, sequence, queries)
 
     return AttentionOps(
         pack=pack_ids,
