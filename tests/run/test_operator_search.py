@@ -84,6 +84,18 @@ def test_the_run_is_that_of_the_best_alone(undisturbed, tmp_path):
     assert records(alone, "train", values) == records(run, "train", values)
 
 
+def test_a_pipeline_chooses_the_same(undisturbed, tmp_path):
+    run, _ = undisturbed
+    pipeline = {"pipeline_model_parallel_size": 2}
+    stages = [stage.model_dump() | {"parallel": pipeline} for stage in run.stages]
+    same = make_run(tmp_path, stages)
+    assert end_of(same)[0] == [0, 0]
+    for kind, value in (("growth", "loss_before"), ("growth", "loss_after"), ("train", "loss")):
+        expected, found = (sum(records(each, kind, [value]), ()) for each in (run, same))
+        assert found == pytest.approx(expected, abs=1e-5)
+    assert records(run, "growth", ["operator"]) == records(same, "growth", ["operator"])
+
+
 def test_a_resumed_run_knows_what_was_chosen(undisturbed, tmp_path):
     run, _ = undisturbed
     again = run.model_copy(update={"output_dir": tmp_path / "again" / "run"})

@@ -41,6 +41,7 @@ LAYOUTS = {
         parallel_of(1, 2, sequence_parallel=True),
         parallel_of(2, 2, recompute="full"),
         parallel_of(3, 2, sequence_parallel=True, recompute="full"),
+        parallel_of(1, 1, recompute="full") | {"pipeline_model_parallel_size": 2},
     ),
 }
 """By the number of ranks: every ZeRO stage with and without TP, every option somewhere."""

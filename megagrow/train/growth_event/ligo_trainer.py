@@ -4,7 +4,8 @@ The recipe is that of Du et al. 2024: some steps with the target's batch size an
 rate that rises to 7e-5 and follows a cosine to 7e-6, and gradients clipped to norm 1. There is no
 weight decay, because it would pull B, A and D to zero. The source is frozen.
 
-The learnable parameters are small, equal on all ranks, and freed after the growth. A job that is
+The learnable parameters are small, equal on all ranks, and freed after the growth. Every rank
+computes all layers: pipeline ranks share their micro-batches as data-parallel ranks. A job that is
 killed here resumes from the checkpoint before the growth, with the same result.
 """
 
@@ -38,9 +39,9 @@ from megagrow.model.decoder import CausalLM
 from megagrow.model.layers.flops import flops_per_token, paper_flops_per_token
 from megagrow.model.layers.table import EMBEDDING, HEAD_MODULE, module_names
 from megagrow.parallel.engine_config import EngineSettings
-from megagrow.parallel.loss import cross_entropy
+from megagrow.parallel.loss import IGNORED, cross_entropy
 from megagrow.parallel.materialize import build_model
-from megagrow.parallel.process_groups import Topology, make_topology
+from megagrow.parallel.process_groups import Topology, make_topology, stage_topology
 from megagrow.parallel.sharding import ParamSpec, parameter_plan
 from megagrow.reshard.dense import mixtures
 from megagrow.reshard.exchange import ShardedState
@@ -75,6 +76,7 @@ def learn_growth(
     topology = make_topology(
         parallel.tensor_model_parallel_size, device, parallel.context_parallel_size
     )
+    pipeline = stage_topology(parallel, device)
     bf16 = uses_bf16(run, device)
     settings = EngineSettings(
         model=stage.model,
@@ -91,8 +93,8 @@ def learn_growth(
     losses = []
     progress = PhaseProgress("growth", stage.growth.learn.steps, "steps")
     for step in range(stage.growth.learn.steps):
-        batches = feed.batches(step, stage, topology, model.ops)
-        losses.append(summed_gradients(model, learned, batches, topology))
+        batches = _shared(feed.batches(step, stage, pipeline, model.ops), pipeline)
+        losses.append(summed_gradients(model, learned, batches, topology, step_tokens(stage)))
         norm = nn.utils.clip_grad_norm_(learned.tensors(), CLIP)
         for group in adam.param_groups:
             group["lr"] = _rate(stage.growth.learn, step)
@@ -107,11 +109,12 @@ def summed_gradients(
     learned: LigoParameters,
     batches: Sequence[Batch],
     topology: Topology,
+    tokens: int,
 ) -> float:
     """Run forward and backward over this rank's micro-batches. Collective.
 
-    Returns the global batch's mean loss and sets `grad` of the learnable parameters to its
-    gradient, the same on all ranks.
+    `tokens` is the number of tokens of the global batch. Returns the global batch's mean loss and
+    sets `grad` of the learnable parameters to its gradient, the same on all ranks.
     """
     total = torch.zeros((), device=topology.device)
     vocab = learned.growth.target.vocab_size
@@ -121,12 +124,22 @@ def summed_gradients(
         logits = model(*model_inputs(batch, model.ops, topology.device))
         labels = batch.labels.to(topology.device, non_blocking=True)
         loss = cross_entropy(logits, labels, vocab, topology, model.ops.loss)[0]
-        loss = loss / (batch.labels.numel() * len(batches) * topology.dp)
+        loss = loss / tokens
         loss.backward()
         total += loss.detach()
     dist.all_reduce(total, group=topology.dp_group)
     _sum_over_ranks([tensor.grad for tensor in learned.tensors()])
     return total.item()
+
+
+def _shared(batches: list[Batch], pipeline: Topology) -> list[Batch]:
+    """Return this pipeline rank's part of the micro-batches that all pipeline ranks have read.
+
+    All get the same number: a rank with fewer repeats the last micro-batch without labels.
+    """
+    own = batches[pipeline.pp_rank :: pipeline.pp]
+    unlabeled = replace(batches[-1], labels=torch.full_like(batches[-1].labels, IGNORED))
+    return own + [unlabeled] * (-(-len(batches) // pipeline.pp) - len(own))
 
 
 def _sum_over_ranks(gradients: list[Tensor | None]) -> None:
@@ -219,10 +232,17 @@ class Forming:
 
 
 def formed_model(forming: Forming) -> CausalLM:
-    """Return this rank's part of the target, without weights."""
+    """Return this rank's tensor-parallel slice of the target, without weights."""
     settings, topology = forming.settings, forming.topology
-    # Each part is checkpointed as a unit, so no activation checkpointing within it.
-    parallel = settings.parallel.model_copy(update={"activation_checkpointing": "none"})
+    parallel = settings.parallel.model_copy(
+        update={
+            # Each part is checkpointed as a unit, so no activation checkpointing within it.
+            "activation_checkpointing": "none",
+            # The weights of a part are formed on all ranks, so every rank computes all layers.
+            "pipeline_model_parallel_size": 1,
+            "virtual_pipeline_model_parallel_size": 1,
+        }
+    )
     plan = forming.plan
     model = build_model(plan, replace(settings, parallel=parallel), topology, forming.dtype)
     for part in module_names(settings.model):

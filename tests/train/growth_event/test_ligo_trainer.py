@@ -30,6 +30,7 @@ from megagrow.train.growth_event.ligo_trainer import (
     learn_growth,
     summed_gradients,
 )
+from megagrow.train.growth_event.run_growths import stage_layout
 from megagrow.train.step_feed import StepFeed
 from tests.helpers.growth.ligo import by_formula, disturbed, learned_of, outputs, state_of
 from tests.helpers.reshard.definition import storage_of
@@ -81,7 +82,7 @@ def gradients_of(forming: Forming) -> tuple[float, list[Tensor]]:
     learned, topology = forming.learned, forming.topology
     starts = range(topology.dp_rank * MICRO, GLOBAL, MICRO * topology.dp)
     batches = [batch_of([start, start + 1]) for start in starts]
-    loss = summed_gradients(formed_model(forming), learned, batches, topology)
+    loss = summed_gradients(formed_model(forming), learned, batches, topology, GLOBAL * LENGTH)
     return loss, [tensor.grad.clone() for tensor in learned.tensors()]
 
 
@@ -191,10 +192,12 @@ def run_of(
     tp: int = 1,
     zero: int = 1,
     cp: int = 1,
+    pp: int = 1,
     micro_batch_size: int = 1,
     **learn: Any,
 ) -> RunConfig:
     parallel = {"tensor_model_parallel_size": tp, "context_parallel_size": cp, "zero_stage": zero}
+    parallel["pipeline_model_parallel_size"] = pp
     growth = {"operator": ["learn_depth", "learn_width"], "learn": learn}
     batch = {"global_batch_size": 4, "micro_batch_size": micro_batch_size}
     sizes = {"tokens": 2 * STEP_TOKENS, "parallel": parallel, "batch": batch}
@@ -202,10 +205,8 @@ def run_of(
 
 
 def learn(run: RunConfig) -> tuple[GrowthMap, GrowthCost]:
-    first = run.stages[0]
-    tp, zero = first.parallel.tensor_model_parallel_size, first.parallel.zero_stage
-    layout = layout_of(first.model, zero, dist.get_world_size() // tp, tp)
-    side = ShardedState(layout, storage_of(layout, state_of(first.model), dist.get_rank()))
+    layout, model = stage_layout(run, 0, dist.get_world_size()), run.stages[0].model
+    side = ShardedState(layout, storage_of(layout, state_of(model), dist.get_rank()))
     feed = Feed(StepFeed(open_inputs(run).train), StreamPlace(2 * STEP_TOKENS))
     return learn_growth(run, 1, side, CPU, feed)
 
@@ -233,7 +234,9 @@ def folder(tmp_path_factory):
 def test_every_layout_learns_the_same(folder):
     of = functools.partial(run_of, folder, steps=3, lr=1e-3, warmup_steps=1)
     ((reference,),) = run_ranks(1, taught, [of(micro_batch_size=4)])
-    for world, layouts in ((2, ((1, 3), (2, 1))), (4, ((1, 0), (2, 2), (1, 1, 2), (1, 0)))):
+    two = (1, 3), (2, 1), (1, 0, 1, 2, 4)  # the last one has a micro-batch for one rank only
+    four = (1, 0), (2, 2), (1, 1, 2), (1, 2, 1, 2), (2, 1, 1, 2), (1, 0)
+    for world, layouts in ((2, two), (4, four)):
         results = run_ranks(world, taught, [of(*layout) for layout in layouts])
         for rank, found in enumerate(results):
             for layout, (matrices, losses) in zip(layouts, found, strict=True):

@@ -227,6 +227,7 @@ def move_all(folder: Path) -> list[list[tuple[bool, bool]]]:
     growth = {"operator": "direct_width", "freeze_tokens": FROZEN * STEP_TOKENS}
     layouts = [{"zero_stage": zero} for zero in range(4)]
     layouts.append({"zero_stage": 2, "tensor_model_parallel_size": 2, "offload_optimizer": True})
+    layouts.append({"zero_stage": 1, "pipeline_model_parallel_size": 2})
     return [moved(two_stages(folder, growth, parallel=parallel)) for parallel in layouts]
 
 

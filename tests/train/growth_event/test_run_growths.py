@@ -91,6 +91,7 @@ LAYOUTS = (
     {"zero_stage": 2, "offload_optimizer": True},
     {"zero_stage": 3, "tensor_model_parallel_size": 2},
     {"zero_stage": 3, "offload_optimizer": True},
+    {"zero_stage": 2, "pipeline_model_parallel_size": 2},
 )
 
 

@@ -29,6 +29,7 @@ LAYOUTS = [
 LAYOUTS += [
     {"zero_stage": 2, "offload_optimizer": True},
     {"zero_stage": 3, "offload_optimizer": True, "tensor_model_parallel_size": 2},
+    {"zero_stage": 1, "pipeline_model_parallel_size": 2},
 ]
 State = dict[str, dict[str, Tensor]]
 
