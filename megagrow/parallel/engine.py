@@ -67,7 +67,7 @@ class ZeroEngine:
             topology.dp,
             topology.tp,
             self.split if topology.pp > 1 else None,
-        ).on_pipeline_rank(topology.pp_rank)
+        ).pipeline_parts[topology.pp_rank]
         self.plan, self.groups = self._partition.plan, self._partition.groups
         """Parameters of this pipeline rank, and their optimizer groups."""
         self._groups = groups_within(groups, self.plan)

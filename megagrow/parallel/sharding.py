@@ -7,7 +7,7 @@ plan.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
 from megagrow.config.schema import ModelConfig
@@ -146,8 +146,12 @@ class Partition:
         """Return the pipeline rank that holds a parameter."""
         return 0 if self.pipeline is None else holder_of(self.plan[name], self.pipeline)
 
-    def on_pipeline_rank(self, pp_rank: int) -> "Partition":
-        """Return the partition of a pipeline rank's parameters over its dp x tp ranks."""
+    @cached_property
+    def pipeline_parts(self) -> "tuple[Partition, ...]":
+        """Partition of each pipeline rank's parameters over its dp x tp ranks."""
+        return tuple(self._on_pipeline_rank(rank) for rank in range(self.pp))
+
+    def _on_pipeline_rank(self, pp_rank: int) -> "Partition":
         if self.pipeline is None:
             return self
         plan = {n: spec for n, spec in self.plan.items() if self.pipeline_rank(n) == pp_rank}
@@ -176,14 +180,35 @@ class Partition:
         begin = min(max(dp_rank * share - offset, 0), numel)
         return range(begin, max(begin, min((dp_rank + 1) * share - offset, numel)))
 
-    def numel_on(self, rank: int) -> int:
-        """Return the elements that a rank holds of all parameters, without padding."""
-        return sum(len(self.interval(name, rank)) for name in self.plan)
+    @cached_property
+    def shares(self) -> list[tuple[int, int]]:
+        """Elements, and bytes of fp32 weights and optimizer state, of each data-parallel rank.
 
-    def state_bytes(self, rank: int) -> int:
-        """Return the bytes of fp32 weights and optimizer state on a rank, without padding."""
-        specs = self.plan.items()
-        return sum(4 * len(spec.kinds) * len(self.interval(name, rank)) for name, spec in specs)
+        Without padding; tensor-parallel ranks have equal shares. The partition is that of one
+        pipeline rank.
+        """
+        changes: dict[int, list[int]] = {}  # elements minus those of the rank before, by states
+        for name, spec in self.plan.items():
+            numel = spec.slice_numel(self.tp)
+            own = changes.setdefault(len(spec.kinds), [0] * (self.dp + 1))
+            if self.zero_stage == 0:
+                own[0] += numel
+                continue
+            offset, share = self.placed(name)
+            first, last = offset // share, (offset + numel - 1) // share
+            before, rest = offset - first * share, offset + numel - last * share
+            own[first] += share - before
+            own[first + 1] += before
+            own[last] += rest - share
+            own[last + 1] -= rest
+        held = {states: list(accumulate(each)) for states, each in changes.items()}
+        return [
+            (
+                sum(each[rank] for each in held.values()),
+                sum(4 * states * each[rank] for states, each in held.items()),
+            )
+            for rank in range(self.dp)
+        ]
 
     def placed(self, name: str) -> tuple[int, int]:
         """Return (offset of the slice in the partitioned tensor, shard size); ZeRO 1, 2 and 3."""
@@ -195,7 +220,7 @@ class Partition:
     def _flat(self) -> dict[str, tuple[int, int]]:
         """Offset of each slice in its flat group, and the shard size; ZeRO 1 and 2."""
         table: dict[str, tuple[int, int]] = {}
-        parts = (self.on_pipeline_rank(pp_rank).groups for pp_rank in range(self.pp))
+        parts = (each.groups for each in self.pipeline_parts)
         for group in chain.from_iterable(parts):
             offsets, total = [], 0
             for name in group:

@@ -3,7 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from megagrow.common.sizes import format_duration, format_in, format_short
-from megagrow.planning.layouts import FittingLayout
+from megagrow.planning.layouts import (
+    LEAST_TOKENS,
+    MOST_CHUNKS,
+    MOST_PIPELINE_RANKS,
+    FittingLayout,
+)
 from megagrow.planning.memory_fit import USABLE
 from megagrow.planning.prediction import RunPrediction, StagePrediction
 from megagrow.planning.step.timing import StepTime
@@ -71,13 +76,16 @@ def layout_line(layouts: Sequence[Sequence[FittingLayout]]) -> str:
     shown = max(len(each) for each in layouts)
     return (
         f"The {shown} fastest layouts that use at most {USABLE:.0%} of the memory; tensor "
-        "parallelism within a node, with sequence parallelism; global batch unchanged."
+        "parallelism within a node, with sequence parallelism; pipelines of up to "
+        f"{MOST_PIPELINE_RANKS} ranks and {MOST_CHUNKS} chunks per rank; at least "
+        f"{LEAST_TOKENS:,} tokens per context-parallel rank; global batch unchanged."
     )
 
 
 def _layout(each: FittingLayout) -> str:
     parallel = each.stage.parallel
-    name = parallel.layout_text(each.step.work.gpus)
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    name = parallel.layout_text(each.step.work.gpus) + (f", {chunks} chunks" * (chunks > 1))
     setting = parallel.activation_checkpointing
     checkpointing = setting if setting == "none" else f"{setting} checkpointing"
     return f"{name}, {checkpointing}, micro-batch {each.step.work.micro_batch}"

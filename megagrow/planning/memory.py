@@ -45,6 +45,11 @@ class StageMemory:
         """Memory of every pipeline rank."""
         return tuple(replace(self, pp_rank=rank) for rank in range(self.layout.pp))
 
+    @property
+    def at_peak(self) -> "StageMemory":
+        """Memory of the pipeline rank with the highest peak."""
+        return max(self.pipeline_ranks, key=lambda memory: memory.training)
+
     def at_rank(self, rank: int) -> "StageMemory":
         """Return the memory of the pipeline rank to which a rank belongs."""
         return self.pipeline_ranks[rank // (self.layout.dp * self.layout.tp)]
@@ -52,7 +57,7 @@ class StageMemory:
     @cached_property
     def part(self) -> Partition:
         """Partition of the parameters of the pipeline rank over its ranks."""
-        return self.layout.on_pipeline_rank(self.pp_rank)
+        return self.layout.pipeline_parts[self.pp_rank]
 
     @property
     def state(self) -> int:
@@ -215,8 +220,7 @@ class StageMemory:
     def _shares(self) -> list[tuple[int, int]]:
         """Elements and bytes of the optimizer state by data-parallel rank; equal on all
         tensor-parallel ranks."""
-        ranks = range(0, self.part.world_size, self.layout.tp)
-        return [(self.part.numel_on(rank), self.part.state_bytes(rank)) for rank in ranks]
+        return self.part.shares
 
     @cached_property
     def _most(self) -> int:
@@ -293,5 +297,4 @@ def stage_memory(
     It is that of the pipeline rank with the highest peak. `on_cpu`: ranks without a GPU.
     """
     # Scales of an exact continuation split groups; shards then differ by a few padding elements.
-    first = StageMemory(stage, layout_of(stage, world_size, {}), bf16, on_cpu)
-    return max(first.pipeline_ranks, key=lambda memory: memory.training)
+    return StageMemory(stage, layout_of(stage, world_size, {}), bf16, on_cpu).at_peak

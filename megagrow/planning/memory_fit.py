@@ -177,8 +177,7 @@ def _fitted(
     memory = stage_memory(stage, world_size, bf16, on_cpu)
     for size in _micro_batches(stage, stage.parallel.data_parallel_size(world_size)):
         batch = stage.batch.model_copy(update={"micro_batch_size": size})
-        sized = replace(memory, stage=stage.model_copy(update={"batch": batch}))
-        memory = max(sized.pipeline_ranks, key=lambda each: each.training)
+        memory = replace(memory, stage=stage.model_copy(update={"batch": batch})).at_peak
         needed = memory.training if on_cpu else on_gpu(memory)
         if needed <= USABLE * capacity:
             of = _of(needed, capacity)

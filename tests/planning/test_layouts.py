@@ -9,6 +9,7 @@ import pytest
 
 import megagrow.cli.app
 from megagrow.config.load import load_run
+from megagrow.config.model_file import load_model
 from megagrow.config.schema import RunConfig
 from megagrow.errors import InputError
 from megagrow.planning.cluster import find_cluster
@@ -97,6 +98,28 @@ def test_the_fastest_is_the_fastest_of_all_that_fit() -> None:
     assert small.bytes_per_gpu <= USABLE * 12e9
     with pytest.raises(InputError, match=r"no layout of stages\.1 fits 8 GPUs of 1 GB"):
         fitting_layouts(run, 1, cluster, 10**9)
+
+
+@pytest.mark.parametrize(
+    ("model", "sequence", "batch", "size"),
+    [
+        ("llama-2-70b", 4096, 1024, "pipeline_model_parallel_size"),
+        ("llama-3-8b", 131072, 16, "context_parallel_size"),
+    ],
+)
+def test_large_models_get_pipelines_and_long_sequences_context_parallelism(
+    model: str, sequence: int, batch: int, size: str
+) -> None:
+    found = load_model(str(CONFIGS / "model" / f"{model}.yaml"))
+    run = paper_run(f"batch.global_batch_size={batch}")
+    stage = run.stages[1]
+    changes = {
+        "model": found.model_copy(update={"max_position_embeddings": sequence}),
+        "data": stage.data.model_copy(update={"sequence_length": sequence}),
+    }
+    run = run.model_copy(update={"stages": [run.stages[0], stage.model_copy(update=changes)]})
+    (fastest,) = fitting_layouts(run, 1, find_cluster("h100:8x8"), 80 * 10**9, most=1)
+    assert getattr(fastest.stage.parallel, size) > 1
 
 
 @pytest.mark.parametrize(
