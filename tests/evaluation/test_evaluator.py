@@ -223,18 +223,37 @@ def check_decoding(stage: Stage, masks: Masks | None) -> None:
     stage.engine.train()
 
 
-@pytest.mark.parametrize("layouts", [LAYOUTS, PIPELINES], ids=["tensor parallel", "pipeline"])
-def test_masked_model_is_evaluated_with_its_masks(data, tmp_path, layouts) -> None:
-    """Masks start at 0, so new parameters have no effect at first."""
-    run = evaluated_run(tmp_path, *data, layouts=layouts)
+def masked_run(folder: Path, data: tuple[Path, Path], layouts: Any) -> RunConfig:
+    run = evaluated_run(folder, *data, layouts=layouts)
     base, grown = run.stages
     wide = {"hidden_size": 44, "num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 8}
     ramp = {"operator": ["random_depth", "random_width"], "ramp_tokens": 10 * STEP_TOKENS}
     stages = [base, {**grown.model_dump(), "model": SMALL | wide | {"num_hidden_layers": 4},
                      "growth": ramp}]  # fmt: skip
-    run = RunConfig.model_validate(run.model_dump() | {"stages": stages})
-    for before, masked, whole in run_ranks(WORLD, while_masked, run):
+    return RunConfig.model_validate(run.model_dump() | {"stages": stages})
+
+
+@pytest.fixture(scope="module")
+def alone(data: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Results of `while_masked` in one process."""
+    run = masked_run(tmp_path_factory.mktemp("alone"), data, ({}, {}))
+    (found,) = run_ranks(1, while_masked, run)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world", "layouts"),
+    [(2, LAYOUTS), (2, PIPELINES), (4, [LAYOUTS[1] | layout for layout in PIPELINES])],
+    ids=["tensor parallel", "pipeline", "both"],
+)
+def test_masked_model_is_evaluated_with_its_masks(data, tmp_path, alone, world, layouts) -> None:
+    """Masks start at 0, so new parameters have no effect at first."""
+    run = masked_run(tmp_path, data, layouts)
+    for found in run_ranks(world, while_masked, run):
+        before, masked, whole = found
         for task in TASKS:
             assert masked[task] == pytest.approx(before[task], rel=1e-4)
+            for one, expected in zip(found, alone, strict=True):
+                assert one[task] == pytest.approx(expected[task], rel=1e-5)
         ppl = "word_perplexity"
         assert whole["wikitext"][ppl] != pytest.approx(before["wikitext"][ppl], rel=1e-2)
