@@ -25,7 +25,8 @@ from tests.helpers.spawn import run_ranks
 
 PP = "pipeline_model_parallel_size"
 VPP = "virtual_pipeline_model_parallel_size"
-TP = "tensor_model_parallel_size"
+TP, CP = "tensor_model_parallel_size", "context_parallel_size"
+A2A = ("cp_comm_type", "a2a")
 PACKED = {"sequence_length": 16, "reset_attention_mask": True, "reset_position_ids": True}
 STEPS = 20
 
@@ -37,11 +38,13 @@ class Case(NamedTuple):
     virtual: int = 1
     zero: int = 0
     tp: int = 1
+    cp: int = 1
     micro: int = 1
     tied: bool = False
     batch: int = 8
     precision: str = "fp32"
     optimizer: str = "adamw"
+    window: int | None = None
     more: tuple[tuple[str, Any], ...] = ()
     """Further keys of `parallel`."""
 
@@ -54,12 +57,14 @@ class Case(NamedTuple):
             batch=self.batch,
             precision=self.precision,
             optimizer=self.optimizer,
+            window=self.window,
             zero=min(self.zero, 1) if self.precision == "bf16" else 0,
         )
 
     def run(self, folder: Path) -> RunConfig:
+        model = {"num_hidden_layers": 5, "tie_word_embeddings": self.tied}
         stage = {
-            "model": MODEL | {"num_hidden_layers": 5, "tie_word_embeddings": self.tied},
+            "model": MODEL | model | {"sliding_window": self.window},
             "tokens": STEPS * self.batch * PACKED["sequence_length"],
             "batch": {"global_batch_size": self.batch, "micro_batch_size": self.micro},
             "optimizer": {"lr": 3e-3, "type": self.optimizer, "weight_decay_on": "matrices"},
@@ -67,6 +72,7 @@ class Case(NamedTuple):
                 PP: self.pp,
                 VPP: self.virtual,
                 TP: self.tp,
+                CP: self.cp,
                 "zero_stage": self.zero,
                 **dict(self.more),
             },
@@ -92,8 +98,16 @@ CASES = {
         Case(pp=2, tp=2, zero=1, tied=True, more=(("sequence_parallel", True),)),
         Case(pp=2, virtual=2, tp=2, more=(("activation_checkpointing", "selective"),)),
         Case(pp=2, zero=1, optimizer="muon", more=(("offload_optimizer", True),)),
+        Case(pp=2, cp=2, zero=1, tied=True, window=5),
+        Case(pp=2, virtual=2, cp=2, zero=2, micro=2, more=(A2A,)),
+        Case(pp=2, cp=2, zero=1, tied=True, precision="bf16"),
     ),
-    8: (Case(pp=4, tp=2, zero=1, tied=True), Case(pp=2, virtual=2, tp=2, zero=2, micro=2)),
+    8: (
+        Case(pp=2, virtual=2, tp=2, zero=2, micro=2),
+        Case(pp=2, virtual=2, tp=2, cp=2, zero=1, tied=True, more=(("sequence_parallel", True),)),
+        Case(pp=2, cp=4, tied=True, window=5),
+        Case(pp=4, cp=2, zero=1, tied=True, batch=3),
+    ),
 }
 """By the number of ranks."""
 
