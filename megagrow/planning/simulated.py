@@ -40,7 +40,7 @@ class PlannedPeak:
 
 @dataclass(frozen=True)
 class SimulatedStage:
-    """Simulated stage, with the plan of the same shortened step."""
+    """Simulated stage of a rank, with the plan of the same shortened step."""
 
     memory: StageMemory
     report: StageReport
@@ -67,8 +67,9 @@ class SimulatedStage:
     @property
     def micro_batches(self) -> int:
         """Micro-batches of the simulated step."""
-        batch = self.memory.stage.batch
-        return batch.global_batch_size // (batch.micro_batch_size * self.report.dp)
+        stage = self.memory.stage
+        replicas = stage.parallel.data_parallel_size(self.memory.layout.world_size)
+        return stage.batch.global_batch_size // (stage.batch.micro_batch_size * replicas)
 
     @property
     def traffic(self) -> dict[tuple[str, int], tuple[int, int]]:
@@ -87,7 +88,7 @@ def simulate_run(
     run = shortened(run, world_size, actions.micro_batches)
     bf16 = run.precision != "fp32"
     reports = isolated(simulate_rank, run, world_size, rank, actions)
-    memories = [stage_memory(stage, world_size, bf16) for stage in run.stages]
+    memories = [stage_memory(stage, world_size, bf16).at_rank(rank) for stage in run.stages]
     growths = _growth_peaks(memories, actions)
     return tuple(map(SimulatedStage, memories, reports, growths))
 

@@ -78,8 +78,9 @@ def test_waits_of_likelihoods_and_of_generated_tokens(tp: int) -> None:
         actions.LIKELIHOOD: 1,
         actions.PROMPT: 1,
         **dict.fromkeys(actions.TOKENS, 1),
+        actions.TOKENS[1]: 2,  # the logits, then the tokens
         actions.FINISH: 0,
     }
     assert waits(LONG) == 1
     assert waits(MIXED) == 2
-    assert waits(TEXTS) == max(LENGTHS)
+    assert waits(TEXTS) == 2 * max(LENGTHS)

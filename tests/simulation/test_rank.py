@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megagrow.config.schema import RunConfig
+from megagrow.config.schema import ParallelConfig, RunConfig
 from megagrow.model.backends import OPERATIONS
 from megagrow.planning.memory import stage_memory
 from megagrow.planning.traffic import step_traffic
@@ -24,6 +24,7 @@ CHUNKS = {"linear_cross_entropy": True, "loss": "triton"}  # 10 chunks; torch ha
 SMALL = MODEL | {"num_hidden_layers": 1, "vocab_size": 1000, "hidden_size": 64}
 LLAMA = {"model_type": "llama"}
 OLMO2, QWEN3 = {"model_type": "olmo2"}, {"model_type": "qwen3", "attention_bias": True}
+TIED = LLAMA | {"tie_word_embeddings": True}
 MAMBA = {"layer_types": ["mamba", "full_attention"]}
 SAMBA = {"layer_types": ["mamba", "sliding_attention"], "sliding_window": 16}
 WORLD, RANK, LENGTH = 8, 3, 32
@@ -38,17 +39,21 @@ class Case:
     packed: bool = False
     """Two documents per sequence."""
     model: dict[str, Any] = field(default_factory=LLAMA.copy)
+    rank: int = RANK
 
     def run(self, tmp: Path) -> RunConfig:
-        tp = self.parallel["tensor_model_parallel_size"]
+        parallel = ParallelConfig.model_validate(self.parallel)
+        pipeline = parallel.pipeline_model_parallel_size
+        chunks = pipeline * parallel.virtual_pipeline_model_parallel_size
+        per_pass = parallel.data_parallel_size(WORLD)
         stage = {
             "tokens": 10 * 16 * LENGTH,
             "parallel": self.parallel,
             "kernels": self.kernels,
-            "batch": {"global_batch_size": 2 * WORLD // tp, "micro_batch_size": 1},
+            "batch": {"global_batch_size": 2 * per_pass * pipeline, "micro_batch_size": 1},
         }
         small = SMALL | self.model
-        small["num_hidden_layers"] = len(self.model.get("layer_types", [None]))
+        small["num_hidden_layers"] = chunks * len(self.model.get("layer_types", [None]))
         large = small | {"num_hidden_layers": 2 * small["num_hidden_layers"]}
         stages = [
             stage | {"model": small},
@@ -62,6 +67,8 @@ class Case:
         return make_run(tmp, stages, precision=self.precision, data=data)
 
 
+PIPELINE = {"pipeline_model_parallel_size": 2}
+CHUNKED = {"virtual_pipeline_model_parallel_size": 2}
 OFFLOAD = {"offload_optimizer": True}
 CASES = {
     "zero-0": Case(parallel_of(0, 2, True, "full"), "bf16", TRITON),
@@ -81,8 +88,11 @@ CASES = {
     "zero-3": Case(parallel_of(3, 1), "bf16", {"attention": "flash_attn"} | CHUNKS, packed=True),
     "zero-3-fp32": Case(parallel_of(3, 2, True, "full"), "fp32", TRITON),
     "zero-2-offload": Case(parallel_of(2, 1) | OFFLOAD, "bf16", TORCH, packed=True, model=SAMBA),
+    "pipeline-first": Case(parallel_of(1, 2, True) | PIPELINE | CHUNKED, "bf16", model=TIED),
+    "pipeline-last": Case(parallel_of(2, 1) | PIPELINE, "bf16", packed=True, model=TIED, rank=7),
+    "context": Case(parallel_of(1, 2) | {"context_parallel_size": 2}, "bf16", model=MAMBA),
 }
-"""Every ZeRO stage, precision, kernel backend and layout of tensor parallelism."""
+"""Every ZeRO stage, precision, kernel backend and kind of parallelism."""
 
 AGREEMENT = {"megagrow/parallel/agreement.py (share_values_and_flags)": 1}
 ZERO3 = AGREEMENT | {
@@ -91,14 +101,7 @@ ZERO3 = AGREEMENT | {
     "deepspeed/runtime/zero/partition_parameters.py (Init._allgather_params_coalesced)": 1,
     "deepspeed/runtime/utils.py (is_invalid_grad_norm)": 1,
 }
-WAITS: dict[str, dict[str, int]] = {
-    "zero-0": AGREEMENT,
-    "zero-1": AGREEMENT,
-    "zero-1-fp32": AGREEMENT,
-    "zero-1-full": AGREEMENT,
-    "zero-2": AGREEMENT,
-    "zero-2-olmo2": AGREEMENT,
-    "zero-2-qwen3": AGREEMENT,
+WAITS: dict[str, dict[str, int]] = dict.fromkeys(CASES, AGREEMENT) | {
     "zero-3": ZERO3,
     "zero-3-fp32": ZERO3,
     # The host updates the weights: it reads gradients, their norm and the clipping factor.
@@ -128,13 +131,15 @@ def test_every_backend_is_simulated() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_rank_builds_loads_trains_validates_saves_and_grows(tmp_path: Path, name: str) -> None:
     run = CASES[name].run(tmp_path)
-    reports = isolated(simulate_rank, run, WORLD, RANK, EVERYTHING)
+    reports = isolated(simulate_rank, run, WORLD, CASES[name].rank, EVERYTHING)
     assert len(reports) == 2
     for index, report in enumerate(reports):
         check_waits(name, report)
-        check_evaluation(report, zero3=run.stages[index].parallel.zero_stage == 3)
+        parallel = run.stages[index].parallel
+        is_last = parallel.pipeline_model_parallel_size == 1 or CASES[name].rank == WORLD - 1
+        check_evaluation(report, zero3=parallel.zero_stage == 3, is_last=is_last)
         check_memory(report, first=index == 0)
-        check_traffic(run, index, report)
+        check_traffic(run, index, CASES[name].rank, report)
 
 
 def check_waits(name: str, report: StageReport) -> None:
@@ -149,19 +154,23 @@ def check_waits(name: str, report: StageReport) -> None:
     assert [str(site) for site in pageable if site.function != PAGEABLE] == []
 
 
-def check_evaluation(report: StageReport, zero3: bool) -> None:
+def check_evaluation(report: StageReport, zero3: bool, is_last: bool) -> None:
     """The host reads one result per pass, and two over all batches of a validation.
 
-    Under ZeRO 3 it also reads the vote of all ranks on another pass.
+    On the last pipeline rank it also reads the logits of sampled texts, and under ZeRO 3 the vote
+    of all ranks on another pass.
     """
     assert sum(report.waits_in("validation").values()) == 2
+    greedy, sampled, after_end = actions.TOKENS
     for section in (actions.LIKELIHOOD, actions.PROMPT, *actions.TOKENS):
-        waits = report.waits_in(section)
-        assert sum(waits.values()) == 1 + zero3, [str(wait.site) for wait in waits]
+        waits, logits = report.waits_in(section), is_last and section == sampled
+        assert sum(waits.values()) == 1 + zero3 + logits, [str(wait.site) for wait in waits]
     assert sum(report.waits_in(actions.FINISH).values()) == zero3
-    # The token ids, the lengths of the texts, and in the end the index of the remaining one.
-    for section, copies in zip(actions.TOKENS, (2, 2, 3), strict=True):
-        assert report.copies_in(section, pinned=False) == copies + zero3, section
+    # The token ids and the lengths of the texts; rows and choices of the sampled ones; in the end
+    # the index of the remaining one.
+    copies = {greedy: 2, sampled: 4 if is_last else 2, after_end: 3}
+    for section, count in copies.items():
+        assert report.copies_in(section, pinned=False) == count + zero3, section
 
 
 def check_memory(report: StageReport, first: bool) -> None:
@@ -174,16 +183,17 @@ def check_memory(report: StageReport, first: bool) -> None:
     assert report.peaks["backward"].size > report.peaks["save"].size
 
 
-def check_traffic(run: RunConfig, index: int, report: StageReport) -> None:
+def check_traffic(run: RunConfig, index: int, rank: int, report: StageReport) -> None:
     """Compare the collectives of a step with those of the plan."""
     stage, bf16 = run.stages[index], run.precision == "bf16"
-    memory = stage_memory(stage, WORLD, bf16)
+    memory = stage_memory(stage, WORLD, bf16).at_rank(rank)
     planned: Counter[tuple[str, int]] = Counter()
     for each in step_traffic(memory):
         planned[each.kind, each.ranks] += each.payload
     found = report.step_traffic
     for key in report.collectives:
-        if (key.section, key.operation, key.ranks) == (STEP, "reduce-scatter", report.dp):
+        of_data = (key.ranks, key.stride) == (report.dp, report.tp)
+        if key.section == STEP and key.operation == "reduce-scatter" and of_data:
             assert key.dtype == torch.float32  # gradients, also those of bf16 weights
     exact = stage.parallel.zero_stage in (1, 2) and not stage.parallel.offload_optimizer
     for key in found.keys() | planned.keys():
