@@ -11,7 +11,7 @@ from megagrow.common.yaml_file import read_mapping
 from megagrow.config.sections import Count, Section
 from megagrow.errors import ConfigError
 
-MOST_GPUS = 1024
+MOST_GPUS = 4096
 """Maximum number of GPUs for which the step model is intended."""
 
 

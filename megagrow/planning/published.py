@@ -8,10 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from megagrow.config.schema import ModelConfig
+from megagrow.config.schema import ModelConfig, ParallelConfig
 from megagrow.model.layers.attention import ATTENTION
 from megagrow.model.layers.costs import RowElements
 from megagrow.model.layers.mlp import FFN, MLP
+from megagrow.parallel.pipeline.split import PipelineSplit, pipeline_split
 from megagrow.planning.cluster import Cluster, ClusterFile, make_cluster
 from megagrow.planning.step.timing import StepTime, step_time
 from megagrow.planning.step.workload import Shape, StepWorkload, shape_of
@@ -81,21 +82,32 @@ def _shape(sizes: Mapping[str, Any], sequence: int) -> Shape:
     return replace(shape, blocks=Counter({ATTENTION: layers, _UNGATED_MLP: layers}))
 
 
+def _split(model: ModelConfig, ranks: int, chunks_per_rank: int) -> PipelineSplit:
+    """Return the layers of each pipeline rank."""
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=ranks, virtual_pipeline_model_parallel_size=chunks_per_rank
+    )
+    return pipeline_split(model, parallel)
+
+
 def _rows(source: dict[str, Any], models: dict[str, Any]) -> Iterator[Published]:
     figures = {key: source[key] for key in ClusterFile.model_fields if key in source}
     for row in source["rows"]:
+        shape, pp = _shape(models[row["model"]], row["sequence"]), row.get("pp", 1)
         work = StepWorkload(
-            shape=_shape(models[row["model"]], row["sequence"]),
-            dp=row["gpus"] // row["tp"],
+            shape=shape,
+            dp=row["gpus"] // (row["tp"] * pp),
             tp=row["tp"],
             zero_stage=row["zero_stage"],
             micro_batch=row["micro_batch"],
             accumulation=row["accumulation"],
             recomputed=row["recomputed"],
-            sequence_parallel=row["tp"] > 1,
+            sequence_parallel=row.get("sequence_parallel", row["tp"] > 1),
+            overlap_grad_reduce=row.get("overlap_grad_reduce", True),
             attention=source["attention"],
             stack=source["stack"],
             gradient_bytes=row.get("gradient_bytes", source["gradient_bytes"]),
+            split=_split(shape.model, pp, row.get("v", 1)) if pp > 1 else None,
         )
         nodes = max(1, row["gpus"] // figures["gpus_per_node"])
         size = {"nodes": nodes}

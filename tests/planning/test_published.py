@@ -23,6 +23,10 @@ PUBLISHED_PARAMETERS = {
 """llm-foundry's own table, at 2,048 tokens."""
 
 
+PIPELINES = 11
+"""Rows with pipelines that are predicted within 15%; there are 12."""
+
+
 def rows_of(role: str) -> list[Published]:
     return [row for row in published_rows() if row.role == role]
 
@@ -34,7 +38,7 @@ def test_the_page_is_current() -> None:
 
 @pytest.mark.parametrize(
     ("role", "rows", "within_15", "within_10", "median_error"),
-    [("set", 7, 7, 7, 0.034), ("held out", 149, 139, 116, 0.048), ("fresh", 99, 91, 79, 0.054)],
+    [("set", 7, 7, 7, 0.034), ("held out", 149, 139, 116, 0.048), ("fresh", 117, 102, 86, 0.06)],
 )
 def test_the_errors_are_as_stated(
     role: str, rows: int, within_15: int, within_10: int, median_error: float
@@ -53,8 +57,9 @@ def test_rows_of_no_constant_are_met_on_all_sizes_and_counts() -> None:
     for gpus in (8, 16, 32, 64, 128, 512):
         assert sum(row.work.gpus == gpus for row in held) >= 6, gpus
     assert {row.cluster.gpu.name for row in held} == {"A100", "H100", "H200"}
-    assert {row.work.zero_stage for row in held} == {2, 3}
-    assert {row.work.tp for row in held} == {1, 2, 4}
+    assert {row.work.zero_stage for row in held} == {0, 2, 3}
+    assert {row.work.tp for row in held} == {1, 2, 4, 8}
+    assert sum(row.work.pp > 1 for row in held) == PIPELINES
 
 
 def test_it_tells_more_than_one_utilization_per_card() -> None:

@@ -62,7 +62,7 @@ SUMMARY_COLUMNS = (
 )
 
 SOURCE_COLUMNS = (
-    *("model", "sequence length", "GPUs", "TP", "ZeRO", "micro-batches", "checkpointing"),
+    *("model", "sequence length", "GPUs", "TP", "PP", "ZeRO", "micro-batches", "checkpointing"),
     *("published, tokens/s", "predicted, tokens/s", "error", "row"),
 )
 
@@ -113,6 +113,7 @@ def _row(row: Published) -> list[str]:
         f"{work.shape.sequence}",
         f"{work.gpus}",
         f"{work.tp}",
+        f"{work.pp}" if work.split is None else f"{work.pp} x {work.split.chunks_per_rank}",
         f"{work.zero_stage}",
         f"{work.accumulation} x {work.micro_batch}",
         f"{work.recomputed:g}",
