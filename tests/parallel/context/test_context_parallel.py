@@ -37,6 +37,8 @@ def parallel(zero: int, tp: int, cp: int, comm_type: str, **options: Any) -> dic
     }
 
 
+INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+
 CASES = {
     "llama": [
         parallel(0, 1, 2, "all_gather"),
@@ -50,6 +52,7 @@ CASES = {
         parallel(3, 1, 4, "a2a", zero_hpz_partition_size=2),
         parallel(1, 2, 2, "all_gather", activation_checkpointing="full"),
         parallel(0, 1, 4, "all_gather", activation_checkpointing="selective"),
+        parallel(1, 1, 2, "all_gather", **INTERLEAVED),
     ],
     "crossing": [parallel(2, 1, 4, "all_gather"), parallel(0, 1, 2, "a2a")],
 }
