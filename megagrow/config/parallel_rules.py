@@ -108,9 +108,10 @@ def _world(stage: StageConfig, world_size: int, at: str) -> Iterator[str]:
             for key in MODEL_PARALLEL_KEYS
             if getattr(parallel, key) > 1
         )
+        ranks = parallel.model_parallel_size
         yield (
-            f"world size {world_size} is not divisible by {at}.parallel.{sizes}; "
-            f"use a divisor of {world_size}"
+            f"world size {world_size} is not divisible by {at}.parallel.{sizes}; use a multiple of "
+            f"{ranks} ranks, or smaller sizes"
         )
         return
     if parallel.partition_size(world_size) % parallel.zero_hpz_partition_size:

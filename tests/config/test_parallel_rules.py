@@ -37,5 +37,5 @@ def test_all_sizes_divide_the_world() -> None:
     assert problems(config) == world_problems(config, 8) == world_problems(config, 16) == []
     assert world_problems(config, 12) == [
         f"world size 12 is not divisible by stages.0.parallel.{TP} = 2 x {CP} = 2 x {PP} = 2; "
-        "use a divisor of 12"
+        "use a multiple of 8 ranks, or smaller sizes"
     ]

@@ -221,7 +221,7 @@ def test_worlds_that_do_not_fit() -> None:
         "stages.0.batch.global_batch_size = 8 is not divisible by "
         "micro_batch_size x data parallel = 2 x 3; use a multiple of 6",
         "world size 3 is not divisible by stages.1.parallel.tensor_model_parallel_size = 2; "
-        "use a divisor of 3",
+        "use a multiple of 2 ranks, or smaller sizes",
     ]
     hybrid = run({"parallel": {"zero_stage": 3, "zero_hpz_partition_size": 4}})
     assert world_problems(hybrid, 2) == [
