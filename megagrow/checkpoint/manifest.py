@@ -219,6 +219,7 @@ def _check_pipeline(manifest: Manifest) -> None:
         return
     ranks, chunks = (manifest.layout["pipeline"][key] for key in ("ranks", "chunks"))
     layers = ModelConfig(**manifest.model).num_hidden_layers
-    sizes = all(type(size) is int and 0 <= size <= layers for size in (*chunks, ranks))
-    if not sizes or ranks < 2 or not chunks or len(chunks) % ranks or sum(chunks) != layers:
+    sizes = all(type(size) is int and 0 <= size <= layers for size in chunks)
+    divided = type(ranks) is int and ranks > 1 and chunks and len(chunks) % ranks == 0
+    if not sizes or not divided or sum(chunks) != layers:
         raise ValueError(f"no pipeline of {ranks!r:.60} ranks has chunks of {chunks!r:.60} layers")

@@ -22,6 +22,7 @@ config_app = typer.Typer(help="Inspect run files.", no_args_is_help=True)
 SECTIONS = {
     "recipe": "",
     "demo": "demo",
+    "large": "large",
     "model": "model",
     "data": "data",
     "hardware": "hardware",
@@ -95,7 +96,7 @@ def list_files() -> None:
     from megagrow.config.includes import files_in
 
     rows = [
-        (kind, f"demo/{name}" if kind == "demo" else name, _first_comment(file))
+        (kind, f"{section}/{name}" if kind in ("demo", "large") else name, _first_comment(file))
         for kind, section in SECTIONS.items()
         for name, file in sorted(files_in(section).items())
     ]

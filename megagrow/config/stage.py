@@ -50,9 +50,11 @@ class ParallelConfig(Section):
     """Chunks of consecutive layers of each pipeline rank: 1 selects the 1F1B schedule, more the
     interleaved one."""
     account_for_embedding_in_pipeline_split: bool = False
-    """Count the embedding as a layer of the first chunk (name from Megatron-LM)."""
+    """Count the embedding as a layer of the first chunk (name from Megatron-LM). Without
+    pipeline parallelism it has no effect."""
     account_for_loss_in_pipeline_split: bool = False
-    """Count the head and the loss as a layer of the last chunk (name from Megatron-LM)."""
+    """Count the head and the loss as a layer of the last chunk (name from Megatron-LM). Without
+    pipeline parallelism it has no effect."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """State sharded over the data-parallel ranks: 0 none, 1 optimizer state, 2 also gradients, 3
     also weights."""

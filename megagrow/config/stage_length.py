@@ -44,6 +44,15 @@ def batch_at(stage: StageConfig, done: int = 0) -> BatchConfig:
     return batch.model_copy(update={"global_batch_size": size, "rampup_batch_size": None})
 
 
+def batch_sizes(batch: BatchConfig) -> range:
+    """Return all global batch sizes of a stage, ascending."""
+    last = batch.global_batch_size
+    if batch.rampup_batch_size is None:
+        return range(last, last + 1)
+    start, increment, _ = batch.rampup_batch_size
+    return range(start, last + 1, increment)
+
+
 def _increments(stage: StageConfig) -> list[int]:
     """Return the tokens of `stage` after which its batch grows, ascending; empty without a ramp."""
     if stage.batch.rampup_batch_size is None:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from megagrow.errors import ResourceError
 from megagrow.model.backends import KernelWorkload
@@ -91,7 +90,12 @@ def _dense_mask(
     keys = position_ids.shape[1]
     if document_ids is None:
         if window is None or window >= keys:
-            return None if queries in (None, keys) else causal_lower_right(queries, keys)
+            if queries in (None, keys):
+                return None
+            # It imports torch's compiler, which takes 100 MB.
+            from torch.nn.attention.bias import causal_lower_right
+
+            return causal_lower_right(queries, keys)
         document_ids = torch.zeros_like(position_ids[:1])  # one mask for all rows
     return attention_mask(document_ids, window, queries)
 

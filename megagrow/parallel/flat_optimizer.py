@@ -111,7 +111,7 @@ class FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed 
         """Return the L2 norm of the summed gradient, with the groups' weights. Collective."""
         groups = zip(self.gradients.parts(), self.norm_weights, strict=True)
         total = squared_norm(groups, self.model_parallel_rank, self.bit16_groups_flat[0].device)
-        dist.all_reduce(total)  # all ranks: data parallel x tensor parallel
+        dist.all_reduce(total)  # all ranks: data x context x pipeline x tensor
         return total.sqrt()
 
 

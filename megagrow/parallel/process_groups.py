@@ -152,8 +152,9 @@ def make_topology(tp: int, device: torch.device, cp: int = 1, pp: int = 1) -> To
     if pp > 1:
         pp_group = _group(range(rank % replica, world, replica), device)
         # NCCL creates a communicator in the first communication of a group, in which all of its
-        # ranks must take part; the first transfers of a schedule have two.
-        dist.barrier(pp_group)
+        # ranks must take part; the first transfers of a schedule have two. A barrier would choose
+        # the GPU by the global rank.
+        dist.all_reduce(torch.zeros(1, device=device), group=pp_group)
     dp = replica // tp
     return Topology(rank, dp, tp, dp_group, tp_group, device, cp, pp, cp_group, pp_group)
 

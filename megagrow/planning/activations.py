@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from megagrow.config.schema import StageConfig
+from megagrow.config.stage_length import batch_sizes
 from megagrow.model.layers.costs import MicroBatch
 from megagrow.model.layers.table import (
     EMBEDDING,
@@ -106,12 +107,15 @@ class Activations:
         split, batch = self._split, self.stage.batch
         sizes = [self._chunk(chunk, checkpointing) for chunk in split.chunks_of(self.pp_rank)]
         replicas = self.layout.dp // self.stage.parallel.context_parallel_size
-        micro = max(1, batch.global_batch_size // (batch.micro_batch_size * replicas))
-        states = states_in_flight(self.pp_rank, split.ranks, split.chunks_per_rank, micro)
+        numbers = {
+            max(1, size // (batch.micro_batch_size * replicas)) for size in batch_sizes(batch)
+        }
+        # A number that the ranks do not divide can have more of them in flight than a larger one.
         return self._received + max(
             sum(count * size for count, size in zip(each.in_flight, sizes, strict=True))
             + (at_loss if each.chunk == split.last_chunk else 0)
-            for each in states
+            for number in numbers
+            for each in states_in_flight(self.pp_rank, split.ranks, split.chunks_per_rank, number)
             if each.is_forward == is_forward
         )
 

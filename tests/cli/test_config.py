@@ -18,7 +18,8 @@ def ran(*arguments: str) -> Result:
 def test_every_shipped_file_is_listed_with_its_first_comment() -> None:
     listed = ran("config", "ls").output
     for file in (ROOT / "configs").rglob("*.yaml"):
-        name = f"demo/{file.stem}" if file.parent.name == "demo" else file.stem
+        folder = file.parent.name
+        name = f"{folder}/{file.stem}" if folder in ("demo", "large") else file.stem
         comment = file.read_text("utf-8").splitlines()[0].removeprefix("# ")
         assert any(name in line.split() and comment in line for line in listed.splitlines()), file
 

@@ -108,7 +108,7 @@ def test_each_type_restarts_at_documents(layer: int) -> None:
     for context, crosses in ((packed, False), (None, True)):
         places = torch.arange(x.shape[1])[None]
         inputs = model.model._context(places, context, Masks(), x.dtype, None)
-        out, delta = model.model.layers[layer](x, inputs)
+        out, delta = model.model.layers[str(layer)](x, inputs)
         (gradient,) = torch.autograd.grad((out + delta)[:, 7:].square().sum(), x)
         assert bool(gradient[:, :6].any()) == crosses
 

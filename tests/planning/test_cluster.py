@@ -15,7 +15,10 @@ from megagrow.model.layers.flops import (
     parameters,
 )
 from megagrow.model.layers.table import MIXERS
+from megagrow.parallel.pipeline.schedule import timeline
+from megagrow.parallel.pipeline.split import PipelineSplit
 from megagrow.planning.cluster import Cluster, find_cluster
+from megagrow.planning.step.communication import pipeline_bubble
 from megagrow.planning.step.groups import CommGroup, strided_group, tensor_group
 from megagrow.planning.step.rates import (
     ADAM_BYTES,
@@ -77,7 +80,7 @@ def test_a_cluster_from_a_file(tmp_path: Path) -> None:
         ("h100", "GPU:GPUS_PER_NODExNODES"),
         ("h100:8", "GPU:GPUS_PER_NODExNODES"),
         ("h100:0x4", "at least one node"),
-        ("h100:8x129", "1,032 GPUs"),
+        ("h100:8x513", "4,104 GPUs"),
         ("z9000:8x8", "--cluster z9000: not known"),
         ("l4:8x8", "no bandwidth figures for l4"),
         ("nowhere.yaml", "No such file"),
@@ -265,3 +268,15 @@ def test_what_tensor_parallelism_costs() -> None:
     assert found.matmul == pytest.approx(seconds(WORK).matmul / 4, rel=0.1)
     across = seconds(replace(WORK, dp=16, tp=4), "h100:2x32")
     assert across.tensor_parallel > 2.5 * found.tensor_parallel
+
+
+@pytest.mark.parametrize(
+    ("ranks", "chunks", "number"), [(4, 1, 8), (4, 2, 8), (4, 4, 1), (8, 4, 4)]
+)
+def test_the_bubble_is_the_idle_time_of_the_schedule(ranks: int, chunks: int, number: int) -> None:
+    split = PipelineSplit(ranks, (1,) * (ranks * chunks))
+    work = replace(WORK, zero_stage=1, accumulation=number, split=split)
+    line = timeline(ranks, chunks, number)
+    # A backward pass takes as long as a forward pass in the slots of a timeline.
+    idle = len(line[0]) - 2 * chunks * number
+    assert pipeline_bubble(work, [2.0 * chunks] * ranks) == pytest.approx(idle)

@@ -97,14 +97,15 @@ class _Links:
     """Transfers between neighboring pipeline ranks.
 
     All transfers of a slot are one batch, so that no rank waits for one that waits for it
-    (`schedule.timeline`). A rank waits for a transfer only where it reads the result.
+    (`schedule.timeline`). A rank waits for a transfer only where it reads the result, and for the
+    oldest of more than `pp` sends: gloo does not report which ones are complete.
     """
 
     def __init__(self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._group, self._rank, self._ranks = topology.pp_group, topology.pp_rank, topology.pp
         self._shape, self._dtype, self._device = shape, dtype, topology.device
-        self._received: dict[Pass, tuple[Tensor, _TransferBatch]] = {}
-        self._sent: deque[tuple[Tensor, _TransferBatch]] = deque()
+        self._received: dict[Pass, tuple[Tensor, TransferBatch]] = {}
+        self._sent: deque[tuple[Tensor, TransferBatch]] = deque()
 
     def exchange(self, now: list[Pass | None], sent: Tensor | None, last: int) -> None:
         """Send the result of this rank's pass, and start to receive those of the others."""
@@ -123,12 +124,12 @@ class _Links:
                 operations.append(self._operation(dist.irecv, coming[reader], rank))
         if not operations:
             return
-        batch = _TransferBatch(operations)
+        batch = TransferBatch(operations)
         self._received |= {reader: (tensor, batch) for reader, tensor in coming.items()}
         if sent is not None:
             self._sent.append((sent, batch))
-        while self._sent and self._sent[0][1].is_completed():
-            self._sent.popleft()
+        while self._sent and (self._sent[0][1].is_completed() or len(self._sent) > self._ranks):
+            self._sent.popleft()[1].wait()
 
     def take(self, reader: Pass) -> Tensor:
         """Return the tensor that a pass reads; waits until it has arrived."""
@@ -155,7 +156,7 @@ class _Links:
         return dist.P2POp(kind, tensor, group=self._group, group_peer=peer)
 
 
-class _TransferBatch:
+class TransferBatch:
     """Transfers that were started together."""
 
     def __init__(self, operations: list[dist.P2POp]) -> None:

@@ -1,7 +1,7 @@
 """Pipeline schedules: the order of forward and backward passes on each pipeline rank. Pure.
 
 One chunk per rank gives 1F1B (Narayanan et al. 2019), several give interleaved 1F1B (Narayanan et
-al. 2021, section 2.2). One rank without chunks is gradient accumulation.
+al. 2021, section 2.2). One rank with one chunk is gradient accumulation.
 """
 
 from functools import lru_cache
@@ -27,8 +27,9 @@ def rank_order(
 ) -> list[Pass]:
     """Return the passes of a rank in order, without backward passes unless it `trains`.
 
-    After the warm-up, forward and backward passes alternate. The warm-up is as short as the
-    schedule permits, so that few micro-batches are in flight.
+    After the warm-up, forward and backward passes alternate. The warm-up of 1F1B is as short as
+    possible, so that few micro-batches are in flight. That of interleaved 1F1B is Megatron-LM's:
+    one more pass per following rank gives each transfer the time of a pass.
     """
     groups = _groups(ranks, micro_batches)
     own = range(rank, ranks * chunks_per_rank, ranks)

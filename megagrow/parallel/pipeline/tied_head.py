@@ -6,6 +6,7 @@ weight. So the state has one owner, as every other parameter, and the copies can
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from megagrow.model.decoder import CausalLM
 from megagrow.model.layers.table import EMBEDDING
+from megagrow.parallel.pipeline.execution import TransferBatch
 from megagrow.parallel.process_groups import Topology
 
 AddGradient = Callable[[nn.Parameter, Tensor], None]
@@ -36,19 +38,24 @@ class TiedHead:
         """Send the gradient of the copy to `add` on the first rank. Collective over both."""
         if self.embedding is not None:
             gradient = torch.empty_like(self.embedding, dtype=torch.float32)
-            dist.recv(gradient, group=self._group, group_src=self._last)
+            self._transfer(dist.irecv, gradient, self._last)
             add(self.embedding, gradient)
         elif self._gradient is not None:
-            dist.send(self._gradient, group=self._group, group_dst=0)
+            self._transfer(dist.isend, self._gradient, 0)
             self._gradient.zero_()
 
     @torch.no_grad()
     def send_weight(self) -> None:
         """Send the weight of the first rank to the copy. Collective over both."""
         if self.embedding is not None:
-            dist.send(self.embedding.detach(), group=self._group, group_dst=self._last)
+            self._transfer(dist.isend, self.embedding.detach(), self._last)
         elif self._copy is not None:
-            dist.recv(self._copy.detach(), group=self._group, group_src=0)
+            self._transfer(dist.irecv, self._copy.detach(), 0)
+
+    def _transfer(self, kind: Any, tensor: Tensor, peer: int) -> None:
+        """Send or receive a tensor. Batches use the communicator of the group; alone, NCCL would
+        create one for the two ranks."""
+        TransferBatch([dist.P2POp(kind, tensor, group=self._group, group_peer=peer)]).wait()
 
     def _accumulate(self, copy: Tensor) -> None:
         assert self._gradient is not None and copy.grad is not None

@@ -50,17 +50,22 @@ def pipeline_transfers(work: StepWorkload, cluster: Cluster) -> float:
     sliced = work.tp if work.sequence_parallel else 1
     size = WIDTH * work.micro_tokens * work.shape.model.hidden_size / sliced
     distance = work.partition * work.tp
-    return 2 * work.split.chunks_per_rank * transfer_seconds(cluster, size, distance)
+    seconds = transfer_seconds(cluster, size, distance, work.split.ranks)
+    return 2 * work.split.chunks_per_rank * seconds
 
 
 def pipeline_bubble(work: StepWorkload, busy: list[float]) -> float:
     """Return the idle seconds of the slowest pipeline rank in a step.
 
     `busy` are the seconds of one micro-batch on each rank. With equal ranks the bubble is
-    (pp - 1) / chunks per rank micro-batches (Narayanan et al. 2021, section 2.2).
+    (pp - 1) / chunks per rank micro-batches (Narayanan et al. 2021, section 2.2). With fewer
+    micro-batches than ranks, each rank also waits for them between its chunks.
     """
-    chunks = 1 if work.split is None else work.split.chunks_per_rank
-    return (sum(busy) - max(busy)) / chunks
+    if work.split is None:
+        return 0.0
+    chunks, missing = work.split.chunks_per_rank, max(0, work.split.ranks - work.accumulation)
+    bubble = (sum(busy) - max(busy)) / chunks
+    return bubble + missing * (1 - 1 / chunks) * sum(busy) / work.split.ranks
 
 
 def zero_redundancy(work: StepWorkload, cluster: Cluster, micro: Passes) -> tuple[float, float]:

@@ -16,7 +16,7 @@ class CommGroup:
 
     @property
     def nodes(self) -> int:
-        return self.size // self.local
+        return -(-self.size // self.local)
 
     def one_way(self, size: float) -> float:
         """Return the seconds of an all-gather to, or reduce-scatter of, `size` bytes per rank.
@@ -66,9 +66,10 @@ def strided_group(cluster: Cluster, size: int, stride: int) -> CommGroup:
     return CommGroup(cluster, size, min(size, max(1, cluster.gpus_per_node // stride)))
 
 
-def transfer_seconds(cluster: Cluster, size: float, distance: int) -> float:
-    """Return the seconds in which a rank sends `size` bytes to the rank `distance` ranks on."""
+def transfer_seconds(cluster: Cluster, size: float, distance: int, pp: int) -> float:
+    """Return the seconds in which each of `pp` pipeline ranks, `distance` ranks apart, sends `size`
+    bytes to the next one; the last one sends to the first one."""
     card = cluster.card
-    if distance < cluster.gpus_per_node:
+    if pp * distance <= cluster.gpus_per_node:
         return COLLECTIVE_SECONDS + size / (card.nvlink * NVLINK_SHARE)
     return COLLECTIVE_SECONDS + cluster.latency + size / (card.nic * NIC_SHARE)
