@@ -1,5 +1,6 @@
 """Constraints of a stage's parallelism. Problems are returned as one-line texts."""
 
+import math
 from collections.abc import Iterator
 
 from megagrow.config.schema import RunConfig
@@ -56,7 +57,11 @@ def _context(stage: StageConfig, at: str) -> Iterator[str]:
     sliced = tensor if parallel.sequence_parallel else 1
     if length % (2 * ranks) or length // ranks % sliced:
         by = f"2 x {ranks}" + (f" and {ranks} x {tensor} (sequence_parallel)" * (sliced > 1))
-        yield f"{at}.data.sequence_length = {length} is not divisible by {by}, which {key} requires"
+        multiple = math.lcm(2 * ranks, ranks * sliced)
+        yield (
+            f"{at}.data.sequence_length = {length} is not divisible by {by}, which {key} requires; "
+            f"use a multiple of {multiple}"
+        )
     if model.rope_scaling is not None and model.rope_scaling.rope_type == "dynamic":
         yield (
             f"{key} does not support {at}.model.rope_scaling.rope_type = dynamic, which depends on "
@@ -95,7 +100,7 @@ def _pipeline(stage: StageConfig, at: str) -> Iterator[str]:
     if layers + counted < ranks * virtual:
         yield (
             f"{at}.model.num_hidden_layers = {layers} is less than pipeline_model_parallel_size x "
-            f"virtual_pipeline_model_parallel_size = {ranks} x {virtual}; lower one of them"
+            f"virtual_pipeline_model_parallel_size = {ranks} x {virtual}; lower one of these two"
         )
 
 

@@ -17,9 +17,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention import bias
 from torch.utils._python_dispatch import _disable_current_modes
 
-from megagrow.model import attention_ops
 from megagrow.model.layers.mamba import MAMBA_SSM_CHUNK
 from megagrow.parallel.deepspeed_import import deepspeed
 from megagrow.simulation import autocast
@@ -64,7 +64,7 @@ def _replacements(recorder: Recorder) -> Iterator[tuple[Any, str, Any]]:
     yield F, "rms_norm", _FusedRMSNorm.apply
     yield F, "scaled_dot_product_attention", _fused_attention
     # A subclass of Tensor without data, which FakeTensorMode refuses. It selects a kernel only.
-    yield attention_ops, "causal_lower_right", lambda queries, keys: None
+    yield bias, "causal_lower_right", lambda queries, keys: None
     # Objects are sent as tensors whose sizes depend on values. A rank receives only its own.
     yield dist, "all_gather_object", _all_gather_object
     yield dist, "broadcast_object_list", lambda *args, **options: None
